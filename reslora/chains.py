@@ -1,0 +1,449 @@
+"""Which LoRA blocks are neighbours: roles, execution order, and links.
+
+A *chain* is a run of blocks of one role in execution order, cut wherever neighbours differ in shape. Everything here is
+plain data about a model; nothing is wired.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from peft.tuners.lora import Conv2d as LoraConv2d
+from peft.tuners.lora import Embedding as LoraEmbedding
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_map
+
+# Classes whose `forward` is known to call `lora_variant[adapter].forward`. Others (AWQ, AQLM, EETQ, TE, tensor
+# parallel) ignore variants: wired, they would silently train plain LoRA.
+_CALLS_VARIANT = {
+    ("peft.tuners.lora.layer", "Linear"),
+    ("peft.tuners.lora.bnb", "Linear8bitLt"),
+    ("peft.tuners.lora.bnb", "Linear4bit"),
+    ("peft.tuners.lora.gptq", "GPTQLoraLinear"),
+    ("peft.tuners.lora.hqq", "HqqLoraLinear"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """One LoRA block: the A and B beside one frozen linear layer."""
+
+    name: str
+    """Path of the adapted layer in the base model."""
+    role: str
+    """Path below the layer's repeated block, such as `attn1.to_q`."""
+    in_features: int
+    out_features: int
+    rank: int
+    tokens: tuple[int, ...]
+    """Shape of the layer's input without its first (batch) and last (feature) axis."""
+    cut: str = ""
+    """Why the block before it in its role is not its neighbour; empty where it is."""
+
+    @property
+    def shape(self) -> str:
+        """In and out features, rank and tokens as one short string."""
+        tokens = "x".join(map(str, self.tokens)) or "-"
+        return f"{self.in_features}->{self.out_features} r={self.rank} tokens={tokens}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain(Sequence):
+    """A run of neighbouring blocks of one role, in execution order; its first block is the *head*."""
+
+    role: str
+    blocks: tuple[Block, ...]
+
+    def __getitem__(self, index):
+        return self.blocks[index]
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chains(Sequence):
+    """The plan of a model: its chains, the LoRA layers that stay plain, and what forbids a wiring."""
+
+    chains: tuple[Chain, ...]
+    unlinked: tuple[tuple[str, str], ...] = ()
+    """(name, reason) of LoRA layers that take no part and stay plain LoRA."""
+    problems: tuple[tuple[str, str], ...] = ()
+    """(name, reason) of layers that `connect` refuses."""
+
+    def __getitem__(self, index):
+        return self.chains[index]
+
+    def __len__(self) -> int:
+        return len(self.chains)
+
+    @property
+    def links(self) -> int:
+        """Number of neighbouring pairs."""
+        return sum(len(chain) - 1 for chain in self.chains)
+
+    @property
+    def blocks(self) -> list[Block]:
+        """All blocks, chain after chain."""
+        return [block for chain in self.chains for block in chain]
+
+    def to_dict(self) -> dict:
+        """The plan as JSON-able data, the content of `chains.json`."""
+        return {
+            "links": self.links,
+            "chains": [
+                {"role": chain.role, "blocks": [dataclasses.asdict(block) for block in chain]} for chain in self.chains
+            ],
+            "unlinked": [{"name": name, "reason": reason} for name, reason in self.unlinked],
+        }
+
+    def __str__(self) -> str:
+        return "\n".join(_table(self))
+
+
+def chains(model: nn.Module, adapter_name: str = "default", example_inputs: dict | None = None) -> Chains:
+    """Returns which LoRA blocks of `model` are neighbours; `print` shows it as a table.
+
+    `example_inputs` are keyword arguments of the base model (default: made from a U-Net's configuration, or the model's
+    own `dummy_inputs`); they only serve to trace the order in which layers run, on the meta device where possible. The
+    trace leaves random state, modes and gradients as they were.
+
+    Raises `ValueError` if the model has no LoRA layer of that adapter, or no inputs to trace with.
+    """
+    base = base_model(model)
+    connection = vars(base).get("_reslora")
+    if connection is not None and connection.adapter_name == adapter_name:
+        return connection.chains
+    layers = lora_layers(base, adapter_name)
+    linkable, unlinked, problems = _sort_layers(layers, adapter_name)
+    runs = _trace(base, list(linkable), example_inputs)
+    problems += [
+        (name, f"runs {len(shapes)} times in one forward, so its previous block is ambiguous")
+        for name, shapes in runs.items()
+        if len(shapes) > 1
+    ]
+    unlinked += [(name, "did not run in the traced forward") for name in linkable if name not in runs]
+    by_role: dict[str, list[Block]] = {}
+    for name, shapes in runs.items():
+        block = _describe(base, name, linkable[name], adapter_name, shapes[0])
+        by_role.setdefault(block.role, []).append(block)
+    found = tuple(chain for role, blocks in by_role.items() for chain in _cut(role, blocks))
+    return Chains(found, tuple(unlinked), tuple(problems))
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Returns the model below DDP and `torch.compile` wrappers, a `PeftModel` if it is one."""
+    while True:
+        if isinstance(model, nn.DataParallel):
+            raise ValueError(
+                "model is an nn.DataParallel, which runs copies of its layers: use DistributedDataParallel, "
+                "for instance through `accelerate launch`"
+            )
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = model._modules["_orig_mod"]
+        else:
+            return model
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """Returns the model below DDP, `torch.compile` and PEFT wrappers; `ValueError` for `nn.DataParallel`."""
+    outer = unwrap(model)
+    while hasattr(type(outer), "get_base_model"):
+        outer = unwrap(outer.get_base_model())
+    return outer
+
+
+def lora_layers(base: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
+    """Returns the LoRA layers that hold `adapter_name`, by their path in the base model.
+
+    Raises `ValueError` if there are no LoRA layers, or none of that name. AdaLoRA's layers derive from PEFT's
+    `LoraLayer` but hold parameters of another form; they do not count.
+    """
+    layers = {
+        name: module
+        for name, module in base.named_modules()
+        if isinstance(module, LoraLayer) and not hasattr(module, "lora_E")
+    }
+    if not layers:
+        raise ValueError(
+            f"{type(base).__name__} has no LoRA layers: call get_peft_model(model, LoraConfig(...)) or "
+            "model.add_adapter(LoraConfig(...)) with target_modules that match first"
+        )
+    chosen = {name: layer for name, layer in layers.items() if _holds(layer, adapter_name)}
+    if not chosen:
+        known = sorted({key for layer in layers.values() for key in (*layer.lora_A, *layer.lora_embedding_A)})
+        raise ValueError(f"adapter_name={adapter_name!r} is not on this model; it has {', '.join(map(repr, known))}")
+    return chosen
+
+
+def _holds(layer: LoraLayer, adapter_name: str) -> bool:
+    return adapter_name in layer.lora_A or adapter_name in layer.lora_embedding_A
+
+
+def _sort_layers(layers: dict[str, LoraLayer], adapter_name: str) -> tuple[dict, list, list]:
+    """Splits LoRA layers into those that can be linked, those that stay plain, and those that cannot be wired."""
+    linkable: dict[str, LoraLayer] = {}
+    unlinked, problems = [], []
+    for name, layer in layers.items():
+        reason = _stays_plain(name, layer)
+        if reason:
+            unlinked.append((name, reason))
+            continue
+        linkable[name] = layer
+        problem = _refused(layer, adapter_name)
+        if problem:
+            problems.append((name, problem))
+    return linkable, unlinked, problems + _tied(linkable, adapter_name)
+
+
+def _stays_plain(name: str, layer: LoraLayer) -> str:
+    if isinstance(layer, LoraEmbedding):
+        return "embedding"
+    if isinstance(layer, LoraConv2d) or isinstance(layer.get_base_layer(), _ConvNd):
+        return "convolution"
+    if "experts" in name.split(".") or type(layer).__name__ == "ParamWrapper":
+        return "expert"
+    if type(layer).__name__ == "MultiheadAttention":
+        return "merged into nn.MultiheadAttention for each forward"
+    return ""
+
+
+def _refused(layer: LoraLayer, adapter_name: str) -> str:
+    owner = next(cls for cls in type(layer).__mro__ if "forward" in vars(cls))
+    if (owner.__module__, owner.__name__) not in _CALLS_VARIANT:
+        return f"is a {type(layer).__module__}.{type(layer).__name__}, which ignores LoRA variants"
+    variant = layer.lora_variant.get(adapter_name)
+    if variant is not None:
+        return f"already has the variant {type(variant).__name__}; ResLoRA takes plain LoRA layers"
+    if layer.lora_bias.get(adapter_name):
+        return "has lora_bias=True, which the equations do not have; set it to False"
+    return ""
+
+
+def _tied(layers: dict[str, LoraLayer], adapter_name: str) -> list[tuple[str, str]]:
+    owners: dict[int, str] = {}
+    problems = []
+    for name, layer in layers.items():
+        tensors = (getattr(layer.get_base_layer(), "weight", None), layer.lora_A[adapter_name].weight)
+        for tensor in tensors:
+            other = owners.setdefault(id(tensor), name) if tensor is not None else name
+            if other != name:
+                problems.append((name, f"is tied to {other}: its weight is the same tensor"))
+                break
+    return problems
+
+
+def _describe(base: nn.Module, name: str, layer: LoraLayer, adapter_name: str, tokens: tuple[int, ...]) -> Block:
+    weight_a, weight_b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+    role = _role(base, name)
+    return Block(name, role, weight_a.shape[-1], weight_b.shape[0], layer.r[adapter_name], tokens)
+
+
+def _role(base: nn.Module, name: str) -> str:
+    """The path below the deepest ancestor that is an item of a ModuleList whose items share one class.
+
+    Models that repeat their blocks in an `nn.Sequential` (timm's vision transformers), or whose adapted layers are
+    themselves the items of such a list, get the natural answer too.
+    """
+    parts = name.split(".")
+    for container in (nn.ModuleList, nn.Sequential):
+        for depth in range(len(parts) - 1, 0, -1):
+            if _repeats(base, parts[: depth - 1], container):
+                return ".".join(parts[depth:])
+    if _repeats(base, parts[:-1], (nn.ModuleList, nn.Sequential)):
+        return ".".join(parts[:-1])
+    return name
+
+
+def _repeats(base: nn.Module, path: list[str], containers) -> bool:
+    container = base.get_submodule(".".join(path))
+    if not isinstance(container, containers):
+        return False
+    return len({type(getattr(item, "base_layer", item)) for item in container}) == 1
+
+
+def _cut(role: str, blocks: list[Block]) -> Iterator[Chain]:
+    """Cuts the blocks of one role wherever neighbours differ in shape."""
+    run: list[Block] = []
+    for block in blocks:
+        reason = _difference(run[-1], block) if run else "first of its role"
+        if reason and run:
+            yield Chain(role, tuple(run))
+            run = []
+        run.append(dataclasses.replace(block, cut=reason))
+    yield Chain(role, tuple(run))
+
+
+def _difference(before: Block, block: Block) -> str:
+    if (before.in_features, before.out_features) != (block.in_features, block.out_features):
+        return f"{block.in_features}->{block.out_features} follows {before.in_features}->{before.out_features} features"
+    if before.tokens != block.tokens:
+        return f"{math.prod(block.tokens)} follows {math.prod(before.tokens)} tokens"
+    if before.rank != block.rank:
+        return f"rank {block.rank} follows rank {before.rank}"
+    return ""
+
+
+# -- tracing ---------------------------------------------------------------------------------------------------------
+
+
+def _trace(base: nn.Module, names: list[str], example_inputs: dict | None) -> dict[str, list[tuple[int, ...]]]:
+    """Returns, in execution order, the token shapes with which each named layer ran in one forward."""
+    inputs = _default_inputs(base) if example_inputs is None else example_inputs
+    if not isinstance(inputs, dict):
+        raise ValueError(f"example_inputs is a {type(inputs).__name__}; give a dict of the model's keyword arguments")
+    try:
+        return _run(meta_copy(base), names, to_device(inputs, "meta"))
+    except Exception as error:
+        # Data-dependent control flow, fused kernels and quantised layers do not run on the meta device: run for real.
+        parameter = next(base.parameters(), None)
+        if parameter is None or parameter.is_meta:
+            raise ValueError(_untraceable(base, error)) from error
+        try:
+            with _undisturbed(base):
+                return _run(base, names, to_device(inputs, parameter.device))
+        except Exception as second:
+            raise ValueError(_untraceable(base, second)) from second
+
+
+def _untraceable(base: nn.Module, error: Exception) -> str:
+    detail = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return f"{type(base).__name__} does not run on example_inputs ({detail}); pass example_inputs= that fit its forward"
+
+
+def meta_copy(base: nn.Module) -> nn.Module:
+    """Returns a copy of `base` without storage, in eval mode, and without hooks: nothing of it reaches the original."""
+    memo: dict[int, object] = {}
+    for tensor in (*base.parameters(), *base.buffers()):
+        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+    twin = copy.deepcopy(base, memo)
+    for module in twin.modules():
+        module.training = False
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+        for key, value in vars(module).items():
+            if isinstance(value, torch.Tensor):
+                vars(module)[key] = value.to("meta")
+        # accelerate replaces `forward` on the instance to move data between devices or to convert dtypes.
+        for key in ("forward", "_hf_hook", "_old_forward"):
+            vars(module).pop(key, None)
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = False
+    return twin
+
+
+def _run(base: nn.Module, names: list[str], inputs: dict) -> dict[str, list[tuple[int, ...]]]:
+    runs: dict[str, list[tuple[int, ...]]] = {}
+
+    def note(name):
+        def hook(module, args, kwargs):
+            x = args[0] if args else next(iter(kwargs.values()))
+            runs.setdefault(name, []).append(tuple(x.shape[1:-1]))
+
+        return hook
+
+    modules = dict(base.named_modules())
+    handles = [modules[name].register_forward_pre_hook(note(name), with_kwargs=True) for name in names]
+    try:
+        with torch.no_grad():
+            base(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return runs
+
+
+@contextmanager
+def _undisturbed(base: nn.Module):
+    """Runs its body with the model in eval mode; modes and random states are as before afterwards."""
+    devices = sorted({tensor.device.index for tensor in base.parameters() if tensor.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices), evaluating(base):
+        yield
+
+
+@contextmanager
+def evaluating(base: nn.Module):
+    """Puts every module of `base` into eval mode for its body and restores each module's own mode."""
+    modes = [(module, module.training) for module in base.modules()]
+    try:
+        base.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def to_device(inputs: dict, device) -> dict:
+    """`inputs` with every tensor in it, at any depth, on `device`."""
+    return tree_map(lambda value: value.to(device) if isinstance(value, torch.Tensor) else value, inputs)
+
+
+def _default_inputs(base: nn.Module) -> dict:
+    if any(cls.__name__ == "UNet2DConditionModel" for cls in type(base).__mro__):
+        return _unet_inputs(base.config, next(base.parameters()).dtype)
+    inputs = getattr(base, "dummy_inputs", None)
+    if inputs is None:
+        raise ValueError(
+            f"{type(base).__name__} does not say what its inputs look like: pass example_inputs= (keyword arguments)"
+        )
+    # Encoder and decoder must not look like one run of equal shapes.
+    return {key: value[..., :-1] if key.startswith("decoder_") else value for key, value in inputs.items()}
+
+
+def _unet_inputs(config, dtype: torch.dtype) -> dict:
+    """Inputs of a `UNet2DConditionModel` at its own sample size, from its configuration (SD 1.x, 2.x and SDXL)."""
+    size = config.sample_size or 64
+    size = size if isinstance(size, (tuple, list)) else (size, size)
+    width = config.cross_attention_dim
+    width = width[0] if isinstance(width, (tuple, list)) else width
+    width = config.encoder_hid_dim or width
+    inputs = {
+        "sample": torch.zeros(1, config.in_channels, *size, dtype=dtype),
+        "timestep": torch.zeros(1, dtype=torch.long),
+        "encoder_hidden_states": torch.zeros(1, 77, width, dtype=dtype),
+    }
+    if config.addition_embed_type == "text_time":
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        inputs["added_cond_kwargs"] = {
+            "text_embeds": torch.zeros(1, pooled, dtype=dtype),
+            "time_ids": torch.zeros(1, 6, dtype=dtype),
+        }
+    if config.class_embed_type is not None or config.num_class_embeds is not None:
+        projected = config.class_embed_type in ("projection", "simple_projection")
+        inputs["class_labels"] = (
+            torch.zeros(1, config.projection_class_embeddings_input_dim, dtype=dtype)
+            if projected
+            else torch.zeros(1, dtype=torch.long)
+        )
+    return inputs
+
+
+# -- showing ---------------------------------------------------------------------------------------------------------
+
+
+def _table(plan: Chains) -> list[str]:
+    count = len(plan.blocks)
+    lines = [f"{count} LoRA blocks in {len(plan)} chains, {plan.links} links"]
+    rows = []
+    for chain in plan:
+        for number, block in enumerate(chain):
+            rows.append((chain.role if number == 0 else "", "-> " if number else "", block, block.cut))
+    role_width = max((len(row[0]) for row in rows), default=0)
+    name_width = max((len(row[1] + row[2].name) for row in rows), default=0)
+    shape_width = max((len(row[2].shape) for row in rows), default=0)
+    for role, arrow, block, cut in rows:
+        text = f"{role:<{role_width}}  {arrow + block.name:<{name_width}}  {block.shape:<{shape_width}}  {cut}"
+        lines.append(text.rstrip())
+    lines += [f"unlinked  {name}  {reason}" for name, reason in plan.unlinked]
+    lines += [f"refused  {name}  {reason}" for name, reason in plan.problems]
+    return lines

@@ -1,0 +1,216 @@
+"""Save and load an *unmerged* adapter: LoRA weights, wiring and recorded norms, in a form of its own.
+
+The files are `reslora_config.json` and `reslora_model.safetensors`, and no `adapter_config.json`: stock PEFT would take it
+for a plain LoRA and drop the residual paths without a word. For finished adapters use `reslora.export` after a merge.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from .chains import Block, Chain, Chains, base_model, lora_layers, meta_copy, unwrap
+from .config import ResLoraConfig
+from .files import replacing, write_json
+from .model import _connected, attach_wires, connection_of
+
+CONFIG_NAME = "reslora_config.json"
+WEIGHTS_NAME = "reslora_model.safetensors"
+_NORMS = "reslora.norms"
+_PEFT_PREFIX = "base_model.model."
+
+
+def save(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> None:
+    """Writes the connected adapter of `model` to `directory`: `reslora_config.json` and `reslora_model.safetensors`.
+
+    Includes `modules_to_save` and the recorded norms. Raises `ValueError` if the model is not connected. With several
+    processes, call it on rank 0.
+    """
+    base = base_model(model)
+    connection = _connected(base, adapter_name)
+    outer = unwrap(model)
+    norms = connection.wires.norms
+    tensors = {key: value.detach().contiguous().clone() for key, value in _state(outer, base, adapter_name).items()}
+    if norms.values is not None:
+        tensors[_NORMS] = norms.values.contiguous()
+    content = {
+        "lora": _jsonable(base.peft_config[adapter_name].to_dict()),
+        "reslora": connection.config.to_dict(),
+        "chains": connection.chains.to_dict(),
+        "norms": {"names": norms.names, "pushed": norms.pushed},
+        "peft_model": isinstance(outer, PeftModel),
+    }
+    directory = Path(directory)
+    with replacing(directory / WEIGHTS_NAME) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    write_json(directory / CONFIG_NAME, content)
+
+
+def load(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> nn.Module:
+    """Reads what `save` wrote into `model` and returns the connected model.
+
+    `model` is a bare base model (it is given the adapter the way the saved one had it: wrapped by `get_peft_model`, or in
+    place by `add_adapter`), or one that has a matching LoRA adapter, connected or not.
+
+    Raises `ValueError` if the files are missing or damaged, or if layers, ranks or shapes differ, naming the first; the
+    model is unchanged then.
+    """
+    directory = Path(directory)
+    content = _read_config(directory)
+    tensors = _read_tensors(directory / WEIGHTS_NAME)
+    norms = tensors.pop(_NORMS, None)
+    config, lora, plan = _parse(content, directory)
+    base, outer = base_model(model), unwrap(model)
+    connection = connection_of(base)
+    if connection is not None and (connection.adapter_name, connection.config) != (adapter_name, config):
+        raise ValueError(
+            f"this model is connected already, as {connection.adapter_name!r} with {connection.config}: call "
+            f"reslora.disconnect before loading {directory}"
+        )
+    if _has_adapter(base, adapter_name):
+        _compare(base.peft_config[adapter_name], lora, directory)
+        _check_fit(_state(outer, base, adapter_name), tensors, directory)
+        loaded = outer
+    else:
+        # Everything is tried on a copy without storage first: nothing is left half-loaded.
+        twin = meta_copy(base)
+        tried = _attach(twin, lora, adapter_name, content)
+        _check_fit(_state(tried, twin, adapter_name), tensors, directory)
+        loaded = _attach(outer, lora, adapter_name, content)
+    base = base_model(loaded)
+    _check_plan(plan, lora_layers(base, adapter_name), directory)
+    _fill(loaded, base, tensors, adapter_name)
+    if connection is None:
+        connection = attach_wires(base, config, adapter_name, plan)
+    if norms is not None and content["norms"]["names"] == connection.wires.norms.names:
+        connection.wires.norms.values = norms
+        connection.wires.norms.pushed = content["norms"]["pushed"]
+    return loaded
+
+
+def _state(outer: nn.Module, base: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
+    """The adapter's tensors by a name that is the same for wrapped and unwrapped models."""
+    source = outer if isinstance(outer, PeftModel) else base
+    state = get_peft_model_state_dict(source, adapter_name=adapter_name, save_embedding_layers=False)
+    return {key.removeprefix(_PEFT_PREFIX): value for key, value in state.items()}
+
+
+def _fill(outer: nn.Module, base: nn.Module, tensors: dict[str, torch.Tensor], adapter_name: str) -> None:
+    for name, layer in lora_layers(base, adapter_name).items():
+        # PEFT copies into the parameters as they are; a float32 adapter on a half-precision base must stay one.
+        dtype = tensors[f"{name}.lora_A.weight"].dtype if f"{name}.lora_A.weight" in tensors else None
+        for part in (layer.lora_A, layer.lora_B):
+            if adapter_name in part and dtype is not None:
+                part[adapter_name].to(dtype)
+    wrapped = isinstance(outer, PeftModel)
+    state = {_PEFT_PREFIX + key: value for key, value in tensors.items()} if wrapped else tensors
+    set_peft_model_state_dict(outer if wrapped else base, state, adapter_name=adapter_name)
+
+
+def _attach(model: nn.Module, lora: LoraConfig, adapter_name: str, content: dict) -> nn.Module:
+    try:
+        if isinstance(model, PeftModel):
+            model.add_adapter(adapter_name, lora)
+            model.set_adapter(adapter_name)
+            return model
+        if content["peft_model"] or not hasattr(model, "add_adapter"):
+            return get_peft_model(model, lora, adapter_name=adapter_name)
+        model.add_adapter(lora, adapter_name=adapter_name)
+        return model
+    except ValueError as error:
+        raise ValueError(f"the saved adapter does not fit {type(model).__name__}: {_first_line(error)}") from error
+
+
+def _has_adapter(base: nn.Module, adapter_name: str) -> bool:
+    try:
+        return bool(lora_layers(base, adapter_name))
+    except ValueError:
+        return False
+
+
+def _compare(present: LoraConfig, saved: LoraConfig, directory: Path) -> None:
+    for field in ("lora_alpha", "use_rslora", "alpha_pattern"):
+        here, there = getattr(present, field), getattr(saved, field)
+        if here != there:
+            raise ValueError(f"{field}={here!r} of the adapter differs from {there!r} in {directory}")
+
+
+def _check_fit(expected: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor], directory: Path) -> None:
+    """Raises for the first key or shape in which model and file differ."""
+    for key in (*expected, *tensors):
+        if key not in tensors:
+            raise ValueError(f"{directory / WEIGHTS_NAME} has no {key}, which the model's adapter has")
+        if key not in expected:
+            raise ValueError(f"{directory / WEIGHTS_NAME} has {key}, which the model's adapter does not have")
+        here, there = tuple(expected[key].shape), tuple(tensors[key].shape)
+        if here != there:
+            raise ValueError(f"{key} has shape {there} in {directory / WEIGHTS_NAME}, but {here} in the model")
+
+
+def _check_plan(plan: Chains, layers: dict, directory: Path) -> None:
+    for block in plan.blocks:
+        if block.name not in layers:
+            raise ValueError(f"{directory / CONFIG_NAME} links {block.name}, which is no LoRA layer of the model")
+
+
+def _read_config(directory: Path) -> dict:
+    path = directory / CONFIG_NAME
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(
+            f"directory={str(directory)!r} has no {CONFIG_NAME}: give a folder that reslora.save wrote"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {_first_line(error)}") from error
+    missing = [key for key in ("lora", "reslora", "chains", "norms", "peft_model") if key not in content]
+    if missing:
+        raise ValueError(f"{path} has no {missing[0]!r}: it is not a file of reslora.save")
+    return content
+
+
+def _parse(content: dict, directory: Path) -> tuple[ResLoraConfig, LoraConfig, Chains]:
+    try:
+        config = ResLoraConfig(**content["reslora"])
+        lora = LoraConfig(**{key: value for key, value in content["lora"].items() if key != "peft_type"})
+        chains = tuple(
+            Chain(
+                chain["role"], tuple(Block(**{**block, "tokens": tuple(block["tokens"])}) for block in chain["blocks"])
+            )
+            for chain in content["chains"]["chains"]
+        )
+        unlinked = tuple((item["name"], item["reason"]) for item in content["chains"]["unlinked"])
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{directory / CONFIG_NAME} is damaged: {_first_line(error)}") from error
+    return config, lora, Chains(chains, unlinked)
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: give a folder that reslora.save wrote")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file: {_first_line(error)}") from error
+
+
+def _jsonable(value):
+    if isinstance(value, dict):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(item) for item in value]
+    return value
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,189 @@
+"""Plain LoRA in the formats that people's tools read, and merged weights.
+
+| function | writes | read by |
+|---|---|---|
+| `export_peft` | `adapter_config.json`, `adapter_model.safetensors` | `PeftModel.from_pretrained(unet, dir)` |
+| `export_diffusers` | `pytorch_lora_weights.safetensors` | `pipeline.load_lora_weights(dir)` |
+| `export_kohya` | one file with `lora_unet_...` keys | kohya, ComfyUI, A1111/Forge, diffusers |
+| `export_merged` | a diffusers model folder | `UNet2DConditionModel.from_pretrained(dir)` |
+
+A connected model has no plain weights yet: merge it first.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import save_file
+from torch import nn
+
+from .chains import base_model, lora_layers, unwrap
+from .checkpoint import _PEFT_PREFIX
+from .files import replacing
+from .model import connection_of
+
+
+def export_peft(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> Path:
+    """Writes any PEFT adapter of `model` (LoRA, AdaLoRA, LoHa, LoKr) as PEFT itself does, and returns the folder.
+
+    Works for wrapped models and for those with `add_adapter`, whose files load with `PeftModel.from_pretrained` then.
+    Raises `ValueError` if the adapter is connected or not there.
+    """
+    base, outer = _plain(model, adapter_name), unwrap(model)
+    source = outer if isinstance(outer, PeftModel) else base
+    state = get_peft_model_state_dict(source, adapter_name=adapter_name, save_embedding_layers=False)
+    state = {_PEFT_PREFIX + key.removeprefix(_PEFT_PREFIX): value for key, value in state.items()}
+    config = copy.deepcopy(base.peft_config[adapter_name])
+    config.inference_mode = True
+    with replacing(directory) as temporary:
+        config.save_pretrained(str(temporary))
+        _save(state, temporary / "adapter_model.safetensors", {"format": "pt"})
+    return Path(directory)
+
+
+def export_diffusers(unet: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> Path:
+    """Writes `pytorch_lora_weights.safetensors` into `directory` and returns its path.
+
+    The scaling is folded into B and the metadata says alpha = rank for each layer, so that readers which ignore the
+    metadata agree with those that do not. Raises `ValueError` if the adapter is connected or not plain LoRA.
+    """
+    base = _plain(unet, adapter_name)
+    tensors, ranks = {}, {}
+    for name, layer in lora_layers(base, adapter_name).items():
+        down, up = _factors(name, layer, adapter_name)
+        tensors[f"unet.{name}.lora_A.weight"] = down
+        tensors[f"unet.{name}.lora_B.weight"] = up * layer.scaling[adapter_name]
+        ranks[name] = layer.r[adapter_name]
+    common = _commonest(ranks.values())
+    pattern = {"^" + re.escape(name): rank for name, rank in ranks.items() if rank != common}
+    metadata = {
+        "r": common,
+        "lora_alpha": common,
+        "rank_pattern": pattern,
+        "alpha_pattern": pattern,
+        "target_modules": sorted(ranks),
+    }
+    packed = {f"unet.{key}": value for key, value in metadata.items()}
+    path = Path(directory) / "pytorch_lora_weights.safetensors"
+    with replacing(path) as temporary:
+        _save(
+            tensors, temporary, {"format": "pt", "lora_adapter_metadata": json.dumps(packed, indent=2, sort_keys=True)}
+        )
+    return path
+
+
+def export_kohya(
+    unet: nn.Module, path: str | os.PathLike, adapter_name: str = "default", metadata: dict[str, str] | None = None
+) -> Path:
+    """Writes one file with kohya's keys (`lora_unet_..._to_q.lora_down.weight`, `.lora_up.weight`, `.alpha`).
+
+    All layers get one alpha a, with up-weights rescaled by s r_n / a, because diffusers applies the commonest alpha to
+    every layer. `metadata`: further strings for the file's header (`ss_...`). Returns the path.
+    """
+    base = _plain(unet, adapter_name)
+    layers = lora_layers(base, adapter_name)
+    scaled = {name: layer.scaling[adapter_name] * layer.r[adapter_name] for name, layer in layers.items()}
+    alpha = _commonest(scaled.values()) or 1.0
+    tensors = {}
+    for name, layer in layers.items():
+        down, up = _factors(name, layer, adapter_name)
+        key = "lora_unet_" + name.replace(".", "_")
+        tensors[f"{key}.lora_down.weight"] = down
+        tensors[f"{key}.lora_up.weight"] = up * (scaled[name] / alpha)
+        tensors[f"{key}.alpha"] = torch.tensor(float(alpha), dtype=down.dtype)
+    header = {
+        "format": "pt",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(_commonest(layer.r[adapter_name] for layer in layers.values())),
+        "ss_network_alpha": str(float(alpha)),
+        **{key: str(value) for key, value in (metadata or {}).items()},
+    }
+    with replacing(path) as temporary:
+        _save(tensors, temporary, header)
+    return Path(path)
+
+
+def export_merged(unet: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> Path:
+    """Writes the base model with the adapter's weights added, summed in float32 and cast, as a diffusers model folder.
+
+    Works for any PEFT adapter whose layers know their weight update. `unet` itself is not changed. Returns the folder.
+    """
+    base = _plain(unet, adapter_name)
+    with torch.device("meta"):
+        plain = type(base).from_config(base.config)
+    plain.load_state_dict(merged_state_dict(base, adapter_name), assign=True)
+    with replacing(directory) as temporary:
+        plain.save_pretrained(str(temporary))
+    return Path(directory)
+
+
+@torch.no_grad()
+def merged_state_dict(base: nn.Module, adapter_name: str = "default") -> dict[str, torch.Tensor]:
+    """The state dict of the bare base model with the adapter's update added to the layers that have it."""
+    tuned = {name: module for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
+    owners = {f"{name}.": module for name, module in tuned.items()}
+    state = {}
+    for key, value in base.state_dict().items():
+        owner = next((prefix for prefix in owners if key.startswith(prefix)), None)
+        if owner is None:
+            state[key] = value
+            continue
+        rest = key.removeprefix(owner)
+        if not rest.startswith("base_layer."):
+            continue
+        parameter = rest.removeprefix("base_layer.")
+        layer = owners[owner]
+        if parameter == "weight" and adapter_name in _adapters(layer):
+            value = _summed(layer, value, adapter_name)
+        state[owner + parameter] = value
+    return state
+
+
+def _summed(layer: BaseTunerLayer, weight: torch.Tensor, adapter_name: str) -> torch.Tensor:
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    if isinstance(layer, LoraLayer) and not layer.lora_variant and adapter_name in layer.lora_A and weight.dim() == 2:
+        down, up = layer.lora_A[adapter_name].weight.to(wide), layer.lora_B[adapter_name].weight.to(wide)
+        delta = (up @ down) * layer.scaling[adapter_name]
+        delta = delta.t() if getattr(layer, "fan_in_fan_out", False) else delta
+    else:
+        delta = layer.get_delta_weight(adapter_name).to(wide)
+    return (weight.to(wide) + delta).to(weight.dtype)
+
+
+def _adapters(layer: BaseTunerLayer) -> set[str]:
+    return {adapter for names in layer.adapter_layer_names for adapter in getattr(layer, names, None) or ()}
+
+
+def _plain(model: nn.Module, adapter_name: str) -> nn.Module:
+    base = base_model(model)
+    if connection_of(base) is not None:
+        raise ValueError("this model is connected, so it has no plain LoRA weights yet: call reslora.merge first")
+    known = getattr(base, "peft_config", {})
+    if adapter_name not in known:
+        raise ValueError(
+            f"adapter_name={adapter_name!r} is not on this model; it has {', '.join(map(repr, known)) or 'none'}"
+        )
+    return base
+
+
+def _factors(name: str, layer: LoraLayer, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    if adapter_name not in layer.lora_A or layer.lora_variant.get(adapter_name) is not None:
+        raise ValueError(f"{name} is not plain LoRA on a linear or convolution layer; export it with export_peft")
+    return layer.lora_A[adapter_name].weight.detach(), layer.lora_B[adapter_name].weight.detach()
+
+
+def _commonest(values) -> float:
+    values = list(values)
+    return max(dict.fromkeys(values), key=values.count)
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+    save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, path, metadata=metadata)

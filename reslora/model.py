@@ -1,0 +1,548 @@
+"""The verbs over a model: connect, disconnect, merge, enable_gradient_checkpointing."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+import torch.utils.checkpoint
+from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
+from torch import nn
+
+from . import merging
+from .chains import Chain, Chains, base_model, chains, evaluating, lora_layers, to_device
+from .config import ResLoraConfig
+from .merging import Factors, Merged, Moments, Second
+from .shortcuts import (
+    BlockShortcut,
+    CastUnlessAutocast,
+    InputShortcut,
+    MiddleShortcut,
+    Shortcut,
+    Wires,
+    merge_refused,
+)
+
+
+@dataclasses.dataclass
+class Connection:
+    """What `connect` leaves on the base model: a plain attribute, which no `state_dict` sees."""
+
+    config: ResLoraConfig
+    adapter_name: str
+    chains: Chains
+    wires: Wires
+    handles: list = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockReport:
+    """How one block was merged."""
+
+    name: str
+    role: str
+    alpha: float | list[float] | None
+    """alpha*, or the list of alpha_{n-k} (k = 1..m); None where the method has none (`lstsq`, exact merges)."""
+    rank: int
+    """Rank after the merge."""
+    error: float | None
+    """|merged - unmerged| / |unmerged LoRA output| of this block on the calibration batches; None without them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeReport:
+    """What a merge did: the content of `merge.json`."""
+
+    method: str
+    """`none`, `input`, `weights`, `lstsq`, or `exact` (block-shortcuts)."""
+    shortcut: str
+    blocks: tuple[BlockReport, ...]
+    notes: tuple[str, ...] = ()
+    """Zero norms, and what a `max_rank` loses."""
+
+    def to_dict(self) -> dict:
+        """The report as JSON-able data."""
+        return {
+            "method": self.method,
+            "shortcut": self.shortcut,
+            "blocks": [dataclasses.asdict(block) for block in self.blocks],
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        errors = [block.error for block in self.blocks if block.error is not None]
+        error = (
+            f", relative error {sum(errors) / len(errors):.2%} on average, {max(errors):.2%} at most" if errors else ""
+        )
+        return f"merged {len(self.blocks)} blocks by {self.method!r}{error}"
+
+
+# -- connect and disconnect ------------------------------------------------------------------------------------------
+
+
+def connect(
+    model: nn.Module,
+    config: ResLoraConfig,
+    adapter_name: str = "default",
+    example_inputs: dict | None = None,
+) -> Chains:
+    """Wires the LoRA blocks of neighbouring layers of `model` in place (Eqs. 2-4) and returns the plan.
+
+    `example_inputs` are keyword arguments of the base model that show the order of its layers (see `chains`).
+
+    Raises `ValueError` if the model has no such LoRA adapter, is connected or merged already, has a layer that cannot
+    be wired, or if the shortcut finds no link; the model is unchanged then.
+    """
+    if not isinstance(config, ResLoraConfig):
+        raise ValueError(f"config is a {type(config).__name__}; give a reslora.ResLoraConfig")
+    base = base_model(model)
+    present = connection_of(base)
+    if present is not None:
+        raise ValueError(
+            f"this model is connected already (adapter {present.adapter_name!r}): call reslora.merge or "
+            "reslora.disconnect first"
+        )
+    layers = lora_layers(base, adapter_name)
+    _refuse_merged(layers)
+    plan = _plan(base, config, adapter_name, example_inputs)
+    attach_wires(base, config, adapter_name, plan)
+    return plan
+
+
+def attach_wires(base: nn.Module, config: ResLoraConfig, adapter_name: str, plan: Chains) -> Connection:
+    """Wires the layers of a base model as `plan` says; what `connect` does once it has checked everything."""
+    layers = lora_layers(base, adapter_name)
+    wires = Wires(_recorded(plan, config), config.window)
+    connection = Connection(config, adapter_name, plan, wires)
+    if config.wired:
+        for chain in plan:
+            _wire(chain, layers, connection)
+        for name, layer in layers.items():
+            # PEFT merges layer by layer: without this, plain layers would be merged before the first wired one refuses.
+            layer.merge = layer.unmerge = functools.partial(_refuse_merge, name)
+        if config.shortcut != "block":
+            connection.handles = [
+                base.register_forward_pre_hook(wires.begin),
+                base.register_forward_hook(wires.end, always_call=True),
+            ]
+    base._reslora = connection
+    return connection
+
+
+def disconnect(model: nn.Module, adapter_name: str = "default") -> None:
+    """Removes the wires and leaves the plain LoRA that `connect` found; `ValueError` if there are none."""
+    base = base_model(model)
+    connection = _connected(base, adapter_name)
+    for layer in _present_layers(base, adapter_name).values():
+        if isinstance(layer.lora_variant.get(adapter_name), Shortcut):
+            del layer.lora_variant[adapter_name]
+        if isinstance(layer.cast_input_dtype_enabled, CastUnlessAutocast):
+            layer.cast_input_dtype_enabled = True
+        for verb in ("merge", "unmerge"):
+            vars(layer).pop(verb, None)
+    for handle in connection.handles:
+        handle.remove()
+    del base._reslora
+
+
+def connection_of(base: nn.Module) -> Connection | None:
+    """The connection of a base model, or None; one whose adapter was deleted meanwhile counts as none."""
+    connection = vars(base).get("_reslora")
+    if connection is not None and not _present_layers(base, connection.adapter_name):
+        for handle in connection.handles:
+            handle.remove()
+        del base._reslora
+        return None
+    return connection
+
+
+def _present_layers(base: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
+    try:
+        return lora_layers(base, adapter_name)
+    except ValueError:
+        return {}
+
+
+def _connected(base: nn.Module, adapter_name: str) -> Connection:
+    connection = connection_of(base)
+    if connection is None:
+        raise ValueError(
+            f"adapter_name={adapter_name!r} is not connected on this {type(base).__name__} (or is merged already): call "
+            "reslora.connect first"
+        )
+    if connection.adapter_name != adapter_name:
+        raise ValueError(
+            f"adapter_name={adapter_name!r} is not connected; the connected adapter is {connection.adapter_name!r}"
+        )
+    return connection
+
+
+def _refuse_merged(layers: dict[str, LoraLayer]) -> None:
+    for name, layer in layers.items():
+        if layer.merged:
+            raise ValueError(
+                f"{name} has the adapter(s) {', '.join(layer.merged_adapters)} merged by PEFT: call unmerge_adapter() "
+                "(or unfuse_lora()) first"
+            )
+
+
+def _refuse_merge(name: str, *args: object, **kwargs: object) -> None:
+    raise merge_refused(name)
+
+
+def _plan(base: nn.Module, config: ResLoraConfig, adapter_name: str, example_inputs: dict | None) -> Chains:
+    try:
+        plan = chains(base, adapter_name, example_inputs)
+    except ValueError:
+        if config.wired:
+            raise
+        return Chains(())  # nothing is wired, so nobody asks in which order
+    if not config.wired:
+        return plan
+    if plan.problems:
+        name, reason = plan.problems[0]
+        raise ValueError(f"{name} {reason}")
+    if plan.links == 0:
+        shapes = ", ".join(f"{block.name} {block.shape}" for block in plan.blocks[:8])
+        raise ValueError(
+            f"shortcut={config.shortcut!r} finds no link among the {len(plan.blocks)} LoRA blocks (neighbours must have "
+            f"one role and one shape): {shapes}"
+        )
+    return plan
+
+
+def _recorded(plan: Chains, config: ResLoraConfig) -> list[str]:
+    """Names of the blocks whose norms a merge can ask for."""
+    if config.shortcut not in ("input", "middle") or not config.wired:
+        return []
+    return [block.name for chain in plan if len(chain) > 1 for block in chain]
+
+
+def _wire(chain: Chain, layers: dict[str, LoraLayer], connection: Connection) -> None:
+    adapter, config = connection.adapter_name, connection.config
+    names = [block.name for block in chain]
+    for n, name in enumerate(names):
+        first = 0 if config.reach is None else max(0, n - config.reach)
+        before = names[first:n][::-1]  # n-1, n-2, ... n-m
+        layer = layers[name]
+        if config.shortcut == "input":
+            following = layers[names[n + 1]].lora_A[adapter] if n + 1 < len(names) else None
+            variant = InputShortcut(connection.wires, name, before[0] if before else None, following, config.head)
+        elif config.shortcut == "block":
+            factors = [(layers[other].lora_A[adapter], layers[other].lora_B[adapter]) for other in before]
+            variant = BlockShortcut(connection.wires, name, factors)
+        else:
+            variant = MiddleShortcut(connection.wires, name, before, hands_on=n + 1 < len(names))
+        layer.lora_variant[adapter] = variant
+        layer.cast_input_dtype_enabled = CastUnlessAutocast()
+
+
+# -- gradient checkpointing ------------------------------------------------------------------------------------------
+
+
+def enable_gradient_checkpointing(model: nn.Module) -> None:
+    """Turns on non-reentrant gradient checkpointing that keeps the shortcuts of a connected model intact.
+
+    Works for transformers and diffusers models. Leave the trainer's own flag off: it would re-enable checkpointing of
+    the other kind. Raises `ValueError` for a model that cannot checkpoint.
+    """
+    base = base_model(model)
+    connection = connection_of(base)
+    kwargs = {"use_reentrant": False}
+    if connection is not None and connection.handles:
+        kwargs["context_fn"] = connection.wires.contexts
+    if hasattr(base, "activation_checkpointing_enable"):
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+    elif hasattr(base, "gradient_checkpointing_enable"):
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+    elif hasattr(base, "enable_gradient_checkpointing"):
+        base.enable_gradient_checkpointing(functools.partial(_checkpoint, kwargs))
+    else:
+        raise ValueError(f"{type(base).__name__} has no gradient checkpointing to enable")
+
+
+def _checkpoint(kwargs: dict, module: nn.Module, *args: object):
+    return torch.utils.checkpoint.checkpoint(module.__call__, *args, **kwargs)
+
+
+# -- merge -----------------------------------------------------------------------------------------------------------
+
+
+def merge(
+    model: nn.Module,
+    method: str = "auto",
+    calibration: Iterable[Mapping] | None = None,
+    adapter_name: str = "default",
+    max_rank: int | None = None,
+) -> MergeReport:
+    """Folds the residual paths into plain LoRA weights, in place; the model is ordinary PEFT LoRA afterwards.
+
+    `method`: `none`, `input` (Eqs. 6-9, 12), `weights` (Eqs. 10-11, 13), `lstsq` (ours), or `auto`: exact for
+    block-shortcuts (Eq. 5, rank (m + 1) r, cut to `max_rank` if given), else `lstsq` with calibration, else `input` where
+    training recorded norms, else `weights`. `calibration`: dicts of keyword arguments of the base model, read once, run
+    through the unmerged model in eval mode without gradients. dtype, device and requires_grad stay as they are.
+
+    With several processes, merge on rank 0 (whose norms count) and share the result.
+
+    Raises `ValueError` for an unknown method, missing calibration or norms, or non-finite values; nothing has changed
+    then.
+    """
+    base = base_model(model)
+    connection = _connected(base, adapter_name)
+    method = _resolve(method, connection, calibration, max_rank)
+    layers = lora_layers(base, adapter_name)
+    _refuse_merged(layers)
+    _refuse_nonfinite(layers, adapter_name)
+    plan = [_factors(chain, layers, adapter_name) for chain in connection.chains] if connection.config.wired else []
+    with torch.no_grad():
+        merged = _merge_chains(base, plan, method, connection, calibration, max_rank)
+        report = _report(connection, method, plan, merged, calibration is not None)
+        disconnect(model, adapter_name)
+        for factors, results in zip(plan, merged, strict=True):
+            for block, result in zip(factors, results, strict=True):
+                _write(layers[block.name], result, adapter_name)
+                _declare_rank(base, block.name, layers[block.name], adapter_name)
+    return report
+
+
+def _resolve(method: str, connection: Connection, calibration: object, max_rank: int | None) -> str:
+    """The method that will run, after checking that it can."""
+    if method not in merging.METHODS:
+        raise ValueError(f"method={method!r} is not one of {', '.join(map(repr, merging.METHODS))}")
+    shortcut = connection.config.shortcut
+    if max_rank is not None:
+        if not isinstance(max_rank, int) or isinstance(max_rank, bool) or max_rank < 1:
+            raise ValueError(f"max_rank={max_rank!r} must be an integer of at least 1")
+        if shortcut != "block":
+            raise ValueError(f"max_rank={max_rank} is for block-shortcuts; a {shortcut!r} merge keeps the rank")
+    if not connection.config.wired or method == "none":
+        return "none"
+    if shortcut == "block":
+        return "exact"
+    recorded = connection.wires.norms.pushed > 0
+    if method == "auto":
+        return "lstsq" if calibration is not None else "input" if recorded else "weights"
+    if method == "lstsq" and calibration is None:
+        raise ValueError("method='lstsq' needs calibration=, an iterable of dicts of the base model's arguments")
+    if method == "input" and calibration is None and not recorded:
+        raise ValueError(
+            "method='input' needs norms: train with ResLoraConfig(window=...) above 0, or give calibration="
+        )
+    return method
+
+
+def _refuse_nonfinite(layers: dict[str, LoraLayer], adapter_name: str) -> None:
+    for name, layer in layers.items():
+        for part in ("lora_A", "lora_B"):
+            modules = getattr(layer, part)
+            if adapter_name in modules and not bool(torch.isfinite(modules[adapter_name].weight).all()):
+                raise ValueError(f"{name} has NaN or infinity in its {part}: resume from an earlier checkpoint")
+
+
+def _factors(chain: Chain, layers: dict[str, LoraLayer], adapter_name: str) -> list[Factors]:
+    return [
+        Factors(
+            name=block.name,
+            a=layers[block.name].lora_A[adapter_name].weight.detach(),
+            b=layers[block.name].lora_B[adapter_name].weight.detach(),
+            scaling=layers[block.name].scaling[adapter_name],
+            weight=functools.partial(_base_weight, layers[block.name]),
+        )
+        for block in chain
+    ]
+
+
+def _base_weight(layer: LoraLayer) -> torch.Tensor:
+    """The frozen weight as q x p (`Conv1D` stores p x q), dequantised."""
+    weight = dequantize_module_weight(layer.get_base_layer()).detach()
+    return weight.t() if getattr(layer, "fan_in_fan_out", False) else weight
+
+
+def _merge_chains(
+    base: nn.Module,
+    plan: list[list[Factors]],
+    method: str,
+    connection: Connection,
+    calibration: Iterable[Mapping] | None,
+    max_rank: int | None,
+) -> list[list[Merged]]:
+    """Merges every chain; methods that need no statistics first, so that calibration can measure what they lose."""
+    config = connection.config
+    middle = config.shortcut == "middle"
+    head = 1.0 if config.shortcut == "input" and config.head == "repeat" else 0.0
+    early = {
+        "none": lambda chain: merging.merge_none(chain),
+        "exact": lambda chain: merging.merge_block(chain, config.reach, max_rank),
+        "weights": lambda chain: merging.merge_weights(chain, config.reach, head, middle),
+    }
+    late = {
+        "input": lambda chain: merging.merge_input(chain, config.reach, head),
+        "lstsq": lambda chain: merging.merge_lstsq(chain, config.reach, head, middle),
+    }
+    merged = [early[method](chain) for chain in plan] if method in early else None
+    if calibration is not None and plan:
+        calibrator = _Calibrator(plan, merged, config, method)
+        calibrator.read(base, connection.wires, calibration)
+    elif method == "input":
+        means = connection.wires.norms.means()
+        for block in (block for chain in plan if len(chain) > 1 for block in chain):
+            block.norm = means[block.name]
+    return merged if merged is not None else [late[method](chain) for chain in plan]
+
+
+class _Calibrator:
+    """Watches the unmerged model run on the calibration batches and fills in the moments of every block."""
+
+    def __init__(
+        self, plan: list[list[Factors]], merged: list[list[Merged]] | None, config: ResLoraConfig, method: str
+    ) -> None:
+        self.blocks = {block.name: block for chain in plan for block in chain}
+        self.middle = config.shortcut == "middle"
+        self.candidates = {}
+        for number, chain in enumerate(plan):
+            for n, block in enumerate(chain):
+                guess = None
+                if method == "lstsq" and n > 0:
+                    guess = merging.neighbour_sum(chain, n, config.reach, self.middle)
+                elif method == "weights" and self.middle and n > 0:
+                    guess = merged[number][n].a - block.a
+                block.moments = Moments(guess)
+                self.candidates[block.name] = merged[number][n] if merged is not None else None
+        self.fits = method == "lstsq"
+        self.readers: dict[str, str] = {}
+        self.inputs: list[tuple[torch.Tensor, torch.Tensor, str]] = []
+
+    def read(self, base: nn.Module, wires: Wires, calibration: Iterable[Mapping]) -> None:
+        """Runs every batch once; raises `ValueError` for batches that do not fit or give non-finite values."""
+        device = next(base.parameters()).device
+        wires.observer = self
+        count = 0
+        try:
+            with evaluating(base):
+                for batch in calibration:
+                    if not isinstance(batch, Mapping):
+                        raise ValueError(
+                            f"calibration[{count}] is a {type(batch).__name__}; give dicts of the base model's arguments"
+                        )
+                    self.inputs.clear()
+                    _forward(base, to_device(dict(batch), device), count)
+                    count += 1
+        finally:
+            wires.observer = None
+            self.inputs.clear()
+        if count == 0:
+            raise ValueError("calibration is empty; give at least one dict of the base model's arguments")
+        self._finish()
+
+    def __call__(self, variant: Shortcut, layer: LoraLayer, x, own, handed) -> None:
+        """Called by every wired block; for block-shortcuts `own` and `handed` are the stacked A and B."""
+        with torch.autocast(x.device.type, enabled=False):
+            block = self.blocks[variant.name]
+            rows = x.flatten(0, -2)
+            rows = rows if rows.dtype == torch.float64 else rows.float()
+            if isinstance(variant, BlockShortcut):
+                self._measure_cut(block, rows, own, handed)
+                own, handed = rows @ own[:1].to(rows).t(), None
+            own = own.flatten(0, -2)
+            handed = None if handed is None else handed.flatten(0, -2).to(own.device)
+            norm = torch.linalg.vector_norm(own.to(rows) if self.middle else rows)
+            if self.fits and block.moments.guess is not None:
+                self._share_second(variant.name, x, rows)
+            block.moments.add(rows, own, handed, norm)
+
+    def _measure_cut(self, block: Factors, rows: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+        """A block merge cut to `max_rank`: measures the outputs themselves."""
+        merged = self.candidates[block.name]
+        if merged.a.shape == a.shape:
+            return
+        whole = rows @ a.to(rows).t() @ b.to(rows).t()
+        cut = rows @ merged.a.to(rows).t() @ merged.b.to(rows).t()
+        block.moments.measure(whole, cut - whole)
+
+    def _share_second(self, name: str, x: torch.Tensor, rows: torch.Tensor) -> None:
+        """q, k and v of one attention read the same tensor: its second moment is computed and kept once."""
+        leader = next((other for seen, _, other in self.inputs if seen is x), None)
+        if leader is None:
+            self.inputs.append((x, rows, name))
+        leader = leader or name
+        if self.readers.setdefault(name, leader) != leader:
+            raise ValueError(
+                f"{name} reads another tensor than in the first calibration batch; calibrate in like batches"
+            )
+        moments = self.blocks[name].moments
+        if leader != name:
+            moments.second = self.blocks[leader].moments.second
+            return
+        moments.second = moments.second or Second()
+        moments.second.add(rows)
+
+    def _finish(self) -> None:
+        for name, block in self.blocks.items():
+            if block.moments.forwards == 0:
+                raise ValueError(f"{name} did not run on the calibration batches: is the adapter active and enabled?")
+            if not block.moments.finite():
+                raise ValueError(f"calibration gives NaN or infinity at the input of {name}; check its batches")
+            block.norm = block.moments.norm
+
+
+def _forward(base: nn.Module, batch: dict, number: int) -> None:
+    try:
+        base(**batch)
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        detail = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"calibration[{number}] does not run through {type(base).__name__}: {detail}") from error
+
+
+def _report(
+    connection: Connection, method: str, plan: list[list[Factors]], merged: list[list[Merged]], calibrated: bool
+) -> MergeReport:
+    blocks, notes = [], []
+    for chain, factors, results in zip(connection.chains, plan, merged, strict=False):
+        for block, factor, result in zip(chain, factors, results, strict=True):
+            error = merging.relative_error(factor, result) if calibrated else None
+            blocks.append(BlockReport(block.name, block.role, result.alpha, result.a.shape[0], error))
+            notes += result.notes
+    return MergeReport(method, connection.config.shortcut, tuple(blocks), tuple(dict.fromkeys(notes)))
+
+
+def _write(layer: LoraLayer, merged: Merged, adapter_name: str) -> None:
+    """Puts the new factors in place; a changed rank takes new linear layers of the old dtype, device and mode."""
+    for modules, value in ((layer.lora_A, merged.a), (layer.lora_B, merged.b)):
+        old = modules[adapter_name]
+        if old.weight.shape == value.shape:
+            old.weight.data.copy_(value)
+            continue
+        weight = old.weight
+        new = nn.Linear(value.shape[1], value.shape[0], bias=False, device="meta")
+        data = value.to(weight.device, weight.dtype).clone(memory_format=torch.contiguous_format)
+        new.weight = nn.Parameter(data, requires_grad=weight.requires_grad)
+        modules[adapter_name] = new.train(old.training)
+
+
+def _declare_rank(base: nn.Module, name: str, layer: LoraLayer, adapter_name: str) -> None:
+    """Where the rank changed: writes rank and alpha into the layer and, ahead of older patterns, into PEFT's config."""
+    rank = layer.lora_A[adapter_name].weight.shape[0]
+    if rank == layer.r[adapter_name]:
+        return
+    root = math.sqrt if layer.use_rslora[adapter_name] else float
+    nominal = layer.lora_alpha[adapter_name] / root(layer.r[adapter_name])
+    alpha = _exact_alpha(nominal, root(rank))
+    layer.r[adapter_name], layer.lora_alpha[adapter_name] = rank, alpha
+    config = base.peft_config[adapter_name]
+    pattern = "^" + re.escape(name)
+    config.rank_pattern = {pattern: rank, **{k: v for k, v in config.rank_pattern.items() if k != pattern}}
+    config.alpha_pattern = {pattern: alpha, **{k: v for k, v in config.alpha_pattern.items() if k != pattern}}
+
+
+def _exact_alpha(scaling: float, root: float) -> float:
+    """The alpha with `alpha / root == scaling` to the last bit, where rounding leaves one."""
+    product = scaling * root
+    for alpha in (product, math.nextafter(product, math.inf), math.nextafter(product, -math.inf)):
+        if alpha / root == scaling:
+            return int(alpha) if float(alpha).is_integer() else alpha
+    return product

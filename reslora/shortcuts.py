@@ -1,0 +1,367 @@
+"""Eqs. 1-4 as LoRA variants, and the state that lives for one forward.
+
+PEFT computes the frozen layer and asks the layer's *variant* for the rest. The variants here add the low-rank product of
+the paper's equations; `Wires` is what the variants of one model share. Notation as in the paper: block n has A_n (r x p),
+B_n (q x r) and the scaling s_n; x_n (batch x tokens x p) is its input.
+
+All products fold s into the r-wide vector's second product and accumulate into the frozen layer's output, so that nothing
+q-wide is written twice.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora.layer import LoraVariant
+from torch import nn
+
+_CHECKPOINTING = (
+    "call reslora.enable_gradient_checkpointing(model), and leave gradient checkpointing of the trainer off"
+)
+
+
+class State:
+    """What the blocks of one forward hand to each other; a forward makes a new one and drops it when it returns."""
+
+    __slots__ = ("handed", "norms", "normed", "grad", "segments")
+
+    def __init__(self, handed: dict | None = None, recording: bool = False, segments: int = 0) -> None:
+        self.handed: dict[str, torch.Tensor] = {} if handed is None else handed
+        self.norms: dict[str, torch.Tensor] | None = {} if recording else None
+        self.normed: tuple = (None, None)
+        self.grad = torch.is_grad_enabled()
+        self.segments = segments  # how many checkpointed segments with our context are open
+
+
+class NormWindow:
+    """Norms f_n of the latest `window` training forwards, a ring buffer on the device (the window of Eqs. 8-9)."""
+
+    def __init__(self, names: list[str], window: int) -> None:
+        self.names = names
+        self.window = window
+        self.values: torch.Tensor | None = None
+        self.pushed = 0
+
+    def push(self, norms: dict[str, torch.Tensor]) -> None:
+        """Writes one forward's norms over the oldest ones; a block that did not run gets NaN, which means skip."""
+        if not norms:
+            return
+        first = next(iter(norms.values()))
+        if self.values is None:
+            self.values = torch.full((len(self.names), self.window), torch.nan, dtype=first.dtype, device=first.device)
+        missing = torch.full_like(first, torch.nan)
+        column = [norms.get(name, missing).to(self.values.device, self.values.dtype) for name in self.names]
+        self.values[:, self.pushed % self.window] = torch.stack(column)
+        self.pushed += 1
+
+    def means(self) -> dict[str, float]:
+        """Returns f_n by block name, empty where nothing was recorded."""
+        if self.values is None or self.pushed == 0:
+            return {}
+        return dict(zip(self.names, self.values.nanmean(dim=1).tolist(), strict=True))
+
+
+class Wires:
+    """What the wired blocks of one model share: the state of the running forward, and the recorded norms.
+
+    Not thread-local: CUDA runs the backward, and with it a checkpoint's recomputation, on a thread of its own.
+    """
+
+    def __init__(self, names: list[str], window: int) -> None:
+        self.state: State | None = None
+        self.norms = NormWindow(names, window)
+        self.observer = None  # called as observer(variant, layer, x, own, handed) while merging calibrates
+
+    def begin(self, module: nn.Module, args: tuple) -> None:
+        """Forward pre-hook of the base model: a fresh state."""
+        _refuse_replica(module)
+        recording = self.norms.window > 0 and bool(self.norms.names) and module.training and torch.is_grad_enabled()
+        self.state = State(recording=recording)
+
+    def end(self, module: nn.Module, args: tuple, output: object) -> None:
+        """Forward hook of the base model, called after an exception too (`output` is None then): drops the state."""
+        state, self.state = self.state, None
+        if state is not None and state.norms and output is not None:
+            self.norms.push(state.norms)
+
+    def contexts(self):
+        """`context_fn` for non-reentrant checkpointing: a segment's recomputation sees what its forward saw.
+
+        Each segment keeps what was handed on *before* it began. Keeping the whole state would close a reference cycle
+        through the autograd graph, which is never collected if the backward does not run.
+        """
+        if self.state is None:
+            return nullcontext(), nullcontext()
+        return _Segment(self), _Recompute(self, dict(self.state.handed))
+
+
+class _Segment:
+    """Marks that the layers run inside a checkpointed segment that has our context."""
+
+    def __init__(self, wires: Wires) -> None:
+        self.wires = wires
+
+    def __enter__(self) -> None:
+        self.wires.state.segments += 1
+
+    def __exit__(self, *error: object) -> None:
+        if self.wires.state is not None:
+            self.wires.state.segments -= 1
+
+
+class _Recompute:
+    """Puts a segment's own state in place while the segment is recomputed, without recording norms again."""
+
+    def __init__(self, wires: Wires, handed: dict[str, torch.Tensor]) -> None:
+        self.wires, self.handed = wires, handed
+        self.interrupted: list[State | None] = []
+
+    def __enter__(self) -> None:
+        self.interrupted.append(self.wires.state)
+        self.wires.state = State(dict(self.handed), segments=1)
+
+    def __exit__(self, *error: object) -> None:
+        self.wires.state = self.interrupted.pop()
+
+
+class CastUnlessAutocast:
+    """Truth value for PEFT's `cast_input_dtype_enabled`: under autocast the product converts its input anyway."""
+
+    def __bool__(self) -> bool:
+        return not any(torch.is_autocast_enabled(device) for device in ("cuda", "cpu", "xpu", "mps"))
+
+
+class Shortcut(LoraVariant):
+    """A wired block; subclasses compute one of the paper's equations.
+
+    Neighbours are held as their A and B modules rather than as LoRA layers: those are leaves, so copying or pickling a
+    model does not walk along a whole chain.
+    """
+
+    def __init__(self, wires: Wires, name: str) -> None:
+        self.wires = wires
+        self.name = name
+        self.records = name in wires.norms.names
+
+    def supports_lora_conversion(self) -> bool:
+        """A wired block is no weight update of its own layer."""
+        return False
+
+    def merge_safe(self, module: nn.Module, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
+        """PEFT's merge would drop the residual paths: raises `RuntimeError`."""
+        raise merge_refused(self.name)
+
+    def merge_unsafe(self, module: nn.Module, active_adapter: str, orig_weight: torch.Tensor) -> None:
+        """PEFT's merge would drop the residual paths: raises `RuntimeError`."""
+        raise merge_refused(self.name)
+
+    def unmerge(self, module: nn.Module, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
+        """There is nothing PEFT could have merged: raises `RuntimeError`."""
+        raise merge_refused(self.name)
+
+    def _running(self) -> State:
+        """The state of the running forward; raises rather than computing something wrong."""
+        state = self.wires.state
+        if state is None:
+            raise RuntimeError(
+                f"{self.name} ran outside a forward of the connected model, which must be called as a whole; "
+                f"if this is gradient checkpointing, {_CHECKPOINTING}"
+            )
+        if torch.compiler.is_compiling():
+            return state
+        grad = torch.is_grad_enabled()
+        if state.grad and not grad:
+            raise RuntimeError(
+                f"{self.name} ran without gradients inside a forward with gradients, as reentrant gradient "
+                f"checkpointing does; {_CHECKPOINTING}"
+            )
+        if grad and not state.segments and _inside_checkpoint():
+            raise RuntimeError(f"{self.name} is in a checkpoint that would lose its shortcut; {_CHECKPOINTING}")
+        return state
+
+    def _take(self, state: State, source: str, like: torch.Tensor) -> torch.Tensor:
+        """What `source` handed on, on the device of `like` and of its shape (batch x tokens x r)."""
+        handed = state.handed.get(source)
+        if handed is None:
+            raise RuntimeError(
+                f"{self.name} ran before its neighbour {source}; connect again with example_inputs= that run the "
+                "layers in the order of training"
+            )
+        if handed.shape != like.shape:
+            raise RuntimeError(
+                f"{self.name} has {tuple(like.shape[:-1])} tokens where its neighbour {source} had "
+                f"{tuple(handed.shape[:-1])}; connect again with example_inputs= of the sizes trained on"
+            )
+        return handed.to(like.device)
+
+    def _record(self, state: State, value: torch.Tensor) -> None:
+        """Keeps the Frobenius norm of `value`, whole batch; layers that read the same tensor share one computation."""
+        if state.norms is None or not self.records:
+            return
+        seen, norm = state.normed
+        if seen is not value:
+            dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+            norm = torch.linalg.vector_norm(value.detach(), dtype=dtype)
+            state.normed = (value, norm)
+        state.norms[self.name] = norm
+
+    def _observe(self, module: nn.Module, x: torch.Tensor, own: torch.Tensor, handed: torch.Tensor | None) -> None:
+        if self.wires.observer is not None:
+            self.wires.observer(self, module, x, own, handed)
+
+
+class InputShortcut(Shortcut):
+    """ResLoRA_is: `W_n x_n + s_n B_n A_n (x_n + x_{n-1})` (Eq. 2).
+
+    x_{n-1} is not kept: block n-1 computes `[A_{n-1}; A_n] x_{n-1}` in one product and hands on the r-wide half.
+    """
+
+    def __init__(self, wires: Wires, name: str, previous: str | None, following: nn.Linear | None, head: str) -> None:
+        super().__init__(wires, name)
+        self.previous = previous
+        self.following = following
+        self.repeats = previous is None and head == "repeat"
+
+    def forward(self, module: nn.Module, *, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs):
+        """`x` (batch x tokens x p) and the frozen layer's `result` (batch x tokens x q) to the block's output."""
+        state = self._running()
+        weight = module.lora_A[active_adapter].weight
+        x = cast(x, weight)
+        self._record(state, x)
+        dropped = module.lora_dropout[active_adapter](x)
+        if self.following is None:
+            own = F.linear(dropped, weight)
+        else:
+            both = torch.cat((weight, neighbour_weight(self.following, weight, self.name)))
+            own, state.handed[self.name] = F.linear(dropped, both).split(weight.shape[0], dim=-1)
+        hidden, scaling = own, module.scaling[active_adapter]
+        handed = None
+        if self.previous is not None:
+            handed = self._take(state, self.previous, own)
+            hidden = own + handed
+        elif self.repeats:
+            handed, scaling = own, 2 * scaling
+        self._observe(module, x, own, handed)
+        return add_product(result, hidden, module.lora_B[active_adapter], scaling)
+
+
+class BlockShortcut(Shortcut):
+    """ResLoRA_bs: `W_n x_n + s_n (sum_{k=0..m} B_{n-k} A_{n-k}) x_n` (Eq. 3).
+
+    Two products whatever m is: `[B_n, ..., B_{n-m}] [A_n; ...; A_{n-m}] x_n`. Needs no state.
+    """
+
+    def __init__(self, wires: Wires, name: str, previous: list[tuple[nn.Linear, nn.Linear]]) -> None:
+        super().__init__(wires, name)
+        self.previous = previous
+
+    def forward(self, module: nn.Module, *, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs):
+        """`x` (batch x tokens x p) and the frozen layer's `result` (batch x tokens x q) to the block's output."""
+        _refuse_replica(module)
+        lora_a, lora_b = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        weight_a, weight_b = lora_a.weight, lora_b.weight
+        x = cast(x, weight_a)
+        dropped = module.lora_dropout[active_adapter](x)
+        if self.previous:
+            a = [neighbour_weight(a, weight_a, self.name) for a, _ in self.previous]
+            b = [neighbour_weight(b, weight_b, self.name) for _, b in self.previous]
+            weight_a, weight_b = torch.cat((weight_a, *a)), torch.cat((weight_b, *b), dim=1)
+        self._observe(module, x, weight_a, weight_b)
+        hidden = F.linear(dropped, weight_a)
+        return add_scaled(result, hidden, weight_b, module.scaling[active_adapter])
+
+
+class MiddleShortcut(Shortcut):
+    """ResLoRA_ms: `W_n x_n + s_n B_n (sum_{k=0..m} A_{n-k} x_{n-k})` (Eq. 4): adds r-wide vectors."""
+
+    def __init__(self, wires: Wires, name: str, previous: list[str], hands_on: bool) -> None:
+        super().__init__(wires, name)
+        self.previous = previous
+        self.hands_on = hands_on
+
+    def forward(self, module: nn.Module, *, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs):
+        """`x` (batch x tokens x p) and the frozen layer's `result` (batch x tokens x q) to the block's output."""
+        state = self._running()
+        lora_a, dropout = module.lora_A[active_adapter], module.lora_dropout[active_adapter]
+        x = cast(x, lora_a.weight)
+        own = lora_a(dropout(x))
+        if state.norms is not None:
+            self._record(state, own if _passes(dropout) else _without_gradient(lora_a, x))
+        if self.hands_on:
+            state.handed[self.name] = own
+        handed = None
+        for source in self.previous:
+            value = self._take(state, source, own)
+            handed = value if handed is None else handed + value
+        self._observe(module, x, own, handed)
+        hidden = own if handed is None else own + handed
+        return add_product(result, hidden, module.lora_B[active_adapter], module.scaling[active_adapter])
+
+
+def cast(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`x` in the adapter's dtype, as PEFT does it; left alone under autocast, where the product converts its input."""
+    if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(weight.dtype)
+
+
+def neighbour_weight(linear: nn.Linear, own: torch.Tensor, name: str) -> torch.Tensor:
+    """A neighbour's A or B on the block's device; `RuntimeError` where it is sharded or offloaded away."""
+    weight = linear.weight
+    if weight.shape != own.shape or hasattr(weight, "_local_tensor") or weight.is_meta != own.is_meta:
+        raise RuntimeError(
+            f"{name} cannot read its neighbour's weight of shape {tuple(weight.shape)} (wanted {tuple(own.shape)}): it "
+            'is sharded or offloaded; use DDP or ZeRO-2, or shortcut="middle", which needs no neighbour\'s weight'
+        )
+    return weight if weight.device == own.device else weight.to(own.device)
+
+
+def add_product(result: torch.Tensor, hidden: torch.Tensor, lora_b: nn.Linear, scaling: float) -> torch.Tensor:
+    """`result + scaling * hidden B^T`; by way of the module where its weight is only whole inside its own forward."""
+    weight = lora_b.weight
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        return result + lora_b(hidden * scaling)
+    return add_scaled(result, hidden, weight, scaling)
+
+
+def add_scaled(result: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, scaling: float) -> torch.Tensor:
+    """`result + scaling * hidden weight^T` for (… x q), (… x r) and (q x r), without a q-wide temporary."""
+    if result.dtype != hidden.dtype:
+        # A half-precision frozen layer under a float32 adapter, or the reverse: keep the wider one, as PEFT does.
+        return result + F.linear(hidden * scaling, weight)
+    flat = torch.addmm(result.flatten(0, -2), hidden.flatten(0, -2), weight.t(), alpha=scaling)
+    return flat.view(result.shape)
+
+
+def merge_refused(name: str) -> RuntimeError:
+    """The error of PEFT's merge verbs on a connected model."""
+    return RuntimeError(
+        f"{name} is wired by ResLoRA, and PEFT's own merge would drop the residual paths: call reslora.merge(model) "
+        "first (or reslora.disconnect)"
+    )
+
+
+def _without_gradient(lora_a: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return lora_a(x)
+
+
+def _passes(dropout: nn.Module) -> bool:
+    """Whether a dropout module hands its input through unchanged."""
+    return isinstance(dropout, nn.Identity) or not dropout.training
+
+
+def _refuse_replica(module: nn.Module) -> None:
+    if "_former_parameters" in vars(module):
+        raise RuntimeError(
+            "nn.DataParallel runs copies of the layers, whose neighbours are not copied: use DistributedDataParallel, "
+            "for instance through `accelerate launch`"
+        )
+
+
+def _inside_checkpoint() -> bool:
+    """Whether a non-reentrant checkpoint of PyTorch is open: it works through saved-tensor hooks of its own module."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
