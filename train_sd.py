@@ -1,0 +1,1933 @@
+"""Fine-tune Stable Diffusion with LoRA and ResLoRA, and compare the two picture by picture.
+
+    accelerate launch train_sd.py
+    accelerate launch train_sd.py --pretrained_model_name_or_path MODEL --train_data_dir PICTURES
+
+The first form trains the bundled 64x64 pipeline on the bundled pictures in a few minutes on two CPU cores; the second any
+Stable Diffusion 1.x or 2.x. Flags are those of diffusers' `train_text_to_image_lora.py`, with the same meaning, and more.
+
+Every training sample (picture, crop, noise, timestep, dropout) is a pure function of the seed and the sample's position in the
+run. So all methods see the same data, a resumed run is the uninterrupted one, and the number of processes does not matter.
+
+Heavy libraries are imported where they are used: `--help` and a refused flag answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ASSETS = Path(__file__).resolve().parent / "assets"
+BUNDLED_MODEL, BUNDLED_PICTURES = ASSETS / "pipeline", ASSETS / "openmoji"
+
+LORA_METHODS = ("lora", "reslora", "lora_x2")  # what ends as a plain LoRA, and so as a diffusers and a kohya file
+METHODS = (*LORA_METHODS, "adalora", "loha", "lokr")
+
+# A flag left alone takes the first value with the bundled pipeline and the second with a model the user names.
+DEFAULTS = {
+    "method": (["lora", "reslora"], ["reslora"]),
+    "resolution": (64, 512),
+    "learning_rate": (2e-4, 1e-4),
+    "max_train_steps": (200, None),
+    "checkpointing_steps": (100, 500),
+    "validation_prompt": (["cat face", "sailboat", "red apple", "penguin"], []),
+    "num_validation_images": (1, 4),
+    "validation_steps": (50, None),
+    "validation_split": (0.1, 0.0),
+    "num_inference_steps": (25, 30),
+    "guidance_scale": (4.0, 7.5),
+}
+
+# What may differ between a run and its continuation: how long it trains, and what it shows and keeps.
+FREE_ON_RESUME = {
+    *(
+        "config",
+        "output_dir",
+        "logging_dir",
+        "cache_dir",
+        "method",
+        "max_train_steps",
+        "num_train_epochs",
+        "local_rank",
+    ),
+    *("validation_prompt", "num_validation_images", "validation_steps", "validation_epochs", "num_inference_steps"),
+    *("guidance_scale", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "report_to"),
+    *("push_to_hub", "hub_token", "hub_model_id", "dataloader_num_workers", "cache_latents", "cache_text_embeddings"),
+    *(
+        "gradient_checkpointing",
+        "merge",
+        "merge_calibration_samples",
+        "train_batch_size",
+        "gradient_accumulation_steps",
+    ),
+}
+
+RANDOM_CROPS = 4  # crops cached for a picture that isn't square: the centre and three more
+VALIDATION_DRAWS = 4  # noises per held-out picture, one in each quarter of the timesteps
+TOLERANCE = 2 / 255  # largest difference of any pixel between the merged model and an export read back
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+
+class InvalidArgument(ValueError):
+    """What the user gave cannot work: one line naming the argument, the value and the fix; exit status 2."""
+
+
+class RunFailed(RuntimeError):
+    """The run itself went wrong (a loss that is not a number, an export that does not match); exit status 1."""
+
+
+class Stopped(Exception):
+    """Ctrl-C or SIGTERM: the checkpoint is written, nothing else is."""
+
+
+# ---------------------------------------------------------------------------------------------------------------- flags
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse prints ninety flags of usage before its one line of error; only the line is wanted."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def whole(minimum: int):
+    """Type of a flag that takes a whole number of at least `minimum`."""
+
+    def parse(text: str) -> int:
+        with contextlib.suppress(ValueError):
+            if int(text) >= minimum:
+                return int(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {minimum}")
+
+    return parse
+
+
+def number(minimum: float, below: float = math.inf, exclusive: bool = False):
+    """Type of a flag that takes a finite number in [minimum, below), or above `minimum` when `exclusive`."""
+
+    def parse(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            value = float(text)
+            if math.isfinite(value) and value < below and (value > minimum if exclusive else value >= minimum):
+                return int(value) if value.is_integer() and re.fullmatch(r"\d+", text) else value
+        bounds = f"{'above' if exclusive else 'of at least'} {minimum}" + (
+            f" and below {below}" if below < math.inf else ""
+        )
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number {bounds}")
+
+    return parse
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All flags. A default of None that the help gives in brackets depends on the model, see DEFAULTS."""
+    parser = OneLineParser(
+        prog="train_sd.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="flags from a TOML file or a run's config.json; the command line wins"
+    )
+    add_model_flags(parser.add_argument_group("model"))
+    add_method_flags(parser.add_argument_group("method"))
+    add_data_flags(parser.add_argument_group("pictures and captions"))
+    add_training_flags(parser.add_argument_group("training"))
+    add_optimizer_flags(parser.add_argument_group("optimizer"))
+    add_validation_flags(parser.add_argument_group("samples and validation loss"))
+    add_output_flags(parser.add_argument_group("output, checkpoints and reports"))
+    for action in parser._actions:
+        if action.dest in DEFAULTS:
+            bundled, named = DEFAULTS[action.dest]
+            show = lambda value: " ".join(map(str, value)) or "none" if isinstance(value, list) else value  # noqa: E731
+            action.help += f" (bundled pipeline: {show(bundled)}; otherwise: {show(named)})"
+        elif action.default not in (None, False, argparse.SUPPRESS, []) and action.nargs != 0:
+            action.help += (
+                f" (default: {' '.join(action.default) if isinstance(action.default, list) else action.default})"
+            )
+    return parser
+
+
+def add_model_flags(group) -> None:
+    group.add_argument(
+        "--pretrained_model_name_or_path",
+        metavar="MODEL",
+        help="Stable Diffusion 1.x or 2.x: a folder in diffusers format, or a name on the hub; default: the bundled pipeline",
+    )
+    group.add_argument("--revision", help="revision of the model on the hub")
+    group.add_argument("--variant", help="variant of the model's files, such as fp16")
+    group.add_argument("--cache_dir", help="folder for downloaded models and data sets")
+    group.add_argument(
+        "--prediction_type",
+        choices=["epsilon", "v_prediction"],
+        help="what the U-Net predicts; default: what the scheduler says",
+    )
+    group.add_argument(
+        "--mixed_precision",
+        choices=["no", "fp16", "bf16"],
+        help="precision of the frozen parts; the adapter stays fp32; default: what accelerate was started with",
+    )
+    group.add_argument("--allow_tf32", action="store_true", help="allow TF32 matrix products on Ampere and later GPUs")
+    group.add_argument(
+        "--enable_xformers_memory_efficient_attention",
+        action="store_true",
+        help="use xformers' attention (PyTorch's own is used otherwise)",
+    )
+
+
+def add_method_flags(group) -> None:
+    group.add_argument(
+        "--method",
+        nargs="+",
+        choices=METHODS,
+        help="trained one after the other on the same data; lora_x2 is LoRA with doubled alpha",
+    )
+    group.add_argument("--rank", type=whole(1), default=16, help="rank of the update matrices")
+    group.add_argument("--lora_alpha", type=number(0, exclusive=True), help="scale times rank; default: twice the rank")
+    group.add_argument(
+        "--lora_dropout",
+        type=number(0, below=1),
+        default=0.0,
+        help="dropout on the adapter's input (rank dropout for loha and lokr)",
+    )
+    group.add_argument(
+        "--target_modules",
+        nargs="+",
+        default=["to_q", "to_k", "to_v", "to_out.0"],
+        help="layers of the U-Net that get an adapter, by the end of their name",
+    )
+    group.add_argument(
+        "--shortcut",
+        choices=["none", "input", "block", "middle"],
+        default="input",
+        help="ResLoRA: what neighbouring blocks share",
+    )
+    group.add_argument(
+        "--pre_num",
+        type=whole(-1),
+        default=4,
+        help="ResLoRA: previous blocks a block reaches, -1 for all (input: any number but 0 means one)",
+    )
+    group.add_argument(
+        "--head",
+        choices=["repeat", "none"],
+        default="repeat",
+        help="ResLoRA, input shortcut: what the first block of a chain adds to its input",
+    )
+    group.add_argument(
+        "--merge",
+        choices=["auto", "none", "input", "weights", "lstsq"],
+        default="auto",
+        help="ResLoRA: how the shortcuts become plain LoRA weights",
+    )
+    group.add_argument(
+        "--merge_calibration_samples",
+        type=whole(0),
+        default=64,
+        help="ResLoRA: training samples that the merge may read",
+    )
+
+
+def add_data_flags(group) -> None:
+    group.add_argument("--dataset_name", help="data set on the hub, or a folder that the datasets library reads")
+    group.add_argument("--dataset_config_name", help="configuration of that data set")
+    group.add_argument(
+        "--train_data_dir",
+        metavar="FOLDER",
+        help="pictures with metadata.jsonl, or with .txt captions beside them; default: the bundled pictures with the bundled pipeline",
+    )
+    group.add_argument("--image_column", default="image", help="column with the picture")
+    group.add_argument("--caption_column", default="text", help="column with the caption or a list of captions")
+    group.add_argument("--max_train_samples", type=whole(1), help="train on that many pictures, drawn at random")
+    group.add_argument("--resolution", type=whole(8), help="side of the square the pictures are scaled and cropped to")
+    group.add_argument("--center_crop", action="store_true", help="crop the centre instead of a random place")
+    group.add_argument("--random_flip", action="store_true", help="mirror half of the samples")
+    group.add_argument(
+        "--image_interpolation_mode",
+        default="lanczos",
+        choices=["nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos"],
+        help="how pictures are scaled",
+    )
+    group.add_argument(
+        "--strict",
+        action="store_true",
+        help="refuse pictures that cannot be read or have no caption instead of leaving them out",
+    )
+    group.add_argument(
+        "--cache_latents",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="encode every picture once, not in every step",
+    )
+    group.add_argument(
+        "--cache_text_embeddings",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="encode every caption once, then free the text encoder",
+    )
+    group.add_argument("--dataloader_num_workers", type=whole(0), default=0, help="processes that read pictures")
+
+
+def add_training_flags(group) -> None:
+    group.add_argument("--seed", type=whole(0), default=0, help="the same seed gives the same bytes")
+    group.add_argument("--train_batch_size", type=whole(1), default=16, help="samples per process and forward")
+    group.add_argument("--gradient_accumulation_steps", type=whole(1), default=1, help="forwards per step")
+    group.add_argument("--num_train_epochs", type=whole(1), default=100, help="passes over the pictures")
+    group.add_argument("--max_train_steps", type=whole(1), help="steps; wins over --num_train_epochs")
+    group.add_argument("--gradient_checkpointing", action="store_true", help="less memory, slower")
+    group.add_argument("--noise_offset", type=number(0), default=0.0, help="scale of the noise added per channel")
+    group.add_argument("--snr_gamma", type=number(0, exclusive=True), help="min-SNR loss weights; 5.0 is usual")
+    group.add_argument("--local_rank", type=int, default=-1, help="set by launchers")
+
+
+def add_optimizer_flags(group) -> None:
+    group.add_argument("--learning_rate", type=number(0, exclusive=True), help="highest learning rate")
+    group.add_argument(
+        "--scale_lr", action="store_true", help="multiply it by batch size, accumulation steps and processes"
+    )
+    group.add_argument(
+        "--lr_scheduler",
+        default="constant",
+        choices=["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"],
+        help="its course",
+    )
+    group.add_argument(
+        "--lr_warmup_steps", type=whole(0), default=500, help="steps until it is reached (no effect with constant)"
+    )
+    group.add_argument("--use_8bit_adam", action="store_true", help="bitsandbytes' 8-bit AdamW")
+    group.add_argument("--adam_beta1", type=number(0, below=1), default=0.9, help="decay of the gradient's mean")
+    group.add_argument("--adam_beta2", type=number(0, below=1), default=0.999, help="decay of its square's mean")
+    group.add_argument("--adam_weight_decay", type=number(0), default=1e-2, help="weight decay")
+    group.add_argument("--adam_epsilon", type=number(0, exclusive=True), default=1e-8, help="added to the denominator")
+    group.add_argument(
+        "--max_grad_norm", type=number(0, exclusive=True), default=1.0, help="gradients are clipped to this norm"
+    )
+
+
+def add_validation_flags(group) -> None:
+    group.add_argument(
+        "--validation_prompt", nargs="+", metavar="PROMPT", help="prompts sampled while training, with fixed seeds"
+    )
+    group.add_argument("--num_validation_images", type=whole(1), help="pictures per prompt")
+    group.add_argument("--validation_steps", type=whole(1), help="steps between samples; default: --validation_epochs")
+    group.add_argument("--validation_epochs", type=whole(1), default=1, help="epochs between samples")
+    group.add_argument(
+        "--validation_split", type=number(0, below=1), help="share of the pictures held out for the validation loss"
+    )
+    group.add_argument("--num_inference_steps", type=whole(1), help="denoising steps of a sample")
+    group.add_argument("--guidance_scale", type=number(0), help="classifier-free guidance of a sample")
+
+
+def add_output_flags(group) -> None:
+    group.add_argument("--output_dir", default="sd-model-finetuned-lora", help="folder of the run")
+    group.add_argument("--logging_dir", default="logs", help="TensorBoard folder inside it")
+    group.add_argument("--report_to", default="tensorboard", help="tensorboard, wandb, comet_ml, all or none")
+    group.add_argument("--checkpointing_steps", type=whole(1), help="steps between checkpoints")
+    group.add_argument("--checkpoints_total_limit", type=whole(1), help="checkpoints kept per method")
+    group.add_argument(
+        "--resume_from_checkpoint",
+        metavar="latest|FOLDER",
+        help="go on from the newest usable checkpoint, or from this one",
+    )
+    group.add_argument("--push_to_hub", action="store_true", help="upload the folder when done")
+    group.add_argument("--hub_token", help="token for the hub")
+    group.add_argument("--hub_model_id", help="repository on the hub; default: the folder's name")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Flags with every default filled in; whatever can be refused without loading a library is refused here."""
+    parser = build_parser()
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(argv)
+    if args.config:
+        args = parser.parse_args(config_flags(parser, Path(args.config)) + argv)
+    args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
+    model = args.pretrained_model_name_or_path
+    bundled = model is None or Path(model).resolve() == BUNDLED_MODEL
+    args.pretrained_model_name_or_path = str(BUNDLED_MODEL) if bundled else model
+    if bundled and not args.dataset_name and not args.train_data_dir:
+        args.train_data_dir = str(BUNDLED_PICTURES)
+    if bundled and args.max_train_steps is None and any(a.startswith("--num_train_epochs") for a in argv):
+        args.max_train_steps = 0  # asked for in epochs: neither default applies
+    for name, (with_bundled, with_named) in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, with_bundled if bundled else with_named)
+    args.max_train_steps = args.max_train_steps or None
+    args.lora_alpha = args.lora_alpha or 2 * args.rank
+    args.method = list(dict.fromkeys(args.method))
+    check_args(args)
+    return args
+
+
+def config_flags(parser: argparse.ArgumentParser, path: Path) -> list[str]:
+    """A TOML file or a run's config.json as command-line words, so that they pass the same checks."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        table = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except (OSError, ValueError) as error:
+        raise InvalidArgument(
+            f"--config {path}: cannot be read ({first_line(error)}); give a TOML file or a run's config.json"
+        ) from None
+    actions = {action.dest: action for action in parser._actions}
+    words = []
+    for name, value in table.items():
+        if name not in actions or name in ("config", "help"):
+            raise InvalidArgument(f"--config {path}: {name} is not a flag of train_sd.py; remove it")
+        if isinstance(value, bool):
+            negative = f"--no-{name}" if isinstance(actions[name], argparse.BooleanOptionalAction) else None
+            words += [f"--{name}"] if value else [negative] if negative else []
+        elif isinstance(value, list):
+            words += [f"--{name}", *map(str, value)] if value else []
+        elif value is not None:
+            words.append(f"--{name}={value}")
+    return words
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Refuse combinations and paths that cannot work."""
+    check_local_model(args)
+    if not args.dataset_name and not args.train_data_dir:
+        raise InvalidArgument(
+            "--train_data_dir is missing: name a folder of pictures with captions, or a data set with --dataset_name"
+        )
+    if args.train_data_dir and not args.dataset_name and not Path(args.train_data_dir).is_dir():
+        raise InvalidArgument(
+            f"--train_data_dir {args.train_data_dir}: no such folder; give one with pictures and captions"
+        )
+    for flag, used, package in (
+        ("--use_8bit_adam", args.use_8bit_adam, "bitsandbytes"),
+        ("--enable_xformers_memory_efficient_attention", args.enable_xformers_memory_efficient_attention, "xformers"),
+        ("--report_to wandb", args.report_to == "wandb", "wandb"),
+        ("--report_to comet_ml", args.report_to == "comet_ml", "comet_ml"),
+    ):
+        if used and importlib.util.find_spec(package) is None:
+            raise InvalidArgument(
+                f"{flag} needs {package}, which is not installed: pip install {package}, or leave the flag out"
+            )
+    if args.report_to not in ("tensorboard", "wandb", "comet_ml", "all", "none"):
+        raise InvalidArgument(f"--report_to {args.report_to}: choose from tensorboard, wandb, comet_ml, all, none")
+    if args.report_to == "wandb" and args.hub_token:
+        raise InvalidArgument(
+            "--hub_token would be published by --report_to wandb: log in with `hf auth login` instead"
+        )
+    if args.merge == "lstsq" and args.shortcut in ("input", "middle") and args.merge_calibration_samples == 0:
+        raise InvalidArgument("--merge lstsq needs samples: give --merge_calibration_samples 64, or another merge")
+    output = Path(args.output_dir)
+    parent = next(p for p in (output, *output.absolute().parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InvalidArgument(
+            f"--output_dir {args.output_dir}: {parent} is not a folder that can be written; choose another"
+        )
+
+
+def check_local_model(args: argparse.Namespace) -> None:
+    """Refuse a folder that isn't a Stable Diffusion pipeline, and a resolution its VAE cannot take."""
+    name = args.pretrained_model_name_or_path
+    folder = Path(name)
+    if not folder.is_dir():
+        if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise InvalidArgument(
+                f"--pretrained_model_name_or_path {name}: no such folder; give one in diffusers format or a name on the hub"
+            )
+        return
+    try:
+        check_pipeline_class(name, json.loads((folder / "model_index.json").read_text(encoding="utf-8")))
+        vae = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        raise InvalidArgument(
+            f"--pretrained_model_name_or_path {name}: no readable model_index.json and vae/config.json; give a pipeline folder in diffusers format"
+        ) from None
+    check_resolution(args.resolution, 2 ** (len(vae.get("block_out_channels", [0])) - 1))
+
+
+def check_pipeline_class(name: str, index: dict) -> None:
+    found = index.get("_class_name")
+    if found != "StableDiffusionPipeline":
+        hint = (
+            "SDXL is supported by the reslora library only, for now"
+            if "XL" in str(found)
+            else "give a Stable Diffusion 1.x or 2.x text-to-image pipeline"
+        )
+        raise InvalidArgument(f"--pretrained_model_name_or_path {name}: this is a {found}; {hint}")
+
+
+def check_resolution(resolution: int, factor: int) -> None:
+    if resolution % factor:
+        raise InvalidArgument(
+            f"--resolution {resolution}: the VAE takes multiples of {factor}; give {max(1, resolution // factor) * factor}"
+        )
+
+
+# --------------------------------------------------------------------------------------------------- files and interruptions
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+@contextlib.contextmanager
+def renamed(path: Path):
+    """Write a file or folder beside its place, and move it there only when it is complete."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    remove(temporary)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield temporary
+        if path.is_dir():  # a folder cannot be replaced in one step
+            remove(old := path.with_name(f".{path.name}.old.tmp"))
+            path.rename(old)
+            temporary.rename(path)
+            remove(old)
+        else:
+            os.replace(temporary, path)
+    finally:
+        remove(temporary)
+
+
+def remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value) -> None:
+    with renamed(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def locked(folder: Path):
+    """Keep a second run out of the folder; the lock holds this process's id, and a dead process's lock is taken over."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = folder / ".lock"
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            owner = int(lock.read_text())
+            if owner != os.getpid() and process_exists(owner):
+                raise InvalidArgument(
+                    f"--output_dir {folder}: process {owner} is training in it; wait for it, or choose another folder"
+                )
+        lock.write_text(str(os.getpid()))
+    except OSError as error:
+        raise InvalidArgument(
+            f"--output_dir {folder}: cannot be written ({error.strerror}); choose another folder"
+        ) from None
+    for leftover in (*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp"), *folder.glob("*/samples/.*.tmp")):
+        remove(leftover)  # of a run that was killed while writing
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+
+
+def process_exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+class StopRequest:
+    """The first Ctrl-C or SIGTERM asks the training loop to save and leave; the second leaves at once."""
+
+    def __init__(self):
+        self.signal = None
+        self.previous = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def __call__(self, number, frame):
+        if self.signal is not None:
+            os._exit(128 + number)
+        self.signal = number
+        print("\nstopping after this step; once more to stop at once", file=sys.stderr)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+def derive(*key) -> int:
+    """A 63-bit seed that depends on the whole key and nothing else, the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
+
+
+# ------------------------------------------------------------------------------------------------- resuming and finished runs
+
+
+def settings_of(args: argparse.Namespace) -> dict:
+    """What a continuation must share with the run it continues."""
+    settings = {name: value for name, value in vars(args).items() if name not in FREE_ON_RESUME}
+    samples = args.train_batch_size * args.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", 1))
+    return settings | {"samples_per_step": samples}
+
+
+def checkpoints_of(folder: Path) -> list[Path]:
+    """Complete checkpoints of one method, newest first."""
+    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted((path for path in found if (path / "trainer.json").is_file()), key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def plan_resume(args: argparse.Namespace) -> dict[str, list[Path]]:
+    """Checkpoints each method may start from, best first; empty lists where it starts afresh."""
+    output, named = Path(args.output_dir), args.resume_from_checkpoint
+    plan = {method: checkpoints_of(output / method) for method in args.method}
+    for found in plan.values():
+        for checkpoint in found[:1]:
+            check_settings(args, checkpoint)
+    if named is None and any(plan.values()) and not finished_methods(args):
+        raise InvalidArgument(
+            f"--output_dir {output}: holds an unfinished run; go on with --resume_from_checkpoint latest, or choose another"
+        )
+    if named not in (None, "latest"):
+        path = Path(named) if Path(named).is_dir() or os.sep in named else output / args.method[0] / named
+        if not (path / "trainer.json").is_file():
+            raise InvalidArgument(
+                f"--resume_from_checkpoint {named}: no complete checkpoint there; use latest, or one of {[str(c) for f in plan.values() for c in f]}"
+            )
+        method = json.loads((path / "trainer.json").read_text())["method"]
+        if method not in args.method:
+            raise InvalidArgument(f"--resume_from_checkpoint {named}: it belongs to --method {method}; add that")
+        check_settings(args, path)
+        plan[method] = [path]
+    return plan
+
+
+def check_settings(args: argparse.Namespace, checkpoint: Path) -> None:
+    """Refuse to go on with another rank, shortcut, base, data set ... than the checkpoint's."""
+    there, here = read_trainer_json(checkpoint).get("settings", {}), json.loads(json.dumps(settings_of(args)))
+    for name, value in here.items():
+        if name in there and there[name] != value:
+            flag = f"--{name}" if name != "samples_per_step" else "batch size x accumulation x processes ="
+            raise InvalidArgument(
+                f"{flag} {value}: {checkpoint} was trained with {there[name]}; use that, or choose another --output_dir"
+            )
+
+
+def read_trainer_json(checkpoint: Path) -> dict:
+    try:
+        return json.loads((checkpoint / "trainer.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}  # damaged: found out, and left out, when it is loaded
+
+
+def finished_methods(args: argparse.Namespace) -> list[str]:
+    """Methods whose exports were written and compared, for as many steps as are asked for now."""
+    done = []
+    for method in args.method:
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            record = json.loads((Path(args.output_dir) / method / "exports.json").read_text(encoding="utf-8"))
+            wanted = args.max_train_steps
+            done += [method] if wanted in (None, record["step"]) else []
+    return done
+
+
+# ---------------------------------------------------------------------------------------------------- pictures and captions
+
+
+@dataclass
+class Pictures:
+    """The data set: where each picture is (a path or its bytes), its captions, and what was encoded of it."""
+
+    sources: list
+    captions: list[list[str]]
+    variants: int = 1  # crops and mirror images encoded of each; number 0 is the upright centre
+    moments: object = None  # VAE mean and std, [pictures, variants, 2, channels, height, width]
+    embeddings: dict = field(default_factory=dict)  # caption -> text encoder states, [tokens, width]
+    left_out: list[str] = field(default_factory=list)
+
+    def keep(self, indices: list[int]) -> None:
+        self.sources = [self.sources[i] for i in indices]
+        self.captions = [self.captions[i] for i in indices]
+        self.moments = self.moments[indices] if self.moments is not None else None
+
+    def leave_out(self, strict: bool, index: int, reason: str) -> None:
+        source = self.sources[index]
+        name = source if isinstance(source, (str, Path)) else f"picture {index}"
+        if strict:
+            raise InvalidArgument(f"--strict: {name}: {reason}; repair or remove it, or leave --strict out")
+        self.left_out.append(f"{name}: {reason}")
+
+
+def find_pictures(args: argparse.Namespace) -> Pictures:
+    """Pictures and captions of the folder or data set; nothing but file headers is read yet."""
+    folder = Path(args.dataset_name if args.dataset_name else args.train_data_dir)
+    pictures = read_folder(folder, args) if folder.is_dir() else None
+    pictures = pictures or read_dataset(args)
+    keep = []
+    for index, captions in enumerate(pictures.captions):
+        # A missing caption is a mistake; an empty one is a choice (the picture then trains the empty prompt).
+        if not captions or any(not isinstance(caption, str) for caption in captions):
+            pictures.leave_out(args.strict, index, "no caption")
+        elif (problem := header_problem(pictures.sources[index])) is not None:
+            pictures.leave_out(args.strict, index, problem)
+        else:
+            keep.append(index)
+    pictures.keep(keep)
+    pictures.captions = [[caption.replace("\0", "") for caption in captions] for captions in pictures.captions]
+    if not pictures.sources:
+        example = f" (for example {pictures.left_out[0]})" if pictures.left_out else ""
+        raise InvalidArgument(
+            f"{data_flag(args)}: no picture with a caption in it{example}; give pictures with metadata.jsonl, or .txt captions beside them"
+        )
+    if args.max_train_samples and args.max_train_samples < len(pictures.sources):
+        pictures.keep(shuffled(len(pictures.sources), args.seed, "max_train_samples")[: args.max_train_samples])
+    return pictures
+
+
+def data_flag(args: argparse.Namespace) -> str:
+    return f"--dataset_name {args.dataset_name}" if args.dataset_name else f"--train_data_dir {args.train_data_dir}"
+
+
+def read_folder(folder: Path, args: argparse.Namespace) -> Pictures | None:
+    """A folder with metadata.jsonl, or with a .txt caption beside each picture; None for what `datasets` reads."""
+    if (folder / "metadata.jsonl").is_file():
+        return read_metadata(folder, args)
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not any(path.with_suffix(".txt").is_file() for path in files):
+        if any(folder.rglob("metadata.*")) or any(folder.rglob("*.parquet")) or args.dataset_name:
+            return None
+        what = (
+            "no pictures" if not files else f"{len(files)} pictures without captions (class folders are not captions)"
+        )
+        raise InvalidArgument(
+            f"{data_flag(args)}: {what}; give pictures with a metadata.jsonl (file_name, {args.caption_column}), or .txt captions beside them"
+        )
+    captions = []
+    for path in files:
+        text = path.with_suffix(".txt")
+        captions.append([text.read_text(encoding="utf-8", errors="replace").strip()] if text.is_file() else [])
+    return Pictures(files, captions)
+
+
+def read_metadata(folder: Path, args: argparse.Namespace) -> Pictures:
+    """Rows of metadata.jsonl: file_name, and a caption or a list of captions."""
+    sources, captions = [], []
+    for line_number, line in enumerate((folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"{data_flag(args)}: metadata.jsonl line {line_number}"
+        try:
+            row = json.loads(line)
+            path = folder / row["file_name"]
+        except (ValueError, KeyError, TypeError):
+            raise InvalidArgument(f"{where} is not an object with a file_name; correct it") from None
+        if args.caption_column not in row:
+            columns = ", ".join(sorted(row))
+            raise InvalidArgument(
+                f"--caption_column {args.caption_column}: {where} has the columns {columns}; name one of these"
+            )
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise InvalidArgument(f"{where} names {row['file_name']}, outside the folder; move the picture into it")
+        caption = row[args.caption_column]
+        sources.append(path)
+        captions.append(caption if isinstance(caption, list) else [caption])
+    return Pictures(sources, captions)
+
+
+def read_dataset(args: argparse.Namespace) -> Pictures:
+    """A data set of the hub, or a folder in one of the other layouts the datasets library knows."""
+    from datasets import Image, load_dataset
+
+    try:
+        if args.dataset_name:
+            splits = load_dataset(
+                args.dataset_name, args.dataset_config_name, cache_dir=args.cache_dir, data_dir=args.train_data_dir
+            )
+        else:
+            splits = load_dataset("imagefolder", data_dir=args.train_data_dir, cache_dir=args.cache_dir)
+    except Exception as error:  # whatever a hub, a network or a parser can raise
+        raise InvalidArgument(
+            f"{data_flag(args)}: cannot be loaded ({first_line(error)}); check the name, the connection and the layout"
+        ) from None
+    rows = splits["train"] if "train" in splits else next(iter(splits.values()))
+    for flag, column in (("--image_column", args.image_column), ("--caption_column", args.caption_column)):
+        if column not in rows.column_names:
+            raise InvalidArgument(f"{flag} {column}: the columns are {', '.join(rows.column_names)}; name one of these")
+    rows = rows.cast_column(args.image_column, Image(decode=False))  # decoded by open_picture, which does it right
+    captions = [caption if isinstance(caption, list) else [caption] for caption in rows[args.caption_column]]
+    return Pictures(DatasetImages(rows, args.image_column), captions)
+
+
+class DatasetImages:
+    """Encoded pictures of a data set, read when they are asked for."""
+
+    def __init__(self, rows, column: str):
+        self.rows, self.column = rows, column
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index: int):
+        image = self.rows[index][self.column]
+        return image["bytes"] or image["path"] if image else b""
+
+
+def shuffled(length: int, *key) -> list[int]:
+    import torch
+
+    return torch.randperm(length, generator=torch.Generator().manual_seed(derive(*key))).tolist()
+
+
+def header_problem(source) -> str | None:
+    """Why a picture cannot be opened, from its header; None for one that can."""
+    import io
+
+    import PIL.Image
+
+    try:
+        with PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source):
+            return None
+    except FileNotFoundError:
+        return "no such file"
+    except PIL.Image.DecompressionBombError:
+        return "too many pixels"
+    except Exception:
+        return "not a picture"
+
+
+def open_picture(source):
+    """The picture as 8-bit RGB: turned upright, transparency on white, 16 bits scaled down, first frame of an animation."""
+    import io
+
+    import numpy as np
+    import PIL.Image
+    import PIL.ImageOps
+
+    with PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        image.load()
+        image = PIL.ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":  # PIL would clip these at 255
+        values = np.asarray(image, dtype=np.float32)
+        top = 65535 if image.mode != "F" or values.max() > 255 else 255 if values.max() > 1 else 1
+        image = PIL.Image.fromarray((values / top * 255).clip(0, 255).round().astype(np.uint8))
+    if "transparency" in image.info or "A" in image.getbands() or "a" in image.getbands():
+        image = image.convert("RGBA")
+        white = PIL.Image.new("RGBA", image.size, "white")
+        image = PIL.Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def crop_and_scale(image, crop: tuple[float, float], flip: bool, args: argparse.Namespace):
+    """A [3, resolution, resolution] tensor in [-1, 1]: the square at `crop` (0 to 1 across and down) of the picture.
+
+    Cropping before scaling gives what scaling before cropping gives, and a 1 x 5000 picture stays small.
+    """
+    import numpy as np
+    import PIL.Image
+    import torch
+
+    side = min(image.size)
+    left, top = (fraction * (length - side) for fraction, length in zip(crop, image.size, strict=True))
+    name = args.image_interpolation_mode.upper().replace("NEAREST_EXACT", "NEAREST")
+    size = (args.resolution, args.resolution)
+    image = image.resize(size, PIL.Image.Resampling[name], box=(left, top, left + side, top + side))
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+    return pixels.flip(2) if flip else pixels
+
+
+class VariantPixels:
+    """Every variant of picture `index` as pixels, for encoding; a string says why it cannot be read."""
+
+    def __init__(self, pictures: Pictures, args: argparse.Namespace):
+        self.pictures, self.args = pictures, args
+        self.crops = 1 if args.center_crop or all(map(is_square, pictures.sources)) else RANDOM_CROPS
+        pictures.variants = self.crops * (2 if args.random_flip else 1)
+
+    def __len__(self):
+        return len(self.pictures.sources)
+
+    def __getitem__(self, index: int):
+        import torch
+
+        try:
+            image = open_picture(self.pictures.sources[index])
+        except Exception as error:
+            return f"damaged ({first_line(error)})"
+        generator = torch.Generator().manual_seed(derive(self.args.seed, "crops", index))
+        corners = [(0.5, 0.5), *torch.rand(self.crops - 1, 2, generator=generator).tolist()]
+        flips = (False, True) if self.args.random_flip else (False,)
+        return torch.stack([crop_and_scale(image, crop, flip, self.args) for crop in corners for flip in flips])
+
+
+def is_square(source) -> bool:
+    import io
+
+    import PIL.Image
+
+    with PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        return image.width == image.height
+
+
+def encode_pictures(run: Run) -> None:
+    """Run the VAE over every variant of every picture; damaged pictures are left out here."""
+    import torch
+    from torch.utils.data import DataLoader
+    from tqdm.auto import tqdm
+
+    pixels = VariantPixels(run.pictures, run.args)
+    loader = DataLoader(pixels, batch_size=None, num_workers=run.args.dataloader_num_workers)
+    moments, keep, vae = [], [], run.pipeline.vae
+    bar = tqdm(loader, desc="encoding pictures", total=len(pixels), disable=not run.main, dynamic_ncols=True)
+    for index, stack in enumerate(bar):
+        if isinstance(stack, str):
+            run.pictures.leave_out(run.args.strict, index, stack)
+            continue
+        keep.append(index)
+        if run.args.cache_latents:
+            with torch.no_grad():
+                posterior = vae.encode(stack.to(vae.device, vae.dtype)).latent_dist
+            moments.append(torch.stack([posterior.mean, posterior.std], dim=1).cpu())
+    run.pictures.moments = None
+    run.pictures.keep(keep)
+    if not keep:
+        raise InvalidArgument(f"{data_flag(run.args)}: every picture is damaged; give pictures that can be opened")
+    if run.args.cache_latents:
+        run.pictures.moments = torch.stack(moments)
+
+
+def encode_captions(run: Run, captions: list[str]) -> dict:
+    """Text encoder states of each distinct caption, as the pipeline computes them; [tokens, width] each."""
+    import torch
+
+    captions, states = list(dict.fromkeys(captions)), {}
+    for start in range(0, len(captions), 64):
+        chunk = captions[start : start + 64]
+        with torch.no_grad():
+            hidden = run.pipeline.text_encoder(tokenize(run, chunk).to(run.accelerator.device))[0]
+        states.update(zip(chunk, hidden.cpu().clone(), strict=True))
+    return states
+
+
+def tokenize(run: Run, captions: list[str]):
+    tokenizer = run.pipeline.tokenizer
+    length = tokenizer.model_max_length
+    return tokenizer(captions, max_length=length, padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+
+# ------------------------------------------------------------------------------------------------------------------ the run
+
+
+@dataclass
+class Run:
+    """What all methods of a run share."""
+
+    args: argparse.Namespace
+    accelerator: object
+    stop: StopRequest
+    pictures: Pictures
+    pipeline: object = None  # VAE, scheduler and text encoder; each method brings its own U-Net
+    noise_scheduler: object = None
+    train: list[int] = field(default_factory=list)
+    held_out: list[int] = field(default_factory=list)
+    embeddings: dict = field(default_factory=dict)  # text -> text encoder states, of captions and prompts
+    plan: dict = field(default_factory=dict)
+
+    @property
+    def main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    @property
+    def output(self) -> Path:
+        return Path(self.args.output_dir)
+
+    @property
+    def weight_dtype(self):
+        import torch
+
+        return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision, torch.float32)
+
+
+def start_accelerator(args: argparse.Namespace):
+    """Accelerate with the trackers that are installed, and this process's share of the cores."""
+    import logging
+    import warnings
+
+    import diffusers
+    import torch
+    import transformers
+    from accelerate import Accelerator
+    from accelerate.utils import ProjectConfiguration
+
+    tracker = args.report_to
+    if tracker == "none" or (tracker == "tensorboard" and importlib.util.find_spec("tensorboard") is None):
+        tracker = None
+    folder = Path(args.output_dir)
+    try:
+        accelerator = Accelerator(
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            mixed_precision=args.mixed_precision,
+            log_with=tracker,
+            project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / args.logging_dir)),
+        )
+    except ValueError as error:
+        raise InvalidArgument(f"--mixed_precision {args.mixed_precision}: {first_line(error)}") from None
+    if accelerator.device.type == "cpu":
+        take_cores(accelerator.num_processes)
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    logging.getLogger("peft").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    return accelerator
+
+
+def take_cores(processes: int) -> None:
+    """Use all cores; `accelerate launch` leaves one thread where nothing is configured. A user's own choice is kept."""
+    import torch
+
+    launched = any(name.startswith("ACCELERATE_") for name in os.environ)
+    chosen = os.environ.get("OMP_NUM_THREADS")
+    if chosen is None or (launched and chosen == "1"):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(max(1, cores // processes))
+
+
+def load_pipeline(run: Run) -> None:
+    """VAE, text encoder, tokenizer and scheduler; the U-Net is loaded for each method."""
+    from diffusers import DDPMScheduler, StableDiffusionPipeline
+
+    args, name = run.args, run.args.pretrained_model_name_or_path
+    try:
+        check_pipeline_class(
+            name, StableDiffusionPipeline.load_config(name, revision=args.revision, cache_dir=args.cache_dir)
+        )
+        run.pipeline = StableDiffusionPipeline.from_pretrained(
+            name, unet=None, safety_checker=None, feature_extractor=None, image_encoder=None, requires_safety_checker=False,
+            revision=args.revision, variant=args.variant, cache_dir=args.cache_dir, torch_dtype=run.weight_dtype,
+            use_safetensors=True,
+        )  # fmt: skip
+        check_unet(run)
+    except InvalidArgument:
+        raise
+    except (OSError, ValueError) as error:
+        raise InvalidArgument(f"--pretrained_model_name_or_path {name}: {first_line(error)}") from None
+    check_resolution(args.resolution, run.pipeline.vae_scale_factor)
+    if args.prediction_type:
+        run.pipeline.scheduler.register_to_config(prediction_type=args.prediction_type)
+    run.noise_scheduler = DDPMScheduler.from_config(run.pipeline.scheduler.config)
+    run.pipeline.set_progress_bar_config(disable=True)
+    run.pipeline.to(run.accelerator.device)
+    for module in (run.pipeline.vae, run.pipeline.text_encoder):
+        module.requires_grad_(False).eval()
+
+
+def load_unet(run: Run, dtype):
+    from diffusers import UNet2DConditionModel
+
+    args = run.args
+    unet = UNet2DConditionModel.from_pretrained(
+        args.pretrained_model_name_or_path, subfolder="unet", revision=args.revision, variant=args.variant,
+        cache_dir=args.cache_dir, torch_dtype=dtype, use_safetensors=True,
+    )  # fmt: skip
+    return unet.requires_grad_(False).to(run.accelerator.device)
+
+
+def check_unet(run: Run) -> None:
+    """Try every method on a U-Net without weights, so that targets and shortcuts are refused before anything is encoded."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    args = run.args
+    config = UNet2DConditionModel.load_config(
+        args.pretrained_model_name_or_path, subfolder="unet", revision=args.revision, cache_dir=args.cache_dir
+    )
+    for method in args.method:
+        with torch.device("meta"):
+            unet = UNet2DConditionModel.from_config(config)
+        names = [name for name, _ in unet.named_modules()]
+        matching = [
+            target for target in args.target_modules if any(f".{name}".endswith(f".{target}") for name in names)
+        ]
+        if not matching:
+            raise InvalidArgument(
+                f"--target_modules {' '.join(args.target_modules)}: no layer of the U-Net ends in any of these; try to_q to_k to_v to_out.0"
+            )
+        if missing := [target for target in args.target_modules if target not in matching]:
+            run.accelerator.print(f"--target_modules: no layer of the U-Net ends in {', '.join(missing)}")
+        try:
+            add_adapter(unet, method, args, total_steps=1000)
+        except (ValueError, RuntimeError) as error:
+            raise InvalidArgument(f"--method {method}: {first_line(error)}") from None
+
+
+def prepare_data(run: Run) -> None:
+    """Encode pictures and captions, free the encoders, and hold pictures out for validation."""
+    args, pictures = run.args, run.pictures
+    prompts = ["", *(args.validation_prompt or pictures.captions[0][:1])]
+    captions = [caption for options in pictures.captions for caption in options] if args.cache_text_embeddings else []
+    run.embeddings = encode_captions(run, prompts + captions)
+    encode_pictures(run)
+    if args.cache_text_embeddings:
+        run.pipeline.register_modules(text_encoder=None, tokenizer=None)
+    for line in pictures.left_out[:20]:
+        run.accelerator.print(f"left out: {line}")
+    if pictures.left_out:
+        run.accelerator.print(f"left out {len(pictures.left_out)} pictures, kept {len(pictures.sources)}")
+    order = shuffled(len(pictures.sources), args.seed, "validation_split")
+    count = min(max(1, round(args.validation_split * len(order))), len(order) - 1) if args.validation_split else 0
+    run.held_out, run.train = sorted(order[:count]), sorted(order[count:])
+    updates = math.ceil(len(run.train) / args.train_batch_size / run.accelerator.num_processes)
+    updates = max(1, math.ceil(updates / args.gradient_accumulation_steps))
+    args.max_train_steps = args.max_train_steps or args.num_train_epochs * updates
+    args.validation_steps = args.validation_steps or args.validation_epochs * updates
+    if args.scale_lr:
+        args.learning_rate *= args.gradient_accumulation_steps * args.train_batch_size * run.accelerator.num_processes
+
+
+# ---------------------------------------------------------------------------------------------------------------- samples
+
+
+class TrainingSamples:
+    """Sample number `position` of the run, as a function of the seed and the position alone; a torch map-style dataset."""
+
+    purpose = "training"
+
+    def __init__(self, run: Run):
+        self.run, self.args = run, run.args
+        vae, self.side = run.pipeline.vae.config, run.args.resolution // run.pipeline.vae_scale_factor
+        self.shape = (vae.latent_channels, self.side, self.side)
+        self.timesteps = run.noise_scheduler.config.num_train_timesteps
+        self.epoch, self.order = None, None
+
+    def picture(self, position: int) -> int:
+        epoch, place = divmod(position, len(self.run.train))
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, shuffled(len(self.run.train), self.args.seed, "order", epoch)
+        return self.run.train[self.order[place]]
+
+    def timestep(self, position: int, generator) -> int:
+        import torch
+
+        return int(torch.randint(self.timesteps, (), generator=generator))
+
+    def __getitem__(self, position: int) -> dict:
+        import torch
+
+        generator = torch.Generator().manual_seed(derive(self.args.seed, self.purpose, position))
+        index = self.picture(position)
+        choose = lambda count: int(torch.randint(count, (), generator=generator))  # noqa: E731
+        sample = {"timesteps": torch.tensor(self.timestep(position, generator))}
+        sample["noise"] = torch.randn(self.shape, generator=generator)
+        if self.args.noise_offset:
+            sample["noise"] += self.args.noise_offset * torch.randn(self.shape[0], 1, 1, generator=generator)
+        sample["posterior_noise"] = torch.randn(self.shape, generator=generator)
+        captions = self.run.pictures.captions[index]
+        caption = captions[choose(len(captions))]
+        if self.args.cache_text_embeddings:
+            sample["states"] = self.run.embeddings[caption]
+        else:
+            sample["input_ids"] = tokenize(self.run, [caption])[0]
+        if self.run.pictures.moments is not None:
+            sample["moments"] = self.run.pictures.moments[index, choose(self.run.pictures.variants)]
+        else:
+            sample["pixels"] = self.fresh_pixels(index, generator)
+        return sample
+
+    def fresh_pixels(self, index: int, generator):
+        import torch
+
+        crop = (0.5, 0.5) if self.args.center_crop else torch.rand(2, generator=generator).tolist()
+        flip = self.args.random_flip and bool(torch.rand((), generator=generator) < 0.5)
+        return crop_and_scale(open_picture(self.run.pictures.sources[index]), crop, flip, self.args)
+
+
+class CalibrationSamples(TrainingSamples):
+    """Training pictures with noise of their own, for the merge."""
+
+    purpose = "calibration"
+
+
+class ValidationSamples(TrainingSamples):
+    """Held-out pictures, each with VALIDATION_DRAWS noises spread evenly over the timesteps."""
+
+    purpose = "validation"
+
+    def picture(self, position: int) -> int:
+        return self.run.held_out[position // VALIDATION_DRAWS]
+
+    def timestep(self, position: int, generator) -> int:
+        import torch
+
+        quarter = position % VALIDATION_DRAWS + float(torch.rand((), generator=generator))
+        return min(self.timesteps - 1, int(quarter / VALIDATION_DRAWS * self.timesteps))
+
+
+def training_batches(run: Run, steps_done: int):
+    """This process's batches from the first step that isn't done; N processes share what one process would read."""
+    from torch.utils.data import DataLoader
+
+    args, processes, rank = run.args, run.accelerator.num_processes, run.accelerator.process_index
+    batch, forwards = args.train_batch_size, args.gradient_accumulation_steps
+    positions = [
+        [(forward * processes + rank) * batch + i for i in range(batch)]
+        for forward in range(steps_done * forwards, args.max_train_steps * forwards)
+    ]
+    return DataLoader(TrainingSamples(run), batch_sampler=positions, num_workers=args.dataloader_num_workers)
+
+
+def batches(samples, count: int, size: int):
+    from torch.utils.data import default_collate
+
+    for start in range(0, count, size):
+        yield default_collate([samples[position] for position in range(start, min(start + size, count))])
+
+
+def noised(run: Run, batch: dict) -> tuple[dict, object]:
+    """The U-Net's keyword arguments for a batch, and what it should predict."""
+    device, scheduler = run.accelerator.device, run.noise_scheduler
+    batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+    if "moments" in batch:
+        mean, std = batch["moments"].float().unbind(1)
+    else:
+        posterior = run.pipeline.vae.encode(batch["pixels"].to(run.weight_dtype)).latent_dist
+        mean, std = posterior.mean.float(), posterior.std.float()
+    latents = (mean + std * batch["posterior_noise"]) * run.pipeline.vae.config.scaling_factor
+    states = batch["states"] if "states" in batch else run.pipeline.text_encoder(batch["input_ids"])[0]
+    noisy = scheduler.add_noise(latents, batch["noise"], batch["timesteps"])
+    inputs = {"sample": noisy.to(run.weight_dtype), "timestep": batch["timesteps"], "encoder_hidden_states": states}
+    if scheduler.config.prediction_type == "v_prediction":
+        return inputs, scheduler.get_velocity(latents, batch["noise"], batch["timesteps"])
+    return inputs, batch["noise"]
+
+
+def diffusion_loss(run: Run, model, batch: dict, snr_gamma: float | None = None):
+    """Squared error of each sample's prediction, [batch]; with `snr_gamma`, min-SNR weighted (Hang et al., 2023)."""
+    import torch
+
+    inputs, target = noised(run, batch)
+    error = (model(**inputs, return_dict=False)[0].float() - target.float()).square().mean(dim=(1, 2, 3))
+    if snr_gamma is None:
+        return error
+    alphas = run.noise_scheduler.alphas_cumprod.to(error.device)[inputs["timestep"]]
+    snr = alphas / (1 - alphas)
+    divisor = snr + 1 if run.noise_scheduler.config.prediction_type == "v_prediction" else snr
+    return error * torch.clamp(snr, max=snr_gamma) / divisor
+
+
+def validation_loss(run: Run, unet) -> float:
+    """Mean error on the held-out pictures, the same noise and timesteps at every call."""
+    import torch
+
+    unet.eval()
+    count = len(run.held_out) * VALIDATION_DRAWS
+    with torch.no_grad(), run.accelerator.autocast():
+        losses = [
+            diffusion_loss(run, unet, batch)
+            for batch in batches(ValidationSamples(run), count, run.args.train_batch_size)
+        ]
+    unet.train()
+    return torch.cat(losses).mean().item()
+
+
+def sample(run: Run, unet, prompts: list[str], images: int) -> list:
+    """Pictures from the pipeline around `unet` in eval mode, prompt by prompt; a picture's seed is its prompt and number."""
+    import torch
+
+    args, pipeline = run.args, run.pipeline
+    training = unet.training
+    pipeline.unet = unet.eval()
+    jobs = [(prompt, derive(args.seed, "sample", p, i)) for p, prompt in enumerate(prompts) for i in range(images)]
+    pictures = []
+    for start in range(0, len(jobs), args.train_batch_size):
+        chunk = jobs[start : start + args.train_batch_size]
+        states = torch.stack([run.embeddings[prompt] for prompt, _ in chunk]).to(run.accelerator.device)
+        empty = run.embeddings[""].to(states).expand_as(states)
+        pictures += pipeline(
+            prompt_embeds=states, negative_prompt_embeds=empty, generator=[torch.Generator().manual_seed(seed) for _, seed in chunk],
+            num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale,
+            height=args.resolution, width=args.resolution,
+        ).images  # fmt: skip
+    pipeline.unet = None
+    unet.train(training)
+    return pictures
+
+
+def write_samples(run: Run, unet, method: str, step: int) -> None:
+    args = run.args
+    with run.accelerator.autocast():
+        pictures = sample(run, unet, args.validation_prompt, args.num_validation_images)
+    save_pictures(run.output / method / "samples" / f"step-{step:06d}", pictures, args.num_validation_images)
+    for tracker in run.accelerator.trackers:
+        if tracker.name == "tensorboard":
+            import numpy as np
+
+            tracker.writer.add_images(
+                f"samples/{method}", np.stack([np.asarray(p) for p in pictures]), step, dataformats="NHWC"
+            )
+
+
+def save_pictures(folder: Path, pictures: list, images: int) -> None:
+    with renamed(folder) as temporary:
+        temporary.mkdir()
+        for number, picture in enumerate(pictures):
+            picture.save(temporary / f"{number // images}-{number % images}.png")
+
+
+# --------------------------------------------------------------------------------------------------------------- adapters
+
+
+def adapter_config(method: str, args: argparse.Namespace, total_steps: int):
+    """PEFT's configuration of a method; ResLoRA's is LoRA's."""
+    import peft
+
+    rank, alpha = args.rank, args.lora_alpha
+    shared = {"target_modules": args.target_modules}
+    if method in LORA_METHODS:
+        alpha = 2 * alpha if method == "lora_x2" else alpha
+        return peft.LoraConfig(
+            r=rank, lora_alpha=alpha, lora_dropout=args.lora_dropout, init_lora_weights="gaussian", **shared
+        )
+    if method == "adalora":  # starts with half as much rank again and ends with `rank` on average (Zhang et al., 2023)
+        return peft.AdaLoraConfig(
+            init_r=math.ceil(1.5 * rank), target_r=rank, lora_alpha=alpha, lora_dropout=args.lora_dropout, total_step=total_steps,
+            tinit=total_steps // 10, tfinal=total_steps // 2, deltaT=max(1, total_steps // 100), **shared,
+        )  # fmt: skip
+    config = {"loha": peft.LoHaConfig, "lokr": peft.LoKrConfig}[method]
+    return config(r=rank, alpha=alpha, rank_dropout=args.lora_dropout, **shared)
+
+
+def add_adapter(unet, method: str, args: argparse.Namespace, total_steps: int):
+    """Attach the method's adapter with weights drawn from the seed; returns AdaLoRA's tuner, None for the others."""
+    import torch
+    from diffusers.training_utils import cast_training_params
+
+    config, tuner = adapter_config(method, args, total_steps), None
+    torch.manual_seed(derive(args.seed, "adapter"))
+    if method == "adalora":
+        from peft.tuners.adalora import AdaLoraModel
+
+        tuner = AdaLoraModel(unet, config, "default")  # it allocates the ranks, so unlike the others it must be kept
+        unet._hf_peft_config_loaded = True
+    else:
+        unet.add_adapter(config)
+    if method == "reslora":
+        import reslora
+
+        reslora.connect(unet, reslora.ResLoraConfig(shortcut=args.shortcut, pre_num=args.pre_num, head=args.head))
+    cast_training_params(unet, dtype=torch.float32)
+    return tuner
+
+
+def orthogonal_penalty(unet):
+    """AdaLoRA's regularizer: how far the factors' rows and columns are from orthonormal, averaged over the factors."""
+    import torch
+
+    penalties = []
+    for name, factor in unet.named_parameters():
+        if "lora_A" in name or "lora_B" in name:
+            gram = factor @ factor.T if "lora_A" in name else factor.T @ factor
+            penalties.append(torch.linalg.norm(gram - torch.eye(len(gram), device=gram.device)))
+    return torch.stack(penalties).mean()
+
+
+def adapter_state(unet) -> dict:
+    """Everything PEFT added to the U-Net, by its own name: parameters and buffers, but not the layers it wraps."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    prefixes = tuple(
+        f"{n}.{part}."
+        for n, m in unet.named_modules()
+        if isinstance(m, BaseTunerLayer)
+        for part in (*m.adapter_layer_names, *m.other_param_names)
+    )
+    return {name: value for name, value in unet.state_dict().items() if name.startswith(prefixes)}
+
+
+@dataclass
+class Trainer:
+    """What one method trains, and how far it is."""
+
+    method: str
+    unet: object
+    tuner: object
+    optimizer: object = None
+    lr_scheduler: object = None
+    model: object = None  # the U-Net as accelerate prepared it
+    step: int = 0
+    seconds: float = 0.0
+
+
+def build_trainer(run: Run, method: str) -> Trainer:
+    """The method's U-Net, optimizer and schedule, at the newest usable checkpoint or at the start."""
+    from diffusers.optimization import get_scheduler
+
+    args = run.args
+    for checkpoint in [*run.plan[method], None]:
+        unet = load_unet(run, run.weight_dtype)
+        trainer = Trainer(method, unet, add_adapter(unet, method, args, args.max_train_steps))
+        trainer.optimizer = build_optimizer(run, [p for p in unet.parameters() if p.requires_grad])
+        trainer.lr_scheduler = get_scheduler(
+            args.lr_scheduler,
+            trainer.optimizer,
+            num_warmup_steps=args.lr_warmup_steps,
+            num_training_steps=args.max_train_steps,
+        )
+        if checkpoint is None or restore(run, trainer, checkpoint):
+            break
+    if args.enable_xformers_memory_efficient_attention:
+        unet.enable_xformers_memory_efficient_attention()
+    if args.gradient_checkpointing and method == "reslora":
+        import reslora
+
+        reslora.enable_gradient_checkpointing(unet)
+    elif args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    trainer.model, trainer.optimizer = run.accelerator.prepare(unet.train(), trainer.optimizer)
+    return trainer
+
+
+def build_optimizer(run: Run, parameters: list):
+    import torch
+
+    args = run.args
+    options = {
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "weight_decay": args.adam_weight_decay,
+        "eps": args.adam_epsilon,
+    }
+    if args.use_8bit_adam:
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit(parameters, **options)
+    return torch.optim.AdamW(parameters, **options, fused=run.accelerator.device.type in ("cpu", "cuda"))
+
+
+# ------------------------------------------------------------------------------------------------------------ checkpoints
+
+
+def save_checkpoint(run: Run, trainer: Trainer) -> Path:
+    """`checkpoint-<step>`: the adapter, and all that makes a resumed run the uninterrupted one; then old ones are removed."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder = run.output / trainer.method
+    state = adapter_state(trainer.unet)
+    if not all(bool(torch.isfinite(value).all()) for value in state.values()):
+        raise RunFailed(
+            f"{trainer.method}: adapter weights are not finite at step {trainer.step}; lower --learning_rate"
+        )
+    with renamed(folder / f"checkpoint-{trainer.step}") as temporary:
+        temporary.mkdir()
+        if trainer.method == "reslora":
+            import reslora
+
+            reslora.save(trainer.unet, temporary)
+        else:
+            save_file({name: value.contiguous() for name, value in state.items()}, temporary / "adapter.safetensors")
+        torch.save(
+            {
+                "optimizer": trainer.optimizer.state_dict(),
+                "lr_scheduler": trainer.lr_scheduler.state_dict(),
+                "scaler": run.accelerator.scaler.state_dict() if run.accelerator.scaler else None,
+                "allocator": allocator_state(trainer.tuner),
+            },
+            temporary / "trainer.pt",
+        )
+        record = {
+            "method": trainer.method,
+            "step": trainer.step,
+            "seconds": trainer.seconds,
+            "settings": settings_of(run.args),
+        }
+        (temporary / "trainer.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    if run.args.checkpoints_total_limit:
+        for old in checkpoints_of(folder)[run.args.checkpoints_total_limit :]:
+            remove(old)
+    return folder / f"checkpoint-{trainer.step}"
+
+
+def allocator_state(tuner) -> dict | None:
+    """AdaLoRA's running importance of each parameter, and the ranks it has settled on."""
+    if tuner is None:
+        return None
+    allocator = tuner.rankallocator
+    averages = {name: getattr(allocator, name) for name in ("ipt", "exp_avg_ipt", "exp_avg_unc")}
+    return averages | {"rank_pattern": tuner.peft_config["default"].rank_pattern}
+
+
+def restore(run: Run, trainer: Trainer, checkpoint: Path) -> bool:
+    """Bring the trainer to the checkpoint; False, with a warning, where it is damaged."""
+    import torch
+
+    try:
+        record = json.loads((checkpoint / "trainer.json").read_text(encoding="utf-8"))
+        state = torch.load(checkpoint / "trainer.pt", map_location=run.accelerator.device, weights_only=True)
+        load_adapter(trainer.unet, trainer.method, checkpoint)
+        trainer.optimizer.load_state_dict(state["optimizer"])
+        trainer.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        if run.accelerator.scaler and state["scaler"]:
+            run.accelerator.scaler.load_state_dict(state["scaler"])
+        if trainer.tuner is not None:
+            trainer.tuner.peft_config["default"].rank_pattern = state["allocator"].pop("rank_pattern")
+            vars(trainer.tuner.rankallocator).update(state["allocator"])
+        trainer.step, trainer.seconds = record["step"], record["seconds"]
+    except Exception as error:  # a truncated file fails in as many ways as there are readers
+        if run.args.resume_from_checkpoint != "latest":
+            raise InvalidArgument(
+                f"--resume_from_checkpoint {checkpoint}: damaged ({first_line(error)}); use latest"
+            ) from None
+        run.accelerator.print(f"warning: {checkpoint} is damaged ({first_line(error)}), trying the one before")
+        return False
+    run.accelerator.print(f"{trainer.method}: going on from {checkpoint}")
+    return True
+
+
+def load_adapter(unet, method: str, checkpoint: Path) -> None:
+    """Read the checkpoint's adapter into a U-Net that has a matching one."""
+    from safetensors.torch import load_file
+
+    if method == "reslora":
+        import reslora
+
+        reslora.load(unet, checkpoint)
+        return
+    state, wanted = load_file(checkpoint / "adapter.safetensors"), set(adapter_state(unet))
+    if state.keys() != wanted:
+        raise ValueError(f"adapter.safetensors has other layers, first {min(state.keys() ^ wanted)}")
+    unet.load_state_dict(state, strict=False)
+
+
+# --------------------------------------------------------------------------------------------------------------- training
+
+
+class TrainingLog:
+    """`log.jsonl`, continued from the rows up to the step a run resumes at; and the trackers."""
+
+    def __init__(self, run: Run, trainer: Trainer):
+        self.run, self.trainer, self.file = run, trainer, None
+        if run.main:
+            path = run.output / trainer.method / "log.jsonl"
+            rows = [row for row in read_log(path) if row["step"] <= trainer.step] if trainer.step else []
+            with renamed(path) as temporary:
+                temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            self.file = path.open("a", encoding="utf-8")
+
+    def write(self, split: str, loss: float) -> None:
+        trainer = self.trainer
+        learning_rate = trainer.lr_scheduler.get_last_lr()[0]
+        row = {
+            "step": trainer.step,
+            "split": split,
+            "loss": loss,
+            "lr": learning_rate,
+            "seconds": round(trainer.seconds, 3),
+        }
+        if self.file:
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+        self.run.accelerator.log(
+            {f"{split}_loss/{trainer.method}": loss, f"lr/{trainer.method}": learning_rate}, step=trainer.step
+        )
+
+
+def read_log(path: Path) -> list[dict]:
+    """Rows of a log; a last line cut short by a kill is left out."""
+    rows = []
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            rows.append(json.loads(line))
+    return rows
+
+
+def train(run: Run, method: str) -> None:
+    """Train one method from where it stands to --max_train_steps; the last checkpoint is what is merged and exported."""
+    from tqdm.auto import tqdm
+
+    args = run.args
+    trainer = build_trainer(run, method)
+    log = TrainingLog(run, trainer)
+    if trainer.step == 0:
+        validate(run, trainer, log)
+    stream = iter(training_batches(run, trainer.step))
+    bar = tqdm(desc=method, total=args.max_train_steps, initial=trainer.step, disable=not run.main, dynamic_ncols=True)
+    while trainer.step < args.max_train_steps:
+        started = time.perf_counter()
+        loss = train_step(run, trainer, stream)
+        trainer.seconds += time.perf_counter() - started
+        if not math.isfinite(loss):
+            raise RunFailed(
+                f"{method}: the loss is {loss} at step {trainer.step}; lower --learning_rate and resume from the last checkpoint"
+            )
+        log.write("train", loss)
+        bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        bar.update()
+        last = trainer.step == args.max_train_steps or run.stop.signal is not None
+        if trainer.step % args.validation_steps == 0 or trainer.step == args.max_train_steps:
+            validate(run, trainer, log)
+        if run.main and (trainer.step % args.checkpointing_steps == 0 or last):
+            save_checkpoint(run, trainer)
+        run.accelerator.wait_for_everyone()
+        if last:
+            break
+    bar.close()
+    run.accelerator.free_memory()
+    if run.stop.signal is not None:
+        raise Stopped(f"{method} stopped after step {trainer.step}; go on with --resume_from_checkpoint latest")
+
+
+def train_step(run: Run, trainer: Trainer, stream) -> float:
+    """One update of the adapter from --gradient_accumulation_steps batches; returns their mean loss over all processes."""
+    import torch
+
+    args, accelerator, total = run.args, run.accelerator, 0.0
+    trainer.step += 1
+    for forward in range(args.gradient_accumulation_steps):
+        # Dropout masks, the only random numbers left: seeding them here makes them a function of the step.
+        torch.manual_seed(derive(args.seed, "dropout", trainer.step, forward, accelerator.process_index))
+        with accelerator.accumulate(trainer.model):
+            loss = diffusion_loss(run, trainer.model, next(stream), args.snr_gamma).mean()
+            total += loss.detach()
+            if trainer.tuner is not None:
+                loss = loss + trainer.tuner.peft_config["default"].orth_reg_weight * orthogonal_penalty(trainer.unet)
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(
+                    [p for p in trainer.unet.parameters() if p.requires_grad], args.max_grad_norm
+                )
+            trainer.optimizer.step()
+            if accelerator.sync_gradients and trainer.tuner is not None:
+                trainer.tuner.update_and_allocate(trainer.step)
+            trainer.optimizer.zero_grad()
+    if not accelerator.optimizer_step_was_skipped:
+        trainer.lr_scheduler.step()
+    return accelerator.reduce(total / args.gradient_accumulation_steps, "mean").item()
+
+
+def validate(run: Run, trainer: Trainer, log: TrainingLog) -> None:
+    if run.main:
+        if run.held_out:
+            log.write("validation", validation_loss(run, trainer.unet))
+        if run.args.validation_prompt:
+            write_samples(run, trainer.unet, trainer.method, trainer.step)
+    run.accelerator.wait_for_everyone()
+
+
+# ------------------------------------------------------------------------------------------------------ merging and exporting
+
+
+def export(run: Run, method: str) -> None:
+    """Merge the last checkpoint in fp32, write every format, read each back, and compare the pictures."""
+    import torch
+
+    args, folder = run.args, run.output / method
+    run.accelerator.print(f"{method}: merging, exporting and comparing")
+    checkpoint = checkpoints_of(folder)[0]
+    unet = load_unet(run, torch.float32)
+    tuner = add_adapter(unet, method, args, args.max_train_steps)
+    load_adapter(unet, method, checkpoint)
+    unet.eval()
+    if method == "reslora":
+        merge_reslora(run, unet, folder)
+    write_formats(run, unet, method, tuner)
+
+    run.pipeline.vae.to(torch.float32)
+    prompts = args.validation_prompt or [next(text for text in run.embeddings if text)]
+    pictures = sample(run, unet, prompts, args.num_validation_images)
+    save_pictures(folder / "merged", pictures, args.num_validation_images)
+    del unet, tuner
+    differences = read_back(run, method, prompts[:1], pictures[0])
+    run.pipeline.vae.to(run.weight_dtype)
+    for name, difference in differences.items():
+        if difference > TOLERANCE * 255:
+            raise RunFailed(
+                f"{method}/{name}: its picture differs by {difference}/255 from the merged model's; 2/255 is allowed"
+            )
+    record = {"step": step_of(checkpoint), "num_train_epochs": args.num_train_epochs, "difference_of_255": differences}
+    write_json(folder / "exports.json", record)
+
+
+def merge_reslora(run: Run, unet, folder: Path) -> None:
+    """Fold the shortcuts into plain LoRA weights, and keep the plan, the report and the samples the merge read."""
+    import reslora
+    import torch
+    from safetensors.torch import save_file
+
+    args, size = run.args, run.args.train_batch_size
+    write_json(folder / "chains.json", reslora.chains(unet).to_dict())
+    calibration = None
+    if args.merge_calibration_samples:
+        samples = batches(CalibrationSamples(run), args.merge_calibration_samples, size)
+        with torch.no_grad():
+            calibration = [noised(run, batch)[0] for batch in samples]
+        calibration = [
+            {k: v.float() if v.is_floating_point() else v for k, v in inputs.items()} for inputs in calibration
+        ]
+        together = {name: torch.cat([inputs[name] for inputs in calibration]).cpu() for name in calibration[0]}
+        with renamed(folder / "calibration.safetensors") as temporary:
+            save_file(together, temporary)
+    report = reslora.merge(unet, method=args.merge, calibration=calibration)
+    write_json(folder / "merge.json", report.to_dict())
+    run.accelerator.print(f"reslora: {report}")
+
+
+def write_formats(run: Run, unet, method: str, tuner) -> None:
+    from reslora import export as formats
+
+    args, folder = run.args, run.output / method
+    if tuner is not None:
+        # With a rank pattern PEFT would cut the factors to it, which needs its wrapper; whole, with zeros, they are the same.
+        unet.peft_config["default"].rank_pattern = None
+    formats.export_peft(unet, folder / "peft")
+    formats.export_merged(unet, folder / "unet")
+    if method in LORA_METHODS:
+        formats.export_diffusers(unet, folder)
+        metadata = {
+            "ss_base_model": Path(args.pretrained_model_name_or_path).name,
+            "ss_learning_rate": str(args.learning_rate),
+            "ss_seed": str(args.seed),
+            "ss_steps": str(args.max_train_steps),
+            "ss_resolution": str(args.resolution),
+        }
+        formats.export_kohya(unet, folder / "kohya.safetensors", metadata=metadata)
+
+
+def read_back(run: Run, method: str, prompts: list[str], reference) -> dict[str, int]:
+    """Largest difference, of 255, between the merged model's picture and that of each export in stock diffusers and PEFT."""
+    import numpy as np
+    import torch
+    from diffusers import UNet2DConditionModel
+    from peft import PeftModel
+
+    folder, differences = run.output / method, {}
+
+    def compare(name: str, unet) -> None:
+        picture = sample(run, unet, prompts, 1)[0]
+        differences[name] = int(np.abs(np.asarray(picture, dtype=int) - np.asarray(reference, dtype=int)).max())
+
+    base = load_unet(run, torch.float32)
+    for name in ("pytorch_lora_weights.safetensors", "kohya.safetensors") if method in LORA_METHODS else ():
+        run.pipeline.unet = base
+        run.pipeline.load_lora_weights(folder, weight_name=name)
+        compare(name, base)
+        run.pipeline.unet = base
+        run.pipeline.unload_lora_weights()
+    compare("peft", PeftModel.from_pretrained(base, folder / "peft").get_base_model())
+    compare("unet", UNet2DConditionModel.from_pretrained(folder / "unet").to(run.accelerator.device))
+    return differences
+
+
+# ------------------------------------------------------------------------------------------------------- what the run shows
+
+
+def start_reports(run: Run) -> None:
+    """`config.json`, and the trackers."""
+    public = {name: value for name, value in vars(run.args).items() if name != "hub_token"}
+    if run.main:
+        write_json(run.output / "config.json", public)
+    plain = {
+        name: value if isinstance(value, (int, float, str, bool)) else str(value) for name, value in public.items()
+    }
+    run.accelerator.init_trackers("train_sd", config=plain)
+
+
+def write_comparison(run: Run) -> None:
+    """`comparison.png`, the paper's Figure 3: steps from left to right; prompts, and under each the methods, downwards."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    args = run.args
+    columns = comparison_columns(run)
+    tile, gap, top = 128 if args.resolution <= 128 else 192, 6, 40
+    font, bold = ImageFont.load_default(16), ImageFont.load_default(20)
+    left = 24 + max(int(bold.getlength(text)) for text in (*args.method, *map(shorten, args.validation_prompt)))
+    height_of_prompt = 34 + len(args.method) * (tile + gap) + 10
+    width = left + len(columns) * (tile + gap) + gap
+    sheet = Image.new("RGB", (width, top + len(args.validation_prompt) * height_of_prompt), "white")
+    draw = ImageDraw.Draw(sheet)
+    for c, (title, _) in enumerate(columns):
+        draw.text((left + c * (tile + gap) + tile // 2, top // 2), title, fill="black", font=font, anchor="mm")
+    for p, prompt in enumerate(args.validation_prompt):
+        y = top + p * height_of_prompt
+        draw.line((12, y, width - 12, y), fill="#cccccc")
+        draw.text((left, y + 8), shorten(prompt, 80), fill="black", font=bold)
+        for m, method in enumerate(args.method):
+            row = y + 36 + m * (tile + gap)
+            draw.text((left - 12, row + tile // 2), method, fill="#444444", font=font, anchor="rm")
+            for c, (_, folder) in enumerate(columns):
+                path = run.output / method / folder / f"{p}-0.png"
+                if path.is_file():
+                    picture = Image.open(path).resize((tile, tile), Image.Resampling.LANCZOS)
+                    sheet.paste(picture, (left + c * (tile + gap), row))
+    with renamed(run.output / "comparison.png") as temporary:
+        sheet.save(temporary, format="png")
+
+
+def shorten(text: str, length: int = 20) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def comparison_columns(run: Run, most: int = 9) -> list[tuple[str, str]]:
+    """Titles and folders of the steps shown: evenly chosen ones, the last, and the merged model."""
+    found = sorted({int(path.name[5:]) for path in run.output.glob("*/samples/step-*") if path.name[5:].isdigit()})
+    chosen = sorted({found[round(i * (len(found) - 1) / (most - 1))] for i in range(most)}) if found else []
+    return [(f"step {step}", f"samples/step-{step:06d}") for step in chosen] + [("merged", "merged")]
+
+
+def write_loss_curves(run: Run) -> None:
+    """`loss.png`: smoothed training loss, and the loss on held-out pictures, of each method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(
+        1, 2 if run.held_out else 1, figsize=(11 if run.held_out else 6, 4), layout="constrained", squeeze=False
+    )
+    axes = dict(zip(("train", "validation"), axes[0], strict=False))
+    for method in run.args.method:
+        rows = read_log(run.output / method / "log.jsonl")
+        for split, axis in axes.items():
+            steps = [row["step"] for row in rows if row["split"] == split]
+            losses = [row["loss"] for row in rows if row["split"] == split]
+            if split == "train":
+                axis.plot(steps, smooth(losses), label=method, linewidth=1.8)
+            else:
+                axis.plot(steps, losses, label=method, linewidth=1.8, marker="o", markersize=4)
+    titles = {"train": "training loss (running mean)", "validation": f"loss on {len(run.held_out)} held-out pictures"}
+    for split, axis in axes.items():
+        axis.set(title=titles[split], xlabel="step")
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False)
+    with renamed(run.output / "loss.png") as temporary:
+        figure.savefig(temporary, format="png", dpi=130, metadata={"Software": None})
+    plt.close(figure)
+
+
+def smooth(values: list[float], share: float = 0.1) -> list[float]:
+    """Mean of the values up to each one, over a window of `share` of them."""
+    window = max(1, round(len(values) * share))
+    return [sum(values[max(0, i - window + 1) : i + 1]) / min(window, i + 1) for i in range(len(values))]
+
+
+def publish(run: Run) -> None:
+    """Upload the folder with a model card, as diffusers' script does."""
+    from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
+    from huggingface_hub import create_repo, upload_folder
+
+    args = run.args
+    name = create_repo(args.hub_model_id or run.output.resolve().name, exist_ok=True, token=args.hub_token).repo_id
+    description = (
+        f"# {name}\n\n{', '.join(args.method)} weights for {args.pretrained_model_name_or_path}, trained on "
+        f"{args.dataset_name or args.train_data_dir} for {args.max_train_steps} steps.\n\n![comparison](comparison.png)\n"
+    )
+    card = load_or_create_model_card(
+        repo_id_or_path=name,
+        from_training=True,
+        base_model=args.pretrained_model_name_or_path,
+        model_description=description,
+        inference=True,
+    )
+    populate_model_card(card, tags=["text-to-image", "diffusers", "diffusers-training", "lora", "reslora"]).save(
+        run.output / "README.md"
+    )
+    ignored = ["*/checkpoint-*", "*/.*", ".lock", "*/unet/*"]
+    upload_folder(
+        repo_id=name,
+        folder_path=run.output,
+        commit_message="End of training",
+        ignore_patterns=ignored,
+        token=args.hub_token,
+    )
+
+
+def print_summary(args: argparse.Namespace) -> None:
+    """What was written, and how to look at it."""
+    output = Path(args.output_dir)
+    lines = [
+        "",
+        f"{output}/",
+        "  comparison.png   steps across; prompts and methods down",
+        "  loss.png         training and validation loss",
+        "  config.json      every setting of this run",
+    ]
+    uses = {
+        "pytorch_lora_weights.safetensors": "diffusers: pipeline.load_lora_weights(folder)",
+        "kohya.safetensors": "ComfyUI, A1111/Forge, kohya",
+        "peft": "PeftModel.from_pretrained(unet, folder)",
+        "unet": "merged weights: UNet2DConditionModel.from_pretrained(folder)",
+    }
+    for method in args.method:
+        lines.append(f"  {method}/")
+        record = json.loads((output / method / "exports.json").read_text(encoding="utf-8"))
+        for name, difference in record["difference_of_255"].items():
+            lines.append(f"    {name:<34}{uses[name]:<62}read back: {difference}/255")
+    lines.append(
+        "Each was read back by stock diffusers or PEFT; its picture may differ from the merged model's by 2/255 (fp32)."
+    )
+    lines.append("Look at the run: python -m app")
+    print("\n".join(lines))
+
+
+def finish(run: Run) -> None:
+    """Figures, the single method's file where diffusers' script leaves it, and the hub."""
+    if not run.main:
+        return
+    if run.args.validation_prompt:
+        write_comparison(run)
+    write_loss_curves(run)
+    if len(run.args.method) == 1 and run.args.method[0] in LORA_METHODS:
+        name = "pytorch_lora_weights.safetensors"
+        with renamed(run.output / name) as temporary:
+            shutil.copyfile(run.output / run.args.method[0] / name, temporary)
+    if run.args.push_to_hub:
+        publish(run)
+    print_summary(run.args)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Check, load, encode, train and export each method, and show what came of it; returns the exit status."""
+    try:
+        args = parse_args(argv)
+        plan, done = plan_resume(args), finished_methods(args)
+        if done == args.method and (Path(args.output_dir) / "loss.png").is_file():
+            print(f"{args.output_dir} holds this run already, finished; nothing to do")
+            print_summary(args)
+            return 0
+        pictures = find_pictures(args)
+        first = int(os.environ.get("RANK", 0)) == 0
+        with locked(Path(args.output_dir)) if first else contextlib.nullcontext(), StopRequest() as stop:
+            run = Run(args, start_accelerator(args), stop, pictures, plan=plan)
+            load_pipeline(run)
+            prepare_data(run)
+            start_reports(run)
+            for method in args.method:
+                if method not in done:
+                    train(run, method)
+                    if run.main:
+                        export(run, method)
+                    run.accelerator.wait_for_everyone()
+            finish(run)
+            run.accelerator.end_training()
+        return 0
+    except InvalidArgument as error:
+        print(f"train_sd.py: error: {error}", file=sys.stderr)
+        return 2
+    except RunFailed as error:
+        print(f"train_sd.py: {error}", file=sys.stderr)
+        return 1
+    except Stopped as error:
+        print(error, file=sys.stderr)
+        return 128 + stop.signal
+
+
+if __name__ == "__main__":
+    sys.exit(main())
