@@ -55,7 +55,7 @@ def on_white(png: bytes) -> Image.Image:
 def chosen(keys: tarfile.TarFile, openmoji: tarfile.TarFile) -> list[tuple[dict, str]]:
     """The metadata row of each emoji that both sets draw, and its name in OpenMoji; by category and then order."""
     captions = {
-        entry["hexcode"]: entry["annotation"].lower().replace("’", "'")
+        entry["hexcode"]: entry["annotation"].lower().replace("\u2019", "'")
         for entry in json.loads(read(openmoji, "data/openmoji.json"))
     }
     emoji = [entry for entry in json.loads(read(keys, "emoji.json")) if entry["category"] not in LEFT_OUT]
