@@ -1,7 +1,7 @@
 """Save and load an *unmerged* adapter: LoRA weights, wiring and recorded norms, in a form of its own.
 
-The files are `reslora_config.json` and `reslora_model.safetensors`, and no `adapter_config.json`: stock PEFT would take it
-for a plain LoRA and drop the residual paths without a word. For finished adapters use `reslora.export` after a merge.
+The files are `reslora_config.json` and `reslora_model.safetensors`, and no `adapter_config.json`: stock PEFT would take
+it for a plain LoRA and drop the residual paths without a word. Finished adapters: `reslora.export`, after a merge.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def save(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
         "lora": _jsonable(base.peft_config[adapter_name].to_dict()),
         "reslora": connection.config.to_dict(),
         "chains": connection.chains.to_dict(),
-        "norms": {"names": norms.names, "pushed": norms.pushed},
+        "norms": {"names": norms.names, "pushed": norms.count},
         "peft_model": isinstance(outer, PeftModel),
     }
     directory = Path(directory)
@@ -56,8 +56,8 @@ def save(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
 def load(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> nn.Module:
     """Reads what `save` wrote into `model` and returns the connected model.
 
-    `model` is a bare base model (it is given the adapter the way the saved one had it: wrapped by `get_peft_model`, or in
-    place by `add_adapter`), or one that has a matching LoRA adapter, connected or not.
+    `model` is a bare base model (it is given the adapter the way the saved one had it: wrapped by `get_peft_model`, or
+    in place by `add_adapter`), or one that has a matching LoRA adapter, connected or not.
 
     Raises `ValueError` if the files are missing or damaged, or if layers, ranks or shapes differ, naming the first; the
     model is unchanged then.
@@ -90,8 +90,7 @@ def load(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
     if connection is None:
         connection = attach_wires(base, config, adapter_name, plan)
     if norms is not None and content["norms"]["names"] == connection.wires.norms.names:
-        connection.wires.norms.values = norms
-        connection.wires.norms.pushed = content["norms"]["pushed"]
+        connection.wires.norms.restore(norms, content["norms"]["pushed"])
     return loaded
 
 
@@ -197,7 +196,7 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"{path} is missing: give a folder that reslora.save wrote")
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no mapping
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file: {_first_line(error)}") from error
 

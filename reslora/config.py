@@ -16,7 +16,7 @@ class ResLoraConfig:
     """
 
     shortcut: str = "input"
-    """`input` (Eq. 2, ResLoRA_is), `block` (Eq. 3, ResLoRA_bs), `middle` (Eq. 4, ResLoRA_ms) or `none` (Eq. 1, LoRA)."""
+    """`input` (Eq. 2, ResLoRA_is), `block` (Eq. 3, ResLoRA_bs), `middle` (Eq. 4, ResLoRA_ms), `none` (Eq. 1, LoRA)."""
 
     pre_num: int = 1
     """How many blocks before the current one take part; -1 means all of them, 0 wires nothing. `input` uses one."""

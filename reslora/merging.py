@@ -1,7 +1,7 @@
 """The merge methods: from a trained chain to plain LoRA factors, as functions of tensors.
 
-A chain comes as a list of `Factors`, front to back, and leaves as a list of `Merged`, one for each block. Notation as in
-the paper: A (r x p), B (q x r), the frozen W (q x p), f_n a norm, alpha* the factor with `x_{n-1} ~ alpha* x_n`.
+A chain comes as a list of `Factors`, front to back, and leaves as a list of `Merged`, one for each block. Notation as
+in the paper: A (r x p), B (q x r), the frozen W (q x p), f_n a norm, alpha* the factor with `x_{n-1} ~ alpha* x_n`.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ class Merged:
 class Moments:
     """Second moments of one block over the calibration batches, from which fits and errors follow.
 
-    Rows are tokens: `x` (T x p) the block's input, `own` = A_n x (T x r), `handed` (T x r) what its neighbours add to it,
-    and `gap` = handed - guess x for a `guess` (r x p) of the neighbours' sum made from x alone. The gap, not `handed`,
-    is fitted and measured: where the guess is exact it is zero to the last digit, whatever the conditioning of x.
+    Rows are tokens: `x` (T x p) the block's input, `own` = A_n x (T x r), `handed` (T x r) what its neighbours add to
+    it, and `gap` = handed - guess x for a `guess` (r x p) of the neighbours' sum made from x alone. The gap, not
+    `handed`, is fitted and measured: where the guess is exact it is zero to the last digit, however x is conditioned.
     """
 
     def __init__(self, guess: torch.Tensor | None = None, second: Second | None = None) -> None:
@@ -151,9 +151,10 @@ def merge_input(chain: list[Factors], reach: int | None, head: float) -> list[Me
 def merge_weights(chain: list[Factors], reach: int | None, head: float, middle: bool) -> list[Merged]:
     """merge_bw, walking the chain front to back with f*_j, the Frobenius norm of the *merged* weight of block j.
 
-    `input`: `B_n (1 + alpha*)`, `alpha* = f*_{n-2} / f*_{n-1}` (Eqs. 10-11). `middle`: `A_n + sum_k alpha_{n-k} A_{n-k}`
-    (Eq. 13) with `alpha_{n-k} = f*_{n-k-1} / f*_{n-1}`: Eq. 11 carried over index by index, because what is printed under
-    Eq. 13 needs the f*_n that is being computed. Where an index runs off the chain, alpha is 1.
+    `input`: `B_n (1 + alpha*)`, `alpha* = f*_{n-2} / f*_{n-1}` (Eqs. 10-11).
+    `middle`: `A_n + sum_k alpha_{n-k} A_{n-k}` (Eq. 13) with `alpha_{n-k} = f*_{n-k-1} / f*_{n-1}`: Eq. 11 carried over
+    index by index, because what is printed under Eq. 13 needs the f*_n that is being computed.
+    Where an index runs off the chain, alpha is 1.
     """
     merged: list[Merged] = []
     norms: list[float] = []

@@ -15,9 +15,10 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 
 from . import merging
-from .chains import Chain, Chains, base_model, chains, evaluating, lora_layers, to_device
+from .calibration import Calibrator
+from .chains import Chain, Chains, base_model, chains, lora_layers
 from .config import ResLoraConfig
-from .merging import Factors, Merged, Moments, Second
+from .merging import Factors, Merged
 from .shortcuts import (
     BlockShortcut,
     CastUnlessAutocast,
@@ -172,8 +173,8 @@ def _connected(base: nn.Module, adapter_name: str) -> Connection:
     connection = connection_of(base)
     if connection is None:
         raise ValueError(
-            f"adapter_name={adapter_name!r} is not connected on this {type(base).__name__} (or is merged already): call "
-            "reslora.connect first"
+            f"adapter_name={adapter_name!r} is not connected on this {type(base).__name__} (or is merged already): "
+            "call reslora.connect first"
         )
     if connection.adapter_name != adapter_name:
         raise ValueError(
@@ -210,8 +211,8 @@ def _plan(base: nn.Module, config: ResLoraConfig, adapter_name: str, example_inp
     if plan.links == 0:
         shapes = ", ".join(f"{block.name} {block.shape}" for block in plan.blocks[:8])
         raise ValueError(
-            f"shortcut={config.shortcut!r} finds no link among the {len(plan.blocks)} LoRA blocks (neighbours must have "
-            f"one role and one shape): {shapes}"
+            f"shortcut={config.shortcut!r} finds no link among the {len(plan.blocks)} LoRA blocks (neighbours must "
+            f"have one role and one shape): {shapes}"
         )
     return plan
 
@@ -283,9 +284,9 @@ def merge(
     """Folds the residual paths into plain LoRA weights, in place; the model is ordinary PEFT LoRA afterwards.
 
     `method`: `none`, `input` (Eqs. 6-9, 12), `weights` (Eqs. 10-11, 13), `lstsq` (ours), or `auto`: exact for
-    block-shortcuts (Eq. 5, rank (m + 1) r, cut to `max_rank` if given), else `lstsq` with calibration, else `input` where
-    training recorded norms, else `weights`. `calibration`: dicts of keyword arguments of the base model, read once, run
-    through the unmerged model in eval mode without gradients. dtype, device and requires_grad stay as they are.
+    block-shortcuts (Eq. 5, rank (m + 1) r, cut to `max_rank` if given), else `lstsq` with calibration, else `input`
+    where training recorded norms, else `weights`. `calibration`: dicts of keyword arguments of the base model, read
+    once, run through the unmerged model in eval mode without gradients. dtype, device and requires_grad are kept.
 
     With several processes, merge on rank 0 (whose norms count) and share the result.
 
@@ -324,7 +325,7 @@ def _resolve(method: str, connection: Connection, calibration: object, max_rank:
         return "none"
     if shortcut == "block":
         return "exact"
-    recorded = connection.wires.norms.pushed > 0
+    recorded = connection.wires.norms.count > 0
     if method == "auto":
         return "lstsq" if calibration is not None else "input" if recorded else "weights"
     if method == "lstsq" and calibration is None:
@@ -386,116 +387,13 @@ def _merge_chains(
     }
     merged = [early[method](chain) for chain in plan] if method in early else None
     if calibration is not None and plan:
-        calibrator = _Calibrator(plan, merged, config, method)
+        calibrator = Calibrator(plan, merged, config, method)
         calibrator.read(base, connection.wires, calibration)
     elif method == "input":
         means = connection.wires.norms.means()
         for block in (block for chain in plan if len(chain) > 1 for block in chain):
             block.norm = means[block.name]
     return merged if merged is not None else [late[method](chain) for chain in plan]
-
-
-class _Calibrator:
-    """Watches the unmerged model run on the calibration batches and fills in the moments of every block."""
-
-    def __init__(
-        self, plan: list[list[Factors]], merged: list[list[Merged]] | None, config: ResLoraConfig, method: str
-    ) -> None:
-        self.blocks = {block.name: block for chain in plan for block in chain}
-        self.middle = config.shortcut == "middle"
-        self.candidates = {}
-        for number, chain in enumerate(plan):
-            for n, block in enumerate(chain):
-                guess = None
-                if method == "lstsq" and n > 0:
-                    guess = merging.neighbour_sum(chain, n, config.reach, self.middle)
-                elif method == "weights" and self.middle and n > 0:
-                    guess = merged[number][n].a - block.a
-                block.moments = Moments(guess)
-                self.candidates[block.name] = merged[number][n] if merged is not None else None
-        self.fits = method == "lstsq"
-        self.readers: dict[str, str] = {}
-        self.inputs: list[tuple[torch.Tensor, torch.Tensor, str]] = []
-
-    def read(self, base: nn.Module, wires: Wires, calibration: Iterable[Mapping]) -> None:
-        """Runs every batch once; raises `ValueError` for batches that do not fit or give non-finite values."""
-        device = next(base.parameters()).device
-        wires.observer = self
-        count = 0
-        try:
-            with evaluating(base):
-                for batch in calibration:
-                    if not isinstance(batch, Mapping):
-                        raise ValueError(
-                            f"calibration[{count}] is a {type(batch).__name__}; give dicts of the base model's arguments"
-                        )
-                    self.inputs.clear()
-                    _forward(base, to_device(dict(batch), device), count)
-                    count += 1
-        finally:
-            wires.observer = None
-            self.inputs.clear()
-        if count == 0:
-            raise ValueError("calibration is empty; give at least one dict of the base model's arguments")
-        self._finish()
-
-    def __call__(self, variant: Shortcut, layer: LoraLayer, x, own, handed) -> None:
-        """Called by every wired block; for block-shortcuts `own` and `handed` are the stacked A and B."""
-        with torch.autocast(x.device.type, enabled=False):
-            block = self.blocks[variant.name]
-            rows = x.flatten(0, -2)
-            rows = rows if rows.dtype == torch.float64 else rows.float()
-            if isinstance(variant, BlockShortcut):
-                self._measure_cut(block, rows, own, handed)
-                own, handed = rows @ own[:1].to(rows).t(), None
-            own = own.flatten(0, -2)
-            handed = None if handed is None else handed.flatten(0, -2).to(own.device)
-            norm = torch.linalg.vector_norm(own.to(rows) if self.middle else rows)
-            if self.fits and block.moments.guess is not None:
-                self._share_second(variant.name, x, rows)
-            block.moments.add(rows, own, handed, norm)
-
-    def _measure_cut(self, block: Factors, rows: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-        """A block merge cut to `max_rank`: measures the outputs themselves."""
-        merged = self.candidates[block.name]
-        if merged.a.shape == a.shape:
-            return
-        whole = rows @ a.to(rows).t() @ b.to(rows).t()
-        cut = rows @ merged.a.to(rows).t() @ merged.b.to(rows).t()
-        block.moments.measure(whole, cut - whole)
-
-    def _share_second(self, name: str, x: torch.Tensor, rows: torch.Tensor) -> None:
-        """q, k and v of one attention read the same tensor: its second moment is computed and kept once."""
-        leader = next((other for seen, _, other in self.inputs if seen is x), None)
-        if leader is None:
-            self.inputs.append((x, rows, name))
-        leader = leader or name
-        if self.readers.setdefault(name, leader) != leader:
-            raise ValueError(
-                f"{name} reads another tensor than in the first calibration batch; calibrate in like batches"
-            )
-        moments = self.blocks[name].moments
-        if leader != name:
-            moments.second = self.blocks[leader].moments.second
-            return
-        moments.second = moments.second or Second()
-        moments.second.add(rows)
-
-    def _finish(self) -> None:
-        for name, block in self.blocks.items():
-            if block.moments.forwards == 0:
-                raise ValueError(f"{name} did not run on the calibration batches: is the adapter active and enabled?")
-            if not block.moments.finite():
-                raise ValueError(f"calibration gives NaN or infinity at the input of {name}; check its batches")
-            block.norm = block.moments.norm
-
-
-def _forward(base: nn.Module, batch: dict, number: int) -> None:
-    try:
-        base(**batch)
-    except (TypeError, ValueError, RuntimeError, IndexError) as error:
-        detail = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"calibration[{number}] does not run through {type(base).__name__}: {detail}") from error
 
 
 def _report(

@@ -1,11 +1,10 @@
 """Eqs. 1-4 as LoRA variants, and the state that lives for one forward.
 
-PEFT computes the frozen layer and asks the layer's *variant* for the rest. The variants here add the low-rank product of
-the paper's equations; `Wires` is what the variants of one model share. Notation as in the paper: block n has A_n (r x p),
-B_n (q x r) and the scaling s_n; x_n (batch x tokens x p) is its input.
+PEFT computes the frozen layer and asks the layer's *variant* for the rest. The variants here add the low-rank product
+of the paper's equations; `Wires` is what the variants of one model share. Notation as in the paper: block n has A_n
+(r x p), B_n (q x r) and the scaling s_n; x_n (batch x tokens x p) is its input.
 
-All products fold s into the r-wide vector's second product and accumulate into the frozen layer's output, so that nothing
-q-wide is written twice.
+The second product carries s and accumulates into the frozen layer's output, so that nothing q-wide is written twice.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _CHECKPOINTING = (
 class State:
     """What the blocks of one forward hand to each other; a forward makes a new one and drops it when it returns."""
 
-    __slots__ = ("handed", "norms", "normed", "grad", "segments")
+    __slots__ = ("grad", "handed", "normed", "norms", "segments")
 
     def __init__(self, handed: dict | None = None, recording: bool = False, segments: int = 0) -> None:
         self.handed: dict[str, torch.Tensor] = {} if handed is None else handed
@@ -42,23 +41,35 @@ class NormWindow:
         self.names = names
         self.window = window
         self.values: torch.Tensor | None = None
-        self.pushed = 0
+        # How many forwards were recorded: a tensor, because `torch.compile` recompiles for every new value of an int.
+        self.pushed: torch.Tensor | None = None
 
     def push(self, norms: dict[str, torch.Tensor]) -> None:
         """Writes one forward's norms over the oldest ones; a block that did not run gets NaN, which means skip."""
-        if not norms:
-            return
         first = next(iter(norms.values()))
-        if self.values is None:
-            self.values = torch.full((len(self.names), self.window), torch.nan, dtype=first.dtype, device=first.device)
         missing = torch.full_like(first, torch.nan)
-        column = [norms.get(name, missing).to(self.values.device, self.values.dtype) for name in self.names]
-        self.values[:, self.pushed % self.window] = torch.stack(column)
+        column = torch.stack([norms.get(name, missing).to(first) for name in self.names])
+        if self.values is None:
+            self.restore(column.new_full((len(column), self.window), torch.nan), 0)
+        elif self.values.device != column.device:
+            self.values, self.pushed = self.values.to(column.device), self.pushed.to(column.device)
+        slot = (self.pushed % self.window).view(1)
+        self.values.index_copy_(1, slot, column[:, None].to(self.values.dtype))
         self.pushed += 1
+
+    def restore(self, values: torch.Tensor, count: int) -> None:
+        """Starts from `values` (blocks x window), of which `count` forwards were written."""
+        self.values = values
+        self.pushed = torch.tensor(count, device=values.device)
+
+    @property
+    def count(self) -> int:
+        """How many forwards were recorded so far."""
+        return 0 if self.pushed is None else int(self.pushed)
 
     def means(self) -> dict[str, float]:
         """Returns f_n by block name, empty where nothing was recorded."""
-        if self.values is None or self.pushed == 0:
+        if self.values is None:
             return {}
         return dict(zip(self.names, self.values.nanmean(dim=1).tolist(), strict=True))
 
