@@ -1,0 +1,96 @@
+"""The scripts that make the bundled pipeline, and the pipeline itself."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+sys.path.insert(0, str(ASSETS))
+
+from augment import STYLES, load_pictures, mirrorable, move, restyle, styled_caption  # noqa: E402
+from captions import VALIDATION_PROMPTS, is_held_out, is_known, new_tokenizer  # noqa: E402
+from checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
+
+
+@pytest.fixture
+def pictures() -> torch.Tensor:
+    """Four white pictures with a coloured block left of the middle."""
+    pictures = torch.ones(4, 3, 64, 64)
+    pictures[:, 0, 20:40, 10:30] = -0.5
+    return pictures
+
+
+def row(text: str, category: str = "Objects", subcategory: str = "tool") -> dict:
+    return {"text": text, "category": category, "subcategory": subcategory}
+
+
+def test_moved_pictures_keep_a_white_ground_and_are_repeatable(pictures):
+    moved = move(pictures, torch.Generator().manual_seed(0))
+    assert torch.equal(moved, move(pictures, torch.Generator().manual_seed(0)))
+    assert moved.amax() <= 1 and moved.amin() >= -1
+    assert torch.equal(moved[:, :, :4, -4:], torch.ones(4, 3, 4, 4))
+
+
+def test_only_allowed_pictures_are_mirrored(pictures):
+    pictures = pictures[:1].repeat(64, 1, 1, 1)
+    allowed = torch.arange(64) % 2 == 0
+    moved = move(pictures, torch.Generator().manual_seed(0), mirror=allowed)
+    on_the_right = moved[..., 32:].sum((1, 2, 3)) < moved[..., :32].sum((1, 2, 3))
+    assert on_the_right[allowed].any() and not on_the_right[allowed].all()
+    assert not on_the_right[~allowed].any()
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_styles_keep_the_ground_white(pictures, style):
+    styled = restyle(pictures, style, torch.Generator().manual_seed(0))
+    assert styled.shape == pictures.shape and styled.amin() >= -1
+    torch.testing.assert_close(styled[:, :, 50:], pictures[:, :, 50:])
+    assert style == "plain" or not torch.equal(styled, pictures)
+
+
+def test_captions_say_the_style_unless_plain():
+    assert styled_caption("red apple", "plain") == "red apple"
+    assert styled_caption("red apple", "outlined") == "outlined red apple"
+    assert mirrorable("red apple") and not mirrorable("magnifying glass tilted left")
+
+
+def test_known_and_held_out_captions():
+    assert is_known(row("hammer")) and not is_known(row("two o'clock")) and not is_known(row("om", "Symbols"))
+    assert is_held_out(row("open file folder"), {"open", "file", "folder"})
+    assert not is_held_out(row("open file folder"), {"open", "file"})
+
+
+def test_tokenizer_knows_every_word_and_pads():
+    tokenizer = new_tokenizer(["red apple", "t-shirt"])
+    tokens = tokenizer("Outlined T-shirt", padding="max_length").input_ids
+    assert len(tokens) == 12 and tokenizer.unk_token_id not in tokens
+    assert tokenizer.unk_token_id in tokenizer("quark").input_ids
+
+
+def test_checkpoint_restores_its_parts(tmp_path):
+    layer = torch.nn.Linear(2, 2)
+    assert load_checkpoint(tmp_path / "checkpoint.pt", {"layer": layer}) == 0
+    save_checkpoint(tmp_path / "checkpoint.pt", {"layer": layer}, 7)
+    other = torch.nn.Linear(2, 2)
+    assert load_checkpoint(tmp_path / "checkpoint.pt", {"layer": other}) == 7
+    assert torch.equal(layer.weight, other.weight)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_missing_pictures_are_one_line(tmp_path):
+    with pytest.raises(SystemExit, match="make_data"):
+        load_pictures(tmp_path)
+
+
+def test_bundled_pipeline_draws_on_white():
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(ASSETS / "pipeline", torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    assert set(VALIDATION_PROMPTS) == set((ASSETS / "validation_prompts.txt").read_text().splitlines())
+    generator = torch.Generator().manual_seed(0)
+    picture = pipeline("red apple", num_inference_steps=10, guidance_scale=4.0, generator=generator, output_type="pt")
+    corners = picture.images[0][:, [0, 0, -1, -1], [0, -1, 0, -1]]
+    assert picture.images.shape == (1, 3, 64, 64) and corners.mean() > 0.9
