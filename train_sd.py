@@ -3,13 +3,14 @@
     accelerate launch train_sd.py
     accelerate launch train_sd.py --pretrained_model_name_or_path MODEL --train_data_dir PICTURES
 
-The first form trains the bundled 64x64 pipeline on the bundled pictures in a few minutes on two CPU cores; the second any
-Stable Diffusion 1.x or 2.x. Flags are those of diffusers' `train_text_to_image_lora.py`, with the same meaning, and more.
+The first form trains the bundled 64x64 pipeline on the bundled pictures, in a few minutes on two CPU cores; the second
+any Stable Diffusion 1.x or 2.x. The flags of diffusers' `train_text_to_image_lora.py` are all here and mean the same.
 
-Every training sample (picture, crop, noise, timestep, dropout) is a pure function of the seed and the sample's position in the
-run. So all methods see the same data, a resumed run is the uninterrupted one, and the number of processes does not matter.
+Every sample (picture, crop, noise, timestep, dropout) is a function of the seed and of its position in the run, and of
+nothing else. So all methods see the same data, a resumed run equals an uninterrupted one, and the number of
+processes does not matter.
 
-Heavy libraries are imported where they are used: `--help` and a refused flag answer at once.
+Heavy libraries are imported where they are used, so that `--help` and a refused flag answer at once.
 """
 
 from __future__ import annotations
@@ -33,15 +34,16 @@ from pathlib import Path
 ASSETS = Path(__file__).resolve().parent / "assets"
 BUNDLED_MODEL, BUNDLED_PICTURES = ASSETS / "pipeline", ASSETS / "openmoji"
 
-LORA_METHODS = ("lora", "reslora", "lora_x2")  # what ends as a plain LoRA, and so as a diffusers and a kohya file
-METHODS = (*LORA_METHODS, "adalora", "loha", "lokr")
+LORA_METHODS = ("lora", "reslora", "lora_x2")
+PLAIN_METHODS = (*LORA_METHODS, "adalora")  # what ends as plain LoRA, and so as a diffusers and a kohya file
+METHODS = (*PLAIN_METHODS, "loha", "lokr")
 
 # A flag left alone takes the first value with the bundled pipeline and the second with a model the user names.
+BUNDLED_STEPS = 200
 DEFAULTS = {
     "method": (["lora", "reslora"], ["reslora"]),
     "resolution": (64, 512),
     "learning_rate": (2e-4, 1e-4),
-    "max_train_steps": (200, None),
     "checkpointing_steps": (100, 500),
     "validation_prompt": (["cat face", "sailboat", "red apple", "penguin"], []),
     "num_validation_images": (1, 4),
@@ -53,27 +55,12 @@ DEFAULTS = {
 
 # What may differ between a run and its continuation: how long it trains, and what it shows and keeps.
 FREE_ON_RESUME = {
-    *(
-        "config",
-        "output_dir",
-        "logging_dir",
-        "cache_dir",
-        "method",
-        "max_train_steps",
-        "num_train_epochs",
-        "local_rank",
-    ),
-    *("validation_prompt", "num_validation_images", "validation_steps", "validation_epochs", "num_inference_steps"),
-    *("guidance_scale", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "report_to"),
-    *("push_to_hub", "hub_token", "hub_model_id", "dataloader_num_workers", "cache_latents", "cache_text_embeddings"),
-    *(
-        "gradient_checkpointing",
-        "merge",
-        "merge_calibration_samples",
-        "train_batch_size",
-        "gradient_accumulation_steps",
-    ),
-}
+    "config", "output_dir", "logging_dir", "cache_dir", "method", "max_train_steps", "num_train_epochs", "local_rank",
+    "validation_prompt", "num_validation_images", "validation_steps", "validation_epochs", "num_inference_steps",
+    "guidance_scale", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "report_to",
+    "merge", "merge_calibration_samples", "push_to_hub", "hub_token", "hub_model_id", "dataloader_num_workers",
+    "gradient_checkpointing", "train_batch_size", "gradient_accumulation_steps", "strict",
+}  # fmt: skip
 
 RANDOM_CROPS = 4  # crops cached for a picture that isn't square: the centre and three more
 VALIDATION_DRAWS = 4  # noises per held-out picture, one in each quarter of the timesteps
@@ -82,7 +69,10 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".ti
 
 
 class InvalidArgument(ValueError):
-    """What the user gave cannot work: one line naming the argument, the value and the fix; exit status 2."""
+    """What the user gave cannot work: one line naming the argument, the problem and the fix; exit status 2."""
+
+    def __init__(self, argument: str, problem: str, fix: str):
+        super().__init__(f"{argument}: {problem}; {fix}")
 
 
 class RunFailed(RuntimeError):
@@ -93,7 +83,7 @@ class Stopped(Exception):
     """Ctrl-C or SIGTERM: the checkpoint is written, nothing else is."""
 
 
-# ---------------------------------------------------------------------------------------------------------------- flags
+# -- flags -------------------------------------------------------------------------------------------------------------
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -132,216 +122,149 @@ def number(minimum: float, below: float = math.inf, exclusive: bool = False):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """All flags. A default of None that the help gives in brackets depends on the model, see DEFAULTS."""
+    """All flags; those in DEFAULTS stay None until `parse_args` knows whose model is trained."""
     parser = OneLineParser(
         prog="train_sd.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--config", metavar="FILE", help="flags from a TOML file or a run's config.json; the command line wins"
+        "--config", metavar="FILE", help="flags from TOML or a run's config.json; the command line wins"
     )
-    add_model_flags(parser.add_argument_group("model"))
-    add_method_flags(parser.add_argument_group("method"))
-    add_data_flags(parser.add_argument_group("pictures and captions"))
-    add_training_flags(parser.add_argument_group("training"))
-    add_optimizer_flags(parser.add_argument_group("optimizer"))
-    add_validation_flags(parser.add_argument_group("samples and validation loss"))
-    add_output_flags(parser.add_argument_group("output, checkpoints and reports"))
+    for title, add_flags in (
+        ("model", add_model_flags),
+        ("method", add_method_flags),
+        ("pictures and captions", add_data_flags),
+        ("training", add_training_flags),
+        ("optimizer", add_optimizer_flags),
+        ("samples and validation loss", add_validation_flags),
+        ("output, checkpoints and reports", add_output_flags),
+    ):
+        add_flags(parser.add_argument_group(title).add_argument)
     for action in parser._actions:
         if action.dest in DEFAULTS:
-            bundled, named = DEFAULTS[action.dest]
-            show = lambda value: " ".join(map(str, value)) or "none" if isinstance(value, list) else value  # noqa: E731
-            action.help += f" (bundled pipeline: {show(bundled)}; otherwise: {show(named)})"
-        elif action.default not in (None, False, argparse.SUPPRESS, []) and action.nargs != 0:
-            action.help += (
-                f" (default: {' '.join(action.default) if isinstance(action.default, list) else action.default})"
-            )
+            bundled, named = map(in_words, DEFAULTS[action.dest])
+            action.help += f" (bundled pipeline: {bundled}; otherwise: {named})"
+        elif action.default not in (None, False, argparse.SUPPRESS):
+            action.help += f" (default: {in_words(action.default)})"
     return parser
 
 
-def add_model_flags(group) -> None:
-    group.add_argument(
-        "--pretrained_model_name_or_path",
-        metavar="MODEL",
-        help="Stable Diffusion 1.x or 2.x: a folder in diffusers format, or a name on the hub; default: the bundled pipeline",
-    )
-    group.add_argument("--revision", help="revision of the model on the hub")
-    group.add_argument("--variant", help="variant of the model's files, such as fp16")
-    group.add_argument("--cache_dir", help="folder for downloaded models and data sets")
-    group.add_argument(
-        "--prediction_type",
-        choices=["epsilon", "v_prediction"],
-        help="what the U-Net predicts; default: what the scheduler says",
-    )
-    group.add_argument(
-        "--mixed_precision",
-        choices=["no", "fp16", "bf16"],
-        help="precision of the frozen parts; the adapter stays fp32; default: what accelerate was started with",
-    )
-    group.add_argument("--allow_tf32", action="store_true", help="allow TF32 matrix products on Ampere and later GPUs")
-    group.add_argument(
-        "--enable_xformers_memory_efficient_attention",
-        action="store_true",
-        help="use xformers' attention (PyTorch's own is used otherwise)",
+def in_words(value) -> str:
+    if isinstance(value, list):
+        return ", ".join(value) or "none"
+    return (
+        {None: "none", True: "on"}.get(value, str(value))
+        if not isinstance(value, (int, float)) or value is True
+        else str(value)
     )
 
 
-def add_method_flags(group) -> None:
-    group.add_argument(
-        "--method",
-        nargs="+",
-        choices=METHODS,
-        help="trained one after the other on the same data; lora_x2 is LoRA with doubled alpha",
-    )
-    group.add_argument("--rank", type=whole(1), default=16, help="rank of the update matrices")
-    group.add_argument("--lora_alpha", type=number(0, exclusive=True), help="scale times rank; default: twice the rank")
-    group.add_argument(
-        "--lora_dropout",
-        type=number(0, below=1),
-        default=0.0,
-        help="dropout on the adapter's input (rank dropout for loha and lokr)",
-    )
-    group.add_argument(
-        "--target_modules",
-        nargs="+",
-        default=["to_q", "to_k", "to_v", "to_out.0"],
-        help="layers of the U-Net that get an adapter, by the end of their name",
-    )
-    group.add_argument(
-        "--shortcut",
-        choices=["none", "input", "block", "middle"],
-        default="input",
-        help="ResLoRA: what neighbouring blocks share",
-    )
-    group.add_argument(
-        "--pre_num",
-        type=whole(-1),
-        default=4,
-        help="ResLoRA: previous blocks a block reaches, -1 for all (input: any number but 0 means one)",
-    )
-    group.add_argument(
-        "--head",
-        choices=["repeat", "none"],
-        default="repeat",
-        help="ResLoRA, input shortcut: what the first block of a chain adds to its input",
-    )
-    group.add_argument(
-        "--merge",
-        choices=["auto", "none", "input", "weights", "lstsq"],
-        default="auto",
-        help="ResLoRA: how the shortcuts become plain LoRA weights",
-    )
-    group.add_argument(
-        "--merge_calibration_samples",
-        type=whole(0),
-        default=64,
-        help="ResLoRA: training samples that the merge may read",
-    )
+# fmt: off
+def add_model_flags(add) -> None:
+    add("--pretrained_model_name_or_path", metavar="MODEL",
+        help="Stable Diffusion 1.x or 2.x: diffusers folder or name on the hub; default: the bundled pipeline")
+    add("--revision", help="revision of the model on the hub")
+    add("--variant", help="variant of the model's files, such as fp16")
+    add("--cache_dir", metavar="FOLDER", help="where downloaded models and data sets are kept")
+    add("--prediction_type", choices=["epsilon", "v_prediction"],
+        help="what the U-Net predicts; default: what the scheduler says")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"],
+        help="precision of the frozen parts; the adapter stays fp32; default: what accelerate was started with")
+    add("--allow_tf32", action="store_true", help="allow TF32 matrix products on Ampere and later GPUs")
+    add("--enable_xformers_memory_efficient_attention", action="store_true",
+        help="xformers' attention instead of PyTorch's")
 
 
-def add_data_flags(group) -> None:
-    group.add_argument("--dataset_name", help="data set on the hub, or a folder that the datasets library reads")
-    group.add_argument("--dataset_config_name", help="configuration of that data set")
-    group.add_argument(
-        "--train_data_dir",
-        metavar="FOLDER",
-        help="pictures with metadata.jsonl, or with .txt captions beside them; default: the bundled pictures with the bundled pipeline",
-    )
-    group.add_argument("--image_column", default="image", help="column with the picture")
-    group.add_argument("--caption_column", default="text", help="column with the caption or a list of captions")
-    group.add_argument("--max_train_samples", type=whole(1), help="train on that many pictures, drawn at random")
-    group.add_argument("--resolution", type=whole(8), help="side of the square the pictures are scaled and cropped to")
-    group.add_argument("--center_crop", action="store_true", help="crop the centre instead of a random place")
-    group.add_argument("--random_flip", action="store_true", help="mirror half of the samples")
-    group.add_argument(
-        "--image_interpolation_mode",
-        default="lanczos",
-        choices=["nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos"],
-        help="how pictures are scaled",
-    )
-    group.add_argument(
-        "--strict",
-        action="store_true",
-        help="refuse pictures that cannot be read or have no caption instead of leaving them out",
-    )
-    group.add_argument(
-        "--cache_latents",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="encode every picture once, not in every step",
-    )
-    group.add_argument(
-        "--cache_text_embeddings",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="encode every caption once, then free the text encoder",
-    )
-    group.add_argument("--dataloader_num_workers", type=whole(0), default=0, help="processes that read pictures")
+def add_method_flags(add) -> None:
+    add("--method", nargs="+", choices=METHODS,
+        help="trained one after the other on the same samples; lora_x2 is LoRA with doubled alpha")
+    add("--rank", type=whole(1), default=16, help="rank of the update matrices")
+    add("--lora_alpha", type=number(0, exclusive=True), help="scale times rank; default: twice the rank")
+    add("--lora_dropout", type=number(0, below=1), default=0.0,
+        help="dropout on the adapter's input (of ranks for loha and lokr)")
+    add("--target_modules", nargs="+", default=["to_q", "to_k", "to_v", "to_out.0"], metavar="NAME",
+        help="layers of the U-Net that get an adapter, by the end of their name")
+    add("--shortcut", choices=["none", "input", "block", "middle"], default="input",
+        help="ResLoRA: what a block gets from the blocks before it")
+    add("--pre_num", type=whole(-1), default=4,
+        help="ResLoRA: how many blocks before it, -1 for all; with --shortcut input any number but 0 means one")
+    add("--head", choices=["repeat", "none"], default="repeat",
+        help="ResLoRA, --shortcut input: what the first block of a chain adds to its input, the same again or nothing")
+    add("--merge", choices=["auto", "none", "input", "weights", "lstsq"], default="auto",
+        help="ResLoRA: how the shortcuts become plain LoRA weights")
+    add("--merge_calibration_samples", type=whole(0), default=64,
+        help="ResLoRA: training samples that the merge may read")
 
 
-def add_training_flags(group) -> None:
-    group.add_argument("--seed", type=whole(0), default=0, help="the same seed gives the same bytes")
-    group.add_argument("--train_batch_size", type=whole(1), default=16, help="samples per process and forward")
-    group.add_argument("--gradient_accumulation_steps", type=whole(1), default=1, help="forwards per step")
-    group.add_argument("--num_train_epochs", type=whole(1), default=100, help="passes over the pictures")
-    group.add_argument("--max_train_steps", type=whole(1), help="steps; wins over --num_train_epochs")
-    group.add_argument("--gradient_checkpointing", action="store_true", help="less memory, slower")
-    group.add_argument("--noise_offset", type=number(0), default=0.0, help="scale of the noise added per channel")
-    group.add_argument("--snr_gamma", type=number(0, exclusive=True), help="min-SNR loss weights; 5.0 is usual")
-    group.add_argument("--local_rank", type=int, default=-1, help="set by launchers")
+def add_data_flags(add) -> None:
+    add("--dataset_name", help="data set on the hub, or a folder")
+    add("--dataset_config_name", help="configuration of that data set")
+    add("--train_data_dir", metavar="FOLDER",
+        help="pictures with a metadata.jsonl, or with .txt captions beside them; default: the bundled pictures")
+    add("--image_column", default="image", help="column with the picture")
+    add("--caption_column", default="text", help="column with the caption, or a list of captions to choose from")
+    add("--max_train_samples", type=whole(1), help="train on that many pictures, drawn at random")
+    add("--resolution", type=whole(8), help="side of the square that pictures are cropped and scaled to")
+    add("--center_crop", action="store_true", help="crop the centre instead of a random place")
+    add("--random_flip", action="store_true", help="mirror half of the samples")
+    add("--image_interpolation_mode", default="lanczos", help="how pictures are scaled",
+        choices=["nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos"])
+    add("--strict", action="store_true",
+        help="refuse pictures that cannot be read or have no caption, instead of leaving them out")
+    add("--cache_latents", action=argparse.BooleanOptionalAction, default=True,
+        help="encode every picture once, not in every step")
+    add("--cache_text_embeddings", action=argparse.BooleanOptionalAction, default=True,
+        help="encode every caption once, then free the text encoder")
+    add("--dataloader_num_workers", type=whole(0), default=0, help="processes that read pictures")
 
 
-def add_optimizer_flags(group) -> None:
-    group.add_argument("--learning_rate", type=number(0, exclusive=True), help="highest learning rate")
-    group.add_argument(
-        "--scale_lr", action="store_true", help="multiply it by batch size, accumulation steps and processes"
-    )
-    group.add_argument(
-        "--lr_scheduler",
-        default="constant",
-        choices=["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"],
-        help="its course",
-    )
-    group.add_argument(
-        "--lr_warmup_steps", type=whole(0), default=500, help="steps until it is reached (no effect with constant)"
-    )
-    group.add_argument("--use_8bit_adam", action="store_true", help="bitsandbytes' 8-bit AdamW")
-    group.add_argument("--adam_beta1", type=number(0, below=1), default=0.9, help="decay of the gradient's mean")
-    group.add_argument("--adam_beta2", type=number(0, below=1), default=0.999, help="decay of its square's mean")
-    group.add_argument("--adam_weight_decay", type=number(0), default=1e-2, help="weight decay")
-    group.add_argument("--adam_epsilon", type=number(0, exclusive=True), default=1e-8, help="added to the denominator")
-    group.add_argument(
-        "--max_grad_norm", type=number(0, exclusive=True), default=1.0, help="gradients are clipped to this norm"
-    )
+def add_training_flags(add) -> None:
+    add("--seed", type=whole(0), default=0, help="the same seed gives the same bytes")
+    add("--train_batch_size", type=whole(1), default=16, help="samples per process and forward")
+    add("--gradient_accumulation_steps", type=whole(1), default=1, help="forwards per step")
+    add("--num_train_epochs", type=whole(1), help="passes over the pictures; default: 100")
+    add("--max_train_steps", type=whole(1), help="steps; wins over --num_train_epochs")
+    add("--gradient_checkpointing", action="store_true", help="less memory, slower")
+    add("--noise_offset", type=number(0), default=0.0, help="scale of the noise added per channel")
+    add("--snr_gamma", type=number(0, exclusive=True), help="min-SNR loss weights; 5.0 is usual")
+    add("--local_rank", type=int, default=-1, help="set by launchers")
 
 
-def add_validation_flags(group) -> None:
-    group.add_argument(
-        "--validation_prompt", nargs="+", metavar="PROMPT", help="prompts sampled while training, with fixed seeds"
-    )
-    group.add_argument("--num_validation_images", type=whole(1), help="pictures per prompt")
-    group.add_argument("--validation_steps", type=whole(1), help="steps between samples; default: --validation_epochs")
-    group.add_argument("--validation_epochs", type=whole(1), default=1, help="epochs between samples")
-    group.add_argument(
-        "--validation_split", type=number(0, below=1), help="share of the pictures held out for the validation loss"
-    )
-    group.add_argument("--num_inference_steps", type=whole(1), help="denoising steps of a sample")
-    group.add_argument("--guidance_scale", type=number(0), help="classifier-free guidance of a sample")
+def add_optimizer_flags(add) -> None:
+    add("--learning_rate", type=number(0, exclusive=True), help="highest learning rate")
+    add("--scale_lr", action="store_true", help="multiply it by batch size, accumulation steps and processes")
+    add("--lr_scheduler", default="constant", help="how it changes",
+        choices=["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"])
+    add("--lr_warmup_steps", type=whole(0), default=500, help="steps until it is reached (none with constant)")
+    add("--use_8bit_adam", action="store_true", help="bitsandbytes' 8-bit AdamW")
+    add("--adam_beta1", type=number(0, below=1), default=0.9, help="decay of the mean of the gradient")
+    add("--adam_beta2", type=number(0, below=1), default=0.999, help="decay of the mean of its square")
+    add("--adam_weight_decay", type=number(0), default=1e-2, help="weight decay")
+    add("--adam_epsilon", type=number(0, exclusive=True), default=1e-8, help="added to the denominator")
+    add("--max_grad_norm", type=number(0, exclusive=True), default=1.0, help="gradients are clipped to this norm")
 
 
-def add_output_flags(group) -> None:
-    group.add_argument("--output_dir", default="sd-model-finetuned-lora", help="folder of the run")
-    group.add_argument("--logging_dir", default="logs", help="TensorBoard folder inside it")
-    group.add_argument("--report_to", default="tensorboard", help="tensorboard, wandb, comet_ml, all or none")
-    group.add_argument("--checkpointing_steps", type=whole(1), help="steps between checkpoints")
-    group.add_argument("--checkpoints_total_limit", type=whole(1), help="checkpoints kept per method")
-    group.add_argument(
-        "--resume_from_checkpoint",
-        metavar="latest|FOLDER",
-        help="go on from the newest usable checkpoint, or from this one",
-    )
-    group.add_argument("--push_to_hub", action="store_true", help="upload the folder when done")
-    group.add_argument("--hub_token", help="token for the hub")
-    group.add_argument("--hub_model_id", help="repository on the hub; default: the folder's name")
+def add_validation_flags(add) -> None:
+    add("--validation_prompt", nargs="+", metavar="PROMPT", help="prompts sampled while training, with fixed seeds")
+    add("--num_validation_images", type=whole(1), help="pictures per prompt")
+    add("--validation_steps", type=whole(1), help="steps between samples; default: by --validation_epochs")
+    add("--validation_epochs", type=whole(1), default=1, help="epochs between samples")
+    add("--validation_split", type=number(0, below=1), help="share of the pictures held out for a validation loss")
+    add("--num_inference_steps", type=whole(1), help="denoising steps of a sample")
+    add("--guidance_scale", type=number(0), help="classifier-free guidance of a sample")
+
+
+def add_output_flags(add) -> None:
+    add("--output_dir", default="sd-model-finetuned-lora", metavar="FOLDER", help="folder of the run")
+    add("--logging_dir", default="logs", metavar="FOLDER", help="TensorBoard's folder inside it")
+    add("--report_to", default="tensorboard", help="report to this tracker",
+        choices=["tensorboard", "wandb", "comet_ml", "all", "none"])
+    add("--checkpointing_steps", type=whole(1), help="steps between checkpoints")
+    add("--checkpoints_total_limit", type=whole(1), help="checkpoints kept per method; default: all")
+    add("--resume_from_checkpoint", metavar="latest|FOLDER", help="go on from the newest usable one, or this one")
+    add("--push_to_hub", action="store_true", help="upload the folder when done")
+    add("--hub_token", help="token for the hub")
+    add("--hub_model_id", help="repository on the hub; default: the folder's name")
+# fmt: on
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -357,12 +280,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.pretrained_model_name_or_path = str(BUNDLED_MODEL) if bundled else model
     if bundled and not args.dataset_name and not args.train_data_dir:
         args.train_data_dir = str(BUNDLED_PICTURES)
-    if bundled and args.max_train_steps is None and any(a.startswith("--num_train_epochs") for a in argv):
-        args.max_train_steps = 0  # asked for in epochs: neither default applies
+    if bundled and args.max_train_steps is None and args.num_train_epochs is None:
+        args.max_train_steps = BUNDLED_STEPS
+    args.num_train_epochs = args.num_train_epochs or 100
     for name, (with_bundled, with_named) in DEFAULTS.items():
         if getattr(args, name) is None:
             setattr(args, name, with_bundled if bundled else with_named)
-    args.max_train_steps = args.max_train_steps or None
     args.lora_alpha = args.lora_alpha or 2 * args.rank
     args.method = list(dict.fromkeys(args.method))
     check_args(args)
@@ -376,13 +299,13 @@ def config_flags(parser: argparse.ArgumentParser, path: Path) -> list[str]:
         table = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except (OSError, ValueError) as error:
         raise InvalidArgument(
-            f"--config {path}: cannot be read ({first_line(error)}); give a TOML file or a run's config.json"
+            f"--config {path}", f"cannot be read ({first_line(error)})", "give a TOML file or a run's config.json"
         ) from None
     actions = {action.dest: action for action in parser._actions}
     words = []
     for name, value in table.items():
-        if name not in actions or name in ("config", "help"):
-            raise InvalidArgument(f"--config {path}: {name} is not a flag of train_sd.py; remove it")
+        if name not in actions or name == "help":
+            raise InvalidArgument(f"--config {path}", f"{name} is not a flag of train_sd.py", "remove it")
         if isinstance(value, bool):
             negative = f"--no-{name}" if isinstance(actions[name], argparse.BooleanOptionalAction) else None
             words += [f"--{name}"] if value else [negative] if negative else []
@@ -398,11 +321,11 @@ def check_args(args: argparse.Namespace) -> None:
     check_local_model(args)
     if not args.dataset_name and not args.train_data_dir:
         raise InvalidArgument(
-            "--train_data_dir is missing: name a folder of pictures with captions, or a data set with --dataset_name"
+            "--train_data_dir", "missing", "name a folder of pictures with captions, or a data set with --dataset_name"
         )
     if args.train_data_dir and not args.dataset_name and not Path(args.train_data_dir).is_dir():
         raise InvalidArgument(
-            f"--train_data_dir {args.train_data_dir}: no such folder; give one with pictures and captions"
+            f"--train_data_dir {args.train_data_dir}", "no such folder", "give one with pictures and captions"
         )
     for flag, used, package in (
         ("--use_8bit_adam", args.use_8bit_adam, "bitsandbytes"),
@@ -411,22 +334,20 @@ def check_args(args: argparse.Namespace) -> None:
         ("--report_to comet_ml", args.report_to == "comet_ml", "comet_ml"),
     ):
         if used and importlib.util.find_spec(package) is None:
-            raise InvalidArgument(
-                f"{flag} needs {package}, which is not installed: pip install {package}, or leave the flag out"
-            )
-    if args.report_to not in ("tensorboard", "wandb", "comet_ml", "all", "none"):
-        raise InvalidArgument(f"--report_to {args.report_to}: choose from tensorboard, wandb, comet_ml, all, none")
+            raise InvalidArgument(flag, f"{package} is not installed", f"pip install {package}, or leave it out")
     if args.report_to == "wandb" and args.hub_token:
         raise InvalidArgument(
-            "--hub_token would be published by --report_to wandb: log in with `hf auth login` instead"
+            "--hub_token", "--report_to wandb would publish it", "log in with `hf auth login` instead"
         )
     if args.merge == "lstsq" and args.shortcut in ("input", "middle") and args.merge_calibration_samples == 0:
-        raise InvalidArgument("--merge lstsq needs samples: give --merge_calibration_samples 64, or another merge")
+        raise InvalidArgument(
+            "--merge lstsq", "needs calibration samples", "give --merge_calibration_samples 64, or another merge"
+        )
     output = Path(args.output_dir)
     parent = next(p for p in (output, *output.absolute().parents) if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InvalidArgument(
-            f"--output_dir {args.output_dir}: {parent} is not a folder that can be written; choose another"
+            f"--output_dir {args.output_dir}", f"{parent} is not a folder that can be written", "choose another"
         )
 
 
@@ -437,7 +358,9 @@ def check_local_model(args: argparse.Namespace) -> None:
     if not folder.is_dir():
         if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
             raise InvalidArgument(
-                f"--pretrained_model_name_or_path {name}: no such folder; give one in diffusers format or a name on the hub"
+                f"--pretrained_model_name_or_path {name}",
+                "no such folder",
+                "give one in diffusers format or a name on the hub",
             )
         return
     try:
@@ -445,7 +368,9 @@ def check_local_model(args: argparse.Namespace) -> None:
         vae = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
         raise InvalidArgument(
-            f"--pretrained_model_name_or_path {name}: no readable model_index.json and vae/config.json; give a pipeline folder in diffusers format"
+            f"--pretrained_model_name_or_path {name}",
+            "no readable model_index.json and vae/config.json",
+            "give a pipeline in diffusers format",
         ) from None
     check_resolution(args.resolution, 2 ** (len(vae.get("block_out_channels", [0])) - 1))
 
@@ -458,17 +383,19 @@ def check_pipeline_class(name: str, index: dict) -> None:
             if "XL" in str(found)
             else "give a Stable Diffusion 1.x or 2.x text-to-image pipeline"
         )
-        raise InvalidArgument(f"--pretrained_model_name_or_path {name}: this is a {found}; {hint}")
+        raise InvalidArgument(f"--pretrained_model_name_or_path {name}", f"a {found}", hint)
 
 
 def check_resolution(resolution: int, factor: int) -> None:
     if resolution % factor:
         raise InvalidArgument(
-            f"--resolution {resolution}: the VAE takes multiples of {factor}; give {max(1, resolution // factor) * factor}"
+            f"--resolution {resolution}",
+            f"the VAE takes multiples of {factor}",
+            f"give {max(1, resolution // factor) * factor}",
         )
 
 
-# --------------------------------------------------------------------------------------------------- files and interruptions
+# -- files and interruptions -------------------------------------------------------------------------------------------
 
 
 def first_line(error: Exception) -> str:
@@ -489,7 +416,7 @@ def renamed(path: Path):
             temporary.rename(path)
             remove(old)
         else:
-            os.replace(temporary, path)
+            temporary.replace(path)
     finally:
         remove(temporary)
 
@@ -505,21 +432,19 @@ def write_json(path: Path, value) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path):
-    """Keep a second run out of the folder; the lock holds this process's id, and a dead process's lock is taken over."""
+    """Keep a second run out of the folder. The lock holds the process id; a dead process's lock is taken over."""
+    lock, owner = folder / ".lock", None
+    with contextlib.suppress(OSError, ValueError):
+        owner = int(lock.read_text())
+    if owner not in (None, os.getpid()) and process_exists(owner):
+        problem = f"process {owner} is training in it"
+        raise InvalidArgument(f"--output_dir {folder}", problem, "wait for it, or choose another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = folder / ".lock"
-        with contextlib.suppress(FileNotFoundError, ValueError):
-            owner = int(lock.read_text())
-            if owner != os.getpid() and process_exists(owner):
-                raise InvalidArgument(
-                    f"--output_dir {folder}: process {owner} is training in it; wait for it, or choose another folder"
-                )
         lock.write_text(str(os.getpid()))
     except OSError as error:
-        raise InvalidArgument(
-            f"--output_dir {folder}: cannot be written ({error.strerror}); choose another folder"
-        ) from None
+        problem = f"cannot be written ({error.strerror})"
+        raise InvalidArgument(f"--output_dir {folder}", problem, "choose another folder") from None
     for leftover in (*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp"), *folder.glob("*/samples/.*.tmp")):
         remove(leftover)  # of a run that was killed while writing
     try:
@@ -564,7 +489,7 @@ def derive(*key) -> int:
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
 
 
-# ------------------------------------------------------------------------------------------------- resuming and finished runs
+# -- resuming and finished runs ----------------------------------------------------------------------------------------
 
 
 def settings_of(args: argparse.Namespace) -> dict:
@@ -593,17 +518,17 @@ def plan_resume(args: argparse.Namespace) -> dict[str, list[Path]]:
             check_settings(args, checkpoint)
     if named is None and any(plan.values()) and not finished_methods(args):
         raise InvalidArgument(
-            f"--output_dir {output}: holds an unfinished run; go on with --resume_from_checkpoint latest, or choose another"
+            f"--output_dir {output}",
+            "holds an unfinished run",
+            "go on with --resume_from_checkpoint latest, or choose another",
         )
     if named not in (None, "latest"):
         path = Path(named) if Path(named).is_dir() or os.sep in named else output / args.method[0] / named
         if not (path / "trainer.json").is_file():
-            raise InvalidArgument(
-                f"--resume_from_checkpoint {named}: no complete checkpoint there; use latest, or one of {[str(c) for f in plan.values() for c in f]}"
-            )
+            raise InvalidArgument(f"--resume_from_checkpoint {named}", "no complete checkpoint there", "use latest")
         method = json.loads((path / "trainer.json").read_text())["method"]
         if method not in args.method:
-            raise InvalidArgument(f"--resume_from_checkpoint {named}: it belongs to --method {method}; add that")
+            raise InvalidArgument(f"--resume_from_checkpoint {named}", f"it belongs to --method {method}", "add that")
         check_settings(args, path)
         plan[method] = [path]
     return plan
@@ -616,7 +541,9 @@ def check_settings(args: argparse.Namespace, checkpoint: Path) -> None:
         if name in there and there[name] != value:
             flag = f"--{name}" if name != "samples_per_step" else "batch size x accumulation x processes ="
             raise InvalidArgument(
-                f"{flag} {value}: {checkpoint} was trained with {there[name]}; use that, or choose another --output_dir"
+                f"{flag} {value}",
+                f"{checkpoint} was trained with {there[name]}",
+                "use that, or choose another --output_dir",
             )
 
 
@@ -638,7 +565,7 @@ def finished_methods(args: argparse.Namespace) -> list[str]:
     return done
 
 
-# ---------------------------------------------------------------------------------------------------- pictures and captions
+# -- pictures and captions ---------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -650,10 +577,12 @@ class Pictures:
     variants: int = 1  # crops and mirror images encoded of each; number 0 is the upright centre
     moments: object = None  # VAE mean and std, [pictures, variants, 2, channels, height, width]
     embeddings: dict = field(default_factory=dict)  # caption -> text encoder states, [tokens, width]
+    square: bool = True  # all of them
     left_out: list[str] = field(default_factory=list)
 
     def keep(self, indices: list[int]) -> None:
-        self.sources = [self.sources[i] for i in indices]
+        lazy = isinstance(self.sources, DatasetImages)
+        self.sources = self.sources.select(indices) if lazy else [self.sources[i] for i in indices]
         self.captions = [self.captions[i] for i in indices]
         self.moments = self.moments[indices] if self.moments is not None else None
 
@@ -661,7 +590,7 @@ class Pictures:
         source = self.sources[index]
         name = source if isinstance(source, (str, Path)) else f"picture {index}"
         if strict:
-            raise InvalidArgument(f"--strict: {name}: {reason}; repair or remove it, or leave --strict out")
+            raise InvalidArgument(f"--strict {name}", reason, "repair or remove it, or leave --strict out")
         self.left_out.append(f"{name}: {reason}")
 
 
@@ -675,16 +604,19 @@ def find_pictures(args: argparse.Namespace) -> Pictures:
         # A missing caption is a mistake; an empty one is a choice (the picture then trains the empty prompt).
         if not captions or any(not isinstance(caption, str) for caption in captions):
             pictures.leave_out(args.strict, index, "no caption")
-        elif (problem := header_problem(pictures.sources[index])) is not None:
-            pictures.leave_out(args.strict, index, problem)
+        elif isinstance(size := picture_size(pictures.sources[index]), str):
+            pictures.leave_out(args.strict, index, size)
         else:
             keep.append(index)
+            pictures.square &= size[0] == size[1]
     pictures.keep(keep)
     pictures.captions = [[caption.replace("\0", "") for caption in captions] for captions in pictures.captions]
     if not pictures.sources:
         example = f" (for example {pictures.left_out[0]})" if pictures.left_out else ""
         raise InvalidArgument(
-            f"{data_flag(args)}: no picture with a caption in it{example}; give pictures with metadata.jsonl, or .txt captions beside them"
+            data_flag(args),
+            f"no picture with a caption in it{example}",
+            "add a metadata.jsonl, or .txt captions beside the pictures",
         )
     if args.max_train_samples and args.max_train_samples < len(pictures.sources):
         pictures.keep(shuffled(len(pictures.sources), args.seed, "max_train_samples")[: args.max_train_samples])
@@ -707,7 +639,9 @@ def read_folder(folder: Path, args: argparse.Namespace) -> Pictures | None:
             "no pictures" if not files else f"{len(files)} pictures without captions (class folders are not captions)"
         )
         raise InvalidArgument(
-            f"{data_flag(args)}: {what}; give pictures with a metadata.jsonl (file_name, {args.caption_column}), or .txt captions beside them"
+            data_flag(args),
+            what,
+            f"add a metadata.jsonl (file_name, {args.caption_column}), or .txt captions beside the pictures",
         )
     captions = []
     for path in files:
@@ -722,19 +656,19 @@ def read_metadata(folder: Path, args: argparse.Namespace) -> Pictures:
     for line_number, line in enumerate((folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
             continue
-        where = f"{data_flag(args)}: metadata.jsonl line {line_number}"
+        where = f"{data_flag(args)}, metadata.jsonl line {line_number}"
         try:
             row = json.loads(line)
             path = folder / row["file_name"]
         except (ValueError, KeyError, TypeError):
-            raise InvalidArgument(f"{where} is not an object with a file_name; correct it") from None
+            raise InvalidArgument(where, "not an object with a file_name", "correct it") from None
         if args.caption_column not in row:
             columns = ", ".join(sorted(row))
             raise InvalidArgument(
-                f"--caption_column {args.caption_column}: {where} has the columns {columns}; name one of these"
+                f"--caption_column {args.caption_column}", f"{where} has the columns {columns}", "name one of these"
             )
         if not path.resolve().is_relative_to(folder.resolve()):
-            raise InvalidArgument(f"{where} names {row['file_name']}, outside the folder; move the picture into it")
+            raise InvalidArgument(where, f"names {row['file_name']}, outside the folder", "move the picture into it")
         caption = row[args.caption_column]
         sources.append(path)
         captions.append(caption if isinstance(caption, list) else [caption])
@@ -754,12 +688,14 @@ def read_dataset(args: argparse.Namespace) -> Pictures:
             splits = load_dataset("imagefolder", data_dir=args.train_data_dir, cache_dir=args.cache_dir)
     except Exception as error:  # whatever a hub, a network or a parser can raise
         raise InvalidArgument(
-            f"{data_flag(args)}: cannot be loaded ({first_line(error)}); check the name, the connection and the layout"
+            data_flag(args), f"cannot be loaded ({first_line(error)})", "check the name, the connection and the layout"
         ) from None
     rows = splits["train"] if "train" in splits else next(iter(splits.values()))
     for flag, column in (("--image_column", args.image_column), ("--caption_column", args.caption_column)):
         if column not in rows.column_names:
-            raise InvalidArgument(f"{flag} {column}: the columns are {', '.join(rows.column_names)}; name one of these")
+            raise InvalidArgument(
+                f"{flag} {column}", f"the columns are {', '.join(rows.column_names)}", "name one of these"
+            )
     rows = rows.cast_column(args.image_column, Image(decode=False))  # decoded by open_picture, which does it right
     captions = [caption if isinstance(caption, list) else [caption] for caption in rows[args.caption_column]]
     return Pictures(DatasetImages(rows, args.image_column), captions)
@@ -774,6 +710,9 @@ class DatasetImages:
     def __len__(self):
         return len(self.rows)
 
+    def select(self, indices: list[int]) -> DatasetImages:
+        return DatasetImages(self.rows.select(indices), self.column)
+
     def __getitem__(self, index: int):
         image = self.rows[index][self.column]
         return image["bytes"] or image["path"] if image else b""
@@ -785,32 +724,33 @@ def shuffled(length: int, *key) -> list[int]:
     return torch.randperm(length, generator=torch.Generator().manual_seed(derive(*key))).tolist()
 
 
-def header_problem(source) -> str | None:
-    """Why a picture cannot be opened, from its header; None for one that can."""
+def open_source(source):
+    """PIL's view of a path, or of a file's bytes."""
     import io
 
     import PIL.Image
 
+    return PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+
+
+def picture_size(source) -> tuple[int, int] | str:
+    """Width and height from the header, or why there is none. PIL refuses what would decode to gigabytes."""
     try:
-        with PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source):
-            return None
+        with open_source(source) as image:
+            return image.size
     except FileNotFoundError:
         return "no such file"
-    except PIL.Image.DecompressionBombError:
-        return "too many pixels"
-    except Exception:
-        return "not a picture"
+    except Exception as error:  # each format's reader has exceptions of its own
+        return "too many pixels" if type(error).__name__ == "DecompressionBombError" else "not a picture"
 
 
 def open_picture(source):
-    """The picture as 8-bit RGB: turned upright, transparency on white, 16 bits scaled down, first frame of an animation."""
-    import io
-
+    """The picture as 8-bit RGB: upright, transparency on white, 16 bits scaled down, an animation's first frame."""
     import numpy as np
     import PIL.Image
     import PIL.ImageOps
 
-    with PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+    with open_source(source) as image:
         image.load()
         image = PIL.ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":  # PIL would clip these at 255
@@ -847,7 +787,7 @@ class VariantPixels:
 
     def __init__(self, pictures: Pictures, args: argparse.Namespace):
         self.pictures, self.args = pictures, args
-        self.crops = 1 if args.center_crop or all(map(is_square, pictures.sources)) else RANDOM_CROPS
+        self.crops = 1 if args.center_crop or pictures.square else RANDOM_CROPS
         pictures.variants = self.crops * (2 if args.random_flip else 1)
 
     def __len__(self):
@@ -864,15 +804,6 @@ class VariantPixels:
         corners = [(0.5, 0.5), *torch.rand(self.crops - 1, 2, generator=generator).tolist()]
         flips = (False, True) if self.args.random_flip else (False,)
         return torch.stack([crop_and_scale(image, crop, flip, self.args) for crop in corners for flip in flips])
-
-
-def is_square(source) -> bool:
-    import io
-
-    import PIL.Image
-
-    with PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-        return image.width == image.height
 
 
 def encode_pictures(run: Run) -> None:
@@ -897,7 +828,7 @@ def encode_pictures(run: Run) -> None:
     run.pictures.moments = None
     run.pictures.keep(keep)
     if not keep:
-        raise InvalidArgument(f"{data_flag(run.args)}: every picture is damaged; give pictures that can be opened")
+        raise InvalidArgument(data_flag(run.args), "every picture is damaged", "give pictures that can be opened")
     if run.args.cache_latents:
         run.pictures.moments = torch.stack(moments)
 
@@ -921,7 +852,7 @@ def tokenize(run: Run, captions: list[str]):
     return tokenizer(captions, max_length=length, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
-# ------------------------------------------------------------------------------------------------------------------ the run
+# -- the run -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -977,7 +908,9 @@ def start_accelerator(args: argparse.Namespace):
             project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / args.logging_dir)),
         )
     except ValueError as error:
-        raise InvalidArgument(f"--mixed_precision {args.mixed_precision}: {first_line(error)}") from None
+        raise InvalidArgument(
+            f"--mixed_precision {args.mixed_precision}", first_line(error), "choose another"
+        ) from None
     if accelerator.device.type == "cpu":
         take_cores(accelerator.num_processes)
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
@@ -1010,15 +943,18 @@ def load_pipeline(run: Run) -> None:
             name, StableDiffusionPipeline.load_config(name, revision=args.revision, cache_dir=args.cache_dir)
         )
         run.pipeline = StableDiffusionPipeline.from_pretrained(
-            name, unet=None, safety_checker=None, feature_extractor=None, image_encoder=None, requires_safety_checker=False,
-            revision=args.revision, variant=args.variant, cache_dir=args.cache_dir, torch_dtype=run.weight_dtype,
+            name, unet=None, safety_checker=None, feature_extractor=None, image_encoder=None,
+            requires_safety_checker=False, revision=args.revision, variant=args.variant, cache_dir=args.cache_dir,
+            torch_dtype=run.weight_dtype,
             use_safetensors=True,
         )  # fmt: skip
         check_unet(run)
     except InvalidArgument:
         raise
     except (OSError, ValueError) as error:
-        raise InvalidArgument(f"--pretrained_model_name_or_path {name}: {first_line(error)}") from None
+        raise InvalidArgument(
+            f"--pretrained_model_name_or_path {name}", first_line(error), "check the name and the connection"
+        ) from None
     check_resolution(args.resolution, run.pipeline.vae_scale_factor)
     if args.prediction_type:
         run.pipeline.scheduler.register_to_config(prediction_type=args.prediction_type)
@@ -1041,7 +977,7 @@ def load_unet(run: Run, dtype):
 
 
 def check_unet(run: Run) -> None:
-    """Try every method on a U-Net without weights, so that targets and shortcuts are refused before anything is encoded."""
+    """Try every method on a U-Net without weights: targets and shortcuts are refused before anything is encoded."""
     import torch
     from diffusers import UNet2DConditionModel
 
@@ -1058,14 +994,16 @@ def check_unet(run: Run) -> None:
         ]
         if not matching:
             raise InvalidArgument(
-                f"--target_modules {' '.join(args.target_modules)}: no layer of the U-Net ends in any of these; try to_q to_k to_v to_out.0"
+                f"--target_modules {' '.join(args.target_modules)}",
+                "no layer of the U-Net ends in any of these",
+                "try to_q to_k to_v to_out.0",
             )
         if missing := [target for target in args.target_modules if target not in matching]:
             run.accelerator.print(f"--target_modules: no layer of the U-Net ends in {', '.join(missing)}")
         try:
             add_adapter(unet, method, args, total_steps=1000)
         except (ValueError, RuntimeError) as error:
-            raise InvalidArgument(f"--method {method}: {first_line(error)}") from None
+            raise InvalidArgument(f"--method {method}", first_line(error), "change the flag it names") from None
 
 
 def prepare_data(run: Run) -> None:
@@ -1092,11 +1030,11 @@ def prepare_data(run: Run) -> None:
         args.learning_rate *= args.gradient_accumulation_steps * args.train_batch_size * run.accelerator.num_processes
 
 
-# ---------------------------------------------------------------------------------------------------------------- samples
+# -- samples -----------------------------------------------------------------------------------------------------------
 
 
 class TrainingSamples:
-    """Sample number `position` of the run, as a function of the seed and the position alone; a torch map-style dataset."""
+    """Sample number `position` of the run, a function of the seed and the position alone; a map-style dataset."""
 
     purpose = "training"
 
@@ -1238,7 +1176,7 @@ def validation_loss(run: Run, unet) -> float:
 
 
 def sample(run: Run, unet, prompts: list[str], images: int) -> list:
-    """Pictures from the pipeline around `unet` in eval mode, prompt by prompt; a picture's seed is its prompt and number."""
+    """Pictures from the pipeline around `unet` in eval mode, prompt by prompt, each with a seed of its own."""
     import torch
 
     args, pipeline = run.args, run.pipeline
@@ -1251,7 +1189,8 @@ def sample(run: Run, unet, prompts: list[str], images: int) -> list:
         states = torch.stack([run.embeddings[prompt] for prompt, _ in chunk]).to(run.accelerator.device)
         empty = run.embeddings[""].to(states).expand_as(states)
         pictures += pipeline(
-            prompt_embeds=states, negative_prompt_embeds=empty, generator=[torch.Generator().manual_seed(seed) for _, seed in chunk],
+            prompt_embeds=states, negative_prompt_embeds=empty,
+            generator=[torch.Generator().manual_seed(seed) for _, seed in chunk],
             num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale,
             height=args.resolution, width=args.resolution,
         ).images  # fmt: skip
@@ -1281,7 +1220,7 @@ def save_pictures(folder: Path, pictures: list, images: int) -> None:
             picture.save(temporary / f"{number // images}-{number % images}.png")
 
 
-# --------------------------------------------------------------------------------------------------------------- adapters
+# -- adapters ----------------------------------------------------------------------------------------------------------
 
 
 def adapter_config(method: str, args: argparse.Namespace, total_steps: int):
@@ -1297,7 +1236,8 @@ def adapter_config(method: str, args: argparse.Namespace, total_steps: int):
         )
     if method == "adalora":  # starts with half as much rank again and ends with `rank` on average (Zhang et al., 2023)
         return peft.AdaLoraConfig(
-            init_r=math.ceil(1.5 * rank), target_r=rank, lora_alpha=alpha, lora_dropout=args.lora_dropout, total_step=total_steps,
+            init_r=math.ceil(1.5 * rank), target_r=rank, lora_alpha=alpha, lora_dropout=args.lora_dropout,
+            total_step=total_steps,
             tinit=total_steps // 10, tfinal=total_steps // 2, deltaT=max(1, total_steps // 100), **shared,
         )  # fmt: skip
     config = {"loha": peft.LoHaConfig, "lokr": peft.LoKrConfig}[method]
@@ -1411,11 +1351,11 @@ def build_optimizer(run: Run, parameters: list):
     return torch.optim.AdamW(parameters, **options, fused=run.accelerator.device.type in ("cpu", "cuda"))
 
 
-# ------------------------------------------------------------------------------------------------------------ checkpoints
+# -- checkpoints -------------------------------------------------------------------------------------------------------
 
 
 def save_checkpoint(run: Run, trainer: Trainer) -> Path:
-    """`checkpoint-<step>`: the adapter, and all that makes a resumed run the uninterrupted one; then old ones are removed."""
+    """`checkpoint-<step>`: the adapter and what a resumed run needs to equal an uninterrupted one. Old ones go then."""
     import torch
     from safetensors.torch import save_file
 
@@ -1483,7 +1423,7 @@ def restore(run: Run, trainer: Trainer, checkpoint: Path) -> bool:
     except Exception as error:  # a truncated file fails in as many ways as there are readers
         if run.args.resume_from_checkpoint != "latest":
             raise InvalidArgument(
-                f"--resume_from_checkpoint {checkpoint}: damaged ({first_line(error)}); use latest"
+                f"--resume_from_checkpoint {checkpoint}", f"damaged ({first_line(error)})", "use latest"
             ) from None
         run.accelerator.print(f"warning: {checkpoint} is damaged ({first_line(error)}), trying the one before")
         return False
@@ -1506,7 +1446,7 @@ def load_adapter(unet, method: str, checkpoint: Path) -> None:
     unet.load_state_dict(state, strict=False)
 
 
-# --------------------------------------------------------------------------------------------------------------- training
+# -- training ----------------------------------------------------------------------------------------------------------
 
 
 class TrainingLog:
@@ -1549,7 +1489,7 @@ def read_log(path: Path) -> list[dict]:
 
 
 def train(run: Run, method: str) -> None:
-    """Train one method from where it stands to --max_train_steps; the last checkpoint is what is merged and exported."""
+    """Train one method from where it stands to --max_train_steps. The last checkpoint is what is exported."""
     from tqdm.auto import tqdm
 
     args = run.args
@@ -1565,7 +1505,7 @@ def train(run: Run, method: str) -> None:
         trainer.seconds += time.perf_counter() - started
         if not math.isfinite(loss):
             raise RunFailed(
-                f"{method}: the loss is {loss} at step {trainer.step}; lower --learning_rate and resume from the last checkpoint"
+                f"{method}: loss {loss} at step {trainer.step}; lower --learning_rate, the last checkpoint is intact"
             )
         log.write("train", loss)
         bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
@@ -1585,7 +1525,7 @@ def train(run: Run, method: str) -> None:
 
 
 def train_step(run: Run, trainer: Trainer, stream) -> float:
-    """One update of the adapter from --gradient_accumulation_steps batches; returns their mean loss over all processes."""
+    """One update of the adapter, from --gradient_accumulation_steps batches; returns their mean loss everywhere."""
     import torch
 
     args, accelerator, total = run.args, run.accelerator, 0.0
@@ -1621,7 +1561,7 @@ def validate(run: Run, trainer: Trainer, log: TrainingLog) -> None:
     run.accelerator.wait_for_everyone()
 
 
-# ------------------------------------------------------------------------------------------------------ merging and exporting
+# -- merging and exporting ---------------------------------------------------------------------------------------------
 
 
 def export(run: Run, method: str) -> None:
@@ -1632,18 +1572,19 @@ def export(run: Run, method: str) -> None:
     run.accelerator.print(f"{method}: merging, exporting and comparing")
     checkpoint = checkpoints_of(folder)[0]
     unet = load_unet(run, torch.float32)
-    tuner = add_adapter(unet, method, args, args.max_train_steps)
+    add_adapter(unet, method, args, args.max_train_steps)
     load_adapter(unet, method, checkpoint)
-    unet.eval()
     if method == "reslora":
         merge_reslora(run, unet, folder)
-    write_formats(run, unet, method, tuner)
+    if method == "adalora":
+        unet = plain_lora(run, unet)
+    write_formats(run, unet.eval(), method)
 
     run.pipeline.vae.to(torch.float32)
     prompts = args.validation_prompt or [next(text for text in run.embeddings if text)]
     pictures = sample(run, unet, prompts, args.num_validation_images)
     save_pictures(folder / "merged", pictures, args.num_validation_images)
-    del unet, tuner
+    del unet
     differences = read_back(run, method, prompts[:1], pictures[0])
     run.pipeline.vae.to(run.weight_dtype)
     for name, difference in differences.items():
@@ -1657,9 +1598,10 @@ def export(run: Run, method: str) -> None:
 
 def merge_reslora(run: Run, unet, folder: Path) -> None:
     """Fold the shortcuts into plain LoRA weights, and keep the plan, the report and the samples the merge read."""
-    import reslora
     import torch
     from safetensors.torch import save_file
+
+    import reslora
 
     args, size = run.args, run.args.train_batch_size
     write_json(folder / "chains.json", reslora.chains(unet).to_dict())
@@ -1679,16 +1621,30 @@ def merge_reslora(run: Run, unet, folder: Path) -> None:
     run.accelerator.print(f"reslora: {report}")
 
 
-def write_formats(run: Run, unet, method: str, tuner) -> None:
+def plain_lora(run: Run, unet):
+    """A U-Net with the plain LoRA that AdaLoRA's `s B diag(E) A` amounts to, which every tool reads."""
+    import peft
+    import torch
+
+    layers = {name: layer for name, layer in unet.named_modules() if hasattr(layer, "lora_E")}
+    rank = math.ceil(1.5 * run.args.rank)
+    plain = load_unet(run, torch.float32)
+    plain.add_adapter(peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=run.args.target_modules))
+    with torch.no_grad():
+        for name, layer in layers.items():
+            twin, scale = plain.get_submodule(name), layer.scaling["default"] / (layer.ranknum["default"] + 1e-5)
+            twin.lora_A["default"].weight.copy_(layer.lora_E["default"] * layer.lora_A["default"])
+            twin.lora_B["default"].weight.copy_(layer.lora_B["default"] * scale)
+    return plain
+
+
+def write_formats(run: Run, unet, method: str) -> None:
     from reslora import export as formats
 
     args, folder = run.args, run.output / method
-    if tuner is not None:
-        # With a rank pattern PEFT would cut the factors to it, which needs its wrapper; whole, with zeros, they are the same.
-        unet.peft_config["default"].rank_pattern = None
     formats.export_peft(unet, folder / "peft")
     formats.export_merged(unet, folder / "unet")
-    if method in LORA_METHODS:
+    if method in PLAIN_METHODS:
         formats.export_diffusers(unet, folder)
         metadata = {
             "ss_base_model": Path(args.pretrained_model_name_or_path).name,
@@ -1701,7 +1657,7 @@ def write_formats(run: Run, unet, method: str, tuner) -> None:
 
 
 def read_back(run: Run, method: str, prompts: list[str], reference) -> dict[str, int]:
-    """Largest difference, of 255, between the merged model's picture and that of each export in stock diffusers and PEFT."""
+    """Largest difference, of 255, of each export's picture in stock diffusers or PEFT from the merged model's."""
     import numpy as np
     import torch
     from diffusers import UNet2DConditionModel
@@ -1714,7 +1670,7 @@ def read_back(run: Run, method: str, prompts: list[str], reference) -> dict[str,
         differences[name] = int(np.abs(np.asarray(picture, dtype=int) - np.asarray(reference, dtype=int)).max())
 
     base = load_unet(run, torch.float32)
-    for name in ("pytorch_lora_weights.safetensors", "kohya.safetensors") if method in LORA_METHODS else ():
+    for name in ("pytorch_lora_weights.safetensors", "kohya.safetensors") if method in PLAIN_METHODS else ():
         run.pipeline.unet = base
         run.pipeline.load_lora_weights(folder, weight_name=name)
         compare(name, base)
@@ -1725,12 +1681,12 @@ def read_back(run: Run, method: str, prompts: list[str], reference) -> dict[str,
     return differences
 
 
-# ------------------------------------------------------------------------------------------------------- what the run shows
+# -- what the run shows ------------------------------------------------------------------------------------------------
 
 
 def start_reports(run: Run) -> None:
     """`config.json`, and the trackers."""
-    public = {name: value for name, value in vars(run.args).items() if name != "hub_token"}
+    public = {name: value for name, value in vars(run.args).items() if name not in ("config", "hub_token")}
     if run.main:
         write_json(run.output / "config.json", public)
     plain = {
@@ -1740,7 +1696,7 @@ def start_reports(run: Run) -> None:
 
 
 def write_comparison(run: Run) -> None:
-    """`comparison.png`, the paper's Figure 3: steps from left to right; prompts, and under each the methods, downwards."""
+    """`comparison.png`, the paper's Figure 3: steps across; prompts down, and the methods under each."""
     from PIL import Image, ImageDraw, ImageFont
 
     args = run.args
@@ -1827,7 +1783,7 @@ def publish(run: Run) -> None:
     name = create_repo(args.hub_model_id or run.output.resolve().name, exist_ok=True, token=args.hub_token).repo_id
     description = (
         f"# {name}\n\n{', '.join(args.method)} weights for {args.pretrained_model_name_or_path}, trained on "
-        f"{args.dataset_name or args.train_data_dir} for {args.max_train_steps} steps.\n\n![comparison](comparison.png)\n"
+        f"{args.dataset_name or args.train_data_dir} for {args.max_train_steps} steps.\n\n![samples](comparison.png)\n"
     )
     card = load_or_create_model_card(
         repo_id_or_path=name,
@@ -1884,7 +1840,7 @@ def finish(run: Run) -> None:
     if run.args.validation_prompt:
         write_comparison(run)
     write_loss_curves(run)
-    if len(run.args.method) == 1 and run.args.method[0] in LORA_METHODS:
+    if len(run.args.method) == 1 and run.args.method[0] in PLAIN_METHODS:
         name = "pytorch_lora_weights.safetensors"
         with renamed(run.output / name) as temporary:
             shutil.copyfile(run.output / run.args.method[0] / name, temporary)
@@ -1895,6 +1851,8 @@ def finish(run: Run) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Check, load, encode, train and export each method, and show what came of it; returns the exit status."""
+    # Threads that wait in a busy loop are a third faster on idle cores, and ten times slower on busy ones.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         args = parse_args(argv)
         plan, done = plan_resume(args), finished_methods(args)

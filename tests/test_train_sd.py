@@ -1,0 +1,540 @@
+"""train_sd.py, run as users run it, on a tiny Stable Diffusion with random weights."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from peft import PeftModel
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
+
+import train_sd
+
+SCRIPT = Path(train_sd.__file__)
+WORDS = ["<start>", "<end>", "<unk>", "red", "blue", "disc", "box"]
+
+
+def tiny_pipeline(folder: Path) -> Path:
+    """Stable Diffusion's parts at the smallest size that still has chains: 32x32 pictures, 8x8 latents."""
+    torch.manual_seed(0)
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<start> $A <end>", special_tokens=[("<start>", 0), ("<end>", 1)]
+    )
+    special = {"bos_token": "<start>", "eos_token": "<end>", "pad_token": "<end>", "unk_token": "<unk>"}
+    text = CLIPTextConfig(
+        vocab_size=len(WORDS), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=8, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+        attention_head_dim=4, cross_attention_dim=16, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), use_linear_projection=True,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=4, sample_size=32,
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+    )  # fmt: skip
+    StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(text),
+        tokenizer=PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=8, **special),
+        unet=unet,
+        scheduler=DDIMScheduler(prediction_type="v_prediction", clip_sample=False, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+def pictures(folder: Path, count: int = 6, caption=lambda i: ["red disc", "blue box"][i % 2]) -> Path:
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    rows = []
+    for i in range(count):
+        PIL.Image.fromarray(random.integers(0, 255, (32, 32 + 8 * (i % 3), 3), dtype=np.uint8)).save(
+            folder / f"{i}.png"
+        )
+        rows.append(json.dumps({"file_name": f"{i}.png", "text": caption(i)}))
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return tiny_pipeline(tmp_path_factory.mktemp("model") / "tiny-sd")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return pictures(tmp_path_factory.mktemp("data") / "pictures")
+
+
+@pytest.fixture(scope="module")
+def base_flags(model, data) -> list[str]:
+    return [
+        *("--pretrained_model_name_or_path", str(model), "--train_data_dir", str(data), "--resolution", "32"),
+        *("--max_train_steps", "4", "--checkpointing_steps", "2", "--train_batch_size", "2", "--rank", "4"),
+        *("--validation_prompt", "red disc", "blue box", "--num_validation_images", "1", "--validation_steps", "2"),
+        *("--num_inference_steps", "2", "--learning_rate", "1e-2", "--random_flip", "--validation_split", "0.3"),
+        *("--merge_calibration_samples", "4", "--report_to", "none"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def run(base_flags, tmp_path_factory) -> Path:
+    """One uninterrupted run of LoRA and ResLoRA that the tests below look at."""
+    output = tmp_path_factory.mktemp("run") / "out"
+    assert train_sd.main([*base_flags, "--method", "lora", "reslora", "--output_dir", str(output)]) == 0
+    return output
+
+
+def refused(capsys, *flags: str) -> str:
+    """The one line with which the script refuses these flags."""
+    try:
+        status = train_sd.main(list(map(str, flags)))
+    except SystemExit as error:
+        status = error.code
+    captured = capsys.readouterr()
+    assert status == 2
+    assert captured.err.count("\n") == 1 and captured.err.startswith("train_sd.py: error: "), captured.err
+    return captured.err
+
+
+def digests(folder: Path, pattern: str) -> dict[str, str]:
+    found = {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.glob(pattern)}
+    assert found
+    return found
+
+
+def final_weights(output: Path, method: str = "reslora", step: int = 4) -> dict[str, torch.Tensor]:
+    name = "reslora_model.safetensors" if method == "reslora" else "adapter.safetensors"
+    return load_file(output / method / f"checkpoint-{step}" / name)
+
+
+def assert_same(one: dict, other: dict) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+# -- what a run writes -----------------------------------------------------------------------------------------------
+
+
+def test_run_writes_the_documented_files(run):
+    for name in ("config.json", "comparison.png", "loss.png"):
+        assert (run / name).is_file()
+    for method in ("lora", "reslora"):
+        names = ["log.jsonl", "pytorch_lora_weights.safetensors", "kohya.safetensors", "peft/adapter_config.json"]
+        names += ["peft/adapter_model.safetensors", "unet/config.json", "checkpoint-2", "checkpoint-4"]
+        names += [f"samples/step-{step:06d}/{prompt}-0.png" for step in (0, 2, 4) for prompt in (0, 1)]
+        for name in names:
+            assert (run / method / name).exists(), name
+    for name in ("chains.json", "merge.json", "calibration.safetensors"):
+        assert (run / "reslora" / name).is_file()
+    assert not (run / "pytorch_lora_weights.safetensors").exists()  # that is for runs of one method
+    assert not list(run.rglob("*.tmp"))
+
+
+def test_log_has_training_and_validation_rows(run):
+    rows = [json.loads(line) for line in (run / "reslora" / "log.jsonl").read_text().splitlines()]
+    assert all(set(row) == {"step", "split", "loss", "lr", "seconds"} for row in rows)
+    assert [row["step"] for row in rows if row["split"] == "train"] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows if row["split"] == "validation"] == [0, 2, 4]
+
+
+def test_config_holds_every_resolved_flag(run):
+    config = json.loads((run / "config.json").read_text())
+    assert config["lora_alpha"] == 8 and config["method"] == ["lora", "reslora"] and config["max_train_steps"] == 4
+    assert set(config) == {a.dest for a in train_sd.build_parser()._actions} - {"help", "config", "hub_token"}
+
+
+@pytest.mark.parametrize("method", ["lora", "reslora"])
+def test_exports_load_in_stock_libraries_and_agree(run, model, method):
+    inputs = {
+        "sample": torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)),
+        "timestep": torch.tensor([3, 700]),
+        "encoder_hidden_states": torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(1)),
+    }
+    outputs = {}
+    with torch.no_grad():
+        for name in ("pytorch_lora_weights.safetensors", "kohya.safetensors"):
+            pipeline = StableDiffusionPipeline.from_pretrained(model)
+            outputs["base"] = pipeline.unet(**inputs).sample
+            pipeline.load_lora_weights(run / method, weight_name=name)
+            outputs[name] = pipeline.unet(**inputs).sample
+        base = UNet2DConditionModel.from_pretrained(model / "unet")
+        outputs["peft"] = PeftModel.from_pretrained(base, run / method / "peft")(**inputs).sample
+        outputs["unet"] = UNet2DConditionModel.from_pretrained(run / method / "unet")(**inputs).sample
+    reference, base = outputs.pop("unet"), outputs.pop("base")
+    assert (reference - base).abs().max() > 1e-2
+    for output in outputs.values():
+        torch.testing.assert_close(output, reference, rtol=1e-4, atol=1e-5)
+
+
+def test_one_method_leaves_its_weights_where_diffusers_script_does(base_flags, tmp_path):
+    flags = [*base_flags, "--max_train_steps", "1", "--method", "lora_x2", "--output_dir", str(tmp_path / "out")]
+    assert train_sd.main(flags) == 0
+    name = "pytorch_lora_weights.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "out" / "lora_x2" / name).read_bytes()
+
+
+def test_other_adapters_train_and_export(base_flags, tmp_path):
+    flags = [*base_flags, "--method", "adalora", "loha", "lokr", "--output_dir", str(tmp_path / "out")]
+    assert train_sd.main(flags) == 0
+    for method in ("adalora", "loha", "lokr"):
+        record = json.loads((tmp_path / "out" / method / "exports.json").read_text())
+        assert {"peft", "unet"} <= set(record["difference_of_255"])
+        assert max(record["difference_of_255"].values()) <= 2
+
+
+# -- the same samples for every method, seed and process -------------------------------------------------------------
+
+
+def test_methods_share_initial_weights_and_first_loss(run):
+    """B is zero at first, so that the first training loss is the base model's on the same noise: equal to the bit."""
+    first = {}
+    for method in ("lora", "reslora"):
+        rows = [json.loads(line) for line in (run / method / "log.jsonl").read_text().splitlines()]
+        first[method] = [row["loss"] for row in rows if row["step"] <= 1]
+    assert first["lora"] == first["reslora"]
+    assert digests(run / "lora", "samples/step-000000/*") == digests(run / "reslora", "samples/step-000000/*")
+    assert digests(run / "lora", "samples/step-000004/*") != digests(run / "reslora", "samples/step-000004/*")
+
+
+def test_same_seed_gives_the_same_bytes(run, base_flags, tmp_path):
+    output = tmp_path / "again"
+    assert train_sd.main([*base_flags, "--method", "reslora", "--output_dir", str(output)]) == 0
+    for pattern in ("checkpoint-4/*.safetensors", "unet/*", "samples/**/*.png", "merge.json", "chains.json", "peft/*"):
+        assert digests(output / "reslora", pattern) == digests(run / "reslora", pattern)
+    for name in ("kohya.safetensors", "pytorch_lora_weights.safetensors"):
+        assert_same(load_file(output / "reslora" / name), load_file(run / "reslora" / name))
+    other = tmp_path / "other"
+    assert train_sd.main([*base_flags, "--method", "reslora", "--output_dir", str(other), "--seed", "1"]) == 0
+    assert digests(other / "reslora", "kohya.safetensors") != digests(run / "reslora", "kohya.safetensors")
+
+
+def test_accumulation_is_a_larger_batch(run, base_flags, tmp_path):
+    flags = [*base_flags, "--train_batch_size", "1", "--gradient_accumulation_steps", "2", "--method", "lora"]
+    assert train_sd.main([*flags, "--output_dir", str(tmp_path / "out")]) == 0
+    for name, value in final_weights(tmp_path / "out", "lora").items():
+        torch.testing.assert_close(value, final_weights(run, "lora")[name], rtol=1e-3, atol=1e-5)
+
+
+def test_two_processes_end_where_one_with_the_whole_batch_ends(run, base_flags, tmp_path):
+    flags = [*base_flags, "--train_batch_size", "1", "--method", "reslora", "--output_dir", str(tmp_path / "out")]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    subprocess.run([*launch, *flags], env=environment, check=True, capture_output=True, timeout=240)
+    for name, value in final_weights(tmp_path / "out").items():
+        if name != "reslora.norms":  # recorded by the first process, of its half of the batch
+            torch.testing.assert_close(value, final_weights(run)[name], rtol=1e-3, atol=1e-5)
+
+
+def test_uncached_encoders_train(base_flags, tmp_path):
+    flags = [*base_flags, "--no-cache_latents", "--no-cache_text_embeddings", "--dataloader_num_workers", "1"]
+    flags += ["--snr_gamma", "5", "--noise_offset", "0.1", "--gradient_checkpointing", "--mixed_precision", "bf16"]
+    flags += ["--method", "reslora", "--output_dir", str(tmp_path / "out")]
+    # A process of its own: accelerate keeps the precision it was first started with.
+    subprocess.run([sys.executable, str(SCRIPT), *flags], check=True, capture_output=True)
+    assert all(value.dtype == torch.float32 for value in final_weights(tmp_path / "out").values())
+
+
+# -- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["lora", "reslora", "adalora"])
+def test_resumed_run_equals_an_uninterrupted_one(base_flags, tmp_path, method):
+    flags = [
+        *base_flags,
+        "--method",
+        method,
+        "--lora_dropout",
+        "0.2",
+        "--lr_scheduler",
+        "cosine",
+        "--lr_warmup_steps",
+        "1",
+    ]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train_sd.main([*flags, "--output_dir", str(whole)]) == 0
+    # A run killed after its second step: nothing but the checkpoint of that step is there.
+    parts.joinpath(method).mkdir(parents=True)
+    (whole / method / "checkpoint-2").rename(parts / method / "checkpoint-2")
+    (parts / method / "log.jsonl").write_text((whole / method / "log.jsonl").read_text())
+    assert train_sd.main([*flags, "--output_dir", str(parts), "--resume_from_checkpoint", "latest"]) == 0
+    assert digests(whole / method, "checkpoint-4/*.safetensors") == digests(
+        parts / method, "checkpoint-4/*.safetensors"
+    )
+    one, other = (torch.load(f / method / "checkpoint-4" / "trainer.pt", weights_only=True) for f in (whole, parts))
+    assert one["lr_scheduler"] == other["lr_scheduler"]
+    for index, state in one["optimizer"]["state"].items():
+        assert_same(state, other["optimizer"]["state"][index])
+    losses = [
+        [(r["step"], r["split"], r["loss"]) for r in train_sd.read_log(f / method / "log.jsonl")]
+        for f in (whole, parts)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_latest_skips_a_damaged_checkpoint_and_stray_folders(run, base_flags, tmp_path, capsys):
+    output = tmp_path / "out"
+    flags = [*base_flags, "--method", "reslora", "--output_dir", str(output)]
+    assert train_sd.main(flags) == 0
+    (output / "reslora" / "exports.json").unlink()
+    (output / "reslora" / "checkpoint-best").mkdir()
+    (output / "reslora" / "checkpoint-9").mkdir()  # unfinished
+    weights = output / "reslora" / "checkpoint-4" / "reslora_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    capsys.readouterr()
+    assert train_sd.main([*flags, "--resume_from_checkpoint", "latest"]) == 0
+    assert "checkpoint-4 is damaged" in capsys.readouterr().out
+    assert_same(final_weights(output), final_weights(run))
+
+
+def test_only_the_newest_checkpoints_are_kept(base_flags, tmp_path):
+    flags = [*base_flags, "--method", "lora", "--checkpointing_steps", "1", "--checkpoints_total_limit", "2"]
+    assert train_sd.main([*flags, "--output_dir", str(tmp_path / "out")]) == 0
+    assert sorted(p.name for p in (tmp_path / "out" / "lora").glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_sigterm_saves_and_the_resumed_run_is_the_uninterrupted_one(run, base_flags, tmp_path):
+    flags = [*base_flags, "--method", "reslora", "--output_dir", str(tmp_path / "out"), "--checkpointing_steps", "1"]
+    process = subprocess.Popen([sys.executable, str(SCRIPT), *flags], stderr=subprocess.PIPE, text=True)
+    while not list((tmp_path / "out").glob("reslora/checkpoint-*")) and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    assert process.returncode in (128 + signal.SIGTERM, 0)  # 0 where it was done before the signal came
+    assert not (tmp_path / "out" / ".lock").exists()
+    assert train_sd.main([*flags, "--resume_from_checkpoint", "latest"]) == 0
+    assert_same(final_weights(tmp_path / "out"), final_weights(run))
+
+
+def test_finished_run_does_nothing(run, base_flags, capsys):
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    assert train_sd.main([*base_flags, "--method", "lora", "reslora", "--output_dir", str(run)]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+
+
+def test_unfinished_run_is_not_overwritten(run, base_flags, capsys, tmp_path):
+    checkpoint = tmp_path / "lora" / "checkpoint-2"
+    checkpoint.parent.mkdir()
+    checkpoint.symlink_to(run / "lora" / "checkpoint-2")
+    assert "--resume_from_checkpoint latest" in refused(
+        capsys, *base_flags, "--method", "lora", "--output_dir", tmp_path
+    )
+
+
+@pytest.mark.parametrize(
+    "flags", [("--rank", "8"), ("--shortcut", "middle"), ("--seed", "3"), ("--train_batch_size", "3")]
+)
+def test_resume_refuses_other_settings(run, base_flags, capsys, flags):
+    line = refused(capsys, *base_flags, *flags, "--output_dir", run, "--method", "reslora", "--max_train_steps", "6",
+                   "--resume_from_checkpoint", "latest")  # fmt: skip
+    assert flags[0] in line or "batch size" in line
+
+
+def test_missing_named_checkpoint_is_an_error(base_flags, capsys, tmp_path):
+    assert "checkpoint-7" in refused(
+        capsys, *base_flags, "--output_dir", tmp_path, "--resume_from_checkpoint", "checkpoint-7"
+    )
+
+
+def test_lock_refuses_a_second_run_and_a_stale_one_is_taken_over(tmp_path):
+    (tmp_path / ".lock").write_text(str(os.getppid()))
+    with pytest.raises(train_sd.InvalidArgument, match="is training in it"), train_sd.locked(tmp_path):
+        pass
+    (tmp_path / ".lock").write_text("999999999")
+    with train_sd.locked(tmp_path):
+        assert (tmp_path / ".lock").read_text() == str(os.getpid())
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_not_a_number_stops_the_run(base_flags, tmp_path, capsys):
+    flags = [*base_flags, "--method", "lora", "--learning_rate", "1e30", "--checkpointing_steps", "1"]
+    assert train_sd.main([*flags, "--output_dir", str(tmp_path / "out"), "--max_grad_norm", "1e30"]) == 1
+    assert "lower --learning_rate" in capsys.readouterr().err
+    for checkpoint in (tmp_path / "out" / "lora").glob("checkpoint-*"):
+        assert all(torch.isfinite(value).all() for value in load_file(checkpoint / "adapter.safetensors").values())
+
+
+# -- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--rank", "0"),
+        ("--rank", "four"),
+        ("--learning_rate", "nan"),
+        ("--lora_alpha", "inf"),
+        ("--lora_dropout", "1"),
+        ("--pre_num", "-2"),
+        ("--checkpoints_total_limit", "0"),
+        ("--method", "dora"),
+        ("--shortcut", "sideways"),
+        ("--resolution", "30"),
+        ("--target_modules", "to_nothing"),
+        ("--pretrained_model_name_or_path", "/no/such/folder"),
+        ("--train_data_dir", "/no/such/folder"),
+        ("--caption_column", "caption"),
+        ("--output_dir", "/proc/run"),
+        ("--resume_from_checkpoint", "checkpoint-1"),
+        ("--report_to", "comet_ml"),
+        ("--config", "/no/such/file.toml"),
+        ("--no_such_flag", "1"),
+    ],
+)
+def test_bad_flags_are_refused_in_one_line(base_flags, capsys, tmp_path, flags):
+    output = [] if flags[0] == "--output_dir" else ["--output_dir", tmp_path / "out"]
+    line = refused(capsys, *base_flags, "--method", "reslora", *output, *flags)
+    assert flags[0] in line and flags[1] in line
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_model_without_data_is_refused(model, capsys):
+    assert "--train_data_dir" in refused(capsys, "--pretrained_model_name_or_path", model)
+
+
+def test_sdxl_is_refused(capsys, tmp_path, data):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
+    line = refused(capsys, "--pretrained_model_name_or_path", tmp_path, "--train_data_dir", data)
+    assert "SDXL is supported by the reslora library only" in line
+
+
+def test_script_itself_exits_with_2_and_answers_help_without_heavy_imports():
+    heavy = "import sys, train_sd; train_sd.build_parser(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", heavy], cwd=SCRIPT.parent, check=False).returncode == 0
+    done = subprocess.run([sys.executable, str(SCRIPT), "--rank", "0"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--rank" in done.stderr
+
+
+def test_every_flag_of_diffusers_script_is_there():
+    names = {
+        "pretrained_model_name_or_path", "revision", "variant", "dataset_name", "dataset_config_name",
+        "train_data_dir", "image_column", "caption_column", "validation_prompt", "num_validation_images",
+        "validation_epochs", "max_train_samples", "output_dir", "cache_dir", "seed", "resolution",
+        "center_crop", "random_flip", "train_batch_size", "num_train_epochs", "max_train_steps",
+        "gradient_accumulation_steps", "gradient_checkpointing", "learning_rate", "scale_lr", "lr_scheduler",
+        "lr_warmup_steps", "snr_gamma", "use_8bit_adam", "allow_tf32", "dataloader_num_workers", "adam_beta1",
+        "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm", "push_to_hub", "hub_token",
+        "prediction_type", "hub_model_id", "logging_dir", "mixed_precision", "report_to", "local_rank",
+        "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint",
+        "enable_xformers_memory_efficient_attention", "noise_offset", "rank", "image_interpolation_mode",
+    }  # fmt: skip
+    assert len(names) == 51
+    assert names <= {action.dest for action in train_sd.build_parser()._actions}
+
+
+def test_config_file_gives_flags_and_the_command_line_wins(run, data, model, tmp_path):
+    toml = tmp_path / "run.toml"
+    toml.write_text(f'train_data_dir = "{data}"\npretrained_model_name_or_path = "{model}"\nrank = 7\n'
+                    'resolution = 32\nmethod = ["lora", "loha"]\nrandom_flip = true\ncache_latents = false\n')  # fmt: skip
+    args = train_sd.parse_args(["--config", str(toml), "--rank", "3"])
+    assert (args.rank, args.lora_alpha, args.method, args.random_flip, args.cache_latents) == (
+        3,
+        6,
+        ["lora", "loha"],
+        True,
+        False,
+    )
+    again = vars(train_sd.parse_args(["--config", str(run / "config.json")]))
+    config = json.loads((run / "config.json").read_text())
+    assert config == {name: again[name] for name in config}
+
+
+# -- pictures and captions -------------------------------------------------------------------------------------------
+
+
+def gather(folder: Path, *flags: str) -> train_sd.Pictures:
+    return train_sd.find_pictures(train_sd.parse_args(["--train_data_dir", str(folder), *flags]))
+
+
+def test_captions_beside_the_pictures(tmp_path):
+    pictures(tmp_path / "p")
+    (tmp_path / "p" / "metadata.jsonl").unlink()
+    (tmp_path / "p" / "0.txt").write_text("red disc\n")
+    (tmp_path / "p" / "2.txt").write_text("صورة 🎈 " + "long " * 2000)
+    found = gather(tmp_path / "p")
+    assert [path.name for path in found.sources] == ["0.png", "2.png"]
+    assert found.captions[0] == ["red disc"] and found.captions[1][0].startswith("صورة 🎈")
+    assert len(found.left_out) == 4
+
+
+def test_pictures_that_cannot_be_used_are_named_and_left_out(tmp_path, capsys):
+    folder = pictures(tmp_path / "p", caption=lambda i: [None, "a\0b", "", ["x", "y"], "gone", "text"][i])
+    (folder / "4.png").unlink()
+    (folder / "5.png").write_text("not a picture")
+    found = gather(folder)
+    assert found.captions == [["ab"], [""], ["x", "y"]]
+    assert [line.split("/")[-1] for line in found.left_out] == [
+        "0.png: no caption", "4.png: no such file", "5.png: not a picture"
+    ]  # fmt: skip
+    assert "0.png" in refused(capsys, "--train_data_dir", folder, "--strict", "--output_dir", tmp_path / "out")
+
+
+@pytest.mark.parametrize("content", ["", '{"file_name": "../0.png", "text": "x"}', '{"file_name": "0.png"}', "{"])
+def test_bad_metadata_is_refused(tmp_path, capsys, content):
+    pictures(tmp_path / "p")
+    (tmp_path / "p" / "metadata.jsonl").write_text(content)
+    assert "--" in refused(capsys, "--train_data_dir", tmp_path / "p", "--output_dir", tmp_path / "out")
+
+
+def test_folder_without_captions_is_refused(tmp_path, capsys):
+    (tmp_path / "p" / "cats").mkdir(parents=True)
+    PIL.Image.new("RGB", (8, 8)).save(tmp_path / "p" / "cats" / "0.png")
+    assert "1 pictures without captions" in refused(capsys, "--train_data_dir", tmp_path / "p")
+    (tmp_path / "empty").mkdir()
+    assert "no pictures" in refused(capsys, "--train_data_dir", tmp_path / "empty")
+
+
+def solid(mode: str, colour, **save) -> np.ndarray:
+    """What a picture of one colour, written in `mode`, is read as."""
+    import io
+
+    file = io.BytesIO()
+    PIL.Image.new(mode, (8, 4), colour).save(file, **({"format": "PNG"} | save))
+    return np.asarray(train_sd.open_picture(file.getvalue()))
+
+
+def test_every_kind_of_picture_is_read_right():
+    assert (solid("RGBA", (255, 0, 0, 0)) == 255).all()  # transparent red is white
+    assert (solid("RGBA", (255, 0, 0, 255)) == (255, 0, 0)).all()
+    assert (solid("LA", (0, 0)) == 255).all()
+    assert (solid("L", 100) == 100).all()
+    assert (solid("L", 100, transparency=100) == 255).all()
+    assert (solid("I;16", 100 * 257) == 100).all()
+    assert (solid("1", 1) == 255).all()
+    assert np.abs(solid("CMYK", (0, 255, 255, 0), format="JPEG").astype(int) - (255, 0, 0)).max() <= 4
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    assert solid("RGB", (1, 2, 3), exif=exif).shape == (8, 4, 3)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (33, 64)])
+def test_extreme_shapes_are_cropped_in_little_memory(size):
+    args = train_sd.parse_args(["--resolution", "64"])
+    pixels = train_sd.crop_and_scale(PIL.Image.new("RGB", size, "white"), (0.5, 1.0), True, args)
+    assert pixels.shape == (3, 64, 64) and (pixels == 1).all()
+
+
+def test_fewer_pictures_than_a_batch(model, tmp_path):
+    folder = pictures(tmp_path / "p", count=1)
+    flags = ["--pretrained_model_name_or_path", str(model), "--train_data_dir", str(folder), "--resolution", "32"]
+    flags += ["--max_train_steps", "1", "--method", "lora", "--num_inference_steps", "2", "--report_to", "none"]
+    assert train_sd.main([*flags, "--train_batch_size", "4", "--output_dir", str(tmp_path / "out")]) == 0
