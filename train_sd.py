@@ -923,10 +923,10 @@ def start_accelerator(args: argparse.Namespace):
 
 
 def take_cores(processes: int) -> None:
-    """Use all cores; `accelerate launch` leaves one thread where nothing is configured. A user's own choice is kept."""
+    """Use all cores: launchers leave one thread where nothing is configured. A user's own choice is kept."""
     import torch
 
-    launched = any(name.startswith("ACCELERATE_") for name in os.environ)
+    launched = {"ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
     chosen = os.environ.get("OMP_NUM_THREADS")
     if chosen is None or (launched and chosen == "1"):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -1580,13 +1580,13 @@ def export(run: Run, method: str) -> None:
         unet = plain_lora(run, unet)
     write_formats(run, unet.eval(), method)
 
-    run.pipeline.vae.to(torch.float32)
+    run.pipeline.to(torch.float32)
     prompts = args.validation_prompt or [next(text for text in run.embeddings if text)]
     pictures = sample(run, unet, prompts, args.num_validation_images)
     save_pictures(folder / "merged", pictures, args.num_validation_images)
     del unet
     differences = read_back(run, method, prompts[:1], pictures[0])
-    run.pipeline.vae.to(run.weight_dtype)
+    run.pipeline.to(run.weight_dtype)
     for name, difference in differences.items():
         if difference > TOLERANCE * 255:
             raise RunFailed(
@@ -1613,7 +1613,9 @@ def merge_reslora(run: Run, unet, folder: Path) -> None:
         calibration = [
             {k: v.float() if v.is_floating_point() else v for k, v in inputs.items()} for inputs in calibration
         ]
-        together = {name: torch.cat([inputs[name] for inputs in calibration]).cpu() for name in calibration[0]}
+        together = {
+            name: torch.cat([inputs[name] for inputs in calibration]).cpu().contiguous() for name in calibration[0]
+        }
         with renamed(folder / "calibration.safetensors") as temporary:
             save_file(together, temporary)
     report = reslora.merge(unet, method=args.merge, calibration=calibration)

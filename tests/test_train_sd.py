@@ -244,8 +244,10 @@ def test_two_processes_end_where_one_with_the_whole_batch_ends(run, base_flags, 
             torch.testing.assert_close(value, final_weights(run)[name], rtol=1e-3, atol=1e-5)
 
 
-def test_uncached_encoders_train(base_flags, tmp_path):
-    flags = [*base_flags, "--no-cache_latents", "--no-cache_text_embeddings", "--dataloader_num_workers", "1"]
+@pytest.mark.parametrize("cached", [True, False])
+def test_half_precision_and_uncached_encoders_train(base_flags, tmp_path, cached):
+    uncached = ["--no-cache_latents", "--no-cache_text_embeddings", "--dataloader_num_workers", "1"]
+    flags = [*base_flags, *([] if cached else uncached)]
     flags += ["--snr_gamma", "5", "--noise_offset", "0.1", "--gradient_checkpointing", "--mixed_precision", "bf16"]
     flags += ["--method", "reslora", "--output_dir", str(tmp_path / "out")]
     # A process of its own: accelerate keeps the precision it was first started with.
