@@ -1,0 +1,448 @@
+"""save and load of an unmerged adapter: round trips, files, and what is refused."""
+
+import json
+import pickle
+
+import pytest
+import torch
+from conftest import (
+    ARCHITECTURES,
+    RANK,
+    adapter_layers,
+    assert_equal,
+    assert_one_line,
+    delta,
+    find_layer,
+    gradients_of,
+    loss_of,
+    run,
+    tiny_llama,
+    tiny_unet,
+)
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
+
+import reslora
+from reslora import ResLoraConfig
+
+CONFIG = "reslora_config.json"
+WEIGHTS = "reslora_model.safetensors"
+PLANS = [("input", 1, "none"), ("block", 2, "repeat"), ("middle", -1, "repeat"), ("none", 1, "repeat")]
+plans = pytest.mark.parametrize("shortcut, pre_num, head", PLANS)
+
+
+def base_of(arch, seed: int = 0):
+    torch.manual_seed(seed)
+    return arch.build()
+
+
+def saved(arch, directory, shortcut="input", pre_num=1, head="repeat", window=100, steps=0, **lora):
+    """A connected model that was saved."""
+    model = arch.lora(**lora)
+    reslora.connect(model, ResLoraConfig(shortcut, pre_num, head, window))
+    for seed in range(steps):
+        loss_of(model, arch.inputs(seed=seed)).backward()
+    reslora.save(model, directory)
+    return model
+
+
+def snapshot(model):
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def assert_same(model, before) -> None:
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[key], before[key]) for key in before)
+
+
+# --- round trips ------------------------------------------------------------------------------------------------------
+
+
+@plans
+def test_into_a_bare_base(arch, tmp_path, shortcut, pre_num, head):
+    model = saved(arch, tmp_path, shortcut, pre_num, head)
+    loaded = reslora.load(base_of(arch), tmp_path).train()
+    assert torch.equal(run(loaded, arch.inputs()), run(model, arch.inputs()))
+    ours, theirs = gradients_of(loaded, arch.inputs()), gradients_of(model, arch.inputs())
+    assert set(ours) == set(theirs)
+    assert_equal(ours, theirs)
+
+
+@plans
+def test_into_a_matching_adapter(arch, tmp_path, shortcut, pre_num, head):
+    model = saved(arch, tmp_path, shortcut, pre_num, head)
+    target = arch.lora(seed=0)
+    for parameter in target.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.zeros_(parameter)
+    loaded = reslora.load(target, tmp_path)
+    assert torch.equal(run(loaded, arch.inputs()), run(model, arch.inputs()))
+    assert_equal(gradients_of(loaded, arch.inputs()), gradients_of(model, arch.inputs()))
+
+
+def test_the_matching_adapter_is_loaded_in_place(llama, tmp_path):
+    saved(llama, tmp_path)
+    target = llama.lora(seed=3)
+    assert reslora.load(target, tmp_path) is target
+
+
+def test_a_bare_language_model_comes_back_as_a_peft_model(llama, tmp_path):
+    saved(llama, tmp_path)
+    loaded = reslora.load(base_of(llama), tmp_path)
+    assert isinstance(loaded, PeftModel)
+    with loaded.disable_adapter():
+        assert_equal(run(loaded, llama.inputs()), run(base_of(llama), llama.inputs()))
+
+
+def test_a_bare_unet_comes_back_itself(unet, tmp_path):
+    saved(unet, tmp_path)
+    base = base_of(unet)
+    assert reslora.load(base, tmp_path) is base
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"use_rslora": True},
+        {"rank_pattern": {"layers.2.self_attn.q_proj": 7}, "alpha_pattern": {"layers.1.self_attn.v_proj": 9}},
+        {"layers_to_transform": [0, 2, 3], "target_modules": ["q_proj"]},
+        {"lora_dropout": 0.25},
+    ],
+    ids=["rslora", "patterns", "some_layers", "dropout"],
+)
+def test_the_lora_config_comes_back(llama, tmp_path, lora):
+    model = saved(llama, tmp_path, "middle", 2, **lora).eval()
+    loaded = reslora.load(base_of(llama), tmp_path).eval()
+    assert torch.equal(run(loaded, llama.inputs()), run(model, llama.inputs()))
+    for ours, theirs in zip(adapter_layers(loaded).values(), adapter_layers(model).values(), strict=True):
+        assert ours.r == theirs.r and ours.scaling == theirs.scaling
+        assert str(ours.lora_dropout["default"]) == str(theirs.lora_dropout["default"])
+
+
+def test_modules_to_save_come_back(tmp_path):
+    arch = ARCHITECTURES["bert"]
+    model = arch.lora()
+    reslora.connect(model, ResLoraConfig("input"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.fill_(0.5)
+    reslora.save(model, tmp_path)
+    loaded = reslora.load(base_of(arch), tmp_path)
+    assert torch.equal(run(loaded.eval(), arch.inputs()), run(model.eval(), arch.inputs()))
+
+
+@pytest.mark.parametrize("shortcut", ["input", "middle"])
+@pytest.mark.parametrize("window, steps", [(2, 3), (100, 3)])
+def test_norm_windows_come_back(llama, tmp_path, shortcut, window, steps):
+    model = saved(llama, tmp_path, shortcut, window=window, steps=steps)
+    loaded = reslora.load(base_of(llama), tmp_path)
+    for candidate in (model, loaded):
+        assert reslora.merge(candidate).method == "input"
+    for name, layer in adapter_layers(model).items():
+        assert torch.equal(delta(find_layer(loaded, name)), delta(layer))
+
+
+@pytest.mark.parametrize("shortcut", ["input", "middle"])
+def test_recording_goes_on_where_it_stopped(llama, tmp_path, shortcut):
+    model = saved(llama, tmp_path, shortcut, window=3, steps=4)
+    loaded = reslora.load(base_of(llama), tmp_path).train()
+    for candidate in (model, loaded):
+        for seed in (8, 9):
+            loss_of(candidate, llama.inputs(seed=seed, batch=seed)).backward()
+        reslora.merge(candidate, method="input")
+    for name, layer in adapter_layers(model).items():
+        assert_equal(delta(find_layer(loaded, name)), delta(layer), rtol=1e-6)
+
+
+def test_another_adapter_name(llama, tmp_path):
+    model = llama.lora(adapter="style")
+    reslora.connect(model, ResLoraConfig("input"), adapter_name="style")
+    reslora.save(model, tmp_path, adapter_name="style")
+    loaded = reslora.load(base_of(llama), tmp_path, adapter_name="style")
+    assert torch.equal(run(loaded, llama.inputs()), run(model, llama.inputs()))
+
+
+def test_an_adapter_may_be_loaded_under_another_name(unet, tmp_path):
+    model = saved(unet, tmp_path, "middle", 2)
+    loaded = reslora.load(base_of(unet), tmp_path, adapter_name="style")
+    assert torch.equal(run(loaded, unet.inputs()), run(model, unet.inputs()))
+
+
+def test_only_the_named_adapter_is_saved(llama, tmp_path):
+    model = llama.lora()
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj", "o_proj"], task_type="CAUSAL_LM"))
+    reslora.connect(model, ResLoraConfig("input"))
+    reslora.save(model, tmp_path)
+    assert not any("o_proj" in key or "other" in key for key in load_file(tmp_path / WEIGHTS))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dtypes_are_kept(llama, tmp_path, dtype):
+    model = llama.lora().float()
+    for layer in adapter_layers(model).values():
+        layer.lora_A["default"].to(dtype)
+        layer.lora_B["default"].to(dtype)
+    reslora.connect(model, ResLoraConfig("middle"))
+    reslora.save(model, tmp_path)
+    target = llama.lora(seed=4, base=base_of(llama)).float()
+    for layer in adapter_layers(target).values():
+        layer.lora_A["default"].to(dtype)
+        layer.lora_B["default"].to(dtype)
+    loaded = reslora.load(target, tmp_path)
+    assert torch.equal(run(loaded, llama.inputs()), run(model, llama.inputs()))
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+@plans
+def test_the_directory_holds_two_files(llama, tmp_path, shortcut, pre_num, head):
+    saved(llama, tmp_path / "new" / "adapter", shortcut, pre_num, head, steps=1)
+    assert {path.name for path in (tmp_path / "new" / "adapter").iterdir()} == {CONFIG, WEIGHTS}
+
+
+def test_stock_peft_cannot_mistake_it_for_a_plain_lora(llama, tmp_path):
+    saved(llama, tmp_path)
+    with pytest.raises((ValueError, OSError)):
+        PeftModel.from_pretrained(base_of(llama), tmp_path)
+
+
+def test_the_config_file_has_both_configs_and_the_chains(llama, tmp_path):
+    model = saved(llama, tmp_path, "middle", 3, "none", window=9)
+    text = (tmp_path / CONFIG).read_text()
+    json.loads(text)
+    for word in ('"middle"', '"lora_alpha"', '"target_modules"', '"window"'):
+        assert word in text
+    for chain in reslora.chains(model):
+        assert all(block.name in text for block in chain)
+
+
+def test_nothing_of_the_base_is_saved(llama, tmp_path):
+    model = saved(llama, tmp_path, steps=1)
+    tensors = load_file(tmp_path / WEIGHTS)
+    adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert sum(tensor.numel() for tensor in tensors.values()) <= adapters + 101 * len(adapter_layers(model))
+    assert not any("base_layer" in key or "embed" in key for key in tensors)
+
+
+def test_saving_twice_replaces(llama, tmp_path):
+    saved(llama, tmp_path, "input", steps=2)
+    model = saved(llama, tmp_path, "block", 2, seed=3)
+    loaded = reslora.load(base_of(llama, seed=3), tmp_path)
+    assert torch.equal(run(loaded, llama.inputs()), run(model, llama.inputs()))
+
+
+@pytest.mark.parametrize("shortcut", ["input", "block", "middle"])
+def test_saving_leaves_the_model_connected(llama, tmp_path, shortcut):
+    model = llama.lora()
+    reslora.connect(model, ResLoraConfig(shortcut, 2))
+    expected = run(model, llama.inputs())
+    reslora.save(model, tmp_path)
+    assert torch.equal(run(model, llama.inputs()), expected)
+
+
+def test_saving_a_plain_lora_model_is_an_error(llama, tmp_path):
+    with pytest.raises((ValueError, RuntimeError)) as error:
+        reslora.save(llama.lora(), tmp_path / "out")
+    assert_one_line(error, "connect")
+
+
+# --- refused ----------------------------------------------------------------------------------------------------------
+
+
+def rewrite(directory, edit) -> None:
+    """Change the tensors of a saved adapter."""
+    tensors = load_file(directory / WEIGHTS)
+    save_file(edit(tensors), directory / WEIGHTS)
+
+
+def a_key(tensors) -> str:
+    return next(key for key in sorted(tensors) if "layers.2.self_attn.q_proj" in key and "lora_B" in key)
+
+
+def without_a_key(tensors):
+    tensors.pop(a_key(tensors))
+    return tensors
+
+
+def with_a_key_too_many(tensors):
+    key = a_key(tensors)
+    return {**tensors, key.replace("layers.2", "layers.22"): tensors[key].clone()}
+
+
+def with_another_shape(tensors):
+    key = a_key(tensors)
+    return {**tensors, key: torch.cat([tensors[key]] * 2)}
+
+
+def with_another_rank(tensors):
+    key = a_key(tensors)
+    return {**tensors, key: torch.cat([tensors[key]] * 2, dim=1)}
+
+
+@pytest.mark.parametrize("into", ["bare", "adapter"])
+@pytest.mark.parametrize(
+    "edit, named",
+    [
+        (without_a_key, "layers.2.self_attn.q_proj"),
+        (with_a_key_too_many, "layers.22.self_attn.q_proj"),
+        (with_another_shape, "layers.2.self_attn.q_proj"),
+        (with_another_rank, "layers.2.self_attn.q_proj"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named_and_nothing_is_loaded(llama, tmp_path, edit, named, into):
+    saved(llama, tmp_path, steps=1)
+    rewrite(tmp_path, edit)
+    target = base_of(llama) if into == "bare" else llama.lora(seed=6)
+    before = snapshot(target)
+    with pytest.raises((ValueError, RuntimeError)) as error:
+        reslora.load(target, tmp_path)
+    assert_one_line(error, named)
+    assert_same(target, before)
+    assert all(not layer.lora_variant for layer in adapter_layers(target).values())
+
+
+@pytest.mark.parametrize(
+    "lora, named",
+    [
+        ({"r": RANK + 1}, "self_attn.q_proj"),
+        ({"rank_pattern": {"layers.3.mlp.down_proj": 2}}, "layers.3.mlp.down_proj"),
+        ({"target_modules": ["q_proj", "v_proj"]}, "layers.0.mlp.down_proj"),
+        ({"target_modules": ["q_proj", "v_proj", "down_proj", "up_proj"]}, "layers.0.mlp.up_proj"),
+    ],
+    ids=["rank", "rank_of_one_layer", "layers_missing", "layers_too_many"],
+)
+def test_an_adapter_that_does_not_match_is_refused(llama, tmp_path, lora, named):
+    saved(llama, tmp_path, steps=1)
+    target = llama.lora(seed=6, **lora)
+    before = snapshot(target)
+    with pytest.raises((ValueError, RuntimeError)) as error:
+        reslora.load(target, tmp_path)
+    assert_one_line(error, named)
+    assert_same(target, before)
+    assert all(not layer.lora_variant for layer in adapter_layers(target).values())
+
+
+@pytest.mark.parametrize(
+    "build, named",
+    [
+        (lambda: tiny_llama(width=48), "layers.0.self_attn.q_proj"),
+        (lambda: tiny_llama(layers=3), "layers.3."),
+        (lambda: tiny_llama(layers=7), "layers.5."),
+        (tiny_unet, "q_proj"),
+    ],
+    ids=["wider", "shallower", "deeper", "another_model"],
+)
+def test_a_base_that_does_not_match_is_refused_and_stays_bare(llama, tmp_path, build, named):
+    saved(llama, tmp_path, steps=1)
+    target = build()
+    before = snapshot(target)
+    with pytest.raises((ValueError, RuntimeError)) as error:
+        reslora.load(target, tmp_path)
+    assert_one_line(error, named)
+    assert_same(target, before)
+    assert not adapter_layers(target)
+
+
+def test_a_refused_base_takes_the_right_adapter_afterwards(llama, tmp_path):
+    saved(llama, tmp_path / "bad", steps=1)
+    rewrite(tmp_path / "bad", without_a_key)
+    model = saved(llama, tmp_path / "good", "block", 2)
+    base = base_of(llama)
+    with pytest.raises((ValueError, RuntimeError)):
+        reslora.load(base, tmp_path / "bad")
+    assert torch.equal(run(reslora.load(base, tmp_path / "good"), llama.inputs()), run(model, llama.inputs()))
+
+
+def test_a_connected_model_keeps_its_plan_or_refuses(llama, tmp_path):
+    saved(llama, tmp_path, "middle", 2)
+    target = llama.lora(seed=6)
+    reslora.connect(target, ResLoraConfig("input"))
+    before, expected = snapshot(target), run(target, llama.inputs())
+    with pytest.raises((ValueError, RuntimeError)) as error:
+        reslora.load(target, tmp_path)
+    assert_one_line(error, "disconnect")
+    assert_same(target, before)
+    assert torch.equal(run(target, llama.inputs()), expected)
+
+
+@pytest.mark.parametrize("into", ["bare", "adapter"])
+def test_chains_that_name_other_layers_are_refused(llama, tmp_path, into):
+    saved(llama, tmp_path)
+    path = tmp_path / CONFIG
+    path.write_text(path.read_text().replace("layers.2.self_attn.q_proj", "layers.22.self_attn.q_proj"))
+    target = base_of(llama) if into == "bare" else llama.lora(seed=6)
+    before = snapshot(target)
+    with pytest.raises((ValueError, RuntimeError)) as error:
+        reslora.load(target, tmp_path)
+    assert_one_line(error, "layers.22.self_attn.q_proj")
+    assert_same(target, before)
+
+
+class Bomb:
+    """Unpickling it creates a file."""
+
+    def __init__(self, path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def bomb_pickle(path, target) -> None:
+    path.write_bytes(pickle.dumps(Bomb(target)))
+
+
+def bomb_torch(path, target) -> None:
+    torch.save({"lora_A": Bomb(target)}, path)
+
+
+@pytest.mark.parametrize("into", ["bare", "adapter"])
+@pytest.mark.parametrize("plant", [bomb_pickle, bomb_torch])
+def test_a_pickle_is_refused_and_never_opened(llama, tmp_path, plant, into):
+    saved(llama, tmp_path)
+    plant(tmp_path / WEIGHTS, tmp_path / "exploded")
+    target = base_of(llama) if into == "bare" else llama.lora(seed=6)
+    before = snapshot(target)
+    with pytest.raises((ValueError, RuntimeError)) as error:
+        reslora.load(target, tmp_path)
+    assert_one_line(error, WEIGHTS, "safetensors")
+    assert not (tmp_path / "exploded").exists()
+    assert_same(target, before)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "pytorch_model.bin", "reslora_model.bin"])
+def test_a_pickle_beside_the_missing_weights_is_never_opened(llama, tmp_path, name):
+    saved(llama, tmp_path)
+    (tmp_path / WEIGHTS).unlink()
+    bomb_torch(tmp_path / name, tmp_path / "exploded")
+    with pytest.raises((ValueError, RuntimeError, OSError)):
+        reslora.load(base_of(llama), tmp_path)
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -8])
+def test_a_truncated_file_is_refused(llama, tmp_path, keep):
+    saved(llama, tmp_path)
+    path = tmp_path / WEIGHTS
+    path.write_bytes(path.read_bytes()[:keep])
+    target = llama.lora(seed=6)
+    before = snapshot(target)
+    with pytest.raises((ValueError, RuntimeError)) as error:
+        reslora.load(target, tmp_path)
+    assert_one_line(error, WEIGHTS)
+    assert_same(target, before)
+
+
+@pytest.mark.parametrize("content", ["", "not json", "[]", "{}", '{"reslora": 1}'])
+def test_a_config_file_that_is_not_one_is_refused(llama, tmp_path, content):
+    saved(llama, tmp_path)
+    (tmp_path / CONFIG).write_text(content)
+    target = llama.lora(seed=6)
+    before = snapshot(target)
+    with pytest.raises((ValueError, RuntimeError)) as error:
+        reslora.load(target, tmp_path)
+    assert_one_line(error, CONFIG)
+    assert_same(target, before)

@@ -1,0 +1,270 @@
+"""Exported files: each loads back in stock PEFT or diffusers with the output of the merged U-Net."""
+
+import json
+
+import pytest
+import torch
+from conftest import adapter_layers, assert_one_line, base_weight, delta, find_layer, randomize, run, tiny_unet
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from peft import LoraConfig, PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import reslora
+from reslora import ResLoraConfig
+from reslora.export import export_diffusers, export_kohya, export_merged, export_peft
+
+LORA = "pytorch_lora_weights.safetensors"
+TOLERANCE = 1e-4
+
+CASES = {
+    "equal ranks": ({}, ("input", 1), {"method": "weights"}),
+    "block ranks": ({}, ("block", 2), {}),
+    "block rslora": ({"use_rslora": True}, ("block", -1), {}),
+    "block patterns": (
+        {
+            "alpha_pattern": {"down_blocks.0.*attn1.to_q": 17},
+            "rank_pattern": {"attn2.to_v": 2, "up_blocks.1.attentions.0.transformer_blocks.0.attn1.to_k": 5},
+        },
+        ("block", 2),
+        {},
+    ),
+    "block truncated": ({"lora_alpha": 7}, ("block", -1), {"max_rank": 4}),
+    "feed forward": ({"target_modules": ["to_q", "to_out.0", "ff.net.0.proj", "ff.net.2"]}, ("block", 1), {}),
+    "projections": ({"target_modules": ["to_q", "proj_in", "proj_out"]}, ("middle", 2), {"method": "weights"}),
+}
+
+
+def base_unet() -> UNet2DConditionModel:
+    torch.manual_seed(0)
+    return tiny_unet().float().eval()
+
+
+@pytest.fixture(params=list(CASES))
+def merged(request, unet):
+    """A U-Net in float32 after a merge: plain LoRA."""
+    lora, plan, merge = CASES[request.param]
+    model = unet.lora(**lora).float().eval()
+    reslora.connect(model, ResLoraConfig(*plan))
+    reslora.merge(model, **merge)
+    return model
+
+
+@pytest.fixture
+def inputs(unet):
+    return {key: value.float() if value.is_floating_point() else value for key, value in unet.inputs().items()}
+
+
+@torch.no_grad()
+def predict(model, inputs) -> torch.Tensor:
+    return run(model.eval(), inputs)
+
+
+def assert_predicts(model, inputs, expected) -> None:
+    actual = predict(model, inputs)
+    assert float((actual - expected).abs().max()) < TOLERANCE
+    assert float((predict(base_unet(), inputs) - expected).abs().max()) > 100 * TOLERANCE  # LoRA does something
+
+
+def pipeline() -> StableDiffusionPipeline:
+    """A stock pipeline around the bare U-Net."""
+    vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4)
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=None,
+        tokenizer=None,
+        unet=base_unet(),
+        scheduler=DDPMScheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def loaded_by_diffusers(*arguments, **keywords) -> UNet2DConditionModel:
+    pipe = pipeline()
+    pipe.load_lora_weights(*arguments, **keywords)
+    return pipe.unet
+
+
+# --- each format loads back -------------------------------------------------------------------------------------------
+
+
+def test_peft_loads_the_peft_files(merged, inputs, tmp_path):
+    export_peft(merged, tmp_path)
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in tmp_path.iterdir()}
+    assert_predicts(PeftModel.from_pretrained(base_unet(), tmp_path), inputs, predict(merged, inputs))
+
+
+def test_diffusers_loads_the_diffusers_file(merged, inputs, tmp_path):
+    export_diffusers(merged, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [LORA]
+    assert_predicts(loaded_by_diffusers(tmp_path), inputs, predict(merged, inputs))
+
+
+def test_diffusers_loads_the_diffusers_file_by_name(merged, inputs, tmp_path):
+    export_diffusers(merged, tmp_path)
+    assert_predicts(loaded_by_diffusers(str(tmp_path), weight_name=LORA), inputs, predict(merged, inputs))
+
+
+def test_the_diffusers_file_means_the_same_without_its_metadata(merged, inputs, tmp_path):
+    """The scale is folded into B and alpha equals the rank, so readers that ignore metadata agree."""
+    export_diffusers(merged, tmp_path)
+    save_file(load_file(tmp_path / LORA), tmp_path / LORA)
+    assert_predicts(loaded_by_diffusers(tmp_path), inputs, predict(merged, inputs))
+
+
+def test_diffusers_loads_the_kohya_file(merged, inputs, tmp_path):
+    path = tmp_path / "kohya.safetensors"
+    export_kohya(merged, path)
+    assert_predicts(loaded_by_diffusers(str(path)), inputs, predict(merged, inputs))
+
+
+def test_diffusers_loads_the_kohya_file_without_its_metadata(merged, inputs, tmp_path):
+    path = tmp_path / "kohya.safetensors"
+    export_kohya(merged, path)
+    save_file(load_file(path), path)
+    assert_predicts(loaded_by_diffusers(str(path)), inputs, predict(merged, inputs))
+
+
+def test_diffusers_loads_the_merged_unet(merged, inputs, tmp_path):
+    export_merged(merged, tmp_path)
+    loaded = UNet2DConditionModel.from_pretrained(tmp_path)
+    assert not adapter_layers(loaded)
+    assert set(loaded.state_dict()) == set(base_unet().state_dict())
+    assert_predicts(loaded, inputs, predict(merged, inputs))
+
+
+def test_exporting_leaves_the_model_as_it_was(merged, inputs, tmp_path):
+    expected = predict(merged, inputs)
+    before = {key: value.clone() for key, value in merged.state_dict().items()}
+    export_peft(merged, tmp_path / "peft")
+    export_diffusers(merged, tmp_path)
+    export_kohya(merged, tmp_path / "kohya.safetensors")
+    export_merged(merged, tmp_path / "unet")
+    after = merged.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[key], before[key]) for key in before)
+    assert torch.equal(predict(merged, inputs), expected)
+
+
+# --- what is in the files ---------------------------------------------------------------------------------------------
+
+
+def test_the_kohya_file_has_one_alpha_and_kohyas_names(merged, tmp_path):
+    path = tmp_path / "kohya.safetensors"
+    export_kohya(merged, path)
+    tensors = load_file(path)
+    names = {key.split(".")[0] for key in tensors}
+    assert names == {"lora_unet_" + name.replace(".", "_") for name in adapter_layers(merged)}
+    assert {key.split(".", 1)[1] for key in tensors} == {"alpha", "lora_down.weight", "lora_up.weight"}
+    assert len({float(tensors[f"{name}.alpha"]) for name in names}) == 1
+
+
+def test_the_kohya_product_is_s_b_a(merged, tmp_path):
+    """alpha / rank x up x down, the formula of kohya's readers, layer by layer."""
+    path = tmp_path / "kohya.safetensors"
+    export_kohya(merged, path)
+    tensors = load_file(path)
+    for name, layer in adapter_layers(merged).items():
+        key = "lora_unet_" + name.replace(".", "_")
+        down, up = tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"]
+        product = float(tensors[f"{key}.alpha"]) / down.shape[0] * (up @ down)
+        torch.testing.assert_close(product, delta(layer), rtol=1e-4, atol=1e-5)
+
+
+def test_the_kohya_metadata(merged, tmp_path):
+    path = tmp_path / "kohya.safetensors"
+    export_kohya(merged, path, metadata={"ss_output_name": "style"})
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    assert metadata["ss_output_name"] == "style"
+    assert {"ss_network_dim", "ss_network_alpha"} <= metadata.keys()
+
+
+def test_the_diffusers_product_is_s_b_a(merged, tmp_path):
+    export_diffusers(merged, tmp_path)
+    tensors = load_file(tmp_path / LORA)
+    assert all(key.startswith("unet.") for key in tensors)
+    for name, layer in adapter_layers(merged).items():
+        product = tensors[f"unet.{name}.lora_B.weight"] @ tensors[f"unet.{name}.lora_A.weight"]
+        torch.testing.assert_close(product, delta(layer), rtol=1e-4, atol=1e-5)
+
+
+def test_merged_weights_are_summed_in_fp32_then_cast(unet, tmp_path):
+    torch.manual_seed(0)
+    model = unet.lora(base=tiny_unet().bfloat16()).eval()
+    for layer in adapter_layers(model).values():
+        layer.lora_A["default"].float()
+        layer.lora_B["default"].float()
+    randomize(model, scale=0.1)
+    reslora.connect(model, ResLoraConfig("block", 2))
+    reslora.merge(model)
+    export_merged(model, tmp_path)
+    loaded = UNet2DConditionModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16).state_dict()
+    for name, layer in adapter_layers(model).items():
+        expected = (base_weight(layer).float() + delta(layer)).bfloat16()
+        stored = loaded[f"{name}.weight"]
+        assert stored.dtype == torch.bfloat16
+        assert float((stored.float() - expected.float()).norm()) <= 1e-3 * float(expected.float().norm())
+
+
+def test_a_named_adapter_is_exported(unet, inputs, tmp_path):
+    model = unet.lora(adapter="style").float().eval()
+    reslora.connect(model, ResLoraConfig("block", 2), adapter_name="style")
+    reslora.merge(model, adapter_name="style")
+    expected = predict(model, inputs)
+    export_peft(model, tmp_path / "peft", adapter_name="style")
+    export_diffusers(model, tmp_path / "diffusers", adapter_name="style")
+    export_kohya(model, tmp_path / "kohya.safetensors", adapter_name="style")
+    export_merged(model, tmp_path / "unet", adapter_name="style")
+    directory = tmp_path / "peft"
+    if not (directory / "adapter_config.json").exists():  # PEFT itself puts a named adapter in a folder of that name
+        directory = directory / "style"
+    assert_predicts(PeftModel.from_pretrained(base_unet(), directory), inputs, expected)
+    assert_predicts(loaded_by_diffusers(tmp_path / "diffusers"), inputs, expected)
+    assert_predicts(loaded_by_diffusers(str(tmp_path / "kohya.safetensors")), inputs, expected)
+    assert_predicts(UNet2DConditionModel.from_pretrained(tmp_path / "unet"), inputs, expected)
+
+
+def test_only_the_named_adapter_is_exported(unet, inputs, tmp_path):
+    model = unet.lora().float().eval()
+    expected = predict(model, inputs)
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), adapter_name="other")
+    randomize(model, seed=9, adapter="other")
+    model.set_adapter("default")
+    export_diffusers(model, tmp_path / "diffusers")
+    export_peft(model, tmp_path / "peft")
+    export_kohya(model, tmp_path / "kohya.safetensors")
+    export_merged(model, tmp_path / "unet")
+    assert_predicts(loaded_by_diffusers(tmp_path / "diffusers"), inputs, expected)
+    assert_predicts(PeftModel.from_pretrained(base_unet(), tmp_path / "peft"), inputs, expected)
+    assert_predicts(loaded_by_diffusers(str(tmp_path / "kohya.safetensors")), inputs, expected)
+    assert_predicts(UNet2DConditionModel.from_pretrained(tmp_path / "unet"), inputs, expected)
+
+
+def test_plain_lora_of_two_ranks_has_its_own_alphas_in_the_peft_config(unet, tmp_path):
+    model = unet.lora().float()
+    reslora.connect(model, ResLoraConfig("block", 2))
+    reslora.merge(model)
+    export_peft(model, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert all(key.startswith("^") for key in config["rank_pattern"])
+    layer = find_layer(model, "up_blocks.1.attentions.1.transformer_blocks.1.attn1.to_q")
+    assert layer.r["default"] == 9 and layer.scaling["default"] == pytest.approx(5 / 3)
+
+
+# --- refused ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("export", [export_peft, export_diffusers, export_kohya, export_merged])
+def test_a_model_without_lora_is_refused(export, tmp_path):
+    with pytest.raises((ValueError, RuntimeError)) as error:
+        export(base_unet(), tmp_path / "out")
+    assert_one_line(error)
+
+
+@pytest.mark.parametrize("export", [export_peft, export_diffusers, export_kohya, export_merged])
+def test_an_adapter_that_is_not_there_is_named(unet, export, tmp_path):
+    with pytest.raises((ValueError, RuntimeError)) as error:
+        export(unet.lora(), tmp_path / "out", adapter_name="missing")
+    assert_one_line(error, "missing")
