@@ -13,7 +13,7 @@ from . import merging
 from .chains import evaluating, to_device
 from .config import ResLoraConfig
 from .merging import Factors, Merged, Moments, Second
-from .shortcuts import BlockShortcut, Shortcut, Wires
+from .shortcuts import BlockShortcut, Shortcut, Wires, rows
 
 
 class Calibrator:
@@ -65,28 +65,26 @@ class Calibrator:
         """Called by every wired block; for block-shortcuts `own` and `handed` are the stacked A and B."""
         with torch.autocast(x.device.type, enabled=False):
             block = self.blocks[variant.name]
-            rows = x.flatten(0, -2)
-            rows = rows if rows.dtype == torch.float64 else rows.float()
+            tokens = rows(x)
+            tokens = tokens if tokens.dtype == torch.float64 else tokens.float()
             if isinstance(variant, BlockShortcut):
-                self._measure_cut(block, rows, own, handed)
-                own, handed = rows @ own[:1].to(rows).t(), None
-            own = own.flatten(0, -2)
-            handed = None if handed is None else handed.flatten(0, -2).to(own.device)
-            norm = torch.linalg.vector_norm(own.to(rows) if self.middle else rows)
+                self._measure_cut(block, tokens, own, handed)
+                own, handed = tokens @ own[:1].to(tokens).t(), None
+            norm = torch.linalg.vector_norm(own.to(tokens) if self.middle else tokens)
             if self.fits and block.moments.guess is not None:
-                self._share_second(variant.name, x, rows)
-            block.moments.add(rows, own, handed, norm)
+                self._share_second(variant.name, x, tokens)
+            block.moments.add(tokens, own, handed, norm)
 
-    def _measure_cut(self, block: Factors, rows: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    def _measure_cut(self, block: Factors, tokens: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         """A block merge cut to `max_rank`: measures the outputs themselves."""
         merged = self.candidates[block.name]
         if merged.a.shape == a.shape:
             return
-        whole = rows @ a.to(rows).t() @ b.to(rows).t()
-        cut = rows @ merged.a.to(rows).t() @ merged.b.to(rows).t()
+        whole = tokens @ a.to(tokens).t() @ b.to(tokens).t()
+        cut = tokens @ merged.a.to(tokens).t() @ merged.b.to(tokens).t()
         block.moments.measure(whole, cut - whole)
 
-    def _share_second(self, name: str, x: torch.Tensor, rows: torch.Tensor) -> None:
+    def _share_second(self, name: str, x: torch.Tensor, tokens: torch.Tensor) -> None:
         """q, k and v of one attention read the same tensor: its second moment is computed and kept once."""
         leader = next((other for seen, other in self.inputs if seen() is x), None)
         if leader is None:
@@ -101,7 +99,7 @@ class Calibrator:
             moments.second = self.blocks[leader].moments.second
             return
         moments.second = moments.second or Second()
-        moments.second.add(rows)
+        moments.second.add(tokens)
 
     def _finish(self) -> None:
         for name, block in self.blocks.items():

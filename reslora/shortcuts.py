@@ -193,7 +193,7 @@ class Shortcut(LoraVariant):
         return state
 
     def _take(self, state: State, source: str, like: torch.Tensor) -> torch.Tensor:
-        """What `source` handed on, on the device of `like` and of its shape (batch x tokens x r)."""
+        """What `source` handed on, on the device of `like` and of its shape (batch * tokens x r)."""
         handed = state.handed.get(source)
         if handed is None:
             raise RuntimeError(
@@ -202,8 +202,8 @@ class Shortcut(LoraVariant):
             )
         if handed.shape != like.shape:
             raise RuntimeError(
-                f"{self.name} has {tuple(like.shape[:-1])} tokens where its neighbour {source} had "
-                f"{tuple(handed.shape[:-1])}; connect again with example_inputs= of the sizes trained on"
+                f"{self.name} has {len(like)} tokens where its neighbour {source} had {len(handed)}; connect again with "
+                "example_inputs= of the sizes trained on"
             )
         return handed.to(like.device)
 
@@ -241,12 +241,12 @@ class InputShortcut(Shortcut):
         weight = module.lora_A[active_adapter].weight
         x = cast(x, weight)
         self._record(state, x)
-        dropped = module.lora_dropout[active_adapter](x)
+        dropped = rows(module.lora_dropout[active_adapter](x))
         if self.following is None:
             own = F.linear(dropped, weight)
         else:
             both = torch.cat((weight, neighbour_weight(self.following, weight, self.name)))
-            own, state.handed[self.name] = F.linear(dropped, both).split(weight.shape[0], dim=-1)
+            own, state.handed[self.name] = F.linear(dropped, both).split(weight.shape[0], dim=1)
         hidden, scaling = own, module.scaling[active_adapter]
         handed = None
         if self.previous is not None:
@@ -280,7 +280,7 @@ class BlockShortcut(Shortcut):
             b = [neighbour_weight(b, weight_b, self.name) for _, b in self.previous]
             weight_a, weight_b = torch.cat((weight_a, *a)), torch.cat((weight_b, *b), dim=1)
         self._observe(module, x, weight_a, weight_b)
-        hidden = F.linear(dropped, weight_a)
+        hidden = F.linear(rows(dropped), weight_a)
         return add_scaled(result, hidden, weight_b, module.scaling[active_adapter])
 
 
@@ -297,7 +297,7 @@ class MiddleShortcut(Shortcut):
         state = self._running()
         lora_a, dropout = module.lora_A[active_adapter], module.lora_dropout[active_adapter]
         x = cast(x, lora_a.weight)
-        own = lora_a(dropout(x))
+        own = lora_a(rows(dropout(x)))
         if state.norms is not None:
             self._record(state, own if _passes(dropout) else _without_gradient(lora_a, x))
         if self.hands_on:
@@ -329,21 +329,25 @@ def neighbour_weight(linear: nn.Linear, own: torch.Tensor, name: str) -> torch.T
     return weight if weight.device == own.device else weight.to(own.device)
 
 
+def rows(x: torch.Tensor) -> torch.Tensor:
+    """(… x p) as (rows x p): one view here saves one around every product."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
 def add_product(result: torch.Tensor, hidden: torch.Tensor, lora_b: nn.Linear, scaling: float) -> torch.Tensor:
     """`result + scaling * hidden B^T`; by way of the module where its weight is only whole inside its own forward."""
     weight = lora_b.weight
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
-        return result + lora_b(hidden * scaling)
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[1]:
+        return result + lora_b(hidden * scaling).view(result.shape)
     return add_scaled(result, hidden, weight, scaling)
 
 
 def add_scaled(result: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, scaling: float) -> torch.Tensor:
-    """`result + scaling * hidden weight^T` for (… x q), (… x r) and (q x r), without a q-wide temporary."""
+    """`result + scaling * hidden weight^T` for (… x q), (rows x r) and (q x r), without a q-wide temporary."""
     if result.dtype != hidden.dtype:
         # A half-precision frozen layer under a float32 adapter, or the reverse: keep the wider one, as PEFT does.
-        return result + F.linear(hidden * scaling, weight)
-    flat = torch.addmm(result.flatten(0, -2), hidden.flatten(0, -2), weight.t(), alpha=scaling)
-    return flat.view(result.shape)
+        return result + F.linear(hidden * scaling, weight).view(result.shape)
+    return torch.addmm(rows(result), hidden, weight.t(), alpha=scaling).view(result.shape)
 
 
 def merge_refused(name: str) -> RuntimeError:
