@@ -202,8 +202,8 @@ class Shortcut(LoraVariant):
             )
         if handed.shape != like.shape:
             raise RuntimeError(
-                f"{self.name} has {len(like)} tokens where its neighbour {source} had {len(handed)}; connect again with "
-                "example_inputs= of the sizes trained on"
+                f"{self.name} has {len(like)} tokens where its neighbour {source} had {len(handed)}; connect again "
+                "with example_inputs= of the sizes trained on"
             )
         return handed.to(like.device)
 
