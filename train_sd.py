@@ -149,13 +149,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def in_words(value) -> str:
-    if isinstance(value, list):
-        return ", ".join(value) or "none"
-    return (
-        {None: "none", True: "on"}.get(value, str(value))
-        if not isinstance(value, (int, float)) or value is True
-        else str(value)
-    )
+    return ", ".join(value) or "none" if isinstance(value, list) else {None: "none", True: "on"}.get(value, str(value))
 
 
 # fmt: off
@@ -399,7 +393,7 @@ def check_resolution(resolution: int, factor: int) -> None:
 
 
 def first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
 
 
 @contextlib.contextmanager
@@ -495,6 +489,9 @@ def derive(*key) -> int:
 def settings_of(args: argparse.Namespace) -> dict:
     """What a continuation must share with the run it continues."""
     settings = {name: value for name, value in vars(args).items() if name not in FREE_ON_RESUME}
+    for name in ("pretrained_model_name_or_path", "train_data_dir", "dataset_name"):
+        if settings[name] and Path(settings[name]).is_dir():
+            settings[name] = str(Path(settings[name]).resolve())
     samples = args.train_batch_size * args.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", 1))
     return settings | {"samples_per_step": samples}
 
@@ -516,7 +513,8 @@ def plan_resume(args: argparse.Namespace) -> dict[str, list[Path]]:
     for found in plan.values():
         for checkpoint in found[:1]:
             check_settings(args, checkpoint)
-    if named is None and any(plan.values()) and not finished_methods(args):
+    done = finished_methods(args)
+    if named is None and any(found for method, found in plan.items() if method not in done):
         raise InvalidArgument(
             f"--output_dir {output}",
             "holds an unfinished run",
@@ -560,8 +558,8 @@ def finished_methods(args: argparse.Namespace) -> list[str]:
     for method in args.method:
         with contextlib.suppress(OSError, ValueError, KeyError):
             record = json.loads((Path(args.output_dir) / method / "exports.json").read_text(encoding="utf-8"))
-            wanted = args.max_train_steps
-            done += [method] if wanted in (None, record["step"]) else []
+            steps, epochs = args.max_train_steps, args.num_train_epochs
+            done += [method] if steps == record["step"] or (not steps and epochs == record["num_train_epochs"]) else []
     return done
 
 
@@ -576,7 +574,6 @@ class Pictures:
     captions: list[list[str]]
     variants: int = 1  # crops and mirror images encoded of each; number 0 is the upright centre
     moments: object = None  # VAE mean and std, [pictures, variants, 2, channels, height, width]
-    embeddings: dict = field(default_factory=dict)  # caption -> text encoder states, [tokens, width]
     square: bool = True  # all of them
     left_out: list[str] = field(default_factory=list)
 
@@ -879,6 +876,11 @@ class Run:
         return Path(self.args.output_dir)
 
     @property
+    def fingerprint(self) -> str:
+        """The data set in short: a run can only be continued on the same pictures in the same order."""
+        return f"{len(self.pictures.captions)} pictures, {derive(self.pictures.captions):x}"
+
+    @property
     def weight_dtype(self):
         import torch
 
@@ -919,6 +921,7 @@ def start_accelerator(args: argparse.Namespace):
         library.utils.logging.disable_progress_bar()
     logging.getLogger("peft").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="huggingface_hub")
     return accelerator
 
 
@@ -945,8 +948,7 @@ def load_pipeline(run: Run) -> None:
         run.pipeline = StableDiffusionPipeline.from_pretrained(
             name, unet=None, safety_checker=None, feature_extractor=None, image_encoder=None,
             requires_safety_checker=False, revision=args.revision, variant=args.variant, cache_dir=args.cache_dir,
-            torch_dtype=run.weight_dtype,
-            use_safetensors=True,
+            torch_dtype=run.weight_dtype, use_safetensors=True,
         )  # fmt: skip
         check_unet(run)
     except InvalidArgument:
@@ -1026,8 +1028,6 @@ def prepare_data(run: Run) -> None:
     updates = max(1, math.ceil(updates / args.gradient_accumulation_steps))
     args.max_train_steps = args.max_train_steps or args.num_train_epochs * updates
     args.validation_steps = args.validation_steps or args.validation_epochs * updates
-    if args.scale_lr:
-        args.learning_rate *= args.gradient_accumulation_steps * args.train_batch_size * run.accelerator.num_processes
 
 
 # -- samples -----------------------------------------------------------------------------------------------------------
@@ -1338,8 +1338,9 @@ def build_optimizer(run: Run, parameters: list):
     import torch
 
     args = run.args
+    per_step = args.gradient_accumulation_steps * args.train_batch_size * run.accelerator.num_processes
     options = {
-        "lr": args.learning_rate,
+        "lr": args.learning_rate * (per_step if args.scale_lr else 1),
         "betas": (args.adam_beta1, args.adam_beta2),
         "weight_decay": args.adam_weight_decay,
         "eps": args.adam_epsilon,
@@ -1386,6 +1387,7 @@ def save_checkpoint(run: Run, trainer: Trainer) -> Path:
             "method": trainer.method,
             "step": trainer.step,
             "seconds": trainer.seconds,
+            "pictures": run.fingerprint,
             "settings": settings_of(run.args),
         }
         (temporary / "trainer.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -1408,8 +1410,11 @@ def restore(run: Run, trainer: Trainer, checkpoint: Path) -> bool:
     """Bring the trainer to the checkpoint; False, with a warning, where it is damaged."""
     import torch
 
+    record = read_trainer_json(checkpoint)
+    if record.get("pictures", run.fingerprint) != run.fingerprint:
+        problem = f"{checkpoint} was trained on {record['pictures']}, these are {run.fingerprint}"
+        raise InvalidArgument(data_flag(run.args), problem, "bring them back, or choose another --output_dir")
     try:
-        record = json.loads((checkpoint / "trainer.json").read_text(encoding="utf-8"))
         state = torch.load(checkpoint / "trainer.pt", map_location=run.accelerator.device, weights_only=True)
         load_adapter(trainer.unet, trainer.method, checkpoint)
         trainer.optimizer.load_state_dict(state["optimizer"])
@@ -1488,8 +1493,8 @@ def read_log(path: Path) -> list[dict]:
     return rows
 
 
-def train(run: Run, method: str) -> None:
-    """Train one method from where it stands to --max_train_steps. The last checkpoint is what is exported."""
+def train(run: Run, method: str) -> int:
+    """Train one method from where it stands to --max_train_steps; returns the step of its last checkpoint."""
     from tqdm.auto import tqdm
 
     args = run.args
@@ -1510,7 +1515,7 @@ def train(run: Run, method: str) -> None:
         log.write("train", loss)
         bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
         bar.update()
-        last = trainer.step == args.max_train_steps or run.stop.signal is not None
+        last = stop_requested(run) or trainer.step == args.max_train_steps
         if trainer.step % args.validation_steps == 0 or trainer.step == args.max_train_steps:
             validate(run, trainer, log)
         if run.main and (trainer.step % args.checkpointing_steps == 0 or last):
@@ -1520,8 +1525,20 @@ def train(run: Run, method: str) -> None:
             break
     bar.close()
     run.accelerator.free_memory()
-    if run.stop.signal is not None:
+    if run.stop.signal is not None and trainer.step < args.max_train_steps:
         raise Stopped(f"{method} stopped after step {trainer.step}; go on with --resume_from_checkpoint latest")
+    return trainer.step
+
+
+def stop_requested(run: Run) -> bool:
+    """Whether any process was asked to stop: all of them must leave after the same step."""
+    import torch
+
+    asked = run.stop.signal is not None
+    if run.accelerator.num_processes > 1:
+        asked = bool(run.accelerator.reduce(torch.tensor(float(asked), device=run.accelerator.device)) > 0)
+        run.stop.signal = run.stop.signal or (signal.SIGTERM if asked else None)
+    return asked
 
 
 def train_step(run: Run, trainer: Trainer, stream) -> float:
@@ -1564,16 +1581,15 @@ def validate(run: Run, trainer: Trainer, log: TrainingLog) -> None:
 # -- merging and exporting ---------------------------------------------------------------------------------------------
 
 
-def export(run: Run, method: str) -> None:
-    """Merge the last checkpoint in fp32, write every format, read each back, and compare the pictures."""
+def export(run: Run, method: str, step: int) -> None:
+    """Merge the checkpoint of the last step in fp32, write every format, read each back, and compare the pictures."""
     import torch
 
     args, folder = run.args, run.output / method
     run.accelerator.print(f"{method}: merging, exporting and comparing")
-    checkpoint = checkpoints_of(folder)[0]
     unet = load_unet(run, torch.float32)
     add_adapter(unet, method, args, args.max_train_steps)
-    load_adapter(unet, method, checkpoint)
+    load_adapter(unet, method, folder / f"checkpoint-{step}")
     if method == "reslora":
         merge_reslora(run, unet, folder)
     if method == "adalora":
@@ -1592,7 +1608,7 @@ def export(run: Run, method: str) -> None:
             raise RunFailed(
                 f"{method}/{name}: its picture differs by {difference}/255 from the merged model's; 2/255 is allowed"
             )
-    record = {"step": step_of(checkpoint), "num_train_epochs": args.num_train_epochs, "difference_of_255": differences}
+    record = {"step": step, "num_train_epochs": args.num_train_epochs, "difference_of_255": differences}
     write_json(folder / "exports.json", record)
 
 
@@ -1705,7 +1721,7 @@ def write_comparison(run: Run) -> None:
     columns = comparison_columns(run)
     tile, gap, top = 128 if args.resolution <= 128 else 192, 6, 40
     font, bold = ImageFont.load_default(16), ImageFont.load_default(20)
-    left = 24 + max(int(bold.getlength(text)) for text in (*args.method, *map(shorten, args.validation_prompt)))
+    left = 24 + max(int(font.getlength(method)) for method in args.method)
     height_of_prompt = 34 + len(args.method) * (tile + gap) + 10
     width = left + len(columns) * (tile + gap) + gap
     sheet = Image.new("RGB", (width, top + len(args.validation_prompt) * height_of_prompt), "white")
@@ -1715,7 +1731,7 @@ def write_comparison(run: Run) -> None:
     for p, prompt in enumerate(args.validation_prompt):
         y = top + p * height_of_prompt
         draw.line((12, y, width - 12, y), fill="#cccccc")
-        draw.text((left, y + 8), shorten(prompt, 80), fill="black", font=bold)
+        draw.text((left, y + 8), shorten(prompt, (width - left) // 11), fill="black", font=bold)
         for m, method in enumerate(args.method):
             row = y + 36 + m * (tile + gap)
             draw.text((left - 12, row + tile // 2), method, fill="#444444", font=font, anchor="rm")
@@ -1728,7 +1744,7 @@ def write_comparison(run: Run) -> None:
         sheet.save(temporary, format="png")
 
 
-def shorten(text: str, length: int = 20) -> str:
+def shorten(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
@@ -1871,9 +1887,9 @@ def main(argv: list[str] | None = None) -> int:
             start_reports(run)
             for method in args.method:
                 if method not in done:
-                    train(run, method)
+                    step = train(run, method)
                     if run.main:
-                        export(run, method)
+                        export(run, method, step)
                     run.accelerator.wait_for_everyone()
             finish(run)
             run.accelerator.end_training()
@@ -1887,6 +1903,9 @@ def main(argv: list[str] | None = None) -> int:
     except Stopped as error:
         print(error, file=sys.stderr)
         return 128 + stop.signal
+    except OSError as error:  # a full disk, a folder that went away: the last checkpoint is intact
+        print(f"train_sd.py: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -102,16 +103,17 @@ def run(base_flags, tmp_path_factory) -> Path:
     return output
 
 
-def refused(capsys, *flags: str) -> str:
-    """The one line with which the script refuses these flags."""
+def refused(capsys, *flags: str, quiet: bool = True) -> str:
+    """The line with which the script refuses these flags; with `quiet`, the only one on stderr."""
     try:
         status = train_sd.main(list(map(str, flags)))
     except SystemExit as error:
         status = error.code
     captured = capsys.readouterr()
     assert status == 2
-    assert captured.err.count("\n") == 1 and captured.err.startswith("train_sd.py: error: "), captured.err
-    return captured.err
+    lines = captured.err.splitlines()
+    assert lines[-1].startswith("train_sd.py: error: ") and (len(lines) == 1 or not quiet), captured.err
+    return lines[-1]
 
 
 def digests(folder: Path, pattern: str) -> dict[str, str]:
@@ -351,6 +353,26 @@ def test_resume_refuses_other_settings(run, base_flags, capsys, flags):
     assert flags[0] in line or "batch size" in line
 
 
+def test_resume_refuses_other_pictures(run, base_flags, data, capsys, tmp_path):
+    flags = [
+        *base_flags,
+        "--method",
+        "lora",
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--resume_from_checkpoint",
+        "latest",
+    ]
+    folder = pictures(tmp_path / "p", caption=lambda i: "red box")
+    flags[flags.index("--train_data_dir") + 1] = str(folder)
+    checkpoint = tmp_path / "out" / "lora" / "checkpoint-2"
+    shutil.copytree(run / "lora" / "checkpoint-2", checkpoint)
+    record = json.loads((checkpoint / "trainer.json").read_text())
+    record["settings"]["train_data_dir"] = str(folder)  # the same folder, with other captions in it
+    (checkpoint / "trainer.json").write_text(json.dumps(record))
+    assert "was trained on 6 pictures" in refused(capsys, *flags, quiet=False)
+
+
 def test_missing_named_checkpoint_is_an_error(base_flags, capsys, tmp_path):
     assert "checkpoint-7" in refused(
         capsys, *base_flags, "--output_dir", tmp_path, "--resume_from_checkpoint", "checkpoint-7"
@@ -445,8 +467,9 @@ def test_every_flag_of_diffusers_script_is_there():
 
 def test_config_file_gives_flags_and_the_command_line_wins(run, data, model, tmp_path):
     toml = tmp_path / "run.toml"
-    toml.write_text(f'train_data_dir = "{data}"\npretrained_model_name_or_path = "{model}"\nrank = 7\n'
-                    'resolution = 32\nmethod = ["lora", "loha"]\nrandom_flip = true\ncache_latents = false\n')  # fmt: skip
+    lines = [f'train_data_dir = "{data}"', f'pretrained_model_name_or_path = "{model}"', "rank = 7", "resolution = 32"]
+    lines += ['method = ["lora", "loha"]', "random_flip = true", "cache_latents = false"]
+    toml.write_text("\n".join(lines))
     args = train_sd.parse_args(["--config", str(toml), "--rank", "3"])
     assert (args.rank, args.lora_alpha, args.method, args.random_flip, args.cache_latents) == (
         3,
@@ -495,6 +518,15 @@ def test_bad_metadata_is_refused(tmp_path, capsys, content):
     pictures(tmp_path / "p")
     (tmp_path / "p" / "metadata.jsonl").write_text(content)
     assert "--" in refused(capsys, "--train_data_dir", tmp_path / "p", "--output_dir", tmp_path / "out")
+
+
+def test_other_layouts_are_read_by_datasets(tmp_path):
+    folder = pictures(tmp_path / "p", count=2)
+    (folder / "metadata.jsonl").unlink()
+    (folder / "metadata.csv").write_text("file_name,label,text\n0.png,1,red disc\n1.png,2,blue box\n")
+    found = gather(folder, "--cache_dir", str(tmp_path / "cache"))
+    assert found.captions == [["red disc"], ["blue box"]]
+    assert train_sd.open_picture(found.sources[0]).size == (32, 32)
 
 
 def test_folder_without_captions_is_refused(tmp_path, capsys):
