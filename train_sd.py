@@ -49,7 +49,7 @@ DEFAULTS = {
     "num_validation_images": (1, 4),
     "validation_steps": (50, None),
     "validation_split": (0.1, 0.0),
-    "num_inference_steps": (25, 30),
+    "num_inference_steps": (20, 30),
     "guidance_scale": (4.0, 7.5),
 }
 
@@ -1358,7 +1358,7 @@ def build_optimizer(run: Run, parameters: list):
 def save_checkpoint(run: Run, trainer: Trainer) -> Path:
     """`checkpoint-<step>`: the adapter and what a resumed run needs to equal an uninterrupted one. Old ones go then."""
     import torch
-    from safetensors.torch import save_file
+    from safetensors.torch import save as serialize
 
     folder = run.output / trainer.method
     state = adapter_state(trainer.unet)
@@ -1373,7 +1373,8 @@ def save_checkpoint(run: Run, trainer: Trainer) -> Path:
 
             reslora.save(trainer.unet, temporary)
         else:
-            save_file({name: value.contiguous() for name, value in state.items()}, temporary / "adapter.safetensors")
+            tensors = {name: value.contiguous() for name, value in state.items()}
+            (temporary / "adapter.safetensors").write_bytes(serialize(tensors))
         torch.save(
             {
                 "optimizer": trainer.optimizer.state_dict(),
@@ -1615,7 +1616,7 @@ def export(run: Run, method: str, step: int) -> None:
 def merge_reslora(run: Run, unet, folder: Path) -> None:
     """Fold the shortcuts into plain LoRA weights, and keep the plan, the report and the samples the merge read."""
     import torch
-    from safetensors.torch import save_file
+    from safetensors.torch import save as serialize
 
     import reslora
 
@@ -1633,7 +1634,7 @@ def merge_reslora(run: Run, unet, folder: Path) -> None:
             name: torch.cat([inputs[name] for inputs in calibration]).cpu().contiguous() for name in calibration[0]
         }
         with renamed(folder / "calibration.safetensors") as temporary:
-            save_file(together, temporary)
+            temporary.write_bytes(serialize(together))
     report = reslora.merge(unet, method=args.merge, calibration=calibration)
     write_json(folder / "merge.json", report.to_dict())
     run.accelerator.print(f"reslora: {report}")
