@@ -12,7 +12,7 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
     BertConfig,
@@ -262,10 +262,9 @@ def randomize(model: nn.Module, seed: int = 1, adapter: str = "default", scale: 
 
 
 def find_layer(model: nn.Module, name: str) -> nn.Module:
-    """The LoRA layer whose full name is `name`, whatever wraps the model."""
-    found = [m for n, m in model.named_modules() if n == name or n.endswith("." + name)]
-    assert len(found) == 1, f"{name} names {len(found)} modules"
-    return found[0]
+    """The module of the base model named `name`, whether PEFT wraps it or not."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return base.get_submodule(name.removeprefix("base_model.model."))
 
 
 def output(result) -> torch.Tensor:

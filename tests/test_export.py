@@ -18,20 +18,22 @@ LORA = "pytorch_lora_weights.safetensors"
 TOLERANCE = 1e-4
 
 CASES = {
-    "equal ranks": ({}, ("input", 1), {"method": "weights"}),
+    "equal ranks": (
+        {"target_modules": ["to_q", "to_out.0", "proj_in", "ff.net.0.proj", "ff.net.2"]},
+        ("middle", 2),
+        {"method": "weights"},
+    ),
     "block ranks": ({}, ("block", 2), {}),
-    "block rslora": ({"use_rslora": True}, ("block", -1), {}),
     "block patterns": (
         {
+            "use_rslora": True,
             "alpha_pattern": {"down_blocks.0.*attn1.to_q": 17},
             "rank_pattern": {"attn2.to_v": 2, "up_blocks.1.attentions.0.transformer_blocks.0.attn1.to_k": 5},
         },
-        ("block", 2),
+        ("block", -1),
         {},
     ),
     "block truncated": ({"lora_alpha": 7}, ("block", -1), {"max_rank": 4}),
-    "feed forward": ({"target_modules": ["to_q", "to_out.0", "ff.net.0.proj", "ff.net.2"]}, ("block", 1), {}),
-    "projections": ({"target_modules": ["to_q", "proj_in", "proj_out"]}, ("middle", 2), {"method": "weights"}),
 }
 
 

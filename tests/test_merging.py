@@ -643,8 +643,14 @@ def test_there_is_no_error_without_calibration(llama, shortcut, method):
     assert {block.error for block in report.blocks} == {None}
 
 
-@pytest.mark.parametrize("method", ["none", "input", "weights", "lstsq", "auto"])
-@pytest.mark.parametrize("shortcut", ["input", "middle", "block", "none"])
+@pytest.mark.parametrize(
+    "shortcut, method",
+    [
+        *[("input", method) for method in ("none", "input", "weights", "lstsq", "auto")],
+        *[("middle", method) for method in ("input", "weights", "lstsq")],
+        *[(shortcut, "auto") for shortcut in ("block", "none")],
+    ],
+)
 def test_the_report_is_json(llama, shortcut, method):
     case = Case(llama, shortcut, 2)
     report = reslora.merge(case.model, method=method, calibration=case.batches())
@@ -712,7 +718,7 @@ def test_a_merged_model_trains_on(llama, shortcut, method):
 
 
 @pytest.mark.parametrize("requires_grad", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @methods
 def test_dtype_device_and_requires_grad_are_kept(llama, shortcut, method, dtype, requires_grad):
     model = llama.lora().float()
@@ -828,8 +834,7 @@ def test_merging_while_pefts_own_merge_is_active_is_an_error(llama, shortcut):
     assert_untouched(case, before)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+@pytest.mark.parametrize("part, value", [("lora_A", float("nan")), ("lora_B", float("inf"))])
 @pytest.mark.parametrize("shortcut, method", [*METHODS, ("block", "lstsq")], ids=lambda value: value)
 def test_an_adapter_that_is_not_finite_is_named_and_nothing_is_touched(llama, shortcut, method, part, value):
     case = Case(llama, shortcut).train(1 if method == "input" else 0)
@@ -843,9 +848,15 @@ def test_an_adapter_that_is_not_finite_is_named_and_nothing_is_touched(llama, sh
     assert_untouched(case, before)
 
 
-@pytest.mark.parametrize("method", ["lstsq", "input", "auto"])
-@pytest.mark.parametrize("shortcut", ["input", "middle"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "shortcut, method, value",
+    [
+        ("input", "lstsq", float("nan")),
+        ("input", "input", float("inf")),
+        ("middle", "auto", float("inf")),
+        ("middle", "input", float("nan")),
+    ],
+)
 def test_calibration_that_is_not_finite_is_an_error_and_nothing_is_touched(unet, shortcut, method, value):
     case = Case(unet, shortcut)
     batches = case.batches(2)

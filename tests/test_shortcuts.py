@@ -278,18 +278,24 @@ def test_autocast_with_fp32_adapters_is_as_precise_as_the_equation_under_autocas
         assert relative(ours[n], exact[n]) < 2 * relative(theirs[n], exact[n]) + 0.01
 
 
+@pytest.mark.parametrize(
+    "base, adapter",
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)],
+)
 @one_each
-def test_a_bf16_base_with_fp32_adapters_keeps_its_output_dtype(llama, shortcut, pre_num, head):
+def test_mixed_dtypes_without_autocast_keep_the_base_dtype(llama, base, adapter, shortcut, pre_num, head):
     torch.manual_seed(0)
-    model = llama.lora(base=tiny_llama().bfloat16())
-    assert find_layer(model, "model.layers.0.self_attn.q_proj").lora_A["default"].weight.dtype == torch.float32
+    model = llama.lora(base=tiny_llama().to(base))
+    for layer in adapter_layers(model).values():
+        layer.lora_A.to(adapter)
+        layer.lora_B.to(adapter)
     oracle = Oracle(model, llama.blocks, shortcut, pre_num, head).model
     reslora.connect(model, ResLoraConfig(shortcut, pre_num, head))
-    layer = find_layer(model, "model.layers.3.self_attn.q_proj")
     seen = []
+    layer = find_layer(model, "model.layers.3.self_attn.q_proj")
     layer.register_forward_hook(lambda module, args, result: seen.append(result.dtype))
     actual, expected = run(model, llama.inputs()), run(oracle, llama.inputs())
-    assert seen == [torch.bfloat16]
+    assert seen == [base]
     assert relative(actual, expected) < 0.05
 
 
@@ -534,11 +540,12 @@ class Moody(Stack):
             del layers[1]
         for n, layer in enumerate(layers):
             x = x[:, ::2] if self.mood == "pooling" and n == 2 else x
+            x = x.reshape(4, 2, 6) if self.mood == "folding" and n == 2 else x
             x = x + layer(x)
         return x
 
 
-@pytest.mark.parametrize("mood", ["reversed", "skipping", "pooling"])
+@pytest.mark.parametrize("mood", ["reversed", "skipping", "pooling", "folding"])
 @stateful
 def test_a_forward_that_differs_from_the_trace_is_an_error(mood, shortcut, pre_num, head):
     model = lora_stack(Moody())
@@ -552,7 +559,7 @@ def test_a_forward_that_differs_from_the_trace_is_an_error(mood, shortcut, pre_n
     assert_equal(gradients_of(model, STACK_INPUTS), gradients_of(oracle, STACK_INPUTS))
 
 
-@pytest.mark.parametrize("mood", ["reversed", "skipping", "pooling"])
+@pytest.mark.parametrize("mood", ["reversed", "skipping", "pooling", "folding"])
 def test_block_does_not_depend_on_what_ran_before(mood):
     model = lora_stack(Moody())
     oracle = Oracle(model, [stack_chain()], "block", 2).model
