@@ -393,7 +393,7 @@ def check_resolution(resolution: int, factor: int) -> None:
 
 
 def first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+    return str(error).strip().splitlines()[0].rstrip(".:") if str(error).strip() else type(error).__name__
 
 
 @contextlib.contextmanager
@@ -674,8 +674,9 @@ def read_metadata(folder: Path, args: argparse.Namespace) -> Pictures:
 
 def read_dataset(args: argparse.Namespace) -> Pictures:
     """A data set of the hub, or a folder in one of the other layouts the datasets library knows."""
-    from datasets import Image, load_dataset
+    from datasets import Image, disable_progress_bars, load_dataset
 
+    disable_progress_bars()
     try:
         if args.dataset_name:
             splits = load_dataset(
@@ -914,7 +915,9 @@ def start_accelerator(args: argparse.Namespace):
             f"--mixed_precision {args.mixed_precision}", first_line(error), "choose another"
         ) from None
     if accelerator.device.type == "cpu":
-        take_cores(accelerator.num_processes)
+        if accelerator.mixed_precision == "fp16":
+            raise InvalidArgument("--mixed_precision fp16", "there is no GPU, and CPUs crawl in fp16", "use bf16 or no")
+        take_cores(int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)))
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
@@ -925,7 +928,7 @@ def start_accelerator(args: argparse.Namespace):
     return accelerator
 
 
-def take_cores(processes: int) -> None:
+def take_cores(local_processes: int) -> None:
     """Use all cores: launchers leave one thread where nothing is configured. A user's own choice is kept."""
     import torch
 
@@ -933,7 +936,7 @@ def take_cores(processes: int) -> None:
     chosen = os.environ.get("OMP_NUM_THREADS")
     if chosen is None or (launched and chosen == "1"):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, cores // processes))
+        torch.set_num_threads(max(1, cores // local_processes))
 
 
 def load_pipeline(run: Run) -> None:
@@ -1118,7 +1121,12 @@ def training_batches(run: Run, steps_done: int):
         [(forward * processes + rank) * batch + i for i in range(batch)]
         for forward in range(steps_done * forwards, args.max_train_steps * forwards)
     ]
-    return DataLoader(TrainingSamples(run), batch_sampler=positions, num_workers=args.dataloader_num_workers)
+    return DataLoader(
+        TrainingSamples(run),
+        batch_sampler=positions,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=run.accelerator.device.type == "cuda",
+    )
 
 
 def batches(samples, count: int, size: int):
