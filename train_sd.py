@@ -1606,7 +1606,7 @@ def export(run: Run, method: str, step: int) -> None:
     write_formats(run, unet.eval(), method)
 
     run.pipeline.to(torch.float32)
-    prompts = args.validation_prompt or [next(text for text in run.embeddings if text)]
+    prompts = args.validation_prompt or [next((text for text in run.embeddings if text), "")]
     pictures = sample(run, unet, prompts, args.num_validation_images)
     save_pictures(folder / "merged", pictures, args.num_validation_images)
     del unet
