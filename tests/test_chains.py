@@ -139,10 +139,9 @@ def test_full_size_unets_have_the_expected_blocks_and_links(stable_diffusion):
     assert chains.links == sum(links for _, links in expected.values())
 
 
-@pytest.mark.parametrize("shortcut", ["input", "block", "middle"])
-def test_full_size_unets_connect_on_the_meta_device(stable_diffusion, shortcut):
+def test_full_size_unets_connect_on_the_meta_device(stable_diffusion):
     model, expected = stable_diffusion
-    connected = reslora.connect(model, reslora.ResLoraConfig(shortcut, 4))
+    connected = reslora.connect(model, reslora.ResLoraConfig("input"))
     reslora.disconnect(model)
     assert counts(connected) == expected
 
