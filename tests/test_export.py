@@ -270,3 +270,13 @@ def test_an_adapter_that_is_not_there_is_named(unet, export, tmp_path):
     with pytest.raises((ValueError, RuntimeError)) as error:
         export(unet.lora(), tmp_path / "out", adapter_name="missing")
     assert_one_line(error, "missing")
+
+
+@pytest.mark.parametrize("export", [export_peft, export_diffusers, export_kohya, export_merged])
+def test_a_connected_model_is_told_to_merge_first(unet, export, tmp_path):
+    model = unet.lora()
+    reslora.connect(model, ResLoraConfig("input"))
+    with pytest.raises((ValueError, RuntimeError)) as error:
+        export(model, tmp_path / "out")
+    assert_one_line(error, "reslora.merge")
+    assert not (tmp_path / "out").exists()
