@@ -1,0 +1,109 @@
+"""Start the application: `python -m app --help` shows the flags."""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+EXAMPLE = Path(__file__).resolve().parent / "example"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m app", description="Watch LoRA and ResLoRA learn, and use the result."
+    )
+    add = parser.add_argument
+    add("--runs", type=Path, default=Path("runs"), metavar="DIR", help="folder of runs, or one run (default: runs)")
+    add("--data", type=Path, metavar="DIR", help="folder whose subfolders of pictures may be trained on")
+    add("--host", default="127.0.0.1", help="address to listen on; others than this machine's need --auth")
+    add("--port", type=int, help="port (default: the first free one from 7860)")
+    add("--share", action="store_true", help="a public link through gradio.live; needs --auth")
+    add("--auth", metavar="USER:PASSWORD", help="ask for this name and password")
+    add("--inbrowser", action="store_true", help="open the page")
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Flags; refuses to be reachable by others without a password, with one line and exit status 2."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    user, colon, password = (args.auth or "").partition(":")
+    if args.auth is not None and not (user and colon and password):
+        refuse("--auth: give a name and a password, as in --auth me:secret")
+    if args.auth is None and (args.share or not is_loopback(args.host)):
+        flag = "--share" if args.share else f"--host {args.host}"
+        refuse(f"{flag}: others could start trainings on this machine; add --auth USER:PASSWORD")
+    if args.port is not None and not 0 < args.port < 65536:
+        refuse(f"--port {args.port}: give a number from 1 to 65535")
+    if args.data is not None and not args.data.is_dir():
+        refuse(f"--data {args.data}: no such folder; give one with folders of pictures")
+    if args.runs.exists() and not args.runs.is_dir():
+        refuse(f"--runs {args.runs}: not a folder; give one with the outputs of train_sd.py")
+    args.auth = (user, password) if args.auth else None
+    return args
+
+
+def refuse(message: str) -> None:
+    print(f"python -m app: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def default_output() -> Path:
+    """Where a trainer without --output_dir writes."""
+    from train_sd import build_parser as trainer
+
+    return Path(trainer().get_default("output_dir"))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Serve the page until Ctrl-C; returns the exit status."""
+    args = parse_args(argv)
+    extra = (default_output().absolute(), EXAMPLE)
+    runs, data = args.runs.absolute(), args.data.absolute() if args.data else None
+    # Gradio hands out files of the working directory and of the temp folder: both are an empty one of our own.
+    neutral = Path(tempfile.mkdtemp(prefix="reslora-app-"))
+    (neutral / "tmp").mkdir()
+    os.environ["GRADIO_TEMP_DIR"] = str(neutral / "served")
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    tempfile.tempdir = str(neutral / "tmp")
+    os.chdir(neutral)
+    try:
+        return serve(args, runs, extra, data)
+    finally:
+        os.chdir("/")
+        shutil.rmtree(neutral, ignore_errors=True)
+
+
+def serve(args: argparse.Namespace, runs: Path, extra: tuple[Path, ...], data: Path | None) -> int:
+    from . import generate, ui
+    from .runs import Library
+    from .training import Trainings
+
+    library = Library(runs, extra)
+    demo = ui.create_demo(library, Trainings(library, data))
+    try:
+        demo.launch(
+            server_name=args.host, server_port=args.port, share=args.share, auth=args.auth, inbrowser=args.inbrowser,
+            blocked_paths=[str(runs), str(Path(__file__).resolve().parent.parent)], show_error=False, ssr_mode=False,
+            max_file_size=generate.LARGEST_ADAPTER, footer_links=["api"], run_history=False, **ui.look(),
+        )  # fmt: skip
+    except OSError as error:
+        print(f"python -m app: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,315 @@
+"""Read the folders that `train_sd.py` writes, while it is still writing them too.
+
+Names come from a browser, so they are only ever compared with what a listing of the folder gave, and every file is
+resolved before it is opened: nothing outside a run's folder is read, whatever a name or a symbolic link says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+METHODS = ("lora", "reslora", "lora_x2", "adalora", "loha", "lokr")
+LOG_NAME = "app.log"
+"""What a trainer that the page started has printed."""
+LORA_FILES = ("pytorch_lora_weights.safetensors", "kohya.safetensors")
+LARGEST_JSON = 64 * 2**20
+PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
+
+
+class RunError(ValueError):
+    """What is asked of a run cannot be had: one sentence for whoever looks at the page, without server paths."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Something that pictures can be generated with."""
+
+    label: str
+    kind: str
+    """`base`, `merged` (a whole U-Net), `adapter` (an unmerged checkpoint) or `file` (an exported LoRA)."""
+    method: str = ""
+    path: Path | None = None
+    step: int | None = None
+
+
+BASE = Weights("base model", "base")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One output folder of the trainer."""
+
+    name: str
+    folder: Path
+
+    def inside(self, *parts: str) -> Path | None:
+        """The resolved path of a file or folder of this run; None if it isn't there or leads out of the run."""
+        try:
+            path = self.folder.joinpath(*parts).resolve(strict=True)
+            mode = path.stat().st_mode
+        except (OSError, ValueError, RuntimeError):
+            return None
+        regular = stat.S_ISREG(mode) or stat.S_ISDIR(mode)
+        return path if regular and path.is_relative_to(self.folder.resolve()) else None
+
+    def read_json(self, *parts: str):
+        """Content of a JSON file of this run; None if it is missing, damaged or enormous."""
+        path = self.inside(*parts)
+        if path is None or not path.is_file() or path.stat().st_size > LARGEST_JSON:
+            return None
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            return json.loads(path.read_text(encoding="utf-8"))
+        return None
+
+    def entries(self, *parts: str) -> list[str]:
+        """Names in a folder of this run that are neither hidden nor temporary, sorted."""
+        path = self.inside(*parts)
+        if path is None or not path.is_dir():
+            return []
+        with contextlib.suppress(OSError):
+            return sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
+        return []
+
+    # -- what the run is -----------------------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> dict:
+        """Every flag of the run; empty until the trainer has written it."""
+        config = self.read_json("config.json")
+        return config if isinstance(config, dict) else {}
+
+    @property
+    def methods(self) -> list[str]:
+        """Methods of this run in the order they are trained."""
+        configured = self.config.get("method") or []
+        names = [configured] if isinstance(configured, str) else list(configured)
+        names += [name for name in self.entries() if name not in names]
+        return [name for name in names if name in METHODS and (name in configured or self.inside(name))]
+
+    @property
+    def prompts(self) -> list[str]:
+        prompts = self.config.get("validation_prompt") or []
+        return [prompts] if isinstance(prompts, str) else [str(prompt) for prompt in prompts]
+
+    @property
+    def process(self) -> int | None:
+        """Id of the process that trains in this folder now; None if there is none."""
+        path = self.inside(".lock")
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            number = int(path.read_text()[:20])
+            return number if is_trainer(number) else None
+        return None
+
+    @property
+    def status(self) -> str:
+        """`running`, `finished`, `stopped` (it can be resumed) or `failed` (it never began)."""
+        if self.process is not None:
+            return "running"
+        if not self.config:
+            return "failed"
+        done, total = self.progress
+        exported = all(self.inside(method, "exports.json") for method in self.methods)
+        return "finished" if total and done >= total and exported else "stopped"
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Steps done and steps to do, of all methods together."""
+        steps = self.config.get("max_train_steps") or 0
+        done = sum(min(steps, max((row["step"] for row in self.log(method)), default=0)) for method in self.methods)
+        return done, steps * len(self.methods)
+
+    # -- what it shows -------------------------------------------------------------------------------------------------
+
+    def log(self, method: str) -> list[dict]:
+        """Rows of `log.jsonl`: step, split, loss, lr, seconds. Lines cut short and losses that are no numbers go."""
+        path = self.inside(method, "log.jsonl")
+        rows = []
+        if path is None or not path.is_file():
+            return rows
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                row = json.loads(line)
+                if isinstance(row["step"], int) and math.isfinite(row["loss"]):
+                    rows.append(row)
+        return rows
+
+    def steps(self) -> list[int]:
+        """Steps at which any method has samples."""
+        found = set()
+        for method in self.methods:
+            for name in self.entries(method, "samples"):
+                if (match := re.fullmatch(r"step-(\d{1,9})", name)) is not None:
+                    found.add(int(match[1]))
+        return sorted(found)
+
+    def samples(self, method: str, step: int | None) -> dict[tuple[int, int], Path]:
+        """Complete pictures of a step by (prompt, image); `None` gives those of the merged weights."""
+        folder = (method, "merged") if step is None else (method, "samples", f"step-{step:06d}")
+        found = {}
+        for name in self.entries(*folder):
+            match = re.fullmatch(r"(\d{1,5})-(\d{1,5})\.png", name)
+            path = self.inside(*folder, name) if match else None
+            if path is not None and is_complete_png(path):
+                found[int(match[1]), int(match[2])] = path
+        return found
+
+    def fingerprint(self) -> tuple:
+        """Changes when there is something new to look at."""
+        state = [self.status, tuple(self.steps())]
+        for method in self.methods:
+            for name in ("log.jsonl", "merged", "merge.json"):
+                path = self.inside(method, name)
+                state.append((path.stat().st_mtime_ns, path.stat().st_size) if path else None)
+        return tuple(state)
+
+    def log_tail(self, lines: int = 40) -> str:
+        """The last lines of what the trainer printed, with a progress bar as it stands now."""
+        path = self.inside(LOG_NAME)
+        if path is None or not path.is_file():
+            return ""
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 32768))
+            text = file.read().decode("utf-8", errors="replace")
+        shown = [line.rstrip().rsplit("\r", 1)[-1] for line in text.replace("\r\n", "\n").split("\n")]
+        return "\n".join([line for line in shown if line.strip()][-lines:])
+
+    # -- what came of it -----------------------------------------------------------------------------------------------
+
+    def weights(self) -> list[Weights]:
+        """The base model, then of each method merged weights, LoRA files, unmerged checkpoints (newest first)."""
+        found = [BASE]
+        for method in self.methods:
+            if (path := self.inside(method, "unet")) and self.inside(method, "unet", "config.json"):
+                found.append(Weights(f"{method}: merged weights", "merged", method, path))
+            for name in self.entries(method):
+                merged = re.fullmatch(r"merged-by-([a-z]+)-(\d+)", name)
+                if merged and (path := self.inside(method, name, "pytorch_lora_weights.safetensors")):
+                    label = f"{method}: step {merged[2]} merged by {merged[1]}"
+                    found.append(Weights(label, "file", method, path, int(merged[2])))
+                elif name in LORA_FILES and (path := self.inside(method, name)):
+                    found.append(Weights(f"{method}: {name}", "file", method, path))
+            found += self.checkpoints(method)
+        return found
+
+    def checkpoints(self, method: str) -> list[Weights]:
+        """Complete checkpoints of a LoRA or ResLoRA method, newest first."""
+        wanted = {
+            "reslora": "reslora_model.safetensors",
+            "lora": "adapter.safetensors",
+            "lora_x2": "adapter.safetensors",
+        }
+        found = []
+        for name in self.entries(method) if method in wanted else ():
+            match = re.fullmatch(r"checkpoint-(\d{1,9})", name)
+            path = self.inside(method, name) if match else None
+            complete = self.inside(method, name, "trainer.json") and self.inside(method, name, wanted[method])
+            if path is not None and complete:
+                step = int(match[1])
+                found.append(Weights(f"{method}: unmerged, step {step}", "adapter", method, path, step))
+        return sorted(found, key=lambda weights: -weights.step)
+
+    def find_weights(self, label: str) -> Weights:
+        """The weights of that label; `RunError` if this run has none."""
+        for weights in self.weights():
+            if weights.label == label:
+                return weights
+        raise RunError("This run has no such weights; choose from the list.")
+
+    def lora_norms(self, method: str) -> dict[str, float]:
+        """Frobenius norm of the (merged) weight update `s B A` of each block, from the exported LoRA file."""
+        from safetensors.numpy import load_file
+
+        path = self.inside(method, "pytorch_lora_weights.safetensors")
+        if path is None:
+            return {}
+        tensors, norms = load_file(path), {}
+        for key, down in tensors.items():
+            name = key.removeprefix("unet.").removesuffix(".lora_A.weight")
+            if key.endswith(".lora_A.weight") and (up := tensors.get(f"unet.{name}.lora_B.weight")) is not None:
+                down, up = down.astype("float64"), up.astype("float64")
+                # ||BA||^2 = <B^T B, A A^T>: r x r products instead of one of the layer's size.
+                norms[name] = math.sqrt(max(0.0, float(((up.T @ up) * (down @ down.T)).sum())))
+        return norms
+
+
+class Library:
+    """The runs in a folder, or the one run that the folder is; `extra` are further single runs."""
+
+    def __init__(self, folder: Path, extra: tuple[Path, ...] = ()) -> None:
+        self.folder = folder.resolve()
+        self.extra = tuple(path.resolve() for path in extra)
+
+    def runs(self) -> dict[str, Run]:
+        """Runs by name, the newest first; the extra ones last: an example comes after one's own."""
+        if is_run(self.folder):
+            found = [Run(self.folder.name, self.folder)]
+        else:
+            found = [Run(path.name, path) for path in self._folders() if is_run(path)]
+        found.sort(key=lambda run: -last_change(run.folder))
+        names = {run.name: run for run in found}
+        for path in self.extra:
+            if is_run(path):
+                names.setdefault(path.name, Run(path.name, path))
+        return names
+
+    def find(self, name: str) -> Run:
+        """The run of that name; `RunError` if the listing has none."""
+        run = self.runs().get(name) if isinstance(name, str) else None
+        if run is None:
+            raise RunError("There is no run of that name; choose one from the list.")
+        return run
+
+    def _folders(self) -> list[Path]:
+        try:
+            children = [path for path in self.folder.iterdir() if not path.name.startswith(".")]
+        except OSError:
+            return []
+        return [path for path in children if path.is_dir() and path.resolve().parent == self.folder]
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a trainer has written there, or was started to."""
+    return (folder / "config.json").is_file() or (folder / LOG_NAME).is_file()
+
+
+def last_change(folder: Path) -> float:
+    """When a run was last written to."""
+    times = [0.0]
+    for path in (folder / "config.json", folder / LOG_NAME, *folder.glob("*/log.jsonl")):
+        with contextlib.suppress(OSError):
+            times.append(path.stat().st_mtime)
+    return max(times)
+
+
+def is_complete_png(path: Path) -> bool:
+    """Whether the file ends as a PNG does: one that is still being written isn't shown."""
+    try:
+        with path.open("rb") as file:
+            if file.read(4) != b"\x89PNG":
+                return False
+            file.seek(-len(PNG_END), os.SEEK_END)
+            return file.read() == PNG_END
+    except OSError:
+        return False
+
+
+def is_trainer(pid: int) -> bool:
+    """Whether that process is alive and, where the system tells, runs the trainer: ids are used again."""
+    if pid <= 1:
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    with contextlib.suppress(OSError):
+        return b"train_sd" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return True

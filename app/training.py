@@ -1,0 +1,248 @@
+"""Start, stop and resume `train_sd.py` in a process of its own; the page only watches what it writes.
+
+Closing the page or the application leaves a training alone: its process id is in the run's folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+from train_sd import build_parser
+
+from .runs import LOG_NAME, Library, Run, RunError
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SCRIPT = REPOSITORY / "train_sd.py"
+FLAGS = (
+    "method",
+    "shortcut",
+    "pre_num",
+    "head",
+    "merge",
+    "rank",
+    "learning_rate",
+    "max_train_steps",
+    "train_batch_size",
+    "resolution",
+    "seed",
+    "validation_steps",
+    "checkpointing_steps",
+    "validation_prompt",
+)
+"""The flags that are widgets; all others keep the trainer's defaults."""
+UPLOADS = ".pictures"
+MOST_PICTURES, MOST_BYTES = 2000, 1024 * 2**20
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+def flags() -> dict:
+    """The trainer's own definition (argparse action) of each flag in FLAGS."""
+    actions = {action.dest: action for action in build_parser()._actions}
+    return {name: actions[name] for name in FLAGS}
+
+
+def arguments(settings: dict) -> list[str]:
+    """Command-line words for the settings that differ from the trainer's defaults; refuses what the trainer refuses."""
+    words = []
+    for name, action in flags().items():
+        value = settings.get(name)
+        if value in (None, "", []) or value == action.default:
+            continue
+        values = value if isinstance(value, list) else [value]
+        if name == "validation_prompt":
+            values = [line.strip() for line in str(value).replace("\0", "").splitlines() if line.strip()]
+            if any(line.startswith("-") for line in values):
+                raise RunError("A prompt cannot begin with a hyphen.")
+        values = [int(v) if isinstance(v, float) and v.is_integer() else v for v in values]
+        if values:
+            words += [f"--{name}", *map(str, values)]
+    check(words)
+    return words
+
+
+def check(words: list[str]) -> None:
+    """Let the trainer's own parser refuse; its one line without the program's name is the message."""
+    message = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(message):
+            build_parser().parse_args(words)
+    except SystemExit:
+        raise RunError(message.getvalue().strip().rpartition("error: ")[2] or "The trainer refuses that.") from None
+
+
+class Trainings:
+    """Trainings in the folder of a library."""
+
+    def __init__(self, library: Library, data: Path | None = None) -> None:
+        self.library = library
+        self.data = data.resolve() if data is not None else None
+        self.started: dict[str, subprocess.Popen] = {}
+        self.lock = threading.Lock()
+
+    def folders(self) -> list[str]:
+        """Folders of pictures that may be chosen, relative to the data folder."""
+        if self.data is None:
+            return []
+        children = [path for path in sorted(self.data.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+        return [".", *(path.name for path in children if path.resolve().parent == self.data)]
+
+    def command(self, name: str, settings: dict, pictures: Path | None = None) -> list[str]:
+        """Words after `accelerate launch` for a new run of that name."""
+        words = [str(SCRIPT), "--output_dir", str(self.new_folder(name))]
+        if pictures is not None:
+            words += ["--train_data_dir", str(pictures)]
+        model = str(settings.get("model") or "").strip()
+        if model:
+            # A name on the hub and nothing else: a path would let the page read other folders of this machine.
+            if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", model):
+                raise RunError("Give the model by its name on the hub, such as owner/model, or leave it empty.")
+            if pictures is None:
+                raise RunError("Another model needs pictures: upload some, or choose a folder.")
+            words += ["--pretrained_model_name_or_path", model]
+        return words + arguments(settings)
+
+    def new_folder(self, name: str) -> Path:
+        """Folder of a new run; `RunError` for a name that could be anything but a new folder in the runs folder."""
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name or ""):
+            raise RunError("A run's name has letters, digits, hyphens and underscores, at most 64 of them.")
+        folder = self.library.folder / name
+        if folder.exists() or folder.is_symlink():
+            raise RunError("There is a run of that name already; choose another name, or resume it.")
+        return folder
+
+    def choose_pictures(self, name: str, folder: str | None, uploads: list[str] | None, caption: str) -> Path | None:
+        """The folder to train on: the uploads (copied beside the runs), a folder under the data folder, or None."""
+        if uploads:
+            self.new_folder(name)
+            return store_pictures(self.library.folder / UPLOADS / name, uploads, caption)
+        if folder:
+            if folder not in self.folders():
+                raise RunError("There is no such folder of pictures; choose one from the list.")
+            return self.data / folder
+        return None
+
+    def start(self, name: str, words: list[str]) -> Run:
+        """Start the trainer for a new run and return the run; one training at a time."""
+        with self.lock:
+            self.refuse_second()
+            folder = self.new_folder(name)
+            folder.mkdir(parents=True)
+            return self._launch(Run(name, folder), words)
+
+    def resume(self, name: str) -> Run:
+        """Go on with a run that was stopped, with the settings it was started with."""
+        with self.lock:
+            self.refuse_second()
+            run = self.library.find(name)
+            if not run.config:
+                raise RunError("This run never got as far as to be resumed; start a new one.")
+            if not run.folder.is_relative_to(self.library.folder):
+                raise RunError("The example run cannot be resumed; start a new one.")
+            config = ["--config", str(run.folder / "config.json")]
+            rest = ["--output_dir", str(run.folder), "--resume_from_checkpoint", "latest"]
+            return self._launch(run, [str(SCRIPT), *config, *rest])
+
+    def refuse_second(self) -> None:
+        for run in self.library.runs().values():
+            if self.is_active(run):
+                raise RunError(f"{run.name} is training; wait for it, or stop it first.")
+
+    def _launch(self, run: Run, words: list[str]) -> Run:
+        launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *words]
+        environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": search_path()}
+        with (run.folder / LOG_NAME).open("ab") as log:
+            # A session of its own: Ctrl-C in the application's terminal doesn't reach it.
+            self.started[run.name] = subprocess.Popen(
+                launch,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=run.folder,
+                env=environment,
+                start_new_session=True,
+            )
+        return run
+
+    def stop(self, name: str) -> str:
+        """Ask the trainer to save and leave (SIGTERM); returns a sentence saying so."""
+        run = self.library.find(name)
+        number, launcher = run.process, self.started.get(run.name)
+        if number is not None:
+            os.kill(number, signal.SIGTERM)
+            return "Stopping after this step; a checkpoint is being saved."
+        if launcher is not None and launcher.poll() is None:
+            # The trainer hasn't begun: there is nothing to save, so the whole group goes.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(launcher.pid, signal.SIGTERM)
+            return "Stopped before training began."
+        return "This run is not training."
+
+    def is_active(self, run: Run) -> bool:
+        """Whether the run is training, or about to."""
+        launcher = self.started.get(run.name)
+        return (launcher is not None and launcher.poll() is None) or run.process is not None
+
+    def status(self, run: Run) -> str:
+        """A run's status; `starting` while its process has not written anything yet."""
+        status = run.status
+        return "starting" if status != "running" and self.is_active(run) else status
+
+
+def search_path() -> str:
+    """PYTHONPATH with which the trainer finds the library although it runs in another folder."""
+    return os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def safe_name(name: str) -> str:
+    """A run's name as part of a file's name."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", name)[:64] or "run"
+
+
+def in_words(words: list[str]) -> str:
+    """The command as one would type it in the repository."""
+    shown = []
+    for word in words:
+        path = Path(word)
+        inside = path.is_absolute() and path.is_relative_to(REPOSITORY)
+        shown.append(str(path.relative_to(REPOSITORY)) if inside else word)
+    return "accelerate launch " + shlex.join(shown)
+
+
+def store_pictures(folder: Path, uploads: list[str], caption: str) -> Path:
+    """Copy uploaded pictures and captions to a new folder under names of our own.
+
+    A picture's caption is the uploaded .txt of the same name, else `caption`, else the words of its file name.
+    """
+    from PIL import Image
+
+    paths = [Path(upload) for upload in uploads]
+    pictures = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
+    texts = {path.stem: path for path in paths if path.suffix.lower() == ".txt"}
+    if not pictures:
+        raise RunError(f"None of these is a picture ({', '.join(IMAGE_SUFFIXES)}).")
+    if len(pictures) > MOST_PICTURES or sum(path.stat().st_size for path in paths) > MOST_BYTES:
+        raise RunError(f"At most {MOST_PICTURES} pictures and {MOST_BYTES // 2**20} MB, please.")
+    for path in pictures:
+        try:
+            with Image.open(path) as picture:
+                picture.verify()
+        except Exception:  # a damaged file fails in as many ways as there are formats
+            raise RunError(f"{path.name[:80]} is not a readable picture.") from None
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for number, path in enumerate(pictures):
+        words = re.sub(r"[\W_]+", " ", path.stem).strip()
+        text = texts[path.stem].read_text("utf-8", "replace")[:2000] if path.stem in texts else caption or words
+        shutil.copyfile(path, folder / f"{number:05d}{path.suffix.lower()}")
+        (folder / f"{number:05d}.txt").write_text(text.replace("\0", "").strip(), encoding="utf-8")
+    return folder

@@ -1,0 +1,306 @@
+"""What is seen of a run, as HTML, tables and pictures. No gradio: everything here can be looked at in a test.
+
+Every name, caption and number of a run is escaped: a prompt may well be `<script>`.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import html
+import io
+import re
+from pathlib import Path
+
+from .runs import METHODS, Run
+
+LARGEST_TILE = 320
+MOST_ROWS = 16
+NAMES = {"lora": "LoRA", "reslora": "ResLoRA", "lora_x2": "LoRA, doubled alpha", "adalora": "AdaLoRA"} | {
+    "loha": "LoHa",
+    "lokr": "LoKr",
+}
+COLORS = dict(zip(METHODS, ("#8a8f98", "#e8590c", "#1971c2", "#2f9e44", "#9c36b5", "#0c8599"), strict=True))
+MARKER = "chosen step"
+NOTHING = "&mdash;"
+
+
+def escape(text: str) -> str:
+    """For HTML, and for templates that fill in `${}` and `{{}}`."""
+    return html.escape(str(text)).replace("{", "&#123;").replace("$", "&#36;")
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=512)
+def data_uri(path: Path, changed: int) -> str:
+    """A picture as a data URI, scaled down to what the page shows; `changed` is its time of change."""
+    from PIL import Image
+
+    content, kind = path.read_bytes(), "png"
+    with Image.open(io.BytesIO(content)) as image:
+        if max(image.size) > LARGEST_TILE:
+            image = image.convert("RGB")
+            image.thumbnail((LARGEST_TILE, LARGEST_TILE))
+            buffer = io.BytesIO()
+            image.save(buffer, "WEBP", quality=90)
+            content, kind = buffer.getvalue(), "webp"
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def columns(run: Run, step: int) -> list[tuple[str, str, dict]]:
+    """(title, subtitle, pictures by (prompt, image)) of each column at a step.
+
+    Before its first step an adapter adds nothing, so the samples of step 0 are the base model's.
+    """
+    base = next((found for method in run.methods if (found := run.samples(method, 0))), {})
+    found = [("Base model", "before training", base)] if base else []
+    found += [(NAMES[method], f"step {step}", run.samples(method, step)) for method in run.methods]
+    merged = run.samples("reslora", None) if "reslora" in run.methods else {}
+    if merged:
+        found.append(("ResLoRA merged", "plain LoRA, last step", merged))
+    return found
+
+
+def comparison(run: Run, step: int) -> str:
+    """The grid of samples at a step: a row per prompt (and picture), a column per method."""
+    shown = columns(run, step)
+    cells = sorted({cell for _, _, pictures in shown for cell in pictures})[:MOST_ROWS]
+    if not cells:
+        return notice("No samples yet: the first ones are drawn before the first training step.")
+    head = "".join(f"<th>{escape(title)}<small>{escape(subtitle)}</small></th>" for title, subtitle, _ in shown)
+    rows = []
+    for cell in cells:
+        title = prompt_of(run, cell[0])
+        tiles = "".join(f"<td>{tile(pictures.get(cell), f'{title}: {name}')}</td>" for name, _, pictures in shown)
+        rows.append(f"<tr><th>{escape(title)}</th>{tiles}</tr>")
+    return f'<table class="samples" data-step="{step}"><tr><th></th>{head}</tr>{"".join(rows)}</table>'
+
+
+def tile(path: Path | None, alt: str) -> str:
+    """One picture; an empty place where a method has none at this step yet."""
+    try:
+        source = data_uri(path, path.stat().st_mtime_ns)
+    except (AttributeError, OSError, SyntaxError):
+        return '<div class="empty">not yet</div>'
+    return f'<img src="{source}" alt="{escape(alt)}" title="{escape(alt)}">'
+
+
+def grid(run: Run, step: int):
+    """The comparison as one picture to keep."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    shown = columns(run, step)
+    cells = sorted({cell for _, _, pictures in shown for cell in pictures})[:MOST_ROWS]
+    size, gap, top = 192, 8, 56
+    font, bold = ImageFont.load_default(15), ImageFont.load_default(18)
+    sheet = Image.new("RGB", (gap + len(shown) * (size + gap), top + max(1, len(cells)) * (size + 34)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, (title, subtitle, pictures) in enumerate(shown):
+        x = gap + column * (size + gap)
+        draw.text((x, 8), title, fill="black", font=bold)
+        draw.text((x, 32), subtitle, fill="#666666", font=font)
+        for row, cell in enumerate(cells):
+            y = top + row * (size + 34)
+            if column == 0:
+                draw.text((x, y), prompt_of(run, cell[0])[:100], fill="black", font=font)
+            if cell in pictures:
+                with Image.open(pictures[cell]) as picture:
+                    sheet.paste(picture.convert("RGB").resize((size, size), Image.Resampling.LANCZOS), (x, y + 24))
+    return sheet
+
+
+def prompt_of(run: Run, number: int) -> str:
+    prompts = run.prompts
+    return prompts[number] if number < len(prompts) else f"prompt {number}"
+
+
+# -- numbers -----------------------------------------------------------------------------------------------------------
+
+
+def curves(run: Run, split: str, step: int | None):
+    """Loss over steps of each method as a data frame; a vertical line marks the chosen step.
+
+    The training loss is a running mean over a tenth of the steps: of single batches one would see only noise.
+    """
+    import pandas
+
+    rows = []
+    for method in run.methods:
+        log = [row for row in run.log(method) if row.get("split") == split]
+        losses = [row["loss"] for row in log]
+        losses = running_mean(losses) if split == "train" else losses
+        # A page does not get sharper with more points than pixels.
+        every = max(1, len(log) // 400)
+        kept = [i for i in range(len(log)) if i % every == 0 or i == len(log) - 1]
+        rows += [(log[i]["step"], losses[i], NAMES[method]) for i in kept]
+    if rows and step is not None:
+        values = [loss for _, loss, _ in rows]
+        rows += [(step, min(values), MARKER), (step, max(values), MARKER)]
+    return pandas.DataFrame(rows, columns=["step", "loss", "method"])
+
+
+def running_mean(values: list[float], share: float = 0.1) -> list[float]:
+    window = max(1, round(len(values) * share))
+    total, means = 0.0, []
+    for i, value in enumerate(values):
+        total += value - (values[i - window] if i >= window else 0.0)
+        means.append(total / min(i + 1, window))
+    return means
+
+
+def color_map() -> dict[str, str]:
+    return {NAMES[method]: color for method, color in COLORS.items()} | {MARKER: "#212529"}
+
+
+def numbers(run: Run, step: int) -> str:
+    """Loss, validation loss, learning rate and seconds of each method at the chosen step."""
+    rows = []
+    for method in run.methods:
+        log = [row for row in run.log(method) if row["step"] <= step]
+        train = [row for row in log if row.get("split") == "train"]
+        held_out = [row for row in log if row.get("split") == "validation"]
+        last = log[-1] if log else {}
+        recent = [row["loss"] for row in train[-20:]]
+        cells = (
+            f"{sum(recent) / len(recent):.4f}" if recent else NOTHING,
+            f"{held_out[-1]['loss']:.4f}" if held_out else NOTHING,
+            f"{last.get('lr', 0):.2e}" if last else NOTHING,
+            f"{last.get('seconds', 0):.0f} s" if last else NOTHING,
+        )
+        color = f'<i style="background:{COLORS[method]}"></i>'
+        rows.append(f"<tr><th>{color}{NAMES[method]}</th>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    head = "<tr><th></th><th>loss (last 20)</th><th>validation loss</th><th>learning rate</th><th>time</th></tr>"
+    return f'<table class="numbers">{head}{"".join(rows)}</table>'
+
+
+def summary(run: Run, status: str) -> str:
+    """One line about a run: how far it is, and what it trains."""
+    config = run.config
+    done, total = run.progress
+    facts = [f"step {done} of {total}" if total else "", " and ".join(NAMES[method] for method in run.methods)]
+    if "reslora" in run.methods:
+        facts.append(f"shortcut {config.get('shortcut')}")
+    facts += [f"rank {config.get('rank')}", f"learning rate {config.get('learning_rate')}"] if config else []
+    text = " · ".join(escape(str(fact)) for fact in facts if fact)
+    share = 100 * done / total if total else 0
+    bar = f'<div class="bar"><div style="width:{share:.1f}%"></div></div>' if status in ("running", "starting") else ""
+    return f'<div class="summary"><b class="{status}">{status}</b> {text}{bar}</div>'
+
+
+def notice(text: str) -> str:
+    return f'<div class="notice">{escape(text)}</div>'
+
+
+# -- chains and merge --------------------------------------------------------------------------------------------------
+
+
+def place(name: str) -> str:
+    """Where a block is, in a few letters: `down_blocks.0.attentions.1...` is d0.1."""
+    match = re.match(r"(down|up|mid)_blocks?\.(?:(\d+)\.)?attentions\.(\d+)(?:\.transformer_blocks\.(\d+))?", name)
+    if match is None:
+        return ".".join(part for part in name.split(".") if part.isdigit()) or name
+    inner = f"/{match[4]}" if match[4] not in (None, "0") else ""
+    return f"{match[1][0]}{match[2] or ''}.{match[3]}{inner}"
+
+
+def chain_plan(plan: dict | None) -> str:
+    """Who is linked to whom: a row per role; an arrow is a link, scissors are a cut with its reason."""
+    if not plan or not plan.get("chains"):
+        return notice("This run has no chain plan yet: it is written when ResLoRA has been trained and is merged.")
+    roles: dict[str, list[str]] = {}
+    reasons: dict[str, str] = {}
+    for chain in plan["chains"]:
+        parts = roles.setdefault(str(chain["role"]), [])
+        for number, block in enumerate(chain["blocks"]):
+            cut = str(block.get("cut") or "")
+            if number:
+                parts.append('<span class="link">→</span>')
+            elif parts:
+                mark = reasons.setdefault(cut, chr(ord("a") + len(reasons) % 26))
+                parts.append(f'<span class="cut" title="{escape(cut)}">✂<sup>{mark}</sup></span>')
+            shape = f"{block['in_features']}→{block['out_features']}, rank {block['rank']}, tokens {block['tokens']}"
+            title = escape(f"{block['name']}\n{shape}")
+            parts.append(f'<span class="member" title="{title}">{escape(place(block["name"]))}</span>')
+    rows = "".join(f"<tr><th>{escape(role)}</th><td>{''.join(parts)}</td></tr>" for role, parts in roles.items())
+    notes = "".join(f"<li>✂<sup>{mark}</sup> {escape(reason)}</li>" for reason, mark in reasons.items())
+    links = f"<p>{int(plan.get('links', 0))} links in {len(plan['chains'])} chains; an arrow is a link.</p>"
+    return f'{links}<table class="chains">{rows}</table><ul class="reasons">{notes}</ul>'
+
+
+def heat_map(title: str, values: dict[str, float | None], digits: int = 2, signed: bool = False) -> str:
+    """A table of colours: roles down, places in the network across; `values` by the block's name."""
+    numbers_there = [value for value in values.values() if value is not None]
+    if not numbers_there:
+        return ""
+    largest = max(map(abs, numbers_there)) or 1.0
+    places = list(dict.fromkeys(place(name) for name in values))
+    roles: dict[str, dict[str, str]] = {}
+    for name, value in values.items():
+        role = re.sub(r"^.*transformer_blocks\.\d+\.", "", name)
+        text = NOTHING if value is None else f"{value:+.{digits}f}" if signed else f"{value:.{digits}f}"
+        style = shade(value, largest, signed)
+        roles.setdefault(role, {})[place(name)] = f'<td title="{escape(name)}: {text}" style="{style}">{text}</td>'
+    head = "".join(f"<th>{escape(p)}</th>" for p in places)
+    rows = "".join(
+        f"<tr><th>{escape(role)}</th>{''.join(cells.get(p, '<td></td>') for p in places)}</tr>"
+        for role, cells in sorted(roles.items(), key=lambda item: order_of(item[0]))
+    )
+    return (
+        f'<h4>{escape(title)}</h4><div class="scroll"><table class="heat"><tr><th></th>{head}</tr>{rows}</table></div>'
+    )
+
+
+def order_of(role: str) -> tuple:
+    """Attention by attention, and within one as it computes: q, k, v, out."""
+    kind = role.rpartition("to_")[2]
+    return role.partition(".")[0], "qkvo".find(kind[:1]), role
+
+
+def shade(value: float | None, largest: float, signed: bool) -> str:
+    """Orange for more, blue for less, white for nothing."""
+    if value is None:
+        return "color:#aaa"
+    strength = min(1.0, abs(value) / largest)
+    red, green, blue = (25, 113, 194) if signed and value < 0 else (232, 89, 12)
+    return f"background:rgba({red},{green},{blue},{0.85 * strength:.2f})"
+
+
+def merge_report(report: dict | None) -> str:
+    """What a merge did to each block: alpha*, and its relative error on the calibration samples."""
+    if not report or not report.get("blocks"):
+        return notice("This run has no merge report yet: it is written when ResLoRA has been trained.")
+    blocks = report["blocks"]
+    errors = {block["name"]: block["error"] for block in blocks}
+    alphas = {block["name"]: total(block["alpha"]) for block in blocks}
+    known = [error for error in errors.values() if error is not None]
+    text = f"Merged by {escape(str(report.get('method')))}"
+    if known:
+        text += f"; relative error {sum(known) / len(known):.1%} on average, {max(known):.1%} at most"
+    maps = heat_map("Relative error of the merged block: |merged - unmerged| / |unmerged|", errors)
+    inner = {name: alpha for name, alpha in alphas.items() if alpha is not None}
+    if len(inner) == len(alphas):
+        maps += heat_map("alpha*: how much of a block its neighbours add", inner)
+    else:
+        maps += (
+            "<p>The least-squares merge fits a matrix instead of one alpha* for each block. Merge by <i>input</i> or "
+        )
+        maps += "<i>weights</i> to see the paper's alpha*.</p>"
+    notes = "".join(f"<li>{escape(str(note))}</li>" for note in report.get("notes") or [])
+    return f"<p><b>{text}.</b></p>{maps}<ul>{notes}</ul>"
+
+
+def total(alpha) -> float | None:
+    """One number for a block: the sum where there is an alpha for each neighbour."""
+    return sum(alpha) if isinstance(alpha, list) else alpha
+
+
+def norm_difference(run: Run) -> str:
+    """How much larger ResLoRA's merged blocks are than LoRA's (the paper's Figures 5 and 7)."""
+    ours, theirs = run.lora_norms("reslora"), run.lora_norms("lora")
+    difference = {name: ours[name] - theirs[name] for name in ours if name in theirs}
+    if not difference:
+        return notice("The comparison of norms needs both LoRA and ResLoRA in one run, finished.")
+    title = "Frobenius norm of ResLoRA's merged update minus LoRA's, block by block"
+    return heat_map(title, difference, signed=True)
