@@ -6,6 +6,7 @@ on the meta device in a fraction of a second. So switching reloads nothing, and 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import queue
@@ -120,8 +121,8 @@ class Studio:
         """Yields what happens, and the pictures: for each image one per choice, with the same seed.
 
         Each picture is drawn on its own with its own seed, so it doesn't depend on how many were asked for. Closing the
-        iterator, or `cancel(session)`, stops within one denoising step. Raises `RunError` for weights that cannot be
-        loaded.
+        iterator, or `cancel(session)`, stops within one denoising step; the latter raises
+        `Cancelled`. Raises `RunError` for weights that cannot be loaded.
         """
         events: queue.Queue = queue.Queue(maxsize=1)
         stop = threading.Event()
@@ -129,12 +130,13 @@ class Studio:
 
         def put(event) -> None:
             # A reader that has gone takes nothing any more: give up rather than hold the lock for nobody.
-            try:
-                events.put(event, timeout=PATIENCE)
-            except queue.Full:
-                stop.set()
-            if stop.is_set():
-                raise Cancelled
+            waited = 0.0
+            while not stop.is_set() and waited < PATIENCE:
+                with contextlib.suppress(queue.Full):
+                    events.put(event, timeout=0.1)
+                    return
+                waited += 0.1
+            raise Cancelled
 
         worker = threading.Thread(target=self._work, args=(run, choices, request.clamped(), stop, put, events))
         worker.daemon = True
@@ -171,19 +173,15 @@ class Studio:
                 self._draw_all(run, choices, request, stop, put)
             finally:
                 self.lock.release()
-        except Cancelled:
-            outcome = RunError("Cancelled.")
-        except RunError as error:
+        except (Cancelled, RunError) as error:
             outcome = error
         except Exception as error:  # whatever a model or a device can raise; the page gets one sentence
             outcome = RunError(f"This could not be generated ({type(error).__name__}).")
-        while True:
-            try:
-                events.put(outcome, timeout=0.2)
-                return
-            except queue.Full:
-                if stop.is_set():
-                    events.get_nowait()
+        with contextlib.suppress(queue.Empty):
+            if stop.is_set():
+                events.get_nowait()  # a step that nobody will look at must not keep the outcome out
+        with contextlib.suppress(queue.Full):
+            events.put(outcome, timeout=PATIENCE)
 
     def _draw_all(self, run, choices, request, stop, put) -> None:
         base = base_of(run)
@@ -298,7 +296,7 @@ class Studio:
         import reslora
         from reslora import export, files
 
-        unet = self._skeleton().to(dtype=torch.float32)
+        unet = torch.nn.Module.to(self._skeleton(), dtype=torch.float32)
         reslora.load(unet, checkpoint.path)
         report = reslora.merge(unet, method=method, calibration=calibration_of(run)).to_dict()
         folder = run.folder / "reslora" / f"merged-by-{method}-{checkpoint.step}"

@@ -7,6 +7,7 @@ resolved before it is opened: nothing outside a run's folder is read, whatever a
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -149,6 +150,11 @@ class Run:
                     found.add(int(match[1]))
         return sorted(found)
 
+    def nearest(self, step: float | None) -> int:
+        """The step with samples that is nearest to `step`, whatever that is; 0 if there is none."""
+        wanted = step if isinstance(step, (int, float)) and math.isfinite(step) else 0
+        return min(self.steps(), key=lambda found: abs(found - wanted), default=0)
+
     def samples(self, method: str, step: int | None) -> dict[tuple[int, int], Path]:
         """Complete pictures of a step by (prompt, image); `None` gives those of the merged weights."""
         folder = (method, "merged") if step is None else (method, "samples", f"step-{step:06d}")
@@ -224,19 +230,23 @@ class Run:
 
     def lora_norms(self, method: str) -> dict[str, float]:
         """Frobenius norm of the (merged) weight update `s B A` of each block, from the exported LoRA file."""
-        from safetensors.numpy import load_file
-
         path = self.inside(method, "pytorch_lora_weights.safetensors")
-        if path is None:
-            return {}
-        tensors, norms = load_file(path), {}
-        for key, down in tensors.items():
-            name = key.removeprefix("unet.").removesuffix(".lora_A.weight")
-            if key.endswith(".lora_A.weight") and (up := tensors.get(f"unet.{name}.lora_B.weight")) is not None:
-                down, up = down.astype("float64"), up.astype("float64")
-                # ||BA||^2 = <B^T B, A A^T>: r x r products instead of one of the layer's size.
-                norms[name] = math.sqrt(max(0.0, float(((up.T @ up) * (down @ down.T)).sum())))
-        return norms
+        return dict(norms_of(path, path.stat().st_mtime_ns)) if path is not None else {}
+
+
+@functools.lru_cache(maxsize=16)
+def norms_of(path: Path, changed: int) -> dict[str, float]:
+    """Norms of the products in a LoRA file in diffusers' form; `changed` is its time of change."""
+    from safetensors.numpy import load_file
+
+    tensors, norms = load_file(path), {}
+    for key, down in tensors.items():
+        name = key.removeprefix("unet.").removesuffix(".lora_A.weight")
+        if key.endswith(".lora_A.weight") and (up := tensors.get(f"unet.{name}.lora_B.weight")) is not None:
+            down, up = down.astype("float64"), up.astype("float64")
+            # ||BA||^2 = <B^T B, A A^T>: r x r products instead of one of the layer's size.
+            norms[name] = math.sqrt(max(0.0, float(((up.T @ up) * (down @ down.T)).sum())))
+    return norms
 
 
 class Library:

@@ -56,7 +56,7 @@ def arguments(settings: dict) -> list[str]:
     words = []
     for name, action in flags().items():
         value = settings.get(name)
-        if value in (None, "", []) or value == action.default:
+        if value in (None, "", []) or str(value) == str(action.default):
             continue
         values = value if isinstance(value, list) else [value]
         if name == "validation_prompt":
@@ -196,6 +196,13 @@ class Trainings:
         """A run's status; `starting` while its process has not written anything yet."""
         status = run.status
         return "starting" if status != "running" and self.is_active(run) else status
+
+    def log(self, run: Run) -> str:
+        """The end of a run's log without this machine's folders."""
+        text = run.log_tail()
+        for path, name in ((self.library.folder, "runs"), (REPOSITORY, "."), (Path(sys.prefix), "python")):
+            text = text.replace(str(path), name)
+        return text
 
 
 def search_path() -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 import gradio as gr
 
 from . import generate, training, views
-from .generate import MERGES, Picture, Request, Status, Step, Studio
+from .generate import MERGES, Cancelled, Picture, Request, Status, Step, Studio
 from .runs import BASE, Library, Run, RunError
 from .training import Trainings
 
@@ -143,10 +143,10 @@ class Page:
                     self.adapter = gr.File(
                         label="LoRA (.safetensors), used instead of the run's weights",
                         file_types=[".safetensors"],
-                        height=110,
+                        height=140,
                     )
                     self.recipe = gr.File(
-                        label="PNG made here: takes over its settings", file_types=[".png"], height=110
+                        label="PNG made here: takes over its settings", file_types=[".png"], height=140
                     )
             with gr.Column(scale=3, min_width=360):
                 with gr.Row():
@@ -157,6 +157,7 @@ class Page:
                     label="Pictures", columns=2, height="auto", format="png", elem_id="gallery", interactive=False,
                     object_fit="contain", buttons=["download", "fullscreen"],
                 )  # fmt: skip
+                self.made = gr.HTML(elem_id="made")
 
     def train_tab(self) -> None:
         self.flags = {}
@@ -165,7 +166,7 @@ class Page:
                 self.name = gr.Textbox("my-style", label="Name of the new run", max_lines=1, elem_id="name")
                 self.pictures = gr.File(
                     label="Your pictures, with .txt captions if you like (none: the bundled ones)",
-                    file_count="multiple", file_types=["image", ".txt"], height=120,
+                    file_count="multiple", file_types=["image", ".txt"], height=150,
                 )  # fmt: skip
                 self.caption = gr.Textbox(label="Caption of pictures without a .txt (empty: words of the file name)")
                 self.folder = gr.Dropdown(
@@ -198,7 +199,7 @@ class Page:
 
     def chains_tab(self) -> None:
         with gr.Row():
-            with gr.Column(scale=3, min_width=360):
+            with gr.Column(scale=5, min_width=360):
                 gr.Markdown("### Who is linked to whom")
                 self.plan = gr.HTML(elem_id="plan")
             with gr.Column(scale=2, min_width=300):
@@ -240,7 +241,7 @@ class Page:
         self.train_events()
         self.merge.click(
             polite(self.do_merge), [self.run, self.checkpoint, self.merge_method],
-            [self.merged, self.report, self.weights], api_name="merge", concurrency_id="pipeline", concurrency_limit=1,
+            [self.merged, self.report, self.weights], api_name="merge",
         )  # fmt: skip
         gr.api(polite(self.list_runs), api_name="runs")
         gr.api(polite(self.list_weights), api_name="weights")
@@ -250,8 +251,9 @@ class Page:
         settings += [self.images, self.strength]
         inputs = [self.run, self.weights, self.adapter, self.beside, self.random, *settings]
         gr.on(
-            [self.go.click, self.prompt.submit], polite(self.draw), inputs, [self.gallery, self.status, self.seed],
-            api_name="generate", show_progress="hidden", concurrency_id="pipeline", concurrency_limit=1,
+            [self.go.click, self.prompt.submit], polite(self.draw), inputs,
+            [self.gallery, self.status, self.seed, self.made],
+            api_name="generate", show_progress="hidden", concurrency_limit=4,
         )  # fmt: skip
         self.cancel.click(polite(self.do_cancel), None, self.status, api_name="cancel", show_progress="hidden")
         self.recipe.upload(
@@ -304,20 +306,15 @@ class Page:
             return nothing
         steps = run.steps()
         before = max(seen[0], default=0) if seen else 0
-        step = max(steps, default=0) if int(step) >= before else nearest(steps, step)
+        step = max(steps, default=0) if (step or 0) >= before else run.nearest(step)
         labels = [weights.label for weights in run.weights()]
-        label = label if label in labels and seen and seen[1] == "finished" else best_weights(run)
+        label = label if label in labels and label != BASE.label else best_weights(run)
         return [*self.seen_of(run, step, label), *self.merge_views(run)]
 
     def state_of(self, run: Run) -> tuple:
         """What `watch` compares: when it is the same, the page is up to date."""
-        return (
-            tuple(run.steps()),
-            self.trainings.status(run),
-            run.fingerprint(),
-            tuple(self.library.runs()),
-            run.log_tail(),
-        )
+        names = tuple(self.library.runs())
+        return tuple(run.steps()), self.trainings.status(run), run.fingerprint(), names, run.log_tail()
 
     def seen_of(self, run: Run, step: int, label: str) -> list:
         """Values of the components that `watch` keeps up to date."""
@@ -337,13 +334,13 @@ class Page:
             gr.update(choices=labels, value=label),
             gr.update(choices=checkpoints, value=next(iter(checkpoints), None)),
             summary,
-            without_paths(run.log_tail(), self.library.folder),
+            self.trainings.log(run),
         ]
 
     def at_step(self, name: str, step: float):
         """Pictures, curves and numbers at a step."""
         run = self.library.find(name)
-        step = nearest(run.steps(), step)
+        step = run.nearest(step)
         train, validation = (views.curves(run, split, step) for split in ("train", "validation"))
         return views.comparison(run, step), train, validation, views.numbers(run, step)
 
@@ -361,7 +358,7 @@ class Page:
 
     def save_grid(self, name: str, step: float) -> str:
         run = self.library.find(name)
-        step = nearest(run.steps(), step)
+        step = run.nearest(step)
         path = self.new_file(f"{training.safe_name(run.name)}-step-{step}.png")
         views.grid(run, step).save(path)
         return str(path)
@@ -382,23 +379,29 @@ class Page:
         weights = generate.uploaded(adapter) if adapter else run.find_weights(label) if run else BASE
         choices = [BASE, weights] if beside and weights.kind != "base" else [weights]
         request = Request(prompt, negative, -1 if random else seed, steps, guidance, width, height, images, strength)
-        request = request.clamped()
-        done, wanted = [], request.images * len(choices)
-        text = "Starting"
-        yield [], progress(text, 0), request.seed
-        for event in self.studio.generate(run, choices, request, asked.session_hash or ""):
-            if isinstance(event, Status):
-                text = event.text
-            if isinstance(event, Picture):
-                path = generate.save_picture(event, self.new_file(f"seed-{event.request.seed}.png"))
-                done = [*done, (str(path), caption(event))]
-            share = event.done / event.total if isinstance(event, Step) else 0.0
-            yield (
-                done if isinstance(event, Picture) else gr.skip(),
-                progress(text, (len(done) + share) / wanted),
-                gr.skip(),
-            )
-        yield gr.skip(), progress(f"{len(done)} pictures, seed {request.seed}", 1), gr.skip()
+        request, files = request.clamped(), []
+        done, wanted, text = [], request.images * len(choices), "Starting"
+        yield [], views.progress(text, 0), request.seed, ""
+        try:
+            for event in self.studio.generate(run, choices, request, asked.session_hash or ""):
+                if isinstance(event, Status):
+                    text = event.text
+                if isinstance(event, Picture):
+                    done = [*done, event]
+                share = event.done / event.total if isinstance(event, Step) else 0.0
+                bar = views.progress(text, (len(done) + share) / wanted)
+                if isinstance(event, Picture):
+                    files.append((str(self.save(event)), views.caption(event)))
+                    yield list(files), bar, gr.skip(), views.settings_table(done)
+                else:
+                    yield gr.skip(), bar, gr.skip(), gr.skip()
+        except Cancelled:
+            yield gr.skip(), views.notice(f"Cancelled after {len(done)} of {wanted} pictures."), gr.skip(), gr.skip()
+            return
+        yield gr.skip(), views.progress(f"{len(done)} of {wanted} pictures are done", 1), gr.skip(), gr.skip()
+
+    def save(self, picture: Picture) -> Path:
+        return generate.save_picture(picture, self.new_file(f"seed-{picture.request.seed}.png"))
 
     def do_cancel(self, asked: gr.Request):
         stopped = self.studio.cancel(asked.session_hash or "")
@@ -469,28 +472,3 @@ def best_weights(run: Run) -> str:
     labels = [weights.label for weights in run.weights()]
     wanted = ("reslora: merged weights", *(label for label in labels if label.endswith(": merged weights")))
     return next((label for label in wanted if label in labels), labels[-1])
-
-
-def nearest(steps: list[int], step: float) -> int:
-    step = step if isinstance(step, (int, float)) and math.isfinite(step) else 0
-    return min(steps, key=lambda s: abs(s - step), default=0)
-
-
-def progress(text: str, share: float) -> str:
-    bar = f'<div class="bar"><div style="width:{100 * share:.0f}%"></div></div>'
-    return f'<div class="summary">{views.escape(text)}{bar}</div>'
-
-
-def caption(picture: Picture) -> str:
-    request = picture.request
-    return (
-        f"{picture.source['weights']} · seed {request.seed} · {request.steps} steps · guidance {request.guidance:g} · "
-        f"strength {request.strength:g} · {request.width}x{request.height}"
-    )
-
-
-def without_paths(text: str, folder: Path) -> str:
-    """A trainer's log without this machine's folders."""
-    for path, name in ((folder, folder.name), (training.REPOSITORY, "."), (Path.home(), "~")):
-        text = text.replace(str(path), name)
-    return text

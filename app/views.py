@@ -12,6 +12,7 @@ import io
 import re
 from pathlib import Path
 
+from .generate import Picture
 from .runs import METHODS, Run
 
 LARGEST_TILE = 320
@@ -179,7 +180,10 @@ def summary(run: Run, status: str) -> str:
     """One line about a run: how far it is, and what it trains."""
     config = run.config
     done, total = run.progress
-    facts = [f"step {done} of {total}" if total else "", " and ".join(NAMES[method] for method in run.methods)]
+    names = ", ".join(NAMES[method] for method in run.methods)
+    facts = [names, f"{config['max_train_steps']} steps each" if total else ""]
+    if done < total:
+        facts.append(f"{done} of {total} done")
     if "reslora" in run.methods:
         facts.append(f"shortcut {config.get('shortcut')}")
     facts += [f"rank {config.get('rank')}", f"learning rate {config.get('learning_rate')}"] if config else []
@@ -189,8 +193,33 @@ def summary(run: Run, status: str) -> str:
     return f'<div class="summary"><b class="{status}">{status}</b> {text}{bar}</div>'
 
 
+def progress(text: str, share: float) -> str:
+    bar = f'<div class="bar"><div style="width:{100 * share:.0f}%"></div></div>'
+    return f'<div class="summary">{escape(text)}{bar}</div>'
+
+
+def caption(picture: Picture) -> str:
+    return f"{picture.source['weights']} · seed {picture.request.seed}"
+
+
 def notice(text: str) -> str:
     return f'<div class="notice">{escape(text)}</div>'
+
+
+def settings_table(pictures: list[Picture]) -> str:
+    """Seed and settings of every generated picture; the PNG files carry the same."""
+    head = "".join(
+        f"<th>{name}</th>"
+        for name in ("weights", "seed", "steps", "guidance", "strength", "size", "prompt", "negative")
+    )
+    rows = []
+    for picture in pictures:
+        request = picture.request
+        cells = [picture.source["weights"], request.seed, request.steps, f"{request.guidance:g}"]
+        cells += [f"{request.strength:g}", f"{request.width} x {request.height}", request.prompt[:100]]
+        cells.append(request.negative_prompt[:100])
+        rows.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
+    return f'<div class="scroll"><table class="made"><tr>{head}</tr>{"".join(rows)}</table></div>'
 
 
 # -- chains and merge --------------------------------------------------------------------------------------------------
@@ -225,7 +254,7 @@ def chain_plan(plan: dict | None) -> str:
             parts.append(f'<span class="member" title="{title}">{escape(place(block["name"]))}</span>')
     rows = "".join(f"<tr><th>{escape(role)}</th><td>{''.join(parts)}</td></tr>" for role, parts in roles.items())
     notes = "".join(f"<li>✂<sup>{mark}</sup> {escape(reason)}</li>" for reason, mark in reasons.items())
-    links = f"<p>{int(plan.get('links', 0))} links in {len(plan['chains'])} chains; an arrow is a link.</p>"
+    links = f"<p>{int(plan.get('links', 0))} links in {len(plan['chains'])} chains (d: down, m: middle, u: up)</p>"
     return f'{links}<table class="chains">{rows}</table><ul class="reasons">{notes}</ul>'
 
 
