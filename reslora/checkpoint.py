@@ -13,12 +13,11 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from .chains import Block, Chain, Chains, base_model, lora_layers, meta_copy, unwrap
 from .config import ResLoraConfig
-from .files import replacing, write_json
+from .files import write_json, write_tensors
 from .model import _connected, attach_wires, connection_of
 
 CONFIG_NAME = "reslora_config.json"
@@ -37,9 +36,9 @@ def save(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
     connection = _connected(base, adapter_name)
     outer = unwrap(model)
     norms = connection.wires.norms
-    tensors = {key: value.detach().contiguous().clone() for key, value in _state(outer, base, adapter_name).items()}
+    tensors = _state(outer, base, adapter_name)
     if norms.values is not None:
-        tensors[_NORMS] = norms.values.contiguous()
+        tensors[_NORMS] = norms.values
     content = {
         "lora": _jsonable(base.peft_config[adapter_name].to_dict()),
         "reslora": connection.config.to_dict(),
@@ -48,8 +47,7 @@ def save(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
         "peft_model": isinstance(outer, PeftModel),
     }
     directory = Path(directory)
-    with replacing(directory / WEIGHTS_NAME) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+    write_tensors(directory / WEIGHTS_NAME, tensors, {"format": "pt"})
     write_json(directory / CONFIG_NAME, content)
 
 
@@ -77,15 +75,16 @@ def load(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
     if _has_adapter(base, adapter_name):
         _compare(base.peft_config[adapter_name], lora, directory)
         _check_fit(_state(outer, base, adapter_name), tensors, directory)
+        _check_plan(plan, lora_layers(base, adapter_name), directory)
         loaded = outer
     else:
         # Everything is tried on a copy without storage first: nothing is left half-loaded.
         twin = meta_copy(base)
         tried = _attach(twin, lora, adapter_name, content)
         _check_fit(_state(tried, twin, adapter_name), tensors, directory)
+        _check_plan(plan, lora_layers(base_model(tried), adapter_name), directory)
         loaded = _attach(outer, lora, adapter_name, content)
     base = base_model(loaded)
-    _check_plan(plan, lora_layers(base, adapter_name), directory)
     _fill(loaded, base, tensors, adapter_name)
     if connection is None:
         connection = attach_wires(base, config, adapter_name, plan)

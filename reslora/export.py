@@ -22,12 +22,11 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import save_file
 from torch import nn
 
 from .chains import base_model, lora_layers, unwrap
 from .checkpoint import _PEFT_PREFIX
-from .files import replacing
+from .files import replacing, write_tensors
 from .model import connection_of
 
 
@@ -45,7 +44,7 @@ def export_peft(model: nn.Module, directory: str | os.PathLike, adapter_name: st
     config.inference_mode = True
     with replacing(directory) as temporary:
         config.save_pretrained(str(temporary))
-        _save(state, temporary / "adapter_model.safetensors", {"format": "pt"})
+        write_tensors(temporary / "adapter_model.safetensors", state, {"format": "pt"})
     return Path(directory)
 
 
@@ -73,10 +72,11 @@ def export_diffusers(unet: nn.Module, directory: str | os.PathLike, adapter_name
     }
     packed = {f"unet.{key}": value for key, value in metadata.items()}
     path = Path(directory) / "pytorch_lora_weights.safetensors"
-    with replacing(path) as temporary:
-        _save(
-            tensors, temporary, {"format": "pt", "lora_adapter_metadata": json.dumps(packed, indent=2, sort_keys=True)}
-        )
+    write_tensors(
+        path,
+        tensors,
+        {"format": "pt", "lora_adapter_metadata": json.dumps(packed, indent=2, sort_keys=True)},
+    )
     return path
 
 
@@ -106,8 +106,7 @@ def export_kohya(
         "ss_network_alpha": str(float(alpha)),
         **{key: str(value) for key, value in (metadata or {}).items()},
     }
-    with replacing(path) as temporary:
-        _save(tensors, temporary, header)
+    write_tensors(path, tensors, header)
     return Path(path)
 
 
@@ -149,7 +148,8 @@ def merged_state_dict(base: nn.Module, adapter_name: str = "default") -> dict[st
 
 def _summed(layer: BaseTunerLayer, weight: torch.Tensor, adapter_name: str) -> torch.Tensor:
     wide = torch.promote_types(weight.dtype, torch.float32)
-    if isinstance(layer, LoraLayer) and not layer.lora_variant and adapter_name in layer.lora_A and weight.dim() == 2:
+    plain = isinstance(layer, LoraLayer) and not hasattr(layer, "lora_E") and not layer.lora_variant
+    if plain and adapter_name in layer.lora_A and weight.dim() == 2:
         down, up = layer.lora_A[adapter_name].weight.to(wide), layer.lora_B[adapter_name].weight.to(wide)
         delta = (up @ down) * layer.scaling[adapter_name]
         delta = delta.t() if getattr(layer, "fan_in_fan_out", False) else delta
@@ -183,7 +183,3 @@ def _factors(name: str, layer: LoraLayer, adapter_name: str) -> tuple[torch.Tens
 def _commonest(values) -> float:
     values = list(values)
     return max(dict.fromkeys(values), key=values.count)
-
-
-def _save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-    save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, path, metadata=metadata)

@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+from safetensors.torch import save
+
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
@@ -33,6 +36,22 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
             temporary.replace(path)
     finally:
         _remove(temporary)
+
+
+def write_tensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Writes a safetensors file, whole or not at all: the same tensors and metadata give the same bytes.
+
+    safetensors itself writes the metadata in random order, and the file readable by its owner only.
+    """
+    tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    content = save(tensors, metadata=metadata)
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    ordered += b" " * (-len(ordered) % 8)
+    with replacing(path) as temporary:
+        temporary.write_bytes(len(ordered).to_bytes(8, "little") + ordered + content[start:])
 
 
 def write_json(path: str | os.PathLike, content: object) -> None:

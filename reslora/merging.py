@@ -72,7 +72,7 @@ class Moments:
         self.own_handed = self.own_handed + own.t() @ handed
         self.handed_handed = self.handed_handed + handed.t() @ handed
         if self.guess is not None:
-            gap = (handed - _precise(x @ self.guess.t())).to(handed.dtype)
+            gap = handed - _precise(x @ self.guess.to(x).t())
             self.gap_gap = self.gap_gap + gap.t() @ gap
             if self.second is not None:
                 self.gap_x = self.gap_x + gap.to(x.dtype).t() @ x

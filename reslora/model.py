@@ -143,7 +143,7 @@ def disconnect(model: nn.Module, adapter_name: str = "default") -> None:
         if isinstance(layer.lora_variant.get(adapter_name), Shortcut):
             del layer.lora_variant[adapter_name]
         if isinstance(layer.cast_input_dtype_enabled, CastUnlessAutocast):
-            layer.cast_input_dtype_enabled = True
+            layer.cast_input_dtype_enabled = layer.cast_input_dtype_enabled.previous
         for verb in ("merge", "unmerge"):
             vars(layer).pop(verb, None)
     for handle in connection.handles:
@@ -209,7 +209,8 @@ def _plan(base: nn.Module, config: ResLoraConfig, adapter_name: str, example_inp
         name, reason = plan.problems[0]
         raise ValueError(f"{name} {reason}")
     if plan.links == 0:
-        shapes = ", ".join(f"{block.name} {block.shape}" for block in plan.blocks[:8])
+        shapes = [f"{block.name} {block.shape}" for block in plan.blocks[:8]]
+        shapes = ", ".join(shapes + [f"{name} ({reason}, stays plain)" for name, reason in plan.unlinked[:8]])
         raise ValueError(
             f"shortcut={config.shortcut!r} finds no link among the {len(plan.blocks)} LoRA blocks (neighbours must "
             f"have one role and one shape): {shapes}"
@@ -240,7 +241,7 @@ def _wire(chain: Chain, layers: dict[str, LoraLayer], connection: Connection) ->
         else:
             variant = MiddleShortcut(connection.wires, name, before, hands_on=n + 1 < len(names))
         layer.lora_variant[adapter] = variant
-        layer.cast_input_dtype_enabled = CastUnlessAutocast()
+        layer.cast_input_dtype_enabled = CastUnlessAutocast(layer.cast_input_dtype_enabled)
 
 
 # -- gradient checkpointing ------------------------------------------------------------------------------------------
@@ -307,7 +308,7 @@ def merge(
         for factors, results in zip(plan, merged, strict=True):
             for block, result in zip(factors, results, strict=True):
                 _write(layers[block.name], result, adapter_name)
-                _declare_rank(base, block.name, layers[block.name], adapter_name)
+        _declare_ranks(base, layers, adapter_name)
     return report
 
 
@@ -341,7 +342,12 @@ def _refuse_nonfinite(layers: dict[str, LoraLayer], adapter_name: str) -> None:
     for name, layer in layers.items():
         for part in ("lora_A", "lora_B"):
             modules = getattr(layer, part)
-            if adapter_name in modules and not bool(torch.isfinite(modules[adapter_name].weight).all()):
+            if adapter_name not in modules:
+                continue
+            weight = modules[adapter_name].weight
+            if weight.is_meta:
+                raise ValueError(f"{name} has its {part} on the meta device: load or un-offload the weights first")
+            if not bool(torch.isfinite(weight).all()):
                 raise ValueError(f"{name} has NaN or infinity in its {part}: resume from an earlier checkpoint")
 
 
@@ -422,19 +428,32 @@ def _write(layer: LoraLayer, merged: Merged, adapter_name: str) -> None:
         modules[adapter_name] = new.train(old.training)
 
 
-def _declare_rank(base: nn.Module, name: str, layer: LoraLayer, adapter_name: str) -> None:
-    """Where the rank changed: writes rank and alpha into the layer and, ahead of older patterns, into PEFT's config."""
-    rank = layer.lora_A[adapter_name].weight.shape[0]
-    if rank == layer.r[adapter_name]:
-        return
-    root = math.sqrt if layer.use_rslora[adapter_name] else float
-    nominal = layer.lora_alpha[adapter_name] / root(layer.r[adapter_name])
-    alpha = _exact_alpha(nominal, root(rank))
-    layer.r[adapter_name], layer.lora_alpha[adapter_name] = rank, alpha
+def _declare_ranks(base: nn.Module, layers: dict[str, LoraLayer], adapter_name: str) -> None:
+    """Where ranks changed: writes rank and alpha into the layers and, by full name, into PEFT's configuration.
+
+    PEFT takes the first pattern that matches, and sorts them when it writes the file. So layers that an older pattern
+    covers get an entry too, and patterns that would sort before `^` go.
+    """
     config = base.peft_config[adapter_name]
-    pattern = "^" + re.escape(name)
-    config.rank_pattern = {pattern: rank, **{k: v for k, v in config.rank_pattern.items() if k != pattern}}
-    config.alpha_pattern = {pattern: alpha, **{k: v for k, v in config.alpha_pattern.items() if k != pattern}}
+    plain = {name: layer for name, layer in layers.items() if adapter_name in layer.lora_A}
+    new_ranks = {name: layer.lora_A[adapter_name].weight.shape[0] for name, layer in plain.items()}
+    if all(new_ranks[name] == layer.r[adapter_name] for name, layer in plain.items()):
+        return
+    ranks, alphas = {}, {}
+    for name, layer in plain.items():
+        rank = new_ranks[name]
+        changed = rank != layer.r[adapter_name]
+        if changed:
+            root = math.sqrt if layer.use_rslora[adapter_name] else float
+            nominal = layer.lora_alpha[adapter_name] / root(layer.r[adapter_name])
+            layer.r[adapter_name], layer.lora_alpha[adapter_name] = rank, _exact_alpha(nominal, root(rank))
+        pattern = "^" + re.escape(name)
+        if changed or rank != config.r:
+            ranks[pattern] = rank
+        if changed or layer.lora_alpha[adapter_name] != config.lora_alpha:
+            alphas[pattern] = layer.lora_alpha[adapter_name]
+    config.rank_pattern = {**ranks, **{k: v for k, v in config.rank_pattern.items() if k > "^" and k not in ranks}}
+    config.alpha_pattern = {**alphas, **{k: v for k, v in config.alpha_pattern.items() if k > "^" and k not in alphas}}
 
 
 def _exact_alpha(scaling: float, root: float) -> float:

@@ -27,7 +27,8 @@ class State:
     __slots__ = ("grad", "handed", "normed", "norms", "segments")
 
     def __init__(self, handed: dict | None = None, recording: bool = False, segments: int = 0) -> None:
-        self.handed: dict[str, torch.Tensor] = {} if handed is None else handed
+        # Block name to the r-wide rows it hands on, and the batch and token axes they were flattened from.
+        self.handed: dict[str, tuple[torch.Tensor, torch.Size]] = {} if handed is None else handed
         self.norms: dict[str, torch.Tensor] | None = {} if recording else None
         self.normed: tuple = (None, None)
         self.grad = torch.is_grad_enabled()
@@ -125,7 +126,7 @@ class _Segment:
 class _Recompute:
     """Puts a segment's own state in place while the segment is recomputed, without recording norms again."""
 
-    def __init__(self, wires: Wires, handed: dict[str, torch.Tensor]) -> None:
+    def __init__(self, wires: Wires, handed: dict) -> None:
         self.wires, self.handed = wires, handed
         self.interrupted: list[State | None] = []
 
@@ -140,8 +141,11 @@ class _Recompute:
 class CastUnlessAutocast:
     """Truth value for PEFT's `cast_input_dtype_enabled`: under autocast the product converts its input anyway."""
 
+    def __init__(self, previous: bool) -> None:
+        self.previous = previous
+
     def __bool__(self) -> bool:
-        return not any(torch.is_autocast_enabled(device) for device in ("cuda", "cpu", "xpu", "mps"))
+        return self.previous and not any(torch.is_autocast_enabled(device) for device in ("cuda", "cpu", "xpu", "mps"))
 
 
 class Shortcut(LoraVariant):
@@ -192,20 +196,20 @@ class Shortcut(LoraVariant):
             raise RuntimeError(f"{self.name} is in a checkpoint that would lose its shortcut; {_CHECKPOINTING}")
         return state
 
-    def _take(self, state: State, source: str, like: torch.Tensor) -> torch.Tensor:
-        """What `source` handed on, on the device of `like` and of its shape (batch * tokens x r)."""
-        handed = state.handed.get(source)
+    def _take(self, state: State, source: str, x: torch.Tensor) -> torch.Tensor:
+        """What `source` handed on (batch * tokens x r), on the device of `x` (batch x tokens x p)."""
+        handed, leading = state.handed.get(source, (None, None))
         if handed is None:
             raise RuntimeError(
                 f"{self.name} ran before its neighbour {source}; connect again with example_inputs= that run the "
                 "layers in the order of training"
             )
-        if handed.shape != like.shape:
+        if leading != x.shape[:-1]:
             raise RuntimeError(
-                f"{self.name} has {len(like)} tokens where its neighbour {source} had {len(handed)}; connect again "
-                "with example_inputs= of the sizes trained on"
+                f"{self.name} has {tuple(x.shape[:-1])} tokens where its neighbour {source} had {tuple(leading)}; "
+                "connect again with example_inputs= of the sizes trained on"
             )
-        return handed.to(like.device)
+        return handed.to(x.device)
 
     def _record(self, state: State, value: torch.Tensor) -> None:
         """Keeps the Frobenius norm of `value`, whole batch; layers that read the same tensor share one computation."""
@@ -238,19 +242,22 @@ class InputShortcut(Shortcut):
     def forward(self, module: nn.Module, *, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs):
         """`x` (batch x tokens x p) and the frozen layer's `result` (batch x tokens x q) to the block's output."""
         state = self._running()
-        weight = module.lora_A[active_adapter].weight
+        lora_a = module.lora_A[active_adapter]
+        shape = (lora_a.out_features, lora_a.in_features)
+        weight = whole_weight(lora_a, shape, x, self.name)
         x = cast(x, weight)
         self._record(state, x)
         dropped = rows(module.lora_dropout[active_adapter](x))
         if self.following is None:
             own = F.linear(dropped, weight)
         else:
-            both = torch.cat((weight, neighbour_weight(self.following, weight, self.name)))
-            own, state.handed[self.name] = F.linear(dropped, both).split(weight.shape[0], dim=1)
+            both = torch.cat((weight, whole_weight(self.following, shape, x, self.name)))
+            own, handed_on = F.linear(dropped, both).split(shape[0], dim=1)
+            state.handed[self.name] = handed_on, x.shape[:-1]
         hidden, scaling = own, module.scaling[active_adapter]
         handed = None
         if self.previous is not None:
-            handed = self._take(state, self.previous, own)
+            handed = self._take(state, self.previous, x)
             hidden = own + handed
         elif self.repeats:
             handed, scaling = own, 2 * scaling
@@ -272,12 +279,14 @@ class BlockShortcut(Shortcut):
         """`x` (batch x tokens x p) and the frozen layer's `result` (batch x tokens x q) to the block's output."""
         _refuse_replica(module)
         lora_a, lora_b = module.lora_A[active_adapter], module.lora_B[active_adapter]
-        weight_a, weight_b = lora_a.weight, lora_b.weight
+        shape_a, shape_b = (lora_a.out_features, lora_a.in_features), (lora_b.out_features, lora_b.in_features)
+        weight_a = whole_weight(lora_a, shape_a, x, self.name)
+        weight_b = whole_weight(lora_b, shape_b, x, self.name)
         x = cast(x, weight_a)
         dropped = module.lora_dropout[active_adapter](x)
         if self.previous:
-            a = [neighbour_weight(a, weight_a, self.name) for a, _ in self.previous]
-            b = [neighbour_weight(b, weight_b, self.name) for _, b in self.previous]
+            a = [whole_weight(a, shape_a, x, self.name) for a, _ in self.previous]
+            b = [whole_weight(b, shape_b, x, self.name) for _, b in self.previous]
             weight_a, weight_b = torch.cat((weight_a, *a)), torch.cat((weight_b, *b), dim=1)
         self._observe(module, x, weight_a, weight_b)
         hidden = F.linear(rows(dropped), weight_a)
@@ -301,10 +310,10 @@ class MiddleShortcut(Shortcut):
         if state.norms is not None:
             self._record(state, own if _passes(dropout) else _without_gradient(lora_a, x))
         if self.hands_on:
-            state.handed[self.name] = own
+            state.handed[self.name] = own, x.shape[:-1]
         handed = None
         for source in self.previous:
-            value = self._take(state, source, own)
+            value = self._take(state, source, x)
             handed = value if handed is None else handed + value
         self._observe(module, x, own, handed)
         hidden = own if handed is None else own + handed
@@ -318,15 +327,19 @@ def cast(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return x.to(weight.dtype)
 
 
-def neighbour_weight(linear: nn.Linear, own: torch.Tensor, name: str) -> torch.Tensor:
-    """A neighbour's A or B on the block's device; `RuntimeError` where it is sharded or offloaded away."""
+def whole_weight(linear: nn.Linear, shape: tuple[int, int], x: torch.Tensor, name: str) -> torch.Tensor:
+    """An A or B of `shape` on the device of `x`; `RuntimeError` where it is sharded or offloaded away.
+
+    Offloaded weights are on the meta device, and a product with them is garbage rather than an error.
+    """
     weight = linear.weight
-    if weight.shape != own.shape or hasattr(weight, "_local_tensor") or weight.is_meta != own.is_meta:
+    if weight.shape != shape or hasattr(weight, "_local_tensor") or weight.is_meta != x.is_meta:
         raise RuntimeError(
-            f"{name} cannot read its neighbour's weight of shape {tuple(weight.shape)} (wanted {tuple(own.shape)}): it "
-            'is sharded or offloaded; use DDP or ZeRO-2, or shortcut="middle", which needs no neighbour\'s weight'
+            f"{name} cannot read a LoRA weight of shape {tuple(weight.shape)} (wanted {tuple(shape)}): it is sharded "
+            'or offloaded away; use DDP or ZeRO-2 without offloading the adapter, or shortcut="middle", which needs no '
+            "neighbour's weight"
         )
-    return weight if weight.device == own.device else weight.to(own.device)
+    return weight if weight.device == x.device else weight.to(x.device)
 
 
 def rows(x: torch.Tensor) -> torch.Tensor:
@@ -337,7 +350,7 @@ def rows(x: torch.Tensor) -> torch.Tensor:
 def add_product(result: torch.Tensor, hidden: torch.Tensor, lora_b: nn.Linear, scaling: float) -> torch.Tensor:
     """`result + scaling * hidden B^T`; by way of the module where its weight is only whole inside its own forward."""
     weight = lora_b.weight
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[1]:
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or weight.is_meta != hidden.is_meta:
         return result + lora_b(hidden * scaling).view(result.shape)
     return add_scaled(result, hidden, weight, scaling)
 
