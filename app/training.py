@@ -61,11 +61,11 @@ def arguments(settings: dict) -> list[str]:
         values = value if isinstance(value, list) else [value]
         if name == "validation_prompt":
             values = [line.strip() for line in str(value).replace("\0", "").splitlines() if line.strip()]
-            if any(line.startswith("-") for line in values):
-                raise RunError("A prompt cannot begin with a hyphen.")
-        values = [int(v) if isinstance(v, float) and v.is_integer() else v for v in values]
+        values = [str(int(v) if isinstance(v, float) and v.is_integer() else v) for v in values]
+        if any(re.match(r"-(?!\d)", v) for v in values):  # it would be another flag
+            raise RunError(f"{name} cannot begin with a hyphen.")
         if values:
-            words += [f"--{name}", *map(str, values)]
+            words += [f"--{name}", *values]
     check(words)
     return words
 
