@@ -248,7 +248,7 @@ def add_validation_flags(add) -> None:
 
 
 def add_output_flags(add) -> None:
-    add("--output_dir", default="sd-model-finetuned-lora", metavar="FOLDER", help="folder of the run")
+    add("--output_dir", default="runs/sd-model-finetuned-lora", metavar="FOLDER", help="folder of the run")
     add("--logging_dir", default="logs", metavar="FOLDER", help="TensorBoard's folder inside it")
     add("--report_to", default="tensorboard", help="report to this tracker",
         choices=["tensorboard", "wandb", "comet_ml", "all", "none"])
