@@ -3,12 +3,14 @@
     python assets/evaluate.py sheets                        # named.png and random.png, answers apart from them
     python assets/evaluate.py style                         # share of the pipeline's samples called OpenMoji
     python assets/evaluate.py style --pictures some/folder  # the same for pictures drawn elsewhere, e.g. fine-tuned
+    python assets/evaluate.py curve                         # training_curve.png from the two trainings' loss.jsonl
 
 The reader names each picture without seeing the prompts; answers.txt holds them, row by row. The style is told by a
 small classifier trained here on the two real sets, whose own accuracy on emoji it never saw is printed first.
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +26,13 @@ from tqdm import tqdm
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["sheets", "style"])
+    parser.add_argument("what", choices=["sheets", "style", "curve"])
     parser.add_argument("--pipeline", default="assets/pipeline")
     parser.add_argument("--pictures", help="folder of PNG pictures to judge in place of the pipeline's samples")
     parser.add_argument("--base_style", default="assets/build/noto", help="imagefolder of the style of the base")
     parser.add_argument("--target_style", default="assets/build/openmoji", help="imagefolder of the style to learn")
-    parser.add_argument("--output", default="assets/build/sheets")
+    parser.add_argument("--runs", default=["assets/build/vae", "assets/build/base"], nargs=2, help="for curve")
+    parser.add_argument("--output", default="assets/build/sheets", help="folder for the sheets or the curve")
     parser.add_argument("--random", type=int, default=40, help="captions drawn at random from the known ones")
     parser.add_argument("--samples", type=int, default=4, help="samples of each validation prompt")
     parser.add_argument("--inference_steps", type=int, default=25)
@@ -120,6 +123,25 @@ def share_of_target(classifier: nn.Sequential, pictures: torch.Tensor) -> float:
     return (classifier(pictures)[:, 0] > 0).float().mean().item()
 
 
+def plot_curve(runs: list[str], output: Path) -> None:
+    """training_curve.png: the autoencoder's error, and the base's loss on seen and on held-out examples."""
+    import matplotlib.pyplot as plt
+
+    for run in runs:
+        if not (Path(run) / "loss.jsonl").is_file():
+            raise SystemExit(f"{run}: no loss.jsonl there")
+    vae, base = ([json.loads(line) for line in (Path(run) / "loss.jsonl").open(encoding="utf-8")] for run in runs)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    left.plot([line["step"] for line in vae], [line["l1"] for line in vae])
+    left.set(title="Autoencoder", xlabel="step", ylabel="L1 of a varied batch, pixels in [-1, 1]", yscale="log")
+    for name in ("train", "seen", "held_out_variants", "held_out_captions"):
+        right.plot([line["step"] for line in base], [line[name] for line in base], label=name.replace("_", " "))
+    right.set(title="Text encoder and U-Net", xlabel="step", ylabel="weighted squared error of v", yscale="log")
+    right.legend()
+    output.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output / "training_curve.png", dpi=80)
+
+
 def as_tensor(pictures: list[Image.Image]) -> torch.Tensor:
     stack = np.stack([np.asarray(picture.convert("RGB").resize((64, 64))) for picture in pictures])
     return torch.from_numpy(stack).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -127,6 +149,9 @@ def as_tensor(pictures: list[Image.Image]) -> torch.Tensor:
 
 def main() -> None:
     args = parse_args()
+    if args.what == "curve":
+        plot_curve(args.runs, Path(args.output))
+        return
     pictures = sorted(Path(args.pictures).glob("*.png")) if args.pictures else []
     if args.pictures and not pictures:
         raise SystemExit(f"{args.pictures}: no PNG pictures there")
