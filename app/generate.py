@@ -54,8 +54,8 @@ class Request:
             seed=random.SystemRandom().randrange(2**32) if seed < 0 else seed,
             steps=bounded(self.steps, 1, 150, 20),
             guidance=float(bounded(self.guidance, 0, 30, 4.0, whole=False)),
-            width=bounded(self.width, 64, 1024, 64) // 8 * 8,
-            height=bounded(self.height, 64, 1024, 64) // 8 * 8,
+            width=bounded(self.width, 32, 1024, 64) // 8 * 8,
+            height=bounded(self.height, 32, 1024, 64) // 8 * 8,
             images=bounded(self.images, 1, 8, 1),
             strength=float(bounded(self.strength, -2, 2, 1.0, whole=False)),
         )

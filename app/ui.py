@@ -135,8 +135,8 @@ class Page:
                     self.steps = gr.Slider(1, 150, 20, step=1, label="Denoising steps", min_width=140)
                     self.guidance = gr.Slider(0, 30, 4, step=0.5, label="Guidance", min_width=140)
                 with gr.Row():
-                    self.width = gr.Slider(64, 1024, 64, step=8, label="Width", min_width=140)
-                    self.height = gr.Slider(64, 1024, 64, step=8, label="Height", min_width=140)
+                    self.width = gr.Slider(32, 1024, 64, step=8, label="Width", min_width=140)
+                    self.height = gr.Slider(32, 1024, 64, step=8, label="Height", min_width=140)
                 self.strength = gr.Slider(0, 2, 1, step=0.05, label="Adapter strength")
                 self.beside = gr.Checkbox(True, label="Same seed with the base model beside it")
                 with gr.Accordion("A LoRA file of your own, or settings from a picture", open=False):
@@ -166,7 +166,7 @@ class Page:
                 self.name = gr.Textbox("my-style", label="Name of the new run", max_lines=1, elem_id="name")
                 self.pictures = gr.File(
                     label="Your pictures, with .txt captions if you like (none: the bundled ones)",
-                    file_count="multiple", file_types=["image", ".txt"], height=150,
+                    file_count="multiple", file_types=["image", ".txt"], height=150, elem_id="pictures",
                 )  # fmt: skip
                 self.caption = gr.Textbox(label="Caption of pictures without a .txt (empty: words of the file name)")
                 self.folder = gr.Dropdown(
@@ -228,14 +228,15 @@ class Page:
         self.run.change(polite(self.choose), self.run, [*watched, *of_run], **quiet)
         context = [self.run, self.step, self.seen, self.weights]
         self.timer.tick(polite(self.watch), context, [*watched, self.plan, self.report, self.norms], **quiet)
+        # Not preprocessed: Gradio would refuse a program's step beyond what the slider had when the page was built.
         self.step.change(
             polite(self.at_step), [self.run, self.step], at_step, api_name="compare",
-            show_progress="hidden", trigger_mode="always_last",
+            show_progress="hidden", trigger_mode="always_last", preprocess=False,
         )  # fmt: skip
         self.play.click(polite(self.toggle), self.play, [self.play, self.playing], **quiet)
         self.playing.tick(polite(self.next_step), [self.run, self.step], self.step, **quiet)
         self.download.click(
-            polite(self.save_grid), [self.run, self.step], self.grid_file, api_name="download_grid"
+            polite(self.save_grid), [self.run, self.step], self.grid_file, api_name="download_grid", preprocess=False
         ).success(None, js="() => document.querySelector('#grid-file').click()", api_visibility="private")
         self.generate_events()
         self.train_events()
@@ -290,9 +291,11 @@ class Page:
         run = self.library.find(name)
         last = max(run.steps(), default=0)
         config = run.config
-        prompt = next(iter(run.prompts), "")
-        side = int(config.get("resolution") or 64)
-        settings = [prompt, config.get("num_inference_steps") or 20, config.get("guidance_scale") or 4.0, side, side]
+        asked = Request(
+            prompt=next(iter(run.prompts), ""), steps=config.get("num_inference_steps"),
+            guidance=config.get("guidance_scale"), width=config.get("resolution"), height=config.get("resolution"),
+        ).clamped()  # fmt: skip
+        settings = [asked.prompt, asked.steps, asked.guidance, asked.width, asked.height]
         return [*self.seen_of(run, last, best_weights(run)), *settings, *self.merge_views(run)]
 
     def watch(self, name: str, step: float, seen, label: str):
@@ -398,7 +401,9 @@ class Page:
         except Cancelled:
             yield gr.skip(), views.notice(f"Cancelled after {len(done)} of {wanted} pictures."), gr.skip(), gr.skip()
             return
-        yield gr.skip(), views.progress(f"{len(done)} of {wanted} pictures are done", 1), gr.skip(), gr.skip()
+        # Everything once more, not `skip`: a program gets what comes last.
+        bar = views.progress(f"{len(done)} of {wanted} pictures are done", 1)
+        yield files, bar, request.seed, views.settings_table(done)
 
     def save(self, picture: Picture) -> Path:
         return generate.save_picture(picture, self.new_file(f"seed-{picture.request.seed}.png"))

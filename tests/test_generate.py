@@ -209,7 +209,7 @@ def test_only_resloras_checkpoints_are_merged(studio, run):
 def test_requests_are_clamped():
     wild = Request("x\0" + "y" * 5000, None, 2**70, 10**9, float("inf"), 10**9, -5, 99, float("nan")).clamped()
     assert len(wild.prompt) == 1000 and "\0" not in wild.prompt and wild.negative_prompt == ""
-    assert wild == replace(wild, seed=2**32 - 1, steps=150, guidance=4.0, width=1024, height=64, images=8, strength=1.0)
+    assert wild == replace(wild, seed=2**32 - 1, steps=150, guidance=4.0, width=1024, height=32, images=8, strength=1.0)
     assert Request(width=101, height="72", steps="x", seed=None, images=None).clamped() == Request(width=96, height=72)
     assert Request(seed=-1).clamped().seed != Request(seed=-1).clamped().seed
     assert REQUEST.clamped() == REQUEST

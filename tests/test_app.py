@@ -1,0 +1,314 @@
+"""The application as people and programs meet it: its command line, its API, and the page in a real browser."""
+
+import ast
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
+from test_generate import trained
+
+from app import __main__ as command_line
+from app import generate
+from app.runs import Library
+
+REPOSITORY = Path(command_line.__file__).parent.parent
+CHROMIUM_FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+PATIENCE = 150
+
+
+# -- command line ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--share"],
+        ["--host", "0.0.0.0"],
+        ["--host", "192.168.1.2"],
+        ["--host", "::"],
+        ["--host", "example.org"],
+        ["--auth", "nobody"],
+        ["--auth", ":x"],
+        ["--auth", "x:"],
+        ["--port", "0"],
+        ["--data", "/no/such/folder"],
+        ["--runs", __file__],
+    ],
+)
+def test_refused_with_one_line_and_status_2(flags, capsys):
+    with pytest.raises(SystemExit) as end:
+        command_line.parse_args(flags)
+    assert end.value.code == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_others_may_come_with_a_password():
+    args = command_line.parse_args(["--share", "--host", "0.0.0.0", "--auth", "me:se:cret"])
+    assert args.auth == ("me", "se:cret")
+    assert command_line.parse_args([]).host == "127.0.0.1"
+    for host in ("localhost", "127.0.0.2", "::1"):
+        assert command_line.parse_args(["--host", host]).auth is None
+
+
+def test_only_the_page_and_the_entry_import_gradio():
+    for path in (REPOSITORY / "app").glob("*.py"):
+        names = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names |= {alias.name for alias in node.names} if isinstance(node, ast.Import) else set()
+            names |= {node.module} if isinstance(node, ast.ImportFrom) and node.level == 0 else set()
+        assert path.name in ("ui.py", "__main__.py") or not {n for n in names if n.startswith("gradio")}
+        assert not names & {"train_llm", "train_glue"}
+    code = "import sys, app.runs, app.views, app.training, app.generate; print({'torch', 'gradio'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+# -- a running application ---------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def serving(runs: Path, *flags: str):
+    """`python -m app` on a free port; yields its address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "app", "--runs", str(runs), "--port", str(port), *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(
+        command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + PATIENCE
+        while status_of(address) is None:
+            assert process.poll() is None, process.stdout.read().decode()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        yield address
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=PATIENCE)
+
+
+def status_of(address: str) -> int | None:
+    """HTTP status of a GET; None while nobody listens."""
+    try:
+        with urllib.request.urlopen(address, timeout=PATIENCE) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:
+        return None
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    base = tmp_path_factory.getbasetemp()
+    shutil.copytree(trained(base / "trained") / "tiny", base / "shown" / "tiny")
+    return base / "shown"
+
+
+@pytest.fixture(scope="module")
+def address(runs):
+    with serving(runs) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def client(address):
+    return Client(address, verbose=False)
+
+
+GENERATE = {
+    "run": "tiny", "weights": "reslora: merged weights", "adapter": None, "beside": True, "random": False,
+    "prompt": "red disc", "negative": "", "seed": 3, "steps": 3, "guidance": 2, "width": 64, "height": 64, "images": 1,
+    "strength": 1,
+}  # fmt: skip
+
+
+def generated(client, **changes):
+    return client.predict(*(GENERATE | changes).values(), api_name="/generate")
+
+
+def test_a_program_can_look_generate_and_reproduce(client, runs):
+    assert "tiny" in client.predict(api_name="/runs")
+    assert "reslora: merged weights" in client.predict("tiny", api_name="/weights")
+    grid, *_ = client.predict("tiny", 2, api_name="/compare")
+    assert 'data-step="2"' in grid
+    gallery, _, seed, table = generated(client)
+    assert len(gallery) == 2 and seed == 3 and "reslora: merged weights" in table
+    request, source = generate.read_picture(gallery[1]["image"])
+    assert source["weights"] == "reslora: merged weights" and request.seed == 3
+    again, *_ = generated(client, weights=source["weights"], seed=request.seed, beside=False)
+    assert pixels(again[0]["image"]) == pixels(gallery[1]["image"])
+    settings = client.predict(handle_file(gallery[1]["image"]), api_name="/settings_of")
+    assert settings[0] == "red disc" and settings[2] == 3
+
+
+def pixels(path: str) -> bytes:
+    return np.asarray(PIL.Image.open(path)).tobytes()
+
+
+def test_a_program_can_use_and_merge_adapters(client, runs):
+    file = runs / "tiny" / "lora" / "kohya.safetensors"
+    gallery, *_ = generated(client, adapter=handle_file(file), beside=False)
+    stored, *_ = generated(client, weights="lora: kohya.safetensors", beside=False)
+    assert pixels(gallery[0]["image"]) == pixels(stored[0]["image"])
+    with pytest.raises(AppError, match="safetensors"):
+        generated(client, adapter=handle_file(runs / "tiny" / "lora" / "checkpoint-4" / "trainer.pt"))
+    text, report, _ = client.predict("tiny", "reslora: unmerged, step 4", "weights", api_name="/merge")
+    assert "Done" in text and "alpha*" in report
+
+
+@pytest.mark.parametrize("name", ["../..", "/etc", "tiny/../tiny", "tiny\0", "<img src=x>", "", None])
+def test_names_from_outside_are_harmless(client, name):
+    for inputs, api in (((name, 0), "compare"), ((name, 0), "download_grid"), ((name,), "train_stop")):
+        with pytest.raises(AppError) as refusal:
+            client.predict(*inputs, api_name=f"/{api}")
+        assert str(REPOSITORY) not in str(refusal.value) and "Traceback" not in str(refusal.value)
+    with pytest.raises(AppError):
+        generated(client, weights=name or "/etc/passwd")
+
+
+def test_no_file_of_this_machine_is_served(address, runs, client):
+    inside = [runs / "tiny" / "config.json", runs / "tiny" / "lora" / "samples" / "step-000002" / "0-0.png"]
+    outside = [Path("/etc/passwd"), REPOSITORY / "README.md", Path(__file__), Path("/tmp"), Path("/proc/self/environ")]
+    for path in map(
+        str, [*inside, *outside, "README.md", "app/ui.py", "../../etc/passwd", "served/../../../etc/passwd"]
+    ):
+        for shown in (path, urllib.parse.quote(path, safe="")):
+            assert status_of(f"{address}/gradio_api/file={shown}") in (400, 403, 404), path
+    with pytest.raises((AppError, ValueError)):  # nor through an upload that is none
+        payload = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
+        client.predict(payload, api_name="/settings_of")
+
+
+def test_a_password_is_asked_for(runs):
+    with serving(runs, "--auth", "me:secret") as address:
+        assert status_of(f"{address}/config") == 401
+        assert status_of(f"{address}/gradio_api/file=/etc/passwd") == 401
+        assert "tiny" in Client(address, auth=("me", "secret"), verbose=False).predict(api_name="/runs")
+
+
+# -- the page ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser():
+    found = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
+    if found is None:
+        pytest.fail("this test drives a real browser: apt-get install chromium (or install Google Chrome)")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found, args=CHROMIUM_FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, address):
+    page = browser.new_page(viewport={"width": 1360, "height": 900})
+    page.set_default_timeout(PATIENCE * 1000)
+    page.errors = []
+    page.on("pageerror", lambda error: page.errors.append(str(error)))
+    page.goto(address, wait_until="domcontentloaded")
+    page.wait_for_selector("#grid img")
+    yield page
+    page.close()
+    assert page.errors == []
+
+
+def test_the_slider_moves_the_pictures(page):
+    """A visitor sees the newest run at its last step without a click; slider and play move all columns."""
+    page.wait_for_selector('#grid table[data-step="4"]')
+    assert page.locator("#grid th").all_inner_texts()[1].startswith("Base model")
+    last = page.locator("#grid img").nth(2).get_attribute("src")
+    page.locator("#step input[type=number]").fill("2")
+    page.locator("#step input[type=number]").press("Enter")
+    page.wait_for_selector('#grid table[data-step="2"]')
+    assert page.locator("#grid img").nth(2).get_attribute("src") != last
+    page.locator("#play").click()
+    page.wait_for_selector('#grid table[data-step="0"]')
+    page.wait_for_selector('#grid table[data-step="4"]')
+    page.locator("#play").click()
+    with page.expect_download() as download:
+        page.locator("#download").click()
+    with PIL.Image.open(download.value.path()) as picture:
+        assert picture.format == "PNG"
+    page.wait_for_selector("#train-curve svg, #train-curve canvas")
+
+
+def test_pictures_with_merged_weights_beside_the_base(page):
+    page.get_by_role("tab", name="Generate").click()
+    assert page.locator("#weights input").input_value() == "reslora: merged weights"
+    page.locator("#generate").click()
+    page.locator("#status").get_by_text("2 of 2 pictures are done").wait_for()
+    assert page.locator("#gallery img").count() == 2
+    assert "base model" in page.locator("#made").inner_text()
+
+
+def test_chains_and_merge_are_shown(page):
+    page.get_by_role("tab", name="Chains and merge").click()
+    page.locator("#plan").get_by_text("links in").wait_for()
+    assert page.locator("#report td").count() > 8
+    assert page.locator("#norms td").count() > 8
+
+
+def test_a_training_is_started_watched_and_stopped(page, browser, address, runs, tmp_path):
+    """The first samples arrive by themselves; another visitor finds the run; stopping saves, and it can go on."""
+    uploads = []
+    for name, colour in (("red disc", "red"), ("blue box", "blue"), ("green leaf", "green")):
+        PIL.Image.new("RGB", (64, 64), colour).save(tmp_path / f"{name}.png")
+        uploads.append(str(tmp_path / f"{name}.png"))
+    page.get_by_role("tab", name="Train").click()
+    page.locator("#name textarea, #name input").fill("watched")
+    page.locator("#pictures input[type=file]").set_input_files(uploads)
+    page.get_by_text("green leaf").first.wait_for()
+    for flag, value in {"max_train_steps": "500", "validation_steps": "500", "train_batch_size": "1"}.items():
+        page.locator(f"#flag-{flag} textarea, #flag-{flag} input").fill(value)
+    page.locator("#flag-validation_prompt textarea").fill("red disc")
+    page.locator("#show").click()
+    page.wait_for_function("document.querySelector('#command textarea').value.includes('--max_train_steps 500')")
+    page.locator("#start").click()
+    page.locator("#progress .running").wait_for()
+    page.get_by_role("tab", name="Compare").click()
+    page.locator('#grid img[alt="red disc: ResLoRA"], #grid img[alt="red disc: LoRA"]').first.wait_for()
+    assert (runs / "watched" / "lora" / "samples" / "step-000000" / "0-0.png").is_file()
+
+    other = browser.new_page()
+    other.goto(address, wait_until="domcontentloaded")
+    other.locator("#summary .running").wait_for(timeout=PATIENCE * 1000)
+    assert other.locator("#run input").input_value() == "watched"
+    other.close()
+
+    run = Library(runs).find("watched")
+    while not any(row["step"] >= 2 for row in run.log("lora")):
+        assert run.process
+        time.sleep(0.1)
+    page.get_by_role("tab", name="Train").click()
+    page.locator("#stop").click()
+    page.locator("#progress .stopped").wait_for()
+    assert run.process is None and len(run.checkpoints("lora")) == 1
+    page.locator("#resume").click()
+    page.locator("#progress .running").wait_for()
+    page.locator("#stop").click()
+    page.locator("#progress .stopped").wait_for()
+    assert "going on from" in run.log_tail()
