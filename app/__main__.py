@@ -6,11 +6,10 @@ import argparse
 import ipaddress
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
-
-EXAMPLE = Path(__file__).resolve().parent / "example"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -70,6 +69,10 @@ def default_output() -> Path:
 def main(argv: list[str] | None = None) -> int:
     """Serve the page until Ctrl-C; returns the exit status."""
     args = parse_args(argv)
+    from .runs import EXAMPLE
+
+    # Like Ctrl-C: what is in the temp folder goes.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     extra = (default_output().absolute(), EXAMPLE)
     runs, data = args.runs.absolute(), args.data.absolute() if args.data else None
     # Gradio hands out files of the working directory and of the temp folder: both are an empty one of our own.

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 METHODS = ("lora", "reslora", "lora_x2", "adalora", "loha", "lokr")
+EXAMPLE = Path(__file__).resolve().parent / "example"
+"""A small finished run that comes with the application."""
 LOG_NAME = "app.log"
 """What a trainer that the page started has printed."""
 LORA_FILES = ("pytorch_lora_weights.safetensors", "kohya.safetensors")

@@ -132,7 +132,9 @@ class Page:
                     self.random = gr.Checkbox(False, label="Random seed", min_width=100)
                     self.images = gr.Slider(1, 8, 1, step=1, label="Images", min_width=100)
                 with gr.Row():
-                    self.steps = gr.Slider(1, 150, 20, step=1, label="Denoising steps", min_width=140)
+                    self.steps = gr.Slider(
+                        1, 150, 20, step=1, label="Denoising steps", min_width=140, elem_id="denoising"
+                    )
                     self.guidance = gr.Slider(0, 30, 4, step=0.5, label="Guidance", min_width=140)
                 with gr.Row():
                     self.width = gr.Slider(32, 1024, 64, step=8, label="Width", min_width=140)

@@ -265,6 +265,15 @@ def test_pictures_with_merged_weights_beside_the_base(page):
     assert "base model" in page.locator("#made").inner_text()
 
 
+def test_cancel(page):
+    page.get_by_role("tab", name="Generate").click()
+    page.locator("#denoising input[type=number]").fill("150")
+    page.locator("#generate").click()
+    page.locator("#status").get_by_text("Picture 1 of 1").wait_for()
+    page.locator("#cancel").click()
+    page.locator("#status").get_by_text("Cancelled after 0 of 2 pictures").wait_for()
+
+
 def test_chains_and_merge_are_shown(page):
     page.get_by_role("tab", name="Chains and merge").click()
     page.locator("#plan").get_by_text("links in").wait_for()

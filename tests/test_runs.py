@@ -13,7 +13,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from app import training, views
-from app.runs import BASE, Library, RunError, is_complete_png, is_trainer
+from app.make_example import REPOSITORY, make_example
+from app.runs import BASE, EXAMPLE, Library, RunError, is_complete_png, is_trainer
 from app.training import Trainings
 
 HOSTILE = ["..", "../..", "/etc", "/etc/passwd", "a/../..", ".", "", "run\0", "<b>run</b>", "C:\\", None, 7, ["run"]]
@@ -155,6 +156,28 @@ def test_norms_of_an_exported_file_are_those_of_the_product(run):
         save_file(tensors, run.folder / method / "pytorch_lora_weights.safetensors")
     assert run.lora_norms("lora")[name] == pytest.approx(np.linalg.norm(up @ down), rel=1e-5)
     assert f"{2 * np.linalg.norm(up @ down):+.2f}" in views.norm_difference(run)
+
+
+def test_example_is_small_complete_and_of_no_machine(run, tmp_path):
+    for method in run.methods:
+        (run.folder / method / "exports.json").write_text("{}")
+        (run.folder / method / "trash").mkdir()
+        save_file({"lora_A": np.ones(2, "float32")}, run.folder / method / "pytorch_lora_weights.safetensors")
+    config = run.config | {"train_data_dir": str(REPOSITORY / "assets" / "pictures")}
+    (run.folder / "config.json").write_text(json.dumps(config))
+    make_example(run, tmp_path / "example")
+    example = Library(tmp_path / "example").find("example")
+    assert example.status == "finished" and example.steps() == run.steps()
+    assert example.config["train_data_dir"] == "assets/pictures"
+    assert not example.inside("lora", "trash") and example.inside("lora", "pytorch_lora_weights.safetensors")
+
+
+def test_bundled_example():
+    example = Library(EXAMPLE).find(EXAMPLE.name)
+    assert example.status == "finished" and {"lora", "reslora"} <= set(example.methods)
+    assert "not yet" not in views.comparison(example, max(example.steps()))
+    assert "no chain plan" not in views.chain_plan(example.read_json("reslora", "chains.json"))
+    assert not [value for value in example.config.values() if str(value).startswith("/")]
 
 
 def test_columns_and_grid_show_the_chosen_step(run):

@@ -1,0 +1,63 @@
+"""Make the run that a first visitor sees of what a trainer wrote: `python -m app.make_example RUN`.
+
+Kept: settings, losses, samples, chain plan, merge report, and the LoRA files in half precision. Left out: checkpoints,
+whole U-Nets, and paths of the machine it was trained on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+from .runs import EXAMPLE, Library, Run
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+KEPT = ("log.jsonl", "chains.json", "merge.json", "exports.json", "samples", "merged")
+
+
+def make_example(run: Run, target: Path) -> None:
+    """Write a small copy of a finished run to `target`, replacing what is there."""
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    config = {name: relative(value) for name, value in run.config.items()}
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for method in run.methods:
+        (target / method).mkdir()
+        for name in KEPT:
+            source = run.inside(method, name)
+            if source is not None and source.is_dir():
+                shutil.copytree(source, target / method / name)
+            elif source is not None:
+                shutil.copyfile(source, target / method / name)
+        if source := run.inside(method, "pytorch_lora_weights.safetensors"):
+            halve(source, target / method / source.name)
+
+
+def relative(value):
+    """A setting without this machine's folders."""
+    if not isinstance(value, str) or not Path(value).is_absolute():
+        return value
+    path = Path(value)
+    return str(path.relative_to(REPOSITORY)) if path.is_relative_to(REPOSITORY) else path.name
+
+
+def halve(source: Path, target: Path) -> None:
+    """A copy of a safetensors file in half precision, with its metadata."""
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with safe_open(source, framework="pt") as file:
+        tensors = {name: file.get_tensor(name).to(torch.float16) for name in file.keys()}  # noqa: SIM118 - no mapping
+        save_file(tensors, target, metadata=file.metadata())
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m app.make_example", description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="output folder of train_sd.py, finished")
+    found = next(iter(Library(parser.parse_args().run).runs().values()), None)
+    if found is None or found.status != "finished":
+        parser.error("that is not a finished run of train_sd.py")
+    make_example(found, EXAMPLE)
