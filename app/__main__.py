@@ -99,7 +99,7 @@ def serve(args: argparse.Namespace, runs: Path, extra: tuple[Path, ...], data: P
     try:
         demo.launch(
             server_name=args.host, server_port=args.port, share=args.share, auth=args.auth, inbrowser=args.inbrowser,
-            blocked_paths=[str(runs), str(Path(__file__).resolve().parent.parent)], show_error=False, ssr_mode=False,
+            show_error=False, ssr_mode=False,
             max_file_size=generate.LARGEST_ADAPTER, footer_links=["api"], run_history=False, **ui.look(),
         )  # fmt: skip
     except OSError as error:

@@ -299,7 +299,7 @@ class Studio:
         unet = torch.nn.Module.to(self._skeleton(), dtype=torch.float32)
         reslora.load(unet, checkpoint.path)
         report = reslora.merge(unet, method=method, calibration=calibration_of(run)).to_dict()
-        folder = run.folder / "reslora" / f"merged-by-{method}-{checkpoint.step}"
+        folder = checkpoint.path.parent / f"merged-by-{method}-{checkpoint.step}"
         with files.replacing(folder) as temporary:
             temporary.mkdir()
             export.export_diffusers(unet, temporary)
@@ -356,7 +356,10 @@ def put_merged(unet, folder: Path, strength: float) -> None:
 
 def put_file(pipeline, unet, path: Path, strength: float) -> None:
     """A LoRA file in diffusers' or kohya's form; only what is for the U-Net is used."""
-    state, alphas, metadata = pipeline.lora_state_dict(path.parent, weight_name=path.name, return_lora_metadata=True)
+    # Without use_safetensors=True diffusers falls back to unpickling where it cannot read a file.
+    state, alphas, metadata = pipeline.lora_state_dict(
+        path.parent, weight_name=path.name, use_safetensors=True, return_lora_metadata=True
+    )
     state = {name: value for name, value in state.items() if name.startswith("unet.")}
     if not state:
         raise RunError("This file has no LoRA weights for a U-Net.")

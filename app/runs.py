@@ -230,6 +230,12 @@ class Run:
                 return weights
         raise RunError("This run has no such weights; choose from the list.")
 
+    def best_weights(self) -> str:
+        """Label of what a visitor wants to see first: ResLoRA's merged weights, else other merged ones, else any."""
+        labels = [weights.label for weights in self.weights()]
+        wanted = ("reslora: merged weights", *(label for label in labels if label.endswith(": merged weights")))
+        return next((label for label in wanted if label in labels), labels[-1])
+
     def lora_norms(self, method: str) -> dict[str, float]:
         """Frobenius norm of the (merged) weight update `s B A` of each block, from the exported LoRA file."""
         path = self.inside(method, "pytorch_lora_weights.safetensors")

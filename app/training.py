@@ -116,27 +116,26 @@ class Trainings:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name or ""):
             raise RunError("A run's name has letters, digits, hyphens and underscores, at most 64 of them.")
         folder = self.library.folder / name
-        if folder.exists() or folder.is_symlink():
+        # What holds nothing but a log never began: its name is free again.
+        began = not folder.is_dir() or any(path.name != LOG_NAME for path in folder.iterdir())
+        if folder.is_symlink() or (folder.exists() and (began or self.is_active(Run(name, folder)))):
             raise RunError("There is a run of that name already; choose another name, or resume it.")
         return folder
 
-    def choose_pictures(self, name: str, folder: str | None, uploads: list[str] | None, caption: str) -> Path | None:
-        """The folder to train on: the uploads (copied beside the runs), a folder under the data folder, or None."""
+    def choose_pictures(self, name: str, folder: str | None, uploads: list[str] | None) -> Path | None:
+        """The folder to train on: where the uploads are to go, a folder under the data folder, or None."""
         if uploads:
-            self.new_folder(name)
-            return store_pictures(self.library.folder / UPLOADS / name, uploads, caption)
-        if folder:
-            if folder not in self.folders():
-                raise RunError("There is no such folder of pictures; choose one from the list.")
-            return self.data / folder
-        return None
+            return self.library.folder / UPLOADS / self.new_folder(name).name
+        if folder and folder not in self.folders():
+            raise RunError("There is no such folder of pictures; choose one from the list.")
+        return self.data / folder if folder else None
 
     def start(self, name: str, words: list[str]) -> Run:
         """Start the trainer for a new run and return the run; one training at a time."""
         with self.lock:
             self.refuse_second()
             folder = self.new_folder(name)
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)
             return self._launch(Run(name, folder), words)
 
     def resume(self, name: str) -> Run:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import shutil
 import sys
 import tempfile
 import traceback
@@ -23,7 +24,7 @@ EVERY = 2.0
 STYLE = Path(__file__).with_name("style.css")
 EXPLANATION = (
     "**ResLoRA** trains LoRA blocks with residual shortcuts between neighbouring layers, then merges them away; "
-    "what is left is a plain LoRA. All pictures in a row have the same caption, seed and step: only the method differs."
+    "what is left is a plain LoRA. All pictures in a row have the same caption and seed: only the method differs."
 )
 
 
@@ -191,9 +192,7 @@ class Page:
                     label="Command", lines=2, max_lines=8, buttons=["copy"], interactive=False, elem_id="command"
                 )
                 self.progress = gr.HTML(elem_id="progress")
-                self.log = gr.Textbox(
-                    label="Log of the chosen run", lines=18, max_lines=18, autoscroll=True, elem_id="log"
-                )
+                self.log = gr.HTML(elem_id="log")
                 gr.Markdown(
                     "Training is a process of its own: closing this page does not stop it, and reopening finds it "
                     "again. *Stop* lets it save, *Resume* goes on from there. Its pictures arrive under **Compare**."
@@ -298,7 +297,7 @@ class Page:
             guidance=config.get("guidance_scale"), width=config.get("resolution"), height=config.get("resolution"),
         ).clamped()  # fmt: skip
         settings = [asked.prompt, asked.steps, asked.guidance, asked.width, asked.height]
-        return [*self.seen_of(run, last, best_weights(run)), *settings, *self.merge_views(run)]
+        return [*self.seen_of(run, last, run.best_weights()), *settings, *views.chains_and_merge(run)]
 
     def watch(self, name: str, step: float, seen, label: str):
         """What has changed since the last look; a slider at the end moves on with the run."""
@@ -313,13 +312,15 @@ class Page:
         before = max(seen[0], default=0) if seen else 0
         step = max(steps, default=0) if (step or 0) >= before else run.nearest(step)
         labels = [weights.label for weights in run.weights()]
-        label = label if label in labels and label != BASE.label else best_weights(run)
-        return [*self.seen_of(run, step, label), *self.merge_views(run)]
+        untouched = seen is None or label == seen[-1]
+        label = run.best_weights() if untouched or label not in labels else label
+        return [*self.seen_of(run, step, label), *views.chains_and_merge(run)]
 
     def state_of(self, run: Run) -> tuple:
         """What `watch` compares: when it is the same, the page is up to date."""
         names = tuple(self.library.runs())
-        return tuple(run.steps()), self.trainings.status(run), run.fingerprint(), names, run.log_tail()
+        state = run.fingerprint(), self.trainings.status(run), names, run.log_tail()
+        return tuple(run.steps()), *state, run.best_weights()
 
     def seen_of(self, run: Run, step: int, label: str) -> list:
         """Values of the components that `watch` keeps up to date."""
@@ -339,7 +340,7 @@ class Page:
             gr.update(choices=labels, value=label),
             gr.update(choices=checkpoints, value=next(iter(checkpoints), None)),
             summary,
-            self.trainings.log(run),
+            views.log(self.trainings.log(run)),
         ]
 
     def at_step(self, name: str, step: float):
@@ -348,10 +349,6 @@ class Page:
         step = run.nearest(step)
         train, validation = (views.curves(run, split, step) for split in ("train", "validation"))
         return views.comparison(run, step), train, validation, views.numbers(run, step)
-
-    def merge_views(self, run: Run) -> list[str]:
-        plan, report = run.read_json("reslora", "chains.json"), run.read_json("reslora", "merge.json")
-        return [views.chain_plan(plan), views.merge_report(report), views.norm_difference(run)]
 
     def toggle(self, label: str):
         playing = "Pause" not in label
@@ -369,6 +366,9 @@ class Page:
         return str(path)
 
     def new_file(self, name: str) -> Path:
+        # Gradio has copied what it serves; a person doesn't look back further than this.
+        for old in sorted(self.files.iterdir(), key=lambda path: path.stat().st_mtime)[:-200]:
+            shutil.rmtree(old, ignore_errors=True)
         folder = self.files / uuid.uuid4().hex
         folder.mkdir()
         return folder / name
@@ -431,21 +431,20 @@ class Page:
 
     # -- training ------------------------------------------------------------------------------------------------------
 
-    def words(self, name, uploads, caption, folder, model, *values, store: bool = True) -> list[str]:
+    def words(self, name, uploads, caption, folder, model, *values) -> list[str]:
         settings = dict(zip(training.FLAGS, values, strict=True)) | {"model": model}
-        self.trainings.command(name, settings, Path("pictures"))
-        if store:
-            pictures = self.trainings.choose_pictures(name, folder, uploads, caption)
-        else:
-            pictures = Path(folder or "uploaded pictures") if uploads or folder else None
-        return self.trainings.command(name, settings, pictures)
+        return self.trainings.command(name, settings, self.trainings.choose_pictures(name, folder, uploads))
 
     def do_show(self, *inputs) -> str:
-        return training.in_words(self.words(*inputs, store=False))
+        return training.in_words(self.words(*inputs))
 
     def do_start(self, *inputs):
+        name, uploads, caption, folder, *_ = inputs
         words = self.words(*inputs)
-        run = self.trainings.start(inputs[0], words)
+        self.trainings.refuse_second()
+        if uploads:
+            training.store_pictures(self.trainings.choose_pictures(name, folder, uploads), uploads, caption)
+        run = self.trainings.start(name, words)
         return gr.update(choices=list(self.library.runs()), value=run.name), training.in_words(words)
 
     def do_stop(self, name: str) -> str:
@@ -472,10 +471,3 @@ def flag_widget(name: str, action):
     if name == "validation_prompt":
         return gr.Textbox(lines=2, placeholder="one prompt a line", **common | {"min_width": 460})
     return gr.Textbox("" if action.default is None else str(action.default), max_lines=1, **common)
-
-
-def best_weights(run: Run) -> str:
-    """Label of what a visitor wants to see first: ResLoRA's merged weights, else any merged weights."""
-    labels = [weights.label for weights in run.weights()]
-    wanted = ("reslora: merged weights", *(label for label in labels if label.endswith(": merged weights")))
-    return next((label for label in wanted if label in labels), labels[-1])

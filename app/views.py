@@ -193,6 +193,12 @@ def summary(run: Run, status: str) -> str:
     return f'<div class="summary"><b class="{status}">{status}</b> {text}{bar}</div>'
 
 
+def log(text: str) -> str:
+    """What the trainer has printed, scrolled to its end."""
+    text = text or "Only trainings that were started here have a log."
+    return f'<div class="log"><pre>{escape(text)}</pre></div>'
+
+
 def progress(text: str, share: float) -> str:
     bar = f'<div class="bar"><div style="width:{100 * share:.0f}%"></div></div>'
     return f'<div class="summary">{escape(text)}{bar}</div>'
@@ -333,3 +339,9 @@ def norm_difference(run: Run) -> str:
         return notice("The comparison of norms needs both LoRA and ResLoRA in one run, finished.")
     title = "Frobenius norm of ResLoRA's merged update minus LoRA's, block by block"
     return heat_map(title, difference, signed=True)
+
+
+def chains_and_merge(run: Run) -> list[str]:
+    """The three parts of the tab: plan, merge report, and norms beside LoRA's."""
+    plan, report = run.read_json("reslora", "chains.json"), run.read_json("reslora", "merge.json")
+    return [chain_plan(plan), merge_report(report), norm_difference(run)]

@@ -270,20 +270,34 @@ def test_names_of_new_runs_are_plain(trainings, name):
 
 def test_pictures_come_from_the_data_folder_or_an_upload(trainings, tmp_path):
     assert trainings.folders() == [".", "cats"]
-    assert trainings.choose_pictures("new", "cats", None, "") == trainings.data / "cats"
+    assert trainings.choose_pictures("new", "cats", None) == trainings.data / "cats"
+    assert trainings.choose_pictures("new", None, None) is None
     for folder in ("..", "/etc", "cats/../..", "dogs"):
         with pytest.raises(RunError):
-            trainings.choose_pictures("new", folder, None, "")
+            trainings.choose_pictures("new", folder, None)
     PIL.Image.new("RGB", (8, 8)).save(tmp_path / "red_fox-1.png")
     PIL.Image.new("RGB", (8, 8)).save(tmp_path / "b.jpg")
     (tmp_path / "b.txt").write_text("a bear")
     uploads = [str(tmp_path / name) for name in ("red_fox-1.png", "b.jpg", "b.txt")]
-    folder = trainings.choose_pictures("new", None, uploads, "")
+    folder = training.store_pictures(trainings.choose_pictures("new", None, uploads), uploads, "")
+    assert folder.is_relative_to(trainings.library.folder)
     assert [path.read_text() for path in sorted(folder.glob("*.txt"))] == ["red fox 1", "a bear"]
     assert len(list(folder.iterdir())) == 4
+    assert list(trainings.library.runs()) == []
     (tmp_path / "c.png").write_bytes(b"not a picture")
     with pytest.raises(RunError, match=r"c\.png is not a readable picture"):
-        trainings.choose_pictures("other", None, [str(tmp_path / "c.png")], "")
+        training.store_pictures(tmp_path / "elsewhere", [str(tmp_path / "c.png")], "")
+
+
+def test_the_name_of_a_run_that_never_began_is_free(trainings):
+    folder = trainings.library.folder / "new"
+    folder.mkdir()
+    (folder / "app.log").write_text("train_sd.py: error: something\n")
+    assert trainings.status(trainings.library.find("new")) == "failed"
+    assert trainings.new_folder("new") == folder
+    write_run(trainings.library.folder / "other")
+    with pytest.raises(RunError, match="already"):
+        trainings.new_folder("other")
 
 
 def test_a_trainer_is_found_by_its_lock_and_stopped(run):
