@@ -152,7 +152,7 @@ def running_mean(values: list[float], share: float = 0.1) -> list[float]:
 
 
 def color_map() -> dict[str, str]:
-    return {NAMES[method]: color for method, color in COLORS.items()} | {MARKER: "#212529"}
+    return {NAMES[method]: color for method, color in COLORS.items()} | {MARKER: "#748ffc"}
 
 
 def numbers(run: Run, step: int) -> str:

@@ -20,6 +20,7 @@ import pytest
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from test_generate import trained
+from test_runs import write_run
 
 from app import __main__ as command_line
 from app import generate
@@ -279,6 +280,21 @@ def test_chains_and_merge_are_shown(page):
     page.locator("#plan").get_by_text("links in").wait_for()
     assert page.locator("#report td").count() > 8
     assert page.locator("#norms td").count() > 8
+
+
+def test_names_and_prompts_of_a_run_are_no_markup(page, runs):
+    attack = "<img src=x onerror=window.hacked=1>"
+    write_run(
+        runs / attack, validation_prompt=[f"{attack} ${{window.hacked=1}} {{{{hacked}}}}", "<script>hacked=1</script>"]
+    )
+    try:
+        page.locator("#run input").fill(attack)
+        page.locator("#run input").press("Enter")
+        page.locator("#grid").get_by_text(attack).wait_for()
+        page.wait_for_timeout(300)  # for a picture that fails to load
+        assert page.evaluate("window.hacked") is None
+    finally:
+        shutil.rmtree(runs / attack)
 
 
 def test_a_training_is_started_watched_and_stopped(page, browser, address, runs, tmp_path):
