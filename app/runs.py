@@ -144,12 +144,16 @@ class Run:
         return rows
 
     def steps(self) -> list[int]:
-        """Steps at which any method has samples."""
+        """Steps at which any method has samples; of a run that draws none, those with a validation loss, or the last."""
         found = set()
         for method in self.methods:
             for name in self.entries(method, "samples"):
                 if (match := re.fullmatch(r"step-(\d{1,9})", name)) is not None:
                     found.add(int(match[1]))
+        if not found and not self.prompts:
+            rows = [row for method in self.methods for row in self.log(method)]
+            last = max((row["step"] for row in rows), default=0)
+            found = {row["step"] for row in rows if row.get("split") == "validation"} | {last}
         return sorted(found)
 
     def nearest(self, step: float | None) -> int:

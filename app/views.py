@@ -68,6 +68,8 @@ def comparison(run: Run, step: int) -> str:
     """The grid of samples at a step: a row per prompt (and picture), a column per method."""
     shown = columns(run, step)
     cells = sorted({cell for _, _, pictures in shown for cell in pictures})[:MOST_ROWS]
+    if not cells and run.config and not run.prompts:
+        return notice("This run draws no samples: it was started without --validation_prompt.")
     if not cells:
         return notice("No samples yet: the first ones are drawn before the first training step.")
     head = "".join(f"<th>{escape(title)}<small>{escape(subtitle)}</small></th>" for title, subtitle, _ in shown)

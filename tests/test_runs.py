@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -189,6 +190,16 @@ def test_columns_and_grid_show_the_chosen_step(run):
     assert views.comparison(run, 2) != views.comparison(run, 4)
     assert "not yet" in views.comparison(run, 3)
     assert views.grid(run, 2).getpixel((20, 100)) == (0, 0, 0)
+
+
+def test_a_run_without_prompts_shows_its_losses(tmp_path):
+    folder = write_run(tmp_path / "runs" / "quiet", validation_prompt=[])
+    for samples in folder.glob("*/samples"):
+        shutil.rmtree(samples)
+    run = Library(tmp_path / "runs").find("quiet")
+    assert run.steps() == [0, 2, 4]
+    assert "--validation_prompt" in views.comparison(run, 4)
+    assert "0.4000" in views.numbers(run, 4)  # the validation loss at step 4
 
 
 def test_nothing_of_a_run_becomes_markup(run):
