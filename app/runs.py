@@ -144,7 +144,7 @@ class Run:
         return rows
 
     def steps(self) -> list[int]:
-        """Steps at which any method has samples; of a run that draws none, those with a validation loss, or the last."""
+        """Steps at which any method has samples; without any prompts, those with a validation loss, and the last."""
         found = set()
         for method in self.methods:
             for name in self.entries(method, "samples"):
