@@ -103,6 +103,12 @@ def run(base_flags, tmp_path_factory) -> Path:
     return output
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Default output folders are relative: a run that was left in the checkout must not meet the tests."""
+    monkeypatch.chdir(tmp_path)
+
+
 def refused(capsys, *flags: str, quiet: bool = True) -> str:
     """The line with which the script refuses these flags; with `quiet`, the only one on stderr."""
     try:
