@@ -222,9 +222,7 @@ def browser():
         try:
             browser = playwright.chromium.launch(executable_path=found, args=CHROMIUM_FLAGS)
         except Exception as error:
-            pytest.fail(
-                f"this test drives a real browser: apt-get install chromium ({error})"
-            )
+            pytest.fail(f"this test drives a real browser: apt-get install chromium ({error})")
         yield browser
         browser.close()
 
