@@ -191,6 +191,7 @@ class Page:
                 self.command = gr.Textbox(
                     label="Command", lines=2, max_lines=8, buttons=["copy"], interactive=False, elem_id="command"
                 )
+                self.answer = gr.HTML(elem_id="answer")
                 self.progress = gr.HTML(elem_id="progress")
                 self.log = gr.HTML(elem_id="log")
                 gr.Markdown(
@@ -266,8 +267,8 @@ class Page:
         inputs = [self.name, self.pictures, self.caption, self.folder, self.model, *self.flags.values()]
         self.show.click(polite(self.do_show), inputs, self.command, api_name="train_command")
         self.start.click(polite(self.do_start), inputs, [self.run, self.command], api_name="train_start")
-        self.stop.click(polite(self.do_stop), self.run, self.progress, api_name="train_stop")
-        self.resume.click(polite(self.do_resume), self.run, self.progress, api_name="train_resume")
+        self.stop.click(polite(self.do_stop), self.run, self.answer, api_name="train_stop")
+        self.resume.click(polite(self.do_resume), self.run, self.answer, api_name="train_resume")
 
     # -- looking -------------------------------------------------------------------------------------------------------
 
@@ -412,7 +413,8 @@ class Page:
 
     def do_cancel(self, asked: gr.Request):
         stopped = self.studio.cancel(asked.session_hash or "")
-        return views.notice("Cancelled." if stopped else "Nothing is being generated.")
+        # What is being generated says itself that it was cancelled, and must have the last word.
+        return gr.skip() if stopped else views.notice("Nothing is being generated.")
 
     def read_recipe(self, path: str):
         request, _ = generate.read_picture(path)
