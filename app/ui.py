@@ -131,7 +131,7 @@ class Page:
                 with gr.Row():
                     self.seed = gr.Number(0, label="Seed", precision=0, min_width=100)
                     self.random = gr.Checkbox(False, label="Random seed", min_width=100)
-                    self.images = gr.Slider(1, 8, 1, step=1, label="Images", min_width=100)
+                    self.images = gr.Slider(1, 8, 1, step=1, label="Images", min_width=100, elem_id="images")
                 with gr.Row():
                     self.steps = gr.Slider(
                         1, 150, 20, step=1, label="Denoising steps", min_width=140, elem_id="denoising"
