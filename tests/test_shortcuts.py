@@ -131,7 +131,7 @@ def test_no_wires_is_plain_lora_bit_for_bit(arch, shortcut, pre_num, head):
 @pytest.mark.parametrize("shortcut, pre_num, head", PLAIN)
 def test_no_wires_needs_no_links(llama, shortcut, pre_num, head):
     model = llama.lora(target_modules=["q_proj"], layers_to_transform=[1])
-    reslora.connect(model, ResLoraConfig(shortcut, pre_num, head))
+    assert reslora.connect(model, ResLoraConfig(shortcut, pre_num, head)).links == 0
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
