@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 
@@ -94,6 +95,8 @@ def serve(args: argparse.Namespace, runs: Path, extra: tuple[Path, ...], data: P
     from .runs import Library
     from .training import Trainings
 
+    # Libraries' notes to programmers are not for whoever starts the page.
+    warnings.filterwarnings("ignore", category=FutureWarning)
     library = Library(runs, extra)
     demo = ui.create_demo(library, Trainings(library, data))
     try:

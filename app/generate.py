@@ -311,8 +311,8 @@ class Studio:
 def base_of(run: Run | None) -> str:
     """Path or hub name of the pipeline that a run trains; the bundled one without a run."""
     named = run.config.get("pretrained_model_name_or_path") if run is not None else None
-    # A run that came from another machine has that machine's path of the bundled pipeline.
-    if not named or (Path(named).parts[-2:] == BUNDLED.parts[-2:] and not Path(named).is_dir()):
+    # A run that came from another machine has that machine's path of the bundled pipeline, the example a relative one.
+    if not named or (Path(named).parts[-2:] == BUNDLED.parts[-2:] and not Path("/", named).is_dir()):
         return str(BUNDLED)
     return str(named)
 

@@ -36,10 +36,12 @@ def make_example(run: Run, target: Path) -> None:
 
 
 def relative(value):
-    """A setting without this machine's folders."""
+    """A setting without this machine's folders; what lies in any checkout's `assets/` keeps its place there."""
     if not isinstance(value, str) or not Path(value).is_absolute():
         return value
     path = Path(value)
+    if path.parent.name == "assets":
+        return f"assets/{path.name}"
     return str(path.relative_to(REPOSITORY)) if path.is_relative_to(REPOSITORY) else path.name
 
 

@@ -114,7 +114,7 @@ class Page:
         self.grid = gr.HTML(elem_id="grid")
         with gr.Row():
             plot = functools.partial(
-                gr.LinePlot, x="step", y="loss", color="method", color_map=views.color_map(), height=260
+                gr.LinePlot, x="step", y="loss", color="method", color_map=views.color_map(), height=260, min_width=320
             )
             self.train_curve = plot(title="Training loss (running mean)", elem_id="train-curve")
             self.validation_curve = plot(title="Loss on held-out pictures", elem_id="validation-curve")
@@ -253,11 +253,14 @@ class Page:
         settings = [self.prompt, self.negative, self.seed, self.steps, self.guidance, self.width, self.height]
         settings += [self.images, self.strength]
         inputs = [self.run, self.weights, self.adapter, self.beside, self.random, *settings]
+        for slider in (self.steps, self.guidance, self.width, self.height, self.images, self.strength):
+            # Gradio refuses what a program sends beyond a slider's ends; `Request.clamped` takes the nearest instead.
+            slider.preprocess = lambda value: value
         gr.on(
             [self.go.click, self.prompt.submit], polite(self.draw), inputs,
             [self.gallery, self.status, self.seed, self.made],
             api_name="generate", show_progress="hidden", concurrency_limit=4,
-        )  # fmt: skip
+        ).failure(lambda: views.notice("That did not work."), None, self.status, api_visibility="private")  # fmt: skip
         self.cancel.click(polite(self.do_cancel), None, self.status, api_name="cancel", show_progress="hidden")
         self.recipe.upload(
             polite(self.read_recipe), self.recipe, [*settings[:-2], self.strength, self.random], api_name="settings_of"
@@ -339,7 +342,7 @@ class Page:
             slider,
             *self.at_step(run.name, step),
             gr.update(choices=labels, value=label),
-            gr.update(choices=checkpoints, value=next(iter(checkpoints), None)),
+            gr.update(choices=checkpoints, value=next(iter(checkpoints), None), label=label_of(checkpoints)),
             summary,
             views.log(self.trainings.log(run)),
         ]
@@ -458,6 +461,10 @@ class Page:
 
 
 # -- small things ------------------------------------------------------------------------------------------------------
+
+
+def label_of(checkpoints: list[str]) -> str:
+    return "Checkpoint" if checkpoints else "Checkpoint (this run keeps none; a run of your own does)"
 
 
 def flag_widget(name: str, action):

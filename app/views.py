@@ -263,7 +263,7 @@ def chain_plan(plan: dict | None) -> str:
     rows = "".join(f"<tr><th>{escape(role)}</th><td>{''.join(parts)}</td></tr>" for role, parts in roles.items())
     notes = "".join(f"<li>✂<sup>{mark}</sup> {escape(reason)}</li>" for reason, mark in reasons.items())
     links = f"<p>{int(plan.get('links', 0))} links in {len(plan['chains'])} chains (d: down, m: middle, u: up)</p>"
-    return f'{links}<table class="chains">{rows}</table><ul class="reasons">{notes}</ul>'
+    return f'{links}<div class="scroll"><table class="chains">{rows}</table></div><ul class="reasons">{notes}</ul>'
 
 
 def heat_map(title: str, values: dict[str, float | None], digits: int = 2, signed: bool = False) -> str:

@@ -3,8 +3,9 @@
     python assets/train_base.py                # after train_vae.py; rerun to continue
     python assets/train_base.py --steps 40000  # later: go on from where the steady learning rate had come to
 
-The learning rate is steady until the last --cooldown steps, where it falls to 0 for the weights that are shipped. A
-longer run continues from before the cooldown. Losses go to loss.jsonl, pictures of fixed prompts to samples/.
+The learning rate is steady until the last --cooldown steps, where it falls to 0 for the weights that are shipped, on
+fewer variants of each picture. A longer run continues from before the cooldown. Losses go to loss.jsonl, pictures of
+fixed prompts to samples/.
 """
 
 import argparse
@@ -30,6 +31,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 # How many of each picture's cached variants are drawn in each style.
 VARIANTS = {"plain": 20, "tinted": 3, "grey": 3, "posterised": 3, "outlined": 3}
 HELD_OUT_VARIANTS = 2
+# Details need repetition: in the cooldown so many of four examples are one of a picture's first plain variants.
+SETTLED_VARIANTS, SETTLED_QUARTERS = 6, 3
 
 
 def parse_args() -> argparse.Namespace:
@@ -38,7 +41,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--vae", default="assets/build/vae")
     parser.add_argument("--output", default="assets/build/base")
     parser.add_argument("--steps", type=int, default=20000)
-    parser.add_argument("--cooldown", type=int, default=2000)
+    parser.add_argument("--cooldown", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--ema", type=float, default=0.999)
@@ -206,6 +209,9 @@ def training_batch(examples: Examples, step: int, empty: torch.Tensor, args: arg
     weights = torch.tensor([3.0 if c in VALIDATION_PROMPTS else 1.0 for c in examples.captions[: examples.known]])
     which = torch.multinomial(weights, args.batch, replacement=True, generator=generator)
     variant = torch.randint(len(examples.styles), (args.batch,), generator=generator)
+    if step >= args.steps - args.cooldown:
+        settled = torch.rand(args.batch, generator=generator) < SETTLED_QUARTERS / 4
+        variant = torch.where(settled, variant % SETTLED_VARIANTS, variant)
     latents, tokens = examples.batch(which, variant)
     tokens[torch.rand(args.batch, generator=generator) < args.caption_dropout] = empty
     return latents, tokens, generator

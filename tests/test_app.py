@@ -163,6 +163,13 @@ def test_a_program_can_look_generate_and_reproduce(client, runs):
     assert settings[0] == "red disc" and settings[2] == 3
 
 
+def test_what_a_program_sends_beyond_the_limits_is_clamped(client):
+    gallery, *_ = generated(client, steps=0, guidance=1e9, width=1, height=-5, images=-3, strength="many", beside=False)
+    request, _ = generate.read_picture(gallery[0]["image"])
+    assert (request.steps, request.guidance, request.width, request.height) == (1, 30, 32, 32)
+    assert len(gallery) == 1 and request.strength == 1
+
+
 def pixels(path: str) -> bytes:
     return np.asarray(PIL.Image.open(path)).tobytes()
 

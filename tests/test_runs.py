@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from app import training, views
+from app.generate import BUNDLED, base_of
 from app.make_example import REPOSITORY, make_example
 from app.runs import BASE, EXAMPLE, Library, RunError, is_complete_png, is_trainer
 from app.training import Trainings
@@ -164,12 +165,14 @@ def test_example_is_small_complete_and_of_no_machine(run, tmp_path):
         (run.folder / method / "exports.json").write_text("{}")
         (run.folder / method / "trash").mkdir()
         save_file({"lora_A": np.ones(2, "float32")}, run.folder / method / "pytorch_lora_weights.safetensors")
-    config = run.config | {"train_data_dir": str(REPOSITORY / "assets" / "pictures")}
+    elsewhere = {"pretrained_model_name_or_path": "/home/somebody/checkout/assets/pipeline", "cache_dir": "/data/hub"}
+    config = run.config | {"train_data_dir": str(REPOSITORY / "assets" / "pictures")} | elsewhere
     (run.folder / "config.json").write_text(json.dumps(config))
     make_example(run, tmp_path / "example")
     example = Library(tmp_path / "example").find("example")
     assert example.status == "finished" and example.steps() == run.steps()
-    assert example.config["train_data_dir"] == "assets/pictures"
+    assert example.config["train_data_dir"] == "assets/pictures" and example.config["cache_dir"] == "hub"
+    assert base_of(example) == str(BUNDLED)
     assert not example.inside("lora", "trash") and example.inside("lora", "pytorch_lora_weights.safetensors")
 
 
@@ -179,6 +182,7 @@ def test_bundled_example():
     assert "not yet" not in views.comparison(example, max(example.steps()))
     assert "no chain plan" not in views.chain_plan(example.read_json("reslora", "chains.json"))
     assert not [value for value in example.config.values() if str(value).startswith("/")]
+    assert base_of(example) == str(BUNDLED)
 
 
 def test_columns_and_grid_show_the_chosen_step(run):
