@@ -1,0 +1,257 @@
+"""Flags and errors that the language scripts share: one line for what cannot work, exit status 2."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import HfArgumentParser, TrainingArguments
+
+from .config import HEADS, SHORTCUTS
+from .merging import METHODS as MERGES
+from .methods import METHODS
+
+
+class InvalidArgument(ValueError):
+    """What the user gave cannot work: one line naming the argument, the problem and the fix; exit status 2."""
+
+    def __init__(self, argument: str, problem: str, fix: str) -> None:
+        super().__init__(f"{argument}: {problem}; {fix}")
+
+
+class RunFailed(RuntimeError):
+    """The run itself went wrong, such as a loss that is not a number; exit status 1."""
+
+
+@dataclass
+class MethodArguments:
+    """Which method is trained and how it is merged; for `HfArgumentParser`.
+
+    Raises `InvalidArgument` for a value that means nothing.
+    """
+
+    method: str = field(
+        default="reslora",
+        metadata={"choices": METHODS, "help": "what is trained; lora_x2 is LoRA with doubled alpha, the control"},
+    )
+    shortcut: str = field(
+        default="input", metadata={"choices": SHORTCUTS, "help": "ResLoRA: what a block gets from the blocks before it"}
+    )
+    pre_num: int = field(
+        default=4,
+        metadata={"help": "ResLoRA: how many blocks before it, -1 for all; with input any number but 0 means one"},
+    )
+    head: str = field(
+        default="repeat",
+        metadata={"choices": HEADS, "help": "ResLoRA, input: what the first block of a chain adds to its input"},
+    )
+    merge: str = field(
+        default="auto", metadata={"choices": MERGES, "help": "ResLoRA: how the shortcuts become plain LoRA weights"}
+    )
+    lora_r: int = field(default=4, metadata={"help": "rank"})
+    lora_alpha: float = field(default=8.0, metadata={"help": "scale times rank"})
+    lora_dropout: float = field(default=0.0, metadata={"help": "dropout of the adapter's input (loha, lokr: of ranks)"})
+    target_modules: list[str] | None = field(
+        default=None,
+        metadata={
+            "nargs": "+",
+            "help": "layers that get an adapter, by the end of their name; default: query and value",
+        },
+    )
+    calibration_examples: int = field(
+        default=64, metadata={"help": "ResLoRA: training examples that a merge may read; 0 for none"}
+    )
+    merge_and_save: bool = field(
+        default=False, metadata={"help": "write the model with the adapter added, for stock transformers"}
+    )
+
+    def __post_init__(self) -> None:
+        check_whole("lora_r", self.lora_r, 1)
+        check_number("lora_alpha", self.lora_alpha, 0, exclusive=True)
+        check_number("lora_dropout", self.lora_dropout, 0, below=1)
+        check_whole("pre_num", self.pre_num, -1)
+        check_whole("calibration_examples", self.calibration_examples, 0)
+        if float(self.lora_alpha).is_integer():
+            self.lora_alpha = int(self.lora_alpha)  # adapter_config.json says 8, as everybody's does
+        needs = self.method == "reslora" and self.merge == "lstsq" and self.shortcut in ("input", "middle")
+        if needs and self.pre_num != 0 and self.calibration_examples == 0:
+            raise InvalidArgument(
+                "--merge lstsq", "needs calibration examples", "give --calibration_examples 64, or another merge"
+            )
+
+
+@dataclass
+class AdapterTrainingArguments(TrainingArguments):
+    """transformers' `TrainingArguments`, with TensorBoard and a row of the log per step, and every number checked."""
+
+    output_dir: str = field(default="runs/adapter", metadata={"help": "folder of the run"})
+    report_to: list[str] | None = field(
+        default_factory=lambda: ["tensorboard"], metadata={"nargs": "+", "help": "trackers to report to, or none"}
+    )
+    logging_steps: float = field(default=1, metadata={"help": "steps between rows of log.jsonl"})
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "go on from a checkpoint folder, or from the latest usable one: latest"}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            check_whole(name, getattr(self, name), 1)
+        for name in ("learning_rate", "num_train_epochs", "logging_steps", "save_steps", "adam_epsilon"):
+            check_number(name, getattr(self, name), 0, exclusive=True)
+        for name in ("weight_decay", "max_grad_norm", "warmup_steps"):
+            check_number(name, getattr(self, name), 0)
+        for name in ("adam_beta1", "adam_beta2"):
+            check_number(name, getattr(self, name), 0, below=1)
+        if self.eval_steps is not None:
+            check_number("eval_steps", self.eval_steps, 0, exclusive=True)
+        if self.save_total_limit is not None:
+            check_whole("save_total_limit", self.save_total_limit, 1)
+        if self.max_steps != -1:
+            check_whole("max_steps", self.max_steps, 1)
+        check_whole("seed", self.seed, 0)
+        if self.deepspeed and importlib.util.find_spec("deepspeed") is None:
+            raise InvalidArgument("--deepspeed", "deepspeed is not installed", "pip install deepspeed, or leave it out")
+        check_writable(self.output_dir)
+        super().__post_init__()
+
+
+def check_whole(name: str, value: int, least: int) -> None:
+    """Raises `InvalidArgument` unless a flag's value is a whole number of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InvalidArgument(f"--{name} {value}", "out of range", f"give a whole number of at least {least}")
+
+
+def check_number(name: str, value: float, least: float, below: float = math.inf, exclusive: bool = False) -> None:
+    """Raises `InvalidArgument` unless a flag's value is a finite number in [least, below), or above `least`."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number) or number >= below or number < least or (exclusive and number == least):
+        bounds = f"{'above' if exclusive else 'of at least'} {least}" + (
+            f" and below {below}" if below < math.inf else ""
+        )
+        raise InvalidArgument(f"--{name} {value}", "out of range", f"give a finite number {bounds}")
+
+
+def check_writable(output_dir: str) -> None:
+    """Raises `InvalidArgument` unless the folder exists and can be written, or can be made."""
+    output = Path(output_dir).expanduser()
+    parent = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InvalidArgument(
+            f"--output_dir {output_dir}", f"{parent} is not a folder that can be written", "choose another"
+        )
+
+
+class OneLineParser(HfArgumentParser):
+    """`HfArgumentParser` whose errors are one line, without a screen of usage before it."""
+
+    def error(self, message: str) -> None:
+        """Prints the line to stderr and exits with status 2."""
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def parse_arguments(
+    types: Sequence[type],
+    argv: Sequence[str] | None = None,
+    *,
+    prog: str,
+    description: str | None = None,
+    bundled: Mapping[str, object] | None = None,
+    deepspeed_config: str | None = None,
+) -> tuple:
+    """Parses flags into instances of the dataclasses `types`; bad ones end the program with one line and status 2.
+
+    `bundled`: defaults that hold while no `--model_name_or_path` is given. `deepspeed_config`: what `--deepspeed` means
+    without a value.
+    """
+    parser = OneLineParser(list(types), prog=prog, description=description, allow_abbrev=False)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    named = {"--model_name_or_path", "--model-name-or-path"}
+    if bundled and not any(word.split("=")[0] in named for word in argv):
+        parser.set_defaults(**bundled)
+    if deepspeed_config:
+        action = next(action for action in parser._actions if action.dest == "deepspeed")
+        action.nargs, action.const = "?", deepspeed_config
+    try:
+        return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    except (ValueError, ImportError, OSError, RuntimeError) as error:
+        parser.error(first_line(error))
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its class where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
+
+
+def run_script(prog: str, main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:
+    """Runs a script's `main` and returns its exit status; what the user can mend is one line on stderr.
+
+    Status 2 for `InvalidArgument`, 1 for `RunFailed` and for files that cannot be written, 130 for Ctrl-C.
+    """
+    try:
+        main(argv)
+        return 0
+    except InvalidArgument as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        return 2
+    except (RunFailed, OSError) as error:  # a full disk, a folder that went away: the last checkpoint is intact
+        print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{prog}: stopped; go on with --resume_from_checkpoint latest", file=sys.stderr)
+        return 130
+
+
+def settings(*arguments: object) -> dict:
+    """The flags of several dataclasses as one JSON-able dict, the content of a run's `config.json`; no tokens."""
+    merged: dict = {}
+    for instance in arguments:
+        values = instance.to_dict() if hasattr(instance, "to_dict") else dataclasses.asdict(instance)
+        merged |= {name: value for name, value in values.items() if "token" not in name or name == "max_new_tokens"}
+    return json.loads(json.dumps(merged, default=str))
+
+
+# What a continuation must share with the run it continues; how long it trains and what it shows are free.
+_FIXED_ON_RESUME = (
+    "model_name_or_path", "task", "task_name", "data_dir", "method", "shortcut", "pre_num", "head", "lora_r",
+    "lora_alpha", "lora_dropout", "target_modules", "learning_rate", "seed", "weight_decay", "max_train_samples",
+    "max_length", "max_seq_length", "load_in_4bit",
+)  # fmt: skip
+
+
+def check_resume(output_dir: str | os.PathLike, resume: str | None, current: Mapping[str, object]) -> None:
+    """Refuses to mix runs in one folder.
+
+    Raises `InvalidArgument` if the folder holds checkpoints and `resume` (the flag's value) is None, or if a setting of
+    `current` differs from the folder's `config.json` when resuming.
+    """
+    output = Path(output_dir)
+    if resume is None:
+        finished = (output / "results.json").exists()
+        if finished or any(output.glob("checkpoint-*")):
+            raise InvalidArgument(
+                f"--output_dir {output}",
+                f"holds {'a finished' if finished else 'an unfinished'} run",
+                "go on with --resume_from_checkpoint latest, or choose another",
+            )
+        return
+    earlier = {}
+    with contextlib.suppress(OSError, ValueError):
+        earlier = json.loads((output / "config.json").read_text(encoding="utf-8"))
+    for name in _FIXED_ON_RESUME:
+        if name in earlier and name in current and earlier[name] != current[name]:
+            raise InvalidArgument(
+                f"--{name} {current[name]}",
+                f"{output} was trained with {earlier[name]}",
+                "use that, or choose another --output_dir",
+            )
