@@ -59,7 +59,7 @@ FREE_ON_RESUME = {
     "validation_prompt", "num_validation_images", "validation_steps", "validation_epochs", "num_inference_steps",
     "guidance_scale", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "report_to",
     "merge", "merge_calibration_samples", "push_to_hub", "hub_token", "hub_model_id", "dataloader_num_workers",
-    "gradient_checkpointing", "train_batch_size", "gradient_accumulation_steps", "strict",
+    "gradient_checkpointing", "compile", "train_batch_size", "gradient_accumulation_steps", "strict",
 }  # fmt: skip
 
 RANDOM_CROPS = 4  # crops cached for a picture that isn't square: the centre and three more
@@ -218,6 +218,7 @@ def add_training_flags(add) -> None:
     add("--num_train_epochs", type=whole(1), help="passes over the pictures; default: 100")
     add("--max_train_steps", type=whole(1), help="steps; wins over --num_train_epochs")
     add("--gradient_checkpointing", action="store_true", help="less memory, slower")
+    add("--compile", action="store_true", help="torch.compile the U-Net: minutes at the start, then faster steps")
     add("--noise_offset", type=number(0), default=0.0, help="scale of the noise added per channel")
     add("--snr_gamma", type=number(0, exclusive=True), help="min-SNR loss weights; 5.0 is usual")
     add("--local_rank", type=int, default=-1, help="set by launchers")
@@ -445,6 +446,8 @@ def locked(folder: Path):
         yield
     finally:
         lock.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # a run that was refused before it wrote anything leaves nothing
 
 
 def process_exists(pid: int) -> bool:
@@ -807,28 +810,62 @@ class VariantPixels:
 def encode_pictures(run: Run) -> None:
     """Run the VAE over every variant of every picture; damaged pictures are left out here."""
     import torch
-    from torch.utils.data import DataLoader
-    from tqdm.auto import tqdm
 
-    pixels = VariantPixels(run.pictures, run.args)
-    loader = DataLoader(pixels, batch_size=None, num_workers=run.args.dataloader_num_workers)
-    moments, keep, vae = [], [], run.pipeline.vae
-    bar = tqdm(loader, desc="encoding pictures", total=len(pixels), disable=not run.main, dynamic_ncols=True)
-    for index, stack in enumerate(bar):
-        if isinstance(stack, str):
-            run.pictures.leave_out(run.args.strict, index, stack)
+    moments, keep = [], []
+    for index, found in enumerate(encoded_pictures(run)):
+        if isinstance(found, str):
+            run.pictures.leave_out(run.args.strict, index, found)
             continue
         keep.append(index)
-        if run.args.cache_latents:
-            with torch.no_grad():
-                posterior = vae.encode(stack.to(vae.device, vae.dtype)).latent_dist
-            moments.append(torch.stack([posterior.mean, posterior.std], dim=1).cpu())
+        moments.append(found)
     run.pictures.moments = None
     run.pictures.keep(keep)
     if not keep:
         raise InvalidArgument(data_flag(run.args), "every picture is damaged", "give pictures that can be opened")
     if run.args.cache_latents:
         run.pictures.moments = torch.stack(moments)
+
+
+def encoded_pictures(run: Run, share: int = 32):
+    """Yields, picture by picture, the moments of its variants (None without --cache_latents) or what is wrong with it.
+
+    Each process encodes its part of every round of `share` pictures for each of them, and gets the others'.
+    """
+    from accelerate.utils import gather_object
+    from torch.utils.data import DataLoader
+    from tqdm.auto import tqdm
+
+    pixels, vae = VariantPixels(run.pictures, run.args), run.pipeline.vae
+    rounds = range(0, len(pixels), share * run.accelerator.num_processes)
+    rank, last = run.accelerator.process_index, len(pixels)
+    mine = [range(min(r + rank * share, last), min(r + (rank + 1) * share, last)) for r in rounds]
+    loader = iter(
+        DataLoader(
+            pixels,
+            batch_size=None,
+            sampler=[index for part in mine for index in part],
+            num_workers=run.args.dataloader_num_workers,
+        )
+    )
+    with tqdm(desc="encoding pictures", total=sum(map(len, mine)), disable=not run.main, dynamic_ncols=True) as bar:
+        for part in mine:
+            found = []
+            for _ in part:
+                stack = next(loader)
+                if not isinstance(stack, str):
+                    stack = encode(vae, stack) if run.args.cache_latents else None
+                found.append(stack)
+                bar.update()
+            yield from gather_object(found)
+
+
+def encode(vae, stack):
+    """Mean and standard deviation of the latents, [variants, 2, channels, height, width]."""
+    import torch
+
+    with torch.no_grad():
+        posterior = vae.encode(stack.to(vae.device, vae.dtype)).latent_dist
+    return torch.stack([posterior.mean, posterior.std], dim=1).cpu()
 
 
 def encode_captions(run: Run, captions: list[str]) -> dict:
@@ -944,6 +981,7 @@ def load_pipeline(run: Run) -> None:
     from diffusers import DDPMScheduler, StableDiffusionPipeline
 
     args, name = run.args, run.args.pretrained_model_name_or_path
+    check_hub(args)
     try:
         check_pipeline_class(
             name, StableDiffusionPipeline.load_config(name, revision=args.revision, cache_dir=args.cache_dir)
@@ -968,6 +1006,27 @@ def load_pipeline(run: Run) -> None:
     run.pipeline.to(run.accelerator.device)
     for module in (run.pipeline.vae, run.pipeline.text_encoder):
         module.requires_grad_(False).eval()
+
+
+def check_hub(args: argparse.Namespace) -> None:
+    """Refuse a hub's name at once where the hub cannot be reached; its own library tries for most of a minute."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    name, file = args.pretrained_model_name_or_path, "model_index.json"
+    if Path(name).is_dir() or constants.HF_HUB_OFFLINE:
+        return
+    cached = huggingface_hub.try_to_load_from_cache(name, file, cache_dir=args.cache_dir, revision=args.revision)
+    if isinstance(cached, str):
+        return
+    try:
+        huggingface_hub.get_session().head(constants.ENDPOINT, timeout=15)
+    except Exception as error:  # requests' or httpx's, by the version of the hub's library
+        raise InvalidArgument(
+            f"--pretrained_model_name_or_path {name}",
+            f"no such folder, and {constants.ENDPOINT} cannot be reached ({first_line(error)})",
+            "give a folder in diffusers format, or check the connection",
+        ) from None
 
 
 def load_unet(run: Run, dtype):
@@ -1339,7 +1398,16 @@ def build_trainer(run: Run, method: str) -> Trainer:
     elif args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     trainer.model, trainer.optimizer = run.accelerator.prepare(unet.train(), trainer.optimizer)
+    if args.compile:
+        trainer.model = compiled(trainer.model)
     return trainer
+
+
+def compiled(model):
+    """The model for training steps only: samples and validation batches have other shapes, and go without."""
+    import torch
+
+    return torch.compile(model)
 
 
 def build_optimizer(run: Run, parameters: list):
@@ -1726,10 +1794,9 @@ def write_comparison(run: Run) -> None:
     """`comparison.png`, the paper's Figure 3: steps across; prompts down, and the methods under each."""
     from PIL import Image, ImageDraw, ImageFont
 
-    args = run.args
-    columns = comparison_columns(run)
+    args, columns = run.args, comparison_columns(run)
     tile, gap, top = 128 if args.resolution <= 128 else 192, 6, 40
-    font, bold = ImageFont.load_default(16), ImageFont.load_default(20)
+    font, bold = ImageFont.load_default(16), font_for("".join(args.validation_prompt), 20)
     left = 24 + max(int(font.getlength(method)) for method in args.method)
     height_of_prompt = 34 + len(args.method) * (tile + gap) + 10
     width = left + len(columns) * (tile + gap) + gap
@@ -1751,6 +1818,21 @@ def write_comparison(run: Run) -> None:
                     sheet.paste(picture, (left + c * (tile + gap), row))
     with renamed(run.output / "comparison.png") as temporary:
         sheet.save(temporary, format="png")
+
+
+def font_for(text: str, size: int):
+    """Pillow's own font, or, where that lacks a character, the first installed font that has them all."""
+    from PIL import ImageFont
+
+    needed = {ord(character) for character in text if ord(character) > 0x24F}
+    if needed:
+        from matplotlib import font_manager
+
+        for path in sorted(font_manager.findSystemFonts(fontext="ttf")):
+            with contextlib.suppress(OSError, RuntimeError):
+                if needed <= font_manager.get_font(path).get_charmap().keys():
+                    return ImageFont.truetype(path, size)
+    return ImageFont.load_default(size)
 
 
 def shorten(text: str, length: int) -> str:

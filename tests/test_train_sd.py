@@ -262,6 +262,22 @@ def test_two_processes_end_where_one_with_the_whole_batch_ends(run, base_flags, 
             torch.testing.assert_close(value, final_weights(run)[name], rtol=1e-3, atol=1e-5)
 
 
+def test_compiled_steps_are_the_same_steps(run, base_flags, tmp_path, monkeypatch):
+    """The whole graph is captured as for any backend, but run without code generation, which would take minutes."""
+    captured, compile_ = [], torch.compile
+
+    def capture(graph, inputs):
+        captured.append(any("conv2d" in str(node.target) for node in graph.graph.nodes))
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda model: compile_(model, backend=capture, fullgraph=True))
+    flags = [*base_flags, "--compile", "--method", "reslora", "--output_dir", str(tmp_path / "out")]
+    assert train_sd.main(flags) == 0
+    assert sum(captured) == 1  # the U-Net, once; the rest puts the norms of a forward away
+    ours, eager = (load_file(f / "reslora" / "pytorch_lora_weights.safetensors") for f in (tmp_path / "out", run))
+    assert all(torch.allclose(ours[name], eager[name], rtol=1e-3, atol=1e-5) for name in eager)
+
+
 @pytest.mark.parametrize("cached", [True, False])
 def test_half_precision_and_uncached_encoders_train(base_flags, tmp_path, cached):
     uncached = ["--no-cache_latents", "--no-cache_text_embeddings", "--dataloader_num_workers", "1"]
@@ -447,6 +463,16 @@ def test_bad_flags_are_refused_in_one_line(base_flags, capsys, tmp_path, flags):
     assert not list(tmp_path.glob("out/*"))
 
 
+def test_hub_that_cannot_be_reached_is_said_at_once(capsys, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: False, raising=False)
+    flags = ("--pretrained_model_name_or_path", "nobody/nothing", "--train_data_dir", data, "--report_to", "none")
+    line = refused(capsys, *flags, "--output_dir", tmp_path / "out")
+    assert "nobody/nothing" in line and "http://127.0.0.1:9 cannot be reached" in line
+    assert not (tmp_path / "out").exists()
+
+
 def test_model_without_data_is_refused(model, capsys):
     assert "--train_data_dir" in refused(capsys, "--pretrained_model_name_or_path", model)
 
@@ -581,6 +607,19 @@ def test_extreme_shapes_are_cropped_in_little_memory(size):
     args = train_sd.parse_args(["--resolution", "64"])
     pixels = train_sd.crop_and_scale(PIL.Image.new("RGB", size, "white"), (0.5, 1.0), True, args)
     assert pixels.shape == (3, 64, 64) and (pixels == 1).all()
+
+
+def test_prompts_in_other_scripts_find_a_font_if_one_is_installed():
+    from matplotlib import font_manager
+
+    plain = train_sd.font_for("red disc", 20)
+    greek = train_sd.font_for("κόκκινος", 20)
+    has_greek = any(
+        {ord(c) for c in "κόκινς"} <= font_manager.get_font(path).get_charmap().keys()
+        for path in font_manager.findSystemFonts(fontext="ttf")
+    )
+    assert plain.getlength("red disc") > 0
+    assert (greek.path != plain.path) == has_greek
 
 
 def test_fewer_pictures_than_a_batch(model, tmp_path):
