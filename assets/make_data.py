@@ -2,6 +2,7 @@
 
     pip install resvg-py                       # draws OpenMoji's vector pictures
     python assets/make_data.py                 # needs npm; writes assets/build/noto and assets/build/openmoji
+    python assets/make_data.py --select assets/openmoji   # afterwards: the fine-tuning set, 260 of OpenMoji's pictures
 
 Both sets hold the same emoji under the same captions, the CLDR short names in lower case; skin tones, flags and
 components are left out. Noto Emoji is under the Apache License 2.0, OpenMoji under CC BY-SA 4.0.
@@ -10,11 +11,13 @@ components are left out. Noto Emoji is under the Apache License 2.0, OpenMoji un
 import argparse
 import io
 import json
+import shutil
 import subprocess
 import tarfile
 from pathlib import Path
 
 import resvg_py
+from captions import VALIDATION_PROMPTS, is_known
 from PIL import Image
 from tqdm import tqdm
 
@@ -26,6 +29,7 @@ SIDE = 64
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="assets/build", help="gets the folders noto/, openmoji/ and packages/")
+    parser.add_argument("--select", metavar="FOLDER", help="copy the pictures of the fine-tuning set there instead")
     return parser.parse_args()
 
 
@@ -69,9 +73,29 @@ def chosen(keys: tarfile.TarFile, openmoji: tarfile.TarFile) -> list[tuple[dict,
     return rows
 
 
+def select(openmoji: Path, target: Path, count: int = 260) -> None:
+    """Copy `count` pictures, spread over the captions that the base knows but for the validation prompts."""
+    if not (openmoji / "metadata.jsonl").is_file():
+        raise SystemExit(f"{openmoji}: no metadata.jsonl there; run make_data.py without --select first")
+    rows = [json.loads(line) for line in (openmoji / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [row for row in rows if is_known(row) and row["text"] not in VALIDATION_PROMPTS]
+    chosen = [rows[i * len(rows) // count] for i in range(count)]
+    target.mkdir(parents=True, exist_ok=True)
+    for old in target.glob("*.png"):
+        old.unlink()
+    for row in chosen:
+        shutil.copyfile(openmoji / row["file_name"], target / row["file_name"])
+    lines = [json.dumps({key: row[key] for key in ("file_name", "text")}, ensure_ascii=False) + "\n" for row in chosen]
+    (target / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
+    print(f"{len(chosen)} of {len(rows)} pictures in {target}")
+
+
 def main() -> None:
     args = parse_args()
     output = Path(args.output)
+    if args.select:
+        select(output / "openmoji", Path(args.select))
+        return
     keys, noto, openmoji = (fetch(package, output / "packages") for package in PACKAGES.values())
     rows = chosen(keys, openmoji)
     for style in ("noto", "openmoji"):

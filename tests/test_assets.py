@@ -1,10 +1,12 @@
 """The scripts that make the bundled pipeline, and the pipeline itself."""
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 sys.path.insert(0, str(ASSETS))
@@ -94,3 +96,13 @@ def test_bundled_pipeline_draws_on_white():
     picture = pipeline("red apple", num_inference_steps=10, guidance_scale=4.0, generator=generator, output_type="pt")
     corners = picture.images[0][:, [0, 0, -1, -1], [0, -1, 0, -1]]
     assert picture.images.shape == (1, 3, 64, 64) and corners.mean() > 0.9
+
+
+def test_fine_tuning_set_has_known_captions_and_none_of_the_prompts():
+    rows = [json.loads(line) for line in (ASSETS / "openmoji" / "metadata.jsonl").read_text().splitlines()]
+    captions = {row["text"] for row in rows}
+    tokenizer = AutoTokenizer.from_pretrained(ASSETS / "pipeline" / "tokenizer")
+    assert len(captions) == 260 and not captions & set(VALIDATION_PROMPTS)
+    assert all(is_known(row | {"category": "Objects", "subcategory": ""}) for row in rows)
+    assert not [caption for caption in captions if tokenizer.unk_token_id in tokenizer(caption).input_ids]
+    assert {row["file_name"] for row in rows} == {path.name for path in (ASSETS / "openmoji").glob("*.png")}
