@@ -70,7 +70,10 @@ __all__ = [
     "run_script",
     "save_adapter",
     "settings",
+    "table_text",
+    "total_steps",
     "usable_checkpoint",
+    "write_results",
 ]
 
 logger = logging.get_logger(__name__)
@@ -140,6 +143,14 @@ def _targets(model: PreTrainedModel, arguments: MethodArguments) -> list[str] | 
                 f"name some of {', '.join(sorted(linear))}",
             )
     return list(targets)
+
+
+def total_steps(args: TrainingArguments, examples: int) -> int:
+    """How many steps `Trainer` takes with these arguments on a data set of `examples` rows."""
+    if args.max_steps > 0:
+        return args.max_steps
+    batches = math.ceil(math.ceil(examples / args.per_device_train_batch_size) / args.world_size)
+    return math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))
 
 
 def _allocator(model: nn.Module) -> AdaLoraModel | None:
@@ -235,6 +246,10 @@ class AdapterTrainer(Trainer):
     def __init__(self, model: nn.Module, args: TrainingArguments, **kwargs) -> None:
         args = copy.copy(args)
         _refuse_sharding(args)
+        if args.deepspeed and _allocator(model) is not None:
+            raise InvalidArgument(
+                "--method adalora", "reads gradients that DeepSpeed keeps to itself", "train it without --deepspeed"
+            )
         args.logging_nan_inf_filter = False  # it would report the mean of earlier losses in place of a NaN
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False
@@ -246,6 +261,7 @@ class AdapterTrainer(Trainer):
         super().__init__(model, args, **kwargs)
         if checkpointing:
             enable_gradient_checkpointing(model)
+        self.trainable_parameters = sum(value.numel() for value in _trained(model).values())
         self.allocator = _allocator(model)
         if self.allocator is not None:
             self.add_callback(_AllocateRanks(self))
@@ -602,3 +618,39 @@ def _write_merged(base: PreTrainedModel, directory: Path, tokenizer) -> None:
         plain.save_pretrained(str(temporary))
         if tokenizer is not None:
             tokenizer.save_pretrained(str(temporary))
+
+
+def write_results(
+    trainer: AdapterTrainer, arguments: MethodArguments, table: dict[str, dict], report: MergeReport | None, **facts
+) -> dict:
+    """Writes `results.json` and returns its content.
+
+    `facts` (task, model, sizes), the method with its settings, how long was trained, `table` (see `merge_table`), and
+    `merge`: the method by which the exported adapter was merged, None where there was nothing to merge.
+    """
+    wired = ("shortcut", "pre_num", "head") if arguments.method == "reslora" else ()
+    timing = [callback.seconds for callback in trainer.callback_handler.callbacks if isinstance(callback, LogCallback)]
+    content = {
+        **facts,
+        **{name: getattr(arguments, name) for name in ("method", *wired, "lora_r", "lora_alpha")},
+        "trainable_parameters": trainer.trainable_parameters,
+        "seed": trainer.args.seed,
+        "steps": trainer.state.global_step,
+        "train_seconds": round(timing[0], 3) if timing else None,
+        "merge": report.method if report is not None else None,
+        "table": table,
+    }
+    if trainer.args.should_save:
+        write_json(Path(trainer.args.output_dir) / "results.json", content)
+    return content
+
+
+def table_text(table: Mapping[str, Mapping]) -> str:
+    """A `merge_table` for a terminal: one line per row, figures as columns, and the mean error of each merge."""
+    names = [name for name in next(iter(table.values())) if name != "report"]
+    lines = [f"  {'':<10}" + "".join(f"{name:>14}" for name in names)]
+    for row, figures in table.items():
+        errors = [block["error"] for block in figures.get("report", {}).get("blocks", ()) if block["error"] is not None]
+        error = f"   error of a block {sum(errors) / len(errors):.2%} on average" if errors else ""
+        lines.append(f"  {row:<10}" + "".join(f"{figures[name]:>14.4f}" for name in names) + error)
+    return "\n".join(lines)
