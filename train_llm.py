@@ -10,6 +10,7 @@ causal model. All flags of transformers' `TrainingArguments` are here and mean t
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -438,28 +440,50 @@ def calibration_batches(rows: list[dict], count: int, size: int) -> list[dict[st
 # -- model -------------------------------------------------------------------------------------------------------------
 
 
-def load_model(task: TaskArguments, training: LlmTrainingArguments) -> tuple[PreTrainedModel, Tokenizer]:
-    """The frozen model and its tokenizer; `InvalidArgument` for what is no causal model."""
-    name, options = task.model_name_or_path, {"revision": task.revision, "cache_dir": task.cache_dir}
+def load_tokenizer(task: TaskArguments) -> Tokenizer:
+    """The tokenizer; `InvalidArgument` for what is no causal model, before anything large is read."""
+    name = task.model_name_or_path
     flag = f"--model_name_or_path {name}"
-    try:
-        config = AutoConfig.from_pretrained(name, **options)
+    if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise InvalidArgument(flag, "no such folder", "give one in transformers' format, or a name on the hub")
+    with refused_as(flag):
+        config = AutoConfig.from_pretrained(name, **source(task))
         classes = config.architectures or []
         if config.is_encoder_decoder or not any(c.endswith(("ForCausalLM", "LMHeadModel")) for c in classes):
             raise ValueError(f"a {', '.join(classes) or config.model_type}, no causal language model")
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        model = AutoModelForCausalLM.from_pretrained(name, **options, **precision(task, training))
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise InvalidArgument(
-            flag, first_line(error), "give a folder or a name on the hub of a causal model"
-        ) from error
+        tokenizer = AutoTokenizer.from_pretrained(name, **source(task))
     if tokenizer.eos_token_id is None:
         raise InvalidArgument(flag, "its tokenizer has no end-of-sequence token", "set eos_token in its configuration")
+    return tokenizer
+
+
+def load_model(task: TaskArguments, training: LlmTrainingArguments) -> PreTrainedModel:
+    """The model that will be frozen."""
+    with refused_as(f"--model_name_or_path {task.model_name_or_path}"):
+        model = AutoModelForCausalLM.from_pretrained(
+            task.model_name_or_path, **source(task), **precision(task, training)
+        )
     if task.load_in_4bit:
         from peft import prepare_model_for_kbit_training
 
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    return model, tokenizer
+    return model
+
+
+def source(task: TaskArguments) -> dict:
+    """Keyword arguments of every `from_pretrained`."""
+    return {"revision": task.revision or "main", "cache_dir": task.cache_dir}
+
+
+@contextlib.contextmanager
+def refused_as(flag: str):
+    """What goes wrong inside is the fault of the model that was named."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        raise InvalidArgument(
+            flag, first_line(error), "give a folder or a name on the hub of a causal model"
+        ) from error
 
 
 def precision(task: TaskArguments, training: LlmTrainingArguments) -> dict:
@@ -593,9 +617,9 @@ def build_trainer(
     task: TaskArguments, method: MethodArguments, training: LlmTrainingArguments
 ) -> tuple[LlmTrainer, list[dict[str, list[int]]]]:
     """Data, model and adapter as a trainer; and the training rows."""
+    encoder = Encoder(load_tokenizer(task))
     examples = load_examples(task, training.seed)
-    model, tokenizer = load_model(task, training)
-    encoder = Encoder(tokenizer)
+    model = load_model(task, training)
     rows = encode_training(encoder, examples["train"], task.max_length)
     check_positions(model, encoder, examples["test"] + examples["validation"], task.max_new_tokens)
     torch.manual_seed(training.seed)

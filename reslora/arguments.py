@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from .config import HEADS, SHORTCUTS
@@ -119,6 +120,11 @@ class AdapterTrainingArguments(TrainingArguments):
         check_whole("seed", self.seed, 0)
         if self.deepspeed and importlib.util.find_spec("deepspeed") is None:
             raise InvalidArgument("--deepspeed", "deepspeed is not installed", "pip install deepspeed, or leave it out")
+        gpu = torch.cuda.is_available() and not self.use_cpu
+        if self.fp16 and not gpu:
+            raise InvalidArgument("--fp16", "needs a GPU", "leave it out, or take --bf16 --use_cpu")
+        if self.bf16 and not gpu and not self.use_cpu:
+            raise InvalidArgument("--bf16", "there is no GPU", "add --use_cpu, or leave it out")
         check_writable(self.output_dir)
         super().__post_init__()
 

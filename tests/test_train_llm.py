@@ -377,9 +377,11 @@ BAD_FLAGS = [
     (["--metric_for_best_model", "bleu"], ["--metric_for_best_model bleu", "accuracy"]),
     (["--dtype", "int8"], ["--dtype", "int8"]),
     (["--output_dir", "/dev/null/run"], ["--output_dir /dev/null/run", "choose another"]),
+    (["--fp16"], ["--fp16", "needs a GPU"]),
+    (["--bf16", "--use_cpu", "false"], ["--bf16", "add --use_cpu"]),
     (["--deepspeed"], ["--deepspeed", "not installed"]),
     (["--load_in_4bit"], ["--load_in_4bit", "not installed"]),
-    (["--model_name_or_path", "/no/such/folder"], ["--model_name_or_path /no/such/folder"]),
+    (["--model_name_or_path", "/no/such/folder"], ["--model_name_or_path /no/such/folder", "no such folder"]),
     (["--data_dir", "/no/such/folder"], ["--data_dir /no/such/folder", "train.jsonl", "Body, Question"]),
     (["--target_modules", "nothing"], ["--target_modules nothing", "q_proj"]),
     (["--max_length", "5"], ["--max_length 5", "give at least"]),
@@ -391,6 +393,7 @@ BAD_FLAGS = [
 @pytest.mark.parametrize(("bad", "words"), BAD_FLAGS, ids=[" ".join(bad) for bad, _ in BAD_FLAGS])
 def test_a_bad_flag_is_one_line_and_status_2(tiny, data, tmp_path, capsys, monkeypatch, bad, words):
     missing = {"deepspeed", "bitsandbytes"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     find_spec = train_llm.importlib.util.find_spec
     monkeypatch.setattr(
         "importlib.util.find_spec", lambda name, *more: None if name in missing else find_spec(name, *more)
