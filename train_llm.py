@@ -690,7 +690,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer, rows = build_trainer(task, method, training)
     if training.should_save:
         write_json(Path(training.output_dir) / "config.json", flags)
-    trainer.model.print_trainable_parameters()
+        trainer.model.print_trainable_parameters()
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     results = finish(trainer, rows, task, method)
     say(summary(results, training, method, bundled=task.model_name_or_path == str(BUNDLED_MODEL)))

@@ -120,6 +120,10 @@ class AdapterTrainingArguments(TrainingArguments):
         check_whole("seed", self.seed, 0)
         if self.deepspeed and importlib.util.find_spec("deepspeed") is None:
             raise InvalidArgument("--deepspeed", "deepspeed is not installed", "pip install deepspeed, or leave it out")
+        if self.push_to_hub:
+            raise InvalidArgument(
+                "--push_to_hub", "is not supported", "upload the run's peft/ with `hf upload` instead"
+            )
         gpu = torch.cuda.is_available() and not self.use_cpu
         if self.fp16 and not gpu:
             raise InvalidArgument("--fp16", "needs a GPU", "leave it out, or take --bf16 --use_cpu")
@@ -223,7 +227,7 @@ def settings(*arguments: object) -> dict:
     merged: dict = {}
     for instance in arguments:
         values = instance.to_dict() if hasattr(instance, "to_dict") else dataclasses.asdict(instance)
-        merged |= {name: value for name, value in values.items() if "token" not in name or name == "max_new_tokens"}
+        merged |= {name: value for name, value in values.items() if not name.endswith("_token")}
     return json.loads(json.dumps(merged, default=str))
 
 

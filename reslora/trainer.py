@@ -225,6 +225,8 @@ def _damage(folder: Path, processes: int) -> str | None:
                 pass
         if adapters[0].name == checkpoint.WEIGHTS_NAME:
             json.loads((folder / checkpoint.CONFIG_NAME).read_text(encoding="utf-8"))
+        if not (folder / ranks[-1]).exists():
+            return f"no {ranks[-1]}: incomplete, or made by another number of processes"
         for name in (*states, *ranks):
             with safe_globals():
                 torch.load(folder / name, map_location="cpu", weights_only=True)

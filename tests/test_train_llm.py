@@ -341,9 +341,12 @@ def test_metamathqa_is_tested_on_gsm8k_and_draws_its_examples(tiny, tmp_path):
 
 
 def test_the_deepspeed_configuration_is_zero_2_with_offloading():
-    content = json.loads(train_llm.ZERO2_OFFLOAD.read_text())
-    assert content["zero_optimization"]["stage"] == 2
-    assert content["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+    from accelerate.utils.deepspeed import HfDeepSpeedConfig
+
+    configuration = HfDeepSpeedConfig(str(train_llm.ZERO2_OFFLOAD))
+    assert configuration._stage == 2 and configuration.is_offload()
+    assert configuration.get_value("zero_optimization.offload_optimizer.device") == "cpu"
+    assert configuration.get_value("zero_force_ds_cpu_optimizer") is False  # the optimizer is the trainer's
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------
@@ -379,6 +382,7 @@ BAD_FLAGS = [
     (["--output_dir", "/dev/null/run"], ["--output_dir /dev/null/run", "choose another"]),
     (["--fp16"], ["--fp16", "needs a GPU"]),
     (["--bf16", "--use_cpu", "false"], ["--bf16", "add --use_cpu"]),
+    (["--push_to_hub"], ["--push_to_hub", "hf upload"]),
     (["--deepspeed"], ["--deepspeed", "not installed"]),
     (["--load_in_4bit"], ["--load_in_4bit", "not installed"]),
     (["--model_name_or_path", "/no/such/folder"], ["--model_name_or_path /no/such/folder", "no such folder"]),
