@@ -1,0 +1,457 @@
+"""train_glue.py from flags to files: metrics, data, every method and merge, resuming, two processes, bad input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_equal
+from peft import PeftModel
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
+
+import train_glue
+from reslora.trainer import run_script
+
+ROOT = Path(__file__).resolve().parent.parent
+WORDS = ["good", "bad", "fine", "poor", "the", "a", "film", "book", "song", "is", "was", "not", "very", "plot"]
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+def write_model(folder: Path, kind: str = "roberta", **overrides) -> Path:
+    """A tiny encoder with random weights, and a tokenizer of whole words."""
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    vocabulary = {word: number for number, word in enumerate([*special, *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    names = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "sep_token": "</s>"}
+    inputs = ["input_ids", "token_type_ids", "attention_mask"] if kind == "bert" else ["input_ids", "attention_mask"]
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=30, model_input_names=inputs, **names
+    ).save_pretrained(folder)
+    config_class, model_class = {
+        "roberta": (RobertaConfig, RobertaForSequenceClassification),
+        "bert": (BertConfig, BertForSequenceClassification),
+    }[kind]
+    torch.manual_seed(0)
+    config = config_class(
+        **{
+            "vocab_size": len(vocabulary),
+            "max_position_embeddings": 34,
+            "pad_token_id": 1,
+            **SMALL,
+            **NO_DROPOUT,
+            **overrides,
+        }
+    )
+    model = model_class(config)
+    (model if "num_labels" in overrides else model.base_model).save_pretrained(
+        folder
+    )  # no head unless one is asked for
+    return folder
+
+
+def make_rows(task: str, count: int, seed: int = 0, labelled: bool = True) -> list[dict]:
+    """Rows in the task's columns, whose label is to be read off the words."""
+    columns, labels = train_glue.TASKS[task].columns, train_glue.TASKS[task].labels
+    rng, rows = np.random.default_rng(seed), []
+    for index in range(count):
+        row = {name: " ".join(rng.choice(WORDS, size=rng.integers(2, 7))) for name in columns}
+        good = sum(text.split().count("good") + text.split().count("fine") for text in row.values())
+        row["label"] = int(good) % len(labels) if labels else float(min(good, 5))
+        row["idx"] = index
+        if not labelled:
+            row["label"] = -1
+        rows.append(row)
+    return rows
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_data(folder: Path, task: str, train: int = 24, validation: int = 10) -> Path:
+    write_rows(folder / "train.jsonl", make_rows(task, train))
+    for part in train_glue.TASKS[task].parts:
+        write_rows(folder / f"validation{part}.jsonl", make_rows(task, validation, seed=len(part)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def roberta(tmp_path_factory) -> Path:
+    return write_model(tmp_path_factory.mktemp("roberta"))
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory) -> Path:
+    return write_model(tmp_path_factory.mktemp("bert"), "bert")
+
+
+@pytest.fixture(scope="session")
+def rte(tmp_path_factory) -> Path:
+    return write_data(tmp_path_factory.mktemp("rte"), "rte")
+
+
+def flags(model: Path, data: Path, output: Path, task: str = "rte", *more: str) -> list[str]:
+    return [
+        *("--model_name_or_path", str(model), "--data_dir", str(data), "--output_dir", str(output)),
+        *("--task_name", task, "--max_steps", "4", "--per_device_train_batch_size", "4", "--learning_rate", "0.01"),
+        *("--report_to", "none", "--disable_tqdm", "True", "--use_cpu", "--lora_r", "2", "--calibration_examples", "6"),
+        *more,
+    ]
+
+
+def results_of(output: Path) -> dict:
+    return json.loads((output / "results.json").read_text())
+
+
+def log_of(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+
+
+# -- metrics -----------------------------------------------------------------------------------------------------------
+
+
+def scored(task: str, predictions: list, labels: list) -> dict[str, float]:
+    return train_glue.scores(train_glue.TASKS[task], np.array(predictions), np.array(labels))
+
+
+def test_metrics_by_hand():
+    # three true positives, one false, one missed, one true negative
+    predictions, labels = [1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 1, 0]
+    for task in ("mrpc", "qqp"):
+        assert scored(task, predictions, labels) == pytest.approx({"f1": 2 * 3 / (2 * 3 + 1 + 1), "accuracy": 4 / 6})
+    matthews = (3 * 1 - 1 * 1) / (4 * 4 * 2 * 2) ** 0.5
+    assert scored("cola", predictions, labels) == pytest.approx({"matthews": matthews})
+    for task in ("sst2", "qnli", "rte", "wnli", "mnli"):
+        assert scored(task, predictions, labels) == pytest.approx({"accuracy": 4 / 6})
+    # deviations (-1, 0, 1) and (-1, 1, 0): 1 / 2; the ranks are the same numbers
+    assert scored("stsb", [1.0, 2.0, 3.0], [0.0, 4.0, 2.0]) == pytest.approx({"pearson": 0.5, "spearmanr": 0.5})
+    skewed = scored("stsb", [1.0, 2.0, 9.0], [0.0, 1.0, 2.0])
+    assert skewed["spearmanr"] == pytest.approx(1.0) and skewed["pearson"] == pytest.approx(8 / (38 * 2) ** 0.5)
+
+
+def test_undefined_correlations_count_as_zero():
+    assert scored("stsb", [2.0, 2.0], [1.0, 3.0]) == {"pearson": 0.0, "spearmanr": 0.0}
+    assert scored("cola", [1, 1], [1, 0]) == {"matthews": 0.0}
+
+
+def test_the_first_metric_is_the_papers():
+    first = {name: task.metrics[0] for name, task in train_glue.TASKS.items()}
+    assert len(first) == 9
+    expected = {"mrpc": "f1", "qqp": "f1", "cola": "matthews", "stsb": "pearson"}
+    assert first == {name: expected.get(name, "accuracy") for name in first}
+
+
+# -- tasks, methods and merges -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", list(train_glue.TASKS))
+def test_every_task_trains_and_is_scored(task, roberta, tmp_path):
+    data, output = write_data(tmp_path / "data", task), tmp_path / "run"
+    train_glue.main(flags(roberta, data, output, task, "--max_steps", "1", "--method", "lora"))
+    expected = ["loss", *train_glue.TASKS[task].metrics]
+    expected += [f"{name}_mm" for name in expected] if task == "mnli" else []
+    assert list(results_of(output)["table"]["unmerged"]) == expected
+    assert results_of(output)["validation_examples"] == (20 if task == "mnli" else 10)
+
+
+@pytest.mark.parametrize(
+    ("shortcut", "merges"),
+    [
+        ("input", ["unmerged", "none", "input", "weights", "lstsq"]),
+        ("middle", ["unmerged", "none", "input", "weights", "lstsq"]),
+        ("block", ["unmerged", "none", "exact"]),
+        ("none", ["unmerged"]),
+    ],
+)
+@pytest.mark.parametrize("architecture", ["roberta", "bert"])
+def test_every_merge_is_measured(shortcut, merges, architecture, request, rte, tmp_path):
+    model = request.getfixturevalue(architecture)
+    train_glue.main(flags(model, rte, tmp_path, "rte", "--shortcut", shortcut))
+    results = results_of(tmp_path)
+    assert list(results["table"]) == merges
+    for name, row in results["table"].items():
+        assert 0 <= row["accuracy"] <= 1 and row["loss"] > 0
+        assert name == "unmerged" or [block["name"] for block in row["report"]["blocks"]]
+    if shortcut == "block":
+        assert results["table"]["exact"]["loss"] == pytest.approx(results["table"]["unmerged"]["loss"], rel=1e-5)
+    if shortcut == "middle":
+        losses = [results["table"][name]["loss"] for name in merges[1:]]
+        assert len(set(losses)) == len(losses)
+    assert results["merge"] == {"none": "none", "block": "exact"}.get(shortcut, "lstsq")
+
+
+@pytest.mark.parametrize("method", ["lora", "lora_x2", "reslora", "adalora", "loha", "lokr"])
+def test_what_is_saved_loads_in_stock_libraries(method, roberta, rte, tmp_path):
+    train_glue.main(flags(roberta, rte, tmp_path, "rte", "--method", method, "--merge_and_save"))
+    tokens = {"input_ids": torch.tensor([[0, 5, 6, 7, 2, 2, 8, 9, 2]])}
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").double().eval()
+    base = AutoModelForSequenceClassification.from_pretrained(roberta)
+    untrained = base(**tokens).logits.detach().double()
+    stock = PeftModel.from_pretrained(base, tmp_path / "peft").double().eval()
+    with torch.no_grad():
+        expected, actual = stock(**tokens).logits, merged(**tokens).logits
+    assert_equal(actual, expected, rtol=1e-4, atol=1e-5)  # the merged weights were rounded to float32
+    assert (expected - untrained).abs().max() > 0.01
+    assert merged.config.id2label == {0: "entailment", 1: "not_entailment"}
+    saved = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    assert "base_model.model.classifier.out_proj.weight" in saved
+
+
+def test_the_exported_adapter_gives_the_reported_metrics(roberta, rte, tmp_path):
+    """The row of the merge that was exported is what stock PEFT reaches."""
+    train_glue.main(flags(roberta, rte, tmp_path, "rte", "--shortcut", "middle", "--merge", "weights"))
+    results = results_of(tmp_path)
+    arguments = train_glue.parse(flags(roberta, rte, tmp_path))
+    splits = train_glue.read_splits(arguments)
+    tokenizer, base, _ = train_glue.load_model(arguments)
+    stock = PeftModel.from_pretrained(base, tmp_path / "peft").eval()
+    losses = []
+    for row in train_glue.encode(arguments, tokenizer, splits["validation"]):
+        with torch.no_grad():
+            losses.append(stock(**{name: torch.tensor([value]) for name, value in row.items()}).loss.item())
+    assert results["merge"] == "weights"
+    assert np.mean(losses) == pytest.approx(results["table"]["weights"]["loss"], rel=1e-4)
+
+
+def test_regression_is_trained_by_squared_error(roberta, tmp_path):
+    data = write_data(tmp_path / "data", "stsb")
+    train_glue.main(flags(roberta, data, tmp_path / "run", "stsb", "--merge_and_save"))
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "merged")
+    assert merged.config.problem_type == "regression" and merged.config.num_labels == 1
+
+
+def test_it_learns(tmp_path):
+    """Whether a sentence has a word can be learnt on top of random weights, if they are not too small."""
+    model = write_model(tmp_path / "model", initializer_range=0.2)
+    rows = [row | {"label": int("good" in row["sentence"].split())} for row in make_rows("sst2", 80)]
+    write_rows(tmp_path / "data" / "train.jsonl", rows)
+    write_rows(tmp_path / "data" / "validation.jsonl", rows)
+    more = ("--max_steps", "60", "--per_device_train_batch_size", "16", "--save_strategy", "no", "--shortcut", "block")
+    train_glue.main(flags(model, tmp_path / "data", tmp_path / "run", "sst2", *more))
+    share = np.mean([row["label"] for row in rows])
+    assert results_of(tmp_path / "run")["table"]["exact"]["accuracy"] > max(share, 1 - share) + 0.1
+
+
+def test_without_a_model_the_bundled_one_is_trained(tmp_path, capsys):
+    more = ("--max_steps", "40", "--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "True")
+    train_glue.main(["--output_dir", str(tmp_path), *more, "--eval_strategy", "no", "--use_cpu"])
+    results, shown = results_of(tmp_path), capsys.readouterr().out
+    assert results["task"] == "cola" and results["table"]["lstsq"]["matthews"] > 0.4
+    assert "results.json" in shown and "--model_name_or_path FacebookAI/roberta-large" in shown
+
+
+# -- data --------------------------------------------------------------------------------------------------------------
+
+
+def test_predictions_for_a_test_split(roberta, tmp_path):
+    data = write_data(tmp_path / "data", "mnli")
+    write_rows(data / "test_matched.jsonl", make_rows("mnli", 5, labelled=False))
+    unlabelled = [{k: v for k, v in row.items() if k != "label"} for row in make_rows("mnli", 3)]
+    write_rows(data / "test_mismatched.jsonl", unlabelled)
+    train_glue.main(flags(roberta, data, tmp_path / "run", "mnli", "--max_steps", "1"))
+    for name, count in (("matched", 5), ("mismatched", 3)):
+        lines = (tmp_path / "run" / f"predict_results_mnli_{name}.txt").read_text().splitlines()
+        assert lines[0] == "index\tprediction" and len(lines) == count + 1
+        assert {line.split("\t")[1] for line in lines[1:]} <= set(train_glue.TASKS["mnli"].labels)
+    assert results_of(tmp_path / "run")["test"] is None
+
+
+def test_a_labelled_test_split_is_scored(roberta, tmp_path):
+    data = write_data(tmp_path / "data", "mrpc")
+    write_rows(data / "test.jsonl", make_rows("mrpc", 6, seed=5))
+    train_glue.main(flags(roberta, data, tmp_path / "run", "mrpc", "--max_steps", "1"))
+    assert list(results_of(tmp_path / "run")["test"]) == ["loss", "f1", "accuracy"]
+
+
+def test_samples_and_lengths_are_cut(roberta, rte, tmp_path):
+    more = ("--max_train_samples", "8", "--max_eval_samples", "3", "--max_seq_length", "7", "--pad_to_max_length")
+    arguments = train_glue.parse(flags(roberta, rte, tmp_path, "rte", *more))
+    splits = train_glue.read_splits(arguments)
+    assert {name: len(columns["label"]) for name, columns in splits.items()} == {"train": 8, "validation": 3}
+    tokenizer, _, _ = train_glue.load_model(arguments)
+    encoded = train_glue.encode(arguments, tokenizer, splits["train"])
+    assert {len(row["input_ids"]) for row in encoded} == {7}
+    batches = train_glue.calibration_batches(arguments, encoded, torch.device("cpu"))
+    assert len(batches) == 6 and all("labels" not in batch for batch in batches)
+    for batch, row in zip(batches, encoded, strict=False):
+        assert batch["input_ids"].shape == (1, sum(row["attention_mask"])) and batch["attention_mask"].all()
+
+
+def test_a_data_set_folder_is_read_like_the_hubs(roberta, tmp_path):
+    """`--dataset_name` with a folder goes through `datasets.load_dataset`, as a name on the hub does."""
+    write_data(tmp_path / "data", "rte")
+    more = ("--dataset_name", str(tmp_path / "data"), "--dataset_config_name", "default", "--max_steps", "1")
+    argv = [word for word in flags(roberta, tmp_path, tmp_path / "run", "rte", *more)]
+    at = argv.index("--data_dir")
+    train_glue.main(argv[:at] + argv[at + 2 :])
+    assert results_of(tmp_path / "run")["train_examples"] == 24
+
+
+# -- log, resume, processes --------------------------------------------------------------------------------------------
+
+
+def test_log_and_configuration(roberta, rte, tmp_path):
+    train_glue.main(flags(roberta, rte, tmp_path, "rte", "--eval_strategy", "steps", "--eval_steps", "2"))
+    rows = log_of(tmp_path)
+    assert [row["step"] for row in rows if row["split"] == "train"] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows if row["split"] == "validation"] == [2, 4]
+    assert all({"step", "split", "loss", "lr", "seconds"} <= set(row) for row in rows)
+    assert all("accuracy" in row for row in rows if row["split"] == "validation")
+    last = [row for row in rows if row["split"] == "validation"][-1]
+    assert last["loss"] == pytest.approx(results_of(tmp_path)["table"]["unmerged"]["loss"])
+    assert json.loads((tmp_path / "config.json").read_text())["task_name"] == "rte"
+    assert not list(tmp_path.glob("**/*.bin")) and not list(tmp_path.glob("checkpoint-*/model.safetensors"))
+
+
+@pytest.mark.parametrize("method", ["reslora", "adalora"])
+def test_a_resumed_run_equals_an_uninterrupted_one(method, roberta, rte, tmp_path):
+    more = ("--save_strategy", "steps", "--save_steps", "2", "--method", method, "--lora_dropout", "0.1")
+    train_glue.main(flags(roberta, rte, tmp_path / "whole", "rte", *more))
+    train_glue.main(flags(roberta, rte, tmp_path / "broken", "rte", *more))
+    for name in ("results.json", "checkpoint-4/trainer_state.json"):
+        (tmp_path / "broken" / name).unlink()  # as if killed while the last checkpoint was written
+    train_glue.main(flags(roberta, rte, tmp_path / "broken", "rte", *more, "--resume_from_checkpoint", "latest"))
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    weights = "peft/adapter_model.safetensors"
+    assert (whole / weights).read_bytes() == (broken / weights).read_bytes()
+    assert results_of(whole) | {"train_seconds": 0} == results_of(broken) | {"train_seconds": 0}
+    without_time = [[row | {"seconds": 0} for row in log_of(folder)] for folder in (whole, broken)]
+    assert without_time[0] == without_time[1]
+
+
+def test_accumulated_batches_equal_one(roberta, rte, tmp_path):
+    for name, size, accumulated in (("one", "8", "1"), ("two", "4", "2")):
+        batch = ("--per_device_train_batch_size", size, "--gradient_accumulation_steps", accumulated)
+        train_glue.main(flags(roberta, rte, tmp_path / name, "rte", *batch, "--shortcut", "middle"))
+    for kind in ("loss", "grad_norm"):
+        one, two = ([row[kind] for row in log_of(tmp_path / name) if kind in row] for name in ("one", "two"))
+        assert one == pytest.approx(two, rel=1e-4)
+
+
+def test_two_processes_agree_with_one(roberta, rte, tmp_path):
+    """DDP over gloo: the same samples per step give the same losses, and the merge is the same everywhere."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29641"]
+    two = flags(roberta, rte, tmp_path / "two", "rte", "--per_device_train_batch_size", "2", "--shortcut", "middle")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, str(ROOT / "train_glue.py"), *two], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    train_glue.main(flags(roberta, rte, tmp_path / "one", "rte", "--shortcut", "middle"))
+    one, both = results_of(tmp_path / "one"), results_of(tmp_path / "two")
+    assert list(both["table"]) == list(one["table"])
+    for name in ("unmerged", "none", "weights", "lstsq"):  # the norms for `input` are those of rank 0's half
+        assert both["table"][name]["loss"] == pytest.approx(one["table"][name]["loss"], rel=1e-4)
+    rows = [[row for row in log_of(tmp_path / name) if row["split"] == "train"] for name in ("one", "two")]
+    losses = [[row["loss"] for row in part] for part in rows]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert (tmp_path / "two" / "peft" / "adapter_model.safetensors").is_file()
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+
+def refused(capfd, argv: list[str], *words: str) -> None:
+    """The script's own error: status 2, one line on stderr that has the words."""
+    capfd.readouterr()
+    try:
+        status = run_script(train_glue.PROG, train_glue.main, argv)
+    except SystemExit as exit:
+        status = exit.code
+    line = capfd.readouterr().err
+    assert status == 2 and line.count("\n") == 1 and line.startswith("train_glue.py: error: "), line
+    for word in words:
+        assert word in line, line
+
+
+def test_bad_flags(capfd, roberta, rte, tmp_path):
+    out = tmp_path / "run"
+    refused(capfd, flags(roberta, rte, out, "squad"), "--task_name", "squad", "rte")
+    refused(capfd, flags(roberta, rte, out, "rte", "--max_seq_length", "0"), "--max_seq_length 0")
+    refused(capfd, flags(roberta, rte, out, "rte", "--max_train_samples", "0"), "--max_train_samples 0")
+    refused(capfd, flags(roberta, rte, out, "rte", "--frobnicate"), "--frobnicate")
+    refused(capfd, flags(tmp_path / "nowhere", rte, out), "--model_name_or_path", "no such folder")
+    refused(capfd, flags(rte, rte, out), "--model_name_or_path", "cannot be loaded")
+    argv = flags(roberta, rte, out)
+    refused(capfd, argv[: argv.index("--task_name")] + argv[argv.index("--task_name") + 2 :], "--task_name", "missing")
+    refused(capfd, flags(roberta, rte, out, "rte", "--target_modules", "q_proj"), "q_proj", "query")
+    assert not (out / "results.json").exists() and not (out / "log.jsonl").exists()
+
+
+def test_bad_data(capfd, roberta, rte, tmp_path):
+    out, data = tmp_path / "run", tmp_path / "data"
+    refused(capfd, flags(roberta, data, out), f"--data_dir {data}", "no such folder", "sentence1, sentence2, label")
+    write_data(data, "rte")
+    refused(capfd, flags(roberta, data, out, "qqp"), "question1, question2", "sentence1, sentence2")
+    (data / "validation.jsonl").unlink()
+    refused(capfd, flags(roberta, data, out), "validation.jsonl")
+    write_rows(data / "validation.jsonl", [])
+    refused(capfd, flags(roberta, data, out), "validation.jsonl", "no rows")
+    for label in (2, -1, None, 0.5, "entailment", True):
+        rows = make_rows("rte", 3)
+        rows[1]["label"] = label
+        write_rows(data / "validation.jsonl", rows)
+        refused(capfd, flags(roberta, data, out), "validation.jsonl, row 2", repr(label), "1 (not_entailment)")
+    rows[1] |= {"label": 0, "sentence2": None}
+    write_rows(data / "validation.jsonl", rows)
+    refused(capfd, flags(roberta, data, out), "row 2", "sentence2 is None")
+    (data / "validation.jsonl").write_text('{"sentence1": "a"\n')
+    refused(capfd, flags(roberta, data, out), "validation.jsonl line 1", "JSON")
+    assert not out.exists()
+
+
+def test_a_score_outside_its_range(capfd, roberta, tmp_path):
+    rows = make_rows("stsb", 3)
+    rows[2]["label"] = 5.5
+    write_data(tmp_path / "data", "stsb")
+    write_rows(tmp_path / "data" / "train.jsonl", rows)
+    refused(capfd, flags(roberta, tmp_path / "data", tmp_path / "run", "stsb"), "row 3", "5.5", "from 0 to 5")
+
+
+def test_remote_code_is_refused(capfd, roberta, tmp_path, monkeypatch):
+    import datasets
+
+    def refuse(*args, **kwargs):
+        raise RuntimeError("Dataset scripts are no longer supported, but found glue.py")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    argv = flags(roberta, tmp_path, tmp_path / "run", "cola")
+    at = argv.index("--data_dir")
+    refused(capfd, argv[:at] + argv[at + 2 :], "nyu-mll/glue", "remote code", "--data_dir", "train.jsonl", "sentence")
+
+
+def test_a_data_set_that_is_not_there(capfd, roberta, tmp_path):
+    argv = flags(roberta, tmp_path, tmp_path / "run", "cola", "--dataset_name", str(tmp_path / "none"))
+    at = argv.index("--data_dir")
+    refused(capfd, argv[:at] + argv[at + 2 :], "--dataset_name", "cannot be loaded", "--data_dir")
+
+
+def test_runs_are_not_mixed(capfd, roberta, rte, tmp_path):
+    train_glue.main(flags(roberta, rte, tmp_path, "rte", "--max_steps", "1", "--method", "lora"))
+    refused(capfd, flags(roberta, rte, tmp_path), "--output_dir", "holds")
+    more = ("--resume_from_checkpoint", "latest", "--method", "loha")
+    refused(capfd, flags(roberta, rte, tmp_path, "rte", *more), "--method loha", "lora")
+
+
+def test_a_head_of_another_size_needs_a_flag(capfd, rte, tmp_path):
+    model = write_model(tmp_path / "model", num_labels=3)
+    refused(capfd, flags(model, rte, tmp_path / "run"), "--ignore_mismatched_sizes")
+    train_glue.main(flags(model, rte, tmp_path / "run", "rte", "--ignore_mismatched_sizes", "--max_steps", "1"))
+    assert "unmerged" in results_of(tmp_path / "run")["table"]

@@ -1,0 +1,516 @@
+"""Fine-tune RoBERTa or BERT on a task of GLUE with ResLoRA or a baseline, and see what each merge keeps of it.
+
+    accelerate launch train_glue.py
+    accelerate launch train_glue.py --model_name_or_path FacebookAI/roberta-large --task_name rte \\
+        --method reslora --shortcut middle --pre_num 4
+
+The first form trains the bundled tiny RoBERTa on a bundled task in the form of CoLA, in a few minutes on two CPU cores.
+Data come from the hub, or from --data_dir: train.jsonl, validation.jsonl and, if wanted, test.jsonl with the columns of
+GLUE on the hub (MNLI: validation_matched.jsonl, validation_mismatched.jsonl ...). The flags of transformers'
+run_glue.py mean the same here. The classification head is trained with every method.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    set_seed,
+)
+from transformers.utils import logging
+
+from reslora.arguments import check_whole
+from reslora.files import replacing, write_json
+from reslora.trainer import (
+    AdapterTrainer,
+    AdapterTrainingArguments,
+    InvalidArgument,
+    LogCallback,
+    MethodArguments,
+    attach,
+    check_resume,
+    export,
+    merge_table,
+    parse_arguments,
+    run_script,
+    settings,
+    table_text,
+    total_steps,
+    write_results,
+)
+
+PROG = "train_glue.py"
+BUNDLED_MODEL = Path(__file__).resolve().parent / "assets" / "tiny-roberta"
+BUNDLED_TASK = BUNDLED_MODEL / "task"
+BUNDLED = {"num_train_epochs": 12, "learning_rate": 3e-3, "per_device_train_batch_size": 16}
+
+
+# -- the nine tasks ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Task:
+    """Columns and label names of a task as GLUE on the hub has them, and its metrics, the first being the paper's."""
+
+    columns: tuple[str, ...]
+    labels: tuple[str, ...]
+    """In the order of their numbers; empty for a score from 0 to 5 (STS-B)."""
+    metrics: tuple[str, ...] = ("accuracy",)
+    parts: tuple[str, ...] = ("",)
+    """What is added to the names of the validation and test splits: MNLI has two of each."""
+
+
+ENTAILMENT = ("entailment", "not_entailment")
+TASKS = {
+    "cola": Task(("sentence",), ("unacceptable", "acceptable"), ("matthews",)),
+    "sst2": Task(("sentence",), ("negative", "positive")),
+    "mrpc": Task(("sentence1", "sentence2"), ("not_equivalent", "equivalent"), ("f1", "accuracy")),
+    "stsb": Task(("sentence1", "sentence2"), (), ("pearson", "spearmanr")),
+    "qqp": Task(("question1", "question2"), ("not_duplicate", "duplicate"), ("f1", "accuracy")),
+    "mnli": Task(
+        ("premise", "hypothesis"), ("entailment", "neutral", "contradiction"), parts=("_matched", "_mismatched")
+    ),
+    "qnli": Task(("question", "sentence"), ENTAILMENT),
+    "rte": Task(("sentence1", "sentence2"), ENTAILMENT),
+    "wnli": Task(("sentence1", "sentence2"), ENTAILMENT[::-1]),
+}
+
+
+def scores(task: Task, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Returns the task's metrics; a correlation that is not defined (all predictions alike) counts as 0.
+
+    `predictions`, `labels`: [examples], label numbers, or scores for STS-B.
+    """
+    from scipy.stats import pearsonr, spearmanr
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+    functions: dict[str, Callable] = {
+        "accuracy": accuracy_score,
+        "f1": f1_score,
+        "matthews": matthews_corrcoef,
+        "pearson": lambda labels, predictions: pearsonr(labels, predictions).statistic,
+        "spearmanr": lambda labels, predictions: spearmanr(labels, predictions).statistic,
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # scipy's, about the correlation that is not defined
+        values = {name: float(functions[name](labels, predictions)) for name in task.metrics}
+    return {name: value if math.isfinite(value) else 0.0 for name, value in values.items()}
+
+
+def predicted(task: Task, logits: np.ndarray) -> np.ndarray:
+    """Label numbers, or scores for STS-B, [examples], of logits [examples, labels]."""
+    return logits.argmax(-1) if task.labels else logits.reshape(-1)
+
+
+# -- flags -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class DataArguments:
+    """The task and where its data are."""
+
+    task_name: str | None = field(default=None, metadata={"choices": list(TASKS), "help": "task of GLUE"})
+    data_dir: str | None = field(
+        default=None,
+        metadata={"help": "folder with train.jsonl, validation.jsonl and maybe test.jsonl; default: the hub's GLUE"},
+    )
+    dataset_name: str = field(default="nyu-mll/glue", metadata={"help": "data set on the hub, or a folder"})
+    dataset_config_name: str | None = field(
+        default=None, metadata={"help": "configuration of that data set; default: the task's name"}
+    )
+    max_seq_length: int = field(default=128, metadata={"help": "longer inputs are cut to that many tokens"})
+    pad_to_max_length: bool = field(
+        default=False, metadata={"help": "pad every input to it, instead of each batch to its longest"}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "train on the first so many examples"})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "evaluate on the first so many"})
+    max_predict_samples: int | None = field(default=None, metadata={"help": "predict the first so many"})
+
+    def __post_init__(self) -> None:
+        check_whole("max_seq_length", self.max_seq_length, 4)
+        for name in ("max_train_samples", "max_eval_samples", "max_predict_samples"):
+            if getattr(self, name) is not None:
+                check_whole(name, getattr(self, name), 1)
+
+
+@dataclass
+class ModelArguments:
+    """The model that is fine-tuned."""
+
+    model_name_or_path: str = field(
+        default=str(BUNDLED_MODEL), metadata={"help": "encoder model: folder or name on the hub; default: the bundled"}
+    )
+    config_name: str | None = field(default=None, metadata={"help": "configuration, if it is not the model's"})
+    tokenizer_name: str | None = field(default=None, metadata={"help": "tokenizer, if it is not the model's"})
+    cache_dir: str | None = field(default=None, metadata={"help": "where downloaded models and data are kept"})
+    model_revision: str = field(default="main", metadata={"help": "revision of the model on the hub"})
+    token: str | None = field(default=None, metadata={"help": "token for the hub"})
+    ignore_mismatched_sizes: bool = field(
+        default=False, metadata={"help": "replace a classification head that has another number of labels"}
+    )
+
+
+@dataclass
+class GlueTrainingArguments(AdapterTrainingArguments):
+    """`AdapterTrainingArguments` with the learning rate and epochs of LoRA on RoBERTa-large (Hu et al., 2022)."""
+
+    output_dir: str = field(default="runs/glue", metadata={"help": "folder of the run"})
+    learning_rate: float = field(default=4e-4, metadata={"help": "highest learning rate"})
+    num_train_epochs: float = field(default=10.0, metadata={"help": "passes over the training examples"})
+    eval_strategy: str = field(default="epoch", metadata={"help": "when to evaluate: no, steps or epoch"})
+    save_strategy: str = field(default="epoch", metadata={"help": "when to write a checkpoint: no, steps or epoch"})
+    save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints kept"})
+    label_names: list[str] | None = field(
+        default_factory=lambda: ["labels"], metadata={"nargs": "+", "help": "names of the model's label arguments"}
+    )
+
+
+@dataclass
+class Arguments:
+    """All flags of a run."""
+
+    data: DataArguments
+    model: ModelArguments
+    method: MethodArguments
+    training: GlueTrainingArguments
+
+    @property
+    def task(self) -> Task:
+        return TASKS[self.data.task_name]
+
+    @property
+    def settings(self) -> dict:
+        return settings(self.data, self.model, self.method, self.training)
+
+
+def parse(argv: Sequence[str] | None) -> Arguments:
+    """Flags with every default filled in."""
+    types = (DataArguments, ModelArguments, MethodArguments, GlueTrainingArguments)
+    arguments = Arguments(*parse_arguments(types, argv, prog=PROG, description=__doc__, bundled=BUNDLED))
+    data, folder = arguments.data, Path(arguments.model.model_name_or_path)
+    if data.task_name is None and data.data_dir is None and folder.resolve() == BUNDLED_MODEL:
+        data.task_name, data.data_dir = "cola", str(BUNDLED_TASK)
+    if data.task_name is None:
+        raise InvalidArgument("--task_name", "missing", f"give one of {', '.join(TASKS)}")
+    if not folder.is_dir() and (folder.exists() or str(folder).startswith((".", "/", "~")) or len(folder.parts) > 2):
+        raise InvalidArgument(
+            f"--model_name_or_path {folder}", "no such folder", "give a transformers model or a name on the hub"
+        )
+    arguments.training.dataloader_pin_memory &= torch.cuda.is_available()  # torch warns in every epoch otherwise
+    return arguments
+
+
+# -- data --------------------------------------------------------------------------------------------------------------
+
+Columns = dict[str, list]
+
+
+def read_splits(arguments: Arguments) -> dict[str, Columns]:
+    """Texts and labels by split (train, validation..., test... where there is one), every row checked."""
+    data, task = arguments.data, arguments.task
+    read = read_folder if data.data_dir else read_hub
+    limits = {"train": data.max_train_samples, "validation": data.max_eval_samples, "test": data.max_predict_samples}
+    splits = {}
+    for kind, limit in limits.items():
+        for part in task.parts if kind != "train" else ("",):
+            where, rows = read(arguments, kind + part)
+            if rows is None:
+                continue
+            if not rows:
+                raise InvalidArgument(where, "no rows", "give a split that has some, or another --data_dir")
+            splits[kind + part] = check_rows(task, where, rows[:limit], labelled=kind != "test")
+    return splits
+
+
+def read_folder(arguments: Arguments, split: str) -> tuple[str, list[dict] | None]:
+    """Rows of `<data_dir>/<split>.jsonl`, and what to call it in an error; None for a test split that is not there."""
+    folder = Path(arguments.data.data_dir)
+    path, where = folder / f"{split}.jsonl", f"--data_dir {folder}"
+    if not path.is_file():
+        if split.startswith("test") and folder.is_dir():
+            return where, None
+        raise InvalidArgument(
+            where, f"no {path.name}" if folder.is_dir() else "no such folder", file_form(arguments.task)
+        )
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        try:
+            row = json.loads(line or "{}")
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise InvalidArgument(f"{where}, {path.name} line {number}", "not a JSON object", "correct it")
+        rows += [row] if line.strip() else []
+    return f"{where}, {path.name}", rows
+
+
+def read_hub(arguments: Arguments, split: str) -> tuple[str, list[dict] | None]:
+    """Rows of a split of the hub's data set, as `read_folder`."""
+    from datasets import load_dataset
+
+    data = arguments.data
+    name = data.dataset_config_name or data.task_name
+    where = f"--dataset_name {data.dataset_name}, configuration {name}"
+    try:
+        sets = load_dataset(data.dataset_name, name, cache_dir=arguments.model.cache_dir, token=arguments.model.token)
+    except Exception as error:  # whatever a hub, a network or a parser can raise
+        message = " ".join(str(error).split())
+        if "script" in message or "remote code" in message or "remote_code" in message:
+            problem = "needs remote code, which is never run"
+        else:
+            problem = f"cannot be loaded ({message[:200]})"
+        raise InvalidArgument(where, problem, f"use --data_dir: {file_form(arguments.task)}") from None
+    if split not in sets:
+        if split.startswith("test"):
+            return where, None
+        raise InvalidArgument(where, f"no split {split} among {', '.join(sets)}", "use --data_dir")
+    return f"{where}, {split}", sets[split].to_list()
+
+
+def file_form(task: Task) -> str:
+    """What a --data_dir must hold, in words."""
+    files = ", ".join(f"validation{part}.jsonl" for part in task.parts)
+    columns = ", ".join((*task.columns, "label"))
+    return f"give a folder with train.jsonl and {files}, one JSON object a line with {columns}"
+
+
+def check_rows(task: Task, where: str, rows: list[dict], labelled: bool) -> Columns:
+    """Texts and labels of the rows by column; labels are left out where a test split has none (or -1, as the hub's)."""
+    names = [*task.columns, *(["label"] if labelled or "label" in rows[0] else [])]
+    found = list(dict.fromkeys(name for row in rows for name in row))
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise InvalidArgument(
+            where,
+            f"no column {', '.join(missing)}",
+            f"the columns are {', '.join(found)}; rename, or change --task_name",
+        )
+    if not labelled and all(row.get("label") in (None, -1, -1.0) for row in rows):
+        names.remove("label") if "label" in names else None
+    for number, row in enumerate(rows, 1):
+        for name in task.columns:
+            if not isinstance(row.get(name), str):
+                raise InvalidArgument(
+                    f"{where}, row {number}", f"{name} is {row.get(name)!r}, not a text", "correct it"
+                )
+        if "label" in names and not valid_label(task, row.get("label")):
+            labels = ", ".join(f"{i} ({name})" for i, name in enumerate(task.labels)) or "numbers from 0 to 5"
+            raise InvalidArgument(f"{where}, row {number}", f"label {row.get('label')!r}", f"labels are {labels}")
+    return {name: [row[name] for row in rows] for name in names}
+
+
+def valid_label(task: Task, label: object) -> bool:
+    if isinstance(label, bool) or not isinstance(label, (int, float)):
+        return False
+    return label in range(len(task.labels)) if task.labels else 0 <= label <= 5
+
+
+def encode(arguments: Arguments, tokenizer, columns: Columns):
+    """Token ids and labels as a `datasets.Dataset`."""
+    from datasets import Dataset
+
+    task, limit = arguments.task, min(arguments.data.max_seq_length, tokenizer.model_max_length)
+    texts = [columns[name] for name in task.columns]
+    padding = "max_length" if arguments.data.pad_to_max_length else False
+    encoded = dict(tokenizer(*texts, truncation=True, max_length=limit, padding=padding))
+    if "label" in columns:
+        encoded["labels"] = [int(label) if task.labels else float(label) for label in columns["label"]]
+    return Dataset.from_dict(encoded)
+
+
+# -- model -------------------------------------------------------------------------------------------------------------
+
+
+def load_model(arguments: Arguments):
+    """Tokenizer, float32 model, and its head: the modules outside the pretrained part, and what had no weights."""
+    given, task = arguments.model, arguments.task
+    common = {"cache_dir": given.cache_dir, "revision": given.model_revision, "token": given.token}
+    names = dict(enumerate(task.labels)) if task.labels else {0: "score"}
+    kind = "single_label_classification" if task.labels else "regression"
+    logging.set_verbosity_error()  # its report that the head has no weights yet is no news
+    logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(
+            given.config_name or given.model_name_or_path,
+            num_labels=len(names),
+            id2label=names,
+            label2id={name: number for number, name in names.items()},
+            problem_type=kind,
+            finetuning_task=arguments.data.task_name,
+            **common,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(given.tokenizer_name or given.model_name_or_path, **common)
+        model, loaded = AutoModelForSequenceClassification.from_pretrained(
+            given.model_name_or_path,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            ignore_mismatched_sizes=given.ignore_mismatched_sizes,
+            output_loading_info=True,
+            **common,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        message = " ".join(str(error).split())
+        fix = "give --ignore_mismatched_sizes" if "ignore_mismatched_sizes" in message else "check name and files"
+        raise InvalidArgument(
+            f"--model_name_or_path {given.model_name_or_path}", f"cannot be loaded ({message[:200]})", fix
+        ) from None
+    finally:
+        logging.set_verbosity_warning()
+        logging.enable_progress_bar()
+    # These models take any keyword argument and average over their own batch. Trainer would take the first for a sign
+    # that they divide by the number it passes, and leave the loss scaled by accumulation steps and processes.
+    model.accepts_loss_kwargs = False
+    missing = {part for key in loaded["missing_keys"] for part in key.split(".")}
+    head = [name for name, _ in model.named_children() if name != model.base_model_prefix]
+    head = [name for name in head if any(True for _ in model.get_submodule(name).parameters())]
+    return tokenizer, model, head + (["pooler"] if "pooler" in missing else [])
+
+
+def build_trainer(arguments: Arguments, tokenizer, model, sets: dict) -> AdapterTrainer:
+    """The trainer, with `log.jsonl`; while training it evaluates on the first validation split."""
+    task, output = arguments.task, Path(arguments.training.output_dir)
+    return AdapterTrainer(
+        model,
+        arguments.training,
+        train_dataset=sets["train"],
+        eval_dataset=sets["validation" + task.parts[0]],
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        compute_metrics=lambda result: scores(task, predicted(task, result.predictions), result.label_ids.reshape(-1)),
+        callbacks=[LogCallback(output / "log.jsonl")],
+    )
+
+
+def calibration_batches(arguments: Arguments, examples, device: torch.device) -> list[dict] | None:
+    """The first training examples as inputs of the model, one at a time: no padding enters the moments."""
+    count = arguments.method.calibration_examples
+    rows = (examples[i] for i in range(min(count, len(examples))))
+    batches = []
+    for row in rows:
+        real = [i for i, keep in enumerate(row["attention_mask"]) if keep]
+        inputs = {name: [value[i] for i in real] for name, value in row.items() if name != "labels"}
+        batches.append({name: torch.tensor([value], device=device) for name, value in inputs.items()})
+    return batches or None
+
+
+# -- results -----------------------------------------------------------------------------------------------------------
+
+
+def loss_of(task: Task, logits: np.ndarray, labels: np.ndarray) -> float:
+    """Mean loss over all examples; Trainer's own counts some twice when several processes share the last batch."""
+    outputs, targets = torch.tensor(logits, dtype=torch.float64), torch.tensor(labels)
+    if task.labels:
+        return torch.nn.functional.cross_entropy(outputs, targets).item()
+    return torch.nn.functional.mse_loss(outputs.reshape(-1), targets.double()).item()
+
+
+def evaluate(trainer: AdapterTrainer, task: Task, sets: dict, kind: str = "validation") -> dict[str, float]:
+    """Loss and metrics on every labelled split of a kind; those of MNLI's second one end in `_mm`."""
+    figures = {}
+    for part, end in zip(task.parts, ("", "_mm"), strict=False):
+        if kind + part in sets and "labels" in sets[kind + part].column_names:
+            result = trainer.predict(sets[kind + part])
+            labels = result.label_ids.reshape(-1)
+            found = {"loss": loss_of(task, result.predictions, labels)}
+            found |= scores(task, predicted(task, result.predictions), labels)
+            figures |= {name + end: value for name, value in found.items()}
+    return figures
+
+
+def write_predictions(arguments: Arguments, trainer: AdapterTrainer, sets: dict) -> list[str]:
+    """`predict_results_<task>.txt` for each test split, as run_glue.py writes them; returns the file names."""
+    task, files = arguments.task, []
+    for name, examples in sets.items():
+        if not name.startswith("test"):
+            continue
+        inputs = examples.remove_columns([column for column in ("labels",) if column in examples.column_names])
+        predictions = predicted(task, trainer.predict(inputs).predictions)
+        lines = ["index\tprediction"]
+        lines += [f"{i}\t{task.labels[p] if task.labels else f'{p:.3f}'}" for i, p in enumerate(predictions)]
+        files.append(f"predict_results_{arguments.data.task_name}{name.removeprefix('test')}.txt")
+        if trainer.is_world_process_zero():
+            with replacing(Path(arguments.training.output_dir) / files[-1]) as temporary:
+                temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return files
+
+
+def show_results(arguments: Arguments, results: dict, files: list[str]) -> None:
+    """The merge table, what was written, and how to go on."""
+    output = arguments.training.output_dir
+    print("\n{task}, {method}, {steps} steps; on {validation_examples} validation examples:".format(**results))
+    print(table_text(results["table"]))
+    uses = {
+        "results.json": "this table, with how each block was merged",
+        "log.jsonl": "losses and metrics by step; TensorBoard: tensorboard --logdir " + output,
+        "peft": "plain adapter: PeftModel.from_pretrained(model, folder)",
+        "merged": "merged model: AutoModelForSequenceClassification.from_pretrained(folder)",
+        **{name: "predictions for the test split" for name in files},
+    }
+    print(f"\n{output}/")
+    for name, use in uses.items():
+        if (Path(output) / name).exists():
+            print(f"  {name:<26}{use}")
+    if Path(arguments.model.model_name_or_path).resolve() == BUNDLED_MODEL:
+        print(
+            "\nWith a real model and task:\n"
+            "  accelerate launch train_glue.py --model_name_or_path FacebookAI/roberta-large --task_name rte \\\n"
+            "      --method reslora --shortcut middle --pre_num 4 --output_dir runs/rte"
+        )
+
+
+def finish(arguments: Arguments, trainer: AdapterTrainer, tokenizer, sets: dict) -> None:
+    """Evaluates unmerged and merged, exports, predicts, and writes `results.json` last."""
+    task, method, output = arguments.task, arguments.method, Path(arguments.training.output_dir)
+    model = trainer.model
+    batches = calibration_batches(arguments, sets["train"], trainer.args.device)
+    table = merge_table(model, lambda: evaluate(trainer, task, sets), batches)
+    report = export(
+        model, output, merge=method.merge, calibration=batches, merged=method.merge_and_save, tokenizer=tokenizer
+    )
+    files = write_predictions(arguments, trainer, sets)
+    facts = {
+        "task": arguments.data.task_name,
+        "model_name_or_path": arguments.model.model_name_or_path,
+        "train_examples": len(sets["train"]),
+        "validation_examples": sum(len(rows) for name, rows in sets.items() if name.startswith("validation")),
+        "test": evaluate(trainer, task, sets, "test") or None,
+    }
+    results = write_results(trainer, method, table, report, **facts)
+    if trainer.is_world_process_zero():
+        show_results(arguments, results, files)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read, check, attach, train, and show what each merge keeps."""
+    arguments = parse(argv)
+    training = arguments.training
+    check_resume(training.output_dir, training.resume_from_checkpoint, arguments.settings)
+    set_seed(training.seed)
+    splits = read_splits(arguments)
+    tokenizer, model, head = load_model(arguments)
+    sets = {name: encode(arguments, tokenizer, columns) for name, columns in splits.items()}
+    steps = total_steps(training, len(sets["train"]))
+    example = {"input_ids": torch.tensor([sets["train"][0]["input_ids"]])}
+    adapted = attach(model, arguments.method, steps, example, task_type="SEQ_CLS", modules_to_save=head)
+    trainer = build_trainer(arguments, tokenizer, adapted, sets)
+    if trainer.is_world_process_zero():
+        write_json(Path(training.output_dir) / "config.json", arguments.settings)
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    finish(arguments, trainer, tokenizer, sets)
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(PROG, main))
