@@ -241,8 +241,8 @@ class AdapterTrainer(Trainer):
     Gradient checkpointing, where the arguments ask for it, is ours (`reslora.enable_gradient_checkpointing`); AdaLoRA's
     ranks are allocated and its regularizer is kept out of the reported losses; non-finite losses end the run.
 
-    `train(resume_from_checkpoint="latest")` goes on from the newest checkpoint that is complete. Raises `ValueError`
-    for FSDP and ZeRO-3, which shard the weights that a shortcut reads.
+    `train(resume_from_checkpoint="latest")` goes on from the newest checkpoint that is complete. Raises
+    `InvalidArgument` for FSDP and ZeRO-3, which shard the weights that a shortcut reads.
     """
 
     def __init__(self, model: nn.Module, args: TrainingArguments, **kwargs) -> None:
@@ -273,12 +273,21 @@ class AdapterTrainer(Trainer):
         if resume_from_checkpoint in ("latest", True):
             resume_from_checkpoint = usable_checkpoint(self.args.output_dir, self.args.world_size)
         elif resume_from_checkpoint:
+            inside = Path(self.args.output_dir) / resume_from_checkpoint
+            resume_from_checkpoint = str(inside if inside.is_dir() else resume_from_checkpoint)
             problem = _damage(Path(resume_from_checkpoint), self.args.world_size)
             if problem is not None:
                 raise InvalidArgument(
                     f"--resume_from_checkpoint {resume_from_checkpoint}", f"damaged ({problem})", "use latest"
                 )
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        # Stock `Trainer` takes one step too many when it resumes from the last step of a run.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         """As `Trainer.compute_loss`, without AdaLoRA's regularizer, which PEFT adds in evaluation too."""
@@ -344,7 +353,7 @@ def _refuse_sharding(args: TrainingArguments) -> None:
     if args.fsdp or stage == 3:
         raise InvalidArgument(
             "--fsdp" if args.fsdp else "--deepspeed",
-            "shards the weights that the shortcuts of neighbouring layers read",
+            "shards the adapter, whose whole weights the shortcuts and the checkpoints read",
             "use DDP (accelerate launch) or ZeRO-2",
         )
 

@@ -150,6 +150,19 @@ def test_a_damaged_last_checkpoint_is_left_out(tmp_path, monkeypatch, name, cont
     assert_one_line(error, "checkpoint-6", "damaged", "use latest")
 
 
+def test_a_finished_run_is_not_trained_on_and_checkpoints_can_be_named_inside_the_run(tmp_path):
+    finished, _ = build()
+    trainer_for(finished, tmp_path).train()
+    log = read_log(tmp_path)
+    for resume in ("latest", f"checkpoint-{STEPS}"):
+        model, _ = build()
+        trainer = trainer_for(model, tmp_path)
+        trainer.train(resume_from_checkpoint=resume)
+        assert trainer.state.global_step == STEPS
+        assert_same(trained(model), trained(finished))
+        assert read_log(tmp_path) == log
+
+
 def test_latest_without_a_checkpoint_starts_afresh(tmp_path):
     model, _ = build()
     trainer = trainer_for(model, tmp_path)
