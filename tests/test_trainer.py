@@ -355,26 +355,6 @@ def test_a_shortcut_without_a_link_is_refused():
     assert_one_line(error, "--target_modules", "no link")
 
 
-@pytest.mark.parametrize(
-    ("flags", "word"),
-    [
-        ({"lora_r": 0}, "--lora_r 0"),
-        ({"lora_r": -3}, "--lora_r -3"),
-        ({"lora_alpha": float("nan")}, "--lora_alpha nan"),
-        ({"lora_alpha": 0.0}, "--lora_alpha 0"),
-        ({"lora_dropout": 1.0}, "--lora_dropout 1.0"),
-        ({"lora_dropout": -0.1}, "--lora_dropout -0.1"),
-        ({"pre_num": -2}, "--pre_num -2"),
-        ({"calibration_examples": -1}, "--calibration_examples -1"),
-        ({"merge": "lstsq", "calibration_examples": 0}, "--merge lstsq"),
-    ],
-)
-def test_values_that_mean_nothing_are_refused(flags, word):
-    with pytest.raises(InvalidArgument) as error:
-        MethodArguments(**flags)
-    assert_one_line(error, word, "give")
-
-
 # -- merging and exporting ---------------------------------------------------------------------------------------------
 
 

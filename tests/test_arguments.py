@@ -1,0 +1,182 @@
+"""Flags of the language scripts: one line and status 2 for what cannot work."""
+
+import json
+from dataclasses import dataclass, field
+
+import pytest
+from conftest import assert_one_line
+
+from reslora.arguments import (
+    AdapterTrainingArguments,
+    InvalidArgument,
+    MethodArguments,
+    RunFailed,
+    check_number,
+    check_resume,
+    check_whole,
+    parse_arguments,
+    run_script,
+    settings,
+)
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str = field(default="bundled")
+    data_dir: str | None = field(default=None)
+
+
+def parse(*argv, **options):
+    types = (ModelArguments, MethodArguments, AdapterTrainingArguments)
+    return parse_arguments(types, [*argv, "--report_to", "none"], prog="script.py", **options)
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        ({"lora_r": 0}, "--lora_r 0"),
+        ({"lora_r": -3}, "--lora_r -3"),
+        ({"lora_alpha": float("nan")}, "--lora_alpha nan"),
+        ({"lora_alpha": 0.0}, "--lora_alpha 0"),
+        ({"lora_dropout": 1.0}, "--lora_dropout 1.0"),
+        ({"lora_dropout": -0.1}, "--lora_dropout -0.1"),
+        ({"pre_num": -2}, "--pre_num -2"),
+        ({"calibration_examples": -1}, "--calibration_examples -1"),
+        ({"merge": "lstsq", "calibration_examples": 0}, "--merge lstsq"),
+    ],
+)
+def test_values_that_mean_nothing_are_refused(flags, word):
+    with pytest.raises(InvalidArgument) as error:
+        MethodArguments(**flags)
+    assert_one_line(error, word, "give")
+
+
+def test_the_defaults_are_the_papers():
+    arguments = MethodArguments()
+    assert (arguments.method, arguments.lora_r, arguments.lora_alpha, arguments.pre_num) == ("reslora", 4, 8, 4)
+    assert isinstance(arguments.lora_alpha, int)  # adapter_config.json says 8, not 8.0
+    assert MethodArguments(lora_alpha=2.5).lora_alpha == 2.5
+    MethodArguments(shortcut="block", merge="lstsq", calibration_examples=0)  # an exact merge needs none
+
+
+def test_flags_become_dataclasses(tmp_path):
+    model, method, training = parse(
+        "--target_modules", "q_proj", "k_proj", "--lora_alpha=16", "--output_dir", str(tmp_path), "--seed", "7"
+    )
+    assert model == ModelArguments()
+    assert (method.target_modules, method.lora_alpha) == (["q_proj", "k_proj"], 16)
+    assert (training.seed, training.output_dir, training.logging_steps) == (7, str(tmp_path), 1)
+
+
+def test_bundled_defaults_hold_until_a_model_is_named():
+    bundled = {"data_dir": "assets", "lora_r": 2}
+    model, method, _ = parse(bundled=bundled)
+    assert (model.data_dir, method.lora_r) == ("assets", 2)
+    assert parse("--lora_r", "3", bundled=bundled)[1].lora_r == 3
+    for named in (["--model_name_or_path", "x"], ["--model_name_or_path=x"], ["--model-name-or-path", "x"]):
+        model, method, _ = parse(*named, bundled=bundled)
+        assert (model.model_name_or_path, model.data_dir, method.lora_r) == ("x", None, 4)
+
+
+def test_deepspeed_alone_means_the_bundled_configuration(monkeypatch):
+    seen = []
+    monkeypatch.setattr(AdapterTrainingArguments, "__post_init__", lambda self: seen.append(self.deepspeed))
+    parse("--deepspeed", deepspeed_config="zero2.json")
+    parse("--deepspeed", "mine.json", deepspeed_config="zero2.json")
+    parse(deepspeed_config="zero2.json")
+    assert seen == ["zero2.json", "mine.json", None]
+
+
+@pytest.mark.parametrize(
+    ("bad", "word"),
+    [
+        (["--lora_r", "0"], "--lora_r 0"),
+        (["--lora_r", "1.5"], "--lora_r"),
+        (["--method", "nothing"], "--method"),
+        (["--rank", "4"], "--rank"),
+        (["--weight_decay", "-1"], "--weight_decay -1"),
+        (["--max_grad_norm", "nan"], "--max_grad_norm nan"),
+        (["--num_train_epochs", "0"], "--num_train_epochs 0"),
+        (["--save_total_limit", "0"], "--save_total_limit 0"),
+        (["--eval_steps", "-1"], "--eval_steps -1"),
+        (["--adam_beta2", "1"], "--adam_beta2 1"),
+        (["--lr_scheduler_type", "sawtooth"], "sawtooth"),
+        (["--load_best_model_at_end"], "load_best_model_at_end"),
+    ],
+)
+def test_a_bad_flag_is_one_line_and_status_2(capsys, bad, word):
+    with pytest.raises(SystemExit) as stopped:
+        parse(*bad)
+    output = capsys.readouterr()
+    assert stopped.value.code == 2 and not output.out
+    assert output.err.startswith("script.py: error: ") and output.err.count("\n") == 1
+    assert word in output.err
+
+
+@pytest.mark.parametrize("value", [0, 1.0, True, "3", None])
+def test_whole_numbers_are_whole(value):
+    with pytest.raises(InvalidArgument, match="--steps"):
+        check_whole("steps", value, 1)
+    check_whole("steps", 1, 1)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.1, 1.0, "x", None])
+def test_numbers_are_finite_and_within_their_bounds(value):
+    with pytest.raises(InvalidArgument, match=r"--share .* give a finite number of at least 0 and below 1"):
+        check_number("share", value, 0, below=1)
+    check_number("share", 0, 0, below=1)
+    with pytest.raises(InvalidArgument, match="above 0"):
+        check_number("rate", 0, 0, exclusive=True)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (InvalidArgument("--a 1", "is bad", "give 2"), 2, "script.py: error: --a 1: is bad; give 2\n"),
+        (RunFailed("loss nan"), 1, "script.py: loss nan\n"),
+        (OSError(28, "No space left on device"), 1, "script.py: [Errno 28] No space left on device\n"),
+        (KeyboardInterrupt(), 130, "script.py: stopped; go on with --resume_from_checkpoint latest\n"),
+    ],
+)
+def test_a_scripts_errors_become_its_status(capsys, error, status, line):
+    def main(argv):
+        raise error
+
+    assert run_script("script.py", main, []) == status
+    assert capsys.readouterr().err == line
+    assert run_script("script.py", lambda argv: None, []) == 0
+
+
+def test_programming_errors_are_not_hidden():
+    def main(argv):
+        raise KeyError("a mistake of ours")
+
+    with pytest.raises(KeyError):
+        run_script("script.py", main, [])
+
+
+def test_settings_hold_every_flag_but_no_secret(tmp_path):
+    flags = settings(MethodArguments(), AdapterTrainingArguments(output_dir=str(tmp_path), hub_token="secret"))
+    assert flags["lora_r"] == 4 and flags["learning_rate"] == 5e-5 and flags["output_dir"] == str(tmp_path)
+    assert "secret" not in json.dumps(flags)
+
+
+def test_runs_are_not_mixed(tmp_path):
+    here = {"lora_r": 4, "method": "reslora", "max_steps": 10}
+    check_resume(tmp_path, None, here)
+    check_resume(tmp_path, "latest", here)
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "config.json").write_text(json.dumps(here))
+    with pytest.raises(InvalidArgument) as error:
+        check_resume(tmp_path, None, here)
+    assert_one_line(error, "--output_dir", "unfinished", "--resume_from_checkpoint latest")
+    check_resume(tmp_path, "latest", {**here, "max_steps": 20})
+    with pytest.raises(InvalidArgument) as error:
+        check_resume(tmp_path, "latest", {**here, "lora_r": 8})
+    assert_one_line(error, "--lora_r 8", "trained with 4")
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(InvalidArgument) as error:
+        check_resume(tmp_path, None, here)
+    assert_one_line(error, "a finished run")
+    (tmp_path / "config.json").write_text("{broken")
+    check_resume(tmp_path, "latest", here)
