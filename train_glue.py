@@ -221,13 +221,18 @@ def read_splits(arguments: Arguments) -> dict[str, Columns]:
     """Texts and labels by split (train, validation..., test... where there is one), every row checked."""
     data, task = arguments.data, arguments.task
     read = read_folder if data.data_dir else read_hub
+    wanted = arguments.training.do_predict
     limits = {"train": data.max_train_samples, "validation": data.max_eval_samples, "test": data.max_predict_samples}
     splits = {}
     for kind, limit in limits.items():
         for part in task.parts if kind != "train" else ("",):
+            if kind == "test" and not (wanted or data.data_dir):
+                continue  # the hub's are long, and their labels are not public
             where, rows = read(arguments, kind + part)
-            if rows is None:
+            if rows is None and kind == "test" and not wanted:
                 continue
+            if rows is None:
+                raise InvalidArgument(where, f"no split {kind + part}", file_form(task))
             if not rows:
                 raise InvalidArgument(where, "no rows", "give a split that has some, or another --data_dir")
             splits[kind + part] = check_rows(task, where, rows[:limit], labelled=kind != "test")
@@ -235,24 +240,25 @@ def read_splits(arguments: Arguments) -> dict[str, Columns]:
 
 
 def read_folder(arguments: Arguments, split: str) -> tuple[str, list[dict] | None]:
-    """Rows of `<data_dir>/<split>.jsonl`, and what to call it in an error; None for a test split that is not there."""
+    """Rows of `<data_dir>/<split>.jsonl`, or None if there is no such file; and what to call it in an error."""
     folder = Path(arguments.data.data_dir)
     path, where = folder / f"{split}.jsonl", f"--data_dir {folder}"
+    if not folder.is_dir():
+        raise InvalidArgument(where, "no such folder", file_form(arguments.task))
     if not path.is_file():
-        if split.startswith("test") and folder.is_dir():
-            return where, None
-        raise InvalidArgument(
-            where, f"no {path.name}" if folder.is_dir() else "no such folder", file_form(arguments.task)
-        )
+        return f"{where}, {path.name}", None
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    # Not splitlines(): a text may hold other characters that it takes for the end of a line.
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
+        if not line.strip():
+            continue
         try:
-            row = json.loads(line or "{}")
+            row = json.loads(line)
         except ValueError:
             row = None
         if not isinstance(row, dict):
             raise InvalidArgument(f"{where}, {path.name} line {number}", "not a JSON object", "correct it")
-        rows += [row] if line.strip() else []
+        rows.append(row)
     return f"{where}, {path.name}", rows
 
 
@@ -272,11 +278,7 @@ def read_hub(arguments: Arguments, split: str) -> tuple[str, list[dict] | None]:
         else:
             problem = f"cannot be loaded ({message[:200]})"
         raise InvalidArgument(where, problem, f"use --data_dir: {file_form(arguments.task)}") from None
-    if split not in sets:
-        if split.startswith("test"):
-            return where, None
-        raise InvalidArgument(where, f"no split {split} among {', '.join(sets)}", "use --data_dir")
-    return f"{where}, {split}", sets[split].to_list()
+    return f"{where}, {split}", sets[split].to_list() if split in sets else None
 
 
 def file_form(task: Task) -> str:
@@ -373,10 +375,25 @@ def load_model(arguments: Arguments):
     # These models take any keyword argument and average over their own batch. Trainer would take the first for a sign
     # that they divide by the number it passes, and leave the loss scaled by accumulation steps and processes.
     model.accepts_loss_kwargs = False
+    check_fit(arguments, tokenizer, model)
     missing = {part for key in loaded["missing_keys"] for part in key.split(".")}
     head = [name for name, _ in model.named_children() if name != model.base_model_prefix]
     head = [name for name in head if any(True for _ in model.get_submodule(name).parameters())]
     return tokenizer, model, head + (["pooler"] if "pooler" in missing else [])
+
+
+def check_fit(arguments: Arguments, tokenizer, model) -> None:
+    """Tells the tokenizer how many positions the model has, and refuses a tokenizer of another model."""
+    embeddings = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
+    if embeddings is not None:
+        reserved = 0 if embeddings.padding_idx is None else embeddings.padding_idx + 1  # RoBERTa counts from there
+        tokenizer.model_max_length = min(tokenizer.model_max_length, embeddings.num_embeddings - reserved)
+    rows = model.get_input_embeddings().num_embeddings
+    flag = f"--tokenizer_name {arguments.model.tokenizer_name or arguments.model.model_name_or_path}"
+    if len(tokenizer) > rows:
+        raise InvalidArgument(flag, f"{len(tokenizer)} tokens, and the model has {rows}", "give the model's own")
+    if tokenizer.pad_token_id is None:
+        raise InvalidArgument(flag, "it has no padding token", "give an encoder such as RoBERTa or BERT")
 
 
 def build_trainer(arguments: Arguments, tokenizer, model, sets: dict) -> AdapterTrainer:

@@ -273,6 +273,19 @@ def test_predictions_for_a_test_split(roberta, tmp_path):
     assert results_of(tmp_path / "run")["test"] is None
 
 
+def test_predictions_are_wanted_but_there_is_no_test_split(capfd, roberta, rte, tmp_path):
+    refused(capfd, flags(roberta, rte, tmp_path, "rte", "--do_predict"), "test.jsonl", "no split test")
+
+
+def test_texts_may_hold_line_separators(roberta, tmp_path):
+    rows = [row | {"sentence1": "good\u2028film\x85"} for row in make_rows("rte", 4)]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows)
+    for name in ("train", "validation"):
+        (tmp_path / f"{name}.jsonl").write_text(text + "\n", encoding="utf-8")
+    splits = train_glue.read_splits(train_glue.parse(flags(roberta, tmp_path, tmp_path / "run")))
+    assert splits["train"]["sentence1"] == ["good\u2028film\x85"] * 4
+
+
 def test_a_labelled_test_split_is_scored(roberta, tmp_path):
     data = write_data(tmp_path / "data", "mrpc")
     write_rows(data / "test.jsonl", make_rows("mrpc", 6, seed=5))
@@ -448,6 +461,20 @@ def test_runs_are_not_mixed(capfd, roberta, rte, tmp_path):
     refused(capfd, flags(roberta, rte, tmp_path), "--output_dir", "holds")
     more = ("--resume_from_checkpoint", "latest", "--method", "loha")
     refused(capfd, flags(roberta, rte, tmp_path, "rte", *more), "--method loha", "lora")
+
+
+def test_inputs_are_no_longer_than_the_model_takes(roberta, rte, tmp_path):
+    model = write_model(tmp_path / "model", max_position_embeddings=12)
+    arguments = train_glue.parse(flags(model, rte, tmp_path / "run", "rte", "--max_seq_length", "500"))
+    tokenizer, loaded, _ = train_glue.load_model(arguments)
+    encoded = train_glue.encode(arguments, tokenizer, train_glue.read_splits(arguments)["train"])
+    assert max(len(row["input_ids"]) for row in encoded) == 10
+    loaded(input_ids=torch.tensor([max(encoded["input_ids"], key=len)]))
+
+
+def test_a_tokenizer_of_another_model(capfd, roberta, rte, tmp_path):
+    model = write_model(tmp_path / "model", vocab_size=9)
+    refused(capfd, flags(model, rte, tmp_path / "run"), "--tokenizer_name", "18 tokens", "9")
 
 
 def test_a_head_of_another_size_needs_a_flag(capfd, rte, tmp_path):
