@@ -342,7 +342,8 @@ def local_rows(arguments: TaskArguments, task: Task, split: str) -> tuple[str, l
     path, rows = folder / f"{split}.jsonl", []
     if not path.is_file():
         return str(path), []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # Not splitlines: inside a JSON string it would break at U+2028 and its like.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         try:
             rows += [json.loads(line)] if line.strip() else []
         except ValueError:

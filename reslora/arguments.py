@@ -124,6 +124,8 @@ class AdapterTrainingArguments(TrainingArguments):
             raise InvalidArgument(
                 "--push_to_hub", "is not supported", "upload the run's peft/ with `hf upload` instead"
             )
+        # `accelerate launch --cpu` says so in the environment only.
+        self.use_cpu = self.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
         gpu = torch.cuda.is_available() and not self.use_cpu
         if self.fp16 and not gpu:
             raise InvalidArgument("--fp16", "needs a GPU", "leave it out, or take --bf16 --use_cpu")
@@ -166,8 +168,13 @@ class OneLineParser(HfArgumentParser):
     """`HfArgumentParser` whose errors are one line, without a screen of usage before it."""
 
     def error(self, message: str) -> None:
-        """Prints the line to stderr and exits with status 2."""
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+        """Prints the line to stderr, once per machine, and exits with status 2."""
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n" if _speaks() else None)
+
+
+def _speaks() -> bool:
+    """Whether this process reports what all processes of a distributed run find alike."""
+    return os.environ.get("LOCAL_RANK", "0") in ("0", "-1")
 
 
 def parse_arguments(
@@ -212,7 +219,8 @@ def run_script(prog: str, main: Callable[[Sequence[str] | None], None], argv: Se
         main(argv)
         return 0
     except InvalidArgument as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
+        if _speaks():
+            print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
     except (RunFailed, OSError) as error:  # a full disk, a folder that went away: the last checkpoint is intact
         print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)

@@ -456,6 +456,14 @@ def test_a_line_that_is_not_json_is_named(tiny, tmp_path, capsys):
     one_line(flags(tiny, data, tmp_path / "run"), capsys, ["train.jsonl line 2", "not JSON"])
 
 
+def test_separators_inside_a_row_do_not_end_its_line(tiny, tmp_path):
+    data = write_rows(tmp_path / "data", train=[row(0)], test=[row(0)])
+    odd = json.dumps({**row(0), "Body": "One\u2028two\u0085three"}, ensure_ascii=False)
+    (data / "train.jsonl").write_text(f"\n{odd}\r\n", encoding="utf-8", newline="")
+    arguments, _, _ = train_llm.parse(flags(tiny, data, tmp_path))
+    assert train_llm.load_examples(arguments, seed=0)["train"][0].prompt.startswith("One\u2028two\u0085three")
+
+
 def test_a_data_set_that_needs_code_or_cannot_be_reached_is_refused_with_the_file_form(
     tiny, tmp_path, capsys, monkeypatch
 ):
