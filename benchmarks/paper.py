@@ -1,0 +1,403 @@
+"""Measures the paper's claims with the project's own trainers, keeps every figure, and draws tables and plots of them.
+
+    python benchmarks/paper.py list                 # what there is, what has run, what has not
+    python benchmarks/paper.py run                  # the required experiments, the quickest first
+    python benchmarks/paper.py run mrpc cola        # these
+    python benchmarks/paper.py report               # tables and plots in RESULTS.md from what has run
+
+`run` goes on where it was stopped: each finished training is one file in benchmarks/results/<experiment>/. A training
+is one run of a trainer (train_sd.py, train_llm.py, train_glue.py) in a process of its own: all can be had by hand too.
+
+The learning rate is chosen for each method alike: the best of at most three on a validation split with seed 0. Then the
+method is trained with three seeds and judged on data that neither the training nor that choice has seen (the bundled
+pipeline: on held-out pictures). `lora_x2`, LoRA with doubled alpha, is the control throughout.
+
+Real models and data come from the hub, or from local folders:
+
+    python benchmarks/paper.py run --llm FOLDER --encoder FOLDER --text FOLDER    # FOLDER/<task>/{train,test,...}.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from reslora.files import write_json  # noqa: E402
+
+RESULTS, SCRATCH = ROOT / "benchmarks" / "results", ROOT / "runs" / "paper"
+LLM, ENCODER = "HuggingFaceTB/SmolLM2-135M-Instruct", "sentence-transformers/all-MiniLM-L6-v2"
+CALIBRATION_SIZES = (8, 32, 128)
+
+VARIANTS = {
+    "lora": ["--method", "lora"],
+    "lora_x2": ["--method", "lora_x2"],
+    "is": ["--method", "reslora", "--shortcut", "input"],
+    "bs(4)": ["--method", "reslora", "--shortcut", "block", "--pre_num", "4"],
+    "ms(4)": ["--method", "reslora", "--shortcut", "middle", "--pre_num", "4"],
+    "adalora": ["--method", "adalora"],
+    "loha": ["--method", "loha"],
+    "lokr": ["--method", "lokr"],
+    "lora r=16": ["--method", "lora", "--lora_r", "16", "--lora_alpha", "32"],
+}
+for _number in (0, 1, 2, 3, 5, -1):
+    for _name, _shortcut in (("bs", "block"), ("ms", "middle")):
+        _flags = ["--method", "reslora", "--shortcut", _shortcut, "--pre_num", str(_number)]
+        VARIANTS[f"{_name}({_number})"] = _flags
+MAIN = ("lora", "lora_x2", "is", "bs(4)", "ms(4)")
+SWEEP = tuple(f"{name}({number})" for name in ("bs", "ms") for number in (0, 1, 2, 3, 4, 5, -1))
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Methods trained on one task; the fields are what its trainings share."""
+
+    script: str
+    task: str
+    shows: str
+    """Which of the paper's figures and tables it stands beside."""
+    variants: tuple[str, ...]
+    rates: tuple[float, ...]
+    flags: tuple[str, ...]
+    score: str
+    """The figure of the validation rows that the learning rate is chosen by; a loss is better lower, others higher."""
+    required: bool = True
+    seeds: tuple[int, ...] = (0, 1, 2)
+    train: int | None = None
+    """Training examples taken, drawn with a seed; all by default."""
+    rates_of: str | None = field(default=None)
+    """Another experiment whose chosen rates are taken over (that of `lora` for a variant it doesn't have)."""
+
+
+def glue(task: str, score: str, steps: int, variants=MAIN, **more) -> Experiment:
+    flags = ("--max_steps", steps, "--eval_strategy", "steps", "--eval_steps", steps // 6, "--save_steps", steps)
+    flags += ("--per_device_train_batch_size", 16, "--per_device_eval_batch_size", 64, "--max_seq_length", 128)
+    shows = "Tables 1, 6 and 7" if more.get("required", True) else "Table 2"
+    return Experiment("train_glue.py", task, shows, variants, (5e-4, 1e-3, 2e-3), flags, score, **more)
+
+
+def llm(task: str, steps: int, shows: str, variants=MAIN, **more) -> Experiment:
+    flags = ("--max_steps", steps, "--eval_strategy", "steps", "--eval_steps", steps // 6, "--save_steps", steps)
+    flags += ("--per_device_train_batch_size", 16, "--per_device_eval_batch_size", 50, "--eval_accuracy")
+    flags += ("--bf16", "--dtype", "float32")
+    return Experiment("train_llm.py", task, shows, variants, (5e-4, 1e-3, 2e-3), flags, "loss", **more)
+
+
+PICTURES = (
+    *("--max_train_steps", 200, "--checkpointing_steps", 200, "--validation_steps", 20, "--validation_split", 0.2),
+    *("--validation_prompt", "sailboat", "--num_inference_steps", 4, "--report_to", "none"),
+)
+BASELINES = ("lora r=16", "adalora", "loha", "lokr")
+
+# Quickest first: that is the order in which they run.
+EXPERIMENTS = {
+    "cost": Experiment("", "", "Table 8", MAIN, (), (), ""),
+    "pipeline": Experiment(
+        "train_sd.py", "", "Figure 3, Tables 3 and 7", MAIN, (2e-4, 5e-4, 1e-3), PICTURES, "loss"
+    ),
+    "mrpc": glue("mrpc", "f1", 420),
+    "cola": glue("cola", "matthews_correlation", 600),
+    "svamp": llm("svamp", 120, "Figure 1, Tables 3, 7 and 9"),
+    "pre_num": llm(
+        "svamp", 120, "Table 4, Figures 4 to 7", SWEEP, required=False, seeds=(0,), rates_of="svamp"
+    ),
+    "mrpc-more": glue("mrpc", "f1", 420, BASELINES, required=False),
+    "cola-more": glue("cola", "matthews_correlation", 600, BASELINES, required=False),
+    "stsb": glue("stsb", "pearson", 600, MAIN + BASELINES, required=False),
+    "sst2": glue("sst2", "accuracy", 600, MAIN + BASELINES, required=False),
+    "qnli": glue("qnli", "accuracy", 600, MAIN + BASELINES, required=False),
+    "gsm8k": llm("gsm8k", 240, "Table 1", required=False, train=4000),
+    "hellaswag": llm("hellaswag", 240, "Table 1", required=False),
+}  # fmt: skip
+
+
+# -- command line ------------------------------------------------------------------------------------------------------
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["list", "run", "report"])
+    parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help=f"of {', '.join(EXPERIMENTS)}")
+    parser.add_argument("--llm", default=LLM, help="causal model, folder or name on the hub")
+    parser.add_argument("--encoder", default=ENCODER, help="encoder for GLUE, folder or name on the hub")
+    parser.add_argument("--text", type=Path, metavar="FOLDER", help="holds <task>/{train,validation,test}.jsonl")
+    parser.add_argument("--all", action="store_true", help="run the optional experiments too")
+    return parser
+
+
+def main() -> None:
+    parser = build_parser()
+    args = parser.parse_args()
+    unknown = [name for name in args.experiments if name not in EXPERIMENTS]
+    if unknown:
+        parser.error(f"unknown experiment {unknown[0]}; choose from {', '.join(EXPERIMENTS)}")
+    chosen = args.experiments or [name for name, e in EXPERIMENTS.items() if e.required or args.all]
+    if args.what == "list":
+        print_list()
+    elif args.what == "run":
+        for name in chosen:
+            cost(args) if name == "cost" else run_experiment(name, args)
+        print("all of it has run; `report` draws it")
+    else:
+        import paper_report
+
+        paper_report.write(EXPERIMENTS)
+
+
+def print_list() -> None:
+    for name, experiment in EXPERIMENTS.items():
+        done = len(list((RESULTS / name).glob("*.json")))
+        kind = "required" if experiment.required else "optional"
+        print(f"{name:<10} {kind}, {experiment.shows}: {done} results")
+
+
+# -- trainings ---------------------------------------------------------------------------------------------------------
+
+
+def run_experiment(name: str, args: argparse.Namespace) -> None:
+    """Chooses a learning rate for each variant, then trains it with every seed."""
+    experiment = EXPERIMENTS[name]
+    for variant in experiment.variants:
+        rate = chosen_rate(name, variant, args)
+        for seed in experiment.seeds:
+            training(name, variant, rate, seed, args)
+
+
+def chosen_rate(name: str, variant: str, args: argparse.Namespace) -> float:
+    """The rate with the best score on the validation split, seed 0."""
+    experiment = EXPERIMENTS[name]
+    if experiment.rates_of:
+        source = EXPERIMENTS[experiment.rates_of]
+        alike = f"{variant.split('(')[0]}(4)"
+        known = next(v for v in (variant, alike, "lora") if v in source.variants)
+        return chosen_rate(experiment.rates_of, known, args)
+    scores = {}
+    for rate in experiment.rates:
+        rows = [row for row in training(name, variant, rate, 0, args, search=True)["log"] if experiment.score in row]
+        score = [row for row in rows if row["split"] == "validation"][-1][experiment.score]
+        scores[rate] = score if experiment.score == "loss" else -score
+    return min(scores, key=scores.get)
+
+
+def training(name: str, variant: str, rate: float, seed: int, args: argparse.Namespace, search: bool = False) -> dict:
+    """What one training has given: from its file, or from the training itself.
+
+    On the bundled pipeline the search is the same training as the final one; on text tasks it has another test split.
+    """
+    experiment = EXPERIMENTS[name]
+    search = search and experiment.script != "train_sd.py"
+    key = f"{'search-' if search else ''}{variant.replace(' ', '-')}-lr{rate:g}-seed{seed}"
+    path = RESULTS / name / f"{key}.json"
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    folder = SCRATCH / name / key
+    shutil.rmtree(folder, ignore_errors=True)
+    flags = [*flags_of(experiment, variant, seed, args, search), "--learning_rate", f"{rate:g}"]
+    print(f"{name}: {key}", flush=True)
+    launch(experiment.script, [*flags, "--output_dir", str(folder)], folder.parent / f"{key}.log")
+    method = folder / variant_method(variant) if experiment.script == "train_sd.py" else folder
+    result = {"experiment": name, "variant": variant, "rate": rate, "seed": seed, "log": read_log(method / "log.jsonl")}
+    if experiment.script == "train_sd.py":
+        result |= {"table": picture_table(flags, method), "norms": norms(method / "pytorch_lora_weights.safetensors")}
+    else:
+        result |= condensed(json.loads((folder / "results.json").read_text(encoding="utf-8")))
+        result["norms"] = norms(folder / "peft" / "adapter_model.safetensors", scale_of(folder / "peft"))
+        if experiment.script == "train_llm.py" and variant in ("is", "ms(4)") and experiment.required and not search:
+            result["calibration"] = calibration_study([*flags, "--output_dir", str(folder)], folder, args)
+    write_json(path, result)
+    shutil.rmtree(folder)
+    return result
+
+
+def flags_of(experiment: Experiment, variant: str, seed: int, args: argparse.Namespace, search: bool) -> list[str]:
+    flags = [*map(str, experiment.flags), *VARIANTS[variant], "--seed", str(seed)]
+    if experiment.script == "train_sd.py":
+        return flags
+    model, task = (args.llm, "--task") if experiment.script == "train_llm.py" else (args.encoder, "--task_name")
+    flags += ["--model_name_or_path", model, task, experiment.task, "--report_to", "none"]
+    return [*flags, "--data_dir", str(split_data(experiment, args, search))]
+
+
+def variant_method(variant: str) -> str:
+    return VARIANTS[variant][1]
+
+
+def launch(script: str, flags: list[str], log: Path) -> None:
+    """Runs a trainer to its end; its output goes to a file, whose last lines are shown if it fails."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    with log.open("w") as output:
+        done = subprocess.run(
+            [sys.executable, str(ROOT / script), *flags], stdout=output, stderr=subprocess.STDOUT, env=environment
+        )
+    if done.returncode:
+        tail = log.read_text(errors="replace")[-1500:]
+        raise SystemExit(f"{script} {' '.join(flags)} ended with status {done.returncode}:\n{tail}")
+    log.unlink()
+
+
+# -- data --------------------------------------------------------------------------------------------------------------
+
+
+def split_data(experiment: Experiment, args: argparse.Namespace, search: bool) -> Path:
+    """A folder of the task's files, in which a tenth of the training examples is held out to choose by.
+
+    For the search it stands as validation (and test) split; for the final trainings, which leave it out as well, the
+    task's own test or validation file does. Both languages' scripts read such folders.
+    """
+    if args.text is None:
+        raise SystemExit("--text: missing; give a folder that holds <task>/train.jsonl and so on")
+    source = args.text / experiment.task
+    rows = read_lines(source / "train.jsonl")
+    random.Random(0).shuffle(rows)
+    held_out = min(1000, len(rows) // 10) if experiment.script == "train_glue.py" else min(100, len(rows) // 7)
+    chosen, rows = rows[:held_out], rows[held_out:][: experiment.train]
+    own = source / ("test.jsonl" if (source / "test.jsonl").is_file() else "validation.jsonl")
+    judged = chosen if search else read_lines(own)[:1000]
+    folder = SCRATCH / "data" / f"{experiment.task}-{'search' if search else 'final'}"
+    files = {"train": rows, "validation": chosen, "test": judged}
+    if experiment.script == "train_glue.py":
+        files = {"train": rows, "validation": chosen if search else read_lines(source / "validation.jsonl")}
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, lines in files.items():
+        (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+    return folder
+
+
+def read_lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines(keepends=True)
+    except OSError:
+        raise SystemExit(f"--text: no {path.name} in {path.parent}") from None
+
+
+# -- what is kept of a training ----------------------------------------------------------------------------------------
+
+
+def read_log(path: Path) -> list[dict]:
+    """The validation rows, and training losses averaged over tens of steps."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    kept, recent = [], []
+    for row in rows:
+        if row["split"] == "validation":
+            kept.append({name: value for name, value in row.items() if name != "lr"})
+            continue
+        recent.append(row["loss"])
+        if row["step"] % 10 == 0:
+            kept.append({"step": row["step"], "split": "train", "loss": sum(recent) / len(recent)})
+            recent = []
+    return kept
+
+
+def condensed(results: dict) -> dict:
+    """The figures of results.json; of each merge report the mean error of a block."""
+    table = {}
+    for row, figures in results["table"].items():
+        table[row] = {name: value for name, value in figures.items() if name != "report"}
+        table[row] |= mean_error(figures.get("report"))
+    return {"table": table, "seconds": results["train_seconds"], "parameters": results["trainable_parameters"]}
+
+
+def mean_error(report: dict | None) -> dict:
+    errors = [block["error"] for block in (report or {}).get("blocks", ()) if block["error"] is not None]
+    return {"block_error": sum(errors) / len(errors)} if errors else {}
+
+
+def scale_of(peft: Path) -> float:
+    config = json.loads((peft / "adapter_config.json").read_text(encoding="utf-8"))
+    return config["lora_alpha"] / config["r"] if "lora_alpha" in config else 1.0
+
+
+def norms(path: Path, scale: float = 1.0) -> dict[str, float]:
+    """Frobenius norm of each layer's merged update s B A; empty for adapters of other forms."""
+    from safetensors.torch import load_file
+
+    found, tensors = {}, load_file(path)
+    for key, down in tensors.items():
+        up = tensors.get(key.replace("lora_A", "lora_B"))
+        if "lora_A" in key and up is not None:
+            name = key.removeprefix("base_model.model.").removeprefix("unet.").removesuffix(".lora_A.weight")
+            found[name] = scale * (up.float() @ down.float()).norm().item()
+    return found
+
+
+def picture_table(flags: list[str], method: Path) -> dict:
+    """Held-out denoising loss of a checkpoint, unmerged and merged by every method."""
+    import torch
+
+    import reslora
+    import train_sd
+    from app.generate import calibration_of
+    from app.runs import Run
+    from reslora.trainer import merge_table
+
+    checkpoint = max(method.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    args = train_sd.parse_args([*flags, "--output_dir", str(method.parent)])
+    run = train_sd.Run(args, train_sd.start_accelerator(args), None, train_sd.find_pictures(args))
+    train_sd.load_pipeline(run)
+    train_sd.prepare_data(run)
+    unet = train_sd.load_unet(run, torch.float32)
+    if method.name == "reslora":
+        reslora.load(unet, checkpoint)
+    else:
+        train_sd.add_adapter(unet, method.name, args, args.max_train_steps)
+        train_sd.load_adapter(unet, method.name, checkpoint)
+    table = merge_table(
+        unet,
+        lambda: {"loss": train_sd.validation_loss(run, unet)},
+        calibration_of(Run("run", method.parent)) if method.name == "reslora" else None,
+    )
+    return condensed({"table": table, "train_seconds": None, "trainable_parameters": None})["table"]
+
+
+def calibration_study(flags: list[str], folder: Path, args: argparse.Namespace) -> dict:
+    """Test loss merged by `lstsq` from 8, 32 and 128 training examples, and from 128 of another task."""
+    import train_llm
+    from reslora.trainer import load_adapter, merge_table
+
+    task, method, arguments = train_llm.parse(flags)
+    trainer, rows = train_llm.build_trainer(task, method, arguments)
+    load_adapter(trainer.model, max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2])))
+    trainer.model.eval()
+    other = "gsm8k" if task.task != "gsm8k" else "svamp"
+    lines = read_lines(args.text / other / "train.jsonl")[: max(CALIBRATION_SIZES)]
+    examples = train_llm.examples_of(train_llm.TASKS[other], other, [json.loads(line) for line in lines])
+    sources = {str(count): (rows, count) for count in CALIBRATION_SIZES}
+    sources[f"{max(CALIBRATION_SIZES)} of {other}"] = ([trainer.encoder(e) for e in examples], max(CALIBRATION_SIZES))
+    found = {}
+    for name, (calibration, count) in sources.items():
+        batches = train_llm.calibration_batches(calibration, count, arguments.per_device_eval_batch_size)
+        table = merge_table(trainer.model, lambda: trainer.figures("test", accuracy=False), batches, ["lstsq"])
+        found[name] = table["lstsq"]["loss"]
+    return found
+
+
+# -- cost --------------------------------------------------------------------------------------------------------------
+
+
+def cost(args: argparse.Namespace, rounds: int = 3) -> None:
+    """Peak memory and step time of each method and of stock PEFT LoRA on the language model, taken turn about."""
+    path = RESULTS / "cost" / "llm.json"
+    if path.is_file():
+        return
+    measured = {variant: [] for variant in ("peft", *MAIN)}
+    for number in range(rounds):
+        for variant, figures in measured.items():
+            print(f"cost: {variant}, round {number + 1} of {rounds}", flush=True)
+            script = str(Path(__file__).with_name("paper_cost.py"))
+            words = [sys.executable, script, args.llm, *(VARIANTS[variant] if variant != "peft" else [])]
+            figures.append(json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout))
+    write_json(path, measured)
+
+
+if __name__ == "__main__":
+    main()

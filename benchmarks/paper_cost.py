@@ -1,0 +1,55 @@
+"""Measures one method's training step on a language model and prints it as JSON; `paper.py run cost` starts it.
+
+python benchmarks/paper_cost.py MODEL                                       # stock PEFT LoRA, the library not imported
+python benchmarks/paper_cost.py MODEL --method reslora --shortcut block --pre_num 4
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+BATCH, TOKENS, STEPS, WARM_UP = 8, 128, 8, 2
+
+
+def model_of(name: str, flags: list[str]) -> torch.nn.Module:
+    """The model with its adapter: by PEFT alone without flags, else as the trainers make it."""
+    base = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    if not flags:
+        return get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from transformers import HfArgumentParser
+
+    from reslora.trainer import MethodArguments, attach
+
+    (arguments,) = HfArgumentParser(MethodArguments).parse_args_into_dataclasses(flags)
+    return attach(base, arguments, STEPS, task_type="CAUSAL_LM")
+
+
+def main() -> None:
+    name, *flags = sys.argv[1:]
+    torch.manual_seed(0)
+    model = model_of(name, flags).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    tokens = torch.randint(1000, (BATCH, TOKENS))
+    seconds = []
+    for _ in range(WARM_UP + STEPS):
+        started = time.perf_counter()
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - started)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"seconds": statistics.median(seconds[WARM_UP:]), "peak_mib": peak}))
+
+
+if __name__ == "__main__":
+    main()

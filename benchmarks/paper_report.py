@@ -1,0 +1,260 @@
+"""Tables and plots of what `paper.py run` has measured, between the marks in RESULTS.md; `paper.py report` does it."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, REPORT = ROOT / "benchmarks" / "results", ROOT / "RESULTS.md"
+COLORS = {"lora": "#8a8f98", "lora_x2": "#1971c2", "is": "#e8590c", "bs(4)": "#2f9e44", "ms(4)": "#9c36b5"}
+MERGES = ("none", "input", "weights", "lstsq", "exact")
+SCORES = ("accuracy", "f1", "matthews_correlation", "pearson")
+PAPER_COST = {"is": 1.07, "bs(4)": 1.79, "ms(4)": 1.36}
+
+
+def write(experiments: dict) -> None:
+    """Fills every marked part of RESULTS.md: `<!-- name -->` to `<!-- /name -->`; what has not run says so."""
+    text = REPORT.read_text(encoding="utf-8")
+    for name in re.findall(r"<!-- ([a-z0-9_-]+) -->", text):
+        part = cost_table() if name == "cost" else state(experiments) if name == "state" else section(name, experiments)
+        pattern = rf"(<!-- {name} -->).*?(<!-- /{name} -->)"
+        text = re.sub(pattern, lambda m, part=part: f"{m[1]}\n{part}\n{m[2]}", text, flags=re.DOTALL)
+    REPORT.write_text(text, encoding="utf-8")
+    print(f"{REPORT.name} and the plots in {RESULTS.relative_to(ROOT)} are up to date")
+
+
+def results_of(name: str, variants: Iterable[str]) -> dict[str, list[dict]]:
+    """The final trainings of each variant at its chosen rate, by seed; variants with fewer than all seeds as well."""
+    found: dict[str, list[dict]] = {}
+    for path in sorted((RESULTS / name).glob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if not path.name.startswith("search-") and "variant" in result:
+            found.setdefault(result["variant"], []).append(result)
+    chosen = {}
+    for variant in variants:
+        rates = {result["rate"] for result in found.get(variant, [])}
+        # On the pipeline the search's trainings lie here too: the chosen rate is the one that has most seeds.
+        count = {rate: sum(result["rate"] == rate for result in found[variant]) for rate in rates}
+        if count:
+            rate = max(count, key=count.get)
+            chosen[variant] = sorted((r for r in found[variant] if r["rate"] == rate), key=lambda r: r["seed"])
+    return chosen
+
+
+def section(name: str, experiments: dict) -> str:
+    experiment = experiments[name]
+    results = results_of(name, experiment.variants)
+    if not results:
+        return "*Not run yet.*"
+    seeds = {len(found) for found in results.values()}
+    parts = [f"Seeds per method: {', '.join(map(str, sorted(seeds)))}. Mean ± standard deviation over them."]
+    if any(found for found in results.values()):
+        parts += [convergence(name, results), merges(results), calibration(results)]
+    if name == "pre_num":
+        parts += [sweep(results), heat_maps(name, results)]
+    return "\n\n".join(part for part in parts if part)
+
+
+# -- numbers -----------------------------------------------------------------------------------------------------------
+
+
+def spread(values: list[float], form: str = "{:.4f}") -> str:
+    """Mean and standard deviation; a single value stands alone."""
+    mean = form.format(statistics.mean(values))
+    return f"{mean} ± {form.format(statistics.stdev(values))}" if len(values) > 1 else mean
+
+
+def curve(result: dict, figure: str = "loss", split: str = "validation") -> list[tuple[int, float]]:
+    return [(row["step"], row[figure]) for row in result["log"] if row["split"] == split and figure in row]
+
+
+def steps_to(result: dict, level: float) -> float | None:
+    """First step at which the validation loss is as low as `level`, between rows by a straight line; None if never."""
+    points = curve(result)
+    for (before, high), (after, low) in zip([points[0], *points], points, strict=False):
+        if low <= level:
+            return after if high <= low else before + (after - before) * (high - level) / (high - low)
+    return None
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *("| " + " | ".join(r) + " |" for r in rows)]
+    return "\n".join(lines)
+
+
+# -- convergence (Figure 1, Table 9) -----------------------------------------------------------------------------------
+
+
+def convergence(name: str, results: dict[str, list[dict]]) -> str:
+    """Final validation loss, and the steps in which each method reaches LoRA's, seed by seed."""
+    finals = {result["seed"]: curve(result)[-1][1] for result in results.get("lora", [])}
+    total = curve(next(iter(results.values()))[0])[-1][0]
+    other = next(
+        (key for key in ("accuracy", "f1", "matthews_correlation", "pearson") if key in last_row(results)), None
+    )
+    rows = []
+    for variant, found in results.items():
+        reached = [steps_to(result, finals[result["seed"]]) for result in found if result["seed"] in finals]
+        # A run that never gets there counts as its whole length: the mean is then a lower bound.
+        never = sum(step is None for step in reached)
+        steps = spread([total if step is None else step for step in reached], "{:.0f}") if reached else "—"
+        cells = [variant, f"{found[0]['rate']:g}", spread([curve(result)[-1][1] for result in found])]
+        if other:
+            cells.append(spread([curve(result, other)[-1][1] for result in found], "{:.3f}"))
+        rows.append([*cells, steps + (f" (never in {never} of {len(reached)})" if never else "")])
+    head = ["method", "learning rate", "validation loss", *([f"validation {other}"] if other else [])]
+    plot = plot_curves(name, results)
+    head.append(f"steps to LoRA's final loss (of {total})")
+    return f"{table(head, rows)}\n\n![validation loss by step]({plot})"
+
+
+def last_row(results: dict[str, list[dict]]) -> dict:
+    rows = next(iter(results.values()))[0]["log"]
+    return [row for row in rows if row["split"] == "validation"][-1]
+
+
+def plot_curves(name: str, results: dict[str, list[dict]]) -> str:
+    """Mean validation loss by step, and the range of the seeds as a band."""
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    for variant, found in results.items():
+        runs = [curve(result) for result in found]
+        steps = [step for step, _ in runs[0]]
+        losses = [[loss for _, loss in run] for run in runs]
+        color = COLORS.get(variant)
+        line = axis.plot(steps, [statistics.mean(at) for at in zip(*losses, strict=True)], label=variant, color=color)
+        lows, highs = ([f(at) for at in zip(*losses, strict=True)] for f in (min, max))
+        axis.fill_between(steps, lows, highs, color=line[0].get_color(), alpha=0.15, linewidth=0)
+    axis.set(title=name, xlabel="step", ylabel="validation loss", yscale="log")
+    axis.grid(alpha=0.3, which="both")
+    axis.legend(frameon=False)
+    return saved(figure, f"{name}.png")
+
+
+def saved(figure, name: str) -> str:
+    figure.savefig(RESULTS / name, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+    return f"benchmarks/results/{name}"
+
+
+# -- merging (Tables 3, 6 and 7) ---------------------------------------------------------------------------------------
+
+
+def merges(results: dict[str, list[dict]]) -> str:
+    """Unmerged and merged by every method, on the data the methods are judged by."""
+    wired = {variant: found for variant, found in results.items() if len(found[0].get("table", {})) > 1}
+    single = {variant: found for variant, found in results.items() if variant not in wired}
+    if not wired:
+        return ""
+    columns = [m for m in MERGES if any(m in found[0]["table"] for found in wired.values())]
+    parts = []
+    for figure in [key for key in next(iter(wired.values()))[0]["table"]["unmerged"] if key not in ("block_error",)]:
+        rows = []
+        for variant, found in {**single, **wired}.items():
+            cells = [cell(found, row, figure) for row in ("unmerged", *columns)]
+            rows.append([variant, *cells, kept(found, figure) if variant in wired else "—"])
+        head = [f"final {figure}", "unmerged", *columns, "lstsq keeps of what none loses"]
+        parts.append(table(head, rows))
+    return "\n\n".join(parts)
+
+
+def cell(found: list[dict], row: str, figure: str) -> str:
+    values = [result["table"][row][figure] for result in found if row in result.get("table", {})]
+    return spread(values) if values else "—"
+
+
+def kept(found: list[dict], figure: str) -> str:
+    """Of the change that dropping the shortcuts (`none`) makes, how much `lstsq` avoids; mean over the seeds."""
+    shares = []
+    for result in found:
+        rows = result["table"]
+        if "lstsq" in rows and rows["none"][figure] != rows["unmerged"][figure]:
+            lost = rows["none"][figure] - rows["unmerged"][figure]
+            shares.append((rows["none"][figure] - rows["lstsq"][figure]) / lost)
+    return spread([100 * share for share in shares], "{:.1f}") + "%" if shares else "—"
+
+
+def calibration(results: dict[str, list[dict]]) -> str:
+    """Test loss merged by lstsq from more and fewer examples, and from another task's."""
+    studied = {variant: [r for r in found if "calibration" in r] for variant, found in results.items()}
+    studied = {variant: found for variant, found in studied.items() if found}
+    if not studied:
+        return ""
+    names = list(next(iter(studied.values()))[0]["calibration"])
+    rows = [[v, *(spread([r["calibration"][n] for r in found]) for n in names)] for v, found in studied.items()]
+    return table(["test loss, lstsq from", *(f"{name} examples" for name in names)], rows)
+
+
+# -- pre_num (Table 4, Figures 4 to 7) ---------------------------------------------------------------------------------
+
+
+def sweep(results: dict[str, list[dict]]) -> str:
+    """Final figures by the number of blocks that take part."""
+    figures = list(next(iter(results.values()))[0]["table"]["unmerged"])
+    rows = [[v, *(cell(found, "unmerged", figure) for figure in figures)] for v, found in results.items()]
+    return table(["method(pre_num)", *(f"unmerged {figure}" for figure in figures)], rows)
+
+
+def heat_maps(name: str, results: dict[str, list[dict]]) -> str:
+    """Frobenius norms of the merged blocks minus LoRA's, block by block down, pre_num across."""
+    lora = results_of("svamp", ["lora"]).get("lora")
+    if not lora:
+        return ""
+    base, links = lora[0]["norms"], []
+    for kind in ("bs", "ms"):
+        shown = {v: found[0]["norms"] for v, found in results.items() if v.startswith(kind)}
+        layers = [layer for layer in base if all(layer in norms for norms in shown.values())]
+        if not shown or not layers:
+            continue
+        values = [[norms[layer] - base[layer] for norms in shown.values()] for layer in layers]
+        figure, axis = plt.subplots(figsize=(6, 0.16 * len(layers) + 1.2), layout="constrained")
+        limit = max(abs(value) for row in values for value in row)
+        image = axis.imshow(values, cmap="coolwarm", vmin=-limit, vmax=limit, aspect="auto")
+        axis.set_xticks(range(len(shown)), list(shown))
+        axis.set_yticks(range(len(layers)), [short(layer) for layer in layers], fontsize=6)
+        axis.set_title("Frobenius norm of the merged update minus LoRA's")
+        figure.colorbar(image)
+        links.append(f"![{kind}]({saved(figure, f'{name}-{kind}.png')})")
+    return "\n".join(links)
+
+
+def short(layer: str) -> str:
+    number = re.search(r"\.(\d+)\.", layer)
+    return f"{number[1] if number else ''} {layer.rpartition('.')[2]}"
+
+
+# -- cost (Table 8), and what has run ----------------------------------------------------------------------------------
+
+
+def cost_table() -> str:
+    path = RESULTS / "cost" / "llm.json"
+    if not path.is_file():
+        return "*Not run yet.*"
+    measured = json.loads(path.read_text(encoding="utf-8"))
+    peft = measured.pop("peft")
+    rows = []
+    for variant, figures in measured.items():
+        paper = f"{PAPER_COST[variant]:.2f}" if variant in PAPER_COST else "—"
+        ratios = [
+            [ours[key] / theirs[key] for ours, theirs in zip(figures, peft, strict=True)]
+            for key in ("seconds", "peak_mib")
+        ]
+        rows.append([variant, *(spread(values, "{:.2f}") for values in ratios), paper])
+    return table(["method", "step time / stock PEFT LoRA", "peak memory / stock PEFT LoRA", "paper's time"], rows)
+
+
+def state(experiments: dict) -> str:
+    """Which experiments have run, in how many trainings."""
+    rows = []
+    for name, experiment in experiments.items():
+        files = list((RESULTS / name).glob("*.json"))
+        rows.append([f"`{name}`", experiment.shows, f"{len(files)} trainings" if files else "not run"])
+    return table(["experiment", "stands beside the paper's", "run"], rows)

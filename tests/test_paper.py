@@ -1,0 +1,133 @@
+"""The measurements of benchmarks/: what is chosen, kept and reported, on figures made by hand."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import paper  # noqa: E402
+import paper_report  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def places(tmp_path, monkeypatch):
+    monkeypatch.setattr(paper, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(paper, "SCRATCH", tmp_path / "scratch")
+    monkeypatch.setattr(paper_report, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(paper_report, "REPORT", tmp_path / "RESULTS.md")
+    monkeypatch.setattr(paper_report, "ROOT", tmp_path)
+
+
+def result(variant: str, seed: int, losses: list[float], table: dict | None = None, rate: float = 1e-3) -> dict:
+    log = [{"step": 10 * i, "split": "validation", "loss": loss, "accuracy": 0.5} for i, loss in enumerate(losses)]
+    table = table or {"unmerged": {"loss": losses[-1]}}
+    return {"experiment": "svamp", "variant": variant, "rate": rate, "seed": seed, "log": log, "table": table}
+
+
+def kept(*results: dict, name: str = "svamp", search: bool = False) -> None:
+    folder = paper.RESULTS / name
+    folder.mkdir(parents=True, exist_ok=True)
+    for r in results:
+        key = f"{'search-' if search else ''}{r['variant']}-lr{r['rate']:g}-seed{r['seed']}"
+        (folder / f"{key}.json").write_text(json.dumps(r))
+
+
+def test_rate_with_the_best_validation_score_is_chosen():
+    for rate, loss in ((5e-4, 0.5), (1e-3, 0.2), (2e-3, 0.3)):
+        kept(result("is", 0, [1.0, loss], rate=rate), search=True)
+    assert paper.chosen_rate("svamp", "is", None) == 1e-3
+    for rate, f1 in ((5e-4, 0.5), (1e-3, 0.2), (2e-3, 0.8)):
+        found = result("is", 0, [1.0, 0.1], rate=rate)
+        found["log"][-1]["f1"] = f1
+        kept(found, name="mrpc", search=True)
+    assert paper.chosen_rate("mrpc", "is", None) == 2e-3
+
+
+def test_every_experiment_has_the_control_and_three_seeds_where_it_is_required():
+    for name, experiment in paper.EXPERIMENTS.items():
+        assert len(experiment.rates) <= 3 and set(experiment.variants) <= set(paper.VARIANTS)
+        if experiment.required:
+            assert {"lora", "lora_x2", "is", "bs(4)", "ms(4)"} <= set(experiment.variants), name
+            assert len(experiment.seeds) >= 3
+
+
+@pytest.mark.parametrize("script", ["train_llm.py", "train_glue.py"])
+def test_examples_that_rates_are_chosen_by_are_neither_trained_on_nor_judged_by(tmp_path, script):
+    source = tmp_path / "text" / "svamp"
+    source.mkdir(parents=True)
+    for split, count in (("train", 70), ("validation", 20), ("test", 20)):
+        lines = [json.dumps({"row": f"{split}{i}"}) + "\n" for i in range(count)]
+        (source / f"{split}.jsonl").write_text("".join(lines))
+    args = argparse.Namespace(text=tmp_path / "text")
+    experiment = paper.Experiment(script, "svamp", "", (), (), (), "loss")
+    search, final = (paper.split_data(experiment, args, search) for search in (True, False))
+
+    def rows(folder: Path, split: str) -> set:
+        path = folder / f"{split}.jsonl"
+        return set(path.read_text().splitlines()) if path.is_file() else set()
+
+    chosen_by = rows(search, "validation")
+    judged_by = rows(final, "test") or rows(final, "validation")
+    assert rows(search, "train") == rows(final, "train") and chosen_by
+    assert not chosen_by & rows(final, "train") and not judged_by & (chosen_by | rows(final, "train"))
+    assert rows(search, "train") | chosen_by == {line.strip() for line in (source / "train.jsonl").open()}
+
+
+def test_losses_of_steps_are_averaged_by_tens(tmp_path):
+    rows = [{"step": i, "split": "train", "loss": float(i), "lr": 1.0, "seconds": 1.0} for i in range(1, 21)]
+    rows.append({"step": 20, "split": "validation", "loss": 3.0, "lr": 1.0, "seconds": 2.0, "accuracy": 0.5})
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    first, second, last = paper.read_log(tmp_path / "log.jsonl")
+    assert (first["step"], first["loss"], second["loss"]) == (10, 5.5, 15.5)
+    assert last == {"step": 20, "split": "validation", "loss": 3.0, "seconds": 2.0, "accuracy": 0.5}
+
+
+def test_norms_are_those_of_the_scaled_product(tmp_path):
+    down, up = torch.randn(4, 6), torch.randn(5, 4)
+    key = "base_model.model.model.layers.0.q_proj"
+    save_file({f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}, tmp_path / "a.safetensors")
+    (norm,) = paper.norms(tmp_path / "a.safetensors", 2.0).values()
+    assert norm == pytest.approx((2.0 * up @ down).norm().item(), rel=1e-5)
+
+
+def test_steps_to_a_loss_lie_on_the_line_between_rows():
+    found = result("is", 0, [1.0, 0.8, 0.4])
+    assert paper_report.steps_to(found, 0.6) == pytest.approx(15)
+    assert paper_report.steps_to(found, 1.0) == 0 and paper_report.steps_to(found, 0.3) is None
+
+
+def test_what_lstsq_keeps_of_what_none_loses():
+    tables = [
+        {"unmerged": {"loss": 0.2}, "none": {"loss": 0.4}, "lstsq": {"loss": 0.21}},
+        {"unmerged": {"loss": 0.2}, "none": {"loss": 0.3}, "lstsq": {"loss": 0.19}},
+    ]
+    found = [result("is", seed, [1.0, 0.2], table) for seed, table in enumerate(tables)]
+    assert paper_report.kept(found, "loss") == "102.5 ± 10.6%"
+
+
+def test_report_fills_the_marked_parts_and_nothing_else():
+    merged = {"unmerged": {"loss": 0.2}, "none": {"loss": 0.4}, "lstsq": {"loss": 0.2, "block_error": 0.1}}
+    for seed in range(3):
+        kept(result("lora", seed, [1.0, 0.6, 0.5]), result("is", seed, [1.0, 0.5, 0.2], merged))
+    parts = ["before", "<!-- svamp -->", "old", "<!-- /svamp -->", "<!-- mrpc --><!-- /mrpc -->"]
+    paper_report.REPORT.write_text("\n".join([*parts, "<!-- state --><!-- /state -->", "after"]))
+    paper_report.write(paper.EXPERIMENTS)
+    report = paper_report.REPORT.read_text()
+    assert report.startswith("before\n") and report.endswith("after") and "old" not in report
+    assert "| is | 0.001 | 0.2000 ± 0.0000 | 0.500 ± 0.000 | 10 ± 0 |" in report
+    assert "*Not run yet.*" in report and "| `svamp` |" in report and "6 trainings" in report
+    assert (paper_report.RESULTS / "svamp.png").stat().st_size > 1000
+
+
+def test_unknown_experiment_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["paper.py", "run", "nothing"])
+    with pytest.raises(SystemExit) as end:
+        paper.main()
+    assert end.value.code == 2 and "unknown experiment nothing" in capsys.readouterr().err
