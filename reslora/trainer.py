@@ -255,6 +255,8 @@ class AdapterTrainer(Trainer):
         args.logging_nan_inf_filter = False  # it would report the mean of earlier losses in place of a NaN
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False
+        config = getattr(base_model(model), "config", None)
+        self.use_cache = getattr(config, "use_cache", None)
         checkpointing = args.activation_checkpointing
         args.activation_checkpointing = args.gradient_checkpointing = False
         if args.n_gpu > 1:
@@ -280,7 +282,11 @@ class AdapterTrainer(Trainer):
                 raise InvalidArgument(
                     f"--resume_from_checkpoint {resume_from_checkpoint}", f"damaged ({problem})", "use latest"
                 )
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        finally:
+            if self.use_cache is not None:  # `Trainer` turns it off, and it would be saved with a merged model
+                base_model(self.model).config.use_cache = self.use_cache
 
     def _run_epoch(self, *args, **kwargs) -> None:
         # Stock `Trainer` takes one step too many when it resumes from the last step of a run.

@@ -507,6 +507,9 @@ def test_exports_load_in_stock_peft_and_transformers_with_the_same_logits(tmp_pa
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     torch.testing.assert_close(whole(**token_inputs()).logits, expected, rtol=1e-5, atol=1e-5)
     assert whole.lm_head.weight is whole.model.embed_tokens.weight
+    assert json.loads((tmp_path / "merged" / "config.json").read_text()) == json.loads(
+        (tmp_path / "base" / "config.json").read_text()
+    )
 
     content = write_results(trainer, arguments, table, report, task="none")
     assert content == json.loads((tmp_path / "results.json").read_text())
