@@ -1,0 +1,132 @@
+"""The bundled tiny language models and their tasks: they load, they are small, and their tasks are what they say."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    RobertaForMaskedLM,
+)
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+sys.path.insert(0, str(ASSETS))
+
+from make_tiny_language_models import (  # noqa: E402
+    SIGNS,
+    arithmetic_text,
+    grammatical,
+    judgement,
+    numbers,
+    random,
+    word_problem,
+    write_task,
+)
+
+LLAMA, ROBERTA = ASSETS / "tiny-llama", ASSETS / "tiny-roberta"
+COLUMNS = {LLAMA: ["ID", "Body", "Question", "Equation", "Answer", "Type"], ROBERTA: ["sentence", "label", "idx"]}
+SPLITS = {LLAMA: ["test", "train", "validation"], ROBERTA: ["train", "validation"]}
+
+
+def read_task(folder: Path) -> dict[str, list[dict]]:
+    files = sorted((folder / "task").glob("*.jsonl"))
+    return {path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in files}
+
+
+def text_of(row: dict) -> tuple:
+    return (row["Body"], row["Question"]) if "Body" in row else (row["sentence"],)
+
+
+@pytest.mark.parametrize("folder", [LLAMA, ROBERTA], ids=lambda folder: folder.name)
+def test_files_are_small_and_complete(folder):
+    sizes = {path.name: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    assert sizes["model.safetensors"] < 2_000_000 and sum(sizes.values()) < 2_500_000
+    assert {"README.md", "config.json", "tokenizer.json"} <= set(sizes)
+    assert not any(name.endswith((".bin", ".pt", ".pkl", ".py")) for name in sizes)
+    card = (folder / "README.md").read_text()
+    assert "license: apache-2.0" in card and "make_tiny_language_models.py" in card
+    assert str(len(read_task(folder)["train"])) in card
+
+
+@pytest.mark.parametrize("folder", [LLAMA, ROBERTA], ids=lambda folder: folder.name)
+def test_tasks_have_their_columns_and_share_no_row(folder):
+    task = read_task(folder)
+    assert list(task) == SPLITS[folder]
+    seen = set()
+    for rows in task.values():
+        assert len(rows) >= 50
+        for row in rows:
+            assert list(row) == COLUMNS[folder]
+            assert text_of(row) not in seen
+            seen.add(text_of(row))
+
+
+def test_answers_of_the_word_problems_are_right():
+    for rows in read_task(LLAMA).values():
+        for row in rows:
+            left, sign, right = row["Equation"].strip("( )").split()
+            left, right = int(float(left)), int(float(right))
+            assert int(row["Answer"]) == {"+": left + right, "-": left - right, "*": left * right}[sign]
+            for number in (left, right):
+                assert f" {number} " in f" {row['Body']} "
+
+
+def test_labels_are_balanced():
+    labels = [row["label"] for row in read_task(ROBERTA)["validation"]]
+    assert set(labels) == {0, 1} and 0.4 < sum(labels) / len(labels) < 0.6
+
+
+def test_the_llama_loads_and_reads_what_it_knows():
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(LLAMA, dtype=torch.float32),
+        AutoTokenizer.from_pretrained(LLAMA),
+    )
+    assert isinstance(model, LlamaForCausalLM) and model.config.num_hidden_layers >= 4
+    assert tokenizer.is_fast and len({tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}) == 3
+    ids = tokenizer("Mia has 17 pens.\nÜber")["input_ids"]
+    assert ids[0] == tokenizer.bos_token_id and tokenizer.eos_token_id not in ids
+    assert {"1", "7"} <= set(tokenizer.convert_ids_to_tokens(ids))
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "Mia has 17 pens.\nÜber"
+    losses = {}
+    for name, text in {
+        "known": "( 12.0 + 5.0 ) = 17. ( 9.0 - 4.0 ) = 5.",
+        "wrong": "( 12.0 + 5.0 ) = 39. ( 9.0 - 4.0 ) = 6.",
+    }.items():
+        tokens = tokenizer(text, return_tensors="pt")["input_ids"]
+        losses[name] = model(input_ids=tokens, labels=tokens).loss.item()
+    assert losses["known"] < losses["wrong"] - 0.2
+
+
+def test_the_roberta_loads_and_knows_grammar():
+    model, tokenizer = (
+        AutoModelForMaskedLM.from_pretrained(ROBERTA, dtype=torch.float32),
+        AutoTokenizer.from_pretrained(ROBERTA),
+    )
+    assert isinstance(model, RobertaForMaskedLM) and model.config.num_hidden_layers >= 4
+    assert tokenizer.is_fast and tokenizer.model_max_length <= model.config.max_position_embeddings - 2
+    pair = tokenizer("The dog runs.", "It falls.")["input_ids"]
+    assert pair[0] == tokenizer.cls_token_id and pair.count(tokenizer.sep_token_id) == 3
+    for text, right, wrong in (("The dogs near the cat {} old.", " are", " is"), ("A king {} old.", " is", " are")):
+        tokens = tokenizer(text.format(tokenizer.mask_token).replace(" <mask>", "<mask>"), return_tensors="pt")
+        place = (tokens["input_ids"][0] == tokenizer.mask_token_id).nonzero().item()
+        logits = model(**tokens).logits[0, place]
+        ids = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in (right, wrong)]
+        assert [len(word) for word in ids] == [1, 1] and logits[ids[0]] > logits[ids[1]]
+
+
+def test_generators_are_seeded_and_write_what_they_say(tmp_path):
+    for make in (arithmetic_text, grammatical):
+        assert [make(random.Random(3)) for _ in range(2)] == [make(random.Random(3))] * 2
+        assert "{" not in make(random.Random(4))
+    for kind in SIGNS:
+        x = numbers(random.Random(5), kind)
+        assert x["c"] == {"plus": x["a"] + x["b"], "minus": x["a"] - x["b"], "times": x["a"] * x["b"]}[kind] > 0
+    rows = write_task(tmp_path, {"train": 20, "test": 5}, word_problem, lambda row: (row["Body"], row["Question"]))
+    assert len({text_of(row) for row in rows}) == 25
+    assert [json.loads(line) for line in (tmp_path / "test.jsonl").read_text().splitlines()] == rows[20:]
+    assert list(judgement(random.Random(0), 7)) == COLUMNS[ROBERTA]
