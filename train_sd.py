@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import hashlib
 import importlib.util
+import io
 import json
 import math
 import os
@@ -527,7 +528,9 @@ def plan_resume(args: argparse.Namespace) -> dict[str, list[Path]]:
         path = Path(named) if Path(named).is_dir() or os.sep in named else output / args.method[0] / named
         if not (path / "trainer.json").is_file():
             raise InvalidArgument(f"--resume_from_checkpoint {named}", "no complete checkpoint there", "use latest")
-        method = json.loads((path / "trainer.json").read_text())["method"]
+        method = read_trainer_json(path).get("method")
+        if method is None:
+            raise InvalidArgument(f"--resume_from_checkpoint {named}", "damaged (trainer.json)", "use latest")
         if method not in args.method:
             raise InvalidArgument(f"--resume_from_checkpoint {named}", f"it belongs to --method {method}", "add that")
         check_settings(args, path)
@@ -1451,15 +1454,15 @@ def save_checkpoint(run: Run, trainer: Trainer) -> Path:
         else:
             tensors = {name: value.contiguous() for name, value in state.items()}
             (temporary / "adapter.safetensors").write_bytes(serialize(tensors))
-        torch.save(
-            {
-                "optimizer": trainer.optimizer.state_dict(),
-                "lr_scheduler": trainer.lr_scheduler.state_dict(),
-                "scaler": run.accelerator.scaler.state_dict() if run.accelerator.scaler else None,
-                "allocator": allocator_state(trainer.tuner),
-            },
-            temporary / "trainer.pt",
-        )
+        state = {
+            "optimizer": trainer.optimizer.state_dict(),
+            "lr_scheduler": trainer.lr_scheduler.state_dict(),
+            "scaler": run.accelerator.scaler.state_dict() if run.accelerator.scaler else None,
+            "allocator": allocator_state(trainer.tuner),
+        }
+        buffer = io.BytesIO()  # torch.save's own writing names no cause where a disk is full
+        torch.save(state, buffer)
+        (temporary / "trainer.pt").write_bytes(buffer.getbuffer())
         record = {
             "method": trainer.method,
             "step": trainer.step,
@@ -1469,7 +1472,9 @@ def save_checkpoint(run: Run, trainer: Trainer) -> Path:
         }
         (temporary / "trainer.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     if run.args.checkpoints_total_limit:
-        for old in checkpoints_of(folder)[run.args.checkpoints_total_limit :]:
+        # Later ones are of an earlier try, damaged or left behind: they do not count, and are overwritten in turn.
+        kept = [old for old in checkpoints_of(folder) if step_of(old) <= trainer.step]
+        for old in kept[run.args.checkpoints_total_limit :]:
             remove(old)
     return folder / f"checkpoint-{trainer.step}"
 
@@ -1581,26 +1586,25 @@ def train(run: Run, method: str) -> int:
         validate(run, trainer, log)
     stream = iter(training_batches(run, trainer.step))
     bar = tqdm(desc=method, total=args.max_train_steps, initial=trainer.step, disable=not run.main, dynamic_ncols=True)
-    while trainer.step < args.max_train_steps:
-        started = time.perf_counter()
-        loss = train_step(run, trainer, stream)
-        trainer.seconds += time.perf_counter() - started
-        if not math.isfinite(loss):
-            raise RunFailed(
-                f"{method}: loss {loss} at step {trainer.step}; lower --learning_rate, the last checkpoint is intact"
-            )
-        log.write("train", loss)
-        bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-        bar.update()
-        last = stop_requested(run) or trainer.step == args.max_train_steps
-        if trainer.step % args.validation_steps == 0 or trainer.step == args.max_train_steps:
-            validate(run, trainer, log)
-        if run.main and (trainer.step % args.checkpointing_steps == 0 or last):
-            save_checkpoint(run, trainer)
-        run.accelerator.wait_for_everyone()
-        if last:
-            break
-    bar.close()
+    with bar:  # closed before an error is told
+        while trainer.step < args.max_train_steps:
+            started = time.perf_counter()
+            loss = train_step(run, trainer, stream)
+            trainer.seconds += time.perf_counter() - started
+            if not math.isfinite(loss):
+                problem = f"loss {loss} at step {trainer.step}"
+                raise RunFailed(f"{method}: {problem}; lower --learning_rate, the last checkpoint is intact")
+            log.write("train", loss)
+            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            bar.update()
+            last = stop_requested(run) or trainer.step == args.max_train_steps
+            if trainer.step % args.validation_steps == 0 or trainer.step == args.max_train_steps:
+                validate(run, trainer, log)
+            if run.main and (trainer.step % args.checkpointing_steps == 0 or last):
+                save_checkpoint(run, trainer)
+            run.accelerator.wait_for_everyone()
+            if last:
+                break
     run.accelerator.free_memory()
     if run.stop.signal is not None and trainer.step < args.max_train_steps:
         raise Stopped(f"{method} stopped after step {trainer.step}; go on with --resume_from_checkpoint latest")

@@ -2,6 +2,7 @@
 
     python assets/train_base.py                # after train_vae.py; rerun to continue
     python assets/train_base.py --steps 40000  # later: go on from where the steady learning rate had come to
+    python assets/train_base.py --init assets/pipeline   # without checkpoints: go on from the shipped weights
 
 The learning rate is steady until the last --cooldown steps, where it falls to 0 for the weights that are shipped, on
 fewer variants of each picture. A longer run continues from before the cooldown. Losses go to loss.jsonl, pictures of
@@ -40,6 +41,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--data", default="assets/build/noto")
     parser.add_argument("--vae", default="assets/build/vae")
     parser.add_argument("--output", default="assets/build/base")
+    parser.add_argument("--init", metavar="PIPELINE", help="start with the text encoder and U-Net of this pipeline")
     parser.add_argument("--steps", type=int, default=20000)
     parser.add_argument("--cooldown", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=32)
@@ -182,6 +184,13 @@ def warm_up(text_encoder: CLIPTextModel, examples: Examples, steps: int, seed: i
         bar.set_postfix(mse=f"{loss.item():.3f}")
 
 
+def start_from(pipeline: str, unet: UNet2DConditionModel, text_encoder: CLIPTextModel) -> None:
+    """Load the weights of an earlier pipeline, made with the same data and sizes, in float32."""
+    for part, name in ((unet, "unet"), (text_encoder, "text_encoder")):
+        saved = type(part).from_pretrained(pipeline, subfolder=name, torch_dtype=torch.float32)
+        part.load_state_dict(saved.state_dict())
+
+
 def denoising_loss(
     unet: UNet2DConditionModel,
     text_encoder: CLIPTextModel,
@@ -257,8 +266,11 @@ def main() -> None:
     parts = {"unet": unet, "text_encoder": text_encoder, "optimizer": optimizer, "schedule": schedule, "ema": ema}
     cooling = output / f"cooldown-{args.steps}.pt"
     start = load_checkpoint(cooling if cooling.is_file() else output / "checkpoint.pt", parts)
-    if start == 0 and args.warm_up_steps:
+    if start == 0 and args.init:
+        start_from(args.init, unet, text_encoder)
+    elif start == 0 and args.warm_up_steps:
         warm_up(text_encoder, examples, args.warm_up_steps, args.seed)
+    if start == 0:
         ema = parts["ema"] = EMAModel(parameters, decay=args.ema)
     pipeline = StableDiffusionPipeline(
         vae, text_encoder, tokenizer, unet, scheduler, safety_checker=None, feature_extractor=None,

@@ -22,6 +22,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
 from torch import nn
 
 from .chains import base_model, lora_layers, unwrap
@@ -120,7 +121,10 @@ def export_merged(unet: nn.Module, directory: str | os.PathLike, adapter_name: s
         plain = type(base).from_config(base.config)
     plain.load_state_dict(merged_state_dict(base, adapter_name), assign=True)
     with replacing(directory) as temporary:
-        plain.save_pretrained(str(temporary))
+        try:
+            plain.save_pretrained(str(temporary))
+        except SafetensorError as error:  # a full disk, say, which is an OSError to whoever writes files
+            raise OSError(f"{directory}: {error}") from error
     return Path(directory)
 
 

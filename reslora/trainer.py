@@ -253,6 +253,7 @@ class AdapterTrainer(Trainer):
                 "--method adalora", "reads gradients that DeepSpeed keeps to itself", "train it without --deepspeed"
             )
         args.logging_nan_inf_filter = False  # it would report the mean of earlier losses in place of a NaN
+        args.dataloader_pin_memory &= torch.cuda.is_available()  # it warns in every epoch where it cannot
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False
         config = getattr(base_model(model), "config", None)

@@ -1,0 +1,70 @@
+"""The bundled configurations, read and acted upon by accelerate itself."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from accelerate.commands import launch
+from accelerate.commands.config.config_args import load_config_from_file
+
+FOLDER = Path(__file__).resolve().parent.parent / "assets" / "accelerate"
+EXPECTED = {  # file: (what starts the processes, machines, processes)
+    "cpu_two_processes.yaml": ("multi_gpu_launcher", 1, 2),
+    "one_node.yaml": ("multi_gpu_launcher", 1, 8),
+    "two_nodes.yaml": ("multi_gpu_launcher", 2, 16),
+    "deepspeed_zero2.yaml": ("deepspeed_launcher", 1, 8),
+}
+
+
+def launched(monkeypatch, *flags: str):
+    """Name and arguments of the launcher that `accelerate launch` would hand over to."""
+    calls = []
+    for name in ("multi_gpu_launcher", "deepspeed_launcher", "simple_launcher"):
+        monkeypatch.setattr(launch, name, lambda args, name=name: calls.append((name, args)))
+    launch.launch_command(launch.launch_command_parser().parse_args([*flags, "train_sd.py", "--rank", "4"]))
+    (call,) = calls
+    return call
+
+
+def test_every_bundled_configuration_is_tested_and_described():
+    assert {path.name for path in FOLDER.glob("*.yaml")} == EXPECTED.keys()
+    readme = (FOLDER / "README.md").read_text(encoding="utf-8")
+    assert all(f"| `{name}` |" in readme for name in EXPECTED)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_accelerate_accepts_the_configuration(monkeypatch, name):
+    launcher, machines, processes = EXPECTED[name]
+    config = load_config_from_file(str(FOLDER / name))  # raises on a key it doesn't know
+    assert (config.num_machines, config.num_processes) == (machines, processes)
+    called, args = launched(monkeypatch, "--config_file", str(FOLDER / name))
+    assert called == launcher
+    assert (args.num_machines, args.num_processes) == (machines, processes)
+    assert args.training_script_args == ["--rank", "4"]
+    assert args.mixed_precision == ("no" if name.startswith("cpu") else "bf16")
+
+
+def test_command_line_wins(monkeypatch):
+    _, args = launched(monkeypatch, "--config_file", str(FOLDER / "one_node.yaml"), "--num_processes", "2")
+    assert args.num_processes == 2
+
+
+def test_deepspeed_gets_stage_2(monkeypatch):
+    _, args = launched(monkeypatch, "--config_file", str(FOLDER / "deepspeed_zero2.yaml"))
+    assert (args.zero_stage, args.gradient_accumulation_steps, args.gradient_clipping) == (2, 1, 1.0)
+
+
+def test_two_processes_on_the_cpu_find_each_other(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import torch, accelerate\n"
+        "a = accelerate.Accelerator()\n"
+        "print(a.device.type, a.num_processes, a.reduce(torch.tensor(a.process_index + 1)).item())\n"
+    )
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    command += ["--config_file", str(FOLDER / "cpu_two_processes.yaml"), str(script)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=240)
+    assert done.stdout.split("\n")[:2] == ["cpu 2 3"] * 2
