@@ -152,6 +152,8 @@ def make_examples(args: argparse.Namespace, vae: AutoencoderKL) -> tuple[Example
     chosen += [i for i, row in enumerate(rows) if is_held_out(row, known_words)]
     # All captions' words get a token, so that a later run or a fine-tuning can teach more of them.
     tokenizer = new_tokenizer([row["text"] for row in rows])
+    if args.init:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.init, subfolder="tokenizer")
     captions = [rows[i]["text"] for i in chosen]
     cache = Path(args.output) / "latents.pt"
     if not cache.is_file():
