@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS, REPORT = ROOT / "benchmarks" / "results", ROOT / "RESULTS.md"
 COLORS = {"lora": "#8a8f98", "lora_x2": "#1971c2", "is": "#e8590c", "bs(4)": "#2f9e44", "ms(4)": "#9c36b5"}
 MERGES = ("none", "input", "weights", "lstsq", "exact")
-SCORES = ("accuracy", "f1", "matthews_correlation", "pearson")
+SCORES = ("accuracy", "f1", "matthews", "pearson")
 PAPER_COST = {"is": 1.07, "bs(4)": 1.79, "ms(4)": 1.36}
 
 
@@ -98,9 +98,7 @@ def convergence(name: str, results: dict[str, list[dict]]) -> str:
     """Final validation loss, and the steps in which each method reaches LoRA's, seed by seed."""
     finals = {result["seed"]: curve(result)[-1][1] for result in results.get("lora", [])}
     total = curve(next(iter(results.values()))[0])[-1][0]
-    other = next(
-        (key for key in ("accuracy", "f1", "matthews_correlation", "pearson") if key in last_row(results)), None
-    )
+    other = next((key for key in ("accuracy", "f1", "matthews", "pearson") if key in last_row(results)), None)
     rows = []
     for variant, found in results.items():
         reached = [steps_to(result, finals[result["seed"]]) for result in found if result["seed"] in finals]

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.pytorch_utils import Conv1D
-from transformers.trainer_callback import TrainerState
+from transformers.trainer_callback import ProgressCallback, TrainerState
 from transformers.trainer_pt_utils import safe_globals
 from transformers.utils import logging
 
@@ -235,6 +235,21 @@ def _damage(folder: Path, processes: int) -> str | None:
     return None
 
 
+class _Progress(ProgressCallback):
+    """Shows the training loss behind the bar, where stock prints a line each time; evaluations get their line."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is None or not state.is_world_process_zero:
+            return
+        if "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.4f}", refresh=False)
+        elif "eval_loss" in logs:
+            timings = ("eval_runtime", "_per_second", "epoch")
+            figures = {name.removeprefix("eval_"): v for name, v in logs.items() if not name.endswith(timings)}
+            words = ", ".join(f"{name} {value:.4f}" for name, value in figures.items() if isinstance(value, float))
+            self.training_bar.write(f"step {state.global_step}: validation {words}")
+
+
 class AdapterTrainer(Trainer):
     """transformers' `Trainer` for a model from `attach`: checkpoints hold the adapter only and resume exactly.
 
@@ -264,6 +279,8 @@ class AdapterTrainer(Trainer):
             logger.warning("several GPUs in one process: using the first; start with accelerate launch to use all")
             args._n_gpu = 1
         super().__init__(model, args, **kwargs)
+        if self.pop_callback(ProgressCallback):
+            self.add_callback(_Progress())
         if checkpointing:
             enable_gradient_checkpointing(model)
         self.trainable_parameters = sum(value.numel() for value in _trained(model).values())

@@ -542,3 +542,11 @@ def test_a_classifier_head_is_exported_too(tmp_path):
     whole = BertForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
     for loaded in (stock, whole):
         torch.testing.assert_close(loaded(**token_inputs()).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_training_losses_stand_on_the_bar_and_evaluations_get_a_line(tmp_path, capsys):
+    trainer_for(build()[0], tmp_path, eval_strategy="steps", eval_steps=3, disable_tqdm=False).train()
+    captured = capsys.readouterr()
+    lines = [line for line in captured.out.splitlines() if line.strip()]
+    assert len(lines) == 2 and lines[0].startswith("step 3: validation loss ")
+    assert "loss=" in captured.err
