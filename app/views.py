@@ -94,10 +94,13 @@ def grid(run: Run, step: int):
     """The comparison as one picture to keep."""
     from PIL import Image, ImageDraw, ImageFont
 
+    from train_sd import font_for
+
     shown = columns(run, step)
     cells = sorted({cell for _, _, pictures in shown for cell in pictures})[:MOST_ROWS]
     size, gap, top = 192, 8, 56
     font, bold = ImageFont.load_default(15), ImageFont.load_default(18)
+    names = font_for("".join(prompt_of(run, cell[0]) for cell in cells), 15)
     sheet = Image.new("RGB", (gap + len(shown) * (size + gap), top + max(1, len(cells)) * (size + 34)), "white")
     draw = ImageDraw.Draw(sheet)
     for column, (title, subtitle, pictures) in enumerate(shown):
@@ -107,7 +110,7 @@ def grid(run: Run, step: int):
         for row, cell in enumerate(cells):
             y = top + row * (size + 34)
             if column == 0:
-                draw.text((x, y), prompt_of(run, cell[0])[:100], fill="black", font=font)
+                draw.text((x, y), prompt_of(run, cell[0])[:100], fill="black", font=names)
             if cell in pictures:
                 with Image.open(pictures[cell]) as picture:
                     sheet.paste(picture.convert("RGB").resize((size, size), Image.Resampling.LANCZOS), (x, y + 24))
