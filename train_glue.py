@@ -7,7 +7,7 @@
 The first form trains the bundled tiny RoBERTa on a bundled task in the form of CoLA, in a few minutes on two CPU cores.
 Data come from the hub, or from --data_dir: train.jsonl, validation.jsonl and, if wanted, test.jsonl with the columns of
 GLUE on the hub (MNLI: validation_matched.jsonl, validation_mismatched.jsonl ...). The flags of transformers'
-run_glue.py mean the same here. The classification head is trained with every method.
+run_glue.py mean the same here, but that it always trains. The classification head is trained with every method.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -208,8 +209,21 @@ def parse(argv: Sequence[str] | None) -> Arguments:
         raise InvalidArgument(
             f"--model_name_or_path {folder}", "no such folder", "give a transformers model or a name on the hub"
         )
+    check_metric(arguments)
     arguments.training.dataloader_pin_memory &= torch.cuda.is_available()  # torch warns in every epoch otherwise
     return arguments
+
+
+def check_metric(arguments: Arguments) -> None:
+    """Refuse a --metric_for_best_model that the task doesn't have; the hub's name of Matthews' counts as ours."""
+    given, known = arguments.training.metric_for_best_model, ("loss", *arguments.task.metrics)
+    name = str(given or "loss").removeprefix("eval_").replace("matthews_correlation", "matthews")
+    if name not in known:
+        raise InvalidArgument(
+            f"--metric_for_best_model {given}", f"unknown for {arguments.data.task_name}", f"one of {', '.join(known)}"
+        )
+    if given:
+        arguments.training.metric_for_best_model = name
 
 
 # -- data --------------------------------------------------------------------------------------------------------------
@@ -363,7 +377,7 @@ def load_model(arguments: Arguments):
             output_loading_info=True,
             **common,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         message = " ".join(str(error).split())
         fix = "give --ignore_mismatched_sizes" if "ignore_mismatched_sizes" in message else "check name and files"
         raise InvalidArgument(

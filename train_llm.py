@@ -39,6 +39,7 @@ from reslora.arguments import (
     run_script,
     settings,
 )
+from reslora.chains import base_model
 from reslora.files import write_json
 from reslora.trainer import (
     AdapterTrainer,
@@ -147,6 +148,10 @@ def parse(argv: Sequence[str] | None) -> tuple[TaskArguments, MethodArguments, L
             "a 4-bit model cannot hold the sum",
             "leave it out, and merge peft/ into the whole model",
         )
+    if task.load_in_4bit and method.method in ("loha", "lokr"):
+        raise InvalidArgument(
+            f"--method {method.method}", "PEFT has it for whole weights only", "leave --load_in_4bit out"
+        )
     best = str(training.metric_for_best_model or "").removeprefix("eval_")
     if best not in ("", "loss", "accuracy"):
         raise InvalidArgument(f"--metric_for_best_model {best}", "unknown", "choose loss or accuracy")
@@ -245,8 +250,8 @@ def _expect(condition: object, problem: str) -> None:
 
 
 def extract_answer(text: str) -> str | None:
-    """What follows the first "The answer is", up to the full stop that ends its sentence; None without one."""
-    _, mark, rest = text.partition(ANSWER)
+    """What follows the last "The answer is", up to the full stop that ends its sentence; None without one."""
+    _, mark, rest = text.rpartition(ANSWER)
     rest = rest.lstrip(": ").splitlines()
     return re.split(r"\.(?:\s|$)", rest[0])[0].strip() if mark and rest else None
 
@@ -343,7 +348,7 @@ def local_rows(arguments: TaskArguments, task: Task, split: str) -> tuple[str, l
     if not path.is_file():
         return str(path), []
     # Not splitlines: inside a JSON string it would break at U+2028 and its like.
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
         try:
             rows += [json.loads(line)] if line.strip() else []
         except ValueError:
@@ -481,7 +486,7 @@ def refused_as(flag: str):
     """What goes wrong inside is the fault of the model that was named."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise InvalidArgument(
             flag, first_line(error), "give a folder or a name on the hub of a causal model"
         ) from error
@@ -591,7 +596,10 @@ class LlmTrainer(AdapterTrainer):
 
 @torch.no_grad()
 def generate(model: PreTrainedModel, encoder: Encoder, examples: list[Example], max_new_tokens: int) -> list[str]:
-    """Greedy answers to the prompts of `examples`, in one left-padded batch with a KV cache."""
+    """Greedy answers to the prompts of `examples`, in one left-padded batch with a KV cache.
+
+    The model's own generation settings (a repetition penalty, say) stay out of it.
+    """
     inputs = encoder.left_padded([encoder.prompt(example) for example in examples])
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
     greedy = GenerationConfig(
@@ -602,7 +610,12 @@ def generate(model: PreTrainedModel, encoder: Encoder, examples: list[Example], 
         eos_token_id=encoder.end,
         pad_token_id=encoder.pad,
     )
-    tokens = model.generate(**inputs, generation_config=greedy)
+    base = base_model(model)
+    own, base.generation_config = base.generation_config, GenerationConfig()
+    try:
+        tokens = base.generate(**inputs, generation_config=greedy)
+    finally:
+        base.generation_config = own
     return encoder.tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 

@@ -117,7 +117,8 @@ class AdapterTrainingArguments(TrainingArguments):
             check_whole("save_total_limit", self.save_total_limit, 1)
         if self.max_steps != -1:
             check_whole("max_steps", self.max_steps, 1)
-        check_whole("seed", self.seed, 0)
+        check_whole("seed", self.seed, 0, 2**32 - 1)
+        check_trackers(self.report_to)
         if self.deepspeed and importlib.util.find_spec("deepspeed") is None:
             raise InvalidArgument("--deepspeed", "deepspeed is not installed", "pip install deepspeed, or leave it out")
         if self.push_to_hub:
@@ -135,10 +136,24 @@ class AdapterTrainingArguments(TrainingArguments):
         super().__post_init__()
 
 
-def check_whole(name: str, value: int, least: int) -> None:
-    """Raises `InvalidArgument` unless a flag's value is a whole number of at least `least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise InvalidArgument(f"--{name} {value}", "out of range", f"give a whole number of at least {least}")
+def check_whole(name: str, value: int, least: int, most: float = math.inf) -> None:
+    """Raises `InvalidArgument` unless a flag's value is a whole number of at least `least` and at most `most`."""
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        bounds = f"at least {least}" if most == math.inf else f"{least} to {most}"
+        raise InvalidArgument(f"--{name} {value}", "out of range", f"give a whole number of {bounds}")
+
+
+def check_trackers(names: str | Sequence[str] | None) -> None:
+    """Raises `InvalidArgument` for a --report_to that transformers doesn't know, or that is not installed."""
+    from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+
+    named = [name for name in ([names] if isinstance(names, str) else names or ()) if name not in ("all", "none")]
+    for name in named:
+        known = sorted(INTEGRATION_TO_CALLBACK)
+        if name not in known:
+            raise InvalidArgument(f"--report_to {name}", "unknown", f"choose from none, all, {', '.join(known)}")
+        if name not in get_available_reporting_integrations():
+            raise InvalidArgument(f"--report_to {name}", f"{name} is not installed", "install it, or leave it out")
 
 
 def check_number(name: str, value: float, least: float, below: float = math.inf, exclusive: bool = False) -> None:
@@ -235,7 +250,7 @@ def settings(*arguments: object) -> dict:
     merged: dict = {}
     for instance in arguments:
         values = instance.to_dict() if hasattr(instance, "to_dict") else dataclasses.asdict(instance)
-        merged |= {name: value for name, value in values.items() if not name.endswith("_token")}
+        merged |= {name: value for name, value in values.items() if name != "token" and not name.endswith("_token")}
     return json.loads(json.dumps(merged, default=str))
 
 

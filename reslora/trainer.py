@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.adalora import AdaLoraModel
-from safetensors import safe_open
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
@@ -118,7 +119,20 @@ def attach(
             connect(adapted, shortcuts, example_inputs=example_inputs)
     except (ValueError, TypeError) as error:
         raise InvalidArgument(flag, first_line(error), "name other layers, or another --method") from error
+    if arguments.merge_and_save:
+        _refuse_tied(base_model(adapted), flag)
     return adapted
+
+
+def _refuse_tied(base: PreTrainedModel, flag: str) -> None:
+    """A merged model that shares one weight between its embeddings cannot hold an update of only one of them."""
+    embeddings = [base.get_input_embeddings(), base.get_output_embeddings()]
+    embeddings = [module for module in embeddings if module is not None]
+    weights = {id(getattr(module, "base_layer", module).weight) for module in embeddings}
+    if len(weights) < len(embeddings) and any(isinstance(module, BaseTunerLayer) for module in embeddings):
+        raise InvalidArgument(
+            flag, "the input and the output embedding are one weight", "name other layers, or omit --merge_and_save"
+        )
 
 
 def _targets(model: PreTrainedModel, arguments: MethodArguments) -> list[str] | str:
@@ -199,10 +213,15 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
 # -- checkpoints -------------------------------------------------------------------------------------------------------
 
 
+def checkpoints_of(output_dir: str | os.PathLike) -> list[Path]:
+    """The folders `checkpoint-N` of a run, newest first, whatever their state."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
+
+
 def usable_checkpoint(output_dir: str | os.PathLike, processes: int = 1) -> str | None:
     """Returns the newest complete `checkpoint-N` of a run, or None; damaged ones are left out with a warning."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    for path in sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
+    for path in checkpoints_of(output_dir):
         problem = _damage(path, processes)
         if problem is None:
             return str(path)
@@ -292,6 +311,14 @@ class AdapterTrainer(Trainer):
         """As `Trainer.train`; `latest` or True means the newest usable checkpoint, or a fresh start without one."""
         if resume_from_checkpoint in ("latest", True):
             resume_from_checkpoint = usable_checkpoint(self.args.output_dir, self.args.world_size)
+            found = checkpoints_of(self.args.output_dir)
+            if found and resume_from_checkpoint is None:
+                problem = _damage(found[0], self.args.world_size)
+                raise InvalidArgument(
+                    "--resume_from_checkpoint latest",
+                    f"none of {len(found)} checkpoints can be used, {found[0]} for: {problem}",
+                    "take as many processes as before, or remove them to start afresh",
+                )
         elif resume_from_checkpoint:
             inside = Path(self.args.output_dir) / resume_from_checkpoint
             resume_from_checkpoint = str(inside if inside.is_dir() else resume_from_checkpoint)
@@ -351,6 +378,28 @@ class AdapterTrainer(Trainer):
     def _load_best_model(self) -> None:
         logger.info(f"Loading the adapter of {self.state.best_model_checkpoint}, {self.state.best_metric} the best")
         load_adapter(self.model, self.state.best_model_checkpoint)
+        if self.allocator is not None:
+            _load_allocator(self.allocator, Path(self.state.best_model_checkpoint))
+
+    def create_optimizer(self, *args, **kwargs):
+        """As `Trainer.create_optimizer`; raises `InvalidArgument` for one that cannot be had here."""
+        with _refused_as(f"--optim {_plain(self.args.optim)}"):
+            return super().create_optimizer(*args, **kwargs)
+
+    def create_scheduler(self, *args, **kwargs):
+        """As `Trainer.create_scheduler`; raises `InvalidArgument` where it lacks something."""
+        with _refused_as(f"--lr_scheduler_type {_plain(self.args.lr_scheduler_type)}"):
+            return super().create_scheduler(*args, **kwargs)
+
+    def _save_checkpoint(self, *args, **kwargs) -> None:
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except RuntimeError as error:
+            if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
+                raise
+            # So torch.save says that a file cannot be written, without the cause.
+            where = f"checkpoint of step {self.state.global_step}"
+            raise RunFailed(f"{where} cannot be written; is the disk full? Earlier ones are intact") from error
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -365,6 +414,18 @@ class AdapterTrainer(Trainer):
             load_adapter(self.model, checkpoint)
         if self.allocator is not None:
             _load_allocator(self.allocator, Path(checkpoint))
+
+
+@contextlib.contextmanager
+def _refused_as(flag: str):
+    try:
+        yield
+    except (ValueError, TypeError, ImportError) as error:
+        raise InvalidArgument(flag, first_line(error), "install or give what it needs, or choose another") from error
+
+
+def _plain(choice) -> str:
+    return getattr(choice, "value", choice)
 
 
 def _refuse_sharding(args: TrainingArguments) -> None:
@@ -650,7 +711,10 @@ def _write_merged(base: PreTrainedModel, directory: Path, tokenizer) -> None:
     plain.tie_weights()
     plain.generation_config = getattr(base, "generation_config", None)
     with replacing(directory) as temporary:
-        plain.save_pretrained(str(temporary))
+        try:
+            plain.save_pretrained(str(temporary))
+        except SafetensorError as error:  # a full disk, say
+            raise OSError(f"{directory}: {error}") from error
         if tokenizer is not None:
             tokenizer.save_pretrained(str(temporary))
 

@@ -405,6 +405,7 @@ def test_bad_flags(capfd, roberta, rte, tmp_path):
     argv = flags(roberta, rte, out)
     refused(capfd, argv[: argv.index("--task_name")] + argv[argv.index("--task_name") + 2 :], "--task_name", "missing")
     refused(capfd, flags(roberta, rte, out, "rte", "--target_modules", "q_proj"), "q_proj", "query")
+    refused(capfd, flags(roberta, rte, out, "rte", "--metric_for_best_model", "f1"), "f1", "loss, accuracy")
     assert not (out / "results.json").exists() and not (out / "log.jsonl").exists()
 
 

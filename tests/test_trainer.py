@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import reslora
-from reslora.arguments import AdapterTrainingArguments, InvalidArgument, MethodArguments, RunFailed
+from reslora.arguments import AdapterTrainingArguments, InvalidArgument, MethodArguments, RunFailed, settings
 from reslora.chains import base_model
 from reslora.model import connection_of
 from reslora.trainer import (
@@ -170,6 +171,48 @@ def test_latest_without_a_checkpoint_starts_afresh(tmp_path):
     assert trainer.state.global_step == STEPS
 
 
+def test_latest_is_refused_where_no_checkpoint_can_be_used(tmp_path):
+    trainer_for(build()[0], tmp_path).train()
+    log = read_log(tmp_path)
+    for folder in tmp_path.glob("checkpoint-*"):  # what two processes would have written
+        (folder / "rng_state.pth").rename(folder / "rng_state_0.pth")
+    with pytest.raises(InvalidArgument) as error:
+        trainer_for(build()[0], tmp_path).train(resume_from_checkpoint="latest")
+    assert_one_line(error, "--resume_from_checkpoint latest", f"checkpoint-{STEPS}", "processes")
+    assert read_log(tmp_path) == log
+
+
+def test_a_full_disk_ends_the_run_in_one_line(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+
+    trainer = trainer_for(build()[0], tmp_path)
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(RunFailed) as error:
+        trainer.train()
+    assert_one_line(error, "checkpoint of step 2", "disk")
+
+
+def test_tied_embeddings_are_not_adapted_where_they_would_be_merged():
+    base = tiny_llama(tie_word_embeddings=True)
+    arguments = MethodArguments(method="lora", target_modules=["q_proj", "lm_head"], merge_and_save=True)
+    with pytest.raises(InvalidArgument) as error:
+        attach(base, arguments, STEPS)
+    assert_one_line(error, "lm_head", "--merge_and_save")
+    attach(tiny_llama(tie_word_embeddings=False), arguments, STEPS)
+
+
+def test_settings_hold_no_token():
+    assert settings(AdapterTrainingArguments(output_dir="x", use_cpu=True, hub_token="secret"), Token()) == {
+        **settings(AdapterTrainingArguments(output_dir="x", use_cpu=True))
+    }
+
+
+@dataclass
+class Token:
+    token: str = "secret"
+
+
 def test_a_checkpoint_of_another_adapter_is_refused(tmp_path):
     trainer_for(build("lora", "none")[0], tmp_path).train()
     for other in (build("lora", "none", lora_r=2)[0], build("loha", "none")[0], build()[0]):
@@ -190,6 +233,18 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):
     load_adapter(other, best)
     assert best.name != f"checkpoint-{STEPS}"
     assert_same(trained(model), trained(other))
+
+
+def test_the_best_checkpoint_of_adalora_is_exported_as_it_was_evaluated(tmp_path):
+    model, _ = build("adalora", "none", lora_r=2)
+    flags = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "metric_for_best_model": "loss"}
+    trainer_for(model, tmp_path, greater_is_better=True, **flags).train()
+    tokens = torch.stack([row["input_ids"] for row in rows()])
+    expected = model.eval()(input_ids=tokens).logits
+    export(model, tmp_path)
+    torch.manual_seed(0)
+    again = PeftModel.from_pretrained(tiny_llama(layers=3).float(), tmp_path / "peft").eval()
+    torch.testing.assert_close(again(input_ids=tokens).logits, expected)
 
 
 def test_total_steps_is_what_the_trainer_takes(tmp_path):
