@@ -29,6 +29,7 @@ import signal
 import sys
 import time
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -63,6 +64,7 @@ FREE_ON_RESUME = {
     "gradient_checkpointing", "compile", "train_batch_size", "gradient_accumulation_steps", "strict",
 }  # fmt: skip
 
+SWITCH = {"action": argparse.BooleanOptionalAction, "default": False}
 RANDOM_CROPS = 4  # crops cached for a picture that isn't square: the centre and three more
 VALIDATION_DRAWS = 4  # noises per held-out picture, one in each quarter of the timesteps
 TOLERANCE = 2 / 255  # largest difference of any pixel between the merged model and an export read back
@@ -164,8 +166,8 @@ def add_model_flags(add) -> None:
         help="what the U-Net predicts; default: what the scheduler says")
     add("--mixed_precision", choices=["no", "fp16", "bf16"],
         help="precision of the frozen parts; the adapter stays fp32; default: what accelerate was started with")
-    add("--allow_tf32", action="store_true", help="allow TF32 matrix products on Ampere and later GPUs")
-    add("--enable_xformers_memory_efficient_attention", action="store_true",
+    add("--allow_tf32", **SWITCH, help="allow TF32 matrix products on Ampere and later GPUs")
+    add("--enable_xformers_memory_efficient_attention", **SWITCH,
         help="xformers' attention instead of PyTorch's")
 
 
@@ -199,11 +201,11 @@ def add_data_flags(add) -> None:
     add("--caption_column", default="text", help="column with the caption, or a list of captions to choose from")
     add("--max_train_samples", type=whole(1), help="train on that many pictures, drawn at random")
     add("--resolution", type=whole(8), help="side of the square that pictures are cropped and scaled to")
-    add("--center_crop", action="store_true", help="crop the centre instead of a random place")
-    add("--random_flip", action="store_true", help="mirror half of the samples")
+    add("--center_crop", **SWITCH, help="crop the centre instead of a random place")
+    add("--random_flip", **SWITCH, help="mirror half of the samples")
     add("--image_interpolation_mode", default="lanczos", help="how pictures are scaled",
         choices=["nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos"])
-    add("--strict", action="store_true",
+    add("--strict", **SWITCH,
         help="refuse pictures that cannot be read or have no caption, instead of leaving them out")
     add("--cache_latents", action=argparse.BooleanOptionalAction, default=True,
         help="encode every picture once, not in every step")
@@ -218,8 +220,8 @@ def add_training_flags(add) -> None:
     add("--gradient_accumulation_steps", type=whole(1), default=1, help="forwards per step")
     add("--num_train_epochs", type=whole(1), help="passes over the pictures; default: 100")
     add("--max_train_steps", type=whole(1), help="steps; wins over --num_train_epochs")
-    add("--gradient_checkpointing", action="store_true", help="less memory, slower")
-    add("--compile", action="store_true", help="torch.compile the U-Net: minutes at the start, then faster steps")
+    add("--gradient_checkpointing", **SWITCH, help="less memory, slower")
+    add("--compile", **SWITCH, help="torch.compile the U-Net: minutes at the start, then faster steps")
     add("--noise_offset", type=number(0), default=0.0, help="scale of the noise added per channel")
     add("--snr_gamma", type=number(0, exclusive=True), help="min-SNR loss weights; 5.0 is usual")
     add("--local_rank", type=int, default=-1, help="set by launchers")
@@ -227,11 +229,11 @@ def add_training_flags(add) -> None:
 
 def add_optimizer_flags(add) -> None:
     add("--learning_rate", type=number(0, exclusive=True), help="highest learning rate")
-    add("--scale_lr", action="store_true", help="multiply it by batch size, accumulation steps and processes")
+    add("--scale_lr", **SWITCH, help="multiply it by batch size, accumulation steps and processes")
     add("--lr_scheduler", default="constant", help="how it changes",
         choices=["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"])
     add("--lr_warmup_steps", type=whole(0), default=500, help="steps until it is reached (none with constant)")
-    add("--use_8bit_adam", action="store_true", help="bitsandbytes' 8-bit AdamW")
+    add("--use_8bit_adam", **SWITCH, help="bitsandbytes' 8-bit AdamW")
     add("--adam_beta1", type=number(0, below=1), default=0.9, help="decay of the mean of the gradient")
     add("--adam_beta2", type=number(0, below=1), default=0.999, help="decay of the mean of its square")
     add("--adam_weight_decay", type=number(0), default=1e-2, help="weight decay")
@@ -257,7 +259,7 @@ def add_output_flags(add) -> None:
     add("--checkpointing_steps", type=whole(1), help="steps between checkpoints")
     add("--checkpoints_total_limit", type=whole(1), help="checkpoints kept per method; default: all")
     add("--resume_from_checkpoint", metavar="latest|FOLDER", help="go on from the newest usable one, or this one")
-    add("--push_to_hub", action="store_true", help="upload the folder when done")
+    add("--push_to_hub", **SWITCH, help="upload the folder when done")
     add("--hub_token", help="token for the hub")
     add("--hub_model_id", help="repository on the hub; default: the folder's name")
 # fmt: on
@@ -269,7 +271,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(argv)
     if args.config:
-        args = parser.parse_args(config_flags(parser, Path(args.config)) + argv)
+        args = parser.parse_args(config_flags(parser, Path(args.config), argv) + argv)
     args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
     model = args.pretrained_model_name_or_path
     bundled = model is None or Path(model).resolve() == BUNDLED_MODEL
@@ -288,7 +290,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def config_flags(parser: argparse.ArgumentParser, path: Path) -> list[str]:
+# A run's config.json holds both of these; whoever names one on the command line means the other no longer.
+GIVES_WAY_TO = {
+    "max_train_steps": "num_train_epochs", "num_train_epochs": "max_train_steps", "lora_alpha": "rank",
+    "validation_steps": "validation_epochs", "train_data_dir": "dataset_name", "dataset_name": "train_data_dir",
+}  # fmt: skip
+
+
+def config_flags(parser: argparse.ArgumentParser, path: Path, argv: list[str]) -> list[str]:
     """A TOML file or a run's config.json as command-line words, so that they pass the same checks."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -297,19 +306,30 @@ def config_flags(parser: argparse.ArgumentParser, path: Path) -> list[str]:
         raise InvalidArgument(
             f"--config {path}", f"cannot be read ({first_line(error)})", "give a TOML file or a run's config.json"
         ) from None
-    actions = {action.dest: action for action in parser._actions}
+    if not isinstance(table, dict):
+        raise InvalidArgument(f"--config {path}", "is not a table of flags", "give a TOML file or a run's config.json")
+    names, given = {action.dest for action in parser._actions} - {"help"}, given_flags(argv)
     words = []
     for name, value in table.items():
-        if name not in actions or name == "help":
+        if name not in names:
             raise InvalidArgument(f"--config {path}", f"{name} is not a flag of train_sd.py", "remove it")
+        if GIVES_WAY_TO.get(name) in given:
+            continue
         if isinstance(value, bool):
-            negative = f"--no-{name}" if isinstance(actions[name], argparse.BooleanOptionalAction) else None
-            words += [f"--{name}"] if value else [negative] if negative else []
+            words.append(f"--{name}" if value else f"--no-{name}")
         elif isinstance(value, list):
             words += [f"--{name}", *map(str, value)] if value else []
         elif value is not None:
             words.append(f"--{name}={value}")
     return words
+
+
+def given_flags(argv: list[str]) -> set[str]:
+    """Names of the flags that are on the command line."""
+    parser = build_parser()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return set(vars(parser.parse_args(argv)))
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -331,9 +351,9 @@ def check_args(args: argparse.Namespace) -> None:
     ):
         if used and importlib.util.find_spec(package) is None:
             raise InvalidArgument(flag, f"{package} is not installed", f"pip install {package}, or leave it out")
-    if args.report_to == "wandb" and args.hub_token:
+    if args.report_to in ("wandb", "comet_ml", "all") and args.hub_token:
         raise InvalidArgument(
-            "--hub_token", "--report_to wandb would publish it", "log in with `hf auth login` instead"
+            "--hub_token", f"--report_to {args.report_to} would publish it", "log in with `hf auth login` instead"
         )
     if args.merge == "lstsq" and args.shortcut in ("input", "middle") and args.merge_calibration_samples == 0:
         raise InvalidArgument(
@@ -428,27 +448,45 @@ def write_json(path: Path, value) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path):
-    """Keep a second run out of the folder. The lock holds the process id; a dead process's lock is taken over."""
-    lock, owner = folder / ".lock", None
-    with contextlib.suppress(OSError, ValueError):
-        owner = int(lock.read_text())
-    if owner not in (None, os.getpid()) and process_exists(owner):
-        problem = f"process {owner} is training in it"
-        raise InvalidArgument(f"--output_dir {folder}", problem, "wait for it, or choose another folder")
+    """Keep a second run out of the folder. The lock holds the process id, for the reader; the system frees it when the
+    process ends, however that comes about."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock.write_text(str(os.getpid()))
+        lock = (folder / ".lock").open("a+")
     except OSError as error:
         problem = f"cannot be written ({error.strerror})"
         raise InvalidArgument(f"--output_dir {folder}", problem, "choose another folder") from None
-    for leftover in (*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp"), *folder.glob("*/samples/.*.tmp")):
-        remove(leftover)  # of a run that was killed while writing
+    with lock:
+        if not take(lock):
+            lock.seek(0)
+            problem = f"process {lock.read().strip() or '?'} is training in it"
+            raise InvalidArgument(f"--output_dir {folder}", problem, "wait for it, or choose another folder")
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        for leftover in (*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp"), *folder.glob("*/samples/.*.tmp")):
+            remove(leftover)  # of a run that was killed while writing
+        try:
+            yield
+        finally:
+            (folder / ".lock").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # a run that was refused before it wrote anything leaves nothing
+
+
+def take(lock) -> bool:
+    """Whether this process, and not its children, now holds the open file's lock."""
     try:
-        yield
-    finally:
-        lock.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            folder.rmdir()  # a run that was refused before it wrote anything leaves nothing
+        import fcntl
+    except ImportError:  # Windows: the id alone must do
+        lock.seek(0)
+        owner = lock.read().strip()
+        return not owner.isdigit() or int(owner) == os.getpid() or not process_exists(int(owner))
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return os.fstat(lock.fileno()).st_nlink > 0  # else the run that held it has just removed it
 
 
 def process_exists(pid: int) -> bool:
@@ -656,7 +694,12 @@ def read_folder(folder: Path, args: argparse.Namespace) -> Pictures | None:
 def read_metadata(folder: Path, args: argparse.Namespace) -> Pictures:
     """Rows of metadata.jsonl: file_name, and a caption or a list of captions."""
     sources, captions = [], []
-    for line_number, line in enumerate((folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = (folder / "metadata.jsonl").read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        where = f"{data_flag(args)}, metadata.jsonl byte {error.start}"
+        raise InvalidArgument(where, "not UTF-8", "save the file as UTF-8") from None
+    for line_number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         where = f"{data_flag(args)}, metadata.jsonl line {line_number}"
@@ -842,24 +885,40 @@ def encoded_pictures(run: Run, share: int = 32):
     rounds = range(0, len(pixels), share * run.accelerator.num_processes)
     rank, last = run.accelerator.process_index, len(pixels)
     mine = [range(min(r + rank * share, last), min(r + (rank + 1) * share, last)) for r in rounds]
-    loader = iter(
-        DataLoader(
-            pixels,
-            batch_size=None,
-            sampler=[index for part in mine for index in part],
-            num_workers=run.args.dataloader_num_workers,
-        )
-    )
+    order = [index for part in mine for index in part]
+    loader = iter(DataLoader(pixels, batch_size=None, sampler=order, **workers(run.args.dataloader_num_workers)))
     with tqdm(desc="encoding pictures", total=sum(map(len, mine)), disable=not run.main, dynamic_ncols=True) as bar:
         for part in mine:
             found = []
             for _ in part:
+                leave_if_asked(run, "stopped before training began")
                 stack = next(loader)
                 if not isinstance(stack, str):
                     stack = encode(vae, stack) if run.args.cache_latents else None
                 found.append(stack)
                 bar.update()
             yield from gather_object(found)
+
+
+def workers(count: int) -> dict:
+    """DataLoader's arguments for so many processes, which leave it to the trainer to answer Ctrl-C and SIGTERM."""
+    import multiprocessing
+
+    if count == 0:
+        return {"num_workers": 0}
+    fork = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
+    return {"num_workers": count, "worker_init_fn": ignore_signals, "multiprocessing_context": fork}
+
+
+def ignore_signals(worker: int) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def leave_if_asked(run: Run, message: str) -> None:
+    """End long work that has nothing to save; with several processes only the training loop ends them together."""
+    if run.stop is not None and run.stop.signal is not None and run.accelerator.num_processes == 1:
+        raise Stopped(message)
 
 
 def encode(vae, stack):
@@ -907,6 +966,7 @@ class Run:
     held_out: list[int] = field(default_factory=list)
     embeddings: dict = field(default_factory=dict)  # text -> text encoder states, of captions and prompts
     plan: dict = field(default_factory=dict)
+    scaler_state: dict | None = None
 
     @property
     def main(self) -> bool:
@@ -1186,8 +1246,8 @@ def training_batches(run: Run, steps_done: int):
     return DataLoader(
         TrainingSamples(run),
         batch_sampler=positions,
-        num_workers=args.dataloader_num_workers,
         pin_memory=run.accelerator.device.type == "cuda",
+        **workers(args.dataloader_num_workers),
     )
 
 
@@ -1245,7 +1305,7 @@ def validation_loss(run: Run, unet) -> float:
     return torch.cat(losses).mean().item()
 
 
-def sample(run: Run, unet, prompts: list[str], images: int) -> list:
+def sample(run: Run, unet, prompts: list[str], images: int, callback=None) -> list:
     """Pictures from the pipeline around `unet` in eval mode, prompt by prompt, each with a seed of its own."""
     import torch
 
@@ -1262,7 +1322,7 @@ def sample(run: Run, unet, prompts: list[str], images: int) -> list:
             prompt_embeds=states, negative_prompt_embeds=empty,
             generator=[torch.Generator().manual_seed(seed) for _, seed in chunk],
             num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale,
-            height=args.resolution, width=args.resolution,
+            height=args.resolution, width=args.resolution, callback_on_step_end=callback,
         ).images  # fmt: skip
     pipeline.unet = None
     unet.train(training)
@@ -1271,10 +1331,17 @@ def sample(run: Run, unet, prompts: list[str], images: int) -> list:
 
 def write_samples(run: Run, unet, method: str, step: int) -> None:
     args = run.args
+
+    def between_steps(pipeline, index, timestep, tensors):
+        leave_if_asked(run, f"{method} stopped while drawing the samples of step {step}")
+        return tensors
+
     with run.accelerator.autocast():
-        pictures = sample(run, unet, args.validation_prompt, args.num_validation_images)
+        pictures = sample(run, unet, args.validation_prompt, args.num_validation_images, between_steps)
     save_pictures(run.output / method / "samples" / f"step-{step:06d}", pictures, args.num_validation_images)
     for tracker in run.accelerator.trackers:
+        if tracker.name == "wandb":
+            tracker.log_images({f"samples/{method}": pictures}, step=tracker_step(run, tracker, method, step))
         if tracker.name == "tensorboard":
             import numpy as np
 
@@ -1380,6 +1447,9 @@ def build_trainer(run: Run, method: str) -> Trainer:
     from diffusers.optimization import get_scheduler
 
     args = run.args
+    if run.accelerator.scaler:  # each method begins with the same scale, whatever came before
+        run.scaler_state = run.scaler_state or run.accelerator.scaler.state_dict()
+        run.accelerator.scaler.load_state_dict(run.scaler_state)
     for checkpoint in [*run.plan[method], None]:
         unet = load_unet(run, run.weight_dtype)
         trainer = Trainer(method, unet, add_adapter(unet, method, args, args.max_train_steps))
@@ -1428,7 +1498,9 @@ def build_optimizer(run: Run, parameters: list):
         import bitsandbytes
 
         return bitsandbytes.optim.AdamW8bit(parameters, **options)
-    return torch.optim.AdamW(parameters, **options, fused=run.accelerator.device.type in ("cpu", "cuda"))
+    # A fused step hides from accelerate that the fp16 scaler has skipped it.
+    fused = run.accelerator.device.type in ("cpu", "cuda") and run.accelerator.scaler is None
+    return torch.optim.AdamW(parameters, **options, fused=fused)
 
 
 # -- checkpoints -------------------------------------------------------------------------------------------------------
@@ -1561,9 +1633,15 @@ class TrainingLog:
         if self.file:
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()
-        self.run.accelerator.log(
-            {f"{split}_loss/{trainer.method}": loss, f"lr/{trainer.method}": learning_rate}, step=trainer.step
-        )
+        values = {f"{split}_loss/{trainer.method}": loss, f"lr/{trainer.method}": learning_rate}
+        for tracker in self.run.accelerator.trackers:
+            tracker.log(values, step=tracker_step(self.run, tracker, trainer.method, trainer.step))
+
+
+def tracker_step(run: Run, tracker, method: str, step: int) -> int:
+    """The method's step; TensorBoard alone takes the steps of the next method from 0 again."""
+    before = 0 if tracker.name == "tensorboard" else run.args.method.index(method) * (run.args.max_train_steps + 1)
+    return before + step
 
 
 def read_log(path: Path) -> list[dict]:
@@ -1582,8 +1660,8 @@ def train(run: Run, method: str) -> int:
     args = run.args
     trainer = build_trainer(run, method)
     log = TrainingLog(run, trainer)
-    if trainer.step == 0:
-        validate(run, trainer, log)
+    if parts := overdue(run, trainer):
+        validate(run, trainer, log, parts)
     stream = iter(training_batches(run, trainer.step))
     bar = tqdm(desc=method, total=args.max_train_steps, initial=trainer.step, disable=not run.main, dynamic_ncols=True)
     with bar:  # closed before an error is told
@@ -1598,9 +1676,13 @@ def train(run: Run, method: str) -> int:
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             bar.update()
             last = stop_requested(run) or trainer.step == args.max_train_steps
-            if trainer.step % args.validation_steps == 0 or trainer.step == args.max_train_steps:
+            save = trainer.step % args.checkpointing_steps == 0 or last
+            if save and run.main:
+                save_checkpoint(run, trainer)
+            if run.stop.signal is None and is_due(run, trainer.step):
                 validate(run, trainer, log)
-            if run.main and (trainer.step % args.checkpointing_steps == 0 or last):
+                last = stop_requested(run) or last
+            if last and not save and run.main:
                 save_checkpoint(run, trainer)
             run.accelerator.wait_for_everyone()
             if last:
@@ -1642,7 +1724,8 @@ def train_step(run: Run, trainer: Trainer, stream) -> float:
                     [p for p in trainer.unet.parameters() if p.requires_grad], args.max_grad_norm
                 )
             trainer.optimizer.step()
-            if accelerator.sync_gradients and trainer.tuner is not None:
+            skipped = accelerator.optimizer_step_was_skipped  # its gradients are no numbers
+            if accelerator.sync_gradients and trainer.tuner is not None and not skipped:
                 trainer.tuner.update_and_allocate(trainer.step)
             trainer.optimizer.zero_grad()
     if not accelerator.optimizer_step_was_skipped:
@@ -1650,12 +1733,38 @@ def train_step(run: Run, trainer: Trainer, stream) -> float:
     return accelerator.reduce(total / args.gradient_accumulation_steps, "mean").item()
 
 
-def validate(run: Run, trainer: Trainer, log: TrainingLog) -> None:
+def is_due(run: Run, step: int) -> bool:
+    """Whether there are to be a validation loss and samples after that step."""
+    return step % run.args.validation_steps == 0 or step == run.args.max_train_steps
+
+
+VALIDATION = ("loss", "samples")
+
+
+def overdue(run: Run, trainer: Trainer) -> list[str]:
+    """What of VALIDATION the step that training goes on from lacks: a run may be stopped before or within it."""
+    if trainer.step == 0:
+        return list(VALIDATION)
+    folder, step = run.output / trainer.method, trainer.step
+    rows = read_log(folder / "log.jsonl")
+    done = {
+        "loss": any(row["step"] == step and row["split"] == "validation" for row in rows),
+        "samples": (folder / "samples" / f"step-{step:06d}").is_dir(),
+    }
+    return [part for part in VALIDATION if not done[part]] if is_due(run, step) else []
+
+
+def validate(run: Run, trainer: Trainer, log: TrainingLog, parts: Sequence[str] = VALIDATION) -> None:
+    """Validation loss and samples; samples that a stop cuts short are drawn when the run goes on."""
     if run.main:
-        if run.held_out:
+        if "loss" in parts and run.held_out:
             log.write("validation", validation_loss(run, trainer.unet))
-        if run.args.validation_prompt:
-            write_samples(run, trainer.unet, trainer.method, trainer.step)
+        if "samples" in parts and run.args.validation_prompt:
+            try:
+                write_samples(run, trainer.unet, trainer.method, trainer.step)
+            except Stopped:
+                run.pipeline.unet = None
+                trainer.unet.train()
     run.accelerator.wait_for_everyone()
 
 
@@ -1668,6 +1777,9 @@ def export(run: Run, method: str, step: int) -> None:
 
     args, folder = run.args, run.output / method
     run.accelerator.print(f"{method}: merging, exporting and comparing")
+    exact = {torch.backends.cuda.matmul: args.allow_tf32, torch.backends.cudnn: torch.backends.cudnn.allow_tf32}
+    for backend in exact:  # pictures are compared: TF32 would differ by more than the exports may
+        backend.allow_tf32 = False
     unet = load_unet(run, torch.float32)
     add_adapter(unet, method, args, args.max_train_steps)
     load_adapter(unet, method, folder / f"checkpoint-{step}")
@@ -1684,6 +1796,8 @@ def export(run: Run, method: str, step: int) -> None:
     del unet
     differences = read_back(run, method, prompts[:1], pictures[0])
     run.pipeline.to(run.weight_dtype)
+    for backend, allowed in exact.items():
+        backend.allow_tf32 = allowed
     for name, difference in differences.items():
         if difference > TOLERANCE * 255:
             raise RunFailed(
@@ -1786,6 +1900,9 @@ def read_back(run: Run, method: str, prompts: list[str], reference) -> dict[str,
 def start_reports(run: Run) -> None:
     """`config.json`, and the trackers."""
     public = {name: value for name, value in vars(run.args).items() if name not in ("config", "hub_token")}
+    for name in ("pretrained_model_name_or_path", "train_data_dir", "dataset_name", "cache_dir"):
+        if public[name] and Path(public[name]).is_dir():  # whoever reads it later may be in another folder
+            public[name] = str(Path(public[name]).resolve())
     if run.main:
         write_json(run.output / "config.json", public)
     plain = {
@@ -1887,35 +2004,53 @@ def smooth(values: list[float], share: float = 0.1) -> list[float]:
     return [sum(values[max(0, i - window + 1) : i + 1]) / min(window, i + 1) for i in range(len(values))]
 
 
-def publish(run: Run) -> None:
+def hub_repository(args: argparse.Namespace) -> str:
+    """The repository to upload to, which is made if need be."""
+    from huggingface_hub import create_repo
+
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    try:
+        return create_repo(name, exist_ok=True, token=args.hub_token).repo_id
+    except Exception as error:  # requests' or httpx's, by the version of the hub's library
+        problem = f"cannot make or reach the repository {name} ({first_line(error)})"
+        raise InvalidArgument("--push_to_hub", problem, "log in with `hf auth login`, or leave it out") from None
+
+
+def publish(args: argparse.Namespace) -> None:
     """Upload the folder with a model card, as diffusers' script does."""
     from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
-    from huggingface_hub import create_repo, upload_folder
+    from huggingface_hub import upload_folder
 
-    args = run.args
-    name = create_repo(args.hub_model_id or run.output.resolve().name, exist_ok=True, token=args.hub_token).repo_id
+    output, name = Path(args.output_dir), hub_repository(args)
+    base = args.pretrained_model_name_or_path
     description = (
-        f"# {name}\n\n{', '.join(args.method)} weights for {args.pretrained_model_name_or_path}, trained on "
-        f"{args.dataset_name or args.train_data_dir} for {args.max_train_steps} steps.\n\n![samples](comparison.png)\n"
+        f"# {name}\n\n{', '.join(args.method)} weights for {Path(base).name if Path(base).is_dir() else base}, "
+        f"trained on {Path(args.dataset_name or args.train_data_dir).name} for {args.max_train_steps} steps.\n"
     )
-    card = load_or_create_model_card(
-        repo_id_or_path=name,
-        from_training=True,
-        base_model=args.pretrained_model_name_or_path,
-        model_description=description,
-        inference=True,
-    )
-    populate_model_card(card, tags=["text-to-image", "diffusers", "diffusers-training", "lora", "reslora"]).save(
-        run.output / "README.md"
-    )
-    ignored = ["*/checkpoint-*", "*/.*", ".lock", "*/unet/*"]
-    upload_folder(
-        repo_id=name,
-        folder_path=run.output,
-        commit_message="End of training",
-        ignore_patterns=ignored,
-        token=args.hub_token,
-    )
+    if (output / "comparison.png").is_file():
+        description += "\n![samples](comparison.png)\n"
+    try:
+        card = load_or_create_model_card(
+            repo_id_or_path=name,
+            token=args.hub_token,
+            from_training=True,
+            base_model=None if Path(base).is_dir() else base,  # the hub refuses what is no name of its own
+            model_description=description,
+            inference=True,
+        )
+        tags = ["text-to-image", "diffusers", "diffusers-training", "lora", "reslora"]
+        populate_model_card(card, tags=tags).save(output / "README.md")
+        upload_folder(
+            repo_id=name,
+            folder_path=output,
+            commit_message="End of training",
+            ignore_patterns=["*/checkpoint-*", "*/.*", ".*", "app.log", "config.json", "*/unet/*"],
+            token=args.hub_token,
+        )
+    except Exception as error:
+        problem = f"{name} could not be uploaded ({first_line(error)})"
+        raise RunFailed(f"{problem}; the run is complete, the same command tries again") from None
+    print(f"uploaded to {name}")
 
 
 def print_summary(args: argparse.Namespace) -> None:
@@ -1957,9 +2092,9 @@ def finish(run: Run) -> None:
         name = "pytorch_lora_weights.safetensors"
         with renamed(run.output / name) as temporary:
             shutil.copyfile(run.output / run.args.method[0] / name, temporary)
-    if run.args.push_to_hub:
-        publish(run)
     print_summary(run.args)
+    if run.args.push_to_hub:
+        publish(run.args)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1972,12 +2107,16 @@ def main(argv: list[str] | None = None) -> int:
         if done == args.method and (Path(args.output_dir) / "loss.png").is_file():
             print(f"{args.output_dir} holds this run already, finished; nothing to do")
             print_summary(args)
+            if args.push_to_hub:
+                publish(args)
             return 0
         pictures = find_pictures(args)
         first = int(os.environ.get("RANK", 0)) == 0
         with locked(Path(args.output_dir)) if first else contextlib.nullcontext(), StopRequest() as stop:
             run = Run(args, start_accelerator(args), stop, pictures, plan=plan)
             load_pipeline(run)
+            if args.push_to_hub and run.main:
+                hub_repository(args)
             prepare_data(run)
             start_reports(run)
             for method in args.method:

@@ -218,7 +218,7 @@ class Studio:
 
     # -- what is in the pipeline ---------------------------------------------------------------------------------------
 
-    def _load(self, base: str) -> None:
+    def _load(self, base: Base) -> None:
         """Load the pipeline; the one before stays if that fails."""
         import torch
         from diffusers import StableDiffusionPipeline
@@ -226,10 +226,18 @@ class Studio:
         cuda = torch.cuda.is_available()
         try:
             pipeline = StableDiffusionPipeline.from_pretrained(
-                base, torch_dtype=torch.float16 if cuda else torch.float32, safety_checker=None, use_safetensors=True
+                base.name,
+                revision=base.revision,
+                variant=base.variant,
+                cache_dir=base.cache_dir,
+                torch_dtype=torch.float16 if cuda else torch.float32,
+                safety_checker=None,
+                use_safetensors=True,
             ).to("cuda" if cuda else "cpu")
         except Exception as error:  # a hub, a disk or a damaged folder
             raise RunError(f"The model of this run could not be loaded ({type(error).__name__}).") from None
+        if base.prediction_type:
+            pipeline.scheduler.register_to_config(prediction_type=base.prediction_type)
         pipeline.set_progress_bar_config(disable=True)
         self.loads += 1
         self.pipeline, self.base, self.state = pipeline, base, pipeline.unet.state_dict()
@@ -308,13 +316,26 @@ class Studio:
         return report
 
 
-def base_of(run: Run | None) -> str:
-    """Path or hub name of the pipeline that a run trains; the bundled one without a run."""
-    named = run.config.get("pretrained_model_name_or_path") if run is not None else None
+@dataclass(frozen=True)
+class Base:
+    """The pipeline that a run trains: path or hub name, and how the trainer loaded it."""
+
+    name: str = str(BUNDLED)
+    revision: str | None = None
+    variant: str | None = None
+    cache_dir: str | None = None
+    prediction_type: str | None = None
+
+
+def base_of(run: Run | None) -> Base:
+    """The pipeline of a run; the bundled one without a run."""
+    config = run.config if run is not None else {}
+    named = config.get("pretrained_model_name_or_path")
+    settings = {name: config.get(name) for name in ("revision", "variant", "cache_dir", "prediction_type")}
     # A run that came from another machine has that machine's path of the bundled pipeline, the example a relative one.
     if not named or (Path(named).parts[-2:] == BUNDLED.parts[-2:] and not Path("/", named).is_dir()):
-        return str(BUNDLED)
-    return str(named)
+        return Base(prediction_type=settings["prediction_type"])
+    return Base(str(named), **settings)
 
 
 def calibration_of(run: Run) -> list[dict] | None:

@@ -13,6 +13,8 @@ import math
 import os
 import re
 import stat
+import threading
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,15 +135,9 @@ class Run:
     def log(self, method: str) -> list[dict]:
         """Rows of `log.jsonl`: step, split, loss, lr, seconds. Lines cut short and losses that are no numbers go."""
         path = self.inside(method, "log.jsonl")
-        rows = []
         if path is None or not path.is_file():
-            return rows
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                row = json.loads(line)
-                if isinstance(row["step"], int) and math.isfinite(row["loss"]):
-                    rows.append(row)
-        return rows
+            return []
+        return read_rows(path)
 
     def steps(self) -> list[int]:
         """Steps at which any method has samples; without any prompts, those with a validation loss, and the last."""
@@ -310,6 +306,40 @@ def last_change(folder: Path) -> float:
     return max(times)
 
 
+_ROWS: OrderedDict[Path, tuple[tuple, list[dict]]] = OrderedDict()
+_ROWS_LOCK = threading.Lock()
+
+
+def read_rows(path: Path, most: int = 64) -> list[dict]:
+    """The rows of a log. What was read before is remembered, and only what was added since is read: pages ask often.
+
+    A log whose first line or file has changed, or that has become shorter, is read anew.
+    """
+    with _ROWS_LOCK, path.open("rb") as file:
+        start = (os.fstat(file.fileno()).st_ino, file.readline())
+        known, position, rows = _ROWS.pop(path, (None, 0, []))
+        if known != start or position > os.fstat(file.fileno()).st_size:
+            position, rows = 0, []
+        file.seek(position)
+        added = file.read()
+        end = added.rfind(b"\n") + 1  # the rest of a line may be still to come
+        found = rows + rows_in(added[:end])
+        _ROWS[path] = (start, position + end, found)
+        while len(_ROWS) > most:
+            _ROWS.popitem(last=False)
+        return found + rows_in(added[end:])
+
+
+def rows_in(text: bytes) -> list[dict]:
+    rows = []
+    for line in text.decode("utf-8", errors="replace").split("\n"):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            row = json.loads(line)
+            if isinstance(row["step"], int) and math.isfinite(row["loss"]):
+                rows.append(row)
+    return rows
+
+
 def is_complete_png(path: Path) -> bool:
     """Whether the file ends as a PNG does: one that is still being written isn't shown."""
     try:
@@ -333,5 +363,6 @@ def is_trainer(pid: int) -> bool:
     except OSError:
         pass
     with contextlib.suppress(OSError):
-        return b"train_sd" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+        return any(Path(word).name == "train_sd.py" for word in words)
     return True

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from train_sd import build_parser
@@ -87,6 +88,7 @@ class Trainings:
         self.library = library
         self.data = data.resolve() if data is not None else None
         self.started: dict[str, subprocess.Popen] = {}
+        self.asked: set[int] = set()  # processes that were told to stop: a second signal would keep them from saving
         self.lock = threading.Lock()
 
     def folders(self) -> list[str]:
@@ -130,11 +132,16 @@ class Trainings:
             raise RunError("There is no such folder of pictures; choose one from the list.")
         return self.data / folder if folder else None
 
-    def start(self, name: str, words: list[str]) -> Run:
-        """Start the trainer for a new run and return the run; one training at a time."""
+    def start(self, name: str, words: list[str], prepare: Callable[[], object] | None = None) -> Run:
+        """Start the trainer for a new run and return the run; one training at a time.
+
+        `prepare` is called first (to store the pictures), once it is sure that the run may start.
+        """
         with self.lock:
             self.refuse_second()
             folder = self.new_folder(name)
+            if prepare is not None:
+                prepare()
             folder.mkdir(parents=True, exist_ok=True)
             return self._launch(Run(name, folder), words)
 
@@ -157,6 +164,7 @@ class Trainings:
                 raise RunError(f"{run.name} is training; wait for it, or stop it first.")
 
     def _launch(self, run: Run, words: list[str]) -> Run:
+        self.asked.clear()
         launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *words]
         environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": search_path()}
         with (run.folder / LOG_NAME).open("ab") as log:
@@ -176,7 +184,10 @@ class Trainings:
         """Ask the trainer to save and leave (SIGTERM); returns a sentence saying so."""
         run = self.library.find(name)
         number, launcher = run.process, self.started.get(run.name)
+        if number in self.asked:
+            return "It was told to stop already, and is saving a checkpoint."
         if number is not None:
+            self.asked.add(number)
             os.kill(number, signal.SIGTERM)
             return "Stopping after this step; a checkpoint is being saved."
         if launcher is not None and launcher.poll() is None:

@@ -446,10 +446,12 @@ class Page:
     def do_start(self, *inputs):
         name, uploads, caption, folder, *_ = inputs
         words = self.words(*inputs)
-        self.trainings.refuse_second()
-        if uploads:
-            training.store_pictures(self.trainings.choose_pictures(name, folder, uploads), uploads, caption)
-        run = self.trainings.start(name, words)
+
+        def prepare() -> None:
+            if uploads:
+                training.store_pictures(self.trainings.choose_pictures(name, folder, uploads), uploads, caption)
+
+        run = self.trainings.start(name, words, prepare)
         return gr.update(choices=list(self.library.runs()), value=run.name), training.in_words(words)
 
     def do_stop(self, name: str) -> str:

@@ -345,6 +345,8 @@ def test_a_training_is_started_watched_and_stopped(page, browser, address, runs,
     assert run.process is None and len(run.checkpoints("lora")) == 1
     page.locator("#resume").click()
     page.locator("#progress .running").wait_for()
+    while "going on from" not in run.log_tail():
+        assert run.process
+        time.sleep(0.1)
     page.locator("#stop").click()
     page.locator("#progress .stopped").wait_for()
-    assert "going on from" in run.log_tail()

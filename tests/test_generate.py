@@ -271,7 +271,7 @@ def test_only_whole_safetensors_with_lora_weights_are_taken(run, tmp_path):
 
 
 def test_base_of_a_run(run, tmp_path):
-    assert generate.base_of(None) == str(generate.BUNDLED)
-    assert generate.base_of(run).endswith("model")
+    assert generate.base_of(None) == generate.Base()
+    assert generate.base_of(run).name.endswith("model")
     (tmp_path / "config.json").write_text('{"pretrained_model_name_or_path": "/elsewhere/assets/pipeline"}')
-    assert generate.base_of(Library(tmp_path).find(tmp_path.name)) == str(generate.BUNDLED)
+    assert generate.base_of(Library(tmp_path).find(tmp_path.name)) == generate.Base()

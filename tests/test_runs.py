@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from app import training, views
 from app.generate import BUNDLED, base_of
 from app.make_example import REPOSITORY, make_example
-from app.runs import BASE, EXAMPLE, Library, RunError, is_complete_png, is_trainer
+from app.runs import BASE, EXAMPLE, Library, RunError, is_complete_png, is_trainer, read_rows
 from app.training import Trainings
 
 HOSTILE = ["..", "../..", "/etc", "/etc/passwd", "a/../..", ".", "", "run\0", "<b>run</b>", "C:\\", None, 7, ["run"]]
@@ -172,7 +172,7 @@ def test_example_is_small_complete_and_of_no_machine(run, tmp_path):
     example = Library(tmp_path / "example").find("example")
     assert example.status == "finished" and example.steps() == run.steps()
     assert example.config["train_data_dir"] == "assets/pictures" and example.config["cache_dir"] == "hub"
-    assert base_of(example) == str(BUNDLED)
+    assert base_of(example).name == str(BUNDLED)
     assert not example.inside("lora", "trash") and example.inside("lora", "pytorch_lora_weights.safetensors")
 
 
@@ -182,7 +182,7 @@ def test_bundled_example():
     assert "not yet" not in views.comparison(example, max(example.steps()))
     assert "no chain plan" not in views.chain_plan(example.read_json("reslora", "chains.json"))
     assert not [value for value in example.config.values() if str(value).startswith("/")]
-    assert base_of(example) == str(BUNDLED)
+    assert base_of(example).name == str(BUNDLED)
 
 
 def test_columns_and_grid_show_the_chosen_step(run):
@@ -330,8 +330,31 @@ def test_a_trainer_is_found_by_its_lock_and_stopped(run):
     with pytest.raises(RunError, match="run is training"):
         trainings.start("second", [])
     assert "Stopping" in trainings.stop("run")
+    trainings.asked.add(process.pid)
+    assert "already" in trainings.stop("run") or process.poll() == 7  # a second signal would keep it from saving
     assert process.wait(timeout=60) == 7
     assert trainings.status(run) == "stopped"
+
+
+def test_a_refused_start_leaves_the_pictures_of_the_run_that_trains_alone(run):
+    trainings, stored = Trainings(Library(run.folder.parent)), []
+    trainings.is_active = lambda run: True
+    with pytest.raises(RunError, match="is training"):
+        trainings.start("second", [], lambda: stored.append("pictures"))
+    assert not stored
+
+
+def test_a_growing_log_is_read_from_where_it_was_left(tmp_path):
+    path, row = tmp_path / "log.jsonl", '{{"step": {}, "split": "train", "loss": 1.0}}\n'
+    for written in range(1, 5):
+        with path.open("a") as file:
+            file.write(row.format(written) + '{"step": 99')
+        assert [found["step"] for found in read_rows(path)] == list(range(1, written + 1))
+        path.write_text(path.read_text().removesuffix('{"step": 99'))
+    path.write_text(row.format(7))  # another log under the name, shorter
+    assert [found["step"] for found in read_rows(path)] == [7]
+    path.write_text(row.format(8) * 9)
+    assert len(read_rows(path)) == 9
 
 
 def test_only_trainers_are_stopped():

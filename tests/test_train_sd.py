@@ -360,6 +360,47 @@ def test_sigterm_saves_and_the_resumed_run_is_the_uninterrupted_one(run, base_fl
     assert_same(final_weights(tmp_path / "out"), final_weights(run))
 
 
+def test_sigterm_to_the_whole_group_saves_too(base_flags, tmp_path):
+    """As systemd and Slurm send it: the loader's processes leave the answer to the trainer."""
+    flags = [*base_flags, "--method", "lora", "--output_dir", str(tmp_path / "out"), "--max_train_steps", "400"]
+    flags += ["--dataloader_num_workers", "2", "--validation_steps", "400", "--checkpointing_steps", "400"]
+    command = [sys.executable, str(SCRIPT), *flags]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    log = tmp_path / "out" / "lora" / "log.jsonl"
+    while not (log.is_file() and "train" in log.read_text()) and process.poll() is None:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    errors = process.communicate()[1]
+    assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in errors, errors
+    assert len(list((tmp_path / "out" / "lora").glob("checkpoint-*"))) == 1
+
+
+def test_a_stop_while_samples_are_drawn_saves_and_the_samples_follow(run, base_flags, tmp_path, monkeypatch):
+    """Asked to stop in the samples of step 2: they are cut short, the step is saved, and drawn when the run goes on."""
+    output, draw = tmp_path / "out", train_sd.sample
+    flags = [*base_flags, "--method", "reslora", "--output_dir", str(output), "--checkpointing_steps", "100"]
+
+    def interrupted(run_, unet, *more):
+        if (output / "reslora" / "samples" / "step-000000").is_dir():
+            run_.stop.signal = signal.SIGTERM
+        return draw(run_, unet, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_sd, "sample", interrupted)
+        assert train_sd.main(flags) == 128 + signal.SIGTERM
+    method = output / "reslora"
+    assert {path.name for path in method.glob("checkpoint-*")} == {"checkpoint-2"}
+    assert not (method / "samples" / "step-000002").exists()
+    assert train_sd.main([*flags, "--resume_from_checkpoint", "latest"]) == 0
+    assert_same(final_weights(output), final_weights(run))
+    rows = [
+        [(row["step"], row["split"]) for row in train_sd.read_log(o / "reslora" / "log.jsonl")] for o in (output, run)
+    ]
+    assert rows[0] == rows[1]
+    names = [sorted(p.name for p in (o / "reslora" / "samples").iterdir()) for o in (output, run)]
+    assert names[0] == names[1]
+
+
 def test_finished_run_does_nothing(run, base_flags, capsys):
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
     assert train_sd.main([*base_flags, "--method", "lora", "reslora", "--output_dir", str(run)]) == 0
@@ -412,10 +453,15 @@ def test_missing_named_checkpoint_is_an_error(base_flags, capsys, tmp_path):
 
 
 def test_lock_refuses_a_second_run_and_a_stale_one_is_taken_over(tmp_path):
-    (tmp_path / ".lock").write_text(str(os.getppid()))
-    with pytest.raises(train_sd.InvalidArgument, match="is training in it"), train_sd.locked(tmp_path):
-        pass
-    (tmp_path / ".lock").write_text("999999999")
+    code = "import sys, train_sd; c = train_sd.locked(train_sd.Path(sys.argv[1])); c.__enter__(); print(flush=True)"
+    command = [sys.executable, "-c", f"{code}; input()", str(tmp_path)]
+    with subprocess.Popen(command, cwd=SCRIPT.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        assert (tmp_path / ".lock").read_text() == str(other.pid)
+        with pytest.raises(train_sd.InvalidArgument, match=f"process {other.pid} is training in it"):
+            train_sd.locked(tmp_path).__enter__()
+        other.kill()
+    (tmp_path / ".lock").write_text(str(os.getppid()))  # an id that was used again
     with train_sd.locked(tmp_path):
         assert (tmp_path / ".lock").read_text() == str(os.getpid())
     assert not (tmp_path / ".lock").exists()
@@ -520,9 +566,43 @@ def test_config_file_gives_flags_and_the_command_line_wins(run, data, model, tmp
         True,
         False,
     )
+    more = ["--num_train_epochs", "5", "--validation_epochs", "3", "--rank", "5", "--no-random_flip"]
+    args = train_sd.parse_args(["--config", str(run / "config.json"), *more])
+    assert (args.max_train_steps, args.num_train_epochs, args.lora_alpha, args.random_flip) == (None, 5, 10, False)
+    assert args.validation_epochs == 3 and args.validation_steps is None
     again = vars(train_sd.parse_args(["--config", str(run / "config.json")]))
     config = json.loads((run / "config.json").read_text())
     assert config == {name: again[name] for name in config}
+
+
+def test_a_config_that_is_no_table_is_refused(tmp_path, capsys):
+    (tmp_path / "list.json").write_text("[1]")
+    assert "--config" in refused(capsys, "--config", tmp_path / "list.json")
+
+
+def test_upload_is_tried_again_by_the_same_command(run, base_flags, monkeypatch, capsys):
+    """The hub is a stand-in: what is uploaded, under what card, and what a failure leaves."""
+    import huggingface_hub
+
+    flags, uploaded = [*base_flags, "--method", "lora", "reslora", "--output_dir", str(run), "--push_to_hub"], []
+    made = type("Made", (), {"repo_id": "me/run"})
+    monkeypatch.setattr(huggingface_hub, "create_repo", lambda *_, **__: made)
+    monkeypatch.setattr("diffusers.utils.hub_utils.ModelCard.load", missing_card)
+    monkeypatch.setattr(huggingface_hub, "upload_folder", lambda **_: 1 / 0)
+    assert train_sd.main(flags) == 1
+    assert "me/run could not be uploaded" in capsys.readouterr().err
+    monkeypatch.setattr(huggingface_hub, "upload_folder", lambda **more: uploaded.append(more))
+    assert train_sd.main(flags) == 0
+    card = (run / "README.md").read_text()
+    (run / "README.md").unlink()
+    assert "comparison.png" in card and "base_model" not in card and str(run.parent) not in card
+    assert uploaded[0]["repo_id"] == "me/run" and "*/checkpoint-*" in uploaded[0]["ignore_patterns"]
+
+
+def missing_card(*_, **__):
+    from huggingface_hub.errors import EntryNotFoundError
+
+    raise EntryNotFoundError("none yet")
 
 
 # -- pictures and captions -------------------------------------------------------------------------------------------
@@ -553,6 +633,11 @@ def test_pictures_that_cannot_be_used_are_named_and_left_out(tmp_path, capsys):
         "0.png: no caption", "4.png: no such file", "5.png: not a picture"
     ]  # fmt: skip
     assert "0.png" in refused(capsys, "--train_data_dir", folder, "--strict", "--output_dir", tmp_path / "out")
+
+
+def test_metadata_that_is_not_utf_8_is_refused(tmp_path, capsys):
+    (tmp_path / "metadata.jsonl").write_bytes('{"file_name": "0.png", "text": "\u00e9"}'.encode("latin-1"))
+    assert "not UTF-8" in refused(capsys, "--train_data_dir", tmp_path)
 
 
 @pytest.mark.parametrize("content", ["", '{"file_name": "../0.png", "text": "x"}', '{"file_name": "0.png"}', "{"])
