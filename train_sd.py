@@ -418,23 +418,11 @@ def first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0].rstrip(".:") if str(error).strip() else type(error).__name__
 
 
-@contextlib.contextmanager
 def renamed(path: Path):
     """Write a file or folder beside its place, and move it there only when it is complete."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    remove(temporary)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield temporary
-        if path.is_dir():  # a folder cannot be replaced in one step
-            remove(old := path.with_name(f".{path.name}.old.tmp"))
-            path.rename(old)
-            temporary.rename(path)
-            remove(old)
-        else:
-            temporary.replace(path)
-    finally:
-        remove(temporary)
+    from reslora.files import replacing  # with torch behind it: not for --help
+
+    return replacing(path)
 
 
 def remove(path: Path) -> None:
@@ -442,8 +430,9 @@ def remove(path: Path) -> None:
 
 
 def write_json(path: Path, value) -> None:
-    with renamed(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    from reslora import files
+
+    files.write_json(path, value)
 
 
 @contextlib.contextmanager
@@ -1362,23 +1351,15 @@ def save_pictures(folder: Path, pictures: list, images: int) -> None:
 
 def adapter_config(method: str, args: argparse.Namespace, total_steps: int):
     """PEFT's configuration of a method; ResLoRA's is LoRA's."""
-    import peft
+    from reslora import methods
 
-    rank, alpha = args.rank, args.lora_alpha
-    shared = {"target_modules": args.target_modules}
+    config = methods.adapter_config(
+        method, r=args.rank, alpha=args.lora_alpha, dropout=args.lora_dropout, targets=args.target_modules,
+        total_steps=total_steps,
+    )  # fmt: skip
     if method in LORA_METHODS:
-        alpha = 2 * alpha if method == "lora_x2" else alpha
-        return peft.LoraConfig(
-            r=rank, lora_alpha=alpha, lora_dropout=args.lora_dropout, init_lora_weights="gaussian", **shared
-        )
-    if method == "adalora":  # starts with half as much rank again and ends with `rank` on average (Zhang et al., 2023)
-        return peft.AdaLoraConfig(
-            init_r=math.ceil(1.5 * rank), target_r=rank, lora_alpha=alpha, lora_dropout=args.lora_dropout,
-            total_step=total_steps,
-            tinit=total_steps // 10, tfinal=total_steps // 2, deltaT=max(1, total_steps // 100), **shared,
-        )  # fmt: skip
-    config = {"loha": peft.LoHaConfig, "lokr": peft.LoKrConfig}[method]
-    return config(r=rank, alpha=alpha, rank_dropout=args.lora_dropout, **shared)
+        config.init_lora_weights = "gaussian"  # as in diffusers' scripts
+    return config
 
 
 def add_adapter(unet, method: str, args: argparse.Namespace, total_steps: int):

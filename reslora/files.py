@@ -27,7 +27,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         yield temporary
         if temporary.is_dir() and path.is_dir():
             # A folder cannot be renamed over another one: the old one steps aside first.
-            aside = path.with_name(f".{path.name}.{os.getpid()}.old")
+            aside = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
             _remove(aside)
             path.rename(aside)
             temporary.rename(path)
@@ -57,7 +57,7 @@ def write_tensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor], met
 def write_json(path: str | os.PathLike, content: object) -> None:
     """Writes JSON that a person can read, whole or not at all."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, sort_keys=False) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _remove(path: Path) -> None:

@@ -40,14 +40,15 @@ def kept(*results: dict, name: str = "svamp", search: bool = False) -> None:
 
 
 def test_rate_with_the_best_validation_score_is_chosen():
-    for rate, loss in ((5e-4, 0.5), (1e-3, 0.2), (2e-3, 0.3)):
-        kept(result("is", 0, [1.0, loss], rate=rate), search=True)
-    assert paper.chosen_rate("svamp", "is", None) == 1e-3
-    for rate, f1 in ((5e-4, 0.5), (1e-3, 0.2), (2e-3, 0.8)):
+    for rate, loss in zip(paper.EXPERIMENTS["pipeline"].rates, (0.5, 0.2, 0.3), strict=True):
+        kept(result("is", 0, [1.0, loss], rate=rate), name="pipeline")
+    assert paper.chosen_rate("pipeline", "is", None) == paper.EXPERIMENTS["pipeline"].rates[1]
+    for rate, f1 in zip(paper.EXPERIMENTS["mrpc"].rates, (0.2, 0.8), strict=True):
         found = result("is", 0, [1.0, 0.1], rate=rate)
         found["log"][-1]["f1"] = f1
         kept(found, name="mrpc", search=True)
-    assert paper.chosen_rate("mrpc", "is", None) == 2e-3
+    assert paper.chosen_rate("mrpc", "is", None) == paper.EXPERIMENTS["mrpc"].rates[1]
+    assert paper.chosen_rate("svamp", "is", None) == paper.EXPERIMENTS["svamp"].rates[0]  # the only one
 
 
 def test_every_experiment_has_the_control_and_three_seeds_where_it_is_required():
