@@ -32,7 +32,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--pictures", help="folder of PNG pictures to judge in place of the pipeline's samples")
     parser.add_argument("--base_style", default="assets/build/noto", help="imagefolder of the style of the base")
     parser.add_argument("--target_style", default="assets/build/openmoji", help="imagefolder of the style to learn")
-    parser.add_argument("--runs", default=["assets/build/vae", "assets/build/base"], nargs=2, help="for curve")
+    parser.add_argument("--runs", default=["assets/build/vae", "assets/build/base"], nargs="+", help="for curve")
     parser.add_argument("--output", default="assets/build/sheets", help="folder for the sheets or the curve")
     parser.add_argument("--random", type=int, default=40, help="captions drawn at random from the known ones")
     parser.add_argument("--samples", type=int, default=4, help="samples of each validation prompt")
@@ -127,20 +127,24 @@ def share_of_target(classifier: nn.Sequential, pictures: torch.Tensor) -> float:
 
 
 def plot_curve(runs: list[str], output: Path) -> None:
-    """training_curve.png: the autoencoder's error, and the base's loss on seen and on held-out examples."""
+    """training_curve.png: an autoencoder's error, or a base's loss on seen and on held-out examples, for each run."""
     import matplotlib.pyplot as plt
 
     for run in runs:
         if not (Path(run) / "loss.jsonl").is_file():
             raise SystemExit(f"{run}: no loss.jsonl there")
-    vae, base = ([json.loads(line) for line in (Path(run) / "loss.jsonl").open(encoding="utf-8")] for run in runs)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    left.plot([line["step"] for line in vae], [line["l1"] for line in vae])
-    left.set(title="Autoencoder", xlabel="step", ylabel="L1 of a varied batch, pixels in [-1, 1]", yscale="log")
-    for name in ("train", "seen", "held_out_variants", "held_out_captions"):
-        right.plot([line["step"] for line in base], [line[name] for line in base], label=name.replace("_", " "))
-    right.set(title="Text encoder and U-Net", xlabel="step", ylabel="weighted squared error of v", yscale="log")
-    right.legend()
+    figure, axes = plt.subplots(1, len(runs), figsize=(5.5 * len(runs), 4), layout="constrained", squeeze=False)
+    for axis, run in zip(axes[0], runs, strict=True):
+        lines = [json.loads(line) for line in (Path(run) / "loss.jsonl").open(encoding="utf-8")]
+        names = ["l1"] if "l1" in lines[0] else [name for name in lines[0] if name not in ("step", "time")]
+        for name in names:
+            axis.plot([line["step"] for line in lines], [line[name] for line in lines], label=name.replace("_", " "))
+        if names == ["l1"]:
+            axis.set(title="Autoencoder", ylabel="L1 of a varied batch, pixels in [-1, 1]")
+        else:
+            axis.set(title="Text encoder and U-Net", ylabel="weighted squared error of v")
+            axis.legend()
+        axis.set(xlabel="step", yscale="log")
     output.mkdir(parents=True, exist_ok=True)
     figure.savefig(output / "training_curve.png", dpi=80)
 
