@@ -24,6 +24,7 @@ EXAMPLE = Path(__file__).resolve().parent / "example"
 LOG_NAME = "app.log"
 """What a trainer that the page started has printed."""
 LORA_FILES = ("pytorch_lora_weights.safetensors", "kohya.safetensors")
+RESULTS = ("merge.json", "exports.json", "pytorch_lora_weights.safetensors")
 LARGEST_JSON = 64 * 2**20
 PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 
@@ -81,6 +82,12 @@ class Run:
         with contextlib.suppress(OSError):
             return sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
         return []
+
+    def sound(self, *parts: str) -> Path | None:
+        """A folder of this run whose entries are all in the run as well, and are files or folders."""
+        path = self.inside(*parts)
+        inside = [self.inside(*parts, name) for name in self.entries(*parts)]
+        return path if path and all(entry and (entry.is_file() or entry.is_dir()) for entry in inside) else None
 
     # -- what the run is -----------------------------------------------------------------------------------------------
 
@@ -177,6 +184,11 @@ class Run:
                 state.append((path.stat().st_mtime_ns, path.stat().st_size) if path else None)
         return tuple(state)
 
+    def results(self) -> tuple:
+        """Changes when chains, merges or exports of a method have."""
+        paths = [self.inside(method, name) for method in self.methods for name in ("chains.json", *RESULTS)]
+        return tuple(path.stat().st_mtime_ns if path else None for path in paths)
+
     def log_tail(self, lines: int = 40) -> str:
         """The last lines of what the trainer printed, with a progress bar as it stands now."""
         path = self.inside(LOG_NAME)
@@ -194,7 +206,7 @@ class Run:
         """The base model, then of each method merged weights, LoRA files, unmerged checkpoints (newest first)."""
         found = [BASE]
         for method in self.methods:
-            if (path := self.inside(method, "unet")) and self.inside(method, "unet", "config.json"):
+            if (path := self.sound(method, "unet")) and self.inside(method, "unet", "config.json"):
                 found.append(Weights(f"{method}: merged weights", "merged", method, path))
             for name in self.entries(method):
                 merged = re.fullmatch(r"merged-by-([a-z]+)-(\d+)", name)
@@ -216,7 +228,7 @@ class Run:
         found = []
         for name in self.entries(method) if method in wanted else ():
             match = re.fullmatch(r"checkpoint-(\d{1,9})", name)
-            path = self.inside(method, name) if match else None
+            path = self.sound(method, name) if match else None
             complete = self.inside(method, name, "trainer.json") and self.inside(method, name, wanted[method])
             if path is not None and complete:
                 step = int(match[1])

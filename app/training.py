@@ -20,7 +20,7 @@ from pathlib import Path
 
 from train_sd import build_parser
 
-from .runs import LOG_NAME, Library, Run, RunError
+from .runs import LOG_NAME, Library, Run, RunError, is_run
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = REPOSITORY / "train_sd.py"
@@ -115,6 +115,8 @@ class Trainings:
 
     def new_folder(self, name: str) -> Path:
         """Folder of a new run; `RunError` for a name that could be anything but a new folder in the runs folder."""
+        if is_run(self.library.folder):
+            raise RunError("This page shows a single run; start the application on a folder of runs to train here.")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name or ""):
             raise RunError("A run's name has letters, digits, hyphens and underscores, at most 64 of them.")
         folder = self.library.folder / name
@@ -165,7 +167,7 @@ class Trainings:
 
     def _launch(self, run: Run, words: list[str]) -> Run:
         self.asked.clear()
-        launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *words]
+        launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet", *words]
         environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": search_path()}
         with (run.folder / LOG_NAME).open("ab") as log:
             # A session of its own: Ctrl-C in the application's terminal doesn't reach it.
@@ -210,8 +212,11 @@ class Trainings:
     def log(self, run: Run) -> str:
         """The end of a run's log without this machine's folders."""
         text = run.log_tail()
-        for path, name in ((self.library.folder, "runs"), (REPOSITORY, "."), (Path(sys.prefix), "python")):
-            text = text.replace(str(path), name)
+        names = {self.library.folder: "runs", self.data: "data", REPOSITORY: ".", Path.home(): "~"}
+        names |= {Path(prefix): "python" for prefix in (sys.prefix, sys.base_prefix)}
+        for path in sorted(filter(None, names), key=lambda path: -len(str(path))):
+            if len(path.parts) > 1:  # not the root
+                text = text.replace(str(path), names[path])
         return text
 
 

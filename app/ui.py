@@ -228,8 +228,8 @@ class Page:
         of_run = [self.prompt, self.steps, self.guidance, self.width, self.height, self.plan, self.report, self.norms]
         demo.load(polite(self.arrive), None, [self.run, self.folder], **quiet)
         self.run.change(polite(self.choose), self.run, [*watched, *of_run], **quiet)
-        context = [self.run, self.step, self.seen, self.weights]
-        self.timer.tick(polite(self.watch), context, [*watched, self.plan, self.report, self.norms], **quiet)
+        context = [self.run, self.step, self.seen, self.weights, self.checkpoint]
+        self.timer.tick(polite(self.watch), context, [*watched, *of_run], **quiet)
         # Not preprocessed: Gradio would refuse a program's step beyond what the slider had when the page was built.
         self.step.change(
             polite(self.at_step), [self.run, self.step], at_step, api_name="compare",
@@ -261,16 +261,20 @@ class Page:
             [self.gallery, self.status, self.seed, self.made],
             api_name="generate", show_progress="hidden", concurrency_limit=4,
         ).failure(lambda: views.notice("That did not work."), None, self.status, api_visibility="private")  # fmt: skip
-        self.cancel.click(polite(self.do_cancel), None, self.status, api_name="cancel", show_progress="hidden")
+        self.cancel.click(
+            polite(self.do_cancel), None, self.status, api_name="cancel", show_progress="hidden", queue=False
+        )
         self.recipe.upload(
             polite(self.read_recipe), self.recipe, [*settings[:-2], self.strength, self.random], api_name="settings_of"
         )
+        self.recipe.upload(polite(self.origin), self.recipe, self.status, api_visibility="private")
 
     def train_events(self) -> None:
         inputs = [self.name, self.pictures, self.caption, self.folder, self.model, *self.flags.values()]
         self.show.click(polite(self.do_show), inputs, self.command, api_name="train_command")
         self.start.click(polite(self.do_start), inputs, [self.run, self.command], api_name="train_start")
-        self.stop.click(polite(self.do_stop), self.run, self.answer, api_name="train_stop")
+        # Not queued: they must not wait for what they end.
+        self.stop.click(polite(self.do_stop), self.run, self.answer, api_name="train_stop", queue=False)
         self.resume.click(polite(self.do_resume), self.run, self.answer, api_name="train_resume")
 
     # -- looking -------------------------------------------------------------------------------------------------------
@@ -295,17 +299,23 @@ class Page:
             return [gr.skip()] * 20
         run = self.library.find(name)
         last = max(run.steps(), default=0)
+        return [*self.seen_of(run, last, run.best_weights()), *self.settings_of(run), *views.chains_and_merge(run)]
+
+    def settings_of(self, run: Run) -> list:
+        """What the run drew its samples with, for Generate."""
         config = run.config
         asked = Request(
             prompt=next(iter(run.prompts), ""), steps=config.get("num_inference_steps"),
             guidance=config.get("guidance_scale"), width=config.get("resolution"), height=config.get("resolution"),
         ).clamped()  # fmt: skip
-        settings = [asked.prompt, asked.steps, asked.guidance, asked.width, asked.height]
-        return [*self.seen_of(run, last, run.best_weights()), *settings, *views.chains_and_merge(run)]
+        return [asked.prompt, asked.steps, asked.guidance, asked.width, asked.height]
 
-    def watch(self, name: str, step: float, seen, label: str):
-        """What has changed since the last look; a slider at the end moves on with the run."""
-        nothing = [gr.skip()] * 15
+    def watch(self, name: str, step: float, seen, label: str, checkpoint: str | None):
+        """What has changed since the last look; a slider at the end moves on with the run.
+
+        What stays as chosen is not sent: somebody may have chosen anew since.
+        """
+        nothing = [gr.skip()] * 20
         runs = self.library.runs()
         if not name or name not in runs:
             return [gr.skip(), gr.update(choices=list(runs)), *nothing[2:]] if runs and seen is None else nothing
@@ -314,17 +324,26 @@ class Page:
             return nothing
         steps = run.steps()
         before = max(seen[0], default=0) if seen else 0
+        shown, chosen = step, label
         step = max(steps, default=0) if (step or 0) >= before else run.nearest(step)
         labels = [weights.label for weights in run.weights()]
         untouched = seen is None or label == seen[-1]
         label = run.best_weights() if untouched or label not in labels else label
-        return [*self.seen_of(run, step, label), *views.chains_and_merge(run)]
+        updates = self.seen_of(run, step, label)
+        checkpoints = [weights.label for weights in run.checkpoints("reslora")]
+        for update, stays in ((3, step == shown), (8, label == chosen), (9, checkpoint in checkpoints)):
+            if stays:
+                del updates[update]["value"]
+        begun = seen is not None and not seen[1] and bool(run.config)
+        settings = self.settings_of(run) if begun else nothing[:5]
+        merges = views.chains_and_merge(run) if seen is None or seen[2] != run.results() else nothing[:3]
+        return [*updates, *settings, *merges]
 
     def state_of(self, run: Run) -> tuple:
         """What `watch` compares: when it is the same, the page is up to date."""
         names = tuple(self.library.runs())
         state = run.fingerprint(), self.trainings.status(run), names, run.log_tail()
-        return tuple(run.steps()), *state, run.best_weights()
+        return tuple(run.steps()), bool(run.config), run.results(), *state, run.best_weights()
 
     def seen_of(self, run: Run, step: int, label: str) -> list:
         """Values of the components that `watch` keeps up to date."""
@@ -425,6 +444,11 @@ class Page:
             request.prompt, request.negative_prompt, request.seed, request.steps, request.guidance, request.width,
             request.height, request.strength, False,
         ]  # fmt: skip
+
+    def origin(self, path: str) -> str:
+        """With what an uploaded picture was made: its settings alone don't make it again."""
+        _, source = generate.read_picture(path)
+        return views.notice(f"Made with {source['weights'] or 'unknown weights'}, run {source['run'] or 'unknown'}.")
 
     def do_merge(self, name: str, label: str, method: str):
         run = self.library.find(name)
