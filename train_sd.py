@@ -45,7 +45,7 @@ BUNDLED_STEPS = 200
 DEFAULTS = {
     "method": (["lora", "reslora"], ["reslora"]),
     "resolution": (64, 512),
-    "learning_rate": (5e-4, 1e-4),
+    "learning_rate": (3e-4, 1e-4),
     "checkpointing_steps": (100, 500),
     "validation_prompt": (["cat face", "sailboat", "red apple", "penguin"], []),
     "num_validation_images": (1, 4),

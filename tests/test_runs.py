@@ -105,6 +105,20 @@ def test_links_that_lead_out_are_not_followed(tmp_path, run):
     assert run.inside("config.json\0") is None
 
 
+def test_weights_with_links_that_lead_out_are_not_offered(run, tmp_path):
+    checkpoint, merged = run.folder / "reslora" / "checkpoint-2", run.folder / "reslora" / "unet"
+    for folder, names in ((checkpoint, ("trainer.json", "reslora_model.safetensors")), (merged, ("config.json",))):
+        folder.mkdir()
+        for name in names:
+            (folder / name).write_text("{}")
+    assert [weights.path for weights in run.weights()] == [None, merged, checkpoint]
+    secret = tmp_path / "secret"
+    secret.write_text("{}")
+    (checkpoint / "reslora_config.json").symlink_to(secret)
+    (merged / "more.safetensors").symlink_to(secret)
+    assert run.weights() == [BASE]
+
+
 def test_a_picture_that_is_still_being_written_is_not_shown(run):
     path = run.folder / "lora" / "samples" / "step-000004" / "0-0.png"
     whole = path.read_bytes()
@@ -281,6 +295,11 @@ def test_settings_the_trainer_or_the_page_refuses(trainings, settings):
 def test_names_of_new_runs_are_plain(trainings, name):
     with pytest.raises(RunError):
         trainings.new_folder(name)
+
+
+def test_a_page_on_a_single_run_starts_no_other(run):
+    with pytest.raises(RunError, match="folder of runs"):
+        Trainings(Library(run.folder)).new_folder("other")
 
 
 def test_pictures_come_from_the_data_folder_or_an_upload(trainings, tmp_path):
