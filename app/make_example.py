@@ -1,7 +1,7 @@
 """Make the run that a first visitor sees of what a trainer wrote: `python -m app.make_example RUN`.
 
 Kept: settings, losses, samples, chain plan, merge report, and the LoRA files in half precision. Left out: checkpoints,
-whole U-Nets, and paths of the machine it was trained on.
+whole U-Nets, and paths and times of the machine it was trained on, which may have been busy with other things.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from .runs import EXAMPLE, Library, Run
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-KEPT = ("log.jsonl", "chains.json", "merge.json", "exports.json", "samples", "merged")
+KEPT = ("chains.json", "merge.json", "exports.json", "samples", "merged")
 
 
 def make_example(run: Run, target: Path) -> None:
@@ -25,6 +25,8 @@ def make_example(run: Run, target: Path) -> None:
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for method in run.methods:
         (target / method).mkdir()
+        rows = [{name: value for name, value in row.items() if name != "seconds"} for row in run.log(method)]
+        (target / method / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         for name in KEPT:
             source = run.inside(method, name)
             if source is not None and source.is_dir():

@@ -173,7 +173,7 @@ def numbers(run: Run, step: int) -> str:
             f"{sum(recent) / len(recent):.4f}" if recent else NOTHING,
             f"{held_out[-1]['loss']:.4f}" if held_out else NOTHING,
             f"{last.get('lr', 0):.2e}" if last else NOTHING,
-            f"{last.get('seconds', 0):.0f} s" if last else NOTHING,
+            f"{last['seconds']:.0f} s" if "seconds" in last else NOTHING,
         )
         color = f'<i style="background:{COLORS[method]}"></i>'
         rows.append(f"<tr><th>{color}{NAMES[method]}</th>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
