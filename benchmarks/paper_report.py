@@ -15,7 +15,14 @@ import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, REPORT = ROOT / "benchmarks" / "results", ROOT / "RESULTS.md"
-COLORS = {"lora": "#8a8f98", "lora_x2": "#1971c2", "is": "#e8590c", "bs(4)": "#2f9e44", "ms(4)": "#9c36b5"}
+COLORS = {
+    "lora": "#8a8f98",
+    "lora_x2": "#1971c2",
+    "lora_x4": "#0b2e59",
+    "is": "#e8590c",
+    "bs(4)": "#2f9e44",
+    "ms(4)": "#9c36b5",
+}
 MERGES = ("none", "input", "weights", "lstsq", "exact")
 SCORES = ("accuracy", "f1", "matthews", "pearson")
 PAPER_COST = {"is": 1.07, "bs(4)": 1.79, "ms(4)": 1.36}
