@@ -9,13 +9,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from peft.tuners.lora import Conv2d as LoraConv2d
 from peft.tuners.lora import Embedding as LoraEmbedding
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map
@@ -119,7 +120,8 @@ def chains(model: nn.Module, adapter_name: str = "default", example_inputs: dict
     """
     base = base_model(model)
     connection = vars(base).get("_reslora")
-    if connection is not None and connection.adapter_name == adapter_name:
+    connected = connection is not None and connection.adapter_name == adapter_name and connection.alive(base)
+    if connected and (connection.chains or example_inputs is None):
         return connection.chains
     layers = lora_layers(base, adapter_name)
     linkable, unlinked, problems = _sort_layers(layers, adapter_name)
@@ -157,8 +159,8 @@ def unwrap(model: nn.Module) -> nn.Module:
 def base_model(model: nn.Module) -> nn.Module:
     """Returns the model below DDP, `torch.compile` and PEFT wrappers; `ValueError` for `nn.DataParallel`."""
     outer = unwrap(model)
-    while hasattr(type(outer), "get_base_model"):
-        outer = unwrap(outer.get_base_model())
+    while hasattr(type(outer), "get_base_model") or isinstance(outer, BaseTuner):
+        outer = unwrap(outer.model if isinstance(outer, BaseTuner) else outer.get_base_model())
     return outer
 
 
@@ -194,30 +196,37 @@ def _sort_layers(layers: dict[str, LoraLayer], adapter_name: str) -> tuple[dict,
     linkable: dict[str, LoraLayer] = {}
     unlinked, problems = [], []
     for name, layer in layers.items():
-        reason = _stays_plain(name, layer)
+        reason = stays_plain(name, layer)
         if reason:
             unlinked.append((name, reason))
             continue
         linkable[name] = layer
-        problem = _refused(layer, adapter_name)
+        problem = refused(layer, adapter_name)
         if problem:
             problems.append((name, problem))
     return linkable, unlinked, problems + _tied(linkable, adapter_name)
 
 
-def _stays_plain(name: str, layer: LoraLayer) -> str:
+def stays_plain(name: str, layer: LoraLayer) -> str:
+    """Why a LoRA layer takes no part; empty if it does."""
     if isinstance(layer, LoraEmbedding):
         return "embedding"
     if isinstance(layer, LoraConv2d) or isinstance(layer.get_base_layer(), _ConvNd):
         return "convolution"
     if "experts" in name.split(".") or type(layer).__name__ == "ParamWrapper":
         return "expert"
-    if type(layer).__name__ == "MultiheadAttention":
+    if merges_itself(layer):
         return "merged into nn.MultiheadAttention for each forward"
     return ""
 
 
-def _refused(layer: LoraLayer, adapter_name: str) -> str:
+def merges_itself(module: nn.Module) -> bool:
+    """Whether a module is PEFT's LoRA on `nn.MultiheadAttention`, which merges and unmerges itself in its forward."""
+    return isinstance(module, LoraLayer) and type(module).__name__ == "MultiheadAttention"
+
+
+def refused(layer: LoraLayer, adapter_name: str) -> str:
+    """Why a LoRA layer cannot be wired; empty if it can."""
     owner = next(cls for cls in type(layer).__mro__ if "forward" in vars(cls))
     if (owner.__module__, owner.__name__) not in _CALLS_VARIANT:
         return f"is a {type(layer).__module__}.{type(layer).__name__}, which ignores LoRA variants"
@@ -299,10 +308,12 @@ def _difference(before: Block, block: Block) -> str:
 def _trace(base: nn.Module, names: list[str], example_inputs: dict | None) -> dict[str, list[tuple[int, ...]]]:
     """Returns, in execution order, the token shapes with which each named layer ran in one forward."""
     inputs = _default_inputs(base) if example_inputs is None else example_inputs
-    if not isinstance(inputs, dict):
+    if not isinstance(inputs, Mapping):
         raise ValueError(f"example_inputs is a {type(inputs).__name__}; give a dict of the model's keyword arguments")
+    inputs = dict(inputs)
     try:
-        return _run(meta_copy(base), names, to_device(inputs, "meta"))
+        with _same_random(base):
+            return _run(meta_copy(base), names, to_device(inputs, "meta"))
     except Exception as error:
         # Data-dependent control flow, fused kernels and quantised layers do not run on the meta device: run for real.
         parameter = next(base.parameters(), None)
@@ -334,6 +345,11 @@ def meta_copy(base: nn.Module) -> nn.Module:
         for key, value in vars(module).items():
             if isinstance(value, torch.Tensor):
                 vars(module)[key] = value.to("meta")
+        if isinstance(module, LoraLayer):
+            # A wired block of another adapter would ask for the state that the hooks make.
+            wired = [name for name, variant in module.lora_variant.items() if hasattr(variant, "wires")]
+            for name in wired:
+                del module.lora_variant[name]
         # accelerate replaces `forward` on the instance to move data between devices or to convert dtypes.
         for key in ("forward", "_hf_hook", "_old_forward"):
             vars(module).pop(key, None)
@@ -366,9 +382,14 @@ def _run(base: nn.Module, names: list[str], inputs: dict) -> dict[str, list[tupl
 @contextmanager
 def _undisturbed(base: nn.Module):
     """Runs its body with the model in eval mode; modes and random states are as before afterwards."""
-    devices = sorted({tensor.device.index for tensor in base.parameters() if tensor.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices), evaluating(base):
+    with _same_random(base), evaluating(base):
         yield
+
+
+def _same_random(base: nn.Module):
+    """Random states are afterwards as before; a model may draw numbers in eval mode too."""
+    devices = sorted({tensor.device.index for tensor in base.parameters() if tensor.device.type == "cuda"})
+    return torch.random.fork_rng(devices=devices)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ it for a plain LoRA and drop the residual paths without a word. Finished adapter
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -15,10 +16,10 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from .chains import Block, Chain, Chains, base_model, lora_layers, meta_copy, unwrap
+from .chains import Block, Chain, Chains, base_model, lora_layers, meta_copy, refused, stays_plain, unwrap
 from .config import ResLoraConfig
 from .files import write_json, write_tensors
-from .model import _connected, attach_wires, connection_of
+from .model import _connected, attach_wires, connection_of, refuse_merged
 
 CONFIG_NAME = "reslora_config.json"
 WEIGHTS_NAME = "reslora_model.safetensors"
@@ -75,19 +76,26 @@ def load(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
     if _has_adapter(base, adapter_name):
         _compare(base.peft_config[adapter_name], lora, directory)
         _check_fit(_state(outer, base, adapter_name), tensors, directory)
-        _check_plan(plan, lora_layers(base, adapter_name), directory)
+        layers = lora_layers(base, adapter_name)
+        _check_plan(plan, layers, directory)
+        if connection is None:
+            refuse_merged(layers)
+            _check_wirable(plan, layers, adapter_name)
         loaded = outer
     else:
         # Everything is tried on a copy without storage first: nothing is left half-loaded.
         twin = meta_copy(base)
-        tried = _attach(twin, lora, adapter_name, content)
+        tried = _attach(twin, _uninitialised(lora), adapter_name, content)
         _check_fit(_state(tried, twin, adapter_name), tensors, directory)
-        _check_plan(plan, lora_layers(base_model(tried), adapter_name), directory)
+        layers = lora_layers(base_model(tried), adapter_name)
+        _check_plan(plan, layers, directory)
+        _check_wirable(plan, layers, adapter_name)
         loaded = _attach(outer, lora, adapter_name, content)
     base = base_model(loaded)
     _fill(loaded, base, tensors, adapter_name)
     if connection is None:
         connection = attach_wires(base, config, adapter_name, plan)
+    connection.wires.norms.clear()
     if norms is not None and content["norms"]["names"] == connection.wires.norms.names:
         connection.wires.norms.restore(norms, content["norms"]["pushed"])
     return loaded
@@ -156,6 +164,22 @@ def _check_plan(plan: Chains, layers: dict, directory: Path) -> None:
     for block in plan.blocks:
         if block.name not in layers:
             raise ValueError(f"{directory / CONFIG_NAME} links {block.name}, which is no LoRA layer of the model")
+
+
+def _check_wirable(plan: Chains, layers: dict, adapter_name: str) -> None:
+    """Raises `ValueError` where `connect` would: a layer that ignores its variant would run as plain LoRA."""
+    for block in plan.blocks:
+        layer = layers[block.name]
+        reason = stays_plain(block.name, layer) or refused(layer, adapter_name)
+        if reason:
+            raise ValueError(f"{block.name} {reason}")
+
+
+def _uninitialised(lora: LoraConfig) -> LoraConfig:
+    """The configuration without an initialisation: those that read the frozen weight fail where it has no storage."""
+    lora = copy.deepcopy(lora)
+    lora.init_lora_weights = False
+    return lora
 
 
 def _read_config(directory: Path) -> dict:

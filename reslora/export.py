@@ -92,19 +92,21 @@ def export_kohya(
     base = _plain(unet, adapter_name)
     layers = lora_layers(base, adapter_name)
     scaled = {name: layer.scaling[adapter_name] * layer.r[adapter_name] for name, layer in layers.items()}
-    alpha = _commonest(scaled.values()) or 1.0
+    # float32 whatever the adapter's dtype, and exactly what the up-weights are divided by.
+    written = torch.tensor(_commonest(scaled.values()) or 1.0, dtype=torch.float32)
+    alpha = written.item()
     tensors = {}
     for name, layer in layers.items():
         down, up = _factors(name, layer, adapter_name)
         key = "lora_unet_" + name.replace(".", "_")
         tensors[f"{key}.lora_down.weight"] = down
         tensors[f"{key}.lora_up.weight"] = up * (scaled[name] / alpha)
-        tensors[f"{key}.alpha"] = torch.tensor(float(alpha), dtype=down.dtype)
+        tensors[f"{key}.alpha"] = written.clone()
     header = {
         "format": "pt",
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(_commonest(layer.r[adapter_name] for layer in layers.values())),
-        "ss_network_alpha": str(float(alpha)),
+        "ss_network_alpha": str(alpha),
         **{key: str(value) for key, value in (metadata or {}).items()},
     }
     write_tensors(path, tensors, header)

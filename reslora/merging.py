@@ -7,6 +7,7 @@ in the paper: A (r x p), B (q x r), the frozen W (q x p), f_n a norm, alpha* the
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import torch
@@ -172,7 +173,10 @@ def merge_weights(chain: list[Factors], reach: int | None, head: float, middle: 
             else:
                 result = Merged(block.a, block.b * (1 + alphas[0]), alphas[0], notes)
         merged.append(result)
-        norms.append(merged_norm(block.weight(), result.a, result.b, block.scaling))
+        norm = merged_norm(block.weight(), result.a, result.b, block.scaling)
+        if not math.isfinite(norm):
+            raise ValueError(f"{block.name} has NaN or infinity in its frozen weight: load the base model again")
+        norms.append(norm)
     return merged
 
 

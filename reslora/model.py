@@ -5,18 +5,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 import torch.utils.checkpoint
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 
-from . import merging
+from . import merging, ranks
 from .calibration import Calibrator
-from .chains import Chain, Chains, base_model, chains, lora_layers
+from .chains import Chain, Chains, base_model, chains, lora_layers, merges_itself
 from .config import ResLoraConfig
 from .merging import Factors, Merged
 from .shortcuts import (
@@ -39,6 +39,14 @@ class Connection:
     chains: Chains
     wires: Wires
     handles: list = dataclasses.field(default_factory=list)
+
+    def alive(self, base: nn.Module) -> bool:
+        """Whether the layers it has wired are still on the model: an adapter can be deleted, unloaded or replaced."""
+        layers = _present_layers(base, self.adapter_name)
+        if not self.config.wired:
+            return bool(layers)
+        wired = (layers[block.name] for block in self.chains.blocks if block.name in layers)
+        return any(self.wires is getattr(layer.lora_variant.get(self.adapter_name), "wires", None) for layer in wired)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +117,9 @@ def connect(
             "reslora.disconnect first"
         )
     layers = lora_layers(base, adapter_name)
-    _refuse_merged(layers)
+    refuse_merged(layers)
+    if config.wired and config.shortcut == "block":
+        _refuse_changed_base(base.peft_config[adapter_name])
     plan = _plan(base, config, adapter_name, example_inputs)
     attach_wires(base, config, adapter_name, plan)
     return plan
@@ -123,7 +133,7 @@ def attach_wires(base: nn.Module, config: ResLoraConfig, adapter_name: str, plan
     if config.wired:
         for chain in plan:
             _wire(chain, layers, connection)
-        for name, layer in layers.items():
+        for name, layer in _merged_by_peft(base):
             # PEFT merges layer by layer: without this, plain layers would be merged before the first wired one refuses.
             layer.merge = layer.unmerge = functools.partial(_refuse_merge, name)
         if config.shortcut != "block":
@@ -138,28 +148,41 @@ def attach_wires(base: nn.Module, config: ResLoraConfig, adapter_name: str, plan
 def disconnect(model: nn.Module, adapter_name: str = "default") -> None:
     """Removes the wires and leaves the plain LoRA that `connect` found; `ValueError` if there are none."""
     base = base_model(model)
-    connection = _connected(base, adapter_name)
-    for layer in _present_layers(base, adapter_name).values():
-        if isinstance(layer.lora_variant.get(adapter_name), Shortcut):
-            del layer.lora_variant[adapter_name]
-        if isinstance(layer.cast_input_dtype_enabled, CastUnlessAutocast):
-            layer.cast_input_dtype_enabled = layer.cast_input_dtype_enabled.previous
+    _clear(base, _connected(base, adapter_name))
+
+
+def _clear(base: nn.Module, connection: Connection) -> None:
+    """Takes away all that `attach_wires` has put on the model."""
+    for module in base.modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        for adapter, variant in list(module.lora_variant.items()):
+            if isinstance(variant, Shortcut):
+                del module.lora_variant[adapter]
+        if isinstance(module.cast_input_dtype_enabled, CastUnlessAutocast):
+            module.cast_input_dtype_enabled = module.cast_input_dtype_enabled.previous
         for verb in ("merge", "unmerge"):
-            vars(layer).pop(verb, None)
+            vars(module).pop(verb, None)
     for handle in connection.handles:
         handle.remove()
     del base._reslora
 
 
 def connection_of(base: nn.Module) -> Connection | None:
-    """The connection of a base model, or None; one whose adapter was deleted meanwhile counts as none."""
+    """The connection of a base model, or None; one whose adapter went away meanwhile counts as none."""
     connection = vars(base).get("_reslora")
-    if connection is not None and not _present_layers(base, connection.adapter_name):
-        for handle in connection.handles:
-            handle.remove()
-        del base._reslora
+    if connection is not None and not connection.alive(base):
+        _clear(base, connection)
         return None
     return connection
+
+
+def _merged_by_peft(base: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
+    """The layers that PEFT's merge visits, whichever adapter they hold; not those whose forward itself merges them."""
+    itself = [name for name, module in base.named_modules() if merges_itself(module)]
+    for name, module in base.named_modules():
+        if isinstance(module, LoraLayer) and not any(f"{name}.".startswith(f"{owner}.") for owner in itself):
+            yield name, module
 
 
 def _present_layers(base: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
@@ -183,13 +206,23 @@ def _connected(base: nn.Module, adapter_name: str) -> Connection:
     return connection
 
 
-def _refuse_merged(layers: dict[str, LoraLayer]) -> None:
+def refuse_merged(layers: dict[str, LoraLayer]) -> None:
+    """Raises `ValueError` where PEFT has merged an adapter into a layer: such a layer ignores its variant."""
     for name, layer in layers.items():
         if layer.merged:
             raise ValueError(
                 f"{name} has the adapter(s) {', '.join(layer.merged_adapters)} merged by PEFT: call unmerge_adapter() "
                 "(or unfuse_lora()) first"
             )
+
+
+def _refuse_changed_base(config: LoraConfig) -> None:
+    if ranks.changes_base(config):
+        raise ValueError(
+            f"init_lora_weights={config.init_lora_weights!r} changes the frozen weights, and whoever loads the adapter "
+            "repeats that at the rank of the file, which a block merge raises: use shortcut='input' or 'middle', or "
+            "init_lora_weights=True"
+        )
 
 
 def _refuse_merge(name: str, *args: object, **kwargs: object) -> None:
@@ -298,7 +331,7 @@ def merge(
     connection = _connected(base, adapter_name)
     method = _resolve(method, connection, calibration, max_rank)
     layers = lora_layers(base, adapter_name)
-    _refuse_merged(layers)
+    refuse_merged(layers)
     _refuse_nonfinite(layers, adapter_name)
     plan = [_factors(chain, layers, adapter_name) for chain in connection.chains] if connection.config.wired else []
     with torch.no_grad():
@@ -307,8 +340,8 @@ def merge(
         disconnect(model, adapter_name)
         for factors, results in zip(plan, merged, strict=True):
             for block, result in zip(factors, results, strict=True):
-                _write(layers[block.name], result, adapter_name)
-        _declare_ranks(base, layers, adapter_name)
+                ranks.write(layers[block.name], result, adapter_name)
+        ranks.declare(base.peft_config[adapter_name], layers, adapter_name)
     return report
 
 
@@ -326,14 +359,16 @@ def _resolve(method: str, connection: Connection, calibration: object, max_rank:
         return "none"
     if shortcut == "block":
         return "exact"
-    recorded = connection.wires.norms.count > 0
+    means = connection.wires.norms.means().values()
+    recorded = bool(means) and all(map(math.isfinite, means))
     if method == "auto":
         return "lstsq" if calibration is not None else "input" if recorded else "weights"
     if method == "lstsq" and calibration is None:
         raise ValueError("method='lstsq' needs calibration=, an iterable of dicts of the base model's arguments")
     if method == "input" and calibration is None and not recorded:
         raise ValueError(
-            "method='input' needs norms: train with ResLoraConfig(window=...) above 0, or give calibration="
+            "method='input' needs norms of every block: train with ResLoraConfig(window=...) above 0, or give "
+            "calibration="
         )
     return method
 
@@ -412,54 +447,3 @@ def _report(
             blocks.append(BlockReport(block.name, block.role, result.alpha, result.a.shape[0], error))
             notes += result.notes
     return MergeReport(method, connection.config.shortcut, tuple(blocks), tuple(dict.fromkeys(notes)))
-
-
-def _write(layer: LoraLayer, merged: Merged, adapter_name: str) -> None:
-    """Puts the new factors in place; a changed rank takes new linear layers of the old dtype, device and mode."""
-    for modules, value in ((layer.lora_A, merged.a), (layer.lora_B, merged.b)):
-        old = modules[adapter_name]
-        if old.weight.shape == value.shape:
-            old.weight.data.copy_(value)
-            continue
-        weight = old.weight
-        new = nn.Linear(value.shape[1], value.shape[0], bias=False, device="meta")
-        data = value.to(weight.device, weight.dtype).clone(memory_format=torch.contiguous_format)
-        new.weight = nn.Parameter(data, requires_grad=weight.requires_grad)
-        modules[adapter_name] = new.train(old.training)
-
-
-def _declare_ranks(base: nn.Module, layers: dict[str, LoraLayer], adapter_name: str) -> None:
-    """Where ranks changed: writes rank and alpha into the layers and, by full name, into PEFT's configuration.
-
-    PEFT takes the first pattern that matches, and sorts them when it writes the file. So layers that an older pattern
-    covers get an entry too, and patterns that would sort before `^` go.
-    """
-    config = base.peft_config[adapter_name]
-    plain = {name: layer for name, layer in layers.items() if adapter_name in layer.lora_A}
-    new_ranks = {name: layer.lora_A[adapter_name].weight.shape[0] for name, layer in plain.items()}
-    if all(new_ranks[name] == layer.r[adapter_name] for name, layer in plain.items()):
-        return
-    ranks, alphas = {}, {}
-    for name, layer in plain.items():
-        rank = new_ranks[name]
-        changed = rank != layer.r[adapter_name]
-        if changed:
-            root = math.sqrt if layer.use_rslora[adapter_name] else float
-            nominal = layer.lora_alpha[adapter_name] / root(layer.r[adapter_name])
-            layer.r[adapter_name], layer.lora_alpha[adapter_name] = rank, _exact_alpha(nominal, root(rank))
-        pattern = "^" + re.escape(name)
-        if changed or rank != config.r:
-            ranks[pattern] = rank
-        if changed or layer.lora_alpha[adapter_name] != config.lora_alpha:
-            alphas[pattern] = layer.lora_alpha[adapter_name]
-    config.rank_pattern = {**ranks, **{k: v for k, v in config.rank_pattern.items() if k > "^" and k not in ranks}}
-    config.alpha_pattern = {**alphas, **{k: v for k, v in config.alpha_pattern.items() if k > "^" and k not in alphas}}
-
-
-def _exact_alpha(scaling: float, root: float) -> float:
-    """The alpha with `alpha / root == scaling` to the last bit, where rounding leaves one."""
-    product = scaling * root
-    for alpha in (product, math.nextafter(product, math.inf), math.nextafter(product, -math.inf)):
-        if alpha / root == scaling:
-            return int(alpha) if float(alpha).is_integer() else alpha
-    return product

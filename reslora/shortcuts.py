@@ -69,10 +69,15 @@ class NormWindow:
         return 0 if self.pushed is None else int(self.pushed)
 
     def means(self) -> dict[str, float]:
-        """Returns f_n by block name, empty where nothing was recorded."""
+        """Returns f_n by block name, empty where nothing was recorded; forwards that overflowed do not count."""
         if self.values is None:
             return {}
-        return dict(zip(self.names, self.values.nanmean(dim=1).tolist(), strict=True))
+        finite = self.values.where(self.values.isfinite(), torch.nan)
+        return dict(zip(self.names, finite.nanmean(dim=1).tolist(), strict=True))
+
+    def clear(self) -> None:
+        """Forgets everything recorded."""
+        self.values = self.pushed = None
 
 
 class Wires:
@@ -366,8 +371,8 @@ def add_scaled(result: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor,
 def merge_refused(name: str) -> RuntimeError:
     """The error of PEFT's merge verbs on a connected model."""
     return RuntimeError(
-        f"{name} is wired by ResLoRA, and PEFT's own merge would drop the residual paths: call reslora.merge(model) "
-        "first (or reslora.disconnect)"
+        f"{name} is wired by ResLoRA, and PEFT's own merge would drop the residual paths: call reslora.merge first "
+        "(or reslora.disconnect)"
     )
 
 
