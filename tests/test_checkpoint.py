@@ -1,5 +1,6 @@
 """save and load of an unmerged adapter: round trips, files, and what is refused."""
 
+import copy
 import json
 import pickle
 
@@ -19,7 +20,7 @@ from conftest import (
     tiny_llama,
     tiny_unet,
 )
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import reslora
@@ -446,3 +447,56 @@ def test_a_config_file_that_is_not_one_is_refused(llama, tmp_path, content):
         reslora.load(target, tmp_path)
     assert_one_line(error, CONFIG)
     assert_same(target, before)
+
+
+# --- what connect refuses, load refuses -------------------------------------------------------------------------------
+
+
+def test_an_adapter_that_peft_has_merged_is_refused(llama, tmp_path):
+    saved(llama, tmp_path)
+    model = llama.lora()
+    model.merge_adapter()
+    with pytest.raises(ValueError) as error:
+        reslora.load(model, tmp_path)
+    assert_one_line(error, "unmerge_adapter")
+    model.unmerge_adapter()
+    reslora.load(model, tmp_path)
+
+
+def test_a_layer_that_ignores_variants_is_refused(llama, tmp_path):
+    saved(llama, tmp_path)
+    model = llama.lora()
+    layer = find_layer(model, "model.layers.1.self_attn.q_proj")
+
+    class Ignoring(type(layer)):
+        def forward(self, x, *args, **kwargs):
+            return self.base_layer(x)
+
+    layer.__class__ = Ignoring
+    with pytest.raises(ValueError) as error:
+        reslora.load(model, tmp_path)
+    assert_one_line(error, "model.layers.1.self_attn.q_proj", "ignores LoRA variants")
+
+
+def test_norms_of_another_training_are_forgotten(llama, tmp_path):
+    saved(llama, tmp_path)  # without a step, and so without norms
+    model = llama.lora()
+    reslora.connect(model, ResLoraConfig())
+    loss_of(model, llama.inputs()).backward()
+    reslora.load(model, tmp_path)
+    with pytest.raises(ValueError) as error:
+        reslora.merge(model, "input")
+    assert_one_line(error, "norms")
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_initialisation_from_the_frozen_weight_is_repeated_on_a_bare_base(tmp_path, init):
+    torch.manual_seed(0)
+    base = tiny_llama().float()
+    bare = copy.deepcopy(base)
+    model = get_peft_model(base, LoraConfig(r=RANK, target_modules=["q_proj"], init_lora_weights=init))
+    reslora.connect(model, ResLoraConfig("middle"))
+    reslora.save(model, tmp_path)
+    inputs = ARCHITECTURES["llama"].inputs()
+    loaded = reslora.load(bare, tmp_path)
+    assert torch.allclose(run(loaded, inputs), run(model, inputs), atol=1e-5)

@@ -280,3 +280,10 @@ def test_a_connected_model_is_told_to_merge_first(unet, export, tmp_path):
         export(model, tmp_path / "out")
     assert_one_line(error, "reslora.merge")
     assert not (tmp_path / "out").exists()
+
+
+def test_kohyas_alpha_is_exact_in_half_precision(tmp_path):
+    unet = ARCHITECTURES["unet"].lora(lora_alpha=257).bfloat16()
+    path = export_kohya(unet, tmp_path / "kohya.safetensors")
+    tensors = load_file(path)
+    assert {float(value) for key, value in tensors.items() if key.endswith(".alpha")} == {257.0}

@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import (
     ARCHITECTURES,
+    RANK,
     STACK_INPUTS,
     Oracle,
     Stack,
@@ -541,3 +542,110 @@ def test_the_public_names_are_the_documented_ones():
     }
     assert documented <= set(dir(reslora))
     assert callable(reslora.chains)
+
+
+# --- an adapter that goes away, and layers that merge themselves ------------------------------------------------------
+
+
+@pytest.mark.parametrize("shortcut", SHORTCUTS)
+def test_a_plain_lora_in_place_of_the_connected_one_is_not_connected(shortcut):
+    model = lora_stack()
+    reslora.connect(model, ResLoraConfig(shortcut), example_inputs=STACK_INPUTS)
+    fresh = lora_stack(model.unload())
+    with pytest.raises(ValueError) as error:
+        reslora.merge(fresh, "weights")
+    assert_one_line(error, "not connected")
+    reslora.connect(fresh, ResLoraConfig(shortcut), example_inputs=STACK_INPUTS)
+
+
+@pytest.mark.parametrize("shortcut", SHORTCUTS)
+def test_deleting_the_connected_adapter_frees_the_others(shortcut):
+    model = lora_stack()
+    model.add_adapter("other", LoraConfig(r=RANK, lora_alpha=5, target_modules=["proj"]))
+    randomize(model, adapter="other")
+    reslora.connect(model, ResLoraConfig(shortcut), example_inputs=STACK_INPUTS)
+    model.delete_adapter("default")
+    model.set_adapter("other")
+    with pytest.raises(ValueError) as error:
+        reslora.chains(model, example_inputs=STACK_INPUTS)
+    assert_one_line(error, "default")
+    assert reslora.chains(model, "other", STACK_INPUTS).links == 3
+    with pytest.raises(ValueError) as error:
+        reslora.disconnect(model)
+    assert_one_line(error, "not connected")
+    before = run(model, STACK_INPUTS)
+    model.merge_adapter()
+    assert_equal(run(model, STACK_INPUTS), before)
+
+
+def test_pefts_merge_is_refused_before_any_layer_is_merged():
+    model = lora_stack(target_modules=["layers.2.proj", "layers.3.proj"])
+    model.add_adapter("other", LoraConfig(r=RANK, target_modules=["proj"]))
+    reslora.connect(model, ResLoraConfig("input"), example_inputs=STACK_INPUTS)
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(RuntimeError) as error:
+        model.merge_adapter()
+    assert_one_line(error, "call reslora.merge first")
+    assert not any(getattr(module, "merged", False) for module in model.modules())
+
+
+class Attentive(nn.Module):
+    """Layers whose attention PEFT merges and unmerges in its own forward, each with a projection beside it."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = nn.MultiheadAttention(6, 2, batch_first=True)
+            self.proj = nn.Linear(6, 6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.tanh(self.proj(x + self.attn(x, x, x)[0]))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(self.Block() for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@shortcuts
+def test_attention_that_merges_itself_stays_plain_and_runs(shortcut):
+    model = lora_stack(Attentive(), target_modules=["attn", "proj"])
+    plan = reslora.connect(model, ResLoraConfig(shortcut), example_inputs=STACK_INPUTS)
+    assert [chain.role for chain in plan] == ["proj"]
+    wired = run(model, STACK_INPUTS)
+    reslora.disconnect(model)
+    assert not torch.allclose(wired, run(model, STACK_INPUTS))
+
+
+@shortcuts
+def test_a_model_that_draws_numbers_keeps_the_random_state(shortcut):
+    class Drawing(type(lora_stack().get_base_model())):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            torch.rand([])
+            return super().forward(x)
+
+    model = lora_stack(Drawing())
+    before = torch.get_rng_state()
+    reslora.connect(model, ResLoraConfig(shortcut), example_inputs=STACK_INPUTS)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_block_refuses_an_initialisation_that_changes_the_frozen_weights(init):
+    model = get_peft_model(Stack(), LoraConfig(r=RANK, target_modules=["proj"], init_lora_weights=init))
+    inputs = {"x": STACK_INPUTS["x"].float()}
+    with pytest.raises(ValueError) as error:
+        reslora.connect(model, ResLoraConfig("block"), example_inputs=inputs)
+    assert_one_line(error, init, "middle")
+    reslora.connect(model, ResLoraConfig("middle"), example_inputs=inputs)
+
+
+def test_the_plan_of_another_adapter_is_traced_while_one_is_connected():
+    model = lora_stack()
+    model.add_adapter("other", LoraConfig(r=RANK, target_modules=["layers.1.proj", "layers.2.proj"]))
+    reslora.connect(model, ResLoraConfig("input"), example_inputs=STACK_INPUTS)
+    assert reslora.chains(model, "other", STACK_INPUTS).links == 1
