@@ -4,7 +4,17 @@ import json
 
 import pytest
 import torch
-from conftest import adapter_layers, assert_one_line, base_weight, delta, find_layer, randomize, run, tiny_unet
+from conftest import (
+    ARCHITECTURES,
+    adapter_layers,
+    assert_one_line,
+    base_weight,
+    delta,
+    find_layer,
+    randomize,
+    run,
+    tiny_unet,
+)
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig, PeftModel
 from safetensors import safe_open
