@@ -16,6 +16,7 @@ Heavy libraries are imported where they are used, so that `--help` and a refused
 from __future__ import annotations
 
 import argparse
+import codecs
 import contextlib
 import hashlib
 import importlib.util
@@ -68,7 +69,13 @@ SWITCH = {"action": argparse.BooleanOptionalAction, "default": False}
 RANDOM_CROPS = 4  # crops cached for a picture that isn't square: the centre and three more
 VALIDATION_DRAWS = 4  # noises per held-out picture, one in each quarter of the timesteps
 TOLERANCE = 2 / 255  # largest difference of any pixel between the merged model and an export read back
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+IMAGE_SUFFIXES = {
+    ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2", ".tga", ".ppm",
+    ".heic", ".heif",
+}  # fmt: skip
+LEFTOVER = re.compile(r"\..+\.\d+(\.old)?\.tmp")  # what `reslora.files.replacing` writes to before it renames
+LEAST_ADALORA_STEPS = 3
+POLYNOMIAL_END = 1e-7  # diffusers' learning rate at the end of that schedule
 
 
 class InvalidArgument(ValueError):
@@ -285,6 +292,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if getattr(args, name) is None:
             setattr(args, name, with_bundled if bundled else with_named)
     args.lora_alpha = args.lora_alpha or 2 * args.rank
+    args.validation_prompt = [clean(prompt).strip() for prompt in args.validation_prompt or []]
     args.method = list(dict.fromkeys(args.method))
     check_args(args)
     return args
@@ -300,25 +308,31 @@ GIVES_WAY_TO = {
 def config_flags(parser: argparse.ArgumentParser, path: Path, argv: list[str]) -> list[str]:
     """A TOML file or a run's config.json as command-line words, so that they pass the same checks."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         table = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InvalidArgument(
             f"--config {path}", f"cannot be read ({first_line(error)})", "give a TOML file or a run's config.json"
         ) from None
     if not isinstance(table, dict):
         raise InvalidArgument(f"--config {path}", "is not a table of flags", "give a TOML file or a run's config.json")
-    names, given = {action.dest for action in parser._actions} - {"help"}, given_flags(argv)
+    actions = {action.dest: action for action in parser._actions if action.dest != "help"}
+    given, resolved = given_flags(argv), path.suffix == ".json"
     words = []
     for name, value in table.items():
-        if name not in names:
+        if name not in actions:
             raise InvalidArgument(f"--config {path}", f"{name} is not a flag of train_sd.py", "remove it")
-        if GIVES_WAY_TO.get(name) in given:
-            continue
+        if GIVES_WAY_TO.get(name) in given and (resolved or name != "lora_alpha"):
+            continue  # in TOML somebody wrote the alpha; a run's own may have come from its rank
         if isinstance(value, bool):
             words.append(f"--{name}" if value else f"--no-{name}")
         elif isinstance(value, list):
-            words += [f"--{name}", *map(str, value)] if value else []
+            if actions[name].nargs not in ("+", "*"):
+                raise InvalidArgument(f"--config {path}", f"{name} = {value} is a list", "give one value")
+            # Before a word that begins with a dash argparse sees the next flag; a blank makes it text.
+            words += [f"--{name}", *(f" {v}" if str(v).startswith("-") else str(v) for v in value)] if value else []
+        elif isinstance(value, dict):
+            raise InvalidArgument(f"--config {path}", f"{name} is a table", "write all flags at the top level")
         elif value is not None:
             words.append(f"--{name}={value}")
     return words
@@ -359,11 +373,27 @@ def check_args(args: argparse.Namespace) -> None:
         raise InvalidArgument(
             "--merge lstsq", "needs calibration samples", "give --merge_calibration_samples 64, or another merge"
         )
+    check_adalora_steps(args)
+    if args.lr_scheduler == "polynomial" and args.learning_rate <= POLYNOMIAL_END:
+        raise InvalidArgument(
+            f"--learning_rate {args.learning_rate:g}",
+            f"--lr_scheduler polynomial ends at {POLYNOMIAL_END:g}",
+            "give a larger one, or another schedule",
+        )
     output = Path(args.output_dir)
     parent = next(p for p in (output, *output.absolute().parents) if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InvalidArgument(
             f"--output_dir {args.output_dir}", f"{parent} is not a folder that can be written", "choose another"
+        )
+
+
+def check_adalora_steps(args: argparse.Namespace) -> None:
+    if "adalora" in args.method and args.max_train_steps and args.max_train_steps < LEAST_ADALORA_STEPS:
+        raise InvalidArgument(
+            f"--max_train_steps {args.max_train_steps}",
+            f"AdaLoRA needs {LEAST_ADALORA_STEPS} to move ranks",
+            "give more steps or epochs, or another method",
         )
 
 
@@ -380,15 +410,19 @@ def check_local_model(args: argparse.Namespace) -> None:
             )
         return
     try:
-        check_pipeline_class(name, json.loads((folder / "model_index.json").read_text(encoding="utf-8")))
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        check_pipeline_class(name, index)
         vae = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+        blocks = len(vae.get("block_out_channels", [0]))
+    except InvalidArgument:
+        raise
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         raise InvalidArgument(
             f"--pretrained_model_name_or_path {name}",
             "no readable model_index.json and vae/config.json",
             "give a pipeline in diffusers format",
         ) from None
-    check_resolution(args.resolution, 2 ** (len(vae.get("block_out_channels", [0])) - 1))
+    check_resolution(args.resolution, 2 ** (blocks - 1))
 
 
 def check_pipeline_class(name: str, index: dict) -> None:
@@ -403,10 +437,11 @@ def check_pipeline_class(name: str, index: dict) -> None:
 
 
 def check_resolution(resolution: int, factor: int) -> None:
+    factor = math.lcm(factor, 8)  # the pipeline that draws the samples takes multiples of 8 whatever its VAE is
     if resolution % factor:
         raise InvalidArgument(
             f"--resolution {resolution}",
-            f"the VAE takes multiples of {factor}",
+            f"the VAE and the pipeline take multiples of {factor}",
             f"give {max(1, resolution // factor) * factor}",
         )
 
@@ -439,6 +474,7 @@ def write_json(path: Path, value) -> None:
 def locked(folder: Path):
     """Keep a second run out of the folder. The lock holds the process id, for the reader; the system frees it when the
     process ends, however that comes about."""
+    made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("a+")
@@ -453,14 +489,17 @@ def locked(folder: Path):
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
-        for leftover in (*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp"), *folder.glob("*/samples/.*.tmp")):
-            remove(leftover)  # of a run that was killed while writing
+        for place in (folder, *(folder / method / part for method in METHODS for part in (".", "samples"))):
+            for leftover in place.glob(".*.tmp"):
+                if LEFTOVER.fullmatch(leftover.name):
+                    remove(leftover)  # of a run that was killed while writing
         try:
             yield
         finally:
             (folder / ".lock").unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                folder.rmdir()  # a run that was refused before it wrote anything leaves nothing
+            if made:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()  # a run that was refused before it wrote anything leaves nothing
 
 
 def take(lock) -> bool:
@@ -541,9 +580,8 @@ def plan_resume(args: argparse.Namespace) -> dict[str, list[Path]]:
     """Checkpoints each method may start from, best first; empty lists where it starts afresh."""
     output, named = Path(args.output_dir), args.resume_from_checkpoint
     plan = {method: checkpoints_of(output / method) for method in args.method}
-    for found in plan.values():
-        for checkpoint in found[:1]:
-            check_settings(args, checkpoint)
+    for checkpoint in (checkpoint for found in plan.values() for checkpoint in found):
+        check_settings(args, checkpoint)
     done = finished_methods(args)
     if named is None and any(found for method, found in plan.items() if method not in done):
         raise InvalidArgument(
@@ -552,7 +590,8 @@ def plan_resume(args: argparse.Namespace) -> dict[str, list[Path]]:
             "go on with --resume_from_checkpoint latest, or choose another",
         )
     if named not in (None, "latest"):
-        path = Path(named) if Path(named).is_dir() or os.sep in named else output / args.method[0] / named
+        method = next((method for method in args.method if method not in done), args.method[0])
+        path = Path(named) if Path(named).is_dir() or os.sep in named else output / method / named
         if not (path / "trainer.json").is_file():
             raise InvalidArgument(f"--resume_from_checkpoint {named}", "no complete checkpoint there", "use latest")
         method = read_trainer_json(path).get("method")
@@ -567,7 +606,9 @@ def plan_resume(args: argparse.Namespace) -> dict[str, list[Path]]:
 
 def check_settings(args: argparse.Namespace, checkpoint: Path) -> None:
     """Refuse to go on with another rank, shortcut, base, data set ... than the checkpoint's."""
-    there, here = read_trainer_json(checkpoint).get("settings", {}), json.loads(json.dumps(settings_of(args)))
+    there, here = read_trainer_json(checkpoint).get("settings"), json.loads(json.dumps(settings_of(args)))
+    if not isinstance(there, dict):
+        return  # damaged
     for name, value in here.items():
         if name in there and there[name] != value:
             flag = f"--{name}" if name != "samples_per_step" else "batch size x accumulation x processes ="
@@ -580,19 +621,29 @@ def check_settings(args: argparse.Namespace, checkpoint: Path) -> None:
 
 def read_trainer_json(checkpoint: Path) -> dict:
     try:
-        return json.loads((checkpoint / "trainer.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}  # damaged: found out, and left out, when it is loaded
+        content = json.loads((checkpoint / "trainer.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        content = None
+    return content if isinstance(content, dict) else {}  # damaged: found out, and left out, when it is loaded
 
 
 def finished_methods(args: argparse.Namespace) -> list[str]:
-    """Methods whose exports were written and compared, for as many steps as are asked for now."""
+    """Methods whose exports were written and compared, for as many steps or epochs as are asked for now."""
     done = []
     for method in args.method:
-        with contextlib.suppress(OSError, ValueError, KeyError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             record = json.loads((Path(args.output_dir) / method / "exports.json").read_text(encoding="utf-8"))
             steps, epochs = args.max_train_steps, args.num_train_epochs
-            done += [method] if steps == record["step"] or (not steps and epochs == record["num_train_epochs"]) else []
+            same = (
+                steps == record["step"] if steps else record.get("by_epochs") and epochs == record["num_train_epochs"]
+            )
+            done += [method] if same else []
+            if steps and record["step"] > steps:
+                raise InvalidArgument(
+                    f"--max_train_steps {steps}",
+                    f"{Path(args.output_dir) / method} was trained for {record['step']} already",
+                    "give at least as many, or choose another --output_dir",
+                )
     return done
 
 
@@ -616,6 +667,10 @@ class Pictures:
         self.captions = [self.captions[i] for i in indices]
         self.moments = self.moments[indices] if self.moments is not None else None
 
+    def sizes(self) -> list[int]:
+        """Bytes of each picture in a folder of files: one that was replaced is hardly as long as the one before."""
+        return [] if isinstance(self.sources, DatasetImages) else [Path(path).stat().st_size for path in self.sources]
+
     def leave_out(self, strict: bool, index: int, reason: str) -> None:
         source = self.sources[index]
         name = source if isinstance(source, (str, Path)) else f"picture {index}"
@@ -632,7 +687,9 @@ def find_pictures(args: argparse.Namespace) -> Pictures:
     keep = []
     for index, captions in enumerate(pictures.captions):
         # A missing caption is a mistake; an empty one is a choice (the picture then trains the empty prompt).
-        if not captions or any(not isinstance(caption, str) for caption in captions):
+        if isinstance(captions, str):  # what is wrong with the caption
+            pictures.leave_out(args.strict, index, captions)
+        elif not captions or any(not isinstance(caption, str) for caption in captions):
             pictures.leave_out(args.strict, index, "no caption")
         elif isinstance(size := picture_size(pictures.sources[index]), str):
             pictures.leave_out(args.strict, index, size)
@@ -640,7 +697,7 @@ def find_pictures(args: argparse.Namespace) -> Pictures:
             keep.append(index)
             pictures.square &= size[0] == size[1]
     pictures.keep(keep)
-    pictures.captions = [[caption.replace("\0", "") for caption in captions] for captions in pictures.captions]
+    pictures.captions = [[clean(caption) for caption in captions] for captions in pictures.captions]
     if not pictures.sources:
         example = f" (for example {pictures.left_out[0]})" if pictures.left_out else ""
         raise InvalidArgument(
@@ -653,6 +710,11 @@ def find_pictures(args: argparse.Namespace) -> Pictures:
     return pictures
 
 
+def clean(text: str) -> str:
+    """Text that a tokenizer takes: no NUL, and no half of a character."""
+    return text.replace("\0", "").encode("utf-8", "replace").decode("utf-8")
+
+
 def data_flag(args: argparse.Namespace) -> str:
     return f"--dataset_name {args.dataset_name}" if args.dataset_name else f"--train_data_dir {args.train_data_dir}"
 
@@ -661,7 +723,10 @@ def read_folder(folder: Path, args: argparse.Namespace) -> Pictures | None:
     """A folder with metadata.jsonl, or with a .txt caption beside each picture; None for what `datasets` reads."""
     if (folder / "metadata.jsonl").is_file():
         return read_metadata(folder, args)
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    output, files = Path(args.output_dir).resolve(), []
+    for path in sorted(folder.rglob("*")):
+        own = output != folder.resolve() and path.resolve().is_relative_to(output)  # samples of this very run
+        files += [path] if path.suffix.lower() in IMAGE_SUFFIXES and not own else []
     if not any(path.with_suffix(".txt").is_file() for path in files):
         if any(folder.rglob("metadata.*")) or any(folder.rglob("*.parquet")) or args.dataset_name:
             return None
@@ -676,15 +741,25 @@ def read_folder(folder: Path, args: argparse.Namespace) -> Pictures | None:
     captions = []
     for path in files:
         text = path.with_suffix(".txt")
-        captions.append([text.read_text(encoding="utf-8", errors="replace").strip()] if text.is_file() else [])
+        captions.append(read_caption(text) if text.is_file() else [])
     return Pictures(files, captions)
+
+
+def read_caption(path: Path) -> list[str] | str:
+    """The caption of a .txt file, or what is wrong with it; Windows' editors write UTF-16 and byte order marks."""
+    content = path.read_bytes()
+    marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return [content.decode("utf-16" if marked else "utf-8-sig").strip()]
+    except UnicodeDecodeError:
+        return "its caption is not UTF-8"
 
 
 def read_metadata(folder: Path, args: argparse.Namespace) -> Pictures:
     """Rows of metadata.jsonl: file_name, and a caption or a list of captions."""
     sources, captions = [], []
     try:
-        lines = (folder / "metadata.jsonl").read_text(encoding="utf-8").split("\n")
+        lines = (folder / "metadata.jsonl").read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         where = f"{data_flag(args)}, metadata.jsonl byte {error.start}"
         raise InvalidArgument(where, "not UTF-8", "save the file as UTF-8") from None
@@ -695,14 +770,15 @@ def read_metadata(folder: Path, args: argparse.Namespace) -> Pictures:
         try:
             row = json.loads(line)
             path = folder / row["file_name"]
-        except (ValueError, KeyError, TypeError):
-            raise InvalidArgument(where, "not an object with a file_name", "correct it") from None
+            inside = path.resolve().is_relative_to(folder.resolve())
+        except (ValueError, KeyError, TypeError, RecursionError, OSError, RuntimeError):
+            raise InvalidArgument(where, "not an object with the file_name of a picture", "correct it") from None
         if args.caption_column not in row:
             columns = ", ".join(sorted(row))
             raise InvalidArgument(
                 f"--caption_column {args.caption_column}", f"{where} has the columns {columns}", "name one of these"
             )
-        if not path.resolve().is_relative_to(folder.resolve()):
+        if not inside:
             raise InvalidArgument(where, f"names {row['file_name']}, outside the folder", "move the picture into it")
         caption = row[args.caption_column]
         sources.append(path)
@@ -732,8 +808,15 @@ def read_dataset(args: argparse.Namespace) -> Pictures:
             raise InvalidArgument(
                 f"{flag} {column}", f"the columns are {', '.join(rows.column_names)}", "name one of these"
             )
-    rows = rows.cast_column(args.image_column, Image(decode=False))  # decoded by open_picture, which does it right
+    try:
+        rows = rows.cast_column(args.image_column, Image(decode=False))  # decoded by open_picture, which does it right
+    except Exception as error:  # whatever arrow raises
+        raise InvalidArgument(
+            f"--image_column {args.image_column}", f"holds no pictures ({first_line(error)})", "name another column"
+        ) from None
     captions = [caption if isinstance(caption, list) else [caption] for caption in rows[args.caption_column]]
+    if captions and not any(isinstance(caption, str) for options in captions for caption in options):
+        raise InvalidArgument(f"--caption_column {args.caption_column}", "holds no text", "name another column")
     return Pictures(DatasetImages(rows, args.image_column), captions)
 
 
@@ -956,6 +1039,7 @@ class Run:
     embeddings: dict = field(default_factory=dict)  # text -> text encoder states, of captions and prompts
     plan: dict = field(default_factory=dict)
     scaler_state: dict | None = None
+    by_epochs: bool = False  # the number of steps came from --num_train_epochs
 
     @property
     def main(self) -> bool:
@@ -968,7 +1052,7 @@ class Run:
     @property
     def fingerprint(self) -> str:
         """The data set in short: a run can only be continued on the same pictures in the same order."""
-        return f"{len(self.pictures.captions)} pictures, {derive(self.pictures.captions):x}"
+        return f"{len(self.pictures.captions)} pictures, {derive(self.pictures.captions, self.pictures.sizes()):x}"
 
     @property
     def weight_dtype(self):
@@ -1046,10 +1130,14 @@ def load_pipeline(run: Run) -> None:
         check_unet(run)
     except InvalidArgument:
         raise
-    except (OSError, ValueError) as error:
+    except Exception as error:  # damaged files fail in as many ways as there are readers
+        fix = "repair the folder" if Path(name).is_dir() else "check the name and the connection"
+        raise InvalidArgument(f"--pretrained_model_name_or_path {name}", first_line(error), fix) from None
+    known = run.pipeline.scheduler.config.num_train_timesteps
+    if args.num_inference_steps > known:
         raise InvalidArgument(
-            f"--pretrained_model_name_or_path {name}", first_line(error), "check the name and the connection"
-        ) from None
+            f"--num_inference_steps {args.num_inference_steps}", f"the model knows {known} timesteps", "give fewer"
+        )
     check_resolution(args.resolution, run.pipeline.vae_scale_factor)
     if args.prediction_type:
         run.pipeline.scheduler.register_to_config(prediction_type=args.prediction_type)
@@ -1104,6 +1192,7 @@ def check_unet(run: Run) -> None:
     for method in args.method:
         with torch.device("meta"):
             unet = UNet2DConditionModel.from_config(config)
+        check_unet_weights(run, unet)
         names = [name for name, _ in unet.named_modules()]
         matching = [
             target for target in args.target_modules if any(f".{name}".endswith(f".{target}") for name in names)
@@ -1116,10 +1205,50 @@ def check_unet(run: Run) -> None:
             )
         if missing := [target for target in args.target_modules if target not in matching]:
             run.accelerator.print(f"--target_modules: no layer of the U-Net ends in {', '.join(missing)}")
+        if method == "adalora":
+            check_linear(unet, args.target_modules)
         try:
             add_adapter(unet, method, args, total_steps=1000)
         except (ValueError, RuntimeError) as error:
             raise InvalidArgument(f"--method {method}", first_line(error), "change the flag it names") from None
+
+
+def check_linear(unet, targets: Sequence[str]) -> None:
+    """Refuse convolutions for AdaLoRA: PEFT would take them for linear layers."""
+    import torch
+
+    for name, module in unet.named_modules():
+        if isinstance(module, torch.nn.Conv2d) and any(f".{name}".endswith(f".{target}") for target in targets):
+            raise InvalidArgument(
+                f"--target_modules {' '.join(targets)}",
+                f"{name} is a convolution, which AdaLoRA cannot adapt",
+                "leave it out, or choose another method",
+            )
+
+
+def check_unet_weights(run: Run, unet) -> None:
+    """Refuse a folder whose U-Net weights are missing, cut off, or of other shapes than its configuration says."""
+    from safetensors import SafetensorError, safe_open
+
+    folder, variant = Path(run.args.pretrained_model_name_or_path) / "unet", run.args.variant
+    if not folder.is_dir():
+        return  # on the hub
+    stem = "diffusion_pytorch_model" + (f".{variant}" if variant else "")
+    files = [*folder.glob(f"{stem}.safetensors"), *folder.glob(f"{stem}-*.safetensors")]
+    flag = f"--pretrained_model_name_or_path {run.args.pretrained_model_name_or_path}"
+    if not files and not variant:
+        raise InvalidArgument(flag, f"no {stem}.safetensors in {folder}", "give a pipeline with safetensors weights")
+    shapes = {name: tuple(value.shape) for name, value in unet.state_dict().items()}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - it is no mapping
+                    found = tuple(file.get_slice(name).get_shape())
+                    if shapes.get(name, found) != found:
+                        problem = f"{name} is {found} in {path}, {shapes[name]} by its config.json"
+                        raise InvalidArgument(flag, problem, "repair the folder")
+        except (SafetensorError, OSError) as error:
+            raise InvalidArgument(flag, f"{path} cannot be read ({first_line(error)})", "repair the folder") from None
 
 
 def prepare_data(run: Run) -> None:
@@ -1131,6 +1260,8 @@ def prepare_data(run: Run) -> None:
     encode_pictures(run)
     if args.cache_text_embeddings:
         run.pipeline.register_modules(text_encoder=None, tokenizer=None)
+    if args.cache_latents:
+        run.pipeline.vae.encoder = None  # samples need the decoder alone
     for line in pictures.left_out[:20]:
         run.accelerator.print(f"left out: {line}")
     if pictures.left_out:
@@ -1140,7 +1271,9 @@ def prepare_data(run: Run) -> None:
     run.held_out, run.train = sorted(order[:count]), sorted(order[count:])
     updates = math.ceil(len(run.train) / args.train_batch_size / run.accelerator.num_processes)
     updates = max(1, math.ceil(updates / args.gradient_accumulation_steps))
+    run.by_epochs = not args.max_train_steps
     args.max_train_steps = args.max_train_steps or args.num_train_epochs * updates
+    check_adalora_steps(args)
     args.validation_steps = args.validation_steps or args.validation_epochs * updates
 
 
@@ -1652,7 +1785,10 @@ def train(run: Run, method: str) -> int:
             trainer.seconds += time.perf_counter() - started
             if not math.isfinite(loss):
                 problem = f"loss {loss} at step {trainer.step}"
-                raise RunFailed(f"{method}: {problem}; lower --learning_rate, the last checkpoint is intact")
+                raise RunFailed(
+                    f"{method}: {problem}; checkpoints before it are intact: go on from one, or "
+                    "start in another --output_dir with a lower --learning_rate"
+                )
             log.write("train", loss)
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             bar.update()
@@ -1784,7 +1920,8 @@ def export(run: Run, method: str, step: int) -> None:
             raise RunFailed(
                 f"{method}/{name}: its picture differs by {difference}/255 from the merged model's; 2/255 is allowed"
             )
-    record = {"step": step, "num_train_epochs": args.num_train_epochs, "difference_of_255": differences}
+    record = {"step": step, "num_train_epochs": args.num_train_epochs, "by_epochs": run.by_epochs}
+    record["difference_of_255"] = differences
     write_json(folder / "exports.json", record)
 
 
@@ -2084,6 +2221,9 @@ def main(argv: list[str] | None = None) -> int:
     # ten times slower on cores that others use too; sleeping at once makes a small U-Net's step half as long again.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # file names need not be text
     try:
         args = parse_args(argv)
         plan, done = plan_resume(args), finished_methods(args)
@@ -2096,6 +2236,7 @@ def main(argv: list[str] | None = None) -> int:
         pictures = find_pictures(args)
         first = int(os.environ.get("RANK", 0)) == 0
         with locked(Path(args.output_dir)) if first else contextlib.nullcontext(), StopRequest() as stop:
+            plan, done = plan_resume(args), finished_methods(args)  # once more: another run may just have ended
             run = Run(args, start_accelerator(args), stop, pictures, plan=plan)
             load_pipeline(run)
             if args.push_to_hub and run.main:
@@ -2114,6 +2255,9 @@ def main(argv: list[str] | None = None) -> int:
     except InvalidArgument as error:
         print(f"train_sd.py: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped before training began", file=sys.stderr)
+        return 128 + signal.SIGINT
     except RunFailed as error:
         print(f"train_sd.py: {error}", file=sys.stderr)
         return 1
