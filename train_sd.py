@@ -620,30 +620,32 @@ def check_settings(args: argparse.Namespace, checkpoint: Path) -> None:
 
 
 def read_trainer_json(checkpoint: Path) -> dict:
+    return read_record(checkpoint / "trainer.json")
+
+
+def read_record(path: Path) -> dict:
+    """The JSON object of a file; empty where it is missing or damaged."""
     try:
-        content = json.loads((checkpoint / "trainer.json").read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         content = None
-    return content if isinstance(content, dict) else {}  # damaged: found out, and left out, when it is loaded
+    return content if isinstance(content, dict) else {}
 
 
 def finished_methods(args: argparse.Namespace) -> list[str]:
     """Methods whose exports were written and compared, for as many steps or epochs as are asked for now."""
     done = []
     for method in args.method:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            record = json.loads((Path(args.output_dir) / method / "exports.json").read_text(encoding="utf-8"))
-            steps, epochs = args.max_train_steps, args.num_train_epochs
-            same = (
-                steps == record["step"] if steps else record.get("by_epochs") and epochs == record["num_train_epochs"]
+        record = read_record(Path(args.output_dir) / method / "exports.json")
+        step, steps = record.get("step"), args.max_train_steps
+        if isinstance(step, int) and steps and step > steps:
+            raise InvalidArgument(
+                f"--max_train_steps {steps}",
+                f"{Path(args.output_dir) / method} was trained for {step} already",
+                "give at least as many, or choose another --output_dir",
             )
-            done += [method] if same else []
-            if steps and record["step"] > steps:
-                raise InvalidArgument(
-                    f"--max_train_steps {steps}",
-                    f"{Path(args.output_dir) / method} was trained for {record['step']} already",
-                    "give at least as many, or choose another --output_dir",
-                )
+        same_epochs = record.get("by_epochs") and record.get("num_train_epochs") == args.num_train_epochs
+        done += [method] if (step == steps if steps else same_epochs) else []
     return done
 
 
@@ -1761,10 +1763,10 @@ def tracker_step(run: Run, tracker, method: str, step: int) -> int:
 def read_log(path: Path) -> list[dict]:
     """Rows of a log; a last line cut short by a kill is left out."""
     rows = []
-    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
-        for line in path.read_text(encoding="utf-8").splitlines():
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             rows.append(json.loads(line))
-    return rows
+    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
 
 
 def train(run: Run, method: str) -> int:

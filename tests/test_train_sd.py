@@ -500,6 +500,11 @@ def test_not_a_number_stops_the_run(base_flags, tmp_path, capsys):
         ("--report_to", "comet_ml"),
         ("--config", "/no/such/file.toml"),
         ("--no_such_flag", "1"),
+        ("--resolution", "12"),
+        ("--num_inference_steps", "2000"),
+        ("--learning_rate", "1e-08", "--lr_scheduler", "polynomial"),
+        ("--max_train_steps", "2", "--method", "adalora"),
+        ("--target_modules", "conv1", "--method", "adalora"),
     ],
 )
 def test_bad_flags_are_refused_in_one_line(base_flags, capsys, tmp_path, flags):
@@ -507,6 +512,54 @@ def test_bad_flags_are_refused_in_one_line(base_flags, capsys, tmp_path, flags):
     line = refused(capsys, *base_flags, "--method", "reslora", *output, *flags)
     assert flags[0] in line and flags[1] in line
     assert not list(tmp_path.glob("out/*"))
+
+
+def test_a_refused_run_leaves_the_users_files(base_flags, capsys, tmp_path):
+    """Leftovers of a killed run go; what merely looks alike stays, as does a folder that was there."""
+    theirs = [tmp_path / "out" / ".mine.tmp", tmp_path / "out" / "notes" / ".draft.1.tmp"]
+    own = [tmp_path / "out" / ".config.json.123.tmp", tmp_path / "out" / "lora" / ".peft.123.old.tmp"]
+    for path in (*theirs, *own):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("text")
+    (tmp_path / "empty").mkdir()
+    for name in ("out", "empty"):
+        refused(capsys, *base_flags, "--target_modules", "to_nothing", "--output_dir", tmp_path / name)
+    assert all(path.is_file() for path in theirs) and not any(path.exists() for path in own)
+    assert (tmp_path / "empty").is_dir()
+
+
+def damage_missing(unet: Path) -> None:
+    (unet / "diffusion_pytorch_model.safetensors").unlink()
+
+
+def damage_cut_off(unet: Path) -> None:
+    path = unet / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+def damage_other_shape(unet: Path) -> None:
+    config = json.loads((unet / "config.json").read_text())
+    (unet / "config.json").write_text(json.dumps(config | {"block_out_channels": [8, 24]}))
+
+
+@pytest.mark.parametrize("damage", [damage_missing, damage_cut_off, damage_other_shape])
+def test_damaged_unet_is_refused_before_anything_is_encoded(base_flags, model, capsys, tmp_path, damage):
+    broken = shutil.copytree(model, tmp_path / "model")
+    damage(broken / "unet")
+    flags = ["--pretrained_model_name_or_path", broken, "--output_dir", tmp_path / "out"]
+    line = refused(capsys, *base_flags, *flags)
+    assert "--pretrained_model_name_or_path" in line and "unet" in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("index, vae", [("[]", None), (None, "[]"), ("{", None)])
+def test_damaged_model_configs_are_refused(base_flags, model, capsys, tmp_path, index, vae):
+    broken = shutil.copytree(model, tmp_path / "model")
+    if index:
+        (broken / "model_index.json").write_text(index)
+    if vae:
+        (broken / "vae" / "config.json").write_text(vae)
+    assert "model_index.json" in refused(capsys, *base_flags, "--pretrained_model_name_or_path", broken)
 
 
 def test_hub_that_cannot_be_reached_is_said_at_once(capsys, data, tmp_path, monkeypatch):
@@ -580,6 +633,25 @@ def test_a_config_that_is_no_table_is_refused(tmp_path, capsys):
     assert "--config" in refused(capsys, "--config", tmp_path / "list.json")
 
 
+def test_an_alpha_of_the_config_stays_when_the_rank_is_given(tmp_path, data):
+    toml = tmp_path / "run.toml"
+    toml.write_text(f"\ufefflora_alpha = 64\ntrain_data_dir = '{data}'\n", encoding="utf-8")
+    assert train_sd.parse_args(["--config", str(toml), "--rank", "4"]).lora_alpha == 64
+
+
+def test_prompts_that_begin_with_a_dash_come_back(tmp_path, data):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"validation_prompt": ["-foo", "--seed=7"], "train_data_dir": str(data)}))
+    args = train_sd.parse_args(["--config", str(file)])
+    assert args.validation_prompt == ["-foo", "--seed=7"] and args.seed == 0
+
+
+@pytest.mark.parametrize("content", ["rank = [4]", "[rank]\nvalue = 4", "rank = 4 5"])
+def test_malformed_config_values_are_refused(tmp_path, capsys, content):
+    (tmp_path / "run.toml").write_text(content)
+    assert "--config" in refused(capsys, "--config", tmp_path / "run.toml")
+
+
 def test_upload_is_tried_again_by_the_same_command(run, base_flags, monkeypatch, capsys):
     """The hub is a stand-in: what is uploaded, under what card, and what a failure leaves."""
     import huggingface_hub
@@ -610,6 +682,52 @@ def missing_card(*_, **__):
 
 def gather(folder: Path, *flags: str) -> train_sd.Pictures:
     return train_sd.find_pictures(train_sd.parse_args(["--train_data_dir", str(folder), *flags]))
+
+
+def test_captions_from_windows_editors(tmp_path, capsys):
+    folder = pictures(tmp_path / "p", 4)
+    (folder / "metadata.jsonl").unlink()
+    encodings = ["utf-8-sig", "utf-16", "latin-1", "utf-8"]
+    for number, encoding in enumerate(encodings):
+        (folder / f"{number}.txt").write_text("café", encoding=encoding)
+    found = gather(folder)
+    assert found.captions == [["café"]] * 3
+    assert len(found.left_out) == 1 and "2.png" in found.left_out[0] and "not UTF-8" in found.left_out[0]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        '{"file_name": "a\\u0000.png", "text": "x"}',
+        '{"file_name": "\\ud800.png", "text": "x"}',
+        '{"file_name": "loop.png", "text": "x"}',
+        "[" * 100_000,
+    ],
+)
+def test_rows_that_name_no_file_are_refused(tmp_path, capsys, row):
+    folder = pictures(tmp_path / "p")
+    (folder / "loop.png").symlink_to(folder / "loop.png")
+    (folder / "metadata.jsonl").write_text(row)
+    flags = ("--train_data_dir", folder, "--output_dir", tmp_path / "out")
+    assert str(folder) in refused(capsys, *flags)
+
+
+def test_half_a_character_in_a_caption_is_replaced(tmp_path):
+    folder = pictures(tmp_path / "p", 2)
+    rows = [json.dumps({"file_name": f"{n}.png", "text": "cat \ud83d"}) for n in range(2)]
+    (folder / "metadata.jsonl").write_text("\ufeff" + "\n".join(rows), encoding="utf-8")
+    assert gather(folder).captions == [["cat ?"]] * 2
+
+
+def test_a_runs_own_samples_are_no_pictures(tmp_path):
+    folder = pictures(tmp_path / "p", 2)
+    (folder / "metadata.jsonl").unlink()
+    (folder / "0.txt").write_text("red disc")
+    (folder / "1.txt").write_text("red disc")
+    (folder / "out").mkdir()
+    shutil.copy(folder / "0.png", folder / "out" / "comparison.png")
+    found = gather(folder, "--output_dir", str(folder / "out"))
+    assert len(found.sources) == 2 and not found.left_out
 
 
 def test_captions_beside_the_pictures(tmp_path):
@@ -712,3 +830,37 @@ def test_fewer_pictures_than_a_batch(model, tmp_path):
     flags = ["--pretrained_model_name_or_path", str(model), "--train_data_dir", str(folder), "--resolution", "32"]
     flags += ["--max_train_steps", "1", "--method", "lora", "--num_inference_steps", "2", "--report_to", "none"]
     assert train_sd.main([*flags, "--train_batch_size", "4", "--output_dir", str(tmp_path / "out")]) == 0
+
+
+# -- what a run was asked for ------------------------------------------------------------------------------------------
+
+
+def test_steps_and_epochs_are_told_apart(run, base_flags, capsys):
+    """A run that `--max_train_steps` ended is not the run of so many epochs, and not one of fewer steps."""
+    flags = [*base_flags, "--method", "lora", "reslora", "--output_dir", str(run)]
+    assert train_sd.finished_methods(train_sd.parse_args(flags)) == ["lora", "reslora"]
+    at = flags.index("--max_train_steps")
+    assert train_sd.finished_methods(train_sd.parse_args([*flags[:at], *flags[at + 2 :]])) == []
+    line = refused(capsys, *flags, "--max_train_steps", 2)
+    assert "--max_train_steps 2" in line and "4" in line
+
+
+def test_a_damaged_newest_checkpoint_does_not_hide_other_settings(run, base_flags, capsys, tmp_path):
+    output = shutil.copytree(run, tmp_path / "out")
+    (output / "lora" / "exports.json").unlink()
+    (output / "lora" / "checkpoint-4" / "trainer.json").write_text("[]")
+    flags = [*base_flags, "--method", "lora", "--output_dir", output, "--resume_from_checkpoint", "latest"]
+    assert "--learning_rate" in refused(capsys, *flags, "--learning_rate", "0.5")
+
+
+def test_other_pictures_under_the_same_names_are_noticed(run, base_flags, data, capsys, tmp_path):
+    output, folder = shutil.copytree(run, tmp_path / "out"), shutil.copytree(data, tmp_path / "pictures")
+    for path in output.glob("lora/checkpoint-*/trainer.json"):
+        record = json.loads(path.read_text())
+        record["settings"]["train_data_dir"] = str(folder.resolve())
+        path.write_text(json.dumps(record))
+    PIL.Image.new("RGB", (64, 64), "red").save(folder / "0.png")
+    (output / "lora" / "exports.json").unlink()
+    flags = [*base_flags, "--method", "lora", "--output_dir", output, "--resume_from_checkpoint", "latest"]
+    line = refused(capsys, *flags, "--train_data_dir", folder, quiet=False)
+    assert str(folder) in line and "bring them back" in line
