@@ -65,7 +65,7 @@ def section(name: str, experiments: dict) -> str:
     seeds = {len(found) for found in results.values()}
     parts = [f"Seeds per method: {', '.join(map(str, sorted(seeds)))}. Mean ± standard deviation over them."]
     if any(found for found in results.values()):
-        parts += [convergence(name, results), merges(results), calibration(results)]
+        parts += [convergence(name, results), rates(name, experiment), merges(results), calibration(results)]
     if name == "pre_num":
         parts += [sweep(results), heat_maps(name, results)]
     return "\n\n".join(part for part in parts if part)
@@ -120,6 +120,21 @@ def convergence(name: str, results: dict[str, list[dict]]) -> str:
     plot = plot_curves(name, results)
     head.append(f"steps to LoRA's final loss (of {total})")
     return f"{table(head, rows)}\n\n![validation loss by step]({plot})"
+
+
+def rates(name: str, experiment) -> str:
+    """Where the search's trainings are final ones too: validation loss at each learning rate, seed 0."""
+    if len(experiment.rates) < 2 or experiment.script != "train_sd.py":
+        return ""
+    rows = []
+    for variant in experiment.variants:
+        cells = []
+        for rate in experiment.rates:
+            path = RESULTS / name / f"{variant.replace(' ', '-')}-lr{rate:g}-seed0.json"
+            found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+            cells.append(f"{curve(found)[-1][1]:.4f}" if found else "—")
+        rows.append([variant, *cells])
+    return table(["validation loss, seed 0, learning rate", *(f"{rate:g}" for rate in experiment.rates)], rows)
 
 
 def last_row(results: dict[str, list[dict]]) -> dict:
