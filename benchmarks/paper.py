@@ -112,7 +112,7 @@ EXPERIMENTS = {
     "pipeline": Experiment(
         "train_sd.py", "", "Figure 3, Tables 3 and 7", (*MAIN, "lora_x4"), (2e-4, 5e-4, 1e-3), PICTURES, "loss"
     ),
-    "sst2": glue("sst2", "accuracy", 240),
+    "sst2": glue("sst2", "accuracy", 240, rates=(2e-3,)),
     "svamp": llm("svamp", 60, "Figure 1, Tables 3, 7 and 9", (*MAIN, "lora_x4"), longest=32),
     "pre_num": llm(
         "svamp", 60, "Table 4, Figures 4 to 7", SWEEP, 32, required=False, seeds=(0,), rates_of="svamp"
@@ -121,7 +121,7 @@ EXPERIMENTS = {
     "mrpc": glue("mrpc", "f1", 240, MAIN + BASELINES, required=False),
     "cola": glue("cola", "matthews", 420, MAIN + BASELINES, required=False),
     "stsb": glue("stsb", "pearson", 420, MAIN + BASELINES, required=False),
-    "sst2-more": glue("sst2", "accuracy", 240, ("bs(4)", *BASELINES), required=False),
+    "sst2-more": glue("sst2", "accuracy", 240, ("bs(4)", *BASELINES), rates=(2e-3,), required=False),
     "qnli": glue("qnli", "accuracy", 420, MAIN + BASELINES, required=False),
     "gsm8k": llm("gsm8k", 240, "Table 1", required=False, train=4000),
     "hellaswag": llm("hellaswag", 240, "Table 1", required=False),

@@ -881,7 +881,7 @@ def test_a_batch_that_is_not_a_dict_is_an_error(llama):
     assert_untouched(case, before)
 
 
-# --- numbers that are none, and patterns that sort before the merged layers' own --------------------------------------
+# --- numbers that are none --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shortcut", ["input", "middle"])
@@ -913,36 +913,3 @@ def test_a_frozen_weight_with_nan_is_an_error():
     with pytest.raises(ValueError) as error:
         reslora.merge(model, "weights")
     assert_one_line(error, "layers.1.proj", "frozen")
-
-
-class Embedded(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.emb = nn.Embedding(5, 6)
-        self.stack = type(lora_stack().get_base_model())()
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.stack(self.emb(ids))
-
-
-@pytest.mark.parametrize(
-    "patterns",
-    [
-        {"alpha_pattern": {"^stack.layers.*proj": 9}},
-        {"rank_pattern": {"^stack.layers.*proj": 2}},
-        {"alpha_pattern": {".*emb": 13}},
-        {"rank_pattern": {".*emb": 2}},
-        {"rank_pattern": {".*layers.0.proj": RANK, "proj": 2}},
-    ],
-)
-def test_patterns_of_the_users_survive_a_block_merge(tmp_path, patterns):
-    inputs = {"ids": torch.arange(4).view(1, 4)}
-    torch.manual_seed(0)
-    base = Embedded().double()
-    bare = copy.deepcopy(base)
-    model = lora_stack(base, target_modules=["emb", "proj"], **patterns)
-    reslora.connect(model, ResLoraConfig("block", 2), example_inputs=inputs)
-    reslora.merge(model)
-    merged = run(model.eval(), inputs)
-    model.save_pretrained(tmp_path, save_embedding_layers=False)
-    assert_equal(run(PeftModel.from_pretrained(bare, tmp_path).eval(), inputs), merged)

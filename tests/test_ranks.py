@@ -1,0 +1,77 @@
+"""Ranks and scales after a block merge, as stock PEFT reads them back."""
+
+import copy
+import math
+
+import pytest
+import torch
+from conftest import RANK, STACK_INPUTS, assert_equal, find_layer, lora_stack, run
+from peft import LoraConfig, PeftModel
+from torch import nn
+
+import reslora
+from reslora import ResLoraConfig, ranks
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("alpha", [5, 7.3, 1e-3])
+def test_the_scaling_is_the_same_to_the_last_bit(rslora, alpha):
+    model = lora_stack(lora_alpha=alpha, use_rslora=rslora)
+    layers = [find_layer(model, f"layers.{n}.proj") for n in range(4)]
+    before = [layer.scaling["default"] for layer in layers]
+    reslora.connect(model, ResLoraConfig("block", 2), example_inputs=STACK_INPUTS)
+    reslora.merge(model)
+    root = math.sqrt if rslora else float
+    for n, layer in enumerate(layers):
+        assert layer.r["default"] == RANK * (min(n, 2) + 1) == layer.lora_A["default"].weight.shape[0]
+        assert layer.lora_alpha["default"] / root(layer.r["default"]) == pytest.approx(before[n], rel=1e-15)
+        assert layer.scaling["default"] == before[n]
+
+
+def test_a_merge_that_keeps_the_rank_keeps_the_patterns():
+    model = lora_stack(rank_pattern={"proj": RANK}, alpha_pattern={"layers.1.proj": 9})
+    reslora.connect(model, ResLoraConfig("middle"), example_inputs=STACK_INPUTS)
+    reslora.merge(model, "weights")
+    config = model.peft_config["default"]
+    assert (config.rank_pattern, config.alpha_pattern) == ({"proj": RANK}, {"layers.1.proj": 9})
+
+
+@pytest.mark.parametrize(
+    "init, changes",
+    [(True, False), ("gaussian", False), ("eva", False), ("pissa", True), ("pissa_niter_4", True), ("olora", True)],
+)
+def test_initialisations_that_change_the_frozen_weights(init, changes):
+    assert ranks.changes_base(LoraConfig(init_lora_weights=init)) == changes
+
+
+class Embedded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(5, 6)
+        self.stack = type(lora_stack().get_base_model())()
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.stack(self.emb(ids))
+
+
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        {"alpha_pattern": {"^stack.layers.*proj": 9}},
+        {"rank_pattern": {"^stack.layers.*proj": 2}},
+        {"alpha_pattern": {".*emb": 13}},
+        {"rank_pattern": {".*emb": 2}},
+        {"rank_pattern": {".*layers.0.proj": RANK, "proj": 2}},
+    ],
+)
+def test_patterns_of_the_users_survive_a_block_merge(tmp_path, patterns):
+    inputs = {"ids": torch.arange(4).view(1, 4)}
+    torch.manual_seed(0)
+    base = Embedded().double()
+    bare = copy.deepcopy(base)
+    model = lora_stack(base, target_modules=["emb", "proj"], **patterns)
+    reslora.connect(model, ResLoraConfig("block", 2), example_inputs=inputs)
+    reslora.merge(model)
+    merged = run(model.eval(), inputs)
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    assert_equal(run(PeftModel.from_pretrained(bare, tmp_path).eval(), inputs), merged)
