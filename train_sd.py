@@ -482,10 +482,7 @@ def locked(folder: Path):
         problem = f"cannot be written ({error.strerror})"
         raise InvalidArgument(f"--output_dir {folder}", problem, "choose another folder") from None
     with lock:
-        if not take(lock):
-            lock.seek(0)
-            problem = f"process {lock.read().strip() or '?'} is training in it"
-            raise InvalidArgument(f"--output_dir {folder}", problem, "wait for it, or choose another folder")
+        refuse_busy(folder, lock)
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
@@ -500,6 +497,14 @@ def locked(folder: Path):
             if made:
                 with contextlib.suppress(OSError):
                     folder.rmdir()  # a run that was refused before it wrote anything leaves nothing
+
+
+def refuse_busy(folder: Path, lock) -> None:
+    """Take the open file's lock, or name the process that has it."""
+    if not take(lock):
+        lock.seek(0)
+        problem = f"process {lock.read().strip() or '?'} is training in it"
+        raise InvalidArgument(f"--output_dir {folder}", problem, "wait for it, or choose another folder")
 
 
 def take(lock) -> bool:
@@ -584,6 +589,9 @@ def plan_resume(args: argparse.Namespace) -> dict[str, list[Path]]:
         check_settings(args, checkpoint)
     done = finished_methods(args)
     if named is None and any(found for method, found in plan.items() if method not in done):
+        if (output / ".lock").is_file():
+            with (output / ".lock").open("r+") as lock:
+                refuse_busy(output, lock)
         raise InvalidArgument(
             f"--output_dir {output}",
             "holds an unfinished run",
@@ -725,12 +733,14 @@ def read_folder(folder: Path, args: argparse.Namespace) -> Pictures | None:
     """A folder with metadata.jsonl, or with a .txt caption beside each picture; None for what `datasets` reads."""
     if (folder / "metadata.jsonl").is_file():
         return read_metadata(folder, args)
-    output, files = Path(args.output_dir).resolve(), []
-    for path in sorted(folder.rglob("*")):
+    output, files, everything = Path(args.output_dir).resolve(), [], sorted(folder.rglob("*"))
+    if any(path.name in ("metadata.csv", "metadata.jsonl", "metadata.parquet") for path in everything):
+        return None
+    for path in everything:
         own = output != folder.resolve() and path.resolve().is_relative_to(output)  # samples of this very run
         files += [path] if path.suffix.lower() in IMAGE_SUFFIXES and not own else []
     if not any(path.with_suffix(".txt").is_file() for path in files):
-        if any(folder.rglob("metadata.*")) or any(folder.rglob("*.parquet")) or args.dataset_name:
+        if any(path.suffix == ".parquet" for path in everything) or args.dataset_name:
             return None
         what = (
             "no pictures" if not files else f"{len(files)} pictures without captions (class folders are not captions)"

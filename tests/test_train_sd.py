@@ -452,7 +452,7 @@ def test_missing_named_checkpoint_is_an_error(base_flags, capsys, tmp_path):
     )
 
 
-def test_lock_refuses_a_second_run_and_a_stale_one_is_taken_over(tmp_path):
+def test_lock_refuses_a_second_run_and_a_stale_one_is_taken_over(base_flags, capsys, tmp_path):
     code = "import sys, train_sd; c = train_sd.locked(train_sd.Path(sys.argv[1])); c.__enter__(); print(flush=True)"
     command = [sys.executable, "-c", f"{code}; input()", str(tmp_path)]
     with subprocess.Popen(command, cwd=SCRIPT.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
@@ -460,6 +460,11 @@ def test_lock_refuses_a_second_run_and_a_stale_one_is_taken_over(tmp_path):
         assert (tmp_path / ".lock").read_text() == str(other.pid)
         with pytest.raises(train_sd.InvalidArgument, match=f"process {other.pid} is training in it"):
             train_sd.locked(tmp_path).__enter__()
+        (tmp_path / "lora" / "checkpoint-2").mkdir(parents=True)
+        (tmp_path / "lora" / "checkpoint-2" / "trainer.json").write_text("{}")
+        for resume in ([], ["--resume_from_checkpoint", "latest"]):
+            line = refused(capsys, *base_flags, "--method", "lora", "--output_dir", tmp_path, *resume)
+            assert f"process {other.pid} is training in it" in line
         other.kill()
     (tmp_path / ".lock").write_text(str(os.getppid()))  # an id that was used again
     with train_sd.locked(tmp_path):
@@ -682,6 +687,14 @@ def missing_card(*_, **__):
 
 def gather(folder: Path, *flags: str) -> train_sd.Pictures:
     return train_sd.find_pictures(train_sd.parse_args(["--train_data_dir", str(folder), *flags]))
+
+
+def test_a_stray_text_does_not_hide_metadata_csv(tmp_path):
+    folder = pictures(tmp_path / "p", 3)
+    (folder / "metadata.jsonl").unlink()
+    (folder / "metadata.csv").write_text("file_name,text\n0.png,red disc\n1.png,blue box\n")
+    (folder / "2.txt").write_text("stray")
+    assert gather(folder).captions == [["red disc"], ["blue box"]]
 
 
 def test_captions_from_windows_editors(tmp_path, capsys):
