@@ -229,7 +229,8 @@ class Page:
         demo.load(polite(self.arrive), None, [self.run, self.folder], **quiet)
         self.run.change(polite(self.choose), self.run, [*watched, *of_run], **quiet)
         context = [self.run, self.step, self.seen, self.weights, self.checkpoint]
-        self.timer.tick(polite(self.watch), context, [*watched, *of_run], **quiet)
+        # Not queued: a look that is lost with its queue's stream would be waited for, and the page would stand still.
+        self.timer.tick(polite(self.watch), context, [*watched, *of_run], queue=False, **quiet)
         # Not preprocessed: Gradio would refuse a program's step beyond what the slider had when the page was built.
         self.step.change(
             polite(self.at_step), [self.run, self.step], at_step, api_name="compare",
