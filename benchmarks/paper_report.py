@@ -113,10 +113,18 @@ def convergence(name: str, results: dict[str, list[dict]]) -> str:
         never = sum(step is None for step in reached)
         steps = spread([total if step is None else step for step in reached], "{:.0f}") if reached else "—"
         cells = [variant, f"{found[0]['rate']:g}", spread([curve(result)[-1][1] for result in found])]
+        gaps = [curve(result)[-1][1] - finals[result["seed"]] for result in found if result["seed"] in finals]
+        cells.append(spread(gaps, "{:+.4f}").replace("± +", "± ") if gaps and variant != "lora" else "—")
         if other:
             cells.append(spread([curve(result, other)[-1][1] for result in found], "{:.3f}"))
         rows.append([*cells, steps + (f" (never in {never} of {len(reached)})" if never else "")])
-    head = ["method", "learning rate", "validation loss", *([f"validation {other}"] if other else [])]
+    head = [
+        "method",
+        "learning rate",
+        "validation loss",
+        "minus LoRA's, seed by seed",
+        *([f"validation {other}"] if other else []),
+    ]
     plot = plot_curves(name, results)
     head.append(f"steps to LoRA's final loss (of {total})")
     return f"{table(head, rows)}\n\n![validation loss by step]({plot})"
