@@ -733,11 +733,11 @@ def read_folder(folder: Path, args: argparse.Namespace) -> Pictures | None:
     """A folder with metadata.jsonl, or with a .txt caption beside each picture; None for what `datasets` reads."""
     if (folder / "metadata.jsonl").is_file():
         return read_metadata(folder, args)
-    output, files, everything = Path(args.output_dir).resolve(), [], sorted(folder.rglob("*"))
+    output, files, everything = Path(args.output_dir).absolute(), [], sorted(folder.rglob("*"))
     if any(path.name in ("metadata.csv", "metadata.jsonl", "metadata.parquet") for path in everything):
         return None
     for path in everything:
-        own = output != folder.resolve() and path.resolve().is_relative_to(output)  # samples of this very run
+        own = output != folder.absolute() and path.absolute().is_relative_to(output)  # samples of this very run
         files += [path] if path.suffix.lower() in IMAGE_SUFFIXES and not own else []
     if not any(path.with_suffix(".txt").is_file() for path in files):
         if any(path.suffix == ".parquet" for path in everything) or args.dataset_name:

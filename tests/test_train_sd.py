@@ -739,6 +739,7 @@ def test_a_runs_own_samples_are_no_pictures(tmp_path):
     (folder / "1.txt").write_text("red disc")
     (folder / "out").mkdir()
     shutil.copy(folder / "0.png", folder / "out" / "comparison.png")
+    (folder / "loop").symlink_to(folder / "loop")
     found = gather(folder, "--output_dir", str(folder / "out"))
     assert len(found.sources) == 2 and not found.left_out
 
