@@ -52,7 +52,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--mixed_precision", default="bf16", choices=["no", "bf16"])
     parser.add_argument("--save_every", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not (Path(args.vae) / "config.json").is_file():
+        raise SystemExit(f"{args.vae}: no autoencoder there; train it with train_vae.py first")
+    return args
 
 
 def new_scheduler() -> DDIMScheduler:
@@ -247,23 +250,35 @@ def sample_prompts(examples: Examples) -> list[str]:
     return [*VALIDATION_PROMPTS, *others[17 :: len(others) // 16][:16], *examples.captions[examples.known :][:8]]
 
 
+def new_optimizer(parameters: list, args: argparse.Namespace) -> tuple:
+    """AdamW, with a learning rate that warms up over 300 steps and falls to zero over the cooldown."""
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1, (step + 1) / 300, max(0, args.steps - step) / args.cooldown)
+    )
+    return optimizer, schedule
+
+
+def new_pipeline(*parts) -> StableDiffusionPipeline:
+    pipeline = StableDiffusionPipeline(
+        *parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 def main() -> None:
     args = parse_args()
     output = Path(args.output)
     (output / "samples").mkdir(parents=True, exist_ok=True)
-    if not (Path(args.vae) / "config.json").is_file():
-        raise SystemExit(f"{args.vae}: no autoencoder there; train it with train_vae.py first")
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=args.mixed_precision)
     set_seed(args.seed)
     vae = AutoencoderKL.from_pretrained(args.vae)
     examples, tokenizer = make_examples(args, vae)
     text_encoder, unet, scheduler = new_text_encoder(tokenizer), new_unet(), new_scheduler()
     parameters = [*unet.parameters(), *text_encoder.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    optimizer, schedule = new_optimizer(parameters, args)
     steady = args.steps - args.cooldown
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, (step + 1) / 300, max(0, args.steps - step) / args.cooldown)
-    )
     ema = EMAModel(parameters, decay=args.ema)
     parts = {"unet": unet, "text_encoder": text_encoder, "optimizer": optimizer, "schedule": schedule, "ema": ema}
     cooling = output / f"cooldown-{args.steps}.pt"
@@ -274,11 +289,7 @@ def main() -> None:
         warm_up(text_encoder, examples, args.warm_up_steps, args.seed)
     if start == 0:
         ema = parts["ema"] = EMAModel(parameters, decay=args.ema)
-    pipeline = StableDiffusionPipeline(
-        vae, text_encoder, tokenizer, unet, scheduler, safety_checker=None, feature_extractor=None,
-        requires_safety_checker=False,
-    )  # fmt: skip
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = new_pipeline(vae, text_encoder, tokenizer, unet, scheduler)
     empty = tokenizer("", padding="max_length", return_tensors="pt").input_ids[0]
 
     def loss_of(latents: torch.Tensor, tokens: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

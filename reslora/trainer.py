@@ -258,6 +258,7 @@ class _Progress(ProgressCallback):
     """Shows the training loss behind the bar, where stock prints a line each time; evaluations get their line."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
+        """Shows the loss on the progress bar."""
         if self.training_bar is None or not state.is_world_process_zero:
             return
         if "loss" in logs:
@@ -453,6 +454,7 @@ class _AllocateRanks(TrainerCallback):
         self.trainer = trainer
 
     def on_optimizer_step(self, args, state, control, **kwargs) -> None:
+        """Moves ranks, unless the step was skipped."""
         if not self.trainer.accelerator.optimizer_step_was_skipped:
             self.trainer.allocator.update_and_allocate(state.global_step + 1)
 
@@ -522,6 +524,7 @@ class LogCallback(TrainerCallback):
         self.learning_rate: float | None = None
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """Goes on from the rows up to the step that the run resumes at."""
         rows = [row for row in _read_log(self.path) if row["step"] <= state.global_step] if state.global_step else []
         self.seconds = rows[-1]["seconds"] if rows else 0.0
         if state.is_world_process_zero:
@@ -529,12 +532,15 @@ class LogCallback(TrainerCallback):
                 temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
+        """Starts the clock."""
         self.started = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
+        """Stops the clock: evaluation and saving do not count."""
         self.seconds += time.perf_counter() - self.started
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        """Writes a row of training or validation figures."""
         if "loss" in logs:
             self.learning_rate = logs.get("learning_rate")
             self._write(state, "train", logs["loss"], {"grad_norm": logs.get("grad_norm")})
