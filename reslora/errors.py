@@ -1,0 +1,30 @@
+"""What can end a run, one class each, for all scripts."""
+
+from __future__ import annotations
+
+import os
+
+
+class InvalidArgument(ValueError):
+    """What the user gave cannot work: one line naming the argument, the problem and the fix; exit status 2."""
+
+    def __init__(self, argument: str, problem: str, fix: str) -> None:
+        super().__init__(f"{argument}: {problem}; {fix}")
+
+
+class RunFailed(RuntimeError):
+    """The run itself went wrong (a loss that is not finite, an export that does not match); exit status 1."""
+
+
+class Stopped(Exception):
+    """Ctrl-C or SIGTERM ended the run after it was saved."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message without its full stop, or its class where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
+
+
+def speaks() -> bool:
+    """Whether this process is the one of its machine that reports what all processes of a run find alike."""
+    return os.environ.get("LOCAL_RANK", "0") in ("0", "-1")
