@@ -10,10 +10,10 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from . import merging
-from .chains import evaluating, to_device
 from .config import ResLoraConfig
 from .merging import Factors, Merged, Moments, Second
 from .shortcuts import BlockShortcut, Shortcut, Wires, rows
+from .tracing import evaluating, to_device
 
 
 class Calibrator:

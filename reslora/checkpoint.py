@@ -16,10 +16,11 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from .chains import Block, Chain, Chains, base_model, lora_layers, meta_copy, refused, stays_plain, unwrap
+from .chains import Block, Chain, Chains, base_model, lora_layers, refused, stays_plain, unwrap
 from .config import ResLoraConfig
 from .files import write_json, write_tensors
 from .model import _connected, attach_wires, connection_of, refuse_merged
+from .tracing import meta_copy
 
 CONFIG_NAME = "reslora_config.json"
 WEIGHTS_NAME = "reslora_model.safetensors"
