@@ -1,7 +1,8 @@
 """Save and load an *unmerged* adapter: LoRA weights, wiring and recorded norms, in a form of its own.
 
-The files are `reslora_config.json` and `reslora_model.safetensors`, and no `adapter_config.json`: stock PEFT would take
-it for a plain LoRA and drop the residual paths without a word. Finished adapters: `reslora.export`, after a merge.
+The files are `reslora_config.json`, `reslora_model.safetensors` and the checksums of both, and no
+`adapter_config.json`: stock PEFT would take it for a plain LoRA and drop the residual paths without a word. Finished
+adapters: `reslora.export`, after a merge.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import nn
 
 from .chains import Block, Chain, Chains, base_model, lora_layers, refused, stays_plain, unwrap
 from .config import ResLoraConfig
-from .files import write_json, write_tensors
+from .files import check_checksums, write_checksums, write_json, write_tensors
 from .model import _connected, attach_wires, connection_of, refuse_merged
 from .tracing import meta_copy
 
@@ -31,8 +32,10 @@ _PEFT_PREFIX = "base_model.model."
 def save(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> None:
     """Writes the connected adapter of `model` to `directory`: `reslora_config.json` and `reslora_model.safetensors`.
 
-    Includes `modules_to_save` and the recorded norms. Raises `ValueError` if the model is not connected. With several
-    processes, call it on rank 0.
+    `checksums.json` beside them is written last, by `reslora.files.write_checksums`, which is for whoever adds files to
+    call again. Includes `modules_to_save` and the recorded norms. With several processes, call it on rank 0.
+
+    Raises `ValueError` if the model is not connected.
     """
     base = base_model(model)
     connection = _connected(base, adapter_name)
@@ -51,6 +54,7 @@ def save(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
     directory = Path(directory)
     write_tensors(directory / WEIGHTS_NAME, tensors, {"format": "pt"})
     write_json(directory / CONFIG_NAME, content)
+    write_checksums(directory, [CONFIG_NAME, WEIGHTS_NAME])
 
 
 def load(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> nn.Module:
@@ -74,7 +78,8 @@ def load(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
             f"this model is connected already, as {connection.adapter_name!r} with {connection.config}: call "
             f"reslora.disconnect before loading {directory}"
         )
-    if _has_adapter(base, adapter_name):
+    present = _has_adapter(base, adapter_name)
+    if present:
         _compare(base.peft_config[adapter_name], lora, directory)
         _check_fit(_state(outer, base, adapter_name), tensors, directory)
         layers = lora_layers(base, adapter_name)
@@ -82,7 +87,6 @@ def load(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
         if connection is None:
             refuse_merged(layers)
             _check_wirable(plan, layers, adapter_name)
-        loaded = outer
     else:
         # Everything is tried on a copy without storage first: nothing is left half-loaded.
         twin = meta_copy(base)
@@ -91,7 +95,8 @@ def load(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
         layers = lora_layers(base_model(tried), adapter_name)
         _check_plan(plan, layers, directory)
         _check_wirable(plan, layers, adapter_name)
-        loaded = _attach(outer, lora, adapter_name, content)
+    check_checksums(directory, [CONFIG_NAME, WEIGHTS_NAME])
+    loaded = outer if present else _attach(outer, lora, adapter_name, content)
     base = base_model(loaded)
     _fill(loaded, base, tensors, adapter_name)
     if connection is None:

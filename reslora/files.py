@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from safetensors.torch import save
+
+from .errors import first_line
+
+CHECKSUMS_NAME = "checksums.json"
+_TEMPORARY = re.compile(r"\..+\.\d+(\.old)?\.tmp")  # what `replacing` writes to before it renames
 
 
 @contextmanager
@@ -58,6 +65,58 @@ def write_json(path: str | os.PathLike, content: object) -> None:
     """Writes JSON that a person can read, whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_checksums(folder: str | os.PathLike, names: Iterable[str] | None = None) -> None:
+    """Writes `checksums.json`: the SHA-256 of every file below `folder`, or of `names` beside those already listed.
+
+    Call it last, and again after every change: a file that is not listed is not checked.
+    """
+    folder = Path(folder)
+    known = {}
+    if names is not None:
+        with suppress(ValueError):  # a damaged list is replaced
+            known = _read_checksums(folder)
+    found = (path for path in folder.rglob("*") if path.is_file() and not _TEMPORARY.fullmatch(path.name))
+    names = [path.relative_to(folder).as_posix() for path in found] if names is None else names
+    sums = known | {name: _sha256(folder / name) for name in names if name != CHECKSUMS_NAME}
+    write_json(folder / CHECKSUMS_NAME, dict(sorted(sums.items())))
+
+
+def check_checksums(folder: str | os.PathLike, names: Iterable[str] | None = None) -> None:
+    """Compares the files of `folder`, or only `names`, with its `checksums.json`; without that file all is well.
+
+    Raises `ValueError` naming the first file that is missing or differs.
+    """
+    folder = Path(folder)
+    sums = _read_checksums(folder)
+    for name in sums if names is None else [name for name in names if name in sums]:
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / name} is missing, though {CHECKSUMS_NAME} lists it")
+        if _sha256(folder / name) != sums[name]:
+            raise ValueError(
+                f"{folder / name} is damaged: its SHA-256 is not the one in {CHECKSUMS_NAME} (which you may delete if "
+                "you have changed the file yourself)"
+            )
+
+
+def _read_checksums(folder: Path) -> dict[str, str]:
+    path = folder / CHECKSUMS_NAME
+    try:
+        sums = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read: {first_line(error)}") from error
+    plain = isinstance(sums, dict) and all(isinstance(value, str) for value in sums.values())
+    if not plain or any(Path(name).is_absolute() or ".." in Path(name).parts for name in sums):
+        raise ValueError(f"{path} is damaged: it is no list of files and their SHA-256")
+    return sums
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _remove(path: Path) -> None:

@@ -199,9 +199,22 @@ def test_dtypes_are_kept(llama, tmp_path, dtype):
 
 
 @plans
-def test_the_directory_holds_two_files(llama, tmp_path, shortcut, pre_num, head):
+def test_the_directory_holds_two_files_and_their_checksums(llama, tmp_path, shortcut, pre_num, head):
     saved(llama, tmp_path / "new" / "adapter", shortcut, pre_num, head, steps=1)
-    assert {path.name for path in (tmp_path / "new" / "adapter").iterdir()} == {CONFIG, WEIGHTS}
+    assert {path.name for path in (tmp_path / "new" / "adapter").iterdir()} == {CONFIG, WEIGHTS, "checksums.json"}
+
+
+def test_other_files_of_the_folder_may_change(llama, tmp_path):
+    (tmp_path / "log.jsonl").write_text("one\n")
+    saved(llama, tmp_path)
+    (tmp_path / "log.jsonl").write_text("two\n")
+    reslora.load(base_of(llama), tmp_path)
+
+
+def test_a_folder_without_checksums_still_loads(llama, tmp_path):
+    model = saved(llama, tmp_path)
+    (tmp_path / "checksums.json").unlink()
+    assert torch.equal(run(reslora.load(base_of(llama), tmp_path), llama.inputs()), run(model, llama.inputs()))
 
 
 def test_stock_peft_cannot_mistake_it_for_a_plain_lora(llama, tmp_path):
@@ -434,6 +447,24 @@ def test_a_truncated_file_is_refused(llama, tmp_path, keep):
     with pytest.raises((ValueError, RuntimeError)) as error:
         reslora.load(target, tmp_path)
     assert_one_line(error, WEIGHTS)
+    assert_same(target, before)
+
+
+@pytest.mark.parametrize("into", ["bare", "adapter"])
+@pytest.mark.parametrize("name, old, new", [(WEIGHTS, None, None), (CONFIG, b'"window": 100', b'"window": 101')])
+def test_a_flipped_bit_is_refused(llama, tmp_path, name, old, new, into):
+    saved(llama, tmp_path, steps=1)
+    content = bytearray((tmp_path / name).read_bytes())
+    if old is None:
+        content[-5] ^= 4  # in the middle of a number, which stays finite
+    else:
+        content = content.replace(old, new)
+    (tmp_path / name).write_bytes(content)
+    target = base_of(llama) if into == "bare" else llama.lora(seed=6)
+    before = snapshot(target)
+    with pytest.raises(ValueError) as error:
+        reslora.load(target, tmp_path)
+    assert_one_line(error, name, "damaged")
     assert_same(target, before)
 
 

@@ -117,7 +117,8 @@ def test_a_checkpoint_never_holds_the_base_model(tmp_path, method, shortcut):
     trainer_for(model, tmp_path).train()
     folder = tmp_path / f"checkpoint-{STEPS}"
     expected = {"optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json"}
-    expected |= {"reslora_config.json", "reslora_model.safetensors"} if method == "reslora" else {"adapter.safetensors"}
+    ours = {"reslora_config.json", "reslora_model.safetensors", "checksums.json"}
+    expected |= ours if method == "reslora" else {"adapter.safetensors"}
     expected |= {"allocator.json", "allocator.safetensors"} if method == "adalora" else set()
     assert {path.name for path in folder.iterdir()} == expected
     for path in folder.glob("*.safetensors"):
