@@ -1,0 +1,262 @@
+"""Tiny text-to-image pipelines with random weights, one builder a family, and folders of images to train them on.
+
+Each builder writes the folder that `DiffusionPipeline.from_pretrained` reads, and returns it. Keyword arguments are
+named after the pipeline's parts (`unet={"sample_size": 16}`, `scheduler={"prediction_type": "epsilon"}`) and override
+that part's configuration. All pipelines draw 32x32 images from 8x8 latents, and read captions made of `WORDS`.
+"""
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
+)
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3Model,
+    T5Config,
+    T5EncoderModel,
+)
+
+WORDS = ["<start>", "<end>", "<unk>", "red", "blue", "disc", "box"]
+IMAGE_SIDE, LATENT_SIDE = 32, 8
+
+
+def tiny_tokenizer(length: int = 8, chat: bool = False) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer of `WORDS`, up to `length` tokens; with `chat`, one that knows a chat template."""
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(
+        single="<start> $A <end>", special_tokens=[("<start>", 0), ("<end>", 1)]
+    )
+    special = {"bos_token": "<start>", "eos_token": "<end>", "pad_token": "<end>", "unk_token": "<unk>"}
+    made = PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=length, **special)
+    if chat:
+        made.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    return made
+
+
+def tiny_clip(config: dict | None = None, projected: bool = False) -> CLIPTextModel | CLIPTextModelWithProjection:
+    """CLIP's text tower, 16 wide; the projected one also gives a pooled state."""
+    model_class = CLIPTextModelWithProjection if projected else CLIPTextModel
+    return model_class(
+        CLIPTextConfig(
+            **{
+                "vocab_size": len(WORDS), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+                "num_attention_heads": 2, "max_position_embeddings": 8, "bos_token_id": 0, "eos_token_id": 1,
+                "pad_token_id": 1, "projection_dim": 16, **(config or {}),
+            }
+        )
+    )  # fmt: skip
+
+
+def tiny_t5(config: dict | None = None) -> T5EncoderModel:
+    """T5's encoder, 32 wide."""
+    return T5EncoderModel(
+        T5Config(
+            **{
+                "vocab_size": len(WORDS), "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2,
+                "pad_token_id": 1, "eos_token_id": 1, **(config or {}),
+            }
+        )
+    )  # fmt: skip
+
+
+def tiny_vae(config: dict | None = None) -> AutoencoderKL:
+    """A VAE that makes latents of 4 channels, a quarter as wide and high as the image."""
+    return AutoencoderKL(
+        **{
+            "block_out_channels": (8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 4,
+            "sample_size": IMAGE_SIDE, "down_block_types": ("DownEncoderBlock2D",) * 3,
+            "up_block_types": ("UpDecoderBlock2D",) * 3, **(config or {}),
+        }
+    )  # fmt: skip
+
+
+FLOW_VAE = {"scaling_factor": 0.36, "shift_factor": 0.12}
+
+
+def stable_diffusion(folder: Path, text_encoder=None, unet=None, vae=None, scheduler=None) -> Path:
+    """Stable Diffusion 1.x or 2.x at the smallest size that still has chains; predicts v unless told otherwise."""
+    torch.manual_seed(0)
+    StableDiffusionPipeline(
+        text_encoder=tiny_clip({"num_hidden_layers": 1, **(text_encoder or {})}),
+        unet=UNet2DConditionModel(
+            **{
+                "sample_size": LATENT_SIDE, "in_channels": 4, "out_channels": 4, "block_out_channels": (8, 16),
+                "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 4, "cross_attention_dim": 16,
+                "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+                "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "use_linear_projection": True, **(unet or {}),
+            }
+        ),
+        vae=tiny_vae(vae),
+        tokenizer=tiny_tokenizer(),
+        scheduler=DDIMScheduler(
+            **{"prediction_type": "v_prediction", "clip_sample": False, "steps_offset": 1, **(scheduler or {})}
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def sdxl(folder: Path, text_encoder=None, text_encoder_2=None, unet=None, vae=None, scheduler=None) -> Path:
+    """Stable Diffusion XL: two text encoders, pooled states, `time_ids`, and a VAE that asks for float32.
+
+    As in the real one, the widest images have no attention and the deepest blocks the most layers of it.
+    """
+    torch.manual_seed(0)
+    StableDiffusionXLPipeline(
+        text_encoder=tiny_clip(text_encoder),
+        text_encoder_2=tiny_clip({"hidden_size": 24, **(text_encoder_2 or {})}, projected=True),
+        unet=UNet2DConditionModel(
+            **{
+                "sample_size": LATENT_SIDE, "in_channels": 4, "out_channels": 4, "block_out_channels": (8, 16, 16),
+                "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": (2, 4, 4),
+                "cross_attention_dim": 16 + 24, "transformer_layers_per_block": (1, 1, 2),
+                "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+                "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+                "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 8,
+                "projection_class_embeddings_input_dim": 16 + 6 * 8, **(unet or {}),
+            }
+        ),
+        vae=tiny_vae({"scaling_factor": 0.13025, "force_upcast": True, **(vae or {})}),
+        tokenizer=tiny_tokenizer(),
+        tokenizer_2=tiny_tokenizer(),
+        scheduler=EulerDiscreteScheduler(
+            **{
+                "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1,
+                "timestep_spacing": "leading", **(scheduler or {}),
+            }
+        ),
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def z_image(folder: Path, text_encoder=None, transformer=None, vae=None, scheduler=None) -> Path:
+    """Z-Image: states of a causal language model, one stream of image and caption tokens, refiners of each before."""
+    torch.manual_seed(0)
+    text = {
+        "vocab_size": len(WORDS), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 512,
+        "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
+    }  # fmt: skip
+    ZImagePipeline(
+        text_encoder=Qwen3Model(Qwen3Config(**text | (text_encoder or {}))),
+        tokenizer=tiny_tokenizer(512, chat=True),
+        transformer=ZImageTransformer2DModel(
+            **{
+                "in_channels": 4, "dim": 32, "n_layers": 3, "n_refiner_layers": 2, "n_heads": 2, "n_kv_heads": 2,
+                "cap_feat_dim": 16, "axes_dims": [4, 6, 6], "axes_lens": [1024, 64, 64], **(transformer or {}),
+            }
+        ),
+        vae=tiny_vae(FLOW_VAE | (vae or {})),
+        scheduler=FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **(scheduler or {})}),
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def flux(folder: Path, text_encoder=None, text_encoder_2=None, transformer=None, vae=None, scheduler=None) -> Path:
+    """FLUX.1: CLIP's pooled state and T5's states, packed latents, double and single blocks; guidance is embedded."""
+    torch.manual_seed(0)
+    FluxPipeline(
+        text_encoder=tiny_clip(text_encoder),
+        text_encoder_2=tiny_t5(text_encoder_2),
+        tokenizer=tiny_tokenizer(),
+        tokenizer_2=tiny_tokenizer(16),
+        transformer=FluxTransformer2DModel(
+            **{
+                "patch_size": 1, "in_channels": 16, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16,
+                "num_attention_heads": 2, "joint_attention_dim": 32, "pooled_projection_dim": 16,
+                "guidance_embeds": True, "axes_dims_rope": (4, 6, 6), **(transformer or {}),
+            }
+        ),
+        vae=tiny_vae(FLOW_VAE | (vae or {})),
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            **{"shift": 3.0, "use_dynamic_shifting": True, **(scheduler or {})}
+        ),
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def sd3(
+    folder: Path, with_t5: bool = True, text_encoder=None, text_encoder_2=None, text_encoder_3=None,
+    transformer=None, vae=None, scheduler=None,
+) -> Path:  # fmt: skip
+    """Stable Diffusion 3: two CLIP towers with projections, T5 or nothing in its place, joint attention."""
+    torch.manual_seed(0)
+    StableDiffusion3Pipeline(
+        text_encoder=tiny_clip(text_encoder, projected=True),
+        text_encoder_2=tiny_clip({"projection_dim": 8, **(text_encoder_2 or {})}, projected=True),
+        text_encoder_3=tiny_t5(text_encoder_3) if with_t5 else None,
+        tokenizer=tiny_tokenizer(),
+        tokenizer_2=tiny_tokenizer(),
+        tokenizer_3=tiny_tokenizer(16) if with_t5 else None,
+        transformer=SD3Transformer2DModel(
+            **{
+                "sample_size": LATENT_SIDE, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 3,
+                "attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": 32,
+                "caption_projection_dim": 16, "pooled_projection_dim": 16 + 8, "pos_embed_max_size": 8,
+                **(transformer or {}),
+            }
+        ),
+        vae=tiny_vae(FLOW_VAE | (vae or {})),
+        scheduler=FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **(scheduler or {})}),
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+FAMILIES: dict[str, Callable[..., Path]] = {
+    "stable_diffusion": stable_diffusion, "sdxl": sdxl, "z_image": z_image, "flux": flux, "sd3": sd3
+}  # fmt: skip
+
+
+def random_image(number: int) -> PIL.Image.Image:
+    """Noise, 32 high and 32, 40 or 48 wide; the same number gives the same image."""
+    random = np.random.default_rng(number)
+    return PIL.Image.fromarray(random.integers(0, 255, (32, 32 + 8 * (number % 3), 3), dtype=np.uint8))
+
+
+def red_or_blue(number: int) -> str:
+    return ["red disc", "blue box"][number % 2]
+
+
+def image_folder(folder: Path, count: int = 6, caption: Callable = red_or_blue, layout: str = "jsonl") -> Path:
+    """`count` images named by their numbers, with their captions in `layout`: "jsonl", "csv" or "txt"."""
+    folder.mkdir(parents=True)
+    for number in range(count):
+        random_image(number).save(folder / f"{number}.png")
+        if layout == "txt":
+            (folder / f"{number}.txt").write_text(caption(number))
+    rows = [{"file_name": f"{number}.png", "text": caption(number)} for number in range(count)]
+    if layout == "jsonl":
+        (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    if layout == "csv":
+        with (folder / "metadata.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["file_name", "text"])
+            writer.writeheader()
+            writer.writerows(rows)
+    return folder
