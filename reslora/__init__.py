@@ -4,27 +4,55 @@ model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=["q_pr
 reslora.connect(model, reslora.ResLoraConfig(shortcut="block", pre_num=4))
 ...                                     # train as usual
 report = reslora.merge(model)           # plain LoRA from here on
+
+Names are imported when they are first used: a script that only parses its flags does not wait for torch and PEFT.
 """
 
-from .chains import Block, Chain, Chains, chains
-from .checkpoint import load, save
-from .config import ResLoraConfig
-from .model import BlockReport, MergeReport, connect, disconnect, enable_gradient_checkpointing, merge
+import importlib
+import sys
+import types
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Block",
-    "BlockReport",
-    "Chain",
-    "Chains",
-    "MergeReport",
-    "ResLoraConfig",
-    "chains",
-    "connect",
-    "disconnect",
-    "enable_gradient_checkpointing",
-    "load",
-    "merge",
-    "save",
-]
+_HOMES = {
+    "Block": "chains",
+    "BlockReport": "model",
+    "Chain": "chains",
+    "Chains": "chains",
+    "MergeReport": "model",
+    "ResLoraConfig": "config",
+    "chains": "chains",
+    "connect": "model",
+    "disconnect": "model",
+    "enable_gradient_checkpointing": "model",
+    "load": "checkpoint",
+    "merge": "model",
+    "save": "checkpoint",
+}
+
+__all__ = sorted(_HOMES)
+
+
+class _Package(types.ModuleType):
+    """The package; importing the module `reslora.chains` does not hide the function of that name."""
+
+    @property
+    def chains(self):
+        return importlib.import_module(".chains", __name__).chains
+
+    @chains.setter
+    def chains(self, module: types.ModuleType) -> None:
+        """What the import system does when it has loaded the module."""
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def __getattr__(name: str):
+    if name in _HOMES:
+        return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
