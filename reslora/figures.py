@@ -1,0 +1,195 @@
+"""The figures a run leaves: `comparison.png` (the paper's Figure 3) and `loss.png`."""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import math
+import os
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import TypeAlias
+
+import numpy as np
+import PIL.Image
+from matplotlib import font_manager
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import RendererAgg
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.lines import Line2D
+
+from .files import replacing
+from .log import of_split
+
+Image: TypeAlias = PIL.Image.Image | str | os.PathLike | None
+"""A PIL image, a file, or nothing yet."""
+
+DPI = 100
+SMALL, LARGE = 128, 192
+"""Pixels of an image's longer side in the comparison: of those up to SMALL, and of all others."""
+GAP, MARGIN = 6, 12
+"""Pixels between images, and around the figure."""
+TITLE, PROMPT = 16, 20
+"""Height of letters in pixels: of columns and methods, and of prompts."""
+FAMILIES = (
+    *("DejaVu Sans", "Noto Sans", "Arial Unicode MS", "Segoe UI"),
+    *("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Noto Sans JP", "Noto Sans KR", "Source Han Sans SC"),
+    *("WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "Droid Sans Fallback", "AR PL UMing CN"),
+    *("PingFang SC", "Hiragino Sans", "Apple SD Gothic Neo", "Microsoft YaHei", "Yu Gothic", "Malgun Gothic"),
+    *("Noto Sans Arabic", "Noto Sans Hebrew", "Noto Sans Devanagari", "Noto Sans Bengali", "Noto Sans Tamil"),
+    *("Noto Sans Thai", "Noto Emoji", "Noto Sans Symbols", "Noto Sans Symbols 2", "Unifont"),
+)
+"""Matplotlib takes each character from the first of these, where installed, that has it."""
+
+
+def comparison(
+    path: str | os.PathLike,
+    columns: Sequence[str],
+    rows: Sequence[tuple[str, Sequence[tuple[str, Sequence[Image]]]]],
+) -> None:
+    """Writes images as a grid: columns across; prompts, and under each its methods, down.
+
+    `columns` holds the titles, which may have several lines; `rows` a prompt and, for each of its methods, a name and
+    an image for every column. All images are drawn as large as the first one; small ones are enlarged without steps,
+    and a prompt too long for the figure is shortened.
+
+    Raises `OSError` for a file that is no image.
+    """
+    blocks = [block for _, blocks in rows for block in blocks]
+    width, height = _tile(image for _, images in blocks for image in images)
+    left = MARGIN + max((_width(name, TITLE) + 10 for name, _ in blocks if name), default=0)
+    room = max(width, *(_width(line, TITLE) for title in columns for line in title.split("\n")))
+    heading, line = 36, 22
+    top = MARGIN + line * max(title.count("\n") + 1 for title in columns)
+    depths = [heading + len(blocks) * (height + GAP) + GAP for _, blocks in rows]
+    sheet = _Sheet(left + len(columns) * (room + GAP) - GAP + MARGIN, top + sum(depths))
+    starts = [left + column * (room + GAP) + (room - width) // 2 for column in range(len(columns))]
+    for x, title in zip(starts, columns, strict=True):
+        sheet.text(x + width / 2, top / 2, title, TITLE, ha="center")
+    y = top
+    for (prompt, blocks), depth in zip(rows, depths, strict=True):
+        sheet.line(y)
+        sheet.text(left, y + heading / 2 + 2, _shortened(prompt, PROMPT, sheet.width - left - MARGIN), PROMPT)
+        for number, (name, images) in enumerate(blocks):
+            row = y + heading + number * (height + GAP)
+            sheet.text(left - 10, row + height / 2, name, TITLE, ha="right", color="#444444")
+            for x, image in zip(starts, images, strict=True):
+                if image is not None:
+                    sheet.image(x, row, _pixels(image, (width, height)))
+        y += depth
+    _save(sheet.figure, path, DPI)
+
+
+def loss_curves(path: str | os.PathLike, logs: Mapping[str, Sequence[dict]], held_out: int | None) -> None:
+    """Writes the training loss of each method (a running mean over a tenth of the steps) and its held-out loss.
+
+    `logs` holds the rows of each method's log (see `reslora.log.read_log`), `held_out` the number of held-out images;
+    without any (None or 0) there is no second plot. Losses that are not finite leave a gap.
+    """
+    splits = {"train": "training loss (running mean)"}
+    if held_out:
+        splits["validation"] = f"loss on {held_out} held-out image{'s' if held_out > 1 else ''}"
+    figure = Figure(figsize=(5.5 * len(splits), 4), layout="constrained")
+    for axis, (split, title) in zip(figure.subplots(1, len(splits), squeeze=False)[0], splits.items(), strict=True):
+        for method, rows in logs.items():
+            _curve(axis, method, of_split(rows, split), split == "train")
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+        if logs:
+            axis.legend(frameon=False)
+    _save(figure, path, 130)
+
+
+def running_mean(values: Sequence[float], share: float = 0.1) -> list[float]:
+    """Mean of the values up to each one, over a window of `share` of them; of finite values only."""
+    window = max(1, round(len(values) * share))
+    finite = np.isfinite(values)
+    sums, counts = (np.cumsum([0.0, *kept]) for kept in (np.where(finite, values, 0.0), finite))
+    starts = np.maximum(np.arange(1, len(values) + 1) - window, 0)
+    with np.errstate(invalid="ignore"):  # a window without a finite value has no mean
+        return ((sums[1:] - sums[starts]) / (counts[1:] - counts[starts])).tolist()
+
+
+def _curve(axis: Axes, method: str, rows: Sequence[dict], smooth: bool) -> None:
+    steps, losses = [row["step"] for row in rows], [_number(row.get("loss")) for row in rows]
+    marks = {} if smooth else {"marker": "o", "markersize": 4}
+    axis.plot(steps, running_mean(losses) if smooth else losses, label=method, linewidth=1.8, **marks)
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else math.nan
+
+
+class _Sheet:
+    """A figure on which things are placed by pixels, counted from its upper left corner."""
+
+    def __init__(self, width: int, height: int) -> None:
+        self.width, self.height = width, height
+        self.figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
+
+    def text(self, x: float, y: float, text: str, size: int, **style) -> None:
+        """Text of a size in pixels, centred on y; a `$` or `_` in it is nothing but that."""
+        place = x / self.width, 1 - y / self.height
+        self.figure.text(*place, text, fontproperties=_font(size), va="center", parse_math=False, **style)
+
+    def line(self, y: float) -> None:
+        """A rule across the figure."""
+        ends, height = (MARGIN / self.width, 1 - MARGIN / self.width), 1 - y / self.height
+        self.figure.add_artist(Line2D(ends, (height, height), color="#cccccc", linewidth=0.72))
+
+    def image(self, x: int, y: int, pixels: np.ndarray) -> None:
+        """An image, pixel for pixel, with its upper left corner at (x, y)."""
+        self.figure.figimage(pixels, x, self.height - y - len(pixels), origin="upper")
+
+
+def _save(figure: Figure, path: str | os.PathLike, dpi: int) -> None:
+    with replacing(path) as temporary, warnings.catch_warnings():
+        # A character that no installed font has is drawn as a box; a run needs no lines about it.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(temporary, format="png", dpi=dpi, metadata={"Software": None})
+
+
+def _tile(images: Iterable[Image]) -> tuple[int, int]:
+    """Width and height at which images are drawn."""
+    first = next((image for image in images if image is not None), None)
+    if first is None:
+        return SMALL, SMALL
+    with _opened(first) as image:
+        longest = max(image.size)
+        side = SMALL if longest <= SMALL else LARGE
+        return tuple(max(1, round(length * side / longest)) for length in image.size)
+
+
+def _pixels(image: Image, size: tuple[int, int]) -> np.ndarray:
+    with _opened(image) as opened:
+        return np.asarray(opened.convert("RGB").resize(size, PIL.Image.Resampling.LANCZOS))
+
+
+def _opened(image: Image):
+    """A context with the image; what was opened for it is closed."""
+    return nullcontext(image) if isinstance(image, PIL.Image.Image) else PIL.Image.open(image)
+
+
+def _shortened(text: str, size: int, room: float) -> str:
+    """The text on one line, cut to a width in pixels."""
+    text = " ".join(text.split())
+    if _width(text, size) <= room:
+        return text
+    fits = bisect.bisect_right(range(1, len(text)), room, key=lambda length: _width(text[:length] + "…", size))
+    return text[:fits].rstrip() + "…"
+
+
+def _width(text: str, size: int) -> int:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        return math.ceil(RendererAgg(1, 1, DPI).get_text_width_height_descent(text, _font(size), ismath=False)[0])
+
+
+@functools.cache
+def _font(size: int) -> FontProperties:
+    """The font of a size in pixels, with those of FAMILIES that are installed: matplotlib complains of any other."""
+    installed = set(font_manager.get_font_names())
+    return FontProperties(family=[name for name in FAMILIES if name in installed], size=size * 72 / DPI)
