@@ -304,7 +304,10 @@ def main() -> None:
             with accelerator.autocast():
                 contact_sheet(draw(pipeline, sample_prompts(examples))).save(output / "samples" / f"{step:06}.png")
         if step == args.steps:
-            pipeline.to(dtype=torch.float16).save_pretrained(output / "pipeline")
+            pipeline.to(dtype=torch.float16)
+            # transformers loads a text encoder in the type it was saved in, diffusers everything else in float32.
+            pipeline.text_encoder.float()
+            pipeline.save_pretrained(output / "pipeline")
             pipeline.to(dtype=torch.float32)
         ema.restore(parameters)
         with (output / "loss.jsonl").open("a", encoding="utf-8") as log:

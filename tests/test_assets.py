@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from transformers import AutoTokenizer
 
-ASSETS = Path(__file__).resolve().parent.parent / "assets"
+ROOT = Path(__file__).resolve().parent.parent
+ASSETS, EXAMPLE = ROOT / "assets", ROOT / "app" / "example"
 sys.path.insert(0, str(ASSETS))
 
 from augment import STYLES, load_pictures, mirrorable, move, restyle, styled_caption  # noqa: E402
@@ -86,16 +88,29 @@ def test_missing_pictures_are_one_line(tmp_path):
         load_pictures(tmp_path)
 
 
-def test_bundled_pipeline_draws_on_white():
-    from diffusers import StableDiffusionPipeline
-
-    pipeline = StableDiffusionPipeline.from_pretrained(ASSETS / "pipeline", torch_dtype=torch.float32)
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
+def test_bundled_pipeline_draws_on_white_and_takes_a_lora_in_every_dtype(dtype):
+    pipeline = StableDiffusionPipeline.from_pretrained(ASSETS / "pipeline", **({"dtype": dtype} if dtype else {}))
     pipeline.set_progress_bar_config(disable=True)
+    expected = dtype or torch.float32
+    assert {pipeline.unet.dtype, pipeline.vae.dtype, pipeline.text_encoder.dtype} == {expected}
+
+    def draw() -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        drawn = pipeline("red apple", num_inference_steps=10, guidance_scale=4.0, generator=generator, output_type="pt")
+        assert drawn.images.shape == (1, 3, 64, 64) and drawn.images.isfinite().all()
+        return drawn.images.float()
+
+    plain = draw()
+    assert plain[0][:, [0, 0, -1, -1], [0, -1, 0, -1]].mean() > 0.9
+    for method in ("lora", "reslora"):  # of the run that README's first command makes
+        pipeline.load_lora_weights(EXAMPLE / method, adapter_name=method)
+        pipeline.set_adapters(method)
+        assert (draw() - plain).abs().mean() > 0.01
+
+
+def test_validation_prompts_are_those_of_the_file():
     assert set(VALIDATION_PROMPTS) == set((ASSETS / "validation_prompts.txt").read_text().splitlines())
-    generator = torch.Generator().manual_seed(0)
-    picture = pipeline("red apple", num_inference_steps=10, guidance_scale=4.0, generator=generator, output_type="pt")
-    corners = picture.images[0][:, [0, 0, -1, -1], [0, -1, 0, -1]]
-    assert picture.images.shape == (1, 3, 64, 64) and corners.mean() > 0.9
 
 
 def test_fine_tuning_set_has_known_captions_and_none_of_the_prompts():

@@ -1,0 +1,99 @@
+"""README, RESULTS and the model cards: their Python runs, their commands' flags exist, their links lead somewhere."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "assets").rglob("*.md")])
+# What a reader has and the checkout hasn't: a model on the hub, a finished run.
+STAND_INS = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "assets/pipeline",
+    "runs/my-style/reslora": "app/example/reslora",
+}
+LIBRARY = "reslora.merge(model, calibration=batches)"
+
+
+def name_of(document: Path) -> str:
+    return str(document.relative_to(ROOT))
+
+
+def blocks(document: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", document.read_text(encoding="utf-8"), flags=re.DOTALL | re.M)
+
+
+SNIPPETS = [(document, code) for document in DOCUMENTS for code in blocks(document, "python")]
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch) -> Path:
+    """A folder that snippets see as the checkout and may write to."""
+    for part in ("app", "assets"):
+        (tmp_path / part).symlink_to(ROOT / part)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def tiny_base():
+    return AutoModelForCausalLM.from_pretrained(ROOT / "assets" / "tiny-llama", dtype=torch.float32)
+
+
+@pytest.mark.parametrize(("document", "code"), SNIPPETS, ids=[name_of(document) for document, _ in SNIPPETS])
+def test_snippet_runs(document, code, checkout):
+    names = {}
+    if LIBRARY in code:
+        tokenizer = AutoTokenizer.from_pretrained("assets/tiny-llama")
+        names = {"base": tiny_base(), "batches": [dict(tokenizer(["Mia has 7 pens."], return_tensors="pt"))]}
+    for there, here in STAND_INS.items():
+        code = code.replace(there, here)
+    exec(compile(code, name_of(document), "exec"), names)
+    if LIBRARY in code:
+        reloaded = PeftModel.from_pretrained(tiny_base(), "out").eval()
+        batch = names["batches"][0]
+        with torch.no_grad():
+            torch.testing.assert_close(reloaded(**batch).logits, names["model"].eval()(**batch).logits)
+    else:
+        assert names["image"].size == (64, 64)
+
+
+def test_nothing_is_replaced_in_vain():
+    code = "\n".join(code for _, code in SNIPPETS)
+    assert all(name in code for name in (*STAND_INS, LIBRARY))
+
+
+def commands(script: str) -> list[tuple[str, list[str]]]:
+    """Every command of the documents that starts `script`, as words after its name."""
+    found = []
+    for document in DOCUMENTS:
+        for block in blocks(document, "bash"):
+            for line in block.replace("\\\n", " ").splitlines():
+                for command in line.split("&&"):
+                    words = shlex.split(command, comments=True)
+                    if script in words:
+                        found.append((name_of(document), words[words.index(script) + 1 :]))
+    return found
+
+
+@pytest.mark.parametrize("script", ["train_sd.py", "train_llm.py", "train_glue.py"])
+def test_commands_have_flags_that_exist(script):
+    found = commands(script)
+    assert found
+    told = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True, check=True)
+    known = set(re.findall(r"--[a-z0-9_-]+", told.stdout))
+    for document, words in found:
+        unknown = {word for word in words if word.startswith("--")} - known
+        assert not unknown, f"{document}: {script} has no {', '.join(unknown)}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_links_and_images_are_there(document):
+    targets = re.findall(r"\]\(([^)#\s]+)", document.read_text(encoding="utf-8"))
+    lost = [t for t in targets if not t.startswith("http") and not (document.parent / t).exists()]
+    assert not lost
