@@ -1,0 +1,123 @@
+"""Ctrl-C, SIGTERM and the death of the launcher ask a script to save and leave.
+
+    with StopRequest() as stop:
+        for batch in batches:
+            step(batch)
+            if stop.signal is not None:     # with several processes: share it first, all must leave after the same step
+                save()
+                raise Stopped("stopped after step 7; go on with --resume_from_checkpoint latest")
+
+The exit status of a stopped script is `128 + stop.signal`. `accelerate launch` does not pass SIGTERM on to the one
+process that it starts, and nobody passes on SIGKILL: without `StopRequest` that process would train on, alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .errors import Stopped, speaks
+
+# Programs that start training processes and wait for them, by the name of their file or module.
+_LAUNCHERS = {
+    "accelerate", "accelerate.commands.accelerate_cli", "accelerate.commands.launch", "torchrun",
+    "torch.distributed.run", "torch.distributed.launch", "deepspeed",
+}  # fmt: skip
+_ORPHANED = getattr(signal, "SIGUSR1", None)  # what the kernel sends when the launcher dies
+_PR_SET_PDEATHSIG = 1
+
+
+class StopRequest:
+    """While it is open, the first SIGINT or SIGTERM is noted in `signal`, and the next one ends the process at once.
+
+    Handlers are installed whatever the process inherits (`nohup` and background shells leave SIGINT ignored), and the
+    earlier ones come back at the end. `signal` is also SIGTERM once the launcher is gone, or after SIGUSR1, by which
+    batch systems announce the end; these never end the process at once. torch's launcher repeats what the terminal has
+    sent already, so below it the third signal does. Only for the main thread.
+    """
+
+    def __init__(self) -> None:
+        self._signal: int | None = None
+        self._before_leaving = 2 if "TORCHELASTIC_RUN_ID" in os.environ else 1
+        self._launcher: int | None = None
+        self._previous: dict[int, object] = {}
+
+    @property
+    def signal(self) -> int | None:
+        """The number of the signal that asks to stop, or None; may be set, to share what another process was asked."""
+        if self._signal is None and self._launcher is not None and os.getppid() != self._launcher:
+            self._signal = signal.SIGTERM
+        return self._signal
+
+    @signal.setter
+    def signal(self, number: int | None) -> None:
+        self._signal = number
+
+    def check(self, message: str) -> None:
+        """Raises `Stopped` with the message if a stop was asked for: for long work that has nothing to save."""
+        if self.signal is not None:
+            raise Stopped(message)
+
+    def __enter__(self) -> StopRequest:
+        numbers = {signal.SIGINT: self._asked, signal.SIGTERM: self._asked}
+        if _ORPHANED is not None:
+            numbers[_ORPHANED] = self._orphaned
+        self._previous = {number: signal.signal(number, handler) for number, handler in numbers.items()}
+        self._launcher = _launcher()
+        if self._launcher is not None:
+            _signal_on_death_of_parent()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._previous, self._launcher = {}, None
+
+    def _asked(self, number: int, frame: object) -> None:
+        if self._signal is None:
+            self._signal = number
+            _tell("stopping after this step; once more to stop at once")
+        elif self._before_leaving == 1:
+            os._exit(128 + number)
+        else:
+            self._before_leaving -= 1
+
+    def _orphaned(self, number: int, frame: object) -> None:
+        if self._signal is None:
+            self._signal = signal.SIGTERM
+            _tell("the launcher is gone or time is up: stopping after this step")
+
+
+def _tell(text: str) -> None:
+    """A line on stderr; not by `print`, which a signal may have interrupted."""
+    if speaks():
+        with contextlib.suppress(OSError):
+            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{text}\n".encode())
+
+
+def _launcher() -> int | None:
+    """The process id of the parent if that is a launcher; None for a shell, an application or a test."""
+    parent = os.getppid()
+    try:
+        words = Path(f"/proc/{parent}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:  # not Linux: accelerate and torch tell their children in the environment
+        told = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
+        return parent if told and parent != 1 else None
+    return parent if is_launcher(words) else None
+
+
+def is_launcher(command: Sequence[str]) -> bool:
+    """Whether a command line, as words, is one of accelerate's, torch's or DeepSpeed's launchers."""
+    # The interpreter with its options and `-m` may come first; what follows further behind are the script's own words.
+    return any(word in _LAUNCHERS or Path(word).name in _LAUNCHERS for word in command[:4])
+
+
+def _signal_on_death_of_parent() -> None:
+    """Linux: the kernel sends SIGUSR1 when the parent dies. Elsewhere `StopRequest.signal` looks for itself."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(_ORPHANED), 0, 0, 0)

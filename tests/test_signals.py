@@ -1,0 +1,160 @@
+"""Stop requests: handlers whatever is inherited, the second signal, and launchers that die."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from reslora.errors import Stopped
+from reslora.signals import StopRequest, is_launcher
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+WAIT = "while stop.signal is None and time.monotonic() < end: time.sleep(0.01)"
+NOTE = "pathlib.Path('{}').write_text(str(stop.signal))"
+# Says that it is ready, waits until it is asked to stop, and says by what.
+CHILD = f"""
+import os, pathlib, sys, time
+sys.path.insert(0, {{repository!r}})
+from reslora.signals import StopRequest
+end = time.monotonic() + 600
+with StopRequest() as stop:
+    pathlib.Path("ready").write_text(str(os.getpid()))
+    {WAIT}
+    {NOTE.format("saved")}
+    {{after}}
+sys.exit(128 + stop.signal)
+"""
+LAUNCHER = "import subprocess, sys; subprocess.Popen([sys.executable, 'child.py']).wait()"
+
+
+def await_file(path: Path, process: subprocess.Popen | None = None) -> str:
+    """The content of a file that another process writes; the limit is for a child that hangs."""
+    end = time.monotonic() + 500
+    while not path.is_file() or not path.read_text():
+        assert time.monotonic() < end, f"{path} was never written"
+        assert process is None or process.poll() is None, "the child has ended"
+        time.sleep(0.02)
+    return path.read_text()
+
+
+def child(folder: Path, after: str = "pass", **options) -> subprocess.Popen:
+    (folder / "child.py").write_text(CHILD.format(repository=str(REPOSITORY), after=after))
+    process = subprocess.Popen([sys.executable, "child.py"], cwd=folder, stderr=subprocess.PIPE, text=True, **options)
+    await_file(folder / "ready", process)
+    return process
+
+
+def ignore_sigint() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_child_that_inherits_ignored_signals_stops_all_the_same(tmp_path, number):
+    process = child(tmp_path, preexec_fn=ignore_sigint)  # what nohup and many a runner of tests do
+    process.send_signal(number)
+    _, errors = process.communicate()
+    assert (tmp_path / "saved").read_text() == str(int(number))
+    assert process.returncode == 128 + number
+    assert errors.count("stopping after this step") == 1
+
+
+def test_the_second_signal_leaves_at_once(tmp_path):
+    process = child(tmp_path, after="time.sleep(10_000)")
+    process.send_signal(signal.SIGTERM)
+    await_file(tmp_path / "saved")
+    process.send_signal(signal.SIGINT)
+    process.communicate()
+    assert process.returncode == 128 + signal.SIGINT
+
+
+def test_below_torchs_launcher_which_repeats_signals_the_third_leaves_at_once(tmp_path):
+    process = child(
+        tmp_path,
+        after="os.kill(os.getpid(), 2); pathlib.Path('echoed').write_text('once'); time.sleep(10_000)",
+        env=os.environ | {"TORCHELASTIC_RUN_ID": "none"},
+    )
+    process.send_signal(signal.SIGTERM)
+    await_file(tmp_path / "echoed")
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_child_saves_and_ends_when_its_launcher_dies(tmp_path, number):
+    (tmp_path / "child.py").write_text(CHILD.format(repository=str(REPOSITORY), after="pass"))
+    (tmp_path / "accelerate").write_text(LAUNCHER)
+    launcher = subprocess.Popen([sys.executable, "accelerate", "launch"], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    await_file(tmp_path / "ready", launcher)
+    launcher.send_signal(number)
+    launcher.wait()
+    assert await_file(tmp_path / "saved") == str(int(signal.SIGTERM))
+
+
+def test_a_parent_that_is_no_launcher_may_end(tmp_path):
+    orphan = f"while os.getppid() == int(sys.argv[1]): time.sleep(0.01)\n    {NOTE.format('orphaned')}\n    {WAIT}"
+    (tmp_path / "child.py").write_text(CHILD.format(repository=str(REPOSITORY), after="pass").replace(WAIT, orphan))
+    (tmp_path / "parent.py").write_text(
+        "import os, subprocess, sys; subprocess.Popen([sys.executable, 'child.py', str(os.getpid())]).wait()"
+    )
+    parent = subprocess.Popen([sys.executable, "parent.py"], cwd=tmp_path)
+    number = int(await_file(tmp_path / "ready", parent))
+    parent.kill()
+    parent.wait()
+    assert await_file(tmp_path / "orphaned") == "None"
+    os.kill(number, signal.SIGINT)
+    assert await_file(tmp_path / "saved") == str(int(signal.SIGINT))
+
+
+def test_handlers_come_back():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    with StopRequest() as stop:
+        assert stop.signal is None
+        stop.check("not asked")
+        assert signal.getsignal(signal.SIGINT) != before[signal.SIGINT]
+    assert before == {number: signal.getsignal(number) for number in before}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_request_is_noted_and_raised_where_asked(number):
+    with StopRequest() as stop:
+        os.kill(os.getpid(), number)
+        assert stop.signal == (signal.SIGTERM if number == signal.SIGUSR1 else number)
+        os.kill(os.getpid(), signal.SIGUSR1)  # never at once
+        with pytest.raises(Stopped, match="while merging"):
+            stop.check("stopped while merging")
+
+
+def test_what_one_process_was_asked_can_be_shared():
+    with StopRequest() as stop:
+        stop.signal = signal.SIGTERM
+        assert stop.signal == signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("/venv/bin/python3 /venv/bin/accelerate launch train_sd.py", True),
+        ("accelerate launch train_sd.py", True),
+        ("python -m accelerate.commands.accelerate_cli launch train_sd.py", True),
+        ("python -u -m accelerate.commands.launch train_sd.py", True),
+        ("python3 -m torch.distributed.run train_sd.py", True),
+        ("/usr/bin/python /usr/bin/torchrun --nproc_per_node 2 train_sd.py", True),
+        ("bash run.sh", False),
+        ("python -m app", False),
+        ("python -m pytest tests -k accelerate", False),
+        ("-bash", False),
+        ("", False),
+    ],
+)
+def test_launchers_are_known_by_their_command(command, expected):
+    assert is_launcher(command.split(" ")) == expected
+
+
+def test_a_shell_that_mentions_a_launcher_is_none():
+    assert not is_launcher(["bash", "-c", "accelerate launch train_sd.py; echo done"])
