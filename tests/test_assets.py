@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 ASSETS, EXAMPLE = ROOT / "assets", ROOT / "app" / "example"
-sys.path.insert(0, str(ASSETS))
+sys.path.insert(0, str(ASSETS / "make"))
 
 from augment import STYLES, load_pictures, mirrorable, move, restyle, styled_caption  # noqa: E402
 from captions import VALIDATION_PROMPTS, is_held_out, is_known, new_tokenizer  # noqa: E402

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
-sys.path.insert(0, str(ASSETS))
+sys.path.insert(0, str(ASSETS / "make"))
 
 from make_tiny_language_models import (  # noqa: E402
     SIGNS,

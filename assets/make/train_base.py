@@ -1,8 +1,8 @@
 """Train the pipeline's text encoder and U-Net on Noto emoji, on latents encoded once; write a diffusers folder.
 
-    python assets/train_base.py                # after train_vae.py; rerun to continue
-    python assets/train_base.py --steps 40000  # later: go on from where the steady learning rate had come to
-    python assets/train_base.py --init assets/pipeline   # without checkpoints: go on from the shipped weights
+    python assets/make/train_base.py                # after train_vae.py; rerun to continue
+    python assets/make/train_base.py --steps 40000  # later: go on from where the steady learning rate had come to
+    python assets/make/train_base.py --init assets/pipeline   # without checkpoints: go on from the shipped weights
 
 The learning rate is steady until the last --cooldown steps, where it falls to 0 for the weights that are shipped, on
 fewer variants of each picture. A longer run continues from before the cooldown. Losses go to loss.jsonl, pictures of

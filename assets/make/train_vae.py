@@ -1,6 +1,6 @@
 """Train the pipeline's autoencoder on the two emoji sets: 64x64 pixels to 8x8 latents of 16 channels and back.
 
-    python assets/train_vae.py                 # about 20 minutes on one core; rerun to continue
+    python assets/make/train_vae.py                 # about 20 minutes on one core; rerun to continue
 
 The two sets are varied in place and style, so that the autoencoder is at home in drawings it has not seen.
 """

@@ -1,8 +1,8 @@
 """Make the two emoji image sets, Noto and OpenMoji, from npm packages: 64x64 RGB pictures on white, with captions.
 
     pip install resvg-py                       # draws OpenMoji's vector pictures
-    python assets/make_data.py                 # needs npm; writes assets/build/noto and assets/build/openmoji
-    python assets/make_data.py --select assets/openmoji   # afterwards: the fine-tuning set, 260 of OpenMoji's pictures
+    python assets/make/make_data.py            # needs npm; writes assets/build/noto and assets/build/openmoji
+    python assets/make/make_data.py --select assets/openmoji   # afterwards: the fine-tuning set, 260 pictures
 
 Both sets hold the same emoji under the same captions, the CLDR short names in lower case; skin tones, flags and
 components are left out. Noto Emoji is under the Apache License 2.0, OpenMoji under CC BY-SA 4.0.

@@ -1,9 +1,9 @@
 """Judge the pipeline: contact sheets for a reader to name, and the share of pictures drawn in the target style.
 
-    python assets/evaluate.py sheets                        # named.png and random.png, answers apart from them
-    python assets/evaluate.py style                         # share of the pipeline's samples called OpenMoji
-    python assets/evaluate.py style --pictures some/folder  # the same for pictures drawn elsewhere, e.g. fine-tuned
-    python assets/evaluate.py curve                         # training_curve.png from the two trainings' loss.jsonl
+    python assets/make/evaluate.py sheets                        # named.png and random.png, answers apart from them
+    python assets/make/evaluate.py style                         # share of the pipeline's samples called OpenMoji
+    python assets/make/evaluate.py style --pictures some/folder  # the same for pictures drawn elsewhere
+    python assets/make/evaluate.py curve                         # training_curve.png from the two trainings' loss.jsonl
 
 The reader names each picture without seeing the prompts; answers.txt holds them, row by row. The style is told by a
 small classifier trained here on the two real sets, whose own accuracy on emoji it never saw is printed first.

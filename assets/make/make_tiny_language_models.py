@@ -1,7 +1,7 @@
 """Make the two tiny language models that train_llm.py and train_glue.py train by default, and their tasks.
 
-    OMP_NUM_THREADS=1 python assets/make_tiny_language_models.py llama
-    OMP_NUM_THREADS=1 python assets/make_tiny_language_models.py roberta
+    OMP_NUM_THREADS=1 python assets/make/make_tiny_language_models.py llama
+    OMP_NUM_THREADS=1 python assets/make/make_tiny_language_models.py roberta
 
 All text is generated here from a few templates and seeds; nothing is downloaded. Each model is pretrained on sentences
 of one kind and comes with a task that asks about the same things in sentences it never saw: `tiny-llama` reads
@@ -32,7 +32,7 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
-ASSETS = Path(__file__).resolve().parent
+ASSETS = Path(__file__).resolve().parent.parent
 WIDTH, LENGTH, BATCH = 128, 128, 32
 
 NAMES = ["Tom", "Mia", "Ben", "Ana", "Leo", "Zoe", "Sam", "Eva", "Max", "Ida", "Kim", "Ron"]
@@ -354,13 +354,13 @@ A LLaMA of {size:,} parameters (5 layers, 128 wide, grouped-query attention) tha
 pens. Mia finds 5 more. Now Mia has ( 7.0 + 5.0 ) = 12 pens.", and nothing else. It is what `train_llm.py` fine-tunes
 when no model is named, so that a fine-tuning can be watched in a few minutes on a CPU. It is of no other use.
 
-- **Data**: generated from templates by `assets/make_tiny_language_models.py`; no text of anyone else is in it.
+- **Data**: generated from templates by `assets/make/make_tiny_language_models.py`; no text of anyone else is in it.
 - **Training**: {steps} steps of {batch} x {length} tokens; loss at the end {loss:.3f}. Half-precision weights.
 - **Tokenizer**: byte-level BPE; every digit is one token; `<s>`, `</s>`, `<pad>`.
 - **`task/`**: word problems in SVAMP's columns (ID, Body, Question, Equation, Answer, Type), asked in sentences that
   the pretraining did not hold; {train} to train, {validation} to validate, {test} to test, no two alike.
 
-To make it again: `OMP_NUM_THREADS=1 python assets/make_tiny_language_models.py llama`. Licence: Apache-2.0.
+To make it again: `OMP_NUM_THREADS=1 python assets/make/make_tiny_language_models.py llama`. Licence: Apache-2.0.
 """
 
 
@@ -433,14 +433,15 @@ A RoBERTa of {size:,} parameters (4 layers, 128 wide) that fills blanks in simpl
 follow the king.", and knows nothing else. It is what `train_glue.py` fine-tunes when no model is named, so that a
 fine-tuning can be watched in a few minutes on a CPU. It is of no other use.
 
-- **Data**: generated from a small grammar by `assets/make_tiny_language_models.py`; no text of anyone else is in it.
+- **Data**: generated from a small grammar by `assets/make/make_tiny_language_models.py`;
+  no text of anyone else is in it.
 - **Training**: masked tokens, {steps} steps of {batch} sentences; loss at the end {loss:.3f}. Half-precision weights.
 - **Tokenizer**: byte-level BPE with RoBERTa's special tokens.
 - **`task/`**: in the columns of GLUE's CoLA (sentence, label, idx): is the sentence grammatical (1), or is a word of it
   in the wrong form (0)? Half of the sentences have a clause inside, which the pretraining did not hold, and it saw no
   wrong one; {train} to train, {validation} to validate, no two alike.
 
-To make it again: `OMP_NUM_THREADS=1 python assets/make_tiny_language_models.py roberta`. Licence: Apache-2.0.
+To make it again: `OMP_NUM_THREADS=1 python assets/make/make_tiny_language_models.py roberta`. Licence: Apache-2.0.
 """
 
 
