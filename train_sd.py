@@ -1496,7 +1496,7 @@ def save_pictures(folder: Path, pictures: list, images: int) -> None:
 
 def adapter_config(method: str, args: argparse.Namespace, total_steps: int):
     """PEFT's configuration of a method; ResLoRA's is LoRA's."""
-    from reslora import methods
+    from reslora import adapters as methods
 
     config = methods.adapter_config(
         method, r=args.rank, alpha=args.lora_alpha, dropout=args.lora_dropout, targets=args.target_modules,

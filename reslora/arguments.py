@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
+from .adapters import METHODS
 from .config import HEADS, SHORTCUTS
 from .merging import METHODS as MERGES
-from .methods import METHODS
 
 
 class InvalidArgument(ValueError):

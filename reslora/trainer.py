@@ -33,6 +33,7 @@ from transformers.trainer_pt_utils import safe_globals
 from transformers.utils import logging
 
 from . import checkpoint
+from .adapters import LORA_METHODS, METHODS, adapter_config, known_targets
 from .arguments import (
     AdapterTrainingArguments,
     InvalidArgument,
@@ -49,7 +50,6 @@ from .chains import base_model, chains, lora_layers, unwrap
 from .config import ResLoraConfig
 from .export import export_peft, merged_state_dict
 from .files import replacing, write_json, write_tensors
-from .methods import LORA_METHODS, METHODS, adapter_config, known_targets
 from .model import MergeReport, attach_wires, connect, connection_of, disconnect, enable_gradient_checkpointing, merge
 
 __all__ = [

@@ -1,0 +1,412 @@
+"""The paper's methods by name: configured, attached, saved and loaded, for transformers' and diffusers' models.
+
+config = adapter_config("reslora", r=4, alpha=8, dropout=0.0, targets=["to_q", "to_v"], total_steps=1000)
+model = attach(unet, config, ResLoraConfig(shortcut="input"))     # ResLoRA is LoRA's configuration with shortcuts
+save_adapter(model, "checkpoint"), load_adapter(model, "checkpoint")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+
+import torch
+from peft import AdaLoraConfig, LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.adalora import AdaLoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, ModulesToSaveWrapper
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from . import checkpoint
+from .chains import base_model, unwrap
+from .config import LORA_METHODS, METHODS, PLAIN_METHODS, ResLoraConfig
+from .errors import RunFailed, first_line
+from .files import check_checksums, write_checksums, write_tensors
+from .model import connect, connection_of
+
+__all__ = [
+    "ADAPTER_NAME",
+    "LORA_METHODS",
+    "METHODS",
+    "PLAIN_METHODS",
+    "RankAllocator",
+    "adapter_config",
+    "as_plain_lora",
+    "attach",
+    "check_rank",
+    "known_targets",
+    "load_adapter",
+    "rank_allocator",
+    "save_adapter",
+    "trained_state",
+]
+
+ADAPTER_NAME = "adapter.safetensors"
+_DEFAULT = "default"  # the name of the adapter, as PEFT calls the first one
+_AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
+_RANKS = "ranks"
+
+
+# -- configuration -----------------------------------------------------------------------------------------------------
+
+
+def adapter_config(
+    method: str,
+    *,
+    r: int,
+    alpha: float,
+    dropout: float,
+    targets: Sequence[str] | str,
+    total_steps: int,
+    task_type: str | None = None,
+    modules_to_save: Sequence[str] | None = None,
+    init_lora_weights: bool | str = True,
+) -> PeftConfig:
+    """Returns PEFT's configuration of a method; ResLoRA's is LoRA's, `lora_x2` is LoRA with doubled alpha.
+
+    AdaLoRA starts with half as much rank again, ends with `r` on average, and takes its budget away between a tenth and
+    a half of `total_steps` (Zhang et al., 2023). LoHa and LoKr have no dropout of their input: theirs is of ranks.
+    `init_lora_weights` is LoRA's alone; diffusers' scripts take "gaussian".
+
+    Raises `ValueError` for a method that is not in `METHODS`.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is not one of {', '.join(map(repr, METHODS))}")
+    shared = {
+        "target_modules": targets if isinstance(targets, str) else list(targets),
+        "task_type": task_type,
+        "modules_to_save": list(modules_to_save) if modules_to_save else None,
+    }
+    if method in LORA_METHODS:
+        alpha = 2 * alpha if method == "lora_x2" else alpha
+        return LoraConfig(
+            r=r, lora_alpha=alpha, lora_dropout=dropout, init_lora_weights=init_lora_weights, **shared
+        )  # fmt: skip
+    if method == "adalora":
+        return AdaLoraConfig(
+            init_r=math.ceil(1.5 * r),
+            target_r=r,
+            lora_alpha=alpha,
+            lora_dropout=dropout,
+            total_step=total_steps,
+            tinit=total_steps // 10,
+            tfinal=total_steps // 2,
+            deltaT=max(1, total_steps // 100),
+            **shared,
+        )
+    config = {"loha": LoHaConfig, "lokr": LoKrConfig}[method]
+    return config(r=r, alpha=alpha, rank_dropout=dropout, **shared)
+
+
+def known_targets(model_type: str) -> list[str] | None:
+    """Returns the layers that LoRA adapts in a transformers model type, as PEFT lists them; None for an unknown type.
+
+    Query and value projections for the models of the paper: `q_proj`, `v_proj` (LLaMA), `query`, `value` (RoBERTa,
+    BERT).
+    """
+    known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    return list(known[model_type]) if model_type in known else None
+
+
+# -- attaching ---------------------------------------------------------------------------------------------------------
+
+
+def attach(
+    model: nn.Module,
+    config: PeftConfig,
+    shortcuts: ResLoraConfig | None = None,
+    example_inputs: Mapping | None = None,
+) -> nn.Module:
+    """Gives a bare `model` the adapter of `config`, connects it as `shortcuts` says, and returns the model to train.
+
+    transformers' and other models are wrapped (`get_peft_model`), diffusers' get it in place (`add_adapter`) and are
+    returned themselves. `example_inputs` as in `reslora.connect`. Weights come from torch's random state.
+
+    Raises `ValueError` for targets that match nothing or that the method cannot adapt, for a rank larger than a layer,
+    or for a shortcut without a link.
+    """
+    check_rank(model, config)
+    if isinstance(config, AdaLoraConfig):
+        _refuse_convolutions(model, config)
+    adapted = _add(model, config, in_place=_takes_adapters(model))
+    if shortcuts is not None:
+        connect(adapted, shortcuts, example_inputs=example_inputs)
+    return adapted
+
+
+def check_rank(model: nn.Module, config: PeftConfig) -> None:
+    """Raises `ValueError` where the rank exceeds the smaller side of an adapted layer, naming the narrowest layer.
+
+    What it would add costs memory and cannot change the weight's update. LoKr takes any: its rank is no rank of a
+    layer, and a large one means full factors.
+    """
+    if isinstance(config, LoKrConfig):
+        return
+    rank = config.target_r if isinstance(config, AdaLoraConfig) else config.r
+    sides = {name: _smaller_side(module) for name, module in _targeted(model, config)}
+    narrowest = min(sides, key=sides.__getitem__, default=None)
+    if narrowest is not None and rank > sides[narrowest]:
+        least = sides[narrowest]
+        raise ValueError(
+            f"rank {rank} is larger than {narrowest} allows, whose smaller side is {least}: give a rank of at most "
+            f"{least}, or leave that layer out"
+        )
+
+
+def _smaller_side(module: nn.Module) -> int:
+    """Of the layer's weight as a matrix: a quantised weight has another shape than the layer it stands for."""
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return min(module.in_features, module.out_features)
+    return min(module.weight.shape[0], math.prod(module.weight.shape[1:]))
+
+
+def _targeted(model: nn.Module, config: PeftConfig) -> Iterator[tuple[str, nn.Module]]:
+    """The layers that PEFT will adapt."""
+    for name, module in model.named_modules():
+        linear = isinstance(module, (nn.Linear, Conv1D))
+        if linear or isinstance(module, (_ConvNd, nn.Embedding)):
+            every = config.target_modules == "all-linear"
+            if linear if every else check_target_module_exists(config, name):
+                yield name, module
+
+
+def _refuse_convolutions(model: nn.Module, config: AdaLoraConfig) -> None:
+    for name, module in _targeted(model, config):
+        if isinstance(module, _ConvNd):
+            raise ValueError(
+                f"{name} is a convolution, which AdaLoRA cannot adapt: leave it out, or choose another method"
+            )
+
+
+def _takes_adapters(model: nn.Module) -> bool:
+    """Whether a model is given adapters in place, as diffusers' are; transformers' can be, and are wrapped."""
+    return hasattr(model, "add_adapter") and not isinstance(model, PreTrainedModel)
+
+
+def _add(model: nn.Module, config: PeftConfig, in_place: bool) -> nn.Module:
+    if not in_place:
+        return get_peft_model(model, config)
+    if isinstance(config, AdaLoraConfig):
+        # `add_adapter` would throw away what allocates the ranks. A plain attribute: no `state_dict` sees it.
+        model._rank_allocator = RankAllocator(AdaLoraModel(model, config, _DEFAULT))
+        model._hf_peft_config_loaded = True
+    else:
+        model.add_adapter(config)
+    return model
+
+
+# -- AdaLoRA -----------------------------------------------------------------------------------------------------------
+
+
+class RankAllocator:
+    """AdaLoRA's part in training: the regularizer of its factors, and the ranks it moves between layers."""
+
+    def __init__(self, tuner: AdaLoraModel) -> None:
+        self.tuner = tuner
+
+    @property
+    def _config(self) -> AdaLoraConfig:
+        return self.tuner.peft_config[self.tuner.trainable_adapter_name]
+
+    def factors(self) -> list[nn.Parameter]:
+        """The matrices that the regularizer wants orthonormal, those of A before those of B in every layer."""
+        name = self.tuner.trainable_adapter_name
+        layers = [layer for layer in self.tuner.model.modules() if hasattr(layer, "lora_E") and name in layer.lora_E]
+        return [factor for layer in layers for factor in (layer.lora_A[name], layer.lora_B[name])]
+
+    def penalty(self) -> torch.Tensor:
+        """The regularizer, a scalar to add to a step's loss: how far rows of A and columns of B are from orthonormal.
+
+        Frobenius norms of `A A^T - I` and `B^T B - I`, averaged over all factors and weighted (Zhang et al., 2023).
+        """
+        norms = []
+        for number, factor in enumerate(self.factors()):
+            gram = factor.T @ factor if number % 2 else factor @ factor.T
+            norms.append(torch.linalg.norm(gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)))
+        return self._config.orth_reg_weight * torch.stack(norms).mean()
+
+    def add_gradient(self, scale: float = 1.0) -> None:
+        """Adds the penalty's gradient, times `scale`, once the gradients of a step are there.
+
+        Every process adds the same after the gradients are averaged; `torch.autograd.grad` passes DDP's hooks by.
+        """
+        factors = self.factors()
+        gradients = torch.autograd.grad(scale * self.penalty(), factors)
+        for factor, gradient in zip(factors, gradients, strict=True):
+            factor.grad = gradient if factor.grad is None else factor.grad.add_(gradient)
+
+    @contextlib.contextmanager
+    def silenced(self) -> Iterator[None]:
+        """Inside, a wrapped model's forward leaves its loss alone: PEFT would add the penalty in evaluation too."""
+        config = self._config
+        weight, config.orth_reg_weight = config.orth_reg_weight, 0.0
+        try:
+            yield
+        finally:
+            config.orth_reg_weight = weight
+
+    def step(self, global_step: int) -> None:
+        """Moves ranks; to be called after the optimizer's step number `global_step`, before its gradients go."""
+        self.tuner.update_and_allocate(global_step)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Running importance of each parameter and the ranks settled on, as tensors by name."""
+        state = {
+            f"{kind}/{name}": value
+            for kind in _AVERAGES
+            for name, value in getattr(self.tuner.rankallocator, kind).items()
+        }
+        pattern = self._config.rank_pattern or {}
+        return state | {f"{_RANKS}/{name}": torch.tensor(kept) for name, kept in pattern.items()}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Takes over what `state_dict` returned; `ValueError`, and nothing changed, if it is another model's."""
+        parameters = dict(self.tuner.model.named_parameters())
+        averages: dict[str, dict] = {kind: {} for kind in _AVERAGES}
+        pattern = {}
+        for key, value in state.items():
+            kind, _, name = key.partition("/")
+            # PEFT shortens the names of the ranks when it writes an adapter.
+            found = parameters.get(name, parameters.get(f"{name}.{_DEFAULT}") if kind == _RANKS else None)
+            if kind == _RANKS and found is not None and len(found) == len(value):
+                pattern[name] = value.tolist()
+            elif kind in averages and found is not None and found.shape == value.shape:
+                averages[kind][name] = value.to(found.device)
+            else:
+                raise ValueError(f"AdaLoRA's state does not fit the model, first at {key}")
+        vars(self.tuner.rankallocator).update(averages)
+        self._config.rank_pattern = pattern or None
+
+
+def rank_allocator(model: nn.Module) -> RankAllocator | None:
+    """What moves AdaLoRA's ranks in a model from `attach`; None for another method."""
+    tuner = getattr(unwrap(model), "base_model", None)
+    if isinstance(tuner, AdaLoraModel):
+        return RankAllocator(tuner)
+    return vars(base_model(model)).get("_rank_allocator")
+
+
+def as_plain_lora(model: nn.Module) -> nn.Module:
+    """Turns AdaLoRA into the plain LoRA that it amounts to, `s B diag(E) A`, and returns the model to use from here on.
+
+    The base model stays the same, with its weights untouched; one with the adapter in place is returned itself. The
+    rank is the one AdaLoRA started with, the scaling 1; outputs are equal but for rounding. `ValueError` for a model
+    without AdaLoRA.
+    """
+    base, in_place = base_model(model), not isinstance(unwrap(model), PeftModel)
+    factors = {
+        name: (
+            (layer.lora_E[_DEFAULT] * layer.lora_A[_DEFAULT]).detach(),
+            (layer.lora_B[_DEFAULT] * (layer.scaling[_DEFAULT] / (layer.ranknum[_DEFAULT] + 1e-5))).detach(),
+        )
+        for name, layer in base.named_modules()
+        if hasattr(layer, "lora_E")
+    }
+    if not factors:
+        raise ValueError(f"{type(base).__name__} has no AdaLoRA to turn into plain LoRA")
+    ada, training = base.peft_config[_DEFAULT], base.training
+    saved = {name: value for name, value in trained_state(base).items() if ".modules_to_save." in name}
+    config = LoraConfig(
+        r=ada.init_r,
+        lora_alpha=ada.init_r,
+        lora_dropout=ada.lora_dropout,
+        fan_in_fan_out=ada.fan_in_fan_out,
+        target_modules=ada.target_modules,
+        modules_to_save=ada.modules_to_save,
+        task_type=ada.task_type,
+    )
+    _remove_adapters(base)
+    plain = _add(base, config, in_place).train(training)
+    for name, (down, up) in factors.items():
+        layer = base.get_submodule(name)
+        layer.lora_A[_DEFAULT].weight.data, layer.lora_B[_DEFAULT].weight.data = down, up
+    with torch.no_grad():
+        state = trained_state(base)
+        for name, value in saved.items():
+            state[name].copy_(value)
+    return plain
+
+
+def _remove_adapters(base: nn.Module) -> None:
+    """Every layer that PEFT wraps takes its wrapper's place again."""
+    for name, module in list(base.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            inner = module.get_base_layer()
+        elif isinstance(module, ModulesToSaveWrapper):
+            inner = module.original_module
+        else:
+            continue
+        parent, _, last = name.rpartition(".")
+        setattr(base.get_submodule(parent), last, inner)
+    del base.peft_config
+    vars(base).pop("_rank_allocator", None)
+    if hasattr(base, "_hf_peft_config_loaded"):
+        base._hf_peft_config_loaded = False
+
+
+# -- saving and loading ------------------------------------------------------------------------------------------------
+
+
+def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Everything PEFT has added to a model, by its own name: parameters and buffers, never what it wraps.
+
+    The tensors share their storage with the model. Names are those of the model itself (below DDP and `torch.compile`).
+    """
+    outer = unwrap(model)
+    prefixes = tuple(
+        f"{name}.{part}."
+        for name, module in outer.named_modules()
+        if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper))
+        for part in (*module.adapter_layer_names, *module.other_param_names)
+    )
+    tensors = chain(outer.named_parameters(), outer.named_buffers())
+    return {name: value.detach() for name, value in tensors if name.startswith(prefixes)}
+
+
+def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
+    """Writes what training changes, never the base: by `reslora.save` if connected, else as `adapter.safetensors`.
+
+    With a checksum of each file. Raises `RunFailed`, and writes nothing, if a weight is not finite. With several
+    processes, call it on rank 0.
+    """
+    state = trained_state(model)
+    for name, value in state.items():
+        if not bool(torch.isfinite(value).all()):
+            raise RunFailed(f"{name} is not finite: lower --learning_rate; the checkpoint before is intact")
+    if connection_of(base_model(model)) is not None:
+        checkpoint.save(model, directory)
+    else:
+        write_tensors(Path(directory) / ADAPTER_NAME, state, {"format": "pt"})
+        write_checksums(directory, [ADAPTER_NAME])
+
+
+def load_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
+    """Reads what `save_adapter` wrote into a model with a matching adapter, connected as the saved one was.
+
+    Raises `ValueError` if files are missing or damaged, or if names or shapes differ; the model is unchanged then.
+    """
+    if connection_of(base_model(model)) is not None:
+        checkpoint.load(model, directory)
+        return
+    path, state = Path(directory) / ADAPTER_NAME, trained_state(model)
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: the checkpoint is of another method, or incomplete")
+    check_checksums(directory, [ADAPTER_NAME])
+    try:
+        saved = load_file(path)
+    except Exception as error:  # a damaged file fails in as many ways as there are readers
+        raise ValueError(f"{path} is not a safetensors file: {first_line(error)}") from error
+    for name in (*state, *saved):
+        if name not in saved or name not in state or saved[name].shape != state[name].shape:
+            raise ValueError(f"{path} does not fit the model's adapter, first at {name}")
+    with torch.no_grad():
+        for name, value in state.items():
+            value.copy_(saved[name])

@@ -1,0 +1,40 @@
+"""What every script does around its `main`: errors become one line and a status, signals a request to stop."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Sequence
+
+from .errors import InvalidArgument, RunFailed, Stopped, speaks
+from .signals import StopRequest
+
+
+def run_script(
+    prog: str, main: Callable[[Sequence[str] | None, StopRequest], None], argv: Sequence[str] | None = None
+) -> int:
+    """Runs `main(argv, stop)` and returns the script's exit status; what the user can mend is one line on stderr.
+
+    0; 2 for `InvalidArgument`; 1 for `RunFailed` and for files that cannot be read or written; 128 + signal after
+    Ctrl-C or SIGTERM, which `stop` notes and `main` answers by raising `Stopped` once it has saved. Other exceptions
+    are mistakes of ours, and pass.
+    """
+    with StopRequest() as stop:
+        try:
+            main(argv, stop)
+            return 0
+        except InvalidArgument as error:
+            if speaks():
+                _say(f"{prog}: error: {error}")
+            return 2
+        except (RunFailed, OSError) as error:  # a full disk, a folder that went away: the last checkpoint is intact
+            _say(f"{prog}: {error}")
+            return 1
+        except Stopped as error:
+            if speaks():
+                _say(f"{prog}: {error}")
+            return 128 + (stop.signal or signal.SIGINT)
+
+
+def _say(text: str) -> None:
+    print(" ".join(text.split()), file=sys.stderr)

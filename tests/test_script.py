@@ -1,0 +1,56 @@
+"""A script's errors and signals as one line and a status."""
+
+import os
+import signal
+
+import pytest
+
+from reslora.errors import InvalidArgument, RunFailed, Stopped
+from reslora.script import run_script
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (InvalidArgument("--a 1", "is bad", "give 2"), 2, "script.py: error: --a 1: is bad; give 2\n"),
+        (RunFailed("loss\nnan"), 1, "script.py: loss nan\n"),
+        (OSError(28, "No space left on device"), 1, "script.py: [Errno 28] No space left on device\n"),
+        (Stopped("stopped after step 3"), 130, "script.py: stopped after step 3\n"),
+    ],
+)
+def test_a_scripts_errors_become_its_status(capsys, error, status, line):
+    def main(argv, stop):
+        raise error
+
+    assert run_script("script.py", main, []) == status
+    assert capsys.readouterr().err == line
+    assert run_script("script.py", lambda argv, stop: None, []) == 0
+
+
+def test_programming_errors_are_not_hidden():
+    def main(argv, stop):
+        raise KeyError("a mistake of ours")
+
+    with pytest.raises(KeyError):
+        run_script("script.py", main, [])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_the_status(capsys, number):
+    def main(argv, stop):
+        assert argv == ["--flag"]
+        os.kill(os.getpid(), number)
+        stop.check("stopped after step 3; go on with --resume_from_checkpoint latest")
+        raise AssertionError("not reached")
+
+    assert run_script("script.py", main, ["--flag"]) == 128 + number
+    assert "script.py: stopped after step 3" in capsys.readouterr().err
+
+
+def test_only_one_process_of_a_machine_reports_what_all_of_them_find(monkeypatch, capsys):
+    def main(argv, stop):
+        raise InvalidArgument("--a 1", "is bad", "give 2")
+
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert run_script("script.py", main) == 2
+    assert capsys.readouterr().err == ""
