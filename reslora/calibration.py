@@ -6,13 +6,10 @@ import weakref
 from collections.abc import Iterable, Mapping
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from . import merging
-from .config import ResLoraConfig
-from .merging import Factors, Merged, Moments, Second
-from .shortcuts import BlockShortcut, Shortcut, Wires, rows
+from .merging import Factors, Merged, Second
+from .shortcuts.state import Shortcut, Wires, rows
 from .tracing import evaluating, to_device
 
 
@@ -20,21 +17,15 @@ class Calibrator:
     """Watches the unmerged model run on the calibration batches and fills in the moments of every block."""
 
     def __init__(
-        self, plan: list[list[Factors]], merged: list[list[Merged]] | None, config: ResLoraConfig, method: str
+        self, plan: list[list[Factors]], merged: list[list[Merged]] | None, shortcut: type[Shortcut], fits: bool
     ) -> None:
+        """`merged` is the outcome of a merge that needs no calibration; one that `fits` needs second moments."""
         self.blocks = {block.name: block for chain in plan for block in chain}
-        self.middle = config.shortcut == "middle"
-        self.candidates = {}
-        for number, chain in enumerate(plan):
-            for n, block in enumerate(chain):
-                guess = None
-                if method == "lstsq" and n > 0:
-                    guess = merging.neighbour_sum(chain, n, config.reach, self.middle)
-                elif method == "weights" and self.middle and n > 0:
-                    guess = merged[number][n].a - block.a
-                block.moments = Moments(guess)
-                self.candidates[block.name] = merged[number][n] if merged is not None else None
-        self.fits = method == "lstsq"
+        results = [None] * len(self.blocks) if merged is None else [result for chain in merged for result in chain]
+        self.merged = dict(zip(self.blocks, results, strict=True))
+        for name, block in self.blocks.items():
+            block.moments = shortcut.moments(block, self.merged[name], fits)
+        self.fits = fits
         self.readers: dict[str, str] = {}
         # Weak references: a calibration forward must not keep every layer's input alive.
         self.inputs: list[tuple[weakref.ref, str]] = []
@@ -61,28 +52,15 @@ class Calibrator:
             raise ValueError("calibration is empty; give at least one dict of the base model's arguments")
         self._finish()
 
-    def __call__(self, variant: Shortcut, layer: LoraLayer, x, own, handed) -> None:
-        """Called by every wired block; for block-shortcuts `own` and `handed` are the stacked A and B."""
+    def __call__(self, variant: Shortcut, x, own, handed) -> None:
+        """Called by every wired block, with what its forward computed."""
         with torch.autocast(x.device.type, enabled=False):
             block = self.blocks[variant.name]
             tokens = rows(x)
             tokens = tokens if tokens.dtype == torch.float64 else tokens.float()
-            if isinstance(variant, BlockShortcut):
-                self._measure_cut(block, tokens, own, handed)
-                own, handed = tokens @ own[:1].to(tokens).t(), None
-            norm = torch.linalg.vector_norm(own.to(tokens) if self.middle else tokens)
             if self.fits and block.moments.guess is not None:
                 self._share_second(variant.name, x, tokens)
-            block.moments.add(tokens, own, handed, norm)
-
-    def _measure_cut(self, block: Factors, tokens: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-        """A block merge cut to `max_rank`: measures the outputs themselves."""
-        merged = self.candidates[block.name]
-        if merged.a.shape == a.shape:
-            return
-        whole = tokens @ a.to(tokens).t() @ b.to(tokens).t()
-        cut = tokens @ merged.a.to(tokens).t() @ merged.b.to(tokens).t()
-        block.moments.measure(whole, cut - whole)
+            variant.measure(block, self.merged[variant.name], tokens, own, handed)
 
     def _share_second(self, name: str, x: torch.Tensor, tokens: torch.Tensor) -> None:
         """q, k and v of one attention read the same tensor: its second moment is computed and kept once."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-SHORTCUTS = ("none", "input", "block", "middle")
+from .shortcuts import NAMES as SHORTCUTS
+from .shortcuts import PLAIN, shortcut_class
+
 HEADS = ("repeat", "none")
 
 # What can be trained, by name (`reslora.adapters`); here because parsers of flags do not wait for torch and PEFT.
@@ -42,16 +44,12 @@ class ResLoraConfig:
     @property
     def reach(self) -> int | None:
         """Blocks before the current one that take part (the m of Eqs. 3 and 4 before clipping); None: all of them."""
-        if self.shortcut == "none" or self.pre_num == 0:
-            return 0
-        if self.shortcut == "input":
-            return 1
-        return None if self.pre_num == -1 else self.pre_num
+        return shortcut_class(self.shortcut).reach(self.pre_num) if self.wired else 0
 
     @property
     def wired(self) -> bool:
         """Whether anything is wired at all: `shortcut="none"` and `pre_num=0` are plain LoRA."""
-        return self.reach != 0
+        return self.shortcut != PLAIN and self.pre_num != 0
 
     def to_dict(self) -> dict:
         """The fields as a dict that `json.dumps` takes and `ResLoraConfig(**fields)` reads back."""

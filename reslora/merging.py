@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
-
-METHODS = ("auto", "none", "input", "weights", "lstsq")
 
 RIDGE = 1e-2
 """Ridge of the least-squares merge, as a share of the mean diagonal of E[x x^T]."""
@@ -32,6 +30,23 @@ class Factors:
     """f_n of Eqs. 8-9 (`input`: of x_n; `middle`: of A_n x_n), averaged over the window."""
     moments: Moments | None = None
     """What calibration has seen of the block."""
+    before: Sequence[int] = ()
+    """Where in the chain the blocks are that take part: n-1, n-2, ... n-m; empty for a head."""
+    parts: Sequence[torch.Tensor] = ()
+    """What multiplies x_{n-1}, x_{n-2}, ... in this block (r x p each): A_n (`input`), A_{n-1}, A_{n-2}, ...
+    (`middle`)."""
+    head: float = 0.0
+    """alpha* of a head: 1 where x_{n-1} := x_n, else 0."""
+    fold: Callable[[Factors, list[float]], Merged] | None = None
+    """How the shortcut writes `x_{n-k} ~ alpha_{n-k} x_n` into plain factors."""
+
+    def guess(self) -> torch.Tensor:
+        """What the blocks before would add if all inputs were equal (r x p)."""
+        return sum(part.to(self.a) for part in reversed(self.parts))
+
+    def scaled(self, alpha: float, notes: tuple[str, ...] = ()) -> Merged:
+        """`B_n (1 + alpha*)`."""
+        return Merged(self.a, self.b * (1 + alpha), alpha, notes)
 
 
 @dataclasses.dataclass
@@ -129,49 +144,35 @@ def merge_none(chain: list[Factors]) -> list[Merged]:
     return [Merged(block.a, block.b, alpha=0.0) for block in chain]
 
 
-def merge_input(chain: list[Factors], reach: int | None, head: float) -> list[Merged]:
-    """merge_bi: `B_n (1 + alpha*)` with `alpha* = sum_{k=1..m} f_{n-k} / f_n` (Eqs. 6-9; Eq. 12 for `middle`).
-
-    `head` is the alpha* of the first block: 1 where x_{n-1} := x_n, else 0.
-    """
+def merge_input(chain: list[Factors]) -> list[Merged]:
+    """merge_bi: `B_n (1 + alpha*)` with `alpha* = sum_{k=1..m} f_{n-k} / f_n` (Eqs. 6-9; Eq. 12 for `middle`)."""
     merged = []
-    for n, block in enumerate(chain):
-        before = chain[_first(n, reach) : n]
-        if n == 0:
-            alpha, notes = head, ()
+    for block in chain:
+        before = [chain[k] for k in reversed(block.before)]
+        if not before:
+            merged.append(block.scaled(block.head))
         elif block.norm == 0:
-            alpha, notes = 1.0, (f"{block.name}: zero norm, alpha* = 1",)
+            merged.append(block.scaled(1.0, (_zero_norm(block),)))
         else:
-            ratios = [_ratio(other.norm, block.norm) for other in before]
-            alpha = float(sum(ratios))
-            notes = tuple(f"{other.name}: zero norm, alpha* = 1" for other in before if other.norm == 0)
-        merged.append(Merged(block.a, block.b * (1 + alpha), alpha, notes))
+            notes = tuple(_zero_norm(other) for other in before if other.norm == 0)
+            merged.append(block.scaled(float(sum(_ratio(other.norm, block.norm) for other in before)), notes))
     return merged
 
 
-def merge_weights(chain: list[Factors], reach: int | None, head: float, middle: bool) -> list[Merged]:
+def merge_weights(chain: list[Factors]) -> list[Merged]:
     """merge_bw, walking the chain front to back with f*_j, the Frobenius norm of the *merged* weight of block j.
 
-    `input`: `B_n (1 + alpha*)`, `alpha* = f*_{n-2} / f*_{n-1}` (Eqs. 10-11).
-    `middle`: `A_n + sum_k alpha_{n-k} A_{n-k}` (Eq. 13) with `alpha_{n-k} = f*_{n-k-1} / f*_{n-1}`: Eq. 11 carried over
-    index by index, because what is printed under Eq. 13 needs the f*_n that is being computed.
-    Where an index runs off the chain, alpha is 1.
+    `alpha_{n-k} = f*_{n-k-1} / f*_{n-1}` stands for `x_{n-k} ~ alpha_{n-k} x_n`: Eqs. 10-11 for `input`, and for
+    `middle` the same carried over index by index, because what is printed under Eq. 13 needs the f*_n that is being
+    computed. Where an index runs off the chain, alpha is 1.
     """
     merged: list[Merged] = []
     norms: list[float] = []
-    for n, block in enumerate(chain):
-        if n == 0:
-            result = Merged(block.a, block.b * (1 + head), [] if middle else head)
-        else:
-            previous = range(n - 1, _first(n, reach) - 1, -1)  # n-1, n-2, ... n-m
-            alphas = [_ratio(norms[k - 1], norms[n - 1]) if k > 0 else 1.0 for k in previous]
-            used = {k - 1 for k in previous if k > 0} | ({n - 1} if max(previous) > 0 else set())
-            notes = tuple(f"{chain[j].name}: zero norm, alpha* = 1" for j in sorted(used) if norms[j] == 0)
-            if middle:
-                total = sum(alpha * chain[k].a.to(block.a) for alpha, k in zip(alphas, previous, strict=True))
-                result = Merged(block.a + total, block.b, alphas, notes)
-            else:
-                result = Merged(block.a, block.b * (1 + alphas[0]), alphas[0], notes)
+    for block in chain:
+        alphas = [_ratio(norms[k - 1], norms[block.before[0]]) if k > 0 else 1.0 for k in block.before]
+        used = {k - 1 for k in block.before if k > 0} | {k for k in block.before[:1] if k > 0}
+        result = block.fold(block, alphas)
+        result.notes += tuple(_zero_norm(chain[j]) for j in sorted(used) if norms[j] == 0)
         merged.append(result)
         norm = merged_norm(block.weight(), result.a, result.b, block.scaling)
         if not math.isfinite(norm):
@@ -180,46 +181,64 @@ def merge_weights(chain: list[Factors], reach: int | None, head: float, middle: 
     return merged
 
 
-def merge_lstsq(chain: list[Factors], reach: int | None, head: float, middle: bool) -> list[Merged]:
-    """Ours: `A_n + C`, C the least-squares stand-in for what the neighbours add, made from x_n alone.
+def merge_lstsq(chain: list[Factors]) -> list[Merged]:
+    """Ours: `A_n + C`, C the least-squares stand-in for what the blocks before add, made from x_n alone.
 
     `C = argmin E|t - C x_n|^2 + ridge |C - T|^2`, where t is `A_n x_{n-1}` (`input`) or `sum_{k>=1} A_{n-k} x_{n-k}`
     (`middle`) and T is A_n or `sum_{k>=1} A_{n-k}`: equal inputs merge exactly.
     """
     merged = []
-    for n, block in enumerate(chain):
-        if n == 0:
-            merged.append(Merged(block.a, block.b * (1 + head), head))
+    for block in chain:
+        if not block.before:
+            merged.append(block.scaled(block.head))
             continue
-        guess = neighbour_sum(chain, n, reach, middle)
         fitted = fit(block.moments.gap_x, block.moments.second).to(block.a)
-        merged.append(Merged(block.a + guess + fitted, block.b, None, fitted=fitted))
+        merged.append(Merged(block.a + block.guess() + fitted, block.b, None, fitted=fitted))
     return merged
 
 
-def merge_block(chain: list[Factors], reach: int | None, max_rank: int | None = None) -> list[Merged]:
-    """Exact: `A* = [A_n; ...; A_{n-m}]`, `B* = [B_n, ..., B_{n-m}]` (Eq. 5), of rank (m + 1) r, cut to `max_rank`."""
+def merge_exact(chain: list[Factors]) -> list[Merged]:
+    """`A* = [A_n; ...; A_{n-m}]`, `B* = [B_n, ..., B_{n-m}]` (Eq. 5), of rank (m + 1) r."""
     merged = []
-    for n in range(len(chain)):
-        stacked = [chain[k] for k in range(n, _first(n, reach) - 1, -1)]
-        device = stacked[0].a.device
-        a = torch.cat([block.a.to(device) for block in stacked])
-        b = torch.cat([block.b.to(device) for block in stacked], dim=1)
-        notes: tuple[str, ...] = ()
-        if max_rank is not None and a.shape[0] > max_rank:
-            a, b, loss = truncate(a, b, max_rank)
-            notes = (f"{chain[n].name}: rank {len(stacked) * chain[n].a.shape[0]} cut to {max_rank} loses {loss:.3%}",)
-        merged.append(Merged(a, b, None, notes))
+    for block in chain:
+        stacked = [block, *(chain[k] for k in block.before)]
+        device = block.a.device
+        a = torch.cat([other.a.to(device) for other in stacked])
+        b = torch.cat([other.b.to(device) for other in stacked], dim=1)
+        merged.append(Merged(a, b))
     return merged
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A merge: what it computes, and what it must know before."""
+
+    merge: Callable[[list[Factors]], list[Merged]]
+    """From a chain, front to back, to one result for each block."""
+    norms: bool = False
+    """Whether it needs f_n of every block."""
+    fits: bool = False
+    """Whether it needs calibration, with the second moments of every block's input."""
+
+
+MERGES = {
+    "none": Method(merge_none),
+    "input": Method(merge_input, norms=True),
+    "weights": Method(merge_weights),
+    "lstsq": Method(merge_lstsq, fits=True),
+}
+"""The merges by name; a shortcut may have others (`reslora.shortcuts`)."""
+
+METHODS = ("auto", *MERGES)
 
 
 # -- their parts -----------------------------------------------------------------------------------------------------
 
 
-def neighbour_sum(chain: list[Factors], n: int, reach: int | None, middle: bool) -> torch.Tensor:
-    """What block n's neighbours would add if all inputs were equal: A_n (`input`), `sum_{k>=1} A_{n-k}` (`middle`)."""
-    a = chain[n].a
-    return sum(chain[k].a.to(a) for k in range(_first(n, reach), n)) if middle else a
+def neighbours(n: int, reach: int | None) -> range:
+    """Where the blocks are that take part in block n: n-1, n-2, ... n-m with `m = min(reach, n)`."""
+    first = 0 if reach is None else max(0, n - reach)
+    return range(n - 1, first - 1, -1)
 
 
 def fit(gap_x: torch.Tensor, second: Second) -> torch.Tensor:
@@ -232,6 +251,15 @@ def merged_norm(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling:
     dtype = torch.promote_types(weight.dtype, torch.float32)
     b, a = b.to(weight.device, dtype), a.to(weight.device, dtype)
     return float(torch.linalg.vector_norm(torch.addmm(weight.to(dtype), b, a, alpha=scaling)))
+
+
+def cut(block: Factors, merged: Merged, rank: int) -> Merged:
+    """`merged` with at most that rank, and a note of what is lost."""
+    if merged.a.shape[0] <= rank:
+        return merged
+    a, b, loss = truncate(merged.a, merged.b, rank)
+    note = f"{block.name}: rank {merged.a.shape[0]} cut to {rank} loses {loss:.3%}"
+    return Merged(a, b, merged.alpha, (*merged.notes, note))
 
 
 def truncate(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
@@ -254,8 +282,6 @@ def relative_error(block: Factors, merged: Merged) -> float:
     Both outputs are B times an r-wide vector, so the norms are traces against the Gram matrix of B.
     """
     moments = block.moments
-    if moments.output > 0:
-        return (moments.miss / moments.output) ** 0.5
     if isinstance(moments.handed_handed, float):
         return 0.0  # nothing is handed to this block, or it merges exactly
     b = _precise(block.b)
@@ -283,6 +309,5 @@ def _ratio(numerator: float, denominator: float) -> float:
     return numerator / denominator if numerator > 0 and denominator > 0 else 1.0
 
 
-def _first(n: int, reach: int | None) -> int:
-    """Index of the first block that takes part in block n."""
-    return 0 if reach is None else max(0, n - reach)
+def _zero_norm(block: Factors) -> str:
+    return f"{block.name}: zero norm, alpha* = 1"

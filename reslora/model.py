@@ -19,15 +19,8 @@ from .calibration import Calibrator
 from .chains import Chain, Chains, base_model, chains, lora_layers, merges_itself
 from .config import ResLoraConfig
 from .merging import Factors, Merged
-from .shortcuts import (
-    BlockShortcut,
-    CastUnlessAutocast,
-    InputShortcut,
-    MiddleShortcut,
-    Shortcut,
-    Wires,
-    merge_refused,
-)
+from .shortcuts import shortcut_class
+from .shortcuts.state import CastUnlessAutocast, Shortcut, Wires, merge_refused
 
 
 @dataclasses.dataclass
@@ -39,6 +32,11 @@ class Connection:
     chains: Chains
     wires: Wires
     handles: list = dataclasses.field(default_factory=list)
+
+    @property
+    def shortcut(self) -> type[Shortcut] | None:
+        """The class of its wired blocks; None if nothing is wired."""
+        return shortcut_class(self.config.shortcut) if self.config.wired else None
 
     def alive(self, base: nn.Module) -> bool:
         """Whether the layers it has wired are still on the model: an adapter can be deleted, unloaded or replaced."""
@@ -118,7 +116,7 @@ def connect(
         )
     layers = lora_layers(base, adapter_name)
     refuse_merged(layers)
-    if config.wired and config.shortcut == "block":
+    if config.wired and shortcut_class(config.shortcut).raises_rank:
         _refuse_changed_base(base.peft_config[adapter_name])
     plan = _plan(base, config, adapter_name, example_inputs)
     attach_wires(base, config, adapter_name, plan)
@@ -136,7 +134,7 @@ def attach_wires(base: nn.Module, config: ResLoraConfig, adapter_name: str, plan
         for name, layer in _merged_by_peft(base):
             # PEFT merges layer by layer: without this, plain layers would be merged before the first wired one refuses.
             layer.merge = layer.unmerge = functools.partial(_refuse_merge, name)
-        if config.shortcut != "block":
+        if connection.shortcut.carries:
             connection.handles = [
                 base.register_forward_pre_hook(wires.begin),
                 base.register_forward_hook(wires.end, always_call=True),
@@ -253,26 +251,18 @@ def _plan(base: nn.Module, config: ResLoraConfig, adapter_name: str, example_inp
 
 def _recorded(plan: Chains, config: ResLoraConfig) -> list[str]:
     """Names of the blocks whose norms a merge can ask for."""
-    if config.shortcut not in ("input", "middle") or not config.wired:
+    if not config.wired or not shortcut_class(config.shortcut).carries:
         return []
     return [block.name for chain in plan if len(chain) > 1 for block in chain]
 
 
 def _wire(chain: Chain, layers: dict[str, LoraLayer], connection: Connection) -> None:
-    adapter, config = connection.adapter_name, connection.config
+    adapter = connection.adapter_name
     names = [block.name for block in chain]
-    for n, name in enumerate(names):
-        first = 0 if config.reach is None else max(0, n - config.reach)
-        before = names[first:n][::-1]  # n-1, n-2, ... n-m
-        layer = layers[name]
-        if config.shortcut == "input":
-            following = layers[names[n + 1]].lora_A[adapter] if n + 1 < len(names) else None
-            variant = InputShortcut(connection.wires, name, before[0] if before else None, following, config.head)
-        elif config.shortcut == "block":
-            factors = [(layers[other].lora_A[adapter], layers[other].lora_B[adapter]) for other in before]
-            variant = BlockShortcut(connection.wires, name, factors)
-        else:
-            variant = MiddleShortcut(connection.wires, name, before, hands_on=n + 1 < len(names))
+    wired = [layers[name] for name in names]
+    factors = [(layer.lora_A[adapter], layer.lora_B[adapter]) for layer in wired]
+    variants = connection.shortcut.wire(connection.wires, names, factors, connection.config)
+    for layer, variant in zip(wired, variants, strict=True):
         layer.lora_variant[adapter] = variant
         layer.cast_input_dtype_enabled = CastUnlessAutocast(layer.cast_input_dtype_enabled)
 
@@ -333,7 +323,7 @@ def merge(
     layers = lora_layers(base, adapter_name)
     refuse_merged(layers)
     _refuse_nonfinite(layers, adapter_name)
-    plan = [_factors(chain, layers, adapter_name) for chain in connection.chains] if connection.config.wired else []
+    plan = [_factors(chain, layers, connection) for chain in connection.chains] if connection.shortcut else []
     with torch.no_grad():
         merged = _merge_chains(base, plan, method, connection, calibration, max_rank)
         report = _report(connection, method, plan, merged, calibration is not None)
@@ -345,32 +335,31 @@ def merge(
     return report
 
 
-def _resolve(method: str, connection: Connection, calibration: object, max_rank: int | None) -> str:
-    """The method that will run, after checking that it can."""
-    if method not in merging.METHODS:
-        raise ValueError(f"method={method!r} is not one of {', '.join(map(repr, merging.METHODS))}")
-    shortcut = connection.config.shortcut
+def _resolve(name: str, connection: Connection, calibration: object, max_rank: int | None) -> str:
+    """The name of the merge that will run, after checking that it can."""
+    if name not in merging.METHODS:
+        raise ValueError(f"method={name!r} is not one of {', '.join(map(repr, merging.METHODS))}")
+    shortcut = connection.shortcut
     if max_rank is not None:
         if not isinstance(max_rank, int) or isinstance(max_rank, bool) or max_rank < 1:
             raise ValueError(f"max_rank={max_rank!r} must be an integer of at least 1")
-        if shortcut != "block":
-            raise ValueError(f"max_rank={max_rank} is for block-shortcuts; a {shortcut!r} merge keeps the rank")
-    if not connection.config.wired or method == "none":
+        if shortcut is None or not shortcut.raises_rank:
+            kept = connection.config.shortcut
+            raise ValueError(f"max_rank={max_rank} is for block-shortcuts; a {kept!r} merge keeps the rank")
+    if shortcut is None or name == "none":
         return "none"
-    if shortcut == "block":
-        return "exact"
     means = connection.wires.norms.means().values()
     recorded = bool(means) and all(map(math.isfinite, means))
-    if method == "auto":
-        return "lstsq" if calibration is not None else "input" if recorded else "weights"
-    if method == "lstsq" and calibration is None:
-        raise ValueError("method='lstsq' needs calibration=, an iterable of dicts of the base model's arguments")
-    if method == "input" and calibration is None and not recorded:
+    resolved = shortcut.resolve(name, calibration is not None, recorded)
+    method = shortcut.merges[resolved]
+    if method.fits and calibration is None:
+        raise ValueError(f"method={name!r} needs calibration=, an iterable of dicts of the base model's arguments")
+    if method.norms and calibration is None and not recorded:
         raise ValueError(
-            "method='input' needs norms of every block: train with ResLoraConfig(window=...) above 0, or give "
+            f"method={name!r} needs norms of every block: train with ResLoraConfig(window=...) above 0, or give "
             "calibration="
         )
-    return method
+    return resolved
 
 
 def _refuse_nonfinite(layers: dict[str, LoraLayer], adapter_name: str) -> None:
@@ -386,17 +375,20 @@ def _refuse_nonfinite(layers: dict[str, LoraLayer], adapter_name: str) -> None:
                 raise ValueError(f"{name} has NaN or infinity in its {part}: resume from an earlier checkpoint")
 
 
-def _factors(chain: Chain, layers: dict[str, LoraLayer], adapter_name: str) -> list[Factors]:
-    return [
+def _factors(chain: Chain, layers: dict[str, LoraLayer], connection: Connection) -> list[Factors]:
+    adapter = connection.adapter_name
+    found = [
         Factors(
             name=block.name,
-            a=layers[block.name].lora_A[adapter_name].weight.detach(),
-            b=layers[block.name].lora_B[adapter_name].weight.detach(),
-            scaling=layers[block.name].scaling[adapter_name],
+            a=layers[block.name].lora_A[adapter].weight.detach(),
+            b=layers[block.name].lora_B[adapter].weight.detach(),
+            scaling=layers[block.name].scaling[adapter],
             weight=functools.partial(_base_weight, layers[block.name]),
         )
         for block in chain
     ]
+    connection.shortcut.relate(found, connection.config)
+    return found
 
 
 def _base_weight(layer: LoraLayer) -> torch.Tensor:
@@ -408,33 +400,26 @@ def _base_weight(layer: LoraLayer) -> torch.Tensor:
 def _merge_chains(
     base: nn.Module,
     plan: list[list[Factors]],
-    method: str,
+    name: str,
     connection: Connection,
     calibration: Iterable[Mapping] | None,
     max_rank: int | None,
 ) -> list[list[Merged]]:
     """Merges every chain; methods that need no statistics first, so that calibration can measure what they lose."""
-    config = connection.config
-    middle = config.shortcut == "middle"
-    head = 1.0 if config.shortcut == "input" and config.head == "repeat" else 0.0
-    early = {
-        "none": lambda chain: merging.merge_none(chain),
-        "exact": lambda chain: merging.merge_block(chain, config.reach, max_rank),
-        "weights": lambda chain: merging.merge_weights(chain, config.reach, head, middle),
-    }
-    late = {
-        "input": lambda chain: merging.merge_input(chain, config.reach, head),
-        "lstsq": lambda chain: merging.merge_lstsq(chain, config.reach, head, middle),
-    }
-    merged = [early[method](chain) for chain in plan] if method in early else None
-    if calibration is not None and plan:
-        calibrator = Calibrator(plan, merged, config, method)
-        calibrator.read(base, connection.wires, calibration)
-    elif method == "input":
+    if not plan:
+        return []
+    method = connection.shortcut.merges[name]
+    merged = None if method.norms or method.fits else [method.merge(chain) for chain in plan]
+    if merged is not None and max_rank is not None:
+        pairs = (zip(chain, results, strict=True) for chain, results in zip(plan, merged, strict=True))
+        merged = [[merging.cut(block, result, max_rank) for block, result in chain] for chain in pairs]
+    if calibration is not None:
+        Calibrator(plan, merged, connection.shortcut, method.fits).read(base, connection.wires, calibration)
+    elif method.norms:
         means = connection.wires.norms.means()
         for block in (block for chain in plan if len(chain) > 1 for block in chain):
             block.norm = means[block.name]
-    return merged if merged is not None else [late[method](chain) for chain in plan]
+    return [method.merge(chain) for chain in plan] if merged is None else merged
 
 
 def _report(
@@ -443,7 +428,7 @@ def _report(
     blocks, notes = [], []
     for chain, factors, results in zip(connection.chains, plan, merged, strict=False):
         for block, factor, result in zip(chain, factors, results, strict=True):
-            error = merging.relative_error(factor, result) if calibrated else None
+            error = connection.shortcut.error(factor, result) if calibrated else None
             blocks.append(BlockReport(block.name, block.role, result.alpha, result.a.shape[0], error))
             notes += result.notes
     return MergeReport(method, connection.config.shortcut, tuple(blocks), tuple(dict.fromkeys(notes)))

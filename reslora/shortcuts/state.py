@@ -1,7 +1,7 @@
-"""Eqs. 1-4 as LoRA variants, and the state that lives for one forward.
+"""What all shortcuts share: the state that lives for one forward, and the base of the LoRA variants.
 
-PEFT computes the frozen layer and asks the layer's *variant* for the rest. The variants here add the low-rank product
-of the paper's equations; `Wires` is what the variants of one model share. Notation as in the paper: block n has A_n
+PEFT computes the frozen layer and asks the layer's *variant* for the rest. The variants add the low-rank product of
+the paper's equations; `Wires` is what the variants of one model share. Notation as in the paper: block n has A_n
 (r x p), B_n (q x r) and the scaling s_n; x_n (batch x tokens x p) is its input.
 
 The second product carries s and accumulates into the frozen layer's output, so that nothing q-wide is written twice.
@@ -9,12 +9,19 @@ The second product carries s and accumulates into the frozen layer's output, so 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora.layer import LoraVariant
 from torch import nn
+
+from ..merging import MERGES, Factors, Merged, Method, Moments, neighbours, relative_error
+
+if TYPE_CHECKING:
+    from ..config import ResLoraConfig
 
 _CHECKPOINTING = (
     "call reslora.enable_gradient_checkpointing(model), and leave gradient checkpointing of the trainer off"
@@ -89,11 +96,11 @@ class Wires:
     def __init__(self, names: list[str], window: int) -> None:
         self.state: State | None = None
         self.norms = NormWindow(names, window)
-        self.observer = None  # called as observer(variant, layer, x, own, handed) while merging calibrates
+        self.observer = None  # called as observer(variant, x, own, handed) while merging calibrates
 
     def begin(self, module: nn.Module, args: tuple) -> None:
         """Forward pre-hook of the base model: a fresh state."""
-        _refuse_replica(module)
+        refuse_replica(module)
         recording = self.norms.window > 0 and bool(self.norms.names) and module.training and torch.is_grad_enabled()
         self.state = State(recording=recording)
 
@@ -154,16 +161,79 @@ class CastUnlessAutocast:
 
 
 class Shortcut(LoraVariant):
-    """A wired block; subclasses compute one of the paper's equations.
+    """A wired block; subclasses compute one of the paper's equations, and say how it is wired and merged.
 
     Neighbours are held as their A and B modules rather than as LoRA layers: those are leaves, so copying or pickling a
     model does not walk along a whole chain.
     """
 
+    carries: ClassVar[bool] = True
+    """Whether blocks hand activations on, which needs a state for each forward, and norms of them for merges."""
+    raises_rank: ClassVar[bool] = False
+    """Whether a merge changes ranks."""
+    merges: ClassVar[Mapping[str, Method]] = MERGES
+    """The merges it has, by the name that the report shows."""
+
     def __init__(self, wires: Wires, name: str) -> None:
         self.wires = wires
         self.name = name
         self.records = name in wires.norms.names
+
+    # -- wiring: what a subclass says of a whole chain -----------------------------------------------------------------
+
+    @classmethod
+    def reach(cls, pre_num: int) -> int | None:
+        """Blocks before the current one that take part (the m of the equations before clipping); None: all of them."""
+        return None if pre_num == -1 else pre_num
+
+    @classmethod
+    def wire(cls, wires: Wires, names: Sequence[str], factors: Sequence[tuple], config: ResLoraConfig) -> list:
+        """One variant for each block of a chain, whose A and B modules are `factors`."""
+        raise NotImplementedError
+
+    # -- merging: what the methods of `reslora.merging` need to know ---------------------------------------------------
+
+    @classmethod
+    def resolve(cls, method: str, calibrated: bool, recorded: bool) -> str:
+        """The name of the merge that `method` (any but `none`) means, given calibration or recorded norms."""
+        if method == "auto":
+            return "lstsq" if calibrated else "input" if recorded else "weights"
+        return method
+
+    @classmethod
+    def relate(cls, chain: list[Factors], config: ResLoraConfig) -> None:
+        """Tells every block of a chain which blocks before it take part, and what it multiplies their inputs by."""
+        for n, block in enumerate(chain):
+            block.before = neighbours(n, config.reach)
+            block.fold = cls.fold
+
+    @classmethod
+    def fold(cls, block: Factors, alphas: list[float]) -> Merged:
+        """`block` as plain LoRA where `x_{n-k} ~ alphas[k-1] x_n` (Eqs. 10-11, 13); no alphas for a head."""
+        raise NotImplementedError
+
+    @classmethod
+    def moments(cls, block: Factors, merged: Merged | None, fits: bool) -> Moments:
+        """Empty moments; `merged` is the block's merge where that needs no calibration."""
+        if fits and block.before:
+            return Moments(block.guess())
+        changed = merged is not None and merged.a is not block.a
+        return Moments(merged.a - block.a if changed else None)
+
+    def measure(self, block: Factors, merged: Merged | None, x, own, handed) -> None:
+        """Adds one calibration forward: `x` (tokens x p), and what the forward gave `_observe`."""
+        block.moments.add(x, own, handed, torch.linalg.vector_norm(self.normed(x, own)))
+
+    def normed(self, x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        """Of what f_n is the norm: the block's input, or its own `A_n x_n`."""
+        return x
+
+    @classmethod
+    def error(cls, block: Factors, merged: Merged) -> float:
+        """`|merged - unmerged| / |unmerged LoRA output|` on the calibration batches."""
+        return relative_error(block, merged)
+
+    # -- what PEFT calls -----------------------------------------------------------------------------------------------
 
     def supports_lora_conversion(self) -> bool:
         """A wired block is no weight update of its own layer."""
@@ -180,6 +250,8 @@ class Shortcut(LoraVariant):
     def unmerge(self, module: nn.Module, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
         """There is nothing PEFT could have merged: raises `RuntimeError`."""
         raise merge_refused(self.name)
+
+    # -- parts of a forward --------------------------------------------------------------------------------------------
 
     def _running(self) -> State:
         """The state of the running forward; raises rather than computing something wrong."""
@@ -227,102 +299,9 @@ class Shortcut(LoraVariant):
             state.normed = (value, norm)
         state.norms[self.name] = norm
 
-    def _observe(self, module: nn.Module, x: torch.Tensor, own: torch.Tensor, handed: torch.Tensor | None) -> None:
+    def _observe(self, x: torch.Tensor, own: torch.Tensor, handed: torch.Tensor | None) -> None:
         if self.wires.observer is not None:
-            self.wires.observer(self, module, x, own, handed)
-
-
-class InputShortcut(Shortcut):
-    """ResLoRA_is: `W_n x_n + s_n B_n A_n (x_n + x_{n-1})` (Eq. 2).
-
-    x_{n-1} is not kept: block n-1 computes `[A_{n-1}; A_n] x_{n-1}` in one product and hands on the r-wide half.
-    """
-
-    def __init__(self, wires: Wires, name: str, previous: str | None, following: nn.Linear | None, head: str) -> None:
-        super().__init__(wires, name)
-        self.previous = previous
-        self.following = following
-        self.repeats = previous is None and head == "repeat"
-
-    def forward(self, module: nn.Module, *, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs):
-        """`x` (batch x tokens x p) and the frozen layer's `result` (batch x tokens x q) to the block's output."""
-        state = self._running()
-        lora_a = module.lora_A[active_adapter]
-        shape = (lora_a.out_features, lora_a.in_features)
-        weight = whole_weight(lora_a, shape, x, self.name)
-        x = cast(x, weight)
-        self._record(state, x)
-        dropped = rows(module.lora_dropout[active_adapter](x))
-        if self.following is None:
-            own = F.linear(dropped, weight)
-        else:
-            both = torch.cat((weight, whole_weight(self.following, shape, x, self.name)))
-            own, handed_on = F.linear(dropped, both).split(shape[0], dim=1)
-            state.handed[self.name] = handed_on, x.shape[:-1]
-        hidden, scaling = own, module.scaling[active_adapter]
-        handed = None
-        if self.previous is not None:
-            handed = self._take(state, self.previous, x)
-            hidden = own + handed
-        elif self.repeats:
-            handed, scaling = own, 2 * scaling
-        self._observe(module, x, own, handed)
-        return add_product(result, hidden, module.lora_B[active_adapter], scaling)
-
-
-class BlockShortcut(Shortcut):
-    """ResLoRA_bs: `W_n x_n + s_n (sum_{k=0..m} B_{n-k} A_{n-k}) x_n` (Eq. 3).
-
-    Two products whatever m is: `[B_n, ..., B_{n-m}] [A_n; ...; A_{n-m}] x_n`. Needs no state.
-    """
-
-    def __init__(self, wires: Wires, name: str, previous: list[tuple[nn.Linear, nn.Linear]]) -> None:
-        super().__init__(wires, name)
-        self.previous = previous
-
-    def forward(self, module: nn.Module, *, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs):
-        """`x` (batch x tokens x p) and the frozen layer's `result` (batch x tokens x q) to the block's output."""
-        _refuse_replica(module)
-        lora_a, lora_b = module.lora_A[active_adapter], module.lora_B[active_adapter]
-        shape_a, shape_b = (lora_a.out_features, lora_a.in_features), (lora_b.out_features, lora_b.in_features)
-        weight_a = whole_weight(lora_a, shape_a, x, self.name)
-        weight_b = whole_weight(lora_b, shape_b, x, self.name)
-        x = cast(x, weight_a)
-        dropped = module.lora_dropout[active_adapter](x)
-        if self.previous:
-            a = [whole_weight(a, shape_a, x, self.name) for a, _ in self.previous]
-            b = [whole_weight(b, shape_b, x, self.name) for _, b in self.previous]
-            weight_a, weight_b = torch.cat((weight_a, *a)), torch.cat((weight_b, *b), dim=1)
-        self._observe(module, x, weight_a, weight_b)
-        hidden = F.linear(rows(dropped), weight_a)
-        return add_scaled(result, hidden, weight_b, module.scaling[active_adapter])
-
-
-class MiddleShortcut(Shortcut):
-    """ResLoRA_ms: `W_n x_n + s_n B_n (sum_{k=0..m} A_{n-k} x_{n-k})` (Eq. 4): adds r-wide vectors."""
-
-    def __init__(self, wires: Wires, name: str, previous: list[str], hands_on: bool) -> None:
-        super().__init__(wires, name)
-        self.previous = previous
-        self.hands_on = hands_on
-
-    def forward(self, module: nn.Module, *, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs):
-        """`x` (batch x tokens x p) and the frozen layer's `result` (batch x tokens x q) to the block's output."""
-        state = self._running()
-        lora_a, dropout = module.lora_A[active_adapter], module.lora_dropout[active_adapter]
-        x = cast(x, lora_a.weight)
-        own = lora_a(rows(dropout(x)))
-        if state.norms is not None:
-            self._record(state, own if _passes(dropout) else _without_gradient(lora_a, x))
-        if self.hands_on:
-            state.handed[self.name] = own, x.shape[:-1]
-        handed = None
-        for source in self.previous:
-            value = self._take(state, source, x)
-            handed = value if handed is None else handed + value
-        self._observe(module, x, own, handed)
-        hidden = own if handed is None else own + handed
-        return add_product(result, hidden, module.lora_B[active_adapter], module.scaling[active_adapter])
+            self.wires.observer(self, x, own, handed)
 
 
 def cast(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -376,17 +355,7 @@ def merge_refused(name: str) -> RuntimeError:
     )
 
 
-def _without_gradient(lora_a: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return lora_a(x)
-
-
-def _passes(dropout: nn.Module) -> bool:
-    """Whether a dropout module hands its input through unchanged."""
-    return isinstance(dropout, nn.Identity) or not dropout.training
-
-
-def _refuse_replica(module: nn.Module) -> None:
+def refuse_replica(module: nn.Module) -> None:
     if "_former_parameters" in vars(module):
         raise RuntimeError(
             "nn.DataParallel runs copies of the layers, whose neighbours are not copied: use DistributedDataParallel, "

@@ -1,0 +1,78 @@
+"""The block-shortcut, ResLoRA_bs: a block also applies the A and B of the blocks before it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..merging import MERGES, Factors, Merged, Method, Moments, merge_exact, neighbours
+from .state import Shortcut, Wires, add_scaled, cast, refuse_replica, rows, whole_weight
+
+if TYPE_CHECKING:
+    from ..config import ResLoraConfig
+
+
+class BlockShortcut(Shortcut):
+    """ResLoRA_bs: `W_n x_n + s_n (sum_{k=0..m} B_{n-k} A_{n-k}) x_n` (Eq. 3).
+
+    Two products whatever m is: `[B_n, ..., B_{n-m}] [A_n; ...; A_{n-m}] x_n`. Needs no state.
+    """
+
+    carries = False
+    raises_rank = True
+    merges: ClassVar = {"none": MERGES["none"], "exact": Method(merge_exact)}
+
+    def __init__(self, wires: Wires, name: str, previous: list[tuple[nn.Linear, nn.Linear]]) -> None:
+        super().__init__(wires, name)
+        self.previous = previous
+
+    @classmethod
+    def wire(cls, wires: Wires, names: Sequence[str], factors: Sequence[tuple], config: ResLoraConfig) -> list:
+        """One variant for each block of a chain: each knows the A and B of those before it."""
+        before = ([factors[k] for k in neighbours(n, config.reach)] for n in range(len(names)))
+        return [cls(wires, name, previous) for name, previous in zip(names, before, strict=True)]
+
+    def forward(self, module: nn.Module, *, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs):
+        """`x` (batch x tokens x p) and the frozen layer's `result` (batch x tokens x q) to the block's output."""
+        refuse_replica(module)
+        lora_a, lora_b = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        shape_a, shape_b = (lora_a.out_features, lora_a.in_features), (lora_b.out_features, lora_b.in_features)
+        weight_a = whole_weight(lora_a, shape_a, x, self.name)
+        weight_b = whole_weight(lora_b, shape_b, x, self.name)
+        x = cast(x, weight_a)
+        dropped = module.lora_dropout[active_adapter](x)
+        if self.previous:
+            a = [whole_weight(a, shape_a, x, self.name) for a, _ in self.previous]
+            b = [whole_weight(b, shape_b, x, self.name) for _, b in self.previous]
+            weight_a, weight_b = torch.cat((weight_a, *a)), torch.cat((weight_b, *b), dim=1)
+        self._observe(x, weight_a, weight_b)
+        hidden = F.linear(rows(dropped), weight_a)
+        return add_scaled(result, hidden, weight_b, module.scaling[active_adapter])
+
+    @classmethod
+    def resolve(cls, method: str, calibrated: bool, recorded: bool) -> str:
+        """Exact, whatever the method."""
+        return "exact"
+
+    @classmethod
+    def moments(cls, block: Factors, merged: Merged | None, fits: bool) -> Moments:
+        """There is nothing to fit."""
+        return Moments()
+
+    def measure(self, block: Factors, merged: Merged | None, x, own, handed) -> None:
+        """Only a merge cut to a rank misses anything; `own` and `handed` are the stacked A and B."""
+        block.moments.add(x, x @ own[:1].to(x).t(), None, torch.linalg.vector_norm(x))
+        if merged.a.shape != own.shape:
+            whole = x @ own.to(x).t() @ handed.to(x).t()
+            cut = x @ merged.a.to(x).t() @ merged.b.to(x).t()
+            block.moments.measure(whole, cut - whole)
+
+    @classmethod
+    def error(cls, block: Factors, merged: Merged) -> float:
+        """Zero, but for what a cut to a rank loses."""
+        moments = block.moments
+        return (moments.miss / moments.output) ** 0.5 if moments.output > 0 else 0.0

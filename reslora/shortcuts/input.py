@@ -1,0 +1,80 @@
+"""The input-shortcut, ResLoRA_is: a block also takes the input of the block before it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..merging import Factors, Merged
+from .state import Shortcut, Wires, add_product, cast, rows, whole_weight
+
+if TYPE_CHECKING:
+    from ..config import ResLoraConfig
+
+
+class InputShortcut(Shortcut):
+    """ResLoRA_is: `W_n x_n + s_n B_n A_n (x_n + x_{n-1})` (Eq. 2).
+
+    x_{n-1} is not kept: block n-1 computes `[A_{n-1}; A_n] x_{n-1}` in one product and hands on the r-wide half.
+    """
+
+    def __init__(self, wires: Wires, name: str, previous: str | None, following: nn.Linear | None, head: str) -> None:
+        super().__init__(wires, name)
+        self.previous = previous
+        self.following = following
+        self.repeats = previous is None and head == "repeat"
+
+    @classmethod
+    def reach(cls, pre_num: int) -> int:
+        """One block, whatever `pre_num` says."""
+        return 1
+
+    @classmethod
+    def wire(cls, wires: Wires, names: Sequence[str], factors: Sequence[tuple], config: ResLoraConfig) -> list:
+        """One variant for each block of a chain: each knows the name before it and the A behind it."""
+        previous = [None, *names[:-1]]
+        following = [*(a for a, _ in factors[1:]), None]
+        rows = zip(names, previous, following, strict=True)
+        return [cls(wires, name, before, after, config.head) for name, before, after in rows]
+
+    def forward(self, module: nn.Module, *, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs):
+        """`x` (batch x tokens x p) and the frozen layer's `result` (batch x tokens x q) to the block's output."""
+        state = self._running()
+        lora_a = module.lora_A[active_adapter]
+        shape = (lora_a.out_features, lora_a.in_features)
+        weight = whole_weight(lora_a, shape, x, self.name)
+        x = cast(x, weight)
+        self._record(state, x)
+        dropped = rows(module.lora_dropout[active_adapter](x))
+        if self.following is None:
+            own = F.linear(dropped, weight)
+        else:
+            both = torch.cat((weight, whole_weight(self.following, shape, x, self.name)))
+            own, handed_on = F.linear(dropped, both).split(shape[0], dim=1)
+            state.handed[self.name] = handed_on, x.shape[:-1]
+        hidden, scaling = own, module.scaling[active_adapter]
+        handed = None
+        if self.previous is not None:
+            handed = self._take(state, self.previous, x)
+            hidden = own + handed
+        elif self.repeats:
+            handed, scaling = own, 2 * scaling
+        self._observe(x, own, handed)
+        return add_product(result, hidden, module.lora_B[active_adapter], scaling)
+
+    @classmethod
+    def relate(cls, chain: list[Factors], config: ResLoraConfig) -> None:
+        """A_n multiplies x_{n-1} too; a head that repeats its input merges exactly with alpha* = 1."""
+        super().relate(chain, config)
+        for block in chain:
+            block.parts = [block.a for _ in block.before]
+            block.head = 1.0 if config.head == "repeat" else 0.0
+
+    @classmethod
+    def fold(cls, block: Factors, alphas: list[float]) -> Merged:
+        """`B_n (1 + alpha*)` (Eqs. 10-11)."""
+        return block.scaled(alphas[0] if alphas else block.head)

@@ -1,0 +1,77 @@
+"""The middle-shortcut, ResLoRA_ms: a block also adds the A x of the blocks before it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from ..merging import Factors, Merged, neighbours
+from .state import Shortcut, Wires, add_product, cast, rows
+
+if TYPE_CHECKING:
+    from ..config import ResLoraConfig
+
+
+class MiddleShortcut(Shortcut):
+    """ResLoRA_ms: `W_n x_n + s_n B_n (sum_{k=0..m} A_{n-k} x_{n-k})` (Eq. 4): adds r-wide vectors."""
+
+    def __init__(self, wires: Wires, name: str, previous: list[str], hands_on: bool) -> None:
+        super().__init__(wires, name)
+        self.previous = previous
+        self.hands_on = hands_on
+
+    @classmethod
+    def wire(cls, wires: Wires, names: Sequence[str], factors: Sequence[tuple], config: ResLoraConfig) -> list:
+        """One variant for each block of a chain: each knows the names of those before it."""
+        before = [[names[k] for k in neighbours(n, config.reach)] for n in range(len(names))]
+        return [cls(wires, name, before[n], hands_on=n + 1 < len(names)) for n, name in enumerate(names)]
+
+    def forward(self, module: nn.Module, *, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs):
+        """`x` (batch x tokens x p) and the frozen layer's `result` (batch x tokens x q) to the block's output."""
+        state = self._running()
+        lora_a, dropout = module.lora_A[active_adapter], module.lora_dropout[active_adapter]
+        x = cast(x, lora_a.weight)
+        own = lora_a(rows(dropout(x)))
+        if state.norms is not None:
+            self._record(state, own if _passes(dropout) else _without_gradient(lora_a, x))
+        if self.hands_on:
+            state.handed[self.name] = own, x.shape[:-1]
+        handed = None
+        for source in self.previous:
+            value = self._take(state, source, x)
+            handed = value if handed is None else handed + value
+        self._observe(x, own, handed)
+        hidden = own if handed is None else own + handed
+        return add_product(result, hidden, module.lora_B[active_adapter], module.scaling[active_adapter])
+
+    @classmethod
+    def relate(cls, chain: list[Factors], config: ResLoraConfig) -> None:
+        """A_{n-k} multiplies x_{n-k}."""
+        super().relate(chain, config)
+        for block in chain:
+            block.parts = [chain[k].a for k in block.before]
+
+    @classmethod
+    def fold(cls, block: Factors, alphas: list[float]) -> Merged:
+        """`A_n + sum_k alpha_{n-k} A_{n-k}` (Eq. 13)."""
+        if not alphas:
+            return Merged(block.a, block.b, [])
+        total = sum(alpha * part.to(block.a) for alpha, part in zip(alphas, block.parts, strict=True))
+        return Merged(block.a + total, block.b, alphas)
+
+    def normed(self, x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        """f_n is the norm of `A_n x_n` (Eq. 12)."""
+        return own.to(x)
+
+
+def _without_gradient(lora_a: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return lora_a(x)
+
+
+def _passes(dropout: nn.Module) -> bool:
+    """Whether a dropout module hands its input through unchanged."""
+    return isinstance(dropout, nn.Identity) or not dropout.training
