@@ -261,7 +261,8 @@ def _wire(chain: Chain, layers: dict[str, LoraLayer], connection: Connection) ->
     names = [block.name for block in chain]
     wired = [layers[name] for name in names]
     factors = [(layer.lora_A[adapter], layer.lora_B[adapter]) for layer in wired]
-    variants = connection.shortcut.wire(connection.wires, names, factors, connection.config)
+    config = connection.config
+    variants = connection.shortcut.wire(connection.wires, names, factors, config.reach, config.head)
     for layer, variant in zip(wired, variants, strict=True):
         layer.lora_variant[adapter] = variant
         layer.cast_input_dtype_enabled = CastUnlessAutocast(layer.cast_input_dtype_enabled)
@@ -387,7 +388,7 @@ def _factors(chain: Chain, layers: dict[str, LoraLayer], connection: Connection)
         )
         for block in chain
     ]
-    connection.shortcut.relate(found, connection.config)
+    connection.shortcut.relate(found, connection.config.reach, connection.config.head)
     return found
 
 

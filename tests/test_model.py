@@ -481,13 +481,22 @@ def test_gradient_checkpointing_needs_a_connected_model(build):
 # --- imports ----------------------------------------------------------------------------------------------------------
 
 PACKAGE = Path(reslora.__file__).parent
+CORE = ("config", "chains", "tracing", "merging", "calibration", "ranks", "model", "checkpoint", "export", "files")
+CORE_FILES = [*(PACKAGE / f"{name}.py" for name in CORE), *sorted((PACKAGE / "shortcuts").glob("*.py"))]
 
 
-def test_importing_the_library_imports_no_more_than_peft_does():
-    code = "import sys, peft; before = set(sys.modules); import reslora; print(*(set(sys.modules) - before))"
+def test_importing_the_core_imports_no_more_than_peft_does():
+    code = "import sys, peft; before = set(sys.modules); from reslora import *; print(*(set(sys.modules) - before))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "reslora.shortcuts.state" in result.stdout.split()
     packages = {name.split(".")[0] for name in result.stdout.split()}
     assert not packages & {"diffusers", "gradio", "datasets", "accelerate", "torchvision", "matplotlib", "PIL"}
+
+
+def test_the_configuration_is_read_without_torch():
+    code = "import sys, reslora; reslora.ResLoraConfig('block', 4); print(*sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torch", "peft", "transformers"} & set(result.stdout.split())
 
 
 def top_level_imports(path: Path) -> set[str]:
@@ -500,31 +509,30 @@ def top_level_imports(path: Path) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", CORE_FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
 def test_a_module_imports_only_its_declared_dependencies(path):
     allowed = {"torch", "peft", "transformers", "safetensors", "reslora"} | set(sys.stdlib_module_names)
     assert top_level_imports(path) <= allowed
 
 
-LEVELS = {"config": 0, "merging": 0, "chains": 1, "shortcuts": 1, "model": 2, "checkpoint": 3, "export": 4}
-
-
-def package_imports(path: Path) -> set[str]:
-    """The modules of the package that a module of it imports, anywhere in the file."""
+def package_imports(path: Path) -> set[Path]:
+    """The files of the package that a file of it imports, anywhere in it."""
     imported = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.level == 1 or (node.module or "").startswith("reslora")):
-            module = (node.module or "").removeprefix("reslora").strip(".")
-            imported |= {module.split(".")[0]} if module else {alias.name for alias in node.names}
-    return imported
+        if isinstance(node, ast.ImportFrom) and node.level:
+            folder = path.parents[node.level - 1]
+            module = folder.joinpath(*node.module.split(".")) if node.module else folder
+            names = [module] if node.module else [module / alias.name for alias in node.names]
+            imported |= {file for name in names for file in (name.with_suffix(".py"), name / "__init__.py")}
+    return {file for file in imported if file.exists()}
 
 
 def test_imports_inside_the_package_go_one_way():
-    graph = {path.stem: package_imports(path) for path in PACKAGE.glob("[!_]*.py")}
+    """No circle, and the core knows nothing of what is built on it."""
+    graph = {path: package_imports(path) for path in PACKAGE.rglob("*.py")}
     graphlib.TopologicalSorter(graph).prepare()  # raises on a cycle
-    assert LEVELS.keys() <= graph.keys()
-    for name, level in LEVELS.items():
-        assert all(LEVELS.get(other, 0) <= level for other in graph[name])
+    for path in CORE_FILES:
+        assert graph[path] <= {*CORE_FILES, PACKAGE / "errors.py"}, path
 
 
 def test_the_public_names_are_the_documented_ones():

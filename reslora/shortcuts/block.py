@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +11,6 @@ from torch import nn
 
 from ..merging import MERGES, Factors, Merged, Method, Moments, merge_exact, neighbours
 from .state import Shortcut, Wires, add_scaled, cast, refuse_replica, rows, whole_weight
-
-if TYPE_CHECKING:
-    from ..config import ResLoraConfig
 
 
 class BlockShortcut(Shortcut):
@@ -31,9 +28,9 @@ class BlockShortcut(Shortcut):
         self.previous = previous
 
     @classmethod
-    def wire(cls, wires: Wires, names: Sequence[str], factors: Sequence[tuple], config: ResLoraConfig) -> list:
+    def wire(cls, wires: Wires, names: Sequence[str], factors: Sequence[tuple], reach: int | None, head: str) -> list:
         """One variant for each block of a chain: each knows the A and B of those before it."""
-        before = ([factors[k] for k in neighbours(n, config.reach)] for n in range(len(names)))
+        before = ([factors[k] for k in neighbours(n, reach)] for n in range(len(names)))
         return [cls(wires, name, previous) for name, previous in zip(names, before, strict=True)]
 
     def forward(self, module: nn.Module, *, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs):

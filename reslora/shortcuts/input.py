@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +10,6 @@ from torch import nn
 
 from ..merging import Factors, Merged
 from .state import Shortcut, Wires, add_product, cast, rows, whole_weight
-
-if TYPE_CHECKING:
-    from ..config import ResLoraConfig
 
 
 class InputShortcut(Shortcut):
@@ -34,12 +30,12 @@ class InputShortcut(Shortcut):
         return 1
 
     @classmethod
-    def wire(cls, wires: Wires, names: Sequence[str], factors: Sequence[tuple], config: ResLoraConfig) -> list:
+    def wire(cls, wires: Wires, names: Sequence[str], factors: Sequence[tuple], reach: int | None, head: str) -> list:
         """One variant for each block of a chain: each knows the name before it and the A behind it."""
         previous = [None, *names[:-1]]
         following = [*(a for a, _ in factors[1:]), None]
         rows = zip(names, previous, following, strict=True)
-        return [cls(wires, name, before, after, config.head) for name, before, after in rows]
+        return [cls(wires, name, before, after, head) for name, before, after in rows]
 
     def forward(self, module: nn.Module, *, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs):
         """`x` (batch x tokens x p) and the frozen layer's `result` (batch x tokens x q) to the block's output."""
@@ -67,12 +63,12 @@ class InputShortcut(Shortcut):
         return add_product(result, hidden, module.lora_B[active_adapter], scaling)
 
     @classmethod
-    def relate(cls, chain: list[Factors], config: ResLoraConfig) -> None:
+    def relate(cls, chain: list[Factors], reach: int | None, head: str) -> None:
         """A_n multiplies x_{n-1} too; a head that repeats its input merges exactly with alpha* = 1."""
-        super().relate(chain, config)
+        super().relate(chain, reach, head)
         for block in chain:
             block.parts = [block.a for _ in block.before]
-            block.head = 1.0 if config.head == "repeat" else 0.0
+            block.head = 1.0 if head == "repeat" else 0.0
 
     @classmethod
     def fold(cls, block: Factors, alphas: list[float]) -> Merged:

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from ..merging import Factors, Merged, neighbours
 from .state import Shortcut, Wires, add_product, cast, rows
-
-if TYPE_CHECKING:
-    from ..config import ResLoraConfig
 
 
 class MiddleShortcut(Shortcut):
@@ -24,9 +20,9 @@ class MiddleShortcut(Shortcut):
         self.hands_on = hands_on
 
     @classmethod
-    def wire(cls, wires: Wires, names: Sequence[str], factors: Sequence[tuple], config: ResLoraConfig) -> list:
+    def wire(cls, wires: Wires, names: Sequence[str], factors: Sequence[tuple], reach: int | None, head: str) -> list:
         """One variant for each block of a chain: each knows the names of those before it."""
-        before = [[names[k] for k in neighbours(n, config.reach)] for n in range(len(names))]
+        before = [[names[k] for k in neighbours(n, reach)] for n in range(len(names))]
         return [cls(wires, name, before[n], hands_on=n + 1 < len(names)) for n, name in enumerate(names)]
 
     def forward(self, module: nn.Module, *, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs):
@@ -48,9 +44,9 @@ class MiddleShortcut(Shortcut):
         return add_product(result, hidden, module.lora_B[active_adapter], module.scaling[active_adapter])
 
     @classmethod
-    def relate(cls, chain: list[Factors], config: ResLoraConfig) -> None:
+    def relate(cls, chain: list[Factors], reach: int | None, head: str) -> None:
         """A_{n-k} multiplies x_{n-k}."""
-        super().relate(chain, config)
+        super().relate(chain, reach, head)
         for block in chain:
             block.parts = [chain[k].a for k in block.before]
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +19,6 @@ from peft.tuners.lora.layer import LoraVariant
 from torch import nn
 
 from ..merging import MERGES, Factors, Merged, Method, Moments, neighbours, relative_error
-
-if TYPE_CHECKING:
-    from ..config import ResLoraConfig
 
 _CHECKPOINTING = (
     "call reslora.enable_gradient_checkpointing(model), and leave gradient checkpointing of the trainer off"
@@ -187,7 +184,7 @@ class Shortcut(LoraVariant):
         return None if pre_num == -1 else pre_num
 
     @classmethod
-    def wire(cls, wires: Wires, names: Sequence[str], factors: Sequence[tuple], config: ResLoraConfig) -> list:
+    def wire(cls, wires: Wires, names: Sequence[str], factors: Sequence[tuple], reach: int | None, head: str) -> list:
         """One variant for each block of a chain, whose A and B modules are `factors`."""
         raise NotImplementedError
 
@@ -201,10 +198,10 @@ class Shortcut(LoraVariant):
         return method
 
     @classmethod
-    def relate(cls, chain: list[Factors], config: ResLoraConfig) -> None:
+    def relate(cls, chain: list[Factors], reach: int | None, head: str) -> None:
         """Tells every block of a chain which blocks before it take part, and what it multiplies their inputs by."""
         for n, block in enumerate(chain):
-            block.before = neighbours(n, config.reach)
+            block.before = neighbours(n, reach)
             block.fold = cls.fold
 
     @classmethod
