@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import matplotlib
@@ -131,18 +131,39 @@ def convergence(name: str, results: dict[str, list[dict]]) -> str:
 
 
 def rates(name: str, experiment) -> str:
-    """Where the search's trainings are final ones too: validation loss at each learning rate, seed 0."""
+    """Where the search's trainings are final ones too, so that methods can be compared at equal learning rates: the
+    validation loss, and the steps to LoRA's final loss at the same rate and at its chosen one; seed 0."""
     if len(experiment.rates) < 2 or experiment.script != "train_sd.py":
         return ""
-    rows = []
-    for variant in experiment.variants:
-        cells = []
-        for rate in experiment.rates:
-            path = RESULTS / name / f"{variant.replace(' ', '-')}-lr{rate:g}-seed0.json"
-            found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-            cells.append(f"{curve(found)[-1][1]:.4f}" if found else "—")
-        rows.append([variant, *cells])
-    return table(["validation loss, seed 0, learning rate", *(f"{rate:g}" for rate in experiment.rates)], rows)
+    grid = {variant: [at_rate(name, variant, rate) for rate in experiment.rates] for variant in experiment.variants}
+    parts = [rate_table("validation loss", experiment, grid, lambda result, _: f"{curve(result)[-1][1]:.4f}")]
+    if all(grid.get("lora", [None])):
+        ends = [curve(result)[-1][1] for result in grid["lora"]]
+        chosen = experiment.rates.index(results_of(name, ["lora"])["lora"][0]["rate"])
+        title = f"steps to LoRA's {ends[chosen]:.4f} of its chosen rate"
+        parts.append(rate_table("steps to LoRA's final loss at the same rate", experiment, grid, steps_in_words, ends))
+        parts.append(rate_table(title, experiment, grid, steps_in_words, [ends[chosen]] * len(ends)))
+    return "\n\n".join(parts)
+
+
+def at_rate(name: str, variant: str, rate: float) -> dict | None:
+    path = RESULTS / name / f"{variant.replace(' ', '-')}-lr{rate:g}-seed0.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def rate_table(title: str, experiment, grid: dict, cell_of: Callable, levels: Iterable[float | None] = ()) -> str:
+    """Methods down, learning rates across; a cell shows a training and what it is measured against."""
+    levels = list(levels) or [None] * len(experiment.rates)
+    rows = [
+        [variant, *(cell_of(r, level) if r else "—" for r, level in zip(results, levels, strict=True))]
+        for variant, results in grid.items()
+    ]
+    return table([f"seed 0: {title}", *(f"{rate:g}" for rate in experiment.rates)], rows)
+
+
+def steps_in_words(result: dict, level: float) -> str:
+    steps = steps_to(result, level)
+    return "never" if steps is None else f"{steps:.0f}"
 
 
 def last_row(results: dict[str, list[dict]]) -> dict:
@@ -284,5 +305,6 @@ def state(experiments: dict) -> str:
     rows = []
     for name, experiment in experiments.items():
         files = list((RESULTS / name).glob("*.json"))
-        rows.append([f"`{name}`", experiment.shows, f"{len(files)} trainings" if files else "not run"])
+        done = "measured" if name == "cost" else f"{len(files)} trainings"
+        rows.append([f"`{name}`", experiment.shows, done if files else "not run"])
     return table(["experiment", "stands beside the paper's", "run"], rows)
