@@ -10,7 +10,7 @@ is one run of a trainer (train_sd.py, train_llm.py, train_glue.py) in a process 
 
 The learning rate is chosen for each method alike: the best of at most three on a validation split with seed 0. Then the
 method is trained with three seeds and judged on data that neither the training nor that choice has seen (the bundled
-pipeline: on held-out pictures). `lora_x2`, LoRA with doubled alpha, is the control throughout; on the pipeline and on
+pipeline: on held-out images). `lora_x2`, LoRA with doubled alpha, is the control throughout; on the pipeline and on
 SVAMP there is `lora_x4` as well.
 
 Real models and data come from the hub, or from local folders:
@@ -31,13 +31,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from measured import RESULTS, ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from reslora.files import write_json
 
-from reslora.files import write_json  # noqa: E402
-
-RESULTS, SCRATCH = ROOT / "benchmarks" / "results", ROOT / "runs" / "paper"
+SCRATCH = ROOT / "runs" / "paper"
 LLM, ENCODER = "HuggingFaceTB/SmolLM2-135M-Instruct", "sentence-transformers/all-MiniLM-L6-v2"
 CALIBRATION_SIZES = (8, 32, 128)
 
@@ -99,7 +97,7 @@ def llm(task: str, steps: int, shows: str, variants=MAIN, longest: int = 256, **
     return Experiment("train_llm.py", task, shows, variants, (1e-3,), flags, "loss", **more)
 
 
-PICTURES = (
+IMAGES = (
     *("--max_train_steps", 200, "--checkpointing_steps", 200, "--validation_steps", 20, "--validation_split", 0.2),
     *("--validation_prompt", "sailboat", "--num_inference_steps", 4, "--report_to", "none"),
 )
@@ -109,7 +107,7 @@ BASELINES = ("lora r=16", "adalora", "loha", "lokr")
 EXPERIMENTS = {
     "cost": Experiment("", "", "Table 8", MAIN, (), (), ""),
     "pipeline": Experiment(
-        "train_sd.py", "", "Figure 3", (*MAIN, "lora_x4"), (2e-4, 5e-4, 1e-3), PICTURES, "loss"
+        "train_sd.py", "", "Figure 3", (*MAIN, "lora_x4"), (2e-4, 5e-4, 1e-3), IMAGES, "loss"
     ),
     "sst2": glue("sst2", "accuracy", 240, rates=(2e-3,)),
     "svamp": llm("svamp", 60, "Figure 1, Tables 1, 3, 6, 7 and 9", (*MAIN, "lora_x4"), longest=32),
@@ -216,7 +214,7 @@ def training(name: str, variant: str, rate: float, seed: int, args: argparse.Nam
     method = folder / variant_method(variant) if experiment.script == "train_sd.py" else folder
     result = {"experiment": name, "variant": variant, "rate": rate, "seed": seed, "log": read_log(method / "log.jsonl")}
     if experiment.script == "train_sd.py":
-        result |= {"table": picture_table(flags, method), "norms": norms(method / "pytorch_lora_weights.safetensors")}
+        result |= {"table": image_table(flags, method), "norms": norms(method / "pytorch_lora_weights.safetensors")}
     else:
         result |= condensed(json.loads((folder / "results.json").read_text(encoding="utf-8")))
         result["norms"] = norms(folder / "peft" / "adapter_model.safetensors", scale_of(folder / "peft"))
@@ -343,7 +341,7 @@ def norms(path: Path, scale: float = 1.0) -> dict[str, float]:
     return found
 
 
-def picture_table(flags: list[str], method: Path) -> dict:
+def image_table(flags: list[str], method: Path) -> dict:
     """Held-out denoising loss of a checkpoint, unmerged and merged by every method."""
     import reslora
     import train_sd

@@ -6,15 +6,13 @@ import json
 import re
 import statistics
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import matplotlib
+import matplotlib.pyplot as plt
+from measured import RESULTS, ROOT
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS, REPORT = ROOT / "benchmarks" / "results", ROOT / "RESULTS.md"
+REPORT = ROOT / "RESULTS.md"
 COLORS = {
     "lora": "#8a8f98",
     "lora_x2": "#1971c2",
@@ -32,7 +30,8 @@ def write(experiments: dict) -> None:
     """Fills every marked part of RESULTS.md: `<!-- name -->` to `<!-- /name -->`; what has not run says so."""
     text = REPORT.read_text(encoding="utf-8")
     for name in re.findall(r"<!-- ([a-z0-9_-]+) -->", text):
-        part = cost_table() if name == "cost" else state(experiments) if name == "state" else section(name, experiments)
+        special = {"cost": cost_table, "speed": speed_tables, "state": lambda: state(experiments)}
+        part = special[name]() if name in special else section(name, experiments)
         pattern = rf"(<!-- {name} -->).*?(<!-- /{name} -->)"
         text = re.sub(pattern, lambda m, part=part: f"{m[1]}\n{part}\n{m[2]}", text, flags=re.DOTALL)
     REPORT.write_text(text, encoding="utf-8")
@@ -126,7 +125,7 @@ def convergence(name: str, results: dict[str, list[dict]]) -> str:
         *([f"validation {other}"] if other else []),
     ]
     plot = plot_curves(name, results)
-    head.append(f"steps to LoRA's final loss (of {total})")
+    head.append(f"steps to LoRA's final loss, each at its rate (of {total})")
     return f"{table(head, rows)}\n\n![validation loss by step]({plot})"
 
 
@@ -140,7 +139,7 @@ def rates(name: str, experiment) -> str:
     if all(grid.get("lora", [None])):
         ends = [curve(result)[-1][1] for result in grid["lora"]]
         chosen = experiment.rates.index(results_of(name, ["lora"])["lora"][0]["rate"])
-        title = f"steps to LoRA's {ends[chosen]:.4f} of its chosen rate"
+        title = f"steps to {ends[chosen]:.4f}, LoRA's final loss at its chosen rate"
         parts.append(rate_table("steps to LoRA's final loss at the same rate", experiment, grid, steps_in_words, ends))
         parts.append(rate_table(title, experiment, grid, steps_in_words, [ends[chosen]] * len(ends)))
     return "\n\n".join(parts)
@@ -298,6 +297,38 @@ def cost_table() -> str:
         ]
         rows.append([variant, *(spread(values, "{:.2f}") for values in ratios), paper])
     return table(["method", "step time / stock PEFT LoRA", "peak memory / stock PEFT LoRA", "paper's time"], rows)
+
+
+def speed_tables() -> str:
+    """What speed.py and trainer.py have measured, each with the machine it was measured on."""
+    parts = []
+    for path in sorted([*(RESULTS / "speed").glob("*.json"), *(RESULTS / "trainer").glob("*.json")]):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        machine = found["machine"]
+        where = f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}"
+        parts.append(table([f"`{path.parent.name}/{path.stem}`, {where}", ""], speed_rows(found)))
+    return "\n\n".join(parts) or "*Not run yet.*"
+
+
+def speed_rows(found: dict) -> list[list[str]]:
+    """Rows of one measurement: step times over PEFT's, seconds, ratios by round, or rates by loading processes."""
+    if "shortcuts" in found:
+        rows = [[name, figures["ratio_quartiles"]] for name, figures in found["shortcuts"].items()]
+        name = f"of stock PEFT's step, r = {found['rank']}, median of {found['rounds']} pairs (quartiles)"
+        return [[f"{shortcut} {name}", f"{mid:.2f} ({low:.2f}-{high:.2f})"] for shortcut, (low, mid, high) in rows]
+    if "seconds" in found:
+        return [[name, f"{seconds:.2f} s"] for name, seconds in found["seconds"].items()]
+    if "workers" in found:
+        rows = [["finding the images and checking their headers", f"{found['scan_seconds']:.1f} s"]]
+        for count, rates in found["workers"].items():
+            rows += [[f"{count} processes, {name}", f"{value:.3g}"] for name, value in rates.items()]
+        return rows
+    return [[name, over_rounds(values)] for name, values in (found.get("ratios") or found["rounds"]).items()]
+
+
+def over_rounds(values: list[float]) -> str:
+    """Median, lowest and highest; empty where no round has one."""
+    return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})" if values else "never"
 
 
 def state(experiments: dict) -> str:
