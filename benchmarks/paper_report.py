@@ -203,14 +203,17 @@ def merges(results: dict[str, list[dict]]) -> str:
     if not wired:
         return ""
     columns = [m for m in MERGES if any(m in found[0]["table"] for found in wired.values())]
+    judged = [m for m in columns if m in ("input", "weights", "lstsq")]
     parts = []
     for figure in [key for key in next(iter(wired.values()))[0]["table"]["unmerged"] if key not in ("block_error",)]:
         rows = []
         for variant, found in {**single, **wired}.items():
             cells = [cell(found, row, figure) for row in ("unmerged", *columns)]
-            rows.append([variant, *cells, kept(found, figure) if variant in wired else "—"])
-        head = [f"final {figure}", "unmerged", *columns, "lstsq keeps of what none loses"]
-        parts.append(table(head, rows))
+            rows.append([variant, *cells])
+        parts.append(table([f"final {figure}", "unmerged", *columns], rows))
+        shares = [[variant, *(kept(found, figure, merge) for merge in judged)] for variant, found in wired.items()]
+        shares = [row for row in shares if set(row[1:]) != {"—"}]
+        parts.append(table([f"kept of the {figure} that none loses", *judged], shares))
     return "\n\n".join(parts)
 
 
@@ -219,14 +222,14 @@ def cell(found: list[dict], row: str, figure: str) -> str:
     return spread(values) if values else "—"
 
 
-def kept(found: list[dict], figure: str) -> str:
-    """Of the change that dropping the shortcuts (`none`) makes, how much `lstsq` avoids; mean over the seeds."""
+def kept(found: list[dict], figure: str, merge: str) -> str:
+    """Of the change that dropping the shortcuts (`none`) makes, how much `merge` avoids; mean over the seeds."""
     shares = []
     for result in found:
         rows = result["table"]
-        if "lstsq" in rows and rows["none"][figure] != rows["unmerged"][figure]:
+        if merge in rows and rows["none"][figure] != rows["unmerged"][figure]:
             lost = rows["none"][figure] - rows["unmerged"][figure]
-            shares.append((rows["none"][figure] - rows["lstsq"][figure]) / lost)
+            shares.append((rows["none"][figure] - rows[merge][figure]) / lost)
     return spread([100 * share for share in shares], "{:.1f}") + "%" if shares else "—"
 
 

@@ -112,7 +112,9 @@ def test_what_lstsq_keeps_of_what_none_loses():
         {"unmerged": {"loss": 0.2}, "none": {"loss": 0.3}, "lstsq": {"loss": 0.19}},
     ]
     found = [result("is", seed, [1.0, 0.2], table) for seed, table in enumerate(tables)]
-    assert paper_report.kept(found, "loss") == "102.5 ± 10.6%"
+    assert paper_report.kept(found, "loss", "lstsq") == "102.5 ± 10.6%"
+    assert paper_report.kept(found, "loss", "weights") == "—"
+    assert "| is | 102.5 ± 10.6% |" in paper_report.merges({"is": found})
 
 
 def test_report_fills_the_marked_parts_and_nothing_else():
