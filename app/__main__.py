@@ -62,7 +62,7 @@ def is_loopback(host: str) -> bool:
 
 def default_output() -> Path:
     """Where a trainer without --output_dir writes."""
-    from train_sd import build_parser as trainer
+    from reslora.diffusion.arguments import build_parser as trainer
 
     return Path(trainer().get_default("output_dir"))
 

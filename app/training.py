@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from train_sd import build_parser
+from reslora.diffusion.arguments import build_parser
 
 from .runs import LOG_NAME, Library, Run, RunError, is_run
 

@@ -45,6 +45,7 @@ __all__ = [
     "known_targets",
     "load_adapter",
     "rank_allocator",
+    "remove_adapters",
     "save_adapter",
     "trained_state",
 ]
@@ -323,7 +324,7 @@ def as_plain_lora(model: nn.Module) -> nn.Module:
         modules_to_save=ada.modules_to_save,
         task_type=ada.task_type,
     )
-    _remove_adapters(base)
+    remove_adapters(base)
     plain = _add(base, config, in_place).train(training)
     for name, (down, up) in factors.items():
         layer = base.get_submodule(name)
@@ -335,7 +336,7 @@ def as_plain_lora(model: nn.Module) -> nn.Module:
     return plain
 
 
-def _remove_adapters(base: nn.Module) -> None:
+def remove_adapters(base: nn.Module) -> None:
     """Every layer that PEFT wraps takes its wrapper's place again."""
     for name, module in list(base.named_modules()):
         if isinstance(module, BaseTunerLayer):

@@ -1,0 +1,1 @@
+"""Training text-to-image models: flags -> family -> dataset -> encoded dataset -> samples -> training -> results."""

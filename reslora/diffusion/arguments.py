@@ -1,0 +1,247 @@
+"""The flags of train_sd.py: their names, types, defaults and help. Nothing heavy is imported here."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import re
+
+from ..config import HEADS, METHODS, SHORTCUTS
+
+MERGES = ("auto", "none", "input", "weights", "lstsq")
+SWITCH = {"action": argparse.BooleanOptionalAction, "default": False}
+
+# A flag left alone takes the first value with a bundled pipeline and the second with a model the user names;
+# None is filled in later, by the model's family or from other flags.
+DEFAULTS = {
+    "method": (["lora", "reslora"], ["reslora"]),
+    "resolution": (64, None),
+    "learning_rate": (3e-4, 1e-4),
+    "checkpointing_steps": (100, 500),
+    "validation_prompt": (["cat face", "sailboat", "red apple", "penguin"], []),
+    "num_validation_images": (1, 4),
+    "validation_steps": (50, None),
+    "validation_split": (0.1, 0.0),
+    "num_inference_steps": (20, None),
+    "guidance_scale": (4.0, None),
+}
+BY_FAMILY = {
+    "resolution": "512; SDXL 1024",
+    "num_inference_steps": "30",
+    "guidance_scale": "7.5; SDXL 5.0",
+    "target_modules": "to_q, to_k, to_v, to_out.0",
+}
+
+
+class Flags(argparse.Namespace):
+    """All flags with their values, which do not change any more."""
+
+    def __init__(self, **values: object) -> None:
+        vars(self).update(values)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"{name} cannot be changed: use replace")
+
+    def replace(self, **changes: object) -> Flags:
+        """A copy in which some flags have other values."""
+        return Flags(**{**vars(self), **changes})
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse prints a hundred flags of usage before its one line of error; only the line is wanted."""
+
+    def error(self, message: str) -> None:
+        """Prints the line and exits with status 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def whole(minimum: int):
+    """Type of a flag that takes a whole number of at least `minimum`."""
+
+    def parse(text: str) -> int:
+        with contextlib.suppress(ValueError):
+            if int(text) >= minimum:
+                return int(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {minimum}")
+
+    return parse
+
+
+def number(minimum: float, below: float = math.inf, exclusive: bool = False):
+    """Type of a flag that takes a finite number in [minimum, below), or above `minimum` when `exclusive`."""
+
+    def parse(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            value = float(text)
+            if math.isfinite(value) and value < below and (value > minimum if exclusive else value >= minimum):
+                return int(value) if value.is_integer() and re.fullmatch(r"\d+", text) else value
+        bounds = f"{'above' if exclusive else 'of at least'} {minimum}" + (
+            f" and below {below}" if below < math.inf else ""
+        )
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number {bounds}")
+
+    return parse
+
+
+def build_parser(description: str | None = None) -> argparse.ArgumentParser:
+    """All flags; those in DEFAULTS stay None until `settings.parse_args` knows whose model is trained."""
+    parser = Parser(prog="train_sd.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--config", metavar="FILE", help="flags from TOML or a run's config.json; the command line wins"
+    )
+    for title, add_flags in (
+        ("model", add_model_flags),
+        ("method", add_method_flags),
+        ("images and captions", add_data_flags),
+        ("training", add_training_flags),
+        ("optimizer", add_optimizer_flags),
+        ("samples and validation loss", add_validation_flags),
+        ("output, checkpoints and reports", add_output_flags),
+    ):
+        add_flags(parser.add_argument_group(title).add_argument)
+    for action in parser._actions:
+        action.help = f"{action.help}{_default_in_words(action)}"
+    return parser
+
+
+def _default_in_words(action: argparse.Action) -> str:
+    if action.dest in DEFAULTS:
+        bundled, named = DEFAULTS[action.dest]
+        named = BY_FAMILY.get(action.dest, in_words(named))
+        return f" (bundled pipeline: {in_words(bundled)}; otherwise: {named})"
+    if action.dest in BY_FAMILY:
+        return f" (default: {BY_FAMILY[action.dest]})"
+    if action.default not in (None, False, argparse.SUPPRESS):
+        return f" (default: {in_words(action.default)})"
+    return ""
+
+
+def in_words(value: object) -> str:
+    """A flag's value as a person would write it."""
+    return ", ".join(value) or "none" if isinstance(value, list) else {None: "none", True: "on"}.get(value, str(value))
+
+
+# fmt: off
+def add_model_flags(add) -> None:
+    """Which model, and in which precision."""
+    add("--pretrained_model_name_or_path", metavar="MODEL",
+        help="Stable Diffusion 1.x, 2.x or SDXL: diffusers folder, .safetensors file or name on the hub; "
+             "default: the bundled pipeline")
+    add("--pretrained_vae_model_name_or_path", metavar="VAE",
+        help="another autoencoder: diffusers folder or name on the hub")
+    add("--revision", help="revision of the model on the hub")
+    add("--variant", help="variant of the model's files, such as fp16")
+    add("--cache_dir", metavar="FOLDER",
+        help="where downloads and encoded images and captions are kept; default: the hub's own cache, and "
+             "<output_dir>/cache")
+    add("--prediction_type", choices=["epsilon", "v_prediction"],
+        help="what the denoiser predicts; default: what the scheduler says")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"],
+        help="precision of the frozen parts; the adapter stays fp32; default: what accelerate was started with")
+    add("--allow_tf32", **SWITCH, help="allow TF32 matrix products on Ampere and later GPUs")
+    add("--enable_xformers_memory_efficient_attention", **SWITCH,
+        help="xformers' attention instead of PyTorch's")
+
+
+def add_method_flags(add) -> None:
+    """Which adapter, and how it is merged."""
+    add("--method", nargs="+", choices=METHODS,
+        help="trained one after the other on the same samples; lora_x2 is LoRA with doubled alpha")
+    add("--rank", type=whole(1), default=16, help="rank of the update matrices")
+    add("--lora_alpha", type=number(0, exclusive=True), help="scale times rank; default: twice the rank")
+    add("--lora_dropout", type=number(0, below=1), default=0.0,
+        help="dropout on the adapter's input (of ranks for loha and lokr)")
+    add("--target_modules", nargs="+", metavar="NAME",
+        help="layers of the denoiser that get an adapter, by the end of their name")
+    add("--shortcut", choices=SHORTCUTS, default="input",
+        help="ResLoRA: what a block gets from the blocks before it")
+    add("--pre_num", type=whole(-1), default=4,
+        help="ResLoRA: how many blocks before it, -1 for all; with --shortcut input any number but 0 means one")
+    add("--head", choices=HEADS, default="repeat",
+        help="ResLoRA, --shortcut input: what the first block of a chain adds to its input, the same again or nothing")
+    add("--merge", choices=MERGES, default="auto",
+        help="ResLoRA: how the shortcuts become plain LoRA weights")
+    add("--merge_calibration_samples", type=whole(0), default=64,
+        help="ResLoRA: training samples that the merge may read")
+
+
+def add_data_flags(add) -> None:
+    """Where images and captions come from, and what becomes of them."""
+    add("--dataset_name", help="dataset on the hub, or a folder")
+    add("--dataset_config_name", help="configuration of that dataset")
+    add("--train_data_dir", metavar="FOLDER",
+        help="images with a metadata.jsonl, or with .txt captions beside them; default: the bundled images")
+    add("--image_column", default="image", help="column with the image")
+    add("--caption_column", default="text", help="column with the caption, or a list of captions to choose from")
+    add("--max_train_samples", type=whole(1), help="train on that many images, drawn at random")
+    add("--resolution", type=whole(8), help="side of the square that images are cropped and scaled to")
+    add("--center_crop", **SWITCH, help="crop the centre instead of a random place")
+    add("--random_flip", **SWITCH, help="mirror half of the samples")
+    add("--image_interpolation_mode", default="lanczos", help="how images are scaled",
+        choices=["nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos"])
+    add("--strict", **SWITCH,
+        help="refuse images that cannot be read or have no caption, instead of leaving them out")
+    add("--cache_latents", action=argparse.BooleanOptionalAction, default=True,
+        help="encode every image once and keep its latents on disk, instead of encoding it in every step")
+    add("--cache_text_embeddings", action=argparse.BooleanOptionalAction, default=True,
+        help="encode every caption once and keep it on disk, then free the text encoder")
+    add("--dataloader_num_workers", type=whole(0), default=0, help="processes that read images")
+
+
+def add_training_flags(add) -> None:
+    """How long, how much at once, and on which loss."""
+    add("--seed", type=whole(0), default=0, help="the same seed gives the same bytes")
+    add("--train_batch_size", type=whole(1), default=16, help="samples per process and forward")
+    add("--gradient_accumulation_steps", type=whole(1), default=1, help="forwards per step")
+    add("--num_train_epochs", type=whole(1), help="passes over the images; default: 100")
+    add("--max_train_steps", type=whole(1), help="steps; wins over --num_train_epochs")
+    add("--gradient_checkpointing", **SWITCH, help="less memory, slower")
+    add("--compile", **SWITCH, help="torch.compile the denoiser: minutes at the start, then faster steps")
+    add("--noise_offset", type=number(0), default=0.0, help="scale of the noise added per channel while training")
+    add("--snr_gamma", type=number(0, exclusive=True), help="min-SNR loss weights; 5.0 is usual")
+    add("--local_rank", type=int, default=-1, help="set by launchers")
+
+
+def add_optimizer_flags(add) -> None:
+    """AdamW and its learning rate."""
+    add("--learning_rate", type=number(0, exclusive=True), help="highest learning rate")
+    add("--scale_lr", **SWITCH, help="multiply it by batch size, accumulation steps and processes")
+    add("--lr_scheduler", default="constant", help="how it changes",
+        choices=["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
+                 "piecewise_constant"])
+    add("--lr_warmup_steps", type=whole(0),
+        help="steps until it is reached (none with constant); default: 500, but at most a tenth of the run")
+    add("--lr_step_rules", metavar="RULES",
+        help="piecewise_constant: factors and the steps they end at, and the last factor, such as 1:100,0.1:200,0.01")
+    add("--use_8bit_adam", **SWITCH, help="bitsandbytes' 8-bit AdamW")
+    add("--adam_beta1", type=number(0, below=1), default=0.9, help="decay of the mean of the gradient")
+    add("--adam_beta2", type=number(0, below=1), default=0.999, help="decay of the mean of its square")
+    add("--adam_weight_decay", type=number(0), default=1e-2, help="weight decay")
+    add("--adam_epsilon", type=number(0, exclusive=True), default=1e-8, help="added to the denominator")
+    add("--max_grad_norm", type=number(0, exclusive=True), default=1.0, help="gradients are clipped to this norm")
+
+
+def add_validation_flags(add) -> None:
+    """What is drawn and measured while training."""
+    add("--validation_prompt", nargs="+", metavar="PROMPT", help="prompts drawn while training, with fixed seeds")
+    add("--num_validation_images", type=whole(0), help="samples per prompt; 0 draws none while training")
+    add("--validation_steps", type=whole(1), help="steps between samples; default: by --validation_epochs")
+    add("--validation_epochs", type=whole(1), default=1, help="epochs between samples")
+    add("--validation_split", type=number(0, below=1), help="share of the images held out for a validation loss")
+    add("--num_inference_steps", type=whole(1), help="denoising steps of a sample")
+    add("--guidance_scale", type=number(0), help="classifier-free guidance of a sample")
+
+
+def add_output_flags(add) -> None:
+    """Where everything goes."""
+    add("--output_dir", default="runs/sd-model-finetuned-lora", metavar="FOLDER", help="folder of the run")
+    add("--logging_dir", default="logs", metavar="FOLDER", help="TensorBoard's folder inside it")
+    add("--report_to", default="tensorboard", help="a tracker that accelerate knows, such as wandb; all, or none")
+    add("--checkpointing_steps", type=whole(1), help="steps between checkpoints")
+    add("--checkpoints_total_limit", type=whole(1), help="checkpoints kept per method; default: all")
+    add("--resume_from_checkpoint", metavar="latest|FOLDER", help="go on from the newest usable one, or this one")
+    add("--push_to_hub", **SWITCH, help="upload the folder when done")
+    add("--hub_token", help="token for the hub")
+    add("--hub_model_id", help="repository on the hub; default: the folder's name")
+# fmt: on

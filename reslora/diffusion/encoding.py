@@ -1,0 +1,219 @@
+"""Images and captions, encoded once and kept as memory-mapped Arrow files: latents and text states.
+
+A file holds a part of the dataset and is named by all that its content depends on. So a second run finds it, processes
+of one machine share it, and an interrupted run encodes no part twice. A cell is a safetensors file in memory, which
+keeps any shape and dtype.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import safetensors.torch
+import torch
+from accelerate import Accelerator
+from datasets.arrow_writer import ArrowWriter
+from diffusers import DiffusionPipeline
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+from tqdm.auto import tqdm
+
+from ..errors import InvalidArgument, first_line
+from ..files import replacing
+from ..signals import StopRequest
+from .arguments import Flags
+from .dataset import ImageDataset, data_flag
+from .families.base import Family, Text
+from .images import crop_and_scale, crop_sizes
+from .loaders import worker_options
+from .seeds import derive, generator
+from .stopping import leave_if_asked
+
+PART_OF_IMAGES, PART_OF_CAPTIONS, CAPTIONS_AT_ONCE = 256, 4096, 64
+RANDOM_CROPS = 4  # crops cached for an image that isn't square: the centre and three more
+CELLS = datasets.Features({"tensors": datasets.Value("large_binary"), "problem": datasets.Value("string")})
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Text states by caption, read from disk when they are asked for."""
+
+    rows: datasets.Dataset
+    places: dict[str, int]
+
+    def __getitem__(self, caption: str) -> Text:
+        return safetensors.torch.load(self.rows[self.places[caption]]["tensors"])
+
+    def __contains__(self, caption: str) -> bool:
+        return caption in self.places
+
+
+@dataclass(frozen=True)
+class Latents:
+    """The moments of every variant of every image, read from disk when they are asked for."""
+
+    rows: datasets.Dataset
+    variants: int
+    """Crops and mirror images encoded of each image; number 0 is the upright centre."""
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """`moments` (variants x 2 x channels x height x width) and `sizes` (variants x 6) of an image."""
+        return safetensors.torch.load(self.rows[index]["tensors"])
+
+
+# -- captions ----------------------------------------------------------------------------------------------------------
+
+
+def encode_texts(
+    texts: Sequence[str],
+    key: object,
+    family: Family,
+    load_encoders: Callable[[], DiffusionPipeline],
+    folder: Path,
+    accelerator: Accelerator,
+    stop: StopRequest,
+) -> Texts:
+    """Text states of each distinct caption; the encoders are loaded only if some are not on disk yet.
+
+    `key` stands for the encoders' weights and precision.
+    """
+    texts = list(dict.fromkeys(texts))
+    parts = [texts[start : start + PART_OF_CAPTIONS] for start in range(0, len(texts), PART_OF_CAPTIONS)]
+    paths = [folder / f"captions-{derive(key, part):016x}.arrow" for part in parts]
+    loaded: list[DiffusionPipeline] = []
+
+    def cells(number: int) -> Iterator[dict]:
+        loaded[:] = loaded or [load_encoders()]
+        for start in range(0, len(parts[number]), CAPTIONS_AT_ONCE):
+            leave_if_asked(stop, accelerator, "stopped before training began")
+            captions = parts[number][start : start + CAPTIONS_AT_ONCE]
+            with torch.no_grad():
+                states = family.encode_captions(loaded[0], captions)
+            for position in range(len(captions)):
+                yield cell({name: value[position] for name, value in states.items()})
+
+    rows = cached(paths, cells, accelerator)
+    return Texts(rows, {text: place for place, text in enumerate(texts)})
+
+
+# -- images ------------------------------------------------------------------------------------------------------------
+
+
+class Variants(TorchDataset):
+    """Every variant of image `index`: pixels (variants x 3 x height x width) and sizes, or why it cannot be read."""
+
+    def __init__(self, images: ImageDataset, flags: Flags) -> None:
+        self.images, self.flags = images, flags
+        self.crops = 1 if flags.center_crop or images.square else RANDOM_CROPS
+        self.flips = (False, True) if flags.random_flip else (False,)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def key(self) -> tuple:
+        """All that the pixels depend on."""
+        flags = self.flags
+        return (
+            self.images.fingerprint,
+            flags.resolution,
+            flags.image_interpolation_mode,
+            self.crops,
+            self.flips,
+            flags.seed,
+        )
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor] | str:
+        try:
+            image = self.images.open(index)
+        except Exception as error:  # each format's reader has exceptions of its own
+            return f"damaged ({first_line(error)})"
+        draws = torch.rand(self.crops - 1, 2, generator=generator(self.flags.seed, "crops", index)).tolist()
+        how = [(crop, flip) for crop in [(0.5, 0.5), *draws] for flip in self.flips]
+        side, interpolation = self.flags.resolution, self.flags.image_interpolation_mode
+        pixels = torch.stack([crop_and_scale(image, crop, flip, side, interpolation) for crop, flip in how])
+        return pixels, torch.tensor([crop_sizes(image.size, crop, flip, side) for crop, flip in how])
+
+
+def encode_images(
+    variants: Variants, key: object, family: Family, vae, folder: Path, accelerator: Accelerator, stop: StopRequest
+) -> tuple[Latents, dict[int, str]]:
+    """The latents' moments of all variants, and which images are damaged; `key` stands for the autoencoder."""
+    starts = range(0, len(variants), PART_OF_IMAGES)
+    paths = [folder / f"latents-{derive(key, variants.key, start):016x}.arrow" for start in starts]
+    parts = [range(start, min(start + PART_OF_IMAGES, len(variants))) for start in starts]
+    total = sum(len(parts[number]) for number in missing(paths, accelerator))
+    silent = not accelerator.is_main_process or total == 0
+    bar = tqdm(desc="encoding images", total=total, disable=silent, dynamic_ncols=True)
+
+    def cells(number: int) -> Iterator[dict]:
+        options = worker_options(variants.flags.dataloader_num_workers)
+        for found in DataLoader(variants, batch_size=None, sampler=parts[number], **options):
+            leave_if_asked(stop, accelerator, "stopped before training began")
+            yield cell(problem=found) if isinstance(found, str) else cell(encoded(family, vae, *found))
+            bar.update()
+
+    with bar:
+        rows = cached(paths, cells, accelerator)
+    problems = {index: text for index, text in enumerate(rows["problem"]) if text is not None}
+    return Latents(rows, variants.crops * len(variants.flips)), problems
+
+
+def encoded(family: Family, vae, pixels: torch.Tensor, sizes: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What is kept of an image's variants."""
+    with torch.no_grad():
+        moments = family.encode_images(vae, pixels.to(vae.device, vae.dtype))
+    return {"moments": moments, "sizes": sizes}
+
+
+def without_damaged(
+    images: ImageDataset, latents: Latents | None, problems: dict[int, str], flags: Flags
+) -> tuple[ImageDataset, Latents | None]:
+    """Images and latents that training can use; raises `InvalidArgument` with --strict, or where none is left."""
+    if not problems:
+        return images, latents
+    names = {i: images.rows[i]["image"]["path"] or f"image {i}" for i in problems}
+    if flags.strict:
+        index, problem = next(iter(problems.items()))
+        raise InvalidArgument(f"--strict {names[index]}", problem, "repair or remove it, or leave --strict out")
+    keep = [index for index in range(len(images)) if index not in problems]
+    if not keep:
+        raise InvalidArgument(data_flag(flags), "every image is damaged", "give images that can be opened")
+    left_out = (*images.left_out, *(f"{names[i]}: {problem}" for i, problem in problems.items()))
+    kept = ImageDataset(images.rows.select(keep), left_out, images.notes, images.square, images.fingerprint)
+    return kept, latents and Latents(latents.rows.select(keep), latents.variants)
+
+
+# -- the cache ---------------------------------------------------------------------------------------------------------
+
+
+def cell(tensors: dict[str, torch.Tensor] | None = None, problem: str | None = None) -> dict:
+    """A row of a cache file."""
+    if tensors is not None:
+        tensors = safetensors.torch.save({name: value.cpu().contiguous() for name, value in tensors.items()})
+    return {"tensors": tensors, "problem": problem}
+
+
+def missing(paths: Sequence[Path], accelerator: Accelerator) -> list[int]:
+    """Numbers of the files that are not there yet, of this process's share among those of its machine."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+    share = range(accelerator.local_process_index, len(paths), processes)
+    return [number for number in share if not paths[number].is_file()]
+
+
+def cached(paths: Sequence[Path], cells: Callable[[int], Iterator[dict]], accelerator: Accelerator) -> datasets.Dataset:
+    """The rows of all files; each of a machine's processes first writes its share of those that are missing."""
+    for number in missing(paths, accelerator):
+        with (
+            replacing(paths[number]) as temporary,
+            ArrowWriter(features=CELLS, path=str(temporary), writer_batch_size=16) as writer,
+        ):
+            for row in cells(number):
+                writer.write(row)
+            writer.finalize()
+    accelerator.wait_for_everyone()
+    return datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in paths])

@@ -1,0 +1,76 @@
+"""What differs between families of text-to-image models, and nothing else: no optimizer, flag or folder."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from torch import nn
+
+Text = dict[str, torch.Tensor]
+"""What the text encoders make of captions, by name, each batch first."""
+
+
+class Family:
+    """A family of models: data, and the few functions that a model's formulas need. Subclasses say what is theirs."""
+
+    name: str
+    pipeline: type[DiffusionPipeline]
+    denoiser: str = "unet"
+    """The denoiser's attribute in the pipeline, folder, and prefix of its layers in exported files."""
+    denoiser_class: type[ModelMixin]
+    objective: str = "ddpm"
+    """`ddpm` (noise or v), a key of `objective.OBJECTIVES`."""
+    text_parts: tuple[str, ...] = ("text_encoder", "tokenizer")
+    """Parts of the pipeline that only encoding captions needs."""
+    unused_parts: tuple[str, ...] = ()
+    """Parts of the pipeline that are not loaded at all."""
+    defaults: ClassVar[Mapping[str, object]] = {}
+    """Flags' values for this family, where the user gave none."""
+    kohya_prefix: str = "lora_unet"
+    encodes_in_float32: bool = False
+    """Whether the autoencoder overflows in half precision where its configuration asks for `force_upcast`."""
+
+    def pixel_multiple(self, pipeline: DiffusionPipeline) -> int:
+        """What width and height of an image must be multiples of."""
+        return math.lcm(pipeline.vae_scale_factor, 8)
+
+    def latent_shape(self, pipeline: DiffusionPipeline, resolution: int) -> tuple[int, int, int]:
+        """Shape of the latents of a square image: channels, height, width."""
+        side = resolution // pipeline.vae_scale_factor
+        return (pipeline.vae.config.latent_channels, side, side)
+
+    def encode_captions(self, pipeline: DiffusionPipeline, captions: Sequence[str]) -> Text:
+        """What the denoiser reads of the captions, through the pipeline's own `encode_prompt`."""
+        raise NotImplementedError
+
+    def encode_images(self, vae: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+        """Mean and standard deviation of the latents (batch x 2 x channels x height x width) of pixels in [-1, 1]."""
+        posterior = vae.encode(pixels).latent_dist
+        return torch.stack([posterior.mean, posterior.std], dim=1)
+
+    def scale_latents(self, vae_config: Mapping, latents: torch.Tensor) -> torch.Tensor:
+        """Latents as the denoiser knows them: `(x - shift) * scale`, with the autoencoder's own shift and scale."""
+        shift = getattr(vae_config, "shift_factor", None) or 0.0
+        return (latents - shift) * vae_config.scaling_factor
+
+    def denoiser_inputs(
+        self, config: Mapping, noisy: torch.Tensor, timesteps: torch.Tensor, text: Text, sizes: torch.Tensor
+    ) -> dict:
+        """Keyword arguments of the denoiser for a batch.
+
+        `sizes` (batch x 6): height and width of the original image, top and left of the crop, height and width of what
+        is trained on.
+        """
+        raise NotImplementedError
+
+    def prediction(self, output: tuple) -> torch.Tensor:
+        """What the objective compares, of what the denoiser returned."""
+        return output[0]
+
+    def drawing_inputs(self, pipeline: DiffusionPipeline, text: Text, empty: Text) -> dict:
+        """Keyword arguments of the pipeline that say what to draw; `empty` is the empty caption, batch 1."""
+        raise NotImplementedError

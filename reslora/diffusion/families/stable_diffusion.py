@@ -1,0 +1,41 @@
+"""Stable Diffusion 1.x and 2.x: one CLIP text encoder, a U-Net that predicts the noise or v."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
+from .base import Family
+
+
+class StableDiffusion(Family):
+    """As diffusers' train_text_to_image_lora.py trains it."""
+
+    name = "stable_diffusion"
+    pipeline = StableDiffusionPipeline
+    denoiser_class = UNet2DConditionModel
+    unused_parts = ("safety_checker", "feature_extractor", "image_encoder")
+    defaults: ClassVar = {
+        "resolution": 512,
+        "num_inference_steps": 30,
+        "guidance_scale": 7.5,
+        "target_modules": ["to_q", "to_k", "to_v", "to_out.0"],
+    }
+
+    def encode_captions(self, pipeline, captions):
+        """`states` (batch x tokens x width)."""
+        states, _ = pipeline.encode_prompt(list(captions), pipeline.text_encoder.device, 1, False)
+        return {"states": states}
+
+    def denoiser_inputs(self, config, noisy, timesteps, text, sizes):
+        """The sample, the timestep and the text states."""
+        return {"sample": noisy, "timestep": timesteps, "encoder_hidden_states": text["states"]}
+
+    def drawing_inputs(self, pipeline, text, empty):
+        """The captions' states and, for guidance, those of the empty caption."""
+        states = text["states"]
+        return {"prompt_embeds": states, "negative_prompt_embeds": empty["states"].to(states).expand_as(states)}
+
+
+FAMILY = StableDiffusion()

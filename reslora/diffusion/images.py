@@ -1,0 +1,81 @@
+"""One image: opened right, cropped and scaled."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import torch
+
+Source = str | os.PathLike | bytes
+"""A file, or a file's content."""
+
+SUFFIXES = {
+    ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2", ".tga", ".ppm",
+    ".heic", ".heif",
+}  # fmt: skip
+
+
+def image_size(source: Source) -> tuple[int, int] | str:
+    """Width and height from the header, or why there are none. PIL refuses what would decode to gigabytes."""
+    try:
+        if not isinstance(source, bytes) and not Path(source).is_file():
+            return "not a file" if Path(source).exists() else "no such file"
+        with _opened(source) as image:
+            return image.size
+    except Exception as error:  # each format's reader has exceptions of its own
+        return "too many pixels" if type(error).__name__ == "DecompressionBombError" else "not an image"
+
+
+def open_image(source: Source) -> PIL.Image.Image:
+    """The image as 8-bit RGB: upright, transparency on white, 16 bits scaled down, an animation's first frame."""
+    with _opened(source) as image:
+        image.load()
+        image = PIL.ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":  # PIL would clip these at 255
+        values = np.asarray(image, dtype=np.float32)
+        top = 65535 if image.mode != "F" or values.max() > 255 else 255 if values.max() > 1 else 1
+        image = PIL.Image.fromarray((values / top * 255).clip(0, 255).round().astype(np.uint8))
+    if "transparency" in image.info or "A" in image.getbands() or "a" in image.getbands():
+        image = image.convert("RGBA")
+        white = PIL.Image.new("RGBA", image.size, "white")
+        image = PIL.Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def crop_and_scale(
+    image: PIL.Image.Image, crop: tuple[float, float], flip: bool, resolution: int, interpolation: str
+) -> torch.Tensor:
+    """A [3, resolution, resolution] tensor in [-1, 1]: the square at `crop` (0 to 1 across and down) of the image.
+
+    Cropping before scaling gives what scaling before cropping gives, and a 1 x 5000 image stays small.
+    """
+    side = min(image.size)
+    left, top = (fraction * (length - side) for fraction, length in zip(crop, image.size, strict=True))
+    name = interpolation.upper().replace("NEAREST_EXACT", "NEAREST")
+    size = (resolution, resolution)
+    image = image.resize(size, PIL.Image.Resampling[name], box=(left, top, left + side, top + side))
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+    return pixels.flip(2) if flip else pixels
+
+
+def crop_sizes(size: tuple[int, int], crop: tuple[float, float], flip: bool, resolution: int) -> list[int]:
+    """Height and width of the image, top and left of the crop once it is scaled, height and width of the result.
+
+    SDXL is told these (Podell et al., 2023, Section 2.2). A mirrored image was mirrored before it was cropped.
+    """
+    width, height = size
+    across, down = (
+        fraction * (length * resolution / min(size) - resolution) for fraction, length in zip(crop, size, strict=True)
+    )
+    if flip:
+        across = width * resolution / min(size) - resolution - across
+    return [height, width, round(down), round(across), resolution, resolution]
+
+
+def _opened(source: Source) -> PIL.Image.Image:
+    return PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)

@@ -1,0 +1,212 @@
+"""The model as a local folder of a known family, and its parts, loaded where and when they are needed."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import huggingface_hub
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers.loaders.single_file_utils import infer_diffusers_model_type, load_single_file_checkpoint
+from huggingface_hub import constants
+from safetensors import safe_open
+from torch import nn
+
+from ..errors import InvalidArgument, first_line
+from ..files import replacing
+from .arguments import Flags
+from .dataset import content_mark
+from .families import FAMILIES, load_family
+from .families.base import Family
+from .settings import check_pipeline_class, read_index
+
+# What diffusers calls the models inside single files, and their pipelines; other names are not trained here.
+SINGLE_FILES = {
+    "v1": "StableDiffusionPipeline",
+    "v2": "StableDiffusionPipeline",
+    "xl_base": "StableDiffusionXLPipeline",
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A pipeline in a local folder, and how its parts are loaded."""
+
+    folder: Path
+    family: Family
+    flag: str
+    """The flag that names it, with its value, for messages."""
+    variant: str | None = None
+    vae: str | None = None
+    """Another autoencoder's folder or hub name."""
+    cache_dir: str | None = None
+    index: dict = field(default_factory=dict)
+
+    def fingerprint(self, *parts: str) -> str:
+        """The files of these parts (all that are loaded) in short, wherever they are: names, sizes, heads and tails."""
+        family = self.family
+        digest = hashlib.blake2b((self.vae or "").encode() if "vae" in parts or not parts else b"", digest_size=8)
+        for part in parts or (family.denoiser, "vae", "scheduler", *family.text_parts):
+            root = self.folder / part
+            for path in sorted(path for path in root.rglob("*") if path.is_file()):
+                digest.update(f"{part}/{path.relative_to(root)} {content_mark(path)}\n".encode())
+        return digest.hexdigest()
+
+    def load_pipeline(
+        self, dtype: torch.dtype, device: torch.device, encoders: bool, vae: bool = True
+    ) -> DiffusionPipeline:
+        """The pipeline without its denoiser, in `dtype`; with text encoders and autoencoder where they are wanted."""
+        left_out = [self.family.denoiser, *self.family.unused_parts, *([] if vae else ["vae"])]
+        left_out += [] if encoders else self.family.text_parts
+        given = {name: None for name in left_out}
+        if "requires_safety_checker" in self.index:
+            given["requires_safety_checker"] = False
+        if vae and self.vae:
+            given["vae"] = self._other_vae(dtype)
+        with refused_as(self.flag, "repair the folder"):
+            pipeline = self.family.pipeline.from_pretrained(
+                self.folder, **given, variant=self.variant, torch_dtype=dtype, use_safetensors=True
+            )
+        pipeline.set_progress_bar_config(disable=True)
+        for module in pipeline.components.values():
+            if isinstance(module, nn.Module):
+                module.requires_grad_(False).eval()
+        return pipeline.to(device)
+
+    def _other_vae(self, dtype: torch.dtype) -> AutoencoderKL:
+        with refused_as(f"--pretrained_vae_model_name_or_path {self.vae}", "check the name and the files"):
+            return AutoencoderKL.from_pretrained(
+                self.vae, cache_dir=self.cache_dir, torch_dtype=dtype, use_safetensors=True
+            )
+
+    def load_denoiser(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
+        """The frozen denoiser in `dtype`."""
+        with refused_as(self.flag, "repair the folder"):
+            denoiser = self.family.denoiser_class.from_pretrained(
+                self.folder, subfolder=self.family.denoiser, variant=self.variant, torch_dtype=dtype,
+                use_safetensors=True,
+            )  # fmt: skip
+        return denoiser.requires_grad_(False).to(device)
+
+    def empty_denoiser(self) -> nn.Module:
+        """The denoiser without weights, after checking that its files are whole and of the shapes it has."""
+        family, folder = self.family, self.folder / self.family.denoiser
+        with refused_as(self.flag, "repair the folder"), torch.device("meta"):
+            denoiser = family.denoiser_class.from_config(family.denoiser_class.load_config(folder))
+        check_weights(folder, self.variant, denoiser, self.flag)
+        return denoiser
+
+
+class refused_as:
+    """Turns what a reader raises into an `InvalidArgument`: damaged files fail in as many ways as there are readers."""
+
+    def __init__(self, argument: str, fix: str) -> None:
+        self.argument, self.fix = argument, fix
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception) and not isinstance(error, InvalidArgument):
+            raise InvalidArgument(self.argument, first_line(error), self.fix) from None
+
+
+def find_model(flags: Flags) -> Model:
+    """The model that the flags name, as a local folder: downloaded, or made of a single file, where need be."""
+    name = flags.pretrained_model_name_or_path
+    flag, path = f"--pretrained_model_name_or_path {name}", Path(name)
+    if path.is_file():
+        folder = unpacked(path, flags)
+    elif path.is_dir():
+        folder = path
+    else:
+        folder = downloaded(flags, flag)
+    index = read_index(folder, flag)
+    check_pipeline_class(name, index)
+    family = load_family(index["_class_name"])
+    for part, kind in index.items():
+        wanted = isinstance(kind, list) and kind[0] and part not in family.unused_parts
+        if wanted and not (folder / part).is_dir():
+            raise InvalidArgument(
+                flag, f"no {part} folder in {folder}, which model_index.json lists", "repair the folder"
+            )
+    vae = flags.pretrained_vae_model_name_or_path
+    return Model(folder, family, flag, flags.variant, vae, flags.cache_dir, index)
+
+
+def downloaded(flags: Flags, flag: str) -> Path:
+    """The hub's model in the hub's cache."""
+    check_hub(flags, flag)
+    with refused_as(flag, "check the name and the connection"):
+        return Path(
+            DiffusionPipeline.download(
+                flags.pretrained_model_name_or_path, revision=flags.revision, variant=flags.variant,
+                cache_dir=flags.cache_dir, use_safetensors=True,
+            )
+        )  # fmt: skip
+
+
+def check_hub(flags: Flags, flag: str) -> None:
+    """Refuse a hub's name at once where the hub cannot be reached; its own library tries for most of a minute."""
+    name, file = flags.pretrained_model_name_or_path, "model_index.json"
+    if constants.HF_HUB_OFFLINE:
+        return
+    cached = huggingface_hub.try_to_load_from_cache(name, file, cache_dir=flags.cache_dir, revision=flags.revision)
+    if isinstance(cached, str):
+        return
+    try:
+        huggingface_hub.get_session().head(constants.ENDPOINT, timeout=15)
+    except Exception as error:  # requests' or httpx's, by the version of the hub's library
+        problem = f"no such folder, and {constants.ENDPOINT} cannot be reached ({first_line(error)})"
+        raise InvalidArgument(flag, problem, "give a folder in diffusers format, or check the connection") from None
+
+
+def unpacked(path: Path, flags: Flags) -> Path:
+    """A single-file checkpoint as a folder in diffusers format, made once, beside the encoded images."""
+    flag = f"--pretrained_model_name_or_path {path}"
+    folder = cache_folder(flags) / f"model-{path.stem}-{content_mark(path).replace(':', '-')}"
+    if (folder / "model_index.json").is_file():
+        return folder
+    with refused_as(flag, "give a checkpoint of Stable Diffusion 1.x, 2.x or SDXL"):
+        kind = infer_diffusers_model_type(load_single_file_checkpoint(str(path), disable_mmap=False))
+    known = FAMILIES.keys() & {SINGLE_FILES.get(kind)}
+    if not known:
+        raise InvalidArgument(flag, f"a single file of kind {kind!r}", "give a pipeline's folder in diffusers format")
+    family = load_family(known.pop())
+    convert = f"{family.pipeline.__name__}.from_single_file({str(path)!r}).save_pretrained('folder')"
+    with refused_as(flag, f"make a folder of it where the hub can be reached: {convert}"):
+        pipeline = family.pipeline.from_single_file(str(path), cache_dir=flags.cache_dir)
+        with replacing(folder) as temporary:
+            pipeline.save_pretrained(temporary)
+    return folder
+
+
+def cache_folder(flags: Flags) -> Path:
+    """Where encoded images and captions are kept, and models unpacked from single files."""
+    return Path(flags.cache_dir) / "encoded" if flags.cache_dir else Path(flags.output_dir) / "cache"
+
+
+def check_weights(folder: Path, variant: str | None, denoiser: nn.Module, flag: str) -> None:
+    """Refuse a folder whose weights are missing, cut off, or of other shapes than its configuration says."""
+    stem = "diffusion_pytorch_model" + (f".{variant}" if variant else "")
+    files = [*folder.glob(f"{stem}.safetensors"), *folder.glob(f"{stem}-*.safetensors")]
+    if not files and not variant:
+        raise InvalidArgument(flag, f"no {stem}.safetensors in {folder}", "give a pipeline with safetensors weights")
+    shapes = {name: tuple(value.shape) for name, value in denoiser.state_dict().items()}
+    for path in files:
+        for name, found in _shapes(path, flag):
+            if shapes.get(name, found) != found:
+                problem = f"{name} is {found} in {path}, {shapes[name]} by its config.json"
+                raise InvalidArgument(flag, problem, "repair the folder")
+
+
+def _shapes(path: Path, flag: str) -> list[tuple[str, tuple[int, ...]]]:
+    with refused_as(f"{flag}, {path}", "repair the folder"), safe_open(path, framework="pt") as file:
+        return [(name, tuple(file.get_slice(name).get_shape())) for name in file.keys()]  # noqa: SIM118 - no mapping
+
+
+def weight_dtype(mixed_precision: str) -> torch.dtype:
+    """The dtype of the frozen parts."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision, torch.float32)

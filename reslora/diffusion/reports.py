@@ -1,0 +1,140 @@
+"""What a run tells while it trains: the log, the trackers, samples, validation loss."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import nn
+
+from ..errors import RunFailed, Stopped
+from ..files import replacing
+from ..log import LogWriter, read_log
+from ..signals import StopRequest
+from .arguments import Flags
+from .denoising import DenoisingLoss
+from .drawing import Drawer, as_image
+from .samples import Material, ValidationSamples, batches
+from .stopping import leave_if_asked
+from .trainee import Schedule, Trainee
+
+VALIDATION = ("loss", "samples")
+
+
+class Reports:
+    """The log and the trackers of one method."""
+
+    def __init__(
+        self, folder: Path, trainee: Trainee, flags: Flags, schedule: Schedule, accelerator: Accelerator
+    ) -> None:
+        self.trainee, self.folder, self.trackers = trainee, folder, accelerator.trackers
+        # TensorBoard alone takes the steps of the next method from 0 again.
+        self.before = flags.method.index(trainee.method) * (schedule.steps + 1)
+        self.log = LogWriter(folder / "log.jsonl", trainee.step) if accelerator.is_main_process else None
+
+    def loss(self, split: str, loss: float) -> None:
+        """A row of the log; raises `RunFailed` for a loss that is not finite."""
+        trainee = self.trainee
+        if not math.isfinite(loss):
+            raise RunFailed(
+                f"{trainee.method}: {split} loss {loss} at step {trainee.step}; checkpoints before it are intact: go "
+                "on from one, or start in another --output_dir with a lower --learning_rate"
+            )
+        rate = trainee.lr_scheduler.get_last_lr()[0]
+        row = {"step": trainee.step, "split": split, "loss": loss, "lr": rate, "seconds": round(trainee.seconds, 3)}
+        if self.log:
+            self.log.write(row)
+        values = {f"{split}_loss/{trainee.method}": loss, f"lr/{trainee.method}": rate}
+        for tracker in self.trackers:
+            tracker.log(values, step=self._step(tracker))
+
+    def samples(self, images: Sequence[Image.Image], per_prompt: int) -> None:
+        """The samples of this step, as files and to trackers that show images."""
+        save_images(self.folder / "samples" / f"step-{self.trainee.step:06d}", images, per_prompt)
+        name = f"samples/{self.trainee.method}"
+        for tracker in self.trackers:
+            if tracker.name == "wandb":
+                tracker.log_images({name: images}, step=self._step(tracker))
+            if tracker.name == "tensorboard":
+                stacked = np.stack([np.asarray(image) for image in images])
+                tracker.writer.add_images(name, stacked, self.trainee.step, dataformats="NHWC")
+
+    def _step(self, tracker) -> int:
+        return self.trainee.step + (0 if tracker.name == "tensorboard" else self.before)
+
+    def overdue(self, schedule: Schedule) -> list[str]:
+        """What of VALIDATION the step that training goes on from lacks: a run may be stopped before or within it."""
+        step = self.trainee.step
+        rows = read_log(self.folder / "log.jsonl")
+        done = {
+            "loss": any(row["step"] == step and row["split"] == "validation" for row in rows),
+            "samples": (self.folder / "samples" / f"step-{step:06d}").is_dir(),
+        }
+        due = step == 0 or schedule.is_due(step)
+        return [part for part in VALIDATION if step == 0 or not done[part]] if due else []
+
+
+class Validation:
+    """Validation loss and samples of a denoiser, on the main process."""
+
+    def __init__(
+        self, loss: DenoisingLoss, material: Material, drawer: Drawer, accelerator: Accelerator, stop: StopRequest
+    ) -> None:
+        self.loss, self.material, self.drawer = loss, material, drawer
+        self.accelerator, self.stop = accelerator, stop
+
+    def __call__(self, trainee: Trainee, reports: Reports, parts: Sequence[str] = VALIDATION) -> None:
+        """Measures and draws; samples that a stop cuts short are drawn when the run goes on."""
+        if self.accelerator.is_main_process:
+            if "loss" in parts and self.material.held_out:
+                reports.loss("validation", self.mean_loss(trainee.denoiser))
+            flags = self.material.flags
+            if "samples" in parts and flags.validation_prompt and flags.num_validation_images:
+                self._draw(trainee, reports)
+        self.accelerator.wait_for_everyone()
+
+    def mean_loss(self, denoiser: nn.Module) -> float:
+        """Mean unweighted loss on the held-out images, with the same noise and timesteps at every call."""
+        samples, training = ValidationSamples(self.material), denoiser.training
+        size = self.material.flags.train_batch_size
+        denoiser.eval()
+        with torch.no_grad(), self.accelerator.autocast():
+            losses = [self.loss(denoiser, batch, weighted=False) for batch in batches(samples, len(samples), size)]
+        denoiser.train(training)
+        return torch.cat(losses).mean().item()
+
+    def _draw(self, trainee: Trainee, reports: Reports) -> None:
+        flags, message = self.material.flags, f"{trainee.method} stopped while drawing"
+
+        def between_steps() -> None:
+            leave_if_asked(self.stop, self.accelerator, message)
+
+        try:
+            with self.accelerator.autocast():
+                drawn = self.drawer.draw(
+                    trainee.denoiser, flags.validation_prompt, flags.num_validation_images, between_steps
+                )
+        except Stopped:
+            return
+        if not all(np.isfinite(image).all() for image in drawn):
+            self.accelerator.print(f"warning: samples of step {trainee.step} have pixels that are not finite")
+        reports.samples([as_image(image) for image in drawn], flags.num_validation_images)
+
+
+def save_images(folder: Path, images: Sequence[Image.Image], per_prompt: int) -> None:
+    """`<prompt>-<image>.png`, numbered from zero, in a folder that is whole or not there."""
+    with replacing(folder) as temporary:
+        temporary.mkdir()
+        for number, image in enumerate(images):
+            image.save(temporary / f"{number // per_prompt}-{number % per_prompt}.png")
+
+
+def has_tensorboard() -> bool:
+    """Whether TensorBoard is installed."""
+    return importlib.util.find_spec("tensorboard") is not None

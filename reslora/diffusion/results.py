@@ -1,0 +1,215 @@
+"""What is left of a trained method: merged weights and plain LoRA in every format, each read back and compared."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from torch import nn
+
+from .. import export
+from ..adapters import PLAIN_METHODS, as_plain_lora, load_adapter, remove_adapters
+from ..chains import Chains, chains
+from ..errors import RunFailed
+from ..files import write_json, write_tensors
+from ..model import MergeReport, merge
+from .arguments import Flags
+from .denoising import DenoisingLoss
+from .drawing import Drawer, as_bytes, as_image
+from .loading import Model
+from .reports import save_images
+from .samples import CalibrationSamples, Material, batches
+from .trainee import Schedule, Trainee, add_adapter
+
+TOLERANCE = 2  # of 255: largest difference of any pixel between the merged model and an export read back
+DIFFUSERS_FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "kohya.safetensors"
+
+
+@dataclass(frozen=True)
+class Merged:
+    """How the shortcuts of a ResLoRA method were merged away, and what the merge read."""
+
+    plan: Chains
+    report: MergeReport
+    calibration: dict[str, torch.Tensor]
+
+
+def export_method(
+    trainee: Trainee,
+    model: Model,
+    material: Material,
+    loss: DenoisingLoss,
+    drawer: Drawer,
+    schedule: Schedule,
+    folder: Path,
+    accelerator: Accelerator,
+) -> None:
+    """Merges in float32, writes every format, reads each back, and compares what the pipeline draws with each.
+
+    Raises `RunFailed`, with nothing exported, if the model has diverged; or if an export does not draw what the merged
+    model draws.
+    """
+    flags, method = material.flags, trainee.method
+    accelerator.print(f"{method}: merging, exporting and comparing")
+    prompts = flags.validation_prompt or [next((text for text in material.texts.places if text), "")]
+    with exact_products(), in_float32(drawer):
+        denoiser = exact_denoiser(trainee, model, flags, schedule, folder, accelerator)
+        merged = merge_reslora(denoiser, loss, material) if method == "reslora" else None
+        if method == "adalora":
+            denoiser = as_plain_lora(denoiser)
+        drawn = drawer.draw(denoiser.eval(), prompts, max(1, flags.num_validation_images))
+        reference = finite(drawn[0], method)
+        if merged is not None:
+            write_merge(merged, folder)
+            accelerator.print(f"{method}: {merged.report}")
+        write_formats(denoiser, method, model, folder, flags)
+        save_images(folder / "merged", [as_image(image) for image in drawn], max(1, flags.num_validation_images))
+        differences = {}
+        for name, other in read_back(denoiser, method, model, drawer, folder, accelerator):
+            picture = finite(drawer.draw(other, prompts[:1], 1)[0], f"{method}/{name}")
+            differences[name] = int(np.abs(picture.astype(int) - reference.astype(int)).max())
+            if differences[name] > TOLERANCE:
+                problem = f"its image differs by {differences[name]}/255 from the merged model's"
+                raise RunFailed(f"{method}/{name}: {problem}; {TOLERANCE}/255 is allowed")
+    record = {"step": trainee.step, "num_train_epochs": flags.num_train_epochs, "by_epochs": schedule.by_epochs}
+    write_json(folder / "exports.json", record | {"difference_of_255": differences})
+
+
+def finite(drawn: np.ndarray, what: str) -> np.ndarray:
+    """An image as bytes; raises `RunFailed` where pixels are not finite."""
+    try:
+        return as_bytes(drawn)
+    except ValueError as error:
+        raise RunFailed(
+            f"{what}: it draws {error}: training has diverged; start again with a lower --learning_rate"
+        ) from None
+
+
+@contextlib.contextmanager
+def exact_products() -> Iterator[None]:
+    """No TF32: it would make images differ by more than exports may."""
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    allowed = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = False
+    try:
+        yield
+    finally:
+        for backend, value in zip(backends, allowed, strict=True):
+            backend.allow_tf32 = value
+
+
+@contextlib.contextmanager
+def in_float32(drawer: Drawer) -> Iterator[None]:
+    """The drawing pipeline in float32, and afterwards as it was."""
+    dtype = drawer.pipeline.vae.dtype
+    drawer.pipeline.to(torch.float32)
+    try:
+        yield
+    finally:
+        drawer.pipeline.to(dtype)
+
+
+def exact_denoiser(
+    trainee: Trainee, model: Model, flags: Flags, schedule: Schedule, folder: Path, accelerator: Accelerator
+) -> nn.Module:
+    """The trained denoiser in float32: the one that was trained, or where that is rounded to half precision, anew."""
+    if trainee.denoiser.dtype == torch.float32 and accelerator.mixed_precision == "no":
+        return trainee.denoiser
+    denoiser = model.load_denoiser(torch.float32, accelerator.device)
+    add_adapter(denoiser, trainee.method, flags, schedule.steps)
+    load_adapter(denoiser, folder / f"checkpoint-{trainee.step}")
+    return denoiser
+
+
+# -- merging -----------------------------------------------------------------------------------------------------------
+
+
+def merge_reslora(denoiser: nn.Module, loss: DenoisingLoss, material: Material) -> Merged:
+    """Folds the shortcuts into plain LoRA weights; raises `RunFailed` for weights that have diverged."""
+    flags, plan, calibration = material.flags, chains(denoiser), []
+    if flags.merge_calibration_samples:
+        samples = CalibrationSamples(material)
+        with torch.no_grad():
+            for batch in batches(samples, flags.merge_calibration_samples, flags.train_batch_size):
+                inputs = loss.inputs(batch)[0]
+                calibration.append({name: as_float32(value) for name, value in inputs.items()})
+    try:
+        report = merge(denoiser, method=flags.merge, calibration=calibration or None)
+    except ValueError as error:
+        raise RunFailed(f"reslora: it cannot be merged: {error}") from None
+    return Merged(plan, report, together(calibration))
+
+
+def as_float32(value: object) -> object:
+    """Tensors of floating point, at any depth, in float32."""
+    if isinstance(value, dict):
+        return {name: as_float32(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [as_float32(item) for item in value]
+    return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def together(batches_: Sequence[dict], prefix: str = "") -> dict[str, torch.Tensor]:
+    """The tensors of several batches joined, by name; those inside others are called `outer.inner`."""
+    joined: dict[str, torch.Tensor] = {}
+    for name, first in (batches_[0] if batches_ else {}).items():
+        values = [batch[name] for batch in batches_]
+        if isinstance(first, dict):
+            joined |= together(values, f"{prefix}{name}.")
+        elif isinstance(first, torch.Tensor):
+            joined[prefix + name] = torch.cat(values).cpu().contiguous()
+    return joined
+
+
+def write_merge(merged: Merged, folder: Path) -> None:
+    """`chains.json`, `merge.json`, and the samples that the merge read."""
+    write_json(folder / "chains.json", merged.plan.to_dict())
+    write_json(folder / "merge.json", merged.report.to_dict())
+    if merged.calibration:
+        write_tensors(folder / "calibration.safetensors", merged.calibration, {"format": "pt"})
+
+
+# -- exporting ---------------------------------------------------------------------------------------------------------
+
+
+def write_formats(denoiser: nn.Module, method: str, model: Model, folder: Path, flags: Flags) -> None:
+    """Every format that the method can be written in."""
+    family = model.family
+    export.export_peft(denoiser, folder / "peft")
+    export.export_merged(denoiser, folder / family.denoiser)
+    if method in PLAIN_METHODS:
+        export.export_diffusers(denoiser, folder)
+        metadata = {
+            "ss_base_model": Path(flags.pretrained_model_name_or_path).name,
+            "ss_learning_rate": str(flags.learning_rate),
+            "ss_seed": str(flags.seed),
+            "ss_steps": str(flags.max_train_steps),
+            "ss_resolution": str(flags.resolution),
+        }
+        export.export_kohya(denoiser, folder / KOHYA_FILE, metadata=metadata)
+
+
+def read_back(
+    denoiser: nn.Module, method: str, model: Model, drawer: Drawer, folder: Path, accelerator: Accelerator
+) -> Iterator[tuple[str, nn.Module]]:
+    """Each export's name and the denoiser that stock diffusers or PEFT makes of it, one at a time."""
+    name, pipeline = model.family.denoiser, drawer.pipeline
+    remove_adapters(denoiser)
+    for file in (DIFFUSERS_FILE, KOHYA_FILE) if method in PLAIN_METHODS else ():
+        setattr(pipeline, name, denoiser)
+        pipeline.load_lora_weights(folder, weight_name=file)
+        yield file, denoiser
+        setattr(pipeline, name, denoiser)
+        pipeline.unload_lora_weights()
+        setattr(pipeline, name, None)
+    yield "peft", PeftModel.from_pretrained(denoiser, folder / "peft").get_base_model()
+    remove_adapters(denoiser)
+    denoiser.to("meta")
+    yield name, model.family.denoiser_class.from_pretrained(folder / name).to(accelerator.device)

@@ -1,0 +1,186 @@
+"""A run: flags -> model -> images -> encoded -> samples -> each method trained and exported -> figures."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
+
+from ..errors import InvalidArgument, first_line
+from ..signals import StopRequest
+from .arguments import Flags
+from .checkpoints import Identity, check_identity, finished_methods, plan_resume, restore, save_checkpoint
+from .checks import check_methods, check_pipeline
+from .dataset import ImageDataset, data_flag, load_images
+from .denoising import DenoisingLoss, wide_enough
+from .drawing import Drawer
+from .encoding import Latents, Texts, Variants, encode_images, encode_texts, without_damaged
+from .folder import locked
+from .loading import Model, cache_folder, find_model, weight_dtype
+from .objective import OBJECTIVES, DdpmObjective
+from .reports import Reports, Validation
+from .results import export_method
+from .samples import Material, split
+from .settings import with_family
+from .setup import schedule_of, start_accelerator, start_trackers
+from .showing import hub_repository, print_summary, publish, write_figures
+from .trainee import Schedule, new_trainee, prepare
+from .training import train
+
+
+def run(flags: Flags, stop: StopRequest) -> None:
+    """Trains, merges and exports every method that the flags name, and shows what came of it."""
+    plan_resume(flags)
+    if finished_methods(flags) == flags.method and (Path(flags.output_dir) / "loss.png").is_file():
+        print(f"{flags.output_dir} holds this run already, finished; nothing to do")
+        print_summary(flags)
+        if flags.push_to_hub:
+            publish(flags)
+        return
+    images = load_images(flags)
+    first = int(os.environ.get("RANK", 0)) == 0
+    with locked(Path(flags.output_dir)) if first else contextlib.nullcontext():
+        model = find_model(flags)
+        flags = with_family(flags, model.family.defaults)
+        plan = plan_resume(flags)  # once more: another run may just have ended, and the family has filled in flags
+        identity = Identity(model.fingerprint(), images.fingerprint)
+        check_identity(plan, identity, model.flag, data_flag(flags))
+        accelerator = start_accelerator(flags)
+        if flags.push_to_hub and accelerator.is_main_process:
+            hub_repository(flags)
+        pipeline, objective = load_and_check(flags, model, accelerator)
+        material = encode(flags, model, images, pipeline, objective, accelerator, stop)
+        schedule, material = schedule_of(flags, material, accelerator.num_processes)
+        start_trackers(material.flags, accelerator)
+        for method in flags.method:
+            if method not in finished_methods(flags):
+                train_and_export(method, model, pipeline, material, schedule, identity, plan[method], accelerator, stop)
+        if accelerator.is_main_process:
+            show(material)
+        accelerator.end_training()
+
+
+def load_and_check(flags: Flags, model: Model, accelerator: Accelerator) -> tuple[DiffusionPipeline, DdpmObjective]:
+    """The pipeline without its denoiser, and the objective; refuses whatever can be refused before encoding."""
+    dtype, device = weight_dtype(accelerator.mixed_precision), accelerator.device
+    pipeline = model.load_pipeline(dtype, device, encoders=not flags.cache_text_embeddings)
+    if flags.prediction_type:
+        pipeline.scheduler.register_to_config(prediction_type=flags.prediction_type)
+    try:
+        objective = OBJECTIVES[model.family.objective](pipeline.scheduler, flags.snr_gamma)
+    except ValueError as error:
+        raise InvalidArgument(model.flag, first_line(error), "give another model, or --prediction_type") from None
+    check_pipeline(flags, pipeline, model.family)
+    check_methods(flags, model, accelerator)
+    return pipeline, objective
+
+
+def encode(
+    flags: Flags,
+    model: Model,
+    images: ImageDataset,
+    pipeline: DiffusionPipeline,
+    objective: DdpmObjective,
+    accelerator: Accelerator,
+    stop: StopRequest,
+) -> Material:
+    """Captions and images encoded, or found encoded on disk; what only encoding needs leaves the memory."""
+    texts = texts_of(flags, model, images, pipeline, accelerator, stop)
+    images, latents = latents_of(flags, model, images, pipeline, accelerator, stop)
+    if flags.cache_latents:
+        pipeline.vae.encoder = None  # samples need the decoder alone
+    for line in (*images.notes, *(f"left out: {line}" for line in images.left_out[:20])):
+        accelerator.print(line)
+    if images.left_out:
+        accelerator.print(f"left out {len(images.left_out)} images, kept {len(images)}")
+    train_on, held_out = split(len(images), flags)
+    shape = model.family.latent_shape(pipeline, flags.resolution)
+    return Material(images, latents, texts, train_on, held_out, objective, shape, flags)
+
+
+def texts_of(
+    flags: Flags,
+    model: Model,
+    images: ImageDataset,
+    pipeline: DiffusionPipeline,
+    accelerator: Accelerator,
+    stop: StopRequest,
+) -> Texts:
+    """Text states of the prompts and, where they are encoded beforehand, of all captions."""
+    family, dtype = model.family, weight_dtype(accelerator.mixed_precision)
+    key = (family.name, model.fingerprint(*family.text_parts), str(dtype))
+    captions = images.captions
+    prompts = ["", *(flags.validation_prompt or captions[0][:1])]
+
+    def load_encoders() -> DiffusionPipeline:
+        if not flags.cache_text_embeddings:
+            return pipeline
+        return model.load_pipeline(dtype, accelerator.device, encoders=True, vae=False)
+
+    wanted = prompts + ([text for options in captions for text in options] if flags.cache_text_embeddings else [])
+    return encode_texts(wanted, key, family, load_encoders, cache_folder(flags), accelerator, stop)
+
+
+def latents_of(
+    flags: Flags,
+    model: Model,
+    images: ImageDataset,
+    pipeline: DiffusionPipeline,
+    accelerator: Accelerator,
+    stop: StopRequest,
+) -> tuple[ImageDataset, Latents | None]:
+    """Latents of all images, without the damaged ones; None where images are encoded as they are drawn."""
+    if not flags.cache_latents:
+        return images, None
+    vae, family = pipeline.vae, model.family
+    key = (family.name, model.fingerprint("vae"), str(vae.dtype))
+    with wide_enough(family, vae):
+        latents, problems = encode_images(
+            Variants(images, flags), key, family, vae, cache_folder(flags), accelerator, stop
+        )
+    return without_damaged(images, latents, problems, flags)
+
+
+def train_and_export(
+    method: str,
+    model: Model,
+    pipeline: DiffusionPipeline,
+    material: Material,
+    schedule: Schedule,
+    identity: Identity,
+    candidates: list[Path],
+    accelerator: Accelerator,
+    stop: StopRequest,
+) -> None:
+    """One method from its newest whole checkpoint, or from the start, to its exports."""
+    flags, dtype = material.flags, weight_dtype(accelerator.mixed_precision)
+    folder = Path(flags.output_dir) / method
+    denoiser = model.load_denoiser(dtype, accelerator.device)
+    loss = DenoisingLoss(model.family, material.objective, pipeline, denoiser.config, dtype)
+    drawer = Drawer(pipeline, model.family, material.texts, flags)
+    trainee = new_trainee(method, denoiser, flags, schedule, accelerator)
+    if flags.resume_from_checkpoint and not candidates:
+        accelerator.print(f"{method}: no checkpoint in {folder} to resume from, starting afresh")
+    restore(trainee, candidates, flags, accelerator)
+    prepare(trainee, flags, accelerator)
+
+    def save() -> None:
+        save_checkpoint(trainee, folder, flags, identity, accelerator)
+
+    reports = Reports(folder, trainee, flags, schedule, accelerator)
+    validation = Validation(loss, material, drawer, accelerator, stop)
+    train(trainee, loss, material, schedule, validation, reports, save, accelerator, stop)
+    if accelerator.is_main_process:
+        export_method(trainee, model, material, loss, drawer, schedule, folder, accelerator)
+    accelerator.wait_for_everyone()
+
+
+def show(material: Material) -> None:
+    """Figures, a summary, and an upload where that is asked for."""
+    write_figures(material.flags, len(material.held_out))
+    print_summary(material.flags)
+    if material.flags.push_to_hub:
+        publish(material.flags)

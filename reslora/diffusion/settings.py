@@ -1,0 +1,236 @@
+"""From the command line to settled flags: configuration files, defaults, and what can be refused without a model."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import InvalidArgument, first_line
+from .arguments import DEFAULTS, Flags, build_parser
+from .families import FAMILIES
+
+ASSETS = Path(__file__).resolve().parents[2] / "assets"
+BUNDLED_MODEL, BUNDLED_IMAGES, BUNDLED_STEPS = ASSETS / "pipeline", ASSETS / "openmoji", 200
+POLYNOMIAL_END = 1e-7  # diffusers' learning rate at the end of that schedule
+LEAST_ADALORA_STEPS = 3
+
+# A run's config.json holds both of these; whoever names one on the command line means the other no longer.
+GIVES_WAY_TO = {
+    "max_train_steps": "num_train_epochs", "num_train_epochs": "max_train_steps", "lora_alpha": "rank",
+    "validation_steps": "validation_epochs", "train_data_dir": "dataset_name", "dataset_name": "train_data_dir",
+}  # fmt: skip
+
+
+def parse_args(argv: Sequence[str] | None = None, description: str | None = None) -> Flags:
+    """Flags with their defaults filled in, but for those that the model's family knows (see `with_family`).
+
+    Exits with status 2 and one line for what argparse refuses; raises `InvalidArgument` for what cannot work.
+    """
+    parser = build_parser(description)
+    args = parser.parse_args(argv)
+    if args.config:
+        given = given_flags(argv)
+        parser.set_defaults(**config_defaults(parser, Path(args.config), given))
+        args = parser.parse_args(argv)
+    flags = fill_defaults(args)
+    check_flags(flags)
+    return flags
+
+
+def fill_defaults(args: argparse.Namespace) -> Flags:
+    """The flags with DEFAULTS filled in: those of a bundled pipeline where none other is named."""
+    values = dict(vars(args))
+    values["local_rank"] = int(os.environ.get("LOCAL_RANK", args.local_rank))
+    model = args.pretrained_model_name_or_path
+    bundled = model is None or Path(model).resolve().parent == ASSETS
+    values["pretrained_model_name_or_path"] = model or str(BUNDLED_MODEL)
+    if bundled and not args.dataset_name and not args.train_data_dir:
+        values["train_data_dir"] = str(BUNDLED_IMAGES)
+    if bundled and args.max_train_steps is None and args.num_train_epochs is None:
+        values["max_train_steps"] = BUNDLED_STEPS
+    values["num_train_epochs"] = args.num_train_epochs or 100
+    for name, (with_bundled, with_named) in DEFAULTS.items():
+        if values[name] is None:
+            values[name] = with_bundled if bundled else with_named
+    values["lora_alpha"] = args.lora_alpha or 2 * args.rank
+    values["validation_prompt"] = [clean(prompt).strip() for prompt in values["validation_prompt"]]
+    values["method"] = list(dict.fromkeys(values["method"]))
+    return Flags(**values)
+
+
+def with_family(flags: Flags, defaults: dict) -> Flags:
+    """The flags with what was still open filled in by the family's defaults."""
+    return flags.replace(**{name: value for name, value in defaults.items() if getattr(flags, name) is None})
+
+
+def clean(text: str) -> str:
+    """Text that a tokenizer takes: no NUL, and no half of a character."""
+    return text.replace("\0", "").encode("utf-8", "replace").decode("utf-8")
+
+
+# -- configuration files -----------------------------------------------------------------------------------------------
+
+
+def config_defaults(parser: argparse.ArgumentParser, path: Path, given: set[str]) -> dict:
+    """The values of a TOML file or a run's config.json, checked as the command line's are."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        table = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        problem = f"cannot be read ({first_line(error)})"
+        raise InvalidArgument(f"--config {path}", problem, "give a TOML file or a run's config.json") from None
+    if not isinstance(table, dict):
+        raise InvalidArgument(f"--config {path}", "is not a table of flags", "give a TOML file or a run's config.json")
+    actions = {action.dest: action for action in parser._actions if action.dest != "help"}
+    values = {}
+    for name, value in table.items():
+        if name not in actions:
+            raise InvalidArgument(f"--config {path}", f"{name} is not a flag of train_sd.py", "remove it")
+        # In TOML somebody wrote the alpha; a run's own may have come from its rank.
+        resolved = path.suffix == ".json" or name != "lora_alpha"
+        if value is not None and value != [] and not (resolved and GIVES_WAY_TO.get(name) in given):
+            values[name] = _checked(actions[name], name, value, path)
+    return values
+
+
+def _checked(action: argparse.Action, name: str, value: object, path: Path) -> object:
+    """A configured value as argparse would have it from the command line."""
+    where, switch = f"--config {path}", isinstance(action, argparse.BooleanOptionalAction)
+    if isinstance(value, dict):
+        raise InvalidArgument(where, f"{name} is a table", "write all flags at the top level")
+    if isinstance(value, list) and action.nargs != "+":
+        raise InvalidArgument(where, f"{name} = {value} is a list", "give one value")
+    if isinstance(value, bool) != switch:
+        raise InvalidArgument(where, f"{name} = {value}", "give true or false" if switch else "give a value")
+    if switch:
+        return value
+    items = []
+    for item in value if isinstance(value, list) else [value]:
+        try:
+            item = (action.type or str)(str(item))
+        except (argparse.ArgumentTypeError, ValueError) as error:
+            raise InvalidArgument(f"{where}, {name}", first_line(error), "correct it") from None
+        if action.choices and item not in action.choices:
+            raise InvalidArgument(
+                f"{where}, {name}", f"{item!r} is not a choice", f"give one of {list(action.choices)}"
+            )
+        items.append(item)
+    return items if action.nargs == "+" else items[0]
+
+
+def given_flags(argv: Sequence[str] | None) -> set[str]:
+    """Names of the flags that are on the command line."""
+    parser = build_parser()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return set(vars(parser.parse_args(argv)))
+
+
+# -- what can be refused at once ---------------------------------------------------------------------------------------
+
+
+def check_flags(flags: Flags) -> None:
+    """Refuse combinations and paths that cannot work."""
+    check_model_name(flags.pretrained_model_name_or_path)
+    if not flags.dataset_name and not flags.train_data_dir:
+        fix = "name a folder of images with captions, or a dataset with --dataset_name"
+        raise InvalidArgument("--train_data_dir", "missing", fix)
+    if flags.train_data_dir and not flags.dataset_name and not Path(flags.train_data_dir).is_dir():
+        problem = f"--train_data_dir {flags.train_data_dir}"
+        raise InvalidArgument(problem, "no such folder", "give one with images and captions")
+    check_packages(flags)
+    check_schedule(flags)
+    if flags.hub_token and flags.report_to not in ("tensorboard", "none"):
+        problem = f"--report_to {flags.report_to} would publish it"
+        raise InvalidArgument("--hub_token", problem, "log in with `hf auth login` instead")
+    if flags.merge == "lstsq" and flags.shortcut in ("input", "middle") and flags.merge_calibration_samples == 0:
+        fix = "give --merge_calibration_samples 64, or another merge"
+        raise InvalidArgument("--merge lstsq", "needs calibration samples", fix)
+    stateful = flags.shortcut in ("input", "middle") and flags.pre_num != 0 and "reslora" in flags.method
+    if flags.compile and flags.gradient_checkpointing and stateful:
+        problem = f"--compile with --gradient_checkpointing cannot keep --shortcut {flags.shortcut}"
+        raise InvalidArgument("--compile", problem, "leave one of them out, or use --shortcut block")
+    check_adalora_steps(flags.method, flags.max_train_steps)
+    check_output(flags.output_dir)
+
+
+def check_packages(flags: Flags) -> None:
+    """Refuse flags whose package is not installed."""
+    for flag, used, package in (
+        ("--use_8bit_adam", flags.use_8bit_adam, "bitsandbytes"),
+        ("--enable_xformers_memory_efficient_attention", flags.enable_xformers_memory_efficient_attention, "xformers"),
+    ):
+        if used and importlib.util.find_spec(package) is None:
+            raise InvalidArgument(flag, f"{package} is not installed", f"pip install {package}, or leave it out")
+
+
+def check_schedule(flags: Flags) -> None:
+    """Refuse learning rates that their schedule cannot take."""
+    if flags.lr_scheduler == "polynomial" and flags.learning_rate <= POLYNOMIAL_END:
+        problem = f"--lr_scheduler polynomial ends at {POLYNOMIAL_END:g}"
+        raise InvalidArgument(
+            f"--learning_rate {flags.learning_rate:g}", problem, "give a larger one, or another schedule"
+        )
+    if flags.lr_scheduler != "piecewise_constant":
+        return
+    try:
+        *pairs, _ = (flags.lr_step_rules or "").split(",")
+        [(float(factor), int(step)) for factor, step in (pair.split(":") for pair in pairs)] and float(_)
+    except ValueError:
+        given = f" {flags.lr_step_rules}" if flags.lr_step_rules else ""
+        problem = "--lr_scheduler piecewise_constant needs rules"
+        raise InvalidArgument(
+            f"--lr_step_rules{given}", problem, "give factor:step pairs and a last factor, as 1:100,0.1"
+        ) from None
+
+
+def check_adalora_steps(methods: Sequence[str], steps: int | None) -> None:
+    """Refuse runs that are too short for AdaLoRA to move a rank."""
+    if "adalora" in methods and steps and steps < LEAST_ADALORA_STEPS:
+        problem = f"AdaLoRA needs {LEAST_ADALORA_STEPS} to move ranks"
+        raise InvalidArgument(f"--max_train_steps {steps}", problem, "give more steps or epochs, or another method")
+
+
+def check_output(output_dir: str) -> None:
+    """Refuse an output folder that cannot be made or written."""
+    output = Path(output_dir)
+    parent = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        problem = f"{parent} is not a folder that can be written"
+        raise InvalidArgument(f"--output_dir {output_dir}", problem, "choose another")
+
+
+def check_model_name(name: str) -> None:
+    """Refuse a path that is neither a pipeline of a known family nor a single safetensors file."""
+    path, flag = Path(name), f"--pretrained_model_name_or_path {name}"
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise InvalidArgument(flag, "not a .safetensors file", "give a folder in diffusers format, or such a file")
+    elif path.is_dir():
+        check_pipeline_class(name, read_index(path, flag))
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise InvalidArgument(flag, "no such folder", "give one in diffusers format or a name on the hub")
+
+
+def read_index(folder: Path, flag: str) -> dict:
+    """The content of a pipeline's model_index.json."""
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        index.get("_class_name")
+        return index
+    except (OSError, ValueError, AttributeError, RecursionError):
+        raise InvalidArgument(flag, "no readable model_index.json", "give a pipeline in diffusers format") from None
+
+
+def check_pipeline_class(name: str, index: dict) -> None:
+    """Refuse a pipeline of no known family."""
+    found = index.get("_class_name")
+    if not isinstance(found, str) or found not in FAMILIES:
+        raise InvalidArgument(
+            f"--pretrained_model_name_or_path {name}", f"a {found}", f"give one of {', '.join(FAMILIES)}"
+        )

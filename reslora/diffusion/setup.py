@@ -1,0 +1,118 @@
+"""What a run needs before its first step: accelerate, its trackers, the cores, and how long it trains."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import os
+import warnings
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import ProjectConfiguration
+
+from ..errors import InvalidArgument, first_line
+from ..files import write_json
+from .arguments import Flags
+from .samples import Material
+from .settings import check_adalora_steps
+from .trainee import Schedule
+
+LONGEST_WARMUP, WARMUP_SHARE = 500, 0.1
+PLACES = (
+    "pretrained_model_name_or_path",
+    "pretrained_vae_model_name_or_path",
+    "train_data_dir",
+    "dataset_name",
+    "cache_dir",
+)
+
+
+def start_accelerator(flags: Flags) -> Accelerator:
+    """Accelerate with the tracker that is asked for, and this process's share of the cores."""
+    folder = Path(flags.output_dir)
+    try:
+        accelerator = Accelerator(
+            gradient_accumulation_steps=flags.gradient_accumulation_steps,
+            mixed_precision=flags.mixed_precision,
+            log_with=tracker_of(flags.report_to),
+            project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / flags.logging_dir)),
+        )
+    except ValueError as error:
+        raise InvalidArgument(
+            f"--mixed_precision {flags.mixed_precision}", first_line(error), "choose another"
+        ) from None
+    if accelerator.device.type == "cpu":
+        if accelerator.mixed_precision == "fp16":
+            raise InvalidArgument("--mixed_precision fp16", "there is no GPU, and CPUs crawl in fp16", "use bf16 or no")
+        take_cores(int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)))
+    if accelerator.state.deepspeed_plugin is not None:  # it would ask the data loader, which is not accelerate's
+        settings = accelerator.state.deepspeed_plugin.deepspeed_config
+        settings["train_micro_batch_size_per_gpu"] = flags.train_batch_size
+    torch.backends.cuda.matmul.allow_tf32 = flags.allow_tf32
+    quieten()
+    return accelerator
+
+
+def tracker_of(name: str) -> str | None:
+    """The tracker as accelerate takes it; raises `InvalidArgument` for one it does not know or cannot import."""
+    known, installed = sorted(map(str, LOGGER_TYPE_TO_CLASS)), set(map(str, get_available_trackers()))
+    if name == "none" or (name == "tensorboard" and name not in installed):
+        return None
+    if name != "all" and name not in known:
+        raise InvalidArgument(
+            f"--report_to {name}", "accelerate does not know it", f"give one of {', '.join(known)}, all, none"
+        )
+    if name != "all" and name not in installed:
+        raise InvalidArgument(f"--report_to {name}", f"{name} is not installed", f"pip install {name}, or leave it out")
+    return name
+
+
+def take_cores(local_processes: int) -> None:
+    """Use all cores: launchers leave one thread where nothing is configured. A user's own choice is kept."""
+    launched = {"ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
+    chosen = os.environ.get("OMP_NUM_THREADS")
+    if chosen is None or (launched and chosen == "1"):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(max(1, cores // local_processes))
+
+
+def quieten() -> None:
+    """Warnings that are not for whoever trains."""
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    logging.getLogger("peft").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="huggingface_hub")
+
+
+def schedule_of(flags: Flags, material: Material, processes: int) -> tuple[Schedule, Material]:
+    """How long each method trains, and the material with flags that say so."""
+    updates = math.ceil(len(material.train) / flags.train_batch_size / processes)
+    updates = max(1, math.ceil(updates / flags.gradient_accumulation_steps))
+    steps = flags.max_train_steps or flags.num_train_epochs * updates
+    check_adalora_steps(flags.method, steps)
+    validation_steps = flags.validation_steps or flags.validation_epochs * updates
+    warmup = flags.lr_warmup_steps
+    warmup = min(LONGEST_WARMUP, int(WARMUP_SHARE * steps)) if warmup is None else warmup
+    schedule = Schedule(steps, validation_steps, warmup, by_epochs=not flags.max_train_steps)
+    flags = flags.replace(max_train_steps=steps, validation_steps=validation_steps)
+    return schedule, dataclasses.replace(material, flags=flags)
+
+
+def start_trackers(flags: Flags, accelerator: Accelerator) -> None:
+    """`config.json`, and the trackers."""
+    public = {name: value for name, value in vars(flags).items() if name not in ("config", "hub_token")}
+    for name in PLACES:
+        if public[name] and Path(public[name]).exists():  # whoever reads it later may be in another folder
+            public[name] = str(Path(public[name]).resolve())
+    if accelerator.is_main_process:
+        write_json(Path(flags.output_dir) / "config.json", public)
+    plain = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in public.items()}
+    accelerator.init_trackers("train_sd", config=plain)

@@ -1,0 +1,119 @@
+"""What a finished run shows: figures, a summary, and an upload."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
+from PIL import Image
+
+from ..adapters import PLAIN_METHODS
+from ..errors import InvalidArgument, RunFailed, first_line
+from ..figures import comparison, loss_curves
+from ..files import replacing
+from ..log import read_log
+from .arguments import Flags
+from .checkpoints import read_record
+from .results import DIFFUSERS_FILE, KOHYA_FILE
+
+COLUMNS = 9  # at most so many steps are shown beside each other
+NOT_UPLOADED = ["*/checkpoint-*", "*/.*", ".*", "app.log", "config.json", "*/unet/*", "*/transformer/*", "cache/*"]
+
+
+def write_figures(flags: Flags, held_out: int) -> None:
+    """`comparison.png`, `loss.png`, and a single method's weights where diffusers' script leaves them."""
+    output = Path(flags.output_dir)
+    if flags.validation_prompt:
+        write_comparison(flags, output)
+    loss_curves(output / "loss.png", {m: read_log(output / m / "log.jsonl") for m in flags.method}, held_out)
+    if len(flags.method) == 1 and flags.method[0] in PLAIN_METHODS:
+        with replacing(output / DIFFUSERS_FILE) as temporary:
+            shutil.copyfile(output / flags.method[0] / DIFFUSERS_FILE, temporary)
+
+
+def write_comparison(flags: Flags, output: Path) -> None:
+    """The paper's Figure 3: steps across; prompts down, and the methods under each."""
+    found = sorted({int(path.name[5:]) for path in output.glob("*/samples/step-*") if path.name[5:].isdigit()})
+    chosen = sorted({found[round(i * (len(found) - 1) / (COLUMNS - 1))] for i in range(COLUMNS)}) if found else []
+    folders = [f"samples/step-{step:06d}" for step in chosen] + ["merged"]
+    rows = [
+        (prompt, [(m, [_image(output / m / folder / f"{p}-0.png") for folder in folders]) for m in flags.method])
+        for p, prompt in enumerate(flags.validation_prompt)
+    ]
+    comparison(output / "comparison.png", [f"step {step}" for step in chosen] + ["merged"], rows)
+
+
+def _image(path: Path) -> Image.Image | None:
+    return Image.open(path) if path.is_file() else None
+
+
+def print_summary(flags: Flags) -> None:
+    """What was written, and how to look at it."""
+    output = Path(flags.output_dir)
+    lines = ["", f"{output}/"]
+    if (output / "comparison.png").is_file():
+        lines.append("  comparison.png   steps across; prompts and methods down")
+    lines += ["  loss.png         training and validation loss", "  config.json      every setting of this run"]
+    uses = {
+        DIFFUSERS_FILE: "diffusers: pipeline.load_lora_weights(folder)",
+        KOHYA_FILE: "ComfyUI, A1111/Forge, kohya",
+        "peft": "PeftModel.from_pretrained(denoiser, folder)",
+        "unet": "merged weights: UNet2DConditionModel.from_pretrained(folder)",
+        "transformer": "merged weights: the transformer's from_pretrained(folder)",
+    }
+    for method in flags.method:
+        lines.append(f"  {method}/")
+        for name, difference in read_record(output / method / "exports.json")["difference_of_255"].items():
+            lines.append(f"    {name:<34}{uses.get(name, ''):<62}read back: {difference}/255")
+    lines.append(
+        "Each was read back by stock diffusers or PEFT; its image may differ from the merged model's by 2/255 (fp32)."
+    )
+    lines.append("Look at the run: python -m app")
+    print("\n".join(lines))
+
+
+def hub_repository(flags: Flags) -> str:
+    """The repository to upload to, which is made if need be."""
+    name = flags.hub_model_id or Path(flags.output_dir).resolve().name
+    try:
+        return huggingface_hub.create_repo(name, exist_ok=True, token=flags.hub_token).repo_id
+    except Exception as error:  # requests' or httpx's, by the version of the hub's library
+        problem = f"cannot make or reach the repository {name} ({first_line(error)})"
+        raise InvalidArgument("--push_to_hub", problem, "log in with `hf auth login`, or leave it out") from None
+
+
+def publish(flags: Flags) -> None:
+    """Upload the folder with a model card, as diffusers' script does."""
+    output, name = Path(flags.output_dir), hub_repository(flags)
+    base = flags.pretrained_model_name_or_path
+    local = Path(base).exists()
+    description = (
+        f"# {name}\n\n{', '.join(flags.method)} weights for {Path(base).name if local else base}, "
+        f"trained on {Path(flags.dataset_name or flags.train_data_dir).name}.\n"
+    )
+    if (output / "comparison.png").is_file():
+        description += "\n![samples](comparison.png)\n"
+    try:
+        card = load_or_create_model_card(
+            repo_id_or_path=name,
+            token=flags.hub_token,
+            from_training=True,
+            base_model=None if local else base,  # the hub refuses what is no name of its own
+            model_description=description,
+            inference=True,
+        )
+        tags = ["text-to-image", "diffusers", "diffusers-training", "lora", "reslora"]
+        populate_model_card(card, tags=tags).save(output / "README.md")
+        huggingface_hub.upload_folder(
+            repo_id=name,
+            folder_path=output,
+            commit_message="End of training",
+            ignore_patterns=NOT_UPLOADED,
+            token=flags.hub_token,
+        )
+    except Exception as error:
+        problem = f"{name} could not be uploaded ({first_line(error)})"
+        raise RunFailed(f"{problem}; the run is complete, the same command tries again") from None
+    print(f"uploaded to {name}")

@@ -1,0 +1,131 @@
+"""One method on its way: the denoiser with its adapter, the optimizer, the schedule, and how far they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import cast_training_params
+from torch import nn
+
+from ..adapters import RankAllocator, adapter_config, attach, rank_allocator
+from ..config import ResLoraConfig
+from ..model import enable_gradient_checkpointing
+from .arguments import Flags
+from .seeds import derive
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long a method trains, and when it is looked at."""
+
+    steps: int
+    validation_steps: int
+    warmup_steps: int
+    by_epochs: bool
+    """Whether the number of steps came from --num_train_epochs."""
+
+    def is_due(self, step: int) -> bool:
+        """Whether there are to be a validation loss and samples after that step."""
+        return step % self.validation_steps == 0 or step == self.steps
+
+
+@dataclass
+class Trainee:
+    """What one method trains, and how far it is."""
+
+    method: str
+    denoiser: nn.Module
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    allocator: RankAllocator | None
+    model: nn.Module
+    """The denoiser as accelerate and the compiler have wrapped it; the denoiser itself until then."""
+    step: int = 0
+    seconds: float = 0.0
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained."""
+        return [parameter for parameter in self.denoiser.parameters() if parameter.requires_grad]
+
+    def state(self, accelerator: Accelerator) -> dict:
+        """All but the adapter that a resumed run needs to equal an uninterrupted one."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
+            "allocator": self.allocator.state_dict() if self.allocator else None,
+        }
+
+    def load_state(self, state: dict, step: int, seconds: float, accelerator: Accelerator) -> None:
+        """Takes over what `state` returned, at that step."""
+        if self.allocator:
+            self.allocator.load_state_dict(state["allocator"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        if accelerator.scaler and state["scaler"]:
+            accelerator.scaler.load_state_dict(state["scaler"])
+        self.step, self.seconds = step, seconds
+
+
+def new_trainee(
+    method: str, denoiser: nn.Module, flags: Flags, schedule: Schedule, accelerator: Accelerator
+) -> Trainee:
+    """The method at its start, around a bare denoiser."""
+    add_adapter(denoiser, method, flags, schedule.steps)
+    optimizer = new_optimizer([p for p in denoiser.parameters() if p.requires_grad], flags, accelerator)
+    lr_scheduler = get_scheduler(
+        flags.lr_scheduler, optimizer, step_rules=flags.lr_step_rules, num_warmup_steps=schedule.warmup_steps,
+        num_training_steps=schedule.steps,
+    )  # fmt: skip
+    return Trainee(method, denoiser, optimizer, lr_scheduler, rank_allocator(denoiser), denoiser)
+
+
+def add_adapter(denoiser: nn.Module, method: str, flags: Flags, total_steps: int) -> None:
+    """Gives the denoiser the method's adapter, in place, with weights drawn from the seed."""
+    config = adapter_config(
+        method, r=flags.rank, alpha=flags.lora_alpha, dropout=flags.lora_dropout, targets=flags.target_modules,
+        total_steps=total_steps, init_lora_weights="gaussian",  # as in diffusers' scripts
+    )  # fmt: skip
+    shortcuts = ResLoraConfig(shortcut=flags.shortcut, pre_num=flags.pre_num, head=flags.head)
+    torch.manual_seed(derive(flags.seed, "adapter"))
+    attach(denoiser, config, shortcuts if method == "reslora" else None)
+    cast_training_params(denoiser, dtype=torch.float32)
+
+
+def new_optimizer(parameters: list[nn.Parameter], flags: Flags, accelerator: Accelerator) -> torch.optim.Optimizer:
+    """AdamW, or bitsandbytes' 8-bit AdamW."""
+    per_step = flags.gradient_accumulation_steps * flags.train_batch_size * accelerator.num_processes
+    options = {
+        "lr": flags.learning_rate * (per_step if flags.scale_lr else 1),
+        "betas": (flags.adam_beta1, flags.adam_beta2),
+        "weight_decay": flags.adam_weight_decay,
+        "eps": flags.adam_epsilon,
+    }
+    if flags.use_8bit_adam:
+        import bitsandbytes  # an optional package
+
+        return bitsandbytes.optim.AdamW8bit(parameters, **options)
+    # A fused step hides from accelerate that the fp16 scaler has skipped it.
+    fused = accelerator.device.type in ("cpu", "cuda") and accelerator.scaler is None
+    return torch.optim.AdamW(parameters, **options, fused=fused)
+
+
+def prepare(trainee: Trainee, flags: Flags, accelerator: Accelerator) -> None:
+    """Makes the trainee ready for its steps: attention, checkpointing, processes, compiler."""
+    denoiser = trainee.denoiser
+    if flags.enable_xformers_memory_efficient_attention:
+        denoiser.enable_xformers_memory_efficient_attention()
+    if flags.gradient_checkpointing:
+        enable_gradient_checkpointing(denoiser)
+    trainee.model, trainee.optimizer = accelerator.prepare(denoiser.train(), trainee.optimizer)
+    if flags.compile:
+        trainee.model = compiled(trainee.model)
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    """The model for training steps only: samples and validation batches have other shapes, and go without."""
+    return torch.compile(model)

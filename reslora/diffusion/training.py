@@ -1,0 +1,117 @@
+"""Training one method, from where it stands to the last step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+from ..errors import RunFailed, Stopped, first_line
+from ..signals import StopRequest
+from .arguments import Flags
+from .denoising import DenoisingLoss
+from .reports import Reports, Validation
+from .samples import Material, training_loader
+from .seeds import derive
+from .stopping import stop_requested
+from .trainee import Schedule, Trainee
+
+
+def train(
+    trainee: Trainee,
+    loss: DenoisingLoss,
+    material: Material,
+    schedule: Schedule,
+    validation: Validation,
+    reports: Reports,
+    save: Callable[[], None],
+    accelerator: Accelerator,
+    stop: StopRequest,
+) -> None:
+    """Takes the steps that are left, saving and validating when it is due; raises `Stopped` once a stop is saved."""
+    flags, main = material.flags, accelerator.is_main_process
+    if parts := reports.overdue(schedule):
+        validation(trainee, reports, parts)
+    steps = range(trainee.step, schedule.steps)
+    pin = accelerator.device.type == "cuda"
+    loader = training_loader(material, steps, accelerator.num_processes, accelerator.process_index, pin)
+    stream = iter(loader)
+    with tqdm(
+        desc=trainee.method, total=schedule.steps, initial=trainee.step, disable=not main, dynamic_ncols=True
+    ) as bar:
+        for _ in steps:
+            started = time.perf_counter()
+            value = take_step(trainee, loss, stream, flags, accelerator)
+            trainee.seconds += time.perf_counter() - started
+            reports.loss("train", value)
+            bar.set_postfix(loss=f"{value:.4f}", refresh=False)
+            bar.update()
+            if after_step(trainee, schedule, validation, reports, save, flags, accelerator, stop):
+                break
+    accelerator.free_memory()
+    if stop.signal is not None and trainee.step < schedule.steps:
+        raise Stopped(f"{trainee.method} stopped after step {trainee.step}; go on with --resume_from_checkpoint latest")
+
+
+def after_step(
+    trainee: Trainee,
+    schedule: Schedule,
+    validation: Validation,
+    reports: Reports,
+    save: Callable[[], None],
+    flags: Flags,
+    accelerator: Accelerator,
+    stop: StopRequest,
+) -> bool:
+    """Saves and validates where it is due; returns whether this was the last step."""
+    main = accelerator.is_main_process
+    last = stop_requested(stop, accelerator) or trainee.step == schedule.steps
+    saved = last or trainee.step % flags.checkpointing_steps == 0
+    if saved and main:
+        save()
+    if stop.signal is None and schedule.is_due(trainee.step):
+        validation(trainee, reports)
+        last = stop_requested(stop, accelerator) or last
+    if last and not saved and main:
+        save()
+    accelerator.wait_for_everyone()
+    return last
+
+
+def take_step(
+    trainee: Trainee, loss: DenoisingLoss, stream: Iterator[dict], flags: Flags, accelerator: Accelerator
+) -> float:
+    """One update of the adapter, from --gradient_accumulation_steps batches; returns their mean loss everywhere."""
+    total = 0.0
+    trainee.step += 1
+    for forward in range(flags.gradient_accumulation_steps):
+        batch = next_batch(stream)
+        # Dropout masks, the only random numbers left: seeding them here makes them a function of the step.
+        torch.manual_seed(derive(flags.seed, "dropout", trainee.step, forward, accelerator.process_index))
+        with accelerator.accumulate(trainee.model):
+            mean = loss(trainee.model, batch).mean()
+            total += mean.detach()
+            accelerator.backward(mean + trainee.allocator.penalty() if trainee.allocator else mean)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(trainee.parameters, flags.max_grad_norm)
+            trainee.optimizer.step()
+            skipped = accelerator.optimizer_step_was_skipped  # its gradients are not finite
+            if trainee.allocator and accelerator.sync_gradients and not skipped:
+                trainee.allocator.step(trainee.step)
+            trainee.optimizer.zero_grad()
+    if not accelerator.optimizer_step_was_skipped:
+        trainee.lr_scheduler.step()
+    return accelerator.reduce(total / flags.gradient_accumulation_steps, "mean").item()
+
+
+def next_batch(stream: Iterator[dict]) -> dict:
+    """The next batch; an image that cannot be read, or a loading process that died, ends the run in one line."""
+    try:
+        return next(stream)
+    except (OSError, RuntimeError, SyntaxError, ValueError) as error:
+        raise RunFailed(
+            f"a training batch cannot be loaded ({first_line(error)}); the last checkpoint is intact"
+        ) from None
