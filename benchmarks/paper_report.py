@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import re
 import statistics
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable
 
 import matplotlib
+import matplotlib.pyplot as plt
+from measured import RESULTS, ROOT
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS, REPORT = ROOT / "benchmarks" / "results", ROOT / "RESULTS.md"
+REPORT = ROOT / "RESULTS.md"
 COLORS = {
     "lora": "#8a8f98",
     "lora_x2": "#1971c2",
@@ -32,7 +30,8 @@ def write(experiments: dict) -> None:
     """Fills every marked part of RESULTS.md: `<!-- name -->` to `<!-- /name -->`; what has not run says so."""
     text = REPORT.read_text(encoding="utf-8")
     for name in re.findall(r"<!-- ([a-z0-9_-]+) -->", text):
-        part = cost_table() if name == "cost" else state(experiments) if name == "state" else section(name, experiments)
+        special = {"cost": cost_table, "speed": speed_tables, "state": lambda: state(experiments)}
+        part = special[name]() if name in special else section(name, experiments)
         pattern = rf"(<!-- {name} -->).*?(<!-- /{name} -->)"
         text = re.sub(pattern, lambda m, part=part: f"{m[1]}\n{part}\n{m[2]}", text, flags=re.DOTALL)
     REPORT.write_text(text, encoding="utf-8")
@@ -126,23 +125,44 @@ def convergence(name: str, results: dict[str, list[dict]]) -> str:
         *([f"validation {other}"] if other else []),
     ]
     plot = plot_curves(name, results)
-    head.append(f"steps to LoRA's final loss (of {total})")
+    head.append(f"steps to LoRA's final loss, each at its rate (of {total})")
     return f"{table(head, rows)}\n\n![validation loss by step]({plot})"
 
 
 def rates(name: str, experiment) -> str:
-    """Where the search's trainings are final ones too: validation loss at each learning rate, seed 0."""
+    """Where the search's trainings are final ones too, so that methods can be compared at equal learning rates: the
+    validation loss, and the steps to LoRA's final loss at the same rate and at its chosen one; seed 0."""
     if len(experiment.rates) < 2 or experiment.script != "train_sd.py":
         return ""
-    rows = []
-    for variant in experiment.variants:
-        cells = []
-        for rate in experiment.rates:
-            path = RESULTS / name / f"{variant.replace(' ', '-')}-lr{rate:g}-seed0.json"
-            found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-            cells.append(f"{curve(found)[-1][1]:.4f}" if found else "—")
-        rows.append([variant, *cells])
-    return table(["validation loss, seed 0, learning rate", *(f"{rate:g}" for rate in experiment.rates)], rows)
+    grid = {variant: [at_rate(name, variant, rate) for rate in experiment.rates] for variant in experiment.variants}
+    parts = [rate_table("validation loss", experiment, grid, lambda result, _: f"{curve(result)[-1][1]:.4f}")]
+    if all(grid.get("lora", [None])):
+        ends = [curve(result)[-1][1] for result in grid["lora"]]
+        chosen = experiment.rates.index(results_of(name, ["lora"])["lora"][0]["rate"])
+        title = f"steps to {ends[chosen]:.4f}, LoRA's final loss at its chosen rate"
+        parts.append(rate_table("steps to LoRA's final loss at the same rate", experiment, grid, steps_in_words, ends))
+        parts.append(rate_table(title, experiment, grid, steps_in_words, [ends[chosen]] * len(ends)))
+    return "\n\n".join(parts)
+
+
+def at_rate(name: str, variant: str, rate: float) -> dict | None:
+    path = RESULTS / name / f"{variant.replace(' ', '-')}-lr{rate:g}-seed0.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def rate_table(title: str, experiment, grid: dict, cell_of: Callable, levels: Iterable[float | None] = ()) -> str:
+    """Methods down, learning rates across; a cell shows a training and what it is measured against."""
+    levels = list(levels) or [None] * len(experiment.rates)
+    rows = [
+        [variant, *(cell_of(r, level) if r else "—" for r, level in zip(results, levels, strict=True))]
+        for variant, results in grid.items()
+    ]
+    return table([f"seed 0: {title}", *(f"{rate:g}" for rate in experiment.rates)], rows)
+
+
+def steps_in_words(result: dict, level: float) -> str:
+    steps = steps_to(result, level)
+    return "never" if steps is None else f"{steps:.0f}"
 
 
 def last_row(results: dict[str, list[dict]]) -> dict:
@@ -183,14 +203,17 @@ def merges(results: dict[str, list[dict]]) -> str:
     if not wired:
         return ""
     columns = [m for m in MERGES if any(m in found[0]["table"] for found in wired.values())]
+    judged = [m for m in columns if m in ("input", "weights", "lstsq")]
     parts = []
     for figure in [key for key in next(iter(wired.values()))[0]["table"]["unmerged"] if key not in ("block_error",)]:
         rows = []
         for variant, found in {**single, **wired}.items():
             cells = [cell(found, row, figure) for row in ("unmerged", *columns)]
-            rows.append([variant, *cells, kept(found, figure) if variant in wired else "—"])
-        head = [f"final {figure}", "unmerged", *columns, "lstsq keeps of what none loses"]
-        parts.append(table(head, rows))
+            rows.append([variant, *cells])
+        parts.append(table([f"final {figure}", "unmerged", *columns], rows))
+        shares = [[variant, *(kept(found, figure, merge) for merge in judged)] for variant, found in wired.items()]
+        shares = [row for row in shares if set(row[1:]) != {"—"}]
+        parts.append(table([f"kept of the {figure} that none loses", *judged], shares))
     return "\n\n".join(parts)
 
 
@@ -199,14 +222,14 @@ def cell(found: list[dict], row: str, figure: str) -> str:
     return spread(values) if values else "—"
 
 
-def kept(found: list[dict], figure: str) -> str:
-    """Of the change that dropping the shortcuts (`none`) makes, how much `lstsq` avoids; mean over the seeds."""
+def kept(found: list[dict], figure: str, merge: str) -> str:
+    """Of the change that dropping the shortcuts (`none`) makes, how much `merge` avoids; mean over the seeds."""
     shares = []
     for result in found:
         rows = result["table"]
-        if "lstsq" in rows and rows["none"][figure] != rows["unmerged"][figure]:
+        if merge in rows and rows["none"][figure] != rows["unmerged"][figure]:
             lost = rows["none"][figure] - rows["unmerged"][figure]
-            shares.append((rows["none"][figure] - rows["lstsq"][figure]) / lost)
+            shares.append((rows["none"][figure] - rows[merge][figure]) / lost)
     return spread([100 * share for share in shares], "{:.1f}") + "%" if shares else "—"
 
 
@@ -279,10 +302,43 @@ def cost_table() -> str:
     return table(["method", "step time / stock PEFT LoRA", "peak memory / stock PEFT LoRA", "paper's time"], rows)
 
 
+def speed_tables() -> str:
+    """What speed.py and trainer.py have measured, each with the machine it was measured on."""
+    parts = []
+    for path in sorted([*(RESULTS / "speed").glob("*.json"), *(RESULTS / "trainer").glob("*.json")]):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        machine = found["machine"]
+        where = f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}"
+        parts.append(table([f"`{path.parent.name}/{path.stem}`, {where}", ""], speed_rows(found)))
+    return "\n\n".join(parts) or "*Not run yet.*"
+
+
+def speed_rows(found: dict) -> list[list[str]]:
+    """Rows of one measurement: step times over PEFT's, seconds, ratios by round, or rates by loading processes."""
+    if "shortcuts" in found:
+        rows = [[name, figures["ratio_quartiles"]] for name, figures in found["shortcuts"].items()]
+        name = f"of stock PEFT's step, r = {found['rank']}, median of {found['rounds']} pairs (quartiles)"
+        return [[f"{shortcut} {name}", f"{mid:.2f} ({low:.2f}-{high:.2f})"] for shortcut, (low, mid, high) in rows]
+    if "seconds" in found:
+        return [[name, f"{seconds:.2f} s"] for name, seconds in found["seconds"].items()]
+    if "workers" in found:
+        rows = [["finding the images and checking their headers", f"{found['scan_seconds']:.1f} s"]]
+        for count, rates in found["workers"].items():
+            rows += [[f"{count} processes, {name}", f"{value:.3g}"] for name, value in rates.items()]
+        return rows
+    return [[name, over_rounds(values)] for name, values in (found.get("ratios") or found["rounds"]).items()]
+
+
+def over_rounds(values: list[float]) -> str:
+    """Median, lowest and highest; empty where no round has one."""
+    return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})" if values else "never"
+
+
 def state(experiments: dict) -> str:
     """Which experiments have run, in how many trainings."""
     rows = []
     for name, experiment in experiments.items():
         files = list((RESULTS / name).glob("*.json"))
-        rows.append([f"`{name}`", experiment.shows, f"{len(files)} trainings" if files else "not run"])
+        done = "measured" if name == "cost" else f"{len(files)} trainings"
+        rows.append([f"`{name}`", experiment.shows, done if files else "not run"])
     return table(["experiment", "stands beside the paper's", "run"], rows)

@@ -1,12 +1,13 @@
-"""Prints what ResLoRA costs as ratios against stock PEFT LoRA, each pair interleaved in one run.
+"""Measures what ResLoRA costs as ratios against stock PEFT LoRA, each pair interleaved in one run.
 
     python benchmarks/speed.py steps            # training step of each shortcut, toy LLaMA and the bundled U-Net
     python benchmarks/speed.py steps --model sd15 --device cuda --dtype bfloat16
     python benchmarks/speed.py merge            # merging a U-Net of Stable Diffusion 1.5's size on the CPU
     python benchmarks/speed.py start            # import time, and the time to `train_sd.py --help`
 
-A ratio is the median over rounds of (ResLoRA step / PEFT step), the two taken turn about so that both meet the same
+A ratio is the median over rounds of (ResLoRA step / PEFT step), the two taken alternately so that both meet the same
 machine; the quartiles tell how far to trust it. The paper reports 1.07 (input), 1.79 (block, 4) and 1.36 (middle, 4).
+The figures are printed and kept in benchmarks/results/speed/; `paper.py report` draws tables of them.
 """
 
 from __future__ import annotations
@@ -17,14 +18,13 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
+from measured import ROOT, keep
 from peft import LoraConfig, get_peft_model
 
 import reslora
 
-ROOT = Path(__file__).resolve().parent.parent
 SHORTCUTS = {"input": 1, "block": 4, "middle": 4}
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -57,15 +57,18 @@ def steps(args: argparse.Namespace) -> None:
         base, batch, targets = MODELS[name](args.device)
         rank = args.rank or (4 if name == "llama" else 16)
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
+        found = {}
         for shortcut, pre_num in SHORTCUTS.items():
             stock = get_peft_model(copy.deepcopy(base), config)
             ours = get_peft_model(copy.deepcopy(base), config)
             reslora.connect(ours, reslora.ResLoraConfig(shortcut, pre_num))
-            times, memory = race([Step(stock, batch, args), Step(ours, batch, args)], args)
-            ratios = sorted(b / a for a, b in zip(*times, strict=True))
-            low, middle, high = statistics.quantiles(ratios, n=4)
+            figures = compared([Step(stock, batch, args), Step(ours, batch, args)], args)
+            found[f"{shortcut}({pre_num})"] = figures
+            low, middle, high = figures["ratio_quartiles"]
             line = f"{name:8} {shortcut}({pre_num})  step {middle:.3f} of PEFT's  (quartiles {low:.3f} {high:.3f}"
-            print(f"{line}; PEFT {statistics.median(times[0]) * 1e3:.1f} ms){memory}", flush=True)
+            print(f"{line}; PEFT {figures['peft_seconds'] * 1e3:.1f} ms)", figures.get("peak_ratio", ""), flush=True)
+        settings = {"rank": rank, "rounds": args.rounds, "device": args.device, "dtype": args.dtype}
+        keep(f"speed/steps-{name}-{args.device}-{args.dtype}", {**settings, "shortcuts": found})
 
 
 class Step:
@@ -92,21 +95,22 @@ class Step:
         return time.perf_counter() - began
 
 
-def race(contestants: list[Step], args: argparse.Namespace) -> tuple[list[list[float]], str]:
-    """Times the contestants turn about, swapping who goes first, and on CUDA their peak memory."""
-    peaks = []
-    for step in contestants:
-        if args.device == "cuda":
+def compared(pair: list[Step], args: argparse.Namespace) -> dict:
+    """Step times of PEFT and of ResLoRA, taken alternately, the order swapped each time; on CUDA peak memory too."""
+    cuda, peaks = args.device == "cuda", []
+    for step in pair:
+        if cuda:
             torch.cuda.reset_peak_memory_stats()
         for _ in range(3):
             step()
-        peaks.append(torch.cuda.max_memory_allocated() if args.device == "cuda" else 0)
-    times: list[list[float]] = [[] for _ in contestants]
+        peaks.append(torch.cuda.max_memory_allocated() if cuda else 0)
+    times: list[list[float]] = [[], []]
     for number in range(args.rounds):
-        order = range(len(contestants)) if number % 2 else reversed(range(len(contestants)))
-        for index in order:
-            times[index].append(contestants[index]())
-    return times, f"  peak memory {peaks[1] / peaks[0]:.3f}" if args.device == "cuda" else ""
+        for index in (0, 1) if number % 2 else (1, 0):
+            times[index].append(pair[index]())
+    ratios = [ours / theirs for theirs, ours in zip(*times, strict=True)]
+    figures = {"ratio_quartiles": statistics.quantiles(ratios, n=4), "peft_seconds": statistics.median(times[0])}
+    return {**figures, "peak_ratio": peaks[1] / peaks[0]} if cuda else figures
 
 
 def synchronize(device: str) -> None:
@@ -163,30 +167,37 @@ MODELS = {"llama": llama, "bundled": bundled, "sd15": sd15}
 
 
 def merge(args: argparse.Namespace) -> None:
+    seconds = {}
     for shortcut, method in (("block", "auto"), ("input", "weights"), ("middle", "weights")):
-        unet, _, targets = sd15("cpu")
+        unet, _, targets = MODELS["sd15"]("cpu")
         unet.add_adapter(LoraConfig(r=16, lora_alpha=32, target_modules=targets))
         reslora.connect(unet, reslora.ResLoraConfig(shortcut, 4))
         began = time.perf_counter()
         report = reslora.merge(unet, method)
+        seconds[f"{shortcut}(4) by {report.method}"] = time.perf_counter() - began
         print(f"sd15     {shortcut}(4) by {report.method}: {time.perf_counter() - began:.2f} s", flush=True)
+    keep("speed/merge", {"seconds": seconds})
 
 
 def start(args: argparse.Namespace) -> None:
-    peft = command_time("import peft, transformers.pytorch_utils")
-    bare = command_time("import peft")
-    ours = command_time("import reslora")
-    print(f"import peft {bare:.2f} s, import reslora {ours:.2f} s (peft and transformers.pytorch_utils {peft:.2f} s)")
-    began = time.perf_counter()
-    subprocess.run([sys.executable, str(ROOT / "train_sd.py"), "--help"], check=True, capture_output=True)
-    print(f"train_sd.py --help {time.perf_counter() - began:.2f} s")
+    trainer = [str(ROOT / "train_sd.py"), "--help"]
+    commands = {
+        "import peft": ["-c", "import peft"],
+        "import peft, transformers.pytorch_utils": ["-c", "import peft, transformers.pytorch_utils"],
+        "from reslora import connect": ["-c", "from reslora import connect"],
+        "train_sd.py --help": trainer,
+    }
+    seconds = {what: command_time(words) for what, words in commands.items()}
+    for what, time_taken in seconds.items():
+        print(f"{what:<42} {time_taken:.2f} s", flush=True)
+    keep("speed/start", {"seconds": seconds})
 
 
-def command_time(code: str) -> float:
+def command_time(words: list[str]) -> float:
     times = []
     for _ in range(3):
         began = time.perf_counter()
-        subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+        subprocess.run([sys.executable, *words], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
         times.append(time.perf_counter() - began)
     return min(times)
 

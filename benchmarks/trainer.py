@@ -1,16 +1,17 @@
-"""Prints what train_sd.py costs: beside diffusers' own script, when it loads many pictures, and after it has sampled.
+"""Measures what train_sd.py costs: beside diffusers' own script, when it loads many images, and after it has sampled.
 
     python benchmarks/trainer.py diffusers      # the bundled pipeline, 64 x 64 pixels, batch 16
     python benchmarks/trainer.py diffusers --model sd15 --mixed_precision bf16
                                                 # SD 1.5's size with random weights, 512 x 512, batch 4: needs a GPU
-    python benchmarks/trainer.py loader         # 10,000 pictures through the trainer's two loading paths, no model
+    python benchmarks/trainer.py loader         # 10,000 images through the trainer's two loading paths, no model
     python benchmarks/trainer.py memory         # step time and memory before, between and after validation samples
 
-`diffusers` runs `train_sd.py --method lora` and diffusers' train_text_to_image_lora.py turn about, each as a process of
-its own on the same model, pictures, batch, resolution, rank and number of steps, and with its own defaults otherwise. A
+`diffusers` runs `train_sd.py --method lora` and diffusers' train_text_to_image_lora.py alternately, each as a process
+of its own on the same model, images, batch, resolution, rank and number of steps, with its own defaults otherwise. A
 ratio is the median over the rounds, with the lowest and the highest. Steps are timed from one optimizer step to the
 next, without the first ones; what comes before them (imports, loading, for train_sd.py encoding once) is printed apart,
 and so is the time of the whole process, which for train_sd.py holds merging, exporting and reading back as well.
+The figures are printed and kept in benchmarks/results/trainer/; `paper.py report` draws tables of them.
 
 The sd15 form was never run where this was written: there was no GPU.
 """
@@ -18,45 +19,41 @@ The sd15 form was never run where this was written: there was no GPU.
 from __future__ import annotations
 
 import argparse
-import importlib.abc
-import importlib.util
 import itertools
 import json
-import os
-import resource
-import runpy
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
-ROOT = Path(__file__).resolve().parent.parent
+import torch
+from measured import ROOT, keep, machine
+from watched import WARM_UP, Watched
+
 TRAINER = ROOT / "train_sd.py"
 EXAMPLE = "examples/text_to_image/train_text_to_image_lora.py"
-WARM_UP = 5  # steps that are not timed
 MEBI = 2**20
 
 
 def main() -> None:
     args = build_parser().parse_args()
-    if args.what != "probe":
-        import torch
-
-        where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-        print(f"torch {torch.__version__}, {where}")
-    {"diffusers": diffusers, "loader": loader, "memory": memory, "probe": probe}[args.what](args)
+    print(", ".join(f"{name} {value}" for name, value in machine().items() if value is not None), flush=True)
+    name = f"diffusers-{args.model}" if args.what == "diffusers" else args.what
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    figures = {"diffusers": diffusers, "loader": loader, "memory": memory}[args.what](args)
+    keep(f"trainer/{name}", {"settings": settings, **figures})
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="what", required=True, metavar="{diffusers,loader,memory}")
+    commands = parser.add_subparsers(dest="what", required=True)
     add = commands.add_parser(
         "diffusers", help="samples per second and peak memory beside diffusers' script"
     ).add_argument
@@ -67,8 +64,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=40)
     add("--batch", type=int, help="default: 16, or 4 with sd15")
     add("--rank", type=int, default=16)
-    add = commands.add_parser("loader", help="pictures per second and worker").add_argument
-    add("--pictures", type=int, default=10_000)
+    add = commands.add_parser("loader", help="images per second and worker").add_argument
+    add("--images", type=int, default=10_000)
     add("--workers", type=int, nargs="+", default=[1, 2])
     add("--rate", type=float, default=30, help="samples per second that a GPU takes, for the consumer")
     add("--batch", type=int, default=4)
@@ -76,95 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=60)
     add("--every", type=int, default=15, help="steps between samples")
     add("--rounds", type=int, default=3)
-    add = commands.add_parser("probe").add_argument  # how the other commands run a script
-    add("record", type=Path)
-    add("script")
-    add("flags", nargs=argparse.REMAINDER)
     return parser
-
-
-# -- a script, watched -----------------------------------------------------------------------------------------------
-
-
-def probe(args: argparse.Namespace) -> None:
-    """Runs a training script in this process and notes time and memory after each optimizer step."""
-    began, marks = time.perf_counter(), []
-
-    def note(*_) -> None:
-        import torch
-
-        cuda = torch.cuda.is_available()
-        if cuda:
-            torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        marks.append((time.perf_counter() - began, torch.cuda.memory_allocated() if cuda else resident(), peak))
-
-    after_import("torch.optim.optimizer", lambda module: module.register_optimizer_step_post_hook(note))
-    sys.argv = [args.script, *args.flags]
-    sys.path[0] = str(Path(args.script).resolve().parent)
-    try:
-        runpy.run_path(args.script, run_name="__main__")
-    finally:
-        args.record.write_text(json.dumps(marks))
-
-
-def after_import(name: str, action: Callable) -> None:
-    """Calls `action` with a module when the script has imported it: a script may have things to set before."""
-
-    class Finder(importlib.abc.MetaPathFinder):
-        def find_spec(self, wanted, path, target=None):
-            if wanted != name:
-                return None
-            sys.meta_path.remove(self)
-            spec = importlib.util.find_spec(name)
-            execute = spec.loader.exec_module
-            spec.loader.exec_module = lambda module: (execute(module), action(module))
-            return spec
-
-    sys.meta_path.insert(0, Finder())
-
-
-def resident() -> int:
-    """Bytes of this process in memory now; 0 where the system doesn't tell."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0
-
-
-class Watched:
-    """What `probe` saw of a script: when each step ended, and the memory then."""
-
-    def __init__(self, script: Path, flags: list[str], folder: Path):
-        record, log = folder / "marks.json", folder / "log.txt"
-        command = [sys.executable, str(Path(__file__).resolve()), "probe", str(record), str(script), *flags]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-        began = time.perf_counter()
-        with log.open("w") as output:
-            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=folder)
-            _, status, usage = os.wait4(process.pid, 0)
-        self.seconds = time.perf_counter() - began
-        if status:
-            process.returncode = os.waitstatus_to_exitcode(status)
-            sys.exit(f"{script} failed:\n{log.read_text()[-2000:]}")
-        process.returncode = 0  # waited for already
-        marks = json.loads(record.read_text())
-        self.ends, self.resident, self.peaks = (list(column) for column in zip(*marks, strict=True))
-        self.peak_at_last_step = self.peaks[-1]
-        self.peak_of_process = usage.ru_maxrss * 1024
-
-    def durations(self, skip: tuple[int, ...] = ()) -> list[float]:
-        """Seconds of each step after the warm-up; steps that follow one in `skip` are left out."""
-        pairs = zip(self.ends, self.ends[1:], strict=False)
-        return [b - a for step, (a, b) in enumerate(pairs, 1) if step >= WARM_UP and step not in skip]
-
-    @property
-    def step(self) -> float:
-        return statistics.median(self.durations())
-
-    @property
-    def until_first_step(self) -> float:
-        return self.ends[0] - self.step
 
 
 def spread(values: list[float], digits: int = 2) -> str:
@@ -174,17 +83,17 @@ def spread(values: list[float], digits: int = 2) -> str:
 # -- beside diffusers ------------------------------------------------------------------------------------------------
 
 
-def diffusers(args: argparse.Namespace) -> None:
+def diffusers(args: argparse.Namespace) -> dict:
     batch = args.batch or (4 if args.model == "sd15" else 16)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         script = args.script or downloaded(folder)
         model, data, resolution = MODELS[args.model](folder)
-        pictures = len((data / "metadata.jsonl").read_text(encoding="utf-8").splitlines())
+        images = len((data / "metadata.jsonl").read_text(encoding="utf-8").splitlines())
         flags = ["--pretrained_model_name_or_path", str(model), "--train_data_dir", str(data), "--seed", "0"]
         flags += ["--resolution", str(resolution), "--train_batch_size", str(batch), "--rank", str(args.rank)]
         flags += ["--max_train_steps", str(args.steps), "--mixed_precision", args.mixed_precision]
-        flags += ["--max_train_samples", str(pictures // batch * batch)]  # diffusers' last batch is a smaller one else
+        flags += ["--max_train_samples", str(images // batch * batch)]  # diffusers' last batch is a smaller one else
         runs: dict[str, list[Watched]] = {"theirs": [], "ours": []}
         for number in range(args.rounds):
             order = list(runs) if number % 2 else list(reversed(runs))
@@ -197,7 +106,10 @@ def diffusers(args: argparse.Namespace) -> None:
                 )
                 shutil.rmtree(output)
             report_round(number, runs, batch)
-        report_ratios(runs)
+        ratios = ratios_of(runs)
+        for what, values in ratios.items():
+            print(f"  {what:<42} {spread(values) if values else 'never'}")
+        return {"ratios": ratios, "runs": {name: [run.figures() for run in found] for name, found in runs.items()}}
 
 
 def report_round(number: int, runs: dict[str, list[Watched]], batch: int) -> None:
@@ -211,22 +123,22 @@ def report_round(number: int, runs: dict[str, list[Watched]], batch: int) -> Non
         )
 
 
-def report_ratios(runs: dict[str, list[Watched]]) -> None:
+def ratios_of(runs: dict[str, list[Watched]]) -> dict[str, list[float]]:
+    """train_sd.py over diffusers' script, round by round."""
     pairs = list(zip(runs["theirs"], runs["ours"], strict=True))
-    print("train_sd.py over diffusers' script: median (lowest-highest)")
-    print(f"  samples per second     {spread([theirs.step / ours.step for theirs, ours in pairs])}")
-    print(f"  peak memory, training  {spread([o.peak_at_last_step / t.peak_at_last_step for t, o in pairs])}")
-    print(f"  peak RSS, whole run    {spread([o.peak_of_process / t.peak_of_process for t, o in pairs])}")
-    once = [(ours.until_first_step - theirs.until_first_step, theirs.step - ours.step) for theirs, ours in pairs]
-    print(f"  more before the first step, s  {spread([more for more, _ in once], 1)}")
-    even = [more / saved for more, saved in once if saved > 0]
-    print(f"  made up for after steps        {spread(even, 0) if even else 'never'}")
+    more = [ours.until_first_step - theirs.until_first_step for theirs, ours in pairs]
+    saved = [theirs.step - ours.step for theirs, ours in pairs]
+    return {
+        "samples per second": [theirs.step / ours.step for theirs, ours in pairs],
+        "peak memory in training": [ours.peak_at_last_step / theirs.peak_at_last_step for theirs, ours in pairs],
+        "peak memory of the process": [ours.peak_of_process / theirs.peak_of_process for theirs, ours in pairs],
+        "seconds more before the first step": more,
+        "steps that make up for them": [s / gain for s, gain in zip(more, saved, strict=True) if gain > 0],
+    }
 
 
 def downloaded(folder: Path) -> Path:
     """diffusers' example at the installed version, from its repository."""
-    from importlib.metadata import version
-
     address = f"https://raw.githubusercontent.com/huggingface/diffusers/v{version('diffusers')}/{EXAMPLE}"
     print(f"downloading {address}", flush=True)
     try:
@@ -246,8 +158,7 @@ def bundled(folder: Path) -> tuple[Path, Path, int]:
 
 
 def sd15(folder: Path) -> tuple[Path, Path, int]:
-    """Stable Diffusion 1.5's shapes with random weights, and 64 pictures of 512 x 512."""
-    import torch
+    """Stable Diffusion 1.5's shapes with random weights, and 64 images of 512 x 512."""
     from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -271,7 +182,7 @@ def sd15(folder: Path) -> tuple[Path, Path, int]:
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(folder / "model")
-    return folder / "model", photographs(folder / "pictures", 64), 512
+    return folder / "model", photographs(folder / "images", 64), 512
 
 
 MODELS = {"bundled": bundled, "sd15": sd15}
@@ -301,71 +212,73 @@ def photographs(folder: Path, count: int, different: int = 64) -> Path:
     return folder
 
 
-def loader(args: argparse.Namespace) -> None:
-    sys.path.insert(0, str(ROOT))
-    import torch
-
+def loader(args: argparse.Namespace) -> dict:
     import train_sd
 
     torch.set_num_threads(1)  # as in the worker processes
     with tempfile.TemporaryDirectory() as folder:
-        data = photographs(Path(folder) / "pictures", args.pictures)
+        data = photographs(Path(folder) / "images", args.images)
         flags = ["--pretrained_model_name_or_path", "someone/model", "--train_data_dir", str(data), "--random_flip"]
         flags += ["--resolution", "512", "--train_batch_size", str(args.batch), "--max_train_steps", "1000000"]
         flags = train_sd.parse_args([*flags, "--output_dir", str(Path(folder) / "run")])
         began = time.perf_counter()
-        pictures = train_sd.find_pictures(flags)
-        print(f"finding {args.pictures} pictures and checking their headers: {time.perf_counter() - began:.1f} s")
-        count = args.pictures // args.batch
+        images = train_sd.find_pictures(flags)
+        found = {"scan_seconds": time.perf_counter() - began, "workers": {}}
+        print(f"finding {args.images} images and checking their headers: {found['scan_seconds']:.1f} s", flush=True)
+        count = args.images // args.batch
         for workers in args.workers:
             flags.dataloader_num_workers = workers
-            report_loading("encoding pass, 2 variants each", encoding_pass(flags, pictures), args.pictures, workers)
+            encoding = encoding_pass(flags, images)
+            rates = {"encoding pass, images/s": loading_rate("encoding pass", encoding, args.images, workers)}
             for cached in (False, True):
-                what = "steps, cached" if cached else "steps, not cached"
-                report_loading(what, steps(flags, pictures, cached, count), args.pictures, workers)
-                consume(args, workers, cached, steps(flags, pictures, cached, count))
+                what = "cached" if cached else "not cached"
+                batches = steps(flags, images, cached, count)
+                rates[f"{what}, samples/s"] = loading_rate(what, batches, args.images, workers)
+                rates[f"{what}, share waited"] = consume(args, workers, what, steps(flags, images, cached, count))
+            found["workers"][str(workers)] = rates
+    return found
 
 
-def report_loading(what: str, stream: Iterator, pictures: int, workers: int) -> None:
+def loading_rate(what: str, stream: Iterator, images: int, workers: int) -> float:
+    """Images per second of a stream that gives `images` of them."""
     next(stream)  # the workers start
     began, count = time.perf_counter(), 1
     for _ in stream:
         count += 1
     seconds = time.perf_counter() - began
-    rate = pictures * (count - 1) / count / seconds
-    print(f"{workers} workers  {what:<32} {rate:8.1f} pictures/s, {rate / workers:.1f} per worker", flush=True)
+    rate = images * (count - 1) / count / seconds
+    print(f"{workers} workers  {what:<32} {rate:8.1f} images/s, {rate / max(1, workers):.1f} per worker", flush=True)
+    return rate
 
 
-def encoding_pass(flags: argparse.Namespace, pictures) -> Iterator:
-    """The pictures as `encode_pictures` gets them."""
+def encoding_pass(flags: argparse.Namespace, images) -> Iterator:
+    """The images as the encoding pass gets them."""
     from torch.utils.data import DataLoader
 
     import train_sd
 
-    pixels = train_sd.VariantPixels(pictures, flags)
+    pixels = train_sd.VariantPixels(images, flags)
     return iter(DataLoader(pixels, batch_size=None, num_workers=flags.dataloader_num_workers))
 
 
-def steps(flags: argparse.Namespace, pictures, cached: bool, count: int) -> Iterator:
+def steps(flags: argparse.Namespace, images, cached: bool, count: int) -> Iterator:
     """`count` batches as training gets them; with `cached`, from latents of which there is one in truth."""
-    import torch
-
     import train_sd
 
     accelerator = SimpleNamespace(num_processes=1, process_index=0, device=torch.device("cpu"))
     vae = SimpleNamespace(config=SimpleNamespace(latent_channels=4))
-    run = train_sd.Run(flags, accelerator, stop=None, pictures=pictures, train=list(range(len(pictures.sources))))
+    run = train_sd.Run(flags, accelerator, stop=None, pictures=images, train=list(range(len(images.sources))))
     run.pipeline = SimpleNamespace(vae=vae, vae_scale_factor=8)
     run.noise_scheduler = SimpleNamespace(config=SimpleNamespace(num_train_timesteps=1000))
-    run.embeddings = dict.fromkeys((texts[0] for texts in pictures.captions), torch.zeros(77, 768))
-    moments = torch.zeros(1, 1, 2, 4, 64, 64).expand(len(pictures.sources), pictures.variants, -1, -1, -1, -1)
-    pictures.moments = moments if cached else None
+    run.embeddings = dict.fromkeys((texts[0] for texts in images.captions), torch.zeros(77, 768))
+    moments = torch.zeros(1, 1, 2, 4, 64, 64).expand(len(images.sources), images.variants, -1, -1, -1, -1)
+    images.moments = moments if cached else None
     flags.max_train_steps = count
     return iter(train_sd.training_batches(run, 0))
 
 
-def consume(args: argparse.Namespace, workers: int, cached: bool, stream: Iterator, seconds: float = 20) -> None:
-    """Takes batches no faster than a GPU would, and tells what share of the time it waited for them."""
+def consume(args: argparse.Namespace, workers: int, what: str, stream: Iterator, seconds: float = 20) -> float:
+    """Takes batches no faster than a GPU would; the share of the time it waited for them."""
     next(stream)
     began, waited, batches = time.perf_counter(), 0.0, 0
     for _ in range(int(seconds * args.rate / args.batch)):
@@ -376,23 +289,23 @@ def consume(args: argparse.Namespace, workers: int, cached: bool, stream: Iterat
         batches += 1
         time.sleep(args.batch / args.rate)
     share, rate = waited / (time.perf_counter() - began), batches * args.batch / (time.perf_counter() - began)
-    what = f"consumer of {args.rate:g} samples/s, {'cached' if cached else 'not cached'}"
+    what = f"consumer of {args.rate:g} samples/s, {what}"
     print(f"{workers} workers  {what:<45} gets {rate:.1f}, waits {share:.1%} of the time", flush=True)
+    return share
 
 
 # -- sampling --------------------------------------------------------------------------------------------------------
 
 
-def memory(args: argparse.Namespace) -> None:
-    """The same run with and without validation samples, turn about."""
-    sampled = tuple(range(0, args.steps + 1, args.every))
-    ratios, before_after, growth, peaks = [], [], [], []
+def memory(args: argparse.Namespace) -> dict:
+    """The same run with and without validation samples, alternately."""
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         model, data, resolution = bundled(folder)
         flags = ["--pretrained_model_name_or_path", str(model), "--train_data_dir", str(data), "--method", "lora"]
         flags += ["--resolution", str(resolution), "--max_train_steps", str(args.steps)]
         prompts = ["--validation_prompt", "cat face", "sailboat", "--validation_steps", str(args.every)]
+        found: dict[str, list[float]] = {}
         for number in range(args.rounds):
             runs = {}
             for name in ("without", "with") if number % 2 else ("with", "without"):
@@ -401,18 +314,28 @@ def memory(args: argparse.Namespace) -> None:
                 own = prompts if name == "with" else []
                 runs[name] = Watched(TRAINER, [*flags, *own, "--output_dir", str(output)], output)
                 shutil.rmtree(output)
-            with_, without = runs["with"], runs["without"]
-            ratios.append(statistics.median(with_.durations(sampled)) / statistics.median(without.durations(sampled)))
-            first, last = with_.ends[: args.every], with_.ends[-args.every + 1 :]
-            before_after.append(median_step(last) / median_step(first[WARM_UP:]))
-            growth.append((with_.resident[-1] - with_.resident[args.every]) / MEBI)
-            peaks.append(with_.peak_at_last_step / without.peak_at_last_step)
-    times = len(sampled) - 1
-    print(f"{times} times sampled in {args.steps} steps, beside the same run without: median (lowest-highest)")
-    print(f"  step time, with over without                     {spread(ratios, 3)}")
-    print(f"  step time, after the last over before the second  {spread(before_after, 3)}")
-    print(f"  memory in use, after the last less after the second, MiB  {spread(growth, 1)}")
-    print(f"  peak memory in training, with over without        {spread(peaks, 3)}")
+            for what, value in left_behind(runs["with"], runs["without"], args).items():
+                found.setdefault(what, []).append(value)
+    print(f"sampled every {args.every} of {args.steps} steps, beside the same run without: median (lowest-highest)")
+    for what, values in found.items():
+        print(f"  {what:<62} {spread(values, 3)}")
+    return {"rounds": found}
+
+
+def left_behind(sampling: Watched, without: Watched, args: argparse.Namespace) -> dict[str, float]:
+    """What sampling changes in time and memory of the steps around it, and what stays in memory afterwards."""
+    sampled = tuple(range(0, args.steps + 1, args.every))
+    step, plain = statistics.median(sampling.durations(sampled)), statistics.median(without.durations(sampled))
+    first, last = sampling.ends[WARM_UP : args.every], sampling.ends[-args.every + 1 :]
+    return {
+        "step time, with over without": step / plain,
+        "step time, after the last sample over before the second": median_step(last) / median_step(first),
+        "MiB in use, after the last sample less after the second": (
+            sampling.resident[-1] - sampling.resident[args.every]
+        )
+        / MEBI,
+        "peak memory in training, with over without": sampling.peak_at_last_step / without.peak_at_last_step,
+    }
 
 
 def median_step(ends: list[float]) -> float:

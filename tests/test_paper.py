@@ -112,7 +112,9 @@ def test_what_lstsq_keeps_of_what_none_loses():
         {"unmerged": {"loss": 0.2}, "none": {"loss": 0.3}, "lstsq": {"loss": 0.19}},
     ]
     found = [result("is", seed, [1.0, 0.2], table) for seed, table in enumerate(tables)]
-    assert paper_report.kept(found, "loss") == "102.5 ± 10.6%"
+    assert paper_report.kept(found, "loss", "lstsq") == "102.5 ± 10.6%"
+    assert paper_report.kept(found, "loss", "weights") == "—"
+    assert "| is | 102.5 ± 10.6% |" in paper_report.merges({"is": found})
 
 
 def test_report_fills_the_marked_parts_and_nothing_else():
@@ -127,6 +129,41 @@ def test_report_fills_the_marked_parts_and_nothing_else():
     assert "| is | 0.001 | 0.2000 ± 0.0000 | -0.3000 ± 0.0000 | 0.500 ± 0.000 | 10 ± 0 |" in report
     assert "*Not run yet.*" in report and "| `svamp` |" in report and "6 trainings" in report
     assert (paper_report.RESULTS / "svamp.png").stat().st_size > 1000
+
+
+def test_learning_rates_are_compared_for_equal_rates_too():
+    low, middle, high = paper.EXPERIMENTS["pipeline"].rates
+    for rate, losses in ((low, [1.0, 0.9]), (middle, [1.0, 0.5]), (high, [1.0, 0.6])):
+        kept(result("lora", 0, losses, rate=rate), name="pipeline")
+    kept(result("lora", 1, [1.0, 0.5], rate=middle), result("is", 0, [1.0, 0.4], rate=high), name="pipeline")
+    report = paper_report.rates("pipeline", paper.EXPERIMENTS["pipeline"])
+    losses, same, chosen = report.split("\n\n")
+    assert "| lora | 0.9000 | 0.5000 | 0.6000 |" in losses and "| is | — | — | 0.4000 |" in losses
+    assert "| lora | 10 | 10 | 10 |" in same and "| is | — | — | 7 |" in same  # down to 0.6 in ten steps of 0.06
+    assert "to 0.5000, LoRA's final loss at its chosen rate" in chosen
+    assert "| lora | never | 10 | never |" in chosen and "| is | — | — | 8 |" in chosen
+
+
+def test_speed_is_reported_with_its_machine():
+    machine = {"cpu": "a processor", "gpu": None, "threads": 2, "torch": "2.0"}
+    files = {
+        "speed/steps-llama": {"rank": 4, "rounds": 9, "shortcuts": {"input(1)": {"ratio_quartiles": [0.9, 1.0, 1.1]}}},
+        "speed/start": {"seconds": {"import peft": 1.5}},
+        "trainer/loader": {"scan_seconds": 0.7, "workers": {"2": {"cached, samples/s": 831.0}}},
+        "trainer/memory": {"rounds": {"step time": [1.0, 3.0, 2.0]}},
+        "trainer/diffusers-bundled": {"ratios": {"samples per second": [2.0], "made up for": []}, "runs": {}},
+    }
+    assert paper_report.speed_tables() == "*Not run yet.*"
+    for name, figures in files.items():
+        path = paper_report.RESULTS / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"machine": machine, **figures}))
+    report = paper_report.speed_tables()
+    assert report.count("a processor, 2 threads, torch 2.0") == len(files)
+    for row in ("| 1.00 (0.90-1.10) |", "| import peft | 1.50 s |", "| 2 processes, cached, samples/s | 831 |"):
+        assert row in report
+    for row in ("| step time | 2.00 (1.00-3.00) |", "| samples per second | 2.00 (2.00-2.00) |", "| never |"):
+        assert row in report
 
 
 def test_unknown_experiment_is_refused(monkeypatch, capsys):

@@ -1,0 +1,112 @@
+"""Runs a training script in a process of its own and notes time and memory after each of its optimizer steps.
+
+`Watched(script, flags, folder)` starts this file as `python watched.py RECORD SCRIPT FLAG ...`. It imports nothing that
+the script may want to set something before, torch above all.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.util
+import json
+import os
+import resource
+import runpy
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+WARM_UP = 5  # steps that are not timed
+
+
+def probe(record: Path, script: str, flags: list[str]) -> None:
+    """Runs a training script in this process and notes time and memory after each optimizer step."""
+    began, marks = time.perf_counter(), []
+
+    def note(*_) -> None:
+        import torch
+
+        cuda = torch.cuda.is_available()
+        if cuda:
+            torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        marks.append((time.perf_counter() - began, torch.cuda.memory_allocated() if cuda else resident(), peak))
+
+    after_import("torch.optim.optimizer", lambda module: module.register_optimizer_step_post_hook(note))
+    sys.argv = [script, *flags]
+    sys.path[0] = str(Path(script).resolve().parent)
+    try:
+        runpy.run_path(script, run_name="__main__")
+    finally:
+        record.write_text(json.dumps(marks))
+
+
+def after_import(name: str, action: Callable) -> None:
+    """Calls `action` with a module when the script has imported it: a script may have things to set before."""
+
+    class Finder(importlib.abc.MetaPathFinder):
+        def find_spec(self, wanted, path, target=None):
+            if wanted != name:
+                return None
+            sys.meta_path.remove(self)
+            spec = importlib.util.find_spec(name)
+            execute = spec.loader.exec_module
+            spec.loader.exec_module = lambda module: (execute(module), action(module))
+            return spec
+
+    sys.meta_path.insert(0, Finder())
+
+
+def resident() -> int:
+    """Bytes of this process in memory now; 0 where the system doesn't tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+class Watched:
+    """What `probe` saw of a script: when each step ended, and the memory then."""
+
+    def __init__(self, script: Path, flags: list[str], folder: Path):
+        record, log = folder / "marks.json", folder / "log.txt"
+        command = [sys.executable, str(Path(__file__).resolve()), str(record), str(script), *flags]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        began = time.perf_counter()
+        with log.open("w") as output:
+            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=folder)
+            _, status, usage = os.wait4(process.pid, 0)
+        self.seconds = time.perf_counter() - began
+        if status:
+            process.returncode = os.waitstatus_to_exitcode(status)
+            sys.exit(f"{script} failed:\n{log.read_text()[-2000:]}")
+        process.returncode = 0  # waited for already
+        marks = json.loads(record.read_text())
+        self.ends, self.resident, self.peaks = (list(column) for column in zip(*marks, strict=True))
+        self.peak_at_last_step = self.peaks[-1]
+        self.peak_of_process = usage.ru_maxrss * 1024
+
+    def durations(self, skip: tuple[int, ...] = ()) -> list[float]:
+        """Seconds of each step after the warm-up; steps that follow one in `skip` are left out."""
+        pairs = zip(self.ends, self.ends[1:], strict=False)
+        return [b - a for step, (a, b) in enumerate(pairs, 1) if step >= WARM_UP and step not in skip]
+
+    @property
+    def step(self) -> float:
+        return statistics.median(self.durations())
+
+    @property
+    def until_first_step(self) -> float:
+        return self.ends[0] - self.step
+
+    def figures(self) -> dict:
+        """Seconds and bytes, for keeping."""
+        names = ("step", "until_first_step", "seconds", "peak_at_last_step", "peak_of_process")
+        return {name: getattr(self, name) for name in names}
+
+
+if __name__ == "__main__":
+    probe(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])

@@ -1,0 +1,144 @@
+"""The speed measurements of benchmarks/: what they compare, and that every figure is kept with its machine."""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import measured  # noqa: E402
+import speed  # noqa: E402
+import trainer  # noqa: E402
+from watched import WARM_UP, Watched  # noqa: E402
+
+STEPPING = """
+import sys, torch
+parameter = torch.nn.Parameter(torch.ones(2))
+optimizer = torch.optim.AdamW([parameter])
+for _ in range(int(sys.argv[1])):
+    parameter.sum().backward()
+    optimizer.step()
+"""
+
+
+@pytest.fixture(autouse=True)
+def results(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setattr(measured, "RESULTS", tmp_path / "results")
+    return tmp_path / "results"
+
+
+def kept(results: Path, name: str) -> dict:
+    found = json.loads((results / f"{name}.json").read_text())
+    assert found["machine"]["torch"] == torch.__version__ and found["machine"]["threads"] == torch.get_num_threads()
+    return found
+
+
+def tiny(device: str):
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    ids = torch.randint(0, 8, (1, 4), device=device)
+    return LlamaForCausalLM(config).to(device), {"input_ids": ids, "labels": ids}, ["q_proj"]
+
+
+def test_step_ratios_are_kept(results, monkeypatch):
+    monkeypatch.setitem(speed.MODELS, "llama", tiny)
+    monkeypatch.setattr(sys, "argv", ["speed.py", "steps", "--model", "llama", "--rounds", "3", "--rank", "2"])
+    speed.main()
+    found = kept(results, "speed/steps-llama-cpu-float32")
+    assert (found["rank"], found["rounds"]) == (2, 3)
+    assert set(found["shortcuts"]) == {"input(1)", "block(4)", "middle(4)"}
+    for figures in found["shortcuts"].values():
+        assert len(figures["ratio_quartiles"]) == 3 and figures["peft_seconds"] > 0
+
+
+def test_ratio_is_ours_over_theirs_and_the_order_is_swapped():
+    order = []
+
+    def step(name: str, seconds: float):
+        return lambda: (order.append(name), seconds)[1]
+
+    pair = [step("peft", 2.0), step("ours", 3.0)]
+    figures = speed.compared(pair, argparse.Namespace(device="cpu", rounds=2))
+    assert figures == {"ratio_quartiles": [1.5, 1.5, 1.5], "peft_seconds": 2.0}
+    assert order[-4:] == ["ours", "peft", "peft", "ours"]
+
+
+def run(step: float, first: float = 10.0, peak: int = 100, steps: int = 40) -> Watched:
+    """A script that was watched: its first step ended at `first`, the others `step` seconds apart."""
+    found = Watched.__new__(Watched)
+    found.ends = [first + step * i for i in range(steps)]
+    found.resident, found.peaks = [peak] * steps, [peak] * steps
+    found.peak_at_last_step, found.peak_of_process, found.seconds = peak, 2 * peak, found.ends[-1]
+    return found
+
+
+def test_ratios_beside_diffusers():
+    runs = {"theirs": [run(0.5, 10.0, 100)], "ours": [run(0.25, 12.0, 80)]}
+    found = trainer.ratios_of(runs)
+    assert found["samples per second"] == [pytest.approx(2.0)]
+    assert found["peak memory in training"] == found["peak memory of the process"] == [0.8]
+    (more,) = found["seconds more before the first step"]
+    assert more == pytest.approx((12.0 - 0.25) - (10.0 - 0.5))
+    assert found["steps that make up for them"] == [pytest.approx(more / 0.25)]
+    assert not trainer.ratios_of({"theirs": runs["ours"], "ours": runs["theirs"]})["steps that make up for them"]
+
+
+def test_what_sampling_leaves_behind():
+    args = argparse.Namespace(steps=60, every=15)
+    sampling, without = run(0.5, peak=120 * 2**20, steps=60), run(0.25, peak=100 * 2**20, steps=60)
+    sampling.ends[16:] = [end + 5.0 for end in sampling.ends[16:]]  # a sample is drawn after step 15
+    sampling.resident[-1] += 3 * 2**20
+    found = list(trainer.left_behind(sampling, without, args).values())
+    assert found == [pytest.approx(2.0), pytest.approx(1.0), pytest.approx(3.0), pytest.approx(1.2)]
+
+
+def test_steps_of_a_watched_script_are_counted_and_timed(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(STEPPING)
+    (tmp_path / "out").mkdir()
+    found = Watched(script, [str(WARM_UP + 4)], tmp_path / "out")
+    assert len(found.ends) == WARM_UP + 4 and found.ends == sorted(found.ends)
+    durations = found.durations()
+    assert len(durations) == 4 and found.step == statistics.median(durations)
+    assert found.peak_of_process >= found.resident[-1] > 0
+    assert set(found.figures()) >= {"step", "until_first_step", "seconds"}
+
+
+def test_script_that_fails_ends_the_measurement_with_its_message(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("raise SystemExit('no such model')")
+    with pytest.raises(SystemExit, match="no such model"):
+        Watched(script, [], tmp_path)
+
+
+def test_settings_are_kept_with_the_figures(results, monkeypatch):
+    monkeypatch.setattr(trainer, "memory", lambda args: {"rounds": {"step": [args.steps]}})
+    monkeypatch.setattr(sys, "argv", ["trainer.py", "memory", "--steps", "30"])
+    trainer.main()
+    found = kept(results, "trainer/memory")
+    assert found["settings"]["steps"] == 30 and found["rounds"] == {"step": [30]}
+
+
+def test_consumer_waits_for_a_slow_stream_only(monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(trainer.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(trainer.time, "sleep", lambda seconds: setattr(clock, "now", clock.now + seconds))
+
+    def stream(seconds: float):
+        while True:
+            clock.now += seconds
+            yield object()
+
+    args = argparse.Namespace(rate=10.0, batch=1)
+    assert trainer.consume(args, 1, "cached", stream(0.0)) == 0
+    assert trainer.consume(args, 1, "cached", stream(0.1)) == pytest.approx(0.5)
