@@ -30,12 +30,16 @@ def write(experiments: dict) -> None:
     """Fills every marked part of RESULTS.md: `<!-- name -->` to `<!-- /name -->`; what has not run says so."""
     text = REPORT.read_text(encoding="utf-8")
     for name in re.findall(r"<!-- ([a-z0-9_-]+) -->", text):
-        special = {"cost": cost_table, "speed": speed_tables, "state": lambda: state(experiments)}
-        part = special[name]() if name in special else section(name, experiments)
-        pattern = rf"(<!-- {name} -->).*?(<!-- /{name} -->)"
-        text = re.sub(pattern, lambda m, part=part: f"{m[1]}\n{part}\n{m[2]}", text, flags=re.DOTALL)
+        content, pattern = part(name, experiments), rf"(<!-- {name} -->).*?(<!-- /{name} -->)"
+        text = re.sub(pattern, lambda m, content=content: f"{m[1]}\n{content}\n{m[2]}", text, flags=re.DOTALL)
     REPORT.write_text(text, encoding="utf-8")
     print(f"{REPORT.name} and the plots in {RESULTS.relative_to(ROOT)} are up to date")
+
+
+def part(name: str, experiments: dict) -> str:
+    """What stands between the marks of that name."""
+    special = {"cost": cost_table, "speed": speed_tables, "state": lambda: state(experiments)}
+    return special[name]() if name in special else section(name, experiments)
 
 
 def results_of(name: str, variants: Iterable[str]) -> dict[str, list[dict]]:

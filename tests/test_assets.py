@@ -19,39 +19,39 @@ from checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
 
 
 @pytest.fixture
-def pictures() -> torch.Tensor:
-    """Four white pictures with a coloured block left of the middle."""
-    pictures = torch.ones(4, 3, 64, 64)
-    pictures[:, 0, 20:40, 10:30] = -0.5
-    return pictures
+def images() -> torch.Tensor:
+    """Four white images with a coloured block left of the middle."""
+    images = torch.ones(4, 3, 64, 64)
+    images[:, 0, 20:40, 10:30] = -0.5
+    return images
 
 
 def row(text: str, category: str = "Objects", subcategory: str = "tool") -> dict:
     return {"text": text, "category": category, "subcategory": subcategory}
 
 
-def test_moved_pictures_keep_a_white_ground_and_are_repeatable(pictures):
-    moved = move(pictures, torch.Generator().manual_seed(0))
-    assert torch.equal(moved, move(pictures, torch.Generator().manual_seed(0)))
+def test_moved_images_keep_a_white_ground_and_are_repeatable(images):
+    moved = move(images, torch.Generator().manual_seed(0))
+    assert torch.equal(moved, move(images, torch.Generator().manual_seed(0)))
     assert moved.amax() <= 1 and moved.amin() >= -1
     assert torch.equal(moved[:, :, :4, -4:], torch.ones(4, 3, 4, 4))
 
 
-def test_only_allowed_pictures_are_mirrored(pictures):
-    pictures = pictures[:1].repeat(64, 1, 1, 1)
+def test_only_allowed_images_are_mirrored(images):
+    images = images[:1].repeat(64, 1, 1, 1)
     allowed = torch.arange(64) % 2 == 0
-    moved = move(pictures, torch.Generator().manual_seed(0), mirror=allowed)
+    moved = move(images, torch.Generator().manual_seed(0), mirror=allowed)
     on_the_right = moved[..., 32:].sum((1, 2, 3)) < moved[..., :32].sum((1, 2, 3))
     assert on_the_right[allowed].any() and not on_the_right[allowed].all()
     assert not on_the_right[~allowed].any()
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_styles_keep_the_ground_white(pictures, style):
-    styled = restyle(pictures, style, torch.Generator().manual_seed(0))
-    assert styled.shape == pictures.shape and styled.amin() >= -1
-    torch.testing.assert_close(styled[:, :, 50:], pictures[:, :, 50:])
-    assert style == "plain" or not torch.equal(styled, pictures)
+def test_styles_keep_the_ground_white(images, style):
+    styled = restyle(images, style, torch.Generator().manual_seed(0))
+    assert styled.shape == images.shape and styled.amin() >= -1
+    torch.testing.assert_close(styled[:, :, 50:], images[:, :, 50:])
+    assert style == "plain" or not torch.equal(styled, images)
 
 
 def test_captions_say_the_style_unless_plain():
@@ -83,7 +83,7 @@ def test_checkpoint_restores_its_parts(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
-def test_missing_pictures_are_one_line(tmp_path):
+def test_missing_images_are_one_line(tmp_path):
     with pytest.raises(SystemExit, match="make_data"):
         load_pictures(tmp_path)
 

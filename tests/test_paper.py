@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -129,6 +130,15 @@ def test_report_fills_the_marked_parts_and_nothing_else():
     assert "| is | 0.001 | 0.2000 ± 0.0000 | -0.3000 ± 0.0000 | 0.500 ± 0.000 | 10 ± 0 |" in report
     assert "*Not run yet.*" in report and "| `svamp` |" in report and "6 trainings" in report
     assert (paper_report.RESULTS / "svamp.png").stat().st_size > 1000
+
+
+def test_tables_in_results_are_those_of_the_kept_figures(monkeypatch):
+    monkeypatch.setattr(paper_report, "RESULTS", BENCHMARKS / "results")
+    monkeypatch.setattr(paper_report, "saved", lambda figure, name: f"benchmarks/results/{name}")
+    shipped = (BENCHMARKS.parent / "RESULTS.md").read_text()
+    for name in re.findall(r"<!-- ([a-z0-9_-]+) -->", shipped):
+        part = re.search(rf"<!-- {name} -->\n(.*?)\n<!-- /{name} -->", shipped, flags=re.DOTALL)[1]
+        assert part == paper_report.part(name, paper.EXPERIMENTS), f"`python benchmarks/paper.py report` changes {name}"
 
 
 def test_learning_rates_are_compared_for_equal_rates_too():

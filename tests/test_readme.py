@@ -97,3 +97,10 @@ def test_links_and_images_are_there(document):
     targets = re.findall(r"\]\(([^)#\s]+)", document.read_text(encoding="utf-8"))
     lost = [t for t in targets if not t.startswith("http") and not (document.parent / t).exists()]
     assert not lost
+
+
+def test_figures_of_readme_are_in_results():
+    readme, results = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "RESULTS.md"))
+    first, measured = readme.partition("## Two commands")[0], readme.partition("## What was measured")[2]
+    figures = re.findall(r"\b\d+\.\d+\b", first + measured.partition("\n## ")[0])
+    assert figures and not [figure for figure in figures if figure not in results]
