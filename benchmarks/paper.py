@@ -30,6 +30,8 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import paper_models
+import paper_report
 import torch
 from measured import RESULTS, ROOT
 
@@ -153,8 +155,6 @@ def main() -> None:
             cost(args) if name == "cost" else run_experiment(name, args)
         print("all of it has run; `report` draws it")
     else:
-        import paper_report
-
         paper_report.write(EXPERIMENTS)
 
 
@@ -214,7 +214,8 @@ def training(name: str, variant: str, rate: float, seed: int, args: argparse.Nam
     method = folder / variant_method(variant) if experiment.script == "train_sd.py" else folder
     result = {"experiment": name, "variant": variant, "rate": rate, "seed": seed, "log": read_log(method / "log.jsonl")}
     if experiment.script == "train_sd.py":
-        result |= {"table": image_table(flags, method), "norms": norms(method / "pytorch_lora_weights.safetensors")}
+        table = condensed_table(paper_models.image_table(flags, method))
+        result |= {"table": table, "norms": norms(method / "pytorch_lora_weights.safetensors")}
     else:
         result |= condensed(json.loads((folder / "results.json").read_text(encoding="utf-8")))
         result["norms"] = norms(folder / "peft" / "adapter_model.safetensors", scale_of(folder / "peft"))
@@ -310,12 +311,17 @@ def read_log(path: Path) -> list[dict]:
 
 
 def condensed(results: dict) -> dict:
-    """The figures of results.json; of each merge report the mean error of a block."""
-    table = {}
-    for row, figures in results["table"].items():
-        table[row] = {name: value for name, value in figures.items() if name != "report"}
-        table[row] |= mean_error(figures.get("report"))
+    """The figures of results.json."""
+    table = condensed_table(results["table"])
     return {"table": table, "seconds": results["train_seconds"], "parameters": results["trainable_parameters"]}
+
+
+def condensed_table(table: dict[str, dict]) -> dict[str, dict]:
+    """A table of merges with, in the place of each report, the mean error of a block."""
+    return {
+        row: {name: value for name, value in figures.items() if name != "report"} | mean_error(figures.get("report"))
+        for row, figures in table.items()
+    }
 
 
 def mean_error(report: dict | None) -> dict:
@@ -341,33 +347,6 @@ def norms(path: Path, scale: float = 1.0) -> dict[str, float]:
     return found
 
 
-def image_table(flags: list[str], method: Path) -> dict:
-    """Held-out denoising loss of a checkpoint, unmerged and merged by every method."""
-    import reslora
-    import train_sd
-    from app.generate import calibration_of
-    from app.runs import Run
-    from reslora.trainer import merge_table
-
-    checkpoint = max(method.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    args = train_sd.parse_args([*flags, "--output_dir", str(method.parent)])
-    run = train_sd.Run(args, train_sd.start_accelerator(args), None, train_sd.find_pictures(args))
-    train_sd.load_pipeline(run)
-    train_sd.prepare_data(run)
-    unet = train_sd.load_unet(run, torch.float32)
-    if method.name == "reslora":
-        reslora.load(unet, checkpoint)
-    else:
-        train_sd.add_adapter(unet, method.name, args, args.max_train_steps)
-        train_sd.load_adapter(unet, method.name, checkpoint)
-    table = merge_table(
-        unet,
-        lambda: {"loss": train_sd.validation_loss(run, unet)},
-        calibration_of(Run("run", method.parent)) if method.name == "reslora" else None,
-    )
-    return condensed({"table": table, "train_seconds": None, "trainable_parameters": None})["table"]
-
-
 def calibration_study(flags: list[str], folder: Path, args: argparse.Namespace) -> dict:
     """Test loss merged by `lstsq` from 8, 32 and 128 training examples, and from 128 of another task."""
     import train_llm
@@ -375,7 +354,7 @@ def calibration_study(flags: list[str], folder: Path, args: argparse.Namespace) 
 
     task, method, arguments = train_llm.parse(flags)
     trainer, rows = train_llm.build_trainer(task, method, arguments)
-    load_adapter(trainer.model, max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2])))
+    load_adapter(trainer.model, paper_models.newest_checkpoint(folder))
     trainer.model.eval()
     other = "gsm8k" if task.task != "gsm8k" else "svamp"
     lines = read_lines(args.text / other / "train.jsonl")[: max(CALIBRATION_SIZES)]

@@ -33,9 +33,23 @@ from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
+import PIL.Image
 import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from measured import ROOT, keep, machine
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from watched import WARM_UP, Watched
+
+from reslora.diffusion.arguments import Flags
+from reslora.diffusion.dataset import ImageDataset, load_images
+from reslora.diffusion.encoding import Variants, encode_images, encode_texts
+from reslora.diffusion.families.base import Family
+from reslora.diffusion.objective import DdpmObjective
+from reslora.diffusion.samples import Material, training_loader
+from reslora.diffusion.settings import parse_args
+from reslora.signals import StopRequest
 
 TRAINER = ROOT / "train_sd.py"
 EXAMPLE = "examples/text_to_image/train_text_to_image_lora.py"
@@ -159,9 +173,6 @@ def bundled(folder: Path) -> tuple[Path, Path, int]:
 
 def sd15(folder: Path) -> tuple[Path, Path, int]:
     """Stable Diffusion 1.5's shapes with random weights, and 64 images of 512 x 512."""
-    from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
     text = CLIPTextConfig(
         vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
         max_position_embeddings=77, projection_dim=768,
@@ -193,9 +204,6 @@ MODELS = {"bundled": bundled, "sd15": sd15}
 
 def photographs(folder: Path, count: int, different: int = 64) -> Path:
     """`count` JPEG files of 512 x 512 with as much detail as a photograph, `different` of them unlike each other."""
-    import numpy as np
-    import PIL.Image
-
     folder.mkdir()
     random = np.random.default_rng(0)
     with (folder / "metadata.jsonl").open("w", encoding="utf-8") as metadata:
@@ -212,31 +220,60 @@ def photographs(folder: Path, count: int, different: int = 64) -> Path:
     return folder
 
 
-def loader(args: argparse.Namespace) -> dict:
-    import train_sd
+class CostlessFamily(Family):
+    """Stable Diffusion 1.5's shapes, from encoders that take no time: what is left is loading."""
 
+    name = "costless"
+
+    def encode_captions(self, pipeline, captions):
+        """As many text states of zeros."""
+        return {"states": torch.zeros(len(captions), 77, 768)}
+
+    def encode_images(self, vae, pixels):
+        """As many moments of zeros."""
+        return torch.zeros(len(pixels), 2, 4, 64, 64)
+
+
+def loader(args: argparse.Namespace) -> dict:
     torch.set_num_threads(1)  # as in the worker processes
     with tempfile.TemporaryDirectory() as folder:
         data = photographs(Path(folder) / "images", args.images)
         flags = ["--pretrained_model_name_or_path", "someone/model", "--train_data_dir", str(data), "--random_flip"]
         flags += ["--resolution", "512", "--train_batch_size", str(args.batch), "--max_train_steps", "1000000"]
-        flags = train_sd.parse_args([*flags, "--output_dir", str(Path(folder) / "run")])
+        flags = parse_args([*flags, "--output_dir", str(Path(folder) / "run")])
         began = time.perf_counter()
-        images = train_sd.find_pictures(flags)
+        images = load_images(flags)
         found = {"scan_seconds": time.perf_counter() - began, "workers": {}}
         print(f"finding {args.images} images and checking their headers: {found['scan_seconds']:.1f} s", flush=True)
-        count = args.images // args.batch
         for workers in args.workers:
-            flags.dataloader_num_workers = workers
-            encoding = encoding_pass(flags, images)
-            rates = {"encoding pass, images/s": loading_rate("encoding pass", encoding, args.images, workers)}
-            for cached in (False, True):
-                what = "cached" if cached else "not cached"
-                batches = steps(flags, images, cached, count)
-                rates[f"{what}, samples/s"] = loading_rate(what, batches, args.images, workers)
-                rates[f"{what}, share waited"] = consume(args, workers, what, steps(flags, images, cached, count))
-            found["workers"][str(workers)] = rates
+            flags = flags.replace(dataloader_num_workers=workers)
+            found["workers"][str(workers)] = loading(args, flags, images, Path(folder) / f"cache-{workers}")
+            shutil.rmtree(Path(folder) / f"cache-{workers}")
     return found
+
+
+def loading(args: argparse.Namespace, flags: Flags, images: ImageDataset, cache: Path) -> dict[str, float]:
+    """Rates of encoding (but for the encoders' own time), and of making samples of what is encoded and what is not."""
+    accelerator, stop, workers = Accelerator(cpu=True), StopRequest(), flags.dataloader_num_workers
+    vae, family = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32), CostlessFamily()
+    began = time.perf_counter()
+    latents, _ = encode_images(Variants(images, flags), "", family, vae, cache, accelerator, stop)
+    rates = {"encoding, images/s": args.images / (time.perf_counter() - began)}
+    print(f"{workers} workers  encoding  {rates['encoding, images/s']:8.1f} images/s", flush=True)
+    captions = [caption for options in images.captions for caption in options]
+    texts = encode_texts(captions, "", family, lambda: None, cache, accelerator, stop)
+    objective = DdpmObjective(DDPMScheduler())
+    for what, encoded in (("not cached", None), ("cached", latents)):
+        material = Material(images, encoded, texts, tuple(range(len(images))), (), objective, (4, 64, 64), flags)
+        rates[f"{what}, samples/s"] = loading_rate(what, batches_of(material), args.images, workers)
+        rates[f"{what}, share waited"] = consume(args, workers, what, batches_of(material))
+    return rates
+
+
+def batches_of(material: Material) -> Iterator[dict]:
+    """One pass over the images, as training gets them."""
+    count = len(material.train) // material.flags.train_batch_size
+    return iter(training_loader(material, range(count), processes=1, rank=0, pin=False))
 
 
 def loading_rate(what: str, stream: Iterator, images: int, workers: int) -> float:
@@ -249,32 +286,6 @@ def loading_rate(what: str, stream: Iterator, images: int, workers: int) -> floa
     rate = images * (count - 1) / count / seconds
     print(f"{workers} workers  {what:<32} {rate:8.1f} images/s, {rate / max(1, workers):.1f} per worker", flush=True)
     return rate
-
-
-def encoding_pass(flags: argparse.Namespace, images) -> Iterator:
-    """The images as the encoding pass gets them."""
-    from torch.utils.data import DataLoader
-
-    import train_sd
-
-    pixels = train_sd.VariantPixels(images, flags)
-    return iter(DataLoader(pixels, batch_size=None, num_workers=flags.dataloader_num_workers))
-
-
-def steps(flags: argparse.Namespace, images, cached: bool, count: int) -> Iterator:
-    """`count` batches as training gets them; with `cached`, from latents of which there is one in truth."""
-    import train_sd
-
-    accelerator = SimpleNamespace(num_processes=1, process_index=0, device=torch.device("cpu"))
-    vae = SimpleNamespace(config=SimpleNamespace(latent_channels=4))
-    run = train_sd.Run(flags, accelerator, stop=None, pictures=images, train=list(range(len(images.sources))))
-    run.pipeline = SimpleNamespace(vae=vae, vae_scale_factor=8)
-    run.noise_scheduler = SimpleNamespace(config=SimpleNamespace(num_train_timesteps=1000))
-    run.embeddings = dict.fromkeys((texts[0] for texts in images.captions), torch.zeros(77, 768))
-    moments = torch.zeros(1, 1, 2, 4, 64, 64).expand(len(images.sources), images.variants, -1, -1, -1, -1)
-    images.moments = moments if cached else None
-    flags.max_train_steps = count
-    return iter(train_sd.training_batches(run, 0))
 
 
 def consume(args: argparse.Namespace, workers: int, what: str, stream: Iterator, seconds: float = 20) -> float:

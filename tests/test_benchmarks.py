@@ -129,6 +129,22 @@ def test_settings_are_kept_with_the_figures(results, monkeypatch):
     assert found["settings"]["steps"] == 30 and found["rounds"] == {"step": [30]}
 
 
+def test_loading_is_measured_on_the_trainers_own_cache_and_samples(monkeypatch):
+    passes = []
+    monkeypatch.setattr(trainer, "consume", lambda args, workers, what, stream: passes.append(list(stream)) or 0.5)
+    args = argparse.Namespace(images=8, workers=[0], batch=4, rate=30.0)
+    found = trainer.loader(args)
+    rates = found["workers"]["0"]
+    assert found["scan_seconds"] > 0 and rates.keys() == {
+        "encoding, images/s", "not cached, samples/s", "not cached, share waited", "cached, samples/s",
+        "cached, share waited",
+    }  # fmt: skip
+    fresh, cached = passes
+    assert len(fresh) == len(cached) == 2
+    assert fresh[0]["pixels"].shape == (4, 3, 512, 512) and cached[0]["moments"].shape == (4, 2, 4, 64, 64)
+    assert cached[0]["text"]["states"].shape == (4, 77, 768)
+
+
 def test_consumer_waits_for_a_slow_stream_only(monkeypatch):
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(trainer.time, "perf_counter", lambda: clock.now)

@@ -6,14 +6,18 @@ import re
 import sys
 from pathlib import Path
 
+import pipelines
 import pytest
 import torch
 from safetensors.torch import save_file
+
+import train_sd
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import paper  # noqa: E402
+import paper_models  # noqa: E402
 import paper_report  # noqa: E402
 
 
@@ -99,6 +103,31 @@ def test_norms_are_those_of_the_scaled_product(tmp_path):
     save_file({f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}, tmp_path / "a.safetensors")
     (norm,) = paper.norms(tmp_path / "a.safetensors", 2.0).values()
     assert norm == pytest.approx((2.0 * up @ down).norm().item(), rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[list[str], Path]:
+    """A short training of a tiny pipeline, as `paper.training` starts it: its flags and its folder."""
+    folder = tmp_path_factory.mktemp("trained")
+    model, images = pipelines.stable_diffusion(folder / "model"), pipelines.image_folder(folder / "images", 6)
+    flags = ["--pretrained_model_name_or_path", str(model), "--train_data_dir", str(images), "--resolution", "32"]
+    flags += ["--max_train_steps", "3", "--validation_split", "0.4", "--validation_steps", "3", "--rank", "2"]
+    flags += ["--train_batch_size", "2", "--learning_rate", "1e-2", "--merge_calibration_samples", "4"]
+    flags += ["--num_validation_images", "0", "--report_to", "none", "--checkpointing_steps", "3"]
+    flags += ["--method", "reslora", "--shortcut", "middle", "--pre_num", "4"]
+    assert train_sd.main([*flags, "--output_dir", str(folder / "run")]) == 0
+    return flags, folder / "run"
+
+
+def test_merges_of_a_training_are_judged_by_its_own_validation_loss(trained):
+    flags, run = trained
+    rows = [json.loads(line) for line in (run / "reslora" / "log.jsonl").read_text().splitlines()]
+    table = paper.condensed_table(paper_models.image_table(flags, run / "reslora"))
+    assert table["unmerged"]["loss"] == pytest.approx(rows[-1]["loss"], rel=1e-5) and rows[-1]["split"] == "validation"
+    assert list(table) == ["unmerged", "none", "input", "weights", "lstsq"]
+    merged = json.loads((run / "reslora" / "merge.json").read_text())
+    assert table["lstsq"] == {"loss": table["lstsq"]["loss"], **paper.mean_error(merged)}
+    assert table["none"]["loss"] != table["unmerged"]["loss"] and "block_error" in table["none"]
 
 
 def test_steps_to_a_loss_lie_on_the_line_between_rows():

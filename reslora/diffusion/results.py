@@ -133,18 +133,20 @@ def exact_denoiser(
 
 def merge_reslora(denoiser: nn.Module, loss: DenoisingLoss, material: Material) -> Merged:
     """Folds the shortcuts into plain LoRA weights; raises `RunFailed` for weights that have diverged."""
-    flags, plan, calibration = material.flags, chains(denoiser), []
-    if flags.merge_calibration_samples:
-        samples = CalibrationSamples(material)
-        with torch.no_grad():
-            for batch in batches(samples, flags.merge_calibration_samples, flags.train_batch_size):
-                inputs = loss.inputs(batch)[0]
-                calibration.append({name: as_float32(value) for name, value in inputs.items()})
+    plan, calibration = chains(denoiser), calibration_batches(loss, material)
     try:
-        report = merge(denoiser, method=flags.merge, calibration=calibration or None)
+        report = merge(denoiser, method=material.flags.merge, calibration=calibration or None)
     except ValueError as error:
         raise RunFailed(f"reslora: it cannot be merged: {error}") from None
     return Merged(plan, report, together(calibration))
+
+
+@torch.no_grad()
+def calibration_batches(loss: DenoisingLoss, material: Material) -> list[dict]:
+    """The denoiser's keyword arguments, in float32, for the training samples that a merge may read."""
+    flags, samples = material.flags, CalibrationSamples(material)
+    read = batches(samples, flags.merge_calibration_samples, flags.train_batch_size)
+    return [as_float32(loss.inputs(batch)[0]) for batch in read]
 
 
 def as_float32(value: object) -> object:

@@ -1,0 +1,42 @@
+"""What a training of `paper.py` has left, loaded by the project's own modules: merged by every method, and judged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import measured  # noqa: F401 - it puts this checkout before an installed one
+
+from reslora.adapters import load_adapter
+from reslora.diffusion.dataset import load_images
+from reslora.diffusion.denoising import DenoisingLoss
+from reslora.diffusion.loading import find_model, weight_dtype
+from reslora.diffusion.reports import Validation
+from reslora.diffusion.results import calibration_batches
+from reslora.diffusion.run import encode, load_and_check
+from reslora.diffusion.settings import parse_args, with_family
+from reslora.diffusion.setup import start_accelerator
+from reslora.diffusion.trainee import add_adapter
+from reslora.signals import StopRequest
+from reslora.trainer import merge_table
+
+
+def newest_checkpoint(folder: Path) -> Path:
+    """The checkpoint of the most steps."""
+    return max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def image_table(flags: list[str], method: Path) -> dict[str, dict]:
+    """Loss on held-out images of a train_sd.py method's last checkpoint, unmerged and merged by every method."""
+    flags, stop = parse_args([*flags, "--output_dir", str(method.parent)]), StopRequest()
+    model, accelerator = find_model(flags), start_accelerator(flags)
+    flags = with_family(flags, model.family.defaults)
+    pipeline, objective = load_and_check(flags, model, accelerator)
+    material = encode(flags, model, load_images(flags), pipeline, objective, accelerator, stop)
+    dtype = weight_dtype(accelerator.mixed_precision)
+    denoiser = model.load_denoiser(dtype, accelerator.device)
+    add_adapter(denoiser, method.name, flags, flags.max_train_steps)
+    load_adapter(denoiser, newest_checkpoint(method))
+    loss = DenoisingLoss(model.family, objective, pipeline, denoiser.config, dtype)
+    validation = Validation(loss, material, None, accelerator, stop)
+    calibration = calibration_batches(loss, material) if method.name == "reslora" else None
+    return merge_table(denoiser, lambda: {"loss": validation.mean_loss(denoiser)}, calibration)
