@@ -349,21 +349,24 @@ def norms(path: Path, scale: float = 1.0) -> dict[str, float]:
 
 def calibration_study(flags: list[str], folder: Path, args: argparse.Namespace) -> dict:
     """Test loss merged by `lstsq` from 8, 32 and 128 training examples, and from 128 of another task."""
-    import train_llm
-    from reslora.trainer import load_adapter, merge_table
+    from reslora.adapters import load_adapter
+    from reslora.language import llm
+    from reslora.language.llm_tasks import TASKS, examples_of
+    from reslora.language.llm_trainer import calibration_batches
+    from reslora.language.results import merge_table
 
-    task, method, arguments = train_llm.parse(flags)
-    trainer, rows = train_llm.build_trainer(task, method, arguments)
+    task, method, arguments = llm.parse(flags)
+    trainer, rows = llm.build_trainer(task, method, arguments)
     load_adapter(trainer.model, paper_models.newest_checkpoint(folder))
     trainer.model.eval()
     other = "gsm8k" if task.task != "gsm8k" else "svamp"
     lines = read_lines(args.text / other / "train.jsonl")[: max(CALIBRATION_SIZES)]
-    examples = train_llm.examples_of(train_llm.TASKS[other], other, [json.loads(line) for line in lines])
+    examples = examples_of(TASKS[other], other, [json.loads(line) for line in lines])
     sources = {str(count): (rows, count) for count in CALIBRATION_SIZES}
     sources[f"{max(CALIBRATION_SIZES)} of {other}"] = ([trainer.encoder(e) for e in examples], max(CALIBRATION_SIZES))
     found = {}
     for name, (calibration, count) in sources.items():
-        batches = train_llm.calibration_batches(calibration, count, arguments.per_device_eval_batch_size)
+        batches = calibration_batches(calibration, count, arguments.per_device_eval_batch_size)
         table = merge_table(trainer.model, lambda: trainer.figures("test", accuracy=False), batches, ["lstsq"])
         found[name] = table["lstsq"]["loss"]
     return found

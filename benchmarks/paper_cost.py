@@ -28,7 +28,8 @@ def model_of(name: str, flags: list[str]) -> torch.nn.Module:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from transformers import HfArgumentParser
 
-    from reslora.trainer import MethodArguments, attach
+    from reslora.language.arguments import MethodArguments
+    from reslora.language.trainer import attach
 
     (arguments,) = HfArgumentParser(MethodArguments).parse_args_into_dataclasses(flags)
     return attach(base, arguments, STEPS, task_type="CAUSAL_LM")

@@ -16,8 +16,8 @@ from reslora.diffusion.run import encode, load_and_check
 from reslora.diffusion.settings import parse_args, with_family
 from reslora.diffusion.setup import start_accelerator
 from reslora.diffusion.trainee import add_adapter
+from reslora.language.results import merge_table
 from reslora.signals import StopRequest
-from reslora.trainer import merge_table
 
 
 def newest_checkpoint(folder: Path) -> Path:

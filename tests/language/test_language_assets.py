@@ -14,7 +14,7 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-ASSETS = Path(__file__).resolve().parent.parent / "assets"
+ASSETS = Path(__file__).resolve().parents[2] / "assets"
 sys.path.insert(0, str(ASSETS / "make"))
 
 from make_tiny_language_models import (  # noqa: E402

@@ -16,12 +16,15 @@ from peft import PeftModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-import train_llm
-from reslora.arguments import InvalidArgument, MethodArguments, run_script
-from reslora.trainer import attach
-from train_llm import TASKS, Encoder, Example, extract_answer, generate, same_answer, to_number
+from reslora.errors import InvalidArgument
+from reslora.language import llm
+from reslora.language.arguments import MethodArguments
+from reslora.language.llm_tasks import TASKS, Example, examples_of, extract_answer, same_answer, to_number
+from reslora.language.llm_trainer import Encoder, calibration_batches, generate
+from reslora.language.trainer import attach
+from reslora.script import run_script
 
-SCRIPT = Path(train_llm.__file__)
+SCRIPT = Path(__file__).resolve().parents[2] / "train_llm.py"
 
 
 def bytes_tokenizer() -> PreTrainedTokenizerFast:
@@ -77,7 +80,7 @@ def flags(tiny: Path, data: Path, output: Path, *more) -> list[str]:
 
 
 def run(argv: list[str]) -> int:
-    return run_script(train_llm.PROG, train_llm.main, argv)
+    return run_script(llm.PROG, llm.main, argv)
 
 
 # -- prompts and answers -----------------------------------------------------------------------------------------------
@@ -182,12 +185,12 @@ def test_a_tokenizer_that_ends_every_text_does_not_end_the_prompt():
 
 def test_calibration_batches_have_no_padding():
     rows = [{"input_ids": list(range(length))} for length in (9, 3, 5, 4, 8)]
-    batches = train_llm.calibration_batches(rows, 4, 2)
+    batches = calibration_batches(rows, 4, 2)
     assert [batch["input_ids"].tolist() for batch in batches] == [
         [[0, 1, 2], [0, 1, 2]],
         [[0, 1, 2, 3, 4], [0, 1, 2, 3, 4]],
     ]
-    assert train_llm.calibration_batches(rows, 0, 2) is None
+    assert calibration_batches(rows, 0, 2) is None
 
 
 # -- generation --------------------------------------------------------------------------------------------------------
@@ -247,7 +250,7 @@ def test_a_run_leaves_results_and_files_that_stock_libraries_load(
     assert "unmerged" in capsys.readouterr().out
     assert json.loads((output / "config.json").read_text())["lora_r"] == 4
 
-    examples = train_llm.examples_of(TASKS["svamp"], "test", [row(n) for n in range(36, 42)])
+    examples = examples_of(TASKS["svamp"], "test", [row(n) for n in range(36, 42)])
     encoder = Encoder(AutoTokenizer.from_pretrained(output / "merged"))
     whole = AutoModelForCausalLM.from_pretrained(output / "merged").eval()
     stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), output / "peft").eval()
@@ -332,20 +335,74 @@ def test_gradient_checkpointing_and_bf16_run(tiny, data, tmp_path):
 def test_metamathqa_is_tested_on_gsm8k_and_draws_its_examples(tiny, tmp_path):
     train = [{"query": f"What is {n}?", "response": f"Count.\nThe answer is: {n}"} for n in range(20)]
     data = write_rows(tmp_path / "data", train=train, test=[{"question": "1 + 1?", "answer": "Add.\n#### 2"}])
-    arguments, _, _ = train_llm.parse(flags(tiny, data, tmp_path, "--task", "metamathqa", "--max_train_samples", 5))
-    examples = train_llm.load_examples(arguments, seed=0)
-    assert examples["test"] == examples["validation"] == [Example("1 + 1?", "Add.", "2")]
+    common = ["--task", "metamathqa", "--max_train_samples", 5]
+
+    def load(*more):
+        arguments, _, training = llm.parse(flags(tiny, data, tmp_path, *common, *more))
+        return llm.load_examples(arguments, training)
+
+    examples = load()
+    assert examples["test"] == [Example("1 + 1?", "Add.", "2")] and not examples["validation"]
     assert len(examples["train"]) == 5 == len(set(examples["train"]))
-    assert examples["train"] == train_llm.load_examples(arguments, seed=0)["train"]
-    assert examples["train"] != train_llm.load_examples(arguments, seed=1)["train"]
-    arguments, _, _ = train_llm.parse(flags(tiny, data, tmp_path, "--task", "metamathqa"))
+    assert examples["train"] == load()["train"] != load("--seed", 1)["train"]
+    arguments, _, _ = llm.parse(flags(tiny, data, tmp_path, "--task", "metamathqa"))
     assert arguments.max_train_samples == 40_000
+
+
+def numbered(count: int, start: int = 0) -> list[dict]:
+    return [{**row(number), "Body": f"Row {number}."} for number in range(start, start + count)]
+
+
+@pytest.mark.parametrize("splits", [["test"], ["validation"]])
+def test_a_checkpoint_is_never_chosen_by_what_it_is_tested_on(tiny, tmp_path, capsys, splits):
+    """Without examples for validation alone, a part of those for training is held out, the same for the same seed."""
+    data = write_rows(tmp_path / "data", train=numbered(50), **{split: numbered(10, 50) for split in splits})
+
+    def load(*more):
+        arguments, _, training = llm.parse(flags(tiny, data, tmp_path, "--eval_strategy", "steps", *more))
+        return llm.load_examples(arguments, training)
+
+    found = load()
+    assert "5 of 50 training examples are held out for validation" in capsys.readouterr().out
+    assert [len(found[split]) for split in ("train", "validation", "test")] == [45, 5, 10]
+    bodies = {split: {example.prompt for example in examples} for split, examples in found.items()}
+    assert not bodies["train"] & bodies["validation"] and not bodies["validation"] & bodies["test"]
+    assert len(bodies["train"] | bodies["validation"]) == 50
+    assert found == load() and found["validation"] != load("--seed", 1)["validation"]
+    fewer = load("--max_train_samples", 20)
+    assert fewer["validation"] == found["validation"] and set(fewer["train"]) < set(found["train"])
+    assert len(load("--eval_strategy", "no")["train"]) == 50
+
+
+def test_validation_examples_of_their_own_are_taken(tiny, data, tmp_path, capsys):
+    arguments, _, training = llm.parse(flags(tiny, data, tmp_path, "--eval_strategy", "steps"))
+    found = llm.load_examples(arguments, training)
+    assert [len(found[split]) for split in ("train", "validation", "test")] == [32, 4, 6]
+    assert "held out" not in capsys.readouterr().out
+
+
+def test_a_single_training_example_cannot_be_held_out(tiny, tmp_path, capsys):
+    data = write_rows(tmp_path / "data", train=[row(0)], test=[row(1)])
+    one_line(flags(tiny, data, tmp_path / "run", "--eval_strategy", "steps"), capsys, ["--eval_strategy", "validate"])
+
+
+def test_the_best_checkpoint_is_chosen_on_held_out_training_examples(tiny, tmp_path):
+    data = write_rows(tmp_path / "data", train=numbered(30), test=numbered(6, 30))
+    more = ["--eval_strategy", "steps", "--eval_steps", 2, "--load_best_model_at_end", "--method", "lora"]
+    assert run(flags(tiny, data, tmp_path / "run", *more)) == 0
+    arguments, _, training = llm.parse(flags(tiny, data, tmp_path / "other", *more))
+    encoder = Encoder(AutoTokenizer.from_pretrained(tiny))
+    held_out = llm.load_examples(arguments, training)["validation"]
+    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), tmp_path / "run" / "peft").eval()
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    best = min(line["loss"] for line in log if line["split"] == "validation")
+    assert token_loss(stock, encoder, held_out) == pytest.approx(best, rel=1e-5)
 
 
 def test_the_deepspeed_configuration_is_zero_2_with_offloading():
     from accelerate.utils.deepspeed import HfDeepSpeedConfig
 
-    configuration = HfDeepSpeedConfig(str(train_llm.ZERO2_OFFLOAD))
+    configuration = HfDeepSpeedConfig(str(llm.ZERO2_OFFLOAD))
     assert configuration._stage == 2 and configuration.is_offload()
     assert configuration.get_value("zero_optimization.offload_optimizer.device") == "cpu"
     assert configuration.get_value("zero_force_ds_cpu_optimizer") is False  # the optimizer is the trainer's
@@ -404,7 +461,7 @@ BAD_FLAGS = [
 def test_a_bad_flag_is_one_line_and_status_2(tiny, data, tmp_path, capsys, monkeypatch, bad, words):
     missing = {"deepspeed", "bitsandbytes"}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    find_spec = train_llm.importlib.util.find_spec
+    find_spec = llm.importlib.util.find_spec
     monkeypatch.setattr(
         "importlib.util.find_spec", lambda name, *more: None if name in missing else find_spec(name, *more)
     )
@@ -467,8 +524,8 @@ def test_separators_inside_a_row_do_not_end_its_line(tiny, tmp_path):
     data = write_rows(tmp_path / "data", train=[row(0)], test=[row(0)])
     odd = json.dumps({**row(0), "Body": "One\u2028two\u0085three"}, ensure_ascii=False)
     (data / "train.jsonl").write_text(f"\n{odd}\r\n", encoding="utf-8", newline="")
-    arguments, _, _ = train_llm.parse(flags(tiny, data, tmp_path))
-    assert train_llm.load_examples(arguments, seed=0)["train"][0].prompt.startswith("One\u2028two\u0085three")
+    arguments, _, training = llm.parse(flags(tiny, data, tmp_path))
+    assert llm.load_examples(arguments, training)["train"][0].prompt.startswith("One\u2028two\u0085three")
 
 
 def test_a_data_set_that_needs_code_or_cannot_be_reached_is_refused_with_the_file_form(
@@ -499,10 +556,10 @@ def test_rows_from_the_hub_are_read_split_by_split(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load)
     argv = flags(tiny, tmp_path, tmp_path / "run", "--task", "hellaswag")
     at = argv.index("--data_dir")
-    arguments, _, _ = train_llm.parse(argv[:at] + argv[at + 2 :])
-    examples = train_llm.load_examples(arguments, seed=0)
+    arguments, _, training = llm.parse(argv[:at] + argv[at + 2 :])
+    examples = llm.load_examples(arguments, training)
     assert asked == [("Rowan/hellaswag", "train"), ("Rowan/hellaswag", "validation")]
-    assert examples["test"] == examples["validation"]
+    assert len(examples["test"]) == 1 and not examples["validation"]
 
 
 def test_a_model_that_is_no_causal_one_is_refused(tiny, data, tmp_path, capsys):
@@ -518,7 +575,7 @@ def test_a_model_that_is_no_causal_one_is_refused(tiny, data, tmp_path, capsys):
 def test_a_four_bit_model_cannot_be_written_merged(tiny, data, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: object())
     with pytest.raises(InvalidArgument, match="--merge_and_save"):
-        train_llm.parse(flags(tiny, data, tmp_path, "--load_in_4bit", "--merge_and_save"))
+        llm.parse(flags(tiny, data, tmp_path, "--load_in_4bit", "--merge_and_save"))
 
 
 def test_a_loss_that_is_no_number_is_one_line_and_status_1(tiny, data, tmp_path, capsys):

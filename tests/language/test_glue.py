@@ -22,10 +22,11 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-import train_glue
-from reslora.trainer import run_script
+from reslora.language import glue
+from reslora.language.glue_tasks import TASKS, scores
+from reslora.script import run_script
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 WORDS = ["good", "bad", "fine", "poor", "the", "a", "film", "book", "song", "is", "was", "not", "very", "plot"]
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -67,7 +68,7 @@ def write_model(folder: Path, kind: str = "roberta", **overrides) -> Path:
 
 def make_rows(task: str, count: int, seed: int = 0, labelled: bool = True) -> list[dict]:
     """Rows in the task's columns, whose label is to be read off the words."""
-    columns, labels = train_glue.TASKS[task].columns, train_glue.TASKS[task].labels
+    columns, labels = TASKS[task].columns, TASKS[task].labels
     rng, rows = np.random.default_rng(seed), []
     for index in range(count):
         row = {name: " ".join(rng.choice(WORDS, size=rng.integers(2, 7))) for name in columns}
@@ -87,7 +88,7 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 
 def write_data(folder: Path, task: str, train: int = 24, validation: int = 10) -> Path:
     write_rows(folder / "train.jsonl", make_rows(task, train))
-    for part in train_glue.TASKS[task].parts:
+    for part in TASKS[task].parts:
         write_rows(folder / f"validation{part}.jsonl", make_rows(task, validation, seed=len(part)))
     return folder
 
@@ -128,7 +129,7 @@ def log_of(output: Path) -> list[dict]:
 
 
 def scored(task: str, predictions: list, labels: list) -> dict[str, float]:
-    return train_glue.scores(train_glue.TASKS[task], np.array(predictions), np.array(labels))
+    return scores(TASKS[task], np.array(predictions), np.array(labels))
 
 
 def test_metrics_by_hand():
@@ -152,7 +153,7 @@ def test_undefined_correlations_count_as_zero():
 
 
 def test_the_first_metric_is_the_papers():
-    first = {name: task.metrics[0] for name, task in train_glue.TASKS.items()}
+    first = {name: task.metrics[0] for name, task in TASKS.items()}
     assert len(first) == 9
     expected = {"mrpc": "f1", "qqp": "f1", "cola": "matthews", "stsb": "pearson"}
     assert first == {name: expected.get(name, "accuracy") for name in first}
@@ -161,11 +162,11 @@ def test_the_first_metric_is_the_papers():
 # -- tasks, methods and merges -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("task", list(train_glue.TASKS))
+@pytest.mark.parametrize("task", list(TASKS))
 def test_every_task_trains_and_is_scored(task, roberta, tmp_path):
     data, output = write_data(tmp_path / "data", task), tmp_path / "run"
-    train_glue.main(flags(roberta, data, output, task, "--max_steps", "1", "--method", "lora"))
-    expected = ["loss", *train_glue.TASKS[task].metrics]
+    glue.main(flags(roberta, data, output, task, "--max_steps", "1", "--method", "lora"))
+    expected = ["loss", *TASKS[task].metrics]
     expected += [f"{name}_mm" for name in expected] if task == "mnli" else []
     assert list(results_of(output)["table"]["unmerged"]) == expected
     assert results_of(output)["validation_examples"] == (20 if task == "mnli" else 10)
@@ -183,7 +184,7 @@ def test_every_task_trains_and_is_scored(task, roberta, tmp_path):
 @pytest.mark.parametrize("architecture", ["roberta", "bert"])
 def test_every_merge_is_measured(shortcut, merges, architecture, request, rte, tmp_path):
     model = request.getfixturevalue(architecture)
-    train_glue.main(flags(model, rte, tmp_path, "rte", "--shortcut", shortcut))
+    glue.main(flags(model, rte, tmp_path, "rte", "--shortcut", shortcut))
     results = results_of(tmp_path)
     assert list(results["table"]) == merges
     for name, row in results["table"].items():
@@ -199,7 +200,7 @@ def test_every_merge_is_measured(shortcut, merges, architecture, request, rte, t
 
 @pytest.mark.parametrize("method", ["lora", "lora_x2", "reslora", "adalora", "loha", "lokr"])
 def test_what_is_saved_loads_in_stock_libraries(method, roberta, rte, tmp_path):
-    train_glue.main(flags(roberta, rte, tmp_path, "rte", "--method", method, "--merge_and_save"))
+    glue.main(flags(roberta, rte, tmp_path, "rte", "--method", method, "--merge_and_save"))
     tokens = {"input_ids": torch.tensor([[0, 5, 6, 7, 2, 2, 8, 9, 2]])}
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").double().eval()
     base = AutoModelForSequenceClassification.from_pretrained(roberta)
@@ -216,14 +217,14 @@ def test_what_is_saved_loads_in_stock_libraries(method, roberta, rte, tmp_path):
 
 def test_the_exported_adapter_gives_the_reported_metrics(roberta, rte, tmp_path):
     """The row of the merge that was exported is what stock PEFT reaches."""
-    train_glue.main(flags(roberta, rte, tmp_path, "rte", "--shortcut", "middle", "--merge", "weights"))
+    glue.main(flags(roberta, rte, tmp_path, "rte", "--shortcut", "middle", "--merge", "weights"))
     results = results_of(tmp_path)
-    arguments = train_glue.parse(flags(roberta, rte, tmp_path))
-    splits = train_glue.read_splits(arguments)
-    tokenizer, base, _ = train_glue.load_model(arguments)
+    arguments = glue.parse(flags(roberta, rte, tmp_path))
+    splits = glue.read_splits(arguments)
+    tokenizer, base, _ = glue.load_model(arguments)
     stock = PeftModel.from_pretrained(base, tmp_path / "peft").eval()
     losses = []
-    for row in train_glue.encode(arguments, tokenizer, splits["validation"]):
+    for row in glue.encode(arguments, tokenizer, splits["validation"]):
         with torch.no_grad():
             losses.append(stock(**{name: torch.tensor([value]) for name, value in row.items()}).loss.item())
     assert results["merge"] == "weights"
@@ -232,7 +233,7 @@ def test_the_exported_adapter_gives_the_reported_metrics(roberta, rte, tmp_path)
 
 def test_regression_is_trained_by_squared_error(roberta, tmp_path):
     data = write_data(tmp_path / "data", "stsb")
-    train_glue.main(flags(roberta, data, tmp_path / "run", "stsb", "--merge_and_save"))
+    glue.main(flags(roberta, data, tmp_path / "run", "stsb", "--merge_and_save"))
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "merged")
     assert merged.config.problem_type == "regression" and merged.config.num_labels == 1
 
@@ -244,14 +245,14 @@ def test_it_learns(tmp_path):
     write_rows(tmp_path / "data" / "train.jsonl", rows)
     write_rows(tmp_path / "data" / "validation.jsonl", rows)
     more = ("--max_steps", "60", "--per_device_train_batch_size", "16", "--save_strategy", "no", "--shortcut", "block")
-    train_glue.main(flags(model, tmp_path / "data", tmp_path / "run", "sst2", *more))
+    glue.main(flags(model, tmp_path / "data", tmp_path / "run", "sst2", *more))
     share = np.mean([row["label"] for row in rows])
     assert results_of(tmp_path / "run")["table"]["exact"]["accuracy"] > max(share, 1 - share) + 0.1
 
 
 def test_without_a_model_the_bundled_one_is_trained(tmp_path, capsys):
     more = ("--max_steps", "40", "--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "True")
-    train_glue.main(["--output_dir", str(tmp_path), *more, "--eval_strategy", "no", "--use_cpu"])
+    glue.main(["--output_dir", str(tmp_path), *more, "--eval_strategy", "no", "--use_cpu"])
     results, shown = results_of(tmp_path), capsys.readouterr().out
     assert results["task"] == "cola" and results["table"]["lstsq"]["matthews"] > 0.4
     assert "results.json" in shown and "--model_name_or_path FacebookAI/roberta-large" in shown
@@ -265,11 +266,11 @@ def test_predictions_for_a_test_split(roberta, tmp_path):
     write_rows(data / "test_matched.jsonl", make_rows("mnli", 5, labelled=False))
     unlabelled = [{k: v for k, v in row.items() if k != "label"} for row in make_rows("mnli", 3)]
     write_rows(data / "test_mismatched.jsonl", unlabelled)
-    train_glue.main(flags(roberta, data, tmp_path / "run", "mnli", "--max_steps", "1"))
+    glue.main(flags(roberta, data, tmp_path / "run", "mnli", "--max_steps", "1"))
     for name, count in (("matched", 5), ("mismatched", 3)):
         lines = (tmp_path / "run" / f"predict_results_mnli_{name}.txt").read_text().splitlines()
         assert lines[0] == "index\tprediction" and len(lines) == count + 1
-        assert {line.split("\t")[1] for line in lines[1:]} <= set(train_glue.TASKS["mnli"].labels)
+        assert {line.split("\t")[1] for line in lines[1:]} <= set(TASKS["mnli"].labels)
     assert results_of(tmp_path / "run")["test"] is None
 
 
@@ -282,26 +283,26 @@ def test_texts_may_hold_line_separators(roberta, tmp_path):
     text = "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows)
     for name in ("train", "validation"):
         (tmp_path / f"{name}.jsonl").write_text(text + "\n", encoding="utf-8")
-    splits = train_glue.read_splits(train_glue.parse(flags(roberta, tmp_path, tmp_path / "run")))
+    splits = glue.read_splits(glue.parse(flags(roberta, tmp_path, tmp_path / "run")))
     assert splits["train"]["sentence1"] == ["good\u2028film\x85"] * 4
 
 
 def test_a_labelled_test_split_is_scored(roberta, tmp_path):
     data = write_data(tmp_path / "data", "mrpc")
     write_rows(data / "test.jsonl", make_rows("mrpc", 6, seed=5))
-    train_glue.main(flags(roberta, data, tmp_path / "run", "mrpc", "--max_steps", "1"))
+    glue.main(flags(roberta, data, tmp_path / "run", "mrpc", "--max_steps", "1"))
     assert list(results_of(tmp_path / "run")["test"]) == ["loss", "f1", "accuracy"]
 
 
 def test_samples_and_lengths_are_cut(roberta, rte, tmp_path):
     more = ("--max_train_samples", "8", "--max_eval_samples", "3", "--max_seq_length", "7", "--pad_to_max_length")
-    arguments = train_glue.parse(flags(roberta, rte, tmp_path, "rte", *more))
-    splits = train_glue.read_splits(arguments)
+    arguments = glue.parse(flags(roberta, rte, tmp_path, "rte", *more))
+    splits = glue.read_splits(arguments)
     assert {name: len(columns["label"]) for name, columns in splits.items()} == {"train": 8, "validation": 3}
-    tokenizer, _, _ = train_glue.load_model(arguments)
-    encoded = train_glue.encode(arguments, tokenizer, splits["train"])
+    tokenizer, _, _ = glue.load_model(arguments)
+    encoded = glue.encode(arguments, tokenizer, splits["train"])
     assert {len(row["input_ids"]) for row in encoded} == {7}
-    batches = train_glue.calibration_batches(arguments, encoded, torch.device("cpu"))
+    batches = glue.calibration_batches(arguments, encoded, torch.device("cpu"))
     assert len(batches) == 6 and all("labels" not in batch for batch in batches)
     for batch, row in zip(batches, encoded, strict=False):
         assert batch["input_ids"].shape == (1, sum(row["attention_mask"])) and batch["attention_mask"].all()
@@ -313,7 +314,7 @@ def test_a_data_set_folder_is_read_like_the_hubs(roberta, tmp_path):
     more = ("--dataset_name", str(tmp_path / "data"), "--dataset_config_name", "default", "--max_steps", "1")
     argv = [word for word in flags(roberta, tmp_path, tmp_path / "run", "rte", *more)]
     at = argv.index("--data_dir")
-    train_glue.main(argv[:at] + argv[at + 2 :])
+    glue.main(argv[:at] + argv[at + 2 :])
     assert results_of(tmp_path / "run")["train_examples"] == 24
 
 
@@ -321,7 +322,7 @@ def test_a_data_set_folder_is_read_like_the_hubs(roberta, tmp_path):
 
 
 def test_log_and_configuration(roberta, rte, tmp_path):
-    train_glue.main(flags(roberta, rte, tmp_path, "rte", "--eval_strategy", "steps", "--eval_steps", "2"))
+    glue.main(flags(roberta, rte, tmp_path, "rte", "--eval_strategy", "steps", "--eval_steps", "2"))
     rows = log_of(tmp_path)
     assert [row["step"] for row in rows if row["split"] == "train"] == [1, 2, 3, 4]
     assert [row["step"] for row in rows if row["split"] == "validation"] == [2, 4]
@@ -336,11 +337,11 @@ def test_log_and_configuration(roberta, rte, tmp_path):
 @pytest.mark.parametrize("method", ["reslora", "adalora"])
 def test_a_resumed_run_equals_an_uninterrupted_one(method, roberta, rte, tmp_path):
     more = ("--save_strategy", "steps", "--save_steps", "2", "--method", method, "--lora_dropout", "0.1")
-    train_glue.main(flags(roberta, rte, tmp_path / "whole", "rte", *more))
-    train_glue.main(flags(roberta, rte, tmp_path / "broken", "rte", *more))
+    glue.main(flags(roberta, rte, tmp_path / "whole", "rte", *more))
+    glue.main(flags(roberta, rte, tmp_path / "broken", "rte", *more))
     for name in ("results.json", "checkpoint-4/trainer_state.json"):
         (tmp_path / "broken" / name).unlink()  # as if killed while the last checkpoint was written
-    train_glue.main(flags(roberta, rte, tmp_path / "broken", "rte", *more, "--resume_from_checkpoint", "latest"))
+    glue.main(flags(roberta, rte, tmp_path / "broken", "rte", *more, "--resume_from_checkpoint", "latest"))
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     weights = "peft/adapter_model.safetensors"
     assert (whole / weights).read_bytes() == (broken / weights).read_bytes()
@@ -352,7 +353,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(method, roberta, rte, tmp_pat
 def test_accumulated_batches_equal_one(roberta, rte, tmp_path):
     for name, size, accumulated in (("one", "8", "1"), ("two", "4", "2")):
         batch = ("--per_device_train_batch_size", size, "--gradient_accumulation_steps", accumulated)
-        train_glue.main(flags(roberta, rte, tmp_path / name, "rte", *batch, "--shortcut", "middle"))
+        glue.main(flags(roberta, rte, tmp_path / name, "rte", *batch, "--shortcut", "middle"))
     for kind in ("loss", "grad_norm"):
         one, two = ([row[kind] for row in log_of(tmp_path / name) if kind in row] for name in ("one", "two"))
         assert one == pytest.approx(two, rel=1e-4)
@@ -367,7 +368,7 @@ def test_two_processes_agree_with_one(roberta, rte, tmp_path):
         [*command, str(ROOT / "train_glue.py"), *two], env=environment, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    train_glue.main(flags(roberta, rte, tmp_path / "one", "rte", "--shortcut", "middle"))
+    glue.main(flags(roberta, rte, tmp_path / "one", "rte", "--shortcut", "middle"))
     one, both = results_of(tmp_path / "one"), results_of(tmp_path / "two")
     assert list(both["table"]) == list(one["table"])
     for name in ("unmerged", "none", "weights", "lstsq"):  # the norms for `input` are those of rank 0's half
@@ -385,7 +386,7 @@ def refused(capfd, argv: list[str], *words: str) -> None:
     """The script's own error: status 2, one line on stderr that has the words."""
     capfd.readouterr()
     try:
-        status = run_script(train_glue.PROG, train_glue.main, argv)
+        status = run_script(glue.PROG, glue.main, argv)
     except SystemExit as exit:
         status = exit.code
     line = capfd.readouterr().err
@@ -458,7 +459,7 @@ def test_a_data_set_that_is_not_there(capfd, roberta, tmp_path):
 
 
 def test_runs_are_not_mixed(capfd, roberta, rte, tmp_path):
-    train_glue.main(flags(roberta, rte, tmp_path, "rte", "--max_steps", "1", "--method", "lora"))
+    glue.main(flags(roberta, rte, tmp_path, "rte", "--max_steps", "1", "--method", "lora"))
     refused(capfd, flags(roberta, rte, tmp_path), "--output_dir", "holds")
     more = ("--resume_from_checkpoint", "latest", "--method", "loha")
     refused(capfd, flags(roberta, rte, tmp_path, "rte", *more), "--method loha", "lora")
@@ -466,9 +467,9 @@ def test_runs_are_not_mixed(capfd, roberta, rte, tmp_path):
 
 def test_inputs_are_no_longer_than_the_model_takes(roberta, rte, tmp_path):
     model = write_model(tmp_path / "model", max_position_embeddings=12)
-    arguments = train_glue.parse(flags(model, rte, tmp_path / "run", "rte", "--max_seq_length", "500"))
-    tokenizer, loaded, _ = train_glue.load_model(arguments)
-    encoded = train_glue.encode(arguments, tokenizer, train_glue.read_splits(arguments)["train"])
+    arguments = glue.parse(flags(model, rte, tmp_path / "run", "rte", "--max_seq_length", "500"))
+    tokenizer, loaded, _ = glue.load_model(arguments)
+    encoded = glue.encode(arguments, tokenizer, glue.read_splits(arguments)["train"])
     assert max(len(row["input_ids"]) for row in encoded) == 10
     loaded(input_ids=torch.tensor([max(encoded["input_ids"], key=len)]))
 
@@ -481,5 +482,5 @@ def test_a_tokenizer_of_another_model(capfd, roberta, rte, tmp_path):
 def test_a_head_of_another_size_needs_a_flag(capfd, rte, tmp_path):
     model = write_model(tmp_path / "model", num_labels=3)
     refused(capfd, flags(model, rte, tmp_path / "run"), "--ignore_mismatched_sizes")
-    train_glue.main(flags(model, rte, tmp_path / "run", "rte", "--ignore_mismatched_sizes", "--max_steps", "1"))
+    glue.main(flags(model, rte, tmp_path / "run", "rte", "--ignore_mismatched_sizes", "--max_steps", "1"))
     assert "unmerged" in results_of(tmp_path / "run")["table"]

@@ -1,35 +1,29 @@
-"""Flags and errors that the language scripts share: one line for what cannot work, exit status 2."""
+"""Flags that the language scripts share: one line for what cannot work, exit status 2."""
 
 from __future__ import annotations
 
-import contextlib
+import argparse
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
-from .adapters import METHODS
-from .config import HEADS, SHORTCUTS
-from .merging import METHODS as MERGES
+from ..config import HEADS, METHODS, SHORTCUTS
+from ..errors import InvalidArgument, first_line
+from ..merging import METHODS as MERGES
+from ..shortcuts import PLAIN, shortcut_class
 
-
-class InvalidArgument(ValueError):
-    """What the user gave cannot work: one line naming the argument, the problem and the fix; exit status 2."""
-
-    def __init__(self, argument: str, problem: str, fix: str) -> None:
-        super().__init__(f"{argument}: {problem}; {fix}")
-
-
-class RunFailed(RuntimeError):
-    """The run itself went wrong, such as a loss that is not a number; exit status 1."""
+ASSETS = Path(__file__).resolve().parents[2] / "assets"
 
 
 @dataclass
@@ -82,11 +76,18 @@ class MethodArguments:
         check_whole("calibration_examples", self.calibration_examples, 0)
         if float(self.lora_alpha).is_integer():
             self.lora_alpha = int(self.lora_alpha)  # adapter_config.json says 8, as everybody's does
-        needs = self.method == "reslora" and self.merge == "lstsq" and self.shortcut in ("input", "middle")
-        if needs and self.pre_num != 0 and self.calibration_examples == 0:
+        if self.calibration_examples == 0 and self._merge_reads_examples():
             raise InvalidArgument(
-                "--merge lstsq", "needs calibration examples", "give --calibration_examples 64, or another merge"
+                f"--merge {self.merge}",
+                "needs calibration examples",
+                "give --calibration_examples 64, or another merge",
             )
+
+    def _merge_reads_examples(self) -> bool:
+        if self.method != "reslora" or self.shortcut == PLAIN or self.pre_num == 0:
+            return False
+        merge = shortcut_class(self.shortcut).merges.get(self.merge)
+        return merge is not None and merge.fits
 
 
 @dataclass
@@ -145,8 +146,6 @@ def check_whole(name: str, value: int, least: int, most: float = math.inf) -> No
 
 def check_trackers(names: str | Sequence[str] | None) -> None:
     """Raises `InvalidArgument` for a --report_to that transformers doesn't know, or that is not installed."""
-    from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
-
     named = [name for name in ([names] if isinstance(names, str) else names or ()) if name not in ("all", "none")]
     for name in named:
         known = sorted(INTEGRATION_TO_CALLBACK)
@@ -179,19 +178,6 @@ def check_writable(output_dir: str) -> None:
         )
 
 
-class OneLineParser(HfArgumentParser):
-    """`HfArgumentParser` whose errors are one line, without a screen of usage before it."""
-
-    def error(self, message: str) -> None:
-        """Prints the line to stderr, once per machine, and exits with status 2."""
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n" if _speaks() else None)
-
-
-def _speaks() -> bool:
-    """Whether this process reports what all processes of a distributed run find alike."""
-    return os.environ.get("LOCAL_RANK", "0") in ("0", "-1")
-
-
 def parse_arguments(
     types: Sequence[type],
     argv: Sequence[str] | None = None,
@@ -201,12 +187,17 @@ def parse_arguments(
     bundled: Mapping[str, object] | None = None,
     deepspeed_config: str | None = None,
 ) -> tuple:
-    """Parses flags into instances of the dataclasses `types`; bad ones end the program with one line and status 2.
+    """Parses flags into instances of the dataclasses `types`.
+
+    What argparse or transformers refuse ends the program with one line and status 2; what our own classes refuse is
+    `InvalidArgument`.
 
     `bundled`: defaults that hold while no `--model_name_or_path` is given. `deepspeed_config`: what `--deepspeed` means
     without a value.
     """
-    parser = OneLineParser(list(types), prog=prog, description=description, allow_abbrev=False)
+    # An error is one line, without a screen of usage before it.
+    usage = argparse.SUPPRESS
+    parser = HfArgumentParser(list(types), prog=prog, usage=usage, description=description, allow_abbrev=False)
     argv = list(sys.argv[1:] if argv is None else argv)
     named = {"--model_name_or_path", "--model-name-or-path"}
     if bundled and not any(word.split("=")[0] in named for word in argv):
@@ -216,33 +207,10 @@ def parse_arguments(
         action.nargs, action.const = "?", deepspeed_config
     try:
         return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    except (ValueError, ImportError, OSError, RuntimeError) as error:
+    except InvalidArgument:
+        raise
+    except (ValueError, ImportError, OSError, RuntimeError) as error:  # what transformers' own classes refuse
         parser.error(first_line(error))
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its class where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
-
-
-def run_script(prog: str, main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:
-    """Runs a script's `main` and returns its exit status; what the user can mend is one line on stderr.
-
-    Status 2 for `InvalidArgument`, 1 for `RunFailed` and for files that cannot be written, 130 for Ctrl-C.
-    """
-    try:
-        main(argv)
-        return 0
-    except InvalidArgument as error:
-        if _speaks():
-            print(f"{prog}: error: {error}", file=sys.stderr)
-        return 2
-    except (RunFailed, OSError) as error:  # a full disk, a folder that went away: the last checkpoint is intact
-        print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"{prog}: stopped; go on with --resume_from_checkpoint latest", file=sys.stderr)
-        return 130
 
 
 def settings(*arguments: object) -> dict:
@@ -256,9 +224,9 @@ def settings(*arguments: object) -> dict:
 
 # What a continuation must share with the run it continues; how long it trains and what it shows are free.
 _FIXED_ON_RESUME = (
-    "model_name_or_path", "task", "task_name", "data_dir", "method", "shortcut", "pre_num", "head", "lora_r",
-    "lora_alpha", "lora_dropout", "target_modules", "learning_rate", "seed", "weight_decay", "max_train_samples",
-    "max_length", "max_seq_length", "load_in_4bit",
+    "model_name_or_path", "task", "task_name", "method", "shortcut", "pre_num", "head", "lora_r", "lora_alpha",
+    "lora_dropout", "target_modules", "learning_rate", "seed", "weight_decay", "max_train_samples", "max_length",
+    "max_seq_length", "load_in_4bit",
 )  # fmt: skip
 
 
@@ -266,7 +234,7 @@ def check_resume(output_dir: str | os.PathLike, resume: str | None, current: Map
     """Refuses to mix runs in one folder.
 
     Raises `InvalidArgument` if the folder holds checkpoints and `resume` (the flag's value) is None, or if a setting of
-    `current` differs from the folder's `config.json` when resuming.
+    `current` differs from the folder's `config.json` when resuming. A model's folder may have moved.
     """
     output = Path(output_dir)
     if resume is None:
@@ -278,13 +246,46 @@ def check_resume(output_dir: str | os.PathLike, resume: str | None, current: Map
                 "go on with --resume_from_checkpoint latest, or choose another",
             )
         return
-    earlier = {}
-    with contextlib.suppress(OSError, ValueError):
-        earlier = json.loads((output / "config.json").read_text(encoding="utf-8"))
+    earlier = _settings_of(output)
     for name in _FIXED_ON_RESUME:
-        if name in earlier and name in current and earlier[name] != current[name]:
+        if name in earlier and name in current and not _same(name, earlier[name], current[name]):
             raise InvalidArgument(
                 f"--{name} {current[name]}",
                 f"{output} was trained with {earlier[name]}",
                 "use that, or choose another --output_dir",
             )
+
+
+def check_data(output_dir: str | os.PathLike, resume: str | None, data: str) -> None:
+    """Raises `InvalidArgument` when resuming on other training examples than those of the folder's `config.json`.
+
+    `data` is their `fingerprint`; where they lie does not matter.
+    """
+    if resume is not None and _settings_of(Path(output_dir)).get("data", data) != data:
+        raise InvalidArgument(
+            "--resume_from_checkpoint",
+            f"{output_dir} was trained on other examples than these",
+            "bring them and the --eval_strategy of then back, or choose another --output_dir",
+        )
+
+
+def fingerprint(rows: Iterable[object]) -> str:
+    """What a run knows its training examples by: a hash of all of them, in order."""
+    found = hashlib.blake2b(digest_size=16)
+    for row in rows:
+        found.update(json.dumps(row, sort_keys=True).encode() + b"\n")
+    return found.hexdigest()
+
+
+def _settings_of(output: Path) -> dict:
+    try:
+        found = json.loads((output / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _same(name: str, earlier: object, current: object) -> bool:
+    if name == "model_name_or_path" and Path(str(current)).is_dir():
+        return Path(str(earlier)).name == Path(str(current)).name
+    return earlier == current

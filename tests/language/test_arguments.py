@@ -6,18 +6,19 @@ from dataclasses import dataclass, field
 import pytest
 from conftest import assert_one_line
 
-from reslora.arguments import (
+from reslora.errors import InvalidArgument
+from reslora.language.arguments import (
     AdapterTrainingArguments,
-    InvalidArgument,
     MethodArguments,
-    RunFailed,
+    check_data,
     check_number,
     check_resume,
     check_whole,
+    fingerprint,
     parse_arguments,
-    run_script,
     settings,
 )
+from reslora.script import run_script
 
 
 @dataclass
@@ -105,10 +106,12 @@ def test_deepspeed_alone_means_the_bundled_configuration(monkeypatch):
     ],
 )
 def test_a_bad_flag_is_one_line_and_status_2(capsys, bad, word):
-    with pytest.raises(SystemExit) as stopped:
-        parse(*bad)
+    try:
+        status = run_script("script.py", lambda argv, stop: parse(*bad))
+    except SystemExit as stopped:  # argparse's own
+        status = stopped.code
     output = capsys.readouterr()
-    assert stopped.value.code == 2 and not output.out
+    assert status == 2 and not output.out
     assert output.err.startswith("script.py: error: ") and output.err.count("\n") == 1
     assert word in output.err
 
@@ -127,32 +130,6 @@ def test_numbers_are_finite_and_within_their_bounds(value):
     check_number("share", 0, 0, below=1)
     with pytest.raises(InvalidArgument, match="above 0"):
         check_number("rate", 0, 0, exclusive=True)
-
-
-@pytest.mark.parametrize(
-    ("error", "status", "line"),
-    [
-        (InvalidArgument("--a 1", "is bad", "give 2"), 2, "script.py: error: --a 1: is bad; give 2\n"),
-        (RunFailed("loss nan"), 1, "script.py: loss nan\n"),
-        (OSError(28, "No space left on device"), 1, "script.py: [Errno 28] No space left on device\n"),
-        (KeyboardInterrupt(), 130, "script.py: stopped; go on with --resume_from_checkpoint latest\n"),
-    ],
-)
-def test_a_scripts_errors_become_its_status(capsys, error, status, line):
-    def main(argv):
-        raise error
-
-    assert run_script("script.py", main, []) == status
-    assert capsys.readouterr().err == line
-    assert run_script("script.py", lambda argv: None, []) == 0
-
-
-def test_programming_errors_are_not_hidden():
-    def main(argv):
-        raise KeyError("a mistake of ours")
-
-    with pytest.raises(KeyError):
-        run_script("script.py", main, [])
 
 
 def test_settings_hold_every_flag_but_no_secret(tmp_path):
@@ -180,3 +157,30 @@ def test_runs_are_not_mixed(tmp_path):
     assert_one_line(error, "a finished run")
     (tmp_path / "config.json").write_text("{broken")
     check_resume(tmp_path, "latest", here)
+
+
+def test_a_folder_that_has_moved_is_the_same_model(tmp_path):
+    for place in ("old", "new"):
+        (tmp_path / place / "tiny").mkdir(parents=True)
+    (tmp_path / "config.json").write_text(json.dumps({"model_name_or_path": str(tmp_path / "old" / "tiny")}))
+    check_resume(tmp_path, "latest", {"model_name_or_path": str(tmp_path / "new" / "tiny")})
+    (tmp_path / "new" / "small").mkdir()
+    for other in (tmp_path / "new" / "small", "meta-llama/tiny"):
+        with pytest.raises(InvalidArgument, match="--model_name_or_path"):
+            check_resume(tmp_path, "latest", {"model_name_or_path": str(other)})
+
+
+def test_the_training_examples_decide_wherever_they_lie(tmp_path):
+    rows = [{"input_ids": [1, 2, 3]}, {"input_ids": [4]}]
+    same, other = fingerprint(iter(rows)), fingerprint([rows[0], {"input_ids": [5]}])
+    assert same == fingerprint(rows) != other != fingerprint(rows[::-1])
+    check_data(tmp_path, "latest", same)  # nothing to compare with
+    (tmp_path / "config.json").write_text(json.dumps({"data": same, "data_dir": "elsewhere"}))
+    check_data(tmp_path, "latest", same)
+    check_data(tmp_path, None, other)
+    with pytest.raises(InvalidArgument) as error:
+        check_data(tmp_path, "latest", other)
+    assert_one_line(error, "--resume_from_checkpoint", "other examples", "--output_dir")
+    for broken in ("[1]", "{", "[" * 100_000):
+        (tmp_path / "config.json").write_text(broken)
+        check_data(tmp_path, "latest", other)

@@ -1,0 +1,152 @@
+"""The nine tasks of GLUE: their columns, labels and metrics, and their rows, each of them checked."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+from ..errors import InvalidArgument
+
+Columns = dict[str, list]
+"""Texts and labels by column."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Columns and label names of a task as GLUE on the hub has them, and its metrics, the first being the paper's."""
+
+    columns: tuple[str, ...]
+    labels: tuple[str, ...]
+    """In the order of their numbers; empty for a score from 0 to 5 (STS-B)."""
+    metrics: tuple[str, ...] = ("accuracy",)
+    parts: tuple[str, ...] = ("",)
+    """What is added to the names of the validation and test splits: MNLI has two of each."""
+
+
+ENTAILMENT = ("entailment", "not_entailment")
+TASKS = {
+    "cola": Task(("sentence",), ("unacceptable", "acceptable"), ("matthews",)),
+    "sst2": Task(("sentence",), ("negative", "positive")),
+    "mrpc": Task(("sentence1", "sentence2"), ("not_equivalent", "equivalent"), ("f1", "accuracy")),
+    "stsb": Task(("sentence1", "sentence2"), (), ("pearson", "spearmanr")),
+    "qqp": Task(("question1", "question2"), ("not_duplicate", "duplicate"), ("f1", "accuracy")),
+    "mnli": Task(
+        ("premise", "hypothesis"), ("entailment", "neutral", "contradiction"), parts=("_matched", "_mismatched")
+    ),
+    "qnli": Task(("question", "sentence"), ENTAILMENT),
+    "rte": Task(("sentence1", "sentence2"), ENTAILMENT),
+    "wnli": Task(("sentence1", "sentence2"), ENTAILMENT[::-1]),
+}
+
+
+def scores(task: Task, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Returns the task's metrics; a correlation that is not defined (all predictions alike) counts as 0.
+
+    `predictions`, `labels`: [examples], label numbers, or scores for STS-B.
+    """
+    functions: dict[str, Callable] = {
+        "accuracy": accuracy_score,
+        "f1": f1_score,
+        "matthews": matthews_corrcoef,
+        "pearson": lambda labels, predictions: pearsonr(labels, predictions).statistic,
+        "spearmanr": lambda labels, predictions: spearmanr(labels, predictions).statistic,
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # scipy's, about the correlation that is not defined
+        values = {name: float(functions[name](labels, predictions)) for name in task.metrics}
+    return {name: value if math.isfinite(value) else 0.0 for name, value in values.items()}
+
+
+def predicted(task: Task, logits: np.ndarray) -> np.ndarray:
+    """Label numbers, or scores for STS-B, [examples], of logits [examples, labels]."""
+    return logits.argmax(-1) if task.labels else logits.reshape(-1)
+
+
+# -- rows --------------------------------------------------------------------------------------------------------------
+
+
+def read_folder(task: Task, data_dir: str, split: str) -> tuple[str, list[dict] | None]:
+    """Rows of `<data_dir>/<split>.jsonl`, or None if there is no such file; and what to call it in an error."""
+    folder = Path(data_dir)
+    path, where = folder / f"{split}.jsonl", f"--data_dir {folder}"
+    if not folder.is_dir():
+        raise InvalidArgument(where, "no such folder", file_form(task))
+    if not path.is_file():
+        return f"{where}, {path.name}", None
+    rows = []
+    # Not splitlines(): a text may hold other characters that it takes for the end of a line.
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise InvalidArgument(f"{where}, {path.name} line {number}", "not a JSON object", "correct it")
+        rows.append(row)
+    return f"{where}, {path.name}", rows
+
+
+def read_hub(
+    task: Task, dataset: str, name: str, split: str, cache_dir: str | None, token: str | None
+) -> tuple[str, list[dict] | None]:
+    """Rows of a split of the hub's data set `dataset`, configuration `name`, as `read_folder`."""
+    where = f"--dataset_name {dataset}, configuration {name}"
+    try:
+        sets = datasets.load_dataset(dataset, name, cache_dir=cache_dir, token=token)
+    except Exception as error:  # whatever a hub, a network or a parser can raise
+        message = " ".join(str(error).split())
+        if "script" in message or "remote code" in message or "remote_code" in message:
+            problem = "needs remote code, which is never run"
+        else:
+            problem = f"cannot be loaded ({message[:200]})"
+        raise InvalidArgument(where, problem, f"use --data_dir: {file_form(task)}") from None
+    return f"{where}, {split}", sets[split].to_list() if split in sets else None
+
+
+def file_form(task: Task) -> str:
+    """What a --data_dir must hold, in words."""
+    files = ", ".join(f"validation{part}.jsonl" for part in task.parts)
+    columns = ", ".join((*task.columns, "label"))
+    return f"give a folder with train.jsonl and {files}, one JSON object a line with {columns}"
+
+
+def check_rows(task: Task, where: str, rows: list[dict], labelled: bool) -> Columns:
+    """Texts and labels of the rows by column; labels are left out where a test split has none (or -1, as the hub's)."""
+    names = [*task.columns, *(["label"] if labelled or "label" in rows[0] else [])]
+    found = list(dict.fromkeys(name for row in rows for name in row))
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise InvalidArgument(
+            where,
+            f"no column {', '.join(missing)}",
+            f"the columns are {', '.join(found)}; rename, or change --task_name",
+        )
+    if not labelled and all(row.get("label") in (None, -1, -1.0) for row in rows):
+        names.remove("label") if "label" in names else None
+    for number, row in enumerate(rows, 1):
+        for name in task.columns:
+            if not isinstance(row.get(name), str):
+                raise InvalidArgument(
+                    f"{where}, row {number}", f"{name} is {row.get(name)!r}, not a text", "correct it"
+                )
+        if "label" in names and not valid_label(task, row.get("label")):
+            labels = ", ".join(f"{i} ({name})" for i, name in enumerate(task.labels)) or "numbers from 0 to 5"
+            raise InvalidArgument(f"{where}, row {number}", f"label {row.get('label')!r}", f"labels are {labels}")
+    return {name: [row[name] for row in rows] for name in names}
+
+
+def valid_label(task: Task, label: object) -> bool:
+    if isinstance(label, bool) or not isinstance(label, (int, float)):
+        return False
+    return label in range(len(task.labels)) if task.labels else 0 <= label <= 5

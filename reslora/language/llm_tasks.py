@@ -1,0 +1,215 @@
+"""The paper's language tasks: how a row becomes a prompt and an answer, where rows are, and which answers are right.
+
+Rows come from a folder of JSON lines, or from the hub's data set in the same columns; code from the hub is never run.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import datasets
+from accelerate import PartialState
+
+from ..errors import InvalidArgument, first_line
+
+ANSWER = "The answer is"
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt, and what is to be learnt: some reasoning, and an answer, which alone is compared."""
+
+    prompt: str
+    reasoning: str
+    gold: str
+
+    @property
+    def answer(self) -> str:
+        """The text that is trained on."""
+        return f"{self.reasoning} {ANSWER} {self.gold}.".strip()
+
+
+@dataclass(frozen=True)
+class Task:
+    """Where a task is on the hub, which columns it has, and how a row becomes an example."""
+
+    hub: tuple[str, ...]
+    columns: tuple[str, ...]
+    example: Callable[[dict], Example]
+    test_split: str = "test"
+    tested_as: str | None = None
+    """Another task, whose test rows are used (MetaMathQA is tested on GSM8K)."""
+
+
+def svamp(row: dict) -> Example:
+    answer = str(row["Answer"]).strip()
+    _expect(to_number(answer) is not None, f"Answer {answer!r} is not a number")
+    return Example(f"{row['Body'].strip()} {row['Question'].strip()}", f"{row['Equation']}.", answer)
+
+
+def gsm8k(row: dict) -> Example:
+    reasoning, mark, answer = re.sub(r"<<.*?>>", "", row["answer"]).rpartition("####")
+    _expect(mark and to_number(answer) is not None, "answer has no number after '####'")
+    return Example(row["question"].strip(), " ".join(reasoning.split()), answer.strip())
+
+
+def metamathqa(row: dict) -> Example:
+    reasoning, mark, answer = row["response"].rpartition(f"{ANSWER}:")
+    _expect(bool(mark), f"response has no '{ANSWER}:'")
+    return Example(row["query"].strip(), reasoning.strip(), answer.strip())
+
+
+def mathqa(row: dict) -> Example:
+    options, correct = row["options"], str(row["correct"]).strip()
+    letters = re.findall(r"([a-e]) \)", options)
+    _expect(correct in letters, f"correct {correct!r} is not one of the options {', '.join(letters)}")
+    prompt = f"{row['Problem'].strip()}\nThere are {len(letters)} options: {options}\nPlease answer the correct option."
+    reasoning = row["Rationale"].strip().strip('"').strip()
+    return Example(prompt, f"{reasoning}.", correct)
+
+
+def hellaswag(row: dict) -> Example:
+    endings, label = row["endings"], str(row["label"]).strip()
+    allowed = [str(number) for number in range(len(endings))]
+    _expect(label in allowed, f"label {label!r} is outside 0 to {len(endings) - 1}")
+    options = "\n".join(f"{number}: {ending}" for number, ending in enumerate(endings))
+    prompt = (
+        f'Here is a sentence to be continued: "{row["ctx"]}"\n'
+        f"There are {len(endings)} options as an ending:\n{options}\n"
+        f"Please select the correct option and answer with a number between 0 and {len(endings) - 1}."
+    )
+    return Example(prompt, "", label)
+
+
+TASKS = {
+    "gsm8k": Task(("openai/gsm8k", "main"), ("question", "answer"), gsm8k),
+    "svamp": Task(("ChilleD/SVAMP",), ("Body", "Question", "Equation", "Answer"), svamp),
+    "mathqa": Task(("allenai/math_qa",), ("Problem", "Rationale", "options", "correct"), mathqa),
+    "metamathqa": Task(("meta-math/MetaMathQA",), ("query", "response"), metamathqa, tested_as="gsm8k"),
+    "hellaswag": Task(("Rowan/hellaswag",), ("ctx", "endings", "label"), hellaswag, test_split="validation"),
+}
+
+
+class BadRow(ValueError):
+    """A row that is no example of its task."""
+
+
+def _expect(condition: object, problem: str) -> None:
+    if not condition:
+        raise BadRow(problem)
+
+
+# -- answers -----------------------------------------------------------------------------------------------------------
+
+
+def extract_answer(text: str) -> str | None:
+    """What follows the last "The answer is", up to the full stop that ends its sentence; None without one."""
+    _, mark, rest = text.rpartition(ANSWER)
+    rest = rest.lstrip(": ").splitlines()
+    return re.split(r"\.(?:\s|$)", rest[0])[0].strip() if mark and rest else None
+
+
+_NUMBER = re.compile(
+    r"(?P<sign>-?)"
+    r"(?:(?:(?P<whole>\d+) )?(?P<top>\d+)/(?P<bottom>0*[1-9]\d*)|(?P<plain>(?:\d+\.?\d*|\.\d+)(?:e-?\d\d?)?))%?"
+)
+
+
+def to_number(text: str) -> Fraction | None:
+    """The number that a text is: 1,200.50, $3, -7, 3/4, 1 1/2, 50%, 2e3; None for anything else."""
+    text = re.sub(r"(?<=\d),(?=\d{3})", "", text.strip().lower()).replace("$", "").replace("\u2212", "-").strip()
+    found = _NUMBER.fullmatch(text.removeprefix("+"))
+    if not found or len(text) > 100:
+        return None
+    if found["top"]:
+        value = int(found["whole"] or 0) + Fraction(int(found["top"]), int(found["bottom"]))
+    else:
+        value = Fraction(found["plain"])
+    return -value if found["sign"] else value
+
+
+def same_answer(given: str | None, expected: str) -> bool:
+    """Whether two answers are equal: as numbers where both are numbers ("1,200" and "1200.0"), else as words."""
+    if given is None:
+        return False
+    numbers = to_number(given), to_number(expected)
+    if None not in numbers:
+        return abs(numbers[0] - numbers[1]) <= max(map(abs, numbers)) / 1_000_000
+    return given.lower().split() == expected.lower().split()
+
+
+# -- rows --------------------------------------------------------------------------------------------------------------
+
+
+def read_examples(name: str, split: str, data_dir: str | None, cache_dir: str | None = None) -> list[Example]:
+    """The examples of a task's split, from `data_dir` or else from the hub; none where there is no such split.
+
+    Validation and test rows may be another task's (`Task.tested_as`). The hub's data sets have no validation split that
+    we would use. Raises `InvalidArgument` naming the first row that is no example.
+    """
+    task = TASKS[name]
+    if split != "train" and task.tested_as:
+        task = TASKS[task.tested_as]
+    if data_dir:
+        return examples_of(task, *_local_rows(name, data_dir, split))
+    return [] if split == "validation" else examples_of(task, *_hub_rows(name, task, cache_dir, split))
+
+
+def file_form(name: str) -> str:
+    """How a task's files look, for an error's hint."""
+    task = TASKS[name]
+    tested = f"; test rows: {', '.join(TASKS[task.tested_as].columns)}" if task.tested_as else ""
+    columns = ", ".join(task.columns) + tested
+    return f"give --data_dir DIR with train.jsonl and test.jsonl, a JSON object per line: {columns}"
+
+
+def examples_of(task: Task, source: str, rows: list[dict]) -> list[Example]:
+    """Rows as examples; `InvalidArgument` names the first that is none."""
+    examples = []
+    for number, row in enumerate(rows, 1):
+        missing = [column for column in task.columns if not isinstance(row, dict) or row.get(column) is None]
+        try:
+            _expect(not missing, f"no column {', '.join(missing)}")
+            examples.append(task.example(row))
+        except (BadRow, AttributeError, TypeError) as error:
+            raise InvalidArgument(
+                f"{source} row {number}", first_line(error), f"its columns must be {', '.join(task.columns)}"
+            ) from None
+    return examples
+
+
+def _local_rows(name: str, data_dir: str, split: str) -> tuple[str, list[dict]]:
+    """The rows of DIR/<split>.jsonl; none where the file is not there."""
+    folder = Path(data_dir)
+    if not folder.is_dir():
+        raise InvalidArgument(f"--data_dir {folder}", "no such folder", file_form(name))
+    path, rows = folder / f"{split}.jsonl", []
+    if not path.is_file():
+        return str(path), []
+    # Not splitlines: inside a JSON string it would break at U+2028 and its like.
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except ValueError:
+            raise InvalidArgument(f"{path} line {number}", "is not JSON", file_form(name)) from None
+    return str(path), rows
+
+
+def _hub_rows(name: str, task: Task, cache_dir: str | None, split: str) -> tuple[str, list[dict]]:
+    repository = task.hub[0]
+    try:
+        with PartialState().main_process_first():
+            loaded = datasets.load_dataset(
+                *task.hub, split=task.test_split if split == "test" else split, cache_dir=cache_dir
+            )
+    except Exception as error:  # every way in which a network or a repository can fail
+        problem = f"cannot load {repository} ({first_line(error)})"
+        if "script" in str(error) or "trust_remote_code" in str(error):
+            problem = f"{repository} needs code from the hub, which is not run"
+        raise InvalidArgument(f"--task {name}", problem, file_form(name)) from None
+    return repository, list(loaded)

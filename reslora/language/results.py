@@ -1,0 +1,218 @@
+"""What a run is compared by and leaves: the figures of every merge, plain files, and `results.json`."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..chains import base_model, chains, lora_layers
+from ..export import export_peft, merged_state_dict
+from ..files import replacing, write_json
+from ..merging import METHODS
+from ..model import (
+    Connection,
+    MergeReport,
+    attach_wires,
+    connection_of,
+    disconnect,
+    enable_gradient_checkpointing,
+    merge,
+)
+from .arguments import MethodArguments
+from .callbacks import LogCallback
+from .trainer import AdapterTrainer
+
+# -- merging -----------------------------------------------------------------------------------------------------------
+
+
+def merge_table(
+    model: nn.Module,
+    evaluate: Callable[[], Mapping[str, float]],
+    calibration: Sequence[Mapping] | None = None,
+    methods: Sequence[str] | None = None,
+) -> dict[str, dict]:
+    """Returns figures of a model unmerged and merged by each method: the rows of the paper's Tables 3, 6 and 7.
+
+    `evaluate` returns the figures of the model as it stands; `calibration` as in `reslora.merge`. The result maps
+    `unmerged` and each method to its figures, merged ones with their `report`. Default methods: all that apply; for
+    block-shortcuts `none` and `exact`. `input` takes the norms recorded in training where there are any (Eqs. 8-9),
+    else the calibration's. The model is connected and unmerged again afterwards; one that never was has a single row.
+    """
+    table = {"unmerged": dict(evaluate())}
+    connection = connection_of(base_model(model))
+    if connection is None or not connection.config.wired:
+        return table
+    _share_norms(connection)
+    for method in methods or _applicable(connection, calibration):
+        with unmerged_afterwards(model):
+            report = _merge(model, method, calibration)
+            table[method] = {**evaluate(), "report": report.to_dict()}
+    return table
+
+
+def _applicable(connection: Connection, calibration: object) -> list[str]:
+    has_norms = calibration is not None or connection.wires.norms.count > 0
+    merges = connection.shortcut.merges.items()
+    return [name for name, has in merges if (has_norms or not has.norms) and (calibration is not None or not has.fits)]
+
+
+def _merge(model: nn.Module, method: str, calibration: Sequence[Mapping] | None) -> MergeReport:
+    connection = connection_of(base_model(model))
+    merges = connection.shortcut.merges if connection.shortcut is not None else {}
+    if connection.wires.norms.count > 0 and method in merges and merges[method].norms:
+        calibration = None  # the norms recorded in training, not those of the examples
+    return merge(model, method if method in METHODS else "auto", calibration)  # an exact merge has no name of its own
+
+
+@contextlib.contextmanager
+def unmerged_afterwards(model: nn.Module, adapter_name: str = "default") -> Iterator[None]:
+    """Whatever happens to the adapter inside, a merge above all, is undone at the end, to the last bit.
+
+    Parameters stay the same objects, so an optimizer that holds them goes on working.
+    """
+    base = base_model(model)
+    connection = connection_of(base)
+    config = base.peft_config[adapter_name]
+    patterns = copy.deepcopy((config.rank_pattern, config.alpha_pattern))
+    layers = {name: layer for name, layer in lora_layers(base, adapter_name).items() if adapter_name in layer.lora_A}
+    before = {name: _factors(layer, adapter_name) for name, layer in layers.items()}
+    checkpointing = bool(getattr(base, "is_activation_checkpointing", False))
+    try:
+        yield
+    finally:
+        if connection_of(base) is not None:
+            disconnect(base, adapter_name)
+        for name, layer in layers.items():
+            _restore_factors(layer, adapter_name, before[name])
+        config.rank_pattern, config.alpha_pattern = patterns
+        again = attach_wires(base, connection.config, adapter_name, connection.chains)
+        again.wires.norms = connection.wires.norms
+        if checkpointing:
+            enable_gradient_checkpointing(base)
+
+
+def _factors(layer: nn.Module, adapter_name: str) -> tuple:
+    modules = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+    numbers = {name: getattr(layer, name)[adapter_name] for name in ("r", "lora_alpha", "scaling")}
+    return modules, tuple(module.weight.detach().clone() for module in modules), numbers
+
+
+def _restore_factors(layer: nn.Module, adapter_name: str, before: tuple) -> None:
+    modules, weights, numbers = before
+    with torch.no_grad():
+        for place, module, weight in zip((layer.lora_A, layer.lora_B), modules, weights, strict=True):
+            module.weight.copy_(weight)
+            place[adapter_name] = module
+    for name, value in numbers.items():
+        getattr(layer, name)[adapter_name] = value
+
+
+def _share_norms(connection: Connection) -> None:
+    """In a distributed run the window of rank 0 counts, and every process must merge alike."""
+    if not torch.distributed.is_initialized():
+        return
+    norms = connection.wires.norms
+    values = norms.values.cpu() if norms.values is not None else None
+    shared = [values, norms.count]
+    torch.distributed.broadcast_object_list(shared)
+    if shared[0] is not None and torch.distributed.get_rank() > 0:
+        norms.restore(shared[0], shared[1])
+
+
+# -- what a run leaves -------------------------------------------------------------------------------------------------
+
+
+def export(
+    model: PeftModel,
+    output_dir: str | os.PathLike,
+    *,
+    merge: str = "auto",
+    calibration: Sequence[Mapping] | None = None,
+    merged: bool = False,
+    tokenizer=None,
+) -> MergeReport | None:
+    """Merges a connected model for good and writes plain files into `output_dir`; returns the merge's report.
+
+    `peft/`: an adapter that stock PEFT loads, with the same logits. `chains.json` and `merge.json` where the model was
+    connected. `merged/` if asked for: the base model with the adapter added, summed in float32, and the tokenizer, for
+    stock transformers. With several processes every one must call it; rank 0 writes.
+    """
+    output, report = Path(output_dir), None
+    writes = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    connection = connection_of(base_model(model))
+    if connection is not None:
+        _share_norms(connection)
+        plan = chains(model).to_dict() if connection.config.wired else connection.chains.to_dict()
+        report = _merge(model, merge, calibration)
+        if writes:
+            write_json(output / "chains.json", plan)
+            write_json(output / "merge.json", report.to_dict())
+    if writes:
+        export_peft(model, output / "peft")
+        if merged:
+            _write_merged(base_model(model), output / "merged", tokenizer)
+    return report
+
+
+def _write_merged(base: PreTrainedModel, directory: Path, tokenizer) -> None:
+    state = {}
+    for key, value in merged_state_dict(base).items():
+        if ".original_module." not in key:
+            state[key.replace(".modules_to_save.default.", ".")] = value
+    with torch.device("meta"):
+        plain = type(base)(base.config)
+    plain.load_state_dict(state, assign=True)
+    plain.tie_weights()
+    plain.generation_config = getattr(base, "generation_config", None)
+    with replacing(directory) as temporary:
+        try:
+            plain.save_pretrained(str(temporary))
+        except SafetensorError as error:  # a full disk, say
+            raise OSError(f"{directory}: {error}") from error
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(temporary))
+
+
+def write_results(
+    trainer: AdapterTrainer, arguments: MethodArguments, table: dict[str, dict], report: MergeReport | None, **facts
+) -> dict:
+    """Writes `results.json` and returns its content.
+
+    `facts` (task, model, sizes), the method with its settings, how long was trained, `table` (see `merge_table`), and
+    `merge`: the method by which the exported adapter was merged, None where there was nothing to merge.
+    """
+    wired = ("shortcut", "pre_num", "head") if arguments.method == "reslora" else ()
+    timing = [callback.seconds for callback in trainer.callback_handler.callbacks if isinstance(callback, LogCallback)]
+    content = {
+        **facts,
+        **{name: getattr(arguments, name) for name in ("method", *wired, "lora_r", "lora_alpha")},
+        "trainable_parameters": trainer.trainable_parameters,
+        "seed": trainer.args.seed,
+        "steps": trainer.state.global_step,
+        "train_seconds": round(timing[0], 3) if timing else None,
+        "merge": report.method if report is not None else None,
+        "table": table,
+    }
+    if trainer.args.should_save:
+        write_json(Path(trainer.args.output_dir) / "results.json", content)
+    return content
+
+
+def table_text(table: Mapping[str, Mapping]) -> str:
+    """A `merge_table` for a terminal: one line per row, figures as columns, and the mean error of each merge."""
+    names = [name for name in next(iter(table.values())) if name != "report"]
+    lines = [f"  {'':<10}" + "".join(f"{name:>14}" for name in names)]
+    for row, figures in table.items():
+        errors = [block["error"] for block in figures.get("report", {}).get("blocks", ()) if block["error"] is not None]
+        error = f"   error of a block {sum(errors) / len(errors):.2%} on average" if errors else ""
+        lines.append(f"  {row:<10}" + "".join(f"{figures[name]:>14.4f}" for name in names) + error)
+    return "\n".join(lines)

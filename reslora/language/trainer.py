@@ -1,0 +1,309 @@
+"""transformers' `Trainer` for models with an adapter: checkpoints hold the adapter only, and resume exactly."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.pytorch_utils import Conv1D
+from transformers.trainer_callback import ProgressCallback
+from transformers.utils import logging
+
+from .. import adapters
+from ..adapters import adapter_config, check_rank, known_targets, load_adapter, rank_allocator, save_adapter
+from ..chains import base_model
+from ..config import ResLoraConfig
+from ..errors import InvalidArgument, RunFailed, Stopped, first_line
+from ..files import write_checksums, write_tensors
+from ..model import enable_gradient_checkpointing
+from ..signals import StopRequest
+from .arguments import MethodArguments
+from .callbacks import AllocateRanks, Progress, StopWhenAsked
+from .checkpoints import ALLOCATOR_NAME, checkpoints_of, damage, usable_checkpoint
+
+logger = logging.get_logger(__name__)
+
+
+# -- the adapter -------------------------------------------------------------------------------------------------------
+
+
+def attach(
+    model: PreTrainedModel,
+    arguments: MethodArguments,
+    total_steps: int,
+    example_inputs: dict | None = None,
+    task_type: str | None = None,
+    modules_to_save: Sequence[str] | None = None,
+) -> PeftModel:
+    """Gives `model` the method's adapter, connects it where the method is ResLoRA, and returns PEFT's model.
+
+    `total_steps` is AdaLoRA's schedule; `example_inputs` as in `reslora.connect`; `task_type` and `modules_to_save` are
+    PEFT's. Raises `InvalidArgument` for target modules that are unknown or match nothing, a rank larger than a layer,
+    or a shortcut without a link.
+    """
+    targets = _targets(model, arguments)
+    config = adapter_config(
+        arguments.method,
+        r=arguments.lora_r,
+        alpha=arguments.lora_alpha,
+        dropout=arguments.lora_dropout,
+        targets=targets,
+        total_steps=total_steps,
+        task_type=task_type,
+        modules_to_save=modules_to_save,
+    )
+    wired = arguments.method == "reslora"
+    shortcuts = ResLoraConfig(arguments.shortcut, arguments.pre_num, arguments.head) if wired else None
+    with _refused_as(f"--lora_r {arguments.lora_r}", "give a smaller one, or name other --target_modules"):
+        check_rank(model, config)
+    flag = f"--target_modules {' '.join(targets) if isinstance(targets, list) else targets}"
+    with _refused_as(flag, "name other layers, or another --method"):
+        adapted = adapters.attach(model, config, shortcuts, example_inputs)
+    if arguments.merge_and_save:
+        _refuse_tied(base_model(adapted), flag)
+    return adapted
+
+
+def _refuse_tied(base: PreTrainedModel, flag: str) -> None:
+    """A merged model that shares one weight between its embeddings cannot hold an update of only one of them."""
+    embeddings = [base.get_input_embeddings(), base.get_output_embeddings()]
+    embeddings = [module for module in embeddings if module is not None]
+    weights = {id(getattr(module, "base_layer", module).weight) for module in embeddings}
+    if len(weights) < len(embeddings) and any(isinstance(module, BaseTunerLayer) for module in embeddings):
+        raise InvalidArgument(
+            flag, "the input and the output embedding are one weight", "name other layers, or omit --merge_and_save"
+        )
+
+
+def _targets(model: PreTrainedModel, arguments: MethodArguments) -> list[str] | str:
+    linear = {
+        name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))
+    }
+    targets = arguments.target_modules or known_targets(model.config.model_type)
+    if not targets:
+        raise InvalidArgument(
+            "--target_modules",
+            f"missing, and not known for model type {model.config.model_type!r}",
+            f"name some of {', '.join(sorted(linear))}",
+        )
+    if list(targets) == ["all-linear"]:
+        return "all-linear"
+    names = [name for name, _ in model.named_modules()]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise InvalidArgument(
+                f"--target_modules {' '.join(targets)}",
+                f"{target} matches no layer of {type(model).__name__}",
+                f"name some of {', '.join(sorted(linear))}",
+            )
+    return list(targets)
+
+
+def total_steps(args: TrainingArguments, examples: int) -> int:
+    """How many steps `Trainer` takes with these arguments on a data set of `examples` rows."""
+    if args.max_steps > 0:
+        return args.max_steps
+    batches = math.ceil(math.ceil(examples / args.per_device_train_batch_size) / args.world_size)
+    return math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))
+
+
+# -- the trainer -------------------------------------------------------------------------------------------------------
+
+
+class AdapterTrainer(Trainer):
+    """transformers' `Trainer` for a model from `attach`: checkpoints hold the adapter only and resume exactly.
+
+    Gradient checkpointing, where the arguments ask for it, is ours (`reslora.enable_gradient_checkpointing`); AdaLoRA's
+    ranks are allocated and its regularizer is kept out of the reported losses; non-finite losses end the run.
+
+    `train(resume_from_checkpoint="latest")` goes on from the newest checkpoint that is complete. After a request to
+    `stop` it saves one and raises `Stopped`. Raises `InvalidArgument` for FSDP and ZeRO-3, which shard the weights that
+    a shortcut reads.
+    """
+
+    def __init__(self, model: nn.Module, args: TrainingArguments, stop: StopRequest | None = None, **kwargs) -> None:
+        args = copy.copy(args)
+        self.allocator = rank_allocator(model)
+        self._refuse_sharding(args)
+        args.logging_nan_inf_filter = False  # it would report the mean of earlier losses in place of a NaN
+        args.dataloader_pin_memory &= torch.cuda.is_available()  # it warns in every epoch where it cannot
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False
+        self.use_cache = getattr(getattr(base_model(model), "config", None), "use_cache", None)
+        checkpointing = args.activation_checkpointing
+        args.activation_checkpointing = args.gradient_checkpointing = False
+        if args.n_gpu > 1:
+            logger.warning("several GPUs in one process: using the first; start with accelerate launch to use all")
+            args._n_gpu = 1
+        super().__init__(model, args, **kwargs)
+        if self.pop_callback(ProgressCallback):
+            self.add_callback(Progress())
+        if checkpointing:
+            enable_gradient_checkpointing(model)
+        self.trainable_parameters = sum(value.numel() for value in model.parameters() if value.requires_grad)
+        if self.allocator is not None:
+            self.add_callback(AllocateRanks(self.allocator, self.accelerator))
+        self.stopping = StopWhenAsked(stop or StopRequest(), self.accelerator)
+        self.add_callback(self.stopping)
+
+    def _refuse_sharding(self, args: TrainingArguments) -> None:
+        if args.fsdp or _zero_stage(args) == 3:
+            raise InvalidArgument(
+                "--fsdp" if args.fsdp else "--deepspeed",
+                "shards the adapter, whose whole weights the shortcuts and the checkpoints read",
+                "use DDP (accelerate launch) or ZeRO-2",
+            )
+        if args.deepspeed and self.allocator is not None:
+            raise InvalidArgument(
+                "--method adalora", "reads gradients that DeepSpeed keeps to itself", "train it without --deepspeed"
+            )
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """As `Trainer.train`; `latest` or True means the newest usable checkpoint, or a fresh start without one."""
+        found = self._resumed_from(resume_from_checkpoint) if resume_from_checkpoint else None
+        try:
+            result = super().train(resume_from_checkpoint=found, **kwargs)
+        finally:
+            if self.use_cache is not None:  # `Trainer` turns it off, and it would be saved with a merged model
+                base_model(self.model).config.use_cache = self.use_cache
+        if self.stopping.leaving:
+            raise Stopped(f"stopped after step {self.state.global_step}; go on with --resume_from_checkpoint latest")
+        return result
+
+    def _resumed_from(self, named: str | bool) -> str | None:
+        processes = self.args.world_size
+        if named not in ("latest", True):
+            inside = Path(self.args.output_dir) / named
+            folder = str(inside if inside.is_dir() else named)
+            problem = damage(Path(folder), processes)
+            if problem is not None:
+                raise InvalidArgument(f"--resume_from_checkpoint {folder}", f"damaged ({problem})", "use latest")
+            return folder
+        usable = usable_checkpoint(self.args.output_dir, processes)
+        if usable is not None:
+            return usable
+        found = checkpoints_of(self.args.output_dir)
+        if found:
+            raise InvalidArgument(
+                "--resume_from_checkpoint latest",
+                f"none of {len(found)} checkpoints can be used, {found[0]} for: {damage(found[0], processes)}",
+                "take as many processes as before, or remove them to start afresh",
+            )
+        if self.is_world_process_zero():
+            logger.warning(f"--resume_from_checkpoint latest: no checkpoint in {self.args.output_dir}, starting afresh")
+        return None
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        # Stock `Trainer` takes one step too many when it resumes from the last step of a run.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        """As `Trainer.compute_loss`, without AdaLoRA's regularizer, which PEFT adds in evaluation too."""
+        with self.allocator.silenced() if self.allocator is not None else contextlib.nullcontext():
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """As `Trainer.training_step`; AdaLoRA's regularizer joins the gradients once per step."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.allocator is not None and self.accelerator.sync_gradients:
+            scaler = getattr(self.accelerator, "scaler", None)
+            self.allocator.add_gradient(scaler.get_scale() if scaler else 1.0)
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As `Trainer.log`; raises `RunFailed` for a training loss that is not a number."""
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise RunFailed(
+                f"loss {logs['loss']} at step {self.state.global_step}: lower --learning_rate; the last checkpoint is "
+                "intact"
+            )
+        super().log(logs, start_time)
+
+    def create_optimizer(self, *args, **kwargs):
+        """As `Trainer.create_optimizer`; raises `InvalidArgument` for one that cannot be had here."""
+        with _refused_as(f"--optim {_plain(self.args.optim)}"):
+            return super().create_optimizer(*args, **kwargs)
+
+    def create_scheduler(self, *args, **kwargs):
+        """As `Trainer.create_scheduler`; raises `InvalidArgument` where it lacks something."""
+        with _refused_as(f"--lr_scheduler_type {_plain(self.args.lr_scheduler_type)}"):
+            return super().create_scheduler(*args, **kwargs)
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the adapter, never the base model."""
+        if self.args.should_save:
+            save_adapter(self.model, output_dir or self.args.output_dir)
+
+    def _save_checkpoint(self, *args, **kwargs) -> None:
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except RuntimeError as error:
+            if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
+                raise
+            # So torch.save says that a file cannot be written, without the cause.
+            where = f"checkpoint of step {self.state.global_step}"
+            raise RunFailed(f"{where} cannot be written; is the disk full? Earlier ones are intact") from error
+        self.accelerator.wait_for_everyone()  # each process has written its random state
+        if self.args.should_save:
+            write_checksums(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.allocator is not None and self.args.should_save:
+            write_tensors(Path(output_dir) / ALLOCATOR_NAME, self.allocator.state_dict(), {"format": "pt"})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with _refused_as(f"--resume_from_checkpoint {resume_from_checkpoint}", "give one of this run"):
+            load_adapter(self.model, resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            if self.is_deepspeed_enabled:  # which has read the weights, but not the norm windows
+                load_adapter(self.model, checkpoint)
+            self._load_allocator(checkpoint)
+
+    def _load_best_model(self) -> None:
+        logger.info(f"Loading the adapter of {self.state.best_model_checkpoint}, {self.state.best_metric} the best")
+        load_adapter(self.model, self.state.best_model_checkpoint)
+        self._load_allocator(self.state.best_model_checkpoint)
+
+    def _load_allocator(self, checkpoint: str) -> None:
+        if self.allocator is not None:
+            self.allocator.load_state_dict(load_file(Path(checkpoint) / ALLOCATOR_NAME))
+
+
+@contextlib.contextmanager
+def _refused_as(flag: str, fix: str = "install or give what it needs, or choose another") -> Iterator[None]:
+    try:
+        yield
+    except InvalidArgument:
+        raise
+    except (ValueError, TypeError, ImportError) as error:
+        raise InvalidArgument(flag, first_line(error), fix) from error
+
+
+def _plain(choice: object) -> object:
+    return getattr(choice, "value", choice)
+
+
+def _zero_stage(args: TrainingArguments) -> int:
+    content = args.deepspeed or {}
+    if not isinstance(content, dict):
+        content = json.loads(Path(content).read_text(encoding="utf-8"))
+    return content.get("zero_optimization", {}).get("stage", 0)

@@ -1,0 +1,121 @@
+"""Between the steps: the log, the progress bar, and a request to stop."""
+
+import json
+import os
+import shutil
+import signal
+
+import pytest
+from transformers import TrainerCallback
+
+from reslora.errors import Stopped
+from reslora.signals import StopRequest
+
+from .helpers import STEPS, assert_same, build, read_log, trained, trainer_for
+
+
+def test_the_log_has_the_form_of_train_sd(tmp_path):
+    trainer_for(build()[0], tmp_path, eval_strategy="steps", eval_steps=3).train()
+    found = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["split"]) for row in found] == [
+        (1, "train"), (2, "train"), (3, "train"), (3, "validation"),
+        (4, "train"), (5, "train"), (6, "train"), (6, "validation"),
+    ]  # fmt: skip
+    assert all(list(row)[:5] == ["step", "split", "loss", "lr", "seconds"] for row in found)
+    seconds = [row["seconds"] for row in found]
+    assert seconds == sorted(seconds) and seconds[0] > 0
+    assert found[0]["lr"] == 1e-2
+
+
+def test_a_fresh_run_starts_a_fresh_log_and_a_resumed_one_drops_later_rows(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 99, "seconds": 1}\n')
+    trainer_for(build()[0], tmp_path).train()
+    assert [row["step"] for row in read_log(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 7, "sec')  # cut short by a kill
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    trainer_for(build()[0], tmp_path, max_steps=5).train(resume_from_checkpoint="latest")
+    assert [row["step"] for row in read_log(tmp_path)] == [1, 2, 3, 4, 5]
+
+
+def test_training_losses_stand_on_the_bar_and_evaluations_get_a_line(tmp_path, capsys):
+    trainer_for(build()[0], tmp_path, eval_strategy="steps", eval_steps=3, disable_tqdm=False).train()
+    captured = capsys.readouterr()
+    lines = [line for line in captured.out.splitlines() if line.strip()]
+    assert len(lines) == 2 and lines[0].startswith("step 3: validation loss ")
+    assert "loss=" in captured.err
+
+
+class Signal(TrainerCallback):
+    """Sends a signal to this process during a step."""
+
+    def __init__(self, step: int, number: int = signal.SIGTERM) -> None:
+        self.step, self.number = step, number
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        """Before the step's number is counted up."""
+        if state.global_step + 1 == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+def stopped_at(step: int, folder, number: int = signal.SIGTERM, **flags):
+    """A run that is asked to stop during a step, and its trainer."""
+    with StopRequest() as stop:
+        trainer = trainer_for(build()[0], folder, stop=stop, **flags)
+        trainer.add_callback(Signal(step, number))
+        with pytest.raises(Stopped, match=f"stopped after step {step}; go on with --resume_from_checkpoint latest"):
+            trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("step", "flags"),
+    [
+        (3, {"eval_strategy": "epoch", "save_strategy": "epoch"}),  # within an epoch of four steps
+        (4, {"eval_strategy": "epoch", "save_strategy": "epoch"}),  # at its end
+        (3, {"eval_strategy": "steps", "eval_steps": 3}),
+        (1, {"save_strategy": "no"}),
+    ],
+)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_is_saved_and_goes_on_as_if_it_never_was(tmp_path, step, flags, number):
+    whole, _ = build()
+    trainer_for(whole, tmp_path / "whole", **flags).train()
+    trainer = stopped_at(step, tmp_path / "run", number, **flags)
+    assert trainer.state.global_step == step
+    assert (tmp_path / "run" / f"checkpoint-{step}" / "checksums.json").is_file()
+    model, _ = build()
+    trainer_for(model, tmp_path / "run", **flags).train(resume_from_checkpoint="latest")
+    assert_same(trained(model), trained(whole))
+    assert read_log(tmp_path / "run") == read_log(tmp_path / "whole")
+
+
+def test_a_stop_at_the_last_step_changes_nothing(tmp_path):
+    with StopRequest() as stop:
+        trainer = trainer_for(build()[0], tmp_path, stop=stop)
+        trainer.add_callback(Signal(STEPS))
+        trainer.train()
+        assert trainer.state.global_step == STEPS
+        with pytest.raises(Stopped, match="while evaluating"):
+            trainer.evaluate()
+
+
+def test_an_evaluation_within_the_training_is_finished(tmp_path):
+    class DuringEvaluation(TrainerCallback):
+        def on_prediction_step(self, args, state, control, **kwargs):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with StopRequest() as stop:
+        stop._before_leaving = 1000  # it is sent with every batch
+        trainer = trainer_for(build()[0], tmp_path, stop=stop, eval_strategy="steps", eval_steps=2)
+        trainer.add_callback(DuringEvaluation())
+        with pytest.raises(Stopped, match="after step 3"):
+            trainer.train()
+    assert [row["step"] for row in read_log(tmp_path) if row["split"] == "validation"] == [2]
+
+
+def test_an_evaluation_before_the_training_leaves_the_log_alone(tmp_path):
+    trainer_for(build()[0], tmp_path).train()
+    log = read_log(tmp_path)
+    trainer_for(build()[0], tmp_path).evaluate()
+    assert read_log(tmp_path) == log

@@ -1,0 +1,59 @@
+"""Which checkpoints can be resumed from."""
+
+import pytest
+from conftest import assert_one_line
+
+from reslora.errors import InvalidArgument
+from reslora.language.checkpoints import damage, usable_checkpoint
+
+from .helpers import build, trainer_for
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("reslora_model.safetensors", "half"),
+        ("reslora_config.json", "half"),
+        ("trainer_state.json", None),
+        ("optimizer.pt", "half"),
+        ("scheduler.pt", None),
+        ("rng_state.pth", None),
+    ],
+)
+def test_a_damaged_last_checkpoint_is_left_out(tmp_path, monkeypatch, name, content):
+    warnings = []
+    monkeypatch.setattr("reslora.language.checkpoints.logger.warning", warnings.append)
+    model, _ = build()
+    trainer_for(model, tmp_path).train()
+    path = tmp_path / "checkpoint-6" / name
+    data = path.read_bytes()
+    path.unlink() if content is None else path.write_bytes(data[: len(data) // 2])
+    (tmp_path / "checkpoint-notes").mkdir()
+    assert usable_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    assert len(warnings) == 1 and "checkpoint-6 is damaged" in warnings[0] and "\n" not in warnings[0]
+    with pytest.raises(InvalidArgument) as error:
+        trainer_for(build()[0], tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert_one_line(error, "checkpoint-6", "damaged", "use latest")
+
+
+@pytest.mark.parametrize(("method", "shortcut"), [("reslora", "input"), ("adalora", "none")])
+def test_one_flipped_bit_in_any_file_counts_as_damaged(tmp_path, method, shortcut):
+    trainer_for(build(method, shortcut)[0], tmp_path, max_steps=2).train()
+    folder = tmp_path / "checkpoint-2"
+    assert damage(folder) is None
+    for path in sorted(folder.iterdir()):
+        content = path.read_bytes()
+        for place in (0, len(content) // 3, len(content) // 2, len(content) - 2):
+            for bit in (0, 6):
+                flipped = bytearray(content)
+                flipped[place] ^= 1 << bit
+                path.write_bytes(flipped)
+                assert damage(folder) is not None, f"{path.name}, byte {place}, bit {bit}"
+        path.write_bytes(content)
+    assert damage(folder) is None
+
+
+def test_a_checkpoint_without_checksums_is_read_as_before(tmp_path):
+    trainer_for(build()[0], tmp_path, max_steps=2).train()
+    (tmp_path / "checkpoint-2" / "checksums.json").unlink()
+    assert usable_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")

@@ -1,0 +1,57 @@
+"""Where the package lies: it imports the core, never what trains text-to-image models, and only scripts import it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "reslora"
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names of everything that a file imports, anywhere in it; those of the package from its root."""
+    place, names = path.relative_to(ROOT).parts[:-1], set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            start = ".".join(place[: len(place) - node.level + 1]) if node.level else ""
+            module = ".".join(filter(None, (start, node.module)))
+            names |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def files(folder: str) -> list[Path]:
+    return sorted((PACKAGE / folder).rglob("*.py"))
+
+
+def test_language_and_diffusion_never_import_each_other():
+    assert files("language")
+    for here, there in (("language", "diffusion"), ("diffusion", "language")):
+        for path in files(here):
+            names = imported(path)
+            assert not [name for name in names if name.startswith(f"reslora.{there}")], path
+            assert here == "diffusion" or "diffusers" not in {name.partition(".")[0] for name in names}, path
+
+
+def test_nothing_else_in_the_package_imports_either():
+    for path in PACKAGE.rglob("*.py"):
+        if path.relative_to(PACKAGE).parts[0] not in ("language", "diffusion"):
+            assert not [
+                name for name in imported(path) if name.startswith(("reslora.language", "reslora.diffusion"))
+            ], path
+
+
+@pytest.mark.parametrize("path", files("language"), ids=lambda path: path.name)
+def test_imports_stand_at_the_top(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    inside = [
+        node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom)) and node not in tree.body
+    ]
+    assert not inside
+
+
+@pytest.mark.parametrize("name", ["train_llm.py", "train_glue.py"])
+def test_entries_are_short(name):
+    assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) < 100
