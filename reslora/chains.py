@@ -1,14 +1,14 @@
 """Which LoRA blocks are neighbours: roles, execution order, and links.
 
-A *chain* is a run of blocks of one role in execution order, cut wherever neighbours differ in shape. Everything here is
-plain data about a model; nothing is wired.
+A *chain* is a run of blocks of one role in execution order, cut wherever neighbours differ in shape or belong to
+different streams of hidden states. Everything here is plain data about a model; nothing is wired.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from peft.tuners.lora import Conv2d as LoraConv2d
 from peft.tuners.lora import Embedding as LoraEmbedding
@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from .tracing import trace
+from .tracing import Trace, trace
 
 # Classes whose `forward` is known to call `lora_variant[adapter].forward`. Others (AWQ, AQLM, EETQ, TE, tensor
 # parallel) ignore variants: wired, they would silently train plain LoRA.
@@ -110,9 +110,10 @@ class Chains(Sequence):
 def chains(model: nn.Module, adapter_name: str = "default", example_inputs: dict | None = None) -> Chains:
     """Returns which LoRA blocks of `model` are neighbours; `print` shows it as a table.
 
-    `example_inputs` are keyword arguments of the base model (default: made from a U-Net's configuration, or the model's
-    own `dummy_inputs`); they only serve to trace the order in which layers run, on the meta device where possible. The
-    trace leaves random state, modes and gradients as they were.
+    `example_inputs` are keyword arguments of the base model (default: made from the configuration of a U-Net, Z-Image,
+    Flux or Stable Diffusion 3 transformer, or the model's own `dummy_inputs`); they only serve to trace the order in
+    which layers run, on the meta device where possible. The trace leaves random states, modes and gradients as they
+    were.
 
     Raises `ValueError` if the model has no LoRA layer of that adapter, or no inputs to trace with.
     """
@@ -123,18 +124,23 @@ def chains(model: nn.Module, adapter_name: str = "default", example_inputs: dict
         return connection.chains
     layers = lora_layers(base, adapter_name)
     linkable, unlinked, problems = _sort_layers(layers, adapter_name)
-    runs = trace(base, list(linkable), example_inputs)
+    places = {name: _place(base, name) for name in linkable}
+    seen = trace(base, {name: holder or name for name, (holder, _) in places.items()}, example_inputs)
     problems += [
         (name, f"runs {len(shapes)} times in one forward, so its previous block is ambiguous")
-        for name, shapes in runs.items()
+        for name, shapes in seen.runs.items()
         if len(shapes) > 1
     ]
-    unlinked += [(name, "did not run in the traced forward") for name in linkable if name not in runs]
+    unlinked += [(name, "did not run in the traced forward") for name in linkable if name not in seen.runs]
     by_role: dict[str, list[Block]] = {}
-    for name, shapes in runs.items():
-        block = _describe(base, name, linkable[name], adapter_name, shapes[0])
-        by_role.setdefault(block.role, []).append(block)
-    found = tuple(chain for role, blocks in by_role.items() for chain in _cut(role, blocks))
+    for name, shapes in seen.runs.items():
+        role = places[name][1]
+        by_role.setdefault(role, []).append(_describe(name, role, linkable[name], adapter_name, shapes[0]))
+
+    def difference(before: Block, block: Block) -> str:
+        return _apart(seen, places[before.name][0], places[block.name][0]) or _difference(before, block)
+
+    found = tuple(chain for role, blocks in by_role.items() for chain in _cut(role, blocks, difference))
     return Chains(found, tuple(unlinked), tuple(problems))
 
 
@@ -249,26 +255,26 @@ def _tied(layers: dict[str, LoraLayer], adapter_name: str) -> list[tuple[str, st
     return problems
 
 
-def _describe(base: nn.Module, name: str, layer: LoraLayer, adapter_name: str, tokens: tuple[int, ...]) -> Block:
+def _describe(name: str, role: str, layer: LoraLayer, adapter_name: str, tokens: tuple[int, ...]) -> Block:
     weight_a, weight_b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
-    role = _role(base, name)
     return Block(name, role, weight_a.shape[-1], weight_b.shape[0], layer.r[adapter_name], tokens)
 
 
-def _role(base: nn.Module, name: str) -> str:
-    """The path below the deepest ancestor that is an item of a ModuleList whose items share one class.
+def _place(base: nn.Module, name: str) -> tuple[str, str]:
+    """The *holder*, the layer's deepest ancestor that is an item of a ModuleList whose items share one class, and the
+    path below it, the role.
 
     Models that repeat their blocks in an `nn.Sequential` (timm's vision transformers), or whose adapted layers are
-    themselves the items of such a list, get the natural answer too.
+    themselves the items of such a list, get the natural answer too. No holder: no list holds the layer.
     """
     parts = name.split(".")
     for container in (nn.ModuleList, nn.Sequential):
         for depth in range(len(parts) - 1, 0, -1):
             if _repeats(base, parts[: depth - 1], container):
-                return ".".join(parts[depth:])
+                return ".".join(parts[:depth]), ".".join(parts[depth:])
     if _repeats(base, parts[:-1], (nn.ModuleList, nn.Sequential)):
-        return ".".join(parts[:-1])
-    return name
+        return name, ".".join(parts[:-1])
+    return "", name
 
 
 def _repeats(base: nn.Module, path: list[str], containers) -> bool:
@@ -278,16 +284,21 @@ def _repeats(base: nn.Module, path: list[str], containers) -> bool:
     return len({type(getattr(item, "base_layer", item)) for item in container}) == 1
 
 
-def _cut(role: str, blocks: list[Block]) -> Iterator[Chain]:
-    """Cuts the blocks of one role wherever neighbours differ in shape."""
+def _cut(role: str, blocks: list[Block], difference: Callable[[Block, Block], str]) -> Iterator[Chain]:
+    """Cuts the blocks of one role wherever `difference` has a reason to."""
     run: list[Block] = []
     for block in blocks:
-        reason = _difference(run[-1], block) if run else "first of its role"
+        reason = difference(run[-1], block) if run else "first of its role"
         if reason and run:
             yield Chain(role, tuple(run))
             run = []
         run.append(dataclasses.replace(block, cut=reason))
     yield Chain(role, tuple(run))
+
+
+def _apart(seen: Trace, before: str, holder: str) -> str:
+    """Why two holders are not on one stream; empty if they are."""
+    return seen.apart(holder, before) if before and holder else "one of the two is in no list of equal modules"
 
 
 def _difference(before: Block, block: Block) -> str:

@@ -3,24 +3,77 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.hooks import RemovableHandle
+
+_HOLDER = "reslora.holder"
 
 
-def trace(base: nn.Module, names: list[str], example_inputs: dict | None) -> dict[str, list[tuple[int, ...]]]:
-    """Returns, in execution order, the token shapes with which each named layer ran in one forward."""
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """What one forward showed. *Holders* are the repeated modules that hold the watched layers."""
+
+    runs: dict[str, list[tuple[int, ...]]]
+    """By layer, in execution order: the token shape of its input, each time it ran."""
+    reads: dict[str, set[str]]
+    """By holder: the holders whose outputs its first tensor argument, its hidden states, depends on."""
+    inner: dict[str, set[str]]
+    """By holder: the holders inside it whose outputs its own output depends on."""
+
+    def apart(self, holder: str, before: str) -> str:
+        """Why `holder` does not go on with the stream that `before` returned; empty if it does."""
+        if before.startswith(holder + "."):  # a list inside the module, with a layer of the same role after it
+            return ""
+        if before in self._back_from(self._stream(holder), self._stream):
+            return ""
+        if before in self._back_from(self.reads[holder], self.reads.__getitem__):
+            return f"another stream: {holder} joins what {' and '.join(sorted(self.reads[holder]))} returned"
+        return f"another stream: {holder} does not read what {before} returned"
+
+    def _stream(self, holder: str) -> set[str]:
+        """The holders that `holder` goes on with. Where streams meet that had nothing in common, as an image's and a
+        caption's, a new one begins, unless a list of equal modules merely takes something in on its way."""
+        sources = self.reads[holder]
+        if any(sources <= self._back_from({source}, self.reads.__getitem__) for source in sources):
+            return sources
+        return {source for source in sources if source.rpartition(".")[0] == holder.rpartition(".")[0]}
+
+    def _back_from(self, holders: set[str], step: Callable[[str], set[str]]) -> set[str]:
+        """`holders` and everything that `step` by `step` lies before them, or inside them at their ends."""
+        found, left = set(holders), list(holders)
+        while left:
+            holder = left.pop()
+            new = (step(holder) | self.inner[holder]) - found
+            found |= new
+            left += new
+        return found
+
+
+def trace(base: nn.Module, holders: Mapping[str, str], example_inputs: dict | None) -> Trace:
+    """Runs one forward, on the meta device where possible, and returns what it showed.
+
+    `holders` maps the paths of the layers to watch to the paths of the modules that hold them (a layer may hold
+    itself); `example_inputs` are keyword arguments of `base` (default: made from its configuration, or its own
+    `dummy_inputs`). Random states, modes and gradients are as before afterwards.
+
+    Raises `ValueError` if there are no inputs to trace with, or the model does not run on them.
+    """
     inputs = _default_inputs(base) if example_inputs is None else example_inputs
     if not isinstance(inputs, Mapping):
         raise ValueError(f"example_inputs is a {type(inputs).__name__}; give a dict of the model's keyword arguments")
     inputs = dict(inputs)
     try:
         with _same_random(base):
-            return _run(meta_copy(base), names, to_device(inputs, "meta"))
+            return _run(meta_copy(base), holders, to_device(inputs, "meta"))
     except Exception as error:
         # Data-dependent control flow, fused kernels and quantised layers do not run on the meta device: run for real.
         parameter = next(base.parameters(), None)
@@ -28,7 +81,7 @@ def trace(base: nn.Module, names: list[str], example_inputs: dict | None) -> dic
             raise ValueError(_untraceable(base, error)) from error
         try:
             with _undisturbed(base):
-                return _run(base, names, to_device(inputs, parameter.device))
+                return _run(base, holders, to_device(inputs, parameter.device))
         except Exception as second:
             raise ValueError(_untraceable(base, second)) from second
 
@@ -42,7 +95,9 @@ def meta_copy(base: nn.Module) -> nn.Module:
     """Returns a copy of `base` without storage, in eval mode, and without hooks: nothing of it reaches the original."""
     memo: dict[int, object] = {}
     for tensor in (*base.parameters(), *base.buffers()):
-        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        # Weights stored as 8-bit floats are computed with in the model's own dtype, by hooks that go below.
+        stored = tensor.is_floating_point() and tensor.dtype.itemsize == 1
+        empty = torch.empty(tensor.shape, dtype=_dtype(base) if stored else tensor.dtype, device="meta")
         memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
     twin = copy.deepcopy(base, memo)
     for module in twin.modules():
@@ -65,32 +120,128 @@ def meta_copy(base: nn.Module) -> nn.Module:
     return twin
 
 
-def _run(base: nn.Module, names: list[str], inputs: dict) -> dict[str, list[tuple[int, ...]]]:
-    runs: dict[str, list[tuple[int, ...]]] = {}
-
-    def note(name):
-        def hook(module, args, kwargs):
-            x = args[0] if args else next(iter(kwargs.values()))
-            runs.setdefault(name, []).append(tuple(x.shape[1:-1]))
-
-        return hook
-
-    modules = dict(base.named_modules())
-    handles = [modules[name].register_forward_pre_hook(note(name), with_kwargs=True) for name in names]
+def _run(base: nn.Module, holders: Mapping[str, str], inputs: dict) -> Trace:
+    watch = _Watch(holders)
     try:
-        with torch.no_grad():
+        watch.attach(base)
+        # Gradients on: the graph from one holder to the next is what tells the streams apart.
+        with torch.inference_mode(False), torch.enable_grad():
             base(**inputs)
     finally:
-        for handle in handles:
+        watch.detach()
+    return watch.trace
+
+
+class _Watch:
+    """Hooks that note what runs, and make every holder's output a leaf of the autograd graph.
+
+    A holder may be a mere container that is never called: then the modules below it are called instead, down to the
+    layer itself, and count as calls of the holder.
+    """
+
+    def __init__(self, holders: Mapping[str, str]) -> None:
+        self.trace = Trace({}, {holder: set() for holder in holders.values()}, {h: set() for h in holders.values()})
+        self.layers = set(holders)
+        # Every module from a holder down to its layer, by path.
+        self.holders = {
+            ".".join(name.split(".")[:depth]): holder
+            for name, holder in holders.items()
+            for depth in range(holder.count(".") + 1, name.count(".") + 2)
+        }
+        self.calls: list[tuple[str, str]] = []  # (holder, path of the module that was called), outermost first
+        self.handles: list[RemovableHandle] = []
+
+    def attach(self, base: nn.Module) -> None:
+        """Hooks every watched module of `base`."""
+        for path in self.holders:
+            module = base.get_submodule(path)
+            self.handles += [
+                module.register_forward_pre_hook(partial(self._enter, path), with_kwargs=True),
+                module.register_forward_hook(partial(self._leave, path)),
+            ]
+
+    def detach(self) -> None:
+        """Removes the hooks."""
+        for handle in self.handles:
             handle.remove()
-    return runs
+
+    def _enter(self, path: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        hidden = _hidden_states(module, args, kwargs)
+        if path in self.layers:
+            self.trace.runs.setdefault(path, []).append(tuple(hidden[0].shape[1:-1]) if hidden else ())
+        holder = self.holders[path]
+        if holder not in (open_holder for open_holder, _ in self.calls):
+            self.calls.append((holder, path))
+            self.trace.reads[holder] |= _origins(hidden) - {holder}
+
+    def _leave(self, path: str, module: nn.Module, args: tuple, output: object) -> object:
+        holder = self.holders[path]
+        if (holder, path) not in self.calls:
+            return None
+        self.calls.remove((holder, path))
+        inside = holder + "."
+        self.trace.inner[holder] |= {origin for origin in _origins(_tensors(output)) if origin.startswith(inside)}
+        return tree_map(partial(_fresh, holder), output)
+
+
+def _hidden_states(module: nn.Module, args: tuple, kwargs: dict) -> list[torch.Tensor]:
+    """The tensors of the first argument, in the order of the signature, that holds any of real or complex numbers."""
+    try:
+        arguments = list(inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments.values())
+    except (TypeError, ValueError):
+        arguments = [*args, *kwargs.values()]
+    return next(filter(None, map(_tensors, arguments)), [])
+
+
+def _tensors(value: object) -> list[torch.Tensor]:
+    """The tensors in `value`, at any depth, that can have a gradient."""
+    return [leaf for leaf in tree_leaves(value) if _differentiable(leaf)]
+
+
+def _differentiable(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def _fresh(holder: str, value: object) -> object:
+    """The same numbers without their history, which begins at `holder`."""
+    if not _differentiable(value):
+        return value
+    with torch.enable_grad():
+        # A copy: the model may go on to change it in place, which a leaf forbids.
+        fresh = value.detach().requires_grad_().clone()
+    fresh.grad_fn.metadata[_HOLDER] = holder
+    return fresh
+
+
+def _origins(tensors: list[torch.Tensor]) -> set[str]:
+    """The holders whose outputs `tensors` depend on."""
+    found: set[str] = set()
+    left = [tensor.grad_fn for tensor in tensors]
+    seen = {None}
+    while left:
+        node = left.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if _HOLDER in node.metadata:
+            found.add(node.metadata[_HOLDER])
+        else:
+            left += [following for following, _ in node.next_functions]
+    return found
 
 
 @contextmanager
 def _undisturbed(base: nn.Module):
-    """Runs its body with the model in eval mode; modes and random states are as before afterwards."""
+    """Runs its body with the model in eval mode, without checkpointing; all is as before afterwards."""
+    checkpointing = [module for module in base.modules() if getattr(module, "gradient_checkpointing", False)]
     with _same_random(base), evaluating(base):
-        yield
+        try:
+            for module in checkpointing:
+                module.gradient_checkpointing = False
+            yield
+        finally:
+            for module in checkpointing:
+                module.gradient_checkpointing = True
 
 
 def _same_random(base: nn.Module):
@@ -117,40 +268,95 @@ def to_device(inputs: dict, device) -> dict:
 
 
 def _default_inputs(base: nn.Module) -> dict:
-    if any(cls.__name__ == "UNet2DConditionModel" for cls in type(base).__mro__):
-        return _unet_inputs(base.config, next(base.parameters()).dtype)
+    for cls in type(base).__mro__:
+        if cls.__name__ in _INPUTS:
+            return _INPUTS[cls.__name__](base.config, partial(torch.zeros, 1, dtype=_dtype(base)))
     inputs = getattr(base, "dummy_inputs", None)
     if inputs is None:
         raise ValueError(
             f"{type(base).__name__} does not say what its inputs look like: pass example_inputs= (keyword arguments)"
         )
-    # Encoder and decoder must not look like one run of equal shapes.
-    return {key: value[..., :-1] if key.startswith("decoder_") else value for key, value in inputs.items()}
+    inputs = dict(inputs)
+    if getattr(getattr(base, "config", None), "is_encoder_decoder", False) and "input_ids" in inputs:
+        inputs.setdefault("decoder_input_ids", inputs["input_ids"])
+    return inputs
 
 
-def _unet_inputs(config, dtype: torch.dtype) -> dict:
-    """Inputs of a `UNet2DConditionModel` at its own sample size, from its configuration (SD 1.x, 2.x and SDXL)."""
+def _dtype(base: nn.Module) -> torch.dtype:
+    """What the model computes in: its own word, where its weights are stored in fewer bits."""
+    return getattr(base, "dtype", None) or next(base.parameters()).dtype
+
+
+def _unet_inputs(config, zeros: Callable) -> dict:
+    """Inputs of a `UNet2DConditionModel` at its own sample size (SD 1.x, 2.x and SDXL)."""
     size = config.sample_size or 64
-    size = size if isinstance(size, (tuple, list)) else (size, size)
     width = config.cross_attention_dim
-    width = width[0] if isinstance(width, (tuple, list)) else width
-    width = config.encoder_hid_dim or width
+    width = config.encoder_hid_dim or (width[0] if isinstance(width, (tuple, list)) else width)
+    # Halved from stage to stage, a smaller image would end with stages of equal size.
+    smallest = 2 ** len(config.down_block_types)
+    size = [max(side, smallest) for side in (size if isinstance(size, (tuple, list)) else (size, size))]
     inputs = {
-        "sample": torch.zeros(1, config.in_channels, *size, dtype=dtype),
+        "sample": zeros(config.in_channels, *size),
         "timestep": torch.zeros(1, dtype=torch.long),
-        "encoder_hidden_states": torch.zeros(1, 77, width, dtype=dtype),
+        "encoder_hidden_states": zeros(77, width),
     }
     if config.addition_embed_type == "text_time":
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        inputs["added_cond_kwargs"] = {
-            "text_embeds": torch.zeros(1, pooled, dtype=dtype),
-            "time_ids": torch.zeros(1, 6, dtype=dtype),
-        }
+        inputs["added_cond_kwargs"] = {"text_embeds": zeros(pooled), "time_ids": zeros(6)}
     if config.class_embed_type is not None or config.num_class_embeds is not None:
         projected = config.class_embed_type in ("projection", "simple_projection")
         inputs["class_labels"] = (
-            torch.zeros(1, config.projection_class_embeddings_input_dim, dtype=dtype)
-            if projected
-            else torch.zeros(1, dtype=torch.long)
+            zeros(config.projection_class_embeddings_input_dim) if projected else torch.zeros(1, dtype=torch.long)
         )
     return inputs
+
+
+# In the transformers below a caption must not have as many tokens as an image: both run through layers of one kind.
+
+
+def _z_image_inputs(config, zeros: Callable) -> dict:
+    patch, frames = config.all_patch_size[0], config.all_f_patch_size[0]
+    return {
+        # Both are padded to multiples of 32: 64 tokens, and 32.
+        "x": [zeros(config.in_channels, frames, 8 * patch, 8 * patch)[0]],
+        "t": zeros(),
+        "cap_feats": [zeros(32, config.cap_feat_dim)[0]],
+        "patch_size": patch,
+        "f_patch_size": frames,
+    }
+
+
+def _flux_inputs(config, zeros: Callable) -> dict:
+    axes = len(config.axes_dims_rope)
+    inputs = {
+        "hidden_states": zeros(64, config.in_channels),
+        "encoder_hidden_states": zeros(24, config.joint_attention_dim),
+        "timestep": zeros(),
+        "img_ids": zeros(64, axes)[0],
+        "txt_ids": zeros(24, axes)[0],
+    }
+    if config.guidance_embeds:
+        inputs["guidance"] = zeros()
+    if "pooled_projection_dim" in config:  # not in FLUX.2
+        inputs["pooled_projections"] = zeros(config.pooled_projection_dim)
+    return inputs
+
+
+def _sd3_inputs(config, zeros: Callable) -> dict:
+    size = min(config.sample_size, 16 * config.patch_size)
+    return {
+        "hidden_states": zeros(config.in_channels, size, size),
+        "encoder_hidden_states": zeros(77, config.joint_attention_dim),
+        "pooled_projections": zeros(config.pooled_projection_dim),
+        "timestep": zeros(),
+    }
+
+
+# By the name of the class: nothing of diffusers is imported here.
+_INPUTS = {
+    "UNet2DConditionModel": _unet_inputs,
+    "ZImageTransformer2DModel": _z_image_inputs,
+    "FluxTransformer2DModel": _flux_inputs,
+    "Flux2Transformer2DModel": _flux_inputs,
+    "SD3Transformer2DModel": _sd3_inputs,
+}

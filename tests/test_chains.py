@@ -1,8 +1,11 @@
-"""Which blocks are neighbours: roles, execution order, links, and what the trace leaves alone."""
+"""Which blocks are neighbours: roles, execution order, and links, in tiny models and in full-size ones."""
 
 import copy
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
+import tiny_models
 import torch
 from conftest import (
     ARCHITECTURES,
@@ -16,7 +19,13 @@ from conftest import (
     tiny_unet,
     token_inputs,
 )
-from diffusers import UNet2DConditionModel
+from diffusers import (
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    ZImageTransformer2DModel,
+)
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -146,6 +155,113 @@ def test_full_size_unets_connect_on_the_meta_device(stable_diffusion):
     assert counts(connected) == expected
 
 
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+CAPTION = ["add_q_proj", "add_k_proj", "add_v_proj"]
+FEED_FORWARD = ["ff.net.0.proj", "ff.net.2"]
+
+TRANSFORMERS = {
+    # Base and Turbo have one shape. Of every role: the image's two refiners, the caption's two, and the 30 layers
+    # that read both together: 34 blocks. Two cuts, because the caption's refiners do not read the image's, and the
+    # layers begin a new stream, longer than either.
+    "z_image": (
+        ZImageTransformer2DModel,
+        {"dim": 3840, "n_layers": 30, "n_refiner_layers": 2, "n_heads": 30, "n_kv_heads": 30, "cap_feat_dim": 2560},
+        r".*\.(to_[qkv]|to_out\.0|w[123]|\d+\.adaLN_modulation\.0)",
+        {
+            **dict.fromkeys([f"attention.{role}" for role in ATTENTION], (34, 31)),
+            **dict.fromkeys(["feed_forward.w1", "feed_forward.w2", "feed_forward.w3"], (34, 31)),
+            # The caption's refiners have no modulation. The image's and the layers' read one vector a picture, of
+            # equal shape, but of two streams.
+            "adaLN_modulation.0": (32, 30),
+        },
+    ),
+    # 19 blocks of two streams, then 38 of one: image, caption, and both together have three lengths.
+    "flux_dev": (
+        FluxTransformer2DModel,
+        {"guidance_embeds": True},
+        [*ATTENTION, *CAPTION, "to_add_out", *FEED_FORWARD, "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp",
+         "proj_out"],
+        {
+            # The same names in both kinds of block; cut where the caption's tokens join the image's.
+            **dict.fromkeys(["attn.to_q", "attn.to_k", "attn.to_v"], (19 + 38, 18 + 37)),
+            # Only the blocks of two streams have an output projection of attention, and halves for the caption.
+            **dict.fromkeys(["attn.to_out.0", "attn.to_add_out", *(f"attn.{role}" for role in CAPTION)], (19, 18)),
+            **dict.fromkeys([*FEED_FORWARD, *(f.replace("ff", "ff_context") for f in FEED_FORWARD)], (19, 18)),
+            "proj_mlp": (38, 37),
+            # The last layer of the model has this name too; no list holds it, and it is narrower.
+            "proj_out": (38 + 1, 37),
+        },
+    ),
+    # 24 joint blocks; the first 13 attend to the image once more. Nothing is cut: text has one length, image another.
+    "sd35_medium": (
+        SD3Transformer2DModel,
+        {
+            "num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 384,
+            "qk_norm": "rms_norm", "dual_attention_layers": tuple(range(13)),
+        },
+        [*ATTENTION, *CAPTION, "to_add_out", *FEED_FORWARD, "ff_context.net.0.proj", "ff_context.net.2"],
+        {
+            **dict.fromkeys([f"attn.{role}" for role in (*ATTENTION, *CAPTION)], (24, 23)),
+            **dict.fromkeys([f"attn2.{role}" for role in ATTENTION], (13, 12)),
+            **dict.fromkeys(FEED_FORWARD, (24, 23)),
+            # The last block returns no caption.
+            **dict.fromkeys(["attn.to_add_out", "ff_context.net.0.proj", "ff_context.net.2"], (23, 22)),
+        },
+    ),
+    "sd35_large": (
+        SD3Transformer2DModel,
+        {
+            "num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "pos_embed_max_size": 192,
+            "qk_norm": "rms_norm",
+        },
+        [*ATTENTION, *CAPTION, "to_add_out", *FEED_FORWARD, "ff_context.net.0.proj", "ff_context.net.2"],
+        {
+            **dict.fromkeys([f"attn.{role}" for role in (*ATTENTION, *CAPTION)], (38, 37)),
+            **dict.fromkeys(FEED_FORWARD, (38, 37)),
+            **dict.fromkeys(["attn.to_add_out", "ff_context.net.0.proj", "ff_context.net.2"], (37, 36)),
+        },
+    ),
+    # 5 blocks of two streams and 20 of one, whose projections are fused: no role is in both.
+    "flux2_klein_4b": (
+        Flux2Transformer2DModel,
+        {
+            "num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680,
+            "guidance_embeds": False,
+        },
+        ["to_q", "to_k", "to_v", *CAPTION, "to_add_out", "to_qkv_mlp_proj"],
+        {
+            **dict.fromkeys([f"attn.{role}" for role in ("to_q", "to_k", "to_v", *CAPTION, "to_add_out")], (5, 4)),
+            "attn.to_qkv_mlp_proj": (20, 19),
+        },
+    ),
+}  # fmt: skip
+
+CUTS = {
+    "z_image": {
+        "context_refiner.0": "another stream: context_refiner.0 does not read what noise_refiner.1 returned",
+        "layers.0": "another stream: layers.0 joins what context_refiner.1 and noise_refiner.1 returned",
+    },
+    "flux_dev": {
+        "single_transformer_blocks.0": "88 follows 64 tokens",
+        "proj_out": "one of the two is in no list of equal modules",
+    },
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_full_size_transformers_have_the_expected_blocks_and_links(name):
+    model_class, config, targets, expected = TRANSFORMERS[name]
+    with torch.device("meta"):
+        model = model_class(**config)
+        model.add_adapter(LoraConfig(r=4, target_modules=targets))
+    chains = reslora.chains(model)
+    assert counts(chains) == expected
+    reasons = {chain[0].name: chain[0].cut for chain in chains if chain[0].cut != "first of its role"}
+    for place, reason in CUTS.get(name, {}).items():
+        places = [cut for name, cut in reasons.items() if name == place or name.startswith(place + ".")]
+        assert places and set(places) == {reason}
+
+
 def test_a_bare_block_of_unequal_list_items_is_not_a_repeated_block(unet):
     roles = {block.role for chain in reslora.chains(unet.lora(target_modules=["to_out.0"])) for block in chain}
     assert roles == {"attn1.to_out.0", "attn2.to_out.0"}
@@ -227,71 +343,9 @@ def test_batch_size_alone_does_not_cut_the_chain():
     assert chains.links == 3
 
 
-@pytest.mark.parametrize("name", ["llama", "unet"])
-def test_the_trace_leaves_the_random_state_alone(name):
-    model = ARCHITECTURES[name].lora(lora_dropout=0.3)
-    before = torch.get_rng_state()
-    reslora.chains(model)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-@pytest.mark.parametrize("name", ["llama", "unet", "bert"])
-@pytest.mark.parametrize("training", [True, False])
-def test_the_trace_leaves_mode_gradients_and_weights_alone(name, training):
-    arch = ARCHITECTURES[name]
-    model = arch.lora().train(training)
-    next(iter(adapter_layers(model).values())).train(not training)
-    for n, parameter in enumerate(model.parameters()):
-        parameter.grad = torch.full_like(parameter, n) if parameter.requires_grad else None
-    modes = [module.training for module in model.modules()]
-    state = {key: value.clone() for key, value in model.state_dict().items()}
-    reslora.chains(model)
-    assert [module.training for module in model.modules()] == modes
-    assert {p.device.type for p in model.parameters()} == {"cpu"}
-    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
-    for n, parameter in enumerate(model.parameters()):
-        assert (parameter.grad is None) == (not parameter.requires_grad)
-        assert parameter.grad is None or bool((parameter.grad == n).all())
-
-
-def hook_counts(model: nn.Module) -> list[int]:
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return [len(getattr(module, kind)) for module in model.modules() for kind in kinds]
-
-
-@pytest.mark.parametrize("name", ["llama", "unet"])
-def test_the_trace_leaves_no_hooks(name):
-    model = ARCHITECTURES[name].lora()
-    before = hook_counts(model)
-    reslora.chains(model)
-    assert hook_counts(model) == before
-
-
-def test_a_trace_that_fails_leaves_no_hooks_and_no_mode():
-    model = lora_stack()
-    before, modes = hook_counts(model), [module.training for module in model.modules()]
-    with pytest.raises((ValueError, RuntimeError)):
-        reslora.chains(model, example_inputs={"x": torch.zeros(2, 4, 7, dtype=torch.float64)})
-    assert hook_counts(model) == before
-    assert [module.training for module in model.modules()] == modes
-    assert reslora.chains(model, example_inputs=STACK_INPUTS).links == 3
-
-
-def test_the_trace_does_not_change_its_example_inputs():
-    inputs = {"x": STACK_INPUTS["x"].clone()}
-    reslora.chains(lora_stack(), example_inputs=inputs)
-    assert inputs.keys() == {"x"} and torch.equal(inputs["x"], STACK_INPUTS["x"])
-
-
 def test_example_inputs_may_be_given_for_a_known_model(llama):
     chains = reslora.chains(llama.lora(), example_inputs=token_inputs(batch=1, length=3))
     assert_chains(chains, llama.chains)
-
-
-def test_a_custom_module_without_example_inputs_is_told_to_give_them():
-    with pytest.raises((ValueError, RuntimeError)) as error:
-        reslora.chains(lora_stack())
-    assert_one_line(error, "example_inputs")
 
 
 def test_the_table_shows_roles_and_blocks(unet):
@@ -316,6 +370,130 @@ def test_embeddings_are_listed_as_unlinked(llama):
     chains = reslora.chains(llama.lora(target_modules=["q_proj", "embed_tokens"]))
     assert "embed_tokens" in str(chains)
     assert set(counts(chains)) == {"self_attn.q_proj"}
+
+
+@dataclass(frozen=True)
+class Streams:
+    """A model of two streams, its inputs at any two lengths, and where its second stream begins."""
+
+    build: Callable[..., nn.Module]
+    inputs: Callable[..., dict]
+    targets: list[str]
+    second: str
+    roles: set[str]
+    """Those in both streams; all others are in one of them."""
+
+
+DECODER = {f"self_attn.{role}" for role in ("q_proj", "k_proj", "v_proj", "out_proj")} | {"fc1", "fc2"}
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+STREAMS = {
+    "bart": Streams(tiny_models.bart, tiny_models.sequences, PROJECTIONS, "model.decoder.layers.0", DECODER),
+    "mbart": Streams(tiny_models.mbart, tiny_models.sequences, PROJECTIONS, "model.decoder.layers.0", DECODER),
+    "pegasus": Streams(tiny_models.pegasus, tiny_models.sequences, PROJECTIONS, "model.decoder.layers.0", DECODER),
+    "t5": Streams(
+        tiny_models.t5,
+        tiny_models.sequences,
+        ["q", "k", "v", "o", "wi", "wo"],
+        "decoder.block.0",
+        {f"layer.0.SelfAttention.{role}" for role in "qkvo"},
+    ),
+    "whisper": Streams(tiny_models.whisper, tiny_models.sounds, PROJECTIONS, "model.decoder.layers.0", DECODER),
+    "clip": Streams(
+        tiny_models.clip,
+        lambda source, target: tiny_models.captioned_image(target),
+        PROJECTIONS,
+        "text_model.encoder.layers.0",
+        {f"self_attn.{role}" for role in PROJECTIONS[:4]} | {"mlp.fc1", "mlp.fc2"},
+    ),
+}
+
+
+@pytest.mark.parametrize("lengths", [(12, 12), (12, 7), (10, 10)])
+@pytest.mark.parametrize("name", STREAMS)
+def test_encoders_and_decoders_and_two_towers_are_two_streams(name, lengths):
+    """Three layers each: two links a role in each stream, none between them, whatever their lengths."""
+    streams = STREAMS[name]
+    model = streams.build(lengths[0]) if name == "whisper" else streams.build()
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=streams.targets))
+    chains = reslora.chains(model, example_inputs=streams.inputs(*lengths))
+    found = counts(chains)
+    assert {role for role, (blocks, _) in found.items() if blocks == 6} == streams.roles
+    assert all((blocks, links) in ((6, 4), (3, 2)) for blocks, links in found.values())
+    cut = [chain[0] for chain in chains if chain[0].cut != "first of its role"]
+    assert {block.role for block in cut} == streams.roles
+    for block in cut:
+        assert block.name.startswith(streams.second + ".")
+        assert block.cut.startswith(f"another stream: {streams.second} does not read what ")
+
+
+def test_cross_attention_reads_the_encoder_in_every_layer_and_stays_linked():
+    model = get_peft_model(tiny_models.bart(), LoraConfig(r=2, target_modules=["encoder_attn.k_proj"]))
+    chains = reslora.chains(model, example_inputs=tiny_models.sequences(6, 6))
+    names = [f"model.decoder.layers.{n}.encoder_attn.k_proj" for n in range(3)]
+    assert_chains(chains, {"encoder_attn.k_proj": [names]})
+
+
+@pytest.mark.parametrize("image, caption", [((8, 4), 32), ((4, 8), 20), ((8, 8), 32), ((5, 5), 70)])
+def test_z_images_refiners_are_linked_neither_to_each_other_nor_to_the_layers(image, caption):
+    """Lengths are padded to multiples of 32, so that image and caption often have as many tokens."""
+    model = get_peft_model(tiny_models.z_image(), LoraConfig(r=2, target_modules="all-linear"))
+    chains = reslora.chains(model, example_inputs=tiny_models.z_image_inputs([image], [caption]))
+    for chain in chains:
+        assert len({block.name.split(".")[0] for block in chain}) == 1
+    assert counts(chains)["attention.to_q"] == (2 + 2 + 4, 1 + 1 + 3)
+    assert counts(chains)["adaLN_modulation.0"] == (2 + 4, 1 + 3)
+
+
+@pytest.mark.parametrize("lengths", [(16, 5), (16, 16)])
+@pytest.mark.parametrize("name", ["flux", "flux2"])
+def test_image_and_caption_of_joint_attention_have_roles_of_their_own(name, lengths):
+    build = getattr(tiny_models, name)
+    kinds = {"flux": {}, "flux2": {"pooled": None, "axes": 4}}
+    model = get_peft_model(build(), LoraConfig(r=2, target_modules=["to_q", "add_q_proj", "to_add_out"]))
+    chains = reslora.chains(model, example_inputs=tiny_models.flux_inputs(*lengths, **kinds[name]))
+    both = [f"transformer_blocks.{n}.attn." for n in range(3)]
+    expected = {
+        "attn.to_q": [[name + "to_q" for name in both]],
+        "attn.add_q_proj": [[name + "add_q_proj" for name in both]],
+        "attn.to_add_out": [[name + "to_add_out" for name in both]],
+    }
+    if name == "flux":
+        expected["attn.to_q"].append([f"single_transformer_blocks.{n}.attn.to_q" for n in range(4)])
+    assert_chains(chains, expected)
+
+
+RUNS_AT = {
+    "z_image": (
+        tiny_models.z_image,
+        [
+            tiny_models.z_image_inputs([(4, 4)], [7]),
+            tiny_models.z_image_inputs([(8, 8)], [64]),
+            tiny_models.z_image_inputs([(8, 12), (4, 6)], [70, 3]),
+        ],
+    ),
+    "flux": (tiny_models.flux, [tiny_models.flux_inputs(*lengths) for lengths in ((9, 4), (24, 24), (30, 64))]),
+    "flux2": (
+        tiny_models.flux2,
+        [tiny_models.flux_inputs(*lengths, pooled=None, axes=4) for lengths in ((9, 4), (24, 24), (30, 64))],
+    ),
+    "sd3": (
+        lambda: tiny_models.sd3(dual_attention_layers=(0, 1), qk_norm="rms_norm"),
+        [tiny_models.sd3_inputs(*lengths) for lengths in ((8, 8, 16), (4, 12, 3), (16, 8, 77))],
+    ),
+}
+
+
+@pytest.mark.parametrize("shortcut", ["input", "middle"])
+@pytest.mark.parametrize("name", RUNS_AT)
+def test_the_plan_holds_for_images_and_captions_of_other_sizes(name, shortcut):
+    build, runs = RUNS_AT[name]
+    model = get_peft_model(build(), LoraConfig(r=2, target_modules="all-linear"))
+    plan = reslora.connect(model, reslora.ResLoraConfig(shortcut, -1))
+    assert plan.links > 0
+    for inputs in runs:
+        result = model(**inputs).sample
+        sum(item.square().sum() for item in result).backward()
+        assert reslora.chains(model, example_inputs=inputs) == plan
 
 
 def test_several_adapters_have_their_own_chains(llama):
