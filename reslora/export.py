@@ -5,6 +5,7 @@
 | `export_peft` | `adapter_config.json`, `adapter_model.safetensors` | `PeftModel.from_pretrained(unet, dir)` |
 | `export_diffusers` | `pytorch_lora_weights.safetensors` | `pipeline.load_lora_weights(dir)` |
 | `export_kohya` | one file with `lora_unet_...` keys | kohya, ComfyUI, A1111/Forge, diffusers |
+| `export_comfyui` | one file with `diffusion_model...` keys | ComfyUI, diffusers |
 | `export_merged` | a diffusers model folder | `UNet2DConditionModel.from_pretrained(dir)` |
 
 A connected model has no plain weights yet: merge it first.
@@ -13,9 +14,11 @@ A connected model has no plain weights yet: merge it first.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,6 +26,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
+from safetensors.torch import save
 from torch import nn
 
 from .chains import base_model, lora_layers, unwrap
@@ -49,19 +53,18 @@ def export_peft(model: nn.Module, directory: str | os.PathLike, adapter_name: st
     return Path(directory)
 
 
-def export_diffusers(unet: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> Path:
+def export_diffusers(
+    denoiser: nn.Module, directory: str | os.PathLike, adapter_name: str = "default", prefix: str = "unet"
+) -> Path:
     """Writes `pytorch_lora_weights.safetensors` into `directory` and returns its path.
 
-    The scaling is folded into B and the metadata says alpha = rank for each layer, so that readers which ignore the
-    metadata agree with those that do not. Raises `ValueError` if the adapter is connected or not plain LoRA.
+    `prefix` is the denoiser's name in the pipeline. The scaling is folded into B and the metadata says alpha = rank for
+    each layer, so that readers which ignore the metadata agree with those that do not. Raises `ValueError` if the
+    adapter is connected or not plain LoRA.
     """
-    base = _plain(unet, adapter_name)
-    tensors, ranks = {}, {}
-    for name, layer in lora_layers(base, adapter_name).items():
-        down, up = _factors(name, layer, adapter_name)
-        tensors[f"unet.{name}.lora_A.weight"] = down
-        tensors[f"unet.{name}.lora_B.weight"] = up * layer.scaling[adapter_name]
-        ranks[name] = layer.r[adapter_name]
+    base = _plain(denoiser, adapter_name)
+    tensors = _folded(base, adapter_name, prefix)
+    ranks = {name: layer.r[adapter_name] for name, layer in lora_layers(base, adapter_name).items()}
     common = _commonest(ranks.values())
     pattern = {"^" + re.escape(name): rank for name, rank in ranks.items() if rank != common}
     metadata = {
@@ -71,7 +74,7 @@ def export_diffusers(unet: nn.Module, directory: str | os.PathLike, adapter_name
         "alpha_pattern": pattern,
         "target_modules": sorted(ranks),
     }
-    packed = {f"unet.{key}": value for key, value in metadata.items()}
+    packed = {f"{prefix}.{key}": value for key, value in metadata.items()}
     path = Path(directory) / "pytorch_lora_weights.safetensors"
     write_tensors(
         path,
@@ -82,14 +85,19 @@ def export_diffusers(unet: nn.Module, directory: str | os.PathLike, adapter_name
 
 
 def export_kohya(
-    unet: nn.Module, path: str | os.PathLike, adapter_name: str = "default", metadata: dict[str, str] | None = None
+    denoiser: nn.Module,
+    path: str | os.PathLike,
+    adapter_name: str = "default",
+    metadata: dict[str, str] | None = None,
+    rename: Callable[[str], str] = str,
 ) -> Path:
     """Writes one file with kohya's keys (`lora_unet_..._to_q.lora_down.weight`, `.lora_up.weight`, `.alpha`).
 
     All layers get one alpha a, with up-weights rescaled by s r_n / a, because diffusers applies the commonest alpha to
-    every layer. `metadata`: further strings for the file's header (`ss_...`). Returns the path.
+    every layer. `rename`: from a layer's name in diffusers to its name where kohya's scripts have another. `metadata`:
+    further strings for the file's header (`ss_...`), which also gets kohya's hash of the tensors. Returns the path.
     """
-    base = _plain(unet, adapter_name)
+    base = _plain(denoiser, adapter_name)
     layers = lora_layers(base, adapter_name)
     scaled = {name: layer.scaling[adapter_name] * layer.r[adapter_name] for name, layer in layers.items()}
     # float32 whatever the adapter's dtype, and exactly what the up-weights are divided by.
@@ -98,7 +106,7 @@ def export_kohya(
     tensors = {}
     for name, layer in layers.items():
         down, up = _factors(name, layer, adapter_name)
-        key = "lora_unet_" + name.replace(".", "_")
+        key = "lora_unet_" + rename(name).replace(".", "_")
         tensors[f"{key}.lora_down.weight"] = down
         tensors[f"{key}.lora_up.weight"] = up * (scaled[name] / alpha)
         tensors[f"{key}.alpha"] = written.clone()
@@ -107,18 +115,50 @@ def export_kohya(
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(_commonest(layer.r[adapter_name] for layer in layers.values())),
         "ss_network_alpha": str(alpha),
+        "sshs_model_hash": _tensors_hash(tensors),
         **{key: str(value) for key, value in (metadata or {}).items()},
     }
     write_tensors(path, tensors, header)
     return Path(path)
 
 
-def export_merged(unet: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> Path:
+def export_comfyui(
+    denoiser: nn.Module,
+    path: str | os.PathLike,
+    adapter_name: str = "default",
+    metadata: dict[str, str] | None = None,
+) -> Path:
+    """Writes one file with ComfyUI's keys (`diffusion_model.<layer>.lora_A.weight`, `.lora_B.weight`).
+
+    The scaling is folded into B, so no alpha is needed. `metadata`: strings for the file's header. Returns the path.
+    """
+    tensors = _folded(_plain(denoiser, adapter_name), adapter_name, "diffusion_model")
+    write_tensors(path, tensors, {"format": "pt", "sshs_model_hash": _tensors_hash(tensors), **(metadata or {})})
+    return Path(path)
+
+
+def _folded(base: nn.Module, adapter_name: str, prefix: str) -> dict[str, torch.Tensor]:
+    """A and s B of every layer, by names below `prefix`."""
+    tensors = {}
+    for name, layer in lora_layers(base, adapter_name).items():
+        down, up = _factors(name, layer, adapter_name)
+        tensors[f"{prefix}.{name}.lora_A.weight"] = down
+        tensors[f"{prefix}.{name}.lora_B.weight"] = up * layer.scaling[adapter_name]
+    return tensors
+
+
+def _tensors_hash(tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 of all of a safetensors file but its header, by which model managers know a LoRA again."""
+    content = save({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
+    return hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
+
+
+def export_merged(denoiser: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> Path:
     """Writes the base model with the adapter's weights added, summed in float32 and cast, as a diffusers model folder.
 
-    Works for any PEFT adapter whose layers know their weight update. `unet` itself is not changed. Returns the folder.
+    Works for any PEFT adapter whose layers know their weight update. `denoiser` itself stays. Returns the folder.
     """
-    base = _plain(unet, adapter_name)
+    base = _plain(denoiser, adapter_name)
     with torch.device("meta"):
         plain = type(base).from_config(base.config)
     plain.load_state_dict(merged_state_dict(base, adapter_name), assign=True)

@@ -10,6 +10,8 @@ import re
 from ..config import HEADS, METHODS, SHORTCUTS
 
 MERGES = ("auto", "none", "input", "weights", "lstsq")
+SAMPLINGS = ("uniform", "logit_normal", "mode", "sigmoid", "shift", "flux_shift")
+WEIGHTINGS = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
 SWITCH = {"action": argparse.BooleanOptionalAction, "default": False}
 
 # A flag left alone takes the first value with a bundled pipeline and the second with a model the user names;
@@ -27,10 +29,12 @@ DEFAULTS = {
     "guidance_scale": (4.0, None),
 }
 BY_FAMILY = {
-    "resolution": "512; SDXL 1024",
-    "num_inference_steps": "30",
-    "guidance_scale": "7.5; SDXL 5.0",
-    "target_modules": "to_q, to_k, to_v, to_out.0",
+    "resolution": "Stable Diffusion 1 and 2, Flux 512; others 1024",
+    "num_inference_steps": "Stable Diffusion 1 and 2, SDXL 30; others 28",
+    "guidance_scale": "Stable Diffusion 1 and 2 7.5; SDXL, Z-Image 5; SD 3 7; Flux 3.5",
+    "target_modules": "attention as in diffusers' script for the model: to_q, to_k, to_v, to_out.0 of U-Nets",
+    "weighting_scheme": "SD 3 logit_normal; others none",
+    "max_sequence_length": "Flux, Z-Image 512; SD 3 77",
 }
 
 
@@ -153,7 +157,8 @@ def add_method_flags(add) -> None:
     add("--lora_dropout", type=number(0, below=1), default=0.0,
         help="dropout on the adapter's input (of ranks for loha and lokr)")
     add("--target_modules", nargs="+", metavar="NAME",
-        help="layers of the denoiser that get an adapter, by the end of their name")
+        help="layers of the denoiser that get an adapter, by the end of their name; or one regular expression of "
+             "their whole names")
     add("--shortcut", choices=SHORTCUTS, default="input",
         help="ResLoRA: what a block gets from the blocks before it")
     add("--pre_num", type=whole(-1), default=4,
@@ -200,6 +205,19 @@ def add_training_flags(add) -> None:
     add("--compile", **SWITCH, help="torch.compile the denoiser: minutes at the start, then faster steps")
     add("--noise_offset", type=number(0), default=0.0, help="scale of the noise added per channel while training")
     add("--snr_gamma", type=number(0, exclusive=True), help="min-SNR loss weights; 5.0 is usual")
+    add("--timestep_sampling", choices=SAMPLINGS,
+        help="flow matching: how timesteps are drawn. uniform, logit_normal and mode: as in diffusers' scripts, from "
+             "the scheduler's table; sigmoid, shift, flux_shift: as in kohya's. Default: by --weighting_scheme")
+    add("--weighting_scheme", choices=WEIGHTINGS,
+        help="flow matching: how losses are weighted, as in diffusers' scripts; logit_normal and mode draw timesteps")
+    add("--logit_mean", type=float, default=0.0, help="flow matching, logit_normal: mean of the normal number")
+    add("--logit_std", type=number(0, exclusive=True), default=1.0, help="flow matching, logit_normal: its deviation")
+    add("--mode_scale", type=float, default=1.29, help="flow matching, mode: how far from uniform")
+    add("--discrete_flow_shift", type=number(0, exclusive=True),
+        help="flow matching: shift of the timesteps towards noise; default: the scheduler's; 3 with shift")
+    add("--guidance_scale_train", type=number(0), default=1.0,
+        help="guidance that the denoiser is told while training, where it is told any")
+    add("--max_sequence_length", type=whole(1), help="tokens of a caption that T5 or Qwen reads")
     add("--local_rank", type=int, default=-1, help="set by launchers")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from torch import nn
@@ -10,7 +12,7 @@ from ..errors import InvalidArgument, first_line
 from .arguments import Flags
 from .families.base import Family
 from .loading import Model
-from .trainee import add_adapter
+from .trainee import add_adapter, targets_of
 
 
 def check_pipeline(flags: Flags, pipeline: DiffusionPipeline, family: Family) -> None:
@@ -39,8 +41,11 @@ def check_methods(flags: Flags, model: Model, accelerator: Accelerator) -> None:
 
 def check_targets(denoiser: nn.Module, flags: Flags, accelerator: Accelerator) -> None:
     """Refuse targets none of which is there, and tell of those that are not."""
-    names = [f".{name}" for name, _ in denoiser.named_modules()]
-    counts = {target: sum(name.endswith(f".{target}") for name in names) for target in flags.target_modules}
+    names = [name for name, _ in denoiser.named_modules()]
+    if isinstance(targets := targets_of(flags.target_modules), str):
+        counts = {targets: sum(matches(targets, name) for name in names)}
+    else:
+        counts = {target: sum(f".{name}".endswith(f".{target}") for name in names) for target in targets}
     if not any(counts.values()):
         argument = f"--target_modules {' '.join(flags.target_modules)}"
         fix = f"try {' '.join(model_targets(denoiser))}"
@@ -48,6 +53,15 @@ def check_targets(denoiser: nn.Module, flags: Flags, accelerator: Accelerator) -
     for target, count in counts.items():
         if not count:
             accelerator.print(f"--target_modules: 0 layers of the denoiser end in {target}")
+
+
+def matches(expression: str, name: str) -> bool:
+    """Whether a regular expression fits a whole name."""
+    try:
+        return re.fullmatch(expression, name) is not None
+    except re.error as error:
+        problem = f"not a regular expression ({first_line(error)})"
+        raise InvalidArgument(f"--target_modules {expression}", problem, "give the ends of names, or mend it") from None
 
 
 def model_targets(denoiser: nn.Module) -> list[str]:

@@ -9,22 +9,30 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from .families.base import Family, Text
-from .objective import DdpmObjective, loss_per_sample
+from .arguments import Flags
+from .families.base import Conditions, Family, Text
+from .objective import Objective, loss_per_sample
 
 
 class DenoisingLoss:
     """Makes the denoiser's inputs and targets of a batch; images and captions that are not encoded yet are here."""
 
     def __init__(
-        self, family: Family, objective: DdpmObjective, pipeline: DiffusionPipeline, config: dict, dtype: torch.dtype
+        self,
+        family: Family,
+        objective: Objective,
+        pipeline: DiffusionPipeline,
+        config: dict,
+        dtype: torch.dtype,
+        flags: Flags,
     ) -> None:
-        self.family, self.objective, self.pipeline, self.config, self.dtype = family, objective, pipeline, config, dtype
+        self.family, self.objective, self.pipeline = family, objective, pipeline
+        self.config, self.dtype, self.flags = config, dtype, flags
 
     def __call__(self, denoiser: nn.Module, batch: dict, weighted: bool = True) -> torch.Tensor:
         """Loss of each sample of a batch."""
         inputs, target, timesteps = self.inputs(batch)
-        prediction = self.family.prediction(denoiser(**inputs, return_dict=False)).float()
+        prediction = self.family.prediction(denoiser(**inputs, return_dict=False), target).float()
         weight = self.objective.weight(timesteps) if weighted else torch.ones_like(timesteps, dtype=torch.float32)
         return loss_per_sample(prediction, target.float(), weight)
 
@@ -39,8 +47,8 @@ class DenoisingLoss:
         timesteps, noise = tensors["timesteps"], tensors["noise"]
         latents = self._latents(tensors)
         noisy = self.objective.noisy(latents, noise, timesteps).to(self.dtype)
-        text = self._text(batch, device)
-        inputs = self.family.denoiser_inputs(self.config, noisy, timesteps, text, tensors["sizes"])
+        conditions = Conditions(self._text(batch, device), tensors["sizes"], self.flags.guidance_scale_train)
+        inputs = self.family.denoiser_inputs(self.config, noisy, timesteps, conditions)
         return inputs, self.objective.target(latents, noise, timesteps), timesteps
 
     def _latents(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -55,7 +63,7 @@ class DenoisingLoss:
     def _text(self, batch: dict, device: torch.device) -> Text:
         if "text" not in batch:
             with torch.no_grad():
-                return self.family.encode_captions(self.pipeline, batch["caption"])
+                return self.family.encode_captions(self.pipeline, batch["caption"], self.flags.max_sequence_length)
         return on_device(batch["text"], device)
 
 

@@ -72,6 +72,7 @@ def encode_texts(
     texts: Sequence[str],
     key: object,
     family: Family,
+    longest: int | None,
     load_encoders: Callable[[], DiffusionPipeline],
     folder: Path,
     accelerator: Accelerator,
@@ -83,7 +84,7 @@ def encode_texts(
     """
     texts = list(dict.fromkeys(texts))
     parts = [texts[start : start + PART_OF_CAPTIONS] for start in range(0, len(texts), PART_OF_CAPTIONS)]
-    paths = [folder / f"captions-{derive(key, part):016x}.arrow" for part in parts]
+    paths = [folder / f"captions-{derive(key, longest, part):016x}.arrow" for part in parts]
     loaded: list[DiffusionPipeline] = []
 
     def cells(number: int) -> Iterator[dict]:
@@ -92,7 +93,7 @@ def encode_texts(
             leave_if_asked(stop, accelerator, "stopped before training began")
             captions = parts[number][start : start + CAPTIONS_AT_ONCE]
             with torch.no_grad():
-                states = family.encode_captions(loaded[0], captions)
+                states = family.encode_captions(loaded[0], captions, longest)
             for position in range(len(captions)):
                 yield cell({name: value[position] for name, value in states.items()})
 

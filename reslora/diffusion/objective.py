@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
-from diffusers import DDPMScheduler, SchedulerMixin
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
+
+from .arguments import SAMPLINGS, WEIGHTINGS
 
 
 class DdpmObjective:
@@ -51,7 +57,72 @@ class DdpmObjective:
         return torch.clamp(snr, max=self.snr_gamma) / (snr + 1 if self.prediction_type == "v_prediction" else snr)
 
 
-OBJECTIVES = {"ddpm": DdpmObjective}
+class FlowObjective:
+    """Rectified flow (Liu et al., 2022; Esser et al., 2024): the velocity `e - x` at `(1 - s) x + s e`.
+
+    `sampling` says how s is drawn. As in diffusers' scripts, from the scheduler's table, shifted as the scheduler says
+    (or by `shift`): `uniform`, `logit_normal`, `mode`. As in kohya's: `sigmoid` of a normal number; `shift`, the same
+    shifted by `shift` (3 if it is None); `flux_shift`, by what Flux's pipeline shifts for `tokens`. Without `sampling`
+    the weighting scheme says it, as in diffusers' scripts. Raises `ValueError` for names that are unknown.
+    """
+
+    def __init__(
+        self,
+        scheduler: SchedulerMixin,
+        sampling: str | None = None,
+        weighting: str = "none",
+        shift: float | None = None,
+        tokens: int = 256,
+        logit_mean: float = 0.0,
+        logit_std: float = 1.0,
+        mode_scale: float = 1.29,
+    ) -> None:
+        own = {} if shift is None else {"shift": shift, "use_dynamic_shifting": False}
+        self.scheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config, **own)
+        self.sampling = sampling or (weighting if weighting in ("logit_normal", "mode") else "uniform")
+        if self.sampling not in SAMPLINGS or weighting not in WEIGHTINGS:
+            raise ValueError(f"sampling {self.sampling!r} with weighting {weighting!r} is not known")
+        self.weighting, self.shift, self.tokens = weighting, shift or 3.0, tokens
+        self.density = {"logit_mean": logit_mean, "logit_std": logit_std, "mode_scale": mode_scale}
+
+    @property
+    def timesteps(self) -> int:
+        """How many timesteps there are; they need not be whole numbers."""
+        return self.scheduler.config.num_train_timesteps
+
+    def draw(self, generator: torch.Generator) -> torch.Tensor:
+        """A timestep for a training sample, from 0 to `timesteps`."""
+        if self.sampling in ("uniform", "logit_normal", "mode"):
+            drawn = compute_density_for_timestep_sampling(self.sampling, 1, generator=generator, **self.density)
+            return self.at(float(drawn))
+        s = torch.sigmoid(torch.randn((), generator=generator))
+        if self.sampling == "sigmoid":
+            return s * self.timesteps
+        shift = self.shift if self.sampling == "shift" else math.exp(calculate_shift(self.tokens))
+        return shift * s / (1 + (shift - 1) * s) * self.timesteps
+
+    def at(self, fraction: float) -> torch.Tensor:
+        """The timestep at a fraction of the way down the scheduler's table, from pure noise."""
+        return self.scheduler.timesteps[min(self.timesteps - 1, int(fraction * self.timesteps))]
+
+    def noisy(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """`(1 - s) x + s e`, batch first."""
+        s = self._sigmas(timesteps).view(-1, *[1] * (latents.dim() - 1))
+        return (1 - s) * latents + s * noise
+
+    def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """The velocity `e - x`."""
+        return noise - latents
+
+    def weight(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """Weight of each loss, as diffusers' scripts have it (Esser et al., 2024, Section 3.1)."""
+        return compute_loss_weighting_for_sd3(self.weighting, self._sigmas(timesteps))
+
+    def _sigmas(self, timesteps: torch.Tensor) -> torch.Tensor:
+        return timesteps / self.timesteps
+
+
+Objective = DdpmObjective | FlowObjective
 
 
 def loss_per_sample(prediction: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from ..model import MergeReport, merge
 from .arguments import Flags
 from .denoising import DenoisingLoss
 from .drawing import Drawer, as_bytes, as_image
+from .families.base import Family
 from .loading import Model
 from .reports import save_images
 from .samples import CalibrationSamples, Material, batches
@@ -29,6 +30,7 @@ from .trainee import Schedule, Trainee, add_adapter
 
 TOLERANCE = 2  # of 255: largest difference of any pixel between the merged model and an export read back
 DIFFUSERS_FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "kohya.safetensors"
+COMFYUI_FILE = "comfyui.safetensors"
 
 
 @dataclass(frozen=True)
@@ -187,15 +189,41 @@ def write_formats(denoiser: nn.Module, method: str, model: Model, folder: Path, 
     export.export_peft(denoiser, folder / "peft")
     export.export_merged(denoiser, folder / family.denoiser)
     if method in PLAIN_METHODS:
-        export.export_diffusers(denoiser, folder)
-        metadata = {
-            "ss_base_model": Path(flags.pretrained_model_name_or_path).name,
-            "ss_learning_rate": str(flags.learning_rate),
-            "ss_seed": str(flags.seed),
-            "ss_steps": str(flags.max_train_steps),
-            "ss_resolution": str(flags.resolution),
-        }
-        export.export_kohya(denoiser, folder / KOHYA_FILE, metadata=metadata)
+        export.export_diffusers(denoiser, folder, prefix=family.denoiser)
+        for file in family.lora_files:
+            LORA_FILES[file](denoiser, folder / file, family, kohya_metadata(family, denoiser.config, flags))
+
+
+def write_kohya(denoiser: nn.Module, path: Path, family: Family, metadata: dict[str, str]) -> None:
+    """kohya's format, with the names that its scripts have for the family's layers."""
+    config = denoiser.config
+    export.export_kohya(denoiser, path, metadata=metadata, rename=lambda name: family.kohya_name(config, name))
+
+
+def write_comfyui(denoiser: nn.Module, path: Path, family: Family, metadata: dict[str, str]) -> None:
+    """ComfyUI's format: diffusers' layers below `diffusion_model`."""
+    export.export_comfyui(denoiser, path, metadata=metadata)
+
+
+LORA_FILES = {KOHYA_FILE: write_kohya, COMFYUI_FILE: write_comfyui}
+
+
+def kohya_metadata(family: Family, config: Mapping, flags: Flags) -> dict[str, str]:
+    """What model managers and web interfaces recognise a LoRA by (Stability AI's model specification 1.0.0)."""
+    version, architecture = family.model_version(config)
+    return {
+        "ss_base_model": Path(flags.pretrained_model_name_or_path).name,
+        "ss_base_model_version": version,
+        "ss_learning_rate": str(flags.learning_rate),
+        "ss_seed": str(flags.seed),
+        "ss_steps": str(flags.max_train_steps),
+        "ss_resolution": str(flags.resolution),
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"{architecture}/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": Path(flags.output_dir).name,
+        "modelspec.resolution": f"{flags.resolution}x{flags.resolution}",
+    }
 
 
 def read_back(
@@ -204,7 +232,7 @@ def read_back(
     """Each export's name and the denoiser that stock diffusers or PEFT makes of it, one at a time."""
     name, pipeline = model.family.denoiser, drawer.pipeline
     remove_adapters(denoiser)
-    for file in (DIFFUSERS_FILE, KOHYA_FILE) if method in PLAIN_METHODS else ():
+    for file in (DIFFUSERS_FILE, *model.family.lora_files) if method in PLAIN_METHODS else ():
         setattr(pipeline, name, denoiser)
         pipeline.load_lora_weights(folder, weight_name=file)
         yield file, denoiser

@@ -9,7 +9,6 @@ from pathlib import Path
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
-from ..errors import InvalidArgument, first_line
 from ..signals import StopRequest
 from .arguments import Flags
 from .checkpoints import Identity, check_identity, finished_methods, plan_resume, restore, save_checkpoint
@@ -20,12 +19,12 @@ from .drawing import Drawer
 from .encoding import Latents, Texts, Variants, encode_images, encode_texts, without_damaged
 from .folder import locked
 from .loading import Model, cache_folder, find_model, weight_dtype
-from .objective import OBJECTIVES, DdpmObjective
+from .objective import Objective
 from .reports import Reports, Validation
 from .results import export_method
 from .samples import Material, split
 from .settings import with_family
-from .setup import schedule_of, start_accelerator, start_trackers
+from .setup import objective_of, schedule_of, start_accelerator, start_trackers
 from .showing import hub_repository, print_summary, publish, write_figures
 from .trainee import Schedule, new_trainee, prepare
 from .training import train
@@ -63,17 +62,12 @@ def run(flags: Flags, stop: StopRequest) -> None:
         accelerator.end_training()
 
 
-def load_and_check(flags: Flags, model: Model, accelerator: Accelerator) -> tuple[DiffusionPipeline, DdpmObjective]:
+def load_and_check(flags: Flags, model: Model, accelerator: Accelerator) -> tuple[DiffusionPipeline, Objective]:
     """The pipeline without its denoiser, and the objective; refuses whatever can be refused before encoding."""
     dtype, device = weight_dtype(accelerator.mixed_precision), accelerator.device
     pipeline = model.load_pipeline(dtype, device, encoders=not flags.cache_text_embeddings)
-    if flags.prediction_type:
-        pipeline.scheduler.register_to_config(prediction_type=flags.prediction_type)
-    try:
-        objective = OBJECTIVES[model.family.objective](pipeline.scheduler, flags.snr_gamma)
-    except ValueError as error:
-        raise InvalidArgument(model.flag, first_line(error), "give another model, or --prediction_type") from None
     check_pipeline(flags, pipeline, model.family)
+    objective = objective_of(flags, model, pipeline)
     check_methods(flags, model, accelerator)
     return pipeline, objective
 
@@ -83,7 +77,7 @@ def encode(
     model: Model,
     images: ImageDataset,
     pipeline: DiffusionPipeline,
-    objective: DdpmObjective,
+    objective: Objective,
     accelerator: Accelerator,
     stop: StopRequest,
 ) -> Material:
@@ -121,7 +115,9 @@ def texts_of(
         return model.load_pipeline(dtype, accelerator.device, encoders=True, vae=False)
 
     wanted = prompts + ([text for options in captions for text in options] if flags.cache_text_embeddings else [])
-    return encode_texts(wanted, key, family, load_encoders, cache_folder(flags), accelerator, stop)
+    return encode_texts(
+        wanted, key, family, flags.max_sequence_length, load_encoders, cache_folder(flags), accelerator, stop
+    )
 
 
 def latents_of(
@@ -159,7 +155,7 @@ def train_and_export(
     flags, dtype = material.flags, weight_dtype(accelerator.mixed_precision)
     folder = Path(flags.output_dir) / method
     denoiser = model.load_denoiser(dtype, accelerator.device)
-    loss = DenoisingLoss(model.family, material.objective, pipeline, denoiser.config, dtype)
+    loss = DenoisingLoss(model.family, material.objective, pipeline, denoiser.config, dtype, flags)
     drawer = Drawer(pipeline, model.family, material.texts, flags)
     trainee = new_trainee(method, denoiser, flags, schedule, accelerator)
     if flags.resume_from_checkpoint and not candidates:

@@ -16,7 +16,7 @@ from .dataset import ImageDataset
 from .encoding import Latents, Texts
 from .images import crop_and_scale, crop_sizes
 from .loaders import worker_options
-from .objective import DdpmObjective
+from .objective import Objective
 from .seeds import generator, shuffled
 
 VALIDATION_DRAWS = 4  # noises per held-out image, one in each quarter of the timesteps
@@ -33,7 +33,7 @@ class Material:
     """Text states of the prompts, and of the captions where these are encoded beforehand."""
     train: tuple[int, ...]
     held_out: tuple[int, ...]
-    objective: DdpmObjective
+    objective: Objective
     latent_shape: tuple[int, int, int]
     flags: Flags
 

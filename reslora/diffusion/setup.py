@@ -15,10 +15,13 @@ import transformers
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import ProjectConfiguration
+from diffusers import DiffusionPipeline
 
 from ..errors import InvalidArgument, first_line
 from ..files import write_json
 from .arguments import Flags
+from .loading import Model
+from .objective import DdpmObjective, FlowObjective, Objective
 from .samples import Material
 from .settings import check_adalora_steps
 from .trainee import Schedule
@@ -71,6 +74,31 @@ def tracker_of(name: str) -> str | None:
     if name != "all" and name not in installed:
         raise InvalidArgument(f"--report_to {name}", f"{name} is not installed", f"pip install {name}, or leave it out")
     return name
+
+
+def objective_of(flags: Flags, model: Model, pipeline: DiffusionPipeline) -> Objective:
+    """What the model's family learns; refuses flags that belong to another objective."""
+    if model.family.objective == "flow":
+        for name in ("prediction_type", "snr_gamma"):
+            if getattr(flags, name) is not None:
+                problem = f"{model.family.name} learns a flow, which has none"
+                raise InvalidArgument(f"--{name} {getattr(flags, name)}", problem, "leave it out")
+        _, height, width = model.family.latent_shape(pipeline, flags.resolution)
+        return FlowObjective(
+            pipeline.scheduler, flags.timestep_sampling, flags.weighting_scheme, shift=flags.discrete_flow_shift,
+            tokens=height * width // 4, logit_mean=flags.logit_mean, logit_std=flags.logit_std,
+            mode_scale=flags.mode_scale,
+        )  # fmt: skip
+    for name in ("timestep_sampling", "discrete_flow_shift", "weighting_scheme"):
+        if getattr(flags, name) is not None:
+            problem = f"{model.family.name} does not learn a flow"
+            raise InvalidArgument(f"--{name} {getattr(flags, name)}", problem, "leave it out")
+    if flags.prediction_type:
+        pipeline.scheduler.register_to_config(prediction_type=flags.prediction_type)
+    try:
+        return DdpmObjective(pipeline.scheduler, flags.snr_gamma)
+    except ValueError as error:
+        raise InvalidArgument(model.flag, first_line(error), "give another model, or --prediction_type") from None
 
 
 def take_cores(local_processes: int) -> None:

@@ -16,7 +16,7 @@ from ..files import replacing
 from ..log import read_log
 from .arguments import Flags
 from .checkpoints import read_record
-from .results import DIFFUSERS_FILE, KOHYA_FILE
+from .results import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 
 COLUMNS = 9  # at most so many steps are shown beside each other
 NOT_UPLOADED = ["*/checkpoint-*", "*/.*", ".*", "app.log", "config.json", "*/unet/*", "*/transformer/*", "cache/*"]
@@ -59,6 +59,7 @@ def print_summary(flags: Flags) -> None:
     uses = {
         DIFFUSERS_FILE: "diffusers: pipeline.load_lora_weights(folder)",
         KOHYA_FILE: "ComfyUI, A1111/Forge, kohya",
+        COMFYUI_FILE: "ComfyUI",
         "peft": "PeftModel.from_pretrained(denoiser, folder)",
         "unet": "merged weights: UNet2DConditionModel.from_pretrained(folder)",
         "transformer": "merged weights: the transformer's from_pretrained(folder)",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -86,14 +87,20 @@ def new_trainee(
 
 def add_adapter(denoiser: nn.Module, method: str, flags: Flags, total_steps: int) -> None:
     """Gives the denoiser the method's adapter, in place, with weights drawn from the seed."""
+    targets = targets_of(flags.target_modules)
     config = adapter_config(
-        method, r=flags.rank, alpha=flags.lora_alpha, dropout=flags.lora_dropout, targets=flags.target_modules,
+        method, r=flags.rank, alpha=flags.lora_alpha, dropout=flags.lora_dropout, targets=targets,
         total_steps=total_steps, init_lora_weights="gaussian",  # as in diffusers' scripts
     )  # fmt: skip
     shortcuts = ResLoraConfig(shortcut=flags.shortcut, pre_num=flags.pre_num, head=flags.head)
     torch.manual_seed(derive(flags.seed, "adapter"))
     attach(denoiser, config, shortcuts if method == "reslora" else None)
     cast_training_params(denoiser, dtype=torch.float32)
+
+
+def targets_of(names: list[str]) -> list[str] | str:
+    """Targets as PEFT takes them: ends of names, or one regular expression of whole names."""
+    return names[0] if len(names) == 1 and re.search(r"[\\^$*+?()\[\]{}|]", names[0]) else names
 
 
 def new_optimizer(parameters: list[nn.Parameter], flags: Flags, accelerator: Accelerator) -> torch.optim.Optimizer:

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
-Text = dict[str, torch.Tensor]
-"""What the text encoders make of captions, by name, each batch first."""
+Text = dict[str, torch.Tensor | list[torch.Tensor]]
+"""What the text encoders make of captions, by name, batch first: a list where captions differ in length."""
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What a denoiser is told beside the noisy latents and the timesteps."""
+
+    text: Text
+    sizes: torch.Tensor
+    """Batch x 6: height and width of the original image, top and left of the crop, height and width trained on."""
+    guidance: float = 1.0
+    """For models that are told the guidance they shall imitate."""
 
 
 class Family:
@@ -23,14 +35,15 @@ class Family:
     """The denoiser's attribute in the pipeline, folder, and prefix of its layers in exported files."""
     denoiser_class: type[ModelMixin]
     objective: str = "ddpm"
-    """`ddpm` (noise or v), a key of `objective.OBJECTIVES`."""
+    """`ddpm` (noise or v) or `flow` (velocity)."""
     text_parts: tuple[str, ...] = ("text_encoder", "tokenizer")
     """Parts of the pipeline that only encoding captions needs."""
+    lora_files: tuple[str, ...] = ("kohya.safetensors",)
+    """Plain LoRA files beside diffusers', keys of `results.LORA_FILES`."""
     unused_parts: tuple[str, ...] = ()
     """Parts of the pipeline that are not loaded at all."""
     defaults: ClassVar[Mapping[str, object]] = {}
     """Flags' values for this family, where the user gave none."""
-    kohya_prefix: str = "lora_unet"
     encodes_in_float32: bool = False
     """Whether the autoencoder overflows in half precision where its configuration asks for `force_upcast`."""
 
@@ -43,8 +56,11 @@ class Family:
         side = resolution // pipeline.vae_scale_factor
         return (pipeline.vae.config.latent_channels, side, side)
 
-    def encode_captions(self, pipeline: DiffusionPipeline, captions: Sequence[str]) -> Text:
-        """What the denoiser reads of the captions, through the pipeline's own `encode_prompt`."""
+    def encode_captions(self, pipeline: DiffusionPipeline, captions: Sequence[str], longest: int | None) -> Text:
+        """What the denoiser reads of the captions, through the pipeline's own `encode_prompt`.
+
+        `longest` is how many tokens a caption may have, where the pipeline asks for that.
+        """
         raise NotImplementedError
 
     def encode_images(self, vae: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
@@ -58,18 +74,22 @@ class Family:
         return (latents - shift) * vae_config.scaling_factor
 
     def denoiser_inputs(
-        self, config: Mapping, noisy: torch.Tensor, timesteps: torch.Tensor, text: Text, sizes: torch.Tensor
+        self, config: Mapping, noisy: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions
     ) -> dict:
-        """Keyword arguments of the denoiser for a batch.
-
-        `sizes` (batch x 6): height and width of the original image, top and left of the crop, height and width of what
-        is trained on.
-        """
+        """Keyword arguments of the denoiser for a batch of noisy latents (batch x channels x height x width)."""
         raise NotImplementedError
 
-    def prediction(self, output: tuple) -> torch.Tensor:
-        """What the objective compares, of what the denoiser returned."""
+    def prediction(self, output: tuple, noisy: torch.Tensor) -> torch.Tensor:
+        """What the objective compares, in the shape of `noisy`, of what the denoiser returned."""
         return output[0]
+
+    def kohya_name(self, config: Mapping, name: str) -> str:
+        """The name of a denoiser's layer in kohya's scripts, from its name in diffusers."""
+        return name
+
+    def model_version(self, config: Mapping) -> tuple[str, str]:
+        """What kohya's scripts call the base model, and its architecture's name in Stability AI's specification."""
+        raise NotImplementedError
 
     def drawing_inputs(self, pipeline: DiffusionPipeline, text: Text, empty: Text) -> dict:
         """Keyword arguments of the pipeline that say what to draw; `empty` is the empty caption, batch 1."""

@@ -23,19 +23,24 @@ class StableDiffusion(Family):
         "target_modules": ["to_q", "to_k", "to_v", "to_out.0"],
     }
 
-    def encode_captions(self, pipeline, captions):
+    def encode_captions(self, pipeline, captions, longest):
         """`states` (batch x tokens x width)."""
         states, _ = pipeline.encode_prompt(list(captions), pipeline.text_encoder.device, 1, False)
         return {"states": states}
 
-    def denoiser_inputs(self, config, noisy, timesteps, text, sizes):
+    def denoiser_inputs(self, config, noisy, timesteps, conditions):
         """The sample, the timestep and the text states."""
-        return {"sample": noisy, "timestep": timesteps, "encoder_hidden_states": text["states"]}
+        return {"sample": noisy, "timestep": timesteps, "encoder_hidden_states": conditions.text["states"]}
 
     def drawing_inputs(self, pipeline, text, empty):
         """The captions' states and, for guidance, those of the empty caption."""
         states = text["states"]
         return {"prompt_embeds": states, "negative_prompt_embeds": empty["states"].to(states).expand_as(states)}
+
+    def model_version(self, config):
+        """1.x reads text states 768 wide, 2.x those of a wider encoder."""
+        version = 2 if config.cross_attention_dim == 1024 else 1
+        return f"sd_v{version}", f"stable-diffusion-v{version}"
 
 
 FAMILY = StableDiffusion()
