@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 # The class in a pipeline's model_index.json, and the module that knows its models.
 FAMILIES = {
     "StableDiffusionPipeline": "stable_diffusion",
+    "StableDiffusionXLPipeline": "sdxl",
 }
 
 

@@ -1,0 +1,93 @@
+"""Stable Diffusion XL: two text encoders, and a U-Net that is told the size and crop of each image."""
+
+from __future__ import annotations
+
+import re
+from typing import ClassVar
+
+import torch
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+
+from .base import Family
+
+# The parts of a residual block in kohya's U-Net, which is Stability AI's, by their names in diffusers.
+RESIDUAL = {
+    "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
+}  # fmt: skip
+
+
+class StableDiffusionXL(Family):
+    """As diffusers' train_text_to_image_lora_sdxl.py trains it (Podell et al., 2023)."""
+
+    name = "sdxl"
+    pipeline = StableDiffusionXLPipeline
+    denoiser_class = UNet2DConditionModel
+    text_parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    unused_parts = ("feature_extractor", "image_encoder")
+    encodes_in_float32 = True
+    defaults: ClassVar = {
+        "resolution": 1024,
+        "num_inference_steps": 30,
+        "guidance_scale": 5.0,
+        "target_modules": ["to_q", "to_k", "to_v", "to_out.0"],
+    }
+
+    def encode_captions(self, pipeline, captions, longest):
+        """`states` (batch x tokens x width of both encoders) and `pooled` (batch x width of the second)."""
+        device = pipeline.text_encoder_2.device
+        states, _, pooled, _ = pipeline.encode_prompt(
+            list(captions), device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        return {"states": states, "pooled": pooled}
+
+    def denoiser_inputs(self, config, noisy, timesteps, conditions):
+        """The sample, the timestep, the text states, and the pooled states with the sizes as `time_ids`."""
+        return {
+            "sample": noisy,
+            "timestep": timesteps,
+            "encoder_hidden_states": conditions.text["states"],
+            "added_cond_kwargs": {
+                "text_embeds": conditions.text["pooled"],
+                "time_ids": conditions.sizes.to(noisy.dtype),
+            },
+        }
+
+    def drawing_inputs(self, pipeline, text, empty):
+        """States and pooled states; guidance goes away from zeros or the empty caption, as the pipeline says."""
+        negative = {name: value.to(text[name]).expand_as(text[name]) for name, value in empty.items()}
+        if pipeline.config.force_zeros_for_empty_prompt:
+            negative = {name: torch.zeros_like(value) for name, value in text.items()}
+        return {
+            "prompt_embeds": text["states"],
+            "pooled_prompt_embeds": text["pooled"],
+            "negative_prompt_embeds": negative["states"],
+            "negative_pooled_prompt_embeds": negative["pooled"],
+        }
+
+    def kohya_name(self, config, name):
+        """Stability AI's block names: `down_blocks.1.attentions.0.x` is `input_blocks.4.1.x`."""
+        per_level, levels = config.layers_per_block, len(config.block_out_channels)
+        match = re.fullmatch(r"(down_blocks|up_blocks|mid_block)\.(?:(\d+)\.)?(resnets|attentions)\.(\d+)\.(.+)", name)
+        if match is None or levels * (per_level + 1) > 10:  # with two digits diffusers mistakes block 1 for block 10
+            return name
+        side, level, kind, layer, rest = match[1], int(match[2] or 0), match[3], int(match[4]), match[5]
+        if kind == "resnets":
+            first, dot, last = rest.partition(".")
+            rest = RESIDUAL.get(first, first) + dot + last
+        inner = 0 if kind == "resnets" else 1
+        if side == "mid_block":
+            return f"middle_block.{1 if kind == 'attentions' else 2 * layer}.{rest}"
+        number = level * (per_level + 1) + layer
+        return (
+            f"input_blocks.{number + 1}.{inner}.{rest}"
+            if side == "down_blocks"
+            else f"output_blocks.{number}.{inner}.{rest}"
+        )
+
+    def model_version(self, config):
+        """The base model, 1.0; refiners have another pipeline."""
+        return "sdxl_base_v1-0", "stable-diffusion-xl-v1-base"
+
+
+FAMILY = StableDiffusionXL()
