@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 FAMILIES = {
     "StableDiffusionPipeline": "stable_diffusion",
     "StableDiffusionXLPipeline": "sdxl",
+    "ZImagePipeline": "z_image",
 }
 
 
