@@ -16,6 +16,7 @@ FAMILIES = {
     "StableDiffusionPipeline": "stable_diffusion",
     "StableDiffusionXLPipeline": "sdxl",
     "ZImagePipeline": "z_image",
+    "FluxPipeline": "flux",
 }
 
 

@@ -1,0 +1,74 @@
+"""Flux.1 dev and schnell: packed latents with position ids, two kinds of blocks, a guidance that may be told."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from diffusers import FluxPipeline, FluxTransformer2DModel
+
+from .base import Family
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
+
+
+class Flux(Family):
+    """As diffusers' train_dreambooth_lora_flux.py trains it; while training it is told a guidance of 1."""
+
+    name = "flux"
+    pipeline = FluxPipeline
+    denoiser = "transformer"
+    denoiser_class = FluxTransformer2DModel
+    objective = "flow"
+    text_parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    unused_parts = ("image_encoder", "feature_extractor")
+    lora_files = ()
+    defaults: ClassVar = {
+        "resolution": 512,
+        "num_inference_steps": 28,
+        "guidance_scale": 3.5,
+        "weighting_scheme": "none",
+        "max_sequence_length": 512,
+        "target_modules": [*(f"attn.{name}" for name in ATTENTION), *FEED_FORWARD],
+    }
+
+    def pixel_multiple(self, pipeline):
+        """Latents are packed two by two."""
+        return pipeline.vae_scale_factor * 2
+
+    def encode_captions(self, pipeline, captions, longest):
+        """`states` of T5 (batch x tokens x width) and `pooled` of CLIP (batch x width)."""
+        device = pipeline.text_encoder.device
+        states, pooled, _ = pipeline.encode_prompt(list(captions), None, device=device, max_sequence_length=longest)
+        return {"states": states, "pooled": pooled}
+
+    def denoiser_inputs(self, config, noisy, timesteps, conditions):
+        """Packed latents, `s`, text states, pooled states, ids of both kinds of tokens, and the guidance."""
+        batch, channels, height, width = noisy.shape
+        states, device = conditions.text["states"], noisy.device
+        guidance = torch.full((batch,), conditions.guidance, device=device) if config.guidance_embeds else None
+        return {
+            "hidden_states": FluxPipeline._pack_latents(noisy, batch, channels, height, width),
+            "timestep": timesteps / 1000,
+            "guidance": guidance,
+            "pooled_projections": conditions.text["pooled"],
+            "encoder_hidden_states": states,
+            "txt_ids": torch.zeros(states.shape[1], 3, device=device, dtype=noisy.dtype),
+            "img_ids": FluxPipeline._prepare_latent_image_ids(batch, height // 2, width // 2, device, noisy.dtype),
+        }
+
+    def prediction(self, output, noisy):
+        """The velocity, unpacked."""
+        return FluxPipeline._unpack_latents(output[0], *noisy.shape[2:], vae_scale_factor=1)
+
+    def drawing_inputs(self, pipeline, text, empty):
+        """Text states and pooled states; the guidance is a number that the model is told."""
+        return {"prompt_embeds": text["states"], "pooled_prompt_embeds": text["pooled"]}
+
+    def model_version(self, config):
+        """Schnell is the one that is told no guidance."""
+        return "flux1", "flux-1-dev" if config.guidance_embeds else "flux-1-schnell"
+
+
+FAMILY = Flux()
