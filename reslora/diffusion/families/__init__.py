@@ -17,6 +17,7 @@ FAMILIES = {
     "StableDiffusionXLPipeline": "sdxl",
     "ZImagePipeline": "z_image",
     "FluxPipeline": "flux",
+    "StableDiffusion3Pipeline": "sd3",
 }
 
 

@@ -1,0 +1,72 @@
+"""Stable Diffusion 3 and 3.5: three text encoders, joint attention of text and image."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+
+from .base import Family
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+
+
+class StableDiffusion3(Family):
+    """As diffusers' train_dreambooth_lora_sd3.py trains it, but for that script's preconditioned outputs."""
+
+    name = "sd3"
+    pipeline = StableDiffusion3Pipeline
+    denoiser = "transformer"
+    denoiser_class = SD3Transformer2DModel
+    objective = "flow"
+    text_parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
+    unused_parts = ("image_encoder", "feature_extractor")
+    lora_files = ()
+    defaults: ClassVar = {
+        "resolution": 1024,
+        "num_inference_steps": 28,
+        "guidance_scale": 7.0,
+        "weighting_scheme": "logit_normal",
+        "max_sequence_length": 77,
+        "target_modules": [f"attn.{name}" for name in ATTENTION],
+    }
+
+    def pixel_multiple(self, pipeline):
+        """Patches are some latents wide."""
+        return pipeline.vae_scale_factor * pipeline.patch_size
+
+    def encode_captions(self, pipeline, captions, longest):
+        """`states` of all encoders, one after the other (batch x tokens x width), and `pooled` (batch x width)."""
+        device = pipeline.text_encoder.device
+        states, _, pooled, _ = pipeline.encode_prompt(
+            list(captions), None, None, device=device, do_classifier_free_guidance=False, max_sequence_length=longest
+        )
+        return {"states": states, "pooled": pooled}
+
+    def denoiser_inputs(self, config, noisy, timesteps, conditions):
+        """The latents, the timestep, text states and pooled states."""
+        return {
+            "hidden_states": noisy,
+            "timestep": timesteps,
+            "encoder_hidden_states": conditions.text["states"],
+            "pooled_projections": conditions.text["pooled"],
+        }
+
+    def drawing_inputs(self, pipeline, text, empty):
+        """States and pooled states of the captions and, for guidance, of the empty caption."""
+        return {
+            "prompt_embeds": text["states"],
+            "pooled_prompt_embeds": text["pooled"],
+            "negative_prompt_embeds": empty["states"].expand_as(text["states"]),
+            "negative_pooled_prompt_embeds": empty["pooled"].expand_as(text["pooled"]),
+        }
+
+    def model_version(self, config):
+        """By size: 3 medium has 24 blocks, 3.5 large 38, and 3.5 medium has a second attention in some."""
+        if config.dual_attention_layers:
+            return "sd3.5_medium", "stable-diffusion-3.5-medium"
+        large = config.num_layers >= 38
+        return ("sd3.5_large", "stable-diffusion-3.5-large") if large else ("sd3_m", "stable-diffusion-3-medium")
+
+
+FAMILY = StableDiffusion3()
