@@ -36,7 +36,7 @@ def image_table(flags: list[str], method: Path) -> dict[str, dict]:
     denoiser = model.load_denoiser(dtype, accelerator.device)
     add_adapter(denoiser, method.name, flags, flags.max_train_steps)
     load_adapter(denoiser, newest_checkpoint(method))
-    loss = DenoisingLoss(model.family, objective, pipeline, denoiser.config, dtype)
+    loss = DenoisingLoss(model.family, objective, pipeline, denoiser.config, dtype, flags)
     validation = Validation(loss, material, None, accelerator, stop)
     calibration = calibration_batches(loss, material) if method.name == "reslora" else None
     return merge_table(denoiser, lambda: {"loss": validation.mean_loss(denoiser)}, calibration)

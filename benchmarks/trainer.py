@@ -261,7 +261,7 @@ def loading(args: argparse.Namespace, flags: Flags, images: ImageDataset, cache:
     rates = {"encoding, images/s": args.images / (time.perf_counter() - began)}
     print(f"{workers} workers  encoding  {rates['encoding, images/s']:8.1f} images/s", flush=True)
     captions = [caption for options in images.captions for caption in options]
-    texts = encode_texts(captions, "", family, lambda: None, cache, accelerator, stop)
+    texts = encode_texts(captions, "", family, None, lambda: None, cache, accelerator, stop)
     objective = DdpmObjective(DDPMScheduler())
     for what, encoded in (("not cached", None), ("cached", latents)):
         material = Material(images, encoded, texts, tuple(range(len(images))), (), objective, (4, 64, 64), flags)
