@@ -225,7 +225,7 @@ class CostlessFamily(Family):
 
     name = "costless"
 
-    def encode_captions(self, pipeline, captions):
+    def encode_captions(self, pipeline, captions, longest):
         """As many text states of zeros."""
         return {"states": torch.zeros(len(captions), 77, 768)}
 
