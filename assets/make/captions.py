@@ -51,13 +51,18 @@ def is_held_out(row: dict, known_words: set[str]) -> bool:
     return not is_known(row) and row["category"] in CATEGORIES and set(words(row["text"])) <= known_words
 
 
-def new_tokenizer(captions: list[str], length: int = 12) -> PreTrainedTokenizerFast:
-    """A tokenizer whose tokens are the captions' words and the style words, padded to `length` with its end token."""
-    special = ["<start>", "<end>", "<unk>"]
+def word_tokenizer(captions: list[str], special: list[str]) -> Tokenizer:
+    """A tokenizer whose tokens are the special ones (among them <unk>), the captions' words and the style words."""
     vocabulary = special + sorted({word for caption in captions for word in words(caption)} | set(STYLES))
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(mark, "removed") for mark in " :,-"])
+    return tokenizer
+
+
+def new_tokenizer(captions: list[str], length: int = 12) -> PreTrainedTokenizerFast:
+    """The word-level tokenizer with <start> and <end>, padded to `length` with its end token."""
+    tokenizer = word_tokenizer(captions, ["<start>", "<end>", "<unk>"])
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<start> $A <end>", special_tokens=[("<start>", 0), ("<end>", 1)]
     )

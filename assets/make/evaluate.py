@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from augment import load_pictures, move
 from captions import VALIDATION_PROMPTS, is_known
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import nn
 from torchvision.transforms.functional import gaussian_blur
@@ -43,14 +43,15 @@ def parse_args() -> argparse.Namespace:
 
 
 def draw(
-    pipeline: StableDiffusionPipeline, prompts: list[str], seed: int = 0, steps: int = 25, guidance: float = 4.0
+    pipeline: DiffusionPipeline, prompts: list[str], seed: int = 0, steps: int = 25, guidance: float = 4.0
 ) -> list[Image.Image]:
-    """One picture for each prompt; picture i comes from seed + i."""
+    """One picture of 64x64 for each prompt; picture i comes from seed + i."""
+    setting = {"num_inference_steps": steps, "guidance_scale": guidance, "height": 64, "width": 64}
     pictures = []
     for first in range(0, len(prompts), 20):
         part = list(prompts[first : first + 20])
         generator = [torch.Generator().manual_seed(seed + first + i) for i in range(len(part))]
-        pictures += pipeline(part, num_inference_steps=steps, guidance_scale=guidance, generator=generator).images
+        pictures += pipeline(part, generator=generator, **setting).images
     return pictures
 
 
@@ -63,7 +64,7 @@ def contact_sheet(pictures: list[Image.Image], columns: int = 8, zoom: int = 2) 
     return sheet
 
 
-def write_sheets(pipeline: StableDiffusionPipeline, args: argparse.Namespace) -> None:
+def write_sheets(pipeline: DiffusionPipeline, args: argparse.Namespace) -> None:
     """Sheets of the validation prompts and of known captions drawn at random, both in random order."""
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
@@ -166,7 +167,7 @@ def main() -> None:
     if not pictures:
         if not (Path(args.pipeline) / "model_index.json").is_file():
             raise SystemExit(f"{args.pipeline}: no diffusers pipeline there")
-        pipeline = StableDiffusionPipeline.from_pretrained(args.pipeline, torch_dtype=torch.float32)
+        pipeline = DiffusionPipeline.from_pretrained(args.pipeline, torch_dtype=torch.float32)
         pipeline.set_progress_bar_config(disable=True)
     if args.what == "sheets":
         write_sheets(pipeline, args)
