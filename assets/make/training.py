@@ -161,10 +161,12 @@ def new_optimizer(parameters: list, args: argparse.Namespace) -> tuple:
 def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
     """Write the pipeline in half precision; afterwards it is as it was, but for what half precision has rounded."""
     pipeline.to(dtype=torch.float16)
-    # transformers loads a text encoder in the type it was saved in, diffusers everything else in float32.
-    pipeline.text_encoder.float()
     pipeline.save_pretrained(folder)
     pipeline.to(dtype=torch.float32)
+    # Where no type is asked for, transformers loads the one named here, and diffusers everything else in float32.
+    config = folder / "text_encoder" / "config.json"
+    named = json.loads(config.read_text(encoding="utf-8")) | {"dtype": "float32"}
+    config.write_text(json.dumps(named, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def train(
