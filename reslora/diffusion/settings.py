@@ -48,6 +48,9 @@ def fill_defaults(args: argparse.Namespace) -> Flags:
     values["local_rank"] = int(os.environ.get("LOCAL_RANK", args.local_rank))
     model = args.pretrained_model_name_or_path
     bundled = model is None or Path(model).resolve().parent == ASSETS
+    if model is None and not BUNDLED_MODEL.is_dir():
+        fix = "name a model; the bundled pipeline comes with the repository"
+        raise InvalidArgument("--pretrained_model_name_or_path", "missing", fix)
     values["pretrained_model_name_or_path"] = model or str(BUNDLED_MODEL)
     if bundled and not args.dataset_name and not args.train_data_dir:
         values["train_data_dir"] = str(BUNDLED_IMAGES)
