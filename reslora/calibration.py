@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from .merging import Factors, Merged, Second
-from .shortcuts.state import Shortcut, Wires, rows
+from .shortcuts.base import Shortcut, rows
+from .shortcuts.state import Wires
 from .tracing import evaluating, to_device
 
 

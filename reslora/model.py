@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -20,7 +21,8 @@ from .chains import Chain, Chains, base_model, chains, lora_layers, merges_itsel
 from .config import ResLoraConfig
 from .merging import Factors, Merged
 from .shortcuts import shortcut_class
-from .shortcuts.state import CastUnlessAutocast, Shortcut, Wires, merge_refused
+from .shortcuts.base import CastUnlessAutocast, Shortcut, merge_refused
+from .shortcuts.state import Wires
 
 
 @dataclasses.dataclass
@@ -135,12 +137,32 @@ def attach_wires(base: nn.Module, config: ResLoraConfig, adapter_name: str, plan
             # PEFT merges layer by layer: without this, plain layers would be merged before the first wired one refuses.
             layer.merge = layer.unmerge = functools.partial(_refuse_merge, name)
         if connection.shortcut.carries:
-            connection.handles = [
-                base.register_forward_pre_hook(wires.begin),
-                base.register_forward_hook(wires.end, always_call=True),
-            ]
+            connection.handles = _hook(base, plan, wires)
     base._reslora = connection
     return connection
+
+
+def _hook(base: nn.Module, plan: Chains, wires: Wires) -> list:
+    handles = [
+        base.register_forward_pre_hook(wires.begin, prepend=True),
+        base.register_forward_hook(wires.end, always_call=True),
+    ]
+    for name in _parts(plan):
+        part = base.get_submodule(name)
+        handles.append(part.register_forward_pre_hook(wires.begin_part, prepend=True))
+        handles.append(part.register_forward_hook(wires.end_part, always_call=True))
+    return handles
+
+
+def _parts(plan: Chains) -> list[str]:
+    """The modules that hold chains and cut none in two: these can run alone, as `generate` runs an encoder."""
+    whole, cut = set(), set()
+    for chain in plan:
+        above = [set(itertools.accumulate(block.name.split(".")[:-1], "{}.{}".format)) for block in chain]
+        shared = set.intersection(*above)
+        cut |= set.union(*above) - shared
+        whole |= shared if len(chain) > 1 else set()
+    return sorted(whole - cut)
 
 
 def disconnect(model: nn.Module, adapter_name: str = "default") -> None:

@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .state import Shortcut
+    from .base import Shortcut
 
 PLAIN = "none"
 """No shortcut: plain LoRA (Eq. 1)."""

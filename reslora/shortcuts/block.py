@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..merging import MERGES, Factors, Merged, Method, Moments, merge_exact, neighbours
-from .state import Shortcut, Wires, add_scaled, cast, refuse_replica, rows, whole_weight
+from .base import Shortcut, add_scaled, cast, rows, whole_weight
+from .state import Wires, refuse_replica
 
 
 class BlockShortcut(Shortcut):

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..merging import Factors, Merged
-from .state import Shortcut, Wires, add_product, cast, rows, whole_weight
+from .base import Shortcut, add_product, cast, rows, whole_weight
+from .state import Wires
 
 
 class InputShortcut(Shortcut):

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from ..merging import Factors, Merged, neighbours
-from .state import Shortcut, Wires, add_product, cast, rows
+from .base import Shortcut, add_product, cast, rows
+from .state import Wires
 
 
 class MiddleShortcut(Shortcut):

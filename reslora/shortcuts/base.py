@@ -1,0 +1,236 @@
+"""The base of the shortcuts, as LoRA variants, and the products that they share.
+
+PEFT computes the frozen layer and asks the layer's *variant* for the rest. The variants add the low-rank product of
+the paper's equations. Notation as in the paper: block n has A_n (r x p), B_n (q x r) and the scaling s_n; x_n (batch x
+tokens x p) is its input.
+
+The second product carries s and accumulates into the frozen layer's output, so that nothing q-wide is written twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora.layer import LoraVariant
+from torch import nn
+
+from ..merging import MERGES, Factors, Merged, Method, Moments, neighbours, relative_error
+from .state import State, Wires
+
+_CHECKPOINTING = (
+    "call reslora.enable_gradient_checkpointing(model), and leave gradient checkpointing of the trainer off"
+)
+
+
+class CastUnlessAutocast:
+    """Truth value for PEFT's `cast_input_dtype_enabled`: under autocast the product converts its input anyway."""
+
+    def __init__(self, previous: bool) -> None:
+        self.previous = previous
+
+    def __bool__(self) -> bool:
+        return self.previous and not any(torch.is_autocast_enabled(device) for device in ("cuda", "cpu", "xpu", "mps"))
+
+
+class Shortcut(LoraVariant):
+    """A wired block; subclasses compute one of the paper's equations, and say how it is wired and merged.
+
+    Neighbours are held as their A and B modules rather than as LoRA layers: those are leaves, so copying or pickling a
+    model does not walk along a whole chain.
+    """
+
+    carries: ClassVar[bool] = True
+    """Whether blocks hand activations on, which needs a state for each forward, and norms of them for merges."""
+    raises_rank: ClassVar[bool] = False
+    """Whether a merge changes ranks."""
+    merges: ClassVar[Mapping[str, Method]] = MERGES
+    """The merges it has, by the name that the report shows."""
+
+    def __init__(self, wires: Wires, name: str) -> None:
+        self.wires = wires
+        self.name = name
+        self.records = name in wires.norms.names
+
+    # -- wiring: what a subclass says of a whole chain -----------------------------------------------------------------
+
+    @classmethod
+    def reach(cls, pre_num: int) -> int | None:
+        """Blocks before the current one that take part (the m of the equations before clipping); None: all of them."""
+        return None if pre_num == -1 else pre_num
+
+    @classmethod
+    def wire(cls, wires: Wires, names: Sequence[str], factors: Sequence[tuple], reach: int | None, head: str) -> list:
+        """One variant for each block of a chain, whose A and B modules are `factors`."""
+        raise NotImplementedError
+
+    # -- merging: what the methods of `reslora.merging` need to know ---------------------------------------------------
+
+    @classmethod
+    def resolve(cls, method: str, calibrated: bool, recorded: bool) -> str:
+        """The name of the merge that `method` (any but `none`) means, given calibration or recorded norms."""
+        if method == "auto":
+            return "lstsq" if calibrated else "input" if recorded else "weights"
+        return method
+
+    @classmethod
+    def relate(cls, chain: list[Factors], reach: int | None, head: str) -> None:
+        """Tells every block of a chain which blocks before it take part, and what it multiplies their inputs by."""
+        for n, block in enumerate(chain):
+            block.before = neighbours(n, reach)
+            block.fold = cls.fold
+
+    @classmethod
+    def fold(cls, block: Factors, alphas: list[float]) -> Merged:
+        """`block` as plain LoRA where `x_{n-k} ~ alphas[k-1] x_n` (Eqs. 10-11, 13); no alphas for a head."""
+        raise NotImplementedError
+
+    @classmethod
+    def moments(cls, block: Factors, merged: Merged | None, fits: bool) -> Moments:
+        """Empty moments; `merged` is the block's merge where that needs no calibration."""
+        if fits and block.before:
+            return Moments(block.guess())
+        changed = merged is not None and merged.a is not block.a
+        return Moments(merged.a - block.a if changed else None)
+
+    def measure(self, block: Factors, merged: Merged | None, x, own, handed) -> None:
+        """Adds one calibration forward: `x` (tokens x p), and what the forward gave `_observe`."""
+        block.moments.add(x, own, handed, torch.linalg.vector_norm(self.normed(x, own)))
+
+    def normed(self, x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        """Of what f_n is the norm: the block's input, or its own `A_n x_n`."""
+        return x
+
+    @classmethod
+    def error(cls, block: Factors, merged: Merged) -> float:
+        """`|merged - unmerged| / |unmerged LoRA output|` on the calibration batches."""
+        return relative_error(block, merged)
+
+    # -- what PEFT calls -----------------------------------------------------------------------------------------------
+
+    def supports_lora_conversion(self) -> bool:
+        """A wired block is no weight update of its own layer."""
+        return False
+
+    def merge_safe(self, module: nn.Module, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
+        """PEFT's merge would drop the residual paths: raises `RuntimeError`."""
+        raise merge_refused(self.name)
+
+    def merge_unsafe(self, module: nn.Module, active_adapter: str, orig_weight: torch.Tensor) -> None:
+        """PEFT's merge would drop the residual paths: raises `RuntimeError`."""
+        raise merge_refused(self.name)
+
+    def unmerge(self, module: nn.Module, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
+        """There is nothing PEFT could have merged: raises `RuntimeError`."""
+        raise merge_refused(self.name)
+
+    # -- parts of a forward --------------------------------------------------------------------------------------------
+
+    def _running(self) -> State:
+        """The state of the running forward; raises rather than computing something wrong."""
+        state = self.wires.threads.slot.state
+        if state is None:
+            raise RuntimeError(
+                f"{self.name} ran outside a forward of the connected model, which must be called as a whole; "
+                f"if this is gradient checkpointing, {_CHECKPOINTING}"
+            )
+        if torch.compiler.is_compiling():
+            return state
+        grad = torch.is_grad_enabled()
+        if state.grad and not grad:
+            raise RuntimeError(
+                f"{self.name} ran without gradients inside a forward with gradients, as reentrant gradient "
+                f"checkpointing does; {_CHECKPOINTING}"
+            )
+        if grad and not state.segments and _inside_checkpoint():
+            raise RuntimeError(f"{self.name} is in a checkpoint that would lose its shortcut; {_CHECKPOINTING}")
+        return state
+
+    def _take(self, state: State, source: str, x: torch.Tensor) -> torch.Tensor:
+        """What `source` handed on (batch * tokens x r), on the device of `x` (batch x tokens x p)."""
+        handed, leading = state.handed.get(source, (None, None))
+        if handed is None:
+            raise RuntimeError(
+                f"{self.name} ran before its neighbour {source}; connect again with example_inputs= that run the "
+                "layers in the order of training"
+            )
+        if leading != x.shape[:-1]:
+            raise RuntimeError(
+                f"{self.name} has {tuple(x.shape[:-1])} tokens where its neighbour {source} had {tuple(leading)}; "
+                "connect again with example_inputs= of the sizes trained on"
+            )
+        return handed.to(x.device)
+
+    def _record(self, state: State, value: torch.Tensor) -> None:
+        """Keeps the Frobenius norm of `value`, whole batch; layers that read the same tensor share one computation."""
+        if state.norms is None or not self.records:
+            return
+        seen, norm = state.normed
+        if seen is not value:
+            dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+            norm = torch.linalg.vector_norm(value.detach(), dtype=dtype)
+            state.normed = (value, norm)
+        state.norms[self.name] = norm
+
+    def _observe(self, x: torch.Tensor, own: torch.Tensor, handed: torch.Tensor | None) -> None:
+        if self.wires.observer is not None:
+            self.wires.observer(self, x, own, handed)
+
+
+def cast(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`x` in the adapter's dtype, as PEFT does it; left alone under autocast, where the product converts its input."""
+    if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(weight.dtype)
+
+
+def whole_weight(linear: nn.Linear, shape: tuple[int, int], x: torch.Tensor, name: str) -> torch.Tensor:
+    """An A or B of `shape` on the device of `x`; `RuntimeError` where it is sharded or offloaded away.
+
+    Offloaded weights are on the meta device, and a product with them is garbage rather than an error.
+    """
+    weight = linear.weight
+    if weight.shape != shape or hasattr(weight, "_local_tensor") or weight.is_meta != x.is_meta:
+        raise RuntimeError(
+            f"{name} cannot read a LoRA weight of shape {tuple(weight.shape)} (wanted {tuple(shape)}): it is sharded "
+            'or offloaded away; use DDP or ZeRO-2 without offloading the adapter, or shortcut="middle", which needs no '
+            "neighbour's weight"
+        )
+    return weight if weight.device == x.device else weight.to(x.device)
+
+
+def rows(x: torch.Tensor) -> torch.Tensor:
+    """(… x p) as (rows x p): one view here saves one around every product."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def add_product(result: torch.Tensor, hidden: torch.Tensor, lora_b: nn.Linear, scaling: float) -> torch.Tensor:
+    """`result + scaling * hidden B^T`; by way of the module where its weight is only whole inside its own forward."""
+    weight = lora_b.weight
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or weight.is_meta != hidden.is_meta:
+        return result + lora_b(hidden * scaling).view(result.shape)
+    return add_scaled(result, hidden, weight, scaling)
+
+
+def add_scaled(result: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, scaling: float) -> torch.Tensor:
+    """`result + scaling * hidden weight^T` for (… x q), (rows x r) and (q x r), without a q-wide temporary."""
+    if result.dtype != hidden.dtype:
+        # A half-precision frozen layer under a float32 adapter, or the reverse: keep the wider one, as PEFT does.
+        return result + F.linear(hidden * scaling, weight).view(result.shape)
+    return torch.addmm(rows(result), hidden, weight.t(), alpha=scaling).view(result.shape)
+
+
+def merge_refused(name: str) -> RuntimeError:
+    """The error of PEFT's merge verbs on a connected model."""
+    return RuntimeError(
+        f"{name} is wired by ResLoRA, and PEFT's own merge would drop the residual paths: call reslora.merge first "
+        "(or reslora.disconnect)"
+    )
+
+
+def _inside_checkpoint() -> bool:
+    """Whether a non-reentrant checkpoint of PyTorch is open: it works through saved-tensor hooks of its own module."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
