@@ -60,7 +60,7 @@ def main() -> None:
     args = build_parser().parse_args()
     print(", ".join(f"{name} {value}" for name, value in machine().items() if value is not None), flush=True)
     name = f"diffusers-{args.model}" if args.what == "diffusers" else args.what
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    settings = {key: value.name if isinstance(value, Path) else value for key, value in vars(args).items()}
     figures = {"diffusers": diffusers, "loader": loader, "memory": memory}[args.what](args)
     keep(f"trainer/{name}", {"settings": settings, **figures})
 
