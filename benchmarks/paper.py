@@ -220,7 +220,7 @@ def training(name: str, variant: str, rate: float, seed: int, args: argparse.Nam
         result |= condensed(json.loads((folder / "results.json").read_text(encoding="utf-8")))
         result["norms"] = norms(folder / "peft" / "adapter_model.safetensors", scale_of(folder / "peft"))
         if experiment.script == "train_llm.py" and variant in ("is", "ms(4)") and experiment.required and not search:
-            result["calibration"] = calibration_study([*flags, "--output_dir", str(folder)], folder, args)
+            result["calibration"] = calibration_study([*flags, "--output_dir", str(folder)], experiment.task, args)
     write_json(path, result)
     shutil.rmtree(folder)
     return result
@@ -347,29 +347,11 @@ def norms(path: Path, scale: float = 1.0) -> dict[str, float]:
     return found
 
 
-def calibration_study(flags: list[str], folder: Path, args: argparse.Namespace) -> dict:
+def calibration_study(flags: list[str], task: str, args: argparse.Namespace) -> dict[str, float]:
     """Test loss merged by `lstsq` from 8, 32 and 128 training examples, and from 128 of another task."""
-    from reslora.adapters import load_adapter
-    from reslora.language import llm
-    from reslora.language.llm_tasks import TASKS, examples_of
-    from reslora.language.llm_trainer import calibration_batches
-    from reslora.language.results import merge_table
-
-    task, method, arguments = llm.parse(flags)
-    trainer, rows = llm.build_trainer(task, method, arguments)
-    load_adapter(trainer.model, paper_models.newest_checkpoint(folder))
-    trainer.model.eval()
-    other = "gsm8k" if task.task != "gsm8k" else "svamp"
-    lines = read_lines(args.text / other / "train.jsonl")[: max(CALIBRATION_SIZES)]
-    examples = examples_of(TASKS[other], other, [json.loads(line) for line in lines])
-    sources = {str(count): (rows, count) for count in CALIBRATION_SIZES}
-    sources[f"{max(CALIBRATION_SIZES)} of {other}"] = ([trainer.encoder(e) for e in examples], max(CALIBRATION_SIZES))
-    found = {}
-    for name, (calibration, count) in sources.items():
-        batches = calibration_batches(calibration, count, arguments.per_device_eval_batch_size)
-        table = merge_table(trainer.model, lambda: trainer.figures("test", accuracy=False), batches, ["lstsq"])
-        found[name] = table["lstsq"]["loss"]
-    return found
+    other, most = "gsm8k" if task != "gsm8k" else "svamp", max(CALIBRATION_SIZES)
+    lines = read_lines(args.text / other / "train.jsonl")[:most]
+    return paper_models.calibration_losses(flags, CALIBRATION_SIZES, other, [json.loads(line) for line in lines])
 
 
 # -- cost --------------------------------------------------------------------------------------------------------------

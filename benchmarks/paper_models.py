@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import measured  # noqa: F401 - it puts this checkout before an installed one
@@ -11,11 +12,14 @@ from reslora.diffusion.dataset import load_images
 from reslora.diffusion.denoising import DenoisingLoss
 from reslora.diffusion.loading import find_model, weight_dtype
 from reslora.diffusion.reports import Validation
-from reslora.diffusion.results import calibration_batches
+from reslora.diffusion.results import calibration_batches as image_batches
 from reslora.diffusion.run import encode, load_and_check
 from reslora.diffusion.settings import parse_args, with_family
 from reslora.diffusion.setup import start_accelerator
 from reslora.diffusion.trainee import add_adapter
+from reslora.language import llm
+from reslora.language.llm_tasks import TASKS, examples_of
+from reslora.language.llm_trainer import calibration_batches
 from reslora.language.results import merge_table
 from reslora.signals import StopRequest
 
@@ -38,5 +42,22 @@ def image_table(flags: list[str], method: Path) -> dict[str, dict]:
     load_adapter(denoiser, newest_checkpoint(method))
     loss = DenoisingLoss(model.family, objective, pipeline, denoiser.config, dtype, flags)
     validation = Validation(loss, material, None, accelerator, stop)
-    calibration = calibration_batches(loss, material) if method.name == "reslora" else None
+    calibration = image_batches(loss, material) if method.name == "reslora" else None
     return merge_table(denoiser, lambda: {"loss": validation.mean_loss(denoiser)}, calibration)
+
+
+def calibration_losses(flags: list[str], counts: Sequence[int], other: str, rows: list[dict]) -> dict[str, float]:
+    """Test loss of a train_llm.py run's last checkpoint, merged by `lstsq` from so many of its training examples; and
+    from the rows of another task, as many as the largest count."""
+    task, method, arguments = llm.parse(flags)
+    trainer, own = llm.build_trainer(task, method, arguments)
+    load_adapter(trainer.model, newest_checkpoint(Path(arguments.output_dir)))
+    trainer.model.eval()
+    foreign = [trainer.encoder(example) for example in examples_of(TASKS[other], other, rows)]
+    sources = {str(count): (own, count) for count in counts} | {f"{max(counts)} of {other}": (foreign, max(counts))}
+    found = {}
+    for name, (examples, count) in sources.items():
+        batches = calibration_batches(examples, count, arguments.per_device_eval_batch_size)
+        table = merge_table(trainer.model, lambda: trainer.figures("test", accuracy=False), batches, ["lstsq"])
+        found[name] = table["lstsq"]["loss"]
+    return found

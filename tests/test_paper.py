@@ -12,8 +12,11 @@ import torch
 from safetensors.torch import save_file
 
 import train_sd
+from reslora.diffusion import settings
+from reslora.language import glue, llm
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+ROOT = Path(__file__).resolve().parent.parent
+BENCHMARKS = ROOT / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import paper  # noqa: E402
@@ -130,6 +133,47 @@ def test_merges_of_a_training_are_judged_by_its_own_validation_loss(trained):
     assert table["none"]["loss"] != table["unmerged"]["loss"] and "block_error" in table["none"]
 
 
+def text_folder(folder: Path) -> Path:
+    """The bundled word problems as SVAMP, and a few made up in GSM8K's form."""
+    (folder / "gsm8k").mkdir(parents=True)
+    (folder / "svamp").mkdir()
+    for split in ("train", "test"):
+        rows = (ROOT / "assets" / "tiny-llama" / "task" / f"{split}.jsonl").read_text().splitlines()[:20]
+        (folder / "svamp" / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
+    rows = [{"question": f"Mia has {i} pens.", "answer": f"She has {i}.\n#### {i}"} for i in range(10)]
+    (folder / "gsm8k" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return folder
+
+
+def test_language_training_is_kept_with_its_merges_and_calibrations(tmp_path, monkeypatch):
+    flags = ("--max_steps", 2, "--eval_strategy", "steps", "--eval_steps", 1, "--save_steps", 2, "--max_new_tokens", 2)
+    flags += ("--per_device_train_batch_size", 2, "--max_test_samples", 4, "--learning_rate", "1e-2")
+    experiment = paper.Experiment("train_llm.py", "svamp", "", ("ms(4)",), (1e-2,), flags, "loss")
+    monkeypatch.setitem(paper.EXPERIMENTS, "svamp", experiment)
+    monkeypatch.setattr(paper, "launch", lambda script, flags, log: llm.main(flags))
+    args = argparse.Namespace(llm=str(ROOT / "assets" / "tiny-llama"), text=text_folder(tmp_path / "text"))
+    found = paper.training("svamp", "ms(4)", 1e-2, 0, args)
+    (path,) = (paper.RESULTS / "svamp").glob("*.json")
+    assert path.name == "ms(4)-lr0.01-seed0.json" and json.loads(path.read_text()) == found
+    assert [row["step"] for row in found["log"]] == [1, 2] and not (paper.SCRATCH / "svamp" / path.stem).exists()
+    assert list(found["table"]) == ["unmerged", "none", "input", "weights", "lstsq"]
+    assert list(found["calibration"]) == ["8", "32", "128", "128 of gsm8k"]
+    # The run's own merge read all of the 18 examples as well, which is what 32 and 128 come to here.
+    losses = [found["calibration"][count] for count in ("32", "128")]
+    assert losses == pytest.approx([found["table"]["lstsq"]["loss"]] * 2, rel=1e-5)
+    assert len(found["norms"]) == 10 and paper.training("svamp", "ms(4)", 1e-2, 0, None) == found
+
+
+def test_trainers_take_the_flags_of_every_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(paper, "split_data", lambda experiment, args, search: tmp_path)
+    args = argparse.Namespace(llm="someone/model", encoder="someone/encoder", text=tmp_path)
+    parsers = {"train_sd.py": settings.parse_args, "train_llm.py": llm.parse, "train_glue.py": glue.parse}
+    for experiment in (e for e in paper.EXPERIMENTS.values() if e.script):
+        for variant in experiment.variants:
+            flags = paper.flags_of(experiment, variant, 1, args, search=False)
+            parsers[experiment.script]([*flags, "--output_dir", str(tmp_path / "run")])
+
+
 def test_steps_to_a_loss_lie_on_the_line_between_rows():
     found = result("is", 0, [1.0, 0.8, 0.4])
     assert paper_report.steps_to(found, 0.6) == pytest.approx(15)
@@ -164,7 +208,7 @@ def test_report_fills_the_marked_parts_and_nothing_else():
 def test_tables_in_results_are_those_of_the_kept_figures(monkeypatch):
     monkeypatch.setattr(paper_report, "RESULTS", BENCHMARKS / "results")
     monkeypatch.setattr(paper_report, "saved", lambda figure, name: f"benchmarks/results/{name}")
-    shipped = (BENCHMARKS.parent / "RESULTS.md").read_text()
+    shipped = (ROOT / "RESULTS.md").read_text()
     for name in re.findall(r"<!-- ([a-z0-9_-]+) -->", shipped):
         part = re.search(rf"<!-- {name} -->\n(.*?)\n<!-- /{name} -->", shipped, flags=re.DOTALL)[1]
         assert part == paper_report.part(name, paper.EXPERIMENTS), f"`python benchmarks/paper.py report` changes {name}"
