@@ -32,7 +32,8 @@ def newest_checkpoint(folder: Path) -> Path:
 def image_table(flags: list[str], method: Path) -> dict[str, dict]:
     """Loss on held-out images of a train_sd.py method's last checkpoint, unmerged and merged by every method."""
     flags, stop = parse_args([*flags, "--output_dir", str(method.parent)]), StopRequest()
-    model, accelerator = find_model(flags), start_accelerator(flags)
+    accelerator = start_accelerator(flags)
+    model = find_model(flags, accelerator)
     flags = with_family(flags, model.family.defaults)
     pipeline, objective = load_and_check(flags, model, accelerator)
     material = encode(flags, model, load_images(flags), pipeline, objective, accelerator, stop)

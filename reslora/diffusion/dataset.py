@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import dataclasses
 import hashlib
 import json
 import os
@@ -33,6 +34,8 @@ class ImageDataset:
 
     rows: datasets.Dataset
     """`image`: `{"bytes", "path"}`; `captions`: a list of strings."""
+    captions: Sequence[Sequence[str]]
+    """The captions of each image, in memory: reading them from a row would read its image too."""
     left_out: tuple[str, ...] = ()
     """Images that cannot be used, each with the reason."""
     notes: tuple[str, ...] = ()
@@ -45,10 +48,11 @@ class ImageDataset:
     def __len__(self) -> int:
         return len(self.rows)
 
-    @property
-    def captions(self) -> list[list[str]]:
-        """The captions of each image."""
-        return list(self.rows["captions"])
+    def select(self, indices: Sequence[int], left_out: Sequence[str] = ()) -> ImageDataset:
+        """Some of the images; `left_out` says why the others are not among them."""
+        captions = [self.captions[index] for index in indices]
+        rows, left_out = self.rows.select(indices), (*self.left_out, *left_out)
+        return dataclasses.replace(self, rows=rows, captions=captions, left_out=left_out)
 
     def source(self, index: int) -> Source:
         """The file of an image, or its content."""
@@ -98,8 +102,9 @@ def load_images(flags: Flags) -> ImageDataset:
         chosen = shuffled(len(keep), flags.seed, "max_train_samples")[: flags.max_train_samples]
         keep, marks = [keep[i] for i in chosen], [marks[i] for i in chosen]
     rows = found.rows.select(keep) if keep != list(range(len(found.rows))) else found.rows
-    fingerprint = f"{len(rows)} images, {derive(list(rows['captions']), marks):x}"
-    return ImageDataset(rows, tuple(left_out), tuple(found.notes), square, fingerprint)
+    captions = list(rows["captions"])
+    fingerprint = f"{len(rows)} images, {derive(captions, marks):x}"
+    return ImageDataset(rows, captions, tuple(left_out), tuple(found.notes), square, fingerprint)
 
 
 def _caption_problem(captions: Sequence) -> str:

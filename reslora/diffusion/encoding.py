@@ -57,12 +57,18 @@ class Latents:
     """The moments of every variant of every image, read from disk when they are asked for."""
 
     rows: datasets.Dataset
+    """A row for each variant of the first image, then of the second, and so on."""
     variants: int
     """Crops and mirror images encoded of each image; number 0 is the upright centre."""
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """`moments` (variants x 2 x channels x height x width) and `sizes` (variants x 6) of an image."""
-        return safetensors.torch.load(self.rows[index]["tensors"])
+    def of(self, index: int, variant: int) -> dict[str, torch.Tensor]:
+        """`moments` (2 x channels x height x width) and `sizes` (6) of a variant of an image."""
+        return safetensors.torch.load(self.rows[index * self.variants + variant]["tensors"])
+
+    def select(self, indices: Sequence[int]) -> Latents:
+        """The latents of some of the images."""
+        rows = [index * self.variants + variant for index in indices for variant in range(self.variants)]
+        return Latents(self.rows.select(rows), self.variants)
 
 
 # -- captions ----------------------------------------------------------------------------------------------------------
@@ -116,6 +122,11 @@ class Variants(TorchDataset):
         return len(self.images)
 
     @property
+    def count(self) -> int:
+        """How many variants an image has."""
+        return self.crops * len(self.flips)
+
+    @property
     def key(self) -> tuple:
         """All that the pixels depend on."""
         flags = self.flags
@@ -155,20 +166,23 @@ def encode_images(
         options = worker_options(variants.flags.dataloader_num_workers)
         for found in DataLoader(variants, batch_size=None, sampler=parts[number], **options):
             leave_if_asked(stop, accelerator, "stopped before training began")
-            yield cell(problem=found) if isinstance(found, str) else cell(encoded(family, vae, *found))
+            if isinstance(found, str):
+                yield from [cell(problem=found)] * variants.count
+            else:
+                yield from map(cell, encoded(family, vae, *found))
             bar.update()
 
     with bar:
         rows = cached(paths, cells, accelerator)
-    problems = {index: text for index, text in enumerate(rows["problem"]) if text is not None}
-    return Latents(rows, variants.crops * len(variants.flips)), problems
+    problems = {row // variants.count: text for row, text in enumerate(rows["problem"]) if text is not None}
+    return Latents(rows, variants.count), problems
 
 
-def encoded(family: Family, vae, pixels: torch.Tensor, sizes: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What is kept of an image's variants."""
+def encoded(family: Family, vae, pixels: torch.Tensor, sizes: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+    """What is kept of each of an image's variants."""
     with torch.no_grad():
         moments = family.encode_images(vae, pixels.to(vae.device, vae.dtype))
-    return {"moments": moments, "sizes": sizes}
+    return [{"moments": moment, "sizes": size} for moment, size in zip(moments, sizes, strict=True)]
 
 
 def without_damaged(
@@ -184,9 +198,8 @@ def without_damaged(
     keep = [index for index in range(len(images)) if index not in problems]
     if not keep:
         raise InvalidArgument(data_flag(flags), "every image is damaged", "give images that can be opened")
-    left_out = (*images.left_out, *(f"{names[i]}: {problem}" for i, problem in problems.items()))
-    kept = ImageDataset(images.rows.select(keep), left_out, images.notes, images.square, images.fingerprint)
-    return kept, latents and Latents(latents.rows.select(keep), latents.variants)
+    left_out = [f"{names[i]}: {problem}" for i, problem in problems.items()]
+    return images.select(keep, left_out), latents and latents.select(keep)
 
 
 # -- the cache ---------------------------------------------------------------------------------------------------------

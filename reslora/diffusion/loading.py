@@ -8,6 +8,7 @@ from pathlib import Path
 
 import huggingface_hub
 import torch
+from accelerate import Accelerator
 from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.loaders.single_file_utils import infer_diffusers_model_type, load_single_file_checkpoint
 from huggingface_hub import constants
@@ -113,12 +114,13 @@ class refused_as:
             raise InvalidArgument(self.argument, first_line(error), self.fix) from None
 
 
-def find_model(flags: Flags) -> Model:
+def find_model(flags: Flags, accelerator: Accelerator) -> Model:
     """The model that the flags name, as a local folder: downloaded, or made of a single file, where need be."""
     name = flags.pretrained_model_name_or_path
     flag, path = f"--pretrained_model_name_or_path {name}", Path(name)
     if path.is_file():
-        folder = unpacked(path, flags)
+        with accelerator.local_main_process_first():
+            folder = unpacked(path, flags)
     elif path.is_dir():
         folder = path
     else:

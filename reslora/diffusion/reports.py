@@ -65,6 +65,11 @@ class Reports:
                 stacked = np.stack([np.asarray(image) for image in images])
                 tracker.writer.add_images(name, stacked, self.trainee.step, dataformats="NHWC")
 
+    def close(self) -> None:
+        """Closes the log."""
+        if self.log:
+            self.log.close()
+
     def _step(self, tracker) -> int:
         return self.trainee.step + (0 if tracker.name == "tensorboard" else self.before)
 

@@ -59,19 +59,23 @@ def export_method(
     """
     flags, method = material.flags, trainee.method
     accelerator.print(f"{method}: merging, exporting and comparing")
-    prompts = flags.validation_prompt or [next((text for text in material.texts.places if text), "")]
+    prompts, images = flags.validation_prompt, flags.num_validation_images
+    shown = bool(prompts and images)
+    if not shown:
+        prompts, images = [next((text for text in material.texts.places if text), "")], 1
     with exact_products(), in_float32(drawer):
         denoiser = exact_denoiser(trainee, model, flags, schedule, folder, accelerator)
         merged = merge_reslora(denoiser, loss, material) if method == "reslora" else None
         if method == "adalora":
             denoiser = as_plain_lora(denoiser)
-        drawn = drawer.draw(denoiser.eval(), prompts, max(1, flags.num_validation_images))
-        reference = finite(drawn[0], method)
+        drawn = drawer.draw(denoiser.eval(), prompts, images)
+        reference, *_ = [finite(image, method) for image in drawn]
         if merged is not None:
             write_merge(merged, folder)
             accelerator.print(f"{method}: {merged.report}")
         write_formats(denoiser, method, model, folder, flags)
-        save_images(folder / "merged", [as_image(image) for image in drawn], max(1, flags.num_validation_images))
+        if shown:
+            save_images(folder / "merged", [as_image(image) for image in drawn], images)
         differences = {}
         for name, other in read_back(denoiser, method, model, drawer, folder, accelerator):
             picture = finite(drawer.draw(other, prompts[:1], 1)[0], f"{method}/{name}")

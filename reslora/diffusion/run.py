@@ -42,12 +42,12 @@ def run(flags: Flags, stop: StopRequest) -> None:
     images = load_images(flags)
     first = int(os.environ.get("RANK", 0)) == 0
     with locked(Path(flags.output_dir)) if first else contextlib.nullcontext():
-        model = find_model(flags)
+        accelerator = start_accelerator(flags)
+        model = find_model(flags, accelerator)
         flags = with_family(flags, model.family.defaults)
         plan = plan_resume(flags)  # once more: another run may just have ended, and the family has filled in flags
         identity = Identity(model.fingerprint(), images.fingerprint)
         check_identity(plan, identity, model.flag, data_flag(flags))
-        accelerator = start_accelerator(flags)
         if flags.push_to_hub and accelerator.is_main_process:
             hub_repository(flags)
         pipeline, objective = load_and_check(flags, model, accelerator)
@@ -166,9 +166,9 @@ def train_and_export(
     def save() -> None:
         save_checkpoint(trainee, folder, flags, identity, accelerator)
 
-    reports = Reports(folder, trainee, flags, schedule, accelerator)
     validation = Validation(loss, material, drawer, accelerator, stop)
-    train(trainee, loss, material, schedule, validation, reports, save, accelerator, stop)
+    with contextlib.closing(Reports(folder, trainee, flags, schedule, accelerator)) as reports:
+        train(trainee, loss, material, schedule, validation, reports, save, accelerator, stop)
     if accelerator.is_main_process:
         export_method(trainee, model, material, loss, drawer, schedule, folder, accelerator)
     accelerator.wait_for_everyone()

@@ -76,16 +76,15 @@ class TrainingSamples(Dataset):
         if self.noise_offset:
             sample["noise"] += self.noise_offset * torch.randn(shape[0], 1, 1, generator=draws)
         sample["posterior_noise"] = torch.randn(shape, generator=draws)
-        captions = material.images.rows[index]["captions"]
+        captions = material.images.captions[index]
         sample["caption"] = captions[_choose(len(captions), draws)]
         if sample["caption"] in material.texts:
             sample["text"] = material.texts[sample["caption"]]
         return sample | (self._fresh(index, draws) if material.latents is None else self._cached(index, draws))
 
     def _cached(self, index: int, draws: torch.Generator) -> dict:
-        encoded = self.material.latents[index]
-        variant = _choose(self.material.latents.variants, draws)
-        return {name: value[variant] for name, value in encoded.items()}
+        latents = self.material.latents
+        return latents.of(index, _choose(latents.variants, draws))
 
     def _fresh(self, index: int, draws: torch.Generator) -> dict:
         flags, image = self.material.flags, self.material.images.open(index)

@@ -25,7 +25,7 @@ NOT_UPLOADED = ["*/checkpoint-*", "*/.*", ".*", "app.log", "config.json", "*/une
 def write_figures(flags: Flags, held_out: int) -> None:
     """`comparison.png`, `loss.png`, and a single method's weights where diffusers' script leaves them."""
     output = Path(flags.output_dir)
-    if flags.validation_prompt:
+    if flags.validation_prompt and flags.num_validation_images:
         write_comparison(flags, output)
     loss_curves(output / "loss.png", {m: read_log(output / m / "log.jsonl") for m in flags.method}, held_out)
     if len(flags.method) == 1 and flags.method[0] in PLAIN_METHODS:
