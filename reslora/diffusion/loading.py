@@ -61,6 +61,8 @@ class Model:
         """The pipeline without its denoiser, in `dtype`; with text encoders and autoencoder where they are wanted."""
         left_out = [self.family.denoiser, *self.family.unused_parts, *([] if vae else ["vae"])]
         left_out += [] if encoders else self.family.text_parts
+        # Some pipelines, such as Stable Diffusion 3 without T5, say that they lack a part and still ask for it.
+        left_out += [part for part, kind in self.index.items() if kind == [None, None]]
         given = {name: None for name in left_out}
         if "requires_safety_checker" in self.index:
             given["requires_safety_checker"] = False

@@ -1,0 +1,163 @@
+"""Each family's loss is the one that diffusers' formulas give, written out by hand around the stock pipeline."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
+from pipelines import FAMILIES, image_folder
+
+from reslora.diffusion.denoising import DenoisingLoss
+from reslora.diffusion.families import load_family
+from reslora.diffusion.loading import find_model
+from reslora.diffusion.run import load_and_check
+from reslora.diffusion.settings import parse_args, with_family
+
+CAPTIONS = ["red disc", "blue box"]
+MIXED = ["red", "red blue disc box"]
+SIZES = torch.tensor([[40, 32, 4, 0, 32, 32], [32, 48, 0, 3, 32, 32]])
+
+
+class Setting:
+    """A tiny pipeline of a family, the trainer's loss around it, and a batch of random moments."""
+
+    def __init__(self, name: str, folder: Path, *flags: str, **parts) -> None:
+        FAMILIES[name](folder / "model", **parts)
+        image_folder(folder / "images")
+        places = ["--pretrained_model_name_or_path", str(folder / "model"), "--train_data_dir", str(folder / "images")]
+        flags = parse_args([*places, "--output_dir", str(folder / "out"), "--resolution", "32", "--rank", "2", *flags])
+        accelerator = Accelerator(cpu=True)
+        model = find_model(flags, accelerator)
+        flags = with_family(flags, model.family.defaults)
+        self.family, self.flags = model.family, flags
+        _, self.objective = load_and_check(flags, model, accelerator)
+        lacking = {part: None for part, kind in model.index.items() if kind == [None, None]}
+        self.stock = DiffusionPipeline.from_pretrained(folder / "model", torch_dtype=torch.float32, **lacking)
+        self.stock.set_progress_bar_config(disable=True)
+        self.denoiser = getattr(self.stock, self.family.denoiser)
+        with torch.no_grad():  # zero-initialised parts would hide what flows through them
+            draws = torch.Generator().manual_seed(5)
+            for parameter in self.denoiser.parameters():
+                parameter += 0.05 * torch.randn(parameter.shape, generator=draws)
+        self.loss = DenoisingLoss(self.family, self.objective, self.stock, self.denoiser.config, torch.float32, flags)
+
+    def batch(self, captions: list[str] = CAPTIONS) -> dict:
+        draws = torch.Generator().manual_seed(7)
+        shape = (2, *self.family.latent_shape(self.stock, 32))
+        timesteps = torch.stack([self.objective.draw(draws) for _ in range(2)])
+        names = ("noise", "posterior_noise")
+        batch = {name: torch.randn(shape, generator=draws) for name in names}
+        moments = torch.rand(2, 2, *shape[1:], generator=draws)
+        return batch | {"timesteps": timesteps, "moments": moments, "sizes": SIZES, "caption": captions}
+
+    def latents(self, batch: dict) -> torch.Tensor:
+        config = self.stock.vae.config
+        mean, std = batch["moments"].unbind(1)
+        drawn = mean + std * batch["posterior_noise"]
+        shift = config.shift_factor if self.family.objective == "flow" else 0.0
+        return (drawn - shift) * config.scaling_factor
+
+
+@pytest.fixture
+def setting(tmp_path):
+    return lambda name, *flags, **parts: Setting(name, tmp_path, *flags, **parts)
+
+
+def mean_square(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return torch.stack([(p - t).pow(2).mean() for p, t in zip(prediction, target, strict=True)])
+
+
+def ddpm_parts(one: Setting, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Noisy latents and the two possible targets, from the betas of the scheduler's configuration."""
+    config = one.stock.scheduler.config
+    power = {"scaled_linear": 2, "linear": 1}[config.beta_schedule]
+    ends = config.beta_start ** (1 / power), config.beta_end ** (1 / power)
+    betas = torch.linspace(*ends, 1000, dtype=torch.float64) ** power
+    kept = torch.cumprod(1 - betas, 0)[batch["timesteps"]].view(2, 1, 1, 1).float()
+    x, e = one.latents(batch), batch["noise"]
+    return kept.sqrt() * x + (1 - kept).sqrt() * e, e, kept.sqrt() * e - (1 - kept).sqrt() * x
+
+
+def flow_parts(one: Setting, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    s = (batch["timesteps"] / 1000).view(2, 1, 1, 1)
+    x, e = one.latents(batch), batch["noise"]
+    return (1 - s) * x + s * e, e - x
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@torch.no_grad()
+def test_stable_diffusion(setting, kind):
+    one = setting("stable_diffusion", "--prediction_type", kind)
+    batch = one.batch()
+    noisy, epsilon, v = ddpm_parts(one, batch)
+    states = one.stock.encode_prompt(CAPTIONS, "cpu", 1, False)[0]
+    prediction = one.denoiser(noisy, batch["timesteps"], states).sample
+    expected = mean_square(prediction, epsilon if kind == "epsilon" else v)
+    torch.testing.assert_close(one.loss(one.denoiser, batch), expected)
+
+
+@torch.no_grad()
+def test_sdxl_is_told_sizes_and_pooled_states(setting):
+    one = setting("sdxl")
+    batch = one.batch()
+    noisy, epsilon, v = ddpm_parts(one, batch)
+    states, _, pooled, _ = one.stock.encode_prompt(CAPTIONS, device="cpu", do_classifier_free_guidance=False)
+    told = {"text_embeds": pooled, "time_ids": SIZES.float()}
+    prediction = one.denoiser(noisy, batch["timesteps"], states, added_cond_kwargs=told).sample
+    target = v if one.stock.scheduler.config.prediction_type == "v_prediction" else epsilon
+    torch.testing.assert_close(one.loss(one.denoiser, batch), mean_square(prediction, target))
+
+
+@pytest.mark.parametrize("captions", [CAPTIONS, MIXED], ids=["equal", "mixed"])
+@torch.no_grad()
+def test_z_image_counts_the_other_way_and_points_the_other_way(setting, captions):
+    one = setting("z_image")
+    batch = one.batch(captions)
+    noisy, velocity = flow_parts(one, batch)
+    states, _ = one.stock.encode_prompt(list(captions), "cpu", do_classifier_free_guidance=False)
+    assert captions is CAPTIONS or states[0].shape != states[1].shape
+    noisy = [image.unsqueeze(1) for image in noisy]
+    output = one.denoiser(noisy, (1000 - batch["timesteps"]) / 1000, states, return_dict=False)[0]
+    prediction = -torch.stack([image.squeeze(1) for image in output])
+    torch.testing.assert_close(one.loss(one.denoiser, batch), mean_square(prediction, velocity))
+
+
+@pytest.mark.parametrize("guided", [True, False])
+@torch.no_grad()
+def test_flux_packs_and_is_told_the_guidance_if_it_listens(setting, guided):
+    one = setting("flux", "--guidance_scale_train", "2.5", transformer={"guidance_embeds": guided})
+    batch = one.batch()
+    noisy, velocity = flow_parts(one, batch)
+    states, pooled, text_ids = one.stock.encode_prompt(CAPTIONS, None, device="cpu", max_sequence_length=512)
+    height, width = noisy.shape[2:]
+    # Two by two latents are one token: rows, columns, then channels, upper and lower, left and right.
+    packed = noisy.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+    places = [(0, row, column) for row in range(height // 2) for column in range(width // 2)]
+    output = one.denoiser(
+        packed, states, pooled, batch["timesteps"] / 1000, torch.tensor(places).float(), text_ids,
+        guidance=torch.tensor([2.5, 2.5]) if guided else None,
+    ).sample  # fmt: skip
+    target = velocity.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+    torch.testing.assert_close(one.loss(one.denoiser, batch), mean_square(output, target))
+
+
+@pytest.mark.parametrize("with_t5", [True, False])
+@torch.no_grad()
+def test_sd3(setting, with_t5):
+    one = setting("sd3", with_t5=with_t5)
+    batch = one.batch()
+    noisy, velocity = flow_parts(one, batch)
+    states, _, pooled, _ = one.stock.encode_prompt(
+        CAPTIONS, None, None, device="cpu", do_classifier_free_guidance=False, max_sequence_length=77
+    )
+    prediction = one.denoiser(noisy, states, pooled, batch["timesteps"]).sample
+    torch.testing.assert_close(one.loss(one.denoiser, batch), mean_square(prediction, velocity))
+
+
+def test_every_row_of_the_registry_has_a_module_and_a_builder():
+    from reslora.diffusion.families import FAMILIES as ROWS
+
+    for pipeline_class, module in ROWS.items():
+        family = load_family(pipeline_class)
+        assert family.pipeline.__name__ == pipeline_class and family.name == module and module in FAMILIES
