@@ -1,0 +1,107 @@
+"""What every family exports is read by stock diffusers and PEFT, under the names that other tools know."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from pipelines import FAMILIES, image_folder
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import train_sd
+
+CAPTIONS = ["red disc", "blue", "red blue disc box"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A run of each family, made when it is first asked for: mixed caption lengths, a large learning rate."""
+    made: dict[str, Path] = {}
+
+    def run(family: str) -> Path:
+        if family not in made:
+            folder = tmp_path_factory.mktemp(family)
+            FAMILIES[family](folder / "model")
+            image_folder(folder / "images", 6, lambda i: CAPTIONS[i % 3])
+            flags = ["--pretrained_model_name_or_path", folder / "model", "--train_data_dir", folder / "images"]
+            flags += ["--output_dir", folder / "out", "--resolution", "32", "--rank", "2", "--train_batch_size", "3"]
+            flags += ["--max_train_steps", "3", "--learning_rate", "0.05", "--validation_prompt", "blue box"]
+            flags += ["--num_validation_images", "1", "--num_inference_steps", "2", "--guidance_scale", "2"]
+            flags += ["--shortcut", "middle", "--merge_calibration_samples", "4", "--report_to", "none"]
+            assert train_sd.main(list(map(str, flags))) == 0
+            made[family] = folder
+        return made[family]
+
+    return run
+
+
+def drawn(folder: Path, weights: Path | None = None, **parts) -> np.ndarray:
+    pipe = DiffusionPipeline.from_pretrained(folder / "model", torch_dtype=torch.float32, **parts)
+    pipe.set_progress_bar_config(disable=True)
+    if weights is not None:
+        pipe.load_lora_weights(weights.parent, weight_name=weights.name)
+    seed = torch.Generator().manual_seed(0)
+    size = {"height": 32, "width": 32, "guidance_scale": 2.0, "num_inference_steps": 2}
+    return pipe("blue box", generator=seed, output_type="np", **size).images[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_files_agree_in_stock_diffusers_and_change_what_is_drawn(runs, family):
+    folder = runs(family)
+    out = folder / "out" / "reslora"
+    record = json.loads((out / "exports.json").read_text())["difference_of_255"]
+    files = [name for name in record if name.endswith(".safetensors")]
+    denoiser = "unet" if (folder / "model" / "unet").is_dir() else "transformer"
+    assert {"pytorch_lora_weights.safetensors", "peft", denoiser} <= record.keys() and max(record.values()) <= 2
+    base = drawn(folder)
+    merged_class = type(getattr(DiffusionPipeline.from_pretrained(folder / "model"), denoiser))
+    merged = drawn(folder, **{denoiser: merged_class.from_pretrained(out / denoiser)})
+    assert np.abs(merged - base).max() > 0.02
+    for name in files:
+        assert np.abs(drawn(folder, out / name) - merged).max() <= 2 / 255, name
+
+
+@pytest.mark.parametrize("family", ["z_image", "flux", "sd3"])
+def test_diffusers_names_begin_with_the_transformer(runs, family):
+    keys = load_file(runs(family) / "out" / "reslora" / "pytorch_lora_weights.safetensors").keys()
+    assert keys and all(
+        key.startswith("transformer.") and key.endswith((".lora_A.weight", ".lora_B.weight")) for key in keys
+    )
+
+
+def test_z_image_trains_its_main_layers_alone_and_comfyui_knows_their_names(runs):
+    keys = load_file(runs("z_image") / "out" / "reslora" / "comfyui.safetensors").keys()
+    assert keys and all(key.startswith("diffusion_model.layers.") for key in keys)
+
+
+def test_sdxl_has_kohyas_names(runs):
+    """As sd-scripts writes them: `input_blocks` counts the levels' layers and the downsampler behind them."""
+    path = runs("sdxl") / "out" / "reslora" / "kohya.safetensors"
+    names = {key.split(".")[0] for key in load_file(path)}
+    config = json.loads((runs("sdxl") / "model" / "unet" / "config.json").read_text())
+    per_level = config["layers_per_block"]
+    for level, kind in enumerate(config["down_block_types"]):
+        for layer in range(per_level if "CrossAttn" in kind else 0):
+            number = level * (per_level + 1) + layer + 1
+            assert f"lora_unet_input_blocks_{number}_1_transformer_blocks_0_attn1_to_q" in names
+    for level, kind in enumerate(config["up_block_types"]):
+        for layer in range(per_level + 1 if "CrossAttn" in kind else 0):
+            number = level * (per_level + 1) + layer
+            assert f"lora_unet_output_blocks_{number}_1_transformer_blocks_0_attn2_to_out_0" in names
+    assert "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_k" in names
+    assert not any("down_blocks" in name or "up_blocks" in name for name in names)
+
+
+@pytest.mark.parametrize(
+    ("family", "file", "version"),
+    [("stable_diffusion", "kohya", "sd_v1"), ("sdxl", "kohya", "sdxl_base_v1-0"), ("z_image", "comfyui", "z_image")],
+)
+def test_model_managers_recognise_the_file(runs, family, file, version):
+    path = runs(family) / "out" / "reslora" / f"{file}.safetensors"
+    with safe_open(path, "pt") as content:
+        metadata = content.metadata()
+    assert metadata["ss_base_model_version"] == version and len(metadata["sshs_model_hash"]) == 64
+    assert metadata["modelspec.architecture"].endswith("/lora")

@@ -1,0 +1,101 @@
+"""The flow objective against its formulas, written out by hand."""
+
+import math
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from reslora.diffusion.arguments import SAMPLINGS
+from reslora.diffusion.objective import FlowObjective
+
+SHIFTED = FlowMatchEulerDiscreteScheduler(shift=3.0)
+DYNAMIC = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+
+
+def draws(objective: FlowObjective, count: int = 4000) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.stack([objective.draw(generator) for _ in range(count)]).double() / 1000
+
+
+def shifted(s, by: float):
+    return by * s / (1 + (by - 1) * s)
+
+
+def test_noisy_target_and_weight():
+    objective = FlowObjective(SHIFTED)
+    generator = torch.Generator().manual_seed(1)
+    x, e = (torch.randn(2, 3, 4, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    t = torch.tensor([250.0, 900.0], dtype=torch.float64)
+    expected = torch.stack([0.75 * x[0] + 0.25 * e[0], 0.1 * x[1] + 0.9 * e[1]])
+    torch.testing.assert_close(objective.noisy(x, e, t), expected)
+    torch.testing.assert_close(objective.target(x, e, t), e - x)
+    torch.testing.assert_close(objective.weight(t), torch.ones(2, dtype=torch.float64))
+    s = t / 1000
+    torch.testing.assert_close(FlowObjective(SHIFTED, weighting="sigma_sqrt").weight(t), (s**-2).float())
+    cosmap = 2 / (math.pi * (1 - 2 * s + 2 * s**2))
+    torch.testing.assert_close(FlowObjective(SHIFTED, weighting="cosmap").weight(t), cosmap)
+
+
+@pytest.mark.parametrize(("scheduler", "shift", "by"), [(SHIFTED, None, 3), (DYNAMIC, None, 1), (DYNAMIC, 2.0, 2)])
+def test_uniform_draws_come_from_the_schedulers_table(scheduler, shift, by):
+    """The static shift is in the table; a dynamic one is ignored in training, as diffusers' scripts do."""
+    objective = FlowObjective(scheduler, "uniform", shift=shift)
+    for fraction in (0.0, 0.25, 0.999):
+        s = 1 - int(fraction * 1000) / 1000
+        assert float(objective.at(fraction)) / 1000 == pytest.approx(shifted(s, by), rel=1e-5)
+    # The median of s is the shifted half.
+    assert draws(objective).median() == pytest.approx(shifted(0.5, by), abs=0.03)
+
+
+def test_logit_normal_draws():
+    drawn = draws(FlowObjective(DYNAMIC, "logit_normal", logit_mean=0.5, logit_std=0.7))
+    logits = torch.logit((1 - drawn).clamp(1e-4, 1 - 1e-4))  # the table runs from noise to image
+    assert logits.mean() == pytest.approx(0.5, abs=0.05) and logits.std() == pytest.approx(0.7, abs=0.05)
+
+
+def test_mode_draws():
+    drawn = 1 - draws(FlowObjective(DYNAMIC, "mode", mode_scale=1.29))
+    u = torch.linspace(0, 1, 100_001, dtype=torch.float64)
+    expected = 1 - u - 1.29 * (torch.cos(math.pi * u / 2) ** 2 - 1 + u)
+    assert drawn.mean() == pytest.approx(float(expected.mean()), abs=0.02)
+    assert drawn.std() == pytest.approx(float(expected.std()), abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "shift", "tokens", "by"),
+    [
+        ("sigmoid", None, 256, 1.0),
+        ("shift", None, 256, 3.0),
+        ("shift", 2.5, 256, 2.5),
+        ("flux_shift", None, 256, math.exp(0.5)),
+        ("flux_shift", None, 4096, math.exp(1.15)),
+        ("flux_shift", None, 1024, math.exp(0.5 + (1024 - 256) * 0.65 / 3840)),
+    ],
+)
+def test_draws_as_kohyas_scripts_make_them(sampling, shift, tokens, by):
+    drawn = draws(FlowObjective(SHIFTED, sampling, shift=shift, tokens=tokens))
+    logits = torch.logit(drawn / (by + (1 - by) * drawn))  # undoes the shift
+    assert logits.mean() == pytest.approx(0.0, abs=0.05) and logits.std() == pytest.approx(1.0, abs=0.05)
+
+
+def test_the_weighting_scheme_says_how_timesteps_are_drawn_unless_that_is_said():
+    assert FlowObjective(SHIFTED, weighting="logit_normal").sampling == "logit_normal"
+    assert FlowObjective(SHIFTED, weighting="mode").sampling == "mode"
+    assert FlowObjective(SHIFTED, weighting="cosmap").sampling == "uniform"
+    assert FlowObjective(SHIFTED, "sigmoid", weighting="logit_normal").sampling == "sigmoid"
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_draws_lie_within_the_flow_and_repeat(sampling):
+    objective = FlowObjective(SHIFTED, sampling)
+    drawn = draws(objective, 200)
+    assert drawn.min() > 0 and drawn.max() <= 1
+    assert torch.equal(drawn, draws(objective, 200))
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="'sometimes'"):
+        FlowObjective(SHIFTED, "sometimes")
+    with pytest.raises(ValueError, match="'heavy'"):
+        FlowObjective(SHIFTED, weighting="heavy")
