@@ -58,7 +58,7 @@ class DenoisingLoss:
             with torch.no_grad(), wide_enough(self.family, vae):
                 moments = self.family.encode_images(vae, tensors["pixels"].to(vae.dtype))
         mean, std = moments.float().unbind(1)
-        return self.family.scale_latents(vae.config, mean + std * tensors["posterior_noise"])
+        return self.family.scale_latents(vae, mean + std * tensors["posterior_noise"])
 
     def _text(self, batch: dict, device: torch.device) -> Text:
         if "text" not in batch:

@@ -68,10 +68,10 @@ class Family:
         posterior = vae.encode(pixels).latent_dist
         return torch.stack([posterior.mean, posterior.std], dim=1)
 
-    def scale_latents(self, vae_config: Mapping, latents: torch.Tensor) -> torch.Tensor:
+    def scale_latents(self, vae: nn.Module, latents: torch.Tensor) -> torch.Tensor:
         """Latents as the denoiser knows them: `(x - shift) * scale`, with the autoencoder's own shift and scale."""
-        shift = getattr(vae_config, "shift_factor", None) or 0.0
-        return (latents - shift) * vae_config.scaling_factor
+        shift = getattr(vae.config, "shift_factor", None) or 0.0
+        return (latents - shift) * vae.config.scaling_factor
 
     def denoiser_inputs(
         self, config: Mapping, noisy: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions
