@@ -15,9 +15,12 @@ import PIL.Image
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     DDIMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
@@ -35,6 +38,7 @@ from transformers import (
     CLIPTextModelWithProjection,
     PreTrainedTokenizerFast,
     Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3Model,
     T5Config,
     T5EncoderModel,
@@ -229,8 +233,44 @@ def sd3(
     return folder
 
 
+def flux2_klein(folder: Path, text_encoder=None, transformer=None, vae=None, scheduler=None) -> Path:
+    """FLUX.2 klein: Qwen3, of whose 28 layers three are read; latents in patches that the autoencoder normalises."""
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        **{
+            "vocab_size": len(WORDS), "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 28,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "max_position_embeddings": 512,
+            **(text_encoder or {}),
+        }
+    )  # fmt: skip
+    made_vae = AutoencoderKLFlux2(
+        **{
+            "block_out_channels": (8, 8, 8), "down_block_types": ("DownEncoderBlock2D",) * 3,
+            "up_block_types": ("UpDecoderBlock2D",) * 3, "layers_per_block": 1, "latent_channels": 4,
+            "norm_num_groups": 4, **(vae or {}),
+        }
+    )  # fmt: skip
+    made_vae.bn.running_mean.uniform_(-0.5, 0.5)
+    made_vae.bn.running_var.uniform_(0.5, 2.0)
+    Flux2KleinPipeline(
+        text_encoder=Qwen3ForCausalLM(config),
+        tokenizer=tiny_tokenizer(16, chat=True),
+        transformer=Flux2Transformer2DModel(
+            **{
+                "in_channels": 16, "num_layers": 2, "num_single_layers": 3, "attention_head_dim": 16,
+                "num_attention_heads": 2, "joint_attention_dim": 24, "timestep_guidance_channels": 16,
+                "axes_dims_rope": (4, 4, 4, 4), "guidance_embeds": False, **(transformer or {}),
+            }
+        ),
+        vae=made_vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(**{"use_dynamic_shifting": True, **(scheduler or {})}),
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
 FAMILIES: dict[str, Callable[..., Path]] = {
-    "stable_diffusion": stable_diffusion, "sdxl": sdxl, "z_image": z_image, "flux": flux, "sd3": sd3
+    "stable_diffusion": stable_diffusion, "sdxl": sdxl, "z_image": z_image, "flux": flux, "sd3": sd3,
+    "flux2_klein": flux2_klein,
 }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from pipelines import FAMILIES, sd3
 def draw(folder, **parts) -> np.ndarray:
     pipeline = DiffusionPipeline.from_pretrained(folder, **parts)
     pipeline.set_progress_bar_config(disable=True)
-    images = pipeline("red disc", height=32, width=32, num_inference_steps=2, output_type="np").images
+    images = pipeline(prompt="red disc", height=32, width=32, num_inference_steps=2, output_type="np").images
     return np.asarray(images[0])
 
 

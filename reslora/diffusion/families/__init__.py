@@ -18,6 +18,7 @@ FAMILIES = {
     "ZImagePipeline": "z_image",
     "FluxPipeline": "flux",
     "StableDiffusion3Pipeline": "sd3",
+    "Flux2KleinPipeline": "flux2_klein",
 }
 
 

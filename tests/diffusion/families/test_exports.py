@@ -45,7 +45,7 @@ def drawn(folder: Path, weights: Path | None = None, **parts) -> np.ndarray:
         pipe.load_lora_weights(weights.parent, weight_name=weights.name)
     seed = torch.Generator().manual_seed(0)
     size = {"height": 32, "width": 32, "guidance_scale": 2.0, "num_inference_steps": 2}
-    return pipe("blue box", generator=seed, output_type="np", **size).images[0]
+    return pipe(prompt="blue box", generator=seed, output_type="np", **size).images[0]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

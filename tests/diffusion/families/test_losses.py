@@ -155,6 +155,38 @@ def test_sd3(setting, with_t5):
     torch.testing.assert_close(one.loss(one.denoiser, batch), mean_square(prediction, velocity))
 
 
+@torch.no_grad()
+def test_flux2_klein_trains_on_patches_that_the_autoencoder_normalises(setting):
+    one = setting("flux2_klein")
+    batch = one.batch()
+    bn, s = one.stock.vae.bn, (batch["timesteps"] / 1000).view(2, 1, 1, 1)
+    mean, std = batch["moments"].unbind(1)
+    x, e = mean + std * batch["posterior_noise"], batch["noise"]
+    x = (x - bn.running_mean[:, None, None]) / (
+        bn.running_var[:, None, None] + one.stock.vae.config.batch_norm_eps
+    ).sqrt()
+    states, text_ids = one.stock.encode_prompt(CAPTIONS, "cpu", max_sequence_length=512)
+    height, width = x.shape[2:]
+    places = torch.tensor([(0, row, column, 0) for row in range(height) for column in range(width)])
+    flat = ((1 - s) * x + s * e).flatten(2).transpose(1, 2)
+    output = one.denoiser(flat, states, batch["timesteps"] / 1000, places.expand(2, -1, -1), text_ids).sample
+    expected = mean_square(output, (e - x).flatten(2).transpose(1, 2))
+    torch.testing.assert_close(one.loss(one.denoiser, batch), expected)
+
+
+@torch.no_grad()
+def test_flux2_kleins_moments_are_those_of_the_autoencoder_in_patches(setting):
+    one = setting("flux2_klein")
+    pixels = torch.rand(1, 3, 32, 32) * 2 - 1
+    posterior = one.stock.vae.encode(pixels).latent_dist
+    moments = one.family.encode_images(one.stock.vae, pixels)
+    assert tuple(moments.shape[2:]) == one.family.latent_shape(one.stock, 32)
+    for moment, whole in zip(moments[0], (posterior.mean[0], posterior.std[0]), strict=True):
+        for row in (0, 1):
+            for column in (0, 1):
+                torch.testing.assert_close(moment[row * 2 + column :: 4], whole[:, row::2, column::2])
+
+
 def test_every_row_of_the_registry_has_a_module_and_a_builder():
     from reslora.diffusion.families import FAMILIES as ROWS
 

@@ -1,0 +1,87 @@
+"""FLUX.2 klein: latents in patches, normalised by the autoencoder's statistics; Qwen3 reads the captions."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
+
+from .base import Family
+
+DOUBLE = r"transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
+SINGLE = r"single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)"
+
+
+class Flux2Klein(Family):
+    """As diffusers' train_dreambooth_lora_flux2_klein.py trains it, on images alone."""
+
+    name = "flux2_klein"
+    pipeline = Flux2KleinPipeline
+    denoiser = "transformer"
+    denoiser_class = Flux2Transformer2DModel
+    objective = "flow"
+    lora_files = ()
+    defaults: ClassVar = {
+        "resolution": 512,
+        "num_inference_steps": 28,
+        "guidance_scale": 4.0,
+        "weighting_scheme": "none",
+        "max_sequence_length": 512,
+        "target_modules": [f"{DOUBLE}|{SINGLE}"],
+    }
+
+    def pixel_multiple(self, pipeline):
+        """Patches are two latents wide."""
+        return pipeline.vae_scale_factor * 2
+
+    def latent_shape(self, pipeline, resolution):
+        """Four times the channels at half the side."""
+        channels, height, width = super().latent_shape(pipeline, resolution)
+        return (channels * 4, height // 2, width // 2)
+
+    def encode_captions(self, pipeline, captions, longest):
+        """`states`: three of Qwen3's layers side by side (batch x tokens x 3 width)."""
+        states, _ = pipeline.encode_prompt(
+            list(captions), device=pipeline.text_encoder.device, max_sequence_length=longest
+        )
+        return {"states": states}
+
+    def encode_images(self, vae, pixels):
+        """Mean and standard deviation of the latents, in patches."""
+        moments = super().encode_images(vae, pixels)
+        return torch.stack([self.pipeline._patchify_latents(moment) for moment in moments.unbind(1)], dim=1)
+
+    def scale_latents(self, vae, latents):
+        """Latents normalised by the running statistics of the autoencoder's batch norm."""
+        mean, variance = (value.view(1, -1, 1, 1).to(latents) for value in (vae.bn.running_mean, vae.bn.running_var))
+        return (latents - mean) / torch.sqrt(variance + vae.config.batch_norm_eps)
+
+    def denoiser_inputs(self, config, noisy, timesteps, conditions):
+        """Packed latents, `s`, text states, and ids of both kinds of tokens; there is no guidance to be told."""
+        states = conditions.text["states"]
+        return {
+            "hidden_states": self.pipeline._pack_latents(noisy),
+            "timestep": timesteps / 1000,
+            "guidance": None,
+            "encoder_hidden_states": states,
+            "txt_ids": self.pipeline._prepare_text_ids(states).to(noisy.device),
+            "img_ids": self.pipeline._prepare_latent_ids(noisy).to(noisy.device),
+        }
+
+    def prediction(self, output, noisy):
+        """The velocity, unpacked."""
+        return output[0].transpose(1, 2).reshape(noisy.shape)
+
+    def drawing_inputs(self, pipeline, text, empty):
+        """Text states of the captions and, for guidance, of the empty caption."""
+        states = text["states"]
+        return {"prompt_embeds": states, "negative_prompt_embeds": empty["states"].expand_as(states)}
+
+    def model_version(self, config):
+        """Klein comes in two sizes, told apart by the width."""
+        size = "4b" if config.num_attention_heads * config.attention_head_dim <= 3072 else "9b"
+        return f"flux2_klein_{size}", f"flux-2-klein-{size}"
+
+
+FAMILY = Flux2Klein()
