@@ -20,8 +20,9 @@ from torch import nn
 from .chains import Block, Chain, Chains, base_model, lora_layers, refused, stays_plain, unwrap
 from .config import ResLoraConfig
 from .files import check_checksums, write_checksums, write_json, write_tensors
-from .model import _connected, attach_wires, connection_of, refuse_merged
+from .guards import refuse_inactive, refuse_merged
 from .tracing import meta_copy
+from .wiring import attach_wires, connected, connection_of
 
 CONFIG_NAME = "reslora_config.json"
 WEIGHTS_NAME = "reslora_model.safetensors"
@@ -38,7 +39,7 @@ def save(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
     Raises `ValueError` if the model is not connected.
     """
     base = base_model(model)
-    connection = _connected(base, adapter_name)
+    connection = connected(base, adapter_name)
     outer = unwrap(model)
     norms = connection.wires.norms
     tensors = _state(outer, base, adapter_name)
@@ -86,6 +87,7 @@ def load(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
         _check_plan(plan, layers, directory)
         if connection is None:
             refuse_merged(layers)
+            refuse_inactive(layers, adapter_name)
             _check_wirable(plan, layers, adapter_name)
     else:
         # Everything is tried on a copy without storage first: nothing is left half-loaded.
@@ -100,7 +102,7 @@ def load(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
     base = base_model(loaded)
     _fill(loaded, base, tensors, adapter_name)
     if connection is None:
-        connection = attach_wires(base, config, adapter_name, plan)
+        connection = attach_wires(loaded, config, adapter_name, plan)
     connection.wires.norms.clear()
     if norms is not None and content["norms"]["names"] == connection.wires.norms.names:
         connection.wires.norms.restore(norms, content["norms"]["pushed"])

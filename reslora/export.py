@@ -32,7 +32,7 @@ from torch import nn
 from .chains import base_model, lora_layers, unwrap
 from .checkpoint import _PEFT_PREFIX
 from .files import replacing, write_tensors
-from .model import connection_of
+from .wiring import connection_of
 
 
 def export_peft(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> Path:

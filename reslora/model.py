@@ -4,49 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.utils.checkpoint
-from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 
-from . import merging, ranks
+from . import guards, merging, ranks
 from .calibration import Calibrator
-from .chains import Chain, Chains, base_model, chains, lora_layers, merges_itself
+from .chains import Chain, Chains, base_model, chains, lora_layers
 from .config import ResLoraConfig
 from .merging import Factors, Merged
 from .shortcuts import shortcut_class
-from .shortcuts.base import CastUnlessAutocast, Shortcut, merge_refused
-from .shortcuts.state import Wires
-
-
-@dataclasses.dataclass
-class Connection:
-    """What `connect` leaves on the base model: a plain attribute, which no `state_dict` sees."""
-
-    config: ResLoraConfig
-    adapter_name: str
-    chains: Chains
-    wires: Wires
-    handles: list = dataclasses.field(default_factory=list)
-
-    @property
-    def shortcut(self) -> type[Shortcut] | None:
-        """The class of its wired blocks; None if nothing is wired."""
-        return shortcut_class(self.config.shortcut) if self.config.wired else None
-
-    def alive(self, base: nn.Module) -> bool:
-        """Whether the layers it has wired are still on the model: an adapter can be deleted, unloaded or replaced."""
-        layers = _present_layers(base, self.adapter_name)
-        if not self.config.wired:
-            return bool(layers)
-        wired = (layers[block.name] for block in self.chains.blocks if block.name in layers)
-        return any(self.wires is getattr(layer.lora_variant.get(self.adapter_name), "wires", None) for layer in wired)
+from .wiring import Connection, attach_wires, connected, connection_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,136 +90,18 @@ def connect(
             "reslora.disconnect first"
         )
     layers = lora_layers(base, adapter_name)
-    refuse_merged(layers)
+    guards.refuse_merged(layers)
+    guards.refuse_inactive(layers, adapter_name)
     if config.wired and shortcut_class(config.shortcut).raises_rank:
-        _refuse_changed_base(base.peft_config[adapter_name])
+        guards.refuse_changed_base(base.peft_config[adapter_name])
     plan = _plan(base, config, adapter_name, example_inputs)
-    attach_wires(base, config, adapter_name, plan)
+    attach_wires(model, config, adapter_name, plan)
     return plan
-
-
-def attach_wires(base: nn.Module, config: ResLoraConfig, adapter_name: str, plan: Chains) -> Connection:
-    """Wires the layers of a base model as `plan` says; what `connect` does once it has checked everything."""
-    layers = lora_layers(base, adapter_name)
-    wires = Wires(_recorded(plan, config), config.window)
-    connection = Connection(config, adapter_name, plan, wires)
-    if config.wired:
-        for chain in plan:
-            _wire(chain, layers, connection)
-        for name, layer in _merged_by_peft(base):
-            # PEFT merges layer by layer: without this, plain layers would be merged before the first wired one refuses.
-            layer.merge = layer.unmerge = functools.partial(_refuse_merge, name)
-        if connection.shortcut.carries:
-            connection.handles = _hook(base, plan, wires)
-    base._reslora = connection
-    return connection
-
-
-def _hook(base: nn.Module, plan: Chains, wires: Wires) -> list:
-    handles = [
-        base.register_forward_pre_hook(wires.begin, prepend=True),
-        base.register_forward_hook(wires.end, always_call=True),
-    ]
-    for name in _parts(plan):
-        part = base.get_submodule(name)
-        handles.append(part.register_forward_pre_hook(wires.begin_part, prepend=True))
-        handles.append(part.register_forward_hook(wires.end_part, always_call=True))
-    return handles
-
-
-def _parts(plan: Chains) -> list[str]:
-    """The modules that hold chains and cut none in two: these can run alone, as `generate` runs an encoder."""
-    whole, cut = set(), set()
-    for chain in plan:
-        above = [set(itertools.accumulate(block.name.split(".")[:-1], "{}.{}".format)) for block in chain]
-        shared = set.intersection(*above)
-        cut |= set.union(*above) - shared
-        whole |= shared if len(chain) > 1 else set()
-    return sorted(whole - cut)
 
 
 def disconnect(model: nn.Module, adapter_name: str = "default") -> None:
     """Removes the wires and leaves the plain LoRA that `connect` found; `ValueError` if there are none."""
-    base = base_model(model)
-    _clear(base, _connected(base, adapter_name))
-
-
-def _clear(base: nn.Module, connection: Connection) -> None:
-    """Takes away all that `attach_wires` has put on the model."""
-    for module in base.modules():
-        if not isinstance(module, LoraLayer):
-            continue
-        for adapter, variant in list(module.lora_variant.items()):
-            if isinstance(variant, Shortcut):
-                del module.lora_variant[adapter]
-        if isinstance(module.cast_input_dtype_enabled, CastUnlessAutocast):
-            module.cast_input_dtype_enabled = module.cast_input_dtype_enabled.previous
-        for verb in ("merge", "unmerge"):
-            vars(module).pop(verb, None)
-    for handle in connection.handles:
-        handle.remove()
-    del base._reslora
-
-
-def connection_of(base: nn.Module) -> Connection | None:
-    """The connection of a base model, or None; one whose adapter went away meanwhile counts as none."""
-    connection = vars(base).get("_reslora")
-    if connection is not None and not connection.alive(base):
-        _clear(base, connection)
-        return None
-    return connection
-
-
-def _merged_by_peft(base: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
-    """The layers that PEFT's merge visits, whichever adapter they hold; not those whose forward itself merges them."""
-    itself = [name for name, module in base.named_modules() if merges_itself(module)]
-    for name, module in base.named_modules():
-        if isinstance(module, LoraLayer) and not any(f"{name}.".startswith(f"{owner}.") for owner in itself):
-            yield name, module
-
-
-def _present_layers(base: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
-    try:
-        return lora_layers(base, adapter_name)
-    except ValueError:
-        return {}
-
-
-def _connected(base: nn.Module, adapter_name: str) -> Connection:
-    connection = connection_of(base)
-    if connection is None:
-        raise ValueError(
-            f"adapter_name={adapter_name!r} is not connected on this {type(base).__name__} (or is merged already): "
-            "call reslora.connect first"
-        )
-    if connection.adapter_name != adapter_name:
-        raise ValueError(
-            f"adapter_name={adapter_name!r} is not connected; the connected adapter is {connection.adapter_name!r}"
-        )
-    return connection
-
-
-def refuse_merged(layers: dict[str, LoraLayer]) -> None:
-    """Raises `ValueError` where PEFT has merged an adapter into a layer: such a layer ignores its variant."""
-    for name, layer in layers.items():
-        if layer.merged:
-            raise ValueError(
-                f"{name} has the adapter(s) {', '.join(layer.merged_adapters)} merged by PEFT: call unmerge_adapter() "
-                "(or unfuse_lora()) first"
-            )
-
-
-def _refuse_changed_base(config: LoraConfig) -> None:
-    if ranks.changes_base(config):
-        raise ValueError(
-            f"init_lora_weights={config.init_lora_weights!r} changes the frozen weights, and whoever loads the adapter "
-            "repeats that at the rank of the file, which a block merge raises: use shortcut='input' or 'middle', or "
-            "init_lora_weights=True"
-        )
-
-
-def _refuse_merge(name: str, *args: object, **kwargs: object) -> None:
-    raise merge_refused(name)
+    connected(base_model(model), adapter_name).clear(model)
 
 
 def _plan(base: nn.Module, config: ResLoraConfig, adapter_name: str, example_inputs: dict | None) -> Chains:
@@ -269,25 +124,6 @@ def _plan(base: nn.Module, config: ResLoraConfig, adapter_name: str, example_inp
             f"have one role and one shape): {shapes}"
         )
     return plan
-
-
-def _recorded(plan: Chains, config: ResLoraConfig) -> list[str]:
-    """Names of the blocks whose norms a merge can ask for."""
-    if not config.wired or not shortcut_class(config.shortcut).carries:
-        return []
-    return [block.name for chain in plan if len(chain) > 1 for block in chain]
-
-
-def _wire(chain: Chain, layers: dict[str, LoraLayer], connection: Connection) -> None:
-    adapter = connection.adapter_name
-    names = [block.name for block in chain]
-    wired = [layers[name] for name in names]
-    factors = [(layer.lora_A[adapter], layer.lora_B[adapter]) for layer in wired]
-    config = connection.config
-    variants = connection.shortcut.wire(connection.wires, names, factors, config.reach, config.head)
-    for layer, variant in zip(wired, variants, strict=True):
-        layer.lora_variant[adapter] = variant
-        layer.cast_input_dtype_enabled = CastUnlessAutocast(layer.cast_input_dtype_enabled)
 
 
 # -- gradient checkpointing ------------------------------------------------------------------------------------------
@@ -341,10 +177,10 @@ def merge(
     then.
     """
     base = base_model(model)
-    connection = _connected(base, adapter_name)
+    connection = connected(base, adapter_name)
     method = _resolve(method, connection, calibration, max_rank)
     layers = lora_layers(base, adapter_name)
-    refuse_merged(layers)
+    guards.refuse_merged(layers)
     _refuse_nonfinite(layers, adapter_name)
     plan = [_factors(chain, layers, connection) for chain in connection.chains] if connection.shortcut else []
     with torch.no_grad():

@@ -481,7 +481,20 @@ def test_gradient_checkpointing_needs_a_connected_model(build):
 # --- imports ----------------------------------------------------------------------------------------------------------
 
 PACKAGE = Path(reslora.__file__).parent
-CORE = ("config", "chains", "tracing", "merging", "calibration", "ranks", "model", "checkpoint", "export", "files")
+CORE = (
+    "config",
+    "chains",
+    "tracing",
+    "merging",
+    "calibration",
+    "ranks",
+    "guards",
+    "wiring",
+    "model",
+    "checkpoint",
+    "export",
+    "files",
+)
 CORE_FILES = [*(PACKAGE / f"{name}.py" for name in CORE), *sorted((PACKAGE / "shortcuts").glob("*.py"))]
 
 

@@ -94,7 +94,7 @@ def unmerged_afterwards(model: nn.Module, adapter_name: str = "default") -> Iter
         for name, layer in layers.items():
             _restore_factors(layer, adapter_name, before[name])
         config.rank_pattern, config.alpha_pattern = patterns
-        again = attach_wires(base, connection.config, adapter_name, connection.chains)
+        again = attach_wires(model, connection.config, adapter_name, connection.chains)
         again.wires.norms = connection.wires.norms
         if checkpointing:
             enable_gradient_checkpointing(base)

@@ -1,0 +1,191 @@
+"""What is refused before a model is connected, and while it is: verbs that would silently drop its shortcuts.
+
+A guard stands on an instance in place of the method it guards, and steps aside for calls that leave the connected
+adapter alone. Nothing is left of it after `disconnect`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterable, Iterator
+
+import peft.utils.hotswap
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from . import ranks
+from .chains import base_model, merges_itself, unwrap
+from .shortcuts.base import merge_refused
+
+_SAVES = "save the plain LoRA weights without the shortcuts"
+_REPLACES = "put plain LoRA weights under the shortcuts"
+
+# Method -> (what it would do, which adapter it means if the call names none; None: the connected one).
+_REFUSED = {
+    "save_pretrained": (_SAVES, None),
+    "push_to_hub": (_SAVES, None),
+    "save_lora_adapter": (_SAVES, "default"),
+    "add_weighted_adapter": ("combine the plain LoRA weights without the shortcuts", None),
+    "load_adapter": (_REPLACES, "default"),
+    "load_lora_adapter": (_REPLACES, "a new one"),
+}
+_NAMING = ("adapter_name", "selected_adapters", "adapters")
+
+# Methods that take the layers away, wires and all.
+_LEAVING = ("unload", "unload_lora")
+
+
+# -- before connecting -------------------------------------------------------------------------------------------------
+
+
+def refuse_merged(layers: dict[str, LoraLayer]) -> None:
+    """Raises `ValueError` where PEFT has merged an adapter into a layer: such a layer ignores its variant."""
+    for name, layer in layers.items():
+        if layer.merged:
+            raise ValueError(
+                f"{name} has the adapter(s) {', '.join(layer.merged_adapters)} merged by PEFT: call unmerge_adapter() "
+                "(or unfuse_lora()) first"
+            )
+
+
+def refuse_inactive(layers: dict[str, LoraLayer], adapter_name: str) -> None:
+    """Raises `ValueError` where another adapter is in use: the variant of this one would never be called."""
+    for name, layer in layers.items():
+        if adapter_name not in layer.active_adapters:
+            active = ", ".join(map(repr, layer.active_adapters)) or "none"
+            raise ValueError(
+                f"adapter_name={adapter_name!r} is not active on {name} (active: {active}): call "
+                f"model.set_adapter({adapter_name!r}) first"
+            )
+
+
+def refuse_changed_base(config: LoraConfig) -> None:
+    """Raises `ValueError` where a merge that raises ranks would change what readers make of the frozen weights."""
+    if ranks.changes_base(config):
+        raise ValueError(
+            f"init_lora_weights={config.init_lora_weights!r} changes the frozen weights, and whoever loads the adapter "
+            "repeats that at the rank of the file, which a block merge raises: use shortcut='input' or 'middle', or "
+            "init_lora_weights=True"
+        )
+
+
+# -- while connected ---------------------------------------------------------------------------------------------------
+
+
+class _Guard:
+    """Stands in for a method of a model that is connected, or of a wrapper around it."""
+
+    def __init__(self, module: nn.Module, verb: str, outer: nn.Module) -> None:
+        self.module, self.verb, self.outer = module, verb, outer
+
+    def __call__(self, *args, **kwargs):
+        """Refuses the call, or hands it to the method."""
+        method = getattr(type(self.module), self.verb)
+        connection = _connection(self.module)
+        if connection is not None and self.verb in _LEAVING:
+            connection.clear(self.outer)
+        elif connection is not None and connection.config.wired:
+            does, default = _REFUSED[self.verb]
+            named = _named(inspect.signature(method).bind(self.module, *args, **kwargs).arguments)
+            if connection.adapter_name in (named or [default or connection.adapter_name]):
+                raise _refusal(self.verb, does, connection.adapter_name)
+        return method(self.module, *args, **kwargs)
+
+
+def install(model: nn.Module, wired: Iterable[tuple[str, LoraLayer]]) -> None:
+    """Puts guards on `model`, every wrapper around its base model, and, if there are `wired` layers, on its layers."""
+    base, outer, wired = base_model(model), unwrap(model), list(wired)
+    for module in (*_wrappers(model), base):
+        for verb in (*_REFUSED, *_LEAVING):
+            if hasattr(type(module), verb):
+                vars(module)[verb] = _Guard(module, verb, base if module is base else outer)
+    for name, layer in _merged_by_peft(base) if wired else ():
+        # PEFT merges layer by layer: without this, plain layers would be merged before the first wired one refuses.
+        layer.merge = layer.unmerge = functools.partial(_refuse_merge, name)
+    for name, layer in wired:
+        layer.update_layer = functools.partial(_refuse_update, name, layer)
+    _watch_hotswap()
+
+
+def remove(model: nn.Module) -> None:
+    """Takes the guards of `install` away."""
+    base = base_model(model)
+    for module in (*_wrappers(model), base):
+        for verb in (*_REFUSED, *_LEAVING):
+            if isinstance(vars(module).get(verb), _Guard):
+                del vars(module)[verb]
+    for module in base.modules():
+        if isinstance(module, LoraLayer):
+            for verb in ("merge", "unmerge", "update_layer"):
+                vars(module).pop(verb, None)
+
+
+def _connection(model: nn.Module):
+    """The connection of the base model below `model`, if its adapter is still there."""
+    base = base_model(model)
+    connection = vars(base).get("_reslora")
+    return connection if connection is not None and connection.alive(base) else None
+
+
+def _wrappers(model: nn.Module) -> Iterator[nn.Module]:
+    """PEFT's wrappers around the base model, outermost first."""
+    outer = unwrap(model)
+    while hasattr(type(outer), "get_base_model") or isinstance(outer, BaseTuner):
+        yield outer
+        outer = unwrap(outer.model if isinstance(outer, BaseTuner) else outer.base_model)
+
+
+def _merged_by_peft(base: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
+    """The layers that PEFT's merge visits, whichever adapter they hold; not those whose forward itself merges them."""
+    itself = [name for name, module in base.named_modules() if merges_itself(module)]
+    for name, module in base.named_modules():
+        if isinstance(module, LoraLayer) and not any(f"{name}.".startswith(f"{owner}.") for owner in itself):
+            yield name, module
+
+
+def _named(arguments: dict) -> list[str]:
+    """The adapters that a call names."""
+    arguments = {**arguments, **arguments.get("kwargs", {})}
+    found = [arguments[key] for key in _NAMING if arguments.get(key) is not None]
+    return [name for value in found for name in ([value] if isinstance(value, str) else value)]
+
+
+def _refusal(verb: str, does: str, adapter: str) -> RuntimeError:
+    return RuntimeError(
+        f"{verb} would {does} of the connected adapter {adapter!r}: call reslora.merge first, or use reslora.save and "
+        "reslora.load, which keep the shortcuts"
+    )
+
+
+def _refuse_merge(name: str, *args: object, **kwargs: object) -> None:
+    raise merge_refused(name)
+
+
+def _refuse_update(name: str, layer: LoraLayer, adapter_name: str, *args: object, **kwargs: object) -> None:
+    """PEFT makes new A and B with it, for another adapter or (EVA) for another rank of this one."""
+    if getattr(layer.lora_variant.get(adapter_name), "wires", None) is not None:
+        raise RuntimeError(
+            f"{name} is wired by ResLoRA, and a new A and B would not be: call reslora.disconnect, initialise the "
+            f"adapter {adapter_name!r} (EVA), and call reslora.connect after that"
+        )
+    type(layer).update_layer(layer, adapter_name, *args, **kwargs)
+
+
+def _watch_hotswap() -> None:
+    """Hot-swapping is a function of PEFT's, which copies weights past all methods: it asks here first."""
+    original = peft.utils.hotswap.hotswap_adapter_from_state_dict
+    if hasattr(original, "asks_reslora"):
+        return
+
+    @functools.wraps(original)
+    def hotswap_adapter_from_state_dict(model, state_dict, adapter_name, *args, **kwargs):
+        connection = _connection(model)
+        if connection is not None and connection.config.wired and connection.adapter_name == adapter_name:
+            raise _refusal("hotswap_adapter", _REPLACES, adapter_name)
+        return original(model, state_dict, adapter_name, *args, **kwargs)
+
+    hotswap_adapter_from_state_dict.asks_reslora = True
+    peft.utils.hotswap.hotswap_adapter_from_state_dict = hotswap_adapter_from_state_dict

@@ -1,0 +1,153 @@
+"""What `connect` puts on a model, and how it goes away again."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from . import guards
+from .chains import Chain, Chains, base_model, lora_layers
+from .config import ResLoraConfig
+from .shortcuts import shortcut_class
+from .shortcuts.base import CastUnlessAutocast, Shortcut
+from .shortcuts.state import Wires
+
+# Attribute of an adapter's A modules: they are new ones where an adapter was deleted and another took its name.
+_MARK = "_reslora_wires"
+
+
+@dataclasses.dataclass
+class Connection:
+    """What `connect` leaves on the base model: a plain attribute, which no `state_dict` sees."""
+
+    config: ResLoraConfig
+    adapter_name: str
+    chains: Chains
+    wires: Wires
+    handles: list = dataclasses.field(default_factory=list)
+
+    @property
+    def shortcut(self) -> type[Shortcut] | None:
+        """The class of its wired blocks; None if nothing is wired."""
+        return shortcut_class(self.config.shortcut) if self.config.wired else None
+
+    def alive(self, base: nn.Module) -> bool:
+        """Whether the adapter it was made for is still on the model: it can be deleted, unloaded or replaced."""
+        layers = _present_layers(base, self.adapter_name).values()
+        marks = [
+            vars(layer.lora_A[self.adapter_name]).get(_MARK) for layer in layers if self.adapter_name in layer.lora_A
+        ]
+        return any(mark is self.wires for mark in marks) if marks else bool(layers)
+
+    def clear(self, model: nn.Module) -> None:
+        """Takes away all that `attach_wires` has put on the model."""
+        base = base_model(model)
+        guards.remove(model)
+        for module in base.modules():
+            if not isinstance(module, LoraLayer):
+                continue
+            for adapter, variant in list(module.lora_variant.items()):
+                if isinstance(variant, Shortcut):
+                    del module.lora_variant[adapter]
+            for lora_a in module.lora_A.values():
+                vars(lora_a).pop(_MARK, None)
+            if isinstance(module.cast_input_dtype_enabled, CastUnlessAutocast):
+                module.cast_input_dtype_enabled = module.cast_input_dtype_enabled.previous
+        for handle in self.handles:
+            handle.remove()
+        del base._reslora
+
+
+def connection_of(base: nn.Module) -> Connection | None:
+    """The connection of a base model, or None; one whose adapter went away meanwhile counts as none."""
+    connection = vars(base).get("_reslora")
+    if connection is not None and not connection.alive(base):
+        connection.clear(base)
+        return None
+    return connection
+
+
+def connected(base: nn.Module, adapter_name: str) -> Connection:
+    """The connection of a base model under that name; `ValueError` if it has none, or another."""
+    connection = connection_of(base)
+    if connection is None:
+        raise ValueError(
+            f"adapter_name={adapter_name!r} is not connected on this {type(base).__name__} (or is merged already): "
+            "call reslora.connect first"
+        )
+    if connection.adapter_name != adapter_name:
+        raise ValueError(
+            f"adapter_name={adapter_name!r} is not connected; the connected adapter is {connection.adapter_name!r}"
+        )
+    return connection
+
+
+def attach_wires(model: nn.Module, config: ResLoraConfig, adapter_name: str, plan: Chains) -> Connection:
+    """Wires the layers of a model as `plan` says; what `connect` does once it has checked everything."""
+    base = base_model(model)
+    layers = lora_layers(base, adapter_name)
+    wires = Wires(_recorded(plan, config), config.window)
+    connection = Connection(config, adapter_name, plan, wires)
+    for layer in layers.values():
+        if adapter_name in layer.lora_A:
+            vars(layer.lora_A[adapter_name])[_MARK] = wires
+    if config.wired:
+        for chain in plan:
+            _wire(chain, layers, connection)
+        if connection.shortcut.carries:
+            connection.handles = _hook(base, plan, wires)
+    guards.install(model, ((block.name, layers[block.name]) for block in plan.blocks if config.wired))
+    base._reslora = connection
+    return connection
+
+
+def _hook(base: nn.Module, plan: Chains, wires: Wires) -> list:
+    handles = [
+        base.register_forward_pre_hook(wires.begin, prepend=True),
+        base.register_forward_hook(wires.end, always_call=True),
+    ]
+    for name in _parts(plan):
+        part = base.get_submodule(name)
+        handles.append(part.register_forward_pre_hook(wires.begin_part, prepend=True))
+        handles.append(part.register_forward_hook(wires.end_part, always_call=True))
+    return handles
+
+
+def _parts(plan: Chains) -> list[str]:
+    """The modules that hold chains and cut none in two: these can run alone, as `generate` runs an encoder."""
+    whole, cut = set(), set()
+    for chain in plan:
+        above = [set(itertools.accumulate(block.name.split(".")[:-1], "{}.{}".format)) for block in chain]
+        shared = set.intersection(*above)
+        cut |= set.union(*above) - shared
+        whole |= shared if len(chain) > 1 else set()
+    return sorted(whole - cut)
+
+
+def _recorded(plan: Chains, config: ResLoraConfig) -> list[str]:
+    """Names of the blocks whose norms a merge can ask for."""
+    if not config.wired or not shortcut_class(config.shortcut).carries:
+        return []
+    return [block.name for chain in plan if len(chain) > 1 for block in chain]
+
+
+def _wire(chain: Chain, layers: dict[str, LoraLayer], connection: Connection) -> None:
+    adapter = connection.adapter_name
+    names = [block.name for block in chain]
+    wired = [layers[name] for name in names]
+    factors = [(layer.lora_A[adapter], layer.lora_B[adapter]) for layer in wired]
+    config = connection.config
+    variants = connection.shortcut.wire(connection.wires, names, factors, config.reach, config.head)
+    for layer, variant in zip(wired, variants, strict=True):
+        layer.lora_variant[adapter] = variant
+        layer.cast_input_dtype_enabled = CastUnlessAutocast(layer.cast_input_dtype_enabled)
+
+
+def _present_layers(base: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
+    try:
+        return lora_layers(base, adapter_name)
+    except ValueError:
+        return {}

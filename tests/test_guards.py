@@ -1,0 +1,356 @@
+"""What is refused before a model is connected, and while it is."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from conftest import (
+    RANK,
+    STACK_INPUTS,
+    adapter_layers,
+    assert_equal,
+    assert_one_line,
+    lora_stack,
+    randomize,
+    run,
+    tiny_llama,
+)
+from peft import LoraConfig, PeftModel, initialize_lora_eva_weights, inject_adapter_in_model
+from peft.utils.hotswap import hotswap_adapter
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+import reslora
+from reslora import ResLoraConfig
+
+WIRED = [ResLoraConfig("input"), ResLoraConfig("block", 2), ResLoraConfig("middle", 2)]
+wired = pytest.mark.parametrize("config", WIRED, ids=lambda config: config.shortcut)
+NAMES = ("reslora.merge", "reslora.save")
+
+
+def connected(arch, config=WIRED[0], **lora):
+    model = arch.lora(**lora)
+    reslora.connect(model, config)
+    return model
+
+
+def injected(config=WIRED[0]):
+    """A connected transformers model whose adapter was added in place."""
+    config_of_peft = LoraConfig(r=RANK, lora_alpha=5, target_modules=["q_proj", "v_proj"])
+    model = randomize(inject_adapter_in_model(config_of_peft, tiny_llama()))
+    reslora.connect(model, config)
+    return model
+
+
+def refused(call, *words: str) -> None:
+    with pytest.raises(RuntimeError) as error:
+        call()
+    assert_one_line(error, *words)
+
+
+def plain_folder(arch, directory) -> str:
+    """Where stock PEFT has saved a plain LoRA of another seed."""
+    arch.lora(seed=8).save_pretrained(directory)
+    return str(directory)
+
+
+def instance_methods(model: nn.Module) -> list[str]:
+    """What stands on instances in place of their methods."""
+    return [key for module in model.modules() for key in vars(module) if callable(getattr(type(module), key, None))]
+
+
+# --- saving -----------------------------------------------------------------------------------------------------------
+
+
+@wired
+def test_saving_a_connected_peft_model_is_refused_until_it_is_plain(llama, tmp_path, config):
+    model = connected(llama, config)
+    refused(lambda: model.save_pretrained(tmp_path / "out"), "save_pretrained", "'default'", *NAMES)
+    refused(lambda: model.save_pretrained(tmp_path / "out", selected_adapters=["default"]), *NAMES)
+    assert not (tmp_path / "out").exists()
+    reslora.disconnect(model)
+    model.save_pretrained(tmp_path / "out")
+    loaded = PeftModel.from_pretrained(llama.lora().unload(), tmp_path / "out")
+    assert_equal(run(loaded, llama.inputs()), run(model, llama.inputs()))
+
+
+def test_a_merged_model_is_saved(llama, tmp_path):
+    model = connected(llama, ResLoraConfig("block", 2))
+    reslora.merge(model)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llama.lora().unload(), tmp_path)
+    assert_equal(run(loaded, llama.inputs()), run(model, llama.inputs()))
+
+
+@wired
+def test_saving_a_connected_transformers_model_is_refused(llama, tmp_path, config):
+    model = injected(config)
+    refused(lambda: model.save_pretrained(tmp_path / "out"), "save_pretrained", *NAMES)
+    refused(lambda: model.push_to_hub("nobody/nothing"), "push_to_hub", *NAMES)
+    assert not (tmp_path / "out").exists()
+    reslora.disconnect(model)
+    model.save_pretrained(tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("verb", ["save_pretrained", "save_lora_adapter"])
+@wired
+def test_saving_a_connected_unet_is_refused(unet, tmp_path, verb, config):
+    model = connected(unet, config)
+    refused(lambda: getattr(model, verb)(tmp_path / "out"), verb, *NAMES)
+    assert not (tmp_path / "out").exists()
+    reslora.merge(model, "none")
+    getattr(model, verb)(tmp_path / "out")
+    assert any((tmp_path / "out").iterdir())
+
+
+def test_a_base_that_was_connected_without_its_wrapper_refuses_too(llama, tmp_path):
+    model = llama.lora()
+    reslora.connect(model.get_base_model(), WIRED[0])
+    refused(lambda: model.get_base_model().save_pretrained(tmp_path / "out"), *NAMES)
+
+
+@wired
+def test_a_checkpoint_of_the_stock_trainer_is_refused(llama, tmp_path, config):
+    """`Trainer` saves by `save_pretrained`, which would drop the shortcuts."""
+    model = connected(llama, config)
+    data = [{"input_ids": [2, 3, 4, 5], "labels": [2, 3, 4, 5]}] * 2
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=1, save_steps=1, report_to="none", use_cpu=True, disable_tqdm=True
+    )
+    refused(Trainer(model, arguments, train_dataset=data).train, "save_pretrained", *NAMES)
+    assert not list(tmp_path.rglob("adapter_*"))
+
+
+@wired
+def test_another_adapter_is_saved_as_ever(llama, tmp_path, config):
+    model = connected(llama, config)
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path, selected_adapters=["other"])
+    assert (tmp_path / "other" / "adapter_model.safetensors").exists()
+    refused(lambda: model.save_pretrained(tmp_path / "all"), *NAMES)
+
+
+def test_an_adapter_of_another_name_is_the_refused_one(unet, tmp_path):
+    model = unet.lora(adapter="style")
+    reslora.connect(model, WIRED[0], adapter_name="style")
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), adapter_name="default")
+    model.save_lora_adapter(tmp_path / "default")
+    refused(lambda: model.save_lora_adapter(tmp_path / "style", adapter_name="style"), "'style'", *NAMES)
+
+
+@pytest.mark.parametrize("config", [ResLoraConfig("none"), ResLoraConfig("middle", 0)])
+def test_without_a_shortcut_nothing_is_refused(llama, unet, tmp_path, config):
+    model = connected(llama, config)
+    model.save_pretrained(tmp_path / "llama")
+    model.load_adapter(str(tmp_path / "llama"), "default", torch_device="cpu")
+    connected(unet, config).save_lora_adapter(tmp_path / "unet")
+    model.merge_adapter()
+
+
+# --- combining and replacing ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["cat", "linear", "svd"])
+@wired
+def test_combining_the_connected_adapter_is_refused(llama, kind, config):
+    model = llama.lora()
+    for name in ("other", "third"):
+        model.add_adapter(name, LoraConfig(r=RANK, lora_alpha=5, target_modules=llama.targets))
+    reslora.connect(model, config)
+    expected = run(model, llama.inputs())
+
+    def combine(*adapters):
+        model.add_weighted_adapter([*adapters], [0.5, 0.5], "".join(adapters), combination_type=kind)
+
+    refused(lambda: combine("default", "other"), "add_weighted_adapter", *NAMES)
+    combine("other", "third")
+    assert torch.equal(run(model, llama.inputs()), expected)
+    reslora.disconnect(model)
+    combine("default", "other")
+    assert "defaultother" in model.peft_config
+
+
+@wired
+def test_loading_over_the_connected_adapter_is_refused(llama, tmp_path, config):
+    folder = plain_folder(llama, tmp_path)
+    model = connected(llama, config)
+    expected = run(model, llama.inputs())
+    refused(lambda: model.load_adapter(folder, "default"), "load_adapter", "'default'", *NAMES, "reslora.load")
+    refused(lambda: model.load_adapter(model_id=folder, adapter_name="default"), *NAMES)
+    model.load_adapter(folder, "other", torch_device="cpu")
+    assert torch.equal(run(model.train(), llama.inputs()), expected)
+
+
+@wired
+def test_loading_over_the_adapter_of_a_transformers_model_is_refused(llama, tmp_path, config):
+    folder = plain_folder(llama, tmp_path)
+    model = injected(config)
+    refused(lambda: model.load_adapter(folder, hotswap=True), "load_adapter", *NAMES)
+    refused(lambda: model.load_adapter(folder, "default", hotswap=True), "load_adapter", *NAMES)
+
+
+@wired
+def test_hot_swapping_the_connected_adapter_is_refused(llama, tmp_path, config):
+    folder = plain_folder(llama, tmp_path)
+    model = connected(llama, config)
+    expected = run(model, llama.inputs())
+    refused(lambda: hotswap_adapter(model, folder, "default", "cpu"), "hotswap_adapter", *NAMES)
+    assert torch.equal(run(model, llama.inputs()), expected)
+    reslora.disconnect(model)
+    hotswap_adapter(model, folder, "default", "cpu")
+    assert_equal(run(model, llama.inputs()), run(llama.lora(seed=8, base=llama.lora().unload()), llama.inputs()))
+
+
+@wired
+def test_hot_swapping_in_a_unet_is_refused(unet, tmp_path, config):
+    unet.lora(seed=8).save_lora_adapter(tmp_path)
+    model = connected(unet, config)
+    expected = run(model, unet.inputs())
+    load = {"prefix": None, "weight_name": "pytorch_lora_weights.safetensors"}
+
+    def swap():
+        model.load_lora_adapter(tmp_path, hotswap=True, adapter_name="default", **load)
+
+    refused(swap, "load_lora_adapter", *NAMES)
+    assert torch.equal(run(model, unet.inputs()), expected)
+    model.load_lora_adapter(tmp_path, **load)
+    model.set_adapter("default")
+    assert torch.equal(run(model, unet.inputs()), expected)
+
+
+@wired
+def test_eva_after_connect_is_refused_and_works_before(llama, config):
+    model = llama.lora(init_lora_weights="eva")
+    for layer in adapter_layers(model).values():
+        nn.init.zeros_(layer.lora_B["default"].weight)
+    batches = [{**llama.inputs(seed=seed, batch=8), "attention_mask": torch.ones(8, 6)} for seed in range(4)]
+    reslora.connect(model, config)
+    expected = run(model, llama.inputs())
+
+    def initialise():
+        initialize_lora_eva_weights(model, batches, show_progress_bar=False)
+
+    refused(initialise, "EVA", "reslora.disconnect", "reslora.connect")
+    assert torch.equal(run(model, llama.inputs()), expected)
+    reslora.disconnect(model)
+    initialise()
+    reslora.connect(model, config)
+
+
+# --- before connecting ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [*WIRED, ResLoraConfig("none")], ids=lambda config: config.shortcut)
+def test_connecting_an_inactive_adapter_is_an_error(llama, tmp_path, config):
+    model = llama.lora()
+    model.add_adapter("other", LoraConfig(r=RANK, lora_alpha=5, target_modules=llama.targets))
+    with pytest.raises(ValueError) as error:
+        reslora.connect(model, config, adapter_name="other")
+    assert_one_line(error, "'other'", "'default'", "set_adapter")
+    assert not instance_methods(model)
+    model.set_adapter("other")
+    reslora.connect(model, config, adapter_name="other")
+    reslora.save(model, tmp_path, "other")
+    reslora.disconnect(model, "other")
+    model.set_adapter("default")
+    with pytest.raises(ValueError) as error:
+        reslora.load(model, tmp_path, "other")
+    assert_one_line(error, "'other'", "set_adapter")
+
+
+def test_an_inactive_adapter_is_merged_all_the_same(llama):
+    model = connected(llama, ResLoraConfig("block", 2))
+    expected = run(model, llama.inputs())
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
+    model.set_adapter("other")
+    reslora.merge(model)
+    model.set_adapter("default")
+    assert_equal(run(model, llama.inputs()), expected)
+
+
+# --- adapters that go away --------------------------------------------------------------------------------------------
+
+EVERY = [*WIRED, ResLoraConfig("none")]
+every = pytest.mark.parametrize("config", EVERY, ids=lambda config: config.shortcut)
+
+
+def assert_bare(base: nn.Module) -> None:
+    assert "_reslora" not in vars(base)
+    for module in base.modules():
+        assert not module._forward_pre_hooks and not module._forward_hooks
+    assert not instance_methods(base)
+
+
+@every
+def test_unloading_leaves_nothing_behind(llama, config):
+    model = connected(llama, config)
+    base = model.unload()
+    assert_bare(base)
+    assert not instance_methods(model)
+    assert_equal(run(base, llama.inputs()), run(llama.lora().unload(), llama.inputs()))
+
+
+@every
+def test_unloading_a_unet_leaves_nothing_behind(unet, config):
+    model = connected(unet, config)
+    model.unload_lora()
+    assert_bare(model)
+    model.add_adapter(LoraConfig(r=RANK, target_modules=unet.targets))
+    reslora.connect(model, config)
+
+
+@every
+def test_an_adapter_that_takes_the_name_of_a_deleted_one_is_not_connected(config):
+    model = lora_stack()
+    model.add_adapter("other", LoraConfig(r=RANK, target_modules=["proj"]))
+    reslora.connect(model, config, example_inputs=STACK_INPUTS)
+    model.delete_adapter("default")
+    model.add_adapter("default", LoraConfig(r=RANK, lora_alpha=5, target_modules=["proj"]))
+    model.set_adapter("default")
+    with pytest.raises(ValueError) as error:
+        reslora.merge(model, "weights")
+    assert_one_line(error, "not connected")
+    assert reslora.connect(model, config, example_inputs=STACK_INPUTS) is not None
+    reslora.disconnect(model)
+    assert_bare(model.get_base_model())
+
+
+# --- guards come and go -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("finish", [reslora.disconnect, lambda model: reslora.merge(model, "none")])
+@every
+def test_no_guard_is_left_on_a_plain_model(llama, finish, config):
+    model = connected(llama, config)
+    finish(model)
+    assert_bare(model)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@wired
+def test_a_copy_is_guarded_by_itself(llama, tmp_path, duplicate, config):
+    model = connected(llama, config)
+    twin = duplicate(model)
+    reslora.disconnect(model)
+    model.save_pretrained(tmp_path / "plain")
+    refused(lambda: twin.save_pretrained(tmp_path / "twin"), *NAMES)
+    reslora.disconnect(twin)
+    twin.save_pretrained(tmp_path / "twin")
+    assert (tmp_path / "twin" / "adapter_model.safetensors").exists()
+
+
+def test_a_wrapper_is_free_when_its_base_was_disconnected(llama, tmp_path):
+    model = connected(llama)
+    reslora.disconnect(model.get_base_model())
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").exists()
+
+
+def test_reslora_save_and_load_pass(llama, tmp_path):
+    model = connected(llama)
+    reslora.save(model, tmp_path)
+    reslora.load(model, tmp_path)
+    loaded = reslora.load(tiny_llama(), tmp_path)
+    refused(lambda: loaded.save_pretrained(tmp_path / "out"), *NAMES)
