@@ -225,8 +225,7 @@ def _origins(tensors: list[torch.Tensor]) -> set[str]:
         seen.add(node)
         if _HOLDER in node.metadata:
             found.add(node.metadata[_HOLDER])
-        else:
-            left += [following for following, _ in node.next_functions]
+        left += [following for following, _ in node.next_functions]
     return found
 
 

@@ -358,6 +358,16 @@ def test_the_table_shows_roles_and_blocks(unet):
     assert str(chains.links) in table
 
 
+def test_the_table_has_one_row_a_block_and_straight_columns(unet):
+    plan = reslora.chains(unet.lora())
+    rows = str(plan).splitlines()[1:]
+    assert len(rows) == len(plan.blocks)
+    assert len({row.index(block.shape) for row, block in zip(rows, plan.blocks, strict=True)}) == 1
+    for row, block in zip(rows, plan.blocks, strict=True):
+        assert block.name in row
+        assert row.partition(block.shape)[2].strip() == block.cut
+
+
 @pytest.mark.parametrize("target, name", [("conv_in", "conv_in"), ("resnets.0.conv1", "down_blocks.0.resnets.0.conv1")])
 def test_convolutions_are_listed_as_unlinked(unet, target, name):
     chains = reslora.chains(unet.lora(target_modules=["to_q", target]))

@@ -83,6 +83,12 @@ def route_with_a_context_first(model, x, y):
     return x
 
 
+def route_without_gradients(model, x, y):
+    """As a frozen tower may be called."""
+    with torch.no_grad():
+        return run_through((*model.first, *model.second), x)
+
+
 KEPT = {
     "straight": lambda model, x, y: run_through(model.second, run_through(model.first, x)),
     "residual": lambda model, x, y: run_through(model.second, y + 2 * run_through(model.first, x)),
@@ -93,6 +99,7 @@ KEPT = {
     "in_place": route_in_place,
     "into_a_buffer": route_into_a_buffer,
     "a_context_named_first": route_with_a_context_first,
+    "without_gradients": route_without_gradients,
 }
 
 
@@ -193,24 +200,35 @@ def test_a_list_in_the_first_argument_counts_as_a_whole():
     assert links(route, Nested) == {*WITHIN, ACROSS}
 
 
+class Either(nn.Module):
+    """Two layers of which one is called: roles need not be in every module of a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj, self.other = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.chosen = "proj"
+
+    def forward(self, x, context=0):
+        return x + getattr(self, self.chosen)(x) + context
+
+
 def test_layers_in_between_that_have_other_roles_do_not_break_a_stream():
-    class Either(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.proj, self.other = nn.Linear(6, 6), nn.Linear(6, 6)
-            self.chosen = "proj"
-
-        def forward(self, x):
-            return x + getattr(self, self.chosen)(x)
-
     def route(model, x, y):
         model.first[1].chosen = model.second[0].chosen = "other"
         return run_through((*model.first, *model.second), x)
 
-    assert links(route, Either, ("proj", "other")) == {
-        ("first.0.proj", "second.1.proj"),
-        ("first.1.other", "second.0.other"),
-    }
+    found = links(route, Either, ("proj", "other"))
+    assert found == {("first.0.proj", "second.1.proj"), ("first.1.other", "second.0.other")}
+
+
+def test_layers_in_between_that_have_other_roles_hide_no_other_stream():
+    """The first layer of a decoder looks at the encoder, but only the second has the encoder's role."""
+
+    def route(model, x, y):
+        model.second[0].chosen = "other"
+        return run_through(model.second, y, context=run_through(model.first, x))
+
+    assert links(route, Either, ("proj", "other")) == {("first.0.proj", "first.1.proj")}
 
 
 class Outer(nn.Module):
@@ -255,27 +273,37 @@ def test_a_layer_after_a_list_in_its_own_module_goes_on_with_it():
     assert found == set(itertools.pairwise(order))
 
 
-def test_a_holder_that_is_a_mere_container_counts_by_what_is_called_in_it():
-    class Container(nn.ModuleDict):
-        def __init__(self):
-            super().__init__({"attention": Layer(), "forward_": Layer()})
+class Container(nn.ModuleDict):
+    """Is never called: a loop over the list calls what is in it."""
 
-    def through(layers, x):
-        for layer in layers:
-            x = x + layer["attention"](x)
-            x = x + layer["forward_"](x)
-        return x
+    def __init__(self) -> None:
+        super().__init__({"attention": Layer(), "forward_": Layer()})
 
-    def parallel(layers, x):
-        for layer in layers:
-            x = x + layer["attention"](x) + layer["forward_"](x)
-        return x
 
-    for run in (through, parallel):
-        joined = links(lambda model, x, y, run=run: run((*model.first, *model.second), x), Container)
-        assert len(joined) == 6
-        apart = links(lambda model, x, y, run=run: run(model.first, x) + run(model.second, y), Container)
-        assert apart == {pair for pair in joined if pair[0][:5] == pair[1][:5]}
+def through_containers(layers, x):
+    for layer in layers:
+        x = x + layer["attention"](x)
+        x = x + layer["forward_"](x)
+    return x
+
+
+def through_both_at_once(layers, x):
+    for layer in layers:
+        x = x + layer["attention"](x) + layer["forward_"](x)
+    return x
+
+
+@pytest.mark.parametrize("run", [through_containers, through_both_at_once])
+def test_a_holder_that_is_a_mere_container_counts_by_what_is_called_in_it(run):
+    joined = links(lambda model, x, y: run((*model.first, *model.second), x), Container)
+    assert len(joined) == 6
+    within = {pair for pair in joined if pair[0][:5] == pair[1][:5]}
+    assert len(within) == 4
+    assert links(lambda model, x, y: run(model.first, x) + run(model.second, y), Container) == within
+    meeting = links(lambda model, x, y: run(model.third, run(model.first, x) + run(model.second, y)), Container)
+    assert {pair for pair in meeting if pair[1][:5] == "third"} == {
+        (f"third.0.{part}.proj", f"third.1.{part}.proj") for part in ("attention", "forward_")
+    }
 
 
 def test_layers_that_are_items_themselves_are_linked_in_series_only():
