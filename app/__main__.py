@@ -19,7 +19,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--runs", type=Path, default=Path("runs"), metavar="DIR", help="folder of runs, or one run (default: runs)")
-    add("--data", type=Path, metavar="DIR", help="folder whose subfolders of pictures may be trained on")
+    add("--data", type=Path, metavar="DIR", help="folder whose subfolders of images may be trained on")
     add("--host", default="127.0.0.1", help="address to listen on; others than this machine's need --auth")
     add("--port", type=int, help="port (default: the first free one from 7860)")
     add("--share", action="store_true", help="a public link through gradio.live; needs --auth")
@@ -41,7 +41,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.port is not None and not 0 < args.port < 65536:
         refuse(f"--port {args.port}: give a number from 1 to 65535")
     if args.data is not None and not args.data.is_dir():
-        refuse(f"--data {args.data}: no such folder; give one with folders of pictures")
+        refuse(f"--data {args.data}: no such folder; give one with folders of images")
     if args.runs.exists() and not args.runs.is_dir():
         refuse(f"--runs {args.runs}: not a folder; give one with the outputs of train_sd.py")
     args.auth = (user, password) if args.auth else None
@@ -60,55 +60,73 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def default_output() -> Path:
-    """Where a trainer without --output_dir writes."""
-    from reslora.diffusion.arguments import build_parser as trainer
-
-    return Path(trainer().get_default("output_dir"))
-
-
 def main(argv: list[str] | None = None) -> int:
-    """Serve the page until Ctrl-C; returns the exit status."""
+    """Serves the page until Ctrl-C or SIGTERM; returns the exit status."""
     args = parse_args(argv)
-    from .runs import EXAMPLE
-
-    # Like Ctrl-C: what is in the temp folder goes.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    extra = (default_output().absolute(), EXAMPLE)
-    runs, data = args.runs.absolute(), args.data.absolute() if args.data else None
-    # Gradio hands out files of the working directory and of the temp folder: both are an empty one of our own.
+    # Whatever is inherited: started in the background, a process finds Ctrl-C ignored.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    spin_briefly()
     neutral = Path(tempfile.mkdtemp(prefix="reslora-app-"))
-    (neutral / "tmp").mkdir()
-    os.environ["GRADIO_TEMP_DIR"] = str(neutral / "served")
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    tempfile.tempdir = str(neutral / "tmp")
-    os.chdir(neutral)
     try:
-        return serve(args, runs, extra, data)
+        return serve(args, neutral)
+    except KeyboardInterrupt:
+        return 0
     finally:
         os.chdir("/")
         shutil.rmtree(neutral, ignore_errors=True)
 
 
-def serve(args: argparse.Namespace, runs: Path, extra: tuple[Path, ...], data: Path | None) -> int:
-    from . import generate, ui
-    from .runs import Library
-    from .training import Trainings
+def spin_briefly() -> None:
+    """Lets idle threads of GNU OpenMP sleep soon; must be called before torch is imported.
+
+    Its default, 300,000 turns, is ten times slower on cores that others use too; sleeping at once makes a small U-Net's
+    step half as long again.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
+
+def serve(args: argparse.Namespace, neutral: Path) -> int:
+    """Serves the page from an empty folder of its own."""
+    from .runs import EXAMPLE, Library
+    from .training import Trainings, default_output
+
+    library = Library(args.runs.absolute(), (default_output().absolute(), EXAMPLE))
+    trainings = Trainings(library, args.data.absolute() if args.data else None)
+    move_to(neutral)
+    from starlette.middleware import Middleware  # Gradio, from here on, looks at where it is
+
+    from . import page
+    from .adapters import LARGEST_ADAPTER
+    from .listeners import Listeners, ListenersMiddleware
+    from .studio import Studio
 
     # Libraries' notes to programmers are not for whoever starts the page.
     warnings.filterwarnings("ignore", category=FutureWarning)
-    library = Library(runs, extra)
-    demo = ui.create_demo(library, Trainings(library, data))
+    studio, listeners = Studio(), Listeners()
+    demo = page.create_demo(library, trainings, studio, listeners)
     try:
         demo.launch(
             server_name=args.host, server_port=args.port, share=args.share, auth=args.auth, inbrowser=args.inbrowser,
-            show_error=False, ssr_mode=False,
-            max_file_size=generate.LARGEST_ADAPTER, footer_links=["api"], run_history=False, **ui.look(),
+            show_error=True, ssr_mode=False, max_file_size=LARGEST_ADAPTER, footer_links=["api"], run_history=False,
+            app_kwargs={"middleware": [Middleware(ListenersMiddleware, listeners)]}, **page.look(),
         )  # fmt: skip
     except OSError as error:
         print(f"python -m app: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
+    finally:
+        studio.close()
     return 0
+
+
+def move_to(neutral: Path) -> None:
+    """Gradio hands out files of the working directory and of the temp folder: both become empty ones of our own."""
+    (neutral / "tmp").mkdir()
+    os.environ["GRADIO_TEMP_DIR"] = str(neutral / "served")
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    tempfile.tempdir = str(neutral / "tmp")
+    os.chdir(neutral)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,10 @@ import json
 import shutil
 from pathlib import Path
 
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
 from .runs import EXAMPLE, Library, Run
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -49,10 +53,6 @@ def relative(value):
 
 def halve(source: Path, target: Path) -> None:
     """A copy of a safetensors file in half precision, with its metadata."""
-    import torch
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
     with safe_open(source, framework="pt") as file:
         tensors = {name: file.get_tensor(name).to(torch.float16) for name in file.keys()}  # noqa: SIM118 - no mapping
         save_file(tensors, target, metadata=file.metadata())

@@ -13,12 +13,15 @@ import math
 import os
 import re
 import stat
-import threading
-from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
-METHODS = ("lora", "reslora", "lora_x2", "adalora", "loha", "lokr")
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from reslora.config import LORA_METHODS, METHODS
+from reslora.log import of_split, read_log
+
 EXAMPLE = Path(__file__).resolve().parent / "example"
 """A small finished run that comes with the application."""
 LOG_NAME = "app.log"
@@ -26,6 +29,7 @@ LOG_NAME = "app.log"
 LORA_FILES = ("pytorch_lora_weights.safetensors", "kohya.safetensors")
 RESULTS = ("merge.json", "exports.json", "pytorch_lora_weights.safetensors")
 LARGEST_JSON = 64 * 2**20
+MOST_STEPS = 10**9
 PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 
 
@@ -33,9 +37,18 @@ class RunError(ValueError):
     """What is asked of a run cannot be had: one sentence for whoever looks at the page, without server paths."""
 
 
+def number(value) -> float | None:
+    """A finite number, or None for anything else that a file may hold in its place."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    with contextlib.suppress(OverflowError):
+        return value if math.isfinite(value) else None
+    return None
+
+
 @dataclass(frozen=True)
 class Weights:
-    """Something that pictures can be generated with."""
+    """Something that images can be generated with."""
 
     label: str
     kind: str
@@ -93,22 +106,35 @@ class Run:
 
     @property
     def config(self) -> dict:
-        """Every flag of the run; empty until the trainer has written it."""
+        """Every flag of the run as its file has it, whatever that is; empty until the trainer has written it."""
         config = self.read_json("config.json")
         return config if isinstance(config, dict) else {}
+
+    def words(self, flag: str) -> list[str]:
+        """The values of a flag that takes words."""
+        value = self.config.get(flag)
+        values = value if isinstance(value, list) else [value]
+        return [word for word in values if isinstance(word, str)]
+
+    def word(self, flag: str) -> str | None:
+        """The value of a flag that takes one word; None if the run was given none."""
+        return next(iter(self.words(flag)), None) or None
+
+    def whole(self, flag: str, otherwise: int) -> int:
+        """The value of a flag that takes a positive whole number."""
+        value = number(self.config.get(flag))
+        return int(value) if value is not None and 1 <= value <= MOST_STEPS else otherwise
 
     @property
     def methods(self) -> list[str]:
         """Methods of this run in the order they are trained."""
-        configured = self.config.get("method") or []
-        names = [configured] if isinstance(configured, str) else list(configured)
-        names += [name for name in self.entries() if name not in names]
+        configured = self.words("method")
+        names = dict.fromkeys([*configured, *self.entries()])
         return [name for name in names if name in METHODS and (name in configured or self.inside(name))]
 
     @property
     def prompts(self) -> list[str]:
-        prompts = self.config.get("validation_prompt") or []
-        return [prompts] if isinstance(prompts, str) else [str(prompt) for prompt in prompts]
+        return self.words("validation_prompt")
 
     @property
     def process(self) -> int | None:
@@ -133,18 +159,19 @@ class Run:
     @property
     def progress(self) -> tuple[int, int]:
         """Steps done and steps to do, of all methods together."""
-        steps = self.config.get("max_train_steps") or 0
+        steps = self.whole("max_train_steps", 0)
         done = sum(min(steps, max((row["step"] for row in self.log(method)), default=0)) for method in self.methods)
         return done, steps * len(self.methods)
 
     # -- what it shows -------------------------------------------------------------------------------------------------
 
     def log(self, method: str) -> list[dict]:
-        """Rows of `log.jsonl`: step, split, loss, lr, seconds. Lines cut short and losses that are no numbers go."""
+        """Rows of `log.jsonl`, those with a loss that is a finite number: step, split, loss, lr, seconds."""
         path = self.inside(method, "log.jsonl")
         if path is None or not path.is_file():
             return []
-        return read_rows(path)
+        now = path.stat()
+        return list(rows_of(path, now.st_mtime_ns, now.st_size))
 
     def steps(self) -> list[int]:
         """Steps at which any method has samples; without any prompts, those with a validation loss, and the last."""
@@ -156,16 +183,16 @@ class Run:
         if not found and not self.prompts:
             rows = [row for method in self.methods for row in self.log(method)]
             last = max((row["step"] for row in rows), default=0)
-            found = {row["step"] for row in rows if row.get("split") == "validation"} | {last}
+            found = {row["step"] for row in of_split(rows, "validation")} | {last}
         return sorted(found)
 
     def nearest(self, step: float | None) -> int:
         """The step with samples that is nearest to `step`, whatever that is; 0 if there is none."""
-        wanted = step if isinstance(step, (int, float)) and math.isfinite(step) else 0
+        wanted = number(step) or 0
         return min(self.steps(), key=lambda found: abs(found - wanted), default=0)
 
     def samples(self, method: str, step: int | None) -> dict[tuple[int, int], Path]:
-        """Complete pictures of a step by (prompt, image); `None` gives those of the merged weights."""
+        """Complete images of a step by (prompt, image); `None` gives those of the merged weights."""
         folder = (method, "merged") if step is None else (method, "samples", f"step-{step:06d}")
         found = {}
         for name in self.entries(*folder):
@@ -220,16 +247,12 @@ class Run:
 
     def checkpoints(self, method: str) -> list[Weights]:
         """Complete checkpoints of a LoRA or ResLoRA method, newest first."""
-        wanted = {
-            "reslora": "reslora_model.safetensors",
-            "lora": "adapter.safetensors",
-            "lora_x2": "adapter.safetensors",
-        }
+        wanted = "reslora_model.safetensors" if method == "reslora" else "adapter.safetensors"
         found = []
-        for name in self.entries(method) if method in wanted else ():
+        for name in self.entries(method) if method in LORA_METHODS else ():
             match = re.fullmatch(r"checkpoint-(\d{1,9})", name)
             path = self.sound(method, name) if match else None
-            complete = self.inside(method, name, "trainer.json") and self.inside(method, name, wanted[method])
+            complete = self.inside(method, name, "trainer.json") and self.inside(method, name, wanted)
             if path is not None and complete:
                 step = int(match[1])
                 found.append(Weights(f"{method}: unmerged, step {step}", "adapter", method, path, step))
@@ -251,21 +274,24 @@ class Run:
     def lora_norms(self, method: str) -> dict[str, float]:
         """Frobenius norm of the (merged) weight update `s B A` of each block, from the exported LoRA file."""
         path = self.inside(method, "pytorch_lora_weights.safetensors")
-        return dict(norms_of(path, path.stat().st_mtime_ns)) if path is not None else {}
+        with contextlib.suppress(OSError, SafetensorError, RuntimeError):
+            return dict(norms_of(path, path.stat().st_mtime_ns)) if path is not None else {}
+        return {}
 
 
 @functools.lru_cache(maxsize=16)
 def norms_of(path: Path, changed: int) -> dict[str, float]:
     """Norms of the products in a LoRA file in diffusers' form; `changed` is its time of change."""
-    from safetensors.numpy import load_file
-
     tensors, norms = load_file(path), {}
     for key, down in tensors.items():
-        name = key.removeprefix("unet.").removesuffix(".lora_A.weight")
-        if key.endswith(".lora_A.weight") and (up := tensors.get(f"unet.{name}.lora_B.weight")) is not None:
-            down, up = down.astype("float64"), up.astype("float64")
+        name = key.partition(".")[2].removesuffix(".lora_A.weight")
+        up = tensors.get(key.removesuffix(".lora_A.weight") + ".lora_B.weight")
+        if key.endswith(".lora_A.weight") and up is not None:
+            down, up = down.double(), up.double()
             # ||BA||^2 = <B^T B, A A^T>: r x r products instead of one of the layer's size.
-            norms[name] = math.sqrt(max(0.0, float(((up.T @ up) * (down @ down.T)).sum())))
+            norm = ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt().item()
+            if math.isfinite(norm):
+                norms[name] = norm
     return norms
 
 
@@ -318,38 +344,16 @@ def last_change(folder: Path) -> float:
     return max(times)
 
 
-_ROWS: OrderedDict[Path, tuple[tuple, list[dict]]] = OrderedDict()
-_ROWS_LOCK = threading.Lock()
+@functools.lru_cache(maxsize=64)
+def rows_of(path: Path, changed: int, size: int) -> tuple[dict, ...]:
+    """The rows of a log that can be shown; pages ask often, so they are read again only when the file has changed."""
+    return tuple(row for row in read_log(path) if can_be_drawn(row))
 
 
-def read_rows(path: Path, most: int = 64) -> list[dict]:
-    """The rows of a log. What was read before is remembered, and only what was added since is read: pages ask often.
-
-    A log whose first line or file has changed, or that has become shorter, is read anew.
-    """
-    with _ROWS_LOCK, path.open("rb") as file:
-        start = (os.fstat(file.fileno()).st_ino, file.readline())
-        known, position, rows = _ROWS.pop(path, (None, 0, []))
-        if known != start or position > os.fstat(file.fileno()).st_size:
-            position, rows = 0, []
-        file.seek(position)
-        added = file.read()
-        end = added.rfind(b"\n") + 1  # the rest of a line may be still to come
-        found = rows + rows_in(added[:end])
-        _ROWS[path] = (start, position + end, found)
-        while len(_ROWS) > most:
-            _ROWS.popitem(last=False)
-        return found + rows_in(added[end:])
-
-
-def rows_in(text: bytes) -> list[dict]:
-    rows = []
-    for line in text.decode("utf-8", errors="replace").split("\n"):
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            row = json.loads(line)
-            if isinstance(row["step"], int) and math.isfinite(row["loss"]):
-                rows.append(row)
-    return rows
+def can_be_drawn(row: dict) -> bool:
+    """Whether a row has a step that a run can have, and a loss that is a number."""
+    step = number(row["step"])
+    return step is not None and 0 <= step <= MOST_STEPS and number(row.get("loss")) is not None
 
 
 def is_complete_png(path: Path) -> bool:

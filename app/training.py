@@ -18,6 +18,8 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import PIL.Image
+
 from reslora.diffusion.arguments import build_parser
 
 from .runs import LOG_NAME, Library, Run, RunError, is_run
@@ -41,8 +43,8 @@ FLAGS = (
     "validation_prompt",
 )
 """The flags that are widgets; all others keep the trainer's defaults."""
-UPLOADS = ".pictures"
-MOST_PICTURES, MOST_BYTES = 2000, 1024 * 2**20
+UPLOADS = ".images"
+MOST_IMAGES, MOST_BYTES = 2000, 1024 * 2**20
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -50,6 +52,11 @@ def flags() -> dict:
     """The trainer's own definition (argparse action) of each flag in FLAGS."""
     actions = {action.dest: action for action in build_parser()._actions}
     return {name: actions[name] for name in FLAGS}
+
+
+def default_output() -> Path:
+    """Where a trainer without --output_dir writes."""
+    return Path(build_parser().get_default("output_dir"))
 
 
 def arguments(settings: dict) -> list[str]:
@@ -92,24 +99,24 @@ class Trainings:
         self.lock = threading.Lock()
 
     def folders(self) -> list[str]:
-        """Folders of pictures that may be chosen, relative to the data folder."""
+        """Folders of images that may be chosen, relative to the data folder."""
         if self.data is None:
             return []
         children = [path for path in sorted(self.data.iterdir()) if path.is_dir() and not path.name.startswith(".")]
         return [".", *(path.name for path in children if path.resolve().parent == self.data)]
 
-    def command(self, name: str, settings: dict, pictures: Path | None = None) -> list[str]:
+    def command(self, name: str, settings: dict, images: Path | None = None) -> list[str]:
         """Words after `accelerate launch` for a new run of that name."""
         words = [str(SCRIPT), "--output_dir", str(self.new_folder(name))]
-        if pictures is not None:
-            words += ["--train_data_dir", str(pictures)]
+        if images is not None:
+            words += ["--train_data_dir", str(images)]
         model = str(settings.get("model") or "").strip()
         if model:
             # A name on the hub and nothing else: a path would let the page read other folders of this machine.
             if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", model):
                 raise RunError("Give the model by its name on the hub, such as owner/model, or leave it empty.")
-            if pictures is None:
-                raise RunError("Another model needs pictures: upload some, or choose a folder.")
+            if images is None:
+                raise RunError("Another model needs images: upload some, or choose a folder.")
             words += ["--pretrained_model_name_or_path", model]
         return words + arguments(settings)
 
@@ -117,7 +124,8 @@ class Trainings:
         """Folder of a new run; `RunError` for a name that could be anything but a new folder in the runs folder."""
         if is_run(self.library.folder):
             raise RunError("This page shows a single run; start the application on a folder of runs to train here.")
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name or ""):
+        name = name if isinstance(name, str) else ""
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name):
             raise RunError("A run's name has letters, digits, hyphens and underscores, at most 64 of them.")
         folder = self.library.folder / name
         # What holds nothing but a log never began: its name is free again.
@@ -126,18 +134,18 @@ class Trainings:
             raise RunError("There is a run of that name already; choose another name, or resume it.")
         return folder
 
-    def choose_pictures(self, name: str, folder: str | None, uploads: list[str] | None) -> Path | None:
+    def choose_images(self, name: str, folder: str | None, uploads: list[str] | None) -> Path | None:
         """The folder to train on: where the uploads are to go, a folder under the data folder, or None."""
         if uploads:
             return self.library.folder / UPLOADS / self.new_folder(name).name
         if folder and folder not in self.folders():
-            raise RunError("There is no such folder of pictures; choose one from the list.")
+            raise RunError("There is no such folder of images; choose one from the list.")
         return self.data / folder if folder else None
 
     def start(self, name: str, words: list[str], prepare: Callable[[], object] | None = None) -> Run:
         """Start the trainer for a new run and return the run; one training at a time.
 
-        `prepare` is called first (to store the pictures), once it is sure that the run may start.
+        `prepare` is called first (to store the images), once it is sure that the run may start.
         """
         with self.lock:
             self.refuse_second()
@@ -240,29 +248,27 @@ def in_words(words: list[str]) -> str:
     return "accelerate launch " + shlex.join(shown)
 
 
-def store_pictures(folder: Path, uploads: list[str], caption: str) -> Path:
-    """Copy uploaded pictures and captions to a new folder under names of our own.
+def store_images(folder: Path, uploads: list[str], caption: str) -> Path:
+    """Copy uploaded images and captions to a new folder under names of our own.
 
-    A picture's caption is the uploaded .txt of the same name, else `caption`, else the words of its file name.
+    An image's caption is the uploaded .txt of the same name, else `caption`, else the words of its file name.
     """
-    from PIL import Image
-
     paths = [Path(upload) for upload in uploads]
-    pictures = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
+    images = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
     texts = {path.stem: path for path in paths if path.suffix.lower() == ".txt"}
-    if not pictures:
-        raise RunError(f"None of these is a picture ({', '.join(IMAGE_SUFFIXES)}).")
-    if len(pictures) > MOST_PICTURES or sum(path.stat().st_size for path in paths) > MOST_BYTES:
-        raise RunError(f"At most {MOST_PICTURES} pictures and {MOST_BYTES // 2**20} MB, please.")
-    for path in pictures:
+    if not images:
+        raise RunError(f"None of these is an image ({', '.join(IMAGE_SUFFIXES)}).")
+    if len(images) > MOST_IMAGES or sum(path.stat().st_size for path in paths) > MOST_BYTES:
+        raise RunError(f"At most {MOST_IMAGES} images and {MOST_BYTES // 2**20} MB, please.")
+    for path in images:
         try:
-            with Image.open(path) as picture:
-                picture.verify()
+            with PIL.Image.open(path) as image:
+                image.verify()
         except Exception:  # a damaged file fails in as many ways as there are formats
-            raise RunError(f"{path.name[:80]} is not a readable picture.") from None
+            raise RunError(f"{path.name[:80]} is not a readable image.") from None
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    for number, path in enumerate(pictures):
+    for number, path in enumerate(images):
         words = re.sub(r"[\W_]+", " ", path.stem).strip()
         text = texts[path.stem].read_text("utf-8", "replace")[:2000] if path.stem in texts else caption or words
         shutil.copyfile(path, folder / f"{number:05d}{path.suffix.lower()}")

@@ -1,6 +1,7 @@
-"""What is seen of a run, as HTML, tables and pictures. No gradio: everything here can be looked at in a test.
+"""What is seen of a run, as HTML, tables and images. No gradio: everything here can be looked at in a test.
 
-Every name, caption and number of a run is escaped: a prompt may well be `<script>`.
+Every name, caption and number of a run is escaped: a prompt may well be `<script>`. Nor does anything in a run's files
+have to be what it should be: what cannot be shown is left out.
 """
 
 from __future__ import annotations
@@ -10,18 +11,27 @@ import functools
 import html
 import io
 import re
+from collections.abc import Callable
 from pathlib import Path
 
-from .generate import Picture
-from .runs import METHODS, Run
+import pandas
+import PIL.Image
+
+from reslora import figures
+from reslora.config import METHODS
+from reslora.log import of_split
+
+from .recipe import Drawn
+from .runs import Run, number
 
 LARGEST_TILE = 320
 MOST_ROWS = 16
-NAMES = {"lora": "LoRA", "reslora": "ResLoRA", "lora_x2": "LoRA, doubled alpha", "adalora": "AdaLoRA"} | {
-    "loha": "LoHa",
-    "lokr": "LoKr",
-}
-COLORS = dict(zip(METHODS, ("#8a8f98", "#e8590c", "#1971c2", "#2f9e44", "#9c36b5", "#0c8599"), strict=True))
+KNOWN = {
+    "lora": ("LoRA", "#8a8f98"), "reslora": ("ResLoRA", "#e8590c"), "lora_x2": ("LoRA, doubled alpha", "#1971c2"),
+    "adalora": ("AdaLoRA", "#2f9e44"), "loha": ("LoHa", "#9c36b5"), "lokr": ("LoKr", "#0c8599"),
+}  # fmt: skip
+NAMES = {method: KNOWN.get(method, (method, ""))[0] for method in METHODS}
+COLORS = {method: KNOWN.get(method, ("", "#495057"))[1] for method in METHODS}
 MARKER = "chosen step"
 NOTHING = "&mdash;"
 
@@ -31,16 +41,14 @@ def escape(text: str) -> str:
     return html.escape(str(text)).replace("{", "&#123;").replace("$", "&#36;")
 
 
-# -- pictures ----------------------------------------------------------------------------------------------------------
+# -- images ------------------------------------------------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=512)
 def data_uri(path: Path, changed: int) -> str:
-    """A picture as a data URI, scaled down to what the page shows; `changed` is its time of change."""
-    from PIL import Image
-
+    """An image as a data URI, scaled down to what the page shows; `changed` is its time of change."""
     content, kind = path.read_bytes(), "png"
-    with Image.open(io.BytesIO(content)) as image:
+    with PIL.Image.open(io.BytesIO(content)) as image:
         if max(image.size) > LARGEST_TILE:
             image = image.convert("RGB")
             image.thumbnail((LARGEST_TILE, LARGEST_TILE))
@@ -51,7 +59,7 @@ def data_uri(path: Path, changed: int) -> str:
 
 
 def columns(run: Run, step: int) -> list[tuple[str, str, dict]]:
-    """(title, subtitle, pictures by (prompt, image)) of each column at a step.
+    """(title, subtitle, files by (prompt, image)) of each column at a step.
 
     Before its first step an adapter adds nothing, so the samples of step 0 are the base model's.
     """
@@ -65,9 +73,9 @@ def columns(run: Run, step: int) -> list[tuple[str, str, dict]]:
 
 
 def comparison(run: Run, step: int) -> str:
-    """The grid of samples at a step: a row per prompt (and picture), a column per method."""
+    """The grid of samples at a step: a row per prompt (and image), a column per method."""
     shown = columns(run, step)
-    cells = sorted({cell for _, _, pictures in shown for cell in pictures})[:MOST_ROWS]
+    cells = cells_of(shown)
     if not cells and run.config and not run.prompts:
         return notice("This run draws no samples: it was started without --validation_prompt.")
     if not cells:
@@ -76,13 +84,13 @@ def comparison(run: Run, step: int) -> str:
     rows = []
     for cell in cells:
         title = prompt_of(run, cell[0])
-        tiles = "".join(f"<td>{tile(pictures.get(cell), f'{title}: {name}')}</td>" for name, _, pictures in shown)
+        tiles = "".join(f"<td>{tile(images.get(cell), f'{title}: {name}')}</td>" for name, _, images in shown)
         rows.append(f"<tr><th>{escape(title)}</th>{tiles}</tr>")
     return f'<table class="samples" data-step="{step}"><tr><th></th>{head}</tr>{"".join(rows)}</table>'
 
 
 def tile(path: Path | None, alt: str) -> str:
-    """One picture; an empty place where a method has none at this step yet."""
+    """One image; an empty place where a method has none at this step yet."""
     try:
         source = data_uri(path, path.stat().st_mtime_ns)
     except (AttributeError, OSError, SyntaxError):
@@ -90,31 +98,16 @@ def tile(path: Path | None, alt: str) -> str:
     return f'<img src="{source}" alt="{escape(alt)}" title="{escape(alt)}">'
 
 
-def grid(run: Run, step: int):
-    """The comparison as one picture to keep."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    from train_sd import font_for
-
+def save_grid(run: Run, step: int, path: Path) -> None:
+    """Writes the comparison as one image to keep."""
     shown = columns(run, step)
-    cells = sorted({cell for _, _, pictures in shown for cell in pictures})[:MOST_ROWS]
-    size, gap, top = 192, 8, 56
-    font, bold = ImageFont.load_default(15), ImageFont.load_default(18)
-    names = font_for("".join(prompt_of(run, cell[0]) for cell in cells), 15)
-    sheet = Image.new("RGB", (gap + len(shown) * (size + gap), top + max(1, len(cells)) * (size + 34)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for column, (title, subtitle, pictures) in enumerate(shown):
-        x = gap + column * (size + gap)
-        draw.text((x, 8), title, fill="black", font=bold)
-        draw.text((x, 32), subtitle, fill="#666666", font=font)
-        for row, cell in enumerate(cells):
-            y = top + row * (size + 34)
-            if column == 0:
-                draw.text((x, y), prompt_of(run, cell[0])[:100], fill="black", font=names)
-            if cell in pictures:
-                with Image.open(pictures[cell]) as picture:
-                    sheet.paste(picture.convert("RGB").resize((size, size), Image.Resampling.LANCZOS), (x, y + 24))
-    return sheet
+    rows = [(prompt_of(run, cell[0]), [("", [images.get(cell) for *_, images in shown])]) for cell in cells_of(shown)]
+    figures.comparison(path, [f"{title}\n{subtitle}" for title, subtitle, _ in shown], rows)
+
+
+def cells_of(shown: list[tuple[str, str, dict]]) -> list[tuple[int, int]]:
+    """The (prompt, image) of which some column has an image."""
+    return sorted({cell for *_, images in shown for cell in images})[:MOST_ROWS]
 
 
 def prompt_of(run: Run, number: int) -> str:
@@ -125,18 +118,16 @@ def prompt_of(run: Run, number: int) -> str:
 # -- numbers -----------------------------------------------------------------------------------------------------------
 
 
-def curves(run: Run, split: str, step: int | None):
+def curves(run: Run, split: str, step: int | None) -> pandas.DataFrame:
     """Loss over steps of each method as a data frame; a vertical line marks the chosen step.
 
     The training loss is a running mean over a tenth of the steps: of single batches one would see only noise.
     """
-    import pandas
-
     rows = []
     for method in run.methods:
-        log = [row for row in run.log(method) if row.get("split") == split]
+        log = of_split(run.log(method), split)
         losses = [row["loss"] for row in log]
-        losses = running_mean(losses) if split == "train" else losses
+        losses = figures.running_mean(losses) if split == "train" else losses
         # A page does not get sharper with more points than pixels.
         every = max(1, len(log) // 400)
         kept = [i for i in range(len(log)) if i % every == 0 or i == len(log) - 1]
@@ -145,15 +136,6 @@ def curves(run: Run, split: str, step: int | None):
         values = [loss for _, loss, _ in rows]
         rows += [(step, min(values), MARKER), (step, max(values), MARKER)]
     return pandas.DataFrame(rows, columns=["step", "loss", "method"])
-
-
-def running_mean(values: list[float], share: float = 0.1) -> list[float]:
-    window = max(1, round(len(values) * share))
-    total, means = 0.0, []
-    for i, value in enumerate(values):
-        total += value - (values[i - window] if i >= window else 0.0)
-        means.append(total / min(i + 1, window))
-    return means
 
 
 def color_map() -> dict[str, str]:
@@ -165,15 +147,14 @@ def numbers(run: Run, step: int) -> str:
     rows = []
     for method in run.methods:
         log = [row for row in run.log(method) if row["step"] <= step]
-        train = [row for row in log if row.get("split") == "train"]
-        held_out = [row for row in log if row.get("split") == "validation"]
+        recent = [row["loss"] for row in of_split(log, "train")[-20:]]
+        held_out = [row["loss"] for row in of_split(log, "validation")[-1:]]
         last = log[-1] if log else {}
-        recent = [row["loss"] for row in train[-20:]]
         cells = (
-            f"{sum(recent) / len(recent):.4f}" if recent else NOTHING,
-            f"{held_out[-1]['loss']:.4f}" if held_out else NOTHING,
-            f"{last.get('lr', 0):.2e}" if last else NOTHING,
-            f"{last['seconds']:.0f} s" if "seconds" in last else NOTHING,
+            figure(sum(recent) / len(recent) if recent else None, ".4f"),
+            figure(held_out[0] if held_out else None, ".4f"),
+            figure(last.get("lr"), ".2e"),
+            figure(last.get("seconds"), ".0f", " s"),
         )
         color = f'<i style="background:{COLORS[method]}"></i>'
         rows.append(f"<tr><th>{color}{NAMES[method]}</th>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
@@ -181,18 +162,24 @@ def numbers(run: Run, step: int) -> str:
     return f'<table class="numbers">{head}{"".join(rows)}</table>'
 
 
+def figure(value, form: str, unit: str = "") -> str:
+    """A number as it is shown; a dash where there is none."""
+    value = number(value)
+    return NOTHING if value is None else f"{value:{form}}{unit}"
+
+
 def summary(run: Run, status: str) -> str:
     """One line about a run: how far it is, and what it trains."""
     config = run.config
     done, total = run.progress
     names = ", ".join(NAMES[method] for method in run.methods)
-    facts = [names, f"{config['max_train_steps']} steps each" if total else ""]
+    facts = [names, f"{total // len(run.methods)} steps each" if total else ""]
     if done < total:
         facts.append(f"{done} of {total} done")
     if "reslora" in run.methods:
         facts.append(f"shortcut {config.get('shortcut')}")
     facts += [f"rank {config.get('rank')}", f"learning rate {config.get('learning_rate')}"] if config else []
-    text = " · ".join(escape(str(fact)) for fact in facts if fact)
+    text = " · ".join(escape(str(fact)[:80]) for fact in facts if fact)
     share = 100 * done / total if total else 0
     bar = f'<div class="bar"><div style="width:{share:.1f}%"></div></div>' if status in ("running", "starting") else ""
     return f'<div class="summary"><b class="{status}">{status}</b> {text}{bar}</div>'
@@ -209,24 +196,24 @@ def progress(text: str, share: float) -> str:
     return f'<div class="summary">{escape(text)}{bar}</div>'
 
 
-def caption(picture: Picture) -> str:
-    return f"{picture.source['weights']} · seed {picture.request.seed}"
+def caption(drawn: Drawn) -> str:
+    return f"{drawn.source['weights']} · seed {drawn.request.seed}"
 
 
 def notice(text: str) -> str:
     return f'<div class="notice">{escape(text)}</div>'
 
 
-def settings_table(pictures: list[Picture]) -> str:
-    """Seed and settings of every generated picture; the PNG files carry the same."""
+def settings_table(images: list[Drawn]) -> str:
+    """Seed and settings of every generated image; the PNG files carry the same."""
     head = "".join(
         f"<th>{name}</th>"
         for name in ("weights", "seed", "steps", "guidance", "strength", "size", "prompt", "negative")
     )
     rows = []
-    for picture in pictures:
-        request = picture.request
-        cells = [picture.source["weights"], request.seed, request.steps, f"{request.guidance:g}"]
+    for drawn in images:
+        request = drawn.request
+        cells = [drawn.source["weights"], request.seed, request.steps, f"{request.guidance:g}"]
         cells += [f"{request.strength:g}", f"{request.width} x {request.height}", request.prompt[:100]]
         cells.append(request.negative_prompt[:100])
         rows.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
@@ -245,6 +232,20 @@ def place(name: str) -> str:
     return f"{match[1][0]}{match[2] or ''}.{match[3]}{inner}"
 
 
+def unless_damaged(view: Callable[[dict | None], str]) -> Callable[[dict | None], str]:
+    """The view of a JSON file, which says so where something else is written there than the trainer would write."""
+
+    @functools.wraps(view)
+    def shown(content: dict | None) -> str:
+        try:
+            return view(content)
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
+            return notice("This cannot be shown: its file in the run's folder is damaged.")
+
+    return shown
+
+
+@unless_damaged
 def chain_plan(plan: dict | None) -> str:
     """Who is linked to whom: a row per role; an arrow is a link, scissors are a cut with its reason."""
     if not plan or not plan.get("chains"):
@@ -253,9 +254,9 @@ def chain_plan(plan: dict | None) -> str:
     reasons: dict[str, str] = {}
     for chain in plan["chains"]:
         parts = roles.setdefault(str(chain["role"]), [])
-        for number, block in enumerate(chain["blocks"]):
+        for position, block in enumerate(chain["blocks"]):
             cut = str(block.get("cut") or "")
-            if number:
+            if position:
                 parts.append('<span class="link">→</span>')
             elif parts:
                 mark = reasons.setdefault(cut, chr(ord("a") + len(reasons) % 26))
@@ -271,15 +272,15 @@ def chain_plan(plan: dict | None) -> str:
 
 def heat_map(title: str, values: dict[str, float | None], digits: int = 2, signed: bool = False) -> str:
     """A table of colours: roles down, places in the network across; `values` by the block's name."""
-    numbers_there = [value for value in values.values() if value is not None]
-    if not numbers_there:
+    known = [abs(value) for value in values.values() if value is not None]
+    if not known:
         return ""
-    largest = max(map(abs, numbers_there)) or 1.0
+    largest = max(known) or 1.0
     places = list(dict.fromkeys(place(name) for name in values))
     roles: dict[str, dict[str, str]] = {}
     for name, value in values.items():
         role = re.sub(r"^.*transformer_blocks\.\d+\.", "", name)
-        text = NOTHING if value is None else f"{value:+.{digits}f}" if signed else f"{value:.{digits}f}"
+        text = figure(value, f"{'+' if signed else ''}.{digits}f")
         style = shade(value, largest, signed)
         roles.setdefault(role, {})[place(name)] = f'<td title="{escape(name)}: {text}" style="{style}">{text}</td>'
     head = "".join(f"<th>{escape(p)}</th>" for p in places)
@@ -307,12 +308,13 @@ def shade(value: float | None, largest: float, signed: bool) -> str:
     return f"background:rgba({red},{green},{blue},{0.85 * strength:.2f})"
 
 
+@unless_damaged
 def merge_report(report: dict | None) -> str:
     """What a merge did to each block: alpha*, and its relative error on the calibration samples."""
     if not report or not report.get("blocks"):
         return notice("This run has no merge report yet: it is written when ResLoRA has been trained.")
     blocks = report["blocks"]
-    errors = {block["name"]: block["error"] for block in blocks}
+    errors = {block["name"]: number(block["error"]) for block in blocks}
     alphas = {block["name"]: total(block["alpha"]) for block in blocks}
     known = [error for error in errors.values() if error is not None]
     text = f"Merged by {escape(str(report.get('method')))}"
@@ -323,17 +325,15 @@ def merge_report(report: dict | None) -> str:
     if len(inner) == len(alphas):
         maps += heat_map("alpha*: how much of a block its neighbours add", inner)
     else:
-        maps += (
-            "<p>The least-squares merge fits a matrix instead of one alpha* for each block. Merge by <i>input</i> or "
-        )
-        maps += "<i>weights</i> to see the paper's alpha*.</p>"
+        maps += "<p>The least-squares merge fits a matrix instead of one alpha* for each block. "
+        maps += "Merge by <i>input</i> or <i>weights</i> to see the paper's alpha*.</p>"
     notes = "".join(f"<li>{escape(str(note))}</li>" for note in report.get("notes") or [])
     return f"<p><b>{text}.</b></p>{maps}<ul>{notes}</ul>"
 
 
 def total(alpha) -> float | None:
     """One number for a block: the sum where there is an alpha for each neighbour."""
-    return sum(alpha) if isinstance(alpha, list) else alpha
+    return number(sum(alpha) if isinstance(alpha, list) else alpha)
 
 
 def norm_difference(run: Run) -> str:
@@ -344,9 +344,3 @@ def norm_difference(run: Run) -> str:
         return notice("The comparison of norms needs both LoRA and ResLoRA in one run, finished.")
     title = "Frobenius norm of ResLoRA's merged update minus LoRA's, block by block"
     return heat_map(title, difference, signed=True)
-
-
-def chains_and_merge(run: Run) -> list[str]:
-    """The three parts of the tab: plan, merge report, and norms beside LoRA's."""
-    plan, report = run.read_json("reslora", "chains.json"), run.read_json("reslora", "merge.json")
-    return [chain_plan(plan), merge_report(report), norm_difference(run)]

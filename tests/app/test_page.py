@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -17,21 +18,20 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
+from app_runs import REPOSITORY, trained, write_run
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
-from test_generate import trained
-from test_runs import write_run
 
 from app import __main__ as command_line
-from app import generate
+from app import recipe
 from app.runs import Library
 
-REPOSITORY = Path(command_line.__file__).parent.parent
 CHROMIUM_FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
-PATIENCE = 150
+FOREVER = 3600
+"""Seconds after which something that never comes is given up: nothing here depends on how fast it comes."""
 
 
 # -- command line ------------------------------------------------------------------------------------------------------
@@ -69,54 +69,104 @@ def test_others_may_come_with_a_password():
 
 
 def test_only_the_page_and_the_entry_import_gradio():
-    for path in (REPOSITORY / "app").glob("*.py"):
+    """And of the trainers nothing but the parser: trainings are processes."""
+    with_gradio = {"page.py", "polite.py", "compare.py", "generate.py", "train.py", "chains.py"}
+    for path in (REPOSITORY / "app").rglob("*.py"):
         names = set()
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names |= {alias.name for alias in node.names} if isinstance(node, ast.Import) else set()
             names |= {node.module} if isinstance(node, ast.ImportFrom) and node.level == 0 else set()
-        assert path.name in ("ui.py", "__main__.py") or not {n for n in names if n.startswith("gradio")}
-        assert not names & {"train_llm", "train_glue"}
-    code = "import sys, app.runs, app.views, app.training, app.generate; print({'torch', 'gradio'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
+        assert path.name in with_gradio or not {name for name in names if name.startswith("gradio")}
+        assert not names & {"train_llm", "train_glue", "reslora.language", "reslora.diffusion"}
+
+
+def test_threads_are_told_to_spin_briefly_before_torch_is_there():
+    """An idle thread that spins for long is ten times slower on busy cores; who has set the policy is left alone."""
+    code = (
+        "import os, sys; from app import __main__ as entry; "
+        "entry.serve = lambda *_: print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules) or 0; "
+        "sys.exit(entry.main([]))"
+    )
+    for given, expected in (({}, "2000"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "None"), ({"GOMP_SPINCOUNT": "7"}, "7")):
+        environment = {
+            name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=REPOSITORY,
+            env=environment | given,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout.split() == [expected, "False"]
 
 
 # -- a running application ---------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def serving(runs: Path, *flags: str):
-    """`python -m app` on a free port; yields its address."""
+def start(runs: Path, log: Path, *flags: str, **options) -> tuple[subprocess.Popen, str]:
+    """`python -m app` on a free port, once it answers; its process and address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "app", "--runs", str(runs), "--port", str(port), *flags]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen(
-        command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    address = f"http://127.0.0.1:{port}"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | options.pop("env", {})
+    with log.open("w") as output:  # not a pipe, which would fill up
+        process = subprocess.Popen(
+            command, cwd=REPOSITORY, env=environment, stdout=output, stderr=subprocess.STDOUT, **options
+        )
+    while status_of(f"http://127.0.0.1:{port}") is None:
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.1)
+    return process, f"http://127.0.0.1:{port}"
+
+
+def end(process: subprocess.Popen) -> None:
+    """By SIGTERM, and by SIGKILL what is still there after a while."""
+    process.terminate()
     try:
-        deadline = time.monotonic() + PATIENCE
-        while status_of(address) is None:
-            assert process.poll() is None, process.stdout.read().decode()
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        process.wait(120)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+@contextlib.contextmanager
+def serving(runs: Path, log: Path, *flags: str):
+    """A running application; yields its address."""
+    process, address = start(runs, log, *flags)
+    try:
         yield address
     finally:
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=PATIENCE)
+        end(process)
 
 
 def status_of(address: str) -> int | None:
     """HTTP status of a GET; None while nobody listens."""
     try:
-        with urllib.request.urlopen(address, timeout=PATIENCE) as answer:
+        with urllib.request.urlopen(address, timeout=FOREVER) as answer:
             return answer.status
     except urllib.error.HTTPError as error:
         return error.code
     except OSError:
         return None
+
+
+def ignore_sigint() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_both_signals_end_it_whatever_it_inherits(tmp_path, number):
+    """Started in the background, as by `nohup`, it finds SIGINT ignored; its temporary files go all the same."""
+    (tmp_path / "tmp").mkdir()
+    environment = {"TMPDIR": str(tmp_path / "tmp")}
+    process, _ = start(tmp_path / "runs", tmp_path / "log", preexec_fn=ignore_sigint, env=environment)
+    process.send_signal(number)
+    assert process.wait(FOREVER) == 0
+    assert "Traceback" not in (tmp_path / "log").read_text()
+    assert not list((tmp_path / "tmp").glob("reslora-app-*"))
 
 
 @pytest.fixture(scope="module")
@@ -127,8 +177,13 @@ def runs(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def address(runs):
-    with serving(runs) as address:
+def log(tmp_path_factory):
+    return tmp_path_factory.mktemp("app") / "log"
+
+
+@pytest.fixture(scope="module")
+def address(runs, log):
+    with serving(runs, log) as address:
         yield address
 
 
@@ -155,7 +210,7 @@ def test_a_program_can_look_generate_and_reproduce(client, runs):
     assert 'data-step="2"' in grid
     gallery, _, seed, table = generated(client)
     assert len(gallery) == 2 and seed == 3 and "reslora: merged weights" in table
-    request, source = generate.read_picture(gallery[1]["image"])
+    request, source = recipe.read_image(gallery[1]["image"])
     assert source["weights"] == "reslora: merged weights" and request.seed == 3
     again, *_ = generated(client, weights=source["weights"], seed=request.seed, beside=False)
     assert pixels(again[0]["image"]) == pixels(gallery[1]["image"])
@@ -165,9 +220,65 @@ def test_a_program_can_look_generate_and_reproduce(client, runs):
 
 def test_what_a_program_sends_beyond_the_limits_is_clamped(client):
     gallery, *_ = generated(client, steps=0, guidance=1e9, width=1, height=-5, images=-3, strength="many", beside=False)
-    request, _ = generate.read_picture(gallery[0]["image"])
+    request, _ = recipe.read_image(gallery[0]["image"])
     assert (request.steps, request.guidance, request.width, request.height) == (1, 30, 32, 32)
     assert len(gallery) == 1 and request.strength == 1
+
+
+def answers(address: str, name: str, *data) -> str:
+    """What a program is told that sends some JSON to an endpoint and listens, as one does without Gradio's client."""
+    with urllib.request.urlopen(post(address, name, *data), timeout=FOREVER) as answer:
+        return answer.read().decode()
+
+
+def post(address: str, name: str, *data) -> str:
+    """Sends a request and returns where to listen for what comes of it."""
+    url, body = f"{address}/gradio_api/call/{name}", json.dumps({"data": data}).encode()
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=FOREVER) as answer:
+        return f"{url}/{json.load(answer)['event_id']}"
+
+
+@pytest.mark.parametrize("seed", ["abc", float("nan"), float("-inf"), None])
+def test_a_seed_that_is_no_number_is_zero(address, seed):
+    asked = GENERATE | {"seed": seed, "steps": 1, "width": 32, "height": 32, "beside": False}
+    answer = answers(address, "generate", *asked.values())
+    gallery, _, told, _ = json.loads(answer.split("event: complete\ndata: ")[1])
+    assert told == 0 and gallery[0]["image"]["orig_name"] == "seed-0.png"
+
+
+@pytest.mark.parametrize("wrong", ["abc", float("nan"), {"a": 1}, True, 10**30], ids=str)
+def test_whatever_a_program_sends_it_is_told_something(address, wrong):
+    """An image, or an error in words; never nothing."""
+    asked = list((GENERATE | {"steps": 1, "width": 32, "height": 32, "beside": False}).values())
+    calls = {"generate": asked, "compare": ["tiny", 0], "download_grid": ["tiny", 0], "weights": ["tiny"]}
+    calls |= {"merge": ["tiny", "base model", "input"], "settings_of": [None], "train_resume": ["tiny"]}
+    calls |= {"train_command": ["new", None, "", None, "", ["lora"], "input", *[""] * 12]}
+    for name, data in calls.items():
+        for place in range(len(data)):
+            answer = answers(address, name, *data[:place], wrong, *data[place + 1 :])
+            assert answer and '"error": null' not in answer and "data: null" not in answer.splitlines()[-1], (
+                name,
+                place,
+            )
+
+
+def test_what_nobody_listens_to_keeps_nobody_waiting(address, client, log):
+    """Four requests of 8 images x 150 steps, whose senders went away at once; another visitor is served meanwhile."""
+    left = [post(address, "generate", *(GENERATE | {"steps": 150, "images": 8}).values()) for _ in range(4)]
+    gallery, *_ = generated(client, steps=1, beside=False)
+    assert len(gallery) == 1
+    until(lambda: log.read_text().count("Gave up") == 4)
+    for url in left:
+        with urllib.request.urlopen(url, timeout=FOREVER) as answer:
+            assert "Cancelled after 0 of 16 images" in answer.read().decode()
+
+
+def until(condition) -> None:
+    started = time.monotonic()
+    while not condition():
+        assert time.monotonic() - started < FOREVER
+        time.sleep(0.1)
 
 
 def pixels(path: str) -> bytes:
@@ -199,7 +310,7 @@ def test_no_file_of_this_machine_is_served(address, runs, client):
     inside = [runs / "tiny" / "config.json", runs / "tiny" / "lora" / "samples" / "step-000002" / "0-0.png"]
     outside = [Path("/etc/passwd"), REPOSITORY / "README.md", Path(__file__), Path("/tmp"), Path("/proc/self/environ")]
     for path in map(
-        str, [*inside, *outside, "README.md", "app/ui.py", "../../etc/passwd", "served/../../../etc/passwd"]
+        str, [*inside, *outside, "README.md", "app/page.py", "../../etc/passwd", "served/../../../etc/passwd"]
     ):
         for shown in (path, urllib.parse.quote(path, safe="")):
             assert status_of(f"{address}/gradio_api/file={shown}") in (400, 403, 404), path
@@ -208,8 +319,8 @@ def test_no_file_of_this_machine_is_served(address, runs, client):
         client.predict(payload, api_name="/settings_of")
 
 
-def test_a_password_is_asked_for(runs):
-    with serving(runs, "--auth", "me:secret") as address:
+def test_a_password_is_asked_for(runs, tmp_path):
+    with serving(runs, tmp_path / "log", "--auth", "me:secret") as address:
         assert status_of(f"{address}/config") == 401
         assert status_of(f"{address}/gradio_api/file=/etc/passwd") == 401
         assert "tiny" in Client(address, auth=("me", "secret"), verbose=False).predict(api_name="/runs")
@@ -224,7 +335,7 @@ def browser():
 
     found = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
     if found is None:  # Playwright's own, downloaded on the first run
-        subprocess.run([sys.executable, "-m", "playwright", "install", "chromium"], check=False, timeout=600)
+        subprocess.run([sys.executable, "-m", "playwright", "install", "chromium"], check=False)
     with sync_playwright() as playwright:
         try:
             browser = playwright.chromium.launch(executable_path=found, args=CHROMIUM_FLAGS)
@@ -237,7 +348,7 @@ def browser():
 @pytest.fixture
 def page(browser, address):
     page = browser.new_page(viewport={"width": 1360, "height": 900})
-    page.set_default_timeout(PATIENCE * 1000)
+    page.set_default_timeout(FOREVER * 1000)
     page.errors = []
     page.on("pageerror", lambda error: page.errors.append(str(error)))
     page.goto(address, wait_until="domcontentloaded")
@@ -247,7 +358,7 @@ def page(browser, address):
     assert page.errors == []
 
 
-def test_the_slider_moves_the_pictures(page):
+def test_the_slider_moves_the_images(page):
     """A visitor sees the newest run at its last step without a click; slider and play move all columns."""
     page.wait_for_selector('#grid table[data-step="4"]')
     assert page.locator("#grid th").all_inner_texts()[1].startswith("Base model")
@@ -262,16 +373,16 @@ def test_the_slider_moves_the_pictures(page):
     page.locator("#play").click()
     with page.expect_download() as download:
         page.locator("#download").click()
-    with PIL.Image.open(download.value.path()) as picture:
-        assert picture.format == "PNG"
+    with PIL.Image.open(download.value.path()) as image:
+        assert image.format == "PNG"
     page.wait_for_selector("#train-curve svg, #train-curve canvas")
 
 
-def test_pictures_with_merged_weights_beside_the_base(page):
+def test_images_with_merged_weights_beside_the_base(page):
     page.get_by_role("tab", name="Generate").click()
     assert page.locator("#weights input").input_value() == "reslora: merged weights"
     page.locator("#generate").click()
-    page.locator("#status").get_by_text("2 of 2 pictures are done").wait_for()
+    page.locator("#status").get_by_text("2 of 2 images are done").wait_for()
     assert page.locator("#gallery img").count() == 2
     assert "base model" in page.locator("#made").inner_text()
 
@@ -302,7 +413,7 @@ def test_names_and_prompts_of_a_run_are_no_markup(page, runs):
         page.locator("#run input").fill(attack)
         page.locator("#run input").press("Enter")
         page.locator("#grid").get_by_text(attack).wait_for()
-        page.wait_for_timeout(300)  # for a picture that fails to load
+        page.wait_for_timeout(300)  # for an image that fails to load
         assert page.evaluate("window.hacked") is None
     finally:
         shutil.rmtree(runs / attack)
@@ -316,7 +427,7 @@ def test_a_training_is_started_watched_and_stopped(page, browser, address, runs,
         uploads.append(str(tmp_path / f"{name}.png"))
     page.get_by_role("tab", name="Train").click()
     page.locator("#name textarea, #name input").fill("watched")
-    page.locator("#pictures input[type=file]").set_input_files(uploads)
+    page.locator("#uploads input[type=file]").set_input_files(uploads)
     page.get_by_text("green leaf").first.wait_for()
     for flag, value in {"max_train_steps": "500", "validation_steps": "500", "train_batch_size": "1"}.items():
         page.locator(f"#flag-{flag} textarea, #flag-{flag} input").fill(value)
@@ -331,7 +442,7 @@ def test_a_training_is_started_watched_and_stopped(page, browser, address, runs,
 
     other = browser.new_page()
     other.goto(address, wait_until="domcontentloaded")
-    other.locator("#summary .running").wait_for(timeout=PATIENCE * 1000)
+    other.locator("#summary .running").wait_for(timeout=FOREVER * 1000)
     assert other.locator("#run input").input_value() == "watched"
     other.close()
 

@@ -1,0 +1,202 @@
+"""Weights from files into a denoiser: checked whole first, so that nothing is drawn with what does not fit.
+
+A refusal names the file and the tensor. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import convert_unet_state_dict_to_peft
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import check_target_module_exists
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import reslora
+from reslora.adapters import adapter_config, attach, load_adapter
+
+from .runs import RunError, Weights
+
+LARGEST_ADAPTER = 2**30
+LARGEST_HEADER = 32 * 2**20
+PAIRS = (
+    (".lora_A.", ".lora_B."),
+    (".lora_down.", ".lora_up."),
+    (".lora.down.", ".lora.up."),
+    ("_lora.down.", "_lora.up."),
+)
+"""How the two factors of a LoRA are told apart: PEFT and diffusers, kohya, and two of diffusers' older forms."""
+
+
+def put_merged(denoiser: nn.Module, weights: Weights, strength: float) -> None:
+    """Whole merged weights; another strength lies on the line from the base through them, as with a LoRA's scale."""
+    present, merged = denoiser.state_dict(), {}
+    for file in sorted(weights.path.glob("*.safetensors")):
+        merged.update(load_file(file))
+    refuse_others(weights.label, merged, {name: tensor.shape for name, tensor in present.items()})
+    for name, value in merged.items():
+        base = present[name]
+        if strength == 1.0 or torch.equal(value.to(base), base):
+            merged[name] = value.to(base) if strength == 1.0 else base
+        else:
+            merged[name] = torch.lerp(base.float(), value.to(base.device).float(), strength).to(base.dtype)
+    denoiser.load_state_dict(merged, assign=True)
+
+
+def put_file(pipeline: DiffusionPipeline, denoiser: nn.Module, weights: Weights, strength: float) -> None:
+    """A LoRA file in diffusers' or kohya's form; only what is for the denoiser is used."""
+    path, label = weights.path, weights.label
+    check_adapter_file(path, label)
+    in_file = load_file(path)
+    refuse_halves(label, in_file)
+    refuse_not_finite(label, in_file)
+    # Without use_safetensors=True diffusers falls back to unpickling where it cannot read a file.
+    state, alphas, metadata = pipeline.lora_state_dict(
+        path.parent, weight_name=path.name, use_safetensors=True, return_lora_metadata=True, unet_config=denoiser.config
+    )
+    part = part_of(pipeline)
+    state = {name: value for name, value in state.items() if name.startswith(f"{part}.")}
+    if not state:
+        raise RunError(f"{label}: there are no LoRA weights for this model's denoiser in it.")
+    # The names that diffusers is about to use, whichever the file has.
+    given = refuse_misfits(label, convert_unet_state_dict_to_peft(state), denoiser, in_file)
+    refuse_absent(label, part, metadata or {}, denoiser, given)
+    load = getattr(pipeline, f"load_lora_into_{part}")
+    load(state, network_alphas=alphas, **{part: denoiser}, adapter_name="default", metadata=metadata)
+    if strength != 1.0:
+        denoiser.set_adapters("default", strength)
+
+
+def put_adapter(denoiser: nn.Module, config: dict, weights: Weights, strength: float) -> None:
+    """An unmerged checkpoint: with its shortcuts, as it was trained."""
+    if weights.method == "reslora":
+        reslora.load(denoiser, weights.path)
+    else:
+        lora = {"r": config["rank"], "alpha": config["lora_alpha"], "targets": config["target_modules"]}
+        attach(denoiser, adapter_config(weights.method, **lora, dropout=0.0, total_steps=0))
+        load_adapter(denoiser, weights.path)
+    refuse_not_finite(weights.label, {name: p for name, p in denoiser.named_parameters() if ".lora_" in name})
+    for module in denoiser.modules():
+        if isinstance(module, LoraLayer):
+            module.scaling["default"] *= strength
+
+
+def part_of(pipeline: DiffusionPipeline) -> str:
+    """Under which name a pipeline holds its denoiser."""
+    return "unet" if hasattr(pipeline, "unet") else "transformer"
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+def check_adapter_file(path: Path, label: str) -> None:
+    """Refuses what isn't a LoRA in safetensors form, by its content."""
+    if path.stat().st_size > LARGEST_ADAPTER:
+        raise RunError(f"{label}: larger than {LARGEST_ADAPTER // 2**20} MB.")
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        content = file.read(length) if 2 <= length <= min(LARGEST_HEADER, path.stat().st_size - 8) else b""
+    try:
+        entries = {name: entry for name, entry in json.loads(content).items() if name != "__metadata__"}
+        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        complete = end == path.stat().st_size - 8 - length
+    except (ValueError, AttributeError, KeyError, TypeError, IndexError, RecursionError):
+        raise RunError(f"{label}: not a safetensors file; .bin, .ckpt and .pt files can run code.") from None
+    if not complete:
+        raise RunError(f"{label}: cut short or damaged.")
+    if not any("lora" in name.lower() for name in entries):
+        raise RunError(f"{label}: there are no LoRA weights in it.")
+
+
+def uploaded(path: str | Path) -> Weights:
+    """An uploaded LoRA file as something to generate with; `RunError` if it isn't one."""
+    path = Path(path)
+    label = path.name[:80]
+    if path.suffix.lower() != ".safetensors":
+        raise RunError(f"{label}: only .safetensors files are taken; .bin, .ckpt and .pt files can run code.")
+    check_adapter_file(path, label)
+    return Weights(label, "file", "", path)
+
+
+def refuse_halves(label: str, names: Iterable[str]) -> None:
+    """Refuses a LoRA that has one factor of a layer and lacks the other."""
+    for name in names:
+        for pair in PAIRS:
+            for this, other in (pair, pair[::-1]):
+                if this in name and (partner := name.replace(this, other)) not in names:
+                    raise RunError(f"{label}: {partner} is missing.")
+
+
+def refuse_not_finite(label: str, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.float().isfinite().all():
+            raise RunError(f"{label}: {name} has values that are not finite.")
+
+
+def refuse_others(label: str, tensors: Mapping[str, Tensor], wanted: Mapping[str, torch.Size]) -> None:
+    """Refuses all but exactly the tensors wanted, in their shapes, with finite values."""
+    for name in sorted(wanted.keys() - tensors.keys()):
+        raise RunError(f"{label}: {name} is missing.")
+    for name, tensor in tensors.items():
+        if name not in wanted:
+            raise RunError(f"{label}: {name} is of no layer of this model.")
+        if tensor.shape != wanted[name]:
+            raise RunError(f"{label}: {name} is {shape(tensor)}, and {shape(wanted[name])} in this model.")
+    refuse_not_finite(label, tensors)
+
+
+def refuse_misfits(label: str, state: Mapping[str, Tensor], denoiser: nn.Module, in_file: Iterable[str]) -> set[str]:
+    """Refuses LoRA weights of layers that the denoiser lacks, or of other shapes; returns the layers they are for.
+
+    `state` is what diffusers made of the file, whose own names are `in_file`: messages use those.
+    """
+    modules, written = dict(denoiser.named_modules()), {flat(name): name for name in in_file}
+    ranks: dict[str, int] = {}
+    for name, tensor in state.items():
+        module, factor = name.partition(".lora_")[0].partition(".")[2], 0 if ".lora_A." in name else 1
+        if ".lora_A." not in name and ".lora_B." not in name:
+            continue
+        known, weight = written.get(flat(name), name), getattr(modules.get(module), "weight", None)
+        if weight is None:
+            raise RunError(f"{label}: {known} is of no layer of this model.")
+        # A is (rank, in), B is (out, rank); convolutions have their window after that.
+        wanted = weight.shape[1 - factor]
+        if tensor.ndim < 2 or tensor.shape[1 - factor] != wanted:
+            raise RunError(f"{label}: {known} is {shape(tensor)}, but this model's layer has {wanted} features.")
+        if ranks.setdefault(module, tensor.shape[factor]) != tensor.shape[factor]:
+            raise RunError(f"{label}: {known} is {shape(tensor)}, of another rank than its other factor.")
+    return set(ranks)
+
+
+def refuse_absent(label: str, part: str, metadata: dict, denoiser: nn.Module, given: set[str]) -> None:
+    """Refuses a file that lacks a layer which its own metadata says was adapted."""
+    own = {name.removeprefix(f"{part}."): value for name, value in metadata.items() if name.startswith(f"{part}.")}
+    if not own:
+        return
+    config = LoraConfig(**own)
+    for name, module in denoiser.named_modules():
+        adapted = isinstance(module, (nn.Linear, nn.Conv2d)) and check_target_module_exists(config, name)
+        if adapted and name not in given:
+            raise RunError(f"{label}: {part}.{name}.lora_A.weight is missing.")
+
+
+def flat(name: str) -> str:
+    """A tensor's name in which diffusers' and kohya's forms agree."""
+    for factor, marks in enumerate(zip(*PAIRS, strict=True)):
+        for mark in marks:
+            if mark in name:
+                layer = name.partition(mark)[0].removeprefix("lora_").replace(".", "_")
+                return f"{layer} {factor}"
+    return name
+
+
+def shape(of: Tensor | torch.Size) -> str:
+    return " x ".join(map(str, of.shape if isinstance(of, Tensor) else of))

@@ -1,0 +1,92 @@
+"""What to draw, whatever a browser sent; and images whose files say how to draw them again."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import PIL.Image
+from PIL.PngImagePlugin import PngInfo
+
+from .runs import RunError
+
+SEEDS = 2**32
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to draw. Whatever the browser sent, `clamped` makes it something the pipeline can take."""
+
+    prompt: str = ""
+    negative_prompt: str = ""
+    seed: int = 0
+    steps: int = 20
+    guidance: float = 4.0
+    width: int = 64
+    height: int = 64
+    images: int = 1
+    strength: float = 1.0
+
+    def clamped(self) -> Request:
+        """The nearest request within the limits; a negative seed becomes a random one."""
+        seed = bounded(self.seed, -1, SEEDS - 1, 0)
+        return Request(
+            prompt=str(self.prompt or "").replace("\0", "")[:1000],
+            negative_prompt=str(self.negative_prompt or "").replace("\0", "")[:1000],
+            seed=random.SystemRandom().randrange(SEEDS) if seed < 0 else seed,
+            steps=bounded(self.steps, 1, 150, 20),
+            guidance=float(bounded(self.guidance, 0, 30, 4.0, whole=False)),
+            width=bounded(self.width, 32, 1024, 64) // 8 * 8,
+            height=bounded(self.height, 32, 1024, 64) // 8 * 8,
+            images=bounded(self.images, 1, 8, 1),
+            strength=float(bounded(self.strength, -2, 2, 1.0, whole=False)),
+        )
+
+
+def bounded(value, low, high, otherwise, whole: bool = True):
+    """`value` as a number in [low, high]; `otherwise` for what is no finite number."""
+    try:
+        value = float(value) if not whole or isinstance(value, float) else int(value)
+        if not math.isfinite(value):
+            return otherwise
+        return min(high, max(low, int(value) if whole else value))
+    except (TypeError, ValueError, OverflowError):
+        return otherwise
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """An image with the settings that make it again: a request for one image, and what it was made with."""
+
+    image: PIL.Image.Image
+    request: Request
+    source: dict
+    """`run` and `weights`, by the names that the page shows."""
+
+
+def save_image(drawn: Drawn, path: Path) -> Path:
+    """Writes a PNG whose metadata makes the image again: `reslora` for this page, `parameters` as A1111 has it."""
+    info, request = PngInfo(), drawn.request
+    info.add_itxt("reslora", json.dumps(asdict(request) | drawn.source, ensure_ascii=False))
+    info.add_itxt(
+        "parameters",
+        f"{request.prompt}\nNegative prompt: {request.negative_prompt}\nSteps: {request.steps}, CFG scale: "
+        f"{request.guidance}, Seed: {request.seed}, Size: {request.width}x{request.height}",
+    )
+    drawn.image.save(path, format="PNG", pnginfo=info)
+    return path
+
+
+def read_image(path: str | Path) -> tuple[Request, dict]:
+    """Request and source (run, weights) from a PNG that `save_image` wrote; `RunError` for any other file."""
+    try:
+        with PIL.Image.open(path, formats=["PNG"]) as image:
+            settings = json.loads(image.info["reslora"])
+            source = {name: str(settings.get(name, ""))[:200] for name in ("run", "weights")}
+            request = Request(**{field.name: settings[field.name] for field in fields(Request)}).clamped()
+    except Exception:  # anything may be uploaded
+        raise RunError("This image has no settings of this application in it.") from None
+    return request, source

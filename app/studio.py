@@ -1,0 +1,360 @@
+"""The pipeline, the weights that are in it, and images from it; people take turns, an image at a time.
+
+The base weights are never changed: other weights go into another denoiser, a *skeleton* that shares the base tensors,
+made on the meta device in a fraction of a second. So switching reloads nothing, and a load that fails changes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import diffusers
+import torch
+from safetensors.torch import load_file
+
+import reslora
+from reslora import export, files
+from reslora.errors import first_line
+
+from . import adapters
+from .recipe import SEEDS, Drawn, Request
+from .runs import Run, RunError, Weights
+
+BUNDLED = Path(__file__).resolve().parent.parent / "assets" / "pipeline"
+MERGES = ("lstsq", "input", "weights", "none")
+PATIENCE = 15.0
+"""Seconds without anybody listening after which a generation counts as abandoned."""
+
+
+class Cancelled(Exception):
+    """Somebody pressed cancel, or nobody is there any more to see the images."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A denoising step of an image is done."""
+
+    image: int
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Status:
+    """One line on what is going on."""
+
+    text: str
+
+
+class Turns:
+    """One at a time, in the order of asking: who asks for eight images lets others have theirs in between."""
+
+    def __init__(self) -> None:
+        self.waiting: deque[object] = deque()
+        self.moved = threading.Condition()
+
+    @contextlib.contextmanager
+    def turn(self, check: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Waits for its turn and holds it; `check` is called meanwhile, and may raise to give up."""
+        ticket = object()
+        with self.moved:
+            self.waiting.append(ticket)
+        try:
+            with self.moved:
+                while self.waiting[0] is not ticket:
+                    check()
+                    self.moved.wait(0.2)
+            yield
+        finally:
+            with self.moved:
+                self.waiting.remove(ticket)
+                self.moved.notify_all()
+
+
+class Audience:
+    """Whether a generation is still wanted: not cancelled, and somebody listens."""
+
+    def __init__(self, listening: Callable[[], bool]) -> None:
+        self.listening = listening
+        self.stopped = threading.Event()
+        self.heard = time.monotonic()
+
+    def check(self) -> None:
+        """Raises `Cancelled` once nobody wants it any more."""
+        if self.listening():
+            self.heard = time.monotonic()
+        elif time.monotonic() - self.heard > PATIENCE:
+            print("Gave up a generation that nobody listened to.", file=sys.stderr, flush=True)
+            raise Cancelled
+        if self.stopped.is_set():
+            raise Cancelled
+
+    def wait(self) -> None:
+        """Returns when somebody listens: what nobody listens to must not keep others waiting."""
+        while not self.listening():
+            self.check()
+            time.sleep(0.1)
+        self.check()
+
+
+class Studio:
+    """The pipeline and what is in it. Nothing is loaded before the first use."""
+
+    def __init__(self) -> None:
+        self.turns = Turns()
+        self.pipeline = None
+        self.base = None
+        """Path or hub name of the pipeline that is loaded."""
+        self.state = {}
+        """The base denoiser's tensors, shared by every skeleton."""
+        self.current = None
+        """What is in the pipeline's denoiser: path, its time of change, strength."""
+        self.loads = 0
+        """How many times a pipeline was loaded from its files."""
+        self.running: dict[str, Audience] = {}
+
+    # -- generating ----------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        run: Run | None,
+        choices: list[Weights],
+        request: Request,
+        session: str = "",
+        listening: Callable[[], bool] = lambda: True,
+    ) -> Iterator[Status | Step | Drawn]:
+        """Yields what happens, and the images: for each number one per choice, with the same seed.
+
+        Each image is drawn on its own with its own seed, so it doesn't depend on how many were asked for. Closing the
+        iterator, `cancel(session)`, or a while in which `listening` says no, stops within one denoising step; the
+        latter two raise `Cancelled`. Raises `RunError` for weights that cannot be loaded.
+        """
+        events: queue.Queue = queue.Queue(maxsize=1)
+        audience = self.running[session] = Audience(listening)
+        work = (run, choices, request.clamped(), audience, events)
+        threading.Thread(target=self._work, args=work, daemon=True).start()
+        try:
+            while (event := events.get()) is not None:
+                if isinstance(event, Exception):
+                    raise event
+                yield event
+        finally:
+            audience.stopped.set()
+            if self.running.get(session) is audience:
+                del self.running[session]
+
+    def cancel(self, session: str) -> bool:
+        """Stops the generation of a session within one step; False if there is none."""
+        audience = self.running.get(session)
+        if audience is not None:
+            audience.stopped.set()
+        return audience is not None
+
+    def close(self) -> None:
+        """Stops whatever is being generated."""
+        for session in list(self.running):
+            self.cancel(session)
+
+    def _work(self, run, choices, request, audience: Audience, events: queue.Queue) -> None:
+        outcome = None
+
+        def put(event) -> None:
+            while True:
+                audience.check()
+                with contextlib.suppress(queue.Full):
+                    return events.put(event, timeout=0.1)
+
+        try:
+            self._draw_all(run, choices, request, audience, put)
+        except (Cancelled, RunError) as error:
+            outcome = error
+        except Exception as error:  # whatever a model or a device can raise; the page gets one sentence
+            outcome = RunError(f"This could not be generated ({type(error).__name__}).")
+        if audience.stopped.is_set():
+            with contextlib.suppress(queue.Empty):
+                events.get_nowait()  # a step that nobody will look at must not keep the outcome out
+        with contextlib.suppress(queue.Full):
+            events.put(outcome, timeout=PATIENCE)
+
+    def _draw_all(self, run, choices, request: Request, audience: Audience, put) -> None:
+        for number in range(request.images):
+            one = replace(request, seed=(request.seed + number) % SEEDS, images=1)
+            for choice in choices:
+                audience.wait()
+                if self.turns.waiting:
+                    put(Status("Waiting for another image to be finished"))
+                with self.turns.turn(audience.check):
+                    if self.base != base_of(run):
+                        put(Status("Loading the model: this happens once"))
+                        self._load(base_of(run))
+                    put(Status(f"Image {number + 1} of {request.images}, {choice.label}"))
+                    self._use(run, choice, request.strength)
+                    image = self._draw(one, choice, number, audience, put)
+                put(Drawn(image, one, {"run": run.name if run else "", "weights": choice.label}))
+
+    def _draw(self, request: Request, weights: Weights, number: int, audience: Audience, put):
+        def after_step(pipeline, index, timestep, tensors):
+            audience.check()
+            if not tensors["latents"].isfinite().all():
+                raise RunError(f"{weights.label}: step {index + 1} gave values that are not finite.")
+            put(Step(number, index + 1, request.steps))
+            return tensors
+
+        return self.pipeline(
+            prompt=request.prompt,
+            negative_prompt=request.negative_prompt,
+            generator=torch.Generator().manual_seed(request.seed),
+            num_inference_steps=request.steps,
+            guidance_scale=request.guidance,
+            height=request.height,
+            width=request.width,
+            callback_on_step_end=after_step,
+        ).images[0]
+
+    # -- what is in the pipeline ---------------------------------------------------------------------------------------
+
+    @property
+    def part(self) -> str:
+        return adapters.part_of(self.pipeline)
+
+    def _load(self, base: Base) -> None:
+        """Loads the pipeline; the one before stays if that fails."""
+        cuda = torch.cuda.is_available()
+        source = {"revision": base.revision, "cache_dir": base.cache_dir}
+        try:
+            parts = diffusers.DiffusionPipeline.load_config(base.name, **source)
+            unchecked = {"safety_checker": None} if "safety_checker" in parts else {}
+            pipeline = diffusers.DiffusionPipeline.from_pretrained(
+                base.name,
+                **source,
+                variant=base.variant,
+                torch_dtype=torch.float16 if cuda else torch.float32,
+                use_safetensors=True,
+                **unchecked,
+            ).to("cuda" if cuda else "cpu")
+        except Exception as error:  # a hub, a disk or a damaged folder
+            raise RunError(f"The model of this run could not be loaded ({type(error).__name__}).") from None
+        if base.prediction_type:
+            pipeline.scheduler.register_to_config(prediction_type=base.prediction_type)
+        pipeline.set_progress_bar_config(disable=True)
+        self.loads += 1
+        self.pipeline, self.base = pipeline, base
+        self.state = getattr(pipeline, self.part).state_dict()
+        self.current = (None, 0, 1.0)
+
+    def _use(self, run: Run | None, weights: Weights, strength: float) -> None:
+        """Puts the weights into the pipeline; `RunError` if they cannot be loaded, which leaves those before."""
+        wanted = (weights.path, changed(weights.path), 1.0 if weights.kind == "base" else strength)
+        if self.current == wanted:
+            return
+        denoiser = self._skeleton()
+        try:
+            if weights.kind == "merged":
+                adapters.put_merged(denoiser, weights, strength)
+            elif weights.kind == "file":
+                adapters.put_file(self.pipeline, denoiser, weights, strength)
+            elif weights.kind == "adapter":
+                adapters.put_adapter(denoiser, run.config, weights, strength)
+        except RunError:
+            raise
+        except (ValueError, RuntimeError) as error:  # ours say in one line which layer does not fit
+            raise RunError(f"{weights.label}: {without_folders(error, weights.path)}.") from None
+        except Exception as error:  # damaged
+            raise RunError(f"{weights.label} does not fit this model or is damaged ({type(error).__name__}).") from None
+        # Not `denoiser.to`: diffusers' own warns about every cast.
+        denoiser = torch.nn.Module.to(denoiser, self.pipeline.device, self.pipeline.dtype).eval()
+        setattr(self.pipeline, self.part, denoiser)
+        self.current = wanted
+
+    def _skeleton(self) -> torch.nn.Module:
+        """A denoiser with the base tensors in it: shared, not copied."""
+        present = getattr(self.pipeline, self.part)
+        with torch.device("meta"):
+            denoiser = type(present).from_config(present.config)
+        denoiser.load_state_dict(self.state, assign=True)
+        return denoiser.requires_grad_(False).eval()
+
+    # -- merging -------------------------------------------------------------------------------------------------------
+
+    def merge(self, run: Run, checkpoint: Weights, method: str) -> dict:
+        """Merges an unmerged ResLoRA checkpoint by another method, with the calibration samples the run has kept.
+
+        Writes `reslora/merged-by-<method>-<step>/` (diffusers and kohya files, merge.json) and returns the report.
+        """
+        if method not in MERGES or checkpoint.kind != "adapter" or checkpoint.method != "reslora":
+            raise RunError("Choose one of the run's ResLoRA checkpoints and one of the merge methods.")
+        with self.turns.turn():
+            base = base_of(run)
+            if self.base != base:
+                self._load(base)
+            try:
+                return self._merge(run, checkpoint, method)
+            except OSError:
+                raise RunError("The merged weights could not be written into the run's folder.") from None
+            except (ValueError, RuntimeError) as error:
+                raise RunError(f"It cannot be merged: {without_folders(error, run.folder)}.") from None
+
+    def _merge(self, run: Run, checkpoint: Weights, method: str) -> dict:
+        denoiser = torch.nn.Module.to(self._skeleton(), dtype=torch.float32)
+        reslora.load(denoiser, checkpoint.path)
+        report = reslora.merge(denoiser, method=method, calibration=calibration_of(run)).to_dict()
+        folder = checkpoint.path.parent / f"merged-by-{method}-{checkpoint.step}"
+        with files.replacing(folder) as temporary:
+            temporary.mkdir()
+            export.export_diffusers(denoiser, temporary)
+            export.export_kohya(denoiser, temporary / "kohya.safetensors")
+            files.write_json(temporary / "merge.json", report)
+        return report
+
+
+@dataclass(frozen=True)
+class Base:
+    """The pipeline that a run trains: path or hub name, and how the trainer loaded it."""
+
+    name: str = str(BUNDLED)
+    revision: str | None = None
+    variant: str | None = None
+    cache_dir: str | None = None
+    prediction_type: str | None = None
+
+
+def base_of(run: Run | None) -> Base:
+    """The pipeline of a run; the bundled one without a run."""
+    if run is None:
+        return Base()
+    named = run.word("pretrained_model_name_or_path")
+    settings = {name: run.word(name) for name in ("revision", "variant", "cache_dir", "prediction_type")}
+    # A run that came from another machine has that machine's path of the bundled pipeline, the example a relative one.
+    if not named or (Path(named).parts[-2:] == BUNDLED.parts[-2:] and not Path("/", named).is_dir()):
+        return Base(prediction_type=settings["prediction_type"])
+    return Base(named, **settings)
+
+
+def calibration_of(run: Run) -> list[dict] | None:
+    """The samples that the run's own merge has read, in batches; None if it kept none."""
+    path = run.inside("reslora", "calibration.safetensors")
+    if path is None:
+        return None
+    together = load_file(path)
+    size, count = run.whole("train_batch_size", 8), len(next(iter(together.values())))
+    return [{name: value[i : i + size] for name, value in together.items()} for i in range(0, count, size)]
+
+
+def changed(path: Path | None) -> int:
+    try:
+        return path.stat().st_mtime_ns if path is not None else 0
+    except OSError:
+        return 0
+
+
+def without_folders(error: Exception, path: Path) -> str:
+    """An error's first line with the names of files, not where they are on this machine."""
+    return first_line(error).replace(f"{path.parent}/", "").replace(str(path.parent), path.parent.name)

@@ -1,0 +1,1 @@
+"""One file a tab: its components, its events, and what answers them. What is shown comes from `views`."""

@@ -1,0 +1,81 @@
+"""Compare: a slider moves the images of all methods through the training steps together."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import gradio as gr
+
+from .. import views
+from ..polite import polite
+from ..runs import Library, Run
+from ..training import safe_name
+from ..working import WorkingFiles
+
+
+class CompareTab:
+    def __init__(self, library: Library, files: WorkingFiles) -> None:
+        self.library, self.files = library, files
+        self.summary = gr.HTML(elem_id="summary")
+        with gr.Row(equal_height=True):
+            self.step = gr.Slider(0, 1, value=0, step=1, label="Step", elem_id="step", scale=6)
+            self.play = gr.Button("▶ Play", elem_id="play", scale=1, min_width=90)
+            self.download = gr.Button("Download grid", elem_id="download", scale=1, min_width=120)
+            self.grid_file = gr.DownloadButton("grid", visible="hidden", elem_id="grid-file")
+        self.playing = gr.Timer(0.8, active=False)
+        self.grid = gr.HTML(elem_id="grid")
+        with gr.Row():
+            plot = functools.partial(
+                gr.LinePlot, x="step", y="loss", color="method", color_map=views.color_map(), height=260, min_width=320
+            )
+            self.train_curve = plot(title="Training loss (running mean)", elem_id="train-curve")
+            self.validation_curve = plot(title="Loss on held-out images", elem_id="validation-curve")
+        self.numbers = gr.HTML(elem_id="numbers")
+        self.at_step = [self.grid, self.train_curve, self.validation_curve, self.numbers]
+        self.watched = [self.summary, self.step, *self.at_step]
+
+    def events(self, run: gr.Dropdown) -> None:
+        quiet = {"api_visibility": "private", "show_progress": "hidden"}
+        # Not preprocessed: Gradio would refuse a program's step beyond what the slider had when the page was built.
+        self.step.change(
+            polite(self.compare), [run, self.step], self.at_step, api_name="compare",
+            show_progress="hidden", trigger_mode="always_last", preprocess=False,
+        )  # fmt: skip
+        self.play.click(polite(self.toggle), self.play, [self.play, self.playing], **quiet)
+        self.playing.tick(polite(self.next_step), [run, self.step], self.step, **quiet)
+        self.download.click(
+            polite(self.save_grid), [run, self.step], self.grid_file, api_name="download_grid", preprocess=False
+        ).success(None, js="() => document.querySelector('#grid-file').click()", api_visibility="private")
+
+    def shown(self, run: Run, status: str, step: int) -> dict:
+        """Values of all that is watched, at a step."""
+        steps = run.steps()
+        slider = gr.update(
+            minimum=0, maximum=max(steps, default=1) or 1, step=max(1, math.gcd(*steps)) if steps else 1, value=step
+        )
+        values = zip(self.at_step, self.compare(run.name, step), strict=True)
+        return {self.summary: views.summary(run, status), self.step: slider, **dict(values)}
+
+    def compare(self, name: str, step: float) -> tuple:
+        """Images, curves and numbers at a step."""
+        run = self.library.find(name)
+        step = run.nearest(step)
+        train, validation = (views.curves(run, split, step) for split in ("train", "validation"))
+        return views.comparison(run, step), train, validation, views.numbers(run, step)
+
+    def toggle(self, label: str) -> tuple:
+        playing = "Pause" not in label
+        return "❚❚ Pause" if playing else "▶ Play", gr.Timer(active=playing)
+
+    def next_step(self, name: str, step: float) -> int:
+        steps = self.library.find(name).steps()
+        return next((s for s in steps if s > step), steps[0] if steps else 0)
+
+    def save_grid(self, name: str, step: float) -> str:
+        """A PNG file of the images at a step."""
+        run = self.library.find(name)
+        step = run.nearest(step)
+        path = self.files.new(f"{safe_name(run.name)}-step-{step}.png")
+        views.save_grid(run, step, path)
+        return str(path)

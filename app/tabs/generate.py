@@ -1,0 +1,151 @@
+"""Generate: draw with a run's weights, or a LoRA file of one's own, beside the base model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import gradio as gr
+
+from .. import adapters, recipe, views
+from ..listeners import Listeners
+from ..polite import paths_of, polite
+from ..recipe import Drawn, Request
+from ..runs import BASE, Library, Run
+from ..studio import Cancelled, Status, Step, Studio
+from ..working import WorkingFiles
+
+
+class GenerateTab:
+    def __init__(self, library: Library, studio: Studio, files: WorkingFiles, listeners: Listeners) -> None:
+        self.library, self.studio, self.files, self.listeners = library, studio, files, listeners
+        with gr.Row():
+            with gr.Column(scale=2, min_width=320):
+                self.settings_column()
+            with gr.Column(scale=3, min_width=360):
+                with gr.Row():
+                    self.go = gr.Button("Generate", variant="primary", elem_id="generate")
+                    self.cancel = gr.Button("Cancel", elem_id="cancel")
+                self.status = gr.HTML(views.notice("The model is loaded with the first image."), elem_id="status")
+                self.gallery = gr.Gallery(
+                    label="Images", columns=2, height="auto", format="png", elem_id="gallery", interactive=False,
+                    object_fit="contain", buttons=["download", "fullscreen"],
+                )  # fmt: skip
+                self.made = gr.HTML(elem_id="made")
+        self.watched = [self.weights]
+        self.of_run = [self.prompt, self.steps, self.guidance, self.width, self.height]
+
+    def settings_column(self) -> None:
+        self.weights = gr.Dropdown(label="Weights", allow_custom_value=True, interactive=True, elem_id="weights")
+        self.prompt = gr.Textbox(label="Prompt", elem_id="prompt")
+        self.negative = gr.Textbox(label="Negative prompt")
+        with gr.Row():
+            self.seed = gr.Number(0, label="Seed", precision=0, min_width=100, elem_id="seed")
+            self.random = gr.Checkbox(False, label="Random seed", min_width=100)
+            self.images = gr.Slider(1, 8, 1, step=1, label="Images", min_width=100, elem_id="images")
+        with gr.Row():
+            self.steps = gr.Slider(1, 150, 20, step=1, label="Denoising steps", min_width=140, elem_id="denoising")
+            self.guidance = gr.Slider(0, 30, 4, step=0.5, label="Guidance", min_width=140)
+        with gr.Row():
+            self.width = gr.Slider(32, 1024, 64, step=8, label="Width", min_width=140)
+            self.height = gr.Slider(32, 1024, 64, step=8, label="Height", min_width=140)
+        self.strength = gr.Slider(0, 2, 1, step=0.05, label="Adapter strength")
+        self.beside = gr.Checkbox(True, label="Same seed with the base model beside it")
+        with gr.Accordion("A LoRA file of your own, or settings from an image", open=False):
+            self.adapter = gr.File(
+                label="LoRA (.safetensors), used instead of the run's weights",
+                file_types=[".safetensors"],
+                height=140,
+            )
+            self.recipe = gr.File(label="PNG made here: takes over its settings", file_types=[".png"], height=140)
+
+    def events(self, run: gr.Dropdown) -> None:
+        numbers = [self.seed, self.steps, self.guidance, self.width, self.height, self.images, self.strength]
+        settings = [self.prompt, self.negative, *numbers]
+        gr.on(
+            [self.go.click, self.prompt.submit], polite(self.draw),
+            [run, self.weights, self.adapter, self.beside, self.random, *settings],
+            [self.gallery, self.status, self.seed, self.made],
+            api_name="generate", show_progress="hidden", concurrency_limit=4, preprocess=False,
+        ).failure(lambda: views.notice("That did not work."), None, self.status, api_visibility="private")  # fmt: skip
+        self.cancel.click(
+            polite(self.do_cancel), None, self.status, api_name="cancel", show_progress="hidden", queue=False
+        )
+        taken_over = [*settings[:-2], self.strength, self.random]
+        self.recipe.upload(polite(self.read_recipe), self.recipe, taken_over, api_name="settings_of")
+        self.recipe.upload(polite(self.origin), self.recipe, self.status, api_visibility="private")
+        gr.api(polite(self.list_weights), api_name="weights")
+
+    # -- what of a run is shown ----------------------------------------------------------------------------------------
+
+    def list_weights(self, run: str) -> list[str]:
+        """What images can be generated with, of a run."""
+        return [weights.label for weights in self.library.find(run).weights()]
+
+    def shown(self, run: Run, label: str) -> dict:
+        """Values of all that is watched, with some weights chosen."""
+        return {self.weights: gr.update(choices=self.list_weights(run.name), value=label)}
+
+    def settings_of(self, run: Run) -> dict:
+        """What the run drew its samples with."""
+        config = run.config
+        asked = Request(
+            prompt=next(iter(run.prompts), ""), steps=config.get("num_inference_steps"),
+            guidance=config.get("guidance_scale"), width=config.get("resolution"), height=config.get("resolution"),
+        ).clamped()  # fmt: skip
+        return dict(
+            zip(self.of_run, [asked.prompt, asked.steps, asked.guidance, asked.width, asked.height], strict=True)
+        )
+
+    # -- drawing -------------------------------------------------------------------------------------------------------
+
+    def draw(
+        self, name, label, adapter, beside, random, prompt, negative, seed, steps, guidance, width, height, images,
+        strength, asked: gr.Request,
+    ) -> Iterator[tuple]:  # fmt: skip
+        """Images one after the other, with the step of the current one; beside each, the base model's."""
+        run = self.library.find(name) if name else None
+        uploaded = paths_of(adapter)
+        weights = adapters.uploaded(uploaded[0]) if uploaded else run.find_weights(label) if run else BASE
+        choices = [BASE, weights] if beside and weights.kind != "base" else [weights]
+        request = Request(prompt, negative, -1 if random else seed, steps, guidance, width, height, images, strength)
+        request, session = request.clamped(), asked.session_hash or ""
+        done, files, text, wanted = [], [], "Starting", request.images * len(choices)
+        yield [], views.progress(text, 0), request.seed, ""
+        try:
+            listening = self.listeners.is_listening
+            for event in self.studio.generate(run, choices, request, session, lambda: listening(session)):
+                text = event.text if isinstance(event, Status) else text
+                share = event.done / event.total if isinstance(event, Step) else 0.0
+                if isinstance(event, Drawn):
+                    done.append(event)
+                    files.append((str(self.save(event)), views.caption(event)))
+                    bar = views.progress(text, len(done) / wanted)
+                    yield list(files), bar, gr.skip(), views.settings_table(done)
+                else:
+                    yield gr.skip(), views.progress(text, (len(done) + share) / wanted), gr.skip(), gr.skip()
+        except Cancelled:
+            yield gr.skip(), views.notice(f"Cancelled after {len(done)} of {wanted} images."), gr.skip(), gr.skip()
+            return
+        # Everything once more, not `skip`: a program gets what comes last.
+        bar = views.progress(f"{len(done)} of {wanted} images are done", 1)
+        yield files, bar, request.seed, views.settings_table(done)
+
+    def save(self, drawn: Drawn):
+        return recipe.save_image(drawn, self.files.new(f"seed-{drawn.request.seed}.png"))
+
+    def do_cancel(self, asked: gr.Request):
+        stopped = self.studio.cancel(asked.session_hash or "")
+        # What is being generated says itself that it was cancelled, and must have the last word.
+        return gr.skip() if stopped else views.notice("Nothing is being generated.")
+
+    def read_recipe(self, path: str) -> list:
+        request, _ = recipe.read_image(path)
+        return [
+            request.prompt, request.negative_prompt, request.seed, request.steps, request.guidance, request.width,
+            request.height, request.strength, False,
+        ]  # fmt: skip
+
+    def origin(self, path: str) -> str:
+        """With what an uploaded image was made: its settings alone don't make it again."""
+        _, source = recipe.read_image(path)
+        return views.notice(f"Made with {source['weights'] or 'unknown weights'}, run {source['run'] or 'unknown'}.")

@@ -1,0 +1,111 @@
+"""Train: start, watch, stop and resume a training, which is a process of its own."""
+
+from __future__ import annotations
+
+import argparse
+
+import gradio as gr
+
+from .. import training, views
+from ..polite import paths_of, polite
+from ..runs import Library, Run
+from ..training import Trainings
+
+
+class TrainTab:
+    def __init__(self, library: Library, trainings: Trainings) -> None:
+        self.library, self.trainings = library, trainings
+        self.flags: dict[str, gr.components.Component] = {}
+        with gr.Row():
+            with gr.Column(scale=2, min_width=340):
+                self.settings_column()
+            with gr.Column(scale=3, min_width=360):
+                self.process_column()
+        self.watched = [self.progress, self.log]
+
+    def settings_column(self) -> None:
+        self.name = gr.Textbox("my-style", label="Name of the new run", max_lines=1, elem_id="name")
+        self.uploads = gr.File(
+            label="Your images, with .txt captions if you like (none: the bundled ones)",
+            file_count="multiple", file_types=["image", ".txt"], height=150, elem_id="uploads",
+        )  # fmt: skip
+        self.caption = gr.Textbox(label="Caption of images without a .txt (empty: words of the file name)")
+        self.folder = gr.Dropdown(
+            label="Or a folder of images on the server", choices=[], allow_custom_value=True,
+            visible=self.trainings.data is not None,
+        )  # fmt: skip
+        self.model = gr.Textbox(label="Model", placeholder="bundled; or a name on the hub: owner/model", max_lines=1)
+        with gr.Row():
+            for name, action in training.flags().items():
+                self.flags[name] = flag_widget(name, action)
+
+    def process_column(self) -> None:
+        with gr.Row():
+            self.start = gr.Button("Start training", variant="primary", elem_id="start")
+            self.stop = gr.Button("Stop and save", elem_id="stop")
+            self.resume = gr.Button("Resume", elem_id="resume")
+            self.show = gr.Button("Show command", elem_id="show")
+        self.command = gr.Textbox(
+            label="Command", lines=2, max_lines=8, buttons=["copy"], interactive=False, elem_id="command"
+        )
+        self.answer = gr.HTML(elem_id="answer")
+        self.progress = gr.HTML(elem_id="progress")
+        self.log = gr.HTML(elem_id="log")
+        gr.Markdown(
+            "Training is a process of its own: closing this page does not stop it, and reopening finds it "
+            "again. *Stop* lets it save, *Resume* goes on from there. Its images arrive under **Compare**."
+        )
+
+    def events(self, run: gr.Dropdown) -> None:
+        inputs = [self.name, self.uploads, self.caption, self.folder, self.model, *self.flags.values()]
+        self.show.click(polite(self.do_show), inputs, self.command, api_name="train_command", preprocess=False)
+        self.start.click(polite(self.do_start), inputs, [run, self.command], api_name="train_start", preprocess=False)
+        # Not queued: they must not wait for what they end.
+        self.stop.click(polite(self.do_stop), run, self.answer, api_name="train_stop", queue=False)
+        self.resume.click(polite(self.do_resume), run, self.answer, api_name="train_resume")
+
+    def shown(self, run: Run, status: str) -> dict:
+        """Values of all that is watched."""
+        return {self.progress: views.summary(run, status), self.log: views.log(self.trainings.log(run))}
+
+    def words(self, name, uploads, caption, folder, model, *values) -> list[str]:
+        settings = dict(zip(training.FLAGS, values, strict=True)) | {"model": model}
+        return self.trainings.command(name, settings, self.trainings.choose_images(name, folder, paths_of(uploads)))
+
+    def do_show(self, *inputs) -> str:
+        """The command that the settings make."""
+        return training.in_words(self.words(*inputs))
+
+    def do_start(self, *inputs) -> tuple:
+        """Starts a training; shows its run, and the command."""
+        name, uploads, caption, folder, *_ = inputs
+        words, paths = self.words(*inputs), paths_of(uploads)
+
+        def prepare() -> None:
+            if paths:
+                training.store_images(self.trainings.choose_images(name, folder, paths), paths, str(caption or ""))
+
+        run = self.trainings.start(name, words, prepare)
+        return gr.update(choices=list(self.library.runs()), value=run.name), training.in_words(words)
+
+    def do_stop(self, name: str) -> str:
+        return views.notice(self.trainings.stop(name))
+
+    def do_resume(self, name: str) -> str:
+        self.trainings.resume(name)
+        return views.notice("Going on from the newest checkpoint.")
+
+
+def flag_widget(name: str, action: argparse.Action) -> gr.components.Component:
+    """The widget of a trainer's flag, with the trainer's default and help; empty means the default."""
+    text, _, rest = action.help.partition(" (")
+    info = f"{text} ({rest}" if action.default is None and rest else text
+    common = {"label": name, "info": info, "elem_id": f"flag-{name}", "min_width": 220}
+    if name == "method":
+        value = ["lora", "reslora"]
+        return gr.CheckboxGroup(list(action.choices), value=value, **common | {"min_width": 460})
+    if action.choices:
+        return gr.Dropdown(list(action.choices), value=action.default, **common)
+    if name == "validation_prompt":
+        return gr.Textbox(lines=2, placeholder="one prompt a line", **common | {"min_width": 460})
+    return gr.Textbox("" if action.default is None else str(action.default), max_lines=1, **common)

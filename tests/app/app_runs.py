@@ -1,0 +1,84 @@
+"""Runs to look at: made by hand, and made by the trainer itself."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import PIL.Image
+from pipelines import image_folder, stable_diffusion
+
+from app.runs import Library, Run
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+HOSTILE = ["..", "../..", "/etc", "/etc/passwd", "a/../..", ".", "", "run\0", "<b>run</b>", "C:\\", None, 7, ["run"]]
+
+
+WRONG = [
+    None, True, 5, -1, 1.5, 10**400, float("nan"), float("inf"), "", "abc", "x" * 10**4, [], [5, None, {}], [["lora"]],
+    {}, {"a": 1},
+]  # fmt: skip
+"""What may stand in a file where something else belongs."""
+
+
+def with_one_wrong(content):
+    """Copies of a JSON content, each with one value in it replaced by one of WRONG."""
+    yield from WRONG
+    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    for key, value in items:
+        for wrong in with_one_wrong(value):
+            copy = content.copy()
+            copy[key] = wrong
+            yield copy
+
+
+def write_run(folder: Path, steps=(0, 2, 4), methods=("lora", "reslora"), **config) -> Path:
+    """A run as the trainer leaves it, with images of 8x8 pixels whose colour tells method and step."""
+    folder.mkdir(parents=True)
+    settings = {
+        "method": list(methods),
+        "max_train_steps": 4,
+        "validation_prompt": ["red disc", "<script>alert(1)</script> ${1} {{2}}"],
+        "train_batch_size": 2,
+        "shortcut": "input",
+        "rank": 2,
+        "learning_rate": 1e-3,
+    }
+    (folder / "config.json").write_text(json.dumps(settings | config))
+    for m, method in enumerate(methods):
+        rows = [{"step": s, "split": "train", "loss": 1 / s, "lr": 1e-3, "seconds": s} for s in range(1, 5)]
+        rows += [{"step": s, "split": "validation", "loss": 2 / (s + 1), "lr": 1e-3, "seconds": s} for s in steps]
+        (folder / method).mkdir()
+        (folder / method / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for step in steps:
+            write_samples(folder / method / "samples" / f"step-{step:06d}", 40 * m + 10 * step)
+    return folder
+
+
+def write_samples(folder: Path, value: int) -> None:
+    folder.mkdir(parents=True)
+    for prompt in range(2):
+        PIL.Image.new("RGB", (8, 8), (value, 100 * prompt, 0)).save(folder / f"{prompt}-0.png")
+
+
+@functools.cache
+def trained(folder: Path) -> Path:
+    """A run of LoRA and ResLoRA in `folder`, by the trainer; returns the folder of runs."""
+    flags = ["--pretrained_model_name_or_path", stable_diffusion(folder / "model")]
+    flags += ["--train_data_dir", image_folder(folder / "images"), "--output_dir", folder / "runs" / "tiny"]
+    flags += ["--method", "lora", "reslora", "--resolution", 32, "--rank", 2, "--learning_rate", 0.05]
+    flags += ["--max_train_steps", 4, "--validation_steps", 2, "--checkpointing_steps", 2, "--train_batch_size", 2]
+    flags += ["--validation_prompt", "red disc", "blue box", "--num_inference_steps", 2, "--report_to", "none"]
+    flags += ["--merge_calibration_samples", 4]
+    command = [sys.executable, REPOSITORY / "train_sd.py", *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([str(word) for word in command], check=True, capture_output=True, env=environment)
+    return folder / "runs"
+
+
+def run_by_hand(folder: Path) -> Run:
+    """The run of `write_run`, in a folder of runs."""
+    write_run(folder / "runs" / "run")
+    return Library(folder / "runs").find("run")

@@ -1,0 +1,43 @@
+"""app/make_example.py, and the example it made."""
+
+import json
+
+import numpy as np
+import pytest
+from app_runs import run_by_hand
+from safetensors.numpy import save_file
+
+from app import views
+from app.make_example import REPOSITORY, make_example
+from app.runs import EXAMPLE, Library
+from app.studio import BUNDLED, base_of
+
+
+@pytest.fixture
+def run(tmp_path):
+    return run_by_hand(tmp_path)
+
+
+def test_example_is_small_complete_and_of_no_machine(run, tmp_path):
+    for method in run.methods:
+        (run.folder / method / "exports.json").write_text("{}")
+        (run.folder / method / "trash").mkdir()
+        save_file({"lora_A": np.ones(2, "float32")}, run.folder / method / "pytorch_lora_weights.safetensors")
+    elsewhere = {"pretrained_model_name_or_path": "/home/somebody/checkout/assets/pipeline", "cache_dir": "/data/hub"}
+    config = run.config | {"train_data_dir": str(REPOSITORY / "assets" / "pictures")} | elsewhere
+    (run.folder / "config.json").write_text(json.dumps(config))
+    make_example(run, tmp_path / "example")
+    example = Library(tmp_path / "example").find("example")
+    assert example.status == "finished" and example.steps() == run.steps()
+    assert example.config["train_data_dir"] == "assets/pictures" and example.config["cache_dir"] == "hub"
+    assert base_of(example).name == str(BUNDLED)
+    assert not example.inside("lora", "trash") and example.inside("lora", "pytorch_lora_weights.safetensors")
+
+
+def test_bundled_example():
+    example = Library(EXAMPLE).find(EXAMPLE.name)
+    assert example.status == "finished" and {"lora", "reslora"} <= set(example.methods)
+    assert "not yet" not in views.comparison(example, max(example.steps()))
+    assert "no chain plan" not in views.chain_plan(example.read_json("reslora", "chains.json"))
+    assert not [value for value in example.config.values() if str(value).startswith("/")]
+    assert base_of(example).name == str(BUNDLED)

@@ -1,0 +1,43 @@
+"""app/recipe.py: whatever is sent becomes something that can be drawn."""
+
+from dataclasses import replace
+
+import PIL.Image
+import pytest
+from app_runs import WRONG
+
+from app import recipe
+from app.recipe import Request
+from app.runs import RunError
+
+
+def test_requests_are_clamped():
+    wild = Request("x\0" + "y" * 5000, None, 2**70, 10**9, float("inf"), 10**9, -5, 99, float("nan")).clamped()
+    assert len(wild.prompt) == 1000 and "\0" not in wild.prompt and wild.negative_prompt == ""
+    assert wild == replace(wild, seed=2**32 - 1, steps=150, guidance=4.0, width=1024, height=32, images=8, strength=1.0)
+    assert Request(width=101, height="72", steps="x", seed=None, images=None).clamped() == Request(width=96, height=72)
+    assert Request(seed=-1).clamped().seed != Request(seed=-1).clamped().seed
+    usual = Request(prompt="red disc", steps=3, seed=5)
+    assert usual.clamped() == usual
+
+
+@pytest.mark.parametrize("seed", ["abc", float("nan"), float("inf"), None, [], {}])
+def test_a_seed_that_is_no_number_is_zero(seed):
+    assert Request(seed=seed).clamped().seed == 0
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=lambda value: repr(value)[:20])
+def test_whatever_is_sent_can_be_drawn(wrong):
+    asked = Request(*[wrong] * 9).clamped()
+    assert asked.clamped() == asked
+    assert 0 <= asked.seed < 2**32 and 1 <= asked.steps <= 150 and 1 <= asked.images <= 8
+    assert asked.width % 8 == asked.height % 8 == 0 and 32 <= asked.width <= 1024 and 32 <= asked.height <= 1024
+
+
+def test_images_from_elsewhere_have_no_settings(tmp_path):
+    path = tmp_path / "image.png"
+    PIL.Image.new("RGB", (8, 8)).save(path)
+    for content in (path.read_bytes(), b"", b"\x89PNG"):
+        path.write_bytes(content)
+        with pytest.raises(RunError, match="no settings"):
+            recipe.read_image(path)

@@ -1,0 +1,164 @@
+"""app/runs.py on folders made by hand, with everything a browser may send."""
+
+import json
+import os
+import time
+
+import pytest
+from app_runs import HOSTILE, WRONG, run_by_hand, write_run, write_samples
+
+from app import runs
+from app.runs import BASE, Library, RunError, is_complete_png
+
+
+@pytest.fixture
+def run(tmp_path):
+    return run_by_hand(tmp_path)
+
+
+def test_reads_what_the_trainer_wrote(run):
+    assert run.methods == ["lora", "reslora"]
+    assert run.steps() == [0, 2, 4]
+    assert run.prompts[0] == "red disc"
+    assert run.progress == (8, 8)
+    assert run.status == "stopped"
+    assert set(run.samples("lora", 2)) == {(0, 0), (1, 0)}
+    for method in run.methods:
+        (run.folder / method / "exports.json").write_text("{}")
+    assert run.status == "finished"
+
+
+def test_newest_run_first_and_example_last(tmp_path):
+    for age, name in ((300, "old"), (100, "new")):
+        folder = write_run(tmp_path / "runs" / name)
+        for path in (folder / "config.json", *folder.glob("*/log.jsonl")):
+            os.utime(path, (time.time() - age,) * 2)
+    write_run(tmp_path / "example")
+    library = Library(tmp_path / "runs", (tmp_path / "example", tmp_path / "missing"))
+    assert list(library.runs()) == ["new", "old", "example"]
+    assert list(Library(tmp_path / "runs" / "old").runs()) == ["old"]
+    assert list(Library(tmp_path / "nothing here").runs()) == []
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_name_that_is_not_listed_is_refused_without_paths(run, name):
+    with pytest.raises(RunError) as refusal:
+        Library(run.folder.parent).find(name)
+    assert str(run.folder.parent) not in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_links_that_lead_out_are_not_followed(tmp_path, run):
+    secret = write_run(tmp_path / "secret")
+    (run.folder.parent / "link").symlink_to(secret)
+    assert list(Library(run.folder.parent).runs()) == ["run"]
+
+    image = run.folder / "lora" / "samples" / "step-000002" / "0-0.png"
+    image.unlink()
+    image.symlink_to(secret / "lora" / "samples" / "step-000002" / "0-0.png")
+    assert set(run.samples("lora", 2)) == {(1, 0)}
+    for name in ("config.json", "reslora/merge.json", "app.log"):
+        (run.folder / name).unlink(missing_ok=True)
+        (run.folder / name).symlink_to(secret / "config.json")
+    assert run.config == {} and run.read_json("reslora", "merge.json") is None and run.log_tail() == ""
+    assert run.inside("..", "..", "secret", "config.json") is None
+    assert run.inside("config.json\0") is None
+
+
+def test_weights_with_links_that_lead_out_are_not_offered(run, tmp_path):
+    checkpoint, merged = run.folder / "reslora" / "checkpoint-2", run.folder / "reslora" / "unet"
+    for folder, names in ((checkpoint, ("trainer.json", "reslora_model.safetensors")), (merged, ("config.json",))):
+        folder.mkdir()
+        for name in names:
+            (folder / name).write_text("{}")
+    assert [weights.path for weights in run.weights()] == [None, merged, checkpoint]
+    secret = tmp_path / "secret"
+    secret.write_text("{}")
+    (checkpoint / "reslora_config.json").symlink_to(secret)
+    (merged / "more.safetensors").symlink_to(secret)
+    assert run.weights() == [BASE]
+
+
+def test_an_image_that_is_still_being_written_is_not_shown(run):
+    path = run.folder / "lora" / "samples" / "step-000004" / "0-0.png"
+    whole = path.read_bytes()
+    for length in (0, 3, 20, len(whole) - 12, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        assert not is_complete_png(path)
+        assert set(run.samples("lora", 4)) == {(1, 0)}
+    path.write_bytes(whole)
+    assert is_complete_png(path)
+    write_samples(run.folder / "lora" / "samples" / ".step-000006.tmp", 0)
+    assert run.steps() == [0, 2, 4]
+
+
+def test_damaged_files_are_as_good_as_none(run):
+    log = run.folder / "lora" / "log.jsonl"
+    rows = len(run.log("lora"))
+    with log.open("a") as file:
+        file.write('{"step": 5, "split": "train", "loss": NaN}\n[1]\n7\n{"step": 6, "spl')
+    assert len(run.log("lora")) == rows
+    for text in ("", "{", "[1, 2]", '"text"', "[" * 100000):
+        (run.folder / "config.json").write_text(text)
+        assert run.config == {}
+        assert run.methods == ["lora", "reslora"]  # found by their folders
+
+
+def test_weights_of_a_run(run):
+    folder = run.folder / "reslora"
+    (folder / "checkpoint-2").mkdir()
+    (folder / "checkpoint-2" / "trainer.json").write_text("{}")
+    assert [weights.label for weights in run.weights()] == ["base model"]  # that checkpoint isn't complete
+    (folder / "checkpoint-2" / "reslora_model.safetensors").write_bytes(b"")
+    (folder / "pytorch_lora_weights.safetensors").write_bytes(b"")
+    (folder / "calibration.safetensors").write_bytes(b"")
+    assert [weights.label for weights in run.weights()] == [
+        "base model",
+        "reslora: pytorch_lora_weights.safetensors",
+        "reslora: unmerged, step 2",
+    ]
+    assert run.find_weights("base model") is BASE
+    for label in HOSTILE:
+        with pytest.raises(RunError):
+            run.find_weights(label)
+
+
+def test_a_growing_log_is_read_as_it_is_now(run):
+    path, row = run.folder / "lora" / "log.jsonl", '{{"step": {}, "split": "train", "loss": 1.0}}\n'
+    path.unlink()
+    for written in range(1, 5):
+        with path.open("a") as file:
+            file.write(row.format(written) + '{"step": 99')  # the rest of the line is still to come
+        assert [found["step"] for found in run.log("lora")] == list(range(1, written + 1))
+        path.write_text(path.read_text().removesuffix('{"step": 99'))
+    path.write_text(row.format(7))  # another log under the name, shorter
+    assert [found["step"] for found in run.log("lora")] == [7]
+    path.write_text(row.format(8) * 9)
+    assert len(run.log("lora")) == 9
+
+
+def test_a_log_is_read_again_only_when_it_has_changed(run, monkeypatch):
+    rows = run.log("lora")
+    monkeypatch.setattr(runs, "read_log", lambda path: pytest.fail("it was read again"))
+    assert run.log("lora") == rows
+
+
+@pytest.mark.parametrize("wrong", [value for value in WRONG if value not in (5, 1.5)], ids=repr)
+def test_rows_that_cannot_be_drawn_are_left_out(run, wrong):
+    rows = [{"step": 1, "split": "train", "loss": wrong}, {"step": wrong, "split": "train", "loss": 1.0}]
+    rows += [{"step": 2, "split": wrong, "loss": 1.0, "lr": wrong, "seconds": wrong}]
+    (run.folder / "lora" / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert {row["step"] for row in run.log("lora")} <= {1, 2} and run.log("lora")[-1]["step"] == 2
+    assert run.progress == (min(4, 2) + 4, 8)
+
+
+def test_flags_that_are_something_else_count_as_not_given(run):
+    for wrong in (None, True, -1, 0, float("nan"), "abc", [4], {}):
+        config = {"max_train_steps": wrong, "method": wrong, "validation_prompt": 5, "revision": wrong}
+        (run.folder / "config.json").write_text(json.dumps(config))
+        assert run.progress == (0, 0) and run.status == "stopped"
+        assert run.methods == ["lora", "reslora"] and run.prompts == []  # found by their folders
+        assert run.word("revision") in (None, "abc")
+    (run.folder / "config.json").write_text('{"method": 5}')
+    assert run.methods == ["lora", "reslora"]
+    (run.folder / "config.json").write_text('{"method": "reslora", "validation_prompt": "a cat"}')
+    assert run.methods[0] == "reslora" and run.prompts == ["a cat"]

@@ -1,0 +1,439 @@
+"""app/studio.py and app/adapters.py on a tiny Stable Diffusion that was really trained for a few steps."""
+
+import json
+import pickle
+import shutil
+import threading
+import zipfile
+from dataclasses import replace
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from app_runs import trained, write_run
+from pipelines import sdxl
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from app import adapters, recipe
+from app import studio as studios
+from app.recipe import Drawn, Request
+from app.runs import BASE, Library, RunError, Weights
+from app.studio import MERGES, Base, Cancelled, Step, Studio, Turns, base_of
+
+REQUEST = Request(prompt="red disc", steps=3, seed=5, width=64, height=64)
+EXPORTS = ("merged weights", "kohya.safetensors", "pytorch_lora_weights.safetensors")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return Library(trained(tmp_path_factory.getbasetemp() / "trained")).find("tiny")
+
+
+@pytest.fixture(scope="module")
+def studio():
+    return Studio()
+
+
+def draw(studio, run, *choices, request=REQUEST):
+    """Images as arrays."""
+    events = list(studio.generate(run, list(choices), request))
+    return [np.asarray(event.image).astype(int) for event in events if isinstance(event, Drawn)]
+
+
+def one(studio, run, label, request=REQUEST):
+    return draw(studio, run, run.find_weights(label), request=request)[0]
+
+
+def test_every_form_of_the_merged_weights_draws_the_same(studio, run):
+    base = one(studio, run, BASE.label)
+    for method in ("lora", "reslora"):
+        forms = [one(studio, run, f"{method}: {name}") for name in EXPORTS]
+        assert np.abs(forms[0] - base).max() > 8
+        for other in forms[1:]:
+            assert np.abs(other - forms[0]).max() <= 2
+    assert studio.loads == 1
+
+
+def test_base_is_untouched_by_what_was_used_in_between(studio, run):
+    before = one(studio, run, BASE.label)
+    for weights in run.weights():
+        draw(studio, run, weights, request=replace(REQUEST, strength=0.5))
+    assert np.array_equal(one(studio, run, BASE.label), before)
+    assert studio.loads == 1
+
+
+def test_an_unmerged_checkpoint_is_drawn_with_its_shortcuts(studio, run):
+    lora = one(studio, run, "lora: unmerged, step 4")
+    assert np.abs(lora - one(studio, run, "lora: merged weights")).max() <= 2
+    steps = [one(studio, run, f"reslora: unmerged, step {step}") for step in (2, 4)]
+    assert np.abs(steps[0] - steps[1]).max() > 8
+    plain = np.abs(one(studio, run, "reslora: merged weights") - one(studio, run, BASE.label)).mean()
+    assert np.abs(steps[1] - one(studio, run, "reslora: merged weights")).mean() < plain
+
+
+@pytest.mark.parametrize("name", ["merged weights", "pytorch_lora_weights.safetensors", "unmerged, step 4"])
+def test_strength_goes_from_the_base_to_the_adapter(studio, run, name):
+    none, half, whole = (one(studio, run, f"lora: {name}", replace(REQUEST, strength=s)) for s in (0, 0.5, 1))
+    assert np.abs(none - one(studio, run, BASE.label)).max() <= 1
+    assert np.abs(half - none).max() > 2 and np.abs(half - whole).max() > 2
+    file = one(studio, run, "lora: pytorch_lora_weights.safetensors", replace(REQUEST, strength=0.5))
+    assert np.abs(half - file).max() <= 2
+
+
+def test_an_image_does_not_depend_on_the_others(studio, run):
+    weights = run.find_weights("lora: merged weights")
+    many = draw(studio, run, BASE, weights, request=replace(REQUEST, images=2))
+    assert np.array_equal(many[1], one(studio, run, weights.label))
+    assert np.array_equal(many[2], one(studio, run, BASE.label, replace(REQUEST, seed=6)))
+
+
+def test_two_people_get_what_they_would_have_got_alone(studio, run):
+    labels = ["lora: merged weights", "reslora: unmerged, step 4", BASE.label]
+    alone = [one(studio, run, label) for label in labels]
+    together = [None] * len(labels)
+
+    def ask(number):
+        together[number] = one(studio, run, labels[number])
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(labels))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(np.array_equal(*pair) for pair in zip(alone, together, strict=True))
+
+
+def test_cancel_and_disconnection_stop_within_one_step(studio, run):
+    long = replace(REQUEST, steps=150, images=8)
+    seen = []
+    with pytest.raises(Cancelled):
+        for event in studio.generate(run, [BASE], long, session="me"):
+            if isinstance(event, Step):
+                seen.append(event.done)
+                assert studio.cancel("somebody else") is False
+                assert studio.cancel("me") is True
+    assert len(seen) <= 2
+    assert studio.cancel("me") is False
+
+    abandoned = studio.generate(run, [BASE], long, session="me")
+    while not isinstance(next(abandoned), Step):
+        pass
+    abandoned.close()
+    with studio.turns.turn():  # it is given back; the next one is served
+        pass
+    assert len(draw(studio, run, BASE)) == 1
+
+
+def test_what_nobody_listens_to_is_never_begun(studio, run, monkeypatch):
+    """A request whose answer nobody reads takes no turn, and is given up."""
+    monkeypatch.setattr(studios, "PATIENCE", 0.0)
+    monkeypatch.setattr(studio, "_draw", lambda *_: pytest.fail("it was drawn"))
+    with pytest.raises(Cancelled):
+        list(studio.generate(run, [BASE], REQUEST, listening=lambda: False))
+
+
+def test_who_goes_away_is_given_up_after_a_while(studio, run, monkeypatch):
+    monkeypatch.setattr(studios, "PATIENCE", 0.0)
+    there, seen = [True], []
+    with pytest.raises(Cancelled):
+        for event in studio.generate(run, [BASE], replace(REQUEST, steps=150, images=8), listening=lambda: bool(there)):
+            seen += [event.done] if isinstance(event, Step) else []
+            if len(seen) == 2:
+                there.clear()
+    assert seen[0] == 1 and len(seen) <= 4
+    with studio.turns.turn():
+        pass
+
+
+def test_who_asks_for_much_lets_others_have_their_turn(studio, run):
+    """An image that was asked for later comes before the last of eight."""
+    many, order = studio.generate(run, [BASE], replace(REQUEST, images=8), session="many"), []
+    while not isinstance(next(many), Step):
+        pass
+
+    def ask_for_one():
+        order.extend("one" for image in draw(studio, run, BASE))
+
+    other = threading.Thread(target=ask_for_one)
+    other.start()
+    while not len(studio.turns.waiting) > 1:  # it has the first turn after this image
+        assert other.is_alive()
+    for event in many:
+        order.extend(["many"] if isinstance(event, Drawn) else [])
+    other.join()
+    assert order.index("one") < 7 and order.count("many") == 8
+
+
+def test_turns_are_taken_in_the_order_of_asking():
+    turns, order = Turns(), []
+
+    def take(name):
+        with turns.turn():
+            order.append(name)
+
+    threads = [threading.Thread(target=take, args=(name,)) for name in "abc"]
+    with turns.turn():
+        for number, thread in enumerate(threads):
+            thread.start()
+            while len(turns.waiting) < number + 2:
+                assert thread.is_alive()
+    for thread in threads:
+        thread.join()
+    assert order == ["a", "b", "c"] and not turns.waiting
+
+    def give_up():
+        raise Cancelled
+
+    with turns.turn(), pytest.raises(Cancelled), turns.turn(give_up):
+        pytest.fail("two at a time")
+    with turns.turn():
+        pass
+
+
+def test_a_failed_load_leaves_the_model_usable(studio, run, tmp_path):
+    before = one(studio, run, "lora: merged weights")
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes((run.folder / "lora" / "pytorch_lora_weights.safetensors").read_bytes()[:-100])
+    other = tmp_path / "other.safetensors"
+    save_file(
+        {
+            "unet.elsewhere.to_q.lora_A.weight": torch.zeros(2, 3),
+            "unet.elsewhere.to_q.lora_B.weight": torch.zeros(3, 2),
+        },
+        other,
+    )
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for weights in (
+        Weights("broken", "file", "", broken),
+        Weights("other", "file", "", other),
+        Weights("missing", "file", "", tmp_path / "no.safetensors"),
+        Weights("empty", "adapter", "reslora", empty, 4),
+    ):
+        with pytest.raises(RunError) as refusal:
+            draw(studio, run, weights)
+        assert str(tmp_path) not in str(refusal.value) and "\n" not in str(refusal.value)
+    (tmp_path / "runs" / "bad").mkdir(parents=True)
+    (tmp_path / "runs" / "bad" / "config.json").write_text(json.dumps({"pretrained_model_name_or_path": str(empty)}))
+    with pytest.raises(RunError, match="could not be loaded"):
+        draw(studio, Library(tmp_path / "runs").find("bad"), BASE)
+    assert np.array_equal(one(studio, run, "lora: merged weights"), before)
+    assert studio.loads == 1
+
+
+@pytest.mark.parametrize("method", MERGES)
+def test_merging_a_checkpoint_by_another_method(studio, run, method):
+    report = studio.merge(run, run.find_weights("reslora: unmerged, step 4"), method)
+    assert report["method"] == method
+    assert report["blocks"] and all(block["error"] is not None for block in report["blocks"])
+    folder = run.folder / "reslora" / f"merged-by-{method}-4"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "kohya.safetensors", "merge.json", "pytorch_lora_weights.safetensors",
+    ]  # fmt: skip
+    if method == "lstsq":  # what the run itself did: the same samples, in the same batches
+        ours, theirs = (load_file(f / "pytorch_lora_weights.safetensors") for f in (folder, run.folder / "reslora"))
+        assert all(torch.allclose(ours[name], theirs[name], atol=1e-5) for name in theirs)
+    drawn = one(studio, run, f"reslora: step 4 merged by {method}")
+    assert np.abs(drawn - one(studio, run, BASE.label)).max() > 2
+
+
+def test_only_resloras_checkpoints_are_merged(studio, run):
+    for label, method in (
+        ("lora: unmerged, step 4", "input"),
+        ("reslora: merged weights", "input"),
+        (BASE.label, "input"),
+    ):
+        with pytest.raises(RunError):
+            studio.merge(run, run.find_weights(label), method)
+    with pytest.raises(RunError):
+        studio.merge(run, run.find_weights("reslora: unmerged, step 4"), "../../x")
+
+
+def test_weights_that_end_in_numbers_that_are_not_finite_are_not_drawn(studio, run, tmp_path):
+    """Finite weights, with which the denoiser leaves the range of its numbers."""
+    path = write_changed(run, tmp_path, lambda tensors: {name: 1e30 * tensor for name, tensor in tensors.items()})
+    with pytest.raises(RunError, match=r"changed\.safetensors: step 1 gave values that are not finite"):
+        draw(studio, run, Weights(path.name, "file", "", path))
+    assert len(draw(studio, run, BASE)) == 1
+
+
+def test_another_familys_pipeline_is_drawn_with(tmp_path):
+    """Stable Diffusion XL, with two text encoders."""
+    config = {"pretrained_model_name_or_path": str(sdxl(tmp_path / "sdxl"))}
+    write_run(tmp_path / "runs" / "big", **config)
+    run, studio = Library(tmp_path / "runs").find("big"), Studio()
+    (image,) = draw(studio, run, BASE)
+    assert image.shape == (64, 64, 3) and image.std() > 0
+
+
+def test_base_of_a_run(run, tmp_path):
+    assert base_of(None) == Base()
+    assert base_of(run).name.endswith("model")
+    (tmp_path / "config.json").write_text('{"pretrained_model_name_or_path": "/elsewhere/assets/pipeline"}')
+    assert base_of(Library(tmp_path).find(tmp_path.name)) == Base()
+
+
+# -- files from people -------------------------------------------------------------------------------------------------
+
+
+def write_changed(run, folder, change, name="pytorch_lora_weights.safetensors", metadata=None):
+    """A LoRA file of the run with its tensors changed."""
+    path = folder / "changed.safetensors"
+    save_file(change(load_file(run.folder / "lora" / name)), path, metadata=metadata)
+    return path
+
+
+def without(key):
+    return lambda tensors: {name: tensor for name, tensor in tensors.items() if name != key}
+
+
+def with_key(key, other):
+    return lambda tensors: {other if name == key else name: tensor for name, tensor in tensors.items()}
+
+
+def with_value(key, change):
+    return lambda tensors: tensors | {key: change(tensors[key]).contiguous()}
+
+
+DOWN = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+A, B = f"unet.{DOWN}.lora_A.weight", f"unet.{DOWN}.lora_B.weight"
+KOHYA = "lora_unet_" + DOWN.replace(".", "_")
+KOHYA_A, KOHYA_B = f"{KOHYA}.lora_down.weight", f"{KOHYA}.lora_up.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "named"),
+    [
+        ("pytorch_lora_weights.safetensors", without(A), f"{A} is missing"),
+        ("pytorch_lora_weights.safetensors", without(B), f"{B} is missing"),
+        ("pytorch_lora_weights.safetensors", with_value(A, lambda t: t * float("nan")), f"{A} has values"),
+        ("pytorch_lora_weights.safetensors", with_value(B, lambda t: t + float("inf")), f"{B} has values"),
+        ("pytorch_lora_weights.safetensors", with_value(A, lambda t: t[:, :-1]), f"{A} is 2 x 7, but"),
+        ("pytorch_lora_weights.safetensors", with_value(B, lambda t: t[:-1]), f"{B} is 7 x 2, but"),
+        ("pytorch_lora_weights.safetensors", with_value(A, lambda t: t[0]), f"{A} is 8, but"),
+        ("pytorch_lora_weights.safetensors", with_value(B, lambda t: t[:, :1]), "of another rank"),
+        ("kohya.safetensors", without(KOHYA_A), f"{KOHYA_A} is missing"),
+        ("kohya.safetensors", without(KOHYA_B), f"{KOHYA_B} is missing"),
+        ("kohya.safetensors", with_value(KOHYA_A, lambda t: t[:, :-1]), f"{KOHYA_A} is 2 x 7, but"),
+        ("kohya.safetensors", with_value(f"{KOHYA}.alpha", lambda t: t * float("nan")), f"{KOHYA}.alpha has values"),
+    ],
+)  # fmt: skip
+def test_a_lora_that_is_not_whole_or_does_not_fit_is_refused_by_name(studio, run, tmp_path, name, change, named):
+    path = write_changed(run, tmp_path, change, name)
+    with pytest.raises(RunError) as refusal:
+        draw(studio, run, adapters.uploaded(path))
+    assert str(refusal.value).startswith("changed.safetensors: ") and named in str(refusal.value)
+    assert "\n" not in str(refusal.value) and str(tmp_path) not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", EXPORTS[1:])
+def test_a_lora_of_layers_that_the_model_lacks_is_refused_by_name(studio, run, tmp_path, name):
+    """Both factors of one layer of many are for a layer that is nowhere: diffusers would leave them out."""
+
+    def rename(tensors):
+        return {
+            key.replace("attn1.to_q", "attn7.to_q").replace("attn1_to_q", "attn7_to_q"): t for key, t in tensors.items()
+        }
+
+    path = write_changed(run, tmp_path, rename, name)
+    with pytest.raises(RunError, match=r"changed\.safetensors: .*attn7.to_q.* is of no layer of this model"):
+        draw(studio, run, adapters.uploaded(path))
+
+
+def test_a_layer_that_a_file_says_it_has_and_lacks_is_missing(studio, run, tmp_path):
+    """Both factors of a layer are gone, whose name is in the metadata that diffusers writes."""
+    with safe_open(run.folder / "lora" / "pytorch_lora_weights.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+    assert DOWN in metadata["lora_adapter_metadata"]
+    path = write_changed(run, tmp_path, lambda tensors: without(A)(without(B)(tensors)), metadata=metadata)
+    with pytest.raises(RunError, match=f"^changed.safetensors: {A} is missing"):
+        draw(studio, run, adapters.uploaded(path))
+    path = write_changed(run, tmp_path, lambda tensors: tensors, metadata=metadata)
+    assert len(draw(studio, run, adapters.uploaded(path))) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (without("conv_in.weight"), "conv_in.weight is missing"),
+        (with_key("conv_in.weight", "conv_on.weight"), "conv_in.weight is missing"),
+        (lambda tensors: tensors | {"more": torch.zeros(2)}, "more is of no layer"),
+        (with_value("conv_in.bias", lambda t: t[:-1]), "conv_in.bias is 7, and 8 in this model"),
+        (with_value("conv_in.bias", lambda t: t * float("nan")), "conv_in.bias has values"),
+    ],
+)
+def test_merged_weights_that_are_not_whole_are_refused_by_name(studio, run, tmp_path, change, named):
+    merged = run.find_weights("lora: merged weights")
+    (file,) = merged.path.glob("*.safetensors")
+    save_file(change(load_file(file)), tmp_path / "changed.safetensors")
+    with pytest.raises(RunError, match=f"^lora: merged weights: {named}"):
+        draw(studio, run, replace(merged, path=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("method", "file"), [("lora", "adapter.safetensors"), ("reslora", "reslora_model.safetensors")]
+)
+@pytest.mark.parametrize("change", ["missing", "another shape", "not finite"])
+def test_checkpoints_that_are_not_whole_are_refused_by_name(studio, run, tmp_path, method, file, change):
+    weights = run.find_weights(f"{method}: unmerged, step 4")
+    folder = shutil.copytree(weights.path, tmp_path / "checkpoint-4")
+    tensors = load_file(folder / file)
+    key = next(name for name in sorted(tensors) if "to_k" in name and "lora_A" in name)
+    changes = {
+        "missing": without(key),
+        "another shape": with_value(key, lambda t: t[:, :-1]),
+        "not finite": with_value(key, lambda t: t * float("nan")),
+    }
+    with safe_open(folder / file, framework="pt") as opened:
+        metadata = opened.metadata()
+    save_file(changes[change](tensors), folder / file, metadata=metadata)
+    (folder / "checksums.json").unlink(missing_ok=True)
+    with pytest.raises(RunError) as refusal:
+        draw(studio, run, replace(weights, path=folder))
+    assert str(refusal.value).startswith(f"{weights.label}: ") and "to_k" in str(refusal.value)
+    assert "\n" not in str(refusal.value) and str(tmp_path) not in str(refusal.value)
+
+
+class Bomb:
+    """Fails the test if anything unpickles it."""
+
+    def __reduce__(self):
+        return (pytest.fail, ("it was unpickled",))
+
+
+def test_only_whole_safetensors_with_lora_weights_are_taken(run, tmp_path):
+    good = (run.folder / "lora" / "kohya.safetensors").read_bytes()
+    path = tmp_path / "upload.safetensors"
+    path.write_bytes(good)
+    assert adapters.uploaded(path) == Weights("upload.safetensors", "file", "", path)
+
+    with zipfile.ZipFile(tmp_path / "zip", "w") as archive:
+        archive.writestr("data.pkl", pickle.dumps(Bomb()))
+    save_file({"weight": torch.zeros(2)}, tmp_path / "no-lora")
+    size = (2**40).to_bytes(8, "little")
+    for content in (
+        b"", b"\x01", good[:-1], good + b"x", good[:100], pickle.dumps(Bomb()), (tmp_path / "zip").read_bytes(),
+        (tmp_path / "no-lora").read_bytes(), size + b"{}", (2).to_bytes(8, "little") + b"[]",
+        (100000).to_bytes(8, "little") + b"[" * 100000,
+    ):  # fmt: skip
+        path.write_bytes(content)
+        with pytest.raises(RunError, match=r"^upload\.safetensors: "):
+            adapters.uploaded(path)
+    for name in ("upload.bin", "upload.ckpt", "upload.pt"):
+        (tmp_path / name).write_bytes(pickle.dumps(Bomb()))
+        with pytest.raises(RunError, match="safetensors"):
+            adapters.uploaded(tmp_path / name)
+
+
+def test_metadata_makes_the_image_again(studio, run, tmp_path):
+    request = replace(REQUEST, prompt="red <b> disc - 猫", negative_prompt="box", strength=0.7, guidance=2.5, images=2)
+    weights = run.find_weights("reslora: merged weights")
+    drawn = [event for event in studio.generate(run, [weights], request) if isinstance(event, Drawn)]
+    path = recipe.save_image(drawn[1], tmp_path / "image.png")
+    read, source = recipe.read_image(path)
+    assert source == {"run": "tiny", "weights": "reslora: merged weights"}
+    again = one(studio, run, source["weights"], read)
+    assert np.array_equal(again, np.asarray(PIL.Image.open(path)))
+    assert "Seed: 6" in PIL.Image.open(path).info["parameters"]

@@ -1,0 +1,133 @@
+"""app/training.py: commands, uploads, and processes."""
+
+import os
+import subprocess
+import sys
+import time
+
+import PIL.Image
+import pytest
+from app_runs import HOSTILE, run_by_hand, write_run
+
+from app import training
+from app.runs import Library, RunError, is_trainer
+from app.training import Trainings
+
+
+@pytest.fixture
+def run(tmp_path):
+    return run_by_hand(tmp_path)
+
+
+@pytest.fixture
+def trainings(tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "data" / "cats").mkdir(parents=True)
+    return Trainings(Library(tmp_path / "runs"), tmp_path / "data")
+
+
+def test_only_flags_that_differ_are_written(trainings):
+    settings = {"method": ["lora", "reslora"], "rank": "16", "pre_num": 4, "max_train_steps": "8", "learning_rate": ""}
+    words = trainings.command("new", settings | {"validation_prompt": "a cat\n\n a dog "})
+    assert training.in_words(words) == (
+        f"accelerate launch train_sd.py --output_dir {trainings.library.folder}/new --method lora reslora "
+        "--max_train_steps 8 --validation_prompt 'a cat' 'a dog'"
+    )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rank": "0"},
+        {"max_train_steps": "8; rm -rf /"},
+        {"method": ["lora", "--push_to_hub"]},
+        {"shortcut": "--config=x"},
+        {"validation_prompt": "--push_to_hub"},
+        {"model": "/etc"},
+        {"model": "../../x"},
+        {"model": "../x"},
+        {"model": "owner/model"},
+    ],
+)
+def test_settings_the_trainer_or_the_page_refuses(trainings, settings):
+    with pytest.raises(RunError) as refusal:
+        trainings.command("new", settings)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", [*HOSTILE[:-3], "-x", "a b", "a" * 65, ".hidden"])
+def test_names_of_new_runs_are_plain(trainings, name):
+    with pytest.raises(RunError):
+        trainings.new_folder(name)
+
+
+def test_a_page_on_a_single_run_starts_no_other(run):
+    with pytest.raises(RunError, match="folder of runs"):
+        Trainings(Library(run.folder)).new_folder("other")
+
+
+def test_images_come_from_the_data_folder_or_an_upload(trainings, tmp_path):
+    assert trainings.folders() == [".", "cats"]
+    assert trainings.choose_images("new", "cats", None) == trainings.data / "cats"
+    assert trainings.choose_images("new", None, None) is None
+    for folder in ("..", "/etc", "cats/../..", "dogs"):
+        with pytest.raises(RunError):
+            trainings.choose_images("new", folder, None)
+    PIL.Image.new("RGB", (8, 8)).save(tmp_path / "red_fox-1.png")
+    PIL.Image.new("RGB", (8, 8)).save(tmp_path / "b.jpg")
+    (tmp_path / "b.txt").write_text("a bear")
+    uploads = [str(tmp_path / name) for name in ("red_fox-1.png", "b.jpg", "b.txt")]
+    folder = training.store_images(trainings.choose_images("new", None, uploads), uploads, "")
+    assert folder.is_relative_to(trainings.library.folder)
+    assert [path.read_text() for path in sorted(folder.glob("*.txt"))] == ["red fox 1", "a bear"]
+    assert len(list(folder.iterdir())) == 4
+    assert list(trainings.library.runs()) == []
+    (tmp_path / "c.png").write_bytes(b"not an image")
+    with pytest.raises(RunError, match=r"c\.png is not a readable image"):
+        training.store_images(tmp_path / "elsewhere", [str(tmp_path / "c.png")], "")
+
+
+def test_the_name_of_a_run_that_never_began_is_free(trainings):
+    folder = trainings.library.folder / "new"
+    folder.mkdir()
+    (folder / "app.log").write_text("train_sd.py: error: something\n")
+    assert trainings.status(trainings.library.find("new")) == "failed"
+    assert trainings.new_folder("new") == folder
+    write_run(trainings.library.folder / "other")
+    with pytest.raises(RunError, match="already"):
+        trainings.new_folder("other")
+
+
+def test_a_trainer_is_found_by_its_lock_and_stopped(run):
+    """A process that looks like a trainer writes the lock, and says that it was asked to stop."""
+    code = (
+        "import os, pathlib, signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(7)); "
+        "pathlib.Path(sys.argv[1]).write_text(str(os.getpid())); signal.pause()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(run.folder / ".lock"), "train_sd.py"])
+    trainings = Trainings(Library(run.folder.parent))
+    while not run.process:
+        assert process.poll() is None
+        time.sleep(0.01)
+    assert trainings.status(run) == "running"
+    with pytest.raises(RunError, match="run is training"):
+        trainings.start("second", [])
+    assert "Stopping" in trainings.stop("run")
+    trainings.asked.add(process.pid)
+    assert "already" in trainings.stop("run") or process.poll() == 7  # a second signal would keep it from saving
+    assert process.wait(timeout=60) == 7
+    assert trainings.status(run) == "stopped"
+
+
+def test_a_refused_start_leaves_the_images_of_the_run_that_trains_alone(run):
+    trainings, stored = Trainings(Library(run.folder.parent)), []
+    trainings.is_active = lambda run: True
+    with pytest.raises(RunError, match="is training"):
+        trainings.start("second", [], lambda: stored.append("images"))
+    assert not stored
+
+
+def test_only_trainers_are_stopped():
+    assert not is_trainer(os.getppid())
+    for pid in (0, 1, -1, 2**30):
+        assert not is_trainer(pid)

@@ -1,0 +1,130 @@
+"""app/views.py: what is shown of a run, whatever its files hold."""
+
+import json
+import shutil
+
+import numpy as np
+import PIL.Image
+import pytest
+from app_runs import WRONG, run_by_hand, with_one_wrong, write_run, write_samples
+from safetensors.numpy import save_file
+
+from app import views
+from app.runs import Library
+from app.studio import base_of, calibration_of
+
+
+@pytest.fixture
+def run(tmp_path):
+    return run_by_hand(tmp_path)
+
+
+def test_columns_and_grid_show_the_chosen_step(run):
+    write_samples(run.folder / "reslora" / "merged", 200)
+    columns = views.columns(run, 2)
+    assert [title for title, _, _ in columns] == ["Base model", "LoRA", "ResLoRA", "ResLoRA merged"]
+    reds = [PIL.Image.open(pictures[0, 0]).getpixel((0, 0))[0] for _, _, pictures in columns]
+    assert reds == [0, 20, 60, 200]
+    assert views.comparison(run, 2) != views.comparison(run, 4)
+    assert "not yet" in views.comparison(run, 3)
+    views.save_grid(run, 2, run.folder / "grid.png")
+    with PIL.Image.open(run.folder / "grid.png") as grid:
+        colours = {colour for _, colour in grid.convert("RGB").getcolors(2**20)}
+    assert {(red, green, 0) for red in reds for green in (0, 100)} <= colours
+
+
+def test_a_run_without_prompts_shows_its_losses(tmp_path):
+    folder = write_run(tmp_path / "runs" / "quiet", validation_prompt=[])
+    for samples in folder.glob("*/samples"):
+        shutil.rmtree(samples)
+    run = Library(tmp_path / "runs").find("quiet")
+    assert run.steps() == [0, 2, 4]
+    assert "--validation_prompt" in views.comparison(run, 4)
+    assert "0.4000" in views.numbers(run, 4)  # the validation loss at step 4
+
+
+def test_nothing_of_a_run_becomes_markup(run):
+    plan = {"links": 0, "chains": [{"role": "<b>", "blocks": [block("<i>x"), block("<i>y")]}]}
+    merge = {"method": "<b>", "blocks": [{"name": "<i>z", "role": "", "alpha": 1.0, "rank": 2, "error": 0.1}]}
+    shown = views.comparison(run, 2) + views.chain_plan(plan) + views.merge_report(merge | {"notes": ["<u>"]})
+    for forbidden in ("<script", "${1}", "{{2}}", "<b>:", "<i>", "<u>"):
+        assert forbidden not in shown
+    assert "&lt;script&gt;" in shown
+
+
+def block(name: str) -> dict:
+    return {"name": name, "in_features": 4, "out_features": 4, "rank": 2, "tokens": [1], "cut": "<i>"}
+
+
+def test_chain_plan_shows_links_and_cuts():
+    first, second, third = block("down_blocks.0.attentions.0.x"), block("mid_block.attentions.0.x"), block("other")
+    third["cut"] = "8->8 follows 4->4 features"
+    plan = {"links": 1, "chains": [{"role": "to_q", "blocks": [first, second]}, {"role": "to_q", "blocks": [third]}]}
+    shown = views.chain_plan(plan)
+    order = [shown.index(text) for text in (">d0.0<", ">→<", ">m.0<", "✂", ">other<")]
+    assert order == sorted(order)
+    assert "8-&gt;8 follows" in shown
+    assert "no chain plan yet" in views.chain_plan(None)
+
+
+def test_curves_have_a_marker_at_the_step(run):
+    frame = views.curves(run, "train", 2)
+    assert set(frame["method"]) == {"LoRA", "ResLoRA", views.MARKER}
+    assert set(frame[frame["method"] == views.MARKER]["step"]) == {2}
+    assert len(views.curves(run, "nothing", 2)) == 0
+
+
+def test_norms_of_an_exported_file_are_those_of_the_product(run):
+    random = np.random.default_rng(0)
+    down, up = random.normal(size=(2, 5)).astype("float32"), random.normal(size=(7, 2)).astype("float32")
+    name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    for method, scale in (("lora", 1.0), ("reslora", 3.0)):
+        tensors = {f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": scale * up}
+        save_file(tensors, run.folder / method / "pytorch_lora_weights.safetensors")
+    assert run.lora_norms("lora")[name] == pytest.approx(np.linalg.norm(up @ down), rel=1e-5)
+    assert f"{2 * np.linalg.norm(up @ down):+.2f}" in views.norm_difference(run)
+
+
+def test_an_export_that_cannot_be_read_has_no_norms(run):
+    for content in (b"", b"no safetensors", (8).to_bytes(8, "little") + b"{}"):
+        (run.folder / "reslora" / "pytorch_lora_weights.safetensors").write_bytes(content)
+        assert run.lora_norms("reslora") == {} and "needs both" in views.norm_difference(run)
+    pairs = {
+        "unet.x.lora_A.weight": np.full((2, 3), np.nan, "float32"),
+        "unet.x.lora_B.weight": np.ones((3, 2), "float32"),
+    }
+    save_file(pairs, run.folder / "reslora" / "pytorch_lora_weights.safetensors")
+    assert run.lora_norms("reslora") == {}
+
+
+def test_whatever_a_plan_or_a_report_holds_is_shown_or_said_to_be_damaged(run):
+    plan = {"links": 1, "chains": [{"role": "to_q", "blocks": [block("a.0.x"), block("a.1.x") | {"cut": "here"}]}]}
+    merged = {"name": "down_blocks.0.attentions.0.x", "role": "x", "alpha": [0.5, 1.0], "rank": 2, "error": 0.1}
+    report = {
+        "method": "weights",
+        "blocks": [merged, merged | {"name": "b", "alpha": 1.0, "error": None}],
+        "notes": ["note"],
+    }
+    assert "1 links in 1 chains" in views.chain_plan(plan) and "10.0% on average" in views.merge_report(report)
+    for view, content in ((views.chain_plan, plan), (views.merge_report, report)):
+        shown = {view(wrong) for wrong in with_one_wrong(content)}
+        assert any("is damaged" in text for text in shown) and not any("Traceback" in text for text in shown)
+
+
+def test_whatever_a_config_holds_the_run_is_shown(run):
+    """Each flag in turn is something else than it should be."""
+    whole = run.config | dict.fromkeys(("num_inference_steps", "pretrained_model_name_or_path", "resolution"), 5)
+    for config in with_one_wrong(whole):
+        (run.folder / "config.json").write_text(json.dumps(config))
+        shown = views.summary(run, run.status) + views.comparison(run, 2) + views.numbers(run, 2)
+        assert "LoRA" in shown and run.weights() and base_of(run).name
+        views.curves(run, "train", 2), run.fingerprint(), run.best_weights(), run.nearest(2), calibration_of(run)
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=repr)
+def test_whatever_a_log_holds_the_rest_is_shown(run, wrong):
+    row = {"step": 2, "split": "train", "loss": 1.0, "lr": 1e-3, "seconds": 1.0}
+    rows = [row | {name: wrong} for name in row]
+    (run.folder / "lora" / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "LoRA" in views.numbers(run, 2) and len(views.curves(run, "train", 2))
+    views.summary(run, run.status)
