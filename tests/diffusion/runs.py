@@ -1,0 +1,185 @@
+"""How the tests call train_sd.py, in this process or in one of its own, and what they read of the folder it leaves."""
+
+import contextlib
+import hashlib
+import io
+import multiprocessing
+import os
+import resource
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+import train_sd
+from reslora.log import read_log
+
+SCRIPT = Path(train_sd.__file__)
+RESUME = ("--resume_from_checkpoint", "latest")
+LIBRARIES = ["torch", "accelerate", "datasets", "matplotlib.pyplot", "peft", "safetensors.torch", "transformers"]
+LIBRARIES += ["diffusers.optimization", "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion"]
+
+
+# -- in this process -------------------------------------------------------------------------------------------------
+
+
+def main(*flags) -> int:
+    """The exit status of train_sd.py, also where argparse leaves by itself."""
+    try:
+        return train_sd.main(list(map(str, flags)))
+    except SystemExit as error:
+        return error.code
+
+
+def refused(capsys, *flags, quiet: bool = True) -> str:
+    """The line with which the script refuses these flags; with `quiet`, the only one on stderr."""
+    status = main(*flags)
+    captured = capsys.readouterr()
+    assert status == 2
+    lines = captured.err.splitlines()
+    assert lines[-1].startswith("train_sd.py: error: ") and (len(lines) == 1 or not quiet), captured.err
+    return lines[-1]
+
+
+def failed(capsys, *flags) -> str:
+    """The line with which a run of these flags ends that went wrong."""
+    status = main(*flags)
+    errors = capsys.readouterr().err
+    assert status == 1
+    return last_line(errors)
+
+
+def last_line(errors: str) -> str:
+    """The line that a run's stderr ends with, after its progress bars; there was no traceback."""
+    errors = errors.replace("\r", "\n")
+    assert "Traceback" not in errors, errors
+    line = errors.splitlines()[-1]
+    assert line.startswith("train_sd.py: "), errors
+    return line
+
+
+def printed(*flags) -> list[str]:
+    """The lines on stdout of a run that ends well."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert main(*flags) == 0
+    return out.getvalue().splitlines()
+
+
+def only(lines: list[str], *words: str) -> str:
+    """The one line that holds all of these words."""
+    found = [line for line in lines if all(word in line for word in words)]
+    assert len(found) == 1, lines
+    return found[0]
+
+
+def without(flags: list[str], name: str) -> list[str]:
+    """The flags without `name` and its one value."""
+    at = flags.index(name)
+    return [*flags[:at], *flags[at + 2 :]]
+
+
+# -- what is on disk -------------------------------------------------------------------------------------------------
+
+
+def digests(folder: Path, pattern: str) -> dict[str, str]:
+    found = {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.glob(pattern)}
+    assert found
+    return found
+
+
+def final_weights(output: Path, method: str = "reslora", step: int = 4) -> dict[str, torch.Tensor]:
+    name = "reslora_model.safetensors" if method == "reslora" else "adapter.safetensors"
+    return load_file(output / method / f"checkpoint-{step}" / name)
+
+
+def training_state(output: Path, step: int, method: str = "reslora") -> dict:
+    return torch.load(output / method / f"checkpoint-{step}" / "trainer.pt", weights_only=True)
+
+
+def assert_same(one: dict, other: dict) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+def losses(output: Path, method: str = "reslora") -> list[tuple[int, str, float]]:
+    return [(row["step"], row["split"], row["loss"]) for row in read_log(output / method / "log.jsonl")]
+
+
+def flip_a_bit(path: Path) -> None:
+    """Turn one bit in the middle of the file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0b100
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    """Leave the first half of the file."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+# -- in processes of their own ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Watcher:
+    """Hears of every file and folder that a run is about to write, rename or remove in its output folder."""
+
+    output: Path
+    snapshots: Path | None = None  # copies of the folder: what a kill at that moment would leave
+    full_after: str | None = None  # once a folder of this name is in place, files cannot grow beyond ...
+    largest_file: int = 0  # ... as many bytes
+    busy: bool = False
+
+    def __call__(self, event: str, args: tuple) -> None:
+        if self.busy or event not in ("open", "os.rename", "os.rmdir", "shutil.rmtree"):
+            return
+        if event == "open" and args[1] in ("r", "rb", None):
+            return
+        if not isinstance(args[0], (str, os.PathLike)) or not str(args[0]).startswith(f"{self.output}/"):
+            return
+        self.busy = True  # what it does itself is not the run's doing
+        if self.snapshots and self.output.is_dir():
+            number = len(list(self.snapshots.iterdir()))
+            shutil.copytree(self.output, self.snapshots / f"{number:03d}-{event}-{Path(args[0]).name.strip('.')}")
+        if self.full_after and event == "os.rename" and Path(args[1]).name == self.full_after:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.largest_file, resource.RLIM_INFINITY))
+        self.busy = False
+
+
+def run_and_exit(flags: list[str], output: str, messages: str, watcher: Watcher | None) -> None:
+    """What the forked process does: train_sd.py with its stderr in a file."""
+    multiprocessing.set_start_method("fork", force=True)  # what the data loader's workers are used to
+    stderr = os.open(messages, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(stderr, 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if watcher:
+        sys.addaudithook(watcher)
+    sys.exit(train_sd.main([*flags, "--output_dir", output]))
+
+
+class Runs:
+    """Starts runs with the same flags, forked from a server that has the libraries loaded and never trains itself."""
+
+    def __init__(self, flags: list[str], folder: Path):
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(LIBRARIES)
+        self.flags, self.messages = flags, folder / "stderr.txt"
+
+    def start(self, output: Path, *flags: str, watcher: Watcher | None = None):
+        arguments = ([*self.flags, *flags], str(output), str(self.messages), watcher)
+        process = self.context.Process(target=run_and_exit, args=arguments)
+        process.start()
+        return process
+
+    def finish(self, output: Path, *flags: str, watcher: Watcher | None = None) -> int:
+        """Exit status of a run that is waited for; minus the signal where one ended it."""
+        process = self.start(output, *flags, watcher=watcher)
+        process.join()
+        return process.exitcode
+
+    def last_line(self) -> str:
+        return last_line(self.messages.read_text())

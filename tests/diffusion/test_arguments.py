@@ -1,0 +1,136 @@
+"""Flags of train_sd.py: what is refused, what a config file gives, and how the defaults are filled in."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from diffusion.runs import SCRIPT, refused
+from reslora.diffusion.arguments import build_parser, parse_args
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--rank", "0"),
+        ("--rank", "four"),
+        ("--rank", "100000"),
+        ("--learning_rate", "nan"),
+        ("--lora_alpha", "inf"),
+        ("--lora_dropout", "1"),
+        ("--pre_num", "-2"),
+        ("--checkpoints_total_limit", "0"),
+        ("--method", "dora"),
+        ("--shortcut", "sideways"),
+        ("--resolution", "30"),
+        ("--target_modules", "to_nothing"),
+        ("--pretrained_model_name_or_path", "/no/such/folder"),
+        ("--train_data_dir", "/no/such/folder"),
+        ("--caption_column", "caption"),
+        ("--output_dir", "/proc/run"),
+        ("--resume_from_checkpoint", "checkpoint-1"),
+        ("--report_to", "comet_ml"),
+        ("--report_to", "swanlab"),
+        ("--report_to", "no_such_tracker"),
+        ("--config", "/no/such/file.toml"),
+        ("--no_such_flag", "1"),
+        ("--resolution", "12"),
+        ("--num_inference_steps", "2000"),
+        ("--learning_rate", "1e-08", "--lr_scheduler", "polynomial"),
+        ("--lr_scheduler", "piecewise_constant"),
+        ("--lr_scheduler", "no_such_schedule"),
+        ("--lr_step_rules", "1:ten,0.1", "--lr_scheduler", "piecewise_constant"),
+        ("--max_train_steps", "2", "--method", "adalora"),
+        ("--target_modules", "conv1", "--method", "adalora"),
+    ],
+)
+def test_bad_flags_are_refused_in_one_line(base_flags, capsys, tmp_path, flags):
+    output = [] if flags[0] == "--output_dir" else ["--output_dir", tmp_path / "out"]
+    line = refused(capsys, *base_flags, "--method", "reslora", *output, *flags)
+    assert flags[0] in line and flags[1] in line
+    assert not list(tmp_path.glob("out/*"))
+
+
+@pytest.mark.parametrize("tracker", ["comet_ml", "swanlab"])
+def test_a_tracker_that_is_not_installed_is_named_with_its_fix(base_flags, capsys, tracker):
+    line = refused(capsys, *base_flags, "--report_to", tracker)
+    assert "not installed" in line and f"pip install {tracker}" in line
+
+
+def test_model_without_data_is_refused(model, capsys):
+    assert "--train_data_dir" in refused(capsys, "--pretrained_model_name_or_path", model)
+
+
+def test_script_itself_exits_with_2_and_answers_help_without_heavy_imports():
+    heavy = "import sys, train_sd; from reslora.diffusion.arguments import build_parser; build_parser(); "
+    heavy += "sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", heavy], cwd=SCRIPT.parent, check=False).returncode == 0
+    done = subprocess.run([sys.executable, str(SCRIPT), "--rank", "0"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--rank" in done.stderr
+    done = subprocess.run([sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "--shortcut" in done.stdout
+
+
+def test_every_flag_of_diffusers_script_is_there():
+    names = {
+        "pretrained_model_name_or_path", "revision", "variant", "dataset_name", "dataset_config_name",
+        "train_data_dir", "image_column", "caption_column", "validation_prompt", "num_validation_images",
+        "validation_epochs", "max_train_samples", "output_dir", "cache_dir", "seed", "resolution",
+        "center_crop", "random_flip", "train_batch_size", "num_train_epochs", "max_train_steps",
+        "gradient_accumulation_steps", "gradient_checkpointing", "learning_rate", "scale_lr", "lr_scheduler",
+        "lr_warmup_steps", "snr_gamma", "use_8bit_adam", "allow_tf32", "dataloader_num_workers", "adam_beta1",
+        "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm", "push_to_hub", "hub_token",
+        "prediction_type", "hub_model_id", "logging_dir", "mixed_precision", "report_to", "local_rank",
+        "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint",
+        "enable_xformers_memory_efficient_attention", "noise_offset", "rank", "image_interpolation_mode",
+    }  # fmt: skip
+    assert len(names) == 51
+    assert names <= {action.dest for action in build_parser()._actions}
+
+
+# -- config files ----------------------------------------------------------------------------------------------------
+
+
+def test_config_file_gives_flags_and_the_command_line_wins(run, data, model, tmp_path):
+    toml = tmp_path / "run.toml"
+    lines = [f'train_data_dir = "{data}"', f'pretrained_model_name_or_path = "{model}"', "rank = 7", "resolution = 32"]
+    lines += ['method = ["lora", "loha"]', "random_flip = true", "cache_latents = false"]
+    toml.write_text("\n".join(lines))
+    args = parse_args(["--config", str(toml), "--rank", "3"])
+    assert (args.rank, args.lora_alpha, args.method) == (3, 6, ["lora", "loha"])
+    assert (args.random_flip, args.cache_latents) == (True, False)
+    more = ["--num_train_epochs", "5", "--validation_epochs", "3", "--rank", "5", "--no-random_flip"]
+    args = parse_args(["--config", str(run / "config.json"), *more])
+    assert (args.max_train_steps, args.num_train_epochs, args.lora_alpha, args.random_flip) == (None, 5, 10, False)
+    assert args.validation_epochs == 3 and args.validation_steps is None
+
+
+def test_a_runs_own_config_gives_the_run_again(run):
+    again = vars(parse_args(["--config", str(run / "config.json")]))
+    config = json.loads((run / "config.json").read_text())
+    assert config == {name: again[name] for name in config}
+
+
+def test_a_config_that_is_no_table_is_refused(tmp_path, capsys):
+    (tmp_path / "list.json").write_text("[1]")
+    assert "--config" in refused(capsys, "--config", tmp_path / "list.json")
+
+
+def test_an_alpha_of_the_config_stays_when_the_rank_is_given(tmp_path, data):
+    toml = tmp_path / "run.toml"
+    toml.write_text(f"\ufefflora_alpha = 64\ntrain_data_dir = '{data}'\n", encoding="utf-8")
+    assert parse_args(["--config", str(toml), "--rank", "4"]).lora_alpha == 64
+
+
+def test_prompts_that_begin_with_a_dash_come_back(tmp_path, data):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"validation_prompt": ["-foo", "--seed=7"], "train_data_dir": str(data)}))
+    args = parse_args(["--config", str(file)])
+    assert args.validation_prompt == ["-foo", "--seed=7"] and args.seed == 0
+
+
+@pytest.mark.parametrize("content", ["rank = [4]", "[rank]\nvalue = 4", "rank = 4 5"])
+def test_malformed_config_values_are_refused(tmp_path, capsys, content):
+    (tmp_path / "run.toml").write_text(content)
+    assert "--config" in refused(capsys, "--config", tmp_path / "run.toml")

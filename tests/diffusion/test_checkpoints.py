@@ -1,0 +1,270 @@
+"""Going on from a checkpoint: bit for bit where nothing changed, a warning where it is damaged, else one line."""
+
+import contextlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from pipelines import image_folder
+from safetensors.torch import load_file, save_file
+
+from diffusion.conftest import STEPS
+from diffusion.runs import (
+    RESUME,
+    Watcher,
+    assert_same,
+    cut,
+    digests,
+    final_weights,
+    flip_a_bit,
+    losses,
+    main,
+    only,
+    printed,
+    refused,
+    training_state,
+)
+from reslora.diffusion.checkpoints import checkpoints_of
+
+
+def unfinished(run: Path, output: Path, *methods: str) -> Path:
+    """A copy of the run that has still to export what it trained."""
+    for method in methods:
+        shutil.copytree(run / method, output / method)
+        (output / method / "exports.json").unlink()
+    return output
+
+
+@pytest.mark.parametrize("method", ["lora", "reslora", "adalora"])
+def test_resumed_run_equals_an_uninterrupted_one(base_flags, tmp_path, method):
+    flags = [*base_flags, "--method", method, "--lora_dropout", "0.2", "--lr_scheduler", "cosine"]
+    flags += ["--lr_warmup_steps", "1"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main(*flags, "--output_dir", whole) == 0
+    # A run killed after its second step: nothing but the checkpoint of that step is there.
+    parts.joinpath(method).mkdir(parents=True)
+    (whole / method / "checkpoint-2").rename(parts / method / "checkpoint-2")
+    (parts / method / "log.jsonl").write_text((whole / method / "log.jsonl").read_text())
+    assert main(*flags, "--output_dir", parts, *RESUME) == 0
+    weights = "checkpoint-4/*.safetensors"
+    assert digests(whole / method, weights) == digests(parts / method, weights)
+    one, other = (training_state(folder, 4, method) for folder in (whole, parts))
+    assert one["lr_scheduler"] == other["lr_scheduler"]
+    for index, state in one["optimizer"]["state"].items():
+        assert_same(state, other["optimizer"]["state"][index])
+    assert losses(whole, method) == losses(parts, method)
+
+
+def test_latest_with_nothing_to_go_on_from_says_so_and_starts_afresh(brief_flags, tmp_path):
+    """Otherwise a slip in --output_dir costs hours."""
+    lines = printed(*brief_flags, "--output_dir", tmp_path / "out", *RESUME)
+    only(lines, "--resume_from_checkpoint latest", str(tmp_path / "out"))
+    assert (tmp_path / "out" / "lora" / "exports.json").is_file()
+
+
+def test_missing_named_checkpoint_is_an_error(base_flags, capsys, tmp_path):
+    flags = ("--output_dir", tmp_path, "--resume_from_checkpoint", "checkpoint-7")
+    assert "checkpoint-7" in refused(capsys, *base_flags, *flags)
+
+
+# -- damage ----------------------------------------------------------------------------------------------------------
+
+
+def test_latest_skips_a_damaged_checkpoint_and_stray_folders(run, base_flags, tmp_path):
+    output = unfinished(run, tmp_path / "out", "reslora")
+    (output / "reslora" / "checkpoint-best").mkdir()
+    (output / "reslora" / "checkpoint-9").mkdir()  # unfinished
+    weights = output / "reslora" / "checkpoint-4" / "reslora_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    lines = printed(*base_flags, "--method", "reslora", "--output_dir", output, *RESUME)
+    only(lines, "warning", "checkpoint-4 is damaged")
+    assert_same(final_weights(output), final_weights(run))
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        ("reslora", "reslora_model.safetensors"),
+        ("lora", "adapter.safetensors"),
+        ("lora", "trainer.pt"),
+        ("lora", "trainer.json"),
+    ],
+)
+def test_one_flipped_bit_is_damage(run, base_flags, tmp_path, method, name):
+    output = unfinished(run, tmp_path / "out", method)
+    flip_a_bit(output / method / "checkpoint-4" / name)
+    lines = printed(*base_flags, "--method", method, "--output_dir", output, *RESUME)
+    only(lines, "warning", "checkpoint-4 is damaged")
+    only(lines, "going on from", "checkpoint-2")
+    assert_same(final_weights(output, method), final_weights(run, method))
+
+
+def test_a_named_checkpoint_with_a_flipped_bit_is_refused(run, base_flags, capsys, tmp_path):
+    output = unfinished(run, tmp_path / "out", "lora")
+    flip_a_bit(output / "lora" / "checkpoint-4" / "trainer.pt")
+    flags = [*base_flags, "--method", "lora", "--output_dir", output, "--resume_from_checkpoint", "checkpoint-4"]
+    line = refused(capsys, *flags, quiet=False)
+    assert "checkpoint-4" in line and "damaged" in line
+
+
+DAMAGES = {
+    "trainer.pt cut short": lambda folder: cut(folder / "trainer.pt"),
+    "trainer.pt gone": lambda folder: (folder / "trainer.pt").unlink(),
+    "trainer.json empty": lambda folder: (folder / "trainer.json").write_text(""),
+    "weights empty": lambda folder: (folder / "reslora_model.safetensors").write_bytes(b""),
+    "configuration cut short": lambda folder: cut(folder / "reslora_config.json"),
+}
+
+
+def test_latest_goes_back_to_the_newest_that_is_whole(runs, whole, tmp_path):
+    """Every kind of damage at once, each in a checkpoint of its own, the newest in all of them."""
+    output = tmp_path / "out"
+    shutil.copytree(whole, output)
+    (output / "reslora" / "exports.json").unlink()
+    for step, damage in zip(range(STEPS, 0, -1), list(DAMAGES.values())[: STEPS - 1], strict=False):
+        damage(output / "reslora" / f"checkpoint-{step}")
+    assert runs.finish(output, *RESUME) == 0
+    assert_same(final_weights(output, step=STEPS), final_weights(whole, step=STEPS))
+    assert losses(output) == losses(whole)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_named_checkpoint_that_is_damaged_is_refused(runs, whole, tmp_path, damage):
+    shutil.copytree(whole / "reslora" / "checkpoint-2", tmp_path / "reslora" / "checkpoint-2")
+    DAMAGES[damage](tmp_path / "reslora" / "checkpoint-2")
+    assert runs.finish(tmp_path, "--resume_from_checkpoint", "checkpoint-2") == 2
+    assert "--resume_from_checkpoint" in runs.last_line() and "damaged" in runs.last_line()
+
+
+# -- rotation --------------------------------------------------------------------------------------------------------
+
+
+def test_only_the_newest_checkpoints_are_kept(base_flags, tmp_path):
+    flags = [*base_flags, "--method", "lora", "--checkpointing_steps", "1", "--checkpoints_total_limit", "2"]
+    assert main(*flags, "--output_dir", tmp_path / "out") == 0
+    assert [path.name for path in checkpoints_of(tmp_path / "out" / "lora")] == ["checkpoint-4", "checkpoint-3"]
+    assert len(list((tmp_path / "out" / "lora").glob("checkpoint-*"))) == 2
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(1, [5]), (3, [3, 4, 5])])
+def test_rotation_keeps_the_newest_and_leaves_the_rest_alone(runs, tmp_path, limit, kept):
+    """Neither stray folders nor unfinished checkpoints are counted or removed."""
+    method = tmp_path / "out" / "reslora"
+    for name in ("checkpoint-best", "checkpoint-3-backup", "checkpoint-99"):
+        (method / name).mkdir(parents=True)
+        (method / name / "mine.txt").write_text("mine")
+    assert runs.finish(tmp_path / "out", "--checkpoints_total_limit", str(limit)) == 0
+    names = {f"checkpoint-{step}" for step in kept} | {"checkpoint-best", "checkpoint-3-backup", "checkpoint-99"}
+    assert {path.name for path in method.glob("checkpoint-*")} == names
+    assert (method / "checkpoint-best" / "mine.txt").read_text() == "mine"
+
+
+def test_rotation_does_not_count_what_is_damaged(runs, whole, tmp_path):
+    """The newest was damaged, the run goes on from before it: what it saves from then on must stay."""
+    output, snapshots = tmp_path / "out", tmp_path / "snapshots"
+    snapshots.mkdir()
+    shutil.copytree(whole / "reslora", output / "reslora")
+    (output / "reslora" / "exports.json").unlink()
+    for step in (4, 5):
+        cut(output / "reslora" / f"checkpoint-{step}" / "trainer.pt")
+    flags = ("--checkpoints_total_limit", "1", *RESUME)
+    assert runs.finish(output, *flags, watcher=Watcher(output, snapshots)) == 0
+    for snapshot in snapshots.iterdir():
+        assert any(is_whole(path) for path in checkpoints_of(snapshot / "reslora"))
+    assert_same(final_weights(output, step=STEPS), final_weights(whole, step=STEPS))
+
+
+def is_whole(checkpoint: Path) -> bool:
+    with contextlib.suppress(RuntimeError, OSError):
+        return bool(torch.load(checkpoint / "trainer.pt", weights_only=True))
+    return False
+
+
+# -- other settings, models and images -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags", [("--rank", "8"), ("--shortcut", "middle"), ("--seed", "3"), ("--train_batch_size", "3")]
+)
+def test_resume_refuses_other_settings(run, base_flags, capsys, flags):
+    line = refused(capsys, *base_flags, *flags, "--output_dir", run, "--method", "reslora", "--max_train_steps", "6",
+                   *RESUME)  # fmt: skip
+    assert flags[0] in line or "batch size" in line
+
+
+def test_a_damaged_newest_checkpoint_does_not_hide_other_settings(run, base_flags, capsys, tmp_path):
+    output = unfinished(run, tmp_path / "out", "lora")
+    (output / "lora" / "checkpoint-4" / "trainer.json").write_text("[]")
+    flags = [*base_flags, "--method", "lora", "--output_dir", output, *RESUME]
+    assert "--learning_rate" in refused(capsys, *flags, "--learning_rate", "0.5")
+
+
+def test_resume_refuses_other_captions(brief_flags, capsys, tmp_path):
+    folder = image_folder(tmp_path / "p")
+    flags = [*brief_flags, "--train_data_dir", folder, "--output_dir", tmp_path / "out"]
+    assert main(*flags) == 0
+    shutil.rmtree(folder)
+    image_folder(folder, caption=lambda i: "red box")
+    capsys.readouterr()
+    line = refused(capsys, *flags, "--max_train_steps", "2", *RESUME, quiet=False)
+    assert f"--train_data_dir {folder}" in line and "checkpoint-1" in line
+
+
+@pytest.mark.parametrize("layout", ["jsonl", "csv", "txt"])
+def test_resume_refuses_an_image_that_was_replaced_by_one_of_as_many_bytes(brief_flags, capsys, tmp_path, layout):
+    folder = image_folder(tmp_path / "p", 3, layout=layout)
+    flags = [*brief_flags, "--train_data_dir", folder, "--output_dir", tmp_path / "out"]
+    assert main(*flags, "--cache_dir", tmp_path / "cache") == 0
+    path = folder / "1.png"
+    size = path.stat().st_size
+    PIL.Image.fromarray(np.zeros((32, 40, 3), dtype=np.uint8)).save(path)
+    path.write_bytes(path.read_bytes().ljust(size, b"\0"))  # what follows a PNG's end is not read
+    assert path.stat().st_size == size
+    capsys.readouterr()
+    again = ("--max_train_steps", "2", *RESUME, "--cache_dir", tmp_path / "cache")
+    line = refused(capsys, *flags, *again, quiet=False)
+    assert f"--train_data_dir {folder}" in line and "checkpoint-1" in line
+
+
+def test_a_run_goes_on_where_its_model_and_images_have_moved(brief_flags, model, data, tmp_path):
+    """Bit for bit as if they had stayed: what they are decides, and where they were is a note."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    shutil.copytree(model, here / "model")
+    shutil.copytree(data, here / "images")
+    for folder in (here, there):
+        flags = [*brief_flags, "--output_dir", tmp_path / "out", *RESUME]
+        flags += ["--pretrained_model_name_or_path", folder / "model", "--train_data_dir", folder / "images"]
+        steps = 1 if folder == here else 2
+        lines = printed(*flags, "--max_train_steps", steps)
+        here.exists() and here.rename(there)
+    only(lines, "going on from", "checkpoint-1")
+    whole = [*brief_flags, "--max_train_steps", "2", "--checkpointing_steps", "1", "--output_dir", tmp_path / "whole"]
+    assert main(*whole) == 0
+    assert losses(tmp_path / "out", "lora") == losses(tmp_path / "whole", "lora")
+    assert_same(*(final_weights(tmp_path / name, "lora", step=2) for name in ("out", "whole")))
+
+
+def test_resume_refuses_another_model_at_the_same_place(brief_flags, model, capsys, tmp_path):
+    there = shutil.copytree(model, tmp_path / "model")
+    flags = [*brief_flags, "--pretrained_model_name_or_path", there, "--output_dir", tmp_path / "out"]
+    assert main(*flags) == 0
+    weights = there / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: 2 * value for name, value in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    capsys.readouterr()
+    line = refused(capsys, *flags, "--max_train_steps", "2", *RESUME, quiet=False)
+    assert f"--pretrained_model_name_or_path {there}" in line and "checkpoint-1" in line
+
+
+def test_resume_refuses_another_schedule_of_noise_at_the_same_place(brief_flags, model, capsys, tmp_path):
+    there = shutil.copytree(model, tmp_path / "model")
+    flags = [*brief_flags, "--pretrained_model_name_or_path", there, "--output_dir", tmp_path / "out"]
+    assert main(*flags) == 0
+    config = there / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "epsilon"}))
+    capsys.readouterr()
+    line = refused(capsys, *flags, "--max_train_steps", "2", *RESUME, quiet=False)
+    assert f"--pretrained_model_name_or_path {there}" in line and "checkpoint-1" in line

@@ -1,0 +1,142 @@
+"""Runs killed and starved of disk: what is on disk is whole at every moment, and a resumed run ends the same.
+
+Runs are processes of their own, forked from one that has the libraries loaded, so that each takes a second.
+"""
+
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from diffusion.conftest import STEPS
+from diffusion.runs import RESUME, Watcher, assert_same, final_weights, losses, training_state
+from reslora.diffusion.checkpoints import checkpoints_of, step_of
+
+FORMATS = ["pytorch_lora_weights.safetensors", "kohya.safetensors", "peft/adapter_model.safetensors"]
+FORMATS += ["unet/diffusion_pytorch_model.safetensors"]
+
+
+def checkpoints(output: Path) -> list[int]:
+    return sorted(step_of(path) for path in checkpoints_of(output / "reslora"))
+
+
+def assert_nothing_is_half_written(output: Path, whole: Path) -> None:
+    """Every file under its final name is what the uninterrupted run has there, tensor by tensor."""
+    for step in checkpoints(output):
+        assert_same(final_weights(output, step=step), final_weights(whole, step=step))
+        state, wanted = (training_state(folder, step) for folder in (output, whole))
+        assert state["lr_scheduler"] == wanted["lr_scheduler"]
+        for index, moments in wanted["optimizer"]["state"].items():
+            assert_same(moments, state["optimizer"]["state"][index])
+    for name in FORMATS:
+        if (output / "reslora" / name).exists():
+            assert_same(load_file(output / "reslora" / name), load_file(whole / "reslora" / name))
+
+
+def assert_ends_like(output: Path, whole: Path) -> None:
+    assert checkpoints(output)[-1] == STEPS
+    assert all((output / "reslora" / name).is_file() for name in FORMATS)
+    assert_nothing_is_half_written(output, whole)
+    assert not hidden(output)
+    assert losses(output) == losses(whole)
+
+
+def hidden(output: Path) -> list[Path]:
+    """Neither a lock nor leftovers may be there afterwards."""
+    return [path for path in output.rglob(".*") if path.name != ".gitignore"]
+
+
+# -- SIGKILL ---------------------------------------------------------------------------------------------------------
+
+
+def test_killed_at_random_moments(runs, whole, tmp_path):
+    """Killed again and again, a random while after it got one step further, until a run comes to its end."""
+    output, chance, kills = tmp_path / "out", random.Random(0), 0
+    flags = ("--dataloader_num_workers", "1", "--checkpoints_total_limit", "2", *RESUME)
+    while True:
+        process, before = runs.start(output, *flags), checkpoints(output)
+        while process.is_alive() and checkpoints(output) == before:
+            time.sleep(0.002)
+        process.join(chance.uniform(0, 0.1))
+        process.kill()
+        process.join()
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL, runs.last_line()
+        assert checkpoints(output)
+        assert_nothing_is_half_written(output, whole)
+        kills += 1
+        if checkpoints(output)[-1] == STEPS:
+            break
+    assert kills > 1
+    assert runs.finish(output, *flags) == 0
+    assert_ends_like(output, whole)
+
+
+def test_killed_between_any_two_disk_operations(runs, whole, tmp_path):
+    """Whatever a kill would leave, at any moment of the run, is whole, and an old checkpoint outlives its successor."""
+    snapshots, newest, rotations = tmp_path / "snapshots", 0, 0
+    snapshots.mkdir()
+    flags = ("--checkpoints_total_limit", "1")
+    assert runs.finish(tmp_path / "out", *flags, watcher=Watcher(tmp_path / "out", snapshots)) == 0
+    found = sorted(snapshots.iterdir())
+    for snapshot in found:
+        steps = checkpoints(snapshot)
+        assert len(steps) <= 2 and max(steps, default=0) >= newest
+        newest, rotations = max(steps, default=0), rotations + (len(steps) == 2)
+    for snapshot in found[::2]:
+        assert_nothing_is_half_written(snapshot, whole)
+    assert newest == STEPS and rotations >= STEPS - 1
+    moments = ["open-trainer.json", "os.rename-checkpoint-4", "shutil.rmtree", "os.rename-unet"]
+    for moment in moments:
+        snapshot = [path for path in found if moment in path.name][-1]
+        assert runs.finish(snapshot, *flags, *RESUME) == 0
+        assert_ends_like(snapshot, whole)
+
+
+def test_killed_while_replacing_its_exports(runs, whole, tmp_path):
+    """A finished run that goes on for longer replaces what it exported: never by half."""
+    snapshots, output = tmp_path / "snapshots", tmp_path / "out"
+    snapshots.mkdir()
+    shutil.copytree(whole, output)
+    assert runs.finish(output, *RESUME, "--max_train_steps", str(STEPS + 1), watcher=Watcher(output, snapshots)) == 0
+    versions = [{name: load_file(f / "reslora" / name) for name in FORMATS} for f in (whole, output)]
+    for snapshot in snapshots.iterdir():
+        for name in FORMATS:
+            if (snapshot / "reslora" / name).exists():
+                tensors = load_file(snapshot / "reslora" / name)
+                assert any(all(v[name][k].equal(t) for k, t in tensors.items()) for v in versions)
+    assert not hidden(output)
+
+
+# -- a full disk -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("largest_file", "too_large"), [(1_500, "reslora_model.safetensors"), (30_000, "trainer.pt")])
+def test_disk_full_while_saving(runs, whole, tmp_path, largest_file, too_large):
+    """A limit on the size of files stands for the full disk: writing fails half-way, as it does there."""
+    sizes = {path.name: path.stat().st_size for path in (whole / "reslora" / "checkpoint-2").iterdir()}
+    assert sizes["trainer.json"] < largest_file < sizes[too_large]
+    output = tmp_path / "out"
+    assert runs.finish(output, watcher=Watcher(output, full_after="checkpoint-2", largest_file=largest_file)) == 1
+    assert str(output / "reslora") in runs.last_line()
+    assert checkpoints(output) == [1, 2]
+    assert_nothing_is_half_written(output, whole)
+    assert not hidden(output)
+    assert runs.finish(output, *RESUME) == 0
+    assert_ends_like(output, whole)
+
+
+def test_disk_full_while_exporting(runs, whole, tmp_path):
+    output, name = tmp_path / "out", f"checkpoint-{STEPS}"
+    limit = (whole / "reslora" / FORMATS[-1]).stat().st_size // 2
+    assert runs.finish(output, watcher=Watcher(output, full_after=name, largest_file=limit)) == 1
+    assert str(output / "reslora") in runs.last_line()
+    assert not (output / "reslora" / "unet").exists() and not (output / "reslora" / "exports.json").exists()
+    assert_nothing_is_half_written(output, whole)
+    assert runs.finish(output, *RESUME) == 0
+    assert_ends_like(output, whole)

@@ -1,0 +1,219 @@
+"""Images and captions: every layout of a folder, what is left out, and how an image becomes pixels."""
+
+import json
+import os
+import shutil
+import threading
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+from pipelines import image_folder, random_image
+
+from diffusion.runs import only, printed, refused
+from reslora.diffusion.arguments import parse_args
+from reslora.diffusion.dataset import crop_and_scale, load_images, open_image
+
+
+def gather(folder: Path, *flags: str):
+    return load_images(parse_args(["--train_data_dir", str(folder), *flags]))
+
+
+def same_image(one: PIL.Image.Image, other: PIL.Image.Image) -> bool:
+    return one.mode == other.mode and one.size == other.size and one.tobytes() == other.tobytes()
+
+
+# -- layouts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["jsonl", "csv", "txt"])
+def test_every_layout_gives_the_images_and_their_captions(tmp_path, layout):
+    found = gather(image_folder(tmp_path / "p", 3, layout=layout), "--cache_dir", str(tmp_path / "cache"))
+    assert len(found) == 3 and not found.left_out
+    assert found.captions == [["red disc"], ["blue box"], ["red disc"]]
+    assert all(same_image(found.open(number), random_image(number)) for number in range(3))
+
+
+def test_a_stray_text_does_not_hide_metadata_csv(tmp_path):
+    folder = image_folder(tmp_path / "p", 3, layout="none")
+    (folder / "metadata.csv").write_text("file_name,label,text\n0.png,1,red disc\n1.png,2,blue box\n")
+    (folder / "2.txt").write_text("stray")
+    assert gather(folder, "--cache_dir", str(tmp_path / "cache")).captions == [["red disc"], ["blue box"]]
+
+
+def test_captions_beside_the_images(tmp_path):
+    folder = image_folder(tmp_path / "p", layout="none")
+    (folder / "0.txt").write_text("red disc\n")
+    (folder / "2.txt").write_text("صورة 🎈 " + "long " * 2000)
+    found = gather(folder)
+    assert len(found) == 2 and same_image(found.open(1), random_image(2))
+    assert found.captions[0] == ["red disc"] and found.captions[1][0].startswith("صورة 🎈")
+    assert len(found.left_out) == 4
+
+
+def test_captions_from_windows_editors(tmp_path):
+    folder = image_folder(tmp_path / "p", 4, layout="none")
+    for number, encoding in enumerate(["utf-8-sig", "utf-16", "latin-1", "utf-8"]):
+        (folder / f"{number}.txt").write_text("café", encoding=encoding)
+    found = gather(folder)
+    assert found.captions == [["café"]] * 3
+    assert len(found.left_out) == 1 and "2.png" in found.left_out[0] and "not UTF-8" in found.left_out[0]
+
+
+def test_half_a_character_in_a_caption_is_replaced(tmp_path):
+    folder = image_folder(tmp_path / "p", 2, layout="none")
+    rows = [json.dumps({"file_name": f"{n}.png", "text": "cat \ud83d"}) for n in range(2)]
+    (folder / "metadata.jsonl").write_text("\ufeff" + "\n".join(rows), encoding="utf-8")
+    assert gather(folder).captions == [["cat ?"]] * 2
+
+
+def test_a_runs_own_samples_are_no_images(tmp_path):
+    folder = image_folder(tmp_path / "p", 2, layout="txt")
+    (folder / "out").mkdir()
+    shutil.copy(folder / "0.png", folder / "out" / "comparison.png")
+    (folder / "loop").symlink_to(folder / "loop")
+    found = gather(folder, "--output_dir", str(folder / "out"))
+    assert len(found) == 2 and not found.left_out
+
+
+def test_a_pipe_among_the_images_is_not_opened(tmp_path):
+    """Whoever opens a FIFO for reading waits for a writer; here one waits for readers, so that nothing can hang."""
+    folder = image_folder(tmp_path / "p", 2, layout="txt")
+    fifo = folder / "2.png"
+    (folder / "2.txt").write_text("red disc")
+    os.mkfifo(fifo)
+    opened = threading.Event()
+
+    def wait_for_a_reader() -> None:
+        with fifo.open("wb"):
+            opened.set()
+
+    thread = threading.Thread(target=wait_for_a_reader)
+    thread.start()
+    found = gather(folder)
+    was_opened = opened.is_set()
+    os.close(os.open(fifo, os.O_RDONLY | os.O_NONBLOCK))
+    thread.join()
+    assert not was_opened
+    assert len(found) == 2 and "2.png" in found.left_out[0]
+
+
+# -- what is left out is said ----------------------------------------------------------------------------------------
+
+
+def test_images_that_cannot_be_used_are_named_and_left_out(tmp_path, capsys):
+    folder = image_folder(tmp_path / "p", caption=lambda i: [None, "a\0b", "", ["x", "y"], "gone", "text"][i])
+    (folder / "4.png").unlink()
+    (folder / "5.png").write_text("not an image")
+    found = gather(folder)
+    assert found.captions == [["ab"], [""], ["x", "y"]]
+    assert [line.split("/")[-1] for line in found.left_out] == [
+        "0.png: no caption", "4.png: no such file", "5.png: not an image"
+    ]  # fmt: skip
+    assert "0.png" in refused(capsys, "--train_data_dir", folder, "--strict", "--output_dir", tmp_path / "out")
+
+
+def test_images_that_metadata_does_not_list_are_counted(brief_flags, tmp_path):
+    folder = image_folder(tmp_path / "p", 5)
+    rows = (folder / "metadata.jsonl").read_text().splitlines()
+    (folder / "metadata.jsonl").write_text("\n".join(rows[:3]))
+    lines = printed(*brief_flags, "--train_data_dir", folder, "--output_dir", tmp_path / "out")
+    assert "2 images" in only(lines, "metadata.jsonl")
+
+
+def test_folders_that_are_not_followed_and_repeats_that_do_not_count_are_said(brief_flags, tmp_path):
+    """Kohya's scripts would train each image of `10_disc` ten times in an epoch."""
+    folder = image_folder(tmp_path / "p" / "10_disc", 2, layout="txt").parent
+    image_folder(folder / "3_box", 1, layout="txt")
+    image_folder(tmp_path / "elsewhere", 1, layout="txt")
+    for name in ("one", "two"):
+        (folder / name).symlink_to(tmp_path / "elsewhere")
+    lines = printed(*brief_flags, "--train_data_dir", folder, "--output_dir", tmp_path / "out")
+    assert "2 " in only(lines, "link")
+    assert "2 " in only(lines, "repeat")
+
+
+# -- bad folders -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        '{"file_name": "a\\u0000.png", "text": "x"}',
+        '{"file_name": "\\ud800.png", "text": "x"}',
+        '{"file_name": "loop.png", "text": "x"}',
+        "[" * 100_000,
+    ],
+)
+def test_rows_that_name_no_file_are_refused(tmp_path, capsys, row):
+    folder = image_folder(tmp_path / "p", layout="none")
+    (folder / "loop.png").symlink_to(folder / "loop.png")
+    (folder / "metadata.jsonl").write_text(row)
+    assert str(folder) in refused(capsys, "--train_data_dir", folder, "--output_dir", tmp_path / "out")
+
+
+def test_metadata_that_is_not_utf_8_is_refused(tmp_path, capsys):
+    (tmp_path / "metadata.jsonl").write_bytes('{"file_name": "0.png", "text": "\u00e9"}'.encode("latin-1"))
+    assert "not UTF-8" in refused(capsys, "--train_data_dir", tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", '{"file_name": "../0.png", "text": "x"}', '{"file_name": "0.png"}', "{"])
+def test_bad_metadata_is_refused(tmp_path, capsys, content):
+    folder = image_folder(tmp_path / "p", layout="none")
+    (folder / "metadata.jsonl").write_text(content)
+    assert "--" in refused(capsys, "--train_data_dir", folder, "--output_dir", tmp_path / "out")
+
+
+def test_folder_without_captions_is_refused(tmp_path, capsys):
+    image_folder(tmp_path / "p" / "cats", 2, layout="none")
+    assert "2 images without captions" in refused(capsys, "--train_data_dir", tmp_path / "p")
+    (tmp_path / "empty").mkdir()
+    assert "no images" in refused(capsys, "--train_data_dir", tmp_path / "empty")
+
+
+# -- pixels ----------------------------------------------------------------------------------------------------------
+
+
+def solid(mode: str, colour, **save) -> np.ndarray:
+    """What an image of one colour, written in `mode`, is read as."""
+    file = BytesIO()
+    PIL.Image.new(mode, (8, 4), colour).save(file, **({"format": "PNG"} | save))
+    return np.asarray(open_image(file.getvalue()))
+
+
+def test_every_kind_of_image_is_read_right():
+    assert (solid("RGBA", (255, 0, 0, 0)) == 255).all()  # transparent red is white
+    assert (solid("RGBA", (255, 0, 0, 255)) == (255, 0, 0)).all()
+    assert (solid("LA", (0, 0)) == 255).all()
+    assert (solid("L", 100) == 100).all()
+    assert (solid("L", 100, transparency=100) == 255).all()
+    assert (solid("I;16", 100 * 257) == 100).all()
+    assert (solid("1", 1) == 255).all()
+    assert np.abs(solid("CMYK", (0, 255, 255, 0), format="JPEG").astype(int) - (255, 0, 0)).max() <= 4
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    assert solid("RGB", (1, 2, 3), exif=exif).shape == (8, 4, 3)
+
+
+def test_a_path_is_read_like_its_bytes(tmp_path):
+    random_image(1).save(tmp_path / "1.png")
+    assert same_image(open_image(tmp_path / "1.png"), open_image((tmp_path / "1.png").read_bytes()))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (33, 64)])
+def test_extreme_shapes_are_cropped_in_little_memory(size):
+    image = PIL.Image.new("RGB", size, "white")
+    pixels = crop_and_scale(image, (0.5, 1.0), flip=True, resolution=64, interpolation="lanczos")
+    assert pixels.shape == (3, 64, 64) and (pixels == 1).all()
+
+
+def test_a_crop_is_the_square_at_its_place_and_a_flip_its_mirror_image():
+    image = random_image(2)  # 48 x 32: the crop has 16 columns to move in
+    values = np.asarray(image).astype(np.float32).transpose(2, 0, 1) / 127.5 - 1
+    for across, left in ((0.0, 0), (0.5, 8), (1.0, 16)):
+        square = values[:, :, left : left + 32]
+        for flip, expected in ((False, square), (True, square[:, :, ::-1])):
+            pixels = crop_and_scale(image, (across, 0.5), flip=flip, resolution=32, interpolation="nearest")
+            np.testing.assert_allclose(pixels.numpy(), expected, atol=1e-6)

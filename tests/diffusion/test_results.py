@@ -1,0 +1,170 @@
+"""What a run leaves: the documented files, exports that stock libraries read, figures, and the folder on the hub."""
+
+import json
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from peft import PeftModel
+from pipelines import image_folder
+
+from diffusion.runs import failed, main, only, printed
+from reslora.diffusion.arguments import build_parser
+from reslora.log import read_log
+
+
+def test_run_writes_the_documented_files(run):
+    for name in ("config.json", "comparison.png", "loss.png"):
+        assert (run / name).is_file()
+    for method in ("lora", "reslora"):
+        names = ["log.jsonl", "pytorch_lora_weights.safetensors", "kohya.safetensors", "peft/adapter_config.json"]
+        names += ["peft/adapter_model.safetensors", "unet/config.json", "checkpoint-2", "checkpoint-4"]
+        names += [f"samples/step-{step:06d}/{prompt}-0.png" for step in (0, 2, 4) for prompt in (0, 1)]
+        for name in names:
+            assert (run / method / name).exists(), name
+    for name in ("chains.json", "merge.json", "calibration.safetensors"):
+        assert (run / "reslora" / name).is_file()
+    assert not (run / "pytorch_lora_weights.safetensors").exists()  # that is for runs of one method
+    assert not list(run.rglob("*.tmp"))
+
+
+def test_log_has_training_and_validation_rows(run):
+    rows = [json.loads(line) for line in (run / "reslora" / "log.jsonl").read_text().splitlines()]
+    assert rows == read_log(run / "reslora" / "log.jsonl")
+    assert all(set(row) == {"step", "split", "loss", "lr", "seconds"} for row in rows)
+    assert [row["step"] for row in rows if row["split"] == "train"] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows if row["split"] == "validation"] == [0, 2, 4]
+
+
+def test_config_holds_every_resolved_flag(run):
+    config = json.loads((run / "config.json").read_text())
+    assert config["lora_alpha"] == 8 and config["method"] == ["lora", "reslora"] and config["max_train_steps"] == 4
+    assert set(config) == {a.dest for a in build_parser()._actions} - {"help", "config", "hub_token"}
+
+
+@pytest.mark.parametrize("method", ["lora", "reslora"])
+def test_exports_load_in_stock_libraries_and_agree(run, model, method):
+    inputs = {
+        "sample": torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)),
+        "timestep": torch.tensor([3, 700]),
+        "encoder_hidden_states": torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(1)),
+    }
+    outputs = {}
+    with torch.no_grad():
+        for name in ("pytorch_lora_weights.safetensors", "kohya.safetensors"):
+            pipeline = StableDiffusionPipeline.from_pretrained(model)
+            outputs["base"] = pipeline.unet(**inputs).sample
+            pipeline.load_lora_weights(run / method, weight_name=name)
+            outputs[name] = pipeline.unet(**inputs).sample
+        base = UNet2DConditionModel.from_pretrained(model / "unet")
+        outputs["peft"] = PeftModel.from_pretrained(base, run / method / "peft")(**inputs).sample
+        outputs["unet"] = UNet2DConditionModel.from_pretrained(run / method / "unet")(**inputs).sample
+    reference, base = outputs.pop("unet"), outputs.pop("base")
+    assert (reference - base).abs().max() > 1e-2
+    for output in outputs.values():
+        torch.testing.assert_close(output, reference, rtol=1e-4, atol=1e-5)
+
+
+def test_one_method_leaves_its_weights_where_diffusers_script_does(brief_flags, tmp_path):
+    assert main(*brief_flags, "--method", "lora_x2", "--output_dir", tmp_path / "out") == 0
+    name = "pytorch_lora_weights.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "out" / "lora_x2" / name).read_bytes()
+
+
+def test_other_adapters_train_and_export(base_flags, tmp_path):
+    assert main(*base_flags, "--method", "adalora", "loha", "lokr", "--output_dir", tmp_path / "out") == 0
+    for method in ("adalora", "loha", "lokr"):
+        record = json.loads((tmp_path / "out" / method / "exports.json").read_text())
+        assert {"peft", "unet"} <= set(record["difference_of_255"])
+        assert max(record["difference_of_255"].values()) <= 2
+
+
+# -- samples and figures ---------------------------------------------------------------------------------------------
+
+
+def test_no_validation_images_are_drawn_where_none_are_asked_for(brief_flags, tmp_path):
+    """diffusers' own test command asks for that."""
+    flags = [*brief_flags, "--num_validation_images", "0", "--validation_prompt", "red disc", "--validation_steps", "1"]
+    assert main(*flags, "--output_dir", tmp_path / "out") == 0
+    assert not list((tmp_path / "out").rglob("[0-9]*-[0-9]*.png"))
+    assert (tmp_path / "out" / "lora" / "pytorch_lora_weights.safetensors").is_file()
+    assert (tmp_path / "out" / "lora" / "exports.json").is_file()
+
+
+def test_prompts_in_other_scripts_and_fewer_images_than_a_batch(brief_flags, capsys, tmp_path):
+    flags = [*brief_flags, "--train_data_dir", image_folder(tmp_path / "p", count=1), "--train_batch_size", "4"]
+    assert main(*flags, "--validation_prompt", "κόκκινος δίσκος", "--output_dir", tmp_path / "out") == 0
+    assert (tmp_path / "out" / "comparison.png").is_file()
+    assert "glyph" not in capsys.readouterr().err.lower()
+
+
+# -- exports that do not match ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("value", "word"), [(float("nan"), "finite"), (1.0, "/255")])
+def test_an_export_that_does_not_draw_what_the_merged_model_draws_fails(
+    brief_flags, capsys, tmp_path, monkeypatch, value, word
+):
+    """What is read back is spoilt here; a black image of what is not a number must not pass for a match."""
+    load = StableDiffusionPipeline.load_lora_weights
+
+    def spoil(pipeline, *args, **more):
+        load(pipeline, *args, **more)
+        for name, parameter in pipeline.unet.named_parameters():
+            if "lora_B" in name:
+                parameter.data.fill_(value)
+
+    monkeypatch.setattr(StableDiffusionPipeline, "load_lora_weights", spoil)
+    line = failed(capsys, *brief_flags, "--output_dir", tmp_path / "out")
+    assert "lora/pytorch_lora_weights.safetensors" in line and word in line
+    assert not (tmp_path / "out" / "lora" / "exports.json").exists()
+
+
+# -- what was wired, and what was not --------------------------------------------------------------------------------
+
+
+def test_a_clipped_pre_num_and_names_that_match_nothing_are_said(brief_flags, tmp_path):
+    flags = [*brief_flags, "--method", "reslora", "--shortcut", "block", "--pre_num", "50"]
+    lines = printed(*flags, "--target_modules", "to_q", "nothing", "--output_dir", tmp_path / "out")
+    only(lines, "--pre_num 50")
+    assert "1 of 2" in only(lines, "--target_modules", "nothing")
+
+
+def test_layers_that_stay_plain_are_counted(brief_flags, tmp_path):
+    """Convolutions get an adapter, and no shortcut: the tiny U-Net has one `conv_in`."""
+    flags = [*brief_flags, "--method", "reslora", "--target_modules", "to_q", "conv_in"]
+    lines = printed(*flags, "--output_dir", tmp_path / "out")
+    assert "1 " in only(lines, "conv_in")
+
+
+def test_a_pre_num_that_fits_is_not_mentioned(brief_flags, tmp_path):
+    flags = [*brief_flags, "--method", "reslora", "--shortcut", "block", "--pre_num", "1"]
+    lines = printed(*flags, "--target_modules", "to_k", "--output_dir", tmp_path / "out")
+    assert not [line for line in lines if "--pre_num" in line or "--target_modules" in line]
+
+
+# -- the hub ---------------------------------------------------------------------------------------------------------
+
+
+def test_upload_is_tried_again_by_the_same_command(run, base_flags, monkeypatch, capsys):
+    """The hub is a stand-in: what is uploaded, under what card, and what a failure leaves."""
+    import huggingface_hub
+
+    flags, uploaded = [*base_flags, "--method", "lora", "reslora", "--output_dir", run, "--push_to_hub"], []
+    made = type("Made", (), {"repo_id": "me/run"})
+    monkeypatch.setattr(huggingface_hub, "create_repo", lambda *_, **__: made)
+    monkeypatch.setattr("diffusers.utils.hub_utils.ModelCard.load", missing_card)
+    monkeypatch.setattr(huggingface_hub, "upload_folder", lambda **_: 1 / 0)
+    assert "me/run could not be uploaded" in failed(capsys, *flags)
+    monkeypatch.setattr(huggingface_hub, "upload_folder", lambda **more: uploaded.append(more))
+    assert main(*flags) == 0
+    card = (run / "README.md").read_text()
+    (run / "README.md").unlink()
+    assert "comparison.png" in card and "base_model" not in card and str(run.parent) not in card
+    assert uploaded[0]["repo_id"] == "me/run" and "*/checkpoint-*" in uploaded[0]["ignore_patterns"]
+
+
+def missing_card(*_, **__):
+    from huggingface_hub.errors import EntryNotFoundError
+
+    raise EntryNotFoundError("none yet")

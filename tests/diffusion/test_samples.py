@@ -1,0 +1,115 @@
+"""Sample number n of a run is a function of the seed and n: the same for every method, batch size and process."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from pipelines import image_folder, stable_diffusion
+from safetensors.torch import load_file
+
+from diffusion.runs import SCRIPT, assert_same, digests, final_weights, losses, main
+
+
+def test_methods_share_initial_weights(brief_flags, tmp_path):
+    """At this learning rate nothing moves: float32 keeps A as it was drawn, and B below any rounding of a product."""
+    flags = [*brief_flags, "--method", "lora", "lora_x2", "reslora", "--merge", "none", "--learning_rate", "1e-30"]
+    assert main(*flags, "--output_dir", tmp_path / "out") == 0
+    states = []
+    for method in ("lora", "lora_x2", "reslora"):
+        state = load_file(tmp_path / "out" / method / "pytorch_lora_weights.safetensors")
+        states.append({name: value for name, value in state.items() if "lora_A" in name})
+        assert len(states[-1]) * 2 == len(state)
+        assert all(value.abs().max() < 1e-25 for name, value in state.items() if "lora_B" in name)
+    assert all(value.abs().max() > 0 for value in states[0].values())
+    assert_same(states[0], states[1])
+    assert_same(states[0], states[2])
+
+
+def test_methods_share_the_samples(run):
+    """B is zero at first, so that the first training loss is the base model's on the same noise: equal to the bit."""
+    first = {method: [row for row in losses(run, method) if row[0] <= 1] for method in ("lora", "reslora")}
+    assert len(first["lora"]) == 2 and first["lora"] == first["reslora"]
+    assert digests(run / "lora", "samples/step-000000/*") == digests(run / "reslora", "samples/step-000000/*")
+    assert digests(run / "lora", "samples/step-000004/*") != digests(run / "reslora", "samples/step-000004/*")
+
+
+def test_accumulation_is_a_larger_batch(run, base_flags, tmp_path):
+    flags = [*base_flags, "--train_batch_size", "1", "--gradient_accumulation_steps", "2", "--method", "lora"]
+    assert main(*flags, "--output_dir", tmp_path / "out") == 0
+    for name, value in final_weights(tmp_path / "out", "lora").items():
+        torch.testing.assert_close(value, final_weights(run, "lora")[name], rtol=1e-3, atol=1e-5)
+
+
+def test_two_processes_end_where_one_with_the_whole_batch_ends(run, base_flags, tmp_path):
+    flags = [*base_flags, "--train_batch_size", "1", "--method", "reslora", "--output_dir", str(tmp_path / "out")]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    subprocess.run([*launch, *flags], env=environment, check=True, capture_output=True)
+    for name, value in final_weights(tmp_path / "out").items():
+        if name != "reslora.norms":  # recorded by the first process, of its half of the batch
+            torch.testing.assert_close(value, final_weights(run)[name], rtol=1e-3, atol=1e-5)
+
+
+# -- the noise offset ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pure_noise(tmp_path_factory) -> list[str]:
+    """Flags for a model whose only timestep leaves nothing of the image: its noisy latents are the noise."""
+    folder = tmp_path_factory.mktemp("noise")
+    scheduler = {
+        "num_train_timesteps": 1,
+        "beta_start": 1 - 1e-6,
+        "beta_end": 1 - 1e-6,
+        "timestep_spacing": "trailing",
+    }
+    flags = ["--pretrained_model_name_or_path", stable_diffusion(folder / "model", scheduler=scheduler)]
+    flags += ["--train_data_dir", image_folder(folder / "images"), "--resolution", 32, "--max_train_steps", 1]
+    flags += [
+        "--method",
+        "reslora",
+        "--rank",
+        4,
+        "--merge",
+        "weights",
+        "--num_inference_steps",
+        1,
+        "--report_to",
+        "none",
+    ]
+    return [*flags, "--num_validation_images", 1, "--merge_calibration_samples", 32, "--validation_split", 0.3]
+
+
+@pytest.fixture(scope="module")
+def with_and_without_offset(pure_noise, tmp_path_factory):
+    outputs = {}
+    for offset in (0.0, 0.5):
+        outputs[offset] = tmp_path_factory.mktemp("offset") / "out"
+        assert main(*pure_noise, "--noise_offset", offset, "--output_dir", outputs[offset]) == 0
+    return outputs
+
+
+def test_noise_offset_shifts_each_channel_of_each_sample(with_and_without_offset):
+    """0.5 times a normal number for each sample and channel, the same over the whole image; the noise stays."""
+    noises = {
+        offset: load_file(output / "reslora" / "calibration.safetensors")["sample"]
+        for offset, output in with_and_without_offset.items()
+    }
+    plain = noises[0.0]
+    assert plain.mean().abs() < 0.05 and (plain.std() - 1).abs() < 0.05
+    shift = noises[0.5] - plain
+    assert (shift - shift.mean(dim=(2, 3), keepdim=True)).abs().max() < 0.02
+    per_channel = shift.mean(dim=(2, 3)).flatten()
+    assert len(per_channel) == 32 * 4 and len(per_channel.unique()) == 32 * 4
+    assert per_channel.std().item() == pytest.approx(0.5, rel=0.2) and per_channel.mean().abs() < 0.15
+
+
+def test_validation_loss_is_without_the_noise_offset(with_and_without_offset):
+    """Losses of runs with and without it could not be compared otherwise."""
+    before, after = (
+        {(step, split): loss for step, split, loss in losses(with_and_without_offset[offset])} for offset in (0.0, 0.5)
+    )
+    assert after[0, "validation"] == before[0, "validation"]
+    assert after[1, "train"] != before[1, "train"]

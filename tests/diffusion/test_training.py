@@ -1,0 +1,226 @@
+"""One method's training: the same seed gives the same bytes, what the schedule does, and how a run ends early."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+
+from diffusion.runs import (
+    RESUME,
+    SCRIPT,
+    assert_same,
+    digests,
+    failed,
+    final_weights,
+    losses,
+    main,
+    refused,
+)
+from reslora.log import of_split, read_log
+
+
+def test_same_seed_gives_the_same_bytes(run, base_flags, tmp_path):
+    output = tmp_path / "again"
+    assert main(*base_flags, "--method", "reslora", "--output_dir", output) == 0
+    for pattern in ("checkpoint-4/*.safetensors", "unet/*", "samples/**/*.png", "merge.json", "chains.json", "peft/*"):
+        assert digests(output / "reslora", pattern) == digests(run / "reslora", pattern)
+    for name in ("kohya.safetensors", "pytorch_lora_weights.safetensors"):
+        assert_same(load_file(output / "reslora" / name), load_file(run / "reslora" / name))
+    other = tmp_path / "other"
+    assert main(*base_flags, "--method", "reslora", "--output_dir", other, "--seed", "1") == 0
+    assert digests(other / "reslora", "kohya.safetensors") != digests(run / "reslora", "kohya.safetensors")
+
+
+# -- compiled and checkpointed ---------------------------------------------------------------------------------------
+
+
+def test_compiled_steps_are_the_same_steps(run, base_flags, tmp_path, monkeypatch):
+    """The whole graph is captured as for any backend, but run without code generation, which would take minutes."""
+    captured, compile_ = [], torch.compile
+
+    def capture(graph, inputs):
+        captured.append(any("conv2d" in str(node.target) for node in graph.graph.nodes))
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda model: compile_(model, backend=capture, fullgraph=True))
+    flags = [*base_flags, "--compile", "--method", "reslora", "--output_dir", tmp_path / "out"]
+    assert main(*flags) == 0
+    assert sum(captured) == 1  # the U-Net, once; the rest puts the norms of a forward away
+    assert_close(final_weights(tmp_path / "out"), final_weights(run))
+
+
+@pytest.mark.parametrize("shortcut", ["input", "middle"])
+def test_compiling_a_checkpointed_shortcut_is_refused_before_anything_is_encoded(
+    base_flags, capsys, tmp_path, shortcut
+):
+    """torch.compile cannot follow the context that recomputation takes its state from."""
+    flags = [*base_flags, "--compile", "--gradient_checkpointing", "--method", "reslora", "--shortcut", shortcut]
+    line = refused(capsys, *flags, "--output_dir", tmp_path / "out")
+    assert "--compile" in line and "--gradient_checkpointing" in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("shortcut", ["input", "block", "middle"])
+def test_checkpointed_steps_are_the_same_steps(base_flags, tmp_path, shortcut):
+    flags = [*base_flags, "--method", "reslora", "--shortcut", shortcut, "--max_train_steps", "2"]
+    for name, more in (("plain", []), ("checkpointed", ["--gradient_checkpointing"])):
+        assert main(*flags, *more, "--output_dir", tmp_path / name) == 0
+    assert_close(*(final_weights(tmp_path / name, step=2) for name in ("plain", "checkpointed")))
+
+
+def assert_close(one: dict, other: dict) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-5, equal_nan=True, msg=name)
+
+
+# -- the schedule ----------------------------------------------------------------------------------------------------
+
+
+def learning_rates(output: Path) -> list[float]:
+    """The rate that each step leaves for the next."""
+    return [row["lr"] for row in of_split(read_log(output / "lora" / "log.jsonl"), "train")]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant_with_warmup"])
+def test_warm_up_takes_a_tenth_of_the_run_at_most(brief_flags, tmp_path, schedule):
+    flags = [*brief_flags, "--max_train_steps", "20", "--learning_rate", "1e-3", "--lr_scheduler", schedule]
+    assert main(*flags, "--output_dir", tmp_path / "out") == 0
+    rates = learning_rates(tmp_path / "out")
+    assert len(rates) == 20
+    assert max(rates) == pytest.approx(1e-3) and rates.index(max(rates)) <= 1
+    assert (rates[-1] == pytest.approx(1e-3)) == (schedule == "constant_with_warmup")
+
+
+def test_warm_up_steps_that_are_given_are_taken(brief_flags, tmp_path):
+    flags = [*brief_flags, "--max_train_steps", "4", "--lr_scheduler", "cosine", "--lr_warmup_steps", "8"]
+    assert main(*flags, "--output_dir", tmp_path / "out") == 0
+    assert learning_rates(tmp_path / "out") == pytest.approx([1e-2 * step / 8 for step in (1, 2, 3, 4)])
+
+
+def test_piecewise_constant_rates(brief_flags, tmp_path):
+    """Factors of the learning rate and the steps they end at, and the factor of the rest: diffusers' notation."""
+    flags = [*brief_flags, "--max_train_steps", "5", "--lr_scheduler", "piecewise_constant"]
+    assert main(*flags, "--lr_step_rules", "1:2,0.1:4,0.01", "--output_dir", tmp_path / "out") == 0
+    assert learning_rates(tmp_path / "out") == pytest.approx([1e-2 * factor for factor in (1, 0.1, 0.1, 0.01, 0.01)])
+
+
+# -- losses that are not finite --------------------------------------------------------------------------------------
+
+
+def test_not_a_number_stops_the_run(base_flags, tmp_path, capsys):
+    flags = [*base_flags, "--method", "lora", "--learning_rate", "1e30", "--checkpointing_steps", "1"]
+    assert "lower --learning_rate" in failed(
+        capsys, *flags, "--output_dir", tmp_path / "out", "--max_grad_norm", "1e30"
+    )
+    for checkpoint in (tmp_path / "out" / "lora").glob("checkpoint-*"):
+        assert all(torch.isfinite(value).all() for value in load_file(checkpoint / "adapter.safetensors").values())
+
+
+EXPORTED = ("pytorch_lora_weights.safetensors", "kohya.safetensors", "peft", "unet", "merged", "exports.json")
+
+
+@pytest.mark.parametrize("method", ["lora", "reslora"])
+def test_divergence_in_the_last_step_exports_nothing(brief_flags, capsys, tmp_path, method):
+    """The weights are finite, what the model computes with them is not: no later loss could tell."""
+    flags = [*brief_flags, "--method", method, "--learning_rate", "1e30", "--output_dir", tmp_path / "out"]
+    line = failed(capsys, *flags)
+    assert method in line and "--learning_rate" in line
+    assert not [name for name in EXPORTED if (tmp_path / "out" / method / name).exists()]
+    assert not (tmp_path / "out" / "pytorch_lora_weights.safetensors").exists()
+
+
+# -- signals ---------------------------------------------------------------------------------------------------------
+
+
+def wait_for_step(log: Path, process) -> None:
+    """Until the run has trained a step or is over; `process` is a Popen or a multiprocessing.Process."""
+    over = process.poll if isinstance(process, subprocess.Popen) else lambda: process.exitcode
+    while not (log.is_file() and '"train"' in log.read_text()) and over() is None:
+        time.sleep(0.02)
+
+
+def test_sigterm_saves_and_the_resumed_run_is_the_uninterrupted_one(runs, whole, tmp_path):
+    output = tmp_path / "out"
+    process = runs.start(output)
+    wait_for_step(output / "reslora" / "log.jsonl", process)
+    process.terminate()
+    process.join()
+    assert process.exitcode in (128 + signal.SIGTERM, 0)  # 0 where it was done before the signal came
+    assert not (output / ".lock").exists()
+    assert runs.finish(output, *RESUME) == 0
+    assert_same(final_weights(output, step=5), final_weights(whole, step=5))
+
+
+def test_sigterm_to_the_whole_group_saves_too(brief_flags, tmp_path):
+    """As systemd and Slurm send it: the loader's processes leave the answer to the trainer."""
+    flags = [*brief_flags, "--max_train_steps", "400", "--dataloader_num_workers", "2"]
+    command = [sys.executable, str(SCRIPT), *flags, "--output_dir", str(tmp_path / "out")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait_for_step(tmp_path / "out" / "lora" / "log.jsonl", process)
+    os.killpg(process.pid, signal.SIGTERM)
+    errors = process.communicate()[1]
+    assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in errors, errors
+    assert len(list((tmp_path / "out" / "lora").glob("checkpoint-*"))) == 1
+
+
+def test_signals_are_heard_even_where_they_were_ignored_at_the_start(brief_flags, tmp_path):
+    """`nohup python train_sd.py &` and many build services start their children with SIGINT ignored."""
+    command = [sys.executable, str(SCRIPT), *brief_flags, "--max_train_steps", "400"]
+    ignoring = (
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", ignoring, *command, "--output_dir", str(tmp_path / "out")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    wait_for_step(tmp_path / "out" / "lora" / "log.jsonl", process)
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate()[1]
+    assert process.returncode == 128 + signal.SIGINT and "Traceback" not in errors, errors
+
+
+def test_a_stop_while_samples_are_drawn_saves_and_the_samples_follow(run, base_flags, tmp_path, monkeypatch):
+    """Asked to stop in the samples of step 2: they are cut short, the step is saved, and drawn when the run goes on."""
+    output, draw = tmp_path / "out", StableDiffusionPipeline.__call__
+    flags = [*base_flags, "--method", "reslora", "--output_dir", output, "--checkpointing_steps", "100"]
+
+    def interrupted(pipeline, *args, **more):
+        if (output / "reslora" / "samples" / "step-000000").is_dir():
+            signal.raise_signal(signal.SIGTERM)
+        return draw(pipeline, *args, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StableDiffusionPipeline, "__call__", interrupted)
+        assert main(*flags) == 128 + signal.SIGTERM
+    method = output / "reslora"
+    assert {path.name for path in method.glob("checkpoint-*")} == {"checkpoint-2"}
+    assert not (method / "samples" / "step-000002").exists()
+    assert main(*flags, *RESUME) == 0
+    assert_same(final_weights(output), final_weights(run))
+    assert [row[:2] for row in losses(output)] == [row[:2] for row in losses(run)]
+    names = [sorted(p.name for p in (o / "reslora" / "samples").iterdir()) for o in (output, run)]
+    assert names[0] == names[1]
+
+
+def test_sigterm_to_the_launcher_ends_and_saves_the_training(brief_flags, tmp_path):
+    """`accelerate launch` dies of it without a word to the process it started, which has 400 steps to notice."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", str(SCRIPT)]
+    flags = [*brief_flags, "--max_train_steps", "400", "--checkpointing_steps", "1000"]
+    launcher = subprocess.Popen([*command, *flags, "--output_dir", str(tmp_path / "out")], stderr=subprocess.DEVNULL)
+    method = tmp_path / "out" / "lora"
+    wait_for_step(method / "log.jsonl", launcher)
+    (trainer,) = psutil.Process(launcher.pid).children()
+    launcher.terminate()
+    launcher.wait()
+    while trainer.is_running() and trainer.status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.05)
+    (checkpoint,) = method.glob("checkpoint-*")
+    last = read_log(method / "log.jsonl")[-1]["step"]
+    assert last < 400 and checkpoint.name == f"checkpoint-{last}"
