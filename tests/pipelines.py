@@ -280,6 +280,11 @@ def random_image(number: int) -> PIL.Image.Image:
     return PIL.Image.fromarray(random.integers(0, 255, (32, 32 + 8 * (number % 3), 3), dtype=np.uint8))
 
 
+def same_image(one: PIL.Image.Image, other: PIL.Image.Image) -> bool:
+    """Whether mode, size and all pixels are the same."""
+    return one.mode == other.mode and one.size == other.size and one.tobytes() == other.tobytes()
+
+
 def red_or_blue(number: int) -> str:
     return ["red disc", "blue box"][number % 2]
 

@@ -235,7 +235,9 @@ def read_dataset(flags: Flags) -> Found:
             problem = f"the columns are {', '.join(rows.column_names)}"
             raise InvalidArgument(f"{flag} {column}", problem, "name one of these")
     try:
-        images = rows.select_columns([flags.image_column]).rename_column(flags.image_column, "image")
+        images = rows.select_columns([flags.image_column])
+        if flags.image_column != "image":
+            images = images.rename_column(flags.image_column, "image")
         images = images.cast_column("image", datasets.Image(decode=False))  # decoded by open_image, which does it right
     except Exception as error:  # whatever arrow raises
         problem = f"holds no images ({first_line(error)})"

@@ -49,12 +49,17 @@ class DdpmObjective:
         return noise
 
     def weight(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """Weight of each loss: 1, or min-SNR (Hang et al., 2023): `min(SNR, gamma) / SNR`, for v over SNR + 1."""
+        """Weight of each loss: 1, or min-SNR (Hang et al., 2023): `min(SNR, gamma) / SNR`, for v over SNR + 1.
+
+        Where nothing of the image is left, the SNR is 0 and the weight the limit: 1, for v 0.
+        """
         if self.snr_gamma is None:
             return torch.ones(timesteps.shape, device=timesteps.device)
         alphas = self.scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
         snr = alphas / (1 - alphas)
-        return torch.clamp(snr, max=self.snr_gamma) / (snr + 1 if self.prediction_type == "v_prediction" else snr)
+        if self.prediction_type == "v_prediction":
+            return snr.clamp(max=self.snr_gamma) / (snr + 1)
+        return (self.snr_gamma / snr).clamp(max=1.0)
 
 
 class FlowObjective:

@@ -159,7 +159,7 @@ def train_and_export(
     drawer = Drawer(pipeline, model.family, material.texts, flags)
     trainee = new_trainee(method, denoiser, flags, schedule, accelerator)
     if flags.resume_from_checkpoint and not candidates:
-        accelerator.print(f"{method}: no checkpoint in {folder} to resume from, starting afresh")
+        accelerator.print(f"--resume_from_checkpoint latest: no checkpoint in {folder}, {method} starts afresh")
     restore(trainee, candidates, flags, accelerator)
     prepare(trainee, flags, accelerator)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 import tomllib
 from collections.abc import Sequence
@@ -179,17 +180,24 @@ def check_schedule(flags: Flags) -> None:
         raise InvalidArgument(
             f"--learning_rate {flags.learning_rate:g}", problem, "give a larger one, or another schedule"
         )
-    if flags.lr_scheduler != "piecewise_constant":
-        return
+    rules, piecewise = flags.lr_step_rules, flags.lr_scheduler == "piecewise_constant"
+    if rules and not piecewise:
+        problem = f"--lr_scheduler {flags.lr_scheduler} does not read it"
+        raise InvalidArgument(f"--lr_step_rules {rules}", problem, "add --lr_scheduler piecewise_constant")
+    if piecewise and not is_step_rules(rules or ""):
+        problem = "--lr_scheduler piecewise_constant needs factor:step pairs and a last factor"
+        raise InvalidArgument(f"--lr_step_rules {rules or ''}".strip(), problem, "give some, as 1:100,0.1:200,0.01")
+
+
+def is_step_rules(text: str) -> bool:
+    """Whether diffusers can read the rules: `factor:step` pairs and a last factor."""
+    *pairs, last = text.split(",")
     try:
-        *pairs, _ = (flags.lr_step_rules or "").split(",")
-        [(float(factor), int(step)) for factor, step in (pair.split(":") for pair in pairs)] and float(_)
+        factors = [float(last), *(float(factor) for factor, _ in (pair.split(":") for pair in pairs))]
+        steps = [int(pair.split(":")[1]) for pair in pairs]
     except ValueError:
-        given = f" {flags.lr_step_rules}" if flags.lr_step_rules else ""
-        problem = "--lr_scheduler piecewise_constant needs rules"
-        raise InvalidArgument(
-            f"--lr_step_rules{given}", problem, "give factor:step pairs and a last factor, as 1:100,0.1"
-        ) from None
+        return False
+    return all(0 <= factor < math.inf for factor in factors) and all(step > 0 for step in steps)
 
 
 def check_adalora_steps(methods: Sequence[str], steps: int | None) -> None:

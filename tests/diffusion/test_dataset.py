@@ -1,28 +1,21 @@
-"""Images and captions: every layout of a folder, what is left out, and how an image becomes pixels."""
+"""Images and captions: every layout of a folder, and what is left out."""
 
 import json
 import os
 import shutil
 import threading
-from io import BytesIO
 from pathlib import Path
 
-import numpy as np
-import PIL.Image
 import pytest
-from pipelines import image_folder, random_image
+from pipelines import image_folder, random_image, same_image
 
 from diffusion.runs import only, printed, refused
-from reslora.diffusion.arguments import parse_args
-from reslora.diffusion.dataset import crop_and_scale, load_images, open_image
+from reslora.diffusion.dataset import load_images
+from reslora.diffusion.settings import parse_args
 
 
 def gather(folder: Path, *flags: str):
     return load_images(parse_args(["--train_data_dir", str(folder), *flags]))
-
-
-def same_image(one: PIL.Image.Image, other: PIL.Image.Image) -> bool:
-    return one.mode == other.mode and one.size == other.size and one.tobytes() == other.tobytes()
 
 
 # -- layouts ---------------------------------------------------------------------------------------------------------
@@ -171,49 +164,3 @@ def test_folder_without_captions_is_refused(tmp_path, capsys):
     assert "2 images without captions" in refused(capsys, "--train_data_dir", tmp_path / "p")
     (tmp_path / "empty").mkdir()
     assert "no images" in refused(capsys, "--train_data_dir", tmp_path / "empty")
-
-
-# -- pixels ----------------------------------------------------------------------------------------------------------
-
-
-def solid(mode: str, colour, **save) -> np.ndarray:
-    """What an image of one colour, written in `mode`, is read as."""
-    file = BytesIO()
-    PIL.Image.new(mode, (8, 4), colour).save(file, **({"format": "PNG"} | save))
-    return np.asarray(open_image(file.getvalue()))
-
-
-def test_every_kind_of_image_is_read_right():
-    assert (solid("RGBA", (255, 0, 0, 0)) == 255).all()  # transparent red is white
-    assert (solid("RGBA", (255, 0, 0, 255)) == (255, 0, 0)).all()
-    assert (solid("LA", (0, 0)) == 255).all()
-    assert (solid("L", 100) == 100).all()
-    assert (solid("L", 100, transparency=100) == 255).all()
-    assert (solid("I;16", 100 * 257) == 100).all()
-    assert (solid("1", 1) == 255).all()
-    assert np.abs(solid("CMYK", (0, 255, 255, 0), format="JPEG").astype(int) - (255, 0, 0)).max() <= 4
-    exif = PIL.Image.Exif()
-    exif[0x0112] = 6  # turned by 90 degrees
-    assert solid("RGB", (1, 2, 3), exif=exif).shape == (8, 4, 3)
-
-
-def test_a_path_is_read_like_its_bytes(tmp_path):
-    random_image(1).save(tmp_path / "1.png")
-    assert same_image(open_image(tmp_path / "1.png"), open_image((tmp_path / "1.png").read_bytes()))
-
-
-@pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (33, 64)])
-def test_extreme_shapes_are_cropped_in_little_memory(size):
-    image = PIL.Image.new("RGB", size, "white")
-    pixels = crop_and_scale(image, (0.5, 1.0), flip=True, resolution=64, interpolation="lanczos")
-    assert pixels.shape == (3, 64, 64) and (pixels == 1).all()
-
-
-def test_a_crop_is_the_square_at_its_place_and_a_flip_its_mirror_image():
-    image = random_image(2)  # 48 x 32: the crop has 16 columns to move in
-    values = np.asarray(image).astype(np.float32).transpose(2, 0, 1) / 127.5 - 1
-    for across, left in ((0.0, 0), (0.5, 8), (1.0, 16)):
-        square = values[:, :, left : left + 32]
-        for flip, expected in ((False, square), (True, square[:, :, ::-1])):
-            pixels = crop_and_scale(image, (across, 0.5), flip=flip, resolution=32, interpolation="nearest")
-            np.testing.assert_allclose(pixels.numpy(), expected, atol=1e-6)

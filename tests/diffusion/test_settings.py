@@ -1,0 +1,52 @@
+"""Flags with every default filled in, from the command line, a TOML file or a run's own config.json."""
+
+import json
+
+import pytest
+
+from diffusion.runs import refused
+from reslora.diffusion.settings import parse_args
+
+
+def test_config_file_gives_flags_and_the_command_line_wins(run, data, model, tmp_path):
+    toml = tmp_path / "run.toml"
+    lines = [f'train_data_dir = "{data}"', f'pretrained_model_name_or_path = "{model}"', "rank = 7", "resolution = 32"]
+    lines += ['method = ["lora", "loha"]', "random_flip = true", "cache_latents = false"]
+    toml.write_text("\n".join(lines))
+    args = parse_args(["--config", str(toml), "--rank", "3"])
+    assert (args.rank, args.lora_alpha, args.method) == (3, 6, ["lora", "loha"])
+    assert (args.random_flip, args.cache_latents) == (True, False)
+    more = ["--num_train_epochs", "5", "--validation_epochs", "3", "--rank", "5", "--no-random_flip"]
+    args = parse_args(["--config", str(run / "config.json"), *more])
+    assert (args.max_train_steps, args.num_train_epochs, args.lora_alpha, args.random_flip) == (None, 5, 10, False)
+    assert args.validation_epochs == 3 and args.validation_steps is None
+
+
+def test_a_runs_own_config_gives_the_run_again(run):
+    again = vars(parse_args(["--config", str(run / "config.json")]))
+    config = json.loads((run / "config.json").read_text())
+    assert config == {name: again[name] for name in config}
+
+
+def test_a_config_that_is_no_table_is_refused(tmp_path, capsys):
+    (tmp_path / "list.json").write_text("[1]")
+    assert "--config" in refused(capsys, "--config", tmp_path / "list.json")
+
+
+def test_an_alpha_of_the_config_stays_when_the_rank_is_given(tmp_path, data):
+    toml = tmp_path / "run.toml"
+    toml.write_text(f"\ufefflora_alpha = 64\ntrain_data_dir = '{data}'\n", encoding="utf-8")
+    assert parse_args(["--config", str(toml), "--rank", "4"]).lora_alpha == 64
+
+
+def test_prompts_that_begin_with_a_dash_come_back(tmp_path, data):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"validation_prompt": ["-foo", "--seed=7"], "train_data_dir": str(data)}))
+    args = parse_args(["--config", str(file)])
+    assert args.validation_prompt == ["-foo", "--seed=7"] and args.seed == 0
+
+
+@pytest.mark.parametrize("content", ["rank = [4]", "[rank]\nvalue = 4", "rank = 4 5"])
+def test_malformed_config_values_are_refused(tmp_path, capsys, content):
+    (tmp_path / "run.toml").write_text(content)
+    assert "--config" in refused(capsys, "--config", tmp_path / "run.toml")
