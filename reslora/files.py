@@ -24,7 +24,8 @@ _TEMPORARY = re.compile(r"\..+\.\d+(\.old)?\.tmp")  # what `replacing` writes to
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary path beside `path`; what the body leaves there, file or folder, becomes `path` afterwards.
 
-    If the body raises, `path` is as it was and the temporary is removed.
+    If the body raises, `path` is as it was and the temporary is removed; an `OSError` that names no file names `path`
+    (a full disk is noticed by a write, which knows none).
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,6 +42,10 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
             _remove(aside)
         else:
             temporary.replace(path)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
     finally:
         _remove(temporary)
 

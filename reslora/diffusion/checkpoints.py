@@ -73,6 +73,15 @@ def read_record(path: Path) -> dict:
     return content if isinstance(content, dict) else {}
 
 
+def read_checkpoint(checkpoint: Path) -> dict:
+    """What a checkpoint says of itself; empty where that is missing or damaged."""
+    try:
+        check_checksums(checkpoint, [RECORD])
+    except ValueError:
+        return {}
+    return read_record(checkpoint / RECORD)
+
+
 def plan_resume(flags: Flags) -> dict[str, list[Path]]:
     """Checkpoints each method may start from, best first; empty lists where it starts afresh."""
     output, named = Path(flags.output_dir), flags.resume_from_checkpoint
@@ -97,7 +106,7 @@ def _named_checkpoint(flags: Flags, named: str, done: list[str]) -> tuple[str, P
     flag = f"--resume_from_checkpoint {named}"
     if not (path / RECORD).is_file():
         raise InvalidArgument(flag, "no complete checkpoint there", "use latest")
-    method = read_record(path / RECORD).get("method")
+    method = read_checkpoint(path).get("method")
     if method is None:
         raise InvalidArgument(flag, f"damaged ({RECORD})", "use latest")
     if method not in flags.method:
@@ -108,7 +117,7 @@ def _named_checkpoint(flags: Flags, named: str, done: list[str]) -> tuple[str, P
 
 def check_settings(flags: Flags, checkpoint: Path) -> None:
     """Refuse to go on with another rank, shortcut, seed ... than the checkpoint's."""
-    there, here = read_record(checkpoint / RECORD).get("settings"), json.loads(json.dumps(settings_of(flags)))
+    there, here = read_checkpoint(checkpoint).get("settings"), json.loads(json.dumps(settings_of(flags)))
     if not isinstance(there, dict):
         return  # damaged
     for name, value in here.items():
@@ -122,7 +131,7 @@ def check_settings(flags: Flags, checkpoint: Path) -> None:
 def check_identity(plan: dict[str, list[Path]], identity: Identity, model_flag: str, data_flag: str) -> None:
     """Refuse to go on with another model or other images than the checkpoints', wherever either is."""
     for checkpoint in (checkpoint for found in plan.values() for checkpoint in found):
-        record = read_record(checkpoint / RECORD)
+        record = read_checkpoint(checkpoint)
         for name, flag in (("model", model_flag), ("images", data_flag)):
             here, there = getattr(identity, name), record.get(name, getattr(identity, name))
             if here != there:

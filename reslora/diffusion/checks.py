@@ -8,11 +8,13 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from ..adapters import check_rank
+from ..chains import Chains, chains
 from ..errors import InvalidArgument, first_line
 from .arguments import Flags
 from .families.base import Family
 from .loading import Model
-from .trainee import add_adapter, targets_of
+from .trainee import add_adapter, config_of, targets_of
 
 
 def check_pipeline(flags: Flags, pipeline: DiffusionPipeline, family: Family) -> None:
@@ -34,9 +36,30 @@ def check_methods(flags: Flags, model: Model, accelerator: Accelerator) -> None:
         if method == flags.method[0]:
             check_targets(denoiser, flags, accelerator)
         try:
+            check_rank(denoiser, config_of(method, flags, total_steps=1000))
+        except ValueError as error:
+            raise InvalidArgument(f"--rank {flags.rank}", *first_line(error).split(": ", 1)) from None
+        try:
             add_adapter(denoiser, method, flags, total_steps=1000)
         except (ValueError, RuntimeError) as error:
-            raise InvalidArgument(f"--method {method}", first_line(error), "change the flag it names") from None
+            argument = f"--method {method}, --target_modules {' '.join(flags.target_modules)}"
+            raise InvalidArgument(argument, first_line(error), "change the flag it is about") from None
+        if method == "reslora":
+            tell_what_is_not_linked(chains(denoiser), flags, accelerator)
+
+
+def tell_what_is_not_linked(plan: Chains, flags: Flags, accelerator: Accelerator) -> None:
+    """Layers that stay plain LoRA, and a --pre_num that no chain is long enough for."""
+    if flags.shortcut == "none" or flags.pre_num == 0:
+        return
+    if plan.unlinked:
+        name, reason = plan.unlinked[0]
+        accelerator.print(f"--shortcut: {len(plan.unlinked)} layers stay plain LoRA, such as {name} ({reason})")
+    longest = max(len(chain) for chain in plan)
+    if flags.shortcut != "input" and flags.pre_num >= longest:
+        accelerator.print(
+            f"--pre_num {flags.pre_num}: the longest chain has {longest} blocks, {longest - 1} before one"
+        )
 
 
 def check_targets(denoiser: nn.Module, flags: Flags, accelerator: Accelerator) -> None:

@@ -7,6 +7,7 @@ keeps any shape and dtype.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from .arguments import Flags
 from .dataset import ImageDataset, data_flag
 from .families.base import Family, Text
 from .images import crop_and_scale, crop_sizes
-from .loaders import worker_options
+from .loaders import stream, worker_options
 from .seeds import derive, generator
 from .stopping import leave_if_asked
 
@@ -164,13 +165,15 @@ def encode_images(
 
     def cells(number: int) -> Iterator[dict]:
         options = worker_options(variants.flags.dataloader_num_workers)
-        for found in DataLoader(variants, batch_size=None, sampler=parts[number], **options):
-            leave_if_asked(stop, accelerator, "stopped before training began")
-            if isinstance(found, str):
-                yield from [cell(problem=found)] * variants.count
-            else:
-                yield from map(cell, encoded(family, vae, *found))
-            bar.update()
+        loader = DataLoader(variants, batch_size=None, sampler=parts[number], **options)
+        with contextlib.closing(stream(loader)) as items:
+            for found in items:
+                leave_if_asked(stop, accelerator, "stopped before training began")
+                if isinstance(found, str):
+                    yield from [cell(problem=found)] * variants.count
+                else:
+                    yield from map(cell, encoded(family, vae, *found))
+                bar.update()
 
     with bar:
         rows = cached(paths, cells, accelerator)
@@ -225,8 +228,9 @@ def cached(paths: Sequence[Path], cells: Callable[[int], Iterator[dict]], accele
         with (
             replacing(paths[number]) as temporary,
             ArrowWriter(features=CELLS, path=str(temporary), writer_batch_size=16) as writer,
+            contextlib.closing(cells(number)) as rows,
         ):
-            for row in cells(number):
+            for row in rows:
                 writer.write(row)
             writer.finalize()
     accelerator.wait_for_everyone()

@@ -1,9 +1,14 @@
-"""Options of torch's DataLoader that every use of it shares."""
+"""torch's DataLoader as every use of it has it: who answers signals, and what becomes of a process that dies."""
 
 from __future__ import annotations
 
 import multiprocessing
 import signal
+from collections.abc import Iterator
+
+from torch.utils.data import DataLoader
+
+from ..errors import RunFailed, first_line
 
 
 def worker_options(count: int) -> dict:
@@ -17,3 +22,45 @@ def worker_options(count: int) -> dict:
 def _ignore_signals(worker: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+def stream(loader: DataLoader) -> Iterator:
+    """What a loader yields; an item that cannot be loaded, or a process that died, is `RunFailed` in one line.
+
+    Close it when it is not read to its end: its processes leave only when the loader's own iterator goes.
+    """
+    iterator = _iterator(loader)
+    try:
+        while True:
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            except (OSError, EOFError, RuntimeError, SyntaxError, ValueError) as error:
+                raise RunFailed(_what_failed(error, loader.num_workers)) from None
+            yield item
+    finally:
+        del iterator
+
+
+def _iterator(loader: DataLoader) -> Iterator:
+    """The loader's own iterator, without torch's handler of dead children: that raises wherever the program is then.
+
+    Without it the next item tells.
+    """
+    number = getattr(signal, "SIGCHLD", None) if loader.num_workers else None
+    if number is None:
+        return iter(loader)
+    handler = signal.getsignal(number)
+    iterator = iter(loader)
+    signal.signal(number, signal.SIG_DFL if handler is None else handler)
+    return iterator
+
+
+def _what_failed(error: Exception, processes: int) -> str:
+    intact = "the last checkpoint is intact"
+    if processes and " in DataLoader worker process " not in str(error):  # what a process says that lives on
+        fix = "give fewer, or more memory"
+        return f"--dataloader_num_workers {processes}: a process that loads images has died; {fix}; {intact}"
+    lines = str(error).strip().splitlines() if processes else []
+    return f"a batch cannot be loaded ({lines[-1] if lines else first_line(error)}); {intact}"

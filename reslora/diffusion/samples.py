@@ -78,7 +78,7 @@ class TrainingSamples(Dataset):
         sample["posterior_noise"] = torch.randn(shape, generator=draws)
         captions = material.images.captions[index]
         sample["caption"] = captions[_choose(len(captions), draws)]
-        if sample["caption"] in material.texts:
+        if material.flags.cache_text_embeddings:
             sample["text"] = material.texts[sample["caption"]]
         return sample | (self._fresh(index, draws) if material.latents is None else self._cached(index, draws))
 

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
+from peft import PeftConfig
 from torch import nn
 
 from ..adapters import RankAllocator, adapter_config, attach, rank_allocator
@@ -87,15 +88,20 @@ def new_trainee(
 
 def add_adapter(denoiser: nn.Module, method: str, flags: Flags, total_steps: int) -> None:
     """Gives the denoiser the method's adapter, in place, with weights drawn from the seed."""
-    targets = targets_of(flags.target_modules)
-    config = adapter_config(
-        method, r=flags.rank, alpha=flags.lora_alpha, dropout=flags.lora_dropout, targets=targets,
-        total_steps=total_steps, init_lora_weights="gaussian",  # as in diffusers' scripts
-    )  # fmt: skip
+    config = config_of(method, flags, total_steps)
     shortcuts = ResLoraConfig(shortcut=flags.shortcut, pre_num=flags.pre_num, head=flags.head)
     torch.manual_seed(derive(flags.seed, "adapter"))
     attach(denoiser, config, shortcuts if method == "reslora" else None)
     cast_training_params(denoiser, dtype=torch.float32)
+
+
+def config_of(method: str, flags: Flags, total_steps: int) -> PeftConfig:
+    """PEFT's configuration of the method's adapter."""
+    return adapter_config(
+        method, r=flags.rank, alpha=flags.lora_alpha, dropout=flags.lora_dropout,
+        targets=targets_of(flags.target_modules), total_steps=total_steps,
+        init_lora_weights="gaussian",  # as in diffusers' scripts
+    )  # fmt: skip
 
 
 def targets_of(names: list[str]) -> list[str] | str:

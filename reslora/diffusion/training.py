@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 
@@ -9,10 +10,11 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from ..errors import RunFailed, Stopped, first_line
+from ..errors import Stopped
 from ..signals import StopRequest
 from .arguments import Flags
 from .denoising import DenoisingLoss
+from .loaders import stream
 from .reports import Reports, Validation
 from .samples import Material, training_loader
 from .seeds import derive
@@ -38,13 +40,11 @@ def train(
     steps = range(trainee.step, schedule.steps)
     pin = accelerator.device.type == "cuda"
     loader = training_loader(material, steps, accelerator.num_processes, accelerator.process_index, pin)
-    stream = iter(loader)
-    with tqdm(
-        desc=trainee.method, total=schedule.steps, initial=trainee.step, disable=not main, dynamic_ncols=True
-    ) as bar:
+    bar = tqdm(desc=trainee.method, total=schedule.steps, initial=trainee.step, disable=not main, dynamic_ncols=True)
+    with contextlib.closing(stream(loader)) as batches, bar:
         for _ in steps:
             started = time.perf_counter()
-            value = take_step(trainee, loss, stream, flags, accelerator)
+            value = take_step(trainee, loss, batches, flags, accelerator)
             trainee.seconds += time.perf_counter() - started
             reports.loss("train", value)
             bar.set_postfix(loss=f"{value:.4f}", refresh=False)
@@ -82,13 +82,13 @@ def after_step(
 
 
 def take_step(
-    trainee: Trainee, loss: DenoisingLoss, stream: Iterator[dict], flags: Flags, accelerator: Accelerator
+    trainee: Trainee, loss: DenoisingLoss, batches: Iterator[dict], flags: Flags, accelerator: Accelerator
 ) -> float:
     """One update of the adapter, from --gradient_accumulation_steps batches; returns their mean loss everywhere."""
     total = 0.0
     trainee.step += 1
     for forward in range(flags.gradient_accumulation_steps):
-        batch = next_batch(stream)
+        batch = next(batches)
         # Dropout masks, the only random numbers left: seeding them here makes them a function of the step.
         torch.manual_seed(derive(flags.seed, "dropout", trainee.step, forward, accelerator.process_index))
         with accelerator.accumulate(trainee.model):
@@ -105,13 +105,3 @@ def take_step(
     if not accelerator.optimizer_step_was_skipped:
         trainee.lr_scheduler.step()
     return accelerator.reduce(total / flags.gradient_accumulation_steps, "mean").item()
-
-
-def next_batch(stream: Iterator[dict]) -> dict:
-    """The next batch; an image that cannot be read, or a loading process that died, ends the run in one line."""
-    try:
-        return next(stream)
-    except (OSError, RuntimeError, SyntaxError, ValueError) as error:
-        raise RunFailed(
-            f"a training batch cannot be loaded ({first_line(error)}); the last checkpoint is intact"
-        ) from None

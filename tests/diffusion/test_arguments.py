@@ -40,6 +40,8 @@ from reslora.diffusion.arguments import build_parser
         ("--lr_scheduler", "piecewise_constant"),
         ("--lr_scheduler", "no_such_schedule"),
         ("--lr_step_rules", "1:ten,0.1", "--lr_scheduler", "piecewise_constant"),
+        ("--lr_step_rules", "1:10,nan", "--lr_scheduler", "piecewise_constant"),
+        ("--lr_step_rules", "1:10,0.1"),
         ("--max_train_steps", "2", "--method", "adalora"),
         ("--target_modules", "conv1", "--method", "adalora"),
     ],

@@ -125,7 +125,7 @@ def test_folders_that_are_not_followed_and_repeats_that_do_not_count_are_said(br
         (folder / name).symlink_to(tmp_path / "elsewhere")
     lines = printed(*brief_flags, "--train_data_dir", folder, "--output_dir", tmp_path / "out")
     assert "2 " in only(lines, "link")
-    assert "2 " in only(lines, "repeat")
+    assert "3 " in only(lines, "repeat")
 
 
 # -- bad folders -----------------------------------------------------------------------------------------------------
