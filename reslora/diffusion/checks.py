@@ -58,7 +58,7 @@ def tell_what_is_not_linked(plan: Chains, flags: Flags, accelerator: Accelerator
     longest = max(len(chain) for chain in plan)
     if flags.shortcut != "input" and flags.pre_num >= longest:
         accelerator.print(
-            f"--pre_num {flags.pre_num}: the longest chain has {longest} blocks, {longest - 1} before one"
+            f"--pre_num {flags.pre_num}: no chain has more than {longest} blocks, so {longest - 1} do all"
         )
 
 
