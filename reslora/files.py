@@ -72,6 +72,15 @@ def write_json(path: str | os.PathLike, content: object) -> None:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def read_object(path: str | os.PathLike) -> dict:
+    """The JSON object of a file; empty where it is missing or damaged."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        content = None
+    return content if isinstance(content, dict) else {}
+
+
 def write_checksums(folder: str | os.PathLike, names: Iterable[str] | None = None) -> None:
     """Writes `checksums.json`: the SHA-256 of every file below `folder`, or of `names` beside those already listed.
 

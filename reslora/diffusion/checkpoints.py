@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from ..adapters import load_adapter, save_adapter
 from ..errors import InvalidArgument, first_line
-from ..files import check_checksums, replacing, write_checksums
+from ..files import check_checksums, read_object, replacing, write_checksums
 from .arguments import Flags
 from .folder import refuse_busy, remove
 from .trainee import Trainee
@@ -64,22 +64,13 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
-def read_record(path: Path) -> dict:
-    """The JSON object of a file; empty where it is missing or damaged."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        content = None
-    return content if isinstance(content, dict) else {}
-
-
 def read_checkpoint(checkpoint: Path) -> dict:
     """What a checkpoint says of itself; empty where that is missing or damaged."""
     try:
         check_checksums(checkpoint, [RECORD])
     except ValueError:
         return {}
-    return read_record(checkpoint / RECORD)
+    return read_object(checkpoint / RECORD)
 
 
 def plan_resume(flags: Flags) -> dict[str, list[Path]]:
@@ -144,7 +135,7 @@ def finished_methods(flags: Flags) -> list[str]:
     """Methods whose exports were written and compared, for as many steps or epochs as are asked for now."""
     done = []
     for method in flags.method:
-        record = read_record(Path(flags.output_dir) / method / "exports.json")
+        record = read_object(Path(flags.output_dir) / method / "exports.json")
         step, steps = record.get("step"), flags.max_train_steps
         if isinstance(step, int) and steps and step > steps:
             problem = f"{Path(flags.output_dir) / method} was trained for {step} already"

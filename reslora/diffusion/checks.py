@@ -57,9 +57,7 @@ def tell_what_is_not_linked(plan: Chains, flags: Flags, accelerator: Accelerator
         accelerator.print(f"--shortcut: {len(plan.unlinked)} layers stay plain LoRA, such as {name} ({reason})")
     longest = max(len(chain) for chain in plan)
     if flags.shortcut != "input" and flags.pre_num >= longest:
-        accelerator.print(
-            f"--pre_num {flags.pre_num}: no chain has more than {longest} blocks, so {longest - 1} do all"
-        )
+        accelerator.print(f"--pre_num {flags.pre_num} means {longest - 1}: no chain has more than {longest} blocks")
 
 
 def check_targets(denoiser: nn.Module, flags: Flags, accelerator: Accelerator) -> None:

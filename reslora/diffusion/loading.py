@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import nn
 
 from ..errors import InvalidArgument, first_line
-from ..files import replacing
+from ..files import read_object, replacing
 from .arguments import Flags
 from .dataset import content_mark
 from .families import FAMILIES, load_family
@@ -136,6 +136,8 @@ def find_model(flags: Flags, accelerator: Accelerator) -> Model:
             raise InvalidArgument(
                 flag, f"no {part} folder in {folder}, which model_index.json lists", "repair the folder"
             )
+        if wanted and (config := folder / part / "config.json").is_file() and not read_object(config):
+            raise InvalidArgument(flag, f"{config} cannot be read", "repair the folder")
     vae = flags.pretrained_vae_model_name_or_path
     return Model(folder, family, flag, flags.variant, vae, flags.cache_dir, index)
 

@@ -12,10 +12,9 @@ from PIL import Image
 from ..adapters import PLAIN_METHODS
 from ..errors import InvalidArgument, RunFailed, first_line
 from ..figures import comparison, loss_curves
-from ..files import replacing
+from ..files import read_object, replacing
 from ..log import read_log
 from .arguments import Flags
-from .checkpoints import read_record
 from .results import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 
 COLUMNS = 9  # at most so many steps are shown beside each other
@@ -66,7 +65,7 @@ def print_summary(flags: Flags) -> None:
     }
     for method in flags.method:
         lines.append(f"  {method}/")
-        for name, difference in read_record(output / method / "exports.json")["difference_of_255"].items():
+        for name, difference in read_object(output / method / "exports.json")["difference_of_255"].items():
             lines.append(f"    {name:<34}{uses.get(name, ''):<62}read back: {difference}/255")
     lines.append(
         "Each was read back by stock diffusers or PEFT; its image may differ from the merged model's by 2/255 (fp32)."
