@@ -16,7 +16,7 @@ from torch import nn
 from .. import export
 from ..adapters import PLAIN_METHODS, as_plain_lora, load_adapter, remove_adapters
 from ..chains import Chains, chains
-from ..errors import RunFailed
+from ..errors import RunFailed, first_line
 from ..files import write_json, write_tensors
 from ..model import MergeReport, merge
 from .arguments import Flags
@@ -143,7 +143,8 @@ def merge_reslora(denoiser: nn.Module, loss: DenoisingLoss, material: Material) 
     try:
         report = merge(denoiser, method=material.flags.merge, calibration=calibration or None)
     except ValueError as error:
-        raise RunFailed(f"reslora: it cannot be merged: {error}") from None
+        advice = "where numbers are not finite, training has diverged: start again with a lower --learning_rate"
+        raise RunFailed(f"reslora: it cannot be merged ({first_line(error)}); {advice}") from None
     return Merged(plan, report, together(calibration))
 
 
