@@ -1,6 +1,7 @@
 """The bundled tiny language models and their tasks: they load, they are small, and their tasks are what they say."""
 
 import json
+import random
 import sys
 from pathlib import Path
 
@@ -17,16 +18,8 @@ from transformers import (
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 sys.path.insert(0, str(ASSETS / "make"))
 
-from make_tiny_language_models import (  # noqa: E402
-    SIGNS,
-    arithmetic_text,
-    grammatical,
-    judgement,
-    numbers,
-    random,
-    word_problem,
-    write_task,
-)
+from make_tiny_language_models import write_task  # noqa: E402
+from tiny_texts import SIGNS, arithmetic_text, grammatical, judgement, numbers, word_problem  # noqa: E402
 
 LLAMA, ROBERTA = ASSETS / "tiny-llama", ASSETS / "tiny-roberta"
 COLUMNS = {LLAMA: ["ID", "Body", "Question", "Equation", "Answer", "Type"], ROBERTA: ["sentence", "label", "idx"]}
