@@ -22,19 +22,33 @@ def run_script(
     with StopRequest() as stop:
         try:
             main(argv, stop)
-            return 0
+            status = 0
         except InvalidArgument as error:
             if speaks():
                 _say(f"{prog}: error: {error}")
-            return 2
+            status = 2
         except (RunFailed, OSError) as error:  # a full disk, a folder that went away: the last checkpoint is intact
             _say(f"{prog}: {error}")
-            return 1
+            status = 1
         except Stopped as error:
             if speaks():
                 _say(f"{prog}: {error}")
-            return 128 + (stop.signal or signal.SIGINT)
+            status = 128 + (stop.signal or signal.SIGINT)
+        _leave_process_group(together=status not in (1, 2))
+        return status
 
 
 def _say(text: str) -> None:
     print(" ".join(text.split()), file=sys.stderr)
+
+
+def _leave_process_group(together: bool) -> None:
+    """On a busy machine gloo's threads abort a process that exits while its group is alive: status -6 after a good run.
+
+    `together`: all processes of the run leave; where only some do, groups that wait for the others are left alone.
+    """
+    distributed = getattr(sys.modules.get("torch"), "distributed", None)  # scripts import it after their flags
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return
+    if together or distributed.get_backend() == "gloo":
+        distributed.destroy_process_group()

@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from launching import DEEPSPEED
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
@@ -29,6 +30,12 @@ from transformers import (
 
 LAYERS = 5
 RANK = 3
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Says what this machine could not run."""
+    if not DEEPSPEED:
+        terminalreporter.line("DeepSpeed is not installed, or there is no C++ compiler: its configuration was not run")
 
 
 def tiny_llama(layers: int = LAYERS, width: int = 32, **overrides) -> LlamaForCausalLM:

@@ -1,15 +1,10 @@
 """The bundled configurations, read and acted upon by accelerate itself."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-from accelerate.commands import launch
+from accelerate.commands import launch as launching_command
 from accelerate.commands.config.config_args import load_config_from_file
+from launching import FOLDER, MACHINES, launch
 
-FOLDER = Path(__file__).resolve().parent.parent / "assets" / "accelerate"
 EXPECTED = {  # file: (what starts the processes, machines, processes)
     "cpu_two_processes.yaml": ("multi_gpu_launcher", 1, 2),
     "one_node.yaml": ("multi_gpu_launcher", 1, 8),
@@ -22,14 +17,16 @@ def launched(monkeypatch, *flags: str):
     """Name and arguments of the launcher that `accelerate launch` would hand over to."""
     calls = []
     for name in ("multi_gpu_launcher", "deepspeed_launcher", "simple_launcher"):
-        monkeypatch.setattr(launch, name, lambda args, name=name: calls.append((name, args)))
-    launch.launch_command(launch.launch_command_parser().parse_args([*flags, "train_sd.py", "--rank", "4"]))
+        monkeypatch.setattr(launching_command, name, lambda args, name=name: calls.append((name, args)))
+    launching_command.launch_command(
+        launching_command.launch_command_parser().parse_args([*flags, "train_sd.py", "--rank", "4"])
+    )
     (call,) = calls
     return call
 
 
 def test_every_bundled_configuration_is_tested_and_described():
-    assert {path.name for path in FOLDER.glob("*.yaml")} == EXPECTED.keys()
+    assert {path.name for path in FOLDER.glob("*.yaml")} == EXPECTED.keys() == MACHINES.keys()
     readme = (FOLDER / "README.md").read_text(encoding="utf-8")
     assert all(f"| `{name}` |" in readme for name in EXPECTED)
 
@@ -62,9 +59,8 @@ def test_two_processes_on_the_cpu_find_each_other(tmp_path):
         "import torch, accelerate\n"
         "a = accelerate.Accelerator()\n"
         "print(a.device.type, a.num_processes, a.reduce(torch.tensor(a.process_index + 1)).item())\n"
+        # Without this gloo's threads abort, now and then, the process that leaves last: often on a busy machine.
+        "a.end_training()\n"
     )
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
-    command += ["--config_file", str(FOLDER / "cpu_two_processes.yaml"), str(script)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=240)
-    assert done.stdout.split("\n")[:2] == ["cpu 2 3"] * 2
+    printed = launch("cpu_two_processes.yaml", script, folder=tmp_path)
+    assert printed.count("cpu 2 3\n") == 2

@@ -4,6 +4,7 @@ import os
 import signal
 
 import pytest
+import torch
 
 from reslora.errors import InvalidArgument, RunFailed, Stopped
 from reslora.script import run_script
@@ -54,3 +55,16 @@ def test_only_one_process_of_a_machine_reports_what_all_of_them_find(monkeypatch
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert run_script("script.py", main) == 2
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("error", [None, Stopped("stopped"), RunFailed("loss nan"), InvalidArgument("--a", "bad", "2")])
+def test_no_process_group_outlives_the_script(tmp_path, error):
+    """A process that exits while gloo's threads run is aborted now and then, the more so on a busy machine."""
+
+    def main(argv, stop):
+        torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+        if error is not None:
+            raise error
+
+    run_script("script.py", main)
+    assert not torch.distributed.is_initialized()

@@ -134,7 +134,17 @@ class AdapterTrainingArguments(TrainingArguments):
         if self.bf16 and not gpu and not self.use_cpu:
             raise InvalidArgument("--bf16", "there is no GPU", "add --use_cpu, or leave it out")
         check_writable(self.output_dir)
+        if self.deepspeed:
+            _say_that_there_is_one_process()
         super().__post_init__()
+
+
+def _say_that_there_is_one_process() -> None:
+    """What torch's launcher tells its children, where it isn't there: DeepSpeed would look for MPI otherwise."""
+    if not {"RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"} & os.environ.keys():
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        for name, value in alone.items():
+            os.environ.setdefault(name, value)
 
 
 def check_whole(name: str, value: int, least: int, most: float = math.inf) -> None:

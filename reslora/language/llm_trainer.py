@@ -89,8 +89,9 @@ def calibration_batches(rows: list[dict], count: int, size: int) -> list[dict[st
 
 
 def say(text: str) -> None:
-    """Print once, however many processes there are."""
-    PartialState().print(text, flush=True)
+    """Print once, however many processes and machines there are."""
+    if PartialState().is_main_process:
+        print(text, flush=True)
 
 
 # -- training and evaluation -------------------------------------------------------------------------------------------

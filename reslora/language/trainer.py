@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -146,6 +147,8 @@ class AdapterTrainer(Trainer):
             logger.warning("several GPUs in one process: using the first; start with accelerate launch to use all")
             args._n_gpu = 1
         super().__init__(model, args, **kwargs)
+        if args.deepspeed and not self.is_deepspeed_enabled:
+            raise InvalidArgument("--deepspeed", "accelerate leaves it out with --cpu", "give --use_cpu here instead")
         if self.pop_callback(ProgressCallback):
             self.add_callback(Progress())
         if checkpointing:
@@ -157,15 +160,18 @@ class AdapterTrainer(Trainer):
         self.add_callback(self.stopping)
 
     def _refuse_sharding(self, args: TrainingArguments) -> None:
-        if args.fsdp or _zero_stage(args) == 3:
+        """By the flags, or by the configuration that `accelerate launch` was given, which tells in the environment."""
+        fsdp = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+        stage = _zero_stage(args)
+        if fsdp or stage == 3:
             raise InvalidArgument(
-                "--fsdp" if args.fsdp else "--deepspeed",
+                "--fsdp" if fsdp else "--deepspeed",
                 "shards the adapter, whose whole weights the shortcuts and the checkpoints read",
                 "use DDP (accelerate launch) or ZeRO-2",
             )
-        if args.deepspeed and self.allocator is not None:
+        if stage is not None and self.allocator is not None:
             raise InvalidArgument(
-                "--method adalora", "reads gradients that DeepSpeed keeps to itself", "train it without --deepspeed"
+                "--method adalora", "reads gradients that DeepSpeed keeps to itself", "train it without DeepSpeed"
             )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
@@ -173,6 +179,11 @@ class AdapterTrainer(Trainer):
         found = self._resumed_from(resume_from_checkpoint) if resume_from_checkpoint else None
         try:
             result = super().train(resume_from_checkpoint=found, **kwargs)
+        except ValueError as error:
+            mismatch = _as_mismatch(error)
+            if mismatch is None:
+                raise
+            raise mismatch from error
         finally:
             if self.use_cache is not None:  # `Trainer` turns it off, and it would be saved with a merged model
                 base_model(self.model).config.use_cache = self.use_cache
@@ -288,6 +299,15 @@ class AdapterTrainer(Trainer):
             self.allocator.load_state_dict(load_file(Path(checkpoint) / ALLOCATOR_NAME))
 
 
+def _as_mismatch(error: ValueError) -> InvalidArgument | None:
+    """What transformers says where flags and DeepSpeed's configuration differ, as one line; None for other errors."""
+    lines = str(error).splitlines()
+    if "DeepSpeed config values that mismatch" not in str(error):
+        return None
+    differ = "; ".join(line.removeprefix("- ") for line in lines if line.startswith("- "))
+    return InvalidArgument("DeepSpeed's configuration", f"differs from the flags: {differ}", "say the same in both")
+
+
 @contextlib.contextmanager
 def _refused_as(flag: str, fix: str = "install or give what it needs, or choose another") -> Iterator[None]:
     try:
@@ -302,8 +322,14 @@ def _plain(choice: object) -> object:
     return getattr(choice, "value", choice)
 
 
-def _zero_stage(args: TrainingArguments) -> int:
-    content = args.deepspeed or {}
+def _zero_stage(args: TrainingArguments) -> int | None:
+    """DeepSpeed's stage, None without DeepSpeed."""
+    plugin = getattr(args, "deepspeed_plugin", None)
+    if plugin is not None:
+        return plugin.zero_stage
+    if not args.deepspeed:
+        return None
+    content = args.deepspeed
     if not isinstance(content, dict):
         content = json.loads(Path(content).read_text(encoding="utf-8"))
     return content.get("zero_optimization", {}).get("stage", 0)

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 from conftest import tiny_llama
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from reslora.language.arguments import AdapterTrainingArguments, MethodArguments
 from reslora.language.callbacks import LogCallback
@@ -13,6 +15,8 @@ from reslora.language.trainer import AdapterTrainer, attach
 METHODS = [("reslora", "input"), ("reslora", "middle"), ("reslora", "block"), ("lora", "none"), ("adalora", "none")]
 METHODS += [("loha", "none"), ("lokr", "none"), ("lora_x2", "none")]
 STEPS = 6
+SCRIPT = Path(__file__).resolve().parents[2] / "train_llm.py"
+VALIDATED = ("--shortcut", "input", "--eval_strategy", "steps", "--eval_steps", "2", "--max_steps", "3")
 
 
 def rows(count: int = 16, length: int = 8) -> list[dict[str, torch.Tensor]]:
@@ -49,6 +53,10 @@ def read_log(folder) -> list[dict]:
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
+def losses(folder) -> list[float]:
+    return [row["loss"] for row in read_log(folder)]
+
+
 def trained(model) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
 
@@ -61,3 +69,50 @@ def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor])
 
 def trained_parameters(model):
     return (value for value in model.parameters() if value.requires_grad)
+
+
+# -- files for train_llm.py -------------------------------------------------------------------------------------------
+
+
+def bytes_tokenizer() -> PreTrainedTokenizerFast:
+    """A token per byte; the end of a sequence is the only special token, so it pads too, as with many LLaMAs."""
+    vocabulary = {"<end>": 0} | {char: n for n, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()), 1)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+
+
+def write_llama(folder: Path) -> Path:
+    """A tiny LLaMA with tied embeddings and a tokenizer, in transformers' format."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, bos_token_id=None, eos_token_id=0, tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    bytes_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def row(number: int) -> dict:
+    a, b = number % 7 + 1, number % 5
+    return {
+        "Body": f"Tom has {a} pens. He finds {b}.",
+        "Question": "How many?",
+        "Equation": f"{a} + {b}",
+        "Answer": a + b,
+    }
+
+
+def write_rows(folder: Path, **splits: list) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, rows in splits.items():
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rows), encoding="utf-8")
+    return folder
+
+
+def flags(tiny: Path, data: Path, output: Path, *more) -> list[str]:
+    common = f"--model_name_or_path {tiny} --data_dir {data} --output_dir {output} --max_new_tokens 8 --use_cpu"
+    training = "--per_device_train_batch_size 4 --max_steps 4 --save_steps 2 --learning_rate 1e-2 --report_to none"
+    return [*common.split(), *training.split(), "--disable_tqdm", "true", *map(str, more)]

@@ -1,15 +1,13 @@
 """train_glue.py from flags to files: metrics, data, every method and merge, resuming, two processes, bad input."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import assert_equal
+from launching import launch
 from peft import PeftModel
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -361,13 +359,8 @@ def test_accumulated_batches_equal_one(roberta, rte, tmp_path):
 
 def test_two_processes_agree_with_one(roberta, rte, tmp_path):
     """DDP over gloo: the same samples per step give the same losses, and the merge is the same everywhere."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29641"]
     two = flags(roberta, rte, tmp_path / "two", "rte", "--per_device_train_batch_size", "2", "--shortcut", "middle")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, str(ROOT / "train_glue.py"), *two], env=environment, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch("cpu_two_processes.yaml", ROOT / "train_glue.py", *two, folder=tmp_path)
     glue.main(flags(roberta, rte, tmp_path / "one", "rte", "--shortcut", "middle"))
     one, both = results_of(tmp_path / "one"), results_of(tmp_path / "two")
     assert list(both["table"]) == list(one["table"])

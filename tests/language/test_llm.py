@@ -1,20 +1,14 @@
 """train_llm.py: prompts, answers, end-of-sequence, generation, errors, and whole runs of a tiny model."""
 
 import json
-import math
-import os
 import shutil
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from conftest import tiny_llama
 from peft import PeftModel
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reslora.errors import InvalidArgument
 from reslora.language import llm
@@ -24,59 +18,7 @@ from reslora.language.llm_trainer import Encoder, calibration_batches, generate
 from reslora.language.trainer import attach
 from reslora.script import run_script
 
-SCRIPT = Path(__file__).resolve().parents[2] / "train_llm.py"
-
-
-def bytes_tokenizer() -> PreTrainedTokenizerFast:
-    """A token per byte; the end of a sequence is the only special token, so it pads too, as with many LLaMAs."""
-    vocabulary = {"<end>": 0} | {char: n for n, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()), 1)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Path:
-    """A tiny LLaMA with tied embeddings and a tokenizer, in transformers' format."""
-    folder = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, bos_token_id=None, eos_token_id=0, tie_word_embeddings=True,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    bytes_tokenizer().save_pretrained(folder)
-    return folder
-
-
-def row(number: int) -> dict:
-    a, b = number % 7 + 1, number % 5
-    return {
-        "Body": f"Tom has {a} pens. He finds {b}.",
-        "Question": "How many?",
-        "Equation": f"{a} + {b}",
-        "Answer": a + b,
-    }
-
-
-def write_rows(folder: Path, **splits: list) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    for split, rows in splits.items():
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rows), encoding="utf-8")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    rows = [row(n) for n in range(48)]
-    return write_rows(tmp_path_factory.mktemp("data"), train=rows[:32], validation=rows[32:36], test=rows[36:42])
-
-
-def flags(tiny: Path, data: Path, output: Path, *more) -> list[str]:
-    common = f"--model_name_or_path {tiny} --data_dir {data} --output_dir {output} --max_new_tokens 8 --use_cpu"
-    training = "--per_device_train_batch_size 4 --max_steps 4 --save_steps 2 --learning_rate 1e-2 --report_to none"
-    return [*common.split(), *training.split(), "--disable_tqdm", "true", *map(str, more)]
+from .helpers import bytes_tokenizer, flags, row, write_rows
 
 
 def run(argv: list[str]) -> int:
@@ -290,40 +232,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny, data, tmp_path):
     assert logs[0] == logs[1] and len(logs[0]) == 6
 
 
-def test_two_processes_equal_one_with_twice_the_batch(tiny, data, tmp_path):
-    more = ["--shortcut", "input", "--eval_strategy", "steps", "--eval_steps", "2", "--max_steps", "3"]
-    assert run(flags(tiny, data, tmp_path / "one", *more)) == 0
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    argv = flags(tiny, data, tmp_path / "two", *more, "--per_device_train_batch_size", 2)
-    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), *argv],
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(SCRIPT.parent)},
-            stderr=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    finished = [process.communicate(timeout=240) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], finished[0][1][-2000:] + finished[1][1][-2000:]
-    assert "unmerged" in finished[0][0] and "unmerged" not in finished[1][0]
-
-    def losses(name):
-        lines = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
-        return [line["loss"] for line in lines]
-
-    assert losses("two") == pytest.approx(losses("one"), rel=1e-5)
-    one, two = (json.loads((tmp_path / name / "results.json").read_text())["table"] for name in ("one", "two"))
-    for method in ("unmerged", "none", "weights", "lstsq"):  # the norms of `input` are those of rank 0's halves
-        assert two[method]["loss"] == pytest.approx(one[method]["loss"], rel=1e-4)
-        assert two[method]["accuracy"] == one[method]["accuracy"]
-    assert math.isfinite(two["input"]["loss"])
-
-
 def test_gradient_checkpointing_and_bf16_run(tiny, data, tmp_path):
     more = ["--gradient_checkpointing", "--bf16", "--shortcut", "middle", "--max_steps", "2", "--save_steps", "2"]
     more += ["--eval_strategy", "steps", "--eval_steps", "2", "--eval_accuracy"]
@@ -399,9 +307,7 @@ def test_the_best_checkpoint_is_chosen_on_held_out_training_examples(tiny, tmp_p
     assert token_loss(stock, encoder, held_out) == pytest.approx(best, rel=1e-5)
 
 
-def test_the_deepspeed_configuration_is_zero_2_with_offloading():
-    from accelerate.utils.deepspeed import HfDeepSpeedConfig
-
+def test_the_bundled_deepspeed_configuration_is_zero_2_with_offloading():
     configuration = HfDeepSpeedConfig(str(llm.ZERO2_OFFLOAD))
     assert configuration._stage == 2 and configuration.is_offload()
     assert configuration.get_value("zero_optimization.offload_optimizer.device") == "cpu"

@@ -1,0 +1,91 @@
+"""train_llm.py below `accelerate launch`: every bundled configuration, DeepSpeed, and signals to the launcher."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from launching import CONFIGURATIONS, FOLDER, launch, start
+
+from reslora.errors import InvalidArgument
+from reslora.language.checkpoints import checkpoints_of, damage
+
+from .helpers import SCRIPT, VALIDATED, build, flags, losses, trainer_for
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_two_processes_equal_one_with_twice_the_batch(name, tiny, data, alone, tmp_path):
+    argv = flags(tiny, data, tmp_path / "run", *VALIDATED, "--per_device_train_batch_size", 2)
+    argv += ["--bf16"] if name.startswith("deepspeed") else []  # transformers wants it said in both places
+    printed = launch(name, SCRIPT, *argv, folder=tmp_path)
+    assert printed.count("unmerged") == 1
+    exact = name == "cpu_two_processes.yaml"  # the others compute in bfloat16
+    assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=1e-5 if exact else 1e-2)
+    found, expected = (json.loads((folder / "results.json").read_text()) for folder in (tmp_path / "run", alone))
+    assert found["steps"] == 3
+    for method in ("unmerged", "none", "weights", "lstsq"):  # the norms of `input` are those of rank 0's halves
+        figures = expected["table"][method]
+        assert found["table"][method]["loss"] == pytest.approx(figures["loss"], rel=1e-4 if exact else 1e-2)
+        assert found["table"][method]["accuracy"] == figures["accuracy"] or not exact
+    assert math.isfinite(found["table"]["input"]["loss"])
+    assert damage(tmp_path / "run" / "checkpoint-3", processes=2) is None
+
+
+def test_sharding_by_accelerates_configuration_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(InvalidArgument, match="--fsdp: shards the adapter"):
+        trainer_for(build()[0], tmp_path)
+
+
+# -- signals -----------------------------------------------------------------------------------------------------------
+
+
+def running(folder: Path) -> list[int]:
+    """Processes whose command names a folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = path.read_bytes()
+        except OSError:  # it has just ended
+            continue
+        if str(folder).encode() in command:
+            found.append(int(path.parent.name))
+    return found
+
+
+def wait_until(condition, process: subprocess.Popen | None = None) -> None:
+    """The limit is for what hangs, not for what is slow."""
+    end = time.monotonic() + 3600
+    while not condition():
+        assert time.monotonic() < end and (process is None or process.poll() is None)
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    ("processes", "number", "everyone"),
+    [
+        (1, signal.SIGTERM, False),  # accelerate passes nothing on
+        (1, signal.SIGKILL, False),
+        (1, signal.SIGINT, True),  # Ctrl-C, which the whole group gets
+        (2, signal.SIGTERM, False),  # torch's launcher passes it on
+        (2, signal.SIGINT, True),  # and repeats what its children have got already
+    ],
+)
+def test_the_trainer_saves_and_ends_with_its_launcher(processes, number, everyone, tiny, data, tmp_path):
+    output = tmp_path / "run"
+    words = ["--config_file", str(FOLDER / "cpu_two_processes.yaml"), "--num_processes", str(processes)]
+    words += ["--main_process_port", "0", str(SCRIPT), *flags(tiny, data, output, "--max_steps", 100_000)]
+    words += ["--save_strategy", "no"]
+    launcher = start(words, tmp_path / "printed", start_new_session=True)
+    wait_until(lambda: (output / "log.jsonl").is_file() and (output / "log.jsonl").read_text(), launcher)
+    (os.killpg if everyone else os.kill)(launcher.pid, number)
+    launcher.wait()
+    wait_until(lambda: not running(output))
+    printed = (tmp_path / "printed").read_text()
+    (saved,) = checkpoints_of(output)
+    assert f"stopped after step {saved.name.removeprefix('checkpoint-')}; go on" in printed, printed[-3000:]
+    assert damage(saved, processes) is None
