@@ -1,32 +1,28 @@
-"""Images and captions, encoded once and kept as memory-mapped Arrow files: latents and text states.
+"""Images and captions, encoded once and kept on disk: latents and text states, read when they are asked for.
 
-A file holds a part of the dataset and is named by all that its content depends on. So a second run finds it, processes
-of one machine share it, and an interrupted run encodes no part twice. A cell is a safetensors file in memory, which
-keeps any shape and dtype.
+A file (see `cells`) holds a part of the dataset and is named by all that its content depends on. So a second run finds
+it, processes of one machine share it, and an interrupted run encodes no part twice.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import datasets
-import safetensors.torch
 import torch
 from accelerate import Accelerator
-from datasets.arrow_writer import ArrowWriter
 from diffusers import DiffusionPipeline
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from tqdm.auto import tqdm
 
 from ..errors import InvalidArgument, first_line
-from ..files import replacing
 from ..signals import StopRequest
 from .arguments import Flags
+from .cells import Cell, Cells, cached, missing
 from .dataset import ImageDataset, data_flag
 from .families.base import Family, Text
 from .images import crop_and_scale, crop_sizes
@@ -36,18 +32,17 @@ from .stopping import leave_if_asked
 
 PART_OF_IMAGES, PART_OF_CAPTIONS, CAPTIONS_AT_ONCE = 256, 4096, 64
 RANDOM_CROPS = 4  # crops cached for an image that isn't square: the centre and three more
-CELLS = datasets.Features({"tensors": datasets.Value("large_binary"), "problem": datasets.Value("string")})
 
 
 @dataclass(frozen=True)
 class Texts:
     """Text states by caption, read from disk when they are asked for."""
 
-    rows: datasets.Dataset
+    cells: Cells
     places: dict[str, int]
 
     def __getitem__(self, caption: str) -> Text:
-        return safetensors.torch.load(self.rows[self.places[caption]]["tensors"])
+        return self.cells[self.places[caption]]
 
     def __contains__(self, caption: str) -> bool:
         return caption in self.places
@@ -57,19 +52,20 @@ class Texts:
 class Latents:
     """The moments of every variant of every image, read from disk when they are asked for."""
 
-    rows: datasets.Dataset
-    """A row for each variant of the first image, then of the second, and so on."""
+    cells: Cells
+    """One for each variant of the first image, then of the second, and so on."""
     variants: int
     """Crops and mirror images encoded of each image; number 0 is the upright centre."""
+    images: Sequence[int]
+    """Which of the encoded images these are."""
 
     def of(self, index: int, variant: int) -> dict[str, torch.Tensor]:
         """`moments` (2 x channels x height x width) and `sizes` (6) of a variant of an image."""
-        return safetensors.torch.load(self.rows[index * self.variants + variant]["tensors"])
+        return self.cells[self.images[index] * self.variants + variant]
 
     def select(self, indices: Sequence[int]) -> Latents:
         """The latents of some of the images."""
-        rows = [index * self.variants + variant for index in indices for variant in range(self.variants)]
-        return Latents(self.rows.select(rows), self.variants)
+        return dataclasses.replace(self, images=[self.images[index] for index in indices])
 
 
 # -- captions ----------------------------------------------------------------------------------------------------------
@@ -94,7 +90,7 @@ def encode_texts(
     paths = [folder / f"captions-{derive(key, longest, part):016x}.arrow" for part in parts]
     loaded: list[DiffusionPipeline] = []
 
-    def cells(number: int) -> Iterator[dict]:
+    def encode(number: int) -> Iterator[Cell]:
         loaded[:] = loaded or [load_encoders()]
         for start in range(0, len(parts[number]), CAPTIONS_AT_ONCE):
             leave_if_asked(stop, accelerator, "stopped before training began")
@@ -102,10 +98,10 @@ def encode_texts(
             with torch.no_grad():
                 states = family.encode_captions(loaded[0], captions, longest)
             for position in range(len(captions)):
-                yield cell({name: value[position] for name, value in states.items()})
+                yield {name: value[position] for name, value in states.items()}
 
-    rows = cached(paths, cells, accelerator)
-    return Texts(rows, {text: place for place, text in enumerate(texts)})
+    cells = cached(paths, PART_OF_CAPTIONS, encode, accelerator)
+    return Texts(cells, {text: place for place, text in enumerate(texts)})
 
 
 # -- images ------------------------------------------------------------------------------------------------------------
@@ -163,22 +159,22 @@ def encode_images(
     silent = not accelerator.is_main_process or total == 0
     bar = tqdm(desc="encoding images", total=total, disable=silent, dynamic_ncols=True)
 
-    def cells(number: int) -> Iterator[dict]:
+    def encode(number: int) -> Iterator[Cell]:
         options = worker_options(variants.flags.dataloader_num_workers)
         loader = DataLoader(variants, batch_size=None, sampler=parts[number], **options)
         with contextlib.closing(stream(loader)) as items:
             for found in items:
                 leave_if_asked(stop, accelerator, "stopped before training began")
                 if isinstance(found, str):
-                    yield from [cell(problem=found)] * variants.count
+                    yield from [found] * variants.count
                 else:
-                    yield from map(cell, encoded(family, vae, *found))
+                    yield from encoded(family, vae, *found)
                 bar.update()
 
     with bar:
-        rows = cached(paths, cells, accelerator)
-    problems = {row // variants.count: text for row, text in enumerate(rows["problem"]) if text is not None}
-    return Latents(rows, variants.count), problems
+        cells = cached(paths, PART_OF_IMAGES * variants.count, encode, accelerator)
+    problems = {place // variants.count: text for place, text in cells.problems().items()}
+    return Latents(cells, variants.count, range(len(variants))), problems
 
 
 def encoded(family: Family, vae, pixels: torch.Tensor, sizes: torch.Tensor) -> list[dict[str, torch.Tensor]]:
@@ -203,35 +199,3 @@ def without_damaged(
         raise InvalidArgument(data_flag(flags), "every image is damaged", "give images that can be opened")
     left_out = [f"{names[i]}: {problem}" for i, problem in problems.items()]
     return images.select(keep, left_out), latents and latents.select(keep)
-
-
-# -- the cache ---------------------------------------------------------------------------------------------------------
-
-
-def cell(tensors: dict[str, torch.Tensor] | None = None, problem: str | None = None) -> dict:
-    """A row of a cache file."""
-    if tensors is not None:
-        tensors = safetensors.torch.save({name: value.cpu().contiguous() for name, value in tensors.items()})
-    return {"tensors": tensors, "problem": problem}
-
-
-def missing(paths: Sequence[Path], accelerator: Accelerator) -> list[int]:
-    """Numbers of the files that are not there yet, of this process's share among those of its machine."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-    share = range(accelerator.local_process_index, len(paths), processes)
-    return [number for number in share if not paths[number].is_file()]
-
-
-def cached(paths: Sequence[Path], cells: Callable[[int], Iterator[dict]], accelerator: Accelerator) -> datasets.Dataset:
-    """The rows of all files; each of a machine's processes first writes its share of those that are missing."""
-    for number in missing(paths, accelerator):
-        with (
-            replacing(paths[number]) as temporary,
-            ArrowWriter(features=CELLS, path=str(temporary), writer_batch_size=16) as writer,
-            contextlib.closing(cells(number)) as rows,
-        ):
-            for row in rows:
-                writer.write(row)
-            writer.finalize()
-    accelerator.wait_for_everyone()
-    return datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in paths])
