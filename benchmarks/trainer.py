@@ -5,6 +5,7 @@
                                                 # SD 1.5's size with random weights, 512 x 512, batch 4: needs a GPU
     python benchmarks/trainer.py loader         # 10,000 images through the trainer's two loading paths, no model
     python benchmarks/trainer.py memory         # step time and memory before, between and after validation samples
+    python benchmarks/trainer.py scale          # time to the first step and memory, by images and captions: see scale.py
 
 `diffusers` runs `train_sd.py --method lora` and diffusers' train_text_to_image_lora.py alternately, each as a process
 of its own on the same model, images, batch, resolution, rank and number of steps, with its own defaults otherwise. A
@@ -39,6 +40,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from measured import ROOT, keep, machine
+from scale import MEBI, TRAINER, add_arguments, scale
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from watched import WARM_UP, Watched
 
@@ -51,9 +53,7 @@ from reslora.diffusion.samples import Material, training_loader
 from reslora.diffusion.settings import parse_args
 from reslora.signals import StopRequest
 
-TRAINER = ROOT / "train_sd.py"
 EXAMPLE = "examples/text_to_image/train_text_to_image_lora.py"
-MEBI = 2**20
 
 
 def main() -> None:
@@ -61,7 +61,7 @@ def main() -> None:
     print(", ".join(f"{name} {value}" for name, value in machine().items() if value is not None), flush=True)
     name = f"diffusers-{args.model}" if args.what == "diffusers" else args.what
     settings = {key: value.name if isinstance(value, Path) else value for key, value in vars(args).items()}
-    figures = {"diffusers": diffusers, "loader": loader, "memory": memory}[args.what](args)
+    figures = {"diffusers": diffusers, "loader": loader, "memory": memory, "scale": scale}[args.what](args)
     keep(f"trainer/{name}", {"settings": settings, **figures})
 
 
@@ -87,6 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=60)
     add("--every", type=int, default=15, help="steps between samples")
     add("--rounds", type=int, default=3)
+    add_arguments(commands.add_parser("scale", help="time to the first step and peak memory by images").add_argument)
     return parser
 
 

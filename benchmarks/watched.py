@@ -15,6 +15,7 @@ import runpy
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -60,6 +61,33 @@ def after_import(name: str, action: Callable) -> None:
     sys.meta_path.insert(0, Finder())
 
 
+def anonymous(process: int) -> int:
+    """Bytes of memory that are a process's own and of no file; 0 where the system doesn't tell."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
+
+
+class PeakAnonymous(threading.Thread):
+    """Looks at a process's own memory time and again: the system keeps no peak of it."""
+
+    def __init__(self, process: int, seconds: float = 0.05) -> None:
+        super().__init__(daemon=True)
+        self.process, self.seconds, self.peak, self.ended = process, seconds, 0, threading.Event()
+
+    def run(self) -> None:
+        while not self.ended.wait(self.seconds):
+            self.peak = max(self.peak, anonymous(self.process))
+
+    def end(self) -> int:
+        """The peak."""
+        self.ended.set()
+        self.join()
+        return self.peak
+
+
 def resident() -> int:
     """Bytes of this process in memory now; 0 where the system doesn't tell."""
     try:
@@ -78,7 +106,10 @@ class Watched:
         began = time.perf_counter()
         with log.open("w") as output:
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=folder)
+            peak = PeakAnonymous(process.pid)
+            peak.start()
             _, status, usage = os.wait4(process.pid, 0)
+            self.peak_anonymous = peak.end()
         self.seconds = time.perf_counter() - began
         if status:
             process.returncode = os.waitstatus_to_exitcode(status)
