@@ -67,10 +67,12 @@ class DenoisingLoss:
         return on_device(batch["text"], device)
 
 
-def on_device(text: dict, device: torch.device) -> Text:
-    """Text states on a device."""
+def on_device(text: dict, device: torch.device, dtype: torch.dtype | None = None) -> Text:
+    """Text states on a device, and in `dtype` where one is given."""
     return {
-        name: [item.to(device) for item in value] if isinstance(value, list) else value.to(device, non_blocking=True)
+        name: [item.to(device, dtype) for item in value]
+        if isinstance(value, list)
+        else value.to(device, dtype, non_blocking=True)
         for name, value in text.items()
     }
 

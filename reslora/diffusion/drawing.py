@@ -13,7 +13,7 @@ from torch import nn
 from .arguments import Flags
 from .denoising import on_device
 from .encoding import Texts
-from .families.base import Family
+from .families.base import Family, Text
 from .samples import stack_texts
 from .seeds import derive
 
@@ -49,9 +49,8 @@ class Drawer:
             between_steps()
             return tensors
 
-        device, flags = self.pipeline.vae.device, self.flags
-        text = on_device(stack_texts([self.texts[prompt] for prompt, _ in seeds]), device)
-        empty = on_device(stack_texts([self.texts[""]]), device)
+        flags = self.flags
+        text, empty = self._text([prompt for prompt, _ in seeds]), self._text([""])
         drawn = self.pipeline(
             **self.family.drawing_inputs(self.pipeline, text, empty),
             generator=[torch.Generator().manual_seed(seed) for _, seed in seeds],
@@ -59,6 +58,11 @@ class Drawer:
             height=flags.resolution, width=flags.resolution, callback_on_step_end=callback, output_type="np",
         )  # fmt: skip
         return list(drawn.images)
+
+    def _text(self, captions: Sequence[str]) -> Text:
+        # In the pipeline's precision: some make the latents in that of the text states.
+        vae = self.pipeline.vae
+        return on_device(stack_texts([self.texts[caption] for caption in captions]), vae.device, vae.dtype)
 
 
 def as_bytes(drawn: np.ndarray) -> np.ndarray:
