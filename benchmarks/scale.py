@@ -21,7 +21,7 @@ from measured import ROOT
 from watched import Watched
 
 sys.path.append(str(ROOT / "tests"))
-from pipelines import flux, image_folder, stable_diffusion  # noqa: E402
+from pipelines import flux, image_folder, stable_diffusion
 
 TRAINER = ROOT / "train_sd.py"
 MEBI = 2**20

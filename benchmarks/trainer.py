@@ -5,7 +5,7 @@
                                                 # SD 1.5's size with random weights, 512 x 512, batch 4: needs a GPU
     python benchmarks/trainer.py loader         # 10,000 images through the trainer's two loading paths, no model
     python benchmarks/trainer.py memory         # step time and memory before, between and after validation samples
-    python benchmarks/trainer.py scale          # time to the first step and memory, by images and captions: see scale.py
+    python benchmarks/trainer.py scale          # time to the first step and memory by images and captions: scale.py
 
 `diffusers` runs `train_sd.py --method lora` and diffusers' train_text_to_image_lora.py alternately, each as a process
 of its own on the same model, images, batch, resolution, rank and number of steps, with its own defaults otherwise. A

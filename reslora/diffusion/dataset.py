@@ -44,6 +44,8 @@ class ImageDataset:
     """Whether all images are."""
     fingerprint: str = ""
     """The content in short: captions, and size, head and tail of each image."""
+    content: str = ""
+    """The same without the captions."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -103,8 +105,8 @@ def load_images(flags: Flags) -> ImageDataset:
         keep, marks = [keep[i] for i in chosen], [marks[i] for i in chosen]
     rows = found.rows.select(keep) if keep != list(range(len(found.rows))) else found.rows
     captions = list(rows["captions"])
-    fingerprint = f"{len(rows)} images, {derive(captions, marks):x}"
-    return ImageDataset(rows, captions, tuple(left_out), tuple(found.notes), square, fingerprint)
+    fingerprint, content = (f"{len(rows)} images, {derive(*key):x}" for key in ((captions, marks), (marks,)))
+    return ImageDataset(rows, captions, tuple(left_out), tuple(found.notes), square, fingerprint, content)
 
 
 def _caption_problem(captions: Sequence) -> str:

@@ -126,15 +126,9 @@ class Variants(TorchDataset):
     @property
     def key(self) -> tuple:
         """All that the pixels depend on."""
-        flags = self.flags
-        return (
-            self.images.fingerprint,
-            flags.resolution,
-            flags.image_interpolation_mode,
-            self.crops,
-            self.flips,
-            flags.seed,
-        )
+        flags, seed = self.flags, self.flags.seed if self.crops > 1 else None
+        how = (flags.resolution, flags.image_interpolation_mode, self.crops, self.flips, seed)
+        return (self.images.content, *how)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor] | str:
         try:

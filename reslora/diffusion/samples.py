@@ -128,14 +128,14 @@ def _choose(count: int, draws: torch.Generator) -> int:
 
 
 def training_loader(material: Material, steps: Sequence[int], processes: int, rank: int, pin: bool) -> DataLoader:
-    """This process's batches of these steps; N processes share what one process would read."""
+    """This process's batches of these steps, once; N processes share what one process would read."""
     flags = material.flags
     batch, forwards = flags.train_batch_size, flags.gradient_accumulation_steps
-    positions = [
+    positions = (  # made as they are needed, for there are as many as samples in a run
         [(forward * processes + rank) * batch + i for i in range(batch)]
         for step in steps
         for forward in range(step * forwards, (step + 1) * forwards)
-    ]
+    )
     return DataLoader(
         TrainingSamples(material), batch_sampler=positions, pin_memory=pin, collate_fn=collate,
         **worker_options(flags.dataloader_num_workers),

@@ -1,0 +1,104 @@
+"""Files of tensors: what is written is read back, whole files only, one cell in memory at a time."""
+
+import weakref
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from reslora.diffusion.cells import cached, missing, write
+
+
+@pytest.fixture
+def accelerator() -> Accelerator:
+    return Accelerator(cpu=True)
+
+
+def numbered(number: int) -> dict[str, torch.Tensor]:
+    return {"half": torch.full((number % 3 + 1, 2), number, dtype=torch.bfloat16), "long": torch.tensor(number)}
+
+
+def test_cells_of_any_shape_and_dtype_are_read_back_across_files(tmp_path, accelerator):
+    paths = [tmp_path / f"{number}.arrow" for number in range(3)]
+    found = cached(paths, 4, lambda file: map(numbered, range(4 * file, min(10, 4 * file + 4))), accelerator)
+    for number in (9, 0, 4, 3, 8):
+        for name, value in numbered(number).items():
+            torch.testing.assert_close(found[number][name], value, rtol=0, atol=0)
+    assert found.problems() == {}
+
+
+def test_empty_cells_are_told_with_their_reason(tmp_path, accelerator):
+    parts = [[numbered(0), "damaged"], ["gone", numbered(3)]]
+    found = cached([tmp_path / "0", tmp_path / "1"], 2, lambda file: iter(parts[file]), accelerator)
+    assert found.problems() == {1: "damaged", 2: "gone"} and found[3]["long"] == 3
+
+
+def test_files_that_are_there_are_not_made_again(tmp_path, accelerator):
+    paths = [tmp_path / "0", tmp_path / "1"]
+    cached(paths[:1], 2, lambda file: iter([numbered(7), numbered(8)]), accelerator)
+    made = []
+
+    def make(file: int):
+        made.append(file)
+        yield numbered(file)
+
+    found = cached(paths, 2, make, accelerator)
+    assert made == [1] and found[0]["long"] == 7 and found[2]["long"] == 1
+
+
+@pytest.mark.parametrize("rest", [0, 100, -1])
+def test_a_file_that_was_cut_short_is_made_again(tmp_path, accelerator, rest):
+    path = tmp_path / "0"
+    write(path, iter([numbered(0)]))
+    path.write_bytes(path.read_bytes()[:rest])
+    assert missing([path], accelerator) == [0]
+    assert cached([path], 1, lambda file: iter([numbered(5)]), accelerator)[0]["long"] == 5
+
+
+def test_what_is_interrupted_leaves_nothing(tmp_path):
+    def interrupted():
+        yield numbered(0)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "0", interrupted())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_processes_of_a_machine_share_the_work(tmp_path, accelerator, monkeypatch):
+    paths = [tmp_path / str(number) for number in range(5)]
+    write(paths[2], iter([]))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    shares = []
+    for rank in (0, 1):
+        monkeypatch.setattr(type(accelerator), "local_process_index", rank)
+        shares.append(missing(paths, accelerator))
+    assert shares == [[0, 4], [1, 3]]
+
+
+def test_one_cell_is_in_memory_while_a_file_is_written(tmp_path):
+    alive: list[weakref.ref] = []
+
+    def watched():
+        for number in range(20):
+            assert sum(tensor() is not None for tensor in alive) <= 1
+            tensor = torch.full((2,), number)
+            alive.append(weakref.ref(tensor))
+            yield {"value": tensor}
+            del tensor
+
+    write(tmp_path / "0", watched())
+    assert len(alive) == 20
+
+
+def test_a_cell_is_read_without_its_neighbours(tmp_path, accelerator):
+    """All the rest of the file is wiped out but its beginning and the footer: nothing misses it."""
+    path = tmp_path / "0"
+    write(path, ({"value": torch.full((4096,), number)} for number in range(32)))
+    content, ends, footer = bytearray(path.read_bytes()), 8, 8192
+    start = content.index(torch.full((64,), 20).numpy().tobytes())
+    before, after = slice(ends, start - 1024), slice(start + 8 * 4096, len(content) - footer)
+    for wiped in (before, after):
+        content[wiped] = bytes(wiped.stop - wiped.start)
+    path.write_bytes(content)
+    assert (cached([path], 32, lambda file: iter(()), accelerator)[20]["value"] == 20).all()
