@@ -7,10 +7,11 @@ safetensors file in itself, which keeps any shape and dtype. The last one of a f
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,10 +50,11 @@ class Cells:
         return found
 
 
-def cached(paths: Sequence[Path], each: int, make: Callable[[int], Iterator[Cell]], accelerator: Accelerator) -> Cells:
+def cached(paths: Sequence[Path], each: int, make: Callable[[int], Generator[Cell]], accelerator: Accelerator) -> Cells:
     """The cells of all files; each of a machine's processes first writes its share of those that are missing."""
     for number in missing(paths, accelerator):
-        write(paths[number], make(number))
+        with contextlib.closing(make(number)) as cells:
+            write(paths[number], cells)
     accelerator.wait_for_everyone()
     return Cells(paths, each)
 

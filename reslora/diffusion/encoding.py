@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,7 +90,7 @@ def encode_texts(
     paths = [folder / f"captions-{derive(key, longest, part):016x}.arrow" for part in parts]
     loaded: list[DiffusionPipeline] = []
 
-    def encode(number: int) -> Iterator[Cell]:
+    def encode(number: int) -> Generator[Cell]:
         loaded[:] = loaded or [load_encoders()]
         for start in range(0, len(parts[number]), CAPTIONS_AT_ONCE):
             leave_if_asked(stop, accelerator, "stopped before training began")
@@ -153,7 +153,7 @@ def encode_images(
     silent = not accelerator.is_main_process or total == 0
     bar = tqdm(desc="encoding images", total=total, disable=silent, dynamic_ncols=True)
 
-    def encode(number: int) -> Iterator[Cell]:
+    def encode(number: int) -> Generator[Cell]:
         options = worker_options(variants.flags.dataloader_num_workers)
         loader = DataLoader(variants, batch_size=None, sampler=parts[number], **options)
         with contextlib.closing(stream(loader)) as items:

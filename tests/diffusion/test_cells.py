@@ -20,7 +20,7 @@ def numbered(number: int) -> dict[str, torch.Tensor]:
 
 def test_cells_of_any_shape_and_dtype_are_read_back_across_files(tmp_path, accelerator):
     paths = [tmp_path / f"{number}.arrow" for number in range(3)]
-    found = cached(paths, 4, lambda file: map(numbered, range(4 * file, min(10, 4 * file + 4))), accelerator)
+    found = cached(paths, 4, lambda file: (numbered(i) for i in range(4 * file, min(10, 4 * file + 4))), accelerator)
     for number in (9, 0, 4, 3, 8):
         for name, value in numbered(number).items():
             torch.testing.assert_close(found[number][name], value, rtol=0, atol=0)
@@ -29,13 +29,13 @@ def test_cells_of_any_shape_and_dtype_are_read_back_across_files(tmp_path, accel
 
 def test_empty_cells_are_told_with_their_reason(tmp_path, accelerator):
     parts = [[numbered(0), "damaged"], ["gone", numbered(3)]]
-    found = cached([tmp_path / "0", tmp_path / "1"], 2, lambda file: iter(parts[file]), accelerator)
+    found = cached([tmp_path / "0", tmp_path / "1"], 2, lambda file: (cell for cell in parts[file]), accelerator)
     assert found.problems() == {1: "damaged", 2: "gone"} and found[3]["long"] == 3
 
 
 def test_files_that_are_there_are_not_made_again(tmp_path, accelerator):
     paths = [tmp_path / "0", tmp_path / "1"]
-    cached(paths[:1], 2, lambda file: iter([numbered(7), numbered(8)]), accelerator)
+    cached(paths[:1], 2, lambda file: (numbered(i) for i in (7, 8)), accelerator)
     made = []
 
     def make(file: int):
@@ -52,7 +52,7 @@ def test_a_file_that_was_cut_short_is_made_again(tmp_path, accelerator, rest):
     write(path, iter([numbered(0)]))
     path.write_bytes(path.read_bytes()[:rest])
     assert missing([path], accelerator) == [0]
-    assert cached([path], 1, lambda file: iter([numbered(5)]), accelerator)[0]["long"] == 5
+    assert cached([path], 1, lambda file: (numbered(i) for i in (5,)), accelerator)[0]["long"] == 5
 
 
 def test_what_is_interrupted_leaves_nothing(tmp_path):
