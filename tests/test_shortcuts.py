@@ -11,6 +11,7 @@ import weakref
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import (
     ARCHITECTURES,
     STACK_INPUTS,
@@ -31,6 +32,8 @@ from conftest import (
     tiny_llama,
 )
 from peft import LoraConfig
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -957,6 +960,56 @@ def test_a_compiled_model_equals_the_eager_one(llama, shortcut, pre_num, head):
         compiled.zero_grad(set_to_none=True)
         loss_of(compiled, inputs).backward()
         assert_equal(gradients(model), gradients_of(oracle, inputs))
+
+
+@one_each
+def test_a_compiled_model_is_one_graph_and_stays_it(llama, shortcut, pre_num, head):
+    """The state of a forward is made and dropped inside the graph, on every thread, and asks for no other graph."""
+    model, oracle = pair(shallow(llama), shortcut, pre_num, head)
+    graphs = []
+
+    def count(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model.base_model.model, backend=count, fullgraph=True)
+    found = {}
+
+    def work(seed):
+        found[seed] = run(compiled, {**llama.inputs(seed=seed), "use_cache": False})
+
+    for seed in range(2):
+        work(seed)
+    thread = threading.Thread(target=work, args=(2,))
+    thread.start()
+    thread.join()
+    assert len(graphs) == 1
+    for seed in range(3):
+        assert_equal(found[seed], run(oracle, {**llama.inputs(seed=seed), "use_cache": False}))
+
+
+# --- sharded weights --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mesh():
+    """One process as a mesh: enough for weights that are sharded by name."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("shortcut, part", [("input", "lora_A"), ("block", "lora_A"), ("block", "lora_B")])
+def test_a_sharded_neighbour_is_an_error_in_one_line(mesh, shortcut, part):
+    """A sharded weight has the shape of the whole and a part of its numbers."""
+    model = lora_stack()
+    reslora.connect(model, ResLoraConfig(shortcut, 2), example_inputs=STACK_INPUTS)
+    linear = getattr(find_layer(model, "layers.1.proj"), part)["default"]
+    linear.weight = torch.nn.Parameter(distribute_tensor(linear.weight.detach(), mesh, [Shard(0)]))
+    assert linear.weight.shape == find_layer(model, "layers.0.proj").get_parameter(f"{part}.default.weight").shape
+    with pytest.raises(RuntimeError) as error:
+        run(model, STACK_INPUTS)
+    assert_one_line(error, "layers.", "sharded", "middle")
 
 
 # --- what is relied on in PEFT ----------------------------------------------------------------------------------------
