@@ -8,8 +8,10 @@ adapters: `reslora.export`, after a merge.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -19,6 +21,7 @@ from torch import nn
 
 from .chains import Block, Chain, Chains, base_model, lora_layers, refused, stays_plain, unwrap
 from .config import ResLoraConfig
+from .errors import first_line
 from .files import check_checksums, write_checksums, write_json, write_tensors
 from .guards import refuse_inactive, refuse_merged
 from .tracing import meta_copy
@@ -68,45 +71,138 @@ def load(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
     model is unchanged then.
     """
     directory = Path(directory)
-    content = _read_config(directory)
-    tensors = _read_tensors(directory / WEIGHTS_NAME)
-    norms = tensors.pop(_NORMS, None)
-    config, lora, plan = _parse(content, directory)
+    saved = _read(directory)
     base, outer = base_model(model), unwrap(model)
     connection = connection_of(base)
-    if connection is not None and (connection.adapter_name, connection.config) != (adapter_name, config):
+    if connection is not None and (connection.adapter_name, connection.config) != (adapter_name, saved.config):
         raise ValueError(
             f"this model is connected already, as {connection.adapter_name!r} with {connection.config}: call "
             f"reslora.disconnect before loading {directory}"
         )
     present = _has_adapter(base, adapter_name)
     if present:
-        _compare(base.peft_config[adapter_name], lora, directory)
-        _check_fit(_state(outer, base, adapter_name), tensors, directory)
+        _compare(base.peft_config[adapter_name], saved.lora, directory)
         layers = lora_layers(base, adapter_name)
-        _check_plan(plan, layers, directory)
         if connection is None:
             refuse_merged(layers)
             refuse_inactive(layers, adapter_name)
-            _check_wirable(plan, layers, adapter_name)
+        _check(saved, outer, adapter_name, directory, wirable=connection is None)
     else:
         # Everything is tried on a copy without storage first: nothing is left half-loaded.
-        twin = meta_copy(base)
-        tried = _attach(twin, _uninitialised(lora), adapter_name, content)
-        _check_fit(_state(tried, twin, adapter_name), tensors, directory)
-        layers = lora_layers(base_model(tried), adapter_name)
-        _check_plan(plan, layers, directory)
-        _check_wirable(plan, layers, adapter_name)
+        tried = _attach(meta_copy(base), _uninitialised(saved.lora), adapter_name, saved, directory)
+        _check(saved, tried, adapter_name, directory)
     check_checksums(directory, [CONFIG_NAME, WEIGHTS_NAME])
-    loaded = outer if present else _attach(outer, lora, adapter_name, content)
-    base = base_model(loaded)
-    _fill(loaded, base, tensors, adapter_name)
+    loaded = outer if present else _attach(outer, saved.lora, adapter_name, saved, directory)
+    _fill(loaded, base_model(loaded), saved.tensors, adapter_name)
     if connection is None:
-        connection = attach_wires(loaded, config, adapter_name, plan)
-    connection.wires.norms.clear()
-    if norms is not None and content["norms"]["names"] == connection.wires.norms.names:
-        connection.wires.norms.restore(norms, content["norms"]["pushed"])
+        connection = attach_wires(loaded, saved.config, adapter_name, saved.plan)
+    norms = connection.wires.norms
+    norms.clear()
+    if saved.norms is not None and saved.names == norms.names:
+        norms.restore(saved.norms, saved.pushed)
     return loaded
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Saved:
+    """The content of a folder that `save` wrote."""
+
+    config: ResLoraConfig
+    lora: LoraConfig
+    plan: Chains
+    wrapped: bool
+    """Whether the saved model was a `PeftModel`."""
+    names: list[str]
+    pushed: int
+    tensors: dict[str, torch.Tensor]
+    norms: torch.Tensor | None
+
+
+def _read(directory: Path) -> _Saved:
+    path = directory / CONFIG_NAME
+    content = _read_json(path)
+    tensors = _read_tensors(directory / WEIGHTS_NAME)
+    norms = tensors.pop(_NORMS, None)
+    try:
+        config = ResLoraConfig(**content["reslora"])
+        lora = LoraConfig(**{key: value for key, value in content["lora"].items() if key != "peft_type"})
+        plan = _read_plan(content["chains"])
+        names, pushed = content["norms"]["names"], content["norms"]["pushed"]
+        _expect("norms", _texts(_list(names)) and _counts([pushed]))
+        _expect("peft_model", isinstance(content["peft_model"], bool))
+    except Exception as error:  # what is no file of ours fails in as many ways as there are values
+        raise ValueError(f"{path} is damaged: {first_line(error)}") from error
+    if norms is not None and (norms.shape != (len(names), config.window) or not norms.is_floating_point()):
+        raise ValueError(
+            f"{directory / WEIGHTS_NAME} is damaged: {_NORMS} is {norms.dtype} {tuple(norms.shape)}, not "
+            f"{(len(names), config.window)} as {path} says"
+        )
+    return _Saved(config, lora, plan, content["peft_model"], names, pushed, tensors, norms)
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        folder = str(path.parent)
+        raise ValueError(f"directory={folder!r} has no {path.name}: give a folder that reslora.save wrote") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read: {first_line(error)}") from error
+    for key in ("lora", "reslora", "chains", "norms", "peft_model"):
+        if not isinstance(content, dict) or key not in content:
+            raise ValueError(f"{path} has no {key!r}: it is not a file of reslora.save")
+    return content
+
+
+def _read_plan(content: dict) -> Chains:
+    chains = []
+    for chain in _list(content["chains"]):
+        blocks = tuple(Block(**{**block, "tokens": tuple(_list(block["tokens"]))}) for block in _list(chain["blocks"]))
+        for block in blocks:
+            texts, counts = (block.name, block.role, block.cut), (block.in_features, block.out_features, block.rank)
+            _expect("block", _texts(texts) and _counts([*counts, *block.tokens]))
+        _expect("chain", len({(block.in_features, block.out_features, block.rank) for block in blocks}) == 1)
+        chains.append(Chain(chain["role"], blocks))
+    unlinked = tuple((item["name"], item["reason"]) for item in _list(content["unlinked"]))
+    plan = Chains(tuple(chains), unlinked)
+    names = [block.name for block in plan.blocks]
+    _expect("plan", len(set(names)) == len(names) and _texts(chain.role for chain in chains))
+    _expect("unlinked", _texts(text for pair in unlinked for text in pair))
+    return plan
+
+
+def _expect(what: str, holds: bool) -> None:
+    if not holds:
+        raise ValueError(f"{what} has a value that reslora.save does not write")
+
+
+def _list(value: object) -> list:
+    _expect("a list", isinstance(value, list))
+    return value
+
+
+def _texts(values: Iterable) -> bool:
+    return all(isinstance(value, str) for value in values)
+
+
+def _counts(values: Iterable) -> bool:
+    return all(type(value) is int and 0 <= value < 2**63 for value in values)
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: give a folder that reslora.save wrote")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no mapping
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file: {first_line(error)}") from error
+
+
+# -- comparing and filling ---------------------------------------------------------------------------------------------
 
 
 def _state(outer: nn.Module, base: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
@@ -128,18 +224,20 @@ def _fill(outer: nn.Module, base: nn.Module, tensors: dict[str, torch.Tensor], a
     set_peft_model_state_dict(outer if wrapped else base, state, adapter_name=adapter_name)
 
 
-def _attach(model: nn.Module, lora: LoraConfig, adapter_name: str, content: dict) -> nn.Module:
+def _attach(model: nn.Module, lora: LoraConfig, adapter_name: str, saved: _Saved, directory: Path) -> nn.Module:
     try:
         if isinstance(model, PeftModel):
             model.add_adapter(adapter_name, lora)
             model.set_adapter(adapter_name)
             return model
-        if content["peft_model"] or not hasattr(model, "add_adapter"):
+        if saved.wrapped or not hasattr(model, "add_adapter"):
             return get_peft_model(model, lora, adapter_name=adapter_name)
         model.add_adapter(lora, adapter_name=adapter_name)
         return model
-    except ValueError as error:
-        raise ValueError(f"the saved adapter does not fit {type(model).__name__}: {_first_line(error)}") from error
+    except Exception as error:  # PEFT checks little of a configuration before it uses it
+        raise ValueError(
+            f"the adapter saved in {directory / CONFIG_NAME} does not fit {type(model).__name__}: {first_line(error)}"
+        ) from error
 
 
 def _has_adapter(base: nn.Module, adapter_name: str) -> bool:
@@ -153,11 +251,17 @@ def _compare(present: LoraConfig, saved: LoraConfig, directory: Path) -> None:
     for field in ("lora_alpha", "use_rslora", "alpha_pattern"):
         here, there = getattr(present, field), getattr(saved, field)
         if here != there:
-            raise ValueError(f"{field}={here!r} of the adapter differs from {there!r} in {directory}")
+            raise ValueError(f"{field}={here!r} of the adapter differs from {there!r} in {directory / CONFIG_NAME}")
 
 
-def _check_fit(expected: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor], directory: Path) -> None:
-    """Raises for the first key or shape in which model and file differ."""
+def _check(saved: _Saved, model: nn.Module, adapter_name: str, directory: Path, wirable: bool = True) -> None:
+    """Raises `ValueError` for the first key or shape in which the model's adapter and the files differ.
+
+    Where wires are still to come, it raises where `connect` would: a layer that ignores its variant would run as plain
+    LoRA.
+    """
+    base, tensors = base_model(model), saved.tensors
+    expected = _state(model, base, adapter_name)
     for key in (*expected, *tensors):
         if key not in tensors:
             raise ValueError(f"{directory / WEIGHTS_NAME} has no {key}, which the model's adapter has")
@@ -166,21 +270,20 @@ def _check_fit(expected: dict[str, torch.Tensor], tensors: dict[str, torch.Tenso
         here, there = tuple(expected[key].shape), tuple(tensors[key].shape)
         if here != there:
             raise ValueError(f"{key} has shape {there} in {directory / WEIGHTS_NAME}, but {here} in the model")
-
-
-def _check_plan(plan: Chains, layers: dict, directory: Path) -> None:
-    for block in plan.blocks:
+    layers = lora_layers(base, adapter_name)
+    for block in saved.plan.blocks:
         if block.name not in layers:
             raise ValueError(f"{directory / CONFIG_NAME} links {block.name}, which is no LoRA layer of the model")
-
-
-def _check_wirable(plan: Chains, layers: dict, adapter_name: str) -> None:
-    """Raises `ValueError` where `connect` would: a layer that ignores its variant would run as plain LoRA."""
-    for block in plan.blocks:
         layer = layers[block.name]
         reason = stays_plain(block.name, layer) or refused(layer, adapter_name)
-        if reason:
+        if reason and wirable:
             raise ValueError(f"{block.name} {reason}")
+        rank, in_features = layer.lora_A[adapter_name].weight.shape
+        out_features = layer.lora_B[adapter_name].weight.shape[0]
+        if (block.in_features, block.out_features, block.rank) != (in_features, out_features, rank):
+            raise ValueError(
+                f"{block.name} is {block.shape} in {directory / CONFIG_NAME}, another shape than its layer"
+            )
 
 
 def _uninitialised(lora: LoraConfig) -> LoraConfig:
@@ -188,48 +291,6 @@ def _uninitialised(lora: LoraConfig) -> LoraConfig:
     lora = copy.deepcopy(lora)
     lora.init_lora_weights = False
     return lora
-
-
-def _read_config(directory: Path) -> dict:
-    path = directory / CONFIG_NAME
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(
-            f"directory={str(directory)!r} has no {CONFIG_NAME}: give a folder that reslora.save wrote"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {_first_line(error)}") from error
-    missing = [key for key in ("lora", "reslora", "chains", "norms", "peft_model") if key not in content]
-    if missing:
-        raise ValueError(f"{path} has no {missing[0]!r}: it is not a file of reslora.save")
-    return content
-
-
-def _parse(content: dict, directory: Path) -> tuple[ResLoraConfig, LoraConfig, Chains]:
-    try:
-        config = ResLoraConfig(**content["reslora"])
-        lora = LoraConfig(**{key: value for key, value in content["lora"].items() if key != "peft_type"})
-        chains = tuple(
-            Chain(
-                chain["role"], tuple(Block(**{**block, "tokens": tuple(block["tokens"])}) for block in chain["blocks"])
-            )
-            for chain in content["chains"]["chains"]
-        )
-        unlinked = tuple((item["name"], item["reason"]) for item in content["chains"]["unlinked"])
-    except (TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"{directory / CONFIG_NAME} is damaged: {_first_line(error)}") from error
-    return config, lora, Chains(chains, unlinked)
-
-
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: give a folder that reslora.save wrote")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no mapping
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file: {_first_line(error)}") from error
 
 
 def _jsonable(value):
@@ -240,7 +301,3 @@ def _jsonable(value):
     if isinstance(value, (list, tuple)):
         return [_jsonable(item) for item in value]
     return value
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
