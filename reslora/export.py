@@ -47,6 +47,9 @@ def export_peft(model: nn.Module, directory: str | os.PathLike, adapter_name: st
     state = {_PEFT_PREFIX + key.removeprefix(_PEFT_PREFIX): value for key, value in state.items()}
     config = copy.deepcopy(base.peft_config[adapter_name])
     config.inference_mode = True
+    for field, value in vars(config).items():
+        if isinstance(value, set):  # whose order differs from process to process
+            setattr(config, field, sorted(value))
     with replacing(directory) as temporary:
         config.save_pretrained(str(temporary))
         write_tensors(temporary / "adapter_model.safetensors", state, {"format": "pt"})

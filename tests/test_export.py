@@ -108,6 +108,18 @@ def test_peft_loads_the_peft_files(merged, inputs, tmp_path):
     assert_predicts(PeftModel.from_pretrained(base_unet(), tmp_path), inputs, predict(merged, inputs))
 
 
+def test_the_peft_config_lists_names_in_order(tmp_path):
+    """PEFT keeps names in sets, and writes those in an order that differs from process to process."""
+    targets = {"to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"}
+    unet = base_unet()
+    unet.add_adapter(LoraConfig(r=2, target_modules=targets, exclude_modules={"mid_block", "conv_in", "down_blocks.0"}))
+    export_peft(unet, tmp_path / "peft")
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert config["target_modules"] == sorted(targets)
+    assert config["exclude_modules"] == sorted(config["exclude_modules"])
+    assert isinstance(unet.peft_config["default"].target_modules, set)
+
+
 def test_diffusers_loads_the_diffusers_file(merged, inputs, tmp_path):
     export_diffusers(merged, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [LORA]
