@@ -93,6 +93,10 @@ class Chains(Sequence):
         """All blocks, chain after chain."""
         return [block for chain in self.chains for block in chain]
 
+    def clipped(self, reach: int | None) -> list[Chain]:
+        """The linked chains in which no block has `reach` blocks before it, as `ResLoraConfig.reach` asks."""
+        return [] if reach is None else [chain for chain in self.chains if 1 < len(chain) <= reach]
+
     def to_dict(self) -> dict:
         """The plan as JSON-able data, the content of `chains.json`."""
         return {

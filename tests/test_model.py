@@ -148,6 +148,24 @@ def test_modules_to_save_train_along(shortcut):
     assert_equal(ours, gradients_of(oracle, arch.inputs()))
 
 
+@pytest.mark.parametrize(
+    "config, short",
+    [
+        (ResLoraConfig("block", 4), [2, 2, 4]),
+        (ResLoraConfig("block", 3), [2, 2]),
+        (ResLoraConfig("middle", 2), [2, 2]),
+        (ResLoraConfig("middle", 8), [2, 2, 4, 8]),
+        (ResLoraConfig("middle", -1), []),
+        (ResLoraConfig("input", 9), []),
+    ],
+)
+def test_a_plan_tells_which_chains_are_too_short(unet, config, short):
+    """Text tokens make one chain of eight blocks, image tokens one of two, two and four."""
+    plan = reslora.connect(unet.lora(target_modules=["attn1.to_q", "attn2.to_k"]), config)
+    assert sorted(len(chain) for chain in plan) == [2, 2, 4, 8]
+    assert sorted(len(chain) for chain in plan.clipped(config.reach)) == short
+
+
 @shortcuts
 def test_a_named_adapter_is_connected(llama, shortcut):
     model = llama.lora(adapter="style")
