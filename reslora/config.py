@@ -13,6 +13,7 @@ HEADS = ("repeat", "none")
 LORA_METHODS = ("lora", "lora_x2", "reslora")
 PLAIN_METHODS = (*LORA_METHODS, "adalora")  # what ends as plain LoRA, and so as a diffusers and a kohya file
 METHODS = (*PLAIN_METHODS, "loha", "lokr")
+LEAST_ADALORA_STEPS = 3  # with fewer its schedule never moves a rank
 
 
 @dataclasses.dataclass(frozen=True)

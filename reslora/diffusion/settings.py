@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..config import LEAST_ADALORA_STEPS
 from ..errors import InvalidArgument, first_line
 from .arguments import DEFAULTS, Flags, build_parser
 from .families import FAMILIES
@@ -18,7 +19,6 @@ from .families import FAMILIES
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 BUNDLED_MODEL, BUNDLED_IMAGES, BUNDLED_STEPS = ASSETS / "pipeline", ASSETS / "openmoji", 200
 POLYNOMIAL_END = 1e-7  # diffusers' learning rate at the end of that schedule
-LEAST_ADALORA_STEPS = 3
 
 # A run's config.json holds both of these; whoever names one on the command line means the other no longer.
 GIVES_WAY_TO = {

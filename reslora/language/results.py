@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..chains import base_model, chains, lora_layers
+from ..errors import RunFailed, first_line
 from ..export import export_peft, merged_state_dict
 from ..files import replacing, write_json
 from ..merging import METHODS
@@ -46,8 +48,13 @@ def merge_table(
     `unmerged` and each method to its figures, merged ones with their `report`. Default methods: all that apply; for
     block-shortcuts `none` and `exact`. `input` takes the norms recorded in training where there are any (Eqs. 8-9),
     else the calibration's. The model is connected and unmerged again afterwards; one that never was has a single row.
+
+    Raises `RunFailed` if the figures of the unmerged model are not finite, or if its weights cannot be merged.
     """
     table = {"unmerged": dict(evaluate())}
+    for name, value in table["unmerged"].items():
+        if not math.isfinite(value):
+            raise RunFailed(f"{name} {value} after the training: it has diverged, lower --learning_rate")
     connection = connection_of(base_model(model))
     if connection is None or not connection.config.wired:
         return table
@@ -70,7 +77,12 @@ def _merge(model: nn.Module, method: str, calibration: Sequence[Mapping] | None)
     merges = connection.shortcut.merges if connection.shortcut is not None else {}
     if connection.wires.norms.count > 0 and method in merges and merges[method].norms:
         calibration = None  # the norms recorded in training, not those of the examples
-    return merge(model, method if method in METHODS else "auto", calibration)  # an exact merge has no name of its own
+    try:
+        return merge(model, method if method in METHODS else "auto", calibration)  # exact merges have no name
+    except ValueError as error:
+        if "NaN or infinity" not in str(error):
+            raise
+        raise RunFailed(f"the training has diverged, lower --learning_rate: {first_line(error)}") from error
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from transformers.utils import logging
 from .. import adapters
 from ..adapters import adapter_config, check_rank, known_targets, load_adapter, rank_allocator, save_adapter
 from ..chains import base_model
-from ..config import ResLoraConfig
+from ..config import LEAST_ADALORA_STEPS, ResLoraConfig
 from ..errors import InvalidArgument, RunFailed, Stopped, first_line
 from ..files import write_checksums, write_tensors
 from ..model import enable_gradient_checkpointing
@@ -53,6 +53,12 @@ def attach(
     or a shortcut without a link.
     """
     targets = _targets(model, arguments)
+    if arguments.method == "adalora" and total_steps < LEAST_ADALORA_STEPS:
+        raise InvalidArgument(
+            f"--method adalora with {total_steps} steps",
+            f"it needs {LEAST_ADALORA_STEPS} to move ranks",
+            "give more steps or epochs, or another method",
+        )
     config = adapter_config(
         arguments.method,
         r=arguments.lora_r,

@@ -1,4 +1,4 @@
-"""train_llm.py: prompts, answers, end-of-sequence, generation, errors, and whole runs of a tiny model."""
+"""train_llm.py: whole runs of a tiny model, its data, and what is refused."""
 
 import json
 import shutil
@@ -6,16 +6,13 @@ import shutil
 import pytest
 import torch
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
-from conftest import tiny_llama
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reslora.errors import InvalidArgument
 from reslora.language import llm
-from reslora.language.arguments import MethodArguments
-from reslora.language.llm_tasks import TASKS, Example, examples_of, extract_answer, same_answer, to_number
-from reslora.language.llm_trainer import Encoder, calibration_batches, generate
-from reslora.language.trainer import attach
+from reslora.language.llm_tasks import TASKS, Example, examples_of
+from reslora.language.llm_trainer import Encoder
 from reslora.script import run_script
 
 from .helpers import bytes_tokenizer, flags, row, write_rows
@@ -23,147 +20,6 @@ from .helpers import bytes_tokenizer, flags, row, write_rows
 
 def run(argv: list[str]) -> int:
     return run_script(llm.PROG, llm.main, argv)
-
-
-# -- prompts and answers -----------------------------------------------------------------------------------------------
-
-
-def test_examples_have_the_form_of_the_paper():
-    assert TASKS["svamp"].example(row(1)) == Example("Tom has 2 pens. He finds 1. How many?", "2 + 1.", "3")
-    assert TASKS["svamp"].example(row(1)).answer == "2 + 1. The answer is 3."
-    gsm = {"question": "How much?", "answer": "It is 48/2=<<48/2=24>>24.\nSo <<24+1=25>>25.\n#### 1,025"}
-    assert TASKS["gsm8k"].example(gsm).answer == "It is 48/2=24. So 25. The answer is 1,025."
-    meta = {"query": "What?", "response": "Add.\n#### 5\nThe answer is: 5"}
-    assert TASKS["metamathqa"].example(meta).answer == "Add.\n#### 5 The answer is 5."
-    options = "a ) 38 , b ) 27.675 , c ) 30 , d ) data inadequate , e ) none of these"
-    maths = {"Problem": "Gain?", "Rationale": '"explanation : x"', "options": options, "correct": "a"}
-    example = TASKS["mathqa"].example(maths)
-    assert example.prompt == f"Gain?\nThere are 5 options: {options}\nPlease answer the correct option."
-    assert example.answer == "explanation : x. The answer is a."
-    swag = {"ctx": "He throws.", "endings": ["It flies.", "It sings.", "It eats.", "It."], "label": "2"}
-    example = TASKS["hellaswag"].example(swag)
-    assert '"He throws."\nThere are 4 options as an ending:\n0: It flies.\n1: It sings.' in example.prompt
-    assert example.answer == "The answer is 2."
-
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        ("2 + 3. The answer is 5.", "5"),
-        ("The answer is 3.50. And so on", "3.50"),
-        ("The answer is: $1,200", "$1,200"),
-        ("The answer is 7\nmore", "7"),
-        ("The answer is a.", "a"),
-        ("It is 5.", None),
-        ("The answer is", None),
-        ("", None),
-    ],
-)
-def test_what_follows_the_answer_is_taken(text, answer):
-    assert extract_answer(text) == answer
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ("1,200", "1200.0"), ("1200", "1,200"), ("$3", "3"), ("3/4", "0.75"), ("1 1/2", "1.5"), ("-7", "\u22127.0"),
-        ("50%", "50"), (".5", "0.5"), ("5.", "5"), ("+4", "4"), ("2e3", "2000"), ("0.333333333", "1/3"),
-        ("1,000,000", "1e6"), ("B", "b"), ("none of  these", "None of these"),
-    ],
-)  # fmt: skip
-def test_equal_answers_are_equal_however_they_are_written(given, expected):
-    assert same_answer(given, expected) and same_answer(expected, given)
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [(None, "5"), ("", "5"), ("5", "50"), ("5 apples", "5"), ("1/0", "1"), ("a", "b"), ("0.33", "1/3"), ("-7", "7"),
-     ("1e999999", "5"), ("9" * 5000, "9")],
-)  # fmt: skip
-def test_other_answers_are_not(given, expected):
-    assert not same_answer(given, expected)
-
-
-def test_numbers_are_exact():
-    assert to_number("0.1") * 3 == to_number("0.3")
-    assert to_number("nan") is to_number("inf") is to_number("1/0") is to_number("1 2.5") is None
-
-
-# -- tokens ------------------------------------------------------------------------------------------------------------
-
-
-def test_the_loss_is_on_the_answer_and_the_end_which_is_learnt_though_it_pads():
-    tokenizer = bytes_tokenizer()
-    encoder = Encoder(tokenizer)
-    assert encoder.pad == encoder.end == tokenizer.eos_token_id == 0
-    short, long = Example("ab", "", "1"), Example("abcdef", "xyz", "2")
-    batch = encoder.collate([encoder(short), encoder(long)])
-    for number, example in enumerate((short, long)):
-        learnt = batch["labels"][number] != -100
-        text = tokenizer.decode(batch["input_ids"][number][learnt])
-        assert text == example.answer + "<end>"
-        assert torch.equal(batch["labels"][number][learnt], batch["input_ids"][number][learnt])
-        length = int(batch["attention_mask"][number].sum())
-        assert tokenizer.decode(batch["input_ids"][number][:length]) == f"{example.prompt}\n{example.answer}<end>"
-        assert int(learnt.nonzero()[-1]) == length - 1
-    prompts = encoder.left_padded([encoder.prompt(short), encoder.prompt(long)])
-    assert prompts["input_ids"][0].tolist() == [0] * 4 + encoder.prompt(short)
-    assert prompts["attention_mask"][0].tolist() == [0] * 4 + [1] * 3
-    # A generated answer starts from the tokens that were trained on.
-    assert encoder(long)["input_ids"][: len(encoder.prompt(long))] == encoder.prompt(long)
-
-
-def test_a_tokenizer_that_ends_every_text_does_not_end_the_prompt():
-    from tokenizers import processors
-
-    tokenizer = bytes_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        "$A <end>", special_tokens=[("<end>", 0)]
-    )
-    encoder = Encoder(tokenizer)
-    assert 0 not in encoder.prompt(Example("ab", "", "1"))
-    assert encoder(Example("ab", "", "1"))["input_ids"].count(0) == 1
-
-
-def test_calibration_batches_have_no_padding():
-    rows = [{"input_ids": list(range(length))} for length in (9, 3, 5, 4, 8)]
-    batches = calibration_batches(rows, 4, 2)
-    assert [batch["input_ids"].tolist() for batch in batches] == [
-        [[0, 1, 2], [0, 1, 2]],
-        [[0, 1, 2, 3, 4], [0, 1, 2, 3, 4]],
-    ]
-    assert calibration_batches(rows, 0, 2) is None
-
-
-# -- generation --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("method", "shortcut"), [("reslora", "input"), ("reslora", "middle"), ("reslora", "block"), ("lora", "none")]
-)
-def test_generation_with_cache_equals_the_arg_max_of_whole_forwards(method, shortcut):
-    torch.manual_seed(0)
-    base = tiny_llama(layers=4, vocab_size=257, max_position_embeddings=128, pad_token_id=None, bos_token_id=None)
-    base.generation_config.repetition_penalty = 1.5  # as chat models ship it; the answers must not depend on it
-    model = attach(base, MethodArguments(method=method, shortcut=shortcut), 10, task_type="CAUSAL_LM").eval()
-    with torch.no_grad():
-        for parameter in (p for p in model.parameters() if p.requires_grad):
-            parameter.copy_(torch.randn(parameter.shape, dtype=torch.float64) * 0.3)
-    encoder = Encoder(bytes_tokenizer())
-    examples = [Example("a", "", "1"), Example("Tom has 5 pens.", "", "2"), Example("xyz", "", "3")]
-    asked = []
-    encoder.tokenizer.batch_decode = lambda tokens, **_: asked.extend(tokens.tolist())
-    generate(model, encoder, examples, 12)
-    assert base.generation_config.repetition_penalty == 1.5
-    assert any(len(set(answer)) > 2 for answer in asked)
-    for example, answer in zip(examples, asked, strict=True):
-        tokens = encoder.prompt(example)
-        for expected in answer:
-            logits = model(input_ids=torch.tensor([tokens])).logits[0, -1]
-            assert int(logits.argmax()) == expected
-            tokens = [*tokens, expected]
-            if expected == encoder.end:
-                break
 
 
 # -- whole runs --------------------------------------------------------------------------------------------------------
@@ -493,3 +349,13 @@ def test_a_loss_that_is_no_number_is_one_line_and_status_1(tiny, data, tmp_path,
     assert run(flags(tmp_path / "broken", data, tmp_path / "run")) == 1
     assert "train_llm.py: loss nan at step 1" in capsys.readouterr().err
     assert not (tmp_path / "run" / "results.json").exists()
+
+
+@pytest.mark.parametrize("save", ["no", "steps"])
+@pytest.mark.parametrize("method", ["lora", "reslora"])
+def test_a_run_that_diverges_at_its_last_step_exports_nothing(tiny, data, tmp_path, capsys, method, save):
+    more = ["--max_steps", 1, "--learning_rate", 3e38, "--method", method, "--save_strategy", save]
+    assert run(flags(tiny, data, tmp_path / "run", *more)) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "train_llm.py:" in line]
+    assert "lower --learning_rate" in line
+    assert not (tmp_path / "run" / "results.json").exists() and not (tmp_path / "run" / "peft").exists()

@@ -4,13 +4,14 @@ import json
 
 import pytest
 import torch
-from conftest import tiny_bert, tiny_llama, token_inputs
+from conftest import assert_one_line, tiny_bert, tiny_llama, token_inputs
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import reslora
 from reslora.adapters import save_adapter
 from reslora.chains import base_model
+from reslora.errors import RunFailed
 from reslora.language.arguments import MethodArguments
 from reslora.language.results import export, merge_table, table_text, unmerged_afterwards, write_results
 from reslora.language.trainer import attach
@@ -109,6 +110,25 @@ def test_without_calibration_or_norms_fewer_merges_apply():
     assert list(merge_table(model, evaluate, [token_inputs()], ["lstsq"])) == ["unmerged", "lstsq"]
     for plain in (random_model("lora")[0], random_model("adalora")[0], random_model(pre_num=0)[0]):
         assert list(merge_table(plain, lambda: {"loss": 1.0})) == ["unmerged"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("method", ["lora", "reslora"])
+def test_figures_that_are_not_finite_end_the_run(method, value):
+    with pytest.raises(RunFailed) as error:
+        merge_table(random_model(method)[0], lambda: {"accuracy": 0.5, "loss": value})
+    assert_one_line(error, f"loss {value}", "diverged", "--learning_rate")
+
+
+def test_weights_that_cannot_be_merged_end_the_run():
+    model, _ = random_model()
+    with torch.no_grad():
+        next(iter(trained_parameters(model))).fill_(torch.inf)
+    with pytest.raises(RunFailed) as error:
+        merge_table(model, lambda: {"loss": 1.0}, methods=["none"])
+    assert_one_line(error, "diverged", "lora_A")
+    with pytest.raises(ValueError, match="needs calibration"):  # a mistake in the call is none of the training
+        merge_table(random_model()[0], lambda: {"loss": 1.0}, methods=["lstsq"])
 
 
 def test_a_failing_evaluation_leaves_the_model_unmerged():

@@ -296,6 +296,13 @@ def test_a_rank_larger_than_a_layer_is_refused(method):
     assert_one_line(error, "--lora_r 100000", "v_proj", "at most 16")
 
 
+def test_adalora_needs_steps_to_move_ranks():
+    with pytest.raises(InvalidArgument) as error:
+        attach(tiny_llama(layers=3), MethodArguments(method="adalora"), total_steps=2)
+    assert_one_line(error, "--method adalora with 2 steps", "3 to move ranks")
+    attach(tiny_llama(layers=3), MethodArguments(method="adalora"), total_steps=3)
+
+
 def test_a_shortcut_without_a_link_is_refused():
     with pytest.raises(InvalidArgument) as error:
         build(base=tiny_llama(layers=1))
