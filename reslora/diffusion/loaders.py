@@ -27,7 +27,7 @@ def _ignore_signals(worker: int) -> None:
 def stream(loader: DataLoader) -> Iterator:
     """What a loader yields; an item that cannot be loaded, or a process that died, is `RunFailed` in one line.
 
-    Close it when it is not read to its end: its processes leave only when the loader's own iterator goes.
+    Close it when it is not read to its end: its processes ignore SIGTERM, and leave only when they are told.
     """
     iterator = _iterator(loader)
     try:
@@ -40,7 +40,8 @@ def stream(loader: DataLoader) -> Iterator:
                 raise RunFailed(_what_failed(error, loader.num_workers)) from None
             yield item
     finally:
-        del iterator
+        if loader.num_workers:
+            iterator._shutdown_workers()  # as when torch's iterator is collected, which a kept traceback prevents
 
 
 def _iterator(loader: DataLoader) -> Iterator:

@@ -1,61 +1,81 @@
 """Captions and images are encoded as the pipeline itself encodes them, cached or not, with workers or without."""
 
 import json
+import math
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 from pipelines import image_folder, random_image, stable_diffusion
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModel
 
-from diffusion.runs import final_weights, losses, main
+from diffusion.runs import cut, final_weights, losses, main, only, printed, refused
+from reslora.diffusion import encoding
 
 
-@pytest.fixture(scope="module")
-def pure_latents(tmp_path_factory):
-    """A pipeline whose only timestep adds no noise and whose VAE is certain, and what the merge read of four images.
+def trained_without_noise(folder: Path, images: int, log_variance: float) -> tuple[DiffusionPipeline, Path]:
+    """A pipeline whose only timestep adds hardly any noise, and a run that it trained: noisy latents are latents.
 
-    So the noisy latents of a sample are the latents of its image.
+    The VAE gives every latent the same variance.
     """
-    folder = tmp_path_factory.mktemp("latents")
     scheduler = {"num_train_timesteps": 1, "beta_start": 1e-6, "beta_end": 1e-6, "timestep_spacing": "trailing"}
     model = stable_diffusion(folder / "model", vae={"scaling_factor": 3.7}, scheduler=scheduler)
     weights = model / "vae" / "diffusion_pytorch_model.safetensors"
     state = load_file(weights)
-    state["quant_conv.bias"][4:] = -1e3  # the logarithm of the variance; diffusers stops at -30
+    state["quant_conv.weight"][4:] = 0.0
+    state["quant_conv.bias"][4:] = log_variance
     save_file(state, weights, metadata={"format": "pt"})
-    flags = ["--pretrained_model_name_or_path", model, "--resolution", 32]
-    flags += ["--train_data_dir", image_folder(folder / "images", count=4)]
-    flags += ["--max_train_steps", 1, "--method", "reslora", "--merge", "weights", "--rank", 4, "--center_crop"]
+    flags = ["--pretrained_model_name_or_path", model, "--resolution", 32, "--output_dir", folder / "out"]
+    flags += ["--train_data_dir", image_folder(folder / "images", count=images), "--center_crop", "--rank", 4]
+    flags += ["--max_train_steps", 1, "--method", "reslora", "--merge", "weights", "--report_to", "none"]
     flags += ["--num_inference_steps", 1, "--num_validation_images", 1, "--merge_calibration_samples", 16]
-    assert main(*flags, "--report_to", "none", "--output_dir", folder / "out") == 0
+    assert main(*flags) == 0
     return DiffusionPipeline.from_pretrained(model), folder / "out"
 
 
-def read_by_the_merge(output) -> dict[str, torch.Tensor]:
+def latents_of(pipeline: DiffusionPipeline, number: int) -> torch.Tensor:
+    """The mean of the latents of an image's centre: images are 32 high and 32, 40 or 48 wide."""
+    left = 4 * (number % 3)
+    pixels = np.asarray(random_image(number))[:, left : left + 32]
+    pixels = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+    with torch.no_grad():
+        return pipeline.vae.encode(pixels).latent_dist.mean[0]
+
+
+def read_by_the_merge(output: Path) -> dict[str, torch.Tensor]:
     return load_file(output / "reslora" / "calibration.safetensors")
+
+
+@pytest.fixture(scope="module")
+def pure_latents(tmp_path_factory):
+    return trained_without_noise(tmp_path_factory.mktemp("latents"), images=4, log_variance=-30.0)
 
 
 def test_latents_are_the_vaes_times_its_scaling_factor(pure_latents):
     pipeline, output = pure_latents
-    samples = read_by_the_merge(output)["sample"]
-    expected = []
-    for number in range(4):
-        left = 4 * (number % 3)  # images are 32, 40 or 48 wide: the centre
-        pixels = np.asarray(random_image(number))[:, left : left + 32]
-        pixels = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
-        with torch.no_grad():
-            expected.append(3.7 * pipeline.vae.encode(pixels).latent_dist.mean[0])
+    expected = [3.7 * latents_of(pipeline, number) for number in range(4)]
     seen = set()
-    for sample in samples:
+    for sample in read_by_the_merge(output)["sample"]:
         distances = [(sample - latents).abs().max().item() for latents in expected]
         assert min(distances) < 1e-2
         seen.add(int(np.argmin(distances)))
     assert seen == {0, 1, 2, 3}
+
+
+def test_latents_are_drawn_from_the_vaes_distribution(tmp_path):
+    """Their mean and the standard deviation that the VAE gives them, here 0.5, times the scaling factor."""
+    pipeline, output = trained_without_noise(tmp_path, images=1, log_variance=2 * math.log(0.5))
+    samples = read_by_the_merge(output)["sample"]
+    drawn = (samples / 3.7 - latents_of(pipeline, 0)).flatten()
+    assert len(drawn) == 16 * 4 * 8 * 8
+    assert drawn.std().item() == pytest.approx(0.5, rel=0.05) and drawn.mean().abs() < 0.05
+    assert len(drawn.unique()) > len(drawn) * 0.99
 
 
 def test_captions_are_encoded_as_the_pipeline_encodes_a_prompt(pure_latents):
@@ -72,6 +92,61 @@ def test_captions_are_encoded_as_the_pipeline_encodes_a_prompt(pure_latents):
         assert min(distances) < 1e-5
         seen.add(int(np.argmin(distances)))
     assert seen == {0, 1}
+
+
+# -- what is kept ----------------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_encodes_nothing(brief_flags, tmp_path, monkeypatch):
+    """What is in --cache_dir is enough: neither the images nor the captions are encoded again."""
+    flags = [*brief_flags, "--cache_dir", tmp_path / "cache"]
+    assert main(*flags, "--output_dir", tmp_path / "one") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(AutoencoderKL, "encode", lambda *_, **__: 1 / 0)
+        patch.setattr(CLIPTextModel, "forward", lambda *_, **__: 1 / 0)
+        assert main(*flags, "--output_dir", tmp_path / "two") == 0
+        with pytest.raises(ZeroDivisionError):  # other crops are other latents
+            main(*flags, "--seed", 1, "--random_flip", "--output_dir", tmp_path / "three")
+    assert losses(tmp_path / "one", "lora") == losses(tmp_path / "two", "lora")
+
+
+def test_what_an_interrupted_run_has_encoded_is_kept(brief_flags, tmp_path, monkeypatch):
+    """Encoding is stopped in the second of three parts: the next run encodes what is missing, no more."""
+    monkeypatch.setattr(encoding, "PART_OF_IMAGES", 2)
+    flags, calls, encode = [*brief_flags, "--output_dir", tmp_path / "out"], [], AutoencoderKL.encode
+
+    def counted(vae, *args, **more):
+        calls.append(1)
+        return encode(vae, *args, **more)
+
+    def stopped(vae, *args, **more):
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return counted(vae, *args, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AutoencoderKL, "encode", stopped)
+        assert main(*flags) == 128 + signal.SIGTERM
+    calls.clear()
+    monkeypatch.setattr(AutoencoderKL, "encode", counted)
+    assert main(*flags) == 0
+    assert len(calls) == 4
+
+
+def test_an_image_that_breaks_off_is_left_out_and_the_cache_knows(brief_flags, capsys, tmp_path):
+    """Its header is whole, so that only decoding it tells."""
+    folder = image_folder(tmp_path / "images", 3)
+    cut(folder / "1.png")
+    flags = [*brief_flags, "--train_data_dir", folder, "--cache_dir", tmp_path / "cache"]
+    for name in ("one", "two"):
+        lines = printed(*flags, "--output_dir", tmp_path / name)
+        assert "damaged" in only(lines, "left out", "1.png")
+        only(lines, "left out 1 images, kept 2")
+    assert losses(tmp_path / "one", "lora") == losses(tmp_path / "two", "lora")
+    assert "1.png" in refused(capsys, *flags, "--strict", "--output_dir", tmp_path / "three", quiet=False)
+
+
+# -- in other ways ---------------------------------------------------------------------------------------------------
 
 
 def test_an_uncached_run_sees_the_same_captions(base_flags, run, tmp_path):

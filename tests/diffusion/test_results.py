@@ -8,7 +8,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import PeftModel
 from pipelines import image_folder
 
-from diffusion.runs import failed, main, only, printed
+from diffusion.runs import failed, main
 from reslora.diffusion.arguments import build_parser
 from reslora.log import read_log
 
@@ -117,29 +117,6 @@ def test_an_export_that_does_not_draw_what_the_merged_model_draws_fails(
     line = failed(capsys, *brief_flags, "--output_dir", tmp_path / "out")
     assert "lora/pytorch_lora_weights.safetensors" in line and word in line
     assert not (tmp_path / "out" / "lora" / "exports.json").exists()
-
-
-# -- what was wired, and what was not --------------------------------------------------------------------------------
-
-
-def test_a_clipped_pre_num_and_names_that_match_nothing_are_said(brief_flags, tmp_path):
-    flags = [*brief_flags, "--method", "reslora", "--shortcut", "block", "--pre_num", "50"]
-    lines = printed(*flags, "--target_modules", "to_q", "nothing", "--output_dir", tmp_path / "out")
-    assert "2 blocks" in only(lines, "--pre_num 50")
-    assert "0 layers" in only(lines, "--target_modules", "nothing")
-
-
-def test_layers_that_stay_plain_are_counted(brief_flags, tmp_path):
-    """Convolutions get an adapter, and no shortcut: the tiny U-Net has one `conv_in`."""
-    flags = [*brief_flags, "--method", "reslora", "--target_modules", "to_q", "conv_in"]
-    lines = printed(*flags, "--output_dir", tmp_path / "out")
-    assert "1 " in only(lines, "conv_in")
-
-
-def test_a_pre_num_that_fits_is_not_mentioned(brief_flags, tmp_path):
-    flags = [*brief_flags, "--method", "reslora", "--shortcut", "block", "--pre_num", "1"]
-    lines = printed(*flags, "--target_modules", "to_k", "--output_dir", tmp_path / "out")
-    assert not [line for line in lines if "--pre_num" in line or "--target_modules" in line]
 
 
 # -- the hub ---------------------------------------------------------------------------------------------------------

@@ -91,6 +91,10 @@ def with_and_without_offset(pure_noise, tmp_path_factory):
     return outputs
 
 
+def by_step(output) -> dict[tuple[int, str], float]:
+    return {(step, split): loss for step, split, loss in losses(output)}
+
+
 def test_noise_offset_shifts_each_channel_of_each_sample(with_and_without_offset):
     """0.5 times a normal number for each sample and channel, the same over the whole image; the noise stays."""
     noises = {
@@ -108,8 +112,14 @@ def test_noise_offset_shifts_each_channel_of_each_sample(with_and_without_offset
 
 def test_validation_loss_is_without_the_noise_offset(with_and_without_offset):
     """Losses of runs with and without it could not be compared otherwise."""
-    before, after = (
-        {(step, split): loss for step, split, loss in losses(with_and_without_offset[offset])} for offset in (0.0, 0.5)
-    )
+    before, after = (by_step(with_and_without_offset[offset]) for offset in (0.0, 0.5))
     assert after[0, "validation"] == before[0, "validation"]
     assert after[1, "train"] != before[1, "train"]
+
+
+def test_the_loss_is_weighted_in_training_alone(pure_noise, with_and_without_offset, tmp_path):
+    """A millionth of the image is left: for v the min-SNR weight is snr / (snr + 1), a millionth too."""
+    assert main(*pure_noise, "--snr_gamma", 5, "--output_dir", tmp_path / "out") == 0
+    before, after = by_step(with_and_without_offset[0.0]), by_step(tmp_path / "out")
+    assert after[0, "validation"] == before[0, "validation"]
+    assert after[1, "train"] == pytest.approx(1e-6 * before[1, "train"], rel=0.1)

@@ -1,11 +1,30 @@
 """Flags with every default filled in, from the command line, a TOML file or a run's own config.json."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from diffusion.runs import refused
 from reslora.diffusion.settings import parse_args
+
+
+def test_the_bundled_pipeline_has_defaults_of_its_own(data):
+    """What depends on the model's family stays open until that is known."""
+    bundled = parse_args([])
+    assert (bundled.method, bundled.resolution, bundled.max_train_steps) == (["lora", "reslora"], 64, 200)
+    assert Path(bundled.train_data_dir).name == "openmoji" and bundled.validation_prompt
+    assert parse_args(["--pretrained_model_name_or_path", bundled.pretrained_model_name_or_path]) == bundled
+    named = parse_args(["--pretrained_model_name_or_path", "somebody/model", "--train_data_dir", str(data)])
+    assert (named.method, named.resolution, named.max_train_steps) == (["reslora"], None, None)
+    assert named.num_train_epochs == 100 and named.validation_prompt == []
+
+
+def test_settled_flags_do_not_change():
+    flags = parse_args(["--rank", "4"])
+    with pytest.raises(AttributeError):
+        flags.rank = 8
+    assert flags.replace(rank=8).rank == 8 and flags.rank == 4
 
 
 def test_config_file_gives_flags_and_the_command_line_wins(run, data, model, tmp_path):

@@ -1,0 +1,36 @@
+"""The run's folder belongs to one run at a time, and to its user."""
+
+import os
+
+from diffusion.runs import RESUME, final_weights, main, refused
+
+
+def test_a_second_run_is_refused_and_a_lock_left_behind_is_taken_over(runs, capsys, tmp_path):
+    output = tmp_path / "out"
+    flags = (*runs.flags, "--output_dir", output, "--max_train_steps", 10_000)
+    other = runs.start(output, "--max_train_steps", "10000", "--checkpointing_steps", "1")
+    while not list(output.glob("reslora/checkpoint-*/trainer.json")):
+        assert other.is_alive()
+    for resume in ((), RESUME):
+        assert f"process {other.pid} is training in it" in refused(capsys, *flags, *resume, quiet=False)
+    other.kill()
+    other.join()
+    (output / ".lock").write_text(str(os.getppid()))  # an id that was used again
+    done = max(int(path.name.split("-")[1]) for path in output.glob("reslora/checkpoint-*"))
+    assert main(*flags, *RESUME, "--max_train_steps", done + 1) == 0
+    assert final_weights(output, step=done + 1)
+    assert not (output / ".lock").exists()
+
+
+def test_a_refused_run_leaves_the_users_files(base_flags, capsys, tmp_path):
+    """Leftovers of a killed run go; what merely looks alike stays, as does a folder that was there."""
+    theirs = [tmp_path / "out" / ".mine.tmp", tmp_path / "out" / "notes" / ".draft.1.tmp"]
+    own = [tmp_path / "out" / ".config.json.123.tmp", tmp_path / "out" / "lora" / ".peft.123.old.tmp"]
+    for path in (*theirs, *own):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("text")
+    (tmp_path / "empty").mkdir()
+    for name in ("out", "empty"):
+        refused(capsys, *base_flags, "--target_modules", "to_nothing", "--output_dir", tmp_path / name)
+    assert all(path.is_file() for path in theirs) and not any(path.exists() for path in own)
+    assert (tmp_path / "empty").is_dir()

@@ -1,0 +1,114 @@
+"""The model: what cannot be trained is refused before anything is encoded, and what is one file becomes a folder."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import save_file
+
+from diffusion.runs import losses, main, refused
+
+
+def refused_model(capsys, base_flags, folder: Path) -> str:
+    """The line with which the model is refused, before anything is encoded or written."""
+    output = folder.parent / "out"
+    line = refused(capsys, *base_flags, "--pretrained_model_name_or_path", folder, "--output_dir", output)
+    assert f"--pretrained_model_name_or_path {folder}" in line
+    assert not output.exists()
+    return line
+
+
+def damage_missing(unet: Path) -> None:
+    (unet / "diffusion_pytorch_model.safetensors").unlink()
+
+
+def damage_cut_off(unet: Path) -> None:
+    path = unet / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+def damage_other_shape(unet: Path) -> None:
+    config = json.loads((unet / "config.json").read_text())
+    (unet / "config.json").write_text(json.dumps(config | {"block_out_channels": [8, 24]}))
+
+
+@pytest.mark.parametrize("damage", [damage_missing, damage_cut_off, damage_other_shape])
+def test_damaged_unet_is_refused_before_anything_is_encoded(base_flags, model, capsys, tmp_path, damage):
+    broken = shutil.copytree(model, tmp_path / "model")
+    damage(broken / "unet")
+    assert "unet" in refused_model(capsys, base_flags, broken)
+
+
+@pytest.mark.parametrize("index, vae", [("[]", None), (None, "[]"), ("{", None)])
+def test_damaged_model_configs_are_refused(base_flags, model, capsys, tmp_path, index, vae):
+    broken = shutil.copytree(model, tmp_path / "model")
+    if index:
+        (broken / "model_index.json").write_text(index)
+    if vae:
+        (broken / "vae" / "config.json").write_text(vae)
+    name = "model_index.json" if index else "vae/config.json"
+    assert name in refused_model(capsys, base_flags, broken)
+
+
+def test_a_missing_tokenizer_is_named(base_flags, model, capsys, tmp_path):
+    broken = shutil.copytree(model, tmp_path / "model")
+    shutil.rmtree(broken / "tokenizer")
+    line = refused_model(capsys, base_flags, broken)
+    assert str(broken / "tokenizer") in line or "no tokenizer" in line
+    assert ": ;" not in line
+
+
+def test_predictions_of_the_image_itself_are_refused(base_flags, model, capsys, tmp_path):
+    """Trained on the noise it would unlearn what it can."""
+    folder = shutil.copytree(model, tmp_path / "model")
+    config = folder / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "sample"}))
+    line = refused_model(capsys, base_flags, folder)
+    assert "prediction_type" in line and "sample" in line
+
+
+def test_other_kinds_of_pipeline_are_refused_by_name(base_flags, model, capsys, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "model")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "KandinskyPipeline"}))
+    line = refused_model(capsys, base_flags, folder)
+    assert "KandinskyPipeline" in line and "StableDiffusionPipeline" in line
+
+
+def test_a_single_file_that_cannot_be_loaded_is_refused_with_what_makes_a_folder_of_it(base_flags, capsys, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({"weight": torch.zeros(3)}, path)
+    line = refused_model(capsys, base_flags, path)
+    assert "no such folder" not in line
+    assert "from_single_file" in line and "save_pretrained" in line
+
+
+def test_hub_that_cannot_be_reached_is_said_at_once(capsys, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: False, raising=False)
+    flags = ("--pretrained_model_name_or_path", "nobody/nothing", "--train_data_dir", data, "--report_to", "none")
+    line = refused(capsys, *flags, "--output_dir", tmp_path / "out")
+    assert "nobody/nothing" in line and "http://127.0.0.1:9 cannot be reached" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_single_file_is_made_a_folder_once(brief_flags, model, tmp_path, monkeypatch):
+    """diffusers' conversion, which wants the configurations of the hub, is replaced by what it would return."""
+    path, converted = tmp_path / "model.safetensors", []
+    save_file({"weight": torch.zeros(3)}, path)
+
+    def convert(given, **more):
+        converted.append(given)
+        return StableDiffusionPipeline.from_pretrained(model)
+
+    monkeypatch.setattr(StableDiffusionPipeline, "from_single_file", convert)
+    flags = [*brief_flags, "--pretrained_model_name_or_path", path, "--cache_dir", tmp_path / "cache"]
+    for name in ("one", "two"):
+        assert main(*flags, "--output_dir", tmp_path / name) == 0
+    assert converted == [str(path)]
+    assert main(*brief_flags, "--output_dir", tmp_path / "folder") == 0
+    assert losses(tmp_path / "one", "lora") == losses(tmp_path / "folder", "lora")
