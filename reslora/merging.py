@@ -254,8 +254,8 @@ def merged_norm(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling:
 
 
 def cut(block: Factors, merged: Merged, rank: int) -> Merged:
-    """`merged` with at most that rank, and a note of what is lost."""
-    if merged.a.shape[0] <= rank:
+    """`merged` with at most that rank, and a note of what is lost; factors that the merge has kept stay as they are."""
+    if merged.a is block.a or merged.a.shape[0] <= rank:
         return merged
     a, b, loss = truncate(merged.a, merged.b, rank)
     note = f"{block.name}: rank {merged.a.shape[0]} cut to {rank} loses {loss:.3%}"
