@@ -80,19 +80,26 @@ class _Guard:
 
     def __init__(self, module: nn.Module, verb: str, outer: nn.Module) -> None:
         self.module, self.verb, self.outer = module, verb, outer
+        self.previous = vars(module).get(verb)  # what stood on the instance before, if anything
 
     def __call__(self, *args, **kwargs):
         """Refuses the call, or hands it to the method."""
-        method = getattr(type(self.module), self.verb)
+        method = self.previous or functools.partial(getattr(type(self.module), self.verb), self.module)
         connection = _connection(self.module)
         if connection is not None and self.verb in _LEAVING:
             connection.clear(self.outer)
         elif connection is not None and connection.config.wired:
             does, default = _REFUSED[self.verb]
-            named = _named(inspect.signature(method).bind(self.module, *args, **kwargs).arguments)
+            named = _named(inspect.signature(method).bind(*args, **kwargs).arguments)
             if connection.adapter_name in (named or [default or connection.adapter_name]):
                 raise _refusal(self.verb, does, connection.adapter_name)
-        return method(self.module, *args, **kwargs)
+        return method(*args, **kwargs)
+
+    def remove(self) -> None:
+        """Puts back what was there before."""
+        del vars(self.module)[self.verb]
+        if self.previous is not None:
+            vars(self.module)[self.verb] = self.previous
 
 
 def install(model: nn.Module, wired: Iterable[tuple[str, LoraLayer]]) -> None:
@@ -100,7 +107,7 @@ def install(model: nn.Module, wired: Iterable[tuple[str, LoraLayer]]) -> None:
     base, outer, wired = base_model(model), unwrap(model), list(wired)
     for module in (*_wrappers(model), base):
         for verb in (*_REFUSED, *_LEAVING):
-            if hasattr(type(module), verb):
+            if hasattr(type(module), verb) and not isinstance(vars(module).get(verb), _Guard):
                 vars(module)[verb] = _Guard(module, verb, base if module is base else outer)
     for name, layer in _merged_by_peft(base) if wired else ():
         # PEFT merges layer by layer: without this, plain layers would be merged before the first wired one refuses.
@@ -115,8 +122,8 @@ def remove(model: nn.Module) -> None:
     base = base_model(model)
     for module in (*_wrappers(model), base):
         for verb in (*_REFUSED, *_LEAVING):
-            if isinstance(vars(module).get(verb), _Guard):
-                del vars(module)[verb]
+            if isinstance(guard := vars(module).get(verb), _Guard):
+                guard.remove()
     for module in base.modules():
         if isinstance(module, LoraLayer):
             for verb in ("merge", "unmerge", "update_layer"):

@@ -348,6 +348,21 @@ def test_a_wrapper_is_free_when_its_base_was_disconnected(llama, tmp_path):
     assert (tmp_path / "adapter_model.safetensors").exists()
 
 
+def test_a_method_of_the_users_own_is_guarded_and_comes_back(llama, tmp_path):
+    calls = []
+
+    def save(directory, selected_adapters=None):
+        calls.append(directory)
+
+    model = llama.lora()
+    model.save_pretrained = save
+    reslora.connect(model, WIRED[0])
+    refused(lambda: model.save_pretrained(tmp_path), *NAMES)
+    model.save_pretrained(tmp_path, ["other"])
+    reslora.disconnect(model)
+    assert calls == [tmp_path] and model.save_pretrained is save
+
+
 def test_reslora_save_and_load_pass(llama, tmp_path):
     model = connected(llama)
     reslora.save(model, tmp_path)

@@ -342,6 +342,19 @@ def test_gradients_of_an_encoder_alone_and_of_the_whole(name, checkpointing, sho
     assert_equal(gradients(model), gradients(oracle))
 
 
+@pytest.mark.parametrize("name", ENCODER_DECODERS)
+@pytest.mark.parametrize("shortcut", ["input", "middle"])
+def test_a_part_inside_a_forward_is_recorded_with_the_whole(name, shortcut):
+    """One column for each forward, with the norms of encoder and decoder; a part alone leaves the others out."""
+    model, _, example = encoder_decoder(name, shortcut, 1, "repeat")
+    norms = connection_of(model.get_base_model()).wires.norms
+    model(**example)
+    assert norms.count == 1 and bool(norms.values[:, 0].isfinite().all())
+    model.get_base_model().get_encoder()(input_ids=example["input_ids"])
+    encoder = torch.tensor(["encoder." in name for name in norms.names])
+    assert norms.count == 2 and torch.equal(norms.values[:, 1].isfinite(), encoder)
+
+
 @stateful
 def test_a_part_that_cuts_a_chain_in_two_does_not_run_alone(llama, shortcut, pre_num, head):
     model, _ = pair(llama, shortcut, pre_num, head)
