@@ -50,6 +50,10 @@ def start_accelerator(flags: Flags) -> Accelerator:
         raise InvalidArgument(
             f"--mixed_precision {flags.mixed_precision}", first_line(error), "choose another"
         ) from None
+    started = int(os.environ.get("WORLD_SIZE", accelerator.num_processes))
+    if started != accelerator.num_processes:  # so it is with DeepSpeed on a CPU: each would take itself for all
+        problem = f"accelerate knows {accelerator.num_processes} of the {started} processes that were started"
+        raise InvalidArgument("accelerate launch", problem, "give --num_processes 1, or another configuration")
     if accelerator.device.type == "cpu":
         if accelerator.mixed_precision == "fp16":
             raise InvalidArgument("--mixed_precision fp16", "there is no GPU, and CPUs crawl in fp16", "use bf16 or no")
@@ -57,6 +61,8 @@ def start_accelerator(flags: Flags) -> Accelerator:
     if accelerator.state.deepspeed_plugin is not None:  # it would ask the data loader, which is not accelerate's
         settings = accelerator.state.deepspeed_plugin.deepspeed_config
         settings["train_micro_batch_size_per_gpu"] = flags.train_batch_size
+        per_step = flags.train_batch_size * flags.gradient_accumulation_steps * accelerator.num_processes
+        settings["train_batch_size"] = per_step
     torch.backends.cuda.matmul.allow_tf32 = flags.allow_tf32
     quieten()
     return accelerator
