@@ -69,20 +69,20 @@ class DenoisingLoss:
 
 def on_device(text: dict, device: torch.device, dtype: torch.dtype | None = None) -> Text:
     """Text states on a device, and in `dtype` where one is given."""
-    return {
-        name: [item.to(device, dtype) for item in value]
-        if isinstance(value, list)
-        else value.to(device, dtype, non_blocking=True)
-        for name, value in text.items()
-    }
+
+    def moved(value: torch.Tensor | list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
+        return list(map(moved, value)) if isinstance(value, list) else value.to(device, dtype, non_blocking=True)
+
+    return {name: moved(value) for name, value in text.items()}
 
 
 @contextmanager
 def wide_enough(family: Family, vae: nn.Module) -> Iterator[None]:
     """Runs its body with the autoencoder in float32 where it would overflow in half precision."""
-    dtype = vae.dtype
-    narrow = family.encodes_in_float32 and vae.config.force_upcast and dtype == torch.float16
+    if not (family.encodes_in_float32 and vae.config.force_upcast and vae.dtype == torch.float16):
+        yield
+        return
     try:
-        yield vae.to(torch.float32) if narrow else None
+        yield vae.to(torch.float32)
     finally:
-        vae.to(dtype)
+        vae.to(torch.float16)

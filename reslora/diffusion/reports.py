@@ -37,41 +37,61 @@ class Reports:
         # TensorBoard alone takes the steps of the next method from 0 again.
         self.before = flags.method.index(trainee.method) * (schedule.steps + 1)
         self.log = LogWriter(folder / "log.jsonl", trainee.step) if accelerator.is_main_process else None
+        self.noted: dict | None = None
 
-    def loss(self, split: str, loss: float) -> None:
-        """A row of the log; raises `RunFailed` for a loss that is not finite."""
+    def note(self, split: str, loss: torch.Tensor | float) -> None:
+        """Keeps a row of the log for `flush`: to read a loss at once is to wait for the device at every step."""
         trainee = self.trainee
+        rate, seconds = trainee.lr_scheduler.get_last_lr()[0], round(trainee.seconds, 3)
+        self.noted = {"step": trainee.step, "split": split, "loss": loss, "lr": rate, "seconds": seconds}
+
+    def flush(self) -> float | None:
+        """Writes what is noted, to the log and the trackers; returns its loss, or raises `RunFailed` if not finite."""
+        row, self.noted = self.noted, None
+        if row is None:
+            return None
+        row["loss"] = float(row["loss"])
+        self._write(**row)
+        return row["loss"]
+
+    def _write(self, step: int, split: str, loss: float, lr: float, seconds: float) -> None:
+        method = self.trainee.method
         if not math.isfinite(loss):
             raise RunFailed(
-                f"{trainee.method}: {split} loss {loss} at step {trainee.step}; checkpoints before it are intact: go "
-                "on from one, or start in another --output_dir with a lower --learning_rate"
+                f"{method}: {split} loss {loss} at step {step}; checkpoints before it are intact: go on from one, or "
+                "start in another --output_dir with a lower --learning_rate"
             )
-        rate = trainee.lr_scheduler.get_last_lr()[0]
-        row = {"step": trainee.step, "split": split, "loss": loss, "lr": rate, "seconds": round(trainee.seconds, 3)}
         if self.log:
-            self.log.write(row)
-        values = {f"{split}_loss/{trainee.method}": loss, f"lr/{trainee.method}": rate}
+            self.log.write({"step": step, "split": split, "loss": loss, "lr": lr, "seconds": seconds})
+        values = {f"{split}_loss/{method}": loss, f"lr/{method}": lr}
         for tracker in self.trackers:
-            tracker.log(values, step=self._step(tracker))
+            if tracker.name != "tensorboard":
+                tracker.log(values, step=step + self.before)
+            elif self.log:  # accelerate's own `log` waits for the disk every time
+                for name, value in values.items():
+                    tracker.writer.add_scalar(name, value, step)
 
     def samples(self, images: Sequence[Image.Image], per_prompt: int) -> None:
         """The samples of this step, as files and to trackers that show images."""
         save_images(self.folder / "samples" / f"step-{self.trainee.step:06d}", images, per_prompt)
-        name = f"samples/{self.trainee.method}"
+        name, step = f"samples/{self.trainee.method}", self.trainee.step
         for tracker in self.trackers:
             if tracker.name == "wandb":
-                tracker.log_images({name: images}, step=self._step(tracker))
+                tracker.log_images({name: images}, step=step + self.before)
             if tracker.name == "tensorboard":
                 stacked = np.stack([np.asarray(image) for image in images])
-                tracker.writer.add_images(name, stacked, self.trainee.step, dataformats="NHWC")
+                tracker.writer.add_images(name, stacked, step, dataformats="NHWC")
 
     def close(self) -> None:
-        """Closes the log."""
-        if self.log:
-            self.log.close()
-
-    def _step(self, tracker) -> int:
-        return self.trainee.step + (0 if tracker.name == "tensorboard" else self.before)
+        """Writes what is still noted, and closes the log."""
+        try:
+            self.flush()
+        finally:
+            if self.log:
+                self.log.close()
+                for tracker in self.trackers:
+                    if tracker.name == "tensorboard":
+                        tracker.writer.flush()
 
     def overdue(self, schedule: Schedule) -> list[str]:
         """What of VALIDATION the step that training goes on from lacks: a run may be stopped before or within it."""
@@ -98,7 +118,8 @@ class Validation:
         """Measures and draws; samples that a stop cuts short are drawn when the run goes on."""
         if self.accelerator.is_main_process:
             if "loss" in parts and self.material.held_out:
-                reports.loss("validation", self.mean_loss(trainee.denoiser))
+                reports.note("validation", self.mean_loss(trainee.denoiser))
+                reports.flush()
             flags = self.material.flags
             if "samples" in parts and flags.validation_prompt and flags.num_validation_images:
                 self._draw(trainee, reports)

@@ -27,6 +27,7 @@ from .settings import check_adalora_steps
 from .trainee import Schedule
 
 LONGEST_WARMUP, WARMUP_SHARE = 500, 0.1
+TENSORBOARD_SECONDS = 10  # until it shows what is new
 PLACES = (
     "pretrained_model_name_or_path",
     "pretrained_vae_model_name_or_path",
@@ -149,4 +150,5 @@ def start_trackers(flags: Flags, accelerator: Accelerator) -> None:
     if accelerator.is_main_process:
         write_json(Path(flags.output_dir) / "config.json", public)
     plain = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in public.items()}
-    accelerator.init_trackers("train_sd", config=plain)
+    often = {"tensorboard": {"flush_secs": TENSORBOARD_SECONDS}}
+    accelerator.init_trackers("train_sd", config=plain, init_kwargs=often)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -51,7 +54,14 @@ class Trainee:
     @property
     def parameters(self) -> list[nn.Parameter]:
         """What is trained."""
-        return [parameter for parameter in self.denoiser.parameters() if parameter.requires_grad]
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Counts the time of its body as training."""
+        started = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - started
 
     def state(self, accelerator: Accelerator) -> dict:
         """All but the adapter that a resumed run needs to equal an uninterrupted one."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator
 
 import torch
@@ -43,11 +42,12 @@ def train(
     bar = tqdm(desc=trainee.method, total=schedule.steps, initial=trainee.step, disable=not main, dynamic_ncols=True)
     with contextlib.closing(stream(loader)) as batches, bar:
         for _ in steps:
-            started = time.perf_counter()
-            value = take_step(trainee, loss, batches, flags, accelerator)
-            trainee.seconds += time.perf_counter() - started
-            reports.loss("train", value)
-            bar.set_postfix(loss=f"{value:.4f}", refresh=False)
+            with trainee.timed():
+                value = take_step(trainee, loss, batches, flags, accelerator)
+                known = reports.flush()  # the loss of the step before: the device is busy with this one meanwhile
+            reports.note("train", value)
+            if known is not None:
+                bar.set_postfix(loss=f"{known:.4f}", refresh=False)
             bar.update()
             if after_step(trainee, schedule, validation, reports, save, flags, accelerator, stop):
                 break
@@ -70,9 +70,14 @@ def after_step(
     main = accelerator.is_main_process
     last = stop_requested(stop, accelerator) or trainee.step == schedule.steps
     saved = last or trainee.step % flags.checkpointing_steps == 0
+    due = schedule.is_due(trainee.step)
+    if not (saved or due):
+        return False
+    with trainee.timed():
+        reports.flush()  # a loss that is not finite is not saved
     if saved and main:
         save()
-    if stop.signal is None and schedule.is_due(trainee.step):
+    if stop.signal is None and due:
         validation(trainee, reports)
         last = stop_requested(stop, accelerator) or last
     if last and not saved and main:
@@ -83,8 +88,11 @@ def after_step(
 
 def take_step(
     trainee: Trainee, loss: DenoisingLoss, batches: Iterator[dict], flags: Flags, accelerator: Accelerator
-) -> float:
-    """One update of the adapter, from --gradient_accumulation_steps batches; returns their mean loss everywhere."""
+) -> torch.Tensor:
+    """One update of the adapter, from --gradient_accumulation_steps batches; returns their mean loss everywhere.
+
+    It is on the device still, which may not have come to it yet.
+    """
     total = 0.0
     trainee.step += 1
     for forward in range(flags.gradient_accumulation_steps):
@@ -104,4 +112,4 @@ def take_step(
             trainee.optimizer.zero_grad()
     if not accelerator.optimizer_step_was_skipped:
         trainee.lr_scheduler.step()
-    return accelerator.reduce(total / flags.gradient_accumulation_steps, "mean").item()
+    return accelerator.reduce(total / flags.gradient_accumulation_steps, "mean")

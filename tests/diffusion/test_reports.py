@@ -1,0 +1,90 @@
+"""The log and the trackers: a row for every step, read off the device late, and nothing saved that is not finite."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from diffusion.runs import failed, main
+from reslora.diffusion import training
+from reslora.errors import RunFailed
+from reslora.log import read_log
+
+
+@pytest.fixture
+def steps(monkeypatch) -> Callable:
+    """Has every step's loss replaced by what a function makes of the step's number and the loss."""
+
+    def replace(change: Callable) -> None:
+        take_step = training.take_step
+
+        def changed(trainee, *rest) -> object:
+            loss = take_step(trainee, *rest)
+            return change(trainee.step, loss)
+
+        monkeypatch.setattr(training, "take_step", changed)
+
+    return replace
+
+
+def trained(output: Path) -> list[int]:
+    return [row["step"] for row in read_log(output / "lora" / "log.jsonl") if row["split"] == "train"]
+
+
+class Unread:
+    """A loss that says when it is read."""
+
+    def __init__(self, step: int, loss: object, events: list[str]) -> None:
+        self.step, self.loss, self.events = step, loss, events
+        events.append(f"step {step}")
+
+    def __float__(self) -> float:
+        self.events.append(f"read {self.step}")
+        return float(self.loss)
+
+
+def test_a_loss_is_read_in_the_next_step_or_before_it_is_saved(brief_flags, tmp_path, steps):
+    events: list[str] = []
+    steps(lambda step, loss: Unread(step, loss, events))
+    flags = [*brief_flags, "--max_train_steps", "5", "--checkpointing_steps", "3", "--validation_steps", "100"]
+    assert main(*flags, "--output_dir", tmp_path / "out") == 0
+    assert events == [
+        "step 1", "step 2", "read 1", "step 3", "read 2", "read 3", "step 4", "step 5", "read 4", "read 5"
+    ]  # fmt: skip
+    assert trained(tmp_path / "out") == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("saving", [2, 3])
+def test_a_loss_that_is_not_finite_is_named_and_not_saved(brief_flags, tmp_path, capsys, steps, saving):
+    steps(lambda step, loss: loss * float("nan") if step == 2 else loss)
+    flags = [*brief_flags, "--max_train_steps", "5", "--checkpointing_steps", str(saving)]
+    assert "loss nan at step 2" in failed(capsys, *flags, "--output_dir", tmp_path / "out")
+    assert trained(tmp_path / "out") == [1]
+    assert not list((tmp_path / "out" / "lora").glob("checkpoint-*"))
+
+
+def test_a_run_that_fails_keeps_the_rows_of_all_its_steps(brief_flags, tmp_path, capsys, steps):
+    def fail_at_the_third(step: int, loss: object) -> object:
+        if step == 3:
+            raise RunFailed("no more images")
+        return loss
+
+    steps(fail_at_the_third)
+    assert "no more images" in failed(capsys, *brief_flags, "--max_train_steps", "5", "--output_dir", tmp_path / "out")
+    assert trained(tmp_path / "out") == [1, 2]
+
+
+def test_tensorboard_has_the_rows_of_the_log(brief_flags, tmp_path):
+    """Of both methods, from step 1 again."""
+    flags = [*brief_flags, "--max_train_steps", "3", "--report_to", "tensorboard", "--validation_split", "0.3"]
+    assert main(*flags, "--method", "lora", "lora_x2", "--output_dir", tmp_path / "out") == 0
+    found = EventAccumulator(str(tmp_path / "out" / "logs" / "train_sd"))
+    found.Reload()
+    for method in ("lora", "lora_x2"):
+        for split in ("train", "validation"):
+            rows = [row for row in read_log(tmp_path / "out" / method / "log.jsonl") if row["split"] == split]
+            events = found.Scalars(f"{split}_loss/{method}")
+            assert [event.step for event in events] == [row["step"] for row in rows]
+            assert [event.value for event in events] == pytest.approx([row["loss"] for row in rows])
+            assert len(rows) > 0
