@@ -14,7 +14,7 @@ from ..errors import InvalidArgument, first_line
 from .arguments import Flags
 from .families.base import Family
 from .loading import Model
-from .trainee import add_adapter, config_of, targets_of
+from .trainee import add_adapter, config_of, shortcuts_of, targets_of
 
 
 def check_pipeline(flags: Flags, pipeline: DiffusionPipeline, family: Family) -> None:
@@ -49,15 +49,17 @@ def check_methods(flags: Flags, model: Model, accelerator: Accelerator) -> None:
 
 
 def tell_what_is_not_linked(plan: Chains, flags: Flags, accelerator: Accelerator) -> None:
-    """Layers that stay plain LoRA, and a --pre_num that no chain is long enough for."""
+    """Layers that stay plain LoRA, and chains that a --pre_num reaches beyond."""
     if flags.shortcut == "none" or flags.pre_num == 0:
         return
     if plan.unlinked:
         name, reason = plan.unlinked[0]
         accelerator.print(f"--shortcut: {len(plan.unlinked)} layers stay plain LoRA, such as {name} ({reason})")
-    longest = max(len(chain) for chain in plan)
-    if flags.shortcut != "input" and flags.pre_num >= longest:
-        accelerator.print(f"--pre_num {flags.pre_num} means {longest - 1}: no chain has more than {longest} blocks")
+    if short := [len(chain) for chain in plan.clipped(shortcuts_of(flags).reach)]:
+        linked = sum(len(chain) > 1 for chain in plan)
+        accelerator.print(
+            f"--pre_num {flags.pre_num}: {len(short)} of {linked} chains are shorter, down to {min(short)} blocks"
+        )
 
 
 def check_targets(denoiser: nn.Module, flags: Flags, accelerator: Accelerator) -> None:

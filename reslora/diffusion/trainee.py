@@ -99,9 +99,8 @@ def new_trainee(
 def add_adapter(denoiser: nn.Module, method: str, flags: Flags, total_steps: int) -> None:
     """Gives the denoiser the method's adapter, in place, with weights drawn from the seed."""
     config = config_of(method, flags, total_steps)
-    shortcuts = ResLoraConfig(shortcut=flags.shortcut, pre_num=flags.pre_num, head=flags.head)
     torch.manual_seed(derive(flags.seed, "adapter"))
-    attach(denoiser, config, shortcuts if method == "reslora" else None)
+    attach(denoiser, config, shortcuts_of(flags) if method == "reslora" else None)
     cast_training_params(denoiser, dtype=torch.float32)
 
 
@@ -112,6 +111,11 @@ def config_of(method: str, flags: Flags, total_steps: int) -> PeftConfig:
         targets=targets_of(flags.target_modules), total_steps=total_steps,
         init_lora_weights="gaussian",  # as in diffusers' scripts
     )  # fmt: skip
+
+
+def shortcuts_of(flags: Flags) -> ResLoraConfig:
+    """How ResLoRA wires the adapter."""
+    return ResLoraConfig(shortcut=flags.shortcut, pre_num=flags.pre_num, head=flags.head)
 
 
 def targets_of(names: list[str]) -> list[str] | str:

@@ -6,7 +6,7 @@ from diffusion.runs import only, printed
 def test_a_clipped_pre_num_and_names_that_match_nothing_are_said(brief_flags, tmp_path):
     flags = [*brief_flags, "--method", "reslora", "--shortcut", "block", "--pre_num", "50"]
     lines = printed(*flags, "--target_modules", "to_q", "nothing", "--output_dir", tmp_path / "out")
-    assert "2 blocks" in only(lines, "--pre_num 50")
+    assert "2 of 2 chains" in (line := only(lines, "--pre_num 50")) and "2 blocks" in line
     assert "0 layers" in only(lines, "--target_modules", "nothing")
 
 
