@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import reslora
 from reslora.adapters import adapter_config, attach, load_adapter
+from reslora.diffusion.trainee import targets_of
 
 from .runs import RunError, Weights
 
@@ -50,18 +51,18 @@ def put_merged(denoiser: nn.Module, weights: Weights, strength: float) -> None:
     denoiser.load_state_dict(merged, assign=True)
 
 
-def put_file(pipeline: DiffusionPipeline, denoiser: nn.Module, weights: Weights, strength: float) -> None:
-    """A LoRA file in diffusers' or kohya's form; only what is for the denoiser is used."""
+def put_file(pipeline: DiffusionPipeline, part: str, denoiser: nn.Module, weights: Weights, strength: float) -> None:
+    """A LoRA file in a form that diffusers reads; only what is for the denoiser, the pipeline's `part`, is used."""
     path, label = weights.path, weights.label
     check_adapter_file(path, label)
     in_file = load_file(path)
     refuse_halves(label, in_file)
     refuse_not_finite(label, in_file)
     # Without use_safetensors=True diffusers falls back to unpickling where it cannot read a file.
-    state, alphas, metadata = pipeline.lora_state_dict(
-        path.parent, weight_name=path.name, use_safetensors=True, return_lora_metadata=True, unet_config=denoiser.config
-    )
-    part = part_of(pipeline)
+    state, *alphas, metadata = pipeline.lora_state_dict(
+        path.parent, weight_name=path.name, use_safetensors=True, unet_config=denoiser.config, return_alphas=True,
+        return_lora_metadata=True,
+    )  # fmt: skip
     state = {name: value for name, value in state.items() if name.startswith(f"{part}.")}
     if not state:
         raise RunError(f"{label}: there are no LoRA weights for this model's denoiser in it.")
@@ -69,7 +70,8 @@ def put_file(pipeline: DiffusionPipeline, denoiser: nn.Module, weights: Weights,
     given = refuse_misfits(label, convert_unet_state_dict_to_peft(state), denoiser, in_file)
     refuse_absent(label, part, metadata or {}, denoiser, given)
     load = getattr(pipeline, f"load_lora_into_{part}")
-    load(state, network_alphas=alphas, **{part: denoiser}, adapter_name="default", metadata=metadata)
+    options = {"adapter_name": "default", "metadata": metadata} | ({"network_alphas": alphas[0]} if alphas else {})
+    load(state, **{part: denoiser}, **options)
     if strength != 1.0:
         denoiser.set_adapters("default", strength)
 
@@ -79,18 +81,13 @@ def put_adapter(denoiser: nn.Module, config: dict, weights: Weights, strength: f
     if weights.method == "reslora":
         reslora.load(denoiser, weights.path)
     else:
-        lora = {"r": config["rank"], "alpha": config["lora_alpha"], "targets": config["target_modules"]}
+        lora = {"r": config["rank"], "alpha": config["lora_alpha"], "targets": targets_of(config["target_modules"])}
         attach(denoiser, adapter_config(weights.method, **lora, dropout=0.0, total_steps=0))
         load_adapter(denoiser, weights.path)
     refuse_not_finite(weights.label, {name: p for name, p in denoiser.named_parameters() if ".lora_" in name})
     for module in denoiser.modules():
         if isinstance(module, LoraLayer):
             module.scaling["default"] *= strength
-
-
-def part_of(pipeline: DiffusionPipeline) -> str:
-    """Under which name a pipeline holds its denoiser."""
-    return "unet" if hasattr(pipeline, "unet") else "transformer"
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------

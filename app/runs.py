@@ -26,7 +26,8 @@ EXAMPLE = Path(__file__).resolve().parent / "example"
 """A small finished run that comes with the application."""
 LOG_NAME = "app.log"
 """What a trainer that the page started has printed."""
-LORA_FILES = ("pytorch_lora_weights.safetensors", "kohya.safetensors")
+LORA_FILES = ("pytorch_lora_weights.safetensors", "kohya.safetensors", "comfyui.safetensors")
+DENOISERS = ("unet", "transformer")
 RESULTS = ("merge.json", "exports.json", "pytorch_lora_weights.safetensors")
 LARGEST_JSON = 64 * 2**20
 MOST_STEPS = 10**9
@@ -52,7 +53,7 @@ class Weights:
 
     label: str
     kind: str
-    """`base`, `merged` (a whole U-Net), `adapter` (an unmerged checkpoint) or `file` (an exported LoRA)."""
+    """`base`, `merged` (a whole denoiser), `adapter` (an unmerged checkpoint) or `file` (an exported LoRA)."""
     method: str = ""
     path: Path | None = None
     step: int | None = None
@@ -233,8 +234,9 @@ class Run:
         """The base model, then of each method merged weights, LoRA files, unmerged checkpoints (newest first)."""
         found = [BASE]
         for method in self.methods:
-            if (path := self.sound(method, "unet")) and self.inside(method, "unet", "config.json"):
-                found.append(Weights(f"{method}: merged weights", "merged", method, path))
+            for part in DENOISERS:
+                if (path := self.sound(method, part)) and self.inside(method, part, "config.json"):
+                    found.append(Weights(f"{method}: merged weights", "merged", method, path))
             for name in self.entries(method):
                 merged = re.fullmatch(r"merged-by-([a-z]+)-(\d+)", name)
                 if merged and (path := self.inside(method, name, "pytorch_lora_weights.safetensors")):

@@ -7,22 +7,30 @@ made on the meta device in a fraction of a second. So switching reloads nothing,
 from __future__ import annotations
 
 import contextlib
+import inspect
 import queue
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import diffusers
 import torch
+from accelerate import PartialState
+from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
 import reslora
 from reslora import export, files
-from reslora.errors import first_line
+from reslora.diffusion.arguments import Flags
+from reslora.diffusion.families.base import Family
+from reslora.diffusion.loading import find_model
+from reslora.diffusion.results import LORA_FILES
+from reslora.diffusion.settings import check_model_name
+from reslora.errors import InvalidArgument, first_line
 
 from . import adapters
 from .recipe import SEEDS, Drawn, Request
@@ -110,9 +118,10 @@ class Studio:
 
     def __init__(self) -> None:
         self.turns = Turns()
-        self.pipeline = None
-        self.base = None
-        """Path or hub name of the pipeline that is loaded."""
+        self.pipeline: DiffusionPipeline | None = None
+        self.family: Family | None = None
+        self.base: Base | None = None
+        """From where the pipeline was loaded."""
         self.state = {}
         """The base denoiser's tensors, shared by every skeleton."""
         self.current = None
@@ -177,6 +186,7 @@ class Studio:
         except (Cancelled, RunError) as error:
             outcome = error
         except Exception as error:  # whatever a model or a device can raise; the page gets one sentence
+            traceback.print_exception(error)
             outcome = RunError(f"This could not be generated ({type(error).__name__}).")
         if audience.stopped.is_set():
             with contextlib.suppress(queue.Empty):
@@ -208,46 +218,42 @@ class Studio:
             put(Step(number, index + 1, request.steps))
             return tensors
 
-        return self.pipeline(
-            prompt=request.prompt,
-            negative_prompt=request.negative_prompt,
-            generator=torch.Generator().manual_seed(request.seed),
-            num_inference_steps=request.steps,
-            guidance_scale=request.guidance,
-            height=request.height,
-            width=request.width,
-            callback_on_step_end=after_step,
-        ).images[0]
+        wanted = {
+            "prompt": request.prompt, "negative_prompt": request.negative_prompt,
+            "generator": torch.Generator().manual_seed(request.seed), "num_inference_steps": request.steps,
+            "guidance_scale": request.guidance, "height": self._side(request.height),
+            "width": self._side(request.width), "callback_on_step_end": after_step,
+        }  # fmt: skip
+        taken = inspect.signature(self.pipeline.__call__).parameters  # some models have no negative prompts
+        return self.pipeline(**{name: value for name, value in wanted.items() if name in taken}).images[0]
+
+    def _side(self, pixels: int) -> int:
+        """The side nearest to this one, and not longer, that the model can draw."""
+        multiple = self.family.pixel_multiple(self.pipeline)
+        return max(multiple, pixels // multiple * multiple)
 
     # -- what is in the pipeline ---------------------------------------------------------------------------------------
 
-    @property
-    def part(self) -> str:
-        return adapters.part_of(self.pipeline)
-
     def _load(self, base: Base) -> None:
         """Loads the pipeline; the one before stays if that fails."""
-        cuda = torch.cuda.is_available()
-        source = {"revision": base.revision, "cache_dir": base.cache_dir}
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            parts = diffusers.DiffusionPipeline.load_config(base.name, **source)
-            unchecked = {"safety_checker": None} if "safety_checker" in parts else {}
-            pipeline = diffusers.DiffusionPipeline.from_pretrained(
-                base.name,
-                **source,
-                variant=base.variant,
-                torch_dtype=torch.float16 if cuda else torch.float32,
-                use_safetensors=True,
-                **unchecked,
-            ).to("cuda" if cuda else "cpu")
+            check_model_name(base.name)
+            model = find_model(base.flags(), PartialState())
+            half = torch.bfloat16 if model.family.objective == "flow" else torch.float16
+            dtype = half if device.type == "cuda" else torch.float32
+            pipeline, denoiser = model.load_pipeline(dtype, device, encoders=True), model.load_denoiser(dtype, device)
+        except InvalidArgument as error:
+            raise RunError(
+                f"The model of this run cannot be loaded: {without_folders(error, Path(base.name))}."
+            ) from None
         except Exception as error:  # a hub, a disk or a damaged folder
             raise RunError(f"The model of this run could not be loaded ({type(error).__name__}).") from None
         if base.prediction_type:
             pipeline.scheduler.register_to_config(prediction_type=base.prediction_type)
-        pipeline.set_progress_bar_config(disable=True)
+        setattr(pipeline, model.family.denoiser, denoiser)
         self.loads += 1
-        self.pipeline, self.base = pipeline, base
-        self.state = getattr(pipeline, self.part).state_dict()
+        self.pipeline, self.family, self.base, self.state = pipeline, model.family, base, denoiser.state_dict()
         self.current = (None, 0, 1.0)
 
     def _use(self, run: Run | None, weights: Weights, strength: float) -> None:
@@ -260,7 +266,7 @@ class Studio:
             if weights.kind == "merged":
                 adapters.put_merged(denoiser, weights, strength)
             elif weights.kind == "file":
-                adapters.put_file(self.pipeline, denoiser, weights, strength)
+                adapters.put_file(self.pipeline, self.family.denoiser, denoiser, weights, strength)
             elif weights.kind == "adapter":
                 adapters.put_adapter(denoiser, run.config, weights, strength)
         except RunError:
@@ -271,12 +277,12 @@ class Studio:
             raise RunError(f"{weights.label} does not fit this model or is damaged ({type(error).__name__}).") from None
         # Not `denoiser.to`: diffusers' own warns about every cast.
         denoiser = torch.nn.Module.to(denoiser, self.pipeline.device, self.pipeline.dtype).eval()
-        setattr(self.pipeline, self.part, denoiser)
+        setattr(self.pipeline, self.family.denoiser, denoiser)
         self.current = wanted
 
     def _skeleton(self) -> torch.nn.Module:
         """A denoiser with the base tensors in it: shared, not copied."""
-        present = getattr(self.pipeline, self.part)
+        present = getattr(self.pipeline, self.family.denoiser)
         with torch.device("meta"):
             denoiser = type(present).from_config(present.config)
         denoiser.load_state_dict(self.state, assign=True)
@@ -287,7 +293,7 @@ class Studio:
     def merge(self, run: Run, checkpoint: Weights, method: str) -> dict:
         """Merges an unmerged ResLoRA checkpoint by another method, with the calibration samples the run has kept.
 
-        Writes `reslora/merged-by-<method>-<step>/` (diffusers and kohya files, merge.json) and returns the report.
+        Writes `reslora/merged-by-<method>-<step>/` (plain LoRA files, merge.json) and returns the report.
         """
         if method not in MERGES or checkpoint.kind != "adapter" or checkpoint.method != "reslora":
             raise RunError("Choose one of the run's ResLoRA checkpoints and one of the merge methods.")
@@ -309,8 +315,9 @@ class Studio:
         folder = checkpoint.path.parent / f"merged-by-{method}-{checkpoint.step}"
         with files.replacing(folder) as temporary:
             temporary.mkdir()
-            export.export_diffusers(denoiser, temporary)
-            export.export_kohya(denoiser, temporary / "kohya.safetensors")
+            export.export_diffusers(denoiser, temporary, prefix=self.family.denoiser)
+            for name in self.family.lora_files:
+                LORA_FILES[name](denoiser, temporary / name, self.family, {})
             files.write_json(temporary / "merge.json", report)
         return report
 
@@ -320,10 +327,20 @@ class Base:
     """The pipeline that a run trains: path or hub name, and how the trainer loaded it."""
 
     name: str = str(BUNDLED)
+    vae: str | None = None
     revision: str | None = None
     variant: str | None = None
     cache_dir: str | None = None
     prediction_type: str | None = None
+    folder: str = ""
+    """The run's, where the trainer keeps what it made of a single file."""
+
+    def flags(self) -> Flags:
+        """The trainer's flags that say the same."""
+        return Flags(
+            pretrained_model_name_or_path=self.name, pretrained_vae_model_name_or_path=self.vae,
+            revision=self.revision, variant=self.variant, cache_dir=self.cache_dir, output_dir=self.folder,
+        )  # fmt: skip
 
 
 def base_of(run: Run | None) -> Base:
@@ -335,7 +352,9 @@ def base_of(run: Run | None) -> Base:
     # A run that came from another machine has that machine's path of the bundled pipeline, the example a relative one.
     if not named or (Path(named).parts[-2:] == BUNDLED.parts[-2:] and not Path("/", named).is_dir()):
         return Base(prediction_type=settings["prediction_type"])
-    return Base(named, **settings)
+    is_file = named.endswith(".safetensors")
+    vae = run.word("pretrained_vae_model_name_or_path")
+    return Base(named, vae, **settings, folder=str(run.folder) if is_file else "")
 
 
 def calibration_of(run: Run) -> list[dict] | None:
@@ -345,7 +364,16 @@ def calibration_of(run: Run) -> list[dict] | None:
         return None
     together = load_file(path)
     size, count = run.whole("train_batch_size", 8), len(next(iter(together.values())))
-    return [{name: value[i : i + size] for name, value in together.items()} for i in range(0, count, size)]
+    return [nested({name: value[i : i + size] for name, value in together.items()}) for i in range(0, count, size)]
+
+
+def nested(values: dict) -> dict:
+    """Values called `outer.inner` inside a dictionary called `outer`."""
+    found: dict = {}
+    for name, value in values.items():
+        outer, _, inner = name.rpartition(".")
+        (found.setdefault(outer, {}) if outer else found)[inner] = value
+    return found
 
 
 def changed(path: Path | None) -> int:

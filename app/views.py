@@ -224,12 +224,18 @@ def settings_table(images: list[Drawn]) -> str:
 
 
 def place(name: str) -> str:
-    """Where a block is, in a few letters: `down_blocks.0.attentions.1...` is d0.1."""
+    """Where a block is, in a few letters: `down_blocks.0.attentions.1...` is d0.1, `single_blocks.3...` is s3."""
     match = re.match(r"(down|up|mid)_blocks?\.(?:(\d+)\.)?attentions\.(\d+)(?:\.transformer_blocks\.(\d+))?", name)
-    if match is None:
-        return ".".join(part for part in name.split(".") if part.isdigit()) or name
-    inner = f"/{match[4]}" if match[4] not in (None, "0") else ""
-    return f"{match[1][0]}{match[2] or ''}.{match[3]}{inner}"
+    if match is not None:
+        inner = f"/{match[4]}" if match[4] not in (None, "0") else ""
+        return f"{match[1][0]}{match[2] or ''}.{match[3]}{inner}"
+    match = re.match(r"(\w)\w*\.(\d+)\.", name)
+    return f"{match[1]}{match[2]}" if match is not None else name
+
+
+def role_of(name: str) -> str:
+    """A block's name below the repeated module that it is in."""
+    return re.sub(r"^(.*transformer_blocks|\w+)\.\d+\.", "", name)
 
 
 def unless_damaged(view: Callable[[dict | None], str]) -> Callable[[dict | None], str]:
@@ -266,7 +272,7 @@ def chain_plan(plan: dict | None) -> str:
             parts.append(f'<span class="member" title="{title}">{escape(place(block["name"]))}</span>')
     rows = "".join(f"<tr><th>{escape(role)}</th><td>{''.join(parts)}</td></tr>" for role, parts in roles.items())
     notes = "".join(f"<li>✂<sup>{mark}</sup> {escape(reason)}</li>" for reason, mark in reasons.items())
-    links = f"<p>{int(plan.get('links', 0))} links in {len(plan['chains'])} chains (d: down, m: middle, u: up)</p>"
+    links = f"<p>{int(plan.get('links', 0))} links in {len(plan['chains'])} chains</p>"
     return f'{links}<div class="scroll"><table class="chains">{rows}</table></div><ul class="reasons">{notes}</ul>'
 
 
@@ -279,7 +285,7 @@ def heat_map(title: str, values: dict[str, float | None], digits: int = 2, signe
     places = list(dict.fromkeys(place(name) for name in values))
     roles: dict[str, dict[str, str]] = {}
     for name, value in values.items():
-        role = re.sub(r"^.*transformer_blocks\.\d+\.", "", name)
+        role = role_of(name)
         text = figure(value, f"{'+' if signed else ''}.{digits}f")
         style = shade(value, largest, signed)
         roles.setdefault(role, {})[place(name)] = f'<td title="{escape(name)}: {text}" style="{style}">{text}</td>'

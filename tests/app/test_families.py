@@ -1,0 +1,90 @@
+"""The application with a pipeline of every family: drawing, unmerged checkpoints, merging, and LoRA files."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from accelerate import PartialState
+from app_runs import write_run
+from pipelines import FAMILIES
+
+from app.recipe import Drawn, Request
+from app.runs import BASE, Library
+from app.studio import Studio, calibration_of
+from reslora.adapters import adapter_config, attach, save_adapter
+from reslora.config import ResLoraConfig
+from reslora.diffusion.arguments import Flags
+from reslora.diffusion.loading import find_model
+from reslora.diffusion.results import together
+from reslora.diffusion.trainee import targets_of
+from reslora.files import write_tensors
+
+REQUEST = Request(prompt="red disc", steps=2, seed=5, width=40, height=32)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def run(request, tmp_path_factory):
+    """A run of a family as the trainer leaves it, before its merge."""
+    folder = tmp_path_factory.mktemp(request.param)
+    model = FAMILIES[request.param](folder / "model")
+    write_run(folder / "runs" / "run", pretrained_model_name_or_path=str(model))
+    flags = Flags(
+        pretrained_model_name_or_path=str(model), pretrained_vae_model_name_or_path=None, revision=None, variant=None,
+        cache_dir=None, output_dir="",
+    )  # fmt: skip
+    found = find_model(flags, PartialState())
+    targets = found.family.defaults.get("target_modules", ["to_q", "to_k", "to_v", "to_out.0"])
+    change_config(folder / "runs" / "run", target_modules=targets, lora_alpha=4)
+    for method in ("lora", "reslora"):
+        denoiser = found.load_denoiser(torch.float32, torch.device("cpu"))
+        config = adapter_config(method, r=2, alpha=4, dropout=0.0, targets=targets_of(targets), total_steps=4)
+        attach(denoiser, config, ResLoraConfig("input") if method == "reslora" else None)
+        write_checkpoint(denoiser, folder / "runs" / "run" / method / "checkpoint-4")
+    return Library(folder / "runs").find("run")
+
+
+def change_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def write_checkpoint(denoiser, folder):
+    """With weights that change what is drawn."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in denoiser.named_parameters():
+        if ".lora_" in name:
+            parameter.data.normal_(0, 0.3, generator=generator)
+    folder.mkdir()
+    save_adapter(denoiser, folder)
+    (folder / "trainer.json").write_text("{}")
+
+
+@pytest.fixture(scope="module")
+def studio():
+    return Studio()
+
+
+def drawn(studio, run, label):
+    events = studio.generate(run, [run.find_weights(label)], REQUEST)
+    (image,) = [event.image for event in events if isinstance(event, Drawn)]
+    return np.asarray(image).astype(int)
+
+
+def test_checkpoints_and_what_is_merged_of_them_are_drawn(studio, run):
+    base = drawn(studio, run, BASE.label)
+    assert base.shape[:2] in ((32, 40), (32, 32)) and base.std() > 0  # some families draw multiples of 16
+    studio.merge(run, run.find_weights("reslora: unmerged, step 4"), "weights")
+    labels = ("lora: unmerged, step 4", "reslora: unmerged, step 4", "reslora: step 4 merged by weights")
+    images = [drawn(studio, run, label) for label in labels]
+    assert all(np.abs(image - other).max() > 2 for image in images for other in (base, *images) if image is not other)
+    assert np.array_equal(drawn(studio, run, BASE.label), base)
+
+
+def test_calibration_samples_are_as_the_denoiser_takes_them(run):
+    batch = {"sample": torch.arange(3.0), "added_cond_kwargs": {"time_ids": torch.ones(3, 6)}}
+    write_tensors(run.folder / "reslora" / "calibration.safetensors", together([batch]), {"format": "pt"})
+    whole = run.whole("train_batch_size", 8)
+    first, second = calibration_of(run)
+    assert whole == 2 and first["sample"].tolist() == [0.0, 1.0] and second["sample"].tolist() == [2.0]
+    assert second["added_cond_kwargs"]["time_ids"].shape == (1, 6)
