@@ -173,7 +173,7 @@ class Studio:
             self.cancel(session)
 
     def _work(self, run, choices, request, audience: Audience, events: queue.Queue) -> None:
-        outcome = None
+        outcome: Exception | None = RunError("This could not be generated.")
 
         def put(event) -> None:
             while True:
@@ -183,16 +183,18 @@ class Studio:
 
         try:
             self._draw_all(run, choices, request, audience, put)
+            outcome = None
         except (Cancelled, RunError) as error:
             outcome = error
         except Exception as error:  # whatever a model or a device can raise; the page gets one sentence
             traceback.print_exception(error)
             outcome = RunError(f"This could not be generated ({type(error).__name__}).")
-        if audience.stopped.is_set():
-            with contextlib.suppress(queue.Empty):
-                events.get_nowait()  # a step that nobody will look at must not keep the outcome out
-        with contextlib.suppress(queue.Full):
-            events.put(outcome, timeout=PATIENCE)
+        finally:
+            if audience.stopped.is_set():
+                with contextlib.suppress(queue.Empty):
+                    events.get_nowait()  # a step that nobody will look at must not keep the outcome out
+            with contextlib.suppress(queue.Full):
+                events.put(outcome, timeout=PATIENCE)
 
     def _draw_all(self, run, choices, request: Request, audience: Audience, put) -> None:
         for number in range(request.images):
