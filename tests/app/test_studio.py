@@ -125,14 +125,31 @@ def test_cancel_and_disconnection_stop_within_one_step(studio, run):
     assert len(draw(studio, run, BASE)) == 1
 
 
-def test_what_nobody_listens_to_is_never_begun(studio, run, monkeypatch):
-    """A request whose answer nobody reads takes no turn, and is given up."""
-    drawn = []
+def test_what_nobody_listens_to_takes_no_turn(studio, run, monkeypatch):
+    """It waits for somebody to listen, and lets others pass."""
+    drawn, asked, outcome = [], [], []
+    monkeypatch.setattr(studio, "_draw", lambda *request: drawn.append(request))
+
+    def ask():
+        try:
+            outcome.extend(studio.generate(run, [BASE], REQUEST, "me", listening=lambda: asked.append(1)))
+        except Cancelled as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    while len(asked) < 4 and thread.is_alive():
+        assert not studio.turns.waiting
+    studio.cancel("me")
+    thread.join()
+    assert not drawn and [type(event) for event in outcome] == [Cancelled]
+
+
+def test_what_nobody_listens_to_is_given_up(studio, run, monkeypatch, capsys):
     monkeypatch.setattr(studios, "PATIENCE", 0.0)
-    monkeypatch.setattr(studio, "_draw", lambda *asked: drawn.append(asked))
     with pytest.raises(Cancelled):
         list(studio.generate(run, [BASE], REQUEST, listening=lambda: False))
-    assert not drawn
+    assert "nobody listened" in capsys.readouterr().err
 
 
 def test_who_goes_away_is_given_up_after_a_while(studio, run, monkeypatch):
