@@ -272,7 +272,9 @@ def chain_plan(plan: dict | None) -> str:
             parts.append(f'<span class="member" title="{title}">{escape(place(block["name"]))}</span>')
     rows = "".join(f"<tr><th>{escape(role)}</th><td>{''.join(parts)}</td></tr>" for role, parts in roles.items())
     notes = "".join(f"<li>✂<sup>{mark}</sup> {escape(reason)}</li>" for reason, mark in reasons.items())
-    links = f"<p>{int(plan.get('links', 0))} links in {len(plan['chains'])} chains</p>"
+    in_unet = any(block["name"].startswith("down_blocks.") for chain in plan["chains"] for block in chain["blocks"])
+    legend = " (d: down, m: middle, u: up)" if in_unet else ""
+    links = f"<p>{int(plan.get('links', 0))} links in {len(plan['chains'])} chains{legend}</p>"
     return f'{links}<div class="scroll"><table class="chains">{rows}</table></div><ul class="reasons">{notes}</ul>'
 
 
