@@ -1,4 +1,4 @@
-"""The script that makes the bundled flow-matching pipeline: its convention is the stock pipeline's, and it resumes."""
+"""The bundled flow-matching pipeline, and the script that makes it: the stock pipeline's convention, resumption."""
 
 import argparse
 import sys
@@ -15,6 +15,7 @@ sys.path.insert(0, str(ASSETS / "make"))
 
 import train_flow  # noqa: E402
 import training  # noqa: E402
+from captions import VALIDATION_PROMPTS  # noqa: E402
 from flow_model import (  # noqa: E402
     DRAW_TOKENS,
     caption_tokens,
@@ -206,3 +207,27 @@ def test_what_is_written_draws_in_stock_diffusers(run, dtype):
     assert {module.dtype for module in modules} == {dtype or torch.float32}
     images = pipeline(["red apple", "cat"], height=64, width=64, num_inference_steps=2, output_type="pt").images
     assert images.shape == (2, 3, 64, 64) and images.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
+def test_bundled_flow_pipeline_draws_on_white_in_every_dtype(dtype):
+    pipeline = DiffusionPipeline.from_pretrained(ASSETS / "pipeline-flow", **({"dtype": dtype} if dtype else {}))
+    pipeline.set_progress_bar_config(disable=True)
+    modules = (pipeline.transformer, pipeline.vae, pipeline.text_encoder)
+    assert {module.dtype for module in modules} == {dtype or torch.float32}
+    setting = {"num_inference_steps": 10, "guidance_scale": 3.0, "height": 64, "width": 64, "output_type": "pt"}
+    image = pipeline("red apple", generator=torch.Generator().manual_seed(0), **setting).images[0].float()
+    assert image.shape == (3, 64, 64) and image[:, [0, 0, -1, -1], [0, -1, 0, -1]].mean() > 0.9
+    red, green, blue = image[:, 24:40, 24:40].mean((1, 2))
+    assert red > 0.6 and green < 0.5 and blue < 0.5
+
+
+def test_bundled_flow_pipeline_is_deep_and_small_and_shares_the_autoencoder():
+    folder = ASSETS / "pipeline-flow"
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 25 * 2**20
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    assert len(pipeline.transformer.layers) >= 12 and check_velocity(pipeline.transformer) < 1e-4
+    other = AutoencoderKL.from_pretrained(ASSETS / "pipeline", subfolder="vae").state_dict()
+    assert all(torch.equal(other[name], weight) for name, weight in pipeline.vae.state_dict().items())
+    tokens = caption_tokens(pipeline.tokenizer, list(VALIDATION_PROMPTS))
+    assert pipeline.tokenizer.unk_token_id not in tokens

@@ -143,7 +143,7 @@ def plot_curve(runs: list[str], output: Path) -> None:
         if names == ["l1"]:
             axis.set(title="Autoencoder", ylabel="L1 of a varied batch, pixels in [-1, 1]")
         else:
-            axis.set(title="Text encoder and U-Net", ylabel="weighted squared error of v")
+            axis.set(title="Text encoder and denoiser", ylabel="squared error")
             axis.legend()
         axis.set(xlabel="step", yscale="log")
     output.mkdir(parents=True, exist_ok=True)
