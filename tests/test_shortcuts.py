@@ -701,9 +701,9 @@ def test_two_active_adapters_add_up(unet, shortcut, pre_num, head):
                 return equation(x) + layer.scaling["other"] * (low @ layer.lora_B["other"].weight.T)
 
             layer.forward = both
-    reslora.connect(model, ResLoraConfig(shortcut, pre_num, head))
     for candidate in (model, oracle.model):
         candidate.set_adapter(["default", "other"])
+    reslora.connect(model, ResLoraConfig(shortcut, pre_num, head))
     assert_equal(run(model, unet.inputs()), run(oracle.model, unet.inputs()))
 
 
