@@ -325,12 +325,21 @@ def speed_rows(found: dict) -> list[list[str]]:
         return [[f"{shortcut} {name}", f"{mid:.2f} ({low:.2f}-{high:.2f})"] for shortcut, (low, mid, high) in rows]
     if "seconds" in found:
         return [[name, f"{seconds:.2f} s"] for name, seconds in found["seconds"].items()]
+    if "scale" in found:
+        note = "" if found["quiet"] else " (not a quiet machine)"
+        return [[f"{row['data']}, {row['run']} run", scale_figures(row) + note] for row in found["scale"]]
     if "workers" in found:
         rows = [["finding the images and checking their headers", f"{found['scan_seconds']:.1f} s"]]
         for count, rates in found["workers"].items():
             rows += [[f"{count} processes, {name}", f"{value:.3g}"] for name, value in rates.items()]
         return rows
     return [[name, over_rounds(values)] for name, values in (found.get("ratios") or found["rounds"]).items()]
+
+
+def scale_figures(row: dict) -> str:
+    """Memory until the last step, what is on disk, and the time to the first step."""
+    own, resident, encoded = (f"{row[key] / 2**20:.0f} MiB" for key in ("anonymous", "resident", "encoded"))
+    return f"{own} its own, {resident} resident, {encoded} encoded, {row['until_first_step']:.0f} s to the first step"
 
 
 def over_rounds(values: list[float]) -> str:

@@ -3,7 +3,9 @@
 import argparse
 import json
 import statistics
+import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,9 +17,11 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import measured  # noqa: E402
+import paper_report  # noqa: E402
+import scale  # noqa: E402
 import speed  # noqa: E402
 import trainer  # noqa: E402
-from watched import WARM_UP, Watched  # noqa: E402
+from watched import WARM_UP, PeakAnonymous, Watched  # noqa: E402
 
 STEPPING = """
 import sys, torch
@@ -119,6 +123,50 @@ def test_script_that_fails_ends_the_measurement_with_its_message(tmp_path):
     script.write_text("raise SystemExit('no such model')")
     with pytest.raises(SystemExit, match="no such model"):
         Watched(script, [], tmp_path)
+
+
+def test_the_peak_of_a_processs_own_memory_is_seen(tmp_path):
+    """More than what it has at its end, and no less than what it held."""
+    held, now = 2**26, threading.Event()
+    script = f"import sys; memory = b'1' * {held}; print('held', flush=True); sys.stdin.read(1)"
+    process = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    watcher = PeakAnonymous(process.pid, seconds=0.001)
+    watcher.start()
+    assert process.stdout.readline() == b"held\n"
+    while watcher.peak < held:
+        now.wait(0.001)
+    process.communicate(b"x")
+    assert held <= watcher.end() < 2 * held
+
+
+def test_scale_measures_three_runs_of_each_size_and_says_how_quiet_it_was(results, monkeypatch):
+    commands = []
+
+    def watched(script: Path, flags: list[str], folder: Path) -> Watched:
+        commands.append(flags)
+        cache = Path(flags[flags.index("--cache_dir") + 1]) / "encoded"
+        cache.mkdir(parents=True, exist_ok=True)
+        (cache / "latents.arrow").write_bytes(bytes(5 * 2**20))
+        found = run(0.5, 10.0, 300 * 2**20)
+        found.peak_anonymous = 200 * 2**20
+        return found
+
+    monkeypatch.setattr(scale, "Watched", watched)
+    monkeypatch.setattr(scale.os, "getloadavg", lambda: (7.0, 0.0, 0.0))
+    monkeypatch.setattr(sys, "argv", ["trainer.py", "scale", "--images", "3", "--captions", "1000"])
+    trainer.main()
+    found = kept(results, "trainer/scale")
+    assert (found["quiet"], found["load"]) == (False, 7.0)
+    assert [(row["data"], row["run"]) for row in found["scale"]] == [
+        (data, run) for data in ("3 images", "1000 captions") for run in ("first", "second", "uncached")
+    ]
+    assert ["--no-cache_latents" in flags for flags in commands] == [False, False, True] * 2
+    assert len({flags[flags.index("--cache_dir") + 1] for flags in commands}) == 2
+    (first, *_) = paper_report.speed_rows(found)
+    assert first == [
+        "3 images, first run",
+        "200 MiB its own, 300 MiB resident, 5 MiB encoded, 10 s to the first step (not a quiet machine)",
+    ]
 
 
 def test_settings_are_kept_with_the_figures(results, monkeypatch):
