@@ -250,7 +250,9 @@ def _tied(layers: dict[str, LoraLayer], adapter_name: str) -> list[tuple[str, st
     owners: dict[int, str] = {}
     problems = []
     for name, layer in layers.items():
-        tensors = (getattr(layer.get_base_layer(), "weight", None), layer.lora_A[adapter_name].weight)
+        # Only what is registered: a weight that is made when it is read is another tensor each time.
+        registered = layer.get_base_layer()._parameters.get("weight")
+        tensors = (registered, layer.lora_A[adapter_name].weight)
         for tensor in tensors:
             other = owners.setdefault(id(tensor), name) if tensor is not None else name
             if other != name:

@@ -390,6 +390,14 @@ def test_tied_layers_are_refused(shortcut):
     assert_one_line(error, "layers.3.proj")
 
 
+def test_weights_that_are_made_when_they_are_read_are_not_tied():
+    """What they were made into may lie, after the next is made, where that one lies now."""
+    model = Stack()
+    for block in model.layers:
+        nn.utils.parametrizations.weight_norm(block.proj)
+    assert reslora.connect(lora_stack(model), ResLoraConfig("input"), example_inputs=STACK_INPUTS).links == 3
+
+
 @shortcuts
 def test_a_layer_shared_by_two_blocks_is_refused(shortcut):
     model = Stack()
