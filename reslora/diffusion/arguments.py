@@ -11,6 +11,7 @@ from ..config import HEADS, METHODS, SHORTCUTS
 
 MERGES = ("auto", "none", "input", "weights", "lstsq")
 SAMPLINGS = ("uniform", "logit_normal", "mode", "sigmoid", "shift", "flux_shift")
+BASE_PRECISIONS = ("no", "fp8", "int8", "nf4")
 WEIGHTINGS = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
 SWITCH = {"action": argparse.BooleanOptionalAction, "default": False}
 
@@ -143,6 +144,9 @@ def add_model_flags(add) -> None:
         help="what the denoiser predicts; default: what the scheduler says")
     add("--mixed_precision", choices=["no", "fp16", "bf16"],
         help="precision of the frozen parts; the adapter stays fp32; default: what accelerate was started with")
+    add("--base_precision", choices=BASE_PRECISIONS, default="no",
+        help="keep the weights of the linear layers in the denoiser's blocks in 8 or 4 bits, and compute in "
+             "--mixed_precision: less memory, slower")
     add("--allow_tf32", **SWITCH, help="allow TF32 matrix products on Ampere and later GPUs")
     add("--enable_xformers_memory_efficient_attention", **SWITCH,
         help="xformers' attention instead of PyTorch's")

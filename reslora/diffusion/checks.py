@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from accelerate import Accelerator
+import torch
+from accelerate import Accelerator, DistributedType
 from diffusers import DiffusionPipeline
 from torch import nn
 
@@ -14,7 +15,24 @@ from ..errors import InvalidArgument, first_line
 from .arguments import Flags
 from .families.base import Family
 from .loading import Model
+from .precision import try_format
 from .trainee import add_adapter, config_of, shortcuts_of, targets_of
+
+
+def check_base_precision(flags: Flags, dtype: torch.dtype, accelerator: Accelerator) -> None:
+    """Refuse a --base_precision that the device or the kind of parallelism cannot take, by trying it."""
+    if flags.base_precision == "no":
+        return
+    argument = f"--base_precision {flags.base_precision}"
+    deepspeed = accelerator.state.deepspeed_plugin
+    if accelerator.distributed_type == DistributedType.FSDP or (deepspeed is not None and deepspeed.zero_stage == 3):
+        problem = "FSDP and ZeRO-3 cut weights into pieces, which cannot be unpacked"
+        raise InvalidArgument(argument, problem, "use DDP or ZeRO-2")
+    try:
+        try_format(flags.base_precision, dtype, accelerator.device)
+    except Exception as error:  # the devices' back ends fail in as many ways as there are
+        problem = f"does not work on {accelerator.device.type} here ({first_line(error)})"
+        raise InvalidArgument(argument, problem, "give another precision, or no") from None
 
 
 def check_pipeline(flags: Flags, pipeline: DiffusionPipeline, family: Family) -> None:

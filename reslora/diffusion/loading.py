@@ -21,6 +21,7 @@ from .arguments import Flags
 from .dataset import content_mark
 from .families import FAMILIES, load_family
 from .families.base import Family
+from .precision import pack
 from .settings import check_pipeline_class, read_index
 
 # What diffusers calls the models inside single files, and their pipelines; other names are not trained here.
@@ -84,14 +85,17 @@ class Model:
                 self.vae, cache_dir=self.cache_dir, torch_dtype=dtype, use_safetensors=True
             )
 
-    def load_denoiser(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
-        """The frozen denoiser in `dtype`."""
+    def load_denoiser(self, dtype: torch.dtype, device: torch.device, base_precision: str = "no") -> nn.Module:
+        """The frozen denoiser in `dtype`; with a `base_precision`, the weights of its blocks are packed in that."""
         with refused_as(self.flag, "repair the folder"):
             denoiser = self.family.denoiser_class.from_pretrained(
                 self.folder, subfolder=self.family.denoiser, variant=self.variant, torch_dtype=dtype,
                 use_safetensors=True,
             )  # fmt: skip
-        return denoiser.requires_grad_(False).to(device)
+        denoiser.requires_grad_(False)
+        if base_precision != "no":
+            pack(denoiser, base_precision, device)
+        return denoiser.to(device)
 
     def empty_denoiser(self) -> nn.Module:
         """The denoiser without weights, after checking that its files are whole and of the shapes it has."""

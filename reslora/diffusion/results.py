@@ -125,8 +125,9 @@ def in_float32(drawer: Drawer) -> Iterator[None]:
 def exact_denoiser(
     trainee: Trainee, model: Model, flags: Flags, schedule: Schedule, folder: Path, accelerator: Accelerator
 ) -> nn.Module:
-    """The trained denoiser in float32: the one that was trained, or where that is rounded to half precision, anew."""
-    if trainee.denoiser.dtype == torch.float32 and accelerator.mixed_precision == "no":
+    """The trained denoiser in float32: the one that was trained, or where its base is rounded or packed, anew."""
+    plain = accelerator.mixed_precision == "no" and flags.base_precision == "no"
+    if plain and trainee.denoiser.dtype == torch.float32:
         return trainee.denoiser
     denoiser = model.load_denoiser(torch.float32, accelerator.device)
     add_adapter(denoiser, trainee.method, flags, schedule.steps)

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from ..signals import StopRequest
 from .arguments import Flags
 from .checkpoints import Identity, check_identity, finished_methods, plan_resume, restore, save_checkpoint
-from .checks import check_methods, check_pipeline
+from .checks import check_base_precision, check_methods, check_pipeline
 from .dataset import ImageDataset, data_flag, load_images
 from .denoising import DenoisingLoss, wide_enough
 from .drawing import Drawer
@@ -65,6 +65,7 @@ def run(flags: Flags, stop: StopRequest) -> None:
 def load_and_check(flags: Flags, model: Model, accelerator: Accelerator) -> tuple[DiffusionPipeline, Objective]:
     """The pipeline without its denoiser, and the objective; refuses whatever can be refused before encoding."""
     dtype, device = weight_dtype(accelerator.mixed_precision), accelerator.device
+    check_base_precision(flags, dtype, accelerator)
     pipeline = model.load_pipeline(dtype, device, encoders=not flags.cache_text_embeddings)
     check_pipeline(flags, pipeline, model.family)
     objective = objective_of(flags, model, pipeline)
@@ -154,7 +155,7 @@ def train_and_export(
     """One method from its newest whole checkpoint, or from the start, to its exports."""
     flags, dtype = material.flags, weight_dtype(accelerator.mixed_precision)
     folder = Path(flags.output_dir) / method
-    denoiser = model.load_denoiser(dtype, accelerator.device)
+    denoiser = model.load_denoiser(dtype, accelerator.device, flags.base_precision)
     loss = DenoisingLoss(model.family, material.objective, pipeline, denoiser.config, dtype, flags)
     drawer = Drawer(pipeline, model.family, material.texts, flags)
     trainee = new_trainee(method, denoiser, flags, schedule, accelerator)

@@ -1,0 +1,343 @@
+"""--base_precision: a packed base computes what its unpacked weights compute, and exports have the whole base."""
+
+import dataclasses
+import json
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import DistributedType
+from diffusers import ModelMixin
+from pipelines import FAMILIES
+from safetensors.torch import load_file
+from torch import nn
+
+import reslora
+from diffusion.runs import RESUME, losses, main, refused
+from reslora.adapters import METHODS, adapter_config, attach
+from reslora.diffusion.arguments import Flags
+from reslora.diffusion.checks import check_base_precision
+from reslora.diffusion.families import load_family
+from reslora.diffusion.families.base import Conditions, Family
+from reslora.diffusion.precision import FORMATS, PackedLinear, pack, try_format
+from reslora.diffusion.results import DIFFUSERS_FILE
+from reslora.diffusion.settings import read_index
+from reslora.errors import InvalidArgument
+
+HERE = torch.device("cpu")
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+precisions = pytest.mark.parametrize("precision", FORMATS)
+NF4 = [-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.09105004, 0.0]
+NF4 += [0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0]  # Dettmers et al., 2023
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """A tiny pipeline of each family, made when it is first asked for."""
+    made: dict[str, Path] = {}
+
+    def folder(family: str) -> Path:
+        if family not in made:
+            made[family] = FAMILIES[family](tmp_path_factory.mktemp(family) / "model")
+        return made[family]
+
+    return folder
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Family, ModelMixin]:
+    family = load_family(read_index(folder, "")["_class_name"])
+    denoiser = family.denoiser_class.from_pretrained(folder, subfolder=family.denoiser, torch_dtype=dtype)
+    return family, denoiser.requires_grad_(False)
+
+
+def packed_layers(denoiser: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
+    return ((name, module) for name, module in denoiser.named_modules() if isinstance(module, PackedLinear))
+
+
+def packed_and_by_hand(folder: Path, precision: str, dtype: torch.dtype = torch.float32):
+    """A family, its denoiser with a packed base, and a stock one whose weights are what was packed."""
+    (family, packed), (_, by_hand) = load(folder, dtype), load(folder, dtype)
+    pack(packed, precision, HERE)
+    for name, layer in packed_layers(packed):
+        by_hand.get_submodule(name).weight.copy_(layer.weight)
+    return family, packed, by_hand
+
+
+def adapted(denoiser: ModelMixin, family: Family, method: str = "reslora", shortcut: str = "input") -> ModelMixin:
+    targets = list(family.defaults["target_modules"])
+    targets = targets[0] if len(targets) == 1 else targets
+    config = adapter_config(method, r=3, alpha=6, dropout=0.0, targets=targets, total_steps=100)
+    torch.manual_seed(0)
+    shortcuts = reslora.ResLoraConfig(shortcut=shortcut, pre_num=4) if method == "reslora" else None
+    return attach(denoiser, config, shortcuts)
+
+
+def randomly_adapted(denoiser: ModelMixin, family: Family, *how: str) -> None:
+    adapted(denoiser, family, *how)
+    for parameter in denoiser.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float() + 0.2 * torch.randn(parameter.shape)
+
+
+def loss_and_gradients(denoiser: ModelMixin, family: Family) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    random = torch.Generator().manual_seed(1)
+    noisy = torch.randn(2, 4, 8, 8, generator=random).to(denoiser.dtype)
+    states = torch.randn(2, 8, 16, generator=random).to(denoiser.dtype)
+    text = {"states": list(states) if family.name == "z_image" else states}
+    inputs = family.denoiser_inputs(
+        denoiser.config, noisy, torch.tensor([100, 700]), Conditions(text, torch.zeros(2, 6))
+    )
+    output = family.prediction(denoiser.train()(**inputs, return_dict=False), noisy)
+    loss = (output.float() - 1).square().mean()
+    denoiser.zero_grad()
+    loss.backward()
+    gradients = {name: value.grad.clone() for name, value in denoiser.named_parameters() if value.requires_grad}
+    assert gradients and all(bool(value.abs().max() > 0) for value in gradients.values())
+    return loss.detach(), gradients
+
+
+# -- formats -----------------------------------------------------------------------------------------------------------
+
+
+def packed(weight: torch.Tensor, precision: str) -> PackedLinear:
+    linear = nn.Linear(*weight.shape[::-1], bias=False, dtype=weight.dtype)
+    linear.weight.data = weight
+    return PackedLinear(linear.requires_grad_(False), FORMATS[precision], HERE)
+
+
+def by_hand(weight: torch.Tensor, precision: str) -> torch.Tensor:
+    """Weights as their nearest codes, scaled so that the largest of a row, or of a block of 64, is the largest code."""
+    if precision == "nf4":
+        blocks = weight.reshape(-1, 64)
+        largest = blocks.abs().amax(dim=1, keepdim=True)
+        codes = torch.tensor(NF4)
+        nearest = (blocks.div(largest)[..., None] - codes).abs().argmin(dim=-1)
+        return (codes[nearest] * largest).view_as(weight)
+    codes = torch.arange(-127.0, 128) if precision == "int8" else torch.arange(256).byte().view(torch.float8_e4m3fn)
+    codes = codes.float()[codes.float().isfinite()]
+    scales = weight.abs().amax(dim=1, keepdim=True) / codes.max()
+    nearest = (weight.div(scales)[..., None] - codes).abs().argmin(dim=-1)
+    return codes[nearest] * scales
+
+
+@precisions
+def test_weights_are_packed_as_by_hand(precision):
+    torch.manual_seed(0)
+    weight = torch.randn(6, 128) * torch.tensor([1e-3, 1e-2, 0.1, 1, 10, 1000])[:, None]
+    torch.testing.assert_close(packed(weight, precision).weight, by_hand(weight, precision), rtol=1e-6, atol=0)
+
+
+def test_the_last_block_of_nf4_may_be_short():
+    torch.manual_seed(0)
+    weight, padded = torch.randn(7, 10), torch.zeros(128)
+    padded[:70] = weight.flatten()
+    expected = by_hand(padded, "nf4")[:70].view(7, 10)
+    torch.testing.assert_close(packed(weight, "nf4").weight, expected, rtol=1e-6, atol=0)
+
+
+@precisions
+def test_rows_of_zeros_stay_zeros(precision):
+    weight = torch.zeros(4, 64)
+    weight[1] = 1  # in nf4, a row of 64 is a block
+    assert torch.equal(packed(weight, precision).weight, weight)
+
+
+@pytest.mark.parametrize(("precision", "bits"), [("fp8", 8.1), ("int8", 8.1), ("nf4", 4.6)])
+def test_how_many_bits_a_weight_takes(precision, bits):
+    stored = packed(torch.randn(512, 512), precision).parameters()
+    assert sum(value.numel() * value.itemsize * 8 for value in stored) <= bits * 512 * 512
+
+
+@precisions
+def test_no_cast_of_the_model_changes_what_is_packed(precision):
+    layer = packed(torch.randn(8, 64), precision)
+    before = layer.weight
+    assert torch.equal(layer.to(torch.bfloat16).half().double().weight, before)
+
+
+@precisions
+def test_nothing_unpacked_waits_for_the_backward(precision):
+    """Else a packed base would take more memory than a plain one."""
+    layer, made = packed(torch.randn(8, 64), precision), []
+    unpack = layer.unpacked
+    layer.unpacked = lambda dtype: made.append(weakref.ref(weight := unpack(dtype))) or weight
+    x = torch.randn(2, 3, 64, requires_grad=True)
+    output = layer(x)
+    assert len(made) == 1 and made[0]() is None
+    output.sum().backward()
+    assert len(made) == 2 and made[1]() is None
+    torch.testing.assert_close(x.grad, layer.weight.sum(dim=0).expand_as(x))
+
+
+# -- denoisers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_linear_layers_of_the_blocks_are_packed_and_nothing_else(folders, family):
+    _, plain = load(folders(family))
+    _, denoiser = load(folders(family))
+    pack(denoiser, "int8", HERE)
+    around = ("embed", "time_", "norm_out", "proj_out", "final_layer", "time_guidance", "modulation")
+    linear = {name for name, module in plain.named_modules() if type(module) is nn.Linear}
+    kept = {name for name, module in denoiser.named_modules() if type(module) is nn.Linear}
+    assert {name for name, _ in packed_layers(denoiser)} == linear - kept
+    assert all(any(word in name.split(".")[0] for word in around) for name in kept)
+    assert len(kept) < 12 < len(linear - kept)
+    for name, module in denoiser.named_modules():
+        if not isinstance(module, PackedLinear):
+            theirs = plain.get_submodule(name)._parameters
+            assert all(
+                torch.equal(value, theirs[key]) for key, value in module._parameters.items() if value is not None
+            )
+    assert denoiser.dtype == torch.float32
+
+
+@precisions
+def test_chains_are_found_without_computing_anything(folders, precision):
+    family, denoiser, stock = packed_and_by_hand(folders("z_image"), precision)
+    found, expected = (reslora.chains(adapted(model, family)) for model in (denoiser.to("meta"), stock))
+    assert found == expected and found.links > 0
+
+
+@precisions
+@pytest.mark.parametrize("shortcut", ["input", "block", "middle"])
+@pytest.mark.parametrize("family", ["stable_diffusion", "z_image"])
+def test_loss_and_gradients_are_those_of_the_unpacked_weights(folders, family, shortcut, precision):
+    family, denoiser, stock = packed_and_by_hand(folders(family), precision)
+    for model in (denoiser, stock):
+        randomly_adapted(model, family, "reslora", shortcut)
+    expected = loss_and_gradients(stock, family)
+    torch.testing.assert_close(loss_and_gradients(denoiser, family), expected, rtol=1e-4, atol=1e-7)
+    reslora.enable_gradient_checkpointing(denoiser)
+    torch.testing.assert_close(loss_and_gradients(denoiser, family), expected, rtol=1e-4, atol=1e-7)
+
+
+@precisions
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "reslora"])
+def test_other_adapters_train_on_it(folders, method, precision):
+    family, denoiser, stock = packed_and_by_hand(folders("stable_diffusion"), precision)
+    for model in (denoiser, stock):
+        randomly_adapted(model, family, method)
+    expected = loss_and_gradients(stock, family)
+    torch.testing.assert_close(loss_and_gradients(denoiser, family), expected, rtol=1e-4, atol=1e-7)
+
+
+@precisions
+def test_under_autocast_too(folders, precision):
+    """As with --mixed_precision bf16."""
+    family, denoiser, stock = packed_and_by_hand(folders("z_image"), precision, torch.bfloat16)
+    for model in (denoiser, stock):
+        randomly_adapted(model, family)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = loss_and_gradients(stock, family)
+        torch.testing.assert_close(loss_and_gradients(denoiser, family), expected, rtol=1e-2, atol=1e-5)
+
+
+@precisions
+@pytest.mark.parametrize("shortcut", ["input", "middle"])
+def test_a_merge_by_weights_reads_what_is_packed(folders, shortcut, precision):
+    family, denoiser, stock = packed_and_by_hand(folders("z_image"), precision)
+    alphas = []
+    for model in (denoiser, stock):
+        randomly_adapted(model, family, "reslora", shortcut)
+        report = reslora.merge(model, method="weights")
+        alphas.append([block.alpha for block in report.blocks])
+        for name, layer in model.named_modules():
+            if hasattr(layer, "lora_A"):
+                assert layer.lora_A["default"].weight.dtype == torch.float32, name
+    found, expected = map(torch.tensor, (flat(alphas[0]), flat(alphas[1])))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    assert not found.allclose(torch.ones(()))
+
+
+def flat(alphas: list) -> list[float]:
+    return [value for alpha in alphas for value in (alpha if isinstance(alpha, list) else [alpha])]
+
+
+# -- runs --------------------------------------------------------------------------------------------------------------
+
+
+def flags_of(model: Path, data: Path, output: Path, *more) -> list:
+    flags = ["--pretrained_model_name_or_path", model, "--train_data_dir", data, "--output_dir", output]
+    flags += ["--resolution", 32, "--max_train_steps", 3, "--train_batch_size", 2, "--rank", 2, "--method", "reslora"]
+    flags += ["--learning_rate", "0.05", "--num_validation_images", 1, "--num_inference_steps", 1]
+    return [*flags, "--merge_calibration_samples", 2, "--report_to", "none", *more]
+
+
+@precisions
+@pytest.mark.parametrize("family", ["stable_diffusion", "z_image"])
+def test_a_run_exports_the_whole_base_and_the_update(folders, data, tmp_path, family, precision):
+    folder, out = folders(family), tmp_path / "out"
+    more = ["--gradient_checkpointing", "--base_precision", precision]
+    assert main(*flags_of(folder, data, out, *more)) == 0
+    family, denoiser = load(folder)
+    pack(denoiser, precision, HERE)
+    packed_names = {name for name, _ in packed_layers(denoiser)}
+    record = json.loads((out / "reslora" / "exports.json").read_text())["difference_of_255"]
+    assert set(record) == {DIFFUSERS_FILE, *family.lora_files, "peft", family.denoiser} and max(record.values()) <= 2
+    lora = load_file(out / "reslora" / DIFFUSERS_FILE)
+    base = load_file(folder / family.denoiser / WEIGHTS)
+    merged = load_file(out / "reslora" / family.denoiser / WEIGHTS)
+    assert base.keys() == merged.keys()
+    changed = 0
+    for name, value in base.items():
+        key = f"{family.denoiser}.{name.removesuffix('.weight')}.lora_{{}}.weight"
+        if key.format("A") in lora:
+            changed += name.removesuffix(".weight") in packed_names
+            value = value + lora[key.format("B")] @ lora[key.format("A")]
+            assert not torch.equal(merged[name], base[name])
+        torch.testing.assert_close(merged[name], value, rtol=1e-5, atol=1e-6, msg=name)
+    assert changed == len(lora) // 2
+
+
+def test_it_trains_on_another_base_than_a_plain_run(folders, data, tmp_path):
+    losses_of = []
+    for precision in ("no", "fp8"):
+        out = tmp_path / precision
+        assert main(*flags_of(folders("stable_diffusion"), data, out, "--base_precision", precision)) == 0
+        losses_of.append([loss for *_, loss in losses(out)])
+    assert losses_of[0] != losses_of[1] and losses_of[0] == pytest.approx(losses_of[1], rel=0.05)
+
+
+def test_a_run_goes_on_with_the_precision_it_had(folders, data, tmp_path, capsys):
+    flags = flags_of(folders("stable_diffusion"), data, tmp_path / "out")
+    assert main(*flags, "--base_precision", "int8") == 0
+    capsys.readouterr()
+    longer = [*flags, "--max_train_steps", 4, *RESUME]
+    for other in (["--base_precision", "fp8"], []):
+        line = refused(capsys, *longer, *other)
+        assert f"--base_precision {other[1] if other else 'no'}: " in line and "was trained with int8" in line
+    assert main(*longer, "--base_precision", "int8") == 0
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+def test_a_device_that_cannot_is_refused_before_encoding(folders, data, tmp_path, capsys, monkeypatch):
+    def fails(weight):
+        raise NotImplementedError("no kernel for Float8_e4m3fn\nlong story")
+
+    monkeypatch.setitem(FORMATS, "fp8", dataclasses.replace(FORMATS["fp8"], pack=fails))
+    flags = flags_of(folders("stable_diffusion"), data, tmp_path / "out", "--base_precision", "fp8")
+    line = refused(capsys, *flags, quiet=False)
+    assert "--base_precision fp8: does not work on cpu here (no kernel for Float8_e4m3fn); give another" in line
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(("kind", "stage"), [(DistributedType.FSDP, None), (DistributedType.DEEPSPEED, 3)])
+def test_weights_in_pieces_are_refused(kind, stage):
+    plugin = SimpleNamespace(zero_stage=stage) if stage else None
+    accelerator = SimpleNamespace(distributed_type=kind, state=SimpleNamespace(deepspeed_plugin=plugin), device=HERE)
+    check_base_precision(Flags(base_precision="no"), torch.float32, accelerator)
+    with pytest.raises(InvalidArgument, match=r"--base_precision int8: FSDP and ZeRO-3 .* use DDP or ZeRO-2"):
+        check_base_precision(Flags(base_precision="int8"), torch.float32, accelerator)
+
+
+@precisions
+def test_trying_a_format_draws_no_random_number(precision):
+    before = torch.get_rng_state()
+    try_format(precision, torch.bfloat16, HERE)
+    assert torch.equal(torch.get_rng_state(), before)
