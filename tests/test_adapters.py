@@ -282,9 +282,10 @@ def test_plain_lora_computes_what_adalora_did(kind):
     train(model, kind, range(1, 11), torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05))
     expected, base = outputs(model, kind), base_model(model)
     frozen = {name: module.weight for name, module in base.named_modules() if name.endswith("base_layer")}
-    model.train()
+    model.train(kind == "llama")
     plain = as_plain_lora(model)
-    assert plain.training and (plain is model) == (kind == "unet") and base_model(plain) is base
+    assert {module.training for module in plain.modules()} == {kind == "llama"}
+    assert (plain is model) == (kind == "unet") and base_model(plain) is base
     torch.testing.assert_close(outputs(plain, kind), expected, rtol=1e-12, atol=1e-12)
     assert not layers_of(plain) and rank_allocator(plain) is None
     for name, weight in frozen.items():  # the same tensors: no base was loaded again

@@ -66,7 +66,7 @@ def test_a_child_that_inherits_ignored_signals_stops_all_the_same(tmp_path, numb
 def test_the_second_signal_leaves_at_once(tmp_path):
     process = child(tmp_path, after="time.sleep(10_000)")
     process.send_signal(signal.SIGTERM)
-    await_file(tmp_path / "saved")
+    await_file(tmp_path / "saved", process)
     process.send_signal(signal.SIGINT)
     process.communicate()
     assert process.returncode == 128 + signal.SIGINT
@@ -79,15 +79,17 @@ def test_below_torchs_launcher_which_repeats_signals_the_third_leaves_at_once(tm
         env=os.environ | {"TORCHELASTIC_RUN_ID": "none"},
     )
     process.send_signal(signal.SIGTERM)
-    await_file(tmp_path / "echoed")
+    await_file(tmp_path / "echoed", process)
     process.send_signal(signal.SIGTERM)
     process.communicate()
     assert process.returncode == 128 + signal.SIGTERM
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_child_saves_and_ends_when_its_launcher_dies(tmp_path, number):
-    (tmp_path / "child.py").write_text(CHILD.format(repository=str(REPOSITORY), after="pass"))
+@pytest.mark.parametrize("told", ["signal", "_signal"])  # found out by asking, and told by the kernel alone
+def test_a_child_saves_and_ends_when_its_launcher_dies(tmp_path, number, told):
+    script = CHILD.format(repository=str(REPOSITORY), after="pass")
+    (tmp_path / "child.py").write_text(script.replace(WAIT, WAIT.replace("stop.signal", f"stop.{told}")))
     (tmp_path / "accelerate").write_text(LAUNCHER)
     launcher = subprocess.Popen([sys.executable, "accelerate", "launch"], cwd=tmp_path, stderr=subprocess.DEVNULL)
     await_file(tmp_path / "ready", launcher)
@@ -128,6 +130,14 @@ def test_a_request_is_noted_and_raised_where_asked(number):
         os.kill(os.getpid(), signal.SIGUSR1)  # never at once
         with pytest.raises(Stopped, match="while merging"):
             stop.check("stopped while merging")
+
+
+def test_where_the_kernel_says_nothing_a_launcher_is_missed():
+    with StopRequest() as stop:
+        stop._launcher = os.getppid()
+        assert stop.signal is None
+        stop._launcher = os.getpid()  # somebody else is the parent now
+        assert stop.signal == signal.SIGTERM
 
 
 def test_what_one_process_was_asked_can_be_shared():
