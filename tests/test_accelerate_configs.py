@@ -56,9 +56,10 @@ def test_deepspeed_gets_stage_2(monkeypatch):
 def test_two_processes_on_the_cpu_find_each_other(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "import torch, accelerate\n"
+        "import os, torch, accelerate\n"
         "a = accelerate.Accelerator()\n"
-        "print(a.device.type, a.num_processes, a.reduce(torch.tensor(a.process_index + 1)).item())\n"
+        "total = a.reduce(torch.tensor(a.process_index + 1)).item()\n"
+        "os.write(1, f'{a.device.type} {a.num_processes} {total}\\n'.encode())\n"  # at once: two print to one file
         # Without this gloo's threads abort, now and then, the process that leaves last: often on a busy machine.
         "a.end_training()\n"
     )
