@@ -317,6 +317,15 @@ def test_an_adapter_that_takes_the_name_of_a_deleted_one_is_not_connected(config
     assert_bare(model.get_base_model())
 
 
+@wired
+def test_what_is_left_after_deleting_the_connected_adapter_is_free(llama, tmp_path, config):
+    model = connected(llama, config)
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
+    model.delete_adapter("default")
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "other" / "adapter_model.safetensors").exists()
+
+
 # --- guards come and go -----------------------------------------------------------------------------------------------
 
 

@@ -215,6 +215,18 @@ def test_data_parallel_is_refused(llama, shortcut):
     assert_one_line(error, "DataParallel")
 
 
+@shortcuts
+def test_a_copy_that_data_parallel_runs_is_refused(llama, shortcut):
+    """`replicate` marks its copies so, whose layers would read the neighbours of the original."""
+    model = llama.lora()
+    reslora.connect(model, ResLoraConfig(shortcut))
+    for module in model.modules():
+        module._former_parameters = {}
+    with pytest.raises(RuntimeError) as error:
+        run(model, llama.inputs())
+    assert_one_line(error, "DataParallel", "DistributedDataParallel")
+
+
 def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

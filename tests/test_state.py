@@ -262,6 +262,29 @@ def test_a_gradient_taken_inside_the_forward(shortcut, pre_num, head):
     assert_equal(gradients_of(model, STACK_INPUTS), gradients_of(oracle, STACK_INPUTS))
 
 
+class Mixed(Stack):
+    """Its first layer is checkpointed with our context, the others without."""
+
+    contexts = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for n, layer in enumerate(self.layers):
+            kwargs = {"context_fn": self.contexts} if n == 0 else {}
+            x = x + (checkpoint(layer, x, use_reentrant=False, **kwargs) if self.contexts else layer(x))
+        return x
+
+
+@stateful
+def test_a_segment_without_our_context_is_refused_after_one_that_has_it(shortcut, pre_num, head):
+    model = lora_stack(Mixed())
+    reslora.connect(model, ResLoraConfig(shortcut, pre_num, head), example_inputs=STACK_INPUTS)
+    base = model.get_base_model()
+    base.contexts = connection_of(base).wires.contexts
+    with pytest.raises(RuntimeError) as error:
+        run(model, STACK_INPUTS)
+    assert_one_line(error, "layers.1.proj", "reslora.enable_gradient_checkpointing")
+
+
 # --- parts that run alone ---------------------------------------------------------------------------------------------
 
 
@@ -363,6 +386,16 @@ def test_a_part_that_cuts_a_chain_in_two_does_not_run_alone(llama, shortcut, pre
     with pytest.raises(RuntimeError) as error:
         layer(hidden, position_embeddings=(torch.ones(1, 2, 8).double(), torch.zeros(1, 2, 8).double()))
     assert_one_line(error, "model.layers.2", "outside a forward")
+
+
+@stateful
+def test_a_part_that_holds_one_chain_and_cuts_another_does_not_run_alone(unet, shortcut, pre_num, head):
+    model = unet.lora(target_modules=["attn1.to_q", "attn2.to_k"])  # the text's keys are linked through all stages
+    reslora.connect(model, ResLoraConfig(shortcut, pre_num, head))
+    hidden, text = torch.zeros(1, 8, 8, 8, dtype=torch.float64), torch.zeros(1, 5, 12, dtype=torch.float64)
+    with pytest.raises(RuntimeError) as error:
+        model.mid_block.attentions[0](hidden, encoder_hidden_states=text)
+    assert_one_line(error, "mid_block.attentions.0", "outside a forward")
 
 
 @pytest.mark.parametrize("finish", [reslora.disconnect, lambda model: reslora.merge(model, "none")])
