@@ -560,6 +560,15 @@ def test_norms_of_another_shape_are_refused(llama, tmp_path, into):
     refuse_to_load(llama, tmp_path, into, "reslora.norms")
 
 
+def test_norms_of_other_blocks_are_not_taken(llama, tmp_path):
+    saved(llama, tmp_path, window=3, steps=1)
+    (tmp_path / "checksums.json").unlink()
+    content = json.loads((tmp_path / CONFIG).read_text())
+    content["norms"]["names"].reverse()
+    (tmp_path / CONFIG).write_text(json.dumps(content))
+    assert reslora.merge(reslora.load(base_of(llama), tmp_path)).method == "weights"
+
+
 @pytest.mark.parametrize("into", ["bare", "adapter"])
 @pytest.mark.parametrize("damage", ["twice", "mixed", "wider"])
 def test_a_plan_that_no_model_has_is_refused(llama, tmp_path, damage, into):

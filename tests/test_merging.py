@@ -480,6 +480,17 @@ def test_a_max_rank_that_holds_everything_loses_nothing(llama):
     assert_equal(run(case.model, llama.inputs()), run(case.oracle.model, llama.inputs()))
 
 
+def test_a_merge_that_keeps_the_factors_keeps_their_rank(llama):
+    case = Case(llama, "block", 2)
+    reslora.merge(case.model, method="none", max_rank=RANK - 1)
+    for name in (name for chain in llama.blocks for name in chain):
+        for part in ("lora_A", "lora_B"):
+            ours, theirs = (
+                getattr(find_layer(model, name), part)["default"].weight for model in (case.model, llama.lora())
+            )
+            assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("shortcut", ["input", "middle", "none"])
 def test_max_rank_is_for_block_only(llama, shortcut):
     case = Case(llama, shortcut).train(1)
