@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
-from .merging import Factors, Merged, Second
+from .merging import Factors, Merged
+from .regression import Inputs
 from .shortcuts.base import Shortcut, rows
 from .shortcuts.state import Wires
 from .tracing import evaluating, to_device
+
+BUDGET = 2**30
+"""Bytes that least squares may take at a time for what enters the layers, at least one layer's: where all layers
+together need more, the batches run through the model several times, each time for as many layers as there is room for.
+
+12,288 inputs, the widest feed-forward layers of Flux, are 0.6 GB. What is only as large as the adapter comes on top.
+"""
 
 
 class Calibrator:
@@ -20,78 +29,135 @@ class Calibrator:
     def __init__(
         self, plan: list[list[Factors]], merged: list[list[Merged]] | None, shortcut: type[Shortcut], fits: bool
     ) -> None:
-        """`merged` is the outcome of a merge that needs no calibration; one that `fits` needs second moments."""
+        """`merged` is the outcome of a merge that needs no calibration; one that `fits` needs all of x x^T."""
         self.blocks = {block.name: block for chain in plan for block in chain}
         results = [None] * len(self.blocks) if merged is None else [result for chain in merged for result in chain]
         self.merged = dict(zip(self.blocks, results, strict=True))
-        for name, block in self.blocks.items():
-            block.moments = shortcut.moments(block, self.merged[name], fits)
-        self.fits = fits
-        self.readers: dict[str, str] = {}
+        self.shortcut, self.fits = shortcut, fits
+        self.passes = 0
+        self.waiting = dict.fromkeys(self.blocks)
+        """The names of the blocks that are still to be measured."""
+        self.leaders: dict[str, str] = {}
+        """The first block that reads the tensor a block reads, by the block's name."""
+        self.inputs: dict[str, Inputs] = {}
+        """What is collected in this pass, by leader."""
+        self.put_off: set[str] = set()
+        """The leaders there was no room for in this pass."""
         # Weak references: a calibration forward must not keep every layer's input alive.
-        self.inputs: list[tuple[weakref.ref, str]] = []
+        self.seen: list[tuple[weakref.ref, str]] = []
+        self.entered: torch.Tensor | None = None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the report should say."""
+        several = f"calibration took {self.passes} passes through the model, with {BUDGET / 2**30:.3g} GiB for each"
+        return (several,) if self.passes > 1 else ()
 
     def read(self, base: nn.Module, wires: Wires, calibration: Iterable[Mapping]) -> None:
-        """Runs every batch once; raises `ValueError` for batches that do not fit or give non-finite values."""
+        """Reads every batch once; raises `ValueError` for batches that do not fit or give non-finite values."""
         device = next(base.parameters()).device
-        wires.observer = self
-        count = 0
-        try:
-            with evaluating(base):
-                for batch in calibration:
-                    if not isinstance(batch, Mapping):
-                        raise ValueError(
-                            f"calibration[{count}] is a {type(batch).__name__}; give dicts of the model's arguments"
-                        )
-                    self.inputs.clear()
-                    _forward(base, to_device(dict(batch), device), count)
+        batches, kept = calibration, []
+        with evaluating(base), self._watching(base, wires):
+            while self.waiting:
+                self.passes += 1
+                count = 0
+                for batch in batches:
+                    self.seen.clear()
+                    _forward(base, batch, device, count)
                     count += 1
-        finally:
-            wires.observer = None
-            self.inputs.clear()
-        if count == 0:
-            raise ValueError("calibration is empty; give at least one dict of the base model's arguments")
-        self._finish()
+                    if self.fits and batches is not kept:
+                        kept.append(dict(batch))
+                if count == 0:
+                    raise ValueError("calibration is empty; give at least one dict of the base model's arguments")
+                self._finish_pass()
+                batches = kept
 
-    def __call__(self, variant: Shortcut, x, own, handed) -> None:
+    @contextmanager
+    def _watching(self, base: nn.Module, wires: Wires) -> Iterator[None]:
+        """Has every wired block call this object, and sees what enters it before PEFT casts it to another dtype."""
+
+        def enters(module: nn.Module, args: tuple) -> None:
+            self.entered = args[0] if args else None
+
+        layers = [base.get_submodule(name) for name in self.blocks] if self.fits else []
+        handles = [layer.register_forward_pre_hook(enters) for layer in layers]
+        wires.observer = self
+        try:
+            yield
+        finally:
+            wires.observer = self.entered = None
+            self.seen.clear()
+            for handle in handles:
+                handle.remove()
+
+    def __call__(self, variant: Shortcut, x: torch.Tensor, own: torch.Tensor, handed: torch.Tensor | None) -> None:
         """Called by every wired block, with what its forward computed."""
+        name, entered, self.entered = variant.name, self.entered, None
+        if name not in self.waiting:
+            return
         with torch.autocast(x.device.type, enabled=False):
-            block = self.blocks[variant.name]
+            block = self.blocks[name]
+            block.moments = block.moments or self.shortcut.moments(block, self.merged[name], self.fits)
             tokens = rows(x)
             tokens = tokens if tokens.dtype == torch.float64 else tokens.float()
             if self.fits and block.moments.guess is not None:
-                self._share_second(variant.name, x, tokens)
-            variant.measure(block, self.merged[variant.name], tokens, own, handed)
+                block.moments.inputs = self._inputs(name, x if entered is None else entered, tokens)
+                if block.moments.inputs is None:
+                    return
+            variant.measure(block, self.merged[name], tokens, own, handed)
 
-    def _share_second(self, name: str, x: torch.Tensor, tokens: torch.Tensor) -> None:
-        """q, k and v of one attention read the same tensor: its second moment is computed and kept once."""
-        leader = next((other for seen, other in self.inputs if seen() is x), None)
+    def _inputs(self, name: str, entered: torch.Tensor, tokens: torch.Tensor) -> Inputs | None:
+        """What collects the rows that `name` reads, with `tokens` in it; None where there is no room in this pass."""
+        leader = next((other for seen, other in self.seen if seen() is entered), None)
         if leader is None:
-            self.inputs.append((weakref.ref(x), name))
-        leader = leader or name
-        if self.readers.setdefault(name, leader) != leader:
+            leader = name
+            self.seen.append((weakref.ref(entered), name))
+        if self.leaders.setdefault(name, leader) != leader:
             raise ValueError(
                 f"{name} reads another tensor than in the first calibration batch; calibrate in like batches"
             )
-        moments = self.blocks[name].moments
-        if leader != name:
-            moments.second = self.blocks[leader].moments.second
-            return
-        moments.second = moments.second or Second()
-        moments.second.add(tokens)
+        if name == leader and name not in self.put_off:
+            inputs = self.inputs.pop(name, None) or Inputs(tokens)
+            others = sum(other.nbytes() for other in self.inputs.values())
+            if others and others + inputs.nbytes(len(tokens)) > BUDGET:
+                self.put_off.add(name)
+            else:
+                inputs.add(tokens)
+                self.inputs[name] = inputs
+        return self.inputs.get(leader)
 
-    def _finish(self) -> None:
-        for name, block in self.blocks.items():
-            if block.moments.forwards == 0:
-                raise ValueError(f"{name} did not run on the calibration batches: is the adapter active and enabled?")
+    def _finish_pass(self) -> None:
+        """Checks what was collected, fits what is to be fitted and lets go of it."""
+        later = {name: None for name in self.waiting if self.leaders.get(name) in self.put_off}
+        done = [self.blocks[name] for name in self.waiting if name not in later]
+        for block in done:
+            if block.moments is None:
+                raise ValueError(
+                    f"{block.name} did not run on the calibration batches: is the adapter active and enabled?"
+                )
             if not block.moments.finite():
-                raise ValueError(f"calibration gives NaN or infinity at the input of {name}; check its batches")
+                raise ValueError(f"calibration gives NaN or infinity at the input of {block.name}; check its batches")
             block.norm = block.moments.norm
+        while self.inputs:
+            leader, inputs = self.inputs.popitem()
+            inputs.factorise()
+            for block in (block for block in done if self.leaders.get(block.name) == leader):
+                if block.moments.rows != inputs.count:
+                    raise ValueError(
+                        f"{block.name} did not run on all calibration batches that {leader} ran on; calibrate in like "
+                        "batches"
+                    )
+                block.moments.fit()
+        for name in later:
+            self.blocks[name].moments = None
+        self.waiting, self.put_off = later, set()
 
 
-def _forward(base: nn.Module, batch: dict, number: int) -> None:
+def _forward(base: nn.Module, batch: Mapping, device: torch.device, number: int) -> None:
+    if not isinstance(batch, Mapping):
+        raise ValueError(f"calibration[{number}] is a {type(batch).__name__}; give dicts of the model's arguments")
     try:
-        base(**batch)
+        base(**to_device(dict(batch), device))
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
         detail = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"calibration[{number}] does not run through {type(base).__name__}: {detail}") from error

@@ -12,8 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-RIDGE = 1e-2
-"""Ridge of the least-squares merge, as a share of the mean diagonal of E[x x^T]."""
+from .regression import Inputs
 
 
 @dataclasses.dataclass
@@ -57,8 +56,6 @@ class Merged:
     b: torch.Tensor
     alpha: float | list[float] | None = None
     notes: tuple[str, ...] = ()
-    fitted: torch.Tensor | None = None
-    """Least squares only: C minus the neighbours' A (r x p)."""
 
 
 class Moments:
@@ -69,11 +66,15 @@ class Moments:
     `handed`, is fitted and measured: where the guess is exact it is zero to the last digit, however x is conditioned.
     """
 
-    def __init__(self, guess: torch.Tensor | None = None, second: Second | None = None) -> None:
+    def __init__(self, guess: torch.Tensor | None = None) -> None:
         self.guess = guess
-        self.second = second
-        self.norm_sum, self.forwards = 0.0, 0
+        self.inputs: Inputs | None = None
+        """Where x is collected, of a block whose gap is to be fitted."""
+        self.fitted: torch.Tensor | None = None
+        """C minus the neighbours' A (r x p), once it is fitted."""
+        self.norm_sum, self.forwards, self.rows = 0.0, 0, 0
         self.own_own = self.own_handed = self.handed_handed = self.gap_gap = self.gap_x = 0.0
+        self.gaps: list[torch.Tensor] = []
         self.output, self.miss = 0.0, 0.0
 
     def add(self, x: torch.Tensor, own: torch.Tensor, handed: torch.Tensor | None, norm: torch.Tensor) -> None:
@@ -90,8 +91,18 @@ class Moments:
         if self.guess is not None:
             gap = handed - _precise(x @ self.guess.to(x).t())
             self.gap_gap = self.gap_gap + gap.t() @ gap
-            if self.second is not None:
+            if self.inputs is not None:
+                self.rows += len(x)
                 self.gap_x = self.gap_x + gap.to(x.dtype).t() @ x
+                self.gaps = [*self.gaps, gap] if self.inputs.dual else []
+
+    def fit(self) -> None:
+        """Fits the gap, `argmin_D |gap - D x|^2 + ridge |D|^2`, and lets go of x; what is left is the new gap."""
+        self.fitted = self.inputs.fit(self.gap_x, self.gaps).to(self.guess)
+        fitted = _precise(self.fitted)
+        cross = self.gap_x.to(fitted) @ fitted.t()
+        self.gap_gap = self.gap_gap - cross - cross.t() + self.inputs.quadratic(fitted).to(cross)
+        self.inputs, self.gap_x, self.gaps = None, 0.0, []
 
     def measure(self, output: torch.Tensor, miss: torch.Tensor) -> None:
         """Adds one forward's squared norms of the unmerged output and of what a known merge misses of it."""
@@ -107,28 +118,6 @@ class Moments:
         """Whether everything seen was finite."""
         values = (self.norm_sum, self.own_own, self.own_handed, self.handed_handed, self.gap_gap, self.gap_x)
         return all(bool(torch.isfinite(torch.as_tensor(value)).all()) for value in values)
-
-
-class Second:
-    """E[x x^T] up to its count (p x p), shared by the blocks that read the same tensor (q, k and v of an attention)."""
-
-    def __init__(self) -> None:
-        self.value: torch.Tensor | float = 0.0
-        self._factor: torch.Tensor | None = None
-
-    def add(self, x: torch.Tensor) -> None:
-        """Adds the rows of `x` (T x p)."""
-        self.value = self.value + x.t() @ x
-
-    def factor(self) -> torch.Tensor:
-        """The Cholesky factor of the sum plus the ridge (p x p, float64 on the CPU), computed once."""
-        if self._factor is None:
-            second = self.value.to("cpu", torch.float64, copy=True)
-            ridge = RIDGE * float(second.diagonal().mean())
-            # Where x is zero throughout there is nothing to fit, and nothing to invert.
-            second.diagonal().add_(ridge if ridge > 0 else 1.0)
-            self._factor = torch.linalg.cholesky(second)
-        return self._factor
 
 
 def _precise(x: torch.Tensor) -> torch.Tensor:
@@ -192,8 +181,7 @@ def merge_lstsq(chain: list[Factors]) -> list[Merged]:
         if not block.before:
             merged.append(block.scaled(block.head))
             continue
-        fitted = fit(block.moments.gap_x, block.moments.second).to(block.a)
-        merged.append(Merged(block.a + block.guess() + fitted, block.b, None, fitted=fitted))
+        merged.append(Merged(block.a + block.guess() + block.moments.fitted, block.b))
     return merged
 
 
@@ -241,11 +229,6 @@ def neighbours(n: int, reach: int | None) -> range:
     return range(n - 1, first - 1, -1)
 
 
-def fit(gap_x: torch.Tensor, second: Second) -> torch.Tensor:
-    """`argmin_D |gap - D x|^2 + ridge |D|^2` (r x p) from the moments `gap^T x` (r x p) and `x^T x` (p x p)."""
-    return torch.cholesky_solve(gap_x.to("cpu", torch.float64).t(), second.factor()).t()
-
-
 def merged_norm(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> float:
     """f*_j, the Frobenius norm of `W_j + s_j B*_j A*_j`, in at least float32 (Eqs. 10-11)."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -290,12 +273,8 @@ def relative_error(block: Factors, merged: Merged) -> float:
     output = _trace(moments.own_own + cross + moments.handed_handed, gram)
     if moments.guess is None:
         miss = merged.alpha**2 * moments.own_own - merged.alpha * cross + moments.handed_handed
-    elif merged.fitted is None:
-        miss = moments.gap_gap
     else:
-        fitted = merged.fitted.to(gram)
-        gap_x = moments.gap_x.to(gram) @ fitted.t()
-        miss = moments.gap_gap - gap_x - gap_x.t() + fitted @ moments.second.value.to(gram) @ fitted.t()
+        miss = moments.gap_gap
     error = max(_trace(miss, gram), 0.0)
     return (error / output) ** 0.5 if output > 0 else 0.0
 

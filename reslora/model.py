@@ -45,7 +45,7 @@ class MergeReport:
     shortcut: str
     blocks: tuple[BlockReport, ...]
     notes: tuple[str, ...] = ()
-    """Zero norms, and what a `max_rank` loses."""
+    """Zero norms, what a `max_rank` loses, and a calibration in several passes."""
 
     def to_dict(self) -> dict:
         """The report as JSON-able data."""
@@ -169,7 +169,8 @@ def merge(
     `method`: `none`, `input` (Eqs. 6-9, 12), `weights` (Eqs. 10-11, 13), `lstsq` (ours), or `auto`: exact for
     block-shortcuts (Eq. 5, rank (m + 1) r, cut to `max_rank` if given), else `lstsq` with calibration, else `input`
     where training recorded norms, else `weights`. `calibration`: dicts of keyword arguments of the base model, read
-    once, run through the unmerged model in eval mode without gradients. dtype, device and requires_grad are kept.
+    once, run through the unmerged model in eval mode without gradients; where `lstsq` would need more memory than
+    `reslora.calibration.BUDGET`, kept and run several times. dtype, device and requires_grad are kept.
 
     With several processes, merge on rank 0 (whose norms count) and share the result.
 
@@ -184,8 +185,8 @@ def merge(
     _refuse_nonfinite(layers, adapter_name)
     plan = [_factors(chain, layers, connection) for chain in connection.chains] if connection.shortcut else []
     with torch.no_grad():
-        merged = _merge_chains(base, plan, method, connection, calibration, max_rank)
-        report = _report(connection, method, plan, merged, calibration is not None)
+        merged, notes = _merge_chains(base, plan, method, connection, calibration, max_rank)
+        report = _report(connection, method, plan, merged, notes, calibration is not None)
         disconnect(model, adapter_name)
         for factors, results in zip(plan, merged, strict=True):
             for block, result in zip(factors, results, strict=True):
@@ -263,28 +264,39 @@ def _merge_chains(
     connection: Connection,
     calibration: Iterable[Mapping] | None,
     max_rank: int | None,
-) -> list[list[Merged]]:
-    """Merges every chain; methods that need no statistics first, so that calibration can measure what they lose."""
+) -> tuple[list[list[Merged]], tuple[str, ...]]:
+    """Merges every chain; methods that need no statistics first, so that calibration can measure what they lose.
+
+    Returns the results, and notes on how they came about.
+    """
     if not plan:
-        return []
+        return [], ()
+    notes = ()
     method = connection.shortcut.merges[name]
     merged = None if method.norms or method.fits else [method.merge(chain) for chain in plan]
     if merged is not None and max_rank is not None:
         pairs = (zip(chain, results, strict=True) for chain, results in zip(plan, merged, strict=True))
         merged = [[merging.cut(block, result, max_rank) for block, result in chain] for chain in pairs]
     if calibration is not None:
-        Calibrator(plan, merged, connection.shortcut, method.fits).read(base, connection.wires, calibration)
+        calibrator = Calibrator(plan, merged, connection.shortcut, method.fits)
+        calibrator.read(base, connection.wires, calibration)
+        notes = calibrator.notes
     elif method.norms:
         means = connection.wires.norms.means()
         for block in (block for chain in plan if len(chain) > 1 for block in chain):
             block.norm = means[block.name]
-    return [method.merge(chain) for chain in plan] if merged is None else merged
+    return ([method.merge(chain) for chain in plan] if merged is None else merged), notes
 
 
 def _report(
-    connection: Connection, method: str, plan: list[list[Factors]], merged: list[list[Merged]], calibrated: bool
+    connection: Connection,
+    method: str,
+    plan: list[list[Factors]],
+    merged: list[list[Merged]],
+    notes: Iterable[str],
+    calibrated: bool,
 ) -> MergeReport:
-    blocks, notes = [], []
+    blocks, notes = [], [*notes]
     for chain, factors, results in zip(connection.chains, plan, merged, strict=False):
         for block, factor, result in zip(chain, factors, results, strict=True):
             error = connection.shortcut.error(factor, result) if calibrated else None

@@ -1,0 +1,155 @@
+"""Ridge regression in panels, in both of its forms, against the textbook's formulas on whole matrices."""
+
+import pytest
+import torch
+from conftest import LiveTensors, assert_equal
+
+from reslora import regression
+from reslora.regression import Gram, Inputs
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def narrow_panels(monkeypatch):
+    monkeypatch.setattr(regression, "PANEL", 4)
+
+
+def random(*shape: int, seed: int = 0, dtype=torch.float64) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def ridge(x: torch.Tensor, gap: torch.Tensor) -> torch.Tensor:
+    """(X^T X + rho I)^-1 X^T G, transposed; rho is a hundredth of the mean diagonal of X^T X."""
+    second = x.T @ x
+    rho = 1e-2 * second.diagonal().mean()
+    return torch.linalg.inv(second + rho * torch.eye(len(second), dtype=second.dtype)).mm(x.T @ gap).T
+
+
+def fitted(
+    x: torch.Tensor, gap: torch.Tensor, sizes: list[int], dual: bool | None = None
+) -> tuple[Inputs, torch.Tensor]:
+    """D for rows that come in batches of these sizes; `dual` chooses the form."""
+    inputs, gap_x, gaps = Inputs(x), 0.0, []
+    if dual is False:
+        inputs.dual, inputs.gram = False, Gram(x.shape[1], x.device)
+    elif dual:
+        inputs.nbytes = lambda more: 0
+    for rows, part in zip(x.split(sizes), gap.split(sizes), strict=True):
+        inputs.add(rows)
+        gap_x = gap_x + part.to(rows.dtype).T @ rows
+        gaps.append(part)
+    assert dual is None or inputs.dual == dual
+    inputs.factorise()
+    return inputs, inputs.fit(gap_x, gaps if inputs.dual else [])
+
+
+# --- the Gram matrix --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 5, 8, 11])
+def test_gram_matrix_in_panels_is_the_whole_one(size):
+    x, right, d = random(20, size), random(size, 3, seed=1), random(2, size, seed=2)
+    second, eye = x.T @ x, torch.eye(size, dtype=torch.float64)
+    gram = Gram(size, CPU)
+    for rows in x.split(7):
+        gram.add(rows)
+    for first, panel in zip(range(0, size, 4), gram.panels, strict=True):
+        assert_equal(panel, second[first:, first : first + 4])
+    assert gram.trace() == pytest.approx(float(second.trace()))
+    assert sum(panel.nbytes for panel in gram.panels) == Gram.nbytes(size)
+    gram.factorise(0.3)
+    whole = torch.linalg.cholesky(second + 0.3 * eye)
+    for first, panel in zip(range(0, size, 4), gram.panels, strict=True):
+        assert_equal(panel, whole[first:, first : first + 4])
+    kept = right.clone()
+    assert_equal(gram.solve(right), torch.linalg.solve(second + 0.3 * eye, right))
+    assert torch.equal(right, kept)
+    assert_equal(gram.quadratic(d), d @ second @ d.T)
+
+
+def test_gram_matrix_takes_little_more_than_the_lower_half(monkeypatch):
+    monkeypatch.undo()
+    assert 12288**2 * 4 < Gram.nbytes(12288) < 1.05 * 12288**2 * 4
+
+
+def test_single_precision_is_summed_in_double():
+    gram = Gram(1, CPU)
+    for value in (1.0, 1e-5):
+        gram.add(torch.tensor([[value]]))
+    assert gram.trace() == pytest.approx(1 + 1e-10, abs=1e-16)
+
+
+# --- the regression ---------------------------------------------------------------------------------------------------
+
+SIZES = [([1], 9), ([5], 9), ([2, 3], 9), ([1, 1, 4], 16), ([7, 2], 11)]
+
+
+@pytest.mark.parametrize("sizes, width", SIZES)
+def test_dual_form_equals_the_primal_one(sizes, width):
+    x, gap = random(sum(sizes), width), random(sum(sizes), 3, seed=1)
+    _, primal = fitted(x, gap, sizes, dual=False)
+    _, dual = fitted(x, gap, sizes, dual=True)
+    for found in (primal, dual):
+        torch.testing.assert_close(found, ridge(x, gap), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(primal, dual, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dual", [True, False])
+def test_both_forms_measure_what_a_fit_leaves(dual):
+    x, gap, d = random(5, 12), random(5, 3, seed=1), random(3, 12, seed=2)
+    inputs, _ = fitted(x, gap, [2, 3], dual)
+    assert_equal(inputs.quadratic(d), (x @ d.T).T @ (x @ d.T))
+
+
+@pytest.mark.parametrize("dual", [True, False])
+def test_rows_that_depend_on_each_other_are_fitted_too(dual):
+    x = random(5, 12)
+    x[3], x[4], x[:, 7] = x[0], 0.0, x[:, 2]
+    gap = random(5, 3, seed=1)
+    torch.testing.assert_close(fitted(x, gap, [5], dual)[1], ridge(x, gap), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dual", [True, False])
+def test_rows_of_zeros_are_fitted_by_zero(dual):
+    x, gap = torch.zeros(5, 12, dtype=torch.float64), random(5, 3)
+    assert torch.equal(fitted(x, gap, [5], dual)[1], torch.zeros(3, 12, dtype=torch.float64))
+
+
+def test_form_changes_when_the_rows_grow_too_many():
+    """In panels of four columns, 12 x 12 takes 8 * 96 bytes; five rows and 5 x 5 8 * 81, six rows and 6 x 6 8 * 100."""
+    x, gap = random(11, 12), random(11, 2, seed=1)
+    inputs = Inputs(x)
+    for count, rows in enumerate(x.split(1), start=1):
+        assert inputs.nbytes(1) == 8 * {1: 13, 2: 28, 3: 45, 4: 64, 5: 81}.get(count, 96)
+        inputs.add(rows)
+        assert inputs.dual == (count <= 5) and len(inputs.rows) == (count if count <= 5 else 0)
+    assert_equal(fitted(x, gap, [1] * 11)[1], ridge(x, gap))
+
+
+def test_rows_are_copies():
+    x, gap = random(5, 12), random(5, 3, seed=1)
+    expected = ridge(x, gap)
+    inputs = Inputs(x)
+    inputs.add(x)
+    x.zero_()
+    inputs.factorise()
+    assert_equal(inputs.fit(None, [gap]), expected)
+
+
+@pytest.mark.parametrize("rows, width", [(30, 400), (300, 400), (900, 400)])
+def test_no_more_memory_than_one_second_moment_in_float32(rows, width, monkeypatch):
+    """What is alive at a time, beside what goes in and comes out; a quarter more for panels that are being computed."""
+    monkeypatch.setattr(regression, "PANEL", 16)
+    x, gap = random(rows, width, dtype=torch.float32), random(rows, 2, seed=1)
+    with LiveTensors() as live:
+        fitted(x, gap, [rows])
+    assert live.peak < 1.25 * width**2 * 4
+
+
+def test_few_rows_need_no_matrix_as_wide_as_the_layer(monkeypatch):
+    monkeypatch.setattr(regression, "PANEL", 16)
+    x, gap = random(10, 400, dtype=torch.float32), random(10, 2, seed=1)
+    with LiveTensors() as live:
+        fitted(x, gap, [10])
+    assert live.peak < 10 * 400 * 4 * 4
