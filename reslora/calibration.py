@@ -137,16 +137,17 @@ class Calibrator:
                 )
             if not block.moments.finite():
                 raise ValueError(f"calibration gives NaN or infinity at the input of {block.name}; check its batches")
+            inputs = block.moments.inputs
+            if inputs is not None and block.moments.rows != inputs.count:
+                raise ValueError(
+                    f"{block.name} did not run on all calibration batches that {self.leaders[block.name]} ran on; "
+                    "calibrate in like batches"
+                )
             block.norm = block.moments.norm
         while self.inputs:
             leader, inputs = self.inputs.popitem()
             inputs.factorise()
             for block in (block for block in done if self.leaders.get(block.name) == leader):
-                if block.moments.rows != inputs.count:
-                    raise ValueError(
-                        f"{block.name} did not run on all calibration batches that {leader} ran on; calibrate in like "
-                        "batches"
-                    )
                 block.moments.fit()
         for name in later:
             self.blocks[name].moments = None

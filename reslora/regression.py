@@ -18,14 +18,14 @@ import torch
 RIDGE = 1e-2
 """Ridge of the least-squares merge, as a share of the mean diagonal of X^T X."""
 
-PANEL = 512
+PANEL = 256
 """Columns of a Gram matrix that are computed together."""
 
 
 class Gram:
     """A sum of x^T x (n x n), then its Cholesky factor: the lower triangle, as panels of PANEL columns.
 
-    A panel begins at the diagonal. float64, and yet no larger than the whole matrix is in float32.
+    A panel begins at the diagonal. float64, and yet hardly larger, where it is large, than the whole one in float32.
     """
 
     def __init__(self, size: int, device: torch.device) -> None:
