@@ -21,11 +21,11 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
-from safetensors.torch import load_file
 
 import reslora
 from reslora import export, files
 from reslora.diffusion.arguments import Flags
+from reslora.diffusion.calibration import read_calibration
 from reslora.diffusion.families.base import Family
 from reslora.diffusion.loading import find_model
 from reslora.diffusion.results import LORA_FILES
@@ -362,20 +362,7 @@ def base_of(run: Run | None) -> Base:
 def calibration_of(run: Run) -> list[dict] | None:
     """The samples that the run's own merge has read, in batches; None if it kept none."""
     path = run.inside("reslora", "calibration.safetensors")
-    if path is None:
-        return None
-    together = load_file(path)
-    size, count = run.whole("train_batch_size", 8), len(next(iter(together.values())))
-    return [nested({name: value[i : i + size] for name, value in together.items()}) for i in range(0, count, size)]
-
-
-def nested(values: dict) -> dict:
-    """Values called `outer.inner` inside a dictionary called `outer`."""
-    found: dict = {}
-    for name, value in values.items():
-        outer, _, inner = name.rpartition(".")
-        (found.setdefault(outer, {}) if outer else found)[inner] = value
-    return found
+    return None if path is None else read_calibration(path)
 
 
 def changed(path: Path | None) -> int:

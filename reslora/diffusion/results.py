@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +17,10 @@ from .. import export
 from ..adapters import PLAIN_METHODS, as_plain_lora, load_adapter, remove_adapters
 from ..chains import Chains, chains
 from ..errors import RunFailed, first_line
-from ..files import write_json, write_tensors
+from ..files import write_json
 from ..model import MergeReport, merge
 from .arguments import Flags
+from .calibration import write_calibration
 from .denoising import DenoisingLoss
 from .drawing import Drawer, as_bytes, as_image
 from .families.base import Family
@@ -39,7 +40,7 @@ class Merged:
 
     plan: Chains
     report: MergeReport
-    calibration: dict[str, torch.Tensor]
+    calibration: list[dict]
 
 
 def export_method(
@@ -146,7 +147,7 @@ def merge_reslora(denoiser: nn.Module, loss: DenoisingLoss, material: Material) 
     except ValueError as error:
         advice = "where numbers are not finite, training has diverged: start again with a lower --learning_rate"
         raise RunFailed(f"reslora: it cannot be merged ({first_line(error)}); {advice}") from None
-    return Merged(plan, report, together(calibration))
+    return Merged(plan, report, calibration)
 
 
 @torch.no_grad()
@@ -166,24 +167,12 @@ def as_float32(value: object) -> object:
     return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
-def together(batches_: Sequence[dict], prefix: str = "") -> dict[str, torch.Tensor]:
-    """The tensors of several batches joined, by name; those inside others are called `outer.inner`."""
-    joined: dict[str, torch.Tensor] = {}
-    for name, first in (batches_[0] if batches_ else {}).items():
-        values = [batch[name] for batch in batches_]
-        if isinstance(first, dict):
-            joined |= together(values, f"{prefix}{name}.")
-        elif isinstance(first, torch.Tensor):
-            joined[prefix + name] = torch.cat(values).cpu().contiguous()
-    return joined
-
-
 def write_merge(merged: Merged, folder: Path) -> None:
     """`chains.json`, `merge.json`, and the samples that the merge read."""
     write_json(folder / "chains.json", merged.plan.to_dict())
     write_json(folder / "merge.json", merged.report.to_dict())
     if merged.calibration:
-        write_tensors(folder / "calibration.safetensors", merged.calibration, {"format": "pt"})
+        write_calibration(folder / "calibration.safetensors", merged.calibration)
 
 
 # -- exporting ---------------------------------------------------------------------------------------------------------

@@ -11,7 +11,9 @@ from pipelines import FAMILIES, image_folder
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import reslora
 import train_sd
+from reslora.diffusion.calibration import read_calibration
 
 CAPTIONS = ["red disc", "blue", "red blue disc box"]
 
@@ -62,6 +64,19 @@ def test_files_agree_in_stock_diffusers_and_change_what_is_drawn(runs, family):
     assert np.abs(merged - base).max() > 0.02
     for name in files:
         assert np.abs(drawn(folder, out / name) - merged).max() <= 2 / 255, name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merge_is_repeated_from_the_kept_samples(runs, family):
+    folder = runs(family)
+    out, denoiser = folder / "out" / "reslora", "unet" if (folder / "model" / "unet").is_dir() else "transformer"
+    model = getattr(DiffusionPipeline.from_pretrained(folder / "model"), denoiser)
+    reslora.load(model, out / "checkpoint-3")
+    report = reslora.merge(model, calibration=read_calibration(out / "calibration.safetensors")).to_dict()
+    expected = json.loads((out / "merge.json").read_text())
+    assert report["method"] == "lstsq" and max(block["error"] for block in report["blocks"]) > 1e-3
+    errors = [[block.pop("error") for block in found["blocks"]] for found in (report, expected)]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-3, abs=1e-5) and report == expected
 
 
 @pytest.mark.parametrize("family", ["z_image", "flux", "sd3"])
