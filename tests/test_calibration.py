@@ -25,6 +25,8 @@ from torch import nn
 
 import reslora
 from reslora import ResLoraConfig, calibration, regression
+from reslora.merging import Moments
+from reslora.regression import Inputs
 from reslora.tracing import to_device
 
 plans = pytest.mark.parametrize("shortcut, pre_num, head", [("input", 1, "repeat"), ("middle", -1, "none")])
@@ -225,6 +227,17 @@ def test_few_tokens_take_no_second_moments(monkeypatch):
     monkeypatch.setattr(calibration, "BUDGET", Sizes.moment)
     peak, report = Sizes().merge(batches=2, tokens=4)
     assert not report.notes and peak < Sizes.moment
+
+
+def test_gaps_are_kept_with_the_rows_only():
+    x, own = torch.randn(3, 8, dtype=torch.float64), torch.randn(3, 2, dtype=torch.float64)
+    moments = Moments(guess=torch.zeros(2, 8, dtype=torch.float64))
+    moments.inputs = Inputs(x)
+    for count in range(1, 5):
+        moments.inputs.add(x)
+        moments.add(x, own, own, x.norm())
+        assert len(moments.gaps) == (count if moments.inputs.dual else 0)
+    assert not moments.inputs.dual
 
 
 # --- batches of every kind --------------------------------------------------------------------------------------------

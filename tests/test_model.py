@@ -524,6 +524,7 @@ CORE = (
     "chains",
     "tracing",
     "merging",
+    "regression",
     "calibration",
     "ranks",
     "guards",
