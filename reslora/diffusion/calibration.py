@@ -63,13 +63,17 @@ def _take_apart(value: object, path: str, batch: int, parts: dict[str, list[torc
 
 
 def _put_together(tree: object, tensors: Mapping[str, torch.Tensor]) -> object:
+    """The inverse of `_take_apart`.
+
+    Tensors are copied: in the last digit, what a product gives depends on where in memory its operands begin.
+    """
     if isinstance(tree, list):
         return [_put_together(item, tensors) for item in tree]
     if not isinstance(tree, dict):
         return tree
     if tree.keys() == {"tensor", "rows"}:
         first, end = tree["rows"]
-        return tensors[tree["tensor"]][first:end]
+        return tensors[tree["tensor"]][first:end].clone()
     if tree.keys() == {"tensor"}:
-        return tensors[tree["tensor"]]
+        return tensors[tree["tensor"]].clone()
     return {name: _put_together(item, tensors) for name, item in tree.items()}

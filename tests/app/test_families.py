@@ -15,10 +15,9 @@ from app.studio import Studio, calibration_of
 from reslora.adapters import adapter_config, attach, save_adapter
 from reslora.config import ResLoraConfig
 from reslora.diffusion.arguments import Flags
+from reslora.diffusion.calibration import write_calibration
 from reslora.diffusion.loading import find_model
-from reslora.diffusion.results import together
 from reslora.diffusion.trainee import targets_of
-from reslora.files import write_tensors
 
 REQUEST = Request(prompt="red disc", steps=2, seed=5, width=40, height=32)
 
@@ -82,9 +81,10 @@ def test_checkpoints_and_what_is_merged_of_them_are_drawn(studio, run):
 
 
 def test_calibration_samples_are_as_the_denoiser_takes_them(run):
-    batch = {"sample": torch.arange(3.0), "added_cond_kwargs": {"time_ids": torch.ones(3, 6)}}
-    write_tensors(run.folder / "reslora" / "calibration.safetensors", together([batch]), {"format": "pt"})
-    whole = run.whole("train_batch_size", 8)
+    conditions = [{"time_ids": torch.ones(size, 6)} for size in (2, 1)]
+    batches = [{"sample": torch.arange(2.0), "added_cond_kwargs": conditions[0], "cap_feats": [torch.ones(3)]}]
+    batches += [{"sample": torch.arange(1.0), "added_cond_kwargs": conditions[1], "cap_feats": [torch.ones(5)]}]
+    write_calibration(run.folder / "reslora" / "calibration.safetensors", batches)
     first, second = calibration_of(run)
-    assert whole == 2 and first["sample"].tolist() == [0.0, 1.0] and second["sample"].tolist() == [2.0]
-    assert second["added_cond_kwargs"]["time_ids"].shape == (1, 6)
+    assert first["sample"].tolist() == [0.0, 1.0] and second["sample"].tolist() == [0.0]
+    assert second["added_cond_kwargs"]["time_ids"].shape == (1, 6) and second["cap_feats"][0].shape == (5,)
