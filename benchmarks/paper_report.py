@@ -328,6 +328,9 @@ def speed_rows(found: dict) -> list[list[str]]:
     if "scale" in found:
         note = "" if found["quiet"] else " (not a quiet machine)"
         return [[f"{row['data']}, {row['run']} run", scale_figures(row) + note] for row in found["scale"]]
+    if "overhead" in found:
+        rows = found["overhead"].items()
+        return [[f"{name}: a simulated device idles", f"{figures['idle']:.1%} of the time"] for name, figures in rows]
     if "workers" in found:
         rows = [["finding the images and checking their headers", f"{found['scan_seconds']:.1f} s"]]
         for count, rates in found["workers"].items():

@@ -6,6 +6,7 @@
     python benchmarks/trainer.py loader         # 10,000 images through the trainer's two loading paths, no model
     python benchmarks/trainer.py memory         # step time and memory before, between and after validation samples
     python benchmarks/trainer.py scale          # time to the first step and memory by images and captions: scale.py
+    python benchmarks/trainer.py overhead       # what it adds to a step, on a simulated device (overhead.py)
 
 `diffusers` runs `train_sd.py --method lora` and diffusers' train_text_to_image_lora.py alternately, each as a process
 of its own on the same model, images, batch, resolution, rank and number of steps, with its own defaults otherwise. A
@@ -35,12 +36,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import overhead
 import PIL.Image
+import scale
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from measured import ROOT, keep, machine
-from scale import MEBI, TRAINER, add_arguments, scale
+from scale import MEBI, TRAINER
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from watched import WARM_UP, Watched
 
@@ -61,7 +64,8 @@ def main() -> None:
     print(", ".join(f"{name} {value}" for name, value in machine().items() if value is not None), flush=True)
     name = f"diffusers-{args.model}" if args.what == "diffusers" else args.what
     settings = {key: value.name if isinstance(value, Path) else value for key, value in vars(args).items()}
-    figures = {"diffusers": diffusers, "loader": loader, "memory": memory, "scale": scale}[args.what](args)
+    own = {"diffusers": diffusers, "loader": loader, "memory": memory}
+    figures = {**own, "scale": scale.scale, "overhead": overhead.overhead}[args.what](args)
     keep(f"trainer/{name}", {"settings": settings, **figures})
 
 
@@ -87,7 +91,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=60)
     add("--every", type=int, default=15, help="steps between samples")
     add("--rounds", type=int, default=3)
-    add_arguments(commands.add_parser("scale", help="time to the first step and peak memory by images").add_argument)
+    scale.add_arguments(commands.add_parser("scale", help="memory and time to the first step, by images").add_argument)
+    overhead.add_arguments(commands.add_parser("overhead", help="what is added to a step").add_argument)
     return parser
 
 

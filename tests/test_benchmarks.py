@@ -17,6 +17,7 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import measured  # noqa: E402
+import overhead  # noqa: E402
 import paper_report  # noqa: E402
 import scale  # noqa: E402
 import speed  # noqa: E402
@@ -167,6 +168,30 @@ def test_scale_measures_three_runs_of_each_size_and_says_how_quiet_it_was(result
         "3 images, first run",
         "200 MiB its own, 300 MiB resident, 5 MiB encoded, 10 s to the first step (not a quiet machine)",
     ]
+
+
+def test_overhead_is_measured_on_a_device_that_computes_nothing(results, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["trainer.py", "overhead", "--device_ms", "1", "--batch", "2", "--steps", "3"])
+    trainer.main()
+    found = kept(results, "trainer/overhead")
+    ((name, figures),) = found["overhead"].items()
+    assert name == "batch 2, 1 ms a step" and 0 <= figures["idle"] < 1 and figures["host_seconds"] > 0
+    (row,) = paper_report.speed_rows(found)
+    assert row[0].startswith(name) and row[1].endswith("% of the time")
+
+
+def test_a_simulated_device_idles_until_it_is_given_a_step(monkeypatch):
+    clock = SimpleNamespace(now=10.0)
+    monkeypatch.setattr(overhead.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(overhead.time, "sleep", lambda seconds: setattr(clock, "now", clock.now + seconds))
+    device = overhead.Device(2.0)
+    device.launch()
+    loss = overhead.Loss(torch.tensor(0.5), device)
+    device.launch()  # while the first is under way
+    assert float(loss) == 0.5 and clock.now == 12.0
+    clock.now = 15.0  # a second after both are done
+    device.launch()
+    assert device.idle[1:] == [0.0, 1.0] and device.free == 17.0
 
 
 def test_settings_are_kept_with_the_figures(results, monkeypatch):

@@ -1,0 +1,168 @@
+"""What train_sd.py adds to its steps, on a device that is simulated: how long it has nothing to do.
+
+The denoiser has the weights of a LoRA of Stable Diffusion 1.5 and computes nothing. Forward, backward and optimizer
+take the device as long as `--device_ms` says, beginning when they are asked for, and who reads a loss waits until the
+device has come to it. All else is the trainer's own: samples of 4 x 64 x 64 latents and 77 x 768 text states read from
+disk, collation, noise, clipping, the log, TensorBoard. What it takes a host to launch the kernels of a real denoiser is left
+out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler
+from measured import ROOT
+
+from reslora.diffusion.dataset import load_images
+from reslora.diffusion.denoising import DenoisingLoss
+from reslora.diffusion.encoding import Variants, encode_images, encode_texts
+from reslora.diffusion.families.stable_diffusion import StableDiffusion
+from reslora.diffusion.objective import DdpmObjective
+from reslora.diffusion.reports import Reports
+from reslora.diffusion.samples import Material
+from reslora.diffusion.settings import parse_args
+from reslora.diffusion.setup import start_accelerator, start_trackers
+from reslora.diffusion.trainee import Schedule, Trainee, new_optimizer, prepare
+from reslora.diffusion.training import train
+from reslora.signals import StopRequest
+
+sys.path.append(str(ROOT / "tests"))
+from pipelines import image_folder
+
+WIDTHS = [320] * 5 + [640] * 5 + [1280] * 6  # of the layers of attention of SD 1.5
+RANK = 16
+
+
+def add_arguments(add: Callable) -> None:
+    """Flags of `trainer.py overhead`."""
+    add("--device_ms", type=float, nargs="+", default=[100, 300], help="what a step takes the device")
+    add("--batch", type=int, nargs="+", default=[4, 16])
+    add("--steps", type=int, default=100)
+
+
+class Device:
+    """Takes the same time for every step, one after the other."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.free, self.idle = seconds, 0.0, []
+
+    def launch(self) -> None:
+        """One more step to do."""
+        now = time.perf_counter()
+        self.idle.append(max(0.0, now - self.free))
+        self.free = max(now, self.free) + self.seconds
+
+
+class Loss:
+    """A loss on the device."""
+
+    def __init__(self, value: torch.Tensor, device: Device) -> None:
+        self.value, self.known = value, device.free
+
+    def __float__(self) -> float:
+        time.sleep(max(0.0, self.known - time.perf_counter()))
+        return float(self.value)
+
+
+class NoDenoiser(torch.nn.Module):
+    """The weights of a LoRA on q, k, v and out of every attention, self and cross; returns what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shapes = [shape for width in WIDTHS for _ in range(8) for shape in ((RANK, width), (width, RANK))]
+        self.lora = torch.nn.ParameterList(torch.nn.Parameter(torch.zeros(shape)) for shape in shapes)
+        self.one = torch.nn.Parameter(torch.ones(()))
+        self.config = {}
+
+    def forward(self, sample: torch.Tensor, **_: object) -> tuple[torch.Tensor]:
+        """The sample."""
+        return (sample * self.one,)
+
+
+class NoEncoders(StableDiffusion):
+    """Text states and latents of noise."""
+
+    def encode_captions(self, pipeline, captions, longest):
+        """77 x 768."""
+        return {"states": torch.randn(len(captions), 77, 768)}
+
+    def encode_images(self, vae, pixels):
+        """4 x 64 x 64."""
+        return torch.randn(len(pixels), 2, 4, 64, 64)
+
+
+def overhead(args: argparse.Namespace) -> dict:
+    """The share of the device's time in which it has nothing to do, by batch and by what a step takes it."""
+    found = {}
+    for batch in args.batch:
+        with tempfile.TemporaryDirectory() as folder:
+            material, accelerator = material_of(Path(folder), batch, args.steps)
+            for milliseconds in args.device_ms:
+                device = Device(milliseconds / 1e3)
+                host = train_on(device, material, accelerator, Path(folder))
+                idle = statistics.mean(device.idle[1:])
+                name = f"batch {batch}, {milliseconds:g} ms a step"
+                found[name] = {"idle": idle / (idle + device.seconds), "host_seconds": host / args.steps}
+                print(f"{name}: the device is idle {100 * found[name]['idle']:.1f}% of the time", flush=True)
+            accelerator.end_training()
+    return {"load": os.getloadavg()[0], "overhead": found}
+
+
+def material_of(folder: Path, batch: int, steps: int) -> tuple[Material, Accelerator]:
+    """64 images and captions, as train_sd.py would have encoded them."""
+    flags = ["--pretrained_model_name_or_path", "someone/model", "--train_data_dir", str(folder / "images")]
+    flags += ["--resolution", "64", "--train_batch_size", str(batch), "--max_train_steps", str(steps)]
+    image_folder(folder / "images", 64, lambda number: f"caption {number}")
+    flags = parse_args([*flags, "--random_flip", "--method", "lora", "--output_dir", str(folder / "run")])
+    flags = flags.replace(validation_steps=steps + 1, checkpointing_steps=steps + 1)
+    accelerator, stop, family = start_accelerator(flags), StopRequest(), NoEncoders()
+    start_trackers(flags, accelerator)
+    images, vae = load_images(flags), no_vae()
+    latents, _ = encode_images(Variants(images, flags), "", family, vae, folder / "cache", accelerator, stop)
+    captions = [caption for options in images.captions for caption in options]
+    texts = encode_texts(captions, "", family, None, lambda: None, folder / "cache", accelerator, stop)
+    objective, train_on = DdpmObjective(DDPMScheduler()), tuple(range(len(images)))
+    return Material(images, latents, texts, train_on, (), objective, (4, 64, 64), flags), accelerator
+
+
+def no_vae() -> SimpleNamespace:
+    return SimpleNamespace(
+        device=torch.device("cpu"), dtype=torch.float32, config=SimpleNamespace(scaling_factor=0.18215)
+    )
+
+
+def train_on(device: Device, material: Material, accelerator: Accelerator, folder: Path) -> float:
+    """Trains to the end; returns the seconds that the host computed."""
+    flags, denoiser = material.flags, NoDenoiser()
+    optimizer = new_optimizer(list(denoiser.parameters()), flags, accelerator)
+    rates = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    trainee = Trainee("lora", denoiser, optimizer, rates, None, denoiser)
+    prepare(trainee, flags, accelerator)
+    family, pipeline = NoEncoders(), SimpleNamespace(vae=no_vae())
+    loss = DenoisingLoss(family, material.objective, pipeline, denoiser.config, torch.float32, flags)
+    schedule = Schedule(flags.max_train_steps, flags.validation_steps, 0, by_epochs=False)
+    reports = Reports(folder / "log", trainee, flags, schedule, accelerator)
+    on_device = simulated(accelerator, device)
+    began = time.process_time()
+    train(trainee, loss, material, schedule, lambda *_: None, reports, lambda: None, on_device, StopRequest())
+    reports.close()
+    return time.process_time() - began
+
+
+def simulated(accelerator: Accelerator, device: Device) -> Accelerator:
+    """The accelerator, with steps and losses on the simulated device."""
+    backward = Accelerator.backward.__get__(accelerator)
+    accelerator.backward = lambda loss: (backward(loss), device.launch())
+    accelerator.reduce = lambda loss, _: Loss(loss, device)
+    return accelerator
