@@ -3,8 +3,8 @@
 The denoiser has the weights of a LoRA of Stable Diffusion 1.5 and computes nothing. Forward, backward and optimizer
 take the device as long as `--device_ms` says, beginning when they are asked for, and who reads a loss waits until the
 device has come to it. All else is the trainer's own: samples of 4 x 64 x 64 latents and 77 x 768 text states read from
-disk, collation, noise, clipping, the log, TensorBoard. What it takes a host to launch the kernels of a real denoiser is
-left out.
+disk, collation, noise, clipping, the log, TensorBoard. Left out is the time in which a host launches the denoiser's
+kernels.
 """
 
 from __future__ import annotations
