@@ -18,6 +18,7 @@ from .families import FAMILIES
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 BUNDLED_MODEL, BUNDLED_IMAGES, BUNDLED_STEPS = ASSETS / "pipeline", ASSETS / "openmoji", 200
+BUNDLED_DEFAULTS = {"pipeline-flow": {"learning_rate": 1e-3}}  # where one differs from DEFAULTS
 POLYNOMIAL_END = 1e-7  # diffusers' learning rate at the end of that schedule
 
 # A run's config.json holds both of these; whoever names one on the command line means the other no longer.
@@ -58,9 +59,10 @@ def fill_defaults(args: argparse.Namespace) -> Flags:
     if bundled and args.max_train_steps is None and args.num_train_epochs is None:
         values["max_train_steps"] = BUNDLED_STEPS
     values["num_train_epochs"] = args.num_train_epochs or 100
+    own = BUNDLED_DEFAULTS.get(Path(values["pretrained_model_name_or_path"]).name, {}) if bundled else {}
     for name, (with_bundled, with_named) in DEFAULTS.items():
         if values[name] is None:
-            values[name] = with_bundled if bundled else with_named
+            values[name] = own.get(name, with_bundled) if bundled else with_named
     values["lora_alpha"] = args.lora_alpha or 2 * args.rank
     values["validation_prompt"] = [clean(prompt).strip() for prompt in values["validation_prompt"]]
     values["method"] = list(dict.fromkeys(values["method"]))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from diffusion.runs import refused
-from reslora.diffusion.settings import parse_args
+from reslora.diffusion.settings import ASSETS, parse_args
 
 
 def test_the_bundled_pipeline_has_defaults_of_its_own(data):
@@ -69,3 +69,11 @@ def test_prompts_that_begin_with_a_dash_come_back(tmp_path, data):
 def test_malformed_config_values_are_refused(tmp_path, capsys, content):
     (tmp_path / "run.toml").write_text(content)
     assert "--config" in refused(capsys, "--config", tmp_path / "run.toml")
+
+
+def test_the_bundled_transformer_has_a_learning_rate_of_its_own():
+    rates = [
+        parse_args(["--pretrained_model_name_or_path", str(ASSETS / name)]).learning_rate
+        for name in ("pipeline", "pipeline-flow")
+    ]
+    assert rates == [3e-4, 1e-3]
