@@ -57,32 +57,42 @@ def export_peft(model: nn.Module, directory: str | os.PathLike, adapter_name: st
 
 
 def export_diffusers(
-    denoiser: nn.Module, directory: str | os.PathLike, adapter_name: str = "default", prefix: str = "unet"
+    denoiser: nn.Module,
+    directory: str | os.PathLike,
+    adapter_name: str = "default",
+    prefix: str = "unet",
+    metadata: dict[str, str] | None = None,
 ) -> Path:
     """Writes `pytorch_lora_weights.safetensors` into `directory` and returns its path.
 
-    `prefix` is the denoiser's name in the pipeline. The scaling is folded into B and the metadata says alpha = rank for
-    each layer, so that readers which ignore the metadata agree with those that do not. Raises `ValueError` if the
-    adapter is connected or not plain LoRA.
+    `prefix` is the denoiser's name in the pipeline, `metadata` further strings for the file's header, which also gets
+    kohya's hash of the tensors. The scaling is folded into B and the header says alpha = rank for each layer, so that
+    readers which ignore it agree with those that do not. Raises `ValueError` if the adapter is connected or not plain
+    LoRA.
     """
     base = _plain(denoiser, adapter_name)
     tensors = _folded(base, adapter_name, prefix)
     ranks = {name: layer.r[adapter_name] for name, layer in lora_layers(base, adapter_name).items()}
     common = _commonest(ranks.values())
     pattern = {"^" + re.escape(name): rank for name, rank in ranks.items() if rank != common}
-    metadata = {
+    config = {
         "r": common,
         "lora_alpha": common,
         "rank_pattern": pattern,
         "alpha_pattern": pattern,
         "target_modules": sorted(ranks),
     }
-    packed = {f"{prefix}.{key}": value for key, value in metadata.items()}
+    packed = {f"{prefix}.{key}": value for key, value in config.items()}
     path = Path(directory) / "pytorch_lora_weights.safetensors"
     write_tensors(
         path,
         tensors,
-        {"format": "pt", "lora_adapter_metadata": json.dumps(packed, indent=2, sort_keys=True)},
+        {
+            "format": "pt",
+            "lora_adapter_metadata": json.dumps(packed, indent=2, sort_keys=True),
+            "sshs_model_hash": _tensors_hash(tensors),
+            **(metadata or {}),
+        },
     )
     return path
 

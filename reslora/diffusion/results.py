@@ -184,9 +184,10 @@ def write_formats(denoiser: nn.Module, method: str, model: Model, folder: Path, 
     export.export_peft(denoiser, folder / "peft")
     export.export_merged(denoiser, folder / family.denoiser)
     if method in PLAIN_METHODS:
-        export.export_diffusers(denoiser, folder, prefix=family.denoiser)
+        metadata = kohya_metadata(family, denoiser.config, flags)
+        export.export_diffusers(denoiser, folder, prefix=family.denoiser, metadata=metadata)
         for file in family.lora_files:
-            LORA_FILES[file](denoiser, folder / file, family, kohya_metadata(family, denoiser.config, flags))
+            LORA_FILES[file](denoiser, folder / file, family, metadata)
 
 
 def write_kohya(denoiser: nn.Module, path: Path, family: Family, metadata: dict[str, str]) -> None:
@@ -216,7 +217,7 @@ def kohya_metadata(family: Family, config: Mapping, flags: Flags) -> dict[str, s
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{architecture}/lora",
         "modelspec.implementation": "diffusers",
-        "modelspec.title": Path(flags.output_dir).name,
+        "modelspec.title": f"LoRA for {Path(flags.pretrained_model_name_or_path).name}",
         "modelspec.resolution": f"{flags.resolution}x{flags.resolution}",
     }
 

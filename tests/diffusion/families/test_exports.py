@@ -112,7 +112,13 @@ def test_sdxl_has_kohyas_names(runs):
 
 @pytest.mark.parametrize(
     ("family", "file", "version"),
-    [("stable_diffusion", "kohya", "sd_v1"), ("sdxl", "kohya", "sdxl_base_v1-0"), ("z_image", "comfyui", "z_image")],
+    [
+        ("stable_diffusion", "kohya", "sd_v1"),
+        ("sdxl", "kohya", "sdxl_base_v1-0"),
+        ("z_image", "comfyui", "z_image"),
+        ("flux", "pytorch_lora_weights", "flux1"),
+        ("sd3", "pytorch_lora_weights", "sd3_m"),
+    ],
 )
 def test_model_managers_recognise_the_file(runs, family, file, version):
     path = runs(family) / "out" / "reslora" / f"{file}.safetensors"
@@ -120,3 +126,17 @@ def test_model_managers_recognise_the_file(runs, family, file, version):
         metadata = content.metadata()
     assert metadata["ss_base_model_version"] == version and len(metadata["sshs_model_hash"]) == 64
     assert metadata["modelspec.architecture"].endswith("/lora")
+
+
+@pytest.mark.parametrize("family", ["z_image", "flux", "sd3", "sdxl"])
+def test_gradient_checkpointing_changes_nothing(runs, family, tmp_path):
+    folder = runs(family)
+    config = json.loads((folder / "out" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "gradient_checkpointing": True}))
+    out = tmp_path / "out"
+    assert train_sd.main(["--config", str(tmp_path / "config.json"), "--output_dir", str(out)]) == 0
+    name = "reslora/pytorch_lora_weights.safetensors"
+    plain, checkpointed = load_file(folder / "out" / name), load_file(out / name)
+    assert plain.keys() == checkpointed.keys()
+    for key, value in plain.items():
+        torch.testing.assert_close(checkpointed[key], value)
