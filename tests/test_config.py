@@ -73,3 +73,15 @@ def test_equal_configs_are_equal_and_hash_alike():
 def test_a_config_survives_json():
     config = ResLoraConfig(shortcut="middle", pre_num=-1, head="none", window=7)
     assert ResLoraConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
+
+
+@pytest.mark.parametrize(
+    "shortcut, pre_num, reach",
+    [
+        *[("input", 1, 1), ("input", 4, 1), ("input", -1, 1)],
+        *[("block", 4, 4), ("middle", -1, None), ("middle", 0, 0), ("none", 3, 0)],
+    ],
+)
+def test_reach_is_what_the_equation_takes(shortcut, pre_num, reach):
+    config = ResLoraConfig(shortcut, pre_num)
+    assert config.reach == reach and config.wired == (reach != 0)

@@ -224,6 +224,16 @@ def test_calibration_replaces_what_training_recorded(llama, shortcut, pre_num, h
     case.assert_merged_to(merged_by_input(case, window=3), tolerance=1e-6)
 
 
+@pytest.mark.parametrize("pre_num", [4, -1])
+@pytest.mark.parametrize("method", ["input", "weights", "lstsq"])
+def test_input_merges_one_block_whatever_pre_num_says(llama, method, pre_num):
+    cases = [Case(llama, "input", number) for number in (1, pre_num)]
+    for case in cases:
+        reslora.merge(case.model, method=method, calibration=case.batches(2))
+    for layer, expected in zip(*(adapter_layers(case.model).values() for case in cases), strict=True):
+        assert torch.equal(delta(layer), delta(expected))
+
+
 def test_calibration_needs_no_window(llama):
     case = Case(llama, "input", window=0)
     reslora.merge(case.model, method="input", calibration=case.calibrate(case.batches(2)))

@@ -398,6 +398,16 @@ def test_a_part_that_holds_one_chain_and_cuts_another_does_not_run_alone(unet, s
     assert_one_line(error, "mid_block.attentions.0", "outside a forward")
 
 
+def test_block_needs_no_state(llama):
+    model = llama.lora()
+    oracle = Oracle(model, llama.blocks, "block", 2).model
+    reslora.connect(model, ResLoraConfig("block", 2))
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    x = torch.randn(1, 2, 32, dtype=torch.float64)
+    alone, expected = (find_layer(candidate, "model.layers.3.self_attn.q_proj")(x) for candidate in (model, oracle))
+    assert_equal(alone, expected)
+
+
 @pytest.mark.parametrize("finish", [reslora.disconnect, lambda model: reslora.merge(model, "none")])
 def test_disconnected_parts_have_no_hooks_left(llama, finish):
     model = connected(llama, ResLoraConfig("middle"))
