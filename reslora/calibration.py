@@ -16,10 +16,11 @@ from .shortcuts.state import Wires
 from .tracing import evaluating, to_device
 
 BUDGET = 2**30
-"""Bytes that least squares may take at a time for what enters the layers, at least one layer's: where all layers
-together need more, the batches run through the model several times, each time for as many layers as there is room for.
+"""Bytes that least squares may take at a time for what enters the layers, or as many as the widest layer needs.
 
-12,288 inputs, the widest feed-forward layers of Flux, are 0.6 GB. What is only as large as the adapter comes on top.
+Where all layers together need more, the batches run through the model several times, each time for as many layers as
+there is room for. The widest feed-forward layers of Flux, of 12,288 inputs, need 0.6 GB each. What is only as large as
+the adapter comes on top.
 """
 
 
@@ -79,7 +80,7 @@ class Calibrator:
         def enters(module: nn.Module, args: tuple) -> None:
             self.entered = args[0] if args else None
 
-        layers = [base.get_submodule(name) for name in self.blocks] if self.fits else []
+        layers = [base.get_submodule(name) for name in self.blocks]
         handles = [layer.register_forward_pre_hook(enters) for layer in layers]
         wires.observer = self
         try:
@@ -118,12 +119,11 @@ class Calibrator:
             )
         if name == leader and name not in self.put_off:
             inputs = self.inputs.pop(name, None) or Inputs(tokens)
-            others = sum(other.nbytes() for other in self.inputs.values())
-            if others and others + inputs.nbytes(len(tokens)) > BUDGET:
-                self.put_off.add(name)
-            else:
+            if _fit([*(other.nbytes() for other in self.inputs.values()), inputs.nbytes(len(tokens))]):
                 inputs.add(tokens)
                 self.inputs[name] = inputs
+            else:
+                self.put_off.add(name)
         return self.inputs.get(leader)
 
     def _finish_pass(self) -> None:
@@ -152,6 +152,12 @@ class Calibrator:
         for name in later:
             self.blocks[name].moments = None
         self.waiting, self.put_off = later, set()
+
+
+def _fit(sizes: list[tuple[int, int]]) -> bool:
+    """Whether all can be held, and any one of them solved; a single one always can."""
+    held, solving = zip(*sizes, strict=True)
+    return len(sizes) == 1 or sum(held) + max(solving) <= BUDGET
 
 
 def _forward(base: nn.Module, batch: Mapping, device: torch.device, number: int) -> None:

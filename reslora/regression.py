@@ -25,35 +25,34 @@ PANEL = 256
 class Gram:
     """A sum of x^T x (n x n), then its Cholesky factor: the lower triangle, as panels of PANEL columns.
 
-    A panel begins at the diagonal. float64, and yet hardly larger, where it is large, than the whole one in float32.
+    A panel begins at the diagonal. The sum is of the dtype of x, the factor of float64: in float32 one takes as much as
+    half the matrix, the other as all of it.
     """
 
-    def __init__(self, size: int, device: torch.device) -> None:
-        device = "cpu" if device.type == "mps" else device  # MPS has no float64
+    def __init__(self, like: torch.Tensor, size: int) -> None:
+        """Zeros, of the dtype and on the device of `like`."""
         self.ridge = 0.0
-        self.panels = [
-            torch.zeros(size - first, min(PANEL, size - first), dtype=torch.float64, device=device)
-            for first in range(0, size, PANEL)
-        ]
+        self.panels = [like.new_zeros(size - first, min(PANEL, size - first)) for first in range(0, size, PANEL)]
 
     @staticmethod
-    def nbytes(size: int) -> int:
+    def nbytes(size: int, itemsize: int) -> int:
         """What one of `size` x `size` takes."""
-        return sum(8 * (size - first) * min(PANEL, size - first) for first in range(0, size, PANEL))
+        return sum(itemsize * (size - first) * min(PANEL, size - first) for first in range(0, size, PANEL))
 
     def add(self, x: torch.Tensor) -> None:
         """Adds the rows of `x` (T x n)."""
         for columns, panel in zip(x.split(PANEL, dim=1), self.panels, strict=True):
-            panel.add_((x[:, -len(panel) :].t() @ columns).to(panel.device))
+            panel.addmm_(x[:, -len(panel) :].t(), columns)
 
     def trace(self) -> float:
         """The sum of the diagonal."""
-        return sum(float(panel.diagonal().sum()) for panel in self.panels)
+        return sum(float(_double(panel.diagonal()).sum()) for panel in self.panels)
 
     def factorise(self, ridge: float) -> None:
         """Writes L over the sum S, with `S + ridge I = L L^T`."""
         self.ridge = ridge
         for k, panel in enumerate(self.panels):
+            panel = self.panels[k] = _double(panel)
             panel.diagonal().add_(ridge)
             for left in self.panels[:k]:
                 rows = left[-len(panel) :]
@@ -84,6 +83,11 @@ class Gram:
         return product @ product.t() - self.ridge * (d @ d.t())
 
 
+def _double(x: torch.Tensor) -> torch.Tensor:
+    """float64, which MPS does not have."""
+    return x.to("cpu" if x.device.type == "mps" else x.device, torch.float64)
+
+
 def _parts(panel: torch.Tensor, count: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """The first rows, as many as there are columns unless `count` says so, and the rest."""
     count = panel.shape[1] if count is None else count
@@ -93,28 +97,31 @@ def _parts(panel: torch.Tensor, count: int | None = None) -> tuple[torch.Tensor,
 class Inputs:
     """X, for the blocks that read one tensor (q, k and v of an attention).
 
-    Rows are kept while the dual form is the smaller one, and summed up from then on.
+    Rows are kept while they are at most half as many as they are wide, for then they take no more than their sum, and
+    are summed up from then on.
     """
 
     def __init__(self, like: torch.Tensor) -> None:
-        self.width, self.bytes = like.shape[1], like.element_size()
+        self.width, self.itemsize = like.shape[1], like.element_size()
         self.count = 0
         self.rows: list[torch.Tensor] = []
         self.gram: Gram | None = None
         self.dual = True
 
-    def nbytes(self, more: int = 0) -> int:
-        """What the regression takes once `more` rows are added."""
-        primal, rows = Gram.nbytes(self.width), self.count + more
-        return min(rows * self.width * self.bytes + Gram.nbytes(rows), primal) if self.dual else primal
+    def nbytes(self, more: int = 0) -> tuple[int, int]:
+        """What is held once `more` rows are added, and what it takes on top to solve it, or to sum up the rows."""
+        rows = self.count + more
+        if self.dual and 2 * rows <= self.width:
+            return rows * self.width * self.itemsize, Gram.nbytes(rows, 8)
+        return Gram.nbytes(self.width, self.itemsize), Gram.nbytes(self.width, 8 - self.itemsize)
 
     def add(self, x: torch.Tensor) -> None:
         """Adds rows (T x p); they are copied, for the model may go on to overwrite them."""
-        if self.dual and self.nbytes(len(x)) == Gram.nbytes(self.width):
-            self.dual, self.gram = False, Gram(self.width, x.device)
+        self.count += len(x)
+        if self.dual and 2 * self.count > self.width:
+            self.dual, self.gram = False, Gram(x, self.width)
             while self.rows:
                 self.gram.add(self.rows.pop())
-        self.count += len(x)
         if self.dual:
             self.rows.append(x.clone())
         else:
@@ -123,7 +130,7 @@ class Inputs:
     def factorise(self) -> None:
         """Makes `fit` and `quadratic` possible; no rows can be added any more."""
         if self.dual:
-            self.gram = Gram(self.count, self.rows[0].device)
+            self.gram = Gram(next(self._columns()), self.count)
             for columns in self._columns():
                 self.gram.add(columns.t())
         ridge = RIDGE * self.gram.trace() / self.width
@@ -148,4 +155,4 @@ class Inputs:
     def _columns(self) -> Iterator[torch.Tensor]:
         """X in panels of columns (T x PANEL), float64."""
         for parts in zip(*(rows.split(PANEL, dim=1) for rows in self.rows), strict=True):
-            yield torch.cat(parts).to(self.gram.panels[0])
+            yield _double(torch.cat(parts))

@@ -2,7 +2,6 @@
 
 import copy
 import os
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -18,8 +17,6 @@ from diffusers import UNet2DConditionModel
 from launching import DEEPSPEED
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -340,42 +337,6 @@ def deltas(model: nn.Module, names, adapter: str = "default") -> list[torch.Tens
 def adapter_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Every LoRA layer of a model by its name in that model."""
     return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
-
-
-class LiveTensors(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made in its body and still alive: `peak` is the most at a time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.views: dict[int, int] = {}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        given = {id(value) for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)}
-        storages = {
-            value.untyped_storage().data_ptr() for value in tree_leaves(args) if isinstance(value, torch.Tensor)
-        }
-        for tensor in tree_leaves(result):
-            if not isinstance(tensor, torch.Tensor) or id(tensor) in given:
-                continue
-            storage = tensor.untyped_storage()
-            key = storage.data_ptr()
-            if key not in self.views and key in storages:
-                continue  # a view of something that is older than the body
-            if key not in self.views:
-                self.views[key] = 0
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-            self.views[key] += 1
-            weakref.finalize(tensor, self._dies, key, storage.nbytes())
-        return result
-
-    def _dies(self, key: int, size: int) -> None:
-        self.views[key] -= 1
-        if not self.views[key]:
-            del self.views[key]
-            self.now -= size
 
 
 class FixedDropout(nn.Module):

@@ -4,7 +4,6 @@ import pytest
 import torch
 from conftest import (
     ARCHITECTURES,
-    LiveTensors,
     Stack,
     adapter_layers,
     assert_equal,
@@ -18,6 +17,7 @@ from conftest import (
     token_inputs,
     unet_inputs,
 )
+from live_tensors import LiveTensors
 from peft import LoraConfig
 from test_merging import Case, merged_by_lstsq, ridge_regression
 from tiny_models import flux, flux_inputs, sd3, sd3_inputs, z_image, z_image_inputs
@@ -208,19 +208,20 @@ class Sizes:
 
 
 def test_memory_is_that_of_one_second_moment_at_least_budget(monkeypatch):
-    """Beside it: activations, what is r wide, and the adapter's new weights."""
+    """Beside it: activations, what is r wide, and the adapter's new weights. A sum is half of a second moment."""
     monkeypatch.setattr(regression, "PANEL", 16)
-    beside = 12 * 64 * 256 * 4 + 6 * 4 * 2 * 256 * 8
+    beside = 12 * 64 * 256 * 4 + 6 * 4 * 2 * 256 * 8 + 0.1 * Sizes.moment
     peak, report = Sizes().merge(batches=8)
-    assert 5 * Sizes.moment < peak < 5.5 * Sizes.moment + beside and not report.notes
+    assert (
+        3 * Sizes.moment < peak < 3.2 * Sizes.moment + beside and not report.notes
+    )  # five sums, of which one is solved
     monkeypatch.setattr(calibration, "BUDGET", 1)
     peak, report = Sizes().merge(batches=8)
     assert " 5 passes" in report.notes[0]
-    assert Sizes.moment < peak < 1.7 * Sizes.moment + beside  # rows and second moment while one becomes the other
-    monkeypatch.setattr(calibration, "BUDGET", int(2.5 * Sizes.moment))
+    assert Sizes.moment < peak < 1.1 * Sizes.moment + beside
+    monkeypatch.setattr(calibration, "BUDGET", int(1.7 * Sizes.moment))
     peak, report = Sizes().merge(batches=8)
-    assert " 3 passes" in report.notes[0]
-    assert peak < 2.5 * Sizes.moment + 0.7 * Sizes.moment + beside
+    assert " 3 passes" in report.notes[0] and peak < 1.7 * Sizes.moment + beside
 
 
 def test_few_tokens_take_no_second_moments(monkeypatch):
