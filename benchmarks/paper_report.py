@@ -331,6 +331,12 @@ def speed_rows(found: dict) -> list[list[str]]:
     if "overhead" in found:
         rows = found["overhead"].items()
         return [[f"{name}: a simulated device idles", f"{figures['idle']:.1%} of the time"] for name, figures in rows]
+    if "merging" in found:
+        return [
+            [f"{model} ({figures['blocks']} blocks) by `{method}`", merge_figures(figures[method], found)]
+            for model, figures in found["merging"].items()
+            for method in ("lstsq", "weights", "exact")
+        ]
     if "workers" in found:
         rows = [["finding the images and checking their headers", f"{found['scan_seconds']:.1f} s"]]
         for count, rates in found["workers"].items():
@@ -343,6 +349,16 @@ def scale_figures(row: dict) -> str:
     """Memory until the last step, what is on disk, and the time to the first step."""
     own, resident, encoded = (f"{row[key] / 2**20:.0f} MiB" for key in ("anonymous", "resident", "encoded"))
     return f"{own} its own, {resident} resident, {encoded} encoded, {row['until_first_step']:.0f} s to the first step"
+
+
+def merge_figures(figures: dict, found: dict) -> str:
+    """Memory beside the model, passes, and on a quiet machine the time."""
+    said = [f"{figures['bytes'] / 2**20:.0f} MiB"]
+    if "passes" in figures:
+        whole = f"{figures['bytes_in_one_pass'] / 2**30:.1f} GiB"
+        several = f"{figures['passes']} passes over {found['samples']} samples (all at once: {whole})"
+        said.append(several if figures["passes"] > 1 else f"one pass over {found['samples']} samples")
+    return ", ".join([*said, *([f"{figures['seconds']:.0f} s"] if found["quiet"] else [])])
 
 
 def over_rounds(values: list[float]) -> str:

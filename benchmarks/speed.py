@@ -2,7 +2,7 @@
 
     python benchmarks/speed.py steps            # training step of each shortcut, toy LLaMA and the bundled U-Net
     python benchmarks/speed.py steps --model sd15 --device cuda --dtype bfloat16
-    python benchmarks/speed.py merge            # merging a U-Net of Stable Diffusion 1.5's size on the CPU
+    python benchmarks/speed.py merge            # a U-Net of Stable Diffusion 1.5's size; SDXL, Flux, LLaMA-7B by layers
     python benchmarks/speed.py start            # import time, and the time to `train_sd.py --help`
 
 A ratio is the median over rounds of (ResLoRA step / PEFT step), the two taken alternately so that both meet the same
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 
+import speed_merge
 import torch
 from measured import ROOT, keep
 from peft import LoraConfig, get_peft_model
@@ -45,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: autocast")
     parser.add_argument("--rank", type=int, default=None, help="default: 4 for llama, 16 for U-Nets")
+    parser.add_argument("--samples", type=int, default=64, help="merge: calibration samples of full-size models")
     parser.add_argument("--threads", type=int, default=0)
     return parser
 
@@ -177,6 +179,7 @@ def merge(args: argparse.Namespace) -> None:
         seconds[f"{shortcut}(4) by {report.method}"] = time.perf_counter() - began
         print(f"sd15     {shortcut}(4) by {report.method}: {time.perf_counter() - began:.2f} s", flush=True)
     keep("speed/merge", {"seconds": seconds})
+    speed_merge.at_scale(args)
 
 
 def start(args: argparse.Namespace) -> None:

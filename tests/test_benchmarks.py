@@ -6,12 +6,16 @@ import statistics
 import subprocess
 import sys
 import threading
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
+
+import reslora
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -21,6 +25,7 @@ import overhead  # noqa: E402
 import paper_report  # noqa: E402
 import scale  # noqa: E402
 import speed  # noqa: E402
+import speed_merge  # noqa: E402
 import trainer  # noqa: E402
 from watched import WARM_UP, PeakAnonymous, Watched  # noqa: E402
 
@@ -76,6 +81,63 @@ def test_ratio_is_ours_over_theirs_and_the_order_is_swapped():
     figures = speed.compared(pair, argparse.Namespace(device="cpu", rounds=2))
     assert figures == {"ratio_quartiles": [1.5, 1.5, 1.5], "peft_seconds": 2.0}
     assert order[-4:] == ["ours", "peft", "peft", "ours"]
+
+
+def test_a_pass_takes_what_there_is_room_for_and_one_that_is_too_large_goes_alone():
+    assert speed_merge.passes([(4, 2), (1, 1), (4, 2), (20, 5), (3, 0)], budget=10) == [10, 6, 25]
+    assert speed_merge.passes([(4, 2)] * 3, budget=14) == [14]
+    assert speed_merge.passes([(4, 2)] * 3, budget=0) == [6, 6, 6]
+
+
+def test_the_passes_are_those_of_a_merge(monkeypatch):
+    monkeypatch.setattr(speed_merge.calibration, "BUDGET", 800)
+    base, batch, _ = tiny("cpu")
+    inputs = {"input_ids": torch.randint(0, 8, (1, 64))}
+    layers = speed_merge.layers_of(lambda: (tiny("meta")[0], ["q_proj", "v_proj", "down_proj"], batch))
+    assert Counter((layer.width, layer.out, layer.before) for layer in layers) == {(8, 8, 1): 3, (8, 8, 2): 3}
+    assert len({layer.source for layer in layers}) == 4  # q and v read one tensor
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "v_proj", "down_proj"]))
+    reslora.connect(model, reslora.ResLoraConfig())
+    report = reslora.merge(model, "lstsq", calibration=[inputs])
+    sizes = [speed_merge.regression(layer, 64) for layer in {layer.source: layer for layer in layers}.values()]
+    assert len(speed_merge.passes(sizes, 800)) == 2 and " 2 passes" in report.notes[0]
+
+
+def test_costs_of_merging_are_added_up_layer_by_layer():
+    layers = [speed_merge.Layer(4, 6, 1, 10, 1), speed_merge.Layer(4, 6, 9, 10, 1), speed_merge.Layer(6, 4, 1, 5, 2)]
+    squares = {
+        4: {"row": 1.0, "row_of_block": 0.5, "solve": 100.0, "solve_of_block": 10.0, "bytes": 7},
+        6: {"row": 2.0, "row_of_block": 0.25, "solve": 200.0, "solve_of_block": 20.0, "bytes": 9},
+    }
+    one = {"weights": {"seconds": 3.0, "bytes": 11}, "exact": {"seconds": 4.0, "bytes": 0}}
+    other = {"weights": {"seconds": 5.0, "bytes": 10}, "exact": {"seconds": 6.0, "bytes": 0}}
+    found = speed_merge.add_up(layers, squares, {(4, 6): one, (6, 4): other}, samples=2, rank=3)
+    fitted = (20 * 1.0 + 100) + (10 * 2.0 + 200) + 2 * (20 * 0.5 + 10) + (10 * 0.25 + 20)
+    assert found["lstsq"]["seconds"] == fitted and found["lstsq"]["passes"] == 1
+    # Sums of float32 in panels of one size; solving takes as much again, once.
+    assert found["lstsq"]["bytes_in_one_pass"] == 4 * (16 + 36) + 4 * 36
+    assert found["lstsq"]["bytes"] == 4 * (16 + 36) + 4 * 36 + 9
+    assert found["weights"] == {"seconds": 3 + 3 + 5, "bytes": 11}
+    assert found["exact"] == {"seconds": 4 + 4 + 6, "bytes": 4 * 3 * 10 * (2 + 5 + 2)}
+    assert found["blocks"] == 3 and found["read"] == {"4": 1, "6": 1}
+
+
+def test_merging_at_scale_is_kept_and_drawn(results, monkeypatch):
+    batch = {"input_ids": torch.zeros(1, 64, dtype=torch.long)}
+    monkeypatch.setattr(speed_merge, "MODELS", {"tiny": lambda: (tiny("meta")[0], ["q_proj", "v_proj"], batch)})
+    monkeypatch.setattr(speed_merge.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+    args = argparse.Namespace(rank=2, samples=3, device="cpu")
+    speed_merge.at_scale(args)
+    found = kept(results, "speed/merge-scale")
+    assert found["quiet"] and found["samples"] == 3 and found["merging"]["tiny"]["blocks"] == 4
+    assert all(found["merging"]["tiny"][method]["bytes"] > 0 for method in ("lstsq", "weights", "exact"))
+    rows = paper_report.speed_rows(found)
+    assert [name for name, _ in rows] == [f"tiny (4 blocks) by `{method}`" for method in ("lstsq", "weights", "exact")]
+    assert "one pass over 3 samples" in rows[0][1] and rows[0][1].endswith(" s")
+    monkeypatch.setattr(speed_merge.os, "getloadavg", lambda: (3.0, 0.0, 0.0))
+    speed_merge.at_scale(args)
+    loud = kept(results, "speed/merge-scale")
+    assert not loud["quiet"] and not any(figures.endswith(" s") for _, figures in paper_report.speed_rows(loud))
 
 
 def run(step: float, first: float = 10.0, peak: int = 100, steps: int = 40) -> Watched:

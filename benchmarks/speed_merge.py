@@ -1,0 +1,236 @@
+"""What merging costs at full size: every distinct layer is merged with random weights, and the model's layers added up.
+
+The plan comes from the model itself, on the meta device: how many blocks of which shape, and which of them read one
+tensor. Seconds are the processor's on a CPU; those of `lstsq` leave out the forwards, of which every pass takes one a
+sample. Bytes are those of the tensors that are alive at a time beside the model, its activations and the samples; of
+`exact` merges, the new factors themselves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+import torch
+from measured import ROOT, keep
+from peft import LoraConfig, inject_adapter_in_model
+
+import reslora
+from reslora import calibration, merging
+from reslora.regression import Inputs
+from reslora.shortcuts import shortcut_class
+
+sys.path.append(str(ROOT / "tests"))
+from live_tensors import LiveTensors
+
+QUIET = 0.5  # highest load of a machine whose seconds mean something
+ROWS = 2048  # that are added at a time
+REACH = 4  # of the block-shortcuts
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A block of the plan that has others before it."""
+
+    width: int
+    out: int
+    before: int
+    """How many blocks come before it in its chain."""
+    rows: int
+    """How many tokens of one sample it reads."""
+    source: int
+    """A number of the tensor that it reads."""
+
+
+# -- models on the meta device ---------------------------------------------------------------------------------------
+
+
+def sdxl():
+    """The U-Net at 1024 x 1024, with the default targets."""
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel(
+        sample_size=128, cross_attention_dim=2048, attention_head_dim=[5, 10, 20], use_linear_projection=True,
+        block_out_channels=(320, 640, 1280), transformer_layers_per_block=[1, 2, 10],
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
+    )  # fmt: skip
+    added = {"text_embeds": torch.zeros(1, 1280), "time_ids": torch.zeros(1, 6)}
+    inputs = {"sample": torch.zeros(1, 4, 128, 128), "timestep": torch.zeros(1, dtype=torch.long)}
+    inputs |= {"encoder_hidden_states": torch.zeros(1, 77, 2048), "added_cond_kwargs": added}
+    return unet, ["to_q", "to_k", "to_v", "to_out.0"], inputs
+
+
+def flux():
+    """Flux.1 dev at 1024 x 1024, with the default targets: attention, and the feed-forward layers of both streams."""
+    from diffusers import FluxTransformer2DModel
+
+    from reslora.diffusion.families.flux import FAMILY
+
+    inputs = {
+        "hidden_states": torch.zeros(1, 4096, 64), "encoder_hidden_states": torch.zeros(1, 512, 4096),
+        "pooled_projections": torch.zeros(1, 768), "timestep": torch.zeros(1), "guidance": torch.zeros(1),
+        "img_ids": torch.zeros(4096, 3), "txt_ids": torch.zeros(512, 3),
+    }  # fmt: skip
+    return FluxTransformer2DModel(guidance_embeds=True), FAMILY.defaults["target_modules"], inputs
+
+
+def llama():
+    """LLaMA-7B on 512 tokens, all its linear layers."""
+    from transformers import LlamaConfig, LlamaModel
+
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    return LlamaModel(LlamaConfig()), targets, {"input_ids": torch.zeros(1, 512, dtype=torch.long)}
+
+
+MODELS = {"sdxl": sdxl, "flux": flux, "llama-7b": llama}
+
+
+def layers_of(build: Callable) -> list[Layer]:
+    """The linked blocks of a model, in the order in which they run."""
+    with torch.device("meta"):
+        model, targets, inputs = build()
+        inject_adapter_in_model(LoraConfig(r=1, target_modules=targets), model)
+    before = {block.name: n for chain in reslora.chains(model, example_inputs=inputs) for n, block in enumerate(chain)}
+    modules = {name: model.get_submodule(name) for name in before}
+    read: list[tuple[str, torch.Tensor]] = []
+    for name, module in modules.items():
+        module.register_forward_pre_hook(lambda module, args, name=name: read.append((name, args[0])))
+    with torch.no_grad():
+        model(**inputs)
+    return [
+        Layer(modules[name].in_features, modules[name].out_features, before[name], x.numel() // x.shape[-1], id(x))
+        for name, x in read
+        if before[name]
+    ]
+
+
+# -- costs of single layers ------------------------------------------------------------------------------------------
+
+
+def seconds(work: Callable, device: str) -> float:
+    """Of the processor on a CPU, where other work on the machine does not count; else by the clock."""
+    clock = time.process_time if device == "cpu" else time.perf_counter
+    if device == "cuda":
+        torch.cuda.synchronize()
+    began = clock()
+    work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return clock() - began
+
+
+def least_squares(width: int, rank: int, device: str) -> dict[str, float]:
+    """Of one tensor that is read, and of one block that reads it; `bytes` beside what the tensor's regression takes."""
+    x, own = torch.randn(ROWS, width, device=device), torch.randn(ROWS, rank, device=device)
+    moments, norm = merging.Moments(torch.randn(rank, width, device=device)), torch.ones((), device=device)
+    moments.inputs = inputs = Inputs(x)
+    with LiveTensors() as live:
+        while inputs.dual:
+            inputs.add(x)
+            moments.add(x, own, own, norm)
+        found = {
+            "row": seconds(lambda: inputs.add(x), device) / ROWS,
+            "row_of_block": seconds(lambda: moments.add(x, own, own, norm), device) / ROWS,
+            "solve": seconds(inputs.factorise, device),
+            "solve_of_block": seconds(moments.fit, device),
+        }
+    return found | {"bytes": live.peak - sum(inputs.nbytes())}
+
+
+def closed_form(width: int, out: int, rank: int, device: str) -> dict[str, dict[str, float]]:
+    """Of one block of the input-shortcut by its weights, and of one block of the block-shortcut."""
+    weight = torch.randn(out, width, device=device)
+    found = {}
+    for method, shortcut in (("weights", "input"), ("exact", "block")):
+        cls = shortcut_class(shortcut)
+        chain = [
+            merging.Factors(
+                name=str(n), a=torch.randn(rank, width, device=device), b=torch.randn(out, rank, device=device),
+                scaling=1.0, weight=lambda: weight,
+            )
+            for n in range(REACH + 1)
+        ]  # fmt: skip
+        cls.relate(chain, cls.reach(REACH), "repeat")
+        with LiveTensors() as live:
+            taken = seconds(lambda cls=cls, method=method, chain=chain: cls.merges[method].merge(chain), device)
+        found[method] = {"seconds": taken / len(chain), "bytes": live.peak}
+    return found
+
+
+# -- added up --------------------------------------------------------------------------------------------------------
+
+
+def passes(sizes: Iterable[tuple[int, int]], budget: int) -> list[int]:
+    """Bytes of each pass: what does not fit into one waits for the next, as `reslora.calibration` does it."""
+    found, sizes = [], list(sizes)
+    while sizes:
+        held, solving, later = 0, 0, []
+        for size in sizes:
+            if held and held + size[0] + max(solving, size[1]) > budget:
+                later.append(size)
+            else:
+                held, solving = held + size[0], max(solving, size[1])
+        found.append(held + solving)
+        sizes = later
+    return found
+
+
+def regression(layer: Layer, samples: int) -> tuple[int, int]:
+    """Bytes of the least squares on what a layer reads of all samples."""
+    return Inputs(torch.empty(0, layer.width)).nbytes(samples * layer.rows)
+
+
+def add_up(layers: list[Layer], squares: dict, closed: dict, samples: int, rank: int) -> dict:
+    """Seconds and bytes of a whole model by each method; `squares` by width, `closed` by width and output."""
+    sources = list({layer.source: layer for layer in layers}.values())
+    sizes = [regression(layer, samples) for layer in sources]
+    held = passes(sizes, calibration.BUDGET)
+    taken = sum(samples * x.rows * squares[x.width]["row"] + squares[x.width]["solve"] for x in sources)
+    taken += sum(
+        samples * x.rows * squares[x.width]["row_of_block"] + squares[x.width]["solve_of_block"] for x in layers
+    )
+    shapes = [closed[layer.width, layer.out] for layer in layers]
+    weights = [shape["weights"] for shape in shapes]
+    new = [4 * (min(x.before, REACH) + 1) * rank * (x.width + x.out) for x in layers]
+    return {
+        "blocks": len(layers),
+        "shapes": {f"{width} -> {out}": n for (width, out), n in Counter((x.width, x.out) for x in layers).items()},
+        "read": {str(width): n for width, n in Counter(layer.width for layer in sources).items()},
+        "lstsq": {
+            "seconds": taken,
+            "bytes": max(held) + max(squares[layer.width]["bytes"] for layer in layers),
+            "passes": len(held),
+            "bytes_in_one_pass": sum(size for size, _ in sizes) + max(solving for _, solving in sizes),
+        },
+        "weights": {"seconds": sum(x["seconds"] for x in weights), "bytes": max(x["bytes"] for x in weights)},
+        "exact": {"seconds": sum(shape["exact"]["seconds"] for shape in shapes), "bytes": sum(new)},
+    }
+
+
+def at_scale(args: argparse.Namespace) -> None:
+    """Measures, prints and keeps what `speed.py merge` says of full-size models."""
+    rank, load = args.rank or 16, os.getloadavg()[0]
+    squares: dict[int, dict] = {}
+    closed: dict[tuple[int, int], dict] = {}
+    found = {}
+    for name, build in MODELS.items():
+        layers = layers_of(build)
+        for width, out in sorted({(layer.width, layer.out) for layer in layers}):
+            squares[width] = squares.get(width) or least_squares(width, rank, args.device)
+            closed[width, out] = closed.get((width, out)) or closed_form(width, out, rank, args.device)
+        found[name] = add_up(layers, squares, closed, args.samples, rank)
+        for method in ("lstsq", "weights", "exact"):
+            figures = found[name][method]
+            several = f" in {figures['passes']} passes" if "passes" in figures else ""
+            line = f"{name:9} {method:8} {figures['seconds']:10.1f} s {figures['bytes'] / 2**20:8.0f} MiB{several}"
+            print(line, flush=True)
+    load = max(load, os.getloadavg()[0])
+    settings = {"rank": rank, "samples": args.samples, "device": args.device, "budget": calibration.BUDGET}
+    keep("speed/merge-scale", {"load": load, "quiet": load < QUIET, **settings, "merging": found})
