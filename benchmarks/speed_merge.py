@@ -228,7 +228,7 @@ def at_scale(args: argparse.Namespace) -> None:
         found[name] = add_up(layers, squares, closed, args.samples, rank)
         for method in ("lstsq", "weights", "exact"):
             figures = found[name][method]
-            several = f" in {figures['passes']} passes" if "passes" in figures else ""
+            several = f", passes: {figures['passes']}" if "passes" in figures else ""
             line = f"{name:9} {method:8} {figures['seconds']:10.1f} s {figures['bytes'] / 2**20:8.0f} MiB{several}"
             print(line, flush=True)
     load = max(load, os.getloadavg()[0])

@@ -222,6 +222,8 @@ def test_memory_is_that_of_one_second_moment_at_least_budget(monkeypatch):
     monkeypatch.setattr(calibration, "BUDGET", int(1.7 * Sizes.moment))
     peak, report = Sizes().merge(batches=8)
     assert " 3 passes" in report.notes[0] and peak < 1.7 * Sizes.moment + beside
+    _, report = Sizes().merge(batches=1, tokens=160)
+    assert " 3 passes" in report.notes[0]
 
 
 def test_few_tokens_take_no_second_moments(monkeypatch):
