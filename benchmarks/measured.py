@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -15,6 +16,8 @@ sys.path.insert(0, str(ROOT))
 from reslora.files import write_json  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
+
+QUIET = 0.1  # cores that other processes may keep busy where seconds mean something
 
 
 def machine() -> dict:
@@ -32,6 +35,35 @@ def processor() -> str:
         return platform.machine()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+class Others:
+    """How many cores other processes, and other machines on the same hardware, keep busy from now on.
+
+    Known on Linux alone; elsewhere no machine counts as quiet.
+    """
+
+    def __init__(self) -> None:
+        self.began, self.busy = time.perf_counter(), _busy_elsewhere()
+
+    def __call__(self) -> dict:
+        """What to keep beside a measurement: the cores, and whether its seconds mean something."""
+        if self.busy is None:
+            return {"others": None, "quiet": False}
+        cores = max(0.0, (_busy_elsewhere() - self.busy) / (time.perf_counter() - self.began))
+        print(f"others kept {cores:.2f} cores busy{'' if cores < QUIET else ': its seconds are no more than an order'}")
+        return {"others": round(cores, 3), "quiet": cores < QUIET}
+
+
+def _busy_elsewhere() -> float | None:
+    """Seconds of all processors since the start that neither idled nor worked for this process and those it ran."""
+    try:
+        ticks = [int(word) for word in Path("/proc/stat").read_text(encoding="ascii").splitlines()[0].split()[1:9]]
+    except OSError:
+        return None
+    user, nice, system, _, _, interrupts, soft, stolen = ticks
+    busy = (user + nice + system + interrupts + soft + stolen) / os.sysconf("SC_CLK_TCK")
+    return busy - sum(os.times()[:4])
 
 
 def keep(name: str, figures: dict) -> None:

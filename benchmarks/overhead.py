@@ -10,7 +10,6 @@ kernels.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 import tempfile
@@ -116,7 +115,7 @@ def overhead(args: argparse.Namespace) -> dict:
                 found[name] = {"idle": idle / (idle + device.seconds), "host_seconds": host / args.steps}
                 print(f"{name}: the device is idle {100 * found[name]['idle']:.1f}% of the time", flush=True)
             accelerator.end_training()
-    return {"load": os.getloadavg()[0], "overhead": found}
+    return {"overhead": found}
 
 
 def material_of(folder: Path, batch: int, steps: int) -> tuple[Material, Accelerator]:

@@ -320,9 +320,9 @@ def speed_tables() -> str:
 def speed_rows(found: dict) -> list[list[str]]:
     """Rows of one measurement: step times over PEFT's, seconds, ratios by round, or rates by loading processes."""
     if "shortcuts" in found:
-        rows = [[name, figures["ratio_quartiles"]] for name, figures in found["shortcuts"].items()]
-        name = f"of stock PEFT's step, r = {found['rank']}, median of {found['rounds']} pairs (quartiles)"
-        return [[f"{shortcut} {name}", f"{mid:.2f} ({low:.2f}-{high:.2f})"] for shortcut, (low, mid, high) in rows]
+        return [[name, step_figures(figures, found)] for name, figures in found["shortcuts"].items()]
+    if "depth" in found:
+        return [[f"{row['blocks']} blocks, {row['row']}", step_figures(row, found)] for row in found["depth"]]
     if "seconds" in found:
         return [[name, f"{seconds:.2f} s"] for name, seconds in found["seconds"].items()]
     if "scale" in found:
@@ -343,6 +343,14 @@ def speed_rows(found: dict) -> list[list[str]]:
             rows += [[f"{count} processes, {name}", f"{value:.3g}"] for name, value in rates.items()]
         return rows
     return [[name, over_rounds(values)] for name, values in (found.get("ratios") or found["rounds"]).items()]
+
+
+def step_figures(figures: dict, found: dict) -> str:
+    """A step's time and memory over stock PEFT's."""
+    low, middle, high = figures["ratio_quartiles"]
+    what = "peak memory" if found["device"] == "cuda" else "memory kept for the backward"
+    step = f"{middle:.3f} ({low:.3f}-{high:.3f}) of stock PEFT's step, r = {found['rank']}, {found['rounds']} pairs"
+    return f"{step}; {figures['memory_ratio']:.2f} of its {what}" + ("" if found["quiet"] else " (not a quiet machine)")
 
 
 def scale_figures(row: dict) -> str:

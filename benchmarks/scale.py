@@ -10,7 +10,6 @@ libraries above all, which the system takes back when memory is short.
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import sys
 import tempfile
@@ -25,7 +24,6 @@ from pipelines import flux, image_folder, stable_diffusion
 
 TRAINER = ROOT / "train_sd.py"
 MEBI = 2**20
-QUIET = 0.5  # highest load of a machine whose seconds mean something
 ENCODER = {"block_out_channels": (8,), "down_block_types": ("DownEncoderBlock2D",), "mid_block_add_attention": False}
 DECODER = {"up_block_types": ("UpDecoderBlock2D",)}
 BLOCKS = {
@@ -44,8 +42,6 @@ def add_arguments(add: Callable) -> None:
 
 def scale(args: argparse.Namespace) -> dict:
     """A row for each size and run."""
-    load = os.getloadavg()[0]
-    print(f"load of the machine: {load:.1f}{'' if load < QUIET else ', so seconds are no more than an order'}")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -57,7 +53,7 @@ def scale(args: argparse.Namespace) -> dict:
     for row in rows:
         sizes = "".join(f"{row[key] / MEBI:>10.0f} MiB" for key in ("anonymous", "resident", "encoded"))
         print(f"{row['data']:<16}{row['run']:<10}{row['until_first_step']:>16.1f} s{sizes}")
-    return {"load": load, "quiet": load < QUIET, "scale": rows}
+    return {"scale": rows}
 
 
 def images_of(folder: Path, count: int) -> tuple[Path, list[str]]:

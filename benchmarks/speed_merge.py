@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 
 import torch
-from measured import ROOT, keep
+from measured import ROOT, Others, keep
 from peft import LoraConfig, inject_adapter_in_model
 
 import reslora
@@ -28,7 +27,6 @@ from reslora.shortcuts import shortcut_class
 sys.path.append(str(ROOT / "tests"))
 from live_tensors import LiveTensors
 
-QUIET = 0.5  # highest load of a machine whose seconds mean something
 ROWS = 2048  # that are added at a time
 REACH = 4  # of the block-shortcuts
 
@@ -216,7 +214,7 @@ def add_up(layers: list[Layer], squares: dict, closed: dict, samples: int, rank:
 
 def at_scale(args: argparse.Namespace) -> None:
     """Measures, prints and keeps what `speed.py merge` says of full-size models."""
-    rank, load = args.rank or 16, os.getloadavg()[0]
+    rank, others = args.rank or 16, Others()
     squares: dict[int, dict] = {}
     closed: dict[tuple[int, int], dict] = {}
     found = {}
@@ -231,6 +229,5 @@ def at_scale(args: argparse.Namespace) -> None:
             several = f", passes: {figures['passes']}" if "passes" in figures else ""
             line = f"{name:9} {method:8} {figures['seconds']:10.1f} s {figures['bytes'] / 2**20:8.0f} MiB{several}"
             print(line, flush=True)
-    load = max(load, os.getloadavg()[0])
     settings = {"rank": rank, "samples": args.samples, "device": args.device, "budget": calibration.BUDGET}
-    keep("speed/merge-scale", {"load": load, "quiet": load < QUIET, **settings, "merging": found})
+    keep("speed/merge-scale", {**others(), **settings, "merging": found})

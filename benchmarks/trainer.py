@@ -42,7 +42,7 @@ import scale
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from measured import ROOT, keep, machine
+from measured import ROOT, Others, keep, machine
 from scale import MEBI, TRAINER
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from watched import WARM_UP, Watched
@@ -64,9 +64,10 @@ def main() -> None:
     print(", ".join(f"{name} {value}" for name, value in machine().items() if value is not None), flush=True)
     name = f"diffusers-{args.model}" if args.what == "diffusers" else args.what
     settings = {key: value.name if isinstance(value, Path) else value for key, value in vars(args).items()}
+    others = Others()
     own = {"diffusers": diffusers, "loader": loader, "memory": memory}
     figures = {**own, "scale": scale.scale, "overhead": overhead.overhead}[args.what](args)
-    keep(f"trainer/{name}", {"settings": settings, **figures})
+    keep(f"trainer/{name}", {"settings": settings, **others(), **figures})
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -76,6 +76,8 @@ class Chains(Sequence):
     """(name, reason) of LoRA layers that take no part and stay plain LoRA."""
     problems: tuple[tuple[str, str], ...] = ()
     """(name, reason) of layers that `connect` refuses."""
+    readers: tuple[tuple[str, ...], ...] = ()
+    """Names of blocks that read one and the same tensor, as q, k and v of an attention do, in execution order."""
 
     def __getitem__(self, index):
         return self.chains[index]
@@ -145,7 +147,8 @@ def chains(model: nn.Module, adapter_name: str = "default", example_inputs: dict
         return _apart(seen, places[before.name][0], places[block.name][0]) or _difference(before, block)
 
     found = tuple(chain for role, blocks in by_role.items() for chain in _cut(role, blocks, difference))
-    return Chains(found, tuple(unlinked), tuple(problems))
+    holders = {name: place[0] or name.rpartition(".")[0] for name, place in places.items()}
+    return Chains(found, tuple(unlinked), tuple(problems), tuple(_readers(seen, holders)))
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -259,6 +262,15 @@ def _tied(layers: dict[str, LoraLayer], adapter_name: str) -> list[tuple[str, st
                 problems.append((name, f"is tied to {other}: its weight is the same tensor"))
                 break
     return problems
+
+
+def _readers(seen: Trace, holders: dict[str, str]) -> Iterator[tuple[str, ...]]:
+    """The layers that read one tensor, at least two, all of one holder: a checkpoint may begin between two holders."""
+    for names in seen.readers:
+        by_holder: dict[str, list[str]] = {}
+        for name in names:
+            by_holder.setdefault(holders[name], []).append(name)
+        yield from (tuple(group) for group in by_holder.values() if len(group) > 1)
 
 
 def _describe(name: str, role: str, layer: LoraLayer, adapter_name: str, tokens: tuple[int, ...]) -> Block:

@@ -28,6 +28,8 @@ class Trace:
     """By holder: the holders whose outputs its first tensor argument, its hidden states, depends on."""
     inner: dict[str, set[str]]
     """By holder: the holders inside it whose outputs its own output depends on."""
+    readers: list[list[str]] = dataclasses.field(default_factory=list)
+    """The layers that read one and the same tensor, in execution order."""
 
     def apart(self, holder: str, before: str) -> str:
         """Why `holder` does not go on with the stream that `before` returned; empty if it does."""
@@ -149,6 +151,8 @@ class _Watch:
             for depth in range(holder.count(".") + 1, name.count(".") + 2)
         }
         self.calls: list[tuple[str, str]] = []  # (holder, path of the module that was called), outermost first
+        # By tensor and version: what reads it. The tensors are kept, or another could take the identity of one.
+        self.read: dict[tuple[int, int], tuple[torch.Tensor, list[str]]] = {}
         self.handles: list[RemovableHandle] = []
 
     def attach(self, base: nn.Module) -> None:
@@ -169,10 +173,19 @@ class _Watch:
         hidden = _hidden_states(module, args, kwargs)
         if path in self.layers:
             self.trace.runs.setdefault(path, []).append(tuple(hidden[0].shape[1:-1]) if hidden else ())
+            self._note_reader(path, hidden)
         holder = self.holders[path]
         if holder not in (open_holder for open_holder, _ in self.calls):
             self.calls.append((holder, path))
             self.trace.reads[holder] |= _origins(hidden) - {holder}
+
+    def _note_reader(self, path: str, hidden: list[torch.Tensor]) -> None:
+        for x in hidden[:1]:
+            key = id(x), x._version
+            if key not in self.read:
+                self.read[key] = x, []
+                self.trace.readers.append(self.read[key][1])
+            self.read[key][1].append(path)
 
     def _leave(self, path: str, module: nn.Module, args: tuple, output: object) -> object:
         holder = self.holders[path]

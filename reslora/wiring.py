@@ -12,7 +12,8 @@ from . import guards
 from .chains import Chain, Chains, base_model, lora_layers
 from .config import ResLoraConfig
 from .shortcuts import shortcut_class
-from .shortcuts.base import CastUnlessAutocast, Shortcut
+from .shortcuts.base import CastOthers, Shortcut
+from .shortcuts.shared import SharedProduct
 from .shortcuts.state import Wires
 
 # Attribute of an adapter's A modules: they are new ones where an adapter was deleted and another took its name.
@@ -54,7 +55,7 @@ class Connection:
                     del module.lora_variant[adapter]
             for lora_a in module.lora_A.values():
                 vars(lora_a).pop(_MARK, None)
-            if isinstance(module.cast_input_dtype_enabled, CastUnlessAutocast):
+            if isinstance(module.cast_input_dtype_enabled, CastOthers):
                 module.cast_input_dtype_enabled = module.cast_input_dtype_enabled.previous
         for handle in self.handles:
             handle.remove()
@@ -97,11 +98,24 @@ def attach_wires(model: nn.Module, config: ResLoraConfig, adapter_name: str, pla
     if config.wired:
         for chain in plan:
             _wire(chain, layers, connection)
-        if connection.shortcut.carries:
+        shares = _share(plan, layers, adapter_name)
+        if connection.shortcut.carries or shares:
             connection.handles = _hook(base, plan, wires)
     guards.install(model, ((block.name, layers[block.name]) for block in plan.blocks if config.wired))
     base._reslora = connection
     return connection
+
+
+def _share(plan: Chains, layers: dict[str, LoraLayer], adapter: str) -> bool:
+    """Lets the blocks that read one tensor share one product; returns whether there are any."""
+    for names in plan.readers:
+        factors = {name: (layers[name].lora_variant[adapter], layers[name].lora_A[adapter]) for name in names}
+        stacks = {name: [own, *variant.others()] for name, (variant, own) in factors.items()}
+        widths = {name: variant.widths(own.out_features) for name, (variant, own) in factors.items()}
+        shared = SharedProduct(stacks, widths)
+        for variant, _ in factors.values():
+            variant.shared = shared
+    return bool(plan.readers)
 
 
 def _hook(base: nn.Module, plan: Chains, wires: Wires) -> list:
@@ -143,7 +157,7 @@ def _wire(chain: Chain, layers: dict[str, LoraLayer], connection: Connection) ->
     variants = connection.shortcut.wire(connection.wires, names, factors, config.reach, config.head)
     for layer, variant in zip(wired, variants, strict=True):
         layer.lora_variant[adapter] = variant
-        layer.cast_input_dtype_enabled = CastUnlessAutocast(layer.cast_input_dtype_enabled)
+        layer.cast_input_dtype_enabled = CastOthers(layer.cast_input_dtype_enabled, layer, adapter)
 
 
 def _present_layers(base: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:

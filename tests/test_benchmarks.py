@@ -26,6 +26,7 @@ import paper_report  # noqa: E402
 import scale  # noqa: E402
 import speed  # noqa: E402
 import speed_merge  # noqa: E402
+import speed_steps  # noqa: E402
 import trainer  # noqa: E402
 from watched import WARM_UP, PeakAnonymous, Watched  # noqa: E402
 
@@ -60,27 +61,64 @@ def tiny(device: str):
     return LlamaForCausalLM(config).to(device), {"input_ids": ids, "labels": ids}, ["q_proj"]
 
 
+ROWS = {"no adapter", "input(1)", "block(4)", "middle(4)"}
+
+
 def test_step_ratios_are_kept(results, monkeypatch):
-    monkeypatch.setitem(speed.MODELS, "llama", tiny)
+    monkeypatch.setitem(speed_steps.MODELS, "llama", tiny)
     monkeypatch.setattr(sys, "argv", ["speed.py", "steps", "--model", "llama", "--rounds", "3", "--rank", "2"])
     speed.main()
     found = kept(results, "speed/steps-llama-cpu-float32")
-    assert (found["rank"], found["rounds"]) == (2, 3)
-    assert set(found["shortcuts"]) == {"input(1)", "block(4)", "middle(4)"}
+    assert (found["rank"], found["rounds"]) == (2, 3) and set(found["shortcuts"]) == ROWS
     for figures in found["shortcuts"].values():
         assert len(figures["ratio_quartiles"]) == 3 and figures["peft_seconds"] > 0
+    assert found["shortcuts"]["no adapter"]["memory_ratio"] < 1 < found["shortcuts"]["block(4)"]["memory_ratio"]
+    assert [name for name, _ in paper_report.speed_rows(found)] == list(found["shortcuts"])
 
 
-def test_ratio_is_ours_over_theirs_and_the_order_is_swapped():
+def test_depth_is_measured_by_blocks_and_reach(results, monkeypatch):
+    monkeypatch.setattr(speed_steps, "llama", lambda device, **sizes: tiny(device))
+    monkeypatch.setattr(speed_steps, "DEPTHS", (3,))
+    monkeypatch.setattr(sys, "argv", ["speed.py", "depth", "--rounds", "2", "--rank", "2"])
+    speed.main()
+    found = kept(results, "speed/depth-cpu-float32")
+    reaches = [f"{shortcut}({reach})" for shortcut in ("block", "middle") for reach in (1, 4, -1)]
+    assert [row["row"] for row in found["depth"]] == ["no adapter", "input(1)", *reaches]
+    assert paper_report.speed_rows(found)[0][0] == "3 blocks, no adapter"
+
+
+def test_steps_are_taken_turn_about():
     order = []
 
     def step(name: str, seconds: float):
         return lambda: (order.append(name), seconds)[1]
 
-    pair = [step("peft", 2.0), step("ours", 3.0)]
-    figures = speed.compared(pair, argparse.Namespace(device="cpu", rounds=2))
-    assert figures == {"ratio_quartiles": [1.5, 1.5, 1.5], "peft_seconds": 2.0}
-    assert order[-4:] == ["ours", "peft", "peft", "ours"]
+    times = speed_steps.turn_about({"peft": step("peft", 2.0), "ours": step("ours", 3.0)}, 2)
+    assert times == {"peft": [2.0, 2.0], "ours": [3.0, 3.0]}
+    assert order == ["peft", "ours", "ours", "peft"]
+
+
+def test_a_step_without_adapter_ends_where_pefts_would():
+    """Gradients reach the first layer that would be adapted and no further, and nothing trains."""
+    base, batch, targets = tiny("cpu")
+    frozen = speed_steps.twin(base).requires_grad_(False)
+    speed_steps.begin_gradients(frozen, targets)
+    loss = speed_steps.Step(frozen, batch, argparse.Namespace(device="cpu", dtype="float32")).loss()
+    nodes, left = set(), [loss.grad_fn]
+    while left:
+        node = left.pop()
+        if node is not None and node not in nodes:
+            nodes.add(node)
+            left += [following for following, _ in node.next_functions]
+    leaves = [node.variable.shape for node in nodes if hasattr(node, "variable")]
+    assert leaves == [(1, 4, 8)]  # what the first q_proj returned
+
+
+def test_what_others_do_is_told(monkeypatch):
+    monkeypatch.setattr(measured, "_busy_elsewhere", iter([100.0, 103.0, 100.0, 100.0]).__next__)
+    monkeypatch.setattr(measured.time, "perf_counter", iter([0.0, 2.0, 0.0, 2.0]).__next__)
+    assert measured.Others()() == {"others": 1.5, "quiet": False}
+    assert measured.Others()() == {"others": 0.0, "quiet": True}
 
 
 def test_a_pass_takes_what_there_is_room_for_and_one_that_is_too_large_goes_alone():
@@ -125,7 +163,7 @@ def test_costs_of_merging_are_added_up_layer_by_layer():
 def test_merging_at_scale_is_kept_and_drawn(results, monkeypatch):
     batch = {"input_ids": torch.zeros(1, 64, dtype=torch.long)}
     monkeypatch.setattr(speed_merge, "MODELS", {"tiny": lambda: (tiny("meta")[0], ["q_proj", "v_proj"], batch)})
-    monkeypatch.setattr(speed_merge.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+    monkeypatch.setattr(measured.Others, "__call__", lambda self: {"quiet": True})
     args = argparse.Namespace(rank=2, samples=3, device="cpu")
     speed_merge.at_scale(args)
     found = kept(results, "speed/merge-scale")
@@ -134,7 +172,7 @@ def test_merging_at_scale_is_kept_and_drawn(results, monkeypatch):
     rows = paper_report.speed_rows(found)
     assert [name for name, _ in rows] == [f"tiny (4 blocks) by `{method}`" for method in ("lstsq", "weights", "exact")]
     assert "one pass over 3 samples" in rows[0][1] and rows[0][1].endswith(" s")
-    monkeypatch.setattr(speed_merge.os, "getloadavg", lambda: (3.0, 0.0, 0.0))
+    monkeypatch.setattr(measured.Others, "__call__", lambda self: {"quiet": False})
     speed_merge.at_scale(args)
     loud = kept(results, "speed/merge-scale")
     assert not loud["quiet"] and not any(figures.endswith(" s") for _, figures in paper_report.speed_rows(loud))
@@ -215,11 +253,11 @@ def test_scale_measures_three_runs_of_each_size_and_says_how_quiet_it_was(result
         return found
 
     monkeypatch.setattr(scale, "Watched", watched)
-    monkeypatch.setattr(scale.os, "getloadavg", lambda: (7.0, 0.0, 0.0))
+    monkeypatch.setattr(measured.Others, "__call__", lambda self: {"quiet": False})
     monkeypatch.setattr(sys, "argv", ["trainer.py", "scale", "--images", "3", "--captions", "1000"])
     trainer.main()
     found = kept(results, "trainer/scale")
-    assert (found["quiet"], found["load"]) == (False, 7.0)
+    assert not found["quiet"]
     assert [(row["data"], row["run"]) for row in found["scale"]] == [
         (data, run) for data in ("3 images", "1000 captions") for run in ("first", "second", "uncached")
     ]

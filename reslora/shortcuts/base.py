@@ -9,29 +9,44 @@ The second product carries s and accumulates into the frozen layer's output, so 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora.layer import LoraVariant
+from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import nn
 
 from ..merging import MERGES, Factors, Merged, Method, Moments, neighbours, relative_error
+from .shared import SharedProduct
 from .state import State, Wires
+
+_unsafe_view = torch.ops.aten._unsafe_view.default
 
 _CHECKPOINTING = (
     "call reslora.enable_gradient_checkpointing(model), and leave gradient checkpointing of the trainer off"
 )
 
 
-class CastUnlessAutocast:
-    """Truth value for PEFT's `cast_input_dtype_enabled`: under autocast the product converts its input anyway."""
+class CastOthers:
+    """Truth value for PEFT's `cast_input_dtype_enabled`: a wired block converts its input by itself.
 
-    def __init__(self, previous: bool) -> None:
-        self.previous = previous
+    PEFT would convert it for each layer anew, so that no two would read the same tensor. Another adapter of the layer
+    still gets it converted, but under autocast, where the product does so anyway.
+    """
+
+    def __init__(self, previous: bool, layer: LoraLayer, adapter: str) -> None:
+        self.previous, self.adapter = previous, adapter
+        # Weak: the layer holds this object, and a cycle would keep a deleted model in memory.
+        self.layer = weakref.ref(layer)
+
+    def __reduce__(self) -> tuple:
+        return CastOthers, (self.previous, self.layer(), self.adapter)
 
     def __bool__(self) -> bool:
+        if self.layer().active_adapters == [self.adapter]:
+            return False
         return self.previous and not any(torch.is_autocast_enabled(device) for device in ("cuda", "cpu", "xpu", "mps"))
 
 
@@ -53,6 +68,8 @@ class Shortcut(LoraVariant):
         self.wires = wires
         self.name = name
         self.records = name in wires.norms.names
+        self.shared: SharedProduct | None = None
+        """What multiplies for this block and for others that read the same tensor."""
 
     # -- wiring: what a subclass says of a whole chain -----------------------------------------------------------------
 
@@ -65,6 +82,14 @@ class Shortcut(LoraVariant):
     def wire(cls, wires: Wires, names: Sequence[str], factors: Sequence[tuple], reach: int | None, head: str) -> list:
         """One variant for each block of a chain, whose A and B modules are `factors`."""
         raise NotImplementedError
+
+    def others(self) -> Sequence[nn.Linear]:
+        """The A modules of other blocks of its chain that it multiplies its own input by."""
+        return ()
+
+    def widths(self, rank: int) -> Sequence[int]:
+        """How wide the slices are in which it takes the product with its own A and those of `others`."""
+        return (rank,) * (1 + len(self.others()))
 
     # -- merging: what the methods of `reslora.merging` need to know ---------------------------------------------------
 
@@ -144,9 +169,33 @@ class Shortcut(LoraVariant):
                 f"{self.name} ran without gradients inside a forward with gradients, as reentrant gradient "
                 f"checkpointing does; {_CHECKPOINTING}"
             )
-        if grad and not state.segments and _inside_checkpoint():
+        if grad and not state.segments and inside_checkpoint():
             raise RuntimeError(f"{self.name} is in a checkpoint that would lose its shortcut; {_CHECKPOINTING}")
         return state
+
+    def _products(
+        self, state: State | None, module: LoraLayer, adapter: str, x: torch.Tensor
+    ) -> Sequence[torch.Tensor]:
+        """x (batch x tokens x p) by its own A and those of `others`: slices (batch * tokens x r) of one product.
+
+        With dropout every block has a mask, and so a product, of its own.
+        """
+        lora_a, dropout = module.lora_A[adapter], module.lora_dropout[adapter]
+        if self.shared is not None and state is not None and passes(dropout):
+            if self.shared.first == self.name:
+                self.shared.multiply(state, x, rows(cast(x, lora_a.weight)))
+            slices = self.shared.take(state, self.name, x, lora_a)
+            if slices is not None:
+                return slices
+        return self._multiply(lora_a, rows(dropout(cast(x, lora_a.weight))))
+
+    def _multiply(self, lora_a: nn.Linear, x: torch.Tensor) -> Sequence[torch.Tensor]:
+        """The same by itself: `x` (rows x p) is what its A reads."""
+        shape = lora_a.out_features, lora_a.in_features
+        weights = [whole_weight(linear, shape, x, self.name) for linear in (lora_a, *self.others())]
+        hidden = F.linear(x, torch.cat(weights) if len(weights) > 1 else weights[0])
+        widths = self.widths(shape[0])
+        return hidden.split(widths, dim=1) if len(widths) > 1 else (hidden,)
 
     def _take(self, state: State, source: str, x: torch.Tensor) -> torch.Tensor:
         """What `source` handed on (batch * tokens x r), on the device of `x` (batch x tokens x p)."""
@@ -206,20 +255,41 @@ def rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
-def add_product(result: torch.Tensor, hidden: torch.Tensor, lora_b: nn.Linear, scaling: float) -> torch.Tensor:
+def add_product(
+    result: torch.Tensor, hidden: torch.Tensor, module: LoraLayer, adapter: str, scaling: float
+) -> torch.Tensor:
     """`result + scaling * hidden B^T`; by way of the module where its weight is only whole inside its own forward."""
+    lora_b = module.lora_B[adapter]
     weight = lora_b.weight
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or weight.is_meta != hidden.is_meta:
         return result + lora_b(hidden * scaling).view(result.shape)
-    return add_scaled(result, hidden, weight, scaling)
+    return add_scaled(result, hidden, weight, scaling, module)
 
 
-def add_scaled(result: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, scaling: float) -> torch.Tensor:
-    """`result + scaling * hidden weight^T` for (… x q), (rows x r) and (q x r), without a q-wide temporary."""
+def add_scaled(
+    result: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, scaling: float, module: LoraLayer
+) -> torch.Tensor:
+    """`result + scaling * hidden weight^T` for (… x q), (rows x r) and (q x r), without a q-wide temporary.
+
+    Where nobody else can hold `result`, what the frozen layer of `module` returned, it is added to in place.
+    """
     if result.dtype != hidden.dtype:
         # A half-precision frozen layer under a float32 adapter, or the reverse: keep the wider one, as PEFT does.
         return result + F.linear(hidden * scaling, weight).view(result.shape)
-    return torch.addmm(rows(result), hidden, weight.t(), alpha=scaling).view(result.shape)
+    if torch.compiler.is_compiling() or not _unheld(result, module):
+        return torch.addmm(rows(result), hidden, weight.t(), alpha=scaling).view(result.shape)
+    weight = weight.to(hidden.dtype)  # as autocast does it for all products but those in place
+    # Not `view`: autograd would copy the gradient of what is changed in place through a view.
+    flat = _unsafe_view(result, (-1, result.shape[-1]))
+    return _unsafe_view(flat.addmm_(hidden, weight.t(), alpha=scaling), result.shape)
+
+
+def _unheld(result: torch.Tensor, module: LoraLayer) -> bool:
+    """Whether `result` came fresh from a plain linear layer, whose backward does not need it, and went nowhere else."""
+    base = module.get_base_layer()
+    hooks = base._forward_hooks or base._backward_hooks
+    plain = type(base) is nn.Linear and "forward" not in vars(base) and not hooks
+    return plain and type(result) is torch.Tensor and len(module.active_adapters) == 1
 
 
 def merge_refused(name: str) -> RuntimeError:
@@ -230,7 +300,12 @@ def merge_refused(name: str) -> RuntimeError:
     )
 
 
-def _inside_checkpoint() -> bool:
+def passes(dropout: nn.Module) -> bool:
+    """Whether a dropout module hands its input through unchanged."""
+    return isinstance(dropout, nn.Identity) or not dropout.training
+
+
+def inside_checkpoint() -> bool:
     """Whether a non-reentrant checkpoint of PyTorch is open: it works through saved-tensor hooks of its own module."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"

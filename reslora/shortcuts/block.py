@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..merging import MERGES, Factors, Merged, Method, Moments, merge_exact, neighbours
-from .base import Shortcut, add_scaled, cast, rows, whole_weight
-from .state import Wires, refuse_replica
+from .base import Shortcut, add_scaled, inside_checkpoint, whole_weight
+from .state import State, Wires, refuse_replica
 
 
 class BlockShortcut(Shortcut):
     """ResLoRA_bs: `W_n x_n + s_n (sum_{k=0..m} B_{n-k} A_{n-k}) x_n` (Eq. 3).
 
-    Two products whatever m is: `[B_n, ..., B_{n-m}] [A_n; ...; A_{n-m}] x_n`. Needs no state.
+    Two products whatever m is: `[B_n, ..., B_{n-m}] [A_n; ...; A_{n-m}] x_n`. Needs no state, but uses
+    the one there is, to share the first of them.
     """
 
     carries = False
@@ -37,19 +37,33 @@ class BlockShortcut(Shortcut):
     def forward(self, module: nn.Module, *, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs):
         """`x` (batch x tokens x p) and the frozen layer's `result` (batch x tokens x q) to the block's output."""
         refuse_replica(module)
+        (hidden,) = self._products(self._sharing(), module, active_adapter, x)
         lora_a, lora_b = module.lora_A[active_adapter], module.lora_B[active_adapter]
-        shape_a, shape_b = (lora_a.out_features, lora_a.in_features), (lora_b.out_features, lora_b.in_features)
-        weight_a = whole_weight(lora_a, shape_a, x, self.name)
-        weight_b = whole_weight(lora_b, shape_b, x, self.name)
-        x = cast(x, weight_a)
-        dropped = module.lora_dropout[active_adapter](x)
-        if self.previous:
-            a = [whole_weight(a, shape_a, x, self.name) for a, _ in self.previous]
-            b = [whole_weight(b, shape_b, x, self.name) for _, b in self.previous]
-            weight_a, weight_b = torch.cat((weight_a, *a)), torch.cat((weight_b, *b), dim=1)
-        self._observe(x, weight_a, weight_b)
-        hidden = F.linear(rows(dropped), weight_a)
-        return add_scaled(result, hidden, weight_b, module.scaling[active_adapter])
+        shape = lora_b.out_features, lora_b.in_features
+        weights = [whole_weight(b, shape, x, self.name) for b in (lora_b, *(b for _, b in self.previous))]
+        weight = torch.cat(weights, dim=1) if self.previous else weights[0]
+        if self.wires.observer is not None:
+            stack = [lora_a.weight, *(a.weight.to(lora_a.weight) for a in self.others())]
+            self._observe(x, torch.cat(stack), weight)
+        return add_scaled(result, hidden, weight, module.scaling[active_adapter], module)
+
+    def _sharing(self) -> State | None:
+        """The state of the running forward for the sake of shared products alone; None where one cannot be trusted.
+
+        A checkpoint that does not know of the state has to find as many products in its recomputation.
+        """
+        state = self.wires.threads.slot.state
+        if state is None or state.segments or torch.compiler.is_compiling():
+            return state
+        return None if inside_checkpoint() else state
+
+    def others(self) -> Sequence[nn.Linear]:
+        """The A of the blocks before it."""
+        return [a for a, _ in self.previous]
+
+    def widths(self, rank: int) -> Sequence[int]:
+        """One slice for all: B of the whole chain multiplies it at once."""
+        return ((1 + len(self.previous)) * rank,)
 
     @classmethod
     def resolve(cls, method: str, calibrated: bool, recorded: bool) -> str:

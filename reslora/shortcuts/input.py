@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..merging import Factors, Merged
-from .base import Shortcut, add_product, cast, rows, whole_weight
+from .base import Shortcut, add_product
 from .state import Wires
 
 
@@ -41,18 +40,10 @@ class InputShortcut(Shortcut):
     def forward(self, module: nn.Module, *, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs):
         """`x` (batch x tokens x p) and the frozen layer's `result` (batch x tokens x q) to the block's output."""
         state = self._running()
-        lora_a = module.lora_A[active_adapter]
-        shape = (lora_a.out_features, lora_a.in_features)
-        weight = whole_weight(lora_a, shape, x, self.name)
-        x = cast(x, weight)
         self._record(state, x)
-        dropped = rows(module.lora_dropout[active_adapter](x))
-        if self.following is None:
-            own = F.linear(dropped, weight)
-        else:
-            both = torch.cat((weight, whole_weight(self.following, shape, x, self.name)))
-            own, handed_on = F.linear(dropped, both).split(shape[0], dim=1)
-            state.handed[self.name] = handed_on, x.shape[:-1]
+        own, *handed_on = self._products(state, module, active_adapter, x)
+        if handed_on:
+            state.handed[self.name] = handed_on[0], x.shape[:-1]
         hidden, scaling = own, module.scaling[active_adapter]
         handed = None
         if self.previous is not None:
@@ -61,7 +52,11 @@ class InputShortcut(Shortcut):
         elif self.repeats:
             handed, scaling = own, 2 * scaling
         self._observe(x, own, handed)
-        return add_product(result, hidden, module.lora_B[active_adapter], scaling)
+        return add_product(result, hidden, module, active_adapter, scaling)
+
+    def others(self) -> Sequence[nn.Linear]:
+        """The A of the block behind it."""
+        return () if self.following is None else (self.following,)
 
     @classmethod
     def relate(cls, chain: list[Factors], reach: int | None, head: str) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..merging import Factors, Merged, neighbours
-from .base import Shortcut, add_product, cast, rows
+from .base import Shortcut, add_product, cast, passes, rows
 from .state import Wires
 
 
@@ -29,11 +29,10 @@ class MiddleShortcut(Shortcut):
     def forward(self, module: nn.Module, *, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs):
         """`x` (batch x tokens x p) and the frozen layer's `result` (batch x tokens x q) to the block's output."""
         state = self._running()
-        lora_a, dropout = module.lora_A[active_adapter], module.lora_dropout[active_adapter]
-        x = cast(x, lora_a.weight)
-        own = lora_a(rows(dropout(x)))
+        (own,) = self._products(state, module, active_adapter, x)
         if state.norms is not None:
-            self._record(state, own if _passes(dropout) else _without_gradient(lora_a, x))
+            dropped = not passes(module.lora_dropout[active_adapter])
+            self._record(state, self._undropped(module, active_adapter, x) if dropped else own)
         if self.hands_on:
             state.handed[self.name] = own, x.shape[:-1]
         handed = None
@@ -42,7 +41,16 @@ class MiddleShortcut(Shortcut):
             handed = value if handed is None else handed + value
         self._observe(x, own, handed)
         hidden = own if handed is None else own + handed
-        return add_product(result, hidden, module.lora_B[active_adapter], module.scaling[active_adapter])
+        return add_product(result, hidden, module, active_adapter, module.scaling[active_adapter])
+
+    def _multiply(self, lora_a: nn.Linear, x: torch.Tensor) -> Sequence[torch.Tensor]:
+        """By way of the module: its weight may be whole only inside its own forward."""
+        return (lora_a(x),)
+
+    def _undropped(self, module: nn.Module, adapter: str, x: torch.Tensor) -> torch.Tensor:
+        lora_a = module.lora_A[adapter]
+        with torch.no_grad():
+            return lora_a(cast(rows(x), lora_a.weight))
 
     @classmethod
     def relate(cls, chain: list[Factors], reach: int | None, head: str) -> None:
@@ -62,13 +70,3 @@ class MiddleShortcut(Shortcut):
     def normed(self, x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
         """f_n is the norm of `A_n x_n` (Eq. 12)."""
         return own.to(x)
-
-
-def _without_gradient(lora_a: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return lora_a(x)
-
-
-def _passes(dropout: nn.Module) -> bool:
-    """Whether a dropout module hands its input through unchanged."""
-    return isinstance(dropout, nn.Identity) or not dropout.training

@@ -16,7 +16,7 @@ from torch import nn
 class State:
     """What the blocks of one forward hand to each other; a forward makes a new one and drops it when it returns."""
 
-    __slots__ = ("frame", "grad", "handed", "normed", "norms", "outer", "parts", "segments")
+    __slots__ = ("frame", "grad", "handed", "normed", "norms", "outer", "parts", "segments", "shared")
 
     def __init__(
         self,
@@ -30,6 +30,7 @@ class State:
         self.handed: dict[str, tuple[torch.Tensor, torch.Size]] = {} if handed is None else handed
         self.norms: dict[str, torch.Tensor] | None = {} if recording else None
         self.normed: tuple = (None, None)
+        self.shared: tuple | None = None  # the latest product for several blocks: `SharedProduct` knows what it holds
         self.grad = torch.is_grad_enabled()
         self.segments = segments  # how many checkpointed segments with our context are open
         self.parts = 0  # how many parts of the model run inside this forward, which could have run alone
@@ -164,7 +165,11 @@ class Wires:
 
 @contextmanager
 def _segment(state: State) -> Iterator[None]:
-    """Marks that the layers run inside a checkpointed segment that has our context."""
+    """Marks that the layers run inside a checkpointed segment that has our context.
+
+    It takes no product from before: the recomputation has to multiply as often as the forward did.
+    """
+    state.shared = None
     state.segments += 1
     try:
         yield

@@ -1,0 +1,61 @@
+"""One product for the blocks that read the same tensor, as q, k and v of an attention do."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .state import State
+
+
+class SharedProduct:
+    """`[A_q; A_k; A_v] x` in one product, of which each block takes its slices.
+
+    One product in place of three, and in the backward one p-wide gradient in place of three and their sum. The trace
+    says which blocks read one tensor; whether they do is seen again in every forward, and a block that does not
+    multiplies by itself.
+    """
+
+    def __init__(self, stacks: dict[str, list[nn.Linear]], widths: dict[str, Sequence[int]]) -> None:
+        """By block, in execution order: the A modules for its x, its own first, and the widths of its slices."""
+        self.stacks = stacks
+        self.sizes = [width for widths in widths.values() for width in widths]
+        ends = [0, *itertools.accumulate(map(len, widths.values()))]
+        self.places = {name: slice(*ends[n : n + 2]) for n, name in enumerate(widths)}
+        self.first = next(iter(stacks))
+
+    def multiply(self, state: State, x: torch.Tensor, rows: torch.Tensor) -> None:
+        """Makes the product, as the first of the blocks; `rows` (batch * tokens x p) are `x` as A reads it."""
+        weights = [linear.weight for stack in self.stacks.values() for linear in stack]
+        if all(_multiplies(weight, rows) for weight in weights):
+            slices = F.linear(rows, torch.cat(weights)).split(self.sizes, dim=1)
+            state.shared = self, x, _circumstances(x), slices
+
+    def take(self, state: State, name: str, x: torch.Tensor, own: nn.Linear) -> Sequence[torch.Tensor] | None:
+        """The slices of the block whose own A is `own`; None if the product is not of this group, this x and this A."""
+        if state.shared is None:
+            return None
+        group, read, circumstances, slices = state.shared
+        if group is not self or read is not x or self.stacks[name][0] is not own or circumstances != _circumstances(x):
+            return None
+        return slices[self.places[name]]
+
+
+def _circumstances(x: torch.Tensor) -> tuple:
+    """What a product depends on beside its factors: how often `x` was changed in place, gradients and autocast."""
+    # In a compiled graph the trace's word is all there is; tensors made for inference alone count no changes.
+    version = None if torch.compiler.is_compiling() or x.is_inference() else x._version
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return version, torch.is_grad_enabled(), dtype
+
+
+def _multiplies(weight: torch.Tensor, rows: torch.Tensor) -> bool:
+    """Whether a weight is here as a whole, neither sharded nor offloaded, and as `rows` need it."""
+    if weight.dim() != 2 or weight.shape[1] != rows.shape[1] or hasattr(weight, "_local_tensor"):
+        return False
+    return weight.device == rows.device and (weight.dtype == rows.dtype or torch.is_autocast_enabled(rows.device.type))
