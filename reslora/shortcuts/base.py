@@ -19,8 +19,11 @@ from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import nn
 
 from ..merging import MERGES, Factors, Merged, Method, Moments, neighbours, relative_error
-from .shared import SharedProduct
+from .shared import SharedProduct, sharded
 from .state import State, Wires
+
+OWN = "A x"
+"""What a block hands on, unless it says something else: its own A, or that of the block behind it, times its input."""
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
 
@@ -193,13 +196,11 @@ class Shortcut(LoraVariant):
         """The same by itself: `x` (rows x p) is what its A reads."""
         shape = lora_a.out_features, lora_a.in_features
         weights = [whole_weight(linear, shape, x, self.name) for linear in (lora_a, *self.others())]
-        hidden = F.linear(x, torch.cat(weights) if len(weights) > 1 else weights[0])
-        widths = self.widths(shape[0])
-        return hidden.split(widths, dim=1) if len(widths) > 1 else (hidden,)
+        return F.linear(x, torch.cat(weights) if len(weights) > 1 else weights[0]).split(self.widths(shape[0]), dim=1)
 
-    def _take(self, state: State, source: str, x: torch.Tensor) -> torch.Tensor:
+    def _take(self, state: State, source: str, x: torch.Tensor, what: str = OWN) -> torch.Tensor:
         """What `source` handed on (batch * tokens x r), on the device of `x` (batch x tokens x p)."""
-        handed, leading = state.handed.get(source, (None, None))
+        handed, leading = state.handed.get((source, what), (None, None))
         if handed is None:
             raise RuntimeError(
                 f"{self.name} ran before its neighbour {source}; connect again with example_inputs= that run the "
@@ -210,7 +211,7 @@ class Shortcut(LoraVariant):
                 f"{self.name} has {tuple(x.shape[:-1])} tokens where its neighbour {source} had {tuple(leading)}; "
                 "connect again with example_inputs= of the sizes trained on"
             )
-        return handed.to(x.device)
+        return handed if handed.device == x.device else handed.to(x.device)
 
     def _record(self, state: State, value: torch.Tensor) -> None:
         """Keeps the Frobenius norm of `value`, whole batch; layers that read the same tensor share one computation."""
@@ -241,7 +242,7 @@ def whole_weight(linear: nn.Linear, shape: tuple[int, int], x: torch.Tensor, nam
     Offloaded weights are on the meta device, and a product with them is garbage rather than an error.
     """
     weight = linear.weight
-    if weight.shape != shape or hasattr(weight, "_local_tensor") or weight.is_meta != x.is_meta:
+    if weight.shape != shape or weight.is_meta != x.is_meta or sharded(weight):
         raise RuntimeError(
             f"{name} cannot read a LoRA weight of shape {tuple(weight.shape)} (wanted {tuple(shape)}): it is sharded "
             'or offloaded away; use DDP or ZeRO-2 without offloading the adapter, or shortcut="middle", which needs no '
@@ -278,18 +279,19 @@ def add_scaled(
         return result + F.linear(hidden * scaling, weight).view(result.shape)
     if torch.compiler.is_compiling() or not _unheld(result, module):
         return torch.addmm(rows(result), hidden, weight.t(), alpha=scaling).view(result.shape)
-    weight = weight.to(hidden.dtype)  # as autocast does it for all products but those in place
+    if weight.dtype != hidden.dtype:
+        weight = weight.to(hidden.dtype)  # as autocast does it for all products but those in place
     # Not `view`: autograd would copy the gradient of what is changed in place through a view.
     flat = _unsafe_view(result, (-1, result.shape[-1]))
-    return _unsafe_view(flat.addmm_(hidden, weight.t(), alpha=scaling), result.shape)
+    return flat.addmm_(hidden, weight.t(), alpha=scaling).view(result.shape)
 
 
 def _unheld(result: torch.Tensor, module: LoraLayer) -> bool:
     """Whether `result` came fresh from a plain linear layer, whose backward does not need it, and went nowhere else."""
-    base = module.get_base_layer()
-    hooks = base._forward_hooks or base._backward_hooks
-    plain = type(base) is nn.Linear and "forward" not in vars(base) and not hooks
-    return plain and type(result) is torch.Tensor and len(module.active_adapters) == 1
+    base = module.base_layer
+    if type(base) is not nn.Linear or base._forward_hooks or base._backward_hooks or "forward" in vars(base):
+        return False
+    return type(result) is torch.Tensor and result.is_contiguous() and len(module.active_adapters) == 1
 
 
 def merge_refused(name: str) -> RuntimeError:

@@ -40,8 +40,10 @@ class BlockShortcut(Shortcut):
         (hidden,) = self._products(self._sharing(), module, active_adapter, x)
         lora_a, lora_b = module.lora_A[active_adapter], module.lora_B[active_adapter]
         shape = lora_b.out_features, lora_b.in_features
-        weights = [whole_weight(b, shape, x, self.name) for b in (lora_b, *(b for _, b in self.previous))]
-        weight = torch.cat(weights, dim=1) if self.previous else weights[0]
+        weight = whole_weight(lora_b, shape, x, self.name)
+        if self.previous:
+            before = [whole_weight(b, shape, x, self.name) for _, b in self.previous]
+            weight = torch.cat((weight, *before), dim=1)
         if self.wires.observer is not None:
             stack = [lora_a.weight, *(a.weight.to(lora_a.weight) for a in self.others())]
             self._observe(x, torch.cat(stack), weight)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..merging import Factors, Merged
-from .base import Shortcut, add_product
+from .base import OWN, Shortcut, add_product
 from .state import Wires
 
 
@@ -43,7 +43,7 @@ class InputShortcut(Shortcut):
         self._record(state, x)
         own, *handed_on = self._products(state, module, active_adapter, x)
         if handed_on:
-            state.handed[self.name] = handed_on[0], x.shape[:-1]
+            state.handed[self.name, OWN] = handed_on[0], x.shape[:-1]
         hidden, scaling = own, module.scaling[active_adapter]
         handed = None
         if self.previous is not None:

@@ -8,23 +8,38 @@ import torch
 from torch import nn
 
 from ..merging import Factors, Merged, neighbours
-from .base import Shortcut, add_product, cast, passes, rows
+from .base import OWN, Shortcut, add_product, cast, passes, rows
 from .state import Wires
+
+
+SUM = "sum of A x"
+"""What a block hands on to one that reaches back to the head as it does itself."""
 
 
 class MiddleShortcut(Shortcut):
     """ResLoRA_ms: `W_n x_n + s_n B_n (sum_{k=0..m} A_{n-k} x_{n-k})` (Eq. 4): adds r-wide vectors."""
 
-    def __init__(self, wires: Wires, name: str, previous: list[str], hands_on: bool) -> None:
+    def __init__(self, wires: Wires, name: str, previous: list[str], takes_sum: bool, hands_on: Sequence[str]) -> None:
         super().__init__(wires, name)
         self.previous = previous
+        self.takes_sum = takes_sum
         self.hands_on = hands_on
 
     @classmethod
     def wire(cls, wires: Wires, names: Sequence[str], factors: Sequence[tuple], reach: int | None, head: str) -> list:
-        """One variant for each block of a chain: each knows the names of those before it."""
+        """One variant for each block of a chain: each knows the names of those before it.
+
+        A block that reaches back to the head adds the whole sum of the block before it, so that there is one addition
+        however long the chain.
+        """
         before = [[names[k] for k in neighbours(n, reach)] for n in range(len(names))]
-        return [cls(wires, name, before[n], hands_on=n + 1 < len(names)) for n, name in enumerate(names)]
+        whole = [0 < len(taken) == n for n, taken in enumerate(before)]
+        apart = {name for taken, all_of_them in zip(before, whole, strict=True) if not all_of_them for name in taken}
+        found = []
+        for n, name in enumerate(names):
+            hands_on = [OWN] * (name in apart) + [SUM] * any(whole[n + 1 : n + 2])
+            found.append(cls(wires, name, names[n - 1 : n] if whole[n] else before[n], whole[n], hands_on))
+        return found
 
     def forward(self, module: nn.Module, *, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs):
         """`x` (batch x tokens x p) and the frozen layer's `result` (batch x tokens x q) to the block's output."""
@@ -33,14 +48,14 @@ class MiddleShortcut(Shortcut):
         if state.norms is not None:
             dropped = not passes(module.lora_dropout[active_adapter])
             self._record(state, self._undropped(module, active_adapter, x) if dropped else own)
-        if self.hands_on:
-            state.handed[self.name] = own, x.shape[:-1]
         handed = None
         for source in self.previous:
-            value = self._take(state, source, x)
+            value = self._take(state, source, x, SUM if self.takes_sum else OWN)
             handed = value if handed is None else handed + value
         self._observe(x, own, handed)
         hidden = own if handed is None else own + handed
+        for what in self.hands_on:
+            state.handed[self.name, what] = (own if what == OWN else hidden), x.shape[:-1]
         return add_product(result, hidden, module, active_adapter, module.scaling[active_adapter])
 
     def _multiply(self, lora_a: nn.Linear, x: torch.Tensor) -> Sequence[torch.Tensor]:

@@ -22,7 +22,8 @@ class SharedProduct:
 
     def __init__(self, stacks: dict[str, list[nn.Linear]], widths: dict[str, Sequence[int]]) -> None:
         """By block, in execution order: the A modules for its x, its own first, and the widths of its slices."""
-        self.stacks = stacks
+        self.linears = [linear for stack in stacks.values() for linear in stack]
+        self.own = {name: stack[0] for name, stack in stacks.items()}
         self.sizes = [width for widths in widths.values() for width in widths]
         ends = [0, *itertools.accumulate(map(len, widths.values()))]
         self.places = {name: slice(*ends[n : n + 2]) for n, name in enumerate(widths)}
@@ -30,8 +31,8 @@ class SharedProduct:
 
     def multiply(self, state: State, x: torch.Tensor, rows: torch.Tensor) -> None:
         """Makes the product, as the first of the blocks; `rows` (batch * tokens x p) are `x` as A reads it."""
-        weights = [linear.weight for stack in self.stacks.values() for linear in stack]
-        if all(_multiplies(weight, rows) for weight in weights):
+        weights = [linear.weight for linear in self.linears]
+        if _multiply(weights, rows):
             slices = F.linear(rows, torch.cat(weights)).split(self.sizes, dim=1)
             state.shared = self, x, _circumstances(x), slices
 
@@ -40,7 +41,7 @@ class SharedProduct:
         if state.shared is None:
             return None
         group, read, circumstances, slices = state.shared
-        if group is not self or read is not x or self.stacks[name][0] is not own or circumstances != _circumstances(x):
+        if group is not self or read is not x or self.own[name] is not own or circumstances != _circumstances(x):
             return None
         return slices[self.places[name]]
 
@@ -54,8 +55,18 @@ def _circumstances(x: torch.Tensor) -> tuple:
     return version, torch.is_grad_enabled(), dtype
 
 
-def _multiplies(weight: torch.Tensor, rows: torch.Tensor) -> bool:
-    """Whether a weight is here as a whole, neither sharded nor offloaded, and as `rows` need it."""
-    if weight.dim() != 2 or weight.shape[1] != rows.shape[1] or hasattr(weight, "_local_tensor"):
-        return False
-    return weight.device == rows.device and (weight.dtype == rows.dtype or torch.is_autocast_enabled(rows.device.type))
+def _multiply(weights: list[torch.Tensor], rows: torch.Tensor) -> bool:
+    """Whether the weights are here as a whole, neither sharded nor offloaded, and as `rows` need them."""
+    width, device, dtype = rows.shape[1], rows.device, rows.dtype
+    any_dtype = torch.is_autocast_enabled(device.type)
+    for weight in weights:
+        if weight.dim() != 2 or weight.shape[1] != width or weight.device != device or sharded(weight):
+            return False
+        if not any_dtype and weight.dtype != dtype:
+            return False
+    return True
+
+
+def sharded(weight: torch.Tensor) -> bool:
+    """Whether a weight of the shape of the whole holds a part of its numbers."""
+    return type(weight) is not nn.Parameter and hasattr(weight, "_local_tensor")

@@ -26,8 +26,8 @@ class State:
         outer: State | None = None,
         frame: FrameType | None = None,
     ) -> None:
-        # Block name to the r-wide rows it hands on, and the batch and token axes they were flattened from.
-        self.handed: dict[str, tuple[torch.Tensor, torch.Size]] = {} if handed is None else handed
+        # Block name and what it hands on: the r-wide rows, and the batch and token axes they were flattened from.
+        self.handed: dict[tuple[str, str], tuple[torch.Tensor, torch.Size]] = {} if handed is None else handed
         self.norms: dict[str, torch.Tensor] | None = {} if recording else None
         self.normed: tuple = (None, None)
         self.shared: tuple | None = None  # the latest product for several blocks: `SharedProduct` knows what it holds
