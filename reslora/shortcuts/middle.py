@@ -11,7 +11,6 @@ from ..merging import Factors, Merged, neighbours
 from .base import OWN, Shortcut, add_product, cast, passes, rows
 from .state import Wires
 
-
 SUM = "sum of A x"
 """What a block hands on to one that reaches back to the head as it does itself."""
 
