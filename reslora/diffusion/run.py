@@ -24,7 +24,7 @@ from .reports import Reports, Validation
 from .results import export_method
 from .samples import Material, split
 from .settings import with_family
-from .setup import objective_of, schedule_of, start_accelerator, start_trackers
+from .setup import attention_of, objective_of, schedule_of, start_accelerator, start_trackers
 from .showing import hub_repository, print_summary, publish, write_figures
 from .trainee import Schedule, new_trainee, prepare
 from .training import train
@@ -43,6 +43,7 @@ def run(flags: Flags, stop: StopRequest) -> None:
     first = int(os.environ.get("RANK", 0)) == 0
     with locked(Path(flags.output_dir)) if first else contextlib.nullcontext():
         accelerator = start_accelerator(flags)
+        flags = flags.replace(mixed_precision=accelerator.mixed_precision)
         model = find_model(flags, accelerator)
         flags = with_family(flags, model.family.defaults)
         plan = plan_resume(flags)  # once more: another run may just have ended, and the family has filled in flags
@@ -168,7 +169,8 @@ def train_and_export(
         save_checkpoint(trainee, folder, flags, identity, accelerator)
 
     validation = Validation(loss, material, drawer, accelerator, stop)
-    with contextlib.closing(Reports(folder, trainee, flags, schedule, accelerator)) as reports:
+    reports = Reports(folder, trainee, flags, schedule, accelerator)
+    with contextlib.closing(reports), attention_of(accelerator, material.latent_shape):
         train(trainee, loss, material, schedule, validation, reports, save, accelerator, stop)
     if accelerator.is_main_process:
         export_method(trainee, model, material, loss, drawer, schedule, folder, accelerator)

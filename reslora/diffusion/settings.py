@@ -49,7 +49,7 @@ def fill_defaults(args: argparse.Namespace) -> Flags:
     values = dict(vars(args))
     values["local_rank"] = int(os.environ.get("LOCAL_RANK", args.local_rank))
     model = args.pretrained_model_name_or_path
-    bundled = model is None or Path(model).resolve().parent == ASSETS
+    bundled = model is None or is_bundled(model)
     if model is None and not BUNDLED_MODEL.is_dir():
         fix = "name a model; the bundled pipeline comes with the repository"
         raise InvalidArgument("--pretrained_model_name_or_path", "missing", fix)
@@ -67,6 +67,11 @@ def fill_defaults(args: argparse.Namespace) -> Flags:
     values["validation_prompt"] = [clean(prompt).strip() for prompt in values["validation_prompt"]]
     values["method"] = list(dict.fromkeys(values["method"]))
     return Flags(**values)
+
+
+def is_bundled(model: str) -> bool:
+    """Whether a model is one of the pipelines in assets/."""
+    return Path(model).resolve().parent == ASSETS
 
 
 def with_family(flags: Flags, defaults: dict) -> Flags:

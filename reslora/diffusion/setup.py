@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import dataclasses
 import logging
 import math
 import os
+import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import diffusers
@@ -16,6 +20,7 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import ProjectConfiguration
 from diffusers import DiffusionPipeline
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import InvalidArgument, first_line
 from ..files import write_json
@@ -23,10 +28,11 @@ from .arguments import Flags
 from .loading import Model
 from .objective import DdpmObjective, FlowObjective, Objective
 from .samples import Material
-from .settings import check_adalora_steps
+from .settings import check_adalora_steps, is_bundled
 from .trainee import Schedule
 
 LONGEST_WARMUP, WARMUP_SHARE = 500, 0.1
+FEW_TOKENS = 64
 TENSORBOARD_SECONDS = 10  # until it shows what is new
 PLACES = (
     "pretrained_model_name_or_path",
@@ -43,7 +49,7 @@ def start_accelerator(flags: Flags) -> Accelerator:
     try:
         accelerator = Accelerator(
             gradient_accumulation_steps=flags.gradient_accumulation_steps,
-            mixed_precision=flags.mixed_precision,
+            mixed_precision=precision_of(flags),
             log_with=tracker_of(flags.report_to),
             project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / flags.logging_dir)),
         )
@@ -59,6 +65,7 @@ def start_accelerator(flags: Flags) -> Accelerator:
         if accelerator.mixed_precision == "fp16":
             raise InvalidArgument("--mixed_precision fp16", "there is no GPU, and CPUs crawl in fp16", "use bf16 or no")
         take_cores(int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)))
+        keep_freed_memory()
     if accelerator.state.deepspeed_plugin is not None:  # it would ask the data loader, which is not accelerate's
         settings = accelerator.state.deepspeed_plugin.deepspeed_config
         settings["train_micro_batch_size_per_gpu"] = flags.train_batch_size
@@ -67,6 +74,38 @@ def start_accelerator(flags: Flags) -> Accelerator:
     torch.backends.cuda.matmul.allow_tf32 = flags.allow_tf32
     quieten()
     return accelerator
+
+
+def precision_of(flags: Flags) -> str | None:
+    """`--mixed_precision`; where nobody has a wish, bf16 for the small pipelines on a CPU that computes in it.
+
+    bf16 takes them two thirds of the time there, and merges and exports are made in float32 all the same.
+    """
+    wish = flags.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no"
+    if wish or os.environ.get("ACCELERATE_USE_DEEPSPEED") or not is_bundled(flags.pretrained_model_name_or_path):
+        return flags.mixed_precision
+    return "bf16" if computes_in_bf16() else None
+
+
+def computes_in_bf16() -> bool:
+    """Whether this is a CPU, and one with instructions for bf16."""
+    known = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(known.get("avx512_bf16") or known.get("amx_bf16")) and not torch.accelerator.is_available()
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to use freed memory again rather than return it: a step would fetch all of it anew, page by page."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def attention_of(accelerator: Accelerator, shape: Sequence[int]) -> contextlib.AbstractContextManager:
+    """Plain attention for the few tokens of a small pipeline: PyTorch's fused one crawls on a CPU in bf16."""
+    small = accelerator.device.type == "cpu" and math.prod(shape[-2:]) <= FEW_TOKENS
+    plain = small and accelerator.mixed_precision == "bf16"
+    return sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext()
 
 
 def tracker_of(name: str) -> str | None:
