@@ -7,6 +7,8 @@
     python benchmarks/trainer.py memory         # step time and memory before, between and after validation samples
     python benchmarks/trainer.py scale          # time to the first step and memory by images and captions: scale.py
     python benchmarks/trainer.py overhead       # what it adds to a step, on a simulated device (overhead.py)
+    python benchmarks/trainer.py first_step     # until training begins, over loading the files (whole_runs.py)
+    python benchmarks/trainer.py default --before CHECKOUT   # README's first command beside an earlier commit's
 
 `diffusers` runs `train_sd.py --method lora` and diffusers' train_text_to_image_lora.py alternately, each as a process
 of its own on the same model, images, batch, resolution, rank and number of steps, with its own defaults otherwise. A
@@ -40,6 +42,7 @@ import overhead
 import PIL.Image
 import scale
 import torch
+import whole_runs
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from measured import ROOT, Others, keep, machine
@@ -66,6 +69,7 @@ def main() -> None:
     settings = {key: value.name if isinstance(value, Path) else value for key, value in vars(args).items()}
     others = Others()
     own = {"diffusers": diffusers, "loader": loader, "memory": memory}
+    own |= {"first_step": lambda args: whole_runs.first_step(args, sd15, TRAINER), "default": whole_runs.default_run}
     figures = {**own, "scale": scale.scale, "overhead": overhead.overhead}[args.what](args)
     keep(f"trainer/{name}", {"settings": settings, **others(), **figures})
 
@@ -91,6 +95,11 @@ def build_parser() -> argparse.ArgumentParser:
     add = commands.add_parser("memory", help="what validation samples leave behind").add_argument
     add("--steps", type=int, default=60)
     add("--every", type=int, default=15, help="steps between samples")
+    add("--rounds", type=int, default=3)
+    add = commands.add_parser("first_step", help="time until training begins, Stable Diffusion 1.5's size").add_argument
+    add("--rounds", type=int, default=2)
+    add = commands.add_parser("default", help="README's first command beside an earlier commit's").add_argument
+    add("--before", type=Path, required=True, help="a checkout of that commit")
     add("--rounds", type=int, default=3)
     scale.add_arguments(commands.add_parser("scale", help="memory and time to the first step, by images").add_argument)
     overhead.add_arguments(commands.add_parser("overhead", help="what is added to a step").add_argument)

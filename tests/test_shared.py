@@ -193,6 +193,17 @@ def test_a_compiled_graph_shares_too(shortcut):
     assert len(linears) == (4 + 2) * LAYERS
 
 
+@shortcuts
+def test_a_product_is_let_go_of_when_all_have_theirs(shortcut):
+    model, _ = pair(shortcut)
+    slot, seen = model.base_model.model._reslora.wires.threads.slot, []
+    for role in ROLES:
+        layer = find_layer(model, f"layers.0.{role}")
+        layer.register_forward_hook(lambda *called: seen.append(slot.state.shared is not None))
+    run(model, INPUTS)
+    assert seen == [True, True, False, False]
+
+
 # --- what must not be shared ------------------------------------------------------------------------------------------
 
 

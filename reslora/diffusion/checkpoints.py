@@ -112,8 +112,9 @@ def check_settings(flags: Flags, checkpoint: Path) -> None:
     if not isinstance(there, dict):
         return  # damaged
     for name, value in here.items():
-        # None: the model's family will say it, and this is called again then.
-        if value is not None and name in there and there[name] != value:
+        # None: the model's family or accelerate will say it, and this is called again then.
+        unknown = name == "mixed_precision" and there.get(name) is None  # not kept by earlier versions
+        if value is not None and name in there and there[name] != value and not unknown:
             flag = f"--{name}" if name != "samples_per_step" else "batch size x accumulation x processes ="
             problem = f"{checkpoint} was trained with {there[name]}"
             raise InvalidArgument(f"{flag} {value}", problem, "use that, or choose another --output_dir")

@@ -27,7 +27,7 @@ class SharedProduct:
         self.sizes = [width for widths in widths.values() for width in widths]
         ends = [0, *itertools.accumulate(map(len, widths.values()))]
         self.places = {name: slice(*ends[n : n + 2]) for n, name in enumerate(widths)}
-        self.first = next(iter(stacks))
+        self.first, *_, self.last = stacks
 
     def multiply(self, state: State, x: torch.Tensor, rows: torch.Tensor) -> None:
         """Makes the product, as the first of the blocks; `rows` (batch * tokens x p) are `x` as A reads it."""
@@ -43,6 +43,8 @@ class SharedProduct:
         group, read, circumstances, slices = state.shared
         if group is not self or read is not x or self.own[name] is not own or circumstances != _circumstances(x):
             return None
+        if name == self.last:
+            state.shared = None  # nobody else needs them, nor x
         return slices[self.places[name]]
 
 

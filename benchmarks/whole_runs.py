@@ -1,0 +1,71 @@
+"""Whole runs of train_sd.py: README's first command beside another checkout's, and the time until training begins.
+
+A run's time is that of its process, from the launcher to the last line. Until training begins: with everything
+encoded by a run before, the time to the end of the first step without the step itself, over what a process takes that
+imports diffusers and loads the same pipeline with `from_pretrained`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from measured import ROOT
+from watched import WARM_UP, Watched
+
+LOAD = "import sys; from diffusers import StableDiffusionPipeline; StableDiffusionPipeline.from_pretrained(sys.argv[1])"
+
+
+def seconds_of(command: list[str], **environment: str) -> float:
+    """Wall time of a command that has to succeed, in a folder that holds no package by chance."""
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
+        subprocess.run(
+            command, check=True, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
+        )
+    return time.perf_counter() - began
+
+
+def default_run(args: argparse.Namespace) -> dict:
+    """README's first command in this checkout and in the one of `--before`, turn about."""
+    checkouts = {"before": args.before.resolve(), "now": ROOT}
+    seconds: dict[str, list[float]] = {name: [] for name in checkouts}
+    for number in range(args.rounds):
+        for name in reversed(checkouts) if number % 2 else checkouts:
+            with tempfile.TemporaryDirectory() as output:
+                command = [sys.executable, "-m", "accelerate.commands.launch", str(checkouts[name] / "train_sd.py")]
+                taken = seconds_of([*command, "--output_dir", output], PYTHONPATH=str(checkouts[name]))
+            seconds[name].append(taken)
+            print(f"round {number + 1}  {name:<7} {taken:.1f} s", flush=True)
+    ratios = [now / before for before, now in zip(seconds["before"], seconds["now"], strict=True)]
+    print(f"{statistics.median(ratios):.2f} of the time")
+    return {"ratios": {"README's first command, time over that of an earlier commit": ratios}, "runs": seconds}
+
+
+def first_step(args: argparse.Namespace, pipeline_of: Callable[[Path], tuple[Path, Path, int]], trainer: Path) -> dict:
+    """Until training begins, over the loading of the same files; the first run, which encodes, is not counted."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        model, data, _ = pipeline_of(folder)
+        flags = ["--pretrained_model_name_or_path", str(model), "--train_data_dir", str(data), "--resolution", "64"]
+        flags += ["--max_train_steps", str(WARM_UP + 3), "--train_batch_size", "1", "--method", "lora"]
+        flags += ["--num_validation_images", "0", "--cache_dir", str(folder / "cache")]
+        ratios, runs = [], []
+        for number in range(args.rounds + 1):
+            loading = seconds_of([sys.executable, "-c", LOAD, str(model)])
+            output = folder / f"run-{number}"
+            output.mkdir()
+            run = Watched(trainer, [*flags, "--output_dir", str(output)], output)
+            print(f"loading {loading:.1f} s, until training begins {run.until_first_step:.1f} s", flush=True)
+            if number:
+                ratios.append(run.until_first_step / loading)
+                runs.append({"loading": loading, "until_first_step": run.until_first_step})
+        return {"ratios": {"time until training begins, over loading the files": ratios}, "runs": runs}

@@ -1,0 +1,79 @@
+"""What a run decides before its first step: the precision of the frozen parts, and the kind of attention."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from diffusion.runs import RESUME, main, refused
+from reslora.diffusion import setup
+from reslora.diffusion.settings import ASSETS, parse_args
+
+
+@pytest.fixture
+def bf16(monkeypatch):
+    """As on a CPU with instructions for bf16, and nothing said by accelerate."""
+    monkeypatch.setattr(setup, "computes_in_bf16", lambda: True)
+    for name in ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_DEEPSPEED"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize("pipeline", ["pipeline", "pipeline-flow"])
+def test_bundled_pipelines_train_in_bf16_where_the_processor_does(bf16, monkeypatch, pipeline):
+    flags = parse_args(["--pretrained_model_name_or_path", str(ASSETS / pipeline)])
+    assert setup.precision_of(flags) == "bf16"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # as `accelerate launch` says without a wish
+    assert setup.precision_of(flags) == "bf16"
+    monkeypatch.setattr(setup, "computes_in_bf16", lambda: False)
+    assert setup.precision_of(flags) is None
+
+
+def test_whoever_has_a_wish_about_precision_gets_it(bf16, monkeypatch, model, data):
+    assert setup.precision_of(parse_args(["--mixed_precision", "no"])) == "no"
+    named = ["--pretrained_model_name_or_path", str(model), "--train_data_dir", str(data)]
+    assert setup.precision_of(parse_args(named)) is None
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert setup.precision_of(parse_args([])) is None
+    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert setup.precision_of(parse_args([])) is None  # accelerate takes its own
+
+
+def test_only_a_processor_with_the_instructions_computes_in_bf16(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    for names, expected in (((), False), (("avx512_bf16",), True), (("amx_bf16",), True), (("avx512_f",), False)):
+        found = dict.fromkeys(names, True)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found, raising=False)
+        assert setup.computes_in_bf16() is expected
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert setup.computes_in_bf16() is False
+
+
+@pytest.mark.parametrize(
+    "device, precision, shape, plain",
+    [
+        ("cpu", "bf16", (4, 8, 8), True),
+        ("cpu", "bf16", (4, 16, 8), False),
+        ("cpu", "no", (4, 8, 8), False),
+        ("cuda", "bf16", (4, 8, 8), False),
+    ],
+)
+def test_plain_attention_is_for_few_tokens_in_bf16_on_a_cpu(device, precision, shape, plain):
+    accelerator = SimpleNamespace(device=torch.device(device), mixed_precision=precision)
+    before = torch.backends.cuda.flash_sdp_enabled()
+    with setup.attention_of(accelerator, shape):
+        assert torch.backends.cuda.flash_sdp_enabled() is (before and not plain)
+    assert torch.backends.cuda.flash_sdp_enabled() is before
+
+
+def test_a_run_keeps_its_precision_and_goes_on_in_no_other(run, capsys, tmp_path):
+    """`run` said nothing of precision; accelerate's word is kept as if it had been given."""
+    assert json.loads((run / "config.json").read_text())["mixed_precision"] == "no"
+    folder = shutil.copytree(run, tmp_path / "run")
+    flags = ["--config", folder / "config.json", "--output_dir", folder, *RESUME]
+    line = refused(capsys, *flags, "--mixed_precision", "bf16", quiet=False)
+    assert "--mixed_precision bf16" in line and "trained with no" in line
+    assert main(*flags) == 0
