@@ -138,7 +138,7 @@ def enable_gradient_checkpointing(model: nn.Module) -> None:
     base = base_model(model)
     connection = connection_of(base)
     kwargs = {"use_reentrant": False}
-    if connection is not None and connection.handles:
+    if connection is not None and connection.shortcut is not None and connection.shortcut.carries:
         kwargs["context_fn"] = connection.wires.contexts
     if hasattr(base, "activation_checkpointing_enable"):
         base.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)

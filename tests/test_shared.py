@@ -190,7 +190,8 @@ def test_a_compiled_graph_shares_too(shortcut):
     compiled = torch.compile(model.base_model.model, backend=keep, fullgraph=True)
     assert_equal(run(compiled, INPUTS), run(oracle, INPUTS))
     linears = [node for node in graphs[0].graph.nodes if node.target is torch._C._nn.linear]
-    assert len(linears) == (4 + 2) * LAYERS
+    # Block-shortcuts may be compiled with any kind of checkpointing, inside which nothing can be handed on.
+    assert len(linears) == (4 + (4 if shortcut == "block" else 2)) * LAYERS
 
 
 @shortcuts

@@ -424,6 +424,15 @@ def test_the_call_named_by_the_refusal_fixes_it(name, shortcut, pre_num, head):
     assert_equal(gradients_of(model, arch.inputs()), gradients_of(oracle, arch.inputs()))
 
 
+def test_block_is_compiled_with_checkpointing(unet):
+    """`torch.compile` follows neither our context nor what is written to a state inside a checkpoint."""
+    model, oracle = pair(unet, "block", 2, "repeat")
+    reslora.enable_gradient_checkpointing(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    loss_of(compiled, unet.inputs()).backward()
+    assert_equal(gradients(model), gradients_of(oracle, unet.inputs()))
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @language
 def test_block_takes_any_kind_of_checkpointing(name, use_reentrant):

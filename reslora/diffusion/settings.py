@@ -8,11 +8,12 @@ import json
 import math
 import os
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from ..config import LEAST_ADALORA_STEPS
 from ..errors import InvalidArgument, first_line
+from ..shortcuts import PLAIN, shortcut_class
 from .arguments import DEFAULTS, Flags, build_parser
 from .families import FAMILIES
 
@@ -159,15 +160,26 @@ def check_flags(flags: Flags) -> None:
     if flags.hub_token and flags.report_to not in ("tensorboard", "none"):
         problem = f"--report_to {flags.report_to} would publish it"
         raise InvalidArgument("--hub_token", problem, "log in with `hf auth login` instead")
-    if flags.merge == "lstsq" and flags.shortcut in ("input", "middle") and flags.merge_calibration_samples == 0:
+    # The classes are asked last: to have one is to import torch.
+    if flags.merge == "lstsq" and flags.merge_calibration_samples == 0 and "lstsq" in merges_of(flags):
         fix = "give --merge_calibration_samples 64, or another merge"
         raise InvalidArgument("--merge lstsq", "needs calibration samples", fix)
-    stateful = flags.shortcut in ("input", "middle") and flags.pre_num != 0 and "reslora" in flags.method
-    if flags.compile and flags.gradient_checkpointing and stateful:
+    if flags.compile and flags.gradient_checkpointing and hands_on(flags):
         problem = f"--compile with --gradient_checkpointing cannot keep --shortcut {flags.shortcut}"
         raise InvalidArgument("--compile", problem, "leave one of them out, or use --shortcut block")
     check_adalora_steps(flags.method, flags.max_train_steps)
     check_output(flags.output_dir)
+
+
+def merges_of(flags: Flags) -> Collection[str]:
+    """The merges that the shortcut has; none for plain LoRA."""
+    return () if flags.shortcut == PLAIN else shortcut_class(flags.shortcut).merges
+
+
+def hands_on(flags: Flags) -> bool:
+    """Whether a method's blocks hand activations to each other."""
+    wired = "reslora" in flags.method and flags.shortcut != PLAIN and flags.pre_num != 0
+    return wired and shortcut_class(flags.shortcut).carries
 
 
 def check_packages(flags: Flags) -> None:

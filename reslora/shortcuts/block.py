@@ -52,12 +52,13 @@ class BlockShortcut(Shortcut):
     def _sharing(self) -> State | None:
         """The state of the running forward for the sake of shared products alone; None where one cannot be trusted.
 
-        A checkpoint that does not know of the state has to find as many products in its recomputation.
+        A checkpoint that does not know of the state has to find as many products in its recomputation, and in a
+        compiled graph it may not have anything written to the state at all.
         """
         state = self.wires.threads.slot.state
-        if state is None or state.segments or torch.compiler.is_compiling():
-            return state
-        return None if inside_checkpoint() else state
+        if state is None or torch.compiler.is_compiling():
+            return None
+        return state if state.segments or not inside_checkpoint() else None
 
     def others(self) -> Sequence[nn.Linear]:
         """The A of the blocks before it."""
