@@ -107,6 +107,7 @@ class Chains(Sequence):
                 {"role": chain.role, "blocks": [dataclasses.asdict(block) for block in chain]} for chain in self.chains
             ],
             "unlinked": [{"name": name, "reason": reason} for name, reason in self.unlinked],
+            "readers": [list(names) for names in self.readers],
         }
 
     def __str__(self) -> str:

@@ -167,9 +167,12 @@ def _read_plan(content: dict) -> Chains:
         _expect("chain", len({(block.in_features, block.out_features, block.rank) for block in blocks}) == 1)
         chains.append(Chain(chain["role"], blocks))
     unlinked = tuple((item["name"], item["reason"]) for item in _list(content["unlinked"]))
-    plan = Chains(tuple(chains), unlinked)
+    readers = tuple(tuple(_list(names)) for names in _list(content.get("readers", [])))  # not in older files
+    plan = Chains(tuple(chains), unlinked, readers=readers)
     names = [block.name for block in plan.blocks]
     _expect("plan", len(set(names)) == len(names) and _texts(chain.role for chain in chains))
+    read = [name for group in readers for name in group]
+    _expect("readers", len(set(read)) == len(read) and all(len(group) > 1 for group in readers) and {*read} <= {*names})
     _expect("unlinked", _texts(text for pair in unlinked for text in pair))
     return plan
 

@@ -17,6 +17,7 @@ import diffusers
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.state import is_initialized
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import ProjectConfiguration
 from diffusers import DiffusionPipeline
@@ -81,7 +82,8 @@ def precision_of(flags: Flags) -> str | None:
 
     bf16 takes them two thirds of the time there, and merges and exports are made in float32 all the same.
     """
-    wish = flags.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no"
+    settled = is_initialized()  # by a run before, in a process that makes several
+    wish = settled or flags.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no"
     if wish or os.environ.get("ACCELERATE_USE_DEEPSPEED") or not is_bundled(flags.pretrained_model_name_or_path):
         return flags.mixed_precision
     return "bf16" if computes_in_bf16() else None

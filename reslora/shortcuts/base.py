@@ -172,7 +172,7 @@ class Shortcut(LoraVariant):
                 f"{self.name} ran without gradients inside a forward with gradients, as reentrant gradient "
                 f"checkpointing does; {_CHECKPOINTING}"
             )
-        if grad and not state.segments and inside_checkpoint():
+        if grad and not state.segments and inside_checkpoint() is not None:
             raise RuntimeError(f"{self.name} is in a checkpoint that would lose its shortcut; {_CHECKPOINTING}")
         return state
 
@@ -307,7 +307,10 @@ def passes(dropout: nn.Module) -> bool:
     return isinstance(dropout, nn.Identity) or not dropout.training
 
 
-def inside_checkpoint() -> bool:
-    """Whether a non-reentrant checkpoint of PyTorch is open: it works through saved-tensor hooks of its own module."""
+def inside_checkpoint() -> object:
+    """What tells the innermost non-reentrant checkpoint of PyTorch, or its recomputation, from others; None outside.
+
+    Such a checkpoint works through saved-tensor hooks of its own module, which it makes anew each time.
+    """
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+    return hooks[0] if hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint" else None

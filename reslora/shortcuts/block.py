@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -50,15 +51,19 @@ class BlockShortcut(Shortcut):
         return add_scaled(result, hidden, weight, module.scaling[active_adapter], module)
 
     def _sharing(self) -> State | None:
-        """The state of the running forward for the sake of shared products alone; None where one cannot be trusted.
+        """Where products are shared: the running forward's state, or inside a checkpoint that knows of none, its own.
 
-        A checkpoint that does not know of the state has to find as many products in its recomputation, and in a
-        compiled graph it may not have anything written to the state at all.
+        Its recomputation then shares as the forward did. In a compiled graph nothing may be written to a state inside
+        a checkpoint, so there nothing is shared.
         """
-        state = self.wires.threads.slot.state
-        if state is None or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return None
-        return state if state.segments or not inside_checkpoint() else None
+        slot, checkpoint = self.wires.threads.slot, inside_checkpoint()
+        if checkpoint is None or (slot.state is not None and slot.state.segments):
+            return slot.state
+        if slot.checkpoint() is not checkpoint:
+            slot.checkpoint, slot.apart = weakref.ref(checkpoint), State()
+        return slot.apart
 
     def others(self) -> Sequence[nn.Linear]:
         """The A of the blocks before it."""

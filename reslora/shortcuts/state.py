@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import FrameType
 
@@ -43,6 +43,10 @@ class _Slot:
 
     def __init__(self) -> None:
         self.state: State | None = None
+        # What blocks that need no state share within a checkpoint that knows of none, and which one that is: weakly,
+        # since it holds the activations it began with.
+        self.apart: State | None = None
+        self.checkpoint: Callable[[], object] = lambda: None
 
 
 class _Threads(threading.local):

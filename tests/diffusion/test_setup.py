@@ -16,6 +16,7 @@ from reslora.diffusion.settings import ASSETS, parse_args
 def bf16(monkeypatch):
     """As on a CPU with instructions for bf16, and nothing said by accelerate."""
     monkeypatch.setattr(setup, "computes_in_bf16", lambda: True)
+    monkeypatch.setattr(setup, "is_initialized", lambda: False)
     for name in ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_DEEPSPEED"):
         monkeypatch.delenv(name, raising=False)
 
@@ -37,6 +38,9 @@ def test_whoever_has_a_wish_about_precision_gets_it(bf16, monkeypatch, model, da
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     assert setup.precision_of(parse_args([])) is None
     monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
+    monkeypatch.setattr(setup, "is_initialized", lambda: True)  # accelerate takes one precision in a process
+    assert setup.precision_of(parse_args([])) is None
+    monkeypatch.setattr(setup, "is_initialized", lambda: False)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     assert setup.precision_of(parse_args([])) is None  # accelerate takes its own
 
