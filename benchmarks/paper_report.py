@@ -366,7 +366,8 @@ def merge_figures(figures: dict, found: dict) -> str:
         whole = f"{figures['bytes_in_one_pass'] / 2**30:.1f} GiB"
         several = f"{figures['passes']} passes over {found['samples']} samples (all at once: {whole})"
         said.append(several if figures["passes"] > 1 else f"one pass over {found['samples']} samples")
-    return ", ".join([*said, *([f"{figures['seconds']:.0f} s"] if found["quiet"] else [])])
+    seconds = f"{figures['seconds']:.0f} s" if figures["seconds"] >= 1 else "less than 1 s"
+    return ", ".join([*said, *([seconds] if found["quiet"] else [])])
 
 
 def over_rounds(values: list[float]) -> str:
