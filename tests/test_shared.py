@@ -251,6 +251,20 @@ def test_autocast_for_q_alone_leaves_k_and_v_exact(shortcut):
     assert_equal(seen[0], seen[1], rtol=1e-5, atol=1e-6)
 
 
+@shortcuts
+def test_where_one_has_another_dtype_all_multiply_by_themselves(shortcut):
+    """Stacked, all would be computed in the widest."""
+
+    def change(model):
+        for n in range(LAYERS):
+            find_layer(model, f"layers.{n}.k").lora_A.float()
+            find_layer(model, f"layers.{n}.k").lora_B.float()
+
+    model, oracle = pair(shortcut, change=change)
+    assert products(model) == 4 * LAYERS + LAYERS  # and B of k, whose sum is rounded as PEFT does
+    assert_equal(run(model, INPUTS), run(oracle, INPUTS), rtol=1e-5, atol=1e-6)
+
+
 def test_a_product_without_gradients_is_not_taken_with_them():
     """Only a block-shortcut may run without gradients inside a forward with them."""
     model, oracle = pair("block")

@@ -86,7 +86,11 @@ def precision_of(flags: Flags) -> str | None:
     wish = settled or flags.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no"
     if wish or os.environ.get("ACCELERATE_USE_DEEPSPEED") or not is_bundled(flags.pretrained_model_name_or_path):
         return flags.mixed_precision
-    return "bf16" if computes_in_bf16() else None
+    if not computes_in_bf16():
+        return None
+    if int(os.environ.get("RANK", 0)) == 0:
+        print("training in bf16, in which this processor computes; --mixed_precision no: in float32", flush=True)
+    return "bf16"
 
 
 def computes_in_bf16() -> bool:

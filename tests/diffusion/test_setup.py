@@ -22,13 +22,15 @@ def bf16(monkeypatch):
 
 
 @pytest.mark.parametrize("pipeline", ["pipeline", "pipeline-flow"])
-def test_bundled_pipelines_train_in_bf16_where_the_processor_does(bf16, monkeypatch, pipeline):
+def test_bundled_pipelines_train_in_bf16_where_the_processor_does(bf16, monkeypatch, capsys, pipeline):
     flags = parse_args(["--pretrained_model_name_or_path", str(ASSETS / pipeline)])
     assert setup.precision_of(flags) == "bf16"
+    assert "bf16" in capsys.readouterr().out
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # as `accelerate launch` says without a wish
     assert setup.precision_of(flags) == "bf16"
     monkeypatch.setattr(setup, "computes_in_bf16", lambda: False)
-    assert setup.precision_of(flags) is None
+    capsys.readouterr()
+    assert setup.precision_of(flags) is None and not capsys.readouterr().out
 
 
 def test_whoever_has_a_wish_about_precision_gets_it(bf16, monkeypatch, model, data):
