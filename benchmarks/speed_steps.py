@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import speed_merge
 import torch
 from measured import ROOT, Others, keep
 from peft import LoraConfig, get_peft_model
@@ -208,8 +209,6 @@ def sd15(device: str):
 
 def sdxl(device: str):
     """A U-Net of Stable Diffusion XL's size with random weights, one image of 1024 x 1024 pixels."""
-    import speed_merge
-
     with torch.device(device):
         unet, targets, inputs = speed_merge.sdxl()
     return unet, {name: fresh(value) for name, value in inputs.items()}, targets

@@ -32,7 +32,7 @@ class SharedProduct:
     def multiply(self, state: State, x: torch.Tensor, rows: torch.Tensor) -> None:
         """Makes the product, as the first of the blocks; `rows` (batch * tokens x p) are `x` as A reads it."""
         weights = [linear.weight for linear in self.linears]
-        if _multiply(weights, rows):
+        if _usable(weights, rows):
             slices = F.linear(rows, torch.cat(weights)).split(self.sizes, dim=1)
             state.shared = self, x, _circumstances(x), slices
 
@@ -57,7 +57,7 @@ def _circumstances(x: torch.Tensor) -> tuple:
     return version, torch.is_grad_enabled(), dtype
 
 
-def _multiply(weights: list[torch.Tensor], rows: torch.Tensor) -> bool:
+def _usable(weights: list[torch.Tensor], rows: torch.Tensor) -> bool:
     """Whether the weights are here as a whole, neither sharded nor offloaded, and as `rows` need them."""
     width, device, dtype = rows.shape[1], rows.device, rows.dtype
     any_dtype = torch.is_autocast_enabled(device.type)
