@@ -99,7 +99,7 @@ def attach_wires(model: nn.Module, config: ResLoraConfig, adapter_name: str, pla
         for chain in plan:
             _wire(chain, layers, connection)
         shares = _share(plan, layers, adapter_name)
-        if connection.shortcut.carries or shares:
+        if connection.shortcut.carries or shares or config.reach is None:
             connection.handles = _hook(base, plan, wires)
     guards.install(model, ((block.name, layers[block.name]) for block in plan.blocks if config.wired))
     base._reslora = connection
@@ -112,7 +112,7 @@ def _share(plan: Chains, layers: dict[str, LoraLayer], adapter: str) -> bool:
         factors = {name: (layers[name].lora_variant[adapter], layers[name].lora_A[adapter]) for name in names}
         stacks = {name: [own, *variant.others()] for name, (variant, own) in factors.items()}
         widths = {name: variant.widths(own.out_features) for name, (variant, own) in factors.items()}
-        shared = SharedProduct(stacks, widths)
+        shared = SharedProduct(stacks, widths, min(variant.most_rows for variant, _ in factors.values()))
         for variant, _ in factors.values():
             variant.shared = shared
     return bool(plan.readers)

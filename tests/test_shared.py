@@ -23,8 +23,9 @@ import reslora
 from reslora import ResLoraConfig
 
 LAYERS = 3
+WIDTH = 30  # so wide that A comes before B in every block-shortcut
 ROLES = ("q", "k", "v", "o")
-INPUTS = {"x": torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)}
+INPUTS = {"x": torch.randn(2, 4, WIDTH, generator=torch.Generator().manual_seed(0), dtype=torch.float64)}
 shortcuts = pytest.mark.parametrize("shortcut", ["input", "block", "middle"])
 
 
@@ -37,13 +38,13 @@ class Attention(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.q, self.k, self.v, self.o = (self.linear(6, 6) for _ in ROLES)
+        self.q, self.k, self.v, self.o = (self.linear(WIDTH, WIDTH) for _ in ROLES)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with self.around():
             q = self.q(x)
         x = self.between(x)
-        scores = q.to(x.dtype) @ self.k(x).mT
+        scores = q.to(x.dtype) @ self.k(x).mT / WIDTH
         return self.o(scores.softmax(-1) @ self.v(x))
 
 

@@ -9,6 +9,7 @@ The second product carries s and accumulates into the frozen layer's output, so 
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
@@ -71,6 +72,8 @@ class Shortcut(LoraVariant):
         self.wires = wires
         self.name = name
         self.records = name in wires.norms.names
+        self.most_rows = math.inf
+        """How many rows x may have for its product with A to be made."""
         self.shared: SharedProduct | None = None
         """What multiplies for this block and for others that read the same tensor."""
 
@@ -194,9 +197,13 @@ class Shortcut(LoraVariant):
 
     def _multiply(self, lora_a: nn.Linear, x: torch.Tensor) -> Sequence[torch.Tensor]:
         """The same by itself: `x` (rows x p) is what its A reads."""
-        shape = lora_a.out_features, lora_a.in_features
-        weights = [whole_weight(linear, shape, x, self.name) for linear in (lora_a, *self.others())]
-        return F.linear(x, torch.cat(weights) if len(weights) > 1 else weights[0]).split(self.widths(shape[0]), dim=1)
+        return F.linear(x, self._stack(lora_a, self.others(), x)).split(self.widths(lora_a.out_features), dim=1)
+
+    def _stack(self, own: nn.Linear, others: Sequence[nn.Linear], x: torch.Tensor, dim: int = 0) -> torch.Tensor:
+        """The A (or B) of several blocks as one, on the device of `x`."""
+        shape = own.out_features, own.in_features
+        weights = [whole_weight(linear, shape, x, self.name) for linear in (own, *others)]
+        return torch.cat(weights, dim) if len(weights) > 1 else weights[0]
 
     def _take(self, state: State, source: str, x: torch.Tensor, what: str = OWN) -> torch.Tensor:
         """What `source` handed on (batch * tokens x r), on the device of `x` (batch x tokens x p)."""

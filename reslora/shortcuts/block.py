@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Sequence
 from typing import ClassVar
@@ -10,8 +11,11 @@ import torch
 from torch import nn
 
 from ..merging import MERGES, Factors, Merged, Method, Moments, merge_exact, neighbours
-from .base import Shortcut, add_scaled, inside_checkpoint, whole_weight
+from .base import Shortcut, add_scaled, cast, inside_checkpoint, rows
 from .state import State, Wires, refuse_replica
+
+SUM = "sum of B A"
+"""What a block hands on to one that reaches back to the head as it does itself."""
 
 
 class BlockShortcut(Shortcut):
@@ -19,36 +23,68 @@ class BlockShortcut(Shortcut):
 
     Two products whatever m is: `[B_n, ..., B_{n-m}] [A_n; ...; A_{n-m}] x_n`. Needs no state, but uses
     the one there is, to share the first of them.
+
+    Where many blocks take part, B and A are multiplied first: the product of x with their sum, q x p, then costs the
+    same however many there are. Blocks that all reach back to the head add their own product to the sum before.
     """
 
     carries = False
     raises_rank = True
     merges: ClassVar = {"none": MERGES["none"], "exact": Method(merge_exact)}
 
-    def __init__(self, wires: Wires, name: str, previous: list[tuple[nn.Linear, nn.Linear]]) -> None:
+    def __init__(
+        self, wires: Wires, name: str, own: tuple, previous: list[tuple], before: str | None, hands_on: bool
+    ) -> None:
         super().__init__(wires, name)
         self.previous = previous
+        self.before = before
+        self.hands_on = hands_on
+        self.most_rows = rows_for_a_first(*own, blocks=1 + len(previous))
 
     @classmethod
     def wire(cls, wires: Wires, names: Sequence[str], factors: Sequence[tuple], reach: int | None, head: str) -> list:
         """One variant for each block of a chain: each knows the A and B of those before it."""
-        before = ([factors[k] for k in neighbours(n, reach)] for n in range(len(names)))
-        return [cls(wires, name, previous) for name, previous in zip(names, before, strict=True)]
+        taken = [neighbours(n, reach) for n in range(len(names))]
+        before = [names[n - 1] if 0 < len(taken[n]) == n else None for n in range(len(names))]
+        hands_on = [name is not None for name in (*before[1:], None)]
+        previous = [[factors[k] for k in blocks] for blocks in taken]
+        return [cls(wires, *block) for block in zip(names, factors, previous, before, hands_on, strict=True)]
 
     def forward(self, module: nn.Module, *, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs):
         """`x` (batch x tokens x p) and the frozen layer's `result` (batch x tokens x q) to the block's output."""
         refuse_replica(module)
-        (hidden,) = self._products(self._sharing(), module, active_adapter, x)
+        state, scaling = self._sharing(), module.scaling[active_adapter]
         lora_a, lora_b = module.lora_A[active_adapter], module.lora_B[active_adapter]
-        shape = lora_b.out_features, lora_b.in_features
-        weight = whole_weight(lora_b, shape, x, self.name)
-        if self.previous:
-            before = [whole_weight(b, shape, x, self.name) for _, b in self.previous]
-            weight = torch.cat((weight, *before), dim=1)
         if self.wires.observer is not None:
-            stack = [lora_a.weight, *(a.weight.to(lora_a.weight) for a in self.others())]
-            self._observe(x, torch.cat(stack), weight)
-        return add_scaled(result, hidden, weight, module.scaling[active_adapter], module)
+            self._observe(x, *self._stacks(lora_a, lora_b, x))
+        if x.numel() // x.shape[-1] > self.most_rows:
+            change = self._change(state, lora_a, lora_b, x)
+            hidden = rows(module.lora_dropout[active_adapter](cast(x, lora_a.weight)))
+            if torch.is_autocast_enabled(x.device.type):
+                hidden = hidden.to(result.dtype)
+            return add_scaled(result, hidden, change.to(hidden.dtype), scaling, module)
+        (hidden,) = self._products(state, module, active_adapter, x)
+        weight = self._stack(lora_b, [b for _, b in self.previous], x, dim=1)
+        return add_scaled(result, hidden, weight, scaling, module)
+
+    def _stacks(self, lora_a: nn.Linear, lora_b: nn.Linear, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`[A_n; ...; A_{n-m}]` and `[B_n, ..., B_{n-m}]`."""
+        return self._stack(lora_a, self.others(), x), self._stack(lora_b, [b for _, b in self.previous], x, dim=1)
+
+    def _change(self, state: State | None, lora_a: nn.Linear, lora_b: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        """`sum_{k=0..m} B_{n-k} A_{n-k}` (q x p), in float32 at least, since it is rounded once for each block."""
+        grad = torch.is_grad_enabled()
+        before, recorded = (None, None) if state is None else state.handed.pop((self.before, SUM), (None, None))
+        with torch.autocast(x.device.type, enabled=False):
+            if before is not None and recorded == grad and before.device == x.device:
+                a, b = self._stack(lora_a, (), x), self._stack(lora_b, (), x)
+                change = torch.addmm(before, at_least_float32(b), at_least_float32(a))
+            else:
+                a, b = self._stacks(lora_a, lora_b, x)
+                change = at_least_float32(b) @ at_least_float32(a)
+        if state is not None and self.hands_on:
+            state.handed[self.name, SUM] = change, grad
+        return change
 
     def _sharing(self) -> State | None:
         """Where products are shared: the running forward's state, or inside a checkpoint that knows of none, its own.
@@ -96,3 +132,14 @@ class BlockShortcut(Shortcut):
         """Zero, but for what a cut to a rank loses."""
         moments = block.moments
         return (moments.miss / moments.output) ** 0.5 if moments.output > 0 else 0.0
+
+
+def rows_for_a_first(lora_a: nn.Linear, lora_b: nn.Linear, blocks: int) -> float:
+    """Up to how many rows of x `B (A x)` is no more work than `(B A) x`, where so many blocks are stacked."""
+    inputs, rank, outputs = lora_a.in_features, blocks * lora_a.out_features, lora_b.out_features
+    saved = rank * (inputs + outputs) - inputs * outputs  # multiplications for each row by the second
+    return rank * inputs * outputs / saved if saved > 0 else math.inf
+
+
+def at_least_float32(weight: torch.Tensor) -> torch.Tensor:
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))

@@ -20,8 +20,9 @@ class SharedProduct:
     multiplies by itself.
     """
 
-    def __init__(self, stacks: dict[str, list[nn.Linear]], widths: dict[str, Sequence[int]]) -> None:
+    def __init__(self, stacks: dict[str, list[nn.Linear]], widths: dict[str, Sequence[int]], most_rows: float) -> None:
         """By block, in execution order: the A modules for its x, its own first, and the widths of its slices."""
+        self.most_rows = most_rows
         self.linears = [linear for stack in stacks.values() for linear in stack]
         self.own = {name: stack[0] for name, stack in stacks.items()}
         self.sizes = [width for widths in widths.values() for width in widths]
@@ -32,7 +33,7 @@ class SharedProduct:
     def multiply(self, state: State, x: torch.Tensor, rows: torch.Tensor) -> None:
         """Makes the product, as the first of the blocks; `rows` (batch * tokens x p) are `x` as A reads it."""
         weights = [linear.weight for linear in self.linears]
-        if _usable(weights, rows):
+        if len(rows) <= self.most_rows and _usable(weights, rows):
             slices = F.linear(rows, torch.cat(weights)).split(self.sizes, dim=1)
             state.shared = self, x, _circumstances(x), slices
 
