@@ -195,6 +195,17 @@ def test_a_compiled_graph_shares_too(shortcut):
     assert len(linears) == (4 + (4 if shortcut == "block" else 2)) * LAYERS
 
 
+@pytest.mark.parametrize("pre_num", [1, -1])
+@shortcuts
+def test_a_model_without_numbers_runs(shortcut, pre_num):
+    """On the meta device, as for counting operations; there is no autocast for it."""
+    model = lora_stack(Attentions(), target_modules=list(ROLES)).to("meta")
+    inputs = {"x": torch.empty(60, 4, WIDTH, dtype=torch.float64, device="meta")}
+    reslora.connect(model, ResLoraConfig(shortcut, pre_num), example_inputs=inputs)
+    run(model, inputs).sum().backward()
+    assert all(parameter.grad.is_meta for parameter in model.parameters() if parameter.requires_grad)
+
+
 @shortcuts
 def test_a_product_is_let_go_of_when_all_have_theirs(shortcut):
     model, _ = pair(shortcut)

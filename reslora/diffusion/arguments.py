@@ -181,7 +181,7 @@ def add_data_flags(add) -> None:
     add("--dataset_name", help="dataset on the hub, or a folder")
     add("--dataset_config_name", help="configuration of that dataset")
     add("--train_data_dir", metavar="FOLDER",
-        help="images with a metadata.jsonl, or with .txt captions beside them; default: the bundled images")
+        help="images with a metadata.jsonl or .csv, or with .txt captions beside them; default: the bundled images")
     add("--image_column", default="image", help="column with the image")
     add("--caption_column", default="text", help="column with the caption, or a list of captions to choose from")
     add("--max_train_samples", type=whole(1), help="train on that many images, drawn at random")

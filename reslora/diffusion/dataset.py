@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import codecs
+import csv
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +24,7 @@ from .images import SUFFIXES, Source, image_size, open_image
 from .seeds import derive, shuffled
 from .settings import clean
 
-METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 EDGE = 4096  # bytes of a file's head and tail that its fingerprint reads
 FEATURES = datasets.Features(
     {"image": datasets.Image(decode=False), "captions": datasets.List(datasets.Value("string"))}
@@ -136,7 +139,7 @@ def data_flag(flags: Flags) -> str:
 
 
 def read_folder(folder: Path, flags: Flags) -> Found | None:
-    """A folder with metadata.jsonl, or with a .txt caption beside each image; None for what `datasets` reads."""
+    """A folder with metadata.jsonl or .csv, or a .txt caption beside each image; None for what `datasets` reads."""
     output, everything = Path(flags.output_dir).absolute(), sorted(folder.rglob("*"))
     own = output != folder.absolute()  # samples of this very run are no training images
     files = [
@@ -144,11 +147,12 @@ def read_folder(folder: Path, flags: Flags) -> Found | None:
         for path in everything
         if path.suffix.lower() in SUFFIXES and not (own and path.absolute().is_relative_to(output))
     ]
-    if (folder / "metadata.jsonl").is_file():
-        found = read_metadata(folder, flags)
+    metadata = next((folder / name for name in METADATA if (folder / name).is_file()), None)
+    if metadata is not None and _has_file_names(metadata):
+        found = read_metadata(metadata, flags)
         listed = {os.path.normpath(image["path"]) for image in found.rows["image"]}
         unlisted = sum(os.path.normpath(path) not in listed for path in files)
-        found.notes += [f"{unlisted} images are not listed in metadata.jsonl"] if unlisted else []
+        found.notes += [f"{unlisted} images are not listed in {metadata.name}"] if unlisted else []
         return _with_folder_notes(found, files, everything)
     if any(path.name in METADATA for path in everything):
         return None
@@ -191,33 +195,65 @@ def read_caption(path: Path) -> list[str] | str:
         return "its caption is not UTF-8"
 
 
-def read_metadata(folder: Path, flags: Flags) -> Found:
-    """Rows of metadata.jsonl: file_name, and a caption or a list of captions.
+def _has_file_names(metadata: Path) -> bool:
+    """Whether its images are in a column file_name: `datasets` knows other names, and reads Parquet."""
+    if metadata.suffix != ".csv":
+        return metadata.suffix in ROWS
+    with metadata.open(encoding="utf-8-sig", errors="replace", newline="") as file, suppress(csv.Error):
+        return "file_name" in next(csv.reader(file), [])
+    return False
 
-    `datasets` reads this layout too, but it does not say which line is wrong.
+
+def read_metadata(path: Path, flags: Flags) -> Found:
+    """Rows of metadata.jsonl or metadata.csv: file_name, and a caption, or in JSON a list of captions.
+
+    `datasets` reads these layouts too, but it does not say which line is wrong.
     """
-    files, captions = [], []
+    files, captions, where = [], [], f"{data_flag(flags)}, {path.name}"
     try:
-        lines = (folder / "metadata.jsonl").read_text(encoding="utf-8-sig").split("\n")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        where = f"{data_flag(flags)}, metadata.jsonl byte {error.start}"
-        raise InvalidArgument(where, "not UTF-8", "save the file as UTF-8") from None
-    for line_number, line in enumerate(lines, 1):
-        if line.strip():
-            path, caption = _metadata_row(folder, line, f"{data_flag(flags)}, metadata.jsonl line {line_number}", flags)
-            files.append(path)
-            captions.append(caption if isinstance(caption, list) else [caption])
+        raise InvalidArgument(f"{where} byte {error.start}", "not UTF-8", "save the file as UTF-8") from None
+    for line, row in ROWS[path.suffix](text, where):
+        file, caption = _metadata_row(path.parent, row, f"{where} line {line}", flags)
+        files.append(file)
+        captions.append(caption if isinstance(caption, list) else [caption])
     problems = [value if all(isinstance(c, str) for c in value) else [] for value in captions]
     return _as_found(files, problems)
 
 
-def _metadata_row(folder: Path, line: str, where: str, flags: Flags) -> tuple[Path, object]:
+def _json_rows(text: str, where: str) -> Iterator[tuple[int, object]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError):
+                raise InvalidArgument(f"{where} line {number}", "is no JSON", "correct it") from None
+
+
+def _csv_rows(text: str, where: str) -> Iterator[tuple[int, object]]:
+    """An empty cell is none."""
+    rows = csv.DictReader(io.StringIO(text), strict=True)
     try:
-        row = json.loads(line)
+        for row in rows:
+            if any(row.pop(None, ())):
+                fix = "put captions with commas into double quotes"
+                raise InvalidArgument(f"{where} line {rows.line_num}", "has more cells than the first line", fix)
+            yield rows.line_num, {column: cell or None for column, cell in row.items()}
+    except csv.Error as error:
+        line = rows.reader.line_num
+        raise InvalidArgument(f"{where} line {line}", f"cannot be read ({error})", "correct it") from None
+
+
+ROWS = {".csv": _csv_rows, ".jsonl": _json_rows}
+
+
+def _metadata_row(folder: Path, row: object, where: str, flags: Flags) -> tuple[Path, object]:
+    try:
         path = folder / row["file_name"]
         inside = path.resolve().is_relative_to(folder.resolve())
-    except (ValueError, KeyError, TypeError, RecursionError, OSError, RuntimeError):
-        raise InvalidArgument(where, "not an object with the file_name of an image", "correct it") from None
+    except (ValueError, KeyError, TypeError, OSError, RuntimeError):
+        raise InvalidArgument(where, "names no image as its file_name", "correct it") from None
     if flags.caption_column not in row:
         problem = f"{where} has the columns {', '.join(sorted(row))}"
         raise InvalidArgument(f"--caption_column {flags.caption_column}", problem, "name one of these")

@@ -20,7 +20,7 @@ from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import nn
 
 from ..merging import MERGES, Factors, Merged, Method, Moments, neighbours, relative_error
-from .shared import SharedProduct, sharded
+from .shared import SharedProduct, autocasts, sharded
 from .state import State, Wires
 
 OWN = "A x"
@@ -238,7 +238,7 @@ class Shortcut(LoraVariant):
 
 def cast(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`x` in the adapter's dtype, as PEFT does it; left alone under autocast, where the product converts its input."""
-    if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type):
+    if x.dtype == weight.dtype or autocasts(x.device):
         return x
     return x.to(weight.dtype)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import ClassVar
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 from ..merging import MERGES, Factors, Merged, Method, Moments, merge_exact, neighbours
 from .base import Shortcut, add_scaled, cast, inside_checkpoint, rows
+from .shared import autocasts
 from .state import State, Wires, refuse_replica
 
 SUM = "sum of B A"
@@ -60,7 +62,7 @@ class BlockShortcut(Shortcut):
         if x.numel() // x.shape[-1] > self.most_rows:
             change = self._change(state, lora_a, lora_b, x)
             hidden = rows(module.lora_dropout[active_adapter](cast(x, lora_a.weight)))
-            if torch.is_autocast_enabled(x.device.type):
+            if autocasts(x.device):
                 hidden = hidden.to(result.dtype)
             return add_scaled(result, hidden, change.to(hidden.dtype), scaling, module)
         (hidden,) = self._products(state, module, active_adapter, x)
@@ -75,7 +77,7 @@ class BlockShortcut(Shortcut):
         """`sum_{k=0..m} B_{n-k} A_{n-k}` (q x p), in float32 at least, since it is rounded once for each block."""
         grad = torch.is_grad_enabled()
         before, recorded = (None, None) if state is None else state.handed.pop((self.before, SUM), (None, None))
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False) if autocasts(x.device) else nullcontext():
             if before is not None and recorded == grad and before.device == x.device:
                 a, b = self._stack(lora_a, (), x), self._stack(lora_b, (), x)
                 change = torch.addmm(before, at_least_float32(b), at_least_float32(a))

@@ -53,21 +53,25 @@ def _circumstances(x: torch.Tensor) -> tuple:
     """What a product depends on beside its factors: how often `x` was changed in place, gradients and autocast."""
     # In a compiled graph the trace's word is all there is; tensors made for inference alone count no changes.
     version = None if torch.compiler.is_compiling() or x.is_inference() else x._version
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x.device) else None
     return version, torch.is_grad_enabled(), dtype
 
 
 def _usable(weights: list[torch.Tensor], rows: torch.Tensor) -> bool:
     """Whether the weights are here as a whole, neither sharded nor offloaded, and as `rows` need them."""
     width, device, dtype = rows.shape[1], rows.device, rows.dtype
-    any_dtype = torch.is_autocast_enabled(device.type)
+    any_dtype = autocasts(device)
     for weight in weights:
         if weight.dim() != 2 or weight.shape[1] != width or weight.device != device or sharded(weight):
             return False
         if not any_dtype and weight.dtype != dtype:
             return False
     return True
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for a device; the meta device knows of none."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def sharded(weight: torch.Tensor) -> bool:

@@ -36,6 +36,23 @@ def test_a_stray_text_does_not_hide_metadata_csv(tmp_path):
     assert gather(folder, "--cache_dir", str(tmp_path / "cache")).captions == [["red disc"], ["blue box"]]
 
 
+def test_cells_of_metadata_csv_are_text(tmp_path):
+    """A spreadsheet writes quotes and a byte order mark; NA and 7 are captions as good as others, nothing is none."""
+    folder = image_folder(tmp_path / "p", 6, layout="none")
+    rows = ["file_name,text", '0.png,"a ""red"", round', 'disc"', "1.png,NA", "2.png,7", "3.png,", "4.png", "5.png,é,"]
+    (folder / "metadata.csv").write_text("\r\n".join(rows), encoding="utf-8-sig", newline="")
+    found = gather(folder)
+    assert found.captions == [['a "red", round\ndisc'], ["NA"], ["7"], ["é"]]
+    assert [line.split("/")[-1] for line in found.left_out] == ["3.png: no caption", "4.png: no caption"]
+
+
+def test_metadata_csv_with_another_name_for_the_file_is_left_to_datasets(tmp_path):
+    folder = image_folder(tmp_path / "p", 2, layout="none")
+    (folder / "metadata.csv").write_text("drawing_file_name,text\n0.png,red disc\n1.png,blue box\n")
+    found = gather(folder, "--image_column", "drawing", "--cache_dir", str(tmp_path / "cache"))
+    assert found.captions == [["red disc"], ["blue box"]] and same_image(found.open(1), random_image(1))
+
+
 def test_captions_beside_the_images(tmp_path):
     folder = image_folder(tmp_path / "p", layout="none")
     (folder / "0.txt").write_text("red disc\n")
@@ -108,12 +125,13 @@ def test_images_that_cannot_be_used_are_named_and_left_out(tmp_path, capsys):
     assert "0.png" in refused(capsys, "--train_data_dir", folder, "--strict", "--output_dir", tmp_path / "out")
 
 
-def test_images_that_metadata_does_not_list_are_counted(brief_flags, tmp_path):
-    folder = image_folder(tmp_path / "p", 5)
-    rows = (folder / "metadata.jsonl").read_text().splitlines()
-    (folder / "metadata.jsonl").write_text("\n".join(rows[:3]))
+@pytest.mark.parametrize(("layout", "head"), [("jsonl", 0), ("csv", 1)])
+def test_images_that_metadata_does_not_list_are_counted(brief_flags, tmp_path, layout, head):
+    folder = image_folder(tmp_path / "p", 5, layout=layout)
+    metadata = folder / f"metadata.{layout}"
+    metadata.write_text("\n".join(metadata.read_text().splitlines()[: head + 3]))
     lines = printed(*brief_flags, "--train_data_dir", folder, "--output_dir", tmp_path / "out")
-    assert "2 images" in only(lines, "metadata.jsonl")
+    assert "2 images" in only(lines, metadata.name)
 
 
 def test_folders_that_are_not_followed_and_repeats_that_do_not_count_are_said(brief_flags, tmp_path):
@@ -147,8 +165,28 @@ def test_rows_that_name_no_file_are_refused(tmp_path, capsys, row):
     assert str(folder) in refused(capsys, "--train_data_dir", folder, "--output_dir", tmp_path / "out")
 
 
-def test_metadata_that_is_not_utf_8_is_refused(tmp_path, capsys):
-    (tmp_path / "metadata.jsonl").write_bytes('{"file_name": "0.png", "text": "\u00e9"}'.encode("latin-1"))
+@pytest.mark.parametrize(
+    ("rows", "line", "word"),
+    [
+        (["0.png,red", "1.png,red, round disc"], 3, "quotes"),
+        (["0.png,red", '1.png,"red', "2.png,red"], 4, "read"),
+        (["0.png,red", "../1.png,red"], 3, "outside"),
+        (["0.png,red", ",red"], 3, "file_name"),
+    ],
+)
+def test_a_bad_row_of_metadata_csv_is_refused_with_its_line(tmp_path, capsys, rows, line, word):
+    folder = image_folder(tmp_path / "p", 3, layout="none")
+    (folder / "metadata.csv").write_text("\n".join(["file_name,text", *rows]))
+    message = refused(capsys, "--train_data_dir", folder, "--output_dir", tmp_path / "out")
+    assert f"metadata.csv line {line}" in message and word in message
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [("metadata.jsonl", '{"file_name": "0.png", "text": "é"}'), ("metadata.csv", "file_name,text\n0.png,é")],
+)
+def test_metadata_that_is_not_utf_8_is_refused(tmp_path, capsys, name, row):
+    (tmp_path / name).write_bytes(row.encode("latin-1"))
     assert "not UTF-8" in refused(capsys, "--train_data_dir", tmp_path)
 
 
@@ -157,6 +195,15 @@ def test_bad_metadata_is_refused(tmp_path, capsys, content):
     folder = image_folder(tmp_path / "p", layout="none")
     (folder / "metadata.jsonl").write_text(content)
     assert "--" in refused(capsys, "--train_data_dir", folder, "--output_dir", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "content", ["", "file_name,text", '"file_name,text\n0.png,red disc', "name;text\n0.png;red disc"]
+)
+def test_bad_metadata_csv_is_refused(tmp_path, capsys, content):
+    folder = image_folder(tmp_path / "p", layout="none")
+    (folder / "metadata.csv").write_text(content)
+    assert str(folder) in refused(capsys, "--train_data_dir", folder, "--output_dir", tmp_path / "out")
 
 
 def test_folder_without_captions_is_refused(tmp_path, capsys):
