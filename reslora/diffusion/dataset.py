@@ -298,7 +298,10 @@ def _load_split(flags: Flags) -> datasets.Dataset:
                 flags.dataset_name, flags.dataset_config_name, cache_dir=flags.cache_dir, data_dir=flags.train_data_dir
             )
         else:
-            splits = datasets.load_dataset("imagefolder", data_dir=flags.train_data_dir, cache_dir=flags.cache_dir)
+            folder = Path(flags.train_data_dir)
+            shards = any(path.name not in METADATA for path in folder.rglob("*.parquet"))
+            source = {"path": str(folder)} if shards else {"path": "imagefolder", "data_dir": str(folder)}
+            splits = datasets.load_dataset(**source, cache_dir=flags.cache_dir)
     except Exception as error:  # whatever a hub, a network or a parser can raise
         problem = f"cannot be loaded ({first_line(error)})"
         raise InvalidArgument(data_flag(flags), problem, "check the name, the connection and the layout") from None

@@ -6,6 +6,7 @@ import shutil
 import threading
 from pathlib import Path
 
+import datasets
 import pytest
 from pipelines import image_folder, random_image, same_image
 
@@ -51,6 +52,19 @@ def test_metadata_csv_with_another_name_for_the_file_is_left_to_datasets(tmp_pat
     (folder / "metadata.csv").write_text("drawing_file_name,text\n0.png,red disc\n1.png,blue box\n")
     found = gather(folder, "--image_column", "drawing", "--cache_dir", str(tmp_path / "cache"))
     assert found.captions == [["red disc"], ["blue box"]] and same_image(found.open(1), random_image(1))
+
+
+@pytest.mark.parametrize("flag", ["--train_data_dir", "--dataset_name"])
+def test_parquet_shards_hold_images_too(tmp_path, flag):
+    """What `push_to_hub` and `to_parquet` write."""
+    rows = {"image": [random_image(number) for number in range(3)], "text": ["red disc", "blue box", "red disc"]}
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    folder = tmp_path / "p" / "data"
+    folder.mkdir(parents=True)
+    datasets.Dataset.from_dict(rows, features).to_parquet(folder / "train-00000-of-00001.parquet")
+    found = load_images(parse_args([flag, str(folder.parent), "--cache_dir", str(tmp_path / "cache")]))
+    assert found.captions == [["red disc"], ["blue box"], ["red disc"]]
+    assert all(same_image(found.open(number), random_image(number)) for number in range(3))
 
 
 def test_captions_beside_the_images(tmp_path):
