@@ -32,6 +32,12 @@ LAYERS = 5
 RANK = 3
 
 
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> None:
+    """Functions are compiled anew only so often, and what earlier tests compiled would count."""
+    torch._dynamo.reset()
+
+
 def pytest_terminal_summary(terminalreporter) -> None:
     """Says what this machine could not run."""
     if not DEEPSPEED:
