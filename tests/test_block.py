@@ -94,6 +94,14 @@ def test_each_block_drops_out_of_its_own_input():
     assert_equal(*results)
 
 
+def test_a_compiled_model_chooses_the_order_too():
+    model, oracle = pair()
+    compiled = torch.compile(model.base_model.model, backend="eager", fullgraph=True)
+    for rows in (60, 2, 60):
+        inputs = {"x": MANY["x"].view(-1, WIDTH)[:rows]}
+        assert_equal(run(compiled, inputs), run(oracle, inputs))
+
+
 class Operations(TorchDispatchMode):
     """Lists the operations that run, and of what shapes."""
 
