@@ -47,6 +47,9 @@ PLACES = (
 def start_accelerator(flags: Flags) -> Accelerator:
     """Accelerate with the tracker that is asked for, and this process's share of the cores."""
     folder = Path(flags.output_dir)
+    if not flags.mixed_precision and os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp8":
+        problem = "its configuration says fp8, in which nothing is trained here"
+        raise InvalidArgument("accelerate launch", problem, "give --mixed_precision bf16, or another configuration")
     try:
         accelerator = Accelerator(
             gradient_accumulation_steps=flags.gradient_accumulation_steps,

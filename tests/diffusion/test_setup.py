@@ -47,6 +47,13 @@ def test_whoever_has_a_wish_about_precision_gets_it(bf16, monkeypatch, model, da
     assert setup.precision_of(parse_args([])) is None  # accelerate takes its own
 
 
+def test_accelerates_fp8_is_refused(brief_flags, monkeypatch, capsys, tmp_path):
+    """Its layers take the place of others, PEFT's among them."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    line = refused(capsys, *brief_flags, "--output_dir", tmp_path / "out")
+    assert "fp8" in line and "--mixed_precision" in line and not (tmp_path / "out" / "config.json").exists()
+
+
 def test_only_a_processor_with_the_instructions_computes_in_bf16(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     for names, expected in (((), False), (("avx512_bf16",), True), (("amx_bf16",), True), (("avx512_f",), False)):
