@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -13,10 +13,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+import torch.distributed as dist
 from diffusers import UNet2DConditionModel
 from launching import DEEPSPEED
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -36,6 +39,15 @@ RANK = 3
 def fresh_compiler() -> None:
     """Functions are compiled anew only so often, and what earlier tests compiled would count."""
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def sharded() -> Iterator[Callable]:
+    """A weight as FSDP2 keeps it; one process as a mesh is enough for that."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh("cpu", (1,))
+    yield lambda weight: nn.Parameter(distribute_tensor(weight.detach(), mesh, [Shard(0)]))
+    dist.destroy_process_group()
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

@@ -10,6 +10,7 @@ from conftest import (
     Oracle,
     adapter_layers,
     assert_equal,
+    assert_one_line,
     find_layer,
     gradients_of,
     lora_stack,
@@ -283,6 +284,16 @@ def test_a_product_without_gradients_is_not_taken_with_them():
     for candidate in (model, oracle):
         set_for_all(candidate, around=torch.no_grad)
     assert_equal(gradients_of(model, INPUTS), gradients_of(oracle, INPUTS))
+
+
+@pytest.mark.parametrize("shortcut", ["input", "block"])
+def test_a_sharded_a_is_stacked_with_no_other(sharded, shortcut):
+    model, _ = pair(shortcut)
+    lora_a = find_layer(model, "layers.1.k").lora_A["default"]
+    lora_a.weight = sharded(lora_a.weight)
+    with pytest.raises(RuntimeError) as error:
+        run(model, INPUTS)
+    assert_one_line(error, "k cannot read", "sharded")
 
 
 @shortcuts

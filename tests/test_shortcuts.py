@@ -11,7 +11,6 @@ import weakref
 
 import pytest
 import torch
-import torch.distributed as dist
 from conftest import (
     ARCHITECTURES,
     STACK_INPUTS,
@@ -32,8 +31,6 @@ from conftest import (
     tiny_llama,
 )
 from peft import LoraConfig
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -1000,21 +997,13 @@ def test_a_compiled_model_is_one_graph_and_stays_it(llama, shortcut, pre_num, he
 # --- sharded weights --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def mesh():
-    """One process as a mesh: enough for weights that are sharded by name."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
-
-
 @pytest.mark.parametrize("shortcut, part", [("input", "lora_A"), ("block", "lora_A"), ("block", "lora_B")])
-def test_a_sharded_neighbour_is_an_error_in_one_line(mesh, shortcut, part):
+def test_a_sharded_neighbour_is_an_error_in_one_line(sharded, shortcut, part):
     """A sharded weight has the shape of the whole and a part of its numbers."""
     model = lora_stack()
     reslora.connect(model, ResLoraConfig(shortcut, 2), example_inputs=STACK_INPUTS)
     linear = getattr(find_layer(model, "layers.1.proj"), part)["default"]
-    linear.weight = torch.nn.Parameter(distribute_tensor(linear.weight.detach(), mesh, [Shard(0)]))
+    linear.weight = sharded(linear.weight)
     assert linear.weight.shape == find_layer(model, "layers.0.proj").get_parameter(f"{part}.default.weight").shape
     with pytest.raises(RuntimeError) as error:
         run(model, STACK_INPUTS)
