@@ -26,8 +26,9 @@ class State:
         outer: State | None = None,
         frame: FrameType | None = None,
     ) -> None:
-        # Block name and what it hands on: the r-wide rows, and the batch and token axes they were flattened from.
-        self.handed: dict[tuple[str, str], tuple[torch.Tensor, torch.Size]] = {} if handed is None else handed
+        # Block name and what it hands on: r-wide rows, and the batch and token axes they were flattened from; or a sum
+        # of B A, and whether it was made with gradients.
+        self.handed: dict[tuple[str, str], tuple[torch.Tensor, torch.Size | bool]] = {} if handed is None else handed
         self.norms: dict[str, torch.Tensor] | None = {} if recording else None
         self.normed: tuple = (None, None)
         self.shared: tuple | None = None  # the latest product for several blocks: `SharedProduct` knows what it holds
