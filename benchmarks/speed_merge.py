@@ -16,11 +16,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 import torch
+from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 from measured import ROOT, Others, keep
 from peft import LoraConfig, inject_adapter_in_model
+from transformers import LlamaConfig, LlamaModel
 
 import reslora
 from reslora import calibration, merging
+from reslora.diffusion.families.flux import FAMILY
 from reslora.regression import Inputs
 from reslora.shortcuts import shortcut_class
 
@@ -50,8 +53,6 @@ class Layer:
 
 def sdxl():
     """The U-Net at 1024 x 1024, with the default targets."""
-    from diffusers import UNet2DConditionModel
-
     unet = UNet2DConditionModel(
         sample_size=128, cross_attention_dim=2048, attention_head_dim=[5, 10, 20], use_linear_projection=True,
         block_out_channels=(320, 640, 1280), transformer_layers_per_block=[1, 2, 10],
@@ -67,10 +68,6 @@ def sdxl():
 
 def flux():
     """Flux.1 dev at 1024 x 1024, with the default targets: attention, and the feed-forward layers of both streams."""
-    from diffusers import FluxTransformer2DModel
-
-    from reslora.diffusion.families.flux import FAMILY
-
     inputs = {
         "hidden_states": torch.zeros(1, 4096, 64), "encoder_hidden_states": torch.zeros(1, 512, 4096),
         "pooled_projections": torch.zeros(1, 768), "timestep": torch.zeros(1), "guidance": torch.zeros(1),
@@ -81,8 +78,6 @@ def flux():
 
 def llama():
     """LLaMA-7B on 512 tokens, all its linear layers."""
-    from transformers import LlamaConfig, LlamaModel
-
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     return LlamaModel(LlamaConfig()), targets, {"input_ids": torch.zeros(1, 512, dtype=torch.long)}
 

@@ -15,9 +15,11 @@ from contextlib import contextmanager
 
 import speed_merge
 import torch
+from diffusers import UNet2DConditionModel
 from measured import ROOT, Others, keep
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import reslora
 
@@ -176,8 +178,6 @@ def synchronize(device: str) -> None:
 
 def llama(device: str, layers: int = 8, width: int = 512, batch: int = 8):
     """A toy LLaMA, 8 layers of width 512, batch 8 x 128."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     config = LlamaConfig(
         vocab_size=1000,
         hidden_size=width,
@@ -192,16 +192,12 @@ def llama(device: str, layers: int = 8, width: int = 512, batch: int = 8):
 
 def bundled(device: str):
     """The bundled U-Net, batch 16."""
-    from diffusers import UNet2DConditionModel
-
     unet = UNet2DConditionModel.from_pretrained(ROOT / "assets" / "pipeline", subfolder="unet", dtype=torch.float32)
     return unet.to(device), unet_batch(unet, 16, 12, device), ATTENTION
 
 
 def sd15(device: str):
     """A U-Net of Stable Diffusion 1.5's size with random weights, batch 4 at 512 x 512 pixels."""
-    from diffusers import UNet2DConditionModel
-
     with torch.device(device):
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
     return unet, unet_batch(unet, 4, 77, device), ATTENTION

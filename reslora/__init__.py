@@ -38,6 +38,7 @@ class _Package(types.ModuleType):
 
     @property
     def chains(self):
+        """The function of `reslora/chains.py`."""
         return importlib.import_module(".chains", __name__).chains
 
     @chains.setter

@@ -147,6 +147,7 @@ def check_rows(task: Task, where: str, rows: list[dict], labelled: bool) -> Colu
 
 
 def valid_label(task: Task, label: object) -> bool:
+    """Whether the label is the number of a class, or a score from 0 to 5 where a task has no classes."""
     if isinstance(label, bool) or not isinstance(label, (int, float)):
         return False
     return label in range(len(task.labels)) if task.labels else 0 <= label <= 5

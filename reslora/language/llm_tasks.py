@@ -47,24 +47,28 @@ class Task:
 
 
 def svamp(row: dict) -> Example:
+    """The equation, then its value."""
     answer = str(row["Answer"]).strip()
     _expect(to_number(answer) is not None, f"Answer {answer!r} is not a number")
     return Example(f"{row['Body'].strip()} {row['Question'].strip()}", f"{row['Equation']}.", answer)
 
 
 def gsm8k(row: dict) -> Example:
+    """The reasoning without its calculator marks, then the number behind `####`."""
     reasoning, mark, answer = re.sub(r"<<.*?>>", "", row["answer"]).rpartition("####")
     _expect(mark and to_number(answer) is not None, "answer has no number after '####'")
     return Example(row["question"].strip(), " ".join(reasoning.split()), answer.strip())
 
 
 def metamathqa(row: dict) -> Example:
+    """The reasoning, then what follows the last `The answer is:`."""
     reasoning, mark, answer = row["response"].rpartition(f"{ANSWER}:")
     _expect(bool(mark), f"response has no '{ANSWER}:'")
     return Example(row["query"].strip(), reasoning.strip(), answer.strip())
 
 
 def mathqa(row: dict) -> Example:
+    """The rationale, then the letter of the option."""
     options, correct = row["options"], str(row["correct"]).strip()
     letters = re.findall(r"([a-e]) \)", options)
     _expect(correct in letters, f"correct {correct!r} is not one of the options {', '.join(letters)}")
@@ -74,6 +78,7 @@ def mathqa(row: dict) -> Example:
 
 
 def hellaswag(row: dict) -> Example:
+    """The number of the ending, and no reasoning."""
     endings, label = row["endings"], str(row["label"]).strip()
     allowed = [str(number) for number in range(len(endings))]
     _expect(label in allowed, f"label {label!r} is outside 0 to {len(endings) - 1}")

@@ -66,12 +66,14 @@ class BlockShortcut(Shortcut):
                 hidden = hidden.to(result.dtype)
             return add_scaled(result, hidden, change.to(hidden.dtype), scaling, module)
         (hidden,) = self._products(state, module, active_adapter, x)
-        weight = self._stack(lora_b, [b for _, b in self.previous], x, dim=1)
-        return add_scaled(result, hidden, weight, scaling, module)
+        return add_scaled(result, hidden, self._stacked_b(lora_b, x), scaling, module)
 
     def _stacks(self, lora_a: nn.Linear, lora_b: nn.Linear, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`[A_n; ...; A_{n-m}]` and `[B_n, ..., B_{n-m}]`."""
-        return self._stack(lora_a, self.others(), x), self._stack(lora_b, [b for _, b in self.previous], x, dim=1)
+        return self._stack(lora_a, self.others(), x), self._stacked_b(lora_b, x)
+
+    def _stacked_b(self, lora_b: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        return self._stack(lora_b, [b for _, b in self.previous], x, dim=1)
 
     def _change(self, state: State | None, lora_a: nn.Linear, lora_b: nn.Linear, x: torch.Tensor) -> torch.Tensor:
         """`sum_{k=0..m} B_{n-k} A_{n-k}` (q x p), in float32 at least, since it is rounded once for each block."""
@@ -144,4 +146,5 @@ def rows_for_a_first(lora_a: nn.Linear, lora_b: nn.Linear, blocks: int) -> float
 
 
 def at_least_float32(weight: torch.Tensor) -> torch.Tensor:
+    """The weight itself in float32 or float64, else a copy in float32."""
     return weight.to(torch.promote_types(weight.dtype, torch.float32))

@@ -212,6 +212,7 @@ def _unfinished(state: State | None) -> State | None:
 
 
 def refuse_replica(module: nn.Module) -> None:
+    """Raises `RuntimeError` for a copy that nn.DataParallel has made of a module."""
     if "_former_parameters" in vars(module):
         raise RuntimeError(
             "nn.DataParallel runs copies of the layers, whose neighbours are not copied: use DistributedDataParallel, "
