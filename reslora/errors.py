@@ -20,6 +20,14 @@ class Stopped(Exception):
     """Ctrl-C or SIGTERM ended the run after it was saved."""
 
 
+class EndedElsewhere(Exception):
+    """Another process of the run has failed, and says why; this one leaves with the same exit status, silently."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"another process of this run has ended it with status {status}")
+        self.status = status
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message without its full stop, or its class where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")

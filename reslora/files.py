@@ -20,6 +20,10 @@ CHECKSUMS_NAME = "checksums.json"
 _TEMPORARY = re.compile(r"\..+\.\d+(\.old)?\.tmp")  # what `replacing` writes to before it renames
 
 
+class Damaged(ValueError):
+    """A file is missing, or its content is not what was written; one that cannot be read just now is not damaged."""
+
+
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary path beside `path`; what the body leaves there, file or folder, becomes `path` afterwards.
@@ -73,10 +77,10 @@ def write_json(path: str | os.PathLike, content: object) -> None:
 
 
 def read_object(path: str | os.PathLike) -> dict:
-    """The JSON object of a file; empty where it is missing or damaged."""
+    """The JSON object of a file; empty where it is missing or damaged. Raises `OSError` if it cannot be read now."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         content = None
     return content if isinstance(content, dict) else {}
 
@@ -100,15 +104,15 @@ def write_checksums(folder: str | os.PathLike, names: Iterable[str] | None = Non
 def check_checksums(folder: str | os.PathLike, names: Iterable[str] | None = None) -> None:
     """Compares the files of `folder`, or only `names`, with its `checksums.json`; without that file all is well.
 
-    Raises `ValueError` naming the first file that is missing or differs.
+    Raises `Damaged` naming the first file that is missing or differs, and `OSError` for one that cannot be read now.
     """
     folder = Path(folder)
     sums = _read_checksums(folder)
     for name in sums if names is None else [name for name in names if name in sums]:
         if not (folder / name).is_file():
-            raise ValueError(f"{folder / name} is missing, though {CHECKSUMS_NAME} lists it")
+            raise Damaged(f"{folder / name} is missing, though {CHECKSUMS_NAME} lists it")
         if _sha256(folder / name) != sums[name]:
-            raise ValueError(
+            raise Damaged(
                 f"{folder / name} is damaged: its SHA-256 is not the one in {CHECKSUMS_NAME} (which you may delete if "
                 "you have changed the file yourself)"
             )
@@ -120,11 +124,11 @@ def _read_checksums(folder: Path) -> dict[str, str]:
         sums = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read: {first_line(error)}") from error
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{path} is damaged: {first_line(error)}") from error
     plain = isinstance(sums, dict) and all(isinstance(value, str) for value in sums.values())
     if not plain or any(Path(name).is_absolute() or ".." in Path(name).parts for name in sums):
-        raise ValueError(f"{path} is damaged: it is no list of files and their SHA-256")
+        raise Damaged(f"{path} is damaged: it is no list of files and their SHA-256")
     return sums
 
 

@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
-from .errors import InvalidArgument, RunFailed, Stopped, speaks
+from .errors import EndedElsewhere, InvalidArgument, RunFailed, Stopped, speaks
 from .signals import StopRequest
 
 
@@ -34,6 +34,8 @@ def run_script(
             if speaks():
                 _say(f"{prog}: {error}")
             status = 128 + (stop.signal or signal.SIGINT)
+        except EndedElsewhere as error:
+            status = error.status
         _leave_process_group(together=status not in (1, 2))
         return status
 

@@ -5,30 +5,35 @@ from __future__ import annotations
 import io
 import json
 import os
-import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
 from ..adapters import load_adapter, save_adapter
-from ..errors import InvalidArgument, first_line
-from ..files import check_checksums, read_object, replacing, write_checksums
+from ..errors import InvalidArgument, RunFailed, first_line
+from ..files import Damaged, check_checksums, read_object, replacing, write_checksums, write_json
+from ..recovery import cannot_be_loaded, numbered, set_aside, set_others_aside
+from ..together import decided, each
 from .arguments import Flags
-from .folder import refuse_busy, remove
-from .trainee import Trainee
+from .folder import remove
+from .trainee import Schedule, Trainee
 
-STATE, RECORD = "trainer.pt", "trainer.json"
+STATE, RECORD, EXPORTS = "trainer.pt", "trainer.json", "exports.json"
 
+MERGING = ("merge", "merge_calibration_samples")  # another one is merged and exported anew, and not trained again
+# What a finished run shows of its training, and shows no more.
+SHOWN = (
+    "validation_prompt", "num_validation_images", "validation_steps", "validation_epochs", "num_inference_steps",
+    "guidance_scale",
+)  # fmt: skip
 # What may differ between a run and its continuation: how long it trains, what it shows and keeps, and where things are.
 FREE_ON_RESUME = {
-    "config", "output_dir", "logging_dir", "cache_dir", "method", "max_train_steps", "num_train_epochs", "local_rank",
-    "validation_prompt", "num_validation_images", "validation_steps", "validation_epochs", "num_inference_steps",
-    "guidance_scale", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "report_to",
-    "merge", "merge_calibration_samples", "push_to_hub", "hub_token", "hub_model_id", "dataloader_num_workers",
-    "gradient_checkpointing", "compile", "train_batch_size", "gradient_accumulation_steps", "strict",
-    "cache_latents", "cache_text_embeddings",
+    *MERGING, *SHOWN, "config", "output_dir", "logging_dir", "cache_dir", "method", "max_train_steps",
+    "num_train_epochs", "local_rank", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint",
+    "report_to", "push_to_hub", "hub_token", "hub_model_id", "dataloader_num_workers", "gradient_checkpointing",
+    "compile", "train_batch_size", "gradient_accumulation_steps", "strict", "cache_latents", "cache_text_embeddings",
     # The content decides: see `Identity`.
     "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "revision", "variant", "train_data_dir",
     "dataset_name", "dataset_config_name", "image_column", "caption_column",
@@ -41,6 +46,9 @@ class Identity:
 
     model: str
     images: str
+    model_flag: str
+    """The flag that names the model, with its value, for messages."""
+    images_flag: str
 
 
 def settings_of(flags: Flags) -> dict:
@@ -55,44 +63,104 @@ def settings_of(flags: Flags) -> dict:
 
 def checkpoints_of(folder: Path) -> list[Path]:
     """Complete checkpoints of one method, newest first."""
-    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted((path for path in found if (path / RECORD).is_file()), key=step_of, reverse=True)
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step in a checkpoint's name."""
-    return int(checkpoint.name.removeprefix("checkpoint-"))
+    return [path for path in numbered(folder) if (path / RECORD).is_file()]
 
 
 def read_checkpoint(checkpoint: Path) -> dict:
     """What a checkpoint says of itself; empty where that is missing or damaged."""
     try:
         check_checksums(checkpoint, [RECORD])
-    except ValueError:
+    except Damaged:
         return {}
     return read_object(checkpoint / RECORD)
 
 
-def plan_resume(flags: Flags) -> dict[str, list[Path]]:
-    """Checkpoints each method may start from, best first; empty lists where it starts afresh."""
+# -- what is left to do ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Resume:
+    """What of a run is on disk, and what each method goes on from."""
+
+    finished: list[str]
+    """Methods that are trained, merged and exported as they are asked for."""
+    merge_anew: list[str]
+    """Methods that are trained already, and asked to be merged otherwise."""
+    checkpoints: dict[str, list[Path]]
+    """What the other methods may start from, best first; empty lists where they start afresh."""
+    notes: list[str] = field(default_factory=list)
+    """What differs and has no effect any more, a line each."""
+
+
+def plan_resume(flags: Flags, identity: Identity | None = None) -> Resume:
+    """Compares the flags with what is in the folder; refuses other settings, and another `identity` once it is known.
+
+    For the main process alone: the others are told (`together.decided`).
+    """
     output, named = Path(flags.output_dir), flags.resume_from_checkpoint
-    plan = {method: checkpoints_of(output / method) for method in flags.method}
-    for checkpoint in (checkpoint for found in plan.values() for checkpoint in found):
-        check_settings(flags, checkpoint)
-    done = finished_methods(flags)
-    if named is None and any(found for method, found in plan.items() if method not in done):
-        refuse_busy(output)
+    checkpoints = {method: checkpoints_of(output / method) for method in flags.method}
+    for checkpoint in (checkpoint for found in checkpoints.values() for checkpoint in found):
+        check_past(flags, checkpoint, read_checkpoint(checkpoint), identity)
+    finished, merge_anew, notes = [], [], []
+    for method in flags.method:
+        record = read_object(output / method / EXPORTS)
+        if not record or not is_trained(flags, output / method, record):
+            continue
+        check_past(flags, output / method, record, identity)
+        if any(record.get(name, getattr(flags, name)) != getattr(flags, name) for name in MERGING):
+            checkpoints[method] = [final_checkpoint(flags, output / method, record["step"])]
+            merge_anew.append(method)
+        elif is_exported(output / method, record):
+            finished.append(method)
+            notes += notes_of(flags, output / method, record)
+    todo = [method for method in flags.method if method not in finished]
+    if named is None and any(checkpoints[method] for method in todo if method not in merge_anew):
         fix = "go on with --resume_from_checkpoint latest, or choose another"
         raise InvalidArgument(f"--output_dir {output}", "holds an unfinished run", fix)
     if named not in (None, "latest"):
-        method, path = _named_checkpoint(flags, named, done)
-        plan[method] = [path]
-    return plan
+        method, path = _named_checkpoint(flags, named, todo)
+        check_past(flags, path, read_checkpoint(path), identity)
+        checkpoints[method] = [path]
+    return Resume(finished, merge_anew, checkpoints, notes)
 
 
-def _named_checkpoint(flags: Flags, named: str, done: list[str]) -> tuple[str, Path]:
+def is_trained(flags: Flags, folder: Path, record: dict) -> bool:
+    """Whether a method was exported after as many steps or epochs as are asked for now; more cannot be undone."""
+    step, steps = record.get("step"), flags.max_train_steps
+    if isinstance(step, int) and steps and step > steps:
+        problem, fix = (
+            f"{folder} was trained for {step} already",
+            "give at least as many, or choose another --output_dir",
+        )
+        raise InvalidArgument(f"--max_train_steps {steps}", problem, fix)
+    same_epochs = bool(record.get("by_epochs")) and record.get("num_train_epochs") == flags.num_train_epochs
+    return step == steps if steps else same_epochs
+
+
+def is_exported(folder: Path, record: dict) -> bool:
+    """Whether all that the record of the exports names is there."""
+    return all((folder / name).exists() for name in record.get("difference_of_255", ["none"]))
+
+
+def final_checkpoint(flags: Flags, folder: Path, step: int) -> Path:
+    """The checkpoint that a finished method can be merged from once more."""
+    path = folder / f"checkpoint-{step}"
+    if not (path / RECORD).is_file():
+        problem = f"{folder} was merged otherwise, and {path.name} is gone, which holds what was trained"
+        raise InvalidArgument(f"--merge {flags.merge}", problem, "choose another --output_dir")
+    return path
+
+
+def notes_of(flags: Flags, folder: Path, record: dict) -> list[str]:
+    """What was shown of a finished method's training, and would be shown otherwise now."""
+    shown = record.get("shown", {})
+    names = [name for name in SHOWN if name in shown and getattr(flags, name) not in (None, shown[name])]
+    return [f"{folder} is finished, --{name} has no effect any more: it was {shown[name]}" for name in names]
+
+
+def _named_checkpoint(flags: Flags, named: str, todo: list[str]) -> tuple[str, Path]:
     output = Path(flags.output_dir)
-    method = next((method for method in flags.method if method not in done), flags.method[0])
+    method = (todo or flags.method)[0]
     path = Path(named) if Path(named).is_dir() or os.sep in named else output / method / named
     flag = f"--resume_from_checkpoint {named}"
     if not (path / RECORD).is_file():
@@ -102,49 +170,25 @@ def _named_checkpoint(flags: Flags, named: str, done: list[str]) -> tuple[str, P
         raise InvalidArgument(flag, f"damaged ({RECORD})", "use latest")
     if method not in flags.method:
         raise InvalidArgument(flag, f"it belongs to --method {method}", "add that")
-    check_settings(flags, path)
     return method, path
 
 
-def check_settings(flags: Flags, checkpoint: Path) -> None:
-    """Refuse to go on with another rank, shortcut, seed ... than the checkpoint's."""
-    there, here = read_checkpoint(checkpoint).get("settings"), json.loads(json.dumps(settings_of(flags)))
-    if not isinstance(there, dict):
-        return  # damaged
-    for name, value in here.items():
+def check_past(flags: Flags, place: Path, record: dict, identity: Identity | None) -> None:
+    """Refuse to go on with another rank, seed, model, images ... than a checkpoint or a finished method had."""
+    there, here = record.get("settings"), json.loads(json.dumps(settings_of(flags)))
+    for name, value in here.items() if isinstance(there, dict) else ():  # damaged otherwise
         # None: the model's family or accelerate will say it, and this is called again then.
         unknown = name == "mixed_precision" and there.get(name) is None  # not kept by earlier versions
         if value is not None and name in there and there[name] != value and not unknown:
             flag = f"--{name}" if name != "samples_per_step" else "batch size x accumulation x processes ="
-            problem = f"{checkpoint} was trained with {there[name]}"
+            problem = f"{place} was trained with {there[name]}"
             raise InvalidArgument(f"{flag} {value}", problem, "use that, or choose another --output_dir")
-
-
-def check_identity(plan: dict[str, list[Path]], identity: Identity, model_flag: str, data_flag: str) -> None:
-    """Refuse to go on with another model or other images than the checkpoints', wherever either is."""
-    for checkpoint in (checkpoint for found in plan.values() for checkpoint in found):
-        record = read_checkpoint(checkpoint)
-        for name, flag in (("model", model_flag), ("images", data_flag)):
-            here, there = getattr(identity, name), record.get(name, getattr(identity, name))
-            if here != there:
-                what = f"on {there}, these are {here}" if name == "images" else "from a model with other content"
-                problem = f"{checkpoint} was trained {what}"
-                raise InvalidArgument(flag, problem, "bring that back, or choose another --output_dir")
-
-
-def finished_methods(flags: Flags) -> list[str]:
-    """Methods whose exports were written and compared, for as many steps or epochs as are asked for now."""
-    done = []
-    for method in flags.method:
-        record = read_object(Path(flags.output_dir) / method / "exports.json")
-        step, steps = record.get("step"), flags.max_train_steps
-        if isinstance(step, int) and steps and step > steps:
-            problem = f"{Path(flags.output_dir) / method} was trained for {step} already"
-            fix = "give at least as many, or choose another --output_dir"
-            raise InvalidArgument(f"--max_train_steps {steps}", problem, fix)
-        same_epochs = record.get("by_epochs") and record.get("num_train_epochs") == flags.num_train_epochs
-        done += [method] if (step == steps if steps else same_epochs) else []
-    return done
+    for name in ("model", "images") if identity else ():
+        here, there = getattr(identity, name), record.get(name, getattr(identity, name))
+        if here != there:
+            what = f"on {there}, these are {here}" if name == "images" else "from a model with other content"
+            problem, fix = f"{place} was trained {what}", "bring that back, or choose another --output_dir"
+            raise InvalidArgument(getattr(identity, f"{name}_flag"), problem, fix)
 
 
 # -- saving and restoring ----------------------------------------------------------------------------------------------
@@ -155,48 +199,79 @@ def save_checkpoint(trainee: Trainee, folder: Path, flags: Flags, identity: Iden
 
     Older ones than --checkpoints_total_limit allows go then. Raises `RunFailed` for weights that are not finite.
     """
-    with replacing(folder / f"checkpoint-{trainee.step}") as temporary:
+    path = folder / f"checkpoint-{trainee.step}"
+    if path.exists():
+        set_aside(path)
+    with replacing(path) as temporary:
         temporary.mkdir()
         save_adapter(trainee.denoiser, temporary)
         buffer = io.BytesIO()  # torch.save's own writing names no cause where a disk is full
         torch.save(trainee.state(accelerator), buffer)
         (temporary / STATE).write_bytes(buffer.getbuffer())
-        record = {
-            "method": trainee.method,
-            "step": trainee.step,
-            "seconds": trainee.seconds,
-            "model": identity.model,
-            "images": identity.images,
-            "settings": settings_of(flags),
-        }
-        (temporary / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        record = {"method": trainee.method, "step": trainee.step, "seconds": trainee.seconds}
+        content = json.dumps(record | past_of(flags, identity), indent=2)
+        (temporary / RECORD).write_text(content + "\n", encoding="utf-8")
         write_checksums(temporary)
     if flags.checkpoints_total_limit:
-        # Later ones are of an earlier try, damaged or left behind: they do not count, and are overwritten in turn.
-        kept = [old for old in checkpoints_of(folder) if step_of(old) <= trainee.step]
-        for old in kept[flags.checkpoints_total_limit :]:
-            remove(old)
+        for old in checkpoints_of(folder)[flags.checkpoints_total_limit :]:
+            # Under another name first: a kill half-way must not leave half a checkpoint.
+            remove(old.rename(old.with_name(f".{old.name}.{os.getpid()}.old.tmp")))
+
+
+def past_of(flags: Flags, identity: Identity) -> dict:
+    """What a continuation is compared with, see `check_past`."""
+    return {"model": identity.model, "images": identity.images, "settings": settings_of(flags)}
+
+
+def write_exports(
+    folder: Path, flags: Flags, identity: Identity, schedule: Schedule, differences: dict[str, int]
+) -> None:
+    """`exports.json`: that a method is finished, from what and how, and how far its files are from the merged model."""
+    length = {"step": schedule.steps, "num_train_epochs": flags.num_train_epochs, "by_epochs": schedule.by_epochs}
+    merging = {name: getattr(flags, name) for name in MERGING}
+    shown = {"shown": {name: getattr(flags, name) for name in SHOWN}}
+    record = length | {"difference_of_255": differences} | merging | shown | past_of(flags, identity)
+    write_json(folder / EXPORTS, record)
 
 
 def restore(trainee: Trainee, candidates: list[Path], flags: Flags, accelerator: Accelerator) -> None:
     """Brings the trainee to the first checkpoint that is whole; damaged ones are passed over with a warning.
 
-    One that the user has named must be whole: `InvalidArgument` otherwise.
+    The main process chooses. Raises `InvalidArgument` where none is whole, or the one that the user has named is not;
+    `RunFailed` for one that is whole and cannot be loaded all the same. Either leaves everything on disk as it is.
     """
+    if not candidates:
+        return
+    chosen = decided(lambda: newest_whole(candidates, Path(flags.output_dir) / trainee.method, flags))
+    each(lambda: load_checkpoint(trainee, chosen, accelerator))
+    accelerator.print(f"{trainee.method}: going on from {chosen}")
+
+
+def newest_whole(candidates: list[Path], folder: Path, flags: Flags) -> Path:
+    """The first candidate whose files are what was written; others in the folder, but for older ones, step aside."""
     for checkpoint in candidates:
         try:
             check_checksums(checkpoint)
-            state = torch.load(checkpoint / STATE, map_location=accelerator.device, weights_only=True)
-            load_adapter(trainee.denoiser, checkpoint)
-            record = json.loads((checkpoint / RECORD).read_text(encoding="utf-8"))
-            trainee.load_state(state, record["step"], record["seconds"], accelerator)
-        except Exception as error:  # a truncated file fails in as many ways as there are readers
+            if missing := [name for name in (STATE, RECORD) if not (checkpoint / name).is_file()]:
+                raise Damaged(f"{missing[0]} is missing")
+        except Damaged as error:
             if flags.resume_from_checkpoint != "latest":
-                problem = f"damaged ({first_line(error)})"
-                raise InvalidArgument(f"--resume_from_checkpoint {checkpoint}", problem, "use latest") from None
-            accelerator.print(f"warning: {checkpoint} is damaged ({first_line(error)}), trying the one before")
+                flag = f"--resume_from_checkpoint {flags.resume_from_checkpoint or checkpoint}"
+                raise InvalidArgument(flag, f"damaged ({first_line(error)})", "use latest") from None
+            print(f"warning: {checkpoint} is damaged ({first_line(error)}), trying the one before", flush=True)
             continue
-        accelerator.print(f"{trainee.method}: going on from {checkpoint}")
-        return
-    if candidates:
-        accelerator.print(f"{trainee.method}: no checkpoint is whole, starting afresh")
+        set_others_aside(checkpoint, checkpoints_of(folder))
+        return checkpoint
+    problem, fix = f"no checkpoint in {folder} is whole", "remove that folder to start afresh, or choose another"
+    raise InvalidArgument("--resume_from_checkpoint latest", problem, fix)
+
+
+def load_checkpoint(trainee: Trainee, checkpoint: Path, accelerator: Accelerator) -> None:
+    """Reads a checkpoint and then loads it; raises `RunFailed` in one line where either fails."""
+    try:
+        state = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
+        record = json.loads((checkpoint / RECORD).read_text(encoding="utf-8"))
+        load_adapter(trainee.denoiser, checkpoint)
+        trainee.load_state(state, record["step"], record["seconds"], accelerator)
+    except Exception as error:  # out of memory, another version's state: every reader and device has errors of its own
+        raise RunFailed(f"{trainee.method}: {cannot_be_loaded(checkpoint, error)}") from None

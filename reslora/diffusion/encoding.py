@@ -28,7 +28,6 @@ from .families.base import Family, Text
 from .images import crop_and_scale, crop_sizes
 from .loaders import stream, worker_options
 from .seeds import derive, generator
-from .stopping import leave_if_asked
 
 PART_OF_IMAGES, PART_OF_CAPTIONS, CAPTIONS_AT_ONCE = 256, 4096, 64
 RANDOM_CROPS = 4  # crops cached for an image that isn't square: the centre and three more
@@ -93,7 +92,7 @@ def encode_texts(
     def encode(number: int) -> Generator[Cell]:
         loaded[:] = loaded or [load_encoders()]
         for start in range(0, len(parts[number]), CAPTIONS_AT_ONCE):
-            leave_if_asked(stop, accelerator, "stopped before training began")
+            stop.check("stopped before training began")
             captions = parts[number][start : start + CAPTIONS_AT_ONCE]
             with torch.no_grad():
                 states = family.encode_captions(loaded[0], captions, longest)
@@ -158,7 +157,7 @@ def encode_images(
         loader = DataLoader(variants, batch_size=None, sampler=parts[number], **options)
         with contextlib.closing(stream(loader)) as items:
             for found in items:
-                leave_if_asked(stop, accelerator, "stopped before training began")
+                stop.check("stopped before training began")
                 if isinstance(found, str):
                     yield from [found] * variants.count
                 else:

@@ -45,16 +45,6 @@ def locked(folder: Path) -> Iterator[None]:
                 folder.rmdir()  # a run that was refused before it wrote anything leaves nothing
 
 
-def refuse_busy(folder: Path) -> None:
-    """Raises `InvalidArgument` if a run is in the folder now."""
-    if (folder / OWNER).is_file():
-        try:
-            with _guard(folder).acquire(timeout=0):
-                pass
-        except Timeout:
-            raise _busy(folder) from None
-
-
 def _guard(folder: Path) -> FileLock:
     name = hashlib.blake2b(os.fsencode(folder.resolve()), digest_size=8).hexdigest()
     return FileLock(Path(tempfile.gettempdir()) / f"reslora-{getattr(os, 'getuid', int)()}-{name}.lock")

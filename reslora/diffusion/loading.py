@@ -17,6 +17,7 @@ from torch import nn
 
 from ..errors import InvalidArgument, first_line
 from ..files import read_object, replacing
+from ..together import each
 from .arguments import Flags
 from .dataset import content_mark
 from .families import FAMILIES, load_family
@@ -125,8 +126,8 @@ def find_model(flags: Flags, accelerator: Accelerator) -> Model:
     name = flags.pretrained_model_name_or_path
     flag, path = f"--pretrained_model_name_or_path {name}", Path(name)
     if path.is_file():
-        with accelerator.local_main_process_first():
-            folder = unpacked(path, flags)
+        each(lambda: unpacked(path, flags) if accelerator.is_local_main_process else None)  # it is there for the others
+        folder = unpacked(path, flags)
     elif path.is_dir():
         folder = path
     else:

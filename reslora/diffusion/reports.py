@@ -17,11 +17,11 @@ from ..errors import RunFailed, Stopped
 from ..files import replacing
 from ..log import LogWriter, read_log
 from ..signals import StopRequest
+from ..together import decided
 from .arguments import Flags
 from .denoising import DenoisingLoss
 from .drawing import Drawer, as_image
 from .samples import Material, ValidationSamples, batches
-from .stopping import leave_if_asked
 from .trainee import Schedule, Trainee
 
 VALIDATION = ("loss", "samples")
@@ -116,14 +116,15 @@ class Validation:
 
     def __call__(self, trainee: Trainee, reports: Reports, parts: Sequence[str] = VALIDATION) -> None:
         """Measures and draws; samples that a stop cuts short are drawn when the run goes on."""
-        if self.accelerator.is_main_process:
-            if "loss" in parts and self.material.held_out:
-                reports.note("validation", self.mean_loss(trainee.denoiser))
-                reports.flush()
-            flags = self.material.flags
-            if "samples" in parts and flags.validation_prompt and flags.num_validation_images:
-                self._draw(trainee, reports)
-        self.accelerator.wait_for_everyone()
+        decided(lambda: self._measure_and_draw(trainee, reports, parts))
+
+    def _measure_and_draw(self, trainee: Trainee, reports: Reports, parts: Sequence[str]) -> None:
+        if "loss" in parts and self.material.held_out:
+            reports.note("validation", self.mean_loss(trainee.denoiser))
+            reports.flush()
+        flags = self.material.flags
+        if "samples" in parts and flags.validation_prompt and flags.num_validation_images:
+            self._draw(trainee, reports)
 
     def mean_loss(self, denoiser: nn.Module) -> float:
         """Mean unweighted loss on the held-out images, with the same noise and timesteps at every call."""
@@ -136,21 +137,19 @@ class Validation:
         return torch.cat(losses).mean().item()
 
     def _draw(self, trainee: Trainee, reports: Reports) -> None:
-        flags, message = self.material.flags, f"{trainee.method} stopped while drawing"
-
-        def between_steps() -> None:
-            leave_if_asked(self.stop, self.accelerator, message)
+        flags, prompts = self.material.flags, self.material.flags.validation_prompt
 
         try:
             with self.accelerator.autocast():
-                drawn = self.drawer.draw(
-                    trainee.denoiser, flags.validation_prompt, flags.num_validation_images, between_steps
-                )
+                drawn = self.drawer.draw(trainee.denoiser, prompts, flags.num_validation_images, self._leave_if_asked)
         except Stopped:
             return
         if not all(np.isfinite(image).all() for image in drawn):
             self.accelerator.print(f"warning: samples of step {trainee.step} have pixels that are not finite")
         reports.samples([as_image(image) for image in drawn], flags.num_validation_images)
+
+    def _leave_if_asked(self) -> None:
+        self.stop.check("stopped while drawing")
 
 
 def save_images(folder: Path, images: Sequence[Image.Image], per_prompt: int) -> None:

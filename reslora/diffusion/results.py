@@ -21,6 +21,7 @@ from ..files import write_json
 from ..model import MergeReport, merge
 from .arguments import Flags
 from .calibration import write_calibration
+from .checkpoints import EXPORTS
 from .denoising import DenoisingLoss
 from .drawing import Drawer, as_bytes, as_image
 from .families.base import Family
@@ -52,8 +53,10 @@ def export_method(
     schedule: Schedule,
     folder: Path,
     accelerator: Accelerator,
-) -> None:
+) -> dict[str, int]:
     """Merges in float32, writes every format, reads each back, and compares what the pipeline draws with each.
+
+    Returns how far each file's image is from the merged model's: the largest difference of any pixel, of 255.
 
     Raises `RunFailed`, with nothing exported, if the model has diverged; or if an export does not draw what the merged
     model draws.
@@ -74,6 +77,7 @@ def export_method(
         if merged is not None:
             write_merge(merged, folder)
             accelerator.print(f"{method}: {merged.report}")
+        (folder / EXPORTS).unlink(missing_ok=True)  # until all files are of this merge
         write_formats(denoiser, method, model, folder, flags)
         if shown:
             save_images(folder / "merged", [as_image(image) for image in drawn], images)
@@ -84,8 +88,7 @@ def export_method(
             if differences[name] > TOLERANCE:
                 problem = f"its image differs by {differences[name]}/255 from the merged model's"
                 raise RunFailed(f"{method}/{name}: {problem}; {TOLERANCE}/255 is allowed")
-    record = {"step": trainee.step, "num_train_epochs": flags.num_train_epochs, "by_epochs": schedule.by_epochs}
-    write_json(folder / "exports.json", record | {"difference_of_255": differences})
+    return differences
 
 
 def finite(drawn: np.ndarray, what: str) -> np.ndarray:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from pathlib import Path
 
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
+from ..errors import InvalidArgument
 from ..signals import StopRequest
+from ..together import decided, each, gathered
 from .arguments import Flags
-from .checkpoints import Identity, check_identity, finished_methods, plan_resume, restore, save_checkpoint
+from .checkpoints import Identity, Resume, plan_resume, restore, save_checkpoint, write_exports
 from .checks import check_base_precision, check_methods, check_pipeline
 from .dataset import ImageDataset, data_flag, load_images
 from .denoising import DenoisingLoss, wide_enough
@@ -26,41 +27,57 @@ from .samples import Material, split
 from .settings import with_family
 from .setup import attention_of, objective_of, schedule_of, start_accelerator, start_trackers
 from .showing import hub_repository, print_summary, publish, write_figures
-from .trainee import Schedule, new_trainee, prepare
+from .trainee import Schedule, new_trainee, prepare, renew_scaler
 from .training import train
 
 
 def run(flags: Flags, stop: StopRequest) -> None:
     """Trains, merges and exports every method that the flags name, and shows what came of it."""
-    plan_resume(flags)
-    if finished_methods(flags) == flags.method and (Path(flags.output_dir) / "loss.png").is_file():
-        print(f"{flags.output_dir} holds this run already, finished; nothing to do")
-        print_summary(flags)
-        if flags.push_to_hub:
-            publish(flags)
-        return
-    images = load_images(flags)
-    first = int(os.environ.get("RANK", 0)) == 0
-    with locked(Path(flags.output_dir)) if first else contextlib.nullcontext():
-        accelerator = start_accelerator(flags)
-        flags = flags.replace(mixed_precision=accelerator.mixed_precision)
+    accelerator = start_accelerator(flags)
+    flags = flags.replace(mixed_precision=accelerator.mixed_precision)
+    with contextlib.ExitStack() as stack:
+        decided(lambda: take_folder(flags, stack))
+        images = each(lambda: load_images(flags))
         model = find_model(flags, accelerator)
         flags = with_family(flags, model.family.defaults)
-        plan = plan_resume(flags)  # once more: another run may just have ended, and the family has filled in flags
-        identity = Identity(model.fingerprint(), images.fingerprint)
-        check_identity(plan, identity, model.flag, data_flag(flags))
-        if flags.push_to_hub and accelerator.is_main_process:
-            hub_repository(flags)
-        pipeline, objective = load_and_check(flags, model, accelerator)
+        identity = identity_of(flags, model, images)
+        resume = decided(lambda: plan_resume(flags, identity))
+        for line in resume.notes:
+            accelerator.print(line)
+        if resume.finished == flags.method and decided((Path(flags.output_dir) / "loss.png").is_file):
+            decided(lambda: show_again(flags))
+            return
+        if flags.push_to_hub:
+            decided(lambda: hub_repository(flags))
+        pipeline, objective = each(lambda: load_and_check(flags, model, accelerator))
         material = encode(flags, model, images, pipeline, objective, accelerator, stop)
         schedule, material = schedule_of(flags, material, accelerator.num_processes)
         start_trackers(material.flags, accelerator)
         for method in flags.method:
-            if method not in finished_methods(flags):
-                train_and_export(method, model, pipeline, material, schedule, identity, plan[method], accelerator, stop)
-        if accelerator.is_main_process:
-            show(material)
+            if method not in resume.finished:
+                train_and_export(method, model, pipeline, material, schedule, identity, resume, accelerator, stop)
+        decided(lambda: show(material))
         accelerator.end_training()
+
+
+def take_folder(flags: Flags, stack: contextlib.ExitStack) -> None:
+    """Locks the run's folder until the stack closes, and refuses at once what its content does not allow."""
+    stack.enter_context(locked(Path(flags.output_dir)))
+    plan_resume(flags)
+
+
+def identity_of(flags: Flags, model: Model, images: ImageDataset) -> Identity:
+    """What the run is trained from; refuses other content on another machine."""
+    identity = Identity(model.fingerprint(), images.fingerprint, model.flag, data_flag(flags))
+    for other in gathered(identity):
+        for flag, same in (
+            (model.flag, other.model == identity.model),
+            (data_flag(flags), other.images == identity.images),
+        ):
+            if not same:
+                fix = "give all machines the same files"
+                raise InvalidArgument(flag, "its content differs between the processes", fix)
+    return identity
 
 
 def load_and_check(flags: Flags, model: Model, accelerator: Accelerator) -> tuple[DiffusionPipeline, Objective]:
@@ -149,18 +166,21 @@ def train_and_export(
     material: Material,
     schedule: Schedule,
     identity: Identity,
-    candidates: list[Path],
+    resume: Resume,
     accelerator: Accelerator,
     stop: StopRequest,
 ) -> None:
     """One method from its newest whole checkpoint, or from the start, to its exports."""
     flags, dtype = material.flags, weight_dtype(accelerator.mixed_precision)
-    folder = Path(flags.output_dir) / method
+    folder, candidates = Path(flags.output_dir) / method, resume.checkpoints[method]
     denoiser = model.load_denoiser(dtype, accelerator.device, flags.base_precision)
     loss = DenoisingLoss(model.family, material.objective, pipeline, denoiser.config, dtype, flags)
     drawer = Drawer(pipeline, model.family, material.texts, flags)
+    renew_scaler(accelerator)
     trainee = new_trainee(method, denoiser, flags, schedule, accelerator)
-    if flags.resume_from_checkpoint and not candidates:
+    if method in resume.merge_anew:
+        accelerator.print(f"{method} is trained: merging and exporting it anew with --merge {flags.merge}")
+    elif flags.resume_from_checkpoint and not candidates:
         accelerator.print(f"--resume_from_checkpoint latest: no checkpoint in {folder}, {method} starts afresh")
     restore(trainee, candidates, flags, accelerator)
     prepare(trainee, flags, accelerator)
@@ -168,13 +188,15 @@ def train_and_export(
     def save() -> None:
         save_checkpoint(trainee, folder, flags, identity, accelerator)
 
+    def export() -> None:
+        differences = export_method(trainee, model, material, loss, drawer, schedule, folder, accelerator)
+        write_exports(folder, flags, identity, schedule, differences)
+
     validation = Validation(loss, material, drawer, accelerator, stop)
     reports = Reports(folder, trainee, flags, schedule, accelerator)
     with contextlib.closing(reports), attention_of(accelerator, material.latent_shape):
         train(trainee, loss, material, schedule, validation, reports, save, accelerator, stop)
-    if accelerator.is_main_process:
-        export_method(trainee, model, material, loss, drawer, schedule, folder, accelerator)
-    accelerator.wait_for_everyone()
+    decided(export)
 
 
 def show(material: Material) -> None:
@@ -183,3 +205,11 @@ def show(material: Material) -> None:
     print_summary(material.flags)
     if material.flags.push_to_hub:
         publish(material.flags)
+
+
+def show_again(flags: Flags) -> None:
+    """What a run that is finished already has made."""
+    print(f"{flags.output_dir} holds this run already, finished; nothing to do")
+    print_summary(flags)
+    if flags.push_to_hub:
+        publish(flags)

@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import InvalidArgument, first_line
 from ..files import write_json
+from ..together import decided
 from .arguments import Flags
 from .loading import Model
 from .objective import DdpmObjective, FlowObjective, Objective
@@ -195,8 +196,7 @@ def start_trackers(flags: Flags, accelerator: Accelerator) -> None:
     for name in PLACES:
         if public[name] and Path(public[name]).exists():  # whoever reads it later may be in another folder
             public[name] = str(Path(public[name]).resolve())
-    if accelerator.is_main_process:
-        write_json(Path(flags.output_dir) / "config.json", public)
+    decided(lambda: write_json(Path(flags.output_dir) / "config.json", public))
     plain = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in public.items()}
     often = {"tensorboard": {"flush_secs": TENSORBOARD_SECONDS}}
     accelerator.init_trackers("train_sd", config=plain, init_kwargs=often)

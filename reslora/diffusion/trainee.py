@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import get_grad_scaler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
 from peft import PeftConfig
@@ -139,6 +140,12 @@ def new_optimizer(parameters: list[nn.Parameter], flags: Flags, accelerator: Acc
     # A fused step hides from accelerate that the fp16 scaler has skipped it.
     fused = accelerator.device.type in ("cpu", "cuda") and accelerator.scaler is None
     return torch.optim.AdamW(parameters, **options, fused=fused)
+
+
+def renew_scaler(accelerator: Accelerator) -> None:
+    """Forgets the scale of losses in fp16 that the method before has found: each starts alike."""
+    if accelerator.scaler is not None:
+        accelerator.scaler = get_grad_scaler(accelerator.distributed_type)
 
 
 def prepare(trainee: Trainee, flags: Flags, accelerator: Accelerator) -> None:

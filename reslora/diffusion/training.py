@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from ..errors import Stopped
 from ..signals import StopRequest
+from ..together import decided
 from .arguments import Flags
 from .denoising import DenoisingLoss
 from .loaders import stream
@@ -34,9 +35,9 @@ def train(
 ) -> None:
     """Takes the steps that are left, saving and validating when it is due; raises `Stopped` once a stop is saved."""
     flags, main = material.flags, accelerator.is_main_process
-    if parts := reports.overdue(schedule):
+    if parts := decided(lambda: reports.overdue(schedule)):
         validation(trainee, reports, parts)
-    steps = range(trainee.step, schedule.steps)
+    steps, stopped = range(trainee.step, schedule.steps), False
     pin = accelerator.device.type == "cuda"
     loader = training_loader(material, steps, accelerator.num_processes, accelerator.process_index, pin)
     bar = tqdm(desc=trainee.method, total=schedule.steps, initial=trainee.step, disable=not main, dynamic_ncols=True)
@@ -49,10 +50,11 @@ def train(
             if known is not None:
                 bar.set_postfix(loss=f"{known:.4f}", refresh=False)
             bar.update()
-            if after_step(trainee, schedule, validation, reports, save, flags, accelerator, stop):
+            stopped = after_step(trainee, schedule, validation, reports, save, flags, stop)
+            if stopped:
                 break
     accelerator.free_memory()
-    if stop.signal is not None and trainee.step < schedule.steps:
+    if stopped and trainee.step < schedule.steps:
         raise Stopped(f"{trainee.method} stopped after step {trainee.step}; go on with --resume_from_checkpoint latest")
 
 
@@ -63,27 +65,24 @@ def after_step(
     reports: Reports,
     save: Callable[[], None],
     flags: Flags,
-    accelerator: Accelerator,
     stop: StopRequest,
 ) -> bool:
-    """Saves and validates where it is due; returns whether this was the last step."""
-    main = accelerator.is_main_process
-    last = stop_requested(stop, accelerator) or trainee.step == schedule.steps
-    saved = last or trainee.step % flags.checkpointing_steps == 0
+    """Saves and validates where it is due; returns whether a stop was asked for. All processes go the same way."""
+    stopped = stop_requested(stop)
+    save_now = stopped or trainee.step == schedule.steps or trainee.step % flags.checkpointing_steps == 0
     due = schedule.is_due(trainee.step)
-    if not (saved or due):
+    if not (save_now or due):
         return False
     with trainee.timed():
         reports.flush()  # a loss that is not finite is not saved
-    if saved and main:
-        save()
-    if stop.signal is None and due:
+    if save_now:
+        decided(save)
+    if due and not stopped:
         validation(trainee, reports)
-        last = stop_requested(stop, accelerator) or last
-    if last and not saved and main:
-        save()
-    accelerator.wait_for_everyone()
-    return last
+        stopped = stop_requested(stop)
+        if stopped and not save_now:
+            decided(save)
+    return stopped
 
 
 def take_step(

@@ -6,7 +6,6 @@ import os
 import time
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
@@ -14,6 +13,7 @@ from transformers.trainer_callback import ProgressCallback
 from ..adapters import RankAllocator
 from ..log import LogWriter, read_log
 from ..signals import StopRequest
+from ..together import any_of
 
 
 class Progress(ProgressCallback):
@@ -82,11 +82,7 @@ class StopWhenAsked(TrainerCallback):
             self.stop.check(message)
 
     def _asked(self) -> bool:
-        asked = self.stop.signal is not None
-        if self.accelerator.num_processes > 1:
-            device = self.accelerator.device
-            asked = bool(self.accelerator.reduce(torch.tensor(float(asked), device=device), "sum") > 0)
-        return asked
+        return any_of(self.stop.signal is not None)
 
 
 class LogCallback(TrainerCallback):

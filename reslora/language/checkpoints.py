@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_pt_utils import safe_globals
 from transformers.utils import logging
@@ -16,7 +16,8 @@ from transformers.utils import logging
 from ..adapters import ADAPTER_NAME
 from ..checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from ..errors import first_line
-from ..files import check_checksums
+from ..files import CHECKSUMS_NAME, Damaged, check_checksums
+from ..recovery import numbered
 
 ALLOCATOR_NAME = "allocator.safetensors"  # AdaLoRA's running importances and ranks
 
@@ -25,8 +26,7 @@ logger = logging.get_logger(__name__)
 
 def checkpoints_of(output_dir: str | os.PathLike) -> list[Path]:
     """The folders `checkpoint-N` of a run, newest first, whatever their state."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
+    return numbered(Path(output_dir))
 
 
 def usable_checkpoint(output_dir: str | os.PathLike, processes: int = 1) -> str | None:
@@ -40,36 +40,51 @@ def usable_checkpoint(output_dir: str | os.PathLike, processes: int = 1) -> str 
 
 
 def damage(folder: Path, processes: int = 1) -> str | None:
-    """What keeps a checkpoint from being resumed from, or None; reads every file and compares its checksum."""
+    """What is missing of a checkpoint, or not as it was written, or None; reads every file for its checksum.
+
+    Raises `OSError` for a file that cannot be read now: a checkpoint is not damaged by that.
+    """
+    if lacking := _lacks(folder, processes):
+        return lacking
     try:
-        TrainerState.load_from_json(str(folder / "trainer_state.json"))
-        return _lacks(folder, processes) or _unreadable(folder, processes)
-    except Exception as error:  # a truncated file fails in as many ways as there are readers
-        return f"{type(error).__name__}: {first_line(error)}"
+        check_checksums(folder)
+    except Damaged as error:
+        return first_line(error)
+    return None if (folder / CHECKSUMS_NAME).is_file() else _unreadable(folder, processes)
 
 
 def _lacks(folder: Path, processes: int) -> str | None:
     if not any((folder / name).exists() for name in (WEIGHTS_NAME, ADAPTER_NAME)):
         return f"no {WEIGHTS_NAME} or {ADAPTER_NAME}"
+    if not (folder / TRAINER_STATE_NAME).exists():
+        return f"no {TRAINER_STATE_NAME}"
     last = _ranks(processes)[-1]
     if not (folder / last).exists():
         return f"no {last}: incomplete, or made by another number of processes"
     return None
 
 
-def _unreadable(folder: Path, processes: int) -> None:
-    """Raises what a reader raises."""
-    check_checksums(folder)
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt"):
-            pass
-    if (folder / WEIGHTS_NAME).exists():
-        json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    # DeepSpeed keeps optimizer and scheduler in a folder of its own, which it reads itself.
-    states = [] if (folder / "latest").exists() else ["optimizer.pt", "scheduler.pt"]
-    for name in (*states, *_ranks(processes)):
-        with safe_globals():
-            torch.load(folder / name, map_location="cpu", weights_only=True)
+def _unreadable(folder: Path, processes: int) -> str | None:
+    """What is wrong with a checkpoint whose checksums are gone, as far as its readers notice."""
+    try:
+        TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+        for path in folder.glob("*.safetensors"):
+            with safe_open(path, framework="pt"):
+                pass
+        if (folder / WEIGHTS_NAME).exists():
+            json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        # DeepSpeed keeps optimizer and scheduler in a folder of its own, which it reads itself.
+        states = [] if (folder / "latest").exists() else ["optimizer.pt", "scheduler.pt"]
+        for name in (*states, *_ranks(processes)):
+            with safe_globals():
+                torch.load(folder / name, map_location="cpu", weights_only=True)
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError):
+            raise
+        return first_line(error)
+    except Exception as error:  # a truncated file fails in as many ways as there are readers
+        return f"{type(error).__name__}: {first_line(error)}"
+    return None
 
 
 def _ranks(processes: int) -> list[str]:

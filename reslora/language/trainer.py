@@ -27,7 +27,9 @@ from ..config import LEAST_ADALORA_STEPS, ResLoraConfig
 from ..errors import InvalidArgument, RunFailed, Stopped, first_line
 from ..files import write_checksums, write_tensors
 from ..model import enable_gradient_checkpointing
+from ..recovery import cannot_be_loaded, set_others_aside
 from ..signals import StopRequest
+from ..together import decided
 from .arguments import MethodArguments
 from .callbacks import AllocateRanks, Progress, StopWhenAsked
 from .checkpoints import ALLOCATOR_NAME, checkpoints_of, damage, usable_checkpoint
@@ -182,7 +184,7 @@ class AdapterTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """As `Trainer.train`; `latest` or True means the newest usable checkpoint, or a fresh start without one."""
-        found = self._resumed_from(resume_from_checkpoint) if resume_from_checkpoint else None
+        found = decided(lambda: self._resumed_from(resume_from_checkpoint)) if resume_from_checkpoint else None
         try:
             result = super().train(resume_from_checkpoint=found, **kwargs)
         except ValueError as error:
@@ -198,6 +200,7 @@ class AdapterTrainer(Trainer):
         return result
 
     def _resumed_from(self, named: str | bool) -> str | None:
+        """For the main process: the checkpoint to go on from; later ones, which are not of its line, step aside."""
         processes = self.args.world_size
         if named not in ("latest", True):
             inside = Path(self.args.output_dir) / named
@@ -205,10 +208,11 @@ class AdapterTrainer(Trainer):
             problem = damage(Path(folder), processes)
             if problem is not None:
                 raise InvalidArgument(f"--resume_from_checkpoint {folder}", f"damaged ({problem})", "use latest")
+        else:
+            folder = usable_checkpoint(self.args.output_dir, processes)
+        if folder is not None:
+            set_others_aside(Path(folder), checkpoints_of(self.args.output_dir))
             return folder
-        usable = usable_checkpoint(self.args.output_dir, processes)
-        if usable is not None:
-            return usable
         found = checkpoints_of(self.args.output_dir)
         if found:
             raise InvalidArgument(
@@ -216,8 +220,7 @@ class AdapterTrainer(Trainer):
                 f"none of {len(found)} checkpoints can be used, {found[0]} for: {damage(found[0], processes)}",
                 "take as many processes as before, or remove them to start afresh",
             )
-        if self.is_world_process_zero():
-            logger.warning(f"--resume_from_checkpoint latest: no checkpoint in {self.args.output_dir}, starting afresh")
+        logger.warning(f"--resume_from_checkpoint latest: no checkpoint in {self.args.output_dir}, starting afresh")
         return None
 
     def _run_epoch(self, *args, **kwargs) -> None:
@@ -289,11 +292,18 @@ class AdapterTrainer(Trainer):
             load_adapter(self.model, resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            if self.is_deepspeed_enabled:  # which has read the weights, but not the norm windows
-                load_adapter(self.model, checkpoint)
-            self._load_allocator(checkpoint)
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is not None:
+                if self.is_deepspeed_enabled:  # which has read the weights, but not the norm windows
+                    load_adapter(self.model, checkpoint)
+                self._load_allocator(checkpoint)
+        except (
+            Exception
+        ) as error:  # out of memory, another version's state: readers and devices have errors of their own
+            if checkpoint is None:
+                raise
+            raise RunFailed(cannot_be_loaded(checkpoint, error)) from error
 
     def _load_best_model(self) -> None:
         logger.info(f"Loading the adapter of {self.state.best_model_checkpoint}, {self.state.best_metric} the best")

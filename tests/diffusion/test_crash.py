@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from diffusion.conftest import STEPS
 from diffusion.runs import RESUME, Watcher, assert_same, final_weights, losses, training_state
-from reslora.diffusion.checkpoints import checkpoints_of, step_of
+from reslora.diffusion.checkpoints import checkpoints_of
+from reslora.recovery import step_of
 
 FORMATS = ["pytorch_lora_weights.safetensors", "kohya.safetensors", "peft/adapter_model.safetensors"]
 FORMATS += ["unet/diffusion_pytorch_model.safetensors"]

@@ -1,0 +1,47 @@
+"""What every trainer does with checkpoints that it goes on from, and with those that are none of its own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from .errors import first_line
+
+
+def numbered(folder: Path) -> list[Path]:
+    """Everything in a folder that is called `checkpoint-<step>`, newest first."""
+    found = (path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name))
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Gives what is in the place of a checkpoint another name, and returns that: what is not ours is not removed."""
+    number, there = 1, checkpoint.with_name(f"{checkpoint.name}-set-aside")
+    while there.exists():
+        number += 1
+        there = checkpoint.with_name(f"{checkpoint.name}-set-aside-{number}")
+    checkpoint.rename(there)
+    print(f"{checkpoint} is not of this line of training: it is {there.name} now", flush=True)
+    return there
+
+
+def set_others_aside(chosen: Path, found: Iterable[Path]) -> None:
+    """Sets aside what training from `chosen` does not descend from: later checkpoints, or all of another folder.
+
+    So those that a limit removes, and those whose places are taken, are always of one line.
+    """
+    for other in found:
+        if other.resolve().parent != chosen.resolve().parent or step_of(other) > step_of(chosen):
+            set_aside(other)
+
+
+def cannot_be_loaded(checkpoint: Path | str, error: Exception) -> str:
+    """The line for a checkpoint that is whole and cannot be loaded all the same."""
+    problem = f"{checkpoint} is whole, but cannot be loaded ({first_line(error)})"
+    return f"{problem}; nothing on disk was changed: the same command tries again"

@@ -1,0 +1,127 @@
+"""What several processes of one run do together: one decides and tells the others, and they wait for each other.
+
+Whatever leads to a collective must be decided by one process. Each asking its own disk, clock or signal handler would
+have them meet different collectives, and wait for each other for ever. Alone, everything here is a plain call.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from .errors import EndedElsewhere, InvalidArgument, RunFailed, Stopped, first_line
+
+T = TypeVar("T")
+LONGEST_WAIT = timedelta(hours=24)  # for the main process to encode, merge, draw and read back
+
+
+def alone() -> bool:
+    """Whether this is the only process of its run."""
+    return not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
+
+
+def is_main() -> bool:
+    """Whether this is the process that decides, writes and prints."""
+    return alone() or dist.get_rank() == 0
+
+
+def decided(decide: Callable[[], T]) -> T:
+    """What the main process returns from `decide`, in every process; the others wait, however long it takes.
+
+    The value must be picklable. What the main process raises ends the others too, as `EndedElsewhere`.
+    """
+    if alone():
+        return decide()
+    value, failure = _tried(decide) if is_main() else (None, None)
+    told: list = [(value, failure and _status(failure))]
+    wait()
+    _met(lambda: dist.broadcast_object_list(told, src=0, group=_patient(dist.group.WORLD)))
+    if failure is not None:
+        raise failure
+    value, status = told[0]
+    if status is not None:
+        raise EndedElsewhere(status)
+    return value
+
+
+def each(do: Callable[[], T]) -> T:
+    """What this process returns from `do`, which every process calls; where it fails for one, it ends all.
+
+    Every process raises its own error, and `EndedElsewhere` where it has none.
+    """
+    if alone():
+        return do()
+    value, failure = _tried(do)
+    statuses: list = [None] * dist.get_world_size()
+    wait()
+    _met(lambda: dist.all_gather_object(statuses, failure and _status(failure), group=_patient(dist.group.WORLD)))
+    if failure is not None:
+        raise failure
+    if any(status is not None for status in statuses):
+        raise EndedElsewhere(next(status for status in statuses if status is not None))
+    return value
+
+
+def gathered(value: T) -> list[T]:
+    """The value of each process, which must be picklable, by rank."""
+    if alone():
+        return [value]
+    values: list = [None] * dist.get_world_size()
+    _met(lambda: dist.all_gather_object(values, value, group=_patient(dist.group.WORLD)))
+    return values
+
+
+def any_of(condition: bool) -> bool:
+    """Whether the condition holds in any process. It costs no synchronisation with a GPU."""
+    if alone():
+        return condition
+    number = torch.tensor(float(condition))
+    _met(lambda: dist.all_reduce(number, group=_patient(dist.group.WORLD)))
+    return bool(number > 0)
+
+
+def wait() -> None:
+    """Until every process is here. Signals are heard meanwhile, which inside a collective they are not."""
+    if not alone():
+        _met(_wait)
+
+
+def _wait() -> None:
+    work, pause = dist.barrier(group=_patient(dist.group.WORLD), async_op=True), 0.001
+    while not work.is_completed():
+        time.sleep(pause)
+        pause = min(0.1, 1.5 * pause)
+    work.wait()
+
+
+@functools.lru_cache(1)
+def _patient(world: dist.ProcessGroup) -> dist.ProcessGroup:
+    """All processes, by gloo whatever trains, for waits that outlast the ten minutes of a collective on GPUs."""
+    return dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
+
+
+def _tried(do: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return do(), None
+    except Exception as error:  # raised again once the others know
+        return None, error
+
+
+def _status(error: Exception) -> int:
+    if isinstance(error, InvalidArgument):
+        return 2
+    return 143 if isinstance(error, Stopped) else 1
+
+
+def _met(meet: Callable[[], object]) -> None:
+    try:
+        meet()
+    except RuntimeError as error:
+        problem = f"another process of this run has ended ({first_line(error)})"
+        raise RunFailed(f"{problem}; go on with --resume_from_checkpoint latest") from None

@@ -1,0 +1,130 @@
+"""Several processes: one decides, all hear of it, and nobody is left waiting where one fails."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+from launching import launch
+
+from reslora import together
+from reslora.errors import InvalidArgument
+
+# Each process writes what it saw to a file of its own.
+SCRIPT = """
+import json, os, pathlib, sys, time
+import accelerate
+from reslora.errors import EndedElsewhere, InvalidArgument, RunFailed
+from reslora import together
+
+accelerator = accelerate.Accelerator()
+rank, seen = accelerator.process_index, {{}}
+seen["main"] = together.is_main()
+seen["decided"] = together.decided(lambda: [rank, "said"])
+seen["each"] = together.each(lambda: rank)
+seen["gathered"] = together.gathered(rank)
+seen["any"] = [together.any_of(rank == 1), together.any_of(False)]
+
+def fails(error, at):
+    if rank == at:
+        raise error
+    return "well"
+
+for name, do in {{
+    "main refuses": lambda: together.decided(lambda: fails(InvalidArgument("--a", "b", "c"), 0)),
+    "main fails": lambda: together.decided(lambda: fails(OSError("disk"), 0)),
+    "other fails": lambda: together.each(lambda: fails(RunFailed("other"), 1)),
+}}.items():
+    try:
+        do()
+    except Exception as error:
+        seen[name] = [type(error).__name__, getattr(error, "status", None)]
+started = time.monotonic()
+together.decided(lambda: time.sleep(1))
+seen["waited"] = time.monotonic() - started >= 0.9
+pathlib.Path(f"{folder}/{{rank}}.json").write_text(json.dumps(seen))
+together.wait()
+accelerator.end_training()
+"""
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("together")
+    (folder / "script.py").write_text(SCRIPT.format(folder=folder))
+    launch("cpu_two_processes.yaml", folder / "script.py", folder=folder)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def test_what_the_main_process_decides_all_know(seen):
+    assert [found["main"] for found in seen] == [True, False]
+    assert [found["decided"] for found in seen] == [[0, "said"], [0, "said"]]
+    assert [found["each"] for found in seen] == [0, 1]
+    assert [found["gathered"] for found in seen] == [[0, 1], [0, 1]]
+    assert [found["any"] for found in seen] == [[True, False], [True, False]]
+    assert all(found["waited"] for found in seen)
+
+
+def test_what_fails_in_one_process_ends_all_with_its_status(seen):
+    assert [found["main refuses"] for found in seen] == [["InvalidArgument", None], ["EndedElsewhere", 2]]
+    assert [found["main fails"] for found in seen] == [["OSError", None], ["EndedElsewhere", 1]]
+    assert [found["other fails"] for found in seen] == [["EndedElsewhere", 1], ["RunFailed", None]]
+
+
+def test_alone_everything_is_a_plain_call():
+    assert together.alone() and together.is_main()
+    assert together.decided(lambda: 3) == together.each(lambda: 3) == 3
+    assert together.gathered(3) == [3]
+    assert together.any_of(True) is True and together.any_of(False) is False
+    together.wait()
+    for collective in (together.decided, together.each):
+        with pytest.raises(InvalidArgument):
+            collective(refuse)
+
+
+def refuse() -> None:
+    raise InvalidArgument("--a", "b", "c")
+
+
+# Rank 1 dies without a word while rank 0 waits for it.
+DEAD = """
+import os, sys
+import torch.distributed as dist
+from reslora import together
+from reslora.script import run_script
+
+def main(argv, stop):
+    dist.init_process_group("gloo")
+    together.wait()
+    if dist.get_rank() == 1:
+        os._exit(9)
+    together.{waiting}
+
+sys.exit(run_script("script", main))
+"""
+
+
+@pytest.mark.parametrize("waiting", ["wait()", "any_of(False)", "decided(lambda: 1)", "each(lambda: 1)"])
+def test_a_process_that_dies_is_not_waited_for(tmp_path, waiting):
+    (tmp_path / "script.py").write_text(DEAD.format(waiting=waiting))
+    store = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    path = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "script.py"], cwd=tmp_path, env=os.environ | store | path | {"RANK": str(rank)},
+            stderr=subprocess.PIPE, text=True,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    errors = processes[0].communicate(timeout=500)[1]
+    assert processes[0].returncode == 1 and "another process of this run has ended" in errors.splitlines()[-1], errors
+    assert "Traceback" not in errors
+    processes[1].communicate(timeout=500)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
