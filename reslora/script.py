@@ -49,8 +49,6 @@ def _leave_process_group(together: bool) -> None:
 
     `together`: all processes of the run leave; where only some do, groups that wait for the others are left alone.
     """
-    distributed = getattr(sys.modules.get("torch"), "distributed", None)  # scripts import it after their flags
-    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
-        return
-    if together or distributed.get_backend() == "gloo":
-        distributed.destroy_process_group()
+    together_module = sys.modules.get(f"{__package__}.together")  # scripts import it, and torch, after their flags
+    if together_module is not None:
+        together_module.leave(everyone=together)

@@ -6,7 +6,6 @@ have them meet different collectives, and wait for each other for ever. Alone, e
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -100,10 +99,27 @@ def _wait() -> None:
     work.wait()
 
 
-@functools.lru_cache(1)
+def leave(everyone: bool) -> None:
+    """Leaves the groups of processes; where not `everyone` does, a GPU's group, which would wait, is left alone."""
+    patient = list(_PATIENT.values())
+    _PATIENT.clear()
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    if everyone or dist.get_backend() == "gloo":
+        dist.destroy_process_group()
+    else:
+        for group in patient:
+            dist.destroy_process_group(group)
+
+
+_PATIENT: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
+
+
 def _patient(world: dist.ProcessGroup) -> dist.ProcessGroup:
     """All processes, by gloo whatever trains, for waits that outlast the ten minutes of a collective on GPUs."""
-    return dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
+    if world not in _PATIENT:
+        _PATIENT[world] = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
+    return _PATIENT[world]
 
 
 def _tried(do: Callable[[], T]) -> tuple[T | None, Exception | None]:

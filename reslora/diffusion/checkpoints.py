@@ -107,7 +107,8 @@ def plan_resume(flags: Flags, identity: Identity | None = None) -> Resume:
         if not record or not is_trained(flags, output / method, record):
             continue
         check_past(flags, output / method, record, identity)
-        if any(record.get(name, getattr(flags, name)) != getattr(flags, name) for name in MERGING):
+        merged = method == "reslora" and {name: record[name] for name in MERGING if name in record}
+        if merged and any(getattr(flags, name) != value for name, value in merged.items()):
             checkpoints[method] = [final_checkpoint(flags, output / method, record["step"])]
             merge_anew.append(method)
         elif is_exported(output / method, record):

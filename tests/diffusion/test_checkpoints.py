@@ -1,6 +1,7 @@
 """Going on from a checkpoint: bit for bit where nothing changed, a warning where it is damaged, else one line."""
 
 import contextlib
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -19,6 +20,7 @@ from diffusion.runs import (
     assert_same,
     cut,
     digests,
+    failed,
     final_weights,
     flip_a_bit,
     losses,
@@ -138,6 +140,89 @@ def test_named_checkpoint_that_is_damaged_is_refused(runs, whole, tmp_path, dama
     DAMAGES[damage](tmp_path / "reslora" / "checkpoint-2")
     assert runs.finish(tmp_path, "--resume_from_checkpoint", "checkpoint-2") == 2
     assert "--resume_from_checkpoint" in runs.last_line() and "damaged" in runs.last_line()
+
+
+def test_where_no_checkpoint_is_whole_nothing_is_trained_over_them(runs, whole, tmp_path):
+    """Weeks of training may be in them: to start afresh is for the user to say."""
+    output = tmp_path / "out"
+    shutil.copytree(whole / "reslora", output / "reslora")
+    (output / "reslora" / "exports.json").unlink()
+    for checkpoint in checkpoints_of(output / "reslora"):
+        cut(checkpoint / "trainer.pt")
+    before = digests(output, "reslora/checkpoint-*/*")
+    assert runs.finish(output, *RESUME, "--checkpoints_total_limit", "1") == 2
+    assert "no checkpoint in" in runs.last_line() and "remove that folder" in runs.last_line()
+    assert digests(output, "reslora/checkpoint-*/*") == before
+
+
+# -- what is whole, and cannot be loaded now ---------------------------------------------------------------------------
+
+
+def out_of_memory(*_: object, **__: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def unreadable(*_: object, **__: object) -> None:
+    raise OSError(errno.EIO, "Input/output error", "adapter.safetensors")
+
+
+def of_another_version(*_: object, **__: object) -> None:
+    raise ValueError("loaded state dict contains a parameter group that doesn't match")
+
+
+FAILURES = {
+    "no memory for the optimizer": ("torch.optim.Optimizer.load_state_dict", out_of_memory),
+    "no memory for the state": ("torch.load", out_of_memory),
+    "another version's optimizer": ("torch.optim.Optimizer.load_state_dict", of_another_version),
+    "another version's adapter": ("reslora.diffusion.checkpoints.load_adapter", of_another_version),
+    "a disk that does not answer": ("reslora.files._sha256", unreadable),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_resume_that_fails_keeps_everything_and_succeeds_later(run, base_flags, capsys, tmp_path, monkeypatch, name):
+    """It may be another process's memory: nothing is passed over, started afresh, overwritten or removed."""
+    output = unfinished(run, tmp_path / "out", "lora")
+    before = digests(output, "**/checkpoint-*/*")
+    flags = [*base_flags, "--method", "lora", "--output_dir", output, "--checkpoints_total_limit", "1", *RESUME]
+    flags += ["--max_train_steps", "5"]
+    where, failure = FAILURES[name]
+    with monkeypatch.context() as patch:
+        patch.setattr(where, failure)
+        line = failed(capsys, *flags)
+    assert "checkpoint-4" in line or "adapter.safetensors" in line
+    assert digests(output, "**/checkpoint-*/*") == before
+    assert main(*flags) == 0
+    assert "damaged" not in capsys.readouterr().out
+    assert [path.name for path in checkpoints_of(output / "lora")] == ["checkpoint-5"]
+
+
+# -- checkpoints of another line ---------------------------------------------------------------------------------------
+
+
+def test_going_back_keeps_what_was_trained_from_there_before(run, base_flags, tmp_path):
+    """Neither overwritten when the step comes again, nor removed by the limit, nor taken for the newest."""
+    output = unfinished(run, tmp_path / "out", "lora")
+    (output / "lora" / "checkpoint-6").mkdir()  # somebody's, in the way of a later one
+    (output / "lora" / "checkpoint-6" / "mine.txt").write_text("mine")
+    before = digests(output, "lora/checkpoint-4/*")
+    flags = [*base_flags, "--method", "lora", "--output_dir", output, "--checkpoints_total_limit", "1"]
+    flags += ["--max_train_steps", "6", "--resume_from_checkpoint", "checkpoint-2"]
+    only(printed(*flags), "checkpoint-4 is not of this line", "checkpoint-4-set-aside")
+    kept = {path.name for path in (output / "lora").glob("checkpoint-*")}
+    assert kept == {"checkpoint-6", "checkpoint-4-set-aside", "checkpoint-6-set-aside"}
+    after = digests(output, "lora/checkpoint-4-set-aside/*")
+    assert {name.replace("-set-aside", ""): value for name, value in after.items()} == before
+    assert (output / "lora" / "checkpoint-6-set-aside" / "mine.txt").read_text() == "mine"
+
+
+def test_a_checkpoint_from_elsewhere_takes_no_places(run, base_flags, tmp_path):
+    output = unfinished(run, tmp_path / "out", "lora")
+    elsewhere = shutil.copytree(output / "lora" / "checkpoint-2", tmp_path / "else" / "checkpoint-2")
+    flags = [*base_flags, "--method", "lora", "--output_dir", output, "--resume_from_checkpoint", elsewhere]
+    assert main(*flags, "--checkpoints_total_limit", "1") == 0
+    kept = {path.name for path in (output / "lora").glob("checkpoint-*")}
+    assert kept == {"checkpoint-2-set-aside", "checkpoint-4-set-aside", "checkpoint-4"}
 
 
 # -- rotation --------------------------------------------------------------------------------------------------------

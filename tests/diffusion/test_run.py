@@ -1,6 +1,20 @@
 """What a run finds in its folder: itself, finished or not."""
 
-from diffusion.runs import main, refused, without
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from pipelines import image_folder
+from safetensors.torch import load_file
+
+from diffusion.runs import final_weights, main, only, printed, refused, without
+
+
+@pytest.fixture
+def finished(run, tmp_path) -> Path:
+    """A copy of the finished run."""
+    return shutil.copytree(run, tmp_path / "out")
 
 
 def test_finished_run_does_nothing(run, base_flags, capsys):
@@ -24,3 +38,69 @@ def test_unfinished_run_is_not_overwritten(run, base_flags, capsys, tmp_path):
     checkpoint.symlink_to(run / "lora" / "checkpoint-2")
     flags = [*base_flags, "--method", "lora", "--output_dir", tmp_path]
     assert "--resume_from_checkpoint latest" in refused(capsys, *flags)
+
+
+# -- a finished run, asked for something else --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["with checkpoints", "without"])
+@pytest.mark.parametrize(
+    "flags",
+    [("--rank", 8), ("--seed", 3), ("--learning_rate", 0.5), ("--shortcut", "block"), ("--train_batch_size", 3)],
+)
+def test_other_settings_are_not_what_was_trained(finished, base_flags, capsys, flags, kept):
+    """Whoever has removed the checkpoints to save room is told the same."""
+    if not kept:
+        for checkpoint in finished.glob("*/checkpoint-*"):
+            shutil.rmtree(checkpoint)
+    line = refused(capsys, *base_flags, "--method", "lora", "reslora", "--output_dir", finished, *flags, quiet=False)
+    assert "another --output_dir" in line and (flags[0] in line or "batch size" in line)
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["with checkpoints", "without"])
+def test_other_images_are_not_what_was_trained_on(finished, base_flags, capsys, tmp_path, kept):
+    if not kept:
+        for checkpoint in finished.glob("*/checkpoint-*"):
+            shutil.rmtree(checkpoint)
+    folder = image_folder(tmp_path / "others", caption=lambda i: "green star")
+    flags = [*base_flags, "--method", "lora", "reslora", "--output_dir", finished, "--train_data_dir", folder]
+    line = refused(capsys, *flags, quiet=False)
+    assert f"--train_data_dir {folder}" in line
+
+
+def test_another_merge_is_made_without_training(finished, run, base_flags, capsys, tmp_path):
+    """As a run that merged so from the start: the same bytes, no step, and the log as it was."""
+    flags = [*base_flags, "--method", "lora", "reslora", "--merge", "weights", "--output_dir"]
+    log = (finished / "reslora" / "log.jsonl").read_bytes()
+    lora = {path: path.stat().st_mtime_ns for path in (finished / "lora").rglob("*")}
+    only(printed(*flags, finished), "merging and exporting it anew with --merge weights")
+    assert json.loads((finished / "reslora" / "merge.json").read_text())["method"] == "weights"
+    assert (finished / "reslora" / "log.jsonl").read_bytes() == log
+    assert {path: path.stat().st_mtime_ns for path in (finished / "lora").rglob("*")} == lora
+    assert main(*flags, tmp_path / "fresh") == 0
+    for name in ("pytorch_lora_weights.safetensors", "kohya.safetensors"):
+        one, other = (load_file(folder / "reslora" / name) for folder in (finished, tmp_path / "fresh"))
+        assert all(one[key].equal(other[key]) for key in other)
+    assert "nothing to do" in "".join(printed(*flags, finished))
+
+
+def test_another_merge_needs_the_last_checkpoint(finished, base_flags, capsys):
+    shutil.rmtree(finished / "reslora" / "checkpoint-4")
+    flags = [*base_flags, "--method", "reslora", "--merge", "weights", "--output_dir", finished]
+    assert "checkpoint-4 is gone" in refused(capsys, *flags)
+
+
+def test_what_a_finished_run_shows_no_more_is_said(finished, base_flags, capsys):
+    flags = [*base_flags, "--method", "lora", "reslora", "--output_dir", finished, "--validation_prompt", "green star"]
+    lines = printed(*flags)
+    only(lines, "/lora is finished", "--validation_prompt has no effect", "red disc")
+    only(lines, "nothing to do")
+
+
+def test_exports_that_are_gone_are_made_again(finished, run, base_flags):
+    (finished / "lora" / "kohya.safetensors").unlink()
+    flags = [*base_flags, "--method", "lora", "reslora", "--output_dir", finished, "--resume_from_checkpoint", "latest"]
+    assert main(*flags) == 0
+    one, other = (load_file(folder / "lora" / "kohya.safetensors") for folder in (finished, run))
+    assert all(one[key].equal(other[key]) for key in other)
+    assert final_weights(finished, "lora").keys() == final_weights(run, "lora").keys()

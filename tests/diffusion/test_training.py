@@ -23,7 +23,10 @@ from diffusion.runs import (
     losses,
     main,
     refused,
+    training_state,
+    without,
 )
+from reslora.diffusion import run as running
 from reslora.log import of_split, read_log
 
 
@@ -224,3 +227,26 @@ def test_sigterm_to_the_launcher_ends_and_saves_the_training(brief_flags, tmp_pa
     (checkpoint,) = method.glob("checkpoint-*")
     last = read_log(method / "log.jsonl")[-1]["step"]
     assert last < 400 and checkpoint.name == f"checkpoint-{last}"
+
+
+# -- half precision ----------------------------------------------------------------------------------------------------
+
+
+def test_each_method_starts_with_a_scale_of_its_own(brief_flags, tmp_path, monkeypatch):
+    """In fp16 losses are scaled; the scale that the first method has found would favour or harm the second."""
+
+    def scaler(*_: object) -> torch.amp.GradScaler:
+        return torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=1)
+
+    def start(flags):
+        accelerator = start_accelerator(flags)
+        accelerator.scaler = scaler()
+        return accelerator
+
+    start_accelerator = running.start_accelerator
+    monkeypatch.setattr(running, "start_accelerator", start)
+    monkeypatch.setattr("reslora.diffusion.trainee.get_grad_scaler", scaler)
+    flags = [*without(brief_flags, "--method"), "--method", "lora", "lora_x2", "--max_train_steps", "2"]
+    assert main(*flags, "--output_dir", tmp_path) == 0
+    for method in ("lora", "lora_x2"):
+        assert training_state(tmp_path, 2, method)["scaler"]["scale"] == 256.0

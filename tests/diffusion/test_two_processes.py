@@ -1,0 +1,126 @@
+"""Two real processes, started as the documentation says: they resume, stop and fail together."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from launching import FOLDER, launch, start
+
+from diffusion.runs import RESUME, SCRIPT, assert_same, digests, final_weights, losses, main
+from reslora.recovery import numbered
+
+STEPS = 5
+CONFIGURATION = "cpu_two_processes.yaml"
+
+
+@pytest.fixture(scope="module")
+def flags(model, data) -> list[str]:
+    return [
+        *("--pretrained_model_name_or_path", str(model), "--train_data_dir", str(data), "--resolution", "32"),
+        *("--max_train_steps", str(STEPS), "--rank", "4", "--learning_rate", "1e-2", "--train_batch_size", "2"),
+        *("--validation_prompt", "red disc", "--num_validation_images", "1", "--validation_steps", "2"),
+        *("--validation_split", "0.3", "--checkpointing_steps", "2", "--num_inference_steps", "1"),
+        *("--merge_calibration_samples", "2", "--report_to", "none"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(flags, tmp_path_factory) -> Path:
+    """The run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("whole")
+    launch(CONFIGURATION, SCRIPT, *flags, "--output_dir", str(folder / "out"), folder=folder)
+    return folder / "out"
+
+
+def test_two_processes_go_on_where_they_were(flags, whole, tmp_path):
+    output = tmp_path / "out"
+    words = [*flags, "--output_dir", str(output)]
+    launch(CONFIGURATION, SCRIPT, *words, "--max_train_steps", "2", folder=tmp_path)
+    printed = launch(CONFIGURATION, SCRIPT, *words, *RESUME, folder=tmp_path)
+    assert printed.count("going on from") == 1 and "damaged" not in printed
+    assert_same(final_weights(output, step=STEPS), final_weights(whole, step=STEPS))
+    assert [row for row in losses(output) if row[0] > 2] == [row for row in losses(whole) if row[0] > 2]
+
+
+# A disk that is slow while a checkpoint is written: the signal comes in the midst of it.
+SLOW = """
+import pathlib, sys, time
+sys.path[:0] = {path!r}
+import reslora.diffusion.run as running
+save_checkpoint = running.save_checkpoint
+def slowly(*arguments):
+    pathlib.Path({folder!r}, "saving").touch()
+    time.sleep(2)
+    save_checkpoint(*arguments)
+running.save_checkpoint = slowly
+import train_sd
+sys.exit(train_sd.main())
+"""
+
+
+@pytest.mark.parametrize("to", ["launcher", "first", "second", "all"])
+def test_a_stop_while_the_first_saves_is_met_by_all(flags, whole, tmp_path, to):
+    output, script = tmp_path / "out", tmp_path / "slow.py"
+    script.write_text(SLOW.format(path=[str(FOLDER.parent.parent)], folder=str(tmp_path)))
+    words = ["--config_file", str(FOLDER / CONFIGURATION), "--main_process_port", "0", str(script), *flags]
+    launcher = start([*words, "--output_dir", str(output)], tmp_path / "printed.txt")
+    await_file(tmp_path / "saving", launcher)
+    workers = processes_of(launcher)
+    for process in {"launcher": [launcher], "first": workers[:1], "second": workers[1:], "all": workers}[to]:
+        process.send_signal(signal.SIGTERM)
+    launcher.wait(timeout=500)
+    _, alive = psutil.wait_procs(workers, timeout=500)
+    assert not alive
+    printed = (tmp_path / "printed.txt").read_text(errors="replace")
+    assert "stopped after step" in printed, printed
+    assert "wait" not in printed and "timeout" not in printed.lower()
+    (newest, *_) = numbered(output / "reslora")
+    launch(CONFIGURATION, SCRIPT, *flags, "--output_dir", str(output), *RESUME, folder=tmp_path)
+    assert newest.name in ("checkpoint-2", "checkpoint-3")
+    assert_same(final_weights(output, step=STEPS), final_weights(whole, step=STEPS))
+    for pattern in ("reslora/samples/**/*.png", "reslora/peft/*.safetensors", "reslora/unet/*.safetensors"):
+        assert digests(output, pattern) == digests(whole, pattern)
+
+
+def test_what_one_process_cannot_write_ends_both_in_one_line(flags, tmp_path):
+    """The main process's disk is full, so to speak: the other one does not wait for what never comes."""
+    output = tmp_path / "out"
+    broken = SLOW.replace("time.sleep(2)", "raise OSError(28, 'No space left on device', 'checkpoint-2')")
+    (tmp_path / "broken.py").write_text(broken.format(path=[str(FOLDER.parent.parent)], folder=str(tmp_path)))
+    words = ["--config_file", str(FOLDER / CONFIGURATION), "--main_process_port", "0", str(tmp_path / "broken.py")]
+    launcher = start([*words, *flags, "--output_dir", str(output)], tmp_path / "printed.txt")
+    assert launcher.wait(timeout=500) != 0
+    printed = (tmp_path / "printed.txt").read_text(errors="replace")
+    assert printed.count("train_sd.py: [Errno 28] No space left on device: 'checkpoint-2'") == 1, printed
+    assert 'File "' not in printed.split("ChildFailedError")[0].split("elastic/multiprocessing")[0], printed
+
+
+def test_other_settings_are_refused_by_both_at_once(flags, whole, capsys, tmp_path):
+    words = ["--config_file", str(FOLDER / CONFIGURATION), "--main_process_port", "0", str(SCRIPT), *flags]
+    launcher = start([*words, "--output_dir", str(whole), "--rank", "2"], tmp_path / "printed.txt")
+    assert launcher.wait(timeout=500) != 0
+    printed = (tmp_path / "printed.txt").read_text(errors="replace")
+    assert printed.count("train_sd.py: error: --rank 2:") == 1, printed
+
+
+def test_one_process_does_not_go_on_for_two_half_as_large(flags, whole, capsys):
+    """As many samples a step: allowed, and equal but for rounding; half as many: refused."""
+    assert main(*flags, "--output_dir", whole, "--max_train_steps", "6", *RESUME) == 2
+    assert "batch size x accumulation x processes = 2" in capsys.readouterr().err
+
+
+def processes_of(launcher) -> list[psutil.Process]:
+    """The two training processes, by rank."""
+    found = [p for p in psutil.Process(launcher.pid).children(recursive=True) if "LOCAL_RANK" in p.environ()]
+    return sorted(found, key=lambda process: process.environ()["LOCAL_RANK"])
+
+
+def await_file(path: Path, process) -> None:
+    end = time.monotonic() + 500
+    while not path.exists():
+        assert time.monotonic() < end and process.poll() is None, f"{path} never came"
+        time.sleep(0.02)
+    os.stat(path)
