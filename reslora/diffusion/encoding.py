@@ -178,7 +178,7 @@ def encode_images(
 def _tell_if_anew(paths: Sequence[Path], variants: Variants, folder: Path, accelerator: Accelerator) -> None:
     """Says so where other latents of this data are there: one new image is enough, for files are named by all."""
     before = read_object(_record(folder, variants)).get("latents")
-    there = isinstance(before, str) and before != paths[0].name and (folder / before).is_file()
+    there = isinstance(before, str) and (folder / before).is_file()
     if there and not any(path.exists() for path in paths):
         accelerator.print(f"the images or settings changed: all {len(variants)} images are encoded anew")
 

@@ -101,7 +101,10 @@ def three_images() -> datasets.Dataset:
 @pytest.mark.parametrize("flag", ["--train_data_dir", "--dataset_name"])
 @pytest.mark.parametrize("splits", [False, True])
 def test_what_save_to_disk_wrote_is_read(tmp_path, flag, splits):
+    """In whatever format its rows were to be seen."""
     rows = three_images()
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.List(datasets.Value("string"))})
+    rows = datasets.Dataset.from_dict({"image": rows["image"], "text": [[text] for text in rows["text"]]}, features)
     if splits:
         rows = datasets.DatasetDict({"test": rows.select([2]), "train": rows})
     rows.with_format("numpy").save_to_disk(tmp_path / "p")
