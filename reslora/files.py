@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
+import platform
 import re
+import secrets
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,7 +21,12 @@ from safetensors.torch import save
 from .errors import first_line
 
 CHECKSUMS_NAME = "checksums.json"
-_TEMPORARY = re.compile(r"\..+\.\d+(\.old)?\.tmp")  # what `replacing` writes to before it renames
+ABANDONED = 24 * 3600  # seconds after which a temporary of another machine counts as left behind
+LONGEST_NAME = 50  # characters of a name that its temporary repeats; systems allow 255 bytes
+
+# What `replacing` writes to before it renames: the name, then machine, process and when that was started, and a random
+# part. Earlier versions wrote the process alone.
+_TEMPORARY = re.compile(r"\..+\.(?:([0-9a-f]{8})-)?(\d+)(?:-(\d+)-[0-9a-f]{8})?(?:\.old)?\.tmp")
 
 
 class Damaged(ValueError):
@@ -29,18 +38,17 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary path beside `path`; what the body leaves there, file or folder, becomes `path` afterwards.
 
     If the body raises, `path` is as it was and the temporary is removed; an `OSError` that names no file names `path`
-    (a full disk is noticed by a write, which knows none).
+    (a full disk is noticed by a write, which knows none). Processes of any number of machines may write one path: the
+    last one's stays. `remove_leftovers` removes what a killed process has left.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    _remove(temporary)
+    temporary = temporary_beside(path)
     try:
         yield temporary
         if temporary.is_dir() and path.is_dir():
             # A folder cannot be renamed over another one: the old one steps aside first.
-            aside = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
-            _remove(aside)
+            aside = temporary_beside(path, ".old")
             path.rename(aside)
             temporary.rename(path)
             _remove(aside)
@@ -52,6 +60,60 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         raise
     finally:
         _remove(temporary)
+
+
+def remove_leftovers(folder: str | os.PathLike) -> None:
+    """Removes the temporaries in a folder, not below it, of processes that were killed while they were `replacing`.
+
+    One of this machine goes when its process is gone, one of another machine (or container), whose processes are not
+    seen from here, when nobody has written to it for `ABANDONED` seconds.
+    """
+    for path in Path(folder).glob(".*.tmp"):
+        if found := _TEMPORARY.fullmatch(path.name):
+            host, process, start = found.groups()
+            with suppress(OSError):  # another process removes it too, or it is somebody else's
+                seen = host == _host() and os.name == "posix"  # elsewhere `os.kill` would end the process
+                old = time.time() - path.lstat().st_mtime > ABANDONED
+                if _is_gone(int(process), start) if seen else old:
+                    _remove(path)
+
+
+def temporary_beside(path: Path, suffix: str = "") -> Path:
+    """A temporary name in the same folder that nobody else uses, and that says whose it is."""
+    process = os.getpid()
+    writer = f"{_host()}-{process}-{_start_of(process)}-{secrets.token_hex(4)}"
+    return path.with_name(f".{path.name[:LONGEST_NAME]}.{writer}{suffix}.tmp")
+
+
+@functools.cache
+def _host() -> str:
+    """This machine in short, and the container in it: process ids mean nothing outside."""
+    known = [platform.node()]
+    for read in (Path("/etc/machine-id").read_text, Path("/proc/self/ns/pid").readlink):
+        with suppress(OSError):
+            known.append(read())
+    return hashlib.blake2b(repr(known).encode(), digest_size=4).hexdigest()
+
+
+def _is_gone(process: int, start: str) -> bool:
+    """Whether a process of this machine has ended; another one may have its id by now."""
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:
+        pass  # it is another user's
+    now = _start_of(process)
+    return "0" not in (start, now) and now != start
+
+
+def _start_of(process: int) -> str:
+    """When a process was started, in its system's ticks; "ended" for one that nobody has waited for, "0" if unknown."""
+    try:
+        state, *fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return "0"
+    return "ended" if state in "ZX" else fields[18]
 
 
 def write_tensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:

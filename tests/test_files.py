@@ -1,11 +1,15 @@
-"""Checksums: what is written is noticed when it changes."""
+"""What is written appears whole, whoever else writes it; and is noticed when it changes."""
 
 import hashlib
 import json
+import os
+import signal
+import time
+from pathlib import Path
 
 import pytest
 
-from reslora.files import CHECKSUMS_NAME, check_checksums, write_checksums
+from reslora.files import ABANDONED, CHECKSUMS_NAME, check_checksums, remove_leftovers, replacing, write_checksums
 
 
 @pytest.fixture
@@ -73,9 +77,13 @@ def test_a_folder_without_checksums_passes(tmp_path):
     check_checksums(tmp_path)
 
 
-def test_a_temporary_of_another_writer_is_not_listed(folder):
-    (folder / ".log.jsonl.123.tmp").write_text("half")
-    write_checksums(folder)
+@pytest.mark.parametrize("name", [None, ".log.jsonl.123.tmp", ".log.jsonl.123.old.tmp"])
+def test_a_temporary_of_another_writer_is_not_listed(folder, name):
+    """By the names that it has now, and had in earlier versions."""
+    with replacing(folder / "log.jsonl") as temporary:
+        for path in (temporary, temporary.with_name(name or temporary.name)):
+            path.write_text("half")
+        write_checksums(folder)
     assert list(json.loads((folder / CHECKSUMS_NAME).read_text())) == ["unet/config.json", "weights.bin"]
 
 
@@ -85,3 +93,85 @@ def test_a_temporary_of_another_writer_is_not_listed(folder):
 def test_damaged_checksums_are_refused(folder, content):
     (folder / CHECKSUMS_NAME).write_bytes(content.encode("utf-8", "surrogateescape"))
     assert CHECKSUMS_NAME in refusal(folder)
+
+
+# -- temporaries -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [Path.write_text, lambda path, text: (path.mkdir(), (path / "a").write_text(text))])
+def test_two_who_write_at_once_do_not_meet(tmp_path, make):
+    """As two machines with the same process id on one disk would."""
+    path = tmp_path / "out"
+    with replacing(path) as one:
+        make(one, "one")
+        with replacing(path) as other:
+            make(other, "other")
+        assert (path if path.is_file() else path / "a").read_text() == "other"
+    assert (path if path.is_file() else path / "a").read_text() == "one"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_name_as_long_as_can_be_has_a_temporary(tmp_path):
+    with replacing(tmp_path / ("é" * 127)) as temporary:
+        temporary.write_text("text")
+    assert (tmp_path / ("é" * 127)).read_text() == "text"
+
+
+def left_by(folder: Path, dies: bool) -> tuple[int, Path]:
+    """A process that writes into the folder, and is killed then or waits for that; and its temporary."""
+    reads, writes = os.pipe()
+    process = os.fork()
+    if process == 0:
+        with replacing(folder / "out") as temporary:
+            (temporary / "part").mkdir(parents=True)
+            os.write(writes, os.fsencode(temporary))
+            if dies:
+                os.kill(os.getpid(), signal.SIGKILL)
+            signal.pause()
+    path = Path(os.fsdecode(os.read(reads, 4096)))
+    os.close(reads)
+    os.close(writes)
+    if dies:
+        os.waitid(os.P_PID, process, os.WEXITED | os.WNOWAIT)
+    return process, path
+
+
+def test_what_a_killed_process_left_goes_and_what_another_is_writing_stays(tmp_path):
+    (dead, left), (alive, written) = left_by(tmp_path, dies=True), left_by(tmp_path, dies=False)
+    try:
+        remove_leftovers(tmp_path)
+        assert not left.exists() and written.is_dir()  # nobody has waited for the dead one yet
+        remove_leftovers(tmp_path / "missing")
+    finally:
+        os.kill(alive, signal.SIGKILL)
+        for process in (dead, alive):
+            os.waitpid(process, 0)
+    remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_with_the_id_of_a_dead_one_does_not_keep_its_temporary(tmp_path):
+    with replacing(tmp_path / "out") as mine:
+        who, process, start, rest = mine.name.rsplit("-", 3)
+        earlier = mine.with_name("-".join([who, process, str(int(start) - 1), rest]))
+        for path in (mine, earlier):
+            path.write_text("half")
+        remove_leftovers(tmp_path)
+        assert mine.exists() and not earlier.exists()
+
+
+@pytest.mark.parametrize("other", ["another machine", "an earlier version"])
+def test_a_temporary_of_another_machine_goes_when_it_is_old(tmp_path, other):
+    """Its process is not seen from here: the id is one that nobody has."""
+    dead, left = left_by(tmp_path, dies=True)
+    os.waitpid(dead, 0)
+    host, *_ = left.name.removeprefix(".out.").split("-")
+    name = left.name.replace(host, "0" * 8) if other == "another machine" else f".out.{dead}.tmp"
+    path = left.rename(left.with_name(name))
+    theirs = tmp_path / ".mine.tmp"
+    theirs.write_text("text")
+    for age, there in ((ABANDONED - 600, True), (ABANDONED + 600, False)):
+        for found in (path, theirs):
+            os.utime(found, (time.time() - age,) * 2)
+        remove_leftovers(tmp_path)
+        assert path.exists() == there and theirs.exists()

@@ -181,7 +181,8 @@ def add_data_flags(add) -> None:
     add("--dataset_name", help="dataset on the hub, or a folder")
     add("--dataset_config_name", help="configuration of that dataset")
     add("--train_data_dir", metavar="FOLDER",
-        help="images with a metadata.jsonl or .csv, or with .txt captions beside them; default: the bundled images")
+        help="images with a metadata.jsonl or .csv, or with .txt or .caption files beside them; or Parquet, .tar "
+             "(webdataset) or JSON files, or what save_to_disk wrote; default: the bundled images")
     add("--image_column", default="image", help="column with the image")
     add("--caption_column", default="text", help="column with the caption, or a list of captions to choose from")
     add("--max_train_samples", type=whole(1), help="train on that many images, drawn at random")
@@ -252,6 +253,9 @@ def add_validation_flags(add) -> None:
     add("--validation_steps", type=whole(1), help="steps between samples; default: by --validation_epochs")
     add("--validation_epochs", type=whole(1), default=1, help="epochs between samples")
     add("--validation_split", type=number(0, below=1), help="share of the images held out for a validation loss")
+    add("--max_validation_images", type=whole(1), default=64,
+        help="images the validation loss is measured on; of more that are held out so many are drawn by --seed, and "
+             "the rest is not trained on either")
     add("--num_inference_steps", type=whole(1), help="denoising steps of a sample")
     add("--guidance_scale", type=number(0), help="classifier-free guidance of a sample")
 

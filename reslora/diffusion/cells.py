@@ -20,7 +20,8 @@ import safetensors.torch
 import torch
 from accelerate import Accelerator
 
-from ..files import replacing
+from ..files import remove_leftovers, replacing
+from ..together import wait
 
 Cell = dict[str, torch.Tensor] | str
 """What is written: tensors, or why there are none."""
@@ -51,19 +52,36 @@ class Cells:
 
 
 def cached(paths: Sequence[Path], each: int, make: Callable[[int], Generator[Cell]], accelerator: Accelerator) -> Cells:
-    """The cells of all files; each of a machine's processes first writes its share of those that are missing."""
-    for number in missing(paths, accelerator):
-        with contextlib.closing(make(number)) as cells:
-            write(paths[number], cells)
-    accelerator.wait_for_everyone()
+    """The cells of all files; each process first writes its share of those that are missing.
+
+    Whether machines share the folder is seen, not asked: after the first round each machine's processes write what
+    they still miss, and after the second each process for itself.
+    """
+    if accelerator.is_local_main_process:
+        for folder in {path.parent for path in paths}:
+            remove_leftovers(folder)
+    for share in _rounds(accelerator):
+        for number in _missing(paths, *share):
+            with contextlib.closing(make(number)) as cells:
+                write(paths[number], cells)
+        wait()
     return Cells(paths, each)
 
 
 def missing(paths: Sequence[Path], accelerator: Accelerator) -> list[int]:
-    """Numbers of the files that are not there yet, of this process's share among those of its machine."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-    share = range(accelerator.local_process_index, len(paths), processes)
-    return [number for number in share if not _is_whole(paths[number])]
+    """Numbers of the files that are not there yet, of this process's share among those of all processes."""
+    return _missing(paths, *_rounds(accelerator)[0])
+
+
+def _rounds(accelerator: Accelerator) -> list[tuple[int, int]]:
+    """The first file and the distance to the next of this process's share, round by round."""
+    of_all = (accelerator.process_index, accelerator.num_processes)
+    of_machine = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+    return [of_all, (accelerator.local_process_index, of_machine), (0, 1)]
+
+
+def _missing(paths: Sequence[Path], first: int, distance: int) -> list[int]:
+    return [number for number in range(first, len(paths), distance) if not _is_whole(paths[number])]
 
 
 def write(path: Path, cells: Iterator[Cell]) -> None:

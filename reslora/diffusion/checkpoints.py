@@ -13,7 +13,7 @@ from accelerate import Accelerator
 
 from ..adapters import load_adapter, save_adapter
 from ..errors import InvalidArgument, RunFailed, first_line
-from ..files import Damaged, check_checksums, read_object, replacing, write_checksums, write_json
+from ..files import Damaged, check_checksums, read_object, replacing, temporary_beside, write_checksums, write_json
 from ..recovery import cannot_be_loaded, numbered, set_aside, set_others_aside
 from ..together import decided, each
 from .arguments import Flags
@@ -188,6 +188,8 @@ def check_past(flags: Flags, place: Path, record: dict, identity: Identity | Non
         here, there = getattr(identity, name), record.get(name, getattr(identity, name))
         if here != there:
             what = f"on {there}, these are {here}" if name == "images" else "from a model with other content"
+            if "content" not in str(there):  # it holds hashes of heads and tails of files
+                what = f"by an earlier version, which did not look at all of the {name}: are these the same?"
             problem, fix = f"{place} was trained {what}", "bring that back, or choose another --output_dir"
             raise InvalidArgument(getattr(identity, f"{name}_flag"), problem, fix)
 
@@ -216,7 +218,7 @@ def save_checkpoint(trainee: Trainee, folder: Path, flags: Flags, identity: Iden
     if flags.checkpoints_total_limit:
         for old in checkpoints_of(folder)[flags.checkpoints_total_limit :]:
             # Under another name first: a kill half-way must not leave half a checkpoint.
-            remove(old.rename(old.with_name(f".{old.name}.{os.getpid()}.old.tmp")))
+            remove(old.rename(temporary_beside(old)))
 
 
 def past_of(flags: Flags, identity: Identity) -> dict:

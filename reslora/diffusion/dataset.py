@@ -5,11 +5,11 @@ from __future__ import annotations
 import codecs
 import csv
 import dataclasses
-import hashlib
 import io
 import json
 import os
 import re
+import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,12 +20,15 @@ import PIL.Image
 
 from ..errors import InvalidArgument, first_line
 from .arguments import Flags
+from .content import content_mark
 from .images import SUFFIXES, Source, image_size, open_image
 from .seeds import derive, shuffled
 from .settings import clean
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-EDGE = 4096  # bytes of a file's head and tail that its fingerprint reads
+CAPTIONS = (".txt", ".caption")  # the second one is kohya's; the first of them that is there counts
+SAVED = ("dataset_dict.json", "state.json")  # one of them is in a folder that `save_to_disk` wrote
+PICKLES = (".pkl", ".pickle", ".pyd", ".pth", ".pt")
 FEATURES = datasets.Features(
     {"image": datasets.Image(decode=False), "captions": datasets.List(datasets.Value("string"))}
 )
@@ -46,7 +49,7 @@ class ImageDataset:
     square: bool = True
     """Whether all images are."""
     fingerprint: str = ""
-    """The content in short: captions, and size, head and tail of each image."""
+    """Captions and images in short. It holds the word "content", which that of earlier versions did not."""
     content: str = ""
     """The same without the captions."""
 
@@ -61,8 +64,7 @@ class ImageDataset:
 
     def source(self, index: int) -> Source:
         """The file of an image, or its content."""
-        image = self.rows[index]["image"]
-        return image["bytes"] or image["path"]
+        return _source(self.rows[index])
 
     def open(self, index: int) -> PIL.Image.Image:
         """The image as 8-bit RGB."""
@@ -83,9 +85,9 @@ def load_images(flags: Flags) -> ImageDataset:
     """The images and captions that the flags name, without those that cannot be used (refused with --strict)."""
     folder = Path(flags.dataset_name or flags.train_data_dir)
     found = (read_folder(folder, flags) if folder.is_dir() else None) or read_dataset(flags)
-    keep, left_out, square, marks = [], [], True, []
+    keep, left_out, square = [], [], True
     for index, row in enumerate(found.rows):
-        source = row["image"] and (row["image"]["bytes"] or row["image"]["path"])
+        source = _source(row)
         size = image_size(source) if source else "no image"
         problem = (
             found.problems.get(index) or _caption_problem(row["captions"]) or (size if isinstance(size, str) else "")
@@ -97,7 +99,6 @@ def load_images(flags: Flags) -> ImageDataset:
             left_out.append(f"{name}: {problem}")
             continue
         keep.append(index)
-        marks.append(content_mark(source))
         square &= size[0] == size[1]
     if not keep:
         example = f" (for example {left_out[0]})" if left_out else ""
@@ -105,29 +106,21 @@ def load_images(flags: Flags) -> ImageDataset:
         raise InvalidArgument(data_flag(flags), f"no image with a caption in it{example}", fix)
     if flags.max_train_samples and flags.max_train_samples < len(keep):
         chosen = shuffled(len(keep), flags.seed, "max_train_samples")[: flags.max_train_samples]
-        keep, marks = [keep[i] for i in chosen], [marks[i] for i in chosen]
+        keep = [keep[i] for i in chosen]
     rows = found.rows.select(keep) if keep != list(range(len(found.rows))) else found.rows
-    captions = list(rows["captions"])
-    fingerprint, content = (f"{len(rows)} images, {derive(*key):x}" for key in ((captions, marks), (marks,)))
+    captions, marks = list(rows["captions"]), [content_mark(_source(row)) for row in rows]
+    fingerprint, content = (f"{len(rows)} images, content {derive(*key):x}" for key in ((captions, marks), (marks,)))
     return ImageDataset(rows, captions, tuple(left_out), tuple(found.notes), square, fingerprint, content)
+
+
+def _source(row: dict) -> Source | None:
+    image = row["image"]
+    return image and (image["bytes"] or image["path"])
 
 
 def _caption_problem(captions: Sequence) -> str:
     # A missing caption is a mistake; an empty one is a choice (the image then trains the empty caption).
     return "" if captions and all(isinstance(caption, str) for caption in captions) else "no caption"
-
-
-def content_mark(source: Source) -> str:
-    """Size and a hash of the head and the tail of a file: enough to notice that another one is in its place."""
-    if isinstance(source, bytes):
-        size, edges = len(source), source[:EDGE] + source[-EDGE:]
-    else:
-        with Path(source).open("rb") as file:
-            head = file.read(EDGE)
-            size = os.fstat(file.fileno()).st_size
-            file.seek(max(0, size - EDGE))
-            edges = head + file.read(EDGE)
-    return f"{size}:{hashlib.blake2b(edges, digest_size=8).hexdigest()}"
 
 
 def data_flag(flags: Flags) -> str:
@@ -139,14 +132,9 @@ def data_flag(flags: Flags) -> str:
 
 
 def read_folder(folder: Path, flags: Flags) -> Found | None:
-    """A folder with metadata.jsonl or .csv, or a .txt caption beside each image; None for what `datasets` reads."""
-    output, everything = Path(flags.output_dir).absolute(), sorted(folder.rglob("*"))
-    own = output != folder.absolute()  # samples of this very run are no training images
-    files = [
-        path
-        for path in everything
-        if path.suffix.lower() in SUFFIXES and not (own and path.absolute().is_relative_to(output))
-    ]
+    """A folder with metadata.jsonl or .csv, or a caption beside each image; None for what `datasets` reads."""
+    everything = files_of(folder, flags)
+    files = [path for path in everything if path.suffix.lower() in SUFFIXES]
     metadata = next((folder / name for name in METADATA if (folder / name).is_file()), None)
     if metadata is not None and _has_file_names(metadata):
         found = read_metadata(metadata, flags)
@@ -156,15 +144,25 @@ def read_folder(folder: Path, flags: Flags) -> Found | None:
         return _with_folder_notes(found, files, everything)
     if any(path.name in METADATA for path in everything):
         return None
-    if not any(path.with_suffix(".txt").is_file() for path in files):
-        if any(path.suffix == ".parquet" for path in everything) or flags.dataset_name:
+    texts = [[text for suffix in CAPTIONS if (text := path.with_suffix(suffix)).is_file()] for path in files]
+    if not any(texts):
+        if layout_of(everything, folder) or flags.dataset_name:
             return None
         what = "no images" if not files else f"{len(files)} images without captions (class folders are not captions)"
         fix = f"add a metadata.jsonl (file_name, {flags.caption_column}), or .txt captions beside the images"
-        raise InvalidArgument(data_flag(flags), what, fix)
-    texts = [path.with_suffix(".txt") for path in files]
-    captions = [read_caption(text) if text.is_file() else [] for text in texts]
-    return _with_folder_notes(_as_found(files, captions), files, everything)
+        raise InvalidArgument(data_flag(flags), what, f"{fix}; other layouts may be what --dataset_name reads")
+    found = _as_found(files, [read_caption(beside[0]) if beside else [] for beside in texts])
+    if twice := sum(len(beside) > 1 for beside in texts):
+        found.notes.append(f"{twice} images have a .txt and a .caption file: the .txt is read")
+    return _with_folder_notes(found, files, everything)
+
+
+def files_of(folder: Path, flags: Flags) -> list[Path]:
+    """All that is below a folder but for what this very run writes: its samples are no training images."""
+    output, everything = Path(flags.output_dir).absolute(), sorted(folder.rglob("*"))
+    if output == folder.absolute():
+        return everything
+    return [path for path in everything if not path.absolute().is_relative_to(output)]
 
 
 def _with_folder_notes(found: Found, files: list[Path], everything: list[Path]) -> Found:
@@ -186,7 +184,7 @@ def _as_found(files: Sequence[Path], captions: Sequence[list | str]) -> Found:
 
 
 def read_caption(path: Path) -> list[str] | str:
-    """The caption of a .txt file, or what is wrong with it; Windows' editors write UTF-16 and byte order marks."""
+    """The caption in a text file, or what is wrong with it; Windows' editors write UTF-16 and byte order marks."""
     content = path.read_bytes()
     marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
@@ -250,59 +248,138 @@ ROWS = {".csv": _csv_rows, ".jsonl": _json_rows}
 
 def _metadata_row(folder: Path, row: object, where: str, flags: Flags) -> tuple[Path, object]:
     try:
-        path = folder / row["file_name"]
-        inside = path.resolve().is_relative_to(folder.resolve())
-    except (ValueError, KeyError, TypeError, OSError, RuntimeError):
-        raise InvalidArgument(where, "names no image as its file_name", "correct it") from None
+        name = row["file_name"]
+    except (KeyError, TypeError):
+        name = None
+    path = _file_inside(folder, name, where, "file_name")
     if flags.caption_column not in row:
         problem = f"{where} has the columns {', '.join(sorted(row))}"
         raise InvalidArgument(f"--caption_column {flags.caption_column}", problem, "name one of these")
-    if not inside:
-        raise InvalidArgument(where, f"names {row['file_name']}, outside the folder", "move the image into it")
     return path, row[flags.caption_column]
+
+
+def _file_inside(folder: Path, name: object, where: str, column: str) -> Path:
+    try:
+        path = folder / name
+        inside = path.resolve().is_relative_to(folder.resolve())
+    except (ValueError, TypeError, OSError, RuntimeError):
+        raise InvalidArgument(where, f"names no image as its {column}", "correct it") from None
+    if not inside:
+        raise InvalidArgument(where, f"names {name}, outside the folder", "move the image into it")
+    return path
 
 
 # -- the datasets library ----------------------------------------------------------------------------------------------
 
 
+def layout_of(everything: Sequence[Path], folder: Path) -> str | None:
+    """Which of the layouts that `datasets` reads a folder without captions beside its images has."""
+    if any((folder / name).is_file() for name in SAVED):
+        return "saved"
+    suffixes = {path.suffix for path in everything if path.name not in METADATA}
+    images = {path.with_suffix("") for path in everything if path.suffix.lower() in SUFFIXES}
+    if ".parquet" in suffixes:
+        return "parquet"
+    if any(path.name in METADATA for path in everything):
+        return None
+    if ".tar" in suffixes and not images:
+        return "webdataset"
+    tables = [path for path in everything if path.suffix in (".json", ".jsonl")]
+    # What lies beside the images, one for each, is no table.
+    return "json" if tables and not any(path.with_suffix("") in images for path in tables) else None
+
+
 def read_dataset(flags: Flags) -> Found:
     """A dataset of the hub, or a folder in one of the other layouts the datasets library knows."""
-    rows = _load_split(flags)
-    for flag, column in (("--image_column", flags.image_column), ("--caption_column", flags.caption_column)):
-        if column not in rows.column_names:
-            problem = f"the columns are {', '.join(rows.column_names)}"
-            raise InvalidArgument(f"{flag} {column}", problem, "name one of these")
+    folder = Path(flags.dataset_name or flags.train_data_dir)
+    everything = files_of(folder, flags) if folder.is_dir() else []
+    layout, notes = layout_of(everything, folder), []
+    rows = _load_split(flags, folder, layout, everything, notes)
+    image, caption = _columns(rows, layout, flags, notes)
+    captions = [value if isinstance(value, list) else [value] for value in rows[caption]]
+    if captions and not any(isinstance(caption, str) for options in captions for caption in options):
+        raise InvalidArgument(f"--caption_column {caption}", "holds no text", "name another column")
+    texts = [[clean(c) for c in value] if all(isinstance(c, str) for c in value) else [] for value in captions]
+    if layout == "json" and not flags.dataset_name:
+        files = [_file_inside(folder, name, f"{data_flag(flags)} row {n}", image) for n, name in enumerate(rows[image])]
+        found = _as_found(files, texts)
+        return dataclasses.replace(found, notes=notes)
     try:
-        images = rows.select_columns([flags.image_column])
-        if flags.image_column != "image":
-            images = images.rename_column(flags.image_column, "image")
+        images = rows.select_columns([image])
+        if image != "image":
+            images = images.rename_column(image, "image")
         images = images.cast_column("image", datasets.Image(decode=False))  # decoded by open_image, which does it right
     except Exception as error:  # whatever arrow raises
-        problem = f"holds no images ({first_line(error)})"
-        raise InvalidArgument(f"--image_column {flags.image_column}", problem, "name another column") from None
-    captions = [value if isinstance(value, list) else [value] for value in rows[flags.caption_column]]
-    if captions and not any(isinstance(caption, str) for options in captions for caption in options):
-        raise InvalidArgument(f"--caption_column {flags.caption_column}", "holds no text", "name another column")
-    texts = [[clean(c) for c in value] if all(isinstance(c, str) for c in value) else [] for value in captions]
+        raise InvalidArgument(
+            f"--image_column {image}", f"holds no images ({first_line(error)})", "name another column"
+        ) from None
     column = datasets.Dataset.from_dict(
         {"captions": texts}, features=datasets.Features({"captions": FEATURES["captions"]})
     )
-    return Found(datasets.concatenate_datasets([images, column], axis=1), {}, [])
+    return Found(datasets.concatenate_datasets([images, column], axis=1), {}, notes)
 
 
-def _load_split(flags: Flags) -> datasets.Dataset:
+def _columns(rows: datasets.Dataset, layout: str | None, flags: Flags, notes: list[str]) -> tuple[str, str]:
+    """The columns of the images and the captions; in a webdataset, which names them by suffixes, the only ones."""
+    image, caption, known = flags.image_column, flags.caption_column, rows.column_names
+    if layout == "webdataset":
+        images = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
+        image = images[0] if image not in known and len(images) == 1 else image
+        caption = "txt" if caption not in known and "txt" in known else caption
+        notes.append(f"the images are {image} of the .tar files, the captions {caption}")
+    for flag, column in (("--image_column", image), ("--caption_column", caption)):
+        if column not in known:
+            more = f" and {len(known) - 20} more" if len(known) > 20 else ""
+            problem = f"the columns are {', '.join(known[:20])}{more}"
+            raise InvalidArgument(f"{flag} {column}", problem, "name one of these")
+    return image, caption
+
+
+def _load_split(
+    flags: Flags, folder: Path, layout: str | None, everything: Sequence[Path], notes: list[str]
+) -> datasets.Dataset:
     datasets.disable_progress_bars()
     try:
-        if flags.dataset_name:
+        if layout == "webdataset":
+            _refuse_pickles([path for path in everything if path.suffix == ".tar"], flags)
+        if layout == "saved":
+            splits = datasets.load_from_disk(str(folder))
+        elif flags.dataset_name:
             splits = datasets.load_dataset(
                 flags.dataset_name, flags.dataset_config_name, cache_dir=flags.cache_dir, data_dir=flags.train_data_dir
             )
+        elif layout in ("webdataset", "json"):
+            suffixes = (".tar",) if layout == "webdataset" else (".json", ".jsonl")
+            shards = _training_files([path for path in everything if path.suffix in suffixes], folder, notes)
+            splits = datasets.load_dataset(
+                layout, data_files={"train": list(map(str, shards))}, cache_dir=flags.cache_dir
+            )
         else:
-            folder = Path(flags.train_data_dir)
-            shards = any(path.name not in METADATA for path in folder.rglob("*.parquet"))
-            source = {"path": str(folder)} if shards else {"path": "imagefolder", "data_dir": str(folder)}
+            source = {"path": str(folder)} if layout else {"path": "imagefolder", "data_dir": str(folder)}
             splits = datasets.load_dataset(**source, cache_dir=flags.cache_dir)
+    except InvalidArgument:
+        raise
     except Exception as error:  # whatever a hub, a network or a parser can raise
         problem = f"cannot be loaded ({first_line(error)})"
         raise InvalidArgument(data_flag(flags), problem, "check the name, the connection and the layout") from None
-    return splits["train"] if "train" in splits else next(iter(splits.values()))
+    if isinstance(splits, datasets.Dataset):
+        return splits.with_format(None)
+    return (splits["train"] if "train" in splits else next(iter(splits.values()))).with_format(None)
+
+
+def _training_files(files: Sequence[Path], folder: Path, notes: list[str]) -> Sequence[Path]:
+    """Those that have "train" in their names or folders' names, where some do."""
+    chosen = [path for path in files if "train" in str(path.relative_to(folder)).lower()] or files
+    if len(chosen) < len(files):
+        notes.append(f"{len(files) - len(chosen)} of {len(files)} files are not of the training split")
+    return chosen
+
+
+def _refuse_pickles(files: Sequence[Path], flags: Flags) -> None:
+    """`datasets` would unpickle some of them, if carefully."""
+    for path in files:
+        with tarfile.open(path) as archive:
+            name = next((member.name for member in archive if member.name.lower().endswith(PICKLES)), None)
+        if name is not None:
+            problem = f"{path.name} holds {name}, which is pickle"
+            raise InvalidArgument(data_flag(flags), problem, "leave it out: images and captions alone are read")

@@ -1,7 +1,7 @@
 """Images and captions, encoded once and kept on disk: latents and text states, read when they are asked for.
 
 A file (see `cells`) holds a part of the dataset and is named by all that its content depends on. So a second run finds
-it, processes of one machine share it, and an interrupted run encodes no part twice.
+it, processes share it, and an interrupted run encodes no part twice.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch.utils.data import Dataset as TorchDataset
 from tqdm.auto import tqdm
 
 from ..errors import InvalidArgument, first_line
+from ..files import read_object, write_json
 from ..signals import StopRequest
 from .arguments import Flags
 from .cells import Cell, Cells, cached, missing
@@ -148,6 +149,7 @@ def encode_images(
     starts = range(0, len(variants), PART_OF_IMAGES)
     paths = [folder / f"latents-{derive(key, variants.key, start):016x}.arrow" for start in starts]
     parts = [range(start, min(start + PART_OF_IMAGES, len(variants))) for start in starts]
+    _tell_if_anew(paths, variants, folder, accelerator)
     total = sum(len(parts[number]) for number in missing(paths, accelerator))
     silent = not accelerator.is_main_process or total == 0
     bar = tqdm(desc="encoding images", total=total, disable=silent, dynamic_ncols=True)
@@ -166,8 +168,25 @@ def encode_images(
 
     with bar:
         cells = cached(paths, PART_OF_IMAGES * variants.count, encode, accelerator)
+    if accelerator.is_main_process:
+        write_json(_record(folder, variants), {"data": data_flag(variants.flags), "latents": paths[0].name})
     problems = {place // variants.count: text for place, text in cells.problems().items()}
     return Latents(cells, variants.count, range(len(variants))), problems
+
+
+def _tell_if_anew(paths: Sequence[Path], variants: Variants, folder: Path, accelerator: Accelerator) -> None:
+    """Says so where other latents of this data are there: one new image is enough, for files are named by all."""
+    before = read_object(_record(folder, variants)).get("latents")
+    there = isinstance(before, str) and (folder / before).is_file()
+    if there and not any(path.exists() for path in paths):
+        accelerator.print(f"the images or settings changed: all {len(variants)} images are encoded anew")
+
+
+def _record(folder: Path, variants: Variants) -> Path:
+    """Where it is kept which latents a folder or dataset was encoded to last."""
+    flags = variants.flags
+    place = flags.dataset_name or str(Path(flags.train_data_dir).resolve())
+    return folder / f"images-{derive(place, flags.dataset_config_name):016x}.json"
 
 
 def encoded(family: Family, vae, pixels: torch.Tensor, sizes: torch.Tensor) -> list[dict[str, torch.Tensor]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -15,9 +14,9 @@ from filelock import FileLock, Timeout
 
 from ..config import METHODS
 from ..errors import InvalidArgument
+from ..files import remove_leftovers
 
 OWNER = ".lock"  # holds the process id, for readers; what is locked is a file of the system's temporary folder
-LEFTOVER = re.compile(r"\..+\.\d+(\.old)?\.tmp")  # what `reslora.files.replacing` writes to before it renames
 
 
 @contextlib.contextmanager
@@ -64,9 +63,7 @@ def _clear_leftovers(folder: Path) -> None:
         folder / "cache",
         *(folder / method / part for method in METHODS for part in (".", "samples")),
     ):
-        for leftover in place.glob(".*.tmp"):
-            if LEFTOVER.fullmatch(leftover.name):
-                remove(leftover)
+        remove_leftovers(place)
 
 
 def remove(path: Path) -> None:

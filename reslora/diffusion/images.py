@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import io
 import os
+import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
 import PIL.ImageOps
 import torch
+
+ORIENTATION = PIL.ExifTags.Base.Orientation
+SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
+TEXTS = (b"eXIf", b"iTXt", b"tEXt", b"zTXt")  # chunks of a PNG file that may say its orientation
 
 Source = str | os.PathLike | bytes
 """A file, or a file's content."""
@@ -21,12 +28,18 @@ SUFFIXES = {
 
 
 def image_size(source: Source) -> tuple[int, int] | str:
-    """Width and height from the header, or why there are none. PIL refuses what would decode to gigabytes."""
+    """Width and height of the upright image, from headers, or why there are none; no pixel is decoded.
+
+    PIL refuses what would decode to gigabytes.
+    """
     try:
         if not isinstance(source, bytes) and not Path(source).is_file():
             return "not a file" if Path(source).exists() else "no such file"
         with _opened(source) as image:
-            return image.size
+            size = image.size
+            if image.format == "TIFF":  # PIL has turned this one already
+                size = image.tag_v2[256], image.tag_v2[257]
+            return size[::-1] if _orientation(image) in SIDEWAYS else size
     except Exception as error:  # each format's reader has exceptions of its own
         return "too many pixels" if type(error).__name__ == "DecompressionBombError" else "not an image"
 
@@ -79,3 +92,31 @@ def crop_sizes(size: tuple[int, int], crop: tuple[float, float], flip: bool, res
 
 def _opened(source: Source) -> PIL.Image.Image:
     return PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+
+
+def _orientation(image: PIL.Image.Image) -> object:
+    """As `exif_transpose` reads it, which decodes a PNG file first: there it may come after the pixels."""
+    exif = PIL.Image.Image.getexif(image)
+    if image.format == "PNG" and ORIENTATION not in exif:
+        with PIL.Image.open(_without_pixels(image.fp)) as bare:
+            exif = PIL.Image.Image.getexif(bare)
+    return exif.get(ORIENTATION)
+
+
+def _without_pixels(file: BinaryIO) -> io.BytesIO:
+    """A PNG file with its texts before the place of its pixels, and no pixels."""
+    file.seek(0)
+    content = file.read(8 + 25)  # the signature and the chunk that says the size
+    while len(head := file.read(8)) == 8:
+        length = int.from_bytes(head[:4], "big")
+        if head[4:] in TEXTS:
+            content += _chunk(head[4:], file.read(length))
+            file.seek(4, os.SEEK_CUR)
+        else:
+            file.seek(length + 4, os.SEEK_CUR)
+    return io.BytesIO(content + _chunk(b"IDAT", b""))
+
+
+def _chunk(name: bytes, content: bytes) -> bytes:
+    """With the checksum that it should have: PIL checks those after the pixels no more."""
+    return len(content).to_bytes(4, "big") + name + content + zlib.crc32(name + content).to_bytes(4, "big")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,10 +18,11 @@ from ..errors import InvalidArgument, first_line
 from ..files import read_object, replacing
 from ..together import each
 from .arguments import Flags
-from .dataset import content_mark
+from .content import content_mark, folder_mark
 from .families import FAMILIES, load_family
 from .families.base import Family
 from .precision import pack
+from .seeds import derive
 from .settings import check_pipeline_class, read_index
 
 # What diffusers calls the models inside single files, and their pipelines; other names are not trained here.
@@ -48,14 +48,16 @@ class Model:
     index: dict = field(default_factory=dict)
 
     def fingerprint(self, *parts: str) -> str:
-        """The files of these parts (all that are loaded) in short, wherever they are: names, sizes, heads and tails."""
-        family = self.family
-        digest = hashlib.blake2b((self.vae or "").encode() if "vae" in parts or not parts else b"", digest_size=8)
+        """The files of these parts (all that are loaded) in short, wherever they are: names and contents.
+
+        Starts with "content", which that of earlier versions did not.
+        """
+        family, marks = self.family, []
         for part in parts or (family.denoiser, "vae", "scheduler", *family.text_parts):
-            root = self.folder / part
-            for path in sorted(path for path in root.rglob("*") if path.is_file()):
-                digest.update(f"{part}/{path.relative_to(root)} {content_mark(path)}\n".encode())
-        return digest.hexdigest()
+            other = self.vae if part == "vae" else None
+            folder = Path(other) if other else self.folder / part
+            marks.append((part, folder_mark(folder) if folder.is_dir() else other))
+        return f"content {derive(*marks):x}"
 
     def load_pipeline(
         self, dtype: torch.dtype, device: torch.device, encoders: bool, vae: bool = True
@@ -126,7 +128,9 @@ def find_model(flags: Flags, accelerator: Accelerator) -> Model:
     name = flags.pretrained_model_name_or_path
     flag, path = f"--pretrained_model_name_or_path {name}", Path(name)
     if path.is_file():
-        each(lambda: unpacked(path, flags) if accelerator.is_local_main_process else None)  # it is there for the others
+        # The first process, then each other machine's, which may find it done or may have another disk.
+        each(lambda: unpacked(path, flags) if accelerator.is_main_process else None)
+        each(lambda: unpacked(path, flags) if accelerator.is_local_main_process else None)
         folder = unpacked(path, flags)
     elif path.is_dir():
         folder = path

@@ -102,16 +102,26 @@ class CalibrationSamples(TrainingSamples):
 
 
 class ValidationSamples(TrainingSamples):
-    """Held-out images, each with VALIDATION_DRAWS noises spread evenly over the timesteps, without the noise offset."""
+    """Held-out images, each with VALIDATION_DRAWS noises spread evenly over the timesteps, without the noise offset.
+
+    At most --max_validation_images of them, drawn once; the noises of an image do not depend on which others are.
+    """
 
     purpose = "validation"
 
     def __init__(self, material: Material) -> None:
         super().__init__(material)
         self.noise_offset = 0.0
+        flags, count = material.flags, len(material.held_out)
+        drawn = shuffled(count, flags.seed, "max_validation_images")[: flags.max_validation_images]
+        self.measured = sorted(drawn)
 
     def __len__(self) -> int:
-        return len(self.material.held_out) * VALIDATION_DRAWS
+        return len(self.measured) * VALIDATION_DRAWS
+
+    def __getitem__(self, number: int) -> dict:
+        place, draw = divmod(number, VALIDATION_DRAWS)
+        return super().__getitem__(self.measured[place] * VALIDATION_DRAWS + draw)
 
     def image(self, position: int) -> int:
         """The image of a sample."""

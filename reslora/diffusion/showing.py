@@ -23,10 +23,10 @@ NOT_UPLOADED = ["*/checkpoint-*", "*/.*", ".*", "app.log", "config.json", "*/une
 
 def write_figures(flags: Flags, held_out: int) -> None:
     """`comparison.png`, `loss.png`, and a single method's weights where diffusers' script leaves them."""
-    output = Path(flags.output_dir)
+    output, measured = Path(flags.output_dir), min(held_out, flags.max_validation_images)
     if flags.validation_prompt and flags.num_validation_images:
         write_comparison(flags, output)
-    loss_curves(output / "loss.png", {m: read_log(output / m / "log.jsonl") for m in flags.method}, held_out)
+    loss_curves(output / "loss.png", {m: read_log(output / m / "log.jsonl") for m in flags.method}, measured)
     if len(flags.method) == 1 and flags.method[0] in PLAIN_METHODS:
         with replacing(output / DIFFUSERS_FILE) as temporary:
             shutil.copyfile(output / flags.method[0] / DIFFUSERS_FILE, temporary)

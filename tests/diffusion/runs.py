@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import train_sd
+from reslora.files import replacing
 from reslora.log import read_log
 
 SCRIPT = Path(train_sd.__file__)
@@ -119,6 +120,17 @@ def flip_a_bit(path: Path) -> None:
 def cut(path: Path) -> None:
     """Leave the first half of the file."""
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def leave_behind(path: Path) -> Path:
+    """A temporary of `path` as a killed process leaves one: an earlier process that had the id of this one."""
+    with replacing(path) as temporary:
+        temporary.write_text("half")
+        who, process, start, rest = temporary.name.rsplit("-", 3)
+    path.unlink()
+    left = path.with_name("-".join([who, process, str(int(start) - 1), rest]))
+    left.write_text("half")
+    return left
 
 
 # -- in processes of their own ---------------------------------------------------------------------------------------

@@ -1,11 +1,16 @@
 """Files of tensors: what is written is read back, whole files only, one cell in memory at a time."""
 
+import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
+from launching import launch
 
+from diffusion.runs import leave_behind
 from reslora.diffusion.cells import cached, missing, write
 
 
@@ -65,15 +70,80 @@ def test_what_is_interrupted_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_processes_of_a_machine_share_the_work(tmp_path, accelerator, monkeypatch):
-    paths = [tmp_path / str(number) for number in range(5)]
+def test_all_processes_share_the_work(tmp_path, accelerator, monkeypatch):
+    """Those of all machines, whatever their number on this one."""
+    paths = [tmp_path / str(number) for number in range(7)]
     write(paths[2], iter([]))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(type(accelerator), "num_processes", 4)
     shares = []
-    for rank in (0, 1):
-        monkeypatch.setattr(type(accelerator), "local_process_index", rank)
+    for rank in range(4):
+        monkeypatch.setattr(type(accelerator), "process_index", rank)
+        monkeypatch.setattr(type(accelerator), "local_process_index", rank % 2)
         shares.append(missing(paths, accelerator))
-    assert shares == [[0, 4], [1, 3]]
+    assert shares == [[0, 4], [1, 5], [6], [3]]
+
+
+@pytest.mark.parametrize("folders", [["here"] * 4, ["here", "here", "there", "there"], ["1", "2", "3", "4"]])
+def test_each_file_is_made_once_in_each_folder_that_processes_share(tmp_path, monkeypatch, folders):
+    """Two machines with two processes each, as threads: on one disk, on one each, or on one for each process."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    barrier, made = threading.Barrier(4, timeout=60), []
+
+    def process(rank: int) -> list[int]:
+        accelerator = SimpleNamespace(
+            process_index=rank, num_processes=4, local_process_index=rank % 2, is_local_main_process=rank % 2 == 0,
+            wait_for_everyone=barrier.wait,
+        )  # fmt: skip
+        (tmp_path / folders[rank]).mkdir(exist_ok=True)
+
+        def make(number: int):
+            made.append((folders[rank], number))
+            yield numbered(number)
+
+        cells = cached([tmp_path / folders[rank] / str(n) for n in range(6)], 1, make, accelerator)
+        return [cells[number]["long"].item() for number in range(6)]
+
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(process, range(4))) == [list(range(6))] * 4
+    assert sorted(made) == sorted((folder, number) for folder in set(folders) for number in range(6))
+
+
+MACHINE = """
+import os, sys
+from pathlib import Path
+import torch
+from accelerate import Accelerator
+from diffusion.runs import leave_behind
+from reslora.diffusion.cells import cached
+
+accelerator = Accelerator(cpu=True)
+assert os.environ["LOCAL_WORLD_SIZE"] == "1" and accelerator.num_processes == 2
+for name in ("shared", f"disk-{accelerator.process_index}"):
+    folder, made = Path(sys.argv[1]) / name, []
+
+    def make(number):
+        made.append(number)
+        yield {"value": torch.tensor(number)}
+
+    cells = cached([folder / str(number) for number in range(5)], 1, make, accelerator)
+    assert [cells[number]["value"].item() for number in range(5)] == list(range(5))
+    print("MADE", name, *made, flush=True)
+"""
+
+
+def test_two_machines_make_each_file_once_on_a_shared_disk_and_all_on_their_own(tmp_path):
+    """Two launchers, which know each other by the network alone."""
+    (tmp_path / "machine.py").write_text(MACHINE)
+    printed = launch("two_nodes.yaml", tmp_path / "machine.py", str(tmp_path), folder=tmp_path)
+    lines = sorted(line for line in printed.splitlines() if line.startswith("MADE"))
+    assert lines == ["MADE disk-0 0 2 4 1 3", "MADE disk-1 1 3 0 2 4", "MADE shared 0 2 4", "MADE shared 1 3"]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path, accelerator):
+    leave_behind(tmp_path / "0")
+    cached([tmp_path / "0"], 1, lambda file: (numbered(i) for i in (0,)), accelerator)
+    assert [path.name for path in tmp_path.iterdir()] == ["0"]
 
 
 def test_one_cell_is_in_memory_while_a_file_is_written(tmp_path):

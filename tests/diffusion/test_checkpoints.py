@@ -31,6 +31,7 @@ from diffusion.runs import (
     training_state,
 )
 from reslora.diffusion.checkpoints import checkpoints_of
+from reslora.files import write_checksums
 
 
 def unfinished(run: Path, output: Path, *methods: str) -> Path:
@@ -342,6 +343,58 @@ def test_resume_refuses_another_model_at_the_same_place(brief_flags, model, caps
     capsys.readouterr()
     line = refused(capsys, *flags, "--max_train_steps", "2", *RESUME, quiet=False)
     assert f"--pretrained_model_name_or_path {there}" in line and "checkpoint-1" in line
+
+
+def test_resume_refuses_a_model_some_of_whose_weights_are_others(brief_flags, model, capsys, tmp_path):
+    """Queries and values alone, all over the file; also when they come back."""
+    there = shutil.copytree(model, tmp_path / "model")
+    flags = [*brief_flags, "--pretrained_model_name_or_path", there, "--output_dir", tmp_path / "out"]
+    assert main(*flags) == 0
+    weights = there / "unet" / "diffusion_pytorch_model.safetensors"
+    before, tensors = weights.read_bytes(), load_file(weights)
+    changed = {name: value * (-3 if ".to_q." in name or ".to_v." in name else 1) for name, value in tensors.items()}
+    save_file(changed, weights, metadata={"format": "pt"})
+    capsys.readouterr()
+    again = (*flags, "--max_train_steps", "2", *RESUME)
+    line = refused(capsys, *again, quiet=False)
+    assert f"--pretrained_model_name_or_path {there}" in line and "checkpoint-1" in line
+    weights.write_bytes(before)
+    assert main(*again) == 0
+
+
+def test_resume_refuses_another_autoencoder_at_the_same_place(brief_flags, model, capsys, tmp_path):
+    vae = shutil.copytree(model / "vae", tmp_path / "vae")
+    flags = [*brief_flags, "--pretrained_vae_model_name_or_path", vae, "--output_dir", tmp_path / "out"]
+    assert main(*flags) == 0
+    weights = vae / "diffusion_pytorch_model.safetensors"
+    save_file({name: value * 2 for name, value in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    capsys.readouterr()
+    line = refused(capsys, *flags, "--max_train_steps", "2", *RESUME, quiet=False)
+    assert "from a model with other content" in line and "checkpoint-1" in line
+
+
+def test_resume_refuses_an_image_that_is_another_in_its_middle(brief_flags, capsys, tmp_path):
+    folder = image_folder(tmp_path / "p", 1, layout="txt")
+    (folder / "0.png").unlink()
+    PIL.Image.new("RGB", (96, 96)).save(folder / "0.bmp")
+    flags = [*brief_flags, "--train_data_dir", folder, "--output_dir", tmp_path / "out"]
+    assert main(*flags) == 0
+    flip_a_bit(folder / "0.bmp")
+    capsys.readouterr()
+    line = refused(capsys, *flags, "--max_train_steps", "2", *RESUME, quiet=False)
+    assert f"--train_data_dir {folder}" in line and "checkpoint-1" in line
+
+
+@pytest.mark.parametrize(("name", "there"), [("images", "6 images, 5f0c"), ("model", "0123456789abcdef")])
+def test_a_checkpoint_of_an_earlier_version_is_refused_as_one(run, base_flags, capsys, tmp_path, name, there):
+    """It knew files by their heads and tails: what is there may be the same or not."""
+    output = unfinished(run, tmp_path / "out", "lora")
+    for checkpoint in checkpoints_of(output / "lora"):
+        record = json.loads((checkpoint / "trainer.json").read_text())
+        (checkpoint / "trainer.json").write_text(json.dumps(record | {name: there}))
+        write_checksums(checkpoint)
+    line = refused(capsys, *base_flags, "--method", "lora", "--output_dir", output, *RESUME)
+    assert "an earlier version" in line and name in line and "--output_dir" in line
 
 
 def test_resume_refuses_another_schedule_of_noise_at_the_same_place(brief_flags, model, capsys, tmp_path):

@@ -1,14 +1,17 @@
 """Images and captions: every layout of a folder, and what is left out."""
 
+import io
 import json
 import os
+import pickle
 import shutil
+import tarfile
 import threading
 from pathlib import Path
 
 import datasets
 import pytest
-from pipelines import image_folder, random_image, same_image
+from pipelines import image_folder, random_image, red_or_blue, same_image
 
 from diffusion.runs import only, printed, refused
 from reslora.diffusion.dataset import load_images
@@ -57,11 +60,9 @@ def test_metadata_csv_with_another_name_for_the_file_is_left_to_datasets(tmp_pat
 @pytest.mark.parametrize("flag", ["--train_data_dir", "--dataset_name"])
 def test_parquet_shards_hold_images_too(tmp_path, flag):
     """What `push_to_hub` and `to_parquet` write."""
-    rows = {"image": [random_image(number) for number in range(3)], "text": ["red disc", "blue box", "red disc"]}
-    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     folder = tmp_path / "p" / "data"
     folder.mkdir(parents=True)
-    datasets.Dataset.from_dict(rows, features).to_parquet(folder / "train-00000-of-00001.parquet")
+    three_images().to_parquet(folder / "train-00000-of-00001.parquet")
     found = load_images(parse_args([flag, str(folder.parent), "--cache_dir", str(tmp_path / "cache")]))
     assert found.captions == [["red disc"], ["blue box"], ["red disc"]]
     assert all(same_image(found.open(number), random_image(number)) for number in range(3))
@@ -75,6 +76,116 @@ def test_captions_beside_the_images(tmp_path):
     assert len(found) == 2 and same_image(found.open(1), random_image(2))
     assert found.captions[0] == ["red disc"] and found.captions[1][0].startswith("صورة 🎈")
     assert len(found.left_out) == 4
+
+
+def test_kohyas_caption_files_are_read_where_there_is_no_txt(brief_flags, tmp_path):
+    folder = image_folder(tmp_path / "p", 3, layout="none")
+    for name, text in (("0.caption", "red disc\n"), ("1.caption", "red"), ("1.txt", "blue box"), ("2.txt", "box")):
+        (folder / name).write_text(text)
+    found = gather(folder)
+    assert found.captions == [["red disc"], ["blue box"], ["box"]] and not found.left_out
+    lines = printed(*brief_flags, "--train_data_dir", folder, "--output_dir", tmp_path / "out")
+    assert "1 images" in only(lines, ".txt and a .caption")
+    for text in folder.glob("*.txt"):
+        text.unlink()
+    assert gather(folder).captions == [["red disc"], ["red"]]
+
+
+def three_images() -> datasets.Dataset:
+    """Three images with captions, inside of the rows."""
+    rows = {"image": [random_image(number) for number in range(3)], "text": ["red disc", "blue box", "red disc"]}
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    return datasets.Dataset.from_dict(rows, features)
+
+
+@pytest.mark.parametrize("flag", ["--train_data_dir", "--dataset_name"])
+@pytest.mark.parametrize("splits", [False, True])
+def test_what_save_to_disk_wrote_is_read(tmp_path, flag, splits):
+    """In whatever format its rows were to be seen."""
+    rows = three_images()
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.List(datasets.Value("string"))})
+    rows = datasets.Dataset.from_dict({"image": rows["image"], "text": [[text] for text in rows["text"]]}, features)
+    if splits:
+        rows = datasets.DatasetDict({"test": rows.select([2]), "train": rows})
+    rows.with_format("numpy").save_to_disk(tmp_path / "p")
+    found = load_images(parse_args([flag, str(tmp_path / "p")]))
+    assert found.captions == [["red disc"], ["blue box"], ["red disc"]]
+    assert all(same_image(found.open(number), random_image(number)) for number in range(3))
+
+
+def webdataset(path: Path, members: dict[str, bytes]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    return path.parent
+
+
+def png(number: int) -> bytes:
+    file = io.BytesIO()
+    random_image(number).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_a_webdataset_is_read(brief_flags, tmp_path):
+    """Its columns are suffixes; with a train split, the other is passed over and that is said."""
+    folder, flags = tmp_path / "p", ("--cache_dir", str(tmp_path / "cache"))
+    for number, name in enumerate(["train-0.tar", "train-1.tar", "test-0.tar"]):
+        webdataset(folder / name, {f"{number}.png": png(number), f"{number}.txt": f"box {number}".encode()})
+    found = gather(folder, *flags)
+    assert found.captions == [["box 0"], ["box 1"]]
+    assert all(same_image(found.open(number), random_image(number)) for number in range(2))
+    lines = printed(*brief_flags, "--train_data_dir", folder, *flags, "--output_dir", tmp_path / "out")
+    assert "1 of 3 files" in only(lines, "training split")
+    assert "png" in only(lines, "images are") and "txt" in only(lines, "images are")
+
+
+@pytest.mark.parametrize("flag", ["--train_data_dir", "--dataset_name"])
+@pytest.mark.parametrize("name", ["0.pyd", "0.pth", "0.PKL", "0.pickle", "deep/0.meta.pt"])
+def test_pickle_in_a_webdataset_is_refused(tmp_path, capsys, flag, name):
+    content = pickle.dumps(Path("/nowhere"))
+    folder = webdataset(tmp_path / "p" / "0.tar", {"0.png": png(0), "0.txt": b"box", name: content})
+    flags = (flag, folder, "--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / "out")
+    line = refused(capsys, *flags)
+    assert name in line and "pickle" in line and not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"no tar" * 1000])
+def test_a_damaged_webdataset_is_refused(tmp_path, capsys, content):
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "0.tar").write_bytes(content)
+    assert "p" in refused(capsys, "--train_data_dir", tmp_path / "p", "--cache_dir", tmp_path / "cache", quiet=False)
+
+
+def test_json_tables_name_images_of_the_folder(tmp_path, capsys):
+    folder = image_folder(tmp_path / "p", 3, layout="none")
+    rows = [{"picture": f"{n}.png", "text": [red_or_blue(n), "more"]} for n in range(3)]
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "test.json").write_text(json.dumps(rows[:1]))
+    flags = ("--image_column", "picture", "--cache_dir", str(tmp_path / "cache"))
+    found = gather(folder, *flags)
+    assert found.captions == [["red disc", "more"], ["blue box", "more"], ["red disc", "more"]]
+    assert all(same_image(found.open(number), random_image(number)) for number in range(3))
+    assert "picture" in refused(capsys, "--train_data_dir", folder, "--cache_dir", tmp_path / "cache")
+    (folder / "train.jsonl").write_text(json.dumps(rows[0] | {"picture": "../0.png"}))
+    assert "outside" in refused(capsys, "--train_data_dir", folder, *flags)
+
+
+def test_many_columns_are_not_all_listed(tmp_path, capsys):
+    """Kohya's JSON is one object with a key for each image."""
+    folder = tmp_path / "p"
+    folder.mkdir()
+    (folder / "meta.json").write_text(json.dumps({f"image{number}": {"caption": "x"} for number in range(100)}))
+    assert "80 more" in refused(capsys, "--train_data_dir", folder, "--cache_dir", tmp_path / "cache")
+
+
+def test_json_beside_each_image_is_no_table(tmp_path, capsys):
+    folder = image_folder(tmp_path / "p", 2, layout="none")
+    for number in range(2):
+        (folder / f"{number}.json").write_text('{"image": "0.png", "text": "likes"}')
+    assert "2 images without captions" in refused(capsys, "--train_data_dir", folder)
 
 
 def test_captions_from_windows_editors(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -108,6 +109,49 @@ def test_a_second_run_encodes_nothing(brief_flags, tmp_path, monkeypatch):
         with pytest.raises(ZeroDivisionError):  # other crops are other latents
             main(*flags, "--seed", 1, "--random_flip", "--output_dir", tmp_path / "three")
     assert losses(tmp_path / "one", "lora") == losses(tmp_path / "two", "lora")
+
+
+@pytest.mark.parametrize(
+    ("part", "encoder"), [("text_encoder/model", CLIPTextModel), ("vae/diffusion_pytorch_model", AutoencoderKL)]
+)
+def test_what_another_encoder_made_is_not_used(brief_flags, model, tmp_path, monkeypatch, part, encoder):
+    """One tensor in the middle of its file is another."""
+    there = shutil.copytree(model, tmp_path / "model")
+    flags = [*brief_flags, "--cache_dir", tmp_path / "cache", "--pretrained_model_name_or_path", there]
+    assert main(*flags, "--output_dir", tmp_path / "one") == 0
+    weights = there / f"{part}.safetensors"
+    tensors = load_file(weights)
+    name = sorted(tensors)[len(tensors) // 2]
+    save_file(tensors | {name: tensors[name] + 1}, weights, metadata={"format": "pt"})
+    monkeypatch.setattr(encoder, "encode" if encoder is AutoencoderKL else "forward", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(*flags, "--output_dir", tmp_path / "two")
+
+
+def test_images_that_are_all_encoded_anew_are_announced(brief_flags, tmp_path):
+    """One more image is enough, or another setting; other data is not."""
+    folder, other = image_folder(tmp_path / "p", 3, layout="txt"), image_folder(tmp_path / "q", 4)
+    flags = [*brief_flags, "--cache_dir", tmp_path / "cache"]
+    announced, number = [], 0
+
+    def train(*more) -> None:
+        nonlocal number
+        number += 1
+        lines = printed(*flags, "--output_dir", tmp_path / f"out-{number}", *more)
+        announced.append([line for line in lines if "encoded anew" in line])
+
+    train("--train_data_dir", folder)
+    train("--train_data_dir", other)
+    train("--train_data_dir", folder)
+    assert announced == [[], [], []]
+    random_image(9).save(folder / "3.png")
+    (folder / "3.txt").write_text("red disc")
+    train("--train_data_dir", folder)
+    train("--train_data_dir", folder, "--random_flip")
+    train("--train_data_dir", folder)
+    assert [line for lines in announced for line in lines] == 2 * [
+        "the images or settings changed: all 4 images are encoded anew"
+    ]
 
 
 def test_what_an_interrupted_run_has_encoded_is_kept(brief_flags, tmp_path, monkeypatch):

@@ -2,7 +2,7 @@
 
 import os
 
-from diffusion.runs import RESUME, final_weights, main, refused
+from diffusion.runs import RESUME, final_weights, leave_behind, main, refused
 
 
 def test_a_second_run_is_refused_and_a_lock_left_behind_is_taken_over(runs, capsys, tmp_path):
@@ -25,10 +25,11 @@ def test_a_second_run_is_refused_and_a_lock_left_behind_is_taken_over(runs, caps
 def test_a_refused_run_leaves_the_users_files(base_flags, capsys, tmp_path):
     """Leftovers of a killed run go; what merely looks alike stays, as does a folder that was there."""
     theirs = [tmp_path / "out" / ".mine.tmp", tmp_path / "out" / "notes" / ".draft.1.tmp"]
-    own = [tmp_path / "out" / ".config.json.123.tmp", tmp_path / "out" / "lora" / ".peft.123.old.tmp"]
-    for path in (*theirs, *own):
+    for path in theirs:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("text")
+    names = [("config.json",), ("lora", "peft"), ("cache", "0.arrow")]
+    own = [leave_behind((tmp_path / "out").joinpath(*name)) for name in names]
     (tmp_path / "empty").mkdir()
     for name in ("out", "empty"):
         refused(capsys, *base_flags, "--target_modules", "to_nothing", "--output_dir", tmp_path / name)

@@ -3,11 +3,13 @@
 from io import BytesIO
 
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
+import PIL.ImageFile
 import pytest
 from pipelines import random_image, same_image
 
-from reslora.diffusion.images import crop_and_scale, open_image
+from reslora.diffusion.images import crop_and_scale, crop_sizes, image_size, open_image
 
 
 def solid(mode: str, colour, **save) -> np.ndarray:
@@ -29,6 +31,45 @@ def test_every_kind_of_image_is_read_right():
     exif = PIL.Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
     assert solid("RGB", (1, 2, 3), exif=exif).shape == (8, 4, 3)
+
+
+ORIENTATION = PIL.ExifTags.Base.Orientation
+
+
+def turned(orientation: int, name: str) -> bytes:
+    """A file of an image 8 wide and 4 high that is shown as its orientation says."""
+    exif, file = PIL.Image.Exif(), BytesIO()
+    exif[ORIENTATION] = orientation
+    PIL.Image.new("RGB", (8, 4)).save(file, format=name, exif=exif)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("name", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_size_is_that_of_the_upright_image_without_decoding_it(name, orientation, tmp_path, monkeypatch):
+    content = turned(orientation, name)
+    (tmp_path / "image").write_bytes(content)
+    size = open_image(content).size
+    assert size == ((4, 8) if orientation > 4 else (8, 4))
+    monkeypatch.setattr(PIL.ImageFile.ImageFile, "load", lambda self: 1 / 0)
+    assert image_size(content) == image_size(tmp_path / "image") == size
+
+
+def test_the_orientation_of_a_png_file_may_come_after_its_pixels(monkeypatch):
+    content = turned(6, "PNG")
+    start = content.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(content[start : start + 4], "big")
+    last = content.index(b"IEND") - 4
+    moved = content[:start] + content[end:last] + content[start:end] + content[last:]
+    assert "exif" not in PIL.Image.open(BytesIO(moved)).info and open_image(moved).size == (4, 8)
+    monkeypatch.setattr(PIL.ImageFile.ImageFile, "load", lambda self: 1 / 0)
+    assert image_size(moved) == (4, 8)
+    assert image_size(moved[: moved.index(b"IDAT") + 8]) == (8, 4)  # cut short: that is noticed when it is decoded
+
+
+def test_the_sizes_that_sdxl_is_told_are_the_upright_images():
+    image = open_image(turned(6, "JPEG"))
+    assert crop_sizes(image.size, (0.5, 0.5), False, 4) == [8, 4, 2, 0, 4, 4]
 
 
 def test_a_path_is_read_like_its_bytes(tmp_path):

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,9 @@ from pipelines import image_folder, stable_diffusion
 from safetensors.torch import load_file
 
 from diffusion.runs import SCRIPT, assert_same, digests, final_weights, losses, main
+from reslora.diffusion import showing
+from reslora.diffusion.arguments import Flags
+from reslora.diffusion.samples import VALIDATION_DRAWS, Material, ValidationSamples, split
 
 
 def test_methods_share_initial_weights(brief_flags, tmp_path):
@@ -91,8 +95,8 @@ def with_and_without_offset(pure_noise, tmp_path_factory):
     return outputs
 
 
-def by_step(output) -> dict[tuple[int, str], float]:
-    return {(step, split): loss for step, split, loss in losses(output)}
+def by_step(output, method: str = "reslora") -> dict[tuple[int, str], float]:
+    return {(step, split): loss for step, split, loss in losses(output, method)}
 
 
 def test_noise_offset_shifts_each_channel_of_each_sample(with_and_without_offset):
@@ -123,3 +127,55 @@ def test_the_loss_is_weighted_in_training_alone(pure_noise, with_and_without_off
     before, after = by_step(with_and_without_offset[0.0]), by_step(tmp_path / "out")
     assert after[0, "validation"] == before[0, "validation"]
     assert after[1, "train"] == pytest.approx(1e-6 * before[1, "train"], rel=0.1)
+
+
+# -- the validation loss ---------------------------------------------------------------------------------------------
+
+
+def validation(limit: int, seed: int = 0, count: int = 100) -> list[dict]:
+    """What the validation loss of `count` images, a fifth of them held out, is measured on."""
+    flags = Flags(
+        seed=seed, validation_split=0.2, max_validation_images=limit, noise_offset=0.0, cache_text_embeddings=False
+    )
+    train, held_out = split(count, flags)
+    latents = SimpleNamespace(variants=1, of=lambda index, variant: {"index": index})
+    images = SimpleNamespace(captions=[["box"]] * count)
+    objective = SimpleNamespace(at=lambda share: torch.tensor(share))
+    samples = ValidationSamples(Material(images, latents, {}, train, held_out, objective, (1, 2, 2), flags))
+    return [samples[number] for number in range(len(samples))]
+
+
+def images_of(samples: list[dict]) -> list[int]:
+    return [sample["index"] for sample in samples[::VALIDATION_DRAWS]]
+
+
+def test_the_validation_loss_is_measured_on_a_limited_number_of_images_drawn_by_seed():
+    assert len(validation(64)) == len(validation(20)) == 20 * VALIDATION_DRAWS
+    drawn = images_of(validation(7))
+    held_out = images_of(validation(64))
+    assert len(set(drawn)) == 7 and set(drawn) < set(held_out) and sorted(drawn) == drawn != held_out[:7]
+    assert drawn == images_of(validation(7)) and set(drawn) < set(images_of(validation(8)))
+    places = {tuple(sorted(images_of(validation(64, seed)).index(i) for i in images_of(validation(7, seed))))
+              for seed in range(4)}  # fmt: skip
+    assert len(places) == 4
+
+
+def test_an_image_is_measured_with_the_same_noises_whichever_others_are():
+    every, some = ({(s["index"], int(4 * s["timesteps"])): s for s in validation(limit)} for limit in (64, 7))
+    assert len(some) == 7 * VALIDATION_DRAWS
+    for key, sample in some.items():
+        for name in ("timesteps", "noise", "posterior_noise"):
+            assert sample[name].equal(every[key][name])
+
+
+def test_loss_png_says_on_how_many_images_the_loss_was_measured(brief_flags, tmp_path, monkeypatch):
+    """The others are held out all the same: the first step trains on the same images."""
+    said, drawn = [], []
+    monkeypatch.setattr(showing, "loss_curves", lambda path, logs, held_out: said.append(held_out))
+    for limit in (1, 2, 64):
+        output = tmp_path / str(limit)
+        flags = ("--validation_split", "0.5", "--max_validation_images", limit, "--output_dir", output)
+        assert main(*brief_flags, *flags) == 0
+        drawn.append(by_step(output, "lora"))
+    assert said == [1, 2, 3]
+    assert len({found[0, "validation"] for found in drawn}) == 3 and len({found[1, "train"] for found in drawn}) == 1
