@@ -34,6 +34,8 @@ FREE_ON_RESUME = {
     "dataset_name", "dataset_config_name", "image_column", "caption_column",
 }  # fmt: skip
 
+DESCRIBED = {"samples_per_step": "batch size x accumulation x processes =", "deepspeed": "DeepSpeed:"}
+
 
 @dataclass(frozen=True)
 class Identity:
@@ -47,7 +49,8 @@ def settings_of(flags: Flags) -> dict:
     """What a continuation must share with the run it continues, but for what its `Identity` says."""
     settings = {name: value for name, value in vars(flags).items() if name not in FREE_ON_RESUME}
     samples = flags.train_batch_size * flags.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", 1))
-    return settings | {"samples_per_step": samples}
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"  # it keeps another state
+    return settings | {"samples_per_step": samples, "deepspeed": deepspeed}
 
 
 # -- which there are ---------------------------------------------------------------------------------------------------
@@ -115,7 +118,7 @@ def check_settings(flags: Flags, checkpoint: Path) -> None:
         # None: the model's family or accelerate will say it, and this is called again then.
         unknown = name == "mixed_precision" and there.get(name) is None  # not kept by earlier versions
         if value is not None and name in there and there[name] != value and not unknown:
-            flag = f"--{name}" if name != "samples_per_step" else "batch size x accumulation x processes ="
+            flag = DESCRIBED.get(name, f"--{name}")
             problem = f"{checkpoint} was trained with {there[name]}"
             raise InvalidArgument(f"{flag} {value}", problem, "use that, or choose another --output_dir")
 
@@ -153,13 +156,17 @@ def finished_methods(flags: Flags) -> list[str]:
 def save_checkpoint(trainee: Trainee, folder: Path, flags: Flags, identity: Identity, accelerator: Accelerator) -> None:
     """Writes `checkpoint-<step>`: the adapter and what a resumed run needs to equal an uninterrupted one.
 
-    Older ones than --checkpoints_total_limit allows go then. Raises `RunFailed` for weights that are not finite.
+    Older ones than --checkpoints_total_limit allows go then. Raises `RunFailed` for weights that are not finite. Every
+    process must call it, since DeepSpeed gathers the state from all; the main process alone writes.
     """
+    state = trainee.state(accelerator)
+    if not accelerator.is_main_process:
+        return
     with replacing(folder / f"checkpoint-{trainee.step}") as temporary:
         temporary.mkdir()
         save_adapter(trainee.denoiser, temporary)
         buffer = io.BytesIO()  # torch.save's own writing names no cause where a disk is full
-        torch.save(trainee.state(accelerator), buffer)
+        torch.save(state, buffer)
         (temporary / STATE).write_bytes(buffer.getbuffer())
         record = {
             "method": trainee.method,

@@ -67,7 +67,6 @@ def after_step(
     stop: StopRequest,
 ) -> bool:
     """Saves and validates where it is due; returns whether this was the last step."""
-    main = accelerator.is_main_process
     last = stop_requested(stop, accelerator) or trainee.step == schedule.steps
     saved = last or trainee.step % flags.checkpointing_steps == 0
     due = schedule.is_due(trainee.step)
@@ -75,12 +74,12 @@ def after_step(
         return False
     with trainee.timed():
         reports.flush()  # a loss that is not finite is not saved
-    if saved and main:
+    if saved:
         save()
     if stop.signal is None and due:
         validation(trainee, reports)
         last = stop_requested(stop, accelerator) or last
-    if last and not saved and main:
+    if last and not saved:
         save()
     accelerator.wait_for_everyone()
     return last
