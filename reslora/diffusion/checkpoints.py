@@ -39,6 +39,8 @@ FREE_ON_RESUME = {
     "dataset_name", "dataset_config_name", "image_column", "caption_column",
 }  # fmt: skip
 
+DESCRIBED = {"samples_per_step": "batch size x accumulation x processes =", "deepspeed": "DeepSpeed:"}
+
 
 @dataclass(frozen=True)
 class Identity:
@@ -55,7 +57,8 @@ def settings_of(flags: Flags) -> dict:
     """What a continuation must share with the run it continues, but for what its `Identity` says."""
     settings = {name: value for name, value in vars(flags).items() if name not in FREE_ON_RESUME}
     samples = flags.train_batch_size * flags.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", 1))
-    return settings | {"samples_per_step": samples}
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"  # it keeps another state
+    return settings | {"samples_per_step": samples, "deepspeed": deepspeed}
 
 
 # -- which there are ---------------------------------------------------------------------------------------------------
@@ -181,7 +184,7 @@ def check_past(flags: Flags, place: Path, record: dict, identity: Identity | Non
         # None: the model's family or accelerate will say it, and this is called again then.
         unknown = name == "mixed_precision" and there.get(name) is None  # not kept by earlier versions
         if value is not None and name in there and there[name] != value and not unknown:
-            flag = f"--{name}" if name != "samples_per_step" else "batch size x accumulation x processes ="
+            flag = DESCRIBED.get(name, f"--{name}")
             problem = f"{place} was trained with {there[name]}"
             raise InvalidArgument(f"{flag} {value}", problem, "use that, or choose another --output_dir")
     for name in ("model", "images") if identity else ():
@@ -200,25 +203,30 @@ def check_past(flags: Flags, place: Path, record: dict, identity: Identity | Non
 def save_checkpoint(trainee: Trainee, folder: Path, flags: Flags, identity: Identity, accelerator: Accelerator) -> None:
     """Writes `checkpoint-<step>`: the adapter and what a resumed run needs to equal an uninterrupted one.
 
-    Older ones than --checkpoints_total_limit allows go then. Raises `RunFailed` for weights that are not finite.
+    Older ones than --checkpoints_total_limit allows go then. Raises `RunFailed` for weights that are not finite. Every
+    process must call it, since DeepSpeed gathers the state from all; the main process alone writes.
     """
-    path = folder / f"checkpoint-{trainee.step}"
+    state = trainee.state(accelerator)
+    record = {"method": trainee.method, "step": trainee.step, "seconds": trainee.seconds} | past_of(flags, identity)
+    decided(lambda: write_checkpoint(trainee, folder / f"checkpoint-{trainee.step}", state, record))
+    if flags.checkpoints_total_limit and accelerator.is_main_process:
+        for old in checkpoints_of(folder)[flags.checkpoints_total_limit :]:
+            # Under another name first: a kill half-way must not leave half a checkpoint.
+            remove(old.rename(temporary_beside(old)))
+
+
+def write_checkpoint(trainee: Trainee, path: Path, state: dict, record: dict) -> None:
+    """Adapter, state and record in a folder that is whole or not there; what is in its place steps aside."""
     if path.exists():
         set_aside(path)
     with replacing(path) as temporary:
         temporary.mkdir()
         save_adapter(trainee.denoiser, temporary)
         buffer = io.BytesIO()  # torch.save's own writing names no cause where a disk is full
-        torch.save(trainee.state(accelerator), buffer)
+        torch.save(state, buffer)
         (temporary / STATE).write_bytes(buffer.getbuffer())
-        record = {"method": trainee.method, "step": trainee.step, "seconds": trainee.seconds}
-        content = json.dumps(record | past_of(flags, identity), indent=2)
-        (temporary / RECORD).write_text(content + "\n", encoding="utf-8")
+        (temporary / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         write_checksums(temporary)
-    if flags.checkpoints_total_limit:
-        for old in checkpoints_of(folder)[flags.checkpoints_total_limit :]:
-            # Under another name first: a kill half-way must not leave half a checkpoint.
-            remove(old.rename(temporary_beside(old)))
 
 
 def past_of(flags: Flags, identity: Identity) -> dict:

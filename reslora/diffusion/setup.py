@@ -32,6 +32,7 @@ from .objective import DdpmObjective, FlowObjective, Objective
 from .samples import Material
 from .settings import check_adalora_steps, is_bundled
 from .trainee import Schedule
+from .zero import configure, uses_deepspeed
 
 LONGEST_WARMUP, WARMUP_SHARE = 500, 0.1
 FEW_TOKENS = 64
@@ -71,11 +72,8 @@ def start_accelerator(flags: Flags) -> Accelerator:
             raise InvalidArgument("--mixed_precision fp16", "there is no GPU, and CPUs crawl in fp16", "use bf16 or no")
         take_cores(int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)))
         keep_freed_memory()
-    if accelerator.state.deepspeed_plugin is not None:  # it would ask the data loader, which is not accelerate's
-        settings = accelerator.state.deepspeed_plugin.deepspeed_config
-        settings["train_micro_batch_size_per_gpu"] = flags.train_batch_size
-        per_step = flags.train_batch_size * flags.gradient_accumulation_steps * accelerator.num_processes
-        settings["train_batch_size"] = per_step
+    if uses_deepspeed(accelerator):
+        configure(flags, accelerator)
     torch.backends.cuda.matmul.allow_tf32 = flags.allow_tf32
     quieten()
     return accelerator

@@ -21,6 +21,7 @@ from ..config import ResLoraConfig
 from ..model import enable_gradient_checkpointing
 from .arguments import Flags
 from .seeds import derive
+from .zero import full_state, load_full_state, uses_deepspeed
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class Trainee:
     """The denoiser as accelerate and the compiler have wrapped it; the denoiser itself until then."""
     step: int = 0
     seconds: float = 0.0
+    awaited: dict | None = None
+    """State of DeepSpeed's optimizer, which is there only once the trainee is prepared."""
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -65,9 +68,12 @@ class Trainee:
         self.seconds += time.perf_counter() - started
 
     def state(self, accelerator: Accelerator) -> dict:
-        """All but the adapter that a resumed run needs to equal an uninterrupted one."""
+        """All but the adapter that a resumed run needs to equal an uninterrupted one; with DeepSpeed, collective."""
+        deepspeed = uses_deepspeed(accelerator)
         return {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": full_state(self.optimizer.optimizer, self.denoiser.named_parameters())
+            if deepspeed
+            else self.optimizer.state_dict(),
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
             "allocator": self.allocator.state_dict() if self.allocator else None,
@@ -75,9 +81,15 @@ class Trainee:
 
     def load_state(self, state: dict, step: int, seconds: float, accelerator: Accelerator) -> None:
         """Takes over what `state` returned, at that step."""
+        deepspeed = uses_deepspeed(accelerator)
+        if deepspeed != ("parameters" in state["optimizer"]):
+            raise ValueError(f"was saved {'without' if deepspeed else 'with'} DeepSpeed")
         if self.allocator:
             self.allocator.load_state_dict(state["allocator"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        if deepspeed:
+            self.awaited = state["optimizer"]
+        else:
+            self.optimizer.load_state_dict(state["optimizer"])
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         if accelerator.scaler and state["scaler"]:
             accelerator.scaler.load_state_dict(state["scaler"])
@@ -156,6 +168,9 @@ def prepare(trainee: Trainee, flags: Flags, accelerator: Accelerator) -> None:
     if flags.gradient_checkpointing:
         enable_gradient_checkpointing(denoiser)
     trainee.model, trainee.optimizer = accelerator.prepare(denoiser.train(), trainee.optimizer)
+    if trainee.awaited:
+        load_full_state(trainee.optimizer.optimizer, denoiser.named_parameters(), trainee.awaited)
+        trainee.awaited = None
     if flags.compile:
         trainee.model = compiled(trainee.model)
 

@@ -76,12 +76,12 @@ def after_step(
     with trainee.timed():
         reports.flush()  # a loss that is not finite is not saved
     if save_now:
-        decided(save)
+        save()
     if due and not stopped:
         validation(trainee, reports)
         stopped = stop_requested(stop)
         if stopped and not save_now:
-            decided(save)
+            save()
     return stopped
 
 

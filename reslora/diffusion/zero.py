@@ -1,0 +1,99 @@
+"""DeepSpeed's ZeRO-1 and ZeRO-2, where each process has a part of the optimizer's state: settings, and the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from accelerate import Accelerator, DistributedType
+from torch import nn
+
+from ..errors import InvalidArgument
+from .arguments import Flags
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+"""What changes in a loss scaler; one that is fixed has the first alone."""
+
+
+def uses_deepspeed(accelerator: Accelerator) -> bool:
+    """Whether DeepSpeed takes the steps."""
+    return accelerator.distributed_type == DistributedType.DEEPSPEED
+
+
+def configure(flags: Flags, accelerator: Accelerator) -> None:
+    """Tells DeepSpeed what the flags say; refuses a configuration and flags that do not go together."""
+    plugin = accelerator.state.deepspeed_plugin
+    settings, launcher = plugin.deepspeed_config, "accelerate launch"
+    if plugin.zero_stage not in (1, 2):
+        problem = f"its configuration says ZeRO-{plugin.zero_stage}, from which no adapter can be saved here"
+        raise InvalidArgument(launcher, problem, "give zero_stage 2 or 1, or train without DeepSpeed")
+    for name in ("optimizer", "scheduler"):
+        if name in settings:
+            problem = f"DeepSpeed's configuration has its own {name}"
+            raise InvalidArgument(launcher, problem, "leave it out there, and give flags instead")
+    if "adalora" in flags.method:
+        raise InvalidArgument(
+            "--method adalora", "reads gradients that DeepSpeed keeps to itself", "train it without DeepSpeed"
+        )
+    if flags.use_8bit_adam:
+        problem = "ZeRO cuts its state where it cannot be put together again"
+        raise InvalidArgument("--use_8bit_adam", problem, "leave it out, or train without DeepSpeed")
+    steps = flags.gradient_accumulation_steps
+    # accelerate's launcher passes on what its own file says, and that would win.
+    accelerator.gradient_accumulation_steps = settings["gradient_accumulation_steps"] = steps
+    settings["gradient_clipping"] = flags.max_grad_norm
+    # It would ask the data loader, which is not accelerate's.
+    settings["train_micro_batch_size_per_gpu"] = flags.train_batch_size
+    settings["train_batch_size"] = flags.train_batch_size * steps * accelerator.num_processes
+
+
+def full_state(optimizer, named: Iterable[tuple[str, nn.Parameter]]) -> dict:
+    """The state of DeepSpeed's `optimizer`, whole, on the CPU: no trace of how many processes there are.
+
+    `named`: parameters of the prepared model by name. Their float32 weights, moments and step come under "parameters",
+    moments and step only once a step has been taken. Collective: every process must call it, also if one alone saves.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state  # an optional package
+
+    base, parameters = optimizer.optimizer, {}
+    # Of one flat tensor for each group, all stepped together.
+    step = max((int(state["step"]) for state in base.state.values() if state), default=0)
+    for name, parameter in named:
+        if parameter.requires_grad:
+            parameters[name] = {"weight": safe_get_full_fp32_param(parameter).cpu()}
+            if step:
+                moments = {key: safe_get_full_optimizer_state(parameter, key).cpu() for key in MOMENTS}
+                parameters[name] |= moments | {"step": step}
+    scaler = vars(optimizer.loss_scaler) if hasattr(optimizer, "loss_scaler") else {}
+    return {
+        "parameters": parameters,
+        "lr": [group["lr"] for group in base.param_groups],
+        "loss_scaler": {name: scaler[name] for name in SCALER if name in scaler},
+    }
+
+
+def load_full_state(optimizer, named: Iterable[tuple[str, nn.Parameter]], state: dict) -> None:
+    """Takes over what `full_state` returned, by any number of processes, before the first step; collective, too."""
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    base, parameters = optimizer.optimizer, state["parameters"]
+    step = max((values.get("step", 0) for values in parameters.values()), default=0)
+    for group, rate in zip(base.param_groups, state["lr"], strict=True):
+        group["lr"] = rate
+        if step:  # DeepSpeed has places for the moments from its first step on
+            (flat,) = group["params"]
+            # torch counts on the device where its step is fused; DeepSpeed's own Adam counts in Python.
+            counter = torch.tensor(float(step), device=flat.device if group.get("fused") else "cpu")
+            counter = counter if isinstance(base, torch.optim.Adam) else step
+            base.state[flat] = {"step": counter, **{key: torch.zeros_like(flat) for key in MOMENTS}}
+    if step:
+        optimizer._lazy_init_hp_params_optimizer_state()
+    for name, parameter in named:
+        if parameter.requires_grad:
+            safe_set_full_fp32_param(parameter, parameters[name]["weight"])
+            for key in MOMENTS if step else ():
+                safe_set_full_optimizer_state(parameter, parameters[name][key], key)
+    optimizer.update_lp_params()
+    if hasattr(optimizer, "loss_scaler"):
+        vars(optimizer.loss_scaler).update(state["loss_scaler"])
