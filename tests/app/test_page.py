@@ -18,8 +18,10 @@ import numpy as np
 import PIL.Image
 import pytest
 from app_runs import REPOSITORY, trained, write_run
+from browsers import NoBrowser, find_browser
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
+from playwright.sync_api import sync_playwright
 from waiting import LIMIT, ended, wait_until
 
 from app import __main__ as command_line
@@ -317,17 +319,14 @@ def test_a_password_is_asked_for(runs, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    found = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
-    if found is None:  # Playwright's own, downloaded on the first run
-        subprocess.run([sys.executable, "-m", "playwright", "install", "chromium"], check=False)
+def browser(tmp_path_factory):
+    lock = tmp_path_factory.getbasetemp().parent / "browser.lock"  # a folder that both processes of `-n 2` have
     with sync_playwright() as playwright:
         try:
-            browser = playwright.chromium.launch(executable_path=found, args=CHROMIUM_FLAGS)
-        except Exception as error:
-            pytest.fail(f"this test drives a real browser: apt-get install chromium ({error})")
+            found = find_browser(Path(playwright.chromium.executable_path), lock)
+        except NoBrowser as error:
+            pytest.fail(str(error), pytrace=False)
+        browser = playwright.chromium.launch(executable_path=found, args=CHROMIUM_FLAGS, timeout=LIMIT * 1000)
         yield browser
         browser.close()
 
