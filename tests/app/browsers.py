@@ -44,10 +44,8 @@ def install_debians() -> bool:
     """Whether apt is there and may install, and did."""
     if os.geteuid() != 0 or shutil.which("apt-get") is None:
         return False
-    options = ["--yes", "--quiet", "--no-install-recommends"]
-    return succeeds("apt-get", "update", "--quiet") and succeeds(
-        "apt-get", "install", *options, "chromium", "fonts-dejavu-core"
-    )
+    words = ["install", "--yes", "--quiet", "--no-install-recommends", "chromium", "fonts-dejavu-core"]
+    return succeeds("apt-get", "update", "--quiet") and succeeds("apt-get", *words)
 
 
 def succeeds(*command: str) -> bool:

@@ -322,10 +322,13 @@ def test_a_password_is_asked_for(runs, tmp_path):
 def browser(tmp_path_factory):
     lock = tmp_path_factory.getbasetemp().parent / "browser.lock"  # a folder that both processes of `-n 2` have
     with sync_playwright() as playwright:
+        found = problem = None
         try:
             found = find_browser(Path(playwright.chromium.executable_path), lock)
         except NoBrowser as error:
-            pytest.fail(str(error), pytrace=False)
+            problem = str(error)
+        if problem:  # out of the clause above, which pytest would tell too
+            pytest.fail(problem, pytrace=False)
         browser = playwright.chromium.launch(executable_path=found, args=CHROMIUM_FLAGS, timeout=LIMIT * 1000)
         yield browser
         browser.close()
