@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -38,6 +39,18 @@ def run_script(
             status = error.status
         _leave_process_group(together=status not in (1, 2))
         return status
+
+
+def shares_the_cpu() -> bool:
+    """Whether this is one of several processes on a machine without a GPU or another accelerator.
+
+    accelerate must be told: without a device it finds no backend, and would take each process for the only one. Its
+    launcher does not pass `use_cpu` on to several. False with DeepSpeed, which accelerate drops where it is told.
+    """
+    import torch  # only once the flags make sense
+
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1 and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true"
+    return several and not torch.accelerator.is_available()
 
 
 def _say(text: str) -> None:

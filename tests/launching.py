@@ -6,8 +6,9 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
+
+from waiting import LIMIT, default_sigint, wait_until
 
 FOLDER = Path(__file__).resolve().parent.parent / "assets" / "accelerate"
 MACHINES = {"cpu_two_processes.yaml": 1, "one_node.yaml": 1, "two_nodes.yaml": 2, "deepspeed_zero2.yaml": 1}
@@ -32,21 +33,22 @@ def launch(name: str, script: Path | str, *flags: str, folder: Path, launcher: t
     processes, files = [], [folder / f"launcher-{rank}.txt" for rank in range(machines)]
     for rank, file in enumerate(files):
         command = [*words, *(["--machine_rank", str(rank)] if machines > 1 else []), *launcher, str(script), *flags]
-        processes.append(start(command, file, cpu=not name.startswith("deepspeed")))
-    while any(process.poll() is None for process in processes):
-        if any(process.poll() for process in processes):
-            for process in processes:
-                process.kill()  # it would wait for the other for ever
-        time.sleep(0.05)
+        processes.append(start(command, file))
+    try:  # if one fails, the other would wait for it for ever
+        wait_until(lambda: any(p.poll() for p in processes) or all(p.poll() == 0 for p in processes), "the launchers")
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait(LIMIT)
     printed = "".join(file.read_text(errors="replace") for file in files)
     assert [process.returncode for process in processes] == [0] * machines, printed[-5000:]
     return printed
 
 
-def start(words: list[str], printed: Path, cpu: bool = True, **options) -> subprocess.Popen:
-    """`accelerate launch` with these words, its output in a file."""
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(FOLDER.parent.parent)}
-    environment |= {"ACCELERATE_USE_CPU": "true"} if cpu else {}
+def start(words: list[str], printed: Path, **options) -> subprocess.Popen:
+    """`accelerate launch` with these words as a user starts it who has no GPU, its output in a file."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
     environment["PATH"] += os.pathsep + str(Path(sys.executable).parent)  # for the program ninja, which DeepSpeed calls
     with printed.open("w") as file:
         return subprocess.Popen(
@@ -54,5 +56,6 @@ def start(words: list[str], printed: Path, cpu: bool = True, **options) -> subpr
             env=environment,
             stdout=file,
             stderr=subprocess.STDOUT,
+            preexec_fn=default_sigint,
             **options,
         )

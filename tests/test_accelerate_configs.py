@@ -3,6 +3,7 @@
 import pytest
 from accelerate.commands import launch as launching_command
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import prepare_multi_gpu_env
 from launching import FOLDER, MACHINES, launch
 
 EXPECTED = {  # file: (what starts the processes, machines, processes)
@@ -53,11 +54,18 @@ def test_deepspeed_gets_stage_2(monkeypatch):
     assert (args.zero_stage, args.gradient_accumulation_steps, args.gradient_clipping) == (2, 1, 1.0)
 
 
+def test_the_cpus_configuration_hides_gpus(monkeypatch):
+    _, args = launched(monkeypatch, "--config_file", str(FOLDER / "cpu_two_processes.yaml"))
+    devices = prepare_multi_gpu_env(args)["CUDA_VISIBLE_DEVICES"].split(",")
+    assert all(int(device) < 0 for device in devices)
+
+
 def test_two_processes_on_the_cpu_find_each_other(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "import os, torch, accelerate\n"
-        "a = accelerate.Accelerator()\n"
+        f"import os, sys, torch, accelerate\nsys.path.insert(0, {str(FOLDER.parent.parent)!r})\n"
+        "from reslora.script import shares_the_cpu\n"
+        "a = accelerate.Accelerator(cpu=shares_the_cpu())\n"
         "total = a.reduce(torch.tensor(a.process_index + 1)).item()\n"
         "os.write(1, f'{a.device.type} {a.num_processes} {total}\\n'.encode())\n"  # at once: two print to one file
         # Without this gloo's threads abort, now and then, the process that leaves last: often on a busy machine.

@@ -5,7 +5,6 @@ import json
 import statistics
 import subprocess
 import sys
-import threading
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
+from waiting import output_of, wait_until
 
 import reslora
 
@@ -228,15 +228,14 @@ def test_script_that_fails_ends_the_measurement_with_its_message(tmp_path):
 
 def test_the_peak_of_a_processs_own_memory_is_seen(tmp_path):
     """More than what it has at its end, and no less than what it held."""
-    held, now = 2**26, threading.Event()
+    held = 2**26
     script = f"import sys; memory = b'1' * {held}; print('held', flush=True); sys.stdin.read(1)"
     process = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     watcher = PeakAnonymous(process.pid, seconds=0.001)
     watcher.start()
     assert process.stdout.readline() == b"held\n"
-    while watcher.peak < held:
-        now.wait(0.001)
-    process.communicate(b"x")
+    wait_until(lambda: watcher.peak >= held, "the peak", process, pause=0.001)
+    output_of(process, b"x")
     assert held <= watcher.end() < 2 * held
 
 

@@ -37,6 +37,7 @@ from conftest import (
 )
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from waiting import LIMIT
 
 import reslora
 from reslora import ResLoraConfig
@@ -539,7 +540,7 @@ CORE_FILES = [*(PACKAGE / f"{name}.py" for name in CORE), *sorted((PACKAGE / "sh
 
 def test_importing_the_core_imports_no_more_than_peft_does():
     code = "import sys, peft; before = set(sys.modules); from reslora import *; print(*(set(sys.modules) - before))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=LIMIT)
     assert "reslora.shortcuts.state" in result.stdout.split()
     packages = {name.split(".")[0] for name in result.stdout.split()}
     assert not packages & {"diffusers", "gradio", "datasets", "accelerate", "torchvision", "matplotlib", "PIL"}
@@ -547,7 +548,7 @@ def test_importing_the_core_imports_no_more_than_peft_does():
 
 def test_the_configuration_is_read_without_torch():
     code = "import sys, reslora; reslora.ResLoraConfig('block', 4); print(*sys.modules)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=LIMIT)
     assert not {"torch", "peft", "transformers"} & set(result.stdout.split())
 
 

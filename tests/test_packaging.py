@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from pipelines import image_folder, stable_diffusion
+from waiting import LIMIT
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = [
@@ -33,22 +34,24 @@ def installed(tmp_path_factory) -> Path:
     shutil.copytree(ROOT / "reslora", source / "reslora", ignore=shutil.ignore_patterns("__pycache__"))
     for path in (*ROOT.glob("*.py"), ROOT / "pyproject.toml", ROOT / "README.md", ROOT / "LICENSE"):
         shutil.copy(path, source)
-    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(wheels), str(source)], check=True)
-    subprocess.run([*pip, "install", "--no-deps", "--target", str(target), *map(str, wheels.glob("*.whl"))], check=True)
+    build = ["wheel", "--no-deps", "--no-build-isolation", "-w", str(wheels), str(source)]
+    subprocess.run([*pip, *build], check=True, timeout=LIMIT)
+    install = ["install", "--no-deps", "--target", str(target), *map(str, wheels.glob("*.whl"))]
+    subprocess.run([*pip, *install], check=True, timeout=LIMIT)
     return target
 
 
 def run(installed: Path, folder: Path, *words: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "train_sd", *words]
     environment = {"PYTHONPATH": str(installed), "PATH": "/usr/bin:/bin", "HOME": str(folder), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=LIMIT)
 
 
 def test_the_wheel_trains(installed, tmp_path):
     where = "import reslora.diffusion.run as run; print(run.__file__)"
-    found = subprocess.run(
-        [sys.executable, "-c", where], cwd=tmp_path, env={"PYTHONPATH": str(installed)}, capture_output=True, text=True
-    )
+    environment = {"PYTHONPATH": str(installed)}
+    command = [sys.executable, "-c", where]
+    found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=LIMIT)
     assert Path(found.stdout.strip()).is_relative_to(installed), found.stderr
     model, images = stable_diffusion(tmp_path / "model"), image_folder(tmp_path / "images")
     places = ["--pretrained_model_name_or_path", str(model), "--train_data_dir", str(images), "--output_dir", "out"]

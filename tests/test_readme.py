@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from waiting import LIMIT
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "assets").rglob("*.md")])
@@ -85,7 +86,8 @@ def commands(script: str) -> list[tuple[str, list[str]]]:
 def test_commands_have_flags_that_exist(script):
     found = commands(script)
     assert found
-    told = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True, check=True)
+    command = [sys.executable, str(ROOT / script), "--help"]
+    told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=LIMIT)
     known = set(re.findall(r"--[a-z0-9_-]+", told.stdout))
     for document, words in found:
         unknown = {word for word in words if word.startswith("--")} - known

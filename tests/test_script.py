@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from reslora.errors import InvalidArgument, RunFailed, Stopped
-from reslora.script import run_script
+from reslora.script import run_script, shares_the_cpu
 
 
 @pytest.mark.parametrize(
@@ -55,6 +55,25 @@ def test_only_one_process_of_a_machine_reports_what_all_of_them_find(monkeypatch
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert run_script("script.py", main) == 2
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("environment", "gpu", "expected"),
+    [
+        ({"WORLD_SIZE": "2"}, False, True),
+        ({"WORLD_SIZE": "2"}, True, False),
+        ({"WORLD_SIZE": "1"}, False, False),
+        ({}, False, False),
+        ({"WORLD_SIZE": "2", "ACCELERATE_USE_DEEPSPEED": "true"}, False, False),
+    ],
+)
+def test_several_processes_without_an_accelerator_share_the_cpu(monkeypatch, environment, gpu, expected):
+    for name in ("WORLD_SIZE", "ACCELERATE_USE_DEEPSPEED"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: gpu)
+    assert shares_the_cpu() is expected
 
 
 @pytest.mark.parametrize("error", [None, Stopped("stopped"), RunFailed("loss nan"), InvalidArgument("--a", "bad", "2")])

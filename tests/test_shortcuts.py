@@ -6,7 +6,6 @@ import dataclasses
 import gc
 import io
 import pickle
-import threading
 import weakref
 
 import pytest
@@ -35,6 +34,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
+from waiting import join, start_thread
 
 import reslora
 from reslora import ResLoraConfig
@@ -360,9 +360,7 @@ def test_a_checkpointed_backward_in_another_thread(name, shortcut, pre_num, head
     model, oracle = pair(arch, shortcut, pre_num, head)
     reslora.enable_gradient_checkpointing(model)
     loss = loss_of(model, arch.inputs())
-    thread = threading.Thread(target=loss.backward)
-    thread.start()
-    thread.join()
+    join(start_thread(loss.backward))
     assert_equal(gradients(model), gradients_of(oracle, arch.inputs()))
 
 
@@ -986,9 +984,7 @@ def test_a_compiled_model_is_one_graph_and_stays_it(llama, shortcut, pre_num, he
 
     for seed in range(2):
         work(seed)
-    thread = threading.Thread(target=work, args=(2,))
-    thread.start()
-    thread.join()
+    join(start_thread(work, 2))
     assert len(graphs) == 1
     for seed in range(3):
         assert_equal(found[seed], run(oracle, {**llama.inputs(seed=seed), "use_cache": False}))

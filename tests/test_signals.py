@@ -4,10 +4,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from waiting import default_sigint, ended, output_of, wait_until
 
 from reslora.errors import Stopped
 from reslora.signals import StopRequest, is_launcher
@@ -33,12 +33,8 @@ LAUNCHER = "import subprocess, sys; subprocess.Popen([sys.executable, 'child.py'
 
 
 def await_file(path: Path, process: subprocess.Popen | None = None) -> str:
-    """The content of a file that another process writes; the limit is for a child that hangs."""
-    end = time.monotonic() + 500
-    while not path.is_file() or not path.read_text():
-        assert time.monotonic() < end, f"{path} was never written"
-        assert process is None or process.poll() is None, "the child has ended"
-        time.sleep(0.02)
+    """The content of a file that another process writes."""
+    wait_until(lambda: path.is_file() and path.read_text(), f"{path} to be written", process)
     return path.read_text()
 
 
@@ -57,31 +53,31 @@ def ignore_sigint() -> None:
 def test_a_child_that_inherits_ignored_signals_stops_all_the_same(tmp_path, number):
     process = child(tmp_path, preexec_fn=ignore_sigint)  # what nohup and many a runner of tests do
     process.send_signal(number)
-    _, errors = process.communicate()
+    _, errors = output_of(process)
     assert (tmp_path / "saved").read_text() == str(int(number))
     assert process.returncode == 128 + number
     assert errors.count("stopping after this step") == 1
 
 
 def test_the_second_signal_leaves_at_once(tmp_path):
-    process = child(tmp_path, after="time.sleep(10_000)")
+    process = child(tmp_path, after="time.sleep(1_000)")
     process.send_signal(signal.SIGTERM)
     await_file(tmp_path / "saved", process)
     process.send_signal(signal.SIGINT)
-    process.communicate()
+    output_of(process)
     assert process.returncode == 128 + signal.SIGINT
 
 
 def test_below_torchs_launcher_which_repeats_signals_the_third_leaves_at_once(tmp_path):
     process = child(
         tmp_path,
-        after="os.kill(os.getpid(), 2); pathlib.Path('echoed').write_text('once'); time.sleep(10_000)",
+        after="os.kill(os.getpid(), 2); pathlib.Path('echoed').write_text('once'); time.sleep(1_000)",
         env=os.environ | {"TORCHELASTIC_RUN_ID": "none"},
     )
     process.send_signal(signal.SIGTERM)
     await_file(tmp_path / "echoed", process)
     process.send_signal(signal.SIGTERM)
-    process.communicate()
+    output_of(process)
     assert process.returncode == 128 + signal.SIGTERM
 
 
@@ -91,10 +87,12 @@ def test_a_child_saves_and_ends_when_its_launcher_dies(tmp_path, number, told):
     script = CHILD.format(repository=str(REPOSITORY), after="pass")
     (tmp_path / "child.py").write_text(script.replace(WAIT, WAIT.replace("stop.signal", f"stop.{told}")))
     (tmp_path / "accelerate").write_text(LAUNCHER)
-    launcher = subprocess.Popen([sys.executable, "accelerate", "launch"], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    launcher = subprocess.Popen(
+        [sys.executable, "accelerate", "launch"], cwd=tmp_path, stderr=subprocess.DEVNULL, preexec_fn=default_sigint
+    )
     await_file(tmp_path / "ready", launcher)
     launcher.send_signal(number)
-    launcher.wait()
+    ended(launcher)
     assert await_file(tmp_path / "saved") == str(int(signal.SIGTERM))
 
 
@@ -107,7 +105,7 @@ def test_a_parent_that_is_no_launcher_may_end(tmp_path):
     parent = subprocess.Popen([sys.executable, "parent.py"], cwd=tmp_path)
     number = int(await_file(tmp_path / "ready", parent))
     parent.kill()
-    parent.wait()
+    ended(parent)
     assert await_file(tmp_path / "orphaned") == "None"
     os.kill(number, signal.SIGINT)
     assert await_file(tmp_path / "saved") == str(int(signal.SIGINT))

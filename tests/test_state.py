@@ -25,6 +25,7 @@ from conftest import (
 from peft import LoraConfig, get_peft_model
 from torch.utils.checkpoint import checkpoint
 from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
+from waiting import LIMIT, join, start_thread
 
 import reslora
 from reslora import ResLoraConfig
@@ -59,9 +60,7 @@ def in_thread(work) -> None:
         except BaseException as error:
             raised.append(error)
 
-    thread = threading.Thread(target=guarded)
-    thread.start()
-    thread.join()
+    join(start_thread(guarded))
     for error in raised:
         raise error
 
@@ -108,7 +107,7 @@ def test_threads_that_take_turns_block_by_block(llama, shortcut, pre_num, head):
     together = threading.Barrier(3)
 
     def meet(module, args):
-        together.wait()
+        together.wait(LIMIT)
 
     for n in range(4):
         find_layer(model, f"model.layers.{n}").register_forward_pre_hook(meet)
@@ -122,11 +121,7 @@ def test_threads_that_take_turns_block_by_block(llama, shortcut, pre_num, head):
             together.abort()
             raise
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    join(*[start_thread(work, seed) for seed in range(3)])
     assert set(found) == {0, 1, 2}
     for seed, outputs in found.items():
         for n, output in zip((0, 10), outputs, strict=True):

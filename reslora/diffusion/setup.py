@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import InvalidArgument, first_line
 from ..files import write_json
+from ..script import shares_the_cpu
 from ..together import decided
 from .arguments import Flags
 from .loading import Model
@@ -54,6 +55,7 @@ def start_accelerator(flags: Flags) -> Accelerator:
         raise InvalidArgument("accelerate launch", problem, "give --mixed_precision bf16, or another configuration")
     try:
         accelerator = Accelerator(
+            cpu=shares_the_cpu(),
             gradient_accumulation_steps=flags.gradient_accumulation_steps,
             mixed_precision=precision_of(flags),
             log_with=tracker_of(flags.report_to),

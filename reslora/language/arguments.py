@@ -21,6 +21,7 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_rep
 from ..config import HEADS, METHODS, SHORTCUTS
 from ..errors import InvalidArgument, first_line
 from ..merging import METHODS as MERGES
+from ..script import shares_the_cpu
 from ..shortcuts import PLAIN, shortcut_class
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
@@ -134,6 +135,7 @@ class AdapterTrainingArguments(TrainingArguments):
         if self.bf16 and not gpu and not self.use_cpu:
             raise InvalidArgument("--bf16", "there is no GPU", "add --use_cpu, or leave it out")
         check_writable(self.output_dir)
+        self.use_cpu = self.use_cpu or (shares_the_cpu() and not self.deepspeed)
         if self.deepspeed:
             _say_that_there_is_one_process()
         super().__post_init__()

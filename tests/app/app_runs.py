@@ -9,6 +9,7 @@ from pathlib import Path
 
 import PIL.Image
 from pipelines import image_folder, stable_diffusion
+from waiting import LIMIT
 
 from app.runs import Library, Run
 
@@ -74,7 +75,7 @@ def trained(folder: Path) -> Path:
     flags += ["--merge_calibration_samples", 4]
     command = [sys.executable, REPOSITORY / "train_sd.py", *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([str(word) for word in command], check=True, capture_output=True, env=environment)
+    subprocess.run([str(word) for word in command], check=True, capture_output=True, env=environment, timeout=LIMIT)
     return folder / "runs"
 
 

@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -19,8 +18,11 @@ import numpy as np
 import PIL.Image
 import pytest
 from app_runs import REPOSITORY, trained, write_run
+from browsers import NoBrowser, find_browser
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
+from playwright.sync_api import sync_playwright
+from waiting import LIMIT, ended, wait_until
 
 from app import __main__ as command_line
 from app import recipe
@@ -30,8 +32,6 @@ CHROMIUM_FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
-FOREVER = 3600
-"""Seconds after which something that never comes is given up: nothing here depends on how fast it comes."""
 
 
 # -- command line ------------------------------------------------------------------------------------------------------
@@ -98,6 +98,7 @@ def test_threads_are_told_to_spin_briefly_before_torch_is_there():
             capture_output=True,
             text=True,
             check=True,
+            timeout=LIMIT,
         )
         assert done.stdout.split() == [expected, "False"]
 
@@ -116,20 +117,15 @@ def start(runs: Path, log: Path, *flags: str, **options) -> tuple[subprocess.Pop
         process = subprocess.Popen(
             command, cwd=REPOSITORY, env=environment, stdout=output, stderr=subprocess.STDOUT, **options
         )
-    while status_of(f"http://127.0.0.1:{port}") is None:
-        assert process.poll() is None, log.read_text()
-        time.sleep(0.1)
-    return process, f"http://127.0.0.1:{port}"
+    address = f"http://127.0.0.1:{port}"
+    wait_until(lambda: status_of(address) is not None or process.poll() is not None, f"an answer of {address}")
+    assert process.poll() is None, log.read_text()
+    return process, address
 
 
 def end(process: subprocess.Popen) -> None:
-    """By SIGTERM, and by SIGKILL what is still there after a while."""
     process.terminate()
-    try:
-        process.wait(120)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+    ended(process)
 
 
 @contextlib.contextmanager
@@ -145,7 +141,7 @@ def serving(runs: Path, log: Path, *flags: str):
 def status_of(address: str) -> int | None:
     """HTTP status of a GET; None while nobody listens."""
     try:
-        with urllib.request.urlopen(address, timeout=FOREVER) as answer:
+        with urllib.request.urlopen(address, timeout=LIMIT) as answer:
             return answer.status
     except urllib.error.HTTPError as error:
         return error.code
@@ -164,7 +160,7 @@ def test_both_signals_end_it_whatever_it_inherits(tmp_path, number):
     environment = {"TMPDIR": str(tmp_path / "tmp")}
     process, _ = start(tmp_path / "runs", tmp_path / "log", preexec_fn=ignore_sigint, env=environment)
     process.send_signal(number)
-    assert process.wait(FOREVER) == 0
+    assert ended(process) == 0
     assert "Traceback" not in (tmp_path / "log").read_text()
     assert not list((tmp_path / "tmp").glob("reslora-app-*"))
 
@@ -227,7 +223,7 @@ def test_what_a_program_sends_beyond_the_limits_is_clamped(client):
 
 def answers(address: str, name: str, *data) -> str:
     """What a program is told that sends some JSON to an endpoint and listens, as one does without Gradio's client."""
-    with urllib.request.urlopen(post(address, name, *data), timeout=FOREVER) as answer:
+    with urllib.request.urlopen(post(address, name, *data), timeout=LIMIT) as answer:
         return answer.read().decode()
 
 
@@ -235,7 +231,7 @@ def post(address: str, name: str, *data) -> str:
     """Sends a request and returns where to listen for what comes of it."""
     url, body = f"{address}/gradio_api/call/{name}", json.dumps({"data": data}).encode()
     request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=FOREVER) as answer:
+    with urllib.request.urlopen(request, timeout=LIMIT) as answer:
         return f"{url}/{json.load(answer)['event_id']}"
 
 
@@ -268,17 +264,10 @@ def test_what_nobody_listens_to_keeps_nobody_waiting(address, client, log):
     left = [post(address, "generate", *(GENERATE | {"steps": 150, "images": 8}).values()) for _ in range(4)]
     gallery, *_ = generated(client, steps=1, beside=False)
     assert len(gallery) == 1
-    until(lambda: log.read_text().count("Gave up") == 4)
+    wait_until(lambda: log.read_text().count("Gave up") == 4, "four requests to be given up")
     for url in left:
-        with urllib.request.urlopen(url, timeout=FOREVER) as answer:
+        with urllib.request.urlopen(url, timeout=LIMIT) as answer:
             assert "Cancelled after 0 of 16 images" in answer.read().decode()
-
-
-def until(condition) -> None:
-    started = time.monotonic()
-    while not condition():
-        assert time.monotonic() - started < FOREVER
-        time.sleep(0.1)
 
 
 def pixels(path: str) -> bytes:
@@ -330,17 +319,17 @@ def test_a_password_is_asked_for(runs, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    found = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
-    if found is None:  # Playwright's own, downloaded on the first run
-        subprocess.run([sys.executable, "-m", "playwright", "install", "chromium"], check=False)
+def browser(tmp_path_factory):
+    lock = tmp_path_factory.getbasetemp().parent / "browser.lock"  # a folder that both processes of `-n 2` have
     with sync_playwright() as playwright:
+        found = problem = None
         try:
-            browser = playwright.chromium.launch(executable_path=found, args=CHROMIUM_FLAGS)
-        except Exception as error:
-            pytest.fail(f"this test drives a real browser: apt-get install chromium ({error})")
+            found = find_browser(Path(playwright.chromium.executable_path), lock)
+        except NoBrowser as error:
+            problem = str(error)
+        if problem:  # out of the clause above, which pytest would tell too
+            pytest.fail(problem, pytrace=False)
+        browser = playwright.chromium.launch(executable_path=found, args=CHROMIUM_FLAGS, timeout=LIMIT * 1000)
         yield browser
         browser.close()
 
@@ -348,7 +337,7 @@ def browser():
 @pytest.fixture
 def page(browser, address):
     page = browser.new_page(viewport={"width": 1360, "height": 900})
-    page.set_default_timeout(FOREVER * 1000)
+    page.set_default_timeout(LIMIT * 1000)
     page.errors = []
     page.on("pageerror", lambda error: page.errors.append(str(error)))
     page.goto(address, wait_until="domcontentloaded")
@@ -442,22 +431,20 @@ def test_a_training_is_started_watched_and_stopped(page, browser, address, runs,
 
     other = browser.new_page()
     other.goto(address, wait_until="domcontentloaded")
-    other.locator("#summary .running").wait_for(timeout=FOREVER * 1000)
+    other.locator("#summary .running").wait_for(timeout=LIMIT * 1000)
     assert other.locator("#run input").input_value() == "watched"
     other.close()
 
     run = Library(runs).find("watched")
-    while not any(row["step"] >= 2 for row in run.log("lora")):
-        assert run.process
-        time.sleep(0.1)
+    wait_until(lambda: any(row["step"] >= 2 for row in run.log("lora")) or not run.process, "the second step")
+    assert run.process
     page.get_by_role("tab", name="Train").click()
     page.locator("#stop").click()
     page.locator("#progress .stopped").wait_for()
     assert run.process is None and len(run.checkpoints("lora")) == 1
     page.locator("#resume").click()
     page.locator("#progress .running").wait_for()
-    while "going on from" not in run.log_tail():
-        assert run.process
-        time.sleep(0.1)
+    wait_until(lambda: "going on from" in run.log_tail() or not run.process, "the run to go on")
+    assert run.process
     page.locator("#stop").click()
     page.locator("#progress .stopped").wait_for()

@@ -3,7 +3,6 @@
 import json
 import pickle
 import shutil
-import threading
 import zipfile
 from dataclasses import replace
 
@@ -14,6 +13,7 @@ import torch
 from app_runs import trained, write_run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from waiting import join, start_thread, wait_until
 
 from app import adapters, recipe
 from app import studio as studios
@@ -96,11 +96,7 @@ def test_two_people_get_what_they_would_have_got_alone(studio, run):
     def ask(number):
         together[number] = one(studio, run, labels[number])
 
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(labels))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    join(*[start_thread(ask, number) for number in range(len(labels))])
     assert all(np.array_equal(*pair) for pair in zip(alone, together, strict=True))
 
 
@@ -117,8 +113,7 @@ def test_cancel_and_disconnection_stop_within_one_step(studio, run):
     assert studio.cancel("me") is False
 
     abandoned = studio.generate(run, [BASE], long, session="me")
-    while not isinstance(next(abandoned), Step):
-        pass
+    next(event for event in abandoned if isinstance(event, Step))
     abandoned.close()
     with studio.turns.turn():  # it is given back; the next one is served
         pass
@@ -136,12 +131,11 @@ def test_what_nobody_listens_to_takes_no_turn(studio, run, monkeypatch):
         except Cancelled as error:
             outcome.append(error)
 
-    thread = threading.Thread(target=ask)
-    thread.start()
-    while len(asked) < 4 and thread.is_alive():
-        assert not studio.turns.waiting
+    thread = start_thread(ask)
+    wait_until(lambda: len(asked) >= 4 or studio.turns.waiting, "somebody to be asked", thread, pause=0)
+    assert not studio.turns.waiting
     studio.cancel("me")
-    thread.join()
+    join(thread)
     assert not drawn and [type(event) for event in outcome] == [Cancelled]
 
 
@@ -168,19 +162,16 @@ def test_who_goes_away_is_given_up_after_a_while(studio, run, monkeypatch):
 def test_who_asks_for_much_lets_others_have_their_turn(studio, run):
     """An image that was asked for later comes before the last of eight."""
     many, order = studio.generate(run, [BASE], replace(REQUEST, images=8), session="many"), []
-    while not isinstance(next(many), Step):
-        pass
+    next(event for event in many if isinstance(event, Step))
 
     def ask_for_one():
         order.extend("one" for image in draw(studio, run, BASE))
 
-    other = threading.Thread(target=ask_for_one)
-    other.start()
-    while not len(studio.turns.waiting) > 1:  # it has the first turn after this image
-        assert other.is_alive()
+    other = start_thread(ask_for_one)
+    wait_until(lambda: len(studio.turns.waiting) > 1, "the first turn after this image", other, pause=0)
     for event in many:
         order.extend(["many"] if isinstance(event, Drawn) else [])
-    other.join()
+    join(other)
     assert order.index("one") < 7 and order.count("many") == 8
 
 
@@ -191,14 +182,12 @@ def test_turns_are_taken_in_the_order_of_asking():
         with turns.turn():
             order.append(name)
 
-    threads = [threading.Thread(target=take, args=(name,)) for name in "abc"]
+    threads = []
     with turns.turn():
-        for number, thread in enumerate(threads):
-            thread.start()
-            while len(turns.waiting) < number + 2:
-                assert thread.is_alive()
-    for thread in threads:
-        thread.join()
+        for name in "abc":
+            threads.append(start_thread(take, name))
+            wait_until(lambda: len(turns.waiting) == len(threads) + 1, "its place", threads[-1], pause=0)
+    join(*threads)
     assert order == ["a", "b", "c"] and not turns.waiting
 
     def give_up():

@@ -3,11 +3,11 @@
 import os
 import subprocess
 import sys
-import time
 
 import PIL.Image
 import pytest
 from app_runs import HOSTILE, run_by_hand, write_run
+from waiting import ended, wait_until
 
 from app import training
 from app.runs import Library, RunError, is_trainer
@@ -106,16 +106,14 @@ def test_a_trainer_is_found_by_its_lock_and_stopped(run):
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(run.folder / ".lock"), "train_sd.py"])
     trainings = Trainings(Library(run.folder.parent))
-    while not run.process:
-        assert process.poll() is None
-        time.sleep(0.01)
+    wait_until(lambda: run.process, "the lock", process)
     assert trainings.status(run) == "running"
     with pytest.raises(RunError, match="run is training"):
         trainings.start("second", [])
     assert "Stopping" in trainings.stop("run")
     trainings.asked.add(process.pid)
     assert "already" in trainings.stop("run") or process.poll() == 7  # a second signal would keep it from saving
-    assert process.wait(timeout=60) == 7
+    assert ended(process) == 7
     assert trainings.status(run) == "stopped"
 
 

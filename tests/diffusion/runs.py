@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from waiting import ended
 
 import train_sd
 from reslora.files import replacing
@@ -190,8 +191,7 @@ class Runs:
     def finish(self, output: Path, *flags: str, watcher: Watcher | None = None) -> int:
         """Exit status of a run that is waited for; minus the signal where one ended it."""
         process = self.start(output, *flags, watcher=watcher)
-        process.join()
-        return process.exitcode
+        return ended(process)
 
     def last_line(self) -> str:
         return last_line(self.messages.read_text())

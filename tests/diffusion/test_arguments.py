@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from waiting import LIMIT
 
 from diffusion.runs import SCRIPT, refused
 from reslora.diffusion.arguments import build_parser
@@ -66,10 +67,10 @@ def test_model_without_data_is_refused(model, capsys):
 def test_script_itself_exits_with_2_and_answers_help_without_heavy_imports():
     heavy = "import sys, train_sd; from reslora.diffusion.arguments import build_parser; build_parser(); "
     heavy += "sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", heavy], cwd=SCRIPT.parent, check=False).returncode == 0
-    done = subprocess.run([sys.executable, str(SCRIPT), "--rank", "0"], capture_output=True, text=True, check=False)
+    assert subprocess.run([sys.executable, "-c", heavy], cwd=SCRIPT.parent, timeout=LIMIT).returncode == 0
+    done = subprocess.run([sys.executable, str(SCRIPT), "--rank", "0"], capture_output=True, text=True, timeout=LIMIT)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--rank" in done.stderr
-    done = subprocess.run([sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True, timeout=LIMIT)
     assert done.returncode == 0 and "--shortcut" in done.stdout
 
 

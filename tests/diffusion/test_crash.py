@@ -6,11 +6,11 @@ Runs are processes of their own, forked from one that has the libraries loaded, 
 import random
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from waiting import ended, is_running, wait_until
 
 from diffusion.conftest import STEPS
 from diffusion.runs import RESUME, Watcher, assert_same, final_weights, losses, training_state
@@ -54,18 +54,22 @@ def hidden(output: Path) -> list[Path]:
 # -- SIGKILL ---------------------------------------------------------------------------------------------------------
 
 
+def wait_for_a_step(output: Path, process) -> None:
+    """Until the run is one step further, or over."""
+    before = checkpoints(output)
+    wait_until(lambda: checkpoints(output) != before or not is_running(process), "the next checkpoint", pause=0.002)
+
+
 def test_killed_at_random_moments(runs, whole, tmp_path):
     """Killed again and again, a random while after it got one step further, until a run comes to its end."""
     output, chance, kills = tmp_path / "out", random.Random(0), 0
     flags = ("--dataloader_num_workers", "1", "--checkpoints_total_limit", "2", *RESUME)
     while True:
-        process, before = runs.start(output, *flags), checkpoints(output)
-        while process.is_alive() and checkpoints(output) == before:
-            time.sleep(0.002)
+        process = runs.start(output, *flags)
+        wait_for_a_step(output, process)
         process.join(chance.uniform(0, 0.1))
         process.kill()
-        process.join()
-        if process.exitcode == 0:
+        if ended(process) == 0:
             break
         assert process.exitcode == -signal.SIGKILL, runs.last_line()
         assert checkpoints(output)

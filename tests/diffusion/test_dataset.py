@@ -12,6 +12,7 @@ from pathlib import Path
 import datasets
 import pytest
 from pipelines import image_folder, random_image, red_or_blue, same_image
+from waiting import join, start_thread
 
 from diffusion.runs import only, printed, refused
 from reslora.diffusion.dataset import load_images
@@ -225,12 +226,11 @@ def test_a_pipe_among_the_images_is_not_opened(tmp_path):
         with fifo.open("wb"):
             opened.set()
 
-    thread = threading.Thread(target=wait_for_a_reader)
-    thread.start()
+    thread = start_thread(wait_for_a_reader)
     found = gather(folder)
     was_opened = opened.is_set()
     os.close(os.open(fifo, os.O_RDONLY | os.O_NONBLOCK))
-    thread.join()
+    join(thread)
     assert not was_opened
     assert len(found) == 2 and "2.png" in found.left_out[0]
 

@@ -4,7 +4,6 @@ import json
 import math
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from pipelines import image_folder, random_image, stable_diffusion
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
+from waiting import ended, wait_until
 
 from diffusion.runs import cut, final_weights, losses, main, only, printed, refused
 from reslora.diffusion import encoding
@@ -220,12 +220,10 @@ def test_a_killed_loader_process_ends_the_run_in_one_line(runs, tmp_path):
     log = tmp_path / "out" / "reslora" / "log.jsonl"
     flags = ("--dataloader_num_workers", "1", "--max_train_steps", "300", "--checkpointing_steps", "300")
     process = runs.start(tmp_path / "out", *flags)
-    while not (log.is_file() and "train" in log.read_text()) and process.is_alive():
-        time.sleep(0.02)
+    wait_until(lambda: log.is_file() and "train" in log.read_text(), "a step", process)
     for worker in psutil.Process(process.pid).children():
         worker.send_signal(signal.SIGKILL)
-    process.join()
-    assert process.exitcode == 1
+    assert ended(process) == 1
     assert "--dataloader_num_workers" in runs.last_line()
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
     assert max(steps) < 300

@@ -2,6 +2,8 @@
 
 import os
 
+from waiting import ended, wait_until
+
 from diffusion.runs import RESUME, final_weights, leave_behind, main, refused
 
 
@@ -9,12 +11,11 @@ def test_a_second_run_is_refused_and_a_lock_left_behind_is_taken_over(runs, caps
     output = tmp_path / "out"
     flags = (*runs.flags, "--output_dir", output, "--max_train_steps", 10_000)
     other = runs.start(output, "--max_train_steps", "10000", "--checkpointing_steps", "1")
-    while not list(output.glob("reslora/checkpoint-*/trainer.json")):
-        assert other.is_alive()
+    wait_until(lambda: list(output.glob("reslora/checkpoint-*/trainer.json")), "a checkpoint", other)
     for resume in ((), RESUME):
         assert f"process {other.pid} is training in it" in refused(capsys, *flags, *resume, quiet=False)
     other.kill()
-    other.join()
+    ended(other)
     (output / ".lock").write_text(str(os.getppid()))  # an id that was used again
     done = max(int(path.name.split("-")[1]) for path in output.glob("reslora/checkpoint-*"))
     assert main(*flags, *RESUME, "--max_train_steps", done + 1) == 0

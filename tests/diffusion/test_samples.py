@@ -1,12 +1,10 @@
 """Sample number n of a run is a function of the seed and n: the same for every method, batch size and process."""
 
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from launching import launch
 from pipelines import image_folder, stable_diffusion
 from safetensors.torch import load_file
 
@@ -48,9 +46,7 @@ def test_accumulation_is_a_larger_batch(run, base_flags, tmp_path):
 
 def test_two_processes_end_where_one_with_the_whole_batch_ends(run, base_flags, tmp_path):
     flags = [*base_flags, "--train_batch_size", "1", "--method", "reslora", "--output_dir", str(tmp_path / "out")]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    subprocess.run([*launch, *flags], env=environment, check=True, capture_output=True)
+    launch("cpu_two_processes.yaml", SCRIPT, *flags, folder=tmp_path)
     for name, value in final_weights(tmp_path / "out").items():
         if name != "reslora.norms":  # recorded by the first process, of its half of the batch
             torch.testing.assert_close(value, final_weights(run)[name], rtol=1e-3, atol=1e-5)

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -12,6 +11,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
+from waiting import ended, is_running, output_of, wait_until
 
 from diffusion.runs import (
     RESUME,
@@ -146,9 +146,7 @@ def test_divergence_in_the_last_step_exports_nothing(brief_flags, capsys, tmp_pa
 
 def wait_for_step(log: Path, process) -> None:
     """Until the run has trained a step or is over; `process` is a Popen or a multiprocessing.Process."""
-    over = process.poll if isinstance(process, subprocess.Popen) else lambda: process.exitcode
-    while not (log.is_file() and '"train"' in log.read_text()) and over() is None:
-        time.sleep(0.02)
+    wait_until(lambda: (log.is_file() and '"train"' in log.read_text()) or not is_running(process), "a step")
 
 
 def test_sigterm_saves_and_the_resumed_run_is_the_uninterrupted_one(runs, whole, tmp_path):
@@ -156,8 +154,7 @@ def test_sigterm_saves_and_the_resumed_run_is_the_uninterrupted_one(runs, whole,
     process = runs.start(output)
     wait_for_step(output / "reslora" / "log.jsonl", process)
     process.terminate()
-    process.join()
-    assert process.exitcode in (128 + signal.SIGTERM, 0)  # 0 where it was done before the signal came
+    assert ended(process) in (128 + signal.SIGTERM, 0)  # 0 where it was done before the signal came
     assert not (output / ".lock").exists()
     assert runs.finish(output, *RESUME) == 0
     assert_same(final_weights(output, step=5), final_weights(whole, step=5))
@@ -170,7 +167,7 @@ def test_sigterm_to_the_whole_group_saves_too(brief_flags, tmp_path):
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     wait_for_step(tmp_path / "out" / "lora" / "log.jsonl", process)
     os.killpg(process.pid, signal.SIGTERM)
-    errors = process.communicate()[1]
+    errors = output_of(process)[1]
     assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in errors, errors
     assert len(list((tmp_path / "out" / "lora").glob("checkpoint-*"))) == 1
 
@@ -185,7 +182,7 @@ def test_signals_are_heard_even_where_they_were_ignored_at_the_start(brief_flags
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     wait_for_step(tmp_path / "out" / "lora" / "log.jsonl", process)
     process.send_signal(signal.SIGINT)
-    errors = process.communicate()[1]
+    errors = output_of(process)[1]
     assert process.returncode == 128 + signal.SIGINT and "Traceback" not in errors, errors
 
 
@@ -221,9 +218,8 @@ def test_sigterm_to_the_launcher_ends_and_saves_the_training(brief_flags, tmp_pa
     wait_for_step(method / "log.jsonl", launcher)
     (trainer,) = psutil.Process(launcher.pid).children()
     launcher.terminate()
-    launcher.wait()
-    while trainer.is_running() and trainer.status() != psutil.STATUS_ZOMBIE:
-        time.sleep(0.05)
+    ended(launcher)
+    wait_until(lambda: not trainer.is_running() or trainer.status() == psutil.STATUS_ZOMBIE, "the trainer's end")
     (checkpoint,) = method.glob("checkpoint-*")
     last = read_log(method / "log.jsonl")[-1]["step"]
     assert last < 400 and checkpoint.name == f"checkpoint-{last}"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from launching import launch, start
+from waiting import LIMIT, ended
 
 from .helpers import SCRIPT, VALIDATED, flags, losses
 
@@ -31,7 +32,7 @@ def test_one_process_with_the_flag_trains_with_deepspeed_without_a_launcher(tiny
     argv = flags(tiny, data, tmp_path / "run", *VALIDATED, "--deepspeed")
     environment = {key: value for key, value in os.environ.items() if key != "RANK"}
     environment["PATH"] += os.pathsep + str(Path(sys.executable).parent)
-    subprocess.run([sys.executable, str(SCRIPT), *argv], env=environment, check=True)
+    subprocess.run([sys.executable, str(SCRIPT), *argv], env=environment, check=True, timeout=LIMIT)
     assert (tmp_path / "run" / "checkpoint-3" / "latest").is_file()  # DeepSpeed's
     assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=1e-5)
 
@@ -44,5 +45,5 @@ def test_flags_that_differ_from_deepspeeds_configuration_are_one_line(tiny, data
 
 def test_deepspeed_is_not_left_out_silently(tiny, data, tmp_path):
     argv = ["--cpu", "--num_processes", "1", str(SCRIPT), *flags(tiny, data, tmp_path / "run", "--deepspeed")]
-    assert start(argv, tmp_path / "printed").wait() != 0
+    assert ended(start(argv, tmp_path / "printed")) != 0
     assert "error: --deepspeed: accelerate leaves it out with --cpu" in (tmp_path / "printed").read_text()

@@ -1,0 +1,57 @@
+"""A browser for the tests of the page: one that is there, else one that is installed now."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from filelock import FileLock
+from waiting import LIMIT
+
+NAMES = ("chromium", "google-chrome", "google-chrome-stable", "chromium-browser")
+APPLICATION = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"  # macOS
+ADVICE = "the page's tests drive a real browser, which could not be installed here: install Chromium or Chrome"
+
+
+class NoBrowser(Exception):
+    """There is none, and no way to install one; the message says what to do."""
+
+
+def find_browser(playwrights: Path, lock: Path) -> Path:
+    """A Chromium or Chrome that starts: an installed one, Playwright's own (at `playwrights`), or Debian's.
+
+    What is missing is downloaded, by one process at a time; raises `NoBrowser` where nothing helps.
+    """
+    with FileLock(lock, timeout=4 * LIMIT):
+        for name in (*NAMES, APPLICATION):
+            if (path := shutil.which(name)) and succeeds(path, "--version"):
+                return Path(path)
+        for install in (None, download_playwrights):
+            if (install is None or install()) and playwrights.is_file() and succeeds(str(playwrights), "--version"):
+                return playwrights
+        if install_debians() and (path := shutil.which("chromium")) and succeeds(path, "--version"):
+            return Path(path)
+    raise NoBrowser(ADVICE)
+
+
+def download_playwrights() -> bool:
+    """Whether Playwright could download its own; a bare system may lack libraries that it needs."""
+    return succeeds(sys.executable, "-m", "playwright", "install", "chromium")
+
+
+def install_debians() -> bool:
+    """Whether apt is there and may install, and did."""
+    if os.geteuid() != 0 or shutil.which("apt-get") is None:
+        return False
+    words = ["install", "--yes", "--quiet", "--no-install-recommends", "chromium", "fonts-dejavu-core"]
+    return succeeds("apt-get", "update", "--quiet") and succeeds("apt-get", *words)
+
+
+def succeeds(*command: str) -> bool:
+    """Whether a command ends well; one that hangs does not."""
+    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+    try:
+        return subprocess.run(command, env=environment, capture_output=True, timeout=LIMIT).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False

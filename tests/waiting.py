@@ -1,0 +1,72 @@
+"""Waits that end, and say what they waited for: the limit is for what hangs, not for what is slow."""
+
+import multiprocessing
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+
+LIMIT = 600
+"""Seconds. Also the `timeout` of every `subprocess.run` here."""
+
+Running = subprocess.Popen | multiprocessing.process.BaseProcess | threading.Thread
+
+
+def wait_until(
+    condition: Callable[[], object],
+    what: str,
+    running: Running | None = None,
+    pause: float = 0.02,
+    limit: float = LIMIT,
+) -> None:
+    """Looks again and again; fails after the limit, or where who should bring it about has ended without."""
+    end = time.monotonic() + limit
+    while not condition():
+        assert running is None or is_running(running) or condition(), f"ended before {what}"
+        assert time.monotonic() < end, f"waited {limit} s for {what}"
+        time.sleep(pause)
+
+
+def is_running(running: Running) -> bool:
+    return running.poll() is None if isinstance(running, subprocess.Popen) else running.is_alive()
+
+
+def ended(process: subprocess.Popen | multiprocessing.process.BaseProcess, limit: float = LIMIT) -> int:
+    """The exit status of a process, minus the signal where one ended it; one that hangs is killed, and fails."""
+    try:
+        wait_until(lambda: not is_running(process), f"the end of {process}", limit=limit)
+    finally:
+        if is_running(process):
+            process.kill()
+    if isinstance(process, subprocess.Popen):
+        return process.wait(limit)
+    process.join(limit)
+    return process.exitcode
+
+
+def output_of(process: subprocess.Popen, given: str | bytes | None = None, limit: float = LIMIT) -> tuple:
+    """What a process with pipes says until its end, on stdout and on stderr; one that hangs is killed, and fails."""
+    try:
+        return process.communicate(given, timeout=limit)
+    finally:
+        if process.poll() is None:
+            process.kill()
+
+
+def start_thread(target: Callable, *args: object) -> threading.Thread:
+    """A thread that does not keep the tests from ending."""
+    thread = threading.Thread(target=target, args=args, daemon=True)
+    thread.start()
+    return thread
+
+
+def join(*threads: threading.Thread) -> None:
+    for thread in threads:
+        thread.join(LIMIT)
+        assert not thread.is_alive(), f"{thread} does not end"
+
+
+def default_sigint() -> None:
+    """For `preexec_fn`: whoever starts the tests may ignore SIGINT, as `nohup` does, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
