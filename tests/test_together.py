@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from launching import launch
+from waiting import output_of
 
 from reslora import together
 from reslora.errors import InvalidArgument
@@ -118,10 +119,10 @@ def test_a_process_that_dies_is_not_waited_for(tmp_path, waiting):
         )
         for rank in (0, 1)
     ]  # fmt: skip
-    errors = processes[0].communicate(timeout=500)[1]
+    errors = output_of(processes[0])[1]
     assert processes[0].returncode == 1 and "another process of this run has ended" in errors.splitlines()[-1], errors
     assert "Traceback" not in errors
-    processes[1].communicate(timeout=500)
+    output_of(processes[1])
 
 
 def free_port() -> int:

@@ -37,6 +37,8 @@ def train(
     flags, main = material.flags, accelerator.is_main_process
     if parts := decided(lambda: reports.overdue(schedule)):
         validation(trainee, reports, parts)
+        if stop_requested(stop):  # here nothing is to be saved, and a later step would leave these samples behind
+            raise stopped_at(trainee)
     steps, stopped = range(trainee.step, schedule.steps), False
     pin = accelerator.device.type == "cuda"
     loader = training_loader(material, steps, accelerator.num_processes, accelerator.process_index, pin)
@@ -55,7 +57,12 @@ def train(
                 break
     accelerator.free_memory()
     if stopped and trainee.step < schedule.steps:
-        raise Stopped(f"{trainee.method} stopped after step {trainee.step}; go on with --resume_from_checkpoint latest")
+        raise stopped_at(trainee)
+
+
+def stopped_at(trainee: Trainee) -> Stopped:
+    """What a run that was asked to stop ends with."""
+    return Stopped(f"{trainee.method} stopped after step {trainee.step}; go on with --resume_from_checkpoint latest")
 
 
 def after_step(

@@ -209,6 +209,23 @@ def test_a_stop_while_samples_are_drawn_saves_and_the_samples_follow(run, base_f
     assert names[0] == names[1]
 
 
+def test_a_stop_in_the_first_samples_leaves_them_to_the_next_start(run, base_flags, tmp_path, monkeypatch):
+    """Nothing is trained yet; a checkpoint of a later step would mean that they are never drawn."""
+    output, draw = tmp_path / "out", StableDiffusionPipeline.__call__
+    flags = [*base_flags, "--method", "reslora", "--output_dir", output]
+
+    def interrupted(pipeline, *args, **more):
+        signal.raise_signal(signal.SIGTERM)
+        return draw(pipeline, *args, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StableDiffusionPipeline, "__call__", interrupted)
+        assert main(*flags) == 128 + signal.SIGTERM
+    assert not list((output / "reslora").glob("checkpoint-*"))
+    assert main(*flags, *RESUME) == 0
+    assert digests(output / "reslora", "samples/*/*.png") == digests(run / "reslora", "samples/*/*.png")
+
+
 def test_sigterm_to_the_launcher_ends_and_saves_the_training(brief_flags, tmp_path):
     """`accelerate launch` dies of it without a word to the process it started, which has 400 steps to notice."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", str(SCRIPT)]

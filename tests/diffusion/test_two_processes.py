@@ -1,12 +1,12 @@
 """Two real processes, started as the documentation says: they resume, stop and fail together."""
 
 import signal
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 from launching import FOLDER, launch, start
+from waiting import ended, wait_until
 
 from diffusion.runs import RESUME, SCRIPT, assert_same, digests, final_weights, main
 from reslora.recovery import numbered
@@ -56,11 +56,11 @@ def test_a_stop_while_the_first_saves_is_met_by_all(flags, whole, tmp_path, to):
     script.write_text(SLOW.format(path=[str(FOLDER.parent.parent)], folder=str(tmp_path)))
     words = ["--config_file", str(FOLDER / CONFIGURATION), "--main_process_port", "0", str(script), *flags]
     launcher = start([*words, "--output_dir", str(output)], tmp_path / "printed.txt")
-    await_file(tmp_path / "saving", launcher)
+    wait_until((tmp_path / "saving").exists, "the first checkpoint", launcher)
     workers = processes_of(launcher)
     (launcher if to == "launcher" else workers[0]).send_signal(signal.SIGTERM)
-    launcher.wait(timeout=500)
-    _, alive = psutil.wait_procs(workers, timeout=500)
+    ended(launcher)
+    _, alive = psutil.wait_procs(workers, timeout=600)
     assert not alive
     printed = (tmp_path / "printed.txt").read_text(errors="replace")
     assert "stopped after step" in printed, printed
@@ -81,7 +81,7 @@ def test_what_one_process_cannot_write_ends_both_in_one_line(flags, tmp_path):
     (tmp_path / "broken.py").write_text(broken.format(path=[str(FOLDER.parent.parent)], folder=str(tmp_path)))
     words = ["--config_file", str(FOLDER / CONFIGURATION), "--main_process_port", "0", str(tmp_path / "broken.py")]
     launcher = start([*words, *flags, "--output_dir", str(output)], tmp_path / "printed.txt")
-    assert launcher.wait(timeout=500) != 0
+    assert ended(launcher) != 0
     printed = (tmp_path / "printed.txt").read_text(errors="replace")
     assert printed.count("train_sd.py: [Errno 28] No space left on device: 'checkpoint-2'") == 1, printed
     assert 'File "' not in printed.split("ChildFailedError")[0].split("elastic/multiprocessing")[0], printed
@@ -90,7 +90,7 @@ def test_what_one_process_cannot_write_ends_both_in_one_line(flags, tmp_path):
 def test_other_settings_are_refused_by_both_at_once(flags, whole, capsys, tmp_path):
     words = ["--config_file", str(FOLDER / CONFIGURATION), "--main_process_port", "0", str(SCRIPT), *flags]
     launcher = start([*words, "--output_dir", str(whole), "--rank", "2"], tmp_path / "printed.txt")
-    assert launcher.wait(timeout=500) != 0
+    assert ended(launcher) != 0
     printed = (tmp_path / "printed.txt").read_text(errors="replace")
     assert printed.count("train_sd.py: error: --rank 2:") == 1, printed
 
@@ -105,10 +105,3 @@ def processes_of(launcher) -> list[psutil.Process]:
     """The two training processes, by rank."""
     found = [p for p in psutil.Process(launcher.pid).children(recursive=True) if "LOCAL_RANK" in p.environ()]
     return sorted(found, key=lambda process: process.environ()["LOCAL_RANK"])
-
-
-def await_file(path: Path, process) -> None:
-    end = time.monotonic() + 500
-    while not path.exists():
-        assert time.monotonic() < end and process.poll() is None, f"{path} never came"
-        time.sleep(0.02)
