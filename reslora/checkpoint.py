@@ -23,7 +23,7 @@ from .chains import Block, Chain, Chains, base_model, lora_layers, refused, stay
 from .config import ResLoraConfig
 from .errors import first_line
 from .files import check_checksums, write_checksums, write_json, write_tensors
-from .guards import refuse_inactive, refuse_merged
+from .guards import keeping_shortcuts, refuse_inactive, refuse_merged
 from .tracing import meta_copy
 from .wiring import attach_wires, connected, connection_of
 
@@ -211,7 +211,8 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
 def _state(outer: nn.Module, base: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
     """The adapter's tensors by a name that is the same for wrapped and unwrapped models."""
     source = outer if isinstance(outer, PeftModel) else base
-    state = get_peft_model_state_dict(source, adapter_name=adapter_name, save_embedding_layers=False)
+    with keeping_shortcuts():
+        state = get_peft_model_state_dict(source, adapter_name=adapter_name, save_embedding_layers=False)
     return {key.removeprefix(_PEFT_PREFIX): value for key, value in state.items()}
 
 
