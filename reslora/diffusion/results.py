@@ -227,6 +227,7 @@ def read_back(
 ) -> Iterator[tuple[str, nn.Module]]:
     """Each export's name and the denoiser that stock diffusers or PEFT makes of it, one at a time."""
     name, pipeline = model.family.denoiser, drawer.pipeline
+    before = getattr(pipeline, name)
     remove_adapters(denoiser)
     for file in (DIFFUSERS_FILE, *model.family.lora_files) if method in PLAIN_METHODS else ():
         setattr(pipeline, name, denoiser)
@@ -234,7 +235,7 @@ def read_back(
         yield file, denoiser
         setattr(pipeline, name, denoiser)
         pipeline.unload_lora_weights()
-        setattr(pipeline, name, None)
+        setattr(pipeline, name, before)
     yield "peft", PeftModel.from_pretrained(denoiser, folder / "peft").get_base_model()
     remove_adapters(denoiser)
     denoiser.to("meta")
