@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
+from accelerate.utils import parse_flag_from_env
 from diffusers import DiffusionPipeline
 from torch import nn
 
@@ -18,16 +19,28 @@ from .loading import Model
 from .precision import try_format
 from .trainee import add_adapter, config_of, shortcuts_of, targets_of
 
+CUTS = "which cuts weights into pieces, and shortcuts, encoders and samples need them whole"
+WHOLE = "use DDP or ZeRO-2, as assets/accelerate/one_node.yaml and deepspeed_zero2.yaml do"
+
+
+def check_fsdp() -> None:
+    """Refuse FSDP by what `accelerate launch` has said: with it, accelerate itself may not even start."""
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        raise InvalidArgument("accelerate launch", f"its configuration says FSDP, {CUTS}", WHOLE)
+
+
+def check_zero(accelerator: Accelerator) -> None:
+    """Refuse DeepSpeed's ZeRO-3."""
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage == 3:
+        raise InvalidArgument("accelerate launch", f"its configuration says ZeRO-3, {CUTS}", WHOLE)
+
 
 def check_base_precision(flags: Flags, dtype: torch.dtype, accelerator: Accelerator) -> None:
-    """Refuse a --base_precision that the device or the kind of parallelism cannot take, by trying it."""
+    """Refuse a --base_precision that the device cannot take, by trying it."""
     if flags.base_precision == "no":
         return
     argument = f"--base_precision {flags.base_precision}"
-    deepspeed = accelerator.state.deepspeed_plugin
-    if accelerator.distributed_type == DistributedType.FSDP or (deepspeed is not None and deepspeed.zero_stage == 3):
-        problem = "FSDP and ZeRO-3 cut weights into pieces, which cannot be unpacked"
-        raise InvalidArgument(argument, problem, "use DDP or ZeRO-2")
     try:
         try_format(flags.base_precision, dtype, accelerator.device)
     except Exception as error:  # the devices' back ends fail in as many ways as there are

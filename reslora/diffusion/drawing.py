@@ -29,7 +29,7 @@ class Drawer:
     ) -> list[np.ndarray]:
         """Images (height x width x 3, in [0, 1]), `images` for each prompt, drawn by the denoiser in eval mode.
 
-        `between_steps` is called between the denoising steps and may raise; the denoiser and the pipeline are left as they were.
+        `between_steps` is called between the denoising steps and may raise; denoiser and pipeline stay as they were.
         """
         seeds = [
             (prompt, derive(self.flags.seed, "sample", p, i)) for p, prompt in enumerate(prompts) for i in range(images)
