@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,10 @@ from safetensors.torch import load_file
 
 import reslora
 import train_sd
+from reslora.diffusion.arguments import Flags
 from reslora.diffusion.calibration import read_calibration
+from reslora.diffusion.families import load_family
+from reslora.diffusion.results import kohya_metadata
 
 CAPTIONS = ["red disc", "blue", "red blue disc box"]
 
@@ -127,7 +131,7 @@ def test_sdxl_has_kohyas_names(runs):
 @pytest.mark.parametrize(
     ("family", "file", "version"),
     [
-        ("stable_diffusion", "kohya", "sd_v1"),
+        ("stable_diffusion", "kohya", "sd_v1_v"),
         ("sdxl", "kohya", "sdxl_base_v1-0"),
         ("z_image", "comfyui", "z_image"),
         ("flux", "pytorch_lora_weights", "flux1"),
@@ -139,7 +143,29 @@ def test_model_managers_recognise_the_file(runs, family, file, version):
     with safe_open(path, "pt") as content:
         metadata = content.metadata()
     assert metadata["ss_base_model_version"] == version and len(metadata["sshs_model_hash"]) == 64
-    assert metadata["modelspec.architecture"].endswith("/lora")
+    assert metadata["modelspec.architecture"].endswith("/lora") and metadata["ss_v2"] == "False"
+    predicted = {"stable_diffusion": "v", "sdxl": "epsilon"}.get(family)  # of flows nothing is said
+    assert metadata.get("modelspec.prediction_type") == predicted
+
+
+@pytest.mark.parametrize(
+    ("width", "prediction", "version", "architecture"),
+    [
+        (768, "epsilon", "sd_v1", "stable-diffusion-v1"),
+        (768, "v_prediction", "sd_v1_v", "stable-diffusion-v1"),
+        (1024, "epsilon", "sd_v2", "stable-diffusion-v2-512"),
+        (1024, "v_prediction", "sd_v2_v", "stable-diffusion-v2-768-v"),
+    ],
+)
+def test_what_a_model_predicts_is_in_kohyas_and_stability_ais_names(width, prediction, version, architecture):
+    """As sd-scripts writes them; A1111 tells 2.x by `ss_v2`."""
+    flags = Flags(pretrained_model_name_or_path="sd", learning_rate=1.0, seed=0, max_train_steps=1, resolution=8)
+    material = SimpleNamespace(flags=flags, objective=SimpleNamespace(prediction_type=prediction))
+    config = SimpleNamespace(cross_attention_dim=width)
+    metadata = kohya_metadata(load_family("StableDiffusionPipeline"), config, material)
+    assert metadata["ss_base_model_version"] == version and metadata["ss_v2"] == str(width == 1024)
+    assert metadata["modelspec.architecture"] == f"{architecture}/lora"
+    assert metadata["modelspec.prediction_type"] == prediction.removesuffix("_prediction")
 
 
 @pytest.mark.parametrize("family", ["z_image", "flux", "sd3", "sdxl"])
