@@ -147,14 +147,19 @@ def find_model(flags: Flags, accelerator: Accelerator) -> Model:
     index = read_index(folder, flag)
     check_pipeline_class(name, index)
     family = load_family(index["_class_name"])
+    configs = {}
     for part, kind in index.items():
         wanted = isinstance(kind, list) and kind[0] and part not in family.unused_parts
         if wanted and not (folder / part).is_dir():
             raise InvalidArgument(
                 flag, f"no {part} folder in {folder}, which model_index.json lists", "repair the folder"
             )
-        if wanted and (config := folder / part / "config.json").is_file() and not read_object(config):
-            raise InvalidArgument(flag, f"{config} cannot be read", "repair the folder")
+        if wanted and (config := folder / part / "config.json").is_file():
+            configs[part] = read_object(config)
+            if not configs[part]:
+                raise InvalidArgument(flag, f"{config} cannot be read", "repair the folder")
+    if problem := family.unfit(configs):
+        raise InvalidArgument(flag, problem, "give a base model's folder")
     vae = flags.pretrained_vae_model_name_or_path
     return Model(folder, family, flag, flags.variant, vae, flags.cache_dir, index)
 
