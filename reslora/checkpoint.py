@@ -146,9 +146,10 @@ def _read(directory: Path) -> _Saved:
 def _read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         folder = str(path.parent)
-        raise ValueError(f"directory={folder!r} has no {path.name}: give a folder that reslora.save wrote") from None
+        problem = f"is a file, no folder with a {path.name}" if path.parent.is_file() else f"has no {path.name}"
+        raise ValueError(f"directory={folder!r} {problem}: give a folder that reslora.save wrote") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {first_line(error)}") from error
     for key in ("lora", "reslora", "chains", "norms", "peft_model"):
