@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from ..signals import StopRequest
 from .arguments import Flags
 from .checkpoints import Identity, check_identity, finished_methods, plan_resume, restore, save_checkpoint
-from .checks import check_base_precision, check_methods, check_pipeline
+from .checks import check_base_precision, check_methods, check_pipeline, with_rank
 from .dataset import ImageDataset, data_flag, load_images
 from .denoising import DenoisingLoss, wide_enough
 from .drawing import Drawer
@@ -45,8 +45,8 @@ def run(flags: Flags, stop: StopRequest) -> None:
         accelerator = start_accelerator(flags)
         flags = flags.replace(mixed_precision=accelerator.mixed_precision)
         model = find_model(flags, accelerator)
-        flags = with_family(flags, model.family.defaults)
-        plan = plan_resume(flags)  # once more: another run may just have ended, and the family has filled in flags
+        flags = with_rank(with_family(flags, model.family.defaults), model, accelerator)
+        plan = plan_resume(flags)  # once more: another run may just have ended, and the model has filled in flags
         identity = Identity(model.fingerprint(), images.fingerprint)
         check_identity(plan, identity, model.flag, data_flag(flags))
         if flags.push_to_hub and accelerator.is_main_process:
