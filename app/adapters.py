@@ -5,6 +5,7 @@ A refusal names the file and the tensor. Nothing is ever unpickled.
 
 from __future__ import annotations
 
+import inspect
 import json
 import struct
 from collections.abc import Iterable, Mapping
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 import reslora
 from reslora.adapters import adapter_config, attach, load_adapter
 from reslora.diffusion.trainee import targets_of
+from reslora.files import read_object
+from reslora.ranks import changes_base
 
 from .runs import RunError, Weights
 
@@ -34,6 +37,10 @@ PAIRS = (
     ("_lora.down.", "_lora.up."),
 )
 """How the two factors of a LoRA are told apart: PEFT and diffusers, kohya, and two of diffusers' older forms."""
+PEFT_PREFIX, PEFT_NAME, PEFT_CONFIG = "base_model.model.", "adapter_model.safetensors", "adapter_config.json"
+PEFT_FIELDS = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules")
+PEFT_FIELDS += ("layers_to_transform", "layers_pattern")
+"""What of PEFT's configuration says which layers have a plain LoRA, and how it is scaled."""
 
 
 def put_merged(denoiser: nn.Module, weights: Weights, strength: float) -> None:
@@ -58,11 +65,14 @@ def put_file(pipeline: DiffusionPipeline, part: str, denoiser: nn.Module, weight
     in_file = load_file(path)
     refuse_halves(label, in_file)
     refuse_not_finite(label, in_file)
-    # Without use_safetensors=True diffusers falls back to unpickling where it cannot read a file.
-    state, *alphas, metadata = pipeline.lora_state_dict(
-        path.parent, weight_name=path.name, use_safetensors=True, unet_config=denoiser.config, return_alphas=True,
-        return_lora_metadata=True,
-    )  # fmt: skip
+    if weights.config:
+        state, alphas, metadata = peft_state(label, in_file, part), [], peft_metadata(label, weights.config, part)
+    else:
+        # Without use_safetensors=True diffusers falls back to unpickling where it cannot read a file.
+        state, *alphas, metadata = pipeline.lora_state_dict(
+            path.parent, weight_name=path.name, use_safetensors=True, unet_config=denoiser.config, return_alphas=True,
+            return_lora_metadata=True,
+        )  # fmt: skip
     state = {name: value for name, value in state.items() if name.startswith(f"{part}.")}
     if not state:
         raise RunError(f"{label}: there are no LoRA weights for this model's denoiser in it.")
@@ -70,8 +80,9 @@ def put_file(pipeline: DiffusionPipeline, part: str, denoiser: nn.Module, weight
     given = refuse_misfits(label, convert_unet_state_dict_to_peft(state), denoiser, in_file)
     refuse_absent(label, part, metadata or {}, denoiser, given)
     load = getattr(pipeline, f"load_lora_into_{part}")
-    options = {"adapter_name": "default", "metadata": metadata} | ({"network_alphas": alphas[0]} if alphas else {})
-    load(state, **{part: denoiser}, **options)
+    options = {"adapter_name": "default", "metadata": metadata, "network_alphas": alphas[0] if alphas else None}
+    taken = inspect.signature(load).parameters  # those of transformers know no alphas
+    load(state, **{part: denoiser}, **{name: value for name, value in options.items() if name in taken})
     if strength != 1.0:
         denoiser.set_adapters("default", strength)
 
@@ -93,8 +104,8 @@ def put_adapter(denoiser: nn.Module, config: dict, weights: Weights, strength: f
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
-def check_adapter_file(path: Path, label: str) -> None:
-    """Refuses what isn't a LoRA in safetensors form, by its content."""
+def check_adapter_file(path: Path, label: str) -> Iterable[str]:
+    """Refuses what isn't a LoRA in safetensors form, by its content; returns the tensors' names."""
     if path.stat().st_size > LARGEST_ADAPTER:
         raise RunError(f"{label}: larger than {LARGEST_ADAPTER // 2**20} MB.")
     with path.open("rb") as file:
@@ -111,16 +122,63 @@ def check_adapter_file(path: Path, label: str) -> None:
         raise RunError(f"{label}: cut short or damaged.")
     if not any("lora" in name.lower() for name in entries):
         raise RunError(f"{label}: there are no LoRA weights in it.")
+    return entries
 
 
-def uploaded(path: str | Path) -> Weights:
-    """An uploaded LoRA file as something to generate with; `RunError` if it isn't one."""
-    path = Path(path)
-    label = path.name[:80]
+def uploaded(*paths: str | Path) -> Weights:
+    """An uploaded LoRA file as something to generate with; `RunError` if it isn't one.
+
+    One that PEFT wrote needs its adapter_config.json: among `paths`, or beside it. A folder of PEFT's will do, too.
+    """
+    given = [path / PEFT_NAME if path.is_dir() else path for path in map(Path, paths)]
+    configs = [path for path in given if path.suffix.lower() == ".json"]
+    files = [path for path in given if path not in configs]
+    if len(files) != 1 or len(configs) > 1:
+        raise RunError(f"Give one .safetensors file, and only with one of PEFT's its {PEFT_CONFIG}.")
+    path, label = files[0], files[0].name[:80]
     if path.suffix.lower() != ".safetensors":
         raise RunError(f"{label}: only .safetensors files are taken; .bin, .ckpt and .pt files can run code.")
-    check_adapter_file(path, label)
-    return Weights(label, "file", "", path)
+    if not path.is_file():
+        raise RunError(f"{label}: there is no such file.")
+    if not all(name.startswith(PEFT_PREFIX) for name in check_adapter_file(path, label)):
+        return Weights(label, "file", "", path)
+    config = configs[0] if configs else path.with_name(PEFT_CONFIG)
+    if not config.is_file():
+        raise RunError(f"{label} was written by PEFT, whose {PEFT_CONFIG} says its alpha: give that file with it.")
+    return Weights(label, "file", "", path, config=config)
+
+
+# -- files of PEFT -----------------------------------------------------------------------------------------------------
+
+
+def peft_state(label: str, tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
+    """PEFT's tensors by diffusers' names; refuses what is no factor of a LoRA, which diffusers would leave out."""
+    for name in tensors:
+        if not name.endswith((".lora_A.weight", ".lora_B.weight")):
+            raise RunError(f"{label}: {name} is no factor of a plain LoRA, which alone is read of PEFT's files.")
+    return {name.replace(PEFT_PREFIX, f"{part}.", 1): tensor for name, tensor in tensors.items()}
+
+
+def peft_metadata(label: str, path: Path, part: str) -> dict:
+    """What PEFT's adapter_config.json says, as diffusers writes it into its own files; refuses all but plain LoRA."""
+    content = read_object(path)
+    if content.get("peft_type") != "LORA":
+        raise RunError(f"{label}: its {PEFT_CONFIG} says {content.get('peft_type')!r}; only PEFT's plain LoRA is read.")
+    for name in ("use_dora", "lora_bias", "modules_to_save", "bias"):
+        if content.get(name) not in (None, False, "none", []):
+            raise RunError(f"{label}: its {PEFT_CONFIG} says {name} = {content[name]}; only plain LoRA is read.")
+    own = {name: content[name] for name in PEFT_FIELDS if content.get(name) is not None}
+    try:
+        config = LoraConfig(**own, init_lora_weights=content.get("init_lora_weights", True))
+        scales = [config.r, config.lora_alpha, *config.rank_pattern.values(), *config.alpha_pattern.values()]
+        whole = {"r", "lora_alpha", "target_modules"} <= own.keys() and all(float(value) > 0 for value in scales)
+    except Exception:  # PEFT checks little of a configuration
+        whole = False
+    if not whole:
+        raise RunError(f"{label}: its {PEFT_CONFIG} is damaged.")
+    if changes_base(config):
+        raise RunError(f"{label}: init_lora_weights = {config.init_lora_weights!r} has changed the base model, too.")
+    return {f"{part}.{name}": value for name, value in own.items()}
 
 
 def refuse_halves(label: str, names: Iterable[str]) -> None:
@@ -155,7 +213,9 @@ def refuse_misfits(label: str, state: Mapping[str, Tensor], denoiser: nn.Module,
 
     `state` is what diffusers made of the file, whose own names are `in_file`: messages use those.
     """
-    modules, written = dict(denoiser.named_modules()), {flat(name): name for name in in_file}
+    part = next(iter(state)).partition(".")[0]
+    modules = dict(denoiser.named_modules())
+    written = {flat(name.replace(PEFT_PREFIX, f"{part}.", 1)): name for name in in_file}
     ranks: dict[str, int] = {}
     for name, tensor in state.items():
         module, factor = name.partition(".lora_")[0].partition(".")[2], 0 if ".lora_A." in name else 1

@@ -57,6 +57,8 @@ class Weights:
     method: str = ""
     path: Path | None = None
     step: int | None = None
+    config: Path | None = None
+    """The adapter_config.json of a file that PEFT wrote."""
 
 
 BASE = Weights("base model", "base")

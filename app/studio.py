@@ -125,7 +125,7 @@ class Studio:
         self.state = {}
         """The base denoiser's tensors, shared by every skeleton."""
         self.current = None
-        """What is in the pipeline's denoiser: path, its time of change, strength."""
+        """What is in the pipeline's denoiser: path and configuration, their times of change, strength."""
         self.loads = 0
         """How many times a pipeline was loaded from its files."""
         self.running: dict[str, Audience] = {}
@@ -256,11 +256,12 @@ class Studio:
         setattr(pipeline, model.family.denoiser, denoiser)
         self.loads += 1
         self.pipeline, self.family, self.base, self.state = pipeline, model.family, base, denoiser.state_dict()
-        self.current = (None, 0, 1.0)
+        self.current = (None, 0, None, 0, 1.0)
 
     def _use(self, run: Run | None, weights: Weights, strength: float) -> None:
         """Puts the weights into the pipeline; `RunError` if they cannot be loaded, which leaves those before."""
-        wanted = (weights.path, changed(weights.path), 1.0 if weights.kind == "base" else strength)
+        files = (weights.path, changed(weights.path), weights.config, changed(weights.config))
+        wanted = (*files, 1.0 if weights.kind == "base" else strength)
         if self.current == wanted:
             return
         denoiser = self._skeleton()

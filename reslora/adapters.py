@@ -44,6 +44,7 @@ __all__ = [
     "check_rank",
     "known_targets",
     "load_adapter",
+    "narrowest_layer",
     "rank_allocator",
     "remove_adapters",
     "save_adapter",
@@ -149,17 +150,24 @@ def check_rank(model: nn.Module, config: PeftConfig) -> None:
     What it would add costs memory and cannot change the weight's update. LoKr takes any: its rank is no rank of a
     layer, and a large one means full factors.
     """
-    if isinstance(config, LoKrConfig):
-        return
     rank = config.target_r if isinstance(config, AdaLoraConfig) else config.r
-    sides = {name: _smaller_side(module) for name, module in _targeted(model, config)}
-    narrowest = min(sides, key=sides.__getitem__, default=None)
-    if narrowest is not None and rank > sides[narrowest]:
-        least = sides[narrowest]
+    name, least = narrowest_layer(model, config)
+    if rank > least:
         raise ValueError(
-            f"rank {rank} is larger than {narrowest} allows, whose smaller side is {least}: give a rank of at most "
+            f"rank {rank} is larger than {name} allows, whose smaller side is {least}: give a rank of at most "
             f"{least}, or leave that layer out"
         )
+
+
+def narrowest_layer(model: nn.Module, config: PeftConfig) -> tuple[str, float]:
+    """Returns the adapted layer with the smallest side, and that side, which no rank should exceed.
+
+    The side is infinite where nothing is adapted, and for LoKr.
+    """
+    if isinstance(config, LoKrConfig):
+        return "", math.inf
+    sides = ((name, _smaller_side(module)) for name, module in _targeted(model, config))
+    return min(sides, key=lambda found: found[1], default=("", math.inf))
 
 
 def _smaller_side(module: nn.Module) -> int:

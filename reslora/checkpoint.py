@@ -23,7 +23,7 @@ from .chains import Block, Chain, Chains, base_model, lora_layers, refused, stay
 from .config import ResLoraConfig
 from .errors import first_line
 from .files import check_checksums, write_checksums, write_json, write_tensors
-from .guards import refuse_inactive, refuse_merged
+from .guards import keeping_shortcuts, refuse_inactive, refuse_merged
 from .tracing import meta_copy
 from .wiring import attach_wires, connected, connection_of
 
@@ -146,9 +146,10 @@ def _read(directory: Path) -> _Saved:
 def _read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         folder = str(path.parent)
-        raise ValueError(f"directory={folder!r} has no {path.name}: give a folder that reslora.save wrote") from None
+        problem = f"is a file, no folder with a {path.name}" if path.parent.is_file() else f"has no {path.name}"
+        raise ValueError(f"directory={folder!r} {problem}: give a folder that reslora.save wrote") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {first_line(error)}") from error
     for key in ("lora", "reslora", "chains", "norms", "peft_model"):
@@ -211,7 +212,8 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
 def _state(outer: nn.Module, base: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
     """The adapter's tensors by a name that is the same for wrapped and unwrapped models."""
     source = outer if isinstance(outer, PeftModel) else base
-    state = get_peft_model_state_dict(source, adapter_name=adapter_name, save_embedding_layers=False)
+    with keeping_shortcuts():
+        state = get_peft_model_state_dict(source, adapter_name=adapter_name, save_embedding_layers=False)
     return {key.removeprefix(_PEFT_PREFIX): value for key, value in state.items()}
 
 

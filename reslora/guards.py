@@ -6,13 +6,15 @@ adapter alone. Nothing is left of it after `disconnect`.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import inspect
 from collections.abc import Iterable, Iterator
 
 import peft.utils.hotswap
 from peft import LoraConfig
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
@@ -21,6 +23,7 @@ from .chains import base_model, merges_itself, unwrap
 from .shortcuts.base import merge_refused
 
 _SAVES = "save the plain LoRA weights without the shortcuts"
+_HANDS_OUT = "hand out the plain LoRA weights without the shortcuts"
 _REPLACES = "put plain LoRA weights under the shortcuts"
 
 # Method -> (what it would do, which adapter it means if the call names none; None: the connected one).
@@ -36,6 +39,9 @@ _NAMING = ("adapter_name", "selected_adapters", "adapters")
 
 # Methods that take the layers away, wires and all.
 _LEAVING = ("unload", "unload_lora")
+
+# Whether it is `reslora.checkpoint` that asks PEFT for the weights, which keeps the shortcuts beside them.
+_keeps_shortcuts = contextvars.ContextVar("reslora_keeps_shortcuts", default=False)
 
 
 # -- before connecting -------------------------------------------------------------------------------------------------
@@ -115,6 +121,7 @@ def install(model: nn.Module, wired: Iterable[tuple[str, LoraLayer]]) -> None:
     for name, layer in wired:
         layer.update_layer = functools.partial(_refuse_update, name, layer)
     _watch_hotswap()
+    _watch_state_dict()
 
 
 def remove(model: nn.Module) -> None:
@@ -130,11 +137,27 @@ def remove(model: nn.Module) -> None:
                 vars(module).pop(verb, None)
 
 
+@contextlib.contextmanager
+def keeping_shortcuts() -> Iterator[None]:
+    """Inside, PEFT's `get_peft_model_state_dict` gives a connected adapter's weights too."""
+    token = _keeps_shortcuts.set(True)
+    try:
+        yield
+    finally:
+        _keeps_shortcuts.reset(token)
+
+
 def _connection(model: nn.Module):
     """The connection of the base model below `model`, if its adapter is still there."""
     base = base_model(model)
     connection = vars(base).get("_reslora")
     return connection if connection is not None and connection.alive(base) else None
+
+
+def _wired(model: nn.Module, adapter_name: str) -> bool:
+    """Whether that adapter of the model has shortcuts."""
+    connection = _connection(model)
+    return connection is not None and connection.config.wired and connection.adapter_name == adapter_name
 
 
 def _wrappers(model: nn.Module) -> Iterator[nn.Module]:
@@ -189,10 +212,25 @@ def _watch_hotswap() -> None:
 
     @functools.wraps(original)
     def hotswap_adapter_from_state_dict(model, state_dict, adapter_name, *args, **kwargs):
-        connection = _connection(model)
-        if connection is not None and connection.config.wired and connection.adapter_name == adapter_name:
+        if _wired(model, adapter_name):
             raise _refusal("hotswap_adapter", _REPLACES, adapter_name)
         return original(model, state_dict, adapter_name, *args, **kwargs)
 
     hotswap_adapter_from_state_dict.asks_reslora = True
     peft.utils.hotswap.hotswap_adapter_from_state_dict = hotswap_adapter_from_state_dict
+
+
+def _watch_state_dict() -> None:
+    """`get_peft_model_state_dict` is a function that others have imported by name: what it calls for LoRA asks here."""
+    original = vars(LoraModel)["_get_adapter_state_dict"].__func__
+    if hasattr(original, "asks_reslora"):
+        return
+
+    @functools.wraps(original)
+    def _get_adapter_state_dict(cls, model, config, adapter_name, *args, **kwargs):
+        if not _keeps_shortcuts.get() and _wired(model, adapter_name):
+            raise _refusal("get_peft_model_state_dict", _HANDS_OUT, adapter_name)
+        return original(cls, model, config, adapter_name, *args, **kwargs)
+
+    _get_adapter_state_dict.asks_reslora = True
+    LoraModel._get_adapter_state_dict = classmethod(_get_adapter_state_dict)

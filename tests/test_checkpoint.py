@@ -219,6 +219,15 @@ def test_a_folder_without_checksums_still_loads(llama, tmp_path):
     assert torch.equal(run(reslora.load(base_of(llama), tmp_path), llama.inputs()), run(model, llama.inputs()))
 
 
+@pytest.mark.parametrize("path", [WEIGHTS, f"{WEIGHTS}/x", "nowhere"])
+def test_a_path_that_is_no_folder_is_named(llama, tmp_path, path):
+    saved(llama, tmp_path)
+    with pytest.raises(ValueError) as error:
+        reslora.load(base_of(llama), tmp_path / path)
+    assert_one_line(error, f"directory='{tmp_path / path}'", CONFIG, "give a folder that reslora.save wrote")
+    assert ("is a file" in str(error.value)) is (path == WEIGHTS) and "Errno" not in str(error.value)
+
+
 def test_stock_peft_cannot_mistake_it_for_a_plain_lora(llama, tmp_path):
     saved(llama, tmp_path)
     with pytest.raises((ValueError, OSError)):

@@ -16,7 +16,14 @@ from conftest import (
     run,
     tiny_llama,
 )
-from peft import LoraConfig, PeftModel, initialize_lora_eva_weights, inject_adapter_in_model
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model_state_dict,
+    initialize_lora_eva_weights,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from peft.utils.hotswap import hotswap_adapter
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -147,6 +154,47 @@ def test_without_a_shortcut_nothing_is_refused(llama, unet, tmp_path, config):
     model.load_adapter(str(tmp_path / "llama"), "default", torch_device="cpu")
     connected(unet, config).save_lora_adapter(tmp_path / "unet")
     model.merge_adapter()
+
+
+@wired
+def test_handing_out_the_connected_weights_is_refused_until_they_are_plain(llama, tmp_path, config):
+    """What diffusers' own script gives to `save_lora_weights`."""
+    model = connected(llama, config)
+    base = model.get_base_model()
+    for asked in (model, model.base_model, torch.compile(model)):
+        refused(lambda asked=asked: get_peft_model_state_dict(asked), "get_peft_model_state_dict", "'default'", *NAMES)
+    refused(lambda: get_peft_model_state_dict(model, state_dict=model.state_dict()), *NAMES)
+    base.peft_config = model.peft_config
+    refused(lambda: get_peft_model_state_dict(base), *NAMES)
+    whole = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(whole)
+    reslora.save(model, tmp_path)
+    loaded = reslora.load(randomize(llama.lora(), seed=8), tmp_path)
+    assert_equal(run(loaded, llama.inputs()), run(model, llama.inputs()))
+    reslora.disconnect(model)
+    plain = randomize(llama.lora(), seed=8)
+    set_peft_model_state_dict(plain, get_peft_model_state_dict(model))
+    assert_equal(run(plain, llama.inputs()), run(model, llama.inputs()))
+
+
+@wired
+def test_handing_out_the_weights_of_a_unet_is_refused_until_it_is_merged(unet, tmp_path, config):
+    model = connected(unet, config)
+    refused(lambda: get_peft_model_state_dict(model), "get_peft_model_state_dict", *NAMES)
+    refused(lambda: get_peft_model_state_dict(copy.deepcopy(model)), *NAMES)
+    reslora.save(model, tmp_path)
+    refused(lambda: get_peft_model_state_dict(model), *NAMES)
+    reslora.merge(model, "none")
+    plain = randomize(unet.lora(), seed=8)
+    set_peft_model_state_dict(plain, get_peft_model_state_dict(model))
+    assert_equal(run(plain, unet.inputs()), run(model, unet.inputs()))
+
+
+def test_weights_of_another_adapter_and_without_a_shortcut_are_handed_out(llama):
+    model = connected(llama)
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
+    assert get_peft_model_state_dict(model, adapter_name="other")
+    assert get_peft_model_state_dict(connected(llama, ResLoraConfig("none")))
 
 
 # --- combining and replacing ------------------------------------------------------------------------------------------

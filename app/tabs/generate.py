@@ -56,6 +56,9 @@ class GenerateTab:
                 file_types=[".safetensors"],
                 height=140,
             )
+            self.adapter_config = gr.File(
+                label="If PEFT wrote it: its adapter_config.json", file_types=[".json"], height=140
+            )
             self.recipe = gr.File(label="PNG made here: takes over its settings", file_types=[".png"], height=140)
 
     def events(self, run: gr.Dropdown) -> None:
@@ -63,7 +66,7 @@ class GenerateTab:
         settings = [self.prompt, self.negative, *numbers]
         gr.on(
             [self.go.click, self.prompt.submit], polite(self.draw),
-            [run, self.weights, self.adapter, self.beside, self.random, *settings],
+            [run, self.weights, self.adapter, self.beside, self.random, *settings, self.adapter_config],
             [self.gallery, self.status, self.seed, self.made],
             api_name="generate", show_progress="hidden", concurrency_limit=4, preprocess=False,
         ).failure(lambda: views.notice("That did not work."), None, self.status, api_visibility="private")  # fmt: skip
@@ -100,12 +103,12 @@ class GenerateTab:
 
     def draw(
         self, name, label, adapter, beside, random, prompt, negative, seed, steps, guidance, width, height, images,
-        strength, asked: gr.Request,
+        strength, adapter_config=None, asked: gr.Request = None,
     ) -> Iterator[tuple]:  # fmt: skip
         """Images one after the other, with the step of the current one; beside each, the base model's."""
         run = self.library.find(name) if name else None
-        uploaded = paths_of(adapter)
-        weights = adapters.uploaded(uploaded[0]) if uploaded else run.find_weights(label) if run else BASE
+        uploaded = [*paths_of(adapter), *paths_of(adapter_config)]
+        weights = adapters.uploaded(*uploaded) if uploaded else run.find_weights(label) if run else BASE
         choices = [BASE, weights] if beside and weights.kind != "base" else [weights]
         request = Request(prompt, negative, -1 if random else seed, steps, guidance, width, height, images, strength)
         request, session = request.clamped(), asked.session_hash or ""

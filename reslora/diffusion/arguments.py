@@ -29,7 +29,9 @@ DEFAULTS = {
     "num_inference_steps": (20, None),
     "guidance_scale": (4.0, None),
 }
+DEFAULT_RANK, DEFAULT_PRE_NUM = 16, 4
 BY_FAMILY = {
+    "rank": f"{DEFAULT_RANK}; the width of the narrowest adapted layer where that is less",
     "resolution": "Stable Diffusion 1 and 2, Flux 512; others 1024",
     "num_inference_steps": "Stable Diffusion 1 and 2, SDXL 30; others 28",
     "guidance_scale": "Stable Diffusion 1 and 2 7.5; SDXL, Z-Image 5; SD 3 7; Flux 3.5",
@@ -157,7 +159,7 @@ def add_method_flags(add) -> None:
     """Which adapter, and how it is merged."""
     add("--method", nargs="+", choices=METHODS,
         help="trained one after the other on the same samples; lora_x2 is LoRA with doubled alpha")
-    add("--rank", type=whole(1), default=16, help="rank of the update matrices")
+    add("--rank", type=whole(1), help="rank of the update matrices")
     add("--lora_alpha", type=number(0, exclusive=True), help="scale times rank; default: twice the rank")
     add("--lora_dropout", type=number(0, below=1), default=0.0,
         help="dropout on the adapter's input (of ranks for loha and lokr)")
@@ -166,7 +168,7 @@ def add_method_flags(add) -> None:
              "their whole names")
     add("--shortcut", choices=SHORTCUTS, default="input",
         help="ResLoRA: what a block gets from the blocks before it")
-    add("--pre_num", type=whole(-1), default=4,
+    add("--pre_num", type=whole(-1), default=DEFAULT_PRE_NUM,
         help="ResLoRA: how many blocks before it, -1 for all; with --shortcut input any number but 0 means one")
     add("--head", choices=HEADS, default="repeat",
         help="ResLoRA, --shortcut input: what the first block of a chain adds to its input, the same again or nothing")
@@ -205,7 +207,9 @@ def add_training_flags(add) -> None:
     add("--seed", type=whole(0), default=0, help="the same seed gives the same bytes")
     add("--train_batch_size", type=whole(1), default=16, help="samples per process and forward")
     add("--gradient_accumulation_steps", type=whole(1), default=1, help="forwards per step")
-    add("--num_train_epochs", type=whole(1), help="passes over the images; default: 100")
+    add("--num_train_epochs", type=whole(1),
+        help="epochs of images / (batch x accumulation x processes) steps, rounded up: the last is filled up from the "
+             "next epoch; default: 100")
     add("--max_train_steps", type=whole(1), help="steps; wins over --num_train_epochs")
     add("--gradient_checkpointing", **SWITCH, help="less memory, slower")
     add("--compile", **SWITCH, help="torch.compile the denoiser: minutes at the start, then faster steps")

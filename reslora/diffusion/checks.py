@@ -5,29 +5,42 @@ from __future__ import annotations
 import re
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
+from accelerate.utils import parse_flag_from_env
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ..adapters import check_rank
+from ..adapters import check_rank, narrowest_layer
 from ..chains import Chains, chains
 from ..errors import InvalidArgument, first_line
-from .arguments import Flags
+from .arguments import DEFAULT_PRE_NUM, DEFAULT_RANK, Flags
 from .families.base import Family
 from .loading import Model
 from .precision import try_format
 from .trainee import add_adapter, config_of, shortcuts_of, targets_of
 
+CUTS = "which cuts weights into pieces, and shortcuts, encoders and samples need them whole"
+WHOLE = "use DDP or ZeRO-2, as assets/accelerate/one_node.yaml and deepspeed_zero2.yaml do"
+
+
+def check_fsdp() -> None:
+    """Refuse FSDP by what `accelerate launch` has said: with it, accelerate itself may not even start."""
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        raise InvalidArgument("accelerate launch", f"its configuration says FSDP, {CUTS}", WHOLE)
+
+
+def check_zero(accelerator: Accelerator) -> None:
+    """Refuse DeepSpeed's ZeRO-3."""
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage == 3:
+        raise InvalidArgument("accelerate launch", f"its configuration says ZeRO-3, {CUTS}", WHOLE)
+
 
 def check_base_precision(flags: Flags, dtype: torch.dtype, accelerator: Accelerator) -> None:
-    """Refuse a --base_precision that the device or the kind of parallelism cannot take, by trying it."""
+    """Refuse a --base_precision that the device cannot take, by trying it."""
     if flags.base_precision == "no":
         return
     argument = f"--base_precision {flags.base_precision}"
-    deepspeed = accelerator.state.deepspeed_plugin
-    if accelerator.distributed_type == DistributedType.FSDP or (deepspeed is not None and deepspeed.zero_stage == 3):
-        problem = "FSDP and ZeRO-3 cut weights into pieces, which cannot be unpacked"
-        raise InvalidArgument(argument, problem, "use DDP or ZeRO-2")
     try:
         try_format(flags.base_precision, dtype, accelerator.device)
     except Exception as error:  # the devices' back ends fail in as many ways as there are
@@ -45,6 +58,21 @@ def check_pipeline(flags: Flags, pipeline: DiffusionPipeline, family: Family) ->
     if flags.resolution % multiple:
         argument, problem = f"--resolution {flags.resolution}", f"the pipeline takes multiples of {multiple}"
         raise InvalidArgument(argument, problem, f"give {max(1, flags.resolution // multiple) * multiple}")
+
+
+def with_rank(flags: Flags, model: Model, accelerator: Accelerator) -> Flags:
+    """The flags with a rank where none is given: the default, or as much of it as the narrowest layer can have."""
+    if flags.rank is not None:
+        return flags
+    if isinstance(targets := targets_of(flags.target_modules), str):
+        matches(targets, "")
+    wanted, denoiser = flags.replace(rank=DEFAULT_RANK, lora_alpha=1), model.empty_denoiser()
+    found = [narrowest_layer(denoiser, config_of(method, wanted, total_steps=1000)) for method in flags.method]
+    name, least = min(found, key=lambda layer: layer[1])
+    rank = int(min(DEFAULT_RANK, least))
+    if rank < DEFAULT_RANK:
+        accelerator.print(f"--rank {rank} and not {DEFAULT_RANK}, since none is given and {name} is no wider")
+    return flags.replace(rank=rank, lora_alpha=flags.lora_alpha or 2 * rank)
 
 
 def check_methods(flags: Flags, model: Model, accelerator: Accelerator) -> None:
@@ -73,11 +101,17 @@ def tell_what_is_not_linked(plan: Chains, flags: Flags, accelerator: Accelerator
     if plan.unlinked:
         name, reason = plan.unlinked[0]
         accelerator.print(f"--shortcut: {len(plan.unlinked)} layers stay plain LoRA, such as {name} ({reason})")
-    if short := [len(chain) for chain in plan.clipped(shortcuts_of(flags).reach)]:
+    reach, longest = shortcuts_of(flags).reach, max(map(len, plan), default=0)
+    start = f"--pre_num {flags.pre_num}:"
+    if reach is not None and reach < flags.pre_num:  # a shortcut that takes one, whatever is asked
+        if flags.pre_num > max(longest - 1, DEFAULT_PRE_NUM):
+            accelerator.print(
+                f"{start} the longest chain has {longest} blocks, and --shortcut {flags.shortcut} reads one"
+            )
+    elif short := [len(chain) for chain in plan.clipped(reach)]:
         linked = sum(len(chain) > 1 for chain in plan)
-        accelerator.print(
-            f"--pre_num {flags.pre_num}: {len(short)} of {linked} chains are shorter, down to {min(short)} blocks"
-        )
+        most = f"; the longest has {longest}, so {longest - 1} at most take part" if longest <= reach else ""
+        accelerator.print(f"{start} {len(short)} of {linked} chains are shorter, down to {min(short)} blocks{most}")
 
 
 def check_targets(denoiser: nn.Module, flags: Flags, accelerator: Accelerator) -> None:

@@ -29,18 +29,19 @@ class Drawer:
     ) -> list[np.ndarray]:
         """Images (height x width x 3, in [0, 1]), `images` for each prompt, drawn by the denoiser in eval mode.
 
-        `between_steps` is called between the denoising steps and may raise; the denoiser is left as it was.
+        `between_steps` is called between the denoising steps and may raise; denoiser and pipeline stay as they were.
         """
         seeds = [
             (prompt, derive(self.flags.seed, "sample", p, i)) for p, prompt in enumerate(prompts) for i in range(images)
         ]
         training, drawn, size = denoiser.training, [], self.flags.train_batch_size
+        before = getattr(self.pipeline, self.family.denoiser)
         setattr(self.pipeline, self.family.denoiser, denoiser.eval())
         try:
             for start in range(0, len(seeds), size):
                 drawn += self._batch(seeds[start : start + size], between_steps)
         finally:
-            setattr(self.pipeline, self.family.denoiser, None)
+            setattr(self.pipeline, self.family.denoiser, before)
             denoiser.train(training)
         return drawn
 

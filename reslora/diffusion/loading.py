@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers.configuration_utils import FrozenDict
 from diffusers.loaders.single_file_utils import infer_diffusers_model_type, load_single_file_checkpoint
 from huggingface_hub import constants
 from safetensors import safe_open
@@ -62,7 +64,10 @@ class Model:
     def load_pipeline(
         self, dtype: torch.dtype, device: torch.device, encoders: bool, vae: bool = True
     ) -> DiffusionPipeline:
-        """The pipeline without its denoiser, in `dtype`; with text encoders and autoencoder where they are wanted."""
+        """The pipeline without its denoiser, in `dtype`; with text encoders and autoencoder where they are wanted.
+
+        With text encoders, something that has no more than the denoiser's configuration is in its place.
+        """
         left_out = [self.family.denoiser, *self.family.unused_parts, *([] if vae else ["vae"])]
         left_out += [] if encoders else self.family.text_parts
         # Some pipelines, such as Stable Diffusion 3 without T5, say that they lack a part and still ask for it.
@@ -76,11 +81,19 @@ class Model:
             pipeline = self.family.pipeline.from_pretrained(
                 self.folder, **given, variant=self.variant, torch_dtype=dtype, use_safetensors=True
             )
+        if encoders:
+            # Without T5, Stable Diffusion 3 asks the denoiser how wide the captions' states are.
+            setattr(pipeline, self.family.denoiser, SimpleNamespace(config=self.denoiser_config()))
         pipeline.set_progress_bar_config(disable=True)
         for module in pipeline.components.values():
             if isinstance(module, nn.Module):
                 module.requires_grad_(False).eval()
         return pipeline.to(device)
+
+    def denoiser_config(self) -> FrozenDict:
+        """The denoiser's configuration, as its folder has it."""
+        with refused_as(self.flag, "repair the folder"):
+            return FrozenDict(self.family.denoiser_class.load_config(self.folder / self.family.denoiser))
 
     def _other_vae(self, dtype: torch.dtype) -> AutoencoderKL:
         with refused_as(f"--pretrained_vae_model_name_or_path {self.vae}", "check the name and the files"):
@@ -139,14 +152,19 @@ def find_model(flags: Flags, accelerator: Accelerator) -> Model:
     index = read_index(folder, flag)
     check_pipeline_class(name, index)
     family = load_family(index["_class_name"])
+    configs = {}
     for part, kind in index.items():
         wanted = isinstance(kind, list) and kind[0] and part not in family.unused_parts
         if wanted and not (folder / part).is_dir():
             raise InvalidArgument(
                 flag, f"no {part} folder in {folder}, which model_index.json lists", "repair the folder"
             )
-        if wanted and (config := folder / part / "config.json").is_file() and not read_object(config):
-            raise InvalidArgument(flag, f"{config} cannot be read", "repair the folder")
+        if wanted and (config := folder / part / "config.json").is_file():
+            configs[part] = read_object(config)
+            if not configs[part]:
+                raise InvalidArgument(flag, f"{config} cannot be read", "repair the folder")
+    if problem := family.unfit(configs):
+        raise InvalidArgument(flag, problem, "give a base model's folder")
     vae = flags.pretrained_vae_model_name_or_path
     return Model(folder, family, flag, flags.variant, vae, flags.cache_dir, index)
 

@@ -78,7 +78,7 @@ def export_method(
             write_merge(merged, folder)
             accelerator.print(f"{method}: {merged.report}")
         (folder / EXPORTS).unlink(missing_ok=True)  # until all files are of this merge
-        write_formats(denoiser, method, model, folder, flags)
+        write_formats(denoiser, method, model, folder, material)
         if shown:
             save_images(folder / "merged", [as_image(image) for image in drawn], images)
         differences = {}
@@ -181,13 +181,13 @@ def write_merge(merged: Merged, folder: Path) -> None:
 # -- exporting ---------------------------------------------------------------------------------------------------------
 
 
-def write_formats(denoiser: nn.Module, method: str, model: Model, folder: Path, flags: Flags) -> None:
+def write_formats(denoiser: nn.Module, method: str, model: Model, folder: Path, material: Material) -> None:
     """Every format that the method can be written in."""
     family = model.family
     export.export_peft(denoiser, folder / "peft")
     export.export_merged(denoiser, folder / family.denoiser)
     if method in PLAIN_METHODS:
-        metadata = kohya_metadata(family, denoiser.config, flags)
+        metadata = kohya_metadata(family, denoiser.config, material)
         export.export_diffusers(denoiser, folder, prefix=family.denoiser, metadata=metadata)
         for file in family.lora_files:
             LORA_FILES[file](denoiser, folder / file, family, metadata)
@@ -206,11 +206,16 @@ def write_comfyui(denoiser: nn.Module, path: Path, family: Family, metadata: dic
 
 LORA_FILES = {KOHYA_FILE: write_kohya, COMFYUI_FILE: write_comfyui}
 
+PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # as sd-scripts writes them
 
-def kohya_metadata(family: Family, config: Mapping, flags: Flags) -> dict[str, str]:
+
+def kohya_metadata(family: Family, config: Mapping, material: Material) -> dict[str, str]:
     """What model managers and web interfaces recognise a LoRA by (Stability AI's model specification 1.0.0)."""
-    version, architecture = family.model_version(config)
-    return {
+    flags, predicted = material.flags, getattr(material.objective, "prediction_type", None)  # none where a flow is
+    version, architecture = family.model_version(config, predicts_v=predicted == "v_prediction")
+    prediction = {"modelspec.prediction_type": PREDICTIONS[predicted]} if predicted else {}
+    return prediction | {
+        "ss_v2": str(version.startswith("sd_v2")),  # by which A1111 tells 2.x from 1.x
         "ss_base_model": Path(flags.pretrained_model_name_or_path).name,
         "ss_base_model_version": version,
         "ss_learning_rate": str(flags.learning_rate),
@@ -230,6 +235,7 @@ def read_back(
 ) -> Iterator[tuple[str, nn.Module]]:
     """Each export's name and the denoiser that stock diffusers or PEFT makes of it, one at a time."""
     name, pipeline = model.family.denoiser, drawer.pipeline
+    before = getattr(pipeline, name)
     remove_adapters(denoiser)
     for file in (DIFFUSERS_FILE, *model.family.lora_files) if method in PLAIN_METHODS else ():
         setattr(pipeline, name, denoiser)
@@ -237,7 +243,7 @@ def read_back(
         yield file, denoiser
         setattr(pipeline, name, denoiser)
         pipeline.unload_lora_weights()
-        setattr(pipeline, name, None)
+        setattr(pipeline, name, before)
     yield "peft", PeftModel.from_pretrained(denoiser, folder / "peft").get_base_model()
     remove_adapters(denoiser)
     denoiser.to("meta")

@@ -13,7 +13,7 @@ from ..signals import StopRequest
 from ..together import decided, each, gathered
 from .arguments import Flags
 from .checkpoints import Identity, Resume, plan_resume, restore, save_checkpoint, write_exports
-from .checks import check_base_precision, check_methods, check_pipeline
+from .checks import check_base_precision, check_methods, check_pipeline, with_rank
 from .dataset import ImageDataset, data_flag, load_images
 from .denoising import DenoisingLoss, wide_enough
 from .drawing import Drawer
@@ -39,7 +39,7 @@ def run(flags: Flags, stop: StopRequest) -> None:
         decided(lambda: take_folder(flags, stack))
         images = each(lambda: load_images(flags))
         model = find_model(flags, accelerator)
-        flags = with_family(flags, model.family.defaults)
+        flags = with_rank(with_family(flags, model.family.defaults), model, accelerator)
         identity = identity_of(flags, model, images)
         resume = decided(lambda: plan_resume(flags, identity))
         for line in resume.notes:

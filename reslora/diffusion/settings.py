@@ -30,7 +30,7 @@ GIVES_WAY_TO = {
 
 
 def parse_args(argv: Sequence[str] | None = None, description: str | None = None) -> Flags:
-    """Flags with their defaults filled in, but for those that the model's family knows (see `with_family`).
+    """Flags with their defaults filled in, but for those that the model knows (`with_family`, `checks.with_rank`).
 
     Exits with status 2 and one line for what argparse refuses; raises `InvalidArgument` for what cannot work.
     """
@@ -64,7 +64,7 @@ def fill_defaults(args: argparse.Namespace) -> Flags:
     for name, (with_bundled, with_named) in DEFAULTS.items():
         if values[name] is None:
             values[name] = own.get(name, with_bundled) if bundled else with_named
-    values["lora_alpha"] = args.lora_alpha or 2 * args.rank
+    values["lora_alpha"] = args.lora_alpha or (2 * args.rank if args.rank else None)
     values["validation_prompt"] = [clean(prompt).strip() for prompt in values["validation_prompt"]]
     values["method"] = list(dict.fromkeys(values["method"]))
     return Flags(**values)

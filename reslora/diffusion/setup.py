@@ -28,6 +28,7 @@ from ..files import write_json
 from ..script import shares_the_cpu
 from ..together import decided
 from .arguments import Flags
+from .checks import check_fsdp, check_zero
 from .loading import Model
 from .objective import DdpmObjective, FlowObjective, Objective
 from .samples import Material
@@ -50,6 +51,7 @@ PLACES = (
 def start_accelerator(flags: Flags) -> Accelerator:
     """Accelerate with the tracker that is asked for, and this process's share of the cores."""
     folder = Path(flags.output_dir)
+    check_fsdp()
     if not flags.mixed_precision and os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp8":
         problem = "its configuration says fp8, in which nothing is trained here"
         raise InvalidArgument("accelerate launch", problem, "give --mixed_precision bf16, or another configuration")
@@ -65,6 +67,7 @@ def start_accelerator(flags: Flags) -> Accelerator:
         raise InvalidArgument(
             f"--mixed_precision {flags.mixed_precision}", first_line(error), "choose another"
         ) from None
+    check_zero(accelerator)
     started = int(os.environ.get("WORLD_SIZE", accelerator.num_processes))
     if started != accelerator.num_processes:  # so it is with DeepSpeed on a CPU: each would take itself for all
         problem = f"accelerate knows {accelerator.num_processes} of the {started} processes that were started"

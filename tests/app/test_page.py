@@ -195,8 +195,8 @@ GENERATE = {
 }  # fmt: skip
 
 
-def generated(client, **changes):
-    return client.predict(*(GENERATE | changes).values(), api_name="/generate")
+def generated(client, more=None, **changes):
+    return client.predict(*(GENERATE | changes).values(), **(more or {}), api_name="/generate")
 
 
 def test_a_program_can_look_generate_and_reproduce(client, runs):
@@ -279,6 +279,12 @@ def test_a_program_can_use_and_merge_adapters(client, runs):
     gallery, *_ = generated(client, adapter=handle_file(file), beside=False)
     stored, *_ = generated(client, weights="lora: kohya.safetensors", beside=False)
     assert pixels(gallery[0]["image"]) == pixels(stored[0]["image"])
+    folder = runs / "tiny" / "lora" / "peft"
+    file, config = (handle_file(folder / name) for name in ("adapter_model.safetensors", "adapter_config.json"))
+    gallery, *_ = generated(client, {"adapter_config": config}, adapter=file, beside=False)
+    assert pixels(gallery[0]["image"]) == pixels(stored[0]["image"])
+    with pytest.raises(AppError, match="adapter_config"):
+        generated(client, adapter=file)
     with pytest.raises(AppError, match="safetensors"):
         generated(client, adapter=handle_file(runs / "tiny" / "lora" / "checkpoint-4" / "trainer.pt"))
     text, report, _ = client.predict("tiny", "reslora: unmerged, step 4", "weights", api_name="/merge")

@@ -359,6 +359,71 @@ def test_a_layer_that_a_file_says_it_has_and_lacks_is_missing(studio, run, tmp_p
     assert len(draw(studio, run, adapters.uploaded(path))) == 1
 
 
+def peft_folder(run, tmp_path, change=lambda tensors: tensors, **config):
+    """The run's folder of PEFT with its tensors and its configuration changed."""
+    folder = shutil.copytree(run.folder / "lora" / "peft", tmp_path / "peft")
+    content = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(content | config))
+    save_file(change(load_file(folder / "adapter_model.safetensors")), folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_what_peft_wrote_draws_what_diffusers_file_draws(studio, run, tmp_path):
+    """As a folder, as the file in it, and as both of its files from two places; each scale is in the configuration."""
+    expected = one(studio, run, "lora: pytorch_lora_weights.safetensors")
+    folder = peft_folder(run, tmp_path)
+    file, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    for paths in ([folder], [file], [config, file]):
+        assert np.abs(draw(studio, run, adapters.uploaded(*paths))[0] - expected).max() <= 2
+    moved = shutil.move(config, tmp_path / "adapter_config.json")
+    assert np.abs(draw(studio, run, adapters.uploaded(file, moved))[0] - expected).max() <= 2
+    with pytest.raises(RunError, match=r"adapter_model\.safetensors was written by PEFT, whose adapter_config\.json"):
+        adapters.uploaded(file)
+    content = json.loads(moved.read_text())
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(content | {"lora_alpha": content["lora_alpha"] / 2}))
+    half = draw(studio, run, adapters.uploaded(file, other))[0]
+    assert (
+        np.abs(
+            half - draw(studio, run, adapters.uploaded(file, moved), request=replace(REQUEST, strength=0.5))[0]
+        ).max()
+        <= 1
+    )
+    assert np.abs(half - expected).max() > 2
+
+
+PEFT_A = f"base_model.model.{DOWN}.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "named"),
+    [
+        (without(PEFT_A), {}, f"{PEFT_A} is missing"),
+        (with_value(PEFT_A, lambda t: t[:, :-1]), {}, f"{PEFT_A} is 2 x 7, but"),
+        (lambda t: t | {f"base_model.model.{DOWN}.weight": torch.zeros(8, 8)}, {}, f"{DOWN}.weight is no factor"),
+        (lambda t: without(PEFT_A)(without(PEFT_A.replace("_A.", "_B."))(t)), {}, f"{DOWN}.lora_A.weight is missing"),
+        (dict, {"peft_type": "LOHA"}, "'LOHA'"),
+        (dict, {"use_dora": True}, "use_dora"),
+        (dict, {"modules_to_save": ["conv_in"]}, "modules_to_save"),
+        (dict, {"init_lora_weights": "pissa"}, "pissa"),
+        (dict, {"r": "many"}, "damaged"),
+        (dict, {"lora_alpha": None}, "damaged"),
+        (dict, {"alpha_pattern": 3}, "damaged"),
+    ],
+)
+def test_what_peft_wrote_and_would_draw_something_else_is_refused(studio, run, tmp_path, change, config, named):
+    with pytest.raises(RunError) as refusal:
+        draw(studio, run, adapters.uploaded(peft_folder(run, tmp_path, change, **config)))
+    assert str(refusal.value).startswith("adapter_model.safetensors: ") and named in str(refusal.value)
+    assert "\n" not in str(refusal.value) and str(tmp_path) not in str(refusal.value)
+
+
+@pytest.mark.parametrize("names", [(), ("adapter_config.json",), ("a.safetensors", "b.safetensors")])
+def test_one_file_is_taken_at_a_time(tmp_path, names):
+    with pytest.raises(RunError, match=r"^Give one \.safetensors file"):
+        adapters.uploaded(*(tmp_path / name for name in names))
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [

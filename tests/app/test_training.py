@@ -27,7 +27,7 @@ def trainings(tmp_path):
 
 
 def test_only_flags_that_differ_are_written(trainings):
-    settings = {"method": ["lora", "reslora"], "rank": "16", "pre_num": 4, "max_train_steps": "8", "learning_rate": ""}
+    settings = {"method": ["lora", "reslora"], "rank": "", "pre_num": 4, "max_train_steps": "8", "learning_rate": ""}
     words = trainings.command("new", settings | {"validation_prompt": "a cat\n\n a dog "})
     assert training.in_words(words) == (
         f"accelerate launch train_sd.py --output_dir {trainings.library.folder}/new --method lora reslora "

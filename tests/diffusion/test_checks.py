@@ -1,6 +1,10 @@
-"""What is said of targets and shortcuts before anything is encoded; what is refused is in test_arguments.py."""
+"""What is said of targets, ranks and shortcuts before anything is encoded; most refusals are in test_arguments.py."""
 
-from diffusion.runs import only, printed
+import json
+
+import pytest
+
+from diffusion.runs import RESUME, main, only, printed, refused, without
 
 
 def test_a_clipped_pre_num_and_names_that_match_nothing_are_said(brief_flags, tmp_path):
@@ -21,3 +25,68 @@ def test_a_pre_num_that_fits_is_not_mentioned(brief_flags, tmp_path):
     flags = [*brief_flags, "--method", "reslora", "--shortcut", "block", "--pre_num", "1"]
     lines = printed(*flags, "--target_modules", "to_k", "--output_dir", tmp_path / "out")
     assert not [line for line in lines if "--pre_num" in line or "--target_modules" in line]
+
+
+@pytest.mark.parametrize(
+    ("shortcut", "pre_num", "said"), [("input", 999, True), ("input", 4, False), ("input", 1, False)]
+)
+def test_a_pre_num_beyond_all_chains_is_said_of_input_shortcuts_too(brief_flags, tmp_path, shortcut, pre_num, said):
+    flags = [*brief_flags, "--method", "reslora", "--shortcut", shortcut, "--pre_num", str(pre_num)]
+    lines = printed(*flags, "--output_dir", tmp_path / "out")
+    found = [line for line in lines if line.startswith("--pre_num")]
+    assert len(found) == said and all("999" in line and "2 blocks" in line and "input" in line for line in found)
+
+
+@pytest.mark.parametrize("shortcut", ["block", "middle"])
+def test_how_many_blocks_take_part_at_most_is_said(brief_flags, tmp_path, shortcut):
+    flags = [*brief_flags, "--method", "reslora", "--shortcut", shortcut, "--pre_num", "999"]
+    assert "so 1 at most take part" in only(printed(*flags, "--output_dir", tmp_path / "out"), "--pre_num 999")
+
+
+# -- the rank ----------------------------------------------------------------------------------------------------------
+
+
+def settings(output) -> tuple[int, float]:
+    config = json.loads((output / "config.json").read_text())
+    return config["rank"], config["lora_alpha"]
+
+
+def test_without_a_rank_the_narrowest_layer_says_it(brief_flags, tmp_path):
+    """The tiny U-Net's widest attention has 8 features; diffusers' own test pipelines are as narrow."""
+    flags, output = without(brief_flags, "--rank"), tmp_path / "out"
+    line = only(printed(*flags, "--output_dir", output), "--rank 8", "16")
+    assert "to_q" in line and settings(output) == (8, 16)
+    assert main(*flags, "--lora_alpha", "3", "--output_dir", tmp_path / "alpha") == 0
+    assert settings(tmp_path / "alpha") == (8, 3)
+
+
+def test_where_no_layer_is_narrow_the_rank_is_the_default(brief_flags, tmp_path):
+    """LoKr's rank is no rank of a layer."""
+    flags = [*without(without(brief_flags, "--rank"), "--method"), "--method", "lokr"]
+    lines = printed(*flags, "--output_dir", tmp_path / "out")
+    assert settings(tmp_path / "out") == (16, 32) and not [line for line in lines if "--rank" in line]
+
+
+def test_a_rank_that_is_given_and_too_large_is_refused(brief_flags, capsys, tmp_path):
+    flags = without(brief_flags, "--rank")
+    (tmp_path / "flags.toml").write_text("rank = 16")
+    for given in (["--rank", "16"], ["--config", str(tmp_path / "flags.toml")]):
+        line = refused(capsys, *flags, *given, "--output_dir", tmp_path / "out")
+        assert "--rank 16" in line and "at most 8" in line
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_run_without_a_rank_goes_on_with_what_it_took(brief_flags, capsys, tmp_path):
+    flags, output = [*without(brief_flags, "--rank"), "--output_dir", str(tmp_path / "out")], tmp_path / "out"
+    assert main(*flags) == 0
+    longer = [*without(flags, "--max_train_steps"), "--max_train_steps", "2", *RESUME]
+    assert main(*longer) == 0 and settings(output) == (8, 16)
+    assert main("--config", output / "config.json", "--max_train_steps", "3", *RESUME) == 0
+    assert settings(output) == (8, 16)
+    line = refused(capsys, *longer, "--rank", "4", quiet=False)
+    assert "--rank 4" in line and "trained with 8" in line
+
+
+def test_targets_that_are_no_expression_are_named_without_a_rank_too(brief_flags, capsys, tmp_path):
+    flags = [*without(brief_flags, "--rank"), "--target_modules", "to_q(", "--output_dir", str(tmp_path / "out")]
+    assert "--target_modules to_q(" in refused(capsys, *flags)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from pipelines import sdxl
 from safetensors.torch import save_file
 
 from diffusion.runs import losses, main, refused
@@ -76,6 +77,25 @@ def test_other_kinds_of_pipeline_are_refused_by_name(base_flags, model, capsys, 
     (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "KandinskyPipeline"}))
     line = refused_model(capsys, base_flags, folder)
     assert "KandinskyPipeline" in line and "StableDiffusionPipeline" in line
+
+
+REFINER = {"projection_class_embeddings_input_dim": 16 + 5 * 8, "cross_attention_dim": 24}
+
+
+@pytest.mark.parametrize(
+    ("unet", "words"),
+    [
+        (REFINER, "refiner"),
+        ({"cross_attention_dim": 24}, "24 wide, its text encoders give 40"),
+        ({"projection_class_embeddings_input_dim": 16 + 7 * 8}, "not six sizes"),
+    ],
+)
+def test_a_refiners_unet_among_sdxls_parts_is_refused(data, capsys, tmp_path, unet, words):
+    """The pipeline's class is SDXL's own, and its U-Net would fail only once everything is encoded."""
+    folder = sdxl(tmp_path / "model", unet=unet)
+    flags = ["--train_data_dir", str(data), "--resolution", "32", "--rank", "2", "--report_to", "none"]
+    line = refused_model(capsys, flags, folder)
+    assert words in line and "give a base model's folder" in line
 
 
 def test_a_single_file_that_cannot_be_loaded_is_refused_with_what_makes_a_folder_of_it(base_flags, capsys, tmp_path):

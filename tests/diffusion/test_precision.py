@@ -5,11 +5,9 @@ import json
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import DistributedType
 from diffusers import ModelMixin
 from pipelines import FAMILIES
 from safetensors.torch import load_file
@@ -18,14 +16,11 @@ from torch import nn
 import reslora
 from diffusion.runs import RESUME, losses, main, refused
 from reslora.adapters import METHODS, adapter_config, attach
-from reslora.diffusion.arguments import Flags
-from reslora.diffusion.checks import check_base_precision
 from reslora.diffusion.families import load_family
 from reslora.diffusion.families.base import Conditions, Family
 from reslora.diffusion.precision import FORMATS, PackedLinear, pack, try_format
 from reslora.diffusion.results import DIFFUSERS_FILE
 from reslora.diffusion.settings import read_index
-from reslora.errors import InvalidArgument
 
 HERE = torch.device("cpu")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -325,15 +320,6 @@ def test_a_device_that_cannot_is_refused_before_encoding(folders, data, tmp_path
     line = refused(capsys, *flags, quiet=False)
     assert "--base_precision fp8: does not work on cpu here (no kernel for Float8_e4m3fn); give another" in line
     assert not list((tmp_path / "out").rglob("*.safetensors"))
-
-
-@pytest.mark.parametrize(("kind", "stage"), [(DistributedType.FSDP, None), (DistributedType.DEEPSPEED, 3)])
-def test_weights_in_pieces_are_refused(kind, stage):
-    plugin = SimpleNamespace(zero_stage=stage) if stage else None
-    accelerator = SimpleNamespace(distributed_type=kind, state=SimpleNamespace(deepspeed_plugin=plugin), device=HERE)
-    check_base_precision(Flags(base_precision="no"), torch.float32, accelerator)
-    with pytest.raises(InvalidArgument, match=r"--base_precision int8: FSDP and ZeRO-3 .* use DDP or ZeRO-2"):
-        check_base_precision(Flags(base_precision="int8"), torch.float32, accelerator)
 
 
 @precisions

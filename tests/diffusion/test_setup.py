@@ -54,6 +54,31 @@ def test_accelerates_fp8_is_refused(brief_flags, monkeypatch, capsys, tmp_path):
     assert "fp8" in line and "--mixed_precision" in line and not (tmp_path / "out" / "config.json").exists()
 
 
+@pytest.mark.parametrize("version", ["1", "2"])
+def test_fsdp_is_refused_before_accelerate_starts(brief_flags, monkeypatch, capsys, tmp_path, version):
+    """With version 1 on a CPU accelerate raises; with version 2 it would train without it."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", version)
+    monkeypatch.setattr(setup, "Accelerator", None)
+    line = refused(capsys, *brief_flags, "--output_dir", tmp_path / "out")
+    assert "accelerate launch: " in line and "FSDP" in line and "use DDP or ZeRO-2" in line
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_3_is_refused_and_zero_2_is_not(brief_flags, monkeypatch, capsys, tmp_path, stage):
+    plugin = SimpleNamespace(zero_stage=stage, deepspeed_config={})
+    state = SimpleNamespace(deepspeed_plugin=plugin)
+    stands_in = {"num_processes": 1, "device": torch.device("cpu"), "mixed_precision": "no", "state": state}
+    monkeypatch.setattr(setup, "Accelerator", lambda **_: SimpleNamespace(**stands_in))
+    if stage == 2:
+        assert setup.start_accelerator(parse_args([*brief_flags])).state is state
+        return
+    line = refused(capsys, *brief_flags, "--output_dir", tmp_path / "out")
+    assert "accelerate launch: " in line and "ZeRO-3" in line and "use DDP or ZeRO-2" in line
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
 def test_only_a_processor_with_the_instructions_computes_in_bf16(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     for names, expected in (((), False), (("avx512_bf16",), True), (("amx_bf16",), True), (("avx512_f",), False)):

@@ -47,6 +47,10 @@ class Family:
     encodes_in_float32: bool = False
     """Whether the autoencoder overflows in half precision where its configuration asks for `force_upcast`."""
 
+    def unfit(self, parts: Mapping[str, Mapping]) -> str | None:
+        """Why this pipeline cannot be trained, as its parts' configurations show, by name; None where it can."""
+        return None
+
     def pixel_multiple(self, pipeline: DiffusionPipeline) -> int:
         """What width and height of an image must be multiples of."""
         return math.lcm(pipeline.vae_scale_factor, 8)
@@ -87,8 +91,11 @@ class Family:
         """The name of a denoiser's layer in kohya's scripts, from its name in diffusers."""
         return name
 
-    def model_version(self, config: Mapping) -> tuple[str, str]:
-        """What kohya's scripts call the base model, and its architecture's name in Stability AI's specification."""
+    def model_version(self, config: Mapping, predicts_v: bool = False) -> tuple[str, str]:
+        """What kohya's scripts call the base model, and its architecture's name in Stability AI's specification.
+
+        `config` is the denoiser's; `predicts_v`: whether it predicts v, where others of its kind predict the noise.
+        """
         raise NotImplementedError
 
     def drawing_inputs(self, pipeline: DiffusionPipeline, text: Text, empty: Text) -> dict:

@@ -66,7 +66,7 @@ class Flux(Family):
         """Text states and pooled states; the guidance is a number that the model is told."""
         return {"prompt_embeds": text["states"], "pooled_prompt_embeds": text["pooled"]}
 
-    def model_version(self, config):
+    def model_version(self, config, predicts_v=False):
         """Schnell is the one that is told no guidance."""
         return "flux1", "flux-1-dev" if config.guidance_embeds else "flux-1-schnell"
 

@@ -78,7 +78,7 @@ class Flux2Klein(Family):
         states = text["states"]
         return {"prompt_embeds": states, "negative_prompt_embeds": empty["states"].expand_as(states)}
 
-    def model_version(self, config):
+    def model_version(self, config, predicts_v=False):
         """Klein comes in two sizes, told apart by the width."""
         size = "4b" if config.num_attention_heads * config.attention_head_dim <= 3072 else "9b"
         return f"flux2_klein_{size}", f"flux-2-klein-{size}"

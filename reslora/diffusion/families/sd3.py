@@ -61,7 +61,7 @@ class StableDiffusion3(Family):
             "negative_pooled_prompt_embeds": empty["pooled"].expand_as(text["pooled"]),
         }
 
-    def model_version(self, config):
+    def model_version(self, config, predicts_v=False):
         """By size: 3 medium has 24 blocks, 3.5 large 38, and 3.5 medium has a second attention in some."""
         if config.dual_attention_layers:
             return "sd3.5_medium", "stable-diffusion-3.5-medium"

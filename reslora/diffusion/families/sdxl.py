@@ -33,6 +33,22 @@ class StableDiffusionXL(Family):
         "target_modules": ["to_q", "to_k", "to_v", "to_out.0"],
     }
 
+    def unfit(self, parts):
+        """A refiner's U-Net is told five sizes where the base's is told six, and reads one text encoder."""
+        try:
+            unet, pooled = parts["unet"], parts["text_encoder_2"]["projection_dim"]
+            told = unet["projection_class_embeddings_input_dim"] - pooled
+            sizes = told / unet["addition_time_embed_dim"]
+            given = sum(parts[name]["hidden_size"] for name in ("text_encoder", "text_encoder_2") if name in parts)
+            read = unet["cross_attention_dim"]
+        except (KeyError, TypeError):  # older files leave out what is as it was by default
+            return None
+        if sizes == 5:
+            return "its U-Net is a refiner's, which is told five sizes of an image and not six"
+        if sizes != 6:
+            return f"its U-Net is told {told} numbers beside the pooled states, which are not six sizes of an image"
+        return None if read == given else f"its U-Net reads text states {read} wide, its text encoders give {given}"
+
     def encode_captions(self, pipeline, captions, longest):
         """`states` (batch x tokens x width of both encoders) and `pooled` (batch x width of the second)."""
         device = pipeline.text_encoder_2.device
@@ -85,7 +101,7 @@ class StableDiffusionXL(Family):
             else f"output_blocks.{number}.{inner}.{rest}"
         )
 
-    def model_version(self, config):
+    def model_version(self, config, predicts_v=False):
         """The base model, 1.0; refiners have another pipeline."""
         return "sdxl_base_v1-0", "stable-diffusion-xl-v1-base"
 

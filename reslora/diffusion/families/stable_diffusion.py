@@ -37,10 +37,11 @@ class StableDiffusion(Family):
         states = text["states"]
         return {"prompt_embeds": states, "negative_prompt_embeds": empty["states"].to(states).expand_as(states)}
 
-    def model_version(self, config):
-        """1.x reads text states 768 wide, 2.x those of a wider encoder."""
-        version = 2 if config.cross_attention_dim == 1024 else 1
-        return f"sd_v{version}", f"stable-diffusion-v{version}"
+    def model_version(self, config, predicts_v=False):
+        """1.x reads text states 768 wide, 2.x those of a wider encoder; kohya's names say which predict v."""
+        version, mark = 2 if config.cross_attention_dim == 1024 else 1, "_v" if predicts_v else ""
+        kind = ("-768-v" if predicts_v else "-512") if version == 2 else ""
+        return f"sd_v{version}{mark}", f"stable-diffusion-v{version}{kind}"
 
 
 FAMILY = StableDiffusion()

@@ -58,7 +58,7 @@ class ZImage(Family):
         states = list(text["states"])
         return {"prompt_embeds": states, "negative_prompt_embeds": [empty["states"][0]] * len(states)}
 
-    def model_version(self, config):
+    def model_version(self, config, predicts_v=False):
         """There is one architecture so far."""
         return "z_image", "z-image"
 

@@ -2,18 +2,22 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SD3Transformer2DModel
 from pipelines import FAMILIES, image_folder
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 import reslora
 import train_sd
+from reslora.diffusion.arguments import Flags
 from reslora.diffusion.calibration import read_calibration
+from reslora.diffusion.families import load_family
+from reslora.diffusion.results import kohya_metadata
 
 CAPTIONS = ["red disc", "blue", "red blue disc box"]
 
@@ -23,17 +27,19 @@ def runs(tmp_path_factory):
     """A run of each family, made when it is first asked for: mixed caption lengths, a large learning rate."""
     made: dict[str, Path] = {}
 
-    def run(family: str) -> Path:
-        if family not in made:
+    def run(family: str, *more: str, **parts) -> Path:
+        if family not in made or more or parts:
             folder = tmp_path_factory.mktemp(family)
-            FAMILIES[family](folder / "model")
+            FAMILIES[family](folder / "model", **parts)
             image_folder(folder / "images", 6, lambda i: CAPTIONS[i % 3])
             flags = ["--pretrained_model_name_or_path", folder / "model", "--train_data_dir", folder / "images"]
             flags += ["--output_dir", folder / "out", "--resolution", "32", "--rank", "2", "--train_batch_size", "3"]
             flags += ["--max_train_steps", "3", "--learning_rate", "0.05", "--validation_prompt", "blue box"]
             flags += ["--num_validation_images", "1", "--num_inference_steps", "2", "--guidance_scale", "2"]
             flags += ["--shortcut", "middle", "--merge_calibration_samples", "4", "--report_to", "none"]
-            assert train_sd.main(list(map(str, flags))) == 0
+            assert train_sd.main([*map(str, flags), *more]) == 0
+            if more or parts:
+                return folder
             made[family] = folder
         return made[family]
 
@@ -64,6 +70,18 @@ def test_files_agree_in_stock_diffusers_and_change_what_is_drawn(runs, family):
     assert np.abs(merged - base).max() > 0.02
     for name in files:
         assert np.abs(drawn(folder, out / name) - merged).max() <= 2 / 255, name
+
+
+@pytest.mark.parametrize("more", [(), ("--no-cache_text_embeddings", "--method", "lora", "reslora")])
+def test_stable_diffusion_3_trains_and_draws_without_t5(runs, more):
+    """Its pipeline asks the denoiser, which is not there while captions are encoded, how wide T5's states are."""
+    folder = runs("sd3", *more, with_t5=False)
+    out = folder / "out" / "reslora"
+    without = {"text_encoder_3": None, "tokenizer_3": None}
+    merged = SD3Transformer2DModel.from_pretrained(out / "transformer")
+    seen = drawn(folder, out / "pytorch_lora_weights.safetensors", **without)
+    assert np.abs(seen - drawn(folder, **without)).max() > 0.02
+    assert np.abs(seen - drawn(folder, transformer=merged, **without)).max() <= 2 / 255
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -113,7 +131,7 @@ def test_sdxl_has_kohyas_names(runs):
 @pytest.mark.parametrize(
     ("family", "file", "version"),
     [
-        ("stable_diffusion", "kohya", "sd_v1"),
+        ("stable_diffusion", "kohya", "sd_v1_v"),
         ("sdxl", "kohya", "sdxl_base_v1-0"),
         ("z_image", "comfyui", "z_image"),
         ("flux", "pytorch_lora_weights", "flux1"),
@@ -125,7 +143,29 @@ def test_model_managers_recognise_the_file(runs, family, file, version):
     with safe_open(path, "pt") as content:
         metadata = content.metadata()
     assert metadata["ss_base_model_version"] == version and len(metadata["sshs_model_hash"]) == 64
-    assert metadata["modelspec.architecture"].endswith("/lora")
+    assert metadata["modelspec.architecture"].endswith("/lora") and metadata["ss_v2"] == "False"
+    predicted = {"stable_diffusion": "v", "sdxl": "epsilon"}.get(family)  # of flows nothing is said
+    assert metadata.get("modelspec.prediction_type") == predicted
+
+
+@pytest.mark.parametrize(
+    ("width", "prediction", "version", "architecture"),
+    [
+        (768, "epsilon", "sd_v1", "stable-diffusion-v1"),
+        (768, "v_prediction", "sd_v1_v", "stable-diffusion-v1"),
+        (1024, "epsilon", "sd_v2", "stable-diffusion-v2-512"),
+        (1024, "v_prediction", "sd_v2_v", "stable-diffusion-v2-768-v"),
+    ],
+)
+def test_what_a_model_predicts_is_in_kohyas_and_stability_ais_names(width, prediction, version, architecture):
+    """As sd-scripts writes them; A1111 tells 2.x by `ss_v2`."""
+    flags = Flags(pretrained_model_name_or_path="sd", learning_rate=1.0, seed=0, max_train_steps=1, resolution=8)
+    material = SimpleNamespace(flags=flags, objective=SimpleNamespace(prediction_type=prediction))
+    config = SimpleNamespace(cross_attention_dim=width)
+    metadata = kohya_metadata(load_family("StableDiffusionPipeline"), config, material)
+    assert metadata["ss_base_model_version"] == version and metadata["ss_v2"] == str(width == 1024)
+    assert metadata["modelspec.architecture"] == f"{architecture}/lora"
+    assert metadata["modelspec.prediction_type"] == prediction.removesuffix("_prediction")
 
 
 @pytest.mark.parametrize("family", ["z_image", "flux", "sd3", "sdxl"])

@@ -40,7 +40,9 @@ class Setting:
             draws = torch.Generator().manual_seed(5)
             for parameter in self.denoiser.parameters():
                 parameter += 0.05 * torch.randn(parameter.shape, generator=draws)
-        self.loss = DenoisingLoss(self.family, self.objective, self.stock, self.denoiser.config, torch.float32, flags)
+        # As the trainer has it: without the denoiser.
+        pipeline = model.load_pipeline(torch.float32, accelerator.device, encoders=True)
+        self.loss = DenoisingLoss(self.family, self.objective, pipeline, self.denoiser.config, torch.float32, flags)
 
     def batch(self, captions: list[str] = CAPTIONS) -> dict:
         draws = torch.Generator().manual_seed(7)
