@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from ..errors import Stopped
 from ..signals import StopRequest
 from .arguments import Flags
+from .compiling import checked
 from .denoising import DenoisingLoss
 from .loaders import stream
 from .reports import Reports, Validation
@@ -41,6 +42,7 @@ def train(
     loader = training_loader(material, steps, accelerator.num_processes, accelerator.process_index, pin)
     bar = tqdm(desc=trainee.method, total=schedule.steps, initial=trainee.step, disable=not main, dynamic_ncols=True)
     with contextlib.closing(stream(loader)) as batches, bar:
+        batches = checked(batches, trainee, loss, flags, accelerator)
         for _ in steps:
             with trainee.timed():
                 value = take_step(trainee, loss, batches, flags, accelerator)
