@@ -1,66 +1,111 @@
 """--compile: the first gradients are compared with those without a compiler, and nothing is left of that."""
 
-from pathlib import Path
+import contextlib
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
+from conftest import STACK_INPUTS, lora_stack
 from safetensors.torch import load_file
 from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 
 from diffusion.runs import assert_same, main, refused
-from reslora.diffusion import compiling
+from reslora import ResLoraConfig, connect
+from reslora.diffusion.compiling import checked
+from reslora.errors import InvalidArgument
+from reslora.wiring import connection_of
 
 COMPILE = torch.compile
+BATCHES = [{"x": STACK_INPUTS["x"] * scale} for scale in (1, 2)]
 
 
-def compiles_with(monkeypatch, backend) -> None:
-    """Without code generation, which would take minutes."""
-    monkeypatch.setattr(torch, "compile", lambda model: COMPILE(model, backend=backend))
+def forward_only_right(factor: float) -> Callable:
+    """A compiler, without code generation, whose backward returns `factor` times every gradient."""
+
+    def backward(graph, inputs):
+        return make_boxed_func(
+            lambda *args: [factor * value if isinstance(value, torch.Tensor) else value for value in graph(*args)]
+        )
+
+    return aot_autograd(fw_compiler=lambda graph, inputs: make_boxed_func(graph.forward), bw_compiler=backward)
 
 
-def wrong_backward(graph, inputs):
-    """Returns three quarters of every gradient."""
-    return lambda *args: [0.75 * value if isinstance(value, torch.Tensor) else value for value in graph(*args)]
+class Checked:
+    """What `checked` makes of `BATCHES` for a stack with input-shortcuts and a compiler."""
+
+    def __init__(self, backend: str | Callable, precision: str = "no", dropout: float = 0.0, fits: bool = True) -> None:
+        wrapped = lora_stack(lora_dropout=dropout)
+        connect(wrapped, ResLoraConfig(), example_inputs=STACK_INPUTS)
+        self.denoiser, self.fits, self.forwards = wrapped.get_base_model(), fits, 0
+        self.trainee = SimpleNamespace(
+            denoiser=self.denoiser, model=COMPILE(self.denoiser, backend=backend), timed=contextlib.nullcontext
+        )
+        self.flags = SimpleNamespace(compile=True, lora_dropout=dropout)
+        self.accelerator = SimpleNamespace(
+            mixed_precision=precision,
+            num_processes=1,
+            distributed_type=Accelerator(cpu=True).distributed_type,
+            print=print,
+        )
+
+    def loss(self, model: torch.nn.Module, batch: dict) -> torch.Tensor:
+        self.forwards += 1
+        if not self.fits and model is self.denoiser:
+            raise torch.OutOfMemoryError
+        return model(**batch).square().mean(dim=(1, 2))
+
+    def batches(self) -> list[dict]:
+        return list(checked(iter(BATCHES), self.trainee, self.loss, self.flags, self.accelerator))
 
 
-def checkpoint_of(output: Path) -> dict[str, torch.Tensor]:
-    """The adapter and the recorded norms of a method's last checkpoint."""
-    return load_file(output / "reslora" / "checkpoint-4" / "reslora_model.safetensors")
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_equal_gradients_pass_and_leave_nothing_behind(precision):
+    case = Checked("aot_eager", precision)
+    case.loss(case.denoiser, BATCHES[1]).sum()
+    norms, random = connection_of(case.denoiser).wires.norms, torch.get_rng_state()
+    recorded = norms.values.clone()
+    assert case.batches() == BATCHES and case.forwards == 3
+    assert norms.count == 1 and torch.equal(norms.values.nan_to_num(), recorded.nan_to_num())
+    assert all(parameter.grad is None for parameter in case.denoiser.parameters())
+    assert torch.equal(torch.get_rng_state(), random)
 
 
-def test_a_compiler_that_computes_other_gradients_is_refused(brief_flags, capsys, tmp_path, monkeypatch):
-    backend = aot_autograd(fw_compiler=lambda graph, inputs: graph.forward, bw_compiler=wrong_backward)
-    compiles_with(monkeypatch, backend)
+@pytest.mark.parametrize(("factor", "precision"), [(0.85, "no"), (-1.0, "bf16"), (float("nan"), "bf16")])
+def test_other_gradients_are_refused(factor, precision):
+    with pytest.raises(InvalidArgument, match=r"--compile: gradients of the compiled denoiser are .*; leave it out"):
+        Checked(forward_only_right(factor), precision).batches()
+
+
+def test_gradients_in_half_precision_may_differ_by_its_rounding():
+    assert Checked(forward_only_right(0.7), "bf16").batches() == BATCHES
+
+
+def test_dropout_is_not_compared():
+    """A compiler draws other masks."""
+    case = Checked("eager", dropout=0.5)
+    assert case.batches() == BATCHES and case.forwards == 0
+
+
+def test_a_step_that_only_fits_compiled_is_not_compared(capsys):
+    assert Checked("eager", fits=False).batches() == BATCHES
+    assert "--compile is not checked" in capsys.readouterr().out
+
+
+def test_a_run_is_refused_before_its_first_step(brief_flags, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda model: COMPILE(model, backend=forward_only_right(0.75)))
     line = refused(capsys, *brief_flags, "--compile", "--output_dir", tmp_path / "out", quiet=False)
-    assert "--compile" in line and "25% off" in line and "leave it out" in line
+    assert "--compile" in line and "25% off" in line
     assert not list((tmp_path / "out").glob("**/*.safetensors"))
 
 
-def test_the_check_leaves_nothing_behind(run, base_flags, tmp_path, monkeypatch):
-    """The same weights and the same recorded norms as without a compiler, to the last bit."""
-    compiles_with(monkeypatch, "eager")
-    flags = [*base_flags, "--compile", "--method", "reslora", "--output_dir", tmp_path / "out"]
-    assert main(*flags) == 0
-    assert "reslora.norms" in checkpoint_of(run)
-    assert_same(checkpoint_of(tmp_path / "out"), checkpoint_of(run))
-
-
-def test_dropout_is_not_compared(brief_flags, tmp_path, monkeypatch):
-    """A compiler may draw other masks."""
-    compiles_with(monkeypatch, "eager")
-    monkeypatch.setattr(compiling, "_error", lambda *args: pytest.fail("compared"))
-    assert main(*brief_flags, "--compile", "--lora_dropout", "0.1", "--output_dir", tmp_path / "out") == 0
-
-
-def test_a_step_that_only_fits_compiled_is_trained(brief_flags, capsys, tmp_path, monkeypatch):
-    gradients = compiling._gradients
-
-    def too_large(model, *args):
-        if not isinstance(model, torch._dynamo.OptimizedModule):
-            raise torch.OutOfMemoryError
-        return gradients(model, *args)
-
-    compiles_with(monkeypatch, "eager")
-    monkeypatch.setattr(compiling, "_gradients", too_large)
-    assert main(*brief_flags, "--compile", "--output_dir", tmp_path / "out") == 0
-    assert "--compile is not checked" in capsys.readouterr().out
+def test_a_run_saves_the_same_bits(run, base_flags, tmp_path, monkeypatch):
+    """The same weights and recorded norms as without a compiler."""
+    monkeypatch.setattr(torch, "compile", lambda model: COMPILE(model, backend="eager"))
+    flags = [*base_flags, "--compile", "--method", "reslora", "--max_train_steps", "2"]
+    assert main(*flags, "--output_dir", tmp_path / "out") == 0
+    saved = "reslora/checkpoint-2/reslora_model.safetensors"
+    assert "reslora.norms" in load_file(run / saved)
+    assert_same(load_file(tmp_path / "out" / saved), load_file(run / saved))
