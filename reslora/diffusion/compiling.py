@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, islice
 
 import torch
 from accelerate import Accelerator
@@ -19,48 +19,53 @@ from .arguments import Flags
 from .denoising import DenoisingLoss
 from .trainee import Trainee
 
-# Of the norm of all gradients. Rounding is 2e-5 of it in float32; in bf16, where gradients are up to a fifth off those
-# in float64 with a compiler as without, the two are up to 0.03 apart on the bundled pipelines.
-TOLERANCE, HALF_TOLERANCE = 0.1, 0.5
+# Shares of the norm of all gradients. In float32 rounding is 2e-5 of it. In bf16 it is mostly 0.01 to 0.03, but on the
+# bundled pipeline one batch in fifty is 0.2 off or more, without a compiler too: so no single batch condemns one.
+TOLERANCE, HALF_TOLERANCE = 0.05, 0.2
+ATTEMPTS = 5
 SCALE = 1024  # a power of two changes no relative difference, and keeps small gradients of fp16
 
 
 def checked(
     batches: Iterator[dict], trainee: Trainee, loss: DenoisingLoss, flags: Flags, accelerator: Accelerator
 ) -> Iterator[dict]:
-    """`batches` as they are; with --compile, after comparing the gradients of the first, compiled and not.
+    """`batches` as they are; with --compile, after comparing the gradients of one, compiled and not.
 
     A compiler draws other dropout masks, and DeepSpeed steps in its backward: nothing is compared there, nor where the
-    step that is not compiled does not fit into one GPU. Raises `InvalidArgument` where the gradients differ.
+    step that is not compiled does not fit into one GPU. Raises `InvalidArgument` where `ATTEMPTS` batches differ.
     """
     unlike = flags.lora_dropout or accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
-    first = next(batches, None) if flags.compile and not unlike else None
-    if first is None:
+    if unlike or not flags.compile:
         return batches
+    tolerance = TOLERANCE if accelerator.mixed_precision == "no" else HALF_TOLERANCE
+    seen, error = [], 0.0
     with trainee.timed(), _unrecorded(trainee.denoiser):
-        error = _error(trainee, loss, first, accelerator)
-    if error is None:
-        accelerator.print("--compile is not checked: a step without it does not fit into this GPU's memory")
-    elif error > (TOLERANCE if accelerator.mixed_precision == "no" else HALF_TOLERANCE):
+        for batch in islice(batches, ATTEMPTS):
+            seen.append(batch)
+            error = _error(trainee, loss, batch, accelerator)
+            if error <= tolerance:
+                break
+    if error > tolerance:
         problem = f"gradients of the compiled denoiser are {error:.0%} off those of the same step without it"
         raise InvalidArgument("--compile", problem, "leave it out")
-    return chain([first], batches)
+    return chain(seen, batches)
 
 
-def _error(trainee: Trainee, loss: DenoisingLoss, batch: dict, accelerator: Accelerator) -> float | None:
-    """How far the compiled gradients of a batch are off the others, relative to these; None for lack of memory."""
+def _error(trainee: Trainee, loss: DenoisingLoss, batch: dict, accelerator: Accelerator) -> float:
+    """How far the compiled gradients of a batch are off the others, relative to these."""
     compiled, parameters = trainee.model, [p for p in trainee.denoiser.parameters() if p.requires_grad]
     try:
         expected = _gradients(compiled._orig_mod, loss, batch, parameters)
     except torch.OutOfMemoryError:
         if accelerator.num_processes > 1:  # the others would wait for this one
             raise
-        return None
+        accelerator.print("--compile is not checked: a step without it does not fit into this GPU's memory")
+        return 0.0
     found = _gradients(compiled, loss, batch, parameters)
     size, error = get_total_norm(expected), get_total_norm([a - b for a, b in zip(found, expected, strict=True)])
-    if error == 0 or not size.isfinite():  # a loss that is not finite ends a run by itself
+    if error == 0 or not size.isfinite():  # training itself says what is not finite
         return 0.0
-    return (error / size).nan_to_num(torch.inf).item()
+    return (error / size).nan_to_num(torch.inf, torch.inf).item()
 
 
 def _gradients(model: nn.Module, loss: DenoisingLoss, batch: dict, parameters: list) -> list[torch.Tensor]:
