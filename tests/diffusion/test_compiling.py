@@ -1,6 +1,7 @@
 """--compile: the first gradients are compared with those without a compiler, and nothing is left of that."""
 
 import contextlib
+import shutil
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import STACK_INPUTS, lora_stack
+from diffusers.models.unets.unet_2d_blocks import UpBlock2D
 from safetensors.torch import load_file
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
@@ -15,12 +17,26 @@ from torch._functorch.aot_autograd import make_boxed_func
 from diffusion.runs import assert_same, main, refused
 from reslora import ResLoraConfig, connect
 from reslora.diffusion import compiling
-from reslora.diffusion.compiling import checked
+from reslora.diffusion.compiling import checked, compiled
 from reslora.errors import InvalidArgument
 from reslora.wiring import connection_of
 
 COMPILE = torch.compile
 BATCHES = [{"x": STACK_INPUTS["x"] * scale} for scale in range(1, 9)]
+
+
+def test_gradients_pass_an_upsampling_when_it_is_compiled(monkeypatch):
+    if shutil.which("c++") is None:  # nothing can be compiled for a CPU then
+        monkeypatch.setattr(torch, "compile", lambda model, options: COMPILE(model, backend="eager"))
+    torch.manual_seed(0)
+    block = UpBlock2D(8, 16, 16, 32, num_layers=1, resnet_groups=4).requires_grad_(False)
+    inputs = [torch.randn(2, width, 4, 4, requires_grad=True) for width in (16, 8)]
+    timesteps, weight = torch.randn(2, 32), torch.randn(2, 16, 8, 8)
+    expected, found = [
+        torch.autograd.grad((model(inputs[0], (inputs[1],), timesteps) * weight).sum(), inputs)
+        for model in (block, compiled(block))
+    ]
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
 def forward_only_right(factor: float) -> Callable:
@@ -103,7 +119,7 @@ def test_a_step_that_only_fits_compiled_is_not_compared(capsys):
 
 
 def test_a_run_is_refused_before_its_first_step(brief_flags, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda model: COMPILE(model, backend=forward_only_right(0.75)))
+    monkeypatch.setattr(torch, "compile", lambda model, options: COMPILE(model, backend=forward_only_right(0.75)))
     line = refused(capsys, *brief_flags, "--compile", "--output_dir", tmp_path / "out", quiet=False)
     assert "--compile" in line and "25% off" in line
     assert not list((tmp_path / "out").glob("**/*.safetensors"))
@@ -111,7 +127,7 @@ def test_a_run_is_refused_before_its_first_step(brief_flags, capsys, tmp_path, m
 
 def test_a_run_saves_the_same_bits(run, base_flags, tmp_path, monkeypatch):
     """The same weights and recorded norms as without a compiler."""
-    monkeypatch.setattr(torch, "compile", lambda model: COMPILE(model, backend="eager"))
+    monkeypatch.setattr(torch, "compile", lambda model, options: COMPILE(model, backend="eager"))
     flags = [*base_flags, "--compile", "--method", "reslora", "--max_train_steps", "2"]
     assert main(*flags, "--output_dir", tmp_path / "out") == 0
     saved = "reslora/checkpoint-2/reslora_model.safetensors"
