@@ -212,7 +212,9 @@ def add_training_flags(add) -> None:
              "next epoch; default: 100")
     add("--max_train_steps", type=whole(1), help="steps; wins over --num_train_epochs")
     add("--gradient_checkpointing", **SWITCH, help="less memory, slower")
-    add("--compile", **SWITCH, help="torch.compile the denoiser: minutes at the start, then faster steps")
+    add("--compile", **SWITCH,
+        help="torch.compile the denoiser: minutes at the start, then faster steps; refused where its first gradients "
+             "are not those of the same step without it")
     add("--noise_offset", type=number(0), default=0.0, help="scale of the noise added per channel while training")
     add("--snr_gamma", type=number(0, exclusive=True), help="min-SNR loss weights; 5.0 is usual")
     add("--timestep_sampling", choices=SAMPLINGS,

@@ -20,6 +20,7 @@ from ..adapters import RankAllocator, adapter_config, attach, rank_allocator
 from ..config import ResLoraConfig
 from ..model import enable_gradient_checkpointing
 from .arguments import Flags
+from .compiling import compiled
 from .seeds import derive
 from .zero import full_state, load_full_state, uses_deepspeed
 
@@ -173,8 +174,3 @@ def prepare(trainee: Trainee, flags: Flags, accelerator: Accelerator) -> None:
         trainee.awaited = None
     if flags.compile:
         trainee.model = compiled(trainee.model)
-
-
-def compiled(model: nn.Module) -> nn.Module:
-    """The model for training steps only: samples and validation batches have other shapes, and go without."""
-    return torch.compile(model)

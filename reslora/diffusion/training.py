@@ -13,6 +13,7 @@ from ..errors import Stopped
 from ..signals import StopRequest
 from ..together import decided
 from .arguments import Flags
+from .compiling import checked
 from .denoising import DenoisingLoss
 from .loaders import stream
 from .reports import Reports, Validation
@@ -44,6 +45,7 @@ def train(
     loader = training_loader(material, steps, accelerator.num_processes, accelerator.process_index, pin)
     bar = tqdm(desc=trainee.method, total=schedule.steps, initial=trainee.step, disable=not main, dynamic_ncols=True)
     with contextlib.closing(stream(loader)) as batches, bar:
+        batches = checked(batches, trainee, loss, flags, accelerator)
         for _ in steps:
             with trainee.timed():
                 value = take_step(trainee, loss, batches, flags, accelerator)

@@ -53,7 +53,7 @@ def test_compiled_steps_are_the_same_steps(run, base_flags, tmp_path, monkeypatc
         captured.append(any("conv2d" in str(node.target) for node in graph.graph.nodes))
         return graph.forward
 
-    monkeypatch.setattr(torch, "compile", lambda model: compile_(model, backend=capture, fullgraph=True))
+    monkeypatch.setattr(torch, "compile", lambda model, options: compile_(model, backend=capture, fullgraph=True))
     flags = [*base_flags, "--compile", "--method", "reslora", "--output_dir", tmp_path / "out"]
     assert main(*flags) == 0
     assert sum(captured) == 1  # the U-Net, once; the rest puts the norms of a forward away
