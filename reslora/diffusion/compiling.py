@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn.utils import get_total_norm
 
 from ..errors import InvalidArgument
+from ..together import any_of
 from ..wiring import connection_of
 from .arguments import Flags
 from .denoising import DenoisingLoss
@@ -55,14 +56,15 @@ def checked(
     if unlike or not flags.compile:
         return batches
     tolerance = TOLERANCE if accelerator.mixed_precision == "no" else HALF_TOLERANCE
-    seen, error = [], 0.0
+    seen, error, differs = [], 0.0, False
     with trainee.timed(), _unrecorded(trainee.denoiser):
         for batch in islice(batches, ATTEMPTS):
             seen.append(batch)
             error = _error(trainee, loss, batch, accelerator)
-            if error <= tolerance:
+            differs = any_of(error > tolerance)
+            if not differs:
                 break
-    if error > tolerance:
+    if differs:
         problem = f"gradients of the compiled denoiser are {error:.0%} off those of the same step without it"
         raise InvalidArgument("--compile", problem, "leave it out")
     return chain(seen, batches)
