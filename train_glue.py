@@ -15,8 +15,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from reslora.script import run_script
-from reslora.signals import StopRequest
+from reslora.common.script import run_script
+from reslora.common.signals import StopRequest
 
 
 def main(argv: Sequence[str] | None, stop: StopRequest) -> None:

@@ -14,9 +14,9 @@ import os
 import sys
 from collections.abc import Sequence
 
+from reslora.common.script import run_script
+from reslora.common.signals import StopRequest
 from reslora.diffusion.settings import parse_args
-from reslora.script import run_script
-from reslora.signals import StopRequest
 
 
 def main(argv: Sequence[str] | None = None) -> int:

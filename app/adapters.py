@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import reslora
-from reslora.adapters import adapter_config, attach, load_adapter
-from reslora.diffusion.trainee import targets_of
+from reslora.common.adapters import adapter_config, attach, load_adapter
+from reslora.diffusion.training.state import targets_of
 from reslora.files import read_object
 from reslora.ranks import changes_base
 

@@ -19,8 +19,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from reslora.common.log import of_split, read_log
 from reslora.config import LORA_METHODS, METHODS
-from reslora.log import of_split, read_log
 
 EXAMPLE = Path(__file__).resolve().parent / "example"
 """A small finished run that comes with the application."""

@@ -24,13 +24,13 @@ from diffusers import DiffusionPipeline
 
 import reslora
 from reslora import export, files
+from reslora.common.errors import InvalidArgument, first_line
 from reslora.diffusion.arguments import Flags
-from reslora.diffusion.calibration import read_calibration
-from reslora.diffusion.families.base import Family
-from reslora.diffusion.loading import find_model
-from reslora.diffusion.results import LORA_FILES
+from reslora.diffusion.model.families.base import Family
+from reslora.diffusion.model.loading import find_model
+from reslora.diffusion.output.calibration import read_calibration
+from reslora.diffusion.output.exports import LORA_FILES
 from reslora.diffusion.settings import check_model_name
-from reslora.errors import InvalidArgument, first_line
 
 from . import adapters
 from .recipe import SEEDS, Drawn, Request

@@ -17,9 +17,9 @@ from pathlib import Path
 import pandas
 import PIL.Image
 
-from reslora import figures
+from reslora.common import figures
+from reslora.common.log import of_split
 from reslora.config import METHODS
-from reslora.log import of_split
 
 from .recipe import Drawn
 from .runs import Run, number

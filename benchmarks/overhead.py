@@ -23,18 +23,18 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from measured import ROOT
 
-from reslora.diffusion.dataset import load_images
-from reslora.diffusion.denoising import DenoisingLoss
-from reslora.diffusion.encoding import Variants, encode_images, encode_texts
-from reslora.diffusion.families.stable_diffusion import StableDiffusion
-from reslora.diffusion.objective import DdpmObjective
-from reslora.diffusion.reports import Reports
-from reslora.diffusion.samples import Material
+from reslora.common.signals import StopRequest
+from reslora.diffusion.data.dataset import load_images
+from reslora.diffusion.data.encoding import Variants, encode_images, encode_texts
+from reslora.diffusion.data.samples import Material
+from reslora.diffusion.model.families.stable_diffusion import StableDiffusion
+from reslora.diffusion.output.reports import Reports
 from reslora.diffusion.settings import parse_args
 from reslora.diffusion.setup import start_accelerator, start_trackers
-from reslora.diffusion.trainee import Schedule, Trainee, new_optimizer, prepare
-from reslora.diffusion.training import train
-from reslora.signals import StopRequest
+from reslora.diffusion.training.denoising import DenoisingLoss
+from reslora.diffusion.training.loop import train
+from reslora.diffusion.training.objective import DdpmObjective
+from reslora.diffusion.training.state import Schedule, Trainee, new_optimizer, prepare
 
 sys.path.append(str(ROOT / "tests"))
 from pipelines import image_folder

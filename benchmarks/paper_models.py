@@ -7,21 +7,21 @@ from pathlib import Path
 
 import measured  # noqa: F401 - it puts this checkout before an installed one
 
-from reslora.adapters import load_adapter
-from reslora.diffusion.dataset import load_images
-from reslora.diffusion.denoising import DenoisingLoss
-from reslora.diffusion.loading import find_model, weight_dtype
-from reslora.diffusion.reports import Validation
-from reslora.diffusion.results import calibration_batches as image_batches
+from reslora.common.adapters import load_adapter
+from reslora.common.signals import StopRequest
+from reslora.diffusion.data.dataset import load_images
+from reslora.diffusion.model.loading import find_model, weight_dtype
+from reslora.diffusion.output.exports import calibration_batches as image_batches
+from reslora.diffusion.output.reports import Validation
 from reslora.diffusion.run import encode, load_and_check
 from reslora.diffusion.settings import parse_args, with_family
 from reslora.diffusion.setup import start_accelerator
-from reslora.diffusion.trainee import add_adapter
+from reslora.diffusion.training.denoising import DenoisingLoss
+from reslora.diffusion.training.state import add_adapter
 from reslora.language import llm
 from reslora.language.llm_tasks import TASKS, examples_of
 from reslora.language.llm_trainer import calibration_batches
 from reslora.language.results import merge_table
-from reslora.signals import StopRequest
 
 
 def newest_checkpoint(folder: Path) -> Path:

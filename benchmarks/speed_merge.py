@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaModel
 
 import reslora
 from reslora import calibration, merging
-from reslora.diffusion.families.flux import FAMILY
+from reslora.diffusion.model.families.flux import FAMILY
 from reslora.regression import Inputs
 from reslora.shortcuts import shortcut_class
 

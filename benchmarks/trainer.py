@@ -50,14 +50,14 @@ from scale import MEBI, TRAINER
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from watched import WARM_UP, Watched
 
+from reslora.common.signals import StopRequest
 from reslora.diffusion.arguments import Flags
-from reslora.diffusion.dataset import ImageDataset, load_images
-from reslora.diffusion.encoding import Variants, encode_images, encode_texts
-from reslora.diffusion.families.base import Family
-from reslora.diffusion.objective import DdpmObjective
-from reslora.diffusion.samples import Material, training_loader
+from reslora.diffusion.data.dataset import ImageDataset, load_images
+from reslora.diffusion.data.encoding import Variants, encode_images, encode_texts
+from reslora.diffusion.data.samples import Material, training_loader
+from reslora.diffusion.model.families.base import Family
 from reslora.diffusion.settings import parse_args
-from reslora.signals import StopRequest
+from reslora.diffusion.training.objective import DdpmObjective
 
 EXAMPLE = "examples/text_to_image/train_text_to_image_lora.py"
 

@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .chains import Block, Chain, Chains, base_model, lora_layers, refused, stays_plain, unwrap
+from .common.errors import first_line
 from .config import ResLoraConfig
-from .errors import first_line
 from .files import check_checksums, write_checksums, write_json, write_tensors
 from .guards import keeping_shortcuts, refuse_inactive, refuse_merged
 from .tracing import meta_copy

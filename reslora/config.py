@@ -9,7 +9,7 @@ from .shortcuts import PLAIN, shortcut_class
 
 HEADS = ("repeat", "none")
 
-# What can be trained, by name (`reslora.adapters`); here because parsers of flags do not wait for torch and PEFT.
+# What can be trained, by name (`common.adapters`); here because parsers of flags do not wait for torch and PEFT.
 LORA_METHODS = ("lora", "lora_x2", "reslora")
 PLAIN_METHODS = (*LORA_METHODS, "adalora")  # what ends as plain LoRA, and so as a diffusers and a kohya file
 METHODS = (*PLAIN_METHODS, "loha", "lokr")

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from .errors import first_line
+from .common.errors import first_line
 
 CHECKSUMS_NAME = "checksums.json"
 ABANDONED = 24 * 3600  # seconds after which a temporary of another machine counts as left behind

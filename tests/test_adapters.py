@@ -11,7 +11,8 @@ from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import reslora
-from reslora.adapters import (
+from reslora.chains import base_model
+from reslora.common.adapters import (
     METHODS,
     PLAIN_METHODS,
     adapter_config,
@@ -24,8 +25,7 @@ from reslora.adapters import (
     save_adapter,
     trained_state,
 )
-from reslora.chains import base_model
-from reslora.errors import RunFailed
+from reslora.common.errors import RunFailed
 from reslora.files import write_checksums
 from reslora.model import connection_of
 

@@ -6,7 +6,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from reslora import figures
+from reslora.common import figures
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 128, 0), (0, 0, 255)
 

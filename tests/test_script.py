@@ -6,8 +6,8 @@ import signal
 import pytest
 import torch
 
-from reslora.errors import InvalidArgument, RunFailed, Stopped
-from reslora.script import run_script, shares_the_cpu
+from reslora.common.errors import InvalidArgument, RunFailed, Stopped
+from reslora.common.script import run_script, shares_the_cpu
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from waiting import default_sigint, ended, output_of, wait_until
 
-from reslora.errors import Stopped
-from reslora.signals import StopRequest, is_launcher
+from reslora.common.errors import Stopped
+from reslora.common.signals import StopRequest, is_launcher
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -20,7 +20,7 @@ NOTE = "pathlib.Path('{}').write_text(str(stop.signal))"
 CHILD = f"""
 import os, pathlib, sys, time
 sys.path.insert(0, {{repository!r}})
-from reslora.signals import StopRequest
+from reslora.common.signals import StopRequest
 end = time.monotonic() + 600
 with StopRequest() as stop:
     pathlib.Path("ready").write_text(str(os.getpid()))

@@ -10,15 +10,15 @@ import pytest
 from launching import launch
 from waiting import output_of
 
-from reslora import together
-from reslora.errors import InvalidArgument
+from reslora.common import together
+from reslora.common.errors import InvalidArgument
 
 # Each process writes what it saw to a file of its own.
 SCRIPT = """
 import json, os, pathlib, sys, time
 import accelerate
-from reslora.errors import EndedElsewhere, InvalidArgument, RunFailed
-from reslora import together
+from reslora.common.errors import EndedElsewhere, InvalidArgument, RunFailed
+from reslora.common import together
 
 accelerator = accelerate.Accelerator()
 rank, seen = accelerator.process_index, {{}}
@@ -93,8 +93,8 @@ def refuse() -> None:
 DEAD = """
 import os, sys
 import torch.distributed as dist
-from reslora import together
-from reslora.script import run_script
+from reslora.common import together
+from reslora.common.script import run_script
 
 def main(argv, stop):
     dist.init_process_group("gloo")

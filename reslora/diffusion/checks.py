@@ -10,14 +10,14 @@ from accelerate.utils import parse_flag_from_env
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ..adapters import check_rank, narrowest_layer
 from ..chains import Chains, chains
-from ..errors import InvalidArgument, first_line
+from ..common.adapters import check_rank, narrowest_layer
+from ..common.errors import InvalidArgument, first_line
 from .arguments import DEFAULT_PRE_NUM, DEFAULT_RANK, Flags
-from .families.base import Family
-from .loading import Model
-from .precision import try_format
-from .trainee import add_adapter, config_of, shortcuts_of, targets_of
+from .model.families.base import Family
+from .model.loading import Model
+from .model.quantising import try_format
+from .training.state import add_adapter, config_of, shortcuts_of, targets_of
 
 CUTS = "which cuts weights into pieces, and shortcuts, encoders and samples need them whole"
 WHOLE = "use DDP or ZeRO-2, as assets/accelerate/one_node.yaml and deepspeed_zero2.yaml do"

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from ..common.errors import InvalidArgument
 from ..config import METHODS
-from ..errors import InvalidArgument
 from ..files import remove_leftovers
 
 OWNER = ".lock"  # holds the process id, for readers; what is locked is a file of the system's temporary folder

@@ -8,27 +8,27 @@ from pathlib import Path
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
-from ..errors import InvalidArgument
-from ..signals import StopRequest
-from ..together import decided, each, gathered
+from ..common.errors import InvalidArgument
+from ..common.signals import StopRequest
+from ..common.together import decided, each, gathered
 from .arguments import Flags
-from .checkpoints import Identity, Resume, plan_resume, restore, save_checkpoint, write_exports
 from .checks import check_base_precision, check_methods, check_pipeline, with_rank
-from .dataset import ImageDataset, data_flag, load_images
-from .denoising import DenoisingLoss, wide_enough
-from .drawing import Drawer
-from .encoding import Latents, Texts, Variants, encode_images, encode_texts, without_damaged
+from .data.dataset import ImageDataset, data_flag, load_images
+from .data.encoding import Latents, Texts, Variants, encode_images, encode_texts, without_damaged
+from .data.samples import Material, split
 from .folder import locked
-from .loading import Model, cache_folder, find_model, weight_dtype
-from .objective import Objective
-from .reports import Reports, Validation
-from .results import export_method
-from .samples import Material, split
+from .model.loading import Model, cache_folder, find_model, weight_dtype
+from .output.drawing import Drawer
+from .output.exports import export_method
+from .output.reports import Reports, Validation
+from .output.summary import hub_repository, print_summary, publish, write_figures
 from .settings import with_family
 from .setup import attention_of, objective_of, schedule_of, start_accelerator, start_trackers
-from .showing import hub_repository, print_summary, publish, write_figures
-from .trainee import Schedule, new_trainee, prepare, renew_scaler
-from .training import train
+from .training.checkpoints import Identity, Resume, plan_resume, restore, save_checkpoint, write_exports
+from .training.denoising import DenoisingLoss, wide_enough
+from .training.loop import train
+from .training.objective import Objective
+from .training.state import Schedule, new_trainee, prepare, renew_scaler
 
 
 def run(flags: Flags, stop: StopRequest) -> None:

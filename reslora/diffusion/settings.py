@@ -11,11 +11,11 @@ import tomllib
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from ..common.errors import InvalidArgument, first_line
 from ..config import LEAST_ADALORA_STEPS
-from ..errors import InvalidArgument, first_line
 from ..shortcuts import PLAIN, shortcut_class
 from .arguments import DEFAULTS, Flags, build_parser
-from .families import FAMILIES
+from .model.families import FAMILIES
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 BUNDLED_MODEL, BUNDLED_IMAGES, BUNDLED_STEPS = ASSETS / "pipeline", ASSETS / "openmoji", 200

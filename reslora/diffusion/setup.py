@@ -23,18 +23,18 @@ from accelerate.utils import ProjectConfiguration
 from diffusers import DiffusionPipeline
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..errors import InvalidArgument, first_line
+from ..common.errors import InvalidArgument, first_line
+from ..common.script import shares_the_cpu
+from ..common.together import decided
 from ..files import write_json
-from ..script import shares_the_cpu
-from ..together import decided
 from .arguments import Flags
 from .checks import check_fsdp, check_zero
-from .loading import Model
-from .objective import DdpmObjective, FlowObjective, Objective
-from .samples import Material
+from .data.samples import Material
+from .model.loading import Model
 from .settings import check_adalora_steps, is_bundled
-from .trainee import Schedule
-from .zero import configure, uses_deepspeed
+from .training.objective import DdpmObjective, FlowObjective, Objective
+from .training.state import Schedule
+from .training.zero import configure, uses_deepspeed
 
 LONGEST_WARMUP, WARMUP_SHARE = 500, 0.1
 FEW_TOKENS = 64

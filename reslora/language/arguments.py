@@ -18,10 +18,10 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
+from ..common.errors import InvalidArgument, first_line
+from ..common.script import shares_the_cpu
 from ..config import HEADS, METHODS, SHORTCUTS
-from ..errors import InvalidArgument, first_line
 from ..merging import METHODS as MERGES
-from ..script import shares_the_cpu
 from ..shortcuts import PLAIN, shortcut_class
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"

@@ -10,10 +10,10 @@ from accelerate import Accelerator
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
-from ..adapters import RankAllocator
-from ..log import LogWriter, read_log
-from ..signals import StopRequest
-from ..together import any_of
+from ..common.adapters import RankAllocator
+from ..common.log import LogWriter, read_log
+from ..common.signals import StopRequest
+from ..common.together import any_of
 
 
 class Progress(ProgressCallback):

@@ -13,11 +13,11 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_pt_utils import safe_globals
 from transformers.utils import logging
 
-from ..adapters import ADAPTER_NAME
 from ..checkpoint import CONFIG_NAME, WEIGHTS_NAME
-from ..errors import first_line
+from ..common.adapters import ADAPTER_NAME
+from ..common.errors import first_line
+from ..common.recovery import numbered
 from ..files import CHECKSUMS_NAME, Damaged, check_checksums
-from ..recovery import numbered
 
 ALLOCATOR_NAME = "allocator.safetensors"  # AdaLoRA's running importances and ranks
 

@@ -19,9 +19,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ..errors import InvalidArgument
+from ..common.errors import InvalidArgument
+from ..common.signals import StopRequest
 from ..files import replacing, write_json
-from ..signals import StopRequest
 from .arguments import (
     ASSETS,
     AdapterTrainingArguments,

@@ -14,7 +14,7 @@ import numpy as np
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-from ..errors import InvalidArgument
+from ..common.errors import InvalidArgument
 
 Columns = dict[str, list]
 """Texts and labels by column."""

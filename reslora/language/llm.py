@@ -21,9 +21,9 @@ from transformers import (
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from ..errors import InvalidArgument, first_line
+from ..common.errors import InvalidArgument, first_line
+from ..common.signals import StopRequest
 from ..files import write_json
-from ..signals import StopRequest
 from .arguments import (
     ASSETS,
     AdapterTrainingArguments,

@@ -15,7 +15,7 @@ from pathlib import Path
 import datasets
 from accelerate import PartialState
 
-from ..errors import InvalidArgument, first_line
+from ..common.errors import InvalidArgument, first_line
 
 ANSWER = "The answer is"
 

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..chains import base_model
-from ..errors import InvalidArgument
+from ..common.errors import InvalidArgument
 from .llm_tasks import Example, extract_answer, same_answer
 from .trainer import AdapterTrainer
 

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..chains import base_model, chains, lora_layers
-from ..errors import RunFailed, first_line
+from ..common.errors import RunFailed, first_line
 from ..export import export_peft, merged_state_dict
 from ..files import replacing, write_json
 from ..merging import METHODS

@@ -20,16 +20,16 @@ from transformers.pytorch_utils import Conv1D
 from transformers.trainer_callback import ProgressCallback
 from transformers.utils import logging
 
-from .. import adapters
-from ..adapters import adapter_config, check_rank, known_targets, load_adapter, rank_allocator, save_adapter
 from ..chains import base_model
+from ..common import adapters
+from ..common.adapters import adapter_config, check_rank, known_targets, load_adapter, rank_allocator, save_adapter
+from ..common.errors import InvalidArgument, RunFailed, Stopped, first_line
+from ..common.recovery import cannot_be_loaded, set_others_aside
+from ..common.signals import StopRequest
+from ..common.together import decided
 from ..config import LEAST_ADALORA_STEPS, ResLoraConfig
-from ..errors import InvalidArgument, RunFailed, Stopped, first_line
 from ..files import write_checksums, write_tensors
 from ..model import enable_gradient_checkpointing
-from ..recovery import cannot_be_loaded, set_others_aside
-from ..signals import StopRequest
-from ..together import decided
 from .arguments import MethodArguments
 from .callbacks import AllocateRanks, Progress, StopWhenAsked
 from .checkpoints import ALLOCATOR_NAME, checkpoints_of, damage, usable_checkpoint

@@ -12,12 +12,12 @@ from pipelines import FAMILIES
 from app.recipe import Drawn, Request
 from app.runs import BASE, Library
 from app.studio import Studio, calibration_of
-from reslora.adapters import adapter_config, attach, save_adapter
+from reslora.common.adapters import adapter_config, attach, save_adapter
 from reslora.config import ResLoraConfig
 from reslora.diffusion.arguments import Flags
-from reslora.diffusion.calibration import write_calibration
-from reslora.diffusion.loading import find_model
-from reslora.diffusion.trainee import targets_of
+from reslora.diffusion.model.loading import find_model
+from reslora.diffusion.output.calibration import write_calibration
+from reslora.diffusion.training.state import targets_of
 
 REQUEST = Request(prompt="red disc", steps=2, seed=5, width=40, height=32)
 

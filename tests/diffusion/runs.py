@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from waiting import ended
 
 import train_sd
+from reslora.common.log import read_log
 from reslora.files import replacing
-from reslora.log import read_log
 
 SCRIPT = Path(train_sd.__file__)
 RESUME = ("--resume_from_checkpoint", "latest")

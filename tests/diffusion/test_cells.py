@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from launching import launch
 
 from diffusion.runs import leave_behind
-from reslora.diffusion.cells import cached, missing, write
+from reslora.diffusion.data.store import cached, missing, write
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from diffusion.runs import leave_behind
-from reslora.diffusion.cells import cached
+from reslora.diffusion.data.store import cached
 
 accelerator = Accelerator(cpu=True)
 assert os.environ["LOCAL_WORLD_SIZE"] == "1" and accelerator.num_processes == 2

@@ -30,7 +30,7 @@ from diffusion.runs import (
     refused,
     training_state,
 )
-from reslora.diffusion.checkpoints import checkpoints_of
+from reslora.diffusion.training.checkpoints import checkpoints_of
 from reslora.files import write_checksums
 
 
@@ -175,7 +175,7 @@ FAILURES = {
     "no memory for the optimizer": ("torch.optim.Optimizer.load_state_dict", out_of_memory),
     "no memory for the state": ("torch.load", out_of_memory),
     "another version's optimizer": ("torch.optim.Optimizer.load_state_dict", of_another_version),
-    "another version's adapter": ("reslora.diffusion.checkpoints.load_adapter", of_another_version),
+    "another version's adapter": ("reslora.diffusion.training.checkpoints.load_adapter", of_another_version),
     "a disk that does not answer": ("reslora.files._sha256", unreadable),
 }
 

@@ -16,9 +16,9 @@ from torch._functorch.aot_autograd import make_boxed_func
 
 from diffusion.runs import assert_same, main, refused
 from reslora import ResLoraConfig, connect
-from reslora.diffusion import compiling
-from reslora.diffusion.compiling import checked, compiled
-from reslora.errors import InvalidArgument
+from reslora.common.errors import InvalidArgument
+from reslora.diffusion.training import compiling
+from reslora.diffusion.training.compiling import checked, compiled
 from reslora.wiring import connection_of
 
 COMPILE = torch.compile

@@ -14,8 +14,8 @@ from waiting import ended, is_running, wait_until
 
 from diffusion.conftest import STEPS
 from diffusion.runs import RESUME, Watcher, assert_same, final_weights, losses, training_state
-from reslora.diffusion.checkpoints import checkpoints_of
-from reslora.recovery import step_of
+from reslora.common.recovery import step_of
+from reslora.diffusion.training.checkpoints import checkpoints_of
 
 FORMATS = ["pytorch_lora_weights.safetensors", "kohya.safetensors", "peft/adapter_model.safetensors"]
 FORMATS += ["unet/diffusion_pytorch_model.safetensors"]

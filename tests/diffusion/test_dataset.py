@@ -15,7 +15,7 @@ from pipelines import image_folder, random_image, red_or_blue, same_image
 from waiting import join, start_thread
 
 from diffusion.runs import only, printed, refused
-from reslora.diffusion.dataset import load_images
+from reslora.diffusion.data.dataset import load_images
 from reslora.diffusion.settings import parse_args
 
 

@@ -8,8 +8,8 @@ import torch
 from pipelines import FAMILIES
 
 from reslora.diffusion.arguments import Flags
-from reslora.diffusion.drawing import Drawer
-from reslora.diffusion.families import load_family
+from reslora.diffusion.model.families import load_family
+from reslora.diffusion.output.drawing import Drawer
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -17,7 +17,7 @@ from transformers import CLIPTextModel
 from waiting import ended, wait_until
 
 from diffusion.runs import cut, final_weights, losses, main, only, printed, refused
-from reslora.diffusion import encoding
+from reslora.diffusion.data import encoding
 
 
 def trained_without_noise(folder: Path, images: int, log_variance: float) -> tuple[DiffusionPipeline, Path]:

@@ -7,7 +7,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from reslora.diffusion.arguments import SAMPLINGS
-from reslora.diffusion.objective import FlowObjective
+from reslora.diffusion.training.objective import FlowObjective
 
 SHIFTED = FlowMatchEulerDiscreteScheduler(shift=3.0)
 DYNAMIC = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)

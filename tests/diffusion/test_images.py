@@ -9,7 +9,7 @@ import PIL.ImageFile
 import pytest
 from pipelines import random_image, same_image
 
-from reslora.diffusion.images import crop_and_scale, crop_sizes, image_size, open_image
+from reslora.diffusion.data.images import crop_and_scale, crop_sizes, image_size, open_image
 
 
 def solid(mode: str, colour, **save) -> np.ndarray:

@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from launching import CONFIGURATIONS, launch
 
 from diffusion.runs import SCRIPT, main, refused
-from reslora.log import read_log
+from reslora.common.log import read_log
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ import pytest
 from torch.utils.data import DataLoader, Dataset
 
 from diffusion.runs import main
+from reslora.common.errors import RunFailed
 from reslora.diffusion import run
-from reslora.diffusion.loaders import stream, worker_options
-from reslora.errors import RunFailed
+from reslora.diffusion.data.loaders import stream, worker_options
 
 
 class Items(Dataset):

@@ -15,11 +15,11 @@ from torch import nn
 
 import reslora
 from diffusion.runs import RESUME, losses, main, refused
-from reslora.adapters import METHODS, adapter_config, attach
-from reslora.diffusion.families import load_family
-from reslora.diffusion.families.base import Conditions, Family
-from reslora.diffusion.precision import FORMATS, PackedLinear, pack, try_format
-from reslora.diffusion.results import DIFFUSERS_FILE
+from reslora.common.adapters import METHODS, adapter_config, attach
+from reslora.diffusion.model.families import load_family
+from reslora.diffusion.model.families.base import Conditions, Family
+from reslora.diffusion.model.quantising import FORMATS, PackedLinear, pack, try_format
+from reslora.diffusion.output.exports import DIFFUSERS_FILE
 from reslora.diffusion.settings import read_index
 
 HERE = torch.device("cpu")

@@ -7,9 +7,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffusion.runs import failed, main
-from reslora.diffusion import training
-from reslora.errors import RunFailed
-from reslora.log import read_log
+from reslora.common.errors import RunFailed
+from reslora.common.log import read_log
+from reslora.diffusion.training import loop as training
 
 
 @pytest.fixture

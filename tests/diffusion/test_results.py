@@ -9,8 +9,8 @@ from peft import PeftModel
 from pipelines import image_folder
 
 from diffusion.runs import failed, main
+from reslora.common.log import read_log
 from reslora.diffusion.arguments import build_parser
-from reslora.log import read_log
 
 
 def test_run_writes_the_documented_files(run):

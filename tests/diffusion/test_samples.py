@@ -9,9 +9,9 @@ from pipelines import image_folder, stable_diffusion
 from safetensors.torch import load_file
 
 from diffusion.runs import SCRIPT, assert_same, digests, final_weights, losses, main
-from reslora.diffusion import showing
 from reslora.diffusion.arguments import Flags
-from reslora.diffusion.samples import VALIDATION_DRAWS, Material, ValidationSamples, split
+from reslora.diffusion.data.samples import VALIDATION_DRAWS, Material, ValidationSamples, split
+from reslora.diffusion.output import summary as showing
 
 
 def test_methods_share_initial_weights(brief_flags, tmp_path):

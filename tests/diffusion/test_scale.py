@@ -9,14 +9,14 @@ import pytest
 from pipelines import image_folder, stable_diffusion
 
 import train_sd
-from reslora.diffusion import encoding
+from reslora.common.errors import RunFailed
+from reslora.common.log import read_log
 from reslora.diffusion.arguments import Flags
-from reslora.diffusion.dataset import ImageDataset
-from reslora.diffusion.families.stable_diffusion import StableDiffusion
-from reslora.diffusion.loading import Model
-from reslora.diffusion.samples import TrainingSamples, training_loader
-from reslora.errors import RunFailed
-from reslora.log import read_log
+from reslora.diffusion.data import encoding
+from reslora.diffusion.data.dataset import ImageDataset
+from reslora.diffusion.data.samples import TrainingSamples, training_loader
+from reslora.diffusion.model.families.stable_diffusion import StableDiffusion
+from reslora.diffusion.model.loading import Model
 
 IMAGES = 12
 

@@ -26,8 +26,8 @@ from diffusion.runs import (
     training_state,
     without,
 )
+from reslora.common.log import of_split, read_log
 from reslora.diffusion import run as running
-from reslora.log import of_split, read_log
 
 
 def test_same_seed_gives_the_same_bytes(run, base_flags, tmp_path):
@@ -258,7 +258,7 @@ def test_each_method_starts_with_a_scale_of_its_own(brief_flags, tmp_path, monke
 
     start_accelerator = running.start_accelerator
     monkeypatch.setattr(running, "start_accelerator", start)
-    monkeypatch.setattr("reslora.diffusion.trainee.get_grad_scaler", scaler)
+    monkeypatch.setattr("reslora.diffusion.training.state.get_grad_scaler", scaler)
     flags = [*without(brief_flags, "--method"), "--method", "lora", "lora_x2", "--max_train_steps", "2"]
     assert main(*flags, "--output_dir", tmp_path) == 0
     for method in ("lora", "lora_x2"):

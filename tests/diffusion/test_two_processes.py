@@ -9,7 +9,7 @@ from launching import FOLDER, launch, start
 from waiting import ended, wait_until
 
 from diffusion.runs import RESUME, SCRIPT, assert_same, digests, final_weights, main
-from reslora.recovery import numbered
+from reslora.common.recovery import numbered
 
 STEPS = 5
 CONFIGURATION = "cpu_two_processes.yaml"

@@ -13,9 +13,9 @@ from accelerate.utils import DeepSpeedPlugin
 from launching import launch
 
 from diffusion.runs import RESUME, SCRIPT, assert_same, final_weights, losses, main, refused, training_state
+from reslora.common.errors import InvalidArgument
 from reslora.diffusion.settings import parse_args
-from reslora.diffusion.zero import configure
-from reslora.errors import InvalidArgument
+from reslora.diffusion.training.zero import configure
 
 NAME = "deepspeed_zero2.yaml"
 LAUNCHER = ("--mixed_precision", "no", "--num_processes", "1")

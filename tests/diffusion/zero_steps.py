@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from reslora.diffusion.zero import full_state, load_full_state
+from reslora.diffusion.training.zero import full_state, load_full_state
 
 BATCH = 8
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from launching import DEEPSPEED
 
+from reslora.common.script import run_script
 from reslora.language import llm
-from reslora.script import run_script
 
 from .helpers import VALIDATED, flags, row, write_llama, write_rows
 

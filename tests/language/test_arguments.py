@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 import pytest
 from conftest import assert_one_line
 
-from reslora.errors import InvalidArgument
+from reslora.common.errors import InvalidArgument
+from reslora.common.script import run_script
 from reslora.language.arguments import (
     AdapterTrainingArguments,
     MethodArguments,
@@ -18,7 +19,6 @@ from reslora.language.arguments import (
     parse_arguments,
     settings,
 )
-from reslora.script import run_script
 
 
 @dataclass

@@ -8,8 +8,8 @@ import signal
 import pytest
 from transformers import TrainerCallback
 
-from reslora.errors import Stopped
-from reslora.signals import StopRequest
+from reslora.common.errors import Stopped
+from reslora.common.signals import StopRequest
 
 from .helpers import STEPS, assert_same, build, read_log, trained, trainer_for
 

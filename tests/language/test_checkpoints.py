@@ -3,7 +3,7 @@
 import pytest
 from conftest import assert_one_line
 
-from reslora.errors import InvalidArgument
+from reslora.common.errors import InvalidArgument
 from reslora.language.checkpoints import damage, usable_checkpoint
 
 from .helpers import build, trainer_for

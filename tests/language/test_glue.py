@@ -20,9 +20,9 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+from reslora.common.script import run_script
 from reslora.language import glue
 from reslora.language.glue_tasks import TASKS, scores
-from reslora.script import run_script
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = ["good", "bad", "fine", "poor", "the", "a", "film", "book", "song", "is", "was", "not", "very", "plot"]

@@ -10,7 +10,7 @@ import pytest
 from launching import CONFIGURATIONS, FOLDER, launch, start
 from waiting import ended, wait_until
 
-from reslora.errors import InvalidArgument
+from reslora.common.errors import InvalidArgument
 from reslora.language.checkpoints import checkpoints_of, damage
 
 from .helpers import SCRIPT, VALIDATED, build, flags, losses, trainer_for

@@ -9,11 +9,11 @@ from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from reslora.errors import InvalidArgument
+from reslora.common.errors import InvalidArgument
+from reslora.common.script import run_script
 from reslora.language import llm
 from reslora.language.llm_tasks import TASKS, Example, examples_of
 from reslora.language.llm_trainer import Encoder
-from reslora.script import run_script
 
 from .helpers import bytes_tokenizer, flags, row, write_rows
 

@@ -9,9 +9,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import reslora
-from reslora.adapters import save_adapter
 from reslora.chains import base_model
-from reslora.errors import RunFailed
+from reslora.common.adapters import save_adapter
+from reslora.common.errors import RunFailed
 from reslora.language.arguments import MethodArguments
 from reslora.language.results import export, merge_table, table_text, unmerged_afterwards, write_results
 from reslora.language.trainer import attach

@@ -12,9 +12,9 @@ from conftest import assert_one_line, randomize, tiny_bert, tiny_llama
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from reslora.adapters import load_adapter, rank_allocator, save_adapter
 from reslora.chains import base_model
-from reslora.errors import InvalidArgument, RunFailed
+from reslora.common.adapters import load_adapter, rank_allocator, save_adapter
+from reslora.common.errors import InvalidArgument, RunFailed
 from reslora.language.arguments import AdapterTrainingArguments, MethodArguments, settings
 from reslora.language.results import export
 from reslora.language.trainer import AdapterTrainer, attach, total_steps

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 import reslora
 import train_sd
 from reslora.diffusion.arguments import Flags
-from reslora.diffusion.calibration import read_calibration
-from reslora.diffusion.families import load_family
-from reslora.diffusion.results import kohya_metadata
+from reslora.diffusion.model.families import load_family
+from reslora.diffusion.output.calibration import read_calibration
+from reslora.diffusion.output.exports import kohya_metadata
 
 CAPTIONS = ["red disc", "blue", "red blue disc box"]
 

@@ -8,11 +8,11 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from pipelines import FAMILIES, image_folder
 
-from reslora.diffusion.denoising import DenoisingLoss
-from reslora.diffusion.families import load_family
-from reslora.diffusion.loading import find_model
+from reslora.diffusion.model.families import load_family
+from reslora.diffusion.model.loading import find_model
 from reslora.diffusion.run import load_and_check
 from reslora.diffusion.settings import parse_args, with_family
+from reslora.diffusion.training.denoising import DenoisingLoss
 
 CAPTIONS = ["red disc", "blue box"]
 MIXED = ["red", "red blue disc box"]
@@ -190,7 +190,7 @@ def test_flux2_kleins_moments_are_those_of_the_autoencoder_in_patches(setting):
 
 
 def test_every_row_of_the_registry_has_a_module_and_a_builder():
-    from reslora.diffusion.families import FAMILIES as ROWS
+    from reslora.diffusion.model.families import FAMILIES as ROWS
 
     for pipeline_class, module in ROWS.items():
         family = load_family(pipeline_class)

@@ -18,12 +18,12 @@ from pathlib import Path
 import datasets
 import PIL.Image
 
-from ..errors import InvalidArgument, first_line
-from .arguments import Flags
+from ...common.errors import InvalidArgument, first_line
+from ..arguments import Flags
+from ..settings import clean
 from .content import content_mark
 from .images import SUFFIXES, Source, image_size, open_image
 from .seeds import derive, shuffled
-from .settings import clean
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 CAPTIONS = (".txt", ".caption")  # the second one is kohya's; the first of them that is there counts

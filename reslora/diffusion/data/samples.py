@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from .arguments import Flags
+from ..arguments import Flags
+from ..training.objective import Objective
 from .dataset import ImageDataset
 from .encoding import Latents, Texts
 from .images import crop_and_scale, crop_sizes
 from .loaders import worker_options
-from .objective import Objective
 from .seeds import generator, shuffled
 
 VALIDATION_DRAWS = 4  # noises per held-out image, one in each quarter of the timesteps

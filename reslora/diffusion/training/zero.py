@@ -8,8 +8,8 @@ import torch
 from accelerate import Accelerator, DistributedType
 from torch import nn
 
-from ..errors import InvalidArgument
-from .arguments import Flags
+from ...common.errors import InvalidArgument
+from ..arguments import Flags
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")

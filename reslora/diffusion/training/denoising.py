@@ -9,8 +9,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from .arguments import Flags
-from .families.base import Conditions, Family, Text
+from ..arguments import Flags
+from ..model.families.base import Conditions, Family, Text
 from .objective import Objective, loss_per_sample
 
 

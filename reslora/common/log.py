@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from .files import replacing
+from ..files import replacing
 
 
 def read_log(path: str | os.PathLike) -> list[dict]:

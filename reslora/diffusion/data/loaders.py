@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from torch.utils.data import DataLoader
 
-from ..errors import RunFailed, first_line
+from ...common.errors import RunFailed, first_line
 
 
 def worker_options(count: int) -> dict:

@@ -16,12 +16,12 @@ from diffusers.training_utils import cast_training_params
 from peft import PeftConfig
 from torch import nn
 
-from ..adapters import RankAllocator, adapter_config, attach, rank_allocator
-from ..config import ResLoraConfig
-from ..model import enable_gradient_checkpointing
-from .arguments import Flags
+from ...common.adapters import RankAllocator, adapter_config, attach, rank_allocator
+from ...config import ResLoraConfig
+from ...model import enable_gradient_checkpointing
+from ..arguments import Flags
+from ..data.seeds import derive
 from .compiling import compiled
-from .seeds import derive
 from .zero import full_state, load_full_state, uses_deepspeed
 
 

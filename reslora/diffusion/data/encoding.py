@@ -19,16 +19,16 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from tqdm.auto import tqdm
 
-from ..errors import InvalidArgument, first_line
-from ..files import read_object, write_json
-from ..signals import StopRequest
-from .arguments import Flags
-from .cells import Cell, Cells, cached, missing
+from ...common.errors import InvalidArgument, first_line
+from ...common.signals import StopRequest
+from ...files import read_object, write_json
+from ..arguments import Flags
+from ..model.families.base import Family, Text
 from .dataset import ImageDataset, data_flag
-from .families.base import Family, Text
 from .images import crop_and_scale, crop_sizes
 from .loaders import stream, worker_options
 from .seeds import derive, generator
+from .store import Cell, Cells, cached, missing
 
 PART_OF_IMAGES, PART_OF_CAPTIONS, CAPTIONS_AT_ONCE = 256, 4096, 64
 RANDOM_CROPS = 4  # crops cached for an image that isn't square: the centre and three more

@@ -13,22 +13,22 @@ from accelerate import Accelerator
 from peft import PeftModel
 from torch import nn
 
-from .. import export
-from ..adapters import PLAIN_METHODS, as_plain_lora, load_adapter, remove_adapters
-from ..chains import Chains, chains
-from ..errors import RunFailed, first_line
-from ..files import write_json
-from ..model import MergeReport, merge
-from .arguments import Flags
+from ... import export
+from ...chains import Chains, chains
+from ...common.adapters import PLAIN_METHODS, as_plain_lora, load_adapter, remove_adapters
+from ...common.errors import RunFailed, first_line
+from ...files import write_json
+from ...model import MergeReport, merge
+from ..arguments import Flags
+from ..data.samples import CalibrationSamples, Material, batches
+from ..model.families.base import Family
+from ..model.loading import Model
+from ..training.checkpoints import EXPORTS
+from ..training.denoising import DenoisingLoss
+from ..training.state import Schedule, Trainee, add_adapter
 from .calibration import write_calibration
-from .checkpoints import EXPORTS
-from .denoising import DenoisingLoss
 from .drawing import Drawer, as_bytes, as_image
-from .families.base import Family
-from .loading import Model
 from .reports import save_images
-from .samples import CalibrationSamples, Material, batches
-from .trainee import Schedule, Trainee, add_adapter
 
 TOLERANCE = 2  # of 255: largest difference of any pixel between the merged model and an export read back
 DIFFUSERS_FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "kohya.safetensors"

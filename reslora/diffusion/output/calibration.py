@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..errors import first_line
-from ..files import write_tensors
+from ...common.errors import first_line
+from ...files import write_tensors
 
 
 def write_calibration(path: str | os.PathLike, batches: Sequence[Mapping]) -> None:

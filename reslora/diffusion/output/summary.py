@@ -9,13 +9,13 @@ import huggingface_hub
 from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
 from PIL import Image
 
-from ..adapters import PLAIN_METHODS
-from ..errors import InvalidArgument, RunFailed, first_line
-from ..figures import comparison, loss_curves
-from ..files import read_object, replacing
-from ..log import read_log
-from .arguments import Flags
-from .results import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
+from ...common.adapters import PLAIN_METHODS
+from ...common.errors import InvalidArgument, RunFailed, first_line
+from ...common.figures import comparison, loss_curves
+from ...common.log import read_log
+from ...files import read_object, replacing
+from ..arguments import Flags
+from .exports import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 
 COLUMNS = 9  # at most so many steps are shown beside each other
 NOT_UPLOADED = ["*/checkpoint-*", "*/.*", ".*", "app.log", "config.json", "*/unet/*", "*/transformer/*", "cache/*"]

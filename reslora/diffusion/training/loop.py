@@ -9,18 +9,18 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from ..errors import Stopped
-from ..signals import StopRequest
-from ..together import decided
-from .arguments import Flags
+from ...common.errors import Stopped
+from ...common.signals import StopRequest
+from ...common.together import decided
+from ..arguments import Flags
+from ..data.loaders import stream
+from ..data.samples import Material, training_loader
+from ..data.seeds import derive
+from ..output.reports import Reports, Validation
 from .compiling import checked
 from .denoising import DenoisingLoss
-from .loaders import stream
-from .reports import Reports, Validation
-from .samples import Material, training_loader
-from .seeds import derive
+from .state import Schedule, Trainee
 from .stopping import stop_requested
-from .trainee import Schedule, Trainee
 
 
 def train(

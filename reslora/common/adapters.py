@@ -25,12 +25,12 @@ from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from . import checkpoint
-from .chains import base_model, unwrap
-from .config import LORA_METHODS, METHODS, PLAIN_METHODS, ResLoraConfig
+from .. import checkpoint
+from ..chains import base_model, unwrap
+from ..config import LORA_METHODS, METHODS, PLAIN_METHODS, ResLoraConfig
+from ..files import check_checksums, write_checksums, write_tensors
+from ..model import connect, connection_of
 from .errors import RunFailed, first_line
-from .files import check_checksums, write_checksums, write_tensors
-from .model import connect, connection_of
 
 __all__ = [
     "ADAPTER_NAME",

@@ -9,7 +9,7 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerM
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 
-from .arguments import SAMPLINGS, WEIGHTINGS
+from ..arguments import SAMPLINGS, WEIGHTINGS
 
 
 class DdpmObjective:

@@ -10,12 +10,12 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import nn
 
-from .arguments import Flags
-from .denoising import on_device
-from .encoding import Texts
-from .families.base import Family, Text
-from .samples import stack_texts
-from .seeds import derive
+from ..arguments import Flags
+from ..data.encoding import Texts
+from ..data.samples import stack_texts
+from ..data.seeds import derive
+from ..model.families.base import Family, Text
+from ..training.denoising import on_device
 
 
 class Drawer:

@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from ..adapters import load_adapter, save_adapter
-from ..errors import InvalidArgument, RunFailed, first_line
-from ..files import Damaged, check_checksums, read_object, replacing, temporary_beside, write_checksums, write_json
-from ..recovery import cannot_be_loaded, numbered, set_aside, set_others_aside
-from ..together import decided, each
-from .arguments import Flags
-from .folder import remove
-from .trainee import Schedule, Trainee
+from ...common.adapters import load_adapter, save_adapter
+from ...common.errors import InvalidArgument, RunFailed, first_line
+from ...common.recovery import cannot_be_loaded, numbered, set_aside, set_others_aside
+from ...common.together import decided, each
+from ...files import Damaged, check_checksums, read_object, replacing, temporary_beside, write_checksums, write_json
+from ..arguments import Flags
+from ..folder import remove
+from .state import Schedule, Trainee
 
 STATE, RECORD, EXPORTS = "trainer.pt", "trainer.json", "exports.json"
 

@@ -16,16 +16,16 @@ from huggingface_hub import constants
 from safetensors import safe_open
 from torch import nn
 
-from ..errors import InvalidArgument, first_line
-from ..files import read_object, replacing
-from ..together import each
-from .arguments import Flags
-from .content import content_mark, folder_mark
+from ...common.errors import InvalidArgument, first_line
+from ...common.together import each
+from ...files import read_object, replacing
+from ..arguments import Flags
+from ..data.content import content_mark, folder_mark
+from ..data.seeds import derive
+from ..settings import check_pipeline_class, read_index
 from .families import FAMILIES, load_family
 from .families.base import Family
-from .precision import pack
-from .seeds import derive
-from .settings import check_pipeline_class, read_index
+from .quantising import pack
 
 # What diffusers calls the models inside single files, and their pipelines; other names are not trained here.
 SINGLE_FILES = {

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import signal
 
-from ..signals import StopRequest
-from ..together import any_of
+from ...common.signals import StopRequest
+from ...common.together import any_of
 
 
 def stop_requested(stop: StopRequest) -> bool:

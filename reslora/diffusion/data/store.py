@@ -20,8 +20,8 @@ import safetensors.torch
 import torch
 from accelerate import Accelerator
 
-from ..files import remove_leftovers, replacing
-from ..together import wait
+from ...common.together import wait
+from ...files import remove_leftovers, replacing
 
 Cell = dict[str, torch.Tensor] | str
 """What is written: tensors, or why there are none."""

@@ -13,16 +13,16 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import nn
 
-from ..errors import RunFailed, Stopped
-from ..files import replacing
-from ..log import LogWriter, read_log
-from ..signals import StopRequest
-from ..together import decided
-from .arguments import Flags
-from .denoising import DenoisingLoss
+from ...common.errors import RunFailed, Stopped
+from ...common.log import LogWriter, read_log
+from ...common.signals import StopRequest
+from ...common.together import decided
+from ...files import replacing
+from ..arguments import Flags
+from ..data.samples import Material, ValidationSamples, batches
+from ..training.denoising import DenoisingLoss
+from ..training.state import Schedule, Trainee
 from .drawing import Drawer, as_image
-from .samples import Material, ValidationSamples, batches
-from .trainee import Schedule, Trainee
 
 VALIDATION = ("loss", "samples")
 

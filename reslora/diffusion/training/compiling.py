@@ -20,14 +20,14 @@ from accelerate.utils import DistributedType
 from torch import nn
 from torch.nn.utils import get_total_norm
 
-from ..errors import InvalidArgument
-from ..together import any_of
-from ..wiring import connection_of
-from .arguments import Flags
+from ...common.errors import InvalidArgument
+from ...common.together import any_of
+from ...wiring import connection_of
+from ..arguments import Flags
 from .denoising import DenoisingLoss
 
 if TYPE_CHECKING:
-    from .trainee import Trainee
+    from .state import Trainee
 
 # Shares of the norm of all gradients. In float32 rounding is 2e-5 of it. In bf16 it is mostly 0.01 to 0.03, but on the
 # bundled pipeline one batch in fifty is 0.2 off or more, without a compiler too: so no single batch condemns one.

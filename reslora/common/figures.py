@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
 
-from .files import replacing
+from ..files import replacing
 from .log import of_split
 
 Image: TypeAlias = PIL.Image.Image | str | os.PathLike | None
@@ -85,7 +85,7 @@ def comparison(
 def loss_curves(path: str | os.PathLike, logs: Mapping[str, Sequence[dict]], held_out: int | None) -> None:
     """Writes the training loss of each method (a running mean over a tenth of the steps) and its held-out loss.
 
-    `logs` holds the rows of each method's log (see `reslora.log.read_log`), `held_out` the number of held-out images;
+    `logs` holds the rows of each method's log (see `log.read_log`), `held_out` the number of held-out images;
     without any (None or 0) there is no second plot. Losses that are not finite leave a gap.
     """
     splits = {"train": "training loss (running mean)"}

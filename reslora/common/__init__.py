@@ -1,0 +1,1 @@
+"""What the scripts and the application share beside the core."""

@@ -1,0 +1,1 @@
+"""Images and captions: found, encoded once, and drawn into samples."""

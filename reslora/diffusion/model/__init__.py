@@ -1,0 +1,1 @@
+"""The model: its family, its parts, and weights in fewer bits."""

@@ -1,0 +1,1 @@
+"""What is trained, on which loss, step by step, and its checkpoints."""
