@@ -29,13 +29,6 @@ def check_fsdp() -> None:
         raise InvalidArgument("accelerate launch", f"its configuration says FSDP, {CUTS}", WHOLE)
 
 
-def check_zero(accelerator: Accelerator) -> None:
-    """Refuse DeepSpeed's ZeRO-3."""
-    plugin = accelerator.state.deepspeed_plugin
-    if plugin is not None and plugin.zero_stage == 3:
-        raise InvalidArgument("accelerate launch", f"its configuration says ZeRO-3, {CUTS}", WHOLE)
-
-
 def check_base_precision(flags: Flags, dtype: torch.dtype, accelerator: Accelerator) -> None:
     """Refuse a --base_precision that the device cannot take, by trying it."""
     if flags.base_precision == "no":

@@ -28,7 +28,8 @@ from .training.checkpoints import Identity, Resume, plan_resume, restore, save_c
 from .training.denoising import DenoisingLoss, wide_enough
 from .training.loop import train
 from .training.objective import Objective
-from .training.state import Schedule, new_trainee, prepare, renew_scaler
+from .training.preparing import prepare, renew_scaler
+from .training.state import Schedule, new_trainee
 
 
 def run(flags: Flags, stop: StopRequest) -> None:

@@ -28,7 +28,7 @@ from ..common.script import shares_the_cpu
 from ..common.together import decided
 from ..files import write_json
 from .arguments import Flags
-from .checks import check_fsdp, check_zero
+from .checks import check_fsdp
 from .data.samples import Material
 from .model.loading import Model
 from .settings import check_adalora_steps, is_bundled
@@ -67,7 +67,6 @@ def start_accelerator(flags: Flags) -> Accelerator:
         raise InvalidArgument(
             f"--mixed_precision {flags.mixed_precision}", first_line(error), "choose another"
         ) from None
-    check_zero(accelerator)
     started = int(os.environ.get("WORLD_SIZE", accelerator.num_processes))
     if started != accelerator.num_processes:  # so it is with DeepSpeed on a CPU: each would take itself for all
         problem = f"accelerate knows {accelerator.num_processes} of the {started} processes that were started"

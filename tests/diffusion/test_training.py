@@ -258,7 +258,7 @@ def test_each_method_starts_with_a_scale_of_its_own(brief_flags, tmp_path, monke
 
     start_accelerator = running.start_accelerator
     monkeypatch.setattr(running, "start_accelerator", start)
-    monkeypatch.setattr("reslora.diffusion.training.state.get_grad_scaler", scaler)
+    monkeypatch.setattr("reslora.diffusion.training.preparing.get_grad_scaler", scaler)
     flags = [*without(brief_flags, "--method"), "--method", "lora", "lora_x2", "--max_train_steps", "2"]
     assert main(*flags, "--output_dir", tmp_path) == 0
     for method in ("lora", "lora_x2"):

@@ -12,7 +12,6 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain, islice
-from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
@@ -25,9 +24,7 @@ from ...common.together import any_of
 from ...wiring import connection_of
 from ..arguments import Flags
 from .denoising import DenoisingLoss
-
-if TYPE_CHECKING:
-    from .state import Trainee
+from .state import Trainee
 
 # Shares of the norm of all gradients. In float32 rounding is 2e-5 of it. In bf16 it is mostly 0.01 to 0.03, but on the
 # bundled pipeline one batch in fifty is 0.2 off or more, without a compiler too: so no single batch condemns one.

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import get_grad_scaler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
 from peft import PeftConfig
@@ -18,11 +17,9 @@ from torch import nn
 
 from ...common.adapters import RankAllocator, adapter_config, attach, rank_allocator
 from ...config import ResLoraConfig
-from ...model import enable_gradient_checkpointing
 from ..arguments import Flags
 from ..data.seeds import derive
-from .compiling import compiled
-from .zero import full_state, load_full_state, uses_deepspeed
+from .zero import full_state, uses_deepspeed
 
 
 @dataclass(frozen=True)
@@ -153,24 +150,3 @@ def new_optimizer(parameters: list[nn.Parameter], flags: Flags, accelerator: Acc
     # A fused step hides from accelerate that the fp16 scaler has skipped it.
     fused = accelerator.device.type in ("cpu", "cuda") and accelerator.scaler is None
     return torch.optim.AdamW(parameters, **options, fused=fused)
-
-
-def renew_scaler(accelerator: Accelerator) -> None:
-    """Forgets the scale of losses in fp16 that the method before has found: each starts alike."""
-    if accelerator.scaler is not None:
-        accelerator.scaler = get_grad_scaler(accelerator.distributed_type)
-
-
-def prepare(trainee: Trainee, flags: Flags, accelerator: Accelerator) -> None:
-    """Makes the trainee ready for its steps: attention, checkpointing, processes, compiler."""
-    denoiser = trainee.denoiser
-    if flags.enable_xformers_memory_efficient_attention:
-        denoiser.enable_xformers_memory_efficient_attention()
-    if flags.gradient_checkpointing:
-        enable_gradient_checkpointing(denoiser)
-    trainee.model, trainee.optimizer = accelerator.prepare(denoiser.train(), trainee.optimizer)
-    if trainee.awaited:
-        load_full_state(trainee.optimizer.optimizer, denoiser.named_parameters(), trainee.awaited)
-        trainee.awaited = None
-    if flags.compile:
-        trainee.model = compiled(trainee.model)
