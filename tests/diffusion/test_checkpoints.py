@@ -10,9 +10,11 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from accelerate import Accelerator
 from pipelines import image_folder
 from safetensors.torch import load_file, save_file
 
+from diffusion import exact_steps
 from diffusion.conftest import STEPS
 from diffusion.runs import (
     RESUME,
@@ -30,7 +32,16 @@ from diffusion.runs import (
     refused,
     training_state,
 )
-from reslora.diffusion.training.checkpoints import checkpoints_of
+from reslora.common.errors import InvalidArgument
+from reslora.common.recovery import step_of
+from reslora.diffusion.training.checkpoints import (
+    Identity,
+    check_past,
+    checkpoints_of,
+    read_checkpoint,
+    restore,
+    save_checkpoint,
+)
 from reslora.files import write_checksums
 
 
@@ -406,3 +417,79 @@ def test_resume_refuses_another_schedule_of_noise_at_the_same_place(brief_flags,
     capsys.readouterr()
     line = refused(capsys, *flags, "--max_train_steps", "2", *RESUME, quiet=False)
     assert f"--pretrained_model_name_or_path {there}" in line and "checkpoint-1" in line
+
+
+# -- by themselves: one trainee, no run --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def keep(model, tmp_path):
+    """Saves the trainee at a step, with these flags; returns the checkpoint. `keep.trainee` is a fresh ResLoRA."""
+    material, _, denoiser = exact_steps.setting(model)
+    accelerator = Accelerator(cpu=True)
+    trainee = exact_steps.trainee_of(denoiser, material, accelerator)
+
+    def save(step: int, **flags) -> Path:
+        trainee.step, trainee.seconds = step, 10.0 * step
+        save_checkpoint(
+            trainee,
+            tmp_path,
+            material.flags.replace(**flags),
+            Identity("model", "images", "--model", "--images"),
+            accelerator,
+        )
+        return tmp_path / f"checkpoint-{step}"
+
+    save.trainee, save.flags, save.accelerator = trainee, material.flags, accelerator
+    return save
+
+
+def test_a_checkpoint_that_loads_but_differs_from_its_checksums_is_passed_over(keep, capsys):
+    """A digit of its seconds, a weight's last bit: every reader would take these."""
+    paths = [keep(step) for step in (1, 2, 3)]
+    record = paths[2] / "trainer.json"
+    record.write_text(record.read_text().replace("30.0", "31.0"))
+    weights = paths[1] / "reslora_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-8] ^= 1
+    weights.write_bytes(content)
+    load_file(weights)
+    flags = keep.flags.replace(resume_from_checkpoint="latest")
+    restore(keep.trainee, paths[::-1], flags, keep.accelerator)
+    assert (keep.trainee.step, keep.trainee.seconds) == (1, 10.0)
+    assert capsys.readouterr().out.count("warning: ") == 2
+    with pytest.raises(InvalidArgument, match="damaged"):
+        restore(keep.trainee, paths[1:2], flags.replace(resume_from_checkpoint="checkpoint-2"), keep.accelerator)
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(None, [4, 3, 2, 1]), (1, [4]), (3, [4, 3, 2])])
+def test_no_more_checkpoints_stay_than_the_limit_allows(keep, tmp_path, limit, kept):
+    for step in (1, 2, 3, 4):
+        keep(step, checkpoints_total_limit=limit)
+    assert [step_of(path) for path in checkpoints_of(tmp_path)] == kept
+    assert len(list(tmp_path.glob("checkpoint-*"))) == len(kept)
+
+
+def test_checkpoints_of_an_earlier_try_are_neither_counted_nor_removed(keep, tmp_path):
+    for step in (8, 9, 1, 2):
+        keep(step, checkpoints_total_limit=1 if step < 8 else None)
+    assert [step_of(path) for path in checkpoints_of(tmp_path)] == [9, 8, 2]
+
+
+@pytest.mark.parametrize(
+    ("batch", "accumulation", "processes", "same"),
+    [(4, 2, 1, True), (8, 1, 1, True), (1, 8, 1, True), (2, 2, 2, True), (1, 1, 8, True),
+     (4, 1, 1, False), (4, 2, 2, False), (8, 1, 2, False)],
+)  # fmt: skip
+def test_batch_accumulation_and_processes_may_change_as_long_as_a_steps_samples_stay(
+    keep, monkeypatch, batch, accumulation, processes, same
+):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    checkpoint = keep(1, train_batch_size=4, gradient_accumulation_steps=2)
+    flags = keep.flags.replace(train_batch_size=batch, gradient_accumulation_steps=accumulation)
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    if same:
+        return check_past(flags, checkpoint, read_checkpoint(checkpoint), None)
+    with pytest.raises(InvalidArgument, match="batch size x accumulation x processes") as error:
+        check_past(flags, checkpoint, read_checkpoint(checkpoint), None)
+    assert str(batch * accumulation * processes) in str(error.value) and "trained with 8" in str(error.value)

@@ -5,11 +5,13 @@ import math
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import AutoencoderKL, DiffusionPipeline
 from pipelines import image_folder, random_image, stable_diffusion
 from safetensors.torch import load_file, save_file
@@ -17,6 +19,7 @@ from transformers import CLIPTextModel
 from waiting import ended, wait_until
 
 from diffusion.runs import cut, final_weights, losses, main, only, printed, refused
+from reslora.diffusion.arguments import Flags
 from reslora.diffusion.data import encoding
 
 
@@ -227,3 +230,80 @@ def test_a_killed_loader_process_ends_the_run_in_one_line(runs, tmp_path):
     assert "--dataloader_num_workers" in runs.last_line()
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
     assert max(steps) < 300
+
+
+# -- what files are named by -------------------------------------------------------------------------------------------
+
+
+def names_of_captions(monkeypatch, captions: list[str], key: object, longest: int | None) -> list[str]:
+    """Names of the files that these captions are kept in."""
+    found: list[Path] = []
+    monkeypatch.setattr(encoding, "cached", lambda paths, *rest: found.extend(paths))
+    encoding.encode_texts(captions, key, None, longest, None, Path("cache"), None, None)
+    return [path.name for path in found]
+
+
+def test_captions_are_kept_by_model_length_and_text(monkeypatch):
+    captions, key = ["red", "blue", "red"], ("sd", "abc", "float32")
+    (name,) = names_of_captions(monkeypatch, captions, key, 77)
+    assert names_of_captions(monkeypatch, captions, key, 77) == [name]
+    assert names_of_captions(monkeypatch, ["red", "blue"], key, 77) == [name]  # each once
+    others = [(captions, ("sd", "abd", "float32"), 77), (captions, ("sd", "abc", "bfloat16"), 77)]
+    others += [(captions, key, 78), (captions, key, None), (["red", "blue", ""], key, 77), (["blue", "red"], key, 77)]
+    assert len({name, *(names_of_captions(monkeypatch, *other)[0] for other in others)}) == 7
+
+
+def test_every_part_of_the_captions_has_a_file_of_its_own(monkeypatch):
+    monkeypatch.setattr(encoding, "PART_OF_CAPTIONS", 2)
+    one, two = names_of_captions(monkeypatch, ["a", "b", "c"], "key", 77)
+    other, same = names_of_captions(monkeypatch, ["x", "b", "c"], "key", 77)
+    assert one != two and other not in (one, two) and same not in (one, other)
+
+
+class Pictures:
+    """Stands for the images of a dataset."""
+
+    def __init__(self, content: str = "content", square: bool = False) -> None:
+        self.content, self.square = content, square
+
+    def __len__(self) -> int:
+        return 3
+
+
+IMAGE_FLAGS = Flags(
+    resolution=64, image_interpolation_mode="lanczos", center_crop=False, random_flip=False, seed=0,
+    dataloader_num_workers=0, train_data_dir="images", dataset_name=None, dataset_config_name=None,
+)  # fmt: skip
+
+
+def names_of_latents(monkeypatch, folder: Path, key: object = "key", pictures: Pictures | None = None, **flags):
+    """Names of the files that these images' latents are kept in."""
+    found: list[Path] = []
+    nothing = SimpleNamespace(problems=dict)
+    monkeypatch.setattr(encoding, "cached", lambda paths, *rest: found.extend(paths) or nothing)
+    variants = encoding.Variants(pictures or Pictures(), IMAGE_FLAGS.replace(**flags))
+    encoding.encode_images(variants, key, None, None, folder, Accelerator(cpu=True), None)
+    return [path.name for path in found]
+
+
+def test_latents_are_kept_by_autoencoder_images_and_all_that_their_pixels_depend_on(monkeypatch, tmp_path):
+    (name,) = names_of_latents(monkeypatch, tmp_path)
+    assert names_of_latents(monkeypatch, tmp_path) == [name]
+    changes = [{"resolution": 32}, {"image_interpolation_mode": "bilinear"}, {"center_crop": True}]
+    changes += [{"random_flip": True}, {"seed": 1}, {"key": "other"}, {"pictures": Pictures("other")}]
+    changes += [{"pictures": Pictures(square=True)}]
+    names = [name, *(names_of_latents(monkeypatch, tmp_path, **change)[0] for change in changes)]
+    distinct = {"center_crop": names[3], "square": names[8]}
+    assert distinct["center_crop"] == distinct["square"]  # both are the one crop in the middle
+    assert len(set(names)) == len(names) - 1
+
+
+def test_latents_of_one_crop_do_not_depend_on_the_seed(monkeypatch, tmp_path):
+    for change in ({"center_crop": True}, {"pictures": Pictures(square=True)}):
+        names = [names_of_latents(monkeypatch, tmp_path, seed=seed, **change) for seed in (0, 1)]
+        assert names[0] == names[1]
+
+
+def test_every_part_of_the_images_has_a_file_of_its_own(monkeypatch, tmp_path):
+    monkeypatch.setattr(encoding, "PART_OF_IMAGES", 2)
+    assert len(set(names_of_latents(monkeypatch, tmp_path))) == 2

@@ -92,3 +92,33 @@ def test_a_crop_is_the_square_at_its_place_and_a_flip_its_mirror_image():
         for flip, expected in ((False, square), (True, square[:, :, ::-1])):
             pixels = crop_and_scale(image, (across, 0.5), flip=flip, resolution=32, interpolation="nearest")
             np.testing.assert_allclose(pixels.numpy(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("size", "crop", "flip", "expected"),
+    [  # at 64: twice as large, so that 32 of 96 columns or rows are cut off
+        ((48, 32), (0.25, 0.5), False, [32, 48, 0, 8, 64, 64]),
+        ((48, 32), (0.25, 0.5), True, [32, 48, 0, 24, 64, 64]),
+        ((32, 48), (0.5, 0.25), False, [48, 32, 8, 0, 64, 64]),
+        ((32, 48), (0.5, 0.25), True, [48, 32, 8, 0, 64, 64]),
+        ((32, 32), (0.3, 0.9), True, [32, 32, 0, 0, 64, 64]),
+    ],
+)
+def test_sizes_are_heights_before_widths_and_a_flip_counts_from_the_other_side(size, crop, flip, expected):
+    """Height and width of the image, top and left of the crop once it is scaled, height and width of the crop."""
+    assert crop_sizes(size, crop, flip, 64) == expected
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("place", [0.0, 0.25, 1.0])
+def test_a_crop_is_where_its_sizes_say(flip, turned, place):
+    """Top and left find the crop in the image as SDXL thinks of it: mirrored first, then cropped."""
+    image = random_image(2)  # 48 x 32
+    image = image.transpose(PIL.Image.Transpose.ROTATE_90) if turned else image
+    crop = (0.0, place) if turned else (place, 0.0)
+    _, _, top, left, height, width = crop_sizes(image.size, crop, flip, 32)
+    mirrored = image.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT) if flip else image
+    square = np.asarray(mirrored)[top : top + height, left : left + width]
+    pixels = crop_and_scale(image, crop, flip, 32, "nearest")
+    np.testing.assert_allclose(pixels.numpy(), square.transpose(2, 0, 1) / 127.5 - 1, atol=1e-6)

@@ -2,14 +2,22 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from accelerate import Accelerator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from diffusion import exact_steps
 from diffusion.runs import failed, main
 from reslora.common.errors import RunFailed
 from reslora.common.log import read_log
+from reslora.diffusion.arguments import Flags
+from reslora.diffusion.data.samples import ValidationSamples, collate
+from reslora.diffusion.output.reports import Reports, Validation
 from reslora.diffusion.training import loop as training
+from reslora.diffusion.training.state import Schedule
 
 
 @pytest.fixture
@@ -88,3 +96,41 @@ def test_tensorboard_has_the_rows_of_the_log(brief_flags, tmp_path):
             assert [event.step for event in events] == [row["step"] for row in rows]
             assert [event.value for event in events] == pytest.approx([row["loss"] for row in rows])
             assert len(rows) > 0
+
+
+# -- by themselves -----------------------------------------------------------------------------------------------------
+
+
+def test_validation_loss_is_the_unweighted_mean_over_all_noises_of_all_held_out_images(model):
+    """One sample at a time, its min-SNR weight divided out; batches of three leave a smaller one at the end."""
+    material, loss, denoiser = exact_steps.setting(model, "--train_batch_size", "3")
+    samples, expected = ValidationSamples(material), []
+    assert len(samples) == 4 * len(material.held_out) == 8
+    for number in range(len(samples)):
+        with torch.no_grad():
+            weighted = loss(denoiser.eval(), collate([samples[number]]))
+        weight = material.objective.weight(samples[number]["timesteps"])
+        assert abs(weight - 1) > 1e-3
+        expected.append(weighted.item() / weight.item())
+    denoiser.train()
+    found = Validation(loss, material, None, Accelerator(cpu=True), None).mean_loss(denoiser)
+    assert found == pytest.approx(sum(expected) / 8, rel=1e-5)
+    assert denoiser.training
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf"), -float("inf")])
+def test_a_row_that_is_not_finite_is_an_error_and_not_written(tmp_path, loss):
+    trainee = SimpleNamespace(
+        method="lora", step=0, seconds=1.0, lr_scheduler=SimpleNamespace(get_last_lr=lambda: [1e-3])
+    )
+    accelerator = SimpleNamespace(trackers=[], is_main_process=True)
+    reports = Reports(tmp_path, trainee, Flags(method=["lora"]), Schedule(4, 4, 0, False), accelerator)
+    for step, value in ((1, 0.5), (2, loss)):
+        trainee.step = step
+        reports.note("train", torch.tensor(value))
+        if step == 1:
+            assert reports.flush() == 0.5
+    with pytest.raises(RunFailed, match=f"loss {loss} at step 2"):
+        reports.flush()
+    reports.close()
+    assert [row["step"] for row in read_log(tmp_path / "log.jsonl")] == [1]

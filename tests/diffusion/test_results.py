@@ -1,7 +1,11 @@
 """What a run leaves: the documented files, exports that stock libraries read, figures, and the folder on the hub."""
 
+import contextlib
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
@@ -9,8 +13,10 @@ from peft import PeftModel
 from pipelines import image_folder
 
 from diffusion.runs import failed, main
+from reslora.common.errors import RunFailed
 from reslora.common.log import read_log
-from reslora.diffusion.arguments import build_parser
+from reslora.diffusion.arguments import Flags, build_parser
+from reslora.diffusion.output import exports as results
 
 
 def test_run_writes_the_documented_files(run):
@@ -144,3 +150,51 @@ def missing_card(*_, **__):
     from huggingface_hub.errors import EntryNotFoundError
 
     raise EntryNotFoundError("none yet")
+
+
+# -- the comparison by itself ------------------------------------------------------------------------------------------
+
+
+class Picture:
+    """A denoiser by what it draws; a drawer of such denoisers."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def eval(self) -> "Picture":
+        return self
+
+    def draw(self, denoiser: "Picture", prompts: list[str], images: int) -> list[np.ndarray]:
+        return [np.full((2, 2, 3), denoiser.value / 255)] * len(prompts) * images
+
+
+def compared(folder: Path, monkeypatch, drawn: float, read: float) -> dict:
+    """What `export_method` finds where the merged model draws one value, and an export of it another."""
+    (folder / "exports.json").write_text("{}")  # of an earlier merge
+    monkeypatch.setattr(results, "exact_denoiser", lambda *_: Picture(drawn))
+    monkeypatch.setattr(results, "in_float32", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(results, "write_formats", lambda *_: None)
+    monkeypatch.setattr(results, "read_back", lambda *_: [("peft", Picture(read))])
+    flags = Flags(validation_prompt=["red disc"], num_validation_images=1, num_train_epochs=None)
+    material, trainee = SimpleNamespace(flags=flags), SimpleNamespace(method="lora", step=3)
+    schedule, accelerator = SimpleNamespace(by_epochs=False), SimpleNamespace(print=lambda *_: None)
+    return results.export_method(trainee, None, material, None, Picture(0), schedule, folder, accelerator)
+
+
+@pytest.mark.parametrize("difference", [0, 1, 2, -2])
+def test_exports_may_differ_by_two_of_255(tmp_path, monkeypatch, difference):
+    assert compared(tmp_path, monkeypatch, 100, 100 + difference) == {"peft": abs(difference)}
+
+
+@pytest.mark.parametrize("difference", [3, -3, 155, -100])
+def test_exports_that_differ_by_more_fail(tmp_path, monkeypatch, difference):
+    with pytest.raises(RunFailed, match=f"lora/peft: its image differs by {abs(difference)}/255"):
+        compared(tmp_path, monkeypatch, 100, 100 + difference)
+    assert not (tmp_path / "exports.json").exists()
+
+
+@pytest.mark.parametrize(("drawn", "read", "who"), [(float("nan"), 1, "lora"), (1, float("inf"), "lora/peft")])
+def test_pixels_that_are_not_finite_fail_on_either_side(tmp_path, monkeypatch, drawn, read, who):
+    with pytest.raises(RunFailed, match=f"^{who}: .*not finite.*diverged"):
+        compared(tmp_path, monkeypatch, drawn, read)
+    assert (tmp_path / "exports.json").exists() == (who == "lora")  # until something of another merge is written

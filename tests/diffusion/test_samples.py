@@ -8,9 +8,17 @@ from launching import launch
 from pipelines import image_folder, stable_diffusion
 from safetensors.torch import load_file
 
+from diffusion import exact_steps
 from diffusion.runs import SCRIPT, assert_same, digests, final_weights, losses, main
 from reslora.diffusion.arguments import Flags
-from reslora.diffusion.data.samples import VALIDATION_DRAWS, Material, ValidationSamples, split
+from reslora.diffusion.data.samples import (
+    VALIDATION_DRAWS,
+    CalibrationSamples,
+    Material,
+    TrainingSamples,
+    ValidationSamples,
+    split,
+)
 from reslora.diffusion.output import summary as showing
 
 
@@ -175,3 +183,35 @@ def test_loss_png_says_on_how_many_images_the_loss_was_measured(brief_flags, tmp
         drawn.append(by_step(output, "lora"))
     assert said == [1, 2, 3]
     assert len({found[0, "validation"] for found in drawn}) == 3 and len({found[1, "train"] for found in drawn}) == 1
+
+
+# -- what noises are for -----------------------------------------------------------------------------------------------
+
+
+def test_training_calibration_and_validation_have_noises_of_their_own(model):
+    """The merge would be judged on what was trained, and validation on the noise that was learnt, otherwise."""
+    material, *_ = exact_steps.setting(model)
+    kinds = (TrainingSamples, CalibrationSamples, ValidationSamples)
+    drawn = {kind: [kind(material)[number] for number in range(3)] for kind in kinds}
+    for name in ("noise", "posterior_noise"):
+        values = [sample[name] for samples in drawn.values() for sample in samples]
+        assert len({tuple(value.flatten().tolist()) for value in values}) == 9
+    again = TrainingSamples(material)[1]
+    assert all(torch.equal(again[name], drawn[TrainingSamples][1][name]) for name in ("noise", "timesteps", "moments"))
+
+
+def test_calibration_takes_training_images_and_validation_those_held_out(model):
+    material, *_ = exact_steps.setting(model)
+    count = len(material.train)
+    for kind in (TrainingSamples, CalibrationSamples):
+        assert {kind(material).image(number) for number in range(count)} == set(material.train)
+        assert {kind(material).image(count + number) for number in range(count)} == set(material.train)
+    samples = ValidationSamples(material)
+    images = [samples.image(number) for number in range(len(samples))]
+    assert images == [index for index in material.held_out for _ in range(VALIDATION_DRAWS)]
+
+
+def test_validation_has_a_timestep_in_each_quarter(model):
+    samples = ValidationSamples(exact_steps.setting(model)[0])
+    quarters = [int(samples[number]["timesteps"]) // 250 for number in range(len(samples))]
+    assert quarters == [0, 1, 2, 3] * (len(samples) // 4)

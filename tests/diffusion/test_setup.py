@@ -99,7 +99,8 @@ def test_a_run_keeps_its_precision_and_goes_on_in_no_other(run, capsys, tmp_path
     assert json.loads((run / "config.json").read_text())["mixed_precision"] == "no"
     folder = shutil.copytree(run, tmp_path / "run")
     flags = ["--config", folder / "config.json", "--output_dir", folder, *RESUME]
-    AcceleratorState._reset_state(reset_partial_state=True)  # as in a process of its own
+    AcceleratorState._reset_state(reset_partial_state=True)  # accelerate takes one precision in a process
     line = refused(capsys, *flags, "--mixed_precision", "bf16", quiet=False)
     assert "--mixed_precision bf16" in line and "trained with no" in line
+    AcceleratorState._reset_state(reset_partial_state=True)
     assert main(*flags) == 0

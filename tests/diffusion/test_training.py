@@ -9,10 +9,13 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
+from launching import launch
 from safetensors.torch import load_file
 from waiting import ended, is_running, output_of, wait_until
 
+from diffusion import exact_steps
 from diffusion.runs import (
     RESUME,
     SCRIPT,
@@ -28,6 +31,7 @@ from diffusion.runs import (
 )
 from reslora.common.log import of_split, read_log
 from reslora.diffusion import run as running
+from reslora.diffusion.data.samples import TrainingSamples, collate
 
 
 def test_same_seed_gives_the_same_bytes(run, base_flags, tmp_path):
@@ -40,6 +44,61 @@ def test_same_seed_gives_the_same_bytes(run, base_flags, tmp_path):
     other = tmp_path / "other"
     assert main(*base_flags, "--method", "reslora", "--output_dir", other, "--seed", "1") == 0
     assert digests(other / "reslora", "kohya.safetensors") != digests(run / "reslora", "kohya.safetensors")
+
+
+# -- batches, accumulation and processes ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def one_batch(model) -> dict[str, torch.Tensor]:
+    """Four steps of four samples in float64: the adapter after each."""
+    found = exact_steps.trained(model, batch=4, accumulation=1)
+    moved = [found[name] for name in found if name.endswith(f" {exact_steps.STEPS - 1}") and "lora_A" in name]
+    assert all(value.dtype == torch.float64 for value in moved)
+    return found
+
+
+def assert_equal_but_for_rounding(found: dict, expected: dict) -> None:
+    """Of float64; losses are computed in float32."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        if name != "processes":
+            relative = 1e-12 if value.dtype == torch.float64 else 1e-6
+            torch.testing.assert_close(found[name], value, rtol=relative, atol=relative * value.abs().max().item())
+
+
+@pytest.mark.parametrize(("batch", "accumulation"), [(2, 2), (1, 4)])
+def test_accumulated_steps_are_those_of_one_batch(model, one_batch, batch, accumulation):
+    assert_equal_but_for_rounding(exact_steps.trained(model, batch, accumulation), one_batch)
+
+
+@pytest.mark.parametrize(("batch", "accumulation"), [(2, 1), (1, 2)])
+def test_steps_of_two_processes_are_those_of_one_batch(model, one_batch, tmp_path, batch, accumulation):
+    script, paths = tmp_path / "script.py", [str(Path(__file__).resolve().parents[level]) for level in (1, 2)]
+    script.write_text(
+        f"import sys\nsys.path[:0] = {paths}\nfrom diffusion import exact_steps\nexact_steps.main(*sys.argv[1:])\n"
+    )
+    words = [str(model), str(batch), str(accumulation), str(tmp_path / "found")]
+    launch("cpu_two_processes.yaml", script, *words, folder=tmp_path)
+    found = load_file(tmp_path / "found")
+    assert found["processes"] == 2
+    assert_equal_but_for_rounding(found, one_batch)
+
+
+def test_a_step_is_that_of_plain_gradient_descent(model, one_batch):
+    """The first one by hand: the mean loss of samples 0 to 3, its gradient clipped to norm 0.05, and rate 1."""
+    material, loss, denoiser = exact_steps.setting(model)
+    trainee = exact_steps.trainee_of(denoiser, material, Accelerator(cpu=True))
+    samples = TrainingSamples(material)
+    value = torch.stack([loss(denoiser, collate([samples[n]]))[0] for n in range(4)]).mean()
+    value.backward()
+    names = {parameter: name for name, parameter in denoiser.named_parameters()}
+    norm = sum(parameter.grad.square().sum() for parameter in trainee.parameters).sqrt()
+    assert norm > 0.05
+    assert one_batch["loss 0"].item() == pytest.approx(value.item(), rel=1e-6)
+    for parameter in trainee.parameters:
+        moved = parameter.detach() - 0.05 / (norm + 1e-6) * parameter.grad  # torch's formula
+        torch.testing.assert_close(one_batch[f"{names[parameter]} 0"], moved, rtol=1e-5, atol=1e-9)
 
 
 # -- compiled and checkpointed ---------------------------------------------------------------------------------------

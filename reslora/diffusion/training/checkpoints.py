@@ -13,7 +13,7 @@ from accelerate import Accelerator
 
 from ...common.adapters import load_adapter, save_adapter
 from ...common.errors import InvalidArgument, RunFailed, first_line
-from ...common.recovery import cannot_be_loaded, numbered, set_aside, set_others_aside
+from ...common.recovery import cannot_be_loaded, numbered, set_aside, set_others_aside, step_of
 from ...common.together import decided, each
 from ...files import Damaged, check_checksums, read_object, replacing, temporary_beside, write_checksums, write_json
 from ..arguments import Flags
@@ -210,7 +210,8 @@ def save_checkpoint(trainee: Trainee, folder: Path, flags: Flags, identity: Iden
     record = {"method": trainee.method, "step": trainee.step, "seconds": trainee.seconds} | past_of(flags, identity)
     decided(lambda: write_checkpoint(trainee, folder / f"checkpoint-{trainee.step}", state, record))
     if flags.checkpoints_total_limit and accelerator.is_main_process:
-        for old in checkpoints_of(folder)[flags.checkpoints_total_limit :]:
+        of_this_line = [old for old in checkpoints_of(folder) if step_of(old) <= trainee.step]
+        for old in of_this_line[flags.checkpoints_total_limit :]:
             # Under another name first: a kill half-way must not leave half a checkpoint.
             remove(old.rename(temporary_beside(old)))
 

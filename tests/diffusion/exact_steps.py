@@ -1,0 +1,93 @@
+"""Training steps in float64, where a mistake stands out from rounding: in this process, or in several (`main`)."""
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from accelerate import Accelerator
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import save_file
+
+from reslora.common.script import shares_the_cpu
+from reslora.diffusion.data.samples import Material, training_loader
+from reslora.diffusion.model.families import load_family
+from reslora.diffusion.settings import parse_args, with_family
+from reslora.diffusion.training.denoising import DenoisingLoss
+from reslora.diffusion.training.loop import take_step
+from reslora.diffusion.training.objective import DdpmObjective
+from reslora.diffusion.training.preparing import prepare
+from reslora.diffusion.training.state import Schedule, Trainee, new_trainee
+
+STEPS, IMAGES, CAPTIONS = 4, 7, ("red disc", "blue box")
+
+
+class RandomLatents:
+    """Moments of images that nobody has seen, a function of the image's number."""
+
+    variants = 2
+
+    def of(self, index: int, variant: int) -> dict[str, torch.Tensor]:
+        draws = torch.Generator().manual_seed(10 * index + variant)
+        return {"moments": torch.rand(2, 4, 8, 8, generator=draws), "sizes": torch.zeros(6)}
+
+
+def setting(folder: Path, *flags: str) -> tuple[Material, DenoisingLoss, torch.nn.Module]:
+    """What is trained on, the loss and the bare denoiser, in float64, of the pipeline in a folder."""
+    words = ["--pretrained_model_name_or_path", str(folder), "--train_data_dir", str(folder), "--rank", "2"]
+    words += ["--output_dir", str(folder / "out"), "--max_grad_norm", "0.05", "--snr_gamma", "5", *flags]
+    family = load_family("StableDiffusionPipeline")
+    flags = with_family(parse_args(words), family.defaults)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    objective = DdpmObjective(pipeline.scheduler, flags.snr_gamma)
+    with torch.no_grad():
+        texts = {caption: family.encode_captions(pipeline, [caption], None) for caption in CAPTIONS}
+    texts = {caption: {name: value[0].double() for name, value in text.items()} for caption, text in texts.items()}
+    images = SimpleNamespace(captions=[[CAPTIONS[index % 2]] for index in range(IMAGES)])
+    material = Material(
+        images, RandomLatents(), texts, tuple(range(IMAGES - 2)), (IMAGES - 2, IMAGES - 1), objective, (4, 8, 8), flags
+    )
+    denoiser = pipeline.unet.double().requires_grad_(False)
+    return material, DenoisingLoss(family, objective, pipeline, denoiser.config, torch.float64, flags), denoiser
+
+
+def trainee_of(denoiser: torch.nn.Module, material: Material, accelerator: Accelerator) -> Trainee:
+    """ResLoRA in float64, with random B, by plain gradient descent: AdamW would blow rounding up."""
+    made = new_trainee("reslora", denoiser, material.flags, Schedule(STEPS, STEPS, 0, False), accelerator)
+    denoiser.double()
+    draws = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in denoiser.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=draws) * 0.1)
+    made.optimizer = torch.optim.SGD(made.parameters, lr=1.0)
+    prepare(made, material.flags, accelerator)
+    return made
+
+
+def trained(folder: Path, batch: int, accumulation: int) -> dict[str, torch.Tensor]:
+    """The adapter and the loss after every step."""
+    words = ["--train_batch_size", str(batch), "--gradient_accumulation_steps", str(accumulation)]
+    material, loss, denoiser = setting(folder, *words)
+    accelerator = Accelerator(gradient_accumulation_steps=accumulation, cpu=shares_the_cpu())
+    trainee = trainee_of(denoiser, material, accelerator)
+    batches = iter(
+        training_loader(material, range(STEPS), accelerator.num_processes, accelerator.process_index, pin=False)
+    )
+    found = {}
+    for step in range(STEPS):
+        found[f"loss {step}"] = take_step(trainee, loss, batches, material.flags, accelerator)
+        for name, parameter in denoiser.named_parameters():
+            if parameter.requires_grad:
+                found[f"{name} {step}"] = parameter.detach().clone()
+    found["processes"] = torch.tensor(accelerator.num_processes)
+    return found
+
+
+def main(model: str, batch: str, accumulation: str, file: str) -> None:
+    """Trains, and leaves in a file what rank 0 has."""
+    found = trained(Path(model), int(batch), int(accumulation))
+    # Only now that the wrapped model is gone: it waits for ever now and then where it is the last to hold the group.
+    torch.distributed.destroy_process_group()
+    if os.environ["RANK"] == "0":
+        save_file(found, file)
