@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from ..common.errors import InvalidArgument
 from ..config import METHODS
 from ..files import remove_leftovers
+from .arguments import Flags
 
 OWNER = ".lock"  # holds the process id, for readers; what is locked is a file of the system's temporary folder
 
@@ -69,3 +70,8 @@ def _clear_leftovers(folder: Path) -> None:
 def remove(path: Path) -> None:
     """Removes a file or a folder with all it holds."""
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def cache_folder(flags: Flags) -> Path:
+    """Where encoded images and captions are kept, and models unpacked from single files."""
+    return Path(flags.cache_dir) / "encoded" if flags.cache_dir else Path(flags.output_dir) / "cache"

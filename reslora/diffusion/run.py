@@ -13,11 +13,13 @@ from ..common.signals import StopRequest
 from ..common.together import decided, each, gathered
 from .arguments import Flags
 from .checks import check_base_precision, check_methods, check_pipeline, with_rank
+from .context import Context
 from .data.dataset import ImageDataset, data_flag, load_images
-from .data.encoding import Latents, Texts, Variants, encode_images, encode_texts, without_damaged
-from .data.samples import Material, split
+from .data.material import material_of
+from .data.samples import Material
 from .folder import locked
-from .model.loading import Model, cache_folder, find_model, weight_dtype
+from .model.loading import find_model
+from .model.objective import Objective
 from .output.drawing import Drawer
 from .output.exports import export_method
 from .output.reports import Reports, Validation
@@ -25,40 +27,48 @@ from .output.summary import hub_repository, print_summary, publish, write_figure
 from .settings import with_family
 from .setup import attention_of, objective_of, schedule_of, start_accelerator, start_trackers
 from .training.checkpoints import Identity, Resume, plan_resume, restore, save_checkpoint, write_exports
-from .training.denoising import DenoisingLoss, wide_enough
-from .training.loop import train
-from .training.objective import Objective
+from .training.denoising import DenoisingLoss
+from .training.loop import Watch, train
 from .training.preparing import prepare, renew_scaler
-from .training.state import Schedule, new_trainee
+from .training.state import Schedule, Trainee, new_trainee
+from .training.trained import Trained
 
 
 def run(flags: Flags, stop: StopRequest) -> None:
     """Trains, merges and exports every method that the flags name, and shows what came of it."""
     accelerator = start_accelerator(flags)
-    flags = flags.replace(mixed_precision=accelerator.mixed_precision)
     with contextlib.ExitStack() as stack:
         decided(lambda: take_folder(flags, stack))
         images = each(lambda: load_images(flags))
-        model = find_model(flags, accelerator)
-        flags = with_rank(with_family(flags, model.family.defaults), model, accelerator)
-        identity = identity_of(flags, model, images)
-        resume = decided(lambda: plan_resume(flags, identity))
+        context = settle(flags, accelerator, stop)
+        identity = identity_of(images, context)
+        resume = decided(lambda: plan_resume(context.flags, identity))
         for line in resume.notes:
             accelerator.print(line)
-        if resume.finished == flags.method and decided((Path(flags.output_dir) / "loss.png").is_file):
-            decided(lambda: show_again(flags))
+        if resume.finished == context.flags.method and decided((context.folder / "loss.png").is_file):
+            decided(lambda: show_again(context.flags))
             return
-        if flags.push_to_hub:
-            decided(lambda: hub_repository(flags))
-        pipeline, objective = each(lambda: load_and_check(flags, model, accelerator))
-        material = encode(flags, model, images, pipeline, objective, accelerator, stop)
-        schedule, material = schedule_of(flags, material, accelerator.num_processes)
-        start_trackers(material.flags, accelerator)
-        for method in flags.method:
+        if context.flags.push_to_hub:
+            decided(lambda: hub_repository(context.flags))
+        pipeline, objective = each(lambda: load_and_check(context))
+        material = material_of(images, pipeline, objective, context)
+        schedule = schedule_of(material, context)
+        start_trackers(schedule, context)
+        for method in context.flags.method:
             if method not in resume.finished:
-                train_and_export(method, model, pipeline, material, schedule, identity, resume, accelerator, stop)
-        decided(lambda: show(material))
+                trainee = start_method(method, pipeline, material, schedule, context)
+                go_on(trainee, resume, context)
+                train_and_export(trainee, material, schedule, identity, context)
+                trainee = None  # its weights leave the memory before the next ones come
+        decided(lambda: show(material, context))
         accelerator.end_training()
+
+
+def settle(flags: Flags, accelerator: Accelerator, stop: StopRequest) -> Context:
+    """The model, and the flags with all that it and accelerate decide; from here on they do not change."""
+    model = find_model(flags, accelerator)
+    flags = with_family(flags.replace(mixed_precision=accelerator.mixed_precision), model.family.defaults)
+    return Context(with_rank(flags, model, accelerator), model, accelerator, stop)
 
 
 def take_folder(flags: Flags, stack: contextlib.ExitStack) -> None:
@@ -67,145 +77,75 @@ def take_folder(flags: Flags, stack: contextlib.ExitStack) -> None:
     plan_resume(flags)
 
 
-def identity_of(flags: Flags, model: Model, images: ImageDataset) -> Identity:
+def identity_of(images: ImageDataset, context: Context) -> Identity:
     """What the run is trained from; refuses other content on another machine."""
-    identity = Identity(model.fingerprint(), images.fingerprint, model.flag, data_flag(flags))
+    model, images_flag = context.model, data_flag(context.flags)
+    identity = Identity(model.fingerprint(), images.fingerprint, model.flag, images_flag)
     for other in gathered(identity):
-        for flag, same in (
-            (model.flag, other.model == identity.model),
-            (data_flag(flags), other.images == identity.images),
-        ):
+        for flag, same in ((model.flag, other.model == identity.model), (images_flag, other.images == identity.images)):
             if not same:
-                fix = "give all machines the same files"
-                raise InvalidArgument(flag, "its content differs between the processes", fix)
+                raise InvalidArgument(flag, "its content differs between the processes", "give all the same files")
     return identity
 
 
-def load_and_check(flags: Flags, model: Model, accelerator: Accelerator) -> tuple[DiffusionPipeline, Objective]:
+def load_and_check(context: Context) -> tuple[DiffusionPipeline, Objective]:
     """The pipeline without its denoiser, and the objective; refuses whatever can be refused before encoding."""
-    dtype, device = weight_dtype(accelerator.mixed_precision), accelerator.device
-    check_base_precision(flags, dtype, accelerator)
-    pipeline = model.load_pipeline(dtype, device, encoders=not flags.cache_text_embeddings)
+    flags, model, accelerator = context.flags, context.model, context.accelerator
+    check_base_precision(flags, context.dtype, accelerator)
+    pipeline = model.load_pipeline(context.dtype, accelerator.device, encoders=not flags.cache_text_embeddings)
     check_pipeline(flags, pipeline, model.family)
     objective = objective_of(flags, model, pipeline)
     check_methods(flags, model, accelerator)
     return pipeline, objective
 
 
-def encode(
-    flags: Flags,
-    model: Model,
-    images: ImageDataset,
-    pipeline: DiffusionPipeline,
-    objective: Objective,
-    accelerator: Accelerator,
-    stop: StopRequest,
-) -> Material:
-    """Captions and images encoded, or found encoded on disk; what only encoding needs leaves the memory."""
-    texts = texts_of(flags, model, images, pipeline, accelerator, stop)
-    images, latents = latents_of(flags, model, images, pipeline, accelerator, stop)
-    if flags.cache_latents:
-        pipeline.vae.encoder = None  # samples need the decoder alone
-    for line in (*images.notes, *(f"left out: {line}" for line in images.left_out[:20])):
-        accelerator.print(line)
-    if images.left_out:
-        accelerator.print(f"left out {len(images.left_out)} images, kept {len(images)}")
-    train_on, held_out = split(len(images), flags)
-    shape = model.family.latent_shape(pipeline, flags.resolution)
-    return Material(images, latents, texts, train_on, held_out, objective, shape, flags)
+def start_method(
+    method: str, pipeline: DiffusionPipeline, material: Material, schedule: Schedule, context: Context
+) -> Trainee:
+    """A method at its start, and the drawing pipeline around what it trains."""
+    denoiser = context.model.load_denoiser(context.dtype, context.accelerator.device, context.flags.base_precision)
+    loss = DenoisingLoss(context, material.objective, pipeline, denoiser.config)
+    renew_scaler(context.accelerator)
+    return new_trainee(method, Trained({context.model.family.denoiser: denoiser}, loss), schedule, context)
 
 
-def texts_of(
-    flags: Flags,
-    model: Model,
-    images: ImageDataset,
-    pipeline: DiffusionPipeline,
-    accelerator: Accelerator,
-    stop: StopRequest,
-) -> Texts:
-    """Text states of the prompts and, where they are encoded beforehand, of all captions."""
-    family, dtype = model.family, weight_dtype(accelerator.mixed_precision)
-    key = (family.name, model.fingerprint(*family.text_parts), str(dtype))
-    captions = images.captions
-    prompts = ["", *(flags.validation_prompt or captions[0][:1])]
-
-    def load_encoders() -> DiffusionPipeline:
-        if not flags.cache_text_embeddings:
-            return pipeline
-        return model.load_pipeline(dtype, accelerator.device, encoders=True, vae=False)
-
-    wanted = prompts + ([text for options in captions for text in options] if flags.cache_text_embeddings else [])
-    return encode_texts(
-        wanted, key, family, flags.max_sequence_length, load_encoders, cache_folder(flags), accelerator, stop
-    )
-
-
-def latents_of(
-    flags: Flags,
-    model: Model,
-    images: ImageDataset,
-    pipeline: DiffusionPipeline,
-    accelerator: Accelerator,
-    stop: StopRequest,
-) -> tuple[ImageDataset, Latents | None]:
-    """Latents of all images, without the damaged ones; None where images are encoded as they are drawn."""
-    if not flags.cache_latents:
-        return images, None
-    vae, family = pipeline.vae, model.family
-    key = (family.name, model.fingerprint("vae"), str(vae.dtype))
-    with wide_enough(family, vae):
-        latents, problems = encode_images(
-            Variants(images, flags), key, family, vae, cache_folder(flags), accelerator, stop
-        )
-    return without_damaged(images, latents, problems, flags)
+def go_on(trainee: Trainee, resume: Resume, context: Context) -> None:
+    """Brings the trainee to where an earlier run left it, and makes it ready for its steps."""
+    method, flags, candidates = trainee.method, context.flags, resume.checkpoints[trainee.method]
+    if method in resume.merge_anew:
+        context.accelerator.print(f"{method} is trained: merging and exporting it anew with --merge {flags.merge}")
+    elif flags.resume_from_checkpoint and not candidates:
+        where = context.folder / method
+        context.accelerator.print(f"--resume_from_checkpoint latest: no checkpoint in {where}, {method} starts afresh")
+    restore(trainee, candidates, flags, context.accelerator)
+    prepare(trainee, context)
 
 
 def train_and_export(
-    method: str,
-    model: Model,
-    pipeline: DiffusionPipeline,
-    material: Material,
-    schedule: Schedule,
-    identity: Identity,
-    resume: Resume,
-    accelerator: Accelerator,
-    stop: StopRequest,
+    trainee: Trainee, material: Material, schedule: Schedule, identity: Identity, context: Context
 ) -> None:
-    """One method from its newest whole checkpoint, or from the start, to its exports."""
-    flags, dtype = material.flags, weight_dtype(accelerator.mixed_precision)
-    folder, candidates = Path(flags.output_dir) / method, resume.checkpoints[method]
-    denoiser = model.load_denoiser(dtype, accelerator.device, flags.base_precision)
-    loss = DenoisingLoss(model.family, material.objective, pipeline, denoiser.config, dtype, flags)
-    drawer = Drawer(pipeline, model.family, material.texts, flags)
-    renew_scaler(accelerator)
-    trainee = new_trainee(method, denoiser, flags, schedule, accelerator)
-    if method in resume.merge_anew:
-        accelerator.print(f"{method} is trained: merging and exporting it anew with --merge {flags.merge}")
-    elif flags.resume_from_checkpoint and not candidates:
-        accelerator.print(f"--resume_from_checkpoint latest: no checkpoint in {folder}, {method} starts afresh")
-    restore(trainee, candidates, flags, accelerator)
-    prepare(trainee, flags, accelerator)
-
-    def save() -> None:
-        save_checkpoint(trainee, folder, flags, identity, accelerator)
+    """The steps that are left of a method, and its exports."""
+    flags, accelerator, folder = context.flags, context.accelerator, context.folder / trainee.method
+    loss = trainee.trained.loss
+    drawer = Drawer(loss.pipeline, context.model.family, material.texts, flags)
 
     def export() -> None:
-        differences = export_method(trainee, model, material, loss, drawer, schedule, folder, accelerator)
-        write_exports(folder, flags, identity, schedule, differences)
+        write_exports(folder, flags, identity, schedule, export_method(trainee, material, drawer, schedule, context))
 
-    validation = Validation(loss, material, drawer, accelerator, stop)
     reports = Reports(folder, trainee, flags, schedule, accelerator)
-    with contextlib.closing(reports), attention_of(accelerator, material.latent_shape):
-        train(trainee, loss, material, schedule, validation, reports, save, accelerator, stop)
+    validation = Validation(loss, material, drawer, accelerator, context.stop)
+    watch = Watch(reports, validation, lambda: save_checkpoint(trainee, folder, flags, identity, accelerator))
+    with contextlib.closing(reports), attention_of(accelerator, material):
+        train(trainee, material, schedule, watch, context)
     decided(export)
 
 
-def show(material: Material) -> None:
+def show(material: Material, context: Context) -> None:
     """Figures, a summary, and an upload where that is asked for."""
-    write_figures(material.flags, len(material.held_out))
-    print_summary(material.flags)
-    if material.flags.push_to_hub:
-        publish(material.flags)
+    write_figures(context.flags, len(material.held_out))
+    print_summary(context.flags)
+    if context.flags.push_to_hub:
+        publish(context.flags)
 
 
 def show_again(flags: Flags) -> None:

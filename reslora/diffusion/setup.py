@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import dataclasses
 import logging
 import math
 import os
 import sys
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 
 import diffusers
@@ -29,10 +27,11 @@ from ..common.together import decided
 from ..files import write_json
 from .arguments import Flags
 from .checks import check_fsdp
+from .context import Context
 from .data.samples import Material
 from .model.loading import Model
+from .model.objective import DdpmObjective, FlowObjective, Objective
 from .settings import check_adalora_steps, is_bundled
-from .training.objective import DdpmObjective, FlowObjective, Objective
 from .training.state import Schedule
 from .training.zero import configure, uses_deepspeed
 
@@ -113,9 +112,10 @@ def keep_freed_memory() -> None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def attention_of(accelerator: Accelerator, shape: Sequence[int]) -> contextlib.AbstractContextManager:
+def attention_of(accelerator: Accelerator, material: Material) -> contextlib.AbstractContextManager:
     """Plain attention for the few tokens of a small pipeline: PyTorch's fused one crawls on a CPU in bf16."""
-    small = accelerator.device.type == "cpu" and math.prod(shape[-2:]) <= FEW_TOKENS
+    tokens = max(math.prod(shape[-2:]) for shape in material.shapes.values())
+    small = accelerator.device.type == "cpu" and tokens <= FEW_TOKENS
     plain = small and accelerator.mixed_precision == "bf16"
     return sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext()
 
@@ -141,10 +141,9 @@ def objective_of(flags: Flags, model: Model, pipeline: DiffusionPipeline) -> Obj
             if getattr(flags, name) is not None:
                 problem = f"{model.family.name} learns a flow, which has none"
                 raise InvalidArgument(f"--{name} {getattr(flags, name)}", problem, "leave it out")
-        _, height, width = model.family.latent_shape(pipeline, flags.resolution)
         return FlowObjective(
             pipeline.scheduler, flags.timestep_sampling, flags.weighting_scheme, shift=flags.discrete_flow_shift,
-            tokens=height * width // 4, logit_mean=flags.logit_mean, logit_std=flags.logit_std,
+            logit_mean=flags.logit_mean, logit_std=flags.logit_std,
             mode_scale=flags.mode_scale,
         )  # fmt: skip
     for name in ("timestep_sampling", "discrete_flow_shift", "weighting_scheme"):
@@ -178,22 +177,23 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module="huggingface_hub")
 
 
-def schedule_of(flags: Flags, material: Material, processes: int) -> tuple[Schedule, Material]:
-    """How long each method trains, and the material with flags that say so."""
-    updates = math.ceil(len(material.train) / flags.train_batch_size / processes)
-    updates = max(1, math.ceil(updates / flags.gradient_accumulation_steps))
+def schedule_of(material: Material, context: Context) -> Schedule:
+    """How long each method trains, and when it is looked at."""
+    flags = context.flags
+    plan = material.plan(context.accelerator.num_processes)
+    updates = plan.updates_per_epoch(flags.gradient_accumulation_steps)
     steps = flags.max_train_steps or flags.num_train_epochs * updates
     check_adalora_steps(flags.method, steps)
     validation_steps = flags.validation_steps or flags.validation_epochs * updates
     warmup = flags.lr_warmup_steps
     warmup = min(LONGEST_WARMUP, int(WARMUP_SHARE * steps)) if warmup is None else warmup
-    schedule = Schedule(steps, validation_steps, warmup, by_epochs=not flags.max_train_steps)
-    flags = flags.replace(max_train_steps=steps, validation_steps=validation_steps)
-    return schedule, dataclasses.replace(material, flags=flags)
+    return Schedule(steps, validation_steps, warmup, by_epochs=not flags.max_train_steps)
 
 
-def start_trackers(flags: Flags, accelerator: Accelerator) -> None:
+def start_trackers(schedule: Schedule, context: Context) -> None:
     """`config.json`, and the trackers."""
+    steps = {"max_train_steps": schedule.steps, "validation_steps": schedule.validation_steps}
+    flags, accelerator = context.flags.replace(**steps), context.accelerator
     public = {name: value for name, value in vars(flags).items() if name not in ("config", "hub_token")}
     for name in PLACES:
         if public[name] and Path(public[name]).exists():  # whoever reads it later may be in another folder

@@ -20,10 +20,10 @@ import PIL.Image
 
 from ...common.errors import InvalidArgument, first_line
 from ..arguments import Flags
+from ..content import Content, content_mark
+from ..seeds import derive, shuffled
 from ..settings import clean
-from .content import content_mark
-from .images import SUFFIXES, Source, image_size, open_image
-from .seeds import derive, shuffled
+from .images import SUFFIXES, image_size, open_image
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 CAPTIONS = (".txt", ".caption")  # the second one is kohya's; the first of them that is there counts
@@ -62,7 +62,7 @@ class ImageDataset:
         rows, left_out = self.rows.select(indices), (*self.left_out, *left_out)
         return dataclasses.replace(self, rows=rows, captions=captions, left_out=left_out)
 
-    def source(self, index: int) -> Source:
+    def source(self, index: int) -> Content:
         """The file of an image, or its content."""
         return _source(self.rows[index])
 
@@ -113,7 +113,7 @@ def load_images(flags: Flags) -> ImageDataset:
     return ImageDataset(rows, captions, tuple(left_out), tuple(found.notes), square, fingerprint, content)
 
 
-def _source(row: dict) -> Source | None:
+def _source(row: dict) -> Content | None:
     image = row["image"]
     return image and (image["bytes"] or image["path"])
 

@@ -15,19 +15,22 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
+from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from tqdm.auto import tqdm
 
 from ...common.errors import InvalidArgument, first_line
-from ...common.signals import StopRequest
 from ...files import read_object, write_json
 from ..arguments import Flags
+from ..context import Context
+from ..folder import cache_folder
 from ..model.families.base import Family, Text
+from ..seeds import derive, generator
 from .dataset import ImageDataset, data_flag
 from .images import crop_and_scale, crop_sizes
 from .loaders import stream, worker_options
-from .seeds import derive, generator
+from .size import Size
 from .store import Cell, Cells, cached, missing
 
 PART_OF_IMAGES, PART_OF_CAPTIONS, CAPTIONS_AT_ONCE = 256, 4096, 64
@@ -72,19 +75,13 @@ class Latents:
 
 
 def encode_texts(
-    texts: Sequence[str],
-    key: object,
-    family: Family,
-    longest: int | None,
-    load_encoders: Callable[[], DiffusionPipeline],
-    folder: Path,
-    accelerator: Accelerator,
-    stop: StopRequest,
+    texts: Sequence[str], key: object, load_encoders: Callable[[], DiffusionPipeline], context: Context
 ) -> Texts:
     """Text states of each distinct caption; the encoders are loaded only if some are not on disk yet.
 
     `key` stands for the encoders' weights and precision.
     """
+    family, longest, folder = context.model.family, context.flags.max_sequence_length, cache_folder(context.flags)
     texts = list(dict.fromkeys(texts))
     parts = [texts[start : start + PART_OF_CAPTIONS] for start in range(0, len(texts), PART_OF_CAPTIONS)]
     paths = [folder / f"captions-{derive(key, longest, part):016x}.arrow" for part in parts]
@@ -93,14 +90,14 @@ def encode_texts(
     def encode(number: int) -> Generator[Cell]:
         loaded[:] = loaded or [load_encoders()]
         for start in range(0, len(parts[number]), CAPTIONS_AT_ONCE):
-            stop.check("stopped before training began")
+            context.stop.check("stopped before training began")
             captions = parts[number][start : start + CAPTIONS_AT_ONCE]
             with torch.no_grad():
                 states = family.encode_captions(loaded[0], captions, longest)
             for position in range(len(captions)):
                 yield {name: value[position] for name, value in states.items()}
 
-    cells = cached(paths, PART_OF_CAPTIONS, encode, accelerator)
+    cells = cached(paths, PART_OF_CAPTIONS, encode, context.accelerator)
     return Texts(cells, {text: place for place, text in enumerate(texts)})
 
 
@@ -110,8 +107,8 @@ def encode_texts(
 class Variants(TorchDataset):
     """Every variant of image `index`: pixels (variants x 3 x height x width) and sizes, or why it cannot be read."""
 
-    def __init__(self, images: ImageDataset, flags: Flags) -> None:
-        self.images, self.flags = images, flags
+    def __init__(self, images: ImageDataset, sizes: Sequence[Size], flags: Flags) -> None:
+        self.images, self.sizes, self.flags = images, sizes, flags
         self.crops = 1 if flags.center_crop or images.square else RANDOM_CROPS
         self.flips = (False, True) if flags.random_flip else (False,)
 
@@ -127,8 +124,9 @@ class Variants(TorchDataset):
     def key(self) -> tuple:
         """All that the pixels depend on."""
         flags, seed = self.flags, self.flags.seed if self.crops > 1 else None
-        how = (flags.resolution, flags.image_interpolation_mode, self.crops, self.flips, seed)
-        return (self.images.content, *how)
+        sizes = self.sizes if len(set(self.sizes)) > 1 else self.sizes[:1]
+        sides = [(size.height, size.width) for size in sizes]
+        return (self.images.content, sides, flags.image_interpolation_mode, self.crops, self.flips, seed)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor] | str:
         try:
@@ -137,15 +135,14 @@ class Variants(TorchDataset):
             return f"damaged ({first_line(error)})"
         draws = torch.rand(self.crops - 1, 2, generator=generator(self.flags.seed, "crops", index)).tolist()
         how = [(crop, flip) for crop in [(0.5, 0.5), *draws] for flip in self.flips]
-        side, interpolation = self.flags.resolution, self.flags.image_interpolation_mode
-        pixels = torch.stack([crop_and_scale(image, crop, flip, side, interpolation) for crop, flip in how])
-        return pixels, torch.tensor([crop_sizes(image.size, crop, flip, side) for crop, flip in how])
+        size, interpolation = self.sizes[index], self.flags.image_interpolation_mode
+        pixels = torch.stack([crop_and_scale(image, crop, flip, size, interpolation) for crop, flip in how])
+        return pixels, torch.tensor([crop_sizes(image.size, crop, flip, size) for crop, flip in how])
 
 
-def encode_images(
-    variants: Variants, key: object, family: Family, vae, folder: Path, accelerator: Accelerator, stop: StopRequest
-) -> tuple[Latents, dict[int, str]]:
+def encode_images(variants: Variants, key: object, vae: nn.Module, context: Context) -> tuple[Latents, dict[int, str]]:
     """The latents' moments of all variants, and which images are damaged; `key` stands for the autoencoder."""
+    accelerator, folder = context.accelerator, cache_folder(context.flags)
     starts = range(0, len(variants), PART_OF_IMAGES)
     paths = [folder / f"latents-{derive(key, variants.key, start):016x}.arrow" for start in starts]
     parts = [range(start, min(start + PART_OF_IMAGES, len(variants))) for start in starts]
@@ -159,11 +156,11 @@ def encode_images(
         loader = DataLoader(variants, batch_size=None, sampler=parts[number], **options)
         with contextlib.closing(stream(loader)) as items:
             for found in items:
-                stop.check("stopped before training began")
+                context.stop.check("stopped before training began")
                 if isinstance(found, str):
                     yield from [found] * variants.count
                 else:
-                    yield from encoded(family, vae, *found)
+                    yield from encoded(context.model.family, vae, *found)
                 bar.update()
 
     with bar:
@@ -189,7 +186,7 @@ def _record(folder: Path, variants: Variants) -> Path:
     return folder / f"images-{derive(place, flags.dataset_config_name):016x}.json"
 
 
-def encoded(family: Family, vae, pixels: torch.Tensor, sizes: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+def encoded(family: Family, vae: nn.Module, pixels: torch.Tensor, sizes: torch.Tensor) -> list[dict[str, torch.Tensor]]:
     """What is kept of each of an image's variants."""
     with torch.no_grad():
         moments = family.encode_images(vae, pixels.to(vae.device, vae.dtype))
@@ -197,17 +194,20 @@ def encoded(family: Family, vae, pixels: torch.Tensor, sizes: torch.Tensor) -> l
 
 
 def without_damaged(
-    images: ImageDataset, latents: Latents | None, problems: dict[int, str], flags: Flags
-) -> tuple[ImageDataset, Latents | None]:
-    """Images and latents that training can use; raises `InvalidArgument` with --strict, or where none is left."""
+    images: ImageDataset, latents: Latents, problems: dict[int, str], flags: Flags
+) -> tuple[ImageDataset, Latents, list[int]]:
+    """Images and latents that training can use, and their numbers among all.
+
+    Raises `InvalidArgument` with --strict, or where none is left.
+    """
+    keep = [index for index in range(len(images)) if index not in problems]
     if not problems:
-        return images, latents
+        return images, latents, keep
     names = {i: images.rows[i]["image"]["path"] or f"image {i}" for i in problems}
     if flags.strict:
         index, problem = next(iter(problems.items()))
         raise InvalidArgument(f"--strict {names[index]}", problem, "repair or remove it, or leave --strict out")
-    keep = [index for index in range(len(images)) if index not in problems]
     if not keep:
         raise InvalidArgument(data_flag(flags), "every image is damaged", "give images that can be opened")
     left_out = [f"{names[i]}: {problem}" for i, problem in problems.items()]
-    return images.select(keep, left_out), latents and latents.select(keep)
+    return images.select(keep, left_out), latents.select(keep), keep

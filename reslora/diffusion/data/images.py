@@ -14,12 +14,12 @@ import PIL.Image
 import PIL.ImageOps
 import torch
 
+from ..content import Content
+from .size import Size
+
 ORIENTATION = PIL.ExifTags.Base.Orientation
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 TEXTS = (b"eXIf", b"iTXt", b"tEXt", b"zTXt")  # chunks of a PNG file that may say its orientation
-
-Source = str | os.PathLike | bytes
-"""A file, or a file's content."""
 
 SUFFIXES = {
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2", ".tga", ".ppm",
@@ -27,7 +27,7 @@ SUFFIXES = {
 }  # fmt: skip
 
 
-def image_size(source: Source) -> tuple[int, int] | str:
+def image_size(source: Content) -> tuple[int, int] | str:
     """Width and height of the upright image, from headers, or why there are none; no pixel is decoded.
 
     PIL refuses what would decode to gigabytes.
@@ -44,7 +44,7 @@ def image_size(source: Source) -> tuple[int, int] | str:
         return "too many pixels" if type(error).__name__ == "DecompressionBombError" else "not an image"
 
 
-def open_image(source: Source) -> PIL.Image.Image:
+def open_image(source: Content) -> PIL.Image.Image:
     """The image as 8-bit RGB: upright, transparency on white, 16 bits scaled down, an animation's first frame."""
     with _opened(source) as image:
         image.load()
@@ -61,36 +61,39 @@ def open_image(source: Source) -> PIL.Image.Image:
 
 
 def crop_and_scale(
-    image: PIL.Image.Image, crop: tuple[float, float], flip: bool, resolution: int, interpolation: str
+    image: PIL.Image.Image, crop: tuple[float, float], flip: bool, size: Size, interpolation: str
 ) -> torch.Tensor:
-    """A [3, resolution, resolution] tensor in [-1, 1]: the square at `crop` (0 to 1 across and down) of the image.
+    """A [3, height, width] tensor in [-1, 1]: the part at `crop` (0 to 1 across and down) of the image, as large as can
+    be, that has the shape of `size`.
 
     Cropping before scaling gives what scaling before cropping gives, and a 1 x 5000 image stays small.
     """
-    side = min(image.size)
-    left, top = (fraction * (length - side) for fraction, length in zip(crop, image.size, strict=True))
+    width, height = image.size
+    kept = (min(width, height * size.width / size.height), min(height, width * size.height / size.width))
+    left, top = (fraction * (length - part) for fraction, length, part in zip(crop, image.size, kept, strict=True))
     name = interpolation.upper().replace("NEAREST_EXACT", "NEAREST")
-    size = (resolution, resolution)
-    image = image.resize(size, PIL.Image.Resampling[name], box=(left, top, left + side, top + side))
+    box = (left, top, left + kept[0], top + kept[1])
+    image = image.resize((size.width, size.height), PIL.Image.Resampling[name], box=box)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
     return pixels.flip(2) if flip else pixels
 
 
-def crop_sizes(size: tuple[int, int], crop: tuple[float, float], flip: bool, resolution: int) -> list[int]:
+def crop_sizes(original: tuple[int, int], crop: tuple[float, float], flip: bool, size: Size) -> list[int]:
     """Height and width of the image, top and left of the crop once it is scaled, height and width of the result.
 
     SDXL is told these (Podell et al., 2023, Section 2.2). A mirrored image was mirrored before it was cropped.
     """
-    width, height = size
-    across, down = (
-        fraction * (length * resolution / min(size) - resolution) for fraction, length in zip(crop, size, strict=True)
-    )
+    width, height = original
+    by_width = size.width * height >= size.height * width  # whichever side has nothing to spare
+    target, side = (size.width, width) if by_width else (size.height, height)
+    spare = (width * target / side - size.width, height * target / side - size.height)
+    across, down = (fraction * length for fraction, length in zip(crop, spare, strict=True))
     if flip:
-        across = width * resolution / min(size) - resolution - across
-    return [height, width, round(down), round(across), resolution, resolution]
+        across = spare[0] - across
+    return [height, width, round(down), round(across), size.height, size.width]
 
 
-def _opened(source: Source) -> PIL.Image.Image:
+def _opened(source: Content) -> PIL.Image.Image:
     return PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
 
 

@@ -1,23 +1,23 @@
-"""Training samples: sample number `position` of a run is a function of the seed and the position, and of nothing else.
-
-So all methods see the same data, a resumed run equals an uninterrupted one, and N processes share what one would read.
-"""
+"""Samples: what a draw of the plan becomes. Noise, timestep, caption and crop are functions of seed and position."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 
 from ..arguments import Flags
-from ..training.objective import Objective
-from .dataset import ImageDataset
-from .encoding import Latents, Texts
+from ..model.objective import Objective
+from ..seeds import generator, shuffled
+from .batch import Batch, collate
+from .encoding import Texts
 from .images import crop_and_scale, crop_sizes
 from .loaders import worker_options
-from .seeds import generator, shuffled
+from .plan import Draw, Plan
+from .size import Size
+from .sources import Source
 
 VALIDATION_DRAWS = 4  # noises per held-out image, one in each quarter of the timesteps
 
@@ -26,79 +26,74 @@ VALIDATION_DRAWS = 4  # noises per held-out image, one in each quarter of the ti
 class Material:
     """What samples are made of."""
 
-    images: ImageDataset
-    latents: Latents | None
-    """None: images are encoded as they are drawn."""
+    sources: tuple[Source, ...]
     texts: Texts
     """Text states of the prompts, and of the captions where these are encoded beforehand."""
-    train: tuple[int, ...]
-    held_out: tuple[int, ...]
     objective: Objective
-    latent_shape: tuple[int, int, int]
+    shapes: Mapping[Size, tuple[int, int, int]]
+    """Channels, height and width of the latents of images of every size."""
     flags: Flags
 
+    def plan(self, processes: int) -> Plan:
+        """What the forwards of so many processes read."""
+        return Plan(self.sources, self.flags.train_batch_size * processes, self.flags.seed)
 
-def split(count: int, flags: Flags) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The images trained on, and those held out for the validation loss."""
-    order = shuffled(count, flags.seed, "validation_split")
-    share = flags.validation_split
-    held_out = min(max(1, round(share * count)), count - 1) if share else 0
-    return tuple(sorted(order[held_out:])), tuple(sorted(order[:held_out]))
+    @property
+    def held_out(self) -> list[tuple[int, int]]:
+        """Source and number of every image that is held out."""
+        return [(number, image) for number, source in enumerate(self.sources) for image in source.held_out]
 
 
 class TrainingSamples(Dataset):
-    """Samples of the training images, as many as anybody asks for."""
+    """The sample of each draw."""
 
     purpose = "training"
 
     def __init__(self, material: Material) -> None:
         self.material = material
         self.noise_offset = material.flags.noise_offset
-        self._epoch, self._order = None, None
 
-    def image(self, position: int) -> int:
-        """The image of a sample: each epoch goes through all of them in an order of its own."""
-        train = self.material.train
-        epoch, place = divmod(position, len(train))
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, shuffled(len(train), self.material.flags.seed, "order", epoch)
-        return train[self._order[place]]
+    def timestep(self, position: int, shape: Sequence[int], draws: torch.Generator) -> torch.Tensor:
+        """The timestep of a sample with latents of that shape."""
+        return self.material.objective.draw(draws, tokens=shape[1] * shape[2] // 4)
 
-    def timestep(self, position: int, draws: torch.Generator) -> torch.Tensor:
-        """The timestep of a sample."""
-        return self.material.objective.draw(draws)
-
-    def __getitem__(self, position: int) -> dict:
-        material = self.material
-        draws = generator(material.flags.seed, self.purpose, position)
-        shape, index = material.latent_shape, self.image(position)
-        sample = {"timesteps": self.timestep(position, draws), "noise": torch.randn(shape, generator=draws)}
+    def __getitem__(self, draw: Draw) -> Batch:
+        material, source = self.material, self.material.sources[draw.source]
+        draws = generator(material.flags.seed, self.purpose, draw.position)
+        shape = material.shapes[draw.size]
+        timestep, noise = self.timestep(draw.position, shape, draws), torch.randn(shape, generator=draws)
         if self.noise_offset:
-            sample["noise"] += self.noise_offset * torch.randn(shape[0], 1, 1, generator=draws)
-        sample["posterior_noise"] = torch.randn(shape, generator=draws)
-        captions = material.images.captions[index]
-        sample["caption"] = captions[_choose(len(captions), draws)]
-        if material.flags.cache_text_embeddings:
-            sample["text"] = material.texts[sample["caption"]]
-        return sample | (self._fresh(index, draws) if material.latents is None else self._cached(index, draws))
+            noise += self.noise_offset * torch.randn(shape[0], 1, 1, generator=draws)
+        posterior_noise = torch.randn(shape, generator=draws)
+        captions = source.images.captions[draw.image]
+        caption = captions[_choose(len(captions), draws)]
+        return Batch(
+            timestep, noise, posterior_noise, weight=torch.tensor(source.weight), caption=caption,
+            text=material.texts[caption] if material.flags.cache_text_embeddings else None,
+            **(self._fresh if source.latents is None else self._cached)(source, draw, draws),
+        )  # fmt: skip
 
-    def _cached(self, index: int, draws: torch.Generator) -> dict:
-        latents = self.material.latents
-        return latents.of(index, _choose(latents.variants, draws))
+    def _cached(self, source: Source, draw: Draw, draws: torch.Generator) -> dict[str, torch.Tensor]:
+        return source.latents.of(draw.image, _choose(source.latents.variants, draws))
 
-    def _fresh(self, index: int, draws: torch.Generator) -> dict:
-        flags, image = self.material.flags, self.material.images.open(index)
+    def _fresh(self, source: Source, draw: Draw, draws: torch.Generator) -> dict[str, torch.Tensor]:
+        flags, image = self.material.flags, source.images.open(draw.image)
         crop = (0.5, 0.5) if flags.center_crop else torch.rand(2, generator=draws).tolist()
         flip = flags.random_flip and bool(torch.rand((), generator=draws) < 0.5)
-        sizes = torch.tensor(crop_sizes(image.size, crop, flip, flags.resolution))
-        pixels = crop_and_scale(image, crop, flip, flags.resolution, flags.image_interpolation_mode)
-        return {"pixels": pixels, "sizes": sizes}
+        sizes = torch.tensor(crop_sizes(image.size, crop, flip, draw.size))
+        return {"pixels": crop_and_scale(image, crop, flip, draw.size, flags.image_interpolation_mode), "sizes": sizes}
 
 
 class CalibrationSamples(TrainingSamples):
     """Training images with noise of their own, for the merge."""
 
     purpose = "calibration"
+
+    def batches(self, count: int) -> Iterator[Batch]:
+        """The first `count` samples, as one process would read them."""
+        plan, size = self.material.plan(processes=1), self.material.flags.train_batch_size
+        for first in range(0, count, size):
+            yield collate([self[draw] for draw in plan.forward(first // size)[: count - first]])
 
 
 class ValidationSamples(TrainingSamples):
@@ -112,25 +107,28 @@ class ValidationSamples(TrainingSamples):
     def __init__(self, material: Material) -> None:
         super().__init__(material)
         self.noise_offset = 0.0
-        flags, count = material.flags, len(material.held_out)
-        drawn = shuffled(count, flags.seed, "max_validation_images")[: flags.max_validation_images]
-        self.measured = sorted(drawn)
+        flags, held_out = material.flags, material.held_out
+        measured = sorted(shuffled(len(held_out), flags.seed, "max_validation_images")[: flags.max_validation_images])
+        self.draws = [
+            Draw(source, image, material.sources[source].size(image), place * VALIDATION_DRAWS + noise)
+            for place, (source, image) in ((place, held_out[place]) for place in measured)
+            for noise in range(VALIDATION_DRAWS)
+        ]
 
     def __len__(self) -> int:
-        return len(self.measured) * VALIDATION_DRAWS
+        return len(self.draws)
 
-    def __getitem__(self, number: int) -> dict:
-        place, draw = divmod(number, VALIDATION_DRAWS)
-        return super().__getitem__(self.measured[place] * VALIDATION_DRAWS + draw)
-
-    def image(self, position: int) -> int:
-        """The image of a sample."""
-        return self.material.held_out[position // VALIDATION_DRAWS]
-
-    def timestep(self, position: int, draws: torch.Generator) -> torch.Tensor:
+    def timestep(self, position: int, shape: Sequence[int], draws: torch.Generator) -> torch.Tensor:
         """The timestep of a sample, in its quarter."""
         quarter = position % VALIDATION_DRAWS + float(torch.rand((), generator=draws))
         return self.material.objective.at(quarter / VALIDATION_DRAWS)
+
+    def batches(self) -> Iterator[Batch]:
+        """All samples, none of another size beside them."""
+        for size in dict.fromkeys(draw.size for draw in self.draws):
+            alike = [draw for draw in self.draws if draw.size == size]
+            for first in range(0, len(alike), self.material.flags.train_batch_size):
+                yield collate([self[draw] for draw in alike[first : first + self.material.flags.train_batch_size]])
 
 
 def _choose(count: int, draws: torch.Generator) -> int:
@@ -139,35 +137,14 @@ def _choose(count: int, draws: torch.Generator) -> int:
 
 def training_loader(material: Material, steps: Sequence[int], processes: int, rank: int, pin: bool) -> DataLoader:
     """This process's batches of these steps, once; N processes share what one process would read."""
-    flags = material.flags
+    flags, plan = material.flags, material.plan(processes)
     batch, forwards = flags.train_batch_size, flags.gradient_accumulation_steps
-    positions = (  # made as they are needed, for there are as many as samples in a run
-        [(forward * processes + rank) * batch + i for i in range(batch)]
+    draws = (  # made as they are needed, for there are as many as samples in a run
+        plan.forward(forward)[rank * batch : (rank + 1) * batch]
         for step in steps
         for forward in range(step * forwards, (step + 1) * forwards)
     )
     return DataLoader(
-        TrainingSamples(material), batch_sampler=positions, pin_memory=pin, collate_fn=collate,
+        TrainingSamples(material), batch_sampler=draws, pin_memory=pin, collate_fn=collate,
         **worker_options(flags.dataloader_num_workers),
     )  # fmt: skip
-
-
-def batches(samples: Dataset, count: int, size: int) -> Iterator[dict]:
-    """The first `count` samples in batches of at most `size`."""
-    for start in range(0, count, size):
-        yield collate([samples[position] for position in range(start, min(start + size, count))])
-
-
-def collate(samples: list[dict]) -> dict:
-    """A batch: tensors are stacked, but for text states of different lengths, which stay lists."""
-    batch = default_collate([{k: v for k, v in sample.items() if k != "text"} for sample in samples])
-    if "text" in samples[0]:
-        batch["text"] = stack_texts([sample["text"] for sample in samples])
-    return batch
-
-
-def stack_texts(texts: list[dict]) -> dict:
-    """Text states of several captions, by name: a tensor, or a list where their lengths differ."""
-    columns = {name: [text[name] for text in texts] for name in texts[0]}
-    alike = {name: len({value.shape for value in values}) == 1 for name, values in columns.items()}
-    return {name: torch.stack(values) if alike[name] else values for name, values in columns.items()}

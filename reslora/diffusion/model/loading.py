@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,8 +22,9 @@ from ...common.errors import InvalidArgument, first_line
 from ...common.together import each
 from ...files import read_object, replacing
 from ..arguments import Flags
-from ..data.content import content_mark, folder_mark
-from ..data.seeds import derive
+from ..content import content_mark, folder_mark
+from ..folder import cache_folder
+from ..seeds import derive
 from ..settings import check_pipeline_class, read_index
 from .families import FAMILIES, load_family
 from .families.base import Family
@@ -216,11 +219,6 @@ def unpacked(path: Path, flags: Flags) -> Path:
     return folder
 
 
-def cache_folder(flags: Flags) -> Path:
-    """Where encoded images and captions are kept, and models unpacked from single files."""
-    return Path(flags.cache_dir) / "encoded" if flags.cache_dir else Path(flags.output_dir) / "cache"
-
-
 def check_weights(folder: Path, variant: str | None, denoiser: nn.Module, flag: str) -> None:
     """Refuse a folder whose weights are missing, cut off, or of other shapes than its configuration says."""
     stem = "diffusion_pytorch_model" + (f".{variant}" if variant else "")
@@ -240,6 +238,13 @@ def _shapes(path: Path, flag: str) -> list[tuple[str, tuple[int, ...]]]:
         return [(name, tuple(file.get_slice(name).get_shape())) for name in file.keys()]  # noqa: SIM118 - no mapping
 
 
-def weight_dtype(mixed_precision: str) -> torch.dtype:
-    """The dtype of the frozen parts."""
-    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision, torch.float32)
+@contextmanager
+def wide_enough(family: Family, vae: nn.Module) -> Iterator[None]:
+    """Runs its body with the autoencoder in float32 where it would overflow in half precision."""
+    if not (family.encodes_in_float32 and vae.config.force_upcast and vae.dtype == torch.float16):
+        yield
+        return
+    try:
+        yield vae.to(torch.float32)
+    finally:
+        vae.to(torch.float16)

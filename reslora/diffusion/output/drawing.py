@@ -11,11 +11,10 @@ from PIL import Image
 from torch import nn
 
 from ..arguments import Flags
+from ..data.batch import changed, stack_texts
 from ..data.encoding import Texts
-from ..data.samples import stack_texts
-from ..data.seeds import derive
 from ..model.families.base import Family, Text
-from ..training.denoising import on_device
+from ..seeds import derive
 
 
 class Drawer:
@@ -63,7 +62,8 @@ class Drawer:
     def _text(self, captions: Sequence[str]) -> Text:
         # In the pipeline's precision: some make the latents in that of the text states.
         vae = self.pipeline.vae
-        return on_device(stack_texts([self.texts[caption] for caption in captions]), vae.device, vae.dtype)
+        states = stack_texts([self.texts[caption] for caption in captions])
+        return changed(states, lambda value: value.to(vae.device, vae.dtype, non_blocking=True))
 
 
 def as_bytes(drawn: np.ndarray) -> np.ndarray:

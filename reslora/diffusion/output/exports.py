@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from peft import PeftModel
 from torch import nn
 
@@ -19,10 +18,9 @@ from ...common.adapters import PLAIN_METHODS, as_plain_lora, load_adapter, remov
 from ...common.errors import RunFailed, first_line
 from ...files import write_json
 from ...model import MergeReport, merge
-from ..arguments import Flags
-from ..data.samples import CalibrationSamples, Material, batches
+from ..context import Context
+from ..data.samples import CalibrationSamples, Material
 from ..model.families.base import Family
-from ..model.loading import Model
 from ..training.checkpoints import EXPORTS
 from ..training.denoising import DenoisingLoss
 from ..training.state import Schedule, Trainee, add_adapter
@@ -45,14 +43,7 @@ class Merged:
 
 
 def export_method(
-    trainee: Trainee,
-    model: Model,
-    material: Material,
-    loss: DenoisingLoss,
-    drawer: Drawer,
-    schedule: Schedule,
-    folder: Path,
-    accelerator: Accelerator,
+    trainee: Trainee, material: Material, drawer: Drawer, schedule: Schedule, context: Context
 ) -> dict[str, int]:
     """Merges in float32, writes every format, reads each back, and compares what the pipeline draws with each.
 
@@ -61,15 +52,16 @@ def export_method(
     Raises `RunFailed`, with nothing exported, if the model has diverged; or if an export does not draw what the merged
     model draws.
     """
-    flags, method = material.flags, trainee.method
+    flags, method, accelerator = context.flags, trainee.method, context.accelerator
+    folder = context.folder / method
     accelerator.print(f"{method}: merging, exporting and comparing")
     prompts, images = flags.validation_prompt, flags.num_validation_images
     shown = bool(prompts and images)
     if not shown:
         prompts, images = [next((text for text in material.texts.places if text), "")], 1
     with exact_products(), in_float32(drawer):
-        denoiser = exact_denoiser(trainee, model, flags, schedule, folder, accelerator)
-        merged = merge_reslora(denoiser, loss, material) if method == "reslora" else None
+        denoiser = exact_denoiser(trainee, schedule, context)
+        merged = merge_reslora(denoiser, trainee.trained.loss, material) if method == "reslora" else None
         if method == "adalora":
             denoiser = as_plain_lora(denoiser)
         drawn = drawer.draw(denoiser.eval(), prompts, images)
@@ -78,11 +70,11 @@ def export_method(
             write_merge(merged, folder)
             accelerator.print(f"{method}: {merged.report}")
         (folder / EXPORTS).unlink(missing_ok=True)  # until all files are of this merge
-        write_formats(denoiser, method, model, folder, material)
+        write_formats(denoiser, method, kohya_metadata(denoiser.config, material, schedule, context), context)
         if shown:
             save_images(folder / "merged", [as_image(image) for image in drawn], images)
         differences = {}
-        for name, other in read_back(denoiser, method, model, drawer, folder, accelerator):
+        for name, other in read_back(denoiser, method, drawer, context):
             picture = finite(drawer.draw(other, prompts[:1], 1)[0], f"{method}/{name}")
             differences[name] = int(np.abs(picture.astype(int) - reference.astype(int)).max())
             if differences[name] > TOLERANCE:
@@ -126,16 +118,15 @@ def in_float32(drawer: Drawer) -> Iterator[None]:
         drawer.pipeline.to(dtype)
 
 
-def exact_denoiser(
-    trainee: Trainee, model: Model, flags: Flags, schedule: Schedule, folder: Path, accelerator: Accelerator
-) -> nn.Module:
+def exact_denoiser(trainee: Trainee, schedule: Schedule, context: Context) -> nn.Module:
     """The trained denoiser in float32: the one that was trained, or where its base is rounded or packed, anew."""
+    flags, model, accelerator = context.flags, context.model, context.accelerator
     plain = accelerator.mixed_precision == "no" and flags.base_precision == "no"
     if plain and trainee.denoiser.dtype == torch.float32:
         return trainee.denoiser
     denoiser = model.load_denoiser(torch.float32, accelerator.device)
     add_adapter(denoiser, trainee.method, flags, schedule.steps)
-    load_adapter(denoiser, folder / f"checkpoint-{trainee.step}")
+    load_adapter(denoiser, context.folder / trainee.method / f"checkpoint-{trainee.step}")
     return denoiser
 
 
@@ -156,8 +147,7 @@ def merge_reslora(denoiser: nn.Module, loss: DenoisingLoss, material: Material) 
 @torch.no_grad()
 def calibration_batches(loss: DenoisingLoss, material: Material) -> list[dict]:
     """The denoiser's keyword arguments, in float32, for the training samples that a merge may read."""
-    flags, samples = material.flags, CalibrationSamples(material)
-    read = batches(samples, flags.merge_calibration_samples, flags.train_batch_size)
+    read = CalibrationSamples(material).batches(material.flags.merge_calibration_samples)
     return [as_float32(loss.inputs(batch)[0]) for batch in read]
 
 
@@ -181,13 +171,12 @@ def write_merge(merged: Merged, folder: Path) -> None:
 # -- exporting ---------------------------------------------------------------------------------------------------------
 
 
-def write_formats(denoiser: nn.Module, method: str, model: Model, folder: Path, material: Material) -> None:
+def write_formats(denoiser: nn.Module, method: str, metadata: dict[str, str], context: Context) -> None:
     """Every format that the method can be written in."""
-    family = model.family
+    family, folder = context.model.family, context.folder / method
     export.export_peft(denoiser, folder / "peft")
     export.export_merged(denoiser, folder / family.denoiser)
     if method in PLAIN_METHODS:
-        metadata = kohya_metadata(family, denoiser.config, material)
         export.export_diffusers(denoiser, folder, prefix=family.denoiser, metadata=metadata)
         for file in family.lora_files:
             LORA_FILES[file](denoiser, folder / file, family, metadata)
@@ -209,10 +198,10 @@ LORA_FILES = {KOHYA_FILE: write_kohya, COMFYUI_FILE: write_comfyui}
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # as sd-scripts writes them
 
 
-def kohya_metadata(family: Family, config: Mapping, material: Material) -> dict[str, str]:
+def kohya_metadata(config: Mapping, material: Material, schedule: Schedule, context: Context) -> dict[str, str]:
     """What model managers and web interfaces recognise a LoRA by (Stability AI's model specification 1.0.0)."""
     flags, predicted = material.flags, getattr(material.objective, "prediction_type", None)  # none where a flow is
-    version, architecture = family.model_version(config, predicts_v=predicted == "v_prediction")
+    version, architecture = context.model.family.model_version(config, predicts_v=predicted == "v_prediction")
     prediction = {"modelspec.prediction_type": PREDICTIONS[predicted]} if predicted else {}
     return prediction | {
         "ss_v2": str(version.startswith("sd_v2")),  # by which A1111 tells 2.x from 1.x
@@ -220,7 +209,7 @@ def kohya_metadata(family: Family, config: Mapping, material: Material) -> dict[
         "ss_base_model_version": version,
         "ss_learning_rate": str(flags.learning_rate),
         "ss_seed": str(flags.seed),
-        "ss_steps": str(flags.max_train_steps),
+        "ss_steps": str(schedule.steps),
         "ss_resolution": str(flags.resolution),
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{architecture}/lora",
@@ -230,10 +219,9 @@ def kohya_metadata(family: Family, config: Mapping, material: Material) -> dict[
     }
 
 
-def read_back(
-    denoiser: nn.Module, method: str, model: Model, drawer: Drawer, folder: Path, accelerator: Accelerator
-) -> Iterator[tuple[str, nn.Module]]:
+def read_back(denoiser: nn.Module, method: str, drawer: Drawer, context: Context) -> Iterator[tuple[str, nn.Module]]:
     """Each export's name and the denoiser that stock diffusers or PEFT makes of it, one at a time."""
+    model, folder = context.model, context.folder / method
     name, pipeline = model.family.denoiser, drawer.pipeline
     before = getattr(pipeline, name)
     remove_adapters(denoiser)
@@ -247,4 +235,4 @@ def read_back(
     yield "peft", PeftModel.from_pretrained(denoiser, folder / "peft").get_base_model()
     remove_adapters(denoiser)
     denoiser.to("meta")
-    yield name, model.family.denoiser_class.from_pretrained(folder / name).to(accelerator.device)
+    yield name, model.family.denoiser_class.from_pretrained(folder / name).to(context.accelerator.device)

@@ -19,7 +19,7 @@ from ...common.signals import StopRequest
 from ...common.together import decided
 from ...files import replacing
 from ..arguments import Flags
-from ..data.samples import Material, ValidationSamples, batches
+from ..data.samples import Material, ValidationSamples
 from ..training.denoising import DenoisingLoss
 from ..training.state import Schedule, Trainee
 from .drawing import Drawer, as_image
@@ -129,10 +129,9 @@ class Validation:
     def mean_loss(self, denoiser: nn.Module) -> float:
         """Mean unweighted loss on the held-out images, with the same noise and timesteps at every call."""
         samples, training = ValidationSamples(self.material), denoiser.training
-        size = self.material.flags.train_batch_size
         denoiser.eval()
         with torch.no_grad(), self.accelerator.autocast():
-            losses = [self.loss(denoiser, batch, weighted=False) for batch in batches(samples, len(samples), size)]
+            losses = [self.loss(denoiser, batch, weighted=False) for batch in samples.batches()]
         denoiser.train(training)
         return torch.cat(losses).mean().item()
 

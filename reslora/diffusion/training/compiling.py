@@ -22,8 +22,8 @@ from torch.nn.utils import get_total_norm
 from ...common.errors import InvalidArgument
 from ...common.together import any_of
 from ...wiring import connection_of
-from ..arguments import Flags
-from .denoising import DenoisingLoss
+from ..context import Context
+from ..data.batch import Batch
 from .state import Trainee
 
 # Shares of the norm of all gradients. In float32 rounding is 2e-5 of it. In bf16 it is mostly 0.01 to 0.03, but on the
@@ -33,31 +33,24 @@ ATTEMPTS = 5
 SCALE = 1024  # a power of two changes no relative difference, and keeps small gradients of fp16
 
 
-def compiled(model: nn.Module) -> nn.Module:
-    """The model for training steps only: samples and validation batches have other shapes, and go without."""
-    reorder = "reorder_for_peak_memory"
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    known = on_cpu and reorder in torch._inductor.list_options()
-    return torch.compile(model, options={reorder: False} if known else None)
-
-
-def checked(
-    batches: Iterator[dict], trainee: Trainee, loss: DenoisingLoss, flags: Flags, accelerator: Accelerator
-) -> Iterator[dict]:
+def checked(batches: Iterator[Batch], trainee: Trainee, context: Context) -> Iterator[Batch]:
     """`batches` as they are; with --compile, after comparing the gradients of one, compiled and not.
 
     A compiler draws other dropout masks, and DeepSpeed steps in its backward: nothing is compared there, nor where the
     step that is not compiled does not fit into one GPU. Raises `InvalidArgument` where `ATTEMPTS` batches differ.
     """
-    unlike = flags.lora_dropout or accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
-    if unlike or not flags.compile:
+    flags, accelerator = context.flags, context.accelerator
+    if not flags.compile:
+        return batches
+    if flags.lora_dropout or accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+        accelerator.print("--compile is not checked against a step without it: with dropout or DeepSpeed both differ")
         return batches
     tolerance = TOLERANCE if accelerator.mixed_precision == "no" else HALF_TOLERANCE
     seen, error, differs = [], 0.0, False
     with trainee.timed(), _unrecorded(trainee.denoiser):
         for batch in islice(batches, ATTEMPTS):
             seen.append(batch)
-            error = _error(trainee, loss, batch, accelerator)
+            error = _error(trainee, batch, accelerator)
             differs = any_of(error > tolerance)
             if not differs:
                 break
@@ -67,27 +60,28 @@ def checked(
     return chain(seen, batches)
 
 
-def _error(trainee: Trainee, loss: DenoisingLoss, batch: dict, accelerator: Accelerator) -> float:
+def _error(trainee: Trainee, batch: Batch, accelerator: Accelerator) -> float:
     """How far the compiled gradients of a batch are off the others, relative to these."""
-    compiled, parameters = trainee.model, [p for p in trainee.denoiser.parameters() if p.requires_grad]
     try:
-        expected = _gradients(compiled._orig_mod, loss, batch, parameters)
+        with trainee.trained.without_compiler():
+            expected = _gradients(trainee, batch)
     except torch.OutOfMemoryError:
         if accelerator.num_processes > 1:  # the others would wait for this one
             raise
         accelerator.print("--compile is not checked: a step without it does not fit into this GPU's memory")
         return 0.0
-    found = _gradients(compiled, loss, batch, parameters)
+    found = _gradients(trainee, batch)
     size, error = get_total_norm(expected), get_total_norm([a - b for a, b in zip(found, expected, strict=True)])
     if error == 0 or not size.isfinite():  # training itself says what is not finite
         return 0.0
     return (error / size).nan_to_num(torch.inf, torch.inf).item()
 
 
-def _gradients(model: nn.Module, loss: DenoisingLoss, batch: dict, parameters: list) -> list[torch.Tensor]:
+def _gradients(trainee: Trainee, batch: Batch) -> list[torch.Tensor]:
     """Gradients of the batch's loss, none of which is left on the parameters."""
+    parameters = [p for p in trainee.trained.parameters() if p.requires_grad]
     try:
-        (SCALE * loss(model, batch).mean()).backward()
+        (SCALE * trainee.model(batch).mean()).backward()
         return [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     finally:
         for parameter in parameters:

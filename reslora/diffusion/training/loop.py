@@ -4,57 +4,60 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from ...common.errors import Stopped
-from ...common.signals import StopRequest
 from ...common.together import decided
-from ..arguments import Flags
+from ..context import Context
+from ..data.batch import Batch
 from ..data.loaders import stream
 from ..data.samples import Material, training_loader
-from ..data.seeds import derive
-from ..output.reports import Reports, Validation
+from ..seeds import derive
 from .compiling import checked
-from .denoising import DenoisingLoss
 from .state import Schedule, Trainee
 from .stopping import stop_requested
 
+if TYPE_CHECKING:
+    from ..output.reports import Reports
 
-def train(
-    trainee: Trainee,
-    loss: DenoisingLoss,
-    material: Material,
-    schedule: Schedule,
-    validation: Validation,
-    reports: Reports,
-    save: Callable[[], None],
-    accelerator: Accelerator,
-    stop: StopRequest,
-) -> None:
+
+@dataclass(frozen=True)
+class Watch:
+    """What is told, measured and kept while a method trains."""
+
+    reports: Reports
+    validation: Callable[..., None]
+    """Called with the trainee and the reports, and with the parts that are overdue where only these are wanted."""
+    save: Callable[[], None]
+
+
+def train(trainee: Trainee, material: Material, schedule: Schedule, watch: Watch, context: Context) -> None:
     """Takes the steps that are left, saving and validating when it is due; raises `Stopped` once a stop is saved."""
-    flags, main = material.flags, accelerator.is_main_process
+    accelerator, reports = context.accelerator, watch.reports
     if parts := decided(lambda: reports.overdue(schedule)):
-        validation(trainee, reports, parts)
-        if stop_requested(stop):  # here nothing is to be saved, and a later step would leave these samples behind
+        watch.validation(trainee, reports, parts)
+        if stop_requested(context.stop):  # nothing is to be saved, and a later step would leave these samples behind
             raise stopped_at(trainee)
     steps, stopped = range(trainee.step, schedule.steps), False
     pin = accelerator.device.type == "cuda"
     loader = training_loader(material, steps, accelerator.num_processes, accelerator.process_index, pin)
-    bar = tqdm(desc=trainee.method, total=schedule.steps, initial=trainee.step, disable=not main, dynamic_ncols=True)
+    silent = not accelerator.is_main_process
+    bar = tqdm(desc=trainee.method, total=schedule.steps, initial=trainee.step, disable=silent, dynamic_ncols=True)
     with contextlib.closing(stream(loader)) as batches, bar:
-        batches = checked(batches, trainee, loss, flags, accelerator)
+        batches = checked(batches, trainee, context)
         for _ in steps:
             with trainee.timed():
-                value = take_step(trainee, loss, batches, flags, accelerator)
+                value = take_step(trainee, batches, context)
                 known = reports.flush()  # the loss of the step before: the device is busy with this one meanwhile
             reports.note("train", value)
             if known is not None:
                 bar.set_postfix(loss=f"{known:.4f}", refresh=False)
             bar.update()
-            stopped = after_step(trainee, schedule, validation, reports, save, flags, stop)
+            stopped = after_step(trainee, schedule, watch, context)
             if stopped:
                 break
     accelerator.free_memory()
@@ -67,48 +70,38 @@ def stopped_at(trainee: Trainee) -> Stopped:
     return Stopped(f"{trainee.method} stopped after step {trainee.step}; go on with --resume_from_checkpoint latest")
 
 
-def after_step(
-    trainee: Trainee,
-    schedule: Schedule,
-    validation: Validation,
-    reports: Reports,
-    save: Callable[[], None],
-    flags: Flags,
-    stop: StopRequest,
-) -> bool:
+def after_step(trainee: Trainee, schedule: Schedule, watch: Watch, context: Context) -> bool:
     """Saves and validates where it is due; returns whether a stop was asked for. All processes go the same way."""
-    stopped = stop_requested(stop)
-    save_now = stopped or trainee.step == schedule.steps or trainee.step % flags.checkpointing_steps == 0
+    stopped = stop_requested(context.stop)
+    save_now = stopped or trainee.step == schedule.steps or trainee.step % context.flags.checkpointing_steps == 0
     due = schedule.is_due(trainee.step)
     if not (save_now or due):
         return False
     with trainee.timed():
-        reports.flush()  # a loss that is not finite is not saved
+        watch.reports.flush()  # a loss that is not finite is not saved
     if save_now:
-        save()
+        watch.save()
     if due and not stopped:
-        validation(trainee, reports)
-        stopped = stop_requested(stop)
+        watch.validation(trainee, watch.reports)
+        stopped = stop_requested(context.stop)
         if stopped and not save_now:
-            save()
+            watch.save()
     return stopped
 
 
-def take_step(
-    trainee: Trainee, loss: DenoisingLoss, batches: Iterator[dict], flags: Flags, accelerator: Accelerator
-) -> torch.Tensor:
+def take_step(trainee: Trainee, batches: Iterator[Batch], context: Context) -> torch.Tensor:
     """One update of the adapter, from --gradient_accumulation_steps batches; returns their mean loss everywhere.
 
     It is on the device still, which may not have come to it yet.
     """
-    total = 0.0
+    flags, accelerator, total = context.flags, context.accelerator, 0.0
     trainee.step += 1
     for forward in range(flags.gradient_accumulation_steps):
         batch = next(batches)
         # Dropout masks, the only random numbers left: seeding them here makes them a function of the step.
         torch.manual_seed(derive(flags.seed, "dropout", trainee.step, forward, accelerator.process_index))
         with accelerator.accumulate(trainee.model):
-            mean = loss(trainee.model, batch).mean()
+            mean = trainee.model(batch).mean()
             total += mean.detach()
             accelerator.backward(mean + trainee.allocator.penalty() if trainee.allocator else mean)
             if accelerator.sync_gradients:

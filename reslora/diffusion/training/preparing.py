@@ -6,8 +6,7 @@ from accelerate import Accelerator
 from accelerate.utils import get_grad_scaler
 
 from ...model import enable_gradient_checkpointing
-from ..arguments import Flags
-from .compiling import compiled
+from ..context import Context
 from .state import Trainee
 from .zero import load_full_state
 
@@ -18,16 +17,16 @@ def renew_scaler(accelerator: Accelerator) -> None:
         accelerator.scaler = get_grad_scaler(accelerator.distributed_type)
 
 
-def prepare(trainee: Trainee, flags: Flags, accelerator: Accelerator) -> None:
+def prepare(trainee: Trainee, context: Context) -> None:
     """Makes the trainee ready for its steps: attention, checkpointing, processes, compiler."""
-    denoiser = trainee.denoiser
+    flags, denoiser = context.flags, trainee.denoiser
     if flags.enable_xformers_memory_efficient_attention:
         denoiser.enable_xformers_memory_efficient_attention()
     if flags.gradient_checkpointing:
         enable_gradient_checkpointing(denoiser)
-    trainee.model, trainee.optimizer = accelerator.prepare(denoiser.train(), trainee.optimizer)
+    trainee.model, trainee.optimizer = context.accelerator.prepare(trainee.trained.train(), trainee.optimizer)
     if trainee.awaited:
         load_full_state(trainee.optimizer.optimizer, denoiser.named_parameters(), trainee.awaited)
         trainee.awaited = None
     if flags.compile:
-        trainee.model = compiled(trainee.model)
+        trainee.trained.use_compiler()

@@ -18,7 +18,9 @@ from torch import nn
 from ...common.adapters import RankAllocator, adapter_config, attach, rank_allocator
 from ...config import ResLoraConfig
 from ..arguments import Flags
-from ..data.seeds import derive
+from ..context import Context
+from ..seeds import derive
+from .trained import Trained
 from .zero import full_state, uses_deepspeed
 
 
@@ -42,16 +44,21 @@ class Trainee:
     """What one method trains, and how far it is."""
 
     method: str
-    denoiser: nn.Module
+    trained: Trained
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     allocator: RankAllocator | None
     model: nn.Module
-    """The denoiser as accelerate and the compiler have wrapped it; the denoiser itself until then."""
+    """What is trained, as accelerate has wrapped it; until then itself."""
     step: int = 0
     seconds: float = 0.0
     awaited: dict | None = None
     """State of DeepSpeed's optimizer, which is there only once the trainee is prepared."""
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The denoiser with its adapter."""
+        return self.trained.denoiser
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -94,17 +101,16 @@ class Trainee:
         self.step, self.seconds = step, seconds
 
 
-def new_trainee(
-    method: str, denoiser: nn.Module, flags: Flags, schedule: Schedule, accelerator: Accelerator
-) -> Trainee:
-    """The method at its start, around a bare denoiser."""
+def new_trainee(method: str, trained: Trained, schedule: Schedule, context: Context) -> Trainee:
+    """The method at its start, on bare parts."""
+    flags, denoiser = context.flags, trained.denoiser
     add_adapter(denoiser, method, flags, schedule.steps)
-    optimizer = new_optimizer([p for p in denoiser.parameters() if p.requires_grad], flags, accelerator)
+    optimizer = new_optimizer([p for p in trained.parameters() if p.requires_grad], flags, context.accelerator)
     lr_scheduler = get_scheduler(
         flags.lr_scheduler, optimizer, step_rules=flags.lr_step_rules, num_warmup_steps=schedule.warmup_steps,
         num_training_steps=schedule.steps,
     )  # fmt: skip
-    return Trainee(method, denoiser, optimizer, lr_scheduler, rank_allocator(denoiser), denoiser)
+    return Trainee(method, trained, optimizer, lr_scheduler, rank_allocator(denoiser), trained)
 
 
 def add_adapter(denoiser: nn.Module, method: str, flags: Flags, total_steps: int) -> None:

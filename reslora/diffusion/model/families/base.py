@@ -55,10 +55,10 @@ class Family:
         """What width and height of an image must be multiples of."""
         return math.lcm(pipeline.vae_scale_factor, 8)
 
-    def latent_shape(self, pipeline: DiffusionPipeline, resolution: int) -> tuple[int, int, int]:
-        """Shape of the latents of a square image: channels, height, width."""
-        side = resolution // pipeline.vae_scale_factor
-        return (pipeline.vae.config.latent_channels, side, side)
+    def latent_shape(self, pipeline: DiffusionPipeline, height: int, width: int) -> tuple[int, int, int]:
+        """Shape of the latents of an image of so many pixels: channels, height, width."""
+        factor = pipeline.vae_scale_factor
+        return (pipeline.vae.config.latent_channels, height // factor, width // factor)
 
     def encode_captions(self, pipeline: DiffusionPipeline, captions: Sequence[str], longest: int | None) -> Text:
         """What the denoiser reads of the captions, through the pipeline's own `encode_prompt`.

@@ -35,9 +35,9 @@ class Flux2Klein(Family):
         """Patches are two latents wide."""
         return pipeline.vae_scale_factor * 2
 
-    def latent_shape(self, pipeline, resolution):
+    def latent_shape(self, pipeline, height, width):
         """Four times the channels at half the side."""
-        channels, height, width = super().latent_shape(pipeline, resolution)
+        channels, height, width = super().latent_shape(pipeline, height, width)
         return (channels * 4, height // 2, width // 2)
 
     def encode_captions(self, pipeline, captions, longest):

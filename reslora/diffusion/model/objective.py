@@ -30,8 +30,8 @@ class DdpmObjective:
         """How many timesteps there are."""
         return self.scheduler.config.num_train_timesteps
 
-    def draw(self, generator: torch.Generator) -> torch.Tensor:
-        """A timestep for a training sample."""
+    def draw(self, generator: torch.Generator, tokens: int = 256) -> torch.Tensor:
+        """A timestep for a training sample, whatever its number of tokens."""
         return torch.randint(self.timesteps, (), generator=generator)
 
     def at(self, fraction: float) -> torch.Tensor:
@@ -67,8 +67,9 @@ class FlowObjective:
 
     `sampling` says how s is drawn. As in diffusers' scripts, from the scheduler's table, shifted as the scheduler says
     (or by `shift`): `uniform`, `logit_normal`, `mode`. As in kohya's: `sigmoid` of a normal number; `shift`, the same
-    shifted by `shift` (3 if it is None); `flux_shift`, by what Flux's pipeline shifts for `tokens`. Without `sampling`
-    the weighting scheme says it, as in diffusers' scripts. Raises `ValueError` for names that are unknown.
+    shifted by `shift` (3 if it is None); `flux_shift`, by what Flux's pipeline shifts for as many tokens as the sample
+    has. Without `sampling` the weighting scheme says it, as in diffusers' scripts. Raises `ValueError` for names that
+    are unknown.
     """
 
     def __init__(
@@ -77,7 +78,6 @@ class FlowObjective:
         sampling: str | None = None,
         weighting: str = "none",
         shift: float | None = None,
-        tokens: int = 256,
         logit_mean: float = 0.0,
         logit_std: float = 1.0,
         mode_scale: float = 1.29,
@@ -87,7 +87,7 @@ class FlowObjective:
         self.sampling = sampling or (weighting if weighting in ("logit_normal", "mode") else "uniform")
         if self.sampling not in SAMPLINGS or weighting not in WEIGHTINGS:
             raise ValueError(f"sampling {self.sampling!r} with weighting {weighting!r} is not known")
-        self.weighting, self.shift, self.tokens = weighting, shift or 3.0, tokens
+        self.weighting, self.shift = weighting, shift or 3.0
         self.density = {"logit_mean": logit_mean, "logit_std": logit_std, "mode_scale": mode_scale}
 
     @property
@@ -95,15 +95,15 @@ class FlowObjective:
         """How many timesteps there are; they need not be whole numbers."""
         return self.scheduler.config.num_train_timesteps
 
-    def draw(self, generator: torch.Generator) -> torch.Tensor:
-        """A timestep for a training sample, from 0 to `timesteps`."""
+    def draw(self, generator: torch.Generator, tokens: int = 256) -> torch.Tensor:
+        """A timestep for a training sample of so many tokens, from 0 to `timesteps`."""
         if self.sampling in ("uniform", "logit_normal", "mode"):
             drawn = compute_density_for_timestep_sampling(self.sampling, 1, generator=generator, **self.density)
             return self.at(float(drawn))
         s = torch.sigmoid(torch.randn((), generator=generator))
         if self.sampling == "sigmoid":
             return s * self.timesteps
-        shift = self.shift if self.sampling == "shift" else math.exp(calculate_shift(self.tokens))
+        shift = self.shift if self.sampling == "shift" else math.exp(calculate_shift(tokens))
         return shift * s / (1 + (shift - 1) * s) * self.timesteps
 
     def at(self, fraction: float) -> torch.Tensor:

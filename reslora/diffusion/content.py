@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from .images import Source
+Content = str | os.PathLike | bytes
+"""A file, or a file's content."""
 
 PIECES, PIECE = 8, 4096  # of a tensor in a safetensors file, as many stretches of so many bytes are read
 LONGEST_HEADER = 100_000_000  # bytes, as in safetensors itself
 UNREAD = {".bin", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".pt", ".pth"}  # weights that are never loaded
 
 
-def content_mark(source: Source) -> str:
+def content_mark(source: Content) -> str:
     """Size and a hash of a file, given as a path or as its content.
 
     All of it is read, but for safetensors files: a model of 24 GB would take half a minute. Of these the header and

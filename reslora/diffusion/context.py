@@ -1,0 +1,41 @@
+"""What every stage of a run may read, settled once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import Accelerator
+
+from ..common.signals import StopRequest
+from .arguments import Flags
+
+if TYPE_CHECKING:
+    from .model.loading import Model
+
+
+@dataclass(frozen=True)
+class Context:
+    """The flags with every default filled in, the model, the processes, and requests to stop."""
+
+    flags: Flags
+    model: Model
+    accelerator: Accelerator
+    stop: StopRequest
+
+    @property
+    def folder(self) -> Path:
+        """Where the run writes."""
+        return Path(self.flags.output_dir)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the frozen parts."""
+        return weight_dtype(self.accelerator.mixed_precision)
+
+
+def weight_dtype(mixed_precision: str) -> torch.dtype:
+    """The dtype of the frozen parts."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision, torch.float32)

@@ -1,0 +1,73 @@
+"""From images and captions to what samples are made of: encoded, or found encoded on disk."""
+
+from __future__ import annotations
+
+from diffusers import DiffusionPipeline
+
+from ..context import Context
+from ..model.loading import wide_enough
+from ..model.objective import Objective
+from .dataset import ImageDataset
+from .encoding import Latents, Texts, Variants, encode_images, encode_texts, without_damaged
+from .samples import Material
+from .size import Size
+from .sources import Source, split
+
+
+def material_of(images: ImageDataset, pipeline: DiffusionPipeline, objective: Objective, context: Context) -> Material:
+    """Captions and images encoded, or found encoded on disk; what only encoding needs leaves the memory."""
+    flags, family = context.flags, context.model.family
+    texts = texts_of(images, pipeline, context)
+    source = source_of(images, pipeline, context)
+    if flags.cache_latents:
+        pipeline.vae.encoder = None  # samples need the decoder alone
+    tell_what_is_left_out(source.images, context)
+    shapes = {size: family.latent_shape(pipeline, size.height, size.width) for size in source.buckets}
+    return Material((source,), texts, objective, shapes, flags)
+
+
+def texts_of(images: ImageDataset, pipeline: DiffusionPipeline, context: Context) -> Texts:
+    """Text states of the prompts and, where they are encoded beforehand, of all captions."""
+    flags, model = context.flags, context.model
+    key = (model.family.name, model.fingerprint(*model.family.text_parts), str(context.dtype))
+    captions = images.captions
+    prompts = ["", *(flags.validation_prompt or captions[0][:1])]
+
+    def load_encoders() -> DiffusionPipeline:
+        if not flags.cache_text_embeddings:
+            return pipeline
+        return model.load_pipeline(context.dtype, context.accelerator.device, encoders=True, vae=False)
+
+    wanted = prompts + ([text for options in captions for text in options] if flags.cache_text_embeddings else [])
+    return encode_texts(wanted, key, load_encoders, context)
+
+
+def source_of(images: ImageDataset, pipeline: DiffusionPipeline, context: Context) -> Source:
+    """The images with their latents, without the damaged ones, put into buckets and split."""
+    flags = context.flags
+    buckets = (Size(flags.resolution, flags.resolution),)
+    bucket = [0] * len(images)
+    latents, keep = None, list(range(len(images)))
+    if flags.cache_latents:
+        latents, problems = latents_of(images, [buckets[number] for number in bucket], pipeline, context)
+        images, latents, keep = without_damaged(images, latents, problems, flags)
+    train, held_out = split(len(images), flags.validation_split, flags.seed)
+    return Source(images, latents, train, held_out, buckets, tuple(bucket[index] for index in keep))
+
+
+def latents_of(
+    images: ImageDataset, sizes: list[Size], pipeline: DiffusionPipeline, context: Context
+) -> tuple[Latents, dict[int, str]]:
+    """Latents of all images at their sizes, and which of them are damaged."""
+    vae, model = pipeline.vae, context.model
+    key = (model.family.name, model.fingerprint("vae"), str(vae.dtype))
+    with wide_enough(model.family, vae):
+        return encode_images(Variants(images, sizes, context.flags), key, vae, context)
+
+
+def tell_what_is_left_out(images: ImageDataset, context: Context) -> None:
+    """A line for each of the first images that cannot be used, and how many there are."""
+    for line in (*images.notes, *(f"left out: {line}" for line in images.left_out[:20])):
+        context.accelerator.print(line)
+    if images.left_out:
+        context.accelerator.print(f"left out {len(images.left_out)} images, kept {len(images)}")

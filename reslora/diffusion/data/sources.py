@@ -1,0 +1,46 @@
+"""Where training images come from: one folder or dataset each, split, and put into buckets by size."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..seeds import shuffled
+from .dataset import ImageDataset
+from .encoding import Latents
+from .size import Size
+
+
+@dataclass(frozen=True)
+class Source:
+    """Images of one kind: those to be learnt, those that keep what is known, ..."""
+
+    images: ImageDataset
+    latents: Latents | None
+    """None: images are encoded as they are drawn."""
+    train: tuple[int, ...]
+    held_out: tuple[int, ...]
+    """For the validation loss."""
+    buckets: tuple[Size, ...]
+    bucket: tuple[int, ...]
+    """Of each image, which of the buckets."""
+    weight: float = 1.0
+    """Of the loss of its samples."""
+    repeats: int = 1
+    """How often an epoch meets each image."""
+
+    def size(self, image: int) -> Size:
+        """What an image is cropped and scaled to."""
+        return self.buckets[self.bucket[image]]
+
+    def select(self, keep: Sequence[int], **changes: object) -> Source:
+        """Some of the images, by number, before they are split."""
+        return dataclasses.replace(self, bucket=tuple(self.bucket[index] for index in keep), **changes)
+
+
+def split(count: int, share: float, seed: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The images trained on, and the `share` of them held out for the validation loss, at least one of each."""
+    order = shuffled(count, seed, "validation_split")
+    held_out = min(max(1, round(share * count)), count - 1) if share else 0
+    return tuple(sorted(order[held_out:])), tuple(sorted(order[:held_out]))

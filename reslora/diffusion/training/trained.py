@@ -1,0 +1,56 @@
+"""What is trained, as one module: its forward gives the loss of each sample of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from ..data.batch import Batch
+from .denoising import DenoisingLoss
+
+
+class Trained(nn.Module):
+    """The parts of a model that train, the denoiser first, and their loss.
+
+    accelerate wraps this module, so that the gradients of every part are averaged over the processes.
+    """
+
+    def __init__(self, parts: Mapping[str, nn.Module], loss: DenoisingLoss) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict(parts)
+        self.loss = loss
+        self._compiled: tuple[nn.Module, ...] = ()  # no module of its own: it has the parameters of the denoiser
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The part that predicts."""
+        return next(iter(self.parts.values()))
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Loss of each sample."""
+        (denoiser,) = self._compiled or (self.denoiser,)
+        return self.loss(denoiser, batch)
+
+    def use_compiler(self) -> None:
+        """From here on the denoiser runs compiled in `forward`."""
+        self._compiled = (compiled(self.denoiser),)
+
+    @contextmanager
+    def without_compiler(self) -> Iterator[None]:
+        """Inside, nothing runs compiled."""
+        kept, self._compiled = self._compiled, ()
+        try:
+            yield
+        finally:
+            self._compiled = kept
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    """The model for training steps only: samples and validation batches have other shapes, and go without."""
+    reorder = "reorder_for_peak_memory"
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    known = on_cpu and reorder in torch._inductor.list_options()
+    return torch.compile(model, options={reorder: False} if known else None)
