@@ -33,7 +33,7 @@ from reslora.diffusion.settings import parse_args
 from reslora.diffusion.setup import start_accelerator, start_trackers
 from reslora.diffusion.training.denoising import DenoisingLoss
 from reslora.diffusion.training.loop import train
-from reslora.diffusion.training.objective import DdpmObjective
+from reslora.diffusion.model.objective import DdpmObjective
 from reslora.diffusion.training.state import Schedule, Trainee, new_optimizer, prepare
 
 sys.path.append(str(ROOT / "tests"))

@@ -57,7 +57,7 @@ from reslora.diffusion.data.encoding import Variants, encode_images, encode_text
 from reslora.diffusion.data.samples import Material, training_loader
 from reslora.diffusion.model.families.base import Family
 from reslora.diffusion.settings import parse_args
-from reslora.diffusion.training.objective import DdpmObjective
+from reslora.diffusion.model.objective import DdpmObjective
 
 EXAMPLE = "examples/text_to_image/train_text_to_image_lora.py"
 

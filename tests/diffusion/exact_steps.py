@@ -10,16 +10,22 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 
 from reslora.common.script import shares_the_cpu
+from reslora.common.signals import StopRequest
+from reslora.diffusion.context import Context
 from reslora.diffusion.data.samples import Material, training_loader
+from reslora.diffusion.data.size import Size
+from reslora.diffusion.data.sources import Source
 from reslora.diffusion.model.families import load_family
+from reslora.diffusion.model.objective import DdpmObjective
 from reslora.diffusion.settings import parse_args, with_family
 from reslora.diffusion.training.denoising import DenoisingLoss
 from reslora.diffusion.training.loop import take_step
-from reslora.diffusion.training.objective import DdpmObjective
 from reslora.diffusion.training.preparing import prepare
 from reslora.diffusion.training.state import Schedule, Trainee, new_trainee
+from reslora.diffusion.training.trained import Trained
 
 STEPS, IMAGES, CAPTIONS = 4, 7, ("red disc", "blue box")
+SIZE = Size(64, 64)
 
 
 class RandomLatents:
@@ -32,7 +38,9 @@ class RandomLatents:
         return {"moments": torch.rand(2, 4, 8, 8, generator=draws), "sizes": torch.zeros(6)}
 
 
-def setting(folder: Path, *flags: str) -> tuple[Material, DenoisingLoss, torch.nn.Module]:
+def setting(
+    folder: Path, accelerator: Accelerator | None = None, *flags: str
+) -> tuple[Material, DenoisingLoss, torch.nn.Module]:
     """What is trained on, the loss and the bare denoiser, in float64, of the pipeline in a folder."""
     words = ["--pretrained_model_name_or_path", str(folder), "--train_data_dir", str(folder), "--rank", "2"]
     words += ["--output_dir", str(folder / "out"), "--max_grad_norm", "0.05", "--snr_gamma", "5", *flags]
@@ -44,16 +52,20 @@ def setting(folder: Path, *flags: str) -> tuple[Material, DenoisingLoss, torch.n
         texts = {caption: family.encode_captions(pipeline, [caption], None) for caption in CAPTIONS}
     texts = {caption: {name: value[0].double() for name, value in text.items()} for caption, text in texts.items()}
     images = SimpleNamespace(captions=[[CAPTIONS[index % 2]] for index in range(IMAGES)])
-    material = Material(
-        images, RandomLatents(), texts, tuple(range(IMAGES - 2)), (IMAGES - 2, IMAGES - 1), objective, (4, 8, 8), flags
-    )
+    train, held_out = tuple(range(IMAGES - 2)), (IMAGES - 2, IMAGES - 1)
+    source = Source(images, RandomLatents(), train, held_out, (SIZE,), (0,) * IMAGES)
+    material = Material((source,), texts, objective, {SIZE: (4, 8, 8)}, flags)
     denoiser = pipeline.unet.double().requires_grad_(False)
-    return material, DenoisingLoss(family, objective, pipeline, denoiser.config, torch.float64, flags), denoiser
+    context = Context(flags, SimpleNamespace(family=family), accelerator or Accelerator(cpu=True), StopRequest())
+    loss = DenoisingLoss(context, objective, pipeline, denoiser.config)
+    loss.context, loss.dtype = context, torch.float64
+    return material, loss, denoiser
 
 
-def trainee_of(denoiser: torch.nn.Module, material: Material, accelerator: Accelerator) -> Trainee:
+def trainee_of(denoiser: torch.nn.Module, loss: DenoisingLoss, accelerator: Accelerator) -> Trainee:
     """ResLoRA in float64, with random B, by plain gradient descent: AdamW would blow rounding up."""
-    made = new_trainee("reslora", denoiser, material.flags, Schedule(STEPS, STEPS, 0, False), accelerator)
+    trained = Trained({"unet": denoiser}, loss)
+    made = new_trainee("reslora", trained, Schedule(STEPS, STEPS, 0, False), loss.context)
     denoiser.double()
     draws = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -61,22 +73,22 @@ def trainee_of(denoiser: torch.nn.Module, material: Material, accelerator: Accel
             if "lora_B" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=draws) * 0.1)
     made.optimizer = torch.optim.SGD(made.parameters, lr=1.0)
-    prepare(made, material.flags, accelerator)
+    prepare(made, loss.context)
     return made
 
 
 def trained(folder: Path, batch: int, accumulation: int) -> dict[str, torch.Tensor]:
     """The adapter and the loss after every step."""
     words = ["--train_batch_size", str(batch), "--gradient_accumulation_steps", str(accumulation)]
-    material, loss, denoiser = setting(folder, *words)
     accelerator = Accelerator(gradient_accumulation_steps=accumulation, cpu=shares_the_cpu())
-    trainee = trainee_of(denoiser, material, accelerator)
+    material, loss, denoiser = setting(folder, accelerator, *words)
+    trainee = trainee_of(denoiser, loss, accelerator)
     batches = iter(
         training_loader(material, range(STEPS), accelerator.num_processes, accelerator.process_index, pin=False)
     )
     found = {}
     for step in range(STEPS):
-        found[f"loss {step}"] = take_step(trainee, loss, batches, material.flags, accelerator)
+        found[f"loss {step}"] = take_step(trainee, batches, loss.context)
         for name, parameter in denoiser.named_parameters():
             if parameter.requires_grad:
                 found[f"{name} {step}"] = parameter.detach().clone()

@@ -17,8 +17,10 @@ from torch._functorch.aot_autograd import make_boxed_func
 from diffusion.runs import assert_same, main, refused
 from reslora import ResLoraConfig, connect
 from reslora.common.errors import InvalidArgument
+from reslora.diffusion.context import Context
 from reslora.diffusion.training import compiling
-from reslora.diffusion.training.compiling import checked, compiled
+from reslora.diffusion.training.compiling import checked
+from reslora.diffusion.training.trained import Trained, compiled
 from reslora.wiring import connection_of
 
 COMPILE = torch.compile
@@ -57,16 +59,18 @@ class Checked:
         wrapped = lora_stack(lora_dropout=dropout)
         connect(wrapped, ResLoraConfig(), example_inputs=STACK_INPUTS)
         self.denoiser, self.fits, self.forwards = wrapped.get_base_model(), fits, 0
+        trained = Trained({"stack": self.denoiser}, self.loss)
+        trained._compiled = (COMPILE(self.denoiser, backend=backend),)
         self.trainee = SimpleNamespace(
-            denoiser=self.denoiser, model=COMPILE(self.denoiser, backend=backend), timed=contextlib.nullcontext
+            denoiser=self.denoiser, trained=trained, model=trained, timed=contextlib.nullcontext
         )
-        self.flags = SimpleNamespace(compile=True, lora_dropout=dropout)
-        self.accelerator = SimpleNamespace(
+        accelerator = SimpleNamespace(
             mixed_precision=precision,
             num_processes=1,
             distributed_type=Accelerator(cpu=True).distributed_type,
             print=print,
         )
+        self.context = Context(SimpleNamespace(compile=True, lora_dropout=dropout), None, accelerator, None)
 
     def loss(self, model: torch.nn.Module, batch: dict) -> torch.Tensor:
         self.forwards += 1
@@ -75,7 +79,7 @@ class Checked:
         return model(**batch).square().mean(dim=(1, 2))
 
     def batches(self) -> list[dict]:
-        return list(checked(iter(BATCHES), self.trainee, self.loss, self.flags, self.accelerator))
+        return list(checked(iter(BATCHES), self.trainee, self.context))
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
@@ -107,10 +111,11 @@ def test_no_single_batch_condemns_a_compiler(monkeypatch):
     assert case.batches() == BATCHES and list(errors) == []
 
 
-def test_dropout_is_not_compared():
+def test_dropout_is_not_compared(capsys):
     """A compiler draws other masks."""
     case = Checked("eager", dropout=0.5)
     assert case.batches() == BATCHES and case.forwards == 0
+    assert "--compile is not checked" in capsys.readouterr().out
 
 
 def test_a_step_that_only_fits_compiled_is_not_compared(capsys):

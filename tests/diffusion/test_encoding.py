@@ -20,7 +20,9 @@ from waiting import ended, wait_until
 
 from diffusion.runs import cut, final_weights, losses, main, only, printed, refused
 from reslora.diffusion.arguments import Flags
+from reslora.diffusion.context import Context
 from reslora.diffusion.data import encoding
+from reslora.diffusion.data.size import Size
 
 
 def trained_without_noise(folder: Path, images: int, log_variance: float) -> tuple[DiffusionPipeline, Path]:
@@ -239,7 +241,9 @@ def names_of_captions(monkeypatch, captions: list[str], key: object, longest: in
     """Names of the files that these captions are kept in."""
     found: list[Path] = []
     monkeypatch.setattr(encoding, "cached", lambda paths, *rest: found.extend(paths))
-    encoding.encode_texts(captions, key, None, longest, None, Path("cache"), None, None)
+    flags = Flags(max_sequence_length=longest, cache_dir="cache", output_dir="out")
+    context = Context(flags, SimpleNamespace(family=None), None, None)
+    encoding.encode_texts(captions, key, None, context)
     return [path.name for path in found]
 
 
@@ -281,8 +285,9 @@ def names_of_latents(monkeypatch, folder: Path, key: object = "key", pictures: P
     found: list[Path] = []
     nothing = SimpleNamespace(problems=dict)
     monkeypatch.setattr(encoding, "cached", lambda paths, *rest: found.extend(paths) or nothing)
-    variants = encoding.Variants(pictures or Pictures(), IMAGE_FLAGS.replace(**flags))
-    encoding.encode_images(variants, key, None, None, folder, Accelerator(cpu=True), None)
+    flags = IMAGE_FLAGS.replace(**flags, cache_dir=str(folder))
+    variants = encoding.Variants(pictures or Pictures(), [Size(flags.resolution, flags.resolution)] * 3, flags)
+    encoding.encode_images(variants, key, None, Context(flags, None, Accelerator(cpu=True), None))
     return [path.name for path in found]
 
 

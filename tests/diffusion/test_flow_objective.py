@@ -7,15 +7,15 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from reslora.diffusion.arguments import SAMPLINGS
-from reslora.diffusion.training.objective import FlowObjective
+from reslora.diffusion.model.objective import FlowObjective
 
 SHIFTED = FlowMatchEulerDiscreteScheduler(shift=3.0)
 DYNAMIC = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
 
 
-def draws(objective: FlowObjective, count: int = 4000) -> torch.Tensor:
+def draws(objective: FlowObjective, count: int = 4000, tokens: int = 256) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.stack([objective.draw(generator) for _ in range(count)]).double() / 1000
+    return torch.stack([objective.draw(generator, tokens) for _ in range(count)]).double() / 1000
 
 
 def shifted(s, by: float):
@@ -74,7 +74,7 @@ def test_mode_draws():
     ],
 )
 def test_draws_as_kohyas_scripts_make_them(sampling, shift, tokens, by):
-    drawn = draws(FlowObjective(SHIFTED, sampling, shift=shift, tokens=tokens))
+    drawn = draws(FlowObjective(SHIFTED, sampling, shift=shift), tokens=tokens)
     logits = torch.logit(drawn / (by + (1 - by) * drawn))  # undoes the shift
     assert logits.mean() == pytest.approx(0.0, abs=0.05) and logits.std() == pytest.approx(1.0, abs=0.05)
 

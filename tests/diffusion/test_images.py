@@ -10,6 +10,7 @@ import pytest
 from pipelines import random_image, same_image
 
 from reslora.diffusion.data.images import crop_and_scale, crop_sizes, image_size, open_image
+from reslora.diffusion.data.size import Size
 
 
 def solid(mode: str, colour, **save) -> np.ndarray:
@@ -69,7 +70,7 @@ def test_the_orientation_of_a_png_file_may_come_after_its_pixels(monkeypatch):
 
 def test_the_sizes_that_sdxl_is_told_are_the_upright_images():
     image = open_image(turned(6, "JPEG"))
-    assert crop_sizes(image.size, (0.5, 0.5), False, 4) == [8, 4, 2, 0, 4, 4]
+    assert crop_sizes(image.size, (0.5, 0.5), False, Size(4, 4)) == [8, 4, 2, 0, 4, 4]
 
 
 def test_a_path_is_read_like_its_bytes(tmp_path):
@@ -80,7 +81,7 @@ def test_a_path_is_read_like_its_bytes(tmp_path):
 @pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (33, 64)])
 def test_extreme_shapes_are_cropped_in_little_memory(size):
     image = PIL.Image.new("RGB", size, "white")
-    pixels = crop_and_scale(image, (0.5, 1.0), flip=True, resolution=64, interpolation="lanczos")
+    pixels = crop_and_scale(image, (0.5, 1.0), flip=True, size=Size(64, 64), interpolation="lanczos")
     assert pixels.shape == (3, 64, 64) and (pixels == 1).all()
 
 
@@ -90,7 +91,7 @@ def test_a_crop_is_the_square_at_its_place_and_a_flip_its_mirror_image():
     for across, left in ((0.0, 0), (0.5, 8), (1.0, 16)):
         square = values[:, :, left : left + 32]
         for flip, expected in ((False, square), (True, square[:, :, ::-1])):
-            pixels = crop_and_scale(image, (across, 0.5), flip=flip, resolution=32, interpolation="nearest")
+            pixels = crop_and_scale(image, (across, 0.5), flip=flip, size=Size(32, 32), interpolation="nearest")
             np.testing.assert_allclose(pixels.numpy(), expected, atol=1e-6)
 
 
@@ -106,7 +107,7 @@ def test_a_crop_is_the_square_at_its_place_and_a_flip_its_mirror_image():
 )
 def test_sizes_are_heights_before_widths_and_a_flip_counts_from_the_other_side(size, crop, flip, expected):
     """Height and width of the image, top and left of the crop once it is scaled, height and width of the crop."""
-    assert crop_sizes(size, crop, flip, 64) == expected
+    assert crop_sizes(size, crop, flip, Size(64, 64)) == expected
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -117,8 +118,8 @@ def test_a_crop_is_where_its_sizes_say(flip, turned, place):
     image = random_image(2)  # 48 x 32
     image = image.transpose(PIL.Image.Transpose.ROTATE_90) if turned else image
     crop = (0.0, place) if turned else (place, 0.0)
-    _, _, top, left, height, width = crop_sizes(image.size, crop, flip, 32)
+    _, _, top, left, height, width = crop_sizes(image.size, crop, flip, Size(32, 32))
     mirrored = image.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT) if flip else image
     square = np.asarray(mirrored)[top : top + height, left : left + width]
-    pixels = crop_and_scale(image, crop, flip, 32, "nearest")
+    pixels = crop_and_scale(image, crop, flip, Size(32, 32), "nearest")
     np.testing.assert_allclose(pixels.numpy(), square.transpose(2, 0, 1) / 127.5 - 1, atol=1e-6)

@@ -6,7 +6,7 @@ import torch
 from conftest import assert_equal
 from diffusers import DDPMScheduler
 
-from reslora.diffusion.training.objective import DdpmObjective, loss_per_sample
+from reslora.diffusion.model.objective import DdpmObjective, loss_per_sample
 
 TIMESTEPS = torch.tensor([0, 1, 250, 500, 998, 999])
 BETAS = {

@@ -14,7 +14,8 @@ from diffusion.runs import failed, main
 from reslora.common.errors import RunFailed
 from reslora.common.log import read_log
 from reslora.diffusion.arguments import Flags
-from reslora.diffusion.data.samples import ValidationSamples, collate
+from reslora.diffusion.data.batch import collate
+from reslora.diffusion.data.samples import ValidationSamples
 from reslora.diffusion.output.reports import Reports, Validation
 from reslora.diffusion.training import loop as training
 from reslora.diffusion.training.state import Schedule
@@ -103,13 +104,13 @@ def test_tensorboard_has_the_rows_of_the_log(brief_flags, tmp_path):
 
 def test_validation_loss_is_the_unweighted_mean_over_all_noises_of_all_held_out_images(model):
     """One sample at a time, its min-SNR weight divided out; batches of three leave a smaller one at the end."""
-    material, loss, denoiser = exact_steps.setting(model, "--train_batch_size", "3")
+    material, loss, denoiser = exact_steps.setting(model, None, "--train_batch_size", "3")
     samples, expected = ValidationSamples(material), []
     assert len(samples) == 4 * len(material.held_out) == 8
-    for number in range(len(samples)):
+    for sample in map(samples.__getitem__, samples.draws):
         with torch.no_grad():
-            weighted = loss(denoiser.eval(), collate([samples[number]]))
-        weight = material.objective.weight(samples[number]["timesteps"])
+            weighted = loss(denoiser.eval(), collate([sample]))
+        weight = material.objective.weight(sample.timesteps)
         assert abs(weight - 1) > 1e-3
         expected.append(weighted.item() / weight.item())
     denoiser.train()

@@ -16,6 +16,7 @@ from diffusion.runs import failed, main
 from reslora.common.errors import RunFailed
 from reslora.common.log import read_log
 from reslora.diffusion.arguments import Flags, build_parser
+from reslora.diffusion.context import Context
 from reslora.diffusion.output import exports as results
 
 
@@ -161,11 +162,18 @@ class Picture:
     def __init__(self, value: float) -> None:
         self.value = value
 
+    config = None
+
     def eval(self) -> "Picture":
         return self
 
     def draw(self, denoiser: "Picture", prompts: list[str], images: int) -> list[np.ndarray]:
         return [np.full((2, 2, 3), denoiser.value / 255)] * len(prompts) * images
+
+
+def folder_of(path: Path) -> Path:
+    (path / "lora").mkdir()
+    return path / "lora"
 
 
 def compared(folder: Path, monkeypatch, drawn: float, read: float) -> dict:
@@ -175,26 +183,28 @@ def compared(folder: Path, monkeypatch, drawn: float, read: float) -> dict:
     monkeypatch.setattr(results, "in_float32", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(results, "write_formats", lambda *_: None)
     monkeypatch.setattr(results, "read_back", lambda *_: [("peft", Picture(read))])
-    flags = Flags(validation_prompt=["red disc"], num_validation_images=1, num_train_epochs=None)
-    material, trainee = SimpleNamespace(flags=flags), SimpleNamespace(method="lora", step=3)
-    schedule, accelerator = SimpleNamespace(by_epochs=False), SimpleNamespace(print=lambda *_: None)
-    return results.export_method(trainee, None, material, None, Picture(0), schedule, folder, accelerator)
+    monkeypatch.setattr(results, "kohya_metadata", lambda *_: {})
+    flags = Flags(validation_prompt=["red disc"], num_validation_images=1, output_dir=str(folder.parent))
+    trainee, accelerator = SimpleNamespace(method=folder.name), SimpleNamespace(print=lambda *_: None)
+    return results.export_method(trainee, None, Picture(0), None, Context(flags, None, accelerator, None))
 
 
 @pytest.mark.parametrize("difference", [0, 1, 2, -2])
 def test_exports_may_differ_by_two_of_255(tmp_path, monkeypatch, difference):
-    assert compared(tmp_path, monkeypatch, 100, 100 + difference) == {"peft": abs(difference)}
+    assert compared(folder_of(tmp_path), monkeypatch, 100, 100 + difference) == {"peft": abs(difference)}
 
 
 @pytest.mark.parametrize("difference", [3, -3, 155, -100])
 def test_exports_that_differ_by_more_fail(tmp_path, monkeypatch, difference):
     with pytest.raises(RunFailed, match=f"lora/peft: its image differs by {abs(difference)}/255"):
-        compared(tmp_path, monkeypatch, 100, 100 + difference)
-    assert not (tmp_path / "exports.json").exists()
+        compared(folder_of(tmp_path), monkeypatch, 100, 100 + difference)
+    assert not (tmp_path / "lora" / "exports.json").exists()
 
 
 @pytest.mark.parametrize(("drawn", "read", "who"), [(float("nan"), 1, "lora"), (1, float("inf"), "lora/peft")])
 def test_pixels_that_are_not_finite_fail_on_either_side(tmp_path, monkeypatch, drawn, read, who):
     with pytest.raises(RunFailed, match=f"^{who}: .*not finite.*diverged"):
-        compared(tmp_path, monkeypatch, drawn, read)
-    assert (tmp_path / "exports.json").exists() == (who == "lora")  # until something of another merge is written
+        compared(folder_of(tmp_path), monkeypatch, drawn, read)
+    assert (tmp_path / "lora" / "exports.json").exists() == (
+        who == "lora"
+    )  # until something of another merge is written

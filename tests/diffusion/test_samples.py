@@ -11,14 +11,17 @@ from safetensors.torch import load_file
 from diffusion import exact_steps
 from diffusion.runs import SCRIPT, assert_same, digests, final_weights, losses, main
 from reslora.diffusion.arguments import Flags
+from reslora.diffusion.data.batch import Batch
+from reslora.diffusion.data.plan import Plan
 from reslora.diffusion.data.samples import (
     VALIDATION_DRAWS,
     CalibrationSamples,
     Material,
     TrainingSamples,
     ValidationSamples,
-    split,
 )
+from reslora.diffusion.data.size import Size
+from reslora.diffusion.data.sources import Source, split
 from reslora.diffusion.output import summary as showing
 
 
@@ -136,21 +139,22 @@ def test_the_loss_is_weighted_in_training_alone(pure_noise, with_and_without_off
 # -- the validation loss ---------------------------------------------------------------------------------------------
 
 
-def validation(limit: int, seed: int = 0, count: int = 100) -> list[dict]:
+def validation(limit: int, seed: int = 0, count: int = 100) -> list[Batch]:
     """What the validation loss of `count` images, a fifth of them held out, is measured on."""
     flags = Flags(
         seed=seed, validation_split=0.2, max_validation_images=limit, noise_offset=0.0, cache_text_embeddings=False
     )
-    train, held_out = split(count, flags)
-    latents = SimpleNamespace(variants=1, of=lambda index, variant: {"index": index})
+    train, held_out = split(count, flags.validation_split, flags.seed)
+    latents = SimpleNamespace(variants=1, of=lambda index, variant: {"sizes": torch.tensor(index)})
     images = SimpleNamespace(captions=[["box"]] * count)
     objective = SimpleNamespace(at=lambda share: torch.tensor(share))
-    samples = ValidationSamples(Material(images, latents, {}, train, held_out, objective, (1, 2, 2), flags))
-    return [samples[number] for number in range(len(samples))]
+    source = Source(images, latents, train, held_out, (Size(16, 16),), (0,) * count)
+    samples = ValidationSamples(Material((source,), {}, objective, {Size(16, 16): (1, 2, 2)}, flags))
+    return [samples[draw] for draw in samples.draws]
 
 
-def images_of(samples: list[dict]) -> list[int]:
-    return [sample["index"] for sample in samples[::VALIDATION_DRAWS]]
+def images_of(samples: list[Batch]) -> list[int]:
+    return [int(sample.sizes) for sample in samples[::VALIDATION_DRAWS]]
 
 
 def test_the_validation_loss_is_measured_on_a_limited_number_of_images_drawn_by_seed():
@@ -165,11 +169,11 @@ def test_the_validation_loss_is_measured_on_a_limited_number_of_images_drawn_by_
 
 
 def test_an_image_is_measured_with_the_same_noises_whichever_others_are():
-    every, some = ({(s["index"], int(4 * s["timesteps"])): s for s in validation(limit)} for limit in (64, 7))
+    every, some = ({(int(s.sizes), int(4 * s.timesteps)): s for s in validation(limit)} for limit in (64, 7))
     assert len(some) == 7 * VALIDATION_DRAWS
     for key, sample in some.items():
         for name in ("timesteps", "noise", "posterior_noise"):
-            assert sample[name].equal(every[key][name])
+            assert getattr(sample, name).equal(getattr(every[key], name))
 
 
 def test_loss_png_says_on_how_many_images_the_loss_was_measured(brief_flags, tmp_path, monkeypatch):
@@ -192,26 +196,27 @@ def test_training_calibration_and_validation_have_noises_of_their_own(model):
     """The merge would be judged on what was trained, and validation on the noise that was learnt, otherwise."""
     material, *_ = exact_steps.setting(model)
     kinds = (TrainingSamples, CalibrationSamples, ValidationSamples)
-    drawn = {kind: [kind(material)[number] for number in range(3)] for kind in kinds}
+    draws = Plan(material.sources, 3, 0).forward(0)
+    drawn = {kind: [kind(material)[draw] for draw in draws] for kind in kinds}
     for name in ("noise", "posterior_noise"):
-        values = [sample[name] for samples in drawn.values() for sample in samples]
+        values = [getattr(sample, name) for samples in drawn.values() for sample in samples]
         assert len({tuple(value.flatten().tolist()) for value in values}) == 9
-    again = TrainingSamples(material)[1]
-    assert all(torch.equal(again[name], drawn[TrainingSamples][1][name]) for name in ("noise", "timesteps", "moments"))
+    again, before = TrainingSamples(material)[draws[1]], drawn[TrainingSamples][1]
+    for name in ("noise", "timesteps", "moments"):
+        assert torch.equal(getattr(again, name), getattr(before, name))
 
 
 def test_calibration_takes_training_images_and_validation_those_held_out(model):
     material, *_ = exact_steps.setting(model)
-    count = len(material.train)
-    for kind in (TrainingSamples, CalibrationSamples):
-        assert {kind(material).image(number) for number in range(count)} == set(material.train)
-        assert {kind(material).image(count + number) for number in range(count)} == set(material.train)
-    samples = ValidationSamples(material)
-    images = [samples.image(number) for number in range(len(samples))]
-    assert images == [index for index in material.held_out for _ in range(VALIDATION_DRAWS)]
+    (source,) = material.sources
+    plan = Plan(material.sources, len(source.train), 0)
+    for number in range(3):
+        assert {draw.image for draw in plan.forward(number)} == set(source.train)
+    draws = ValidationSamples(material).draws
+    assert [draw.image for draw in draws] == [index for index in source.held_out for _ in range(VALIDATION_DRAWS)]
 
 
 def test_validation_has_a_timestep_in_each_quarter(model):
     samples = ValidationSamples(exact_steps.setting(model)[0])
-    quarters = [int(samples[number]["timesteps"]) // 250 for number in range(len(samples))]
+    quarters = [int(samples[draw].timesteps) // 250 for draw in samples.draws]
     assert quarters == [0, 1, 2, 3] * (len(samples) // 4)

@@ -3,7 +3,6 @@
 import shutil
 import tracemalloc
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import pytest
 from pipelines import image_folder, stable_diffusion
@@ -13,8 +12,12 @@ from reslora.common.errors import RunFailed
 from reslora.common.log import read_log
 from reslora.diffusion.arguments import Flags
 from reslora.diffusion.data import encoding
+from reslora.diffusion.data.batch import Batch
 from reslora.diffusion.data.dataset import ImageDataset
-from reslora.diffusion.data.samples import TrainingSamples, training_loader
+from reslora.diffusion.data.plan import Draw
+from reslora.diffusion.data.samples import Material, TrainingSamples, training_loader
+from reslora.diffusion.data.size import Size
+from reslora.diffusion.data.sources import Source
 from reslora.diffusion.model.families.stable_diffusion import StableDiffusion
 from reslora.diffusion.model.loading import Model
 
@@ -107,14 +110,14 @@ def test_an_interrupted_run_encodes_no_part_twice(train, tmp_path, monkeypatch):
 
 
 def test_without_cached_latents_an_image_is_opened_when_it_is_drawn(train, tmp_path, monkeypatch):
-    opened, drawn, open_image, image = [], [], ImageDataset.open, TrainingSamples.image
+    opened, drawn, open_image, sample = [], [], ImageDataset.open, TrainingSamples.__getitem__
     monkeypatch.setattr(ImageDataset, "open", lambda self, index: (opened.append(index), open_image(self, index))[1])
 
-    def draw(self, position: int) -> int:
-        drawn.append(image(self, position))
-        return drawn[-1]
+    def draw(self, wanted: Draw) -> Batch:
+        drawn.append(wanted.image)
+        return sample(self, wanted)
 
-    monkeypatch.setattr(TrainingSamples, "image", draw)
+    monkeypatch.setattr(TrainingSamples, "__getitem__", draw)
     train("out", "--no-cache_latents")
     assert opened == drawn and len(opened) == 4
     assert not list((tmp_path / "cache" / "encoded").glob("latents*"))
@@ -122,10 +125,11 @@ def test_without_cached_latents_an_image_is_opened_when_it_is_drawn(train, tmp_p
 
 def test_positions_of_a_long_run_are_not_held(folder):
     flags = Flags(train_batch_size=2, gradient_accumulation_steps=1, dataloader_num_workers=0, noise_offset=0.0, seed=0)
-    material = SimpleNamespace(flags=flags, train=range(IMAGES))
+    source = Source(None, None, tuple(range(IMAGES)), (), (Size(8, 8),), (0,) * IMAGES)
+    material = Material((source,), None, None, {}, flags)
     tracemalloc.start()
     loader = training_loader(material, range(1, 200_000), processes=3, rank=1, pin=False)
-    positions = next(iter(loader.batch_sampler))
+    positions = [draw.position for draw in next(iter(loader.batch_sampler))]
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert positions == [8, 9] and peak < 2**20

@@ -31,7 +31,9 @@ from diffusion.runs import (
 )
 from reslora.common.log import of_split, read_log
 from reslora.diffusion import run as running
-from reslora.diffusion.data.samples import TrainingSamples, collate
+from reslora.diffusion.data.batch import collate
+from reslora.diffusion.data.plan import Plan
+from reslora.diffusion.data.samples import TrainingSamples
 
 
 def test_same_seed_gives_the_same_bytes(run, base_flags, tmp_path):
@@ -87,10 +89,11 @@ def test_steps_of_two_processes_are_those_of_one_batch(model, one_batch, tmp_pat
 
 def test_a_step_is_that_of_plain_gradient_descent(model, one_batch):
     """The first one by hand: the mean loss of samples 0 to 3, its gradient clipped to norm 0.05, and rate 1."""
-    material, loss, denoiser = exact_steps.setting(model)
-    trainee = exact_steps.trainee_of(denoiser, material, Accelerator(cpu=True))
-    samples = TrainingSamples(material)
-    value = torch.stack([loss(denoiser, collate([samples[n]]))[0] for n in range(4)]).mean()
+    accelerator = Accelerator(cpu=True)
+    material, loss, denoiser = exact_steps.setting(model, accelerator)
+    trainee = exact_steps.trainee_of(denoiser, loss, accelerator)
+    samples, plan = TrainingSamples(material), Plan(material.sources, 1, 0)
+    value = torch.stack([loss(denoiser, collate([samples[plan.forward(n)[0]]]))[0] for n in range(4)]).mean()
     value.backward()
     names = {parameter: name for name, parameter in denoiser.named_parameters()}
     norm = sum(parameter.grad.square().sum() for parameter in trainee.parameters).sqrt()

@@ -8,10 +8,11 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from pipelines import FAMILIES, image_folder
 
+from reslora.common.signals import StopRequest
+from reslora.diffusion.data.batch import Batch
 from reslora.diffusion.model.families import load_family
-from reslora.diffusion.model.loading import find_model
-from reslora.diffusion.run import load_and_check
-from reslora.diffusion.settings import parse_args, with_family
+from reslora.diffusion.run import load_and_check, settle
+from reslora.diffusion.settings import parse_args
 from reslora.diffusion.training.denoising import DenoisingLoss
 
 CAPTIONS = ["red disc", "blue box"]
@@ -28,10 +29,9 @@ class Setting:
         places = ["--pretrained_model_name_or_path", str(folder / "model"), "--train_data_dir", str(folder / "images")]
         flags = parse_args([*places, "--output_dir", str(folder / "out"), "--resolution", "32", "--rank", "2", *flags])
         accelerator = Accelerator(cpu=True)
-        model = find_model(flags, accelerator)
-        flags = with_family(flags, model.family.defaults)
-        self.family, self.flags = model.family, flags
-        _, self.objective = load_and_check(flags, model, accelerator)
+        context = settle(flags, accelerator, StopRequest())
+        model, self.family, self.flags = context.model, context.model.family, context.flags
+        _, self.objective = load_and_check(context)
         lacking = {part: None for part, kind in model.index.items() if kind == [None, None]}
         self.stock = DiffusionPipeline.from_pretrained(folder / "model", torch_dtype=torch.float32, **lacking)
         self.stock.set_progress_bar_config(disable=True)
@@ -42,21 +42,21 @@ class Setting:
                 parameter += 0.05 * torch.randn(parameter.shape, generator=draws)
         # As the trainer has it: without the denoiser.
         pipeline = model.load_pipeline(torch.float32, accelerator.device, encoders=True)
-        self.loss = DenoisingLoss(self.family, self.objective, pipeline, self.denoiser.config, torch.float32, flags)
+        self.loss = DenoisingLoss(context, self.objective, pipeline, self.denoiser.config)
 
-    def batch(self, captions: list[str] = CAPTIONS) -> dict:
+    def batch(self, captions: list[str] = CAPTIONS) -> Batch:
         draws = torch.Generator().manual_seed(7)
-        shape = (2, *self.family.latent_shape(self.stock, 32))
+        shape = (2, *self.family.latent_shape(self.stock, 32, 32))
         timesteps = torch.stack([self.objective.draw(draws) for _ in range(2)])
         names = ("noise", "posterior_noise")
         batch = {name: torch.randn(shape, generator=draws) for name in names}
         moments = torch.rand(2, 2, *shape[1:], generator=draws)
-        return batch | {"timesteps": timesteps, "moments": moments, "sizes": SIZES, "caption": captions}
+        return Batch(**batch, timesteps=timesteps, moments=moments, sizes=SIZES, caption=captions, weight=torch.ones(2))
 
-    def latents(self, batch: dict) -> torch.Tensor:
+    def latents(self, batch: Batch) -> torch.Tensor:
         config = self.stock.vae.config
-        mean, std = batch["moments"].unbind(1)
-        drawn = mean + std * batch["posterior_noise"]
+        mean, std = batch.moments.unbind(1)
+        drawn = mean + std * batch.posterior_noise
         shift = config.shift_factor if self.family.objective == "flow" else 0.0
         return (drawn - shift) * config.scaling_factor
 
@@ -76,14 +76,14 @@ def ddpm_parts(one: Setting, batch: dict) -> tuple[torch.Tensor, torch.Tensor, t
     power = {"scaled_linear": 2, "linear": 1}[config.beta_schedule]
     ends = config.beta_start ** (1 / power), config.beta_end ** (1 / power)
     betas = torch.linspace(*ends, 1000, dtype=torch.float64) ** power
-    kept = torch.cumprod(1 - betas, 0)[batch["timesteps"]].view(2, 1, 1, 1).float()
-    x, e = one.latents(batch), batch["noise"]
+    kept = torch.cumprod(1 - betas, 0)[batch.timesteps].view(2, 1, 1, 1).float()
+    x, e = one.latents(batch), batch.noise
     return kept.sqrt() * x + (1 - kept).sqrt() * e, e, kept.sqrt() * e - (1 - kept).sqrt() * x
 
 
 def flow_parts(one: Setting, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    s = (batch["timesteps"] / 1000).view(2, 1, 1, 1)
-    x, e = one.latents(batch), batch["noise"]
+    s = (batch.timesteps / 1000).view(2, 1, 1, 1)
+    x, e = one.latents(batch), batch.noise
     return (1 - s) * x + s * e, e - x
 
 
@@ -94,7 +94,7 @@ def test_stable_diffusion(setting, kind):
     batch = one.batch()
     noisy, epsilon, v = ddpm_parts(one, batch)
     states = one.stock.encode_prompt(CAPTIONS, "cpu", 1, False)[0]
-    prediction = one.denoiser(noisy, batch["timesteps"], states).sample
+    prediction = one.denoiser(noisy, batch.timesteps, states).sample
     expected = mean_square(prediction, epsilon if kind == "epsilon" else v)
     torch.testing.assert_close(one.loss(one.denoiser, batch), expected)
 
@@ -106,7 +106,7 @@ def test_sdxl_is_told_sizes_and_pooled_states(setting):
     noisy, epsilon, v = ddpm_parts(one, batch)
     states, _, pooled, _ = one.stock.encode_prompt(CAPTIONS, device="cpu", do_classifier_free_guidance=False)
     told = {"text_embeds": pooled, "time_ids": SIZES.float()}
-    prediction = one.denoiser(noisy, batch["timesteps"], states, added_cond_kwargs=told).sample
+    prediction = one.denoiser(noisy, batch.timesteps, states, added_cond_kwargs=told).sample
     target = v if one.stock.scheduler.config.prediction_type == "v_prediction" else epsilon
     torch.testing.assert_close(one.loss(one.denoiser, batch), mean_square(prediction, target))
 
@@ -120,7 +120,7 @@ def test_z_image_counts_the_other_way_and_points_the_other_way(setting, captions
     states, _ = one.stock.encode_prompt(list(captions), "cpu", do_classifier_free_guidance=False)
     assert captions is CAPTIONS or states[0].shape != states[1].shape
     noisy = [image.unsqueeze(1) for image in noisy]
-    output = one.denoiser(noisy, (1000 - batch["timesteps"]) / 1000, states, return_dict=False)[0]
+    output = one.denoiser(noisy, (1000 - batch.timesteps) / 1000, states, return_dict=False)[0]
     prediction = -torch.stack([image.squeeze(1) for image in output])
     torch.testing.assert_close(one.loss(one.denoiser, batch), mean_square(prediction, velocity))
 
@@ -137,7 +137,7 @@ def test_flux_packs_and_is_told_the_guidance_if_it_listens(setting, guided):
     packed = noisy.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
     places = [(0, row, column) for row in range(height // 2) for column in range(width // 2)]
     output = one.denoiser(
-        packed, states, pooled, batch["timesteps"] / 1000, torch.tensor(places).float(), text_ids,
+        packed, states, pooled, batch.timesteps / 1000, torch.tensor(places).float(), text_ids,
         guidance=torch.tensor([2.5, 2.5]) if guided else None,
     ).sample  # fmt: skip
     target = velocity.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
@@ -153,7 +153,7 @@ def test_sd3(setting, with_t5):
     states, _, pooled, _ = one.stock.encode_prompt(
         CAPTIONS, None, None, device="cpu", do_classifier_free_guidance=False, max_sequence_length=77
     )
-    prediction = one.denoiser(noisy, states, pooled, batch["timesteps"]).sample
+    prediction = one.denoiser(noisy, states, pooled, batch.timesteps).sample
     torch.testing.assert_close(one.loss(one.denoiser, batch), mean_square(prediction, velocity))
 
 
@@ -161,9 +161,9 @@ def test_sd3(setting, with_t5):
 def test_flux2_klein_trains_on_patches_that_the_autoencoder_normalises(setting):
     one = setting("flux2_klein")
     batch = one.batch()
-    bn, s = one.stock.vae.bn, (batch["timesteps"] / 1000).view(2, 1, 1, 1)
-    mean, std = batch["moments"].unbind(1)
-    x, e = mean + std * batch["posterior_noise"], batch["noise"]
+    bn, s = one.stock.vae.bn, (batch.timesteps / 1000).view(2, 1, 1, 1)
+    mean, std = batch.moments.unbind(1)
+    x, e = mean + std * batch.posterior_noise, batch.noise
     x = (x - bn.running_mean[:, None, None]) / (
         bn.running_var[:, None, None] + one.stock.vae.config.batch_norm_eps
     ).sqrt()
@@ -171,7 +171,7 @@ def test_flux2_klein_trains_on_patches_that_the_autoencoder_normalises(setting):
     height, width = x.shape[2:]
     places = torch.tensor([(0, row, column, 0) for row in range(height) for column in range(width)])
     flat = ((1 - s) * x + s * e).flatten(2).transpose(1, 2)
-    output = one.denoiser(flat, states, batch["timesteps"] / 1000, places.expand(2, -1, -1), text_ids).sample
+    output = one.denoiser(flat, states, batch.timesteps / 1000, places.expand(2, -1, -1), text_ids).sample
     expected = mean_square(output, (e - x).flatten(2).transpose(1, 2))
     torch.testing.assert_close(one.loss(one.denoiser, batch), expected)
 
@@ -182,7 +182,7 @@ def test_flux2_kleins_moments_are_those_of_the_autoencoder_in_patches(setting):
     pixels = torch.rand(1, 3, 32, 32) * 2 - 1
     posterior = one.stock.vae.encode(pixels).latent_dist
     moments = one.family.encode_images(one.stock.vae, pixels)
-    assert tuple(moments.shape[2:]) == one.family.latent_shape(one.stock, 32)
+    assert tuple(moments.shape[2:]) == one.family.latent_shape(one.stock, 32, 32)
     for moment, whole in zip(moments[0], (posterior.mean[0], posterior.std[0]), strict=True):
         for row in (0, 1):
             for column in (0, 1):
