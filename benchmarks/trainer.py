@@ -56,8 +56,8 @@ from reslora.diffusion.data.dataset import ImageDataset, load_images
 from reslora.diffusion.data.encoding import Variants, encode_images, encode_texts
 from reslora.diffusion.data.samples import Material, training_loader
 from reslora.diffusion.model.families.base import Family
-from reslora.diffusion.settings import parse_args
 from reslora.diffusion.model.objective import DdpmObjective
+from reslora.diffusion.settings import parse_args
 
 EXAMPLE = "examples/text_to_image/train_text_to_image_lora.py"
 

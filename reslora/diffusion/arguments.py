@@ -75,6 +75,14 @@ def whole(minimum: int):
     return parse
 
 
+def buckets(text: str) -> str:
+    """Type of a flag that takes heights and widths, as diffusers' scripts spell them: `512,512;448,576`."""
+    found = re.fullmatch(r"\s*\d+\s*,\s*\d+\s*(;\s*\d+\s*,\s*\d+\s*)*;?\s*", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is not height,width;height,width")
+    return re.sub(r"\s", "", text).strip(";")
+
+
 def number(minimum: float, below: float = math.inf, exclusive: bool = False):
     """Type of a flag that takes a finite number in [minimum, below), or above `minimum` when `exclusive`."""
 
@@ -189,6 +197,11 @@ def add_data_flags(add) -> None:
     add("--caption_column", default="text", help="column with the caption, or a list of captions to choose from")
     add("--max_train_samples", type=whole(1), help="train on that many images, drawn at random")
     add("--resolution", type=whole(8), help="side of the square that images are cropped and scaled to")
+    add("--use_aspect_ratio_buckets", **SWITCH,
+        help="train each image near its own shape, at about the area of a --resolution square, and never scaled up")
+    add("--aspect_ratio_buckets", type=buckets, metavar="H,W;H,W",
+        help="the buckets, as heights and widths, instead of a ladder around --resolution; images may be scaled up")
+    add("--bucket_upscale", **SWITCH, help="scale small images up to a bucket of the ladder")
     add("--center_crop", **SWITCH, help="crop the centre instead of a random place")
     add("--random_flip", **SWITCH, help="mirror half of the samples")
     add("--image_interpolation_mode", default="lanczos", help="how images are scaled",

@@ -14,6 +14,7 @@ from ..chains import Chains, chains
 from ..common.adapters import check_rank, narrowest_layer
 from ..common.errors import InvalidArgument, first_line
 from .arguments import DEFAULT_PRE_NUM, DEFAULT_RANK, Flags
+from .data.buckets import named_buckets
 from .model.families.base import Family
 from .model.loading import Model
 from .model.quantising import try_format
@@ -48,6 +49,10 @@ def check_pipeline(flags: Flags, pipeline: DiffusionPipeline, family: Family) ->
         argument = f"--num_inference_steps {flags.num_inference_steps}"
         raise InvalidArgument(argument, f"the model knows {known} timesteps", "give fewer")
     multiple = family.pixel_multiple(pipeline)
+    for size in named_buckets(flags.aspect_ratio_buckets or ""):
+        if any(side % multiple or not side for side in (size.height, size.width)):
+            argument = f"--aspect_ratio_buckets {size.height},{size.width}"
+            raise InvalidArgument(argument, f"the pipeline takes multiples of {multiple}", "give sides that are")
     if flags.resolution % multiple:
         argument, problem = f"--resolution {flags.resolution}", f"the pipeline takes multiples of {multiple}"
         raise InvalidArgument(argument, problem, f"give {max(1, flags.resolution // multiple) * multiple}")

@@ -109,7 +109,8 @@ class Variants(TorchDataset):
 
     def __init__(self, images: ImageDataset, sizes: Sequence[Size], flags: Flags) -> None:
         self.images, self.sizes, self.flags = images, sizes, flags
-        self.crops = 1 if flags.center_crop or images.square else RANDOM_CROPS
+        # In a bucket there is little room for a crop to move in.
+        self.crops = 1 if flags.center_crop or flags.use_aspect_ratio_buckets or images.square else RANDOM_CROPS
         self.flips = (False, True) if flags.random_flip else (False,)
 
     def __len__(self) -> int:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from diffusers import DiffusionPipeline
 
+from ..arguments import Flags
 from ..context import Context
 from ..model.loading import wide_enough
 from ..model.objective import Objective
+from .buckets import bucket_of, ladder, named_buckets, own_bucket
 from .dataset import ImageDataset
 from .encoding import Latents, Texts, Variants, encode_images, encode_texts, without_damaged
 from .samples import Material
@@ -45,14 +49,36 @@ def texts_of(images: ImageDataset, pipeline: DiffusionPipeline, context: Context
 def source_of(images: ImageDataset, pipeline: DiffusionPipeline, context: Context) -> Source:
     """The images with their latents, without the damaged ones, put into buckets and split."""
     flags = context.flags
-    buckets = (Size(flags.resolution, flags.resolution),)
-    bucket = [0] * len(images)
+    sizes = sizes_of(images, context.model.family.pixel_multiple(pipeline), flags)
     latents, keep = None, list(range(len(images)))
     if flags.cache_latents:
-        latents, problems = latents_of(images, [buckets[number] for number in bucket], pipeline, context)
+        latents, problems = latents_of(images, sizes, pipeline, context)
         images, latents, keep = without_damaged(images, latents, problems, flags)
     train, held_out = split(len(images), flags.validation_split, flags.seed)
-    return Source(images, latents, train, held_out, buckets, tuple(bucket[index] for index in keep))
+    buckets = tuple(dict.fromkeys(sizes))
+    bucket = tuple(buckets.index(sizes[index]) for index in keep)
+    if flags.use_aspect_ratio_buckets:
+        tell_buckets(buckets, bucket, context)
+    return Source(images, latents, train, held_out, buckets, bucket)
+
+
+def sizes_of(images: ImageDataset, multiple: int, flags: Flags) -> list[Size]:
+    """What each image is cropped and scaled to: one square, or with buckets the size that keeps most of it."""
+    if not flags.use_aspect_ratio_buckets:
+        return [Size(flags.resolution, flags.resolution)] * len(images)
+    if flags.aspect_ratio_buckets:
+        buckets = named_buckets(flags.aspect_ratio_buckets)
+        return [bucket_of(size, buckets) for size in images.sizes]
+    if flags.bucket_upscale:
+        buckets = ladder(flags.resolution, multiple)
+        return [bucket_of(size, buckets) for size in images.sizes]
+    return [own_bucket(size, flags.resolution, multiple) for size in images.sizes]
+
+
+def tell_buckets(buckets: Sequence[Size], bucket: Sequence[int], context: Context) -> None:
+    """How many images each bucket has."""
+    counts = [f"{size.height}x{size.width}: {bucket.count(number)}" for number, size in enumerate(buckets)]
+    context.accelerator.print(f"{len(buckets)} buckets (height x width: images): {', '.join(counts)}")
 
 
 def latents_of(

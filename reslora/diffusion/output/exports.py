@@ -211,6 +211,7 @@ def kohya_metadata(config: Mapping, material: Material, schedule: Schedule, cont
         "ss_seed": str(flags.seed),
         "ss_steps": str(schedule.steps),
         "ss_resolution": str(flags.resolution),
+        "ss_enable_bucket": str(flags.use_aspect_ratio_buckets),
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{architecture}/lora",
         "modelspec.implementation": "diffusers",
