@@ -30,8 +30,8 @@ from reslora.diffusion.data.samples import Material
 from reslora.diffusion.model.families.stable_diffusion import StableDiffusion
 from reslora.diffusion.model.objective import DdpmObjective
 from reslora.diffusion.output.reports import Reports
+from reslora.diffusion.processes import start_accelerator, start_trackers
 from reslora.diffusion.settings import parse_args
-from reslora.diffusion.setup import start_accelerator, start_trackers
 from reslora.diffusion.training.denoising import DenoisingLoss
 from reslora.diffusion.training.loop import train
 from reslora.diffusion.training.state import Schedule, Trainee, new_optimizer, prepare

@@ -13,9 +13,9 @@ from reslora.diffusion.data.dataset import load_images
 from reslora.diffusion.model.loading import find_model, weight_dtype
 from reslora.diffusion.output.exports import calibration_batches as image_batches
 from reslora.diffusion.output.reports import Validation
+from reslora.diffusion.processes import start_accelerator
 from reslora.diffusion.run import encode, load_and_check
 from reslora.diffusion.settings import parse_args, with_family
-from reslora.diffusion.setup import start_accelerator
 from reslora.diffusion.training.denoising import DenoisingLoss
 from reslora.diffusion.training.state import add_adapter
 from reslora.language import llm

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from launching import launch
@@ -109,23 +110,52 @@ sys.exit(run_script("script", main))
 
 @pytest.mark.parametrize("waiting", ["wait()", "any_of(False)", "decided(lambda: 1)", "each(lambda: 1)"])
 def test_a_process_that_dies_is_not_waited_for(tmp_path, waiting):
-    (tmp_path / "script.py").write_text(DEAD.format(waiting=waiting))
-    store = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    path = {"PYTHONPATH": os.pathsep.join(sys.path)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "script.py"], cwd=tmp_path, env=os.environ | store | path | {"RANK": str(rank)},
-            stderr=subprocess.PIPE, text=True,
-        )
-        for rank in (0, 1)
-    ]  # fmt: skip
+    processes = started(tmp_path, DEAD.format(waiting=waiting))
     errors = output_of(processes[0])[1]
     assert processes[0].returncode == 1 and "another process of this run has ended" in errors.splitlines()[-1], errors
     assert "Traceback" not in errors
     output_of(processes[1])
 
 
+def started(folder: Path, script: str) -> list[subprocess.Popen]:
+    """Two processes of a script, by rank, that find each other."""
+    (folder / "script.py").write_text(script)
+    store = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    path = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    return [
+        subprocess.Popen(
+            [sys.executable, "script.py"], cwd=folder, env=os.environ | store | path | {"RANK": str(rank)},
+            stderr=subprocess.PIPE, text=True,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+
+
 def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+# Collectives of this group expire after two seconds; the main process takes four.
+PATIENT = """
+import sys, time
+from datetime import timedelta
+import torch.distributed as dist
+from reslora.common import together
+from reslora.common.script import run_script
+
+def main(argv, stop):
+    dist.init_process_group("gloo", timeout=timedelta(seconds=2))
+    assert together.decided(lambda: time.sleep(4) or "merged") == "merged"
+    together.wait()
+
+sys.exit(run_script("script", main))
+"""
+
+
+def test_the_others_outwait_what_a_collective_does_not(tmp_path):
+    """Merging, drawing and reading back take longer than any collective may."""
+    processes = started(tmp_path, PATIENT)
+    errors = [output_of(process)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors

@@ -19,18 +19,20 @@ from .data.material import material_of
 from .data.samples import Material
 from .folder import locked
 from .model.loading import find_model
-from .model.objective import Objective
+from .model.objective import Objective, objective_of
 from .output.drawing import Drawer
 from .output.exports import export_method
 from .output.reports import Reports, Validation
 from .output.summary import hub_repository, print_summary, publish, write_figures
+from .output.trackers import start_trackers
+from .processes import start_accelerator
 from .settings import with_family
-from .setup import attention_of, objective_of, schedule_of, start_accelerator, start_trackers
 from .training.checkpoints import Identity, Resume, plan_resume, restore, save_checkpoint, write_exports
 from .training.denoising import DenoisingLoss
 from .training.loop import Watch, train
-from .training.preparing import prepare, renew_scaler
-from .training.state import Schedule, Trainee, new_trainee
+from .training.preparing import attention_of, prepare, renew_scaler
+from .training.schedule import Schedule, schedule_of
+from .training.state import Trainee, new_trainee
 from .training.trained import Trained
 
 
@@ -94,7 +96,7 @@ def load_and_check(context: Context) -> tuple[DiffusionPipeline, Objective]:
     check_base_precision(flags, context.dtype, accelerator)
     pipeline = model.load_pipeline(context.dtype, accelerator.device, encoders=not flags.cache_text_embeddings)
     check_pipeline(flags, pipeline, model.family)
-    objective = objective_of(flags, model, pipeline)
+    objective = objective_of(flags, model.family, pipeline)
     check_methods(flags, model, accelerator)
     return pipeline, objective
 

@@ -21,7 +21,8 @@ from reslora.diffusion.settings import parse_args, with_family
 from reslora.diffusion.training.denoising import DenoisingLoss
 from reslora.diffusion.training.loop import take_step
 from reslora.diffusion.training.preparing import prepare
-from reslora.diffusion.training.state import Schedule, Trainee, new_trainee
+from reslora.diffusion.training.schedule import Schedule
+from reslora.diffusion.training.state import Trainee, new_trainee
 from reslora.diffusion.training.trained import Trained
 
 STEPS, IMAGES, CAPTIONS = 4, 7, ("red disc", "blue box")

@@ -18,7 +18,7 @@ from reslora.diffusion.data.batch import collate
 from reslora.diffusion.data.samples import ValidationSamples
 from reslora.diffusion.output.reports import Reports, Validation
 from reslora.diffusion.training import loop as training
-from reslora.diffusion.training.state import Schedule
+from reslora.diffusion.training.schedule import Schedule
 
 
 @pytest.fixture

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 
-from ..arguments import SAMPLINGS, WEIGHTINGS
+from ...common.errors import InvalidArgument, first_line
+from ..arguments import SAMPLINGS, WEIGHTINGS, Flags
+from .families.base import Family
 
 
 class DdpmObjective:
@@ -128,6 +130,31 @@ class FlowObjective:
 
 
 Objective = DdpmObjective | FlowObjective
+
+
+def objective_of(flags: Flags, family: Family, pipeline: DiffusionPipeline) -> Objective:
+    """What the model's family learns; refuses flags that belong to another objective."""
+    if family.objective == "flow":
+        for name in ("prediction_type", "snr_gamma"):
+            if getattr(flags, name) is not None:
+                problem = f"{family.name} learns a flow, which has none"
+                raise InvalidArgument(f"--{name} {getattr(flags, name)}", problem, "leave it out")
+        return FlowObjective(
+            pipeline.scheduler, flags.timestep_sampling, flags.weighting_scheme, shift=flags.discrete_flow_shift,
+            logit_mean=flags.logit_mean, logit_std=flags.logit_std,
+            mode_scale=flags.mode_scale,
+        )  # fmt: skip
+    for name in ("timestep_sampling", "discrete_flow_shift", "weighting_scheme"):
+        if getattr(flags, name) is not None:
+            problem = f"{family.name} does not learn a flow"
+            raise InvalidArgument(f"--{name} {getattr(flags, name)}", problem, "leave it out")
+    if flags.prediction_type:
+        pipeline.scheduler.register_to_config(prediction_type=flags.prediction_type)
+    try:
+        return DdpmObjective(pipeline.scheduler, flags.snr_gamma)
+    except ValueError as error:
+        argument = f"--pretrained_model_name_or_path {flags.pretrained_model_name_or_path}"
+        raise InvalidArgument(argument, first_line(error), "give another model, or --prediction_type") from None
 
 
 def loss_per_sample(prediction: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,8 @@ from ..data.samples import CalibrationSamples, Material
 from ..model.families.base import Family
 from ..training.checkpoints import EXPORTS
 from ..training.denoising import DenoisingLoss
-from ..training.state import Schedule, Trainee, add_adapter
+from ..training.schedule import Schedule
+from ..training.state import Trainee, add_adapter
 from .calibration import write_calibration
 from .drawing import Drawer, as_bytes, as_image
 from .reports import save_images

@@ -21,7 +21,8 @@ from ...files import replacing
 from ..arguments import Flags
 from ..data.samples import Material, ValidationSamples
 from ..training.denoising import DenoisingLoss
-from ..training.state import Schedule, Trainee
+from ..training.schedule import Schedule
+from ..training.state import Trainee
 from .drawing import Drawer, as_image
 
 VALIDATION = ("loss", "samples")

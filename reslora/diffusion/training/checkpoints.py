@@ -18,7 +18,8 @@ from ...common.together import decided, each
 from ...files import Damaged, check_checksums, read_object, replacing, temporary_beside, write_checksums, write_json
 from ..arguments import Flags
 from ..folder import remove
-from .state import Schedule, Trainee
+from .schedule import Schedule
+from .state import Trainee
 
 STATE, RECORD, EXPORTS = "trainer.pt", "trainer.json", "exports.json"
 

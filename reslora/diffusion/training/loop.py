@@ -18,7 +18,8 @@ from ..data.loaders import stream
 from ..data.samples import Material, training_loader
 from ..seeds import derive
 from .compiling import checked
-from .state import Schedule, Trainee
+from .schedule import Schedule
+from .state import Trainee
 from .stopping import stop_requested
 
 if TYPE_CHECKING:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+
 from accelerate import Accelerator
 from accelerate.utils import get_grad_scaler
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...model import enable_gradient_checkpointing
 from ..context import Context
+from ..data.samples import Material
 from .state import Trainee
 from .zero import load_full_state
+
+FEW_TOKENS = 64
 
 
 def renew_scaler(accelerator: Accelerator) -> None:
@@ -30,3 +37,11 @@ def prepare(trainee: Trainee, context: Context) -> None:
         trainee.awaited = None
     if flags.compile:
         trainee.trained.use_compiler()
+
+
+def attention_of(accelerator: Accelerator, material: Material) -> contextlib.AbstractContextManager:
+    """Plain attention for the few tokens of a small pipeline: PyTorch's fused one crawls on a CPU in bf16."""
+    tokens = max(math.prod(shape[-2:]) for shape in material.shapes.values())
+    small = accelerator.device.type == "cpu" and tokens <= FEW_TOKENS
+    plain = small and accelerator.mixed_precision == "bf16"
+    return sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext()

@@ -20,23 +20,9 @@ from ...config import ResLoraConfig
 from ..arguments import Flags
 from ..context import Context
 from ..seeds import derive
+from .schedule import Schedule
 from .trained import Trained
 from .zero import full_state, uses_deepspeed
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How long a method trains, and when it is looked at."""
-
-    steps: int
-    validation_steps: int
-    warmup_steps: int
-    by_epochs: bool
-    """Whether the number of steps came from --num_train_epochs."""
-
-    def is_due(self, step: int) -> bool:
-        """Whether there are to be a validation loss and samples after that step."""
-        return step % self.validation_steps == 0 or step == self.steps
 
 
 @dataclass

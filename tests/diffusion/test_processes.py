@@ -9,7 +9,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from diffusion.runs import RESUME, main, refused
-from reslora.diffusion import setup
+from reslora.diffusion import processes as setup
 from reslora.diffusion.settings import ASSETS, parse_args
 
 

@@ -1,0 +1,33 @@
+"""`config.json` and the trackers that accelerate knows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ...common.together import decided
+from ...files import write_json
+from ..context import Context
+from ..training.schedule import Schedule
+
+TENSORBOARD_SECONDS = 10  # until it shows what is new
+PLACES = (
+    "pretrained_model_name_or_path",
+    "pretrained_vae_model_name_or_path",
+    "train_data_dir",
+    "dataset_name",
+    "cache_dir",
+)
+
+
+def start_trackers(schedule: Schedule, context: Context) -> None:
+    """`config.json`, and the trackers."""
+    steps = {"max_train_steps": schedule.steps, "validation_steps": schedule.validation_steps}
+    flags, accelerator = context.flags.replace(**steps), context.accelerator
+    public = {name: value for name, value in vars(flags).items() if name not in ("config", "hub_token")}
+    for name in PLACES:
+        if public[name] and Path(public[name]).exists():  # whoever reads it later may be in another folder
+            public[name] = str(Path(public[name]).resolve())
+    decided(lambda: write_json(Path(flags.output_dir) / "config.json", public))
+    plain = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in public.items()}
+    often = {"tensorboard": {"flush_secs": TENSORBOARD_SECONDS}}
+    accelerator.init_trackers("train_sd", config=plain, init_kwargs=often)

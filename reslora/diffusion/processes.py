@@ -1,0 +1,123 @@
+"""accelerate, its tracker, the precision, and this process's share of the cores."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.state import is_initialized
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import ProjectConfiguration
+
+from ..common.errors import InvalidArgument, first_line
+from ..common.script import shares_the_cpu
+from .arguments import Flags
+from .checks import check_fsdp
+from .settings import is_bundled
+from .training.zero import configure, uses_deepspeed
+
+
+def start_accelerator(flags: Flags) -> Accelerator:
+    """Accelerate with the tracker that is asked for, and this process's share of the cores."""
+    folder = Path(flags.output_dir)
+    check_fsdp()
+    if not flags.mixed_precision and os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp8":
+        problem = "its configuration says fp8, in which nothing is trained here"
+        raise InvalidArgument("accelerate launch", problem, "give --mixed_precision bf16, or another configuration")
+    try:
+        accelerator = Accelerator(
+            cpu=shares_the_cpu(),
+            gradient_accumulation_steps=flags.gradient_accumulation_steps,
+            mixed_precision=precision_of(flags),
+            log_with=tracker_of(flags.report_to),
+            project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / flags.logging_dir)),
+        )
+    except ValueError as error:
+        raise InvalidArgument(
+            f"--mixed_precision {flags.mixed_precision}", first_line(error), "choose another"
+        ) from None
+    started = int(os.environ.get("WORLD_SIZE", accelerator.num_processes))
+    if started != accelerator.num_processes:  # so it is with DeepSpeed on a CPU: each would take itself for all
+        problem = f"accelerate knows {accelerator.num_processes} of the {started} processes that were started"
+        raise InvalidArgument("accelerate launch", problem, "give --num_processes 1, or another configuration")
+    if accelerator.device.type == "cpu":
+        if accelerator.mixed_precision == "fp16":
+            raise InvalidArgument("--mixed_precision fp16", "there is no GPU, and CPUs crawl in fp16", "use bf16 or no")
+        take_cores(int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)))
+        keep_freed_memory()
+    if uses_deepspeed(accelerator):
+        configure(flags, accelerator)
+    torch.backends.cuda.matmul.allow_tf32 = flags.allow_tf32
+    quieten()
+    return accelerator
+
+
+def precision_of(flags: Flags) -> str | None:
+    """`--mixed_precision`; where nobody has a wish, bf16 for the small pipelines on a CPU that computes in it.
+
+    bf16 takes them two thirds of the time there, and merges and exports are made in float32 all the same.
+    """
+    settled = is_initialized()  # by a run before, in a process that makes several
+    wish = settled or flags.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no"
+    if wish or os.environ.get("ACCELERATE_USE_DEEPSPEED") or not is_bundled(flags.pretrained_model_name_or_path):
+        return flags.mixed_precision
+    if not computes_in_bf16():
+        return None
+    if int(os.environ.get("RANK", 0)) == 0:
+        print("training in bf16, in which this processor computes; --mixed_precision no: in float32", flush=True)
+    return "bf16"
+
+
+def computes_in_bf16() -> bool:
+    """Whether this is a CPU, and one with instructions for bf16."""
+    known = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(known.get("avx512_bf16") or known.get("amx_bf16")) and not torch.accelerator.is_available()
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to use freed memory again rather than return it: a step would fetch all of it anew, page by page."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def take_cores(local_processes: int) -> None:
+    """Use all cores: launchers leave one thread where nothing is configured. A user's own choice is kept."""
+    launched = {"ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
+    chosen = os.environ.get("OMP_NUM_THREADS")
+    if chosen is None or (launched and chosen == "1"):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(max(1, cores // local_processes))
+
+
+def quieten() -> None:
+    """Warnings that are not for whoever trains."""
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    logging.getLogger("peft").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="huggingface_hub")
+
+
+def tracker_of(name: str) -> str | None:
+    """The tracker as accelerate takes it; raises `InvalidArgument` for one it does not know or cannot import."""
+    known, installed = sorted(map(str, LOGGER_TYPE_TO_CLASS)), set(map(str, get_available_trackers()))
+    if name == "none" or (name == "tensorboard" and name not in installed):
+        return None
+    if name != "all" and name not in known:
+        raise InvalidArgument(
+            f"--report_to {name}", "accelerate does not know it", f"give one of {', '.join(known)}, all, none"
+        )
+    if name != "all" and name not in installed:
+        raise InvalidArgument(f"--report_to {name}", f"{name} is not installed", f"pip install {name}, or leave it out")
+    return name

@@ -1,0 +1,39 @@
+"""How long a method trains, and when it is looked at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..context import Context
+from ..data.samples import Material
+from ..settings import check_adalora_steps
+
+LONGEST_WARMUP, WARMUP_SHARE = 500, 0.1
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long a method trains, and when it is looked at."""
+
+    steps: int
+    validation_steps: int
+    warmup_steps: int
+    by_epochs: bool
+    """Whether the number of steps came from --num_train_epochs."""
+
+    def is_due(self, step: int) -> bool:
+        """Whether there are to be a validation loss and samples after that step."""
+        return step % self.validation_steps == 0 or step == self.steps
+
+
+def schedule_of(material: Material, context: Context) -> Schedule:
+    """How long each method trains, and when it is looked at."""
+    flags = context.flags
+    plan = material.plan(context.accelerator.num_processes)
+    updates = plan.updates_per_epoch(flags.gradient_accumulation_steps)
+    steps = flags.max_train_steps or flags.num_train_epochs * updates
+    check_adalora_steps(flags.method, steps)
+    validation_steps = flags.validation_steps or flags.validation_epochs * updates
+    warmup = flags.lr_warmup_steps
+    warmup = min(LONGEST_WARMUP, int(WARMUP_SHARE * steps)) if warmup is None else warmup
+    return Schedule(steps, validation_steps, warmup, by_epochs=not flags.max_train_steps)

@@ -1,0 +1,44 @@
+"""The rooms of `reslora/diffusion`: imports between them go one way."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[2] / "reslora" / "diffusion"
+ROOMS = ("model", "data", "training", "output")  # each may import those before it
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """The rooms that a file imports when it is imported itself: not what only a type checker reads."""
+    tree, found = ast.parse(path.read_text()), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            folder = path.parents[node.level - 1]
+            target = folder.joinpath(*(node.module or "").split("."))
+            if target.is_relative_to(PACKAGE) and target != PACKAGE:
+                found.add(target.relative_to(PACKAGE).parts[0])
+    return found & set(ROOMS)
+
+
+@pytest.mark.parametrize("number", range(len(ROOMS)), ids=ROOMS)
+def test_a_room_imports_only_those_before_it(number):
+    files = sorted((PACKAGE / ROOMS[number]).rglob("*.py"))
+    assert len(files) > 5
+    for path in files:
+        assert imported_rooms(path) <= set(ROOMS[: number + 1]), path
+
+
+def test_functions_take_at_most_five_arguments():
+    """`self` aside; a constructor of a library's class, and what a library calls, are its own."""
+    long = {}
+    for path in (path for room in ("data", "training") for path in (PACKAGE / room).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                arguments = [a.arg for a in (*node.args.posonlyargs, *node.args.args) if a.arg not in ("self", "cls")]
+                if len(arguments) > 5:
+                    long[f"{path.name}:{node.name}"] = len(arguments)
+    assert not long
