@@ -20,8 +20,9 @@ import json, os, pathlib, sys, time
 import accelerate
 from reslora.common.errors import EndedElsewhere, InvalidArgument, RunFailed
 from reslora.common import together
+from reslora.common.script import shares_the_cpu
 
-accelerator = accelerate.Accelerator()
+accelerator = accelerate.Accelerator(cpu=shares_the_cpu())
 rank, seen = accelerator.process_index, {{}}
 seen["main"] = together.is_main()
 seen["decided"] = together.decided(lambda: [rank, "said"])
@@ -95,6 +96,7 @@ DEAD = """
 import os, sys
 import torch.distributed as dist
 from reslora.common import together
+from reslora.common.script import shares_the_cpu
 from reslora.common.script import run_script
 
 def main(argv, stop):
@@ -143,6 +145,7 @@ import sys, time
 from datetime import timedelta
 import torch.distributed as dist
 from reslora.common import together
+from reslora.common.script import shares_the_cpu
 from reslora.common.script import run_script
 
 def main(argv, stop):

@@ -11,6 +11,7 @@ from accelerate.state import AcceleratorState
 from diffusion.runs import RESUME, main, refused
 from reslora.diffusion import processes as setup
 from reslora.diffusion.settings import ASSETS, parse_args
+from reslora.diffusion.training.preparing import attention_of
 
 
 @pytest.fixture
@@ -89,7 +90,7 @@ def test_only_a_processor_with_the_instructions_computes_in_bf16(monkeypatch):
 def test_plain_attention_is_for_few_tokens_in_bf16_on_a_cpu(device, precision, shape, plain):
     accelerator = SimpleNamespace(device=torch.device(device), mixed_precision=precision)
     before = torch.backends.cuda.flash_sdp_enabled()
-    with setup.attention_of(accelerator, SimpleNamespace(shapes={"one": shape, "smaller": (4, 2, 2)})):
+    with attention_of(accelerator, SimpleNamespace(shapes={"one": shape, "smaller": (4, 2, 2)})):
         assert torch.backends.cuda.flash_sdp_enabled() is (before and not plain)
     assert torch.backends.cuda.flash_sdp_enabled() is before
 
