@@ -46,21 +46,21 @@ class ImageDataset:
     """Images that cannot be used, each with the reason."""
     notes: tuple[str, ...] = ()
     """What was passed over, a line each."""
-    square: bool = True
-    """Whether all images are."""
+    sizes: Sequence[tuple[int, int]] = ()
+    """Width and height of each image."""
+    marks: Sequence[str] = ()
+    """The content of each image in short."""
     fingerprint: str = ""
     """Captions and images in short. It holds the word "content", which that of earlier versions did not."""
-    content: str = ""
-    """The same without the captions."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def select(self, indices: Sequence[int], left_out: Sequence[str] = ()) -> ImageDataset:
         """Some of the images; `left_out` says why the others are not among them."""
-        captions = [self.captions[index] for index in indices]
+        captions, sizes, marks = ([of[i] for i in indices] for of in (self.captions, self.sizes, self.marks))
         rows, left_out = self.rows.select(indices), (*self.left_out, *left_out)
-        return dataclasses.replace(self, rows=rows, captions=captions, left_out=left_out)
+        return dataclasses.replace(self, rows=rows, captions=captions, sizes=sizes, marks=marks, left_out=left_out)
 
     def source(self, index: int) -> Content:
         """The file of an image, or its content."""
@@ -85,7 +85,7 @@ def load_images(flags: Flags) -> ImageDataset:
     """The images and captions that the flags name, without those that cannot be used (refused with --strict)."""
     folder = Path(flags.dataset_name or flags.train_data_dir)
     found = (read_folder(folder, flags) if folder.is_dir() else None) or read_dataset(flags)
-    keep, left_out, square = [], [], True
+    keep, left_out, sizes = [], [], []
     for index, row in enumerate(found.rows):
         source = _source(row)
         size = image_size(source) if source else "no image"
@@ -99,18 +99,18 @@ def load_images(flags: Flags) -> ImageDataset:
             left_out.append(f"{name}: {problem}")
             continue
         keep.append(index)
-        square &= size[0] == size[1]
+        sizes.append(size)
     if not keep:
         example = f" (for example {left_out[0]})" if left_out else ""
         fix = "add a metadata.jsonl, or .txt captions beside the images"
         raise InvalidArgument(data_flag(flags), f"no image with a caption in it{example}", fix)
     if flags.max_train_samples and flags.max_train_samples < len(keep):
         chosen = shuffled(len(keep), flags.seed, "max_train_samples")[: flags.max_train_samples]
-        keep = [keep[i] for i in chosen]
+        keep, sizes = [keep[i] for i in chosen], [sizes[i] for i in chosen]
     rows = found.rows.select(keep) if keep != list(range(len(found.rows))) else found.rows
     captions, marks = list(rows["captions"]), [content_mark(_source(row)) for row in rows]
-    fingerprint, content = (f"{len(rows)} images, content {derive(*key):x}" for key in ((captions, marks), (marks,)))
-    return ImageDataset(rows, captions, tuple(left_out), tuple(found.notes), square, fingerprint, content)
+    fingerprint = f"{len(rows)} images, content {derive(captions, marks):x}"
+    return ImageDataset(rows, captions, tuple(left_out), tuple(found.notes), sizes, marks, fingerprint)
 
 
 def _source(row: dict) -> Content | None:
