@@ -117,7 +117,7 @@ class File:
         """A variant of the item of that key."""
         place = int(np.searchsorted(self.keys, key))
         if place == len(self.keys) or self.keys[place] != key or not self.counts[place]:
-            raise RunFailed(f"{self.path} is not the file that was there when the run began; start the run once more")
+            raise OSError(f"{self.path} is not the file that it was when the run began")
         return safetensors.torch.load(self._content(int(self.rows[place] + variant % self.counts[place])))
 
     def _content(self, row: int) -> bytes:
