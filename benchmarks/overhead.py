@@ -10,6 +10,7 @@ kernels.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
 import sys
 import tempfile
@@ -24,17 +25,24 @@ from diffusers import DDPMScheduler
 from measured import ROOT
 
 from reslora.common.signals import StopRequest
+from reslora.diffusion.context import Context
 from reslora.diffusion.data.dataset import load_images
 from reslora.diffusion.data.encoding import Variants, encode_images, encode_texts
 from reslora.diffusion.data.samples import Material
+from reslora.diffusion.data.size import Size
+from reslora.diffusion.data.sources import Source
 from reslora.diffusion.model.families.stable_diffusion import StableDiffusion
 from reslora.diffusion.model.objective import DdpmObjective
 from reslora.diffusion.output.reports import Reports
-from reslora.diffusion.processes import start_accelerator, start_trackers
-from reslora.diffusion.settings import parse_args
+from reslora.diffusion.output.trackers import start_trackers
+from reslora.diffusion.processes import start_accelerator
+from reslora.diffusion.settings import parse_args, with_family
 from reslora.diffusion.training.denoising import DenoisingLoss
-from reslora.diffusion.training.loop import train
-from reslora.diffusion.training.state import Schedule, Trainee, new_optimizer, prepare
+from reslora.diffusion.training.loop import Watch, train
+from reslora.diffusion.training.preparing import prepare
+from reslora.diffusion.training.schedule import schedule_of
+from reslora.diffusion.training.state import Trainee, new_optimizer
+from reslora.diffusion.training.trained import Trained
 
 sys.path.append(str(ROOT / "tests"))
 from pipelines import image_folder
@@ -106,33 +114,34 @@ def overhead(args: argparse.Namespace) -> dict:
     found = {}
     for batch in args.batch:
         with tempfile.TemporaryDirectory() as folder:
-            material, accelerator = material_of(Path(folder), batch, args.steps)
+            material, context = material_of(Path(folder), batch, args.steps)
             for milliseconds in args.device_ms:
                 device = Device(milliseconds / 1e3)
-                host = train_on(device, material, accelerator, Path(folder))
+                host = train_on(device, material, context, Path(folder))
                 idle = statistics.mean(device.idle[1:])
                 name = f"batch {batch}, {milliseconds:g} ms a step"
                 found[name] = {"idle": idle / (idle + device.seconds), "host_seconds": host / args.steps}
                 print(f"{name}: the device is idle {100 * found[name]['idle']:.1f}% of the time", flush=True)
-            accelerator.end_training()
+            context.accelerator.end_training()
     return {"overhead": found}
 
 
-def material_of(folder: Path, batch: int, steps: int) -> tuple[Material, Accelerator]:
+def material_of(folder: Path, batch: int, steps: int) -> tuple[Material, Context]:
     """64 images and captions, as train_sd.py would have encoded them."""
     flags = ["--pretrained_model_name_or_path", "someone/model", "--train_data_dir", str(folder / "images")]
     flags += ["--resolution", "64", "--train_batch_size", str(batch), "--max_train_steps", str(steps)]
     image_folder(folder / "images", 64, lambda number: f"caption {number}")
     flags = parse_args([*flags, "--random_flip", "--method", "lora", "--output_dir", str(folder / "run")])
-    flags = flags.replace(validation_steps=steps + 1, checkpointing_steps=steps + 1)
-    accelerator, stop, family = start_accelerator(flags), StopRequest(), NoEncoders()
-    start_trackers(flags, accelerator)
-    images, vae = load_images(flags), no_vae()
-    latents, _ = encode_images(Variants(images, flags), "", family, vae, folder / "cache", accelerator, stop)
-    captions = [caption for options in images.captions for caption in options]
-    texts = encode_texts(captions, "", family, None, lambda: None, folder / "cache", accelerator, stop)
-    objective, train_on = DdpmObjective(DDPMScheduler()), tuple(range(len(images)))
-    return Material(images, latents, texts, train_on, (), objective, (4, 64, 64), flags), accelerator
+    family = NoEncoders()
+    flags = with_family(flags.replace(validation_steps=steps + 1, checkpointing_steps=steps + 1), family.defaults)
+    context = Context(flags, SimpleNamespace(family=family), start_accelerator(flags), StopRequest())
+    images, size = load_images(flags), Size(flags.resolution, flags.resolution)
+    latents, _ = encode_images(Variants(images, [size] * len(images), flags), "", no_vae(), context)
+    texts = encode_texts([text for options in images.captions for text in options], "", lambda: None, context)
+    source = Source(images, latents, tuple(range(len(images))), (), (size,), (0,) * len(images))
+    material = Material((source,), texts, DdpmObjective(DDPMScheduler()), {size: (4, 64, 64)}, flags)
+    start_trackers(schedule_of(material, context), context)
+    return material, context
 
 
 def no_vae() -> SimpleNamespace:
@@ -141,20 +150,18 @@ def no_vae() -> SimpleNamespace:
     )
 
 
-def train_on(device: Device, material: Material, accelerator: Accelerator, folder: Path) -> float:
+def train_on(device: Device, material: Material, context: Context, folder: Path) -> float:
     """Trains to the end; returns the seconds that the host computed."""
-    flags, denoiser = material.flags, NoDenoiser()
-    optimizer = new_optimizer(list(denoiser.parameters()), flags, accelerator)
+    denoiser, pipeline = NoDenoiser(), SimpleNamespace(vae=no_vae())
+    optimizer = new_optimizer(list(denoiser.parameters()), context.flags, context.accelerator)
     rates = torch.optim.lr_scheduler.ConstantLR(optimizer)
-    trainee = Trainee("lora", denoiser, optimizer, rates, None, denoiser)
-    prepare(trainee, flags, accelerator)
-    family, pipeline = NoEncoders(), SimpleNamespace(vae=no_vae())
-    loss = DenoisingLoss(family, material.objective, pipeline, denoiser.config, torch.float32, flags)
-    schedule = Schedule(flags.max_train_steps, flags.validation_steps, 0, by_epochs=False)
-    reports = Reports(folder / "log", trainee, flags, schedule, accelerator)
-    on_device = simulated(accelerator, device)
+    trained = Trained({"unet": denoiser}, DenoisingLoss(context, material.objective, pipeline, denoiser.config))
+    trainee, schedule = Trainee("lora", trained, optimizer, rates, None, trained), schedule_of(material, context)
+    prepare(trainee, context)
+    reports = Reports(folder / "log", trainee, context.flags, schedule, context.accelerator)
+    context = dataclasses.replace(context, accelerator=simulated(context.accelerator, device))
     began = time.process_time()
-    train(trainee, loss, material, schedule, lambda *_: None, reports, lambda: None, on_device, StopRequest())
+    train(trainee, material, schedule, Watch(reports, lambda *_: None, lambda: None), context)
     reports.close()
     return time.process_time() - began
 

@@ -10,12 +10,12 @@ import measured  # noqa: F401 - it puts this checkout before an installed one
 from reslora.common.adapters import load_adapter
 from reslora.common.signals import StopRequest
 from reslora.diffusion.data.dataset import load_images
-from reslora.diffusion.model.loading import find_model, weight_dtype
+from reslora.diffusion.data.material import material_of
 from reslora.diffusion.output.exports import calibration_batches as image_batches
 from reslora.diffusion.output.reports import Validation
 from reslora.diffusion.processes import start_accelerator
-from reslora.diffusion.run import encode, load_and_check
-from reslora.diffusion.settings import parse_args, with_family
+from reslora.diffusion.run import load_and_check, settle
+from reslora.diffusion.settings import parse_args
 from reslora.diffusion.training.denoising import DenoisingLoss
 from reslora.diffusion.training.state import add_adapter
 from reslora.language import llm
@@ -31,18 +31,16 @@ def newest_checkpoint(folder: Path) -> Path:
 
 def image_table(flags: list[str], method: Path) -> dict[str, dict]:
     """Loss on held-out images of a train_sd.py method's last checkpoint, unmerged and merged by every method."""
-    flags, stop = parse_args([*flags, "--output_dir", str(method.parent)]), StopRequest()
-    accelerator = start_accelerator(flags)
-    model = find_model(flags, accelerator)
-    flags = with_family(flags, model.family.defaults)
-    pipeline, objective = load_and_check(flags, model, accelerator)
-    material = encode(flags, model, load_images(flags), pipeline, objective, accelerator, stop)
-    dtype = weight_dtype(accelerator.mixed_precision)
-    denoiser = model.load_denoiser(dtype, accelerator.device)
+    flags = parse_args([*flags, "--output_dir", str(method.parent)])
+    context = settle(flags, start_accelerator(flags), StopRequest())
+    flags, accelerator = context.flags, context.accelerator
+    pipeline, objective = load_and_check(context)
+    material = material_of(load_images(flags), pipeline, objective, context)
+    denoiser = context.model.load_denoiser(context.dtype, accelerator.device)
     add_adapter(denoiser, method.name, flags, flags.max_train_steps)
     load_adapter(denoiser, newest_checkpoint(method))
-    loss = DenoisingLoss(model.family, objective, pipeline, denoiser.config, dtype, flags)
-    validation = Validation(loss, material, None, accelerator, stop)
+    loss = DenoisingLoss(context, objective, pipeline, denoiser.config)
+    validation = Validation(loss, material, None, accelerator, context.stop)
     calibration = image_batches(loss, material) if method.name == "reslora" else None
     return merge_table(denoiser, lambda: {"loss": validation.mean_loss(denoiser)}, calibration)
 

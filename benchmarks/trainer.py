@@ -52,9 +52,13 @@ from watched import WARM_UP, Watched
 
 from reslora.common.signals import StopRequest
 from reslora.diffusion.arguments import Flags
+from reslora.diffusion.context import Context
+from reslora.diffusion.data.batch import Batch
 from reslora.diffusion.data.dataset import ImageDataset, load_images
 from reslora.diffusion.data.encoding import Variants, encode_images, encode_texts
 from reslora.diffusion.data.samples import Material, training_loader
+from reslora.diffusion.data.size import Size
+from reslora.diffusion.data.sources import Source
 from reslora.diffusion.model.families.base import Family
 from reslora.diffusion.model.objective import DdpmObjective
 from reslora.diffusion.settings import parse_args
@@ -231,7 +235,8 @@ def photographs(folder: Path, count: int, different: int = 64) -> Path:
                 pixels = (pixels + random.integers(-12, 12, pixels.shape)).clip(0, 255).astype(np.uint8)
                 PIL.Image.fromarray(pixels).save(path, quality=90)
             else:
-                shutil.copyfile(folder / f"{number % different:05d}.jpg", path)
+                same = (folder / f"{number % different:05d}.jpg").read_bytes()
+                path.write_bytes(same + str(number).encode())  # what is behind the image makes it one to encode
             metadata.write(json.dumps({"file_name": path.name, "text": f"photograph {number}"}) + "\n")
     return folder
 
@@ -270,25 +275,27 @@ def loader(args: argparse.Namespace) -> dict:
 
 def loading(args: argparse.Namespace, flags: Flags, images: ImageDataset, cache: Path) -> dict[str, float]:
     """Rates of encoding (but for the encoders' own time), and of making samples of what is encoded and what is not."""
-    accelerator, stop, workers = Accelerator(cpu=True), StopRequest(), flags.dataloader_num_workers
-    vae, family = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32), CostlessFamily()
+    workers, size = flags.dataloader_num_workers, Size(flags.resolution, flags.resolution)
+    flags, model = flags.replace(cache_dir=str(cache)), SimpleNamespace(family=CostlessFamily())
+    context = Context(flags, model, Accelerator(cpu=True), StopRequest())
+    vae = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
     began = time.perf_counter()
-    latents, _ = encode_images(Variants(images, flags), "", family, vae, cache, accelerator, stop)
+    latents, _ = encode_images(Variants(images, [size] * len(images), flags), "", vae, context)
     rates = {"encoding, images/s": args.images / (time.perf_counter() - began)}
     print(f"{workers} workers  encoding  {rates['encoding, images/s']:8.1f} images/s", flush=True)
-    captions = [caption for options in images.captions for caption in options]
-    texts = encode_texts(captions, "", family, None, lambda: None, cache, accelerator, stop)
-    objective = DdpmObjective(DDPMScheduler())
+    texts = encode_texts([text for options in images.captions for text in options], "", lambda: None, context)
+    objective, numbers = DdpmObjective(DDPMScheduler()), tuple(range(len(images)))
     for what, encoded in (("not cached", None), ("cached", latents)):
-        material = Material(images, encoded, texts, tuple(range(len(images))), (), objective, (4, 64, 64), flags)
+        source = Source(images, encoded, numbers, (), (size,), (0,) * len(images))
+        material = Material((source,), texts, objective, {size: (4, 64, 64)}, flags)
         rates[f"{what}, samples/s"] = loading_rate(what, batches_of(material), args.images, workers)
         rates[f"{what}, share waited"] = consume(args, workers, what, batches_of(material))
     return rates
 
 
-def batches_of(material: Material) -> Iterator[dict]:
+def batches_of(material: Material) -> Iterator[Batch]:
     """One pass over the images, as training gets them."""
-    count = len(material.train) // material.flags.train_batch_size
+    count = len(material.sources[0].train) // material.flags.train_batch_size
     return iter(training_loader(material, range(count), processes=1, rank=0, pin=False))
 
 

@@ -313,8 +313,8 @@ def test_loading_is_measured_on_the_trainers_own_cache_and_samples(monkeypatch):
     }  # fmt: skip
     fresh, cached = passes
     assert len(fresh) == len(cached) == 2
-    assert fresh[0]["pixels"].shape == (4, 3, 512, 512) and cached[0]["moments"].shape == (4, 2, 4, 64, 64)
-    assert cached[0]["text"]["states"].shape == (4, 77, 768)
+    assert fresh[0].pixels.shape == (4, 3, 512, 512) and cached[0].moments.shape == (4, 2, 4, 64, 64)
+    assert cached[0].text["states"].shape == (4, 77, 768)
 
 
 def test_consumer_waits_for_a_slow_stream_only(monkeypatch):

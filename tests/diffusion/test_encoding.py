@@ -1,5 +1,6 @@
 """Captions and images are encoded as the pipeline itself encodes them, cached or not, with workers or without."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -15,14 +16,18 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL, DiffusionPipeline
 from pipelines import image_folder, random_image, stable_diffusion
 from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
 from transformers import CLIPTextModel
 from waiting import ended, wait_until
 
 from diffusion.runs import cut, final_weights, losses, main, only, printed, refused
-from reslora.diffusion.arguments import Flags
+from reslora.common.signals import StopRequest
 from reslora.diffusion.context import Context
 from reslora.diffusion.data import encoding
+from reslora.diffusion.data.dataset import load_images
 from reslora.diffusion.data.size import Size
+from reslora.diffusion.seeds import derive
+from reslora.diffusion.settings import parse_args
 
 
 def trained_without_noise(folder: Path, images: int, log_variance: float) -> tuple[DiffusionPipeline, Path]:
@@ -133,32 +138,6 @@ def test_what_another_encoder_made_is_not_used(brief_flags, model, tmp_path, mon
         main(*flags, "--output_dir", tmp_path / "two")
 
 
-def test_images_that_are_all_encoded_anew_are_announced(brief_flags, tmp_path):
-    """One more image is enough, or another setting; other data is not."""
-    folder, other = image_folder(tmp_path / "p", 3, layout="txt"), image_folder(tmp_path / "q", 4)
-    flags = [*brief_flags, "--cache_dir", tmp_path / "cache"]
-    announced, number = [], 0
-
-    def train(*more) -> None:
-        nonlocal number
-        number += 1
-        lines = printed(*flags, "--output_dir", tmp_path / f"out-{number}", *more)
-        announced.append([line for line in lines if "encoded anew" in line])
-
-    train("--train_data_dir", folder)
-    train("--train_data_dir", other)
-    train("--train_data_dir", folder)
-    assert announced == [[], [], []]
-    random_image(9).save(folder / "3.png")
-    (folder / "3.txt").write_text("red disc")
-    train("--train_data_dir", folder)
-    train("--train_data_dir", folder, "--random_flip")
-    train("--train_data_dir", folder)
-    assert [line for lines in announced for line in lines] == 2 * [
-        "the images or settings changed: all 4 images are encoded anew"
-    ]
-
-
 def test_what_an_interrupted_run_has_encoded_is_kept(brief_flags, tmp_path, monkeypatch):
     """Encoding is stopped in the second of three parts: the next run encodes what is missing, no more."""
     monkeypatch.setattr(encoding, "PART_OF_IMAGES", 2)
@@ -234,81 +213,165 @@ def test_a_killed_loader_process_ends_the_run_in_one_line(runs, tmp_path):
     assert max(steps) < 300
 
 
-# -- what files are named by -------------------------------------------------------------------------------------------
+# -- what an encoded image or caption is found by ----------------------------------------------------------------------
 
 
-def names_of_captions(monkeypatch, captions: list[str], key: object, longest: int | None) -> list[str]:
-    """Names of the files that these captions are kept in."""
-    found: list[Path] = []
-    monkeypatch.setattr(encoding, "cached", lambda paths, *rest: found.extend(paths))
-    flags = Flags(max_sequence_length=longest, cache_dir="cache", output_dir="out")
-    context = Context(flags, SimpleNamespace(family=None), None, None)
-    encoding.encode_texts(captions, key, None, context)
-    return [path.name for path in found]
+class Counting:
+    """Encodes to what tells images and captions apart, and counts."""
+
+    def __init__(self) -> None:
+        self.images, self.captions = [], []
+
+    def encode_images(self, vae: object, pixels: torch.Tensor) -> torch.Tensor:
+        self.images.append(len(pixels))
+        return torch.stack([pixels, -pixels], dim=1)
+
+    def encode_captions(self, pipeline: object, captions: list[str], longest: int | None) -> dict[str, torch.Tensor]:
+        self.captions += captions
+        return {"states": torch.tensor([derive(text) for text in captions])}
 
 
-def test_captions_are_kept_by_model_length_and_text(monkeypatch):
-    captions, key = ["red", "blue", "red"], ("sd", "abc", "float32")
-    (name,) = names_of_captions(monkeypatch, captions, key, 77)
-    assert names_of_captions(monkeypatch, captions, key, 77) == [name]
-    assert names_of_captions(monkeypatch, ["red", "blue"], key, 77) == [name]  # each once
-    others = [(captions, ("sd", "abd", "float32"), 77), (captions, ("sd", "abc", "bfloat16"), 77)]
-    others += [(captions, key, 78), (captions, key, None), (["red", "blue", ""], key, 77), (["blue", "red"], key, 77)]
-    assert len({name, *(names_of_captions(monkeypatch, *other)[0] for other in others)}) == 7
+FLAGS = ["--pretrained_model_name_or_path", "someone/model", "--resolution", "16", "--method", "lora"]
+VAE = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
 
 
-def test_every_part_of_the_captions_has_a_file_of_its_own(monkeypatch):
-    monkeypatch.setattr(encoding, "PART_OF_CAPTIONS", 2)
-    one, two = names_of_captions(monkeypatch, ["a", "b", "c"], "key", 77)
-    other, same = names_of_captions(monkeypatch, ["x", "b", "c"], "key", 77)
-    assert one != two and other not in (one, two) and same not in (one, other)
+@pytest.fixture
+def setting(tmp_path) -> Context:
+    """Five images, two of them square, and no encoders."""
+    folder = image_folder(tmp_path / "images", 5, lambda number: f"box {number}", layout="txt")
+    flags = [*FLAGS, "--train_data_dir", str(folder), "--output_dir", str(tmp_path / "out"), "--no-random_flip"]
+    return Context(parse_args(flags), SimpleNamespace(family=Counting()), Accelerator(cpu=True), StopRequest())
 
 
-class Pictures:
-    """Stands for the images of a dataset."""
-
-    def __init__(self, content: str = "content", square: bool = False) -> None:
-        self.content, self.square = content, square
-
-    def __len__(self) -> int:
-        return 3
-
-
-IMAGE_FLAGS = Flags(
-    resolution=64, image_interpolation_mode="lanczos", center_crop=False, random_flip=False, seed=0,
-    dataloader_num_workers=0, train_data_dir="images", dataset_name=None, dataset_config_name=None,
-)  # fmt: skip
-
-
-def names_of_latents(monkeypatch, folder: Path, key: object = "key", pictures: Pictures | None = None, **flags):
-    """Names of the files that these images' latents are kept in."""
-    found: list[Path] = []
-    nothing = SimpleNamespace(problems=dict)
-    monkeypatch.setattr(encoding, "cached", lambda paths, *rest: found.extend(paths) or nothing)
-    flags = IMAGE_FLAGS.replace(**flags, cache_dir=str(folder))
-    variants = encoding.Variants(pictures or Pictures(), [Size(flags.resolution, flags.resolution)] * 3, flags)
-    encoding.encode_images(variants, key, None, Context(flags, None, Accelerator(cpu=True), None))
-    return [path.name for path in found]
+def images_encoded(setting: Context, key: object = "vae", size: Size | None = None, **flags) -> list[int]:
+    """How many variants of each image that had to be encoded; all are checked."""
+    setting = dataclasses.replace(setting, flags=setting.flags.replace(**flags))
+    family, images = setting.model.family, load_images(setting.flags)
+    side = setting.flags.resolution
+    variants = encoding.Variants(images, [size or Size(side, side)] * len(images), setting.flags)
+    family.images.clear()
+    latents, problems = encoding.encode_images(variants, key, VAE, setting)
+    for index in set(range(len(images))) - problems.keys():
+        pixels, sizes = variants[index]
+        for variant in range(latents.variants):
+            found = latents.of(index, variant)
+            assert torch.equal(found["moments"][0], pixels[variant % len(pixels)])
+            assert torch.equal(found["sizes"], sizes[variant % len(pixels)])
+    return family.images
 
 
-def test_latents_are_kept_by_autoencoder_images_and_all_that_their_pixels_depend_on(monkeypatch, tmp_path):
-    (name,) = names_of_latents(monkeypatch, tmp_path)
-    assert names_of_latents(monkeypatch, tmp_path) == [name]
-    changes = [{"resolution": 32}, {"image_interpolation_mode": "bilinear"}, {"center_crop": True}]
-    changes += [{"random_flip": True}, {"seed": 1}, {"key": "other"}, {"pictures": Pictures("other")}]
-    changes += [{"pictures": Pictures(square=True)}]
-    names = [name, *(names_of_latents(monkeypatch, tmp_path, **change)[0] for change in changes)]
-    distinct = {"center_crop": names[3], "square": names[8]}
-    assert distinct["center_crop"] == distinct["square"]  # both are the one crop in the middle
-    assert len(set(names)) == len(names) - 1
+def captions_encoded(setting: Context, captions: list[str], key: object = "encoders", **flags) -> list[str]:
+    """The captions that had to be encoded; all are checked."""
+    setting = dataclasses.replace(setting, flags=setting.flags.replace(**flags))
+    family = setting.model.family
+    family.captions.clear()
+    texts = encoding.encode_texts(captions, key, lambda: None, setting)
+    assert all(texts[caption]["states"] == derive(caption) for caption in captions)
+    return family.captions
 
 
-def test_latents_of_one_crop_do_not_depend_on_the_seed(monkeypatch, tmp_path):
-    for change in ({"center_crop": True}, {"pictures": Pictures(square=True)}):
-        names = [names_of_latents(monkeypatch, tmp_path, seed=seed, **change) for seed in (0, 1)]
-        assert names[0] == names[1]
+def add_image(folder: Path, number: int) -> None:
+    random_image(number).save(folder / f"{number}.png")
+    (folder / f"{number}.txt").write_text("one more")
 
 
-def test_every_part_of_the_images_has_a_file_of_its_own(monkeypatch, tmp_path):
+def test_one_more_image_is_encoded_alone(setting):
+    """The crops of the others are theirs wherever they are, and be it before them."""
+    folder = Path(setting.flags.train_data_dir)
+    assert images_encoded(setting) == [1, 4, 4, 1, 4]
+    assert images_encoded(setting) == []
+    add_image(folder, 5)
+    assert images_encoded(setting) == [4]
+    (folder / "0.png").rename(folder / "9.png")
+    (folder / "0.txt").rename(folder / "9.txt")
+    assert images_encoded(setting) == []
+    shutil.copy(folder / "1.png", folder / "8.png")
+    (folder / "8.txt").write_text("the same image again")
+    assert images_encoded(setting) == []
+    random_image(77).save(folder / "1.png")
+    assert images_encoded(setting) == [4]
+    (folder / "2.png").unlink()
+    assert images_encoded(setting) == []
+
+
+def test_one_image_of_another_shape_leaves_those_that_are_square(setting):
+    folder = Path(setting.flags.train_data_dir)
+    for number in (1, 2, 4):
+        (folder / f"{number}.png").unlink()
+    assert images_encoded(setting) == [1, 1]
+    add_image(folder, 5)
+    assert images_encoded(setting) == [4]
+
+
+def test_images_are_encoded_anew_when_their_pixels_or_the_autoencoder_are_others(setting):
+    images_encoded(setting)
+    changes = [{"resolution": 8}, {"image_interpolation_mode": "nearest"}, {"random_flip": True}, {"key": "other"}]
+    for change in [*changes, {"size": Size(8, 24)}]:
+        assert len(images_encoded(setting, **change)) == 5
+        assert images_encoded(setting, **change) == []
+    assert images_encoded(setting, seed=1) == [4, 4, 4]  # square ones have no crops to be drawn
+    assert images_encoded(setting, center_crop=True) == [1, 1, 1]
+    assert images_encoded(setting, center_crop=True, seed=1) == images_encoded(setting) == []
+
+
+def test_damaged_images_are_remembered_by_their_content(setting):
+    folder = Path(setting.flags.train_data_dir)
+    cut(folder / "1.png")
+    assert len(images_encoded(setting)) == 4
+    add_image(folder, 6)
+    assert images_encoded(setting) == [1]
+    images = load_images(setting.flags)
+    variants = encoding.Variants(images, [Size(16, 16)] * len(images), setting.flags)
+    _, problems = encoding.encode_images(variants, "vae", VAE, setting)
+    assert problems.keys() == {1} and "damaged" in problems[1]
+    random_image(1).save(folder / "1.png")
+    assert images_encoded(setting) == [4]
+
+
+def test_encoding_goes_on_behind_the_last_whole_part(setting, monkeypatch):
     monkeypatch.setattr(encoding, "PART_OF_IMAGES", 2)
-    assert len(set(names_of_latents(monkeypatch, tmp_path))) == 2
+    encode = setting.model.family.encode_images
+
+    def interrupted(vae: object, pixels: torch.Tensor) -> torch.Tensor:
+        if len(setting.model.family.images) == 3:
+            raise KeyboardInterrupt
+        return encode(vae, pixels)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(setting.model.family, "encode_images", interrupted)
+        images_encoded(setting)
+    add_image(Path(setting.flags.train_data_dir), 5)
+    assert images_encoded(setting) == [4, 1, 4, 4]
+
+
+def test_the_bar_counts_what_is_encoded(setting, monkeypatch):
+    totals = []
+    monkeypatch.setattr(encoding, "tqdm", lambda total, **more: totals.append(total) or tqdm(total=total, **more))
+    images_encoded(setting)
+    add_image(Path(setting.flags.train_data_dir), 5)
+    images_encoded(setting)
+    images_encoded(setting)
+    assert totals == [5, 1, 0]
+
+
+def test_a_caption_that_was_edited_is_encoded_alone(setting):
+    captions = ["red", "blue", "red", "green"]
+    assert captions_encoded(setting, captions) == ["red", "blue", "green"]
+    assert captions_encoded(setting, ["green", "red", "blue"]) == captions_encoded(setting, ["blue"]) == []
+    assert captions_encoded(setting, ["red", "dark blue", "green"]) == ["dark blue"]
+    assert captions_encoded(setting, captions) == []
+
+
+def test_captions_are_encoded_anew_by_another_encoder_or_up_to_another_length(setting):
+    captions = ["red", "blue"]
+    for change in ({}, {"key": "other"}, {"max_sequence_length": 78}, {"max_sequence_length": None}):
+        if change != {"max_sequence_length": setting.flags.max_sequence_length}:
+            assert captions_encoded(setting, captions, **change) == captions
+        assert captions_encoded(setting, captions, **change) == []
+
+
+def test_encoders_are_loaded_only_for_captions_that_are_missing(setting):
+    captions_encoded(setting, ["red"])
+    encoding.encode_texts(["red"], "encoders", lambda: 1 / 0, setting)
+    with pytest.raises(ZeroDivisionError):
+        encoding.encode_texts(["red", "blue"], "encoders", lambda: 1 / 0, setting)

@@ -1,11 +1,12 @@
 """Nothing is done twice, and nothing grows with the data: what a run encodes, opens and holds."""
 
+import json
 import shutil
 import tracemalloc
 from collections.abc import Callable
 
 import pytest
-from pipelines import image_folder, stable_diffusion
+from pipelines import image_folder, random_image, stable_diffusion
 
 import train_sd
 from reslora.common.errors import RunFailed
@@ -86,6 +87,27 @@ def test_other_captions_leave_the_encoded_images(train, folder, tmp_path, monkey
     assert len(train("second", "--train_data_dir", str(tmp_path / "images"))) == 2
 
 
+def test_one_more_image_and_an_edited_caption_are_encoded_alone(train, folder, tmp_path, monkeypatch):
+    encoded, encode_images, encode_captions = [], StableDiffusion.encode_images, StableDiffusion.encode_captions
+    images = shutil.copytree(folder / "images", tmp_path / "images")
+    monkeypatch.setattr(
+        StableDiffusion, "encode_images", lambda *given: encoded.append(len(given[2])) or encode_images(*given)
+    )
+    monkeypatch.setattr(
+        StableDiffusion, "encode_captions", lambda *given: encoded.extend(given[2]) or encode_captions(*given)
+    )
+    train("first", "--train_data_dir", str(images))
+    assert encoded == ["", *(f"box {number}" for number in range(6)), *[2, 8, 8] * (IMAGES // 3)]
+    encoded.clear()
+    rows = list(map(json.loads, (images / "metadata.jsonl").read_text().splitlines()))
+    random_image(100).save(images / "100.png")
+    rows[5]["text"] = "disc"  # the caption of another image still
+    rows = [{"file_name": "100.png", "text": "box 0"}, *reversed(rows[:8])]
+    (images / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    train("second", "--train_data_dir", str(images))
+    assert encoded == ["disc", 8]
+
+
 def test_another_seed_leaves_encoded_images_that_are_square(train, monkeypatch):
     train("first", "--center_crop")
     encoders_are_not_loaded(monkeypatch)
@@ -106,7 +128,8 @@ def test_an_interrupted_run_encodes_no_part_twice(train, tmp_path, monkeypatch):
     train("out", status=1)
     assert [path.name[:8] for path in sorted((tmp_path / "cache" / "encoded").iterdir())] == ["captions", "latents-"]
     assert len(train("out")) == 2
-    assert encoded == [8] * (8 + IMAGES - 5)  # four crops of each, mirrored and not
+    variants = [2, 8, 8] * (IMAGES // 3)  # mirrored and not: one crop of those that are square, four of the others
+    assert encoded == variants[:8] + variants[5:]
 
 
 def test_without_cached_latents_an_image_is_opened_when_it_is_drawn(train, tmp_path, monkeypatch):

@@ -46,26 +46,21 @@ class ImageDataset:
     """Images that cannot be used, each with the reason."""
     notes: tuple[str, ...] = ()
     """What was passed over, a line each."""
-    sizes: tuple[tuple[int, int], ...] = ()
+    sizes: Sequence[tuple[int, int]] = ()
     """Width and height of each image, upright."""
+    marks: Sequence[str] = ()
+    """The content of each image in short."""
     fingerprint: str = ""
     """Captions and images in short. It holds the word "content", which that of earlier versions did not."""
-    content: str = ""
-    """The same without the captions."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def select(self, indices: Sequence[int], left_out: Sequence[str] = ()) -> ImageDataset:
         """Some of the images; `left_out` says why the others are not among them."""
-        captions, sizes = [self.captions[index] for index in indices], tuple(self.sizes[index] for index in indices)
+        captions, sizes, marks = ([of[i] for i in indices] for of in (self.captions, self.sizes, self.marks))
         rows, left_out = self.rows.select(indices), (*self.left_out, *left_out)
-        return dataclasses.replace(self, rows=rows, captions=captions, sizes=sizes, left_out=left_out)
-
-    @property
-    def square(self) -> bool:
-        """Whether all images are."""
-        return all(width == height for width, height in self.sizes)
+        return dataclasses.replace(self, rows=rows, captions=captions, sizes=sizes, marks=marks, left_out=left_out)
 
     def source(self, index: int) -> Content:
         """The file of an image, or its content."""
@@ -114,8 +109,8 @@ def load_images(flags: Flags) -> ImageDataset:
         keep, sizes = [keep[i] for i in chosen], [sizes[i] for i in chosen]
     rows = found.rows.select(keep) if keep != list(range(len(found.rows))) else found.rows
     captions, marks = list(rows["captions"]), [content_mark(_source(row)) for row in rows]
-    fingerprint, content = (f"{len(rows)} images, content {derive(*key):x}" for key in ((captions, marks), (marks,)))
-    return ImageDataset(rows, captions, tuple(left_out), tuple(found.notes), tuple(sizes), fingerprint, content)
+    fingerprint = f"{len(rows)} images, content {derive(captions, marks):x}"
+    return ImageDataset(rows, captions, tuple(left_out), tuple(found.notes), sizes, marks, fingerprint)
 
 
 def _source(row: dict) -> Content | None:

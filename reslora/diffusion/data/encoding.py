@@ -1,7 +1,7 @@
 """Images and captions, encoded once and kept on disk: latents and text states, read when they are asked for.
 
-A file (see `cells`) holds a part of the dataset and is named by all that its content depends on. So a second run finds
-it, processes share it, and an interrupted run encodes no part twice.
+Each is found (see `store`) by all that it depends on, and by nothing else of the dataset: a second run encodes what is
+new or was changed, processes share the work, and an interrupted run encodes no part twice.
 """
 
 from __future__ import annotations
@@ -10,10 +10,8 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from torch import nn
 from torch.utils.data import DataLoader
@@ -21,7 +19,6 @@ from torch.utils.data import Dataset as TorchDataset
 from tqdm.auto import tqdm
 
 from ...common.errors import InvalidArgument, first_line
-from ...files import read_object, write_json
 from ..arguments import Flags
 from ..context import Context
 from ..folder import cache_folder
@@ -31,21 +28,21 @@ from .dataset import ImageDataset, data_flag
 from .images import crop_and_scale, crop_sizes
 from .loaders import stream, worker_options
 from .size import Size
-from .store import Cell, Cells, cached, missing
+from .store import Encoded, Item, fill, share
 
 PART_OF_IMAGES, PART_OF_CAPTIONS, CAPTIONS_AT_ONCE = 256, 4096, 64
-RANDOM_CROPS = 4  # crops cached for an image that isn't square: the centre and three more
+RANDOM_CROPS = 4  # crops cached for an image of another shape than its size: the centre and three more
 
 
 @dataclass(frozen=True)
 class Texts:
     """Text states by caption, read from disk when they are asked for."""
 
-    cells: Cells
+    encoded: Encoded
     places: dict[str, int]
 
     def __getitem__(self, caption: str) -> Text:
-        return self.cells[self.places[caption]]
+        return self.encoded.read(self.places[caption])
 
     def __contains__(self, caption: str) -> bool:
         return caption in self.places
@@ -55,16 +52,15 @@ class Texts:
 class Latents:
     """The moments of every variant of every image, read from disk when they are asked for."""
 
-    cells: Cells
-    """One for each variant of the first image, then of the second, and so on."""
+    encoded: Encoded
     variants: int
-    """Crops and mirror images encoded of each image; number 0 is the upright centre."""
+    """Crops and mirror images of each image; number 0 is the upright centre. One crop is kept where all are alike."""
     images: Sequence[int]
     """Which of the encoded images these are."""
 
     def of(self, index: int, variant: int) -> dict[str, torch.Tensor]:
         """`moments` (2 x channels x height x width) and `sizes` (6) of a variant of an image."""
-        return self.cells[self.images[index] * self.variants + variant]
+        return self.encoded.read(self.images[index], variant)
 
     def select(self, indices: Sequence[int]) -> Latents:
         """The latents of some of the images."""
@@ -81,24 +77,24 @@ def encode_texts(
 
     `key` stands for the encoders' weights and precision.
     """
-    family, longest, folder = context.model.family, context.flags.max_sequence_length, cache_folder(context.flags)
+    family, longest = context.model.family, context.flags.max_sequence_length
     texts = list(dict.fromkeys(texts))
-    parts = [texts[start : start + PART_OF_CAPTIONS] for start in range(0, len(texts), PART_OF_CAPTIONS)]
-    paths = [folder / f"captions-{derive(key, longest, part):016x}.arrow" for part in parts]
+    keys = [derive(key, longest, text) for text in texts]
+    encoded = Encoded(cache_folder(context.flags), f"captions-{derive(key, longest):016x}", keys)
     loaded: list[DiffusionPipeline] = []
 
-    def encode(number: int) -> Generator[Cell]:
+    def encode(numbers: Sequence[int]) -> Generator[Item]:
         loaded[:] = loaded or [load_encoders()]
-        for start in range(0, len(parts[number]), CAPTIONS_AT_ONCE):
+        for start in range(0, len(numbers), CAPTIONS_AT_ONCE):
             context.stop.check("stopped before training began")
-            captions = parts[number][start : start + CAPTIONS_AT_ONCE]
+            captions = [texts[number] for number in numbers[start : start + CAPTIONS_AT_ONCE]]
             with torch.no_grad():
                 states = family.encode_captions(loaded[0], captions, longest)
             for position in range(len(captions)):
-                yield {name: value[position] for name, value in states.items()}
+                yield [{name: value[position] for name, value in states.items()}]
 
-    cells = cached(paths, PART_OF_CAPTIONS, encode, context.accelerator)
-    return Texts(cells, {text: place for place, text in enumerate(texts)})
+    fill(encoded, PART_OF_CAPTIONS, encode, context.accelerator)
+    return Texts(encoded, {text: place for place, text in enumerate(texts)})
 
 
 # -- images ------------------------------------------------------------------------------------------------------------
@@ -109,8 +105,6 @@ class Variants(TorchDataset):
 
     def __init__(self, images: ImageDataset, sizes: Sequence[Size], flags: Flags) -> None:
         self.images, self.sizes, self.flags = images, sizes, flags
-        # In a bucket there is little room for a crop to move in.
-        self.crops = 1 if flags.center_crop or flags.use_aspect_ratio_buckets or images.square else RANDOM_CROPS
         self.flips = (False, True) if flags.random_flip else (False,)
 
     def __len__(self) -> int:
@@ -118,23 +112,31 @@ class Variants(TorchDataset):
 
     @property
     def count(self) -> int:
-        """How many variants an image has."""
-        return self.crops * len(self.flips)
+        """How many variants an image has at most."""
+        return max(map(self.crops, range(len(self)))) * len(self.flips)
 
-    @property
-    def key(self) -> tuple:
-        """All that the pixels depend on."""
-        flags, seed = self.flags, self.flags.seed if self.crops > 1 else None
-        sizes = self.sizes if len(set(self.sizes)) > 1 else self.sizes[:1]
-        sides = [(size.height, size.width) for size in sizes]
-        return (self.images.content, sides, flags.image_interpolation_mode, self.crops, self.flips, seed)
+    def crops(self, index: int) -> int:
+        """How many crops of an image are made: one where nothing is cut off, or the middle is asked for."""
+        (width, height), size = self.images.sizes[index], self.sizes[index]
+        whole = width * size.height == height * size.width
+        # In a bucket there is little room for a crop to move in.
+        one = whole or self.flags.center_crop or self.flags.use_aspect_ratio_buckets
+        return 1 if one else RANDOM_CROPS
+
+    def key(self, index: int) -> tuple:
+        """All that the pixels of an image depend on."""
+        flags, size, crops = self.flags, self.sizes[index], self.crops(index)
+        seed = flags.seed if crops > 1 else None
+        pixels = (size.height, size.width, flags.image_interpolation_mode, crops, self.flips, seed)
+        return (self.images.marks[index], *pixels)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor] | str:
         try:
             image = self.images.open(index)
         except Exception as error:  # each format's reader has exceptions of its own
             return f"damaged ({first_line(error)})"
-        draws = torch.rand(self.crops - 1, 2, generator=generator(self.flags.seed, "crops", index)).tolist()
+        random = generator(self.flags.seed, "crops", self.images.marks[index])  # wherever in the data the image is
+        draws = torch.rand(self.crops(index) - 1, 2, generator=random).tolist()
         how = [(crop, flip) for crop in [(0.5, 0.5), *draws] for flip in self.flips]
         size, interpolation = self.sizes[index], self.flags.image_interpolation_mode
         pixels = torch.stack([crop_and_scale(image, crop, flip, size, interpolation) for crop, flip in how])
@@ -142,49 +144,29 @@ class Variants(TorchDataset):
 
 
 def encode_images(variants: Variants, key: object, vae: nn.Module, context: Context) -> tuple[Latents, dict[int, str]]:
-    """The latents' moments of all variants, and which images are damaged; `key` stands for the autoencoder."""
-    accelerator, folder = context.accelerator, cache_folder(context.flags)
-    starts = range(0, len(variants), PART_OF_IMAGES)
-    paths = [folder / f"latents-{derive(key, variants.key, start):016x}.arrow" for start in starts]
-    parts = [range(start, min(start + PART_OF_IMAGES, len(variants))) for start in starts]
-    _tell_if_anew(paths, variants, folder, accelerator)
-    total = sum(len(parts[number]) for number in missing(paths, accelerator))
+    """The latents' moments of all variants, and which images are damaged; `key` stands for the autoencoder.
+
+    Only images that are not on disk yet are opened and encoded.
+    """
+    accelerator = context.accelerator
+    keys = [derive(key, variants.key(index)) for index in range(len(variants))]
+    found = Encoded(cache_folder(context.flags), f"latents-{derive(key):016x}", keys)
+    total = sum(map(len, share(found, PART_OF_IMAGES, accelerator)))
     silent = not accelerator.is_main_process or total == 0
     bar = tqdm(desc="encoding images", total=total, disable=silent, dynamic_ncols=True)
 
-    def encode(number: int) -> Generator[Cell]:
+    def encode(numbers: Sequence[int]) -> Generator[Item]:
         options = worker_options(variants.flags.dataloader_num_workers)
-        loader = DataLoader(variants, batch_size=None, sampler=parts[number], **options)
+        loader = DataLoader(variants, batch_size=None, sampler=numbers, **options)
         with contextlib.closing(stream(loader)) as items:
-            for found in items:
+            for item in items:
                 context.stop.check("stopped before training began")
-                if isinstance(found, str):
-                    yield from [found] * variants.count
-                else:
-                    yield from encoded(context.model.family, vae, *found)
+                yield item if isinstance(item, str) else encoded(context.model.family, vae, *item)
                 bar.update()
 
     with bar:
-        cells = cached(paths, PART_OF_IMAGES * variants.count, encode, accelerator)
-    if accelerator.is_main_process:
-        write_json(_record(folder, variants), {"data": data_flag(variants.flags), "latents": paths[0].name})
-    problems = {place // variants.count: text for place, text in cells.problems().items()}
-    return Latents(cells, variants.count, range(len(variants))), problems
-
-
-def _tell_if_anew(paths: Sequence[Path], variants: Variants, folder: Path, accelerator: Accelerator) -> None:
-    """Says so where other latents of this data are there: one new image is enough, for files are named by all."""
-    before = read_object(_record(folder, variants)).get("latents")
-    there = isinstance(before, str) and (folder / before).is_file()
-    if there and not any(path.exists() for path in paths):
-        accelerator.print(f"the images or settings changed: all {len(variants)} images are encoded anew")
-
-
-def _record(folder: Path, variants: Variants) -> Path:
-    """Where it is kept which latents a folder or dataset was encoded to last."""
-    flags = variants.flags
-    place = flags.dataset_name or str(Path(flags.train_data_dir).resolve())
-    return folder / f"images-{derive(place, flags.dataset_config_name):016x}.json"
+        fill(found, PART_OF_IMAGES, encode, accelerator)
+    return Latents(found, variants.count, range(len(variants))), found.problems()
 
 
 def encoded(family: Family, vae: nn.Module, pixels: torch.Tensor, sizes: torch.Tensor) -> list[dict[str, torch.Tensor]]:
