@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import reslora
 from reslora.common.adapters import adapter_config, attach, load_adapter
+from reslora.common.methods import METHODS
 from reslora.diffusion.training.state import targets_of
 from reslora.files import read_object
 from reslora.ranks import changes_base
@@ -89,7 +90,7 @@ def put_file(pipeline: DiffusionPipeline, part: str, denoiser: nn.Module, weight
 
 def put_adapter(denoiser: nn.Module, config: dict, weights: Weights, strength: float) -> None:
     """An unmerged checkpoint: with its shortcuts, as it was trained."""
-    if weights.method == "reslora":
+    if METHODS[weights.method].shortcuts:
         reslora.load(denoiser, weights.path)
     else:
         lora = {"r": config["rank"], "alpha": config["lora_alpha"], "targets": targets_of(config["target_modules"])}

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from reslora.common.log import of_split, read_log
-from reslora.config import LORA_METHODS, METHODS
+from reslora.common.methods import METHODS
 
 EXAMPLE = Path(__file__).resolve().parent / "example"
 """A small finished run that comes with the application."""
@@ -253,7 +253,7 @@ class Run:
         """Complete checkpoints of a LoRA or ResLoRA method, newest first."""
         wanted = "reslora_model.safetensors" if method == "reslora" else "adapter.safetensors"
         found = []
-        for name in self.entries(method) if method in LORA_METHODS else ():
+        for name in self.entries(method) if METHODS[method].trains_lora else ():
             match = re.fullmatch(r"checkpoint-(\d{1,9})", name)
             path = self.sound(method, name) if match else None
             complete = self.inside(method, name, "trainer.json") and self.inside(method, name, wanted)

@@ -152,7 +152,7 @@ def closed_form(width: int, out: int, rank: int, device: str) -> dict[str, dict[
         ]  # fmt: skip
         cls.relate(chain, cls.reach(REACH), "repeat")
         with LiveTensors() as live:
-            taken = seconds(lambda cls=cls, method=method, chain=chain: cls.merges[method].merge(chain), device)
+            taken = seconds(lambda cls=cls, method=method, chain=chain: cls.merges[method](chain), device)
         found[method] = {"seconds": taken / len(chain), "bytes": live.peak}
     return found
 

@@ -9,12 +9,6 @@ from .shortcuts import PLAIN, shortcut_class
 
 HEADS = ("repeat", "none")
 
-# What can be trained, by name (`common.adapters`); here because parsers of flags do not wait for torch and PEFT.
-LORA_METHODS = ("lora", "lora_x2", "reslora")
-PLAIN_METHODS = (*LORA_METHODS, "adalora")  # what ends as plain LoRA, and so as a diffusers and a kohya file
-METHODS = (*PLAIN_METHODS, "loha", "lokr")
-LEAST_ADALORA_STEPS = 3  # with fewer its schedule never moves a rank
-
 
 @dataclasses.dataclass(frozen=True)
 class ResLoraConfig:

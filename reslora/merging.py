@@ -1,4 +1,4 @@
-"""The merge methods: from a trained chain to plain LoRA factors, as functions of tensors.
+"""The merges: from a trained chain to plain LoRA factors, as functions of tensors; by name in `merges.py`.
 
 A chain comes as a list of `Factors`, front to back, and leaves as a list of `Merged`, one for each block. Notation as
 in the paper: A (r x p), B (q x r), the frozen W (q x p), f_n a norm, alpha* the factor with `x_{n-1} ~ alpha* x_n`.
@@ -125,7 +125,7 @@ def _precise(x: torch.Tensor) -> torch.Tensor:
     return x.float() if x.device.type == "mps" else x.double()
 
 
-# -- the methods -----------------------------------------------------------------------------------------------------
+# -- the merges ------------------------------------------------------------------------------------------------------
 
 
 def merge_none(chain: list[Factors]) -> list[Merged]:
@@ -195,29 +195,6 @@ def merge_exact(chain: list[Factors]) -> list[Merged]:
         b = torch.cat([other.b.to(device) for other in stacked], dim=1)
         merged.append(Merged(a, b))
     return merged
-
-
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """A merge: what it computes, and what it must know before."""
-
-    merge: Callable[[list[Factors]], list[Merged]]
-    """From a chain, front to back, to one result for each block."""
-    norms: bool = False
-    """Whether it needs f_n of every block."""
-    fits: bool = False
-    """Whether it needs calibration, with the second moments of every block's input."""
-
-
-MERGES = {
-    "none": Method(merge_none),
-    "input": Method(merge_input, norms=True),
-    "weights": Method(merge_weights),
-    "lstsq": Method(merge_lstsq, fits=True),
-}
-"""The merges by name; a shortcut may have others (`reslora.shortcuts`)."""
-
-METHODS = ("auto", *MERGES)
 
 
 # -- their parts -----------------------------------------------------------------------------------------------------

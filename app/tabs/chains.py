@@ -7,7 +7,7 @@ import gradio as gr
 from .. import views
 from ..polite import polite
 from ..runs import Library, Run
-from ..studio import MERGES, Studio
+from ..studio import MERGE_CHOICES, Studio
 
 
 class ChainsTab:
@@ -20,7 +20,7 @@ class ChainsTab:
             with gr.Column(scale=2, min_width=300):
                 gr.Markdown("### Merge a checkpoint by another method")
                 self.checkpoint = gr.Dropdown(label="Checkpoint", allow_custom_value=True, interactive=True)
-                self.merge_method = gr.Dropdown(MERGES, value=MERGES[0], label="Merge method")
+                self.merge_method = gr.Dropdown(MERGE_CHOICES, value=MERGE_CHOICES[0], label="Merge method")
                 self.merge = gr.Button("Merge and export", variant="primary", elem_id="merge")
                 self.merged = gr.Markdown(
                     "`lstsq` fits what the neighbours add, from samples the run has kept; `input` and `weights` are "

@@ -7,9 +7,11 @@ import contextlib
 import math
 import re
 
-from ..config import HEADS, METHODS, SHORTCUTS
+from ..common.methods import IN_WORDS, METHODS
+from ..config import HEADS, SHORTCUTS
+from ..merges import AUTO
+from ..merges import NAMES as MERGES
 
-MERGES = ("auto", "none", "input", "weights", "lstsq")
 SAMPLINGS = ("uniform", "logit_normal", "mode", "sigmoid", "shift", "flux_shift")
 BASE_PRECISIONS = ("no", "fp8", "int8", "nf4")
 WEIGHTINGS = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
@@ -158,7 +160,7 @@ def add_model_flags(add) -> None:
 def add_method_flags(add) -> None:
     """Which adapter, and how it is merged."""
     add("--method", nargs="+", choices=METHODS,
-        help="trained one after the other on the same samples; lora_x2 is LoRA with doubled alpha")
+        help=f"trained one after the other on the same samples. {IN_WORDS}")
     add("--rank", type=whole(1), help="rank of the update matrices")
     add("--lora_alpha", type=number(0, exclusive=True), help="scale times rank; default: twice the rank")
     add("--lora_dropout", type=number(0, below=1), default=0.0,
@@ -172,7 +174,7 @@ def add_method_flags(add) -> None:
         help="ResLoRA: how many blocks before it, -1 for all; with --shortcut input any number but 0 means one")
     add("--head", choices=HEADS, default="repeat",
         help="ResLoRA, --shortcut input: what the first block of a chain adds to its input, the same again or nothing")
-    add("--merge", choices=MERGES, default="auto",
+    add("--merge", choices=MERGES, default=AUTO,
         help="ResLoRA: how the shortcuts become plain LoRA weights")
     add("--merge_calibration_samples", type=whole(0), default=64,
         help="ResLoRA: training samples that the merge may read")

@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..common.errors import InvalidArgument
-from ..config import METHODS
+from ..common.methods import METHODS
 from ..files import remove_leftovers
 
 OWNER = ".lock"  # holds the process id, for readers; what is locked is a file of the system's temporary folder

@@ -19,9 +19,11 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from ..common.errors import InvalidArgument, first_line
+from ..common.methods import IN_WORDS, METHODS
 from ..common.script import shares_the_cpu
-from ..config import HEADS, METHODS, SHORTCUTS
-from ..merging import METHODS as MERGES
+from ..config import HEADS, SHORTCUTS
+from ..merges import AUTO
+from ..merges import NAMES as MERGES
 from ..shortcuts import PLAIN, shortcut_class
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
@@ -36,7 +38,7 @@ class MethodArguments:
 
     method: str = field(
         default="reslora",
-        metadata={"choices": METHODS, "help": "what is trained; lora_x2 is LoRA with doubled alpha, the control"},
+        metadata={"choices": tuple(METHODS), "help": f"what is trained. {IN_WORDS}"},
     )
     shortcut: str = field(
         default="input", metadata={"choices": SHORTCUTS, "help": "ResLoRA: what a block gets from the blocks before it"}
@@ -50,7 +52,7 @@ class MethodArguments:
         metadata={"choices": HEADS, "help": "ResLoRA, input: what the first block of a chain adds to its input"},
     )
     merge: str = field(
-        default="auto", metadata={"choices": MERGES, "help": "ResLoRA: how the shortcuts become plain LoRA weights"}
+        default=AUTO, metadata={"choices": MERGES, "help": "ResLoRA: how the shortcuts become plain LoRA weights"}
     )
     lora_r: int = field(default=4, metadata={"help": "rank"})
     lora_alpha: float = field(default=8.0, metadata={"help": "scale times rank"})
@@ -85,7 +87,7 @@ class MethodArguments:
             )
 
     def _merge_reads_examples(self) -> bool:
-        if self.method != "reslora" or self.shortcut == PLAIN or self.pre_num == 0:
+        if not METHODS[self.method].shortcuts or self.shortcut == PLAIN or self.pre_num == 0:
             return False
         merge = shortcut_class(self.shortcut).merges.get(self.merge)
         return merge is not None and merge.fits

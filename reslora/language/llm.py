@@ -22,6 +22,7 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..common.errors import InvalidArgument, first_line
+from ..common.methods import METHODS
 from ..common.signals import StopRequest
 from ..files import write_json
 from .arguments import (
@@ -137,7 +138,7 @@ def parse(
             "a 4-bit model cannot hold the sum",
             "leave it out, and merge peft/ into the whole model",
         )
-    if task.load_in_4bit and method.method in ("loha", "lokr"):
+    if task.load_in_4bit and not METHODS[method.method].quantised:
         raise InvalidArgument(
             f"--method {method.method}", "PEFT has it for whole weights only", "leave --load_in_4bit out"
         )

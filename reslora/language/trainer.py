@@ -24,10 +24,11 @@ from ..chains import base_model
 from ..common import adapters
 from ..common.adapters import adapter_config, check_rank, known_targets, load_adapter, rank_allocator, save_adapter
 from ..common.errors import InvalidArgument, RunFailed, Stopped, first_line
+from ..common.methods import METHODS, check_steps, refuse_deepspeed
 from ..common.recovery import cannot_be_loaded, set_others_aside
 from ..common.signals import StopRequest
 from ..common.together import decided
-from ..config import LEAST_ADALORA_STEPS, ResLoraConfig
+from ..config import ResLoraConfig
 from ..files import write_checksums, write_tensors
 from ..model import enable_gradient_checkpointing
 from .arguments import MethodArguments
@@ -55,12 +56,7 @@ def attach(
     or a shortcut without a link.
     """
     targets = _targets(model, arguments)
-    if arguments.method == "adalora" and total_steps < LEAST_ADALORA_STEPS:
-        raise InvalidArgument(
-            f"--method adalora with {total_steps} steps",
-            f"it needs {LEAST_ADALORA_STEPS} to move ranks",
-            "give more steps or epochs, or another method",
-        )
+    check_steps([arguments.method], total_steps, f"--method {arguments.method} with {total_steps} steps")
     config = adapter_config(
         arguments.method,
         r=arguments.lora_r,
@@ -71,7 +67,7 @@ def attach(
         task_type=task_type,
         modules_to_save=modules_to_save,
     )
-    wired = arguments.method == "reslora"
+    wired = METHODS[arguments.method].shortcuts
     shortcuts = ResLoraConfig(arguments.shortcut, arguments.pre_num, arguments.head) if wired else None
     with _refused_as(f"--lora_r {arguments.lora_r}", "give a smaller one, or name other --target_modules"):
         check_rank(model, config)
@@ -178,9 +174,7 @@ class AdapterTrainer(Trainer):
                 "use DDP (accelerate launch) or ZeRO-2",
             )
         if stage is not None and self.allocator is not None:
-            raise InvalidArgument(
-                "--method adalora", "reads gradients that DeepSpeed keeps to itself", "train it without DeepSpeed"
-            )
+            refuse_deepspeed(["adalora"])
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """As `Trainer.train`; `latest` or True means the newest usable checkpoint, or a fresh start without one."""

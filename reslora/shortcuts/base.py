@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import nn
 
-from ..merging import MERGES, Factors, Merged, Method, Moments, neighbours, relative_error
+from ..merges import AUTO, MERGES, Merge
+from ..merging import Factors, Merged, Moments, neighbours, relative_error
 from .shared import SharedProduct, autocasts, sharded
 from .state import State, Wires
 
@@ -65,7 +66,7 @@ class Shortcut(LoraVariant):
     """Whether blocks hand activations on, which needs a state for each forward, and norms of them for merges."""
     raises_rank: ClassVar[bool] = False
     """Whether a merge changes ranks."""
-    merges: ClassVar[Mapping[str, Method]] = MERGES
+    merges: ClassVar[Mapping[str, Merge]] = MERGES
     """The merges it has, by the name that the report shows."""
 
     def __init__(self, wires: Wires, name: str) -> None:
@@ -102,7 +103,7 @@ class Shortcut(LoraVariant):
     @classmethod
     def resolve(cls, method: str, calibrated: bool, recorded: bool) -> str:
         """The name of the merge that `method` (any but `none`) means, given calibration or recorded norms."""
-        if method == "auto":
+        if method == AUTO:
             return "lstsq" if calibrated else "input" if recorded else "weights"
         return method
 

@@ -11,7 +11,8 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from ..merging import MERGES, Factors, Merged, Method, Moments, merge_exact, neighbours
+from ..merges import MERGES, Merge
+from ..merging import Factors, Merged, Moments, neighbours
 from .base import Shortcut, add_scaled, cast, inside_checkpoint, rows
 from .shared import autocasts
 from .state import State, Wires, refuse_replica
@@ -32,7 +33,7 @@ class BlockShortcut(Shortcut):
 
     carries = False
     raises_rank = True
-    merges: ClassVar = {"none": MERGES["none"], "exact": Method(merge_exact)}
+    merges: ClassVar = {"none": MERGES["none"], "exact": Merge("merge_exact")}
 
     def __init__(
         self, wires: Wires, name: str, own: tuple, previous: list[tuple], before: str | None, hands_on: bool

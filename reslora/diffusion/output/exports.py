@@ -15,8 +15,9 @@ from torch import nn
 
 from ... import export
 from ...chains import Chains, chains
-from ...common.adapters import PLAIN_METHODS, as_plain_lora, load_adapter, remove_adapters
+from ...common.adapters import load_adapter, remove_adapters
 from ...common.errors import RunFailed, first_line
+from ...common.methods import METHODS
 from ...files import write_json
 from ...model import MergeReport, merge
 from ..arguments import Flags
@@ -69,9 +70,9 @@ def export_method(
         prompts, images = [next((text for text in material.texts.places if text), "")], 1
     with exact_products(), in_float32(drawer):
         denoiser = exact_denoiser(trainee, model, flags, schedule, folder, accelerator)
-        merged = merge_reslora(denoiser, loss, material) if method == "reslora" else None
-        if method == "adalora":
-            denoiser = as_plain_lora(denoiser)
+        merged = merge_reslora(denoiser, loss, material) if METHODS[method].shortcuts else None
+        if plain_lora := METHODS[method].plain_lora:
+            denoiser = plain_lora(denoiser)
         drawn = drawer.draw(denoiser.eval(), prompts, images)
         reference, *_ = [finite(image, method) for image in drawn]
         if merged is not None:
@@ -186,7 +187,7 @@ def write_formats(denoiser: nn.Module, method: str, model: Model, folder: Path, 
     family = model.family
     export.export_peft(denoiser, folder / "peft")
     export.export_merged(denoiser, folder / family.denoiser)
-    if method in PLAIN_METHODS:
+    if METHODS[method].plain_lora:
         metadata = kohya_metadata(family, denoiser.config, material)
         export.export_diffusers(denoiser, folder, prefix=family.denoiser, metadata=metadata)
         for file in family.lora_files:
@@ -237,7 +238,7 @@ def read_back(
     name, pipeline = model.family.denoiser, drawer.pipeline
     before = getattr(pipeline, name)
     remove_adapters(denoiser)
-    for file in (DIFFUSERS_FILE, *model.family.lora_files) if method in PLAIN_METHODS else ():
+    for file in (DIFFUSERS_FILE, *model.family.lora_files) if METHODS[method].plain_lora else ():
         setattr(pipeline, name, denoiser)
         pipeline.load_lora_weights(folder, weight_name=file)
         yield file, denoiser
