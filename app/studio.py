@@ -38,7 +38,7 @@ from .recipe import SEEDS, Drawn, Request
 from .runs import Run, RunError, Weights
 
 BUNDLED = Path(__file__).resolve().parent.parent / "assets" / "pipeline"
-MERGE_CHOICES = sorted(MERGES, key=lambda name: (not MERGES[name].fits, name == "none"))
+MERGE_CHOICES = sorted(MERGES, key=lambda name: (not MERGES[name].needs_moments, name == "none"))
 """What keeps most comes first."""
 PATIENCE = 15.0
 """Seconds without anybody listening after which a generation counts as abandoned."""

@@ -34,7 +34,8 @@ from reslora.diffusion.setup import start_accelerator, start_trackers
 from reslora.diffusion.training.denoising import DenoisingLoss
 from reslora.diffusion.training.loop import train
 from reslora.diffusion.training.objective import DdpmObjective
-from reslora.diffusion.training.state import Schedule, Trainee, new_optimizer, prepare
+from reslora.diffusion.training.preparing import prepare
+from reslora.diffusion.training.state import Schedule, Trainee, new_optimizer
 
 sys.path.append(str(ROOT / "tests"))
 from pipelines import image_folder

@@ -16,9 +16,9 @@ class Merge:
 
     function: str
     """Its name in `merging.py`; takes a chain, front to back, and gives one result for each block."""
-    norms: bool = False
+    needs_norms: bool = False
     """Whether it needs f_n of every block."""
-    fits: bool = False
+    needs_moments: bool = False
     """Whether it needs calibration, with the second moments of every block's input."""
 
     def __call__(self, chain: list[Factors]) -> list[Merged]:
@@ -28,9 +28,9 @@ class Merge:
 
 MERGES = {
     "none": Merge("merge_none"),
-    "input": Merge("merge_input", norms=True),
+    "input": Merge("merge_input", needs_norms=True),
     "weights": Merge("merge_weights"),
-    "lstsq": Merge("merge_lstsq", fits=True),
+    "lstsq": Merge("merge_lstsq", needs_moments=True),
 }
 """A shortcut may have others (`reslora.shortcuts`)."""
 

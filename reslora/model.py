@@ -212,9 +212,9 @@ def _resolve(name: str, connection: Connection, calibration: object, max_rank: i
     recorded = bool(means) and all(map(math.isfinite, means))
     resolved = shortcut.resolve(name, calibration is not None, recorded)
     row = shortcut.merges[resolved]
-    if row.fits and calibration is None:
+    if row.needs_moments and calibration is None:
         raise ValueError(f"method={name!r} needs calibration=, an iterable of dicts of the base model's arguments")
-    if row.norms and calibration is None and not recorded:
+    if row.needs_norms and calibration is None and not recorded:
         raise ValueError(
             f"method={name!r} needs norms of every block: train with ResLoraConfig(window=...) above 0, or give "
             "calibration="
@@ -247,7 +247,7 @@ def _factors(chain: Chain, layers: dict[str, LoraLayer], connection: Connection)
         )
         for block in chain
     ]
-    connection.shortcut.relate(found, connection.config.reach, connection.config.head)
+    connection.shortcut.relate(found, connection.before(chain), connection.config.head)
     return found
 
 
@@ -273,15 +273,15 @@ def _merge_chains(
         return [], ()
     notes = ()
     merge_chain = connection.shortcut.merges[name]
-    merged = None if merge_chain.norms or merge_chain.fits else [merge_chain(chain) for chain in plan]
+    merged = None if merge_chain.needs_norms or merge_chain.needs_moments else [merge_chain(chain) for chain in plan]
     if merged is not None and max_rank is not None:
         pairs = (zip(chain, results, strict=True) for chain, results in zip(plan, merged, strict=True))
         merged = [[merging.cut(block, result, max_rank) for block, result in chain] for chain in pairs]
     if calibration is not None:
-        calibrator = Calibrator(plan, merged, connection.shortcut, merge_chain.fits)
+        calibrator = Calibrator(plan, merged, connection.shortcut, merge_chain.needs_moments)
         calibrator.read(base, connection.wires, calibration)
         notes = calibrator.notes
-    elif merge_chain.norms:
+    elif merge_chain.needs_norms:
         means = connection.wires.norms.means()
         for block in (block for chain in plan if len(chain) > 1 for block in chain):
             block.norm = means[block.name]

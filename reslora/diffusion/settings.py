@@ -162,8 +162,8 @@ def check_flags(flags: Flags) -> None:
         problem = f"--report_to {flags.report_to} would publish it"
         raise InvalidArgument("--hub_token", problem, "log in with `hf auth login` instead")
     # The classes are asked last: to have one is to import torch.
-    reads = MERGES.get(flags.merge, MERGES["none"]).fits
-    if reads and flags.merge_calibration_samples == 0 and flags.merge in merges_of(flags):
+    reads_samples = MERGES.get(flags.merge, MERGES["none"]).needs_moments
+    if reads_samples and flags.merge_calibration_samples == 0 and flags.merge in merges_of(flags):
         fix = "give --merge_calibration_samples 64, or another merge"
         raise InvalidArgument(f"--merge {flags.merge}", "needs calibration samples", fix)
     if flags.compile and flags.gradient_checkpointing and hands_on(flags):

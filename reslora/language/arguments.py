@@ -90,7 +90,7 @@ class MethodArguments:
         if not METHODS[self.method].shortcuts or self.shortcut == PLAIN or self.pre_num == 0:
             return False
         merge = shortcut_class(self.shortcut).merges.get(self.merge)
-        return merge is not None and merge.fits
+        return merge is not None and merge.needs_moments
 
 
 @dataclass

@@ -69,14 +69,17 @@ def merge_table(
 
 def _applicable(connection: Connection, calibration: object) -> list[str]:
     has_norms = calibration is not None or connection.wires.norms.count > 0
-    merges = connection.shortcut.merges.items()
-    return [name for name, has in merges if (has_norms or not has.norms) and (calibration is not None or not has.fits)]
+    return [
+        name
+        for name, merge in connection.shortcut.merges.items()
+        if (has_norms or not merge.needs_norms) and (calibration is not None or not merge.needs_moments)
+    ]
 
 
 def _merge(model: nn.Module, method: str, calibration: Sequence[Mapping] | None) -> MergeReport:
     connection = connection_of(base_model(model))
     merges = connection.shortcut.merges if connection.shortcut is not None else {}
-    if connection.wires.norms.count > 0 and method in merges and merges[method].norms:
+    if connection.wires.norms.count > 0 and method in merges and merges[method].needs_norms:
         calibration = None  # the norms recorded in training, not those of the examples
     try:
         return merge(model, method if method in MERGES else AUTO, calibration)  # exact merges have no name
