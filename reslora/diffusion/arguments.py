@@ -7,6 +7,7 @@ import contextlib
 import math
 import re
 
+from ..common.checks import is_number, is_whole, number_in_words, whole_in_words
 from ..common.methods import IN_WORDS, METHODS
 from ..config import HEADS, SHORTCUTS
 from ..merges import AUTO
@@ -70,9 +71,9 @@ def whole(minimum: int):
 
     def parse(text: str) -> int:
         with contextlib.suppress(ValueError):
-            if int(text) >= minimum:
+            if is_whole(int(text), minimum):
                 return int(text)
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {minimum}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not {whole_in_words(minimum)}")
 
     return parse
 
@@ -83,12 +84,9 @@ def number(minimum: float, below: float = math.inf, exclusive: bool = False):
     def parse(text: str) -> float:
         with contextlib.suppress(ValueError):
             value = float(text)
-            if math.isfinite(value) and value < below and (value > minimum if exclusive else value >= minimum):
+            if is_number(value, minimum, below, exclusive):
                 return int(value) if value.is_integer() and re.fullmatch(r"\d+", text) else value
-        bounds = f"{'above' if exclusive else 'of at least'} {minimum}" + (
-            f" and below {below}" if below < math.inf else ""
-        )
-        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number {bounds}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not {number_in_words(minimum, below, exclusive)}")
 
     return parse
 

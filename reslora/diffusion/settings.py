@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from ..common.checks import check_writable
 from ..common.errors import InvalidArgument, first_line
 from ..common.methods import any_with_shortcuts, check_steps
 from ..merges import MERGES
@@ -228,11 +229,7 @@ def check_adalora_steps(methods: Sequence[str], steps: int | None) -> None:
 
 def check_output(output_dir: str) -> None:
     """Refuse an output folder that cannot be made or written."""
-    output = Path(output_dir)
-    parent = next(path for path in (output, *output.absolute().parents) if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        problem = f"{parent} is not a folder that can be written"
-        raise InvalidArgument(f"--output_dir {output_dir}", problem, "choose another")
+    check_writable(Path(output_dir), f"--output_dir {output_dir}")
 
 
 def check_model_name(name: str) -> None:
