@@ -14,7 +14,7 @@ def test_what_a_reader_raises_is_refused_in_one_line():
 def test_other_kinds_pass_and_so_does_what_is_refused_already():
     with pytest.raises(KeyError), refused_as("--model x", "give another", (OSError,)):
         raise KeyError("x")
-    with pytest.raises(InvalidArgument, match="^--a: b; c$"), refused_as("--model x", "give another"):
+    with pytest.raises(InvalidArgument, match=r"^--a: b; c$"), refused_as("--model x", "give another"):
         raise InvalidArgument("--a", "b", "c")
     with pytest.raises(KeyboardInterrupt), refused_as("--model x", "give another"):
         raise KeyboardInterrupt

@@ -20,8 +20,8 @@ from reslora.common.methods import METHODS
 from reslora.diffusion.model.families import load_family
 from reslora.diffusion.model.families.base import Conditions, Family
 from reslora.diffusion.model.quantising import FORMATS, PackedLinear, pack, try_format
-from reslora.diffusion.output.exports import DIFFUSERS_FILE
 from reslora.diffusion.settings import read_index
+from reslora.export import DIFFUSERS_FILE
 
 HERE = torch.device("cpu")
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -18,6 +18,7 @@ from ...chains import Chains, chains
 from ...common.adapters import load_adapter, remove_adapters
 from ...common.errors import RunFailed, first_line
 from ...common.methods import METHODS
+from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 from ...files import write_json
 from ...model import MergeReport, merge
 from ..arguments import Flags
@@ -32,8 +33,6 @@ from .drawing import Drawer, as_bytes, as_image
 from .reports import save_images
 
 TOLERANCE = 2  # of 255: largest difference of any pixel between the merged model and an export read back
-DIFFUSERS_FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "kohya.safetensors"
-COMFYUI_FILE = "comfyui.safetensors"
 
 
 @dataclass(frozen=True)

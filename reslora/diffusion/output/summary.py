@@ -13,9 +13,9 @@ from ...common.errors import InvalidArgument, RunFailed, first_line
 from ...common.figures import comparison, loss_curves
 from ...common.log import read_log
 from ...common.methods import METHODS
+from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 from ...files import read_object, replacing
 from ..arguments import Flags
-from .exports import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 
 COLUMNS = 9  # at most so many steps are shown beside each other
 NOT_UPLOADED = ["*/checkpoint-*", "*/.*", ".*", "app.log", "config.json", "*/unet/*", "*/transformer/*", "cache/*"]
