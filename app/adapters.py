@@ -21,8 +21,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import reslora
+from reslora.checkpoint import PEFT_PREFIX
 from reslora.common.adapters import adapter_config, attach, load_adapter
+from reslora.common.methods import METHODS
 from reslora.diffusion.training.state import targets_of
+from reslora.export import PEFT_CONFIG_FILE, PEFT_FILE
 from reslora.files import read_object
 from reslora.ranks import changes_base
 
@@ -37,7 +40,6 @@ PAIRS = (
     ("_lora.down.", "_lora.up."),
 )
 """How the two factors of a LoRA are told apart: PEFT and diffusers, kohya, and two of diffusers' older forms."""
-PEFT_PREFIX, PEFT_NAME, PEFT_CONFIG = "base_model.model.", "adapter_model.safetensors", "adapter_config.json"
 PEFT_FIELDS = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules")
 PEFT_FIELDS += ("layers_to_transform", "layers_pattern")
 """What of PEFT's configuration says which layers have a plain LoRA, and how it is scaled."""
@@ -89,7 +91,7 @@ def put_file(pipeline: DiffusionPipeline, part: str, denoiser: nn.Module, weight
 
 def put_adapter(denoiser: nn.Module, config: dict, weights: Weights, strength: float) -> None:
     """An unmerged checkpoint: with its shortcuts, as it was trained."""
-    if weights.method == "reslora":
+    if METHODS[weights.method].shortcuts:
         reslora.load(denoiser, weights.path)
     else:
         lora = {"r": config["rank"], "alpha": config["lora_alpha"], "targets": targets_of(config["target_modules"])}
@@ -130,11 +132,11 @@ def uploaded(*paths: str | Path) -> Weights:
 
     One that PEFT wrote needs its adapter_config.json: among `paths`, or beside it. A folder of PEFT's will do, too.
     """
-    given = [path / PEFT_NAME if path.is_dir() else path for path in map(Path, paths)]
+    given = [path / PEFT_FILE if path.is_dir() else path for path in map(Path, paths)]
     configs = [path for path in given if path.suffix.lower() == ".json"]
     files = [path for path in given if path not in configs]
     if len(files) != 1 or len(configs) > 1:
-        raise RunError(f"Give one .safetensors file, and only with one of PEFT's its {PEFT_CONFIG}.")
+        raise RunError(f"Give one .safetensors file, and only with one of PEFT's its {PEFT_CONFIG_FILE}.")
     path, label = files[0], files[0].name[:80]
     if path.suffix.lower() != ".safetensors":
         raise RunError(f"{label}: only .safetensors files are taken; .bin, .ckpt and .pt files can run code.")
@@ -142,9 +144,9 @@ def uploaded(*paths: str | Path) -> Weights:
         raise RunError(f"{label}: there is no such file.")
     if not all(name.startswith(PEFT_PREFIX) for name in check_adapter_file(path, label)):
         return Weights(label, "file", "", path)
-    config = configs[0] if configs else path.with_name(PEFT_CONFIG)
+    config = configs[0] if configs else path.with_name(PEFT_CONFIG_FILE)
     if not config.is_file():
-        raise RunError(f"{label} was written by PEFT, whose {PEFT_CONFIG} says its alpha: give that file with it.")
+        raise RunError(f"{label} was written by PEFT, whose {PEFT_CONFIG_FILE} says its alpha: give that file with it.")
     return Weights(label, "file", "", path, config=config)
 
 
@@ -163,10 +165,12 @@ def peft_metadata(label: str, path: Path, part: str) -> dict:
     """What PEFT's adapter_config.json says, as diffusers writes it into its own files; refuses all but plain LoRA."""
     content = read_object(path)
     if content.get("peft_type") != "LORA":
-        raise RunError(f"{label}: its {PEFT_CONFIG} says {content.get('peft_type')!r}; only PEFT's plain LoRA is read.")
+        raise RunError(
+            f"{label}: its {PEFT_CONFIG_FILE} says {content.get('peft_type')!r}; only PEFT's plain LoRA is read."
+        )
     for name in ("use_dora", "lora_bias", "modules_to_save", "bias"):
         if content.get(name) not in (None, False, "none", []):
-            raise RunError(f"{label}: its {PEFT_CONFIG} says {name} = {content[name]}; only plain LoRA is read.")
+            raise RunError(f"{label}: its {PEFT_CONFIG_FILE} says {name} = {content[name]}; only plain LoRA is read.")
     own = {name: content[name] for name in PEFT_FIELDS if content.get(name) is not None}
     try:
         config = LoraConfig(**own, init_lora_weights=content.get("init_lora_weights", True))
@@ -175,7 +179,7 @@ def peft_metadata(label: str, path: Path, part: str) -> dict:
     except Exception:  # PEFT checks little of a configuration
         whole = False
     if not whole:
-        raise RunError(f"{label}: its {PEFT_CONFIG} is damaged.")
+        raise RunError(f"{label}: its {PEFT_CONFIG_FILE} is damaged.")
     if changes_base(config):
         raise RunError(f"{label}: init_lora_weights = {config.init_lora_weights!r} has changed the base model, too.")
     return {f"{part}.{name}": value for name, value in own.items()}

@@ -15,6 +15,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from reslora.export import DIFFUSERS_FILE
+
 from .runs import EXAMPLE, Library, Run
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -37,7 +39,7 @@ def make_example(run: Run, target: Path) -> None:
                 shutil.copytree(source, target / method / name)
             elif source is not None:
                 shutil.copyfile(source, target / method / name)
-        if source := run.inside(method, "pytorch_lora_weights.safetensors"):
+        if source := run.inside(method, DIFFUSERS_FILE):
             halve(source, target / method / source.name)
 
 

@@ -19,16 +19,19 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from reslora.checkpoint import WEIGHTS_NAME
+from reslora.common.adapters import ADAPTER_NAME
 from reslora.common.log import of_split, read_log
-from reslora.config import LORA_METHODS, METHODS
+from reslora.common.methods import METHODS
+from reslora.export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 
 EXAMPLE = Path(__file__).resolve().parent / "example"
 """A small finished run that comes with the application."""
 LOG_NAME = "app.log"
 """What a trainer that the page started has printed."""
-LORA_FILES = ("pytorch_lora_weights.safetensors", "kohya.safetensors", "comfyui.safetensors")
+LORA_FILES = (DIFFUSERS_FILE, KOHYA_FILE, COMFYUI_FILE)
 DENOISERS = ("unet", "transformer")
-RESULTS = ("merge.json", "exports.json", "pytorch_lora_weights.safetensors")
+RESULTS = ("merge.json", "exports.json", DIFFUSERS_FILE)
 LARGEST_JSON = 64 * 2**20
 MOST_STEPS = 10**9
 PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
@@ -241,7 +244,7 @@ class Run:
                     found.append(Weights(f"{method}: merged weights", "merged", method, path))
             for name in self.entries(method):
                 merged = re.fullmatch(r"merged-by-([a-z]+)-(\d+)", name)
-                if merged and (path := self.inside(method, name, "pytorch_lora_weights.safetensors")):
+                if merged and (path := self.inside(method, name, DIFFUSERS_FILE)):
                     label = f"{method}: step {merged[2]} merged by {merged[1]}"
                     found.append(Weights(label, "file", method, path, int(merged[2])))
                 elif name in LORA_FILES and (path := self.inside(method, name)):
@@ -251,9 +254,9 @@ class Run:
 
     def checkpoints(self, method: str) -> list[Weights]:
         """Complete checkpoints of a LoRA or ResLoRA method, newest first."""
-        wanted = "reslora_model.safetensors" if method == "reslora" else "adapter.safetensors"
+        wanted = WEIGHTS_NAME if METHODS[method].shortcuts else ADAPTER_NAME
         found = []
-        for name in self.entries(method) if method in LORA_METHODS else ():
+        for name in self.entries(method) if METHODS[method].trains_lora else ():
             match = re.fullmatch(r"checkpoint-(\d{1,9})", name)
             path = self.sound(method, name) if match else None
             complete = self.inside(method, name, "trainer.json") and self.inside(method, name, wanted)
@@ -277,7 +280,7 @@ class Run:
 
     def lora_norms(self, method: str) -> dict[str, float]:
         """Frobenius norm of the (merged) weight update `s B A` of each block, from the exported LoRA file."""
-        path = self.inside(method, "pytorch_lora_weights.safetensors")
+        path = self.inside(method, DIFFUSERS_FILE)
         with contextlib.suppress(OSError, SafetensorError, RuntimeError):
             return dict(norms_of(path, path.stat().st_mtime_ns)) if path is not None else {}
         return {}

@@ -31,13 +31,15 @@ from reslora.diffusion.model.loading import find_model
 from reslora.diffusion.output.calibration import read_calibration
 from reslora.diffusion.output.exports import LORA_FILES
 from reslora.diffusion.settings import check_model_name
+from reslora.merges import MERGES
 
 from . import adapters
 from .recipe import SEEDS, Drawn, Request
 from .runs import Run, RunError, Weights
 
 BUNDLED = Path(__file__).resolve().parent.parent / "assets" / "pipeline"
-MERGES = ("lstsq", "input", "weights", "none")
+MERGE_CHOICES = sorted(MERGES, key=lambda name: (not MERGES[name].needs_moments, name == "none"))
+"""What keeps most comes first."""
 PATIENCE = 15.0
 """Seconds without anybody listening after which a generation counts as abandoned."""
 

@@ -19,19 +19,15 @@ import PIL.Image
 
 from reslora.common import figures
 from reslora.common.log import of_split
-from reslora.config import METHODS
+from reslora.common.methods import METHODS
 
 from .recipe import Drawn
 from .runs import Run, number
 
 LARGEST_TILE = 320
 MOST_ROWS = 16
-KNOWN = {
-    "lora": ("LoRA", "#8a8f98"), "reslora": ("ResLoRA", "#e8590c"), "lora_x2": ("LoRA, doubled alpha", "#1971c2"),
-    "adalora": ("AdaLoRA", "#2f9e44"), "loha": ("LoHa", "#9c36b5"), "lokr": ("LoKr", "#0c8599"),
-}  # fmt: skip
-NAMES = {method: KNOWN.get(method, (method, ""))[0] for method in METHODS}
-COLORS = {method: KNOWN.get(method, ("", "#495057"))[1] for method in METHODS}
+NAMES = {name: method.title for name, method in METHODS.items()}
+COLORS = {name: method.color for name, method in METHODS.items()}
 MARKER = "chosen step"
 NOTHING = "&mdash;"
 

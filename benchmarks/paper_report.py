@@ -11,6 +11,8 @@ import matplotlib
 import matplotlib.pyplot as plt
 from measured import RESULTS, ROOT
 
+from reslora.merges import MERGES as FOR_LINKS
+
 matplotlib.use("Agg")
 REPORT = ROOT / "RESULTS.md"
 COLORS = {
@@ -21,7 +23,7 @@ COLORS = {
     "bs(4)": "#2f9e44",
     "ms(4)": "#9c36b5",
 }
-MERGES = ("none", "input", "weights", "lstsq", "exact")
+MERGES = (*FOR_LINKS, "exact")
 SCORES = ("accuracy", "f1", "matthews", "pearson")
 PAPER_COST = {"is": 1.07, "bs(4)": 1.79, "ms(4)": 1.36}
 

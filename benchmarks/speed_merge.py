@@ -23,6 +23,7 @@ from transformers import LlamaConfig, LlamaModel
 
 import reslora
 from reslora import calibration, merging
+from reslora.chains import before_each
 from reslora.diffusion.model.families.flux import FAMILY
 from reslora.regression import Inputs
 from reslora.shortcuts import shortcut_class
@@ -150,9 +151,9 @@ def closed_form(width: int, out: int, rank: int, device: str) -> dict[str, dict[
             )
             for n in range(REACH + 1)
         ]  # fmt: skip
-        cls.relate(chain, cls.reach(REACH), "repeat")
+        cls.relate(chain, before_each(len(chain), cls.reach(REACH)), "repeat")
         with LiveTensors() as live:
-            taken = seconds(lambda cls=cls, method=method, chain=chain: cls.merges[method].merge(chain), device)
+            taken = seconds(lambda cls=cls, method=method, chain=chain: cls.merges[method](chain), device)
         found[method] = {"seconds": taken / len(chain), "bytes": live.peak}
     return found
 

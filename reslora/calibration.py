@@ -28,13 +28,17 @@ class Calibrator:
     """Watches the unmerged model run on the calibration batches and fills in the moments of every block."""
 
     def __init__(
-        self, plan: list[list[Factors]], merged: list[list[Merged]] | None, shortcut: type[Shortcut], fits: bool
+        self,
+        plan: list[list[Factors]],
+        merged: list[list[Merged]] | None,
+        shortcut: type[Shortcut],
+        needs_moments: bool,
     ) -> None:
-        """`merged` is the outcome of a merge that needs no calibration; one that `fits` needs all of x x^T."""
+        """`merged` is the outcome of a merge that needs no calibration; one that `needs_moments` needs all of x x^T."""
         self.blocks = {block.name: block for chain in plan for block in chain}
         results = [None] * len(self.blocks) if merged is None else [result for chain in merged for result in chain]
         self.merged = dict(zip(self.blocks, results, strict=True))
-        self.shortcut, self.fits = shortcut, fits
+        self.shortcut, self.needs_moments = shortcut, needs_moments
         self.passes = 0
         self.waiting = dict.fromkeys(self.blocks)
         """The names of the blocks that are still to be measured."""
@@ -42,7 +46,7 @@ class Calibrator:
         """The first block that reads the tensor a block reads, by the block's name."""
         self.inputs: dict[str, Inputs] = {}
         """What is collected in this pass, by leader."""
-        self.put_off: set[str] = set()
+        self.postponed: set[str] = set()
         """The leaders there was no room for in this pass."""
         # Weak references: a calibration forward must not keep every layer's input alive.
         self.seen: list[tuple[weakref.ref, str]] = []
@@ -66,7 +70,7 @@ class Calibrator:
                     self.seen.clear()
                     _forward(base, batch, device, count)
                     count += 1
-                    if self.fits and batches is not kept:
+                    if self.needs_moments and batches is not kept:
                         kept.append(dict(batch))
                 if count == 0:
                     raise ValueError("calibration is empty; give at least one dict of the base model's arguments")
@@ -98,10 +102,10 @@ class Calibrator:
             return
         with torch.autocast(x.device.type, enabled=False):
             block = self.blocks[name]
-            block.moments = block.moments or self.shortcut.moments(block, self.merged[name], self.fits)
+            block.moments = block.moments or self.shortcut.moments(block, self.merged[name], self.needs_moments)
             tokens = rows(x)
             tokens = tokens if tokens.dtype == torch.float64 else tokens.float()
-            if self.fits and block.moments.guess is not None:
+            if self.needs_moments and block.moments.stand_in is not None:
                 block.moments.inputs = self._inputs(name, x if entered is None else entered, tokens)
                 if block.moments.inputs is None:
                     return
@@ -117,18 +121,18 @@ class Calibrator:
             raise ValueError(
                 f"{name} reads another tensor than in the first calibration batch; calibrate in like batches"
             )
-        if name == leader and name not in self.put_off:
+        if name == leader and name not in self.postponed:
             inputs = self.inputs.pop(name, None) or Inputs(tokens)
-            if _fit([*(other.nbytes() for other in self.inputs.values()), inputs.nbytes(len(tokens))]):
+            if _has_room([*(other.nbytes() for other in self.inputs.values()), inputs.nbytes(len(tokens))]):
                 inputs.add(tokens)
                 self.inputs[name] = inputs
             else:
-                self.put_off.add(name)
+                self.postponed.add(name)
         return self.inputs.get(leader)
 
     def _finish_pass(self) -> None:
         """Checks what was collected, fits what is to be fitted and lets go of it."""
-        later = {name: None for name in self.waiting if self.leaders.get(name) in self.put_off}
+        later = {name: None for name in self.waiting if self.leaders.get(name) in self.postponed}
         done = [self.blocks[name] for name in self.waiting if name not in later]
         for block in done:
             if block.moments is None:
@@ -151,10 +155,10 @@ class Calibrator:
                 block.moments.fit()
         for name in later:
             self.blocks[name].moments = None
-        self.waiting, self.put_off = later, set()
+        self.waiting, self.postponed = later, set()
 
 
-def _fit(sizes: list[tuple[int, int]]) -> bool:
+def _has_room(sizes: list[tuple[int, int]]) -> bool:
     """Whether all can be held, and any one of them solved; a single one always can."""
     held, solving = zip(*sizes, strict=True)
     return len(sizes) == 1 or sum(held) + max(solving) <= BUDGET

@@ -19,6 +19,9 @@ from torch.nn.modules.conv import _ConvNd
 
 from .tracing import Trace, trace
 
+Before = Sequence[Sequence[int]]
+"""Of each block of a chain, where in the chain the blocks are that take part in it: n-1, n-2, ... n-m."""
+
 # Classes whose `forward` is known to call `lora_variant[adapter].forward`. Others (AWQ, AQLM, EETQ, TE, tensor
 # parallel) ignore variants: wired, they would silently train plain LoRA.
 _CALLS_VARIANT = {
@@ -112,6 +115,14 @@ class Chains(Sequence):
 
     def __str__(self) -> str:
         return "\n".join(_table(self))
+
+
+def before_each(blocks: int, reach: int | None) -> Before:
+    """Of each block of a chain of so many, the blocks before it that take part: `m = min(reach, n)` of block n.
+
+    `reach` as `ResLoraConfig.reach` has it; None: all of them.
+    """
+    return [range(n - 1, -1 if reach is None else max(0, n - reach) - 1, -1) for n in range(blocks)]
 
 
 def chains(model: nn.Module, adapter_name: str = "default", example_inputs: dict | None = None) -> Chains:

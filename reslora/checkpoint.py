@@ -30,7 +30,7 @@ from .wiring import attach_wires, connected, connection_of
 CONFIG_NAME = "reslora_config.json"
 WEIGHTS_NAME = "reslora_model.safetensors"
 _NORMS = "reslora.norms"
-_PEFT_PREFIX = "base_model.model."
+PEFT_PREFIX = "base_model.model."
 
 
 def save(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> None:
@@ -214,7 +214,7 @@ def _state(outer: nn.Module, base: nn.Module, adapter_name: str) -> dict[str, to
     source = outer if isinstance(outer, PeftModel) else base
     with keeping_shortcuts():
         state = get_peft_model_state_dict(source, adapter_name=adapter_name, save_embedding_layers=False)
-    return {key.removeprefix(_PEFT_PREFIX): value for key, value in state.items()}
+    return {key.removeprefix(PEFT_PREFIX): value for key, value in state.items()}
 
 
 def _fill(outer: nn.Module, base: nn.Module, tensors: dict[str, torch.Tensor], adapter_name: str) -> None:
@@ -225,7 +225,7 @@ def _fill(outer: nn.Module, base: nn.Module, tensors: dict[str, torch.Tensor], a
             if adapter_name in part and dtype is not None:
                 part[adapter_name].to(dtype)
     wrapped = isinstance(outer, PeftModel)
-    state = {_PEFT_PREFIX + key: value for key, value in tensors.items()} if wrapped else tensors
+    state = {PEFT_PREFIX + key: value for key, value in tensors.items()} if wrapped else tensors
     set_peft_model_state_dict(outer if wrapped else base, state, adapter_name=adapter_name)
 
 

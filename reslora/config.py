@@ -8,12 +8,7 @@ from .shortcuts import NAMES as SHORTCUTS
 from .shortcuts import PLAIN, shortcut_class
 
 HEADS = ("repeat", "none")
-
-# What can be trained, by name (`common.adapters`); here because parsers of flags do not wait for torch and PEFT.
-LORA_METHODS = ("lora", "lora_x2", "reslora")
-PLAIN_METHODS = (*LORA_METHODS, "adalora")  # what ends as plain LoRA, and so as a diffusers and a kohya file
-METHODS = (*PLAIN_METHODS, "loha", "lokr")
-LEAST_ADALORA_STEPS = 3  # with fewer its schedule never moves a rank
+"""What the first block of a chain, its head, may take for the input of the block that is not there."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +39,10 @@ class ResLoraConfig:
 
     @property
     def reach(self) -> int | None:
-        """Blocks before the current one that take part (the m of Eqs. 3 and 4 before clipping); None: all of them."""
+        """At most how many blocks before the current one take part: `pre_num` as the shortcut takes it; None: all.
+
+        The m of Eqs. 3 and 4 is this, or what there is in the chain. Called `reach` wherever it is meant.
+        """
         return shortcut_class(self.shortcut).reach(self.pre_num) if self.wired else 0
 
     @property

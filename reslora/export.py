@@ -30,9 +30,17 @@ from safetensors.torch import save
 from torch import nn
 
 from .chains import base_model, lora_layers, unwrap
-from .checkpoint import _PEFT_PREFIX
+from .checkpoint import PEFT_PREFIX
 from .files import replacing, write_tensors
 from .wiring import connection_of
+
+DIFFUSERS_FILE, KOHYA_FILE, COMFYUI_FILE = (
+    "pytorch_lora_weights.safetensors",
+    "kohya.safetensors",
+    "comfyui.safetensors",
+)
+"""The names of LoRA files: diffusers reads only its own; the others are as a run calls them."""
+PEFT_FILE, PEFT_CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 
 
 def export_peft(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> Path:
@@ -44,7 +52,7 @@ def export_peft(model: nn.Module, directory: str | os.PathLike, adapter_name: st
     base, outer = _plain(model, adapter_name), unwrap(model)
     source = outer if isinstance(outer, PeftModel) else base
     state = get_peft_model_state_dict(source, adapter_name=adapter_name, save_embedding_layers=False)
-    state = {_PEFT_PREFIX + key.removeprefix(_PEFT_PREFIX): value for key, value in state.items()}
+    state = {PEFT_PREFIX + key.removeprefix(PEFT_PREFIX): value for key, value in state.items()}
     config = copy.deepcopy(base.peft_config[adapter_name])
     config.inference_mode = True
     for field, value in vars(config).items():
@@ -52,7 +60,7 @@ def export_peft(model: nn.Module, directory: str | os.PathLike, adapter_name: st
             setattr(config, field, sorted(value))
     with replacing(directory) as temporary:
         config.save_pretrained(str(temporary))
-        write_tensors(temporary / "adapter_model.safetensors", state, {"format": "pt"})
+        write_tensors(temporary / PEFT_FILE, state, {"format": "pt"})
     return Path(directory)
 
 
@@ -83,7 +91,7 @@ def export_diffusers(
         "target_modules": sorted(ranks),
     }
     packed = {f"{prefix}.{key}": value for key, value in config.items()}
-    path = Path(directory) / "pytorch_lora_weights.safetensors"
+    path = Path(directory) / DIFFUSERS_FILE
     write_tensors(
         path,
         tensors,

@@ -1,4 +1,4 @@
-"""The merge methods: from a trained chain to plain LoRA factors, as functions of tensors.
+"""The merges: from a trained chain to plain LoRA factors, as functions of tensors; by name in `merges.py`.
 
 A chain comes as a list of `Factors`, front to back, and leaves as a list of `Merged`, one for each block. Notation as
 in the paper: A (r x p), B (q x r), the frozen W (q x p), f_n a norm, alpha* the factor with `x_{n-1} ~ alpha* x_n`.
@@ -34,12 +34,12 @@ class Factors:
     parts: Sequence[torch.Tensor] = ()
     """What multiplies x_{n-1}, x_{n-2}, ... in this block (r x p each): A_n (`input`), A_{n-1}, A_{n-2}, ...
     (`middle`)."""
-    head: float = 0.0
-    """alpha* of a head: 1 where x_{n-1} := x_n, else 0."""
+    alpha_of_head: float = 0.0
+    """alpha* of a block with nothing before it: 1 where x_{n-1} := x_n, else 0."""
     fold: Callable[[Factors, list[float]], Merged] | None = None
     """How the shortcut writes `x_{n-k} ~ alpha_{n-k} x_n` into plain factors."""
 
-    def guess(self) -> torch.Tensor:
+    def stand_in(self) -> torch.Tensor:
         """What the blocks before would add if all inputs were equal (r x p)."""
         return sum(part.to(self.a) for part in reversed(self.parts))
 
@@ -62,12 +62,12 @@ class Moments:
     """Second moments of one block over the calibration batches, from which fits and errors follow.
 
     Rows are tokens: `x` (T x p) the block's input, `own` = A_n x (T x r), `handed` (T x r) what its neighbours add to
-    it, and `gap` = handed - guess x for a `guess` (r x p) of the neighbours' sum made from x alone. The gap, not
-    `handed`, is fitted and measured: where the guess is exact it is zero to the last digit, however x is conditioned.
+    it, and `gap` = handed - S x for a `stand_in` S (r x p) that makes the neighbours' sum from x alone. The gap, not
+    `handed`, is fitted and measured: where S is exact it is zero to the last digit, however x is conditioned.
     """
 
-    def __init__(self, guess: torch.Tensor | None = None) -> None:
-        self.guess = guess
+    def __init__(self, stand_in: torch.Tensor | None = None) -> None:
+        self.stand_in = stand_in
         self.inputs: Inputs | None = None
         """Where x is collected, of a block whose gap is to be fitted."""
         self.fitted: torch.Tensor | None = None
@@ -88,8 +88,8 @@ class Moments:
         handed = _precise(handed)
         self.own_handed = self.own_handed + own.t() @ handed
         self.handed_handed = self.handed_handed + handed.t() @ handed
-        if self.guess is not None:
-            gap = handed - _precise(x @ self.guess.to(x).t())
+        if self.stand_in is not None:
+            gap = handed - _precise(x @ self.stand_in.to(x).t())
             self.gap_gap = self.gap_gap + gap.t() @ gap
             if self.inputs is not None:
                 self.rows += len(x)
@@ -98,7 +98,7 @@ class Moments:
 
     def fit(self) -> None:
         """Fits the gap, `argmin_D |gap - D x|^2 + ridge |D|^2`, and lets go of x; what is left is the new gap."""
-        self.fitted = self.inputs.fit(self.gap_x, self.gaps).to(self.guess)
+        self.fitted = self.inputs.fit(self.gap_x, self.gaps).to(self.stand_in)
         fitted = _precise(self.fitted)
         cross = self.gap_x.to(fitted) @ fitted.t()
         self.gap_gap = self.gap_gap - cross - cross.t() + self.inputs.quadratic(fitted).to(cross)
@@ -125,7 +125,7 @@ def _precise(x: torch.Tensor) -> torch.Tensor:
     return x.float() if x.device.type == "mps" else x.double()
 
 
-# -- the methods -----------------------------------------------------------------------------------------------------
+# -- the merges ------------------------------------------------------------------------------------------------------
 
 
 def merge_none(chain: list[Factors]) -> list[Merged]:
@@ -139,7 +139,7 @@ def merge_input(chain: list[Factors]) -> list[Merged]:
     for block in chain:
         before = [chain[k] for k in reversed(block.before)]
         if not before:
-            merged.append(block.scaled(block.head))
+            merged.append(block.scaled(block.alpha_of_head))
         elif block.norm == 0:
             merged.append(block.scaled(1.0, (_zero_norm(block),)))
         else:
@@ -179,9 +179,9 @@ def merge_lstsq(chain: list[Factors]) -> list[Merged]:
     merged = []
     for block in chain:
         if not block.before:
-            merged.append(block.scaled(block.head))
+            merged.append(block.scaled(block.alpha_of_head))
             continue
-        merged.append(Merged(block.a + block.guess() + block.moments.fitted, block.b))
+        merged.append(Merged(block.a + block.stand_in() + block.moments.fitted, block.b))
     return merged
 
 
@@ -197,36 +197,7 @@ def merge_exact(chain: list[Factors]) -> list[Merged]:
     return merged
 
 
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """A merge: what it computes, and what it must know before."""
-
-    merge: Callable[[list[Factors]], list[Merged]]
-    """From a chain, front to back, to one result for each block."""
-    norms: bool = False
-    """Whether it needs f_n of every block."""
-    fits: bool = False
-    """Whether it needs calibration, with the second moments of every block's input."""
-
-
-MERGES = {
-    "none": Method(merge_none),
-    "input": Method(merge_input, norms=True),
-    "weights": Method(merge_weights),
-    "lstsq": Method(merge_lstsq, fits=True),
-}
-"""The merges by name; a shortcut may have others (`reslora.shortcuts`)."""
-
-METHODS = ("auto", *MERGES)
-
-
 # -- their parts -----------------------------------------------------------------------------------------------------
-
-
-def neighbours(n: int, reach: int | None) -> range:
-    """Where the blocks are that take part in block n: n-1, n-2, ... n-m with `m = min(reach, n)`."""
-    first = 0 if reach is None else max(0, n - reach)
-    return range(n - 1, first - 1, -1)
 
 
 def merged_norm(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> float:
@@ -271,7 +242,7 @@ def relative_error(block: Factors, merged: Merged) -> float:
     gram = b.t() @ b
     cross = moments.own_handed + moments.own_handed.t()
     output = _trace(moments.own_own + cross + moments.handed_handed, gram)
-    if moments.guess is None:
+    if moments.stand_in is None:
         miss = merged.alpha**2 * moments.own_own - merged.alpha * cross + moments.handed_handed
     else:
         miss = moments.gap_gap

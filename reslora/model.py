@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 
-from . import guards, merging, ranks
+from . import guards, merges, merging, ranks
 from .calibration import Calibrator
 from .chains import Chain, Chains, base_model, chains, lora_layers
 from .config import ResLoraConfig
@@ -197,8 +197,8 @@ def merge(
 
 def _resolve(name: str, connection: Connection, calibration: object, max_rank: int | None) -> str:
     """The name of the merge that will run, after checking that it can."""
-    if name not in merging.METHODS:
-        raise ValueError(f"method={name!r} is not one of {', '.join(map(repr, merging.METHODS))}")
+    if name not in merges.NAMES:
+        raise ValueError(f"method={name!r} is not one of {', '.join(map(repr, merges.NAMES))}")
     shortcut = connection.shortcut
     if max_rank is not None:
         if not isinstance(max_rank, int) or isinstance(max_rank, bool) or max_rank < 1:
@@ -211,10 +211,10 @@ def _resolve(name: str, connection: Connection, calibration: object, max_rank: i
     means = connection.wires.norms.means().values()
     recorded = bool(means) and all(map(math.isfinite, means))
     resolved = shortcut.resolve(name, calibration is not None, recorded)
-    method = shortcut.merges[resolved]
-    if method.fits and calibration is None:
+    row = shortcut.merges[resolved]
+    if row.needs_moments and calibration is None:
         raise ValueError(f"method={name!r} needs calibration=, an iterable of dicts of the base model's arguments")
-    if method.norms and calibration is None and not recorded:
+    if row.needs_norms and calibration is None and not recorded:
         raise ValueError(
             f"method={name!r} needs norms of every block: train with ResLoraConfig(window=...) above 0, or give "
             "calibration="
@@ -247,7 +247,7 @@ def _factors(chain: Chain, layers: dict[str, LoraLayer], connection: Connection)
         )
         for block in chain
     ]
-    connection.shortcut.relate(found, connection.config.reach, connection.config.head)
+    connection.shortcut.relate(found, connection.before(chain), connection.config.head)
     return found
 
 
@@ -272,20 +272,20 @@ def _merge_chains(
     if not plan:
         return [], ()
     notes = ()
-    method = connection.shortcut.merges[name]
-    merged = None if method.norms or method.fits else [method.merge(chain) for chain in plan]
+    merge_chain = connection.shortcut.merges[name]
+    merged = None if merge_chain.needs_norms or merge_chain.needs_moments else [merge_chain(chain) for chain in plan]
     if merged is not None and max_rank is not None:
         pairs = (zip(chain, results, strict=True) for chain, results in zip(plan, merged, strict=True))
         merged = [[merging.cut(block, result, max_rank) for block, result in chain] for chain in pairs]
     if calibration is not None:
-        calibrator = Calibrator(plan, merged, connection.shortcut, method.fits)
+        calibrator = Calibrator(plan, merged, connection.shortcut, merge_chain.needs_moments)
         calibrator.read(base, connection.wires, calibration)
         notes = calibrator.notes
-    elif method.norms:
+    elif merge_chain.needs_norms:
         means = connection.wires.norms.means()
         for block in (block for chain in plan if len(chain) > 1 for block in chain):
             block.norm = means[block.name]
-    return ([method.merge(chain) for chain in plan] if merged is None else merged), notes
+    return ([merge_chain(chain) for chain in plan] if merged is None else merged), notes
 
 
 def _report(

@@ -9,7 +9,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from . import guards
-from .chains import Chain, Chains, base_model, lora_layers
+from .chains import Before, Chain, Chains, base_model, before_each, lora_layers
 from .config import ResLoraConfig
 from .shortcuts import shortcut_class
 from .shortcuts.base import CastOthers, Shortcut
@@ -34,6 +34,10 @@ class Connection:
     def shortcut(self) -> type[Shortcut] | None:
         """The class of its wired blocks; None if nothing is wired."""
         return shortcut_class(self.config.shortcut) if self.config.wired else None
+
+    def before(self, chain: Chain) -> Before:
+        """Of each block of a chain, which blocks before it take part: what is wired and what is merged."""
+        return before_each(len(chain), self.config.reach)
 
     def alive(self, base: nn.Module) -> bool:
         """Whether the adapter it was made for is still on the model: it can be deleted, unloaded or replaced."""
@@ -153,8 +157,9 @@ def _wire(chain: Chain, layers: dict[str, LoraLayer], connection: Connection) ->
     names = [block.name for block in chain]
     wired = [layers[name] for name in names]
     factors = [(layer.lora_A[adapter], layer.lora_B[adapter]) for layer in wired]
-    config = connection.config
-    variants = connection.shortcut.wire(connection.wires, names, factors, config.reach, config.head)
+    variants = connection.shortcut.wire(
+        connection.wires, names, factors, connection.before(chain), connection.config.head
+    )
     for layer, variant in zip(wired, variants, strict=True):
         layer.lora_variant[adapter] = variant
         layer.cast_input_dtype_enabled = CastOthers(layer.cast_input_dtype_enabled, layer, adapter)

@@ -234,7 +234,7 @@ def test_few_tokens_take_no_second_moments(monkeypatch):
 
 def test_gaps_are_kept_with_the_rows_only():
     x, own = torch.randn(3, 8, dtype=torch.float64), torch.randn(3, 2, dtype=torch.float64)
-    moments = Moments(guess=torch.zeros(2, 8, dtype=torch.float64))
+    moments = Moments(stand_in=torch.zeros(2, 8, dtype=torch.float64))
     moments.inputs = Inputs(x)
     for count in range(1, 5):
         moments.inputs.add(x)

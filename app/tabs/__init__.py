@@ -1,1 +1,12 @@
 """One file a tab: its components, its events, and what answers them. What is shown comes from `views`."""
+
+from .base import Parts, Tab
+from .chains import ChainsTab
+from .compare import CompareTab
+from .generate import GenerateTab
+from .train import TrainTab
+
+__all__ = ["TABS", "Parts", "Tab"]
+
+TABS: tuple[type[Tab], ...] = (CompareTab, GenerateTab, TrainTab, ChainsTab)
+"""In the order of the page: a new tab is a file and its class here."""

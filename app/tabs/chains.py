@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import gradio as gr
 
 from .. import views
-from ..polite import polite
-from ..runs import Library, Run
-from ..studio import MERGES, Studio
+from ..handlers import readable_errors
+from ..runs import Run
+from ..studio import MERGE_CHOICES
+from .base import Parts, Tab
+from .generate import GenerateTab
+
+if TYPE_CHECKING:
+    from ..page import Page
 
 
-class ChainsTab:
-    def __init__(self, library: Library, studio: Studio) -> None:
-        self.library, self.studio = library, studio
+class ChainsTab(Tab):
+    title, id = "Chains and merge", "chains"
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
         with gr.Row():
             with gr.Column(scale=5, min_width=360):
                 gr.Markdown("### Who is linked to whom")
@@ -20,7 +29,7 @@ class ChainsTab:
             with gr.Column(scale=2, min_width=300):
                 gr.Markdown("### Merge a checkpoint by another method")
                 self.checkpoint = gr.Dropdown(label="Checkpoint", allow_custom_value=True, interactive=True)
-                self.merge_method = gr.Dropdown(MERGES, value=MERGES[0], label="Merge method")
+                self.merge_method = gr.Dropdown(MERGE_CHOICES, value=MERGE_CHOICES[0], label="Merge method")
                 self.merge = gr.Button("Merge and export", variant="primary", elem_id="merge")
                 self.merged = gr.Markdown(
                     "`lstsq` fits what the neighbours add, from samples the run has kept; `input` and `weights` are "
@@ -32,20 +41,39 @@ class ChainsTab:
         self.norms = gr.HTML(elem_id="norms")
         self.watched = [self.checkpoint]
         self.of_run = [self.plan, self.report, self.norms]
+        self.chosen = self.checkpoint
 
-    def events(self, run: gr.Dropdown, weights: gr.Dropdown) -> None:
+    def events(self, page: Page) -> None:
+        weights = page.tab(GenerateTab).weights
         self.merge.click(
-            polite(self.do_merge), [run, self.checkpoint, self.merge_method],
+            readable_errors(self.do_merge), [page.run, self.checkpoint, self.merge_method],
             [self.merged, self.report, weights], api_name="merge", preprocess=False,
         )  # fmt: skip
 
-    def shown(self, run: Run) -> dict:
-        """Values of all that is watched."""
-        labels = [weights.label for weights in run.checkpoints("reslora")]
-        label = "Checkpoint" if labels else "Checkpoint (this run keeps none; a run of your own does)"
-        return {self.checkpoint: gr.update(choices=labels, value=next(iter(labels), None), label=label)}
+    def seen(self, run: Run) -> tuple:
+        """The files that the tab shows."""
+        return run.results()
 
-    def results_of(self, run: Run) -> dict:
+    def choice(self, run: Run, chosen: str | None, seen: tuple | None) -> str | None:
+        """The newest checkpoint, unless another one is chosen that is still there."""
+        labels = self.list_checkpoints(run)
+        return chosen if chosen in labels else next(iter(labels), None)
+
+    def list_checkpoints(self, run: Run) -> list[str]:
+        """What can be merged, the newest first."""
+        return [weights.label for weights in run.checkpoints("reslora")]
+
+    def shown(self, run: Run, status: str, label: str | None) -> dict:
+        """Values of all that is watched."""
+        labels = self.list_checkpoints(run)
+        title = "Checkpoint" if labels else "Checkpoint (this run keeps none; a run of your own does)"
+        return {self.checkpoint: gr.update(choices=labels, value=label, label=title)}
+
+    def is_outdated(self, run: Run, seen: tuple | None) -> bool:
+        """Once chains, merges or exports are others."""
+        return seen != run.results()
+
+    def filled_in(self, run: Run) -> dict:
         """Plan, merge report, and norms beside LoRA's."""
         plan, report = run.read_json("reslora", "chains.json"), run.read_json("reslora", "merge.json")
         values = [views.chain_plan(plan), views.merge_report(report), views.norm_difference(run)]

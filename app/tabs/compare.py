@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import TYPE_CHECKING
 
 import gradio as gr
 
 from .. import views
-from ..polite import polite
-from ..runs import Library, Run
+from ..handlers import readable_errors
+from ..runs import Run
 from ..training import safe_name
-from ..working import WorkingFiles
+from .base import Parts, Tab
+
+if TYPE_CHECKING:
+    from ..page import Page
 
 
-class CompareTab:
-    def __init__(self, library: Library, files: WorkingFiles) -> None:
-        self.library, self.files = library, files
+class CompareTab(Tab):
+    title, id = "Compare", "compare"
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
         self.summary = gr.HTML(elem_id="summary")
         with gr.Row(equal_height=True):
             self.step = gr.Slider(0, 1, value=0, step=1, label="Step", elem_id="step", scale=6)
@@ -34,19 +40,33 @@ class CompareTab:
         self.numbers = gr.HTML(elem_id="numbers")
         self.at_step = [self.grid, self.train_curve, self.validation_curve, self.numbers]
         self.watched = [self.summary, self.step, *self.at_step]
+        self.chosen = self.step
 
-    def events(self, run: gr.Dropdown) -> None:
+    def events(self, page: Page) -> None:
+        run = page.run
         quiet = {"api_visibility": "private", "show_progress": "hidden"}
         # Not preprocessed: Gradio would refuse a program's step beyond what the slider had when the page was built.
         self.step.change(
-            polite(self.compare), [run, self.step], self.at_step, api_name="compare",
+            readable_errors(self.compare), [run, self.step], self.at_step, api_name="compare",
             show_progress="hidden", trigger_mode="always_last", preprocess=False,
         )  # fmt: skip
-        self.play.click(polite(self.toggle), self.play, [self.play, self.playing], **quiet)
-        self.playing.tick(polite(self.next_step), [run, self.step], self.step, **quiet)
+        self.play.click(readable_errors(self.toggle), self.play, [self.play, self.playing], **quiet)
+        self.playing.tick(readable_errors(self.next_step), [run, self.step], self.step, **quiet)
         self.download.click(
-            polite(self.save_grid), [run, self.step], self.grid_file, api_name="download_grid", preprocess=False
+            readable_errors(self.save_grid),
+            [run, self.step],
+            self.grid_file,
+            api_name="download_grid",
+            preprocess=False,
         ).success(None, js="() => document.querySelector('#grid-file').click()", api_visibility="private")
+
+    def seen(self, run: Run) -> int:
+        """The last step."""
+        return max(run.steps(), default=0)
+
+    def choice(self, run: Run, chosen: float | None, seen: int | None) -> int:
+        """A slider at the end moves on with the run."""
+        return max(run.steps(), default=0) if (chosen or 0) >= (seen or 0) else run.nearest(chosen)
 
     def shown(self, run: Run, status: str, step: int) -> dict:
         """Values of all that is watched, at a step."""

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import gradio as gr
 
 from .. import adapters, recipe, views
-from ..listeners import Listeners
-from ..polite import paths_of, polite
+from ..handlers import paths_of, readable_errors
 from ..recipe import Drawn, Request
-from ..runs import BASE, Library, Run
-from ..studio import Cancelled, Status, Step, Studio
-from ..working import WorkingFiles
+from ..runs import BASE, Run
+from ..studio import Cancelled, Status, Step
+from .base import Parts, Tab
+
+if TYPE_CHECKING:
+    from ..page import Page
 
 
-class GenerateTab:
-    def __init__(self, library: Library, studio: Studio, files: WorkingFiles, listeners: Listeners) -> None:
-        self.library, self.studio, self.files, self.listeners = library, studio, files, listeners
+class GenerateTab(Tab):
+    title, id = "Generate", "generate"
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
                 self.settings_column()
@@ -33,6 +38,7 @@ class GenerateTab:
                 self.made = gr.HTML(elem_id="made")
         self.watched = [self.weights]
         self.of_run = [self.prompt, self.steps, self.guidance, self.width, self.height]
+        self.chosen = self.weights
 
     def settings_column(self) -> None:
         self.weights = gr.Dropdown(label="Weights", allow_custom_value=True, interactive=True, elem_id="weights")
@@ -61,22 +67,22 @@ class GenerateTab:
             )
             self.recipe = gr.File(label="PNG made here: takes over its settings", file_types=[".png"], height=140)
 
-    def events(self, run: gr.Dropdown) -> None:
+    def events(self, page: Page) -> None:
         numbers = [self.seed, self.steps, self.guidance, self.width, self.height, self.images, self.strength]
         settings = [self.prompt, self.negative, *numbers]
         gr.on(
-            [self.go.click, self.prompt.submit], polite(self.draw),
-            [run, self.weights, self.adapter, self.beside, self.random, *settings, self.adapter_config],
+            [self.go.click, self.prompt.submit], readable_errors(self.draw),
+            [page.run, self.weights, self.adapter, self.beside, self.random, *settings, self.adapter_config],
             [self.gallery, self.status, self.seed, self.made],
             api_name="generate", show_progress="hidden", concurrency_limit=4, preprocess=False,
         ).failure(lambda: views.notice("That did not work."), None, self.status, api_visibility="private")  # fmt: skip
         self.cancel.click(
-            polite(self.do_cancel), None, self.status, api_name="cancel", show_progress="hidden", queue=False
+            readable_errors(self.do_cancel), None, self.status, api_name="cancel", show_progress="hidden", queue=False
         )
         taken_over = [*settings[:-2], self.strength, self.random]
-        self.recipe.upload(polite(self.read_recipe), self.recipe, taken_over, api_name="settings_of")
-        self.recipe.upload(polite(self.origin), self.recipe, self.status, api_visibility="private")
-        gr.api(polite(self.list_weights), api_name="weights")
+        self.recipe.upload(readable_errors(self.read_recipe), self.recipe, taken_over, api_name="settings_of")
+        self.recipe.upload(readable_errors(self.origin), self.recipe, self.status, api_visibility="private")
+        gr.api(readable_errors(self.list_weights), api_name="weights")
 
     # -- what of a run is shown ----------------------------------------------------------------------------------------
 
@@ -84,11 +90,24 @@ class GenerateTab:
         """What images can be generated with, of a run."""
         return [weights.label for weights in self.library.find(run).weights()]
 
-    def shown(self, run: Run, label: str) -> dict:
+    def seen(self, run: Run) -> tuple[bool, str]:
+        """Whether there were settings, and the best weights."""
+        return bool(run.config), run.best_weights()
+
+    def choice(self, run: Run, chosen: str | None, seen: tuple[bool, str] | None) -> str:
+        """Whoever has the best weights gets better ones once there are any."""
+        best = chosen if seen is None else seen[1]
+        return chosen if chosen != best and chosen in self.list_weights(run.name) else run.best_weights()
+
+    def shown(self, run: Run, status: str, label: str) -> dict:
         """Values of all that is watched, with some weights chosen."""
         return {self.weights: gr.update(choices=self.list_weights(run.name), value=label)}
 
-    def settings_of(self, run: Run) -> dict:
+    def is_outdated(self, run: Run, seen: tuple[bool, str] | None) -> bool:
+        """Once there are settings."""
+        return seen is not None and not seen[0] and bool(run.config)
+
+    def filled_in(self, run: Run) -> dict:
         """What the run drew its samples with."""
         config = run.config
         asked = Request(

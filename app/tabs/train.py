@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 import gradio as gr
 
 from .. import training, views
-from ..polite import paths_of, polite
-from ..runs import Library, Run
-from ..training import Trainings
+from ..handlers import paths_of, readable_errors
+from ..runs import Run
+from .base import Parts, Tab
+
+if TYPE_CHECKING:
+    from ..page import Page
 
 
-class TrainTab:
-    def __init__(self, library: Library, trainings: Trainings) -> None:
-        self.library, self.trainings = library, trainings
+class TrainTab(Tab):
+    title, id = "Train", "train"
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
         self.flags: dict[str, gr.components.Component] = {}
         with gr.Row():
             with gr.Column(scale=2, min_width=340):
                 self.settings_column()
             with gr.Column(scale=3, min_width=360):
                 self.process_column()
-        self.watched = [self.progress, self.log]
+        self.watched, self.on_arrival = [self.progress, self.log], [self.folder]
 
     def settings_column(self) -> None:
         self.name = gr.Textbox("my-style", label="Name of the new run", max_lines=1, elem_id="name")
@@ -56,15 +62,22 @@ class TrainTab:
             "again. *Stop* lets it save, *Resume* goes on from there. Its images arrive under **Compare**."
         )
 
-    def events(self, run: gr.Dropdown) -> None:
-        inputs = [self.name, self.uploads, self.caption, self.folder, self.model, *self.flags.values()]
-        self.show.click(polite(self.do_show), inputs, self.command, api_name="train_command", preprocess=False)
-        self.start.click(polite(self.do_start), inputs, [run, self.command], api_name="train_start", preprocess=False)
-        # Not queued: they must not wait for what they end.
-        self.stop.click(polite(self.do_stop), run, self.answer, api_name="train_stop", queue=False)
-        self.resume.click(polite(self.do_resume), run, self.answer, api_name="train_resume")
+    def arrive(self) -> dict:
+        """The folders of images on the server."""
+        return {self.folder: gr.update(choices=self.trainings.folders())}
 
-    def shown(self, run: Run, status: str) -> dict:
+    def events(self, page: Page) -> None:
+        run = page.run
+        inputs = [self.name, self.uploads, self.caption, self.folder, self.model, *self.flags.values()]
+        self.show.click(readable_errors(self.do_show), inputs, self.command, api_name="train_command", preprocess=False)
+        self.start.click(
+            readable_errors(self.do_start), inputs, [run, self.command], api_name="train_start", preprocess=False
+        )
+        # Not queued: they must not wait for what they end.
+        self.stop.click(readable_errors(self.do_stop), run, self.answer, api_name="train_stop", queue=False)
+        self.resume.click(readable_errors(self.do_resume), run, self.answer, api_name="train_resume")
+
+    def shown(self, run: Run, status: str, choice: object) -> dict:
         """Values of all that is watched."""
         return {self.progress: views.summary(run, status), self.log: views.log(self.trainings.log(run))}
 

@@ -15,7 +15,7 @@ from itertools import chain
 from pathlib import Path
 
 import torch
-from peft import AdaLoraConfig, LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoKrConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.adalora import AdaLoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, ModulesToSaveWrapper
@@ -27,16 +27,14 @@ from transformers.pytorch_utils import Conv1D
 
 from .. import checkpoint
 from ..chains import base_model, unwrap
-from ..config import LORA_METHODS, METHODS, PLAIN_METHODS, ResLoraConfig
+from ..config import ResLoraConfig
 from ..files import check_checksums, write_checksums, write_tensors
 from ..model import connect, connection_of
 from .errors import RunFailed, first_line
+from .methods import METHODS
 
 __all__ = [
     "ADAPTER_NAME",
-    "LORA_METHODS",
-    "METHODS",
-    "PLAIN_METHODS",
     "RankAllocator",
     "adapter_config",
     "as_plain_lora",
@@ -72,10 +70,9 @@ def adapter_config(
     modules_to_save: Sequence[str] | None = None,
     init_lora_weights: bool | str = True,
 ) -> PeftConfig:
-    """Returns PEFT's configuration of a method; ResLoRA's is LoRA's, `lora_x2` is LoRA with doubled alpha.
+    """Returns PEFT's configuration of a method, as its row in `methods.METHODS` makes it; ResLoRA's is LoRA's.
 
-    AdaLoRA starts with half as much rank again, ends with `r` on average, and takes its budget away between a tenth and
-    a half of `total_steps` (Zhang et al., 2023). LoHa and LoKr have no dropout of their input: theirs is of ranks.
+    `total_steps` is AdaLoRA's schedule. LoHa and LoKr have no dropout of their input: theirs is of ranks.
     `init_lora_weights` is LoRA's alone; diffusers' scripts take "gaussian".
 
     Raises `ValueError` for a method that is not in `METHODS`.
@@ -87,25 +84,8 @@ def adapter_config(
         "task_type": task_type,
         "modules_to_save": list(modules_to_save) if modules_to_save else None,
     }
-    if method in LORA_METHODS:
-        alpha = 2 * alpha if method == "lora_x2" else alpha
-        return LoraConfig(
-            r=r, lora_alpha=alpha, lora_dropout=dropout, init_lora_weights=init_lora_weights, **shared
-        )  # fmt: skip
-    if method == "adalora":
-        return AdaLoraConfig(
-            init_r=math.ceil(1.5 * r),
-            target_r=r,
-            lora_alpha=alpha,
-            lora_dropout=dropout,
-            total_step=total_steps,
-            tinit=total_steps // 10,
-            tfinal=total_steps // 2,
-            deltaT=max(1, total_steps // 100),
-            **shared,
-        )
-    config = {"loha": LoHaConfig, "lokr": LoKrConfig}[method]
-    return config(r=r, alpha=alpha, rank_dropout=dropout, **shared)
+    settings = {"r": r, "alpha": alpha, "dropout": dropout, "init_lora_weights": init_lora_weights}
+    return METHODS[method].config(**settings, total_steps=total_steps, **shared)
 
 
 def known_targets(model_type: str) -> list[str] | None:

@@ -28,6 +28,23 @@ class EndedElsewhere(Exception):
         self.status = status
 
 
+class refused_as:
+    """Turns what a reader raises inside into an `InvalidArgument` that names `argument` and `fix`.
+
+    By default whatever it is: damaged files fail in as many ways as there are readers. `InvalidArgument` itself passes.
+    """
+
+    def __init__(self, argument: str, fix: str, kinds: tuple[type[Exception], ...] = (Exception,)) -> None:
+        self.argument, self.fix, self.kinds = argument, fix, kinds
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, self.kinds) and not isinstance(error, InvalidArgument):
+            raise InvalidArgument(self.argument, first_line(error), self.fix) from error
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message without its full stop, or its class where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")

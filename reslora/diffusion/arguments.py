@@ -7,9 +7,12 @@ import contextlib
 import math
 import re
 
-from ..config import HEADS, METHODS, SHORTCUTS
+from ..common.checks import is_number, is_whole, number_in_words, whole_in_words
+from ..common.methods import IN_WORDS, METHODS
+from ..config import HEADS, SHORTCUTS
+from ..merges import AUTO
+from ..merges import NAMES as MERGES
 
-MERGES = ("auto", "none", "input", "weights", "lstsq")
 SAMPLINGS = ("uniform", "logit_normal", "mode", "sigmoid", "shift", "flux_shift")
 BASE_PRECISIONS = ("no", "fp8", "int8", "nf4")
 WEIGHTINGS = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
@@ -68,9 +71,9 @@ def whole(minimum: int):
 
     def parse(text: str) -> int:
         with contextlib.suppress(ValueError):
-            if int(text) >= minimum:
+            if is_whole(int(text), minimum):
                 return int(text)
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {minimum}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not {whole_in_words(minimum)}")
 
     return parse
 
@@ -89,12 +92,9 @@ def number(minimum: float, below: float = math.inf, exclusive: bool = False):
     def parse(text: str) -> float:
         with contextlib.suppress(ValueError):
             value = float(text)
-            if math.isfinite(value) and value < below and (value > minimum if exclusive else value >= minimum):
+            if is_number(value, minimum, below, exclusive):
                 return int(value) if value.is_integer() and re.fullmatch(r"\d+", text) else value
-        bounds = f"{'above' if exclusive else 'of at least'} {minimum}" + (
-            f" and below {below}" if below < math.inf else ""
-        )
-        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number {bounds}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not {number_in_words(minimum, below, exclusive)}")
 
     return parse
 
@@ -166,7 +166,7 @@ def add_model_flags(add) -> None:
 def add_method_flags(add) -> None:
     """Which adapter, and how it is merged."""
     add("--method", nargs="+", choices=METHODS,
-        help="trained one after the other on the same samples; lora_x2 is LoRA with doubled alpha")
+        help=f"trained one after the other on the same samples. {IN_WORDS}")
     add("--rank", type=whole(1), help="rank of the update matrices")
     add("--lora_alpha", type=number(0, exclusive=True), help="scale times rank; default: twice the rank")
     add("--lora_dropout", type=number(0, below=1), default=0.0,
@@ -180,7 +180,7 @@ def add_method_flags(add) -> None:
         help="ResLoRA: how many blocks before it, -1 for all; with --shortcut input any number but 0 means one")
     add("--head", choices=HEADS, default="repeat",
         help="ResLoRA, --shortcut input: what the first block of a chain adds to its input, the same again or nothing")
-    add("--merge", choices=MERGES, default="auto",
+    add("--merge", choices=MERGES, default=AUTO,
         help="ResLoRA: how the shortcuts become plain LoRA weights")
     add("--merge_calibration_samples", type=whole(0), default=64,
         help="ResLoRA: training samples that the merge may read")

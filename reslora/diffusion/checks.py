@@ -13,6 +13,7 @@ from torch import nn
 from ..chains import Chains, chains
 from ..common.adapters import check_rank, narrowest_layer
 from ..common.errors import InvalidArgument, first_line
+from ..common.methods import METHODS
 from .arguments import DEFAULT_PRE_NUM, DEFAULT_RANK, Flags
 from .data.buckets import named_buckets
 from .model.families.base import Family
@@ -88,7 +89,7 @@ def check_methods(flags: Flags, model: Model, accelerator: Accelerator) -> None:
         except (ValueError, RuntimeError) as error:
             argument = f"--method {method}, --target_modules {' '.join(flags.target_modules)}"
             raise InvalidArgument(argument, first_line(error), "change the flag it is about") from None
-        if method == "reslora":
+        if METHODS[method].shortcuts:
             tell_what_is_not_linked(chains(denoiser), flags, accelerator)
 
 

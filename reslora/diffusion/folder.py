@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..common.errors import InvalidArgument
-from ..config import METHODS
+from ..common.methods import METHODS
 from ..files import remove_leftovers
 from .arguments import Flags
 

@@ -11,8 +11,10 @@ import tomllib
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from ..common.checks import check_writable
 from ..common.errors import InvalidArgument, first_line
-from ..config import LEAST_ADALORA_STEPS
+from ..common.methods import any_with_shortcuts, check_steps
+from ..merges import MERGES
 from ..shortcuts import PLAIN, shortcut_class
 from .arguments import DEFAULTS, Flags, build_parser
 from .model.families import FAMILIES
@@ -163,9 +165,10 @@ def check_flags(flags: Flags) -> None:
         problem = f"--report_to {flags.report_to} would publish it"
         raise InvalidArgument("--hub_token", problem, "log in with `hf auth login` instead")
     # The classes are asked last: to have one is to import torch.
-    if flags.merge == "lstsq" and flags.merge_calibration_samples == 0 and "lstsq" in merges_of(flags):
+    reads_samples = MERGES.get(flags.merge, MERGES["none"]).needs_moments
+    if reads_samples and flags.merge_calibration_samples == 0 and flags.merge in merges_of(flags):
         fix = "give --merge_calibration_samples 64, or another merge"
-        raise InvalidArgument("--merge lstsq", "needs calibration samples", fix)
+        raise InvalidArgument(f"--merge {flags.merge}", "needs calibration samples", fix)
     if flags.compile and flags.gradient_checkpointing and hands_on(flags):
         problem = f"--compile with --gradient_checkpointing cannot keep --shortcut {flags.shortcut}"
         raise InvalidArgument("--compile", problem, "leave one of them out, or use --shortcut block")
@@ -180,7 +183,7 @@ def merges_of(flags: Flags) -> Collection[str]:
 
 def hands_on(flags: Flags) -> bool:
     """Whether a method's blocks hand activations to each other."""
-    wired = "reslora" in flags.method and flags.shortcut != PLAIN and flags.pre_num != 0
+    wired = any_with_shortcuts(flags.method) and flags.shortcut != PLAIN and flags.pre_num != 0
     return wired and shortcut_class(flags.shortcut).carries
 
 
@@ -223,18 +226,12 @@ def is_step_rules(text: str) -> bool:
 
 def check_adalora_steps(methods: Sequence[str], steps: int | None) -> None:
     """Refuse runs that are too short for AdaLoRA to move a rank."""
-    if "adalora" in methods and steps and steps < LEAST_ADALORA_STEPS:
-        problem = f"AdaLoRA needs {LEAST_ADALORA_STEPS} to move ranks"
-        raise InvalidArgument(f"--max_train_steps {steps}", problem, "give more steps or epochs, or another method")
+    check_steps(methods, steps, f"--max_train_steps {steps}")
 
 
 def check_output(output_dir: str) -> None:
     """Refuse an output folder that cannot be made or written."""
-    output = Path(output_dir)
-    parent = next(path for path in (output, *output.absolute().parents) if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        problem = f"{parent} is not a folder that can be written"
-        raise InvalidArgument(f"--output_dir {output_dir}", problem, "choose another")
+    check_writable(Path(output_dir), f"--output_dir {output_dir}")
 
 
 def check_model_name(name: str) -> None:

@@ -18,10 +18,13 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
+from ..common.checks import check_writable, is_number, is_whole, number_in_words, whole_in_words
 from ..common.errors import InvalidArgument, first_line
+from ..common.methods import IN_WORDS, METHODS
 from ..common.script import shares_the_cpu
-from ..config import HEADS, METHODS, SHORTCUTS
-from ..merging import METHODS as MERGES
+from ..config import HEADS, SHORTCUTS
+from ..merges import AUTO
+from ..merges import NAMES as MERGES
 from ..shortcuts import PLAIN, shortcut_class
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
@@ -36,7 +39,7 @@ class MethodArguments:
 
     method: str = field(
         default="reslora",
-        metadata={"choices": METHODS, "help": "what is trained; lora_x2 is LoRA with doubled alpha, the control"},
+        metadata={"choices": tuple(METHODS), "help": f"what is trained. {IN_WORDS}"},
     )
     shortcut: str = field(
         default="input", metadata={"choices": SHORTCUTS, "help": "ResLoRA: what a block gets from the blocks before it"}
@@ -50,7 +53,7 @@ class MethodArguments:
         metadata={"choices": HEADS, "help": "ResLoRA, input: what the first block of a chain adds to its input"},
     )
     merge: str = field(
-        default="auto", metadata={"choices": MERGES, "help": "ResLoRA: how the shortcuts become plain LoRA weights"}
+        default=AUTO, metadata={"choices": MERGES, "help": "ResLoRA: how the shortcuts become plain LoRA weights"}
     )
     lora_r: int = field(default=4, metadata={"help": "rank"})
     lora_alpha: float = field(default=8.0, metadata={"help": "scale times rank"})
@@ -85,10 +88,10 @@ class MethodArguments:
             )
 
     def _merge_reads_examples(self) -> bool:
-        if self.method != "reslora" or self.shortcut == PLAIN or self.pre_num == 0:
+        if not METHODS[self.method].shortcuts or self.shortcut == PLAIN or self.pre_num == 0:
             return False
         merge = shortcut_class(self.shortcut).merges.get(self.merge)
-        return merge is not None and merge.fits
+        return merge is not None and merge.needs_moments
 
 
 @dataclass
@@ -134,7 +137,7 @@ class AdapterTrainingArguments(TrainingArguments):
             raise InvalidArgument("--fp16", "needs a GPU", "leave it out, or take --bf16 --use_cpu")
         if self.bf16 and not gpu and not self.use_cpu:
             raise InvalidArgument("--bf16", "there is no GPU", "add --use_cpu, or leave it out")
-        check_writable(self.output_dir)
+        check_writable(Path(self.output_dir).expanduser(), f"--output_dir {self.output_dir}")
         self.use_cpu = self.use_cpu or (shares_the_cpu() and not self.deepspeed)
         if self.deepspeed:
             _say_that_there_is_one_process()
@@ -151,9 +154,8 @@ def _say_that_there_is_one_process() -> None:
 
 def check_whole(name: str, value: int, least: int, most: float = math.inf) -> None:
     """Raises `InvalidArgument` unless a flag's value is a whole number of at least `least` and at most `most`."""
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        bounds = f"at least {least}" if most == math.inf else f"{least} to {most}"
-        raise InvalidArgument(f"--{name} {value}", "out of range", f"give a whole number of {bounds}")
+    if not is_whole(value, least, most):
+        raise InvalidArgument(f"--{name} {value}", "out of range", f"give {whole_in_words(least, most)}")
 
 
 def check_trackers(names: str | Sequence[str] | None) -> None:
@@ -173,21 +175,9 @@ def check_number(name: str, value: float, least: float, below: float = math.inf,
         number = float(value)
     except (TypeError, ValueError):
         number = math.nan
-    if not math.isfinite(number) or number >= below or number < least or (exclusive and number == least):
-        bounds = f"{'above' if exclusive else 'of at least'} {least}" + (
-            f" and below {below}" if below < math.inf else ""
-        )
-        raise InvalidArgument(f"--{name} {value}", "out of range", f"give a finite number {bounds}")
-
-
-def check_writable(output_dir: str) -> None:
-    """Raises `InvalidArgument` unless the folder exists and can be written, or can be made."""
-    output = Path(output_dir).expanduser()
-    parent = next(path for path in (output, *output.absolute().parents) if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise InvalidArgument(
-            f"--output_dir {output_dir}", f"{parent} is not a folder that can be written", "choose another"
-        )
+    if not is_number(number, least, below, exclusive):
+        problem, fix = "out of range", f"give {number_in_words(least, below, exclusive)}"
+        raise InvalidArgument(f"--{name} {value}", problem, fix)
 
 
 def parse_arguments(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from ..common.errors import InvalidArgument
+from ..common.jsonl import json_lines
 
 Columns = dict[str, list]
 """Texts and labels by column."""
@@ -83,14 +83,7 @@ def read_folder(task: Task, data_dir: str, split: str) -> tuple[str, list[dict] 
     if not path.is_file():
         return f"{where}, {path.name}", None
     rows = []
-    # Not splitlines(): a text may hold other characters that it takes for the end of a line.
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
+    for number, row in json_lines(path):
         if not isinstance(row, dict):
             raise InvalidArgument(f"{where}, {path.name} line {number}", "not a JSON object", "correct it")
         rows.append(row)

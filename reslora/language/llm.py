@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import math
 from collections.abc import Sequence
@@ -21,7 +20,8 @@ from transformers import (
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from ..common.errors import InvalidArgument, first_line
+from ..common.errors import InvalidArgument, refused_as
+from ..common.methods import METHODS
 from ..common.signals import StopRequest
 from ..files import write_json
 from .arguments import (
@@ -57,6 +57,9 @@ BUNDLED = {
     "max_new_tokens": 24,
 }
 
+CAUSAL_MODEL = "give a folder or a name on the hub of a causal model"
+UNREADABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
+"""What transformers raises for a model that cannot be read."""
 HELD_OUT = 500  # at most, of the training examples where a task has none for validation
 
 
@@ -137,7 +140,7 @@ def parse(
             "a 4-bit model cannot hold the sum",
             "leave it out, and merge peft/ into the whole model",
         )
-    if task.load_in_4bit and method.method in ("loha", "lokr"):
+    if task.load_in_4bit and not METHODS[method.method].quantised:
         raise InvalidArgument(
             f"--method {method.method}", "PEFT has it for whole weights only", "leave --load_in_4bit out"
         )
@@ -197,7 +200,7 @@ def load_tokenizer(task: TaskArguments) -> Tokenizer:
     flag = f"--model_name_or_path {name}"
     if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise InvalidArgument(flag, "no such folder", "give one in transformers' format, or a name on the hub")
-    with refused_as(flag):
+    with refused_as(flag, CAUSAL_MODEL, UNREADABLE):
         config = AutoConfig.from_pretrained(name, **source(task))
         classes = config.architectures or []
         if config.is_encoder_decoder or not any(c.endswith(("ForCausalLM", "LMHeadModel")) for c in classes):
@@ -210,7 +213,7 @@ def load_tokenizer(task: TaskArguments) -> Tokenizer:
 
 def load_model(task: TaskArguments, training: LlmTrainingArguments) -> PreTrainedModel:
     """The model that will be frozen."""
-    with refused_as(f"--model_name_or_path {task.model_name_or_path}"):
+    with refused_as(f"--model_name_or_path {task.model_name_or_path}", CAUSAL_MODEL, UNREADABLE):
         model = AutoModelForCausalLM.from_pretrained(
             task.model_name_or_path, **source(task), **precision(task, training)
         )
@@ -222,17 +225,6 @@ def load_model(task: TaskArguments, training: LlmTrainingArguments) -> PreTraine
 def source(task: TaskArguments) -> dict:
     """Keyword arguments of every `from_pretrained`."""
     return {"revision": task.revision or "main", "cache_dir": task.cache_dir}
-
-
-@contextlib.contextmanager
-def refused_as(flag: str):
-    """What goes wrong inside is the fault of the model that was named."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise InvalidArgument(
-            flag, first_line(error), "give a folder or a name on the hub of a causal model"
-        ) from error
 
 
 def precision(task: TaskArguments, training: LlmTrainingArguments) -> dict:

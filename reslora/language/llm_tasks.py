@@ -5,7 +5,6 @@ Rows come from a folder of JSON lines, or from the hub's data set in the same co
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import datasets
 from accelerate import PartialState
 
 from ..common.errors import InvalidArgument, first_line
+from ..common.jsonl import NOT_JSON, json_lines
 
 ANSWER = "The answer is"
 
@@ -196,12 +196,10 @@ def _local_rows(name: str, data_dir: str, split: str) -> tuple[str, list[dict]]:
     path, rows = folder / f"{split}.jsonl", []
     if not path.is_file():
         return str(path), []
-    # Not splitlines: inside a JSON string it would break at U+2028 and its like.
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
-        try:
-            rows += [json.loads(line)] if line.strip() else []
-        except ValueError:
-            raise InvalidArgument(f"{path} line {number}", "is not JSON", file_form(name)) from None
+    for number, row in json_lines(path):
+        if row is NOT_JSON:
+            raise InvalidArgument(f"{path} line {number}", "is not JSON", file_form(name))
+        rows.append(row)
     return str(path), rows
 
 

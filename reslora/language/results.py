@@ -17,9 +17,10 @@ from transformers import PreTrainedModel
 
 from ..chains import base_model, chains, lora_layers
 from ..common.errors import RunFailed, first_line
+from ..common.methods import METHODS
 from ..export import export_peft, merged_state_dict
 from ..files import replacing, write_json
-from ..merging import METHODS
+from ..merges import AUTO, MERGES
 from ..model import (
     Connection,
     MergeReport,
@@ -68,17 +69,20 @@ def merge_table(
 
 def _applicable(connection: Connection, calibration: object) -> list[str]:
     has_norms = calibration is not None or connection.wires.norms.count > 0
-    merges = connection.shortcut.merges.items()
-    return [name for name, has in merges if (has_norms or not has.norms) and (calibration is not None or not has.fits)]
+    return [
+        name
+        for name, merge in connection.shortcut.merges.items()
+        if (has_norms or not merge.needs_norms) and (calibration is not None or not merge.needs_moments)
+    ]
 
 
 def _merge(model: nn.Module, method: str, calibration: Sequence[Mapping] | None) -> MergeReport:
     connection = connection_of(base_model(model))
     merges = connection.shortcut.merges if connection.shortcut is not None else {}
-    if connection.wires.norms.count > 0 and method in merges and merges[method].norms:
+    if connection.wires.norms.count > 0 and method in merges and merges[method].needs_norms:
         calibration = None  # the norms recorded in training, not those of the examples
     try:
-        return merge(model, method if method in METHODS else "auto", calibration)  # exact merges have no name
+        return merge(model, method if method in MERGES else AUTO, calibration)  # exact merges have no name
     except ValueError as error:
         if "NaN or infinity" not in str(error):
             raise
@@ -202,7 +206,7 @@ def write_results(
     `facts` (task, model, sizes), the method with its settings, how long was trained, `table` (see `merge_table`), and
     `merge`: the method by which the exported adapter was merged, None where there was nothing to merge.
     """
-    wired = ("shortcut", "pre_num", "head") if arguments.method == "reslora" else ()
+    wired = ("shortcut", "pre_num", "head") if METHODS[arguments.method].shortcuts else ()
     timing = [callback.seconds for callback in trainer.callback_handler.callbacks if isinstance(callback, LogCallback)]
     content = {
         **facts,

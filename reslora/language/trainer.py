@@ -7,7 +7,7 @@ import copy
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,11 +23,12 @@ from transformers.utils import logging
 from ..chains import base_model
 from ..common import adapters
 from ..common.adapters import adapter_config, check_rank, known_targets, load_adapter, rank_allocator, save_adapter
-from ..common.errors import InvalidArgument, RunFailed, Stopped, first_line
+from ..common.errors import InvalidArgument, RunFailed, Stopped, refused_as
+from ..common.methods import METHODS, check_steps, refuse_deepspeed
 from ..common.recovery import cannot_be_loaded, set_others_aside
 from ..common.signals import StopRequest
 from ..common.together import decided
-from ..config import LEAST_ADALORA_STEPS, ResLoraConfig
+from ..config import ResLoraConfig
 from ..files import write_checksums, write_tensors
 from ..model import enable_gradient_checkpointing
 from .arguments import MethodArguments
@@ -35,6 +36,10 @@ from .callbacks import AllocateRanks, Progress, StopWhenAsked
 from .checkpoints import ALLOCATOR_NAME, checkpoints_of, damage, usable_checkpoint
 
 logger = logging.get_logger(__name__)
+
+UNFIT = (ValueError, TypeError, ImportError)
+"""What PEFT and transformers raise for a setting that does not fit, or for something that is not installed."""
+OTHER_CHOICE = "install or give what it needs, or choose another"
 
 
 # -- the adapter -------------------------------------------------------------------------------------------------------
@@ -55,12 +60,7 @@ def attach(
     or a shortcut without a link.
     """
     targets = _targets(model, arguments)
-    if arguments.method == "adalora" and total_steps < LEAST_ADALORA_STEPS:
-        raise InvalidArgument(
-            f"--method adalora with {total_steps} steps",
-            f"it needs {LEAST_ADALORA_STEPS} to move ranks",
-            "give more steps or epochs, or another method",
-        )
+    check_steps([arguments.method], total_steps, f"--method {arguments.method} with {total_steps} steps")
     config = adapter_config(
         arguments.method,
         r=arguments.lora_r,
@@ -71,12 +71,12 @@ def attach(
         task_type=task_type,
         modules_to_save=modules_to_save,
     )
-    wired = arguments.method == "reslora"
+    wired = METHODS[arguments.method].shortcuts
     shortcuts = ResLoraConfig(arguments.shortcut, arguments.pre_num, arguments.head) if wired else None
-    with _refused_as(f"--lora_r {arguments.lora_r}", "give a smaller one, or name other --target_modules"):
+    with refused_as(f"--lora_r {arguments.lora_r}", "give a smaller one, or name other --target_modules", UNFIT):
         check_rank(model, config)
     flag = f"--target_modules {' '.join(targets) if isinstance(targets, list) else targets}"
-    with _refused_as(flag, "name other layers, or another --method"):
+    with refused_as(flag, "name other layers, or another --method", UNFIT):
         adapted = adapters.attach(model, config, shortcuts, example_inputs)
     if arguments.merge_and_save:
         _refuse_tied(base_model(adapted), flag)
@@ -178,9 +178,7 @@ class AdapterTrainer(Trainer):
                 "use DDP (accelerate launch) or ZeRO-2",
             )
         if stage is not None and self.allocator is not None:
-            raise InvalidArgument(
-                "--method adalora", "reads gradients that DeepSpeed keeps to itself", "train it without DeepSpeed"
-            )
+            refuse_deepspeed(["adalora"])
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """As `Trainer.train`; `latest` or True means the newest usable checkpoint, or a fresh start without one."""
@@ -254,12 +252,12 @@ class AdapterTrainer(Trainer):
 
     def create_optimizer(self, *args, **kwargs):
         """As `Trainer.create_optimizer`; raises `InvalidArgument` for one that cannot be had here."""
-        with _refused_as(f"--optim {_plain(self.args.optim)}"):
+        with refused_as(f"--optim {_plain(self.args.optim)}", OTHER_CHOICE, UNFIT):
             return super().create_optimizer(*args, **kwargs)
 
     def create_scheduler(self, *args, **kwargs):
         """As `Trainer.create_scheduler`; raises `InvalidArgument` where it lacks something."""
-        with _refused_as(f"--lr_scheduler_type {_plain(self.args.lr_scheduler_type)}"):
+        with refused_as(f"--lr_scheduler_type {_plain(self.args.lr_scheduler_type)}", OTHER_CHOICE, UNFIT):
             return super().create_scheduler(*args, **kwargs)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
@@ -288,7 +286,7 @@ class AdapterTrainer(Trainer):
             write_tensors(Path(output_dir) / ALLOCATOR_NAME, self.allocator.state_dict(), {"format": "pt"})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        with _refused_as(f"--resume_from_checkpoint {resume_from_checkpoint}", "give one of this run"):
+        with refused_as(f"--resume_from_checkpoint {resume_from_checkpoint}", "give one of this run", UNFIT):
             load_adapter(self.model, resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -322,16 +320,6 @@ def _as_mismatch(error: ValueError) -> InvalidArgument | None:
         return None
     differ = "; ".join(line.removeprefix("- ") for line in lines if line.startswith("- "))
     return InvalidArgument("DeepSpeed's configuration", f"differs from the flags: {differ}", "say the same in both")
-
-
-@contextlib.contextmanager
-def _refused_as(flag: str, fix: str = "install or give what it needs, or choose another") -> Iterator[None]:
-    try:
-        yield
-    except InvalidArgument:
-        raise
-    except (ValueError, TypeError, ImportError) as error:
-        raise InvalidArgument(flag, first_line(error), fix) from error
 
 
 def _plain(choice: object) -> object:

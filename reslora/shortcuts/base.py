@@ -19,7 +19,9 @@ import torch.nn.functional as F
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import nn
 
-from ..merging import MERGES, Factors, Merged, Method, Moments, neighbours, relative_error
+from ..chains import Before
+from ..merges import AUTO, MERGES, Merge
+from ..merging import Factors, Merged, Moments, relative_error
 from .shared import SharedProduct, autocasts, sharded
 from .state import State, Wires
 
@@ -65,7 +67,7 @@ class Shortcut(LoraVariant):
     """Whether blocks hand activations on, which needs a state for each forward, and norms of them for merges."""
     raises_rank: ClassVar[bool] = False
     """Whether a merge changes ranks."""
-    merges: ClassVar[Mapping[str, Method]] = MERGES
+    merges: ClassVar[Mapping[str, Merge]] = MERGES
     """The merges it has, by the name that the report shows."""
 
     def __init__(self, wires: Wires, name: str) -> None:
@@ -85,7 +87,7 @@ class Shortcut(LoraVariant):
         return None if pre_num == -1 else pre_num
 
     @classmethod
-    def wire(cls, wires: Wires, names: Sequence[str], factors: Sequence[tuple], reach: int | None, head: str) -> list:
+    def wire(cls, wires: Wires, names: Sequence[str], factors: Sequence[tuple], before: Before, head: str) -> list:
         """One variant for each block of a chain, whose A and B modules are `factors`."""
         raise NotImplementedError
 
@@ -102,16 +104,15 @@ class Shortcut(LoraVariant):
     @classmethod
     def resolve(cls, method: str, calibrated: bool, recorded: bool) -> str:
         """The name of the merge that `method` (any but `none`) means, given calibration or recorded norms."""
-        if method == "auto":
+        if method == AUTO:
             return "lstsq" if calibrated else "input" if recorded else "weights"
         return method
 
     @classmethod
-    def relate(cls, chain: list[Factors], reach: int | None, head: str) -> None:
+    def relate(cls, chain: list[Factors], before: Before, head: str) -> None:
         """Tells every block of a chain which blocks before it take part, and what it multiplies their inputs by."""
-        for n, block in enumerate(chain):
-            block.before = neighbours(n, reach)
-            block.fold = cls.fold
+        for block, taken in zip(chain, before, strict=True):
+            block.before, block.fold = taken, cls.fold
 
     @classmethod
     def fold(cls, block: Factors, alphas: list[float]) -> Merged:
@@ -119,10 +120,10 @@ class Shortcut(LoraVariant):
         raise NotImplementedError
 
     @classmethod
-    def moments(cls, block: Factors, merged: Merged | None, fits: bool) -> Moments:
+    def moments(cls, block: Factors, merged: Merged | None, needs_moments: bool) -> Moments:
         """Empty moments; `merged` is the block's merge where that needs no calibration."""
-        if fits and block.before:
-            return Moments(block.guess())
+        if needs_moments and block.before:
+            return Moments(block.stand_in())
         changed = merged is not None and merged.a is not block.a
         return Moments(merged.a - block.a if changed else None)
 

@@ -11,7 +11,9 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from ..merging import MERGES, Factors, Merged, Method, Moments, merge_exact, neighbours
+from ..chains import Before
+from ..merges import MERGES, Merge
+from ..merging import Factors, Merged, Moments
 from .base import Shortcut, add_scaled, cast, inside_checkpoint, rows
 from .shared import autocasts
 from .state import State, Wires, refuse_replica
@@ -32,25 +34,25 @@ class BlockShortcut(Shortcut):
 
     carries = False
     raises_rank = True
-    merges: ClassVar = {"none": MERGES["none"], "exact": Method(merge_exact)}
+    merges: ClassVar = {"none": MERGES["none"], "exact": Merge("merge_exact")}
 
     def __init__(
-        self, wires: Wires, name: str, own: tuple, previous: list[tuple], before: str | None, hands_on: bool
+        self, wires: Wires, name: str, own: tuple, before: list[tuple], sum_from: str | None, gives_sum: bool
     ) -> None:
+        """`before`: A and B of the blocks before; `sum_from`: the one whose sum it adds its own product to."""
         super().__init__(wires, name)
-        self.previous = previous
         self.before = before
-        self.hands_on = hands_on
-        self.most_rows = rows_for_a_first(*own, blocks=1 + len(previous))
+        self.sum_from = sum_from
+        self.gives_sum = gives_sum
+        self.most_rows = rows_for_a_first(*own, blocks=1 + len(before))
 
     @classmethod
-    def wire(cls, wires: Wires, names: Sequence[str], factors: Sequence[tuple], reach: int | None, head: str) -> list:
+    def wire(cls, wires: Wires, names: Sequence[str], factors: Sequence[tuple], before: Before, head: str) -> list:
         """One variant for each block of a chain: each knows the A and B of those before it."""
-        taken = [neighbours(n, reach) for n in range(len(names))]
-        before = [names[n - 1] if 0 < len(taken[n]) == n else None for n in range(len(names))]
-        hands_on = [name is not None for name in (*before[1:], None)]
-        previous = [[factors[k] for k in blocks] for blocks in taken]
-        return [cls(wires, *block) for block in zip(names, factors, previous, before, hands_on, strict=True)]
+        sums = [names[n - 1] if 0 < len(taken) == n else None for n, taken in enumerate(before)]
+        gives_sum = [name is not None for name in (*sums[1:], None)]
+        others = [[factors[k] for k in taken] for taken in before]
+        return [cls(wires, *block) for block in zip(names, factors, others, sums, gives_sum, strict=True)]
 
     def forward(self, module: nn.Module, *, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs):
         """`x` (batch x tokens x p) and the frozen layer's `result` (batch x tokens x q) to the block's output."""
@@ -73,20 +75,20 @@ class BlockShortcut(Shortcut):
         return self._stack(lora_a, self.others(), x), self._stacked_b(lora_b, x)
 
     def _stacked_b(self, lora_b: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-        return self._stack(lora_b, [b for _, b in self.previous], x, dim=1)
+        return self._stack(lora_b, [b for _, b in self.before], x, dim=1)
 
     def _change(self, state: State | None, lora_a: nn.Linear, lora_b: nn.Linear, x: torch.Tensor) -> torch.Tensor:
         """`sum_{k=0..m} B_{n-k} A_{n-k}` (q x p), in float32 at least, since it is rounded once for each block."""
         grad = torch.is_grad_enabled()
-        before, recorded = (None, None) if state is None else state.handed.pop((self.before, SUM), (None, None))
+        given, recorded = (None, None) if state is None else state.handed.pop((self.sum_from, SUM), (None, None))
         with torch.autocast(x.device.type, enabled=False) if autocasts(x.device) else nullcontext():
-            if before is not None and recorded == grad and before.device == x.device:
+            if given is not None and recorded == grad and given.device == x.device:
                 a, b = self._stack(lora_a, (), x), self._stack(lora_b, (), x)
-                change = torch.addmm(before, at_least_float32(b), at_least_float32(a))
+                change = torch.addmm(given, at_least_float32(b), at_least_float32(a))
             else:
                 a, b = self._stacks(lora_a, lora_b, x)
                 change = at_least_float32(b) @ at_least_float32(a)
-        if state is not None and self.hands_on:
+        if state is not None and self.gives_sum:
             state.handed[self.name, SUM] = change, grad
         return change
 
@@ -107,11 +109,11 @@ class BlockShortcut(Shortcut):
 
     def others(self) -> Sequence[nn.Linear]:
         """The A of the blocks before it."""
-        return [a for a, _ in self.previous]
+        return [a for a, _ in self.before]
 
     def widths(self, rank: int) -> Sequence[int]:
         """One slice for all: B of the whole chain multiplies it at once."""
-        return ((1 + len(self.previous)) * rank,)
+        return ((1 + len(self.before)) * rank,)
 
     @classmethod
     def resolve(cls, method: str, calibrated: bool, recorded: bool) -> str:
@@ -119,7 +121,7 @@ class BlockShortcut(Shortcut):
         return "exact"
 
     @classmethod
-    def moments(cls, block: Factors, merged: Merged | None, fits: bool) -> Moments:
+    def moments(cls, block: Factors, merged: Merged | None, needs_moments: bool) -> Moments:
         """There is nothing to fit."""
         return Moments()
 

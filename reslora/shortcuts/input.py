@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from ..chains import Before
 from ..merging import Factors, Merged
 from .base import OWN, Shortcut, add_product
 from .state import Wires
@@ -18,11 +19,12 @@ class InputShortcut(Shortcut):
     x_{n-1} is not kept: block n-1 computes `[A_{n-1}; A_n] x_{n-1}` in one product and hands on the r-wide half.
     """
 
-    def __init__(self, wires: Wires, name: str, previous: str | None, following: nn.Linear | None, head: str) -> None:
+    def __init__(self, wires: Wires, name: str, source: str | None, following: nn.Linear | None, head: str) -> None:
+        """`source`: the block before, None for a head; `following`: the A of the block behind, which reads x_n too."""
         super().__init__(wires, name)
-        self.previous = previous
+        self.source = source
         self.following = following
-        self.repeats = previous is None and head == "repeat"
+        self.repeats = source is None and head == "repeat"
 
     @classmethod
     def reach(cls, pre_num: int) -> int:
@@ -30,12 +32,11 @@ class InputShortcut(Shortcut):
         return 1
 
     @classmethod
-    def wire(cls, wires: Wires, names: Sequence[str], factors: Sequence[tuple], reach: int | None, head: str) -> list:
+    def wire(cls, wires: Wires, names: Sequence[str], factors: Sequence[tuple], before: Before, head: str) -> list:
         """One variant for each block of a chain: each knows the name before it and the A behind it."""
-        previous = [None, *names[:-1]]
-        following = [*(a for a, _ in factors[1:]), None]
-        rows = zip(names, previous, following, strict=True)
-        return [cls(wires, name, before, after, head) for name, before, after in rows]
+        sources = [names[taken[0]] if taken else None for taken in before]
+        following = {k: a for taken, (a, _) in zip(before, factors, strict=True) for k in taken}
+        return [cls(wires, name, sources[n], following.get(n), head) for n, name in enumerate(names)]
 
     def forward(self, module: nn.Module, *, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs):
         """`x` (batch x tokens x p) and the frozen layer's `result` (batch x tokens x q) to the block's output."""
@@ -46,8 +47,8 @@ class InputShortcut(Shortcut):
             state.handed[self.name, OWN] = handed_on[0], x.shape[:-1]
         hidden, scaling = own, module.scaling[active_adapter]
         handed = None
-        if self.previous is not None:
-            handed = self._take(state, self.previous, x)
+        if self.source is not None:
+            handed = self._take(state, self.source, x)
             hidden = own + handed
         elif self.repeats:
             handed, scaling = own, 2 * scaling
@@ -59,14 +60,14 @@ class InputShortcut(Shortcut):
         return () if self.following is None else (self.following,)
 
     @classmethod
-    def relate(cls, chain: list[Factors], reach: int | None, head: str) -> None:
+    def relate(cls, chain: list[Factors], before: Before, head: str) -> None:
         """A_n multiplies x_{n-1} too; a head that repeats its input merges exactly with alpha* = 1."""
-        super().relate(chain, reach, head)
+        super().relate(chain, before, head)
         for block in chain:
             block.parts = [block.a for _ in block.before]
-            block.head = 1.0 if head == "repeat" else 0.0
+            block.alpha_of_head = 1.0 if head == "repeat" else 0.0
 
     @classmethod
     def fold(cls, block: Factors, alphas: list[float]) -> Merged:
         """`B_n (1 + alpha*)` (Eqs. 10-11)."""
-        return block.scaled(alphas[0] if alphas else block.head)
+        return block.scaled(alphas[0] if alphas else block.alpha_of_head)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ..merging import Factors, Merged, neighbours
+from ..chains import Before
+from ..merging import Factors, Merged
 from .base import OWN, Shortcut, add_product, cast, passes, rows
 from .state import Wires
 
@@ -18,26 +19,27 @@ SUM = "sum of A x"
 class MiddleShortcut(Shortcut):
     """ResLoRA_ms: `W_n x_n + s_n B_n (sum_{k=0..m} A_{n-k} x_{n-k})` (Eq. 4): adds r-wide vectors."""
 
-    def __init__(self, wires: Wires, name: str, previous: list[str], takes_sum: bool, hands_on: Sequence[str]) -> None:
+    def __init__(self, wires: Wires, name: str, sources: list[str], takes_sum: bool, gives: Sequence[str]) -> None:
+        """`sources`: the blocks that it takes from; `gives`: what it hands on itself, OWN or SUM or both."""
         super().__init__(wires, name)
-        self.previous = previous
+        self.sources = sources
         self.takes_sum = takes_sum
-        self.hands_on = hands_on
+        self.gives = gives
 
     @classmethod
-    def wire(cls, wires: Wires, names: Sequence[str], factors: Sequence[tuple], reach: int | None, head: str) -> list:
+    def wire(cls, wires: Wires, names: Sequence[str], factors: Sequence[tuple], before: Before, head: str) -> list:
         """One variant for each block of a chain: each knows the names of those before it.
 
         A block that reaches back to the head adds the whole sum of the block before it, so that there is one addition
         however long the chain.
         """
-        before = [[names[k] for k in neighbours(n, reach)] for n in range(len(names))]
         whole = [0 < len(taken) == n for n, taken in enumerate(before)]
-        apart = {name for taken, all_of_them in zip(before, whole, strict=True) if not all_of_them for name in taken}
+        sources = [taken[:1] if all_of_them else taken for taken, all_of_them in zip(before, whole, strict=True)]
+        apart = {k for taken, all_of_them in zip(before, whole, strict=True) if not all_of_them for k in taken}
         found = []
         for n, name in enumerate(names):
-            hands_on = [OWN] * (name in apart) + [SUM] * any(whole[n + 1 : n + 2])
-            found.append(cls(wires, name, names[n - 1 : n] if whole[n] else before[n], whole[n], hands_on))
+            gives = [OWN] * (n in apart) + [SUM] * any(whole[n + 1 : n + 2])
+            found.append(cls(wires, name, [names[k] for k in sources[n]], whole[n], gives))
         return found
 
     def forward(self, module: nn.Module, *, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs):
@@ -48,12 +50,12 @@ class MiddleShortcut(Shortcut):
             dropped = not passes(module.lora_dropout[active_adapter])
             self._record(state, self._undropped(module, active_adapter, x) if dropped else own)
         handed = None
-        for source in self.previous:
+        for source in self.sources:
             value = self._take(state, source, x, SUM if self.takes_sum else OWN)
             handed = value if handed is None else handed + value
         self._observe(x, own, handed)
         hidden = own if handed is None else own + handed
-        for what in self.hands_on:
+        for what in self.gives:
             state.handed[self.name, what] = (own if what == OWN else hidden), x.shape[:-1]
         return add_product(result, hidden, module, active_adapter, module.scaling[active_adapter])
 
@@ -67,9 +69,9 @@ class MiddleShortcut(Shortcut):
             return lora_a(cast(rows(x), lora_a.weight))
 
     @classmethod
-    def relate(cls, chain: list[Factors], reach: int | None, head: str) -> None:
+    def relate(cls, chain: list[Factors], before: Before, head: str) -> None:
         """A_{n-k} multiplies x_{n-k}."""
-        super().relate(chain, reach, head)
+        super().relate(chain, before, head)
         for block in chain:
             block.parts = [chain[k].a for k in block.before]
 

@@ -19,7 +19,7 @@ from app import adapters, recipe
 from app import studio as studios
 from app.recipe import Drawn, Request
 from app.runs import BASE, Library, RunError, Weights
-from app.studio import MERGES, Base, Cancelled, Step, Studio, Turns, base_of
+from app.studio import MERGE_CHOICES, Base, Cancelled, Step, Studio, Turns, base_of
 
 REQUEST = Request(prompt="red disc", steps=3, seed=5, width=64, height=64)
 EXPORTS = ("merged weights", "kohya.safetensors", "pytorch_lora_weights.safetensors")
@@ -237,7 +237,7 @@ def test_a_model_that_could_run_code_is_not_loaded(studio, tmp_path):
         draw(studio, Library(tmp_path / "runs").find("bad"), BASE)
 
 
-@pytest.mark.parametrize("method", MERGES)
+@pytest.mark.parametrize("method", MERGE_CHOICES)
 def test_merging_a_checkpoint_by_another_method(studio, run, method):
     report = studio.merge(run, run.find_weights("reslora: unmerged, step 4"), method)
     assert report["method"] == method

@@ -15,12 +15,13 @@ from torch import nn
 
 import reslora
 from diffusion.runs import RESUME, losses, main, refused
-from reslora.common.adapters import METHODS, adapter_config, attach
+from reslora.common.adapters import adapter_config, attach
+from reslora.common.methods import METHODS
 from reslora.diffusion.model.families import load_family
 from reslora.diffusion.model.families.base import Conditions, Family
 from reslora.diffusion.model.quantising import FORMATS, PackedLinear, pack, try_format
-from reslora.diffusion.output.exports import DIFFUSERS_FILE
 from reslora.diffusion.settings import read_index
+from reslora.export import DIFFUSERS_FILE
 
 HERE = torch.device("cpu")
 WEIGHTS = "diffusion_pytorch_model.safetensors"

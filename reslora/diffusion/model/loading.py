@@ -18,7 +18,7 @@ from huggingface_hub import constants
 from safetensors import safe_open
 from torch import nn
 
-from ...common.errors import InvalidArgument, first_line
+from ...common.errors import InvalidArgument, first_line, refused_as
 from ...common.together import each
 from ...files import read_object, replacing
 from ..arguments import Flags
@@ -123,20 +123,6 @@ class Model:
             denoiser = family.denoiser_class.from_config(family.denoiser_class.load_config(folder))
         check_weights(folder, self.variant, denoiser, self.flag)
         return denoiser
-
-
-class refused_as:
-    """Turns what a reader raises into an `InvalidArgument`: damaged files fail in as many ways as there are readers."""
-
-    def __init__(self, argument: str, fix: str) -> None:
-        self.argument, self.fix = argument, fix
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Exception) and not isinstance(error, InvalidArgument):
-            raise InvalidArgument(self.argument, first_line(error), self.fix) from None
 
 
 def find_model(flags: Flags, accelerator: Accelerator) -> Model:

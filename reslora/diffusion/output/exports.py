@@ -14,8 +14,10 @@ from torch import nn
 
 from ... import export
 from ...chains import Chains, chains
-from ...common.adapters import PLAIN_METHODS, as_plain_lora, load_adapter, remove_adapters
+from ...common.adapters import load_adapter, remove_adapters
 from ...common.errors import RunFailed, first_line
+from ...common.methods import METHODS
+from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 from ...files import write_json
 from ...model import MergeReport, merge
 from ..context import Context
@@ -30,8 +32,6 @@ from .drawing import Drawer, as_bytes, as_image
 from .reports import save_images
 
 TOLERANCE = 2  # of 255: largest difference of any pixel between the merged model and an export read back
-DIFFUSERS_FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "kohya.safetensors"
-COMFYUI_FILE = "comfyui.safetensors"
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,9 @@ def export_method(
         prompts, images = [next((text for text in material.texts.places if text), "")], 1
     with exact_products(), in_float32(drawer):
         denoiser = exact_denoiser(trainee, schedule, context)
-        merged = merge_reslora(denoiser, trainee.trained.loss, material) if method == "reslora" else None
-        if method == "adalora":
-            denoiser = as_plain_lora(denoiser)
+        merged = merge_reslora(denoiser, trainee.trained.loss, material) if METHODS[method].shortcuts else None
+        if plain_lora := METHODS[method].plain_lora:
+            denoiser = plain_lora(denoiser)
         drawn = drawer.draw(denoiser.eval(), prompts, images)
         reference, *_ = [finite(image, method) for image in drawn]
         if merged is not None:
@@ -177,7 +177,7 @@ def write_formats(denoiser: nn.Module, method: str, metadata: dict[str, str], co
     family, folder = context.model.family, context.folder / method
     export.export_peft(denoiser, folder / "peft")
     export.export_merged(denoiser, folder / family.denoiser)
-    if method in PLAIN_METHODS:
+    if METHODS[method].plain_lora:
         export.export_diffusers(denoiser, folder, prefix=family.denoiser, metadata=metadata)
         for file in family.lora_files:
             LORA_FILES[file](denoiser, folder / file, family, metadata)
@@ -227,7 +227,7 @@ def read_back(denoiser: nn.Module, method: str, drawer: Drawer, context: Context
     name, pipeline = model.family.denoiser, drawer.pipeline
     before = getattr(pipeline, name)
     remove_adapters(denoiser)
-    for file in (DIFFUSERS_FILE, *model.family.lora_files) if method in PLAIN_METHODS else ():
+    for file in (DIFFUSERS_FILE, *model.family.lora_files) if METHODS[method].plain_lora else ():
         setattr(pipeline, name, denoiser)
         pipeline.load_lora_weights(folder, weight_name=file)
         yield file, denoiser

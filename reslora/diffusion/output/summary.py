@@ -9,13 +9,13 @@ import huggingface_hub
 from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
 from PIL import Image
 
-from ...common.adapters import PLAIN_METHODS
 from ...common.errors import InvalidArgument, RunFailed, first_line
 from ...common.figures import comparison, loss_curves
 from ...common.log import read_log
+from ...common.methods import METHODS
+from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 from ...files import read_object, replacing
 from ..arguments import Flags
-from .exports import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 
 COLUMNS = 9  # at most so many steps are shown beside each other
 NOT_UPLOADED = ["*/checkpoint-*", "*/.*", ".*", "app.log", "config.json", "*/unet/*", "*/transformer/*", "cache/*"]
@@ -27,7 +27,7 @@ def write_figures(flags: Flags, held_out: int) -> None:
     if flags.validation_prompt and flags.num_validation_images:
         write_comparison(flags, output)
     loss_curves(output / "loss.png", {m: read_log(output / m / "log.jsonl") for m in flags.method}, measured)
-    if len(flags.method) == 1 and flags.method[0] in PLAIN_METHODS:
+    if len(flags.method) == 1 and METHODS[flags.method[0]].plain_lora:
         with replacing(output / DIFFUSERS_FILE) as temporary:
             shutil.copyfile(output / flags.method[0] / DIFFUSERS_FILE, temporary)
 

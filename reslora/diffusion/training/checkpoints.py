@@ -13,6 +13,7 @@ from accelerate import Accelerator
 
 from ...common.adapters import load_adapter, save_adapter
 from ...common.errors import InvalidArgument, RunFailed, first_line
+from ...common.methods import METHODS
 from ...common.recovery import cannot_be_loaded, numbered, set_aside, set_others_aside, step_of
 from ...common.together import decided, each
 from ...files import Damaged, check_checksums, read_object, replacing, temporary_beside, write_checksums, write_json
@@ -111,7 +112,7 @@ def plan_resume(flags: Flags, identity: Identity | None = None) -> Resume:
         if not record or not is_trained(flags, output / method, record):
             continue
         check_past(flags, output / method, record, identity)
-        merged = method == "reslora" and {name: record[name] for name in MERGING if name in record}
+        merged = METHODS[method].shortcuts and {name: record[name] for name in MERGING if name in record}
         if merged and any(getattr(flags, name) != value for name, value in merged.items()):
             checkpoints[method] = [final_checkpoint(flags, output / method, record["step"])]
             merge_anew.append(method)

@@ -16,6 +16,7 @@ from peft import PeftConfig
 from torch import nn
 
 from ...common.adapters import RankAllocator, adapter_config, attach, rank_allocator
+from ...common.methods import METHODS
 from ...config import ResLoraConfig
 from ..arguments import Flags
 from ..context import Context
@@ -103,7 +104,7 @@ def add_adapter(denoiser: nn.Module, method: str, flags: Flags, total_steps: int
     """Gives the denoiser the method's adapter, in place, with weights drawn from the seed."""
     config = config_of(method, flags, total_steps)
     torch.manual_seed(derive(flags.seed, "adapter"))
-    attach(denoiser, config, shortcuts_of(flags) if method == "reslora" else None)
+    attach(denoiser, config, shortcuts_of(flags) if METHODS[method].shortcuts else None)
     cast_training_params(denoiser, dtype=torch.float32)
 
 

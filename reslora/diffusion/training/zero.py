@@ -9,6 +9,7 @@ from accelerate import Accelerator, DistributedType
 from torch import nn
 
 from ...common.errors import InvalidArgument
+from ...common.methods import refuse_deepspeed
 from ..arguments import Flags
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -32,10 +33,7 @@ def configure(flags: Flags, accelerator: Accelerator) -> None:
         if name in settings:
             problem = f"DeepSpeed's configuration has its own {name}"
             raise InvalidArgument(launcher, problem, "leave it out there, and give flags instead")
-    if "adalora" in flags.method:
-        raise InvalidArgument(
-            "--method adalora", "reads gradients that DeepSpeed keeps to itself", "train it without DeepSpeed"
-        )
+    refuse_deepspeed(flags.method)
     if flags.use_8bit_adam:
         problem = "ZeRO cuts its state where it cannot be put together again"
         raise InvalidArgument("--use_8bit_adam", problem, "leave it out, or train without DeepSpeed")

@@ -11,6 +11,8 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
+from ....export import KOHYA_FILE
+
 Text = dict[str, torch.Tensor | list[torch.Tensor]]
 """What the text encoders make of captions, by name, batch first: a list where captions differ in length."""
 
@@ -38,7 +40,7 @@ class Family:
     """`ddpm` (noise or v) or `flow` (velocity)."""
     text_parts: tuple[str, ...] = ("text_encoder", "tokenizer")
     """Parts of the pipeline that only encoding captions needs."""
-    lora_files: tuple[str, ...] = ("kohya.safetensors",)
+    lora_files: tuple[str, ...] = (KOHYA_FILE,)
     """Plain LoRA files beside diffusers', keys of `results.LORA_FILES`."""
     unused_parts: tuple[str, ...] = ()
     """Parts of the pipeline that are not loaded at all."""

@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from diffusers import ZImagePipeline, ZImageTransformer2DModel
 
+from ....export import COMFYUI_FILE
 from .base import Family
 
 
@@ -18,7 +19,7 @@ class ZImage(Family):
     denoiser = "transformer"
     denoiser_class = ZImageTransformer2DModel
     objective = "flow"
-    lora_files = ("comfyui.safetensors",)
+    lora_files = (COMFYUI_FILE,)
     defaults: ClassVar = {
         "resolution": 1024,
         "num_inference_steps": 28,

@@ -1,4 +1,4 @@
-"""Errors for people: one sentence, no path and no traceback; whatever is unexpected goes to the terminal."""
+"""What handlers of the page's events share: errors as sentences for people, and where uploaded files are."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ import gradio as gr
 from .runs import RunError
 
 
-def polite(handler: Callable) -> Callable:
-    """The handler of an event, function or generator, whose errors are sentences."""
+def readable_errors(handler: Callable) -> Callable:
+    """The handler, function or generator, with errors of one sentence: no path, no traceback.
+
+    Whatever is unexpected goes to the terminal.
+    """
     if inspect.isgeneratorfunction(handler):
 
         @functools.wraps(handler)

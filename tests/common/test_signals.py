@@ -12,7 +12,7 @@ from waiting import default_sigint, ended, output_of, wait_until
 from reslora.common.errors import Stopped
 from reslora.common.signals import StopRequest, is_launcher
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 WAIT = "while stop.signal is None and time.monotonic() < end: time.sleep(0.01)"
 NOTE = "pathlib.Path('{}').write_text(str(stop.signal))"

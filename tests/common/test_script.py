@@ -81,6 +81,8 @@ def test_no_process_group_outlives_the_script(tmp_path, error):
     """A process that exits while gloo's threads run is aborted now and then, the more so on a busy machine."""
 
     def main(argv, stop):
+        import reslora.common.together  # noqa: F401 - as scripts do once their flags are parsed
+
         torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
         if error is not None:
             raise error

@@ -13,8 +13,6 @@ from safetensors.torch import load_file, save_file
 import reslora
 from reslora.chains import base_model
 from reslora.common.adapters import (
-    METHODS,
-    PLAIN_METHODS,
     adapter_config,
     as_plain_lora,
     attach,
@@ -26,6 +24,7 @@ from reslora.common.adapters import (
     trained_state,
 )
 from reslora.common.errors import RunFailed
+from reslora.common.methods import METHODS
 from reslora.files import write_checksums
 from reslora.model import connection_of
 
@@ -318,7 +317,7 @@ def test_a_plain_lora_keeps_dtypes_and_the_modules_that_are_saved():
 def test_only_adalora_becomes_plain_lora(method):
     with pytest.raises(ValueError, match="has no AdaLoRA"):
         as_plain_lora(build(method))
-    assert "adalora" in PLAIN_METHODS
+    assert METHODS["adalora"].plain_lora
 
 
 # -- saving and loading ------------------------------------------------------------------------------------------------

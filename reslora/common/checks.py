@@ -1,0 +1,37 @@
+"""What all scripts check of their flags alike: numbers in bounds, and a folder that can be written."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+from .errors import InvalidArgument
+
+
+def is_whole(value: object, least: int, most: float = math.inf) -> bool:
+    """Whether a value is a whole number of at least `least` and at most `most`."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def whole_in_words(least: int, most: float = math.inf) -> str:
+    """What `is_whole` wants."""
+    return f"a whole number of at least {least}" if most == math.inf else f"a whole number of {least} to {most}"
+
+
+def is_number(value: float, least: float, below: float = math.inf, exclusive: bool = False) -> bool:
+    """Whether a number is finite and in [least, below), or above `least` where `exclusive`."""
+    return math.isfinite(value) and value < below and (value > least if exclusive else value >= least)
+
+
+def number_in_words(least: float, below: float = math.inf, exclusive: bool = False) -> str:
+    """What `is_number` wants."""
+    ends = f" and below {below}" if below < math.inf else ""
+    return f"a finite number {'above' if exclusive else 'of at least'} {least}{ends}"
+
+
+def check_writable(folder: Path, argument: str) -> None:
+    """Raises `InvalidArgument`, which names `argument`, unless a folder can be written, or made."""
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InvalidArgument(argument, f"{parent} is not a folder that can be written", "choose another")

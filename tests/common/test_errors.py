@@ -1,0 +1,25 @@
+"""What can end a run, and how errors of others become ours."""
+
+import pytest
+
+from reslora.common.errors import InvalidArgument, first_line, refused_as
+
+
+def test_what_a_reader_raises_is_refused_in_one_line():
+    line = "^--model x: cut off; give another$"
+    with pytest.raises(InvalidArgument, match=line), refused_as("--model x", "give another"):
+        raise OSError("cut off.\nmore")
+
+
+def test_other_kinds_pass_and_so_does_what_is_refused_already():
+    with pytest.raises(KeyError), refused_as("--model x", "give another", (OSError,)):
+        raise KeyError("x")
+    with pytest.raises(InvalidArgument, match=r"^--a: b; c$"), refused_as("--model x", "give another"):
+        raise InvalidArgument("--a", "b", "c")
+    with pytest.raises(KeyboardInterrupt), refused_as("--model x", "give another"):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("message", "line"), [("a.\nb", "a"), ("", "ValueError"), ("  a: ", "a")])
+def test_first_line(message, line):
+    assert first_line(ValueError(message)) == line

@@ -1,0 +1,61 @@
+"""The rows of what can be trained: what each says, and that rows are all that decides."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import assert_one_line
+
+from reslora.common.errors import InvalidArgument
+from reslora.common.methods import METHODS, any_with_shortcuts, check_steps, refuse_deepspeed
+
+
+def test_rows_say_what_each_method_is():
+    assert list(METHODS) == ["lora", "lora_x2", "reslora", "adalora", "loha", "lokr"]
+    assert [name for name, row in METHODS.items() if row.shortcuts] == ["reslora"]
+    assert [name for name, row in METHODS.items() if row.trains_lora] == ["lora", "lora_x2", "reslora"]
+    assert [name for name, row in METHODS.items() if not row.plain_lora] == ["loha", "lokr"]
+    assert [name for name, row in METHODS.items() if not row.deepspeed] == ["adalora"]
+    assert [name for name, row in METHODS.items() if not row.quantised] == ["loha", "lokr"]
+    assert all(name == row.name and row.title and row.help and row.color for name, row in METHODS.items())
+
+
+def test_shortcuts_are_found_among_several_methods():
+    assert any_with_shortcuts(["lora", "reslora"]) and not any_with_shortcuts(["lora", "adalora"])
+
+
+def test_what_deepspeed_cannot_train_is_refused():
+    refuse_deepspeed(["lora", "reslora", "loha"])
+    with pytest.raises(InvalidArgument) as error:
+        refuse_deepspeed(["lora", "adalora"])
+    assert_one_line(error, "--method adalora", "DeepSpeed")
+
+
+@pytest.mark.parametrize("steps", [None, 0, 3, 100])
+def test_enough_steps_are_taken(steps):
+    check_steps(["lora", "adalora"], steps, f"--max_train_steps {steps}")
+
+
+def test_too_few_steps_are_refused_where_a_method_needs_more():
+    check_steps(["lora"], 1, "--max_train_steps 1")
+    with pytest.raises(InvalidArgument) as error:
+        check_steps(["lora", "adalora"], 2, "--max_train_steps 2")
+    assert_one_line(error, "--max_train_steps 2", "AdaLoRA needs 3")
+
+
+def test_a_new_baseline_is_a_row(monkeypatch):
+    """Flags of both trainers offer it, and the adapter is what its row makes."""
+    from reslora.common.adapters import adapter_config
+
+    row = METHODS["lora"]
+    monkeypatch.setitem(METHODS, "mine", type(row)("mine", "Mine", "made up", "#000000", METHODS["lokr"].config, None))
+    config = adapter_config("mine", r=2, alpha=4, dropout=0.0, targets=["q_proj"], total_steps=10)
+    assert (config.peft_type, config.r, config.alpha) == ("LOKR", 2, 4)
+    from reslora.diffusion.arguments import build_parser
+
+    assert build_parser().parse_args(["--method", "mine"]).method == ["mine"]
+
+
+def test_names_of_methods_and_merges_need_no_torch():
+    code = "import sys, reslora.common.methods, reslora.merges; sys.exit(bool({'torch', 'peft'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], timeout=300).returncode == 0
