@@ -24,6 +24,7 @@ from diffusers import DiffusionPipeline
 
 import reslora
 from reslora import export, files
+from reslora.common.assets import ASSETS
 from reslora.common.errors import InvalidArgument, first_line
 from reslora.diffusion.arguments import Flags
 from reslora.diffusion.model.families.base import Family
@@ -36,7 +37,7 @@ from . import adapters
 from .recipe import SEEDS, Drawn, Request
 from .runs import Run, RunError, Weights
 
-BUNDLED = Path(__file__).resolve().parent.parent / "assets" / "pipeline"
+BUNDLED = ASSETS / "pipeline"
 MERGES = ("lstsq", "input", "weights", "none")
 PATIENCE = 15.0
 """Seconds without anybody listening after which a generation counts as abandoned."""

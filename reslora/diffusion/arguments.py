@@ -7,6 +7,7 @@ import contextlib
 import math
 import re
 
+from .. import __version__
 from ..config import HEADS, METHODS, SHORTCUTS
 
 MERGES = ("auto", "none", "input", "weights", "lstsq")
@@ -97,6 +98,9 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--config", metavar="FILE", help="flags from TOML or a run's config.json; the command line wins"
     )
+    # Like --help, it is no setting of a run: who lists the flags leaves out what is called help.
+    version = f"reslora-sd {__version__}"
+    parser.add_argument("--version", action="version", version=version, dest="help", help="tell the version and exit")
     for title, add_flags in (
         ("model", add_model_flags),
         ("method", add_method_flags),

@@ -11,13 +11,13 @@ import tomllib
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from ..common.assets import ASSETS
 from ..common.errors import InvalidArgument, first_line
 from ..config import LEAST_ADALORA_STEPS
 from ..shortcuts import PLAIN, shortcut_class
 from .arguments import DEFAULTS, Flags, build_parser
 from .model.families import FAMILIES
 
-ASSETS = Path(__file__).resolve().parents[2] / "assets"
 BUNDLED_MODEL, BUNDLED_IMAGES, BUNDLED_STEPS = ASSETS / "pipeline", ASSETS / "openmoji", 200
 BUNDLED_DEFAULTS = {"pipeline-flow": {"learning_rate": 1e-3}}  # where one differs from DEFAULTS
 POLYNOMIAL_END = 1e-7  # diffusers' learning rate at the end of that schedule
@@ -51,9 +51,6 @@ def fill_defaults(args: argparse.Namespace) -> Flags:
     values["local_rank"] = int(os.environ.get("LOCAL_RANK", args.local_rank))
     model = args.pretrained_model_name_or_path
     bundled = model is None or is_bundled(model)
-    if model is None and not BUNDLED_MODEL.is_dir():
-        fix = "name a model; the bundled pipeline comes with the repository"
-        raise InvalidArgument("--pretrained_model_name_or_path", "missing", fix)
     values["pretrained_model_name_or_path"] = model or str(BUNDLED_MODEL)
     if bundled and not args.dataset_name and not args.train_data_dir:
         values["train_data_dir"] = str(BUNDLED_IMAGES)

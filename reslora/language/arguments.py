@@ -18,13 +18,12 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
+from .. import __version__
 from ..common.errors import InvalidArgument, first_line
 from ..common.script import shares_the_cpu
 from ..config import HEADS, METHODS, SHORTCUTS
 from ..merging import METHODS as MERGES
 from ..shortcuts import PLAIN, shortcut_class
-
-ASSETS = Path(__file__).resolve().parents[2] / "assets"
 
 
 @dataclass
@@ -210,6 +209,7 @@ def parse_arguments(
     # An error is one line, without a screen of usage before it.
     usage = argparse.SUPPRESS
     parser = HfArgumentParser(list(types), prog=prog, usage=usage, description=description, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"reslora-sd {__version__}")
     argv = list(sys.argv[1:] if argv is None else argv)
     named = {"--model_name_or_path", "--model-name-or-path"}
     if bundled and not any(word.split("=")[0] in named for word in argv):

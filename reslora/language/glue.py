@@ -19,11 +19,11 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from ..common.assets import ASSETS
 from ..common.errors import InvalidArgument
 from ..common.signals import StopRequest
 from ..files import replacing, write_json
 from .arguments import (
-    ASSETS,
     AdapterTrainingArguments,
     MethodArguments,
     check_data,

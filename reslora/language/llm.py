@@ -21,11 +21,11 @@ from transformers import (
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from ..common.assets import ASSETS
 from ..common.errors import InvalidArgument, first_line
 from ..common.signals import StopRequest
 from ..files import write_json
 from .arguments import (
-    ASSETS,
     AdapterTrainingArguments,
     MethodArguments,
     check_data,
