@@ -119,3 +119,15 @@ def test_scripts_tell_their_version(script):
     command = [sys.executable, ROOT / f"{script}.py", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
     assert (done.returncode, done.stdout) == (0, f"reslora-sd {reslora.__version__}\n")
+
+
+def test_continuous_integration_runs_the_test_command_of_readme():
+    block = (ROOT / "README.md").read_text(encoding="utf-8").partition("```bash\n")[2].partition("```")[0]
+    command = block.splitlines()[1].partition("#")[0].strip()
+    assert command.endswith("pytest")
+    lines = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    assert lines[-1] == command and "ruff check ." in lines and "mypy" in lines
+
+
+def test_the_changelog_knows_the_version():
+    assert f"## {reslora.__version__} " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
