@@ -10,6 +10,7 @@ import os
 import tomllib
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..common.assets import ASSETS
 from ..common.errors import InvalidArgument, first_line
@@ -121,7 +122,8 @@ def _checked(action: argparse.Action, name: str, value: object, path: Path) -> o
     items = []
     for item in value if isinstance(value, list) else [value]:
         try:
-            item = (action.type or str)(str(item))
+            parse: Any = action.type or str
+            item = parse(str(item))
         except (argparse.ArgumentTypeError, ValueError) as error:
             raise InvalidArgument(f"{where}, {name}", first_line(error), "correct it") from None
         if action.choices and item not in action.choices:

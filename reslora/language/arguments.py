@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
@@ -127,7 +128,8 @@ class AdapterTrainingArguments(TrainingArguments):
                 "--push_to_hub", "is not supported", "upload the run's peft/ with `hf upload` instead"
             )
         # `accelerate launch --cpu` says so in the environment only.
-        self.use_cpu = self.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+        asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+        self.use_cpu = self.use_cpu or asked  # type: ignore[has-type]
         gpu = torch.cuda.is_available() and not self.use_cpu
         if self.fp16 and not gpu:
             raise InvalidArgument("--fp16", "needs a GPU", "leave it out, or take --bf16 --use_cpu")
@@ -222,10 +224,10 @@ def parse_arguments(
     except InvalidArgument:
         raise
     except (ValueError, ImportError, OSError, RuntimeError) as error:  # what transformers' own classes refuse
-        parser.error(first_line(error))
+        return parser.error(first_line(error))
 
 
-def settings(*arguments: object) -> dict:
+def settings(*arguments: Any) -> dict:
     """The flags of several dataclasses as one JSON-able dict, the content of a run's `config.json`; no tokens."""
     merged: dict = {}
     for instance in arguments:

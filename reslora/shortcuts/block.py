@@ -6,7 +6,7 @@ import math
 import weakref
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -35,7 +35,13 @@ class BlockShortcut(Shortcut):
     merges: ClassVar = {"none": MERGES["none"], "exact": Method(merge_exact)}
 
     def __init__(
-        self, wires: Wires, name: str, own: tuple, previous: list[tuple], before: str | None, hands_on: bool
+        self,
+        wires: Wires,
+        name: str,
+        own: tuple[nn.Linear, nn.Linear],
+        previous: list[tuple],
+        before: str | None,
+        hands_on: bool,
     ) -> None:
         super().__init__(wires, name)
         self.previous = previous
@@ -52,7 +58,9 @@ class BlockShortcut(Shortcut):
         previous = [[factors[k] for k in blocks] for blocks in taken]
         return [cls(wires, *block) for block in zip(names, factors, previous, before, hands_on, strict=True)]
 
-    def forward(self, module: nn.Module, *, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs):
+    def forward(
+        self, module: nn.Module, *, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
         """`x` (batch x tokens x p) and the frozen layer's `result` (batch x tokens x q) to the block's output."""
         refuse_replica(module)
         state, scaling = self._sharing(), module.scaling[active_adapter]
@@ -123,7 +131,7 @@ class BlockShortcut(Shortcut):
         """There is nothing to fit."""
         return Moments()
 
-    def measure(self, block: Factors, merged: Merged | None, x, own, handed) -> None:
+    def measure(self, block: Factors, merged: Merged | None, x: Any, own: Any, handed: Any) -> None:
         """Only a merge cut to a rank misses anything; `own` and `handed` are the stacked A and B."""
         block.moments.add(x, x @ own[:1].to(x).t(), None, torch.linalg.vector_norm(x))
         if merged.a.shape != own.shape:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +19,9 @@ SUM = "sum of A x"
 class MiddleShortcut(Shortcut):
     """ResLoRA_ms: `W_n x_n + s_n B_n (sum_{k=0..m} A_{n-k} x_{n-k})` (Eq. 4): adds r-wide vectors."""
 
-    def __init__(self, wires: Wires, name: str, previous: list[str], takes_sum: bool, hands_on: Sequence[str]) -> None:
+    def __init__(
+        self, wires: Wires, name: str, previous: Sequence[str], takes_sum: bool, hands_on: Sequence[str]
+    ) -> None:
         super().__init__(wires, name)
         self.previous = previous
         self.takes_sum = takes_sum
@@ -40,7 +43,9 @@ class MiddleShortcut(Shortcut):
             found.append(cls(wires, name, names[n - 1 : n] if whole[n] else before[n], whole[n], hands_on))
         return found
 
-    def forward(self, module: nn.Module, *, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs):
+    def forward(
+        self, module: nn.Module, *, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
         """`x` (batch x tokens x p) and the frozen layer's `result` (batch x tokens x q) to the block's output."""
         state = self._running()
         (own,) = self._products(state, module, active_adapter, x)
