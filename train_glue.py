@@ -19,7 +19,12 @@ from reslora.common.script import run_script
 from reslora.common.signals import StopRequest
 
 
-def main(argv: Sequence[str] | None, stop: StopRequest) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains what the flags say and returns the exit status; what the user can mend is one line on stderr."""
+    return run_script("train_glue.py", start, argv)
+
+
+def start(argv: Sequence[str] | None, stop: StopRequest) -> None:
     """Parses the flags and trains; libraries load once a signal would be answered."""
     from reslora.language import glue
 
@@ -27,4 +32,4 @@ def main(argv: Sequence[str] | None, stop: StopRequest) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script("train_glue.py", main))
+    sys.exit(main())

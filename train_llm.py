@@ -17,7 +17,12 @@ from reslora.common.script import run_script
 from reslora.common.signals import StopRequest
 
 
-def main(argv: Sequence[str] | None, stop: StopRequest) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains what the flags say and returns the exit status; what the user can mend is one line on stderr."""
+    return run_script("train_llm.py", start, argv)
+
+
+def start(argv: Sequence[str] | None, stop: StopRequest) -> None:
     """Parses the flags and trains; libraries load once a signal would be answered."""
     from reslora.language import llm
 
@@ -25,4 +30,4 @@ def main(argv: Sequence[str] | None, stop: StopRequest) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script("train_llm.py", main))
+    sys.exit(main())

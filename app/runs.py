@@ -37,6 +37,10 @@ MOST_STEPS = 10**9
 PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 
 
+TRAINERS = ("train_sd.py", "train_sd", "reslora-train-sd")
+"""How the trainer's own words name it, started as a file, as a module or by the command that is installed."""
+
+
 class RunError(ValueError):
     """What is asked of a run cannot be had: one sentence for whoever looks at the page, without server paths."""
 
@@ -387,5 +391,5 @@ def is_trainer(pid: int) -> bool:
         pass
     with contextlib.suppress(OSError):
         words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
-        return any(Path(word).name == "train_sd.py" for word in words)
+        return any(Path(word).name in TRAINERS for word in words)
     return True

@@ -24,6 +24,7 @@ from diffusers import DiffusionPipeline
 
 import reslora
 from reslora import export, files
+from reslora.common.assets import ASSETS
 from reslora.common.errors import InvalidArgument, first_line
 from reslora.diffusion.arguments import Flags
 from reslora.diffusion.model.families.base import Family
@@ -37,7 +38,7 @@ from . import adapters
 from .recipe import SEEDS, Drawn, Request
 from .runs import Run, RunError, Weights
 
-BUNDLED = Path(__file__).resolve().parent.parent / "assets" / "pipeline"
+BUNDLED = ASSETS / "pipeline"
 MERGE_CHOICES = sorted(MERGES, key=lambda name: (not MERGES[name].needs_moments, name == "none"))
 """What keeps most comes first."""
 PATIENCE = 15.0

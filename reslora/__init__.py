@@ -11,6 +11,7 @@ Names are imported when they are first used: a script that only parses its flags
 import importlib
 import sys
 import types
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -37,7 +38,7 @@ class _Package(types.ModuleType):
     """The package; importing the module `reslora.chains` does not hide the function of that name."""
 
     @property
-    def chains(self):
+    def chains(self) -> Any:
         """The function of `reslora/chains.py`."""
         return importlib.import_module(".chains", __name__).chains
 
@@ -49,7 +50,7 @@ class _Package(types.ModuleType):
 sys.modules[__name__].__class__ = _Package
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -61,7 +61,8 @@ class Calibrator:
     def read(self, base: nn.Module, wires: Wires, calibration: Iterable[Mapping]) -> None:
         """Reads every batch once; raises `ValueError` for batches that do not fit or give non-finite values."""
         device = next(base.parameters()).device
-        batches, kept = calibration, []
+        batches: Iterable[Mapping] = calibration
+        kept: list[Mapping] = []
         with evaluating(base), self._watching(base, wires):
             while self.waiting:
                 self.passes += 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from peft.tuners.lora import Conv2d as LoraConv2d
 from peft.tuners.lora import Embedding as LoraEmbedding
@@ -63,7 +64,7 @@ class Chain(Sequence):
     role: str
     blocks: tuple[Block, ...]
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: Any) -> Any:
         return self.blocks[index]
 
     def __len__(self) -> int:
@@ -82,7 +83,7 @@ class Chains(Sequence):
     readers: tuple[tuple[str, ...], ...] = ()
     """Names of blocks that read one and the same tensor, as q, k and v of an attention do, in execution order."""
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: Any) -> Any:
         return self.chains[index]
 
     def __len__(self) -> int:
@@ -307,7 +308,7 @@ def _place(base: nn.Module, name: str) -> tuple[str, str]:
     return "", name
 
 
-def _repeats(base: nn.Module, path: list[str], containers) -> bool:
+def _repeats(base: nn.Module, path: list[str], containers: Any) -> bool:
     container = base.get_submodule(".".join(path))
     if not isinstance(container, containers):
         return False

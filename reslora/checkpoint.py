@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -183,7 +184,7 @@ def _expect(what: str, holds: bool) -> None:
         raise ValueError(f"{what} has a value that reslora.save does not write")
 
 
-def _list(value: object) -> list:
+def _list(value: Any) -> list:
     _expect("a list", isinstance(value, list))
     return value
 
@@ -298,7 +299,7 @@ def _uninitialised(lora: LoraConfig) -> LoraConfig:
     return lora
 
 
-def _jsonable(value):
+def _jsonable(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(key): _jsonable(item) for key, item in value.items()}
     if isinstance(value, (set, frozenset)):

@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -247,6 +247,6 @@ def _factors(name: str, layer: LoraLayer, adapter_name: str) -> tuple[torch.Tens
     return layer.lora_A[adapter_name].weight.detach(), layer.lora_B[adapter_name].weight.detach()
 
 
-def _commonest(values) -> float:
-    values = list(values)
-    return max(dict.fromkeys(values), key=values.count)
+def _commonest(values: Iterable[float]) -> float:
+    found = list(values)
+    return max(dict.fromkeys(found), key=found.count)

@@ -88,7 +88,7 @@ def temporary_beside(path: Path, suffix: str = "") -> Path:
 @functools.cache
 def _host() -> str:
     """This machine in short, and the container in it: process ids mean nothing outside."""
-    known = [platform.node()]
+    known: list[str | Path] = [platform.node()]
     for read in (Path("/etc/machine-id").read_text, Path("/proc/self/ns/pid").readlink):
         with suppress(OSError):
             known.append(read())

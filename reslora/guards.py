@@ -11,6 +11,7 @@ import contextvars
 import functools
 import inspect
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import peft.utils.hotswap
 from peft import LoraConfig
@@ -88,7 +89,7 @@ class _Guard:
         self.module, self.verb, self.outer = module, verb, outer
         self.previous = vars(module).get(verb)  # what stood on the instance before, if anything
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Refuses the call, or hands it to the method."""
         method = self.previous or functools.partial(getattr(type(self.module), self.verb), self.module)
         connection = _connection(self.module)
@@ -147,7 +148,7 @@ def keeping_shortcuts() -> Iterator[None]:
         _keeps_shortcuts.reset(token)
 
 
-def _connection(model: nn.Module):
+def _connection(model: nn.Module) -> Any:
     """The connection of the base model below `model`, if its adapter is still there."""
     base = base_model(model)
     connection = vars(base).get("_reslora")
@@ -211,12 +212,14 @@ def _watch_hotswap() -> None:
         return
 
     @functools.wraps(original)
-    def hotswap_adapter_from_state_dict(model, state_dict, adapter_name, *args, **kwargs):
+    def hotswap_adapter_from_state_dict(
+        model: Any, state_dict: Any, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> Any:
         if _wired(model, adapter_name):
             raise _refusal("hotswap_adapter", _REPLACES, adapter_name)
         return original(model, state_dict, adapter_name, *args, **kwargs)
 
-    hotswap_adapter_from_state_dict.asks_reslora = True
+    hotswap_adapter_from_state_dict.asks_reslora = True  # type: ignore[attr-defined]
     peft.utils.hotswap.hotswap_adapter_from_state_dict = hotswap_adapter_from_state_dict
 
 
@@ -227,10 +230,10 @@ def _watch_state_dict() -> None:
         return
 
     @functools.wraps(original)
-    def _get_adapter_state_dict(cls, model, config, adapter_name, *args, **kwargs):
+    def _get_adapter_state_dict(cls: Any, model: Any, config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         if not _keeps_shortcuts.get() and _wired(model, adapter_name):
             raise _refusal("get_peft_model_state_dict", _HANDS_OUT, adapter_name)
         return original(cls, model, config, adapter_name, *args, **kwargs)
 
-    _get_adapter_state_dict.asks_reslora = True
+    _get_adapter_state_dict.asks_reslora = True  # type: ignore[attr-defined]
     LoraModel._get_adapter_state_dict = classmethod(_get_adapter_state_dict)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -41,7 +42,7 @@ class Factors:
 
     def stand_in(self) -> torch.Tensor:
         """What the blocks before would add if all inputs were equal (r x p)."""
-        return sum(part.to(self.a) for part in reversed(self.parts))
+        return sum(part.to(self.a) for part in reversed(self.parts))  # type: ignore[return-value] # of no head
 
     def scaled(self, alpha: float, notes: tuple[str, ...] = ()) -> Merged:
         """`B_n (1 + alpha*)`."""
@@ -65,6 +66,14 @@ class Moments:
     it, and `gap` = handed - S x for a `stand_in` S (r x p) that makes the neighbours' sum from x alone. The gap, not
     `handed`, is fitted and measured: where S is exact it is zero to the last digit, however x is conditioned.
     """
+
+    # 0.0, and tensors once a forward was added.
+    norm_sum: Any
+    own_own: Any
+    own_handed: Any
+    handed_handed: Any
+    gap_gap: Any
+    gap_x: Any
 
     def __init__(self, stand_in: torch.Tensor | None = None) -> None:
         self.stand_in = stand_in
@@ -243,7 +252,8 @@ def relative_error(block: Factors, merged: Merged) -> float:
     cross = moments.own_handed + moments.own_handed.t()
     output = _trace(moments.own_own + cross + moments.handed_handed, gram)
     if moments.stand_in is None:
-        miss = merged.alpha**2 * moments.own_own - merged.alpha * cross + moments.handed_handed
+        alpha: Any = merged.alpha  # one number, where there is no stand-in
+        miss = alpha**2 * moments.own_own - alpha * cross + moments.handed_handed
     else:
         miss = moments.gap_gap
     error = max(_trace(miss, gram), 0.0)

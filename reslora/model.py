@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.utils.checkpoint
@@ -118,10 +119,10 @@ def _plan(base: nn.Module, config: ResLoraConfig, adapter_name: str, example_inp
         raise ValueError(f"{name} {reason}")
     if plan.links == 0:
         shapes = [f"{block.name} {block.shape}" for block in plan.blocks[:8]]
-        shapes = ", ".join(shapes + [f"{name} ({reason}, stays plain)" for name, reason in plan.unlinked[:8]])
+        listed = ", ".join(shapes + [f"{name} ({reason}, stays plain)" for name, reason in plan.unlinked[:8]])
         raise ValueError(
             f"shortcut={config.shortcut!r} finds no link among the {len(plan.blocks)} LoRA blocks (neighbours must "
-            f"have one role and one shape): {shapes}"
+            f"have one role and one shape): {listed}"
         )
     return plan
 
@@ -137,7 +138,7 @@ def enable_gradient_checkpointing(model: nn.Module) -> None:
     """
     base = base_model(model)
     connection = connection_of(base)
-    kwargs = {"use_reentrant": False}
+    kwargs: dict[str, Any] = {"use_reentrant": False}
     if connection is not None and connection.shortcut is not None and connection.shortcut.carries:
         kwargs["context_fn"] = connection.wires.contexts
     if hasattr(base, "activation_checkpointing_enable"):
@@ -150,7 +151,7 @@ def enable_gradient_checkpointing(model: nn.Module) -> None:
         raise ValueError(f"{type(base).__name__} has no gradient checkpointing to enable")
 
 
-def _checkpoint(kwargs: dict, module: nn.Module, *args: object):
+def _checkpoint(kwargs: dict, module: nn.Module, *args: object) -> Any:
     return torch.utils.checkpoint.checkpoint(module.__call__, *args, **kwargs)
 
 
@@ -271,7 +272,7 @@ def _merge_chains(
     """
     if not plan:
         return [], ()
-    notes = ()
+    notes: tuple[str, ...] = ()
     merge_chain = connection.shortcut.merges[name]
     merged = None if merge_chain.needs_norms or merge_chain.needs_moments else [merge_chain(chain) for chain in plan]
     if merged is not None and max_rank is not None:

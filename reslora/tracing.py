@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -215,7 +216,7 @@ def _differentiable(value: object) -> bool:
     return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
 
 
-def _fresh(holder: str, value: object) -> object:
+def _fresh(holder: str, value: Any) -> Any:
     """The same numbers without their history, which begins at `holder`."""
     if not _differentiable(value):
         return value
@@ -229,7 +230,7 @@ def _fresh(holder: str, value: object) -> object:
 def _origins(tensors: list[torch.Tensor]) -> set[str]:
     """The holders whose outputs `tensors` depend on."""
     found: set[str] = set()
-    left = [tensor.grad_fn for tensor in tensors]
+    left: list[Any] = [tensor.grad_fn for tensor in tensors]
     seen = {None}
     while left:
         node = left.pop()
@@ -243,7 +244,7 @@ def _origins(tensors: list[torch.Tensor]) -> set[str]:
 
 
 @contextmanager
-def _undisturbed(base: nn.Module):
+def _undisturbed(base: nn.Module) -> Iterator[None]:
     """Runs its body with the model in eval mode, without checkpointing; all is as before afterwards."""
     checkpointing = [module for module in base.modules() if getattr(module, "gradient_checkpointing", False)]
     with _same_random(base), evaluating(base):
@@ -256,14 +257,14 @@ def _undisturbed(base: nn.Module):
                 module.gradient_checkpointing = True
 
 
-def _same_random(base: nn.Module):
+def _same_random(base: nn.Module) -> AbstractContextManager[None]:
     """Random states are afterwards as before; a model may draw numbers in eval mode too."""
     devices = sorted({tensor.device.index for tensor in base.parameters() if tensor.device.type == "cuda"})
     return torch.random.fork_rng(devices=devices)
 
 
 @contextmanager
-def evaluating(base: nn.Module):
+def evaluating(base: nn.Module) -> Iterator[None]:
     """Puts every module of `base` into eval mode for its body and restores each module's own mode."""
     modes = [(module, module.training) for module in base.modules()]
     try:
@@ -274,7 +275,7 @@ def evaluating(base: nn.Module):
             module.training = mode
 
 
-def to_device(inputs: dict, device) -> dict:
+def to_device(inputs: dict, device: torch.device | str) -> dict:
     """`inputs` with every tensor in it, at any depth, on `device`."""
     return tree_map(lambda value: value.to(device) if isinstance(value, torch.Tensor) else value, inputs)
 
@@ -299,7 +300,7 @@ def _dtype(base: nn.Module) -> torch.dtype:
     return getattr(base, "dtype", None) or next(base.parameters()).dtype
 
 
-def _unet_inputs(config, zeros: Callable) -> dict:
+def _unet_inputs(config: Any, zeros: Callable) -> dict:
     """Inputs of a `UNet2DConditionModel` at its own sample size (SD 1.x, 2.x and SDXL)."""
     size = config.sample_size or 64
     width = config.cross_attention_dim
@@ -326,7 +327,7 @@ def _unet_inputs(config, zeros: Callable) -> dict:
 # In the transformers below a caption must not have as many tokens as an image: both run through layers of one kind.
 
 
-def _z_image_inputs(config, zeros: Callable) -> dict:
+def _z_image_inputs(config: Any, zeros: Callable) -> dict:
     patch, frames = config.all_patch_size[0], config.all_f_patch_size[0]
     return {
         # Both are padded to multiples of 32: 64 tokens, and 32.
@@ -338,7 +339,7 @@ def _z_image_inputs(config, zeros: Callable) -> dict:
     }
 
 
-def _flux_inputs(config, zeros: Callable) -> dict:
+def _flux_inputs(config: Any, zeros: Callable) -> dict:
     axes = len(config.axes_dims_rope)
     inputs = {
         "hidden_states": zeros(64, config.in_channels),
@@ -354,7 +355,7 @@ def _flux_inputs(config, zeros: Callable) -> dict:
     return inputs
 
 
-def _sd3_inputs(config, zeros: Callable) -> dict:
+def _sd3_inputs(config: Any, zeros: Callable) -> dict:
     size = min(config.sample_size, 16 * config.patch_size)
     return {
         "hidden_states": zeros(config.in_channels, size, size),

@@ -105,7 +105,7 @@ def attach(
     model: nn.Module,
     config: PeftConfig,
     shortcuts: ResLoraConfig | None = None,
-    example_inputs: Mapping | None = None,
+    example_inputs: dict | None = None,
 ) -> nn.Module:
     """Gives a bare `model` the adapter of `config`, connects it as `shortcuts` says, and returns the model to train.
 

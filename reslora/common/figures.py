@@ -9,7 +9,7 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import PIL.Image
@@ -57,7 +57,7 @@ def comparison(
 
     Raises `OSError` for a file that is no image.
     """
-    blocks = [block for _, blocks in rows for block in blocks]
+    blocks: Sequence = [block for _, blocks in rows for block in blocks]
     width, height = _tile(image for _, images in blocks for image in images)
     left = MARGIN + max((_width(name, TITLE) + 10 for name, _ in blocks if name), default=0)
     room = max(width, *(_width(line, TITLE) for title in columns for line in title.split("\n")))
@@ -115,7 +115,7 @@ def running_mean(values: Sequence[float], share: float = 0.1) -> list[float]:
 
 def _curve(axis: Axes, method: str, rows: Sequence[dict], smooth: bool) -> None:
     steps, losses = [row["step"] for row in rows], [_number(row.get("loss")) for row in rows]
-    marks = {} if smooth else {"marker": "o", "markersize": 4}
+    marks: dict[str, Any] = {} if smooth else {"marker": "o", "markersize": 4}
     axis.plot(steps, running_mean(losses) if smooth else losses, label=method, linewidth=1.8, **marks)
 
 
@@ -130,7 +130,7 @@ class _Sheet:
         self.width, self.height = width, height
         self.figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
 
-    def text(self, x: float, y: float, text: str, size: int, **style) -> None:
+    def text(self, x: float, y: float, text: str, size: int, **style: Any) -> None:
         """Text of a size in pixels, centred on y; a `$` or `_` in it is nothing but that."""
         place = x / self.width, 1 - y / self.height
         self.figure.text(*place, text, fontproperties=_font(size), va="center", parse_math=False, **style)
@@ -168,7 +168,7 @@ def _pixels(image: Image, size: tuple[int, int]) -> np.ndarray:
         return np.asarray(opened.convert("RGB").resize(size, PIL.Image.Resampling.LANCZOS))
 
 
-def _opened(image: Image):
+def _opened(image: Any) -> Any:
     """A context with the image; what was opened for it is closed."""
     return nullcontext(image) if isinstance(image, PIL.Image.Image) else PIL.Image.open(image)
 

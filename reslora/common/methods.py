@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import InvalidArgument
 
@@ -17,19 +17,23 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def lora(*, r: int, alpha: float, dropout: float, init_lora_weights: bool | str, total_steps: int, **shared):
+def lora(
+    *, r: int, alpha: float, dropout: float, init_lora_weights: bool | str, total_steps: int, **shared: Any
+) -> PeftConfig:
     """LoRA (Hu et al., 2022)."""
     from peft import LoraConfig
 
     return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, init_lora_weights=init_lora_weights, **shared)
 
 
-def lora_x2(*, alpha: float, **settings):
+def lora_x2(*, alpha: float, **settings: Any) -> PeftConfig:
     """LoRA with doubled alpha."""
     return lora(alpha=2 * alpha, **settings)
 
 
-def adalora(*, r: int, alpha: float, dropout: float, init_lora_weights: bool | str, total_steps: int, **shared):
+def adalora(
+    *, r: int, alpha: float, dropout: float, init_lora_weights: bool | str, total_steps: int, **shared: Any
+) -> PeftConfig:
     """AdaLoRA: half as much rank again, taken away to `r` on average between a tenth and a half of the steps
     (Zhang et al., 2023)."""
     from peft import AdaLoraConfig
@@ -40,14 +44,18 @@ def adalora(*, r: int, alpha: float, dropout: float, init_lora_weights: bool | s
     )  # fmt: skip
 
 
-def loha(*, r: int, alpha: float, dropout: float, init_lora_weights: bool | str, total_steps: int, **shared):
+def loha(
+    *, r: int, alpha: float, dropout: float, init_lora_weights: bool | str, total_steps: int, **shared: Any
+) -> PeftConfig:
     """LoHa, whose dropout is of ranks."""
     from peft import LoHaConfig
 
     return LoHaConfig(r=r, alpha=alpha, rank_dropout=dropout, **shared)
 
 
-def lokr(*, r: int, alpha: float, dropout: float, init_lora_weights: bool | str, total_steps: int, **shared):
+def lokr(
+    *, r: int, alpha: float, dropout: float, init_lora_weights: bool | str, total_steps: int, **shared: Any
+) -> PeftConfig:
     """LoKr, whose dropout is of ranks."""
     from peft import LoKrConfig
 

@@ -20,6 +20,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .errors import Stopped, speaks
 
@@ -28,7 +29,7 @@ _LAUNCHERS = {
     "accelerate", "accelerate.commands.accelerate_cli", "accelerate.commands.launch", "torchrun",
     "torch.distributed.run", "torch.distributed.launch", "deepspeed",
 }  # fmt: skip
-_ORPHANED = getattr(signal, "SIGUSR1", None)  # what the kernel sends when the launcher dies
+_ORPHANED: Any = getattr(signal, "SIGUSR1", None)  # what the kernel sends when the launcher dies
 _PR_SET_PDEATHSIG = 1
 
 
@@ -45,7 +46,7 @@ class StopRequest:
         self._signal: int | None = None
         self._before_leaving = 2 if "TORCHELASTIC_RUN_ID" in os.environ else 1
         self._launcher: int | None = None
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Any] = {}
 
     @property
     def signal(self) -> int | None:

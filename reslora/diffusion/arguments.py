@@ -6,7 +6,10 @@ import argparse
 import contextlib
 import math
 import re
+from collections.abc import Callable
+from typing import Any, NoReturn
 
+from .. import __version__
 from ..common.checks import is_number, is_whole, number_in_words, whole_in_words
 from ..common.methods import IN_WORDS, METHODS
 from ..config import HEADS, SHORTCUTS
@@ -61,12 +64,12 @@ class Flags(argparse.Namespace):
 class Parser(argparse.ArgumentParser):
     """argparse prints a hundred flags of usage before its one line of error; only the line is wanted."""
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         """Prints the line and exits with status 2."""
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def whole(minimum: int):
+def whole(minimum: int) -> Callable[[str], int]:
     """Type of a flag that takes a whole number of at least `minimum`."""
 
     def parse(text: str) -> int:
@@ -86,7 +89,7 @@ def buckets(text: str) -> str:
     return re.sub(r"\s", "", text).strip(";")
 
 
-def number(minimum: float, below: float = math.inf, exclusive: bool = False):
+def number(minimum: float, below: float = math.inf, exclusive: bool = False) -> Callable[[str], float]:
     """Type of a flag that takes a finite number in [minimum, below), or above `minimum` when `exclusive`."""
 
     def parse(text: str) -> float:
@@ -105,6 +108,9 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--config", metavar="FILE", help="flags from TOML or a run's config.json; the command line wins"
     )
+    # Like --help, it is no setting of a run: who lists the flags leaves out what is called help.
+    version = f"reslora-sd {__version__}"
+    parser.add_argument("--version", action="version", version=version, dest="help", help="tell the version and exit")
     for title, add_flags in (
         ("model", add_model_flags),
         ("method", add_method_flags),
@@ -123,8 +129,8 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
 def _default_in_words(action: argparse.Action) -> str:
     if action.dest in DEFAULTS:
         bundled, named = DEFAULTS[action.dest]
-        named = BY_FAMILY.get(action.dest, in_words(named))
-        return f" (bundled pipeline: {in_words(bundled)}; otherwise: {named})"
+        otherwise = BY_FAMILY.get(action.dest, in_words(named))
+        return f" (bundled pipeline: {in_words(bundled)}; otherwise: {otherwise})"
     if action.dest in BY_FAMILY:
         return f" (default: {BY_FAMILY[action.dest]})"
     if action.default not in (None, False, argparse.SUPPRESS):
@@ -132,13 +138,13 @@ def _default_in_words(action: argparse.Action) -> str:
     return ""
 
 
-def in_words(value: object) -> str:
+def in_words(value: Any) -> str:
     """A flag's value as a person would write it."""
     return ", ".join(value) or "none" if isinstance(value, list) else {None: "none", True: "on"}.get(value, str(value))
 
 
 # fmt: off
-def add_model_flags(add) -> None:
+def add_model_flags(add: Callable) -> None:
     """Which model, and in which precision."""
     add("--pretrained_model_name_or_path", metavar="MODEL",
         help="Stable Diffusion 1.x, 2.x or SDXL: diffusers folder, .safetensors file or name on the hub; "
@@ -163,7 +169,7 @@ def add_model_flags(add) -> None:
         help="xformers' attention instead of PyTorch's")
 
 
-def add_method_flags(add) -> None:
+def add_method_flags(add: Callable) -> None:
     """Which adapter, and how it is merged."""
     add("--method", nargs="+", choices=METHODS,
         help=f"trained one after the other on the same samples. {IN_WORDS}")
@@ -186,7 +192,7 @@ def add_method_flags(add) -> None:
         help="ResLoRA: training samples that the merge may read")
 
 
-def add_data_flags(add) -> None:
+def add_data_flags(add: Callable) -> None:
     """Where images and captions come from, and what becomes of them."""
     add("--dataset_name", help="dataset on the hub, or a folder")
     add("--dataset_config_name", help="configuration of that dataset")
@@ -215,7 +221,7 @@ def add_data_flags(add) -> None:
     add("--dataloader_num_workers", type=whole(0), default=0, help="processes that read images")
 
 
-def add_training_flags(add) -> None:
+def add_training_flags(add: Callable) -> None:
     """How long, how much at once, and on which loss."""
     add("--seed", type=whole(0), default=0, help="the same seed gives the same bytes")
     add("--train_batch_size", type=whole(1), default=16, help="samples per process and forward")
@@ -246,7 +252,7 @@ def add_training_flags(add) -> None:
     add("--local_rank", type=int, default=-1, help="set by launchers")
 
 
-def add_optimizer_flags(add) -> None:
+def add_optimizer_flags(add: Callable) -> None:
     """AdamW and its learning rate."""
     add("--learning_rate", type=number(0, exclusive=True), help="highest learning rate")
     add("--scale_lr", **SWITCH, help="multiply it by batch size, accumulation steps and processes")
@@ -265,7 +271,7 @@ def add_optimizer_flags(add) -> None:
     add("--max_grad_norm", type=number(0, exclusive=True), default=1.0, help="gradients are clipped to this norm")
 
 
-def add_validation_flags(add) -> None:
+def add_validation_flags(add: Callable) -> None:
     """What is drawn and measured while training."""
     add("--validation_prompt", nargs="+", metavar="PROMPT", help="prompts drawn while training, with fixed seeds")
     add("--num_validation_images", type=whole(0), help="samples per prompt; 0 draws none while training")
@@ -279,7 +285,7 @@ def add_validation_flags(add) -> None:
     add("--guidance_scale", type=number(0), help="classifier-free guidance of a sample")
 
 
-def add_output_flags(add) -> None:
+def add_output_flags(add: Callable) -> None:
     """Where everything goes."""
     add("--output_dir", default="runs/sd-model-finetuned-lora", metavar="FOLDER", help="folder of the run")
     add("--logging_dir", default="logs", metavar="FOLDER", help="TensorBoard's folder inside it")

@@ -107,7 +107,7 @@ def tell_what_is_not_linked(plan: Chains, flags: Flags, accelerator: Accelerator
             accelerator.print(
                 f"{start} the longest chain has {longest} blocks, and --shortcut {flags.shortcut} reads one"
             )
-    elif short := [len(chain) for chain in plan.clipped(reach)]:
+    elif reach is not None and (short := [len(chain) for chain in plan.clipped(reach)]):
         linked = sum(len(chain) > 1 for chain in plan)
         most = f"; the longest has {longest}, so {longest - 1} at most take part" if longest <= reach else ""
         accelerator.print(f"{start} {len(short)} of {linked} chains are shorter, down to {min(short)} blocks{most}")

@@ -32,11 +32,10 @@ def content_mark(source: Content) -> str:
         spans = _tensors(file, size) if path.suffix.lower() == ".safetensors" else None
         if spans is None:
             file.seek(0)
-            digest = hashlib.file_digest(file, lambda: digest)
-        else:
-            for start, length in spans:
-                file.seek(start)
-                digest.update(file.read(length))
+            return f"{size}:{hashlib.file_digest(file, lambda: digest).hexdigest()}"
+        for start, length in spans:
+            file.seek(start)
+            digest.update(file.read(length))
         return f"{size}:{digest.hexdigest()}"
 
 
@@ -56,7 +55,7 @@ def _tensors(file: BinaryIO, size: int) -> list[tuple[int, int]] | None:
     try:
         entries = json.loads(file.read(length))
         entries.pop("__metadata__", None)
-        spans = sorted(tuple(map(int, entry["data_offsets"])) for entry in entries.values())
+        spans = sorted((int(entry["data_offsets"][0]), int(entry["data_offsets"][1])) for entry in entries.values())
         whole = all(0 <= start <= end <= size for start, end in spans)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None

@@ -10,7 +10,9 @@ import os
 import tomllib
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
+from ..common.assets import ASSETS
 from ..common.checks import check_writable
 from ..common.errors import InvalidArgument, first_line
 from ..common.methods import any_with_shortcuts, check_steps
@@ -19,7 +21,6 @@ from ..shortcuts import PLAIN, shortcut_class
 from .arguments import DEFAULTS, Flags, build_parser
 from .model.families import FAMILIES
 
-ASSETS = Path(__file__).resolve().parents[2] / "assets"
 BUNDLED_MODEL, BUNDLED_IMAGES, BUNDLED_STEPS = ASSETS / "pipeline", ASSETS / "openmoji", 200
 BUNDLED_DEFAULTS = {"pipeline-flow": {"learning_rate": 1e-3}}  # where one differs from DEFAULTS
 POLYNOMIAL_END = 1e-7  # diffusers' learning rate at the end of that schedule
@@ -53,9 +54,6 @@ def fill_defaults(args: argparse.Namespace) -> Flags:
     values["local_rank"] = int(os.environ.get("LOCAL_RANK", args.local_rank))
     model = args.pretrained_model_name_or_path
     bundled = model is None or is_bundled(model)
-    if model is None and not BUNDLED_MODEL.is_dir():
-        fix = "name a model; the bundled pipeline comes with the repository"
-        raise InvalidArgument("--pretrained_model_name_or_path", "missing", fix)
     values["pretrained_model_name_or_path"] = model or str(BUNDLED_MODEL)
     if bundled and not args.dataset_name and not args.train_data_dir:
         values["train_data_dir"] = str(BUNDLED_IMAGES)
@@ -126,7 +124,8 @@ def _checked(action: argparse.Action, name: str, value: object, path: Path) -> o
     items = []
     for item in value if isinstance(value, list) else [value]:
         try:
-            item = (action.type or str)(str(item))
+            parse: Any = action.type or str
+            item = parse(str(item))
         except (argparse.ArgumentTypeError, ValueError) as error:
             raise InvalidArgument(f"{where}, {name}", first_line(error), "correct it") from None
         if action.choices and item not in action.choices:

@@ -13,11 +13,13 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
+from .. import __version__
 from ..common.checks import check_writable, is_number, is_whole, number_in_words, whole_in_words
 from ..common.errors import InvalidArgument, first_line
 from ..common.methods import IN_WORDS, METHODS
@@ -26,8 +28,6 @@ from ..config import HEADS, SHORTCUTS
 from ..merges import AUTO
 from ..merges import NAMES as MERGES
 from ..shortcuts import PLAIN, shortcut_class
-
-ASSETS = Path(__file__).resolve().parents[2] / "assets"
 
 
 @dataclass
@@ -131,7 +131,8 @@ class AdapterTrainingArguments(TrainingArguments):
                 "--push_to_hub", "is not supported", "upload the run's peft/ with `hf upload` instead"
             )
         # `accelerate launch --cpu` says so in the environment only.
-        self.use_cpu = self.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+        asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+        self.use_cpu = self.use_cpu or asked  # type: ignore[has-type]
         gpu = torch.cuda.is_available() and not self.use_cpu
         if self.fp16 and not gpu:
             raise InvalidArgument("--fp16", "needs a GPU", "leave it out, or take --bf16 --use_cpu")
@@ -200,6 +201,7 @@ def parse_arguments(
     # An error is one line, without a screen of usage before it.
     usage = argparse.SUPPRESS
     parser = HfArgumentParser(list(types), prog=prog, usage=usage, description=description, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"reslora-sd {__version__}")
     argv = list(sys.argv[1:] if argv is None else argv)
     named = {"--model_name_or_path", "--model-name-or-path"}
     if bundled and not any(word.split("=")[0] in named for word in argv):
@@ -212,10 +214,10 @@ def parse_arguments(
     except InvalidArgument:
         raise
     except (ValueError, ImportError, OSError, RuntimeError) as error:  # what transformers' own classes refuse
-        parser.error(first_line(error))
+        return parser.error(first_line(error))
 
 
-def settings(*arguments: object) -> dict:
+def settings(*arguments: Any) -> dict:
     """The flags of several dataclasses as one JSON-able dict, the content of a run's `config.json`; no tokens."""
     merged: dict = {}
     for instance in arguments:

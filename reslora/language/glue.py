@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,11 +20,11 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from ..common.assets import ASSETS
 from ..common.errors import InvalidArgument
 from ..common.signals import StopRequest
 from ..files import replacing, write_json
 from .arguments import (
-    ASSETS,
     AdapterTrainingArguments,
     MethodArguments,
     check_data,
@@ -119,7 +120,7 @@ class Arguments:
     @property
     def task(self) -> Task:
         """The task that is trained on."""
-        return TASKS[self.data.task_name]
+        return TASKS[self.data.task_name]  # type: ignore[index] # `parse` refuses none
 
     @property
     def settings(self) -> dict:
@@ -185,7 +186,7 @@ def _read(arguments: Arguments, split: str) -> tuple[str, list[dict] | None]:
     data, model = arguments.data, arguments.model
     if data.data_dir:
         return read_folder(arguments.task, data.data_dir, split)
-    name = data.dataset_config_name or data.task_name
+    name: Any = data.dataset_config_name or data.task_name
     return read_hub(arguments.task, data.dataset_name, name, split, model.cache_dir, model.token)
 
 
@@ -307,7 +308,7 @@ def loss_of(task: Task, logits: np.ndarray, labels: np.ndarray) -> float:
 
 def evaluate(trainer: AdapterTrainer, task: Task, sets: dict, kind: str = "validation") -> dict[str, float]:
     """Loss and metrics on every labelled split of a kind; those of MNLI's second one end in `_mm`."""
-    figures = {}
+    figures: dict[str, float] = {}
     for part, end in zip(task.parts, ("", "_mm"), strict=False):
         if kind + part in sets and "labels" in sets[kind + part].column_names:
             result = trainer.predict(sets[kind + part])

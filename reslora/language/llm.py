@@ -20,12 +20,12 @@ from transformers import (
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from ..common.assets import ASSETS
 from ..common.errors import InvalidArgument, refused_as
 from ..common.methods import METHODS
 from ..common.signals import StopRequest
 from ..files import write_json
 from .arguments import (
-    ASSETS,
     AdapterTrainingArguments,
     MethodArguments,
     check_data,

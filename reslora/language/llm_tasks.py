@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import datasets
 from accelerate import PartialState
@@ -115,8 +116,8 @@ def _expect(condition: object, problem: str) -> None:
 def extract_answer(text: str) -> str | None:
     """What follows the last "The answer is", up to the full stop that ends its sentence; None without one."""
     _, mark, rest = text.rpartition(ANSWER)
-    rest = rest.lstrip(": ").splitlines()
-    return re.split(r"\.(?:\s|$)", rest[0])[0].strip() if mark and rest else None
+    lines = rest.lstrip(": ").splitlines()
+    return re.split(r"\.(?:\s|$)", lines[0])[0].strip() if mark and lines else None
 
 
 _NUMBER = re.compile(
@@ -142,9 +143,9 @@ def same_answer(given: str | None, expected: str) -> bool:
     """Whether two answers are equal: as numbers where both are numbers ("1,200" and "1200.0"), else as words."""
     if given is None:
         return False
-    numbers = to_number(given), to_number(expected)
-    if None not in numbers:
-        return abs(numbers[0] - numbers[1]) <= max(map(abs, numbers)) / 1_000_000
+    number, wanted = to_number(given), to_number(expected)
+    if number is not None and wanted is not None:
+        return abs(number - wanted) <= max(abs(number), abs(wanted)) / 1_000_000
     return given.lower().split() == expected.lower().split()
 
 
@@ -193,7 +194,7 @@ def _local_rows(name: str, data_dir: str, split: str) -> tuple[str, list[dict]]:
     folder = Path(data_dir)
     if not folder.is_dir():
         raise InvalidArgument(f"--data_dir {folder}", "no such folder", file_form(name))
-    path, rows = folder / f"{split}.jsonl", []
+    path, rows = folder / f"{split}.jsonl", list[Any]()
     if not path.is_file():
         return str(path), []
     for number, row in json_lines(path):

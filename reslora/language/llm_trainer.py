@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -100,6 +101,8 @@ def say(text: str) -> None:
 class LlmTrainer(AdapterTrainer):
     """Evaluates by the loss per answer token, and by the answers that the model generates."""
 
+    control: Any  # `Trainer` sets it
+
     def __init__(
         self,
         *args,
@@ -147,7 +150,7 @@ class LlmTrainer(AdapterTrainer):
 
     def _accuracy(self, split: str) -> float:
         examples = sorted(self._mine(split), key=lambda example: len(example.prompt))
-        right = 0
+        right: float = 0
         for batch in self._batches(examples, f"{split} answers"):
             answers = generate(self.model, self.encoder, batch, self.max_new_tokens)
             right += sum(

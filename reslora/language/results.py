@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -52,7 +53,7 @@ def merge_table(
 
     Raises `RunFailed` if the figures of the unmerged model are not finite, or if its weights cannot be merged.
     """
-    table = {"unmerged": dict(evaluate())}
+    table: dict[str, dict[str, Any]] = {"unmerged": dict(evaluate())}
     for name, value in table["unmerged"].items():
         if not math.isfinite(value):
             raise RunFailed(f"{name} {value} after the training: it has diverged, lower --learning_rate")
@@ -138,7 +139,7 @@ def _share_norms(connection: Connection) -> None:
         return
     norms = connection.wires.norms
     values = norms.values.cpu() if norms.values is not None else None
-    shared = [values, norms.count]
+    shared: list[Any] = [values, norms.count]
     torch.distributed.broadcast_object_list(shared)
     if shared[0] is not None and torch.distributed.get_rank() > 0:
         norms.restore(shared[0], shared[1])

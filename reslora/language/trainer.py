@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -197,12 +198,12 @@ class AdapterTrainer(Trainer):
             raise Stopped(f"stopped after step {self.state.global_step}; go on with --resume_from_checkpoint latest")
         return result
 
-    def _resumed_from(self, named: str | bool) -> str | None:
+    def _resumed_from(self, named: Any) -> str | None:
         """For the main process: the checkpoint to go on from; later ones, which are not of its line, step aside."""
         processes = self.args.world_size
         if named not in ("latest", True):
             inside = Path(self.args.output_dir) / named
-            folder = str(inside if inside.is_dir() else named)
+            folder: Any = str(inside if inside.is_dir() else named)
             problem = damage(Path(folder), processes)
             if problem is not None:
                 raise InvalidArgument(f"--resume_from_checkpoint {folder}", f"damaged ({problem})", "use latest")

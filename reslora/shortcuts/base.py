@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -127,7 +127,7 @@ class Shortcut(LoraVariant):
         changed = merged is not None and merged.a is not block.a
         return Moments(merged.a - block.a if changed else None)
 
-    def measure(self, block: Factors, merged: Merged | None, x, own, handed) -> None:
+    def measure(self, block: Factors, merged: Merged | None, x: Any, own: Any, handed: Any) -> None:
         """Adds one calibration forward: `x` (tokens x p), and what the forward gave `_observe`."""
         block.moments.add(x, own, handed, torch.linalg.vector_norm(self.normed(x, own)))
 

@@ -6,7 +6,7 @@ import math
 import weakref
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -44,7 +44,7 @@ class BlockShortcut(Shortcut):
         self.before = before
         self.sum_from = sum_from
         self.gives_sum = gives_sum
-        self.most_rows = rows_for_a_first(*own, blocks=1 + len(before))
+        self.most_rows = rows_for_a_first(own[0], own[1], blocks=1 + len(before))
 
     @classmethod
     def wire(cls, wires: Wires, names: Sequence[str], factors: Sequence[tuple], before: Before, head: str) -> list:
@@ -54,7 +54,9 @@ class BlockShortcut(Shortcut):
         others = [[factors[k] for k in taken] for taken in before]
         return [cls(wires, *block) for block in zip(names, factors, others, sums, gives_sum, strict=True)]
 
-    def forward(self, module: nn.Module, *, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs):
+    def forward(
+        self, module: nn.Module, *, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
         """`x` (batch x tokens x p) and the frozen layer's `result` (batch x tokens x q) to the block's output."""
         refuse_replica(module)
         state, scaling = self._sharing(), module.scaling[active_adapter]
@@ -125,7 +127,7 @@ class BlockShortcut(Shortcut):
         """There is nothing to fit."""
         return Moments()
 
-    def measure(self, block: Factors, merged: Merged | None, x, own, handed) -> None:
+    def measure(self, block: Factors, merged: Merged | None, x: Any, own: Any, handed: Any) -> None:
         """Only a merge cut to a rank misses anything; `own` and `handed` are the stacked A and B."""
         block.moments.add(x, x @ own[:1].to(x).t(), None, torch.linalg.vector_norm(x))
         if merged.a.shape != own.shape:

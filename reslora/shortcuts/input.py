@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,7 +39,9 @@ class InputShortcut(Shortcut):
         following = {k: a for taken, (a, _) in zip(before, factors, strict=True) for k in taken}
         return [cls(wires, name, sources[n], following.get(n), head) for n, name in enumerate(names)]
 
-    def forward(self, module: nn.Module, *, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs):
+    def forward(
+        self, module: nn.Module, *, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
         """`x` (batch x tokens x p) and the frozen layer's `result` (batch x tokens x q) to the block's output."""
         state = self._running()
         self._record(state, x)

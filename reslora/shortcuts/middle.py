@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,7 +43,9 @@ class MiddleShortcut(Shortcut):
             found.append(cls(wires, name, [names[k] for k in sources[n]], whole[n], gives))
         return found
 
-    def forward(self, module: nn.Module, *, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs):
+    def forward(
+        self, module: nn.Module, *, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
         """`x` (batch x tokens x p) and the frozen layer's `result` (batch x tokens x q) to the block's output."""
         state = self._running()
         (own,) = self._products(state, module, active_adapter, x)

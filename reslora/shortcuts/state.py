@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,7 +29,7 @@ class State:
     ) -> None:
         # Block name and what it hands on: r-wide rows, and the batch and token axes they were flattened from; or a sum
         # of B A, and whether it was made with gradients.
-        self.handed: dict[tuple[str, str], tuple[torch.Tensor, torch.Size | bool]] = {} if handed is None else handed
+        self.handed: dict[tuple[str, str], tuple[torch.Tensor, Any]] = {} if handed is None else handed
         self.norms: dict[str, torch.Tensor] | None = {} if recording else None
         self.normed: tuple = (None, None)
         self.shared: tuple | None = None  # the latest product for several blocks: `SharedProduct` knows what it holds
@@ -119,7 +120,7 @@ class Wires:
     def __init__(self, names: list[str], window: int) -> None:
         self.threads = _Threads()
         self.norms = NormWindow(names, window)
-        self.observer = None  # called as observer(variant, x, own, handed) while merging calibrates
+        self.observer: Any = None  # called as observer(variant, x, own, handed) while merging calibrates
 
     def begin(self, module: nn.Module, args: tuple) -> None:
         """Forward pre-hook of the base model: a fresh state, inside another forward of the same model too."""
@@ -156,7 +157,7 @@ class Wires:
         else:
             self.end(module, args, output)
 
-    def contexts(self):
+    def contexts(self) -> tuple:
         """`context_fn` for non-reentrant checkpointing: a segment's recomputation sees what its forward saw.
 
         Each segment keeps what was handed on *before* it began. Keeping the whole state would close a reference cycle

@@ -7,7 +7,7 @@ import sys
 import PIL.Image
 import pytest
 from app_runs import HOSTILE, run_by_hand, write_run
-from waiting import ended, wait_until
+from waiting import LIMIT, ended, wait_until
 
 from app import training
 from app.runs import Library, RunError, is_trainer
@@ -123,6 +123,17 @@ def test_a_refused_start_leaves_the_images_of_the_run_that_trains_alone(run):
     with pytest.raises(RunError, match="is training"):
         trainings.start("second", [], lambda: stored.append("images"))
     assert not stored
+
+
+@pytest.mark.parametrize("name", ["checkout/train_sd.py", "train_sd", "bin/reslora-train-sd"])
+def test_trainers_are_known_however_they_were_started(name):
+    command = [sys.executable, "-c", "input(input())", name]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdin.write(b"here\n")
+        process.stdin.flush()
+        assert process.stdout.read(4) == b"here"  # a process that has only just begun has no words yet
+        assert is_trainer(process.pid)
+        process.communicate(b"\n", timeout=LIMIT)
 
 
 def test_only_trainers_are_stopped():

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import huggingface_hub
 import torch
@@ -75,7 +76,7 @@ class Model:
         left_out += [] if encoders else self.family.text_parts
         # Some pipelines, such as Stable Diffusion 3 without T5, say that they lack a part and still ask for it.
         left_out += [part for part, kind in self.index.items() if kind == [None, None]]
-        given = {name: None for name in left_out}
+        given: dict[str, Any] = {name: None for name in left_out}
         if "requires_safety_checker" in self.index:
             given["requires_safety_checker"] = False
         if vae and self.vae:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -100,7 +101,7 @@ class PackedLinear(nn.Linear):
         self.bias = linear.bias
 
     @property
-    def weight(self) -> torch.Tensor:
+    def weight(self) -> torch.Tensor:  # type: ignore[override] # read only, as the docstring says
         """The weight (q x p), unpacked, in the dtype it had; changing it changes nothing."""
         return self.unpacked(self.dtype)
 
@@ -126,14 +127,14 @@ class FrozenProduct(torch.autograd.Function):
     """`W x + b` with gradients for x alone; keeps nothing but the layer, which unpacks W for the backward again."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, layer: PackedLinear) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, layer: PackedLinear) -> torch.Tensor:
         """`x` (rows x p) to (rows x q)."""
         ctx.layer = layer
         return F.linear(x, layer.unpacked(x.dtype), layer.bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         """`W^T g`."""
         return gradient @ ctx.layer.unpacked(gradient.dtype), None
 

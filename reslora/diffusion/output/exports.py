@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,7 +98,7 @@ def finite(drawn: np.ndarray, what: str) -> np.ndarray:
 @contextlib.contextmanager
 def exact_products() -> Iterator[None]:
     """No TF32: it would make images differ by more than exports may."""
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     allowed = [backend.allow_tf32 for backend in backends]
     for backend in backends:
         backend.allow_tf32 = False
@@ -152,7 +153,7 @@ def calibration_batches(loss: DenoisingLoss, material: Material) -> list[dict]:
     return [as_float32(loss.inputs(batch)[0]) for batch in read]
 
 
-def as_float32(value: object) -> object:
+def as_float32(value: Any) -> Any:
     """Tensors of floating point, at any depth, in float32."""
     if isinstance(value, dict):
         return {name: as_float32(item) for name, item in value.items()}

@@ -1,0 +1,10 @@
+"""Where the bundled models, data sets and configurations are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+ASSETS = _PACKAGE / "assets" if (_PACKAGE / "assets").is_dir() else _PACKAGE.parent / "assets"
+"""The folder in the installed package; in a checkout, the repository's `assets/`."""
