@@ -152,3 +152,12 @@ def test_validation_has_a_timestep_in_each_quarter(model):
     samples = ValidationSamples(exact_steps.setting(model)[0])
     quarters = [int(samples[number]["timesteps"]) // 250 for number in range(len(samples))]
     assert quarters == [0, 1, 2, 3] * (len(samples) // 4)
+
+
+def test_every_epoch_goes_through_all_images_in_an_order_of_its_own(model):
+    material, *_ = exact_steps.setting(model)
+    samples, count = TrainingSamples(material), len(material.train)
+    epochs = [tuple(samples.image(epoch * count + place) for place in range(count)) for epoch in range(6)]
+    assert all(sorted(images) == sorted(material.train) for images in epochs)
+    assert len(set(epochs)) > 3
+    assert TrainingSamples(material).image(5 * count + 2) == epochs[5][2]  # wherever one begins

@@ -9,6 +9,8 @@ import torch
 
 from diffusion.runs import RESUME, main, refused
 from reslora.diffusion import setup
+from reslora.diffusion.arguments import Flags
+from reslora.diffusion.samples import Material
 from reslora.diffusion.settings import ASSETS, parse_args
 
 
@@ -90,3 +92,37 @@ def test_a_run_keeps_its_precision_and_goes_on_in_no_other(run, capsys, tmp_path
     line = refused(capsys, *flags, "--mixed_precision", "bf16", quiet=False)
     assert "--mixed_precision bf16" in line and "trained with no" in line
     assert main(*flags) == 0
+
+
+# -- how long a run trains ---------------------------------------------------------------------------------------------
+
+
+def scheduled(processes: int = 1, images: int = 10, **flags) -> setup.Schedule:
+    """The schedule of a run on so many images, in batches of 2 and two of them a step."""
+    defaults = {
+        "train_batch_size": 2, "gradient_accumulation_steps": 2, "max_train_steps": None, "num_train_epochs": 4,
+        "validation_steps": None, "validation_epochs": 1, "lr_warmup_steps": None, "method": ["lora"],
+    }  # fmt: skip
+    made = Flags(**defaults | flags)
+    material = Material(None, None, None, tuple(range(images)), (), None, (4, 8, 8), made)
+    schedule, material = setup.schedule_of(made, material, processes)
+    assert material.flags.max_train_steps == schedule.steps
+    assert material.flags.validation_steps == schedule.validation_steps
+    return schedule
+
+
+def test_an_epoch_is_as_many_steps_as_its_images_need():
+    """10 images are 5 batches and 3 steps; of two processes each has 3 batches, in 2 steps."""
+    assert (scheduled().steps, scheduled().validation_steps, scheduled().by_epochs) == (12, 3, True)
+    assert (scheduled(processes=2).steps, scheduled(processes=2).validation_steps) == (8, 2)
+    assert scheduled(images=1).steps == 4
+    assert (scheduled(max_train_steps=7).steps, scheduled(max_train_steps=7).by_epochs) == (7, False)
+    assert scheduled(validation_steps=5).validation_steps == 5
+
+
+@pytest.mark.parametrize(
+    ("steps", "given", "warmup"),
+    [(39, None, 3), (5_000, None, 500), (20_000, None, 500), (20_000, 900, 900), (9, 0, 0)],
+)
+def test_warm_up_is_a_tenth_and_at_most_500_steps_unless_it_is_given(steps, given, warmup):
+    assert scheduled(max_train_steps=steps, lr_warmup_steps=given).warmup_steps == warmup

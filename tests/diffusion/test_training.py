@@ -27,7 +27,8 @@ from diffusion.runs import (
     main,
     refused,
 )
-from reslora.diffusion.samples import TrainingSamples, collate
+from reslora.diffusion.samples import TrainingSamples, collate, training_loader
+from reslora.diffusion.training import take_step
 from reslora.log import of_split, read_log
 
 
@@ -96,6 +97,37 @@ def test_a_step_is_that_of_plain_gradient_descent(model, one_batch):
     for parameter in trainee.parameters:
         moved = parameter.detach() - 0.05 / (norm + 1e-6) * parameter.grad  # torch's formula
         torch.testing.assert_close(one_batch[f"{names[parameter]} 0"], moved, rtol=1e-5, atol=1e-9)
+
+
+class Ranks:
+    """Stands for AdaLoRA's allocator: keeps the steps at which it was called."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def penalty(self) -> torch.Tensor:
+        return torch.tensor(0.0)
+
+    def step(self, step: int) -> None:
+        self.steps.append(step)
+
+
+@pytest.mark.parametrize("skipped", [False, True])
+def test_rates_and_ranks_move_once_a_step_and_not_where_it_was_skipped(model, monkeypatch, skipped):
+    """As the fp16 scaler skips a step whose gradients are not finite."""
+    material, loss, denoiser = exact_steps.setting(
+        model, "--gradient_accumulation_steps", "2", "--train_batch_size", "1"
+    )
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    trainee = exact_steps.trainee_of(denoiser, material, accelerator)
+    trainee.allocator = Ranks()
+    before = trainee.lr_scheduler.last_epoch
+    monkeypatch.setattr(Accelerator, "optimizer_step_was_skipped", skipped)
+    batches = iter(training_loader(material, range(2), 1, 0, pin=False))
+    for _ in range(2):
+        take_step(trainee, loss, batches, material.flags, accelerator)
+    assert trainee.allocator.steps == ([] if skipped else [1, 2])
+    assert trainee.lr_scheduler.last_epoch - before == (0 if skipped else 2)
 
 
 # -- compiled and checkpointed ---------------------------------------------------------------------------------------
