@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
-from launching import launch
+from launching import launch, start
 from safetensors.torch import load_file
 from waiting import ended, is_running, output_of, wait_until
 
@@ -297,11 +297,15 @@ def test_a_stop_while_samples_are_drawn_saves_and_the_samples_follow(run, base_f
     assert names[0] == names[1]
 
 
-def test_sigterm_to_the_launcher_ends_and_saves_the_training(brief_flags, tmp_path):
-    """`accelerate launch` dies of it without a word to the process it started, which has 400 steps to notice."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", str(SCRIPT)]
+@pytest.mark.parametrize("background", [False, True])
+def test_sigterm_to_the_launcher_ends_and_saves_the_training(brief_flags, tmp_path, background):
+    """`accelerate launch` dies of it without a word to the process it started, which has 400 steps to notice.
+
+    In the terminal, and as `nohup accelerate launch train_sd.py &`.
+    """
     flags = [*brief_flags, "--max_train_steps", "400", "--checkpointing_steps", "1000"]
-    launcher = subprocess.Popen([*command, *flags, "--output_dir", str(tmp_path / "out")], stderr=subprocess.DEVNULL)
+    words = ["--num_processes", "1", str(SCRIPT), *flags, "--output_dir", str(tmp_path / "out")]
+    launcher = start(words, tmp_path / "printed", background, stdin=subprocess.DEVNULL)
     method = tmp_path / "out" / "lora"
     wait_for_step(method / "log.jsonl", launcher)
     (trainer,) = psutil.Process(launcher.pid).children()
@@ -311,3 +315,4 @@ def test_sigterm_to_the_launcher_ends_and_saves_the_training(brief_flags, tmp_pa
     (checkpoint,) = method.glob("checkpoint-*")
     last = read_log(method / "log.jsonl")[-1]["step"]
     assert last < 400 and checkpoint.name == f"checkpoint-{last}"
+    assert f"lora stopped after step {last}; go on with" in (tmp_path / "printed").read_text()
