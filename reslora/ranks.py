@@ -53,7 +53,7 @@ def declare(config: LoraConfig, layers: dict[str, LoraLayer], adapter_name: str)
         layer = layers[name]
         root = math.sqrt if layer.use_rslora[adapter_name] else float
         nominal = layer.lora_alpha[adapter_name] / root(layer.r[adapter_name])
-        layer.r[adapter_name], layer.lora_alpha[adapter_name] = rank, _exact_alpha(nominal, root(rank))
+        layer.r[adapter_name], layer.lora_alpha[adapter_name] = rank, _alpha(nominal, root(rank))
     ranks = {name: layer.r[adapter_name] for name, layer in layers.items()}
     alphas = {name: layer.lora_alpha[adapter_name] for name, layer in layers.items()}
     config.rank_pattern = _patterns(ranks, changed, config.r, config.rank_pattern)
@@ -68,10 +68,7 @@ def _patterns(values: dict[str, float], changed: dict[str, int], default: float,
     return {**own, **{pattern: value for pattern, value in older.items() if pattern > last}}
 
 
-def _exact_alpha(scaling: float, root: float) -> float:
-    """The alpha with `alpha / root == scaling` to the last bit, where rounding leaves one."""
-    product = scaling * root
-    for alpha in (product, math.nextafter(product, math.inf), math.nextafter(product, -math.inf)):
-        if alpha / root == scaling:
-            return int(alpha) if float(alpha).is_integer() else alpha
-    return product
+def _alpha(scaling: float, root: float) -> float:
+    """The alpha with `alpha / root == scaling` but for rounding; a whole number, as users write it, where it is one."""
+    alpha = scaling * root
+    return int(alpha) if alpha.is_integer() else alpha

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from waiting import LIMIT, default_sigint, wait_until
+from waiting import LIMIT, default_sigint, ignore_sigint, wait_until
 
 FOLDER = Path(__file__).resolve().parent.parent / "assets" / "accelerate"
 MACHINES = {"cpu_two_processes.yaml": 1, "one_node.yaml": 1, "two_nodes.yaml": 2, "deepspeed_zero2.yaml": 1}
@@ -45,17 +45,20 @@ def launch(name: str, script: Path | str, *flags: str, folder: Path, launcher: t
     return printed
 
 
-def start(words: list[str], printed: Path, **options) -> subprocess.Popen:
-    """`accelerate launch` with these words as a user starts it who has no GPU, its output in a file."""
+def start(words: list[str], printed: Path, background: bool = False, **options) -> subprocess.Popen:
+    """`accelerate launch` with these words as a user starts it who has no GPU, its output in a file.
+
+    `background`: as by `nohup accelerate launch ... &`, which leaves SIGHUP and SIGINT ignored.
+    """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
     environment["CUDA_VISIBLE_DEVICES"] = ""
     environment["PATH"] += os.pathsep + str(Path(sys.executable).parent)  # for the program ninja, which DeepSpeed calls
     with printed.open("w") as file:
         return subprocess.Popen(
-            [sys.executable, "-m", "accelerate.commands.launch", *words],
+            [*(["nohup"] if background else []), sys.executable, "-m", "accelerate.commands.launch", *words],
             env=environment,
             stdout=file,
             stderr=subprocess.STDOUT,
-            preexec_fn=default_sigint,
+            preexec_fn=ignore_sigint if background else default_sigint,
             **options,
         )

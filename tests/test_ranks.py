@@ -28,6 +28,15 @@ def test_the_scaling_is_the_same_to_the_last_bit(rslora, alpha):
         assert layer.scaling["default"] == before[n]
 
 
+def test_whole_alphas_stay_whole_numbers():
+    """`lora_alpha: 10`, as users write it, and not 10.0."""
+    model = lora_stack(lora_alpha=5)
+    reslora.connect(model, ResLoraConfig("block", 1), example_inputs=STACK_INPUTS)
+    reslora.merge(model)
+    alphas = [find_layer(model, f"layers.{n}.proj").lora_alpha["default"] for n in range(4)]
+    assert alphas == [5, 10, 10, 10] and all(type(alpha) is int for alpha in alphas)
+
+
 def test_a_merge_that_keeps_the_rank_keeps_the_patterns():
     model = lora_stack(rank_pattern={"proj": RANK}, alpha_pattern={"layers.1.proj": 9})
     reslora.connect(model, ResLoraConfig("middle"), example_inputs=STACK_INPUTS)

@@ -88,3 +88,9 @@ def test_a_child_can_be_given_sigint_as_terminals_have_it(preexec_fn):
     finally:
         signal.signal(signal.SIGINT, before)
     assert told.stdout.strip() == str(preexec_fn is default_sigint)
+
+
+def test_a_whole_test_has_an_end_too(pytestconfig):
+    """Of what none of these waits is in: a server's answer, a browser."""
+    assert pytestconfig.pluginmanager.hasplugin("timeout")
+    assert 2 * LIMIT < float(pytestconfig.getini("timeout")) < 3600

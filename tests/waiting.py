@@ -70,3 +70,8 @@ def join(*threads: threading.Thread) -> None:
 def default_sigint() -> None:
     """For `preexec_fn`: whoever starts the tests may ignore SIGINT, as `nohup` does, and children inherit that."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def ignore_sigint() -> None:
+    """For `preexec_fn`: what a child of a background shell finds."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -22,7 +22,7 @@ from browsers import NoBrowser, find_browser
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from playwright.sync_api import sync_playwright
-from waiting import LIMIT, ended, wait_until
+from waiting import LIMIT, ended, ignore_sigint, wait_until
 
 from app import __main__ as command_line
 from app import recipe
@@ -147,10 +147,6 @@ def status_of(address: str) -> int | None:
         return error.code
     except OSError:
         return None
-
-
-def ignore_sigint() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

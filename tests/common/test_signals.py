@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from waiting import default_sigint, ended, output_of, wait_until
+from waiting import default_sigint, ended, ignore_sigint, output_of, wait_until
 
 from reslora.common.errors import Stopped
 from reslora.common.signals import StopRequest, is_launcher
@@ -43,10 +43,6 @@ def child(folder: Path, after: str = "pass", **options) -> subprocess.Popen:
     process = subprocess.Popen([sys.executable, "child.py"], cwd=folder, stderr=subprocess.PIPE, text=True, **options)
     await_file(folder / "ready", process)
     return process
-
-
-def ignore_sigint() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

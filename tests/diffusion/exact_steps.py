@@ -1,5 +1,6 @@
 """Training steps in float64, where a mistake stands out from rounding: in this process, or in several (`main`)."""
 
+import gc
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -100,7 +101,8 @@ def trained(folder: Path, batch: int, accumulation: int) -> dict[str, torch.Tens
 def main(model: str, batch: str, accumulation: str, file: str) -> None:
     """Trains, and leaves in a file what rank 0 has."""
     found = trained(Path(model), int(batch), int(accumulation))
-    # Only now that the wrapped model is gone: it waits for ever now and then where it is the last to hold the group.
+    # The wrapped model must be gone first: now and then it waits for ever where it is the last to hold the group.
+    gc.collect()
     torch.distributed.destroy_process_group()
     if os.environ["RANK"] == "0":
         save_file(found, file)

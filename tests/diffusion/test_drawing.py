@@ -1,6 +1,8 @@
 """Samples: what the pipeline is given."""
 
 import json
+from collections import defaultdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,3 +28,32 @@ def test_text_states_of_half_precision_are_drawn_in_the_pipelines(tmp_path, name
     drawer = Drawer(pipeline, family, texts, flags)
     (drawn,) = drawer.draw(getattr(pipeline, family.denoiser), ["red disc"], 1)
     assert drawn.shape == (32, 32, 3) and np.isfinite(drawn).all()
+
+
+class Recorder:
+    """Stands for a pipeline: keeps the seeds that it is to draw from."""
+
+    def __init__(self) -> None:
+        self.seeds, self.unet = [], None
+        self.vae = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
+
+    def __call__(self, generator: list[torch.Generator], **_):
+        self.seeds += [one.initial_seed() for one in generator]
+        return SimpleNamespace(images=np.zeros((len(generator), 2, 2, 3)))
+
+
+def seeds_of(prompts: list[str], images: int, seed: int = 0, batch: int = 3) -> list[int]:
+    flags = Flags(seed=seed, train_batch_size=batch, num_inference_steps=1, guidance_scale=4.0, resolution=32)
+    family, texts = SimpleNamespace(denoiser="unet", drawing_inputs=lambda *_: {}), defaultdict(dict)
+    pipeline = Recorder()
+    drawn = Drawer(pipeline, family, texts, flags).draw(torch.nn.Identity(), prompts, images)
+    assert len(drawn) == len(pipeline.seeds) == len(prompts) * images
+    return pipeline.seeds
+
+
+def test_every_image_of_every_prompt_has_a_seed_of_its_own_whatever_the_batch():
+    seeds = seeds_of(["red", "blue"], 3)
+    assert len(set(seeds)) == 6
+    assert seeds == seeds_of(["red", "blue"], 3, batch=1) == seeds_of(["box", "disc"], 3)
+    assert seeds[:3] == seeds_of(["red"], 3) and seeds[0] == seeds_of(["red"], 1)[0]
+    assert not set(seeds) & set(seeds_of(["red", "blue"], 3, seed=1))

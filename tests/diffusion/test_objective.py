@@ -118,3 +118,8 @@ def test_half_precision_predictions_are_compared_in_float32():
     loss = loss_per_sample(prediction, target, torch.ones(1))
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(float(prediction[0, 0, 0, 0]) ** 2, rel=1e-5)
+
+
+@pytest.mark.parametrize(("fraction", "timestep"), [(0.0, 0), (0.25, 250), (0.9999, 999), (1.0, 999)])
+def test_a_fraction_of_the_way_is_a_timestep_that_there_is(fraction, timestep):
+    assert DdpmObjective(scheduler()).at(fraction).item() == timestep

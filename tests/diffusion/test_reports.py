@@ -114,9 +114,11 @@ def test_validation_loss_is_the_unweighted_mean_over_all_noises_of_all_held_out_
         assert abs(weight - 1) > 1e-3
         expected.append(weighted.item() / weight.item())
     denoiser.train()
+    modes = []
+    denoiser.register_forward_pre_hook(lambda module, _: modes.append(module.training))
     found = Validation(loss, material, None, Accelerator(cpu=True), None).mean_loss(denoiser)
     assert found == pytest.approx(sum(expected) / 8, rel=1e-5)
-    assert denoiser.training
+    assert denoiser.training and modes == [False] * 3
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf"), -float("inf")])

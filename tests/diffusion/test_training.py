@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
-from launching import launch
+from launching import launch, start
 from safetensors.torch import load_file
 from waiting import ended, is_running, output_of, wait_until
 
@@ -33,7 +33,8 @@ from reslora.common.log import of_split, read_log
 from reslora.diffusion import run as running
 from reslora.diffusion.data.batch import collate
 from reslora.diffusion.data.plan import Plan
-from reslora.diffusion.data.samples import TrainingSamples
+from reslora.diffusion.data.samples import TrainingSamples, training_loader
+from reslora.diffusion.training.loop import take_step
 
 
 def test_same_seed_gives_the_same_bytes(run, base_flags, tmp_path):
@@ -102,6 +103,36 @@ def test_a_step_is_that_of_plain_gradient_descent(model, one_batch):
     for parameter in trainee.parameters:
         moved = parameter.detach() - 0.05 / (norm + 1e-6) * parameter.grad  # torch's formula
         torch.testing.assert_close(one_batch[f"{names[parameter]} 0"], moved, rtol=1e-5, atol=1e-9)
+
+
+class Ranks:
+    """Stands for AdaLoRA's allocator: keeps the steps at which it was called."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def penalty(self) -> torch.Tensor:
+        return torch.tensor(0.0)
+
+    def step(self, step: int) -> None:
+        self.steps.append(step)
+
+
+@pytest.mark.parametrize("skipped", [False, True])
+def test_rates_and_ranks_move_once_a_step_and_not_where_it_was_skipped(model, monkeypatch, skipped):
+    """As the fp16 scaler skips a step whose gradients are not finite."""
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    words = ("--gradient_accumulation_steps", "2", "--train_batch_size", "1")
+    material, loss, denoiser = exact_steps.setting(model, accelerator, *words)
+    trainee = exact_steps.trainee_of(denoiser, loss, accelerator)
+    trainee.allocator = Ranks()
+    before = trainee.lr_scheduler.last_epoch
+    monkeypatch.setattr(Accelerator, "optimizer_step_was_skipped", skipped)
+    batches = iter(training_loader(material, range(2), 1, 0, pin=False))
+    for _ in range(2):
+        take_step(trainee, batches, loss.context)
+    assert trainee.allocator.steps == ([] if skipped else [1, 2])
+    assert trainee.lr_scheduler.last_epoch - before == (0 if skipped else 2)
 
 
 # -- compiled and checkpointed ---------------------------------------------------------------------------------------
@@ -288,11 +319,15 @@ def test_a_stop_in_the_first_samples_leaves_them_to_the_next_start(run, base_fla
     assert digests(output / "reslora", "samples/*/*.png") == digests(run / "reslora", "samples/*/*.png")
 
 
-def test_sigterm_to_the_launcher_ends_and_saves_the_training(brief_flags, tmp_path):
-    """`accelerate launch` dies of it without a word to the process it started, which has 400 steps to notice."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", str(SCRIPT)]
+@pytest.mark.parametrize("background", [False, True])
+def test_sigterm_to_the_launcher_ends_and_saves_the_training(brief_flags, tmp_path, background):
+    """`accelerate launch` dies of it without a word to the process it started, which has 400 steps to notice.
+
+    In the terminal, and as `nohup accelerate launch train_sd.py &`.
+    """
     flags = [*brief_flags, "--max_train_steps", "400", "--checkpointing_steps", "1000"]
-    launcher = subprocess.Popen([*command, *flags, "--output_dir", str(tmp_path / "out")], stderr=subprocess.DEVNULL)
+    words = ["--num_processes", "1", str(SCRIPT), *flags, "--output_dir", str(tmp_path / "out")]
+    launcher = start(words, tmp_path / "printed", background, stdin=subprocess.DEVNULL)
     method = tmp_path / "out" / "lora"
     wait_for_step(method / "log.jsonl", launcher)
     (trainer,) = psutil.Process(launcher.pid).children()
@@ -302,6 +337,7 @@ def test_sigterm_to_the_launcher_ends_and_saves_the_training(brief_flags, tmp_pa
     (checkpoint,) = method.glob("checkpoint-*")
     last = read_log(method / "log.jsonl")[-1]["step"]
     assert last < 400 and checkpoint.name == f"checkpoint-{last}"
+    assert f"lora stopped after step {last}; go on with" in (tmp_path / "printed").read_text()
 
 
 # -- half precision ----------------------------------------------------------------------------------------------------

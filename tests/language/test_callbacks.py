@@ -6,10 +6,11 @@ import shutil
 import signal
 
 import pytest
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 from reslora.common.errors import Stopped
 from reslora.common.signals import StopRequest
+from reslora.language.callbacks import LogCallback
 
 from .helpers import STEPS, assert_same, build, read_log, trained, trainer_for
 
@@ -119,3 +120,13 @@ def test_an_evaluation_before_the_training_leaves_the_log_alone(tmp_path):
     log = read_log(tmp_path)
     trainer_for(build()[0], tmp_path).evaluate()
     assert read_log(tmp_path) == log
+
+
+@pytest.mark.parametrize(("step", "seconds"), [(0, 0.0), (2, 2.5), (3, 4.0)])
+def test_seconds_go_on_from_the_step_that_is_resumed(tmp_path, step, seconds):
+    rows = [{"step": 1, "seconds": 1.0}, {"step": 2, "seconds": 2.5}, {"step": 3, "seconds": 4.0}]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    log = LogCallback(tmp_path / "log.jsonl")
+    log.on_train_begin(None, TrainerState(global_step=step, is_world_process_zero=True), None)
+    assert log.seconds == seconds
+    assert [row["step"] for row in read_log(tmp_path)] == [1, 2, 3][:step]

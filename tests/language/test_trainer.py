@@ -5,6 +5,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -172,6 +173,19 @@ def test_total_steps_is_what_the_trainer_takes(tmp_path):
         trainer = trainer_for(build()[0], tmp_path / "run", **{"max_steps": -1, "save_strategy": "no", **flags})
         trainer.train()
         assert total_steps(trainer.args, len(rows())) == trainer.state.max_steps == trainer.state.global_step
+
+
+@pytest.mark.parametrize(
+    ("examples", "processes", "accumulation", "epochs", "steps"),
+    [(20, 2, 1, 1, 3), (16, 2, 1, 1, 2), (17, 2, 1, 3, 9), (20, 2, 2, 1, 2), (20, 4, 8, 2, 2), (3, 1, 1, 2.5, 3)],
+)
+def test_a_last_batch_that_not_every_process_has_is_a_step(examples, processes, accumulation, epochs, steps):
+    """Batches of 4: 20 examples are 5 of them, for two processes 3 and 2, which accelerate fills up."""
+    arguments = SimpleNamespace(
+        max_steps=-1, per_device_train_batch_size=4, world_size=processes, num_train_epochs=epochs,
+        gradient_accumulation_steps=accumulation,
+    )  # fmt: skip
+    assert total_steps(arguments, examples) == steps
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
