@@ -204,7 +204,7 @@ def encode(arguments: Arguments, tokenizer, columns: Columns) -> Dataset:
 
 
 def load_model(arguments: Arguments):
-    """Tokenizer, float32 model, and names of its classifier: modules outside the pretrained part, and without weights."""
+    """Tokenizer, float32 model, names of its classifier: modules outside the pretrained part, or without weights."""
     given, task = arguments.model, arguments.task
     common = {"cache_dir": given.cache_dir, "revision": given.model_revision, "token": given.token}
     names = dict(enumerate(task.labels)) if task.labels else {0: "score"}
