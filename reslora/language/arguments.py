@@ -226,12 +226,15 @@ def settings(*arguments: Any) -> dict:
     return json.loads(json.dumps(merged, default=str))
 
 
-# What a continuation must share with the run it continues; how long it trains and what it shows are free.
-_FIXED_ON_RESUME = (
-    "model_name_or_path", "task", "task_name", "method", "shortcut", "pre_num", "head", "lora_r", "lora_alpha",
-    "lora_dropout", "target_modules", "learning_rate", "seed", "weight_decay", "max_train_samples", "max_length",
-    "max_seq_length", "load_in_4bit",
-)  # fmt: skip
+# What may differ between a run and its continuation: how long it trains, what it shows and keeps, and where things are.
+FREE_ON_RESUME = {
+    "merge", "calibration_examples", "merge_and_save", "data_dir", "dataset_name", "dataset_config_name", "cache_dir",
+    "token", "revision", "model_revision", "config_name", "tokenizer_name", "ignore_mismatched_sizes", "dtype",
+    "pad_to_max_length", "max_eval_samples", "max_test_samples", "max_predict_samples", "max_new_tokens",
+    "eval_accuracy",
+    # Of transformers' own flags, which are other ones with every version, all but these.
+    *({field.name for field in dataclasses.fields(TrainingArguments)} - {"learning_rate", "seed", "weight_decay"}),
+}  # fmt: skip
 
 
 def check_resume(output_dir: str | os.PathLike, resume: str | None, current: Mapping[str, object]) -> None:
@@ -251,10 +254,10 @@ def check_resume(output_dir: str | os.PathLike, resume: str | None, current: Map
             )
         return
     earlier = _settings_of(output)
-    for name in _FIXED_ON_RESUME:
-        if name in earlier and name in current and not _same(name, earlier[name], current[name]):
+    for name, value in current.items():
+        if name not in FREE_ON_RESUME and name in earlier and not _same(name, earlier[name], value):
             raise InvalidArgument(
-                f"--{name} {current[name]}",
+                f"--{name} {value}",
                 f"{output} was trained with {earlier[name]}",
                 "use that, or choose another --output_dir",
             )

@@ -205,7 +205,7 @@ def encode(arguments: Arguments, tokenizer, columns: Columns) -> Dataset:
 
 
 def load_model(arguments: Arguments):
-    """Tokenizer, float32 model, and its head: the modules outside the pretrained part, and what had no weights."""
+    """Tokenizer, float32 model, names of its classifier: modules outside the pretrained part, or without weights."""
     given, task = arguments.model, arguments.task
     common = {"cache_dir": given.cache_dir, "revision": given.model_revision, "token": given.token}
     names = dict(enumerate(task.labels)) if task.labels else {0: "score"}
@@ -246,9 +246,9 @@ def load_model(arguments: Arguments):
     model.accepts_loss_kwargs = False
     check_fit(arguments, tokenizer, model)
     missing = {part for key in loaded["missing_keys"] for part in key.split(".")}
-    head = [name for name, _ in model.named_children() if name != model.base_model_prefix]
-    head = [name for name in head if any(True for _ in model.get_submodule(name).parameters())]
-    return tokenizer, model, head + (["pooler"] if "pooler" in missing else [])
+    classifier = [name for name, _ in model.named_children() if name != model.base_model_prefix]
+    classifier = [name for name in classifier if any(True for _ in model.get_submodule(name).parameters())]
+    return tokenizer, model, classifier + (["pooler"] if "pooler" in missing else [])
 
 
 def check_fit(arguments: Arguments, tokenizer, model) -> None:

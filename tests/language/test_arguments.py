@@ -159,6 +159,14 @@ def test_runs_are_not_mixed(tmp_path):
     check_resume(tmp_path, "latest", here)
 
 
+def test_a_flag_is_fixed_on_resume_unless_it_is_said_to_be_free(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"a_new_flag": 1, "merge": "auto", "logging_steps": 1}))
+    check_resume(tmp_path, "latest", {"a_new_flag": 1, "merge": "none", "logging_steps": 5})
+    with pytest.raises(InvalidArgument) as error:
+        check_resume(tmp_path, "latest", {"a_new_flag": 2})
+    assert_one_line(error, "--a_new_flag 2", "trained with 1")
+
+
 def test_a_folder_that_has_moved_is_the_same_model(tmp_path):
     for place in ("old", "new"):
         (tmp_path / place / "tiny").mkdir(parents=True)

@@ -25,7 +25,7 @@ from ..training.schedule import Schedule
 from ..training.state import Trainee
 from .drawing import Drawer, as_image
 
-VALIDATION = ("loss", "samples")
+VALIDATION_PARTS = ("loss", "samples")
 
 
 class Reports:
@@ -95,7 +95,10 @@ class Reports:
                         tracker.writer.flush()
 
     def overdue(self, schedule: Schedule) -> list[str]:
-        """What of VALIDATION the step that training goes on from lacks: a run may be stopped before or within it."""
+        """The parts of the validation that are still missing at the step from which training goes on.
+
+        A run may have been stopped before the validation of that step, or within it.
+        """
         step = self.trainee.step
         rows = read_log(self.folder / "log.jsonl")
         done = {
@@ -103,7 +106,7 @@ class Reports:
             "samples": (self.folder / "samples" / f"step-{step:06d}").is_dir(),
         }
         due = step == 0 or schedule.is_due(step)
-        return [part for part in VALIDATION if step == 0 or not done[part]] if due else []
+        return [part for part in VALIDATION_PARTS if step == 0 or not done[part]] if due else []
 
 
 class Validation:
@@ -115,7 +118,7 @@ class Validation:
         self.loss, self.material, self.drawer = loss, material, drawer
         self.accelerator, self.stop = accelerator, stop
 
-    def __call__(self, trainee: Trainee, reports: Reports, parts: Sequence[str] = VALIDATION) -> None:
+    def __call__(self, trainee: Trainee, reports: Reports, parts: Sequence[str] = VALIDATION_PARTS) -> None:
         """Measures and draws; samples that a stop cuts short are drawn when the run goes on."""
         decided(lambda: self._measure_and_draw(trainee, reports, parts))
 
