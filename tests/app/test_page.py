@@ -187,12 +187,12 @@ def client(address):
 GENERATE = {
     "run": "tiny", "weights": "reslora: merged weights", "adapter": None, "beside": True, "random": False,
     "prompt": "red disc", "negative": "", "seed": 3, "steps": 3, "guidance": 2, "width": 64, "height": 64, "images": 1,
-    "strength": 1,
+    "strength": 1, "adapter_config": None,
 }  # fmt: skip
 
 
-def generated(client, more=None, **changes):
-    return client.predict(*(GENERATE | changes).values(), **(more or {}), api_name="/generate")
+def generated(client, **changes):
+    return client.predict(*(GENERATE | changes).values(), api_name="/generate")
 
 
 def test_a_program_can_look_generate_and_reproduce(client, runs):
@@ -277,7 +277,7 @@ def test_a_program_can_use_and_merge_adapters(client, runs):
     assert pixels(gallery[0]["image"]) == pixels(stored[0]["image"])
     folder = runs / "tiny" / "lora" / "peft"
     file, config = (handle_file(folder / name) for name in ("adapter_model.safetensors", "adapter_config.json"))
-    gallery, *_ = generated(client, {"adapter_config": config}, adapter=file, beside=False)
+    gallery, *_ = generated(client, adapter=file, adapter_config=config, beside=False)
     assert pixels(gallery[0]["image"]) == pixels(stored[0]["image"])
     with pytest.raises(AppError, match="adapter_config"):
         generated(client, adapter=file)
