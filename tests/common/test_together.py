@@ -81,7 +81,8 @@ def test_alone_everything_is_a_plain_call():
     assert together.decided(lambda: 3) == together.each(lambda: 3) == 3
     assert together.gathered(3) == [3]
     assert together.any_of(True) is True and together.any_of(False) is False
-    together.wait()
+    nobody_else = together.wait
+    nobody_else()
     for collective in (together.decided, together.each):
         with pytest.raises(InvalidArgument):
             collective(refuse)

@@ -21,8 +21,7 @@ def scheduled(processes: int = 1, images: int = 10, **flags) -> Schedule:
     made = Flags(**defaults | flags, seed=0)
     source = Source(None, None, tuple(range(images)), (), (Size(8, 8),), (0,) * images)
     material = Material((source,), None, None, {}, made)
-    schedule = schedule_of(material, Context(made, None, SimpleNamespace(num_processes=processes), None))
-    return schedule
+    return schedule_of(material, Context(made, None, SimpleNamespace(num_processes=processes), None))
 
 
 def test_an_epoch_is_as_many_steps_as_its_images_need():

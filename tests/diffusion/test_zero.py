@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate.utils import DeepSpeedPlugin
 from launching import launch
+from waiting import LIMIT
 
 from diffusion.runs import RESUME, SCRIPT, assert_same, final_weights, losses, main, refused, training_state
 from reslora.common.errors import InvalidArgument
@@ -103,7 +104,7 @@ def start(processes: int, stage: int, file: Path) -> dict:
     environment["PATH"] += os.pathsep + str(Path(sys.executable).parent)
     words = ["--standalone", f"--nproc_per_node={processes}", str(Path(__file__).with_name("zero_steps.py"))]
     words = ["-m", "torch.distributed.run", *words, str(stage), str(file)]
-    subprocess.run([sys.executable, *words], env=environment, check=True)
+    subprocess.run([sys.executable, *words], env=environment, check=True, timeout=LIMIT)
     return torch.load(file, weights_only=True)
 
 
