@@ -41,7 +41,7 @@ from reslora.diffusion.training.denoising import DenoisingLoss
 from reslora.diffusion.training.loop import Watch, train
 from reslora.diffusion.training.preparing import prepare
 from reslora.diffusion.training.schedule import schedule_of
-from reslora.diffusion.training.state import Trainee, new_optimizer
+from reslora.diffusion.training.state import Learner, new_optimizer
 from reslora.diffusion.training.trained import Trained
 
 sys.path.append(str(ROOT / "tests"))
@@ -156,12 +156,12 @@ def train_on(device: Device, material: Material, context: Context, folder: Path)
     optimizer = new_optimizer(list(denoiser.parameters()), context.flags, context.accelerator)
     rates = torch.optim.lr_scheduler.ConstantLR(optimizer)
     trained = Trained({"unet": denoiser}, DenoisingLoss(context, material.objective, pipeline, denoiser.config))
-    trainee, schedule = Trainee("lora", trained, optimizer, rates, None, trained), schedule_of(material, context)
-    prepare(trainee, context)
-    reports = Reports(folder / "log", trainee, context.flags, schedule, context.accelerator)
+    learner, schedule = Learner("lora", trained, optimizer, rates, None, trained), schedule_of(material, context)
+    prepare(learner, context)
+    reports = Reports(folder / "log", learner, context.flags, schedule, context.accelerator)
     context = dataclasses.replace(context, accelerator=simulated(context.accelerator, device))
     began = time.process_time()
-    train(trainee, material, schedule, Watch(reports, lambda *_: None, lambda: None), context)
+    train(learner, material, schedule, Watch(reports, lambda *_: None, lambda: None), context)
     reports.close()
     return time.process_time() - began
 

@@ -6,6 +6,7 @@ have them meet different collectives, and wait for each other for ever. Alone, e
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -103,6 +104,7 @@ def leave(everyone: bool) -> None:
     """Leaves the groups of processes; where not `everyone` does, a GPU's group, which would wait, is left alone."""
     patient = list(_PATIENT.values())
     _PATIENT.clear()
+    gc.collect()  # a wrapped model that an exception's frames still hold would wait for the group as it goes
     if not (dist.is_available() and dist.is_initialized()):
         return
     if everyone or dist.get_backend() == "gloo":

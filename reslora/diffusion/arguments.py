@@ -160,7 +160,7 @@ def add_model_flags(add: Callable) -> None:
         help="what the denoiser predicts; default: what the scheduler says")
     add("--mixed_precision", choices=["no", "fp16", "bf16"],
         help="precision of the frozen parts; the adapter stays fp32; default: what accelerate was started with, "
-             "or bf16 for a bundled pipeline on a CPU that computes in it")
+             "or bf16 for a bundled pipeline on a CPU that has instructions for it")
     add("--base_precision", choices=BASE_PRECISIONS, default="no",
         help="keep the weights of the linear layers in the denoiser's blocks in 8 or 4 bits, and compute in "
              "--mixed_precision: less memory, slower")

@@ -61,22 +61,22 @@ def start_accelerator(flags: Flags) -> Accelerator:
 
 
 def precision_of(flags: Flags) -> str | None:
-    """`--mixed_precision`; where nobody has a wish, bf16 for the small pipelines on a CPU that computes in it.
+    """`--mixed_precision`; where nothing is asked for, bf16 for the small pipelines on a CPU with its instructions.
 
     bf16 takes them two thirds of the time there, and merges and exports are made in float32 all the same.
     """
     settled = is_initialized()  # by a run before, in a process that makes several
-    wish = settled or flags.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no"
-    if wish or os.environ.get("ACCELERATE_USE_DEEPSPEED") or not is_bundled(flags.pretrained_model_name_or_path):
+    asked = settled or flags.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no"
+    if asked or os.environ.get("ACCELERATE_USE_DEEPSPEED") or not is_bundled(flags.pretrained_model_name_or_path):
         return flags.mixed_precision
-    if not computes_in_bf16():
+    if not cpu_has_bf16():
         return None
     if int(os.environ.get("RANK", 0)) == 0:
-        print("training in bf16, in which this processor computes; --mixed_precision no: in float32", flush=True)
+        print("training in bf16, for which this processor has instructions; --mixed_precision no: float32", flush=True)
     return "bf16"
 
 
-def computes_in_bf16() -> bool:
+def cpu_has_bf16() -> bool:
     """Whether this is a CPU, and one with instructions for bf16."""
     known: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(known.get("avx512_bf16") or known.get("amx_bf16")) and not torch.accelerator.is_available()

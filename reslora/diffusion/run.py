@@ -32,7 +32,7 @@ from .training.denoising import DenoisingLoss
 from .training.loop import Watch, train
 from .training.preparing import attention_of, prepare, renew_scaler
 from .training.schedule import Schedule, schedule_of
-from .training.state import Trainee, new_trainee
+from .training.state import Learner, new_learner
 from .training.trained import Trained
 
 
@@ -58,10 +58,10 @@ def run(flags: Flags, stop: StopRequest) -> None:
         start_trackers(schedule, context)
         for method in context.flags.method:
             if method not in resume.finished:
-                trainee = start_method(method, pipeline, material, schedule, context)
-                go_on(trainee, resume, context)
-                train_and_export(trainee, material, schedule, identity, context)
-                trainee = None  # its weights leave the memory before the next ones come
+                learner = start_method(method, pipeline, material, schedule, context)
+                go_on(learner, resume, context)
+                train_and_export(learner, material, schedule, identity, context)
+                learner = None  # its weights leave the memory before the next ones come
         decided(lambda: show(material, context))
         accelerator.end_training()
 
@@ -103,42 +103,42 @@ def load_and_check(context: Context) -> tuple[DiffusionPipeline, Objective]:
 
 def start_method(
     method: str, pipeline: DiffusionPipeline, material: Material, schedule: Schedule, context: Context
-) -> Trainee:
+) -> Learner:
     """A method at its start, and the drawing pipeline around what it trains."""
     denoiser = context.model.load_denoiser(context.dtype, context.accelerator.device, context.flags.base_precision)
     loss = DenoisingLoss(context, material.objective, pipeline, denoiser.config)
     renew_scaler(context.accelerator)
-    return new_trainee(method, Trained({context.model.family.denoiser: denoiser}, loss), schedule, context)
+    return new_learner(method, Trained({context.model.family.denoiser: denoiser}, loss), schedule, context)
 
 
-def go_on(trainee: Trainee, resume: Resume, context: Context) -> None:
-    """Brings the trainee to where an earlier run left it, and makes it ready for its steps."""
-    method, flags, candidates = trainee.method, context.flags, resume.checkpoints[trainee.method]
+def go_on(learner: Learner, resume: Resume, context: Context) -> None:
+    """Brings the learner to where an earlier run left it, and makes it ready for its steps."""
+    method, flags, candidates = learner.method, context.flags, resume.checkpoints[learner.method]
     if method in resume.merge_anew:
         context.accelerator.print(f"{method} is trained: merging and exporting it anew with --merge {flags.merge}")
     elif flags.resume_from_checkpoint and not candidates:
         where = context.folder / method
         context.accelerator.print(f"--resume_from_checkpoint latest: no checkpoint in {where}, {method} starts afresh")
-    restore(trainee, candidates, flags, context.accelerator)
-    prepare(trainee, context)
+    restore(learner, candidates, flags, context.accelerator)
+    prepare(learner, context)
 
 
 def train_and_export(
-    trainee: Trainee, material: Material, schedule: Schedule, identity: Identity, context: Context
+    learner: Learner, material: Material, schedule: Schedule, identity: Identity, context: Context
 ) -> None:
     """The steps that are left of a method, and its exports."""
-    flags, accelerator, folder = context.flags, context.accelerator, context.folder / trainee.method
-    loss = trainee.trained.loss
+    flags, accelerator, folder = context.flags, context.accelerator, context.folder / learner.method
+    loss = learner.trained.loss
     drawer = Drawer(loss.pipeline, context.model.family, material.texts, flags)
 
     def export() -> None:
-        write_exports(folder, flags, identity, schedule, export_method(trainee, material, drawer, schedule, context))
+        write_exports(folder, flags, identity, schedule, export_method(learner, material, drawer, schedule, context))
 
-    reports = Reports(folder, trainee, flags, schedule, accelerator)
+    reports = Reports(folder, learner, flags, schedule, accelerator)
     validation = Validation(loss, material, drawer, accelerator, context.stop)
-    watch = Watch(reports, validation, lambda: save_checkpoint(trainee, folder, flags, identity, accelerator))
+    watch = Watch(reports, validation, lambda: save_checkpoint(learner, folder, flags, identity, accelerator))
     with contextlib.closing(reports), attention_of(accelerator, material):
-        train(trainee, material, schedule, watch, context)
+        train(learner, material, schedule, watch, context)
     decided(export)
 
 

@@ -168,7 +168,7 @@ def check_flags(flags: Flags) -> None:
     if reads_samples and flags.merge_calibration_samples == 0 and flags.merge in merges_of(flags):
         fix = "give --merge_calibration_samples 64, or another merge"
         raise InvalidArgument(f"--merge {flags.merge}", "needs calibration samples", fix)
-    if flags.compile and flags.gradient_checkpointing and hands_on(flags):
+    if flags.compile and flags.gradient_checkpointing and carries_activations(flags):
         problem = f"--compile with --gradient_checkpointing cannot keep --shortcut {flags.shortcut}"
         raise InvalidArgument("--compile", problem, "leave one of them out, or use --shortcut block")
     check_adalora_steps(flags.method, flags.max_train_steps)
@@ -180,7 +180,7 @@ def merges_of(flags: Flags) -> Collection[str]:
     return () if flags.shortcut == PLAIN else shortcut_class(flags.shortcut).merges
 
 
-def hands_on(flags: Flags) -> bool:
+def carries_activations(flags: Flags) -> bool:
     """Whether a method's blocks hand activations to each other."""
     wired = any_with_shortcuts(flags.method) and flags.shortcut != PLAIN and flags.pre_num != 0
     return wired and shortcut_class(flags.shortcut).carries

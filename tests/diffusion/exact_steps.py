@@ -23,7 +23,7 @@ from reslora.diffusion.training.denoising import DenoisingLoss
 from reslora.diffusion.training.loop import take_step
 from reslora.diffusion.training.preparing import prepare
 from reslora.diffusion.training.schedule import Schedule
-from reslora.diffusion.training.state import Trainee, new_trainee
+from reslora.diffusion.training.state import Learner, new_learner
 from reslora.diffusion.training.trained import Trained
 
 STEPS, IMAGES, CAPTIONS = 4, 7, ("red disc", "blue box")
@@ -64,10 +64,10 @@ def setting(
     return material, loss, denoiser
 
 
-def trainee_of(denoiser: torch.nn.Module, loss: DenoisingLoss, accelerator: Accelerator) -> Trainee:
+def learner_of(denoiser: torch.nn.Module, loss: DenoisingLoss, accelerator: Accelerator) -> Learner:
     """ResLoRA in float64, with random B, by plain gradient descent: AdamW would blow rounding up."""
     trained = Trained({"unet": denoiser}, loss)
-    made = new_trainee("reslora", trained, Schedule(STEPS, STEPS, 0, False), loss.context)
+    made = new_learner("reslora", trained, Schedule(STEPS, STEPS, 0, False), loss.context)
     denoiser.double()
     draws = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -84,13 +84,13 @@ def trained(folder: Path, batch: int, accumulation: int) -> dict[str, torch.Tens
     words = ["--train_batch_size", str(batch), "--gradient_accumulation_steps", str(accumulation)]
     accelerator = Accelerator(gradient_accumulation_steps=accumulation, cpu=shares_the_cpu())
     material, loss, denoiser = setting(folder, accelerator, *words)
-    trainee = trainee_of(denoiser, loss, accelerator)
+    learner = learner_of(denoiser, loss, accelerator)
     batches = iter(
         training_loader(material, range(STEPS), accelerator.num_processes, accelerator.process_index, pin=False)
     )
     found = {}
     for step in range(STEPS):
-        found[f"loss {step}"] = take_step(trainee, batches, loss.context)
+        found[f"loss {step}"] = take_step(learner, batches, loss.context)
         for name, parameter in denoiser.named_parameters():
             if parameter.requires_grad:
                 found[f"{name} {step}"] = parameter.detach().clone()

@@ -419,20 +419,20 @@ def test_resume_refuses_another_schedule_of_noise_at_the_same_place(brief_flags,
     assert f"--pretrained_model_name_or_path {there}" in line and "checkpoint-1" in line
 
 
-# -- by themselves: one trainee, no run --------------------------------------------------------------------------------
+# -- by themselves: one learner, no run --------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def keep(model, tmp_path):
-    """Saves the trainee at a step, with these flags; returns the checkpoint. `keep.trainee` is a fresh ResLoRA."""
+    """Saves the learner at a step, with these flags; returns the checkpoint. `keep.learner` is a fresh ResLoRA."""
     material, _, denoiser = exact_steps.setting(model)
     accelerator = Accelerator(cpu=True)
-    trainee = exact_steps.trainee_of(denoiser, material, accelerator)
+    learner = exact_steps.learner_of(denoiser, material, accelerator)
 
     def save(step: int, **flags) -> Path:
-        trainee.step, trainee.seconds = step, 10.0 * step
+        learner.step, learner.seconds = step, 10.0 * step
         save_checkpoint(
-            trainee,
+            learner,
             tmp_path,
             material.flags.replace(**flags),
             Identity("model", "images", "--model", "--images"),
@@ -440,7 +440,7 @@ def keep(model, tmp_path):
         )
         return tmp_path / f"checkpoint-{step}"
 
-    save.trainee, save.flags, save.accelerator = trainee, material.flags, accelerator
+    save.learner, save.flags, save.accelerator = learner, material.flags, accelerator
     return save
 
 
@@ -455,11 +455,11 @@ def test_a_checkpoint_that_loads_but_differs_from_its_checksums_is_passed_over(k
     weights.write_bytes(content)
     load_file(weights)
     flags = keep.flags.replace(resume_from_checkpoint="latest")
-    restore(keep.trainee, paths[::-1], flags, keep.accelerator)
-    assert (keep.trainee.step, keep.trainee.seconds) == (1, 10.0)
+    restore(keep.learner, paths[::-1], flags, keep.accelerator)
+    assert (keep.learner.step, keep.learner.seconds) == (1, 10.0)
     assert capsys.readouterr().out.count("warning: ") == 2
     with pytest.raises(InvalidArgument, match="damaged"):
-        restore(keep.trainee, paths[1:2], flags.replace(resume_from_checkpoint="checkpoint-2"), keep.accelerator)
+        restore(keep.learner, paths[1:2], flags.replace(resume_from_checkpoint="checkpoint-2"), keep.accelerator)
 
 
 @pytest.mark.parametrize(("limit", "kept"), [(None, [4, 3, 2, 1]), (1, [4]), (3, [4, 3, 2])])

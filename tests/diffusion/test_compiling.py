@@ -61,7 +61,7 @@ class Checked:
         self.denoiser, self.fits, self.forwards = wrapped.get_base_model(), fits, 0
         trained = Trained({"stack": self.denoiser}, self.loss)
         trained._compiled = (COMPILE(self.denoiser, backend=backend),)
-        self.trainee = SimpleNamespace(
+        self.learner = SimpleNamespace(
             denoiser=self.denoiser, trained=trained, model=trained, timed=contextlib.nullcontext
         )
         accelerator = SimpleNamespace(
@@ -79,7 +79,7 @@ class Checked:
         return model(**batch).square().mean(dim=(1, 2))
 
     def batches(self) -> list[dict]:
-        return list(checked(iter(BATCHES), self.trainee, self.context))
+        return list(checked(iter(BATCHES), self.learner, self.context))
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])

@@ -17,7 +17,7 @@ from reslora.diffusion.training.preparing import attention_of
 @pytest.fixture
 def bf16(monkeypatch):
     """As on a CPU with instructions for bf16, and nothing said by accelerate."""
-    monkeypatch.setattr(setup, "computes_in_bf16", lambda: True)
+    monkeypatch.setattr(setup, "cpu_has_bf16", lambda: True)
     monkeypatch.setattr(setup, "is_initialized", lambda: False)
     for name in ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_DEEPSPEED"):
         monkeypatch.delenv(name, raising=False)
@@ -30,7 +30,7 @@ def test_bundled_pipelines_train_in_bf16_where_the_processor_does(bf16, monkeypa
     assert "bf16" in capsys.readouterr().out
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # as `accelerate launch` says without a wish
     assert setup.precision_of(flags) == "bf16"
-    monkeypatch.setattr(setup, "computes_in_bf16", lambda: False)
+    monkeypatch.setattr(setup, "cpu_has_bf16", lambda: False)
     capsys.readouterr()
     assert setup.precision_of(flags) is None and not capsys.readouterr().out
 
@@ -72,10 +72,10 @@ def test_only_a_processor_with_the_instructions_computes_in_bf16(monkeypatch):
     for names, expected in (((), False), (("avx512_bf16",), True), (("amx_bf16",), True), (("avx512_f",), False)):
         found = dict.fromkeys(names, True)
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found, raising=False)
-        assert setup.computes_in_bf16() is expected
+        assert setup.cpu_has_bf16() is expected
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    assert setup.computes_in_bf16() is False
+    assert setup.cpu_has_bf16() is False
 
 
 @pytest.mark.parametrize(

@@ -28,9 +28,9 @@ def steps(monkeypatch) -> Callable:
     def replace(change: Callable) -> None:
         take_step = training.take_step
 
-        def changed(trainee, *rest) -> object:
-            loss = take_step(trainee, *rest)
-            return change(trainee.step, loss)
+        def changed(learner, *rest) -> object:
+            loss = take_step(learner, *rest)
+            return change(learner.step, loss)
 
         monkeypatch.setattr(training, "take_step", changed)
 
@@ -123,13 +123,13 @@ def test_validation_loss_is_the_unweighted_mean_over_all_noises_of_all_held_out_
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf"), -float("inf")])
 def test_a_row_that_is_not_finite_is_an_error_and_not_written(tmp_path, loss):
-    trainee = SimpleNamespace(
+    learner = SimpleNamespace(
         method="lora", step=0, seconds=1.0, lr_scheduler=SimpleNamespace(get_last_lr=lambda: [1e-3])
     )
     accelerator = SimpleNamespace(trackers=[], is_main_process=True)
-    reports = Reports(tmp_path, trainee, Flags(method=["lora"]), Schedule(4, 4, 0, False), accelerator)
+    reports = Reports(tmp_path, learner, Flags(method=["lora"]), Schedule(4, 4, 0, False), accelerator)
     for step, value in ((1, 0.5), (2, loss)):
-        trainee.step = step
+        learner.step = step
         reports.note("train", torch.tensor(value))
         if step == 1:
             assert reports.flush() == 0.5

@@ -185,8 +185,8 @@ def compared(folder: Path, monkeypatch, drawn: float, read: float) -> dict:
     monkeypatch.setattr(results, "read_back", lambda *_: [("peft", Picture(read))])
     monkeypatch.setattr(results, "kohya_metadata", lambda *_: {})
     flags = Flags(validation_prompt=["red disc"], num_validation_images=1, output_dir=str(folder.parent))
-    trainee, accelerator = SimpleNamespace(method=folder.name), SimpleNamespace(print=lambda *_: None)
-    return results.export_method(trainee, None, Picture(0), None, Context(flags, None, accelerator, None))
+    learner, accelerator = SimpleNamespace(method=folder.name), SimpleNamespace(print=lambda *_: None)
+    return results.export_method(learner, None, Picture(0), None, Context(flags, None, accelerator, None))
 
 
 @pytest.mark.parametrize("difference", [0, 1, 2, -2])

@@ -92,15 +92,15 @@ def test_a_step_is_that_of_plain_gradient_descent(model, one_batch):
     """The first one by hand: the mean loss of samples 0 to 3, its gradient clipped to norm 0.05, and rate 1."""
     accelerator = Accelerator(cpu=True)
     material, loss, denoiser = exact_steps.setting(model, accelerator)
-    trainee = exact_steps.trainee_of(denoiser, loss, accelerator)
+    learner = exact_steps.learner_of(denoiser, loss, accelerator)
     samples, plan = TrainingSamples(material), Plan(material.sources, 1, 0)
     value = torch.stack([loss(denoiser, collate([samples[plan.forward(n)[0]]]))[0] for n in range(4)]).mean()
     value.backward()
     names = {parameter: name for name, parameter in denoiser.named_parameters()}
-    norm = sum(parameter.grad.square().sum() for parameter in trainee.parameters).sqrt()
+    norm = sum(parameter.grad.square().sum() for parameter in learner.parameters).sqrt()
     assert norm > 0.05
     assert one_batch["loss 0"].item() == pytest.approx(value.item(), rel=1e-6)
-    for parameter in trainee.parameters:
+    for parameter in learner.parameters:
         moved = parameter.detach() - 0.05 / (norm + 1e-6) * parameter.grad  # torch's formula
         torch.testing.assert_close(one_batch[f"{names[parameter]} 0"], moved, rtol=1e-5, atol=1e-9)
 
@@ -124,15 +124,15 @@ def test_rates_and_ranks_move_once_a_step_and_not_where_it_was_skipped(model, mo
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     words = ("--gradient_accumulation_steps", "2", "--train_batch_size", "1")
     material, loss, denoiser = exact_steps.setting(model, accelerator, *words)
-    trainee = exact_steps.trainee_of(denoiser, loss, accelerator)
-    trainee.allocator = Ranks()
-    before = trainee.lr_scheduler.last_epoch
+    learner = exact_steps.learner_of(denoiser, loss, accelerator)
+    learner.allocator = Ranks()
+    before = learner.lr_scheduler.last_epoch
     monkeypatch.setattr(Accelerator, "optimizer_step_was_skipped", skipped)
     batches = iter(training_loader(material, range(2), 1, 0, pin=False))
     for _ in range(2):
-        take_step(trainee, batches, loss.context)
-    assert trainee.allocator.steps == ([] if skipped else [1, 2])
-    assert trainee.lr_scheduler.last_epoch - before == (0 if skipped else 2)
+        take_step(learner, batches, loss.context)
+    assert learner.allocator.steps == ([] if skipped else [1, 2])
+    assert learner.lr_scheduler.last_epoch - before == (0 if skipped else 2)
 
 
 # -- compiled and checkpointed ---------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from ..model.families.base import Family
 from ..training.checkpoints import EXPORTS
 from ..training.denoising import DenoisingLoss
 from ..training.schedule import Schedule
-from ..training.state import Trainee, add_adapter
+from ..training.state import Learner, add_adapter
 from .calibration import write_calibration
 from .drawing import Drawer, as_bytes, as_image
 from .reports import save_images
@@ -45,7 +45,7 @@ class Merged:
 
 
 def export_method(
-    trainee: Trainee, material: Material, drawer: Drawer, schedule: Schedule, context: Context
+    learner: Learner, material: Material, drawer: Drawer, schedule: Schedule, context: Context
 ) -> dict[str, int]:
     """Merges in float32, writes every format, reads each back, and compares what the pipeline draws with each.
 
@@ -54,7 +54,7 @@ def export_method(
     Raises `RunFailed`, with nothing exported, if the model has diverged; or if an export does not draw what the merged
     model draws.
     """
-    flags, method, accelerator = context.flags, trainee.method, context.accelerator
+    flags, method, accelerator = context.flags, learner.method, context.accelerator
     folder = context.folder / method
     accelerator.print(f"{method}: merging, exporting and comparing")
     prompts, images = flags.validation_prompt, flags.num_validation_images
@@ -62,8 +62,8 @@ def export_method(
     if not shown:
         prompts, images = [next((text for text in material.texts.places if text), "")], 1
     with exact_products(), in_float32(drawer):
-        denoiser = exact_denoiser(trainee, schedule, context)
-        merged = merge_reslora(denoiser, trainee.trained.loss, material) if METHODS[method].shortcuts else None
+        denoiser = exact_denoiser(learner, schedule, context)
+        merged = merge_reslora(denoiser, learner.trained.loss, material) if METHODS[method].shortcuts else None
         if plain_lora := METHODS[method].plain_lora:
             denoiser = plain_lora(denoiser)
         drawn = drawer.draw(denoiser.eval(), prompts, images)
@@ -120,15 +120,15 @@ def in_float32(drawer: Drawer) -> Iterator[None]:
         drawer.pipeline.to(dtype)
 
 
-def exact_denoiser(trainee: Trainee, schedule: Schedule, context: Context) -> nn.Module:
+def exact_denoiser(learner: Learner, schedule: Schedule, context: Context) -> nn.Module:
     """The trained denoiser in float32: the one that was trained, or where its base is rounded or packed, anew."""
     flags, model, accelerator = context.flags, context.model, context.accelerator
     plain = accelerator.mixed_precision == "no" and flags.base_precision == "no"
-    if plain and trainee.denoiser.dtype == torch.float32:
-        return trainee.denoiser
+    if plain and learner.denoiser.dtype == torch.float32:
+        return learner.denoiser
     denoiser = model.load_denoiser(torch.float32, accelerator.device)
-    add_adapter(denoiser, trainee.method, flags, schedule.steps)
-    load_adapter(denoiser, context.folder / trainee.method / f"checkpoint-{trainee.step}")
+    add_adapter(denoiser, learner.method, flags, schedule.steps)
+    load_adapter(denoiser, context.folder / learner.method / f"checkpoint-{learner.step}")
     return denoiser
 
 

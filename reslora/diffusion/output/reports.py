@@ -22,7 +22,7 @@ from ..arguments import Flags
 from ..data.samples import Material, ValidationSamples
 from ..training.denoising import DenoisingLoss
 from ..training.schedule import Schedule
-from ..training.state import Trainee
+from ..training.state import Learner
 from .drawing import Drawer, as_image
 
 VALIDATION_PARTS = ("loss", "samples")
@@ -32,19 +32,19 @@ class Reports:
     """The log and the trackers of one method."""
 
     def __init__(
-        self, folder: Path, trainee: Trainee, flags: Flags, schedule: Schedule, accelerator: Accelerator
+        self, folder: Path, learner: Learner, flags: Flags, schedule: Schedule, accelerator: Accelerator
     ) -> None:
-        self.trainee, self.folder, self.trackers = trainee, folder, accelerator.trackers
+        self.learner, self.folder, self.trackers = learner, folder, accelerator.trackers
         # TensorBoard alone takes the steps of the next method from 0 again.
-        self.before = flags.method.index(trainee.method) * (schedule.steps + 1)
-        self.log = LogWriter(folder / "log.jsonl", trainee.step) if accelerator.is_main_process else None
+        self.before = flags.method.index(learner.method) * (schedule.steps + 1)
+        self.log = LogWriter(folder / "log.jsonl", learner.step) if accelerator.is_main_process else None
         self.noted: dict | None = None
 
     def note(self, split: str, loss: torch.Tensor | float) -> None:
         """Keeps a row of the log for `flush`: to read a loss at once is to wait for the device at every step."""
-        trainee = self.trainee
-        rate, seconds = trainee.lr_scheduler.get_last_lr()[0], round(trainee.seconds, 3)
-        self.noted = {"step": trainee.step, "split": split, "loss": loss, "lr": rate, "seconds": seconds}
+        learner = self.learner
+        rate, seconds = learner.lr_scheduler.get_last_lr()[0], round(learner.seconds, 3)
+        self.noted = {"step": learner.step, "split": split, "loss": loss, "lr": rate, "seconds": seconds}
 
     def flush(self) -> float | None:
         """Writes what is noted, to the log and the trackers; returns its loss, or raises `RunFailed` if not finite."""
@@ -56,7 +56,7 @@ class Reports:
         return row["loss"]
 
     def _write(self, step: int, split: str, loss: float, lr: float, seconds: float) -> None:
-        method = self.trainee.method
+        method = self.learner.method
         if not math.isfinite(loss):
             raise RunFailed(
                 f"{method}: {split} loss {loss} at step {step}; checkpoints before it are intact: go on from one, or "
@@ -74,8 +74,8 @@ class Reports:
 
     def samples(self, images: Sequence[Image.Image], per_prompt: int) -> None:
         """The samples of this step, as files and to trackers that show images."""
-        save_images(self.folder / "samples" / f"step-{self.trainee.step:06d}", images, per_prompt)
-        name, step = f"samples/{self.trainee.method}", self.trainee.step
+        save_images(self.folder / "samples" / f"step-{self.learner.step:06d}", images, per_prompt)
+        name, step = f"samples/{self.learner.method}", self.learner.step
         for tracker in self.trackers:
             if tracker.name == "wandb":
                 tracker.log_images({name: images}, step=step + self.before)
@@ -99,7 +99,7 @@ class Reports:
 
         A run may have been stopped before the validation of that step, or within it.
         """
-        step = self.trainee.step
+        step = self.learner.step
         rows = read_log(self.folder / "log.jsonl")
         done = {
             "loss": any(row["step"] == step and row["split"] == "validation" for row in rows),
@@ -118,17 +118,17 @@ class Validation:
         self.loss, self.material, self.drawer = loss, material, drawer
         self.accelerator, self.stop = accelerator, stop
 
-    def __call__(self, trainee: Trainee, reports: Reports, parts: Sequence[str] = VALIDATION_PARTS) -> None:
+    def __call__(self, learner: Learner, reports: Reports, parts: Sequence[str] = VALIDATION_PARTS) -> None:
         """Measures and draws; samples that a stop cuts short are drawn when the run goes on."""
-        decided(lambda: self._measure_and_draw(trainee, reports, parts))
+        decided(lambda: self._measure_and_draw(learner, reports, parts))
 
-    def _measure_and_draw(self, trainee: Trainee, reports: Reports, parts: Sequence[str]) -> None:
+    def _measure_and_draw(self, learner: Learner, reports: Reports, parts: Sequence[str]) -> None:
         if "loss" in parts and self.material.held_out:
-            reports.note("validation", self.mean_loss(trainee.denoiser))
+            reports.note("validation", self.mean_loss(learner.denoiser))
             reports.flush()
         flags = self.material.flags
         if "samples" in parts and flags.validation_prompt and flags.num_validation_images:
-            self._draw(trainee, reports)
+            self._draw(learner, reports)
 
     def mean_loss(self, denoiser: nn.Module) -> float:
         """Mean unweighted loss on the held-out images, with the same noise and timesteps at every call."""
@@ -139,16 +139,16 @@ class Validation:
         denoiser.train(training)
         return torch.cat(losses).mean().item()
 
-    def _draw(self, trainee: Trainee, reports: Reports) -> None:
+    def _draw(self, learner: Learner, reports: Reports) -> None:
         flags, prompts = self.material.flags, self.material.flags.validation_prompt
 
         try:
             with self.accelerator.autocast():
-                drawn = self.drawer.draw(trainee.denoiser, prompts, flags.num_validation_images, self._leave_if_asked)
+                drawn = self.drawer.draw(learner.denoiser, prompts, flags.num_validation_images, self._leave_if_asked)
         except Stopped:
             return
         if not all(np.isfinite(image).all() for image in drawn):
-            self.accelerator.print(f"warning: samples of step {trainee.step} have pixels that are not finite")
+            self.accelerator.print(f"warning: samples of step {learner.step} have pixels that are not finite")
         reports.samples([as_image(image) for image in drawn], flags.num_validation_images)
 
     def _leave_if_asked(self) -> None:

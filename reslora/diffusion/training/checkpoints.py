@@ -20,7 +20,7 @@ from ...files import Damaged, check_checksums, read_object, replacing, temporary
 from ..arguments import Flags
 from ..folder import remove
 from .schedule import Schedule
-from .state import Trainee
+from .state import Learner
 
 STATE, RECORD, EXPORTS = "trainer.pt", "trainer.json", "exports.json"
 
@@ -202,29 +202,29 @@ def check_past(flags: Flags, place: Path, record: dict, identity: Identity | Non
 # -- saving and restoring ----------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(trainee: Trainee, folder: Path, flags: Flags, identity: Identity, accelerator: Accelerator) -> None:
+def save_checkpoint(learner: Learner, folder: Path, flags: Flags, identity: Identity, accelerator: Accelerator) -> None:
     """Writes `checkpoint-<step>`: the adapter and what a resumed run needs to equal an uninterrupted one.
 
     Older ones than --checkpoints_total_limit allows go then. Raises `RunFailed` for weights that are not finite. Every
     process must call it, since DeepSpeed gathers the state from all; the main process alone writes.
     """
-    state = trainee.state(accelerator)
-    record = {"method": trainee.method, "step": trainee.step, "seconds": trainee.seconds} | past_of(flags, identity)
-    decided(lambda: write_checkpoint(trainee, folder / f"checkpoint-{trainee.step}", state, record))
+    state = learner.state(accelerator)
+    record = {"method": learner.method, "step": learner.step, "seconds": learner.seconds} | past_of(flags, identity)
+    decided(lambda: write_checkpoint(learner, folder / f"checkpoint-{learner.step}", state, record))
     if flags.checkpoints_total_limit and accelerator.is_main_process:
-        of_this_line = [old for old in checkpoints_of(folder) if step_of(old) <= trainee.step]
+        of_this_line = [old for old in checkpoints_of(folder) if step_of(old) <= learner.step]
         for old in of_this_line[flags.checkpoints_total_limit :]:
             # Under another name first: a kill half-way must not leave half a checkpoint.
             remove(old.rename(temporary_beside(old)))
 
 
-def write_checkpoint(trainee: Trainee, path: Path, state: dict, record: dict) -> None:
+def write_checkpoint(learner: Learner, path: Path, state: dict, record: dict) -> None:
     """Adapter, state and record in a folder that is whole or not there; what is in its place steps aside."""
     if path.exists():
         set_aside(path)
     with replacing(path) as temporary:
         temporary.mkdir()
-        save_adapter(trainee.denoiser, temporary)
+        save_adapter(learner.denoiser, temporary)
         buffer = io.BytesIO()  # torch.save's own writing names no cause where a disk is full
         torch.save(state, buffer)
         (temporary / STATE).write_bytes(buffer.getbuffer())
@@ -248,17 +248,17 @@ def write_exports(
     write_json(folder / EXPORTS, record)
 
 
-def restore(trainee: Trainee, candidates: list[Path], flags: Flags, accelerator: Accelerator) -> None:
-    """Brings the trainee to the first checkpoint that is whole; damaged ones are passed over with a warning.
+def restore(learner: Learner, candidates: list[Path], flags: Flags, accelerator: Accelerator) -> None:
+    """Brings the learner to the first checkpoint that is whole; damaged ones are passed over with a warning.
 
     The main process chooses. Raises `InvalidArgument` where none is whole, or the one that the user has named is not;
     `RunFailed` for one that is whole and cannot be loaded all the same. Either leaves everything on disk as it is.
     """
     if not candidates:
         return
-    chosen = decided(lambda: newest_whole(candidates, Path(flags.output_dir) / trainee.method, flags))
-    each(lambda: load_checkpoint(trainee, chosen, accelerator))
-    accelerator.print(f"{trainee.method}: going on from {chosen}")
+    chosen = decided(lambda: newest_whole(candidates, Path(flags.output_dir) / learner.method, flags))
+    each(lambda: load_checkpoint(learner, chosen, accelerator))
+    accelerator.print(f"{learner.method}: going on from {chosen}")
 
 
 def newest_whole(candidates: list[Path], folder: Path, flags: Flags) -> Path:
@@ -280,12 +280,12 @@ def newest_whole(candidates: list[Path], folder: Path, flags: Flags) -> Path:
     raise InvalidArgument("--resume_from_checkpoint latest", problem, fix)
 
 
-def load_checkpoint(trainee: Trainee, checkpoint: Path, accelerator: Accelerator) -> None:
+def load_checkpoint(learner: Learner, checkpoint: Path, accelerator: Accelerator) -> None:
     """Reads a checkpoint and then loads it; raises `RunFailed` in one line where either fails."""
     try:
         state = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
         record = json.loads((checkpoint / RECORD).read_text(encoding="utf-8"))
-        load_adapter(trainee.denoiser, checkpoint)
-        trainee.load_state(state, record["step"], record["seconds"], accelerator)
+        load_adapter(learner.denoiser, checkpoint)
+        learner.load_state(state, record["step"], record["seconds"], accelerator)
     except Exception as error:  # out of memory, another version's state: every reader and device has errors of its own
-        raise RunFailed(f"{trainee.method}: {cannot_be_loaded(checkpoint, error)}") from None
+        raise RunFailed(f"{learner.method}: {cannot_be_loaded(checkpoint, error)}") from None

@@ -24,7 +24,7 @@ from ...common.together import any_of
 from ...wiring import connection_of
 from ..context import Context
 from ..data.batch import Batch
-from .state import Trainee
+from .state import Learner
 
 # Shares of the norm of all gradients. In float32 rounding is 2e-5 of it. In bf16 it is mostly 0.01 to 0.03, but on the
 # bundled pipeline one batch in fifty is 0.2 off or more, without a compiler too: so no single batch condemns one.
@@ -33,7 +33,7 @@ ATTEMPTS = 5
 SCALE = 1024  # a power of two changes no relative difference, and keeps small gradients of fp16
 
 
-def checked(batches: Iterator[Batch], trainee: Trainee, context: Context) -> Iterator[Batch]:
+def checked(batches: Iterator[Batch], learner: Learner, context: Context) -> Iterator[Batch]:
     """`batches` as they are; with --compile, after comparing the gradients of one, compiled and not.
 
     A compiler draws other dropout masks, and DeepSpeed steps in its backward: nothing is compared there, nor where the
@@ -47,10 +47,10 @@ def checked(batches: Iterator[Batch], trainee: Trainee, context: Context) -> Ite
         return batches
     tolerance = TOLERANCE if accelerator.mixed_precision == "no" else HALF_TOLERANCE
     seen, error, differs = [], 0.0, False
-    with trainee.timed(), _unrecorded(trainee.denoiser):
+    with learner.timed(), _unrecorded(learner.denoiser):
         for batch in islice(batches, ATTEMPTS):
             seen.append(batch)
-            error = _error(trainee, batch, accelerator)
+            error = _error(learner, batch, accelerator)
             differs = any_of(error > tolerance)
             if not differs:
                 break
@@ -60,28 +60,28 @@ def checked(batches: Iterator[Batch], trainee: Trainee, context: Context) -> Ite
     return chain(seen, batches)
 
 
-def _error(trainee: Trainee, batch: Batch, accelerator: Accelerator) -> float:
+def _error(learner: Learner, batch: Batch, accelerator: Accelerator) -> float:
     """How far the compiled gradients of a batch are off the others, relative to these."""
     try:
-        with trainee.trained.without_compiler():
-            expected = _gradients(trainee, batch)
+        with learner.trained.without_compiler():
+            expected = _gradients(learner, batch)
     except torch.OutOfMemoryError:
         if accelerator.num_processes > 1:  # the others would wait for this one
             raise
         accelerator.print("--compile is not checked: a step without it does not fit into this GPU's memory")
         return 0.0
-    found = _gradients(trainee, batch)
+    found = _gradients(learner, batch)
     size, error = get_total_norm(expected), get_total_norm([a - b for a, b in zip(found, expected, strict=True)])
     if error == 0 or not size.isfinite():  # training itself says what is not finite
         return 0.0
     return (error / size).nan_to_num(torch.inf, torch.inf).item()
 
 
-def _gradients(trainee: Trainee, batch: Batch) -> list[torch.Tensor]:
+def _gradients(learner: Learner, batch: Batch) -> list[torch.Tensor]:
     """Gradients of the batch's loss, none of which is left on the parameters."""
-    parameters = [p for p in trainee.trained.parameters() if p.requires_grad]
+    parameters = [p for p in learner.trained.parameters() if p.requires_grad]
     try:
-        (SCALE * trainee.model(batch).mean()).backward()
+        (SCALE * learner.model(batch).mean()).backward()
         return [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     finally:
         for parameter in parameters:

@@ -19,7 +19,7 @@ from ..data.samples import Material, training_loader
 from ..seeds import derive
 from .compiling import checked
 from .schedule import Schedule
-from .state import Trainee
+from .state import Learner
 from .stopping import stop_requested
 
 if TYPE_CHECKING:
@@ -32,86 +32,86 @@ class Watch:
 
     reports: Reports
     validation: Callable[..., None]
-    """Called with the trainee and the reports, and with the parts that are overdue where only these are wanted."""
+    """Called with the learner and the reports, and with the parts that are overdue where only these are wanted."""
     save: Callable[[], None]
 
 
-def train(trainee: Trainee, material: Material, schedule: Schedule, watch: Watch, context: Context) -> None:
+def train(learner: Learner, material: Material, schedule: Schedule, watch: Watch, context: Context) -> None:
     """Takes the steps that are left, saving and validating when it is due; raises `Stopped` once a stop is saved."""
     accelerator, reports = context.accelerator, watch.reports
     if parts := decided(lambda: reports.overdue(schedule)):
-        watch.validation(trainee, reports, parts)
+        watch.validation(learner, reports, parts)
         if stop_requested(context.stop):  # nothing is to be saved, and a later step would leave these samples behind
-            raise stopped_at(trainee)
-    steps, stopped = range(trainee.step, schedule.steps), False
+            raise stopped_at(learner)
+    steps, stopped = range(learner.step, schedule.steps), False
     pin = accelerator.device.type == "cuda"
     loader = training_loader(material, steps, accelerator.num_processes, accelerator.process_index, pin)
     silent = not accelerator.is_main_process
-    bar = tqdm(desc=trainee.method, total=schedule.steps, initial=trainee.step, disable=silent, dynamic_ncols=True)
+    bar = tqdm(desc=learner.method, total=schedule.steps, initial=learner.step, disable=silent, dynamic_ncols=True)
     with contextlib.closing(stream(loader)) as batches, bar:
-        batches = checked(batches, trainee, context)
+        batches = checked(batches, learner, context)
         for _ in steps:
-            with trainee.timed():
-                value = take_step(trainee, batches, context)
+            with learner.timed():
+                value = take_step(learner, batches, context)
                 known = reports.flush()  # the loss of the step before: the device is busy with this one meanwhile
             reports.note("train", value)
             if known is not None:
                 bar.set_postfix(loss=f"{known:.4f}", refresh=False)
             bar.update()
-            stopped = after_step(trainee, schedule, watch, context)
+            stopped = after_step(learner, schedule, watch, context)
             if stopped:
                 break
     accelerator.free_memory()
-    if stopped and trainee.step < schedule.steps:
-        raise stopped_at(trainee)
+    if stopped and learner.step < schedule.steps:
+        raise stopped_at(learner)
 
 
-def stopped_at(trainee: Trainee) -> Stopped:
+def stopped_at(learner: Learner) -> Stopped:
     """What a run that was asked to stop ends with."""
-    return Stopped(f"{trainee.method} stopped after step {trainee.step}; go on with --resume_from_checkpoint latest")
+    return Stopped(f"{learner.method} stopped after step {learner.step}; go on with --resume_from_checkpoint latest")
 
 
-def after_step(trainee: Trainee, schedule: Schedule, watch: Watch, context: Context) -> bool:
+def after_step(learner: Learner, schedule: Schedule, watch: Watch, context: Context) -> bool:
     """Saves and validates where it is due; returns whether a stop was asked for. All processes go the same way."""
     stopped = stop_requested(context.stop)
-    save_now = stopped or trainee.step == schedule.steps or trainee.step % context.flags.checkpointing_steps == 0
-    due = schedule.is_due(trainee.step)
+    save_now = stopped or learner.step == schedule.steps or learner.step % context.flags.checkpointing_steps == 0
+    due = schedule.is_due(learner.step)
     if not (save_now or due):
         return False
-    with trainee.timed():
+    with learner.timed():
         watch.reports.flush()  # a loss that is not finite is not saved
     if save_now:
         watch.save()
     if due and not stopped:
-        watch.validation(trainee, watch.reports)
+        watch.validation(learner, watch.reports)
         stopped = stop_requested(context.stop)
         if stopped and not save_now:
             watch.save()
     return stopped
 
 
-def take_step(trainee: Trainee, batches: Iterator[Batch], context: Context) -> torch.Tensor:
+def take_step(learner: Learner, batches: Iterator[Batch], context: Context) -> torch.Tensor:
     """One update of the adapter, from --gradient_accumulation_steps batches; returns their mean loss everywhere.
 
     It is on the device still, which may not have come to it yet.
     """
     flags, accelerator, total = context.flags, context.accelerator, 0.0
-    trainee.step += 1
+    learner.step += 1
     for forward in range(flags.gradient_accumulation_steps):
         batch = next(batches)
         # Dropout masks, the only random numbers left: seeding them here makes them a function of the step.
-        torch.manual_seed(derive(flags.seed, "dropout", trainee.step, forward, accelerator.process_index))
-        with accelerator.accumulate(trainee.model):
-            mean = trainee.model(batch).mean()
+        torch.manual_seed(derive(flags.seed, "dropout", learner.step, forward, accelerator.process_index))
+        with accelerator.accumulate(learner.model):
+            mean = learner.model(batch).mean()
             total += mean.detach()
-            accelerator.backward(mean + trainee.allocator.penalty() if trainee.allocator else mean)
+            accelerator.backward(mean + learner.allocator.penalty() if learner.allocator else mean)
             if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(trainee.parameters, flags.max_grad_norm)
-            trainee.optimizer.step()
+                accelerator.clip_grad_norm_(learner.parameters, flags.max_grad_norm)
+            learner.optimizer.step()
             skipped = accelerator.optimizer_step_was_skipped  # its gradients are not finite
-            if trainee.allocator and accelerator.sync_gradients and not skipped:
-                trainee.allocator.step(trainee.step)
-            trainee.optimizer.zero_grad()
+            if learner.allocator and accelerator.sync_gradients and not skipped:
+                learner.allocator.step(learner.step)
+            learner.optimizer.zero_grad()
     if not accelerator.optimizer_step_was_skipped:
-        trainee.lr_scheduler.step()
+        learner.lr_scheduler.step()
     return accelerator.reduce(total / flags.gradient_accumulation_steps, "mean")

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ...model import enable_gradient_checkpointing
 from ..context import Context
 from ..data.samples import Material
-from .state import Trainee
+from .state import Learner
 from .zero import load_full_state
 
 FEW_TOKENS = 64
@@ -24,19 +24,19 @@ def renew_scaler(accelerator: Accelerator) -> None:
         accelerator.scaler = get_grad_scaler(accelerator.distributed_type)
 
 
-def prepare(trainee: Trainee, context: Context) -> None:
-    """Makes the trainee ready for its steps: attention, checkpointing, processes, compiler."""
-    flags, denoiser = context.flags, trainee.denoiser
+def prepare(learner: Learner, context: Context) -> None:
+    """Makes the learner ready for its steps: attention, checkpointing, processes, compiler."""
+    flags, denoiser = context.flags, learner.denoiser
     if flags.enable_xformers_memory_efficient_attention:
         denoiser.enable_xformers_memory_efficient_attention()
     if flags.gradient_checkpointing:
         enable_gradient_checkpointing(denoiser)
-    trainee.model, trainee.optimizer = context.accelerator.prepare(trainee.trained.train(), trainee.optimizer)
-    if trainee.awaited:
-        load_full_state(trainee.optimizer.optimizer, denoiser.named_parameters(), trainee.awaited)
-        trainee.awaited = None
+    learner.model, learner.optimizer = context.accelerator.prepare(learner.trained.train(), learner.optimizer)
+    if learner.awaited:
+        load_full_state(learner.optimizer.optimizer, denoiser.named_parameters(), learner.awaited)
+        learner.awaited = None
     if flags.compile:
-        trainee.trained.use_compiler()
+        learner.trained.use_compiler()
 
 
 def attention_of(accelerator: Accelerator, material: Material) -> contextlib.AbstractContextManager:

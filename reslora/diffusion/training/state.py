@@ -27,7 +27,7 @@ from .zero import full_state, uses_deepspeed
 
 
 @dataclass
-class Trainee:
+class Learner:
     """What one method trains, and how far it is."""
 
     method: str
@@ -40,7 +40,7 @@ class Trainee:
     step: int = 0
     seconds: float = 0.0
     awaited: dict | None = None
-    """State of DeepSpeed's optimizer, which is there only once the trainee is prepared."""
+    """State of DeepSpeed's optimizer, which is there only once the learner is prepared."""
 
     @property
     def denoiser(self) -> nn.Module:
@@ -88,7 +88,7 @@ class Trainee:
         self.step, self.seconds = step, seconds
 
 
-def new_trainee(method: str, trained: Trained, schedule: Schedule, context: Context) -> Trainee:
+def new_learner(method: str, trained: Trained, schedule: Schedule, context: Context) -> Learner:
     """The method at its start, on bare parts."""
     flags, denoiser = context.flags, trained.denoiser
     add_adapter(denoiser, method, flags, schedule.steps)
@@ -97,7 +97,7 @@ def new_trainee(method: str, trained: Trained, schedule: Schedule, context: Cont
         flags.lr_scheduler, optimizer, step_rules=flags.lr_step_rules, num_warmup_steps=schedule.warmup_steps,
         num_training_steps=schedule.steps,
     )  # fmt: skip
-    return Trainee(method, trained, optimizer, lr_scheduler, rank_allocator(denoiser), trained)
+    return Learner(method, trained, optimizer, lr_scheduler, rank_allocator(denoiser), trained)
 
 
 def add_adapter(denoiser: nn.Module, method: str, flags: Flags, total_steps: int) -> None:
