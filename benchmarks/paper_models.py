@@ -35,7 +35,7 @@ def image_table(flags: list[str], method: Path) -> dict[str, dict]:
     context = settle(flags, start_accelerator(flags), StopRequest())
     flags, accelerator = context.flags, context.accelerator
     pipeline, objective = load_and_check(context)
-    material = material_of(load_images(flags), pipeline, objective, context)
+    material = material_of([load_images(flags)], pipeline, objective, context)
     denoiser = context.model.load_denoiser(context.dtype, accelerator.device)
     add_adapter(denoiser, method.name, flags, flags.max_train_steps)
     load_adapter(denoiser, newest_checkpoint(method))

@@ -201,6 +201,12 @@ def add_data_flags(add: Callable) -> None:
              "(webdataset) or JSON files, or what save_to_disk wrote; default: the bundled images")
     add("--image_column", default="image", help="column with the image")
     add("--caption_column", default="text", help="column with the caption, or a list of captions to choose from")
+    add("--class_data_dir", metavar="FOLDER",
+        help="class images, which keep what the model knows: images of the kind of thing that is learnt")
+    add("--class_prompt", metavar="PROMPT",
+        help="what class images show: caption of those without one, and what the model draws where there are too few")
+    add("--num_class_images", type=whole(0), default=100, help="class images; the model draws those that are missing")
+    add("--prior_loss_weight", type=number(0), default=1.0, help="weight of the loss of class images")
     add("--max_train_samples", type=whole(1), help="train on that many images, drawn at random")
     add("--resolution", type=whole(8), help="side of the square that images are cropped and scaled to")
     add("--use_aspect_ratio_buckets", **SWITCH,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -14,6 +15,7 @@ from ..common.together import decided, each, gathered
 from .arguments import Flags
 from .checks import check_base_precision, check_methods, check_pipeline, with_rank
 from .context import Context
+from .data.class_images import load_class_images
 from .data.dataset import ImageDataset, data_flag, load_images
 from .data.material import material_of
 from .data.samples import Material
@@ -43,7 +45,9 @@ def run(flags: Flags, stop: StopRequest) -> None:
         decided(lambda: take_folder(flags, stack))
         images = each(lambda: load_images(flags))
         context = settle(flags, accelerator, stop)
-        identity = identity_of(images, context)
+        class_images = load_class_images(context)
+        kinds = [images, class_images] if class_images else [images]
+        identity = identity_of(kinds, context)
         resume = decided(lambda: plan_resume(context.flags, identity))
         for line in resume.notes:
             accelerator.print(line)
@@ -53,7 +57,7 @@ def run(flags: Flags, stop: StopRequest) -> None:
         if context.flags.push_to_hub:
             decided(lambda: hub_repository(context.flags))
         pipeline, objective = each(lambda: load_and_check(context))
-        material = material_of(images, pipeline, objective, context)
+        material = material_of(kinds, pipeline, objective, context)
         schedule = schedule_of(material, context)
         start_trackers(schedule, context)
         for method in context.flags.method:
@@ -79,10 +83,11 @@ def take_folder(flags: Flags, stack: contextlib.ExitStack) -> None:
     plan_resume(flags)
 
 
-def identity_of(images: ImageDataset, context: Context) -> Identity:
+def identity_of(kinds: Sequence[ImageDataset], context: Context) -> Identity:
     """What the run is trained from; refuses other content on another machine."""
     model, images_flag = context.model, data_flag(context.flags)
-    identity = Identity(model.fingerprint(), images.fingerprint, model.flag, images_flag)
+    content = "; class images: ".join(images.fingerprint for images in kinds)
+    identity = Identity(model.fingerprint(), content, model.flag, images_flag)
     for other in gathered(identity):
         for flag, same in ((model.flag, other.model == identity.model), (images_flag, other.images == identity.images)):
             if not same:

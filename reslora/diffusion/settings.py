@@ -156,6 +156,9 @@ def check_flags(flags: Flags) -> None:
     if flags.train_data_dir and not flags.dataset_name and not Path(flags.train_data_dir).is_dir():
         problem = f"--train_data_dir {flags.train_data_dir}"
         raise InvalidArgument(problem, "no such folder", "give one with images and captions")
+    if (flags.class_data_dir is None) != (flags.class_prompt is None):
+        missing = "--class_prompt" if flags.class_prompt is None else "--class_data_dir"
+        raise InvalidArgument(missing, "missing", "give --class_data_dir and --class_prompt together, or neither")
     if flags.aspect_ratio_buckets and not flags.use_aspect_ratio_buckets:
         raise InvalidArgument("--aspect_ratio_buckets", "nothing reads them", "add --use_aspect_ratio_buckets")
     check_packages(flags)

@@ -81,10 +81,13 @@ class Found:
     notes: list[str]
 
 
-def load_images(flags: Flags) -> ImageDataset:
-    """The images and captions that the flags name, without those that cannot be used (refused with --strict)."""
+def load_images(flags: Flags, caption: str | None = None) -> ImageDataset:
+    """The images and captions that the flags name, without those that cannot be used (refused with --strict).
+
+    `caption` is that of images in a folder that have none beside them.
+    """
     folder = Path(flags.dataset_name or flags.train_data_dir)
-    found = (read_folder(folder, flags) if folder.is_dir() else None) or read_dataset(flags)
+    found = (read_folder(folder, flags, caption) if folder.is_dir() else None) or read_dataset(flags)
     keep, left_out, sizes = [], [], []
     for index, row in enumerate(found.rows):
         source = _source(row)
@@ -131,7 +134,7 @@ def data_flag(flags: Flags) -> str:
 # -- folders -----------------------------------------------------------------------------------------------------------
 
 
-def read_folder(folder: Path, flags: Flags) -> Found | None:
+def read_folder(folder: Path, flags: Flags, caption: str | None = None) -> Found | None:
     """A folder with metadata.jsonl or .csv, or a caption beside each image; None for what `datasets` reads."""
     everything = files_of(folder, flags)
     files = [path for path in everything if path.suffix.lower() in SUFFIXES]
@@ -145,13 +148,14 @@ def read_folder(folder: Path, flags: Flags) -> Found | None:
     if any(path.name in METADATA for path in everything):
         return None
     texts = [[text for suffix in CAPTIONS if (text := path.with_suffix(suffix)).is_file()] for path in files]
-    if not any(texts):
+    if not any(texts) and (caption is None or not files):
         if layout_of(everything, folder) or flags.dataset_name:
             return None
         what = "no images" if not files else f"{len(files)} images without captions (class folders are not captions)"
         fix = f"add a metadata.jsonl (file_name, {flags.caption_column}), or .txt captions beside the images"
         raise InvalidArgument(data_flag(flags), what, f"{fix}; other layouts may be what --dataset_name reads")
-    found = _as_found(files, [read_caption(beside[0]) if beside else [] for beside in texts])
+    otherwise = [] if caption is None else [caption]
+    found = _as_found(files, [read_caption(beside[0]) if beside else otherwise for beside in texts])
     if twice := sum(len(beside) > 1 for beside in texts):
         found.notes.append(f"{twice} images have a .txt and a .caption file: the .txt is read")
     return _with_folder_notes(found, files, everything)

@@ -11,6 +11,7 @@ from ..context import Context
 from ..model.loading import wide_enough
 from ..model.objective import Objective
 from .buckets import bucket_of, ladder, named_buckets, own_bucket
+from .class_images import balanced
 from .dataset import ImageDataset
 from .encoding import Latents, Texts, Variants, encode_images, encode_texts, without_damaged
 from .samples import Material
@@ -18,23 +19,30 @@ from .size import Size
 from .sources import Source, split
 
 
-def material_of(images: ImageDataset, pipeline: DiffusionPipeline, objective: Objective, context: Context) -> Material:
-    """Captions and images encoded, or found encoded on disk; what only encoding needs leaves the memory."""
+def material_of(
+    kinds: Sequence[ImageDataset], pipeline: DiffusionPipeline, objective: Objective, context: Context
+) -> Material:
+    """Captions and images encoded, or found encoded on disk; what only encoding needs leaves the memory.
+
+    `kinds`: the images to be learnt, and class images where there are any.
+    """
     flags, family = context.flags, context.model.family
-    texts = texts_of(images, pipeline, context)
-    source = source_of(images, pipeline, context)
+    texts = texts_of([options for images in kinds for options in images.captions], pipeline, context)
+    sources = tuple(source_of(images, pipeline, number > 0, context) for number, images in enumerate(kinds))
     if flags.cache_latents:
         pipeline.vae.encoder = None  # samples need the decoder alone
-    tell_what_is_left_out(source.images, context)
-    shapes = {size: family.latent_shape(pipeline, size.height, size.width) for size in source.buckets}
-    return Material((source,), texts, objective, shapes, flags)
+    for source in sources:
+        tell_what_is_left_out(source.images, context)
+    sources = balanced(*sources) if len(sources) > 1 else sources
+    sizes = {size for source in sources for size in source.buckets}
+    shapes = {size: family.latent_shape(pipeline, size.height, size.width) for size in sizes}
+    return Material(sources, texts, objective, shapes, flags)
 
 
-def texts_of(images: ImageDataset, pipeline: DiffusionPipeline, context: Context) -> Texts:
+def texts_of(captions: Sequence[Sequence[str]], pipeline: DiffusionPipeline, context: Context) -> Texts:
     """Text states of the prompts and, where they are encoded beforehand, of all captions."""
     flags, model = context.flags, context.model
     key = (model.family.name, model.fingerprint(*model.family.text_parts), str(context.dtype))
-    captions = images.captions
     prompts = ["", *(flags.validation_prompt or captions[0][:1])]
 
     def load_encoders() -> DiffusionPipeline:
@@ -46,20 +54,21 @@ def texts_of(images: ImageDataset, pipeline: DiffusionPipeline, context: Context
     return encode_texts(wanted, key, load_encoders, context)
 
 
-def source_of(images: ImageDataset, pipeline: DiffusionPipeline, context: Context) -> Source:
-    """The images with their latents, without the damaged ones, put into buckets and split."""
+def source_of(images: ImageDataset, pipeline: DiffusionPipeline, of_class: bool, context: Context) -> Source:
+    """The images with their latents, without the damaged ones, put into buckets and, but for class images, split."""
     flags = context.flags
     sizes = sizes_of(images, context.model.family.pixel_multiple(pipeline), flags)
     latents, keep = None, list(range(len(images)))
     if flags.cache_latents:
         latents, problems = latents_of(images, sizes, pipeline, context)
         images, latents, keep = without_damaged(images, latents, problems, flags)
-    train, held_out = split(len(images), flags.validation_split, flags.seed)
+    train, held_out = split(len(images), 0.0 if of_class else flags.validation_split, flags.seed)
     buckets = tuple(dict.fromkeys(sizes))
     bucket = tuple(buckets.index(sizes[index]) for index in keep)
     if flags.use_aspect_ratio_buckets:
         tell_buckets(buckets, bucket, context)
-    return Source(images, latents, train, held_out, buckets, bucket)
+    weight = flags.prior_loss_weight if of_class else 1.0
+    return Source(images, latents, train, held_out, buckets, bucket, weight)
 
 
 def sizes_of(images: ImageDataset, multiple: int, flags: Flags) -> list[Size]:

@@ -14,6 +14,7 @@ PLACES = (
     "pretrained_model_name_or_path",
     "pretrained_vae_model_name_or_path",
     "train_data_dir",
+    "class_data_dir",
     "dataset_name",
     "cache_dir",
 )

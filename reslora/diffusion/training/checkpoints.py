@@ -38,7 +38,7 @@ FREE_ON_RESUME = {
     "compile", "train_batch_size", "gradient_accumulation_steps", "strict", "cache_latents", "cache_text_embeddings",
     # The content decides: see `Identity`.
     "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "revision", "variant", "train_data_dir",
-    "dataset_name", "dataset_config_name", "image_column", "caption_column",
+    "dataset_name", "dataset_config_name", "image_column", "caption_column", "class_data_dir", "num_class_images",
 }  # fmt: skip
 
 DESCRIBED = {"samples_per_step": "batch size x accumulation x processes =", "deepspeed": "DeepSpeed:"}

@@ -1,0 +1,94 @@
+"""Class images: drawn where they are missing, met as often as the training images, weighted, and part of the run."""
+
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from pipelines import FAMILIES, image_folder
+
+from diffusion.runs import RESUME, assert_same, final_weights, losses, main, printed, refused
+from reslora.diffusion.data.class_images import balanced
+from reslora.diffusion.data.plan import Plan
+from reslora.diffusion.data.size import Size
+from reslora.diffusion.data.sources import Source
+
+
+def flags_for(folder: Path, model: Path, data: Path, output: str, *more: object) -> list[object]:
+    return [
+        *("--pretrained_model_name_or_path", model, "--train_data_dir", data, "--resolution", 32, "--rank", 2),
+        *("--class_data_dir", folder / "class", "--class_prompt", "a disc", "--num_class_images", 3),
+        *("--train_batch_size", 2, "--max_train_steps", 4, "--checkpointing_steps", 2, "--learning_rate", "1e-2"),
+        *("--num_validation_images", 0, "--num_inference_steps", 1, "--merge_calibration_samples", 2),
+        *("--method", "lora", "--report_to", "none", "--output_dir", folder / output, *more),
+    ]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_missing_is_drawn_by_every_family_and_the_same_again(family, data, tmp_path):
+    """An image that went is drawn as it was; one that somebody has put there counts and stays."""
+    model = FAMILIES[family](tmp_path / "model")
+    flags = flags_for(tmp_path, model, data, "out", "--max_train_steps", 1)
+    assert "drawing 3 class images" in "".join(printed(*flags))
+    drawn = pictures(tmp_path / "class")
+    assert len(drawn) == 3 and not np.array_equal(drawn[0], drawn[1])
+    (tmp_path / "class" / "class-00001.png").unlink()
+    again = flags_for(tmp_path, model, data, "again", "--max_train_steps", 1)
+    assert "drawing 1 class images" in "".join(printed(*again))
+    for before, after in zip(drawn, pictures(tmp_path / "class"), strict=True):
+        assert np.abs(before - after).max() <= 2  # of 255: another batch rounds otherwise
+
+
+def pictures(folder: Path) -> list[np.ndarray]:
+    return [np.asarray(PIL.Image.open(path)).astype(int) for path in sorted(folder.glob("*.png"))]
+
+
+def test_a_run_with_class_images_goes_on_as_if_it_had_not_stopped(model, data, tmp_path):
+    whole, parts = (flags_for(tmp_path, model, data, name) for name in ("whole", "parts"))
+    assert main(*whole) == 0
+    assert main(*parts, "--max_train_steps", 2) == 0
+    assert main(*parts, *RESUME) == 0
+    weights = [final_weights(tmp_path / name, "lora") for name in ("whole", "parts")]
+    assert_same(*weights)
+    assert [row for row in losses(tmp_path / "parts", "lora") if row[0] > 2] == [
+        row for row in losses(tmp_path / "whole", "lora") if row[0] > 2
+    ]
+
+
+def test_class_images_count_by_their_weight(model, data, tmp_path):
+    """Without any the samples are those of a run that has the same images and no weight for these: other losses."""
+    for name, weight in (("one", 1), ("none", 0)):
+        assert main(*flags_for(tmp_path, model, data, name, "--prior_loss_weight", weight, "--max_train_steps", 1)) == 0
+    one, none = (final_weights(tmp_path / name, "lora", step=1) for name in ("one", "none"))
+    assert any(not torch.equal(one[name], none[name]) for name in one)
+    (_, _, of_one), (_, _, of_none) = losses(tmp_path / "one", "lora")[0], losses(tmp_path / "none", "lora")[0]
+    assert of_none < of_one
+
+
+def test_other_class_images_are_another_run(model, data, tmp_path, capsys):
+    flags = flags_for(tmp_path, model, data, "out")
+    assert main(*flags, "--max_train_steps", 2) == 0
+    (tmp_path / "class" / "class-00000.png").unlink()
+    image_folder(tmp_path / "other", 1)
+    (tmp_path / "other" / "0.png").rename(tmp_path / "class" / "mine.png")
+    capsys.readouterr()
+    assert "was trained on" in refused(capsys, *flags, *RESUME, quiet=False)
+
+
+@pytest.mark.parametrize("left_out", ["--class_prompt", "--class_data_dir"])
+def test_one_of_the_flags_alone_is_refused(brief_flags, capsys, tmp_path, left_out):
+    given = {"--class_prompt": "a disc", "--class_data_dir": str(tmp_path / "class")}
+    del given[left_out]
+    line = refused(capsys, *brief_flags, *next(iter(given.items())), "--output_dir", tmp_path / "out")
+    assert left_out in line and not (tmp_path / "class").exists()
+
+
+@pytest.mark.parametrize(("training", "of_class"), [(5, 100), (100, 5), (7, 7)])
+def test_an_epoch_meets_as_many_of_either_and_each_at_least_once(training, of_class):
+    made = [Source(None, None, tuple(range(n)), (), (Size(8, 8),), (0,) * n) for n in (training, of_class)]
+    plan = Plan(balanced(*made), 1, seed=0)
+    met = [plan.forward(number)[0] for number in range(plan.forwards_per_epoch)]
+    counts = [sum(draw.source == source for draw in met) for source in (0, 1)]
+    assert counts[0] == pytest.approx(counts[1], rel=0.5) and len(met) == sum(counts)
+    assert len({(draw.source, draw.image) for draw in met}) == training + of_class
