@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 import reslora
 from reslora.checkpoint import PEFT_PREFIX
-from reslora.common.adapters import adapter_config, attach, load_adapter
-from reslora.common.methods import METHODS
+from reslora.common.adapters import attach, load_adapter
+from reslora.common.methods import METHODS, adapter_config
 from reslora.diffusion.training.state import targets_of
 from reslora.export import PEFT_CONFIG_FILE, PEFT_FILE
 from reslora.files import read_object

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 
@@ -31,7 +31,6 @@ from ..config import ResLoraConfig
 from ..files import check_checksums, write_checksums, write_tensors
 from ..model import connect, connection_of
 from .errors import RunFailed, first_line
-from .methods import METHODS
 
 __all__ = [
     "ADAPTER_NAME",
@@ -56,36 +55,6 @@ _RANKS = "ranks"
 
 
 # -- configuration -----------------------------------------------------------------------------------------------------
-
-
-def adapter_config(
-    method: str,
-    *,
-    r: int,
-    alpha: float,
-    dropout: float,
-    targets: Sequence[str] | str,
-    total_steps: int,
-    task_type: str | None = None,
-    modules_to_save: Sequence[str] | None = None,
-    init_lora_weights: bool | str = True,
-) -> PeftConfig:
-    """Returns PEFT's configuration of a method, as its row in `methods.METHODS` makes it; ResLoRA's is LoRA's.
-
-    `total_steps` is AdaLoRA's schedule. LoHa and LoKr have no dropout of their input: theirs is of ranks.
-    `init_lora_weights` is LoRA's alone; diffusers' scripts take "gaussian".
-
-    Raises `ValueError` for a method that is not in `METHODS`.
-    """
-    if method not in METHODS:
-        raise ValueError(f"method={method!r} is not one of {', '.join(map(repr, METHODS))}")
-    shared = {
-        "target_modules": targets if isinstance(targets, str) else list(targets),
-        "task_type": task_type,
-        "modules_to_save": list(modules_to_save) if modules_to_save else None,
-    }
-    settings = {"r": r, "alpha": alpha, "dropout": dropout, "init_lora_weights": init_lora_weights}
-    return METHODS[method].config(**settings, total_steps=total_steps, **shared)
 
 
 def known_targets(model_type: str) -> list[str] | None:

@@ -6,7 +6,7 @@ Flags, checks, exports and the application go by these rows. Nothing heavy is im
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -87,7 +87,7 @@ class Method:
     color: str
     """Of its curve on the application's page."""
     config: Callable[..., PeftConfig]
-    """PEFT's configuration; takes what `adapters.adapter_config` does."""
+    """PEFT's configuration; takes what `adapter_config` does."""
     plain_lora: Callable[[nn.Module], nn.Module] | None = itself
     """The trained (and merged) model as the plain LoRA that it amounts to, from which diffusers', kohya's and ComfyUI's
     files are made; None where it amounts to none, and PEFT's form and merged weights are all there is."""
@@ -120,6 +120,36 @@ METHODS = {
         Method("lokr", "LoKr", "Kronecker products", "#0c8599", lokr, None, quantised=False),
     )
 }  # fmt: skip
+
+
+def adapter_config(
+    method: str,
+    *,
+    r: int,
+    alpha: float,
+    dropout: float,
+    targets: Sequence[str] | str,
+    total_steps: int,
+    task_type: str | None = None,
+    modules_to_save: Sequence[str] | None = None,
+    init_lora_weights: bool | str = True,
+) -> PeftConfig:
+    """Returns PEFT's configuration of a method, as its row in `METHODS` makes it; ResLoRA's is LoRA's.
+
+    `total_steps` is AdaLoRA's schedule. LoHa and LoKr have no dropout of their input: theirs is of ranks.
+    `init_lora_weights` is LoRA's alone; diffusers' scripts take "gaussian".
+
+    Raises `ValueError` for a method that is not in `METHODS`.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is not one of {', '.join(map(repr, METHODS))}")
+    shared = {
+        "target_modules": targets if isinstance(targets, str) else list(targets),
+        "task_type": task_type,
+        "modules_to_save": list(modules_to_save) if modules_to_save else None,
+    }
+    settings = {"r": r, "alpha": alpha, "dropout": dropout, "init_lora_weights": init_lora_weights}
+    return METHODS[method].config(**settings, total_steps=total_steps, **shared)
 
 
 IN_WORDS = "; ".join(f"{row.name}: {row.help}" for row in METHODS.values())

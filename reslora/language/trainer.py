@@ -23,9 +23,9 @@ from transformers.utils import logging
 
 from ..chains import base_model
 from ..common import adapters
-from ..common.adapters import adapter_config, check_rank, known_targets, load_adapter, rank_allocator, save_adapter
+from ..common.adapters import check_rank, known_targets, load_adapter, rank_allocator, save_adapter
 from ..common.errors import InvalidArgument, RunFailed, Stopped, refused_as
-from ..common.methods import METHODS, check_steps, refuse_deepspeed
+from ..common.methods import METHODS, adapter_config, check_steps, refuse_deepspeed
 from ..common.recovery import cannot_be_loaded, set_others_aside
 from ..common.signals import StopRequest
 from ..common.together import decided

@@ -12,7 +12,8 @@ from pipelines import FAMILIES
 from app.recipe import Drawn, Request
 from app.runs import BASE, Library
 from app.studio import Studio, calibration_of
-from reslora.common.adapters import adapter_config, attach, save_adapter
+from reslora.common.adapters import attach, save_adapter
+from reslora.common.methods import adapter_config
 from reslora.config import ResLoraConfig
 from reslora.diffusion.arguments import Flags
 from reslora.diffusion.model.loading import find_model

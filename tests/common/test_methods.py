@@ -45,7 +45,7 @@ def test_too_few_steps_are_refused_where_a_method_needs_more():
 
 def test_a_new_baseline_is_a_row(monkeypatch):
     """Flags of both trainers offer it, and the adapter is what its row makes."""
-    from reslora.common.adapters import adapter_config
+    from reslora.common.methods import adapter_config
 
     row = METHODS["lora"]
     monkeypatch.setitem(METHODS, "mine", type(row)("mine", "Mine", "made up", "#000000", METHODS["lokr"].config, None))

@@ -425,9 +425,9 @@ def test_resume_refuses_another_schedule_of_noise_at_the_same_place(brief_flags,
 @pytest.fixture
 def keep(model, tmp_path):
     """Saves the learner at a step, with these flags; returns the checkpoint. `keep.learner` is a fresh ResLoRA."""
-    material, _, denoiser = exact_steps.setting(model)
+    material, loss, denoiser = exact_steps.setting(model)
     accelerator = Accelerator(cpu=True)
-    learner = exact_steps.learner_of(denoiser, material, accelerator)
+    learner = exact_steps.learner_of(denoiser, loss, accelerator)
 
     def save(step: int, **flags) -> Path:
         learner.step, learner.seconds = step, 10.0 * step

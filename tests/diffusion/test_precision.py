@@ -15,8 +15,8 @@ from torch import nn
 
 import reslora
 from diffusion.runs import RESUME, losses, main, refused
-from reslora.common.adapters import adapter_config, attach
-from reslora.common.methods import METHODS
+from reslora.common.adapters import attach
+from reslora.common.methods import METHODS, adapter_config
 from reslora.diffusion.model.families import load_family
 from reslora.diffusion.model.families.base import Conditions, Family
 from reslora.diffusion.model.quantising import FORMATS, PackedLinear, pack, try_format

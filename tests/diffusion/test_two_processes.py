@@ -38,13 +38,13 @@ def whole(flags, tmp_path_factory) -> Path:
 SLOW = """
 import pathlib, sys, time
 sys.path[:0] = {path!r}
-import reslora.diffusion.run as running
-save_checkpoint = running.save_checkpoint
+from reslora.diffusion.training import checkpoints
+write_checkpoint = checkpoints.write_checkpoint
 def slowly(*arguments):
     pathlib.Path({folder!r}, "saving").touch()
     time.sleep(2)
-    save_checkpoint(*arguments)
-running.save_checkpoint = slowly
+    write_checkpoint(*arguments)
+checkpoints.write_checkpoint = slowly
 import train_sd
 sys.exit(train_sd.main())
 """

@@ -15,8 +15,8 @@ from diffusers.training_utils import cast_training_params
 from peft import PeftConfig
 from torch import nn
 
-from ...common.adapters import RankAllocator, adapter_config, attach, rank_allocator
-from ...common.methods import METHODS
+from ...common.adapters import RankAllocator, attach, rank_allocator
+from ...common.methods import METHODS, adapter_config
 from ...config import ResLoraConfig
 from ..arguments import Flags
 from ..context import Context

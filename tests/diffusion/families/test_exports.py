@@ -15,9 +15,11 @@ from safetensors.torch import load_file
 import reslora
 import train_sd
 from reslora.diffusion.arguments import Flags
+from reslora.diffusion.context import Context
 from reslora.diffusion.model.families import load_family
 from reslora.diffusion.output.calibration import read_calibration
 from reslora.diffusion.output.exports import kohya_metadata
+from reslora.diffusion.training.schedule import Schedule
 
 CAPTIONS = ["red disc", "blue", "red blue disc box"]
 
@@ -159,10 +161,14 @@ def test_model_managers_recognise_the_file(runs, family, file, version):
 )
 def test_what_a_model_predicts_is_in_kohyas_and_stability_ais_names(width, prediction, version, architecture):
     """As sd-scripts writes them; A1111 tells 2.x by `ss_v2`."""
-    flags = Flags(pretrained_model_name_or_path="sd", learning_rate=1.0, seed=0, max_train_steps=1, resolution=8)
+    flags = Flags(
+        pretrained_model_name_or_path="sd", learning_rate=1.0, seed=0, resolution=8, use_aspect_ratio_buckets=False
+    )
     material = SimpleNamespace(flags=flags, objective=SimpleNamespace(prediction_type=prediction))
+    context = Context(flags, SimpleNamespace(family=load_family("StableDiffusionPipeline")), None, None)
     config = SimpleNamespace(cross_attention_dim=width)
-    metadata = kohya_metadata(load_family("StableDiffusionPipeline"), config, material)
+    metadata = kohya_metadata(config, material, Schedule(7, 1, 0, False), context)
+    assert metadata["ss_steps"] == "7"
     assert metadata["ss_base_model_version"] == version and metadata["ss_v2"] == str(width == 1024)
     assert metadata["modelspec.architecture"] == f"{architecture}/lora"
     assert metadata["modelspec.prediction_type"] == prediction.removesuffix("_prediction")
