@@ -35,7 +35,6 @@ from .errors import RunFailed, first_line
 __all__ = [
     "ADAPTER_NAME",
     "RankAllocator",
-    "adapter_config",
     "as_plain_lora",
     "attach",
     "check_rank",

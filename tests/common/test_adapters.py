@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 import reslora
 from reslora.chains import base_model
 from reslora.common.adapters import (
-    adapter_config,
     as_plain_lora,
     attach,
     check_rank,
@@ -24,7 +23,7 @@ from reslora.common.adapters import (
     trained_state,
 )
 from reslora.common.errors import RunFailed
-from reslora.common.methods import METHODS
+from reslora.common.methods import METHODS, adapter_config
 from reslora.files import write_checksums
 from reslora.model import connection_of
 
