@@ -524,6 +524,7 @@ CORE = (
     "config",
     "chains",
     "tracing",
+    "merges",
     "merging",
     "regression",
     "calibration",
