@@ -51,7 +51,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
             aside = temporary_beside(path, ".old")
             path.rename(aside)
             temporary.rename(path)
-            _remove(aside)
+            remove(aside)
         else:
             temporary.replace(path)
     except OSError as error:
@@ -59,7 +59,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
             error.filename = str(path)
         raise
     finally:
-        _remove(temporary)
+        remove(temporary)
 
 
 def remove_leftovers(folder: str | os.PathLike) -> None:
@@ -75,7 +75,7 @@ def remove_leftovers(folder: str | os.PathLike) -> None:
                 seen = host == _host() and os.name == "posix"  # elsewhere `os.kill` would end the process
                 old = time.time() - path.lstat().st_mtime > ABANDONED
                 if _is_gone(int(process), start) if seen else old:
-                    _remove(path)
+                    remove(path)
 
 
 def temporary_beside(path: Path, suffix: str = "") -> Path:
@@ -199,7 +199,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Removes a file, a link or a folder with all it holds, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

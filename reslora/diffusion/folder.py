@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,11 +64,6 @@ def _clear_leftovers(folder: Path) -> None:
         *(folder / method / part for method in METHODS for part in (".", "samples")),
     ):
         remove_leftovers(place)
-
-
-def remove(path: Path) -> None:
-    """Removes a file or a folder with all it holds."""
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def cache_folder(flags: Flags) -> Path:

@@ -15,7 +15,7 @@ from ..common.together import decided, each, gathered
 from .arguments import Flags
 from .checks import check_base_precision, check_methods, check_pipeline, with_rank
 from .context import Context
-from .data.class_images import load_class_images
+from .data.class_images import load_class_images, missing_class_images
 from .data.dataset import ImageDataset, data_flag, load_images
 from .data.material import material_of
 from .data.samples import Material
@@ -45,6 +45,8 @@ def run(flags: Flags, stop: StopRequest) -> None:
         decided(lambda: take_folder(flags, stack))
         images = each(lambda: load_images(flags))
         context = settle(flags, accelerator, stop)
+        if decided(lambda: missing_class_images(context.flags)):
+            each(lambda: load_and_check(context))  # to draw them takes minutes
         class_images = load_class_images(context)
         kinds = [images, class_images] if class_images else [images]
         identity = identity_of(kinds, context)
@@ -109,7 +111,7 @@ def load_and_check(context: Context) -> tuple[DiffusionPipeline, Objective]:
 def start_method(
     method: str, pipeline: DiffusionPipeline, material: Material, schedule: Schedule, context: Context
 ) -> Learner:
-    """A method at its start, and the drawing pipeline around what it trains."""
+    """A method at its start."""
     denoiser = context.model.load_denoiser(context.dtype, context.accelerator.device, context.flags.base_precision)
     loss = DenoisingLoss(context, material.objective, pipeline, denoiser.config)
     renew_scaler(context.accelerator)

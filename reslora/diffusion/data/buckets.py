@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 from .size import Size
@@ -15,19 +16,20 @@ def step_of(resolution: int, multiple: int) -> int:
     return max(multiple, resolution // STEPS // multiple * multiple)
 
 
-def ladder(resolution: int, multiple: int) -> list[Size]:
+@functools.cache
+def ladder(resolution: int, multiple: int) -> tuple[Size, ...]:
     """Buckets for images that are no smaller, none larger in area than the square of `resolution`.
 
     From 512 on, an image of any shape from 1:2 to 2:1 keeps at least 0.957 of its area (a test says so).
     """
     step, area = step_of(resolution, multiple), resolution**2
     sides = range(step, 2 * resolution + 1, step)
-    return [
+    return tuple(
         Size(height, width)
         for height in sides
         for width in sides
         if SMALLEST * area <= height * width <= area and max(height, width) <= LONGEST * min(height, width)
-    ]
+    )
 
 
 def named_buckets(text: str) -> list[Size]:

@@ -12,6 +12,7 @@ import torch
 
 from ...common.together import decided, each
 from ...files import replacing
+from ..arguments import Flags
 from ..context import Context
 from ..seeds import derive
 from .dataset import ImageDataset, load_images
@@ -29,14 +30,21 @@ def load_class_images(context: Context) -> ImageDataset | None:
     return each(lambda: load_images(here, caption=flags.class_prompt))
 
 
+def missing_class_images(flags: Flags) -> int:
+    """How many the model has to draw; 0 without --class_data_dir."""
+    if flags.class_data_dir is None:
+        return 0
+    there = sum(path.suffix.lower() in SUFFIXES for path in Path(flags.class_data_dir).rglob("*"))
+    return max(0, flags.num_class_images - there)
+
+
 def draw_missing(context: Context) -> None:
     """Draws --class_prompt until --num_class_images are there: image number n is a function of the seed and n."""
     flags, folder = context.flags, Path(context.flags.class_data_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    there = sum(path.suffix.lower() in SUFFIXES for path in folder.rglob("*"))
-    missing = flags.num_class_images - there
-    if missing <= 0:
+    missing = missing_class_images(flags)
+    if not missing:
         return
+    folder.mkdir(parents=True, exist_ok=True)
     names = (folder / f"class-{number:05d}.png" for number in range(flags.num_class_images))
     todo = [path for path in names if not path.exists()][:missing]
     context.accelerator.print(f"drawing {len(todo)} class images into {folder}")

@@ -44,6 +44,7 @@ class Plan:
                 self.buckets.setdefault(size, []).extend([(number, image)] * source.repeats)
         self.sizes = list(self.buckets)
         self.order = functools.lru_cache(2 * len(self.sizes) + 2)(self._order)
+        self.slots = functools.lru_cache(2)(self._slots)
 
     def forward(self, number: int) -> list[Draw]:
         """The samples of a forward."""
@@ -56,7 +57,7 @@ class Plan:
             draws.append(Draw(source, image, size, number * self.per_forward + i))
         return draws
 
-    @property
+    @functools.cached_property
     def forwards_per_epoch(self) -> int:
         """How many forwards meet every image."""
         return sum(self._forwards(size) for size in self.sizes)
@@ -70,9 +71,17 @@ class Plan:
         if len(self.sizes) == 1:
             return 0, number * self.per_forward, 0
         epoch, slot = divmod(number, self.forwards_per_epoch)
-        slots = [bucket for bucket, size in enumerate(self.sizes) for _ in range(self._forwards(size))]
-        chosen = [slots[place] for place in self.order(len(slots), -1, epoch)[: slot + 1]]
-        return chosen[-1], (chosen.count(chosen[-1]) - 1) * self.per_forward, epoch
+        bucket, ordinal = self.slots(epoch)[slot]
+        return bucket, ordinal * self.per_forward, epoch
+
+    def _slots(self, epoch: int) -> list[tuple[int, int]]:
+        """The bucket of each forward of an epoch, and which of the bucket's forwards it is."""
+        buckets = [bucket for bucket, size in enumerate(self.sizes) for _ in range(self._forwards(size))]
+        seen, slots = [0] * len(self.sizes), []
+        for place in self.order(len(buckets), -1, epoch):
+            slots.append((buckets[place], seen[buckets[place]]))
+            seen[buckets[place]] += 1
+        return slots
 
     def _forwards(self, size: Size) -> int:
         return math.ceil(len(self.buckets[size]) / self.per_forward)

@@ -16,9 +16,17 @@ from ...common.errors import InvalidArgument, RunFailed, first_line
 from ...common.methods import METHODS
 from ...common.recovery import cannot_be_loaded, numbered, set_aside, set_others_aside, step_of
 from ...common.together import decided, each
-from ...files import Damaged, check_checksums, read_object, replacing, temporary_beside, write_checksums, write_json
+from ...files import (
+    Damaged,
+    check_checksums,
+    read_object,
+    remove,
+    replacing,
+    temporary_beside,
+    write_checksums,
+    write_json,
+)
 from ..arguments import Flags
-from ..folder import remove
 from .schedule import Schedule
 from .state import Learner
 
@@ -134,11 +142,8 @@ def is_trained(flags: Flags, folder: Path, record: dict) -> bool:
     """Whether a method was exported after as many steps or epochs as are asked for now; more cannot be undone."""
     step, steps = record.get("step"), flags.max_train_steps
     if isinstance(step, int) and steps and step > steps:
-        problem, fix = (
-            f"{folder} was trained for {step} already",
-            "give at least as many, or choose another --output_dir",
-        )
-        raise InvalidArgument(f"--max_train_steps {steps}", problem, fix)
+        fix = "give at least as many, or choose another --output_dir"
+        raise InvalidArgument(f"--max_train_steps {steps}", f"{folder} was trained for {step} already", fix)
     same_epochs = bool(record.get("by_epochs")) and record.get("num_train_epochs") == flags.num_train_epochs
     return step == steps if steps else same_epochs
 
@@ -210,12 +215,16 @@ def save_checkpoint(learner: Learner, folder: Path, flags: Flags, identity: Iden
     """
     state = learner.state(accelerator)
     record = {"method": learner.method, "step": learner.step, "seconds": learner.seconds} | past_of(flags, identity)
-    decided(lambda: write_checkpoint(learner, folder / f"checkpoint-{learner.step}", state, record))
-    if flags.checkpoints_total_limit and accelerator.is_main_process:
-        of_this_line = [old for old in checkpoints_of(folder) if step_of(old) <= learner.step]
-        for old in of_this_line[flags.checkpoints_total_limit :]:
-            # Under another name first: a kill half-way must not leave half a checkpoint.
-            remove(old.rename(temporary_beside(old)))
+
+    def write() -> None:
+        write_checkpoint(learner, folder / f"checkpoint-{learner.step}", state, record)
+        if flags.checkpoints_total_limit:
+            of_this_line = [old for old in checkpoints_of(folder) if step_of(old) <= learner.step]
+            for old in of_this_line[flags.checkpoints_total_limit :]:
+                # Under another name first: a kill half-way must not leave half a checkpoint.
+                remove(old.rename(temporary_beside(old)))
+
+    decided(write)
 
 
 def write_checkpoint(learner: Learner, path: Path, state: dict, record: dict) -> None:
