@@ -92,3 +92,8 @@ def test_an_epoch_meets_as_many_of_either_and_each_at_least_once(training, of_cl
     counts = [sum(draw.source == source for draw in met) for source in (0, 1)]
     assert counts[0] == pytest.approx(counts[1], rel=0.5) and len(met) == sum(counts)
     assert len({(draw.source, draw.image) for draw in met}) == training + of_class
+
+
+def test_what_can_be_refused_is_refused_before_any_is_drawn(model, data, tmp_path, capsys):
+    line = refused(capsys, *flags_for(tmp_path, model, data, "out", "--resolution", 33), quiet=False)
+    assert "--resolution 33" in line and not (tmp_path / "class").exists()
