@@ -77,7 +77,7 @@ def test_accumulated_steps_are_those_of_one_batch(model, one_batch, batch, accum
 
 @pytest.mark.parametrize(("batch", "accumulation"), [(2, 1), (1, 2)])
 def test_steps_of_two_processes_are_those_of_one_batch(model, one_batch, tmp_path, batch, accumulation):
-    script, paths = tmp_path / "script.py", [str(Path(__file__).resolve().parents[level]) for level in (1, 2)]
+    script, paths = tmp_path / "script.py", [str(Path(__file__).resolve().parents[level]) for level in (2, 3)]
     script.write_text(
         f"import sys\nsys.path[:0] = {paths}\nfrom diffusion import exact_steps\nexact_steps.main(*sys.argv[1:])\n"
     )
