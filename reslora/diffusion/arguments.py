@@ -19,6 +19,7 @@ from ..merges import NAMES as MERGES
 SAMPLINGS = ("uniform", "logit_normal", "mode", "sigmoid", "shift", "flux_shift")
 BASE_PRECISIONS = ("no", "fp8", "int8", "nf4")
 WEIGHTINGS = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
+SEVERAL = ("learning_rate", "seed", "rank", "shortcut")  # several values of one of these make a run an experiment
 SWITCH = {"action": argparse.BooleanOptionalAction, "default": False}
 
 # A flag left alone takes the first value with a bundled pipeline and the second with a model the user names;
@@ -118,6 +119,7 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
         ("training", add_training_flags),
         ("optimizer", add_optimizer_flags),
         ("samples and validation loss", add_validation_flags),
+        ("experiments", add_experiment_flags),
         ("output, checkpoints and reports", add_output_flags),
     ):
         add_flags(parser.add_argument_group(title).add_argument)
@@ -173,14 +175,14 @@ def add_method_flags(add: Callable) -> None:
     """Which adapter, and how it is merged."""
     add("--method", nargs="+", choices=METHODS,
         help=f"trained one after the other on the same samples. {IN_WORDS}")
-    add("--rank", type=whole(1), help="rank of the update matrices")
+    add("--rank", type=whole(1), nargs="+", help="rank of the update matrices")
     add("--lora_alpha", type=number(0, exclusive=True), help="scale times rank; default: twice the rank")
     add("--lora_dropout", type=number(0, below=1), default=0.0,
         help="dropout on the adapter's input (of ranks for loha and lokr)")
     add("--target_modules", nargs="+", metavar="NAME",
         help="layers of the denoiser that get an adapter, by the end of their name; or one regular expression of "
              "their whole names")
-    add("--shortcut", choices=SHORTCUTS, default="input",
+    add("--shortcut", nargs="+", choices=SHORTCUTS, default="input",
         help="ResLoRA: what a block gets from the blocks before it")
     add("--pre_num", type=whole(-1), default=DEFAULT_PRE_NUM,
         help="ResLoRA: how many blocks before it, -1 for all; with --shortcut input any number but 0 means one")
@@ -229,7 +231,7 @@ def add_data_flags(add: Callable) -> None:
 
 def add_training_flags(add: Callable) -> None:
     """How long, how much at once, and on which loss."""
-    add("--seed", type=whole(0), default=0, help="the same seed gives the same bytes")
+    add("--seed", type=whole(0), nargs="+", default=0, help="the same seed gives the same bytes")
     add("--train_batch_size", type=whole(1), default=16, help="samples per process and forward")
     add("--gradient_accumulation_steps", type=whole(1), default=1, help="forwards per step")
     add("--num_train_epochs", type=whole(1),
@@ -260,7 +262,7 @@ def add_training_flags(add: Callable) -> None:
 
 def add_optimizer_flags(add: Callable) -> None:
     """AdamW and its learning rate."""
-    add("--learning_rate", type=number(0, exclusive=True), help="highest learning rate")
+    add("--learning_rate", type=number(0, exclusive=True), nargs="+", help="highest learning rate")
     add("--scale_lr", **SWITCH, help="multiply it by batch size, accumulation steps and processes")
     add("--lr_scheduler", default="constant", help="how it changes",
         choices=["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
@@ -289,6 +291,18 @@ def add_validation_flags(add: Callable) -> None:
              "the rest is not trained on either")
     add("--num_inference_steps", type=whole(1), help="denoising steps of a sample")
     add("--guidance_scale", type=number(0), help="classifier-free guidance of a sample")
+
+
+def add_experiment_flags(add: Callable) -> None:
+    """Several values of --learning_rate, --seed, --rank or --shortcut: what is tried, and which images judge it."""
+    add("--select_split", type=number(0, below=1, exclusive=True),
+        help="experiments: share of the images by which learning rates and checkpoints are chosen (default: 0.1)")
+    add("--test_split", type=number(0, below=1, exclusive=True),
+        help="experiments: share of the images by which methods are compared in the end (default: 0.1)")
+    add("--extend_rates", **SWITCH,
+        help="experiments: where the best learning rate is the lowest or highest, try the next one, up to three times")
+    add("--experiment_minutes", type=number(0, exclusive=True),
+        help="experiments: time after which none is begun that would not end in it; the same command goes on")
 
 
 def add_output_flags(add: Callable) -> None:

@@ -22,21 +22,19 @@ from .sources import Source, split
 def material_of(
     kinds: Sequence[ImageDataset], pipeline: DiffusionPipeline, objective: Objective, context: Context
 ) -> Material:
-    """Captions and images encoded, or found encoded on disk; what only encoding needs leaves the memory.
+    """Captions and images encoded, or found encoded on disk.
 
     `kinds`: the images to be learnt, and class images where there are any.
     """
-    flags, family = context.flags, context.model.family
+    family = context.model.family
     texts = texts_of([options for images in kinds for options in images.captions], pipeline, context)
     sources = tuple(source_of(images, pipeline, number > 0, context) for number, images in enumerate(kinds))
-    if flags.cache_latents:
-        pipeline.vae.encoder = None  # samples need the decoder alone
     for source in sources:
         tell_what_is_left_out(source.images, context)
     sources = balanced(*sources) if len(sources) > 1 else sources
     sizes = {size for source in sources for size in source.buckets}
     shapes = {size: family.latent_shape(pipeline, size.height, size.width) for size in sizes}
-    return Material(sources, texts, objective, shapes, flags)
+    return Material(sources, texts, objective, shapes, context.flags)
 
 
 def texts_of(captions: Sequence[Sequence[str]], pipeline: DiffusionPipeline, context: Context) -> Texts:

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline
 from peft import PeftModel
 from torch import nn
 
 from ... import export
 from ...chains import Chains, chains
 from ...common.adapters import load_adapter, remove_adapters
-from ...common.errors import RunFailed, first_line
+from ...common.errors import Diverged, RunFailed, first_line
 from ...common.methods import METHODS
 from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 from ...files import write_json
@@ -51,46 +52,44 @@ def export_method(
 
     Returns how far each file's image is from the merged model's: the largest difference of any pixel, of 255.
 
-    Raises `RunFailed`, with nothing exported, if the model has diverged; or if an export does not draw what the merged
+    Raises `Diverged`, with nothing exported, if the model has; `RunFailed` if an export does not draw what the merged
     model draws.
     """
     flags, method, accelerator = context.flags, learner.method, context.accelerator
-    folder = context.folder / method
-    accelerator.print(f"{method}: merging, exporting and comparing")
+    name, folder = learner.name, context.folder_of(method)
+    accelerator.print(f"{name}: merging, exporting and comparing")
     prompts, images = flags.validation_prompt, flags.num_validation_images
     shown = bool(prompts and images)
     if not shown:
         prompts, images = [next((text for text in material.texts.places if text), "")], 1
-    with exact_products(), in_float32(drawer):
+    with exact_products(), in_float32(drawer.pipeline):
         denoiser = exact_denoiser(learner, schedule, context)
-        merged = merge_reslora(denoiser, learner.trained.loss, material) if METHODS[method].shortcuts else None
-        if plain_lora := METHODS[method].plain_lora:
-            denoiser = plain_lora(denoiser)
+        denoiser, merged = as_plain_lora(denoiser, method, learner.trained.loss, material)
         drawn = drawer.draw(denoiser.eval(), prompts, images)
-        reference, *_ = [finite(image, method) for image in drawn]
+        reference, *_ = [finite(image, name) for image in drawn]
         if merged is not None:
             write_merge(merged, folder)
-            accelerator.print(f"{method}: {merged.report}")
+            accelerator.print(f"{name}: {merged.report}")
         (folder / EXPORTS).unlink(missing_ok=True)  # until all files are of this merge
         write_formats(denoiser, method, kohya_metadata(denoiser.config, material, schedule, context), context)
         if shown:
             save_images(folder / "merged", [as_image(image) for image in drawn], images)
         differences = {}
-        for name, other in read_back(denoiser, method, drawer, context):
-            picture = finite(drawer.draw(other, prompts[:1], 1)[0], f"{method}/{name}")
-            differences[name] = int(np.abs(picture.astype(int) - reference.astype(int)).max())
-            if differences[name] > TOLERANCE:
-                problem = f"its image differs by {differences[name]}/255 from the merged model's"
-                raise RunFailed(f"{method}/{name}: {problem}; {TOLERANCE}/255 is allowed")
+        for file, other in read_back(denoiser, method, drawer, context):
+            picture = finite(drawer.draw(other, prompts[:1], 1)[0], f"{name}/{file}")
+            differences[file] = int(np.abs(picture.astype(int) - reference.astype(int)).max())
+            if differences[file] > TOLERANCE:
+                problem = f"its image differs by {differences[file]}/255 from the merged model's"
+                raise RunFailed(f"{name}/{file}: {problem}; {TOLERANCE}/255 is allowed")
     return differences
 
 
 def finite(drawn: np.ndarray, what: str) -> np.ndarray:
-    """An image as bytes; raises `RunFailed` where pixels are not finite."""
+    """An image as bytes; raises `Diverged` where pixels are not finite."""
     try:
         return as_bytes(drawn)
     except ValueError as error:
-        raise RunFailed(
+        raise Diverged(
             f"{what}: it draws {error}: training has diverged; start again with a lower --learning_rate"
         ) from None
 
@@ -110,39 +109,53 @@ def exact_products() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def in_float32(drawer: Drawer) -> Iterator[None]:
+def in_float32(pipeline: DiffusionPipeline) -> Iterator[None]:
     """The drawing pipeline in float32, and afterwards as it was."""
-    dtype = drawer.pipeline.vae.dtype
-    drawer.pipeline.to(torch.float32)
+    dtype = pipeline.vae.dtype
+    pipeline.to(torch.float32)
     try:
         yield
     finally:
-        drawer.pipeline.to(dtype)
+        pipeline.to(dtype)
 
 
 def exact_denoiser(learner: Learner, schedule: Schedule, context: Context) -> nn.Module:
     """The trained denoiser in float32: the one that was trained, or where its base is rounded or packed, anew."""
-    flags, model, accelerator = context.flags, context.model, context.accelerator
-    plain = accelerator.mixed_precision == "no" and flags.base_precision == "no"
+    plain = context.accelerator.mixed_precision == "no" and context.flags.base_precision == "no"
     if plain and learner.denoiser.dtype == torch.float32:
         return learner.denoiser
-    denoiser = model.load_denoiser(torch.float32, accelerator.device)
-    add_adapter(denoiser, learner.method, flags, schedule.steps)
-    load_adapter(denoiser, context.folder / learner.method / f"checkpoint-{learner.step}")
+    checkpoint = context.folder_of(learner.method) / f"checkpoint-{learner.step}"
+    return saved_denoiser(learner.method, checkpoint, schedule, context)
+
+
+def saved_denoiser(method: str, adapter: Path, schedule: Schedule, context: Context) -> nn.Module:
+    """The denoiser in float32 with a method's adapter as it was saved, unmerged."""
+    denoiser = context.model.load_denoiser(torch.float32, context.accelerator.device)
+    add_adapter(denoiser, method, context.flags, schedule.steps)
+    load_adapter(denoiser, adapter)
     return denoiser
 
 
 # -- merging -----------------------------------------------------------------------------------------------------------
 
 
+def as_plain_lora(
+    denoiser: nn.Module, method: str, loss: DenoisingLoss, material: Material
+) -> tuple[nn.Module, Merged | None]:
+    """The denoiser with its shortcuts merged away and as the plain LoRA that it amounts to, as far as the method is."""
+    merged = merge_reslora(denoiser, loss, material) if METHODS[method].shortcuts else None
+    plain_lora = METHODS[method].plain_lora
+    return plain_lora(denoiser) if plain_lora else denoiser, merged
+
+
 def merge_reslora(denoiser: nn.Module, loss: DenoisingLoss, material: Material) -> Merged:
-    """Folds the shortcuts into plain LoRA weights; raises `RunFailed` for weights that have diverged."""
+    """Folds the shortcuts into plain LoRA weights; raises `Diverged` where they cannot be."""
     plan, calibration = chains(denoiser), calibration_batches(loss, material)
     try:
         report = merge(denoiser, method=material.flags.merge, calibration=calibration or None)
     except ValueError as error:
         advice = "where numbers are not finite, training has diverged: start again with a lower --learning_rate"
-        raise RunFailed(f"reslora: it cannot be merged ({first_line(error)}); {advice}") from None
+        raise Diverged(f"reslora: it cannot be merged ({first_line(error)}); {advice}") from None
     return Merged(plan, report, calibration)
 
 
@@ -175,7 +188,7 @@ def write_merge(merged: Merged, folder: Path) -> None:
 
 def write_formats(denoiser: nn.Module, method: str, metadata: dict[str, str], context: Context) -> None:
     """Every format that the method can be written in."""
-    family, folder = context.model.family, context.folder / method
+    family, folder = context.model.family, context.folder_of(method)
     export.export_peft(denoiser, folder / "peft")
     export.export_merged(denoiser, folder / family.denoiser)
     if METHODS[method].plain_lora:
@@ -224,7 +237,7 @@ def kohya_metadata(config: Mapping, material: Material, schedule: Schedule, cont
 
 def read_back(denoiser: nn.Module, method: str, drawer: Drawer, context: Context) -> Iterator[tuple[str, nn.Module]]:
     """Each export's name and the denoiser that stock diffusers or PEFT makes of it, one at a time."""
-    model, folder = context.model, context.folder / method
+    model, folder = context.model, context.folder_of(method)
     name, pipeline = model.family.denoiser, drawer.pipeline
     before = getattr(pipeline, name)
     remove_adapters(denoiser)

@@ -185,7 +185,7 @@ def compared(folder: Path, monkeypatch, drawn: float, read: float) -> dict:
     monkeypatch.setattr(results, "read_back", lambda *_: [("peft", Picture(read))])
     monkeypatch.setattr(results, "kohya_metadata", lambda *_: {})
     flags = Flags(validation_prompt=["red disc"], num_validation_images=1, output_dir=str(folder.parent))
-    learner, accelerator = SimpleNamespace(method=folder.name), SimpleNamespace(print=lambda *_: None)
+    learner, accelerator = SimpleNamespace(method=folder.name, name=folder.name), SimpleNamespace(print=lambda *_: None)
     return results.export_method(learner, None, Picture(0), None, Context(flags, None, accelerator, None))
 
 
