@@ -63,9 +63,8 @@ def parts_of(images: Mapping[int, ImageDataset], flags: Flags) -> Parts:
     cuts = cut([min(marks[image] for image in group) for group in groups], flags.select_split, flags.test_split)
     train, select, test = ([image for number in numbers for image in groups[number]] for numbers in cuts)
     select, test = (list({marks[image]: image for image in reversed(part)}.values())[::-1] for part in (select, test))
-    return Parts(
-        *(tuple(flat[image] for image in part) for part in (train, select, test)), len(set(marks)) - len(groups)
-    )
+    parts = [tuple(flat[image] for image in part) for part in (train, select, test)]
+    return Parts(parts[0], parts[1], parts[2], duplicates=len(flat) - len(groups))
 
 
 def cut(marks: Sequence[str], select: float, test: float) -> tuple[list[int], list[int], list[int]]:
