@@ -179,16 +179,6 @@ def nearest(losses: Mapping[float, float]) -> list[float]:
     return sorted(rates, key=lambda rate: (abs(rates.index(rate) - best), losses[rate]))
 
 
-def best_trials(grids: Grids, seeds: Sequence[int], losses: Losses) -> list[Arm]:
-    """The arms among which each label's rate is chosen: those of rates that have ended with the most seeds."""
-    found = []
-    for label, rates in grids.items():
-        ended = {rate: [arm for seed in seeds if (arm := Arm(label, rate, seed)) in losses] for rate in rates}
-        most = max(map(len, ended.values()))
-        found += [arm for arms in ended.values() if arms and len(arms) == most for arm in arms]
-    return found
-
-
 # -- more rates --------------------------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ from ..folder import EXPERIMENT
 from ..run import Setting
 from ..training.checkpoints import EXPORTS, MERGING, Identity, check_past, checkpoints_of, past_of
 from . import record
-from .arms import Arm, best_trials
+from .arms import Arm
 from .course import ENDED, Course
 from .judging import export_chosen, is_tested, tested
 from .measure import measured_at
@@ -98,13 +98,13 @@ class Results:
         """Chooses by the select images, reads the test images once, compares, and tells all."""
         course = self.course
         losses = course.losses()
-        trials = best_trials(course.grids, course.seeds, losses)
-        self.chosen = choose([course.record(arm) for arm in trials])
+        self.chosen = choose([course.record(arm) for arm in course.arms()])
         judged = [arm for arm in losses if self.is_chosen(arm)]
         self.readings += any(not is_tested(self.step_of(arm), self.parts.test, self.setting_of(arm)) for arm in judged)
         self.tests = {arm: tested(self.step_of(arm), self.parts.test, self.setting_of(arm)) for arm in judged}
         self.verdicts = compare([course.record(arm, test) for arm, test in self.tests.items()], self.chosen)
-        self.notes = [*self.unfinished(len(losses)), *self.others(), *self.read_again(), *self.export(judged)]
+        self.notes = [*self.unfinished(len(losses)), *self.others(), *self.failed(), *self.at_ends()]
+        self.notes += [*self.read_again(), *self.export(judged)]
         experiment = self.write()
         write_report(experiment, course.folder)
         for line in (*self.notes, *(verdict["sentence"] for verdict in self.verdicts)):
@@ -126,6 +126,20 @@ class Results:
         total = len(self.course.arms())
         line = f"not finished: {total - ended} of {total} arms are still to be trained; the same command goes on"
         return [line] if ended < total else []
+
+    def failed(self) -> list[str]:
+        """The arms that have diverged, each with its reason."""
+        return [reason for arm in self.course.arms() if (reason := self.course.ended(arm).get("reason"))]
+
+    def at_ends(self) -> list[str]:
+        """Which labels might do better at rates that were not tried."""
+        found = []
+        for label, choice in self.chosen.items():
+            if choice["at_end"]:
+                end = {"low": "lowest", "high": "highest"}[choice["at_end"]]
+                line = f"{label}: the best learning rate is the {end} that was tried, {choice['learning_rate']:g}"
+                found.append(f"{line}; --extend_rates, or --learning_rate {choice['next']:g} beside the others")
+        return found
 
     def read_again(self) -> list[str]:
         """That somebody may have looked before deciding to go on, which no interval knows."""
