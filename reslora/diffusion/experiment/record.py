@@ -5,7 +5,7 @@ A loss is lower where a method is better. One that is not finite is None, which 
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 FORMAT = 1
 
@@ -109,3 +109,7 @@ class Experiment(TypedDict):
     verdicts: list[Verdict]
     notes: list[str]
     """Lines that a reader should know, as they were printed."""
+    identity: NotRequired[dict[str, Any]]
+    """What it is trained from and by: more methods, rates and seeds may be added, and nothing else changes."""
+    readings: NotRequired[int]
+    """How often losses on the test images were measured."""
