@@ -274,8 +274,8 @@ def choose(arms: Iterable[Arm]) -> dict[str, Choice]:
 def choice(losses: Mapping[float, Sequence[Mapping[str, float | None]]]) -> Choice | None:
     """The choice of one label from `select_by_step` of each seed, for each rate; None where no loss is finite.
 
-    Rates with fewer seeds than others are left out. If the best one is at an end of the rest, the next rate continues
-    them by the same ratio.
+    Rates with fewer seeds than others are left out. If the best one is at an end of all, the next rate continues them
+    by the same ratio.
     """
     most = max(map(len, losses.values()), default=0)
     tried = sorted(rate for rate, seeds in losses.items() if len(seeds) == most)
@@ -289,8 +289,9 @@ def choice(losses: Mapping[float, Sequence[Mapping[str, float | None]]]) -> Choi
         return None
     best, at = min(means, key=lambda key: (means[key], key))
     found = Choice(learning_rate=best, step=at, loss=means[best, at], at_end=None, next=None)
-    if len(tried) > 1 and best in (tried[0], tried[-1]):
-        found["at_end"] = "low" if best == tried[0] else "high"
-        neighbour = tried[1] if best == tried[0] else tried[-2]
+    rates = sorted(losses)
+    if len(rates) > 1 and best in (rates[0], rates[-1]):
+        found["at_end"] = "low" if best == rates[0] else "high"
+        neighbour = rates[1] if best == rates[0] else rates[-2]
         found["next"] = float(f"{best * best / neighbour:.3g}")  # as folders name it
     return found

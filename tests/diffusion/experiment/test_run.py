@@ -8,13 +8,17 @@ import pytest
 from launching import launch
 from pipelines import image_folder
 from safetensors import safe_open
+from safetensors.torch import load_file
 
-from diffusion.runs import RESUME, SCRIPT, Watcher, assert_same, final_weights, main, only, printed, refused
+from diffusion.runs import RESUME, SCRIPT, Watcher, assert_same, main, only, printed, refused
 from reslora.common.log import read_log
+from reslora.diffusion.data.dataset import load_images
+from reslora.diffusion.experiment.split import parts_of
+from reslora.diffusion.settings import parse_args
 from reslora.files import read_object
 
-ARMS = ("--method", "lora", "reslora", "--learning_rate", "1e-2", "3e-2")
-SEEDS = ("--seed", "0", "1")
+SMALL = ("--method", "lora", "--learning_rate", "1e-2", "3e-2")
+WHOLE = ("--method", "lora", "reslora", "--learning_rate", "1e-2", "--seed", "0", "1")
 
 
 @pytest.fixture(scope="module")
@@ -38,15 +42,15 @@ def flags(model, images, tmp_path_factory) -> list[str]:
 def small(flags, tmp_path_factory) -> Path:
     """Plain LoRA at two rates."""
     output = tmp_path_factory.mktemp("small") / "out"
-    assert main(*flags, "--method", "lora", *ARMS[3:], "--output_dir", output) == 0
+    assert main(*flags, *SMALL, "--output_dir", output) == 0
     return output
 
 
 @pytest.fixture(scope="module")
 def whole(flags, small, tmp_path_factory) -> tuple[Path, list[str]]:
-    """The small one, to which a method and a seed were added; and what was printed."""
+    """The small one, to which a method and a seed were added, with one of its rates; and what was printed."""
     output = shutil.copytree(small, tmp_path_factory.mktemp("whole") / "out", copy_function=shutil.copy2)
-    return output, printed(*flags, *ARMS, *SEEDS, "--output_dir", output)
+    return output, printed(*flags, *WHOLE, "--output_dir", output)
 
 
 def experiment(output: Path) -> dict:
@@ -68,18 +72,15 @@ def test_what_an_experiment_leaves(whole):
     output, lines = whole
     found = experiment(output)
     assert [(a["label"], a["learning_rate"], a["seed"], a["status"]) for a in found["arms"]] == [
-        (label, rate, seed, "finished") for label in ("lora", "reslora") for rate in (0.01, 0.03) for seed in (0, 1)
+        (label, 0.01, seed, "finished") for label in ("lora", "reslora") for seed in (0, 1)
     ]
     assert len(found["timesteps"]) == 8 and found["settings"]["seed"] == [0, 1]
     split = found["split"]
-    assert split["train"] + split["select"] + split["test"] == 8 and min(split.values()) == 0
-    only(lines, "8 arms", f"{split['train']} to train on", f"{split['test']} to compare by")
+    assert split["train"] + split["select"] + split["test"] == 8 and split["duplicates"] == 0
+    only(lines, "4 arms", f"{split['train']} to train on", f"{split['test']} to compare by")
     for one in found["arms"]:
-        choice = found["chosen"][one["label"]]
         assert sorted(one["select_by_step"]) == ["1", "2"] and one["memory_bytes"] > 0 and one["seconds"] > 0
-        assert (one["test"] is not None) == (one["learning_rate"] == choice["learning_rate"])
-        if one["test"]:
-            assert len(one["test"]["losses"]) == split["test"] and len(one["test"]["by_timestep"]) == 8
+        assert len(one["test"]["losses"]) == split["test"] and len(one["test"]["by_timestep"]) == 8
         folder = output / one["folder"]
         assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
         assert sorted(path.name for path in (folder / "adapters").iterdir()) == ["step-000001", "step-000002"]
@@ -93,7 +94,7 @@ def test_the_file_on_top_is_of_the_arm_that_the_select_images_choose(whole):
     output, lines = whole
     found = experiment(output)
     label, choice = min(found["chosen"].items(), key=lambda item: item[1]["loss"])
-    arms = [a for a in found["arms"] if a["label"] == label and a["learning_rate"] == choice["learning_rate"]]
+    arms = [a for a in found["arms"] if a["label"] == label]
     best = min(arms, key=lambda a: a["select_by_step"][str(choice["step"])])
     only(lines, str(output / best["folder"]), f"step {choice['step']}")
     with safe_open(output / "pytorch_lora_weights.safetensors", "pt") as file:
@@ -104,16 +105,17 @@ def test_the_file_on_top_is_of_the_arm_that_the_select_images_choose(whole):
 def test_added_methods_and_seeds_train_the_new_arms_alone(small, whole):
     output, lines = whole
     for rate in ("0.01", "0.03"):
-        there = files(arm(output, rate=rate))
-        assert {name: there[name] for name in files(arm(small, rate=rate))} == files(arm(small, rate=rate))
-    assert sum("merging, exporting" in line for line in lines) == 6
+        before, there = (files(arm(folder, rate=rate)) for folder in (small, output))
+        assert {name: there[name] for name in before} == before
+    assert sum("merging, exporting" in line for line in lines) == 3
+    only(lines, "1 more arms")
     only(lines, "read 2 times")
 
 
 def test_a_finished_experiment_trains_nothing_and_says_the_same(flags, whole):
     output, lines = whole
     before = {name: time for name, time in files(output).items() if "/" in name}
-    again = printed(*flags, *ARMS, *SEEDS, "--output_dir", output)
+    again = printed(*flags, *WHOLE, "--output_dir", output)
     assert {name: time for name, time in files(output).items() if "/" in name} == before
     assert again[-2:] == lines[-2:]
 
@@ -125,15 +127,13 @@ def test_a_finished_experiment_trains_nothing_and_says_the_same(flags, whole):
 def test_an_arm_is_a_plain_run_on_the_images_to_train_on(flags, whole, images, tmp_path, method, seed):
     """Bit for bit, also where a seed has random crops of its own."""
     output, _ = whole
-    held_out = {image for a in experiment(output)["arms"] if a["test"] for image in a["test"]["images"]}
-    assert held_out
     plain = [flag for flag in flags if flag not in ("--select_split", "--test_split", "0.2")]
     folder = train_images(output, images, tmp_path / "images")
     plain[plain.index("--train_data_dir") + 1] = str(folder)
     own = ("--method", method, "--learning_rate", "1e-2", "--seed", seed, "--output_dir", tmp_path / "out")
     assert main(*plain, *own) == 0
     mine = arm(output, method, seed=seed)
-    assert_same(final_weights(mine.parent, mine.name, 2), final_weights(tmp_path / "out", method, 2))
+    assert_same(weights(mine), weights(tmp_path / "out" / method))
     one, other = (
         [(row["step"], row["loss"]) for row in read_log(place / "log.jsonl") if row["split"] == "train"]
         for place in (mine, tmp_path / "out" / method)
@@ -141,3 +141,121 @@ def test_an_arm_is_a_plain_run_on_the_images_to_train_on(flags, whole, images, t
     assert one == other
     for name in ("pytorch_lora_weights.safetensors", "kohya.safetensors"):
         assert (mine / name).read_bytes() == (tmp_path / "out" / method / name).read_bytes()
+
+
+def weights(folder: Path) -> dict:
+    """What a method or an arm has trained."""
+    (path,) = (path for path in (folder / "checkpoint-2").glob("*.safetensors"))
+    return load_file(path)
+
+
+def train_images(output: Path, images: Path, folder: Path) -> Path:
+    """A folder with the images alone that an experiment trains on."""
+    held_out = held_out_of(output, images)
+    folder.mkdir()
+    rows = [json.loads(line) for line in (images / "metadata.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["file_name"] not in held_out]
+    for row in rows:
+        shutil.copyfile(images / row["file_name"], folder / row["file_name"])
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert len(rows) == experiment(output)["split"]["train"]
+    return folder
+
+
+def held_out_of(output: Path, images: Path) -> set[str]:
+    """The files that an experiment does not train on, by the split itself."""
+    splits = ("--select_split", "0.2", "--test_split", "0.2")
+    flags = parse_args(["--train_data_dir", str(images), "--seed", "0", "1", *splits])
+    found = load_images(flags)
+    parts = parts_of({0: found}, flags)
+    return {Path(found.rows[number]["image"]["path"]).name for _, number in (*parts.select, *parts.test)}
+
+
+# -- going on ----------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_but_methods_rates_and_seeds_may_change(flags, whole, capsys):
+    output, _ = whole
+    own = [*flags, *WHOLE, "--output_dir", output]
+    for other in (
+        ("--rank", "4"),
+        ("--lora_alpha", "3"),
+        ("--test_split", "0.3"),
+        ("--max_train_steps", "3"),
+        ("--validation_steps", "2"),
+        ("--train_batch_size", "1"),
+        ("--merge", "weights"),
+        ("--shortcut", "input", "block"),
+        ("--no-cache_latents",),
+    ):
+        line = refused(capsys, *own, *other)
+        assert "another --output_dir" in line and (other[0] in line or "batch" in line or "cache_latents" in line)
+    plain = [flag for flag in flags if flag not in ("--select_split", "--test_split", "0.2")]
+    assert "holds an experiment" in refused(capsys, *plain, "--method", "lora", "--output_dir", output)
+
+
+def test_other_images_are_refused(flags, whole, capsys, tmp_path):
+    output, _ = whole
+    own = [*flags, *WHOLE, "--output_dir", output]
+    own[own.index("--train_data_dir") + 1] = str(image_folder(tmp_path / "more", count=9))
+    assert "9 images" in refused(capsys, *own, quiet=False)
+
+
+def test_a_plain_run_does_not_become_an_experiment(flags, run, capsys):
+    assert "no experiment" in refused(capsys, *flags, *SMALL, "--output_dir", run)
+
+
+def test_killed_at_bad_moments(runs, images, tmp_path):
+    """Within an arm, before it is noted as ended, between two arms, and while test losses are written."""
+    own = ("--learning_rate", "1e-2", "3e-2", "--method", "reslora", "--max_train_steps", "2", "--validation_steps", "1")
+    own = (*own, "--num_validation_images", "0", "--train_data_dir", str(images), "--cache_dir", str(tmp_path / "cache"))
+    output, snapshots = tmp_path / "out", tmp_path / "snapshots"
+    snapshots.mkdir()
+    assert runs.finish(output, *own, watcher=Watcher(output, snapshots)) == 0
+    found = sorted(snapshots.iterdir())
+    for moment, last in (("step-000001", False), ("os.rename-arm.json", False), ("os.rename-test.json", True)):
+        snapshot = [path for path in found if moment in path.name][-1 if last else 0]
+        ended = {path: path.stat().st_mtime_ns for path in snapshot.glob("*/*/*/arm.json")}
+        assert runs.finish(snapshot, *own, *RESUME) == 0
+        assert {path: path.stat().st_mtime_ns for path in ended} == ended
+        assert same_results(snapshot) == same_results(output)
+        assert not [path for path in snapshot.rglob(".*") if path.name != ".gitignore"]
+
+
+def same_results(output: Path) -> dict:
+    """All of experiment.json that does not tell the time."""
+    found = experiment(output)
+    arms = [{k: v for k, v in a.items() if k not in ("seconds", "memory_bytes")} for a in found["arms"]]
+    return {name: found[name] for name in ("split", "chosen", "verdicts", "readings")} | {"arms": arms}
+
+
+def test_an_arm_that_diverges_has_ended_and_the_others_go_on(flags, tmp_path):
+    own = [*flags, "--method", "lora", "--learning_rate", "1e-2", "1e30", "--output_dir", tmp_path / "out"]
+    lines = printed(*own)
+    found = experiment(tmp_path / "out")
+    assert [(a["status"], bool(a["reason"])) for a in found["arms"]] == [("finished", False), ("failed", True)]
+    assert found["chosen"]["lora"]["learning_rate"] == 0.01
+    only(lines, "loss", "at step", "lr-1e+30")
+    assert not any("lr-1e+30" in line for line in printed(*own) if "merging" in line)
+
+
+def test_time_is_up_before_the_second_arm(flags, tmp_path):
+    own = [*flags, "--method", "lora", "--learning_rate", "1e-2", "3e-2", "--output_dir", tmp_path / "out"]
+    lines = printed(*own, "--experiment_minutes", "0.0001")
+    only(lines, "not finished: 1 of 2 arms")
+    assert [a["status"] for a in experiment(tmp_path / "out")["arms"]] == ["waiting", "finished"]
+    assert read_object(arm(tmp_path / "out", rate="0.03") / "arm.json")["status"] == "finished"
+
+
+def test_two_processes_train_what_one_does(flags, small, tmp_path):
+    """Half the batch each; equal but for rounding."""
+    own = [*flags, *SMALL, "--output_dir", str(tmp_path / "out")]
+    own[own.index("--train_batch_size") + 1] = "1"
+    launch("cpu_two_processes.yaml", SCRIPT, *own, folder=tmp_path)
+    one, two = experiment(small), experiment(tmp_path / "out")
+    assert one["split"] == two["split"] and len(two["arms"]) == 2
+    for mine, other in zip(one["arms"], two["arms"], strict=True):
+        assert mine["select_by_step"] == pytest.approx(other["select_by_step"], rel=1e-4)
+        assert (mine["test"] is None) == (other["test"] is None)
+        if mine["test"]:
+            assert mine["test"]["losses"] == pytest.approx(other["test"]["losses"], rel=1e-4)
