@@ -94,7 +94,7 @@ def is_bundled(model: str) -> bool:
     return Path(model).resolve().parent == ASSETS
 
 
-def with_family(flags: Flags, defaults: dict) -> Flags:
+def with_family(flags: Flags, defaults: Mapping[str, object]) -> Flags:
     """The flags with what was still open filled in by the family's defaults."""
     return flags.replace(**{name: value for name, value in defaults.items() if getattr(flags, name) is None})
 

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import nn
@@ -21,7 +20,6 @@ from ..data.batch import Batch, collate
 from ..data.encoding import Latents
 from ..data.plan import Draw
 from ..data.samples import Material, TrainingSamples
-from ..data.sources import Source
 from ..model.objective import Objective
 from ..output.reports import Reports, Validation
 from ..seeds import generator
@@ -53,8 +51,8 @@ class FixedSamples(TrainingSamples):
         """Of its stratum."""
         return self.timesteps[position // NOISES]
 
-    def _cached(self, source: Source, draw: Draw, draws: torch.Generator) -> dict[str, torch.Tensor]:
-        return cast(Latents, source.latents).of(draw.image, 0)
+    def _cached(self, latents: Latents, draw: Draw, draws: torch.Generator) -> dict[str, torch.Tensor]:
+        return latents.of(draw.image, 0)
 
     def batches(self, image: Image) -> Iterator[Batch]:
         """All samples of an image."""

@@ -207,8 +207,26 @@ def test_a_plain_run_does_not_become_an_experiment(flags, run, capsys):
 
 def test_killed_at_bad_moments(runs, images, tmp_path):
     """Within an arm, before it is noted as ended, between two arms, and while test losses are written."""
-    own = ("--learning_rate", "1e-2", "3e-2", "--method", "reslora", "--max_train_steps", "2", "--validation_steps", "1")
-    own = (*own, "--num_validation_images", "0", "--train_data_dir", str(images), "--cache_dir", str(tmp_path / "cache"))
+    own = (
+        "--learning_rate",
+        "1e-2",
+        "3e-2",
+        "--method",
+        "reslora",
+        "--max_train_steps",
+        "2",
+        "--validation_steps",
+        "1",
+    )
+    own = (
+        *own,
+        "--num_validation_images",
+        "0",
+        "--train_data_dir",
+        str(images),
+        "--cache_dir",
+        str(tmp_path / "cache"),
+    )
     output, snapshots = tmp_path / "out", tmp_path / "snapshots"
     snapshots.mkdir()
     assert runs.finish(output, *own, watcher=Watcher(output, snapshots)) == 0

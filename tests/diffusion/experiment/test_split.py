@@ -75,7 +75,9 @@ def test_near_duplicates_are_together_and_tested_once():
     images = dataset(contents)
     found = parts_of({0: images}, SHARES)
     assert found.duplicates == 4
-    of_copies = {part: [number for _, number in getattr(found, part) if number < 5] for part in ("train", "select", "test")}
+    of_copies = {
+        part: [number for _, number in getattr(found, part) if number < 5] for part in ("train", "select", "test")
+    }
     (part,) = [name for name, numbers in of_copies.items() if numbers]
     assert len(of_copies[part]) == (5 if part == "train" else 4)  # the file once
 

@@ -162,7 +162,7 @@ class Picture:
     def __init__(self, value: float) -> None:
         self.value = value
 
-    config = None
+    config = pipeline = None
 
     def eval(self) -> "Picture":
         return self
@@ -185,7 +185,8 @@ def compared(folder: Path, monkeypatch, drawn: float, read: float) -> dict:
     monkeypatch.setattr(results, "read_back", lambda *_: [("peft", Picture(read))])
     monkeypatch.setattr(results, "kohya_metadata", lambda *_: {})
     flags = Flags(validation_prompt=["red disc"], num_validation_images=1, output_dir=str(folder.parent))
-    learner, accelerator = SimpleNamespace(method=folder.name, name=folder.name), SimpleNamespace(print=lambda *_: None)
+    trained, accelerator = SimpleNamespace(loss=None), SimpleNamespace(print=lambda *_: None)
+    learner = SimpleNamespace(method=folder.name, name=folder.name, trained=trained)
     return results.export_method(learner, None, Picture(0), None, Context(flags, None, accelerator, None))
 
 
