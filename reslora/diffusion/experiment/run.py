@@ -75,9 +75,16 @@ def run_experiment(flags: Flags, stop: StopRequest) -> None:
 
 
 def take_folder(flags: Flags, stack: contextlib.ExitStack) -> None:
-    """Locks the experiment's folder until the stack closes, and refuses at once what its content does not allow."""
+    """Locks the experiment's folder until the stack closes, and refuses at once what its content does not allow.
+
+    What a killed start has left half-written in it goes away.
+    """
     stack.enter_context(locked(Path(flags.output_dir)))
     check_folder(flags)
+    course = Course(flags)
+    for folder in map(course.folder_of, course.arms()):
+        for place in (folder, folder / "samples", folder / ADAPTERS):
+            remove_leftovers(place)
 
 
 def check_folder(flags: Flags, identity: Identity | None = None) -> None:
@@ -139,7 +146,7 @@ class Bench:
         """Trains an arm from where it stands to its exports; one that diverges has ended too, and the others go on."""
         started, setting, reason = time.monotonic(), self.setting_of(arm), ""
         context, (method,) = setting.context, setting.context.flags.method
-        resume = decided(lambda: self.resume_of(arm, setting))
+        resume = decided(lambda: plan_resume(context.flags, setting.identity, context.place))
         if not resume.checkpoints[method]:  # of which a plain run would say that it starts afresh
             flags = context.flags.replace(resume_from_checkpoint=None)
             setting = dataclasses.replace(setting, context=dataclasses.replace(context, flags=flags))
@@ -156,10 +163,3 @@ class Bench:
         memory = peak_memory(context.accelerator.device)
         decided(lambda: self.course.end(arm, reason, memory))
         self.course.longest = max(self.course.longest, time.monotonic() - started)
-
-    def resume_of(self, arm: Arm, setting: Setting) -> Resume:
-        """What is left to do of an arm; what a killed start left half-written in its folder goes away."""
-        folder = self.course.folder_of(arm)
-        for place in (folder, folder / "samples", folder / ADAPTERS):
-            remove_leftovers(place)
-        return plan_resume(setting.context.flags, setting.identity, setting.context.place)

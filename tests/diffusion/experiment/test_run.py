@@ -201,32 +201,17 @@ def test_other_images_are_refused(flags, whole, capsys, tmp_path):
     assert "9 images" in refused(capsys, *own, quiet=False)
 
 
-def test_a_plain_run_does_not_become_an_experiment(flags, run, capsys):
-    assert "no experiment" in refused(capsys, *flags, *SMALL, "--output_dir", run)
+def test_a_plain_run_does_not_become_an_experiment(flags, capsys, tmp_path):
+    (tmp_path / "out" / "lora").mkdir(parents=True)
+    (tmp_path / "out" / "lora" / "exports.json").write_text("{}")
+    assert "no experiment" in refused(capsys, *flags, *SMALL, "--output_dir", tmp_path / "out")
 
 
 def test_killed_at_bad_moments(runs, images, tmp_path):
     """Within an arm, before it is noted as ended, between two arms, and while test losses are written."""
-    own = (
-        "--learning_rate",
-        "1e-2",
-        "3e-2",
-        "--method",
-        "reslora",
-        "--max_train_steps",
-        "2",
-        "--validation_steps",
-        "1",
-    )
-    own = (
-        *own,
-        "--num_validation_images",
-        "0",
-        "--train_data_dir",
-        str(images),
-        "--cache_dir",
-        str(tmp_path / "cache"),
-    )
+    words = "--learning_rate 1e-2 3e-2 --method reslora --max_train_steps 2 --validation_steps 1"
+    own = [*words.split(), "--num_validation_images", "0", "--train_data_dir", str(images)]
+    own += ["--cache_dir", str(tmp_path / "cache")]
     output, snapshots = tmp_path / "out", tmp_path / "snapshots"
     snapshots.mkdir()
     assert runs.finish(output, *own, watcher=Watcher(output, snapshots)) == 0

@@ -75,9 +75,8 @@ def test_near_duplicates_are_together_and_tested_once():
     images = dataset(contents)
     found = parts_of({0: images}, SHARES)
     assert found.duplicates == 4
-    of_copies = {
-        part: [number for _, number in getattr(found, part) if number < 5] for part in ("train", "select", "test")
-    }
+    named = {"train": found.train, "select": found.select, "test": found.test}
+    of_copies = {name: [number for _, number in part if number < 5] for name, part in named.items()}
     (part,) = [name for name, numbers in of_copies.items() if numbers]
     assert len(of_copies[part]) == (5 if part == "train" else 4)  # the file once
 
@@ -107,5 +106,5 @@ def test_too_few_images_are_refused_in_one_line():
 def test_an_image_that_cannot_be_opened_is_named(tmp_path):
     image_folder(tmp_path / "images", count=3)
     contents = [encoded(picture(0)), encoded(picture(1)), encoded(picture(2))[:200]]
-    with pytest.raises(InvalidArgument, match="--train_data_dir images, image 2: .*; repair or remove it"):
+    with pytest.raises(InvalidArgument, match=r"--train_data_dir images, image 2: .+; repair or remove it"):
         parts(contents)
