@@ -29,13 +29,13 @@ from ..folder import EXPERIMENT, locked
 from ..output.trackers import start_trackers
 from ..processes import start_accelerator
 from ..run import Setting, find_all, forget_encoder, identity_of, load_and_check, train_method
-from ..training.checkpoints import Identity, Resume, plan_resume
+from ..training.checkpoints import Identity, plan_resume
 from ..training.schedule import schedule_of
 from .arms import Arm, plain_variants
 from .course import Course
 from .measure import ADAPTERS, SelectLoss, forget_peak, peak_memory
 from .results import Results, check_same
-from .split import is_learnt, parts_of, with_parts
+from .split import check_count, is_learnt, parts_of, with_parts
 
 
 def run_experiment(flags: Flags, stop: StopRequest) -> None:
@@ -48,6 +48,7 @@ def run_experiment(flags: Flags, stop: StopRequest) -> None:
         identity = identity_of(kinds, context)
         asked = with_several(context.flags, flags)
         decided(lambda: check_folder(asked, identity))
+        check_count(len(set(kinds[0].marks)), asked)
         pipeline, objective = each(lambda: load_and_check(context))
         each(lambda: check_variants(asked, context))
         material = material_of(kinds, pipeline, objective, context)

@@ -57,14 +57,19 @@ def parts_of(images: Mapping[int, ImageDataset], flags: Flags) -> Parts:
     flat = [(source, number) for source, found in images.items() for number in range(len(found))]
     marks = [images[source].marks[number] for source, number in flat]
     groups = groups_of(marks, perceptual_hashes(images, flat, data_flag(flags)))
-    if len(groups) < 3:
-        problem = f"{len(groups)} images but for near-duplicates, to train on, to choose by and to compare by"
-        raise InvalidArgument(data_flag(flags), problem, "give at least 3")
+    check_count(len(groups), flags)
     cuts = cut([min(marks[image] for image in group) for group in groups], flags.select_split, flags.test_split)
     train, select, test = ([image for number in numbers for image in groups[number]] for numbers in cuts)
     select, test = (list({marks[image]: image for image in reversed(part)}.values())[::-1] for part in (select, test))
     parts = [tuple(flat[image] for image in part) for part in (train, select, test)]
     return Parts(parts[0], parts[1], parts[2], duplicates=len(flat) - len(groups))
+
+
+def check_count(images: int, flags: Flags) -> None:
+    """Refuse so few images that some part would be empty."""
+    if images < 3:
+        problem = f"{images} images but for near-duplicates, to train on, to choose by and to compare by"
+        raise InvalidArgument(data_flag(flags), problem, "give at least 3")
 
 
 def cut(marks: Sequence[str], select: float, test: float) -> tuple[list[int], list[int], list[int]]:
