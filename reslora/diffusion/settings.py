@@ -8,7 +8,7 @@ import json
 import math
 import os
 import tomllib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ def is_bundled(model: str) -> bool:
     return Path(model).resolve().parent == ASSETS
 
 
-def with_family(flags: Flags, defaults: dict) -> Flags:
+def with_family(flags: Flags, defaults: Mapping[str, object]) -> Flags:
     """The flags with what was still open filled in by the family's defaults."""
     return flags.replace(**{name: value for name, value in defaults.items() if getattr(flags, name) is None})
 

@@ -187,7 +187,8 @@ def _named_checkpoint(flags: Flags, named: str, todo: list[str]) -> tuple[str, P
 def check_past(flags: Flags, place: Path, record: dict, identity: Identity | None) -> None:
     """Refuse to go on with another rank, seed, model, images ... than a checkpoint or a finished method had."""
     there, here = record.get("settings"), json.loads(json.dumps(settings_of(flags)))
-    for name, value in here.items() if isinstance(there, dict) else ():  # damaged otherwise
+    there = there if isinstance(there, dict) else {}  # damaged
+    for name, value in here.items():
         # None: the model's family or accelerate will say it, and this is called again then.
         unknown = name == "mixed_precision" and there.get(name) is None  # not kept by earlier versions
         if value is not None and name in there and there[name] != value and not unknown:

@@ -48,8 +48,8 @@ def train(learner: Learner, material: Material, schedule: Schedule, watch: Watch
     loader = training_loader(material, steps, accelerator.num_processes, accelerator.process_index, pin)
     silent = not accelerator.is_main_process
     bar = tqdm(desc=learner.method, total=schedule.steps, initial=learner.step, disable=silent, dynamic_ncols=True)
-    with contextlib.closing(stream(loader)) as batches, bar:
-        batches = checked(batches, learner, context)
+    with contextlib.closing(stream(loader)) as loaded, bar:
+        batches = checked(loaded, learner, context)
         for _ in steps:
             with learner.timed():
                 value = take_step(learner, batches, context)

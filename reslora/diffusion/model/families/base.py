@@ -13,7 +13,7 @@ from torch import nn
 
 from ....export import KOHYA_FILE
 
-Text = dict[str, torch.Tensor | list[torch.Tensor]]
+Text = Mapping[str, torch.Tensor | list[torch.Tensor]]
 """What the text encoders make of captions, by name, batch first: a list where captions differ in length."""
 
 
