@@ -35,6 +35,7 @@ tr.chosen { background: var(--plain-back); }
 .interval { width: 150px; height: 16px; display: block; margin-top: 4px; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 16px; }
 figure { margin: 0; padding: 12px; border: 1px solid var(--edge); border-radius: 8px; background: var(--card); }
+.charts figure:only-child { max-width: 570px; }
 figcaption { font-weight: 600; margin-bottom: 4px; }
 .chart { width: 100%; max-width: 500px; height: auto; display: block; }
 .chart text { font-size: 13px; fill: var(--soft); }

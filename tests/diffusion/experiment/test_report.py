@@ -100,7 +100,7 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one(experiment, folder, 
 
 
 def test_an_unfinished_experiment_says_what_is_missing(tmp_path):
-    found = examples.unfinished(tmp_path)
+    found = examples.unfinished()
     words = words_of(page(found, tmp_path))
     assert "So far, with 7 of 60 arms: nothing to compare yet" in words and "--experiment_minutes 5 are over" in words
     assert "loha: 1 arm, is being trained" in words and "lora: 13 arms, is not trained yet" in words
