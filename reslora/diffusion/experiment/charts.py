@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from matplotlib.ticker import MaxNLocator
 
 WIDTH, HEIGHT = 420, 270
-LEFT, RIGHT, TOP, BOTTOM = 54, 10, 12, 42
+LEFT, RIGHT, TOP, BOTTOM = 66, 10, 12, 44
 COLORS = 8
 """How many the page knows: see `look.STYLE`."""
-FARTHEST = 4
-"""Above the lowest by so many times what half of the values are: what is beyond is drawn at the edge."""
+FARTHEST = 12
+"""Above the lowest by so many times what half of the values are: what is beyond is drawn hollow at the edge."""
 
 Point = tuple[float, float]
 
@@ -92,7 +92,7 @@ class Places:
         return LEFT + (self._scaled(value) - self.left) / (self.right - self.left) * (WIDTH - LEFT - RIGHT)
 
     def y(self, value: float) -> float:
-        """At the edge for what is beyond."""
+        """From the top; of what is beyond, the edge."""
         share = min(1.0, (value - self.low) / (self.high - self.low))
         return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
 
@@ -135,7 +135,7 @@ def drawn(series: Series, place: Places) -> str:
         path += f"{pen}{place.x(x):.1f} {place.y(y):.1f}" if math.isfinite(y) else ""
         pen = "L" if math.isfinite(y) else "M"
     line = f'<path class="line" d="{path}"/>' if path else ""
-    dots = [mark(place.x(x), place.y(y), series.number) for x, y in series.dots if math.isfinite(y)]
+    dots = [mark(place.x(x), place.y(y), series.number, y > place.high) for x, y in series.dots if math.isfinite(y)]
     ring = ""
     if series.chosen and math.isfinite(series.chosen[1]):
         x, y = series.chosen
@@ -143,7 +143,7 @@ def drawn(series: Series, place: Places) -> str:
     return f'<g class="c{series.number % COLORS}">{line}{"".join(dots)}{ring}</g>'
 
 
-def mark(x: float, y: float, number: int) -> str:
+def mark(x: float, y: float, number: int, hollow: bool = False) -> str:
     """A dot: its shape tells labels apart where colours do not."""
     shapes = (
         "m-3.2 0a3.2 3.2 0 1 0 6.4 0a3.2 3.2 0 1 0-6.4 0",
@@ -152,7 +152,7 @@ def mark(x: float, y: float, number: int) -> str:
         "m0-4.2l4.2 4.2l-4.2 4.2l-4.2-4.2z",
         "m0 4l3.8-6.6h-7.6z",
     )
-    return f'<path class="dot" d="M{x:.1f} {y:.1f}{shapes[number % len(shapes)]}"/>'
+    return f'<path class="{"hollow" if hollow else "dot"}" d="M{x:.1f} {y:.1f}{shapes[number % len(shapes)]}"/>'
 
 
 def interval(verdict_interval: tuple[float, float], mean: float, farthest: float) -> str:

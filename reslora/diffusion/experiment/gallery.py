@@ -38,7 +38,7 @@ def gallery(experiment: Experiment, folder: Path) -> str:
         for row, prompt in enumerate(prompts)
     )
     return (
-        f"{slider([name for name, *_ in columns], prompts)}<details><summary>All images</summary>"
+        f"{slider(columns, prompts, best_of(experiment))}<details><summary>All images</summary>"
         '<div class="scroll" role="region" aria-label="All images" tabindex="0"><table class="gallery">'
         f"<thead><tr><td></td>{head}</tr></thead><tbody>{rows}</tbody></table></div></details>"
     )
@@ -74,13 +74,21 @@ def first_samples(arms: Iterable[Arm], folder: Path) -> Path | None:
     return next((place for place in places if place.is_dir()), None)
 
 
-def slider(names: list[str], prompts: list[str]) -> str:
+def best_of(experiment: Experiment) -> str | None:
+    """The label that does best on the select images; None without any."""
+    chosen = experiment["chosen"]
+    return min(chosen, key=lambda label: chosen[label]["loss"], default=None)
+
+
+def slider(columns: list[tuple[str, str, Path]], prompts: list[str], best: str | None) -> str:
     """Two images over each other; how much of the left one is seen follows the slider, by mouse or by keys."""
-    first = 1 if names[0] == BASE and len(names) > 2 else 0
+    names = [name for name, *_ in columns]
     labels = [(str(number), name) for number, name in enumerate(names)]
+    first = 1 if names[0] == BASE and len(names) > 2 else 0
+    second = names.index(best) if best in names and best != names[first] else min(first + 1, len(names) - 1)
     choices = (
         select("left", "Left", labels, first)
-        + select("right", "Right", labels, min(first + 1, len(names) - 1))
+        + select("right", "Right", labels, second)
         + select("prompt", "Prompt", [(str(number), prompt) for number, prompt in enumerate(prompts)], 0)
     )
     return (

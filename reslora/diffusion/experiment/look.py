@@ -20,10 +20,14 @@ p { margin: 8px 0; max-width: 75ch; overflow-wrap: anywhere; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 7px 12px; text-align: left; vertical-align: top; border-top: 1px solid var(--edge); }
 td, thead th { white-space: nowrap; }
+.reason { white-space: normal; width: 15rem; font-size: .85rem; overflow-wrap: anywhere; }
 td.long { white-space: normal; min-width: 15rem; overflow-wrap: anywhere; }
 thead th { border-top: 0; color: var(--soft); font-weight: 600; }
-tbody th { font-weight: 600; min-width: 6.5rem; }
-td.number, th.number { text-align: right; }
+tbody th { font-weight: 600; white-space: nowrap; }
+.gallery tbody th { white-space: normal; min-width: 8rem; max-width: 14rem; overflow-wrap: anywhere; }
+.tall { max-height: 34rem; overflow-y: auto; }
+.tall thead th { position: sticky; top: 0; background: var(--card); }
+ul { padding-left: 1.2rem; max-width: 75ch; overflow-wrap: anywhere; }
 tr.chosen { background: var(--plain-back); }
 .badge { display: inline-block; padding: 0 9px; border-radius: 10px; background: var(--plain-back); }
 .better { background: var(--good-back); color: var(--good); } .worse, .failed { background: var(--bad-back);
@@ -31,14 +35,17 @@ tr.chosen { background: var(--plain-back); }
 .interval { width: 150px; height: 16px; display: block; margin-top: 4px; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 16px; }
 figure { margin: 0; padding: 12px; border: 1px solid var(--edge); border-radius: 8px; background: var(--card); }
+.charts figure:only-child { max-width: 570px; }
 figcaption { font-weight: 600; margin-bottom: 4px; }
-.chart { width: 100%; max-width: 560px; height: auto; display: block; }
-.chart text { font-size: 12px; fill: var(--soft); }
+.chart { width: 100%; max-width: 500px; height: auto; display: block; }
+.chart text { font-size: 13px; fill: var(--soft); }
 .grid { stroke: var(--edge); fill: none; } .zero { stroke: var(--soft); stroke-dasharray: 4 3; fill: none; }
 .line { stroke: var(--own); stroke-width: 2; fill: none; } .dot { fill: var(--own); }
+.hollow { fill: var(--card); stroke: var(--own); stroke-width: 1.5; }
 .ring { stroke: var(--text); stroke-width: 1.5; fill: none; }
 .bar { stroke: var(--own); stroke-width: 3; }
-.legend { display: flex; flex-wrap: wrap; gap: 4px 16px; margin: 6px 0 0; padding: 0; list-style: none; font-size: .88rem; }
+.legend { display: flex; flex-wrap: wrap; gap: 4px 16px; margin: 6px 0 0; padding: 0; list-style: none;
+  font-size: .88rem; }
 .legend svg { width: 24px; height: 12px; margin-right: 6px; }
 .choices { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 220px), 1fr)); gap: 10px;
   max-width: 900px; margin-bottom: 12px; }

@@ -18,13 +18,11 @@ from .statistics import REFERENCE, percents
 NOTHING = "&mdash;"
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 READING = (
-    "Rate and checkpoint of each method were chosen on the select images, over all its seeds together, and the test "
-    "images were kept for the comparison: a difference there is the method's loss minus that of its reference, with "
-    "the same seed and the same image, and a lower loss is better. The 95% interval is where the difference is to be "
-    "expected with new seeds and new images of this kind; a method counts as better or worse only if its p value, "
-    "corrected by Holm for the number of methods, is below 0.05. “No difference shown” does not say that there is "
-    "none: it may be anything within the interval, and one of the detectable size would have been shown in four of "
-    "five such experiments."
+    "A difference is a method's loss minus its reference's on images that neither was trained on nor chosen by, with "
+    "the same seeds and images for both; lower is better. With new seeds and new images of this kind it is to be "
+    "expected within the 95% interval, and a method counts as better or worse if p, corrected by Holm for the number "
+    "of methods, is below 0.05. Where no difference is shown there may still be one within the interval: what is "
+    "detectable would have been shown in four of five such experiments."
 )
 
 
@@ -72,8 +70,7 @@ def headline_of(experiment: Experiment) -> str:
         return f"{so_far}nothing to compare yet" if so_far else "There is nothing to compare"
     if len(verdicts) == 1:
         return so_far + verdicts[0]["sentence"]
-    found = summary_of(verdicts)
-    return so_far + (found if so_far else found[0].upper() + found[1:])
+    return so_far + summary_of(verdicts)
 
 
 def summary_of(verdicts: Sequence[Verdict]) -> str:
@@ -82,7 +79,7 @@ def summary_of(verdicts: Sequence[Verdict]) -> str:
     better, worse = ([v for v in verdicts if v["conclusion"] == which] for which in ("better", "worse"))
     for which, size, towards in ((better, min, "lower"), (worse, max, "higher")):
         if len(which) == 1:
-            return which[0]["sentence"] if which is better else f"nothing is better than lora; {which[0]['sentence']}"
+            return which[0]["sentence"] if which is better else f"nothing is better; {which[0]['sentence']}"
         if which:
             first = size(which, key=lambda verdict: verdict["relative"])
             kind = "better" if which is better else "worse"
@@ -112,17 +109,16 @@ def verdict_table(experiment: Experiment) -> str:
         rows.append(
             [
                 escape(verdict["label"]),
-                f'<span class="badge {verdict["conclusion"]}">{verdict["conclusion"]}</span>',
+                badge(verdict["conclusion"]),
                 f"{signed(verdict['relative'])}%",
                 bounds + (bar if bar != NOTHING else ""),
                 p_in_words(verdict["p_holm"]),
                 f"{percents(verdict['detectable'])[0]}%" if verdict["detectable"] is not None else NOTHING,
                 f"{verdict['seeds']} &times; {verdict['images']}",
-                escape(verdict["sentence"]),
             ]
         )
     names = "Method", "Verdict", "Difference", "95% interval", "p (Holm)", "Detectable", "Seeds &times; images"
-    return table("Verdicts", [*names, "In words"], rows)
+    return in_lines(verdict["sentence"] for verdict in verdicts) + table("Verdicts", names, rows)
 
 
 def signed(percent: float) -> str:
@@ -154,20 +150,20 @@ def chosen_table(experiment: Experiment) -> str:
 
 
 def arm_table(experiment: Experiment) -> str:
-    rows, marked = [], set()
+    rows: list[list[str]] = []
+    marked = set()
     for arm in experiment["arms"]:
-        choice = experiment["chosen"].get(arm["label"])
-        if choice and choice["learning_rate"] == arm["learning_rate"]:
+        if is_chosen(arm, experiment):
             marked.add(len(rows))
         losses = [loss for loss in (arm["test"]["losses"] if arm["test"] else []) if loss is not None]
-        reason = f": {escape(arm['reason'])}" if arm["reason"] else ""
+        reason = f'<div class="reason">{escape(arm["reason"])}</div>' if arm["reason"] else ""
         memory = arm["memory_bytes"]
         rows.append(
             [
                 escape(arm["label"]),
                 rate(arm["learning_rate"]),
                 str(arm["seed"]),
-                f'<span class="badge {escape(arm["status"])}">{escape(arm["status"])}</span>{reason}',
+                badge(arm["status"]) + reason,
                 str(arm["steps"]),
                 duration(arm["seconds"]),
                 f"{memory / 2**30:.2f} GiB" if memory else NOTHING,
@@ -193,9 +189,13 @@ def table(title: str, names: Iterable[str], rows: Sequence[Sequence[str]], marke
         for place, (first, *rest) in enumerate(rows)
     )
     return (
-        f'<div class="scroll" role="region" aria-label="{escape(title)}" tabindex="0"><table><thead><tr>{head}</tr>'
-        f"</thead><tbody>{body}</tbody></table></div>"
+        f'<div class="scroll tall" role="region" aria-label="{escape(title)}" tabindex="0"><table>'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
+
+
+def badge(word: str) -> str:
+    return f'<span class="badge {escape(word)}">{escape(word)}</span>'
 
 
 def rate(value: float) -> str:
@@ -260,7 +260,7 @@ def select_charts(experiment: Experiment) -> str:
     rates = sorted({x for series in by_rate for x, _ in series.line})
     rate_axes = Axes("By learning rate, each at its best step", "learning rate", "loss", rates, rate)
     found = chart(by_rate, rate_axes) + chart(by_step, Axes("By step, at the chosen rate", "step", "loss"))
-    note = "<p>A line is the mean over seeds, a dot is one seed, and a ring is what was chosen.</p>"
+    note = "<p>A line is the mean over seeds, a dot one seed (hollow: above the edge), a ring what was chosen.</p>"
     return f'<div class="charts">{found}</div>{note}' if found else ""
 
 
@@ -281,7 +281,7 @@ def timestep_chart(experiment: Experiment) -> str:
     measured = {
         (arm["label"], arm["seed"]): [math.nan if loss is None else loss for loss in arm["test"]["by_timestep"]]
         for arm in experiment["arms"]
-        if arm["test"]
+        if arm["test"] and is_chosen(arm, experiment)
     }
     places = {label: place for place, label in enumerate(labels_of(experiment))}
     found = []
@@ -303,6 +303,12 @@ def timestep_chart(experiment: Experiment) -> str:
 
 
 # -- the rest ----------------------------------------------------------------------------------------------------------
+
+
+def is_chosen(arm: Arm, experiment: Experiment) -> bool:
+    """Whether an arm was trained at its label's chosen rate."""
+    choice = experiment["chosen"].get(arm["label"])
+    return choice is not None and choice["learning_rate"] == arm["learning_rate"]
 
 
 def settings_of(experiment: Experiment) -> str:
@@ -333,4 +339,10 @@ def missing(experiment: Experiment) -> str:
     compared = {verdict["label"] for verdict in experiment["verdicts"]}
     compared |= {verdict["reference"] for verdict in experiment["verdicts"]} or {REFERENCE}
     lines += [f"{label}: not compared" for label in labels_of(experiment) if label not in compared]
-    return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>" if lines else ""
+    return in_lines(lines)
+
+
+def in_lines(lines: Iterable[str]) -> str:
+    """As a list; empty without any."""
+    entries = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    return f"<ul>{entries}</ul>" if entries else ""
