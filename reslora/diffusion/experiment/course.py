@@ -5,6 +5,7 @@ Only the main process asks it (`together.decided`).
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from dataclasses import dataclass, field
@@ -58,8 +59,11 @@ class Course:
         """The rates that an earlier start has added, by the names of folders."""
         if not self.flags.extend_rates:
             return []
-        found = (self.folder / label.method / label.place).glob("lr-*")
-        return [float(path.name.removeprefix("lr-")) for path in found]
+        found = []
+        for path in (self.folder / label.method / label.place).glob("lr-*"):
+            with contextlib.suppress(ValueError):  # none of ours
+                found.append(float(path.name.removeprefix("lr-")))
+        return found
 
     def place_of(self, arm: Arm) -> str:
         """Where an arm writes, inside its method's folder."""

@@ -14,9 +14,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from diffusers import DiffusionPipeline
 
-from ...common.errors import Diverged, EndedElsewhere
+from ...common.errors import Diverged, EndedElsewhere, Stopped
 from ...common.signals import StopRequest
 from ...common.together import decided, each
 from ...files import read_object, remove_leftovers
@@ -29,7 +30,7 @@ from ..folder import EXPERIMENT, locked
 from ..output.trackers import start_trackers
 from ..processes import start_accelerator
 from ..run import Setting, find_all, forget_encoder, identity_of, load_and_check, train_method
-from ..training.checkpoints import Identity, plan_resume
+from ..training.checkpoints import EXPORTS, Identity, check_past, plan_resume
 from ..training.schedule import schedule_of
 from .arms import Arm, plain_variants
 from .course import Course
@@ -69,7 +70,13 @@ def run_experiment(flags: Flags, stop: StopRequest) -> None:
         while arm := decided(bench.course.next_arm):
             bench.course.running = arm
             decided(results.write)
-            bench.train(arm)
+            try:
+                bench.train(arm)
+            except Stopped:
+                bench.course.running = None
+                if accelerator.is_main_process:  # the others may have left otherwise
+                    results.write()
+                raise
         bench.course.running = None
         decided(results.conclude)
         accelerator.end_training()
@@ -93,8 +100,11 @@ def check_folder(flags: Flags, identity: Identity | None = None) -> None:
     course = Course(flags)
     check_same(flags, identity)
     for arm in course.arms():
-        if not course.ended(arm):
-            plan_resume(course.flags_of(arm), identity, course.place_of(arm))
+        own, folder = course.flags_of(arm), course.folder_of(arm)
+        if course.ended(arm):
+            check_past(own, folder, read_object(folder / EXPORTS), identity)
+        else:
+            plan_resume(own, identity, course.place_of(arm))
 
 
 def with_several(settled: Flags, given: Flags) -> Flags:
@@ -151,6 +161,8 @@ class Bench:
         if not resume.checkpoints[method]:  # of which a plain run would say that it starts afresh
             flags = context.flags.replace(resume_from_checkpoint=None)
             setting = dataclasses.replace(setting, context=dataclasses.replace(context, flags=flags))
+        if context.flags.compile:
+            torch.compiler.reset()  # or it gives up after as many models as it remembers
         forget_peak(context.accelerator.device)
         try:
             if method not in resume.finished:
