@@ -22,7 +22,7 @@ from .judging import export_chosen, is_tested, tested
 from .measure import measured_at
 from .report import write_report
 from .split import Parts
-from .statistics import choose, compare
+from .statistics import REFERENCE, choose, compare
 
 REPORT = "report.html"
 CHANGING = ("learning_rate", "seed")  # and the methods: of these more may be added
@@ -104,7 +104,7 @@ class Results:
         self.tests = {arm: tested(self.step_of(arm), self.parts.test, self.setting_of(arm)) for arm in judged}
         self.verdicts = compare([course.record(arm, test) for arm, test in self.tests.items()], self.chosen)
         self.notes = [*self.unfinished(len(losses)), *self.others(), *self.failed(), *self.at_ends()]
-        self.notes += [*self.read_again(), *self.export(judged)]
+        self.notes += [*self.no_reference(judged), *self.read_again(), *self.export(judged)]
         experiment = self.write()
         write_report(experiment, course.folder)
         for line in (*self.notes, *(verdict["sentence"] for verdict in self.verdicts)):
@@ -140,6 +140,11 @@ class Results:
                 line = f"{label}: the best learning rate is the {end} that was tried, {choice['learning_rate']:g}"
                 found.append(f"{line}; --extend_rates, or --learning_rate {choice['next']:g} beside the others")
         return found
+
+    def no_reference(self, judged: Sequence[Arm]) -> list[str]:
+        """That there is nothing to compare with."""
+        there = any(self.course.labels[arm.label].method == REFERENCE for arm in judged)
+        return [] if there else [f"nothing to compare with: verdicts need an arm of --method {REFERENCE}"]
 
     def read_again(self) -> list[str]:
         """That somebody may have looked before deciding to go on, which no interval knows."""

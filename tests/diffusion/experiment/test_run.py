@@ -5,6 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import StableDiffusionPipeline
 from launching import launch
 from pipelines import image_folder
 from safetensors import safe_open
@@ -13,8 +15,13 @@ from safetensors.torch import load_file
 from diffusion.runs import RESUME, SCRIPT, Watcher, assert_same, main, only, printed, refused
 from reslora.common.log import read_log
 from reslora.diffusion.data.dataset import load_images
+from reslora.diffusion.experiment import results
+from reslora.diffusion.experiment.judging import export_chosen
+from reslora.diffusion.experiment.measure import losses_of
 from reslora.diffusion.experiment.split import parts_of
+from reslora.diffusion.run import Setting
 from reslora.diffusion.settings import parse_args
+from reslora.diffusion.training.denoising import DenoisingLoss
 from reslora.files import read_object
 
 SMALL = ("--method", "lora", "--learning_rate", "1e-2", "3e-2")
@@ -46,11 +53,22 @@ def small(flags, tmp_path_factory) -> Path:
     return output
 
 
+EXPORTED: list[tuple[int, Setting]] = []
+"""The step and the setting of the arm that `whole` has exported."""
+
+
 @pytest.fixture(scope="module")
 def whole(flags, small, tmp_path_factory) -> tuple[Path, list[str]]:
     """The small one, to which a method and a seed were added, with one of its rates; and what was printed."""
+
+    def export(step: int, setting: Setting) -> Path | None:
+        EXPORTED.append((step, setting))
+        return export_chosen(step, setting)
+
     output = shutil.copytree(small, tmp_path_factory.mktemp("whole") / "out", copy_function=shutil.copy2)
-    return output, printed(*flags, *WHOLE, "--output_dir", output)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(results, "export_chosen", export)
+        return output, printed(*flags, *WHOLE, "--output_dir", output)
 
 
 def experiment(output: Path) -> dict:
@@ -100,6 +118,26 @@ def test_the_file_on_top_is_of_the_arm_that_the_select_images_choose(whole):
     with safe_open(output / "pytorch_lora_weights.safetensors", "pt") as file:
         metadata = file.metadata()
     assert (metadata["ss_seed"], metadata["ss_steps"]) == (str(best["seed"]), str(choice["step"]))
+
+
+def test_the_test_losses_are_those_of_the_file_in_stock_diffusers(whole, model):
+    output, _ = whole
+    ((_, setting),) = EXPORTED
+    pipeline = StableDiffusionPipeline.from_pretrained(model)
+    loss = DenoisingLoss(setting.context, setting.material.objective, setting.pipeline, pipeline.unet.config)
+    (folder,) = (setting.context.folder_of(method) for method in setting.context.flags.method)
+    record, marks = read_object(folder / "test.json"), list(setting.material.sources[0].images.marks)
+    images = [(0, marks.index(mark)) for mark in record["images"]]
+
+    def measured() -> torch.Tensor:
+        return losses_of(lambda batch: loss(pipeline.unet, batch, weighted=False), setting.material, images)
+
+    base = measured()
+    pipeline.load_lora_weights(output)
+    found = measured()
+    assert found.mean(1).tolist() == pytest.approx(record["losses"], rel=1e-4)
+    assert found.mean(0).tolist() == pytest.approx(record["by_timestep"], rel=1e-4)
+    assert base.mean(0).tolist() != pytest.approx(record["by_timestep"], rel=1e-4)
 
 
 def test_added_methods_and_seeds_train_the_new_arms_alone(small, whole):
