@@ -308,9 +308,8 @@ def test_what_not_all_seeds_have_is_not_chosen():
     seeds = [{"50": 0.5, "100": 0.1, "150": 0.2}, {"50": 0.5, "150": None}]
     found = choice({1e-4: seeds, 2e-4: [{"50": 0.1}]})
     assert (found["learning_rate"], found["step"], found["at_end"]) == (1e-4, 50, "low")
-    found = choice(
-        {1e-4: seeds, 2e-4: seeds, 5e-5: [{"50": 0.1}]}
-    )  # the end of what is left, but not of what was tried
+    # The end of what is left, but not of what was tried.
+    found = choice({1e-4: seeds, 2e-4: seeds, 5e-5: [{"50": 0.1}]})
     assert (found["learning_rate"], found["at_end"], found["next"]) == (1e-4, None, None)
 
 
