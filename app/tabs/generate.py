@@ -109,11 +109,7 @@ class GenerateTab(Tab):
 
     def filled_in(self, run: Run) -> dict:
         """What the run drew its samples with."""
-        config = run.config
-        asked = Request(
-            prompt=next(iter(run.prompts), ""), steps=config.get("num_inference_steps"),
-            guidance=config.get("guidance_scale"), width=config.get("resolution"), height=config.get("resolution"),
-        ).clamped()  # fmt: skip
+        asked = recipe.of_samples(run)
         return dict(
             zip(self.of_run, [asked.prompt, asked.steps, asked.guidance, asked.width, asked.height], strict=True)
         )

@@ -281,6 +281,8 @@ def add_validation_flags(add: Callable) -> None:
     """What is drawn and measured while training."""
     add("--validation_prompt", nargs="+", metavar="PROMPT", help="prompts drawn while training, with fixed seeds")
     add("--num_validation_images", type=whole(0), help="samples per prompt; 0 draws none while training")
+    add("--validation_height", type=whole(8), help="pixels of a sample; default: --resolution")
+    add("--validation_width", type=whole(8), help="pixels of a sample; default: --resolution")
     add("--validation_steps", type=whole(1), help="steps between samples; default: by --validation_epochs")
     add("--validation_epochs", type=whole(1), default=1, help="epochs between samples")
     add("--validation_split", type=number(0, below=1), help="share of the images held out for a validation loss")

@@ -44,7 +44,7 @@ def check_base_precision(flags: Flags, dtype: torch.dtype, accelerator: Accelera
 
 
 def check_pipeline(flags: Flags, pipeline: DiffusionPipeline, family: Family) -> None:
-    """Refuse a resolution or a number of denoising steps that the pipeline cannot take."""
+    """Refuse sizes of images or a number of denoising steps that the pipeline cannot take."""
     known = pipeline.scheduler.config.num_train_timesteps
     if flags.num_inference_steps > known:
         argument = f"--num_inference_steps {flags.num_inference_steps}"
@@ -54,9 +54,10 @@ def check_pipeline(flags: Flags, pipeline: DiffusionPipeline, family: Family) ->
         if any(side % multiple or not side for side in (size.height, size.width)):
             argument = f"--aspect_ratio_buckets {size.height},{size.width}"
             raise InvalidArgument(argument, f"the pipeline takes multiples of {multiple}", "give sides that are")
-    if flags.resolution % multiple:
-        argument, problem = f"--resolution {flags.resolution}", f"the pipeline takes multiples of {multiple}"
-        raise InvalidArgument(argument, problem, f"give {max(1, flags.resolution // multiple) * multiple}")
+    for name in ("resolution", "validation_height", "validation_width"):
+        if (pixels := getattr(flags, name) or 0) % multiple:
+            argument, problem = f"--{name} {pixels}", f"the pipeline takes multiples of {multiple}"
+            raise InvalidArgument(argument, problem, f"give {max(1, pixels // multiple) * multiple}")
 
 
 def with_rank(flags: Flags, model: Model, accelerator: Accelerator) -> Flags:

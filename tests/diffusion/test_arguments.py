@@ -36,6 +36,8 @@ from reslora.diffusion.arguments import build_parser
         ("--config", "/no/such/file.toml"),
         ("--no_such_flag", "1"),
         ("--resolution", "12"),
+        ("--validation_height", "36"),
+        ("--validation_width", "36"),
         ("--num_inference_steps", "2000"),
         ("--learning_rate", "1e-08", "--lr_scheduler", "polynomial"),
         ("--lr_scheduler", "piecewise_constant"),

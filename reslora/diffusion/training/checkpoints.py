@@ -35,8 +35,8 @@ STATE, RECORD, EXPORTS = "trainer.pt", "trainer.json", "exports.json"
 MERGING = ("merge", "merge_calibration_samples")  # another one is merged and exported anew, and not trained again
 # What a finished run shows of its training, and shows no more.
 SHOWN = (
-    "validation_prompt", "num_validation_images", "validation_steps", "validation_epochs", "num_inference_steps",
-    "guidance_scale",
+    "validation_prompt", "num_validation_images", "validation_height", "validation_width", "validation_steps",
+    "validation_epochs", "num_inference_steps", "guidance_scale",
 )  # fmt: skip
 # What may differ between a run and its continuation: how long it trains, what it shows and keeps, and where things are.
 FREE_ON_RESUME = {
