@@ -140,7 +140,9 @@ def _default_in_words(action: argparse.Action) -> str:
 
 def in_words(value: Any) -> str:
     """A flag's value as a person would write it."""
-    return ", ".join(value) or "none" if isinstance(value, list) else {None: "none", True: "on"}.get(value, str(value))
+    if isinstance(value, list):
+        return ", ".join(value) or "none"
+    return "none" if value is None else "on" if value is True else str(value)  # 1 is equal to True
 
 
 # fmt: off

@@ -91,3 +91,9 @@ def test_every_flag_of_diffusers_script_is_there():
     }  # fmt: skip
     assert len(names) == 51
     assert names <= {action.dest for action in build_parser()._actions}
+
+
+def test_defaults_are_in_words_and_one_is_a_number():
+    helps = {action.dest: action.help for action in build_parser()._actions}
+    assert helps["gradient_accumulation_steps"].endswith("(default: 1)")
+    assert helps["cache_latents"].endswith("(default: on)") and "otherwise: none)" in helps["validation_prompt"]

@@ -26,7 +26,7 @@ from ...files import (
     write_checksums,
     write_json,
 )
-from ..arguments import Flags
+from ..arguments import Flags, in_words
 from .schedule import Schedule
 from .state import Learner
 
@@ -166,7 +166,7 @@ def notes_of(flags: Flags, folder: Path, record: dict) -> list[str]:
     """What was shown of a finished method's training, and would be shown otherwise now."""
     shown = record.get("shown", {})
     names = [name for name in SHOWN if name in shown and getattr(flags, name) not in (None, shown[name])]
-    return [f"{folder} is finished, --{name} has no effect any more: it was {shown[name]}" for name in names]
+    return [f"{folder} is finished, --{name} has no effect any more: it was {in_words(shown[name])}" for name in names]
 
 
 def _named_checkpoint(flags: Flags, named: str, todo: list[str]) -> tuple[str, Path]:
