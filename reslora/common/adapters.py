@@ -1,6 +1,7 @@
 """The paper's methods by name: configured, attached, saved and loaded, for transformers' and diffusers' models.
 
-config = adapter_config("reslora", r=4, alpha=8, dropout=0.0, targets=["to_q", "to_v"], total_steps=1000)
+settings = AdapterSettings(r=4, alpha=8, dropout=0.0, targets=["to_q", "to_v"], total_steps=1000)
+config = adapter_config("reslora", settings)
 model = attach(unet, config, ResLoraConfig(shortcut="input"))     # ResLoRA is LoRA's configuration with shortcuts
 save_adapter(model, "checkpoint"), load_adapter(model, "checkpoint")
 """

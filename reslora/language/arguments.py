@@ -181,16 +181,22 @@ def check_number(name: str, value: float, least: float, below: float = math.inf,
         raise InvalidArgument(f"--{name} {value}", problem, fix)
 
 
+def build_parser(types: Sequence[type], prog: str, description: str | None = None) -> HfArgumentParser:
+    """A parser of the flags that are the fields of the dataclasses `types`."""
+    # An error is one line, without a screen of usage before it.
+    usage = argparse.SUPPRESS
+    parser = HfArgumentParser(list(types), prog=prog, usage=usage, description=description, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"reslora-sd {__version__}")
+    return parser
+
+
 def parse_arguments(
-    types: Sequence[type],
+    parser: HfArgumentParser,
     argv: Sequence[str] | None = None,
-    *,
-    prog: str,
-    description: str | None = None,
     bundled: Mapping[str, object] | None = None,
     deepspeed_config: str | None = None,
 ) -> tuple:
-    """Parses flags into instances of the dataclasses `types`.
+    """Parses flags into instances of the parser's dataclasses.
 
     What argparse or transformers refuse ends the program with one line and status 2; what our own classes refuse is
     `InvalidArgument`.
@@ -198,10 +204,6 @@ def parse_arguments(
     `bundled`: defaults that hold while no `--model_name_or_path` is given. `deepspeed_config`: what `--deepspeed` means
     without a value.
     """
-    # An error is one line, without a screen of usage before it.
-    usage = argparse.SUPPRESS
-    parser = HfArgumentParser(list(types), prog=prog, usage=usage, description=description, allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"reslora-sd {__version__}")
     argv = list(sys.argv[1:] if argv is None else argv)
     named = {"--model_name_or_path", "--model-name-or-path"}
     if bundled and not any(word.split("=")[0] in named for word in argv):

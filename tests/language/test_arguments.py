@@ -11,6 +11,7 @@ from reslora.common.script import run_script
 from reslora.language.arguments import (
     AdapterTrainingArguments,
     MethodArguments,
+    build_parser,
     check_data,
     check_number,
     check_resume,
@@ -29,7 +30,7 @@ class ModelArguments:
 
 def parse(*argv, **options):
     types = (ModelArguments, MethodArguments, AdapterTrainingArguments)
-    return parse_arguments(types, [*argv, "--report_to", "none"], prog="script.py", **options)
+    return parse_arguments(build_parser(types, "script.py"), [*argv, "--report_to", "none"], **options)
 
 
 @pytest.mark.parametrize(
