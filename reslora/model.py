@@ -17,6 +17,7 @@ from torch import nn
 from . import guards, merges, ranks
 from .calibration import Calibrator
 from .chains import Chain, Chains, base_model, chains, lora_layers
+from .common.checks import is_whole
 from .config import ResLoraConfig
 from .merges import Merge
 from .merging import Factors, Merged
@@ -208,7 +209,7 @@ def _resolve(name: str, connection: Connection, calibration: object, max_rank: i
         raise ValueError(f"method={name!r} is not one of {', '.join(map(repr, merges.NAMES))}")
     shortcut = connection.shortcut
     if max_rank is not None:
-        if not isinstance(max_rank, int) or isinstance(max_rank, bool) or max_rank < 1:
+        if not is_whole(max_rank, 1):
             raise ValueError(f"max_rank={max_rank!r} must be an integer of at least 1")
         if shortcut is None or not shortcut.raises_rank:
             kept = connection.config.shortcut

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..chains import Chains, chains
 from ..common.adapters import check_rank, narrowest_layer
-from ..common.errors import InvalidArgument, first_line
+from ..common.errors import InvalidArgument, first_line, refused_as
 from ..common.methods import METHODS
 from .arguments import DEFAULT_PRE_NUM, DEFAULT_RANK, Flags
 from .data.buckets import named_buckets
@@ -85,11 +85,9 @@ def check_methods(flags: Flags, model: Model, accelerator: Accelerator) -> None:
             check_rank(denoiser, config_of(method, flags, total_steps=1000))
         except ValueError as error:
             raise InvalidArgument(f"--rank {flags.rank}", *first_line(error).split(": ", 1)) from None
-        try:
+        argument = f"--method {method}, --target_modules {' '.join(flags.target_modules)}"
+        with refused_as(argument, "change the flag it is about", (ValueError, RuntimeError)):
             add_adapter(denoiser, method, flags, total_steps=1000)
-        except (ValueError, RuntimeError) as error:
-            argument = f"--method {method}, --target_modules {' '.join(flags.target_modules)}"
-            raise InvalidArgument(argument, first_line(error), "change the flag it is about") from None
         if METHODS[method].shortcuts:
             tell_what_is_not_linked(chains(denoiser), flags, accelerator)
 

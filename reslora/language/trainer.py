@@ -231,9 +231,8 @@ class AdapterTrainer(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         """As `Trainer.training_step`; AdaLoRA's regularizer joins the gradients once per step."""
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.allocator is not None and self.accelerator.sync_gradients:
-            scaler = getattr(self.accelerator, "scaler", None)
-            self.allocator.add_gradient(scaler.get_scale() if scaler else 1.0)
+        if self.allocator is not None:
+            self.allocator.add_gradient(self.accelerator)
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

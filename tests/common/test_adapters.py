@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -197,7 +198,14 @@ def test_the_penalty_is_the_papers_regularizer(kind):
     assert [p for p in allocator.factors() if p.requires_grad] == allocator.factors()
 
 
+def accelerated(scale: float | None = None, sync_gradients: bool = True) -> SimpleNamespace:
+    """What is asked of an accelerator, with the scaler of fp16 where there is a scale."""
+    scaler = SimpleNamespace(get_scale=lambda: scale) if scale else None
+    return SimpleNamespace(scaler=scaler, sync_gradients=sync_gradients)
+
+
 def test_a_gradient_added_is_that_of_the_penalty_in_the_loss():
+    """Times the scale of an fp16 scaler, and only after the last forward of a step."""
     model = build("adalora")
     allocator = rank_allocator(model)
     loss = model(**token_inputs()).logits.square().mean()
@@ -205,10 +213,14 @@ def test_a_gradient_added_is_that_of_the_penalty_in_the_loss():
     expected = [factor.grad.clone() for factor in allocator.factors()]
     model.zero_grad()
     model(**token_inputs()).logits.square().mean().backward()
-    allocator.add_gradient(scale=2.0)
+    allocator.add_gradient(accelerated(sync_gradients=False))
+    allocator.add_gradient(accelerated())
+    for factor, gradient in zip(allocator.factors(), expected, strict=True):
+        torch.testing.assert_close(factor.grad, gradient)
+    allocator.add_gradient(accelerated(scale=2.0))
     for factor, gradient in zip(allocator.factors(), expected, strict=True):
         single = torch.autograd.grad(allocator.penalty(), factor)[0]
-        torch.testing.assert_close(factor.grad, gradient + single)
+        torch.testing.assert_close(factor.grad, gradient + 2 * single)
 
 
 def test_a_silenced_model_leaves_its_loss_alone():

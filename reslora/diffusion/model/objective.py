@@ -10,7 +10,7 @@ from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteSc
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 
-from ...common.errors import InvalidArgument, first_line
+from ...common.errors import InvalidArgument, refused_as
 from ..arguments import SAMPLINGS, WEIGHTINGS, Flags
 from .families.base import Family
 
@@ -157,11 +157,9 @@ def objective_of(flags: Flags, family: Family, pipeline: DiffusionPipeline) -> O
             raise InvalidArgument(f"--{name} {getattr(flags, name)}", problem, "leave it out")
     if flags.prediction_type:
         pipeline.scheduler.register_to_config(prediction_type=flags.prediction_type)
-    try:
+    argument = f"--pretrained_model_name_or_path {flags.pretrained_model_name_or_path}"
+    with refused_as(argument, "give another model, or --prediction_type", (ValueError,)):
         return DdpmObjective(pipeline.scheduler, flags.snr_gamma)
-    except ValueError as error:
-        argument = f"--pretrained_model_name_or_path {flags.pretrained_model_name_or_path}"
-        raise InvalidArgument(argument, first_line(error), "give another model, or --prediction_type") from None
 
 
 def loss_per_sample(prediction: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
