@@ -174,7 +174,7 @@ def add_model_flags(add: Callable) -> None:
 def add_method_flags(add: Callable) -> None:
     """Which adapter, and how it is merged."""
     add("--method", nargs="+", choices=METHODS,
-        help=f"trained one after the other on the same samples. {IN_WORDS}")
+        help=f"trained one after the other on the same images and noise. {IN_WORDS}")
     add("--rank", type=whole(1), help="rank of the update matrices")
     add("--lora_alpha", type=number(0, exclusive=True), help="scale times rank; default: twice the rank")
     add("--lora_dropout", type=number(0, below=1), default=0.0,
@@ -191,7 +191,7 @@ def add_method_flags(add: Callable) -> None:
     add("--merge", choices=MERGES, default=AUTO,
         help="ResLoRA: how the shortcuts become plain LoRA weights")
     add("--merge_calibration_samples", type=whole(0), default=64,
-        help="ResLoRA: training samples that the merge may read")
+        help="ResLoRA: training images that the merge may read")
 
 
 def add_data_flags(add: Callable) -> None:
@@ -217,7 +217,7 @@ def add_data_flags(add: Callable) -> None:
         help="the buckets, as heights and widths, instead of a ladder around --resolution; images may be scaled up")
     add("--bucket_upscale", **SWITCH, help="scale small images up to a bucket of the ladder")
     add("--center_crop", **SWITCH, help="crop the centre instead of a random place")
-    add("--random_flip", **SWITCH, help="mirror half of the samples")
+    add("--random_flip", **SWITCH, help="mirror images, half of the time")
     add("--image_interpolation_mode", default="lanczos", help="how images are scaled",
         choices=["nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos"])
     add("--strict", **SWITCH,
@@ -232,7 +232,7 @@ def add_data_flags(add: Callable) -> None:
 def add_training_flags(add: Callable) -> None:
     """How long, how much at once, and on which loss."""
     add("--seed", type=whole(0), default=0, help="the same seed gives the same bytes")
-    add("--train_batch_size", type=whole(1), default=16, help="samples per process and forward")
+    add("--train_batch_size", type=whole(1), default=16, help="images per process and forward")
     add("--gradient_accumulation_steps", type=whole(1), default=1, help="forwards per step")
     add("--num_train_epochs", type=whole(1),
         help="epochs of images / (batch x accumulation x processes) steps, rounded up: the last is filled up from the "

@@ -221,7 +221,7 @@ def load_model(arguments: Arguments):
     common = {"cache_dir": given.cache_dir, "revision": given.model_revision, "token": given.token}
     names = dict(enumerate(task.labels)) if task.labels else {0: "score"}
     kind = "single_label_classification" if task.labels else "regression"
-    logging.set_verbosity_error()  # its report that the head has no weights yet is no news
+    logging.set_verbosity_error()  # its report that the classifier has no weights yet is no news
     logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(
@@ -398,13 +398,13 @@ def main(argv: Sequence[str] | None = None, stop: StopRequest | None = None, des
     check_resume(training.output_dir, training.resume_from_checkpoint, flags)
     set_seed(training.seed)
     splits = read_splits(arguments)
-    tokenizer, model, head = load_model(arguments)
+    tokenizer, model, classifier = load_model(arguments)
     sets = {name: encode(arguments, tokenizer, columns) for name, columns in splits.items()}
     flags["data"] = fingerprint(zip(*splits["train"].values(), strict=True))
     check_data(training.output_dir, training.resume_from_checkpoint, flags["data"])
     steps = total_steps(training, len(sets["train"]))
     example = {"input_ids": torch.tensor([sets["train"][0]["input_ids"]])}
-    adapted = attach(model, arguments.method, steps, example, modules_to_save=head)
+    adapted = attach(model, arguments.method, steps, example, modules_to_save=classifier)
     trainer = build_trainer(arguments, tokenizer, adapted, sets, stop)
     if trainer.is_world_process_zero():
         write_json(Path(training.output_dir) / "config.json", flags)

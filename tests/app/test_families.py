@@ -17,7 +17,7 @@ from reslora.common.methods import AdapterSettings, adapter_config
 from reslora.config import ResLoraConfig
 from reslora.diffusion.arguments import Flags
 from reslora.diffusion.model.loading import find_model
-from reslora.diffusion.output.calibration import write_calibration
+from reslora.diffusion.output.calibration_file import write_calibration
 from reslora.diffusion.training.state import targets_of
 
 REQUEST = Request(prompt="red disc", steps=2, seed=5, width=40, height=32)

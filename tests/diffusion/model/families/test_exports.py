@@ -18,7 +18,7 @@ import train_sd
 from reslora.diffusion.arguments import Flags
 from reslora.diffusion.context import Context
 from reslora.diffusion.model.families import load_family
-from reslora.diffusion.output.calibration import read_calibration
+from reslora.diffusion.output.calibration_file import read_calibration
 from reslora.diffusion.output.exports import kohya_metadata
 from reslora.diffusion.training.schedule import Schedule
 
