@@ -13,7 +13,7 @@ import numpy as np
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-from ..common.errors import InvalidArgument
+from ..common.errors import InvalidArgument, loaded_from_hub
 from ..common.jsonl import json_lines
 
 Columns = dict[str, list]
@@ -105,15 +105,8 @@ class HubDataset:
 def read_hub(task: Task, source: HubDataset, split: str) -> tuple[str, list[dict] | None]:
     """Rows of a split of a data set on the hub, as `read_folder`."""
     where = f"--dataset_name {source.path}, configuration {source.name}"
-    try:
+    with loaded_from_hub(where, f"use --data_dir: {file_form(task)}"):
         sets = datasets.load_dataset(**asdict(source))
-    except Exception as error:  # whatever a hub, a network or a parser can raise
-        message = " ".join(str(error).split())
-        if "script" in message or "remote code" in message or "remote_code" in message:
-            problem = "needs remote code, which is never run"
-        else:
-            problem = f"cannot be loaded ({message[:200]})"
-        raise InvalidArgument(where, problem, f"use --data_dir: {file_form(task)}") from None
     return f"{where}, {split}", sets[split].to_list() if split in sets else None
 
 
