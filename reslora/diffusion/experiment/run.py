@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,12 +32,14 @@ from ..output.trackers import start_trackers
 from ..processes import start_accelerator
 from ..run import Setting, find_all, forget_encoder, identity_of, load_and_check, train_method
 from ..training.checkpoints import EXPORTS, Identity, check_past, plan_resume
-from ..training.schedule import schedule_of
+from ..training.schedule import Schedule, schedule_of
 from .arms import Arm, plain_variants
 from .course import Course
 from .measure import ADAPTERS, SelectLoss, forget_peak, peak_memory
 from .results import Results, check_same
 from .split import check_count, is_learnt, parts_of, with_parts
+
+MOST_LOOKS = 10
 
 
 def run_experiment(flags: Flags, stop: StopRequest) -> None:
@@ -58,7 +61,7 @@ def run_experiment(flags: Flags, stop: StopRequest) -> None:
         material = with_parts(material, parts)
         materials = {seed: of_seed(material, seed, pipeline, context) for seed in Course(asked).seeds}
         forget_encoder(pipeline, context)
-        schedule = schedule_of(material, context)
+        schedule = with_few_looks(schedule_of(material, context), asked)
         setting = Setting(pipeline, material, schedule, identity, context)
         asked = asked.replace(max_train_steps=schedule.steps, validation_steps=schedule.validation_steps)
         decided(lambda: check_same(asked, identity))
@@ -66,7 +69,8 @@ def run_experiment(flags: Flags, stop: StopRequest) -> None:
         bench = Bench(Course(asked, began), setting, materials)
         readings = decided(lambda: read_object(context.folder / EXPERIMENT).get("readings", 0))
         results = Results(bench.course, setting, parts, bench.setting_of, readings=readings)
-        accelerator.print(f"{len(bench.course.arms())} arms; {parts}")
+        often = f"each a checkpoint to choose every {schedule.validation_steps} of {schedule.steps} steps"
+        accelerator.print(f"{len(bench.course.arms())} arms, {often}; {parts}")
         while arm := decided(bench.course.next_arm):
             bench.course.running = arm
             decided(results.write)
@@ -105,6 +109,14 @@ def check_folder(flags: Flags, identity: Identity | None = None) -> None:
             check_past(own, folder, read_object(folder / EXPORTS), identity)
         else:
             plan_resume(own, identity, course.place_of(arm))
+
+
+def with_few_looks(schedule: Schedule, flags: Flags) -> Schedule:
+    """At most MOST_LOOKS at the select images where no number of steps is given: an epoch may be one step."""
+    if flags.validation_steps:
+        return schedule
+    least = math.ceil(schedule.steps / MOST_LOOKS)
+    return dataclasses.replace(schedule, validation_steps=max(schedule.validation_steps, least))
 
 
 def with_several(settled: Flags, given: Flags) -> Flags:
