@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from ...common.errors import InvalidArgument
 from ...common.methods import METHODS, any_with_shortcuts
 from ...shortcuts import PLAIN
-from ..arguments import SEVERAL, Flags
+from ..arguments import SEVERAL, Flags, listed
 
 NEAR = 3  # rates around the best one that further seeds are spent on first
 MOST_EXTENSIONS = 3  # of the rates, by --extend_rates
@@ -58,9 +58,8 @@ Losses = Mapping[Arm, float]
 
 
 def values_of(flags: Flags, name: str) -> list:
-    """All values of a flag."""
-    value = getattr(flags, name)
-    return value if isinstance(value, list) else [value]
+    """All values of a flag; None where it is still open."""
+    return listed(getattr(flags, name)) or [None]
 
 
 def labels_of(flags: Flags) -> list[Label]:

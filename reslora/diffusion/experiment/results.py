@@ -67,8 +67,9 @@ class Results:
     chosen: dict[str, record.Choice] = field(default_factory=dict)
     verdicts: list[record.Verdict] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    readings: int = 0
-    """How often losses on the test images were measured."""
+
+    def __post_init__(self) -> None:
+        self.readings: int = read_object(self.course.folder / EXPERIMENT).get("readings", 0)
 
     def write(self) -> record.Experiment:
         """`experiment.json` as things stand, which it returns."""

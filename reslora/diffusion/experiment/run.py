@@ -20,24 +20,24 @@ from diffusers import DiffusionPipeline
 
 from ...common.errors import Diverged, EndedElsewhere, Stopped
 from ...common.signals import StopRequest
-from ...common.together import decided, each
+from ...common.together import decided, each, is_main
 from ...files import read_object, remove_leftovers
 from ..arguments import SEVERAL, Flags
 from ..checks import check_methods
 from ..context import Context
 from ..data.material import latents_of, material_of
 from ..data.samples import Material
-from ..folder import EXPERIMENT, locked
+from ..folder import locked
 from ..output.trackers import start_trackers
 from ..processes import start_accelerator
 from ..run import Setting, find_all, forget_encoder, identity_of, load_and_check, train_method
 from ..training.checkpoints import EXPORTS, Identity, check_past, plan_resume
 from ..training.schedule import Schedule, schedule_of
-from .arms import Arm, plain_variants
+from .arms import Arm, plain_variants, values_of
 from .course import Course
 from .measure import ADAPTERS, SelectLoss, forget_peak, peak_memory
 from .results import Results, check_same
-from .split import check_count, is_learnt, parts_of, with_parts
+from .split import check_count, learnt, parts_of, with_parts
 
 MOST_LOOKS = 10
 
@@ -52,38 +52,39 @@ def run_experiment(flags: Flags, stop: StopRequest) -> None:
         identity = identity_of(kinds, context)
         asked = with_several(context.flags, flags)
         decided(lambda: check_folder(asked, identity))
-        check_count(len(set(kinds[0].marks)), asked)
+        check_count(len({mark for images in kinds if not images.of_class for mark in images.marks}), asked)
         pipeline, objective = each(lambda: load_and_check(context))
         each(lambda: check_variants(asked, context))
         material = material_of(kinds, pipeline, objective, context)
-        learnt = {number: source.images for number, source in enumerate(material.sources) if is_learnt(number)}
-        parts = decided(lambda: parts_of(learnt, asked))
+        parts = decided(lambda: parts_of(learnt(material.sources), asked))
         material = with_parts(material, parts)
-        materials = {seed: of_seed(material, seed, pipeline, context) for seed in Course(asked).seeds}
+        materials = {seed: of_seed(material, seed, pipeline, context) for seed in values_of(asked, "seed")}
         forget_encoder(pipeline, context)
         schedule = with_few_looks(schedule_of(material, context), asked)
-        setting = Setting(pipeline, material, schedule, identity, context)
         asked = asked.replace(max_train_steps=schedule.steps, validation_steps=schedule.validation_steps)
         decided(lambda: check_same(asked, identity))
         start_trackers(schedule, dataclasses.replace(context, flags=asked))
-        bench = Bench(Course(asked, began), setting, materials)
-        readings = decided(lambda: read_object(context.folder / EXPERIMENT).get("readings", 0))
-        results = Results(bench.course, setting, parts, bench.setting_of, readings=readings)
-        often = f"each a checkpoint to choose every {schedule.validation_steps} of {schedule.steps} steps"
-        accelerator.print(f"{len(bench.course.arms())} arms, {often}; {parts}")
-        while arm := decided(bench.course.next_arm):
-            bench.course.running = arm
-            decided(results.write)
-            try:
-                bench.train(arm)
-            except Stopped:
-                bench.course.running = None
-                if accelerator.is_main_process:  # the others may have left otherwise
-                    results.write()
-                raise
-        bench.course.running = None
-        decided(results.conclude)
+        bench = Bench(Course(asked, began), Setting(pipeline, material, schedule, identity, context), materials)
+        accelerator.print(f"{len(bench.course.arms())} arms of {schedule.steps} steps; {parts}")
+        train_and_conclude(bench, Results(bench.course, bench.setting, parts, bench.setting_of))
         accelerator.end_training()
+
+
+def train_and_conclude(bench: Bench, results: Results) -> None:
+    """Trains what is next until nothing is, and tells what came of it."""
+    course = bench.course
+    try:
+        while arm := decided(course.next_arm):
+            course.running = arm
+            decided(results.write)
+            bench.train(arm)
+    except Stopped:
+        course.running = None
+        if is_main():  # alone: the others may have left otherwise
+            results.write()
+        raise
+    course.running = None
+    decided(results.conclude)
 
 
 def take_folder(flags: Flags, stack: contextlib.ExitStack) -> None:

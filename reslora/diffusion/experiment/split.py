@@ -22,6 +22,7 @@ from ..arguments import Flags
 from ..data.class_images import balanced
 from ..data.dataset import ImageDataset, data_flag
 from ..data.samples import Material
+from ..data.sources import Source
 from ..seeds import derive
 
 SIDE, MARGIN = 8, 8  # of the perceptual hash: cells across and down, and levels of 255 by which neighbours differ
@@ -42,7 +43,7 @@ class Parts:
     select: tuple[Image, ...]
     test: tuple[Image, ...]
     duplicates: int
-    """Images that are where they are because of another one."""
+    """Contents that are where they are because of another one, as which they look."""
 
     def __str__(self) -> str:
         numbers = f"{len(self.train)} to train on, {len(self.select)} to choose by, {len(self.test)} to compare by"
@@ -62,7 +63,12 @@ def parts_of(images: Mapping[int, ImageDataset], flags: Flags) -> Parts:
     train, select, test = ([image for number in numbers for image in groups[number]] for numbers in cuts)
     select, test = (list({marks[image]: image for image in reversed(part)}.values())[::-1] for part in (select, test))
     parts = [tuple(flat[image] for image in part) for part in (train, select, test)]
-    return Parts(parts[0], parts[1], parts[2], duplicates=len(flat) - len(groups))
+    return Parts(parts[0], parts[1], parts[2], duplicates=len(set(marks)) - len(groups))
+
+
+def learnt(sources: Sequence[Source]) -> dict[int, ImageDataset]:
+    """The images of all sources but class images, by their numbers."""
+    return {number: source.images for number, source in enumerate(sources) if not source.images.of_class}
 
 
 def check_count(images: int, flags: Flags) -> None:
@@ -84,18 +90,15 @@ def cut(marks: Sequence[str], select: float, test: float) -> tuple[list[int], li
 
 def with_parts(material: Material, parts: Parts) -> Material:
     """The material with the first part to train on and the second, up to --max_validation_images, held out."""
-    held_out, sources = parts.select[: material.flags.max_validation_images], []
+    held_out, learnt = parts.select[: material.flags.max_validation_images], []
     for number, source in enumerate(material.sources):
-        if is_learnt(number):
+        if not source.images.of_class:
             own = [tuple(sorted(image for where, image in part if where == number)) for part in (parts.train, held_out)]
-            source = dataclasses.replace(source, train=own[0], held_out=own[1])
-        sources.append(source)
-    return dataclasses.replace(material, sources=balanced(*sources) if len(sources) > 1 else tuple(sources))
-
-
-def is_learnt(source: int) -> bool:
-    """Whether the images of a source are to be learnt; others are class images."""
-    return source == 0
+            repeats = source.images.repeats  # before those of all images were balanced with class images
+            learnt.append(dataclasses.replace(source, train=own[0], held_out=own[1], repeats=repeats))
+    of_class = [source for source in material.sources if source.images.of_class]
+    of_class = [dataclasses.replace(source, repeats=source.images.repeats) for source in of_class]
+    return dataclasses.replace(material, sources=balanced(learnt, of_class) if of_class else tuple(learnt))
 
 
 def groups_of(marks: Sequence[str], hashes: np.ndarray) -> list[list[int]]:
