@@ -80,14 +80,14 @@ def comparison(run: Run, step: int) -> str:
         return notice("This run ended before its first samples; its log, under Train, says why.")
     if not cells:
         return notice("No samples yet: the first ones are drawn before the first training step.")
-    head = "".join(f"<th>{escape(title)}<small>{escape(subtitle)}</small></th>" for title, subtitle, _ in shown)
+    header = "".join(f"<th>{escape(title)}<small>{escape(subtitle)}</small></th>" for title, subtitle, _ in shown)
     rows = []
     for cell in cells:
         title = prompt_of(run, cell[0])
         tiles = "".join(f"<td>{tile(images.get(cell), f'{title}: {name}')}</td>" for name, _, images in shown)
         rows.append(f'<tr><th><div class="prompt" title="{escape(title)}">{escape(title)}</div></th>{tiles}</tr>')
     mark = f'data-step="{step}" style="--columns:{len(shown)}"'
-    return table("samples", f"Samples at step {step}", f"<tr><th></th>{head}</tr>{''.join(rows)}", mark)
+    return table("samples", f"Samples at step {step}", f"<tr><th></th>{header}</tr>{''.join(rows)}", mark)
 
 
 def table(kind: str, name: str, rows: str, mark: str = "") -> str:
@@ -160,12 +160,12 @@ def numbers(run: Run, step: int) -> str:
         )
         color = f'<i style="background:{COLORS[method]}"></i>'
         rows.append(f"<tr><th>{color}{NAMES[method]}</th>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    head = "<tr><th></th><th>loss (last 20)</th><th>validation loss</th><th>learning rate</th><th>time</th></tr>"
+    header = "<tr><th></th><th>loss (last 20)</th><th>validation loss</th><th>learning rate</th><th>time</th></tr>"
     damaged = {NAMES[method]: count for method in run.methods if (count := run.damaged_rows(method))}
     notes = "".join(
         notice(f"{name}: {count} lines of its log are damaged, and left out.") for name, count in damaged.items()
     )
-    return table("numbers", f"Numbers at step {step}", head + "".join(rows)) + notes
+    return table("numbers", f"Numbers at step {step}", header + "".join(rows)) + notes
 
 
 def figure(value, form: str, unit: str = "") -> str:
@@ -213,7 +213,7 @@ def notice(text: str) -> str:
 
 def settings_table(images: list[Drawn]) -> str:
     """Seed and settings of every generated image; the PNG files carry the same."""
-    head = "".join(
+    header = "".join(
         f"<th>{name}</th>"
         for name in ("weights", "seed", "steps", "guidance", "strength", "size", "prompt", "negative")
     )
@@ -224,7 +224,7 @@ def settings_table(images: list[Drawn]) -> str:
         cells += [f"{request.strength:g}", f"{request.width} x {request.height}", request.prompt[:100]]
         cells.append(request.negative_prompt[:100])
         rows.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
-    return table("made", "Settings of each image", f"<tr>{head}</tr>{''.join(rows)}")
+    return table("made", "Settings of each image", f"<tr>{header}</tr>{''.join(rows)}")
 
 
 # -- chains and merge --------------------------------------------------------------------------------------------------
@@ -298,12 +298,12 @@ def heat_map(title: str, values: dict[str, float | None], digits: int = 2, signe
         text = figure(value, f"{'+' if signed else ''}.{digits}f")
         style = shade(value, largest, signed)
         roles.setdefault(role, {})[place(name)] = f'<td title="{escape(name)}: {text}" style="{style}">{text}</td>'
-    head = "".join(f"<th>{escape(p)}</th>" for p in places)
+    header = "".join(f"<th>{escape(p)}</th>" for p in places)
     rows = "".join(
         f"<tr><th>{escape(role)}</th>{''.join(cells.get(p, '<td></td>') for p in places)}</tr>"
         for role, cells in sorted(roles.items(), key=lambda item: order_of(item[0]))
     )
-    return f"<h4>{escape(title)}</h4>{table('heat', title, f'<tr><th></th>{head}</tr>{rows}')}"
+    return f"<h4>{escape(title)}</h4>{table('heat', title, f'<tr><th></th>{header}</tr>{rows}')}"
 
 
 def in_order(text: str) -> list[tuple[int, str]]:

@@ -67,7 +67,7 @@ def run(flags: Flags, stop: StopRequest) -> None:
                 learner = start_method(method, pipeline, material, schedule, context)
                 go_on(learner, resume, context)
                 train_and_export(learner, material, schedule, identity, context)
-                learner = None  # its weights leave the memory before the next ones come
+                del learner  # its weights leave the memory before the next ones come
         decided(lambda: show(material, context))
         accelerator.end_training()
 

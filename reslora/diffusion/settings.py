@@ -8,13 +8,13 @@ import json
 import math
 import os
 import tomllib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..common.assets import ASSETS
 from ..common.checks import check_writable
-from ..common.errors import InvalidArgument, first_line
+from ..common.errors import InvalidArgument, first_line, refused_as
 from ..common.methods import any_with_shortcuts, check_steps
 from ..merges import MERGES
 from ..shortcuts import PLAIN, shortcut_class
@@ -75,7 +75,7 @@ def is_bundled(model: str) -> bool:
     return Path(model).resolve().parent == ASSETS
 
 
-def with_family(flags: Flags, defaults: dict) -> Flags:
+def with_family(flags: Flags, defaults: Mapping[str, object]) -> Flags:
     """The flags with what was still open filled in by the family's defaults."""
     return flags.replace(**{name: value for name, value in defaults.items() if getattr(flags, name) is None})
 
@@ -123,11 +123,9 @@ def _checked(action: argparse.Action, name: str, value: object, path: Path) -> o
         return value
     items = []
     for item in value if isinstance(value, list) else [value]:
-        try:
-            parse: Any = action.type or str
+        parse: Any = action.type or str
+        with refused_as(f"{where}, {name}", "correct it", (argparse.ArgumentTypeError, ValueError)):
             item = parse(str(item))
-        except (argparse.ArgumentTypeError, ValueError) as error:
-            raise InvalidArgument(f"{where}, {name}", first_line(error), "correct it") from None
         if action.choices and item not in action.choices:
             raise InvalidArgument(
                 f"{where}, {name}", f"{item!r} is not a choice", f"give one of {list(action.choices)}"

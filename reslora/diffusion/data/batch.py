@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,13 +42,13 @@ class Batch:
 
     def _with(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        tensors = {name: change(value) for name, value in values.items() if isinstance(value, torch.Tensor)}
+        tensors: dict = {name: change(value) for name, value in values.items() if isinstance(value, torch.Tensor)}
         return dataclasses.replace(self, **tensors, text=self.text and changed(self.text, change))
 
 
 def collate(samples: Sequence[Batch]) -> Batch:
     """Single samples as one batch: tensors are stacked, but for text states of different lengths, which stay lists."""
-    stacked = {}
+    stacked: dict = {}
     for field in dataclasses.fields(Batch):
         values = [getattr(sample, field.name) for sample in samples]
         if values[0] is not None:
@@ -56,7 +56,7 @@ def collate(samples: Sequence[Batch]) -> Batch:
     return Batch(**stacked)
 
 
-def stack_texts(texts: Sequence[Text]) -> Text:
+def stack_texts(texts: Sequence[Mapping[str, torch.Tensor]]) -> Text:
     """Text states of several captions, by name: a tensor, or a list where their lengths differ."""
     columns = {name: [text[name] for text in texts] for name in texts[0]}
     alike = {name: len({value.shape for value in values}) == 1 for name, values in columns.items()}

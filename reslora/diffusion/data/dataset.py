@@ -58,9 +58,11 @@ class ImageDataset:
 
     def select(self, indices: Sequence[int], left_out: Sequence[str] = ()) -> ImageDataset:
         """Some of the images; `left_out` says why the others are not among them."""
-        captions, sizes, marks = ([of[i] for i in indices] for of in (self.captions, self.sizes, self.marks))
-        rows, left_out = self.rows.select(indices), (*self.left_out, *left_out)
-        return dataclasses.replace(self, rows=rows, captions=captions, sizes=sizes, marks=marks, left_out=left_out)
+        return dataclasses.replace(
+            self, rows=self.rows.select(indices), captions=[self.captions[i] for i in indices],
+            sizes=[self.sizes[i] for i in indices], marks=[self.marks[i] for i in indices],
+            left_out=(*self.left_out, *left_out),
+        )  # fmt: skip
 
     def source(self, index: int) -> Content:
         """The file of an image, or its content."""
@@ -101,6 +103,7 @@ def load_images(flags: Flags, caption: str | None = None) -> ImageDataset:
                 raise InvalidArgument(f"--strict {name}", problem, "repair or remove it, or leave --strict out")
             left_out.append(f"{name}: {problem}")
             continue
+        assert not isinstance(size, str)
         keep.append(index)
         sizes.append(size)
     if not keep:
@@ -116,9 +119,10 @@ def load_images(flags: Flags, caption: str | None = None) -> ImageDataset:
     return ImageDataset(rows, captions, tuple(left_out), tuple(found.notes), sizes, marks, fingerprint)
 
 
-def _source(row: dict) -> Content | None:
+def _source(row: dict) -> Content:
+    """The file of a row's image, or its content; empty where there is neither."""
     image = row["image"]
-    return image and (image["bytes"] or image["path"])
+    return (image and (image["bytes"] or image["path"])) or b""
 
 
 def _caption_problem(captions: Sequence) -> str:
@@ -251,11 +255,8 @@ ROWS = {".csv": _csv_rows, ".jsonl": _json_rows}
 
 
 def _metadata_row(folder: Path, row: object, where: str, flags: Flags) -> tuple[Path, object]:
-    try:
-        name = row["file_name"]
-    except (KeyError, TypeError):
-        name = None
-    path = _file_inside(folder, name, where, "file_name")
+    row = row if isinstance(row, dict) else {}
+    path = _file_inside(folder, row.get("file_name"), where, "file_name")
     if flags.caption_column not in row:
         problem = f"{where} has the columns {', '.join(sorted(row))}"
         raise InvalidArgument(f"--caption_column {flags.caption_column}", problem, "name one of these")
@@ -263,11 +264,14 @@ def _metadata_row(folder: Path, row: object, where: str, flags: Flags) -> tuple[
 
 
 def _file_inside(folder: Path, name: object, where: str, column: str) -> Path:
+    nameless = InvalidArgument(where, f"names no image as its {column}", "correct it")
+    if not isinstance(name, str):
+        raise nameless
+    path = folder / name
     try:
-        path = folder / name
         inside = path.resolve().is_relative_to(folder.resolve())
-    except (ValueError, TypeError, OSError, RuntimeError):
-        raise InvalidArgument(where, f"names no image as its {column}", "correct it") from None
+    except (ValueError, OSError, RuntimeError):
+        raise nameless from None
     if not inside:
         raise InvalidArgument(where, f"names {name}, outside the folder", "move the image into it")
     return path
@@ -297,7 +301,8 @@ def read_dataset(flags: Flags) -> Found:
     """A dataset of the hub, or a folder in one of the other layouts the datasets library knows."""
     folder = Path(flags.dataset_name or flags.train_data_dir)
     everything = files_of(folder, flags) if folder.is_dir() else []
-    layout, notes = layout_of(everything, folder), []
+    layout = layout_of(everything, folder)
+    notes: list[str] = []
     rows = _load_split(flags, folder, layout, everything, notes)
     image, caption = _columns(rows, layout, flags, notes)
     captions = [value if isinstance(value, list) else [value] for value in rows[caption]]

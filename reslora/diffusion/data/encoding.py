@@ -22,7 +22,7 @@ from ...common.errors import InvalidArgument, first_line
 from ..arguments import Flags
 from ..context import Context
 from ..folder import cache_folder
-from ..model.families.base import Family, Text
+from ..model.families.base import Family
 from ..seeds import derive, generator
 from .dataset import ImageDataset, data_flag
 from .images import crop_and_scale, crop_sizes
@@ -41,7 +41,7 @@ class Texts:
     encoded: Encoded
     places: dict[str, int]
 
-    def __getitem__(self, caption: str) -> Text:
+    def __getitem__(self, caption: str) -> dict[str, torch.Tensor]:
         return self.encoded.read(self.places[caption])
 
     def __contains__(self, caption: str) -> bool:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import io
 import os
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 import PIL.ExifTags
 import PIL.Image
+import PIL.ImageFile
 import PIL.ImageOps
+import PIL.TiffImagePlugin
 import torch
 
 from ..content import Content
@@ -37,7 +40,7 @@ def image_size(source: Content) -> tuple[int, int] | str:
             return "not a file" if Path(source).exists() else "no such file"
         with _opened(source) as image:
             size = image.size
-            if image.format == "TIFF":  # PIL has turned this one already
+            if isinstance(image, PIL.TiffImagePlugin.TiffImageFile):  # PIL has turned this one already
                 size = image.tag_v2[256], image.tag_v2[257]
             return size[::-1] if _orientation(image) in SIDEWAYS else size
     except Exception as error:  # each format's reader has exceptions of its own
@@ -46,9 +49,9 @@ def image_size(source: Content) -> tuple[int, int] | str:
 
 def open_image(source: Content) -> PIL.Image.Image:
     """The image as 8-bit RGB: upright, transparency on white, 16 bits scaled down, an animation's first frame."""
-    with _opened(source) as image:
-        image.load()
-        image = PIL.ImageOps.exif_transpose(image)
+    with _opened(source) as opened:
+        opened.load()
+        image = PIL.ImageOps.exif_transpose(opened)
     if image.mode.startswith("I") or image.mode == "F":  # PIL would clip these at 255
         values = np.asarray(image, dtype=np.float32)
         top = 65535 if image.mode != "F" or values.max() > 255 else 255 if values.max() > 1 else 1
@@ -61,7 +64,7 @@ def open_image(source: Content) -> PIL.Image.Image:
 
 
 def crop_and_scale(
-    image: PIL.Image.Image, crop: tuple[float, float], flip: bool, size: Size, interpolation: str
+    image: PIL.Image.Image, crop: Sequence[float], flip: bool, size: Size, interpolation: str
 ) -> torch.Tensor:
     """A [3, height, width] tensor in [-1, 1]: the part at `crop` (0 to 1 across and down) of the image, as large as can
     be, that has the shape of `size`.
@@ -78,7 +81,7 @@ def crop_and_scale(
     return pixels.flip(2) if flip else pixels
 
 
-def crop_sizes(original: tuple[int, int], crop: tuple[float, float], flip: bool, size: Size) -> list[int]:
+def crop_sizes(original: tuple[int, int], crop: Sequence[float], flip: bool, size: Size) -> list[int]:
     """Height and width of the image, top and left of the crop once it is scaled, height and width of the result.
 
     SDXL is told these (Podell et al., 2023, Section 2.2). A mirrored image was mirrored before it was cropped.
@@ -93,20 +96,21 @@ def crop_sizes(original: tuple[int, int], crop: tuple[float, float], flip: bool,
     return [height, width, round(down), round(across), size.height, size.width]
 
 
-def _opened(source: Content) -> PIL.Image.Image:
+def _opened(source: Content) -> PIL.ImageFile.ImageFile:
     return PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
 
 
-def _orientation(image: PIL.Image.Image) -> object:
+def _orientation(image: PIL.ImageFile.ImageFile) -> object:
     """As `exif_transpose` reads it, which decodes a PNG file first: there it may come after the pixels."""
     exif = PIL.Image.Image.getexif(image)
     if image.format == "PNG" and ORIENTATION not in exif:
+        assert image.fp is not None
         with PIL.Image.open(_without_pixels(image.fp)) as bare:
             exif = PIL.Image.Image.getexif(bare)
     return exif.get(ORIENTATION)
 
 
-def _without_pixels(file: BinaryIO) -> io.BytesIO:
+def _without_pixels(file: IO[bytes]) -> io.BytesIO:
     """A PNG file with its texts before the place of its pixels, and no pixels."""
     file.seek(0)
     content = file.read(8 + 25)  # the signature and the chunk that says the size

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from ...common.errors import RunFailed, first_line
 
@@ -24,7 +25,7 @@ def _ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def stream(loader: DataLoader) -> Iterator:
+def stream(loader: DataLoader) -> Generator:
     """What a loader yields; an item that cannot be loaded, or a process that died, is `RunFailed` in one line.
 
     Close it when it is not read to its end: its processes ignore SIGTERM, and leave only when they are told.
@@ -40,7 +41,7 @@ def stream(loader: DataLoader) -> Iterator:
                 raise RunFailed(_what_failed(error, loader.num_workers)) from None
             yield item
     finally:
-        if loader.num_workers:
+        if isinstance(iterator, _MultiProcessingDataLoaderIter):
             iterator._shutdown_workers()  # as when torch's iterator is collected, which a kept traceback prevents
 
 

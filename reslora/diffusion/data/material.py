@@ -79,8 +79,7 @@ def sizes_of(images: ImageDataset, multiple: int, flags: Flags) -> list[Size]:
         buckets = named_buckets(flags.aspect_ratio_buckets)
         return [bucket_of(size, buckets) for size in images.sizes]
     if flags.bucket_upscale:
-        buckets = ladder(flags.resolution, multiple)
-        return [bucket_of(size, buckets) for size in images.sizes]
+        return [bucket_of(size, ladder(flags.resolution, multiple)) for size in images.sizes]
     return [own_bucket(size, flags.resolution, multiple) for size in images.sizes]
 
 

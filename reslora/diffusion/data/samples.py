@@ -12,7 +12,7 @@ from ..arguments import Flags
 from ..model.objective import Objective
 from ..seeds import generator, shuffled
 from .batch import Batch, collate
-from .encoding import Texts
+from .encoding import Latents, Texts
 from .images import crop_and_scale, crop_sizes
 from .loaders import worker_options
 from .plan import Draw, Plan
@@ -67,14 +67,15 @@ class TrainingSamples(Dataset):
         posterior_noise = torch.randn(shape, generator=draws)
         captions = source.images.captions[draw.image]
         caption = captions[_choose(len(captions), draws)]
+        latents = source.latents
         return Batch(
             timestep, noise, posterior_noise, weight=torch.tensor(source.weight), caption=caption,
             text=material.texts[caption] if material.flags.cache_text_embeddings else None,
-            **(self._fresh if source.latents is None else self._cached)(source, draw, draws),
+            **(self._fresh(source, draw, draws) if latents is None else self._cached(latents, draw, draws)),
         )  # fmt: skip
 
-    def _cached(self, source: Source, draw: Draw, draws: torch.Generator) -> dict[str, torch.Tensor]:
-        return source.latents.of(draw.image, _choose(source.latents.variants, draws))
+    def _cached(self, latents: Latents, draw: Draw, draws: torch.Generator) -> dict[str, torch.Tensor]:
+        return latents.of(draw.image, _choose(latents.variants, draws))
 
     def _fresh(self, source: Source, draw: Draw, draws: torch.Generator) -> dict[str, torch.Tensor]:
         flags, image = self.material.flags, source.images.open(draw.image)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..seeds import shuffled
@@ -33,10 +31,6 @@ class Source:
     def size(self, image: int) -> Size:
         """What an image is cropped and scaled to."""
         return self.buckets[self.bucket[image]]
-
-    def select(self, keep: Sequence[int], **changes: object) -> Source:
-        """Some of the images, by number, before they are split."""
-        return dataclasses.replace(self, bucket=tuple(self.bucket[index] for index in keep), **changes)
 
 
 def split(count: int, share: float, seed: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

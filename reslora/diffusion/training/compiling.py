@@ -95,5 +95,5 @@ def _unrecorded(denoiser: nn.Module) -> Iterator[None]:
     norms = connection.wires.norms if connection else None
     kept = copy.deepcopy((norms.values, norms.pushed)) if norms else None
     yield
-    if norms:
+    if norms and kept:
         norms.values, norms.pushed = kept

@@ -42,6 +42,7 @@ class DenoisingLoss:
     def _latents(self, batch: Batch) -> torch.Tensor:
         vae, moments = self.pipeline.vae, batch.moments
         if moments is None:
+            assert batch.pixels is not None
             with torch.no_grad(), wide_enough(self.family, vae):
                 moments = self.family.encode_images(vae, batch.pixels.to(vae.dtype))
         mean, std = moments.float().unbind(1)

@@ -48,8 +48,8 @@ def train(learner: Learner, material: Material, schedule: Schedule, watch: Watch
     loader = training_loader(material, steps, accelerator.num_processes, accelerator.process_index, pin)
     silent = not accelerator.is_main_process
     bar = tqdm(desc=learner.method, total=schedule.steps, initial=learner.step, disable=silent, dynamic_ncols=True)
-    with contextlib.closing(stream(loader)) as batches, bar:
-        batches = checked(batches, learner, context)
+    with contextlib.closing(stream(loader)) as loaded, bar:
+        batches = checked(loaded, learner, context)
         for _ in steps:
             with learner.timed():
                 value = take_step(learner, batches, context)
@@ -104,7 +104,9 @@ def take_step(learner: Learner, batches: Iterator[Batch], context: Context) -> t
         with accelerator.accumulate(learner.model):
             mean = learner.model(batch).mean()
             total += mean.detach()
-            accelerator.backward(mean + learner.allocator.penalty() if learner.allocator else mean)
+            accelerator.backward(mean)
+            if learner.allocator:
+                learner.allocator.add_gradient(accelerator)
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(learner.parameters, flags.max_grad_norm)
             learner.optimizer.step()

@@ -33,7 +33,7 @@ def prepare(learner: Learner, context: Context) -> None:
         enable_gradient_checkpointing(denoiser)
     learner.model, learner.optimizer = context.accelerator.prepare(learner.trained.train(), learner.optimizer)
     if learner.awaited:
-        load_full_state(learner.optimizer.optimizer, denoiser.named_parameters(), learner.awaited)
+        load_full_state(learner.zero_optimizer, denoiser.named_parameters(), learner.awaited)
         learner.awaited = None
     if flags.compile:
         learner.trained.use_compiler()

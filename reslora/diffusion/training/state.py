@@ -7,16 +7,18 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
 from peft import PeftConfig
 from torch import nn
 
 from ...common.adapters import RankAllocator, attach, rank_allocator
-from ...common.methods import METHODS, adapter_config
+from ...common.methods import METHODS, AdapterSettings, adapter_config
 from ...config import ResLoraConfig
 from ..arguments import Flags
 from ..context import Context
@@ -24,6 +26,9 @@ from ..seeds import derive
 from .schedule import Schedule
 from .trained import Trained
 from .zero import full_state, uses_deepspeed
+
+if TYPE_CHECKING:
+    from deepspeed.runtime.base_optimizer import ZeROOptimizer  # an optional package
 
 
 @dataclass
@@ -52,6 +57,12 @@ class Learner:
         """What is trained."""
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
+    @property
+    def zero_optimizer(self) -> ZeROOptimizer:
+        """DeepSpeed's optimizer, which is there once the learner is prepared."""
+        assert isinstance(self.optimizer, AcceleratedOptimizer)
+        return self.optimizer.optimizer
+
     @contextmanager
     def timed(self) -> Iterator[None]:
         """Counts the time of its body as training."""
@@ -63,7 +74,7 @@ class Learner:
         """All but the adapter that a resumed run needs to equal an uninterrupted one; with DeepSpeed, collective."""
         deepspeed = uses_deepspeed(accelerator)
         return {
-            "optimizer": full_state(self.optimizer.optimizer, self.denoiser.named_parameters())
+            "optimizer": full_state(self.zero_optimizer, self.denoiser.named_parameters())
             if deepspeed
             else self.optimizer.state_dict(),
             "lr_scheduler": self.lr_scheduler.state_dict(),
@@ -110,11 +121,11 @@ def add_adapter(denoiser: nn.Module, method: str, flags: Flags, total_steps: int
 
 def config_of(method: str, flags: Flags, total_steps: int) -> PeftConfig:
     """PEFT's configuration of the method's adapter."""
-    return adapter_config(
-        method, r=flags.rank, alpha=flags.lora_alpha, dropout=flags.lora_dropout,
-        targets=targets_of(flags.target_modules), total_steps=total_steps,
-        init_lora_weights="gaussian",  # as in diffusers' scripts
+    settings = AdapterSettings(
+        r=flags.rank, alpha=flags.lora_alpha, dropout=flags.lora_dropout, targets=targets_of(flags.target_modules),
+        total_steps=total_steps, init_lora_weights="gaussian",  # as in diffusers' scripts
     )  # fmt: skip
+    return adapter_config(method, settings)
 
 
 def shortcuts_of(flags: Flags) -> ResLoraConfig:

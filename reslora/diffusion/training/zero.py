@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -11,6 +12,9 @@ from torch import nn
 from ...common.errors import InvalidArgument
 from ...common.methods import refuse_deepspeed
 from ..arguments import Flags
+
+if TYPE_CHECKING:
+    from deepspeed.runtime.base_optimizer import ZeROOptimizer  # an optional package
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -46,7 +50,7 @@ def configure(flags: Flags, accelerator: Accelerator) -> None:
     settings["train_batch_size"] = flags.train_batch_size * steps * accelerator.num_processes
 
 
-def full_state(optimizer, named: Iterable[tuple[str, nn.Parameter]]) -> dict:
+def full_state(optimizer: ZeROOptimizer, named: Iterable[tuple[str, nn.Parameter]]) -> dict:
     """The state of DeepSpeed's `optimizer`, whole, on the CPU: no trace of how many processes there are.
 
     `named`: parameters of the prepared model by name. Their float32 weights, moments and step come under "parameters",
@@ -71,7 +75,7 @@ def full_state(optimizer, named: Iterable[tuple[str, nn.Parameter]]) -> dict:
     }
 
 
-def load_full_state(optimizer, named: Iterable[tuple[str, nn.Parameter]], state: dict) -> None:
+def load_full_state(optimizer: ZeROOptimizer, named: Iterable[tuple[str, nn.Parameter]], state: dict) -> None:
     """Takes over what `full_state` returned, by any number of processes, before the first step; collective, too."""
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
@@ -83,8 +87,8 @@ def load_full_state(optimizer, named: Iterable[tuple[str, nn.Parameter]], state:
             (flat,) = group["params"]
             # torch counts on the device where its step is fused; DeepSpeed's own Adam counts in Python.
             counter = torch.tensor(float(step), device=flat.device if group.get("fused") else "cpu")
-            counter = counter if isinstance(base, torch.optim.Adam) else step
-            base.state[flat] = {"step": counter, **{key: torch.zeros_like(flat) for key in MOMENTS}}
+            taken = counter if isinstance(base, torch.optim.Adam) else step
+            base.state[flat] = {"step": taken, **{key: torch.zeros_like(flat) for key in MOMENTS}}
     if step:
         optimizer._lazy_init_hp_params_optimizer_state()
     for name, parameter in named:
