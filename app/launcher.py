@@ -69,6 +69,8 @@ def arguments(settings: dict) -> list[str]:
         values = value if isinstance(value, list) else [value]
         if name == "validation_prompt":
             values = [line.strip() for line in str(value).replace("\0", "").splitlines() if line.strip()]
+        if action.nargs == "+" and action.type and isinstance(value, str):  # numbers with spaces between them
+            values = value.split()
         values = [str(int(v) if isinstance(v, float) and v.is_integer() else v) for v in values]
         if any(re.match(r"-(?!\d)", v) for v in values):  # it would be another flag
             raise RunError(f"{name} cannot begin with a hyphen.")

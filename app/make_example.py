@@ -45,6 +45,8 @@ def make_example(run: Run, target: Path) -> None:
 
 def relative(value):
     """A setting without this machine's folders; what lies in any checkout's `assets/` keeps its place there."""
+    if isinstance(value, list):
+        return list(map(relative, value))
     if not isinstance(value, str) or not Path(value).is_absolute():
         return value
     path = Path(value)

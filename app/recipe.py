@@ -49,7 +49,7 @@ class Request:
 def of_samples(run: Run) -> Request:
     """What the trainer draws a run's samples with, of its first prompt."""
     config = run.config
-    height, width = (config.get(f"validation_{side}") or config.get("resolution") for side in ("height", "width"))
+    height, width = (config.get(f"validation_{side}") or run.first("resolution") for side in ("height", "width"))
     return Request(
         prompt=next(iter(run.prompts), ""), steps=config.get("num_inference_steps"),
         guidance=config.get("guidance_scale"), width=width, height=height,

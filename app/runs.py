@@ -130,6 +130,11 @@ class Run:
         """The value of a flag that takes one word; None if the run was given none."""
         return next(iter(self.words(flag)), None) or None
 
+    def first(self, flag: str) -> object:
+        """The value of a flag, the first one where it has several; None if the run was given none."""
+        value = self.config.get(flag)
+        return next(iter(value), None) if isinstance(value, list) else value
+
     def whole(self, flag: str, otherwise: int) -> int:
         """The value of a flag that takes a positive whole number."""
         value = number(self.config.get(flag))

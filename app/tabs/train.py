@@ -17,6 +17,12 @@ if TYPE_CHECKING:
 
 PARAMETERS = ("name", "images", "caption", "folder", "model", *launcher.FLAGS)
 """Of the named endpoints, in order."""
+# The form is kept in the browser, so that it outlives a restart of the server.
+KEEP = "(...values) => { localStorage.setItem('reslora-train', JSON.stringify(values)); }"
+RECALL = """(...values) => {
+    const kept = JSON.parse(localStorage.getItem('reslora-train') || '[]');
+    return kept.length === values.length ? kept : values;
+}"""
 
 
 class TrainTab(Tab):
@@ -31,8 +37,6 @@ class TrainTab(Tab):
             with gr.Column(scale=3, min_width=360):
                 self.process_column()
         self.form = [self.name, self.caption, self.folder, self.model, *self.flags.values()]
-        # In the browser, so that it outlives a restart of the server; the key is no secret.
-        self.kept = gr.BrowserState(None, storage_key="reslora-train", secret="reslora")
         self.watched, self.on_arrival = [self.progress, self.log], [self.folder]
 
     def settings_column(self) -> None:
@@ -79,15 +83,11 @@ class TrainTab(Tab):
         self.show.click(show, inputs, self.command, api_name="train_command", preprocess=False)
         self.start.click(start, inputs, [run, self.command], api_name="train_start", preprocess=False)
         quiet = {"api_visibility": "private", "show_progress": "hidden"}
-        page.blocks.load(self.recall, [self.kept, *self.form], self.form, **quiet)
-        gr.on([part.change for part in self.form], lambda *values: list(values), self.form, self.kept, **quiet)
+        page.blocks.load(None, self.form, self.form, js=RECALL, **quiet)
+        gr.on([part.change for part in self.form], None, self.form, None, js=KEEP, **quiet)
         # Not queued: they must not wait for what they end.
         self.stop.click(readable_errors(self.do_stop), run, self.answer, api_name="train_stop", queue=False)
         self.resume.click(readable_errors(self.do_resume), run, self.answer, api_name="train_resume")
-
-    def recall(self, kept: list | None, *values: object) -> list:
-        """The form as it was left in this browser, if it had the same fields."""
-        return kept if isinstance(kept, list) and len(kept) == len(values) else list(values)
 
     def shown(self, run: Run, status: str, choice: object) -> dict:
         """Values of all that is watched."""

@@ -36,6 +36,7 @@ DEFAULTS = {
     "guidance_scale": (4.0, None),
 }
 DEFAULT_RANK, HIGHEST_RANK, DEFAULT_PRE_NUM = 16, 65536, 4
+ONE_OR_SEVERAL = ("train_data_dir", "train_data_repeats", "train_data_weight", "resolution")
 BY_FAMILY = {
     "rank": f"{DEFAULT_RANK}; the width of the narrowest adapted layer where that is less",
     "resolution": "Stable Diffusion 1 and 2, Flux 512; others 1024",
@@ -145,6 +146,11 @@ def in_words(value: Any) -> str:
     return "none" if value is None else "on" if value is True else str(value)  # 1 is equal to True
 
 
+def listed(value: Any) -> list:
+    """The values of a flag that takes one or several; those in `ONE_OR_SEVERAL` have a single one without a list."""
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
 # fmt: off
 def add_model_flags(add: Callable) -> None:
     """Which model, and in which precision."""
@@ -198,19 +204,28 @@ def add_data_flags(add: Callable) -> None:
     """Where images and captions come from, and what becomes of them."""
     add("--dataset_name", help="dataset on the hub, or a folder")
     add("--dataset_config_name", help="configuration of that dataset")
-    add("--train_data_dir", metavar="FOLDER",
+    add("--train_data_dir", nargs="+", metavar="FOLDER",
         help="images with a metadata.jsonl or .csv, or with .txt or .caption files beside them; or Parquet, .tar "
-             "(webdataset) or JSON files, or what save_to_disk wrote; default: the bundled images")
+             "(webdataset) or JSON files, or what save_to_disk wrote; or kohya's folders, named <repeats>_<caption>; "
+             "default: the bundled images")
+    add("--train_data_repeats", nargs="+", type=whole(1), default=1, metavar="N",
+        help="how often an epoch meets each image: one number for all folders, or one for each; kohya's folders have "
+             "theirs as well, which it multiplies")
+    add("--train_data_weight", nargs="+", type=number(0, exclusive=True), default=1.0, metavar="WEIGHT",
+        help="of the loss of each image: one for all folders, or one for each")
     add("--image_column", default="image", help="column with the image")
     add("--caption_column", default="text", help="column with the caption, or a list of captions to choose from")
     add("--class_data_dir", metavar="FOLDER",
-        help="class images, which keep what the model knows: images of the kind of thing that is learnt")
+        help="class images, which keep what the model knows: images of the kind of thing that is learnt; may hold "
+             "kohya's folders, and then the model draws none")
     add("--class_prompt", metavar="PROMPT",
         help="what class images show: caption of those without one, and what the model draws where there are too few")
     add("--num_class_images", type=whole(0), default=100, help="class images; the model draws those that are missing")
     add("--prior_loss_weight", type=number(0), default=1.0, help="weight of the loss of class images")
     add("--max_train_samples", type=whole(1), help="train on that many images, drawn at random")
-    add("--resolution", type=whole(8), help="side of the square that images are cropped and scaled to")
+    add("--resolution", nargs="+", type=whole(8), metavar="SIDE",
+        help="side of the square that images are cropped and scaled to; of several, each image is trained at all of "
+             "them, and samples are drawn and the validation loss is measured at the first")
     add("--use_aspect_ratio_buckets", **SWITCH,
         help="train each image near its own shape, at about the area of a --resolution square, and never scaled up")
     add("--aspect_ratio_buckets", type=buckets, metavar="H,W;H,W",
@@ -283,8 +298,8 @@ def add_validation_flags(add: Callable) -> None:
     """What is drawn and measured while training."""
     add("--validation_prompt", nargs="+", metavar="PROMPT", help="prompts drawn while training, with fixed seeds")
     add("--num_validation_images", type=whole(0), help="samples per prompt; 0 draws none while training")
-    add("--validation_height", type=whole(8), help="pixels of a sample; default: --resolution")
-    add("--validation_width", type=whole(8), help="pixels of a sample; default: --resolution")
+    add("--validation_height", type=whole(8), help="pixels of a sample; default: --resolution, the first")
+    add("--validation_width", type=whole(8), help="pixels of a sample; default: --resolution, the first")
     add("--validation_steps", type=whole(1), help="steps between samples; default: by --validation_epochs")
     add("--validation_epochs", type=whole(1), default=1, help="epochs between samples")
     add("--validation_split", type=number(0, below=1), help="share of the images held out for a validation loss")

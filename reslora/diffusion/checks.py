@@ -14,7 +14,7 @@ from ..chains import Chains, chains
 from ..common.adapters import check_rank, narrowest_layer
 from ..common.errors import InvalidArgument, first_line, refused_as
 from ..common.methods import METHODS
-from .arguments import DEFAULT_PRE_NUM, DEFAULT_RANK, Flags
+from .arguments import DEFAULT_PRE_NUM, DEFAULT_RANK, Flags, listed
 from .data.buckets import named_buckets
 from .model.families.base import Family
 from .model.loading import Model
@@ -55,9 +55,10 @@ def check_pipeline(flags: Flags, pipeline: DiffusionPipeline, family: Family) ->
             argument = f"--aspect_ratio_buckets {size.height},{size.width}"
             raise InvalidArgument(argument, f"the pipeline takes multiples of {multiple}", "give sides that are")
     for name in ("resolution", "validation_height", "validation_width"):
-        if (pixels := getattr(flags, name) or 0) % multiple:
-            argument, problem = f"--{name} {pixels}", f"the pipeline takes multiples of {multiple}"
-            raise InvalidArgument(argument, problem, f"give {max(1, pixels // multiple) * multiple}")
+        for pixels in listed(getattr(flags, name)):
+            if pixels % multiple:
+                argument, problem = f"--{name} {pixels}", f"the pipeline takes multiples of {multiple}"
+                raise InvalidArgument(argument, problem, f"give {max(1, pixels // multiple) * multiple}")
 
 
 def with_rank(flags: Flags, model: Model, accelerator: Accelerator) -> Flags:

@@ -16,7 +16,8 @@ from .arguments import Flags
 from .checks import check_base_precision, check_methods, check_pipeline, with_rank
 from .context import Context
 from .data.class_images import load_class_images, missing_class_images
-from .data.dataset import ImageDataset, data_flag, load_images
+from .data.dataset import ImageDataset, data_flag
+from .data.folders import load_folders
 from .data.material import material_of
 from .data.samples import Material
 from .folder import locked
@@ -43,12 +44,11 @@ def run(flags: Flags, stop: StopRequest) -> None:
     accelerator = start_accelerator(flags)
     with contextlib.ExitStack() as stack:
         decided(lambda: take_folder(flags, stack))
-        images = each(lambda: load_images(flags))
+        images = each(lambda: load_folders(flags))
         context = settle(flags, accelerator, stop)
         if decided(lambda: missing_class_images(context.flags)):
             each(lambda: load_and_check(context))  # to draw them takes minutes
-        class_images = load_class_images(context)
-        kinds = [images, class_images] if class_images else [images]
+        kinds = [*images, *load_class_images(context)]
         identity = identity_of(kinds, context)
         resume = decided(lambda: plan_resume(context.flags, identity))
         for line in resume.notes:
@@ -88,7 +88,8 @@ def take_folder(flags: Flags, stack: contextlib.ExitStack) -> None:
 def identity_of(kinds: Sequence[ImageDataset], context: Context) -> Identity:
     """What the run is trained from; refuses other content on another machine."""
     model, images_flag = context.model, data_flag(context.flags)
-    content = "; class images: ".join(images.fingerprint for images in kinds)
+    groups = [[images.fingerprint for images in kinds if images.of_class == kind] for kind in (False, True)]
+    content = "; class images: ".join("; ".join(group) for group in groups if group)
     identity = Identity(model.fingerprint(), content, model.flag, images_flag)
     for other in gathered(identity):
         for flag, same in ((model.flag, other.model == identity.model), (images_flag, other.images == identity.images)):

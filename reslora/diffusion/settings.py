@@ -18,7 +18,7 @@ from ..common.errors import InvalidArgument, first_line, refused_as
 from ..common.methods import any_with_shortcuts, check_steps
 from ..merges import MERGES
 from ..shortcuts import PLAIN, shortcut_class
-from .arguments import DEFAULTS, Flags, build_parser
+from .arguments import DEFAULTS, ONE_OR_SEVERAL, Flags, build_parser, listed
 from .model.families import FAMILIES
 
 BUNDLED_MODEL, BUNDLED_IMAGES, BUNDLED_STEPS = ASSETS / "pipeline", ASSETS / "openmoji", 200
@@ -67,6 +67,10 @@ def fill_defaults(args: argparse.Namespace) -> Flags:
     values["lora_alpha"] = args.lora_alpha or (2 * args.rank if args.rank else None)
     values["validation_prompt"] = [clean(prompt).strip() for prompt in values["validation_prompt"]]
     values["method"] = list(dict.fromkeys(values["method"]))
+    values["resolution"] = list(dict.fromkeys(listed(values["resolution"]))) or None
+    for name in ONE_OR_SEVERAL:
+        if len(listed(values[name])) == 1:
+            (values[name],) = listed(values[name])
     return Flags(**values)
 
 
@@ -148,17 +152,15 @@ def given_flags(argv: Sequence[str] | None) -> set[str]:
 def check_flags(flags: Flags) -> None:
     """Refuse combinations and paths that cannot work."""
     check_model_name(flags.pretrained_model_name_or_path)
-    if not flags.dataset_name and not flags.train_data_dir:
-        fix = "name a folder of images with captions, or a dataset with --dataset_name"
-        raise InvalidArgument("--train_data_dir", "missing", fix)
-    if flags.train_data_dir and not flags.dataset_name and not Path(flags.train_data_dir).is_dir():
-        problem = f"--train_data_dir {flags.train_data_dir}"
-        raise InvalidArgument(problem, "no such folder", "give one with images and captions")
+    check_folders(flags)
     if (flags.class_data_dir is None) != (flags.class_prompt is None):
         missing = "--class_prompt" if flags.class_prompt is None else "--class_data_dir"
         raise InvalidArgument(missing, "missing", "give --class_data_dir and --class_prompt together, or neither")
     if flags.aspect_ratio_buckets and not flags.use_aspect_ratio_buckets:
         raise InvalidArgument("--aspect_ratio_buckets", "nothing reads them", "add --use_aspect_ratio_buckets")
+    if flags.aspect_ratio_buckets and len(listed(flags.resolution)) > 1:
+        sides = " ".join(map(str, flags.resolution))
+        raise InvalidArgument(f"--resolution {sides}", "--aspect_ratio_buckets names all sizes", "give one side")
     check_packages(flags)
     check_schedule(flags)
     if flags.hub_token and flags.report_to not in ("tensorboard", "none"):
@@ -174,6 +176,25 @@ def check_flags(flags: Flags) -> None:
         raise InvalidArgument("--compile", problem, "leave one of them out, or use --shortcut block")
     check_adalora_steps(flags.method, flags.max_train_steps)
     check_output(flags.output_dir)
+
+
+def check_folders(flags: Flags) -> None:
+    """Refuse folders of images that are not there, and as many repeats or weights as do not fit them."""
+    folders, dataset = listed(flags.train_data_dir), flags.dataset_name
+    if not dataset and not folders:
+        fix = "name a folder of images with captions, or a dataset with --dataset_name"
+        raise InvalidArgument("--train_data_dir", "missing", fix)
+    if dataset and len(folders) > 1:
+        problem = f"reads one folder of it, --train_data_dir names {len(folders)}"
+        raise InvalidArgument(f"--dataset_name {dataset}", problem, "give folders alone, or the dataset alone")
+    for folder in () if dataset else folders:
+        if not Path(folder).is_dir():
+            raise InvalidArgument(f"--train_data_dir {folder}", "no such folder", "give one with images and captions")
+    for name in ("train_data_repeats", "train_data_weight"):
+        values = listed(getattr(flags, name))
+        if len(values) not in (1, max(1, len(folders))):
+            problem = f"{len(values)} values for {max(1, len(folders))} folders"
+            raise InvalidArgument(f"--{name} {' '.join(map(str, values))}", problem, "give one, or one for each")
 
 
 def merges_of(flags: Flags) -> Collection[str]:

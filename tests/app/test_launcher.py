@@ -36,11 +36,16 @@ def test_only_flags_that_differ_are_written(trainings):
     )
 
 
+def test_several_resolutions_are_numbers_with_spaces(trainings):
+    assert trainings.command("new", {"resolution": "64 96"})[-3:] == ["--resolution", "64", "96"]
+
+
 @pytest.mark.parametrize(
     "settings",
     [
         {"rank": "0"},
         {"rank": "9" * 20},
+        {"resolution": "64 x"},
         {"max_train_steps": "8; rm -rf /"},
         {"method": ["lora", "--push_to_hub"]},
         {"shortcut": "--config=x"},

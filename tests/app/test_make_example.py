@@ -24,12 +24,12 @@ def test_example_is_small_complete_and_of_no_machine(run, tmp_path):
         (run.folder / method / "trash").mkdir()
         save_file({"lora_A": np.ones(2, "float32")}, run.folder / method / "pytorch_lora_weights.safetensors")
     elsewhere = {"pretrained_model_name_or_path": "/home/somebody/checkout/assets/pipeline", "cache_dir": "/data/hub"}
-    config = run.config | {"train_data_dir": str(REPOSITORY / "assets" / "pictures")} | elsewhere
+    config = run.config | {"train_data_dir": [str(REPOSITORY / "assets" / "pictures"), "/data/cats"]} | elsewhere
     (run.folder / "config.json").write_text(json.dumps(config))
     make_example(run, tmp_path / "example")
     example = Library(tmp_path / "example").find("example")
     assert example.status == "finished" and example.steps() == run.steps()
-    assert example.config["train_data_dir"] == "assets/pictures" and example.config["cache_dir"] == "hub"
+    assert example.config["train_data_dir"] == ["assets/pictures", "cats"] and example.config["cache_dir"] == "hub"
     assert base_of(example).name == str(BUNDLED)
     assert not example.inside("lora", "trash") and example.inside("lora", "pytorch_lora_weights.safetensors")
 

@@ -162,3 +162,9 @@ def test_flags_that_are_something_else_count_as_not_given(run):
     assert run.methods == ["lora", "reslora"]
     (run.folder / "config.json").write_text('{"method": "reslora", "validation_prompt": "a cat"}')
     assert run.methods[0] == "reslora" and run.prompts == ["a cat"]
+
+
+@pytest.mark.parametrize(("value", "first"), [(512, 512), ([512, 768], 512), ([], None), (None, None)])
+def test_the_first_value_of_a_flag_that_takes_several(run, value, first):
+    (run.folder / "config.json").write_text(json.dumps({"resolution": value}))
+    assert run.first("resolution") == first

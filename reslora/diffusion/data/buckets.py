@@ -17,6 +17,12 @@ def step_of(resolution: int, multiple: int) -> int:
 
 
 @functools.cache
+def square(side: int) -> Size:
+    """The square of a side, one object for all images."""
+    return Size(side, side)
+
+
+@functools.cache
 def ladder(resolution: int, multiple: int) -> tuple[Size, ...]:
     """Buckets for images that are no smaller, none larger in area than the square of `resolution`.
 

@@ -6,35 +6,40 @@ Prior preservation (Ruiz et al., 2023): beside the training images, the model le
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from ...common.together import decided, each
 from ...files import replacing
-from ..arguments import Flags
+from ..arguments import Flags, listed
 from ..context import Context
 from ..seeds import derive
-from .dataset import ImageDataset, load_images
+from .dataset import ImageDataset
+from .folders import kohyas_folders, load_folders
 from .images import SUFFIXES
 from .sources import Source
 
 
-def load_class_images(context: Context) -> ImageDataset | None:
-    """The images in --class_data_dir, those that are missing drawn by the model as it is; None without that flag."""
+def load_class_images(context: Context) -> list[ImageDataset]:
+    """The images in --class_data_dir, those that are missing drawn by the model as it is; none without that flag."""
     flags = context.flags
     if flags.class_data_dir is None:
-        return None
+        return []
     decided(lambda: draw_missing(context))
-    here = flags.replace(train_data_dir=flags.class_data_dir, dataset_name=None, max_train_samples=None)
-    return each(lambda: load_images(here, caption=flags.class_prompt))
+    here = flags.replace(train_data_dir=flags.class_data_dir, train_data_repeats=1, train_data_weight=1.0)
+    here = here.replace(dataset_name=None, max_train_samples=None)
+    found = each(lambda: load_folders(here, caption=flags.class_prompt))
+    return [dataclasses.replace(images, of_class=True) for images in found]
 
 
 def missing_class_images(flags: Flags) -> int:
-    """How many the model has to draw; 0 without --class_data_dir."""
-    if flags.class_data_dir is None:
+    """How many the model has to draw; 0 without --class_data_dir, and where kohya's folders are in it."""
+    folder = Path(flags.class_data_dir or "")
+    if flags.class_data_dir is None or (folder.is_dir() and kohyas_folders(folder, flags)[0]):
         return 0
-    there = sum(path.suffix.lower() in SUFFIXES for path in Path(flags.class_data_dir).rglob("*"))
+    there = sum(path.suffix.lower() in SUFFIXES for path in folder.rglob("*"))
     return max(0, flags.num_class_images - there)
 
 
@@ -49,6 +54,7 @@ def draw_missing(context: Context) -> None:
     todo = [path for path in names if not path.exists()][:missing]
     context.accelerator.print(f"drawing {len(todo)} class images into {folder}")
     model, device = context.model, context.accelerator.device
+    side = max(listed(flags.resolution))  # no smaller than any that it is trained at
     pipeline = model.load_pipeline(context.dtype, device, encoders=True)
     setattr(pipeline, model.family.denoiser, model.load_denoiser(context.dtype, device).eval())
     for first in range(0, len(todo), flags.train_batch_size):
@@ -57,7 +63,7 @@ def draw_missing(context: Context) -> None:
         seeds = [derive(flags.seed, "class", path.name) for path in paths]
         with torch.no_grad():
             drawn = pipeline(
-                prompt=[flags.class_prompt] * len(paths), height=flags.resolution, width=flags.resolution,
+                prompt=[flags.class_prompt] * len(paths), height=side, width=side,
                 num_inference_steps=flags.num_inference_steps, guidance_scale=flags.guidance_scale,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             ).images  # fmt: skip
@@ -66,10 +72,12 @@ def draw_missing(context: Context) -> None:
                 image.save(temporary, format="PNG")
 
 
-def balanced(training: Source, of_class: Source) -> tuple[Source, Source]:
-    """Both, the smaller one repeated: an epoch meets about as many images of either, each at least once."""
-    one, other = len(training.train), len(of_class.train)
-    return (
-        dataclasses.replace(training, repeats=max(1, round(other / one))),
-        dataclasses.replace(of_class, repeats=max(1, round(one / other))),
+def balanced(training: Sequence[Source], of_class: Sequence[Source]) -> tuple[Source, ...]:
+    """Both, the fewer ones repeated: an epoch meets about as many images of either, each at least once."""
+    one, other = (sum(len(source.train) * source.repeats for source in sources) for sources in (training, of_class))
+    times = (max(1, round(other / one)), max(1, round(one / other)))
+    return tuple(
+        dataclasses.replace(source, repeats=source.repeats * more)
+        for sources, more in zip((training, of_class), times, strict=True)
+        for source in sources
     )

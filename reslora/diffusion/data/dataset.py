@@ -19,7 +19,7 @@ import datasets
 import PIL.Image
 
 from ...common.errors import InvalidArgument, first_line
-from ..arguments import Flags
+from ..arguments import Flags, listed
 from ..content import Content, content_mark
 from ..seeds import derive, shuffled
 from ..settings import clean
@@ -28,6 +28,7 @@ from .images import SUFFIXES, image_size, open_image
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 CAPTIONS = (".txt", ".caption")  # the second one is kohya's; the first of them that is there counts
 SAVED = ("dataset_dict.json", "state.json")  # one of them is in a folder that `save_to_disk` wrote
+REPEATED = re.compile(r"(\d+)_(.+)")  # kohya's folders: how often an epoch meets each image, and the caption
 PICKLES = (".pkl", ".pickle", ".pyd", ".pth", ".pt")
 FEATURES = datasets.Features(
     {"image": datasets.Image(decode=False), "captions": datasets.List(datasets.Value("string"))}
@@ -50,18 +51,32 @@ class ImageDataset:
     """Width and height of each image, upright."""
     marks: Sequence[str] = ()
     """The content of each image in short."""
-    fingerprint: str = ""
-    """Captions and images in short. It holds the word "content", which that of earlier versions did not."""
+    repeats: int = 1
+    """How often an epoch meets each image."""
+    weight: float = 1.0
+    """Of the loss of its samples."""
+    of_class: bool = False
+    """Whether they are class images."""
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def fingerprint(self) -> str:
+        """Captions, images and how much they count, in short.
+
+        It holds the word "content", which that of earlier versions did not.
+        """
+        repeats = f", {self.repeats} times" if self.repeats != 1 else ""
+        weight = f", weight {self.weight:g}" if self.weight != 1 else ""
+        return f"{len(self)} images, content {derive(self.captions, self.marks):x}{repeats}{weight}"
 
     def select(self, indices: Sequence[int], left_out: Sequence[str] = ()) -> ImageDataset:
         """Some of the images; `left_out` says why the others are not among them."""
         return dataclasses.replace(
             self, rows=self.rows.select(indices), captions=[self.captions[i] for i in indices],
-            sizes=[self.sizes[i] for i in indices], marks=[self.marks[i] for i in indices],
-            left_out=(*self.left_out, *left_out),
+            sizes=[self.sizes[i] for i in indices], left_out=(*self.left_out, *left_out),
+            marks=[self.marks[i] for i in indices] if self.marks else (),
         )  # fmt: skip
 
     def source(self, index: int) -> Content:
@@ -83,13 +98,18 @@ class Found:
     notes: list[str]
 
 
-def load_images(flags: Flags, caption: str | None = None) -> ImageDataset:
-    """The images and captions that the flags name, without those that cannot be used (refused with --strict).
+def load_images(flags: Flags) -> ImageDataset:
+    """The images and captions of the one folder or dataset that the flags name."""
+    return sample([usable(flags)], flags)[0]
 
-    `caption` is that of images in a folder that have none beside them.
+
+def usable(flags: Flags, caption: str | None = None, deep: bool = True) -> ImageDataset:
+    """The images of one folder or dataset without those that cannot be used (refused with --strict), and their sizes.
+
+    `caption` is that of images in a folder that have none beside them; without `deep`, folders in it are left alone.
     """
     folder = Path(flags.dataset_name or flags.train_data_dir)
-    found = (read_folder(folder, flags, caption) if folder.is_dir() else None) or read_dataset(flags)
+    found = (read_folder(folder, flags, caption, deep) if folder.is_dir() else None) or read_dataset(flags)
     keep, left_out, sizes = [], [], []
     for index, row in enumerate(found.rows):
         source = _source(row)
@@ -110,13 +130,18 @@ def load_images(flags: Flags, caption: str | None = None) -> ImageDataset:
         example = f" (for example {left_out[0]})" if left_out else ""
         fix = "add a metadata.jsonl, or .txt captions beside the images"
         raise InvalidArgument(data_flag(flags), f"no image with a caption in it{example}", fix)
-    if flags.max_train_samples and flags.max_train_samples < len(keep):
-        chosen = shuffled(len(keep), flags.seed, "max_train_samples")[: flags.max_train_samples]
-        keep, sizes = [keep[i] for i in chosen], [sizes[i] for i in chosen]
     rows = found.rows.select(keep) if keep != list(range(len(found.rows))) else found.rows
-    captions, marks = list(rows["captions"]), [content_mark(_source(row)) for row in rows]
-    fingerprint = f"{len(rows)} images, content {derive(captions, marks):x}"
-    return ImageDataset(rows, captions, tuple(left_out), tuple(found.notes), sizes, marks, fingerprint)
+    return ImageDataset(rows, list(rows["captions"]), tuple(left_out), tuple(found.notes), sizes)
+
+
+def sample(folders: Sequence[ImageDataset], flags: Flags) -> list[ImageDataset]:
+    """At most --max_train_samples images of all folders, and what is in these in short."""
+    places = [(number, index) for number, images in enumerate(folders) for index in range(len(images))]
+    if flags.max_train_samples and flags.max_train_samples < len(places):
+        places = [places[i] for i in shuffled(len(places), flags.seed, "max_train_samples")[: flags.max_train_samples]]
+        folders = [images.select([i for of, i in places if of == number]) for number, images in enumerate(folders)]
+    marks = [[content_mark(_source(row)) for row in images.rows] for images in folders]
+    return [dataclasses.replace(images, marks=of) for images, of in zip(folders, marks, strict=True)]
 
 
 def _source(row: dict) -> Content:
@@ -132,15 +157,16 @@ def _caption_problem(captions: Sequence) -> str:
 
 def data_flag(flags: Flags) -> str:
     """The flag that names the data, with its value."""
-    return f"--dataset_name {flags.dataset_name}" if flags.dataset_name else f"--train_data_dir {flags.train_data_dir}"
+    folders = " ".join(listed(flags.train_data_dir))
+    return f"--dataset_name {flags.dataset_name}" if flags.dataset_name else f"--train_data_dir {folders}"
 
 
 # -- folders -----------------------------------------------------------------------------------------------------------
 
 
-def read_folder(folder: Path, flags: Flags, caption: str | None = None) -> Found | None:
+def read_folder(folder: Path, flags: Flags, caption: str | None = None, deep: bool = True) -> Found | None:
     """A folder with metadata.jsonl or .csv, or a caption beside each image; None for what `datasets` reads."""
-    everything = files_of(folder, flags)
+    everything = files_of(folder, flags, deep)
     files = [path for path in everything if path.suffix.lower() in SUFFIXES]
     metadata = next((folder / name for name in METADATA if (folder / name).is_file()), None)
     if metadata is not None and _has_file_names(metadata):
@@ -148,7 +174,7 @@ def read_folder(folder: Path, flags: Flags, caption: str | None = None) -> Found
         listed = {os.path.normpath(image["path"]) for image in found.rows["image"]}
         unlisted = sum(os.path.normpath(path) not in listed for path in files)
         found.notes += [f"{unlisted} images are not listed in {metadata.name}"] if unlisted else []
-        return _with_folder_notes(found, files, everything)
+        return _with_folder_notes(found, files, everything, deep)
     if any(path.name in METADATA for path in everything):
         return None
     texts = [[text for suffix in CAPTIONS if (text := path.with_suffix(suffix)).is_file()] for path in files]
@@ -162,24 +188,34 @@ def read_folder(folder: Path, flags: Flags, caption: str | None = None) -> Found
     found = _as_found(files, [read_caption(beside[0]) if beside else otherwise for beside in texts])
     if twice := sum(len(beside) > 1 for beside in texts):
         found.notes.append(f"{twice} images have a .txt and a .caption file: the .txt is read")
-    return _with_folder_notes(found, files, everything)
+    return _with_folder_notes(found, files, everything, deep)
 
 
-def files_of(folder: Path, flags: Flags) -> list[Path]:
-    """All that is below a folder but for what this very run writes: its samples are no training images."""
-    output, everything = Path(flags.output_dir).absolute(), sorted(folder.rglob("*"))
+def files_of(folder: Path, flags: Flags, deep: bool = True) -> list[Path]:
+    """All that is in a folder but for what this very run writes: its samples are no training images.
+
+    With `deep`, also what is in its folders.
+    """
+    output, everything = Path(flags.output_dir).absolute(), sorted(folder.rglob("*") if deep else folder.iterdir())
     if output == folder.absolute():
         return everything
     return [path for path in everything if not path.absolute().is_relative_to(output)]
 
 
-def _with_folder_notes(found: Found, files: list[Path], everything: list[Path]) -> Found:
+def _with_folder_notes(found: Found, files: list[Path], everything: list[Path], deep: bool) -> Found:
+    if not deep:
+        folders = sum(path.is_dir() for path in everything)
+        found.notes += [f"{files[0].parent}: {folders} folders in it are not read"] if folders else []
+        return found
     links = sum(path.is_symlink() and path.is_dir() for path in everything)
-    repeated = sum(bool(re.fullmatch(r"\d+_.+", path.parent.name)) for path in files)
+    repeated = sum(bool(REPEATED.fullmatch(path.parent.name)) for path in files)
     if links:
         found.notes.append(f"{links} folders are symbolic links, which are not searched")
     if repeated:
-        found.notes.append(f"{repeated} images are in kohya's repeat folders (10_name): repeats are not applied")
+        found.notes.append(
+            f"{repeated} images are in kohya's folders (10_name), whose repeats do not count: they do where the folder "
+            "above is named and has no metadata file"
+        )
     return found
 
 

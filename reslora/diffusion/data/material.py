@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 
 from diffusers import DiffusionPipeline
 
-from ..arguments import Flags
+from ..arguments import Flags, listed
 from ..context import Context
 from ..model.loading import wide_enough
 from ..model.objective import Objective
-from .buckets import bucket_of, ladder, named_buckets, own_bucket
+from .buckets import bucket_of, ladder, named_buckets, own_bucket, square
 from .class_images import balanced
 from .dataset import ImageDataset
 from .encoding import Latents, Texts, Variants, encode_images, encode_texts, without_damaged
@@ -28,12 +30,17 @@ def material_of(
     """
     flags, family = context.flags, context.model.family
     texts = texts_of([options for images in kinds for options in images.captions], pipeline, context)
-    sources = tuple(source_of(images, pipeline, number > 0, context) for number, images in enumerate(kinds))
+    largest = max((images for images in kinds if not images.of_class), key=len)
+    sources = tuple(
+        source for images in kinds for source in sources_of(images, int(images is largest), pipeline, context)
+    )
     if flags.cache_latents:
         pipeline.vae.encoder = None  # samples need the decoder alone
+    tell_sizes(sources, context)
     for source in sources:
         tell_what_is_left_out(source.images, context)
-    sources = balanced(*sources) if len(sources) > 1 else sources
+    if any(images.of_class for images in kinds):
+        sources = balanced(*([s for s in sources if s.images.of_class == kind] for kind in (False, True)))
     sizes = {size for source in sources for size in source.buckets}
     shapes = {size: family.latent_shape(pipeline, size.height, size.width) for size in sizes}
     return Material(sources, texts, objective, shapes, flags)
@@ -54,39 +61,74 @@ def texts_of(captions: Sequence[Sequence[str]], pipeline: DiffusionPipeline, con
     return encode_texts(wanted, key, load_encoders, context)
 
 
-def source_of(images: ImageDataset, pipeline: DiffusionPipeline, of_class: bool, context: Context) -> Source:
-    """The images with their latents, without the damaged ones, put into buckets and, but for class images, split."""
+def sources_of(images: ImageDataset, least: int, pipeline: DiffusionPipeline, context: Context) -> list[Source]:
+    """The images at the first resolution, split but for class images; and those to train at each other resolution.
+
+    `least`: how many are held out at least, where any are to be.
+    """
+    flags, multiple = context.flags, context.model.family.pixel_multiple(pipeline)
+    first = [size for size in sizes_of(images, multiple, flags)[0] if size]
+    whole = source_of(images, first, pipeline, context)
+    share = 0.0 if images.of_class else flags.validation_split
+    train, held_out = split(len(whole.images), share, flags.seed, least)
+    found, images = [dataclasses.replace(whole, train=train, held_out=held_out)], whole.images
+    for sizes in sizes_of(images, multiple, flags)[1:]:
+        if again := {index: size for index in train if (size := sizes[index])}:
+            some = dataclasses.replace(images.select(list(again)), left_out=(), notes=())  # these are told once
+            found.append(source_of(some, list(again.values()), pipeline, context))
+    return found
+
+
+def source_of(images: ImageDataset, sizes: list[Size], pipeline: DiffusionPipeline, context: Context) -> Source:
+    """The images with their latents, without the damaged ones, put into buckets; all are trained on."""
     flags = context.flags
-    sizes = sizes_of(images, context.model.family.pixel_multiple(pipeline), flags)
     latents, keep = None, list(range(len(images)))
     if flags.cache_latents:
         latents, problems = latents_of(images, sizes, pipeline, context)
         images, latents, keep = without_damaged(images, latents, problems, flags)
-    train, held_out = split(len(images), 0.0 if of_class else flags.validation_split, flags.seed)
     buckets = tuple(dict.fromkeys(sizes))
     bucket = tuple(buckets.index(sizes[index]) for index in keep)
-    if flags.use_aspect_ratio_buckets:
-        tell_buckets(buckets, bucket, context)
-    weight = flags.prior_loss_weight if of_class else 1.0
-    return Source(images, latents, train, held_out, buckets, bucket, weight)
+    weight = images.weight * (flags.prior_loss_weight if images.of_class else 1.0)
+    return Source(images, latents, tuple(range(len(images))), (), buckets, bucket, weight, images.repeats)
 
 
-def sizes_of(images: ImageDataset, multiple: int, flags: Flags) -> list[Size]:
-    """What each image is cropped and scaled to: one square, or with buckets the size that keeps most of it."""
+def sizes_of(images: ImageDataset, multiple: int, flags: Flags) -> list[list[Size | None]]:
+    """What each image is cropped and scaled to at each resolution; None but at the first where that is nothing new.
+
+    An image is trained once at a size, and once at its own where it is smaller than resolutions are.
+    """
+    found: list[list[Size | None]] = [[] for _ in listed(flags.resolution)]
+    for image in images.sizes:
+        met: set[Size | str] = set()
+        for sizes, resolution in zip(found, listed(flags.resolution), strict=True):
+            size, own = size_of(image, resolution, multiple, flags)
+            new = size not in met and not (own and "own" in met)
+            sizes.append(size if new else None)
+            if new:
+                met |= {size, "own"} if own else {size}
+    return found
+
+
+def size_of(image: tuple[int, int], resolution: int, multiple: int, flags: Flags) -> tuple[Size, bool]:
+    """What an image (width and height) is cropped and scaled to: a square, or with buckets what keeps most of it.
+
+    And whether that is its own size, for it is smaller than all buckets.
+    """
     if not flags.use_aspect_ratio_buckets:
-        return [Size(flags.resolution, flags.resolution)] * len(images)
+        return square(resolution), False
     if flags.aspect_ratio_buckets:
-        buckets = named_buckets(flags.aspect_ratio_buckets)
-        return [bucket_of(size, buckets) for size in images.sizes]
-    if flags.bucket_upscale:
-        return [bucket_of(size, ladder(flags.resolution, multiple)) for size in images.sizes]
-    return [own_bucket(size, flags.resolution, multiple) for size in images.sizes]
+        return bucket_of(image, named_buckets(flags.aspect_ratio_buckets)), False
+    buckets = ladder(resolution, multiple)
+    size = bucket_of(image, buckets) if flags.bucket_upscale else own_bucket(image, resolution, multiple)
+    return size, size not in buckets
 
 
-def tell_buckets(buckets: Sequence[Size], bucket: Sequence[int], context: Context) -> None:
+def tell_sizes(sources: Sequence[Source], context: Context) -> None:
     """How many images each bucket has."""
-    counts = [f"{size.height}x{size.width}: {bucket.count(number)}" for number, size in enumerate(buckets)]
-    context.accelerator.print(f"{len(buckets)} buckets (height x width: images): {', '.join(counts)}")
+    if context.flags.use_aspect_ratio_buckets or len(listed(context.flags.resolution)) > 1:
+        found = Counter(source.size(image) for source in sources for image in range(len(source.images)))
+        counts = [f"{size.height}x{size.width}: {count}" for size, count in found.items()]
+        context.accelerator.print(f"{len(found)} buckets (height x width: images): {', '.join(counts)}")
 
 
 def latents_of(

@@ -33,8 +33,11 @@ class Source:
         return self.buckets[self.bucket[image]]
 
 
-def split(count: int, share: float, seed: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The images trained on, and the `share` of them held out for the validation loss, at least one of each."""
+def split(count: int, share: float, seed: int, least: int = 1) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The images trained on, at least one, and the `share` of them held out for the validation loss.
+
+    `least`: how many are held out at least.
+    """
     order = shuffled(count, seed, "validation_split")
-    held_out = min(max(1, round(share * count)), count - 1) if share else 0
+    held_out = min(max(least, round(share * count)), count - 1) if share else 0
     return tuple(sorted(order[held_out:])), tuple(sorted(order[:held_out]))

@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import nn
 
-from ..arguments import Flags
+from ..arguments import Flags, listed
 from ..data.batch import changed, stack_texts
 from ..data.encoding import Texts
 from ..model.families.base import Family, Text
@@ -50,12 +50,13 @@ class Drawer:
             return tensors
 
         flags = self.flags
+        side = listed(flags.resolution)[0]
         text, empty = self._text([prompt for prompt, _ in seeds]), self._text([""])
         drawn = self.pipeline(
             **self.family.drawing_inputs(self.pipeline, text, empty),
             generator=[torch.Generator().manual_seed(seed) for _, seed in seeds],
             num_inference_steps=flags.num_inference_steps, guidance_scale=flags.guidance_scale,
-            height=flags.validation_height or flags.resolution, width=flags.validation_width or flags.resolution,
+            height=flags.validation_height or side, width=flags.validation_width or side,
             callback_on_step_end=callback, output_type="np",
         )  # fmt: skip
         return list(drawn.images)

@@ -21,6 +21,7 @@ from ...common.methods import METHODS
 from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 from ...files import write_json
 from ...model import MergeReport, merge
+from ..arguments import listed
 from ..context import Context
 from ..data.samples import CalibrationSamples, Material
 from ..model.families.base import Family
@@ -204,6 +205,7 @@ def kohya_metadata(config: Mapping, material: Material, schedule: Schedule, cont
     """What model managers and web interfaces recognise a LoRA by (Stability AI's model specification 1.0.0)."""
     flags, predicted = material.flags, getattr(material.objective, "prediction_type", None)  # none where a flow is
     version, architecture = context.model.family.model_version(config, predicts_v=predicted == "v_prediction")
+    sides = listed(flags.resolution)
     prediction = {"modelspec.prediction_type": PREDICTIONS[predicted]} if predicted else {}
     return prediction | {
         "ss_v2": str(version.startswith("sd_v2")),  # by which A1111 tells 2.x from 1.x
@@ -212,13 +214,13 @@ def kohya_metadata(config: Mapping, material: Material, schedule: Schedule, cont
         "ss_learning_rate": str(flags.learning_rate),
         "ss_seed": str(flags.seed),
         "ss_steps": str(schedule.steps),
-        "ss_resolution": str(flags.resolution),
+        "ss_resolution": " ".join(map(str, sides)),
         "ss_enable_bucket": str(flags.use_aspect_ratio_buckets),
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{architecture}/lora",
         "modelspec.implementation": "diffusers",
         "modelspec.title": f"LoRA for {Path(flags.pretrained_model_name_or_path).name}",
-        "modelspec.resolution": f"{flags.resolution}x{flags.resolution}",
+        "modelspec.resolution": f"{sides[0]}x{sides[0]}",
     }
 
 

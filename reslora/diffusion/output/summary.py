@@ -15,7 +15,7 @@ from ...common.log import read_log
 from ...common.methods import METHODS
 from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 from ...files import read_object, replacing
-from ..arguments import Flags
+from ..arguments import Flags, listed
 
 COLUMNS = 9  # at most so many steps are shown beside each other
 NOT_UPLOADED = ["*/checkpoint-*", "*/.*", ".*", "app.log", "config.json", "*/unet/*", "*/transformer/*", "cache/*"]
@@ -92,7 +92,7 @@ def publish(flags: Flags) -> None:
     local = Path(base).exists()
     description = (
         f"# {name}\n\n{', '.join(flags.method)} weights for {Path(base).name if local else base}, "
-        f"trained on {Path(flags.dataset_name or flags.train_data_dir).name}.\n"
+        f"trained on {', '.join(Path(name).name for name in listed(flags.dataset_name or flags.train_data_dir))}.\n"
     )
     if (output / "comparison.png").is_file():
         description += "\n![samples](comparison.png)\n"

@@ -26,9 +26,16 @@ def start_trackers(schedule: Schedule, context: Context) -> None:
     flags, accelerator = context.flags.replace(**steps), context.accelerator
     public = {name: value for name, value in vars(flags).items() if name not in ("config", "hub_token")}
     for name in PLACES:
-        if public[name] and Path(public[name]).exists():  # whoever reads it later may be in another folder
-            public[name] = str(Path(public[name]).resolve())
+        if isinstance(public[name], list):
+            public[name] = list(map(whole_path, public[name]))
+        elif public[name]:
+            public[name] = whole_path(public[name])
     decided(lambda: write_json(Path(flags.output_dir) / "config.json", public))
     plain = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in public.items()}
     often = {"tensorboard": {"flush_secs": TENSORBOARD_SECONDS}}
     accelerator.init_trackers("train_sd", config=plain, init_kwargs=often)
+
+
+def whole_path(place: str) -> str:
+    """Where a folder is, for whoever reads of it in another one; names that are no path stay."""
+    return str(Path(place).resolve()) if Path(place).exists() else place

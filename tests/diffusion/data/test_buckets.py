@@ -87,12 +87,12 @@ def flags_for(model: Path, shapes: Path, output: Path, *more: object) -> list[ob
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_trains_and_resumes_in_buckets(family, shapes, tmp_path):
-    """Each forward has one size, and a run that goes on ends with the same bytes."""
+    """Each forward has one size, of three shapes at two resolutions; a run that goes on ends with the same bytes."""
     model = FAMILIES[family](tmp_path / "model")
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    only(printed(*flags_for(model, shapes, whole)), "3 buckets")
-    assert main(*flags_for(model, shapes, parts, "--max_train_steps", 2)) == 0
-    assert main(*flags_for(model, shapes, parts, *RESUME)) == 0
+    whole, parts, sides = tmp_path / "whole", tmp_path / "parts", ("--resolution", 48, 32)
+    only(printed(*flags_for(model, shapes, whole, *sides)), "6 buckets")
+    assert main(*flags_for(model, shapes, parts, *sides, "--max_train_steps", 2)) == 0
+    assert main(*flags_for(model, shapes, parts, *sides, *RESUME)) == 0
     assert_same(final_weights(parts, step=6), final_weights(whole, step=6))
     assert [row for row in losses(parts) if row[0] > 2] == [row for row in losses(whole) if row[0] > 2]
 

@@ -1,5 +1,7 @@
 """Class images: drawn where they are missing, met as often as the training images, weighted, and part of the run."""
 
+import dataclasses
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -87,11 +89,20 @@ def test_one_of_the_flags_alone_is_refused(brief_flags, capsys, tmp_path, left_o
 @pytest.mark.parametrize(("training", "of_class"), [(5, 100), (100, 5), (7, 7)])
 def test_an_epoch_meets_as_many_of_either_and_each_at_least_once(training, of_class):
     made = [Source(None, None, tuple(range(n)), (), (Size(8, 8),), (0,) * n) for n in (training, of_class)]
-    plan = Plan(balanced(*made), 1, seed=0)
+    plan = Plan(balanced(*([source] for source in made)), 1, seed=0)
     met = [plan.forward(number)[0] for number in range(plan.forwards_per_epoch)]
     counts = [sum(draw.source == source for draw in met) for source in (0, 1)]
     assert counts[0] == pytest.approx(counts[1], rel=0.5) and len(met) == sum(counts)
     assert len({(draw.source, draw.image) for draw in met}) == training + of_class
+
+
+def test_repeats_count_where_both_are_balanced():
+    """8 images met 8 times beside 4 class images: each of these twice, whatever folders they are in."""
+    made = [Source(None, None, tuple(range(n)), (), (Size(8, 8),), (0,) * n, repeats=r) for n, r in ((2, 3), (2, 1))]
+    of_class = [dataclasses.replace(made[1], repeats=r) for r in (1, 1)]
+    plan = Plan(balanced(made, of_class), 1, seed=0)
+    met = Counter(plan.forward(number)[0].source for number in range(plan.forwards_per_epoch))
+    assert met == {0: 6, 1: 2, 2: 4, 3: 4}
 
 
 def test_what_can_be_refused_is_refused_before_any_is_drawn(model, data, tmp_path, capsys):

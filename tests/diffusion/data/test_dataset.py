@@ -260,9 +260,9 @@ def test_images_that_metadata_does_not_list_are_counted(brief_flags, tmp_path, l
 
 
 def test_folders_that_are_not_followed_and_repeats_that_do_not_count_are_said(brief_flags, tmp_path):
-    """Kohya's scripts would train each image of `10_disc` ten times in an epoch."""
-    folder = image_folder(tmp_path / "p" / "10_disc", 2, layout="txt").parent
-    image_folder(folder / "3_box", 1, layout="txt")
+    """Kohya's scripts would not look for `10_disc` so deep; where they do, see test_sources.py."""
+    folder = image_folder(tmp_path / "p" / "deep" / "10_disc", 2, layout="txt").parents[1]
+    image_folder(folder / "deep" / "3_box", 1, layout="txt")
     image_folder(tmp_path / "elsewhere", 1, layout="txt")
     for name in ("one", "two"):
         (folder / name).symlink_to(tmp_path / "elsewhere")

@@ -19,6 +19,7 @@ def source(*bucket: int, repeats: int = 1, held_out: tuple[int, ...] = ()) -> So
 
 
 MIXED = source(*[0] * 7, *[1] * 3, *[2] * 1)
+FOLDERS = [source(*[0] * 4), source(*[0] * 2, *[1] * 3, repeats=2), source(*[2] * 4)]  # the last one: 0 in another size
 
 
 def images(draws: list[Draw]) -> list[int]:
@@ -50,11 +51,25 @@ def test_no_forward_mixes_sizes_and_every_epoch_meets_every_image(per_forward):
     assert len(set(map(tuple, orders))) > 1 or epoch == 3
 
 
-@pytest.mark.parametrize("buckets", [source(*[0] * 7), MIXED])
-def test_n_processes_read_what_one_reads_with_n_times_the_batch(buckets):
+@pytest.mark.parametrize("per_forward", [1, 2, 3])
+def test_several_folders_and_resolutions_are_met_as_often_as_they_repeat_and_never_mixed(per_forward):
+    plan = Plan(FOLDERS, per_forward, seed=4)
+    forwards = [plan.forward(number) for number in range(plan.forwards_per_epoch)]
+    assert all(len({draw.size for draw in forward}) == 1 for forward in forwards)
+    met = Counter((draw.source, draw.image) for forward in forwards for draw in forward)
+    assert met.keys() == {(number, image) for number, count in enumerate((4, 5, 4)) for image in range(count)}
+    if per_forward == 1:
+        assert {source: set(times for (of, _), times in met.items() if of == source) for source in range(3)} == {
+            0: {1}, 1: {2}, 2: {1},
+        }  # fmt: skip
+    assert any(len({draw.source for draw in forward}) > 1 for forward in forwards) or per_forward == 1
+
+
+@pytest.mark.parametrize("sources", [[source(*[0] * 7)], [MIXED], FOLDERS])
+def test_n_processes_read_what_one_reads_with_n_times_the_batch(sources):
     """A plan knows the samples of all processes; its order and sizes do not depend on who reads which."""
-    together = Plan([buckets], 6, seed=0)
-    again = Plan([buckets], 6, seed=0)
+    together = Plan(sources, 6, seed=0)
+    again = Plan(sources, 6, seed=0)
     for number in (40, 3, 17, 3):  # in any order: nothing is remembered
         assert together.forward(number) == again.forward(number)
         assert [draw.position for draw in together.forward(number)] == list(range(6 * number, 6 * number + 6))

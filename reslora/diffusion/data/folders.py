@@ -1,0 +1,76 @@
+"""The folders that images come from: how often an epoch meets their images, and how much these count."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from ...common.errors import InvalidArgument
+from ..arguments import Flags, listed
+from .dataset import METADATA, REPEATED, SAVED, ImageDataset, files_of, sample, usable
+from .images import SUFFIXES
+
+MOST_REPEATS = 1000  # of a folder's name: what is more is a year or a date
+Part = tuple[str, int, str | None]
+"""A folder, its repeats, and the caption of images that have none beside them."""
+
+
+def load_folders(flags: Flags, caption: str | None = None) -> list[ImageDataset]:
+    """The images of each folder that the flags name, or of their dataset; each of kohya's folders counts as one.
+
+    `caption` is that of images in a folder that have none beside them.
+    """
+    names = listed(flags.train_data_dir) or [None]
+    repeats, weights = (_for_each(names, value) for value in (flags.train_data_repeats, flags.train_data_weight))
+    found, labels, lines = [], [], []
+    for name, times, weight in zip(names, repeats, weights, strict=True):
+        kohyas, notes = ([], []) if flags.dataset_name else kohyas_folders(Path(name), flags)
+        lines += notes
+        for path, own, text in kohyas or [(name, 1, caption)]:
+            images = usable(flags.replace(train_data_dir=path), text, deep=not kohyas)
+            found.append(dataclasses.replace(images, repeats=times * own, weight=weight))
+            labels.append(f"{path} (caption where there is none: {text})" if kohyas else path or flags.dataset_name)
+    found = sample(found, flags)
+    if len(found) > 1 or kohyas or found[0].repeats > 1 or found[0].weight != 1:
+        lines += [
+            f"{label}: {len(images)} images, each {images.repeats} times an epoch, weight {images.weight:g}"
+            for label, images in zip(labels, found, strict=True)
+        ]
+    first, *others = (images for images in found if len(images))
+    return [dataclasses.replace(first, notes=(*lines, *first.notes)), *others]
+
+
+def kohyas_folders(folder: Path, flags: Flags) -> tuple[list[Part], list[str]]:
+    """The folders with images that are named `<repeats>_<caption>`, as kohya's DreamBooth method reads them.
+
+    Path, repeats and caption of each, and a line about what else there is, which that method passes over. A folder with
+    a metadata file has none.
+    """
+    content = files_of(folder, flags, deep=False)
+    if any(path.name in (*METADATA, *SAVED) for path in content):
+        return [], []
+    named = [(path, match) for path in content if (match := REPEATED.fullmatch(path.name)) and int(match[1])]
+    found: list[Part] = [
+        (str(path), int(match[1]), match[2]) for path, match in named if path.is_dir() and _has_images(path)
+    ]
+    for path, repeats, text in found:
+        if repeats > MOST_REPEATS:
+            problem = f"its name means that an epoch meets each image {repeats} times, as in kohya's scripts"
+            raise InvalidArgument(f"folder {path}", problem, f"rename it, for example to 1_{text}")
+    taken = {path for path, _, _ in found}
+    seen = [path for path in content if path.is_dir() or path.suffix.lower() in SUFFIXES]
+    beside = [path.name for path in seen if str(path) not in taken and not path.name.startswith(".")]
+    if not found or not beside:
+        return found, []
+    more = f" and {len(beside) - 5} more" if len(beside) > 5 else ""
+    return found, [f"{folder}: kohya's folders (10_name) alone are read, not {', '.join(beside[:5])}{more}"]
+
+
+def _has_images(folder: Path) -> bool:
+    return any(path.suffix.lower() in SUFFIXES for path in folder.iterdir())
+
+
+def _for_each(names: list, value: object) -> list:
+    """A flag's value for each folder: its own, or the one for all."""
+    values = listed(value)
+    return values if len(values) == len(names) else values * len(names)
