@@ -189,12 +189,13 @@ def check_past(flags: Flags, place: Path, record: dict, identity: Identity | Non
     there, here = record.get("settings"), json.loads(json.dumps(settings_of(flags)))
     there = there if isinstance(there, dict) else {}  # damaged
     for name, value in here.items():
-        # None: the model's family or accelerate will say it, and this is called again then.
+        # None: the model's family or accelerate may say it yet, and this is called again then, with the identity.
         unknown = name == "mixed_precision" and there.get(name) is None  # not kept by earlier versions
-        if value is not None and name in there and there[name] != value and not unknown:
-            flag = DESCRIBED.get(name, f"--{name}")
+        settled = value is not None or identity is not None
+        if settled and name in there and there[name] != value and not unknown:
+            flag = f"{DESCRIBED.get(name, f'--{name}')} {in_words(value) if value is None else value}"
             problem = f"{place} was trained with {there[name]}"
-            raise InvalidArgument(f"{flag} {value}", problem, "use that, or choose another --output_dir")
+            raise InvalidArgument(flag, problem, "use that, or choose another --output_dir")
     for name in ("model", "images") if identity else ():
         here, there = getattr(identity, name), record.get(name, getattr(identity, name))
         if here != there:
