@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from reslora.checkpoint import WEIGHTS_NAME
 from reslora.common.adapters import ADAPTER_NAME
-from reslora.common.log import of_split, read_log
+from reslora.common.log import count_damaged, of_split, read_log
 from reslora.common.methods import METHODS
 from reslora.export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 
@@ -30,7 +30,7 @@ EXAMPLE = Path(__file__).resolve().parent / "example"
 LOG_NAME = "app.log"
 """What a trainer that the page started has printed."""
 LORA_FILES = (DIFFUSERS_FILE, KOHYA_FILE, COMFYUI_FILE)
-DENOISERS = ("unet", "transformer")
+DENOISERS, ENCODERS = ("unet", "transformer"), ("text_encoder", "text_encoder_2")
 RESULTS = ("merge.json", "exports.json", DIFFUSERS_FILE)
 LARGEST_JSON = 64 * 2**20
 MOST_STEPS = 10**9
@@ -64,6 +64,8 @@ class Weights:
     method: str = ""
     path: Path | None = None
     step: int | None = None
+    encoders: tuple[tuple[str, Path], ...] = ()
+    """Names of the text encoders that were trained, too, and where theirs are; files have them in themselves."""
     config: Path | None = None
     """The adapter_config.json of a file that PEFT wrote."""
 
@@ -182,11 +184,18 @@ class Run:
 
     def log(self, method: str) -> list[dict]:
         """Rows of `log.jsonl`, those with a loss that is a finite number: step, split, loss, lr, seconds."""
+        return list(self._log(method)[0])
+
+    def damaged_rows(self, method: str) -> int:
+        """How many lines of `log.jsonl` cannot be read; 0 while the trainer may be writing one."""
+        return self._log(method)[1] if self.process is None else 0
+
+    def _log(self, method: str) -> tuple[tuple[dict, ...], int]:
         path = self.inside(method, "log.jsonl")
         if path is None or not path.is_file():
-            return []
+            return (), 0
         now = path.stat()
-        return list(rows_of(path, now.st_mtime_ns, now.st_size))
+        return rows_of(path, now.st_mtime_ns, now.st_size)
 
     def steps(self) -> list[int]:
         """Steps at which any method has samples; without any prompts, those with a validation loss, and the last."""
@@ -250,7 +259,9 @@ class Run:
         for method in self.methods:
             for part in DENOISERS:
                 if (path := self.sound(method, part)) and self.inside(method, part, "config.json"):
-                    found.append(Weights(f"{method}: merged weights", "merged", method, path))
+                    encoders = self.encoders(method)
+                    if encoders is not None:
+                        found.append(Weights(f"{method}: merged weights", "merged", method, path, encoders=encoders))
             for name in self.entries(method):
                 merged = re.fullmatch(r"merged-by-([a-z]+)-(\d+)", name)
                 if merged and (path := self.inside(method, name, DIFFUSERS_FILE)):
@@ -269,10 +280,17 @@ class Run:
             match = re.fullmatch(r"checkpoint-(\d{1,9})", name)
             path = self.sound(method, name) if match else None
             complete = self.inside(method, name, "trainer.json") and self.inside(method, name, wanted)
-            if path is not None and complete:
+            encoders = self.encoders(method, name) if path is not None and complete else None
+            if encoders is not None:
                 step = int(match[1])
-                found.append(Weights(f"{method}: unmerged, step {step}", "adapter", method, path, step))
+                found.append(Weights(f"{method}: unmerged, step {step}", "adapter", method, path, step, encoders))
         return sorted(found, key=lambda weights: -weights.step)
+
+    def encoders(self, *parts: str) -> tuple[tuple[str, Path], ...] | None:
+        """The text encoders in a folder of this run, by name; None where one of them leads out of the run."""
+        found = [(name, self.sound(*parts, name)) for name in self.entries(*parts) if name in ENCODERS]
+        whole = [(name, path) for name, path in found if path is not None]
+        return tuple(whole) if len(whole) == len(found) else None
 
     def find_weights(self, label: str) -> Weights:
         """The weights of that label; `RunError` if this run has none."""
@@ -361,9 +379,12 @@ def last_change(folder: Path) -> float:
 
 
 @functools.lru_cache(maxsize=64)
-def rows_of(path: Path, changed: int, size: int) -> tuple[dict, ...]:
-    """The rows of a log that can be shown; pages ask often, so they are read again only when the file has changed."""
-    return tuple(row for row in read_log(path) if can_be_drawn(row))
+def rows_of(path: Path, changed: int, size: int) -> tuple[tuple[dict, ...], int]:
+    """The rows of a log that can be shown, and how many lines are damaged.
+
+    Pages ask often, so they are read again only when the file has changed.
+    """
+    return tuple(row for row in read_log(path) if can_be_drawn(row)), count_damaged(path)
 
 
 def can_be_drawn(row: dict) -> bool:

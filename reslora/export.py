@@ -14,11 +14,12 @@ A connected model has no plain weights yet: merge it first.
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -65,7 +66,7 @@ def export_peft(model: nn.Module, directory: str | os.PathLike, adapter_name: st
 
 
 def export_diffusers(
-    denoiser: nn.Module,
+    denoiser: nn.Module | Mapping[str, nn.Module],
     directory: str | os.PathLike,
     adapter_name: str = "default",
     prefix: str = "unet",
@@ -73,24 +74,17 @@ def export_diffusers(
 ) -> Path:
     """Writes `pytorch_lora_weights.safetensors` into `directory` and returns its path.
 
-    `prefix` is the denoiser's name in the pipeline, `metadata` further strings for the file's header, which also gets
-    kohya's hash of the tensors. The scaling is folded into B and the header says alpha = rank for each layer, so that
-    readers which ignore it agree with those that do not. Raises `ValueError` if the adapter is connected or not plain
-    LoRA.
+    `prefix` is the denoiser's name in the pipeline; where text encoders were trained, too, give all models by these
+    names instead. `metadata`: further strings for the file's header, which also gets kohya's hash of the tensors. The
+    scaling is folded into B and the header says alpha = rank for each layer, so that readers which ignore it agree with
+    those that do not. Raises `ValueError` if the adapter is connected or not plain LoRA.
     """
-    base = _plain(denoiser, adapter_name)
-    tensors = _folded(base, adapter_name, prefix)
-    ranks = {name: layer.r[adapter_name] for name, layer in lora_layers(base, adapter_name).items()}
-    common = _commonest(ranks.values())
-    pattern = {"^" + re.escape(name): rank for name, rank in ranks.items() if rank != common}
-    config = {
-        "r": common,
-        "lora_alpha": common,
-        "rank_pattern": pattern,
-        "alpha_pattern": pattern,
-        "target_modules": sorted(ranks),
-    }
-    packed = {f"{prefix}.{key}": value for key, value in config.items()}
+    tensors: dict[str, torch.Tensor] = {}
+    packed: dict[str, object] = {}
+    for name, model in (denoiser if isinstance(denoiser, Mapping) else {prefix: denoiser}).items():
+        base = _plain(model, adapter_name)
+        tensors |= _folded(base, adapter_name, name)
+        packed |= {f"{name}.{key}": value for key, value in _ranks(base, adapter_name).items()}
     path = Path(directory) / DIFFUSERS_FILE
     write_tensors(
         path,
@@ -105,8 +99,22 @@ def export_diffusers(
     return path
 
 
+def _ranks(base: nn.Module, adapter_name: str) -> dict:
+    """The ranks of all layers, with alphas that are the same, as PEFT's configuration says them."""
+    layers = lora_layers(base, adapter_name)
+    ranks = {_in_files(base, name): layer.r[adapter_name] for name, layer in layers.items()}
+    common = _commonest(ranks.values())
+    patterns = {
+        "^" + re.escape(name).replace(r"text_model\.", r"(text_model\.)?"): rank  # not all transformers have it
+        for name, rank in ranks.items()
+        if rank != common
+    }
+    same = {"r": common, "lora_alpha": common, "rank_pattern": patterns, "alpha_pattern": patterns}
+    return same | {"target_modules": sorted(name.removeprefix("text_model.") for name in ranks)}
+
+
 def export_kohya(
-    denoiser: nn.Module,
+    denoiser: nn.Module | Mapping[str, nn.Module],
     path: str | os.PathLike,
     adapter_name: str = "default",
     metadata: dict[str, str] | None = None,
@@ -116,20 +124,23 @@ def export_kohya(
 
     All layers get one alpha a, with up-weights rescaled by s r_n / a, because diffusers applies the commonest alpha to
     every layer. `rename`: from a layer's name in diffusers to its name where kohya's scripts have another. `metadata`:
-    further strings for the file's header (`ss_...`), which also gets kohya's hash of the tensors. Returns the path.
+    further strings for the file's header (`ss_...`), which also gets kohya's hash of the tensors. Where text encoders
+    were trained, too, give all models by the prefixes of their layers (`lora_unet`, `lora_te`). Returns the path.
     """
-    base = _plain(denoiser, adapter_name)
-    layers = lora_layers(base, adapter_name)
-    scaled = {name: layer.scaling[adapter_name] * layer.r[adapter_name] for name, layer in layers.items()}
+    layers = {}
+    for prefix, model in (denoiser if isinstance(denoiser, Mapping) else {"lora_unet": denoiser}).items():
+        base = _plain(model, adapter_name)
+        for name, layer in lora_layers(base, adapter_name).items():
+            layers[prefix + "_" + rename(_in_files(base, name)).replace(".", "_")] = layer
+    scaled = {key: layer.scaling[adapter_name] * layer.r[adapter_name] for key, layer in layers.items()}
     # float32 whatever the adapter's dtype, and exactly what the up-weights are divided by.
     written = torch.tensor(_commonest(scaled.values()) or 1.0, dtype=torch.float32)
     alpha = written.item()
     tensors = {}
-    for name, layer in layers.items():
-        down, up = _factors(name, layer, adapter_name)
-        key = "lora_unet_" + rename(name).replace(".", "_")
+    for key, layer in layers.items():
+        down, up = _factors(key, layer, adapter_name)
         tensors[f"{key}.lora_down.weight"] = down
-        tensors[f"{key}.lora_up.weight"] = up * (scaled[name] / alpha)
+        tensors[f"{key}.lora_up.weight"] = up * (scaled[key] / alpha)
         tensors[f"{key}.alpha"] = written.clone()
     header = {
         "format": "pt",
@@ -163,9 +174,15 @@ def _folded(base: nn.Module, adapter_name: str, prefix: str) -> dict[str, torch.
     tensors = {}
     for name, layer in lora_layers(base, adapter_name).items():
         down, up = _factors(name, layer, adapter_name)
-        tensors[f"{prefix}.{name}.lora_A.weight"] = down
-        tensors[f"{prefix}.{name}.lora_B.weight"] = up * layer.scaling[adapter_name]
+        tensors[f"{prefix}.{_in_files(base, name)}.lora_A.weight"] = down
+        tensors[f"{prefix}.{_in_files(base, name)}.lora_B.weight"] = up * layer.scaling[adapter_name]
     return tensors
+
+
+def _in_files(base: nn.Module, name: str) -> str:
+    """A layer's name in files: newer transformers have CLIP's text model flat, its readers know it as it was."""
+    flat = type(base).__name__ == "CLIPTextModel" and not name.startswith("text_model.")
+    return f"text_model.{name}" if flat else name
 
 
 def _tensors_hash(tensors: dict[str, torch.Tensor]) -> str:
@@ -174,18 +191,24 @@ def _tensors_hash(tensors: dict[str, torch.Tensor]) -> str:
     return hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
 
 
-def export_merged(denoiser: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> Path:
-    """Writes the base model with the adapter's weights added, summed in float32 and cast, as a diffusers model folder.
+def export_merged(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> Path:
+    """Writes the base model with the adapter's weights added, summed in float32 and cast, as `save_pretrained` does.
 
-    Works for any PEFT adapter whose layers know their weight update. `denoiser` itself stays. Returns the folder.
+    For diffusers' and transformers' models, with any PEFT adapter whose layers know their weight update. `model` itself
+    stays. Returns the folder.
     """
-    base = _plain(denoiser, adapter_name)
-    with torch.device("meta"):
-        plain = type(base).from_config(base.config)
-    plain.load_state_dict(merged_state_dict(base, adapter_name), assign=True)
+    base = _plain(model, adapter_name)
+    state = merged_state_dict(base, adapter_name)
+    if hasattr(type(base), "from_config"):
+        with torch.device("meta"):
+            plain = type(base).from_config(base.config)
+        plain.load_state_dict(state, assign=True)
+        save = plain.save_pretrained
+    else:
+        save = functools.partial(base.save_pretrained, state_dict=state)
     with replacing(directory) as temporary:
         try:
-            plain.save_pretrained(str(temporary))
+            save(str(temporary))
         except SafetensorError as error:  # a full disk, say, which is an OSError to whoever writes files
             raise OSError(f"{directory}: {error}") from error
     return Path(directory)

@@ -36,7 +36,7 @@ DEFAULTS = {
     "num_inference_steps": (20, None),
     "guidance_scale": (4.0, None),
 }
-DEFAULT_RANK, DEFAULT_PRE_NUM = 16, 4
+DEFAULT_RANK, HIGHEST_RANK, DEFAULT_PRE_NUM = 16, 65536, 4
 ONE_OR_SEVERAL = ("train_data_dir", "train_data_repeats", "train_data_weight", "resolution")
 BY_FAMILY = {
     "rank": f"{DEFAULT_RANK}; the width of the narrowest adapted layer where that is less",
@@ -71,14 +71,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def whole(minimum: int) -> Callable[[str], int]:
-    """Type of a flag that takes a whole number of at least `minimum`."""
+def whole(minimum: int, most: float = math.inf) -> Callable[[str], int]:
+    """Type of a flag that takes a whole number of at least `minimum`, and at most `most`."""
 
     def parse(text: str) -> int:
         with contextlib.suppress(ValueError):
-            if is_whole(int(text), minimum):
+            if is_whole(int(text), minimum, most):
                 return int(text)
-        raise argparse.ArgumentTypeError(f"{text!r} is not {whole_in_words(minimum)}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not {whole_in_words(minimum, most)}")
 
     return parse
 
@@ -183,13 +183,16 @@ def add_method_flags(add: Callable) -> None:
     """Which adapter, and how it is merged."""
     add("--method", nargs="+", choices=METHODS,
         help=f"trained one after the other on the same images and noise. {IN_WORDS}")
-    add("--rank", type=whole(1), nargs="+", help="rank of the update matrices")
+    add("--rank", type=whole(1, HIGHEST_RANK), nargs="+", help="rank of the update matrices")
     add("--lora_alpha", type=number(0, exclusive=True), help="scale times rank; default: twice the rank")
     add("--lora_dropout", type=number(0, below=1), default=0.0,
         help="dropout on the adapter's input (of ranks for loha and lokr)")
     add("--target_modules", nargs="+", metavar="NAME",
         help="layers of the denoiser that get an adapter, by the end of their name; or one regular expression of "
              "their whole names")
+    add("--train_text_encoder", **SWITCH,
+        help="train the CLIP text encoders, too: their attention gets the same adapter, with shortcuts between their "
+             "own layers; Stable Diffusion, SDXL, SD 3, Flux.1. T5 stays as it is")
     add("--shortcut", nargs="+", choices=SHORTCUTS, default="input",
         help="ResLoRA: what a block gets from the blocks before it")
     add("--pre_num", type=whole(-1), default=DEFAULT_PRE_NUM,
@@ -280,6 +283,8 @@ def add_training_flags(add: Callable) -> None:
 def add_optimizer_flags(add: Callable) -> None:
     """AdamW and its learning rate."""
     add("--learning_rate", type=number(0, exclusive=True), nargs="+", help="highest learning rate")
+    add("--text_encoder_lr", type=number(0, exclusive=True),
+        help="learning rate of the text encoders; default: --learning_rate. The schedule is the same")
     add("--scale_lr", **SWITCH, help="multiply it by batch size, accumulation steps and processes")
     add("--lr_scheduler", default="constant", help="how it changes",
         choices=["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",

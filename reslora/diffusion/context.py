@@ -13,6 +13,7 @@ from ..common.signals import StopRequest
 from .arguments import Flags
 
 if TYPE_CHECKING:
+    from .model.families.base import Part
     from .model.loading import Model
 
 
@@ -43,6 +44,11 @@ class Context:
     def folder_of(self, method: str) -> Path:
         """Where a method writes."""
         return self.folder / self.name_of(method)
+
+    @property
+    def encoders(self) -> tuple[Part, ...]:
+        """The text encoders that train."""
+        return self.model.family.trainable if self.flags.train_text_encoder else ()
 
     @property
     def dtype(self) -> torch.dtype:

@@ -14,7 +14,7 @@ from ..common.errors import InvalidArgument
 from ..common.signals import StopRequest
 from ..common.together import decided, each, gathered
 from .arguments import Flags
-from .checks import check_base_precision, check_methods, check_pipeline, with_rank
+from .checks import check_base_precision, check_encoders, check_family, check_methods, check_pipeline, with_rank
 from .context import Context
 from .data.class_images import load_class_images, missing_class_images
 from .data.dataset import ImageDataset, data_flag
@@ -90,6 +90,7 @@ def find_all(flags: Flags, accelerator: Accelerator, stop: StopRequest) -> tuple
 def settle(flags: Flags, accelerator: Accelerator, stop: StopRequest) -> Context:
     """The model, and the flags with all that it and accelerate decide; from here on they do not change."""
     model = find_model(flags, accelerator)
+    check_family(flags, model)
     flags = with_family(flags.replace(mixed_precision=accelerator.mixed_precision), model.family.defaults)
     return Context(with_rank(flags, model, accelerator), model, accelerator, stop)
 
@@ -120,10 +121,13 @@ def load_and_check(context: Context) -> tuple[DiffusionPipeline, Objective]:
     """The pipeline without its denoiser, and the objective; refuses whatever can be refused before encoding."""
     flags, model, accelerator = context.flags, context.model, context.accelerator
     check_base_precision(flags, context.dtype, accelerator)
-    pipeline = model.load_pipeline(context.dtype, accelerator.device, encoders=not flags.cache_text_embeddings)
+    pipeline = model.load_pipeline(
+        context.dtype, accelerator.device, encoders=not flags.cache_text_embeddings, trainable=bool(context.encoders)
+    )
     check_pipeline(flags, pipeline, model.family)
     objective = objective_of(flags, model.family, pipeline)
     check_methods(flags, model, accelerator)
+    check_encoders(pipeline, context)
     return pipeline, objective
 
 
@@ -145,9 +149,10 @@ def start_method(method: str, setting: Setting) -> Learner:
     """A method at its start."""
     context = setting.context
     denoiser = context.model.load_denoiser(context.dtype, context.accelerator.device, context.flags.base_precision)
+    parts = {context.model.family.denoiser: denoiser} | context.model.load_encoders(context.encoders, setting.pipeline)
     loss = DenoisingLoss(context, setting.material.objective, setting.pipeline, denoiser.config)
     renew_scaler(context.accelerator)
-    return new_learner(method, Trained({context.model.family.denoiser: denoiser}, loss), setting.schedule, context)
+    return new_learner(method, Trained(parts, loss), setting.schedule, context)
 
 
 def go_on(learner: Learner, resume: Resume, context: Context) -> None:
@@ -167,7 +172,7 @@ def train_and_export(learner: Learner, setting: Setting, validation: type[Valida
     material, schedule, identity, context = setting.material, setting.schedule, setting.identity, setting.context
     flags, accelerator, folder = context.flags, context.accelerator, context.folder / learner.name
     loss = learner.trained.loss
-    drawer = Drawer(loss.pipeline, context.model.family, material.texts, flags)
+    drawer = Drawer(loss.pipeline, context.model.family, material.texts, flags, context.encoders)
 
     def export() -> None:
         write_exports(folder, flags, identity, schedule, export_method(learner, material, drawer, schedule, context))

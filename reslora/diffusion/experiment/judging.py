@@ -16,9 +16,17 @@ from ...export import DIFFUSERS_FILE
 from ...files import read_object, write_json
 from ..data.batch import Batch
 from ..model.objective import loss_per_sample
-from ..output.exports import as_float32, as_plain_lora, exact_products, in_float32, kohya_metadata, saved_denoiser
+from ..output.exports import (
+    Parts,
+    as_float32,
+    as_plain_lora,
+    exact_products,
+    in_float32,
+    kohya_metadata,
+    saved_parts,
+)
 from ..run import Setting
-from ..training.denoising import DenoisingLoss
+from ..training.denoising import DenoisingLoss, evaluating
 from .measure import adapter_folder, losses_of
 from .record import TestLosses
 from .split import Image
@@ -30,7 +38,8 @@ def tested(step: int, images: Sequence[Image], setting: Setting) -> TestLosses:
     """Losses on the test images of an arm's checkpoint; measured once, and then read from `test.json`."""
     path, marks = test_file(setting), marks_of(images, setting)
     if not is_tested(step, images, setting):
-        with chosen_denoiser(step, setting) as (denoiser, loss):
+        with chosen_parts(step, setting) as (parts, loss):
+            denoiser = next(iter(parts.values()))
 
             def check_and_measure(batch: Batch) -> torch.Tensor:
                 setting.context.stop.check("stopped while comparing; the same command goes on")
@@ -60,20 +69,21 @@ def marks_of(images: Sequence[Image], setting: Setting) -> list[str]:
 
 
 @contextmanager
-def chosen_denoiser(step: int, setting: Setting) -> Iterator[tuple[nn.Module, DenoisingLoss]]:
-    """The denoiser with an arm's adapter of that step, merged as exports are, and its loss."""
+def chosen_parts(step: int, setting: Setting) -> Iterator[tuple[Parts, DenoisingLoss]]:
+    """What an arm has trained, the denoiser first, as it was at that step, merged as exports are; and its loss."""
     context, pipeline, (method,) = setting.context, setting.pipeline, setting.context.flags.method
     with exact_products(), in_float32(pipeline):
-        adapter = adapter_folder(context.folder_of(method), step)
-        denoiser = saved_denoiser(method, adapter, setting.schedule, context)
-        loss = DenoisingLoss(context, setting.material.objective, pipeline, denoiser.config)
-        denoiser, _ = as_plain_lora(denoiser, method, loss, setting.material)
-        yield denoiser.eval(), loss
+        loss = DenoisingLoss(context, setting.material.objective, pipeline, context.model.empty_denoiser().config)
+        adapters = adapter_folder(context.folder_of(method), step)
+        parts = saved_parts(method, adapters, loss, setting.schedule, context)
+        parts, _ = as_plain_lora(parts, method, loss, setting.material)
+        with evaluating(*parts.values()):
+            yield parts, loss
 
 
 def exact_loss(loss: DenoisingLoss, denoiser: nn.Module, batch: Batch) -> torch.Tensor:
     """The unweighted loss of each sample, all in float32."""
-    inputs, target, timesteps = loss.inputs(batch)
+    inputs, target, timesteps = loss.inputs(loss.encoded(batch))
     output = denoiser(**as_float32(inputs), return_dict=False)
     prediction = loss.family.prediction(output, target).float()
     return loss_per_sample(prediction, target.float(), torch.ones_like(timesteps, dtype=torch.float32))
@@ -91,7 +101,7 @@ def export_chosen(step: int, setting: Setting) -> Path | None:
         path.unlink(missing_ok=True)  # that of an earlier choice
         return None
     schedule = dataclasses.replace(setting.schedule, steps=step)
-    with chosen_denoiser(step, setting) as (denoiser, _):
-        metadata = kohya_metadata(denoiser.config, setting.material, schedule, context)
-        export.export_diffusers(denoiser, context.folder, prefix=context.model.family.denoiser, metadata=metadata)
+    with chosen_parts(step, setting) as (parts, _):
+        metadata = kohya_metadata(next(iter(parts.values())).config, setting.material, schedule, context)
+        export.export_diffusers(parts, context.folder, metadata=metadata)
     return path

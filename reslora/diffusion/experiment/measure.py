@@ -23,6 +23,7 @@ from ..data.samples import Material, TrainingSamples
 from ..model.objective import Objective
 from ..output.reports import Reports, Validation
 from ..seeds import generator
+from ..training.denoising import evaluating
 from ..training.state import Learner
 from .split import Image
 
@@ -81,13 +82,10 @@ class SelectLoss(Validation):
 
     def mean_loss(self, denoiser: nn.Module) -> float:
         """Mean over images, timesteps and noises."""
-        training = denoiser.training
-        denoiser.eval()
-        with self.accelerator.autocast():
+        with evaluating(denoiser, *self.loss.encoders), self.accelerator.autocast():
             losses = losses_of(
                 lambda batch: self.loss(denoiser, batch, weighted=False), self.material, self.material.held_out
             )
-        denoiser.train(training)
         return losses.mean().item()
 
 
@@ -97,10 +95,11 @@ def adapter_folder(folder: Path, step: int) -> Path:
 
 
 def keep_adapter(learner: Learner, folder: Path) -> None:
-    """Writes the adapter as it is at this step."""
+    """Writes the adapters as they are at this step, as a checkpoint has them."""
     with replacing(folder) as temporary:
         temporary.mkdir()
-        save_adapter(learner.denoiser, temporary)
+        for place, part in learner.trained.places(temporary):
+            save_adapter(part, place)
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------

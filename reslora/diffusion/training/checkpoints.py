@@ -191,12 +191,13 @@ def check_past(flags: Flags, place: Path, record: dict, identity: Identity | Non
     there, here = record.get("settings"), json.loads(json.dumps(settings_of(flags)))
     there = there if isinstance(there, dict) else {}  # damaged
     for name, value in here.items():
-        # None: the model's family or accelerate will say it, and this is called again then.
+        # None: the model's family or accelerate may say it yet, and this is called again then, with the identity.
         unknown = name == "mixed_precision" and there.get(name) is None  # not kept by earlier versions
-        if value is not None and name in there and there[name] != value and not unknown:
-            flag = DESCRIBED.get(name, f"--{name}")
+        settled = value is not None or identity is not None
+        if settled and name in there and there[name] != value and not unknown:
+            flag = f"{DESCRIBED.get(name, f'--{name}')} {in_words(value) if value is None else value}"
             problem = f"{place} was trained with {there[name]}"
-            raise InvalidArgument(f"{flag} {value}", problem, "use that, or choose another --output_dir")
+            raise InvalidArgument(flag, problem, "use that, or choose another --output_dir")
     for name in ("model", "images") if identity else ():
         here, there = getattr(identity, name), record.get(name, getattr(identity, name))
         if here != there:
@@ -236,7 +237,8 @@ def write_checkpoint(learner: Learner, path: Path, state: dict, record: dict) ->
         set_aside(path)
     with replacing(path) as temporary:
         temporary.mkdir()
-        save_adapter(learner.denoiser, temporary)
+        for place, part in learner.trained.places(temporary):
+            save_adapter(part, place)
         buffer = io.BytesIO()  # torch.save's own writing names no cause where a disk is full
         torch.save(state, buffer)
         (temporary / STATE).write_bytes(buffer.getbuffer())
@@ -297,7 +299,8 @@ def load_checkpoint(learner: Learner, checkpoint: Path, accelerator: Accelerator
     try:
         state = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
         record = json.loads((checkpoint / RECORD).read_text(encoding="utf-8"))
-        load_adapter(learner.denoiser, checkpoint)
+        for place, part in learner.trained.places(checkpoint):
+            load_adapter(part, place)
         learner.load_state(state, record["step"], record["seconds"], accelerator)
     except Exception as error:  # out of memory, another version's state: every reader and device has errors of its own
         raise RunFailed(f"{learner.name}: {cannot_be_loaded(checkpoint, error)}") from None

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
-from .base import Family
+from .base import Family, Part
 
 # The parts of a residual block in kohya's U-Net, which is Stability AI's, by their names in diffusers.
 RESIDUAL = {
@@ -24,6 +24,7 @@ class StableDiffusionXL(Family):
     pipeline = StableDiffusionXLPipeline
     denoiser_class = UNet2DConditionModel
     text_parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    trainable = (Part("text_encoder", "lora_te1", reads_last=False), Part("text_encoder_2", "lora_te2"))
     unused_parts = ("feature_extractor", "image_encoder")
     encodes_in_float32 = True
     defaults: ClassVar = {

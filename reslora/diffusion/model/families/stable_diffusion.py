@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
-from .base import Family
+from .base import Family, Part
 
 
 class StableDiffusion(Family):
@@ -15,6 +15,7 @@ class StableDiffusion(Family):
     name = "stable_diffusion"
     pipeline = StableDiffusionPipeline
     denoiser_class = UNet2DConditionModel
+    trainable = (Part("text_encoder", "lora_te"),)
     unused_parts = ("safety_checker", "feature_extractor", "image_encoder")
     defaults: ClassVar = {
         "resolution": 512,
