@@ -52,6 +52,7 @@ def test_all_of_it_in_order(text, experiment):
     for verdict in experiment["verdicts"]:
         assert verdict["sentence"] in words
     assert "loha 8e-4 2 failed the loss is not finite at step 61 61 7 min 0 s 5.00 GiB 0.31000 — " in words
+    assert words.count("seed 0, step 200") == 4
     assert "loha: 1 arm, failed" in words and "torch 2.9" in words and "duplicates 3" in words
     better = next(verdict for verdict in experiment["verdicts"] if verdict["conclusion"] == "better")
     assert f"<h1>{better['sentence']}</h1>" in text
@@ -186,6 +187,13 @@ def test_charts_show_what_is_finite(experiment, folder):
     assert "nan" not in svg and "inf" not in svg
     assert not re.search(r"<circle|class=\"ring\"", svg) and svg.count("<figure>") == 1  # nothing is chosen
     assert svg.count('class="hollow"') == 1
+    assert not re.search(r"[ML][\d.]+ -", svg)  # within the picture
+
+
+def test_losses_by_timestep_are_those_at_the_chosen_rate(experiment):
+    shown, other = report.timestep_chart(experiment), next(arm for arm in experiment["arms"] if arm["test"])
+    wild = other | {"learning_rate": 1.0, "test": other["test"] | {"by_timestep": [9.0] * 8}}
+    assert report.timestep_chart(experiment | {"arms": [*experiment["arms"], wild]}) == shown
 
 
 # -- in a browser ------------------------------------------------------------------------------------------------------
