@@ -89,8 +89,8 @@ def spin_briefly() -> None:
 
 def serve(args: argparse.Namespace, neutral: Path) -> int:
     """Serves the page from an empty folder of its own."""
+    from .launcher import Trainings, default_output
     from .runs import EXAMPLE, Library
-    from .training import Trainings, default_output
 
     library = Library(args.runs.absolute(), (default_output().absolute(), EXAMPLE))
     trainings = Trainings(library, args.data.absolute() if args.data else None)
@@ -98,9 +98,9 @@ def serve(args: argparse.Namespace, neutral: Path) -> int:
     from starlette.middleware import Middleware  # Gradio, from here on, looks at where it is
 
     from . import page
-    from .adapters import LARGEST_ADAPTER
     from .listeners import Listeners, ListenersMiddleware
     from .studio import Studio
+    from .weight_files import LARGEST_ADAPTER
 
     # Libraries' notes to programmers are not for whoever starts the page.
     warnings.filterwarnings("ignore", category=FutureWarning)

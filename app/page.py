@@ -8,11 +8,11 @@ from typing import TypeVar
 import gradio as gr
 
 from .handlers import readable_errors
+from .launcher import Trainings
 from .listeners import Listeners
 from .runs import Library, Run
 from .studio import Studio
 from .tabs import TABS, Parts, Tab
-from .training import Trainings
 
 T = TypeVar("T", bound=Tab)
 

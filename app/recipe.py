@@ -11,7 +11,7 @@ from pathlib import Path
 import PIL.Image
 from PIL.PngImagePlugin import PngInfo
 
-from .runs import RunError
+from .runs import Run, RunError
 
 SEEDS = 2**32
 
@@ -44,6 +44,16 @@ class Request:
             images=bounded(self.images, 1, 8, 1),
             strength=float(bounded(self.strength, -2, 2, 1.0, whole=False)),
         )
+
+
+def of_samples(run: Run) -> Request:
+    """What the trainer draws a run's samples with, of its first prompt."""
+    config = run.config
+    height, width = (config.get(f"validation_{side}") or config.get("resolution") for side in ("height", "width"))
+    return Request(
+        prompt=next(iter(run.prompts), ""), steps=config.get("num_inference_steps"),
+        guidance=config.get("guidance_scale"), width=width, height=height,
+    ).clamped()  # fmt: skip
 
 
 def bounded(value, low, high, otherwise, whole: bool = True):

@@ -29,12 +29,12 @@ from reslora.common.errors import InvalidArgument, first_line
 from reslora.diffusion.arguments import Flags
 from reslora.diffusion.model.families.base import Family
 from reslora.diffusion.model.loading import find_model
-from reslora.diffusion.output.calibration import read_calibration
+from reslora.diffusion.output.calibration_file import read_calibration
 from reslora.diffusion.output.exports import LORA_FILES
 from reslora.diffusion.settings import check_model_name
 from reslora.merges import MERGES
 
-from . import adapters
+from . import weight_files
 from .recipe import SEEDS, Drawn, Request
 from .runs import Run, RunError, Weights
 
@@ -270,11 +270,11 @@ class Studio:
         denoiser = self._skeleton()
         try:
             if weights.kind == "merged":
-                adapters.put_merged(denoiser, weights, strength)
+                weight_files.put_merged(denoiser, weights, strength)
             elif weights.kind == "file":
-                adapters.put_file(self.pipeline, self.family.denoiser, denoiser, weights, strength)
+                weight_files.put_file(self.pipeline, self.family.denoiser, denoiser, weights, strength)
             elif weights.kind == "adapter":
-                adapters.put_adapter(denoiser, run.config, weights, strength)
+                weight_files.put_adapter(denoiser, run.config, weights, strength)
         except RunError:
             raise
         except (ValueError, RuntimeError) as error:  # ours say in one line which layer does not fit

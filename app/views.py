@@ -76,13 +76,13 @@ def comparison(run: Run, step: int) -> str:
         return notice("This run draws no samples: it was started without --validation_prompt.")
     if not cells:
         return notice("No samples yet: the first ones are drawn before the first training step.")
-    head = "".join(f"<th>{escape(title)}<small>{escape(subtitle)}</small></th>" for title, subtitle, _ in shown)
+    header = "".join(f"<th>{escape(title)}<small>{escape(subtitle)}</small></th>" for title, subtitle, _ in shown)
     rows = []
     for cell in cells:
         title = prompt_of(run, cell[0])
         tiles = "".join(f"<td>{tile(images.get(cell), f'{title}: {name}')}</td>" for name, _, images in shown)
         rows.append(f"<tr><th>{escape(title)}</th>{tiles}</tr>")
-    return f'<table class="samples" data-step="{step}"><tr><th></th>{head}</tr>{"".join(rows)}</table>'
+    return f'<table class="samples" data-step="{step}"><tr><th></th>{header}</tr>{"".join(rows)}</table>'
 
 
 def tile(path: Path | None, alt: str) -> str:
@@ -154,8 +154,8 @@ def numbers(run: Run, step: int) -> str:
         )
         color = f'<i style="background:{COLORS[method]}"></i>'
         rows.append(f"<tr><th>{color}{NAMES[method]}</th>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    head = "<tr><th></th><th>loss (last 20)</th><th>validation loss</th><th>learning rate</th><th>time</th></tr>"
-    return f'<table class="numbers">{head}{"".join(rows)}</table>'
+    header = "<tr><th></th><th>loss (last 20)</th><th>validation loss</th><th>learning rate</th><th>time</th></tr>"
+    return f'<table class="numbers">{header}{"".join(rows)}</table>'
 
 
 def figure(value, form: str, unit: str = "") -> str:
@@ -202,7 +202,7 @@ def notice(text: str) -> str:
 
 def settings_table(images: list[Drawn]) -> str:
     """Seed and settings of every generated image; the PNG files carry the same."""
-    head = "".join(
+    header = "".join(
         f"<th>{name}</th>"
         for name in ("weights", "seed", "steps", "guidance", "strength", "size", "prompt", "negative")
     )
@@ -213,7 +213,7 @@ def settings_table(images: list[Drawn]) -> str:
         cells += [f"{request.strength:g}", f"{request.width} x {request.height}", request.prompt[:100]]
         cells.append(request.negative_prompt[:100])
         rows.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
-    return f'<div class="scroll"><table class="made"><tr>{head}</tr>{"".join(rows)}</table></div>'
+    return f'<div class="scroll"><table class="made"><tr>{header}</tr>{"".join(rows)}</table></div>'
 
 
 # -- chains and merge --------------------------------------------------------------------------------------------------
@@ -287,14 +287,13 @@ def heat_map(title: str, values: dict[str, float | None], digits: int = 2, signe
         text = figure(value, f"{'+' if signed else ''}.{digits}f")
         style = shade(value, largest, signed)
         roles.setdefault(role, {})[place(name)] = f'<td title="{escape(name)}: {text}" style="{style}">{text}</td>'
-    head = "".join(f"<th>{escape(p)}</th>" for p in places)
+    header = "".join(f"<th>{escape(p)}</th>" for p in places)
     rows = "".join(
         f"<tr><th>{escape(role)}</th>{''.join(cells.get(p, '<td></td>') for p in places)}</tr>"
         for role, cells in sorted(roles.items(), key=lambda item: order_of(item[0]))
     )
-    return (
-        f'<h4>{escape(title)}</h4><div class="scroll"><table class="heat"><tr><th></th>{head}</tr>{rows}</table></div>'
-    )
+    table = f'<table class="heat"><tr><th></th>{header}</tr>{rows}</table>'
+    return f'<h4>{escape(title)}</h4><div class="scroll">{table}</div>'
 
 
 def order_of(role: str) -> tuple:

@@ -32,7 +32,7 @@ def model_of(name: str, flags: list[str]) -> torch.nn.Module:
     from reslora.language.trainer import attach
 
     (arguments,) = HfArgumentParser(MethodArguments).parse_args_into_dataclasses(flags)
-    return attach(base, arguments, STEPS, task_type="CAUSAL_LM")
+    return attach(base, arguments, STEPS)
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ import reslora
 FREE = "no adapter"
 SHORTCUTS = {"input": 1, "block": 4, "middle": 4}
 DEPTHS = (8, 32, 70)
-REACHES = (1, 4, -1)
+PRE_NUMS = (1, 4, -1)
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
@@ -36,7 +37,7 @@ def steps(args: argparse.Namespace) -> None:
         others = Others()
         base, batch, targets = MODELS[name](args.device)
         rank = args.rank or (4 if name == "llama" else 16)
-        wanted = {f"{shortcut}({reach})": (shortcut, reach) for shortcut, reach in SHORTCUTS.items()}
+        wanted = {f"{shortcut}({pre_num})": (shortcut, pre_num) for shortcut, pre_num in SHORTCUTS.items()}
         found = figures_of(base, batch, targets, rank, wanted, args)
         for row, figures in found.items():
             print(f"{name:8} {line(row, figures)}", flush=True)
@@ -49,8 +50,8 @@ def depth(args: argparse.Namespace) -> None:
     others, rank, rows = Others(), args.rank or 8, []
     for blocks in DEPTHS:
         base, batch, targets = llama(args.device, layers=blocks, width=256, batch=4)
-        wanted = {"input(1)": ("input", 1)}
-        wanted |= {f"{shortcut}({reach})": (shortcut, reach) for shortcut in ("block", "middle") for reach in REACHES}
+        pairs = [("input", 1), *itertools.product(("block", "middle"), PRE_NUMS)]
+        wanted = {f"{shortcut}({pre_num})": (shortcut, pre_num) for shortcut, pre_num in pairs}
         for row, figures in figures_of(base, batch, targets, rank, wanted, args).items():
             print(f"{blocks:3} blocks {line(row, figures)}", flush=True)
             rows.append({"blocks": blocks, "row": row, **figures})
@@ -70,9 +71,9 @@ def figures_of(base: nn.Module, batch: dict, targets: list[str], rank: int, want
     frozen = twin(base).requires_grad_(False)
     begin_gradients(frozen, targets)
     models = {"peft": get_peft_model(twin(base), config), FREE: frozen}
-    for row, (shortcut, reach) in wanted.items():
+    for row, (shortcut, pre_num) in wanted.items():
         models[row] = get_peft_model(twin(base), config)
-        reslora.connect(models[row], reslora.ResLoraConfig(shortcut, reach))
+        reslora.connect(models[row], reslora.ResLoraConfig(shortcut, pre_num))
     taken = {row: Step(model, batch, args) for row, model in models.items()}
     memory = {row: measured_memory(step, args) for row, step in taken.items()}
     times = turn_about(taken, args.rounds)

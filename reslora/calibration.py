@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from .common.errors import first_line
 from .merging import Factors, Merged
 from .regression import Inputs
 from .shortcuts.base import Shortcut, rows
@@ -171,5 +172,5 @@ def _forward(base: nn.Module, batch: Mapping, device: torch.device, number: int)
     try:
         base(**to_device(dict(batch), device))
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
-        detail = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"calibration[{number}] does not run through {type(base).__name__}: {detail}") from error
+        problem = f"does not run through {type(base).__name__}: {first_line(error)}"
+        raise ValueError(f"calibration[{number}] {problem}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from .common.checks import is_whole
 from .shortcuts import NAMES as SHORTCUTS
 from .shortcuts import PLAIN, shortcut_class
 
@@ -61,5 +62,5 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def _check_integer(name: str, value: object, least: int, hint: str) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    if not is_whole(value, least):
         raise ValueError(f"{name}={value!r} must be an integer of at least {least} ({hint})")

@@ -20,10 +20,16 @@ class Merge:
     """Whether it needs f_n of every block."""
     needs_moments: bool = False
     """Whether it needs calibration, with the second moments of every block's input."""
+    max_rank: int | None = None
+    """Merged blocks of a higher rank are cut to this one."""
 
     def __call__(self, chain: list[Factors]) -> list[Merged]:
         """Merges a chain."""
-        return getattr(importlib.import_module(".merging", __package__), self.function)(chain)
+        merging = importlib.import_module(".merging", __package__)
+        results = getattr(merging, self.function)(chain)
+        if self.max_rank is None:
+            return results
+        return [merging.cut(block, result, self.max_rank) for block, result in zip(chain, results, strict=True)]
 
 
 MERGES = {

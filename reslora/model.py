@@ -14,10 +14,12 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 
-from . import guards, merges, merging, ranks
+from . import guards, merges, ranks
 from .calibration import Calibrator
 from .chains import Chain, Chains, base_model, chains, lora_layers
+from .common.checks import is_whole
 from .config import ResLoraConfig
+from .merges import Merge
 from .merging import Factors, Merged
 from .shortcuts import shortcut_class
 from .wiring import Connection, attach_wires, connected, connection_of
@@ -185,15 +187,20 @@ def merge(
     guards.refuse_merged(layers)
     _refuse_nonfinite(layers, adapter_name)
     plan = [_factors(chain, layers, connection) for chain in connection.chains] if connection.shortcut else []
+    merged: list[list[Merged]] = []
+    notes: list[str] = []
     with torch.no_grad():
-        merged, notes = _merge_chains(base, plan, method, connection, calibration, max_rank)
-        report = _report(connection, method, plan, merged, notes, calibration is not None)
+        if plan:
+            merge_chain = dataclasses.replace(connection.shortcut.merges[method], max_rank=max_rank)
+            merged, notes = _merge_chains(base, connection, plan, merge_chain, calibration)
+        blocks = _block_reports(connection, plan, merged, calibration is not None)
         disconnect(model, adapter_name)
         for factors, results in zip(plan, merged, strict=True):
             for block, result in zip(factors, results, strict=True):
                 ranks.write(layers[block.name], result, adapter_name)
         ranks.declare(base.peft_config[adapter_name], layers, adapter_name)
-    return report
+    notes += [note for results in merged for result in results for note in result.notes]
+    return MergeReport(method, connection.config.shortcut, tuple(blocks), tuple(dict.fromkeys(notes)))
 
 
 def _resolve(name: str, connection: Connection, calibration: object, max_rank: int | None) -> str:
@@ -202,7 +209,7 @@ def _resolve(name: str, connection: Connection, calibration: object, max_rank: i
         raise ValueError(f"method={name!r} is not one of {', '.join(map(repr, merges.NAMES))}")
     shortcut = connection.shortcut
     if max_rank is not None:
-        if not isinstance(max_rank, int) or isinstance(max_rank, bool) or max_rank < 1:
+        if not is_whole(max_rank, 1):
             raise ValueError(f"max_rank={max_rank!r} must be an integer of at least 1")
         if shortcut is None or not shortcut.raises_rank:
             kept = connection.config.shortcut
@@ -260,28 +267,21 @@ def _base_weight(layer: LoraLayer) -> torch.Tensor:
 
 def _merge_chains(
     base: nn.Module,
-    plan: list[list[Factors]],
-    name: str,
     connection: Connection,
+    plan: list[list[Factors]],
+    merge_chain: Merge,
     calibration: Iterable[Mapping] | None,
-    max_rank: int | None,
-) -> tuple[list[list[Merged]], tuple[str, ...]]:
+) -> tuple[list[list[Merged]], list[str]]:
     """Merges every chain; methods that need no statistics first, so that calibration can measure what they lose.
 
     Returns the results, and notes on how they came about.
     """
-    if not plan:
-        return [], ()
-    notes: tuple[str, ...] = ()
-    merge_chain = connection.shortcut.merges[name]
     merged = None if merge_chain.needs_norms or merge_chain.needs_moments else [merge_chain(chain) for chain in plan]
-    if merged is not None and max_rank is not None:
-        pairs = (zip(chain, results, strict=True) for chain, results in zip(plan, merged, strict=True))
-        merged = [[merging.cut(block, result, max_rank) for block, result in chain] for chain in pairs]
+    notes: list[str] = []
     if calibration is not None:
         calibrator = Calibrator(plan, merged, connection.shortcut, merge_chain.needs_moments)
         calibrator.read(base, connection.wires, calibration)
-        notes = calibrator.notes
+        notes += calibrator.notes
     elif merge_chain.needs_norms:
         means = connection.wires.norms.means()
         for block in (block for chain in plan if len(chain) > 1 for block in chain):
@@ -289,18 +289,12 @@ def _merge_chains(
     return ([merge_chain(chain) for chain in plan] if merged is None else merged), notes
 
 
-def _report(
-    connection: Connection,
-    method: str,
-    plan: list[list[Factors]],
-    merged: list[list[Merged]],
-    notes: Iterable[str],
-    calibrated: bool,
-) -> MergeReport:
-    blocks, notes = [], [*notes]
+def _block_reports(
+    connection: Connection, plan: list[list[Factors]], merged: list[list[Merged]], calibrated: bool
+) -> list[BlockReport]:
+    blocks = []
     for chain, factors, results in zip(connection.chains, plan, merged, strict=False):
         for block, factor, result in zip(chain, factors, results, strict=True):
             error = connection.shortcut.error(factor, result) if calibrated else None
             blocks.append(BlockReport(block.name, block.role, result.alpha, result.a.shape[0], error))
-            notes += result.notes
-    return MergeReport(method, connection.config.shortcut, tuple(blocks), tuple(dict.fromkeys(notes)))
+    return blocks

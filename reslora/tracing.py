@@ -16,6 +16,8 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
+from .common.errors import first_line
+
 _HOLDER = "reslora.holder"
 
 
@@ -90,8 +92,8 @@ def trace(base: nn.Module, holders: Mapping[str, str], example_inputs: dict | No
 
 
 def _untraceable(base: nn.Module, error: Exception) -> str:
-    detail = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return f"{type(base).__name__} does not run on example_inputs ({detail}); pass example_inputs= that fit its forward"
+    problem = f"does not run on example_inputs ({first_line(error)})"
+    return f"{type(base).__name__} {problem}; pass example_inputs= that fit its forward"
 
 
 def meta_copy(base: nn.Module) -> nn.Module:

@@ -77,7 +77,7 @@ def test_step_ratios_are_kept(results, monkeypatch):
     assert [name for name, _ in paper_report.speed_rows(found)] == list(found["shortcuts"])
 
 
-def test_depth_is_measured_by_blocks_and_reach(results, monkeypatch):
+def test_depth_is_measured_by_blocks_and_pre_num(results, monkeypatch):
     monkeypatch.setattr(speed_steps, "llama", lambda device, **sizes: tiny(device))
     monkeypatch.setattr(speed_steps, "DEPTHS", (3,))
     monkeypatch.setattr(sys, "argv", ["speed.py", "depth", "--rounds", "2", "--rank", "2"])

@@ -22,7 +22,7 @@ import importlib.metadata, json
 found = importlib.metadata.distribution("reslora-sd")
 commands = {each.name: each.load().__module__ for each in found.entry_points}
 from reslora_app.runs import EXAMPLE
-from reslora_app.training import SCRIPT
+from reslora_app.launcher import SCRIPT
 print(json.dumps([commands, found.version, str(EXAMPLE), str(SCRIPT)]))
 """
 CONNECT_AND_MERGE = """

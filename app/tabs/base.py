@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 import gradio as gr
 
+from ..launcher import Trainings
 from ..listeners import Listeners
 from ..runs import Library, Run
 from ..studio import Studio
-from ..training import Trainings
 from ..working import WorkingFiles
 
 if TYPE_CHECKING:

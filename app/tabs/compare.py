@@ -10,8 +10,8 @@ import gradio as gr
 
 from .. import views
 from ..handlers import readable_errors
+from ..launcher import safe_name
 from ..runs import Run
-from ..training import safe_name
 from .base import Parts, Tab
 
 if TYPE_CHECKING:

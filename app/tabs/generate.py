@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import gradio as gr
 
-from .. import adapters, recipe, views
+from .. import recipe, views, weight_files
 from ..handlers import paths_of, readable_errors
 from ..recipe import Drawn, Request
 from ..runs import BASE, Run
@@ -109,11 +109,7 @@ class GenerateTab(Tab):
 
     def filled_in(self, run: Run) -> dict:
         """What the run drew its samples with."""
-        config = run.config
-        asked = Request(
-            prompt=next(iter(run.prompts), ""), steps=config.get("num_inference_steps"),
-            guidance=config.get("guidance_scale"), width=config.get("resolution"), height=config.get("resolution"),
-        ).clamped()  # fmt: skip
+        asked = recipe.of_samples(run)
         return dict(
             zip(self.of_run, [asked.prompt, asked.steps, asked.guidance, asked.width, asked.height], strict=True)
         )
@@ -127,7 +123,7 @@ class GenerateTab(Tab):
         """Images one after the other, with the step of the current one; beside each, the base model's."""
         run = self.library.find(name) if name else None
         uploaded = [*paths_of(adapter), *paths_of(adapter_config)]
-        weights = adapters.uploaded(*uploaded) if uploaded else run.find_weights(label) if run else BASE
+        weights = weight_files.uploaded(*uploaded) if uploaded else run.find_weights(label) if run else BASE
         choices = [BASE, weights] if beside and weights.kind != "base" else [weights]
         request = Request(prompt, negative, -1 if random else seed, steps, guidance, width, height, images, strength)
         request, session = request.clamped(), asked.session_hash or ""

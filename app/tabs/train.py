@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import gradio as gr
 
-from .. import training, views
+from .. import launcher, views
 from ..handlers import paths_of, readable_errors
 from ..runs import Run
 from .base import Parts, Tab
@@ -42,7 +42,7 @@ class TrainTab(Tab):
         )  # fmt: skip
         self.model = gr.Textbox(label="Model", placeholder="bundled; or a name on the hub: owner/model", max_lines=1)
         with gr.Row():
-            for name, action in training.flags().items():
+            for name, action in launcher.flags().items():
                 self.flags[name] = flag_widget(name, action)
 
     def process_column(self) -> None:
@@ -82,12 +82,12 @@ class TrainTab(Tab):
         return {self.progress: views.summary(run, status), self.log: views.log(self.trainings.log(run))}
 
     def words(self, name, uploads, caption, folder, model, *values) -> list[str]:
-        settings = dict(zip(training.FLAGS, values, strict=True)) | {"model": model}
+        settings = dict(zip(launcher.FLAGS, values, strict=True)) | {"model": model}
         return self.trainings.command(name, settings, self.trainings.choose_images(name, folder, paths_of(uploads)))
 
     def do_show(self, *inputs) -> str:
         """The command that the settings make."""
-        return training.in_words(self.words(*inputs))
+        return launcher.in_words(self.words(*inputs))
 
     def do_start(self, *inputs) -> tuple:
         """Starts a training; shows its run, and the command."""
@@ -96,10 +96,10 @@ class TrainTab(Tab):
 
         def prepare() -> None:
             if paths:
-                training.store_images(self.trainings.choose_images(name, folder, paths), paths, str(caption or ""))
+                launcher.store_images(self.trainings.choose_images(name, folder, paths), paths, str(caption or ""))
 
         run = self.trainings.start(name, words, prepare)
-        return gr.update(choices=list(self.library.runs()), value=run.name), training.in_words(words)
+        return gr.update(choices=list(self.library.runs()), value=run.name), launcher.in_words(words)
 
     def do_stop(self, name: str) -> str:
         return views.notice(self.trainings.stop(name))

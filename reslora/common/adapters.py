@@ -1,6 +1,7 @@
 """The paper's methods by name: configured, attached, saved and loaded, for transformers' and diffusers' models.
 
-config = adapter_config("reslora", r=4, alpha=8, dropout=0.0, targets=["to_q", "to_v"], total_steps=1000)
+settings = AdapterSettings(r=4, alpha=8, dropout=0.0, targets=["to_q", "to_v"], total_steps=1000)
+config = adapter_config("reslora", settings)
 model = attach(unet, config, ResLoraConfig(shortcut="input"))     # ResLoRA is LoRA's configuration with shortcuts
 save_adapter(model, "checkpoint"), load_adapter(model, "checkpoint")
 """
@@ -13,6 +14,7 @@ import os
 from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from peft import AdaLoraConfig, LoKrConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -31,6 +33,9 @@ from ..config import ResLoraConfig
 from ..files import check_checksums, write_checksums, write_tensors
 from ..model import connect, connection_of
 from .errors import RunFailed, first_line
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 __all__ = [
     "ADAPTER_NAME",
@@ -180,7 +185,7 @@ class RankAllocator:
         return [factor for layer in layers for factor in (layer.lora_A[name], layer.lora_B[name])]
 
     def penalty(self) -> torch.Tensor:
-        """The regularizer, a scalar to add to a step's loss: how far rows of A and columns of B are from orthonormal.
+        """The regularizer, a scalar: how far rows of A and columns of B are from orthonormal.
 
         Frobenius norms of `A A^T - I` and `B^T B - I`, averaged over all factors and weighted (Zhang et al., 2023).
         """
@@ -190,12 +195,15 @@ class RankAllocator:
             norms.append(torch.linalg.norm(gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)))
         return self._config.orth_reg_weight * torch.stack(norms).mean()
 
-    def add_gradient(self, scale: float = 1.0) -> None:
-        """Adds the penalty's gradient, times `scale`, once the gradients of a step are there.
+    def add_gradient(self, accelerator: Accelerator) -> None:
+        """Adds the penalty's gradient to those of a step; to be called after every backward, before they are clipped.
 
         Every process adds the same after the gradients are averaged; `torch.autograd.grad` passes DDP's hooks by.
+        Where several forwards make a step, it is added after the last one.
         """
-        factors = self.factors()
+        if not accelerator.sync_gradients:
+            return
+        scale, factors = accelerator.scaler.get_scale() if accelerator.scaler else 1.0, self.factors()
         gradients = torch.autograd.grad(scale * self.penalty(), factors)
         for factor, gradient in zip(factors, gradients, strict=True):
             factor.grad = gradient if factor.grad is None else factor.grad.add_(gradient)

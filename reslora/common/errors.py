@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 
 class InvalidArgument(ValueError):
@@ -43,6 +45,17 @@ class refused_as:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         if isinstance(error, self.kinds) and not isinstance(error, InvalidArgument):
             raise InvalidArgument(self.argument, first_line(error), self.fix) from error
+
+
+@contextlib.contextmanager
+def loaded_from_hub(argument: str, fix: str) -> Iterator[None]:
+    """Turns whatever keeps a data set from being loaded inside into an `InvalidArgument`; its code is never run."""
+    try:
+        yield
+    except Exception as error:  # whatever a hub, a network or a parser can raise
+        code = any(word in str(error) for word in ("script", "remote code", "remote_code"))
+        problem = "needs code from the hub, which is never run" if code else f"cannot be loaded ({first_line(error)})"
+        raise InvalidArgument(argument, problem, fix) from None
 
 
 def first_line(error: BaseException) -> str:

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import RendererAgg
@@ -52,8 +53,8 @@ def comparison(
     """Writes images as a grid: columns across; prompts, and under each its methods, down.
 
     `columns` holds the titles, which may have several lines; `rows` a prompt and, for each of its methods, a name and
-    an image for every column. All images are drawn as large as the first one; small ones are enlarged without steps,
-    and a prompt too long for the figure is shortened.
+    an image for every column. All images are fitted into the size of the first one; small ones are enlarged without
+    steps, and a prompt too long for the figure is shortened.
 
     Raises `OSError` for a file that is no image.
     """
@@ -165,7 +166,7 @@ def _tile(images: Iterable[Image]) -> tuple[int, int]:
 
 def _pixels(image: Image, size: tuple[int, int]) -> np.ndarray:
     with _opened(image) as opened:
-        return np.asarray(opened.convert("RGB").resize(size, PIL.Image.Resampling.LANCZOS))
+        return np.asarray(PIL.ImageOps.pad(opened.convert("RGB"), size, PIL.Image.Resampling.LANCZOS, "white"))
 
 
 def _opened(image: Any) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .errors import InvalidArgument
@@ -17,49 +17,73 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def lora(
-    *, r: int, alpha: float, dropout: float, init_lora_weights: bool | str, total_steps: int, **shared: Any
-) -> PeftConfig:
+@dataclass(frozen=True)
+class AdapterSettings:
+    """What an adapter is made of, whatever its method."""
+
+    r: int
+    alpha: float
+    dropout: float
+    """Of the adapter's input; LoHa's and LoKr's is of ranks."""
+    targets: Sequence[str] | str
+    """As PEFT's `target_modules`."""
+    total_steps: int
+    """AdaLoRA's schedule."""
+    task_type: str | None = None
+    modules_to_save: Sequence[str] | None = None
+    init_lora_weights: bool | str = True
+    """LoRA's alone; diffusers' scripts take "gaussian"."""
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """Keyword arguments of every configuration of PEFT's."""
+        return {
+            "target_modules": self.targets if isinstance(self.targets, str) else list(self.targets),
+            "task_type": self.task_type,
+            "modules_to_save": list(self.modules_to_save) if self.modules_to_save else None,
+        }
+
+
+def lora(settings: AdapterSettings) -> PeftConfig:
     """LoRA (Hu et al., 2022)."""
     from peft import LoraConfig
 
-    return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, init_lora_weights=init_lora_weights, **shared)
+    return LoraConfig(
+        r=settings.r, lora_alpha=settings.alpha, lora_dropout=settings.dropout,
+        init_lora_weights=settings.init_lora_weights, **settings.shared,
+    )  # fmt: skip
 
 
-def lora_x2(*, alpha: float, **settings: Any) -> PeftConfig:
+def lora_x2(settings: AdapterSettings) -> PeftConfig:
     """LoRA with doubled alpha."""
-    return lora(alpha=2 * alpha, **settings)
+    return lora(replace(settings, alpha=2 * settings.alpha))
 
 
-def adalora(
-    *, r: int, alpha: float, dropout: float, init_lora_weights: bool | str, total_steps: int, **shared: Any
-) -> PeftConfig:
+def adalora(settings: AdapterSettings) -> PeftConfig:
     """AdaLoRA: half as much rank again, taken away to `r` on average between a tenth and a half of the steps
     (Zhang et al., 2023)."""
     from peft import AdaLoraConfig
 
+    steps = settings.total_steps
     return AdaLoraConfig(
-        init_r=math.ceil(1.5 * r), target_r=r, lora_alpha=alpha, lora_dropout=dropout, total_step=total_steps,
-        tinit=total_steps // 10, tfinal=total_steps // 2, deltaT=max(1, total_steps // 100), **shared,
+        init_r=math.ceil(1.5 * settings.r), target_r=settings.r, lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout, total_step=steps, tinit=steps // 10, tfinal=steps // 2,
+        deltaT=max(1, steps // 100), **settings.shared,
     )  # fmt: skip
 
 
-def loha(
-    *, r: int, alpha: float, dropout: float, init_lora_weights: bool | str, total_steps: int, **shared: Any
-) -> PeftConfig:
+def loha(settings: AdapterSettings) -> PeftConfig:
     """LoHa, whose dropout is of ranks."""
     from peft import LoHaConfig
 
-    return LoHaConfig(r=r, alpha=alpha, rank_dropout=dropout, **shared)
+    return LoHaConfig(r=settings.r, alpha=settings.alpha, rank_dropout=settings.dropout, **settings.shared)
 
 
-def lokr(
-    *, r: int, alpha: float, dropout: float, init_lora_weights: bool | str, total_steps: int, **shared: Any
-) -> PeftConfig:
+def lokr(settings: AdapterSettings) -> PeftConfig:
     """LoKr, whose dropout is of ranks."""
     from peft import LoKrConfig
 
-    return LoKrConfig(r=r, alpha=alpha, rank_dropout=dropout, **shared)
+    return LoKrConfig(r=settings.r, alpha=settings.alpha, rank_dropout=settings.dropout, **settings.shared)
 
 
 def itself(model: nn.Module) -> nn.Module:
@@ -86,8 +110,8 @@ class Method:
     """What it is, in a line."""
     color: str
     """Of its curve on the application's page."""
-    config: Callable[..., PeftConfig]
-    """PEFT's configuration; takes what `adapter_config` does."""
+    config: Callable[[AdapterSettings], PeftConfig]
+    """Makes PEFT's configuration."""
     plain_lora: Callable[[nn.Module], nn.Module] | None = itself
     """The trained (and merged) model as the plain LoRA that it amounts to, from which diffusers', kohya's and ComfyUI's
     files are made; None where it amounts to none, and PEFT's form and merged weights are all there is."""
@@ -122,34 +146,14 @@ METHODS = {
 }  # fmt: skip
 
 
-def adapter_config(
-    method: str,
-    *,
-    r: int,
-    alpha: float,
-    dropout: float,
-    targets: Sequence[str] | str,
-    total_steps: int,
-    task_type: str | None = None,
-    modules_to_save: Sequence[str] | None = None,
-    init_lora_weights: bool | str = True,
-) -> PeftConfig:
+def adapter_config(method: str, settings: AdapterSettings) -> PeftConfig:
     """Returns PEFT's configuration of a method, as its row in `METHODS` makes it; ResLoRA's is LoRA's.
-
-    `total_steps` is AdaLoRA's schedule. LoHa and LoKr have no dropout of their input: theirs is of ranks.
-    `init_lora_weights` is LoRA's alone; diffusers' scripts take "gaussian".
 
     Raises `ValueError` for a method that is not in `METHODS`.
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r} is not one of {', '.join(map(repr, METHODS))}")
-    shared = {
-        "target_modules": targets if isinstance(targets, str) else list(targets),
-        "task_type": task_type,
-        "modules_to_save": list(modules_to_save) if modules_to_save else None,
-    }
-    settings = {"r": r, "alpha": alpha, "dropout": dropout, "init_lora_weights": init_lora_weights}
-    return METHODS[method].config(**settings, total_steps=total_steps, **shared)
+    return METHODS[method].config(settings)
 
 
 IN_WORDS = "; ".join(f"{row.name}: {row.help}" for row in METHODS.values())

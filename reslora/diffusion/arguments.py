@@ -140,7 +140,9 @@ def _default_in_words(action: argparse.Action) -> str:
 
 def in_words(value: Any) -> str:
     """A flag's value as a person would write it."""
-    return ", ".join(value) or "none" if isinstance(value, list) else {None: "none", True: "on"}.get(value, str(value))
+    if isinstance(value, list):
+        return ", ".join(value) or "none"
+    return "none" if value is None else "on" if value is True else str(value)  # 1 is equal to True
 
 
 # fmt: off
@@ -172,7 +174,7 @@ def add_model_flags(add: Callable) -> None:
 def add_method_flags(add: Callable) -> None:
     """Which adapter, and how it is merged."""
     add("--method", nargs="+", choices=METHODS,
-        help=f"trained one after the other on the same samples. {IN_WORDS}")
+        help=f"trained one after the other on the same images and noise. {IN_WORDS}")
     add("--rank", type=whole(1), help="rank of the update matrices")
     add("--lora_alpha", type=number(0, exclusive=True), help="scale times rank; default: twice the rank")
     add("--lora_dropout", type=number(0, below=1), default=0.0,
@@ -189,7 +191,7 @@ def add_method_flags(add: Callable) -> None:
     add("--merge", choices=MERGES, default=AUTO,
         help="ResLoRA: how the shortcuts become plain LoRA weights")
     add("--merge_calibration_samples", type=whole(0), default=64,
-        help="ResLoRA: training samples that the merge may read")
+        help="ResLoRA: training images that the merge may read")
 
 
 def add_data_flags(add: Callable) -> None:
@@ -215,7 +217,7 @@ def add_data_flags(add: Callable) -> None:
         help="the buckets, as heights and widths, instead of a ladder around --resolution; images may be scaled up")
     add("--bucket_upscale", **SWITCH, help="scale small images up to a bucket of the ladder")
     add("--center_crop", **SWITCH, help="crop the centre instead of a random place")
-    add("--random_flip", **SWITCH, help="mirror half of the samples")
+    add("--random_flip", **SWITCH, help="mirror images, half of the time")
     add("--image_interpolation_mode", default="lanczos", help="how images are scaled",
         choices=["nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos"])
     add("--strict", **SWITCH,
@@ -230,7 +232,7 @@ def add_data_flags(add: Callable) -> None:
 def add_training_flags(add: Callable) -> None:
     """How long, how much at once, and on which loss."""
     add("--seed", type=whole(0), default=0, help="the same seed gives the same bytes")
-    add("--train_batch_size", type=whole(1), default=16, help="samples per process and forward")
+    add("--train_batch_size", type=whole(1), default=16, help="images per process and forward")
     add("--gradient_accumulation_steps", type=whole(1), default=1, help="forwards per step")
     add("--num_train_epochs", type=whole(1),
         help="epochs of images / (batch x accumulation x processes) steps, rounded up: the last is filled up from the "
@@ -281,6 +283,8 @@ def add_validation_flags(add: Callable) -> None:
     """What is drawn and measured while training."""
     add("--validation_prompt", nargs="+", metavar="PROMPT", help="prompts drawn while training, with fixed seeds")
     add("--num_validation_images", type=whole(0), help="samples per prompt; 0 draws none while training")
+    add("--validation_height", type=whole(8), help="pixels of a sample; default: --resolution")
+    add("--validation_width", type=whole(8), help="pixels of a sample; default: --resolution")
     add("--validation_steps", type=whole(1), help="steps between samples; default: by --validation_epochs")
     add("--validation_epochs", type=whole(1), default=1, help="epochs between samples")
     add("--validation_split", type=number(0, below=1), help="share of the images held out for a validation loss")

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..chains import Chains, chains
 from ..common.adapters import check_rank, narrowest_layer
-from ..common.errors import InvalidArgument, first_line
+from ..common.errors import InvalidArgument, first_line, refused_as
 from ..common.methods import METHODS
 from .arguments import DEFAULT_PRE_NUM, DEFAULT_RANK, Flags
 from .data.buckets import named_buckets
@@ -44,7 +44,7 @@ def check_base_precision(flags: Flags, dtype: torch.dtype, accelerator: Accelera
 
 
 def check_pipeline(flags: Flags, pipeline: DiffusionPipeline, family: Family) -> None:
-    """Refuse a resolution or a number of denoising steps that the pipeline cannot take."""
+    """Refuse sizes of images or a number of denoising steps that the pipeline cannot take."""
     known = pipeline.scheduler.config.num_train_timesteps
     if flags.num_inference_steps > known:
         argument = f"--num_inference_steps {flags.num_inference_steps}"
@@ -54,9 +54,10 @@ def check_pipeline(flags: Flags, pipeline: DiffusionPipeline, family: Family) ->
         if any(side % multiple or not side for side in (size.height, size.width)):
             argument = f"--aspect_ratio_buckets {size.height},{size.width}"
             raise InvalidArgument(argument, f"the pipeline takes multiples of {multiple}", "give sides that are")
-    if flags.resolution % multiple:
-        argument, problem = f"--resolution {flags.resolution}", f"the pipeline takes multiples of {multiple}"
-        raise InvalidArgument(argument, problem, f"give {max(1, flags.resolution // multiple) * multiple}")
+    for name in ("resolution", "validation_height", "validation_width"):
+        if (pixels := getattr(flags, name) or 0) % multiple:
+            argument, problem = f"--{name} {pixels}", f"the pipeline takes multiples of {multiple}"
+            raise InvalidArgument(argument, problem, f"give {max(1, pixels // multiple) * multiple}")
 
 
 def with_rank(flags: Flags, model: Model, accelerator: Accelerator) -> Flags:
@@ -84,11 +85,9 @@ def check_methods(flags: Flags, model: Model, accelerator: Accelerator) -> None:
             check_rank(denoiser, config_of(method, flags, total_steps=1000))
         except ValueError as error:
             raise InvalidArgument(f"--rank {flags.rank}", *first_line(error).split(": ", 1)) from None
-        try:
+        argument = f"--method {method}, --target_modules {' '.join(flags.target_modules)}"
+        with refused_as(argument, "change the flag it is about", (ValueError, RuntimeError)):
             add_adapter(denoiser, method, flags, total_steps=1000)
-        except (ValueError, RuntimeError) as error:
-            argument = f"--method {method}, --target_modules {' '.join(flags.target_modules)}"
-            raise InvalidArgument(argument, first_line(error), "change the flag it is about") from None
         if METHODS[method].shortcuts:
             tell_what_is_not_linked(chains(denoiser), flags, accelerator)
 

@@ -17,7 +17,7 @@ from accelerate.state import is_initialized
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import ProjectConfiguration
 
-from ..common.errors import InvalidArgument, first_line
+from ..common.errors import InvalidArgument, refused_as
 from ..common.script import shares_the_cpu
 from .arguments import Flags
 from .checks import check_fsdp
@@ -32,7 +32,7 @@ def start_accelerator(flags: Flags) -> Accelerator:
     if not flags.mixed_precision and os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp8":
         problem = "its configuration says fp8, in which nothing is trained here"
         raise InvalidArgument("accelerate launch", problem, "give --mixed_precision bf16, or another configuration")
-    try:
+    with refused_as(f"--mixed_precision {flags.mixed_precision}", "choose another", (ValueError,)):
         accelerator = Accelerator(
             cpu=shares_the_cpu(),
             gradient_accumulation_steps=flags.gradient_accumulation_steps,
@@ -40,10 +40,6 @@ def start_accelerator(flags: Flags) -> Accelerator:
             log_with=tracker_of(flags.report_to),
             project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / flags.logging_dir)),
         )
-    except ValueError as error:
-        raise InvalidArgument(
-            f"--mixed_precision {flags.mixed_precision}", first_line(error), "choose another"
-        ) from None
     started = int(os.environ.get("WORLD_SIZE", accelerator.num_processes))
     if started != accelerator.num_processes:  # so it is with DeepSpeed on a CPU: each would take itself for all
         problem = f"accelerate knows {accelerator.num_processes} of the {started} processes that were started"

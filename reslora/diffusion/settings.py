@@ -14,7 +14,7 @@ from typing import Any
 
 from ..common.assets import ASSETS
 from ..common.checks import check_writable
-from ..common.errors import InvalidArgument, first_line
+from ..common.errors import InvalidArgument, first_line, refused_as
 from ..common.methods import any_with_shortcuts, check_steps
 from ..merges import MERGES
 from ..shortcuts import PLAIN, shortcut_class
@@ -123,11 +123,9 @@ def _checked(action: argparse.Action, name: str, value: object, path: Path) -> o
         return value
     items = []
     for item in value if isinstance(value, list) else [value]:
-        try:
-            parse: Any = action.type or str
+        parse: Any = action.type or str
+        with refused_as(f"{where}, {name}", "correct it", (argparse.ArgumentTypeError, ValueError)):
             item = parse(str(item))
-        except (argparse.ArgumentTypeError, ValueError) as error:
-            raise InvalidArgument(f"{where}, {name}", first_line(error), "correct it") from None
         if action.choices and item not in action.choices:
             raise InvalidArgument(
                 f"{where}, {name}", f"{item!r} is not a choice", f"give one of {list(action.choices)}"

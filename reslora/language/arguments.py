@@ -25,6 +25,7 @@ from ..common.errors import InvalidArgument, first_line
 from ..common.methods import IN_WORDS, METHODS
 from ..common.script import shares_the_cpu
 from ..config import HEADS, SHORTCUTS
+from ..files import read_object
 from ..merges import AUTO
 from ..merges import NAMES as MERGES
 from ..shortcuts import PLAIN, shortcut_class
@@ -181,16 +182,22 @@ def check_number(name: str, value: float, least: float, below: float = math.inf,
         raise InvalidArgument(f"--{name} {value}", problem, fix)
 
 
+def build_parser(types: Sequence[type], prog: str, description: str | None = None) -> HfArgumentParser:
+    """A parser of the flags that are the fields of the dataclasses `types`."""
+    # An error is one line, without a screen of usage before it.
+    usage = argparse.SUPPRESS
+    parser = HfArgumentParser(list(types), prog=prog, usage=usage, description=description, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"reslora-sd {__version__}")
+    return parser
+
+
 def parse_arguments(
-    types: Sequence[type],
+    parser: HfArgumentParser,
     argv: Sequence[str] | None = None,
-    *,
-    prog: str,
-    description: str | None = None,
     bundled: Mapping[str, object] | None = None,
     deepspeed_config: str | None = None,
 ) -> tuple:
-    """Parses flags into instances of the dataclasses `types`.
+    """Parses flags into instances of the parser's dataclasses.
 
     What argparse or transformers refuse ends the program with one line and status 2; what our own classes refuse is
     `InvalidArgument`.
@@ -198,10 +205,6 @@ def parse_arguments(
     `bundled`: defaults that hold while no `--model_name_or_path` is given. `deepspeed_config`: what `--deepspeed` means
     without a value.
     """
-    # An error is one line, without a screen of usage before it.
-    usage = argparse.SUPPRESS
-    parser = HfArgumentParser(list(types), prog=prog, usage=usage, description=description, allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"reslora-sd {__version__}")
     argv = list(sys.argv[1:] if argv is None else argv)
     named = {"--model_name_or_path", "--model-name-or-path"}
     if bundled and not any(word.split("=")[0] in named for word in argv):
@@ -226,22 +229,38 @@ def settings(*arguments: Any) -> dict:
     return json.loads(json.dumps(merged, default=str))
 
 
-# What may differ between a run and its continuation: how long it trains, what it shows and keeps, and where things are.
+# What may differ between a run and its continuation: how long it trains, what it shows and keeps, where things are, and
+# what makes it faster or smaller. Any other flag, and whatever transformers adds, is fixed.
 FREE_ON_RESUME = {
-    "merge", "calibration_examples", "merge_and_save", "data_dir", "dataset_name", "dataset_config_name", "cache_dir",
-    "token", "revision", "model_revision", "config_name", "tokenizer_name", "ignore_mismatched_sizes", "dtype",
-    "pad_to_max_length", "max_eval_samples", "max_test_samples", "max_predict_samples", "max_new_tokens",
-    "eval_accuracy",
-    # Of transformers' own flags, which are other ones with every version, all but these.
-    *({field.name for field in dataclasses.fields(TrainingArguments)} - {"learning_rate", "seed", "weight_decay"}),
+    "merge", "calibration_examples", "merge_and_save", "cache_dir", "token",
+    "max_eval_samples", "max_test_samples", "max_predict_samples", "max_new_tokens", "eval_accuracy",
+    "output_dir", "resume_from_checkpoint", "local_rank", "max_steps", "num_train_epochs",
+    "do_train", "do_eval", "do_predict", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start",
+    "eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object", "batch_eval_metrics",
+    "per_device_eval_batch_size", "prediction_loss_only", "include_for_metrics", "bf16_full_eval", "fp16_full_eval",
+    "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
+    "save_strategy", "save_steps", "save_total_limit", "save_on_each_node", "save_only_model", "enable_jit_checkpoint",
+    "logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter", "log_level",
+    "log_level_replica", "log_on_each_node", "disable_tqdm", "include_num_input_tokens_seen", "skip_memory_metrics",
+    "debug", "report_to", "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id",
+    "push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision",
+    "use_cpu", "use_cache", "activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing",
+    "gradient_checkpointing_kwargs", "torch_compile", "torch_compile_backend", "torch_compile_mode",
+    "torch_empty_cache_steps", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers",
+    "dataloader_prefetch_factor", "dataloader_multiprocessing_context", "ddp_backend", "ddp_timeout",
+    "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_find_unused_parameters", "ddp_static_graph",
+    # The content decides: see `check_data`.
+    "data_dir", "dataset_name", "dataset_config_name",
 }  # fmt: skip
+FOLDERS = ("model_name_or_path", "config_name", "tokenizer_name", "deepspeed")
+"""May have moved: then the last part of their paths is compared."""
 
 
 def check_resume(output_dir: str | os.PathLike, resume: str | None, current: Mapping[str, object]) -> None:
     """Refuses to mix runs in one folder.
 
     Raises `InvalidArgument` if the folder holds checkpoints and `resume` (the flag's value) is None, or if a setting of
-    `current` differs from the folder's `config.json` when resuming. A model's folder may have moved.
+    `current` differs from the folder's `config.json` when resuming, but for those in FREE_ON_RESUME.
     """
     output = Path(output_dir)
     if resume is None:
@@ -253,7 +272,7 @@ def check_resume(output_dir: str | os.PathLike, resume: str | None, current: Map
                 "go on with --resume_from_checkpoint latest, or choose another",
             )
         return
-    earlier = _settings_of(output)
+    earlier = read_object(output / "config.json")
     for name, value in current.items():
         if name not in FREE_ON_RESUME and name in earlier and not _same(name, earlier[name], value):
             raise InvalidArgument(
@@ -268,7 +287,7 @@ def check_data(output_dir: str | os.PathLike, resume: str | None, data: str) -> 
 
     `data` is their `fingerprint`; where they lie does not matter.
     """
-    if resume is not None and _settings_of(Path(output_dir)).get("data", data) != data:
+    if resume is not None and read_object(Path(output_dir) / "config.json").get("data", data) != data:
         raise InvalidArgument(
             "--resume_from_checkpoint",
             f"{output_dir} was trained on other examples than these",
@@ -284,15 +303,7 @@ def fingerprint(rows: Iterable[object]) -> str:
     return found.hexdigest()
 
 
-def _settings_of(output: Path) -> dict:
-    try:
-        found = json.loads((output / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def _same(name: str, earlier: object, current: object) -> bool:
-    if name == "model_name_or_path" and Path(str(current)).is_dir():
+    if name in FOLDERS and Path(str(current)).exists():
         return Path(str(earlier)).name == Path(str(current)).name
     return earlier == current

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +26,7 @@ from ..files import replacing, write_json
 from .arguments import (
     AdapterTrainingArguments,
     MethodArguments,
+    build_parser,
     check_data,
     check_resume,
     check_whole,
@@ -35,7 +35,18 @@ from .arguments import (
     settings,
 )
 from .callbacks import LogCallback
-from .glue_tasks import TASKS, Columns, Task, check_rows, file_form, predicted, read_folder, read_hub, scores
+from .glue_tasks import (
+    TASKS,
+    Columns,
+    HubDataset,
+    Task,
+    check_rows,
+    file_form,
+    predicted,
+    read_folder,
+    read_hub,
+    scores,
+)
 from .results import export, merge_table, table_text, write_results
 from .trainer import AdapterTrainer, attach, total_steps
 
@@ -131,7 +142,7 @@ class Arguments:
 def parse(argv: Sequence[str] | None, description: str | None = None) -> Arguments:
     """Flags with every default filled in."""
     types = (DataArguments, ModelArguments, MethodArguments, GlueTrainingArguments)
-    arguments = Arguments(*parse_arguments(types, argv, prog=PROG, description=description, bundled=BUNDLED))
+    arguments = Arguments(*parse_arguments(build_parser(types, PROG, description), argv, BUNDLED))
     data, folder = arguments.data, Path(arguments.model.model_name_or_path)
     if data.task_name is None and data.data_dir is None and folder.resolve() == BUNDLED_MODEL:
         data.task_name, data.data_dir = "cola", str(BUNDLED_TASK)
@@ -186,8 +197,8 @@ def _read(arguments: Arguments, split: str) -> tuple[str, list[dict] | None]:
     data, model = arguments.data, arguments.model
     if data.data_dir:
         return read_folder(arguments.task, data.data_dir, split)
-    name: Any = data.dataset_config_name or data.task_name
-    return read_hub(arguments.task, data.dataset_name, name, split, model.cache_dir, model.token)
+    name = data.dataset_config_name or data.task_name
+    return read_hub(arguments.task, HubDataset(data.dataset_name, name, model.cache_dir, model.token), split)
 
 
 def encode(arguments: Arguments, tokenizer, columns: Columns) -> Dataset:
@@ -210,7 +221,7 @@ def load_model(arguments: Arguments):
     common = {"cache_dir": given.cache_dir, "revision": given.model_revision, "token": given.token}
     names = dict(enumerate(task.labels)) if task.labels else {0: "score"}
     kind = "single_label_classification" if task.labels else "regression"
-    logging.set_verbosity_error()  # its report that the head has no weights yet is no news
+    logging.set_verbosity_error()  # its report that the classifier has no weights yet is no news
     logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(
@@ -366,9 +377,7 @@ def finish(arguments: Arguments, trainer: AdapterTrainer, tokenizer, sets: dict)
     model = trainer.model
     batches = calibration_batches(arguments, sets["train"], trainer.args.device)
     table = merge_table(model, lambda: evaluate(trainer, task, sets), batches)
-    report = export(
-        model, output, merge=method.merge, calibration=batches, merged=method.merge_and_save, tokenizer=tokenizer
-    )
+    report = export(model, output, method, batches, tokenizer)
     files = write_predictions(arguments, trainer, sets)
     facts = {
         "task": arguments.data.task_name,
@@ -389,13 +398,13 @@ def main(argv: Sequence[str] | None = None, stop: StopRequest | None = None, des
     check_resume(training.output_dir, training.resume_from_checkpoint, flags)
     set_seed(training.seed)
     splits = read_splits(arguments)
-    tokenizer, model, head = load_model(arguments)
+    tokenizer, model, classifier = load_model(arguments)
     sets = {name: encode(arguments, tokenizer, columns) for name, columns in splits.items()}
     flags["data"] = fingerprint(zip(*splits["train"].values(), strict=True))
     check_data(training.output_dir, training.resume_from_checkpoint, flags["data"])
     steps = total_steps(training, len(sets["train"]))
     example = {"input_ids": torch.tensor([sets["train"][0]["input_ids"]])}
-    adapted = attach(model, arguments.method, steps, example, task_type="SEQ_CLS", modules_to_save=head)
+    adapted = attach(model, arguments.method, steps, example, modules_to_save=classifier)
     trainer = build_trainer(arguments, tokenizer, adapted, sets, stop)
     if trainer.is_world_process_zero():
         write_json(Path(training.output_dir) / "config.json", flags)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import datasets
@@ -13,7 +13,7 @@ import numpy as np
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-from ..common.errors import InvalidArgument
+from ..common.errors import InvalidArgument, loaded_from_hub
 from ..common.jsonl import json_lines
 
 Columns = dict[str, list]
@@ -90,20 +90,23 @@ def read_folder(task: Task, data_dir: str, split: str) -> tuple[str, list[dict] 
     return f"{where}, {path.name}", rows
 
 
-def read_hub(
-    task: Task, dataset: str, name: str, split: str, cache_dir: str | None, token: str | None
-) -> tuple[str, list[dict] | None]:
-    """Rows of a split of the hub's data set `dataset`, configuration `name`, as `read_folder`."""
-    where = f"--dataset_name {dataset}, configuration {name}"
-    try:
-        sets = datasets.load_dataset(dataset, name, cache_dir=cache_dir, token=token)
-    except Exception as error:  # whatever a hub, a network or a parser can raise
-        message = " ".join(str(error).split())
-        if "script" in message or "remote code" in message or "remote_code" in message:
-            problem = "needs remote code, which is never run"
-        else:
-            problem = f"cannot be loaded ({message[:200]})"
-        raise InvalidArgument(where, problem, f"use --data_dir: {file_form(task)}") from None
+@dataclass(frozen=True)
+class HubDataset:
+    """A data set on the hub, and how it is had."""
+
+    path: str
+    """Its name on the hub, or a folder."""
+    name: str | None
+    """Of its configuration."""
+    cache_dir: str | None = None
+    token: str | None = None
+
+
+def read_hub(task: Task, source: HubDataset, split: str) -> tuple[str, list[dict] | None]:
+    """Rows of a split of a data set on the hub, as `read_folder`."""
+    where = f"--dataset_name {source.path}, configuration {source.name}"
+    with loaded_from_hub(where, f"use --data_dir: {file_form(task)}"):
+        sets = datasets.load_dataset(**asdict(source))
     return f"{where}, {split}", sets[split].to_list() if split in sets else None
 
 

@@ -28,6 +28,7 @@ from ..files import write_json
 from .arguments import (
     AdapterTrainingArguments,
     MethodArguments,
+    build_parser,
     check_data,
     check_resume,
     check_whole,
@@ -131,9 +132,8 @@ def parse(
 ) -> tuple[TaskArguments, MethodArguments, LlmTrainingArguments]:
     """Flags, with whatever can be refused before a model is loaded refused."""
     types = (TaskArguments, MethodArguments, LlmTrainingArguments)
-    task, method, training = parse_arguments(
-        types, argv, prog=PROG, description=description, bundled=BUNDLED, deepspeed_config=str(ZERO2_OFFLOAD)
-    )
+    parser = build_parser(types, PROG, description)
+    task, method, training = parse_arguments(parser, argv, BUNDLED, deepspeed_config=str(ZERO2_OFFLOAD))
     if task.load_in_4bit and method.merge_and_save:
         raise InvalidArgument(
             "--merge_and_save",
@@ -268,7 +268,7 @@ def build_trainer(
     rows = encode_training(encoder, examples["train"], task.max_length)
     check_positions(model, encoder, examples["test"] + examples["validation"], task.max_new_tokens)
     torch.manual_seed(training.seed)
-    model = attach(model, method, total_steps(training, len(rows)), task_type="CAUSAL_LM")
+    model = attach(model, method, total_steps(training, len(rows)))
     trainer = LlmTrainer(
         model,
         training,
@@ -289,14 +289,7 @@ def finish(trainer: LlmTrainer, rows: list, task: TaskArguments, method: MethodA
     output, size = Path(trainer.args.output_dir), trainer.args.per_device_eval_batch_size
     calibration = calibration_batches(rows, method.calibration_examples, size)
     table = merge_table(trainer.model, lambda: trainer.figures("test"), calibration)
-    report = export(
-        trainer.model,
-        output,
-        merge=method.merge,
-        calibration=calibration,
-        merged=method.merge_and_save,
-        tokenizer=trainer.encoder.tokenizer,
-    )
+    report = export(trainer.model, output, method, calibration, trainer.encoder.tokenizer)
     facts = {
         "task": task.task,
         "model_name_or_path": task.model_name_or_path,

@@ -15,7 +15,7 @@ from typing import Any
 import datasets
 from accelerate import PartialState
 
-from ..common.errors import InvalidArgument, first_line
+from ..common.errors import InvalidArgument, first_line, loaded_from_hub
 from ..common.jsonl import NOT_JSON, json_lines
 
 ANSWER = "The answer is"
@@ -206,14 +206,8 @@ def _local_rows(name: str, data_dir: str, split: str) -> tuple[str, list[dict]]:
 
 def _hub_rows(name: str, task: Task, cache_dir: str | None, split: str) -> tuple[str, list[dict]]:
     repository = task.hub[0]
-    try:
-        with PartialState().main_process_first():
-            loaded = datasets.load_dataset(
-                *task.hub, split=task.test_split if split == "test" else split, cache_dir=cache_dir
-            )
-    except Exception as error:  # every way in which a network or a repository can fail
-        problem = f"cannot load {repository} ({first_line(error)})"
-        if "script" in str(error) or "trust_remote_code" in str(error):
-            problem = f"{repository} needs code from the hub, which is not run"
-        raise InvalidArgument(f"--task {name}", problem, file_form(name)) from None
+    with loaded_from_hub(f"--task {name}, {repository}", file_form(name)), PartialState().main_process_first():
+        loaded = datasets.load_dataset(
+            *task.hub, split=task.test_split if split == "test" else split, cache_dir=cache_dir
+        )
     return repository, list(loaded)

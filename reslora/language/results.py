@@ -151,17 +151,15 @@ def _share_norms(connection: Connection) -> None:
 def export(
     model: PeftModel,
     output_dir: str | os.PathLike,
-    *,
-    merge: str = "auto",
+    arguments: MethodArguments,
     calibration: Sequence[Mapping] | None = None,
-    merged: bool = False,
     tokenizer=None,
 ) -> MergeReport | None:
     """Merges a connected model for good and writes plain files into `output_dir`; returns the merge's report.
 
     `peft/`: an adapter that stock PEFT loads, with the same logits. `chains.json` and `merge.json` where the model was
-    connected. `merged/` if asked for: the base model with the adapter added, summed in float32, and the tokenizer, for
-    stock transformers. With several processes every one must call it; rank 0 writes.
+    connected. `merged/` with --merge_and_save: the base model with the adapter added, summed in float32, and the
+    tokenizer, for stock transformers. With several processes every one must call it; rank 0 writes.
     """
     output, report = Path(output_dir), None
     writes = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
@@ -169,13 +167,13 @@ def export(
     if connection is not None:
         _share_norms(connection)
         plan = chains(model).to_dict() if connection.config.wired else connection.chains.to_dict()
-        report = _merge(model, merge, calibration)
+        report = _merge(model, arguments.merge, calibration)
         if writes:
             write_json(output / "chains.json", plan)
             write_json(output / "merge.json", report.to_dict())
     if writes:
         export_peft(model, output / "peft")
-        if merged:
+        if arguments.merge_and_save:
             _write_merged(base_model(model), output / "merged", tokenizer)
     return report
 

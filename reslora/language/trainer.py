@@ -25,7 +25,7 @@ from ..chains import base_model
 from ..common import adapters
 from ..common.adapters import check_rank, known_targets, load_adapter, rank_allocator, save_adapter
 from ..common.errors import InvalidArgument, RunFailed, Stopped, refused_as
-from ..common.methods import METHODS, adapter_config, check_steps, refuse_deepspeed
+from ..common.methods import METHODS, AdapterSettings, adapter_config, check_steps, refuse_deepspeed
 from ..common.recovery import cannot_be_loaded, set_others_aside
 from ..common.signals import StopRequest
 from ..common.together import decided
@@ -51,27 +51,21 @@ def attach(
     arguments: MethodArguments,
     total_steps: int,
     example_inputs: dict | None = None,
-    task_type: str | None = None,
     modules_to_save: Sequence[str] | None = None,
 ) -> PeftModel:
     """Gives `model` the method's adapter, connects it where the method is ResLoRA, and returns PEFT's model.
 
-    `total_steps` is AdaLoRA's schedule; `example_inputs` as in `reslora.connect`; `task_type` and `modules_to_save` are
-    PEFT's. Raises `InvalidArgument` for target modules that are unknown or match nothing, a rank larger than a layer,
-    or a shortcut without a link.
+    `total_steps` is AdaLoRA's schedule; `example_inputs` as in `reslora.connect`; `modules_to_save` is PEFT's, whose
+    task is the model's: to generate, or to classify. Raises `InvalidArgument` for target modules that are unknown or
+    match nothing, a rank larger than a layer, or a shortcut without a link.
     """
     targets = _targets(model, arguments)
     check_steps([arguments.method], total_steps, f"--method {arguments.method} with {total_steps} steps")
-    config = adapter_config(
-        arguments.method,
-        r=arguments.lora_r,
-        alpha=arguments.lora_alpha,
-        dropout=arguments.lora_dropout,
-        targets=targets,
-        total_steps=total_steps,
-        task_type=task_type,
-        modules_to_save=modules_to_save,
+    task = "CAUSAL_LM" if model.can_generate() else "SEQ_CLS"
+    settings = AdapterSettings(
+        arguments.lora_r, arguments.lora_alpha, arguments.lora_dropout, targets, total_steps, task, modules_to_save
     )
+    config = adapter_config(arguments.method, settings)
     wired = METHODS[arguments.method].shortcuts
     shortcuts = ResLoraConfig(arguments.shortcut, arguments.pre_num, arguments.head) if wired else None
     with refused_as(f"--lora_r {arguments.lora_r}", "give a smaller one, or name other --target_modules", UNFIT):
@@ -237,9 +231,8 @@ class AdapterTrainer(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         """As `Trainer.training_step`; AdaLoRA's regularizer joins the gradients once per step."""
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.allocator is not None and self.accelerator.sync_gradients:
-            scaler = getattr(self.accelerator, "scaler", None)
-            self.allocator.add_gradient(scaler.get_scale() if scaler else 1.0)
+        if self.allocator is not None:
+            self.allocator.add_gradient(self.accelerator)
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

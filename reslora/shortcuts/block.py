@@ -37,22 +37,22 @@ class BlockShortcut(Shortcut):
     merges: ClassVar = {"none": MERGES["none"], "exact": Merge("merge_exact")}
 
     def __init__(
-        self, wires: Wires, name: str, own: tuple, before: list[tuple], sum_from: str | None, gives_sum: bool
+        self, wires: Wires, name: str, factors: Sequence[tuple], sum_from: str | None, gives_sum: bool
     ) -> None:
-        """`before`: A and B of the blocks before; `sum_from`: the one whose sum it adds its own product to."""
+        """`factors`: its A and B, then those before it; `sum_from`: the block whose sum it adds its product to."""
         super().__init__(wires, name)
-        self.before = before
+        (lora_a, lora_b), *self.before = factors
         self.sum_from = sum_from
         self.gives_sum = gives_sum
-        self.most_rows = rows_for_a_first(own[0], own[1], blocks=1 + len(before))
+        self.most_rows = rows_for_a_first(lora_a, lora_b, blocks=len(factors))
 
     @classmethod
     def wire(cls, wires: Wires, names: Sequence[str], factors: Sequence[tuple], before: Before, head: str) -> list:
         """One variant for each block of a chain: each knows the A and B of those before it."""
         sums = [names[n - 1] if 0 < len(taken) == n else None for n, taken in enumerate(before)]
         gives_sum = [name is not None for name in (*sums[1:], None)]
-        others = [[factors[k] for k in taken] for taken in before]
-        return [cls(wires, *block) for block in zip(names, factors, others, sums, gives_sum, strict=True)]
+        taking = [[factors[k] for k in (n, *taken)] for n, taken in enumerate(before)]
+        return [cls(wires, *block) for block in zip(names, taking, sums, gives_sum, strict=True)]
 
     def forward(
         self, module: nn.Module, *, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any

@@ -13,11 +13,11 @@ from app.recipe import Drawn, Request
 from app.runs import BASE, Library
 from app.studio import Studio, calibration_of
 from reslora.common.adapters import attach, save_adapter
-from reslora.common.methods import adapter_config
+from reslora.common.methods import AdapterSettings, adapter_config
 from reslora.config import ResLoraConfig
 from reslora.diffusion.arguments import Flags
 from reslora.diffusion.model.loading import find_model
-from reslora.diffusion.output.calibration import write_calibration
+from reslora.diffusion.output.calibration_file import write_calibration
 from reslora.diffusion.training.state import targets_of
 
 REQUEST = Request(prompt="red disc", steps=2, seed=5, width=40, height=32)
@@ -38,7 +38,7 @@ def run(request, tmp_path_factory):
     change_config(folder / "runs" / "run", target_modules=targets, lora_alpha=4)
     for method in ("lora", "reslora"):
         denoiser = found.load_denoiser(torch.float32, torch.device("cpu"))
-        config = adapter_config(method, r=2, alpha=4, dropout=0.0, targets=targets_of(targets), total_steps=4)
+        config = adapter_config(method, AdapterSettings(2, 4, 0.0, targets_of(targets), total_steps=4))
         attach(denoiser, config, ResLoraConfig("input") if method == "reslora" else None)
         write_checkpoint(denoiser, folder / "runs" / "run" / method / "checkpoint-4")
     return Library(folder / "runs").find("run")

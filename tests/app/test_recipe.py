@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import PIL.Image
 import pytest
-from app_runs import WRONG
+from app_runs import WRONG, write_run
 
 from app import recipe
 from app.recipe import Request
-from app.runs import RunError
+from app.runs import Run, RunError
 
 
 def test_requests_are_clamped():
@@ -41,3 +41,10 @@ def test_images_from_elsewhere_have_no_settings(tmp_path):
         path.write_bytes(content)
         with pytest.raises(RunError, match="no settings"):
             recipe.read_image(path)
+
+
+@pytest.mark.parametrize("size", [{}, {"validation_height": 96}, {"validation_height": 96, "validation_width": 48}])
+def test_a_run_is_drawn_as_its_samples_are(tmp_path, size):
+    run = Run("run", write_run(tmp_path / "run", resolution=64, num_inference_steps=3, guidance_scale=2.0, **size))
+    height, width = size.get("validation_height", 64), size.get("validation_width", 64)
+    assert recipe.of_samples(run) == Request("red disc", steps=3, guidance=2.0, height=height, width=width)

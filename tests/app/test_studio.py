@@ -1,4 +1,4 @@
-"""app/studio.py and app/adapters.py on a tiny Stable Diffusion that was really trained for a few steps."""
+"""app/studio.py and app/weight_files.py on a tiny Stable Diffusion that was really trained for a few steps."""
 
 import json
 import pickle
@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from waiting import join, start_thread, wait_until
 
-from app import adapters, recipe
+from app import recipe, weight_files
 from app import studio as studios
 from app.recipe import Drawn, Request
 from app.runs import BASE, Library, RunError, Weights
@@ -328,7 +328,7 @@ KOHYA_A, KOHYA_B = f"{KOHYA}.lora_down.weight", f"{KOHYA}.lora_up.weight"
 def test_a_lora_that_is_not_whole_or_does_not_fit_is_refused_by_name(studio, run, tmp_path, name, change, named):
     path = write_changed(run, tmp_path, change, name)
     with pytest.raises(RunError) as refusal:
-        draw(studio, run, adapters.uploaded(path))
+        draw(studio, run, weight_files.uploaded(path))
     assert str(refusal.value).startswith("changed.safetensors: ") and named in str(refusal.value)
     assert "\n" not in str(refusal.value) and str(tmp_path) not in str(refusal.value)
 
@@ -344,7 +344,7 @@ def test_a_lora_of_layers_that_the_model_lacks_is_refused_by_name(studio, run, t
 
     path = write_changed(run, tmp_path, rename, name)
     with pytest.raises(RunError, match=r"changed\.safetensors: .*attn7.to_q.* is of no layer of this model"):
-        draw(studio, run, adapters.uploaded(path))
+        draw(studio, run, weight_files.uploaded(path))
 
 
 def test_a_layer_that_a_file_says_it_has_and_lacks_is_missing(studio, run, tmp_path):
@@ -354,9 +354,9 @@ def test_a_layer_that_a_file_says_it_has_and_lacks_is_missing(studio, run, tmp_p
     assert DOWN in metadata["lora_adapter_metadata"]
     path = write_changed(run, tmp_path, lambda tensors: without(A)(without(B)(tensors)), metadata=metadata)
     with pytest.raises(RunError, match=f"^changed.safetensors: {A} is missing"):
-        draw(studio, run, adapters.uploaded(path))
+        draw(studio, run, weight_files.uploaded(path))
     path = write_changed(run, tmp_path, lambda tensors: tensors, metadata=metadata)
-    assert len(draw(studio, run, adapters.uploaded(path))) == 1
+    assert len(draw(studio, run, weight_files.uploaded(path))) == 1
 
 
 def peft_folder(run, tmp_path, change=lambda tensors: tensors, **config):
@@ -374,18 +374,18 @@ def test_what_peft_wrote_draws_what_diffusers_file_draws(studio, run, tmp_path):
     folder = peft_folder(run, tmp_path)
     file, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     for paths in ([folder], [file], [config, file]):
-        assert np.abs(draw(studio, run, adapters.uploaded(*paths))[0] - expected).max() <= 2
+        assert np.abs(draw(studio, run, weight_files.uploaded(*paths))[0] - expected).max() <= 2
     moved = shutil.move(config, tmp_path / "adapter_config.json")
-    assert np.abs(draw(studio, run, adapters.uploaded(file, moved))[0] - expected).max() <= 2
+    assert np.abs(draw(studio, run, weight_files.uploaded(file, moved))[0] - expected).max() <= 2
     with pytest.raises(RunError, match=r"adapter_model\.safetensors was written by PEFT, whose adapter_config\.json"):
-        adapters.uploaded(file)
+        weight_files.uploaded(file)
     content = json.loads(moved.read_text())
     other = tmp_path / "other.json"
     other.write_text(json.dumps(content | {"lora_alpha": content["lora_alpha"] / 2}))
-    half = draw(studio, run, adapters.uploaded(file, other))[0]
+    half = draw(studio, run, weight_files.uploaded(file, other))[0]
     assert (
         np.abs(
-            half - draw(studio, run, adapters.uploaded(file, moved), request=replace(REQUEST, strength=0.5))[0]
+            half - draw(studio, run, weight_files.uploaded(file, moved), request=replace(REQUEST, strength=0.5))[0]
         ).max()
         <= 1
     )
@@ -413,7 +413,7 @@ PEFT_A = f"base_model.model.{DOWN}.lora_A.weight"
 )
 def test_what_peft_wrote_and_would_draw_something_else_is_refused(studio, run, tmp_path, change, config, named):
     with pytest.raises(RunError) as refusal:
-        draw(studio, run, adapters.uploaded(peft_folder(run, tmp_path, change, **config)))
+        draw(studio, run, weight_files.uploaded(peft_folder(run, tmp_path, change, **config)))
     assert str(refusal.value).startswith("adapter_model.safetensors: ") and named in str(refusal.value)
     assert "\n" not in str(refusal.value) and str(tmp_path) not in str(refusal.value)
 
@@ -421,7 +421,7 @@ def test_what_peft_wrote_and_would_draw_something_else_is_refused(studio, run, t
 @pytest.mark.parametrize("names", [(), ("adapter_config.json",), ("a.safetensors", "b.safetensors")])
 def test_one_file_is_taken_at_a_time(tmp_path, names):
     with pytest.raises(RunError, match=r"^Give one \.safetensors file"):
-        adapters.uploaded(*(tmp_path / name for name in names))
+        weight_files.uploaded(*(tmp_path / name for name in names))
 
 
 @pytest.mark.parametrize(
@@ -477,7 +477,7 @@ def test_only_whole_safetensors_with_lora_weights_are_taken(run, tmp_path):
     good = (run.folder / "lora" / "kohya.safetensors").read_bytes()
     path = tmp_path / "upload.safetensors"
     path.write_bytes(good)
-    assert adapters.uploaded(path) == Weights("upload.safetensors", "file", "", path)
+    assert weight_files.uploaded(path) == Weights("upload.safetensors", "file", "", path)
 
     with zipfile.ZipFile(tmp_path / "zip", "w") as archive:
         archive.writestr("data.pkl", pickle.dumps(Bomb()))
@@ -490,11 +490,11 @@ def test_only_whole_safetensors_with_lora_weights_are_taken(run, tmp_path):
     ):  # fmt: skip
         path.write_bytes(content)
         with pytest.raises(RunError, match=r"^upload\.safetensors: "):
-            adapters.uploaded(path)
+            weight_files.uploaded(path)
     for name in ("upload.bin", "upload.ckpt", "upload.pt"):
         (tmp_path / name).write_bytes(pickle.dumps(Bomb()))
         with pytest.raises(RunError, match="safetensors"):
-            adapters.uploaded(tmp_path / name)
+            weight_files.uploaded(tmp_path / name)
 
 
 def test_metadata_makes_the_image_again(studio, run, tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from reslora.common.adapters import (
     trained_state,
 )
 from reslora.common.errors import RunFailed
-from reslora.common.methods import METHODS, adapter_config
+from reslora.common.methods import METHODS, AdapterSettings, adapter_config
 from reslora.files import write_checksums
 from reslora.model import connection_of
 
@@ -36,7 +37,7 @@ def build(method: str, kind: str = "llama", shortcut: str = "input", seed: int =
     """A model with the method's adapter, its weights random wherever training can change them."""
     torch.manual_seed(0)
     base = MODELS[kind][0]()
-    config = adapter_config(method, **{**FLAGS, "targets": TARGETS[kind], **flags})
+    config = adapter_config(method, AdapterSettings(**{**FLAGS, "targets": TARGETS[kind], **flags}))
     shortcuts = reslora.ResLoraConfig(shortcut=shortcut) if method == "reslora" else None
     return randomized(attach(base, config, shortcuts).double(), seed)
 
@@ -69,30 +70,30 @@ def assert_same(first: dict, second: dict) -> None:
 
 
 def test_lora_x2_is_lora_with_doubled_alpha_and_reslora_is_lora():
-    flags = {**FLAGS, "targets": ["q_proj"], "dropout": 0.1, "init_lora_weights": "gaussian"}
-    lora, doubled, wired = (adapter_config(method, **flags) for method in ("lora", "lora_x2", "reslora"))
+    settings = AdapterSettings(**{**FLAGS, "dropout": 0.1}, targets=["q_proj"], init_lora_weights="gaussian")
+    lora, doubled, wired = (adapter_config(method, settings) for method in ("lora", "lora_x2", "reslora"))
     assert (lora.lora_alpha, doubled.lora_alpha) == (8, 16)
     assert {**doubled.to_dict(), "lora_alpha": 8} == lora.to_dict() == wired.to_dict()
     assert (lora.r, lora.lora_dropout, lora.init_lora_weights) == (4, 0.1, "gaussian")
-    assert adapter_config("adalora", **flags).init_lora_weights is True
+    assert adapter_config("adalora", settings).init_lora_weights is True
 
 
 @pytest.mark.parametrize("total_steps", [1, 2, 3, 10, 1000])
 def test_adalora_has_a_schedule_for_any_number_of_steps(total_steps):
-    config = adapter_config("adalora", **{**FLAGS, "targets": ["q_proj"], "total_steps": total_steps})
+    config = adapter_config("adalora", AdapterSettings(**{**FLAGS, "targets": ["q_proj"], "total_steps": total_steps}))
     assert (config.init_r, config.target_r) == (6, 4)
     assert config.tinit < config.total_step - config.tfinal and config.deltaT >= 1
 
 
 @pytest.mark.parametrize("method", ["loha", "lokr"])
 def test_kronecker_and_hadamard_methods_drop_ranks(method):
-    config = adapter_config(method, **{**FLAGS, "dropout": 0.1}, targets=["q_proj"])
+    config = adapter_config(method, AdapterSettings(**{**FLAGS, "dropout": 0.1}, targets=["q_proj"]))
     assert (config.r, config.alpha, config.rank_dropout) == (4, 8, 0.1)
 
 
 def test_an_unknown_method_is_refused():
     with pytest.raises(ValueError, match="'dora' is not one of 'lora'"):
-        adapter_config("dora", **FLAGS, targets=["q_proj"])
+        adapter_config("dora", AdapterSettings(**FLAGS, targets=["q_proj"]))
 
 
 def test_known_targets_are_query_and_value():
@@ -111,7 +112,7 @@ def test_every_method_starts_as_the_base_model_and_trains_its_targets(method, ki
     base = MODELS[kind][0]()
     expected = outputs(base, kind)
     shortcuts = reslora.ResLoraConfig(shortcut="middle", pre_num=2) if method == "reslora" else None
-    model = attach(base, adapter_config(method, **FLAGS, targets=TARGETS[kind]), shortcuts)
+    model = attach(base, adapter_config(method, AdapterSettings(**FLAGS, targets=TARGETS[kind])), shortcuts)
     assert isinstance(model, PeftModel) == (kind == "llama") and (model is base) == (kind == "unet")
     torch.testing.assert_close(outputs(model, kind), expected)
     trained = [name for name, value in model.named_parameters() if value.requires_grad]
@@ -126,13 +127,13 @@ def test_attaching_draws_weights_from_the_random_state():
 
 
 def test_other_models_are_wrapped():
-    assert isinstance(attach(Stack(), adapter_config("lora", **FLAGS, targets=["proj"])), PeftModel)
+    assert isinstance(attach(Stack(), adapter_config("lora", AdapterSettings(**FLAGS, targets=["proj"]))), PeftModel)
 
 
 @pytest.mark.parametrize("method", ["lora", "lora_x2", "reslora", "adalora", "loha"])
 def test_a_rank_larger_than_a_layer_is_refused_before_anything_is_made(method):
     base = tiny_llama()
-    config = adapter_config(method, **{**FLAGS, "r": 100_000}, targets=["q_proj", "v_proj"])
+    config = adapter_config(method, AdapterSettings(**{**FLAGS, "r": 100_000}, targets=["q_proj", "v_proj"]))
     with pytest.raises(ValueError) as error:  # v_proj is the narrower: 32 in, 16 out
         attach(base, config)
     assert_one_line(error, "rank 100000", "model.layers.0.self_attn.v_proj", "at most 16")
@@ -159,19 +160,20 @@ def test_the_largest_rank_is_the_smaller_side_of_the_narrowest_layer(build_base,
 
 
 def test_adalora_is_measured_by_the_rank_that_was_asked_for_and_lokr_by_none():
-    check_rank(tiny_llama(), adapter_config("adalora", **{**FLAGS, "r": 16}, targets=["v_proj"]))  # begins with 24
-    attach(tiny_llama(), adapter_config("lokr", **{**FLAGS, "r": 100_000}, targets=["v_proj"]))
+    settings = AdapterSettings(**{**FLAGS, "r": 16}, targets=["v_proj"])
+    check_rank(tiny_llama(), adapter_config("adalora", settings))  # begins with 24
+    attach(tiny_llama(), adapter_config("lokr", AdapterSettings(**{**FLAGS, "r": 100_000}, targets=["v_proj"])))
 
 
 def test_adalora_refuses_convolutions():
     with pytest.raises(ValueError) as error:
-        attach(tiny_unet(), adapter_config("adalora", **FLAGS, targets=["to_q", "conv_in"]))
+        attach(tiny_unet(), adapter_config("adalora", AdapterSettings(**FLAGS, targets=["to_q", "conv_in"])))
     assert_one_line(error, "conv_in is a convolution", "AdaLoRA", "another method")
 
 
 def test_a_shortcut_without_a_link_is_refused():
     with pytest.raises(ValueError, match="finds no link"):
-        config = adapter_config("reslora", **FLAGS, targets=["layers.0.self_attn.q_proj"])
+        config = adapter_config("reslora", AdapterSettings(**FLAGS, targets=["layers.0.self_attn.q_proj"]))
         attach(tiny_llama(), config, reslora.ResLoraConfig())
 
 
@@ -196,7 +198,14 @@ def test_the_penalty_is_the_papers_regularizer(kind):
     assert [p for p in allocator.factors() if p.requires_grad] == allocator.factors()
 
 
+def accelerated(scale: float | None = None, sync_gradients: bool = True) -> SimpleNamespace:
+    """What is asked of an accelerator, with the scaler of fp16 where there is a scale."""
+    scaler = SimpleNamespace(get_scale=lambda: scale) if scale else None
+    return SimpleNamespace(scaler=scaler, sync_gradients=sync_gradients)
+
+
 def test_a_gradient_added_is_that_of_the_penalty_in_the_loss():
+    """Times the scale of an fp16 scaler, and only after the last forward of a step."""
     model = build("adalora")
     allocator = rank_allocator(model)
     loss = model(**token_inputs()).logits.square().mean()
@@ -204,10 +213,14 @@ def test_a_gradient_added_is_that_of_the_penalty_in_the_loss():
     expected = [factor.grad.clone() for factor in allocator.factors()]
     model.zero_grad()
     model(**token_inputs()).logits.square().mean().backward()
-    allocator.add_gradient(scale=2.0)
+    allocator.add_gradient(accelerated(sync_gradients=False))
+    allocator.add_gradient(accelerated())
+    for factor, gradient in zip(allocator.factors(), expected, strict=True):
+        torch.testing.assert_close(factor.grad, gradient)
+    allocator.add_gradient(accelerated(scale=2.0))
     for factor, gradient in zip(allocator.factors(), expected, strict=True):
         single = torch.autograd.grad(allocator.penalty(), factor)[0]
-        torch.testing.assert_close(factor.grad, gradient + single)
+        torch.testing.assert_close(factor.grad, gradient + 2 * single)
 
 
 def test_a_silenced_model_leaves_its_loss_alone():
@@ -298,7 +311,8 @@ def test_plain_lora_computes_what_adalora_did(kind):
 def test_a_plain_lora_keeps_dtypes_and_the_modules_that_are_saved():
     torch.manual_seed(0)
     base = tiny_bert().to(torch.bfloat16)
-    config = adapter_config("adalora", **FLAGS, targets=["query"], modules_to_save=["classifier"], task_type="SEQ_CLS")
+    settings = AdapterSettings(**FLAGS, targets=["query"], modules_to_save=["classifier"], task_type="SEQ_CLS")
+    config = adapter_config("adalora", settings)
     model = randomized(attach(base, config), 3)
     assert layers_of(model)[0].lora_A["default"].dtype == torch.float32
     classifier = model.base_model.model.classifier.modules_to_save["default"].weight.detach().clone()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from reslora.common.errors import InvalidArgument, first_line, refused_as
+from reslora.common.errors import InvalidArgument, first_line, loaded_from_hub, refused_as
 
 
 def test_what_a_reader_raises_is_refused_in_one_line():
@@ -18,6 +18,22 @@ def test_other_kinds_pass_and_so_does_what_is_refused_already():
         raise InvalidArgument("--a", "b", "c")
     with pytest.raises(KeyboardInterrupt), refused_as("--model x", "give another"):
         raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("message", "problem"),
+    [
+        ("Dataset scripts are no longer supported, but found a.py", "needs code from the hub, which is never run"),
+        ("set trust_remote_code=True", "needs code from the hub, which is never run"),
+        ("no network\nat all", r"cannot be loaded \(no network\)"),
+    ],
+)
+def test_what_keeps_a_data_set_from_being_loaded(message, problem):
+    with (
+        pytest.raises(InvalidArgument, match=rf"^--data x: {problem}; give a folder$"),
+        loaded_from_hub("--data x", "give a folder"),
+    ):
+        raise RuntimeError(message)
 
 
 @pytest.mark.parametrize(("message", "line"), [("a.\nb", "a"), ("", "ValueError"), ("  a: ", "a")])

@@ -56,6 +56,14 @@ def test_images_keep_their_shape(tmp_path, size, shown):
     assert box(drawn(tmp_path, ["a"], [("p", [("m", [plain(RED, size)])])]), RED)[2:] == shown
 
 
+def test_images_of_other_shapes_than_the_first_keep_theirs(tmp_path):
+    """A run that goes on may draw samples of another size."""
+    rows = [("p", [("m", [plain(RED, (128, 64)), plain(GREEN, (64, 64))])])]
+    red, green = (box(drawn(tmp_path, ["a", "b"], rows), color) for color in (RED, GREEN))
+    assert red[2:] == (128, 64) and green[2:] == (64, 64)
+    assert green[:2] == (red[0] + 128 + figures.GAP + 32, red[1])
+
+
 def test_files_are_read_and_closed(tmp_path):
     plain(RED).save(tmp_path / "0-0.png")
     assert box(drawn(tmp_path, ["a"], [("p", [("m", [tmp_path / "0-0.png"])])]), RED)

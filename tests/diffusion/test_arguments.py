@@ -36,6 +36,8 @@ from reslora.diffusion.arguments import build_parser
         ("--config", "/no/such/file.toml"),
         ("--no_such_flag", "1"),
         ("--resolution", "12"),
+        ("--validation_height", "36"),
+        ("--validation_width", "36"),
         ("--num_inference_steps", "2000"),
         ("--learning_rate", "1e-08", "--lr_scheduler", "polynomial"),
         ("--lr_scheduler", "piecewise_constant"),
@@ -89,3 +91,9 @@ def test_every_flag_of_diffusers_script_is_there():
     }  # fmt: skip
     assert len(names) == 51
     assert names <= {action.dest for action in build_parser()._actions}
+
+
+def test_defaults_are_in_words_and_one_is_a_number():
+    helps = {action.dest: action.help for action in build_parser()._actions}
+    assert helps["gradient_accumulation_steps"].endswith("(default: 1)")
+    assert helps["cache_latents"].endswith("(default: on)") and "otherwise: none)" in helps["validation_prompt"]

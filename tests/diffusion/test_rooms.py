@@ -30,15 +30,3 @@ def test_a_room_imports_only_those_before_it(number):
     assert len(files) > 4
     for path in files:
         assert imported_rooms(path) <= set(ROOMS[: number + 1]), path
-
-
-def test_functions_take_at_most_five_arguments():
-    """`self` aside; a constructor of a library's class, and what a library calls, are its own."""
-    long = {}
-    for path in (path for room in ("data", "training") for path in (PACKAGE / room).rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef):
-                arguments = [a.arg for a in (*node.args.posonlyargs, *node.args.args) if a.arg not in ("self", "cls")]
-                if len(arguments) > 5:
-                    long[f"{path.name}:{node.name}"] = len(arguments)
-    assert not long

@@ -29,7 +29,7 @@ def build(method: str = "reslora", shortcut: str = "input", base=None, **flags):
     torch.manual_seed(0)
     base = tiny_llama(layers=3).float() if base is None else base
     arguments = MethodArguments(method=method, shortcut=shortcut, **flags)
-    return attach(base, arguments, STEPS, task_type="CAUSAL_LM"), arguments
+    return attach(base, arguments, STEPS), arguments
 
 
 def trainer_for(model, folder, callbacks=True, stop=None, **flags) -> AdapterTrainer:

@@ -1,16 +1,19 @@
 """Flags of the language scripts: one line and status 2 for what cannot work."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import pytest
 from conftest import assert_one_line
 
 from reslora.common.errors import InvalidArgument
 from reslora.common.script import run_script
+from reslora.language import glue, llm
 from reslora.language.arguments import (
+    FREE_ON_RESUME,
     AdapterTrainingArguments,
     MethodArguments,
+    build_parser,
     check_data,
     check_number,
     check_resume,
@@ -29,7 +32,7 @@ class ModelArguments:
 
 def parse(*argv, **options):
     types = (ModelArguments, MethodArguments, AdapterTrainingArguments)
-    return parse_arguments(types, [*argv, "--report_to", "none"], prog="script.py", **options)
+    return parse_arguments(build_parser(types, "script.py"), [*argv, "--report_to", "none"], **options)
 
 
 @pytest.mark.parametrize(
@@ -165,6 +168,20 @@ def test_a_flag_is_fixed_on_resume_unless_it_is_said_to_be_free(tmp_path):
     with pytest.raises(InvalidArgument) as error:
         check_resume(tmp_path, "latest", {"a_new_flag": 2})
     assert_one_line(error, "--a_new_flag 2", "trained with 1")
+
+
+@pytest.mark.parametrize(
+    "flag", ["learning_rate", "optim", "per_device_train_batch_size", "bf16", "ignore_data_skip", "dtype", "revision"]
+)
+def test_what_changes_the_training_is_fixed_on_resume(tmp_path, flag):
+    (tmp_path / "config.json").write_text(json.dumps({flag: "one"}))
+    with pytest.raises(InvalidArgument, match=f"--{flag} other"):
+        check_resume(tmp_path, "latest", {flag: "other"})
+
+
+def test_what_is_free_on_resume_are_flags():
+    types = (glue.DataArguments, glue.ModelArguments, llm.TaskArguments, MethodArguments, AdapterTrainingArguments)
+    assert {field.name for kind in types for field in fields(kind)} >= FREE_ON_RESUME
 
 
 def test_a_folder_that_has_moved_is_the_same_model(tmp_path):

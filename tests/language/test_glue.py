@@ -442,7 +442,9 @@ def test_remote_code_is_refused(capfd, roberta, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     argv = flags(roberta, tmp_path, tmp_path / "run", "cola")
     at = argv.index("--data_dir")
-    refused(capfd, argv[:at] + argv[at + 2 :], "nyu-mll/glue", "remote code", "--data_dir", "train.jsonl", "sentence")
+    refused(
+        capfd, argv[:at] + argv[at + 2 :], "nyu-mll/glue", "code from the hub", "--data_dir", "train.jsonl", "sentence"
+    )
 
 
 def test_a_data_set_that_is_not_there(capfd, roberta, tmp_path):

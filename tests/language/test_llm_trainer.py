@@ -61,7 +61,7 @@ def test_generation_with_cache_equals_the_arg_max_of_whole_forwards(method, shor
     torch.manual_seed(0)
     base = tiny_llama(layers=4, vocab_size=257, max_position_embeddings=128, pad_token_id=None, bos_token_id=None)
     base.generation_config.repetition_penalty = 1.5  # as chat models ship it; the answers must not depend on it
-    model = attach(base, MethodArguments(method=method, shortcut=shortcut), 10, task_type="CAUSAL_LM").eval()
+    model = attach(base, MethodArguments(method=method, shortcut=shortcut), 10).eval()
     with torch.no_grad():
         for parameter in (p for p in model.parameters() if p.requires_grad):
             parameter.copy_(torch.randn(parameter.shape, dtype=torch.float64) * 0.3)

@@ -177,7 +177,7 @@ def test_exports_load_in_stock_peft_and_transformers_with_the_same_logits(tmp_pa
     model.eval()
     unmerged = model(**token_inputs()).logits
     table = {"unmerged": {"loss": 1.0}}
-    report = export(model, tmp_path, calibration=[token_inputs(batch=8, length=16)], merged=True)
+    report = export(model, tmp_path, MethodArguments(merge_and_save=True), [token_inputs(batch=8, length=16)])
     expected = model(**token_inputs()).logits
     assert not torch.allclose(expected, base_logits(tmp_path / "base"), atol=1e-2)
     if shortcut in ("block", "none"):
@@ -210,14 +210,14 @@ def test_a_classifier_head_is_exported_too(tmp_path):
     torch.manual_seed(0)
     tiny_bert().float().save_pretrained(tmp_path / "base")
     base = BertForSequenceClassification.from_pretrained(tmp_path / "base")
-    model = attach(base, MethodArguments(shortcut="block"), STEPS, task_type="SEQ_CLS")
+    model = attach(base, MethodArguments(shortcut="block"), STEPS)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for value in trained_parameters(model):
             value.add_(torch.randn(value.shape, generator=generator) / 8)
     expected = model.eval()(**token_inputs()).logits
     save_adapter(model, tmp_path / "adapter")
-    export(model, tmp_path, merged=True)
+    export(model, tmp_path, MethodArguments(merge_and_save=True))
     fresh = BertForSequenceClassification.from_pretrained(tmp_path / "base")
     stock = PeftModel.from_pretrained(fresh, tmp_path / "peft").eval()
     whole = BertForSequenceClassification.from_pretrained(tmp_path / "merged").eval()

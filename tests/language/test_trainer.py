@@ -158,7 +158,7 @@ def test_the_best_checkpoint_of_adalora_is_exported_as_it_was_evaluated(tmp_path
     trainer_for(model, tmp_path, greater_is_better=True, **flags).train()
     tokens = torch.stack([row["input_ids"] for row in rows()])
     expected = model.eval()(input_ids=tokens).logits
-    export(model, tmp_path)
+    export(model, tmp_path, MethodArguments())
     torch.manual_seed(0)
     again = PeftModel.from_pretrained(tiny_llama(layers=3).float(), tmp_path / "peft").eval()
     torch.testing.assert_close(again(input_ids=tokens).logits, expected)
@@ -272,7 +272,7 @@ def test_sharding_is_refused(tmp_path):
 def test_targets_are_known_for_llama_and_bert():
     llama, _ = build()
     assert {name.rpartition(".")[2] for name in trained_layers(llama)} == {"q_proj", "v_proj"}
-    bert = attach(tiny_bert(), MethodArguments(shortcut="middle"), STEPS, task_type="SEQ_CLS")
+    bert = attach(tiny_bert(), MethodArguments(shortcut="middle"), STEPS)
     assert {name.rpartition(".")[2] for name in trained_layers(bert)} == {"query", "value"}
     assert any("classifier" in name for name in trained(bert))
     assert connection_of(base_model(bert)).config.shortcut == "middle"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict, dataclass
 
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 
-from ...common.errors import InvalidArgument, first_line
+from ...common.errors import InvalidArgument, refused_as
 from ..arguments import SAMPLINGS, WEIGHTINGS, Flags
 from .families.base import Family
 
@@ -64,6 +65,15 @@ class DdpmObjective:
         return (self.snr_gamma / snr).clamp(max=1.0)
 
 
+@dataclass(frozen=True)
+class Density:
+    """How timesteps are spread by `logit_normal` (mean and deviation) and `mode` (scale), as in diffusers' scripts."""
+
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    mode_scale: float = 1.29
+
+
 class FlowObjective:
     """Rectified flow (Liu et al., 2022; Esser et al., 2024): the velocity `e - x` at `(1 - s) x + s e`.
 
@@ -80,9 +90,7 @@ class FlowObjective:
         sampling: str | None = None,
         weighting: str = "none",
         shift: float | None = None,
-        logit_mean: float = 0.0,
-        logit_std: float = 1.0,
-        mode_scale: float = 1.29,
+        density: Density = Density(),
     ) -> None:
         own = {} if shift is None else {"shift": shift, "use_dynamic_shifting": False}
         self.scheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config, **own)
@@ -90,7 +98,7 @@ class FlowObjective:
         if self.sampling not in SAMPLINGS or weighting not in WEIGHTINGS:
             raise ValueError(f"sampling {self.sampling!r} with weighting {weighting!r} is not known")
         self.weighting, self.shift = weighting, shift or 3.0
-        self.density = {"logit_mean": logit_mean, "logit_std": logit_std, "mode_scale": mode_scale}
+        self.density = asdict(density)
 
     @property
     def timesteps(self) -> int:
@@ -139,22 +147,19 @@ def objective_of(flags: Flags, family: Family, pipeline: DiffusionPipeline) -> O
             if getattr(flags, name) is not None:
                 problem = f"{family.name} learns a flow, which has none"
                 raise InvalidArgument(f"--{name} {getattr(flags, name)}", problem, "leave it out")
+        density = Density(flags.logit_mean, flags.logit_std, flags.mode_scale)
         return FlowObjective(
-            pipeline.scheduler, flags.timestep_sampling, flags.weighting_scheme, shift=flags.discrete_flow_shift,
-            logit_mean=flags.logit_mean, logit_std=flags.logit_std,
-            mode_scale=flags.mode_scale,
-        )  # fmt: skip
+            pipeline.scheduler, flags.timestep_sampling, flags.weighting_scheme, flags.discrete_flow_shift, density
+        )
     for name in ("timestep_sampling", "discrete_flow_shift", "weighting_scheme"):
         if getattr(flags, name) is not None:
             problem = f"{family.name} does not learn a flow"
             raise InvalidArgument(f"--{name} {getattr(flags, name)}", problem, "leave it out")
     if flags.prediction_type:
         pipeline.scheduler.register_to_config(prediction_type=flags.prediction_type)
-    try:
+    argument = f"--pretrained_model_name_or_path {flags.pretrained_model_name_or_path}"
+    with refused_as(argument, "give another model, or --prediction_type", (ValueError,)):
         return DdpmObjective(pipeline.scheduler, flags.snr_gamma)
-    except ValueError as error:
-        argument = f"--pretrained_model_name_or_path {flags.pretrained_model_name_or_path}"
-        raise InvalidArgument(argument, first_line(error), "give another model, or --prediction_type") from None
 
 
 def loss_per_sample(prediction: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -55,7 +55,8 @@ class Drawer:
             **self.family.drawing_inputs(self.pipeline, text, empty),
             generator=[torch.Generator().manual_seed(seed) for _, seed in seeds],
             num_inference_steps=flags.num_inference_steps, guidance_scale=flags.guidance_scale,
-            height=flags.resolution, width=flags.resolution, callback_on_step_end=callback, output_type="np",
+            height=flags.validation_height or flags.resolution, width=flags.validation_width or flags.resolution,
+            callback_on_step_end=callback, output_type="np",
         )  # fmt: skip
         return list(drawn.images)
 

@@ -28,7 +28,7 @@ from ..training.checkpoints import EXPORTS
 from ..training.denoising import DenoisingLoss
 from ..training.schedule import Schedule
 from ..training.state import Learner, add_adapter
-from .calibration import write_calibration
+from .calibration_file import write_calibration
 from .drawing import Drawer, as_bytes, as_image
 from .reports import save_images
 

@@ -26,7 +26,8 @@ def write_figures(flags: Flags, held_out: int) -> None:
     output, measured = Path(flags.output_dir), min(held_out, flags.max_validation_images)
     if flags.validation_prompt and flags.num_validation_images:
         write_comparison(flags, output)
-    loss_curves(output / "loss.png", {m: read_log(output / m / "log.jsonl") for m in flags.method}, measured)
+    logs = {method: read_log(output / method / "log.jsonl") for method in flags.method}
+    loss_curves(output / "loss.png", logs, measured)
     if len(flags.method) == 1 and METHODS[flags.method[0]].plain_lora:
         with replacing(output / DIFFUSERS_FILE) as temporary:
             shutil.copyfile(output / flags.method[0] / DIFFUSERS_FILE, temporary)
@@ -38,8 +39,8 @@ def write_comparison(flags: Flags, output: Path) -> None:
     chosen = sorted({found[round(i * (len(found) - 1) / (COLUMNS - 1))] for i in range(COLUMNS)}) if found else []
     folders = [f"samples/step-{step:06d}" for step in chosen] + ["merged"]
     rows = [
-        (prompt, [(m, [_image(output / m / folder / f"{p}-0.png") for folder in folders]) for m in flags.method])
-        for p, prompt in enumerate(flags.validation_prompt)
+        (prompt, [(name, [_image(output / name / f / f"{number}-0.png") for f in folders]) for name in flags.method])
+        for number, prompt in enumerate(flags.validation_prompt)
     ]
     comparison(output / "comparison.png", [f"step {step}" for step in chosen] + ["merged"], rows)
 

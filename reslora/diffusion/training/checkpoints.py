@@ -26,7 +26,7 @@ from ...files import (
     write_checksums,
     write_json,
 )
-from ..arguments import Flags
+from ..arguments import Flags, in_words
 from .schedule import Schedule
 from .state import Learner
 
@@ -35,8 +35,8 @@ STATE, RECORD, EXPORTS = "trainer.pt", "trainer.json", "exports.json"
 MERGING = ("merge", "merge_calibration_samples")  # another one is merged and exported anew, and not trained again
 # What a finished run shows of its training, and shows no more.
 SHOWN = (
-    "validation_prompt", "num_validation_images", "validation_steps", "validation_epochs", "num_inference_steps",
-    "guidance_scale",
+    "validation_prompt", "num_validation_images", "validation_height", "validation_width", "validation_steps",
+    "validation_epochs", "num_inference_steps", "guidance_scale",
 )  # fmt: skip
 # What may differ between a run and its continuation: how long it trains, what it shows and keeps, and where things are.
 FREE_ON_RESUME = {
@@ -166,7 +166,7 @@ def notes_of(flags: Flags, folder: Path, record: dict) -> list[str]:
     """What was shown of a finished method's training, and would be shown otherwise now."""
     shown = record.get("shown", {})
     names = [name for name in SHOWN if name in shown and getattr(flags, name) not in (None, shown[name])]
-    return [f"{folder} is finished, --{name} has no effect any more: it was {shown[name]}" for name in names]
+    return [f"{folder} is finished, --{name} has no effect any more: it was {in_words(shown[name])}" for name in names]
 
 
 def _named_checkpoint(flags: Flags, named: str, todo: list[str]) -> tuple[str, Path]:

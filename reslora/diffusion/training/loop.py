@@ -104,7 +104,9 @@ def take_step(learner: Learner, batches: Iterator[Batch], context: Context) -> t
         with accelerator.accumulate(learner.model):
             mean = learner.model(batch).mean()
             total += mean.detach()
-            accelerator.backward(mean + learner.allocator.penalty() if learner.allocator else mean)
+            accelerator.backward(mean)
+            if learner.allocator:
+                learner.allocator.add_gradient(accelerator)
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(learner.parameters, flags.max_grad_norm)
             learner.optimizer.step()

@@ -18,7 +18,7 @@ from peft import PeftConfig
 from torch import nn
 
 from ...common.adapters import RankAllocator, attach, rank_allocator
-from ...common.methods import METHODS, adapter_config
+from ...common.methods import METHODS, AdapterSettings, adapter_config
 from ...config import ResLoraConfig
 from ..arguments import Flags
 from ..context import Context
@@ -121,11 +121,11 @@ def add_adapter(denoiser: nn.Module, method: str, flags: Flags, total_steps: int
 
 def config_of(method: str, flags: Flags, total_steps: int) -> PeftConfig:
     """PEFT's configuration of the method's adapter."""
-    return adapter_config(
-        method, r=flags.rank, alpha=flags.lora_alpha, dropout=flags.lora_dropout,
-        targets=targets_of(flags.target_modules), total_steps=total_steps,
-        init_lora_weights="gaussian",  # as in diffusers' scripts
+    settings = AdapterSettings(
+        r=flags.rank, alpha=flags.lora_alpha, dropout=flags.lora_dropout, targets=targets_of(flags.target_modules),
+        total_steps=total_steps, init_lora_weights="gaussian",  # as in diffusers' scripts
     )  # fmt: skip
+    return adapter_config(method, settings)
 
 
 def shortcuts_of(flags: Flags) -> ResLoraConfig:

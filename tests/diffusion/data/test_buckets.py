@@ -9,7 +9,7 @@ from pipelines import FAMILIES, image_folder, random_image
 from diffusion.runs import RESUME, assert_same, final_weights, losses, main, only, printed
 from reslora.diffusion.data.buckets import bucket_of, kept, ladder, own_bucket, step_of
 from reslora.diffusion.data.size import Size
-from reslora.diffusion.output.calibration import read_calibration
+from reslora.diffusion.output.calibration_file import read_calibration
 
 SHAPES = [2 ** (-1 + 2 * number / 500) for number in range(501)]  # from 1:2 to 2:1
 

@@ -7,7 +7,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from reslora.diffusion.arguments import SAMPLINGS
-from reslora.diffusion.model.objective import FlowObjective
+from reslora.diffusion.model.objective import Density, FlowObjective
 
 SHIFTED = FlowMatchEulerDiscreteScheduler(shift=3.0)
 DYNAMIC = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
@@ -49,13 +49,13 @@ def test_uniform_draws_come_from_the_schedulers_table(scheduler, shift, by):
 
 
 def test_logit_normal_draws():
-    drawn = draws(FlowObjective(DYNAMIC, "logit_normal", logit_mean=0.5, logit_std=0.7))
+    drawn = draws(FlowObjective(DYNAMIC, "logit_normal", density=Density(logit_mean=0.5, logit_std=0.7)))
     logits = torch.logit((1 - drawn).clamp(1e-4, 1 - 1e-4))  # the table runs from noise to image
     assert logits.mean() == pytest.approx(0.5, abs=0.05) and logits.std() == pytest.approx(0.7, abs=0.05)
 
 
 def test_mode_draws():
-    drawn = 1 - draws(FlowObjective(DYNAMIC, "mode", mode_scale=1.29))
+    drawn = 1 - draws(FlowObjective(DYNAMIC, "mode", density=Density(mode_scale=1.29)))
     u = torch.linspace(0, 1, 100_001, dtype=torch.float64)
     expected = 1 - u - 1.29 * (torch.cos(math.pi * u / 2) ** 2 - 1 + u)
     assert drawn.mean() == pytest.approx(float(expected.mean()), abs=0.02)

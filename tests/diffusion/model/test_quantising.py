@@ -16,7 +16,7 @@ from torch import nn
 import reslora
 from diffusion.runs import RESUME, losses, main, refused
 from reslora.common.adapters import attach
-from reslora.common.methods import METHODS, adapter_config
+from reslora.common.methods import METHODS, AdapterSettings, adapter_config
 from reslora.diffusion.model.families import load_family
 from reslora.diffusion.model.families.base import Conditions, Family
 from reslora.diffusion.model.quantising import FORMATS, PackedLinear, pack, try_format
@@ -65,7 +65,7 @@ def packed_and_by_hand(folder: Path, precision: str, dtype: torch.dtype = torch.
 def adapted(denoiser: ModelMixin, family: Family, method: str = "reslora", shortcut: str = "input") -> ModelMixin:
     targets = list(family.defaults["target_modules"])
     targets = targets[0] if len(targets) == 1 else targets
-    config = adapter_config(method, r=3, alpha=6, dropout=0.0, targets=targets, total_steps=100)
+    config = adapter_config(method, AdapterSettings(r=3, alpha=6, dropout=0.0, targets=targets, total_steps=100))
     torch.manual_seed(0)
     shortcuts = reslora.ResLoraConfig(shortcut=shortcut, pre_num=4) if method == "reslora" else None
     return attach(denoiser, config, shortcuts)

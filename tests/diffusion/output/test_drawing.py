@@ -13,10 +13,14 @@ from reslora.diffusion.arguments import Flags
 from reslora.diffusion.model.families import load_family
 from reslora.diffusion.output.drawing import Drawer
 
+FLAGS = Flags(
+    seed=0, num_inference_steps=1, guidance_scale=4.0, resolution=32, validation_height=None, validation_width=None
+)
+
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_text_states_of_half_precision_are_drawn_in_the_pipelines(tmp_path, name):
-    """As the export does: in float32 whatever the precision of training."""
+def test_text_states_of_half_precision_are_drawn_in_the_pipelines_at_any_size(tmp_path, name):
+    """As the export does: in float32 whatever the precision of training. Samples need not be squares."""
     folder = FAMILIES[name](tmp_path / "model")
     family = load_family(json.loads((folder / "model_index.json").read_text())["_class_name"])
     pipeline = family.pipeline.from_pretrained(folder)
@@ -24,10 +28,10 @@ def test_text_states_of_half_precision_are_drawn_in_the_pipelines(tmp_path, name
     with torch.no_grad():
         texts = {c: family.encode_captions(pipeline, [c], 8) for c in ("red disc", "")}
     texts = {c: {k: v[0].bfloat16() for k, v in states.items()} for c, states in texts.items()}
-    flags = Flags(seed=0, train_batch_size=2, num_inference_steps=1, guidance_scale=4.0, resolution=32)
-    drawer = Drawer(pipeline, family, texts, flags)
-    (drawn,) = drawer.draw(getattr(pipeline, family.denoiser), ["red disc"], 1)
-    assert drawn.shape == (32, 32, 3) and np.isfinite(drawn).all()
+    for height, width in ((None, None), (40, 24), (None, 48)):
+        flags = FLAGS.replace(train_batch_size=2, validation_height=height, validation_width=width)
+        (drawn,) = Drawer(pipeline, family, texts, flags).draw(getattr(pipeline, family.denoiser), ["red disc"], 1)
+        assert drawn.shape == (height or 32, width or 32, 3) and np.isfinite(drawn).all()
 
 
 class Recorder:
@@ -43,7 +47,7 @@ class Recorder:
 
 
 def seeds_of(prompts: list[str], images: int, seed: int = 0, batch: int = 3) -> list[int]:
-    flags = Flags(seed=seed, train_batch_size=batch, num_inference_steps=1, guidance_scale=4.0, resolution=32)
+    flags = FLAGS.replace(seed=seed, train_batch_size=batch)
     family, texts = SimpleNamespace(denoiser="unet", drawing_inputs=lambda *_: {}), defaultdict(dict)
     pipeline = Recorder()
     drawn = Drawer(pipeline, family, texts, flags).draw(torch.nn.Identity(), prompts, images)

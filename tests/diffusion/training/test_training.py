@@ -106,13 +106,14 @@ def test_a_step_is_that_of_plain_gradient_descent(model, one_batch):
 
 
 class Ranks:
-    """Stands for AdaLoRA's allocator: keeps the steps at which it was called."""
+    """Stands for AdaLoRA's allocator: keeps the steps at which it was called, and how often for its gradient."""
 
     def __init__(self) -> None:
         self.steps: list[int] = []
+        self.gradients = 0
 
-    def penalty(self) -> torch.Tensor:
-        return torch.tensor(0.0)
+    def add_gradient(self, accelerator: Accelerator) -> None:
+        self.gradients += accelerator.sync_gradients
 
     def step(self, step: int) -> None:
         self.steps.append(step)
@@ -131,7 +132,7 @@ def test_rates_and_ranks_move_once_a_step_and_not_where_it_was_skipped(model, mo
     batches = iter(training_loader(material, range(2), 1, 0, pin=False))
     for _ in range(2):
         take_step(learner, batches, loss.context)
-    assert learner.allocator.steps == ([] if skipped else [1, 2])
+    assert learner.allocator.steps == ([] if skipped else [1, 2]) and learner.allocator.gradients == 2
     assert learner.lr_scheduler.last_epoch - before == (0 if skipped else 2)
 
 

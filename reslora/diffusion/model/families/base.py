@@ -41,7 +41,7 @@ class Family:
     text_parts: tuple[str, ...] = ("text_encoder", "tokenizer")
     """Parts of the pipeline that only encoding captions needs."""
     lora_files: tuple[str, ...] = (KOHYA_FILE,)
-    """Plain LoRA files beside diffusers', keys of `results.LORA_FILES`."""
+    """Plain LoRA files beside diffusers', keys of `exports.LORA_FILES`."""
     unused_parts: tuple[str, ...] = ()
     """Parts of the pipeline that are not loaded at all."""
     defaults: ClassVar[Mapping[str, object]] = {}

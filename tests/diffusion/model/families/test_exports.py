@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from diffusers import DiffusionPipeline, SD3Transformer2DModel
@@ -17,7 +18,7 @@ import train_sd
 from reslora.diffusion.arguments import Flags
 from reslora.diffusion.context import Context
 from reslora.diffusion.model.families import load_family
-from reslora.diffusion.output.calibration import read_calibration
+from reslora.diffusion.output.calibration_file import read_calibration
 from reslora.diffusion.output.exports import kohya_metadata
 from reslora.diffusion.training.schedule import Schedule
 
@@ -39,6 +40,7 @@ def runs(tmp_path_factory):
             flags += ["--max_train_steps", "3", "--learning_rate", "0.05", "--validation_prompt", "blue box"]
             flags += ["--num_validation_images", "1", "--num_inference_steps", "2", "--guidance_scale", "2"]
             flags += ["--shortcut", "middle", "--merge_calibration_samples", "4", "--report_to", "none"]
+            flags += ["--validation_height", "48"]
             assert train_sd.main([*map(str, flags), *more]) == 0
             if more or parts:
                 return folder
@@ -72,6 +74,9 @@ def test_files_agree_in_stock_diffusers_and_change_what_is_drawn(runs, family):
     assert np.abs(merged - base).max() > 0.02
     for name in files:
         assert np.abs(drawn(folder, out / name) - merged).max() <= 2 / 255, name
+    for name in ("samples/step-000000", "samples/step-000003", "merged"):
+        with PIL.Image.open(out / name / "0-0.png") as sample:
+            assert sample.size == (32, 48)
 
 
 @pytest.mark.parametrize("more", [(), ("--no-cache_text_embeddings", "--method", "lora", "reslora")])

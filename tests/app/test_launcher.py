@@ -1,4 +1,4 @@
-"""app/training.py: commands, uploads, and processes."""
+"""app/launcher.py: commands, uploads, and processes."""
 
 import os
 import subprocess
@@ -9,9 +9,9 @@ import pytest
 from app_runs import HOSTILE, run_by_hand, write_run
 from waiting import LIMIT, ended, wait_until
 
-from app import training
+from app import launcher
+from app.launcher import Trainings
 from app.runs import Library, RunError, is_trainer
-from app.training import Trainings
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def trainings(tmp_path):
 def test_only_flags_that_differ_are_written(trainings):
     settings = {"method": ["lora", "reslora"], "rank": "", "pre_num": 4, "max_train_steps": "8", "learning_rate": ""}
     words = trainings.command("new", settings | {"validation_prompt": "a cat\n\n a dog "})
-    assert training.in_words(words) == (
+    assert launcher.in_words(words) == (
         f"accelerate launch train_sd.py --output_dir {trainings.library.folder}/new --method lora reslora "
         "--max_train_steps 8 --validation_prompt 'a cat' 'a dog'"
     )
@@ -77,14 +77,14 @@ def test_images_come_from_the_data_folder_or_an_upload(trainings, tmp_path):
     PIL.Image.new("RGB", (8, 8)).save(tmp_path / "b.jpg")
     (tmp_path / "b.txt").write_text("a bear")
     uploads = [str(tmp_path / name) for name in ("red_fox-1.png", "b.jpg", "b.txt")]
-    folder = training.store_images(trainings.choose_images("new", None, uploads), uploads, "")
+    folder = launcher.store_images(trainings.choose_images("new", None, uploads), uploads, "")
     assert folder.is_relative_to(trainings.library.folder)
     assert [path.read_text() for path in sorted(folder.glob("*.txt"))] == ["red fox 1", "a bear"]
     assert len(list(folder.iterdir())) == 4
     assert list(trainings.library.runs()) == []
     (tmp_path / "c.png").write_bytes(b"not an image")
     with pytest.raises(RunError, match=r"c\.png is not a readable image"):
-        training.store_images(tmp_path / "elsewhere", [str(tmp_path / "c.png")], "")
+        launcher.store_images(tmp_path / "elsewhere", [str(tmp_path / "c.png")], "")
 
 
 def test_the_name_of_a_run_that_never_began_is_free(trainings):

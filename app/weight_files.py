@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import reslora
 from reslora.checkpoint import PEFT_PREFIX
 from reslora.common.adapters import attach, load_adapter
-from reslora.common.methods import METHODS, adapter_config
+from reslora.common.methods import METHODS, AdapterSettings, adapter_config
 from reslora.diffusion.training.state import targets_of
 from reslora.export import PEFT_CONFIG_FILE, PEFT_FILE
 from reslora.files import read_object
@@ -94,8 +94,9 @@ def put_adapter(denoiser: nn.Module, config: dict, weights: Weights, strength: f
     if METHODS[weights.method].shortcuts:
         reslora.load(denoiser, weights.path)
     else:
-        lora = {"r": config["rank"], "alpha": config["lora_alpha"], "targets": targets_of(config["target_modules"])}
-        attach(denoiser, adapter_config(weights.method, **lora, dropout=0.0, total_steps=0))
+        targets = targets_of(config["target_modules"])
+        settings = AdapterSettings(config["rank"], config["lora_alpha"], 0.0, targets, total_steps=0)
+        attach(denoiser, adapter_config(weights.method, settings))
         load_adapter(denoiser, weights.path)
     refuse_not_finite(weights.label, {name: p for name, p in denoiser.named_parameters() if ".lora_" in name})
     for module in denoiser.modules():

@@ -8,7 +8,7 @@ from conftest import assert_one_line
 from safetensors.torch import load_file, save_file
 from torch.utils._pytree import tree_leaves
 
-from reslora.diffusion.output.calibration import read_calibration, write_calibration
+from reslora.diffusion.output.calibration_file import read_calibration, write_calibration
 
 
 def batch(size: int, captions: list[int], side: int = 4) -> dict:
