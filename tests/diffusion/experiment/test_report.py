@@ -105,7 +105,8 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one(experiment, folder, 
 def test_an_unfinished_experiment_says_what_is_missing(tmp_path):
     found = examples.unfinished()
     words = words_of(page(found, tmp_path))
-    assert "So far, with 7 of 60 arms: nothing to compare yet" in words and "--experiment_minutes 5 are over" in words
+    assert "So far, with 7 of 60 arms: nothing to compare yet" in words
+    assert "Notes --experiment_minutes 5 are over What is missing " in words
     assert "loha: 1 arm, is being trained" in words and "lora: 13 arms, is not trained yet" in words
     assert "the highest rate that was tried; 2e-4 would be next" in words and "reslora block(4): not compared" in words
     nothing = found | {"arms": [], "chosen": {}, "notes": [], "timesteps": [], "settings": {}, "versions": {}}
