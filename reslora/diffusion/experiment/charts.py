@@ -100,8 +100,9 @@ class Places:
         """Lines, ticks and the names of both axes."""
         bottom = HEIGHT - BOTTOM
         levels = [y for y in MaxNLocator(5).tick_values(self.low, self.high) if self.low <= y <= self.high]
+        whole = MaxNLocator(6, integer=self.right - self.left > 1.5)  # steps
         across = self.axes.ticks or [
-            x for x in MaxNLocator(6).tick_values(self.left, self.right) if self.left <= x <= self.right
+            x for x in whole.tick_values(self.left, self.right) if self.left <= x <= self.right
         ]
         every = math.ceil(len(across) / 7)
         parts = [

@@ -44,6 +44,7 @@ def page(experiment: Experiment, folder: Path) -> str:
         ("Images", gallery(experiment, folder)),
         ("Settings and versions", settings_of(experiment)),
         ("How to read this", f"<p>{READING}</p>"),
+        ("Notes", in_lines(experiment["notes"])),
         ("What is missing", missing(experiment)),
     )
     body = "".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in sections if content)
@@ -331,8 +332,8 @@ def in_words(value: object) -> str:
 
 
 def missing(experiment: Experiment) -> str:
-    """Arms that have not ended or failed, methods that cannot be compared, and what was printed."""
-    lines = list(experiment["notes"])
+    """Arms that have not ended or failed, and methods that cannot be compared."""
+    lines: list[str] = []
     for status, what in (("running", "is being trained"), ("waiting", "is not trained yet"), ("failed", "failed")):
         counted = Counter(arm["label"] for arm in experiment["arms"] if arm["status"] == status)
         lines += [f"{label}: {arms} {'arm' if arms == 1 else 'arms'}, {what}" for label, arms in counted.items()]

@@ -52,6 +52,7 @@ def test_all_of_it_in_order(text, experiment):
     for verdict in experiment["verdicts"]:
         assert verdict["sentence"] in words
     assert "loha 8e-4 2 failed the loss is not finite at step 61 61 7 min 0 s 5.00 GiB 0.31000 — " in words
+    assert words.count("seed 0, step 200") == 4
     assert "loha: 1 arm, failed" in words and "torch 2.9" in words and "duplicates 3" in words
     better = next(verdict for verdict in experiment["verdicts"] if verdict["conclusion"] == "better")
     assert f"<h1>{better['sentence']}</h1>" in text
@@ -78,7 +79,7 @@ def test_what_others_wrote_is_text(experiment, folder):
 
     def replaced(content):
         if isinstance(content, dict):
-            return {key: replaced(value) for key, value in content.items()}
+            return {key: value if key == "folder" else replaced(value) for key, value in content.items()}
         if isinstance(content, list | tuple):
             return [replaced(value) for value in content]
         return evil if isinstance(content, str) and content not in ("finished", "failed", "low") else content
@@ -86,7 +87,9 @@ def test_what_others_wrote_is_text(experiment, folder):
     hostile = replaced(experiment)
     hostile["chosen"] = {evil: next(iter(experiment["chosen"].values()))}
     hostile["notes"], hostile["settings"][evil] = [evil], evil
-    plain = re.sub('="[^"]*"', "", page(hostile, folder))
+    content = page(hostile, folder)
+    assert f'alt="{html.escape(evil)}: {html.escape(evil)}"' in content
+    plain = re.sub('="[^"]*"', "", content)
     assert html.escape(evil) in plain and "onerror=alert" not in plain.replace(html.escape(evil), "")
     assert plain.count("<script>") == plain.count("</title>") == 1
 
@@ -102,7 +105,8 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one(experiment, folder, 
 def test_an_unfinished_experiment_says_what_is_missing(tmp_path):
     found = examples.unfinished()
     words = words_of(page(found, tmp_path))
-    assert "So far, with 7 of 60 arms: nothing to compare yet" in words and "--experiment_minutes 5 are over" in words
+    assert "So far, with 7 of 60 arms: nothing to compare yet" in words
+    assert "Notes --experiment_minutes 5 are over What is missing " in words
     assert "loha: 1 arm, is being trained" in words and "lora: 13 arms, is not trained yet" in words
     assert "the highest rate that was tried; 2e-4 would be next" in words and "reslora block(4): not compared" in words
     nothing = found | {"arms": [], "chosen": {}, "notes": [], "timesteps": [], "settings": {}, "versions": {}}
@@ -184,6 +188,13 @@ def test_charts_show_what_is_finite(experiment, folder):
     assert "nan" not in svg and "inf" not in svg
     assert not re.search(r"<circle|class=\"ring\"", svg) and svg.count("<figure>") == 1  # nothing is chosen
     assert svg.count('class="hollow"') == 1
+    assert not re.search(r"[ML][\d.]+ -", svg)  # within the picture
+
+
+def test_losses_by_timestep_are_those_at_the_chosen_rate(experiment):
+    shown, other = report.timestep_chart(experiment), next(arm for arm in experiment["arms"] if arm["test"])
+    wild = other | {"learning_rate": 1.0, "test": other["test"] | {"by_timestep": [9.0] * 8}}
+    assert report.timestep_chart(experiment | {"arms": [*experiment["arms"], wild]}) == shown
 
 
 # -- in a browser ------------------------------------------------------------------------------------------------------

@@ -295,6 +295,12 @@ def test_a_best_rate_at_an_end_of_the_grid_has_a_next_one(losses, at_end, follow
     assert (found["at_end"], found["next"]) == (at_end, following)
 
 
+def test_the_next_rate_continues_by_the_step_at_that_end():
+    rates = (1e-4, 2e-4, 3e-4, 9e-4)
+    for losses, following in (((1, 2, 3, 4), 5e-5), ((4, 3, 2, 1), 2.7e-3)):
+        assert choice({rate: [{"50": loss}] for rate, loss in zip(rates, losses, strict=True)})["next"] == following
+
+
 def test_one_rate_has_no_ends_and_nothing_finite_is_no_choice():
     assert choice({1e-4: [{"50": 0.5}]}) | {"loss": 0} == {
         "learning_rate": 1e-4, "step": 50, "loss": 0, "at_end": None, "next": None,
