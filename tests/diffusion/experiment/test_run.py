@@ -52,7 +52,7 @@ def small(flags, tmp_path_factory) -> Path:
     lines = printed(*flags, *SMALL, "--output_dir", output, "--experiment_minutes", "0.0001")
     only(lines, "not finished: 1 of 2 arms")
     assert [a["status"] for a in experiment(output)["arms"]] == ["waiting", "finished"]
-    lines = printed(*flags, *SMALL, "--output_dir", output)
+    lines = printed(*flags, *SMALL, "--output_dir", output)  # without a limit this time
     assert sum("merging, exporting" in line for line in lines) == 1
     return output
 
