@@ -15,6 +15,7 @@ from ..common.methods import IN_WORDS, METHODS
 from ..config import HEADS, SHORTCUTS
 from ..merges import AUTO
 from ..merges import NAMES as MERGES
+from .optimizers import OPTIMIZERS
 
 SAMPLINGS = ("uniform", "logit_normal", "mode", "sigmoid", "shift", "flux_shift")
 BASE_PRECISIONS = ("no", "fp8", "int8", "nf4")
@@ -293,7 +294,11 @@ def add_optimizer_flags(add: Callable) -> None:
         help="steps until it is reached (none with constant); default: 500, but at most a tenth of the run")
     add("--lr_step_rules", metavar="RULES",
         help="piecewise_constant: factors and the steps they end at, and the last factor, such as 1:100,0.1:200,0.01")
-    add("--use_8bit_adam", **SWITCH, help="bitsandbytes' 8-bit AdamW")
+    add("--optimizer", default=None, metavar="NAME",
+        help=f"{', '.join(OPTIMIZERS)}, or the path of a class as package.Class (default: adamw); all others are set "
+             "as their authors have them, and by --optimizer_args")
+    add("--optimizer_args", nargs="+", default=[], metavar="KEY=VALUE", help="arguments of that class, as beta3=0.98")
+    add("--use_8bit_adam", **SWITCH, help="bitsandbytes' 8-bit AdamW, as --optimizer adamw8bit")
     add("--adam_beta1", type=number(0, below=1), default=0.9, help="decay of the mean of the gradient")
     add("--adam_beta2", type=number(0, below=1), default=0.999, help="decay of the mean of its square")
     add("--adam_weight_decay", type=number(0), default=1e-2, help="weight decay")

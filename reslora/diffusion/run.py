@@ -36,7 +36,7 @@ from .training.denoising import DenoisingLoss
 from .training.loop import Watch, train
 from .training.preparing import attention_of, prepare, renew_scaler
 from .training.schedule import Schedule, schedule_of
-from .training.state import Learner, new_learner
+from .training.state import Learner, check_optimizer, new_learner
 from .training.trained import Trained
 
 
@@ -127,6 +127,7 @@ def load_and_check(context: Context) -> tuple[DiffusionPipeline, Objective]:
     check_pipeline(flags, pipeline, model.family)
     objective = objective_of(flags, model.family, pipeline)
     check_methods(flags, model, accelerator)
+    check_optimizer(context)
     check_encoders(pipeline, context)
     return pipeline, objective
 
@@ -182,7 +183,8 @@ def train_and_export(learner: Learner, setting: Setting, validation: type[Valida
     watch = Watch(reports, look, lambda: save_checkpoint(learner, folder, flags, identity, accelerator))
     with contextlib.closing(reports), attention_of(accelerator, material):
         train(learner, material, schedule, watch, context)
-    decided(export)
+    with learner.averaged():
+        decided(export)
 
 
 def show(material: Material, context: Context) -> None:

@@ -21,6 +21,7 @@ from ..shortcuts import PLAIN, shortcut_class
 from .arguments import DEFAULTS, ONE_OR_SEVERAL, SEVERAL, Flags, build_parser, listed
 from .experiment.arms import check_experiment, plain_variants
 from .model.families import FAMILIES
+from .optimizers import check_installed, named
 
 BUNDLED_MODEL, BUNDLED_IMAGES, BUNDLED_STEPS = ASSETS / "pipeline", ASSETS / "openmoji", 200
 BUNDLED_DEFAULTS = {"pipeline-flow": {"learning_rate": 1e-3}}  # where one differs from DEFAULTS
@@ -64,7 +65,10 @@ def fill_defaults(args: argparse.Namespace) -> Flags:
     if bundled and args.max_train_steps is None and args.num_train_epochs is None:
         values["max_train_steps"] = BUNDLED_STEPS
     values["num_train_epochs"] = args.num_train_epochs or 100
+    values["optimizer"] = args.optimizer or ("adamw8bit" if args.use_8bit_adam else "adamw")
     own = BUNDLED_DEFAULTS.get(Path(values["pretrained_model_name_or_path"]).name, {}) if bundled else {}
+    if (rate := named(values["optimizer"]).learning_rate) is not None and args.learning_rate is None:
+        values["learning_rate"] = rate
     for name, (with_bundled, with_named) in DEFAULTS.items():
         if values[name] is None:
             values[name] = own.get(name, with_bundled) if bundled else with_named
@@ -180,6 +184,7 @@ def check_flags(flags: Flags) -> None:
     if flags.train_text_encoder:
         refuse_parts(flags.method)
     check_packages(flags)
+    check_installed(flags)
     check_schedule(flags)
     if flags.hub_token and flags.report_to not in ("tensorboard", "none"):
         problem = f"--report_to {flags.report_to} would publish it"
@@ -229,7 +234,6 @@ def carries_activations(flags: Flags) -> bool:
 def check_packages(flags: Flags) -> None:
     """Refuse flags whose package is not installed."""
     for flag, used, package in (
-        ("--use_8bit_adam", flags.use_8bit_adam, "bitsandbytes"),
         ("--enable_xformers_memory_efficient_attention", flags.enable_xformers_memory_efficient_attention, "xformers"),
     ):
         if used and importlib.util.find_spec(package) is None:

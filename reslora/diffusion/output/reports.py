@@ -117,7 +117,8 @@ class Validation:
 
     def __call__(self, learner: Learner, reports: Reports, parts: Sequence[str] = VALIDATION_PARTS) -> None:
         """Measures and draws; samples that a stop cuts short are drawn when the run goes on."""
-        decided(lambda: self._measure_and_draw(learner, reports, parts))
+        with learner.averaged():
+            decided(lambda: self._measure_and_draw(learner, reports, parts))
 
     def _measure_and_draw(self, learner: Learner, reports: Reports, parts: Sequence[str]) -> None:
         if "loss" in parts and self.material.held_out:
