@@ -20,6 +20,7 @@ from .optimizers import OPTIMIZERS
 SAMPLINGS = ("uniform", "logit_normal", "mode", "sigmoid", "shift", "flux_shift")
 BASE_PRECISIONS = ("no", "fp8", "int8", "nf4")
 WEIGHTINGS = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
+SEVERAL = ("learning_rate", "seed", "rank", "shortcut")  # several values of one of these make a run an experiment
 SWITCH = {"action": argparse.BooleanOptionalAction, "default": False}
 
 # A flag left alone takes the first value with a bundled pipeline and the second with a model the user names;
@@ -120,6 +121,7 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
         ("training", add_training_flags),
         ("optimizer", add_optimizer_flags),
         ("samples and validation loss", add_validation_flags),
+        ("experiments", add_experiment_flags),
         ("output, checkpoints and reports", add_output_flags),
     ):
         add_flags(parser.add_argument_group(title).add_argument)
@@ -182,7 +184,7 @@ def add_method_flags(add: Callable) -> None:
     """Which adapter, and how it is merged."""
     add("--method", nargs="+", choices=METHODS,
         help=f"trained one after the other on the same images and noise. {IN_WORDS}")
-    add("--rank", type=whole(1, HIGHEST_RANK), help="rank of the update matrices")
+    add("--rank", type=whole(1, HIGHEST_RANK), nargs="+", help="rank of the update matrices")
     add("--lora_alpha", type=number(0, exclusive=True), help="scale times rank; default: twice the rank")
     add("--lora_dropout", type=number(0, below=1), default=0.0,
         help="dropout on the adapter's input (of ranks for loha and lokr)")
@@ -192,7 +194,7 @@ def add_method_flags(add: Callable) -> None:
     add("--train_text_encoder", **SWITCH,
         help="train the CLIP text encoders, too: their attention gets the same adapter, with shortcuts between their "
              "own layers; Stable Diffusion, SDXL, SD 3, Flux.1. T5 stays as it is")
-    add("--shortcut", choices=SHORTCUTS, default="input",
+    add("--shortcut", nargs="+", choices=SHORTCUTS, default="input",
         help="ResLoRA: what a block gets from the blocks before it")
     add("--pre_num", type=whole(-1), default=DEFAULT_PRE_NUM,
         help="ResLoRA: how many blocks before it, -1 for all; with --shortcut input any number but 0 means one")
@@ -250,7 +252,7 @@ def add_data_flags(add: Callable) -> None:
 
 def add_training_flags(add: Callable) -> None:
     """How long, how much at once, and on which loss."""
-    add("--seed", type=whole(0), default=0, help="the same seed gives the same bytes")
+    add("--seed", type=whole(0), nargs="+", default=0, help="the same seed gives the same bytes")
     add("--train_batch_size", type=whole(1), default=16, help="images per process and forward")
     add("--gradient_accumulation_steps", type=whole(1), default=1, help="forwards per step")
     add("--num_train_epochs", type=whole(1),
@@ -281,7 +283,7 @@ def add_training_flags(add: Callable) -> None:
 
 def add_optimizer_flags(add: Callable) -> None:
     """AdamW and its learning rate."""
-    add("--learning_rate", type=number(0, exclusive=True), help="highest learning rate")
+    add("--learning_rate", type=number(0, exclusive=True), nargs="+", help="highest learning rate")
     add("--text_encoder_lr", type=number(0, exclusive=True),
         help="learning rate of the text encoders; default: --learning_rate. The schedule is the same")
     add("--scale_lr", **SWITCH, help="multiply it by batch size, accumulation steps and processes")
@@ -310,7 +312,8 @@ def add_validation_flags(add: Callable) -> None:
     add("--num_validation_images", type=whole(0), help="samples per prompt; 0 draws none while training")
     add("--validation_height", type=whole(8), help="pixels of a sample; default: --resolution, the first")
     add("--validation_width", type=whole(8), help="pixels of a sample; default: --resolution, the first")
-    add("--validation_steps", type=whole(1), help="steps between samples; default: by --validation_epochs")
+    add("--validation_steps", type=whole(1),
+        help="steps between samples; default: by --validation_epochs, and in experiments ten times at most")
     add("--validation_epochs", type=whole(1), default=1, help="epochs between samples")
     add("--validation_split", type=number(0, below=1), help="share of the images held out for a validation loss")
     add("--max_validation_images", type=whole(1), default=64,
@@ -318,6 +321,18 @@ def add_validation_flags(add: Callable) -> None:
              "the rest is not trained on either")
     add("--num_inference_steps", type=whole(1), help="denoising steps of a sample")
     add("--guidance_scale", type=number(0), help="classifier-free guidance of a sample")
+
+
+def add_experiment_flags(add: Callable) -> None:
+    """Several values of --learning_rate, --seed, --rank or --shortcut: what is tried, and which images judge it."""
+    add("--select_split", type=number(0, below=1, exclusive=True),
+        help="experiments: share of the images by which learning rates and checkpoints are chosen (default: 0.1)")
+    add("--test_split", type=number(0, below=1, exclusive=True),
+        help="experiments: share of the images by which methods are compared in the end (default: 0.1)")
+    add("--extend_rates", **SWITCH,
+        help="experiments: where the best learning rate is the lowest or highest, try the next one, up to three times")
+    add("--experiment_minutes", type=number(0, exclusive=True),
+        help="experiments: time after which none is begun that would not end in it; the same command goes on")
 
 
 def add_output_flags(add: Callable) -> None:

@@ -18,12 +18,14 @@ from ..common.errors import InvalidArgument, first_line, refused_as
 from ..common.methods import any_with_shortcuts, check_steps, refuse_parts
 from ..merges import MERGES
 from ..shortcuts import PLAIN, shortcut_class
-from .arguments import DEFAULTS, ONE_OR_SEVERAL, Flags, build_parser, listed
+from .arguments import DEFAULTS, ONE_OR_SEVERAL, SEVERAL, Flags, build_parser, listed
+from .experiment.arms import check_experiment, plain_variants
 from .model.families import FAMILIES
 from .optimizers import check_installed, named
 
 BUNDLED_MODEL, BUNDLED_IMAGES, BUNDLED_STEPS = ASSETS / "pipeline", ASSETS / "openmoji", 200
 BUNDLED_DEFAULTS = {"pipeline-flow": {"learning_rate": 1e-3}}  # where one differs from DEFAULTS
+DEFAULT_SPLIT = 0.1  # of an experiment's images, to choose by and again to compare by
 POLYNOMIAL_END = 1e-7  # diffusers' learning rate at the end of that schedule
 
 # A run's config.json holds both of these; whoever names one on the command line means the other no longer.
@@ -45,7 +47,9 @@ def parse_args(argv: Sequence[str] | None = None, description: str | None = None
         parser.set_defaults(**config_defaults(parser, Path(args.config), given))
         args = parser.parse_args(argv)
     flags = fill_defaults(args)
-    check_flags(flags)
+    for plain in plain_variants(flags):
+        check_flags(plain)
+    check_experiment(flags)
     return flags
 
 
@@ -68,14 +72,23 @@ def fill_defaults(args: argparse.Namespace) -> Flags:
     for name, (with_bundled, with_named) in DEFAULTS.items():
         if values[name] is None:
             values[name] = own.get(name, with_bundled) if bundled else with_named
-    values["lora_alpha"] = args.lora_alpha or (2 * args.rank if args.rank else None)
-    values["validation_prompt"] = [clean(prompt).strip() for prompt in values["validation_prompt"]]
-    values["method"] = list(dict.fromkeys(values["method"]))
     values["resolution"] = list(dict.fromkeys(listed(values["resolution"]))) or None
-    for name in ONE_OR_SEVERAL:
+    for name in (*ONE_OR_SEVERAL, *SEVERAL):
         if len(listed(values[name])) == 1:
             (values[name],) = listed(values[name])
+    rank, splits = values["rank"], ("select_split", "test_split")
+    values["lora_alpha"] = args.lora_alpha or (2 * rank if isinstance(rank, int) else None)
+    if is_experiment(values):
+        values |= {name: DEFAULT_SPLIT for name in splits if values[name] is None}
+        values["validation_split"] = args.validation_split or 0.0
+    values["validation_prompt"] = [clean(prompt).strip() for prompt in values["validation_prompt"]]
+    values["method"] = list(dict.fromkeys(values["method"]))
     return Flags(**values)
+
+
+def is_experiment(flags: Mapping[str, object]) -> bool:
+    """Whether several learning rates, seeds, ranks or shortcuts are asked for, by the flags as a table."""
+    return any(isinstance(flags[name], list) for name in SEVERAL)
 
 
 def is_bundled(model: str) -> bool:

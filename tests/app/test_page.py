@@ -14,26 +14,19 @@ import urllib.parse
 import urllib.request
 from pathlib import Path
 
+import browsers
 import numpy as np
 import PIL.Image
 import pytest
 from app_runs import REPOSITORY, trained, write_run
-from browsers import NoBrowser, find_browser
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
-from playwright.sync_api import sync_playwright
 from waiting import LIMIT, ended, ignore_sigint, wait_until
 
 from app import __main__ as command_line
 from app import recipe
 from app.runs import Library
 from app.tabs.train import PARAMETERS
-
-CHROMIUM_FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-]  # fmt: skip
-
 
 # -- command line ------------------------------------------------------------------------------------------------------
 
@@ -330,18 +323,8 @@ def test_a_password_is_asked_for(runs, tmp_path):
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    lock = tmp_path_factory.getbasetemp().parent / "browser.lock"  # a folder that both processes of `-n 2` have
-    with sync_playwright() as playwright:
-        found = problem = None
-        try:
-            found = find_browser(Path(playwright.chromium.executable_path), lock)
-        except NoBrowser as error:
-            problem = str(error)
-        if problem:  # out of the clause above, which pytest would tell too
-            pytest.fail(problem, pytrace=False)
-        browser = playwright.chromium.launch(executable_path=found, args=CHROMIUM_FLAGS, timeout=LIMIT * 1000)
+    with browsers.opened(tmp_path_factory.getbasetemp().parent) as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -48,6 +48,10 @@ class Learner:
     """What is trained, as accelerate has wrapped it; until then itself."""
     step: int = 0
     seconds: float = 0.0
+    name: str = ""
+    """Where it writes inside the run's folder, and what messages call it: the method, or an arm of an experiment."""
+    before: int = 0
+    """How many are trained before it."""
     awaited: dict | None = None
     """State of DeepSpeed's optimizer, which is there only once the learner is prepared."""
 
@@ -130,7 +134,10 @@ def new_learner(method: str, trained: Trained, schedule: Schedule, context: Cont
         flags.lr_scheduler, optimizer, step_rules=flags.lr_step_rules, num_warmup_steps=schedule.warmup_steps,
         num_training_steps=schedule.steps,
     )  # fmt: skip
-    return Learner(method, trained, optimizer, lr_scheduler, rank_allocator(denoiser), trained)
+    return Learner(
+        method, trained, optimizer, lr_scheduler, rank_allocator(denoiser), trained, name=context.name_of(method),
+        before=context.before + flags.method.index(method),
+    )  # fmt: skip
 
 
 def add_adapters(trained: Trained, method: str, schedule: Schedule, context: Context) -> None:
