@@ -365,8 +365,9 @@ class Library:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a trainer has written there, or was started to."""
-    return (folder / "config.json").is_file() or (folder / LOG_NAME).is_file()
+    """Whether a trainer has written there, or was started to; an experiment has a page of its own, `report.html`."""
+    began = (folder / "config.json").is_file() or (folder / LOG_NAME).is_file()
+    return began and not (folder / "experiment.json").is_file()
 
 
 def last_change(folder: Path) -> float:

@@ -28,6 +28,12 @@ def test_reads_what_the_trainer_wrote(run):
     assert run.status == "finished"
 
 
+def test_an_experiment_is_no_run(tmp_path):
+    (write_run(tmp_path / "experiment") / "experiment.json").write_text("{}")
+    write_run(tmp_path / "run")
+    assert list(Library(tmp_path).runs()) == ["run"]
+
+
 def test_newest_run_first_and_example_last(tmp_path):
     for age, name in ((300, "old"), (100, "new")):
         folder = write_run(tmp_path / "runs" / name)
