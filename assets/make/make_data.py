@@ -1,11 +1,12 @@
 """Make the emoji image sets from npm packages: 64x64 RGB images on white, with captions.
 
     pip install resvg-py                       # draws vector images
-    python assets/make/make_data.py            # needs npm; writes assets/build/noto, assets/build/openmoji and the others
+    python assets/make/make_data.py            # needs npm; writes assets/build/noto, assets/build/noto-128 and so on
     python assets/make/make_data.py --select assets/openmoji   # afterwards: the fine-tuning set, 260 images
 
 All sets show the same emoji under the same file names and captions, the CLDR short names in lower case; skin tones,
 flags and components are left out. Noto has them all, the others what they draw. Their licences are in assets/README.md.
+Beside each set lies the same at 128x128, from which trainings vary images: turning those of 64x64 would blur them.
 """
 
 import argparse
@@ -24,8 +25,9 @@ from PIL import Image
 from set_names import OTHER_NAMES
 from tqdm import tqdm
 
-PACKAGES = {"keys": "emoji-datasource@16.0.0", "noto": "emoji-datasource-google@16.0.0", "openmoji": "openmoji@17.0.0"}
+PACKAGES = {"keys": "emoji-datasource@16.0.0", "openmoji": "openmoji@17.0.0"}
 ICON_SETS = {
+    "noto": "@iconify-json/noto@1.2.9",
     "blob": "@iconify-json/noto-v1@1.2.5",
     "firefox": "@iconify-json/fxemoji@1.2.2",
     "emojione": "@iconify-json/emojione@1.2.3",
@@ -60,15 +62,14 @@ def read(package: tarfile.TarFile, name: str) -> bytes:
     return package.extractfile(f"package/{name}").read()
 
 
-def on_white(png: bytes) -> Image.Image:
-    """The image over white, as RGB of SIDE x SIDE pixels."""
-    image = Image.open(io.BytesIO(png)).convert("RGBA")
-    ground = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(ground, image).convert("RGB").resize((SIDE, SIDE), Image.LANCZOS)
-
-
-def drawn(svg: str) -> Image.Image:
-    return on_white(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=SIDE, height=SIDE, background="white")))
+def draw(svg: str, side: int) -> Image.Image:
+    """The vector image over white, as RGB of side x side pixels."""
+    png = resvg_py.svg_to_bytes(svg_string=svg, width=side, height=side, background="white")
+    image = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+    ground = Image.new("RGBA", (side, side), "white")
+    # What is not square leaves room on two sides.
+    ground.alpha_composite(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return ground.convert("RGB")
 
 
 def chosen(keys: tarfile.TarFile, openmoji: tarfile.TarFile) -> list[tuple[dict, dict]]:
@@ -118,16 +119,16 @@ def icon_svg(name: str, icons: dict) -> str:
     return f'<svg {links} viewBox="{box}" width="{width}" height="{height}">{icon["body"]}</svg>'
 
 
-def write_set(folder: Path, rows: list[dict], draw) -> None:
-    """Write the images that `draw(i)` gives for row i, but for those where it gives None, and metadata.jsonl."""
+def write_set(folder: Path, side: int, rows: list[dict], svgs: list[str | None]) -> None:
+    """Draw each row's image, where there is one, and write metadata.jsonl last: a folder that has it is whole."""
+    if (folder / "metadata.jsonl").is_file():
+        return
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
-    for i, row in enumerate(tqdm(rows, desc=folder.name)):
-        image = draw(i)
-        if image is not None:
-            image.save(folder / row["file_name"])
+    for row, svg in zip(tqdm(rows, desc=folder.name), svgs, strict=True):
+        if svg is not None:
+            draw(svg, side).save(folder / row["file_name"])
             lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    # Last: a set that has it is whole.
     (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
     print(f"{len(lines)} of {len(rows)} emoji in {folder}")
 
@@ -155,18 +156,17 @@ def main() -> None:
     if args.select:
         select(output / "openmoji", Path(args.select))
         return
-    keys, noto, openmoji = (fetch(package, output / "packages") for package in PACKAGES.values())
+    keys, openmoji = (fetch(package, output / "packages") for package in PACKAGES.values())
     rows, names = zip(*chosen(keys, openmoji), strict=True)
-    write_set(output / "noto", rows, lambda i: on_white(read(noto, f"img/google/{SIDE}/{rows[i]['file_name']}")))
-    write_set(
-        output / "openmoji", rows, lambda i: drawn(read(openmoji, f"color/svg/{names[i]['openmoji']}.svg").decode())
-    )
+    sets = {"openmoji": [read(openmoji, f"color/svg/{name['openmoji']}.svg").decode() for name in names]}
     for style, package in ICON_SETS.items():
         tar = fetch(package, output / "packages")
         icons = {"aliases": {}, **json.loads(read(tar, "icons.json")), "chars": json.loads(read(tar, "chars.json"))}
         found = [icon_name(style, row, name["unicode"], icons) for row, name in zip(rows, names, strict=True)]
-        svgs = [name and icon_svg(name, icons) for name in found]
-        write_set(output / style, rows, lambda i, svgs=svgs: svgs[i] and drawn(svgs[i]))
+        sets[style] = [name and icon_svg(name, icons) for name in found]
+    for style, svgs in sets.items():
+        for folder, side in ((style, SIDE), (f"{style}-{2 * SIDE}", 2 * SIDE)):
+            write_set(output / folder, side, rows, svgs)
 
 
 if __name__ == "__main__":
