@@ -1,0 +1,105 @@
+"""Where the blur comes from: what the autoencoder keeps of an image's edges, and what the denoiser draws of them.
+
+    python assets/make/sharpness.py --pipelines assets/pipeline assets/pipeline-flow --output sharpness.json
+    python assets/make/sharpness.py --vaes assets/vae-next --output vae.json
+
+For each autoencoder and set: over emoji that `train_vae.py` holds out, the mean PSNR of reconstructions, and their
+gradients over those of the images (1: as sharp). For each pipeline: gradients of its samples over those of the real
+images of the same captions, and over those of what its autoencoder makes of these. `gradients` is the mean absolute
+difference between neighbouring pixels, `gradient_energy` the mean squared one, which weighs strong edges more.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import torch
+from augment import SETS, held_out, load_pictures, move, styled_caption
+from captions import is_known
+from diffusers import AutoencoderKL, DiffusionPipeline
+from evaluate import as_tensor, draw
+
+ALL_SETS = (*SETS, "openmoji", "twemoji", "fluent")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vaes", default=[], nargs="+")
+    parser.add_argument("--pipelines", default=[], nargs="+", help="their samples, and their autoencoders")
+    parser.add_argument("--data", default="assets/build")
+    parser.add_argument("--samples", type=int, default=48)
+    parser.add_argument("--set", default="noto", help="set that the pipelines draw")
+    parser.add_argument("--name_set", action="store_true", help='ask for it: "red apple, noto style"')
+    parser.add_argument("--output", required=True, help="file for the numbers")
+    return parser.parse_args()
+
+
+def gradients(pictures: torch.Tensor) -> tuple[float, float]:
+    """Mean absolute and mean squared difference of neighbouring pixels."""
+    steps = torch.cat([pictures.diff(dim=-1).flatten(), pictures.diff(dim=-2).flatten()])
+    return steps.abs().mean().item(), steps.square().mean().item()
+
+
+def compared(pictures: torch.Tensor, real: torch.Tensor) -> dict[str, float]:
+    absolute, squared = (a / b for a, b in zip(gradients(pictures), gradients(real), strict=True))
+    return {"gradients": round(absolute, 4), "gradient_energy": round(squared, 4)}
+
+
+@torch.no_grad()
+def reconstruct(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
+    parts = [vae.decode(vae.encode(part).latent_dist.mean).sample.float() for part in pictures.split(48)]
+    return torch.cat(parts).clamp(-1, 1)
+
+
+def reconstruction(vae: AutoencoderKL, pictures: torch.Tensor) -> dict[str, float]:
+    """PSNR in dB, mean over images, and the gradients of what the autoencoder makes of pictures in [-1, 1]."""
+    made = reconstruct(vae, pictures)
+    psnr = 10 * torch.log10(4 / (made - pictures).square().mean((1, 2, 3)).clamp(min=1e-8))
+    return {"psnr": round(psnr.mean().item(), 2), **compared(made, pictures)}
+
+
+def measure_autoencoder(folder: Path, data: str) -> dict:
+    vae = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32)
+    result = {}
+    for name in ALL_SETS:
+        pictures, rows = load_pictures(f"{data}/{name}")
+        unseen = pictures[torch.tensor([held_out(row) for row in rows])]
+        result[name] = {"images": len(unseen), **reconstruction(vae, unseen)}
+    return result
+
+
+def measure_pipeline(folder: Path, args: argparse.Namespace) -> dict:
+    """Samples of captions that the pipeline knows, against the real images of these captions."""
+    pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    pictures, rows = load_pictures(f"{args.data}/{args.set}")
+    known = [i for i, row in enumerate(rows) if is_known(row)]
+    chosen = known[:: math.ceil(len(known) / args.samples)]
+    captions = [styled_caption(rows[i]["text"], of=args.set if args.name_set else None) for i in chosen]
+    real = pictures[chosen]
+    large = load_pictures(f"{args.data}/{args.set}-128")[0][chosen]
+    samples, made = as_tensor(draw(pipeline, captions)), reconstruct(pipeline.vae, real)
+    return {
+        "images": len(chosen),
+        "samples over real": compared(samples, real),
+        "reconstructions over real": compared(made, real),
+        "samples over reconstructions": compared(samples, made),
+        "moved at 64x64 over real": compared(move(real, torch.Generator().manual_seed(0), largest=1.0), real),
+        "moved at 128x128 over real": compared(move(large, torch.Generator().manual_seed(0), largest=1.0), real),
+    }
+
+
+def main() -> None:
+    args = parse_args()
+    folders = [*map(Path, args.vaes), *(Path(pipeline) / "vae" for pipeline in args.pipelines)]
+    result = {
+        "autoencoders": {str(folder): measure_autoencoder(folder, args.data) for folder in folders},
+        "pipelines": {folder: measure_pipeline(Path(folder), args) for folder in args.pipelines},
+    }
+    Path(args.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
