@@ -58,7 +58,7 @@ def move(
     largest: float = 1.06,
     reach: float = 3,
 ) -> torch.Tensor:
-    """Pictures (N, 3, 64, 64): half of those that `mirror` (N) allows flipped, all scaled by 0.88 to `largest`, turned by
+    """Pictures (N, 3, 64, 64), half of those that `mirror` (N) allows flipped, scaled by 0.88 to `largest`, turned by
     up to 8 degrees, and shifted by up to `reach` pixels.
 
     Given at 128x128 they come out as sharp as if they had been drawn so; at 64x64 they lose a sixth of their gradients.

@@ -19,7 +19,6 @@ import subprocess
 import tarfile
 from pathlib import Path
 
-import resvg_py
 from captions import VALIDATION_PROMPTS, is_known
 from PIL import Image
 from set_names import OTHER_NAMES
@@ -64,6 +63,8 @@ def read(package: tarfile.TarFile, name: str) -> bytes:
 
 def draw(svg: str, side: int) -> Image.Image:
     """The vector image over white, as RGB of side x side pixels."""
+    import resvg_py
+
     png = resvg_py.svg_to_bytes(svg_string=svg, width=side, height=side, background="white")
     image = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
     ground = Image.new("RGBA", (side, side), "white")

@@ -1,7 +1,7 @@
 """Where the blur comes from: what the autoencoder keeps of an image's edges, and what the denoiser draws of them.
 
-    python assets/make/sharpness.py --pipelines assets/pipeline assets/pipeline-flow --output sharpness.json
-    python assets/make/sharpness.py --vaes assets/vae-next --output vae.json
+    python assets/make/sharpness.py --vaes assets/pipeline/vae --pipelines assets/pipeline assets/pipeline-flow \
+        --output benchmarks/results/bundled/sharpness.json
 
 For each autoencoder and set: over emoji that `train_vae.py` holds out, the mean PSNR of reconstructions, and their
 gradients over those of the images (1: as sharp). For each pipeline: gradients of its samples over those of the real
@@ -26,7 +26,7 @@ ALL_SETS = (*SETS, "openmoji", "twemoji", "fluent")
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vaes", default=[], nargs="+")
-    parser.add_argument("--pipelines", default=[], nargs="+", help="their samples, and their autoencoders")
+    parser.add_argument("--pipelines", default=[], nargs="+")
     parser.add_argument("--data", default="assets/build")
     parser.add_argument("--samples", type=int, default=48)
     parser.add_argument("--set", default="noto", help="set that the pipelines draw")
@@ -92,9 +92,8 @@ def measure_pipeline(folder: Path, args: argparse.Namespace) -> dict:
 
 def main() -> None:
     args = parse_args()
-    folders = [*map(Path, args.vaes), *(Path(pipeline) / "vae" for pipeline in args.pipelines)]
     result = {
-        "autoencoders": {str(folder): measure_autoencoder(folder, args.data) for folder in folders},
+        "autoencoders": {folder: measure_autoencoder(Path(folder), args.data) for folder in args.vaes},
         "pipelines": {folder: measure_pipeline(Path(folder), args) for folder in args.pipelines},
     }
     Path(args.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

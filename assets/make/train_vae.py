@@ -72,32 +72,27 @@ def new_vae(channels: int = 32) -> AutoencoderKL:
 
 @torch.no_grad()
 def start_from(folder: str, vae: AutoencoderKL) -> None:
-    """Load the weights of an autoencoder of the same widths. Where it has fewer channels the further ones start as
-    they are in `vae`, and the decoder reads nothing from them."""
+    """Load the weights of an autoencoder of the same widths. Where it has fewer channels it is the same function at
+    first: the further ones are as they are in `vae`, and the decoder reads nothing from them."""
     saved = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32)
-    had, has = saved.config.latent_channels, vae.config.latent_channels
+    had, has = torch.arange(saved.config.latent_channels), vae.config.latent_channels
     # Means and logarithms of variances lie one behind the other.
-    outputs = torch.cat([torch.arange(had), has + torch.arange(had)])
+    both = torch.cat([had, has + had])
+    places = {
+        "encoder.conv_out": (both, None),
+        "quant_conv": (both, both),
+        "post_quant_conv": (had, had),
+        "decoder.conv_in": (None, had),
+    }
     for (name, ours), theirs in zip(vae.named_parameters(), saved.parameters(), strict=True):
-        if ours.shape == theirs.shape:
-            ours.copy_(theirs)
-        elif name.startswith("quant_conv"):
-            if ours.dim() == 1:
-                ours[outputs] = theirs
-            else:
-                ours[outputs] = torch.zeros_like(ours[outputs])
-                ours[outputs[:, None], outputs] = theirs
-        elif name.startswith("encoder.conv_out"):
+        outputs, inputs = places.get(name.rpartition(".")[0], (None, None))
+        outputs = torch.arange(len(ours)) if outputs is None else outputs
+        if ours.dim() == 1:
             ours[outputs] = theirs
-        elif name.startswith("post_quant_conv"):
-            ours.zero_()
-            ours[:had] = theirs if ours.dim() == 1 else ours[:had]
-            if ours.dim() > 1:
-                ours[:had, :had] = theirs
-                ours[torch.arange(had, has), torch.arange(had, has)] = 1.0
-        else:
-            ours[:, :had] = theirs
-            ours[:, had:] = 0
+            continue
+        inputs = torch.arange(ours.shape[1]) if inputs is None else inputs
+        ours[outputs] = 0
+        ours[outputs[:, None], inputs] = theirs
 
 
 def batch_at(step: int, pictures: torch.Tensor, args: argparse.Namespace) -> tuple[torch.Tensor, torch.Generator]:
