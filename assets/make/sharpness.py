@@ -15,6 +15,7 @@ import math
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from augment import SETS, held_out, load_pictures, move, styled_caption
 from captions import is_known
 from diffusers import AutoencoderKL, DiffusionPipeline
@@ -26,6 +27,7 @@ ALL_SETS = (*SETS, "openmoji", "twemoji", "fluent")
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vaes", default=[], nargs="+")
+    parser.add_argument("--linear", type=int, default=[], nargs="+", help="best linear codes of so many channels")
     parser.add_argument("--pipelines", default=[], nargs="+")
     parser.add_argument("--data", default="assets/build")
     parser.add_argument("--samples", type=int, default=48)
@@ -46,6 +48,12 @@ def compared(pictures: torch.Tensor, real: torch.Tensor) -> dict[str, float]:
     return {"gradients": round(absolute, 4), "gradient_energy": round(squared, 4)}
 
 
+def psnr(made: torch.Tensor, pictures: torch.Tensor) -> float:
+    """In dB, mean over images."""
+    errors = (made - pictures).square().mean((1, 2, 3)).clamp(min=1e-8)
+    return round((10 * torch.log10(4 / errors)).mean().item(), 2)
+
+
 @torch.no_grad()
 def reconstruct(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
     parts = [vae.decode(vae.encode(part).latent_dist.mean).sample.float() for part in pictures.split(48)]
@@ -55,8 +63,27 @@ def reconstruct(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
 def reconstruction(vae: AutoencoderKL, pictures: torch.Tensor) -> dict[str, float]:
     """PSNR in dB, mean over images, and the gradients of what the autoencoder makes of pictures in [-1, 1]."""
     made = reconstruct(vae, pictures)
-    psnr = 10 * torch.log10(4 / (made - pictures).square().mean((1, 2, 3)).clamp(min=1e-8))
-    return {"psnr": round(psnr.mean().item(), 2), **compared(made, pictures)}
+    return {"psnr": psnr(made, pictures), **compared(made, pictures)}
+
+
+def linear_reconstruct(pictures: torch.Tensor, basis: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    patches = F.unfold(pictures, 8, stride=8).transpose(1, 2) - mean
+    return F.fold((patches @ basis @ basis.T + mean).transpose(1, 2), pictures.shape[-2:], 8, stride=8)
+
+
+def measure_linear(channels: int, data: str) -> dict:
+    """What the best linear code of each 8x8 patch in so many numbers keeps: an autoencoder should do better."""
+    sets = {name: load_pictures(f"{data}/{name}") for name in ALL_SETS}
+    out = {name: torch.tensor([held_out(row) for row in rows]) for name, (_, rows) in sets.items()}
+    seen = torch.cat([sets[name][0][~out[name]] for name in (*SETS, "openmoji")])
+    patches = F.unfold(seen, 8, stride=8).transpose(1, 2).flatten(0, 1)
+    basis = torch.linalg.eigh(patches.T.cov())[1][:, -channels:]
+    result = {}
+    for name, (pictures, _) in sets.items():
+        unseen = pictures[out[name]]
+        made = linear_reconstruct(unseen, basis, patches.mean(0)).clamp(-1, 1)
+        result[name] = {"images": len(unseen), "psnr": psnr(made, unseen), **compared(made, unseen)}
+    return result
 
 
 def measure_autoencoder(folder: Path, data: str) -> dict:
@@ -93,6 +120,7 @@ def measure_pipeline(folder: Path, args: argparse.Namespace) -> dict:
 def main() -> None:
     args = parse_args()
     result = {
+        "linear codes": {channels: measure_linear(channels, args.data) for channels in args.linear},
         "autoencoders": {folder: measure_autoencoder(Path(folder), args.data) for folder in args.vaes},
         "pipelines": {folder: measure_pipeline(Path(folder), args) for folder in args.pipelines},
     }

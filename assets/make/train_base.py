@@ -29,7 +29,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--vae", default="assets/build/vae")
     parser.add_argument("--output", default="assets/build/base")
     parser.add_argument("--init", metavar="PIPELINE", help="start with the text encoder and U-Net of this pipeline")
-    parser.add_argument("--steps", type=int, default=20000)
+    parser.add_argument("--steps", type=int, default=24000)
     parser.add_argument("--batch", type=int, default=32)
     args = parser.parse_args()
     if not (Path(args.vae) / "config.json").is_file():
