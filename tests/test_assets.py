@@ -57,6 +57,8 @@ def test_styles_keep_the_ground_white(images, style):
 def test_captions_say_the_style_unless_plain():
     assert styled_caption("red apple", "plain") == "red apple"
     assert styled_caption("red apple", "outlined") == "outlined red apple"
+    assert styled_caption("red apple", "outlined", "noto") == "outlined red apple, noto style"
+    assert styled_caption("", of="noto") == "noto style"
     assert mirrorable("red apple") and not mirrorable("magnifying glass tilted left")
 
 

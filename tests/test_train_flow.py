@@ -150,15 +150,17 @@ def run(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(training, "draw", lambda pipeline, prompts: [Image.new("RGB", (4, 4))])
     monkeypatch.setattr(training, "sample_prompts", lambda examples: examples.captions[:1])
     torch.manual_seed(1)
-    tokens = caption_tokens(tokenizer, CAPTIONS)[:, None].repeat(1, len(training.STYLES), 1)
+    tokens = caption_tokens(tokenizer, CAPTIONS)
+    every = tokens[:, None, None].repeat(1, len(training.STYLES), 2, 1)
     latents = torch.randn(len(CAPTIONS), 3 + training.HELD_OUT_VARIANTS, 16, 8, 8).half()
-    examples = training.Examples(CAPTIONS, len(CAPTIONS) - 2, ["plain", "plain", "grey"], tokens, latents)
+    known, styles = len(CAPTIONS) - 2, ["plain", "plain", "grey"]
+    examples = training.Examples(CAPTIONS, ["noto"] * len(CAPTIONS), known, styles, every, tokens, latents)
 
     def train(name: str, steps: int, failing: int | None = None):
         (tmp_path / name).mkdir(exist_ok=True)
         parser = argparse.ArgumentParser()
         training.add_arguments(parser)
-        args = parser.parse_args(["--cooldown", "2", "--save_every", "1", "--mixed_precision", "no"])
+        args = parser.parse_args(["--cooldown", "2", "--report_every", "1", "--mixed_precision", "no"])
         args.output, args.steps, args.batch = str(tmp_path / name), steps, 4
         torch.manual_seed(2)
         text_encoder, transformer = new_flow_text_encoder(tokenizer), new_transformer(dim=32, layers=1, heads=2)
@@ -172,7 +174,7 @@ def run(tmp_path, tokenizer, monkeypatch):
 
         pipeline = new_flow_pipeline(new_vae(), text_encoder, tokenizer, transformer)
         modules = {"transformer": transformer, "text_encoder": text_encoder}
-        training.train(args, modules, pipeline, examples, tokens[0, 0], loss_of, begin=lambda: None)
+        training.train(args, modules, pipeline, examples, tokens[0], loss_of, begin=lambda: None)
         return tmp_path / name
 
     return train
@@ -231,3 +233,22 @@ def test_bundled_flow_pipeline_is_deep_and_small_and_shares_the_autoencoder():
     assert all(torch.equal(other[name], weight) for name, weight in pipeline.vae.state_dict().items())
     tokens = caption_tokens(pipeline.tokenizer, list(VALIDATION_PROMPTS))
     assert pipeline.tokenizer.unk_token_id not in tokens
+
+
+def test_captions_lose_their_set_their_subject_or_all_apart(tokenizer):
+    every = torch.arange(4 * len(training.STYLES) * 2).view(4, len(training.STYLES), 2, 1) + 1
+    latents = torch.zeros(4, 2 + training.HELD_OUT_VARIANTS, 1, 1, 1)
+    examples = training.Examples(
+        ["a", "a", "b", "c"], ["noto"] * 4, 3, ["plain", "grey"], every, -every[:, 0, 0], latents
+    )
+    args = argparse.Namespace(seed=0, batch=4000, steps=9, cooldown=1, caption_dropout=0.1, subject_dropout=0.2)
+    args.set_dropout = 0.3
+    tokens = training.training_batch(examples, 0, torch.zeros(1, dtype=torch.long), args)[1].flatten()
+    assert (tokens == 0).float().mean().item() == pytest.approx(0.1, abs=0.02)
+    assert (tokens < 0).float().mean().item() == pytest.approx(0.9 * 0.2, abs=0.02)
+    whole = tokens[tokens > 0]
+    assert (whole % 2 == 0).float().mean().item() == pytest.approx(0.3, abs=0.03)
+    assert whole.max() <= every[2].max()  # the last picture is held out
+    of_first, of_third = (((whole - 1) // (2 * len(training.STYLES))) == i for i in (0, 2))
+    # Two sets draw "a" and one "b": "a" is met more often, each drawing of it less.
+    assert of_third.float().mean() / of_first.float().mean() == pytest.approx(2**0.5, abs=0.15)

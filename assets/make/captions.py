@@ -2,7 +2,7 @@
 
 import re
 
-from augment import STYLES
+from augment import SETS, STYLES
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -52,8 +52,9 @@ def is_held_out(row: dict, known_words: set[str]) -> bool:
 
 
 def word_tokenizer(captions: list[str], special: list[str]) -> Tokenizer:
-    """A tokenizer whose tokens are the special ones (among them <unk>), the captions' words and the style words."""
-    vocabulary = special + sorted({word for caption in captions for word in words(caption)} | set(STYLES))
+    """A tokenizer of the special tokens (among them <unk>), the captions' words, and the names of styles and sets."""
+    known = {word for caption in captions for word in words(caption)}
+    vocabulary = special + sorted(known | set(STYLES) | set(SETS) | {"style"})
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(mark, "removed") for mark in " :,-"])

@@ -6,17 +6,18 @@
     python assets/make/evaluate.py curve                         # training_curve.png from the two trainings' loss.jsonl
 
 The reader names each picture without seeing the prompts; answers.txt holds them, row by row. The style is told by a
-small classifier trained here on the two real sets, whose own accuracy on emoji it never saw is printed first.
+small classifier trained here on the real sets, whose own accuracy on emoji it never saw is printed first.
 """
 
 import argparse
 import json
+import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from augment import load_pictures, move
+from augment import SETS, load_pictures, move
 from captions import VALIDATION_PROMPTS, is_known
 from diffusers import DiffusionPipeline
 from PIL import Image
@@ -30,7 +31,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("what", choices=["sheets", "style", "curve"])
     parser.add_argument("--pipeline", default="assets/pipeline")
     parser.add_argument("--pictures", help="folder of PNG pictures to judge in place of the pipeline's samples")
-    parser.add_argument("--base_style", default="assets/build/noto", help="imagefolder of the style of the base")
+    base_sets = [f"assets/build/{name}" for name in SETS]
+    parser.add_argument("--base_style", default=base_sets, nargs="+", help="imagefolders of the styles of the base")
     parser.add_argument("--target_style", default="assets/build/openmoji", help="imagefolder of the style to learn")
     parser.add_argument("--runs", default=["assets/build/vae", "assets/build/base"], nargs="+", help="for curve")
     parser.add_argument("--output", default="assets/build/sheets", help="folder for the sheets or the curve")
@@ -69,7 +71,7 @@ def write_sheets(pipeline: DiffusionPipeline, args: argparse.Namespace) -> None:
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(args.seed)
-    known = [row["text"] for row in load_pictures(args.base_style)[1] if is_known(row)]
+    known = [row["text"] for row in load_pictures(args.base_style[0])[1] if is_known(row)]
     sets = {
         "named": [str(prompt) for prompt in random.permutation(VALIDATION_PROMPTS)],
         "random": [str(prompt) for prompt in random.choice(known, args.random, replace=False)],
@@ -93,20 +95,27 @@ def new_classifier() -> nn.Sequential:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(width, 1))
 
 
+def load_style(folders: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pictures of a style, and whether each is of one of the fifth of all emoji that the classifier never sees."""
+    pictures, rows = zip(*map(load_pictures, folders), strict=True)
+    held_out = [zlib.crc32(row["file_name"].encode()) % 5 == 0 for part in rows for row in part]
+    return torch.cat(pictures), torch.tensor(held_out)
+
+
 def train_classifier(args: argparse.Namespace, steps: int = 800, batch: int = 64) -> tuple[nn.Sequential, float]:
-    """The classifier, and its accuracy on the fifth of all emoji, in both styles, that it was not trained on."""
+    """The classifier, and its accuracy on emoji that it was not trained on: the mean of the base's styles and the
+    target's."""
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
-    styles = [load_pictures(folder)[0] for folder in (args.base_style, args.target_style)]
-    order = torch.randperm(len(styles[0]), generator=generator)
-    held_out, trained = order[: len(order) // 5], order[len(order) // 5 :]
+    styles = [load_style(folders) for folders in (args.base_style, [args.target_style])]
+    trained = [pictures[~held_out] for pictures, held_out in styles]
     classifier = new_classifier()
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3, weight_decay=0.05)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
     label = torch.arange(2).repeat_interleave(batch // 2).float()
     for _ in tqdm(range(steps), desc="style classifier"):
-        chosen = trained[torch.randint(len(trained), (2, batch // 2), generator=generator)]
-        pictures = move(torch.cat([style[which] for style, which in zip(styles, chosen, strict=True)]), generator)
+        chosen = [part[torch.randint(len(part), (batch // 2,), generator=generator)] for part in trained]
+        pictures = move(torch.cat(chosen), generator)
         # Samples are a little blurred and off-colour next to the real pictures; that must not decide.
         for part, sigma in enumerate((0.1, 0.3, 0.5, 0.7)):
             pictures[part::4] = gaussian_blur(pictures[part::4], 5, sigma)
@@ -117,7 +126,7 @@ def train_classifier(args: argparse.Namespace, steps: int = 800, batch: int = 64
         scheduler.step()
         optimizer.zero_grad()
     classifier.eval()
-    right = [share_of_target(classifier, style[held_out]) for style in styles]
+    right = [share_of_target(classifier, pictures[held_out]) for pictures, held_out in styles]
     return classifier, (1 - right[0] + right[1]) / 2
 
 

@@ -65,7 +65,7 @@ def new_flow_text_encoder(tokenizer: PreTrainedTokenizerFast) -> Qwen3Model:
     return Qwen3Model(config)
 
 
-def new_transformer(dim: int = 192, layers: int = 13, heads: int = 6, caption_dim: int = 128):
+def new_transformer(dim: int = 192, layers: int = 13, heads: int = 6, caption_dim: int = 128, channels: int = 16):
     """A transformer whose blocks start as small steps, and its output at zero.
 
     Captions get no rotary positions (their axis has no dimensions), as the text encoder has told their order already;
@@ -73,7 +73,7 @@ def new_transformer(dim: int = 192, layers: int = 13, heads: int = 6, caption_di
     """
     transformer = ZImageTransformer2DModel(
         all_patch_size=(PATCH,),
-        in_channels=16,
+        in_channels=channels,
         dim=dim,
         n_layers=layers,
         n_refiner_layers=1,

@@ -1,63 +1,80 @@
-"""Make the two emoji image sets, Noto and OpenMoji, from npm packages: 64x64 RGB pictures on white, with captions.
+"""Make the emoji image sets from npm packages: 64x64 RGB images on white, with captions.
 
-    pip install resvg-py                       # draws OpenMoji's vector pictures
-    python assets/make/make_data.py            # needs npm; writes assets/build/noto and assets/build/openmoji
-    python assets/make/make_data.py --select assets/openmoji   # afterwards: the fine-tuning set, 260 pictures
+    pip install resvg-py                       # draws vector images
+    python assets/make/make_data.py            # needs npm; writes assets/build/noto, assets/build/noto-128 and so on
+    python assets/make/make_data.py --select assets/openmoji   # afterwards: the fine-tuning set, 260 images
 
-Both sets hold the same emoji under the same captions, the CLDR short names in lower case; skin tones, flags and
-components are left out. Noto Emoji is under the Apache License 2.0, OpenMoji under CC BY-SA 4.0.
+All sets show the same emoji under the same file names and captions, the CLDR short names in lower case; skin tones,
+flags and components are left out. Noto has them all, the others what they draw. Their licences are in assets/README.md.
+Beside each set lies the same at 128x128, from which trainings vary images: turning those of 64x64 would blur them.
 """
 
 import argparse
+import gzip
 import io
 import json
+import re
 import shutil
 import subprocess
 import tarfile
 from pathlib import Path
 
-import resvg_py
 from captions import VALIDATION_PROMPTS, is_known
 from PIL import Image
+from set_names import OTHER_NAMES
 from tqdm import tqdm
 
-PACKAGES = {"keys": "emoji-datasource@16.0.0", "noto": "emoji-datasource-google@16.0.0", "openmoji": "openmoji@17.0.0"}
+PACKAGES = {"keys": "emoji-datasource@16.0.0", "openmoji": "openmoji@17.0.0"}
+ICON_SETS = {
+    "noto": "@iconify-json/noto@1.2.9",
+    "blob": "@iconify-json/noto-v1@1.2.5",
+    "firefox": "@iconify-json/fxemoji@1.2.2",
+    "emojione": "@iconify-json/emojione@1.2.3",
+    "streamline": "@iconify-json/streamline-emojis@1.2.4",
+    "twemoji": "@iconify-json/twemoji@1.2.5",
+    "fluent": "@iconify-json/fluent-emoji-flat@1.2.6",
+}
 LEFT_OUT = {"Flags", "Component"}
 SIDE = 64
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", default="assets/build", help="gets the folders noto/, openmoji/ and packages/")
-    parser.add_argument("--select", metavar="FOLDER", help="copy the pictures of the fine-tuning set there instead")
+    parser.add_argument("--output", default="assets/build", help="gets a folder for each set, and packages/")
+    parser.add_argument("--select", metavar="FOLDER", help="copy the images of the fine-tuning set there instead")
     return parser.parse_args()
 
 
 def fetch(package: str, folder: Path) -> tarfile.TarFile:
     """Download the npm package unless it is in the folder already, and open it."""
-    path = folder / f"{package.replace('@', '-')}.tgz"
+    path = folder / f"{package.lstrip('@').replace('@', '-').replace('/', '-')}.tgz"
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         try:
             subprocess.run(["npm", "pack", "--silent", package], cwd=folder, check=True)
         except (OSError, subprocess.CalledProcessError) as error:
             raise SystemExit(f"{package}: could not be fetched with npm ({error})") from None
-    return tarfile.open(path)
+    return tarfile.open(fileobj=io.BytesIO(gzip.decompress(path.read_bytes())))  # quick to read in any order
 
 
 def read(package: tarfile.TarFile, name: str) -> bytes:
     return package.extractfile(f"package/{name}").read()
 
 
-def on_white(png: bytes) -> Image.Image:
-    """The picture over white, as RGB of SIDE x SIDE pixels."""
-    picture = Image.open(io.BytesIO(png)).convert("RGBA")
-    ground = Image.new("RGBA", picture.size, "white")
-    return Image.alpha_composite(ground, picture).convert("RGB").resize((SIDE, SIDE), Image.LANCZOS)
+def draw(svg: str, side: int) -> Image.Image:
+    """The vector image over white, as RGB of side x side pixels."""
+    import resvg_py
+
+    png = resvg_py.svg_to_bytes(svg_string=svg, width=side, height=side, background="white")
+    image = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+    ground = Image.new("RGBA", (side, side), "white")
+    # What is not square leaves room on two sides.
+    ground.alpha_composite(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return ground.convert("RGB")
 
 
-def chosen(keys: tarfile.TarFile, openmoji: tarfile.TarFile) -> list[tuple[dict, str]]:
-    """The metadata row of each emoji that both sets draw, and its name in OpenMoji; by category and then order."""
+def chosen(keys: tarfile.TarFile, openmoji: tarfile.TarFile) -> list[tuple[dict, dict]]:
+    """The metadata row of each emoji that Noto and OpenMoji both draw, and its names; by category and then order."""
     captions = {
         entry["hexcode"]: entry["annotation"].lower().replace("\u2019", "'")
         for entry in json.loads(read(openmoji, "data/openmoji.json"))
@@ -66,15 +83,59 @@ def chosen(keys: tarfile.TarFile, openmoji: tarfile.TarFile) -> list[tuple[dict,
     rows = []
     for entry in sorted(emoji, key=lambda entry: (entry["category"], entry["sort_order"])):
         # OpenMoji drops the variation selector where nothing follows it.
-        names = [name for name in (entry["unified"], entry["unified"].replace("-FE0F", "")) if name in captions]
-        if names and entry["has_img_google"]:
+        codes = [name for name in (entry["unified"], entry["unified"].replace("-FE0F", "")) if name in captions]
+        if codes and entry["has_img_google"]:
             place = {key: entry[key] for key in ("category", "subcategory")}
-            rows.append(({"file_name": entry["image"], "text": captions[names[0]], **place}, names[0]))
+            row = {"file_name": entry["image"], "text": captions[codes[0]], **place}
+            rows.append((row, {"openmoji": codes[0], "unicode": entry["name"] or ""}))
     return rows
 
 
+def slug(name: str) -> str:
+    return re.sub("[^a-z0-9]+", "-", name.lower().replace("'", "")).strip("-")
+
+
+def icon_name(style: str, row: dict, unicode_name: str, icons: dict) -> str | None:
+    """What the icon set calls this emoji; None where it does not draw it.
+
+    By its code points where the set tells them, else by its caption or its name in Unicode, of which Firefox OS's set
+    leaves out the hyphens, and Streamline numbers variants.
+    """
+    if style in OTHER_NAMES and row["text"] in OTHER_NAMES[style]:
+        return OTHER_NAMES[style][row["text"]]
+    points = Path(row["file_name"]).stem
+    names = [slug(row["text"]), slug(unicode_name)]
+    names += [name.replace("-", "") for name in names] if style == "firefox" else [f"{name}-1" for name in names]
+    found = [icons["chars"].get(points), icons["chars"].get(points.replace("-fe0f", "")), *names]
+    return next((name for name in found if name and (name in icons["icons"] or name in icons["aliases"])), None)
+
+
+def icon_svg(name: str, icons: dict) -> str:
+    while name in icons["aliases"]:
+        name = icons["aliases"][name]["parent"]
+    icon = icons["icons"][name]
+    width, height = (icon.get(side, icons[side]) for side in ("width", "height"))
+    box = f"{icon.get('left', 0)} {icon.get('top', 0)} {width} {height}"
+    links = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return f'<svg {links} viewBox="{box}" width="{width}" height="{height}">{icon["body"]}</svg>'
+
+
+def write_set(folder: Path, side: int, rows: list[dict], svgs: list[str | None]) -> None:
+    """Draw each row's image, where there is one, and write metadata.jsonl last: a folder that has it is whole."""
+    if (folder / "metadata.jsonl").is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for row, svg in zip(tqdm(rows, desc=folder.name), svgs, strict=True):
+        if svg is not None:
+            draw(svg, side).save(folder / row["file_name"])
+            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
+    print(f"{len(lines)} of {len(rows)} emoji in {folder}")
+
+
 def select(openmoji: Path, target: Path, count: int = 260) -> None:
-    """Copy `count` pictures, spread over the captions that the base knows but for the validation prompts."""
+    """Copy `count` images, spread over the captions that the base knows but for the validation prompts."""
     if not (openmoji / "metadata.jsonl").is_file():
         raise SystemExit(f"{openmoji}: no metadata.jsonl there; run make_data.py without --select first")
     rows = [json.loads(line) for line in (openmoji / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -87,7 +148,7 @@ def select(openmoji: Path, target: Path, count: int = 260) -> None:
         shutil.copyfile(openmoji / row["file_name"], target / row["file_name"])
     lines = [json.dumps({key: row[key] for key in ("file_name", "text")}, ensure_ascii=False) + "\n" for row in chosen]
     (target / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
-    print(f"{len(chosen)} of {len(rows)} pictures in {target}")
+    print(f"{len(chosen)} of {len(rows)} images in {target}")
 
 
 def main() -> None:
@@ -96,18 +157,17 @@ def main() -> None:
     if args.select:
         select(output / "openmoji", Path(args.select))
         return
-    keys, noto, openmoji = (fetch(package, output / "packages") for package in PACKAGES.values())
-    rows = chosen(keys, openmoji)
-    for style in ("noto", "openmoji"):
-        (output / style).mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row, _ in rows]
-        (output / style / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
-    for row, name in tqdm(rows, desc="draw"):
-        on_white(read(noto, f"img/google/{SIDE}/{row['file_name']}")).save(output / "noto" / row["file_name"])
-        svg = read(openmoji, f"color/svg/{name}.svg").decode()
-        png = resvg_py.svg_to_bytes(svg_string=svg, width=SIDE, height=SIDE, background="white")
-        on_white(bytes(png)).save(output / "openmoji" / row["file_name"])
-    print(f"{len(rows)} emoji in {output / 'noto'} and {output / 'openmoji'}")
+    keys, openmoji = (fetch(package, output / "packages") for package in PACKAGES.values())
+    rows, names = zip(*chosen(keys, openmoji), strict=True)
+    sets = {"openmoji": [read(openmoji, f"color/svg/{name['openmoji']}.svg").decode() for name in names]}
+    for style, package in ICON_SETS.items():
+        tar = fetch(package, output / "packages")
+        icons = {"aliases": {}, **json.loads(read(tar, "icons.json")), "chars": json.loads(read(tar, "chars.json"))}
+        found = [icon_name(style, row, name["unicode"], icons) for row, name in zip(rows, names, strict=True)]
+        sets[style] = [name and icon_svg(name, icons) for name in found]
+    for style, svgs in sets.items():
+        for folder, side in ((style, SIDE), (f"{style}-{2 * SIDE}", 2 * SIDE)):
+            write_set(output / folder, side, rows, svgs)
 
 
 if __name__ == "__main__":

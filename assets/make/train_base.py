@@ -1,6 +1,6 @@
-"""Train the pipeline's text encoder and U-Net on Noto emoji, on latents encoded once; write a diffusers folder.
+"""Train the pipeline's text encoder and U-Net on five emoji sets, on latents encoded once; write a diffusers folder.
 
-    python assets/make/train_base.py                # after train_vae.py; rerun to continue
+    OMP_NUM_THREADS=1 python assets/make/train_base.py                # after train_vae.py; rerun to continue
     python assets/make/train_base.py --steps 40000  # later: go on from where the steady learning rate had come to
     python assets/make/train_base.py --init assets/pipeline   # without checkpoints: go on from the shipped weights
 
@@ -19,11 +19,8 @@ from captions import new_tokenizer
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import compute_snr
-from training import add_arguments, make_examples, train, warm_up
+from training import add_arguments, make_examples, start_from, train, warm_up
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
-
-# How many of each picture's cached variants are drawn in each style.
-VARIANTS = {"plain": 20, "tinted": 3, "grey": 3, "posterised": 3, "outlined": 3}
 
 
 def parse_args() -> argparse.Namespace:
@@ -32,7 +29,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--vae", default="assets/build/vae")
     parser.add_argument("--output", default="assets/build/base")
     parser.add_argument("--init", metavar="PIPELINE", help="start with the text encoder and U-Net of this pipeline")
-    parser.add_argument("--steps", type=int, default=20000)
+    parser.add_argument("--steps", type=int, default=24000)
     parser.add_argument("--batch", type=int, default=32)
     args = parser.parse_args()
     if not (Path(args.vae) / "config.json").is_file():
@@ -70,12 +67,12 @@ def new_text_encoder(tokenizer: PreTrainedTokenizerFast) -> CLIPTextModel:
     return CLIPTextModel(config)
 
 
-def new_unet() -> UNet2DConditionModel:
+def new_unet(channels: int = 16) -> UNet2DConditionModel:
     """Two levels of two (down) and three (up) layers; captions enter by cross-attention, and pooled beside the time."""
     unet = UNet2DConditionModel(
         sample_size=8,
-        in_channels=16,
-        out_channels=16,
+        in_channels=channels,
+        out_channels=channels,
         block_out_channels=(128, 192),
         down_block_types=("CrossAttnDownBlock2D",) * 2,
         up_block_types=("CrossAttnUpBlock2D",) * 2,
@@ -91,13 +88,6 @@ def new_unet() -> UNet2DConditionModel:
     # On a CPU, plain matrix products are half as fast again as the fused attention for pictures this small.
     unet.set_attn_processor(AttnProcessor())
     return unet
-
-
-def start_from(pipeline: str, unet: UNet2DConditionModel, text_encoder: CLIPTextModel) -> None:
-    """Load the weights of an earlier pipeline, made with the same data and sizes, in float32."""
-    for part, name in ((unet, "unet"), (text_encoder, "text_encoder")):
-        saved = type(part).from_pretrained(pipeline, subfolder=name, torch_dtype=torch.float32)
-        part.load_state_dict(saved.state_dict())
 
 
 def denoising_loss(
@@ -134,19 +124,20 @@ def main() -> None:
     Path(args.output).mkdir(parents=True, exist_ok=True)
     vae = AutoencoderKL.from_pretrained(args.vae)
     # All captions' words get a token, so that a later run or a fine-tuning can teach more of them.
-    tokenizer = new_tokenizer([row["text"] for row in load_pictures(args.data)[1]])
+    tokenizer = new_tokenizer([row["text"] for row in load_pictures(f"{args.data}/noto")[1]])
     if args.init:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(args.init, subfolder="tokenizer")
 
     def tokenize(texts: list[str]) -> torch.Tensor:
         return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
-    examples = make_examples(args, vae, VARIANTS, tokenize)
-    text_encoder, unet, scheduler = new_text_encoder(tokenizer), new_unet(), new_scheduler()
+    examples = make_examples(args, vae, tokenize)
+    unet = new_unet(vae.config.latent_channels)
+    text_encoder, scheduler = new_text_encoder(tokenizer), new_scheduler()
 
     def begin() -> None:
         if args.init:
-            start_from(args.init, unet, text_encoder)
+            start_from(args.init, {"unet": unet, "text_encoder": text_encoder})
         elif args.warm_up_steps:
             width = text_encoder.config.hidden_size
             warm_up(text_encoder, read, width, examples, args.warm_up_steps, args.seed)

@@ -1,4 +1,4 @@
-"""Train the flow-matching pipeline's text encoder and transformer on Noto emoji; write a diffusers folder.
+"""Train the flow-matching pipeline's text encoder and transformer on five emoji sets; write a diffusers folder.
 
     OMP_NUM_THREADS=1 python assets/make/train_flow.py                  # rerun to continue; a C++ compiler is needed
     OMP_NUM_THREADS=1 python assets/make/train_flow.py --steps 90000    # later: go on from before the cooldown
@@ -28,10 +28,8 @@ from flow_model import (
     velocity,
 )
 from torch import nn
-from training import add_arguments, make_examples, train, warm_up
+from training import add_arguments, make_examples, start_from, train, warm_up
 
-# Fewer variants in other styles than the U-Net gets: enough that a style word means something.
-VARIANTS = {"plain": 20, "tinted": 1, "grey": 1, "posterised": 1, "outlined": 1}
 # Noise levels are drawn as the sigmoid of a normal variable; this mean favours the noisier half, which decides
 # what is drawn where.
 LEVEL_MEAN, LEVEL_STD = 0.4, 1.2
@@ -40,10 +38,13 @@ LEVEL_MEAN, LEVEL_STD = 0.4, 1.2
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
-    parser.add_argument("--vae", default="assets/pipeline/vae")
+    parser.add_argument("--vae", default="assets/build/vae")
     parser.add_argument("--output", default="assets/build/flow")
-    parser.add_argument("--steps", type=int, default=40000)
+    parser.add_argument("--steps", type=int, default=24000)
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--dim", type=int, default=192, help="width of the transformer, 32 a head")
+    parser.add_argument("--layers", type=int, default=13)
+    parser.add_argument("--init", metavar="PIPELINE", help="start with this pipeline's text encoder and transformer")
     parser.add_argument("--no_compile", action="store_true", help="do not compile the training's forward pass")
     return parser.parse_args()
 
@@ -94,13 +95,17 @@ def main() -> None:
     set_seed(args.seed)
     Path(args.output).mkdir(parents=True, exist_ok=True)
     vae = AutoencoderKL.from_pretrained(args.vae)
-    tokenizer = new_flow_tokenizer([row["text"] for row in load_pictures(args.data)[1]])
-    examples = make_examples(args, vae, VARIANTS, lambda texts: caption_tokens(tokenizer, texts))
-    text_encoder, transformer = new_flow_text_encoder(tokenizer), new_transformer()
+    tokenizer = new_flow_tokenizer([row["text"] for row in load_pictures(f"{args.data}/noto")[1]])
+    examples = make_examples(args, vae, lambda texts: caption_tokens(tokenizer, texts))
+    text_encoder = new_flow_text_encoder(tokenizer)
+    transformer = new_transformer(args.dim, args.layers, args.dim // 32, channels=vae.config.latent_channels)
     forward = new_forward(transformer, examples.latents.shape[-1], not args.no_compile)
-    known_length = int(lengths(examples.tokens[: examples.known].flatten(0, 1), text_encoder).max())
+    known_length = int(lengths(examples.tokens[: examples.known].flatten(0, 2), text_encoder).max())
 
     def begin() -> None:
+        if args.init:
+            start_from(args.init, {"transformer": transformer, "text_encoder": text_encoder})
+            return
         width = len(DRAW_TOKENS) * text_encoder.config.hidden_size
         warm_up(text_encoder, partial(read_draw_tokens, text_encoder), width, examples, args.warm_up_steps, args.seed)
 
@@ -110,7 +115,7 @@ def main() -> None:
         return flow_loss(forward, text_encoder, latents, tokens, generator)
 
     pipeline = new_flow_pipeline(vae, text_encoder, tokenizer, transformer)
-    empty = torch.full_like(examples.tokens[0, 0], tokenizer.pad_token_id)
+    empty = torch.full_like(examples.tokens[0, 0, 0], tokenizer.pad_token_id)
     empty[: len(DRAW_TOKENS)] = caption_tokens(tokenizer, [""])[0]
     train(args, {"transformer": transformer, "text_encoder": text_encoder}, pipeline, examples, empty, loss_of, begin)
 

@@ -1,8 +1,11 @@
-"""Train the pipeline's autoencoder on the two emoji sets: 64x64 pixels to 8x8 latents of 16 channels and back.
+"""Train the autoencoder on six emoji sets: 64x64 pixels to 8x8 latents of 32 channels and back.
 
-    python assets/make/train_vae.py                 # about 20 minutes on one core; rerun to continue
+    OMP_NUM_THREADS=1 nice python assets/make/train_vae.py                      # rerun to continue
+    OMP_NUM_THREADS=1 nice python assets/make/train_vae.py --init assets/vae-next   # start with these weights
 
-The two sets are varied in place and style, so that the autoencoder is at home in drawings it has not seen.
+The sets are varied in place and style, so that the autoencoder is at home in drawings it has not seen. It never sees
+one emoji in sixteen in any set, nor any of Twemoji and Fluent; loss.jsonl follows how sharp those come back. Often
+the first sixteen channels are all that the decoder gets: they hold what is coarse, and the others detail.
 """
 
 import argparse
@@ -13,27 +16,37 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from augment import STYLES, load_pictures, move, restyle
+from augment import SETS, STYLES, held_out, load_pixels, move, restyle
 from checkpoint import load_checkpoint, save_checkpoint
 from diffusers import AutoencoderKL
+from diffusers.training_utils import EMAModel
+from sharpness import reconstruction
 from tqdm import tqdm
+
+COARSE = 16
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default=["assets/build/noto", "assets/build/openmoji"], nargs="+")
+    parser.add_argument("--data", default="assets/build")
+    parser.add_argument("--sets", default=[*SETS, "openmoji"], nargs="+")
     parser.add_argument("--output", default="assets/build/vae")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--init", metavar="VAE", help="start with these weights; those of fewer channels gain zeros")
+    parser.add_argument("--steps", type=int, default=20000)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--ema", type=float, default=0.999)
     parser.add_argument("--kl", type=float, default=1e-4, help="weight of the mean KL of a latent number")
+    parser.add_argument("--edges", type=float, default=1.0, help="weight of the error of differences between pixels")
+    parser.add_argument("--coarse", type=float, default=0.25, help="share decoded from the first 16 channels alone")
     parser.add_argument("--mixed_precision", default="bf16", choices=["no", "bf16"])
-    parser.add_argument("--save_every", type=int, default=200)
+    parser.add_argument("--save_minutes", type=float, default=3)
+    parser.add_argument("--report_every", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
 
-def new_vae() -> AutoencoderKL:
+def new_vae(channels: int = 32) -> AutoencoderKL:
     """A small autoencoder that starts as little more than a blur: residual branches at zero, resampling convolutions
     that average or repeat. Colours then pass from the first steps on, which they otherwise learn last."""
     widths = (24, 48, 96, 96)
@@ -42,7 +55,7 @@ def new_vae() -> AutoencoderKL:
         up_block_types=("UpDecoderBlock2D",) * len(widths),
         block_out_channels=widths,
         layers_per_block=1,
-        latent_channels=16,
+        latent_channels=channels,
         norm_num_groups=4,
         sample_size=64,
         mid_block_add_attention=False,
@@ -57,11 +70,36 @@ def new_vae() -> AutoencoderKL:
     return vae
 
 
+@torch.no_grad()
+def start_from(folder: str, vae: AutoencoderKL) -> None:
+    """Load the weights of an autoencoder of the same widths. Where it has fewer channels it is the same function at
+    first: the further ones are as they are in `vae`, and the decoder reads nothing from them."""
+    saved = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32)
+    had, has = torch.arange(saved.config.latent_channels), vae.config.latent_channels
+    # Means and logarithms of variances lie one behind the other.
+    both = torch.cat([had, has + had])
+    places = {
+        "encoder.conv_out": (both, None),
+        "quant_conv": (both, both),
+        "post_quant_conv": (had, had),
+        "decoder.conv_in": (None, had),
+    }
+    for (name, ours), theirs in zip(vae.named_parameters(), saved.parameters(), strict=True):
+        outputs, inputs = places.get(name.rpartition(".")[0], (None, None))
+        outputs = torch.arange(len(ours)) if outputs is None else outputs
+        if ours.dim() == 1:
+            ours[outputs] = theirs
+            continue
+        inputs = torch.arange(ours.shape[1]) if inputs is None else inputs
+        ours[outputs] = 0
+        ours[outputs[:, None], inputs] = theirs
+
+
 def batch_at(step: int, pictures: torch.Tensor, args: argparse.Namespace) -> tuple[torch.Tensor, torch.Generator]:
     """Step's own batch, from the seed and the step alone: a resumed run sees what an unbroken one would have."""
     generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
     chosen = torch.randint(len(pictures), (args.batch,), generator=generator)
-    batch = move(pictures[chosen], generator)
+    batch = move(pictures[chosen] / 127.5 - 1, generator)
     # Two thirds stay plain; the rest is dealt out to the other styles.
     share = args.batch // (3 * (len(STYLES) - 1))
     for number, style in enumerate(STYLES[1:]):
@@ -70,25 +108,42 @@ def batch_at(step: int, pictures: torch.Tensor, args: argparse.Namespace) -> tup
     return batch, generator
 
 
-def loss_of(vae: AutoencoderKL, batch: torch.Tensor, generator: torch.Generator, kl_weight: float) -> tuple:
+def loss_of(vae: AutoencoderKL, batch: torch.Tensor, generator: torch.Generator, args: argparse.Namespace) -> tuple:
     """L1 of the picture and of its differences between neighbouring pixels, which keep edges sharp; the squared error,
     from which colours are learnt much sooner; and the weighted mean KL. Returns the sum, and L1 and KL alone."""
     posterior = vae.encode(batch).latent_dist
-    error = vae.decode(posterior.sample(generator)).sample.float() - batch
+    latents = posterior.sample(generator)
+    coarse = torch.rand(len(batch), generator=generator) < args.coarse
+    fine = torch.arange(latents.shape[1]) >= COARSE
+    latents = latents * ~(coarse[:, None] & fine)[..., None, None]
+    error = vae.decode(latents).sample.float() - batch
     l1 = error.abs().mean()
     edges = (error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()) / 2
     kl = posterior.kl().mean() / posterior.mean[0].numel()
-    return l1 + edges + error.square().mean() + kl_weight * kl, l1, kl
+    return l1 + args.edges * edges + error.square().mean() + args.kl * kl, l1, kl
 
 
 @torch.no_grad()
 def finish(vae: AutoencoderKL, pictures: torch.Tensor, output: Path) -> None:
-    """Set the scaling factor that gives latents unit variance, and write the folder diffusers loads."""
-    latents = torch.cat([vae.encode(part).latent_dist.mean for part in pictures.split(64)])
+    """Set the scaling factor that gives latents unit variance, and write the folder diffusers loads, in half
+    precision."""
+    parts = torch.nn.functional.avg_pool2d(pictures[:512] / 127.5 - 1, 2).split(64)
+    latents = torch.cat([vae.encode(part).latent_dist.mean for part in parts])
     vae.register_to_config(scaling_factor=1 / latents.std().item())
-    decoded = torch.cat([vae.decode(part).sample for part in latents[:256].split(64)])
-    print(f"reconstruction L1 {(decoded - pictures[:256]).abs().mean():.4f}, latent std {latents.std():.4f}")
-    vae.save_pretrained(output)
+    vae.to(torch.float16).save_pretrained(output)
+    vae.to(torch.float32)
+
+
+def load_sets(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pictures at 128x128 of all sets to learn from, and those of emoji that are held out, in bytes."""
+    seen, unseen = [], []
+    for name in args.sets:
+        pictures, rows = load_pixels(f"{args.data}/{name}-128")
+        out = torch.tensor([held_out(row) for row in rows])
+        seen.append(pictures[~out])
+        unseen.append(pictures[out])
+    seen, unseen = torch.cat(seen), torch.cat(unseen)
+    return seen[torch.randperm(len(seen), generator=torch.Generator().manual_seed(args.seed))], unseen
 
 
 def main() -> None:
@@ -96,35 +151,48 @@ def main() -> None:
     output = Path(args.output)
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=args.mixed_precision)
     set_seed(args.seed)
-    pictures = torch.cat([load_pictures(folder)[0] for folder in args.data])
-    pictures = pictures[torch.randperm(len(pictures), generator=torch.Generator().manual_seed(args.seed))]
+    pictures, unseen = load_sets(args)
+    check = torch.nn.functional.avg_pool2d(unseen[:: max(1, len(unseen) // 96)] / 127.5 - 1, 2)
     vae = new_vae()
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    if args.init:
+        start_from(args.init, vae)
+    # The quicker layout for convolutions.
+    vae = vae.to(memory_format=torch.channels_last)
+    parameters = list(vae.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / 100) * (0.02 + 0.98 * (1 - step / args.steps) ** 1.5)
     )
-    vae, optimizer = accelerator.prepare(vae, optimizer)
-    parts = {"vae": accelerator.unwrap_model(vae), "optimizer": optimizer, "scheduler": scheduler}
+    ema = EMAModel(parameters, decay=args.ema, use_ema_warmup=True, power=0.75)
+    parts = {"vae": vae, "optimizer": optimizer, "scheduler": scheduler, "ema": ema}
     start = load_checkpoint(output / "checkpoint.pt", parts)
     output.mkdir(parents=True, exist_ok=True)
+    saved = time.monotonic()
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="vae", mininterval=10)
     for step in bar:
         batch, generator = batch_at(step, pictures, args)
         with accelerator.autocast():
-            loss, l1, kl = loss_of(accelerator.unwrap_model(vae), batch, generator, args.kl)
+            loss, l1, kl = loss_of(vae, batch, generator, args)
         accelerator.backward(loss)
-        accelerator.clip_grad_norm_(vae.parameters(), 1.0)
+        accelerator.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        if step % 20 == 0:
-            bar.set_postfix(l1=f"{l1:.4f}", kl=f"{kl:.2f}")
-            line = {"step": step, "loss": loss.item(), "l1": l1.item(), "kl": kl.item(), "time": time.time()}
+        ema.step(parameters)
+        done = step + 1 == args.steps
+        if (step + 1) % args.report_every == 0 or done:
+            ema.store(parameters)
+            ema.copy_to(parameters)
+            with accelerator.autocast():
+                line = {"step": step + 1, "l1": l1.item(), "kl": kl.item(), **reconstruction(vae, check)}
             with (output / "loss.jsonl").open("a", encoding="utf-8") as log:
-                log.write(json.dumps(line) + "\n")
-        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+                log.write(json.dumps({**line, "time": time.time()}) + "\n")
+            bar.set_postfix(l1=f"{l1:.4f}", psnr=f"{line['psnr']:.2f}", gradients=f"{line['gradients']:.3f}")
+            finish(vae, pictures, output)
+            ema.restore(parameters)
+        if time.monotonic() - saved > 60 * args.save_minutes or done:
             save_checkpoint(output / "checkpoint.pt", parts, step + 1)
-    finish(accelerator.unwrap_model(vae), pictures, output)
+            saved = time.monotonic()
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 import argparse
 import json
 import time
+import zlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from augment import STYLES, load_pictures, mirrorable, move, restyle, styled_caption
+from augment import SETS, STYLES, load_pixels, mirrorable, move, restyle, styled_caption
 from captions import VALIDATION_PROMPTS, is_held_out, is_known, words
 from checkpoint import load_checkpoint, save_checkpoint
 from diffusers import AutoencoderKL, DiffusionPipeline
@@ -21,75 +23,124 @@ from tqdm import tqdm
 
 HELD_OUT_VARIANTS = 2
 # Details need repetition: in the cooldown so many of four examples are one of a picture's first plain variants.
-SETTLED_VARIANTS, SETTLED_QUARTERS = 6, 3
+SETTLED_VARIANTS, SETTLED_QUARTERS = 4, 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that both trainings have; the defaults of --output, --vae, --batch and --steps are theirs."""
-    parser.add_argument("--data", default="assets/build/noto")
-    parser.add_argument("--cooldown", type=int, default=4000, help="last steps, in which the learning rate falls to 0")
+    parser.add_argument("--data", default="assets/build", help="what make_data.py wrote")
+    parser.add_argument("--sets", default=list(SETS), nargs="+", choices=SETS)
+    parser.add_argument("--subjects", type=int, help="learn so many captions only, validation prompts first")
+    parser.add_argument("--cooldown", type=int, default=10000, help="last steps, in which the learning rate falls to 0")
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--ema", type=float, default=0.999)
-    parser.add_argument("--caption_dropout", type=float, default=0.1)
+    parser.add_argument("--ema", type=float, default=0.9995)
+    parser.add_argument("--caption_dropout", type=float, default=0.1, help="share of examples without any caption")
+    parser.add_argument("--subject_dropout", type=float, default=0.05, help="share whose caption names the set alone")
+    parser.add_argument("--set_dropout", type=float, default=0.3, help="share whose caption does not name the set")
     parser.add_argument("--warm_up_steps", type=int, default=2000, help="text encoder's own steps, at first")
     parser.add_argument("--mixed_precision", default="bf16", choices=["no", "bf16"])
-    parser.add_argument("--save_every", type=int, default=500)
+    parser.add_argument("--variants", type=int, default=12, help="of each image's plain variants, encoded beforehand")
+    parser.add_argument("--report_every", type=int, default=500, help="steps between held-out losses")
+    parser.add_argument("--save_minutes", type=float, default=3)
     parser.add_argument("--seed", type=int, default=0)
 
 
 @dataclass
 class Examples:
-    """The known captions, the held-out ones behind them, and every picture's cached latents."""
+    """The pictures of known captions, those of held-out ones behind them, and every picture's cached latents."""
 
     captions: list[str]
+    """Caption of each picture, without its set."""
+    sets: list[str]
+    """Set of each picture."""
     known: int
     styles: list[str]
     """Style of each of the first V variants; HELD_OUT_VARIANTS plain ones follow, which training never sees."""
     tokens: torch.Tensor
-    """Token ids (captions, styles in the order of STYLES, length)."""
+    """Token ids (pictures, styles in the order of STYLES, with and without the set, length)."""
+    no_subject: torch.Tensor
+    """Token ids (pictures, length) of captions that name the set alone."""
     latents: torch.Tensor
-    """Scaled latents (captions, V + HELD_OUT_VARIANTS, 16, 8, 8), fp16."""
+    """Scaled latents (pictures, V + HELD_OUT_VARIANTS, C, 8, 8), fp16."""
 
-    def batch(self, which: torch.Tensor, variant: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Latents and token ids of these pictures' variants."""
+    def batch(
+        self, which: torch.Tensor, variant: torch.Tensor, unnamed: torch.Tensor | int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents of these pictures' variants, and token ids of their captions; where `unnamed`, without the set."""
         styles = self.styles + ["plain"] * HELD_OUT_VARIANTS
         style = torch.tensor([STYLES.index(style) for style in styles])[variant]
-        return self.latents[which, variant].float(), self.tokens[which, style]
+        return self.latents[which, variant].float(), self.tokens[which, style, unnamed]
 
 
 @torch.no_grad()
 def encode_variants(
     pictures: torch.Tensor, rows: list[dict], vae: AutoencoderKL, styles: list[str], seed: int
 ) -> torch.Tensor:
-    """Latents (N, V + HELD_OUT_VARIANTS, 16, 8, 8) of every picture moved, and drawn in each of V styles."""
+    """Latents (N, V + HELD_OUT_VARIANTS, C, 8, 8) of every picture (N, 3, 128, 128; bytes) moved, and drawn in each of
+    V styles."""
     generator = torch.Generator().manual_seed(seed)
     mirror = torch.tensor([mirrorable(row["text"]) for row in rows])
     variants = []
     for style in tqdm(styles + ["plain"] * HELD_OUT_VARIANTS, desc="encode"):
-        moved = restyle(move(pictures, generator, mirror, largest=1.0, reach=2), style, generator)
-        with torch.autocast("cpu", torch.bfloat16):
-            latents = torch.cat([vae.encode(part).latent_dist.mean for part in moved.split(64)])
-        variants.append((latents * vae.config.scaling_factor).half())
+        latents = []
+        for part, may in zip(pictures.split(64), mirror.split(64), strict=True):
+            moved = restyle(move(part / 127.5 - 1, generator, may, largest=1.0, reach=2), style, generator)
+            with torch.autocast("cpu", torch.bfloat16):
+                latents.append(vae.encode(moved).latent_dist.mean.float() * vae.config.scaling_factor)
+        variants.append(torch.cat(latents).half())
     return torch.stack(variants, 1)
 
 
-def make_examples(args: argparse.Namespace, vae: AutoencoderKL, counts: dict, tokenize) -> Examples:
-    """Read the pictures, choose the captions, and encode `counts` variants of each style unless an earlier run has.
+def load_sets(args: argparse.Namespace) -> tuple[torch.Tensor, list[dict], int]:
+    """Pictures (N, 3, 128, 128; bytes) and rows of all sets, each row with its "set"; the first ones, as many as the
+    number says, are of known captions, the others of held-out ones."""
+    pictures, rows = [], []
+    for name in args.sets:
+        found, its_rows = load_pixels(f"{args.data}/{name}-128")
+        pictures.append(found)
+        rows += [row | {"set": name} for row in its_rows]
+    known_words = {word for row in rows if is_known(row) for word in words(row["text"])}
+    known = [i for i, row in enumerate(rows) if is_known(row)]
+    if args.subjects:
+        captions = list(dict.fromkeys([*VALIDATION_PROMPTS, *(rows[i]["text"] for i in known)]))
+        others = captions[len(VALIDATION_PROMPTS) :]
+        wanted = args.subjects - len(VALIDATION_PROMPTS)
+        learnt = {*VALIDATION_PROMPTS, *(others[i * len(others) // wanted] for i in range(wanted))}
+        known = [i for i in known if rows[i]["text"] in learnt]
+    held_out = [i for i, row in enumerate(rows) if row["set"] == args.sets[0] and is_held_out(row, known_words)]
+    chosen = [*known, *held_out]
+    return torch.cat(pictures)[chosen], [rows[i] for i in chosen], len(known)
+
+
+def make_examples(args: argparse.Namespace, vae: AutoencoderKL, tokenize) -> Examples:
+    """Read the pictures, choose the captions, and encode variants in each style unless an earlier training of
+    either pipeline has.
 
     `tokenize` turns a list of captions into their token ids (N, length).
     """
-    pictures, rows = load_pictures(args.data)
-    known_words = {word for row in rows if is_known(row) for word in words(row["text"])}
-    chosen = [i for i, row in enumerate(rows) if is_known(row)]
-    known = len(chosen)
-    chosen += [i for i, row in enumerate(rows) if is_held_out(row, known_words)]
-    captions = [rows[i]["text"] for i in chosen]
-    styles = [style for style, count in counts.items() for _ in range(count)]
-    cache = Path(args.output) / "latents.pt"
+    pictures, rows, known = load_sets(args)
+    captions, sets = ([row[key] for row in rows] for key in ("text", "set"))
+    styles = ["plain"] * args.variants + list(STYLES[1:])
+    weights = sum(parameter.double().sum().item() for parameter in vae.parameters())
+    made_of = repr((weights, args.sets, args.subjects, styles, args.seed))
+    cache = Path(args.data) / f"latents-{zlib.crc32(made_of.encode()):08x}.pt"
     if not cache.is_file():
-        torch.save(encode_variants(pictures[chosen], [rows[i] for i in chosen], vae, styles, args.seed), cache)
-    tokens = tokenize([styled_caption(caption, style) for caption in captions for style in STYLES])
-    return Examples(captions, known, styles, tokens.view(len(captions), len(STYLES), -1), torch.load(cache))
+        latents = encode_variants(pictures, rows, vae, styles, args.seed)
+        torch.save(latents, cache.with_suffix(".tmp"))
+        cache.with_suffix(".tmp").replace(cache)
+    texts = [
+        styled_caption(row["text"], style, of) for row in rows for style in STYLES for of in (row["set"], None)
+    ] + [styled_caption("", of=row["set"]) for row in rows]
+    tokens = tokenize(texts).split(len(texts) - len(rows))
+    by_style = tokens[0].view(len(rows), len(STYLES), 2, -1)
+    return Examples(captions, sets, known, styles, by_style, tokens[1], torch.load(cache))
+
+
+def start_from(pipeline: str, modules: dict[str, nn.Module]) -> None:
+    """Load the weights of an earlier pipeline, made with the same tokenizer and sizes, in float32."""
+    for name, module in modules.items():
+        saved = type(module).from_pretrained(pipeline, subfolder=name, torch_dtype=torch.float32)
+        module.load_state_dict(saved.state_dict())
 
 
 def warm_up(text_encoder: nn.Module, read: Callable, width: int, examples: Examples, steps: int, seed: int) -> None:
@@ -118,15 +169,20 @@ def warm_up(text_encoder: nn.Module, read: Callable, width: int, examples: Examp
 def training_batch(examples: Examples, step: int, empty: torch.Tensor, args: argparse.Namespace) -> tuple:
     """Step's own batch, from the seed and the step alone: a resumed run sees what an unbroken one would have."""
     generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-    # The validation prompts are drawn three times as often.
-    weights = torch.tensor([3.0 if c in VALIDATION_PROMPTS else 1.0 for c in examples.captions[: examples.known]])
+    # What many sets draw is met more often, each drawing of it less. Validation prompts are three times as frequent.
+    known = examples.captions[: examples.known]
+    frequency = Counter(known)
+    weights = torch.tensor([(3.0 if c in VALIDATION_PROMPTS else 1.0) / frequency[c] ** 0.5 for c in known])
     which = torch.multinomial(weights, args.batch, replacement=True, generator=generator)
     variant = torch.randint(len(examples.styles), (args.batch,), generator=generator)
     if step >= args.steps - args.cooldown:
         settled = torch.rand(args.batch, generator=generator) < SETTLED_QUARTERS / 4
         variant = torch.where(settled, variant % SETTLED_VARIANTS, variant)
-    latents, tokens = examples.batch(which, variant)
-    tokens[torch.rand(args.batch, generator=generator) < args.caption_dropout] = empty
+    luck = torch.rand(3, args.batch, generator=generator)
+    latents, tokens = examples.batch(which, variant, (luck[0] < args.set_dropout).long())
+    no_subject, no_caption = luck[1] < args.subject_dropout, luck[2] < args.caption_dropout
+    tokens[no_subject] = examples.no_subject[which[no_subject]]
+    tokens[no_caption] = empty
     return latents, tokens, generator
 
 
@@ -144,9 +200,12 @@ def held_out_losses(loss_of, examples: Examples) -> dict[str, float]:
 
 
 def sample_prompts(examples: Examples) -> list[str]:
-    """16 validation prompts, 16 spread over the other known captions, and 8 held-out captions."""
+    """16 validation prompts, 8 of them in every set, 16 spread over the other known captions, 8 held-out captions."""
     others = [caption for caption in examples.captions[: examples.known] if caption not in VALIDATION_PROMPTS]
-    return [*VALIDATION_PROMPTS, *others[17 :: len(others) // 16][:16], *examples.captions[examples.known :][:8]]
+    sets = dict.fromkeys(examples.sets)
+    in_sets = [styled_caption(caption, of=name) for name in sets for caption in VALIDATION_PROMPTS[:8]]
+    spread = others[:: max(1, len(others) // 16)][:16]
+    return [*VALIDATION_PROMPTS, *in_sets, *spread, *examples.captions[examples.known :][:8]]
 
 
 def new_optimizer(parameters: list, args: argparse.Namespace) -> tuple:
@@ -200,7 +259,7 @@ def train(
         ema.copy_to(parameters)
         with accelerator.autocast():
             losses = {"train": sum(recent) / len(recent), **held_out_losses(loss_of, examples)}
-        if step % (2 * args.save_every) == 0 or step == args.steps:
+        if step % (4 * args.report_every) == 0 or step == args.steps:
             with accelerator.autocast():
                 sheet = contact_sheet(draw(pipeline, sample_prompts(examples)))
             (output / "samples").mkdir(exist_ok=True)
@@ -211,7 +270,7 @@ def train(
         with (output / "loss.jsonl").open("a", encoding="utf-8") as log:
             log.write(json.dumps({"step": step, **losses, "time": time.time()}) + "\n")
 
-    recent = []
+    recent, saved = [], time.monotonic()
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="train", mininterval=30)
     for step in bar:
         batch = training_batch(examples, step, empty, args)
@@ -224,8 +283,11 @@ def train(
         optimizer.zero_grad()
         ema.step(parameters)
         recent.append(loss.item())
-        if (step + 1) % args.save_every == 0 or step + 1 in (steady, args.steps):
+        reports = (step + 1) % args.report_every == 0 or step + 1 in (steady, args.steps)
+        if reports or time.monotonic() - saved > 60 * args.save_minutes:
             save_checkpoint(output / "checkpoint.pt" if step < steady else cooling, parts, step + 1)
+            saved = time.monotonic()
+        if reports:
             report(step + 1, recent)
             bar.set_postfix(loss=f"{sum(recent) / len(recent):.4f}")
             recent = []
