@@ -157,7 +157,7 @@ class Results:
         folder = self.course.folder
         there = {path.parent for method in METHODS for path in (folder / method).glob(f"**/seed-*/{ENDED}")}
         more = len(there - {self.course.folder_of(arm) for arm in self.course.arms()})
-        return [f"{more} more arms in {folder} are not among these methods, rates and seeds: left out"] if more else []
+        return [f"{more} more arms in the folder are not among these methods, rates and seeds: left out"] if more else []
 
     def export(self, judged: Sequence[Arm]) -> list[str]:
         """Writes the file of the best arm: of the label that the select images choose, its best seed."""
@@ -166,7 +166,7 @@ class Results:
         label = min({arm.label for arm in judged}, key=lambda name: self.chosen[name]["loss"])
         arms = [arm for arm in judged if arm.label == label]
         best = min(arms, key=lambda arm: self.course.select_losses(arm)[self.step_of(arm)])
-        where, step = self.course.folder_of(best), self.step_of(best)
+        where, step = self.course.folder_of(best).relative_to(self.course.folder).as_posix(), self.step_of(best)
         path = export_chosen(step, self.setting_of(best))
-        what = f"{path} is" if path else "no LoRA file can be made of"
+        what = f"{path.name} is" if path else "no LoRA file can be made of"
         return [f"{what} {where} at step {step}, which does best on the select images"]
