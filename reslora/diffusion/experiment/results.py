@@ -157,7 +157,7 @@ class Results:
         folder = self.course.folder
         there = {path.parent for method in METHODS for path in (folder / method).glob(f"**/seed-*/{ENDED}")}
         more = len(there - {self.course.folder_of(arm) for arm in self.course.arms()})
-        return [f"{more} more arms in the folder are not among these methods, rates and seeds: left out"] if more else []
+        return [f"{more} more arms in the folder are of other methods, rates or seeds: left out"] if more else []
 
     def export(self, judged: Sequence[Arm]) -> list[str]:
         """Writes the file of the best arm: of the label that the select images choose, its best seed."""
