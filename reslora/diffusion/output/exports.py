@@ -188,7 +188,7 @@ def write_formats(denoiser: nn.Module, method: str, metadata: dict[str, str], co
 def write_kohya(denoiser: nn.Module, path: Path, family: Family, metadata: dict[str, str]) -> None:
     """kohya's format, with the names that its scripts have for the family's layers."""
     config = denoiser.config
-    export.export_kohya(denoiser, path, metadata=metadata, rename=lambda name: family.kohya_name(config, name))
+    export.export_kohya(denoiser, path, metadata=metadata, rename=lambda name: family.kohya_name(config, name) or name)
 
 
 def write_comfyui(denoiser: nn.Module, path: Path, family: Family, metadata: dict[str, str]) -> None:
