@@ -84,11 +84,11 @@ def read_content(path: Path, flag: str) -> Content:
 def _of_parts(path: Path, flag: str, folders: Sequence[Path]) -> Content:
     """PEFT's folders of several parts of a pipeline, under the parts' names."""
     tensors: dict[str, torch.Tensor] = {}
-    configs = {}
+    configs: dict[str, dict] = {}
     for folder in folders:
         part, prefix = read_content(folder, f"{flag}, {folder.name}"), f"{folder.name}."
         tensors |= {prefix + key.removeprefix(PEFT_PREFIX): value for key, value in part.tensors.items()}
-        configs |= {prefix: config for config in part.configs.values()}
+        configs[prefix] = part.configs.get(PEFT_PREFIX, {})
     return Content(path, flag, tensors, {}, configs)
 
 
