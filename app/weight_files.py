@@ -24,6 +24,7 @@ import reslora
 from reslora.checkpoint import PEFT_PREFIX
 from reslora.common.adapters import attach, load_adapter
 from reslora.common.methods import METHODS, AdapterSettings, adapter_config
+from reslora.diffusion.training.checkpoints import RECORD
 from reslora.diffusion.training.state import targets_of
 from reslora.export import PEFT_CONFIG_FILE, PEFT_FILE
 from reslora.files import read_object
@@ -96,7 +97,11 @@ def put_adapter(denoiser: nn.Module, config: dict, weights: Weights, strength: f
     else:
         targets = targets_of(config["target_modules"])
         settings = AdapterSettings(config["rank"], config["lora_alpha"], 0.0, targets, total_steps=0)
-        attach(denoiser, adapter_config(weights.method, settings))
+        adapter, record = adapter_config(weights.method, settings), read_object(weights.path / RECORD)
+        for name in ("rank_pattern", "alpha_pattern"):  # of a run that went on from a LoRA
+            if name in record:
+                setattr(adapter, name, record[name])
+        attach(denoiser, adapter)
         load_adapter(denoiser, weights.path)
     refuse_not_finite(weights.label, {name: p for name, p in denoiser.named_parameters() if ".lora_" in name})
     for module in denoiser.modules():

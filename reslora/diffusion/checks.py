@@ -19,6 +19,7 @@ from .data.buckets import named_buckets
 from .model.families.base import Family
 from .model.loading import Model
 from .model.quantising import try_format
+from .training.start import Start
 from .training.state import add_adapter, config_of, shortcuts_of, targets_of
 
 CUTS = "which cuts weights into pieces, and shortcuts, encoders and samples need them whole"
@@ -76,19 +77,19 @@ def with_rank(flags: Flags, model: Model, accelerator: Accelerator) -> Flags:
     return flags.replace(rank=rank, lora_alpha=flags.lora_alpha or 2 * rank)
 
 
-def check_methods(flags: Flags, model: Model, accelerator: Accelerator) -> None:
+def check_methods(flags: Flags, model: Model, accelerator: Accelerator, start: Start | None = None) -> None:
     """Try every method on a denoiser without weights: targets, ranks and shortcuts are refused here."""
     for method in flags.method:
         denoiser = model.empty_denoiser()
         if method == flags.method[0]:
             check_targets(denoiser, flags, accelerator)
         try:
-            check_rank(denoiser, config_of(method, flags, total_steps=1000))
+            check_rank(denoiser, config_of(method, flags, total_steps=1000, start=start))
         except ValueError as error:
             raise InvalidArgument(f"--rank {flags.rank}", *first_line(error).split(": ", 1)) from None
         argument = f"--method {method}, --target_modules {' '.join(flags.target_modules)}"
         with refused_as(argument, "change the flag it is about", (ValueError, RuntimeError)):
-            add_adapter(denoiser, method, flags, total_steps=1000)
+            add_adapter(denoiser, method, flags, total_steps=1000, start=start)
         if METHODS[method].shortcuts:
             tell_what_is_not_linked(chains(denoiser), flags, accelerator)
 

@@ -14,6 +14,7 @@ from .arguments import Flags
 
 if TYPE_CHECKING:
     from .model.loading import Model
+    from .training.start import Start
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Context:
     model: Model
     accelerator: Accelerator
     stop: StopRequest
+    start: Start | None = None
+    """The LoRA that training goes on from."""
 
     @property
     def folder(self) -> Path:

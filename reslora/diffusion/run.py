@@ -35,6 +35,7 @@ from .training.denoising import DenoisingLoss
 from .training.loop import Watch, train
 from .training.preparing import attention_of, prepare, renew_scaler
 from .training.schedule import Schedule, schedule_of
+from .training.start import read_start, with_start
 from .training.state import Learner, new_learner
 from .training.trained import Trained
 
@@ -75,8 +76,12 @@ def run(flags: Flags, stop: StopRequest) -> None:
 def settle(flags: Flags, accelerator: Accelerator, stop: StopRequest) -> Context:
     """The model, and the flags with all that it and accelerate decide; from here on they do not change."""
     model = find_model(flags, accelerator)
+    start = each(lambda: read_start(flags, model)) if flags.init_lora else None
+    if start is not None:
+        flags = with_start(flags, start)
+        accelerator.print(f"--init_lora {flags.init_lora}: {len(start.layers)} layers, rank {flags.rank} mostly")
     flags = with_family(flags.replace(mixed_precision=accelerator.mixed_precision), model.family.defaults)
-    return Context(with_rank(flags, model, accelerator), model, accelerator, stop)
+    return Context(with_rank(flags, model, accelerator), model, accelerator, stop, start)
 
 
 def take_folder(flags: Flags, stack: contextlib.ExitStack) -> None:
@@ -90,10 +95,11 @@ def identity_of(kinds: Sequence[ImageDataset], context: Context) -> Identity:
     model, images_flag = context.model, data_flag(context.flags)
     groups = [[images.fingerprint for images in kinds if images.of_class == kind] for kind in (False, True)]
     content = "; class images: ".join("; ".join(group) for group in groups if group)
-    identity = Identity(model.fingerprint(), content, model.flag, images_flag)
+    start, lora_flag = context.start, f"--init_lora {context.flags.init_lora}"
+    identity = Identity(model.fingerprint(), content, model.flag, images_flag, start.mark if start else "", lora_flag)
     for other in gathered(identity):
-        for flag, same in ((model.flag, other.model == identity.model), (images_flag, other.images == identity.images)):
-            if not same:
+        for name, flag in (("model", model.flag), ("images", images_flag), ("lora", lora_flag)):
+            if getattr(other, name) != getattr(identity, name):
                 raise InvalidArgument(flag, "its content differs between the processes", "give all the same files")
     return identity
 
@@ -105,7 +111,7 @@ def load_and_check(context: Context) -> tuple[DiffusionPipeline, Objective]:
     pipeline = model.load_pipeline(context.dtype, accelerator.device, encoders=not flags.cache_text_embeddings)
     check_pipeline(flags, pipeline, model.family)
     objective = objective_of(flags, model.family, pipeline)
-    check_methods(flags, model, accelerator)
+    check_methods(flags, model, accelerator, context.start)
     return pipeline, objective
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from ..common.assets import ASSETS
 from ..common.checks import check_writable
 from ..common.errors import InvalidArgument, first_line, refused_as
-from ..common.methods import any_with_shortcuts, check_steps
+from ..common.methods import METHODS, any_with_shortcuts, check_steps
 from ..merges import MERGES
 from ..shortcuts import PLAIN, shortcut_class
 from .arguments import DEFAULTS, ONE_OR_SEVERAL, Flags, build_parser, listed
@@ -64,7 +64,7 @@ def fill_defaults(args: argparse.Namespace) -> Flags:
     for name, (with_bundled, with_named) in DEFAULTS.items():
         if values[name] is None:
             values[name] = own.get(name, with_bundled) if bundled else with_named
-    values["lora_alpha"] = args.lora_alpha or (2 * args.rank if args.rank else None)
+    values["lora_alpha"] = args.lora_alpha or (2 * args.rank if args.rank and not args.init_lora else None)
     values["validation_prompt"] = [clean(prompt).strip() for prompt in values["validation_prompt"]]
     values["method"] = list(dict.fromkeys(values["method"]))
     values["resolution"] = list(dict.fromkeys(listed(values["resolution"]))) or None
@@ -162,6 +162,7 @@ def check_flags(flags: Flags) -> None:
         sides = " ".join(map(str, flags.resolution))
         raise InvalidArgument(f"--resolution {sides}", "--aspect_ratio_buckets names all sizes", "give one side")
     check_packages(flags)
+    check_start(flags)
     check_schedule(flags)
     if flags.hub_token and flags.report_to not in ("tensorboard", "none"):
         problem = f"--report_to {flags.report_to} would publish it"
@@ -206,6 +207,23 @@ def carries_activations(flags: Flags) -> bool:
     """Whether a method's blocks hand activations to each other."""
     wired = any_with_shortcuts(flags.method) and flags.shortcut != PLAIN and flags.pre_num != 0
     return wired and shortcut_class(flags.shortcut).carries
+
+
+def check_start(flags: Flags) -> None:
+    """Refuse to start from a LoRA what would not start from the base model plus that LoRA."""
+    if flags.init_lora is None:
+        return
+    flag = f"--init_lora {flags.init_lora}"
+    for method in (METHODS[name] for name in flags.method):
+        if not method.trains_lora:
+            problem = f"--method {method.name} has no plain LoRA weights that could start from it"
+            raise InvalidArgument(flag, problem, "give --method lora or lora_x2")
+        if method.shortcuts and flags.shortcut != PLAIN and flags.pre_num != 0:
+            problem = (
+                f"with --shortcut {flags.shortcut} its blocks would also enter their neighbours, and the first step "
+                "would not start from the base model plus that LoRA"
+            )
+            raise InvalidArgument(flag, problem, "give --method lora, or --shortcut none")
 
 
 def check_packages(flags: Flags) -> None:

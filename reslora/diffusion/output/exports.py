@@ -128,7 +128,7 @@ def exact_denoiser(learner: Learner, schedule: Schedule, context: Context) -> nn
     if plain and learner.denoiser.dtype == torch.float32:
         return learner.denoiser
     denoiser = model.load_denoiser(torch.float32, accelerator.device)
-    add_adapter(denoiser, learner.method, flags, schedule.steps)
+    add_adapter(denoiser, learner.method, flags, schedule.steps, context.start)
     load_adapter(denoiser, context.folder / learner.method / f"checkpoint-{learner.step}")
     return denoiser
 

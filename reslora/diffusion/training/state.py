@@ -24,6 +24,7 @@ from ..arguments import Flags
 from ..context import Context
 from ..seeds import derive
 from .schedule import Schedule
+from .start import Start
 from .trained import Trained
 from .zero import full_state, uses_deepspeed
 
@@ -102,7 +103,7 @@ class Learner:
 def new_learner(method: str, trained: Trained, schedule: Schedule, context: Context) -> Learner:
     """The method at its start, on bare parts."""
     flags, denoiser = context.flags, trained.denoiser
-    add_adapter(denoiser, method, flags, schedule.steps)
+    add_adapter(denoiser, method, flags, schedule.steps, context.start)
     optimizer = new_optimizer([p for p in trained.parameters() if p.requires_grad], flags, context.accelerator)
     lr_scheduler = get_scheduler(
         flags.lr_scheduler, optimizer, step_rules=flags.lr_step_rules, num_warmup_steps=schedule.warmup_steps,
@@ -111,21 +112,26 @@ def new_learner(method: str, trained: Trained, schedule: Schedule, context: Cont
     return Learner(method, trained, optimizer, lr_scheduler, rank_allocator(denoiser), trained)
 
 
-def add_adapter(denoiser: nn.Module, method: str, flags: Flags, total_steps: int) -> None:
-    """Gives the denoiser the method's adapter, in place, with weights drawn from the seed."""
-    config = config_of(method, flags, total_steps)
+def add_adapter(denoiser: nn.Module, method: str, flags: Flags, total_steps: int, start: Start | None = None) -> None:
+    """Gives the denoiser the method's adapter, in place, with weights drawn from the seed, or those of `start`."""
+    config = config_of(method, flags, total_steps, start)
     torch.manual_seed(derive(flags.seed, "adapter"))
     attach(denoiser, config, shortcuts_of(flags) if METHODS[method].shortcuts else None)
     cast_training_params(denoiser, dtype=torch.float32)
+    if start is not None:
+        start.copy_to(denoiser)
 
 
-def config_of(method: str, flags: Flags, total_steps: int) -> PeftConfig:
-    """PEFT's configuration of the method's adapter."""
+def config_of(method: str, flags: Flags, total_steps: int, start: Start | None = None) -> PeftConfig:
+    """PEFT's configuration of the method's adapter; with the ranks and alphas of each layer of `start`."""
     settings = AdapterSettings(
         r=flags.rank, alpha=flags.lora_alpha, dropout=flags.lora_dropout, targets=targets_of(flags.target_modules),
         total_steps=total_steps, init_lora_weights="gaussian",  # as in diffusers' scripts
     )  # fmt: skip
-    return adapter_config(method, settings)
+    config = adapter_config(method, settings)
+    if start is not None:
+        start.configure(config)
+    return config
 
 
 def shortcuts_of(flags: Flags) -> ResLoraConfig:

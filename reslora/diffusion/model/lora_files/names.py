@@ -87,6 +87,8 @@ class Names:
     original: dict[str, Fused]
     kohya: dict[str, Fused]
     """By what they are called there, below a prefix."""
+    modules: frozenset[str]
+    """The names of everything in the denoiser."""
     exact: bool
     """Whether `shapes` are the model's, not those of another model of its family."""
     known: dict[str, Fused] = field(default_factory=dict)
@@ -164,7 +166,7 @@ def names_of(family: Family, config: Mapping | None = None) -> Names:
 
     shapes = {name: layer.weight.shape for name, layer in layers.items()}
     original, kohya = grouped(family.original_name), grouped(family.kohya_name)
-    return Names(family, denoiser.config, shapes, original, kohya, exact=config is not None)
+    return Names(family, denoiser.config, shapes, original, kohya, frozenset(modules), exact=config is not None)
 
 
 @functools.cache

@@ -27,7 +27,7 @@ PICKLES = {".bin", ".ckpt", ".pkl", ".pt", ".pth"}
 DOWN = re.compile(r"\.(?:lora_A(?:\.default)?|lora_down|lora\.down|lora_linear_layer\.down)\.weight$")
 UP = re.compile(r"\.(?:lora_B(?:\.default)?|lora_up|lora\.up|lora_linear_layer\.up)\.weight$")
 ALPHA = re.compile(r"\.alpha$")
-OLDEST = re.compile(r"_lora\.(?:down|up)\.weight$")
+OLDEST = re.compile(r"_lora\d?\.(?:down|up)\.weight$")
 """Of diffusers' first LoRA files, which it reads itself."""
 OF_THE_FORMAT = re.compile(r"format|lora_adapter_metadata|sshs_\w+|ss_network_\w+|modelspec\.hash_sha256")
 
