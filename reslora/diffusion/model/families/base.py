@@ -63,6 +63,8 @@ class Family:
     class's defaults, as far as layers' names depend on it."""
     marks: tuple[str, ...] = ()
     """How the base model's names begin that kohya's scripts and Stability AI's specification write into LoRA files."""
+    comfyui_words: tuple[str, str] = ("lora_A", "lora_B")
+    """What A and B are called in ComfyUI's files, such that diffusers reads them too, where it can."""
     text_names: ClassVar[Mapping[str, tuple[str, str]]] = {}
     """Text encoders that LoRA files may be for: how kohya's names of their layers begin, and ComfyUI's."""
     encodes_in_float32: bool = False

@@ -53,6 +53,7 @@ class Flux(Family):
     original = ORIGINAL
     published: ClassVar = {"guidance_embeds": True}
     marks = ("flux1", "flux-1")
+    comfyui_words = ("lora_down", "lora_up")
     text_names: ClassVar = {
         "text_encoder": ("lora_te1", "text_encoders.clip_l.transformer"),
         "text_encoder_2": ("lora_te3", "text_encoders.t5xxl.transformer"),

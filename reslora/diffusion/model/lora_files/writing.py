@@ -49,8 +49,7 @@ def write(parts: Parts, names: Names, to: str, path: Path, metadata: Mapping[str
     elif to == "kohya":
         write_kohya(path, names.to_kohya(parts), metadata)
     elif to == "comfyui":
-        # ComfyUI takes any words; for some families diffusers takes kohya's alone.
-        write_folded(path, names.to_comfyui(parts), metadata, words=("lora_down", "lora_up"))
+        write_folded(path, names.to_comfyui(parts), metadata, names.family.comfyui_words)
     elif parts.keys() == {names.family.denoiser}:
         write_peft(path, parts[names.family.denoiser])
     else:
