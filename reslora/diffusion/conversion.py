@@ -81,7 +81,7 @@ def convert(args: argparse.Namespace) -> None:
     """Reads, sums, reduces and writes, and says in a line what came of it."""
     import torch
 
-    from .model.lora_files.combining import cast, in_words, reduced
+    from .model.lora_files.combining import cast, in_short, in_words, reduced
     from .model.lora_files.writing import output_of, write
 
     path = output_of(args.output, args.to)
@@ -90,10 +90,7 @@ def convert(args: argparse.Namespace) -> None:
         parts, errors = reduced(parts, args.rank)
         print(in_words(errors, args.rank))
     write(cast(parts, getattr(torch, args.dtype) if args.dtype else dtype), names, args.to, path, metadata)
-    layers = [factors for named in parts.values() for factors in named.values()]
-    ranks = sorted({factors.rank for factors in layers})
-    in_all = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-    print(f"{path}: {len(layers)} layers of {names.family.name} ({', '.join(parts)}), {in_all}, for {args.to}")
+    print(f"{path}: {names.family.name} ({', '.join(parts)}), {in_short(parts)}, for {args.to}")
 
 
 def sum_of_inputs(args: argparse.Namespace) -> tuple[Parts, Names, dict[str, str], torch.dtype]:

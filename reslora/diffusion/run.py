@@ -22,6 +22,7 @@ from .data.material import material_of
 from .data.samples import Material
 from .folder import locked
 from .model.loading import find_model
+from .model.lora_files.combining import in_short
 from .model.objective import Objective, objective_of
 from .output.drawing import Drawer
 from .output.exports import export_method
@@ -79,7 +80,7 @@ def settle(flags: Flags, accelerator: Accelerator, stop: StopRequest) -> Context
     start = each(lambda: read_start(flags, model)) if flags.init_lora else None
     if start is not None:
         flags = with_start(flags, start)
-        accelerator.print(f"--init_lora {flags.init_lora}: {len(start.layers)} layers, rank {flags.rank} mostly")
+        accelerator.print(f"--init_lora {flags.init_lora}: {in_short({'': start.layers})}")
     flags = with_family(flags.replace(mixed_precision=accelerator.mixed_precision), model.family.defaults)
     return Context(with_rank(flags, model, accelerator), model, accelerator, stop, start)
 

@@ -70,6 +70,13 @@ def in_words(errors: Mapping[str, float], rank: int) -> str:
     )
 
 
+def in_short(parts: Mapping[str, Mapping[str, Factors]]) -> str:
+    """How many layers there are, and of what ranks."""
+    ranks = [factors.rank for layers in parts.values() for factors in layers.values()]
+    least, most = min(ranks), max(ranks)
+    return f"{len(ranks)} layers, " + (f"rank {most}" if least == most else f"ranks {least} to {most}")
+
+
 def cast(parts: Mapping[str, Mapping[str, Factors]], dtype: torch.dtype) -> Parts:
     """The same factors in another dtype."""
     return {

@@ -144,8 +144,17 @@ class Names:
 
 def names_of(family: Family, config: Mapping | None = None) -> Names:
     """The names in a denoiser of this configuration, or where that is not known, in the published one."""
+    return _published(family) if config is None else _names_in(family, config, exact=True)
+
+
+@functools.cache
+def _published(family: Family) -> Names:
+    return _names_in(family, family.published, exact=False)
+
+
+def _names_in(family: Family, config: Mapping, exact: bool) -> Names:
     with torch.device("meta"):
-        denoiser = family.denoiser_class.from_config(dict(family.published if config is None else config))
+        denoiser = family.denoiser_class.from_config(dict(config))
     modules = dict(denoiser.named_modules())
     layers = {name: module for name, module in modules.items() if isinstance(module, (nn.Linear, nn.Conv2d))}
     order = {template: number for number, template in enumerate(family.original)}
@@ -166,7 +175,7 @@ def names_of(family: Family, config: Mapping | None = None) -> Names:
 
     shapes = {name: layer.weight.shape for name, layer in layers.items()}
     original, kohya = grouped(family.original_name), grouped(family.kohya_name)
-    return Names(family, denoiser.config, shapes, original, kohya, frozenset(modules), exact=config is not None)
+    return Names(family, denoiser.config, shapes, original, kohya, frozenset(modules), exact)
 
 
 @functools.cache
