@@ -292,6 +292,8 @@ def test_pickles_are_refused_by_name(name, tmp_path, capsys):
     (tmp_path / name).write_bytes(b"cos\nsystem\n(S'touch x'\ntR.")
     for path in (tmp_path / name, tmp_path):
         assert f"{name} is a pickle" in refused(capsys, path, tmp_path / "out", "--to", "kohya")
+        more = ["--extract", path, path, tmp_path / "out", "--to", "kohya", "--rank", 2, "--family", "flux"]
+        assert f"{name} is a pickle" in refused(capsys, *more)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from app.adapters import put_adapter
 from app.runs import Weights
-from diffusion.model.lora_files.loras import names, random_factors, random_lora, tiny, update
+from diffusion.model.lora_files.loras import names, random_factors, random_lora, read, tiny, update
 from diffusion.runs import RESUME, assert_same, final_weights, main, refused, without
 from reslora.diffusion.arguments import Flags
 from reslora.diffusion.model.families import load_family
@@ -121,6 +121,7 @@ def test_training_goes_on_from_the_file(run, files):
     for name, factors in parts.items():
         moved = found[f"{name}.lora_A.default.weight"] - factors.down
         assert 0 < float(moved.abs().max()) < 5e-3
+    assert read(run / "lora", names("stable_diffusion")).keys() == {f"unet.{name}" for name in parts}
     config = json.loads((run / "config.json").read_text())
     assert config["rank"] == 2 and config["init_lora"] == str(files / "kohya.safetensors")
 

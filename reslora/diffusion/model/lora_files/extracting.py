@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,9 @@ from safetensors import safe_open
 from ....common.errors import InvalidArgument, refused_as
 from ....export import Factors
 from .names import Fused, Names, Parts
-from .reading import PICKLES, wide
+from .reading import refuse_pickles, wide
 
+PLAIN = re.compile(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors")
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.")
 """Of the denoiser's tensors in files that hold it alone, or a whole model."""
 
@@ -32,10 +34,8 @@ class Weights:
         folder = path / denoiser if (path / denoiser).is_dir() else path
         found = sorted(folder.glob("*.safetensors")) if folder.is_dir() else [path]
         # A variant's files beside the others hold the same tensors once more.
-        plain = [file for file in found if file.name.startswith("diffusion_pytorch_model.s") or "-of-" in file.name]
-        found = plain or found
-        if any(file.suffix in PICKLES for file in found):
-            raise InvalidArgument(flag, f"{path.name} is a pickle, which may run anything", "give safetensors")
+        found = [file for file in found if PLAIN.fullmatch(file.name)] or found
+        refuse_pickles(folder, flag)
         if not found or not all(file.is_file() for file in found):
             raise InvalidArgument(flag, "no safetensors weights there", "give a file, or a folder in diffusers format")
         files: dict[str, Path] = {}

@@ -54,16 +54,11 @@ class Content:
 
 def read_content(path: Path, flag: str) -> Content:
     """Reads a safetensors file, or a folder that PEFT, diffusers or a run has written; refuses pickles."""
-    file = path
-    if path.is_dir():
-        if parts := sorted(path.glob(f"*/{PEFT_FILE}")):
-            return _of_parts(path, flag, [part.parent for part in parts])
-        known = (PEFT_FILE, DIFFUSERS_FILE, KOHYA_FILE, COMFYUI_FILE)
-        file = next((path / name for name in known if (path / name).is_file()), path)
-        pickles = [each for each in sorted(path.iterdir()) if each.suffix in PICKLES]
-        file = pickles[0] if file is path and pickles else file
-    if file.suffix in PICKLES:
-        raise InvalidArgument(flag, f"{file.name} is a pickle, which may run anything", "give a .safetensors file")
+    known = (PEFT_FILE, DIFFUSERS_FILE, KOHYA_FILE, COMFYUI_FILE)
+    file = next((path / name for name in known if (path / name).is_file()), path)
+    if parts := sorted(path.glob(f"*/{PEFT_FILE}")) if file is path else []:
+        return _of_parts(path, flag, [part.parent for part in parts])
+    refuse_pickles(file, flag)
     if not file.is_file():
         wanted = "a .safetensors file, or a folder with one of the names that PEFT and diffusers give it"
         raise InvalidArgument(flag, "no LoRA file there", f"give {wanted}")
@@ -79,6 +74,14 @@ def read_content(path: Path, flag: str) -> Content:
     for config in configs.values():
         _refuse_others(flag, config)
     return Content(path, flag, tensors, {k: v for k, v in metadata.items() if not OF_THE_FORMAT.fullmatch(k)}, configs)
+
+
+def refuse_pickles(path: Path, flag: str) -> None:
+    """Refuse a pickle, or a folder that has one and no safetensors file."""
+    found = sorted(path.iterdir()) if path.is_dir() else [path]
+    pickles = [file.name for file in found if file.suffix in PICKLES]
+    if pickles and not any(file.suffix == ".safetensors" for file in found):
+        raise InvalidArgument(flag, f"{pickles[0]} is a pickle, which may run anything", "give safetensors files")
 
 
 def _of_parts(path: Path, flag: str, folders: Sequence[Path]) -> Content:
