@@ -32,7 +32,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 def main(argv: Sequence[str] | None = None) -> int:
     """Converts as the flags say and returns the exit status; what the user can mend is one line on stderr."""
     try:
-        args = build_parser().parse_args(argv)
+        args = build_parser().parse_intermixed_args(argv)
         check_flags(args)
         convert(args)
     except (InvalidArgument, OSError) as error:

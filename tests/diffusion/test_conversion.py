@@ -170,7 +170,7 @@ def test_dtypes_are_kept_or_as_asked_for(tmp_path):
     write_diffusers(tmp_path / "in.safetensors", {"unet": half})
     for more, dtype in (((), torch.float16), (("--dtype", "bfloat16"), torch.bfloat16)):
         flags = ["--to", "kohya", "--base", tiny("stable_diffusion"), *more]
-        assert convert(tmp_path / "in.safetensors", tmp_path / "out.safetensors", *flags) == 0
+        assert convert(tmp_path / "in.safetensors", *flags, tmp_path / "out.safetensors") == 0
         found = {value.dtype for value in load_file(tmp_path / "out.safetensors").values() if value.dim()}
         assert found == {dtype}
 
