@@ -119,7 +119,7 @@ def extraction(args: argparse.Namespace) -> tuple[Parts, Names, dict[str, str], 
     from .model.lora_files.extracting import Weights, extracted
 
     base, tuned = map(Path, args.extract)
-    if args.base is None and base.is_dir():
+    if args.base is None and any((base / name).is_file() for name in ("model_index.json", "config.json")):
         args.base = str(base)
     names, said = names_for(args, [])
     flags = [f"--extract {path}" for path in (base, tuned)]

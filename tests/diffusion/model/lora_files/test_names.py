@@ -3,9 +3,10 @@
 import pytest
 import torch
 from diffusers import FluxPipeline
+from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 from pipelines import FAMILIES
 
-from diffusion.model.lora_files.loras import PIPELINE_OF, names, random_factors, update
+from diffusion.model.lora_files.loras import PIPELINE_OF, names, random_factors, tiny, update
 from reslora.common.errors import InvalidArgument
 from reslora.diffusion.model.families import load_family
 from reslora.diffusion.model.families.unet import stability_name
@@ -67,6 +68,19 @@ def test_rows_of_a_layer_without_lora_are_zero():
     assert name == "lora_unet_joint_blocks_0_x_block_attn_qkv" and factors.rank == 2
     assert not factors.up[: 2 * len(layers[V].up)].any()
     assert read(linear(name, factors.down, factors.up, 2.0), names("sd3")).keys() == {V}
+
+
+def test_stable_diffusion_3s_names_are_those_that_diffusers_reads_its_checkpoints_by():
+    model = names("sd3").family.denoiser_class.from_pretrained(tiny("sd3") / "transformer")
+    state = model.state_dict()
+    checkpoint = {"pos_embed": state["pos_embed.pos_embed"]}
+    for name, fused in names("sd3").original.items():
+        for kind in ("weight", "bias"):
+            rows = torch.cat([state[f"{layer}.{kind}"] for _, layer in fused.layers])
+            checkpoint[f"{name}.{kind}"] = torch.cat(rows.chunk(2)[::-1]) if fused.swapped else rows
+    converted = convert_sd3_transformer_checkpoint_to_diffusers(checkpoint)
+    assert converted.keys() == state.keys() and not checkpoint
+    assert all(torch.equal(converted[key], value) for key, value in state.items())
 
 
 @pytest.mark.parametrize("left_out", [(), ("proj_mlp",), ("to_k",)])

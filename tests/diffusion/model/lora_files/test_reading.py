@@ -46,6 +46,14 @@ def test_layers_say_whose_a_file_is_where_no_other_family_has_them(family, tmp_p
     assert guessed(tmp_path / "in.safetensors") == family
 
 
+@pytest.mark.parametrize(("family", "outputs"), [("flux", 3 * 3072 + 12288), ("flux2_klein", 3 * 3072 + 2 * 9216)])
+def test_a_layer_that_two_families_have_is_known_by_its_sides(family, outputs, tmp_path):
+    tensors = {"lora_unet_single_blocks_0_linear1.lora_down.weight": torch.ones(1, 3072)}
+    tensors["lora_unet_single_blocks_0_linear1.lora_up.weight"] = torch.ones(outputs, 1)
+    save_file(tensors, tmp_path / "in.safetensors")
+    assert guessed(tmp_path / "in.safetensors") == family
+
+
 def test_in_doubt_the_family_is_asked_for(tmp_path):
     shape = names("flux").shapes[ALL]
     tensors = {f"transformer.{ALL}.lora_A.weight": torch.ones(1, shape[1])}
@@ -114,14 +122,13 @@ def test_xlabs_files_for_flux_are_read(tmp_path):
 
 
 def test_a_layer_that_diffusers_leaves_out_is_refused(tmp_path):
-    """With a warning it would go on without it."""
-    width = names("flux").shapes[ALL][0]
-    tensors = {"double_blocks.1.processor.proj_lora1.down.weight": torch.randn(2, width)}
-    tensors |= {"double_blocks.1.processor.proj_lora1.up.weight": torch.randn(width, 2)}
-    for word, shape in (("down", (2, width)), ("up", (width, 2))):
-        tensors[f"mystery.1.lora_{word}.weight"] = torch.randn(shape)
+    """Of T5's layers it would say so in its log, and go on without them."""
+    lost, width, tensors = "text_encoders.t5xxl.transformer.mystery", names("flux").shapes[ALL][0], {}
+    for name in ("lora_unet_double_blocks_0_img_attn_proj", lost):
+        tensors |= {f"{name}.lora_{word}.weight": torch.randn(width, width) for word in ("down", "up")}
     save_file(tensors, tmp_path / "in.safetensors")
-    with pytest.raises(InvalidArgument):
+    assert len(names("flux").family.pipeline.lora_state_dict(tensors)) == 2
+    with pytest.raises(InvalidArgument, match=f"{lost} is no layer of flux that diffusers reads"):
         read(tmp_path / "in.safetensors", names("flux"))
 
 
