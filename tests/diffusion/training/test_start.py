@@ -8,8 +8,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
-from app.adapters import put_adapter
 from app.runs import Weights
+from app.weight_files import put_adapter
 from diffusion.model.lora_files.loras import names, random_factors, random_lora, read, tiny, update
 from diffusion.runs import RESUME, assert_same, final_weights, main, refused, without
 from reslora.diffusion.arguments import Flags
@@ -71,13 +71,16 @@ def test_the_first_output_is_that_of_the_base_plus_the_lora(files, method, file)
     torch.testing.assert_close(predicted(started(files / file, method)), wanted, rtol=0, atol=1e-5)
 
 
-def test_layers_ranks_and_alphas_are_the_files(files):
-    unet = started(files / "peft", "lora")
+@pytest.mark.parametrize(("method", "more"), [("lora", 1), ("lora_x2", 2)])
+def test_layers_ranks_and_alphas_are_the_files(files, method, more):
+    """Doubled where the method doubles alpha."""
+    unet = started(files / "peft", method)
     layers = {name: module for name, module in unet.named_modules() if hasattr(module, "lora_A")}
     assert layers.keys() == some_lora()["unet"].keys()
     for name, factors in some_lora()["unet"].items():
         assert layers[name].r["default"] == factors.rank
-        assert layers[name].lora_alpha["default"] == pytest.approx(factors.scale * factors.rank)
+        assert layers[name].lora_alpha["default"] == pytest.approx(more * factors.scale * factors.rank)
+        assert layers[name].scaling["default"] == pytest.approx(more * factors.scale)
 
 
 @pytest.mark.parametrize(
