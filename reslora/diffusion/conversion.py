@@ -122,11 +122,10 @@ def extraction(args: argparse.Namespace) -> tuple[Parts, Names, dict[str, str], 
     if args.base is None and any((base / name).is_file() for name in ("model_index.json", "config.json")):
         args.base = str(base)
     names, said = names_for(args, [])
-    flags = [f"--extract {path}" for path in (base, tuned)]
-    one, other = (Weights.of(Path(flag.split(" ", 1)[1]), names.family.denoiser, flag) for flag in flags)
+    one, other = (Weights.of(path, names.family.denoiser, f"--extract {path}") for path in (base, tuned))
     parts, errors, others = extracted(one, other, names, args.rank)
     if not parts[names.family.denoiser]:
-        raise InvalidArgument(flags[1], "no layer of it differs from the base", "give a model that was tuned")
+        raise InvalidArgument(other.flag, "no layer of it differs from the base", "give a model that was tuned")
     print(in_words(errors, args.rank))
     for part in names.family.text_names:
         folders = [path / part for path in (base, tuned)]
