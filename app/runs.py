@@ -30,7 +30,7 @@ EXAMPLE = Path(__file__).resolve().parent / "example"
 LOG_NAME = "app.log"
 """What a trainer that the page started has printed."""
 LORA_FILES = (DIFFUSERS_FILE, KOHYA_FILE, COMFYUI_FILE)
-DENOISERS = ("unet", "transformer")
+DENOISERS, ENCODERS = ("unet", "transformer"), ("text_encoder", "text_encoder_2")
 RESULTS = ("merge.json", "exports.json", DIFFUSERS_FILE)
 LARGEST_JSON = 64 * 2**20
 MOST_STEPS = 10**9
@@ -64,6 +64,8 @@ class Weights:
     method: str = ""
     path: Path | None = None
     step: int | None = None
+    encoders: tuple[tuple[str, Path], ...] = ()
+    """Names of the text encoders that were trained, too, and where theirs are; files have them in themselves."""
     config: Path | None = None
     """The adapter_config.json of a file that PEFT wrote."""
 
@@ -250,7 +252,9 @@ class Run:
         for method in self.methods:
             for part in DENOISERS:
                 if (path := self.sound(method, part)) and self.inside(method, part, "config.json"):
-                    found.append(Weights(f"{method}: merged weights", "merged", method, path))
+                    encoders = self.encoders(method)
+                    if encoders is not None:
+                        found.append(Weights(f"{method}: merged weights", "merged", method, path, encoders=encoders))
             for name in self.entries(method):
                 merged = re.fullmatch(r"merged-by-([a-z]+)-(\d+)", name)
                 if merged and (path := self.inside(method, name, DIFFUSERS_FILE)):
@@ -269,10 +273,17 @@ class Run:
             match = re.fullmatch(r"checkpoint-(\d{1,9})", name)
             path = self.sound(method, name) if match else None
             complete = self.inside(method, name, "trainer.json") and self.inside(method, name, wanted)
-            if path is not None and complete:
+            encoders = self.encoders(method, name) if path is not None and complete else None
+            if encoders is not None:
                 step = int(match[1])
-                found.append(Weights(f"{method}: unmerged, step {step}", "adapter", method, path, step))
+                found.append(Weights(f"{method}: unmerged, step {step}", "adapter", method, path, step, encoders))
         return sorted(found, key=lambda weights: -weights.step)
+
+    def encoders(self, *parts: str) -> tuple[tuple[str, Path], ...] | None:
+        """The text encoders in a folder of this run, by name; None where one of them leads out of the run."""
+        found = [(name, self.sound(*parts, name)) for name in self.entries(*parts) if name in ENCODERS]
+        whole = [(name, path) for name, path in found if path is not None]
+        return tuple(whole) if len(whole) == len(found) else None
 
     def find_weights(self, label: str) -> Weights:
         """The weights of that label; `RunError` if this run has none."""

@@ -7,6 +7,7 @@ made on the meta device in a fraction of a second. So switching reloads nothing,
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import queue
 import sys
@@ -23,15 +24,16 @@ from accelerate import PartialState
 from diffusers import DiffusionPipeline
 
 import reslora
-from reslora import export, files
+from reslora import files
 from reslora.common.assets import ASSETS
 from reslora.common.errors import InvalidArgument, first_line
 from reslora.diffusion.arguments import Flags
 from reslora.diffusion.model.families.base import Family
 from reslora.diffusion.model.loading import find_model
 from reslora.diffusion.output.calibration_file import read_calibration
-from reslora.diffusion.output.exports import LORA_FILES
+from reslora.diffusion.output.exports import write_lora
 from reslora.diffusion.settings import check_model_name
+from reslora.diffusion.training.state import targets_of
 from reslora.merges import MERGES
 
 from . import weight_files
@@ -127,6 +129,8 @@ class Studio:
         """From where the pipeline was loaded."""
         self.state = {}
         """The base denoiser's tensors, shared by every skeleton."""
+        self.encoders: dict[str, torch.nn.Module] = {}
+        """The base text encoders that runs may have trained, by name."""
         self.current = None
         """What is in the pipeline's denoiser: path and configuration, their times of change, strength."""
         self.loads = 0
@@ -259,32 +263,53 @@ class Studio:
         setattr(pipeline, model.family.denoiser, denoiser)
         self.loads += 1
         self.pipeline, self.family, self.base, self.state = pipeline, model.family, base, denoiser.state_dict()
-        self.current = (None, 0, None, 0, 1.0)
+        self.encoders = {part.name: getattr(pipeline, part.name) for part in model.family.trainable}
+        self.current = None
 
     def _use(self, run: Run | None, weights: Weights, strength: float) -> None:
         """Puts the weights into the pipeline; `RunError` if they cannot be loaded, which leaves those before."""
-        files = (weights.path, changed(weights.path), weights.config, changed(weights.config))
-        wanted = (*files, 1.0 if weights.kind == "base" else strength)
+        files = (weights.path, weights.config, *(path for _, path in weights.encoders))
+        wanted = (*files, *map(changed, files), 1.0 if weights.kind == "base" else strength)
         if self.current == wanted:
             return
-        denoiser = self._skeleton()
+        parts = {self.family.denoiser: self._skeleton()} | self._encoders()
         try:
-            if weights.kind == "merged":
-                weight_files.put_merged(denoiser, weights, strength)
-            elif weights.kind == "file":
-                weight_files.put_file(self.pipeline, self.family.denoiser, denoiser, weights, strength)
-            elif weights.kind == "adapter":
-                weight_files.put_adapter(denoiser, run.config, weights, strength)
+            self._put(parts, run, weights, strength)
         except RunError:
             raise
         except (ValueError, RuntimeError) as error:  # ours say in one line which layer does not fit
             raise RunError(f"{weights.label}: {without_folders(error, weights.path)}.") from None
         except Exception as error:  # damaged
             raise RunError(f"{weights.label} does not fit this model or is damaged ({type(error).__name__}).") from None
-        # Not `denoiser.to`: diffusers' own warns about every cast.
-        denoiser = torch.nn.Module.to(denoiser, self.pipeline.device, self.pipeline.dtype).eval()
-        setattr(self.pipeline, self.family.denoiser, denoiser)
+        for name, part in parts.items():
+            # Not `part.to`: diffusers' own warns about every cast.
+            part = torch.nn.Module.to(part, self.pipeline.device, self.pipeline.dtype).eval()
+            setattr(self.pipeline, name, part)
         self.current = wanted
+
+    def _put(self, parts: dict[str, torch.nn.Module], run: Run | None, weights: Weights, strength: float) -> None:
+        """Puts the weights into what is to become the pipeline's denoiser and text encoders."""
+        if weights.kind == "file":
+            weight_files.put_file(self.pipeline, parts, weights, strength)
+        for name, path in ((self.family.denoiser, weights.path), *weights.encoders):
+            one = replace(weights, path=path)
+            if weights.kind == "merged" and name in parts:
+                weight_files.put_merged(parts[name], one, strength)
+            elif weights.kind == "adapter" and name in parts:
+                targets = targets_of(run.config["target_modules"]) if path == weights.path else self._targets(name)
+                weight_files.put_adapter(parts[name], run.config, targets, one, strength)
+
+    def _targets(self, name: str) -> list[str] | str:
+        """The layers of a text encoder that the trainer adapts."""
+        (part,) = [part for part in self.family.trainable if part.name == name]
+        return part.targets_in(self.encoders[name])
+
+    def _encoders(self) -> dict[str, torch.nn.Module]:
+        """Text encoders with the base tensors in them: shared, not copied."""
+        return {
+            name: copy.deepcopy(encoder, {id(tensor): tensor for tensor in (*encoder.parameters(), *encoder.buffers())})
+            for name, encoder in self.encoders.items()
+        }
 
     def _skeleton(self) -> torch.nn.Module:
         """A denoiser with the base tensors in it: shared, not copied."""
@@ -315,15 +340,18 @@ class Studio:
                 raise RunError(f"It cannot be merged: {without_folders(error, run.folder)}.") from None
 
     def _merge(self, run: Run, checkpoint: Weights, method: str) -> dict:
-        denoiser = torch.nn.Module.to(self._skeleton(), dtype=torch.float32)
-        reslora.load(denoiser, checkpoint.path)
-        report = reslora.merge(denoiser, method=method, calibration=calibration_of(run)).to_dict()
+        made, report, parts = self._encoders(), {}, {}
+        made[self.family.denoiser] = self._skeleton()
+        for name, path in ((self.family.denoiser, checkpoint.path), *checkpoint.encoders):
+            parts[name] = torch.nn.Module.to(made[name], dtype=torch.float32)
+            reslora.load(parts[name], path)
+            encoder = name if path != checkpoint.path else None
+            found = reslora.merge(parts[name], method=method, calibration=calibration_of(run, encoder)).to_dict()
+            report |= {encoder: found} if encoder else found
         folder = checkpoint.path.parent / f"merged-by-{method}-{checkpoint.step}"
         with files.replacing(folder) as temporary:
             temporary.mkdir()
-            export.export_diffusers(denoiser, temporary, prefix=self.family.denoiser)
-            for name in self.family.lora_files:
-                LORA_FILES[name](denoiser, temporary / name, self.family, {})
+            write_lora(parts, temporary, self.family, {})
             files.write_json(temporary / "merge.json", report)
         return report
 
@@ -363,9 +391,9 @@ def base_of(run: Run | None) -> Base:
     return Base(named, vae, **settings, folder=str(run.folder) if is_file else "")
 
 
-def calibration_of(run: Run) -> list[dict] | None:
-    """The samples that the run's own merge has read, in batches; None if it kept none."""
-    path = run.inside("reslora", "calibration.safetensors")
+def calibration_of(run: Run, encoder: str | None = None) -> list[dict] | None:
+    """What the run's own merge of the denoiser, or of a text encoder, has read, in batches; None if it kept none."""
+    path = run.inside("reslora", f"calibration{f'-{encoder}' if encoder else ''}.safetensors")
     return None if path is None else read_calibration(path)
 
 

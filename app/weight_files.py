@@ -13,19 +13,23 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import convert_unet_state_dict_to_peft
+from diffusers.utils import (
+    convert_state_dict_to_diffusers,
+    convert_state_dict_to_peft,
+    convert_unet_state_dict_to_peft,
+)
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 import reslora
 from reslora.checkpoint import PEFT_PREFIX
 from reslora.common.adapters import attach, load_adapter
 from reslora.common.methods import METHODS, AdapterSettings, adapter_config
 from reslora.diffusion.training.checkpoints import RECORD
-from reslora.diffusion.training.state import targets_of
 from reslora.export import PEFT_CONFIG_FILE, PEFT_FILE
 from reslora.files import read_object
 from reslora.ranks import changes_base
@@ -46,11 +50,14 @@ PEFT_FIELDS += ("layers_to_transform", "layers_pattern")
 """What of PEFT's configuration says which layers have a plain LoRA, and how it is scaled."""
 
 
-def put_merged(denoiser: nn.Module, weights: Weights, strength: float) -> None:
-    """Whole merged weights; another strength lies on the line from the base through them, as with a LoRA's scale."""
-    present, merged = denoiser.state_dict(), {}
+def put_merged(model: nn.Module, weights: Weights, strength: float) -> None:
+    """Whole merged weights of a denoiser or a text encoder.
+
+    Another strength lies on the line from the base through them, as with a LoRA's scale.
+    """
+    present, merged = model.state_dict(), {}
     for file in sorted(weights.path.glob("*.safetensors")):
-        merged.update(load_file(file))
+        merged.update(in_names_of(model, load_file(file)))
     refuse_others(weights.label, merged, {name: tensor.shape for name, tensor in present.items()})
     for name, value in merged.items():
         base = present[name]
@@ -58,12 +65,13 @@ def put_merged(denoiser: nn.Module, weights: Weights, strength: float) -> None:
             merged[name] = value.to(base) if strength == 1.0 else base
         else:
             merged[name] = torch.lerp(base.float(), value.to(base.device).float(), strength).to(base.dtype)
-    denoiser.load_state_dict(merged, assign=True)
+    model.load_state_dict(merged, assign=True)
 
 
-def put_file(pipeline: DiffusionPipeline, part: str, denoiser: nn.Module, weights: Weights, strength: float) -> None:
-    """A LoRA file in a form that diffusers reads; only what is for the denoiser, the pipeline's `part`, is used."""
-    path, label = weights.path, weights.label
+def put_file(pipeline: DiffusionPipeline, parts: Mapping[str, nn.Module], weights: Weights, strength: float) -> None:
+    """A LoRA file in a form that diffusers reads; what is for `parts` is used: the denoiser, then text encoders."""
+    path, label, (part, *encoders) = weights.path, weights.label, parts
+    denoiser = parts[part]
     check_adapter_file(path, label)
     in_file = load_file(path)
     refuse_halves(label, in_file)
@@ -76,35 +84,47 @@ def put_file(pipeline: DiffusionPipeline, part: str, denoiser: nn.Module, weight
             path.parent, weight_name=path.name, use_safetensors=True, unet_config=denoiser.config, return_alphas=True,
             return_lora_metadata=True,
         )  # fmt: skip
-    state = {name: value for name, value in state.items() if name.startswith(f"{part}.")}
-    if not state:
+    of = {part: {name: value for name, value in state.items() if name.startswith(f"{part}.")} for part in parts}
+    if not of[part]:
         raise RunError(f"{label}: there are no LoRA weights for this model's denoiser in it.")
     # The names that diffusers is about to use, whichever the file has.
-    given = refuse_misfits(label, convert_unet_state_dict_to_peft(state), denoiser, in_file)
+    given = refuse_misfits(label, convert_unet_state_dict_to_peft(of[part]), denoiser, in_file)
     refuse_absent(label, part, metadata or {}, denoiser, given)
-    load = getattr(pipeline, f"load_lora_into_{part}")
     options = {"adapter_name": "default", "metadata": metadata, "network_alphas": alphas[0] if alphas else None}
+    for name in (name for name in encoders if of[name]):
+        named = convert_state_dict_to_peft(convert_state_dict_to_diffusers(of[name]))
+        given = refuse_misfits(label, in_names_of(parts[name], named), parts[name], in_file)
+        refuse_absent(label, name, metadata or {}, parts[name], given)
+        pipeline.load_lora_into_text_encoder(
+            of[name], text_encoder=parts[name], prefix=name, lora_scale=strength, **options
+        )
+    state, load = of[part], getattr(pipeline, f"load_lora_into_{part}")
     taken = inspect.signature(load).parameters  # those of transformers know no alphas
     load(state, **{part: denoiser}, **{name: value for name, value in options.items() if name in taken})
     if strength != 1.0:
         denoiser.set_adapters("default", strength)
 
 
-def put_adapter(denoiser: nn.Module, config: dict, weights: Weights, strength: float) -> None:
-    """An unmerged checkpoint: with its shortcuts, as it was trained."""
+def in_names_of(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by the names of the model: newer transformers have no `text_model` in CLIP, but its files do."""
+    flat = isinstance(model, PreTrainedModel) and not hasattr(model, "text_model")
+    return {name.replace("text_model.", "", 1) if flat else name: value for name, value in tensors.items()}
+
+
+def put_adapter(model: nn.Module, config: dict, targets: list[str] | str, weights: Weights, strength: float) -> None:
+    """An unmerged checkpoint of a denoiser or a text encoder: with its shortcuts, as it was trained."""
     if METHODS[weights.method].shortcuts:
-        reslora.load(denoiser, weights.path)
+        reslora.load(model, weights.path)
     else:
-        targets = targets_of(config["target_modules"])
         settings = AdapterSettings(config["rank"], config["lora_alpha"], 0.0, targets, total_steps=0)
         adapter, record = adapter_config(weights.method, settings), read_object(weights.path / RECORD)
         for name in ("rank_pattern", "alpha_pattern"):  # of a run that went on from a LoRA
             if name in record:
                 setattr(adapter, name, record[name])
-        attach(denoiser, adapter)
-        load_adapter(denoiser, weights.path)
-    refuse_not_finite(weights.label, {name: p for name, p in denoiser.named_parameters() if ".lora_" in name})
-    for module in denoiser.modules():
+        attach(model, adapter, in_place=True)
+        load_adapter(model, weights.path)
+    refuse_not_finite(weights.label, {name: p for name, p in model.named_parameters() if ".lora_" in name})
+    for module in model.modules():
         if isinstance(module, LoraLayer):
             module.scaling["default"] *= strength
 

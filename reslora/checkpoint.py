@@ -16,9 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers import PreTrainedModel
 
 from .chains import Block, Chain, Chains, base_model, lora_layers, refused, stays_plain, unwrap
 from .common.errors import first_line
@@ -238,6 +246,8 @@ def _attach(model: nn.Module, lora: LoraConfig, adapter_name: str, saved: _Saved
             return model
         if saved.wrapped or not hasattr(model, "add_adapter"):
             return get_peft_model(model, lora, adapter_name=adapter_name)
+        if isinstance(model, PreTrainedModel):  # whose `add_adapter` may refuse this PEFT
+            return inject_adapter_in_model(lora, model, adapter_name)
         model.add_adapter(lora, adapter_name=adapter_name)
         return model
     except Exception as error:  # PEFT checks little of a configuration before it uses it

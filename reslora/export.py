@@ -14,6 +14,7 @@ A connected model has no plain weights yet: merge it first.
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import json
 import os
@@ -82,7 +83,7 @@ def export_peft(model: nn.Module, directory: str | os.PathLike, adapter_name: st
 
 
 def export_diffusers(
-    denoiser: nn.Module,
+    denoiser: nn.Module | Mapping[str, nn.Module],
     directory: str | os.PathLike,
     adapter_name: str = "default",
     prefix: str = "unet",
@@ -90,18 +91,19 @@ def export_diffusers(
 ) -> Path:
     """Writes `pytorch_lora_weights.safetensors` into `directory` and returns its path.
 
-    `prefix` is the denoiser's name in the pipeline, `metadata` further strings for the file's header, which also gets
-    kohya's hash of the tensors. The scaling is folded into B and the header says alpha = rank for each layer, so that
-    readers which ignore it agree with those that do not. Raises `ValueError` if the adapter is connected or not plain
-    LoRA.
+    `prefix` is the denoiser's name in the pipeline; where text encoders were trained, too, give all models by these
+    names instead. `metadata`: further strings for the file's header, which also gets kohya's hash of the tensors. The
+    scaling is folded into B and the header says alpha = rank for each layer, so that readers which ignore it agree with
+    those that do not. Raises `ValueError` if the adapter is connected or not plain LoRA.
     """
     path = Path(directory) / DIFFUSERS_FILE
-    write_diffusers(path, {prefix: _factors_of(denoiser, adapter_name)}, metadata)
+    named = denoiser if isinstance(denoiser, Mapping) else {prefix: denoiser}
+    write_diffusers(path, {name: _factors_of(model, adapter_name) for name, model in named.items()}, metadata)
     return path
 
 
 def export_kohya(
-    denoiser: nn.Module,
+    denoiser: nn.Module | Mapping[str, nn.Module],
     path: str | os.PathLike,
     adapter_name: str = "default",
     metadata: dict[str, str] | None = None,
@@ -111,11 +113,16 @@ def export_kohya(
 
     All layers get one alpha a, with up-weights rescaled by s r_n / a, because diffusers applies the commonest alpha to
     every layer. `rename`: from a layer's name in diffusers to its name where kohya's scripts have another. `metadata`:
-    further strings for the file's header (`ss_...`), which also gets kohya's hash of the tensors. Returns the path.
+    further strings for the file's header (`ss_...`), which also gets kohya's hash of the tensors. Where text encoders
+    were trained, too, give all models by the prefixes of their layers (`lora_unet`, `lora_te`). Returns the path.
     """
-    layers = _factors_of(denoiser, adapter_name)
-    names = {name: "lora_unet_" + rename(name).replace(".", "_") for name in layers}
-    write_kohya(path, {names[name]: factors for name, factors in layers.items()}, metadata)
+    named = denoiser if isinstance(denoiser, Mapping) else {"lora_unet": denoiser}
+    layers = {
+        f"{prefix}_{rename(name).replace('.', '_')}": factors
+        for prefix, model in named.items()
+        for name, factors in _factors_of(model, adapter_name).items()
+    }
+    write_kohya(path, layers, metadata)
     return Path(path)
 
 
@@ -148,16 +155,18 @@ def write_diffusers(
     packed: dict[str, Any] = {}
     for prefix, named in parts.items():
         layers |= {f"{prefix}.{name}": factors for name, factors in named.items()}
-        ranks = {name.removeprefix("text_model."): factors.rank for name, factors in named.items()}
-        anchor = "" if ranks.keys() != named.keys() else "^"
-        common = commonest(ranks.values())
-        pattern = {anchor + re.escape(name): rank for name, rank in ranks.items() if rank != common}
+        common = commonest(factors.rank for factors in named.values())
+        pattern = {
+            "^" + re.escape(name).replace(r"text_model\.", r"(text_model\.)?"): factors.rank
+            for name, factors in named.items()
+            if factors.rank != common
+        }
         config = {
             "r": common,
             "lora_alpha": common,
             "rank_pattern": pattern,
             "alpha_pattern": pattern,
-            "target_modules": sorted(ranks),
+            "target_modules": sorted(name.removeprefix("text_model.") for name in named),
         }
         packed |= {f"{prefix}.{key}": value for key, value in config.items()}
     write_folded(
@@ -233,12 +242,18 @@ def lora_config(layers: Mapping[str, Factors]) -> LoraConfig:
 
 
 def _factors_of(model: nn.Module, adapter_name: str) -> dict[str, Factors]:
-    """The plain LoRA of every layer that has one, by name."""
-    layers = lora_layers(_plain(model, adapter_name), adapter_name)
+    """The plain LoRA of every layer that has one, by its name in files."""
+    base = _plain(model, adapter_name)
     return {
-        name: Factors(*_factors(name, layer, adapter_name), layer.scaling[adapter_name])
-        for name, layer in layers.items()
+        _in_files(base, name): Factors(*_factors(name, layer, adapter_name), layer.scaling[adapter_name])
+        for name, layer in lora_layers(base, adapter_name).items()
     }
+
+
+def _in_files(base: nn.Module, name: str) -> str:
+    """A layer's name in files: newer transformers have CLIP's text model flat, its readers know it as it was."""
+    flat = type(base).__name__ == "CLIPTextModel" and not name.startswith("text_model.")
+    return f"text_model.{name}" if flat else name
 
 
 def _tensors_hash(tensors: dict[str, torch.Tensor]) -> str:
@@ -247,18 +262,24 @@ def _tensors_hash(tensors: dict[str, torch.Tensor]) -> str:
     return hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
 
 
-def export_merged(denoiser: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> Path:
-    """Writes the base model with the adapter's weights added, summed in float32 and cast, as a diffusers model folder.
+def export_merged(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> Path:
+    """Writes the base model with the adapter's weights added, summed in float32 and cast, as `save_pretrained` does.
 
-    Works for any PEFT adapter whose layers know their weight update. `denoiser` itself stays. Returns the folder.
+    For diffusers' and transformers' models, with any PEFT adapter whose layers know their weight update. `model` itself
+    stays. Returns the folder.
     """
-    base = _plain(denoiser, adapter_name)
-    with torch.device("meta"):
-        plain = type(base).from_config(base.config)
-    plain.load_state_dict(merged_state_dict(base, adapter_name), assign=True)
+    base = _plain(model, adapter_name)
+    state = merged_state_dict(base, adapter_name)
+    if hasattr(type(base), "from_config"):
+        with torch.device("meta"):
+            plain = type(base).from_config(base.config)
+        plain.load_state_dict(state, assign=True)
+        save = plain.save_pretrained
+    else:
+        save = functools.partial(base.save_pretrained, state_dict=state)
     with replacing(directory) as temporary:
         try:
-            plain.save_pretrained(str(temporary))
+            save(str(temporary))
         except SafetensorError as error:  # a full disk, say, which is an OSError to whoever writes files
             raise OSError(f"{directory}: {error}") from error
     return Path(directory)

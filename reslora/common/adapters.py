@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from peft import AdaLoraConfig, LoKrConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoKrConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.adalora import AdaLoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, ModulesToSaveWrapper
@@ -80,11 +80,13 @@ def attach(
     config: PeftConfig,
     shortcuts: ResLoraConfig | None = None,
     example_inputs: dict | None = None,
+    in_place: bool = False,
 ) -> nn.Module:
     """Gives a bare `model` the adapter of `config`, connects it as `shortcuts` says, and returns the model to train.
 
-    transformers' and other models are wrapped (`get_peft_model`), diffusers' get it in place (`add_adapter`) and are
-    returned themselves. `example_inputs` as in `reslora.connect`. Weights come from torch's random state.
+    transformers' and other models are wrapped (`get_peft_model`) unless `in_place`; diffusers' always get it in place
+    (`add_adapter`). Then it is the model itself that is returned. `example_inputs` as in `reslora.connect`. Weights
+    come from torch's random state.
 
     Raises `ValueError` for targets that match nothing or that the method cannot adapt, for a rank larger than a layer,
     or for a shortcut without a link.
@@ -92,7 +94,7 @@ def attach(
     check_rank(model, config)
     if isinstance(config, AdaLoraConfig):
         _refuse_convolutions(model, config)
-    adapted = _add(model, config, in_place=_takes_adapters(model))
+    adapted = _add(model, config, in_place or _takes_adapters(model))
     if shortcuts is not None:
         connect(adapted, shortcuts, example_inputs=example_inputs)
     return adapted
@@ -163,6 +165,8 @@ def _add(model: nn.Module, config: PeftConfig, in_place: bool) -> nn.Module:
         # `add_adapter` would throw away what allocates the ranks. A plain attribute: no `state_dict` sees it.
         model._rank_allocator = RankAllocator(AdaLoraModel(model, config, _DEFAULT))
         model._hf_peft_config_loaded = True
+    elif isinstance(model, PreTrainedModel):
+        inject_adapter_in_model(config, model)  # `add_adapter` of newer transformers refuses this PEFT
     else:
         model.add_adapter(config)
     return model

@@ -121,6 +121,8 @@ class Method:
     """Whether DeepSpeed can train it."""
     quantised: bool = True
     """Whether PEFT has it for frozen weights in 4 bits."""
+    parts: bool = True
+    """Whether it can train several models at once, such as a denoiser and its text encoders."""
     least_steps: int = 1
     """With fewer it cannot move its ranks."""
 
@@ -138,7 +140,7 @@ METHODS = {
         Method("reslora", "ResLoRA", "LoRA with shortcuts", "#e8590c", lora, shortcuts=True),
         Method(
             "adalora", "AdaLoRA", "LoRA that moves ranks between layers", "#2f9e44", adalora,
-            adalora_as_lora, deepspeed=False, least_steps=3,
+            adalora_as_lora, deepspeed=False, parts=False, least_steps=3,
         ),
         Method("loha", "LoHa", "Hadamard products of two", "#9c36b5", loha, None, quantised=False),
         Method("lokr", "LoKr", "Kronecker products", "#0c8599", lokr, None, quantised=False),
@@ -170,6 +172,14 @@ def refuse_deepspeed(names: Iterable[str]) -> None:
     for name in names:
         if not METHODS[name].deepspeed:
             problem, fix = "reads gradients that DeepSpeed keeps to itself", "train it without DeepSpeed"
+            raise InvalidArgument(f"--method {name}", problem, fix)
+
+
+def refuse_parts(names: Iterable[str]) -> None:
+    """Raises `InvalidArgument` for the first of these methods that cannot train text encoders beside a denoiser."""
+    for name in names:
+        if not METHODS[name].parts:
+            problem, fix = "moves ranks within one model, and --train_text_encoder trains several", "leave one out"
             raise InvalidArgument(f"--method {name}", problem, fix)
 
 

@@ -190,6 +190,9 @@ def add_method_flags(add: Callable) -> None:
     add("--target_modules", nargs="+", metavar="NAME",
         help="layers of the denoiser that get an adapter, by the end of their name; or one regular expression of "
              "their whole names")
+    add("--train_text_encoder", **SWITCH,
+        help="train the CLIP text encoders, too: their attention gets the same adapter, with shortcuts between their "
+             "own layers; Stable Diffusion, SDXL, SD 3, Flux.1. T5 stays as it is")
     add("--shortcut", choices=SHORTCUTS, default="input",
         help="ResLoRA: what a block gets from the blocks before it")
     add("--pre_num", type=whole(-1), default=DEFAULT_PRE_NUM,
@@ -280,6 +283,8 @@ def add_training_flags(add: Callable) -> None:
 def add_optimizer_flags(add: Callable) -> None:
     """AdamW and its learning rate."""
     add("--learning_rate", type=number(0, exclusive=True), help="highest learning rate")
+    add("--text_encoder_lr", type=number(0, exclusive=True),
+        help="learning rate of the text encoders; default: --learning_rate. The schedule is the same")
     add("--scale_lr", **SWITCH, help="multiply it by batch size, accumulation steps and processes")
     add("--lr_scheduler", default="constant", help="how it changes",
         choices=["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",

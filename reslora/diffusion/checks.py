@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import torch
@@ -14,8 +15,11 @@ from ..chains import Chains, chains
 from ..common.adapters import check_rank, narrowest_layer
 from ..common.errors import InvalidArgument, first_line, refused_as
 from ..common.methods import METHODS
+from ..tracing import meta_copy
 from .arguments import DEFAULT_PRE_NUM, DEFAULT_RANK, Flags, listed
+from .context import Context
 from .data.buckets import named_buckets
+from .model.families import FAMILIES, load_family
 from .model.families.base import Family
 from .model.loading import Model
 from .model.quantising import try_format
@@ -83,15 +87,43 @@ def check_methods(flags: Flags, model: Model, accelerator: Accelerator, start: S
         denoiser = model.empty_denoiser()
         if method == flags.method[0]:
             check_targets(denoiser, flags, accelerator)
+        config = config_of(method, flags, total_steps=1000, start=start)
         try:
-            check_rank(denoiser, config_of(method, flags, total_steps=1000, start=start))
+            check_rank(denoiser, config)
         except ValueError as error:
             raise InvalidArgument(f"--rank {flags.rank}", *first_line(error).split(": ", 1)) from None
         argument = f"--method {method}, --target_modules {' '.join(flags.target_modules)}"
         with refused_as(argument, "change the flag it is about", (ValueError, RuntimeError)):
-            add_adapter(denoiser, method, flags, total_steps=1000, start=start)
+            add_adapter(denoiser, method, flags, config)
         if METHODS[method].shortcuts:
             tell_what_is_not_linked(chains(denoiser), flags, accelerator)
+
+
+def check_family(flags: Flags, model: Model) -> None:
+    """Refuse --train_text_encoder for a family whose encoders are not trained."""
+    if flags.train_text_encoder and not model.family.trainable:
+        can = [load_family(name) for name in FAMILIES]
+        names = ", ".join(family.name for family in can if family.trainable)
+        problem = f"the text encoder of {model.family.name} is not trained"
+        raise InvalidArgument("--train_text_encoder", problem, f"leave it out, or give a model of {names}")
+
+
+def check_encoders(pipeline: DiffusionPipeline, context: Context) -> None:
+    """Try every method on the text encoders that train, without weights, and say which do not."""
+    flags, family = context.flags, context.model.family
+    for part, method in itertools.product(context.encoders, flags.method):
+        encoder = meta_copy(getattr(pipeline, part.name))
+        config = config_of(method, flags, total_steps=1000, targets=part.targets_in(encoder))
+        try:
+            add_adapter(encoder, method, flags, config, part)
+        except (ValueError, RuntimeError) as error:
+            fix = "change the flag it is about, or leave --train_text_encoder out"
+            raise InvalidArgument(f"--method {method}, {part.name}", first_line(error), fix) from None
+    if context.encoders:
+        stays = [name for name in family.frozen_text_parts if name.startswith("text_encoder")]
+        trains = " and ".join(part.name for part in context.encoders)
+        left = f"; {', '.join(stays)} stays as it is" if stays else ""
+        context.accelerator.print(f"--train_text_encoder: {trains} beside the {family.denoiser}{left}")
 
 
 def tell_what_is_not_linked(plan: Chains, flags: Flags, accelerator: Accelerator) -> None:

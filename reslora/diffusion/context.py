@@ -13,6 +13,7 @@ from ..common.signals import StopRequest
 from .arguments import Flags
 
 if TYPE_CHECKING:
+    from .model.families.base import Part
     from .model.loading import Model
     from .training.start import Start
 
@@ -32,6 +33,11 @@ class Context:
     def folder(self) -> Path:
         """Where the run writes."""
         return Path(self.flags.output_dir)
+
+    @property
+    def encoders(self) -> tuple[Part, ...]:
+        """The text encoders that train."""
+        return self.model.family.trainable if self.flags.train_text_encoder else ()
 
     @property
     def dtype(self) -> torch.dtype:

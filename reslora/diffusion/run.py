@@ -13,7 +13,7 @@ from ..common.errors import InvalidArgument
 from ..common.signals import StopRequest
 from ..common.together import decided, each, gathered
 from .arguments import Flags
-from .checks import check_base_precision, check_methods, check_pipeline, with_rank
+from .checks import check_base_precision, check_encoders, check_family, check_methods, check_pipeline, with_rank
 from .context import Context
 from .data.class_images import load_class_images, missing_class_images
 from .data.dataset import ImageDataset, data_flag
@@ -77,6 +77,7 @@ def run(flags: Flags, stop: StopRequest) -> None:
 def settle(flags: Flags, accelerator: Accelerator, stop: StopRequest) -> Context:
     """The model, and the flags with all that it and accelerate decide; from here on they do not change."""
     model = find_model(flags, accelerator)
+    check_family(flags, model)
     start = each(lambda: read_start(flags, model)) if flags.init_lora else None
     if start is not None:
         flags = with_start(flags, start)
@@ -109,10 +110,13 @@ def load_and_check(context: Context) -> tuple[DiffusionPipeline, Objective]:
     """The pipeline without its denoiser, and the objective; refuses whatever can be refused before encoding."""
     flags, model, accelerator = context.flags, context.model, context.accelerator
     check_base_precision(flags, context.dtype, accelerator)
-    pipeline = model.load_pipeline(context.dtype, accelerator.device, encoders=not flags.cache_text_embeddings)
+    pipeline = model.load_pipeline(
+        context.dtype, accelerator.device, encoders=not flags.cache_text_embeddings, trainable=bool(context.encoders)
+    )
     check_pipeline(flags, pipeline, model.family)
     objective = objective_of(flags, model.family, pipeline)
     check_methods(flags, model, accelerator, context.start)
+    check_encoders(pipeline, context)
     return pipeline, objective
 
 
@@ -121,9 +125,10 @@ def start_method(
 ) -> Learner:
     """A method at its start."""
     denoiser = context.model.load_denoiser(context.dtype, context.accelerator.device, context.flags.base_precision)
+    parts = {context.model.family.denoiser: denoiser} | context.model.load_encoders(context.encoders, pipeline)
     loss = DenoisingLoss(context, material.objective, pipeline, denoiser.config)
     renew_scaler(context.accelerator)
-    return new_learner(method, Trained({context.model.family.denoiser: denoiser}, loss), schedule, context)
+    return new_learner(method, Trained(parts, loss), schedule, context)
 
 
 def go_on(learner: Learner, resume: Resume, context: Context) -> None:
@@ -144,7 +149,7 @@ def train_and_export(
     """The steps that are left of a method, and its exports."""
     flags, accelerator, folder = context.flags, context.accelerator, context.folder / learner.method
     loss = learner.trained.loss
-    drawer = Drawer(loss.pipeline, context.model.family, material.texts, flags)
+    drawer = Drawer(loss.pipeline, context.model.family, material.texts, flags, context.encoders)
 
     def export() -> None:
         write_exports(folder, flags, identity, schedule, export_method(learner, material, drawer, schedule, context))

@@ -15,7 +15,7 @@ from typing import Any
 from ..common.assets import ASSETS
 from ..common.checks import check_writable
 from ..common.errors import InvalidArgument, first_line, refused_as
-from ..common.methods import METHODS, any_with_shortcuts, check_steps
+from ..common.methods import METHODS, any_with_shortcuts, check_steps, refuse_parts
 from ..merges import MERGES
 from ..shortcuts import PLAIN, shortcut_class
 from .arguments import DEFAULTS, ONE_OR_SEVERAL, Flags, build_parser, listed
@@ -161,6 +161,11 @@ def check_flags(flags: Flags) -> None:
     if flags.aspect_ratio_buckets and len(listed(flags.resolution)) > 1:
         sides = " ".join(map(str, flags.resolution))
         raise InvalidArgument(f"--resolution {sides}", "--aspect_ratio_buckets names all sizes", "give one side")
+    if flags.text_encoder_lr and not flags.train_text_encoder:
+        problem = "no text encoder is trained"
+        raise InvalidArgument(f"--text_encoder_lr {flags.text_encoder_lr:g}", problem, "add --train_text_encoder")
+    if flags.train_text_encoder:
+        refuse_parts(flags.method)
     check_packages(flags)
     check_start(flags)
     check_schedule(flags)

@@ -50,9 +50,13 @@ def setting(
     flags = with_family(parse_args(words), family.defaults)
     pipeline = StableDiffusionPipeline.from_pretrained(folder)
     objective = DdpmObjective(pipeline.scheduler, flags.snr_gamma)
-    with torch.no_grad():
-        texts = {caption: family.encode_captions(pipeline, [caption], None) for caption in CAPTIONS}
-    texts = {caption: {name: value[0].double() for name, value in text.items()} for caption, text in texts.items()}
+    if flags.train_text_encoder:
+        pipeline.text_encoder.double().requires_grad_(False)
+        texts = {caption: {} for caption in CAPTIONS}
+    else:
+        with torch.no_grad():
+            texts = {caption: family.encode_captions(pipeline, [caption], None) for caption in CAPTIONS}
+        texts = {caption: {name: value[0].double() for name, value in text.items()} for caption, text in texts.items()}
     images = SimpleNamespace(captions=[[CAPTIONS[index % 2]] for index in range(IMAGES)])
     train, held_out = tuple(range(IMAGES - 2)), (IMAGES - 2, IMAGES - 1)
     source = Source(images, RandomLatents(), train, held_out, (SIZE,), (0,) * IMAGES)
@@ -66,12 +70,13 @@ def setting(
 
 def learner_of(denoiser: torch.nn.Module, loss: DenoisingLoss, accelerator: Accelerator) -> Learner:
     """ResLoRA in float64, with random B, by plain gradient descent: AdamW would blow rounding up."""
-    trained = Trained({"unet": denoiser}, loss)
+    encoders = {part.name: encoder for part, encoder in zip(loss.parts, loss.encoders, strict=True)}
+    trained = Trained({"unet": denoiser, **encoders}, loss)
     made = new_learner("reslora", trained, Schedule(STEPS, STEPS, 0, False), loss.context)
-    denoiser.double()
+    trained.double()
     draws = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for name, parameter in denoiser.named_parameters():
+        for name, parameter in trained.named():
             if "lora_B" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=draws) * 0.1)
     made.optimizer = torch.optim.SGD(made.parameters, lr=1.0)
@@ -79,9 +84,9 @@ def learner_of(denoiser: torch.nn.Module, loss: DenoisingLoss, accelerator: Acce
     return made
 
 
-def trained(folder: Path, batch: int, accumulation: int) -> dict[str, torch.Tensor]:
+def trained(folder: Path, batch: int, accumulation: int, *flags: str) -> dict[str, torch.Tensor]:
     """The adapter and the loss after every step."""
-    words = ["--train_batch_size", str(batch), "--gradient_accumulation_steps", str(accumulation)]
+    words = ["--train_batch_size", str(batch), "--gradient_accumulation_steps", str(accumulation), *flags]
     accelerator = Accelerator(gradient_accumulation_steps=accumulation, cpu=shares_the_cpu())
     material, loss, denoiser = setting(folder, accelerator, *words)
     learner = learner_of(denoiser, loss, accelerator)
@@ -91,16 +96,16 @@ def trained(folder: Path, batch: int, accumulation: int) -> dict[str, torch.Tens
     found = {}
     for step in range(STEPS):
         found[f"loss {step}"] = take_step(learner, batches, loss.context)
-        for name, parameter in denoiser.named_parameters():
+        for name, parameter in learner.trained.named():
             if parameter.requires_grad:
                 found[f"{name} {step}"] = parameter.detach().clone()
     found["processes"] = torch.tensor(accelerator.num_processes)
     return found
 
 
-def main(model: str, batch: str, accumulation: str, file: str) -> None:
+def main(model: str, batch: str, accumulation: str, file: str, *flags: str) -> None:
     """Trains, and leaves in a file what rank 0 has."""
-    found = trained(Path(model), int(batch), int(accumulation))
+    found = trained(Path(model), int(batch), int(accumulation), *flags)
     # The wrapped model must be gone first: now and then it waits for ever where it is the last to hold the group.
     gc.collect()
     torch.distributed.destroy_process_group()

@@ -38,11 +38,12 @@ RANDOM_CROPS = 4  # crops cached for an image of another shape than its size: th
 class Texts:
     """Text states by caption, read from disk when they are asked for."""
 
-    encoded: Encoded
+    encoded: Encoded | None
+    """None: all text encoders train, and there is nothing to be kept."""
     places: dict[str, int]
 
     def __getitem__(self, caption: str) -> dict[str, torch.Tensor]:
-        return self.encoded.read(self.places[caption])
+        return self.encoded.read(self.places[caption]) if self.encoded else {}
 
     def __contains__(self, caption: str) -> bool:
         return caption in self.places
@@ -75,10 +76,13 @@ def encode_texts(
 ) -> Texts:
     """Text states of each distinct caption; the encoders are loaded only if some are not on disk yet.
 
-    `key` stands for the encoders' weights and precision.
+    `key` stands for the encoders' weights and precision. Where some train, what the others make of the captions.
     """
     family, longest = context.model.family, context.flags.max_sequence_length
     texts = list(dict.fromkeys(texts))
+    if context.encoders and not family.frozen_text_parts:
+        return Texts(None, {text: place for place, text in enumerate(texts)})
+    encode_captions = family.encode_frozen if context.encoders else family.encode_captions
     keys = [derive(key, longest, text) for text in texts]
     encoded = Encoded(cache_folder(context.flags), f"captions-{derive(key, longest):016x}", keys)
     loaded: list[DiffusionPipeline] = []
@@ -89,7 +93,7 @@ def encode_texts(
             context.stop.check("stopped before training began")
             captions = [texts[number] for number in numbers[start : start + CAPTIONS_AT_ONCE]]
             with torch.no_grad():
-                states = family.encode_captions(loaded[0], captions, longest)
+                states = encode_captions(loaded[0], captions, longest)
             for position in range(len(captions)):
                 yield [{name: value[position] for name, value in states.items()}]
 

@@ -49,7 +49,8 @@ def material_of(
 def texts_of(captions: Sequence[Sequence[str]], pipeline: DiffusionPipeline, context: Context) -> Texts:
     """Text states of the prompts and, where they are encoded beforehand, of all captions."""
     flags, model = context.flags, context.model
-    key = (model.family.name, model.fingerprint(*model.family.text_parts), str(context.dtype))
+    parts = model.family.frozen_text_parts if context.encoders else model.family.text_parts
+    key = (model.family.name, model.fingerprint(*parts), str(context.dtype))
     prompts = ["", *(flags.validation_prompt or captions[0][:1])]
 
     def load_encoders() -> DiffusionPipeline:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +28,7 @@ from ..folder import cache_folder
 from ..seeds import derive
 from ..settings import check_pipeline_class, read_index
 from .families import FAMILIES, load_family
-from .families.base import Family
+from .families.base import Family, Part
 from .quantising import pack
 
 # What diffusers calls the models inside single files, and their pipelines; other names are not trained here.
@@ -66,14 +66,16 @@ class Model:
         return f"content {derive(*marks):x}"
 
     def load_pipeline(
-        self, dtype: torch.dtype, device: torch.device, encoders: bool, vae: bool = True
+        self, dtype: torch.dtype, device: torch.device, encoders: bool, vae: bool = True, trainable: bool = False
     ) -> DiffusionPipeline:
         """The pipeline without its denoiser, in `dtype`; with text encoders and autoencoder where they are wanted.
 
-        With text encoders, something that has no more than the denoiser's configuration is in its place.
+        `trainable`: with the encoders that can be trained even where the others are not wanted. With all of them,
+        something that has no more than the denoiser's configuration is in its place.
         """
         left_out = [self.family.denoiser, *self.family.unused_parts, *([] if vae else ["vae"])]
-        left_out += [] if encoders else self.family.text_parts
+        if not encoders:
+            left_out += self.family.frozen_text_parts if trainable else self.family.text_parts
         # Some pipelines, such as Stable Diffusion 3 without T5, say that they lack a part and still ask for it.
         left_out += [part for part, kind in self.index.items() if kind == [None, None]]
         given: dict[str, Any] = {name: None for name in left_out}
@@ -116,6 +118,17 @@ class Model:
         if base_precision != "no":
             pack(denoiser, base_precision, device)
         return denoiser.to(device)
+
+    def load_encoders(self, parts: Sequence[Part], pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
+        """Text encoders by name, frozen and fresh from their files, in the pipeline in the place of those it has."""
+        for part in parts:
+            before = getattr(pipeline, part.name)
+            with refused_as(self.flag, "repair the folder"):
+                encoder = type(before).from_pretrained(
+                    self.folder / part.name, variant=self.variant, dtype=before.dtype, use_safetensors=True
+                )
+            setattr(pipeline, part.name, encoder.requires_grad_(False).to(before.device))
+        return {part.name: getattr(pipeline, part.name) for part in parts}
 
     def empty_denoiser(self) -> nn.Module:
         """The denoiser without weights, after checking that its files are whole and of the shapes it has."""

@@ -13,15 +13,19 @@ from torch import nn
 from ..arguments import Flags, listed
 from ..data.batch import changed, stack_texts
 from ..data.encoding import Texts
-from ..model.families.base import Family, Text
+from ..model.families.base import Family, Part, Text
 from ..seeds import derive
+from ..training.denoising import evaluating
 
 
 class Drawer:
     """Draws prompts with the pipeline around any denoiser; each image has a seed of its own."""
 
-    def __init__(self, pipeline: DiffusionPipeline, family: Family, texts: Texts, flags: Flags) -> None:
+    def __init__(
+        self, pipeline: DiffusionPipeline, family: Family, texts: Texts, flags: Flags, encoders: Sequence[Part] = ()
+    ) -> None:
         self.pipeline, self.family, self.texts, self.flags = pipeline, family, texts, flags
+        self.encoders = encoders  # those of the pipeline that train
 
     def draw(
         self, denoiser: nn.Module, prompts: Sequence[str], images: int, between_steps: Callable[[], None] = lambda: None
@@ -33,15 +37,15 @@ class Drawer:
         seeds = [
             (prompt, derive(self.flags.seed, "sample", p, i)) for p, prompt in enumerate(prompts) for i in range(images)
         ]
-        training, drawn, size = denoiser.training, [], self.flags.train_batch_size
-        before = getattr(self.pipeline, self.family.denoiser)
-        setattr(self.pipeline, self.family.denoiser, denoiser.eval())
+        drawn, size, before = [], self.flags.train_batch_size, getattr(self.pipeline, self.family.denoiser)
+        encoders = [getattr(self.pipeline, part.name) for part in self.encoders]
+        setattr(self.pipeline, self.family.denoiser, denoiser)
         try:
-            for start in range(0, len(seeds), size):
-                drawn += self._batch(seeds[start : start + size], between_steps)
+            with evaluating(denoiser, *encoders):
+                for start in range(0, len(seeds), size):
+                    drawn += self._batch(seeds[start : start + size], between_steps)
         finally:
             setattr(self.pipeline, self.family.denoiser, before)
-            denoiser.train(training)
         return drawn
 
     def _batch(self, seeds: Sequence[tuple[str, int]], between_steps: Callable[[], None]) -> list[np.ndarray]:
@@ -64,8 +68,15 @@ class Drawer:
     def _text(self, captions: Sequence[str]) -> Text:
         # In the pipeline's precision: some make the latents in that of the text states.
         vae = self.pipeline.vae
-        states = stack_texts([self.texts[caption] for caption in captions])
-        return changed(states, lambda value: value.to(vae.device, vae.dtype, non_blocking=True))
+
+        def ready(text: Text) -> Text:
+            return changed(text, lambda value: value.to(vae.device, vae.dtype, non_blocking=True))
+
+        states = ready(stack_texts([self.texts[caption] for caption in captions]))
+        if not self.encoders:
+            return states
+        with torch.no_grad():
+            return ready(self.family.encode_trained(self.pipeline, captions, states))
 
 
 def as_bytes(drawn: np.ndarray) -> np.ndarray:

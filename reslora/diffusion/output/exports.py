@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +26,12 @@ from ..arguments import listed
 from ..context import Context
 from ..data.samples import CalibrationSamples, Material
 from ..model.families.base import Family
+from ..model.lora_files.writing import peft_folder
 from ..training.checkpoints import EXPORTS
-from ..training.denoising import DenoisingLoss
+from ..training.denoising import DenoisingLoss, evaluating
 from ..training.schedule import Schedule
-from ..training.state import Learner, add_adapter
+from ..training.state import Learner, add_adapters
+from ..training.trained import Trained
 from .calibration_file import write_calibration
 from .drawing import Drawer, as_bytes, as_image
 from .reports import save_images
@@ -36,9 +39,13 @@ from .reports import save_images
 TOLERANCE = 2  # of 255: largest difference of any pixel between the merged model and an export read back
 
 
+Parts = Mapping[str, nn.Module]
+"""What was trained, by its name in the pipeline, the denoiser first."""
+
+
 @dataclass(frozen=True)
 class Merged:
-    """How the shortcuts of a ResLoRA method were merged away, and what the merge read."""
+    """How the shortcuts of a part of a ResLoRA method were merged away, and what the merge read."""
 
     plan: Chains
     report: MergeReport
@@ -63,27 +70,29 @@ def export_method(
     if not shown:
         prompts, images = [next((text for text in material.texts.places if text), "")], 1
     with exact_products(), in_float32(drawer):
-        denoiser = exact_denoiser(learner, schedule, context)
-        merged = merge_reslora(denoiser, learner.trained.loss, material) if METHODS[method].shortcuts else None
+        parts = exact_parts(learner, schedule, context)
+        merged = merge_reslora(parts, learner.trained.loss, material) if METHODS[method].shortcuts else {}
         if plain_lora := METHODS[method].plain_lora:
-            denoiser = plain_lora(denoiser)
+            parts = {name: plain_lora(part) for name, part in parts.items()}
+        denoiser = next(iter(parts.values()))
         drawn = drawer.draw(denoiser.eval(), prompts, images)
         reference, *_ = [finite(image, method) for image in drawn]
-        if merged is not None:
+        if merged:
             write_merge(merged, folder)
-            accelerator.print(f"{method}: {merged.report}")
+        for number, (name, part) in enumerate(merged.items()):
+            accelerator.print(f"{method}: {f'{name} ' if number else ''}{part.report}")
         (folder / EXPORTS).unlink(missing_ok=True)  # until all files are of this merge
-        write_formats(denoiser, method, kohya_metadata(denoiser.config, material, schedule, context), context)
+        write_formats(parts, method, kohya_metadata(denoiser.config, material, schedule, context), context)
         if shown:
             save_images(folder / "merged", [as_image(image) for image in drawn], images)
         differences = {}
-        for name, other in read_back(denoiser, method, drawer, context):
+        for name, other in read_back(parts, method, drawer, context):
             picture = finite(drawer.draw(other, prompts[:1], 1)[0], f"{method}/{name}")
             differences[name] = int(np.abs(picture.astype(int) - reference.astype(int)).max())
             if differences[name] > TOLERANCE:
                 problem = f"its image differs by {differences[name]}/255 from the merged model's"
                 raise RunFailed(f"{method}/{name}: {problem}; {TOLERANCE}/255 is allowed")
-    return differences
+    return differences | {part.name: differences[context.model.family.denoiser] for part in context.encoders}
 
 
 def finite(drawn: np.ndarray, what: str) -> np.ndarray:
@@ -121,37 +130,61 @@ def in_float32(drawer: Drawer) -> Iterator[None]:
         drawer.pipeline.to(dtype)
 
 
-def exact_denoiser(learner: Learner, schedule: Schedule, context: Context) -> nn.Module:
-    """The trained denoiser in float32: the one that was trained, or where its base is rounded or packed, anew."""
+def exact_parts(learner: Learner, schedule: Schedule, context: Context) -> dict[str, nn.Module]:
+    """What was trained, by name, in float32: as it is, or where a base is rounded or packed, anew."""
     flags, model, accelerator = context.flags, context.model, context.accelerator
     plain = accelerator.mixed_precision == "no" and flags.base_precision == "no"
     if plain and learner.denoiser.dtype == torch.float32:
-        return learner.denoiser
-    denoiser = model.load_denoiser(torch.float32, accelerator.device)
-    add_adapter(denoiser, learner.method, flags, schedule.steps, context.start)
-    load_adapter(denoiser, context.folder / learner.method / f"checkpoint-{learner.step}")
-    return denoiser
+        return dict(learner.trained.parts)
+    parts = {model.family.denoiser: model.load_denoiser(torch.float32, accelerator.device)}
+    parts |= model.load_encoders(context.encoders, learner.trained.loss.pipeline)
+    trained = Trained(parts, learner.trained.loss)
+    add_adapters(trained, learner.method, schedule, context)
+    for place, part in trained.places(context.folder / learner.method / f"checkpoint-{learner.step}"):
+        load_adapter(part, place)
+    return parts
 
 
 # -- merging -----------------------------------------------------------------------------------------------------------
 
 
-def merge_reslora(denoiser: nn.Module, loss: DenoisingLoss, material: Material) -> Merged:
-    """Folds the shortcuts into plain LoRA weights; raises `RunFailed` for weights that have diverged."""
-    plan, calibration = chains(denoiser), calibration_batches(loss, material)
-    try:
-        report = merge(denoiser, method=material.flags.merge, calibration=calibration or None)
-    except ValueError as error:
-        advice = "where numbers are not finite, training has diverged: start again with a lower --learning_rate"
-        raise RunFailed(f"reslora: it cannot be merged ({first_line(error)}); {advice}") from None
-    return Merged(plan, report, calibration)
+def merge_reslora(parts: Parts, loss: DenoisingLoss, material: Material) -> dict[str, Merged]:
+    """Folds the shortcuts into plain LoRA weights, part by part; raises `RunFailed` for weights that have diverged."""
+    merged, denoiser = {}, next(iter(parts))
+    with calls_of_encoders(loss) as calibration:
+        calibration[denoiser] = calibration_batches(loss, material)
+    for name, part in parts.items():
+        plan = chains(part)
+        try:
+            report = merge(part, method=material.flags.merge, calibration=calibration[name] or None)
+        except ValueError as error:
+            advice = "where numbers are not finite, training has diverged: start again with a lower --learning_rate"
+            raise RunFailed(f"reslora: it cannot be merged ({first_line(error)}); {advice}") from None
+        merged[name] = Merged(plan, report, calibration[name])
+    return merged
 
 
 @torch.no_grad()
 def calibration_batches(loss: DenoisingLoss, material: Material) -> list[dict]:
     """The denoiser's keyword arguments, in float32, for the training samples that a merge may read."""
     read = CalibrationSamples(material).batches(material.flags.merge_calibration_samples)
-    return [as_float32(loss.inputs(batch)[0]) for batch in read]
+    with evaluating(*loss.encoders):
+        return [as_float32(loss.inputs(loss.encoded(batch))[0]) for batch in read]
+
+
+@contextlib.contextmanager
+def calls_of_encoders(loss: DenoisingLoss) -> Iterator[dict[str, list[dict]]]:
+    """The keyword arguments with which each text encoder that trains is called in the body: tokenised captions."""
+    calls: dict[str, list[dict]] = {part.name: [] for part in loss.parts}
+
+    def note(found: list[dict], encoder: nn.Module, args: tuple, kwargs: dict) -> None:
+        found.append({"input_ids": args[0]} | kwargs)
+
+    with contextlib.ExitStack() as stack:
+        for found, encoder in zip(calls.values(), loss.encoders, strict=True):
+            hook = encoder.register_forward_pre_hook(functools.partial(note, found), with_kwargs=True)
+            stack.callback(hook.remove)
+        yield calls
 
 
 def as_float32(value: Any) -> Any:
@@ -163,37 +196,51 @@ def as_float32(value: Any) -> Any:
     return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
-def write_merge(merged: Merged, folder: Path) -> None:
-    """`chains.json`, `merge.json`, and the samples that the merge read."""
-    write_json(folder / "chains.json", merged.plan.to_dict())
-    write_json(folder / "merge.json", merged.report.to_dict())
-    if merged.calibration:
-        write_calibration(folder / "calibration.safetensors", merged.calibration)
+def write_merge(merged: Mapping[str, Merged], folder: Path) -> None:
+    """`chains.json`, `merge.json`, and what the merges read: of the denoiser, and below its name of each encoder."""
+    denoiser, *encoders = merged
+    for file, found in (
+        ("chains.json", {name: part.plan.to_dict() for name, part in merged.items()}),
+        ("merge.json", {name: part.report.to_dict() for name, part in merged.items()}),
+    ):
+        write_json(folder / file, found[denoiser] | {name: found[name] for name in encoders})
+    for name, part in merged.items():
+        if part.calibration:
+            mark = "" if name == denoiser else f"-{name}"
+            write_calibration(folder / f"calibration{mark}.safetensors", part.calibration)
 
 
 # -- exporting ---------------------------------------------------------------------------------------------------------
 
 
-def write_formats(denoiser: nn.Module, method: str, metadata: dict[str, str], context: Context) -> None:
+def write_formats(parts: Parts, method: str, metadata: dict[str, str], context: Context) -> None:
     """Every format that the method can be written in."""
     family, folder = context.model.family, context.folder / method
-    export.export_peft(denoiser, folder / "peft")
-    export.export_merged(denoiser, folder / family.denoiser)
+    for name, part in parts.items():
+        export.export_peft(part, peft_folder(folder / "peft", name, family))
+        export.export_merged(part, folder / name)
     if METHODS[method].plain_lora:
-        export.export_diffusers(denoiser, folder, prefix=family.denoiser, metadata=metadata)
-        for file in family.lora_files:
-            LORA_FILES[file](denoiser, folder / file, family, metadata)
+        write_lora(parts, folder, family, metadata)
 
 
-def write_kohya(denoiser: nn.Module, path: Path, family: Family, metadata: dict[str, str]) -> None:
+def write_lora(parts: Parts, folder: Path, family: Family, metadata: dict[str, str]) -> None:
+    """Plain LoRA in diffusers' format and the family's others, all parts in each file."""
+    export.export_diffusers(parts, folder, metadata=metadata)
+    for file in family.lora_files:
+        LORA_FILES[file](parts, folder / file, family, metadata)
+
+
+def write_kohya(parts: Parts, path: Path, family: Family, metadata: dict[str, str]) -> None:
     """kohya's format, with the names that its scripts have for the family's layers."""
-    config = denoiser.config
-    export.export_kohya(denoiser, path, metadata=metadata, rename=lambda name: family.kohya_name(config, name) or name)
+    config = parts[family.denoiser].config
+    prefixes = {family.denoiser: "lora_unet"} | {name: kohya for name, (kohya, _) in family.text_names.items()}
+    named = {prefixes[name]: part for name, part in parts.items()}
+    export.export_kohya(named, path, metadata=metadata, rename=lambda name: family.kohya_name(config, name) or name)
 
 
-def write_comfyui(denoiser: nn.Module, path: Path, family: Family, metadata: dict[str, str]) -> None:
-    """ComfyUI's format: diffusers' layers below `diffusion_model`."""
-    export.export_comfyui(denoiser, path, metadata=metadata)
+def write_comfyui(parts: Parts, path: Path, family: Family, metadata: dict[str, str]) -> None:
+    """ComfyUI's format: diffusers' layers below `diffusion_model`; of families whose text encoders do not train."""
+    export.export_comfyui(parts[family.denoiser], path, metadata=metadata)
 
 
 LORA_FILES = {KOHYA_FILE: write_kohya, COMFYUI_FILE: write_comfyui}
@@ -224,12 +271,16 @@ def kohya_metadata(config: Mapping, material: Material, schedule: Schedule, cont
     }
 
 
-def read_back(denoiser: nn.Module, method: str, drawer: Drawer, context: Context) -> Iterator[tuple[str, nn.Module]]:
-    """Each export's name and the denoiser that stock diffusers or PEFT makes of it, one at a time."""
-    model, folder = context.model, context.folder / method
+def read_back(parts: Parts, method: str, drawer: Drawer, context: Context) -> Iterator[tuple[str, nn.Module]]:
+    """Each export's name and the denoiser that stock diffusers or PEFT makes of it, one at a time.
+
+    The text encoders that train are in the pipeline, as it makes them.
+    """
+    model, folder, device = context.model, context.folder / method, context.accelerator.device
     name, pipeline = model.family.denoiser, drawer.pipeline
-    before = getattr(pipeline, name)
-    remove_adapters(denoiser)
+    before, denoiser = getattr(pipeline, name), parts[name]
+    for part in parts.values():
+        remove_adapters(part)
     for file in (DIFFUSERS_FILE, *model.family.lora_files) if METHODS[method].plain_lora else ():
         setattr(pipeline, name, denoiser)
         pipeline.load_lora_weights(folder, weight_name=file)
@@ -237,7 +288,11 @@ def read_back(denoiser: nn.Module, method: str, drawer: Drawer, context: Context
         setattr(pipeline, name, denoiser)
         pipeline.unload_lora_weights()
         setattr(pipeline, name, before)
-    yield "peft", PeftModel.from_pretrained(denoiser, folder / "peft").get_base_model()
+    for part in parts:
+        PeftModel.from_pretrained(parts[part], peft_folder(folder / "peft", part, model.family))  # in place
+    yield "peft", denoiser
     remove_adapters(denoiser)
     denoiser.to("meta")
-    yield name, model.family.denoiser_class.from_pretrained(folder / name).to(context.accelerator.device)
+    for part in context.encoders:
+        setattr(pipeline, part.name, type(parts[part.name]).from_pretrained(folder / part.name).to(device))
+    yield name, model.family.denoiser_class.from_pretrained(folder / name).to(device)

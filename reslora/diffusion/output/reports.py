@@ -20,7 +20,7 @@ from ...common.together import decided
 from ...files import replacing
 from ..arguments import Flags
 from ..data.samples import Material, ValidationSamples
-from ..training.denoising import DenoisingLoss
+from ..training.denoising import DenoisingLoss, evaluating
 from ..training.schedule import Schedule
 from ..training.state import Learner
 from .drawing import Drawer, as_image
@@ -132,11 +132,9 @@ class Validation:
 
     def mean_loss(self, denoiser: nn.Module) -> float:
         """Mean unweighted loss on the held-out images, with the same noise and timesteps at every call."""
-        samples, training = ValidationSamples(self.material), denoiser.training
-        denoiser.eval()
-        with torch.no_grad(), self.accelerator.autocast():
+        samples = ValidationSamples(self.material)
+        with evaluating(denoiser, *self.loss.encoders), torch.no_grad(), self.accelerator.autocast():
             losses = [self.loss(denoiser, batch, weighted=False) for batch in samples.batches()]
-        denoiser.train(training)
         return torch.cat(losses).mean().item()
 
     def _draw(self, learner: Learner, reports: Reports) -> None:

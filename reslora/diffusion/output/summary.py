@@ -19,6 +19,7 @@ from ..arguments import Flags, listed
 
 COLUMNS = 9  # at most so many steps are shown beside each other
 NOT_UPLOADED = ["*/checkpoint-*", "*/.*", ".*", "app.log", "config.json", "*/unet/*", "*/transformer/*", "cache/*"]
+NOT_UPLOADED += ["*/text_encoder*/model*", "*/text_encoder*/config.json"]  # the merged one: PEFT's have other names
 
 
 def write_figures(flags: Flags, held_out: int) -> None:
@@ -62,6 +63,8 @@ def print_summary(flags: Flags) -> None:
         COMFYUI_FILE: "ComfyUI",
         "peft": "PeftModel.from_pretrained(denoiser, folder)",
         "unet": "merged weights: UNet2DConditionModel.from_pretrained(folder)",
+        "text_encoder": "merged weights: the text encoder's from_pretrained(folder)",
+        "text_encoder_2": "merged weights: the text encoder's from_pretrained(folder)",
         "transformer": "merged weights: the transformer's from_pretrained(folder)",
     }
     for method in flags.method:

@@ -245,7 +245,8 @@ def write_checkpoint(learner: Learner, path: Path, state: dict, record: dict) ->
         set_aside(path)
     with replacing(path) as temporary:
         temporary.mkdir()
-        save_adapter(learner.denoiser, temporary)
+        for place, part in learner.trained.places(temporary):
+            save_adapter(part, place)
         buffer = io.BytesIO()  # torch.save's own writing names no cause where a disk is full
         torch.save(state, buffer)
         (temporary / STATE).write_bytes(buffer.getbuffer())
@@ -307,7 +308,8 @@ def load_checkpoint(learner: Learner, checkpoint: Path, accelerator: Accelerator
     try:
         state = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
         record = json.loads((checkpoint / RECORD).read_text(encoding="utf-8"))
-        load_adapter(learner.denoiser, checkpoint)
+        for place, part in learner.trained.places(checkpoint):
+            load_adapter(part, place)
         learner.load_state(state, record["step"], record["seconds"], accelerator)
     except Exception as error:  # out of memory, another version's state: every reader and device has errors of its own
         raise RunFailed(f"{learner.method}: {cannot_be_loaded(checkpoint, error)}") from None

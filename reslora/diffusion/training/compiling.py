@@ -8,6 +8,7 @@ reordering all gradients are those of the model that is not compiled.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,7 +48,9 @@ def checked(batches: Iterator[Batch], learner: Learner, context: Context) -> Ite
         return batches
     tolerance = TOLERANCE if accelerator.mixed_precision == "no" else HALF_TOLERANCE
     seen, error, differs = [], 0.0, False
-    with learner.timed(), _unrecorded(learner.denoiser):
+    with learner.timed(), contextlib.ExitStack() as stack:
+        for part in learner.trained.parts.values():
+            stack.enter_context(_unrecorded(part))
         for batch in islice(batches, ATTEMPTS):
             seen.append(batch)
             error = _error(learner, batch, accelerator)
@@ -89,9 +92,9 @@ def _gradients(learner: Learner, batch: Batch) -> list[torch.Tensor]:
 
 
 @contextmanager
-def _unrecorded(denoiser: nn.Module) -> Iterator[None]:
-    """Leaves the recorded norms of a connected denoiser as they were before its body."""
-    connection = connection_of(denoiser)
+def _unrecorded(model: nn.Module) -> Iterator[None]:
+    """Leaves the recorded norms of a connected model as they were before its body."""
+    connection = connection_of(model)
     norms = connection.wires.norms if connection else None
     kept = copy.deepcopy((norms.values, norms.pushed)) if norms else None
     yield

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
@@ -19,9 +23,11 @@ class DenoisingLoss:
     def __init__(self, context: Context, objective: Objective, pipeline: DiffusionPipeline, config: dict) -> None:
         self.family, self.objective, self.pipeline = context.model.family, objective, pipeline
         self.config, self.dtype, self.flags = config, context.dtype, context.flags
+        self.parts = context.encoders
 
     def __call__(self, denoiser: nn.Module, batch: Batch, weighted: bool = True) -> torch.Tensor:
-        """Loss of each sample of a batch; the denoiser alone computes in the precision of autocast."""
+        """Loss of each sample of a batch; only what trains computes in the precision of autocast."""
+        batch = self.encoded(batch)
         with torch.autocast(self.pipeline.vae.device.type, enabled=False):
             inputs, target, timesteps = self.inputs(batch)
         prediction = self.family.prediction(denoiser(**inputs, return_dict=False), target).float()
@@ -29,6 +35,21 @@ class DenoisingLoss:
         if weighted:
             weight = self.objective.weight(timesteps) * batch.weight.to(timesteps.device)
         return loss_per_sample(prediction, target.float(), weight)
+
+    @property
+    def encoders(self) -> list[nn.Module]:
+        """The text encoders that train."""
+        return [getattr(self.pipeline, part.name) for part in self.parts]
+
+    def encoded(self, batch: Batch) -> Batch:
+        """The batch with the captions encoded by the encoders that train; as it is where there are none."""
+        if not self.parts:
+            return batch
+        text = batch.to(self.pipeline.vae.device).text
+        if text is None:
+            with torch.no_grad(), torch.autocast(self.pipeline.vae.device.type, enabled=False):
+                text = self.family.encode_frozen(self.pipeline, batch.caption, self.flags.max_sequence_length)
+        return dataclasses.replace(batch, text=self.family.encode_trained(self.pipeline, batch.caption, text))
 
     def inputs(self, batch: Batch) -> tuple[dict, torch.Tensor, torch.Tensor]:
         """The denoiser's keyword arguments for a batch, what it should predict, and the timesteps."""
@@ -53,3 +74,16 @@ class DenoisingLoss:
             with torch.no_grad():
                 return self.family.encode_captions(self.pipeline, batch.caption, self.flags.max_sequence_length)
         return batch.text
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Runs its body with the models in eval mode, and leaves each in the mode it had."""
+    modes = [model.training for model in models]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for model, mode in zip(models, modes, strict=True):
+            model.train(mode)

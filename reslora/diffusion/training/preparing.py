@@ -30,10 +30,11 @@ def prepare(learner: Learner, context: Context) -> None:
     if flags.enable_xformers_memory_efficient_attention:
         denoiser.enable_xformers_memory_efficient_attention()
     if flags.gradient_checkpointing:
-        enable_gradient_checkpointing(denoiser)
+        for part in learner.trained.parts.values():
+            enable_gradient_checkpointing(part)
     learner.model, learner.optimizer = context.accelerator.prepare(learner.trained.train(), learner.optimizer)
     if learner.awaited:
-        load_full_state(learner.zero_optimizer, denoiser.named_parameters(), learner.awaited)
+        load_full_state(learner.zero_optimizer, learner.trained.named(), learner.awaited)
         learner.awaited = None
     if flags.compile:
         learner.trained.use_compiler()

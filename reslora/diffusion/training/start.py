@@ -54,7 +54,7 @@ def read_start(flags: Flags, model: Model) -> Start:
     parts = read_parts(read_content(path, flag), names)
     layers = parts.pop(model.family.denoiser, {})
     if parts or not layers:
-        problem = f"it has layers of {', '.join(parts)}, which are not trained here"
+        problem = f"it has layers of {', '.join(parts)}, and only the denoiser goes on from a LoRA"
         raise InvalidArgument(flag, problem, "give a LoRA of the denoiser alone")
     mark = folder_mark(path) if path.is_dir() else content_mark(path)
     return Start(layers, expression_of(layers, names.modules), f"content {mark}")

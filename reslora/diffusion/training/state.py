@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ from ...common.methods import METHODS, AdapterSettings, adapter_config
 from ...config import ResLoraConfig
 from ..arguments import Flags
 from ..context import Context
+from ..model.families.base import Part
 from ..seeds import derive
 from .schedule import Schedule
 from .start import Start
@@ -75,7 +77,7 @@ class Learner:
         """All but the adapter that a resumed run needs to equal an uninterrupted one; with DeepSpeed, collective."""
         deepspeed = uses_deepspeed(accelerator)
         return {
-            "optimizer": full_state(self.zero_optimizer, self.denoiser.named_parameters())
+            "optimizer": full_state(self.zero_optimizer, self.trained.named())
             if deepspeed
             else self.optimizer.state_dict(),
             "lr_scheduler": self.lr_scheduler.state_dict(),
@@ -103,8 +105,9 @@ class Learner:
 def new_learner(method: str, trained: Trained, schedule: Schedule, context: Context) -> Learner:
     """The method at its start, on bare parts."""
     flags, denoiser = context.flags, trained.denoiser
-    add_adapter(denoiser, method, flags, schedule.steps, context.start)
-    optimizer = new_optimizer([p for p in trained.parameters() if p.requires_grad], flags, context.accelerator)
+    add_adapters(trained, method, schedule, context)
+    first, *others = [[p for p in part.parameters() if p.requires_grad] for part in trained.parts.values()]
+    optimizer = new_optimizer(first, flags, context.accelerator, of_encoders=list(itertools.chain(*others)))
     lr_scheduler = get_scheduler(
         flags.lr_scheduler, optimizer, step_rules=flags.lr_step_rules, num_warmup_steps=schedule.warmup_steps,
         num_training_steps=schedule.steps,
@@ -112,21 +115,35 @@ def new_learner(method: str, trained: Trained, schedule: Schedule, context: Cont
     return Learner(method, trained, optimizer, lr_scheduler, rank_allocator(denoiser), trained)
 
 
-def add_adapter(denoiser: nn.Module, method: str, flags: Flags, total_steps: int, start: Start | None = None) -> None:
-    """Gives the denoiser the method's adapter, in place, with weights drawn from the seed, or those of `start`."""
-    config = config_of(method, flags, total_steps, start)
-    torch.manual_seed(derive(flags.seed, "adapter"))
-    attach(denoiser, config, shortcuts_of(flags) if METHODS[method].shortcuts else None)
-    cast_training_params(denoiser, dtype=torch.float32)
+def add_adapters(trained: Trained, method: str, schedule: Schedule, context: Context) -> None:
+    """Gives every part the method's adapter; the denoiser's goes on from a LoRA where the run does."""
+    flags, start = context.flags, context.start
+    add_adapter(trained.denoiser, method, flags, config_of(method, flags, schedule.steps, start=start))
     if start is not None:
-        start.copy_to(denoiser)
+        start.copy_to(trained.denoiser)
+    for part in context.encoders:
+        encoder = trained.parts[part.name]
+        add_adapter(encoder, method, flags, config_of(method, flags, schedule.steps, part.targets_in(encoder)), part)
 
 
-def config_of(method: str, flags: Flags, total_steps: int, start: Start | None = None) -> PeftConfig:
-    """PEFT's configuration of the method's adapter; with the ranks and alphas of each layer of `start`."""
+def add_adapter(model: nn.Module, method: str, flags: Flags, config: PeftConfig, part: Part | None = None) -> None:
+    """Gives the denoiser, or another `part`, the method's adapter, in place, with weights drawn from the seed."""
+    torch.manual_seed(derive(flags.seed, "adapter", *([part.name] if part else [])))
+    attach(model, config, shortcuts_of(flags) if METHODS[method].shortcuts else None, in_place=True)
+    cast_training_params(model, dtype=torch.float32)
+
+
+def config_of(
+    method: str, flags: Flags, total_steps: int, targets: list[str] | str | None = None, start: Start | None = None
+) -> PeftConfig:
+    """PEFT's configuration of the method's adapter, on the denoiser's targets or others.
+
+    With `start`, each of its layers has its own rank and alpha.
+    """
     settings = AdapterSettings(
-        r=flags.rank, alpha=flags.lora_alpha, dropout=flags.lora_dropout, targets=targets_of(flags.target_modules),
-        total_steps=total_steps, init_lora_weights="gaussian",  # as in diffusers' scripts
+        r=flags.rank, alpha=flags.lora_alpha, dropout=flags.lora_dropout,
+        targets=targets or targets_of(flags.target_modules), total_steps=total_steps,
+        init_lora_weights="gaussian",  # as in diffusers' scripts
     )  # fmt: skip
     config = adapter_config(method, settings)
     if start is not None:
@@ -144,11 +161,17 @@ def targets_of(names: list[str]) -> list[str] | str:
     return names[0] if len(names) == 1 and re.search(r"[\\^$*+?()\[\]{}|]", names[0]) else names
 
 
-def new_optimizer(parameters: list[nn.Parameter], flags: Flags, accelerator: Accelerator) -> torch.optim.Optimizer:
-    """AdamW, or bitsandbytes' 8-bit AdamW."""
+def new_optimizer(
+    parameters: list, flags: Flags, accelerator: Accelerator, of_encoders: Sequence[nn.Parameter] = ()
+) -> torch.optim.Optimizer:
+    """AdamW, or bitsandbytes' 8-bit AdamW; parameters of text encoders are a group with a rate of its own."""
     per_step = flags.gradient_accumulation_steps * flags.train_batch_size * accelerator.num_processes
+    scale = per_step if flags.scale_lr else 1
+    if of_encoders:
+        rate = scale * (flags.text_encoder_lr or flags.learning_rate)
+        parameters = [{"params": parameters}, {"params": of_encoders, "lr": rate}]
     options = {
-        "lr": flags.learning_rate * (per_step if flags.scale_lr else 1),
+        "lr": flags.learning_rate * scale,
         "betas": (flags.adam_beta1, flags.adam_beta2),
         "weight_decay": flags.adam_weight_decay,
         "eps": flags.adam_epsilon,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -28,6 +29,16 @@ class Trained(nn.Module):
     def denoiser(self) -> nn.Module:
         """The part that predicts."""
         return next(iter(self.parts.values()))
+
+    def places(self, folder: Path) -> Iterator[tuple[Path, nn.Module]]:
+        """Where in a folder each part has its files: the denoiser in it, a text encoder in one of its name below."""
+        for name, part in self.parts.items():
+            yield (folder if part is self.denoiser else folder / name), part
+
+    def named(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters by name: the denoiser's by its own, those of a text encoder below its name in the pipeline."""
+        for name, part in self.parts.items():
+            yield from part.named_parameters(prefix="" if part is self.denoiser else name)
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Loss of each sample."""

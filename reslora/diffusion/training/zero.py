@@ -61,6 +61,9 @@ def full_state(optimizer: ZeROOptimizer, named: Iterable[tuple[str, nn.Parameter
     base, parameters = optimizer.optimizer, {}
     # Of one flat tensor for each group, all stepped together.
     step = max((int(state["step"]) for state in base.state.values() if state), default=0)
+    if step:  # DeepSpeed has linked parameters and moments within the first step, before a second group had moments
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
     for name, parameter in named:
         if parameter.requires_grad:
             parameters[name] = {"weight": safe_get_full_fp32_param(parameter).cpu()}

@@ -179,12 +179,13 @@ def folder_of(path: Path) -> Path:
 def compared(folder: Path, monkeypatch, drawn: float, read: float) -> dict:
     """What `export_method` finds where the merged model draws one value, and an export of it another."""
     (folder / "exports.json").write_text("{}")  # of an earlier merge
-    monkeypatch.setattr(results, "exact_denoiser", lambda *_: Picture(drawn))
+    monkeypatch.setattr(results, "exact_parts", lambda *_: {"unet": Picture(drawn)})
     monkeypatch.setattr(results, "in_float32", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(results, "write_formats", lambda *_: None)
     monkeypatch.setattr(results, "read_back", lambda *_: [("peft", Picture(read))])
     monkeypatch.setattr(results, "kohya_metadata", lambda *_: {})
-    flags = Flags(validation_prompt=["red disc"], num_validation_images=1, output_dir=str(folder.parent))
+    shown = {"validation_prompt": ["red disc"], "num_validation_images": 1, "train_text_encoder": False}
+    flags = Flags(**shown, output_dir=str(folder.parent))
     learner, accelerator = SimpleNamespace(method=folder.name), SimpleNamespace(print=lambda *_: None)
     return results.export_method(learner, None, Picture(0), None, Context(flags, None, accelerator, None))
 

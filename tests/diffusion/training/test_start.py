@@ -12,11 +12,12 @@ from app.runs import Weights
 from app.weight_files import put_adapter
 from diffusion.model.lora_files.loras import names, random_factors, random_lora, read, tiny, update
 from diffusion.runs import RESUME, assert_same, final_weights, main, refused, without
+from reslora.common.adapters import ADAPTER_NAME
 from reslora.diffusion.arguments import Flags
 from reslora.diffusion.model.families import load_family
 from reslora.diffusion.model.loading import Model
 from reslora.diffusion.training.start import expression_of, read_start, with_start
-from reslora.diffusion.training.state import add_adapter
+from reslora.diffusion.training.state import add_adapter, config_of, targets_of
 from reslora.export import Factors, write_diffusers, write_kohya, write_peft
 
 STARTS = [("lora", "kohya.safetensors"), ("lora", "peft"), ("lora", "diffusers.safetensors")]
@@ -48,7 +49,9 @@ def started(path, method: str) -> torch.nn.Module:
     model = Model(tiny("stable_diffusion"), load_family("StableDiffusionPipeline"), "--model")
     start = read_start(flags, model)
     unet = UNet2DConditionModel.from_pretrained(tiny("stable_diffusion") / "unet")
-    add_adapter(unet, method, with_start(flags, start), 4, start)
+    flags = with_start(flags, start)
+    add_adapter(unet, method, flags, config_of(method, flags, 4, start=start))
+    start.copy_to(unet)
     return unet.double().eval()
 
 
@@ -155,11 +158,27 @@ def test_the_application_draws_with_its_checkpoints(run):
     """Layers have ranks and alphas of their own."""
     unet = UNet2DConditionModel.from_pretrained(tiny("stable_diffusion") / "unet")
     config = json.loads((run / "config.json").read_text())
-    put_adapter(unet, config, Weights("lora", "adapter", "lora", run / "lora" / "checkpoint-2"), 1.0)
+    targets = targets_of(config["target_modules"])
+    put_adapter(unet, config, targets, Weights("lora", "adapter", "lora", run / "lora" / "checkpoint-2"), 1.0)
     merged = load_file(run / "lora" / "unet" / "diffusion_pytorch_model.safetensors")
     plain = UNet2DConditionModel.from_pretrained(tiny("stable_diffusion") / "unet")
     plain.load_state_dict(merged)
     torch.testing.assert_close(predicted(unet.double()), predicted(plain.double()), rtol=0, atol=1e-5)
+
+
+def test_text_encoders_start_from_zero_beside_it(flags, files, tmp_path):
+    """At the rank of most of its layers; every format that the run writes has both."""
+    more = ["--output_dir", tmp_path / "out", "--train_text_encoder", "--max_train_steps", 1]
+    assert main(*without(flags, "--max_train_steps"), *more) == 0
+    checkpoint, known = tmp_path / "out" / "lora" / "checkpoint-1", names("stable_diffusion")
+    denoiser, encoder = (load_file(place / ADAPTER_NAME) for place in (checkpoint, checkpoint / "text_encoder"))
+    for name, factors in some_lora()["unet"].items():
+        assert 0 < float((denoiser[f"{name}.lora_A.default.weight"] - factors.down).abs().max()) < 5e-3
+    ups = [value for name, value in encoder.items() if ".lora_B." in name]
+    assert ups and all(up.shape[1] == 2 and 0 < float(up.abs().max()) < 5e-3 for up in ups)
+    found = read(tmp_path / "out" / "lora", known)
+    assert len(found) == len(some_lora()["unet"]) + len(ups)
+    torch.testing.assert_close(read(tmp_path / "out" / "lora" / "peft", known), found)
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
@@ -190,6 +209,9 @@ def test_a_lora_of_text_encoders_or_another_family_is_refused(flags, capsys, tmp
     parts = some_lora() | {"text_encoder": {"text_model.encoder.layers.0.mlp.fc1": random_factors((32, 16), 2, 1.0, 0)}}
     write_diffusers(tmp_path / "text.safetensors", parts)
     write_diffusers(tmp_path / "flux.safetensors", random_lora("flux", lambda name: "attn" in name))
-    for name, words in (("text", "layers of text_encoder, which are not trained here"), ("flux", "is no layer of")):
+    for name, words in (
+        ("text", "layers of text_encoder, and only the denoiser goes on from a LoRA"),
+        ("flux", "is no layer of"),
+    ):
         given = ["--init_lora", tmp_path / f"{name}.safetensors", "--output_dir", tmp_path / "out"]
         assert words in refused(capsys, *flags, *given)

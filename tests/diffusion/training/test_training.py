@@ -75,14 +75,19 @@ def test_accumulated_steps_are_those_of_one_batch(model, one_batch, batch, accum
     assert_equal_but_for_rounding(exact_steps.trained(model, batch, accumulation), one_batch)
 
 
-@pytest.mark.parametrize(("batch", "accumulation"), [(2, 1), (1, 2)])
-def test_steps_of_two_processes_are_those_of_one_batch(model, one_batch, tmp_path, batch, accumulation):
-    script, paths = tmp_path / "script.py", [str(Path(__file__).resolve().parents[level]) for level in (2, 3)]
+def script_of_steps(folder: Path) -> Path:
+    """A script whose words are the arguments of `exact_steps.main`."""
+    script, paths = folder / "script.py", [str(Path(__file__).resolve().parents[level]) for level in (2, 3)]
     script.write_text(
         f"import sys\nsys.path[:0] = {paths}\nfrom diffusion import exact_steps\nexact_steps.main(*sys.argv[1:])\n"
     )
+    return script
+
+
+@pytest.mark.parametrize(("batch", "accumulation"), [(2, 1), (1, 2)])
+def test_steps_of_two_processes_are_those_of_one_batch(model, one_batch, tmp_path, batch, accumulation):
     words = [str(model), str(batch), str(accumulation), str(tmp_path / "found")]
-    launch("cpu_two_processes.yaml", script, *words, folder=tmp_path)
+    launch("cpu_two_processes.yaml", script_of_steps(tmp_path), *words, folder=tmp_path)
     found = load_file(tmp_path / "found")
     assert found["processes"] == 2
     assert_equal_but_for_rounding(found, one_batch)

@@ -38,7 +38,7 @@ def main(stage: int, file: Path) -> None:
 
 
 def started(stage: int) -> deepspeed.DeepSpeedEngine:
-    """The model at its start; of an odd number of weights, so that one parameter is cut in two and the end padded."""
+    """The model at its start, in two groups: the second's odd number of weights is cut in two, and its end padded."""
     torch.manual_seed(0)
     down, up = nn.Linear(5, 3, bias=False), nn.Linear(3, 11, bias=False)
     model = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), down, nn.Tanh(), up)
@@ -48,7 +48,8 @@ def started(stage: int) -> deepspeed.DeepSpeedEngine:
         "zero_optimization": {"stage": stage},
         "bf16": {"enabled": True},
     }
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, fused=True)
+    groups = [{"params": [model[0].bias, down.weight]}, {"params": [up.weight], "lr": 5e-3}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, fused=True)
     return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
 
 

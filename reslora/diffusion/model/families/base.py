@@ -19,6 +19,25 @@ Text = Mapping[str, torch.Tensor | list[torch.Tensor]]
 
 
 @dataclass(frozen=True)
+class Part:
+    """A text encoder that can be trained beside the denoiser."""
+
+    name: str
+    """Its attribute in the pipeline, its folder, and the prefix of its layers in diffusers' files."""
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
+    """Ends of the names of the layers that get an adapter, as in diffusers' scripts."""
+    reads_last: bool = True
+    """Whether the denoiser reads what the last layer returns; an adapter there would have no gradient otherwise."""
+
+    def targets_in(self, encoder: nn.Module) -> list[str] | str:
+        """The layers of the encoder that get an adapter, as PEFT takes them."""
+        if self.reads_last:
+            return list(self.targets)
+        last = encoder.config.num_hidden_layers - 1
+        return rf".*\.layers\.(?!{last}\.)\d+\..*\.({'|'.join(self.targets)})"
+
+
+@dataclass(frozen=True)
 class Conditions:
     """What a denoiser is told beside the noisy latents and the timesteps."""
 
@@ -49,6 +68,8 @@ class Family:
     """`ddpm` (noise or v) or `flow` (velocity)."""
     text_parts: tuple[str, ...] = ("text_encoder", "tokenizer")
     """Parts of the pipeline that only encoding captions needs."""
+    trainable: tuple[Part, ...] = ()
+    """The text encoders that can be trained."""
     lora_files: tuple[str, ...] = (KOHYA_FILE,)
     """Plain LoRA files beside diffusers', keys of `exports.LORA_FILES`."""
     unused_parts: tuple[str, ...] = ()
@@ -66,9 +87,16 @@ class Family:
     comfyui_words: tuple[str, str] = ("lora_A", "lora_B")
     """What A and B are called in ComfyUI's files, such that diffusers reads them too, where it can."""
     text_names: ClassVar[Mapping[str, tuple[str, str]]] = {}
-    """Text encoders that LoRA files may be for: how kohya's names of their layers begin, and ComfyUI's."""
+    """Text encoders that LoRA files may be for, trainable here or not: how kohya's names of their layers begin, and
+    ComfyUI's."""
     encodes_in_float32: bool = False
     """Whether the autoencoder overflows in half precision where its configuration asks for `force_upcast`."""
+
+    @property
+    def frozen_text_parts(self) -> tuple[str, ...]:
+        """Those of `text_parts` that never train."""
+        trainable = {part.name for part in self.trainable}
+        return tuple(name for name in self.text_parts if name.replace("tokenizer", "text_encoder") not in trainable)
 
     def unfit(self, parts: Mapping[str, Mapping]) -> str | None:
         """Why this pipeline cannot be trained, as its parts' configurations show, by name; None where it can."""
@@ -89,6 +117,14 @@ class Family:
         `longest` is how many tokens a caption may have, where the pipeline asks for that.
         """
         raise NotImplementedError
+
+    def encode_frozen(self, pipeline: DiffusionPipeline, captions: Sequence[str], longest: int | None) -> Text:
+        """What the encoders that never train make of the captions."""
+        return {}
+
+    def encode_trained(self, pipeline: DiffusionPipeline, captions: Sequence[str], frozen: Text) -> Text:
+        """What `encode_captions` returns, with what `encode_frozen` has made of the same captions."""
+        return self.encode_captions(pipeline, captions, None)
 
     def encode_images(self, vae: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
         """Mean and standard deviation of the latents (batch x 2 x channels x height x width) of pixels in [-1, 1]."""

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 
-from .base import Family
+from .base import Family, Part
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 ORIGINAL = {
@@ -48,6 +48,7 @@ class Flux(Family):
     denoiser_class = FluxTransformer2DModel
     objective = "flow"
     text_parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    trainable = (Part("text_encoder"),)
     unused_parts = ("image_encoder", "feature_extractor")
     lora_files = ()
     original = ORIGINAL
@@ -73,9 +74,17 @@ class Flux(Family):
 
     def encode_captions(self, pipeline, captions, longest):
         """`states` of T5 (batch x tokens x width) and `pooled` of CLIP (batch x width)."""
-        device = pipeline.text_encoder.device
-        states, pooled, _ = pipeline.encode_prompt(list(captions), None, device=device, max_sequence_length=longest)
-        return {"states": states, "pooled": pooled}
+        return self.encode_trained(pipeline, captions, self.encode_frozen(pipeline, captions, longest))
+
+    def encode_frozen(self, pipeline, captions, longest):
+        """`states` of T5."""
+        device = pipeline.text_encoder_2.device
+        return {"states": pipeline._get_t5_prompt_embeds(list(captions), max_sequence_length=longest, device=device)}
+
+    def encode_trained(self, pipeline, captions, frozen):
+        """`states` as they are, and `pooled` of CLIP."""
+        pooled = pipeline._get_clip_prompt_embeds(list(captions), device=pipeline.text_encoder.device)
+        return {"states": frozen["states"], "pooled": pooled}
 
     def denoiser_inputs(self, config, noisy, timesteps, conditions):
         """Packed latents, `s`, text states, pooled states, ids of both kinds of tokens, and the guidance."""

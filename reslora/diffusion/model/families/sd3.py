@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from torch import nn
 
-from .base import Family
+from .base import Family, Part
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
@@ -44,6 +46,7 @@ class StableDiffusion3(Family):
     denoiser_class = SD3Transformer2DModel
     objective = "flow"
     text_parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
+    trainable = (Part("text_encoder"), Part("text_encoder_2"))
     unused_parts = ("image_encoder", "feature_extractor")
     lora_files = ()
     original = ORIGINAL
@@ -69,11 +72,23 @@ class StableDiffusion3(Family):
 
     def encode_captions(self, pipeline, captions, longest):
         """`states` of all encoders, one after the other (batch x tokens x width), and `pooled` (batch x width)."""
+        return self.encode_trained(pipeline, captions, self.encode_frozen(pipeline, captions, longest))
+
+    def encode_frozen(self, pipeline, captions, longest):
+        """`t5`: its states, or zeros in their place."""
         device = pipeline.text_encoder.device
-        states, _, pooled, _ = pipeline.encode_prompt(
-            list(captions), None, None, device=device, do_classifier_free_guidance=False, max_sequence_length=longest
-        )
-        return {"states": states, "pooled": pooled}
+        return {"t5": pipeline._get_t5_prompt_embeds(list(captions), max_sequence_length=longest, device=device)}
+
+    def encode_trained(self, pipeline, captions, frozen):
+        """The states of both CLIPs side by side, as wide as T5's with zeros, and then those; `pooled` of both."""
+        device, t5 = pipeline.text_encoder.device, frozen["t5"]
+        clips = [
+            pipeline._get_clip_prompt_embeds(list(captions), device=device, clip_model_index=number)
+            for number in range(len(self.trainable))
+        ]
+        clip, pooled = (torch.cat(found, dim=-1) for found in zip(*clips, strict=True))
+        clip = nn.functional.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
+        return {"states": torch.cat([clip, t5], dim=-2), "pooled": pooled}
 
     def denoiser_inputs(self, config, noisy, timesteps, conditions):
         """The latents, the timestep, text states and pooled states."""

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
-from .base import Family
+from .base import Family, Part
 from .unet import stability_name
 
 
@@ -18,6 +18,7 @@ class StableDiffusionXL(Family):
     pipeline = StableDiffusionXLPipeline
     denoiser_class = UNet2DConditionModel
     text_parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    trainable = (Part("text_encoder", reads_last=False), Part("text_encoder_2"))
     unused_parts = ("feature_extractor", "image_encoder")
     encodes_in_float32 = True
     published: ClassVar = {

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
-from .base import Family
+from .base import Family, Part
 from .unet import stability_name
 
 
@@ -16,6 +16,7 @@ class StableDiffusion(Family):
     name = "stable_diffusion"
     pipeline = StableDiffusionPipeline
     denoiser_class = UNet2DConditionModel
+    trainable = (Part("text_encoder"),)
     unused_parts = ("safety_checker", "feature_extractor", "image_encoder")
     published: ClassVar = {"cross_attention_dim": 768}
     marks = ("sd_v1", "sd_v2", "stable-diffusion-v1", "stable-diffusion-v2")

@@ -56,7 +56,8 @@ def read_content(path: Path, flag: str) -> Content:
     """Reads a safetensors file, or a folder that PEFT, diffusers or a run has written; refuses pickles."""
     known = (PEFT_FILE, DIFFUSERS_FILE, KOHYA_FILE, COMFYUI_FILE)
     file = next((path / name for name in known if (path / name).is_file()), path)
-    if parts := sorted(path.glob(f"*/{PEFT_FILE}")) if file is path else []:
+    below = {path: "*", path / PEFT_FILE: "text_encoder*"}.get(file)  # there may be checkpoints beside a denoiser's
+    if parts := sorted(path.glob(f"{below}/{PEFT_FILE}")) if below else []:
         return _of_parts(path, flag, [part.parent for part in parts])
     refuse_pickles(file, flag)
     if not file.is_file():
@@ -85,9 +86,12 @@ def refuse_pickles(path: Path, flag: str) -> None:
 
 
 def _of_parts(path: Path, flag: str, folders: Sequence[Path]) -> Content:
-    """PEFT's folders of several parts of a pipeline, under the parts' names."""
+    """PEFT's folders of several parts of a pipeline, under the parts' names; a denoiser's may be in `path` itself."""
     tensors: dict[str, torch.Tensor] = {}
     configs: dict[str, dict] = {}
+    if (path / PEFT_FILE).is_file():
+        denoiser = read_content(path / PEFT_FILE, flag)
+        tensors, configs = denoiser.tensors, denoiser.configs
     for folder in folders:
         part, prefix = read_content(folder, f"{flag}, {folder.name}"), f"{folder.name}."
         tensors |= {prefix + key.removeprefix(PEFT_PREFIX): value for key, value in part.tensors.items()}

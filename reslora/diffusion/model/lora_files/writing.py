@@ -21,6 +21,7 @@ from ....export import (
     write_peft,
 )
 from ....files import replacing
+from ..families.base import Family
 from .names import Names, Parts
 
 FILES = {"diffusers": DIFFUSERS_FILE, "kohya": KOHYA_FILE, "comfyui": COMFYUI_FILE, "peft": None}
@@ -43,19 +44,22 @@ def output_of(text: str, to: str) -> Path:
 
 
 def write(parts: Parts, names: Names, to: str, path: Path, metadata: Mapping[str, str]) -> None:
-    """Writes the file, or PEFT's folder (with a folder for each part, where there are text encoders too)."""
+    """Writes the file, or PEFT's folder, with a folder in it for each text encoder."""
     if to == "diffusers":
         write_diffusers(path, parts, metadata)
     elif to == "kohya":
         write_kohya(path, names.to_kohya(parts), metadata)
     elif to == "comfyui":
         write_folded(path, names.to_comfyui(parts), metadata, names.family.comfyui_words)
-    elif parts.keys() == {names.family.denoiser}:
-        write_peft(path, parts[names.family.denoiser])
     else:
         with replacing(path) as temporary:
-            for part, layers in parts.items():
-                write_peft(temporary / part, _as_loaded(part, layers, names))
+            for part in sorted(parts, key=names.family.denoiser.__ne__):  # the denoiser first: its folder is replaced
+                write_peft(peft_folder(temporary, part, names.family), _as_loaded(part, parts[part], names))
+
+
+def peft_folder(folder: Path, part: str, family: Family) -> Path:
+    """Where a part is in PEFT's folder: the denoiser in it, a text encoder in one of its name below."""
+    return folder if part == family.denoiser else folder / part
 
 
 def _as_loaded(part: str, layers: Mapping[str, Factors], names: Names) -> dict[str, Factors]:

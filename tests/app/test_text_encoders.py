@@ -1,0 +1,107 @@
+"""Runs whose text encoders were trained, too: every choice draws with the encoders that belong to it."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from pipelines import FAMILIES, image_folder
+
+import train_sd
+from app.recipe import Drawn, Request
+from app.runs import BASE, Library, RunError, Weights
+from app.studio import Studio
+
+REQUEST = Request(prompt="red disc", steps=2, seed=5, width=32, height=32)
+LAYERS = {"num_hidden_layers": 3}
+
+
+@pytest.fixture(scope="module", params=["stable_diffusion", "sd3"])
+def run(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    names = ["text_encoder"] if request.param == "stable_diffusion" else ["text_encoder", "text_encoder_2"]
+    FAMILIES[request.param](folder / "model", **dict.fromkeys(names, LAYERS))
+    image_folder(folder / "images")
+    flags = ["--pretrained_model_name_or_path", folder / "model", "--train_data_dir", folder / "images"]
+    flags += ["--output_dir", folder / "runs" / "run", "--resolution", "32", "--rank", "2", "--train_batch_size", "3"]
+    flags += ["--max_train_steps", "3", "--learning_rate", "0.05", "--num_validation_images", "0"]
+    flags += ["--num_inference_steps", "1", "--merge_calibration_samples", "3", "--report_to", "none"]
+    assert train_sd.main([*map(str, flags), "--method", "lora", "reslora", "--train_text_encoder"]) == 0
+    return Library(folder / "runs").find("run")
+
+
+@pytest.fixture(scope="module")
+def studio():
+    return Studio()
+
+
+def drawn(studio: Studio, run, weights: Weights, **changes) -> tuple[np.ndarray, list[torch.Tensor]]:
+    """The image, and what the text encoders in the pipeline make of a prompt."""
+    request = Request(**vars(REQUEST) | changes)
+    (image,) = [event.image for event in studio.generate(run, [weights], request) if isinstance(event, Drawn)]
+    pipe, states = studio.pipeline, []
+    with torch.no_grad():
+        for name in studio.encoders:
+            tokens = pipe.tokenizer(["red blue"], return_tensors="pt").input_ids
+            states.append(getattr(pipe, name)(tokens)[0])
+    return np.asarray(image).astype(int), states
+
+
+def apart(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
+    return min((a - b).abs().max().item() for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("method", ["lora", "reslora"])
+def test_every_form_draws_with_the_encoders_that_belong_to_it(studio, run, method):
+    _, base = drawn(studio, run, BASE)
+    image, states = drawn(studio, run, run.find_weights(f"{method}: merged weights"))
+    assert apart(states, base) > 1e-2
+    files = [weights for weights in run.weights() if weights.method == method and weights.kind == "file"]
+    assert len(files) == (2 if (run.folder.parents[1] / "model" / "unet").is_dir() else 1)
+    for weights in files:
+        seen, found = drawn(studio, run, weights)
+        torch.testing.assert_close(found, states, rtol=1e-4, atol=1e-5)
+        assert np.abs(seen - image).max() <= 2
+    _, unmerged = drawn(studio, run, run.find_weights(f"{method}: unmerged, step 3"))
+    assert apart(unmerged, base) > 1e-2
+    if method == "lora":
+        torch.testing.assert_close(unmerged, states, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(drawn(studio, run, BASE)[1], base, rtol=0, atol=0)
+
+
+def test_strength_is_of_the_encoders_too(studio, run):
+    _, base = drawn(studio, run, BASE)
+    for label in ("lora: merged weights", "lora: pytorch_lora_weights.safetensors", "lora: unmerged, step 3"):
+        weights = run.find_weights(label)
+        (_, none), (_, half), (_, full) = (drawn(studio, run, weights, strength=s) for s in (0.0, 0.5, 1.0))
+        torch.testing.assert_close(none, base, rtol=1e-5, atol=1e-5)
+        assert apart(half, base) > 1e-3 and apart(half, full) > 1e-3
+    halves = [
+        drawn(studio, run, run.find_weights(label), strength=0.5)[1]
+        for label in ("lora: merged weights", "lora: pytorch_lora_weights.safetensors", "lora: unmerged, step 3")
+    ]
+    for found in halves[1:]:
+        torch.testing.assert_close(found, halves[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_checkpoint_is_merged_with_its_encoders(studio, run):
+    report = studio.merge(run, run.find_weights("reslora: unmerged, step 3"), "lstsq")
+    expected = json.loads((run.folder / "reslora" / "merge.json").read_text())
+    assert report.keys() == expected.keys() and "text_encoder" in report
+    _, merged = drawn(studio, run, run.find_weights("reslora: merged weights"))
+    _, again = drawn(studio, run, run.find_weights("reslora: step 3 merged by lstsq"))
+    torch.testing.assert_close(again, merged, rtol=1e-3, atol=1e-4)
+
+
+def test_encoders_that_are_not_whole_or_lead_out_are_not_drawn(studio, run, tmp_path):
+    folder = shutil.copytree(run.folder, tmp_path / "runs" / "run")
+    copy = Library(tmp_path / "runs").find("run")
+    path = folder / "lora" / "text_encoder" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(RunError, match="lora: merged weights"):
+        drawn(studio, copy, copy.find_weights("lora: merged weights"))
+    path.unlink()
+    path.symlink_to(run.folder / "lora" / "text_encoder" / "model.safetensors")
+    with pytest.raises(RunError, match="no such weights"):
+        copy.find_weights("lora: merged weights")
