@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from reslora.common.script import run_script
 from reslora.common.signals import StopRequest
-from reslora.diffusion.settings import parse_args
+from reslora.diffusion.settings import is_experiment, parse_args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,7 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def start(argv: Sequence[str] | None, stop: StopRequest) -> None:
     """Parses the flags, and imports heavy libraries only once these are known to make sense."""
     flags = parse_args(argv, __doc__)
-    from reslora.diffusion.run import run
+    if is_experiment(vars(flags)):
+        from reslora.diffusion.experiment.run import run_experiment as run
+    else:
+        from reslora.diffusion.run import run
 
     run(flags, stop)
 

@@ -6,7 +6,7 @@ import functools
 import inspect
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import gradio as gr
 
@@ -36,6 +36,13 @@ def readable_errors(handler: Callable) -> Callable:
                 raise translated(error) from None
 
     return wrapped
+
+
+def named(handler: Callable, parameters: Sequence[str]) -> Callable:
+    """The handler with names for the values it takes, for programs that call it."""
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    handler.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in parameters])
+    return handler
 
 
 def translated(error: Exception) -> gr.Error:

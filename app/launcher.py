@@ -6,7 +6,6 @@ Closing the page or the application leaves a training alone: its process id is i
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import re
 import shlex
@@ -17,6 +16,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import PIL.Image
 
@@ -81,13 +81,14 @@ def arguments(settings: dict) -> list[str]:
 
 
 def check(words: list[str]) -> None:
-    """Let the trainer's own parser refuse; its one line without the program's name is the message."""
-    message = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(message):
-            build_parser().parse_args(words)
-    except SystemExit:
-        raise RunError(message.getvalue().strip().rpartition("error: ")[2] or "The trainer refuses that.") from None
+    """Let the trainer's own parser refuse; its one line is the message."""
+    parser = build_parser()
+    parser.error = _refuse  # where it would print the line and leave
+    parser.parse_args(words)
+
+
+def _refuse(message: str) -> NoReturn:
+    raise RunError(message)
 
 
 class Trainings:
@@ -98,6 +99,7 @@ class Trainings:
         self.data = data.resolve() if data is not None else None
         self.started: dict[str, subprocess.Popen] = {}
         self.asked: set[int] = set()  # processes that were told to stop: a second signal would keep them from saving
+        self.began: set[str] = set()  # runs whose trainer has been seen at work since it was started here
         self.lock = threading.Lock()
 
     def folders(self) -> list[str]:
@@ -166,17 +168,19 @@ class Trainings:
                 raise RunError("This run never got as far as to be resumed; start a new one.")
             if not run.folder.is_relative_to(self.library.folder):
                 raise RunError("The example run cannot be resumed; start a new one.")
+            if run.status == "finished":
+                raise RunError(f"{run.name} is finished: there is nothing to resume.")
             config = ["--config", str(run.folder / "config.json")]
             rest = ["--output_dir", str(run.folder), "--resume_from_checkpoint", "latest"]
             return self._launch(run, [str(SCRIPT), *config, *rest])
 
     def refuse_second(self) -> None:
-        for run in self.library.runs().values():
-            if self.is_active(run):
-                raise RunError(f"{run.name} is training; wait for it, or stop it first.")
+        if (run := self.active()) is not None:
+            raise RunError(f"{run.name} is training; wait for it, or stop it first.")
 
     def _launch(self, run: Run, words: list[str]) -> Run:
         self.asked.clear()
+        self.began.discard(run.name)
         launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet", *words]
         environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": search_path()}
         with (run.folder / LOG_NAME).open("ab") as log:
@@ -192,22 +196,33 @@ class Trainings:
             )
         return run
 
+    def active(self) -> Run | None:
+        """The run that is training, or about to."""
+        return next((run for run in self.library.runs().values() if self.is_active(run)), None)
+
     def stop(self, name: str) -> str:
-        """Ask the trainer to save and leave (SIGTERM); returns a sentence saying so."""
+        """Ask a trainer to save and leave (SIGTERM), that of the run or, if it has none, the one that is at work.
+
+        Returns a sentence saying so.
+        """
         run = self.library.find(name)
+        if not self.is_active(run):
+            run = self.active()
+        if run is None:
+            return "Nothing is training."
         number, launcher = run.process, self.started.get(run.name)
         if number in self.asked:
-            return "It was told to stop already, and is saving a checkpoint."
+            return f"{run.name} was told to stop already, and is saving a checkpoint."
         if number is not None:
             self.asked.add(number)
             os.kill(number, signal.SIGTERM)
-            return "Stopping after this step; a checkpoint is being saved."
-        if launcher is not None and launcher.poll() is None:
+            return f"{run.name} stops after this step; a checkpoint is being saved."
+        if launcher is not None and run.name not in self.began:
             # The trainer hasn't begun: there is nothing to save, so the whole group goes.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(launcher.pid, signal.SIGTERM)
-            return "Stopped before training began."
-        return "This run is not training."
+            return f"{run.name} is stopped before its training began."
+        return f"{run.name} is ending."
 
     def is_active(self, run: Run) -> bool:
         """Whether the run is training, or about to."""
@@ -215,9 +230,12 @@ class Trainings:
         return (launcher is not None and launcher.poll() is None) or run.process is not None
 
     def status(self, run: Run) -> str:
-        """A run's status; `starting` while its process has not written anything yet."""
+        """A run's status; `starting` before its trainer is at work, `stopping` once that was told to, or has left."""
         status = run.status
-        return "starting" if status != "running" and self.is_active(run) else status
+        if status == "running":
+            self.began.add(run.name)
+            return "stopping" if run.process in self.asked else "running"
+        return ("stopping" if run.name in self.began else "starting") if self.is_active(run) else status
 
     def log(self, run: Run) -> str:
         """The end of a run's log without this machine's folders."""

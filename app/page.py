@@ -18,6 +18,8 @@ T = TypeVar("T", bound=Tab)
 
 EVERY = 2.0
 """Seconds between two looks at the runs folder."""
+RUNS_SEEN = 1
+"""Where in what was seen the names of the runs are."""
 STYLE = Path(__file__).with_name("style.css")
 EXPLANATION = (
     "**ResLoRA** trains LoRA blocks with residual shortcuts between neighbouring layers, then merges them away; "
@@ -39,7 +41,13 @@ def look() -> dict:
     """Theme and style, as `launch` takes them; system fonts only, so that the page works offline."""
     theme = gr.themes.Default(
         primary_hue="orange", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
-    )
+    ).set(  # readable: at least 4.5 to 1
+        button_primary_background_fill="*primary_700", button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover="*primary_800", button_primary_background_fill_hover_dark="*primary_800",
+        button_primary_text_color="white", button_primary_text_color_dark="white",
+        block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300",
+        slider_color="*primary_700", slider_color_dark="*primary_600",
+    )  # fmt: skip
     return {"theme": theme, "css_paths": [STYLE]}
 
 
@@ -58,6 +66,7 @@ class Page:
                 with gr.Tab(cls.title, id=cls.id):
                     self.tabs.append(cls(parts))
         self.choosing = [tab for tab in self.tabs if tab.chosen is not None]
+        self.blocks: gr.Blocks
         self.seen = gr.State(None)
         self.timer = gr.Timer(EVERY)
 
@@ -66,6 +75,7 @@ class Page:
         return next(tab for tab in self.tabs if isinstance(tab, cls))
 
     def events(self, demo: gr.Blocks) -> None:
+        self.blocks = demo
         quiet = {"api_visibility": "private", "show_progress": "hidden"}
         everything = [self.seen, self.run, *(part for tab in self.tabs for part in (*tab.watched, *tab.of_run))]
         on_arrival = [self.run, *(part for tab in self.tabs for part in tab.on_arrival)]
@@ -108,7 +118,10 @@ class Page:
         """
         runs = self.library.runs()
         if not name or name not in runs:
-            return {self.run: gr.update(choices=list(runs))} if runs and seen is None else gr.skip()
+            # Somebody may be typing; a run that was shown and is gone gives way to the newest.
+            gone = seen is not None and name in seen[RUNS_SEEN]
+            first = {"value": next(iter(runs), None)} if gone else {}
+            return {self.run: gr.update(choices=list(runs), **first)} if gone or (runs and seen is None) else gr.skip()
         run = runs[name]
         if self.state_of(run) == seen:
             return gr.skip()
@@ -125,9 +138,10 @@ class Page:
         return updates
 
     def state_of(self, run: Run) -> tuple:
-        """What `watch` compares: when it is the same, the page is up to date. First what each tab has seen."""
+        """What `watch` compares: when it is the same, the page is up to date. First what each tab has seen, then
+        the names of the runs."""
         seen = tuple(tab.seen(run) for tab in self.tabs)
-        return seen, run.fingerprint(), self.trainings.status(run), tuple(self.library.runs()), run.log_tail()
+        return seen, tuple(self.library.runs()), run.fingerprint(), self.trainings.status(run), run.log_tail()
 
     def shown(self, run: Run, choices: dict[Tab, object]) -> dict:
         """Values of the components that `watch` keeps up to date."""

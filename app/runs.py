@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from reslora.checkpoint import WEIGHTS_NAME
 from reslora.common.adapters import ADAPTER_NAME
-from reslora.common.log import of_split, read_log
+from reslora.common.log import count_damaged, of_split, read_log
 from reslora.common.methods import METHODS
 from reslora.export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 
@@ -184,11 +184,18 @@ class Run:
 
     def log(self, method: str) -> list[dict]:
         """Rows of `log.jsonl`, those with a loss that is a finite number: step, split, loss, lr, seconds."""
+        return list(self._log(method)[0])
+
+    def damaged_rows(self, method: str) -> int:
+        """How many lines of `log.jsonl` cannot be read; 0 while the trainer may be writing one."""
+        return self._log(method)[1] if self.process is None else 0
+
+    def _log(self, method: str) -> tuple[tuple[dict, ...], int]:
         path = self.inside(method, "log.jsonl")
         if path is None or not path.is_file():
-            return []
+            return (), 0
         now = path.stat()
-        return list(rows_of(path, now.st_mtime_ns, now.st_size))
+        return rows_of(path, now.st_mtime_ns, now.st_size)
 
     def steps(self) -> list[int]:
         """Steps at which any method has samples; without any prompts, those with a validation loss, and the last."""
@@ -372,9 +379,12 @@ def last_change(folder: Path) -> float:
 
 
 @functools.lru_cache(maxsize=64)
-def rows_of(path: Path, changed: int, size: int) -> tuple[dict, ...]:
-    """The rows of a log that can be shown; pages ask often, so they are read again only when the file has changed."""
-    return tuple(row for row in read_log(path) if can_be_drawn(row))
+def rows_of(path: Path, changed: int, size: int) -> tuple[tuple[dict, ...], int]:
+    """The rows of a log that can be shown, and how many lines are damaged.
+
+    Pages ask often, so they are read again only when the file has changed.
+    """
+    return tuple(row for row in read_log(path) if can_be_drawn(row)), count_damaged(path)
 
 
 def can_be_drawn(row: dict) -> bool:

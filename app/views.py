@@ -14,10 +14,10 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-import pandas
 import PIL.Image
 
 from reslora.common import figures
+from reslora.common.charts import Line, line_chart
 from reslora.common.log import of_split
 from reslora.common.methods import METHODS
 
@@ -28,7 +28,8 @@ LARGEST_TILE = 320
 MOST_ROWS = 16
 NAMES = {name: method.title for name, method in METHODS.items()}
 COLORS = {name: method.color for name, method in METHODS.items()}
-MARKER = "chosen step"
+TITLES = {"train": "Training loss (running mean)", "validation": "Loss on held-out images"}
+LARGEST_LOSS = 1e30
 NOTHING = "&mdash;"
 
 
@@ -45,6 +46,7 @@ def data_uri(path: Path, changed: int) -> str:
     """An image as a data URI, scaled down to what the page shows; `changed` is its time of change."""
     content, kind = path.read_bytes(), "png"
     with PIL.Image.open(io.BytesIO(content)) as image:
+        image.load()  # a browser would leave a blank of what is damaged
         if max(image.size) > LARGEST_TILE:
             image = image.convert("RGB")
             image.thumbnail((LARGEST_TILE, LARGEST_TILE))
@@ -74,6 +76,8 @@ def comparison(run: Run, step: int) -> str:
     cells = cells_of(shown)
     if not cells and run.config and not run.prompts:
         return notice("This run draws no samples: it was started without --validation_prompt.")
+    if not cells and run.status == "failed":
+        return notice("This run ended before its first samples; its log, under Train, says why.")
     if not cells:
         return notice("No samples yet: the first ones are drawn before the first training step.")
     header = "".join(f"<th>{escape(title)}<small>{escape(subtitle)}</small></th>" for title, subtitle, _ in shown)
@@ -81,16 +85,25 @@ def comparison(run: Run, step: int) -> str:
     for cell in cells:
         title = prompt_of(run, cell[0])
         tiles = "".join(f"<td>{tile(images.get(cell), f'{title}: {name}')}</td>" for name, _, images in shown)
-        rows.append(f"<tr><th>{escape(title)}</th>{tiles}</tr>")
-    return f'<table class="samples" data-step="{step}"><tr><th></th>{header}</tr>{"".join(rows)}</table>'
+        rows.append(f'<tr><th><div class="prompt" title="{escape(title)}">{escape(title)}</div></th>{tiles}</tr>')
+    mark = f'data-step="{step}" style="--columns:{len(shown)}"'
+    return table("samples", f"Samples at step {step}", f"<tr><th></th>{header}</tr>{''.join(rows)}", mark)
+
+
+def table(kind: str, name: str, rows: str, mark: str = "") -> str:
+    """A table with a name for who cannot see it, that scrolls by itself where it is too wide."""
+    name = escape(name)
+    return f'<div class="scroll" tabindex="0"><table class="{kind}" aria-label="{name}" {mark}>{rows}</table></div>'
 
 
 def tile(path: Path | None, alt: str) -> str:
-    """One image; an empty place where a method has none at this step yet."""
+    """One image; an empty place where a method has none at this step yet, or where its file is damaged."""
+    if path is None:
+        return '<div class="empty">not yet</div>'
     try:
         source = data_uri(path, path.stat().st_mtime_ns)
-    except (AttributeError, OSError, SyntaxError):
-        return '<div class="empty">not yet</div>'
+    except (OSError, SyntaxError, ValueError):
+        return '<div class="empty">damaged</div>'
     return f'<img src="{source}" alt="{escape(alt)}" title="{escape(alt)}">'
 
 
@@ -114,28 +127,21 @@ def prompt_of(run: Run, number: int) -> str:
 # -- numbers -----------------------------------------------------------------------------------------------------------
 
 
-def curves(run: Run, split: str, step: int | None) -> pandas.DataFrame:
-    """Loss over steps of each method as a data frame; a vertical line marks the chosen step.
+def curves(run: Run, split: str, step: int | None) -> str:
+    """Loss over steps of each method as a chart; a vertical line marks the chosen step.
 
     The training loss is a running mean over a tenth of the steps: of single batches one would see only noise.
     """
-    rows = []
+    lines = []
     for method in run.methods:
         log = of_split(run.log(method), split)
-        losses = [row["loss"] for row in log]
+        losses = [max(-LARGEST_LOSS, min(LARGEST_LOSS, row["loss"])) for row in log]
         losses = figures.running_mean(losses) if split == "train" else losses
         # A page does not get sharper with more points than pixels.
         every = max(1, len(log) // 400)
         kept = [i for i in range(len(log)) if i % every == 0 or i == len(log) - 1]
-        rows += [(log[i]["step"], losses[i], NAMES[method]) for i in kept]
-    if rows and step is not None:
-        values = [loss for _, loss, _ in rows]
-        rows += [(step, min(values), MARKER), (step, max(values), MARKER)]
-    return pandas.DataFrame(rows, columns=["step", "loss", "method"])
-
-
-def color_map() -> dict[str, str]:
-    return {NAMES[method]: color for method, color in COLORS.items()} | {MARKER: "#748ffc"}
+        lines.append(Line(NAMES[method], COLORS[method], [(log[i]["step"], losses[i]) for i in kept]))
+    return line_chart(TITLES[split], "step", [line for line in lines if line.points], step)
 
 
 def numbers(run: Run, step: int) -> str:
@@ -155,7 +161,11 @@ def numbers(run: Run, step: int) -> str:
         color = f'<i style="background:{COLORS[method]}"></i>'
         rows.append(f"<tr><th>{color}{NAMES[method]}</th>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     header = "<tr><th></th><th>loss (last 20)</th><th>validation loss</th><th>learning rate</th><th>time</th></tr>"
-    return f'<table class="numbers">{header}{"".join(rows)}</table>'
+    damaged = {NAMES[method]: count for method in run.methods if (count := run.damaged_rows(method))}
+    notes = "".join(
+        notice(f"{name}: {count} lines of its log are damaged, and left out.") for name, count in damaged.items()
+    )
+    return table("numbers", f"Numbers at step {step}", header + "".join(rows)) + notes
 
 
 def figure(value, form: str, unit: str = "") -> str:
@@ -181,9 +191,10 @@ def summary(run: Run, status: str) -> str:
     return f'<div class="summary"><b class="{status}">{status}</b> {text}{bar}</div>'
 
 
-def log(text: str) -> str:
+def log(text: str, status: str) -> str:
     """What the trainer has printed, scrolled to its end."""
-    text = text or "Only trainings that were started here have a log."
+    starting = status in ("starting", "running")
+    text = text or ("The trainer is starting." if starting else "Only trainings that were started here have a log.")
     return f'<div class="log"><pre>{escape(text)}</pre></div>'
 
 
@@ -213,7 +224,7 @@ def settings_table(images: list[Drawn]) -> str:
         cells += [f"{request.strength:g}", f"{request.width} x {request.height}", request.prompt[:100]]
         cells.append(request.negative_prompt[:100])
         rows.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
-    return f'<div class="scroll"><table class="made"><tr>{header}</tr>{"".join(rows)}</table></div>'
+    return table("made", "Settings of each image", f"<tr>{header}</tr>{''.join(rows)}")
 
 
 # -- chains and merge --------------------------------------------------------------------------------------------------
@@ -271,7 +282,7 @@ def chain_plan(plan: dict | None) -> str:
     in_unet = any(block["name"].startswith("down_blocks.") for chain in plan["chains"] for block in chain["blocks"])
     legend = " (d: down, m: middle, u: up)" if in_unet else ""
     links = f"<p>{int(plan.get('links', 0))} links in {len(plan['chains'])} chains{legend}</p>"
-    return f'{links}<div class="scroll"><table class="chains">{rows}</table></div><ul class="reasons">{notes}</ul>'
+    return f'{links}{table("chains", "Chains", rows)}<ul class="reasons">{notes}</ul>'
 
 
 def heat_map(title: str, values: dict[str, float | None], digits: int = 2, signed: bool = False) -> str:
@@ -280,7 +291,7 @@ def heat_map(title: str, values: dict[str, float | None], digits: int = 2, signe
     if not known:
         return ""
     largest = max(known) or 1.0
-    places = list(dict.fromkeys(place(name) for name in values))
+    places = sorted({place(name) for name in values}, key=in_order)
     roles: dict[str, dict[str, str]] = {}
     for name, value in values.items():
         role = role_of(name)
@@ -292,8 +303,12 @@ def heat_map(title: str, values: dict[str, float | None], digits: int = 2, signe
         f"<tr><th>{escape(role)}</th>{''.join(cells.get(p, '<td></td>') for p in places)}</tr>"
         for role, cells in sorted(roles.items(), key=lambda item: order_of(item[0]))
     )
-    table = f'<table class="heat"><tr><th></th>{header}</tr>{rows}</table>'
-    return f'<h4>{escape(title)}</h4><div class="scroll">{table}</div>'
+    return f"<h4>{escape(title)}</h4>{table('heat', title, f'<tr><th></th>{header}</tr>{rows}')}"
+
+
+def in_order(text: str) -> list[tuple[int, str]]:
+    """Sorts texts with numbers in them by these: l2 before l10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.findall(r"\d+|\D+", text)]
 
 
 def order_of(role: str) -> tuple:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import threading
 import uuid
+from collections import deque
 from pathlib import Path
 
 KEPT = 200
@@ -15,11 +17,16 @@ class WorkingFiles:
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="images-"))
+        self.made: deque[Path] = deque()
+        self.lock = threading.Lock()
 
     def new(self, name: str) -> Path:
         """A path of that name to write to, in a folder of its own."""
-        for old in sorted(self.folder.iterdir(), key=lambda path: path.stat().st_mtime)[:-KEPT]:
-            shutil.rmtree(old, ignore_errors=True)
         folder = self.folder / uuid.uuid4().hex
         folder.mkdir()
+        with self.lock:
+            self.made.append(folder)
+            old = self.made.popleft() if len(self.made) > KEPT else None
+        if old is not None:
+            shutil.rmtree(old, ignore_errors=True)
         return folder / name

@@ -156,9 +156,12 @@ def train_on(device: Device, material: Material, context: Context, folder: Path)
     optimizer = new_optimizer(list(denoiser.parameters()), context.flags, context.accelerator)
     rates = torch.optim.lr_scheduler.ConstantLR(optimizer)
     trained = Trained({"unet": denoiser}, DenoisingLoss(context, material.objective, pipeline, denoiser.config))
-    learner, schedule = Learner("lora", trained, optimizer, rates, None, trained), schedule_of(material, context)
+    learner, schedule = (
+        Learner("lora", trained, optimizer, rates, None, trained, name="lora"),
+        schedule_of(material, context),
+    )
     prepare(learner, context)
-    reports = Reports(folder / "log", learner, context.flags, schedule, context.accelerator)
+    reports = Reports(folder / "log", learner, schedule, context.accelerator)
     context = dataclasses.replace(context, accelerator=simulated(context.accelerator, device))
     began = time.process_time()
     train(learner, material, schedule, Watch(reports, lambda *_: None, lambda: None), context)

@@ -20,6 +20,7 @@ import reslora
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import experiment_statistics  # noqa: E402
 import measured  # noqa: E402
 import overhead  # noqa: E402
 import paper_report  # noqa: E402
@@ -330,3 +331,20 @@ def test_consumer_waits_for_a_slow_stream_only(monkeypatch):
     args = argparse.Namespace(rate=10.0, batch=1)
     assert trainer.consume(args, 1, "cached", stream(0.0)) == 0
     assert trainer.consume(args, 1, "cached", stream(0.1)) == pytest.approx(0.5)
+
+
+def test_the_experiments_statistics_are_simulated_beside_other_ways(results, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["experiment_statistics.py", "--experiments", "60"])
+    monkeypatch.setattr(experiment_statistics, "SEEDS", (2, 3))
+    monkeypatch.setattr(experiment_statistics, "IMAGES", (10,))
+    monkeypatch.setattr(experiment_statistics, "VARIANCES", ((1, 0, 0.1),))
+    monkeypatch.setattr(experiment_statistics, "ESTIMATED", 3)
+    experiment_statistics.main()
+    found = kept(results, "experiment/statistics")
+    ways = {"ours", "satterthwaite", "t over seeds", "bootstrap"}
+    for draw in ("normal", "skewed"):
+        for rows in (found[draw][comparisons] for comparisons in ("1", "4")):
+            assert [row["seeds"] for row in rows] == [2, 3] and all(set(row["claims"]) == ways for row in rows)
+            assert all(0.6 < row["found"]["known"] <= 1 for row in rows)
+    low, high = found["range_of_claims"]["normal, 1 compared, 3 to 8 seeds"]["bootstrap"]
+    assert low == high == found["normal"]["1"][1]["claims"]["bootstrap"] > 0.1  # which knows nothing of few seeds

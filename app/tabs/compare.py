@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import TYPE_CHECKING
 
@@ -32,11 +31,8 @@ class CompareTab(Tab):
         self.playing = gr.Timer(0.8, active=False)
         self.grid = gr.HTML(elem_id="grid")
         with gr.Row():
-            plot = functools.partial(
-                gr.LinePlot, x="step", y="loss", color="method", color_map=views.color_map(), height=260, min_width=320
-            )
-            self.train_curve = plot(title="Training loss (running mean)", elem_id="train-curve")
-            self.validation_curve = plot(title="Loss on held-out images", elem_id="validation-curve")
+            self.train_curve = gr.HTML(elem_id="train-curve", min_width=320)
+            self.validation_curve = gr.HTML(elem_id="validation-curve", min_width=320)
         self.numbers = gr.HTML(elem_id="numbers")
         self.at_step = [self.grid, self.train_curve, self.validation_curve, self.numbers]
         self.watched = [self.summary, self.step, *self.at_step]

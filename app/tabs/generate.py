@@ -27,7 +27,7 @@ class GenerateTab(Tab):
             with gr.Column(scale=2, min_width=320):
                 self.settings_column()
             with gr.Column(scale=3, min_width=360):
-                with gr.Row():
+                with gr.Row(elem_classes="actions"):
                     self.go = gr.Button("Generate", variant="primary", elem_id="generate")
                     self.cancel = gr.Button("Cancel", elem_id="cancel")
                 self.status = gr.HTML(views.notice("The model is loaded with the first image."), elem_id="status")

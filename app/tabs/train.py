@@ -8,12 +8,21 @@ from typing import TYPE_CHECKING
 import gradio as gr
 
 from .. import launcher, views
-from ..handlers import paths_of, readable_errors
+from ..handlers import named, paths_of, readable_errors
 from ..runs import Run
 from .base import Parts, Tab
 
 if TYPE_CHECKING:
     from ..page import Page
+
+PARAMETERS = ("name", "images", "caption", "folder", "model", *launcher.FLAGS)
+"""Of the named endpoints, in order."""
+# The form is kept in the browser, so that it outlives a restart of the server.
+KEEP = "(...values) => { localStorage.setItem('reslora-train', JSON.stringify(values)); }"
+RECALL = """(...values) => {
+    const kept = JSON.parse(localStorage.getItem('reslora-train') || '[]');
+    return kept.length === values.length ? kept : values;
+}"""
 
 
 class TrainTab(Tab):
@@ -27,6 +36,7 @@ class TrainTab(Tab):
                 self.settings_column()
             with gr.Column(scale=3, min_width=360):
                 self.process_column()
+        self.form = [self.name, self.caption, self.folder, self.model, *self.flags.values()]
         self.watched, self.on_arrival = [self.progress, self.log], [self.folder]
 
     def settings_column(self) -> None:
@@ -46,7 +56,7 @@ class TrainTab(Tab):
                 self.flags[name] = flag_widget(name, action)
 
     def process_column(self) -> None:
-        with gr.Row():
+        with gr.Row(elem_classes="actions"):
             self.start = gr.Button("Start training", variant="primary", elem_id="start")
             self.stop = gr.Button("Stop and save", elem_id="stop")
             self.resume = gr.Button("Resume", elem_id="resume")
@@ -69,19 +79,22 @@ class TrainTab(Tab):
     def events(self, page: Page) -> None:
         run = page.run
         inputs = [self.name, self.uploads, self.caption, self.folder, self.model, *self.flags.values()]
-        self.show.click(readable_errors(self.do_show), inputs, self.command, api_name="train_command", preprocess=False)
-        self.start.click(
-            readable_errors(self.do_start), inputs, [run, self.command], api_name="train_start", preprocess=False
-        )
+        show, start = (named(readable_errors(do), PARAMETERS) for do in (self.do_show, self.do_start))
+        self.show.click(show, inputs, self.command, api_name="train_command", preprocess=False)
+        self.start.click(start, inputs, [run, self.command], api_name="train_start", preprocess=False)
+        quiet = {"api_visibility": "private", "show_progress": "hidden"}
+        page.blocks.load(None, self.form, self.form, js=RECALL, **quiet)
+        gr.on([part.change for part in self.form], None, self.form, None, js=KEEP, **quiet)
         # Not queued: they must not wait for what they end.
         self.stop.click(readable_errors(self.do_stop), run, self.answer, api_name="train_stop", queue=False)
         self.resume.click(readable_errors(self.do_resume), run, self.answer, api_name="train_resume")
 
     def shown(self, run: Run, status: str, choice: object) -> dict:
         """Values of all that is watched."""
-        return {self.progress: views.summary(run, status), self.log: views.log(self.trainings.log(run))}
+        return {self.progress: views.summary(run, status), self.log: views.log(self.trainings.log(run), status)}
 
     def words(self, name, uploads, caption, folder, model, *values) -> list[str]:
+        """Of the trainer's command line."""
         settings = dict(zip(launcher.FLAGS, values, strict=True)) | {"model": model}
         return self.trainings.command(name, settings, self.trainings.choose_images(name, folder, paths_of(uploads)))
 
@@ -101,12 +114,14 @@ class TrainTab(Tab):
         run = self.trainings.start(name, words, prepare)
         return gr.update(choices=list(self.library.runs()), value=run.name), launcher.in_words(words)
 
-    def do_stop(self, name: str) -> str:
-        return views.notice(self.trainings.stop(name))
+    def do_stop(self, run: str) -> str:
+        """Stops the run that trains, whichever is looked at."""
+        return views.notice(self.trainings.stop(run))
 
-    def do_resume(self, name: str) -> str:
-        self.trainings.resume(name)
-        return views.notice("Going on from the newest checkpoint.")
+    def do_resume(self, run: str) -> str:
+        """Goes on with a run."""
+        self.trainings.resume(run)
+        return views.notice(f"{run} goes on from its newest checkpoint.")
 
 
 def flag_widget(name: str, action: argparse.Action) -> gr.components.Component:

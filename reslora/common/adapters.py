@@ -33,7 +33,7 @@ from ..chains import base_model, unwrap
 from ..config import ResLoraConfig
 from ..files import check_checksums, write_checksums, write_tensors
 from ..model import connect, connection_of
-from .errors import RunFailed, first_line
+from .errors import Diverged, first_line
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -346,13 +346,13 @@ def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
 def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     """Writes what training changes, never the base: by `reslora.save` if connected, else as `adapter.safetensors`.
 
-    With a checksum of each file. Raises `RunFailed`, and writes nothing, if a weight is not finite. With several
+    With a checksum of each file. Raises `Diverged`, and writes nothing, if a weight is not finite. With several
     processes, call it on rank 0.
     """
     state = trained_state(model)
     for name, value in state.items():
         if not bool(torch.isfinite(value).all()):
-            raise RunFailed(f"{name} is not finite: lower --learning_rate; the checkpoint before is intact")
+            raise Diverged(f"{name} is not finite: lower --learning_rate; the checkpoint before is intact")
     if connection_of(base_model(model)) is not None:
         checkpoint.save(model, directory)
     else:

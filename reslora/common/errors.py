@@ -18,6 +18,10 @@ class RunFailed(RuntimeError):
     """The run itself went wrong (a loss that is not finite, an export that does not match); exit status 1."""
 
 
+class Diverged(RunFailed):
+    """Numbers that are not finite: this training is lost, and others may go well."""
+
+
 class Stopped(Exception):
     """Ctrl-C or SIGTERM ended the run after it was saved."""
 
@@ -25,9 +29,9 @@ class Stopped(Exception):
 class EndedElsewhere(Exception):
     """Another process of the run has failed, and says why; this one leaves with the same exit status, silently."""
 
-    def __init__(self, status: int) -> None:
+    def __init__(self, status: int, diverged: bool = False) -> None:
         super().__init__(f"another process of this run has ended it with status {status}")
-        self.status = status
+        self.status, self.diverged = status, diverged
 
 
 class refused_as:

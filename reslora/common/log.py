@@ -8,19 +8,26 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..files import replacing
+from .jsonl import json_lines
 
 
 def read_log(path: str | os.PathLike) -> list[dict]:
-    """Rows of a log up to the first damaged line (a kill can cut the last one short); empty where there is no file."""
-    rows = []
+    """Rows of a log without damaged lines (a kill can cut the last one short); empty where there is no file."""
+    return [row for row in _lines(path) if row is not None]
+
+
+def count_damaged(path: str | os.PathLike) -> int:
+    """How many lines of a log are no rows."""
+    return sum(row is None for row in _lines(path))
+
+
+def _lines(path: str | os.PathLike) -> list[dict | None]:
+    """Each line's row; None for one that cannot be read."""
     try:
-        for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
-            row = json.loads(line)
-            if isinstance(row, dict) and isinstance(row.get("step"), int):
-                rows.append(row)
-    except (OSError, ValueError, RecursionError):
-        pass
-    return rows
+        values = [value for _, value in json_lines(Path(path))]
+    except OSError:
+        return []
+    return [value if isinstance(value, dict) and isinstance(value.get("step"), int) else None for value in values]
 
 
 class LogWriter:

@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from .errors import EndedElsewhere, InvalidArgument, RunFailed, Stopped, first_line
+from .errors import Diverged, EndedElsewhere, InvalidArgument, RunFailed, Stopped, first_line
 
 T = TypeVar("T")
 LONGEST_WAIT = timedelta(hours=24)  # for the main process to encode, merge, draw and read back
@@ -39,14 +39,14 @@ def decided(decide: Callable[[], T]) -> T:
     if alone():
         return decide()
     value, failure = _tried(decide) if is_main() else (None, None)
-    told: list = [(value, failure and _status(failure))]
+    told: list = [(value, failure and _status(failure), isinstance(failure, Diverged))]
     wait()
     _met(lambda: dist.broadcast_object_list(told, src=0, group=_patient(dist.group.WORLD)))
     if failure is not None:
         raise failure
-    value, status = told[0]
+    value, status, diverged = told[0]
     if status is not None:
-        raise EndedElsewhere(status)
+        raise EndedElsewhere(status, diverged)
     return value
 
 

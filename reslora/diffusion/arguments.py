@@ -15,10 +15,12 @@ from ..common.methods import IN_WORDS, METHODS
 from ..config import HEADS, SHORTCUTS
 from ..merges import AUTO
 from ..merges import NAMES as MERGES
+from .optimizers import OPTIMIZERS
 
 SAMPLINGS = ("uniform", "logit_normal", "mode", "sigmoid", "shift", "flux_shift")
 BASE_PRECISIONS = ("no", "fp8", "int8", "nf4")
 WEIGHTINGS = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
+SEVERAL = ("learning_rate", "seed", "rank", "shortcut")  # several values of one of these make a run an experiment
 SWITCH = {"action": argparse.BooleanOptionalAction, "default": False}
 
 # A flag left alone takes the first value with a bundled pipeline and the second with a model the user names;
@@ -35,7 +37,7 @@ DEFAULTS = {
     "num_inference_steps": (20, None),
     "guidance_scale": (4.0, None),
 }
-DEFAULT_RANK, DEFAULT_PRE_NUM = 16, 4
+DEFAULT_RANK, HIGHEST_RANK, DEFAULT_PRE_NUM = 16, 65536, 4
 ONE_OR_SEVERAL = ("train_data_dir", "train_data_repeats", "train_data_weight", "resolution")
 BY_FAMILY = {
     "rank": f"{DEFAULT_RANK}; the width of the narrowest adapted layer where that is less",
@@ -70,14 +72,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def whole(minimum: int) -> Callable[[str], int]:
-    """Type of a flag that takes a whole number of at least `minimum`."""
+def whole(minimum: int, most: float = math.inf) -> Callable[[str], int]:
+    """Type of a flag that takes a whole number of at least `minimum`, and at most `most`."""
 
     def parse(text: str) -> int:
         with contextlib.suppress(ValueError):
-            if is_whole(int(text), minimum):
+            if is_whole(int(text), minimum, most):
                 return int(text)
-        raise argparse.ArgumentTypeError(f"{text!r} is not {whole_in_words(minimum)}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not {whole_in_words(minimum, most)}")
 
     return parse
 
@@ -119,6 +121,7 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
         ("training", add_training_flags),
         ("optimizer", add_optimizer_flags),
         ("samples and validation loss", add_validation_flags),
+        ("experiments", add_experiment_flags),
         ("output, checkpoints and reports", add_output_flags),
     ):
         add_flags(parser.add_argument_group(title).add_argument)
@@ -181,7 +184,7 @@ def add_method_flags(add: Callable) -> None:
     """Which adapter, and how it is merged."""
     add("--method", nargs="+", choices=METHODS,
         help=f"trained one after the other on the same images and noise. {IN_WORDS}")
-    add("--rank", type=whole(1), help="rank of the update matrices")
+    add("--rank", type=whole(1, HIGHEST_RANK), nargs="+", help="rank of the update matrices")
     add("--lora_alpha", type=number(0, exclusive=True), help="scale times rank; default: twice the rank")
     add("--init_lora", metavar="FILE",
         help="go on from this LoRA, of any tool, instead of from zero: its layers, ranks and alphas are trained")
@@ -193,7 +196,7 @@ def add_method_flags(add: Callable) -> None:
     add("--train_text_encoder", **SWITCH,
         help="train the CLIP text encoders, too: their attention gets the same adapter, with shortcuts between their "
              "own layers; Stable Diffusion, SDXL, SD 3, Flux.1. T5 stays as it is")
-    add("--shortcut", choices=SHORTCUTS, default="input",
+    add("--shortcut", nargs="+", choices=SHORTCUTS, default="input",
         help="ResLoRA: what a block gets from the blocks before it")
     add("--pre_num", type=whole(-1), default=DEFAULT_PRE_NUM,
         help="ResLoRA: how many blocks before it, -1 for all; with --shortcut input any number but 0 means one")
@@ -251,7 +254,7 @@ def add_data_flags(add: Callable) -> None:
 
 def add_training_flags(add: Callable) -> None:
     """How long, how much at once, and on which loss."""
-    add("--seed", type=whole(0), default=0, help="the same seed gives the same bytes")
+    add("--seed", type=whole(0), nargs="+", default=0, help="the same seed gives the same bytes")
     add("--train_batch_size", type=whole(1), default=16, help="images per process and forward")
     add("--gradient_accumulation_steps", type=whole(1), default=1, help="forwards per step")
     add("--num_train_epochs", type=whole(1),
@@ -282,7 +285,7 @@ def add_training_flags(add: Callable) -> None:
 
 def add_optimizer_flags(add: Callable) -> None:
     """AdamW and its learning rate."""
-    add("--learning_rate", type=number(0, exclusive=True), help="highest learning rate")
+    add("--learning_rate", type=number(0, exclusive=True), nargs="+", help="highest learning rate")
     add("--text_encoder_lr", type=number(0, exclusive=True),
         help="learning rate of the text encoders; default: --learning_rate. The schedule is the same")
     add("--scale_lr", **SWITCH, help="multiply it by batch size, accumulation steps and processes")
@@ -293,7 +296,11 @@ def add_optimizer_flags(add: Callable) -> None:
         help="steps until it is reached (none with constant); default: 500, but at most a tenth of the run")
     add("--lr_step_rules", metavar="RULES",
         help="piecewise_constant: factors and the steps they end at, and the last factor, such as 1:100,0.1:200,0.01")
-    add("--use_8bit_adam", **SWITCH, help="bitsandbytes' 8-bit AdamW")
+    add("--optimizer", default=None, metavar="NAME",
+        help=f"{', '.join(OPTIMIZERS)}, or the path of a class as package.Class (default: adamw); all others are set "
+             "as their authors have them, and by --optimizer_args")
+    add("--optimizer_args", nargs="+", default=[], metavar="KEY=VALUE", help="arguments of that class, as beta3=0.98")
+    add("--use_8bit_adam", **SWITCH, help="bitsandbytes' 8-bit AdamW, as --optimizer adamw8bit")
     add("--adam_beta1", type=number(0, below=1), default=0.9, help="decay of the mean of the gradient")
     add("--adam_beta2", type=number(0, below=1), default=0.999, help="decay of the mean of its square")
     add("--adam_weight_decay", type=number(0), default=1e-2, help="weight decay")
@@ -307,7 +314,8 @@ def add_validation_flags(add: Callable) -> None:
     add("--num_validation_images", type=whole(0), help="samples per prompt; 0 draws none while training")
     add("--validation_height", type=whole(8), help="pixels of a sample; default: --resolution, the first")
     add("--validation_width", type=whole(8), help="pixels of a sample; default: --resolution, the first")
-    add("--validation_steps", type=whole(1), help="steps between samples; default: by --validation_epochs")
+    add("--validation_steps", type=whole(1),
+        help="steps between samples; default: by --validation_epochs, and in experiments ten times at most")
     add("--validation_epochs", type=whole(1), default=1, help="epochs between samples")
     add("--validation_split", type=number(0, below=1), help="share of the images held out for a validation loss")
     add("--max_validation_images", type=whole(1), default=64,
@@ -315,6 +323,18 @@ def add_validation_flags(add: Callable) -> None:
              "the rest is not trained on either")
     add("--num_inference_steps", type=whole(1), help="denoising steps of a sample")
     add("--guidance_scale", type=number(0), help="classifier-free guidance of a sample")
+
+
+def add_experiment_flags(add: Callable) -> None:
+    """Several values of --learning_rate, --seed, --rank or --shortcut: what is tried, and which images judge it."""
+    add("--select_split", type=number(0, below=1, exclusive=True),
+        help="experiments: share of the images by which learning rates and checkpoints are chosen (default: 0.1)")
+    add("--test_split", type=number(0, below=1, exclusive=True),
+        help="experiments: share of the images by which methods are compared in the end (default: 0.1)")
+    add("--extend_rates", **SWITCH,
+        help="experiments: where the best learning rate is the lowest or highest, try the next one, up to three times")
+    add("--experiment_minutes", type=number(0, exclusive=True),
+        help="experiments: time after which none is begun that would not end in it; the same command goes on")
 
 
 def add_output_flags(add: Callable) -> None:

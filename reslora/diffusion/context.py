@@ -20,12 +20,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Context:
-    """The flags with every default filled in, the model, the processes, and requests to stop."""
+    """The flags with every default filled in, the model, the processes, and requests to stop.
+
+    An arm of an experiment has one of its own: its flags, its place inside the method's folder, and how many others
+    there are before its method's.
+    """
 
     flags: Flags
     model: Model
     accelerator: Accelerator
     stop: StopRequest
+    place: str = ""
+    before: int = 0
     start: Start | None = None
     """The LoRA that training goes on from."""
 
@@ -33,6 +39,14 @@ class Context:
     def folder(self) -> Path:
         """Where the run writes."""
         return Path(self.flags.output_dir)
+
+    def name_of(self, method: str) -> str:
+        """Where a method writes, inside the folder: its name, and that of the arm."""
+        return f"{method}/{self.place}" if self.place else method
+
+    def folder_of(self, method: str) -> Path:
+        """Where a method writes."""
+        return self.folder / self.name_of(method)
 
     @property
     def encoders(self) -> tuple[Part, ...]:

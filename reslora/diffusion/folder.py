@@ -16,6 +16,7 @@ from ..common.methods import METHODS
 from ..files import remove_leftovers
 from .arguments import Flags
 
+EXPERIMENT = "experiment.json"  # what an experiment leaves, and a run does not
 OWNER = ".lock"  # holds the process id, for readers; what is locked is a file of the system's temporary folder
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -20,7 +21,7 @@ from .data.dataset import ImageDataset, data_flag
 from .data.folders import load_folders
 from .data.material import material_of
 from .data.samples import Material
-from .folder import locked
+from .folder import EXPERIMENT, locked
 from .model.loading import find_model
 from .model.lora_files.combining import in_short
 from .model.objective import Objective, objective_of
@@ -37,8 +38,19 @@ from .training.loop import Watch, train
 from .training.preparing import attention_of, prepare, renew_scaler
 from .training.schedule import Schedule, schedule_of
 from .training.start import read_start, with_start
-from .training.state import Learner, new_learner
+from .training.state import Learner, check_optimizer, new_learner
 from .training.trained import Trained
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained from: the same for all methods of a run."""
+
+    pipeline: DiffusionPipeline
+    material: Material
+    schedule: Schedule
+    identity: Identity
+    context: Context
 
 
 def run(flags: Flags, stop: StopRequest) -> None:
@@ -46,11 +58,7 @@ def run(flags: Flags, stop: StopRequest) -> None:
     accelerator = start_accelerator(flags)
     with contextlib.ExitStack() as stack:
         decided(lambda: take_folder(flags, stack))
-        images = each(lambda: load_folders(flags))
-        context = settle(flags, accelerator, stop)
-        if decided(lambda: missing_class_images(context.flags)):
-            each(lambda: load_and_check(context))  # to draw them takes minutes
-        kinds = [*images, *load_class_images(context)]
+        kinds, context = find_all(flags, accelerator, stop)
         identity = identity_of(kinds, context)
         resume = decided(lambda: plan_resume(context.flags, identity))
         for line in resume.notes:
@@ -62,16 +70,23 @@ def run(flags: Flags, stop: StopRequest) -> None:
             decided(lambda: hub_repository(context.flags))
         pipeline, objective = each(lambda: load_and_check(context))
         material = material_of(kinds, pipeline, objective, context)
-        schedule = schedule_of(material, context)
-        start_trackers(schedule, context)
+        forget_encoder(pipeline, context)
+        setting = Setting(pipeline, material, schedule_of(material, context), identity, context)
+        start_trackers(setting.schedule, context)
         for method in context.flags.method:
             if method not in resume.finished:
-                learner = start_method(method, pipeline, material, schedule, context)
-                go_on(learner, resume, context)
-                train_and_export(learner, material, schedule, identity, context)
-                del learner  # its weights leave the memory before the next ones come
+                train_method(method, resume, setting)
         decided(lambda: show(material, context))
         accelerator.end_training()
+
+
+def find_all(flags: Flags, accelerator: Accelerator, stop: StopRequest) -> tuple[list[ImageDataset], Context]:
+    """The images to be learnt, and class images where there are any, and all that is settled before they are used."""
+    images = each(lambda: load_folders(flags))
+    context = settle(flags, accelerator, stop)
+    if decided(lambda: missing_class_images(context.flags)):
+        each(lambda: load_and_check(context))  # to draw them takes minutes
+    return [*images, *load_class_images(context)], context
 
 
 def settle(flags: Flags, accelerator: Accelerator, stop: StopRequest) -> Context:
@@ -83,12 +98,15 @@ def settle(flags: Flags, accelerator: Accelerator, stop: StopRequest) -> Context
         flags = with_start(flags, start)
         accelerator.print(f"--init_lora {flags.init_lora}: {in_short({'': start.layers})}")
     flags = with_family(flags.replace(mixed_precision=accelerator.mixed_precision), model.family.defaults)
-    return Context(with_rank(flags, model, accelerator), model, accelerator, stop, start)
+    return Context(with_rank(flags, model, accelerator), model, accelerator, stop, start=start)
 
 
 def take_folder(flags: Flags, stack: contextlib.ExitStack) -> None:
     """Locks the run's folder until the stack closes, and refuses at once what its content does not allow."""
     stack.enter_context(locked(Path(flags.output_dir)))
+    if (Path(flags.output_dir) / EXPERIMENT).exists():
+        fix = "give its rates and seeds, or choose another"
+        raise InvalidArgument(f"--output_dir {flags.output_dir}", "holds an experiment", fix)
     plan_resume(flags)
 
 
@@ -116,50 +134,64 @@ def load_and_check(context: Context) -> tuple[DiffusionPipeline, Objective]:
     check_pipeline(flags, pipeline, model.family)
     objective = objective_of(flags, model.family, pipeline)
     check_methods(flags, model, accelerator, context.start)
+    check_optimizer(context)
     check_encoders(pipeline, context)
     return pipeline, objective
 
 
-def start_method(
-    method: str, pipeline: DiffusionPipeline, material: Material, schedule: Schedule, context: Context
-) -> Learner:
+def forget_encoder(pipeline: DiffusionPipeline, context: Context) -> None:
+    """Frees what encodes images, once all are encoded: samples need the decoder alone."""
+    if context.flags.cache_latents:
+        pipeline.vae.encoder = None
+
+
+def train_method(method: str, resume: Resume, setting: Setting, validation: type[Validation] = Validation) -> Learner:
+    """A method from where it stands to its exports; what it was measured by is `validation`."""
+    learner = start_method(method, setting)
+    go_on(learner, resume, setting.context)
+    train_and_export(learner, setting, validation)
+    return learner
+
+
+def start_method(method: str, setting: Setting) -> Learner:
     """A method at its start."""
+    context = setting.context
     denoiser = context.model.load_denoiser(context.dtype, context.accelerator.device, context.flags.base_precision)
-    parts = {context.model.family.denoiser: denoiser} | context.model.load_encoders(context.encoders, pipeline)
-    loss = DenoisingLoss(context, material.objective, pipeline, denoiser.config)
+    parts = {context.model.family.denoiser: denoiser} | context.model.load_encoders(context.encoders, setting.pipeline)
+    loss = DenoisingLoss(context, setting.material.objective, setting.pipeline, denoiser.config)
     renew_scaler(context.accelerator)
-    return new_learner(method, Trained(parts, loss), schedule, context)
+    return new_learner(method, Trained(parts, loss), setting.schedule, context)
 
 
 def go_on(learner: Learner, resume: Resume, context: Context) -> None:
     """Brings the learner to where an earlier run left it, and makes it ready for its steps."""
-    method, flags, candidates = learner.method, context.flags, resume.checkpoints[learner.method]
-    if method in resume.merge_anew:
-        context.accelerator.print(f"{method} is trained: merging and exporting it anew with --merge {flags.merge}")
+    name, flags, candidates = learner.name, context.flags, resume.checkpoints[learner.method]
+    if learner.method in resume.merge_anew:
+        context.accelerator.print(f"{name} is trained: merging and exporting it anew with --merge {flags.merge}")
     elif flags.resume_from_checkpoint and not candidates:
-        where = context.folder / method
-        context.accelerator.print(f"--resume_from_checkpoint latest: no checkpoint in {where}, {method} starts afresh")
+        where = context.folder / name
+        context.accelerator.print(f"--resume_from_checkpoint latest: no checkpoint in {where}, {name} starts afresh")
     restore(learner, candidates, flags, context.accelerator)
     prepare(learner, context)
 
 
-def train_and_export(
-    learner: Learner, material: Material, schedule: Schedule, identity: Identity, context: Context
-) -> None:
+def train_and_export(learner: Learner, setting: Setting, validation: type[Validation]) -> None:
     """The steps that are left of a method, and its exports."""
-    flags, accelerator, folder = context.flags, context.accelerator, context.folder / learner.method
+    material, schedule, identity, context = setting.material, setting.schedule, setting.identity, setting.context
+    flags, accelerator, folder = context.flags, context.accelerator, context.folder / learner.name
     loss = learner.trained.loss
     drawer = Drawer(loss.pipeline, context.model.family, material.texts, flags, context.encoders)
 
     def export() -> None:
         write_exports(folder, flags, identity, schedule, export_method(learner, material, drawer, schedule, context))
 
-    reports = Reports(folder, learner, flags, schedule, accelerator)
-    validation = Validation(loss, material, drawer, accelerator, context.stop)
-    watch = Watch(reports, validation, lambda: save_checkpoint(learner, folder, flags, identity, accelerator))
+    reports = Reports(folder, learner, schedule, accelerator)
+    look = validation(loss, material, drawer, accelerator, context.stop)
+    watch = Watch(reports, look, lambda: save_checkpoint(learner, folder, flags, identity, accelerator))
     with contextlib.closing(reports), attention_of(accelerator, material):
         train(learner, material, schedule, watch, context)
-    decided(export)
+    with learner.averaged():
+        decided(export)
 
 
 def show(material: Material, context: Context) -> None:

@@ -18,11 +18,14 @@ from ..common.errors import InvalidArgument, first_line, refused_as
 from ..common.methods import METHODS, any_with_shortcuts, check_steps, refuse_parts
 from ..merges import MERGES
 from ..shortcuts import PLAIN, shortcut_class
-from .arguments import DEFAULTS, ONE_OR_SEVERAL, Flags, build_parser, listed
+from .arguments import DEFAULTS, ONE_OR_SEVERAL, SEVERAL, Flags, build_parser, listed
+from .experiment.arms import alpha_of, check_experiment, plain_variants
 from .model.families import FAMILIES
+from .optimizers import check_installed, named
 
 BUNDLED_MODEL, BUNDLED_IMAGES, BUNDLED_STEPS = ASSETS / "pipeline", ASSETS / "openmoji", 200
 BUNDLED_DEFAULTS = {"pipeline-flow": {"learning_rate": 1e-3}}  # where one differs from DEFAULTS
+DEFAULT_SPLIT = 0.1  # of an experiment's images, to choose by and again to compare by
 POLYNOMIAL_END = 1e-7  # diffusers' learning rate at the end of that schedule
 
 # A run's config.json holds both of these; whoever names one on the command line means the other no longer.
@@ -44,7 +47,9 @@ def parse_args(argv: Sequence[str] | None = None, description: str | None = None
         parser.set_defaults(**config_defaults(parser, Path(args.config), given))
         args = parser.parse_args(argv)
     flags = fill_defaults(args)
-    check_flags(flags)
+    for plain in plain_variants(flags):
+        check_flags(plain)
+    check_experiment(flags)
     return flags
 
 
@@ -60,18 +65,30 @@ def fill_defaults(args: argparse.Namespace) -> Flags:
     if bundled and args.max_train_steps is None and args.num_train_epochs is None:
         values["max_train_steps"] = BUNDLED_STEPS
     values["num_train_epochs"] = args.num_train_epochs or 100
+    values["optimizer"] = args.optimizer or ("adamw8bit" if args.use_8bit_adam else "adamw")
     own = BUNDLED_DEFAULTS.get(Path(values["pretrained_model_name_or_path"]).name, {}) if bundled else {}
+    if (rate := named(values["optimizer"]).learning_rate) is not None and args.learning_rate is None:
+        values["learning_rate"] = rate
     for name, (with_bundled, with_named) in DEFAULTS.items():
         if values[name] is None:
             values[name] = own.get(name, with_bundled) if bundled else with_named
-    values["lora_alpha"] = args.lora_alpha or (2 * args.rank if args.rank and not args.init_lora else None)
-    values["validation_prompt"] = [clean(prompt).strip() for prompt in values["validation_prompt"]]
-    values["method"] = list(dict.fromkeys(values["method"]))
     values["resolution"] = list(dict.fromkeys(listed(values["resolution"]))) or None
-    for name in ONE_OR_SEVERAL:
+    for name in (*ONE_OR_SEVERAL, *SEVERAL):
         if len(listed(values[name])) == 1:
             (values[name],) = listed(values[name])
+    rank, splits = values["rank"], ("select_split", "test_split")
+    values["lora_alpha"] = alpha_of(args, rank)
+    if is_experiment(values):
+        values |= {name: DEFAULT_SPLIT for name in splits if values[name] is None}
+        values["validation_split"] = args.validation_split or 0.0
+    values["validation_prompt"] = [clean(prompt).strip() for prompt in values["validation_prompt"]]
+    values["method"] = list(dict.fromkeys(values["method"]))
     return Flags(**values)
+
+
+def is_experiment(flags: Mapping[str, object]) -> bool:
+    """Whether several learning rates, seeds, ranks or shortcuts are asked for, by the flags as a table."""
+    return any(isinstance(flags[name], list) for name in SEVERAL)
 
 
 def is_bundled(model: str) -> bool:
@@ -167,6 +184,7 @@ def check_flags(flags: Flags) -> None:
     if flags.train_text_encoder:
         refuse_parts(flags.method)
     check_packages(flags)
+    check_installed(flags)
     check_start(flags)
     check_schedule(flags)
     if flags.hub_token and flags.report_to not in ("tensorboard", "none"):
@@ -234,7 +252,6 @@ def check_start(flags: Flags) -> None:
 def check_packages(flags: Flags) -> None:
     """Refuse flags whose package is not installed."""
     for flag, used, package in (
-        ("--use_8bit_adam", flags.use_8bit_adam, "bitsandbytes"),
         ("--enable_xformers_memory_efficient_attention", flags.enable_xformers_memory_efficient_attention, "xformers"),
     ):
         if used and importlib.util.find_spec(package) is None:

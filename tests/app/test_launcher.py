@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import PIL.Image
 import pytest
@@ -43,6 +44,7 @@ def test_several_resolutions_are_numbers_with_spaces(trainings):
     "settings",
     [
         {"rank": "0"},
+        {"rank": "9" * 20},
         {"resolution": "64 x"},
         {"max_train_steps": "8; rm -rf /"},
         {"method": ["lora", "--push_to_hub"]},
@@ -115,11 +117,47 @@ def test_a_trainer_is_found_by_its_lock_and_stopped(run):
     assert trainings.status(run) == "running"
     with pytest.raises(RunError, match="run is training"):
         trainings.start("second", [])
-    assert "Stopping" in trainings.stop("run")
+    assert "stops after" in trainings.stop("run")
+    assert trainings.status(run) in ("stopping", "stopped")
     trainings.asked.add(process.pid)
     assert "already" in trainings.stop("run") or process.poll() == 7  # a second signal would keep it from saving
     assert ended(process) == 7
     assert trainings.status(run) == "stopped"
+
+
+def test_what_stops_is_what_trains_whichever_run_is_looked_at(run):
+    write_run(run.folder.parent / "looked-at")
+    trainings = Trainings(Library(run.folder.parent))
+    assert trainings.stop("looked-at") == "Nothing is training."
+    launcher = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True)
+    trainings.started["run"] = launcher
+    assert trainings.status(run) == "starting"
+    trainings.began.add("run")  # its trainer was at work and has left; the launcher goes last
+    assert trainings.status(run) == "stopping" and trainings.stop("looked-at") == "run is ending."
+    trainings.began.clear()
+    assert "run is stopped" in trainings.stop("looked-at")
+    ended(launcher)
+    assert trainings.status(run) == "stopped"
+
+
+def test_a_finished_run_is_not_resumed(run):
+    for method in run.methods:
+        (run.folder / method / "exports.json").write_text("{}")
+    with pytest.raises(RunError, match="finished"):
+        Trainings(Library(run.folder.parent)).resume("run")
+
+
+def test_refusals_in_many_threads_leave_stderr_alone(trainings):
+    before = sys.stderr
+
+    def refused() -> None:
+        for _ in range(20):
+            with pytest.raises(RunError, match="rank"):
+                trainings.command("new", {"rank": "0"})
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: refused(), range(4)))
+    assert sys.stderr is before
 
 
 def test_a_refused_start_leaves_the_images_of_the_run_that_trains_alone(run):

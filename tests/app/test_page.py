@@ -14,25 +14,19 @@ import urllib.parse
 import urllib.request
 from pathlib import Path
 
+import browsers
 import numpy as np
 import PIL.Image
 import pytest
 from app_runs import REPOSITORY, trained, write_run
-from browsers import NoBrowser, find_browser
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
-from playwright.sync_api import sync_playwright
 from waiting import LIMIT, ended, ignore_sigint, wait_until
 
 from app import __main__ as command_line
 from app import recipe
 from app.runs import Library
-
-CHROMIUM_FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-]  # fmt: skip
-
+from app.tabs.train import PARAMETERS
 
 # -- command line ------------------------------------------------------------------------------------------------------
 
@@ -255,6 +249,13 @@ def test_whatever_a_program_sends_it_is_told_something(address, wrong):
             )
 
 
+def test_the_settings_of_a_training_have_names(client):
+    endpoints = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
+    for name in ("/train_command", "/train_start"):
+        names = [parameter["parameter_name"] for parameter in endpoints[name]["parameters"]]
+        assert names == list(PARAMETERS)
+
+
 def test_what_nobody_listens_to_keeps_nobody_waiting(address, client, log):
     """Four requests of 8 images x 150 steps, whose senders went away at once; another visitor is served meanwhile."""
     left = [post(address, "generate", *(GENERATE | {"steps": 150, "images": 8}).values()) for _ in range(4)]
@@ -322,18 +323,8 @@ def test_a_password_is_asked_for(runs, tmp_path):
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    lock = tmp_path_factory.getbasetemp().parent / "browser.lock"  # a folder that both processes of `-n 2` have
-    with sync_playwright() as playwright:
-        found = problem = None
-        try:
-            found = find_browser(Path(playwright.chromium.executable_path), lock)
-        except NoBrowser as error:
-            problem = str(error)
-        if problem:  # out of the clause above, which pytest would tell too
-            pytest.fail(problem, pytrace=False)
-        browser = playwright.chromium.launch(executable_path=found, args=CHROMIUM_FLAGS, timeout=LIMIT * 1000)
+    with browsers.opened(tmp_path_factory.getbasetemp().parent) as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -366,7 +357,7 @@ def test_the_slider_moves_the_images(page):
         page.locator("#download").click()
     with PIL.Image.open(download.value.path()) as image:
         assert image.format == "PNG"
-    page.wait_for_selector("#train-curve svg, #train-curve canvas")
+    assert page.locator("#train-curve polyline").count() == 2
 
 
 def test_images_with_merged_weights_beside_the_base(page):
@@ -386,6 +377,51 @@ def test_cancel(page):
     page.locator("#status").get_by_text("of 8").first.wait_for()
     page.locator("#cancel").click()
     page.locator("#status").get_by_text("Cancelled after").wait_for()
+
+
+CONTRAST = """
+element => {
+  const light = color => {
+    const parts = color.match(/[\\d.]+/g).map(Number);
+    const [r, g, b] = parts.slice(0, 3).map(c => (c /= 255) <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  let behind = element;
+  while (behind && getComputedStyle(behind).backgroundColor.endsWith(' 0)')) behind = behind.parentElement;
+  const page = location.search.includes('dark') ? 'rgb(30, 30, 30)' : 'rgb(255, 255, 255)';
+  const pair = [getComputedStyle(element).color, behind ? getComputedStyle(behind).backgroundColor : page].map(light);
+  return (Math.max(...pair) + 0.05) / (Math.min(...pair) + 0.05);
+}
+"""
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_text_can_be_read_and_a_form_survives_a_restart(page, address, theme):
+    """What is typed under Train is there again when the page is loaded anew, as after a restart of the server."""
+    page.goto(f"{address}?__theme={theme}", wait_until="domcontentloaded")
+    page.wait_for_selector("#grid img")
+    seen = [page.locator(name) for name in ("#summary .summary b", "#play")]
+    assert [text for text in seen if text.first.evaluate(CONTRAST) < 4.5] == []
+    page.get_by_role("tab", name="Train").click()
+    page.locator("#start").wait_for()
+    seen = [page.locator("#start"), page.get_by_text("rank of the update matrices")]
+    seen.append(page.get_by_role("tab", name="Train"))
+    assert [text for text in seen if text.first.evaluate(CONTRAST) < 4.5] == []
+    page.locator("#name input, #name textarea").fill("kept")
+    page.wait_for_timeout(1000)
+    page.reload(wait_until="domcontentloaded")
+    page.get_by_role("tab", name="Train").click()
+    page.wait_for_function("document.querySelector('#name input, #name textarea').value === 'kept'")
+
+
+def test_a_run_that_is_deleted_leaves_the_list(page, runs):
+    write_run(runs / "passing")
+    page.locator("#run input").fill("passing")
+    page.locator("#run input").press("Enter")
+    page.wait_for_function("document.querySelector('#run input').value === 'passing'")
+    page.wait_for_timeout(3000)  # a look at it
+    shutil.rmtree(runs / "passing")
+    page.wait_for_function("document.querySelector('#run input').value !== 'passing'")
 
 
 def test_chains_and_merge_are_shown(page):

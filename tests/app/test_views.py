@@ -19,6 +19,31 @@ def run(tmp_path):
     return run_by_hand(tmp_path)
 
 
+def test_damage_is_told(run):
+    log = run.folder / "lora" / "log.jsonl"
+    log.write_text(log.read_text().replace("\n", '\n{"step": 2, "lo\n', 1))
+    assert len(run.log("lora")) == 7 and "1 lines of its log are damaged" in views.numbers(run, 4)
+    image = run.folder / "lora" / "samples" / "step-000004" / "0-0.png"
+    content = bytearray(image.read_bytes())
+    content[43:53] = bytes(10)
+    image.write_bytes(content)
+    assert views.comparison(run, 4).count('<div class="empty">damaged') == 1
+
+
+def test_places_are_in_the_order_of_their_numbers():
+    names = [f"layers.{number}.attention.to_q" for number in (0, 1, 10, 2)]
+    shown = views.heat_map("norms", dict.fromkeys(names, 1.0))
+    assert [shown.index(f"<th>l{number}</th>") for number in (0, 1, 2, 10)] == sorted(
+        shown.index(f"<th>l{number}</th>") for number in (0, 1, 2, 10)
+    )
+
+
+def test_a_run_that_failed_says_so(tmp_path):
+    (tmp_path / "runs" / "new").mkdir(parents=True)
+    (tmp_path / "runs" / "new" / "app.log").write_text("error\n")
+    assert "its log, under Train, says why" in views.comparison(Library(tmp_path / "runs").find("new"), 0)
+
+
 def test_columns_and_grid_show_the_chosen_step(run):
     write_samples(run.folder / "reslora" / "merged", 200)
     columns = views.columns(run, 2)
@@ -82,11 +107,13 @@ def test_places_and_roles_of_every_familys_blocks(name, place, role):
     assert (views.place(name), views.role_of(name)) == (place, role)
 
 
-def test_curves_have_a_marker_at_the_step(run):
-    frame = views.curves(run, "train", 2)
-    assert set(frame["method"]) == {"LoRA", "ResLoRA", views.MARKER}
-    assert set(frame[frame["method"] == views.MARKER]["step"]) == {2}
-    assert len(views.curves(run, "nothing", 2)) == 0
+def test_curves_have_a_line_a_method_and_a_mark_at_the_step(run):
+    chart = views.curves(run, "train", 2)
+    assert chart.count("<polyline") == 2 and chart.count('class="mark"') == 1
+    assert ">LoRA</text>" in chart and ">ResLoRA</text>" in chart
+    assert "<polyline" not in views.curves(run, "validation", 2).replace("<polyline", "", 2)
+    (run.folder / "reslora" / "log.jsonl").write_text("")
+    assert views.curves(run, "train", 2).count("<polyline") == 1
 
 
 def test_norms_of_an_exported_file_are_those_of_the_product(run):

@@ -18,7 +18,7 @@ from reslora.common.errors import InvalidArgument
 SCRIPT = """
 import json, os, pathlib, sys, time
 import accelerate
-from reslora.common.errors import EndedElsewhere, InvalidArgument, RunFailed
+from reslora.common.errors import Diverged, EndedElsewhere, InvalidArgument, RunFailed
 from reslora.common import together
 from reslora.common.script import shares_the_cpu
 
@@ -38,12 +38,14 @@ def fails(error, at):
 for name, do in {{
     "main refuses": lambda: together.decided(lambda: fails(InvalidArgument("--a", "b", "c"), 0)),
     "main fails": lambda: together.decided(lambda: fails(OSError("disk"), 0)),
+    "main diverges": lambda: together.decided(lambda: fails(Diverged("loss"), 0)),
     "other fails": lambda: together.each(lambda: fails(RunFailed("other"), 1)),
 }}.items():
     try:
         do()
     except Exception as error:
         seen[name] = [type(error).__name__, getattr(error, "status", None)]
+        seen[name] += [error.diverged] if name == "main diverges" and rank == 1 else []
 started = time.monotonic()
 together.decided(lambda: time.sleep(1))
 seen["waited"] = time.monotonic() - started >= 0.9
@@ -73,6 +75,7 @@ def test_what_the_main_process_decides_all_know(seen):
 def test_what_fails_in_one_process_ends_all_with_its_status(seen):
     assert [found["main refuses"] for found in seen] == [["InvalidArgument", None], ["EndedElsewhere", 2]]
     assert [found["main fails"] for found in seen] == [["OSError", None], ["EndedElsewhere", 1]]
+    assert [found["main diverges"] for found in seen] == [["Diverged", None], ["EndedElsewhere", 1, True]]
     assert [found["other fails"] for found in seen] == [["EndedElsewhere", 1], ["RunFailed", None]]
 
 

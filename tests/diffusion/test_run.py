@@ -57,6 +57,17 @@ def test_other_settings_are_not_what_was_trained(finished, base_flags, capsys, f
     assert "another --output_dir" in line and (flags[0] in line or "batch size" in line)
 
 
+def test_a_setting_that_is_left_out_now_was_given_then(finished, base_flags, capsys):
+    for checkpoint in finished.glob("*/checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    for path in finished.glob("*/exports.json"):
+        record = json.loads(path.read_text())
+        record["settings"]["snr_gamma"] = 5.0
+        path.write_text(json.dumps(record))
+    line = refused(capsys, *base_flags, "--method", "lora", "reslora", "--output_dir", finished, quiet=False)
+    assert "--snr_gamma none" in line and "was trained with 5.0" in line
+
+
 @pytest.mark.parametrize("kept", [True, False], ids=["with checkpoints", "without"])
 def test_other_images_are_not_what_was_trained_on(finished, base_flags, capsys, tmp_path, kept):
     if not kept:

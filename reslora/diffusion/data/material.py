@@ -24,18 +24,16 @@ from .sources import Source, split
 def material_of(
     kinds: Sequence[ImageDataset], pipeline: DiffusionPipeline, objective: Objective, context: Context
 ) -> Material:
-    """Captions and images encoded, or found encoded on disk; what only encoding needs leaves the memory.
+    """Captions and images encoded, or found encoded on disk.
 
     `kinds`: the images to be learnt, and class images where there are any.
     """
-    flags, family = context.flags, context.model.family
+    family = context.model.family
     texts = texts_of([options for images in kinds for options in images.captions], pipeline, context)
     largest = max((images for images in kinds if not images.of_class), key=len)
     sources = tuple(
         source for images in kinds for source in sources_of(images, int(images is largest), pipeline, context)
     )
-    if flags.cache_latents:
-        pipeline.vae.encoder = None  # samples need the decoder alone
     tell_sizes(sources, context)
     for source in sources:
         tell_what_is_left_out(source.images, context)
@@ -43,7 +41,7 @@ def material_of(
         sources = balanced(*([s for s in sources if s.images.of_class == kind] for kind in (False, True)))
     sizes = {size for source in sources for size in source.buckets}
     shapes = {size: family.latent_shape(pipeline, size.height, size.width) for size in sizes}
-    return Material(sources, texts, objective, shapes, flags)
+    return Material(sources, texts, objective, shapes, context.flags)
 
 
 def texts_of(captions: Sequence[Sequence[str]], pipeline: DiffusionPipeline, context: Context) -> Texts:

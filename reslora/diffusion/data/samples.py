@@ -53,13 +53,17 @@ class TrainingSamples(Dataset):
         self.material = material
         self.noise_offset = material.flags.noise_offset
 
+    def random(self, draw: Draw) -> torch.Generator:
+        """Where a sample's random numbers come from."""
+        return generator(self.material.flags.seed, self.purpose, draw.position)
+
     def timestep(self, position: int, shape: Sequence[int], draws: torch.Generator) -> torch.Tensor:
         """The timestep of a sample with latents of that shape."""
         return self.material.objective.draw(draws, tokens=shape[1] * shape[2] // 4)
 
     def __getitem__(self, draw: Draw) -> Batch:
         material, source = self.material, self.material.sources[draw.source]
-        draws = generator(material.flags.seed, self.purpose, draw.position)
+        draws = self.random(draw)
         shape = material.shapes[draw.size]
         timestep, noise = self.timestep(draw.position, shape, draws), torch.randn(shape, generator=draws)
         if self.noise_offset:

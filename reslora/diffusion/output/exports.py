@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline
 from peft import PeftModel
 from torch import nn
 
 from ... import export
 from ...chains import Chains, chains
 from ...common.adapters import load_adapter, remove_adapters
-from ...common.errors import RunFailed, first_line
+from ...common.errors import Diverged, RunFailed, first_line
 from ...common.methods import METHODS
 from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 from ...files import write_json
@@ -59,48 +60,46 @@ def export_method(
 
     Returns how far each file's image is from the merged model's: the largest difference of any pixel, of 255.
 
-    Raises `RunFailed`, with nothing exported, if the model has diverged; or if an export does not draw what the merged
+    Raises `Diverged`, with nothing exported, if the model has; `RunFailed` if an export does not draw what the merged
     model draws.
     """
     flags, method, accelerator = context.flags, learner.method, context.accelerator
-    folder = context.folder / method
-    accelerator.print(f"{method}: merging, exporting and comparing")
+    name, folder = learner.name, context.folder_of(method)
+    accelerator.print(f"{name}: merging, exporting and comparing")
     prompts, images = flags.validation_prompt, flags.num_validation_images
     shown = bool(prompts and images)
     if not shown:
         prompts, images = [next((text for text in material.texts.places if text), "")], 1
-    with exact_products(), in_float32(drawer):
+    with exact_products(), in_float32(drawer.pipeline):
         parts = exact_parts(learner, schedule, context)
-        merged = merge_reslora(parts, learner.trained.loss, material) if METHODS[method].shortcuts else {}
-        if plain_lora := METHODS[method].plain_lora:
-            parts = {name: plain_lora(part) for name, part in parts.items()}
+        parts, merged = as_plain_lora(parts, method, learner.trained.loss, material)
         denoiser = next(iter(parts.values()))
         drawn = drawer.draw(denoiser.eval(), prompts, images)
-        reference, *_ = [finite(image, method) for image in drawn]
+        reference, *_ = [finite(image, name) for image in drawn]
         if merged:
             write_merge(merged, folder)
-        for number, (name, part) in enumerate(merged.items()):
-            accelerator.print(f"{method}: {f'{name} ' if number else ''}{part.report}")
+        for number, (part, found) in enumerate(merged.items()):
+            accelerator.print(f"{name}: {f'{part} ' if number else ''}{found.report}")
         (folder / EXPORTS).unlink(missing_ok=True)  # until all files are of this merge
         write_formats(parts, method, kohya_metadata(denoiser.config, material, schedule, context), context)
         if shown:
             save_images(folder / "merged", [as_image(image) for image in drawn], images)
         differences = {}
-        for name, other in read_back(parts, method, drawer, context):
-            picture = finite(drawer.draw(other, prompts[:1], 1)[0], f"{method}/{name}")
-            differences[name] = int(np.abs(picture.astype(int) - reference.astype(int)).max())
-            if differences[name] > TOLERANCE:
-                problem = f"its image differs by {differences[name]}/255 from the merged model's"
-                raise RunFailed(f"{method}/{name}: {problem}; {TOLERANCE}/255 is allowed")
+        for file, other in read_back(parts, method, drawer, context):
+            picture = finite(drawer.draw(other, prompts[:1], 1)[0], f"{name}/{file}")
+            differences[file] = int(np.abs(picture.astype(int) - reference.astype(int)).max())
+            if differences[file] > TOLERANCE:
+                problem = f"its image differs by {differences[file]}/255 from the merged model's"
+                raise RunFailed(f"{name}/{file}: {problem}; {TOLERANCE}/255 is allowed")
     return differences | {part.name: differences[context.model.family.denoiser] for part in context.encoders}
 
 
 def finite(drawn: np.ndarray, what: str) -> np.ndarray:
-    """An image as bytes; raises `RunFailed` where pixels are not finite."""
+    """An image as bytes; raises `Diverged` where pixels are not finite."""
     try:
         return as_bytes(drawn)
     except ValueError as error:
-        raise RunFailed(
+        raise Diverged(
             f"{what}: it draws {error}: training has diverged; start again with a lower --learning_rate"
         ) from None
 
@@ -120,27 +119,34 @@ def exact_products() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def in_float32(drawer: Drawer) -> Iterator[None]:
+def in_float32(pipeline: DiffusionPipeline) -> Iterator[None]:
     """The drawing pipeline in float32, and afterwards as it was."""
-    dtype = drawer.pipeline.vae.dtype
-    drawer.pipeline.to(torch.float32)
+    dtype = pipeline.vae.dtype
+    pipeline.to(torch.float32)
     try:
         yield
     finally:
-        drawer.pipeline.to(dtype)
+        pipeline.to(dtype)
 
 
 def exact_parts(learner: Learner, schedule: Schedule, context: Context) -> dict[str, nn.Module]:
     """What was trained, by name, in float32: as it is, or where a base is rounded or packed, anew."""
-    flags, model, accelerator = context.flags, context.model, context.accelerator
-    plain = accelerator.mixed_precision == "no" and flags.base_precision == "no"
+    plain = context.accelerator.mixed_precision == "no" and context.flags.base_precision == "no"
     if plain and learner.denoiser.dtype == torch.float32:
         return dict(learner.trained.parts)
-    parts = {model.family.denoiser: model.load_denoiser(torch.float32, accelerator.device)}
-    parts |= model.load_encoders(context.encoders, learner.trained.loss.pipeline)
-    trained = Trained(parts, learner.trained.loss)
-    add_adapters(trained, learner.method, schedule, context)
-    for place, part in trained.places(context.folder / learner.method / f"checkpoint-{learner.step}"):
+    checkpoint = context.folder_of(learner.method) / f"checkpoint-{learner.step}"
+    return saved_parts(learner.method, checkpoint, learner.trained.loss, schedule, context)
+
+
+def saved_parts(
+    method: str, adapters: Path, loss: DenoisingLoss, schedule: Schedule, context: Context
+) -> dict[str, nn.Module]:
+    """The parts that train, by name, in float32, with a method's adapters as they were saved, unmerged."""
+    parts = {context.model.family.denoiser: context.model.load_denoiser(torch.float32, context.accelerator.device)}
+    parts |= context.model.load_encoders(context.encoders, loss.pipeline)
+    trained = Trained(parts, loss)
+    add_adapters(trained, method, schedule, context)
+    for place, part in trained.places(adapters):
         load_adapter(part, place)
     return parts
 
@@ -148,8 +154,17 @@ def exact_parts(learner: Learner, schedule: Schedule, context: Context) -> dict[
 # -- merging -----------------------------------------------------------------------------------------------------------
 
 
+def as_plain_lora(
+    parts: Parts, method: str, loss: DenoisingLoss, material: Material
+) -> tuple[dict[str, nn.Module], dict[str, Merged]]:
+    """The parts with shortcuts merged away and as the plain LoRA that they amount to, as far as the method is; how."""
+    merged = merge_reslora(parts, loss, material) if METHODS[method].shortcuts else {}
+    plain_lora = METHODS[method].plain_lora or (lambda part: part)
+    return {name: plain_lora(part) for name, part in parts.items()}, merged
+
+
 def merge_reslora(parts: Parts, loss: DenoisingLoss, material: Material) -> dict[str, Merged]:
-    """Folds the shortcuts into plain LoRA weights, part by part; raises `RunFailed` for weights that have diverged."""
+    """Folds the shortcuts into plain LoRA weights, part by part; raises `Diverged` where they cannot be."""
     merged, denoiser = {}, next(iter(parts))
     with calls_of_encoders(loss) as calibration:
         calibration[denoiser] = calibration_batches(loss, material)
@@ -159,7 +174,7 @@ def merge_reslora(parts: Parts, loss: DenoisingLoss, material: Material) -> dict
             report = merge(part, method=material.flags.merge, calibration=calibration[name] or None)
         except ValueError as error:
             advice = "where numbers are not finite, training has diverged: start again with a lower --learning_rate"
-            raise RunFailed(f"reslora: it cannot be merged ({first_line(error)}); {advice}") from None
+            raise Diverged(f"reslora: it cannot be merged ({first_line(error)}); {advice}") from None
         merged[name] = Merged(plan, report, calibration[name])
     return merged
 
@@ -215,7 +230,8 @@ def write_merge(merged: Mapping[str, Merged], folder: Path) -> None:
 
 def write_formats(parts: Parts, method: str, metadata: dict[str, str], context: Context) -> None:
     """Every format that the method can be written in."""
-    family, folder = context.model.family, context.folder / method
+
+    family, folder = context.model.family, context.folder_of(method)
     for name, part in parts.items():
         export.export_peft(part, peft_folder(folder / "peft", name, family))
         export.export_merged(part, folder / name)
@@ -276,7 +292,7 @@ def read_back(parts: Parts, method: str, drawer: Drawer, context: Context) -> It
 
     The text encoders that train are in the pipeline, as it makes them.
     """
-    model, folder, device = context.model, context.folder / method, context.accelerator.device
+    model, folder, device = context.model, context.folder_of(method), context.accelerator.device
     name, pipeline = model.family.denoiser, drawer.pipeline
     before, denoiser = getattr(pipeline, name), parts[name]
     for part in parts.values():

@@ -13,12 +13,11 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import nn
 
-from ...common.errors import RunFailed, Stopped
+from ...common.errors import Diverged, Stopped
 from ...common.log import LogWriter, read_log
 from ...common.signals import StopRequest
 from ...common.together import decided
 from ...files import replacing
-from ..arguments import Flags
 from ..data.samples import Material, ValidationSamples
 from ..training.denoising import DenoisingLoss, evaluating
 from ..training.schedule import Schedule
@@ -31,12 +30,10 @@ VALIDATION_PARTS = ("loss", "samples")
 class Reports:
     """The log and the trackers of one method."""
 
-    def __init__(
-        self, folder: Path, learner: Learner, flags: Flags, schedule: Schedule, accelerator: Accelerator
-    ) -> None:
+    def __init__(self, folder: Path, learner: Learner, schedule: Schedule, accelerator: Accelerator) -> None:
         self.learner, self.folder, self.trackers = learner, folder, accelerator.trackers
         # TensorBoard alone takes the steps of the next method from 0 again.
-        self.before = flags.method.index(learner.method) * (schedule.steps + 1)
+        self.before = learner.before * (schedule.steps + 1)
         self.log = LogWriter(folder / "log.jsonl", learner.step) if accelerator.is_main_process else None
         self.noted: dict | None = None
 
@@ -47,7 +44,7 @@ class Reports:
         self.noted = {"step": learner.step, "split": split, "loss": loss, "lr": rate, "seconds": seconds}
 
     def flush(self) -> float | None:
-        """Writes what is noted, to the log and the trackers; returns its loss, or raises `RunFailed` if not finite."""
+        """Writes what is noted, to the log and the trackers; returns its loss, or raises `Diverged` if not finite."""
         row, self.noted = self.noted, None
         if row is None:
             return None
@@ -56,26 +53,26 @@ class Reports:
         return row["loss"]
 
     def _write(self, step: int, split: str, loss: float, lr: float, seconds: float) -> None:
-        method = self.learner.method
+        name = self.learner.name
         if not math.isfinite(loss):
-            raise RunFailed(
-                f"{method}: {split} loss {loss} at step {step}; checkpoints before it are intact: go on from one, or "
+            raise Diverged(
+                f"{name}: {split} loss {loss} at step {step}; checkpoints before it are intact: go on from one, or "
                 "start in another --output_dir with a lower --learning_rate"
             )
         if self.log:
             self.log.write({"step": step, "split": split, "loss": loss, "lr": lr, "seconds": seconds})
-        values = {f"{split}_loss/{method}": loss, f"lr/{method}": lr}
+        values = {f"{split}_loss/{name}": loss, f"lr/{name}": lr}
         for tracker in self.trackers:
             if tracker.name != "tensorboard":
                 tracker.log(values, step=step + self.before)
             elif self.log:  # accelerate's own `log` waits for the disk every time
-                for name, value in values.items():
-                    tracker.writer.add_scalar(name, value, step)
+                for tag, value in values.items():
+                    tracker.writer.add_scalar(tag, value, step)
 
     def samples(self, images: Sequence[Image.Image], per_prompt: int) -> None:
         """The samples of this step, as files and to trackers that show images."""
         save_images(self.folder / "samples" / f"step-{self.learner.step:06d}", images, per_prompt)
-        name, step = f"samples/{self.learner.method}", self.learner.step
+        name, step = f"samples/{self.learner.name}", self.learner.step
         for tracker in self.trackers:
             if tracker.name == "wandb":
                 tracker.log_images({name: images}, step=step + self.before)
@@ -120,7 +117,8 @@ class Validation:
 
     def __call__(self, learner: Learner, reports: Reports, parts: Sequence[str] = VALIDATION_PARTS) -> None:
         """Measures and draws; samples that a stop cuts short are drawn when the run goes on."""
-        decided(lambda: self._measure_and_draw(learner, reports, parts))
+        with learner.averaged():
+            decided(lambda: self._measure_and_draw(learner, reports, parts))
 
     def _measure_and_draw(self, learner: Learner, reports: Reports, parts: Sequence[str]) -> None:
         if "loss" in parts and self.material.held_out:

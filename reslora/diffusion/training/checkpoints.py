@@ -44,6 +44,7 @@ FREE_ON_RESUME = {
     "num_train_epochs", "local_rank", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint",
     "report_to", "push_to_hub", "hub_token", "hub_model_id", "dataloader_num_workers", "gradient_checkpointing",
     "compile", "train_batch_size", "gradient_accumulation_steps", "strict", "cache_latents", "cache_text_embeddings",
+    "experiment_minutes", "extend_rates",
     # The content decides: see `Identity`.
     "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "revision", "variant", "train_data_dir",
     "dataset_name", "dataset_config_name", "image_column", "caption_column", "class_data_dir", "num_class_images",
@@ -109,28 +110,30 @@ class Resume:
     """What differs and has no effect any more, a line each."""
 
 
-def plan_resume(flags: Flags, identity: Identity | None = None) -> Resume:
+def plan_resume(flags: Flags, identity: Identity | None = None, place: str = "") -> Resume:
     """Compares the flags with what is in the folder; refuses other settings, and another `identity` once it is known.
 
-    For the main process alone: the others are told (`together.decided`).
+    `place`: of an arm, inside its method's folder. For the main process alone: the others are told
+    (`together.decided`).
     """
     output, named = Path(flags.output_dir), flags.resume_from_checkpoint
-    checkpoints = {method: checkpoints_of(output / method) for method in flags.method}
+    folders = {method: output / method / place for method in flags.method}
+    checkpoints = {method: checkpoints_of(folder) for method, folder in folders.items()}
     for checkpoint in (checkpoint for found in checkpoints.values() for checkpoint in found):
         check_past(flags, checkpoint, read_checkpoint(checkpoint), identity)
     finished, merge_anew, notes = [], [], []
-    for method in flags.method:
-        record = read_object(output / method / EXPORTS)
-        if not record or not is_trained(flags, output / method, record):
+    for method, folder in folders.items():
+        record = read_object(folder / EXPORTS)
+        if not record or not is_trained(flags, folder, record):
             continue
-        check_past(flags, output / method, record, identity)
+        check_past(flags, folder, record, identity)
         merged = METHODS[method].shortcuts and {name: record[name] for name in MERGING if name in record}
         if merged and any(getattr(flags, name) != value for name, value in merged.items()):
-            checkpoints[method] = [final_checkpoint(flags, output / method, record["step"])]
+            checkpoints[method] = [final_checkpoint(flags, folder, record["step"])]
             merge_anew.append(method)
-        elif is_exported(output / method, record):
+        elif is_exported(folder, record):
             finished.append(method)
-            notes += notes_of(flags, output / method, record)
+            notes += notes_of(flags, folder, record)
     todo = [method for method in flags.method if method not in finished]
     if named is None and any(checkpoints[method] for method in todo if method not in merge_anew):
         fix = "go on with --resume_from_checkpoint latest, or choose another"
@@ -193,12 +196,13 @@ def check_past(flags: Flags, place: Path, record: dict, identity: Identity | Non
     there, here = record.get("settings"), json.loads(json.dumps(settings_of(flags)))
     there = there if isinstance(there, dict) else {}  # damaged
     for name, value in here.items():
-        # None: the model's family or accelerate will say it, and this is called again then.
+        # None: the model's family or accelerate may say it yet, and this is called again then, with the identity.
         unknown = name == "mixed_precision" and there.get(name) is None  # not kept by earlier versions
-        if value is not None and name in there and there[name] != value and not unknown:
-            flag = DESCRIBED.get(name, f"--{name}")
+        settled = value is not None or identity is not None
+        if settled and name in there and there[name] != value and not unknown:
+            flag = f"{DESCRIBED.get(name, f'--{name}')} {in_words(value) if value is None else value}"
             problem = f"{place} was trained with {there[name]}"
-            raise InvalidArgument(f"{flag} {value}", problem, "use that, or choose another --output_dir")
+            raise InvalidArgument(flag, problem, "use that, or choose another --output_dir")
     if identity and record and record.get("lora", "") != identity.lora:
         before = "another LoRA" if record.get("lora") else "zero"
         problem, fix = f"{place} was started from {before}", "give what it had, or choose another --output_dir"
@@ -279,9 +283,9 @@ def restore(learner: Learner, candidates: list[Path], flags: Flags, accelerator:
     """
     if not candidates:
         return
-    chosen = decided(lambda: newest_whole(candidates, Path(flags.output_dir) / learner.method, flags))
+    chosen = decided(lambda: newest_whole(candidates, Path(flags.output_dir) / learner.name, flags))
     each(lambda: load_checkpoint(learner, chosen, accelerator))
-    accelerator.print(f"{learner.method}: going on from {chosen}")
+    accelerator.print(f"{learner.name}: going on from {chosen}")
 
 
 def newest_whole(candidates: list[Path], folder: Path, flags: Flags) -> Path:
@@ -312,4 +316,4 @@ def load_checkpoint(learner: Learner, checkpoint: Path, accelerator: Accelerator
             load_adapter(part, place)
         learner.load_state(state, record["step"], record["seconds"], accelerator)
     except Exception as error:  # out of memory, another version's state: every reader and device has errors of its own
-        raise RunFailed(f"{learner.method}: {cannot_be_loaded(checkpoint, error)}") from None
+        raise RunFailed(f"{learner.name}: {cannot_be_loaded(checkpoint, error)}") from None

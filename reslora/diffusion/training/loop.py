@@ -47,7 +47,7 @@ def train(learner: Learner, material: Material, schedule: Schedule, watch: Watch
     pin = accelerator.device.type == "cuda"
     loader = training_loader(material, steps, accelerator.num_processes, accelerator.process_index, pin)
     silent = not accelerator.is_main_process
-    bar = tqdm(desc=learner.method, total=schedule.steps, initial=learner.step, disable=silent, dynamic_ncols=True)
+    bar = tqdm(desc=learner.name, total=schedule.steps, initial=learner.step, disable=silent, dynamic_ncols=True)
     with contextlib.closing(stream(loader)) as loaded, bar:
         batches = checked(loaded, learner, context)
         for _ in steps:
@@ -68,7 +68,7 @@ def train(learner: Learner, material: Material, schedule: Schedule, watch: Watch
 
 def stopped_at(learner: Learner) -> Stopped:
     """What a run that was asked to stop ends with."""
-    return Stopped(f"{learner.method} stopped after step {learner.step}; go on with --resume_from_checkpoint latest")
+    return Stopped(f"{learner.name} stopped after step {learner.step}; go on with --resume_from_checkpoint latest")
 
 
 def after_step(learner: Learner, schedule: Schedule, watch: Watch, context: Context) -> bool:

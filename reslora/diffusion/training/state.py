@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -19,11 +19,13 @@ from peft import PeftConfig
 from torch import nn
 
 from ...common.adapters import RankAllocator, attach, rank_allocator
+from ...common.errors import refused_as
 from ...common.methods import METHODS, AdapterSettings, adapter_config
 from ...config import ResLoraConfig
 from ..arguments import Flags
 from ..context import Context
 from ..model.families.base import Part
+from ..optimizers import ADAMS, class_of, named, options_of
 from ..seeds import derive
 from .schedule import Schedule
 from .start import Start
@@ -47,6 +49,10 @@ class Learner:
     """What is trained, as accelerate has wrapped it; until then itself."""
     step: int = 0
     seconds: float = 0.0
+    name: str = ""
+    """Where it writes inside the run's folder, and what messages call it: the method, or an arm of an experiment."""
+    before: int = 0
+    """How many are trained before it."""
     awaited: dict | None = None
     """State of DeepSpeed's optimizer, which is there only once the learner is prepared."""
 
@@ -72,6 +78,23 @@ class Learner:
         started = time.perf_counter()
         yield
         self.seconds += time.perf_counter() - started
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the weights are those to measure, draw and export with: a schedule-free optimizer trains others."""
+        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
+        if not hasattr(optimizer, "eval"):
+            yield
+            return
+        trained = [parameter.detach().clone() for parameter in self.parameters]
+        optimizer.eval()
+        try:
+            yield
+        finally:
+            optimizer.train()
+            with torch.no_grad():  # to the last bit, which its own way back is not
+                for parameter, value in zip(self.parameters, trained, strict=True):
+                    parameter.copy_(value)
 
     def state(self, accelerator: Accelerator) -> dict:
         """All but the adapter that a resumed run needs to equal an uninterrupted one; with DeepSpeed, collective."""
@@ -112,7 +135,10 @@ def new_learner(method: str, trained: Trained, schedule: Schedule, context: Cont
         flags.lr_scheduler, optimizer, step_rules=flags.lr_step_rules, num_warmup_steps=schedule.warmup_steps,
         num_training_steps=schedule.steps,
     )  # fmt: skip
-    return Learner(method, trained, optimizer, lr_scheduler, rank_allocator(denoiser), trained)
+    return Learner(
+        method, trained, optimizer, lr_scheduler, rank_allocator(denoiser), trained, name=context.name_of(method),
+        before=context.before + flags.method.index(method),
+    )  # fmt: skip
 
 
 def add_adapters(trained: Trained, method: str, schedule: Schedule, context: Context) -> None:
@@ -164,22 +190,33 @@ def targets_of(names: list[str]) -> list[str] | str:
 def new_optimizer(
     parameters: list, flags: Flags, accelerator: Accelerator, of_encoders: Sequence[nn.Parameter] = ()
 ) -> torch.optim.Optimizer:
-    """AdamW, or bitsandbytes' 8-bit AdamW; parameters of text encoders are a group with a rate of its own."""
+    """The optimizer that the flags name; parameters of text encoders are a group with a rate of its own.
+
+    Refuses arguments that it does not take.
+    """
     per_step = flags.gradient_accumulation_steps * flags.train_batch_size * accelerator.num_processes
     scale = per_step if flags.scale_lr else 1
     if of_encoders:
         rate = scale * (flags.text_encoder_lr or flags.learning_rate)
         parameters = [{"params": parameters}, {"params": of_encoders, "lr": rate}]
-    options = {
-        "lr": flags.learning_rate * scale,
-        "betas": (flags.adam_beta1, flags.adam_beta2),
-        "weight_decay": flags.adam_weight_decay,
-        "eps": flags.adam_epsilon,
-    }
-    if flags.use_8bit_adam:
-        import bitsandbytes  # an optional package
+    options = {"lr": flags.learning_rate * scale} | dict(named(flags.optimizer).options)
+    if flags.optimizer in ADAMS:
+        options |= {
+            "betas": (flags.adam_beta1, flags.adam_beta2),
+            "weight_decay": flags.adam_weight_decay,
+            "eps": flags.adam_epsilon,
+        }
+    if flags.optimizer == "adamw":
+        # A fused step hides from accelerate that the fp16 scaler has skipped it.
+        options["fused"] = accelerator.device.type in ("cpu", "cuda") and accelerator.scaler is None
+    kind, words = class_of(flags), " ".join([f"--optimizer {flags.optimizer}", *flags.optimizer_args])
+    with refused_as(words, "give arguments that it takes with --optimizer_args"):
+        optimizer = kind(parameters, **options | options_of(flags.optimizer_args))
+    if hasattr(optimizer, "train"):  # schedule-free ones have two sets of weights, and train one of them
+        optimizer.train()
+    return optimizer
 
-        return bitsandbytes.optim.AdamW8bit(parameters, **options)
-    # A fused step hides from accelerate that the fp16 scaler has skipped it.
-    fused = accelerator.device.type in ("cpu", "cuda") and accelerator.scaler is None
-    return torch.optim.AdamW(parameters, **options, fused=fused)
+
+def check_optimizer(context: Context) -> None:
+    """Refuse arguments that the optimizer does not take, by making one."""
+    new_optimizer([nn.Parameter(torch.zeros(1))], context.flags, context.accelerator)

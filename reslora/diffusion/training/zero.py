@@ -38,9 +38,10 @@ def configure(flags: Flags, accelerator: Accelerator) -> None:
             problem = f"DeepSpeed's configuration has its own {name}"
             raise InvalidArgument(launcher, problem, "leave it out there, and give flags instead")
     refuse_deepspeed(flags.method)
-    if flags.use_8bit_adam:
+    if flags.optimizer != "adamw":
+        flag = "--use_8bit_adam" if flags.use_8bit_adam else f"--optimizer {flags.optimizer}"
         problem = "ZeRO cuts its state where it cannot be put together again"
-        raise InvalidArgument("--use_8bit_adam", problem, "leave it out, or train without DeepSpeed")
+        raise InvalidArgument(flag, problem, "leave it out, or train without DeepSpeed")
     steps = flags.gradient_accumulation_steps
     # accelerate's launcher passes on what its own file says, and that would win.
     accelerator.gradient_accumulation_steps = settings["gradient_accumulation_steps"] = steps

@@ -162,7 +162,7 @@ class Picture:
     def __init__(self, value: float) -> None:
         self.value = value
 
-    config = None
+    config = pipeline = None
 
     def eval(self) -> "Picture":
         return self
@@ -186,7 +186,8 @@ def compared(folder: Path, monkeypatch, drawn: float, read: float) -> dict:
     monkeypatch.setattr(results, "kohya_metadata", lambda *_: {})
     shown = {"validation_prompt": ["red disc"], "num_validation_images": 1, "train_text_encoder": False}
     flags = Flags(**shown, output_dir=str(folder.parent))
-    learner, accelerator = SimpleNamespace(method=folder.name), SimpleNamespace(print=lambda *_: None)
+    trained, accelerator = SimpleNamespace(loss=None), SimpleNamespace(print=lambda *_: None)
+    learner = SimpleNamespace(method=folder.name, name=folder.name, trained=trained)
     return results.export_method(learner, None, Picture(0), None, Context(flags, None, accelerator, None))
 
 

@@ -13,7 +13,6 @@ from diffusion import exact_steps
 from diffusion.runs import failed, main
 from reslora.common.errors import RunFailed
 from reslora.common.log import read_log
-from reslora.diffusion.arguments import Flags
 from reslora.diffusion.data.batch import collate
 from reslora.diffusion.data.samples import ValidationSamples
 from reslora.diffusion.output.reports import Reports, Validation
@@ -124,10 +123,10 @@ def test_validation_loss_is_the_unweighted_mean_over_all_noises_of_all_held_out_
 @pytest.mark.parametrize("loss", [float("nan"), float("inf"), -float("inf")])
 def test_a_row_that_is_not_finite_is_an_error_and_not_written(tmp_path, loss):
     learner = SimpleNamespace(
-        method="lora", step=0, seconds=1.0, lr_scheduler=SimpleNamespace(get_last_lr=lambda: [1e-3])
+        name="lora", before=0, step=0, seconds=1.0, lr_scheduler=SimpleNamespace(get_last_lr=lambda: [1e-3])
     )
     accelerator = SimpleNamespace(trackers=[], is_main_process=True)
-    reports = Reports(tmp_path, learner, Flags(method=["lora"]), Schedule(4, 4, 0, False), accelerator)
+    reports = Reports(tmp_path, learner, Schedule(4, 4, 0, False), accelerator)
     for step, value in ((1, 0.5), (2, loss)):
         learner.step = step
         reports.note("train", torch.tensor(value))

@@ -181,6 +181,19 @@ def test_text_encoders_start_from_zero_beside_it(flags, files, tmp_path):
     torch.testing.assert_close(read(tmp_path / "out" / "lora" / "peft", known), found)
 
 
+def test_each_arm_of_an_experiment_starts_from_it(flags, tmp_path, files):
+    """Its ranks and alphas too, which nothing else sets."""
+    plain = without(without(flags, "--max_train_steps"), "--learning_rate")
+    several = ["--max_train_steps", 1, "--learning_rate", "1e-3", "2e-3", "--select_split", 0.2, "--test_split", 0.2]
+    assert main(*plain, *several, "--rank", 2, "--output_dir", tmp_path / "out") == 0
+    for rate in ("0.001", "0.002"):
+        (folder,) = (tmp_path / "out" / "lora").glob(f"lr-{rate}/seed-*")
+        for name, value in read(folder, names("stable_diffusion")).items():
+            wanted = update(some_lora()["unet"][name.removeprefix("unet.")])
+            assert 0 < float((value - wanted).norm()) < 0.2 * float(wanted.norm())
+    assert main(*plain, *several, "--rank", 2, "--output_dir", tmp_path / "out", *RESUME) == 0
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
@@ -188,6 +201,7 @@ def test_text_encoders_start_from_zero_beside_it(flags, files, tmp_path):
     ("more", "words"),
     [
         (["--rank", "3"], "--rank 3: --init_lora has 2"),
+        (["--rank", "2", "3", "--learning_rate", "1e-3", "2e-3"], "--rank 2 3: --init_lora has ranks of its own"),
         (["--lora_alpha", "9"], "--lora_alpha 9: --init_lora has"),
         (["--target_modules", "to_q"], "--target_modules to_q: its layers are others"),
         (["--method", "adalora"], "--method adalora has no plain LoRA weights"),

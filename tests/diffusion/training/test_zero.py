@@ -146,7 +146,8 @@ def test_deepspeed_is_told_what_the_flags_say():
         ({"settings": {"scheduler": {"type": "WarmupLR"}}}, ["its own scheduler"]),
         ({"settings": {"optimizer": {"type": "Adam"}}}, ["its own optimizer"]),
         ({"method": ["lora", "adalora"]}, ["--method adalora"]),
-        ({"use_8bit_adam": True}, ["--use_8bit_adam"]),
+        ({"optimizer": "adamw8bit", "use_8bit_adam": True}, ["--use_8bit_adam"]),
+        ({"optimizer": "lion"}, ["--optimizer lion"]),
     ],
 )
 def test_what_deepspeed_cannot_do_here_is_refused(wrong, words):

@@ -4,18 +4,42 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 from filelock import FileLock
+from playwright.sync_api import Browser, sync_playwright
 from waiting import LIMIT
 
 NAMES = ("chromium", "google-chrome", "google-chrome-stable", "chromium-browser")
 APPLICATION = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"  # macOS
+FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+]  # fmt: skip
 ADVICE = "the page's tests drive a real browser, which could not be installed here: install Chromium or Chrome"
 
 
 class NoBrowser(Exception):
     """There is none, and no way to install one; the message says what to do."""
+
+
+@contextmanager
+def opened(folder: Path) -> Iterator[Browser]:
+    """A browser that runs; `folder` is one that all processes of `pytest -n` have."""
+    with sync_playwright() as playwright:
+        found = problem = None
+        try:
+            found = find_browser(Path(playwright.chromium.executable_path), folder / "browser.lock")
+        except NoBrowser as error:
+            problem = str(error)
+        if problem:  # out of the clause above, which pytest would tell too
+            pytest.fail(problem, pytrace=False)
+        browser = playwright.chromium.launch(executable_path=found, args=FLAGS, timeout=LIMIT * 1000)
+        yield browser
+        browser.close()
 
 
 def find_browser(playwrights: Path, lock: Path) -> Path:

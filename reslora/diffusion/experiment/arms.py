@@ -1,0 +1,241 @@
+"""Which arms an experiment has, and in which order they are trained: functions of flags and results, no disk or model.
+
+An arm is a label (a method, with its rank or shortcut where several are given) with a learning rate and a seed. The
+order is the same with and without a limit in time, so that a limited experiment goes on as an unlimited one:
+
+1. The first seed, over all rates and labels: rates coarse to fine, from the middle, and every label before the next
+   rate, so that wherever it ends the labels had equally many trials, give or take one.
+2. The other seeds, one after the other, at the NEAR rates around each label's optimum by the first seed, the best one
+   first; as many for every label. A rate is then chosen among those that were tried with the most seeds, over these
+   seeds together on the select images: the first seed's luck alone decides only what is tried, and for all alike.
+3. Everything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ...common.errors import InvalidArgument
+from ...common.methods import METHODS, any_with_shortcuts
+from ...shortcuts import PLAIN
+from ..arguments import SEVERAL, Flags, listed
+
+NEAR = 3  # rates around the best one that further seeds are spent on first
+MOST_EXTENSIONS = 3  # of the rates, by --extend_rates
+
+
+@dataclass(frozen=True)
+class Label:
+    """What is compared: a method, with its rank and shortcut where several are given."""
+
+    name: str
+    method: str
+    rank: int | None
+    """None where one is given for all, as the next one."""
+    shortcut: str | None
+    place: str = ""
+    """What stands before the rate in the names of folders."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One training."""
+
+    label: str
+    rate: float
+    seed: int
+
+
+Grids = Mapping[str, Sequence[float]]
+"""The rates of each label, from the lowest to the highest."""
+Losses = Mapping[Arm, float]
+"""On the select images, at the best checkpoint, of every arm that has ended; infinite where it has diverged."""
+
+
+# -- from flags to arms ------------------------------------------------------------------------------------------------
+
+
+def values_of(flags: Flags, name: str) -> list:
+    """All values of a flag; None where it is still open."""
+    return listed(getattr(flags, name)) or [None]
+
+
+def labels_of(flags: Flags) -> list[Label]:
+    """What is compared; shortcuts are of methods that have them."""
+    found = []
+    for method in flags.method:
+        wired = METHODS[method].shortcuts and isinstance(flags.shortcut, list)
+        for shortcut in flags.shortcut if wired else [None]:
+            for rank in flags.rank if isinstance(flags.rank, list) else [None]:
+                words = [method, shortcut_in_words(shortcut, flags.pre_num), f"rank {rank}" if rank else ""]
+                place = (f"{shortcut}/" if shortcut else "") + (f"rank-{rank}/" if rank else "")
+                found.append(Label(" ".join(filter(None, words)), method, rank, shortcut, place))
+    return found
+
+
+def shortcut_in_words(shortcut: str | None, pre_num: int) -> str:
+    """As the paper writes it: `block(4)`; `input` takes one block whatever the number is."""
+    return f"{shortcut}({pre_num})" if shortcut not in (None, PLAIN, "input") else shortcut or ""
+
+
+def flags_of(flags: Flags, label: Label, rate: float, seed: int) -> Flags:
+    """The flags of a plain run of one arm."""
+    rank = label.rank or flags.rank
+    shortcut = label.shortcut or (PLAIN if isinstance(flags.shortcut, list) else flags.shortcut)
+    own = {"method": [label.method], "learning_rate": rate, "seed": seed, "rank": rank, "shortcut": shortcut}
+    return flags.replace(**own, lora_alpha=alpha_of(flags, rank))
+
+
+def alpha_of(flags: Flags | argparse.Namespace, rank: int | list[int] | None) -> float | None:
+    """The alpha that is given, or twice the rank; None where that, or a LoRA to go on from, will say it yet."""
+    return flags.lora_alpha or (2 * rank if isinstance(rank, int) and not flags.init_lora else None)
+
+
+def place_of(label: Label, arm: Arm) -> str:
+    """The folder of an arm inside that of its method."""
+    return f"{label.place}lr-{arm.rate:g}/seed-{arm.seed}"
+
+
+def plain_variants(flags: Flags) -> list[Flags]:
+    """The flags as runs without an experiment have them, with all methods: one for each rate, rank and shortcut."""
+    plain = [flags.replace(seed=values_of(flags, "seed")[0])]
+    for name in ("shortcut", "rank", "learning_rate"):
+        plain = [one.replace(**{name: value}) for one in plain for value in values_of(flags, name)]
+    return [one.replace(lora_alpha=alpha_of(one, one.rank)) for one in plain]
+
+
+def check_experiment(flags: Flags) -> None:
+    """Refuse what an experiment cannot do, and its flags without several values."""
+    if not any(isinstance(getattr(flags, name), list) for name in SEVERAL):
+        for name in ("select_split", "test_split", "extend_rates", "experiment_minutes"):
+            if getattr(flags, name):
+                fix = "give several values of --learning_rate, --seed, --rank or --shortcut, or leave it out"
+                raise InvalidArgument(f"--{name}", "this is no experiment, nothing reads it", fix)
+        return
+    for name in SEVERAL:
+        values = [f"{value:g}" if name == "learning_rate" else str(value) for value in values_of(flags, name)]
+        if len(set(values)) < len(values):
+            raise InvalidArgument(f"--{name} {' '.join(values)}", "the same one twice", "give each once")
+    if isinstance(flags.rank, list) and flags.init_lora:
+        problem = "--init_lora has ranks of its own"
+        raise InvalidArgument(f"--rank {' '.join(map(str, flags.rank))}", problem, "leave it out")
+    if isinstance(flags.shortcut, list) and not any_with_shortcuts(flags.method):
+        problem = f"--method {' '.join(flags.method)} has none"
+        raise InvalidArgument(f"--shortcut {' '.join(flags.shortcut)}", problem, "add reslora, or give one")
+    if flags.extend_rates and not isinstance(flags.learning_rate, list):
+        raise InvalidArgument("--extend_rates", "one rate says no next one", "give two or more as --learning_rate")
+    if flags.select_split + flags.test_split >= 1:
+        problem = f"with --test_split {flags.test_split:g} nothing is left to train on"
+        raise InvalidArgument(f"--select_split {flags.select_split:g}", problem, "give smaller shares")
+    for name, fix in (
+        ("validation_split", "give --select_split, which experiments hold out"),
+        ("max_train_samples", "leave it out: each seed would draw other images"),
+        ("push_to_hub", "leave it out, and upload the folder of the arm that you like"),
+    ):
+        if getattr(flags, name):
+            raise InvalidArgument(f"--{name}", "this is an experiment", fix)
+    if flags.resume_from_checkpoint not in (None, "latest"):
+        argument = f"--resume_from_checkpoint {flags.resume_from_checkpoint}"
+        raise InvalidArgument(argument, "an experiment goes on as a whole", "give latest")
+
+
+# -- in which order ----------------------------------------------------------------------------------------------------
+
+
+def in_order(grids: Grids, seeds: Sequence[int], losses: Losses) -> list[Arm]:
+    """The arms in the order in which they are trained, as far as the losses say it already.
+
+    Until all arms of the first seed have ended, these alone.
+    """
+    coarse = {label: coarse_to_fine(rates) for label, rates in grids.items()}
+    first = arms_by_rate(coarse, seeds[0])
+    if not all(arm in losses for arm in first):
+        return first
+    by_first = {label: {rate: losses[Arm(label, rate, seeds[0])] for rate in rates} for label, rates in grids.items()}
+    near = {label: nearest(found)[:NEAR] for label, found in by_first.items()}
+    order = [arm for rates in (near, coarse) for seed in seeds[1:] for arm in arms_by_rate(rates, seed)]
+    return first + list(dict.fromkeys(order))
+
+
+def arms_by_rate(rates: Mapping[str, Sequence[float]], seed: int) -> list[Arm]:
+    """The arms of a seed: every label at its first rate, then every label at its second."""
+    longest = max(map(len, rates.values()))
+    return [
+        Arm(label, own[place], seed) for place in range(longest) for label, own in rates.items() if place < len(own)
+    ]
+
+
+def coarse_to_fine(rates: Sequence[float]) -> list[float]:
+    """The middle one, then the middles of both halves, and so on."""
+    spans, found = [sorted(rates)], []
+    for span in spans:  # which grows meanwhile
+        if span:
+            middle = len(span) // 2
+            found.append(span[middle])
+            spans += [span[:middle], span[middle + 1 :]]
+    return found
+
+
+def nearest(losses: Mapping[float, float]) -> list[float]:
+    """The rates by how many steps of the grid they are away from the best one; of two that are as far, the better."""
+    rates = sorted(losses)
+    best = rates.index(min(rates, key=lambda rate: losses[rate]))
+    return sorted(rates, key=lambda rate: (abs(rates.index(rate) - best), losses[rate]))
+
+
+# -- more rates --------------------------------------------------------------------------------------------------------
+
+
+def grown(grids: Grids, seeds: Sequence[int], losses: Losses) -> dict[str, list[float]]:
+    """The rates with one more of each label, if the best one of any is the lowest or highest that was tried.
+
+    Labels that have fewer than others catch up first, so that all have equally many. The same grids come back where
+    every optimum is inside. `losses`: of all arms of at least the first seed.
+    """
+    best = {label: best_rate(label, rates, seeds, losses) for label, rates in grids.items()}
+    most = max(map(len, grids.values()))
+    behind = any(len(rates) < most for rates in grids.values())
+    at_end = any(best[label] in (rates[0], rates[-1]) for label, rates in grids.items())
+    if not behind and not at_end:
+        return {label: list(rates) for label, rates in grids.items()}
+    wanted = most if behind else most + 1
+    return {
+        label: with_next(rates, best[label]) if len(rates) < wanted else list(rates) for label, rates in grids.items()
+    }
+
+
+def best_rate(label: str, rates: Sequence[float], seeds: Sequence[int], losses: Losses) -> float:
+    """The rate with the lowest mean loss over the seeds that all rates were tried with."""
+    common = [seed for seed in seeds if all(Arm(label, rate, seed) in losses for rate in rates)]
+    return min(rates, key=lambda rate: sum(losses[Arm(label, rate, seed)] for seed in common))
+
+
+def with_next(rates: Sequence[float], best: float) -> list[float]:
+    """The rates with the next one of their geometric row, at the end that the best one is nearer to; the upper of two.
+
+    It is rounded to three digits, so that it can be named.
+    """
+    place = list(rates).index(best)
+    if 2 * place + 1 >= len(rates):
+        return [*rates, rounded(rates[-1] * rates[-1] / rates[-2])]
+    return [rounded(rates[0] * rates[0] / rates[1]), *rates]
+
+
+def rounded(rate: float) -> float:
+    """To three digits."""
+    return float(f"{rate:.3g}")
+
+
+def continued(rates: Sequence[float], there: Sequence[float]) -> list[float]:
+    """The rates with what earlier extensions have added of their row: those of the next ones that are `there`."""
+    found = list(rates)
+    for _ in range(MOST_EXTENSIONS if len(rates) > 1 else 0):
+        for best in (found[0], found[-1]):
+            longer = with_next(found, best)
+            new = next(rate for rate in longer if rate not in found)
+            if any(math.isclose(new, rate) for rate in there) and len(found) < len(rates) + MOST_EXTENSIONS:
+                found = longer
+    return found

@@ -1,0 +1,151 @@
+"""An experiment on its way: its arms, what has become of each, and which is next. What is on disk is all it knows.
+
+Only the main process asks it (`together.decided`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ...common.log import of_split, read_log
+from ...common.methods import METHODS
+from ...files import read_object, write_json
+from ..arguments import Flags
+from . import record
+from .arms import (
+    MOST_EXTENSIONS,
+    Arm,
+    Label,
+    continued,
+    flags_of,
+    grown,
+    in_order,
+    labels_of,
+    place_of,
+    shortcut_in_words,
+    values_of,
+)
+
+ENDED = "arm.json"  # that an arm has ended, and how; written last
+
+
+@dataclass
+class Course:
+    """The arms of an experiment."""
+
+    flags: Flags
+    """Settled, with several values."""
+    began: float = field(default_factory=time.monotonic)
+    longest: float = 0.0
+    """Seconds of the longest arm that this process has trained."""
+    running: Arm | None = None
+
+    def __post_init__(self) -> None:
+        self.labels = {label.name: label for label in labels_of(self.flags)}
+        self.seeds: list[int] = values_of(self.flags, "seed")
+        self.given: list[float] = sorted(values_of(self.flags, "learning_rate"))
+        self.grids = {name: continued(self.given, self.rates_there(label)) for name, label in self.labels.items()}
+
+    @property
+    def folder(self) -> Path:
+        """Of the experiment."""
+        return Path(self.flags.output_dir)
+
+    def rates_there(self, label: Label) -> list[float]:
+        """The rates that an earlier start has added, by the names of folders."""
+        if not self.flags.extend_rates:
+            return []
+        found = []
+        for path in (self.folder / label.method / label.place).glob("lr-*"):
+            with contextlib.suppress(ValueError):  # none of ours
+                found.append(float(path.name.removeprefix("lr-")))
+        return found
+
+    def place_of(self, arm: Arm) -> str:
+        """Where an arm writes, inside its method's folder."""
+        return place_of(self.labels[arm.label], arm)
+
+    def folder_of(self, arm: Arm) -> Path:
+        """Where an arm writes."""
+        return self.folder / self.labels[arm.label].method / self.place_of(arm)
+
+    def flags_of(self, arm: Arm) -> Flags:
+        """As a plain run of it would have them."""
+        return flags_of(self.flags, self.labels[arm.label], arm.rate, arm.seed)
+
+    def arms(self) -> list[Arm]:
+        """All arms, by label, rate and seed."""
+        return [Arm(label, rate, seed) for label, rates in self.grids.items() for rate in rates for seed in self.seeds]
+
+    # -- what has become of them ---------------------------------------------------------------------------------------
+
+    def ended(self, arm: Arm) -> dict:
+        """What is known of an arm that has ended: status, reason and memory; empty of any other."""
+        return read_object(self.folder_of(arm) / ENDED)
+
+    def end(self, arm: Arm, reason: str, memory: int | None) -> None:
+        """Notes that an arm has ended: well, or for a reason."""
+        known = {"status": "failed" if reason else "finished", "reason": reason, "memory_bytes": memory}
+        write_json(self.folder_of(arm) / ENDED, known)
+
+    def select_losses(self, arm: Arm) -> dict[int, float]:
+        """The loss on the select images at every step that may be chosen."""
+        rows = of_split(read_log(self.folder_of(arm) / "log.jsonl"), "validation")
+        return {row["step"]: row["loss"] for row in rows if row["step"]}
+
+    def losses(self) -> dict[Arm, float]:
+        """The lowest loss on the select images of each arm that has ended; infinite of those that have diverged."""
+        ended = {arm: self.ended(arm).get("status") for arm in self.arms()}
+        return {
+            arm: min(self.select_losses(arm).values()) if status == "finished" else math.inf
+            for arm, status in ended.items()
+            if status
+        }
+
+    def next_arm(self) -> Arm | None:
+        """The arm to train now; None where all have ended, or none would end in the time that is left.
+
+        Where rates are to be extended, the grids grow first.
+        """
+        losses = self.losses()
+        first = [arm for arm in self.arms() if arm.seed == self.seeds[0]]
+        if self.flags.extend_rates and all(arm in losses for arm in first):
+            grids = grown(self.grids, self.seeds, losses)
+            if max(map(len, grids.values())) <= len(self.given) + MOST_EXTENSIONS:
+                self.grids = grids
+        todo = [arm for arm in in_order(self.grids, self.seeds, losses) if arm not in losses]
+        return todo[0] if todo and self.has_time() else None
+
+    def has_time(self) -> bool:
+        """Whether another arm may be expected to end within --experiment_minutes; the first one is not asked."""
+        if not self.flags.experiment_minutes or not self.longest:
+            return True
+        return time.monotonic() - self.began + self.longest <= 60 * self.flags.experiment_minutes
+
+    # -- for experiment.json -------------------------------------------------------------------------------------------
+
+    def record(self, arm: Arm, test: record.TestLosses | None = None) -> record.Arm:
+        """What is known of an arm."""
+        flags, ended, folder = self.flags_of(arm), self.ended(arm), self.folder_of(arm)
+        (method,), rows = flags.method, read_log(folder / "log.jsonl")
+        last: dict = rows[-1] if rows else {"step": 0, "seconds": 0.0}
+        return {
+            "label": arm.label,
+            "method": method,
+            "learning_rate": arm.rate,
+            "seed": arm.seed,
+            "rank": flags.rank,
+            "shortcut": shortcut_in_words(flags.shortcut, flags.pre_num) if METHODS[method].shortcuts else None,
+            "folder": folder.relative_to(self.folder).as_posix(),
+            "status": ended.get("status") or ("running" if arm == self.running else "waiting"),
+            "reason": ended.get("reason", ""),
+            "steps": last["step"],
+            "seconds": last["seconds"],
+            "memory_bytes": ended.get("memory_bytes"),
+            "select_by_step": {str(step): loss for step, loss in self.select_losses(arm).items()},
+            "test": test,
+        }

@@ -1,0 +1,124 @@
+"""The samples of the chosen arms side by side: a slider between any two, and a table of all."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable
+from pathlib import Path
+
+from PIL import Image
+
+from ...common.errors import first_line
+from .charts import escape
+from .record import Arm, Experiment
+
+LARGEST = 512
+"""Pixels of an image's longer side in the page."""
+MOST_PROMPTS = 12
+BASE = "before training"
+
+
+def gallery(experiment: Experiment, folder: Path) -> str:
+    """Samples of each label's chosen arm at its chosen step, the first image of each prompt; empty without any."""
+    prompts = [str(prompt) for prompt in experiment["settings"].get("validation_prompt") or ()][:MOST_PROMPTS]
+    columns = columns_of(experiment, folder)
+    cells = {
+        (row, column): tile(place / f"{row}-0.png", f"{prompt}: {name}", f"{row}-{column}")
+        for row, prompt in enumerate(prompts)
+        for column, (name, _, place) in enumerate(columns)
+    }
+    if not any(cells.values()):
+        return ""
+    head = "".join(f'<th scope="col">{escape(name)}<br>{escape(what)}</th>' for name, what, _ in columns)
+    rows = "".join(
+        f'<tr><th scope="row">{escape(prompt)}</th>'
+        + "".join(f"<td>{cells[row, column] or 'no image'}</td>" for column in range(len(columns)))
+        + "</tr>"
+        for row, prompt in enumerate(prompts)
+    )
+    return (
+        f"{slider(columns, prompts, best_of(experiment))}<details><summary>All images</summary>"
+        '<div class="scroll" role="region" aria-label="All images" tabindex="0"><table class="gallery">'
+        f"<thead><tr><td></td>{head}</tr></thead><tbody>{rows}</tbody></table></div></details>"
+    )
+
+
+def columns_of(experiment: Experiment, folder: Path) -> list[tuple[str, str, Path]]:
+    """(label, what of it, folder of samples), the base model first: before its first step an adapter adds nothing."""
+    found = []
+    for label, choice in experiment["chosen"].items():
+        arms = [arm for arm in experiment["arms"] if arm["label"] == label and arm["status"] == "finished"]
+        arms = [arm for arm in arms if arm["learning_rate"] == choice["learning_rate"]]
+        arm = min(arms, key=lambda arm: arm["seed"], default=None)
+        place = nearest(folder / arm["folder"] / "samples", choice["step"]) if arm else None
+        if arm and place:
+            found.append((label, f"seed {arm['seed']}, step {step_of(place)}", place))
+    base = first_samples(experiment["arms"], folder)
+    return [*([(BASE, "base model", base)] if base else []), *found]
+
+
+def nearest(samples: Path, step: int) -> Path | None:
+    """The folder of samples whose step is nearest to one, never that of step 0."""
+    places = [place for place in samples.glob("step-*") if place.name[5:].isdigit() and step_of(place)]
+    return min(places, key=lambda place: (abs(step_of(place) - step), step_of(place)), default=None)
+
+
+def step_of(place: Path) -> int:
+    return int(place.name[5:])
+
+
+def first_samples(arms: Iterable[Arm], folder: Path) -> Path | None:
+    """The samples of step 0 of any arm that has them."""
+    places = (folder / arm["folder"] / "samples" / "step-000000" for arm in arms)
+    return next((place for place in places if place.is_dir()), None)
+
+
+def best_of(experiment: Experiment) -> str | None:
+    """The label that does best on the select images; None without any."""
+    chosen = experiment["chosen"]
+    return min(chosen, key=lambda label: chosen[label]["loss"], default=None)
+
+
+def slider(columns: list[tuple[str, str, Path]], prompts: list[str], best: str | None) -> str:
+    """Two images over each other; how much of the left one is seen follows the slider, by mouse or by keys."""
+    names = [name for name, *_ in columns]
+    labels = [(str(number), name) for number, name in enumerate(names)]
+    first = 1 if names[0] == BASE and len(names) > 2 else 0
+    second = names.index(best) if best in names and best != names[first] else min(first + 1, len(names) - 1)
+    choices = (
+        select("left", "Left", labels, first)
+        + select("right", "Right", labels, second)
+        + select("prompt", "Prompt", [(str(number), prompt) for number, prompt in enumerate(prompts)], 0)
+    )
+    return (
+        f'<div id="comparing" hidden><div class="choices">{choices}</div>'
+        '<div class="pair" style="--at: 50%"><img class="under" alt=""><img class="over" alt="">'
+        '<span class="left"></span><span class="right"></span></div>'
+        '<label for="slider">How much of the left image is seen</label>'
+        '<input type="range" id="slider" min="0" max="100" value="50"></div>'
+    )
+
+
+def select(name: str, title: str, options: list[tuple[str, str]], chosen: int) -> str:
+    entries = "".join(
+        f'<option value="{value}"{" selected" * (number == chosen)}>{escape(text)}</option>'
+        for number, (value, text) in enumerate(options)
+    )
+    return f'<label>{title}<select id="{name}" autocomplete="off">{entries}</select></label>'
+
+
+def tile(path: Path, alt: str, cell: str) -> str:
+    """An image as a data URI, scaled down where it is large; empty where there is none, and words for a damaged one."""
+    try:
+        with Image.open(path) as opened:
+            image = opened.convert("RGB")
+    except FileNotFoundError:
+        return ""
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return escape(f"damaged: {first_line(error)}")
+    image.thumbnail((LARGEST, LARGEST))
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=88)
+    source = f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return f'<img src="{source}" alt="{escape(alt)}" data-cell="{cell}" width="{image.width}" height="{image.height}">'

@@ -1,0 +1,107 @@
+"""What a chosen checkpoint does on the test images: merged and in float32, as the file does that is made of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ... import export
+from ...common.methods import METHODS
+from ...export import DIFFUSERS_FILE
+from ...files import read_object, write_json
+from ..data.batch import Batch
+from ..model.objective import loss_per_sample
+from ..output.exports import (
+    Parts,
+    as_float32,
+    as_plain_lora,
+    exact_products,
+    in_float32,
+    kohya_metadata,
+    saved_parts,
+)
+from ..run import Setting
+from ..training.denoising import DenoisingLoss, evaluating
+from .measure import adapter_folder, losses_of
+from .record import TestLosses
+from .split import Image
+
+TEST = "test.json"
+
+
+def tested(step: int, images: Sequence[Image], setting: Setting) -> TestLosses:
+    """Losses on the test images of an arm's checkpoint; measured once, and then read from `test.json`."""
+    path, marks = test_file(setting), marks_of(images, setting)
+    if not is_tested(step, images, setting):
+        with chosen_parts(step, setting) as (parts, loss):
+            denoiser = next(iter(parts.values()))
+
+            def check_and_measure(batch: Batch) -> torch.Tensor:
+                setting.context.stop.check("stopped while comparing; the same command goes on")
+                return exact_loss(loss, denoiser, batch)
+
+            losses = losses_of(check_and_measure, setting.material, images)
+        by_timestep = numbers(losses.mean(0))
+        write_json(path, {"step": step, "images": marks, "losses": numbers(losses.mean(1)), "by_timestep": by_timestep})
+    record = read_object(path)
+    return {"images": marks, "losses": record["losses"], "by_timestep": record["by_timestep"]}
+
+
+def is_tested(step: int, images: Sequence[Image], setting: Setting) -> bool:
+    """Whether that was measured already."""
+    record = read_object(test_file(setting))
+    return record.get("step") == step and record.get("images") == marks_of(images, setting)
+
+
+def test_file(setting: Setting) -> Path:
+    """Where an arm keeps its losses on the test images."""
+    return setting.context.folder_of(setting.context.flags.method[0]) / TEST
+
+
+def marks_of(images: Sequence[Image], setting: Setting) -> list[str]:
+    """The contents of images in short."""
+    return [setting.material.sources[source].images.marks[number] for source, number in images]
+
+
+@contextmanager
+def chosen_parts(step: int, setting: Setting) -> Iterator[tuple[Parts, DenoisingLoss]]:
+    """What an arm has trained, the denoiser first, as it was at that step, merged as exports are; and its loss."""
+    context, pipeline, (method,) = setting.context, setting.pipeline, setting.context.flags.method
+    with exact_products(), in_float32(pipeline):
+        loss = DenoisingLoss(context, setting.material.objective, pipeline, context.model.empty_denoiser().config)
+        adapters = adapter_folder(context.folder_of(method), step)
+        parts = saved_parts(method, adapters, loss, setting.schedule, context)
+        parts, _ = as_plain_lora(parts, method, loss, setting.material)
+        with evaluating(*parts.values()):
+            yield parts, loss
+
+
+def exact_loss(loss: DenoisingLoss, denoiser: nn.Module, batch: Batch) -> torch.Tensor:
+    """The unweighted loss of each sample, all in float32."""
+    inputs, target, timesteps = loss.inputs(loss.encoded(batch))
+    output = denoiser(**as_float32(inputs), return_dict=False)
+    prediction = loss.family.prediction(output, target).float()
+    return loss_per_sample(prediction, target.float(), torch.ones_like(timesteps, dtype=torch.float32))
+
+
+def numbers(losses: torch.Tensor) -> list[float | None]:
+    """As JSON has them: None where they are not finite."""
+    return [float(value) if value.isfinite() else None for value in losses]
+
+
+def export_chosen(step: int, setting: Setting) -> Path | None:
+    """Writes the diffusers file of an arm's checkpoint into the experiment's folder; None where the method has none."""
+    context, path = setting.context, setting.context.folder / DIFFUSERS_FILE
+    if not METHODS[context.flags.method[0]].plain_lora:
+        path.unlink(missing_ok=True)  # that of an earlier choice
+        return None
+    schedule = dataclasses.replace(setting.schedule, steps=step)
+    with chosen_parts(step, setting) as (parts, _):
+        metadata = kohya_metadata(next(iter(parts.values())).config, setting.material, schedule, context)
+        export.export_diffusers(parts, context.folder, metadata=metadata)
+    return path

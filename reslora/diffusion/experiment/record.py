@@ -1,0 +1,115 @@
+"""`experiment.json`: what an experiment trained and what it found. Written by the experiment, read by its report.
+
+A loss is lower where a method is better. One that is not finite is None, which JSON has and NaN it has not.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NotRequired, TypedDict
+
+FORMAT = 1
+
+Status = Literal["finished", "running", "waiting", "failed"]
+
+
+class Split(TypedDict):
+    """How many images are in each part."""
+
+    train: int
+    select: int
+    test: int
+    duplicates: int
+    """Images that are in the part of another one because they are near-duplicates of it."""
+
+
+class TestLosses(TypedDict):
+    """Losses on the test images at fixed noises and timesteps, of the chosen checkpoint."""
+
+    images: list[str]
+    """What each is known by, alike in all arms."""
+    losses: list[float | None]
+    """Of each image, the mean over noises and timesteps."""
+    by_timestep: list[float | None]
+    """At each of the experiment's `timesteps`, the mean over images and noises."""
+
+
+class Arm(TypedDict):
+    """One training: a label with a learning rate and a seed."""
+
+    label: str
+    """What is compared: the method, and rank or shortcut where there are several, as in `reslora block(4)`."""
+    method: str
+    learning_rate: float
+    seed: int
+    rank: int
+    shortcut: str | None
+    """As in `block(4)`; None without shortcuts."""
+    folder: str
+    """Relative to the experiment's, with `/`."""
+    status: Status
+    reason: str
+    """Why it failed or waits; else empty."""
+    steps: int
+    """Trained so far."""
+    seconds: float
+    """Of training."""
+    memory_bytes: int | None
+    """At the most; None where it is not measured."""
+    select_by_step: dict[str, float | None]
+    """The loss on the select images at each checkpoint's step."""
+    test: TestLosses | None
+
+
+class Choice(TypedDict):
+    """A label's learning rate and checkpoint, whose loss on the select images is lowest over its seeds together."""
+
+    learning_rate: float
+    step: int
+    loss: float
+    """The mean over seeds."""
+    at_end: Literal["low", "high"] | None
+    """At which end of the rates that were tried the best one is."""
+    next: float | None
+    """The rate to try then."""
+
+
+class Verdict(TypedDict):
+    """A label beside the reference on the test images. Differences are its loss minus the reference's."""
+
+    label: str
+    reference: str
+    seeds: int
+    images: int
+    conclusion: Literal["better", "worse", "not shown", "cannot tell"]
+    sentence: str
+    difference: float
+    relative: float
+    """In percent of the reference's loss, like all that follow."""
+    interval: tuple[float, float] | None
+    """At 95%, for new seeds and new images; None where one seed or image cannot tell."""
+    p: float | None
+    p_holm: float | None
+    detectable: float | None
+    """The smallest difference that such an experiment shows in four of five cases."""
+
+
+class Experiment(TypedDict):
+    """The content of `experiment.json`."""
+
+    format: int
+    settings: dict[str, Any]
+    """Flags and their values."""
+    versions: dict[str, str]
+    split: Split
+    timesteps: list[float]
+    """At which losses are measured, 1 being pure noise."""
+    arms: list[Arm]
+    chosen: dict[str, Choice]
+    """By label."""
+    verdicts: list[Verdict]
+    notes: list[str]
+    """Lines that a reader should know, as they were printed."""
+    identity: NotRequired[dict[str, Any]]
+    """What it is trained from and by: more methods, rates and seeds may be added, and nothing else changes."""
+    readings: NotRequired[int]
+    """How often losses on the test images were measured."""

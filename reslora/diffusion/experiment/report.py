@@ -1,0 +1,349 @@
+"""`report.html`: an experiment in one self-contained file. Every word that comes from a file or a user is escaped."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from ...files import replacing
+from .charts import Axes, Series, chart, escape, interval
+from .gallery import gallery
+from .look import SCRIPT, STYLE
+from .record import Arm, Experiment, Verdict
+from .statistics import REFERENCE, percents
+
+NOTHING = "&mdash;"
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+READING = (
+    "A difference is a method's loss minus its reference's on images that neither was trained on nor chosen by, with "
+    "the same seeds and images for both; lower is better. With new seeds and new images of this kind it is to be "
+    "expected within the 95% interval, and a method counts as better or worse if p, corrected by Holm for the number "
+    "of methods, is below 0.05. Where no difference is shown there may still be one within the interval: what is "
+    "detectable would have been shown in four of five such experiments."
+)
+
+
+def write_report(experiment: Experiment, folder: Path) -> None:
+    """Writes `report.html` into an experiment's folder, whose arms' samples it shows; whole or not at all."""
+    with replacing(folder / "report.html") as temporary:
+        temporary.write_text(page(experiment, folder), encoding="utf-8")
+
+
+def page(experiment: Experiment, folder: Path) -> str:
+    """The whole document."""
+    headline = escape(headline_of(experiment))
+    sections = (
+        ("Verdicts", verdict_table(experiment)),
+        ("Chosen on the select images", chosen_table(experiment)),
+        ("Arms", arm_table(experiment)),
+        ("Loss on the select images", select_charts(experiment)),
+        ("Loss on the test images by timestep", timestep_chart(experiment)),
+        ("Images", gallery(experiment, folder)),
+        ("Settings and versions", settings_of(experiment)),
+        ("How to read this", f"<p>{READING}</p>"),
+        ("Notes", in_lines(experiment["notes"])),
+        ("What is missing", missing(experiment)),
+    )
+    body = "".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in sections if content)
+    split = experiment["split"]
+    images = f"{split['train']} images to train on, {split['select']} to select by, {split['test']} to test with"
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{headline}</title>'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><link rel="icon" href="data:,">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>{STYLE}</style></head><body><main><header><p>Experiment: {count(experiment['arms'], 'arm')}, {images}"
+        f"</p><h1>{headline}</h1></header>{body}</main><script>{SCRIPT}</script></body></html>\n"
+    )
+
+
+# -- verdicts ----------------------------------------------------------------------------------------------------------
+
+
+def headline_of(experiment: Experiment) -> str:
+    """What was found, in one sentence."""
+    verdicts, total = experiment["verdicts"], len(experiment["arms"])
+    ended = sum(arm["status"] in ("finished", "failed") for arm in experiment["arms"])
+    so_far = f"So far, with {ended} of {total} arms: " if ended < total else ""
+    if not verdicts:
+        return f"{so_far}nothing to compare yet" if so_far else "There is nothing to compare"
+    if len(verdicts) == 1:
+        return so_far + verdicts[0]["sentence"]
+    return so_far + summary_of(verdicts)
+
+
+def summary_of(verdicts: Sequence[Verdict]) -> str:
+    """Of several methods: which are better, else which are worse, else what could have been shown."""
+    references = " and ".join(dict.fromkeys(verdict["reference"] for verdict in verdicts))
+    better, worse = ([v for v in verdicts if v["conclusion"] == which] for which in ("better", "worse"))
+    for which, size, towards in ((better, min, "lower"), (worse, max, "higher")):
+        if len(which) == 1:
+            return which[0]["sentence"] if which is better else f"nothing is better; {which[0]['sentence']}"
+        if which:
+            first = size(which, key=lambda verdict: verdict["relative"])
+            kind = "better" if which is better else "worse"
+            share = f"{len(which)} of {len(verdicts)} methods are {kind} than {references}"
+            share = share if which is better else f"nothing is better than {references}, and {share}"
+            (relative,) = percents(first["relative"])
+            return f"{share}, most of all {first['label']}: test loss {relative}% {towards}"
+    detectable = [verdict["detectable"] for verdict in verdicts if verdict["detectable"] is not None]
+    if not detectable:
+        return f"one seed or image cannot tell {len(verdicts)} methods from {references}"
+    (most,) = percents(max(detectable))
+    return f"no difference between {len(verdicts)} methods and {references} shown (could have shown {most}% for each)"
+
+
+def verdict_table(experiment: Experiment) -> str:
+    verdicts = experiment["verdicts"]
+    ends = [abs(end) for verdict in verdicts for end in verdict["interval"] or (verdict["relative"],)]
+    places = {label: number for number, label in enumerate(labels_of(experiment))}
+    rows = []
+    for verdict in verdicts:
+        bar = bounds = NOTHING
+        if verdict["interval"]:
+            low, high = verdict["interval"]
+            bounds = f"{signed(low)} to {signed(high)}%"
+            color = f'<div class="c{places.get(verdict["label"], 0) % 8}">'
+            bar = color + interval(verdict["interval"], verdict["relative"], max(ends) or 1) + "</div>"
+        rows.append(
+            [
+                escape(verdict["label"]),
+                badge(verdict["conclusion"]),
+                f"{signed(verdict['relative'])}%",
+                bounds + (bar if bar != NOTHING else ""),
+                p_in_words(verdict["p_holm"]),
+                f"{percents(verdict['detectable'])[0]}%" if verdict["detectable"] is not None else NOTHING,
+                f"{verdict['seeds']} &times; {verdict['images']}",
+            ]
+        )
+    names = "Method", "Verdict", "Difference", "95% interval", "p (Holm)", "Detectable", "Seeds &times; images"
+    return in_lines(verdict["sentence"] for verdict in verdicts) + table("Verdicts", names, rows)
+
+
+def signed(percent: float) -> str:
+    return f"{'&minus;' if percent < 0 else '+'}{percents(percent)[0]}" if percent else "0"
+
+
+def p_in_words(p: float | None) -> str:
+    return NOTHING if p is None else f"{p:.3f}" if p >= 0.001 else "&lt; 0.001"
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def chosen_table(experiment: Experiment) -> str:
+    ranks = {arm["label"]: arm for arm in experiment["arms"]}
+    rows = []
+    for label, choice in experiment["chosen"].items():
+        at_end = ""
+        if choice["at_end"]:
+            which = {"low": "lowest", "high": "highest"}[choice["at_end"]]
+            following = f"; {rate(choice['next'])} would be next" if choice["next"] else ""
+            at_end = f"the {which} rate that was tried{following}"
+        arm = ranks.get(label)
+        wired = arm["shortcut"] or NOTHING if arm else NOTHING
+        numbers = [rate(choice["learning_rate"]), str(choice["step"]), number(choice["loss"])]
+        rows.append([escape(label), *numbers, str(arm["rank"]) if arm else NOTHING, wired, at_end])
+    names = ["Method", "Learning rate", "Step", "Select loss", "Rank", "Shortcut", "End of the rates"]
+    return table("Chosen on the select images", names, rows)
+
+
+def arm_table(experiment: Experiment) -> str:
+    rows: list[list[str]] = []
+    marked = set()
+    for arm in experiment["arms"]:
+        if is_chosen(arm, experiment):
+            marked.add(len(rows))
+        losses = [loss for loss in (arm["test"]["losses"] if arm["test"] else []) if loss is not None]
+        reason = f'<div class="reason">{escape(arm["reason"])}</div>' if arm["reason"] else ""
+        memory = arm["memory_bytes"]
+        rows.append(
+            [
+                escape(arm["label"]),
+                rate(arm["learning_rate"]),
+                str(arm["seed"]),
+                badge(arm["status"]) + reason,
+                str(arm["steps"]),
+                duration(arm["seconds"]),
+                f"{memory / 2**30:.2f} GiB" if memory else NOTHING,
+                number(min(finite(arm["select_by_step"].values()), default=math.nan)),
+                number(statistics.fmean(losses) if losses else math.nan),
+            ]
+        )
+    names = "Method", "Learning rate", "Seed", "Status", "Steps", "Time", "Memory", "Lowest select loss", "Test loss"
+    found = table("Arms", names, rows, marked)
+    return found + ("<p>At the chosen rate: shaded.</p>" if marked else "")
+
+
+def table(title: str, names: Iterable[str], rows: Sequence[Sequence[str]], marked: Iterable[int] = ()) -> str:
+    """A table that scrolls by itself where it is too wide; the cells are HTML. Empty without rows."""
+    if not rows:
+        return ""
+    marked = set(marked)
+    head = "".join(f'<th scope="col">{name}</th>' for name in names)
+    body = "".join(
+        f'<tr{" class=chosen" * (place in marked)}><th scope="row">{first}</th>'
+        + "".join(f"<td{' class=long' * (len(cell) > 60 and '<' not in cell)}>{cell}</td>" for cell in rest)
+        + "</tr>"
+        for place, (first, *rest) in enumerate(rows)
+    )
+    return (
+        f'<div class="scroll tall" role="region" aria-label="{escape(title)}" tabindex="0"><table>'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def badge(word: str) -> str:
+    return f'<span class="badge {escape(word)}">{escape(word)}</span>'
+
+
+def rate(value: float) -> str:
+    """A learning rate as flags have it: 1e-4, 2.5e-4."""
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+
+
+def number(loss: float | None) -> str:
+    return f"{loss:.5f}" if loss is not None and math.isfinite(loss) else NOTHING
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return (
+        f"{minutes // 60} h {minutes % 60} min"
+        if minutes > 59
+        else f"{minutes} min {rest} s"
+        if minutes
+        else f"{rest} s"
+    )
+
+
+def count(things: Sequence, name: str) -> str:
+    return f"{len(things)} {name}{'s' * (len(things) != 1)}"
+
+
+def finite(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None and math.isfinite(value)]
+
+
+# -- curves ------------------------------------------------------------------------------------------------------------
+
+
+def labels_of(experiment: Experiment) -> list[str]:
+    """All labels in the order in which they were given."""
+    return list(dict.fromkeys(arm["label"] for arm in experiment["arms"]))
+
+
+def select_charts(experiment: Experiment) -> str:
+    """By learning rate, each at its best step over seeds; and by step at the chosen rate."""
+    by_rate, by_step = [], []
+    for place, label in enumerate(labels_of(experiment)):
+        arms = [arm for arm in experiment["arms"] if arm["label"] == label and arm["select_by_step"]]
+        choice = experiment["chosen"].get(label)
+        tried, steps = Series(label, place), Series(label, place)
+        for learning_rate in sorted({arm["learning_rate"] for arm in arms}):
+            curves = [curve_of(arm) for arm in arms if arm["learning_rate"] == learning_rate]
+            means = mean_curve(curves)
+            if not means:
+                continue
+            best = min(means, key=lambda step: (means[step], step))
+            tried.line.append((learning_rate, means[best]))
+            tried.dots += [(learning_rate, curve[best]) for curve in curves]
+            if choice and choice["learning_rate"] == learning_rate:
+                tried.chosen = learning_rate, choice["loss"]
+                steps.chosen = choice["step"], choice["loss"]
+                steps.line = list(means.items())
+                steps.dots = [point for curve in curves for point in curve.items()]
+        by_rate.append(tried)
+        by_step.append(steps)
+    rates = sorted({x for series in by_rate for x, _ in series.line})
+    rate_axes = Axes("By learning rate, each at its best step", "learning rate", "loss", rates, rate)
+    found = chart(by_rate, rate_axes) + chart(by_step, Axes("By step, at the chosen rate", "step", "loss"))
+    note = "<p>A line is the mean over seeds, a dot one seed (hollow: above the edge), a ring what was chosen.</p>"
+    return f'<div class="charts">{found}</div>{note}' if found else ""
+
+
+def curve_of(arm: Arm) -> dict[int, float]:
+    """The select losses by step, NaN where they are not finite."""
+    return {int(step): math.nan if loss is None else loss for step, loss in arm["select_by_step"].items()}
+
+
+def mean_curve(curves: Sequence[dict[int, float]]) -> dict[int, float]:
+    """Over seeds, at the steps that all have and where all are finite."""
+    steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+    means = {step: statistics.fmean(curve[step] for curve in curves) for step in steps}
+    return {step: mean for step, mean in means.items() if math.isfinite(mean)}
+
+
+def timestep_chart(experiment: Experiment) -> str:
+    """Each method's difference to its reference in percent: the losses themselves would lie on each other."""
+    measured = {
+        (arm["label"], arm["seed"]): [math.nan if loss is None else loss for loss in arm["test"]["by_timestep"]]
+        for arm in experiment["arms"]
+        if arm["test"] and is_chosen(arm, experiment)
+    }
+    places = {label: place for place, label in enumerate(labels_of(experiment))}
+    found = []
+    for verdict in experiment["verdicts"]:
+        label, reference = verdict["label"], verdict["reference"]
+        both = [seed for name, seed in measured if name == label and (reference, seed) in measured]
+        series = Series(label, places[label])
+        for place, timestep in enumerate(experiment["timesteps"]):
+            pairs = [(measured[label, seed][place], measured[reference, seed][place]) for seed in both]
+            percent = [100 * (ours / theirs - 1) for ours, theirs in pairs if theirs]
+            series.dots += [(timestep, value) for value in percent]
+            series.line += [(timestep, statistics.fmean(percent))] if percent else []
+        found.append(series)
+    references = " and ".join(dict.fromkeys(verdict["reference"] for verdict in experiment["verdicts"]))
+    axes = Axes(f"Difference to {references}, in percent", "timestep (1 is pure noise)", "percent", zero=True)
+    figure = chart(found, axes)
+    note = "<p>Below zero the method is better. A line is the mean over seeds, a dot is one seed.</p>"
+    return f'<div class="charts">{figure}</div>{note}' if figure else ""
+
+
+# -- the rest ----------------------------------------------------------------------------------------------------------
+
+
+def is_chosen(arm: Arm, experiment: Experiment) -> bool:
+    """Whether an arm was trained at its label's chosen rate."""
+    choice = experiment["chosen"].get(arm["label"])
+    return choice is not None and choice["learning_rate"] == arm["learning_rate"]
+
+
+def settings_of(experiment: Experiment) -> str:
+    settings = {name: value for name, value in experiment["settings"].items() if value not in (None, "", [], False)}
+    found = ""
+    for title, content in (
+        ("Settings", settings),
+        ("Versions", experiment["versions"]),
+        ("Split", experiment["split"]),
+    ):
+        rows = [[escape(name), escape(in_words(value))] for name, value in content.items()]
+        if rows:
+            found += f"<details><summary>{title}</summary>{table(title, ('Name', 'Value'), rows)}</details>"
+    return found
+
+
+def in_words(value: object) -> str:
+    """A flag's value, or its values."""
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def missing(experiment: Experiment) -> str:
+    """Arms that have not ended or failed, and methods that cannot be compared."""
+    lines: list[str] = []
+    for status, what in (("running", "is being trained"), ("waiting", "is not trained yet"), ("failed", "failed")):
+        counted = Counter(arm["label"] for arm in experiment["arms"] if arm["status"] == status)
+        lines += [f"{label}: {arms} {'arm' if arms == 1 else 'arms'}, {what}" for label, arms in counted.items()]
+    compared = {verdict["label"] for verdict in experiment["verdicts"]}
+    compared |= {verdict["reference"] for verdict in experiment["verdicts"]} or {REFERENCE}
+    lines += [f"{label}: not compared" for label in labels_of(experiment) if label not in compared]
+    return in_lines(lines)
+
+
+def in_lines(lines: Iterable[str]) -> str:
+    """As a list; empty without any."""
+    entries = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    return f"<ul>{entries}</ul>" if entries else ""

@@ -1,0 +1,172 @@
+"""`experiment.json` after every arm, and at the end what is chosen, tested, compared, exported and said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+from ... import __version__
+from ...common.errors import InvalidArgument
+from ...common.methods import METHODS
+from ...files import read_object, write_json
+from ..arguments import Flags
+from ..folder import EXPERIMENT
+from ..run import Setting
+from ..training.checkpoints import EXPORTS, MERGING, Identity, check_past, checkpoints_of, past_of
+from . import record
+from .arms import Arm
+from .course import ENDED, Course
+from .judging import export_chosen, is_tested, tested
+from .measure import measured_at
+from .report import write_report
+from .split import Parts
+from .statistics import REFERENCE, choose, compare
+
+REPORT = "report.html"
+CHANGING = ("learning_rate", "seed")  # and the methods: of these more may be added
+FIXED = (*MERGING, "max_train_steps", "validation_steps", "cache_latents")  # which a plain run may change
+LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate")
+
+
+def check_same(flags: Flags, identity: Identity | None = None) -> None:
+    """Refuses to go on with an experiment but with more methods, rates and seeds; and in the folder of a plain run."""
+    folder = Path(flags.output_dir)
+    there = read_object(folder / EXPERIMENT).get("identity")
+    if there is None:
+        for method in METHODS:
+            if checkpoints_of(folder / method) or (folder / method / EXPORTS).exists():
+                problem = "holds a run that is no experiment"
+                raise InvalidArgument(f"--output_dir {folder}", problem, "choose another")
+        return
+    check_past(flags, folder, there, identity)
+    for name in FIXED:
+        value = getattr(flags, name)
+        if value is not None and there[name] != value:
+            problem, fix = f"{folder} was begun with {there[name]}", "use that, or choose another --output_dir"
+            raise InvalidArgument(f"--{name} {value}", problem, fix)
+
+
+def identity_record(flags: Flags, identity: Identity) -> dict:
+    """What `check_same` compares."""
+    past = past_of(flags, identity)
+    settings = {name: value for name, value in past["settings"].items() if name not in CHANGING}
+    return past | {"settings": settings} | {name: getattr(flags, name) for name in FIXED}
+
+
+@dataclass
+class Results:
+    """What is known of an experiment, for its files and for whoever watches."""
+
+    course: Course
+    setting: Setting
+    parts: Parts
+    setting_of: Callable[[Arm], Setting]
+    tests: dict[Arm, record.TestLosses] = field(default_factory=dict)
+    chosen: dict[str, record.Choice] = field(default_factory=dict)
+    verdicts: list[record.Verdict] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.readings: int = read_object(self.course.folder / EXPERIMENT).get("readings", 0)
+
+    def write(self) -> record.Experiment:
+        """`experiment.json` as things stand, which it returns."""
+        folder, objective, parts = self.course.folder, self.setting.material.objective, self.parts
+        content: record.Experiment = {
+            "format": record.FORMAT,
+            "settings": read_object(folder / "config.json"),
+            "versions": {"reslora-sd": __version__} | {name: version(name) for name in LIBRARIES},
+            "split": {
+                "train": len(parts.train),
+                "select": len(parts.select),
+                "test": len(parts.test),
+                "duplicates": parts.duplicates,
+            },
+            "timesteps": [float(timestep) / objective.timesteps for timestep in measured_at(objective)],
+            "arms": [self.course.record(arm, self.tests.get(arm)) for arm in self.course.arms()],
+            "chosen": self.chosen,
+            "verdicts": self.verdicts,
+            "notes": self.notes,
+            "identity": identity_record(self.course.flags, self.setting.identity),
+            "readings": self.readings,
+        }
+        write_json(folder / EXPERIMENT, content)
+        return content
+
+    def conclude(self) -> None:
+        """Chooses by the select images, reads the test images once, compares, and tells all."""
+        course = self.course
+        losses = course.losses()
+        self.chosen = choose([course.record(arm) for arm in course.arms()])
+        judged = [arm for arm in losses if self.is_chosen(arm)]
+        self.readings += any(not is_tested(self.step_of(arm), self.parts.test, self.setting_of(arm)) for arm in judged)
+        self.tests = {arm: tested(self.step_of(arm), self.parts.test, self.setting_of(arm)) for arm in judged}
+        self.verdicts = compare([course.record(arm, test) for arm, test in self.tests.items()], self.chosen)
+        self.notes = [*self.unfinished(len(losses)), *self.others(), *self.failed(), *self.at_ends()]
+        self.notes += [*self.no_reference(judged), *self.read_again(), *self.export(judged)]
+        experiment = self.write()
+        write_report(experiment, course.folder)
+        for line in (*self.notes, *(verdict["sentence"] for verdict in self.verdicts)):
+            print(line)
+        print(f"{course.folder / REPORT}")
+
+    def is_chosen(self, arm: Arm) -> bool:
+        """Whether an arm has ended well at its label's chosen rate."""
+        choice = self.chosen.get(arm.label)
+        finished = self.course.ended(arm).get("status") == "finished"
+        return finished and choice is not None and choice["learning_rate"] == arm.rate
+
+    def step_of(self, arm: Arm) -> int:
+        """The chosen checkpoint."""
+        return self.chosen[arm.label]["step"]
+
+    def unfinished(self, ended: int) -> list[str]:
+        """That the time was up, if it was."""
+        total = len(self.course.arms())
+        line = f"not finished: {total - ended} of {total} arms are still to be trained; the same command goes on"
+        return [line] if ended < total else []
+
+    def failed(self) -> list[str]:
+        """The arms that have diverged, each with its reason."""
+        return [reason for arm in self.course.arms() if (reason := self.course.ended(arm).get("reason"))]
+
+    def at_ends(self) -> list[str]:
+        """Which labels might do better at rates that were not tried."""
+        found = []
+        for label, choice in self.chosen.items():
+            if choice["at_end"]:
+                end = {"low": "lowest", "high": "highest"}[choice["at_end"]]
+                line = f"{label}: the best learning rate is the {end} that was tried, {choice['learning_rate']:g}"
+                found.append(f"{line}; --extend_rates, or --learning_rate {choice['next']:g} beside the others")
+        return found
+
+    def no_reference(self, judged: Sequence[Arm]) -> list[str]:
+        """That there is nothing to compare with."""
+        there = any(self.course.labels[arm.label].method == REFERENCE for arm in judged)
+        return [] if there else [f"nothing to compare with: verdicts need an arm of --method {REFERENCE}"]
+
+    def read_again(self) -> list[str]:
+        """That somebody may have looked before deciding to go on, which no interval knows."""
+        line = f"the test images were read {self.readings} times, as arms were added: intervals are for a single time"
+        return [line] if self.readings > 1 else []
+
+    def others(self) -> list[str]:
+        """That there are arms in the folder that the flags do not name."""
+        folder = self.course.folder
+        there = {path.parent for method in METHODS for path in (folder / method).glob(f"**/seed-*/{ENDED}")}
+        more = len(there - {self.course.folder_of(arm) for arm in self.course.arms()})
+        return [f"{more} more arms in {folder} are not among these methods, rates and seeds: left out"] if more else []
+
+    def export(self, judged: Sequence[Arm]) -> list[str]:
+        """Writes the file of the best arm: of the label that the select images choose, its best seed."""
+        if not judged:
+            return []
+        label = min({arm.label for arm in judged}, key=lambda name: self.chosen[name]["loss"])
+        arms = [arm for arm in judged if arm.label == label]
+        best = min(arms, key=lambda arm: self.course.select_losses(arm)[self.step_of(arm)])
+        where, step = self.course.folder_of(best), self.step_of(best)
+        path = export_chosen(step, self.setting_of(best))
+        what = f"{path} is" if path else "no LoRA file can be made of"
+        return [f"{what} {where} at step {step}, which does best on the select images"]

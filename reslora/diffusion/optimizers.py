@@ -1,0 +1,92 @@
+"""Optimizers by name or by the path of their class: a row for what people ask for, and nothing for any other."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ..common.errors import InvalidArgument, first_line
+
+if TYPE_CHECKING:
+    from .arguments import Flags
+
+
+@dataclass(frozen=True)
+class Named:
+    """An optimizer with a short name."""
+
+    path: str
+    """Of its class."""
+    package: str
+    """What is to be installed for it."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Where it is not taken as its authors set it."""
+    learning_rate: float | None = None
+    """What it wants where none is given."""
+
+
+OPTIMIZERS = {
+    "adamw": Named("torch.optim.AdamW", "torch"),
+    "adamw8bit": Named("bitsandbytes.optim.AdamW8bit", "bitsandbytes"),
+    "prodigy": Named("prodigyopt.Prodigy", "prodigyopt", learning_rate=1.0),  # it finds the rate, and this scales it
+    # By itself it would find a rate of its own and refuse ours.
+    "adafactor": Named(
+        "transformers.optimization.Adafactor", "transformers", {"relative_step": False, "scale_parameter": False}
+    ),
+    "lion": Named("lion_pytorch.Lion", "lion-pytorch"),
+    "schedulefree": Named("schedulefree.AdamWScheduleFree", "schedulefree"),
+}
+ADAMS = ("adamw", "adamw8bit")
+"""Those that the flags --adam_... are for."""
+
+
+def named(optimizer: str) -> Named:
+    """The row of a name, or of a class by its path."""
+    return OPTIMIZERS.get(optimizer) or Named(optimizer, optimizer.partition(".")[0])
+
+
+def options_of(words: Sequence[str]) -> dict[str, Any]:
+    """What `key=value` words say; a value is read as Python reads it, else it is text."""
+    options: dict[str, Any] = {}
+    for word in words:
+        key, found, value = word.partition("=")
+        if not found or not key.isidentifier():
+            raise InvalidArgument(f"--optimizer_args {word}", "is not key=value", "give weight_decay=0.01, for example")
+        try:
+            options[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[key] = value
+    return options
+
+
+def check_installed(flags: Flags) -> None:
+    """Refuse an optimizer that is not there, and arguments that are none."""
+    flag, row = f"--optimizer {flags.optimizer}", named(flags.optimizer)
+    if "." not in row.path:
+        raise InvalidArgument(flag, "no such optimizer", f"give one of {', '.join(OPTIMIZERS)}, or package.Class")
+    if importlib.util.find_spec(row.path.partition(".")[0]) is None:
+        raise InvalidArgument(flag, f"{row.package} is not installed", f"pip install {row.package}, or choose another")
+    if flags.use_8bit_adam and flags.optimizer != "adamw8bit":
+        raise InvalidArgument("--use_8bit_adam", f"{flag} is given too", "leave one of them out")
+    options_of(flags.optimizer_args)
+
+
+def class_of(flags: Flags) -> type:
+    """The class of the optimizer; refuses what is none."""
+    module, _, name = named(flags.optimizer).path.rpartition(".")
+    flag = f"--optimizer {flags.optimizer}"
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise InvalidArgument(
+            flag, first_line(error), f"give one of {', '.join(OPTIMIZERS)}, or package.Class"
+        ) from None
+    from torch.optim import Optimizer
+
+    if not (isinstance(found, type) and issubclass(found, Optimizer)):
+        raise InvalidArgument(flag, "is no class of torch's optimizers", f"give one of {', '.join(OPTIMIZERS)}")
+    return found

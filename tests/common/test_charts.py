@@ -1,0 +1,54 @@
+"""reslora/common/charts.py: lines in SVG."""
+
+import re
+from xml.etree import ElementTree
+
+import pytest
+
+from reslora.common.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Line, line_chart, ticks
+
+
+def lines_of(chart: str) -> list[list[tuple[float, float]]]:
+    ElementTree.fromstring(chart)
+    return [
+        [tuple(map(float, pair.split(","))) for pair in points.split()]
+        for points in re.findall(r'<polyline points="([^"]*)"', chart)
+    ]
+
+
+def test_points_are_where_their_numbers_say():
+    chart = line_chart("Loss <&>", "step", [Line("a", "#111", [(0, 1.0), (5, 2.0), (10, 3.0)])], mark=5)
+    (points,) = lines_of(chart)
+    middle = ((LEFT + WIDTH - RIGHT) / 2, (TOP + HEIGHT - BOTTOM) / 2)
+    assert points == [(LEFT, HEIGHT - BOTTOM), pytest.approx(middle), (WIDTH - RIGHT, TOP)]
+    assert f'class="mark" x1="{middle[0]:.1f}"' in chart and "<title>a, 5: 2.0000</title>" in chart
+
+
+def test_rates_are_laid_out_by_their_logarithm():
+    chart = line_chart("Loss", "rate", [Line("a", "#111", [(1e-4, 1), (1e-3, 2), (1e-2, 1)])], log_x=True)
+    (points,) = lines_of(chart)
+    assert points[1][0] == pytest.approx((points[0][0] + points[2][0]) / 2) and "0.001" in chart
+
+
+@pytest.mark.parametrize(
+    "points", [[(3, 0.5)], [(1, 7.0), (2, 7.0)], [(0, 1e30), (1, -1e30)], [(0, 0.3), (1, 0.3 + 1e-16)]]
+)
+def test_hardly_any_points_are_shown_too(points):
+    (found,) = lines_of(line_chart("Loss", "step", [Line("a", "#111", points)]))
+    assert all(0 <= x <= WIDTH and 0 <= y <= HEIGHT for x, y in found)
+
+
+def test_without_points_there_is_an_empty_frame():
+    assert lines_of(line_chart("Loss", "step", [])) == []
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0, 200, [0, 50, 100, 150, 200]),
+        (0.27, 0.51, [0.3, 0.35, 0.4, 0.45, 0.5]),
+        (0.1, 0.2, [0.1, 0.12, 0.14, 0.16, 0.18, 0.2]),
+    ],
+)
+def test_ticks_are_round_numbers(low, high, expected):
+    assert ticks(low, high) == expected

@@ -1,0 +1,158 @@
+"""Which arms an experiment has, their order, and more rates: functions without disk or model."""
+
+import math
+
+import pytest
+
+from diffusion.runs import refused
+from reslora.diffusion.experiment.arms import (
+    NEAR,
+    Arm,
+    coarse_to_fine,
+    continued,
+    flags_of,
+    grown,
+    in_order,
+    labels_of,
+    nearest,
+    place_of,
+)
+from reslora.diffusion.settings import is_experiment, parse_args
+
+RATES = [1e-4, 2e-4, 4e-4, 8e-4, 16e-4]
+SEVERAL = ("--learning_rate", "1e-4", "2e-4")
+
+
+def parabola(best: dict[str, int]):
+    """Losses that are lowest at that place of the grid, and a little higher for later seeds."""
+    return lambda arm: (RATES.index(arm.rate) - best[arm.label] - 0.1) ** 2 + 0.01 * arm.seed
+
+
+def all_arms(grids: dict, seeds: list[int]) -> set[Arm]:
+    return {Arm(label, rate, seed) for label, rates in grids.items() for rate in rates for seed in seeds}
+
+
+def trained_in_order(grids: dict, seeds: list[int], loss) -> list[Arm]:
+    """The arms as they are trained, one after the other."""
+    losses: dict[Arm, float] = {}
+    while todo := [arm for arm in in_order(grids, seeds, losses) if arm not in losses]:
+        losses[todo[0]] = loss(todo[0])
+    return list(losses)
+
+
+# -- from flags --------------------------------------------------------------------------------------------------------
+
+
+def test_one_value_is_no_list_and_no_experiment():
+    flags = parse_args(["--learning_rate", "1e-4", "--seed", "3", "--rank", "4", "--shortcut", "block"])
+    assert (flags.learning_rate, flags.seed, flags.rank, flags.shortcut, flags.lora_alpha) == (1e-4, 3, 4, "block", 8)
+    assert not is_experiment(vars(flags)) and flags.select_split is None and flags.validation_split == 0.1
+
+
+def test_labels_are_methods_with_what_is_given_several_times():
+    flags = parse_args(["--method", "lora", "reslora", *SEVERAL, "--rank", "4", "8", "--shortcut", "input", "block"])
+    found = {label.name: label for label in labels_of(flags)}
+    assert list(found) == [
+        *("lora rank 4", "lora rank 8", "reslora input rank 4", "reslora input rank 8"),
+        *("reslora block(4) rank 4", "reslora block(4) rank 8"),
+    ]
+    label = found["reslora block(4) rank 8"]
+    assert place_of(label, Arm(label.name, 1e-4, 2)) == "block/rank-8/lr-0.0001/seed-2"
+    own = flags_of(flags, label, 1e-4, 2)
+    assert (own.method, own.rank, own.lora_alpha, own.shortcut) == (["reslora"], 8, 16, "block")
+    assert (own.learning_rate, own.seed) == (1e-4, 2) and not is_experiment(vars(own))
+    assert [label.name for label in labels_of(parse_args([*SEVERAL]))] == ["lora", "reslora"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--learning_rate", "1e-4", "0.0001"),
+        ("--seed", "1", "2", "1"),
+        ("--push_to_hub", *SEVERAL),
+        ("--max_train_samples", "4", *SEVERAL),
+        ("--validation_split", "0.2", *SEVERAL),
+        ("--resume_from_checkpoint", "checkpoint-2", *SEVERAL),
+        ("--shortcut", "input", "block", "--method", "lora"),
+        ("--extend_rates", "--seed", "0", "1"),
+        ("--extend_rates",),
+        ("--experiment_minutes", "5"),
+        ("--test_split", "0.2"),
+        ("--select_split", "0.5", "--test_split", "0.5", *SEVERAL),
+        ("--lr_scheduler", "polynomial", "--learning_rate", "1e-4", "1e-8"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_at_once(capsys, flags):
+    assert flags[0] in refused(capsys, *flags)
+
+
+# -- in which order ----------------------------------------------------------------------------------------------------
+
+
+def test_rates_go_from_coarse_to_fine():
+    assert coarse_to_fine([5, 1, 3]) == [3, 1, 5]
+    assert coarse_to_fine(range(7)) == [3, 1, 5, 0, 2, 4, 6]
+    assert nearest(dict(zip(RATES, [9, 5, 1, 2, 3], strict=True))) == [RATES[i] for i in (2, 3, 1, 4, 0)]
+
+
+def test_the_first_seed_comes_first_and_no_label_is_ahead_by_more_than_one():
+    grids, seeds = {"lora": RATES, "reslora": RATES, "loha": RATES}, [7, 1, 2]
+    order = trained_in_order(grids, seeds, parabola({"lora": 2, "reslora": 4, "loha": 0}))
+    assert set(order) == all_arms(grids, seeds) and len(order) == len(set(order))
+    assert {arm.seed for arm in order[:15]} == {7}
+    for end in range(len(order)):
+        trials = [sum(arm.label == label for arm in order[:end]) for label in grids]
+        assert max(trials) - min(trials) <= 1
+
+
+def test_further_seeds_go_to_the_rates_near_each_optimum_first():
+    grids, seeds = {"lora": RATES, "reslora": RATES}, [0, 1, 2]
+    order = trained_in_order(grids, seeds, parabola({"lora": 2, "reslora": 4}))
+    second = order[10 : 10 + 2 * NEAR]
+    assert [arm.rate for arm in second if arm.label == "lora"] == [RATES[i] for i in (2, 3, 1)]
+    assert [arm.rate for arm in second if arm.label == "reslora"] == [RATES[i] for i in (4, 3, 2)]
+    assert {arm.seed for arm in second} == {1}
+    assert {arm.seed for arm in order[10 + 2 * NEAR : 10 + 4 * NEAR]} == {2}
+
+
+def test_a_diverged_arm_is_no_optimum():
+    losses = dict(zip(RATES, [3, 2, 1, math.inf, math.inf], strict=True))
+    assert nearest(losses)[0] == RATES[2]
+
+
+# -- more rates --------------------------------------------------------------------------------------------------------
+
+
+def losses_at(grids: dict, best: dict[str, float], seeds: list[int]) -> dict[Arm, float]:
+    return {arm: abs(math.log(arm.rate / best[arm.label])) for arm in all_arms(grids, seeds)}
+
+
+def test_rates_grow_for_all_until_every_optimum_is_inside():
+    grids, best, seeds = {"lora": RATES, "reslora": RATES}, {"lora": 2e-4, "reslora": 35e-4}, [0, 1]
+    grids = grown(grids, seeds, losses_at(grids, best, seeds))
+    assert grids == {"lora": [5e-5, *RATES], "reslora": [*RATES, 32e-4]}
+    grids = grown(grids, seeds, losses_at(grids, best, seeds))
+    assert grids["reslora"][-1] == 64e-4 and len(grids["lora"]) == len(grids["reslora"])
+    assert grown(grids, seeds, losses_at(grids, best, seeds)) == grids
+
+
+def test_a_label_that_a_kill_left_behind_catches_up():
+    grids, best = {"lora": RATES, "reslora": [*RATES, 32e-4]}, {"lora": 2e-4, "reslora": 17e-4}
+    found = grown(grids, [0], losses_at(grids, best, [0]))
+    assert found == {"lora": [5e-5, *RATES], "reslora": grids["reslora"]}
+
+
+def test_the_rates_that_were_added_are_found_again():
+    assert continued([1e-4, 2e-4], [1e-4, 2e-4]) == [1e-4, 2e-4]
+    assert continued([1e-4, 2e-4], [4e-4, 2e-4, 1e-4, 5e-5, 7e-4]) == [5e-5, 1e-4, 2e-4, 4e-4]
+    assert continued([1e-4], [2e-4]) == [1e-4]
+
+
+def test_a_best_rate_is_of_the_seeds_that_all_rates_have():
+    """The first seed has its best rate inside; both together at the end."""
+    grids, losses = {"lora": [1, 2, 4]}, {Arm("lora", rate, 0): loss for rate, loss in ((1, 3.0), (2, 1.0), (4, 2.0))}
+    assert grown(grids, [0, 1], losses) == {"lora": [1, 2, 4]}
+    losses |= {Arm("lora", 4, 1): 0.0}
+    assert grown(grids, [0, 1], losses) == {"lora": [1, 2, 4]}
+    losses |= {Arm("lora", rate, 1): 5.0 for rate in (1, 2)}
+    assert grown(grids, [0, 1], losses) == {"lora": [1, 2, 4, 8]}

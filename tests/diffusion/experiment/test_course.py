@@ -1,0 +1,94 @@
+"""An experiment on its way, over folders as arms leave them: nothing is trained."""
+
+import json
+import math
+
+import pytest
+
+from reslora.diffusion.experiment.arms import Arm
+from reslora.diffusion.experiment.course import Course
+from reslora.diffusion.settings import parse_args
+
+RATES = ("--learning_rate", "2e-4", "1e-4", "4e-4")
+
+
+@pytest.fixture
+def course(tmp_path):
+    """A course in the same folder, each time as a new start has it."""
+    return lambda *flags: Course(parse_args(["--output_dir", str(tmp_path / "out"), "--rank", "2", *RATES, *flags]))
+
+
+def leave(course: Course, arm: Arm, best: float = 2e-4) -> None:
+    """What an arm leaves that has ended: losses that are lowest at the rate `best`, and at its second step."""
+    loss, folder = abs(math.log(arm.rate / best)) + 1, course.folder_of(arm)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {"step": step, "split": "validation", "loss": loss + abs(step - 2), "seconds": 3.0} for step in (0, 1, 2, 3)
+    ]
+    (folder / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    course.end(arm, "", 100)
+
+
+def run(course: Course, best: float = 2e-4, most: int = 1000) -> list[Arm]:
+    """Up to `most` arms, one after the other."""
+    found: list[Arm] = []
+    while len(found) < most and (arm := course.next_arm()):
+        leave(course, arm, best)
+        found.append(arm)
+    return found
+
+
+def test_a_new_start_goes_on_where_the_last_one_was(course):
+    whole = [(arm.label, arm.rate, arm.seed) for arm in run(course("--seed", "0", "1"))]
+    assert len(whole) == len(set(whole)) == 2 * 3 * 2
+
+
+def test_a_killed_start_changes_no_order(course, tmp_path):
+    first = run(course("--seed", "0", "1"), most=5)
+    rest = run(course("--seed", "0", "1"))
+    assert len(first) == 5 and len(rest) == 7 and not set(first) & set(rest)
+    assert course("--seed", "0", "1").next_arm() is None
+    more = run(course("--seed", "0", "1", "2", "--method", "lora", "reslora", "loha"))
+    assert {arm.seed for arm in more if arm.label != "loha"} == {2} and len(more) == 2 * 3 + 3 * 3
+
+
+def test_records_say_what_has_become_of_arms(course):
+    one = course()
+    (arm,) = run(one, most=1)
+    one.running = one.next_arm()
+    found = {(record["label"], record["learning_rate"]): record for record in map(one.record, one.arms())}
+    done = found["lora", 2e-4]
+    assert (done["folder"], done["status"], done["memory_bytes"]) == ("lora/lr-0.0002/seed-0", "finished", 100)
+    assert done["select_by_step"] == {"1": 2.0, "2": 1.0, "3": 2.0} and (done["steps"], done["seconds"]) == (3, 3.0)
+    assert done["shortcut"] is None and done["rank"] == 2 and arm.label == "lora"
+    assert found["reslora", 2e-4]["status"] == "running" and found["reslora", 2e-4]["shortcut"] == "input"
+    assert found["lora", 1e-4]["status"] == "waiting"
+
+
+@pytest.mark.parametrize("kill", range(1, 14, 4))
+def test_rates_are_extended_for_all_and_found_again_after_a_kill(course, kill):
+    """The best rate is above the grid: three more at most, for the other method as well."""
+    own = ("--extend_rates",)
+    done = run(course(*own), best=1.0, most=kill)
+    again = course(*own)
+    done += run(again, best=1.0)
+    assert again.grids == {name: [1e-4, 2e-4, 4e-4, 8e-4, 16e-4, 32e-4] for name in ("lora", "reslora")}
+    assert len(done) == 12 and set(done) == set(again.arms())
+    assert course(*own).grids == again.grids
+    assert course().grids == {name: [1e-4, 2e-4, 4e-4] for name in ("lora", "reslora")}
+
+
+def test_an_optimum_inside_is_not_extended(course):
+    one = course("--extend_rates")
+    run(one)
+    assert one.grids == {name: [1e-4, 2e-4, 4e-4] for name in ("lora", "reslora")}
+
+
+def test_no_arm_begins_that_would_not_end_in_time(course):
+    one = course("--experiment_minutes", "10")
+    assert one.has_time()  # whatever it takes: the first one is begun
+    one.longest = 590.0
+    assert one.has_time()
+    one.longest = 610.0
+    assert not one.has_time() and one.next_arm() is None
+    assert course("--experiment_minutes", "10").next_arm() is not None

@@ -1,0 +1,98 @@
+"""Losses at fixed timesteps and noises: the formula by hand, and what they do not depend on."""
+
+import dataclasses
+import mmap
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from diffusion import exact_steps
+from reslora.diffusion.experiment.measure import (
+    NOISES,
+    TIMESTEPS,
+    FixedSamples,
+    SelectLoss,
+    forget_peak,
+    losses_of,
+    measured_at,
+    peak_memory,
+)
+
+
+@pytest.fixture(scope="module")
+def setting(model):
+    """Material, loss and denoiser in float64; images have contents."""
+    material, loss, denoiser = exact_steps.setting(model)
+    marks = [f"mark {number}" for number in range(exact_steps.IMAGES)]
+    (source,) = material.sources
+    images = SimpleNamespace(captions=source.images.captions, marks=marks)
+    return dataclasses.replace(material, sources=(dataclasses.replace(source, images=images),)), loss, denoiser
+
+
+def samples(material, image: int = 0) -> list:
+    """All that is measured of an image, in one batch each."""
+    return list(FixedSamples(material).batches((0, image)))
+
+
+def test_timesteps_are_in_the_middle_of_their_strata(setting):
+    material, *_ = setting
+    assert [int(timestep) for timestep in measured_at(material.objective)] == [62, 187, 312, 437, 562, 687, 812, 937]
+    found = torch.cat([batch.timesteps for batch in samples(material)])
+    assert found.tolist() == [step for step in (62, 187, 312, 437, 562, 687, 812, 937) for _ in range(NOISES)]
+
+
+def test_noises_depend_on_content_and_number_alone(setting):
+    material, *_ = setting
+    other = material.flags.replace(seed=5, noise_offset=0.3, random_flip=True, train_batch_size=7)
+    (source,) = material.sources
+    moved = SimpleNamespace(captions=source.images.captions[::-1], marks=source.images.marks[::-1])
+    there = dataclasses.replace(source, images=moved, train=(), held_out=(0,))
+    elsewhere = dataclasses.replace(material, sources=(there,), flags=other)
+    here = torch.cat([batch.noise for batch in samples(material, 1)])
+    assert here.equal(torch.cat([batch.noise for batch in samples(elsewhere, exact_steps.IMAGES - 2)]))
+    assert len({float(noise.sum()) for noise in here}) == TIMESTEPS * NOISES
+    assert not here.equal(torch.cat([batch.noise for batch in samples(material, 0)]))
+
+
+def test_losses_are_means_over_noises_by_hand(setting):
+    """v = sqrt(a) e - sqrt(1 - a) x, and the mean squared error of it, without the weights of training."""
+    material, loss, denoiser = setting
+    images = [(0, 4), (0, 2)]
+    found = losses_of(lambda batch: loss(denoiser, batch, weighted=False), material, images)
+    assert found.shape == (2, TIMESTEPS)
+    alphas = material.objective.scheduler.alphas_cumprod.double()
+    at_once = dataclasses.replace(material, flags=material.flags.replace(train_batch_size=TIMESTEPS * NOISES))
+    for row, (_, image) in zip(found, images, strict=True):
+        (batch,) = samples(at_once, image)
+        mean, std = batch.moments.double().unbind(1)
+        latents = (mean + std * batch.posterior_noise) * loss.pipeline.vae.config.scaling_factor
+        a = alphas[batch.timesteps].view(-1, 1, 1, 1)
+        noisy = a.sqrt() * latents + (1 - a).sqrt() * batch.noise
+        (text,) = batch.text.values()
+        with torch.no_grad():
+            (predicted,) = denoiser(noisy, batch.timesteps, text, return_dict=False)
+        target = a.sqrt() * batch.noise - (1 - a).sqrt() * latents
+        expected = (predicted - target).square().flatten(1).mean(1).view(TIMESTEPS, NOISES).mean(1)
+        torch.testing.assert_close(row.double(), expected, rtol=1e-5, atol=0)
+
+
+def test_select_loss_is_the_mean_over_held_out_images_in_eval_mode(setting):
+    material, loss, denoiser = setting
+    expected = losses_of(lambda batch: loss(denoiser.eval(), batch, weighted=False), material, material.held_out).mean()
+    denoiser.train()
+    found = SelectLoss(loss, material, None, Accelerator(cpu=True), None).mean_loss(denoiser)
+    assert found == pytest.approx(float(expected), rel=1e-6) and denoiser.training
+
+
+def test_peak_memory_counts_from_where_it_was_forgotten():
+    """By pages of the system's: what malloc has kept of earlier tests would be used again."""
+    device, size = torch.device("cpu"), 2**26
+    with mmap.mmap(-1, 2 * size) as pages:
+        pages.write(b"1" * 2 * size)
+    forget_peak(device)
+    before = peak_memory(device)
+    with mmap.mmap(-1, size) as pages:
+        pages.write(b"1" * size)
+        assert 0.9 * size <= peak_memory(device) - before <= 2.5 * size

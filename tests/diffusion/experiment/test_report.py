@@ -1,0 +1,250 @@
+"""The report: what stands in it, that nothing of a user's becomes a tag, and how it works in a browser."""
+
+import html
+import json
+import math
+import re
+import shutil
+
+import browsers
+import pytest
+from PIL import Image
+from waiting import LIMIT
+
+from diffusion.experiment import examples
+from reslora.diffusion.experiment import look, report
+from reslora.diffusion.experiment.report import headline_of, page, write_report
+
+ORDER = (
+    "Verdicts", "Chosen on the select images", "Arms", "Loss on the select images",
+    "Loss on the test images by timestep", "Images", "Settings and versions", "How to read this", "What is missing",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("experiment")
+
+
+@pytest.fixture(scope="module")
+def experiment(folder) -> dict:
+    found = examples.experiment(folder)
+    (folder / "experiment.json").write_text(json.dumps(found))
+    return found
+
+
+@pytest.fixture(scope="module")
+def text(experiment, folder) -> str:
+    """The report of what JSON gives back of the experiment, in which tuples are lists."""
+    write_report(json.loads((folder / "experiment.json").read_text()), folder)
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+def words_of(content: str) -> str:
+    """What a reader sees, without tags."""
+    content = re.sub(r"<(style|script)>.*?</\1>", "", content, flags=re.DOTALL)
+    return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", content)))
+
+
+def test_all_of_it_in_order(text, experiment):
+    assert tuple(re.findall("<h2>(.*?)</h2>", text)) == ORDER
+    words = words_of(text)
+    for verdict in experiment["verdicts"]:
+        assert verdict["sentence"] in words
+    assert "loha 8e-4 2 failed the loss is not finite at step 61 61 7 min 0 s 5.00 GiB 0.31000 — " in words
+    assert words.count("seed 0, step 200") == 4
+    assert "loha: 1 arm, failed" in words and "torch 2.9" in words and "duplicates 3" in words
+    better = next(verdict for verdict in experiment["verdicts"] if verdict["conclusion"] == "better")
+    assert f"<h1>{better['sentence']}</h1>" in text
+
+
+def test_it_needs_nothing_else(text, folder):
+    """No address but those within; large images are scaled down; nothing else is left in the folder."""
+    assert not re.search(r'(src|href)=(?!"data:)|url\(|@import|https?:', text.replace("image.src = from.src", ""))
+    sizes = re.findall(r'width="(\d+)" height="(\d+)">', text)
+    assert len(sizes) == 2 * 5 and set(sizes) == {("512", "512")}
+    assert {path.name for path in folder.iterdir()} == {
+        "experiment.json",
+        "report.html",
+        "lora",
+        "lora_x2",
+        "reslora",
+        "loha",
+    }
+
+
+def test_what_others_wrote_is_text(experiment, folder):
+    """Of every string of the record: none becomes a tag or ends an attribute."""
+    evil = "</title></script><img src=x onerror=alert(1)>\"'&"
+
+    def replaced(content):
+        if isinstance(content, dict):
+            return {key: value if key == "folder" else replaced(value) for key, value in content.items()}
+        if isinstance(content, list | tuple):
+            return [replaced(value) for value in content]
+        return evil if isinstance(content, str) and content not in ("finished", "failed", "low") else content
+
+    hostile = replaced(experiment)
+    hostile["chosen"] = {evil: next(iter(experiment["chosen"].values()))}
+    hostile["notes"], hostile["settings"][evil] = [evil], evil
+    content = page(hostile, folder)
+    assert f'alt="{html.escape(evil)}: {html.escape(evil)}"' in content
+    plain = re.sub('="[^"]*"', "", content)
+    assert html.escape(evil) in plain and "onerror=alert" not in plain.replace(html.escape(evil), "")
+    assert plain.count("<script>") == plain.count("</title>") == 1
+
+
+def test_a_report_that_cannot_be_written_leaves_the_old_one(experiment, folder, text, monkeypatch):
+    monkeypatch.setattr(report, "page", lambda *_: "\ud800")
+    with pytest.raises(UnicodeEncodeError):
+        write_report(experiment, folder)
+    assert (folder / "report.html").read_text(encoding="utf-8") == text
+    assert not list(folder.glob(".*"))
+
+
+def test_an_unfinished_experiment_says_what_is_missing(tmp_path):
+    found = examples.unfinished()
+    words = words_of(page(found, tmp_path))
+    assert "So far, with 7 of 60 arms: nothing to compare yet" in words
+    assert "Notes --experiment_minutes 5 are over What is missing " in words
+    assert "loha: 1 arm, is being trained" in words and "lora: 13 arms, is not trained yet" in words
+    assert "the highest rate that was tried; 2e-4 would be next" in words and "reslora block(4): not compared" in words
+    nothing = found | {"arms": [], "chosen": {}, "notes": [], "timesteps": [], "settings": {}, "versions": {}}
+    content = page(nothing, tmp_path)
+    assert re.findall("<h2>(.*?)</h2>", content) == ["Settings and versions", "How to read this"]
+
+
+def test_a_damaged_image_and_a_missing_one(experiment, tmp_path):
+    """And samples that were not drawn at the chosen step: those nearest to it are shown."""
+    examples.experiment(tmp_path)
+    lora = tmp_path / "lora" / "lr-0.0002" / "seed-0" / "samples"
+    shutil.rmtree(lora / "step-000200")
+    (lora / "step-000100" / "0-0.png").write_bytes(b"no image")
+    (lora / "step-000100" / "1-0.png").unlink()
+    words = words_of(page(experiment, tmp_path))
+    assert "seed 0, step 100" in words and "damaged: " in words and "no image" in words
+
+
+@pytest.mark.parametrize(
+    ("conclusions", "words"),
+    [
+        (("better", "worse", "not shown"), "a: sentence"),
+        (("better", "better", "worse"), "2 of 3 methods are better than lora, most of all b: test loss 2.0% lower"),
+        (("worse", "not shown", "not shown"), "nothing is better; a: sentence"),
+        (("worse", "not shown", "worse"), "nothing is better than lora, and 2 of 3 methods are worse than lora, "),
+        (
+            ("not shown", "cannot tell"),
+            "no difference between 2 methods and lora shown (could have shown 0.8%",
+        ),
+        (("cannot tell", "cannot tell"), "one seed or image cannot tell 2 methods from lora"),
+        (("cannot tell",), "a: sentence"),
+        ((), "There is nothing to compare"),
+    ],
+)
+def test_the_headline(conclusions, words):
+    verdicts = [
+        {"label": label, "reference": "lora", "conclusion": conclusion, "sentence": f"{label}: sentence"}
+        | {"relative": {"better": -1.0, "worse": 1.0}.get(conclusion, 0.1) * (place + 1)}
+        | {"detectable": 0.8 if conclusion == "not shown" else None}
+        for place, (label, conclusion) in enumerate(zip("abc", conclusions, strict=False))
+    ]
+    arms = [{"status": "finished"}] * 2
+    assert headline_of({"verdicts": verdicts, "arms": arms}).startswith(words)
+    if verdicts:
+        unfinished = {"verdicts": verdicts, "arms": [*arms, {"status": "waiting"}]}
+        assert headline_of(unfinished).startswith(f"So far, with 2 of 3 arms: {words}")
+
+
+def luminance(color: str) -> float:
+    """As WCAG 2 defines it."""
+    parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_contrast_is_enough_for_text_and_for_lines(scheme):
+    light, dark = re.findall(r":root \{(.*?)\}", look.STYLE, re.DOTALL)
+    colors = dict(re.findall(r"--([\w-]+): (#\w{6})", light if scheme == "light" else dark))
+
+    def contrast(one: str, other: str) -> float:
+        low, high = sorted(luminance(colors[name]) + 0.05 for name in (one, other))
+        return high / low
+
+    texts = [(color, back) for color in ("text", "soft") for back in ("page", "card", "plain-back")]
+    for color, back in [*texts, ("good", "good-back"), ("bad", "bad-back")]:
+        assert contrast(color, back) >= 4.5, (color, back)
+    for number in range(8):
+        assert min(contrast(f"c{number}", back) for back in ("card", "plain-back")) >= 3, number
+    assert contrast("accent", "page") >= 3
+
+
+def test_charts_show_what_is_finite(experiment, folder):
+    """A loss that is not finite is a gap, one far above all others stands at the edge; no NaN is drawn."""
+    arms = [dict(arm) for arm in experiment["arms"]]
+    arms[0]["select_by_step"] = {"50": None, "100": 1e9, "150": None, "200": None}
+    arms[1]["select_by_step"] = {step: math.nan for step in arms[1]["select_by_step"]}
+    svg = report.select_charts(experiment | {"arms": arms, "chosen": {}})
+    assert "nan" not in svg and "inf" not in svg
+    assert not re.search(r"<circle|class=\"ring\"", svg) and svg.count("<figure>") == 1  # nothing is chosen
+    assert svg.count('class="hollow"') == 1
+    assert not re.search(r"[ML][\d.]+ -", svg)  # within the picture
+
+
+def test_losses_by_timestep_are_those_at_the_chosen_rate(experiment):
+    shown, other = report.timestep_chart(experiment), next(arm for arm in experiment["arms"] if arm["test"])
+    wild = other | {"learning_rate": 1.0, "test": other["test"] | {"by_timestep": [9.0] * 8}}
+    assert report.timestep_chart(experiment | {"arms": [*experiment["arms"], wild]}) == shown
+
+
+# -- in a browser ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    with browsers.opened(tmp_path_factory.getbasetemp().parent) as browser:
+        yield browser
+
+
+@pytest.mark.parametrize("width", [420, 1400])
+def test_in_a_browser(browser, text, folder, width):
+    """Nothing is asked from outside, nothing goes wrong or runs out of the page, and keys move the slider."""
+    shown = browser.new_page(viewport={"width": width, "height": 900})
+    shown.set_default_timeout(LIMIT * 1000)
+    wrong, asked = [], []
+    shown.on("console", lambda message: wrong.append(message.text))
+    shown.on("pageerror", lambda error: wrong.append(str(error)))
+    shown.on("dialog", lambda dialog: wrong.append(dialog.message))
+    shown.on("request", lambda request: asked.append(request.url))
+    shown.goto((folder / "report.html").as_uri())
+    assert shown.evaluate("document.documentElement.scrollWidth") <= width
+    slider, pair = shown.locator("#slider"), shown.locator(".pair")
+    assert slider.input_value() == "50" and shown.locator(".pair .left").inner_text() == "lora"
+    assert shown.locator(".pair .right").inner_text() == "reslora block(4)"
+    slider.focus()
+    for key, value in (("ArrowRight", 51), ("ArrowLeft", 50), ("Home", 0), ("End", 100)):
+        slider.press(key)
+        assert pair.evaluate("pair => getComputedStyle(pair).getPropertyValue('--at')") == f"{value}%"
+        assert slider.get_attribute("aria-valuetext") == f"{value}% lora"
+    box = pair.bounding_box()
+    pair.click(position={"x": box["width"] / 4, "y": 30})
+    assert slider.input_value() == "25"
+    before = shown.locator(".under").get_attribute("src")
+    shown.locator("#right").select_option("loha")
+    shown.locator("#prompt").select_option(examples.PROMPTS[1])
+    assert shown.locator(".under").get_attribute("src") != before
+    assert shown.locator(".under").get_attribute("alt") == f"{examples.PROMPTS[1]}: loha"
+    assert shown.evaluate("document.querySelector('.under').naturalWidth") == 512
+    unnamed = "[...document.querySelectorAll('img, svg:not([aria-hidden])')].filter(e => !e.alt && !e.ariaLabel).length"
+    assert shown.evaluate(unnamed) == 0
+    assert wrong == [] and {url.partition(":")[0] for url in asked} <= {"file", "data"}
+    shown.close()
+
+
+def test_without_samples_there_is_no_slider(experiment, tmp_path):
+    content = page(experiment, tmp_path)
+    assert "<h2>Images</h2>" not in content and 'id="slider"' not in content
+    place = tmp_path / "lora" / "lr-0.0002" / "seed-0" / "samples" / "step-000200"
+    place.mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(place / "0-0.png")
+    assert 'id="slider"' in page(experiment, tmp_path)

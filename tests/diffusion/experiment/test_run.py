@@ -1,0 +1,298 @@
+"""Experiments from the command line: arms are plain runs, are trained once, and outlive a kill."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from launching import launch
+from pipelines import image_folder
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from diffusion.runs import RESUME, SCRIPT, Watcher, assert_same, main, only, printed, refused
+from reslora.common.log import read_log
+from reslora.diffusion.data.dataset import load_images
+from reslora.diffusion.experiment import results
+from reslora.diffusion.experiment.judging import export_chosen
+from reslora.diffusion.experiment.measure import losses_of
+from reslora.diffusion.experiment.split import parts_of
+from reslora.diffusion.run import Setting
+from reslora.diffusion.settings import parse_args
+from reslora.diffusion.training.denoising import DenoisingLoss
+from reslora.files import read_object
+
+SMALL = ("--method", "lora", "--learning_rate", "1e-2", "3e-2")
+WHOLE = ("--method", "lora", "reslora", "--learning_rate", "1e-2", "--seed", "0", "1")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    return image_folder(tmp_path_factory.mktemp("images") / "images", count=8)
+
+
+@pytest.fixture(scope="module")
+def flags(model, images, tmp_path_factory) -> list[str]:
+    """Two steps, each a checkpoint that may be chosen; what is encoded is shared."""
+    return [
+        *("--pretrained_model_name_or_path", str(model), "--train_data_dir", str(images), "--resolution", "32"),
+        *("--max_train_steps", "2", "--validation_steps", "1", "--train_batch_size", "2", "--rank", "2"),
+        *("--num_validation_images", "0", "--num_inference_steps", "1", "--merge_calibration_samples", "2"),
+        *("--report_to", "none", "--select_split", "0.2", "--test_split", "0.2"),
+        *("--cache_dir", str(tmp_path_factory.mktemp("cache"))),
+    ]
+
+
+@pytest.fixture(scope="module")
+def small(flags, tmp_path_factory) -> Path:
+    """Plain LoRA at two rates; the time was up after the first, and the same command went on."""
+    output = tmp_path_factory.mktemp("small") / "out"
+    lines = printed(*flags, *SMALL, "--output_dir", output, "--experiment_minutes", "0.0001")
+    only(lines, "not finished: 1 of 2 arms")
+    assert [a["status"] for a in experiment(output)["arms"]] == ["waiting", "finished"]
+    lines = printed(*flags, *SMALL, "--output_dir", output)  # without a limit this time
+    assert sum("merging, exporting" in line for line in lines) == 1
+    return output
+
+
+EXPORTED: list[tuple[int, Setting]] = []
+"""The step and the setting of the arm that `whole` has exported."""
+
+
+@pytest.fixture(scope="module")
+def whole(flags, small, tmp_path_factory) -> tuple[Path, list[str]]:
+    """The small one, to which a method and a seed were added, with one of its rates; and what was printed."""
+
+    def export(step: int, setting: Setting) -> Path | None:
+        EXPORTED.append((step, setting))
+        return export_chosen(step, setting)
+
+    output = shutil.copytree(small, tmp_path_factory.mktemp("whole") / "out", copy_function=shutil.copy2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(results, "export_chosen", export)
+        return output, printed(*flags, *WHOLE, "--output_dir", output)
+
+
+def experiment(output: Path) -> dict:
+    return json.loads((output / "experiment.json").read_text())
+
+
+def files(folder: Path) -> dict[str, int]:
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def arm(output: Path, method: str = "lora", rate: str = "0.01", seed: int = 0) -> Path:
+    return output / method / f"lr-{rate}" / f"seed-{seed}"
+
+
+# -- what comes out ----------------------------------------------------------------------------------------------------
+
+
+def test_what_an_experiment_leaves(whole):
+    output, lines = whole
+    found = experiment(output)
+    assert [(a["label"], a["learning_rate"], a["seed"], a["status"]) for a in found["arms"]] == [
+        (label, 0.01, seed, "finished") for label in ("lora", "reslora") for seed in (0, 1)
+    ]
+    assert len(found["timesteps"]) == 8 and found["settings"]["seed"] == [0, 1]
+    split = found["split"]
+    assert split["train"] + split["select"] + split["test"] == 8 and split["duplicates"] == 0
+    only(lines, "4 arms", f"{split['train']} to train on", f"{split['test']} to compare by")
+    for one in found["arms"]:
+        assert sorted(one["select_by_step"]) == ["1", "2"] and one["memory_bytes"] > 0 and one["seconds"] > 0
+        assert len(one["test"]["losses"]) == split["test"] and len(one["test"]["by_timestep"]) == 8
+        folder = output / one["folder"]
+        assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
+        assert sorted(path.name for path in (folder / "adapters").iterdir()) == ["step-000001", "step-000002"]
+        assert (folder / "kohya.safetensors").is_file() and (folder / "unet").is_dir()
+    assert [verdict["label"] for verdict in found["verdicts"]] == ["reslora"]
+    only(lines, found["verdicts"][0]["sentence"])
+    assert lines[-1] == str(output / "report.html") and (output / "report.html").is_file()
+
+
+def test_the_file_on_top_is_of_the_arm_that_the_select_images_choose(whole):
+    output, lines = whole
+    found = experiment(output)
+    label, choice = min(found["chosen"].items(), key=lambda item: item[1]["loss"])
+    arms = [a for a in found["arms"] if a["label"] == label]
+    best = min(arms, key=lambda a: a["select_by_step"][str(choice["step"])])
+    only(lines, str(output / best["folder"]), f"step {choice['step']}")
+    with safe_open(output / "pytorch_lora_weights.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert (metadata["ss_seed"], metadata["ss_steps"]) == (str(best["seed"]), str(choice["step"]))
+
+
+def test_the_test_losses_are_those_of_the_file_in_stock_diffusers(whole, model):
+    output, _ = whole
+    ((_, setting),) = EXPORTED
+    pipeline = StableDiffusionPipeline.from_pretrained(model)
+    loss = DenoisingLoss(setting.context, setting.material.objective, setting.pipeline, pipeline.unet.config)
+    (folder,) = (setting.context.folder_of(method) for method in setting.context.flags.method)
+    record, marks = read_object(folder / "test.json"), list(setting.material.sources[0].images.marks)
+    images = [(0, marks.index(mark)) for mark in record["images"]]
+
+    def measured() -> torch.Tensor:
+        return losses_of(lambda batch: loss(pipeline.unet, batch, weighted=False), setting.material, images)
+
+    base = measured()
+    pipeline.load_lora_weights(output)
+    found = measured()
+    assert found.mean(1).tolist() == pytest.approx(record["losses"], rel=1e-4)
+    assert found.mean(0).tolist() == pytest.approx(record["by_timestep"], rel=1e-4)
+    assert base.mean(0).tolist() != pytest.approx(record["by_timestep"], rel=1e-4)
+
+
+def test_added_methods_and_seeds_train_the_new_arms_alone(small, whole):
+    output, lines = whole
+    for rate in ("0.01", "0.03"):
+        before, there = (files(arm(folder, rate=rate)) for folder in (small, output))
+        assert {name: there[name] for name in before} == before
+    assert sum("merging, exporting" in line for line in lines) == 3
+    only(lines, "1 more arms")
+    only(lines, "the test images were read", "times, as arms were added")
+
+
+def test_a_finished_experiment_trains_nothing_and_says_the_same(flags, whole):
+    output, lines = whole
+    before = {name: time for name, time in files(output).items() if "/" in name}
+    again = printed(*flags, *WHOLE, "--output_dir", output)
+    assert {name: time for name, time in files(output).items() if "/" in name} == before
+    assert again[-2:] == lines[-2:]
+
+
+# -- arms are plain runs -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("method", "seed"), [("reslora", 0), ("lora", 1)])
+def test_an_arm_is_a_plain_run_on_the_images_to_train_on(flags, whole, images, tmp_path, method, seed):
+    """Bit for bit, also where a seed has random crops of its own."""
+    output, _ = whole
+    plain = [flag for flag in flags if flag not in ("--select_split", "--test_split", "0.2")]
+    folder = train_images(output, images, tmp_path / "images")
+    plain[plain.index("--train_data_dir") + 1] = str(folder)
+    own = ("--method", method, "--learning_rate", "1e-2", "--seed", seed, "--output_dir", tmp_path / "out")
+    assert main(*plain, *own) == 0
+    mine = arm(output, method, seed=seed)
+    assert_same(weights(mine), weights(tmp_path / "out" / method))
+    one, other = (
+        [(row["step"], row["loss"]) for row in read_log(place / "log.jsonl") if row["split"] == "train"]
+        for place in (mine, tmp_path / "out" / method)
+    )
+    assert one == other
+    for name in ("pytorch_lora_weights.safetensors", "kohya.safetensors"):
+        assert (mine / name).read_bytes() == (tmp_path / "out" / method / name).read_bytes()
+
+
+def weights(folder: Path) -> dict:
+    """What a method or an arm has trained."""
+    (path,) = (path for path in (folder / "checkpoint-2").glob("*.safetensors"))
+    return load_file(path)
+
+
+def train_images(output: Path, images: Path, folder: Path) -> Path:
+    """A folder with the images alone that an experiment trains on."""
+    held_out = held_out_of(output, images)
+    folder.mkdir()
+    rows = [json.loads(line) for line in (images / "metadata.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["file_name"] not in held_out]
+    for row in rows:
+        shutil.copyfile(images / row["file_name"], folder / row["file_name"])
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert len(rows) == experiment(output)["split"]["train"]
+    return folder
+
+
+def held_out_of(output: Path, images: Path) -> set[str]:
+    """The files that an experiment does not train on, by the split itself."""
+    splits = ("--select_split", "0.2", "--test_split", "0.2")
+    flags = parse_args(["--train_data_dir", str(images), "--seed", "0", "1", *splits])
+    found = load_images(flags)
+    parts = parts_of({0: found}, flags)
+    return {Path(found.rows[number]["image"]["path"]).name for _, number in (*parts.select, *parts.test)}
+
+
+# -- going on ----------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_but_methods_rates_and_seeds_may_change(flags, whole, capsys):
+    output, _ = whole
+    own = [*flags, *WHOLE, "--output_dir", output]
+    for other in (
+        ("--rank", "4"),
+        ("--lora_alpha", "3"),
+        ("--test_split", "0.3"),
+        ("--max_train_steps", "3"),
+        ("--validation_steps", "2"),
+        ("--train_batch_size", "1"),
+        ("--merge", "weights"),
+        ("--shortcut", "input", "block"),
+        ("--no-cache_latents",),
+    ):
+        line = refused(capsys, *own, *other)
+        assert "another --output_dir" in line and (other[0] in line or "batch" in line or "cache_latents" in line)
+    plain = [flag for flag in flags if flag not in ("--select_split", "--test_split", "0.2")]
+    assert "holds an experiment" in refused(capsys, *plain, "--method", "lora", "--output_dir", output)
+
+
+def test_other_images_are_refused(flags, whole, capsys, tmp_path):
+    output, _ = whole
+    own = [*flags, *WHOLE, "--output_dir", output]
+    own[own.index("--train_data_dir") + 1] = str(image_folder(tmp_path / "more", count=9))
+    assert "9 images" in refused(capsys, *own, quiet=False)
+
+
+def test_a_plain_run_does_not_become_an_experiment(flags, capsys, tmp_path):
+    (tmp_path / "out" / "lora").mkdir(parents=True)
+    (tmp_path / "out" / "lora" / "exports.json").write_text("{}")
+    assert "no experiment" in refused(capsys, *flags, *SMALL, "--output_dir", tmp_path / "out")
+
+
+def test_killed_at_bad_moments(runs, images, tmp_path):
+    """Within an arm, before it is noted as ended, between two arms, and while test losses are written."""
+    words = "--learning_rate 1e-2 3e-2 --method reslora --max_train_steps 2 --validation_steps 1"
+    own = [*words.split(), "--num_validation_images", "0", "--train_data_dir", str(images)]
+    own += ["--cache_dir", str(tmp_path / "cache")]
+    output, snapshots = tmp_path / "out", tmp_path / "snapshots"
+    snapshots.mkdir()
+    assert runs.finish(output, *own, watcher=Watcher(output, snapshots)) == 0
+    found = sorted(snapshots.iterdir())
+    for moment, last in (("step-000001", False), ("os.rename-arm.json", False), ("os.rename-test.json", True)):
+        snapshot = [path for path in found if moment in path.name][-1 if last else 0]
+        ended = {path: path.stat().st_mtime_ns for path in snapshot.glob("*/*/*/arm.json")}
+        assert runs.finish(snapshot, *own, *RESUME) == 0
+        assert {path: path.stat().st_mtime_ns for path in ended} == ended
+        assert same_results(snapshot) == same_results(output)
+        assert not [path for path in snapshot.rglob(".*") if path.name != ".gitignore"]
+
+
+def same_results(output: Path) -> dict:
+    """All of experiment.json that does not tell the time."""
+    found = experiment(output)
+    arms = [{k: v for k, v in a.items() if k not in ("seconds", "memory_bytes")} for a in found["arms"]]
+    return {name: found[name] for name in ("split", "chosen", "verdicts", "readings")} | {"arms": arms}
+
+
+def test_an_arm_that_diverges_has_ended_and_the_others_go_on(flags, tmp_path):
+    own = [*flags, "--method", "lora", "--learning_rate", "1e-2", "1e30", "--output_dir", tmp_path / "out"]
+    lines = printed(*own)
+    found = experiment(tmp_path / "out")
+    assert [(a["status"], bool(a["reason"])) for a in found["arms"]] == [("finished", False), ("failed", True)]
+    assert found["chosen"]["lora"]["learning_rate"] == 0.01
+    only(lines, "loss", "at step", "lr-1e+30")
+    assert not any("lr-1e+30" in line for line in printed(*own) if "merging" in line)
+
+
+def test_two_processes_train_what_one_does(flags, small, tmp_path):
+    """Half the batch each; equal but for rounding."""
+    own = [*flags, *SMALL, "--output_dir", str(tmp_path / "out")]
+    own[own.index("--train_batch_size") + 1] = "1"
+    launch("cpu_two_processes.yaml", SCRIPT, *own, folder=tmp_path)
+    one, two = experiment(small), experiment(tmp_path / "out")
+    assert one["split"] == two["split"] and len(two["arms"]) == 2
+    for mine, other in zip(one["arms"], two["arms"], strict=True):
+        assert mine["select_by_step"] == pytest.approx(other["select_by_step"], rel=1e-4)
+        assert (mine["test"] is None) == (other["test"] is None)
+        if mine["test"]:
+            assert mine["test"]["losses"] == pytest.approx(other["test"]["losses"], rel=1e-4)
