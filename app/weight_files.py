@@ -29,6 +29,7 @@ import reslora
 from reslora.checkpoint import PEFT_PREFIX
 from reslora.common.adapters import attach, load_adapter
 from reslora.common.methods import METHODS, AdapterSettings, adapter_config
+from reslora.diffusion.training.checkpoints import RECORD
 from reslora.export import PEFT_CONFIG_FILE, PEFT_FILE
 from reslora.files import read_object
 from reslora.ranks import changes_base
@@ -116,7 +117,11 @@ def put_adapter(model: nn.Module, config: dict, targets: list[str] | str, weight
         reslora.load(model, weights.path)
     else:
         settings = AdapterSettings(config["rank"], config["lora_alpha"], 0.0, targets, total_steps=0)
-        attach(model, adapter_config(weights.method, settings), in_place=True)
+        adapter, record = adapter_config(weights.method, settings), read_object(weights.path / RECORD)
+        for name in ("rank_pattern", "alpha_pattern"):  # of a run that went on from a LoRA
+            if name in record:
+                setattr(adapter, name, record[name])
+        attach(model, adapter, in_place=True)
         load_adapter(model, weights.path)
     refuse_not_finite(weights.label, {name: p for name, p in model.named_parameters() if ".lora_" in name})
     for module in model.modules():

@@ -17,7 +17,7 @@ from reslora.diffusion.processes import start_accelerator
 from reslora.diffusion.run import load_and_check, settle
 from reslora.diffusion.settings import parse_args
 from reslora.diffusion.training.denoising import DenoisingLoss
-from reslora.diffusion.training.state import add_adapter
+from reslora.diffusion.training.state import add_adapter, config_of
 from reslora.language import llm
 from reslora.language.llm_tasks import TASKS, examples_of
 from reslora.language.llm_trainer import calibration_batches
@@ -37,7 +37,7 @@ def image_table(flags: list[str], method: Path) -> dict[str, dict]:
     pipeline, objective = load_and_check(context)
     material = material_of([load_images(flags)], pipeline, objective, context)
     denoiser = context.model.load_denoiser(context.dtype, accelerator.device)
-    add_adapter(denoiser, method.name, flags, flags.max_train_steps)
+    add_adapter(denoiser, method.name, flags, config_of(method.name, flags, flags.max_train_steps))
     load_adapter(denoiser, newest_checkpoint(method))
     loss = DenoisingLoss(context, objective, pipeline, denoiser.config)
     validation = Validation(loss, material, None, accelerator, context.stop)

@@ -21,9 +21,10 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
@@ -33,6 +34,7 @@ from torch import nn
 from .chains import base_model, lora_layers, unwrap
 from .checkpoint import PEFT_PREFIX
 from .files import replacing, write_tensors
+from .ranks import whole
 from .wiring import connection_of
 
 DIFFUSERS_FILE, KOHYA_FILE, COMFYUI_FILE = (
@@ -42,6 +44,21 @@ DIFFUSERS_FILE, KOHYA_FILE, COMFYUI_FILE = (
 )
 """The names of LoRA files: diffusers reads only its own; the others are as a run calls them."""
 PEFT_FILE, PEFT_CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+
+
+class Factors(NamedTuple):
+    """The plain LoRA of a layer: its update is `scale * up @ down`."""
+
+    down: torch.Tensor
+    """rank x inputs, and kernel height and width for a convolution."""
+    up: torch.Tensor
+    """outputs x rank, and 1 x 1 for a convolution."""
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        """How many rows A has."""
+        return self.down.shape[0]
 
 
 def export_peft(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> Path:
@@ -79,38 +96,10 @@ def export_diffusers(
     scaling is folded into B and the header says alpha = rank for each layer, so that readers which ignore it agree with
     those that do not. Raises `ValueError` if the adapter is connected or not plain LoRA.
     """
-    tensors: dict[str, torch.Tensor] = {}
-    packed: dict[str, object] = {}
-    for name, model in (denoiser if isinstance(denoiser, Mapping) else {prefix: denoiser}).items():
-        base = _plain(model, adapter_name)
-        tensors |= _folded(base, adapter_name, name)
-        packed |= {f"{name}.{key}": value for key, value in _ranks(base, adapter_name).items()}
     path = Path(directory) / DIFFUSERS_FILE
-    write_tensors(
-        path,
-        tensors,
-        {
-            "format": "pt",
-            "lora_adapter_metadata": json.dumps(packed, indent=2, sort_keys=True),
-            "sshs_model_hash": _tensors_hash(tensors),
-            **(metadata or {}),
-        },
-    )
+    named = denoiser if isinstance(denoiser, Mapping) else {prefix: denoiser}
+    write_diffusers(path, {name: _factors_of(model, adapter_name) for name, model in named.items()}, metadata)
     return path
-
-
-def _ranks(base: nn.Module, adapter_name: str) -> dict:
-    """The ranks of all layers, with alphas that are the same, as PEFT's configuration says them."""
-    layers = lora_layers(base, adapter_name)
-    ranks = {_in_files(base, name): layer.r[adapter_name] for name, layer in layers.items()}
-    common = _commonest(ranks.values())
-    patterns = {
-        "^" + re.escape(name).replace(r"text_model\.", r"(text_model\.)?"): rank  # not all transformers have it
-        for name, rank in ranks.items()
-        if rank != common
-    }
-    same = {"r": common, "lora_alpha": common, "rank_pattern": patterns, "alpha_pattern": patterns}
-    return same | {"target_modules": sorted(name.removeprefix("text_model.") for name in ranks)}
 
 
 def export_kohya(
@@ -127,30 +116,13 @@ def export_kohya(
     further strings for the file's header (`ss_...`), which also gets kohya's hash of the tensors. Where text encoders
     were trained, too, give all models by the prefixes of their layers (`lora_unet`, `lora_te`). Returns the path.
     """
-    layers = {}
-    for prefix, model in (denoiser if isinstance(denoiser, Mapping) else {"lora_unet": denoiser}).items():
-        base = _plain(model, adapter_name)
-        for name, layer in lora_layers(base, adapter_name).items():
-            layers[prefix + "_" + rename(_in_files(base, name)).replace(".", "_")] = layer
-    scaled = {key: layer.scaling[adapter_name] * layer.r[adapter_name] for key, layer in layers.items()}
-    # float32 whatever the adapter's dtype, and exactly what the up-weights are divided by.
-    written = torch.tensor(_commonest(scaled.values()) or 1.0, dtype=torch.float32)
-    alpha = written.item()
-    tensors = {}
-    for key, layer in layers.items():
-        down, up = _factors(key, layer, adapter_name)
-        tensors[f"{key}.lora_down.weight"] = down
-        tensors[f"{key}.lora_up.weight"] = up * (scaled[key] / alpha)
-        tensors[f"{key}.alpha"] = written.clone()
-    header = {
-        "format": "pt",
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(_commonest(layer.r[adapter_name] for layer in layers.values())),
-        "ss_network_alpha": str(alpha),
-        "sshs_model_hash": _tensors_hash(tensors),
-        **{key: str(value) for key, value in (metadata or {}).items()},
+    named = denoiser if isinstance(denoiser, Mapping) else {"lora_unet": denoiser}
+    layers = {
+        f"{prefix}_{rename(name).replace('.', '_')}": factors
+        for prefix, model in named.items()
+        for name, factors in _factors_of(model, adapter_name).items()
     }
-    write_tensors(path, tensors, header)
+    write_kohya(path, layers, metadata)
     return Path(path)
 
 
@@ -164,19 +136,118 @@ def export_comfyui(
 
     The scaling is folded into B, so no alpha is needed. `metadata`: strings for the file's header. Returns the path.
     """
-    tensors = _folded(_plain(denoiser, adapter_name), adapter_name, "diffusion_model")
-    write_tensors(path, tensors, {"format": "pt", "sshs_model_hash": _tensors_hash(tensors), **(metadata or {})})
+    layers = _factors_of(denoiser, adapter_name)
+    write_folded(path, {f"diffusion_model.{name}": factors for name, factors in layers.items()}, metadata)
     return Path(path)
 
 
-def _folded(base: nn.Module, adapter_name: str, prefix: str) -> dict[str, torch.Tensor]:
-    """A and s B of every layer, by names below `prefix`."""
+# -- factors to files --------------------------------------------------------------------------------------------------
+
+
+def write_diffusers(
+    path: str | os.PathLike, parts: Mapping[str, Mapping[str, Factors]], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes diffusers' file for the layers of several parts of a pipeline, as `export_diffusers` does for one.
+
+    A text encoder's names start with `text_model.` in files, and not in every version of transformers.
+    """
+    layers: dict[str, Factors] = {}
+    packed: dict[str, Any] = {}
+    for prefix, named in parts.items():
+        layers |= {f"{prefix}.{name}": factors for name, factors in named.items()}
+        common = commonest(factors.rank for factors in named.values())
+        pattern = {
+            "^" + re.escape(name).replace(r"text_model\.", r"(text_model\.)?"): factors.rank
+            for name, factors in named.items()
+            if factors.rank != common
+        }
+        config = {
+            "r": common,
+            "lora_alpha": common,
+            "rank_pattern": pattern,
+            "alpha_pattern": pattern,
+            "target_modules": sorted(name.removeprefix("text_model.") for name in named),
+        }
+        packed |= {f"{prefix}.{key}": value for key, value in config.items()}
+    write_folded(
+        path, layers, {"lora_adapter_metadata": json.dumps(packed, indent=2, sort_keys=True), **(metadata or {})}
+    )
+
+
+def write_folded(
+    path: str | os.PathLike,
+    layers: Mapping[str, Factors],
+    metadata: Mapping[str, str] | None = None,
+    words: tuple[str, str] = ("lora_A", "lora_B"),
+) -> None:
+    """Writes A and s B of every layer, `<name>.lora_A.weight` and `<name>.lora_B.weight` or in other words."""
+    tensors, (down, up) = {}, words
+    for name, factors in layers.items():
+        tensors[f"{name}.{down}.weight"] = factors.down
+        tensors[f"{name}.{up}.weight"] = factors.up * factors.scale
+    write_tensors(path, tensors, {"format": "pt", "sshs_model_hash": _tensors_hash(tensors), **(metadata or {})})
+
+
+def write_kohya(
+    path: str | os.PathLike, layers: Mapping[str, Factors], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes kohya's file of layers by their names in it (`lora_unet_...`), as `export_kohya` does."""
+    scaled = {name: factors.scale * factors.rank for name, factors in layers.items()}
+    # float32 whatever the adapter's dtype, and exactly what the up-weights are divided by.
+    written = torch.tensor(commonest(scaled.values()) or 1.0, dtype=torch.float32)
+    alpha = written.item()
     tensors = {}
-    for name, layer in lora_layers(base, adapter_name).items():
-        down, up = _factors(name, layer, adapter_name)
-        tensors[f"{prefix}.{_in_files(base, name)}.lora_A.weight"] = down
-        tensors[f"{prefix}.{_in_files(base, name)}.lora_B.weight"] = up * layer.scaling[adapter_name]
-    return tensors
+    for name, factors in layers.items():
+        tensors[f"{name}.lora_down.weight"] = factors.down
+        tensors[f"{name}.lora_up.weight"] = factors.up * (scaled[name] / alpha)
+        tensors[f"{name}.alpha"] = written.clone()
+    header = {
+        "format": "pt",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(commonest(factors.rank for factors in layers.values())),
+        "ss_network_alpha": str(alpha),
+        "sshs_model_hash": _tensors_hash(tensors),
+        **{key: str(value) for key, value in (metadata or {}).items()},
+    }
+    write_tensors(path, tensors, header)
+
+
+def write_peft(directory: str | os.PathLike, layers: Mapping[str, Factors]) -> None:
+    """Writes a PEFT folder of these layers of a model: A and B as they are, their scale as rank and alpha."""
+    config = lora_config(layers)
+    config.inference_mode = True
+    config.target_modules = sorted(layers) if all("." in name for name in layers) else config.target_modules
+    tensors = {}
+    for name, factors in layers.items():
+        tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = factors.down
+        tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = factors.up
+    with replacing(directory) as temporary:
+        config.save_pretrained(str(temporary))
+        write_tensors(temporary / PEFT_FILE, tensors, {"format": "pt"})
+
+
+def lora_config(layers: Mapping[str, Factors]) -> LoraConfig:
+    """PEFT's configuration of just these layers, each with its own rank and scale."""
+    ranks = {name: factors.rank for name, factors in layers.items()}
+    alphas = {name: whole(factors.scale * factors.rank) for name, factors in layers.items()}
+    rank, alpha = commonest(ranks.values()), commonest(alphas.values())
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        rank_pattern={"^" + re.escape(name): value for name, value in ranks.items() if value != rank},
+        alpha_pattern={"^" + re.escape(name): value for name, value in alphas.items() if value != alpha},
+        # An expression of whole names: the end of another layer's name may be one of these.
+        target_modules="|".join(re.escape(name) for name in sorted(layers)),
+    )
+
+
+def _factors_of(model: nn.Module, adapter_name: str) -> dict[str, Factors]:
+    """The plain LoRA of every layer that has one, by its name in files."""
+    base = _plain(model, adapter_name)
+    return {
+        _in_files(base, name): Factors(*_factors(name, layer, adapter_name), layer.scaling[adapter_name])
+        for name, layer in lora_layers(base, adapter_name).items()
+    }
 
 
 def _in_files(base: nn.Module, name: str) -> str:
@@ -270,6 +341,7 @@ def _factors(name: str, layer: LoraLayer, adapter_name: str) -> tuple[torch.Tens
     return layer.lora_A[adapter_name].weight.detach(), layer.lora_B[adapter_name].weight.detach()
 
 
-def _commonest(values: Iterable[float]) -> float:
+def commonest(values: Iterable[float]) -> Any:
+    """The value that occurs most often; of several the first."""
     found = list(values)
     return max(dict.fromkeys(found), key=found.count)

@@ -70,5 +70,9 @@ def _patterns(values: dict[str, float], changed: dict[str, int], default: float,
 
 def _alpha(scaling: float, root: float) -> float:
     """The alpha with `alpha / root == scaling` but for rounding; a whole number, as users write it, where it is one."""
-    alpha = scaling * root
-    return int(alpha) if alpha.is_integer() else alpha
+    return whole(scaling * root)
+
+
+def whole(value: float) -> float:
+    """A whole number as one."""
+    return int(value) if float(value).is_integer() else value

@@ -83,7 +83,7 @@ def test_commands_version_and_application_are_those_of_the_wheel(installed, tmp_
     target = installed["reslora_sd"]
     commands, version, example, script = json.loads(run(target, tmp_path, sys.executable, "-c", COMMANDS))
     wanted = {f"reslora-{name.replace('_', '-')}": name for name in ("train_sd", "train_llm", "train_glue")}
-    assert commands == wanted | {"reslora-app": "reslora_app.__main__"}
+    assert commands == wanted | {"reslora-app": "reslora_app.__main__", "reslora-convert": "reslora.convert"}
     assert version == reslora.__version__
     assert Path(example) == target / "reslora_app" / "example" and Path(script) == target / "train_sd.py"
 

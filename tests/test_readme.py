@@ -82,11 +82,12 @@ def commands(script: str) -> list[tuple[str, list[str]]]:
     return found
 
 
-@pytest.mark.parametrize("script", ["train_sd.py", "train_llm.py", "train_glue.py"])
+@pytest.mark.parametrize("script", ["train_sd.py", "train_llm.py", "train_glue.py", "reslora-convert"])
 def test_commands_have_flags_that_exist(script):
     found = commands(script)
     assert found
-    command = [sys.executable, str(ROOT / script), "--help"]
+    start = ["-m", "reslora.convert"] if script == "reslora-convert" else [str(ROOT / script)]
+    command = [sys.executable, *start, "--help"]
     told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=LIMIT)
     known = set(re.findall(r"--[a-z0-9_-]+", told.stdout))
     for document, words in found:

@@ -21,6 +21,7 @@ from peft import AdaLoraConfig, LoKrConfig, LoraConfig, PeftConfig, PeftModel, g
 from peft.tuners.adalora import AdaLoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, ModulesToSaveWrapper
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -117,11 +118,13 @@ def check_rank(model: nn.Module, config: PeftConfig) -> None:
 def narrowest_layer(model: nn.Module, config: PeftConfig) -> tuple[str, float]:
     """Returns the adapted layer with the smallest side, and that side, which no rank should exceed.
 
-    The side is infinite where nothing is adapted, and for LoKr.
+    The side is infinite where nothing is adapted, and for LoKr. Layers that have a rank of their own do not count.
     """
     if isinstance(config, LoKrConfig):
         return "", math.inf
-    sides = ((name, _smaller_side(module)) for name, module in _targeted(model, config))
+    own = getattr(config, "rank_pattern", None) or {}
+    layers = (layer for layer in _targeted(model, config) if get_pattern_key(own.keys(), layer[0]) not in own)
+    sides = ((name, _smaller_side(module)) for name, module in layers)
     return min(sides, key=lambda found: found[1], default=("", math.inf))
 
 

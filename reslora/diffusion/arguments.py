@@ -186,6 +186,8 @@ def add_method_flags(add: Callable) -> None:
         help=f"trained one after the other on the same images and noise. {IN_WORDS}")
     add("--rank", type=whole(1, HIGHEST_RANK), nargs="+", help="rank of the update matrices")
     add("--lora_alpha", type=number(0, exclusive=True), help="scale times rank; default: twice the rank")
+    add("--init_lora", metavar="FILE",
+        help="go on from this LoRA, of any tool, instead of from zero: its layers, ranks and alphas are trained")
     add("--lora_dropout", type=number(0, below=1), default=0.0,
         help="dropout on the adapter's input (of ranks for loha and lokr)")
     add("--target_modules", nargs="+", metavar="NAME",

@@ -23,6 +23,7 @@ from .model.families import FAMILIES, load_family
 from .model.families.base import Family
 from .model.loading import Model
 from .model.quantising import try_format
+from .training.start import Start
 from .training.state import add_adapter, config_of, shortcuts_of, targets_of
 
 CUTS = "which cuts weights into pieces, and shortcuts, encoders and samples need them whole"
@@ -80,19 +81,20 @@ def with_rank(flags: Flags, model: Model, accelerator: Accelerator) -> Flags:
     return flags.replace(rank=rank, lora_alpha=flags.lora_alpha or 2 * rank)
 
 
-def check_methods(flags: Flags, model: Model, accelerator: Accelerator) -> None:
+def check_methods(flags: Flags, model: Model, accelerator: Accelerator, start: Start | None = None) -> None:
     """Try every method on a denoiser without weights: targets, ranks and shortcuts are refused here."""
     for method in flags.method:
         denoiser = model.empty_denoiser()
         if method == flags.method[0]:
             check_targets(denoiser, flags, accelerator)
+        config = config_of(method, flags, total_steps=1000, start=start)
         try:
-            check_rank(denoiser, config_of(method, flags, total_steps=1000))
+            check_rank(denoiser, config)
         except ValueError as error:
             raise InvalidArgument(f"--rank {flags.rank}", *first_line(error).split(": ", 1)) from None
         argument = f"--method {method}, --target_modules {' '.join(flags.target_modules)}"
         with refused_as(argument, "change the flag it is about", (ValueError, RuntimeError)):
-            add_adapter(denoiser, method, flags, total_steps=1000)
+            add_adapter(denoiser, method, flags, config)
         if METHODS[method].shortcuts:
             tell_what_is_not_linked(chains(denoiser), flags, accelerator)
 
@@ -110,8 +112,10 @@ def check_encoders(pipeline: DiffusionPipeline, context: Context) -> None:
     """Try every method on the text encoders that train, without weights, and say which do not."""
     flags, family = context.flags, context.model.family
     for part, method in itertools.product(context.encoders, flags.method):
+        encoder = meta_copy(getattr(pipeline, part.name))
+        config = config_of(method, flags, total_steps=1000, targets=part.targets_in(encoder))
         try:
-            add_adapter(meta_copy(getattr(pipeline, part.name)), method, flags, total_steps=1000, part=part)
+            add_adapter(encoder, method, flags, config, part)
         except (ValueError, RuntimeError) as error:
             fix = "change the flag it is about, or leave --train_text_encoder out"
             raise InvalidArgument(f"--method {method}, {part.name}", first_line(error), fix) from None

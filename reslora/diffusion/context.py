@@ -15,6 +15,7 @@ from .arguments import Flags
 if TYPE_CHECKING:
     from .model.families.base import Part
     from .model.loading import Model
+    from .training.start import Start
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Context:
     stop: StopRequest
     place: str = ""
     before: int = 0
+    start: Start | None = None
+    """The LoRA that training goes on from."""
 
     @property
     def folder(self) -> Path:

@@ -23,6 +23,7 @@ from .data.material import material_of
 from .data.samples import Material
 from .folder import EXPERIMENT, locked
 from .model.loading import find_model
+from .model.lora_files.combining import in_short
 from .model.objective import Objective, objective_of
 from .output.drawing import Drawer
 from .output.exports import export_method
@@ -36,6 +37,7 @@ from .training.denoising import DenoisingLoss
 from .training.loop import Watch, train
 from .training.preparing import attention_of, prepare, renew_scaler
 from .training.schedule import Schedule, schedule_of
+from .training.start import read_start, with_start
 from .training.state import Learner, check_optimizer, new_learner
 from .training.trained import Trained
 
@@ -91,8 +93,12 @@ def settle(flags: Flags, accelerator: Accelerator, stop: StopRequest) -> Context
     """The model, and the flags with all that it and accelerate decide; from here on they do not change."""
     model = find_model(flags, accelerator)
     check_family(flags, model)
+    start = each(lambda: read_start(flags, model)) if flags.init_lora else None
+    if start is not None:
+        flags = with_start(flags, start)
+        accelerator.print(f"--init_lora {flags.init_lora}: {in_short({'': start.layers})}")
     flags = with_family(flags.replace(mixed_precision=accelerator.mixed_precision), model.family.defaults)
-    return Context(with_rank(flags, model, accelerator), model, accelerator, stop)
+    return Context(with_rank(flags, model, accelerator), model, accelerator, stop, start=start)
 
 
 def take_folder(flags: Flags, stack: contextlib.ExitStack) -> None:
@@ -109,10 +115,11 @@ def identity_of(kinds: Sequence[ImageDataset], context: Context) -> Identity:
     model, images_flag = context.model, data_flag(context.flags)
     groups = [[images.fingerprint for images in kinds if images.of_class == kind] for kind in (False, True)]
     content = "; class images: ".join("; ".join(group) for group in groups if group)
-    identity = Identity(model.fingerprint(), content, model.flag, images_flag)
+    start, lora_flag = context.start, f"--init_lora {context.flags.init_lora}"
+    identity = Identity(model.fingerprint(), content, model.flag, images_flag, start.mark if start else "", lora_flag)
     for other in gathered(identity):
-        for flag, same in ((model.flag, other.model == identity.model), (images_flag, other.images == identity.images)):
-            if not same:
+        for name, flag in (("model", model.flag), ("images", images_flag), ("lora", lora_flag)):
+            if getattr(other, name) != getattr(identity, name):
                 raise InvalidArgument(flag, "its content differs between the processes", "give all the same files")
     return identity
 
@@ -126,7 +133,7 @@ def load_and_check(context: Context) -> tuple[DiffusionPipeline, Objective]:
     )
     check_pipeline(flags, pipeline, model.family)
     objective = objective_of(flags, model.family, pipeline)
-    check_methods(flags, model, accelerator)
+    check_methods(flags, model, accelerator, context.start)
     check_optimizer(context)
     check_encoders(pipeline, context)
     return pipeline, objective

@@ -15,11 +15,11 @@ from typing import Any
 from ..common.assets import ASSETS
 from ..common.checks import check_writable
 from ..common.errors import InvalidArgument, first_line, refused_as
-from ..common.methods import any_with_shortcuts, check_steps, refuse_parts
+from ..common.methods import METHODS, any_with_shortcuts, check_steps, refuse_parts
 from ..merges import MERGES
 from ..shortcuts import PLAIN, shortcut_class
 from .arguments import DEFAULTS, ONE_OR_SEVERAL, SEVERAL, Flags, build_parser, listed
-from .experiment.arms import check_experiment, plain_variants
+from .experiment.arms import alpha_of, check_experiment, plain_variants
 from .model.families import FAMILIES
 from .optimizers import check_installed, named
 
@@ -77,7 +77,7 @@ def fill_defaults(args: argparse.Namespace) -> Flags:
         if len(listed(values[name])) == 1:
             (values[name],) = listed(values[name])
     rank, splits = values["rank"], ("select_split", "test_split")
-    values["lora_alpha"] = args.lora_alpha or (2 * rank if isinstance(rank, int) else None)
+    values["lora_alpha"] = alpha_of(args, rank)
     if is_experiment(values):
         values |= {name: DEFAULT_SPLIT for name in splits if values[name] is None}
         values["validation_split"] = args.validation_split or 0.0
@@ -185,6 +185,7 @@ def check_flags(flags: Flags) -> None:
         refuse_parts(flags.method)
     check_packages(flags)
     check_installed(flags)
+    check_start(flags)
     check_schedule(flags)
     if flags.hub_token and flags.report_to not in ("tensorboard", "none"):
         problem = f"--report_to {flags.report_to} would publish it"
@@ -229,6 +230,23 @@ def carries_activations(flags: Flags) -> bool:
     """Whether a method's blocks hand activations to each other."""
     wired = any_with_shortcuts(flags.method) and flags.shortcut != PLAIN and flags.pre_num != 0
     return wired and shortcut_class(flags.shortcut).carries
+
+
+def check_start(flags: Flags) -> None:
+    """Refuse to start from a LoRA what would not start from the base model plus that LoRA."""
+    if flags.init_lora is None:
+        return
+    flag = f"--init_lora {flags.init_lora}"
+    for method in (METHODS[name] for name in flags.method):
+        if not method.trains_lora:
+            problem = f"--method {method.name} has no plain LoRA weights that could start from it"
+            raise InvalidArgument(flag, problem, "give --method lora or lora_x2")
+        if method.shortcuts and flags.shortcut != PLAIN and flags.pre_num != 0:
+            problem = (
+                f"with --shortcut {flags.shortcut} its blocks would also enter their neighbours, and the first step "
+                "would not start from the base model plus that LoRA"
+            )
+            raise InvalidArgument(flag, problem, "give --method lora, or --shortcut none")
 
 
 def check_packages(flags: Flags) -> None:

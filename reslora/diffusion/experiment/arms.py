@@ -13,6 +13,7 @@ order is the same with and without a limit in time, so that a limited experiment
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -84,9 +85,13 @@ def flags_of(flags: Flags, label: Label, rate: float, seed: int) -> Flags:
     """The flags of a plain run of one arm."""
     rank = label.rank or flags.rank
     shortcut = label.shortcut or (PLAIN if isinstance(flags.shortcut, list) else flags.shortcut)
-    alpha = flags.lora_alpha or (2 * rank if rank else None)
     own = {"method": [label.method], "learning_rate": rate, "seed": seed, "rank": rank, "shortcut": shortcut}
-    return flags.replace(**own, lora_alpha=alpha)
+    return flags.replace(**own, lora_alpha=alpha_of(flags, rank))
+
+
+def alpha_of(flags: Flags | argparse.Namespace, rank: int | list[int] | None) -> float | None:
+    """The alpha that is given, or twice the rank; None where that, or a LoRA to go on from, will say it yet."""
+    return flags.lora_alpha or (2 * rank if isinstance(rank, int) and not flags.init_lora else None)
 
 
 def place_of(label: Label, arm: Arm) -> str:
@@ -99,7 +104,7 @@ def plain_variants(flags: Flags) -> list[Flags]:
     plain = [flags.replace(seed=values_of(flags, "seed")[0])]
     for name in ("shortcut", "rank", "learning_rate"):
         plain = [one.replace(**{name: value}) for one in plain for value in values_of(flags, name)]
-    return [one.replace(lora_alpha=one.lora_alpha or (2 * one.rank if one.rank else None)) for one in plain]
+    return [one.replace(lora_alpha=alpha_of(one, one.rank)) for one in plain]
 
 
 def check_experiment(flags: Flags) -> None:
@@ -114,6 +119,9 @@ def check_experiment(flags: Flags) -> None:
         values = [f"{value:g}" if name == "learning_rate" else str(value) for value in values_of(flags, name)]
         if len(set(values)) < len(values):
             raise InvalidArgument(f"--{name} {' '.join(values)}", "the same one twice", "give each once")
+    if isinstance(flags.rank, list) and flags.init_lora:
+        problem = "--init_lora has ranks of its own"
+        raise InvalidArgument(f"--rank {' '.join(map(str, flags.rank))}", problem, "leave it out")
     if isinstance(flags.shortcut, list) and not any_with_shortcuts(flags.method):
         problem = f"--method {' '.join(flags.method)} has none"
         raise InvalidArgument(f"--shortcut {' '.join(flags.shortcut)}", problem, "add reslora, or give one")

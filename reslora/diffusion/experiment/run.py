@@ -131,7 +131,7 @@ def check_variants(flags: Flags, context: Context) -> None:
     tried = [context.flags]
     for one in plain_variants(flags):
         if all((one.rank, one.shortcut) != (other.rank, other.shortcut) for other in tried):
-            check_methods(one, context.model, context.accelerator)
+            check_methods(one, context.model, context.accelerator, context.start)
             tried.append(one)
 
 

@@ -27,6 +27,7 @@ from ..arguments import listed
 from ..context import Context
 from ..data.samples import CalibrationSamples, Material
 from ..model.families.base import Family
+from ..model.lora_files.writing import peft_folder
 from ..training.checkpoints import EXPORTS
 from ..training.denoising import DenoisingLoss, evaluating
 from ..training.schedule import Schedule
@@ -232,7 +233,7 @@ def write_formats(parts: Parts, method: str, metadata: dict[str, str], context: 
 
     family, folder = context.model.family, context.folder_of(method)
     for name, part in parts.items():
-        export.export_peft(part, peft_folder(folder, name, family))
+        export.export_peft(part, peft_folder(folder / "peft", name, family))
         export.export_merged(part, folder / name)
     if METHODS[method].plain_lora:
         write_lora(parts, folder, family, metadata)
@@ -245,17 +246,12 @@ def write_lora(parts: Parts, folder: Path, family: Family, metadata: dict[str, s
         LORA_FILES[file](parts, folder / file, family, metadata)
 
 
-def peft_folder(folder: Path, name: str, family: Family) -> Path:
-    """Where a part is in PEFT's format: below the denoiser, a text encoder in a folder of its own."""
-    return folder / "peft" if name == family.denoiser else folder / "peft" / name
-
-
 def write_kohya(parts: Parts, path: Path, family: Family, metadata: dict[str, str]) -> None:
     """kohya's format, with the names that its scripts have for the family's layers."""
     config = parts[family.denoiser].config
-    prefixes = {family.denoiser: "lora_unet"} | {part.name: part.kohya for part in family.trainable}
+    prefixes = {family.denoiser: "lora_unet"} | {name: kohya for name, (kohya, _) in family.text_names.items()}
     named = {prefixes[name]: part for name, part in parts.items()}
-    export.export_kohya(named, path, metadata=metadata, rename=lambda name: family.kohya_name(config, name))
+    export.export_kohya(named, path, metadata=metadata, rename=lambda name: family.kohya_name(config, name) or name)
 
 
 def write_comfyui(parts: Parts, path: Path, family: Family, metadata: dict[str, str]) -> None:
@@ -309,7 +305,7 @@ def read_back(parts: Parts, method: str, drawer: Drawer, context: Context) -> It
         pipeline.unload_lora_weights()
         setattr(pipeline, name, before)
     for part in parts:
-        PeftModel.from_pretrained(parts[part], peft_folder(folder, part, model.family))  # in place
+        PeftModel.from_pretrained(parts[part], peft_folder(folder / "peft", part, model.family))  # in place
     yield "peft", denoiser
     remove_adapters(denoiser)
     denoiser.to("meta")

@@ -48,6 +48,7 @@ FREE_ON_RESUME = {
     # The content decides: see `Identity`.
     "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "revision", "variant", "train_data_dir",
     "dataset_name", "dataset_config_name", "image_column", "caption_column", "class_data_dir", "num_class_images",
+    "init_lora",
 }  # fmt: skip
 
 DESCRIBED = {"samples_per_step": "batch size x accumulation x processes =", "deepspeed": "DeepSpeed:"}
@@ -62,6 +63,9 @@ class Identity:
     model_flag: str
     """The flag that names the model, with its value, for messages."""
     images_flag: str
+    lora: str = ""
+    """Of the LoRA that training goes on from; empty where it starts from zero."""
+    lora_flag: str = ""
 
 
 def settings_of(flags: Flags) -> dict:
@@ -199,6 +203,10 @@ def check_past(flags: Flags, place: Path, record: dict, identity: Identity | Non
             flag = f"{DESCRIBED.get(name, f'--{name}')} {in_words(value) if value is None else value}"
             problem = f"{place} was trained with {there[name]}"
             raise InvalidArgument(flag, problem, "use that, or choose another --output_dir")
+    if identity and record and record.get("lora", "") != identity.lora:
+        before = "another LoRA" if record.get("lora") else "zero"
+        problem, fix = f"{place} was started from {before}", "give what it had, or choose another --output_dir"
+        raise InvalidArgument(identity.lora_flag if identity.lora else "--init_lora", problem, fix)
     for name in ("model", "images") if identity else ():
         here, there = getattr(identity, name), record.get(name, getattr(identity, name))
         if here != there:
@@ -220,6 +228,9 @@ def save_checkpoint(learner: Learner, folder: Path, flags: Flags, identity: Iden
     """
     state = learner.state(accelerator)
     record = {"method": learner.method, "step": learner.step, "seconds": learner.seconds} | past_of(flags, identity)
+    if identity.lora:  # for who draws with it: its layers may have ranks and alphas of their own
+        config = learner.denoiser.peft_config["default"]
+        record |= {"rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern}
 
     def write() -> None:
         write_checkpoint(learner, folder / f"checkpoint-{learner.step}", state, record)
@@ -249,7 +260,8 @@ def write_checkpoint(learner: Learner, path: Path, state: dict, record: dict) ->
 
 def past_of(flags: Flags, identity: Identity) -> dict:
     """What a continuation is compared with, see `check_past`."""
-    return {"model": identity.model, "images": identity.images, "settings": settings_of(flags)}
+    lora = {"lora": identity.lora} if identity.lora else {}
+    return {"model": identity.model, "images": identity.images, "settings": settings_of(flags)} | lora
 
 
 def write_exports(

@@ -28,6 +28,7 @@ from ..model.families.base import Part
 from ..optimizers import ADAMS, class_of, named, options_of
 from ..seeds import derive
 from .schedule import Schedule
+from .start import Start
 from .trained import Trained
 from .zero import full_state, uses_deepspeed
 
@@ -141,28 +142,39 @@ def new_learner(method: str, trained: Trained, schedule: Schedule, context: Cont
 
 
 def add_adapters(trained: Trained, method: str, schedule: Schedule, context: Context) -> None:
-    """Gives every part the method's adapter."""
-    add_adapter(trained.denoiser, method, context.flags, schedule.steps)
+    """Gives every part the method's adapter; the denoiser's goes on from a LoRA where the run does."""
+    flags, start = context.flags, context.start
+    add_adapter(trained.denoiser, method, flags, config_of(method, flags, schedule.steps, start=start))
+    if start is not None:
+        start.copy_to(trained.denoiser)
     for part in context.encoders:
-        add_adapter(trained.parts[part.name], method, context.flags, schedule.steps, part)
+        encoder = trained.parts[part.name]
+        add_adapter(encoder, method, flags, config_of(method, flags, schedule.steps, part.targets_in(encoder)), part)
 
 
-def add_adapter(model: nn.Module, method: str, flags: Flags, total_steps: int, part: Part | None = None) -> None:
+def add_adapter(model: nn.Module, method: str, flags: Flags, config: PeftConfig, part: Part | None = None) -> None:
     """Gives the denoiser, or another `part`, the method's adapter, in place, with weights drawn from the seed."""
-    config = config_of(method, flags, total_steps, part.targets_in(model) if part else None)
     torch.manual_seed(derive(flags.seed, "adapter", *([part.name] if part else [])))
     attach(model, config, shortcuts_of(flags) if METHODS[method].shortcuts else None, in_place=True)
     cast_training_params(model, dtype=torch.float32)
 
 
-def config_of(method: str, flags: Flags, total_steps: int, targets: list[str] | str | None = None) -> PeftConfig:
-    """PEFT's configuration of the method's adapter, on the denoiser's targets or others."""
+def config_of(
+    method: str, flags: Flags, total_steps: int, targets: list[str] | str | None = None, start: Start | None = None
+) -> PeftConfig:
+    """PEFT's configuration of the method's adapter, on the denoiser's targets or others.
+
+    With `start`, each of its layers has its own rank and alpha.
+    """
     settings = AdapterSettings(
         r=flags.rank, alpha=flags.lora_alpha, dropout=flags.lora_dropout,
         targets=targets or targets_of(flags.target_modules), total_steps=total_steps,
         init_lora_weights="gaussian",  # as in diffusers' scripts
     )  # fmt: skip
-    return adapter_config(method, settings)
+    config = adapter_config(method, settings)
+    if start is not None:
+        start.configure(config)
+    return config
 
 
 def shortcuts_of(flags: Flags) -> ResLoraConfig:

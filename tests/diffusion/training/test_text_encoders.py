@@ -132,7 +132,7 @@ def test_loss_and_gradients_are_those_of_plain_encoders(setting, name):
 @pytest.mark.parametrize("name", ["sdxl", "sd3"])
 def test_checkpointed_gradients_are_the_same(setting, name):
     """ResLoRA, whose chains hand activations from one of the encoder's layers to the next."""
-    one = setting(name, "--shortcut", "middle", "--gradient_checkpointing")
+    one = setting(name, "--method", "reslora", "--shortcut", "middle", "--gradient_checkpointing")
     learner, batch, found = learner_of(one, "reslora"), one.batch(), []
     for checkpointed in (False, True):
         if checkpointed:
@@ -149,7 +149,7 @@ def test_checkpointed_gradients_are_the_same(setting, name):
 
 @pytest.mark.parametrize("name", ["sdxl", "sd3"])
 def test_chains_run_over_the_layers_of_one_encoder(setting, name):
-    learner = learner_of(setting(name, "--shortcut", "block"), "reslora")
+    learner = learner_of(setting(name, "--method", "reslora", "--shortcut", "block"), "reslora")
     lengths = (2 if name == "sdxl" else 3, 3)  # nobody reads the last layer of SDXL's first encoder
     for part, layers in zip(learner.trained.loss.parts, lengths, strict=True):
         plan = connection_of(learner.trained.parts[part.name]).chains

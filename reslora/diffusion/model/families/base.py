@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -23,8 +24,6 @@ class Part:
 
     name: str
     """Its attribute in the pipeline, its folder, and the prefix of its layers in diffusers' files."""
-    kohya: str
-    """The prefix of its layers in kohya's files."""
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
     """Ends of the names of the layers that get an adapter, as in diffusers' scripts."""
     reads_last: bool = True
@@ -49,6 +48,14 @@ class Conditions:
     """For models that are told the guidance they shall imitate."""
 
 
+def numbered(name: str) -> tuple[str, list[str]]:
+    """A layer's name with `{}` for the number of its block, and that number where there is one."""
+    number = re.search(r"(?<=\.)\d+(?=\.)", name)
+    if number is None:
+        return name, []
+    return f"{name[: number.start()]}{{}}{name[number.end() :]}", [number[0]]
+
+
 class Family:
     """A family of models: data, and the few functions that a model's formulas need. Subclasses say what is theirs."""
 
@@ -69,6 +76,19 @@ class Family:
     """Parts of the pipeline that are not loaded at all."""
     defaults: ClassVar[Mapping[str, object]] = {}
     """Flags' values for this family, where the user gave none."""
+    original: ClassVar[Mapping[str, str]] = {}
+    """Layers' names in the model's own code, by their names in diffusers, with `{}` for the block's number. Several
+    that share one are one layer there, with their rows in this order."""
+    published: ClassVar[Mapping[str, object]] = {}
+    """What differs in the published denoiser's configuration (the deepest one's, where there are several) from the
+    class's defaults, as far as layers' names depend on it."""
+    marks: tuple[str, ...] = ()
+    """How the base model's names begin that kohya's scripts and Stability AI's specification write into LoRA files."""
+    comfyui_words: tuple[str, str] = ("lora_A", "lora_B")
+    """What A and B are called in ComfyUI's files, such that diffusers reads them too, where it can."""
+    text_names: ClassVar[Mapping[str, tuple[str, str]]] = {}
+    """Text encoders that LoRA files may be for, trainable here or not: how kohya's names of their layers begin, and
+    ComfyUI's."""
     encodes_in_float32: bool = False
     """Whether the autoencoder overflows in half precision where its configuration asks for `force_upcast`."""
 
@@ -126,9 +146,15 @@ class Family:
         """What the objective compares, in the shape of `noisy`, of what the denoiser returned."""
         return output[0]
 
-    def kohya_name(self, config: Mapping, name: str) -> str:
-        """The name of a denoiser's layer in kohya's scripts, from its name in diffusers."""
-        return name
+    def original_name(self, config: Mapping, name: str) -> str | None:
+        """The name of a denoiser's layer in the model's own code, which ComfyUI has; None where it has none."""
+        template, numbers = numbered(name)
+        found = self.original.get(template)
+        return found.format(*numbers) if found else None
+
+    def kohya_name(self, config: Mapping, name: str) -> str | None:
+        """The name of a denoiser's layer in kohya's scripts; None where it has none."""
+        return self.original_name(config, name)
 
     def model_version(self, config: Mapping, predicts_v: bool = False) -> tuple[str, str]:
         """What kohya's scripts call the base model, and its architecture's name in Stability AI's specification.

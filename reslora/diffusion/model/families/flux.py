@@ -10,6 +10,32 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from .base import Family, Part
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+ORIGINAL = {
+    **{f"transformer_blocks.{{}}.attn.{name}": "double_blocks.{}.img_attn.qkv" for name in ATTENTION[:3]},
+    **{f"transformer_blocks.{{}}.attn.{name}": "double_blocks.{}.txt_attn.qkv" for name in ATTENTION[4:7]},
+    "transformer_blocks.{}.attn.to_out.0": "double_blocks.{}.img_attn.proj",
+    "transformer_blocks.{}.attn.to_add_out": "double_blocks.{}.txt_attn.proj",
+    "transformer_blocks.{}.ff.net.0.proj": "double_blocks.{}.img_mlp.0",
+    "transformer_blocks.{}.ff.net.2": "double_blocks.{}.img_mlp.2",
+    "transformer_blocks.{}.ff_context.net.0.proj": "double_blocks.{}.txt_mlp.0",
+    "transformer_blocks.{}.ff_context.net.2": "double_blocks.{}.txt_mlp.2",
+    "transformer_blocks.{}.norm1.linear": "double_blocks.{}.img_mod.lin",
+    "transformer_blocks.{}.norm1_context.linear": "double_blocks.{}.txt_mod.lin",
+    **{f"single_transformer_blocks.{{}}.attn.{name}": "single_blocks.{}.linear1" for name in ATTENTION[:3]},
+    "single_transformer_blocks.{}.proj_mlp": "single_blocks.{}.linear1",
+    "single_transformer_blocks.{}.proj_out": "single_blocks.{}.linear2",
+    "single_transformer_blocks.{}.norm.linear": "single_blocks.{}.modulation.lin",
+    "x_embedder": "img_in",
+    "context_embedder": "txt_in",
+    "time_text_embed.timestep_embedder.linear_1": "time_in.in_layer",
+    "time_text_embed.timestep_embedder.linear_2": "time_in.out_layer",
+    "time_text_embed.text_embedder.linear_1": "vector_in.in_layer",
+    "time_text_embed.text_embedder.linear_2": "vector_in.out_layer",
+    "time_text_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
+    "time_text_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+    "proj_out": "final_layer.linear",
+}
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
 
 
@@ -22,9 +48,17 @@ class Flux(Family):
     denoiser_class = FluxTransformer2DModel
     objective = "flow"
     text_parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
-    trainable = (Part("text_encoder", "lora_te1"),)
+    trainable = (Part("text_encoder"),)
     unused_parts = ("image_encoder", "feature_extractor")
     lora_files = ()
+    original = ORIGINAL
+    published: ClassVar = {"guidance_embeds": True}
+    marks = ("flux1", "flux-1")
+    comfyui_words = ("lora_down", "lora_up")
+    text_names: ClassVar = {
+        "text_encoder": ("lora_te1", "text_encoders.clip_l.transformer"),
+        "text_encoder_2": ("lora_te3", "text_encoders.t5xxl.transformer"),
+    }
     defaults: ClassVar = {
         "resolution": 512,
         "num_inference_steps": 28,

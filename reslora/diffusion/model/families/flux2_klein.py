@@ -13,6 +13,28 @@ DOUBLE = r"transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|a
 SINGLE = r"single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)"
 
 
+ORIGINAL = {
+    **{f"transformer_blocks.{{}}.attn.to_{name}": "double_blocks.{}.img_attn.qkv" for name in "qkv"},
+    **{f"transformer_blocks.{{}}.attn.add_{name}_proj": "double_blocks.{}.txt_attn.qkv" for name in "qkv"},
+    "transformer_blocks.{}.attn.to_out.0": "double_blocks.{}.img_attn.proj",
+    "transformer_blocks.{}.attn.to_add_out": "double_blocks.{}.txt_attn.proj",
+    "transformer_blocks.{}.ff.linear_in": "double_blocks.{}.img_mlp.0",
+    "transformer_blocks.{}.ff.linear_out": "double_blocks.{}.img_mlp.2",
+    "transformer_blocks.{}.ff_context.linear_in": "double_blocks.{}.txt_mlp.0",
+    "transformer_blocks.{}.ff_context.linear_out": "double_blocks.{}.txt_mlp.2",
+    "single_transformer_blocks.{}.attn.to_qkv_mlp_proj": "single_blocks.{}.linear1",
+    "single_transformer_blocks.{}.attn.to_out": "single_blocks.{}.linear2",
+    "x_embedder": "img_in",
+    "context_embedder": "txt_in",
+    "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",
+    "time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer",
+    "double_stream_modulation_img.linear": "double_stream_modulation_img.lin",
+    "double_stream_modulation_txt.linear": "double_stream_modulation_txt.lin",
+    "single_stream_modulation.linear": "single_stream_modulation.lin",
+    "proj_out": "final_layer.linear",
+}
+
+
 class Flux2Klein(Family):
     """As diffusers' train_dreambooth_lora_flux2_klein.py trains it, on images alone."""
 
@@ -22,6 +44,8 @@ class Flux2Klein(Family):
     denoiser_class = Flux2Transformer2DModel
     objective = "flow"
     lora_files = ()
+    original = ORIGINAL
+    marks = ("flux2", "flux-2")
     defaults: ClassVar = {
         "resolution": 512,
         "num_inference_steps": 28,

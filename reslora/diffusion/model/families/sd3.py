@@ -13,6 +13,30 @@ from .base import Family, Part
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
 
+ORIGINAL = {
+    **{f"transformer_blocks.{{}}.attn.{name}": "joint_blocks.{}.x_block.attn.qkv" for name in ATTENTION[:3]},
+    **{f"transformer_blocks.{{}}.attn.{name}": "joint_blocks.{}.context_block.attn.qkv" for name in ATTENTION[4:7]},
+    **{f"transformer_blocks.{{}}.attn2.{name}": "joint_blocks.{}.x_block.attn2.qkv" for name in ATTENTION[:3]},
+    "transformer_blocks.{}.attn.to_out.0": "joint_blocks.{}.x_block.attn.proj",
+    "transformer_blocks.{}.attn.to_add_out": "joint_blocks.{}.context_block.attn.proj",
+    "transformer_blocks.{}.attn2.to_out.0": "joint_blocks.{}.x_block.attn2.proj",
+    "transformer_blocks.{}.ff.net.0.proj": "joint_blocks.{}.x_block.mlp.fc1",
+    "transformer_blocks.{}.ff.net.2": "joint_blocks.{}.x_block.mlp.fc2",
+    "transformer_blocks.{}.ff_context.net.0.proj": "joint_blocks.{}.context_block.mlp.fc1",
+    "transformer_blocks.{}.ff_context.net.2": "joint_blocks.{}.context_block.mlp.fc2",
+    "transformer_blocks.{}.norm1.linear": "joint_blocks.{}.x_block.adaLN_modulation.1",
+    "transformer_blocks.{}.norm1_context.linear": "joint_blocks.{}.context_block.adaLN_modulation.1",
+    "pos_embed.proj": "x_embedder.proj",
+    "context_embedder": "context_embedder",
+    "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+    "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+    "proj_out": "final_layer.linear",
+}
+
+
 class StableDiffusion3(Family):
     """As diffusers' train_dreambooth_lora_sd3.py trains it, but for that script's preconditioned outputs."""
 
@@ -22,9 +46,17 @@ class StableDiffusion3(Family):
     denoiser_class = SD3Transformer2DModel
     objective = "flow"
     text_parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
-    trainable = (Part("text_encoder", "lora_te1"), Part("text_encoder_2", "lora_te2"))
+    trainable = (Part("text_encoder"), Part("text_encoder_2"))
     unused_parts = ("image_encoder", "feature_extractor")
     lora_files = ()
+    original = ORIGINAL
+    published: ClassVar = {"num_layers": 38, "dual_attention_layers": tuple(range(38))}
+    marks = ("sd3", "stable-diffusion-3")
+    text_names: ClassVar = {
+        "text_encoder": ("lora_te1", "text_encoders.clip_l.transformer"),
+        "text_encoder_2": ("lora_te2", "text_encoders.clip_g.transformer"),
+        "text_encoder_3": ("lora_te3", "text_encoders.t5xxl.transformer"),
+    }
     defaults: ClassVar = {
         "resolution": 1024,
         "num_inference_steps": 28,

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from typing import ClassVar
 
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
 from .base import Family, Part
-
-# The parts of a residual block in kohya's U-Net, which is Stability AI's, by their names in diffusers.
-RESIDUAL = {
-    "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
-}  # fmt: skip
+from .unet import stability_name
 
 
 class StableDiffusionXL(Family):
@@ -24,9 +18,26 @@ class StableDiffusionXL(Family):
     pipeline = StableDiffusionXLPipeline
     denoiser_class = UNet2DConditionModel
     text_parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
-    trainable = (Part("text_encoder", "lora_te1", reads_last=False), Part("text_encoder_2", "lora_te2"))
+    trainable = (Part("text_encoder", reads_last=False), Part("text_encoder_2"))
     unused_parts = ("feature_extractor", "image_encoder")
     encodes_in_float32 = True
+    published: ClassVar = {
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10),
+        "cross_attention_dim": 2048,
+        "attention_head_dim": (5, 10, 20),
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+        "use_linear_projection": True,
+    }
+    marks = ("sdxl", "stable-diffusion-xl")
+    text_names: ClassVar = {
+        "text_encoder": ("lora_te1", "text_encoders.clip_l.transformer"),
+        "text_encoder_2": ("lora_te2", "text_encoders.clip_g.transformer"),
+    }
     defaults: ClassVar = {
         "resolution": 1024,
         "num_inference_steps": 30,
@@ -82,25 +93,15 @@ class StableDiffusionXL(Family):
             "negative_pooled_prompt_embeds": negative["pooled"],
         }
 
+    def original_name(self, config, name):
+        """Stability AI's."""
+        return stability_name(config, name)
+
     def kohya_name(self, config, name):
-        """Stability AI's block names: `down_blocks.1.attentions.0.x` is `input_blocks.4.1.x`."""
-        per_level, levels = config.layers_per_block, len(config.block_out_channels)
-        match = re.fullmatch(r"(down_blocks|up_blocks|mid_block)\.(?:(\d+)\.)?(resnets|attentions)\.(\d+)\.(.+)", name)
-        if match is None or levels * (per_level + 1) > 10:  # with two digits diffusers mistakes block 1 for block 10
-            return name
-        side, level, kind, layer, rest = match[1], int(match[2] or 0), match[3], int(match[4]), match[5]
-        if kind == "resnets":
-            first, dot, last = rest.partition(".")
-            rest = RESIDUAL.get(first, first) + dot + last
-        inner = 0 if kind == "resnets" else 1
-        if side == "mid_block":
-            return f"middle_block.{1 if kind == 'attentions' else 2 * layer}.{rest}"
-        number = level * (per_level + 1) + layer
-        return (
-            f"input_blocks.{number + 1}.{inner}.{rest}"
-            if side == "down_blocks"
-            else f"output_blocks.{number}.{inner}.{rest}"
-        )
+        """Stability AI's, too; in deep U-Nets diffusers' own, which these scripts take as well."""
+        # With two digits diffusers mistakes block 1 for block 10.
+        deep = len(config.block_out_channels) * (config.layers_per_block + 1) > 10
+        return name if deep else self.original_name(config, name)
 
     def model_version(self, config, predicts_v=False):
         """The base model, 1.0; refiners have another pipeline."""

@@ -7,6 +7,7 @@ from typing import ClassVar
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from .base import Family, Part
+from .unet import stability_name
 
 
 class StableDiffusion(Family):
@@ -15,8 +16,11 @@ class StableDiffusion(Family):
     name = "stable_diffusion"
     pipeline = StableDiffusionPipeline
     denoiser_class = UNet2DConditionModel
-    trainable = (Part("text_encoder", "lora_te"),)
+    trainable = (Part("text_encoder"),)
     unused_parts = ("safety_checker", "feature_extractor", "image_encoder")
+    published: ClassVar = {"cross_attention_dim": 768}
+    marks = ("sd_v1", "sd_v2", "stable-diffusion-v1", "stable-diffusion-v2")
+    text_names: ClassVar = {"text_encoder": ("lora_te", "text_encoders.clip_l.transformer")}
     defaults: ClassVar = {
         "resolution": 512,
         "num_inference_steps": 30,
@@ -37,6 +41,14 @@ class StableDiffusion(Family):
         """The captions' states and, for guidance, those of the empty caption."""
         states = text["states"]
         return {"prompt_embeds": states, "negative_prompt_embeds": empty["states"].to(states).expand_as(states)}
+
+    def original_name(self, config, name):
+        """Stability AI's."""
+        return stability_name(config, name)
+
+    def kohya_name(self, config, name):
+        """That in diffusers: other than for SDXL, these scripts train diffusers' U-Net."""
+        return name
 
     def model_version(self, config, predicts_v=False):
         """1.x reads text states 768 wide, 2.x those of a wider encoder; kohya's names say which predict v."""

@@ -20,6 +20,7 @@ class ZImage(Family):
     denoiser_class = ZImageTransformer2DModel
     objective = "flow"
     lora_files = (COMFYUI_FILE,)
+    marks = ("z_image", "zimage", "z-image")
     defaults: ClassVar = {
         "resolution": 1024,
         "num_inference_steps": 28,
@@ -58,6 +59,10 @@ class ZImage(Family):
         """Lists of text states."""
         states = list(text["states"])
         return {"prompt_embeds": states, "negative_prompt_embeds": [empty["states"][0]] * len(states)}
+
+    def original_name(self, config, name):
+        """ComfyUI and kohya's scripts know diffusers' names."""
+        return name
 
     def model_version(self, config, predicts_v=False):
         """There is one architecture so far."""

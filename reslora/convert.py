@@ -1,0 +1,17 @@
+"""LoRA files of one tool for another: `python -m reslora.convert IN... OUT --to diffusers|kohya|comfyui|peft`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Converts as the flags say and returns the exit status; what the user can mend is one line on stderr."""
+    from .diffusion.conversion import main  # not of the core, which this is only called with
+
+    return main(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,193 @@
+"""LoRA files from one tool's format to another's, summed, reduced in rank, or made of two models' difference.
+
+reslora-convert IN OUT --to kohya
+reslora-convert ONE OTHER OUT --to diffusers --weight 0.7 0.5 --rank 16
+reslora-convert --extract BASE TUNED OUT --to diffusers --rank 32
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..common.errors import InvalidArgument, first_line, refused_as
+from .arguments import Parser, whole
+from .model.families import FAMILIES, load_family
+
+if TYPE_CHECKING:
+    import torch
+
+    from .model.families.base import Family
+    from .model.lora_files.names import Names, Parts
+    from .model.lora_files.reading import Content
+
+FORMATS = ("diffusers", "kohya", "comfyui", "peft")
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Converts as the flags say and returns the exit status; what the user can mend is one line on stderr."""
+    try:
+        args = build_parser().parse_intermixed_args(argv)
+        check_flags(args)
+        convert(args)
+    except (InvalidArgument, OSError) as error:
+        refused = isinstance(error, InvalidArgument)
+        print(f"reslora-convert: {'error: ' if refused else ''}{' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if refused else 1
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All flags."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="reslora-convert", description=__doc__, formatter_class=raw)
+    add = parser.add_argument
+    # fmt: off
+    add("inputs", nargs="*", metavar="IN", help="LoRA file of any tool, or folder that PEFT, diffusers or a run wrote")
+    add("output", metavar="OUT", help="a name that ends in .safetensors, or a folder")
+    add("--to", choices=FORMATS, required=True, help="the format of OUT")
+    add("--base", metavar="MODEL", help="the model's folder or name on the hub: its configurations alone are read")
+    add("--family", choices=[*FAMILIES.values()], help="the model's family, where neither --base nor the file says it")
+    add("--weight", nargs="+", type=float, metavar="W", help="of each IN in their sum; default: 1")
+    add("--rank", type=whole(1), help="reduce layers of more than this rank to it, with the least error")
+    add("--extract", nargs=2, metavar=("BASE", "TUNED"),
+        help="make the LoRA of TUNED - BASE: safetensors files, or folders in diffusers format")
+    add("--dtype", choices=DTYPES, help="of the tensors in OUT; default: that of the first IN, float32 for --extract")
+    # fmt: on
+    return parser
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuse what cannot work, before anything heavy is imported."""
+    if args.extract and (args.inputs or args.weight):
+        raise InvalidArgument("--extract", "it reads two models, and no IN", "give one or the other")
+    if args.extract and not args.rank:
+        raise InvalidArgument("--extract", "the difference has any rank", "add --rank N")
+    if not args.extract and not args.inputs:
+        raise InvalidArgument("IN", "missing", "give a LoRA file and where to write it")
+    if args.weight and len(args.weight) != len(args.inputs):
+        problem = f"{len(args.weight)} weights for {len(args.inputs)} files"
+        raise InvalidArgument("--weight", problem, "give one for each IN")
+    if args.weight and not all(map(math.isfinite, args.weight)):
+        raise InvalidArgument(f"--weight {' '.join(map(str, args.weight))}", "not finite", "give numbers")
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Reads, sums, reduces and writes, and says in a line what came of it."""
+    import torch
+
+    from .model.lora_files.combining import cast, in_short, in_words, reduced
+    from .model.lora_files.writing import output_of, write
+
+    path = output_of(args.output, args.to)
+    parts, names, metadata, dtype = extraction(args) if args.extract else sum_of_inputs(args)
+    if args.rank and not args.extract:
+        parts, errors = reduced(parts, args.rank)
+        print(in_words(errors, args.rank))
+    write(cast(parts, getattr(torch, args.dtype) if args.dtype else dtype), names, args.to, path, metadata)
+    print(f"{path}: {names.family.name} ({', '.join(parts)}), {in_short(parts)}, for {args.to}")
+
+
+def sum_of_inputs(args: argparse.Namespace) -> tuple[Parts, Names, dict[str, str], torch.dtype]:
+    """The inputs' weighted sum, the names of its model's layers, what their headers agree on, and the dtype."""
+    from .model.lora_files.combining import summed
+    from .model.lora_files.reading import read_content, read_parts
+
+    contents = [read_content(Path(text), f"IN {text}") for text in args.inputs]
+    names, said = names_for(args, contents)
+    loras = [read_parts(content, names) for content in contents]
+    try:
+        parts = summed(loras, args.weight or [1.0] * len(loras))
+    except ValueError as error:
+        raise InvalidArgument("IN", first_line(error), "give LoRAs of one model") from None
+    first, *others = (content.metadata for content in contents)
+    agreed = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
+    return parts, names, said | agreed, contents[0].dtype
+
+
+def extraction(args: argparse.Namespace) -> tuple[Parts, Names, dict[str, str], torch.dtype]:
+    """The LoRA of what tells two models apart, as `sum_of_inputs` returns it."""
+    import torch
+
+    from .content import folder_mark
+    from .model.lora_files.combining import in_words
+    from .model.lora_files.extracting import Weights, extracted
+
+    base, tuned = map(Path, args.extract)
+    if args.base is None and any((base / name).is_file() for name in ("model_index.json", "config.json")):
+        args.base = str(base)
+    names, said = names_for(args, [])
+    one, other = (Weights.of(path, names.family.denoiser, f"--extract {path}") for path in (base, tuned))
+    parts, errors, others = extracted(one, other, names, args.rank)
+    if not parts[names.family.denoiser]:
+        raise InvalidArgument(other.flag, "no layer of it differs from the base", "give a model that was tuned")
+    print(in_words(errors, args.rank))
+    for part in names.family.text_names:
+        folders = [path / part for path in (base, tuned)]
+        if all(folder.is_dir() for folder in folders) and len(set(map(folder_mark, folders))) > 1:
+            others.append(part)
+    if others:
+        print(f"not in the LoRA: {len(others)} more that differ, such as {others[0]}")
+    return parts, names, said, torch.float32
+
+
+# -- the model ---------------------------------------------------------------------------------------------------------
+
+
+def names_for(args: argparse.Namespace, contents: Sequence[Content]) -> tuple[Names, dict[str, str]]:
+    """The names of the layers of the model that is meant, and what a file's header says of it."""
+    from .model.lora_files.names import names_of
+    from .model.lora_files.reading import family_of
+
+    by_name = {family: pipeline for pipeline, family in FAMILIES.items()}
+    family = load_family(by_name[args.family]) if args.family else None
+    if args.base is None:
+        if family is None and not contents:
+            raise InvalidArgument("--extract", "whose weights these are is not certain", "add --base or --family")
+        return names_of(family or family_of(contents[0])), {}
+    flag, name = f"--base {args.base}", args.base
+    if Path(name).is_file():
+        raise InvalidArgument(flag, "a single file says nothing of the model", "give a folder in diffusers format")
+    with refused_as(flag, "give a pipeline's folder in diffusers format, or its name on the hub"):
+        return configured(name, family, flag)
+
+
+def configured(name: str, family: Family | None, flag: str) -> tuple[Names, dict[str, str]]:
+    """The same, from a pipeline's configurations or those of a denoiser's folder."""
+    from diffusers import DDIMScheduler, DiffusionPipeline
+
+    from .model.lora_files.names import names_of
+
+    alone = (Path(name) / "config.json").is_file() and not (Path(name) / "model_index.json").is_file()
+    known = [load_family(pipeline) for pipeline in FAMILIES]
+    if alone:
+        kind = DDIMScheduler.load_config(name, weights_name="config.json")["_class_name"]
+    else:
+        kind = DiffusionPipeline.load_config(name)["_class_name"]
+    fitting = [
+        each for each in known if kind in (each.pipeline.__name__, each.denoiser_class.__name__ if alone else "")
+    ]
+    if family is not None:
+        fitting = [each for each in fitting if each is family]
+    if len(fitting) != 1:
+        problem = f"a {kind}" + (f", and --family {family.name}" if family else "")
+        fix = "add --family NAME" if len(fitting) > 1 else f"give one of {', '.join(FAMILIES)}"
+        raise InvalidArgument(flag, problem, fix)
+    family = fitting[0]
+    config = family.denoiser_class.load_config(name, **({} if alone else {"subfolder": family.denoiser}))
+    names, predicts_v = names_of(family, config), False
+    if not alone:
+        scheduler: Mapping = DDIMScheduler.load_config(name, subfolder="scheduler")
+        predicts_v = scheduler.get("prediction_type") == "v_prediction"
+    version, architecture = family.model_version(names.config, predicts_v=predicts_v)
+    return names, {
+        "ss_base_model_version": version,
+        "ss_v2": str(version.startswith("sd_v2")),
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"{architecture}/lora",
+    }

@@ -1,0 +1,85 @@
+"""Sums of LoRAs, exactly, and the best approximation of a LoRA at a smaller rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from ....export import Factors
+from ....merging import truncate
+from .names import Parts
+
+
+def summed(loras: Sequence[Parts], weights: Sequence[float]) -> Parts:
+    """`sum_i w_i s_i B_i A_i` of every layer that any has: [A_1; A_2; ...] and [w_1 s_1 B_1, w_2 s_2 B_2, ...].
+
+    One LoRA keeps its factors, and its scale is multiplied. Raises `ValueError` where shapes of a layer differ.
+    """
+    layers = dict.fromkeys((part, layer) for lora in loras for part, named in lora.items() for layer in named)
+    found: Parts = {}
+    for part, layer in layers:
+        terms = [
+            (lora[part][layer], weight)
+            for lora, weight in zip(loras, weights, strict=True)
+            if layer in lora.get(part, {})
+        ]
+        try:
+            found.setdefault(part, {})[layer] = _sum(terms)
+        except RuntimeError:
+            raise ValueError(f"{part}.{layer} has other shapes in one of them") from None
+    return found
+
+
+def _sum(terms: Sequence[tuple[Factors, float]]) -> Factors:
+    if len(terms) == 1:
+        factors, weight = terms[0]
+        return factors._replace(scale=factors.scale * weight)
+    down = torch.cat([factors.down for factors, _ in terms])
+    return Factors(down, torch.cat([factors.up * (factors.scale * weight) for factors, weight in terms], dim=1), 1.0)
+
+
+def reduced(parts: Mapping[str, Mapping[str, Factors]], rank: int) -> tuple[Parts, dict[str, float]]:
+    """The best approximation at that rank of every layer that has more, and the relative error (Frobenius) of each."""
+    found: Parts = {}
+    errors = {}
+    for part, layers in parts.items():
+        for layer, factors in layers.items():
+            if factors.rank > rank:
+                factors, errors[f"{part}.{layer}"] = _truncated(factors, rank)
+            found.setdefault(part, {})[layer] = factors
+    return found, errors
+
+
+def _truncated(factors: Factors, rank: int) -> tuple[Factors, float]:
+    down, up = factors.down.flatten(1), factors.up.flatten(1) * factors.scale
+    a, b, error = truncate(down, up, rank)
+    shape = factors.down.shape[1:]
+    return Factors(a.reshape(-1, *shape), b.reshape(*b.shape, *[1] * (len(shape) - 1)), 1.0), error
+
+
+def in_words(errors: Mapping[str, float], rank: int) -> str:
+    """A line on what the smaller rank loses, for all layers together and the worst."""
+    if not errors:
+        return f"--rank {rank}: no layer has more"
+    worst = max(errors, key=errors.__getitem__)
+    mean = sum(errors.values()) / len(errors)
+    return (
+        f"--rank {rank}: {len(errors)} layers are reduced; the relative error of a layer's update is {mean:.3g} on "
+        f"average, and {errors[worst]:.3g} at most ({worst})"
+    )
+
+
+def in_short(parts: Mapping[str, Mapping[str, Factors]]) -> str:
+    """How many layers there are, and of what ranks."""
+    ranks = [factors.rank for layers in parts.values() for factors in layers.values()]
+    least, most = min(ranks), max(ranks)
+    return f"{len(ranks)} layers, " + (f"rank {most}" if least == most else f"ranks {least} to {most}")
+
+
+def cast(parts: Mapping[str, Mapping[str, Factors]], dtype: torch.dtype) -> Parts:
+    """The same factors in another dtype."""
+    return {
+        part: {layer: Factors(f.down.to(dtype), f.up.to(dtype), f.scale) for layer, f in layers.items()}
+        for part, layers in parts.items()
+    }

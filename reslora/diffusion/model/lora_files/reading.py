@@ -1,0 +1,272 @@
+"""LoRA files and PEFT folders as plain factors of each layer; what is no plain LoRA is refused by its name."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
+from peft.utils.other import get_pattern_key
+from safetensors import safe_open
+
+from ....checkpoint import PEFT_PREFIX
+from ....common.errors import InvalidArgument, first_line, refused_as
+from ....export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE, PEFT_CONFIG_FILE, PEFT_FILE, Factors
+from ....files import read_object
+from ..families import FAMILIES, load_family
+from ..families.base import Family
+from .names import Names, Parts, names_of
+
+PICKLES = {".bin", ".ckpt", ".pkl", ".pt", ".pth"}
+# How the two factors are told apart: PEFT and diffusers, kohya, and two of diffusers' older forms.
+DOWN = re.compile(r"\.(?:lora_A(?:\.default)?|lora_down|lora\.down|lora_linear_layer\.down)\.weight$")
+UP = re.compile(r"\.(?:lora_B(?:\.default)?|lora_up|lora\.up|lora_linear_layer\.up)\.weight$")
+ALPHA = re.compile(r"\.alpha$")
+OLDEST = re.compile(r"_lora\d?\.(?:down|up)\.weight$")
+"""Of diffusers' first LoRA files, which it reads itself."""
+OF_THE_FORMAT = re.compile(r"format|lora_adapter_metadata|sshs_\w+|ss_network_\w+|modelspec\.hash_sha256")
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a LoRA file or PEFT folder holds, as it is."""
+
+    path: Path
+    flag: str
+    """What names it on the command line, with its value, for messages."""
+    tensors: dict[str, torch.Tensor]
+    metadata: dict[str, str]
+    """Of the file, but for what is its format's own."""
+    configs: dict[str, dict]
+    """By prefix of layers' names: what diffusers or PEFT says of their scaling."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of most of its tensors."""
+        found = [value.dtype for value in self.tensors.values() if value.dim() > 1]
+        return max(dict.fromkeys(found), key=found.count, default=torch.float32)
+
+
+def read_content(path: Path, flag: str) -> Content:
+    """Reads a safetensors file, or a folder that PEFT, diffusers or a run has written; refuses pickles."""
+    known = (PEFT_FILE, DIFFUSERS_FILE, KOHYA_FILE, COMFYUI_FILE)
+    file = next((path / name for name in known if (path / name).is_file()), path)
+    below = {path: "*", path / PEFT_FILE: "text_encoder*"}.get(file)  # there may be checkpoints beside a denoiser's
+    if parts := sorted(path.glob(f"{below}/{PEFT_FILE}")) if below else []:
+        return _of_parts(path, flag, [part.parent for part in parts])
+    refuse_pickles(file, flag)
+    if not file.is_file():
+        wanted = "a .safetensors file, or a folder with one of the names that PEFT and diffusers give it"
+        raise InvalidArgument(flag, "no LoRA file there", f"give {wanted}")
+    with refused_as(flag, "give a whole .safetensors file"), safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata() or {}
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
+    configs = {}
+    if file.name == PEFT_FILE and (config := read_object(file.parent / PEFT_CONFIG_FILE)):
+        configs = {PEFT_PREFIX: config}
+    if "lora_adapter_metadata" in metadata:
+        with refused_as(flag, "repair its lora_adapter_metadata"):
+            configs |= _by_part(json.loads(metadata["lora_adapter_metadata"]))
+    for config in configs.values():
+        _refuse_others(flag, config)
+    return Content(path, flag, tensors, {k: v for k, v in metadata.items() if not OF_THE_FORMAT.fullmatch(k)}, configs)
+
+
+def refuse_pickles(path: Path, flag: str) -> None:
+    """Refuse a pickle, or a folder that has one and no safetensors file."""
+    found = sorted(path.iterdir()) if path.is_dir() else [path]
+    pickles = [file.name for file in found if file.suffix in PICKLES]
+    if pickles and not any(file.suffix == ".safetensors" for file in found):
+        raise InvalidArgument(flag, f"{pickles[0]} is a pickle, which may run anything", "give safetensors files")
+
+
+def _of_parts(path: Path, flag: str, folders: Sequence[Path]) -> Content:
+    """PEFT's folders of several parts of a pipeline, under the parts' names; a denoiser's may be in `path` itself."""
+    tensors: dict[str, torch.Tensor] = {}
+    configs: dict[str, dict] = {}
+    if (path / PEFT_FILE).is_file():
+        denoiser = read_content(path / PEFT_FILE, flag)
+        tensors, configs = denoiser.tensors, denoiser.configs
+    for folder in folders:
+        part, prefix = read_content(folder, f"{flag}, {folder.name}"), f"{folder.name}."
+        tensors |= {prefix + key.removeprefix(PEFT_PREFIX): value for key, value in part.tensors.items()}
+        configs[prefix] = part.configs.get(PEFT_PREFIX, {})
+    return Content(path, flag, tensors, {}, configs)
+
+
+def _by_part(packed: Mapping[str, object]) -> dict[str, dict]:
+    parts: dict[str, dict] = {}
+    for key, value in packed.items():
+        part, _, name = key.partition(".")
+        parts.setdefault(f"{part}.", {})[name] = value
+    return parts
+
+
+def _refuse_others(flag: str, config: Mapping) -> None:
+    """Refuse what PEFT calls something else than LoRA, or LoRA with something added."""
+    if config.get("peft_type", "LORA") != "LORA":
+        raise InvalidArgument(flag, f"{config['peft_type']}, which is no plain LoRA", "give a LoRA")
+    for name in ("use_dora", "lora_bias", "modules_to_save"):
+        if config.get(name):
+            raise InvalidArgument(flag, f"it has {name}, and is no plain LoRA", "give a LoRA without that")
+
+
+# -- whose it is -------------------------------------------------------------------------------------------------------
+
+
+def family_of(content: Content) -> Family:
+    """The family that the file's metadata names, or the only one that has all its layers, in the same proportions."""
+    said = [content.metadata.get(key, "").lower() for key in ("ss_base_model_version", "modelspec.architecture")]
+    families = [load_family(pipeline) for pipeline in FAMILIES]
+    marked = [family for family in families if any(text.startswith(family.marks) for text in said if family.marks)]
+    if len(marked) == 1:
+        return marked[0]
+    pairs = pairs_of(content)
+    fitting = []
+    for family in families:
+        known = names_of(family)
+        if all(name in known.known for name in pairs):
+            fitting.append((family, known))
+    if len(fitting) > 1:
+        fitting = [(family, known) for family, known in fitting if _in_proportion(pairs, known)]
+    if len(fitting) == 1:
+        return fitting[0][0]
+    problem = "its layers are in several families" if fitting else "no single family is certain by its layers' names"
+    raise InvalidArgument(content.flag, problem, "add --base MODEL or --family NAME")
+
+
+def _in_proportion(pairs: Mapping[str, Factors], names: Names) -> bool:
+    """Whether each layer's sides have the ratio that they have in the published model."""
+    for name, factors in pairs.items():
+        fused = names.known[name]
+        part, layer = fused.layers[0]
+        if part == names.family.denoiser:
+            inputs = names.shapes[layer][1]
+            outputs = sum(fused.outputs) if len(fused.layers) > 1 else names.shapes[layer][0]
+            if factors.up.shape[0] * inputs != factors.down.shape[1] * outputs:
+                return False
+    return True
+
+
+# -- its layers --------------------------------------------------------------------------------------------------------
+
+
+def pairs_of(content: Content) -> dict[str, Factors]:
+    """A, B and scale of each layer by its name in the file, in float32 or wider; refuses what is no plain LoRA."""
+    down: dict[str, torch.Tensor] = {}
+    up: dict[str, torch.Tensor] = {}
+    alpha: dict[str, torch.Tensor] = {}
+    for key, value in content.tensors.items():
+        for pattern, kind in ((DOWN, down), (UP, up), (ALPHA, alpha)):
+            if match := pattern.search(key):
+                kind[key[: match.start()]] = value
+                break
+        else:
+            if not OLDEST.search(key):
+                raise InvalidArgument(content.flag, f"{key} is not of plain LoRA", "give a LoRA without that")
+    if lonely := [*(down.keys() ^ up.keys()), *(alpha.keys() - down.keys())]:
+        raise InvalidArgument(content.flag, f"{lonely[0]} lacks one of its two factors", "give a whole file")
+    found = {}
+    for name in down:
+        if down[name].dim() not in (2, 4) or up[name].shape[1:2] != down[name].shape[:1]:
+            raise InvalidArgument(content.flag, f"{name}: shapes of its factors do not fit", "give a whole file")
+        for factor in (down[name], up[name]):
+            if not bool(torch.isfinite(factor).all()):
+                raise InvalidArgument(content.flag, f"{name} is not finite", "give a LoRA that has not diverged")
+        rank = len(down[name])
+        scale = alpha[name].item() / rank if name in alpha else _scale(name, rank, content.configs)
+        found[name] = Factors(wide(down[name]), wide(up[name]), scale)
+    return found
+
+
+def wide(value: torch.Tensor) -> torch.Tensor:
+    """A tensor in float32, or as it is in float64."""
+    return value if value.dtype == torch.float64 else value.float()
+
+
+def _scale(name: str, rank: int, configs: Mapping[str, Mapping]) -> float:
+    """What PEFT's configuration says of a layer; 1 where there is none."""
+    prefix = next((prefix for prefix in configs if name.startswith(prefix)), None)
+    if prefix is None:
+        return 1.0
+    config, layer = configs[prefix], name.removeprefix(prefix)
+    patterns = config.get("alpha_pattern") or {}
+    spelt = (layer, layer.removeprefix("text_model."))
+    keys = [key for each in spelt if (key := get_pattern_key(patterns.keys(), each)) in patterns]
+    alpha = patterns[keys[0]] if keys else config.get("lora_alpha", rank)
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def read_parts(content: Content, names: Names) -> Parts:
+    """The file's layers by their names in diffusers; refuses, by its name, one that the model does not have.
+
+    Names that the family's table does not know go through diffusers' own converters for the family's pipeline.
+    """
+    pairs = pairs_of(content)
+    if any(name not in names.known for name in pairs) or any(OLDEST.search(key) for key in content.tensors):
+        pairs = _through_diffusers(content, names)
+    parts: Parts = {}
+    for name, factors in pairs.items():
+        if name not in names.known:
+            fix = "give the model that it was made for with --base or --family"
+            raise InvalidArgument(content.flag, f"{name} is no layer of {names.family.name}", fix)
+        try:
+            split = names.known[name].split(factors)
+        except ValueError as error:
+            raise InvalidArgument(content.flag, f"{name}: {first_line(error)}", "give another --base") from None
+        for (part, layer), piece in split.items():
+            if layer in parts.setdefault(part, {}):
+                raise InvalidArgument(content.flag, f"{part}.{layer} is in it twice", "remove one of the two")
+            parts[part][layer] = _shaped(content.flag, layer, piece, names) if part == names.family.denoiser else piece
+    if not parts:
+        raise InvalidArgument(content.flag, "no layer of it changes anything", "give a LoRA that was trained")
+    return parts
+
+
+def _shaped(flag: str, layer: str, factors: Factors, names: Names) -> Factors:
+    """Factors as the layer's weight has it: those of a 1 x 1 convolution may be written as a linear layer's."""
+    down, up, scale = factors
+    wanted = names.shapes[layer]
+    if names.exact and (up.shape[0], down[0].numel()) != (wanted[0], math.prod(wanted[1:])):
+        problem = f"{layer} is {up.shape[0]} x {down[0].numel()} in it, {' x '.join(map(str, wanted))} in the model"
+        raise InvalidArgument(flag, problem, "give the model that it was made for")
+    if names.exact:
+        return Factors(down.reshape(len(down), *wanted[1:]), up.reshape(*up.shape[:2], *[1] * (len(wanted) - 2)), scale)
+    return factors
+
+
+def _through_diffusers(content: Content, names: Names) -> dict[str, Factors]:
+    """The layers as diffusers' own converters name them; refuses one that these leave out."""
+    fix = "give the model that it was made for with --base or --family"
+    layers: dict[str, dict[str, torch.Tensor]] = {}
+    for key, value in content.tensors.items():
+        ending = next(filter(None, (pattern.search(key) for pattern in (DOWN, UP, ALPHA, OLDEST))))
+        layers.setdefault(key[: ending.start()], {})[key] = value
+    with refused_as(content.flag, fix):
+        whole = _converted(content.tensors, names)
+    for name, tensors in layers.items():
+        try:
+            read = _converted(tensors, names).keys() & whole.keys()
+        except Exception:  # a converter that does not know the layer
+            read = set()
+        if not read:
+            raise InvalidArgument(content.flag, f"{name} is no layer of {names.family.name} that diffusers reads", fix)
+    return pairs_of(Content(content.path, content.flag, whole, content.metadata, content.configs))
+
+
+def _converted(tensors: Mapping[str, torch.Tensor], names: Names) -> dict[str, torch.Tensor]:
+    family = names.family
+    found = family.pipeline.lora_state_dict(dict(tensors), unet_config=names.config)
+    state, alphas = found[:2] if isinstance(found, tuple) else (found, None)
+    if alphas:  # the names that come with them are known here, or nobody's
+        raise ValueError(f"{next(iter(alphas))} is of no layer of {family.name}")
+    denoiser = {key: value for key, value in state.items() if key.startswith(f"{family.denoiser}.")}
+    text = {key: value for key, value in state.items() if key not in denoiser}
+    if any(OLDEST.search(key) or "lora_linear_layer" in key for key in text):
+        text = convert_state_dict_to_peft(text)
+    return convert_unet_state_dict_to_peft(denoiser) | text

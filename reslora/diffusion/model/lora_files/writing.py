@@ -1,0 +1,69 @@
+"""A LoRA in the format of one tool."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+
+from transformers import CLIPTextModel
+
+from ....common.errors import InvalidArgument
+from ....export import (
+    COMFYUI_FILE,
+    DIFFUSERS_FILE,
+    KOHYA_FILE,
+    PEFT_CONFIG_FILE,
+    Factors,
+    write_diffusers,
+    write_folded,
+    write_kohya,
+    write_peft,
+)
+from ....files import replacing
+from ..families.base import Family
+from .names import Names, Parts
+
+FILES = {"diffusers": DIFFUSERS_FILE, "kohya": KOHYA_FILE, "comfyui": COMFYUI_FILE, "peft": None}
+"""The formats, and what their files are called in a folder; PEFT's are a folder."""
+
+
+def output_of(text: str, to: str) -> Path:
+    """The file to write, or PEFT's folder; refuses one that would be lost."""
+    path, flag = Path(text), f"OUT {text}"
+    if (file := FILES[to]) is not None:
+        path = path if path.suffix == ".safetensors" else path / file
+        if path.is_dir() or path.parent.is_file():
+            raise InvalidArgument(flag, "a folder and a file share that name", "give another")
+        return path
+    if path.suffix == ".safetensors" or path.is_file():
+        raise InvalidArgument(flag, "--to peft writes a folder", "give the name of one")
+    if path.is_dir() and any(path.iterdir()) and not any(path.rglob(PEFT_CONFIG_FILE)):
+        raise InvalidArgument(flag, "a folder of something else, which would be replaced", "give another")
+    return path
+
+
+def write(parts: Parts, names: Names, to: str, path: Path, metadata: Mapping[str, str]) -> None:
+    """Writes the file, or PEFT's folder, with a folder in it for each text encoder."""
+    if to == "diffusers":
+        write_diffusers(path, parts, metadata)
+    elif to == "kohya":
+        write_kohya(path, names.to_kohya(parts), metadata)
+    elif to == "comfyui":
+        write_folded(path, names.to_comfyui(parts), metadata, names.family.comfyui_words)
+    else:
+        with replacing(path) as temporary:
+            for part in sorted(parts, key=names.family.denoiser.__ne__):  # the denoiser first: its folder is replaced
+                write_peft(peft_folder(temporary, part, names.family), _as_loaded(part, parts[part], names))
+
+
+def peft_folder(folder: Path, part: str, family: Family) -> Path:
+    """Where a part is in PEFT's folder: the denoiser in it, a text encoder in one of its name below."""
+    return folder if part == family.denoiser else folder / part
+
+
+def _as_loaded(part: str, layers: Mapping[str, Factors], names: Names) -> dict[str, Factors]:
+    """By the names in the model: in CLIP's text encoder without projection these are shorter than in files."""
+    kinds = typing.get_type_hints(names.family.pipeline.__init__)
+    short = kinds.get(part) is CLIPTextModel
+    return {name.removeprefix("text_model.") if short else name: factors for name, factors in layers.items()}

@@ -1,0 +1,82 @@
+"""The LoRA that training goes on from: read, put in the place of an adapter's first weights, known by its content."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftConfig
+from torch import nn
+
+from ...chains import lora_layers
+from ...common.errors import InvalidArgument
+from ...export import Factors, lora_config
+from ..arguments import Flags
+from ..content import content_mark, folder_mark
+from ..model.loading import Model
+from ..model.lora_files.names import names_of
+from ..model.lora_files.reading import read_content, read_parts
+
+
+@dataclass(frozen=True)
+class Start:
+    """A LoRA of the denoiser, by layer."""
+
+    layers: Mapping[str, Factors]
+    targets: str
+    """A regular expression that fits these layers' whole names and no others."""
+    mark: str
+    """Its content in short."""
+
+    def configure(self, config: PeftConfig) -> None:
+        """Each layer's own rank and alpha into the configuration of an adapter, whose commonest ones these are."""
+        own = lora_config(self.layers)
+        more = config.lora_alpha / own.lora_alpha  # 2 where alpha is doubled
+        config.rank_pattern = own.rank_pattern
+        config.alpha_pattern = {name: alpha * more for name, alpha in own.alpha_pattern.items()}
+
+    @torch.no_grad()
+    def copy_to(self, denoiser: nn.Module) -> None:
+        """The factors into an adapter; B makes up for another scale, so that the update is the file's."""
+        for name, layer in lora_layers(denoiser, "default").items():
+            down, up, scale = self.layers[name]
+            layer.lora_A["default"].weight.copy_(down)
+            layer.lora_B["default"].weight.copy_(up * (scale / layer.scaling["default"]))
+
+
+def read_start(flags: Flags, model: Model) -> Start:
+    """Reads --init_lora, of any tool; refuses one that is for more than the denoiser, or for another."""
+    path, flag = Path(flags.init_lora), f"--init_lora {flags.init_lora}"
+    names = names_of(model.family, model.denoiser_config())
+    parts = read_parts(read_content(path, flag), names)
+    layers = parts.pop(model.family.denoiser, {})
+    if parts or not layers:
+        problem = f"it has layers of {', '.join(parts)}, and only the denoiser goes on from a LoRA"
+        raise InvalidArgument(flag, problem, "give a LoRA of the denoiser alone")
+    mark = folder_mark(path) if path.is_dir() else content_mark(path)
+    return Start(layers, expression_of(layers, names.modules), f"content {mark}")
+
+
+def with_start(flags: Flags, start: Start) -> Flags:
+    """The flags with the LoRA's layers, and its commonest rank and alpha; refuses others that are given beside it."""
+    own = lora_config(start.layers)
+    found = {"rank": own.r, "lora_alpha": own.lora_alpha, "target_modules": [start.targets]}
+    for name, value in found.items():
+        if (given := getattr(flags, name)) not in (None, value):
+            shown = " ".join(given) if isinstance(given, list) else given
+            what = "its layers are others" if isinstance(value, list) else f"--init_lora has {value}"
+            raise InvalidArgument(f"--{name} {shown}", what, "leave it out")
+    return flags.replace(**found)
+
+
+def expression_of(names: Iterable[str], every: Iterable[str]) -> str:
+    """One regular expression that fits these whole names out of `every`, and no others; short where numbers allow."""
+    wanted, found = set(names), []
+    others = set(every) - wanted
+    for name in sorted(wanted):
+        any_number = re.sub(r"\d+", r"\\d+", re.escape(name))
+        found.append(re.escape(name) if any(re.fullmatch(any_number, other) for other in others) else any_number)
+    return f"(?:{'|'.join(dict.fromkeys(found))})"

@@ -1,0 +1,158 @@
+"""Files of every tool: how their layers are scaled, whose they are, and forms that diffusers' own converters know."""
+
+import json
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from peft import LoraConfig
+from pipelines import FAMILIES
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from diffusion.model.lora_files.loras import PIPELINE_OF, assert_same, names, random_lora, read, tiny, updates
+from reslora.common.errors import InvalidArgument
+from reslora.diffusion.model.families import load_family
+from reslora.diffusion.model.lora_files.names import names_of
+from reslora.diffusion.model.lora_files.reading import family_of, read_content, read_parts
+from reslora.export import export_peft, write_diffusers, write_kohya, write_peft
+
+ALL = "transformer_blocks.0.attn.to_q"
+
+
+def guessed(path) -> str:
+    return family_of(read_content(path, "IN")).name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_header_says_whose_a_file_is(family, tmp_path):
+    known = load_family(PIPELINE_OF[family])
+    version, architecture = known.model_version(names(family).config)
+    for metadata in ({"ss_base_model_version": version}, {"modelspec.architecture": f"{architecture}/lora"}):
+        write_diffusers(tmp_path / "in.safetensors", random_lora(family, lambda name: "to_q" in name), metadata)
+        assert guessed(tmp_path / "in.safetensors") == family
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_say_whose_a_file_is_where_no_other_family_has_them(family, tmp_path):
+    """In published sizes. The attention of Stable Diffusion 3 is that of Flux but for how many blocks there are."""
+    known = names_of(load_family(PIPELINE_OF[family]))
+    layers = [layer for fused in known.original.values() for _, layer in fused.layers]
+    tensors = {}
+    for layer in (layer for layer in layers if ".attn" in layer or ".attention." in layer):
+        tensors[f"{known.family.denoiser}.{layer}.lora_A.weight"] = torch.ones(1, known.shapes[layer][1])
+        tensors[f"{known.family.denoiser}.{layer}.lora_B.weight"] = torch.ones(known.shapes[layer][0], 1)
+    save_file(tensors, tmp_path / "in.safetensors")
+    assert guessed(tmp_path / "in.safetensors") == family
+
+
+@pytest.mark.parametrize(("family", "outputs"), [("flux", 3 * 3072 + 12288), ("flux2_klein", 3 * 3072 + 2 * 9216)])
+def test_a_layer_that_two_families_have_is_known_by_its_sides(family, outputs, tmp_path):
+    tensors = {"lora_unet_single_blocks_0_linear1.lora_down.weight": torch.ones(1, 3072)}
+    tensors["lora_unet_single_blocks_0_linear1.lora_up.weight"] = torch.ones(outputs, 1)
+    save_file(tensors, tmp_path / "in.safetensors")
+    assert guessed(tmp_path / "in.safetensors") == family
+
+
+def test_in_doubt_the_family_is_asked_for(tmp_path):
+    shape = names("flux").shapes[ALL]
+    tensors = {f"transformer.{ALL}.lora_A.weight": torch.ones(1, shape[1])}
+    save_file(tensors | {f"transformer.{ALL}.lora_B.weight": torch.ones(shape[0], 1)}, tmp_path / "in.safetensors")
+    with pytest.raises(InvalidArgument, match="its layers are in several families; add --base MODEL or --family NAME"):
+        guessed(tmp_path / "in.safetensors")
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_pefts_configuration_says_the_scale_of_each_layer(rslora, tmp_path):
+    unet = UNet2DConditionModel.from_pretrained(tiny("stable_diffusion") / "unet")
+    patterns = {"rank_pattern": {"to_k": 3}, "alpha_pattern": {"attn2.to_q": 5, r"^conv_in": 7}}
+    unet.add_adapter(
+        LoraConfig(r=2, lora_alpha=3, target_modules=["to_q", "to_k", "conv_in"], use_rslora=rslora, **patterns)
+    )
+    wanted = {}
+    for name, module in unet.named_modules():
+        if "lora_A" in getattr(module, "adapter_layer_names", ()):
+            torch.nn.init.normal_(module.lora_B["default"].weight)
+            wanted[f"unet.{name}"] = module.get_delta_weight("default").detach().flatten(1).double()
+    export_peft(unet, tmp_path / "peft")
+    assert_same(read(tmp_path / "peft", names("stable_diffusion")), wanted, 1e-5)
+
+
+def test_diffusers_metadata_says_the_scale_of_each_layer(tmp_path):
+    """As `save_lora_adapter` writes it: B is not scaled."""
+    unet = UNet2DConditionModel.from_pretrained(tiny("stable_diffusion") / "unet")
+    unet.add_adapter(LoraConfig(r=2, lora_alpha=5, target_modules=["to_q", "to_k"], alpha_pattern={"attn1.to_k": 1}))
+    for name, parameter in unet.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    unet.save_lora_adapter(tmp_path)
+    layers = {n: m for n, m in unet.named_modules() if n.endswith(("to_q", "to_k"))}
+    wanted = {f"unet.{n}": m.get_delta_weight("default").detach().double() for n, m in layers.items()}
+    with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as file:
+        said = json.loads(file.metadata()["lora_adapter_metadata"])
+        tensors = {f"unet.{key}": file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+    packed = {f"unet.{key}": value for key, value in said.items()}
+    save_file(tensors, tmp_path / "in.safetensors", {"lora_adapter_metadata": json.dumps(packed)})
+    assert_same(read(tmp_path / "in.safetensors", names("stable_diffusion")), wanted, 1e-5)
+
+
+def test_the_oldest_files_of_attention_processors_are_read(tmp_path):
+    layers = random_lora("stable_diffusion", lambda name: ".to_" in name)["unet"]
+    tensors, plain = {}, {name: factors._replace(scale=1.0) for name, factors in layers.items()}
+    for name, factors in plain.items():
+        block, _, last = name.rpartition(".to_")
+        for word, value in (("down", factors.down), ("up", factors.up)):
+            tensors[f"unet.{block}.processor.to_{last.removesuffix('.0')}_lora.{word}.weight"] = value.contiguous()
+    save_file(tensors, tmp_path / "in.safetensors")
+    assert_same(read(tmp_path / "in.safetensors", names("stable_diffusion")), updates({"unet": plain}))
+
+
+def test_xlabs_files_for_flux_are_read(tmp_path):
+    """q, k and v of the image tokens, and the layer behind them, in one processor."""
+    width = names("flux").shapes[ALL][0]
+    name = "double_blocks.1.processor"
+    shapes = {"qkv_lora1.down": (2, width), "qkv_lora1.up": (3 * width, 2), "proj_lora1.down": (2, width)}
+    tensors = {f"{name}.{k}.weight": torch.randn(v) for k, v in (shapes | {"proj_lora1.up": (width, 2)}).items()}
+    save_file(tensors, tmp_path / "in.safetensors")
+    found = read(tmp_path / "in.safetensors", names("flux"))
+    qkv = tensors[f"{name}.qkv_lora1.up.weight"].double() @ tensors[f"{name}.qkv_lora1.down.weight"].double()
+    for letter, rows in zip("qkv", qkv.split(width), strict=True):
+        torch.testing.assert_close(found[f"transformer.transformer_blocks.1.attn.to_{letter}"], rows)
+    assert len(found) == 4
+
+
+def test_a_layer_that_diffusers_leaves_out_is_refused(tmp_path):
+    """Of T5's layers it would say so in its log, and go on without them."""
+    lost, width, tensors = "text_encoders.t5xxl.transformer.mystery", names("flux").shapes[ALL][0], {}
+    for name in ("lora_unet_double_blocks_0_img_attn_proj", lost):
+        tensors |= {f"{name}.lora_{word}.weight": torch.randn(width, width) for word in ("down", "up")}
+    save_file(tensors, tmp_path / "in.safetensors")
+    assert len(names("flux").family.pipeline.lora_state_dict(tensors)) == 2
+    with pytest.raises(InvalidArgument, match=f"{lost} is no layer of flux that diffusers reads"):
+        read(tmp_path / "in.safetensors", names("flux"))
+
+
+def test_a_model_of_another_size_is_refused(tmp_path):
+    write_kohya(
+        tmp_path / "in.safetensors", names("flux").to_kohya(random_lora("flux", lambda name: "proj_out" in name))
+    )
+    other = names_of(names("flux").family, {**names("flux").config, "num_attention_heads": 4})
+    with pytest.raises(InvalidArgument, match="in the model; give the model that it was made for"):
+        read_parts(read_content(tmp_path / "in.safetensors", "IN"), other)
+
+
+@pytest.mark.parametrize("field", [{"peft_type": "LOHA"}, {"use_dora": True}, {"modules_to_save": ["conv_in"]}])
+def test_other_adapters_of_peft_are_refused(field, tmp_path):
+    write_peft(tmp_path / "peft", random_lora("stable_diffusion")["unet"])
+    config = tmp_path / "peft" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | field))
+    with pytest.raises(InvalidArgument, match="no plain LoRA"):
+        read_content(tmp_path / "peft", "IN")
+
+
+def test_numbers_that_are_not_finite_are_refused(tmp_path):
+    parts = random_lora("stable_diffusion", lambda name: name == "conv_in")
+    parts["unet"]["conv_in"].up[0] = float("nan")
+    write_diffusers(tmp_path / "in.safetensors", parts)
+    with pytest.raises(InvalidArgument, match="conv_in is not finite"):
+        read(tmp_path / "in.safetensors", names("stable_diffusion"))

@@ -1,0 +1,328 @@
+"""`reslora-convert`: every format from every other, sums, smaller ranks, differences of models, and what is refused."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from pipelines import FAMILIES
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from waiting import LIMIT
+
+from diffusion.model.lora_files.loras import (
+    assert_same,
+    names,
+    random_factors,
+    random_lora,
+    read,
+    tiny,
+    update,
+    updates,
+)
+from reslora.convert import main
+from reslora.export import Factors, write_diffusers
+
+# Every format from every other one.
+ROUND = ["diffusers", "kohya", "diffusers", "comfyui", "diffusers", "peft", "kohya", "comfyui", "kohya", "peft"]
+ROUND += ["comfyui", "peft", "diffusers"]
+FILE = {"diffusers": ".safetensors", "kohya": ".safetensors", "comfyui": ".safetensors", "peft": ""}
+
+
+def convert(*flags) -> int:
+    """The exit status, also where argparse leaves by itself."""
+    try:
+        return main(list(map(str, flags)))
+    except SystemExit as error:
+        return error.code
+
+
+def refused(capsys, *flags) -> str:
+    """The one line of a refusal."""
+    capsys.readouterr()
+    assert convert(*flags) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("reslora-convert: error: "), lines
+    return lines[0]
+
+
+def written(path, family="stable_diffusion", parts=None, **metadata):
+    """A LoRA in diffusers' format."""
+    parts = random_lora(family) if parts is None else parts
+    write_diffusers(path, parts, metadata)
+    return updates(parts)
+
+
+# -- formats -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_format_from_every_other_with_the_same_updates(family, tmp_path):
+    wanted = written(tmp_path / "0.safetensors", family)
+    before = tmp_path / "0.safetensors"
+    for number, to in enumerate(ROUND[1:]):
+        path = tmp_path / f"{number + 1}{FILE[to]}"
+        assert convert(before, path, "--to", to, "--base", tiny(family)) == 0
+        assert_same(read(path, names(family)), wanted)
+        before = path
+
+
+# Stock diffusers reads no SD 3 names of kohya's, no Stable Diffusion names of ComfyUI's, and Flux's first single layer
+# in the real model's size alone.
+STOCK = [(family, "diffusers") for family in FAMILIES]
+STOCK += [(family, "kohya") for family in FAMILIES if family != "sd3"]
+STOCK += [(family, "comfyui") for family in ("z_image", "flux", "flux2_klein")]
+LINEAR1 = re.compile(r"single_transformer_blocks\.\d+\.(attn\.to_.|proj_mlp)|.*embed.*|proj_out|norm_out.*")
+
+
+def stock_knows(family: str, to: str, layer: str) -> bool:
+    if family == "flux" and to != "diffusers":
+        return not LINEAR1.fullmatch(layer)
+    if to == "kohya" and family == "flux2_klein":
+        return "modulation" not in layer
+    if to == "kohya" and family in ("stable_diffusion", "sdxl"):
+        return "attentions" in layer
+    return True
+
+
+@pytest.mark.parametrize(("family", "to"), STOCK)
+def test_stock_diffusers_reads_what_was_written(family, to, tmp_path):
+    parts = random_lora(family, lambda layer: stock_knows(family, to, layer))
+    wanted = written(tmp_path / "in.safetensors", family, parts)
+    assert convert(tmp_path / "in.safetensors", tmp_path, "--to", to, "--base", tiny(family), "--dtype", "float32") == 0
+    pipeline = DiffusionPipeline.from_pretrained(tiny(family))
+    (file,) = (path for path in tmp_path.iterdir() if path.name != "in.safetensors")
+    pipeline.load_lora_weights(tmp_path, weight_name=file.name)
+    ((part, _),) = parts.items()
+    found = {
+        f"{part}.{name}": layer.get_delta_weight("default_0").detach().flatten(1).double()
+        for name, layer in getattr(pipeline, part).named_modules()
+        if isinstance(layer, LoraLayer)
+    }
+    assert_same(found, wanted, 1e-5)
+
+
+def test_stock_peft_reads_what_was_written(tmp_path):
+    wanted = written(tmp_path / "in.safetensors")
+    flags = ["--to", "peft", "--base", tiny("stable_diffusion"), "--dtype", "float32"]
+    assert convert(tmp_path / "in.safetensors", tmp_path / "peft", *flags) == 0
+    unet = UNet2DConditionModel.from_pretrained(tiny("stable_diffusion") / "unet")
+    model = PeftModel.from_pretrained(unet, tmp_path / "peft").get_base_model()
+    found = {
+        f"unet.{name}": layer.get_delta_weight("default").detach().flatten(1).double()
+        for name, layer in model.named_modules()
+        if isinstance(layer, LoraLayer)
+    }
+    assert_same(found, wanted, 1e-5)
+
+
+@pytest.mark.parametrize("family", ["stable_diffusion", "sdxl", "flux", "sd3"])
+def test_text_encoders_are_converted_too(family, tmp_path):
+    parts = random_lora(family, lambda layer: layer.endswith("to_q"))
+    pipeline = DiffusionPipeline.from_pretrained(tiny(family))
+    for part in names(family).family.text_names:
+        linear = {n: m for n, m in getattr(pipeline, part).named_modules() if isinstance(m, torch.nn.Linear)}
+        ends = (".q_proj", ".out_proj", ".fc1", ".q")
+        parts[part] = {
+            name if name.startswith(("text_model", "encoder.block")) else f"text_model.{name}": random_factors(
+                module.weight.shape, 2, 0.5, 7
+            )
+            for name, module in linear.items()
+            if name.endswith(ends)
+        }
+    wanted = written(tmp_path / "0.safetensors", family, parts)
+    before = tmp_path / "0.safetensors"
+    for to in ("kohya", "comfyui", "peft", "diffusers"):
+        assert convert(before, tmp_path / f"{to}{FILE[to]}", "--to", to, "--base", tiny(family)) == 0
+        before = tmp_path / f"{to}{FILE[to]}"
+        assert_same(read(before, names(family)), wanted)
+    assert convert(before, tmp_path, "--to", "diffusers", "--base", tiny(family), "--dtype", "float32") == 0
+    pipeline.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
+    for part in names(family).family.text_names:
+        found = {n: m for n, m in getattr(pipeline, part).named_modules() if isinstance(m, LoraLayer)}
+        if "encoder.block" in next(iter(parts[part])):
+            assert not found  # diffusers has no LoRA for T5
+            continue
+        for name, factors in parts[part].items():
+            layer = found.get(name) or found[name.removeprefix("text_model.")]
+            delta = layer.get_delta_weight("default_0").detach().double()
+            torch.testing.assert_close(delta, update(factors), rtol=1e-5, atol=1e-5)
+
+
+def test_the_header_says_what_it_said_and_what_is_known_now(tmp_path):
+    written(tmp_path / "in.safetensors", ss_seed="7", ss_network_dim="99", sshs_model_hash="old")
+    flags = ["--to", "kohya", "--base", tiny("stable_diffusion")]
+    assert convert(tmp_path / "in.safetensors", tmp_path / "out.safetensors", *flags) == 0
+    with safe_open(tmp_path / "out.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert metadata["ss_seed"] == "7" and metadata["ss_network_dim"] == "2"
+    assert metadata["ss_base_model_version"] == "sd_v1_v" and len(metadata["sshs_model_hash"]) == 64
+    assert "lora_adapter_metadata" not in metadata
+
+
+def test_dtypes_are_kept_or_as_asked_for(tmp_path):
+    parts = {"unet": {layer: f for layer, f in random_lora("stable_diffusion")["unet"].items() if "attn1" in layer}}
+    half = {k: Factors(f.down.half(), f.up.half(), f.scale) for k, f in parts["unet"].items()}
+    write_diffusers(tmp_path / "in.safetensors", {"unet": half})
+    for more, dtype in (((), torch.float16), (("--dtype", "bfloat16"), torch.bfloat16)):
+        flags = ["--to", "kohya", "--base", tiny("stable_diffusion"), *more]
+        assert convert(tmp_path / "in.safetensors", *flags, tmp_path / "out.safetensors") == 0
+        found = {value.dtype for value in load_file(tmp_path / "out.safetensors").values() if value.dim()}
+        assert found == {dtype}
+
+
+# -- sums and ranks ----------------------------------------------------------------------------------------------------
+
+
+def test_a_weighted_sum_is_exact(tmp_path):
+    one = written(tmp_path / "one.safetensors")
+    some = {layer: random_factors(names("stable_diffusion").shapes[layer], 1, 2.0, 99) for layer in ("conv_in",)}
+    other = written(tmp_path / "other.safetensors", parts={"unet": some})
+    flags = ["--to", "diffusers", "--base", tiny("stable_diffusion"), "--weight", "0.5", "-3"]
+    assert convert(tmp_path / "one.safetensors", tmp_path / "other.safetensors", tmp_path / "out", *flags) == 0
+    wanted = {name: 0.5 * value for name, value in one.items()}
+    wanted["unet.conv_in"] = wanted["unet.conv_in"] - 3 * other["unet.conv_in"]
+    assert_same(read(tmp_path / "out", names("stable_diffusion")), wanted)
+
+
+def test_a_smaller_rank_loses_what_the_singular_values_say(tmp_path, capsys):
+    wanted = written(tmp_path / "in.safetensors")
+    flags = ["--to", "kohya", "--base", tiny("stable_diffusion"), "--rank", "1"]
+    assert convert(tmp_path / "in.safetensors", tmp_path / "out.safetensors", *flags) == 0
+    found, errors = read(tmp_path / "out.safetensors", names("stable_diffusion")), {}
+    for name, value in wanted.items():
+        left = torch.linalg.svdvals(value)
+        errors[name] = float(left[1:].norm() / left.norm())
+        assert float((found[name] - value).norm() / value.norm()) == pytest.approx(errors[name], abs=1e-9)
+        assert torch.linalg.matrix_rank(found[name]) == 1
+    line = capsys.readouterr().out.splitlines()[0]
+    worst = max(errors, key=errors.__getitem__)
+    assert f"{len(errors)} layers" in line and f"{errors[worst]:.3g} at most ({worst})" in line
+    assert f"{sum(errors.values()) / len(errors):.3g} on average" in line
+
+
+# -- the difference of two models --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """A copy of the tiny pipeline's U-Net with an update of rank 3 in two layers, and another bias."""
+    folder, known = tmp_path_factory.mktemp("tuned") / "unet", names("stable_diffusion")
+    unet = UNet2DConditionModel.from_pretrained(tiny("stable_diffusion") / "unet").double()
+    changes = {}
+    for seed, layer in enumerate(["conv_in", "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"]):
+        factors = random_factors(known.shapes[layer], 3, 0.1, seed)
+        weight = unet.get_submodule(layer).weight
+        weight.data += update(factors).reshape(weight.shape)
+        changes[f"unet.{layer}"] = update(factors)
+    unet.conv_out.bias.data += 1
+    unet.save_pretrained(folder)
+    return folder, changes
+
+
+@pytest.mark.parametrize("rank", [3, 1])
+def test_a_lora_is_made_of_the_difference_of_two_models(tuned, rank, tmp_path, capsys):
+    folder, changes = tuned
+    flags = ["--extract", tiny("stable_diffusion"), folder, "--to", "diffusers", "--rank", rank]
+    assert convert(*flags, tmp_path / "out.safetensors") == 0
+    found = read(tmp_path / "out.safetensors", names("stable_diffusion"))
+    assert found.keys() == changes.keys()
+    for name, change in changes.items():
+        left = torch.linalg.svdvals(change)
+        error = float((found[name] - change).norm() / change.norm())
+        assert error == pytest.approx(float(left[rank:].norm() / left.norm()), abs=1e-6)
+    assert "1 more that differ, such as conv_out.bias" in capsys.readouterr().out
+
+
+def test_single_files_with_the_original_names_are_told_apart_too(tuned, tmp_path):
+    """Flux's are fused; those of Stable Diffusion have a prefix."""
+    known, pair = names("flux"), []
+    generator = torch.Generator().manual_seed(0)
+    base = {name: torch.randn(shape, generator=generator) for name, shape in known.shapes.items()}
+    layer = "single_transformer_blocks.1.attn.to_v"
+    change = {layer: update(random_factors(known.shapes[layer], 2, 0.1, 0)).float()}
+    for number, weights in enumerate((base, base | {layer: base[layer] + change[layer]})):
+        content = {}
+        for name, fused in known.original.items():
+            rows = torch.cat([weights[each] for _, each in fused.layers])
+            halves = rows.chunk(2)[::-1] if fused.swapped else [rows]
+            content[f"model.diffusion_model.{name}.weight"] = torch.cat(list(halves))
+        pair.append(tmp_path / f"{number}.safetensors")
+        save_file(content, pair[-1])
+    flags = ["--base", tiny("flux"), "--rank", 2, "--to", "peft"]
+    assert convert("--extract", *pair, tmp_path / "out", *flags) == 0
+    assert_same(read(tmp_path / "out", known), {f"transformer.{layer}": change[layer].double()}, 1e-5)
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["IN", "OUT"], "--to"),
+        (["OUT", "--to", "kohya"], "IN: missing"),
+        (["IN", "OUT", "--to", "kohya", "--weight", "1", "2"], "--weight: 2 weights for 1 files"),
+        (["IN", "OUT", "--to", "kohya", "--weight", "nan"], "not finite"),
+        (["OUT", "--to", "kohya", "--extract", "A", "B"], "--extract: the difference has any rank; add --rank N"),
+        (["IN", "OUT", "--to", "kohya", "--extract", "A", "B", "--rank", "2"], "--extract: it reads two models"),
+        (["nowhere", "OUT", "--to", "kohya"], "no LoRA file there"),
+        (["IN", "OUT", "--to", "kohya", "--base", "IN"], "a single file says nothing of the model"),
+        (["IN", "OUT", "--to", "kohya", "--base", "FLUX", "--family", "sd3"], "--family sd3"),
+        (["IN", "OUT", "--to", "kohya", "--base", "FLUX"], "is no layer of flux"),
+        (["IN", "OUT.safetensors", "--to", "peft", "--base", "SD"], "--to peft writes a folder"),
+        (["IN", ".", "--to", "peft", "--base", "SD"], "would be replaced"),
+        (["OUT", "--to", "kohya", "--extract", "SD", "IN", "--rank", "2"], "no weights of a stable_diffusion denoiser"),
+    ],
+)
+def test_bad_input_is_one_line(flags, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    written("IN.safetensors")
+    known = {"IN": "IN.safetensors", "FLUX": tiny("flux"), "SD": tiny("stable_diffusion")}
+    assert words in refused(capsys, *(known.get(flag, flag) for flag in flags))
+    assert [path.name for path in tmp_path.iterdir()] == ["IN.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["lora.bin", "lora.pt", "lora.ckpt"])
+def test_pickles_are_refused_by_name(name, tmp_path, capsys):
+    (tmp_path / name).write_bytes(b"cos\nsystem\n(S'touch x'\ntR.")
+    for path in (tmp_path / name, tmp_path):
+        assert f"{name} is a pickle" in refused(capsys, path, tmp_path / "out", "--to", "kohya")
+        more = ["--extract", path, path, tmp_path / "out", "--to", "kohya", "--rank", 2, "--family", "flux"]
+        assert f"{name} is a pickle" in refused(capsys, *more)
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("unet.conv_in.lora_magnitude_vector.weight", "is not of plain LoRA"),
+        ("lora_unet_conv_in.dora_scale", "is not of plain LoRA"),
+        ("lora_unet_conv_in.hada_w1_a", "is not of plain LoRA"),
+        ("unet.conv_in.lora_mid.weight", "is not of plain LoRA"),
+        ("unet.conv_out.lora_A.weight", "lacks one of its two factors"),
+    ],
+)
+def test_what_is_no_plain_lora_is_refused_by_name(key, words, tmp_path, capsys):
+    written(tmp_path / "in.safetensors", parts=random_lora("stable_diffusion", lambda name: "attn1" in name))
+    save_file({**load_file(tmp_path / "in.safetensors"), key: torch.ones(2, 2)}, tmp_path / "in.safetensors")
+    line = refused(capsys, tmp_path / "in.safetensors", tmp_path / "out", "--to", "kohya", "--family", "sdxl")
+    assert words in line and key.partition(".lora_A")[0] in line
+
+
+def test_a_damaged_file_leaves_what_was_there(tmp_path, capsys):
+    written(tmp_path / "in.safetensors")
+    content = (tmp_path / "in.safetensors").read_bytes()
+    (tmp_path / "in.safetensors").write_bytes(content[: len(content) // 2])
+    (tmp_path / "out.safetensors").write_text("before")
+    assert "whole" in refused(capsys, tmp_path / "in.safetensors", tmp_path / "out.safetensors", "--to", "kohya")
+    assert (tmp_path / "out.safetensors").read_text() == "before"
+
+
+def test_the_command_runs_as_a_module():
+    command = [sys.executable, "-m", "reslora.convert", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
+    assert done.returncode == 0 and "--extract BASE TUNED" in done.stdout
