@@ -228,6 +228,26 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
     config.write_text(json.dumps(named, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def report(
+    step: int,
+    recent: list[float],
+    pipeline: DiffusionPipeline,
+    judged: tuple[Callable, Examples],
+    args: argparse.Namespace,
+) -> None:
+    """Writes the losses of a step and, now and then, samples; the pipeline as well after the last step."""
+    output, examples = Path(args.output), judged[1]
+    losses = {"train": sum(recent) / len(recent), **held_out_losses(*judged)}
+    if step % (4 * args.report_every) == 0 or step == args.steps:
+        sheet = contact_sheet(draw(pipeline, sample_prompts(examples)))
+        (output / "samples").mkdir(exist_ok=True)
+        sheet.save(output / "samples" / f"{step:06}.png")
+    if step == args.steps:
+        save_pipeline(pipeline, output / "pipeline")
+    with (output / "loss.jsonl").open("a", encoding="utf-8") as log:
+        log.write(json.dumps({"step": step, **losses, "time": time.time()}) + "\n")
+
+
 def train(
     args: argparse.Namespace,
     modules: dict[str, nn.Module],
@@ -254,22 +274,6 @@ def train(
         begin()
         ema = parts["ema"] = EMAModel(parameters, decay=args.ema)
 
-    def report(step: int, recent: list[float]) -> None:
-        ema.store(parameters)
-        ema.copy_to(parameters)
-        with accelerator.autocast():
-            losses = {"train": sum(recent) / len(recent), **held_out_losses(loss_of, examples)}
-        if step % (4 * args.report_every) == 0 or step == args.steps:
-            with accelerator.autocast():
-                sheet = contact_sheet(draw(pipeline, sample_prompts(examples)))
-            (output / "samples").mkdir(exist_ok=True)
-            sheet.save(output / "samples" / f"{step:06}.png")
-        if step == args.steps:
-            save_pipeline(pipeline, output / "pipeline")
-        ema.restore(parameters)
-        with (output / "loss.jsonl").open("a", encoding="utf-8") as log:
-            log.write(json.dumps({"step": step, **losses, "time": time.time()}) + "\n")
-
     recent, saved = [], time.monotonic()
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="train", mininterval=30)
     for step in bar:
@@ -288,6 +292,10 @@ def train(
             save_checkpoint(output / "checkpoint.pt" if step < steady else cooling, parts, step + 1)
             saved = time.monotonic()
         if reports:
-            report(step + 1, recent)
+            ema.store(parameters)
+            ema.copy_to(parameters)
+            with accelerator.autocast():
+                report(step + 1, recent, pipeline, (loss_of, examples), args)
+            ema.restore(parameters)
             bar.set_postfix(loss=f"{sum(recent) / len(recent):.4f}")
             recent = []

@@ -7,12 +7,9 @@ import importlib
 import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..common.errors import InvalidArgument, first_line
-
-if TYPE_CHECKING:
-    from .arguments import Flags
 
 
 @dataclass(frozen=True)
@@ -63,22 +60,20 @@ def options_of(words: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def check_installed(flags: Flags) -> None:
+def check_installed(optimizer: str, words: Sequence[str]) -> None:
     """Refuse an optimizer that is not there, and arguments that are none."""
-    flag, row = f"--optimizer {flags.optimizer}", named(flags.optimizer)
+    flag, row = f"--optimizer {optimizer}", named(optimizer)
     if "." not in row.path:
         raise InvalidArgument(flag, "no such optimizer", f"give one of {', '.join(OPTIMIZERS)}, or package.Class")
     if importlib.util.find_spec(row.path.partition(".")[0]) is None:
         raise InvalidArgument(flag, f"{row.package} is not installed", f"pip install {row.package}, or choose another")
-    if flags.use_8bit_adam and flags.optimizer != "adamw8bit":
-        raise InvalidArgument("--use_8bit_adam", f"{flag} is given too", "leave one of them out")
-    options_of(flags.optimizer_args)
+    options_of(words)
 
 
-def class_of(flags: Flags) -> type:
+def class_of(optimizer: str) -> type:
     """The class of the optimizer; refuses what is none."""
-    module, _, name = named(flags.optimizer).path.rpartition(".")
-    flag = f"--optimizer {flags.optimizer}"
+    module, _, name = named(optimizer).path.rpartition(".")
+    flag = f"--optimizer {optimizer}"
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:

@@ -184,7 +184,9 @@ def check_flags(flags: Flags) -> None:
     if flags.train_text_encoder:
         refuse_parts(flags.method)
     check_packages(flags)
-    check_installed(flags)
+    check_installed(flags.optimizer, flags.optimizer_args)
+    if flags.use_8bit_adam and flags.optimizer != "adamw8bit":
+        raise InvalidArgument("--use_8bit_adam", f"--optimizer {flags.optimizer} is given too", "leave one of them out")
     check_start(flags)
     check_schedule(flags)
     if flags.hub_token and flags.report_to not in ("tensorboard", "none"):

@@ -209,7 +209,7 @@ def new_optimizer(
     if flags.optimizer == "adamw":
         # A fused step hides from accelerate that the fp16 scaler has skipped it.
         options["fused"] = accelerator.device.type in ("cpu", "cuda") and accelerator.scaler is None
-    kind, words = class_of(flags), " ".join([f"--optimizer {flags.optimizer}", *flags.optimizer_args])
+    kind, words = class_of(flags.optimizer), " ".join([f"--optimizer {flags.optimizer}", *flags.optimizer_args])
     with refused_as(words, "give arguments that it takes with --optimizer_args"):
         optimizer = kind(parameters, **options | options_of(flags.optimizer_args))
     if hasattr(optimizer, "train"):  # schedule-free ones have two sets of weights, and train one of them

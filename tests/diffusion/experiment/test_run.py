@@ -118,7 +118,7 @@ def test_the_file_on_top_is_of_the_arm_that_the_select_images_choose(whole):
     label, choice = min(found["chosen"].items(), key=lambda item: item[1]["loss"])
     arms = [a for a in found["arms"] if a["label"] == label]
     best = min(arms, key=lambda a: a["select_by_step"][str(choice["step"])])
-    only(lines, str(output / best["folder"]), f"step {choice['step']}")
+    only(lines, f"pytorch_lora_weights.safetensors is {best['folder']}", f"step {choice['step']}")
     with safe_open(output / "pytorch_lora_weights.safetensors", "pt") as file:
         metadata = file.metadata()
     assert (metadata["ss_seed"], metadata["ss_steps"]) == (str(best["seed"]), str(choice["step"]))
