@@ -30,7 +30,7 @@ class CompareTab(Tab):
             self.grid_file = gr.DownloadButton("grid", visible="hidden", elem_id="grid-file")
         self.playing = gr.Timer(0.8, active=False)
         self.grid = gr.HTML(elem_id="grid")
-        with gr.Row():
+        with gr.Row(elem_id="curves"):
             self.train_curve = gr.HTML(elem_id="train-curve", min_width=320)
             self.validation_curve = gr.HTML(elem_id="validation-curve", min_width=320)
         self.numbers = gr.HTML(elem_id="numbers")
