@@ -9,6 +9,7 @@ save_adapter(model, "checkpoint"), load_adapter(model, "checkpoint")
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,7 @@ from peft.tuners.adalora import AdaLoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, ModulesToSaveWrapper
 from peft.utils.other import get_pattern_key
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -33,6 +35,7 @@ from ..chains import base_model, unwrap
 from ..config import ResLoraConfig
 from ..files import check_checksums, write_checksums, write_tensors
 from ..model import connect, connection_of
+from . import controls
 from .errors import Diverged, first_line
 
 if TYPE_CHECKING:
@@ -57,6 +60,7 @@ ADAPTER_NAME = "adapter.safetensors"
 _DEFAULT = "default"  # the name of the adapter, as PEFT calls the first one
 _AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 _RANKS = "ranks"
+_CONTROL = "control"  # in the file's header
 
 
 # -- configuration -----------------------------------------------------------------------------------------------------
@@ -319,7 +323,8 @@ def remove_adapters(base: nn.Module) -> None:
         parent, _, last = name.rpartition(".")
         setattr(base.get_submodule(parent), last, inner)
     del base.peft_config
-    vars(base).pop("_rank_allocator", None)
+    for name in ("_rank_allocator", "_control"):
+        vars(base).pop(name, None)
     if hasattr(base, "_hf_peft_config_loaded"):
         base._hf_peft_config_loaded = False
 
@@ -330,7 +335,8 @@ def remove_adapters(base: nn.Module) -> None:
 def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """Everything PEFT has added to a model, by its own name: parameters and buffers, never what it wraps.
 
-    The tensors share their storage with the model. Names are those of the model itself (below DDP and `torch.compile`).
+    The tensors share their storage with the model. Names are those of the model itself (below DDP and `torch.compile`),
+    with or without a placebo's rotations.
     """
     outer = unwrap(model)
     prefixes = tuple(
@@ -340,7 +346,11 @@ def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
         for part in (*module.adapter_layer_names, *module.other_param_names)
     )
     tensors = chain(outer.named_parameters(), outer.named_buffers())
-    return {name: value.detach() for name, value in tensors if name.startswith(prefixes)}
+    return {
+        name.replace(controls.ROTATED, ".weight"): value.detach()
+        for name, value in tensors
+        if name.startswith(prefixes)
+    }
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
@@ -356,7 +366,9 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     if connection_of(base_model(model)) is not None:
         checkpoint.save(model, directory)
     else:
-        write_tensors(Path(directory) / ADAPTER_NAME, state, {"format": "pt"})
+        control = controls.settings_of(model)
+        header = {"format": "pt"} | ({_CONTROL: json.dumps(control)} if control else {})
+        write_tensors(Path(directory) / ADAPTER_NAME, state, header)
         write_checksums(directory, [ADAPTER_NAME])
 
 
@@ -368,17 +380,22 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     if connection_of(base_model(model)) is not None:
         checkpoint.load(model, directory)
         return
-    path, state = Path(directory) / ADAPTER_NAME, trained_state(model)
+    path = Path(directory) / ADAPTER_NAME
     if not path.is_file():
         raise ValueError(f"{path} is missing: the checkpoint is of another method, or incomplete")
     check_checksums(directory, [ADAPTER_NAME])
     try:
         saved = load_file(path)
+        with safe_open(path, "pt") as file:
+            control = json.loads((file.metadata() or {}).get(_CONTROL, "{}"))
     except Exception as error:  # a damaged file fails in as many ways as there are readers
         raise ValueError(f"{path} is not a safetensors file: {first_line(error)}") from error
+    state = trained_state(model)
     for name in (*state, *saved):
         if name not in saved or name not in state or saved[name].shape != state[name].shape:
             raise ValueError(f"{path} does not fit the model's adapter, first at {name}")
+    if control:
+        controls.put_on(model, control)
     with torch.no_grad():
         for name, value in state.items():
             value.copy_(saved[name])

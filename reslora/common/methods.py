@@ -59,6 +59,11 @@ def lora_x2(settings: AdapterSettings) -> PeftConfig:
     return lora(replace(settings, alpha=2 * settings.alpha))
 
 
+def lora_x4(settings: AdapterSettings) -> PeftConfig:
+    """LoRA with alpha times four."""
+    return lora(replace(settings, alpha=4 * settings.alpha))
+
+
 def adalora(settings: AdapterSettings) -> PeftConfig:
     """AdaLoRA: half as much rank again, taken away to `r` on average between a tenth and a half of the steps
     (Zhang et al., 2023)."""
@@ -98,6 +103,13 @@ def adalora_as_lora(model: nn.Module) -> nn.Module:
     return as_plain_lora(model)
 
 
+def placebo_as_lora(model: nn.Module) -> nn.Module:
+    """See `controls.merged`."""
+    from .controls import merged
+
+    return merged(model)
+
+
 @dataclass(frozen=True)
 class Method:
     """What is to be known of a method to train, save, export and show it."""
@@ -117,6 +129,10 @@ class Method:
     files are made; None where it amounts to none, and PEFT's form and merged weights are all there is."""
     shortcuts: bool = False
     """Whether blocks are wired, and merged in the end."""
+    matched: bool = False
+    """Whether each layer's alpha is what the shortcut would make of it: see `controls`."""
+    placebo: str = ""
+    """The shortcut in which rotations of a block's own input take its neighbours' place: see `controls`."""
     deepspeed: bool = True
     """Whether DeepSpeed can train it."""
     quantised: bool = True
@@ -131,13 +147,36 @@ class Method:
         """Whether what trains is LoRA's own A and B: its checkpoints can be drawn with."""
         return self.plain_lora is itself
 
+    @property
+    def reads_shortcut(self) -> bool:
+        """Whether it is another one with another --shortcut."""
+        return self.shortcuts or self.matched
+
+    @property
+    def measured(self) -> bool:
+        """Whether a few batches say what it is, before its first step."""
+        return self.matched or bool(self.placebo)
+
 
 METHODS = {
     row.name: row
     for row in (
         Method("lora", "LoRA", "plain LoRA", "#8a8f98", lora),
         Method("lora_x2", "LoRA, doubled alpha", "LoRA with doubled alpha, the control", "#1971c2", lora_x2),
+        Method("lora_x4", "LoRA, fourfold alpha", "LoRA with alpha times four", "#74a9d8", lora_x4),
+        Method(
+            "lora_matched", "LoRA, matched alpha", "LoRA with each layer's alpha as the shortcut would scale it",
+            "#1098ad", lora, matched=True,
+        ),
         Method("reslora", "ResLoRA", "LoRA with shortcuts", "#e8590c", lora, shortcuts=True),
+        Method(
+            "is_placebo", "Input placebo", "input-shortcuts from rotations in place of neighbours", "#f08c00", lora,
+            placebo_as_lora, placebo="input",
+        ),
+        Method(
+            "ms_placebo", "Middle placebo", "middle-shortcuts from rotations in place of neighbours", "#c2255c", lora,
+            placebo_as_lora, placebo="middle",
+        ),
         Method(
             "adalora", "AdaLoRA", "LoRA that moves ranks between layers", "#2f9e44", adalora,
             adalora_as_lora, deepspeed=False, parts=False, least_steps=3,

@@ -197,15 +197,17 @@ def add_method_flags(add: Callable) -> None:
         help="train the CLIP text encoders, too: their attention gets the same adapter, with shortcuts between their "
              "own layers; Stable Diffusion, SDXL, SD 3, Flux.1. T5 stays as it is")
     add("--shortcut", nargs="+", choices=SHORTCUTS, default="input",
-        help="ResLoRA: what a block gets from the blocks before it")
+        help="ResLoRA and lora_matched: what a block gets from the blocks before it")
     add("--pre_num", type=whole(-1), default=DEFAULT_PRE_NUM,
-        help="ResLoRA: how many blocks before it, -1 for all; with --shortcut input any number but 0 means one")
+        help="ResLoRA, lora_matched and ms_placebo: how many blocks before it, -1 for all; with --shortcut input any "
+             "number but 0 means one")
     add("--head", choices=HEADS, default="repeat",
-        help="ResLoRA, --shortcut input: what the first block of a chain adds to its input, the same again or nothing")
+        help="--shortcut input and is_placebo: what the first block of a chain adds to its input, the same again or "
+             "nothing")
     add("--merge", choices=MERGES, default=AUTO,
         help="ResLoRA: how the shortcuts become plain LoRA weights")
     add("--merge_calibration_samples", type=whole(0), default=64,
-        help="ResLoRA: training images that the merge may read")
+        help="training images that the merge of ResLoRA may read, and that lora_matched and placebos are measured on")
 
 
 def add_data_flags(add: Callable) -> None:

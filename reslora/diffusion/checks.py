@@ -13,6 +13,7 @@ from torch import nn
 
 from ..chains import Chains, chains
 from ..common.adapters import check_rank, narrowest_layer
+from ..common.controls import gauged
 from ..common.errors import InvalidArgument, first_line, refused_as
 from ..common.methods import METHODS
 from ..tracing import meta_copy
@@ -95,6 +96,9 @@ def check_methods(flags: Flags, model: Model, accelerator: Accelerator, start: S
         argument = f"--method {method}, --target_modules {' '.join(flags.target_modules)}"
         with refused_as(argument, "change the flag it is about", (ValueError, RuntimeError)):
             add_adapter(denoiser, method, flags, config)
+            if METHODS[method].measured:
+                with gauged(method, denoiser, shortcuts_of(flags)):
+                    pass
         if METHODS[method].shortcuts:
             tell_what_is_not_linked(chains(denoiser), flags, accelerator)
 
@@ -116,6 +120,9 @@ def check_encoders(pipeline: DiffusionPipeline, context: Context) -> None:
         config = config_of(method, flags, total_steps=1000, targets=part.targets_in(encoder))
         try:
             add_adapter(encoder, method, flags, config, part)
+            if METHODS[method].measured:
+                with gauged(method, encoder, shortcuts_of(flags)):
+                    pass
         except (ValueError, RuntimeError) as error:
             fix = "change the flag it is about, or leave --train_text_encoder out"
             raise InvalidArgument(f"--method {method}, {part.name}", first_line(error), fix) from None

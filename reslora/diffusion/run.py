@@ -10,7 +10,9 @@ from pathlib import Path
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
+from ..common.controls import Settings, gauged, put_on
 from ..common.errors import InvalidArgument
+from ..common.methods import METHODS
 from ..common.signals import StopRequest
 from ..common.together import decided, each, gathered
 from .arguments import Flags
@@ -20,7 +22,7 @@ from .data.class_images import load_class_images, missing_class_images
 from .data.dataset import ImageDataset, data_flag
 from .data.folders import load_folders
 from .data.material import material_of
-from .data.samples import Material
+from .data.samples import CalibrationSamples, Material
 from .folder import EXPERIMENT, locked
 from .model.loading import find_model
 from .model.lora_files.combining import in_short
@@ -38,7 +40,7 @@ from .training.loop import Watch, train
 from .training.preparing import attention_of, prepare, renew_scaler
 from .training.schedule import Schedule, schedule_of
 from .training.start import read_start, with_start
-from .training.state import Learner, check_optimizer, new_learner
+from .training.state import Learner, check_optimizer, new_learner, shortcuts_of
 from .training.trained import Trained
 
 
@@ -148,6 +150,8 @@ def forget_encoder(pipeline: DiffusionPipeline, context: Context) -> None:
 def train_method(method: str, resume: Resume, setting: Setting, validation: type[Validation] = Validation) -> Learner:
     """A method from where it stands to its exports; what it was measured by is `validation`."""
     learner = start_method(method, setting)
+    if METHODS[method].measured and not resume.checkpoints[method]:
+        put_control_on(learner, setting)
     go_on(learner, resume, setting.context)
     train_and_export(learner, setting, validation)
     return learner
@@ -161,6 +165,24 @@ def start_method(method: str, setting: Setting) -> Learner:
     loss = DenoisingLoss(context, setting.material.objective, setting.pipeline, denoiser.config)
     renew_scaler(context.accelerator)
     return new_learner(method, Trained(parts, loss), setting.schedule, context)
+
+
+def put_control_on(learner: Learner, setting: Setting) -> None:
+    """What a few training samples say of a control, on what is to be trained; a checkpoint has it as it was."""
+    flags, accelerator, trained = setting.context.flags, setting.context.accelerator, learner.trained
+
+    def measured() -> list[Settings]:
+        with contextlib.ExitStack() as stack, accelerator.autocast():
+            gauges = [
+                stack.enter_context(gauged(learner.method, part, shortcuts_of(flags)))
+                for part in trained.parts.values()
+            ]
+            for batch in CalibrationSamples(setting.material).batches(flags.merge_calibration_samples):
+                trained.loss(trained.denoiser, batch)
+            return [gauge.settings(flags.seed) for gauge in gauges]
+
+    for part, settings in zip(trained.parts.values(), decided(measured), strict=True):
+        put_on(part, settings)
 
 
 def go_on(learner: Learner, resume: Resume, context: Context) -> None:

@@ -197,6 +197,10 @@ def check_flags(flags: Flags) -> None:
     if reads_samples and flags.merge_calibration_samples == 0 and flags.merge in merges_of(flags):
         fix = "give --merge_calibration_samples 64, or another merge"
         raise InvalidArgument(f"--merge {flags.merge}", "needs calibration samples", fix)
+    for method in (METHODS[name] for name in flags.method):
+        if method.measured and flags.merge_calibration_samples == 0:
+            fix = "give --merge_calibration_samples 64, or leave it out"
+            raise InvalidArgument(f"--method {method.name}", "needs calibration samples", fix)
     if flags.compile and flags.gradient_checkpointing and carries_activations(flags):
         problem = f"--compile with --gradient_checkpointing cannot keep --shortcut {flags.shortcut}"
         raise InvalidArgument("--compile", problem, "leave one of them out, or use --shortcut block")
@@ -242,6 +246,9 @@ def check_start(flags: Flags) -> None:
     for method in (METHODS[name] for name in flags.method):
         if not method.trains_lora:
             problem = f"--method {method.name} has no plain LoRA weights that could start from it"
+            raise InvalidArgument(flag, problem, "give --method lora or lora_x2")
+        if method.measured:
+            problem = f"--method {method.name} is measured at a start from zero"
             raise InvalidArgument(flag, problem, "give --method lora or lora_x2")
         if method.shortcuts and flags.shortcut != PLAIN and flags.pre_num != 0:
             problem = (

@@ -43,15 +43,25 @@ class MethodArguments:
         metadata={"choices": tuple(METHODS), "help": f"what is trained. {IN_WORDS}"},
     )
     shortcut: str = field(
-        default="input", metadata={"choices": SHORTCUTS, "help": "ResLoRA: what a block gets from the blocks before it"}
+        default="input",
+        metadata={
+            "choices": SHORTCUTS,
+            "help": "ResLoRA and lora_matched: what a block gets from the blocks before it",
+        },
     )
     pre_num: int = field(
         default=4,
-        metadata={"help": "ResLoRA: how many blocks before it, -1 for all; with input any number but 0 means one"},
+        metadata={
+            "help": "ResLoRA, lora_matched and ms_placebo: how many blocks before it, -1 for all; with input any "
+            "number but 0 means one"
+        },
     )
     head: str = field(
         default="repeat",
-        metadata={"choices": HEADS, "help": "ResLoRA, input: what the first block of a chain adds to its input"},
+        metadata={
+            "choices": HEADS,
+            "help": "--shortcut input and is_placebo: what the first block of a chain adds to its input",
+        },
     )
     merge: str = field(
         default=AUTO, metadata={"choices": MERGES, "help": "ResLoRA: how the shortcuts become plain LoRA weights"}
@@ -67,7 +77,11 @@ class MethodArguments:
         },
     )
     calibration_examples: int = field(
-        default=64, metadata={"help": "ResLoRA: training examples that a merge may read; 0 for none"}
+        default=64,
+        metadata={
+            "help": "training examples that a merge of ResLoRA may read, and that lora_matched and placebos are "
+            "measured on; 0 for none"
+        },
     )
     merge_and_save: bool = field(
         default=False, metadata={"help": "write the model with the adapter added, for stock transformers"}
@@ -81,6 +95,10 @@ class MethodArguments:
         check_whole("calibration_examples", self.calibration_examples, 0)
         if float(self.lora_alpha).is_integer():
             self.lora_alpha = int(self.lora_alpha)  # adapter_config.json says 8, as everybody's does
+        if self.calibration_examples == 0 and METHODS[self.method].measured:
+            raise InvalidArgument(
+                f"--method {self.method}", "needs calibration examples", "give --calibration_examples 64"
+            )
         if self.calibration_examples == 0 and self._merge_reads_examples():
             raise InvalidArgument(
                 f"--merge {self.merge}",

@@ -48,7 +48,7 @@ from .glue_tasks import (
     scores,
 )
 from .results import export, merge_table, table_text, write_results
-from .trainer import AdapterTrainer, attach, total_steps
+from .trainer import AdapterTrainer, attach, put_control_on, total_steps
 
 PROG = "train_glue.py"
 BUNDLED_MODEL = ASSETS / "tiny-roberta"
@@ -406,6 +406,8 @@ def main(argv: Sequence[str] | None = None, stop: StopRequest | None = None, des
     example = {"input_ids": torch.tensor([sets["train"][0]["input_ids"]])}
     adapted = attach(model, arguments.method, steps, example, modules_to_save=classifier)
     trainer = build_trainer(arguments, tokenizer, adapted, sets, stop)
+    batches = calibration_batches(arguments, sets["train"], training.device)
+    put_control_on(trainer, arguments.method, batches or [], example)
     if trainer.is_world_process_zero():
         write_json(Path(training.output_dir) / "config.json", flags)
     trainer.stopping.check("stopped before training began")

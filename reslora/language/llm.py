@@ -40,7 +40,7 @@ from .callbacks import LogCallback
 from .llm_tasks import TASKS, Example, file_form, read_examples
 from .llm_trainer import Encoder, LlmTrainer, calibration_batches, encode_training, say
 from .results import export, merge_table, table_text, write_results
-from .trainer import attach, total_steps
+from .trainer import attach, put_control_on, total_steps
 
 PROG = "train_llm.py"
 BUNDLED_MODEL, BUNDLED_TASK = ASSETS / "tiny-llama", ASSETS / "tiny-llama" / "task"
@@ -281,6 +281,8 @@ def build_trainer(
         eval_dataset=[encoder(example) for example in examples["validation"]] or None,
         callbacks=[LogCallback(Path(training.output_dir) / "log.jsonl")],
     )
+    size = training.per_device_eval_batch_size
+    put_control_on(trainer, method, calibration_batches(rows, method.calibration_examples, size) or [])
     return trainer, rows
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..chains import base_model, chains, lora_layers
+from ..common.controls import merged
 from ..common.errors import RunFailed, first_line
 from ..common.methods import METHODS
 from ..export import export_peft, merged_state_dict
@@ -171,6 +172,7 @@ def export(
         if writes:
             write_json(output / "chains.json", plan)
             write_json(output / "merge.json", report.to_dict())
+    merged(model)  # rotations, of a placebo
     if writes:
         export_peft(model, output / "peft")
         if arguments.merge_and_save:
@@ -205,7 +207,8 @@ def write_results(
     `facts` (task, model, sizes), the method with its settings, how long was trained, `table` (see `merge_table`), and
     `merge`: the method by which the exported adapter was merged, None where there was nothing to merge.
     """
-    wired = ("shortcut", "pre_num", "head") if METHODS[arguments.method].shortcuts else ()
+    row = METHODS[arguments.method]
+    wired = ("shortcut",) * row.reads_shortcut + ("pre_num", "head") * (row.shortcuts or row.measured)
     timing = [callback.seconds for callback in trainer.callback_handler.callbacks if isinstance(callback, LogCallback)]
     content = {
         **facts,

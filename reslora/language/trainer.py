@@ -7,7 +7,7 @@ import copy
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from transformers.utils import logging
 from ..chains import base_model
 from ..common import adapters
 from ..common.adapters import check_rank, known_targets, load_adapter, rank_allocator, save_adapter
+from ..common.controls import Settings, gauged, put_on
 from ..common.errors import InvalidArgument, RunFailed, Stopped, refused_as
 from ..common.methods import METHODS, AdapterSettings, adapter_config, check_steps, refuse_deepspeed
 from ..common.recovery import cannot_be_loaded, set_others_aside
@@ -32,6 +33,7 @@ from ..common.together import decided
 from ..config import ResLoraConfig
 from ..files import write_checksums, write_tensors
 from ..model import enable_gradient_checkpointing
+from ..tracing import to_device
 from .arguments import MethodArguments
 from .callbacks import AllocateRanks, Progress, StopWhenAsked
 from .checkpoints import ALLOCATOR_NAME, checkpoints_of, damage, usable_checkpoint
@@ -66,16 +68,43 @@ def attach(
         arguments.lora_r, arguments.lora_alpha, arguments.lora_dropout, targets, total_steps, task, modules_to_save
     )
     config = adapter_config(arguments.method, settings)
-    wired = METHODS[arguments.method].shortcuts
-    shortcuts = ResLoraConfig(arguments.shortcut, arguments.pre_num, arguments.head) if wired else None
+    shortcuts = shortcuts_of(arguments) if METHODS[arguments.method].shortcuts else None
     with refused_as(f"--lora_r {arguments.lora_r}", "give a smaller one, or name other --target_modules", UNFIT):
         check_rank(model, config)
     flag = f"--target_modules {' '.join(targets) if isinstance(targets, list) else targets}"
     with refused_as(flag, "name other layers, or another --method", UNFIT):
         adapted = adapters.attach(model, config, shortcuts, example_inputs)
+        if METHODS[arguments.method].measured:
+            with gauged(arguments.method, adapted, shortcuts_of(arguments), example_inputs):
+                pass
     if arguments.merge_and_save:
         _refuse_tied(base_model(adapted), flag)
     return adapted
+
+
+def put_control_on(
+    trainer: AdapterTrainer, arguments: MethodArguments, batches: Sequence[Mapping], example_inputs: dict | None = None
+) -> None:
+    """What a few training examples say of a control, on the model to be trained; a checkpoint has it as it was.
+
+    Nothing for other methods. `example_inputs` as in `attach`.
+    """
+    if not METHODS[arguments.method].measured:
+        return
+    base = base_model(trainer.model)
+
+    def measured() -> Settings:
+        with gauged(arguments.method, trainer.model, shortcuts_of(arguments), example_inputs) as gauge:
+            for batch in batches:
+                base(**to_device(dict(batch), trainer.args.device))
+        return gauge.settings(trainer.args.seed)
+
+    put_on(trainer.model, decided(measured))
+
+
+def shortcuts_of(arguments: MethodArguments) -> ResLoraConfig:
+    """How ResLoRA wires the adapter."""
+    return ResLoraConfig(arguments.shortcut, arguments.pre_num, arguments.head)
 
 
 def _refuse_tied(base: PreTrainedModel, flag: str) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ...common.errors import InvalidArgument
-from ...common.methods import METHODS, any_with_shortcuts
+from ...common.methods import METHODS
 from ...shortcuts import PLAIN
 from ..arguments import SEVERAL, Flags, listed
 
@@ -64,10 +64,10 @@ def values_of(flags: Flags, name: str) -> list:
 
 
 def labels_of(flags: Flags) -> list[Label]:
-    """What is compared; shortcuts are of methods that have them."""
+    """What is compared: of ResLoRA, and of LoRA that is matched with it, one for each shortcut."""
     found = []
     for method in flags.method:
-        wired = METHODS[method].shortcuts and isinstance(flags.shortcut, list)
+        wired = METHODS[method].reads_shortcut and isinstance(flags.shortcut, list)
         for shortcut in flags.shortcut if wired else [None]:
             for rank in flags.rank if isinstance(flags.rank, list) else [None]:
                 words = [method, shortcut_in_words(shortcut, flags.pre_num), f"rank {rank}" if rank else ""]
@@ -122,7 +122,7 @@ def check_experiment(flags: Flags) -> None:
     if isinstance(flags.rank, list) and flags.init_lora:
         problem = "--init_lora has ranks of its own"
         raise InvalidArgument(f"--rank {' '.join(map(str, flags.rank))}", problem, "leave it out")
-    if isinstance(flags.shortcut, list) and not any_with_shortcuts(flags.method):
+    if isinstance(flags.shortcut, list) and not any(METHODS[method].reads_shortcut for method in flags.method):
         problem = f"--method {' '.join(flags.method)} has none"
         raise InvalidArgument(f"--shortcut {' '.join(flags.shortcut)}", problem, "add reslora, or give one")
     if flags.extend_rates and not isinstance(flags.learning_rate, list):

@@ -139,7 +139,7 @@ class Course:
             "learning_rate": arm.rate,
             "seed": arm.seed,
             "rank": flags.rank,
-            "shortcut": shortcut_in_words(flags.shortcut, flags.pre_num) if METHODS[method].shortcuts else None,
+            "shortcut": shortcut_in_words(flags.shortcut, flags.pre_num) if METHODS[method].reads_shortcut else None,
             "folder": folder.relative_to(self.folder).as_posix(),
             "status": ended.get("status") or ("running" if arm == self.running else "waiting"),
             "reason": ended.get("reason", ""),

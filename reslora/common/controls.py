@@ -1,0 +1,189 @@
+"""The controls of ResLoRA that are measured before the first step: LoRA at a shortcut's scale, and placebos.
+
+with gauged("lora_matched", model, ResLoraConfig(shortcut="middle", pre_num=4)) as gauge:      # `model` has plain LoRA
+    for batch in batches:
+        model(**batch)
+put_on(model, gauge.settings(seed=0))             # kept in the header of what `save_adapter` writes
+merged(model)                                     # plain LoRA, once it is trained
+
+What a block feeds to B is h (rank wide), its update s B h; |.| is the root mean square over all tokens of all batches.
+As B is zero at the start, so is the update.
+
+`lora_matched`: a layer's alpha is multiplied by `|h| / |A_n x_n|`, with h as the shortcut has it:
+
+| shortcut | h |
+|---|---|
+| `input` | `A_n (x_n + x_{n-1})`, in a head that repeats its input `2 A_n x_n` |
+| `middle` | `sum_{k=0..m} A_{n-k} x_{n-k}` |
+| `block` | `A_n x_n, ..., A_{n-m} x_n` side by side, which `[B_n, ..., B_{n-m}]` multiplies |
+
+The first gradient of B is `s g h^T`, with g that of the block's output, and of size `s |g| |h|`: for `block` that of
+all its B together, about sqrt(m + 1) times LoRA's. So the first step changes the block's output as much as with the
+shortcut. That a shared B of `block` gets the gradients of other blocks too is left out: no scale stands for it.
+
+Placebos: rotations of the block's own input stand in for what its m neighbours contribute. h is
+`A_n (x_n + c sum_{k=1..m} R_k x_n)`, with `c = |what the neighbours add to h| / (sqrt(m) |A_n x_n|)`: as much is added,
+since A at its start makes a rotated input as long as the input. Between blocks of one chain that ratio is anything from
+0.4 to 4 in the bundled U-Net, so it is measured. A head is as the shortcut has it.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from ..chains import base_model, before_each, lora_layers
+from ..config import ResLoraConfig
+from ..model import connect, connection_of, disconnect
+from ..shortcuts.base import Shortcut, rows
+from ..tracing import evaluating
+from .methods import METHODS, Method
+
+_DEFAULT = "default"
+ROTATED = ".parametrizations.weight.original"
+"""How the name of an A ends below rotations."""
+
+Settings = dict[str, Any]
+"""`{"alphas": {layer: alpha}}`, or `{"seed": seed, "rotations": {layer: [m, c]}}`; m is 0 where x_n itself is added."""
+
+
+# -- measuring ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def gauged(
+    method: str, model: nn.Module, shortcuts: ResLoraConfig, example_inputs: dict | None = None
+) -> Iterator[Gauge]:
+    """Inside, a model with plain LoRA runs with shortcuts, as in evaluation, and what enters each B is measured.
+
+    The shortcuts are these, or those that the method is a placebo of. Raises `ValueError` as `reslora.connect` does.
+    """
+    row = METHODS[method]
+    shortcuts = replace(shortcuts, shortcut=row.placebo or shortcuts.shortcut)
+    plan, base = connect(model, shortcuts, example_inputs=example_inputs), base_model(model)
+    neighbours = {
+        block.name: len(before)
+        for chain in plan
+        for block, before in zip(chain, before_each(len(chain), shortcuts.reach), strict=True)
+    }
+    connection_of(base).wires.observer = gauge = Gauge(row, base, neighbours)
+    try:
+        with torch.no_grad(), evaluating(base):
+            yield gauge
+    finally:
+        disconnect(model)
+
+
+@dataclass
+class Gauge:
+    """Squares of what enters B in each wired block, summed: of h, of what neighbours add to it, and of A_n x_n."""
+
+    method: Method
+    base: nn.Module
+    neighbours: dict[str, int]
+    """How many there are of each block."""
+    squares: dict[str, list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0, 0.0, 0.0]))
+
+    def __call__(self, variant: Shortcut, x: torch.Tensor, own: torch.Tensor, handed: torch.Tensor | None) -> None:
+        """Called by every wired block, with what its forward computed; `block` gives its stacked A and B for these."""
+        if variant.carries:
+            added = torch.zeros_like(own) if handed is None else handed
+            h = own + added
+        else:
+            h = rows(x) @ own.to(x).t()
+            own, added = h.tensor_split([len(own) // (1 + len(variant.others()))], dim=1)
+        for place, value in enumerate((h, added, own)):
+            dtype = torch.promote_types(value.dtype, torch.float32)
+            self.squares[variant.name][place] += torch.linalg.vector_norm(value, dtype=dtype).item() ** 2
+
+    def settings(self, seed: int) -> Settings:
+        """What `put_on` takes; rotations are drawn from the seed and the block's name."""
+        layers = lora_layers(self.base, _DEFAULT)
+        if self.method.matched:
+            sizes = {name: _ratio(h, own) for name, (h, _, own) in self.squares.items()}
+            return {"alphas": {name: layers[name].lora_alpha[_DEFAULT] * size for name, size in sizes.items()}}
+        rotations = {}
+        for name, (_, added, own) in self.squares.items():
+            if added:
+                count = self.neighbours[name]
+                rotations[name] = [count, _ratio(added, own) / math.sqrt(max(1, count))]
+        return {"seed": seed, "rotations": rotations}
+
+
+def _ratio(square: float, of: float) -> float:
+    """Of the roots; 1 where nothing enters B."""
+    return math.sqrt(square / of) if of else 1.0
+
+
+# -- the controls ------------------------------------------------------------------------------------------------------
+
+
+def put_on(model: nn.Module, settings: Settings) -> None:
+    """Gives a model with plain LoRA its alphas or its rotations, in place of earlier ones."""
+    base = base_model(model)
+    layers, config = lora_layers(base, _DEFAULT), base.peft_config[_DEFAULT]
+    _take_off(base, keep=False)
+    for name, alpha in settings.get("alphas", {}).items():
+        layers[name].lora_alpha[_DEFAULT], layers[name].scaling[_DEFAULT] = alpha, alpha / layers[name].r[_DEFAULT]
+        config.alpha_pattern["^" + re.escape(name)] = alpha
+    for name, (count, scale) in settings.get("rotations", {}).items():
+        lora_a = layers[name].lora_A[_DEFAULT]
+        rotations = Rotations(lora_a.weight, count, scale, f"{settings['seed']} {name}")
+        parametrize.register_parametrization(lora_a, "weight", rotations)
+    base._control = settings
+
+
+def settings_of(model: nn.Module) -> Settings | None:
+    """What was put on a model; None for any other."""
+    return vars(base_model(model)).get("_control")
+
+
+def merged(model: nn.Module) -> nn.Module:
+    """Folds rotations into plain LoRA, `A (I + c sum_k R_k)` and B, in place, and returns the model."""
+    _take_off(base_model(model), keep=True)
+    return model
+
+
+def _take_off(base: nn.Module, keep: bool) -> None:
+    """Rotations, folded into A or not."""
+    for module in list(base.modules()):
+        if parametrize.is_parametrized(module, "weight") and isinstance(module.parametrizations.weight[0], Rotations):
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=keep)
+            vars(base).pop("_control", None)
+
+
+class Rotations(nn.Module):
+    """A (r x p) to `A (I + c sum_{k=1..m} R_k)`, with which B A reads `x + c sum_k R_k x`.
+
+    Each R_k is a signed permutation, which is orthogonal, costs no more memory than x, and leaves R_k x and x
+    uncorrelated on average over seeds. With m = 0 there is one R, which is I.
+    """
+
+    def __init__(self, weight: torch.Tensor, count: int, scale: float, key: str) -> None:
+        super().__init__()
+        self.scale = scale
+        width, draws = weight.shape[1], torch.Generator().manual_seed(random.Random(key).getrandbits(63))
+        places = [torch.randperm(width, generator=draws) for _ in range(count)] or [torch.arange(width)]
+        signs = (
+            torch.randint(0, 2, (len(places), width), generator=draws) * 2.0 - 1.0 if count else torch.ones(1, width)
+        )
+        # Not buffers, which a checkpoint would hold: the seed says them.
+        self.places, self.signs = torch.stack(places).to(weight.device), signs.to(weight)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Rotations:
+        self.places, self.signs = fn(self.places), fn(self.signs)
+        return super()._apply(fn, recurse)
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        """What stands for A."""
+        return weight + self.scale * (weight[:, self.places] * self.signs).sum(1)
