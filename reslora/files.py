@@ -80,9 +80,19 @@ def remove_leftovers(folder: str | os.PathLike) -> None:
 
 def temporary_beside(path: Path, suffix: str = "") -> Path:
     """A temporary name in the same folder that nobody else uses, and that says whose it is."""
-    process = os.getpid()
-    writer = f"{_host()}-{process}-{_start_of(process)}-{secrets.token_hex(4)}"
+    writer = f"{this_process()}-{secrets.token_hex(4)}"
     return path.with_name(f".{path.name[:LONGEST_NAME]}.{writer}{suffix}.tmp")
+
+
+def this_process() -> str:
+    """This process, as `has_ended` knows it: machine, process and when that was started."""
+    return f"{_host()}-{os.getpid()}-{_start_of(os.getpid())}"
+
+
+def has_ended(process: str) -> bool:
+    """Whether what `this_process` has named is gone; False for a process of another machine, which nobody sees here."""
+    host, number, start = process.split("-")
+    return host == _host() and os.name == "posix" and _is_gone(int(number), start)
 
 
 @functools.cache

@@ -1,16 +1,77 @@
-"""Line charts as SVG, for pages: they take the colour of the text around them, and need no script."""
+"""Line charts as SVG, without a script: `line_chart` for the application's page, `chart` for an experiment's report.
+
+Both take the colour of the text around them. Lines of the first have colours of their own; those of the second, with a
+dot for each seed, take theirs from the page (`experiment.look.STYLE`).
+"""
 
 from __future__ import annotations
 
 import html
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
-WIDTH, HEIGHT = 560, 260
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 30, 44
-"""What is left beside the lines, for the numbers, the title and the legend."""
+from matplotlib.ticker import MaxNLocator
+
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The size of a chart, and what is left beside its lines for numbers, titles and the legend."""
+
+    width: int
+    height: int
+    left: int
+    right: int
+    top: int
+    bottom: int
+
+
+PAGE = Frame(560, 260, 52, 12, 30, 44)
+REPORT = Frame(420, 270, 66, 10, 12, 44)
 MOST_DOTS = 25
+COLORS = 8
+"""How many the report's style knows."""
+FARTHEST = 12
+"""Above the lowest by so many times what half of the values are: what is beyond is drawn hollow at the edge."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where values are in a chart, of which both ranges are to be seen."""
+
+    frame: Frame
+    across: Point
+    up: Point
+    scaled: Callable[[float], float] = float
+    """Of x: its logarithm, where the axis is logarithmic; `across` is of these."""
+
+    def x(self, value: float) -> float:
+        """From the left."""
+        left, right = self.across
+        share = (self.scaled(value) - left) / (right - left)
+        return self.frame.left + share * (self.frame.width - self.frame.left - self.frame.right)
+
+    def y(self, value: float) -> float:
+        """From the top; of what is beyond, the edge."""
+        low, high = self.up
+        share = min(1.0, (value - low) / (high - low))
+        return self.frame.height - self.frame.bottom - share * (self.frame.height - self.frame.top - self.frame.bottom)
+
+
+def escape(text: object) -> str:
+    """For HTML, in attributes as well."""
+    return html.escape(str(text))
+
+
+def ticks(low: float, high: float, locator: MaxNLocator) -> list[float]:
+    """Round numbers from `low` to `high`."""
+    return [round(value, 12) for value in locator.tick_values(low, high) if low <= value <= high]
+
+
+# -- on the page -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -19,47 +80,36 @@ class Line:
 
     name: str
     color: str
-    points: Sequence[tuple[float, float]]
+    points: Sequence[Point]
 
 
-def line_chart(title: str, x_title: str, lines: Sequence[Line], mark: float | None = None, log_x: bool = False) -> str:
+def line_chart(title: str, x_title: str, lines: Sequence[Line], mark: float | None = None) -> str:
     """Lines over numbered axes, with a legend; a vertical line stands at `mark`. An empty frame where nothing is given.
 
-    `log_x`: x is laid out by its logarithm. Where there are few points, each says its numbers when it is pointed at.
+    Where there are few points, each says its numbers when it is pointed at.
     """
-    points = [point for line in lines for point in line.points]
-    low, high = _bounds([y for _, y in points])
-    left, right = _bounds([math.log10(x) if log_x else x for x, _ in points])
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        across = ((math.log10(x) if log_x else x) - left) / (right - left)
-        up = (y - low) / (high - low)
-        return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
-
-    steps = sorted({x for x, _ in points}) if log_x else ticks(left, right)
-    parts = [f'<text class="title" x="{WIDTH / 2}" y="18" text-anchor="middle">{html.escape(title)}</text>']
+    points, round_numbers = [point for line in lines for point in line.points], MaxNLocator(5, steps=[1, 2, 5, 10])
+    up, across = _bounds([y for _, y in points]), _bounds([x for x, _ in points])
+    place, bottom = Places(PAGE, across, up), PAGE.height - PAGE.bottom
+    parts = [f'<text class="title" x="{PAGE.width / 2}" y="18" text-anchor="middle">{escape(title)}</text>']
     if points:
-        parts += [_level(place(steps[0] if steps else left, y)[1], y) for y in ticks(low, high)]
-        parts += [_step(place(x, low)[0], x) for x in steps]
-        if mark is not None and left <= mark <= right:
-            x = place(mark, low)[0]
-            parts.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
+        parts += [_level(place.y(y), y) for y in ticks(*up, round_numbers)]
+        parts += [
+            f'<text x="{place.x(x):.1f}" y="{bottom + 16}" text-anchor="middle">{x:g}</text>'
+            for x in ticks(*across, round_numbers)
+        ]
+        if mark is not None and across[0] <= mark <= across[1]:
+            x = place.x(mark)
+            parts.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{PAGE.top}" y2="{bottom}"/>')
         dotted = max(len(line.points) for line in lines) <= MOST_DOTS
-        parts += [_drawn(line, [place(*point) for point in line.points], dotted) for line in lines]
+        parts += [_drawn(line, place, dotted) for line in lines]
     parts.append(_legend(lines, x_title))
-    name = html.escape(f"{title}: {', '.join(line.name for line in lines) or 'nothing yet'}")
-    return f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{name}">{"".join(parts)}</svg>'
+    name = escape(f"{title}: {', '.join(line.name for line in lines) or 'nothing yet'}")
+    box = f"0 0 {PAGE.width} {PAGE.height}"
+    return f'<svg class="chart" viewBox="{box}" role="img" aria-label="{name}">{"".join(parts)}</svg>'
 
 
-def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers from `low` to `high`: about so many, a 1, 2 or 5 with zeros apart."""
-    rough = (high - low) / about
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = power * next(factor for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
-    return [round(n * step, 12) for n in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
-
-
-def _bounds(values: Sequence[float]) -> tuple[float, float]:
+def _bounds(values: Sequence[float]) -> Point:
     """The least and the greatest; apart, even where there is but one."""
     low, high = min(values, default=0.0), max(values, default=1.0)
     margin = 1e-6 * max(1.0, abs(low), abs(high))
@@ -67,29 +117,150 @@ def _bounds(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _level(y: float, value: float) -> str:
-    line = f'<line class="level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-    return f'{line}<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>'
+    line = f'<line class="level" x1="{PAGE.left}" x2="{PAGE.width - PAGE.right}" y1="{y:.1f}" y2="{y:.1f}"/>'
+    return f'{line}<text x="{PAGE.left - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>'
 
 
-def _step(x: float, value: float) -> str:
-    return f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{value:g}</text>'
-
-
-def _drawn(line: Line, places: Sequence[tuple[float, float]], dotted: bool) -> str:
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+def _drawn(line: Line, place: Places, dotted: bool) -> str:
+    path = " ".join(f"{place.x(x):.1f},{place.y(y):.1f}" for x, y in line.points)
     drawn = f'<polyline points="{path}" fill="none" stroke="{line.color}" stroke-width="2"/>'
-    if dotted:
-        for (x, y), (step, value) in zip(places, line.points, strict=True):
-            told = html.escape(f"{line.name}, {step:g}: {value:.4f}")
-            drawn += f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{line.color}"><title>{told}</title></circle>'
+    for x, y in line.points if dotted else ():
+        told = escape(f"{line.name}, {x:g}: {y:.4f}")
+        at = f'cx="{place.x(x):.1f}" cy="{place.y(y):.1f}"'
+        drawn += f'<circle {at} r="3" fill="{line.color}"><title>{told}</title></circle>'
     return drawn
 
 
 def _legend(lines: Sequence[Line], x_title: str) -> str:
-    entries, x = [], float(LEFT)
+    entries, x = [], float(PAGE.left)
     for line in lines:
-        entries.append(f'<rect x="{x:.0f}" y="{HEIGHT - 17}" width="12" height="12" rx="2" fill="{line.color}"/>')
-        entries.append(f'<text x="{x + 17:.0f}" y="{HEIGHT - 7}">{html.escape(line.name)}</text>')
+        entries.append(f'<rect x="{x:.0f}" y="{PAGE.height - 17}" width="12" height="12" rx="2" fill="{line.color}"/>')
+        entries.append(f'<text x="{x + 17:.0f}" y="{PAGE.height - 7}">{escape(line.name)}</text>')
         x += 32 + 7 * len(line.name)
-    where = f'x="{WIDTH - RIGHT}" y="{HEIGHT - 7}" text-anchor="end"'
-    return f"{''.join(entries)}<text {where}>{html.escape(x_title)}</text>"
+    where = f'x="{PAGE.width - PAGE.right}" y="{PAGE.height - 7}" text-anchor="end"'
+    return f"{''.join(entries)}<text {where}>{escape(x_title)}</text>"
+
+
+# -- in a report -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Series:
+    """One label of a chart: a line of its means, a dot a seed."""
+
+    label: str
+    number: int
+    """Its place among all labels, which is its colour and the shape of its dots."""
+    line: list[Point] = field(default_factory=list)
+    dots: list[Point] = field(default_factory=list)
+    chosen: Point | None = None
+
+
+@dataclass(frozen=True)
+class Axes:
+    """What a chart is of."""
+
+    title: str
+    x: str
+    y: str
+    ticks: Sequence[float] = ()
+    """Of a logarithmic x axis; without any it is linear."""
+    name: Callable[[float], str] = "{:.6g}".format
+    """How a tick of the x axis reads."""
+    zero: bool = False
+    """Whether y is a difference, and 0 in sight."""
+
+
+def chart(series: Sequence[Series], axes: Axes) -> str:
+    """A figure with its legend; empty without a finite point."""
+    points = [point for each in series for point in (*each.line, *each.dots) if all(map(math.isfinite, point))]
+    if not points:
+        return ""
+    place = _places(points, axes)
+    body = _grid(place, axes) + "".join(_of_series(each, place) for each in series)
+    legend = "".join(
+        f'<li><svg class="c{each.number % COLORS}" viewBox="0 0 24 12" aria-hidden="true">'
+        f'<path class="line" d="M0 6H24"/>{_dot(12, 6, each.number)}</svg>{escape(each.label)}</li>'
+        for each in series
+        if each.line
+    )
+    box = f"0 0 {REPORT.width} {REPORT.height}"
+    return (
+        f"<figure><figcaption>{escape(axes.title)}</figcaption>"
+        f'<svg class="chart" viewBox="{box}" role="img" aria-label="{escape(axes.title)}">{body}</svg>'
+        f'<ul class="legend">{legend}</ul></figure>'
+    )
+
+
+def _places(points: Sequence[Point], axes: Axes) -> Places:
+    scaled = math.log if axes.ticks else float
+    across = [scaled(x) for x in (*(x for x, _ in points), *axes.ticks)]
+    up = sorted(y for _, y in points) + [0.0] * axes.zero
+    low, high = min(up), max(up)
+    if not axes.zero:
+        high = min(high, low + FARTHEST * (statistics.median(up) - low) or high)
+    return Places(REPORT, _padded(min(across), max(across), 0.04), _padded(low, high, 0.06), scaled)
+
+
+def _padded(low: float, high: float, share: float) -> Point:
+    """A range with some room at its ends, and never empty."""
+    room = (high - low) * share or abs(low) * share or 1.0
+    return low - room, high + room
+
+
+def _grid(place: Places, axes: Axes) -> str:
+    """Lines, ticks and the names of both axes."""
+    left, right, bottom = REPORT.left, REPORT.width - REPORT.right, REPORT.height - REPORT.bottom
+    whole = MaxNLocator(6, integer=place.across[1] - place.across[0] > 1.5)  # steps
+    across = axes.ticks or ticks(*place.across, whole)
+    parts = [
+        f'<path class="{"zero" if axes.zero and abs(y) < 1e-12 else "grid"}" d="M{left} {place.y(y):.1f}H{right}"/>'
+        f'<text x="{left - 6}" y="{place.y(y) + 4:.1f}" text-anchor="end">{y:.6g}</text>'
+        for y in ticks(*place.up, MaxNLocator(5))
+    ]
+    parts += [
+        f'<path class="grid" d="M{place.x(x):.1f} {bottom}v4"/>'
+        f'<text x="{place.x(x):.1f}" y="{bottom + 16}" text-anchor="middle">{escape(axes.name(x))}</text>'
+        for x in across[:: math.ceil(len(across) / 7)]
+    ]
+    middle = (left + right) / 2
+    parts.append(f'<text x="{middle}" y="{REPORT.height - 6}" text-anchor="middle">{escape(axes.x)}</text>')
+    turned = f"translate(11 {(REPORT.top + bottom) / 2}) rotate(-90)"
+    parts.append(f'<text transform="{turned}" text-anchor="middle">{escape(axes.y)}</text>')
+    return "".join(parts)
+
+
+def _of_series(series: Series, place: Places) -> str:
+    """The line, which has gaps where values are not finite, the dots, and a ring around what is chosen."""
+    path, pen = "", "M"
+    for x, y in series.line:
+        path += f"{pen}{place.x(x):.1f} {place.y(y):.1f}" if math.isfinite(y) else ""
+        pen = "L" if math.isfinite(y) else "M"
+    line = f'<path class="line" d="{path}"/>' if path else ""
+    dots = [_dot(place.x(x), place.y(y), series.number, y > place.up[1]) for x, y in series.dots if math.isfinite(y)]
+    ring = ""
+    if series.chosen and math.isfinite(series.chosen[1]):
+        x, y = series.chosen
+        ring = f'<circle class="ring" cx="{place.x(x):.1f}" cy="{place.y(y):.1f}" r="7"/>'
+    return f'<g class="c{series.number % COLORS}">{line}{"".join(dots)}{ring}</g>'
+
+
+def _dot(x: float, y: float, number: int, hollow: bool = False) -> str:
+    """Its shape tells labels apart where colours do not."""
+    shapes = (
+        "m-3.2 0a3.2 3.2 0 1 0 6.4 0a3.2 3.2 0 1 0-6.4 0",
+        "m-3-3h6v6h-6z",
+        "m0-4l3.8 6.6h-7.6z",
+        "m0-4.2l4.2 4.2l-4.2 4.2l-4.2-4.2z",
+        "m0 4l3.8-6.6h-7.6z",
+    )
+    return f'<path class="{"hollow" if hollow else "dot"}" d="M{x:.1f} {y:.1f}{shapes[number % len(shapes)]}"/>'
+
+
+def interval(verdict_interval: Point, mean: float, farthest: float) -> str:
+    """A bar from one end of an interval to the other with its mean and zero, on a scale to `farthest` both ways."""
+    low, at, high = (75 + 70 * value / farthest for value in (verdict_interval[0], mean, verdict_interval[1]))
+    return (
+        '<svg class="interval" viewBox="0 0 150 16" aria-hidden="true"><path class="zero" d="M75 0V16"/>'
+        f'<path class="bar" d="M{low:.1f} 8H{high:.1f}"/><circle class="dot" cx="{at:.1f}" cy="8" r="4"/></svg>'
+    )

@@ -44,9 +44,10 @@ from torch.nn.utils import parametrize
 
 from ..chains import base_model, before_each, lora_layers
 from ..config import ResLoraConfig
-from ..model import connect, connection_of, disconnect
+from ..model import connect, disconnect
 from ..shortcuts.base import Shortcut, rows
 from ..tracing import evaluating
+from ..wiring import connected
 from .methods import METHODS, Method
 
 _DEFAULT = "default"
@@ -76,7 +77,7 @@ def gauged(
         for chain in plan
         for block, before in zip(chain, before_each(len(chain), shortcuts.reach), strict=True)
     }
-    connection_of(base).wires.observer = gauge = Gauge(row, base, neighbours)
+    connected(base, _DEFAULT).wires.observer = gauge = Gauge(row, base, neighbours)
     try:
         with torch.no_grad(), evaluating(base):
             yield gauge

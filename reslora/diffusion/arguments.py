@@ -337,6 +337,8 @@ def add_experiment_flags(add: Callable) -> None:
         help="experiments: where the best learning rate is the lowest or highest, try the next one, up to three times")
     add("--experiment_minutes", type=number(0, exclusive=True),
         help="experiments: time after which none is begun that would not end in it; the same command goes on")
+    add("--merged_weights", **SWITCH,
+        help="experiments: write the merged weights of every arm too, as a run with one rate and seed does")
 
 
 def add_output_flags(add: Callable) -> None:

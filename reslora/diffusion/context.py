@@ -49,6 +49,11 @@ class Context:
         return self.folder / self.name_of(method)
 
     @property
+    def writes_merged(self) -> bool:
+        """Whether merged weights are exported: of an experiment's arms, which are many, where that is asked for."""
+        return not self.place or self.flags.merged_weights
+
+    @property
     def encoders(self) -> tuple[Part, ...]:
         """The text encoders that train."""
         return self.model.family.trainable if self.flags.train_text_encoder else ()

@@ -11,9 +11,20 @@ from reslora.common.methods import METHODS, any_with_shortcuts, check_steps, ref
 
 
 def test_rows_say_what_each_method_is():
-    assert list(METHODS) == ["lora", "lora_x2", "reslora", "adalora", "loha", "lokr"]
+    assert list(METHODS) == [
+        *("lora", "lora_x2", "lora_x4", "lora_matched", "reslora", "is_placebo", "ms_placebo"),
+        *("adalora", "loha", "lokr"),
+    ]
     assert [name for name, row in METHODS.items() if row.shortcuts] == ["reslora"]
-    assert [name for name, row in METHODS.items() if row.trains_lora] == ["lora", "lora_x2", "reslora"]
+    plain = ["lora", "lora_x2", "lora_x4", "lora_matched", "reslora"]
+    assert [name for name, row in METHODS.items() if row.trains_lora] == plain
+    assert [name for name, row in METHODS.items() if row.reads_shortcut] == ["lora_matched", "reslora"]
+    assert [name for name, row in METHODS.items() if row.measured] == ["lora_matched", "is_placebo", "ms_placebo"]
+    assert {name: row.placebo for name, row in METHODS.items() if row.placebo} == {
+        "is_placebo": "input",
+        "ms_placebo": "middle",
+    }
+    assert len({row.color for row in METHODS.values()}) == len(METHODS)
     assert [name for name, row in METHODS.items() if not row.plain_lora] == ["loha", "lokr"]
     assert [name for name, row in METHODS.items() if not row.deepspeed] == ["adalora"]
     assert [name for name, row in METHODS.items() if not row.quantised] == ["loha", "lokr"]

@@ -33,6 +33,8 @@ def run(argv: list[str]) -> int:
         ("reslora", "block", ["unmerged", "none", "exact"]),
         ("lora", "input", ["unmerged"]),
         ("adalora", "input", ["unmerged"]),
+        ("lora_matched", "middle", ["unmerged"]),
+        ("ms_placebo", "input", ["unmerged"]),
     ],
 )
 def test_a_run_leaves_results_and_files_that_stock_libraries_load(

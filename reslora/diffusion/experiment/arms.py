@@ -110,7 +110,7 @@ def plain_variants(flags: Flags) -> list[Flags]:
 def check_experiment(flags: Flags) -> None:
     """Refuse what an experiment cannot do, and its flags without several values."""
     if not any(isinstance(getattr(flags, name), list) for name in SEVERAL):
-        for name in ("select_split", "test_split", "extend_rates", "experiment_minutes"):
+        for name in ("select_split", "test_split", "extend_rates", "experiment_minutes", "merged_weights"):
             if getattr(flags, name):
                 fix = "give several values of --learning_rate, --seed, --rank or --shortcut, or leave it out"
                 raise InvalidArgument(f"--{name}", "this is no experiment, nothing reads it", fix)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from ...common.charts import escape
 from ...common.errors import first_line
-from .charts import escape
 from .record import Arm, Experiment
 
 LARGEST = 512

@@ -5,7 +5,10 @@ A loss is lower where a method is better. One that is not finite is None, which 
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Literal, NotRequired, TypedDict
+
+from ...files import has_ended, this_process
 
 FORMAT = 1
 
@@ -113,3 +116,16 @@ class Experiment(TypedDict):
     """What it is trained from and by: more methods, rates and seeds may be added, and nothing else changes."""
     readings: NotRequired[int]
     """How often losses on the test images were measured."""
+    process: NotRequired[str]
+    """What has written this: an arm is running only as long as that is (`as_of_now`)."""
+
+
+def as_of_now(experiment: Experiment) -> Experiment:
+    """For whoever reads the file: what is said to be running waits, if the process that said so was killed."""
+    if not has_ended(experiment.get("process", this_process())):
+        return experiment
+    experiment = copy.deepcopy(experiment)
+    for arm in experiment["arms"]:
+        if arm["status"] == "running":
+            arm["status"], arm["reason"] = "waiting", "its process was ended; the same command goes on"
+    return experiment

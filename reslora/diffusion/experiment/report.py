@@ -8,11 +8,11 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from ...common.charts import Axes, Series, chart, escape, interval
 from ...files import replacing
-from .charts import Axes, Series, chart, escape, interval
 from .gallery import gallery
 from .look import SCRIPT, STYLE
-from .record import Arm, Experiment, Verdict
+from .record import Arm, Experiment, Verdict, as_of_now
 from .statistics import REFERENCE, percents
 
 NOTHING = "&mdash;"
@@ -34,6 +34,7 @@ def write_report(experiment: Experiment, folder: Path) -> None:
 
 def page(experiment: Experiment, folder: Path) -> str:
     """The whole document."""
+    experiment = as_of_now(experiment)
     headline = escape(headline_of(experiment))
     sections = (
         ("Verdicts", verdict_table(experiment)),
@@ -327,8 +328,13 @@ def settings_of(experiment: Experiment) -> str:
 
 
 def in_words(value: object) -> str:
-    """A flag's value, or its values."""
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    """A flag's value, or its values; of a whole path what is below the working directory, or else its last name."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(in_words, value))
+    path = Path(str(value))
+    if not path.is_absolute():
+        return str(value)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name
 
 
 def missing(experiment: Experiment) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from ... import __version__
 from ...common.errors import InvalidArgument
 from ...common.methods import METHODS
-from ...files import read_object, write_json
+from ...files import read_object, this_process, write_json
 from ..arguments import Flags
 from ..folder import EXPERIMENT
 from ..run import Setting
@@ -91,6 +91,7 @@ class Results:
             "notes": self.notes,
             "identity": identity_record(self.course.flags, self.setting.identity),
             "readings": self.readings,
+            "process": this_process(),
         }
         write_json(folder / EXPERIMENT, content)
         return content

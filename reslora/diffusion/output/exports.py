@@ -91,7 +91,8 @@ def export_method(
             if differences[file] > TOLERANCE:
                 problem = f"its image differs by {differences[file]}/255 from the merged model's"
                 raise RunFailed(f"{name}/{file}: {problem}; {TOLERANCE}/255 is allowed")
-    return differences | {part.name: differences[context.model.family.denoiser] for part in context.encoders}
+    of_encoders = [part.name for part in context.encoders if context.writes_merged]
+    return differences | {name: differences[context.model.family.denoiser] for name in of_encoders}
 
 
 def finite(drawn: np.ndarray, what: str) -> np.ndarray:
@@ -234,7 +235,8 @@ def write_formats(parts: Parts, method: str, metadata: dict[str, str], context: 
     family, folder = context.model.family, context.folder_of(method)
     for name, part in parts.items():
         export.export_peft(part, peft_folder(folder / "peft", name, family))
-        export.export_merged(part, folder / name)
+        if context.writes_merged:
+            export.export_merged(part, folder / name)
     if METHODS[method].plain_lora:
         write_lora(parts, folder, family, metadata)
 
@@ -307,6 +309,8 @@ def read_back(parts: Parts, method: str, drawer: Drawer, context: Context) -> It
     for part in parts:
         PeftModel.from_pretrained(parts[part], peft_folder(folder / "peft", part, model.family))  # in place
     yield "peft", denoiser
+    if not context.writes_merged:
+        return
     remove_adapters(denoiser)
     denoiser.to("meta")
     for part in context.encoders:
