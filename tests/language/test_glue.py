@@ -196,9 +196,7 @@ def test_every_merge_is_measured(shortcut, merges, architecture, request, rte, t
     assert results["merge"] == {"none": "none", "block": "exact"}.get(shortcut, "lstsq")
 
 
-@pytest.mark.parametrize(
-    "method", ["lora", "lora_x2", "reslora", "adalora", "loha", "lokr", "lora_matched", "is_placebo"]
-)
+@pytest.mark.parametrize("method", ["lora", "lora_x2", "reslora", "adalora", "loha", "lokr", "lora_matched"])
 def test_what_is_saved_loads_in_stock_libraries(method, roberta, rte, tmp_path):
     glue.main(flags(roberta, rte, tmp_path, "rte", "--method", method, "--merge_and_save"))
     tokens = {"input_ids": torch.tensor([[0, 5, 6, 7, 2, 2, 8, 9, 2]])}

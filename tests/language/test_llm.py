@@ -33,7 +33,6 @@ def run(argv: list[str]) -> int:
         ("reslora", "block", ["unmerged", "none", "exact"]),
         ("lora", "input", ["unmerged"]),
         ("adalora", "input", ["unmerged"]),
-        ("lora_matched", "middle", ["unmerged"]),
         ("ms_placebo", "input", ["unmerged"]),
     ],
 )

@@ -5,6 +5,8 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 
 import browsers
 import pytest
@@ -112,6 +114,29 @@ def test_an_unfinished_experiment_says_what_is_missing(tmp_path):
     nothing = found | {"arms": [], "chosen": {}, "notes": [], "timesteps": [], "settings": {}, "versions": {}}
     content = page(nothing, tmp_path)
     assert re.findall("<h2>(.*?)</h2>", content) == ["Settings and versions", "How to read this"]
+
+
+def test_an_arm_whose_process_was_killed_waits(tmp_path):
+    killed = subprocess.Popen(
+        [sys.executable, "-c", "import reslora.files as f, time; print(f.this_process(), flush=True); time.sleep(99)"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    found = examples.unfinished() | {"process": killed.stdout.readline().strip()}
+    assert "loha: 1 arm, is being trained" in words_of(page(found, tmp_path))
+    killed.kill()
+    killed.wait()
+    words = words_of(page(found, tmp_path))
+    assert "is being trained" not in words and "its process was ended; the same command goes on" in words
+    elsewhere = found | {"process": f"00000000-{killed.pid}-1"}  # of another machine nobody can say
+    assert "loha: 1 arm, is being trained" in words_of(page(elsewhere, tmp_path))
+
+
+def test_settings_name_no_place_outside_the_working_directory(experiment, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paths = {"output_dir": str(tmp_path / "runs" / "mine"), "train_data_dir": ["/home/someone/cats", "dogs"]}
+    words = words_of(page(experiment | {"settings": paths}, folder))
+    assert "output_dir runs/mine train_data_dir cats, dogs" in words and "someone" not in words
 
 
 def test_a_damaged_image_and_a_missing_one(experiment, tmp_path):

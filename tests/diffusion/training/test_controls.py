@@ -65,7 +65,9 @@ def test_what_a_placebo_trains_is_as_large_as_lora_and_says_its_seed(controls):
     lora, placebo = (final_weights(controls, method, 2) for method in ("lora_matched", "ms_placebo"))
     assert {name: value.shape for name, value in lora.items()} == {name: v.shape for name, v in placebo.items()}
     found = header(controls / "ms_placebo" / "checkpoint-2")
-    assert found["seed"] == 0 and {count for count, _ in found["rotations"].values()} == {1}  # its chains have two blocks
+    assert found["seed"] == 0 and {count for count, _ in found["rotations"].values()} == {
+        1
+    }  # its chains have two blocks
 
 
 def test_a_control_needs_samples_and_a_start_from_zero(capsys):
