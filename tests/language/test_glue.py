@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import assert_equal
-from launching import launch
+from launching import forked
 from peft import PeftModel
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -360,7 +360,7 @@ def test_accumulated_batches_equal_one(roberta, rte, tmp_path):
 def test_two_processes_agree_with_one(roberta, rte, tmp_path):
     """DDP over gloo: the same samples per step give the same losses, and the merge is the same everywhere."""
     two = flags(roberta, rte, tmp_path / "two", "rte", "--per_device_train_batch_size", "2", "--shortcut", "middle")
-    launch("cpu_two_processes.yaml", ROOT / "train_glue.py", *two, folder=tmp_path)
+    forked(ROOT / "train_glue.py", *two, folder=tmp_path)
     glue.main(flags(roberta, rte, tmp_path / "one", "rte", "--shortcut", "middle"))
     one, both = results_of(tmp_path / "one"), results_of(tmp_path / "two")
     assert list(both["table"]) == list(one["table"])
