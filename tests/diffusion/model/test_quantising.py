@@ -4,6 +4,7 @@ import dataclasses
 import json
 import weakref
 from collections.abc import Iterator
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -219,8 +220,9 @@ def test_loss_and_gradients_are_those_of_the_unpacked_weights(folders, family, s
     torch.testing.assert_close(loss_and_gradients(denoiser, family), expected, rtol=1e-4, atol=1e-7)
 
 
-@precisions
-@pytest.mark.parametrize("method", [method for method in METHODS if method != "reslora"])
+@pytest.mark.parametrize(
+    ("method", "precision"), zip([name for name in METHODS if name != "reslora"], cycle(FORMATS), strict=False)
+)
 def test_other_adapters_train_on_it(folders, method, precision):
     family, denoiser, stock = packed_and_by_hand(folders("stable_diffusion"), precision)
     for model in (denoiser, stock):
