@@ -1,14 +1,20 @@
-"""Starts a script by the bundled configurations of `accelerate launch`: two processes on the CPU, whatever they say."""
+"""Starts a script by the bundled configurations of `accelerate launch`: two processes on the CPU, whatever they say.
 
+Most tests of two processes are not about the launcher: `forked` gives them the processes without its start.
+"""
+
+import gc
 import importlib.util
+import multiprocessing
 import os
+import runpy
 import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
-from waiting import LIMIT, default_sigint, ignore_sigint, wait_until
+from waiting import LIMIT, default_sigint, ended, ignore_sigint, wait_until
 
 FOLDER = Path(__file__).resolve().parent.parent / "assets" / "accelerate"
 MACHINES = {"cpu_two_processes.yaml": 1, "one_node.yaml": 1, "two_nodes.yaml": 2, "deepspeed_zero2.yaml": 1}
@@ -23,11 +29,8 @@ def launch(name: str, script: Path | str, *flags: str, folder: Path, launcher: t
     Two processes, on two "machines" where the configuration is for several. `launcher`: further words for `accelerate
     launch`; `folder`: for what is printed. Fails with the end of it if a launcher does.
     """
-    machines, port = MACHINES[name], "0"
-    if machines > 1:  # port 0 means that each launcher chooses
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
+    machines = MACHINES[name]
+    port = free_port() if machines > 1 else "0"  # 0: the launcher chooses
     words = ["--config_file", str(FOLDER / name), "--num_processes", "2", "--main_process_port", port]
     words += ["--main_process_ip", "127.0.0.1"] if machines > 1 else []
     processes, files = [], [folder / f"launcher-{rank}.txt" for rank in range(machines)]
@@ -62,3 +65,64 @@ def start(words: list[str], printed: Path, background: bool = False, **options) 
             preexec_fn=ignore_sigint if background else default_sigint,
             **options,
         )
+
+
+def free_port() -> str:
+    """A port that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+# -- without the launcher ----------------------------------------------------------------------------------------------
+
+
+LIBRARIES = ["torch", "accelerate", "datasets", "matplotlib.pyplot", "peft", "safetensors.torch", "transformers"]
+LIBRARIES += ["diffusers.optimization", "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion"]
+
+
+def fork_server() -> multiprocessing.context.BaseContext:
+    """Starts processes that have the libraries loaded, from one that never trains itself."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(LIBRARIES)
+    return context
+
+
+def start_forked(script: Path | str, *flags: str, printed: Path) -> list[multiprocessing.process.BaseProcess]:
+    """Two processes of a script, by rank, in the environment that `accelerate launch` gives them on a CPU.
+
+    All that they print is in one file. None ends the other, as a launcher would.
+    """
+    store = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    store |= {"ACCELERATE_MIXED_PRECISION": "no", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    printed.touch()
+    processes = []
+    for rank in ("0", "1"):
+        words = (store | {"RANK": rank, "LOCAL_RANK": rank}, [str(script), *flags], str(printed))
+        processes.append(fork_server().Process(target=_run_script, args=words))
+        processes[-1].start()
+    return processes
+
+
+def forked(script: Path | str, *flags: str, folder: Path) -> str:
+    """As `launch` by the configuration `cpu_two_processes.yaml`."""
+    processes = start_forked(script, *flags, printed=folder / "printed.txt")
+    statuses = [ended(process) for process in processes]
+    printed = (folder / "printed.txt").read_text(errors="replace")
+    assert statuses == [0, 0], printed[-5000:]
+    return printed
+
+
+def _run_script(environment: dict[str, str], words: list[str], printed: str) -> None:
+    """What a forked process does."""
+    gc.freeze()
+    default_sigint()
+    multiprocessing.set_start_method("fork", force=True)  # what the data loader's workers are used to
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        del os.environ[name]
+    os.environ.update(environment)
+    for stream in (1, 2):
+        os.dup2(os.open(printed, os.O_WRONLY | os.O_APPEND), stream)
+    sys.argv = words
+    sys.path.insert(0, str(Path(words[0]).parent))
+    runpy.run_path(words[0], run_name="__main__")

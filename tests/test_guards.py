@@ -153,7 +153,9 @@ def test_without_a_shortcut_nothing_is_refused(llama, unet, tmp_path, config):
     model.save_pretrained(tmp_path / "llama")
     model.load_adapter(str(tmp_path / "llama"), "default", torch_device="cpu")
     connected(unet, config).save_lora_adapter(tmp_path / "unet")
+    expected = run(model, llama.inputs())
     model.merge_adapter()
+    assert_equal(run(model, llama.inputs()), expected)
 
 
 @wired

@@ -4,7 +4,6 @@ import ast
 import copy
 import graphlib
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +34,7 @@ from conftest import (
     tiny_llama,
     tiny_unet,
 )
+from launching import fork_server, free_port
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from waiting import LIMIT
@@ -228,15 +228,9 @@ def test_a_copy_that_data_parallel_runs_is_refused(llama, shortcut):
     assert_one_line(error, "DataParallel", "DistributedDataParallel")
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def _two_process_worker(rank: int, port: int, directory: str) -> None:
+def _two_process_worker(rank: int, port: str, directory: str) -> None:
     torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     dist.init_process_group("gloo", rank=rank, world_size=2)
     for name, shortcut, checkpointing, connect_inside in TWO_PROCESS_CASES:
         arch = ARCHITECTURES[name]
@@ -266,7 +260,8 @@ TWO_PROCESS_CASES = [
 
 
 def test_two_processes_have_the_gradients_of_one_with_the_whole_batch(tmp_path):
-    mp.spawn(_two_process_worker, (_free_port(), str(tmp_path)), nprocs=2)
+    fork_server()
+    mp.start_processes(_two_process_worker, (free_port(), str(tmp_path)), nprocs=2, start_method="forkserver")
     for name, shortcut, checkpointing, _ in TWO_PROCESS_CASES:
         arch = ARCHITECTURES[name]
         model = Oracle(arch.lora(), arch.blocks, shortcut, 2).model

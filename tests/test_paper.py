@@ -167,11 +167,13 @@ def test_language_training_is_kept_with_its_merges_and_calibrations(tmp_path, mo
 def test_trainers_take_the_flags_of_every_training(tmp_path, monkeypatch):
     monkeypatch.setattr(paper, "split_data", lambda experiment, args, search: tmp_path)
     args = argparse.Namespace(llm="someone/model", encoder="someone/encoder", text=tmp_path)
-    parsers = {"train_sd.py": settings.parse_args, "train_llm.py": llm.parse, "train_glue.py": glue.parse}
+    parsers = {"train_sd.py": settings.parse_args, "train_llm.py": lambda argv: llm.parse(argv)[-1]}
+    parsers["train_glue.py"] = lambda argv: glue.parse(argv).training
     for experiment in (e for e in paper.EXPERIMENTS.values() if e.script):
         for variant in experiment.variants:
             flags = paper.flags_of(experiment, variant, 1, args, search=False)
-            parsers[experiment.script]([*flags, "--output_dir", str(tmp_path / "run")])
+            found = parsers[experiment.script]([*flags, "--output_dir", str(tmp_path / "run")])
+            assert (found.seed, found.output_dir) == (1, str(tmp_path / "run")), (experiment, variant)
 
 
 def test_steps_to_a_loss_lie_on_the_line_between_rows():

@@ -104,9 +104,9 @@ def leave(everyone: bool) -> None:
     """Leaves the groups of processes; where not `everyone` does, a GPU's group, which would wait, is left alone."""
     patient = list(_PATIENT.values())
     _PATIENT.clear()
-    gc.collect()  # a wrapped model that an exception's frames still hold would wait for the group as it goes
     if not (dist.is_available() and dist.is_initialized()):
         return
+    gc.collect()  # a wrapped model that an exception's frames still hold would wait for the group as it goes
     if everyone or dist.get_backend() == "gloo":
         dist.destroy_process_group()
     else:

@@ -2,15 +2,12 @@
 
 import functools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import PIL.Image
 from pipelines import image_folder, stable_diffusion
-from waiting import LIMIT
 
+import train_sd
 from app.runs import Library, Run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -73,9 +70,7 @@ def trained(folder: Path) -> Path:
     flags += ["--max_train_steps", 4, "--validation_steps", 2, "--checkpointing_steps", 2, "--train_batch_size", 2]
     flags += ["--validation_prompt", "red disc", "blue box", "--num_inference_steps", 2, "--report_to", "none"]
     flags += ["--merge_calibration_samples", 4]
-    command = [sys.executable, REPOSITORY / "train_sd.py", *flags]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([str(word) for word in command], check=True, capture_output=True, env=environment, timeout=LIMIT)
+    assert train_sd.main([str(word) for word in flags]) == 0
     return folder / "runs"
 
 

@@ -377,6 +377,7 @@ def test_cancel(page):
     page.locator("#status").get_by_text("of 8").first.wait_for()
     page.locator("#cancel").click()
     page.locator("#status").get_by_text("Cancelled after").wait_for()
+    assert page.locator("#gallery img").count() < 16  # 8 images, each beside the base model's
 
 
 CONTRAST = """
@@ -422,6 +423,7 @@ def test_a_run_that_is_deleted_leaves_the_list(page, runs):
     page.wait_for_timeout(3000)  # a look at it
     shutil.rmtree(runs / "passing")
     page.wait_for_function("document.querySelector('#run input').value !== 'passing'")
+    assert page.locator("#run input").input_value() in {path.name for path in runs.iterdir()}
 
 
 def test_chains_and_merge_are_shown(page):

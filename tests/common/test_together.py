@@ -1,15 +1,11 @@
 """Several processes: one decides, all hear of it, and nobody is left waiting where one fails."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from launching import launch
-from waiting import output_of
+from launching import forked, start_forked
+from waiting import ended
 
 from reslora.common import together
 from reslora.common.errors import InvalidArgument
@@ -59,7 +55,7 @@ accelerator.end_training()
 def seen(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("together")
     (folder / "script.py").write_text(SCRIPT.format(folder=folder))
-    launch("cpu_two_processes.yaml", folder / "script.py", folder=folder)
+    forked(folder / "script.py", folder=folder)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 
@@ -116,31 +112,16 @@ sys.exit(run_script("script", main))
 
 @pytest.mark.parametrize("waiting", ["wait()", "any_of(False)", "decided(lambda: 1)", "each(lambda: 1)"])
 def test_a_process_that_dies_is_not_waited_for(tmp_path, waiting):
-    processes = started(tmp_path, DEAD.format(waiting=waiting))
-    errors = output_of(processes[0])[1]
-    assert processes[0].returncode == 1 and "another process of this run has ended" in errors.splitlines()[-1], errors
-    assert "Traceback" not in errors
-    output_of(processes[1])
+    statuses, printed = outcome(tmp_path, DEAD.format(waiting=waiting))
+    assert statuses == [1, 9] and "another process of this run has ended" in printed.splitlines()[-1], printed
+    assert "Traceback" not in printed
 
 
-def started(folder: Path, script: str) -> list[subprocess.Popen]:
-    """Two processes of a script, by rank, that find each other."""
+def outcome(folder: Path, script: str) -> tuple[list[int], str]:
+    """The exit statuses of two processes of a script, by rank, and what they print."""
     (folder / "script.py").write_text(script)
-    store = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    path = {"PYTHONPATH": os.pathsep.join(sys.path)}
-    return [
-        subprocess.Popen(
-            [sys.executable, "script.py"], cwd=folder, env=os.environ | store | path | {"RANK": str(rank)},
-            stderr=subprocess.PIPE, text=True,
-        )
-        for rank in (0, 1)
-    ]  # fmt: skip
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    processes = start_forked(folder / "script.py", printed=folder / "printed.txt")
+    return [ended(process) for process in processes], (folder / "printed.txt").read_text()
 
 
 # Collectives of this group expire after two seconds; the main process takes four.
@@ -163,6 +144,5 @@ sys.exit(run_script("script", main))
 
 def test_the_others_outwait_what_a_collective_does_not(tmp_path):
     """Merging, drawing and reading back take longer than any collective may."""
-    processes = started(tmp_path, PATIENT)
-    errors = [output_of(process)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
+    statuses, printed = outcome(tmp_path, PATIENT)
+    assert statuses == [0, 0], printed

@@ -1,6 +1,7 @@
 """How the tests call train_sd.py, in this process or in one of its own, and what they read of the folder it leaves."""
 
 import contextlib
+import gc
 import hashlib
 import io
 import multiprocessing
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from launching import fork_server
 from safetensors.torch import load_file
 from waiting import ended
 
@@ -21,8 +23,6 @@ from reslora.files import replacing
 
 SCRIPT = Path(train_sd.__file__)
 RESUME = ("--resume_from_checkpoint", "latest")
-LIBRARIES = ["torch", "accelerate", "datasets", "matplotlib.pyplot", "peft", "safetensors.torch", "transformers"]
-LIBRARIES += ["diffusers.optimization", "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion"]
 
 
 # -- in this process -------------------------------------------------------------------------------------------------
@@ -165,6 +165,7 @@ class Watcher:
 
 def run_and_exit(flags: list[str], output: str, messages: str, watcher: Watcher | None) -> None:
     """What the forked process does: train_sd.py with its stderr in a file."""
+    gc.freeze()  # what the libraries left
     multiprocessing.set_start_method("fork", force=True)  # what the data loader's workers are used to
     stderr = os.open(messages, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(stderr, 2)
@@ -178,8 +179,7 @@ class Runs:
     """Starts runs with the same flags, forked from a server that has the libraries loaded and never trains itself."""
 
     def __init__(self, flags: list[str], folder: Path):
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(LIBRARIES)
+        self.context = fork_server()
         self.flags, self.messages = flags, folder / "stderr.txt"
 
     def start(self, output: Path, *flags: str, watcher: Watcher | None = None):

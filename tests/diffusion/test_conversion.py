@@ -27,7 +27,8 @@ from diffusion.model.lora_files.loras import (
 from reslora.convert import main
 from reslora.export import Factors, write_diffusers
 
-# Every format from every other one.
+# Each format is read and written, by way of what all are made of: enough for a family. For one, each from every other.
+CIRCLE = ["diffusers", "kohya", "comfyui", "peft", "diffusers"]
 ROUND = ["diffusers", "kohya", "diffusers", "comfyui", "diffusers", "peft", "kohya", "comfyui", "kohya", "peft"]
 ROUND += ["comfyui", "peft", "diffusers"]
 FILE = {"diffusers": ".safetensors", "kohya": ".safetensors", "comfyui": ".safetensors", "peft": ""}
@@ -64,7 +65,7 @@ def written(path, family="stable_diffusion", parts=None, **metadata):
 def test_every_format_from_every_other_with_the_same_updates(family, tmp_path):
     wanted = written(tmp_path / "0.safetensors", family)
     before = tmp_path / "0.safetensors"
-    for number, to in enumerate(ROUND[1:]):
+    for number, to in enumerate((ROUND if family == "flux" else CIRCLE)[1:]):
         path = tmp_path / f"{number + 1}{FILE[to]}"
         assert convert(before, path, "--to", to, "--base", tiny(family)) == 0
         assert_same(read(path, names(family)), wanted)

@@ -70,15 +70,14 @@ def stopped_at(step: int, folder, number: int = signal.SIGTERM, **flags):
 
 
 @pytest.mark.parametrize(
-    ("step", "flags"),
+    ("step", "flags", "number"),
     [
-        (3, {"eval_strategy": "epoch", "save_strategy": "epoch"}),  # within an epoch of four steps
-        (4, {"eval_strategy": "epoch", "save_strategy": "epoch"}),  # at its end
-        (3, {"eval_strategy": "steps", "eval_steps": 3}),
-        (1, {"save_strategy": "no"}),
+        (3, {"eval_strategy": "epoch", "save_strategy": "epoch"}, signal.SIGINT),  # within an epoch of four steps
+        (4, {"eval_strategy": "epoch", "save_strategy": "epoch"}, signal.SIGTERM),  # at its end
+        (3, {"eval_strategy": "steps", "eval_steps": 3}, signal.SIGTERM),
+        (1, {"save_strategy": "no"}, signal.SIGINT),
     ],
 )
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_is_saved_and_goes_on_as_if_it_never_was(tmp_path, step, flags, number):
     whole, _ = build()
     trainer_for(whole, tmp_path / "whole", **flags).train()

@@ -40,7 +40,7 @@ def test_one_process_with_the_flag_trains_with_deepspeed_without_a_launcher(tiny
 def test_flags_that_differ_from_deepspeeds_configuration_are_one_line(tiny, data, tmp_path):
     argv = flags(tiny, data, tmp_path / "run", "--gradient_accumulation_steps", "2")
     with pytest.raises(AssertionError, match=r"error: DeepSpeed's configuration: differs from the flags: ds gradient_"):
-        launch(NAME, SCRIPT, *argv, folder=tmp_path)
+        launch(NAME, SCRIPT, *argv, folder=tmp_path, launcher=("--num_processes", "1"))
 
 
 def test_deepspeed_is_not_left_out_silently(tiny, data, tmp_path):

@@ -1,13 +1,14 @@
 """train_glue.py from flags to files: metrics, data, every method and merge, resuming, two processes, bad input."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import assert_equal
-from launching import launch
+from launching import forked
 from peft import PeftModel
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -171,15 +172,15 @@ def test_every_task_trains_and_is_scored(task, roberta, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("shortcut", "merges"),
+    ("architecture", "shortcut", "merges"),  # the chains of both are those of tests/test_chains.py
     [
-        ("input", ["unmerged", "none", "input", "weights", "lstsq"]),
-        ("middle", ["unmerged", "none", "input", "weights", "lstsq"]),
-        ("block", ["unmerged", "none", "exact"]),
-        ("none", ["unmerged"]),
+        ("roberta", "input", ["unmerged", "none", "input", "weights", "lstsq"]),
+        ("roberta", "middle", ["unmerged", "none", "input", "weights", "lstsq"]),
+        ("roberta", "block", ["unmerged", "none", "exact"]),
+        ("roberta", "none", ["unmerged"]),
+        ("bert", "middle", ["unmerged", "none", "input", "weights", "lstsq"]),
     ],
 )
-@pytest.mark.parametrize("architecture", ["roberta", "bert"])
 def test_every_merge_is_measured(shortcut, merges, architecture, request, rte, tmp_path):
     model = request.getfixturevalue(architecture)
     glue.main(flags(model, rte, tmp_path, "rte", "--shortcut", shortcut))
@@ -336,7 +337,7 @@ def test_log_and_configuration(roberta, rte, tmp_path):
 def test_a_resumed_run_equals_an_uninterrupted_one(method, roberta, rte, tmp_path):
     more = ("--save_strategy", "steps", "--save_steps", "2", "--method", method, "--lora_dropout", "0.1")
     glue.main(flags(roberta, rte, tmp_path / "whole", "rte", *more))
-    glue.main(flags(roberta, rte, tmp_path / "broken", "rte", *more))
+    shutil.copytree(tmp_path / "whole", tmp_path / "broken")
     for name in ("results.json", "checkpoint-4/trainer_state.json"):
         (tmp_path / "broken" / name).unlink()  # as if killed while the last checkpoint was written
     glue.main(flags(roberta, rte, tmp_path / "broken", "rte", *more, "--resume_from_checkpoint", "latest"))
@@ -360,7 +361,7 @@ def test_accumulated_batches_equal_one(roberta, rte, tmp_path):
 def test_two_processes_agree_with_one(roberta, rte, tmp_path):
     """DDP over gloo: the same samples per step give the same losses, and the merge is the same everywhere."""
     two = flags(roberta, rte, tmp_path / "two", "rte", "--per_device_train_batch_size", "2", "--shortcut", "middle")
-    launch("cpu_two_processes.yaml", ROOT / "train_glue.py", *two, folder=tmp_path)
+    forked(ROOT / "train_glue.py", *two, folder=tmp_path)
     glue.main(flags(roberta, rte, tmp_path / "one", "rte", "--shortcut", "middle"))
     one, both = results_of(tmp_path / "one"), results_of(tmp_path / "two")
     assert list(both["table"]) == list(one["table"])

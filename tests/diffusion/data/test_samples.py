@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from launching import launch
+from launching import forked
 from pipelines import image_folder, stable_diffusion
 from safetensors.torch import load_file
 
@@ -57,7 +57,7 @@ def test_accumulation_is_a_larger_batch(run, base_flags, tmp_path):
 
 def test_two_processes_end_where_one_with_the_whole_batch_ends(run, base_flags, tmp_path):
     flags = [*base_flags, "--train_batch_size", "1", "--method", "reslora", "--output_dir", str(tmp_path / "out")]
-    launch("cpu_two_processes.yaml", SCRIPT, *flags, folder=tmp_path)
+    forked(SCRIPT, *flags, folder=tmp_path)
     for name, value in final_weights(tmp_path / "out").items():
         if name != "reslora.norms":  # recorded by the first process, of its half of the batch
             torch.testing.assert_close(value, final_weights(run)[name], rtol=1e-3, atol=1e-5)

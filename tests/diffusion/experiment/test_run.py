@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from launching import launch
+from launching import forked
 from pipelines import image_folder
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -288,7 +288,7 @@ def test_two_processes_train_what_one_does(flags, small, tmp_path):
     """Half the batch each; equal but for rounding."""
     own = [*flags, *SMALL, "--output_dir", str(tmp_path / "out")]
     own[own.index("--train_batch_size") + 1] = "1"
-    launch("cpu_two_processes.yaml", SCRIPT, *own, folder=tmp_path)
+    forked(SCRIPT, *own, folder=tmp_path)
     one, two = experiment(small), experiment(tmp_path / "out")
     assert one["split"] == two["split"] and len(two["arms"]) == 2
     for mine, other in zip(one["arms"], two["arms"], strict=True):

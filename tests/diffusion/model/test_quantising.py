@@ -4,6 +4,7 @@ import dataclasses
 import json
 import weakref
 from collections.abc import Iterator
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -198,9 +199,17 @@ def test_chains_are_found_without_computing_anything(folders, precision):
     assert found == expected and found.links > 0
 
 
-@precisions
-@pytest.mark.parametrize("shortcut", ["input", "block", "middle"])
-@pytest.mark.parametrize("family", ["stable_diffusion", "z_image"])
+@pytest.mark.parametrize(
+    ("family", "shortcut", "precision"),  # each with each but once: a packed layer knows neither family nor shortcut
+    [
+        ("stable_diffusion", "input", "fp8"),
+        ("stable_diffusion", "block", "int8"),
+        ("stable_diffusion", "middle", "nf4"),
+        ("z_image", "input", "int8"),
+        ("z_image", "block", "nf4"),
+        ("z_image", "middle", "fp8"),
+    ],
+)
 def test_loss_and_gradients_are_those_of_the_unpacked_weights(folders, family, shortcut, precision):
     family, denoiser, stock = packed_and_by_hand(folders(family), precision)
     for model in (denoiser, stock):
@@ -211,8 +220,9 @@ def test_loss_and_gradients_are_those_of_the_unpacked_weights(folders, family, s
     torch.testing.assert_close(loss_and_gradients(denoiser, family), expected, rtol=1e-4, atol=1e-7)
 
 
-@precisions
-@pytest.mark.parametrize("method", [method for method in METHODS if method != "reslora"])
+@pytest.mark.parametrize(
+    ("method", "precision"), zip([name for name in METHODS if name != "reslora"], cycle(FORMATS), strict=False)
+)
 def test_other_adapters_train_on_it(folders, method, precision):
     family, denoiser, stock = packed_and_by_hand(folders("stable_diffusion"), precision)
     for model in (denoiser, stock):
@@ -263,8 +273,9 @@ def flags_of(model: Path, data: Path, output: Path, *more) -> list:
     return [*flags, "--merge_calibration_samples", 2, "--report_to", "none", *more]
 
 
-@precisions
-@pytest.mark.parametrize("family", ["stable_diffusion", "z_image"])
+@pytest.mark.parametrize(
+    ("family", "precision"), [("stable_diffusion", "fp8"), ("stable_diffusion", "int8"), ("z_image", "nf4")]
+)
 def test_a_run_exports_the_whole_base_and_the_update(folders, data, tmp_path, family, precision):
     folder, out = folders(family), tmp_path / "out"
     more = ["--gradient_checkpointing", "--base_precision", precision]

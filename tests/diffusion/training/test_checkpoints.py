@@ -56,7 +56,7 @@ def unfinished(run: Path, output: Path, *methods: str) -> Path:
 @pytest.mark.parametrize("method", ["lora", "reslora", "adalora"])
 def test_resumed_run_equals_an_uninterrupted_one(base_flags, tmp_path, method):
     flags = [*base_flags, "--method", method, "--lora_dropout", "0.2", "--lr_scheduler", "cosine"]
-    flags += ["--lr_warmup_steps", "1"]
+    flags += ["--lr_warmup_steps", "1", "--num_validation_images", "0"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert main(*flags, "--output_dir", whole) == 0
     # A run killed after its second step: nothing but the checkpoint of that step is there.
@@ -99,22 +99,28 @@ def test_latest_skips_a_damaged_checkpoint_and_stray_folders(run, base_flags, tm
     assert_same(final_weights(output), final_weights(run))
 
 
-@pytest.mark.parametrize(
-    ("method", "name"),
-    [
-        ("reslora", "reslora_model.safetensors"),
-        ("lora", "adapter.safetensors"),
-        ("lora", "trainer.pt"),
-        ("lora", "trainer.json"),
-    ],
-)
-def test_one_flipped_bit_is_damage(run, base_flags, tmp_path, method, name):
-    output = unfinished(run, tmp_path / "out", method)
-    flip_a_bit(output / method / "checkpoint-4" / name)
-    lines = printed(*base_flags, "--method", method, "--output_dir", output, *RESUME)
+def test_one_flipped_bit_is_damage(run, base_flags, tmp_path):
+    output = unfinished(run, tmp_path / "out", "lora")
+    flip_a_bit(output / "lora" / "checkpoint-4" / "adapter.safetensors")
+    lines = printed(*base_flags, "--method", "lora", "--output_dir", output, *RESUME)
     only(lines, "warning", "checkpoint-4 is damaged")
     only(lines, "going on from", "checkpoint-2")
-    assert_same(final_weights(output, method), final_weights(run, method))
+    assert_same(final_weights(output, "lora"), final_weights(run, "lora"))
+
+
+def test_one_flipped_bit_is_damage_in_every_file(runs, whole, tmp_path):
+    """Each in a checkpoint of its own, and all the newest of them."""
+    output = tmp_path / "out"
+    shutil.copytree(whole / "reslora", output / "reslora")
+    (output / "reslora" / "exports.json").unlink()
+    damaged = {5: "reslora_model.safetensors", 4: "trainer.pt", 3: "trainer.json"}
+    for step, name in damaged.items():
+        flip_a_bit(output / "reslora" / f"checkpoint-{step}" / name)
+    lines = printed(*runs.flags, "--output_dir", output, *RESUME)
+    for step in damaged:
+        only(lines, "warning", f"checkpoint-{step} is damaged")
+    only(lines, "going on from", "checkpoint-2")
+    assert_same(final_weights(output, step=STEPS), final_weights(whole, step=STEPS))
 
 
 def test_a_named_checkpoint_with_a_flipped_bit_is_refused(run, base_flags, capsys, tmp_path):
@@ -191,19 +197,18 @@ FAILURES = {
 }
 
 
-@pytest.mark.parametrize("name", FAILURES)
-def test_a_resume_that_fails_keeps_everything_and_succeeds_later(run, base_flags, capsys, tmp_path, monkeypatch, name):
+def test_a_resume_that_fails_keeps_everything_and_succeeds_later(run, base_flags, capsys, tmp_path, monkeypatch):
     """It may be another process's memory: nothing is passed over, started afresh, overwritten or removed."""
     output = unfinished(run, tmp_path / "out", "lora")
     before = digests(output, "**/checkpoint-*/*")
     flags = [*base_flags, "--method", "lora", "--output_dir", output, "--checkpoints_total_limit", "1", *RESUME]
     flags += ["--max_train_steps", "5"]
-    where, failure = FAILURES[name]
-    with monkeypatch.context() as patch:
-        patch.setattr(where, failure)
-        line = failed(capsys, *flags)
-    assert "checkpoint-4" in line or "adapter.safetensors" in line
-    assert digests(output, "**/checkpoint-*/*") == before
+    for name, (where, failure) in FAILURES.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(where, failure)
+            line = failed(capsys, *flags)
+        assert "checkpoint-4" in line or "adapter.safetensors" in line, name
+        assert digests(output, "**/checkpoint-*/*") == before, name
     assert main(*flags) == 0
     assert "damaged" not in capsys.readouterr().out
     assert [path.name for path in checkpoints_of(output / "lora")] == ["checkpoint-5"]
@@ -247,15 +252,14 @@ def test_only_the_newest_checkpoints_are_kept(base_flags, tmp_path):
     assert len(list((tmp_path / "out" / "lora").glob("checkpoint-*"))) == 2
 
 
-@pytest.mark.parametrize(("limit", "kept"), [(1, [5]), (3, [3, 4, 5])])
-def test_rotation_keeps_the_newest_and_leaves_the_rest_alone(runs, tmp_path, limit, kept):
+def test_rotation_keeps_the_newest_and_leaves_the_rest_alone(runs, tmp_path):
     """Neither stray folders nor unfinished checkpoints are counted or removed."""
     method = tmp_path / "out" / "reslora"
     for name in ("checkpoint-best", "checkpoint-3-backup", "checkpoint-99"):
         (method / name).mkdir(parents=True)
         (method / name / "mine.txt").write_text("mine")
-    assert runs.finish(tmp_path / "out", "--checkpoints_total_limit", str(limit)) == 0
-    names = {f"checkpoint-{step}" for step in kept} | {"checkpoint-best", "checkpoint-3-backup", "checkpoint-99"}
+    assert runs.finish(tmp_path / "out", "--checkpoints_total_limit", "3") == 0
+    names = {f"checkpoint-{step}" for step in (3, 4, 5)} | {"checkpoint-best", "checkpoint-3-backup", "checkpoint-99"}
     assert {path.name for path in method.glob("checkpoint-*")} == names
     assert (method / "checkpoint-best" / "mine.txt").read_text() == "mine"
 

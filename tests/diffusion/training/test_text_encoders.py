@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from launching import launch
+from launching import forked
 from pipelines import FAMILIES, image_folder
 from safetensors.torch import load_file
 from torch.func import functional_call
@@ -203,7 +203,7 @@ def test_accumulated_steps_are_those_of_one_batch(model, one_batch):
 
 def test_steps_of_two_processes_are_those_of_one_batch(model, one_batch, tmp_path):
     words = [str(model), "2", "1", str(tmp_path / "found"), FLAG]
-    launch("cpu_two_processes.yaml", script_of_steps(tmp_path), *words, folder=tmp_path)
+    forked(script_of_steps(tmp_path), *words, folder=tmp_path)
     found = load_file(tmp_path / "found")
     assert found["processes"] == 2
     assert_equal_but_for_rounding(found, one_batch)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
-from launching import launch, start
+from launching import forked, start
 from safetensors.torch import load_file
 from waiting import ended, is_running, output_of, wait_until
 
@@ -87,7 +87,7 @@ def script_of_steps(folder: Path) -> Path:
 @pytest.mark.parametrize(("batch", "accumulation"), [(2, 1), (1, 2)])
 def test_steps_of_two_processes_are_those_of_one_batch(model, one_batch, tmp_path, batch, accumulation):
     words = [str(model), str(batch), str(accumulation), str(tmp_path / "found")]
-    launch("cpu_two_processes.yaml", script_of_steps(tmp_path), *words, folder=tmp_path)
+    forked(script_of_steps(tmp_path), *words, folder=tmp_path)
     found = load_file(tmp_path / "found")
     assert found["processes"] == 2
     assert_equal_but_for_rounding(found, one_batch)
