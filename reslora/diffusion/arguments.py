@@ -223,6 +223,17 @@ def add_data_flags(add: Callable) -> None:
         help="of the loss of each image: one for all folders, or one for each")
     add("--image_column", default="image", help="column with the image")
     add("--caption_column", default="text", help="column with the caption, or a list of captions to choose from")
+    add("--caption_prefix", metavar="TEXT", help="put before every caption but those of class images: a trigger word")
+    add("--caption_suffix", metavar="TEXT", help="put behind every such caption")
+    add("--caption_dropout", type=number(0, below=1), default=0.0,
+        help="share of the training samples with the empty caption instead; none of class images")
+    add("--enable_wildcard", **SWITCH,
+        help="of {red|blue} in a caption each training sample has one, and of several lines one; {{ and }} are braces")
+    add("--shuffle_caption", **SWITCH, help="put the tags of a caption, between commas, into another order each time")
+    add("--caption_tag_dropout_rate", type=number(0, below=1), default=0.0,
+        help="share of a caption's tags that each training sample is without")
+    add("--keep_tokens", type=whole(0), default=0,
+        help="how many tags, the prefix counted, are neither shuffled nor left out")
     add("--class_data_dir", metavar="FOLDER",
         help="class images, which keep what the model knows: images of the kind of thing that is learnt; may hold "
              "kohya's folders, and then the model draws none")
@@ -248,7 +259,8 @@ def add_data_flags(add: Callable) -> None:
     add("--cache_latents", action=argparse.BooleanOptionalAction, default=True,
         help="encode every image once and keep its latents on disk, instead of encoding it in every step")
     add("--cache_text_embeddings", action=argparse.BooleanOptionalAction, default=True,
-        help="encode every caption once and keep it on disk, then free the text encoder")
+        help="encode every caption once and keep it on disk, then free the text encoder; where a run has more variants "
+             "of captions than 1000, and than four of each, the encoder stays")
     add("--dataloader_num_workers", type=whole(0), default=0, help="processes that read images")
 
 

@@ -173,6 +173,9 @@ def check_flags(flags: Flags) -> None:
     if (flags.class_data_dir is None) != (flags.class_prompt is None):
         missing = "--class_prompt" if flags.class_prompt is None else "--class_data_dir"
         raise InvalidArgument(missing, "missing", "give --class_data_dir and --class_prompt together, or neither")
+    if flags.keep_tokens and not (flags.shuffle_caption or flags.caption_tag_dropout_rate):
+        fix = "add --shuffle_caption or --caption_tag_dropout_rate"
+        raise InvalidArgument(f"--keep_tokens {flags.keep_tokens}", "nothing reads it", fix)
     if flags.aspect_ratio_buckets and not flags.use_aspect_ratio_buckets:
         raise InvalidArgument("--aspect_ratio_buckets", "nothing reads them", "add --use_aspect_ratio_buckets")
     if flags.aspect_ratio_buckets and len(listed(flags.resolution)) > 1:
