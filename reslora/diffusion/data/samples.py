@@ -14,7 +14,7 @@ from ..seeds import generator, shuffled
 from .batch import Batch, collate
 from .captions import choose
 from .encoding import Latents, Texts
-from .images import crop_and_scale, crop_sizes
+from .images import crop_and_scale, crop_mask, crop_sizes
 from .loaders import worker_options
 from .plan import Draw, Plan
 from .size import Size
@@ -99,11 +99,14 @@ class TrainingSamples(Dataset):
         return latents.of(draw.image, choose(latents.variants, draws))
 
     def _fresh(self, source: Source, draw: Draw, draws: torch.Generator) -> dict[str, torch.Tensor]:
-        flags, image = self.material.flags, source.images.open(draw.image)
+        flags, images = self.material.flags, source.images
+        image, mask = images.open_masked(draw.image) if flags.masked_loss else (images.open(draw.image), None)
         crop = (0.5, 0.5) if flags.center_crop else torch.rand(2, generator=draws).tolist()
         flip = flags.random_flip and bool(torch.rand((), generator=draws) < 0.5)
         sizes = torch.tensor(crop_sizes(image.size, crop, flip, draw.size))
-        return {"pixels": crop_and_scale(image, crop, flip, draw.size, flags.image_interpolation_mode), "sizes": sizes}
+        pixels = crop_and_scale(image, crop, flip, draw.size, flags.image_interpolation_mode)
+        masked = {} if mask is None else {"mask": crop_mask(mask, crop, flip, draw.size)}
+        return {"pixels": pixels, "sizes": sizes} | masked
 
 
 class CalibrationSamples(TrainingSamples):
