@@ -10,13 +10,17 @@ from pipelines import flux, image_folder
 
 from diffusion.runs import losses, only, printed, refused
 from reslora.diffusion.arguments import Flags
+from reslora.diffusion.context import Context
 from reslora.diffusion.data import material as making
 from reslora.diffusion.data.captions import VERBATIM, Recipe
-from reslora.diffusion.data.material import captions_of
+from reslora.diffusion.data.dataset import load_images
+from reslora.diffusion.data.material import captions_of, source_of
 from reslora.diffusion.data.samples import CalibrationSamples, Material, ValidationSamples, training_loader
 from reslora.diffusion.data.size import Size
 from reslora.diffusion.data.sources import Source
+from reslora.diffusion.experiment.run import of_seed
 from reslora.diffusion.seeds import generator
+from reslora.diffusion.settings import parse_args
 
 
 def outcomes(recipe: Recipe, *captions: str, count: int = 400) -> list[str]:
@@ -145,6 +149,33 @@ def test_every_caption_of_a_run_is_known_beforehand(processes, accumulation, mon
     monkeypatch.setattr(making, "FEW_VARIANTS", len(known) - 1)
     assert captions_of(material, processes) is None
     assert len(captions_of(material_with(Recipe(prefix="sks", dropout=0.5)), processes)) == 15
+
+
+def test_each_seed_of_an_experiment_has_variants_of_its_own(monkeypatch):
+    material = material_with(EVERYTHING)
+    material = dataclasses.replace(
+        material,
+        flags=material.flags.replace(cache_text_embeddings=True, validation_prompt=["a"], train_text_encoder=False),
+        sources=tuple(dataclasses.replace(source, latents=None) for source in material.sources),
+    )
+    family = SimpleNamespace(name="tiny", text_parts=("text_encoder",))
+    model = SimpleNamespace(family=family, fingerprint=lambda *parts: "")
+    accelerator = SimpleNamespace(num_processes=1, mixed_precision="no")
+    monkeypatch.setattr(making, "encode_texts", lambda wanted, *rest: wanted)
+    context = Context(material.flags, model, accelerator, None)
+    for seed in (3, 4):
+        found = of_seed(material, seed, None, context)
+        assert found.texts == ["", "a", *captions_of(found, 1)]
+        assert set(told(material_with(EVERYTHING, seed=seed), range(12))) <= set(found.texts)
+
+
+@pytest.mark.parametrize("of_class", [True, False])
+def test_class_images_keep_their_prompt(of_class, tmp_path):
+    words = ["--pretrained_model_name_or_path", "someone/model", "--train_data_dir", image_folder(tmp_path / "images")]
+    flags = parse_args([*map(str, words), "--caption_prefix", "sks", "--caption_suffix", "end", "--no-cache_latents"])
+    images = dataclasses.replace(load_images(flags), of_class=of_class)
+    source = source_of(images, [Size(16, 16)] * len(images), None, Context(flags, None, None, None))
+    assert source.recipe == (VERBATIM if of_class else Recipe(prefix="sks", suffix="end"))
 
 
 # -- whole runs ------------------------------------------------------------------------------------------------------

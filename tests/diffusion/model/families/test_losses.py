@@ -231,13 +231,15 @@ def test_masked_places_have_no_gradient_and_others_that_of_the_whole_loss(settin
     assert (of_masked[..., width:] == 0).all()
 
 
+@pytest.mark.parametrize(("more", "share"), [((), 4), (("--masked_loss_normalised",), 1)])
 @torch.no_grad()
-def test_the_validation_loss_is_the_squared_error_within_masks(setting):
-    one = setting("stable_diffusion", "--masked_loss", "--loss_type", "smooth_l1", "--prediction_type", "epsilon")
+def test_the_validation_loss_is_the_squared_error_within_masks(setting, more, share):
+    words = ("--masked_loss", "--loss_type", "smooth_l1", "--prediction_type", "epsilon", *more)
+    one = setting("stable_diffusion", *words)
     batch = one.batch()
     batch.mask = torch.zeros(2, 1, 32, 32)
     batch.mask[..., :16, :16] = 1
     noisy, epsilon, _ = ddpm_parts(one, batch)
     prediction = one.denoiser(noisy, batch.timesteps, one.stock.encode_prompt(CAPTIONS, "cpu", 1, False)[0]).sample
-    expected = mean_square(prediction[..., :4, :4], epsilon[..., :4, :4]) / 4
+    expected = mean_square(prediction[..., :4, :4], epsilon[..., :4, :4]) / share
     torch.testing.assert_close(one.loss(one.denoiser, batch, weighted=False), expected)
