@@ -19,6 +19,7 @@ from .optimizers import OPTIMIZERS
 
 SAMPLINGS = ("uniform", "logit_normal", "mode", "sigmoid", "shift", "flux_shift")
 BASE_PRECISIONS = ("no", "fp8", "int8", "nf4")
+HUBER_SCHEDULES = ("constant", "exponential", "snr")
 WEIGHTINGS = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
 SEVERAL = ("learning_rate", "seed", "rank", "shortcut")  # several values of one of these make a run an experiment
 SWITCH = {"action": argparse.BooleanOptionalAction, "default": False}
@@ -225,6 +226,17 @@ def add_data_flags(add: Callable) -> None:
         help="of the loss of each image: one for all folders, or one for each")
     add("--image_column", default="image", help="column with the image")
     add("--caption_column", default="text", help="column with the caption, or a list of captions to choose from")
+    add("--caption_prefix", metavar="TEXT", help="put before every caption but those of class images: a trigger word")
+    add("--caption_suffix", metavar="TEXT", help="put behind every such caption")
+    add("--caption_dropout", type=number(0, below=1), default=0.0,
+        help="share of the training samples with the empty caption instead; none of class images")
+    add("--enable_wildcard", **SWITCH,
+        help="of {red|blue} in a caption each training sample has one, and of several lines one; {{ and }} are braces")
+    add("--shuffle_caption", **SWITCH, help="put the tags of a caption, between commas, into another order each time")
+    add("--caption_tag_dropout_rate", type=number(0, below=1), default=0.0,
+        help="share of a caption's tags that each training sample is without")
+    add("--keep_tokens", type=whole(0), default=0,
+        help="how many tags, the prefix counted, are neither shuffled nor left out")
     add("--class_data_dir", metavar="FOLDER",
         help="class images, which keep what the model knows: images of the kind of thing that is learnt; may hold "
              "kohya's folders, and then the model draws none")
@@ -250,7 +262,8 @@ def add_data_flags(add: Callable) -> None:
     add("--cache_latents", action=argparse.BooleanOptionalAction, default=True,
         help="encode every image once and keep its latents on disk, instead of encoding it in every step")
     add("--cache_text_embeddings", action=argparse.BooleanOptionalAction, default=True,
-        help="encode every caption once and keep it on disk, then free the text encoder")
+        help="encode every caption once and keep it on disk, then free the text encoder; where a run has more variants "
+             "of captions than 1000, and than four of each, the encoder stays")
     add("--dataloader_num_workers", type=whole(0), default=0, help="processes that read images")
 
 
@@ -269,6 +282,22 @@ def add_training_flags(add: Callable) -> None:
              "are not those of the same step without it")
     add("--noise_offset", type=number(0), default=0.0, help="scale of the noise added per channel while training")
     add("--snr_gamma", type=number(0, exclusive=True), help="min-SNR loss weights; 5.0 is usual")
+    add("--loss_type", choices=["l2", "huber", "smooth_l1"], default="l2",
+        help="squared error, or kohya's pseudo-Huber losses, which count large errors less; the validation loss is the "
+             "squared error all the same")
+    add("--huber_schedule", choices=HUBER_SCHEDULES, default="snr",
+        help="huber, smooth_l1: how the error from which on it counts less depends on the timestep: constant, "
+             "--huber_c; exponential, from 1 without noise down to that; snr, from 1 down to it by the signal-to-noise "
+             "ratio")
+    add("--huber_c", type=number(0, exclusive=True), default=0.1, help="huber, smooth_l1: that error, the least of all")
+    add("--huber_scale", type=number(0, exclusive=True), default=1.0,
+        help="huber, smooth_l1: factor of it; not with snr")
+    add("--masked_loss", **SWITCH,
+        help="count the loss of each pixel as much as the image's mask is white there: a file that the column mask of "
+             "metadata.jsonl or .csv names, otherwise its alpha channel; images without count whole. In the validation "
+             "loss, too")
+    add("--masked_loss_normalised", **SWITCH,
+        help="mean of the loss over what counts, instead of over the whole image")
     add("--timestep_sampling", choices=SAMPLINGS,
         help="flow matching: how timesteps are drawn. uniform, logit_normal and mode: as in diffusers' scripts, from "
              "the scheduler's table; sigmoid, shift, flux_shift: as in kohya's. Default: by --weighting_scheme")

@@ -173,6 +173,10 @@ def check_flags(flags: Flags) -> None:
     if (flags.class_data_dir is None) != (flags.class_prompt is None):
         missing = "--class_prompt" if flags.class_prompt is None else "--class_data_dir"
         raise InvalidArgument(missing, "missing", "give --class_data_dir and --class_prompt together, or neither")
+    check_loss(flags)
+    if flags.keep_tokens and not (flags.shuffle_caption or flags.caption_tag_dropout_rate):
+        fix = "add --shuffle_caption or --caption_tag_dropout_rate"
+        raise InvalidArgument(f"--keep_tokens {flags.keep_tokens}", "nothing reads it", fix)
     if flags.aspect_ratio_buckets and not flags.use_aspect_ratio_buckets:
         raise InvalidArgument("--aspect_ratio_buckets", "nothing reads them", "add --use_aspect_ratio_buckets")
     if flags.aspect_ratio_buckets and len(listed(flags.resolution)) > 1:
@@ -265,6 +269,19 @@ def check_packages(flags: Flags) -> None:
     ):
         if used and importlib.util.find_spec(package) is None:
             raise InvalidArgument(flag, f"{package} is not installed", f"pip install {package}, or leave it out")
+
+
+def check_loss(flags: Flags) -> None:
+    """Refuse settings of losses that are not trained on."""
+    parser = build_parser()
+    for name in ("huber_schedule", "huber_c", "huber_scale"):
+        value, unread = getattr(flags, name), "--loss_type l2" if flags.loss_type == "l2" else ""
+        if name == "huber_scale" and flags.huber_schedule == "snr":
+            unread = unread or "--huber_schedule snr"
+        if unread and value != parser.get_default(name):
+            raise InvalidArgument(f"--{name} {value}", f"{unread} does not read it", "leave it out, or change that")
+    if flags.masked_loss_normalised and not flags.masked_loss:
+        raise InvalidArgument("--masked_loss_normalised", "nothing reads it", "add --masked_loss")
 
 
 def check_schedule(flags: Flags) -> None:

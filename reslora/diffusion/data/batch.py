@@ -31,6 +31,8 @@ class Batch:
     moments: torch.Tensor | None = None
     """Mean and standard deviation of the latents; None: pixels are encoded in the forward."""
     pixels: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    """1 x height x width, of the pixels or of the latents: how much of the loss of each place counts."""
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""

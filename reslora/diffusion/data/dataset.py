@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import codecs
-import csv
 import dataclasses
-import io
-import json
 import os
 import re
 import tarfile
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +19,8 @@ from ..arguments import Flags, listed
 from ..content import Content, content_mark
 from ..seeds import derive, shuffled
 from ..settings import clean
-from .images import SUFFIXES, image_size, open_image
+from .images import SUFFIXES, image_size, is_masked, mask_problem, open_image, open_masked
+from .tables import ROWS, has_file_names
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 CAPTIONS = (".txt", ".caption")  # the second one is kohya's; the first of them that is there counts
@@ -40,7 +37,7 @@ class ImageDataset:
     """Images and their captions, in an order that is part of the run."""
 
     rows: datasets.Dataset
-    """`image`: `{"bytes", "path"}`; `captions`: a list of strings."""
+    """`image`: `{"bytes", "path"}`; `captions`: a list of strings; `mask`: as `image`, where they are asked for."""
     captions: Sequence[Sequence[str]]
     """The captions of each image, in memory: reading them from a row would read its image too."""
     left_out: tuple[str, ...] = ()
@@ -57,6 +54,8 @@ class ImageDataset:
     """Of the loss of its samples."""
     of_class: bool = False
     """Whether they are class images."""
+    masks: int = 0
+    """How many have a mask or an alpha channel, where that is asked for."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -87,6 +86,11 @@ class ImageDataset:
         """The image as 8-bit RGB."""
         return open_image(self.source(index))
 
+    def open_masked(self, index: int) -> tuple[PIL.Image.Image, PIL.Image.Image]:
+        """The image as 8-bit RGB, and its mask in 8-bit grey."""
+        row = self.rows[index]
+        return open_masked(_source(row), _source(row, "mask"))
+
 
 @dataclass
 class Found:
@@ -110,12 +114,14 @@ def usable(flags: Flags, caption: str | None = None, deep: bool = True) -> Image
     """
     folder = Path(flags.dataset_name or flags.train_data_dir)
     found = (read_folder(folder, flags, caption, deep) if folder.is_dir() else None) or read_dataset(flags)
-    keep, left_out, sizes = [], [], []
+    keep, left_out, sizes, masks = [], [], [], 0
     for index, row in enumerate(found.rows):
         source = _source(row)
         size = image_size(source) if source else "no image"
         problem = (
-            found.problems.get(index) or _caption_problem(row["captions"]) or (size if isinstance(size, str) else "")
+            found.problems.get(index)
+            or _caption_problem(row["captions"])
+            or (size if isinstance(size, str) else mask_problem(_source(row, "mask"), size))
         )
         if problem:
             name = source if isinstance(source, str) else f"image {index}"
@@ -126,12 +132,14 @@ def usable(flags: Flags, caption: str | None = None, deep: bool = True) -> Image
         assert not isinstance(size, str)
         keep.append(index)
         sizes.append(size)
+        masks += flags.masked_loss and is_masked(source, _source(row, "mask"))
     if not keep:
         example = f" (for example {left_out[0]})" if left_out else ""
         fix = "add a metadata.jsonl, or .txt captions beside the images"
         raise InvalidArgument(data_flag(flags), f"no image with a caption in it{example}", fix)
     rows = found.rows.select(keep) if keep != list(range(len(found.rows))) else found.rows
-    return ImageDataset(rows, list(rows["captions"]), tuple(left_out), tuple(found.notes), sizes)
+    notes = [*found.notes, *([f"{masks} of {len(keep)} images are masked"] if flags.masked_loss else [])]
+    return ImageDataset(rows, list(rows["captions"]), tuple(left_out), tuple(notes), sizes, masks=masks)
 
 
 def sample(folders: Sequence[ImageDataset], flags: Flags) -> list[ImageDataset]:
@@ -140,14 +148,19 @@ def sample(folders: Sequence[ImageDataset], flags: Flags) -> list[ImageDataset]:
     if flags.max_train_samples and flags.max_train_samples < len(places):
         places = [places[i] for i in shuffled(len(places), flags.seed, "max_train_samples")[: flags.max_train_samples]]
         folders = [images.select([i for of, i in places if of == number]) for number, images in enumerate(folders)]
-    marks = [[content_mark(_source(row)) for row in images.rows] for images in folders]
+    marks = [[_mark(row) for row in images.rows] for images in folders]
     return [dataclasses.replace(images, marks=of) for images, of in zip(folders, marks, strict=True)]
 
 
-def _source(row: dict) -> Content:
+def _source(row: dict, column: str = "image") -> Content:
     """The file of a row's image, or its content; empty where there is neither."""
-    image = row["image"]
+    image = row.get(column)
     return (image and (image["bytes"] or image["path"])) or b""
+
+
+def _mark(row: dict) -> str:
+    """The content of an image, and of its mask, in short."""
+    return "+".join(content_mark(source) for source in (_source(row), _source(row, "mask")) if source)
 
 
 def _caption_problem(captions: Sequence) -> str:
@@ -169,9 +182,10 @@ def read_folder(folder: Path, flags: Flags, caption: str | None = None, deep: bo
     everything = files_of(folder, flags, deep)
     files = [path for path in everything if path.suffix.lower() in SUFFIXES]
     metadata = next((folder / name for name in METADATA if (folder / name).is_file()), None)
-    if metadata is not None and _has_file_names(metadata):
+    if metadata is not None and has_file_names(metadata):
         found = read_metadata(metadata, flags)
-        listed = {os.path.normpath(image["path"]) for image in found.rows["image"]}
+        named = [image for column in found.rows.column_names if column != "captions" for image in found.rows[column]]
+        listed = {os.path.normpath(image["path"]) for image in named if image}
         unlisted = sum(os.path.normpath(path) not in listed for path in files)
         found.notes += [f"{unlisted} images are not listed in {metadata.name}"] if unlisted else []
         return _with_folder_notes(found, files, everything, deep)
@@ -219,12 +233,15 @@ def _with_folder_notes(found: Found, files: list[Path], everything: list[Path], 
     return found
 
 
-def _as_found(files: Sequence[Path], captions: Sequence[list | str]) -> Found:
+def _as_found(files: Sequence[Path], captions: Sequence[list | str], masks: Sequence[Path | None] = ()) -> Found:
     """Rows of files; a string in the place of the captions says what is wrong with them."""
     problems = {index: value for index, value in enumerate(captions) if isinstance(value, str)}
     texts = [[clean(c) for c in value if isinstance(c, str)] if isinstance(value, list) else [] for value in captions]
-    images = [{"path": str(path), "bytes": None} for path in files]
-    return Found(datasets.Dataset.from_dict({"image": images, "captions": texts}, features=FEATURES), problems, [])
+    columns: dict[str, list] = {"image": [{"path": str(path), "bytes": None} for path in files], "captions": texts}
+    if any(masks):
+        columns["mask"] = [path and {"path": str(path), "bytes": None} for path in masks]
+    features = FEATURES | ({"mask": FEATURES["image"]} if any(masks) else {})
+    return Found(datasets.Dataset.from_dict(columns, features=datasets.Features(features)), problems, [])
 
 
 def read_caption(path: Path) -> list[str] | str:
@@ -237,66 +254,33 @@ def read_caption(path: Path) -> list[str] | str:
         return "its caption is not UTF-8"
 
 
-def _has_file_names(metadata: Path) -> bool:
-    """Whether its images are in a column file_name: `datasets` knows other names, and reads Parquet."""
-    if metadata.suffix != ".csv":
-        return metadata.suffix in ROWS
-    with metadata.open(encoding="utf-8-sig", errors="replace", newline="") as file, suppress(csv.Error):
-        return "file_name" in next(csv.reader(file), [])
-    return False
-
-
 def read_metadata(path: Path, flags: Flags) -> Found:
-    """Rows of metadata.jsonl or metadata.csv: file_name, and a caption, or in JSON a list of captions.
+    """Rows of metadata.jsonl or metadata.csv: file_name, a caption, or in JSON a list of captions, and perhaps a mask.
 
     `datasets` reads these layouts too, but it does not say which line is wrong.
     """
-    files, captions, where = [], [], f"{data_flag(flags)}, {path.name}"
+    files, captions, masks, where = [], [], [], f"{data_flag(flags)}, {path.name}"
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InvalidArgument(f"{where} byte {error.start}", "not UTF-8", "save the file as UTF-8") from None
     for line, row in ROWS[path.suffix](text, where):
-        file, caption = _metadata_row(path.parent, row, f"{where} line {line}", flags)
+        file, caption, mask = _metadata_row(path.parent, row, f"{where} line {line}", flags)
         files.append(file)
+        masks.append(mask)
         captions.append(caption if isinstance(caption, list) else [caption])
     problems = [value if all(isinstance(c, str) for c in value) else [] for value in captions]
-    return _as_found(files, problems)
+    return _as_found(files, problems, masks)
 
 
-def _json_rows(text: str, where: str) -> Iterator[tuple[int, object]]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError):
-                raise InvalidArgument(f"{where} line {number}", "is no JSON", "correct it") from None
-
-
-def _csv_rows(text: str, where: str) -> Iterator[tuple[int, object]]:
-    """An empty cell is none."""
-    rows = csv.DictReader(io.StringIO(text), strict=True)
-    try:
-        for row in rows:
-            if any(row.pop(None, ())):
-                fix = "put captions with commas into double quotes"
-                raise InvalidArgument(f"{where} line {rows.line_num}", "has more cells than the first line", fix)
-            yield rows.line_num, {column: cell or None for column, cell in row.items()}
-    except csv.Error as error:
-        line = rows.reader.line_num
-        raise InvalidArgument(f"{where} line {line}", f"cannot be read ({error})", "correct it") from None
-
-
-ROWS = {".csv": _csv_rows, ".jsonl": _json_rows}
-
-
-def _metadata_row(folder: Path, row: object, where: str, flags: Flags) -> tuple[Path, object]:
+def _metadata_row(folder: Path, row: object, where: str, flags: Flags) -> tuple[Path, object, Path | None]:
     row = row if isinstance(row, dict) else {}
     path = _file_inside(folder, row.get("file_name"), where, "file_name")
     if flags.caption_column not in row:
         problem = f"{where} has the columns {', '.join(sorted(row))}"
         raise InvalidArgument(f"--caption_column {flags.caption_column}", problem, "name one of these")
-    return path, row[flags.caption_column]
+    named = row.get("mask") if flags.masked_loss else None
+    return path, row[flags.caption_column], _file_inside(folder, named, where, "mask") if named else None
 
 
 def _file_inside(folder: Path, name: object, where: str, column: str) -> Path:
@@ -345,15 +329,22 @@ def read_dataset(flags: Flags) -> Found:
     if captions and not any(isinstance(caption, str) for options in captions for caption in options):
         raise InvalidArgument(f"--caption_column {caption}", "holds no text", "name another column")
     texts = [[clean(c) for c in value] if all(isinstance(c, str) for c in value) else [] for value in captions]
+    masks = ["mask"] if flags.masked_loss and "mask" in rows.column_names else []
     if layout == "json" and not flags.dataset_name:
-        files = [_file_inside(folder, name, f"{data_flag(flags)} row {n}", image) for n, name in enumerate(rows[image])]
-        found = _as_found(files, texts)
+
+        def file(number: int, column: str) -> Path:
+            return _file_inside(folder, rows[number][column], f"{data_flag(flags)} row {number}", column)
+
+        files = [file(number, image) for number in range(len(rows))]
+        named = [file(number, "mask") if name else None for number, name in enumerate(rows["mask"] if masks else ())]
+        found = _as_found(files, texts, named)
         return dataclasses.replace(found, notes=notes)
     try:
-        images = rows.select_columns([image])
+        images = rows.select_columns([image, *masks])
         if image != "image":
             images = images.rename_column(image, "image")
-        images = images.cast_column("image", datasets.Image(decode=False))  # decoded by open_image, which does it right
+        for name in images.column_names:  # decoded by open_image, which does it right
+            images = images.cast_column(name, datasets.Image(decode=False))
     except Exception as error:  # whatever arrow raises
         raise InvalidArgument(
             f"--image_column {image}", f"holds no images ({first_line(error)})", "name another column"

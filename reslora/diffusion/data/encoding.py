@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
+from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from tqdm.auto import tqdm
@@ -25,7 +26,7 @@ from ..folder import cache_folder
 from ..model.families.base import Family
 from ..seeds import derive, generator
 from .dataset import ImageDataset, data_flag
-from .images import crop_and_scale, crop_sizes
+from .images import crop_and_scale, crop_mask, crop_sizes
 from .loaders import stream, worker_options
 from .size import Size
 from .store import Encoded, Item, fill, share
@@ -60,7 +61,7 @@ class Latents:
     """Which of the encoded images these are."""
 
     def of(self, index: int, variant: int) -> dict[str, torch.Tensor]:
-        """`moments` (2 x channels x height x width) and `sizes` (6) of a variant of an image."""
+        """`moments` (2 x channels x height x width), `sizes` (6) and perhaps `mask` of a variant of an image."""
         return self.encoded.read(self.images[index], variant)
 
     def select(self, indices: Sequence[int]) -> Latents:
@@ -105,7 +106,10 @@ def encode_texts(
 
 
 class Variants(TorchDataset):
-    """Every variant of image `index`: pixels (variants x 3 x height x width) and sizes, or why it cannot be read."""
+    """Every variant of image `index`: pixels (variants x 3 x height x width) and sizes, or why it cannot be read.
+
+    With --masked_loss, also its masks (variants x 1 x height x width).
+    """
 
     def __init__(self, images: ImageDataset, sizes: Sequence[Size], flags: Flags) -> None:
         self.images, self.sizes, self.flags = images, sizes, flags
@@ -132,11 +136,12 @@ class Variants(TorchDataset):
         flags, size, crops = self.flags, self.sizes[index], self.crops(index)
         seed = flags.seed if crops > 1 else None
         pixels = (size.height, size.width, flags.image_interpolation_mode, crops, self.flips, seed)
-        return (self.images.marks[index], *pixels)
+        return (self.images.marks[index], *pixels, *(["masked"] if flags.masked_loss else []))
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor] | str:
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, ...] | str:
+        images = self.images
         try:
-            image = self.images.open(index)
+            image, mask = images.open_masked(index) if self.flags.masked_loss else (images.open(index), None)
         except Exception as error:  # each format's reader has exceptions of its own
             return f"damaged ({first_line(error)})"
         random = generator(self.flags.seed, "crops", self.images.marks[index])  # wherever in the data the image is
@@ -144,7 +149,9 @@ class Variants(TorchDataset):
         how = [(crop, flip) for crop in [(0.5, 0.5), *draws] for flip in self.flips]
         size, interpolation = self.sizes[index], self.flags.image_interpolation_mode
         pixels = torch.stack([crop_and_scale(image, crop, flip, size, interpolation) for crop, flip in how])
-        return pixels, torch.tensor([crop_sizes(image.size, crop, flip, size) for crop, flip in how])
+        sizes = torch.tensor([crop_sizes(image.size, crop, flip, size) for crop, flip in how])
+        masks = [] if mask is None else [torch.stack([crop_mask(mask, crop, flip, size) for crop, flip in how])]
+        return pixels, sizes, *masks
 
 
 def encode_images(variants: Variants, key: object, vae: nn.Module, context: Context) -> tuple[Latents, dict[int, str]]:
@@ -173,11 +180,16 @@ def encode_images(variants: Variants, key: object, vae: nn.Module, context: Cont
     return Latents(found, variants.count, range(len(variants))), found.problems()
 
 
-def encoded(family: Family, vae: nn.Module, pixels: torch.Tensor, sizes: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+def encoded(
+    family: Family, vae: nn.Module, pixels: torch.Tensor, sizes: torch.Tensor, masks: torch.Tensor | None = None
+) -> list[dict[str, torch.Tensor]]:
     """What is kept of each of an image's variants."""
     with torch.no_grad():
         moments = family.encode_images(vae, pixels.to(vae.device, vae.dtype))
-    return [{"moments": moment, "sizes": size} for moment, size in zip(moments, sizes, strict=True)]
+    kept = {"moments": moments, "sizes": sizes}
+    if masks is not None:
+        kept["mask"] = interpolate(masks, moments.shape[-2:], mode="area")
+    return [dict(zip(kept, values, strict=True)) for values in zip(*kept.values(), strict=True)]
 
 
 def without_damaged(

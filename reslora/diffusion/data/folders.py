@@ -30,6 +30,9 @@ def load_folders(flags: Flags, caption: str | None = None) -> list[ImageDataset]
             images = usable(flags.replace(train_data_dir=path), text, deep=not kohyas)
             found.append(dataclasses.replace(images, repeats=times * own, weight=weight))
             labels.append(f"{path} (caption where there is none: {text})" if kohyas else path or flags.dataset_name)
+    if flags.masked_loss and caption is None and not any(images.masks for images in found):
+        fix = "give some, name masks in a column mask of metadata.jsonl, or leave it out"
+        raise InvalidArgument("--masked_loss", "no image has an alpha channel or a mask", fix)
     found = sample(found, flags)
     if len(found) > 1 or kohyas or found[0].repeats > 1 or found[0].weight != 1:
         lines += [

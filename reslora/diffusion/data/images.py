@@ -49,6 +49,48 @@ def image_size(source: Content) -> tuple[int, int] | str:
 
 def open_image(source: Content) -> PIL.Image.Image:
     """The image as 8-bit RGB: upright, transparency on white, 16 bits scaled down, an animation's first frame."""
+    image = _upright(source)
+    if _has_alpha(image):
+        image = image.convert("RGBA")
+        white = PIL.Image.new("RGBA", image.size, "white")
+        image = PIL.Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def open_masked(source: Content, mask: Content) -> tuple[PIL.Image.Image, PIL.Image.Image]:
+    """The image as 8-bit RGB, and in 8-bit grey how much each pixel counts: white fully, black not at all.
+
+    That is what its mask says; of an image without one its alpha channel, and the colours below that are as they are.
+    """
+    if mask:
+        return open_image(source), open_image(mask).convert("L")
+    image = _upright(source)
+    if not _has_alpha(image):
+        return image.convert("RGB"), PIL.Image.new("L", image.size, "white")
+    image = image.convert("RGBA")
+    return image.convert("RGB"), image.getchannel("A")
+
+
+def is_masked(source: Content, mask: Content) -> bool:
+    """Whether an image has a mask or an alpha channel; no pixel is decoded."""
+    with _opened(source) as image:
+        return bool(mask) or _has_alpha(image)
+
+
+def mask_problem(mask: Content, size: tuple[int, int]) -> str:
+    """Why this cannot be the mask of an image of that width and height; empty where it can, or there is none."""
+    found = image_size(mask) if mask else size
+    if isinstance(found, str):
+        return f"its mask: {found}"
+    return "" if found == size else f"its mask is {found[0]} x {found[1]}, it is {size[0]} x {size[1]}"
+
+
+def _has_alpha(image: PIL.Image.Image) -> bool:
+    return "transparency" in image.info or "A" in image.getbands() or "a" in image.getbands()
+
+
+def _upright(source: Content) -> PIL.Image.Image:
+    """The image as it is shown, with 8 bits a channel."""
     with _opened(source) as opened:
         opened.load()
         image = PIL.ImageOps.exif_transpose(opened)
@@ -56,18 +98,14 @@ def open_image(source: Content) -> PIL.Image.Image:
         values = np.asarray(image, dtype=np.float32)
         top = 65535 if image.mode != "F" or values.max() > 255 else 255 if values.max() > 1 else 1
         image = PIL.Image.fromarray((values / top * 255).clip(0, 255).round().astype(np.uint8))
-    if "transparency" in image.info or "A" in image.getbands() or "a" in image.getbands():
-        image = image.convert("RGBA")
-        white = PIL.Image.new("RGBA", image.size, "white")
-        image = PIL.Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    return image
 
 
 def crop_and_scale(
     image: PIL.Image.Image, crop: Sequence[float], flip: bool, size: Size, interpolation: str
 ) -> torch.Tensor:
     """A [3, height, width] tensor in [-1, 1]: the part at `crop` (0 to 1 across and down) of the image, as large as can
-    be, that has the shape of `size`.
+    be, that has the shape of `size`. Of a grey image it has one channel.
 
     Cropping before scaling gives what scaling before cropping gives, and a 1 x 5000 image stays small.
     """
@@ -77,8 +115,13 @@ def crop_and_scale(
     name = interpolation.upper().replace("NEAREST_EXACT", "NEAREST")
     box = (left, top, left + kept[0], top + kept[1])
     image = image.resize((size.width, size.height), PIL.Image.Resampling[name], box=box)
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+    pixels = torch.from_numpy(np.array(image)).view(size.height, size.width, -1).permute(2, 0, 1).float() / 127.5 - 1
     return pixels.flip(2) if flip else pixels
+
+
+def crop_mask(mask: PIL.Image.Image, crop: Sequence[float], flip: bool, size: Size) -> torch.Tensor:
+    """A [1, height, width] tensor in [0, 1]: the same part of a mask; what lies beside a pixel's area adds nothing."""
+    return (crop_and_scale(mask, crop, flip, size, "box") + 1) / 2
 
 
 def crop_sizes(original: tuple[int, int], crop: Sequence[float], flip: bool, size: Size) -> list[int]:

@@ -13,12 +13,15 @@ from ..context import Context
 from ..model.loading import wide_enough
 from ..model.objective import Objective
 from .buckets import bucket_of, ladder, named_buckets, own_bucket, square
+from .captions import VERBATIM, recipe_of
 from .class_images import balanced
 from .dataset import ImageDataset
 from .encoding import Latents, Texts, Variants, encode_images, encode_texts, without_damaged
 from .samples import Material
 from .size import Size
 from .sources import Source, split
+
+VARIANTS, FEW_VARIANTS = 4, 1000  # of a caption, and in a run: so many at most are encoded beforehand
 
 
 def material_of(
@@ -29,7 +32,6 @@ def material_of(
     `kinds`: the images to be learnt, and class images where there are any.
     """
     family = context.model.family
-    texts = texts_of([options for images in kinds for options in images.captions], pipeline, context)
     largest = max((images for images in kinds if not images.of_class), key=len)
     sources = tuple(
         source for images in kinds for source in sources_of(images, int(images is largest), pipeline, context)
@@ -41,23 +43,58 @@ def material_of(
         sources = balanced(*([s for s in sources if s.images.of_class == kind] for kind in (False, True)))
     sizes = {size for source in sources for size in source.buckets}
     shapes = {size: family.latent_shape(pipeline, size.height, size.width) for size in sizes}
-    return Material(sources, texts, objective, shapes, context.flags)
+    material = Material(sources, Texts(None, {}), objective, shapes, context.flags)
+    return with_texts(material, pipeline, context)
 
 
-def texts_of(captions: Sequence[Sequence[str]], pipeline: DiffusionPipeline, context: Context) -> Texts:
-    """Text states of the prompts and, where they are encoded beforehand, of all captions."""
-    flags, model = context.flags, context.model
+def with_texts(material: Material, pipeline: DiffusionPipeline, context: Context) -> Material:
+    """The material with text states of the prompts and, where they are encoded beforehand, of all captions.
+
+    Where these are too many for that, the pipeline becomes one with text encoders, for the steps.
+    """
+    flags, model = material.flags, context.model
     parts = model.family.frozen_text_parts if context.encoders else model.family.text_parts
     key = (model.family.name, model.fingerprint(*parts), str(context.dtype))
-    prompts = ["", *(flags.validation_prompt or captions[0][:1])]
+    wanted = ["", *(flags.validation_prompt or material.sources[0].images.captions[0][:1])]
 
     def load_encoders() -> DiffusionPipeline:
         if not flags.cache_text_embeddings:
             return pipeline
         return model.load_pipeline(context.dtype, context.accelerator.device, encoders=True, vae=False)
 
-    wanted = prompts + ([text for options in captions for text in options] if flags.cache_text_embeddings else [])
-    return encode_texts(wanted, key, load_encoders, context)
+    if flags.cache_text_embeddings and parts:
+        captions = captions_of(material, context.accelerator.num_processes)
+        if captions is None:
+            whole = model.load_pipeline(context.dtype, context.accelerator.device, encoders=True)
+            whole.scheduler = pipeline.scheduler  # which the flags may have changed
+            vars(pipeline).update(vars(whole))  # parts alone would not do: pipelines read them when they are made
+            flags = flags.replace(cache_text_embeddings=False)
+            line = "captions have too many variants to keep: each step encodes its own, and text encoders stay loaded"
+            context.accelerator.print(line)
+        wanted += captions or []
+    return dataclasses.replace(material, texts=encode_texts(wanted, key, load_encoders, context), flags=flags)
+
+
+def captions_of(material: Material, processes: int) -> list[str] | None:
+    """Every caption that a run will read, which is known beforehand; None if chance makes too many variants of them.
+
+    At most FEW_VARIANTS are not too many, nor are VARIANTS times as many as there are captions.
+    """
+    plain = [
+        source.recipe.plain(text)
+        for source in material.sources
+        for options in source.images.captions
+        for text in options
+    ]
+    captions = dict.fromkeys(plain)
+    if any(source.recipe.rewrites for source in material.sources):
+        most, plan = max(FEW_VARIANTS, VARIANTS * len(captions)), material.plan(processes)
+        for forward in range(material.steps(processes) * material.flags.gradient_accumulation_steps):
+            drawn = [draw for draw in plan.forward(forward) if material.sources[draw.source].recipe.rewrites]
+            captions |= dict.fromkeys(map(material.drawn_caption, drawn))
+            if len(captions) > most:
+                return None
+    return list(captions)
 
 
 def sources_of(images: ImageDataset, least: int, pipeline: DiffusionPipeline, context: Context) -> list[Source]:
@@ -88,7 +125,9 @@ def source_of(images: ImageDataset, sizes: list[Size], pipeline: DiffusionPipeli
     buckets = tuple(dict.fromkeys(sizes))
     bucket = tuple(buckets.index(sizes[index]) for index in keep)
     weight = images.weight * (flags.prior_loss_weight if images.of_class else 1.0)
-    return Source(images, latents, tuple(range(len(images))), (), buckets, bucket, weight, images.repeats)
+    recipe = VERBATIM if images.of_class else recipe_of(flags)
+    train = tuple(range(len(images)))
+    return Source(images, latents, train, (), buckets, bucket, weight, images.repeats, recipe)
 
 
 def sizes_of(images: ImageDataset, multiple: int, flags: Flags) -> list[list[Size | None]]:

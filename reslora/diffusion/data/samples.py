@@ -12,8 +12,9 @@ from ..arguments import Flags
 from ..model.objective import Objective
 from ..seeds import generator, shuffled
 from .batch import Batch, collate
+from .captions import choose
 from .encoding import Latents, Texts
-from .images import crop_and_scale, crop_sizes
+from .images import crop_and_scale, crop_mask, crop_sizes
 from .loaders import worker_options
 from .plan import Draw, Plan
 from .size import Size
@@ -38,6 +39,18 @@ class Material:
         """What the forwards of so many processes read."""
         return Plan(self.sources, self.flags.train_batch_size * processes, self.flags.seed)
 
+    def steps(self, processes: int) -> int:
+        """How many steps a method trains."""
+        flags = self.flags
+        updates = self.plan(processes).updates_per_epoch(flags.gradient_accumulation_steps)
+        return flags.max_train_steps or flags.num_train_epochs * updates
+
+    def drawn_caption(self, draw: Draw) -> str:
+        """What a training sample is told where chance has a part in that: its position seeds it, apart from noise."""
+        source = self.sources[draw.source]
+        draws = generator(self.flags.seed, "caption", draw.position)
+        return source.recipe.drawn(source.images.captions[draw.image], draws)
+
     @property
     def held_out(self) -> list[tuple[int, int]]:
         """Source and number of every image that is held out."""
@@ -48,6 +61,8 @@ class TrainingSamples(Dataset):
     """The sample of each draw."""
 
     purpose = "training"
+    varies = True
+    """Whether chance has a part in captions, where the flags say so."""
 
     def __init__(self, material: Material) -> None:
         self.material = material
@@ -70,7 +85,9 @@ class TrainingSamples(Dataset):
             noise += self.noise_offset * torch.randn(shape[0], 1, 1, generator=draws)
         posterior_noise = torch.randn(shape, generator=draws)
         captions = source.images.captions[draw.image]
-        caption = captions[_choose(len(captions), draws)]
+        chosen = captions[choose(len(captions), draws)]
+        varies = self.varies and source.recipe.varies
+        caption = material.drawn_caption(draw) if varies else source.recipe.plain(chosen)
         latents = source.latents
         return Batch(
             timestep, noise, posterior_noise, weight=torch.tensor(source.weight), caption=caption,
@@ -79,20 +96,24 @@ class TrainingSamples(Dataset):
         )  # fmt: skip
 
     def _cached(self, latents: Latents, draw: Draw, draws: torch.Generator) -> dict[str, torch.Tensor]:
-        return latents.of(draw.image, _choose(latents.variants, draws))
+        return latents.of(draw.image, choose(latents.variants, draws))
 
     def _fresh(self, source: Source, draw: Draw, draws: torch.Generator) -> dict[str, torch.Tensor]:
-        flags, image = self.material.flags, source.images.open(draw.image)
+        flags, images = self.material.flags, source.images
+        image, mask = images.open_masked(draw.image) if flags.masked_loss else (images.open(draw.image), None)
         crop = (0.5, 0.5) if flags.center_crop else torch.rand(2, generator=draws).tolist()
         flip = flags.random_flip and bool(torch.rand((), generator=draws) < 0.5)
         sizes = torch.tensor(crop_sizes(image.size, crop, flip, draw.size))
-        return {"pixels": crop_and_scale(image, crop, flip, draw.size, flags.image_interpolation_mode), "sizes": sizes}
+        pixels = crop_and_scale(image, crop, flip, draw.size, flags.image_interpolation_mode)
+        masked = {} if mask is None else {"mask": crop_mask(mask, crop, flip, draw.size)}
+        return {"pixels": pixels, "sizes": sizes} | masked
 
 
 class CalibrationSamples(TrainingSamples):
-    """Training images with noise of their own, for the merge."""
+    """Training images with noise of their own and captions as they are drawn with, for the merge."""
 
     purpose = "calibration"
+    varies = False
 
     def batches(self, count: int) -> Iterator[Batch]:
         """The first `count` samples, as one process would read them."""
@@ -108,6 +129,7 @@ class ValidationSamples(TrainingSamples):
     """
 
     purpose = "validation"
+    varies = False
 
     def __init__(self, material: Material) -> None:
         super().__init__(material)
@@ -134,10 +156,6 @@ class ValidationSamples(TrainingSamples):
             alike = [draw for draw in self.draws if draw.size == size]
             for first in range(0, len(alike), self.material.flags.train_batch_size):
                 yield collate([self[draw] for draw in alike[first : first + self.material.flags.train_batch_size]])
-
-
-def _choose(count: int, draws: torch.Generator) -> int:
-    return int(torch.randint(count, (), generator=draws))
 
 
 def training_loader(material: Material, steps: Sequence[int], processes: int, rank: int, pin: bool) -> DataLoader:

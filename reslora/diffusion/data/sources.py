@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..seeds import shuffled
+from .captions import VERBATIM, Recipe
 from .dataset import ImageDataset
 from .encoding import Latents
 from .size import Size
@@ -27,6 +28,8 @@ class Source:
     """Of the loss of its samples."""
     repeats: int = 1
     """How often an epoch meets each image."""
+    recipe: Recipe = VERBATIM
+    """What becomes of its captions: those of class images stay as they are."""
 
     def size(self, image: int) -> Size:
         """What an image is cropped and scaled to."""

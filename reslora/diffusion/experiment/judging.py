@@ -15,7 +15,6 @@ from ...common.methods import METHODS
 from ...export import DIFFUSERS_FILE
 from ...files import read_object, write_json
 from ..data.batch import Batch
-from ..model.objective import loss_per_sample
 from ..output.exports import (
     Parts,
     as_float32,
@@ -83,10 +82,10 @@ def chosen_parts(step: int, setting: Setting) -> Iterator[tuple[Parts, Denoising
 
 def exact_loss(loss: DenoisingLoss, denoiser: nn.Module, batch: Batch) -> torch.Tensor:
     """The unweighted loss of each sample, all in float32."""
-    inputs, target, timesteps = loss.inputs(loss.encoded(batch))
+    inputs, target, _ = loss.inputs(loss.encoded(batch))
     output = denoiser(**as_float32(inputs), return_dict=False)
     prediction = loss.family.prediction(output, target).float()
-    return loss_per_sample(prediction, target.float(), torch.ones_like(timesteps, dtype=torch.float32))
+    return loss.squared(prediction, target.float(), batch)
 
 
 def numbers(losses: torch.Tensor) -> list[float | None]:

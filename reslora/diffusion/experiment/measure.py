@@ -39,6 +39,8 @@ def measured_at(objective: Objective) -> list[torch.Tensor]:
 class FixedSamples(TrainingSamples):
     """TIMESTEPS x NOISES samples of an image: its centre, upright, with noises that its content seeds."""
 
+    varies = False
+
     def __init__(self, material: Material) -> None:
         flags = material.flags.replace(center_crop=True, random_flip=False, noise_offset=0.0)
         super().__init__(dataclasses.replace(material, flags=flags))

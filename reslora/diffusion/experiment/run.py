@@ -25,7 +25,7 @@ from ...files import read_object, remove_leftovers
 from ..arguments import SEVERAL, Flags
 from ..checks import check_methods
 from ..context import Context
-from ..data.material import latents_of, material_of
+from ..data.material import latents_of, material_of, with_texts
 from ..data.samples import Material
 from ..folder import locked
 from ..output.trackers import start_trackers
@@ -136,7 +136,7 @@ def check_variants(flags: Flags, context: Context) -> None:
 
 
 def of_seed(material: Material, seed: int, pipeline: DiffusionPipeline, context: Context) -> Material:
-    """The material as a run with another seed has it: random crops are others, and encoded anew where there are any."""
+    """The material as a run with another seed has it: with its random crops and variants of captions, encoded."""
     flags = context.flags.replace(seed=seed)
     context, sources = dataclasses.replace(context, flags=flags), []
     for source in material.sources:
@@ -144,7 +144,8 @@ def of_seed(material: Material, seed: int, pipeline: DiffusionPipeline, context:
             sizes = [source.size(image) for image in range(len(source.images))]
             source = dataclasses.replace(source, latents=latents_of(source.images, sizes, pipeline, context)[0])
         sources.append(source)
-    return dataclasses.replace(material, sources=tuple(sources), flags=flags)
+    material = dataclasses.replace(material, sources=tuple(sources), flags=flags)
+    return with_texts(material, pipeline, context) if any(source.recipe.rewrites for source in sources) else material
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,9 @@ class Bench:
         before = self.course.arms().index(arm) if arm in self.course.arms() else 0
         place = self.course.place_of(arm)
         context = dataclasses.replace(self.setting.context, flags=flags, place=place, before=before)
-        material = dataclasses.replace(self.materials[arm.seed], flags=flags)
+        material = self.materials[arm.seed]
+        own = flags.replace(cache_text_embeddings=material.flags.cache_text_embeddings)
+        material = dataclasses.replace(material, flags=own)
         return dataclasses.replace(self.setting, material=material, context=context)
 
     def train(self, arm: Arm) -> None:

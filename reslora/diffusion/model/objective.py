@@ -51,6 +51,11 @@ class DdpmObjective:
             return self.scheduler.get_velocity(latents, noise, timesteps)
         return noise
 
+    def share_of_image(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """`sqrt(a_t) / (sqrt(a_t) + sqrt(1 - a_t))`, or `1 / (1 + SNR^(-1/2))`, of each sample."""
+        alphas = self.scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
+        return alphas.sqrt() / (alphas.sqrt() + (1 - alphas).sqrt())
+
     def weight(self, timesteps: torch.Tensor) -> torch.Tensor:
         """Weight of each loss: 1, or min-SNR (Hang et al., 2023): `min(SNR, gamma) / SNR`, for v over SNR + 1.
 
@@ -129,6 +134,10 @@ class FlowObjective:
         """The velocity `e - x`."""
         return noise - latents
 
+    def share_of_image(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """`1 - s`, or `1 / (1 + SNR^(-1/2))`, of each sample."""
+        return 1 - self._sigmas(timesteps)
+
     def weight(self, timesteps: torch.Tensor) -> torch.Tensor:
         """Weight of each loss, as diffusers' scripts have it (Esser et al., 2024, Section 3.1)."""
         return compute_loss_weighting_for_sd3(self.weighting, self._sigmas(timesteps))
@@ -160,9 +169,3 @@ def objective_of(flags: Flags, family: Family, pipeline: DiffusionPipeline) -> O
     argument = f"--pretrained_model_name_or_path {flags.pretrained_model_name_or_path}"
     with refused_as(argument, "give another model, or --prediction_type", (ValueError,)):
         return DdpmObjective(pipeline.scheduler, flags.snr_gamma)
-
-
-def loss_per_sample(prediction: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Weighted mean squared error of each sample of a batch."""
-    error = (prediction - target).square()
-    return error.flatten(1).mean(dim=1) * weight

@@ -14,7 +14,8 @@ from ..context import Context
 from ..data.batch import Batch
 from ..model.families.base import Conditions, Text
 from ..model.loading import wide_enough
-from ..model.objective import Objective, loss_per_sample
+from ..model.loss import huber_of, loss_per_sample, masked, squared_error
+from ..model.objective import Objective
 
 
 class DenoisingLoss:
@@ -24,17 +25,33 @@ class DenoisingLoss:
         self.family, self.objective, self.pipeline = context.model.family, objective, pipeline
         self.config, self.dtype, self.flags = config, context.dtype, context.flags
         self.parts = context.encoders
+        self.huber = huber_of(context.flags, objective)
 
     def __call__(self, denoiser: nn.Module, batch: Batch, weighted: bool = True) -> torch.Tensor:
-        """Loss of each sample of a batch; only what trains computes in the precision of autocast."""
+        """Loss of each sample of a batch; only what trains computes in the precision of autocast.
+
+        Without `weighted` it is the squared error, whatever loss is trained on, and within masks all the same.
+        """
         batch = self.encoded(batch)
         with torch.autocast(self.pipeline.vae.device.type, enabled=False):
             inputs, target, timesteps = self.inputs(batch)
         prediction = self.family.prediction(denoiser(**inputs, return_dict=False), target).float()
-        weight = torch.ones_like(timesteps, dtype=torch.float32)
-        if weighted:
-            weight = self.objective.weight(timesteps) * batch.weight.to(timesteps.device)
-        return loss_per_sample(prediction, target.float(), weight)
+        if not weighted:
+            return self.squared(prediction, target.float(), batch)
+        if self.huber is None:
+            error = squared_error(prediction, target.float())
+        else:
+            error = self.huber(prediction, target.float(), timesteps)
+        weight = self.objective.weight(timesteps) * batch.weight.to(timesteps.device)
+        return loss_per_sample(self._masked(error, batch), weight)
+
+    def squared(self, prediction: torch.Tensor, target: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Mean squared error of each sample of a batch, within its mask where it has one."""
+        return self._masked(squared_error(prediction, target), batch).flatten(1).mean(1)
+
+    def _masked(self, error: torch.Tensor, batch: Batch) -> torch.Tensor:
+        mask = batch.mask
+        return masked(error, mask if mask is None else mask.to(error.device), self.flags.masked_loss_normalised)
 
     @property
     def encoders(self) -> list[nn.Module]:

@@ -29,9 +29,9 @@ class Schedule:
 def schedule_of(material: Material, context: Context) -> Schedule:
     """How long each method trains, and when it is looked at."""
     flags = context.flags
-    plan = material.plan(context.accelerator.num_processes)
-    updates = plan.updates_per_epoch(flags.gradient_accumulation_steps)
-    steps = flags.max_train_steps or flags.num_train_epochs * updates
+    processes = context.accelerator.num_processes
+    updates = material.plan(processes).updates_per_epoch(flags.gradient_accumulation_steps)
+    steps = material.steps(processes)
     check_adalora_steps(flags.method, steps)
     validation_steps = flags.validation_steps or flags.validation_epochs * updates
     warmup = flags.lr_warmup_steps

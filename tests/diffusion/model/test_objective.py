@@ -6,7 +6,8 @@ import torch
 from conftest import assert_equal
 from diffusers import DDPMScheduler
 
-from reslora.diffusion.model.objective import DdpmObjective, loss_per_sample
+from reslora.diffusion.model.loss import loss_per_sample, squared_error
+from reslora.diffusion.model.objective import DdpmObjective
 
 TIMESTEPS = torch.tensor([0, 1, 250, 500, 998, 999])
 BETAS = {
@@ -98,7 +99,7 @@ def test_loss_is_the_weighted_mean_square_of_each_sample():
         float(weight[n]) * float(np.mean((prediction[n].numpy() - target[n].numpy()) ** 2))
         for n in range(len(TIMESTEPS))
     ]
-    loss = loss_per_sample(prediction, target, weight)
+    loss = loss_per_sample(squared_error(prediction, target), weight)
     assert loss.shape == (len(TIMESTEPS),)
     assert_equal(loss.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-6)
 
@@ -108,14 +109,14 @@ def test_loss_takes_predictions_of_any_shape():
     prediction, target = (tensor.flatten(2) for tensor in tensors())
     weight = torch.ones(len(TIMESTEPS), dtype=torch.float64)
     expected = (prediction - target).square().flatten(1).mean(1)
-    assert_equal(loss_per_sample(prediction, target, weight).double(), expected, rtol=1e-6)
+    assert_equal(loss_per_sample(squared_error(prediction, target), weight).double(), expected, rtol=1e-6)
 
 
 def test_half_precision_predictions_are_compared_in_float32():
     """In bfloat16 the mean of 4096 squares would be off by percents."""
     target = torch.zeros(1, 4, 32, 32)
     prediction = torch.full_like(target, 0.1).bfloat16()
-    loss = loss_per_sample(prediction, target, torch.ones(1))
+    loss = loss_per_sample(squared_error(prediction, target), torch.ones(1))
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(float(prediction[0, 0, 0, 0]) ** 2, rel=1e-5)
 

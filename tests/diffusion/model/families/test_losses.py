@@ -195,3 +195,51 @@ def test_every_row_of_the_registry_has_a_module_and_a_builder():
     for pipeline_class, module in ROWS.items():
         family = load_family(pipeline_class)
         assert family.pipeline.__name__ == pipeline_class and family.name == module and module in FAMILIES
+
+
+# -- masks -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_masked_places_have_no_gradient_and_others_that_of_the_whole_loss(setting, family):
+    """The mask is one of pixels, its upper left quarter white; families pack latents in ways of their own."""
+    one = setting(family, "--masked_loss", "--loss_type", "huber")
+    batch, outputs = one.batch(), []
+
+    def denoiser(**inputs) -> tuple:
+        """The same prediction each time, as leaves."""
+        with torch.no_grad():
+            output = one.denoiser(**inputs)[0]
+        outputs.append([part.detach().requires_grad_() for part in output])
+        return (outputs[-1] if isinstance(output, list) else torch.stack(outputs[-1]),)
+
+    whole = one.loss(denoiser, batch)
+    batch.mask = torch.zeros(2, 1, 32, 32)
+    batch.mask[..., :16, :16] = 1
+    masked = one.loss(denoiser, batch)
+    (whole.sum() + masked.sum()).backward()
+    grids = []
+    for leaves in outputs:  # unpacking moves numbers, and some turn their signs
+        gradient = [leaf.grad for leaf in leaves]
+        packed = gradient if family == "z_image" else torch.stack(gradient)
+        grids.append(one.family.prediction((packed,), torch.empty_like(batch.noise)))
+    of_whole, of_masked = grids
+    height, width = (side // 2 for side in of_whole.shape[2:])
+    assert (of_whole != 0).all()
+    assert of_masked[..., :height, :width].equal(of_whole[..., :height, :width])
+    assert (of_masked[..., height:, :] == 0).all()
+    assert (of_masked[..., width:] == 0).all()
+
+
+@pytest.mark.parametrize(("more", "share"), [((), 4), (("--masked_loss_normalised",), 1)])
+@torch.no_grad()
+def test_the_validation_loss_is_the_squared_error_within_masks(setting, more, share):
+    words = ("--masked_loss", "--loss_type", "smooth_l1", "--prediction_type", "epsilon", *more)
+    one = setting("stable_diffusion", *words)
+    batch = one.batch()
+    batch.mask = torch.zeros(2, 1, 32, 32)
+    batch.mask[..., :16, :16] = 1
+    noisy, epsilon, _ = ddpm_parts(one, batch)
+    prediction = one.denoiser(noisy, batch.timesteps, one.stock.encode_prompt(CAPTIONS, "cpu", 1, False)[0]).sample
+    expected = mean_square(prediction[..., :4, :4], epsilon[..., :4, :4]) / share
+    torch.testing.assert_close(one.loss(one.denoiser, batch, weighted=False), expected)

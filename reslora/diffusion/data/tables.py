@@ -1,0 +1,47 @@
+"""Rows of metadata.jsonl and metadata.csv, each with its line, so that what is wrong with one can be said."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from ...common.errors import InvalidArgument
+
+
+def has_file_names(metadata: Path) -> bool:
+    """Whether its images are in a column file_name: `datasets` knows other names, and reads Parquet."""
+    if metadata.suffix != ".csv":
+        return metadata.suffix in ROWS
+    with metadata.open(encoding="utf-8-sig", errors="replace", newline="") as file, suppress(csv.Error):
+        return "file_name" in next(csv.reader(file), [])
+    return False
+
+
+def _json_rows(text: str, where: str) -> Iterator[tuple[int, object]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError):
+                raise InvalidArgument(f"{where} line {number}", "is no JSON", "correct it") from None
+
+
+def _csv_rows(text: str, where: str) -> Iterator[tuple[int, object]]:
+    """An empty cell is none."""
+    rows = csv.DictReader(io.StringIO(text), strict=True)
+    try:
+        for row in rows:
+            if any(row.pop(None, ())):
+                fix = "put captions with commas into double quotes"
+                raise InvalidArgument(f"{where} line {rows.line_num}", "has more cells than the first line", fix)
+            yield rows.line_num, {column: cell or None for column, cell in row.items()}
+    except csv.Error as error:
+        line = rows.reader.line_num
+        raise InvalidArgument(f"{where} line {line}", f"cannot be read ({error})", "correct it") from None
+
+
+ROWS = {".csv": _csv_rows, ".jsonl": _json_rows}
