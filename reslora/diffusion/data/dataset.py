@@ -21,8 +21,8 @@ import PIL.Image
 from ...common.errors import InvalidArgument, first_line
 from ..arguments import Flags, listed
 from ..content import Content, content_mark
+from ..prompts import clean
 from ..seeds import derive, shuffled
-from ..settings import clean
 from .images import SUFFIXES, image_size, open_image
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")

@@ -12,6 +12,7 @@ from ..arguments import Flags, listed
 from ..context import Context
 from ..model.loading import wide_enough
 from ..model.objective import Objective
+from ..prompts import UNRELATED, prompts_of
 from .buckets import bucket_of, ladder, named_buckets, own_bucket, square
 from .class_images import balanced
 from .dataset import ImageDataset
@@ -50,6 +51,8 @@ def texts_of(captions: Sequence[Sequence[str]], pipeline: DiffusionPipeline, con
     parts = model.family.frozen_text_parts if context.encoders else model.family.text_parts
     key = (model.family.name, model.fingerprint(*parts), str(context.dtype))
     prompts = ["", *(flags.validation_prompt or captions[0][:1])]
+    prompts += [prompt.negative_prompt for prompt in prompts_of(flags)]
+    prompts += UNRELATED if flags.metric_model else ()
 
     def load_encoders() -> DiffusionPipeline:
         if not flags.cache_text_embeddings:

@@ -35,8 +35,8 @@ STATE, RECORD, EXPORTS = "trainer.pt", "trainer.json", "exports.json"
 MERGING = ("merge", "merge_calibration_samples")  # another one is merged and exported anew, and not trained again
 # What a finished run shows of its training, and shows no more.
 SHOWN = (
-    "validation_prompt", "num_validation_images", "validation_height", "validation_width", "validation_steps",
-    "validation_epochs", "num_inference_steps", "guidance_scale",
+    "validation_prompt", "validation_prompt_options", "num_validation_images", "validation_height", "validation_width",
+    "validation_steps", "validation_epochs", "num_inference_steps", "guidance_scale", "metric_model",
 )  # fmt: skip
 # What may differ between a run and its continuation: how long it trains, what it shows and keeps, and where things are.
 FREE_ON_RESUME = {
@@ -44,7 +44,7 @@ FREE_ON_RESUME = {
     "num_train_epochs", "local_rank", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint",
     "report_to", "push_to_hub", "hub_token", "hub_model_id", "dataloader_num_workers", "gradient_checkpointing",
     "compile", "train_batch_size", "gradient_accumulation_steps", "strict", "cache_latents", "cache_text_embeddings",
-    "experiment_minutes", "extend_rates",
+    "experiment_minutes", "extend_rates", "checkpointing_minutes", "early_stopping_patience",
     # The content decides: see `Identity`.
     "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "revision", "variant", "train_data_dir",
     "dataset_name", "dataset_config_name", "image_column", "caption_column", "class_data_dir", "num_class_images",
