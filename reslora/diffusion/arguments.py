@@ -330,8 +330,8 @@ def add_validation_flags(add: Callable) -> None:
         help="images the validation loss is measured on; of more that are held out so many are drawn by --seed, and "
              "the rest is not trained on either")
     add("--validation_noises", type=whole(1), metavar="N",
-        help="measure the validation loss at eight timesteps, N noises each, which an image's content seeds; default: 4 "
-             "with --save_best or --early_stopping_patience, else one timestep and noise in each quarter")
+        help="measure the validation loss at eight timesteps, by N noises each, which an image's content seeds; "
+             "default: 4 with --save_best or --early_stopping_patience, else one timestep and noise in each quarter")
     add("--save_best", **SWITCH,
         help="keep the adapter with the lowest validation loss in <method>/best, and export that one in the end")
     add("--early_stopping_patience", type=whole(1), metavar="N",

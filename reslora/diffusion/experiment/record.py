@@ -34,6 +34,8 @@ class TestLosses(TypedDict):
     """Of each image, the mean over noises and timesteps."""
     by_timestep: list[float | None]
     """At each of the experiment's `timesteps`, the mean over images and noises."""
+    similarities: NotRequired[dict[str, float]]
+    """By --metric_model, see `drawn.MEANINGS`."""
 
 
 class Arm(TypedDict):

@@ -55,28 +55,27 @@ class Drawer:
             setattr(self.pipeline, self.family.denoiser, before)
         return drawn
 
-    def wanted(self, prompts: Sequence[str | Prompt], images: int) -> list[Prompt]:
-        """A prompt for each image, with its seed and all options."""
+    def wanted(self, prompts: Sequence[str | Prompt], images: int) -> list[tuple[Prompt, int]]:
+        """The prompt, with all its options, and the seed of each image."""
         found = []
         for number, given in enumerate(prompts):
             prompt = Prompt(given) if isinstance(given, str) else given
             prompt = settled(prompt, self.flags, self.family.is_told_guidance)
             for image in range(images):
-                own = None if prompt.seed is None else prompt.seed + image
-                seed = derive(self.flags.seed, "sample", number, image) if own is None else own
-                found.append(dataclasses.replace(prompt, seed=seed))
+                drawn = derive(self.flags.seed, "sample", number, image)
+                found.append((prompt, drawn if prompt.seed is None else prompt.seed + image))
         return found
 
-    def _batch(self, prompts: Sequence[Prompt], between_steps: Callable[[], None]) -> list[np.ndarray]:
+    def _batch(self, wanted: Sequence[tuple[Prompt, int]], between_steps: Callable[[], None]) -> list[np.ndarray]:
         def callback(pipeline: DiffusionPipeline, index: int, timestep: int, tensors: dict) -> dict:
             between_steps()
             return tensors
 
-        first = prompts[0]
-        text, negative = self._text([one.prompt for one in prompts]), self._text([first.negative_prompt])
+        first, _ = wanted[0]
+        text, negative = self._text([one.prompt for one, _ in wanted]), self._text([first.negative_prompt])
         drawn = self.pipeline(
             **self.family.drawing_inputs(self.pipeline, text, negative, not first.negative_prompt),
-            generator=[torch.Generator().manual_seed(one.seed) for one in prompts],
+            generator=[torch.Generator().manual_seed(seed) for _, seed in wanted],
             num_inference_steps=first.num_inference_steps, guidance_scale=first.guidance_scale,
             height=first.height, width=first.width,
             callback_on_step_end=callback, output_type="np",
@@ -106,9 +105,9 @@ class Drawer:
         return {name: value[0] for name, value in states.items()}
 
 
-def shared(prompt: Prompt) -> Prompt:
-    """What prompts share that the pipeline draws at once."""
-    return dataclasses.replace(prompt, prompt="", seed=None)
+def shared(wanted: tuple[Prompt, int]) -> Prompt:
+    """What images have in common that the pipeline draws at once."""
+    return dataclasses.replace(wanted[0], prompt="", seed=None)
 
 
 def as_bytes(drawn: np.ndarray) -> np.ndarray:

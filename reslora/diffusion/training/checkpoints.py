@@ -27,6 +27,7 @@ from ...files import (
     write_json,
 )
 from ..arguments import Flags, in_words
+from .best import best_of, forget_beaten
 from .schedule import Schedule
 from .state import Learner
 
@@ -151,6 +152,8 @@ def is_trained(flags: Flags, folder: Path, record: dict) -> bool:
     if isinstance(step, int) and steps and step > steps:
         fix = "give at least as many, or choose another --output_dir"
         raise InvalidArgument(f"--max_train_steps {steps}", f"{folder} was trained for {step} already", fix)
+    if patience := record.get("early_stopping_patience"):  # which has ended it
+        return patience == flags.early_stopping_patience
     same_epochs = bool(record.get("by_epochs")) and record.get("num_train_epochs") == flags.num_train_epochs
     return step == steps if steps else same_epochs
 
@@ -234,6 +237,7 @@ def save_checkpoint(learner: Learner, folder: Path, flags: Flags, identity: Iden
 
     def write() -> None:
         write_checkpoint(learner, folder / f"checkpoint-{learner.step}", state, record)
+        forget_beaten(folder)
         if flags.checkpoints_total_limit:
             of_this_line = [old for old in checkpoints_of(folder) if step_of(old) <= learner.step]
             for old in of_this_line[flags.checkpoints_total_limit :]:
@@ -269,6 +273,10 @@ def write_exports(
 ) -> None:
     """`exports.json`: that a method is finished, from what and how, and how far its files are from the merged model."""
     length = {"step": schedule.steps, "num_train_epochs": flags.num_train_epochs, "by_epochs": schedule.by_epochs}
+    if schedule.is_over:
+        length["early_stopping_patience"] = flags.early_stopping_patience
+    if flags.save_best and (best := best_of(folder)):
+        length["best"] = {"step": best.step, "loss": best.loss}
     merging = {name: getattr(flags, name) for name in MERGING}
     shown = {"shown": {name: getattr(flags, name) for name in SHOWN}}
     record = length | {"difference_of_255": differences} | merging | shown | past_of(flags, identity)
