@@ -18,20 +18,12 @@ from ..training.denoising import DenoisingLoss
 from .split import Image
 
 MOST_TEST, MOST_TRAINING, DRAWINGS = 16, 512, 4
-MEANINGS = {
-    "image_similarity": ("To test images", "what it draws of a test image's caption, to that image"),
-    "caption_similarity": ("To captions", "the same, to the caption"),
-    "nearest_training": ("Nearest training image", "the same, to the training image that is nearest; 1 is a copy"),
-    "unrelated_similarity": ("Base kept", "what it draws of unrelated prompts, to what the base model draws"),
-    "diversity": ("Diversity", "mean distance (1 - similarity) between drawings of one prompt"),
-}
-"""The title of each in the report, and what it is."""
 
 
 def similarities(
     parts: Mapping[str, nn.Module], loss: DenoisingLoss, images: Sequence[Image], setting: Setting
 ) -> dict[str, float]:
-    """What MEANINGS says of the parts as they are, of some of the test images; captions are of CLIP alone."""
+    """What `record.MEANINGS` says of the parts as they are, of some of the test images; captions are of CLIP alone."""
     context, sources = setting.context, setting.material.sources
     metric = load_metric(context.flags.metric_model, str(context.accelerator.device))
     drawer = Drawer(loss.pipeline, context.model.family, setting.material.texts, context.flags, context.encoders)

@@ -10,10 +10,9 @@ from pathlib import Path
 
 from ...common.charts import Axes, Series, chart, escape, interval
 from ...files import replacing
-from .drawn import MEANINGS
 from .gallery import gallery
 from .look import SCRIPT, STYLE
-from .record import Arm, Experiment, Verdict, as_of_now
+from .record import MEANINGS, Arm, Experiment, Verdict, as_of_now
 from .statistics import REFERENCE, percents
 
 NOTHING = "&mdash;"
@@ -162,7 +161,7 @@ def arm_table(experiment: Experiment) -> str:
             marked.add(len(rows))
         losses = [loss for loss in (arm["test"]["losses"] if arm["test"] else []) if loss is not None]
         reason = f'<div class="reason">{escape(arm["reason"])}</div>' if arm["reason"] else ""
-        memory = arm["memory_bytes"]
+        memory, similarities = arm["memory_bytes"], arm["test"].get("similarities", {}) if arm["test"] else {}
         rows.append(
             [
                 escape(arm["label"]),
@@ -174,7 +173,7 @@ def arm_table(experiment: Experiment) -> str:
                 f"{memory / 2**30:.2f} GiB" if memory else NOTHING,
                 number(min(finite(arm["select_by_step"].values()), default=math.nan)),
                 number(statistics.fmean(losses) if losses else math.nan),
-                *(number((arm["test"] or {}).get("similarities", {}).get(name)) for name in shown),
+                *(number(similarities.get(name)) for name in shown),
             ]
         )
     names = ["Method", "Learning rate", "Seed", "Status", "Steps", "Time", "Memory", "Lowest select loss", "Test loss"]
