@@ -77,7 +77,7 @@ def test_by_hand(monkeypatch):
 
 
 def test_the_report_has_a_column_for_each_that_was_measured():
-    experiment = examples.experiment()
+    experiment = examples.experiment(None)
     assert "Base kept" not in arm_table(experiment)
     arm = next(arm for arm in experiment["arms"] if arm["test"])
     arm["test"]["similarities"] = {"unrelated_similarity": 0.8765, "diversity": 0.25}

@@ -82,7 +82,7 @@ def test_it_ends_when_patience_does_and_exports_the_best(whole):
     assert_same(exported, {f"base_model.model.{name.replace('.default', '')}": value for name, value in kept.items()})
     last = load_file(output / "lora" / f"checkpoint-{record['step']}" / "adapter.safetensors")
     assert any(not torch.equal(last[name], kept[name]) for name in kept)
-    run = Run(output)
+    run = Run(output.name, output)
     assert run.status == "finished" and run.progress == (record["step"], record["step"])
 
 
