@@ -18,7 +18,7 @@ from ..common.errors import InvalidArgument, first_line, refused_as
 from ..common.methods import METHODS, any_with_shortcuts, check_steps, refuse_parts
 from ..merges import MERGES
 from ..shortcuts import PLAIN, shortcut_class
-from .arguments import DEFAULTS, ONE_OR_SEVERAL, SEVERAL, Flags, build_parser, listed
+from .arguments import DEFAULTS, NOISES, ONE_OR_SEVERAL, SEVERAL, Flags, build_parser, listed
 from .experiment.arms import alpha_of, check_experiment, plain_variants
 from .model.families import FAMILIES
 from .optimizers import check_installed, named
@@ -87,6 +87,10 @@ def fill_defaults(args: argparse.Namespace) -> Flags:
         values["validation_prompt"], values["validation_prompt_options"] = found
     values["validation_prompt"] = [clean(prompt).strip() for prompt in values["validation_prompt"]]
     values["method"] = list(dict.fromkeys(values["method"]))
+    if values["save_best"] or values["early_stopping_patience"]:
+        values["validation_noises"] = values["validation_noises"] or NOISES
+    if values["metric_model"] and Path(values["metric_model"]).exists():
+        values["metric_model"] = str(Path(values["metric_model"]).resolve())
     return Flags(**values)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ..arguments import Flags
+from ..arguments import NOISES, Flags
 from ..model.objective import Objective
 from ..seeds import derive, generator, shuffled
 from .batch import Batch, collate
@@ -20,7 +20,7 @@ from .plan import Draw, Plan
 from .size import Size
 from .sources import Source
 
-TIMESTEPS, NOISES = 8, 4  # of an image, at which losses are compared
+TIMESTEPS = 8  # of an image, at which losses are compared
 VALIDATION_DRAWS = 4  # noises per held-out image, one in each quarter of the timesteps
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..data.samples import NOISES
+from ..arguments import NOISES
 from ..output.reports import Reports, Validation
 from ..training.best import keep_adapter
 from ..training.state import Learner

@@ -140,6 +140,10 @@ def exact_parts(learner: Learner, schedule: Schedule, context: Context) -> dict[
     With --save_best, what was the best.
     """
     folder = context.folder_of(learner.method)
+    if context.flags.save_best and not best_to_export(learner, context):
+        print(
+            f"{learner.name}: no validation loss was measured, the last adapter is exported (--save_best)", flush=True
+        )
     if best := best_to_export(learner, context):
         try:
             check_checksums(best.path)

@@ -19,8 +19,7 @@ from ...common.log import LogWriter, of_split, read_log
 from ...common.signals import StopRequest
 from ...common.together import decided
 from ...files import replacing
-from ..arguments import Flags
-from ..data.samples import NOISES, Material, ValidationSamples, losses_of, measured, measured_at
+from ..data.samples import Material, ValidationSamples, losses_of, measured, measured_at
 from ..prompts import prompts_of
 from ..training.best import is_over, keep_if_best
 from ..training.denoising import DenoisingLoss, evaluating
@@ -175,7 +174,7 @@ class Validation:
 
     def losses(self, denoiser: nn.Module) -> torch.Tensor:
         """The unweighted losses behind that: images x timesteps at fixed timesteps; else of each sample."""
-        noises = self.noises or noises_of(self.material.flags)
+        noises = self.noises or self.material.flags.validation_noises
         with evaluating(denoiser, *self.loss.encoders), torch.no_grad(), self.accelerator.autocast():
             if noises:
                 images = measured(self.material)
@@ -223,12 +222,6 @@ class Validation:
 
     def _leave_if_asked(self) -> None:
         self.stop.check("stopped while drawing")
-
-
-def noises_of(flags: Flags) -> int | None:
-    """How many noises the validation loss takes at each of its fixed timesteps; None: it has no fixed ones."""
-    steers = flags.save_best or flags.early_stopping_patience
-    return flags.validation_noises or (NOISES if steers else None)
 
 
 def save_images(folder: Path, images: Sequence[Image.Image], per_prompt: int) -> None:

@@ -30,9 +30,10 @@ class Requests:
     """What is asked for after a step: to stop, of any process; to save or to draw, of the main one alone."""
 
     def __init__(self, context: Context) -> None:
-        self.stop, self.folder = context.stop, context.folder
-        self.every = context.flags.checkpointing_steps
-        self.seconds = 60 * (context.flags.checkpointing_minutes or float("inf"))
+        self.stop, self.folder, flags = context.stop, context.folder, context.flags
+        self.every = flags.checkpointing_steps
+        self.draws = bool(flags.validation_prompt and flags.num_validation_images)
+        self.seconds = 60 * (flags.checkpointing_minutes or float("inf"))
         self.saved()
 
     def saved(self) -> None:
@@ -43,7 +44,10 @@ class Requests:
         """Whether to stop, to save and to draw; all processes must call it together, and go by the answer alone."""
         main = is_main()
         save = main and (taken(self.folder / SAVE) or time.monotonic() - self.last >= self.seconds)
-        asked = any_of_each([self.stop.signal is not None, save, main and taken(self.folder / SAMPLE)])
+        sample = main and taken(self.folder / SAMPLE)
+        if sample and not self.draws:
+            print(f"{SAMPLE}: this run draws no samples; --validation_prompt names what to draw", flush=True)
+        asked = any_of_each([self.stop.signal is not None, save, sample and self.draws])
         return _shared(self.stop, asked[0]), asked[1], asked[2]
 
 

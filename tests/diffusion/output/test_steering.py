@@ -13,7 +13,7 @@ from diffusion.runs import assert_same, digests, main, only, printed, refused
 from reslora.common.log import of_split, read_log
 from reslora.diffusion.training.best import best_of
 from reslora.diffusion.training.stopping import Requests
-from reslora.files import read_object
+from reslora.files import read_object, write_json
 
 STEPS = 30
 
@@ -58,6 +58,7 @@ def resumed(flags, tmp_path_factory) -> Path:
         patch.setattr(Requests, "after_step", stop_at_the_fifth)
         assert main(*flags, "--output_dir", output) > 128
     assert best_of(output / "lora").step == 3
+    write_json(output / "lora" / "best" / "step-000005" / "loss.json", {"step": 5, "loss": 0.0})  # of what is forgotten
     assert main(*flags, "--output_dir", output, "--resume_from_checkpoint", "checkpoint-2") == 0
     return output
 
@@ -80,6 +81,7 @@ def test_it_ends_when_patience_does_and_exports_the_best(whole):
     kept = load_file(best_of(output / "lora").path / "adapter.safetensors")
     exported = load_file(output / "lora" / "peft" / "adapter_model.safetensors")
     assert_same(exported, {f"base_model.model.{name.replace('.default', '')}": value for name, value in kept.items()})
+    assert [path.name for path in (output / "lora" / "best").iterdir()] == [f"step-{step:06d}"]
     last = load_file(output / "lora" / f"checkpoint-{record['step']}" / "adapter.safetensors")
     assert any(not torch.equal(last[name], kept[name]) for name in kept)
     run = Run(output.name, output)

@@ -7,8 +7,9 @@ from reslora.diffusion.training import stopping
 from reslora.diffusion.training.stopping import Requests, taken
 
 
-def requests(folder, minutes: float | None = None) -> Requests:
-    flags = Flags(checkpointing_minutes=minutes, checkpointing_steps=5)
+def requests(folder, minutes: float | None = None, images: int = 1) -> Requests:
+    shown = {"validation_prompt": ["red disc"], "num_validation_images": images}
+    flags = Flags(checkpointing_minutes=minutes, checkpointing_steps=5, **shown)
     return Requests(SimpleNamespace(stop=SimpleNamespace(signal=None), folder=folder, flags=flags))
 
 
@@ -26,6 +27,12 @@ def test_files_ask_once_and_go(tmp_path):
 def test_a_request_that_cannot_be_removed_is_none(tmp_path):
     (tmp_path / "save.now").mkdir()
     assert not taken(tmp_path / "save.now") and requests(tmp_path).after_step() == (False, False, False)
+
+
+def test_a_run_that_draws_nothing_says_so(tmp_path, capsys):
+    (tmp_path / "sample.now").touch()
+    assert requests(tmp_path, images=0).after_step() == (False, False, False)
+    assert "this run draws no samples" in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
 def test_a_process_that_is_not_the_main_one_leaves_the_files(tmp_path, monkeypatch):
