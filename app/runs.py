@@ -176,9 +176,16 @@ class Run:
     @property
     def progress(self) -> tuple[int, int]:
         """Steps done and steps to do, of all methods together."""
+        steps = [self.steps_of(method) for method in self.methods]
+        reached = [max((row["step"] for row in self.log(method)), default=0) for method in self.methods]
+        return sum(map(min, steps, reached)), sum(steps)
+
+    def steps_of(self, method: str) -> int:
+        """Steps to do of a method: those that were done where early stopping has ended it."""
         steps = self.whole("max_train_steps", 0)
-        done = sum(min(steps, max((row["step"] for row in self.log(method)), default=0)) for method in self.methods)
-        return done, steps * len(self.methods)
+        record = self.read_json(method, "exports.json") if self.config.get("early_stopping_patience") else None
+        ended = record.get("step") if isinstance(record, dict) and record.get("early_stopping_patience") else None
+        return min(steps, int(number(ended) or steps))
 
     # -- what it shows -------------------------------------------------------------------------------------------------
 

@@ -33,9 +33,15 @@ from diffusers import (
 )
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    BitImageProcessor,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    Dinov2Config,
+    Dinov2Model,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -272,6 +278,25 @@ FAMILIES: dict[str, Callable[..., Path]] = {
     "stable_diffusion": stable_diffusion, "sdxl": sdxl, "z_image": z_image, "flux": flux, "sd3": sd3,
     "flux2_klein": flux2_klein,
 }  # fmt: skip
+
+
+def tiny_clip_of_images(folder: Path) -> Path:
+    """CLIP with both towers, untrained, with its processor and tokenizer: a metric of images and captions."""
+    text = tiny_clip().config.to_dict()
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 16, "patch_size": 8}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def tiny_dino(folder: Path) -> Path:
+    """DINOv2, untrained, with its processor: a metric of images alone."""
+    config = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    Dinov2Model(Dinov2Config(**config)).save_pretrained(folder)
+    BitImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
 
 
 def random_image(number: int) -> PIL.Image.Image:

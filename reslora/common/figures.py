@@ -87,16 +87,25 @@ def loss_curves(path: str | os.PathLike, logs: Mapping[str, Sequence[dict]], hel
     """Writes the training loss of each method (a running mean over a tenth of the steps) and its held-out loss.
 
     `logs` holds the rows of each method's log (see `log.read_log`), `held_out` the number of held-out images;
-    without any (None or 0) there is no second plot. Losses that are not finite leave a gap.
+    without any (None or 0) there is no second plot. A third one has the last held-out loss by timestep, where that is
+    known. Losses that are not finite leave a gap.
     """
     splits = {"train": "training loss (running mean)"}
     if held_out:
         splits["validation"] = f"loss on {held_out} held-out image{'s' if held_out > 1 else ''}"
-    figure = Figure(figsize=(5.5 * len(splits), 4), layout="constrained")
-    for axis, (split, title) in zip(figure.subplots(1, len(splits), squeeze=False)[0], splits.items(), strict=True):
+    by_timestep = {method: found[-1] for method, rows in logs.items() if (found := _with_timesteps(rows))}
+    count = len(splits) + bool(by_timestep)
+    figure = Figure(figsize=(5.5 * count, 4), layout="constrained")
+    axes = figure.subplots(1, count, squeeze=False)[0]
+    for axis, (split, title) in zip(axes, splits.items(), strict=False):
         for method, rows in logs.items():
             _curve(axis, method, of_split(rows, split), split == "train")
         axis.set(title=title, xlabel="step")
+    for method, row in by_timestep.items():
+        timesteps = [float(timestep) for timestep in row["by_timestep"]]
+        axes[-1].plot(timesteps, list(map(_number, row["by_timestep"].values())), "o-", label=method, linewidth=1.8)
+        axes[-1].set(title="the last one by timestep", xlabel="timestep (1 is pure noise)")
+    for axis in axes:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
         if logs:
@@ -112,6 +121,10 @@ def running_mean(values: Sequence[float], share: float = 0.1) -> list[float]:
     starts = np.maximum(np.arange(1, len(values) + 1) - window, 0)
     with np.errstate(invalid="ignore"):  # a window without a finite value has no mean
         return ((sums[1:] - sums[starts]) / (counts[1:] - counts[starts])).tolist()
+
+
+def _with_timesteps(rows: Sequence[dict]) -> list[dict]:
+    return [row for row in of_split(rows, "validation") if row.get("by_timestep")]
 
 
 def _curve(axis: Axes, method: str, rows: Sequence[dict], smooth: bool) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TypeVar
 
@@ -79,11 +79,16 @@ def gathered(value: T) -> list[T]:
 
 def any_of(condition: bool) -> bool:
     """Whether the condition holds in any process. It costs no synchronisation with a GPU."""
+    return any_of_each([condition])[0]
+
+
+def any_of_each(conditions: Sequence[bool]) -> list[bool]:
+    """Which of the conditions hold in any process, by one exchange."""
     if alone():
-        return condition
-    number = torch.tensor(float(condition))
-    _met(lambda: dist.all_reduce(number, group=_patient(dist.group.WORLD)))
-    return bool(number > 0)
+        return list(conditions)
+    numbers = torch.tensor(conditions, dtype=torch.float32)
+    _met(lambda: dist.all_reduce(numbers, group=_patient(dist.group.WORLD)))
+    return (numbers > 0).tolist()
 
 
 def wait() -> None:

@@ -16,6 +16,7 @@ from ..config import HEADS, SHORTCUTS
 from ..merges import AUTO
 from ..merges import NAMES as MERGES
 from .optimizers import OPTIMIZERS
+from .prompts import options_text
 
 SAMPLINGS = ("uniform", "logit_normal", "mode", "sigmoid", "shift", "flux_shift")
 BASE_PRECISIONS = ("no", "fp8", "int8", "nf4")
@@ -38,6 +39,7 @@ DEFAULTS = {
     "num_inference_steps": (20, None),
     "guidance_scale": (4.0, None),
 }
+NOISES = 4  # at each timestep at which losses of an image are compared
 DEFAULT_RANK, HIGHEST_RANK, DEFAULT_PRE_NUM = 16, 65536, 4
 ONE_OR_SEVERAL = ("train_data_dir", "train_data_repeats", "train_data_weight", "resolution")
 BY_FAMILY = {
@@ -341,7 +343,12 @@ def add_optimizer_flags(add: Callable) -> None:
 
 def add_validation_flags(add: Callable) -> None:
     """What is drawn and measured while training."""
-    add("--validation_prompt", nargs="+", metavar="PROMPT", help="prompts drawn while training, with fixed seeds")
+    add("--validation_prompt", nargs="+", metavar="PROMPT",
+        help="prompts drawn while training, with fixed seeds; or a .txt file of prompts as kohya's scripts read it (a "
+             "line each, with --n --w --h --d --s --l --g), or a .json list of objects with a prompt and its options")
+    add("--validation_prompt_options", nargs="+", type=options_text, default=[], metavar="JSON",
+        help="options of each prompt, as such a file has them: negative_prompt, width, height, seed, "
+             "num_inference_steps, guidance_scale, cfg_scale; {} for none")
     add("--num_validation_images", type=whole(0), help="samples per prompt; 0 draws none while training")
     add("--validation_height", type=whole(8), help="pixels of a sample; default: --resolution, the first")
     add("--validation_width", type=whole(8), help="pixels of a sample; default: --resolution, the first")
@@ -352,6 +359,16 @@ def add_validation_flags(add: Callable) -> None:
     add("--max_validation_images", type=whole(1), default=64,
         help="images the validation loss is measured on; of more that are held out so many are drawn by --seed, and "
              "the rest is not trained on either")
+    add("--validation_noises", type=whole(1), metavar="N",
+        help="measure the validation loss at eight timesteps, by N noises each, which an image's content seeds; "
+             "default: 4 with --save_best or --early_stopping_patience, else one timestep and noise in each quarter")
+    add("--save_best", **SWITCH,
+        help="keep the adapter with the lowest validation loss in <method>/best, and export that one in the end")
+    add("--early_stopping_patience", type=whole(1), metavar="N",
+        help="stop a method after N validations in a row without a lower loss than before")
+    add("--metric_model", metavar="MODEL",
+        help="DINOv2 or CLIP, a folder or a name on the hub: how near samples are to the held-out images and, with "
+             "CLIP, to their prompts; experiments judge each chosen arm by more of that kind")
     add("--num_inference_steps", type=whole(1), help="denoising steps of a sample")
     add("--guidance_scale", type=number(0), help="classifier-free guidance of a sample")
 
@@ -376,6 +393,8 @@ def add_output_flags(add: Callable) -> None:
     add("--logging_dir", default="logs", metavar="FOLDER", help="TensorBoard's folder inside it")
     add("--report_to", default="tensorboard", help="a tracker that accelerate knows, such as wandb; all, or none")
     add("--checkpointing_steps", type=whole(1), help="steps between checkpoints")
+    add("--checkpointing_minutes", type=number(0, exclusive=True),
+        help="a checkpoint also whenever so many minutes have passed since the last one")
     add("--checkpoints_total_limit", type=whole(1), help="checkpoints kept per method; default: all")
     add("--resume_from_checkpoint", metavar="latest|FOLDER", help="go on from the newest usable one, or this one")
     add("--push_to_hub", **SWITCH, help="upload the folder when done")

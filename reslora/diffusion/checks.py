@@ -24,6 +24,7 @@ from .model.families import FAMILIES, load_family
 from .model.families.base import Family
 from .model.loading import Model
 from .model.quantising import try_format
+from .prompts import Prompt, prompts_of
 from .training.start import Start
 from .training.state import add_adapter, config_of, shortcuts_of, targets_of
 
@@ -51,11 +52,13 @@ def check_base_precision(flags: Flags, dtype: torch.dtype, accelerator: Accelera
 
 def check_pipeline(flags: Flags, pipeline: DiffusionPipeline, family: Family) -> None:
     """Refuse sizes of images or a number of denoising steps that the pipeline cannot take."""
-    known = pipeline.scheduler.config.num_train_timesteps
+    known, multiple = pipeline.scheduler.config.num_train_timesteps, family.pixel_multiple(pipeline)
     if flags.num_inference_steps > known:
         argument = f"--num_inference_steps {flags.num_inference_steps}"
         raise InvalidArgument(argument, f"the model knows {known} timesteps", "give fewer")
-    multiple = family.pixel_multiple(pipeline)
+    told = family.is_told_guidance or bool(pipeline.config.get("is_distilled"))
+    for prompt in prompts_of(flags):
+        check_prompt(prompt, known, multiple, f"the guidance of {family.name} is told to it" if told else "")
     for size in named_buckets(flags.aspect_ratio_buckets or ""):
         if any(side % multiple or not side for side in (size.height, size.width)):
             argument = f"--aspect_ratio_buckets {size.height},{size.width}"
@@ -65,6 +68,21 @@ def check_pipeline(flags: Flags, pipeline: DiffusionPipeline, family: Family) ->
             if pixels % multiple:
                 argument, problem = f"--{name} {pixels}", f"the pipeline takes multiples of {multiple}"
                 raise InvalidArgument(argument, problem, f"give {max(1, pixels // multiple) * multiple}")
+
+
+def check_prompt(prompt: Prompt, timesteps: int, multiple: int, told: str) -> None:
+    """Refuse options of a prompt that the pipeline cannot take; `told` says why it has no negative prompts, if so."""
+    where = f"--validation_prompt {prompt.prompt!r}"
+    if (prompt.num_inference_steps or 0) > timesteps:
+        problem = f"{prompt.num_inference_steps} steps, and the model knows {timesteps} timesteps"
+        raise InvalidArgument(where, problem, "give fewer")
+    for side in (prompt.width or multiple, prompt.height or multiple):
+        if side % multiple:
+            problem = f"{side} pixels, and the pipeline takes multiples of {multiple}"
+            raise InvalidArgument(where, problem, f"give {max(1, side // multiple) * multiple}")
+    if told and (prompt.negative_prompt or prompt.cfg_scale not in (None, 1)):
+        what = "a negative prompt (--n)" if prompt.negative_prompt else "guidance by one (--l, cfg_scale)"
+        raise InvalidArgument(where, f"{what}, but {told}", "leave it out, and give --g or guidance_scale")
 
 
 def with_rank(flags: Flags, model: Model, accelerator: Accelerator) -> Flags:

@@ -62,7 +62,7 @@ def _clear_leftovers(folder: Path) -> None:
     for place in (
         folder,
         folder / "cache",
-        *(folder / method / part for method in METHODS for part in (".", "samples")),
+        *(folder / method / part for method in METHODS for part in (".", "samples", "best")),
     ):
         remove_leftovers(place)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,11 +30,13 @@ from .model.lora_files.combining import in_short
 from .model.objective import Objective, objective_of
 from .output.drawing import Drawer
 from .output.exports import export_method
+from .output.metric import load_metric
 from .output.reports import Reports, Validation
 from .output.summary import hub_repository, print_summary, publish, write_figures
 from .output.trackers import start_trackers
 from .processes import start_accelerator
 from .settings import with_family
+from .training.best import go_on_from
 from .training.checkpoints import Identity, Resume, plan_resume, restore, save_checkpoint, write_exports
 from .training.denoising import DenoisingLoss
 from .training.loop import Watch, train
@@ -138,6 +141,8 @@ def load_and_check(context: Context) -> tuple[DiffusionPipeline, Objective]:
     check_methods(flags, model, accelerator, context.start)
     check_optimizer(context)
     check_encoders(pipeline, context)
+    if flags.metric_model and accelerator.is_main_process:
+        load_metric(flags.metric_model, str(accelerator.device))
     return pipeline, objective
 
 
@@ -194,6 +199,8 @@ def go_on(learner: Learner, resume: Resume, context: Context) -> None:
         where = context.folder / name
         context.accelerator.print(f"--resume_from_checkpoint latest: no checkpoint in {where}, {name} starts afresh")
     restore(learner, candidates, flags, context.accelerator)
+    if flags.save_best:
+        decided(lambda: go_on_from(context.folder / name, learner.step))
     prepare(learner, context)
 
 
@@ -212,6 +219,7 @@ def train_and_export(learner: Learner, setting: Setting, validation: type[Valida
     watch = Watch(reports, look, lambda: save_checkpoint(learner, folder, flags, identity, accelerator))
     with contextlib.closing(reports), attention_of(accelerator, material):
         train(learner, material, schedule, watch, context)
+    schedule = dataclasses.replace(schedule, steps=learner.step, is_over=learner.over)
     with learner.averaged():
         decided(export)
 

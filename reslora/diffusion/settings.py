@@ -18,10 +18,11 @@ from ..common.errors import InvalidArgument, first_line, refused_as
 from ..common.methods import METHODS, any_with_shortcuts, check_steps, refuse_parts
 from ..merges import MERGES
 from ..shortcuts import PLAIN, shortcut_class
-from .arguments import DEFAULTS, ONE_OR_SEVERAL, SEVERAL, Flags, build_parser, listed
+from .arguments import DEFAULTS, NOISES, ONE_OR_SEVERAL, SEVERAL, Flags, build_parser, listed
 from .experiment.arms import alpha_of, check_experiment, plain_variants
 from .model.families import FAMILIES
 from .optimizers import check_installed, named
+from .prompts import clean, from_file
 
 BUNDLED_MODEL, BUNDLED_IMAGES, BUNDLED_STEPS = ASSETS / "pipeline", ASSETS / "openmoji", 200
 BUNDLED_DEFAULTS = {"pipeline-flow": {"learning_rate": 1e-3}}  # where one differs from DEFAULTS
@@ -32,6 +33,7 @@ POLYNOMIAL_END = 1e-7  # diffusers' learning rate at the end of that schedule
 GIVES_WAY_TO = {
     "max_train_steps": "num_train_epochs", "num_train_epochs": "max_train_steps", "lora_alpha": "rank",
     "validation_steps": "validation_epochs", "train_data_dir": "dataset_name", "dataset_name": "train_data_dir",
+    "validation_prompt_options": "validation_prompt",
 }  # fmt: skip
 
 
@@ -81,8 +83,14 @@ def fill_defaults(args: argparse.Namespace) -> Flags:
     if is_experiment(values):
         values |= {name: DEFAULT_SPLIT for name in splits if values[name] is None}
         values["validation_split"] = args.validation_split or 0.0
+    if (found := from_file(values["validation_prompt"])) is not None:
+        values["validation_prompt"], values["validation_prompt_options"] = found
     values["validation_prompt"] = [clean(prompt).strip() for prompt in values["validation_prompt"]]
     values["method"] = list(dict.fromkeys(values["method"]))
+    if values["save_best"] or values["early_stopping_patience"]:
+        values["validation_noises"] = values["validation_noises"] or NOISES
+    if values["metric_model"] and Path(values["metric_model"]).exists():
+        values["metric_model"] = str(Path(values["metric_model"]).resolve())
     return Flags(**values)
 
 
@@ -99,11 +107,6 @@ def is_bundled(model: str) -> bool:
 def with_family(flags: Flags, defaults: Mapping[str, object]) -> Flags:
     """The flags with what was still open filled in by the family's defaults."""
     return flags.replace(**{name: value for name, value in defaults.items() if getattr(flags, name) is None})
-
-
-def clean(text: str) -> str:
-    """Text that a tokenizer takes: no NUL, and no half of a character."""
-    return text.replace("\0", "").encode("utf-8", "replace").decode("utf-8")
 
 
 # -- configuration files -----------------------------------------------------------------------------------------------
@@ -187,6 +190,7 @@ def check_flags(flags: Flags) -> None:
         raise InvalidArgument(f"--text_encoder_lr {flags.text_encoder_lr:g}", problem, "add --train_text_encoder")
     if flags.train_text_encoder:
         refuse_parts(flags.method)
+    check_validation(flags)
     check_packages(flags)
     check_installed(flags.optimizer, flags.optimizer_args)
     if flags.use_8bit_adam and flags.optimizer != "adamw8bit":
@@ -240,6 +244,22 @@ def carries_activations(flags: Flags) -> bool:
     """Whether a method's blocks hand activations to each other."""
     wired = any_with_shortcuts(flags.method) and flags.shortcut != PLAIN and flags.pre_num != 0
     return wired and shortcut_class(flags.shortcut).carries
+
+
+def check_validation(flags: Flags) -> None:
+    """Refuse options of prompts that are not one for each, and what steers by held-out images where none are."""
+    options, prompts = flags.validation_prompt_options, flags.validation_prompt
+    if options and len(options) != len(prompts):
+        problem = f"{len(options)} for {len(prompts)} prompts"
+        raise InvalidArgument("--validation_prompt_options", problem, "give one for each, '{}' where there are none")
+    for name in ("save_best", "early_stopping_patience", "validation_noises"):
+        if not getattr(flags, name):
+            continue
+        if flags.select_split or flags.test_split:
+            fix = "leave it out: experiments choose checkpoints over seeds, by eight timesteps of four noises each"
+            raise InvalidArgument(f"--{name}", "this is an experiment", fix)
+        if not flags.validation_split:
+            raise InvalidArgument(f"--{name}", "no images are held out", "add --validation_split 0.1")
 
 
 def check_start(flags: Flags) -> None:

@@ -170,6 +170,16 @@ def test_curves_are_the_losses_of_each_method(saved):
     assert "12 held-out images" in validation.get_title()
 
 
+def test_a_third_plot_has_the_last_held_out_loss_by_timestep(saved):
+    rows = [{"step": 0, "split": "validation", "loss": 2.0, "by_timestep": {"0.25": 1.0, "0.75": 3.0}}]
+    rows += [{"step": 5, "split": "validation", "loss": 1.5, "by_timestep": {"0.25": 0.5, "0.75": 2.5}}]
+    figures.loss_curves("loss.png", {"lora": rows, "reslora": []}, 12)
+    *_, last = saved[0].axes
+    (line,) = last.lines
+    assert line.get_label() == "lora"
+    assert [values.tolist() for values in line.get_data()] == [[0.25, 0.75], [0.5, 2.5]]
+
+
 def test_without_held_out_images_there_is_one_plot(saved):
     for held_out in (None, 0):
         figures.loss_curves("loss.png", {"lora": [{"step": 1, "split": "train", "loss": 1.0}]}, held_out)

@@ -25,6 +25,7 @@ seen["decided"] = together.decided(lambda: [rank, "said"])
 seen["each"] = together.each(lambda: rank)
 seen["gathered"] = together.gathered(rank)
 seen["any"] = [together.any_of(rank == 1), together.any_of(False)]
+seen["any of each"] = together.any_of_each([rank == 1, False, rank == 0])
 
 def fails(error, at):
     if rank == at:
@@ -65,6 +66,7 @@ def test_what_the_main_process_decides_all_know(seen):
     assert [found["each"] for found in seen] == [0, 1]
     assert [found["gathered"] for found in seen] == [[0, 1], [0, 1]]
     assert [found["any"] for found in seen] == [[True, False], [True, False]]
+    assert [found["any of each"] for found in seen] == [[True, False, True]] * 2
     assert all(found["waited"] for found in seen)
 
 

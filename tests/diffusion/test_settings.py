@@ -77,3 +77,11 @@ def test_the_bundled_transformer_has_a_learning_rate_of_its_own():
         for name in ("pipeline", "pipeline-flow")
     ]
     assert rates == [3e-4, 1e-3]
+
+
+def test_a_validation_that_steers_is_by_fixed_noises():
+    """A run that goes on is compared by their number, so that no loss is compared with one of another kind."""
+    assert parse_args([]).validation_noises is None
+    for words in (["--save_best"], ["--early_stopping_patience", "3"]):
+        assert parse_args(words).validation_noises == 4
+        assert parse_args([*words, "--validation_noises", "2"]).validation_noises == 2

@@ -17,8 +17,8 @@ import PIL.Image
 from ...common.errors import InvalidArgument, first_line
 from ..arguments import Flags, listed
 from ..content import Content, content_mark
+from ..prompts import clean
 from ..seeds import derive, shuffled
-from ..settings import clean
 from .images import SUFFIXES, image_size, is_masked, mask_problem, open_image, open_masked
 from .tables import ROWS, has_file_names
 

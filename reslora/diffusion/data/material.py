@@ -12,6 +12,7 @@ from ..arguments import Flags, listed
 from ..context import Context
 from ..model.loading import wide_enough
 from ..model.objective import Objective
+from ..prompts import UNRELATED, prompts_of
 from .buckets import bucket_of, ladder, named_buckets, own_bucket, square
 from .captions import VERBATIM, recipe_of
 from .class_images import balanced
@@ -56,6 +57,8 @@ def with_texts(material: Material, pipeline: DiffusionPipeline, context: Context
     parts = model.family.frozen_text_parts if context.encoders else model.family.text_parts
     key = (model.family.name, model.fingerprint(*parts), str(context.dtype))
     wanted = ["", *(flags.validation_prompt or material.sources[0].images.captions[0][:1])]
+    wanted += [prompt.negative_prompt for prompt in prompts_of(flags)]
+    wanted += UNRELATED if flags.metric_model else ()
 
     def load_encoders() -> DiffusionPipeline:
         if not flags.cache_text_embeddings:

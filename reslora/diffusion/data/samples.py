@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ..arguments import Flags
+from ..arguments import NOISES, Flags
 from ..model.objective import Objective
-from ..seeds import generator, shuffled
+from ..seeds import derive, generator, shuffled
 from .batch import Batch, collate
 from .captions import choose
 from .encoding import Latents, Texts
@@ -20,6 +21,7 @@ from .plan import Draw, Plan
 from .size import Size
 from .sources import Source
 
+TIMESTEPS = 8  # of an image, at which losses are compared
 VALIDATION_DRAWS = 4  # noises per held-out image, one in each quarter of the timesteps
 
 
@@ -156,6 +158,63 @@ class ValidationSamples(TrainingSamples):
             alike = [draw for draw in self.draws if draw.size == size]
             for first in range(0, len(alike), self.material.flags.train_batch_size):
                 yield collate([self[draw] for draw in alike[first : first + self.material.flags.train_batch_size]])
+
+
+class FixedSamples(TrainingSamples):
+    """TIMESTEPS x `noises` samples of an image: its centre, upright, with noises that its content seeds.
+
+    They are alike in all runs, whatever their seeds and whatever other images there are. Each image is measured on its
+    own, so that no other one changes even the rounding.
+    """
+
+    varies = False
+
+    def __init__(self, material: Material, noises: int = NOISES) -> None:
+        flags = material.flags.replace(center_crop=True, random_flip=False, noise_offset=0.0)
+        super().__init__(dataclasses.replace(material, flags=flags))
+        self.timesteps, self.noises = measured_at(material.objective), noises
+
+    def random(self, draw: Draw) -> torch.Generator:
+        """By the image's content and the sample's number."""
+        return generator("experiment", self.material.sources[draw.source].images.marks[draw.image], draw.position)
+
+    def timestep(self, position: int, shape: Sequence[int], draws: torch.Generator) -> torch.Tensor:
+        """Of its stratum."""
+        return self.timesteps[position // self.noises]
+
+    def _cached(self, latents: Latents, draw: Draw, draws: torch.Generator) -> dict[str, torch.Tensor]:
+        return latents.of(draw.image, 0)
+
+    def batches(self, image: tuple[int, int]) -> Iterator[Batch]:
+        """All samples of an image, which is a source and a number there."""
+        source, number = image
+        size, most = self.material.sources[source].size(number), self.material.flags.train_batch_size
+        draws = [Draw(source, number, size, position) for position in range(TIMESTEPS * self.noises)]
+        for first in range(0, len(draws), most):
+            yield collate([self[draw] for draw in draws[first : first + most]])
+
+
+def measured_at(objective: Objective) -> list[torch.Tensor]:
+    """The timesteps, each in the middle of its stratum."""
+    return [objective.at((number + 0.5) / TIMESTEPS) for number in range(TIMESTEPS)]
+
+
+@torch.no_grad()
+def losses_of(
+    loss: Callable[[Batch], torch.Tensor], material: Material, images: Sequence[tuple[int, int]], noises: int = NOISES
+) -> torch.Tensor:
+    """Images x TIMESTEPS: the mean of `loss` (of each sample of a batch) over the noises."""
+    samples = FixedSamples(material, noises)
+    found = [torch.cat([loss(batch) for batch in samples.batches(image)]) for image in images]
+    return torch.stack(found).view(len(images), TIMESTEPS, noises).mean(2).cpu()
+
+
+def measured(material: Material) -> list[tuple[int, int]]:
+    """At most --max_validation_images of the held-out images: those first by a hash of content."""
+    marks = {image: material.sources[image[0]].images.marks[image[1]] for image in material.held_out}
+    order = sorted(marks, key=lambda image: derive("max_validation_images", marks[image]))
+    chosen = set(order[: material.flags.max_validation_images])
+    return [image for image in material.held_out if image in chosen]
 
 
 def training_loader(material: Material, steps: Sequence[int], processes: int, rank: int, pin: bool) -> DataLoader:

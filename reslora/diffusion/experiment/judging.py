@@ -15,6 +15,7 @@ from ...common.methods import METHODS
 from ...export import DIFFUSERS_FILE
 from ...files import read_object, write_json
 from ..data.batch import Batch
+from ..data.samples import losses_of
 from ..output.exports import (
     Parts,
     as_float32,
@@ -26,7 +27,8 @@ from ..output.exports import (
 )
 from ..run import Setting
 from ..training.denoising import DenoisingLoss, evaluating
-from .measure import adapter_folder, losses_of
+from .drawn import similarities
+from .measure import adapter_folder
 from .record import TestLosses
 from .split import Image
 
@@ -45,10 +47,17 @@ def tested(step: int, images: Sequence[Image], setting: Setting) -> TestLosses:
                 return exact_loss(loss, denoiser, batch)
 
             losses = losses_of(check_and_measure, setting.material, images)
+            found = similarities(parts, loss, images, setting) if setting.context.flags.metric_model else {}
         by_timestep = numbers(losses.mean(0))
-        write_json(path, {"step": step, "images": marks, "losses": numbers(losses.mean(1)), "by_timestep": by_timestep})
+        measured = {"losses": numbers(losses.mean(1)), "by_timestep": by_timestep, "similarities": found}
+        write_json(path, {"step": step, "images": marks} | measured)
     record = read_object(path)
-    return {"images": marks, "losses": record["losses"], "by_timestep": record["by_timestep"]}
+    return {
+        "images": marks,
+        "losses": record["losses"],
+        "by_timestep": record["by_timestep"],
+        "similarities": record.get("similarities", {}),
+    }
 
 
 def is_tested(step: int, images: Sequence[Image], setting: Setting) -> bool:

@@ -12,6 +12,15 @@ from ...files import has_ended, this_process
 
 FORMAT = 1
 
+MEANINGS = {
+    "image_similarity": ("To test images", "what it draws of a test image's caption, to that image"),
+    "caption_similarity": ("To captions", "the same, to the caption"),
+    "nearest_training": ("Nearest training image", "the same, to the training image that is nearest; 1 is a copy"),
+    "unrelated_similarity": ("Base kept", "what it draws of unrelated prompts, to what the base model draws"),
+    "diversity": ("Diversity", "mean distance (1 - similarity) between drawings of one prompt"),
+}
+"""Title in the report, and what it is, of each similarity (cosine of embeddings) by --metric_model."""
+
 Status = Literal["finished", "running", "waiting", "failed"]
 
 
@@ -34,6 +43,8 @@ class TestLosses(TypedDict):
     """Of each image, the mean over noises and timesteps."""
     by_timestep: list[float | None]
     """At each of the experiment's `timesteps`, the mean over images and noises."""
+    similarities: NotRequired[dict[str, float]]
+    """By --metric_model, see MEANINGS."""
 
 
 class Arm(TypedDict):

@@ -12,7 +12,7 @@ from ...common.charts import Axes, Series, chart, escape, interval
 from ...files import replacing
 from .gallery import gallery
 from .look import SCRIPT, STYLE
-from .record import Arm, Experiment, Verdict, as_of_now
+from .record import MEANINGS, Arm, Experiment, Verdict, as_of_now
 from .statistics import REFERENCE, percents
 
 NOTHING = "&mdash;"
@@ -154,12 +154,14 @@ def chosen_table(experiment: Experiment) -> str:
 def arm_table(experiment: Experiment) -> str:
     rows: list[list[str]] = []
     marked = set()
+    measured = {name for arm in experiment["arms"] if arm["test"] for name in arm["test"].get("similarities", {})}
+    shown = [name for name in MEANINGS if name in measured]
     for arm in experiment["arms"]:
         if is_chosen(arm, experiment):
             marked.add(len(rows))
         losses = [loss for loss in (arm["test"]["losses"] if arm["test"] else []) if loss is not None]
         reason = f'<div class="reason">{escape(arm["reason"])}</div>' if arm["reason"] else ""
-        memory = arm["memory_bytes"]
+        memory, similarities = arm["memory_bytes"], arm["test"].get("similarities", {}) if arm["test"] else {}
         rows.append(
             [
                 escape(arm["label"]),
@@ -171,11 +173,13 @@ def arm_table(experiment: Experiment) -> str:
                 f"{memory / 2**30:.2f} GiB" if memory else NOTHING,
                 number(min(finite(arm["select_by_step"].values()), default=math.nan)),
                 number(statistics.fmean(losses) if losses else math.nan),
+                *(number(similarities.get(name)) for name in shown),
             ]
         )
-    names = "Method", "Learning rate", "Seed", "Status", "Steps", "Time", "Memory", "Lowest select loss", "Test loss"
-    found = table("Arms", names, rows, marked)
-    return found + ("<p>At the chosen rate: shaded.</p>" if marked else "")
+    names = ["Method", "Learning rate", "Seed", "Status", "Steps", "Time", "Memory", "Lowest select loss", "Test loss"]
+    found = table("Arms", [*names, *(MEANINGS[name][0] for name in shown)], rows, marked)
+    meanings = in_lines(f"{title}: {meaning}" for title, meaning in (MEANINGS[name] for name in shown))
+    return found + ("<p>At the chosen rate: shaded.</p>" if marked else "") + meanings
 
 
 def table(title: str, names: Iterable[str], rows: Sequence[Sequence[str]], marked: Iterable[int] = ()) -> str:

@@ -12,6 +12,7 @@ from ...common.errors import InvalidArgument
 from ...common.methods import METHODS
 from ...files import read_object, this_process, write_json
 from ..arguments import Flags
+from ..data.samples import measured_at
 from ..folder import EXPERIMENT
 from ..run import Setting
 from ..training.checkpoints import EXPORTS, MERGING, Identity, check_past, checkpoints_of, past_of
@@ -19,14 +20,19 @@ from . import record
 from .arms import Arm
 from .course import ENDED, Course
 from .judging import export_chosen, is_tested, tested
-from .measure import measured_at
 from .report import write_report
 from .split import Parts
 from .statistics import REFERENCE, choose, compare
 
 REPORT = "report.html"
 CHANGING = ("learning_rate", "seed")  # and the methods: of these more may be added
-FIXED = (*MERGING, "max_train_steps", "validation_steps", "cache_latents")  # which a plain run may change
+FIXED = (
+    *MERGING,
+    "max_train_steps",
+    "validation_steps",
+    "cache_latents",
+    "metric_model",
+)  # which a plain run may change
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 
 
@@ -43,8 +49,8 @@ def check_same(flags: Flags, identity: Identity | None = None) -> None:
     check_past(flags, folder, there, identity)
     for name in FIXED:
         value = getattr(flags, name)
-        if value is not None and there[name] != value:
-            problem, fix = f"{folder} was begun with {there[name]}", "use that, or choose another --output_dir"
+        if value is not None and there.get(name) != value:
+            problem, fix = f"{folder} was begun with {there.get(name)}", "use that, or choose another --output_dir"
             raise InvalidArgument(f"--{name} {value}", problem, fix)
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -10,10 +13,11 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import nn
 
-from ..arguments import Flags, listed
+from ..arguments import Flags
 from ..data.batch import changed, stack_texts
 from ..data.encoding import Texts
 from ..model.families.base import Family, Part, Text
+from ..prompts import Prompt, settled
 from ..seeds import derive
 from ..training.denoising import evaluating
 
@@ -28,39 +32,52 @@ class Drawer:
         self.encoders = encoders  # those of the pipeline that train
 
     def draw(
-        self, denoiser: nn.Module, prompts: Sequence[str], images: int, between_steps: Callable[[], None] = lambda: None
+        self,
+        denoiser: nn.Module,
+        prompts: Sequence[str | Prompt],
+        images: int,
+        between_steps: Callable[[], None] = lambda: None,
     ) -> list[np.ndarray]:
         """Images (height x width x 3, in [0, 1]), `images` for each prompt, drawn by the denoiser in eval mode.
 
         `between_steps` is called between the denoising steps and may raise; denoiser and pipeline stay as they were.
         """
-        seeds = [
-            (prompt, derive(self.flags.seed, "sample", p, i)) for p, prompt in enumerate(prompts) for i in range(images)
-        ]
+        wanted = self.wanted(prompts, images)
         drawn, size, before = [], self.flags.train_batch_size, getattr(self.pipeline, self.family.denoiser)
         encoders = [getattr(self.pipeline, part.name) for part in self.encoders]
         setattr(self.pipeline, self.family.denoiser, denoiser)
         try:
             with evaluating(denoiser, *encoders):
-                for start in range(0, len(seeds), size):
-                    drawn += self._batch(seeds[start : start + size], between_steps)
+                for alike in (list(group) for _, group in itertools.groupby(wanted, key=shared)):
+                    for start in range(0, len(alike), size):
+                        drawn += self._batch(alike[start : start + size], between_steps)
         finally:
             setattr(self.pipeline, self.family.denoiser, before)
         return drawn
 
-    def _batch(self, seeds: Sequence[tuple[str, int]], between_steps: Callable[[], None]) -> list[np.ndarray]:
+    def wanted(self, prompts: Sequence[str | Prompt], images: int) -> list[tuple[Prompt, int]]:
+        """The prompt, with all its options, and the seed of each image."""
+        found = []
+        for number, given in enumerate(prompts):
+            prompt = Prompt(given) if isinstance(given, str) else given
+            prompt = settled(prompt, self.flags, self.family.is_told_guidance)
+            for image in range(images):
+                drawn = derive(self.flags.seed, "sample", number, image)
+                found.append((prompt, drawn if prompt.seed is None else prompt.seed + image))
+        return found
+
+    def _batch(self, wanted: Sequence[tuple[Prompt, int]], between_steps: Callable[[], None]) -> list[np.ndarray]:
         def callback(pipeline: DiffusionPipeline, index: int, timestep: int, tensors: dict) -> dict:
             between_steps()
             return tensors
 
-        flags = self.flags
-        side = listed(flags.resolution)[0]
-        text, empty = self._text([prompt for prompt, _ in seeds]), self._text([""])
+        first, _ = wanted[0]
+        text, negative = self._text([one.prompt for one, _ in wanted]), self._text([first.negative_prompt])
         drawn = self.pipeline(
-            **self.family.drawing_inputs(self.pipeline, text, empty),
-            generator=[torch.Generator().manual_seed(seed) for _, seed in seeds],
-            num_inference_steps=flags.num_inference_steps, guidance_scale=flags.guidance_scale,
-            height=flags.validation_height or side, width=flags.validation_width or side,
+            **self.family.drawing_inputs(self.pipeline, text, negative, not first.negative_prompt),
+            generator=[torch.Generator().manual_seed(seed) for _, seed in wanted],
+            num_inference_steps=first.num_inference_steps, guidance_scale=first.guidance_scale,
+            height=first.height, width=first.width,
             callback_on_step_end=callback, output_type="np",
         )  # fmt: skip
         return list(drawn.images)
@@ -72,11 +89,25 @@ class Drawer:
         def ready(text: Text) -> Text:
             return changed(text, lambda value: value.to(vae.device, vae.dtype, non_blocking=True))
 
-        states = ready(stack_texts([self.texts[caption] for caption in captions]))
+        states = ready(stack_texts([self._states(caption) for caption in captions]))
         if not self.encoders:
             return states
         with torch.no_grad():
             return ready(self.family.encode_trained(self.pipeline, captions, states))
+
+    def _states(self, caption: str) -> Mapping[str, torch.Tensor]:
+        with contextlib.suppress(KeyError):
+            return self.texts[caption]
+        # Captions are not encoded beforehand, so the encoders are here.
+        encode = self.family.encode_frozen if self.encoders else self.family.encode_captions
+        with torch.no_grad():
+            states = encode(self.pipeline, [caption], self.flags.max_sequence_length)
+        return {name: value[0] for name, value in states.items()}
+
+
+def shared(wanted: tuple[Prompt, int]) -> Prompt:
+    """What images have in common that the pipeline draws at once."""
+    return dataclasses.replace(wanted[0], prompt="", seed=None)
 
 
 def as_bytes(drawn: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,13 +22,15 @@ from ...common.adapters import load_adapter, remove_adapters
 from ...common.errors import Diverged, RunFailed, first_line
 from ...common.methods import METHODS
 from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
-from ...files import write_json
+from ...files import Damaged, check_checksums, write_json
 from ...model import MergeReport, merge
 from ..arguments import listed
 from ..context import Context
 from ..data.samples import CalibrationSamples, Material
 from ..model.families.base import Family
 from ..model.lora_files.writing import peft_folder
+from ..prompts import Prompt, prompts_of
+from ..training.best import Best, best_of
 from ..training.checkpoints import EXPORTS
 from ..training.denoising import DenoisingLoss, evaluating
 from ..training.schedule import Schedule
@@ -66,10 +69,10 @@ def export_method(
     flags, method, accelerator = context.flags, learner.method, context.accelerator
     name, folder = learner.name, context.folder_of(method)
     accelerator.print(f"{name}: merging, exporting and comparing")
-    prompts, images = flags.validation_prompt, flags.num_validation_images
+    prompts, images = prompts_of(flags), flags.num_validation_images
     shown = bool(prompts and images)
     if not shown:
-        prompts, images = [next((text for text in material.texts.places if text), "")], 1
+        prompts, images = [Prompt(next((text for text in material.texts.places if text), ""))], 1
     with exact_products(), in_float32(drawer.pipeline):
         parts = exact_parts(learner, schedule, context)
         parts, merged = as_plain_lora(parts, method, learner.trained.loss, material)
@@ -81,7 +84,8 @@ def export_method(
         for number, (part, found) in enumerate(merged.items()):
             accelerator.print(f"{name}: {f'{part} ' if number else ''}{found.report}")
         (folder / EXPORTS).unlink(missing_ok=True)  # until all files are of this merge
-        write_formats(parts, method, kohya_metadata(denoiser.config, material, schedule, context), context)
+        metadata = kohya_metadata(denoiser.config, material, exported(schedule, learner, context), context)
+        write_formats(parts, method, metadata, context)
         if shown:
             save_images(folder / "merged", [as_image(image) for image in drawn], images)
         differences = {}
@@ -131,12 +135,37 @@ def in_float32(pipeline: DiffusionPipeline) -> Iterator[None]:
 
 
 def exact_parts(learner: Learner, schedule: Schedule, context: Context) -> dict[str, nn.Module]:
-    """What was trained, by name, in float32: as it is, or where a base is rounded or packed, anew."""
+    """What was trained, by name, in float32: as it is, or where a base is rounded or packed, anew.
+
+    With --save_best, what was the best.
+    """
+    folder = context.folder_of(learner.method)
+    if context.flags.save_best and not best_to_export(learner, context):
+        print(
+            f"{learner.name}: no validation loss was measured, the last adapter is exported (--save_best)", flush=True
+        )
+    if best := best_to_export(learner, context):
+        try:
+            check_checksums(best.path)
+        except Damaged as error:
+            raise RunFailed(f"{first_line(error)}; remove {best.path}, and the one before is exported") from None
+        return saved_parts(learner.method, best.path, learner.trained.loss, schedule, context)
     plain = context.accelerator.mixed_precision == "no" and context.flags.base_precision == "no"
     if plain and learner.denoiser.dtype == torch.float32:
         return dict(learner.trained.parts)
-    checkpoint = context.folder_of(learner.method) / f"checkpoint-{learner.step}"
+    checkpoint = folder / f"checkpoint-{learner.step}"
     return saved_parts(learner.method, checkpoint, learner.trained.loss, schedule, context)
+
+
+def best_to_export(learner: Learner, context: Context) -> Best | None:
+    """The adapter that is exported in the place of the last one, if any is."""
+    return best_of(context.folder_of(learner.method)) if context.flags.save_best else None
+
+
+def exported(schedule: Schedule, learner: Learner, context: Context) -> Schedule:
+    """The schedule that ends where the exported adapter was trained to."""
+    best = best_to_export(learner, context)
+    return dataclasses.replace(schedule, steps=best.step) if best else schedule
 
 
 def saved_parts(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -14,15 +15,18 @@ from PIL import Image
 from torch import nn
 
 from ...common.errors import Diverged, Stopped
-from ...common.log import LogWriter, read_log
+from ...common.log import LogWriter, of_split, read_log
 from ...common.signals import StopRequest
 from ...common.together import decided
 from ...files import replacing
-from ..data.samples import Material, ValidationSamples
+from ..data.samples import Material, ValidationSamples, losses_of, measured, measured_at
+from ..prompts import prompts_of
+from ..training.best import is_over, keep_if_best
 from ..training.denoising import DenoisingLoss, evaluating
 from ..training.schedule import Schedule
 from ..training.state import Learner
 from .drawing import Drawer, as_image
+from .metric import load_metric
 
 VALIDATION_PARTS = ("loss", "samples")
 
@@ -36,12 +40,21 @@ class Reports:
         self.before = learner.before * (schedule.steps + 1)
         self.log = LogWriter(folder / "log.jsonl", learner.step) if accelerator.is_main_process else None
         self.noted: dict | None = None
+        rows = of_split(read_log(folder / "log.jsonl"), "validation") if self.log else []
+        self.validated = [row["loss"] for row in rows if row["step"]]  # on the main process; not that of no training
 
-    def note(self, split: str, loss: torch.Tensor | float) -> None:
-        """Keeps a row of the log for `flush`: to read a loss at once is to wait for the device at every step."""
+    def note(
+        self, split: str, loss: torch.Tensor | float, by_timestep: Mapping[str, float] = MappingProxyType({})
+    ) -> None:
+        """Keeps a row of the log for `flush`: to read a loss at once is to wait for the device at every step.
+
+        `by_timestep`: losses by the timestep, of which 1 is pure noise.
+        """
         learner = self.learner
         rate, seconds = learner.lr_scheduler.get_last_lr()[0], round(learner.seconds, 3)
         self.noted = {"step": learner.step, "split": split, "loss": loss, "lr": rate, "seconds": seconds}
+        if by_timestep:
+            self.noted["by_timestep"] = dict(by_timestep)
 
     def flush(self) -> float | None:
         """Writes what is noted, to the log and the trackers; returns its loss, or raises `Diverged` if not finite."""
@@ -49,19 +62,33 @@ class Reports:
         if row is None:
             return None
         row["loss"] = float(row["loss"])
-        self._write(**row)
-        return row["loss"]
-
-    def _write(self, step: int, split: str, loss: float, lr: float, seconds: float) -> None:
-        name = self.learner.name
+        name, split, step, loss = self.learner.name, row["split"], row["step"], row["loss"]
         if not math.isfinite(loss):
             raise Diverged(
                 f"{name}: {split} loss {loss} at step {step}; checkpoints before it are intact: go on from one, or "
                 "start in another --output_dir with a lower --learning_rate"
             )
+        if split == "validation" and step:
+            self.validated.append(loss)
+        at = {f"{split}_loss_at_{timestep}/{name}": value for timestep, value in row.get("by_timestep", {}).items()}
+        self._write(row, {f"{split}_loss/{name}": loss, f"lr/{name}": row["lr"]} | at)
+        return loss
+
+    def similarities(self, values: Mapping[str, float]) -> None:
+        """A row of what a model says of the samples of this step."""
+        learner = self.learner
+        row = {"step": learner.step, "split": "samples", **values, "seconds": round(learner.seconds, 3)}
+        self._write(row, {f"{name}/{learner.name}": value for name, value in values.items()})
+
+    def is_over(self, patience: int | None) -> bool:
+        """Whether so many validations in a row brought no lower loss; the main process knows."""
+        return is_over(self.validated, patience)
+
+    def _write(self, row: dict, values: dict[str, float]) -> None:
+        """A row to the log, and numbers by their names to the trackers."""
+        step = row["step"]
         if self.log:
-            self.log.write({"step": step, "split": split, "loss": loss, "lr": lr, "seconds": seconds})
-        values = {f"{split}_loss/{name}": loss, f"lr/{name}": lr}
+            self.log.write(row)
         for tracker in self.trackers:
             if tracker.name != "tensorboard":
                 tracker.log(values, step=step + self.before)
@@ -77,8 +104,10 @@ class Reports:
             if tracker.name == "wandb":
                 tracker.log_images({name: images}, step=step + self.before)
             if tracker.name == "tensorboard":
-                stacked = np.stack([np.asarray(image) for image in images])
-                tracker.writer.add_images(name, stacked, step, dataformats="NHWC")
+                for size in dict.fromkeys(image.size for image in images):
+                    alike = np.stack([np.asarray(image) for image in images if image.size == size])
+                    tag = name if size == images[0].size else f"{name}/{size[0]}x{size[1]}"
+                    tracker.writer.add_images(tag, alike, step, dataformats="NHWC")
 
     def close(self) -> None:
         """Writes what is still noted, and closes the log."""
@@ -109,6 +138,9 @@ class Reports:
 class Validation:
     """Validation loss and samples of a denoiser, on the main process."""
 
+    noises: int | None = None
+    """At each of eight timesteps; None: the flags say it."""
+
     def __init__(
         self, loss: DenoisingLoss, material: Material, drawer: Drawer, accelerator: Accelerator, stop: StopRequest
     ) -> None:
@@ -116,27 +148,52 @@ class Validation:
         self.accelerator, self.stop = accelerator, stop
 
     def __call__(self, learner: Learner, reports: Reports, parts: Sequence[str] = VALIDATION_PARTS) -> None:
-        """Measures and draws; samples that a stop cuts short are drawn when the run goes on."""
-        with learner.averaged():
-            decided(lambda: self._measure_and_draw(learner, reports, parts))
+        """Measures and draws; samples that a stop cuts short are drawn when the run goes on.
 
-    def _measure_and_draw(self, learner: Learner, reports: Reports, parts: Sequence[str]) -> None:
-        if "loss" in parts and self.material.held_out:
-            reports.note("validation", self.mean_loss(learner.denoiser))
-            reports.flush()
+        Tells the learner whether it is over with it.
+        """
+        with learner.averaged():
+            learner.over = decided(lambda: self._measure_and_draw(learner, reports, parts))
+
+    def _measure_and_draw(self, learner: Learner, reports: Reports, parts: Sequence[str]) -> bool:
         flags = self.material.flags
+        if "loss" in parts and self.material.held_out:
+            losses = self.losses(learner.denoiser)
+            mean = losses.mean().item()
+            if flags.save_best and learner.step:
+                keep_if_best(learner, reports.folder, mean)
+            reports.note("validation", mean, self.by_timestep(losses))
+            reports.flush()
         if "samples" in parts and flags.validation_prompt and flags.num_validation_images:
             self._draw(learner, reports)
+        return reports.is_over(flags.early_stopping_patience)
 
     def mean_loss(self, denoiser: nn.Module) -> float:
         """Mean unweighted loss on the held-out images, with the same noise and timesteps at every call."""
-        samples = ValidationSamples(self.material)
+        return self.losses(denoiser).mean().item()
+
+    def losses(self, denoiser: nn.Module) -> torch.Tensor:
+        """The unweighted losses behind that: images x timesteps at fixed timesteps; else of each sample."""
+        noises = self.noises or self.material.flags.validation_noises
         with evaluating(denoiser, *self.loss.encoders), torch.no_grad(), self.accelerator.autocast():
-            losses = [self.loss(denoiser, batch, weighted=False) for batch in samples.batches()]
-        return torch.cat(losses).mean().item()
+            if noises:
+                images = measured(self.material)
+                return losses_of(
+                    lambda batch: self.loss(denoiser, batch, weighted=False), self.material, images, noises
+                )
+            samples = ValidationSamples(self.material)
+            return torch.cat([self.loss(denoiser, batch, weighted=False) for batch in samples.batches()])
+
+    def by_timestep(self, losses: torch.Tensor) -> dict[str, float]:
+        """The mean over images at each of the fixed timesteps, of which 1 is pure noise; empty without."""
+        if losses.dim() == 1:
+            return {}
+        objective = self.material.objective
+        names = [f"{float(timestep) / objective.timesteps:.3f}" for timestep in measured_at(objective)]
+        return dict(zip(names, losses.mean(0).tolist(), strict=True))
 
     def _draw(self, learner: Learner, reports: Reports) -> None:
-        flags, prompts = self.material.flags, self.material.flags.validation_prompt
+        flags, prompts = self.material.flags, prompts_of(self.material.flags)
 
         try:
             with self.accelerator.autocast():
@@ -145,7 +202,23 @@ class Validation:
             return
         if not all(np.isfinite(image).all() for image in drawn):
             self.accelerator.print(f"warning: samples of step {learner.step} have pixels that are not finite")
-        reports.samples([as_image(image) for image in drawn], flags.num_validation_images)
+        images = [as_image(image) for image in drawn]
+        captions = [prompt.prompt for prompt in prompts for _ in range(flags.num_validation_images)]
+        found = self._similarities(images, captions) if flags.metric_model else {}
+        reports.samples(images, flags.num_validation_images)
+        if found:
+            reports.similarities(found)
+
+    def _similarities(self, images: Sequence[Image.Image], captions: Sequence[str]) -> dict[str, float]:
+        """How near samples are to the held-out images, each to each, and to their prompts."""
+        metric = load_metric(self.material.flags.metric_model, str(self.accelerator.device))
+        found, drawn = {}, metric.images(images)
+        if self.material.held_out:
+            held_out = metric.of(self.material.sources, measured(self.material))
+            found["image_similarity"] = float((drawn @ held_out.T).mean())
+        if metric.reads_captions:
+            found["caption_similarity"] = float((drawn * metric.captions(captions)).sum(1).mean())
+        return found
 
     def _leave_if_asked(self) -> None:
         self.stop.check("stopped while drawing")

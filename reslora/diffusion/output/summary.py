@@ -18,7 +18,17 @@ from ...files import read_object, replacing
 from ..arguments import Flags, listed
 
 COLUMNS = 9  # at most so many steps are shown beside each other
-NOT_UPLOADED = ["*/checkpoint-*", "*/.*", ".*", "app.log", "config.json", "*/unet/*", "*/transformer/*", "cache/*"]
+NOT_UPLOADED = [
+    "*/checkpoint-*",
+    "*/best/*",
+    "*/.*",
+    ".*",
+    "app.log",
+    "config.json",
+    "*/unet/*",
+    "*/transformer/*",
+    "cache/*",
+]
 NOT_UPLOADED += ["*/text_encoder*/model*", "*/text_encoder*/config.json"]  # the merged one: PEFT's have other names
 
 
@@ -68,8 +78,11 @@ def print_summary(flags: Flags) -> None:
         "transformer": "merged weights: the transformer's from_pretrained(folder)",
     }
     for method in flags.method:
-        lines.append(f"  {method}/")
-        for name, difference in read_object(output / method / "exports.json")["difference_of_255"].items():
+        record = read_object(output / method / "exports.json")
+        best = record.get("best")
+        of = f"of step {best['step']}, which has the lowest validation loss, {best['loss']:.5f}" if best else ""
+        lines.append(f"  {method + '/':<36}{of}".rstrip())
+        for name, difference in record["difference_of_255"].items():
             lines.append(f"    {name:<34}{uses.get(name, ''):<62}read back: {difference}/255")
     lines.append(
         "Each was read back by stock diffusers or PEFT; its image may differ from the merged model's by 2/255 (fp32)."

@@ -27,6 +27,7 @@ from ...files import (
     write_json,
 )
 from ..arguments import Flags, in_words
+from .best import best_of, forget_beaten
 from .schedule import Schedule
 from .state import Learner
 
@@ -35,8 +36,8 @@ STATE, RECORD, EXPORTS = "trainer.pt", "trainer.json", "exports.json"
 MERGING = ("merge", "merge_calibration_samples")  # another one is merged and exported anew, and not trained again
 # What a finished run shows of its training, and shows no more.
 SHOWN = (
-    "validation_prompt", "num_validation_images", "validation_height", "validation_width", "validation_steps",
-    "validation_epochs", "num_inference_steps", "guidance_scale",
+    "validation_prompt", "validation_prompt_options", "num_validation_images", "validation_height", "validation_width",
+    "validation_steps", "validation_epochs", "num_inference_steps", "guidance_scale", "metric_model",
 )  # fmt: skip
 # What may differ between a run and its continuation: how long it trains, what it shows and keeps, and where things are.
 FREE_ON_RESUME = {
@@ -44,7 +45,7 @@ FREE_ON_RESUME = {
     "num_train_epochs", "local_rank", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint",
     "report_to", "push_to_hub", "hub_token", "hub_model_id", "dataloader_num_workers", "gradient_checkpointing",
     "compile", "train_batch_size", "gradient_accumulation_steps", "strict", "cache_latents", "cache_text_embeddings",
-    "experiment_minutes", "extend_rates",
+    "experiment_minutes", "extend_rates", "checkpointing_minutes", "early_stopping_patience",
     # The content decides: see `Identity`.
     "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "revision", "variant", "train_data_dir",
     "dataset_name", "dataset_config_name", "image_column", "caption_column", "class_data_dir", "num_class_images",
@@ -151,6 +152,8 @@ def is_trained(flags: Flags, folder: Path, record: dict) -> bool:
     if isinstance(step, int) and steps and step > steps:
         fix = "give at least as many, or choose another --output_dir"
         raise InvalidArgument(f"--max_train_steps {steps}", f"{folder} was trained for {step} already", fix)
+    if patience := record.get("early_stopping_patience"):  # which has ended it
+        return patience == flags.early_stopping_patience
     same_epochs = bool(record.get("by_epochs")) and record.get("num_train_epochs") == flags.num_train_epochs
     return step == steps if steps else same_epochs
 
@@ -234,6 +237,7 @@ def save_checkpoint(learner: Learner, folder: Path, flags: Flags, identity: Iden
 
     def write() -> None:
         write_checkpoint(learner, folder / f"checkpoint-{learner.step}", state, record)
+        forget_beaten(folder)
         if flags.checkpoints_total_limit:
             of_this_line = [old for old in checkpoints_of(folder) if step_of(old) <= learner.step]
             for old in of_this_line[flags.checkpoints_total_limit :]:
@@ -269,6 +273,10 @@ def write_exports(
 ) -> None:
     """`exports.json`: that a method is finished, from what and how, and how far its files are from the merged model."""
     length = {"step": schedule.steps, "num_train_epochs": flags.num_train_epochs, "by_epochs": schedule.by_epochs}
+    if schedule.is_over:
+        length["early_stopping_patience"] = flags.early_stopping_patience
+    if flags.save_best and (best := best_of(folder)):
+        length["best"] = {"step": best.step, "loss": best.loss}
     merging = {name: getattr(flags, name) for name in MERGING}
     shown = {"shown": {name: getattr(flags, name) for name in SHOWN}}
     record = length | {"difference_of_255": differences} | merging | shown | past_of(flags, identity)

@@ -20,7 +20,7 @@ from ..seeds import derive
 from .compiling import checked
 from .schedule import Schedule
 from .state import Learner
-from .stopping import stop_requested
+from .stopping import Requests, stop_requested
 
 if TYPE_CHECKING:
     from ..output.reports import Reports
@@ -32,7 +32,7 @@ class Watch:
 
     reports: Reports
     validation: Callable[..., None]
-    """Called with the learner and the reports, and with the parts that are overdue where only these are wanted."""
+    """Called with the learner and the reports, and with the parts that are wanted where these are not all."""
     save: Callable[[], None]
 
 
@@ -43,10 +43,11 @@ def train(learner: Learner, material: Material, schedule: Schedule, watch: Watch
         watch.validation(learner, reports, parts)
         if stop_requested(context.stop):  # nothing is to be saved, and a later step would leave these samples behind
             raise stopped_at(learner)
-    steps, stopped = range(learner.step, schedule.steps), False
+    learner.over = decided(lambda: reports.is_over(context.flags.early_stopping_patience))
+    steps, stopped = range(learner.step, learner.step if learner.over else schedule.steps), False
     pin = accelerator.device.type == "cuda"
     loader = training_loader(material, steps, accelerator.num_processes, accelerator.process_index, pin)
-    silent = not accelerator.is_main_process
+    silent, requests = not accelerator.is_main_process, Requests(context)
     bar = tqdm(desc=learner.name, total=schedule.steps, initial=learner.step, disable=silent, dynamic_ncols=True)
     with contextlib.closing(stream(loader)) as loaded, bar:
         batches = checked(loaded, learner, context)
@@ -58,12 +59,17 @@ def train(learner: Learner, material: Material, schedule: Schedule, watch: Watch
             if known is not None:
                 bar.set_postfix(loss=f"{known:.4f}", refresh=False)
             bar.update()
-            stopped = after_step(learner, schedule, watch, context)
-            if stopped:
+            stopped = after_step(learner, schedule, watch, requests)
+            if stopped or learner.over:
                 break
     accelerator.free_memory()
     if stopped and learner.step < schedule.steps:
         raise stopped_at(learner)
+    if learner.over:
+        patience = f"--early_stopping_patience {context.flags.early_stopping_patience}"
+        accelerator.print(
+            f"{learner.name}: the validation loss gets no lower, trained for {learner.step} steps; {patience}"
+        )
 
 
 def stopped_at(learner: Learner) -> Stopped:
@@ -71,21 +77,22 @@ def stopped_at(learner: Learner) -> Stopped:
     return Stopped(f"{learner.name} stopped after step {learner.step}; go on with --resume_from_checkpoint latest")
 
 
-def after_step(learner: Learner, schedule: Schedule, watch: Watch, context: Context) -> bool:
-    """Saves and validates where it is due; returns whether a stop was asked for. All processes go the same way."""
-    stopped = stop_requested(context.stop)
-    save_now = stopped or learner.step == schedule.steps or learner.step % context.flags.checkpointing_steps == 0
-    due = schedule.is_due(learner.step)
-    if not (save_now or due):
+def after_step(learner: Learner, schedule: Schedule, watch: Watch, requests: Requests) -> bool:
+    """Saves and validates where it is due or asked for; returns whether a stop was. All processes go the same way."""
+    stopped, asked, draw_now = requests.after_step()
+    due, last = schedule.is_due(learner.step), learner.step == schedule.steps
+    save_now = asked or stopped or last or learner.step % requests.every == 0
+    if not (save_now or due or draw_now):
         return False
     with learner.timed():
         watch.reports.flush()  # a loss that is not finite is not saved
     if save_now:
         watch.save()
-    if due and not stopped:
-        watch.validation(learner, watch.reports)
-        stopped = stop_requested(context.stop)
-        if stopped and not save_now:
+        requests.saved()
+    if (due or draw_now) and not stopped:
+        watch.validation(learner, watch.reports, *([] if due else [["samples"]]))
+        stopped = stop_requested(requests.stop)
+        if (stopped or learner.over) and not save_now:
             watch.save()
     return stopped
 

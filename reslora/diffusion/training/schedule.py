@@ -20,6 +20,8 @@ class Schedule:
     warmup_steps: int
     by_epochs: bool
     """Whether the number of steps came from --num_train_epochs."""
+    is_over: bool = False
+    """Whether --early_stopping_patience has ended it after these steps."""
 
     def is_due(self, step: int) -> bool:
         """Whether there are to be a validation loss and samples after that step."""

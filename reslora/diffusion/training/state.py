@@ -53,6 +53,8 @@ class Learner:
     """Where it writes inside the run's folder, and what messages call it: the method, or an arm of an experiment."""
     before: int = 0
     """How many are trained before it."""
+    over: bool = False
+    """Whether the validation loss has not improved for so long that training ends."""
     awaited: dict | None = None
     """State of DeepSpeed's optimizer, which is there only once the learner is prepared."""
 

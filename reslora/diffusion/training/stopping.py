@@ -1,16 +1,60 @@
-"""Stopping with several processes: all of them must leave after the same step."""
+"""What a run is asked for while it trains. With several processes all must do the same after the same step."""
 
 from __future__ import annotations
 
 import signal
+import time
+from pathlib import Path
 
 from ...common.signals import StopRequest
-from ...common.together import any_of
+from ...common.together import any_of, any_of_each, is_main
+from ..context import Context
+
+SAVE, SAMPLE = "save.now", "sample.now"
+"""Files that ask for a checkpoint, and for samples, after the step that is being taken: anybody may write one into the
+run's folder, and it goes as it is served."""
 
 
 def stop_requested(stop: StopRequest) -> bool:
     """Whether any process was asked to stop; all processes must call it together, and go by the answer alone."""
-    asked = any_of(stop.signal is not None)
+    return _shared(stop, any_of(stop.signal is not None))
+
+
+def _shared(stop: StopRequest, asked: bool) -> bool:
     if asked and stop.signal is None:
         stop.signal = signal.SIGTERM
     return asked
+
+
+class Requests:
+    """What is asked for after a step: to stop, of any process; to save or to draw, of the main one alone."""
+
+    def __init__(self, context: Context) -> None:
+        self.stop, self.folder, flags = context.stop, context.folder, context.flags
+        self.every = flags.checkpointing_steps
+        self.draws = bool(flags.validation_prompt and flags.num_validation_images)
+        self.seconds = 60 * (flags.checkpointing_minutes or float("inf"))
+        self.saved()
+
+    def saved(self) -> None:
+        """From here on --checkpointing_minutes count."""
+        self.last = time.monotonic()
+
+    def after_step(self) -> tuple[bool, bool, bool]:
+        """Whether to stop, to save and to draw; all processes must call it together, and go by the answer alone."""
+        main = is_main()
+        save = main and (taken(self.folder / SAVE) or time.monotonic() - self.last >= self.seconds)
+        sample = main and taken(self.folder / SAMPLE)
+        if sample and not self.draws:
+            print(f"{SAMPLE}: this run draws no samples; --validation_prompt names what to draw", flush=True)
+        asked = any_of_each([self.stop.signal is not None, save, sample and self.draws])
+        return _shared(self.stop, asked[0]), asked[1], asked[2]
+
+
+def taken(request: Path) -> bool:
+    """Whether the file was there; it is gone then. One that cannot be removed is none: it would be served for ever."""
+    try:
+        request.unlink()
+    except OSError:
+        return False
+    return True

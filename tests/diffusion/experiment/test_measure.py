@@ -9,16 +9,9 @@ import torch
 from accelerate import Accelerator
 
 from diffusion import exact_steps
-from reslora.diffusion.experiment.measure import (
-    NOISES,
-    TIMESTEPS,
-    FixedSamples,
-    SelectLoss,
-    forget_peak,
-    losses_of,
-    measured_at,
-    peak_memory,
-)
+from reslora.diffusion.data.samples import NOISES, TIMESTEPS, FixedSamples, losses_of, measured, measured_at
+from reslora.diffusion.experiment.measure import SelectLoss, forget_peak, peak_memory
+from reslora.diffusion.output.reports import Validation
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +77,40 @@ def test_select_loss_is_the_mean_over_held_out_images_in_eval_mode(setting):
     denoiser.train()
     found = SelectLoss(loss, material, None, Accelerator(cpu=True), None).mean_loss(denoiser)
     assert found == pytest.approx(float(expected), rel=1e-6) and denoiser.training
+
+
+@pytest.mark.parametrize("noises", [2, NOISES])
+def test_a_validation_that_steers_is_by_the_same_losses(setting, noises):
+    """The mean by timestep is told beside it."""
+    material, loss, denoiser = setting
+    material = dataclasses.replace(material, flags=material.flags.replace(validation_noises=noises))
+    validation = Validation(loss, material, None, Accelerator(cpu=True), None)
+    found = validation.losses(denoiser)
+    expected = losses_of(
+        lambda batch: loss(denoiser.eval(), batch, weighted=False), material, material.held_out, noises
+    )
+    assert found.equal(expected) and validation.mean_loss(denoiser) == expected.mean().item()
+    by_timestep = validation.by_timestep(found)
+    assert list(by_timestep) == ["0.062", "0.187", "0.312", "0.437", "0.562", "0.687", "0.812", "0.937"]
+    assert list(by_timestep.values()) == pytest.approx(expected.mean(0).tolist())
+
+
+def test_which_images_are_measured_their_content_says(setting):
+    material, *_ = setting
+    (source,) = material.sources
+    few = material.flags.replace(max_validation_images=3)
+
+    def chosen(order: list[int]) -> set[str]:
+        marks = [source.images.marks[number] for number in order]
+        images = SimpleNamespace(captions=source.images.captions, marks=marks)
+        there = dataclasses.replace(source, images=images, train=(), held_out=tuple(range(exact_steps.IMAGES)))
+        found = measured(dataclasses.replace(material, sources=(there,), flags=few))
+        assert found == sorted(found) and len(found) == 3
+        return {marks[image] for _, image in found}
+
+    numbers = list(range(exact_steps.IMAGES))
+    assert chosen(numbers) == chosen(numbers[::-1]) != {"mark 0", "mark 1", "mark 2"}
+    assert measured(material) == material.held_out
 
 
 def test_peak_memory_counts_from_where_it_was_forgotten():

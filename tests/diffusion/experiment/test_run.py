@@ -8,16 +8,16 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from launching import forked
-from pipelines import image_folder
+from pipelines import image_folder, tiny_dino
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from diffusion.runs import RESUME, SCRIPT, Watcher, assert_same, main, only, printed, refused
 from reslora.common.log import read_log
 from reslora.diffusion.data.dataset import load_images
+from reslora.diffusion.data.samples import losses_of
 from reslora.diffusion.experiment import results
 from reslora.diffusion.experiment.judging import export_chosen
-from reslora.diffusion.experiment.measure import losses_of
 from reslora.diffusion.experiment.split import parts_of
 from reslora.diffusion.run import Setting
 from reslora.diffusion.settings import parse_args
@@ -42,6 +42,7 @@ def flags(model, images, tmp_path_factory) -> list[str]:
         *("--num_validation_images", "0", "--num_inference_steps", "1", "--merge_calibration_samples", "2"),
         *("--report_to", "none", "--select_split", "0.2", "--test_split", "0.2"),
         *("--cache_dir", str(tmp_path_factory.mktemp("cache"))),
+        *("--metric_model", str(tiny_dino(tmp_path_factory.mktemp("dino") / "model"))),
     ]
 
 
@@ -103,6 +104,9 @@ def test_what_an_experiment_leaves(whole):
     for one in found["arms"]:
         assert sorted(one["select_by_step"]) == ["1", "2"] and one["memory_bytes"] > 0 and one["seconds"] > 0
         assert len(one["test"]["losses"]) == split["test"] and len(one["test"]["by_timestep"]) == 8
+        drawn = one["test"]["similarities"]
+        assert set(drawn) == {"image_similarity", "nearest_training", "unrelated_similarity", "diversity"}
+        assert all(0 < drawn[name] < 1 + 1e-5 for name in ("nearest_training", "unrelated_similarity", "diversity"))
         folder = output / one["folder"]
         assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
         assert sorted(path.name for path in (folder / "adapters").iterdir()) == ["step-000001", "step-000002"]

@@ -12,6 +12,7 @@ from pipelines import FAMILIES
 from reslora.diffusion.arguments import Flags
 from reslora.diffusion.model.families import load_family
 from reslora.diffusion.output.drawing import Drawer
+from reslora.diffusion.prompts import Prompt
 
 FLAGS = Flags(
     seed=0, num_inference_steps=1, guidance_scale=4.0, resolution=32, validation_height=None, validation_width=None
@@ -35,21 +36,25 @@ def test_text_states_of_half_precision_are_drawn_in_the_pipelines_at_any_size(tm
 
 
 class Recorder:
-    """Stands for a pipeline: keeps the seeds that it is to draw from."""
+    """Stands for a pipeline: keeps the seeds that it is to draw from, and how it is to draw each batch."""
 
     def __init__(self) -> None:
-        self.seeds, self.unet = [], None
+        self.seeds, self.unet, self.batches = [], None, []
         self.vae = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
 
-    def __call__(self, generator: list[torch.Generator], **_):
+    def __call__(self, generator: list[torch.Generator], **how):
+        self.batches.append((len(generator), how))
         self.seeds += [one.initial_seed() for one in generator]
         return SimpleNamespace(images=np.zeros((len(generator), 2, 2, 3)))
 
 
-def seeds_of(prompts: list[str], images: int, seed: int = 0, batch: int = 3) -> list[int]:
+def family_of(drawing_inputs=lambda *_: {}, told: bool = False) -> SimpleNamespace:
+    return SimpleNamespace(denoiser="unet", drawing_inputs=drawing_inputs, is_told_guidance=told)
+
+
+def seeds_of(prompts: list, images: int, seed: int = 0, batch: int = 3) -> list[int]:
     flags = FLAGS.replace(seed=seed, train_batch_size=batch)
-    family, texts = SimpleNamespace(denoiser="unet", drawing_inputs=lambda *_: {}), defaultdict(dict)
-    pipeline = Recorder()
+    family, texts, pipeline = family_of(), defaultdict(dict), Recorder()
     drawn = Drawer(pipeline, family, texts, flags).draw(torch.nn.Identity(), prompts, images)
     assert len(drawn) == len(pipeline.seeds) == len(prompts) * images
     return pipeline.seeds
@@ -61,3 +66,46 @@ def test_every_image_of_every_prompt_has_a_seed_of_its_own_whatever_the_batch():
     assert seeds == seeds_of(["red", "blue"], 3, batch=1) == seeds_of(["box", "disc"], 3)
     assert seeds[:3] == seeds_of(["red"], 3) and seeds[0] == seeds_of(["red"], 1)[0]
     assert not set(seeds) & set(seeds_of(["red", "blue"], 3, seed=1))
+
+
+def test_a_seed_of_a_prompts_own_is_its_first_images():
+    flags = seeds_of(["red", "blue"], 2)
+    assert seeds_of([Prompt("red", seed=7), Prompt("blue")], 2) == [7, 8, *flags[2:]]
+
+
+def test_prompts_are_drawn_by_their_own_options_and_together_where_these_are_alike():
+    said = []
+    texts = {text: {"states": torch.tensor([float(ord(text[0]))])} for text in ("a", "b", "c", "d", "n")} | {"": {}}
+
+    def drawing_inputs(pipeline, text, negative, empty):
+        said.append(([chr(int(value)) for value in text["states"]], len(negative), empty))
+        return {}
+
+    prompts = [
+        Prompt("a"),
+        Prompt("b"),
+        Prompt("c", "n", 48, 24, num_inference_steps=3, cfg_scale=2.0, guidance_scale=9),
+    ]
+    prompts.append(Prompt("d", cfg_scale=1.0))
+    for told, scales in ((False, [4.0, 2.0, 1.0]), (True, [4.0, 9, 4.0])):
+        pipeline = Recorder()
+        flags = FLAGS.replace(train_batch_size=8)
+        Drawer(pipeline, family_of(drawing_inputs, told), texts, flags).draw(torch.nn.Identity(), prompts, 1)
+        found = [(count, how["width"], how["height"], how["num_inference_steps"]) for count, how in pipeline.batches]
+        assert found == [(2, 32, 32, 1), (1, 48, 24, 3), (1, 32, 32, 1)]
+        assert [how["guidance_scale"] for _, how in pipeline.batches] == scales
+    assert said[:3] == [(["a", "b"], 0, True), (["c"], 1, False), (["d"], 0, True)]
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "flux"])
+def test_a_negative_prompt_changes_what_every_family_with_guidance_draws(tmp_path, name):
+    folder = FAMILIES[name](tmp_path / "model")
+    family = load_family(json.loads((folder / "model_index.json").read_text())["_class_name"])
+    pipeline = family.pipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    # Captions that nobody has encoded: the pipeline's own encoders are there.
+    flags = FLAGS.replace(train_batch_size=2, max_sequence_length=8)
+    drawer = Drawer(pipeline, family, {}, flags)
+    prompts = [Prompt("red disc", seed=1), Prompt("red disc", "blue box", seed=1)]
+    plain, negative = drawer.draw(getattr(pipeline, family.denoiser), prompts, 1)
+    assert np.abs(plain - negative).max() > 1e-4

@@ -89,6 +89,8 @@ class Family:
     text_names: ClassVar[Mapping[str, tuple[str, str]]] = {}
     """Text encoders that LoRA files may be for, trainable here or not: how kohya's names of their layers begin, and
     ComfyUI's."""
+    is_told_guidance: bool = False
+    """Whether guidance is a number that the denoiser is told, so that a negative prompt means nothing to it."""
     encodes_in_float32: bool = False
     """Whether the autoencoder overflows in half precision where its configuration asks for `force_upcast`."""
 
@@ -163,6 +165,9 @@ class Family:
         """
         raise NotImplementedError
 
-    def drawing_inputs(self, pipeline: DiffusionPipeline, text: Text, empty: Text) -> dict:
-        """Keyword arguments of the pipeline that say what to draw; `empty` is the empty caption, batch 1."""
+    def drawing_inputs(self, pipeline: DiffusionPipeline, text: Text, negative: Text, empty: bool = True) -> dict:
+        """Keyword arguments of the pipeline that say what to draw, and what not to.
+
+        `negative` is the negative prompt, batch 1; `empty`: whether that is the empty caption.
+        """
         raise NotImplementedError

@@ -51,6 +51,7 @@ class Flux(Family):
     trainable = (Part("text_encoder"),)
     unused_parts = ("image_encoder", "feature_extractor")
     lora_files = ()
+    is_told_guidance = True
     original = ORIGINAL
     published: ClassVar = {"guidance_embeds": True}
     marks = ("flux1", "flux-1")
@@ -105,7 +106,7 @@ class Flux(Family):
         """The velocity, unpacked."""
         return FluxPipeline._unpack_latents(output[0], *noisy.shape[2:], vae_scale_factor=1)
 
-    def drawing_inputs(self, pipeline, text, empty):
+    def drawing_inputs(self, pipeline, text, negative, empty=True):
         """Text states and pooled states; the guidance is a number that the model is told."""
         return {"prompt_embeds": text["states"], "pooled_prompt_embeds": text["pooled"]}
 

@@ -97,10 +97,10 @@ class Flux2Klein(Family):
         """The velocity, unpacked."""
         return output[0].transpose(1, 2).reshape(noisy.shape)
 
-    def drawing_inputs(self, pipeline, text, empty):
-        """Text states of the captions and, for guidance, of the empty caption."""
+    def drawing_inputs(self, pipeline, text, negative, empty=True):
+        """Text states of the captions and, for guidance, of the negative prompt."""
         states = text["states"]
-        return {"prompt_embeds": states, "negative_prompt_embeds": empty["states"].expand_as(states)}
+        return {"prompt_embeds": states, "negative_prompt_embeds": negative["states"].expand_as(states)}
 
     def model_version(self, config, predicts_v=False):
         """Klein comes in two sizes, told apart by the width."""

@@ -99,13 +99,13 @@ class StableDiffusion3(Family):
             "pooled_projections": conditions.text["pooled"],
         }
 
-    def drawing_inputs(self, pipeline, text, empty):
-        """States and pooled states of the captions and, for guidance, of the empty caption."""
+    def drawing_inputs(self, pipeline, text, negative, empty=True):
+        """States and pooled states of the captions and, for guidance, of the negative prompt."""
         return {
             "prompt_embeds": text["states"],
             "pooled_prompt_embeds": text["pooled"],
-            "negative_prompt_embeds": empty["states"].expand_as(text["states"]),
-            "negative_pooled_prompt_embeds": empty["pooled"].expand_as(text["pooled"]),
+            "negative_prompt_embeds": negative["states"].expand_as(text["states"]),
+            "negative_pooled_prompt_embeds": negative["pooled"].expand_as(text["pooled"]),
         }
 
     def model_version(self, config, predicts_v=False):

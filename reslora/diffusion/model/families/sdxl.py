@@ -81,10 +81,10 @@ class StableDiffusionXL(Family):
             },
         }
 
-    def drawing_inputs(self, pipeline, text, empty):
-        """States and pooled states; guidance goes away from zeros or the empty caption, as the pipeline says."""
-        negative = {name: value.to(text[name]).expand_as(text[name]) for name, value in empty.items()}
-        if pipeline.config.force_zeros_for_empty_prompt:
+    def drawing_inputs(self, pipeline, text, negative, empty=True):
+        """States and pooled states; without a negative prompt guidance goes away from what the pipeline says."""
+        negative = {name: value.to(text[name]).expand_as(text[name]) for name, value in negative.items()}
+        if empty and pipeline.config.force_zeros_for_empty_prompt:
             negative = {name: torch.zeros_like(value) for name, value in text.items()}
         return {
             "prompt_embeds": text["states"],

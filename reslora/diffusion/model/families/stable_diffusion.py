@@ -37,10 +37,10 @@ class StableDiffusion(Family):
         """The sample, the timestep and the text states."""
         return {"sample": noisy, "timestep": timesteps, "encoder_hidden_states": conditions.text["states"]}
 
-    def drawing_inputs(self, pipeline, text, empty):
-        """The captions' states and, for guidance, those of the empty caption."""
+    def drawing_inputs(self, pipeline, text, negative, empty=True):
+        """The captions' states and, for guidance, those of the negative prompt."""
         states = text["states"]
-        return {"prompt_embeds": states, "negative_prompt_embeds": empty["states"].to(states).expand_as(states)}
+        return {"prompt_embeds": states, "negative_prompt_embeds": negative["states"].to(states).expand_as(states)}
 
     def original_name(self, config, name):
         """Stability AI's."""

@@ -55,10 +55,10 @@ class ZImage(Family):
         """The velocity: what the model returns points the other way."""
         return -torch.stack(list(output[0])).squeeze(2)
 
-    def drawing_inputs(self, pipeline, text, empty):
+    def drawing_inputs(self, pipeline, text, negative, empty=True):
         """Lists of text states."""
         states = list(text["states"])
-        return {"prompt_embeds": states, "negative_prompt_embeds": [empty["states"][0]] * len(states)}
+        return {"prompt_embeds": states, "negative_prompt_embeds": [negative["states"][0]] * len(states)}
 
     def original_name(self, config, name):
         """ComfyUI and kohya's scripts know diffusers' names."""

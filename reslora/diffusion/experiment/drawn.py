@@ -1,0 +1,73 @@
+"""What a chosen arm draws, by --metric_model: cosine similarities of embeddings, and what they say of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ..output.drawing import Drawer, as_image
+from ..output.metric import load_metric
+from ..prompts import UNRELATED
+from ..run import Setting
+from ..seeds import derive
+from ..training.denoising import DenoisingLoss
+from .split import Image
+
+MOST_TEST, MOST_TRAINING, DRAWINGS = 16, 512, 4
+
+
+def similarities(
+    parts: Mapping[str, nn.Module], loss: DenoisingLoss, images: Sequence[Image], setting: Setting
+) -> dict[str, float]:
+    """What `record.MEANINGS` says of the parts as they are, of some of the test images; captions are of CLIP alone."""
+    context, sources = setting.context, setting.material.sources
+    metric = load_metric(context.flags.metric_model, str(context.accelerator.device))
+    drawer = Drawer(loss.pipeline, context.model.family, setting.material.texts, context.flags, context.encoders)
+    denoiser = next(iter(parts.values()))
+
+    def draw(prompts: Sequence[str], count: int = 1) -> torch.Tensor:
+        drawn = drawer.draw(denoiser, prompts, count, lambda: context.stop.check("stopped while comparing"))
+        return metric.images([as_image(image) for image in drawn])
+
+    tested = images[:MOST_TEST]
+    captions = [sources[source].images.captions[number][0] for source, number in tested]
+    drawn, again, kept = draw(captions), draw(captions[:1], DRAWINGS), draw(UNRELATED)
+    with without_adapters(parts):
+        base = draw(UNRELATED)
+    apart = 1 - again @ again.T
+    found = {"image_similarity": (drawn * metric.of(sources, tested)).sum(1).mean()}
+    if metric.reads_captions:
+        found["caption_similarity"] = (drawn * metric.captions(captions)).sum(1).mean()
+    found["nearest_training"] = (drawn @ metric.of(sources, learnt(setting)).T).amax(1).mean()
+    found["unrelated_similarity"] = (kept * base).sum(1).mean()
+    found["diversity"] = apart.sum() / (DRAWINGS * (DRAWINGS - 1))
+    return {name: float(value) for name, value in found.items()}
+
+
+def learnt(setting: Setting) -> list[Image]:
+    """At most MOST_TRAINING of the images that are learnt: those first by a hash of content."""
+    sources = setting.material.sources
+    marks = {
+        (number, image): source.images.marks[image]
+        for number, source in enumerate(sources)
+        if not source.images.of_class
+        for image in source.train
+    }
+    return sorted(marks, key=lambda image: derive("nearest", marks[image]))[:MOST_TRAINING]
+
+
+@contextmanager
+def without_adapters(parts: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Inside, the parts are those of the base model."""
+    layers = [layer for part in parts.values() for layer in part.modules() if isinstance(layer, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)

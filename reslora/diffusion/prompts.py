@@ -1,0 +1,177 @@
+"""Prompts that samples are drawn of, each with options of its own: from flags, from kohya's prompt files, from JSON."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..common.checks import is_number, is_whole, number_in_words, whole_in_words
+from ..common.errors import InvalidArgument, first_line
+
+if TYPE_CHECKING:
+    from .arguments import Flags
+
+UNRELATED = ("a wooden chair in a white room", "a snowy mountain", "a bowl of oranges", "an old man reading a book")
+"""What the base model draws should be kept of, whatever is learnt."""
+SUFFIXES = (".txt", ".json")
+KOHYA = {  # what the letters of kohya's scripts mean, and what stands behind them
+    "n": ("negative_prompt", str),
+    "w": ("width", int),
+    "h": ("height", int),
+    "d": ("seed", int),
+    "s": ("num_inference_steps", int),
+    "l": ("cfg_scale", float),
+    "g": ("guidance_scale", float),
+}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt, and what is its own where the flags say something else for all."""
+
+    prompt: str
+    negative_prompt: str = ""
+    width: int | None = None
+    height: int | None = None
+    seed: int | None = None
+    """Of the first image; each further one has the next number."""
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    cfg_scale: float | None = None
+    """kohya's: guidance by a negative prompt, which wins over the other one; 1 where a model is told its guidance."""
+
+
+def prompts_of(flags: Flags) -> list[Prompt]:
+    """The prompts of --validation_prompt with their options."""
+    options = flags.validation_prompt_options or ["{}"] * len(flags.validation_prompt)
+    return [Prompt(text, **json.loads(own)) for text, own in zip(flags.validation_prompt, options, strict=True)]
+
+
+def options_text(text: str) -> str:
+    """Type of a flag that takes the options of a prompt, as JSON."""
+    try:
+        return as_text(json.loads(text))
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {first_line(error)}") from None
+
+
+def as_text(options: object) -> str:
+    """Options as a flag has them; raises `ValueError` that names the first which is none."""
+    if not isinstance(options, dict):
+        raise ValueError("no object with options of a prompt")
+    for name, value in options.items():
+        if name not in CHECKS:
+            raise ValueError(f"{name} is no option of a prompt, which are {', '.join(CHECKS)}")
+        fits, words = CHECKS[name]
+        if not fits(value):
+            raise ValueError(f"{name} {value!r} is not {words}")
+    if "negative_prompt" in options:
+        options = options | {"negative_prompt": clean(options["negative_prompt"]).strip()}
+    return json.dumps(options, ensure_ascii=False)
+
+
+def clean(text: str) -> str:
+    """Text that a tokenizer takes: no NUL, and no half of a character."""
+    return text.replace("\0", "").encode("utf-8", "replace").decode("utf-8")
+
+
+def _whole(minimum: int, most: float = math.inf) -> tuple[Callable[[object], bool], str]:
+    return lambda value: is_whole(value, minimum, most), whole_in_words(minimum, most)
+
+
+def _is_scale(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and is_number(value, 0)
+
+
+_SCALE = (_is_scale, number_in_words(0))
+CHECKS: dict[str, tuple[Callable[[object], bool], str]] = {
+    "negative_prompt": (lambda value: isinstance(value, str), "a text"),
+    "width": _whole(8),
+    "height": _whole(8),
+    "seed": _whole(0, 2**63 - 1),
+    "num_inference_steps": _whole(1),
+    "guidance_scale": _SCALE,
+    "cfg_scale": _SCALE,
+}
+
+
+def from_file(values: Sequence[str]) -> tuple[list[str], list[str]] | None:
+    """The prompts and their options of the file that is named in the place of prompts; None where none is."""
+    if len(values) != 1 or not values[0].lower().endswith(SUFFIXES):
+        return None
+    path = Path(values[0])
+    flag = f"--validation_prompt {path}"
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        found = objects_of(text, flag) if path.suffix.lower() == ".json" else lines_of(text, flag)
+    except (OSError, UnicodeDecodeError) as error:
+        problem = f"cannot be read ({first_line(error)})"
+        raise InvalidArgument(flag, problem, "give a file with a prompt a line, a JSON list, or prompts") from None
+    if not found:
+        raise InvalidArgument(flag, "no prompt in it", "write one a line")
+    return [prompt for prompt, _ in found], [options for _, options in found]
+
+
+def objects_of(text: str, flag: str) -> list[tuple[str, str]]:
+    """Prompts and options of a JSON list of objects."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidArgument(flag, f"is no JSON ({first_line(error)})", "correct it") from None
+    if not isinstance(content, list):
+        raise InvalidArgument(flag, "is no list", "write a list of objects, each with a prompt")
+    found = []
+    for number, entry in enumerate(content, 1):
+        prompt = entry.get("prompt") if isinstance(entry, dict) else None
+        if not isinstance(prompt, str):
+            raise InvalidArgument(f"{flag}, entry {number}", "no object with a prompt", "correct it")
+        own = {name: value for name, value in entry.items() if name != "prompt" and value is not None}
+        found.append((prompt, _checked(own, f"{flag}, entry {number}")))
+    return found
+
+
+def lines_of(text: str, flag: str) -> list[tuple[str, str]]:
+    """Prompts and options of kohya's lines: `a cat --n dogs --w 512 --h 768 --d 1 --s 20 --l 7.5`; # is a comment."""
+    found = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        where, own = f"{flag}, line {number}", {}
+        prompt, *parts = line.strip().split(" --")
+        for part in parts:
+            letter, _, value = part.strip().partition(" ")
+            if letter.lower() not in KOHYA:
+                known = ", ".join(f"--{name}" for name in KOHYA)
+                raise InvalidArgument(where, f"--{letter} is not known", f"remove it; {known} are")
+            name, read = KOHYA[letter.lower()]
+            try:
+                own[name] = read(value.strip())
+            except ValueError:
+                raise InvalidArgument(where, f"--{letter} {value} is no number", "correct it") from None
+        found.append((prompt, _checked(own, where)))
+    return found
+
+
+def _checked(options: dict, where: str) -> str:
+    try:
+        return as_text(options)
+    except ValueError as error:
+        raise InvalidArgument(where, first_line(error), "correct it") from None
+
+
+def settled(prompt: Prompt, flags: Flags, told: bool) -> Prompt:
+    """The prompt with every option filled in by the flags; `told`: whether the model is told its guidance."""
+    side = flags.resolution[0] if isinstance(flags.resolution, list) else flags.resolution
+    own = None if told else prompt.cfg_scale
+    guidance = own if own is not None else prompt.guidance_scale
+    return dataclasses.replace(
+        prompt, cfg_scale=None, guidance_scale=flags.guidance_scale if guidance is None else guidance,
+        width=prompt.width or flags.validation_width or side, height=prompt.height or flags.validation_height or side,
+        num_inference_steps=prompt.num_inference_steps or flags.num_inference_steps,
+    )  # fmt: skip

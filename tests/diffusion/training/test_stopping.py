@@ -1,0 +1,54 @@
+"""What a run is asked for between two steps."""
+
+from types import SimpleNamespace
+
+from reslora.diffusion.arguments import Flags
+from reslora.diffusion.training import stopping
+from reslora.diffusion.training.stopping import Requests, taken
+
+
+def requests(folder, minutes: float | None = None, images: int = 1) -> Requests:
+    shown = {"validation_prompt": ["red disc"], "num_validation_images": images}
+    flags = Flags(checkpointing_minutes=minutes, checkpointing_steps=5, **shown)
+    return Requests(SimpleNamespace(stop=SimpleNamespace(signal=None), folder=folder, flags=flags))
+
+
+def test_files_ask_once_and_go(tmp_path):
+    asked = requests(tmp_path)
+    assert asked.after_step() == (False, False, False)
+    (tmp_path / "sample.now").touch()
+    assert asked.after_step() == (False, False, True)
+    (tmp_path / "save.now").touch()
+    asked.stop.signal = 15
+    assert asked.after_step() == (True, True, False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_request_that_cannot_be_removed_is_none(tmp_path):
+    (tmp_path / "save.now").mkdir()
+    assert not taken(tmp_path / "save.now") and requests(tmp_path).after_step() == (False, False, False)
+
+
+def test_a_run_that_draws_nothing_says_so(tmp_path, capsys):
+    (tmp_path / "sample.now").touch()
+    assert requests(tmp_path, images=0).after_step() == (False, False, False)
+    assert "this run draws no samples" in capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
+def test_a_process_that_is_not_the_main_one_leaves_the_files(tmp_path, monkeypatch):
+    (tmp_path / "save.now").touch()
+    monkeypatch.setattr(stopping, "is_main", lambda: False)
+    assert requests(tmp_path, minutes=1e-9).after_step() == (False, False, False) and (tmp_path / "save.now").exists()
+
+
+def test_minutes_count_from_the_last_checkpoint(tmp_path, monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: now)
+    asked = requests(tmp_path, minutes=2)
+    found = []
+    for now in (219.0, 220.0, 221.0):  # noqa: B007 - the clock
+        found.append(asked.after_step()[1])
+    asked.saved()
+    for now in (340.0, 341.0):  # noqa: B007
+        found.append(asked.after_step()[1])
+    assert found == [False, True, True, False, True]
