@@ -171,7 +171,7 @@ def test_each_seed_of_an_experiment_has_variants_of_its_own(monkeypatch):
     context = Context(material.flags, model, accelerator, None)
     for seed in (3, 4):
         found = of_seed(material, seed, None, context)
-        assert list(dict.fromkeys(found.texts)) == ["", "a", *captions_of(found, 1)]
+        assert set(found.texts) == {"", "a", *captions_of(found, 1)}
         assert set(told(material_with(EVERYTHING, seed=seed), range(12))) <= set(found.texts)
 
 
