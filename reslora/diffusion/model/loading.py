@@ -157,7 +157,8 @@ def find_model(flags: Flags, accelerator: Accelerator) -> Model:
     family = load_family(index["_class_name"])
     configs = {}
     for part, kind in index.items():
-        wanted = isinstance(kind, list) and kind[0] and part not in family.unused_parts
+        # A part is its library and class; other lists are the pipeline's own settings.
+        wanted = isinstance(kind, list) and isinstance(kind[0], str) and part not in family.unused_parts
         if wanted and not (folder / part).is_dir():
             raise InvalidArgument(
                 flag, f"no {part} folder in {folder}, which model_index.json lists", "repair the folder"

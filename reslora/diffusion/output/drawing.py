@@ -59,7 +59,7 @@ class Drawer:
         drawn = self.pipeline(
             **self.family.drawing_inputs(self.pipeline, text, empty),
             generator=[torch.Generator().manual_seed(seed) for _, seed in seeds],
-            num_inference_steps=flags.num_inference_steps, guidance_scale=flags.guidance_scale,
+            num_inference_steps=flags.num_inference_steps, **{self.family.guidance: flags.guidance_scale},
             height=flags.validation_height or side, width=flags.validation_width or side,
             callback_on_step_end=callback, output_type="np",
         )  # fmt: skip

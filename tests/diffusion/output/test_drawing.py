@@ -48,7 +48,7 @@ class Recorder:
 
 def seeds_of(prompts: list[str], images: int, seed: int = 0, batch: int = 3) -> list[int]:
     flags = FLAGS.replace(seed=seed, train_batch_size=batch)
-    family, texts = SimpleNamespace(denoiser="unet", drawing_inputs=lambda *_: {}), defaultdict(dict)
+    family, texts = SimpleNamespace(denoiser="unet", guidance="guidance_scale", drawing_inputs=lambda *_: {}), defaultdict(dict)
     pipeline = Recorder()
     drawn = Drawer(pipeline, family, texts, flags).draw(torch.nn.Identity(), prompts, images)
     assert len(drawn) == len(pipeline.seeds) == len(prompts) * images

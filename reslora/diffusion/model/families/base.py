@@ -89,6 +89,10 @@ class Family:
     text_names: ClassVar[Mapping[str, tuple[str, str]]] = {}
     """Text encoders that LoRA files may be for, trainable here or not: how kohya's names of their layers begin, and
     ComfyUI's."""
+    one_size: bool = False
+    """Whether all published denoisers are of the published size, so that another's layers are known not to be theirs."""
+    guidance: str = "guidance_scale"
+    """The pipeline's argument for classifier-free guidance; by any other name it needs a negative prompt as well."""
     encodes_in_float32: bool = False
     """Whether the autoencoder overflows in half precision where its configuration asks for `force_upcast`."""
 
