@@ -74,9 +74,9 @@ class Recorder:
 
 def seeds_of(prompts: list[str], images: int, seed: int = 0, batch: int = 3) -> list[int]:
     flags = FLAGS.replace(seed=seed, train_batch_size=batch)
-    family, texts = SimpleNamespace(denoiser="unet", guidance="guidance_scale", drawing_inputs=lambda *_: {}), defaultdict(dict)
+    family = SimpleNamespace(denoiser="unet", guidance="guidance_scale", drawing_inputs=lambda *_: {})
     pipeline = Recorder()
-    drawn = Drawer(pipeline, family, texts, flags).draw(torch.nn.Identity(), prompts, images)
+    drawn = Drawer(pipeline, family, defaultdict(dict), flags).draw(torch.nn.Identity(), prompts, images)
     assert len(drawn) == len(pipeline.seeds) == len(prompts) * images
     return pipeline.seeds
 

@@ -90,7 +90,7 @@ class Family:
     """Text encoders that LoRA files may be for, trainable here or not: how kohya's names of their layers begin, and
     ComfyUI's."""
     one_size: bool = False
-    """Whether all published denoisers are of the published size, so that another's layers are known not to be theirs."""
+    """Whether all its denoisers are of the published size, so that layers of other sides are known not to be theirs."""
     guidance: str = "guidance_scale"
     """The pipeline's argument for classifier-free guidance; by any other name it needs a negative prompt as well."""
     encodes_in_float32: bool = False

@@ -55,6 +55,7 @@ class QwenImage(WithQwenAutoencoder):
             "prompt_embeds_mask": mask,
             "negative_prompt_embeds": negative,
             "negative_prompt_embeds_mask": negative_mask,
+            "max_sequence_length": pipeline.tokenizer_max_length,  # where the pipeline would cut them off
         }
 
     def original_name(self, config, name):
