@@ -230,7 +230,7 @@ class Studio:
         wanted = {
             "prompt": request.prompt, "negative_prompt": request.negative_prompt,
             "generator": torch.Generator().manual_seed(request.seed), "num_inference_steps": request.steps,
-            "guidance_scale": request.guidance, "height": self._side(request.height),
+            self.family.guidance: request.guidance, "height": self._side(request.height),
             "width": self._side(request.width), "callback_on_step_end": after_step,
         }  # fmt: skip
         taken = inspect.signature(self.pipeline.__call__).parameters  # some models have no negative prompts
@@ -317,6 +317,9 @@ class Studio:
         with torch.device("meta"):
             denoiser = type(present).from_config(present.config)
         denoiser.load_state_dict(self.state, assign=True)
+        for name, module in denoiser.named_modules():  # what is no parameter or buffer, as Qwen-Image's frequencies
+            own = vars(present.get_submodule(name))
+            vars(module).update({key: own[key] for key, value in vars(module).items() if torch.is_tensor(value)})
         return denoiser.requires_grad_(False).eval()
 
     # -- merging -------------------------------------------------------------------------------------------------------

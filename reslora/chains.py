@@ -130,9 +130,9 @@ def chains(model: nn.Module, adapter_name: str = "default", example_inputs: dict
     """Returns which LoRA blocks of `model` are neighbours; `print` shows it as a table.
 
     `example_inputs` are keyword arguments of the base model (default: made from the configuration of a U-Net, Z-Image,
-    Flux or Stable Diffusion 3 transformer, or the model's own `dummy_inputs`); they only serve to trace the order in
-    which layers run, on the meta device where possible. The trace leaves random states, modes and gradients as they
-    were.
+    Flux, Stable Diffusion 3, Qwen-Image or Krea 2 transformer, or the model's own `dummy_inputs`); they only serve to
+    trace the order in which layers run, on the meta device where possible. The trace leaves random states, modes and
+    gradients as they were.
 
     Raises `ValueError` if the model has no LoRA layer of that adapter, or no inputs to trace with.
     """

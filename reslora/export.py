@@ -131,13 +131,15 @@ def export_comfyui(
     path: str | os.PathLike,
     adapter_name: str = "default",
     metadata: dict[str, str] | None = None,
+    rename: Callable[[str], str] = str,
 ) -> Path:
     """Writes one file with ComfyUI's keys (`diffusion_model.<layer>.lora_A.weight`, `.lora_B.weight`).
 
-    The scaling is folded into B, so no alpha is needed. `metadata`: strings for the file's header. Returns the path.
+    The scaling is folded into B, so no alpha is needed. `rename`: from a layer's name in diffusers to its name where
+    ComfyUI has another. `metadata`: strings for the file's header. Returns the path.
     """
     layers = _factors_of(denoiser, adapter_name)
-    write_folded(path, {f"diffusion_model.{name}": factors for name, factors in layers.items()}, metadata)
+    write_folded(path, {f"diffusion_model.{rename(name)}": factors for name, factors in layers.items()}, metadata)
     return Path(path)
 
 

@@ -367,6 +367,26 @@ def _sd3_inputs(config: Any, zeros: Callable) -> dict:
     }
 
 
+def _qwen_image_inputs(config: Any, zeros: Callable) -> dict:
+    return {
+        "hidden_states": zeros(64, config.in_channels),
+        "encoder_hidden_states": zeros(24, config.joint_attention_dim),
+        "timestep": zeros(),
+        "img_shapes": [[(1, 8, 8)]],
+    }
+
+
+def _krea2_inputs(config: Any, zeros: Callable) -> dict:
+    layers = config.num_text_layers
+    # Nor as many tokens as a token has layers.
+    return {
+        "hidden_states": zeros(64, config.in_channels),
+        "encoder_hidden_states": zeros(2 * layers, layers, config.text_hidden_dim),
+        "timestep": zeros(),
+        "position_ids": zeros(2 * layers + 64, 3)[0],
+    }
+
+
 # By the name of the class: nothing of diffusers is imported here.
 _INPUTS = {
     "UNet2DConditionModel": _unet_inputs,
@@ -374,4 +394,6 @@ _INPUTS = {
     "FluxTransformer2DModel": _flux_inputs,
     "Flux2Transformer2DModel": _flux_inputs,
     "SD3Transformer2DModel": _sd3_inputs,
+    "QwenImageTransformer2DModel": _qwen_image_inputs,
+    "Krea2Transformer2DModel": _krea2_inputs,
 }

@@ -16,6 +16,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     DDIMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -23,6 +24,10 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    Krea2Pipeline,
+    Krea2Transformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -43,9 +48,13 @@ from transformers import (
     Dinov2Config,
     Dinov2Model,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
+    Qwen3VLConfig,
+    Qwen3VLModel,
     T5Config,
     T5EncoderModel,
 )
@@ -274,9 +283,74 @@ def flux2_klein(folder: Path, text_encoder=None, transformer=None, vae=None, sch
     return folder
 
 
+def tiny_qwen_vae(config: dict | None = None) -> AutoencoderKLQwenImage:
+    """Qwen-Image's autoencoder, of videos: 4 channels with a mean and a deviation each, a quarter as wide and high."""
+    return AutoencoderKLQwenImage(
+        **{
+            "base_dim": 8, "z_dim": 4, "dim_mult": [1, 1, 1], "num_res_blocks": 1, "temperal_downsample": [False, True],
+            "latents_mean": [-0.3, 0.2, 0.1, -0.1], "latents_std": [1.4, 0.7, 1.1, 0.9], **(config or {}),
+        }
+    )  # fmt: skip
+
+
+QWEN_TEXT = {
+    "vocab_size": len(WORDS), "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 1024,
+    "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
+}  # fmt: skip
+QWEN_VISION = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+
+
+def qwen_image(folder: Path, text_encoder=None, transformer=None, vae=None, scheduler=None) -> Path:
+    """Qwen-Image: Qwen2.5-VL reads the captions in a template, packed latents, two streams."""
+    torch.manual_seed(0)
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1000000.0}
+    text = QWEN_TEXT | {"rope_scaling": rope} | (text_encoder or {})
+    QwenImagePipeline(
+        text_encoder=Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=QWEN_VISION)),
+        tokenizer=tiny_tokenizer(1100),
+        transformer=QwenImageTransformer2DModel(
+            **{
+                "in_channels": 16, "out_channels": 4, "num_layers": 3, "attention_head_dim": 16,
+                "num_attention_heads": 2, "joint_attention_dim": 16, "axes_dims_rope": (4, 6, 6), **(transformer or {}),
+            }
+        ),
+        vae=tiny_qwen_vae(vae),
+        scheduler=FlowMatchEulerDiscreteScheduler(**{"use_dynamic_shifting": True, **(scheduler or {})}),
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def krea2(folder: Path, text_encoder=None, transformer=None, vae=None, scheduler=None) -> Path:
+    """Krea 2: three layers of Qwen3-VL a token, fused; one stream whose keys and values are half as wide."""
+    torch.manual_seed(0)
+    rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1000000.0}
+    text = QWEN_TEXT | {"rope_scaling": rope} | (text_encoder or {})
+    vision = QWEN_VISION | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+    Krea2Pipeline(
+        text_encoder=Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision)),
+        tokenizer=tiny_tokenizer(1100),
+        transformer=Krea2Transformer2DModel(
+            **{
+                "in_channels": 16, "num_layers": 3, "attention_head_dim": 16, "num_attention_heads": 2,
+                "num_key_value_heads": 1, "intermediate_size": 48, "timestep_embed_dim": 16, "text_hidden_dim": 16,
+                "num_text_layers": 3, "text_num_attention_heads": 2, "text_num_key_value_heads": 1,
+                "text_intermediate_size": 24, "num_layerwise_text_blocks": 2, "num_refiner_text_blocks": 2,
+                "axes_dims_rope": (4, 6, 6), **(transformer or {}),
+            }
+        ),
+        vae=tiny_qwen_vae(vae),
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            **{"use_dynamic_shifting": True, "max_image_seq_len": 6400, **(scheduler or {})}
+        ),
+        text_encoder_select_layers=(1, 2, 3),
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
 FAMILIES: dict[str, Callable[..., Path]] = {
     "stable_diffusion": stable_diffusion, "sdxl": sdxl, "z_image": z_image, "flux": flux, "sd3": sd3,
-    "flux2_klein": flux2_klein,
+    "flux2_klein": flux2_klein, "qwen_image": qwen_image, "krea2": krea2,
 }  # fmt: skip
 
 

@@ -22,6 +22,8 @@ from conftest import (
 from diffusers import (
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    Krea2Transformer2DModel,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
     ZImageTransformer2DModel,
@@ -234,6 +236,21 @@ TRANSFORMERS = {
             "attn.to_qkv_mlp_proj": (20, 19),
         },
     ),
+    # 60 blocks of two streams; nothing is cut.
+    "qwen_image": (
+        QwenImageTransformer2DModel,
+        {},
+        ["to_q", "add_k_proj", "img_mlp.net.2"],
+        {"attn.to_q": (60, 59), "attn.add_k_proj": (60, 59), "img_mlp.net.2": (60, 59)},
+    ),
+    # Two blocks over the layers of each token, two over the tokens of the caption, and 28 over those and the image's.
+    # Queries are 6144 wide and keys and values 1536; text has 2560 of all.
+    "krea2": (
+        Krea2Transformer2DModel,
+        {},
+        ["to_q", "to_k", "ff.up", "img_in"],
+        {**dict.fromkeys(["attn.to_q", "attn.to_k", "ff.up"], (2 + 2 + 28, 1 + 1 + 27)), "img_in": (1, 0)},
+    ),
 }  # fmt: skip
 
 CUTS = {
@@ -244,6 +261,12 @@ CUTS = {
     "flux_dev": {
         "single_transformer_blocks.0": "88 follows 64 tokens",
         "proj_out": "one of the two is in no list of equal modules",
+    },
+    "krea2": {
+        "text_fusion.refiner_blocks.0": "24 follows 12 tokens",
+        "transformer_blocks.0": (
+            "another stream: transformer_blocks.0 joins what img_in and text_fusion.refiner_blocks.1 returned"
+        ),
     },
 }
 
@@ -489,6 +512,14 @@ RUNS_AT = {
     "sd3": (
         lambda: tiny_models.sd3(dual_attention_layers=(0, 1), qk_norm="rms_norm"),
         [tiny_models.sd3_inputs(*lengths) for lengths in ((8, 8, 16), (4, 12, 3), (16, 8, 77))],
+    ),
+    "qwen_image": (
+        tiny_models.qwen_image,
+        [tiny_models.qwen_image_inputs(*lengths) for lengths in ((2, 4, 8), (4, 2, 3), (3, 5, 70))],
+    ),
+    "krea2": (
+        tiny_models.krea2,
+        [tiny_models.krea2_inputs(*lengths) for lengths in ((2, 4, 8), (4, 2, 4), (3, 5, 70))],
     ),
 }
 

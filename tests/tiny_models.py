@@ -4,6 +4,8 @@ import torch
 from diffusers import (
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    Krea2Transformer2DModel,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     ZImageTransformer2DModel,
 )
@@ -99,6 +101,25 @@ def sd3(**overrides) -> nn.Module:
     return SD3Transformer2DModel(**config | overrides)
 
 
+def qwen_image(**overrides) -> nn.Module:
+    config = {
+        "in_channels": 8, "out_channels": 2, "num_layers": 4, "attention_head_dim": 12, "num_attention_heads": 2,
+        "joint_attention_dim": 10, "axes_dims_rope": (4, 4, 4),
+    }  # fmt: skip
+    return QwenImageTransformer2DModel(**config | overrides)
+
+
+def krea2(**overrides) -> nn.Module:
+    """As wide as the transformer that fuses the text, so that widths alone cut nothing."""
+    config = {
+        "in_channels": 8, "num_layers": 4, "attention_head_dim": 12, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "intermediate_size": 32, "timestep_embed_dim": 8, "text_hidden_dim": 24, "num_text_layers": 3,
+        "text_num_attention_heads": 2, "text_num_key_value_heads": 1, "text_intermediate_size": 32,
+        "axes_dims_rope": (4, 4, 4),
+    }  # fmt: skip
+    return Krea2Transformer2DModel(**config | overrides)
+
+
 def tokens(length: int) -> torch.Tensor:
     return torch.arange(2, 2 + length)[None]
 
@@ -150,4 +171,28 @@ def sd3_inputs(height: int, width: int, caption: int) -> dict:
         "encoder_hidden_states": torch.randn(2, caption, 10, generator=generator),
         "pooled_projections": torch.randn(2, 6, generator=generator),
         "timestep": torch.full((2,), 300.0),
+    }
+
+
+def qwen_image_inputs(height: int, width: int, caption: int) -> dict:
+    """An image of these sides (in patches), and two captions of which the first has padding."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "hidden_states": torch.randn(2, height * width, 8, generator=generator),
+        "encoder_hidden_states": torch.randn(2, caption, 10, generator=generator),
+        "encoder_hidden_states_mask": torch.arange(caption) < torch.tensor([[caption - 1], [caption]]),
+        "timestep": torch.full((2,), 0.3),
+        "img_shapes": [[(1, height, width)]] * 2,
+    }
+
+
+def krea2_inputs(height: int, width: int, caption: int) -> dict:
+    """An image of these sides (in patches), and two captions of which the first has padding."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "hidden_states": torch.randn(2, height * width, 8, generator=generator),
+        "encoder_hidden_states": torch.randn(2, caption, 3, 24, generator=generator),
+        "encoder_attention_mask": torch.arange(caption) < torch.tensor([[caption - 1], [caption]]),
+        "timestep": torch.full((2,), 0.3),
+        "position_ids": torch.zeros(caption + height * width, 3),
     }

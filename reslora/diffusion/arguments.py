@@ -44,12 +44,12 @@ DEFAULT_RANK, HIGHEST_RANK, DEFAULT_PRE_NUM = 16, 65536, 4
 ONE_OR_SEVERAL = ("train_data_dir", "train_data_repeats", "train_data_weight", "resolution")
 BY_FAMILY = {
     "rank": f"{DEFAULT_RANK}; the width of the narrowest adapted layer where that is less",
-    "resolution": "Stable Diffusion 1 and 2, Flux 512; others 1024",
-    "num_inference_steps": "Stable Diffusion 1 and 2, SDXL 30; others 28",
-    "guidance_scale": "Stable Diffusion 1 and 2 7.5; SDXL, Z-Image 5; SD 3 7; Flux 3.5",
+    "resolution": "Stable Diffusion 1 and 2, Flux, Qwen-Image, Krea 2 512; others 1024",
+    "num_inference_steps": "Stable Diffusion 1 and 2, SDXL 30; Qwen-Image 50; others 28",
+    "guidance_scale": "Stable Diffusion 1 and 2 7.5; SDXL, Z-Image 5; SD 3 7; Flux 3.5; Qwen-Image 4; Krea 2 4.5",
     "target_modules": "attention as in diffusers' script for the model: to_q, to_k, to_v, to_out.0 of U-Nets",
     "weighting_scheme": "SD 3 logit_normal; others none",
-    "max_sequence_length": "Flux, Z-Image 512; SD 3 77",
+    "max_sequence_length": "SD 3 77; others 512",
 }
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
+from torch import nn
 
 from ..common.controls import Settings, gauged, put_on
 from ..common.errors import InvalidArgument
@@ -149,7 +150,7 @@ def load_and_check(context: Context) -> tuple[DiffusionPipeline, Objective]:
 def forget_encoder(pipeline: DiffusionPipeline, context: Context) -> None:
     """Frees what encodes images, once all are encoded: samples need the decoder alone."""
     if context.flags.cache_latents:
-        pipeline.vae.encoder = None
+        pipeline.vae.encoder = nn.Identity()  # and not None: Qwen-Image's counts its layers even to decode
 
 
 def train_method(method: str, resume: Resume, setting: Setting, validation: type[Validation] = Validation) -> Learner:

@@ -57,14 +57,16 @@ def draw_missing(context: Context) -> None:
     side = max(listed(flags.resolution))  # no smaller than any that it is trained at
     pipeline = model.load_pipeline(context.dtype, device, encoders=True)
     setattr(pipeline, model.family.denoiser, model.load_denoiser(context.dtype, device).eval())
+    guidance = {model.family.guidance: flags.guidance_scale}
     for first in range(0, len(todo), flags.train_batch_size):
         context.stop.check("stopped before training began")
         paths = todo[first : first + flags.train_batch_size]
         seeds = [derive(flags.seed, "class", path.name) for path in paths]
+        negative = {} if "guidance_scale" in guidance else {"negative_prompt": [""] * len(paths)}
         with torch.no_grad():
             drawn = pipeline(
                 prompt=[flags.class_prompt] * len(paths), height=side, width=side,
-                num_inference_steps=flags.num_inference_steps, guidance_scale=flags.guidance_scale,
+                num_inference_steps=flags.num_inference_steps, **guidance, **negative,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             ).images  # fmt: skip
         for path, image in zip(paths, drawn, strict=True):

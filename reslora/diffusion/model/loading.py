@@ -9,10 +9,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import huggingface_hub
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.configuration_utils import FrozenDict
 from diffusers.loaders.single_file_utils import infer_diffusers_model_type, load_single_file_checkpoint
 from huggingface_hub import constants
@@ -101,11 +102,10 @@ class Model:
         with refused_as(self.flag, "repair the folder"):
             return FrozenDict(self.family.denoiser_class.load_config(self.folder / self.family.denoiser))
 
-    def _other_vae(self, dtype: torch.dtype) -> AutoencoderKL:
+    def _other_vae(self, dtype: torch.dtype) -> ModelMixin:
+        own = getattr(diffusers, self.index["vae"][1])  # FLUX.2 and Qwen-Image have classes of their own
         with refused_as(f"--pretrained_vae_model_name_or_path {self.vae}", "check the name and the files"):
-            return AutoencoderKL.from_pretrained(
-                self.vae, cache_dir=self.cache_dir, torch_dtype=dtype, use_safetensors=True
-            )
+            return own.from_pretrained(self.vae, cache_dir=self.cache_dir, torch_dtype=dtype, use_safetensors=True)
 
     def load_denoiser(self, dtype: torch.dtype, device: torch.device, base_precision: str = "no") -> nn.Module:
         """The frozen denoiser in `dtype`; with a `base_precision`, the weights of its blocks are packed in that."""
@@ -157,7 +157,8 @@ def find_model(flags: Flags, accelerator: Accelerator) -> Model:
     family = load_family(index["_class_name"])
     configs = {}
     for part, kind in index.items():
-        wanted = isinstance(kind, list) and kind[0] and part not in family.unused_parts
+        # A part is its library and class; other lists are the pipeline's own settings.
+        wanted = isinstance(kind, list) and isinstance(kind[0], str) and part not in family.unused_parts
         if wanted and not (folder / part).is_dir():
             raise InvalidArgument(
                 flag, f"no {part} folder in {folder}, which model_index.json lists", "repair the folder"

@@ -76,7 +76,7 @@ class Drawer:
         drawn = self.pipeline(
             **self.family.drawing_inputs(self.pipeline, text, negative, not first.negative_prompt),
             generator=[torch.Generator().manual_seed(seed) for _, seed in wanted],
-            num_inference_steps=first.num_inference_steps, guidance_scale=first.guidance_scale,
+            num_inference_steps=first.num_inference_steps, **{self.family.guidance: first.guidance_scale},
             height=first.height, width=first.width,
             callback_on_step_end=callback, output_type="np",
         )  # fmt: skip

@@ -286,8 +286,10 @@ def write_kohya(parts: Parts, path: Path, family: Family, metadata: dict[str, st
 
 
 def write_comfyui(parts: Parts, path: Path, family: Family, metadata: dict[str, str]) -> None:
-    """ComfyUI's format: diffusers' layers below `diffusion_model`; of families whose text encoders do not train."""
-    export.export_comfyui(parts[family.denoiser], path, metadata=metadata)
+    """ComfyUI's format, of families whose text encoders do not train and whose layers are not fused there."""
+    denoiser = parts[family.denoiser]
+    names = functools.partial(family.original_name, denoiser.config)
+    export.export_comfyui(denoiser, path, metadata=metadata, rename=lambda name: names(name) or name)
 
 
 LORA_FILES = {KOHYA_FILE: write_kohya, COMFYUI_FILE: write_comfyui}

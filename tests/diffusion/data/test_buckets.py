@@ -85,7 +85,8 @@ def flags_for(model: Path, shapes: Path, output: Path, *more: object) -> list[ob
     ]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# Krea 2's latents are Qwen-Image's.
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "krea2"])
 def test_every_family_trains_and_resumes_in_buckets(family, shapes, tmp_path):
     """Each forward has one size, of three shapes at two resolutions; a run that goes on ends with the same bytes."""
     model = FAMILIES[family](tmp_path / "model")

@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
-from pipelines import sdxl
+from accelerate import PartialState
+from diffusers import AutoencoderKLQwenImage, StableDiffusionPipeline
+from pipelines import qwen_image, sdxl, tiny_qwen_vae
 from safetensors.torch import save_file
 
 from diffusion.runs import losses, main, refused
+from reslora.diffusion.arguments import Flags
+from reslora.diffusion.model.loading import find_model
 
 
 def refused_model(capsys, base_flags, folder: Path) -> str:
@@ -52,6 +55,18 @@ def test_damaged_model_configs_are_refused(base_flags, model, capsys, tmp_path, 
         (broken / "vae" / "config.json").write_text(vae)
     name = "model_index.json" if index else "vae/config.json"
     assert name in refused_model(capsys, base_flags, broken)
+
+
+def test_another_autoencoder_is_of_the_class_that_the_pipeline_has(tmp_path):
+    other = tiny_qwen_vae({"latents_std": [2.0] * 4})
+    other.save_pretrained(tmp_path / "vae")
+    flags = Flags(
+        pretrained_model_name_or_path=str(qwen_image(tmp_path / "model")), revision=None, variant=None,
+        pretrained_vae_model_name_or_path=str(tmp_path / "vae"), cache_dir=None, output_dir="",
+    )  # fmt: skip
+    pipeline = find_model(flags, PartialState()).load_pipeline(torch.float32, torch.device("cpu"), encoders=False)
+    assert type(pipeline.vae) is AutoencoderKLQwenImage and pipeline.vae.config.latents_std == [2.0] * 4
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in pipeline.vae.state_dict().items())
 
 
 def test_a_missing_tokenizer_is_named(base_flags, model, capsys, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 from collections import defaultdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,17 +14,22 @@ from reslora.diffusion.arguments import Flags
 from reslora.diffusion.model.families import load_family
 from reslora.diffusion.output.drawing import Drawer
 from reslora.diffusion.prompts import Prompt
+from reslora.diffusion.seeds import derive
 
 FLAGS = Flags(
     seed=0, num_inference_steps=1, guidance_scale=4.0, resolution=32, validation_height=None, validation_width=None
 )
 
 
+def index_of(folder: Path) -> dict:
+    return json.loads((folder / "model_index.json").read_text())
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_text_states_of_half_precision_are_drawn_in_the_pipelines_at_any_size(tmp_path, name):
     """As the export does: in float32 whatever the precision of training. Samples need not be squares."""
     folder = FAMILIES[name](tmp_path / "model")
-    family = load_family(json.loads((folder / "model_index.json").read_text())["_class_name"])
+    family = load_family(index_of(folder)["_class_name"])
     pipeline = family.pipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     with torch.no_grad():
@@ -33,6 +39,26 @@ def test_text_states_of_half_precision_are_drawn_in_the_pipelines_at_any_size(tm
         flags = FLAGS.replace(train_batch_size=2, validation_height=height, validation_width=width)
         (drawn,) = Drawer(pipeline, family, texts, flags).draw(getattr(pipeline, family.denoiser), ["red disc"], 1)
         assert drawn.shape == (height or 32, width or 32, 3) and np.isfinite(drawn).all()
+
+
+@pytest.mark.parametrize("name", ["qwen_image", "krea2"])
+def test_samples_are_guided_by_the_scale_that_is_given(tmp_path, name):
+    """By other arguments than Stable Diffusion's, and away from a caption of another length."""
+    family = load_family(index_of(FAMILIES[name](tmp_path / "model"))["_class_name"])
+    pipeline = family.pipeline.from_pretrained(tmp_path / "model")
+    pipeline.set_progress_bar_config(disable=True)
+    denoiser = getattr(pipeline, family.denoiser)
+    with torch.no_grad():
+        texts = {c: {"states": family.encode_captions(pipeline, [c], 64)["states"][0]} for c in ("red disc box", "")}
+
+    def drawn(scale: float) -> np.ndarray:
+        flags = FLAGS.replace(train_batch_size=1, guidance_scale=scale, num_inference_steps=2)
+        return Drawer(pipeline, family, texts, flags).draw(denoiser, ["red disc box"], 1)[0]
+
+    given = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "np", family.guidance: 9.0}
+    seed = torch.Generator().manual_seed(derive(0, "sample", 0, 0))
+    stock = pipeline("red disc box", negative_prompt="", generator=seed, **given).images[0]
+    assert np.abs(drawn(9.0) - stock).max() < 1e-4 < np.abs(drawn(1.0) - stock).max()
 
 
 class Recorder:
@@ -49,7 +75,9 @@ class Recorder:
 
 
 def family_of(drawing_inputs=lambda *_: {}, told: bool = False) -> SimpleNamespace:
-    return SimpleNamespace(denoiser="unet", drawing_inputs=drawing_inputs, is_told_guidance=told)
+    return SimpleNamespace(
+        denoiser="unet", guidance="guidance_scale", drawing_inputs=drawing_inputs, is_told_guidance=told
+    )
 
 
 def seeds_of(prompts: list, images: int, seed: int = 0, batch: int = 3) -> list[int]:
@@ -104,7 +132,7 @@ def test_a_negative_prompt_changes_what_every_family_with_guidance_draws(tmp_pat
     pipeline = family.pipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     # Captions that nobody has encoded: the pipeline's own encoders are there.
-    flags = FLAGS.replace(train_batch_size=2, max_sequence_length=8)
+    flags = FLAGS.replace(train_batch_size=2, max_sequence_length=64)
     drawer = Drawer(pipeline, family, {}, flags)
     prompts = [Prompt("red disc", seed=1), Prompt("red disc", "blue box", seed=1)]
     plain, negative = drawer.draw(getattr(pipeline, family.denoiser), prompts, 1)

@@ -19,6 +19,8 @@ FAMILIES = {
     "FluxPipeline": "flux",
     "StableDiffusion3Pipeline": "sd3",
     "Flux2KleinPipeline": "flux2_klein",
+    "QwenImagePipeline": "qwen_image",
+    "Krea2Pipeline": "krea2",
 }
 
 

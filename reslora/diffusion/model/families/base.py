@@ -91,6 +91,10 @@ class Family:
     ComfyUI's."""
     is_told_guidance: bool = False
     """Whether guidance is a number that the denoiser is told, so that a negative prompt means nothing to it."""
+    one_size: bool = False
+    """Whether all its denoisers are of the published size, so that layers of other sides are known not to be theirs."""
+    guidance: str = "guidance_scale"
+    """The pipeline's argument for classifier-free guidance; by any other name it needs a negative prompt as well."""
     encodes_in_float32: bool = False
     """Whether the autoencoder overflows in half precision where its configuration asks for `force_upcast`."""
 

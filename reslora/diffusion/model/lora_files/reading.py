@@ -141,14 +141,15 @@ def family_of(content: Content) -> Family:
 
 
 def _in_proportion(pairs: Mapping[str, Factors], names: Names) -> bool:
-    """Whether each layer's sides have the ratio that they have in the published model."""
+    """Whether each layer's sides have the ratio that they have in the published model, or if it has one size, those."""
     for name, factors in pairs.items():
         fused = names.known[name]
         part, layer = fused.layers[0]
         if part == names.family.denoiser:
             inputs = names.shapes[layer][1]
             outputs = sum(fused.outputs) if len(fused.layers) > 1 else names.shapes[layer][0]
-            if factors.up.shape[0] * inputs != factors.down.shape[1] * outputs:
+            sides = (factors.up.shape[0], factors.down.shape[1])
+            if sides[0] * inputs != sides[1] * outputs or (names.family.one_size and sides != (outputs, inputs)):
                 return False
     return True
 

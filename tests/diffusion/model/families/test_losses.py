@@ -11,6 +11,7 @@ from pipelines import FAMILIES, image_folder
 from reslora.common.signals import StopRequest
 from reslora.diffusion.data.batch import Batch
 from reslora.diffusion.model.families import load_family
+from reslora.diffusion.model.families.base import Conditions
 from reslora.diffusion.run import load_and_check, settle
 from reslora.diffusion.settings import parse_args
 from reslora.diffusion.training.denoising import DenoisingLoss
@@ -44,9 +45,9 @@ class Setting:
         pipeline = model.load_pipeline(torch.float32, accelerator.device, encoders=True)
         self.loss = DenoisingLoss(context, self.objective, pipeline, self.denoiser.config)
 
-    def batch(self, captions: list[str] = CAPTIONS) -> Batch:
+    def batch(self, captions: list[str] = CAPTIONS, width: int = 32) -> Batch:
         draws = torch.Generator().manual_seed(7)
-        shape = (2, *self.family.latent_shape(self.stock, 32, 32))
+        shape = (2, *self.family.latent_shape(self.stock, 32, width))
         timesteps = torch.stack([self.objective.draw(draws) for _ in range(2)])
         names = ("noise", "posterior_noise")
         batch = {name: torch.randn(shape, generator=draws) for name in names}
@@ -187,6 +188,84 @@ def test_flux2_kleins_moments_are_those_of_the_autoencoder_in_patches(setting):
         for row in (0, 1):
             for column in (0, 1):
                 torch.testing.assert_close(moment[row * 2 + column :: 4], whole[:, row::2, column::2])
+
+
+def patches(values: torch.Tensor) -> torch.Tensor:
+    """Two by two latents are one token: rows, columns, then channels, upper and lower, left and right."""
+    return values.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+
+
+def qwen_parts(one: Setting, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Packed noisy latents and velocity: each channel has a mean and a deviation of its own."""
+    config, s = one.stock.vae.config, (batch.timesteps / 1000).view(2, 1, 1, 1)
+    mean, std = batch.moments.unbind(1)
+    own = [torch.tensor(values).view(1, 4, 1, 1) for values in (config.latents_mean, config.latents_std)]
+    x, e = (mean + std * batch.posterior_noise - own[0]) / own[1], batch.noise
+    return patches((1 - s) * x + s * e), patches(e - x)
+
+
+@pytest.mark.parametrize(("captions", "width"), [(CAPTIONS, 32), (MIXED, 48)], ids=["equal", "mixed"])
+@torch.no_grad()
+def test_qwen_images_captions_are_read_as_if_each_were_alone(setting, captions, width):
+    """Without the template's first 34 tokens, and without a mask, for alone none has padding."""
+    one = setting("qwen_image")
+    batch = one.batch(captions, width)
+    noisy, velocity = qwen_parts(one, batch)
+    expected = []
+    for number, caption in enumerate(captions):
+        tokens = one.stock.tokenizer(one.stock.prompt_template_encode.format(caption), return_tensors="pt").input_ids
+        states = one.stock.text_encoder(tokens, output_hidden_states=True).hidden_states[-1][:, 34:]
+        output = one.denoiser(
+            noisy[number : number + 1], states, None, batch.timesteps[number : number + 1] / 1000,
+            img_shapes=[(1, 4, width // 8)],
+        ).sample  # fmt: skip
+        expected.append(mean_square(output, velocity[number : number + 1]))
+    torch.testing.assert_close(one.loss(one.denoiser, batch), torch.cat(expected))
+
+
+@pytest.mark.parametrize(("captions", "width"), [(CAPTIONS, 32), (MIXED, 48)], ids=["equal", "mixed"])
+@torch.no_grad()
+def test_krea_2_reads_captions_of_their_own_length_as_its_pipeline_does_the_longest(setting, captions, width):
+    """Three layers of each token; 512 tokens of any caption in its pipeline, with padding before the template's end."""
+    one = setting("krea2")
+    batch = one.batch(captions, width)
+    noisy, velocity = qwen_parts(one, batch)
+    states, mask = one.stock.encode_prompt(captions, max_sequence_length=512)
+    kept = one.family.encode_captions(one.stock, captions, 512)["states"]
+    assert states.shape[1:3] == (mask.shape[1], 3) and mask.shape[1] >= 512
+    assert [len(own) for own in kept] == mask.sum(dim=1).tolist() and max(map(len, kept)) < 64
+    places = [(0, 0, 0)] * mask.shape[1] + [(0, row, column) for row in range(4) for column in range(width // 8)]
+    output = one.denoiser(noisy, states, batch.timesteps / 1000, torch.tensor(places), mask).sample
+    torch.testing.assert_close(one.loss(one.denoiser, batch), mean_square(output, velocity))
+
+
+@torch.no_grad()
+def test_the_moments_of_qwen_images_autoencoder_are_those_of_the_only_frame(setting):
+    one = setting("qwen_image")
+    pixels = torch.rand(2, 3, 32, 48) * 2 - 1
+    posterior = one.stock.vae.encode(pixels[:, :, None]).latent_dist
+    moments = one.family.encode_images(one.stock.vae, pixels)
+    assert tuple(moments.shape[2:]) == one.family.latent_shape(one.stock, 32, 48) == (4, 8, 12)
+    torch.testing.assert_close(moments[:, 0], posterior.mean[:, :, 0])
+    torch.testing.assert_close(moments[:, 1], posterior.std[:, :, 0])
+
+
+@pytest.mark.parametrize("name", ["qwen_image", "krea2"])
+@torch.no_grad()
+def test_padding_beside_a_longer_caption_changes_no_loss(setting, name):
+    """Float64, where this is as exact as it can be: the mask keeps what is padding out of every product."""
+    one = setting(name)
+    denoiser, batch = one.denoiser.double(), one.batch(MIXED)
+    states = [own.double() for own in one.family.encode_captions(one.stock, MIXED, 64)["states"]]
+    assert len(states[0]) < len(states[1])
+
+    def output(kept: list[int]) -> torch.Tensor:
+        conditions = Conditions({"states": [states[number] for number in kept]}, SIZES[kept])
+        noisy = batch.noise[kept].double()
+        inputs = one.family.denoiser_inputs(denoiser.config, noisy, batch.timesteps[kept], conditions)
+        return one.family.prediction(denoiser(**inputs, return_dict=False), noisy)
+
+    torch.testing.assert_close(output([0, 1]), torch.cat([output([0]), output([1])]), rtol=1e-10, atol=1e-10)
 
 
 def test_every_row_of_the_registry_has_a_module_and_a_builder():

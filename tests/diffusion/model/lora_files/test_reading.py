@@ -54,6 +54,19 @@ def test_a_layer_that_two_families_have_is_known_by_its_sides(family, outputs, t
     assert guessed(tmp_path / "in.safetensors") == family
 
 
+@pytest.mark.parametrize(("block", "width", "family"), [(37, 2432, "sd3"), (37, 3072, None), (59, 3072, "qwen_image")])
+def test_the_size_of_a_model_that_has_one_tells_it_from_another(block, width, family, tmp_path):
+    """Stable Diffusion 3's names are Qwen-Image's, but for how many blocks there are."""
+    tensors = {f"transformer.transformer_blocks.{block}.attn.to_q.lora_A.weight": torch.ones(1, width)}
+    tensors[f"transformer.transformer_blocks.{block}.attn.to_q.lora_B.weight"] = torch.ones(width, 1)
+    save_file(tensors, tmp_path / "in.safetensors")
+    if family:
+        assert guessed(tmp_path / "in.safetensors") == family
+    else:
+        with pytest.raises(InvalidArgument, match="add --base MODEL or --family NAME"):
+            guessed(tmp_path / "in.safetensors")
+
+
 def test_in_doubt_the_family_is_asked_for(tmp_path):
     shape = names("flux").shapes[ALL]
     tensors = {f"transformer.{ALL}.lora_A.weight": torch.ones(1, shape[1])}

@@ -1,0 +1,98 @@
+"""Krea 2: one stream; of each token of a caption several layers of Qwen3-VL, which a transformer of its own fuses."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from diffusers import Krea2Pipeline, Krea2Transformer2DModel
+
+from ....export import COMFYUI_FILE
+from .qwen_autoencoder import WithQwenAutoencoder, packed, padded_inputs, side_by_side, without_padding
+
+LAYERS = {
+    "attn.to_q": "attn.wq", "attn.to_k": "attn.wk", "attn.to_v": "attn.wv", "attn.to_out.0": "attn.wo",
+    "attn.to_gate": "attn.gate", "ff.gate": "mlp.gate", "ff.up": "mlp.up", "ff.down": "mlp.down",
+}  # fmt: skip
+BLOCKS = {
+    "transformer_blocks": "blocks",
+    "text_fusion.layerwise_blocks": "txtfusion.layerwise_blocks",
+    "text_fusion.refiner_blocks": "txtfusion.refiner_blocks",
+}
+ORIGINAL = {f"{ours}.{{}}.{a}": f"{theirs}.{{}}.{b}" for ours, theirs in BLOCKS.items() for a, b in LAYERS.items()} | {
+    "img_in": "first",
+    "final_layer.linear": "last.linear",
+    "time_embed.linear_1": "tmlp.0",
+    "time_embed.linear_2": "tmlp.2",
+    "time_mod_proj": "tproj.1",
+    "txt_in.linear_1": "txtmlp.1",
+    "txt_in.linear_2": "txtmlp.3",
+    "text_fusion.projector": "txtfusion.projector",
+}
+
+
+class Krea2(WithQwenAutoencoder):
+    """As diffusers' train_dreambooth_lora_krea2.py trains it, but for `text_fusion.projector`: it has one output.
+
+    Its guidance counts from 0, not from 1. Text is without positions and padding is masked, so that states at the
+    captions' own lengths say what those of the pipeline say, which are as long as they may be.
+    """
+
+    name = "krea2"
+    pipeline = Krea2Pipeline
+    denoiser_class = Krea2Transformer2DModel
+    lora_files = (COMFYUI_FILE,)
+    original = ORIGINAL
+    marks = ("krea2", "krea-2")
+    defaults: ClassVar = {
+        "resolution": 512,
+        "num_inference_steps": 28,
+        "guidance_scale": 4.5,
+        "weighting_scheme": "none",
+        "max_sequence_length": 512,
+        "target_modules": [
+            *("img_in", "final_layer.linear", "to_q", "to_k", "to_v", "to_out.0", "to_gate", "ff.up", "ff.down"),
+            *("txt_in.linear_1", "txt_in.linear_2", "time_embed.linear_1", "time_embed.linear_2", "time_mod_proj"),
+        ],
+    }
+
+    def encode_captions(self, pipeline, captions, longest):
+        """`states`: a list of (tokens x layers x width), as many tokens as the caption and the template's end have."""
+        words = pipeline.tokenizer([pipeline.prompt_template_encode_prefix + caption for caption in captions]).input_ids
+        around = pipeline.prompt_template_encode_num_suffix_tokens - pipeline.prompt_template_encode_start_idx
+        needed = max(map(len, words)) + around  # else the encoder would read `longest` tokens of any caption
+        states, mask = pipeline.encode_prompt(
+            list(captions), device=pipeline.text_encoder.device, max_sequence_length=min(longest, needed)
+        )
+        return {"states": without_padding(states, mask)}
+
+    def denoiser_inputs(self, config, noisy, timesteps, conditions):
+        """Packed latents, `s`, text states with their mask, and the places of both kinds of tokens."""
+        height, width = noisy.shape[2:]
+        states, mask = padded_inputs(conditions.text["states"])
+        return {
+            "hidden_states": packed(noisy),
+            "encoder_hidden_states": states,
+            "timestep": timesteps / 1000,
+            "position_ids": Krea2Pipeline.prepare_position_ids(
+                states.shape[1], height // 2, width // 2, noisy.device
+            ),
+            "encoder_attention_mask": mask,
+        }  # fmt: skip
+
+    def drawing_inputs(self, pipeline, text, negative, empty=True):
+        """Text states of the captions and of the negative prompt, which the pipeline takes at one length only."""
+        states, count = list(text["states"]), len(text["states"])
+        both, mask = side_by_side([*states, *[negative["states"][0]] * count])
+        return {
+            "prompt_embeds": both[:count],
+            "prompt_embeds_mask": mask[:count],
+            "negative_prompt_embeds": both[count:],
+            "negative_prompt_embeds_mask": mask[count:],
+        }
+
+    def model_version(self, config, predicts_v=False):
+        """There is one architecture so far."""
+        return "krea2", "krea-2"
+
+
+FAMILY = Krea2()

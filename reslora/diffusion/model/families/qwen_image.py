@@ -1,0 +1,70 @@
+"""Qwen-Image: two streams, Qwen2.5-VL reads the captions in a template, whose first tokens its pipeline drops."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
+
+from .qwen_autoencoder import WithQwenAutoencoder, packed, padded_inputs, side_by_side, without_padding
+
+
+class QwenImage(WithQwenAutoencoder):
+    """As diffusers' train_dreambooth_lora_qwen_image.py trains it: the attention of the image's stream."""
+
+    name = "qwen_image"
+    pipeline = QwenImagePipeline
+    denoiser_class = QwenImageTransformer2DModel
+    guidance = "true_cfg_scale"
+    marks = ("qwen_image", "qwen-image")
+    one_size = True
+    defaults: ClassVar = {
+        "resolution": 512,
+        "num_inference_steps": 50,
+        "guidance_scale": 4.0,
+        "weighting_scheme": "none",
+        "max_sequence_length": 512,
+        "target_modules": ["to_q", "to_k", "to_v", "to_out.0"],
+    }
+
+    def encode_captions(self, pipeline, captions, longest):
+        """`states`: a list of (tokens x width), as many tokens as the caption and the template's end have."""
+        states, mask = pipeline.encode_prompt(
+            list(captions), device=pipeline.text_encoder.device, max_sequence_length=longest
+        )
+        return {"states": without_padding(states, mask)}
+
+    def denoiser_inputs(self, config, noisy, timesteps, conditions):
+        """Packed latents, `s`, text states with their mask, and frames, rows and columns of each image's tokens."""
+        batch, _, height, width = noisy.shape
+        states, mask = padded_inputs(conditions.text["states"])
+        return {
+            "hidden_states": packed(noisy),
+            "timestep": timesteps / 1000,
+            "encoder_hidden_states": states,
+            "encoder_hidden_states_mask": mask,
+            "img_shapes": [[(1, height // 2, width // 2)]] * batch,
+        }
+
+    def drawing_inputs(self, pipeline, text, negative, empty=True):
+        """Text states of the captions and of the negative prompt, without which there is no guidance."""
+        states, mask = side_by_side(text["states"])
+        others, others_mask = side_by_side([negative["states"][0]] * len(states))
+        return {
+            "prompt_embeds": states,
+            "prompt_embeds_mask": mask,
+            "negative_prompt_embeds": others,
+            "negative_prompt_embeds_mask": others_mask,
+            "max_sequence_length": pipeline.tokenizer_max_length,  # where the pipeline would cut them off
+        }
+
+    def original_name(self, config, name):
+        """ComfyUI and kohya's scripts know diffusers' names."""
+        return name
+
+    def model_version(self, config, predicts_v=False):
+        """There is one architecture so far."""
+        return "qwen_image", "qwen-image"
+
+
+FAMILY = QwenImage()
