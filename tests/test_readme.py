@@ -93,6 +93,11 @@ def test_commands_have_flags_that_exist(script):
     for document, words in found:
         unknown = {word for word in words if word.startswith("--")} - known
         assert not unknown, f"{document}: {script} has no {', '.join(unknown)}"
+    if script == "train_sd.py":
+        table = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Coming from another trainer")[2]
+        rows = [line for line in table.partition("\n## ")[0].splitlines() if line.startswith("|")]
+        ours = set(re.findall(r"--[a-z0-9_]+", " ".join(row.split("|")[-2] for row in rows)))
+        assert len(ours) > 30 and not ours - known
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
