@@ -143,9 +143,9 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-# Collectives of this group expire after two seconds; the main process takes four.
+# Collectives of this group expire after two seconds; the main process takes four, and does not always get through.
 PATIENT = """
-import sys, time
+import os, sys, time
 from datetime import timedelta
 import torch.distributed as dist
 from reslora.common import together
@@ -155,6 +155,7 @@ from reslora.common.script import run_script
 def main(argv, stop):
     dist.init_process_group("gloo", timeout=timedelta(seconds=2))
     assert together.decided(lambda: time.sleep(4) or "merged") == "merged"
+    together.decided(lambda: time.sleep(4) or {then})
     together.wait()
 
 sys.exit(run_script("script", main))
@@ -163,6 +164,14 @@ sys.exit(run_script("script", main))
 
 def test_the_others_outwait_what_a_collective_does_not(tmp_path):
     """Merging, drawing and reading back take longer than any collective may."""
-    processes = started(tmp_path, PATIENT)
+    processes = started(tmp_path, PATIENT.format(then=None))
     errors = [output_of(process)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
+
+
+def test_who_waits_for_a_main_process_that_dies_ends_in_one_line(tmp_path):
+    """It has the store by which they found each other, too."""
+    processes = started(tmp_path, PATIENT.format(then="os._exit(9)"))
+    errors = [output_of(process)[1] for process in processes]
+    assert [process.returncode for process in processes] == [9, 1], errors
+    assert "another process of this run has ended" in errors[1].splitlines()[-1] and "Traceback" not in errors[1]

@@ -17,6 +17,7 @@ import reslora
 from diffusion.runs import RESUME, losses, main, refused
 from reslora.common.adapters import attach
 from reslora.common.methods import METHODS, AdapterSettings, adapter_config
+from reslora.diffusion.model import stored
 from reslora.diffusion.model.families import load_family
 from reslora.diffusion.model.families.base import Conditions, Family
 from reslora.diffusion.model.quantising import FORMATS, PackedLinear, pack, try_format
@@ -264,8 +265,12 @@ def flags_of(model: Path, data: Path, output: Path, *more) -> list:
 
 
 @precisions
-@pytest.mark.parametrize("family", ["stable_diffusion", "z_image"])
-def test_a_run_exports_the_whole_base_and_the_update(folders, data, tmp_path, family, precision):
+@pytest.mark.parametrize(("family", "in_memory"), [("stable_diffusion", stored.IN_MEMORY), ("z_image", 0)])
+def test_a_run_exports_the_whole_base_and_the_update(
+    folders, data, tmp_path, monkeypatch, family, in_memory, precision
+):
+    """The second as a large one does, whose weights stay in their files."""
+    monkeypatch.setattr(stored, "IN_MEMORY", in_memory)
     folder, out = folders(family), tmp_path / "out"
     more = ["--gradient_checkpointing", "--base_precision", precision]
     assert main(*flags_of(folder, data, out, *more)) == 0
