@@ -124,7 +124,7 @@ class Model:
         """The frozen denoiser in float32; of a large one, the weights of its blocks stay in their files."""
         with refused_as(self.flag, "repair the folder"):
             stored, empty = self.stored_denoiser(), empty_model(self.family.denoiser_class, self.denoiser_folder)
-            if not stays_stored(empty, stored):
+            if not stays_stored(empty, stored, device):
                 return self.load_denoiser(torch.float32, device)
             empty.register_to_config(_name_or_path=str(self.folder))  # as `from_pretrained` does
             return with_stored_weights(empty, stored, device)

@@ -15,7 +15,14 @@ from reslora import tracing
 from reslora.diffusion.model import stored
 from reslora.diffusion.model.families import load_family
 from reslora.diffusion.model.families.base import Conditions, Family
-from reslora.diffusion.model.stored import Stored, StoredLinear, load_exact, stored_weights
+from reslora.diffusion.model.stored import (
+    Stored,
+    StoredLinear,
+    empty_model,
+    load_exact,
+    stays_stored,
+    stored_weights,
+)
 from reslora.diffusion.settings import read_index
 
 HERE = torch.device("cpu")
@@ -120,3 +127,13 @@ def test_small_models_and_files_with_other_names_are_loaded_whole(base, tmp_path
     other = load_exact(kind, tmp_path, HERE)
     assert not any(isinstance(module, StoredLinear) for module in other.modules())
     assert load_file(tmp_path / "diffusion_pytorch_model.safetensors").keys() - {"more"} == other.state_dict().keys()
+
+
+def test_a_gpu_gives_half_of_what_it_has_free(base, monkeypatch):
+    empty, files = empty_model(base[0].denoiser_class, base[1]), stored_weights(base[1])
+    size = sum(value.nbytes for value in empty.state_dict().values())
+    monkeypatch.setattr(stored, "IN_MEMORY", 0)
+    for free, stays in ((2 * size, False), (2 * size - 2, True)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 10 * size))
+        assert stays_stored(empty, files, torch.device("cuda", 0)) == stays
+    assert stays_stored(empty, files, HERE)
