@@ -304,12 +304,21 @@ def merged_state_dict(base: nn.Module, adapter_name: str = "default") -> dict[st
         parameter = rest.removeprefix("base_layer.")
         layer = owners[owner]
         if parameter == "weight" and adapter_name in _adapters(layer):
-            value = _summed(layer, value, adapter_name)
+            value = summed(layer, value, adapter_name)
         state[owner + parameter] = value
     return state
 
 
-def _summed(layer: BaseTunerLayer, weight: torch.Tensor, adapter_name: str) -> torch.Tensor:
+def tuned_layers(model: nn.Module, adapter_name: str = "default") -> tuple[nn.Module, dict[str, BaseTunerLayer]]:
+    """The base model, and its layers that have the adapter, by name; raises as exports do."""
+    base = _plain(model, adapter_name)
+    tuned = {name: module for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
+    return base, {name: layer for name, layer in tuned.items() if adapter_name in _adapters(layer)}
+
+
+@torch.no_grad()
+def summed(layer: BaseTunerLayer, weight: torch.Tensor, adapter_name: str = "default") -> torch.Tensor:
+    """A layer's frozen weight and the adapter's update of it, summed in at least float32, in the weight's dtype."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     plain = isinstance(layer, LoraLayer) and not hasattr(layer, "lora_E") and not layer.lora_variant
     if plain and adapter_name in layer.lora_A and weight.dim() == 2:

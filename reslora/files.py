@@ -11,7 +11,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -136,10 +136,48 @@ def write_tensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor], met
     start = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:start])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    ordered += b" " * (-len(ordered) % 8)
     with replacing(path) as temporary:
-        temporary.write_bytes(len(ordered).to_bytes(8, "little") + ordered + content[start:])
+        temporary.write_bytes(_header(header) + content[start:])
+
+
+def write_one_by_one(
+    path: str | os.PathLike, like: Mapping[str, torch.Tensor], value: Callable[[str], torch.Tensor]
+) -> None:
+    """Writes the safetensors file that `save_file` writes of all `value(name)`, with one of them in memory at a time.
+
+    `like` has their shapes and dtypes, and may be on the meta device; raises `ValueError` for a value of another. The
+    file grows in its place: it belongs into a folder that one is `replacing`.
+    """
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    names, end = sorted(like, key=lambda name: (-like[name].itemsize, name)), 0
+    for name in names:
+        start, end = end, end + like[name].nbytes
+        header[name] = {
+            "dtype": _dtype_name(like[name].dtype),
+            "shape": list(like[name].shape),
+            "data_offsets": [start, end],
+        }
+    with Path(path).open("wb") as file:
+        file.write(_header(header))
+        for name in names:
+            tensor = value(name).detach().cpu().contiguous()
+            if (tensor.shape, tensor.dtype) != (like[name].shape, like[name].dtype):
+                raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, not as announced")
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+@functools.cache
+def _dtype_name(dtype: torch.dtype) -> str:
+    """A dtype as safetensors' headers have it."""
+    content = save({"": torch.empty(0, dtype=dtype)})
+    return json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])[""]["dtype"]
+
+
+def _header(header: dict) -> bytes:
+    """The start of a safetensors file: how long the header is, and the header, padded."""
+    written = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    written += b" " * (-len(written) % 8)
+    return len(written).to_bytes(8, "little") + written
 
 
 def write_json(path: str | os.PathLike, content: object) -> None:

@@ -8,8 +8,18 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save
 
-from reslora.files import ABANDONED, CHECKSUMS_NAME, check_checksums, remove_leftovers, replacing, write_checksums
+from reslora.files import (
+    ABANDONED,
+    CHECKSUMS_NAME,
+    check_checksums,
+    remove_leftovers,
+    replacing,
+    write_checksums,
+    write_one_by_one,
+)
 
 
 @pytest.fixture
@@ -175,3 +185,25 @@ def test_a_temporary_of_another_machine_goes_when_it_is_old(tmp_path, other):
             os.utime(found, (time.time() - age,) * 2)
         remove_leftovers(tmp_path)
         assert path.exists() == there and theirs.exists()
+
+
+# -- tensors one by one ------------------------------------------------------------------------------------------------
+
+
+def test_tensors_written_one_by_one_are_the_file_that_safetensors_writes(tmp_path):
+    values = {
+        "b": torch.randn(3, 2),
+        "a": torch.randn(2, 3).t(),
+        "half": torch.randn(5).bfloat16(),
+        "number": torch.tensor(7),
+        "none": torch.empty(0, 2),
+    }
+    write_one_by_one(tmp_path / "file", {name: value.to("meta") for name, value in values.items()}, values.get)
+    expected = save({name: value.contiguous() for name, value in values.items()}, {"format": "pt"})
+    assert (tmp_path / "file").read_bytes() == expected
+
+
+@pytest.mark.parametrize("value", [torch.ones(2, 3), torch.ones(3, 2).half()])
+def test_a_tensor_that_is_not_as_announced_is_not_written(tmp_path, value):
+    with pytest.raises(ValueError, match="weight is torch"):
+        write_one_by_one(tmp_path / "file", {"weight": torch.empty(3, 2)}, lambda _: value)

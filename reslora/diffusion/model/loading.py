@@ -31,6 +31,7 @@ from ..settings import check_pipeline_class, read_index
 from .families import FAMILIES, load_family
 from .families.base import Family, Part
 from .quantising import pack
+from .stored import Stored, empty_model, stays_stored, stored_weights, with_stored_weights
 
 # What diffusers calls the models inside single files, and their pipelines; other names are not trained here.
 SINGLE_FILES = {
@@ -118,6 +119,24 @@ class Model:
         if base_precision != "no":
             pack(denoiser, base_precision, device)
         return denoiser.to(device)
+
+    def load_exact_denoiser(self, device: torch.device) -> nn.Module:
+        """The frozen denoiser in float32; of a large one, the weights of its blocks stay in their files."""
+        with refused_as(self.flag, "repair the folder"):
+            stored, empty = self.stored_denoiser(), empty_model(self.family.denoiser_class, self.denoiser_folder)
+            if not stays_stored(empty, stored, device):
+                return self.load_denoiser(torch.float32, device)
+            empty.register_to_config(_name_or_path=str(self.folder))  # as `from_pretrained` does
+            return with_stored_weights(empty, stored, device)
+
+    @property
+    def denoiser_folder(self) -> Path:
+        """Where the denoiser is."""
+        return self.folder / self.family.denoiser
+
+    def stored_denoiser(self) -> dict[str, Stored]:
+        """Where each weight of the denoiser is."""
+        return stored_weights(self.denoiser_folder, self.variant)
 
     def load_encoders(self, parts: Sequence[Part], pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
         """Text encoders by name, frozen and fresh from their files, in the pipeline in the place of those it has."""

@@ -29,6 +29,7 @@ from ..context import Context
 from ..data.samples import CalibrationSamples, Material
 from ..model.families.base import Family
 from ..model.lora_files.writing import peft_folder
+from ..model.stored import load_exact
 from ..prompts import Prompt, prompts_of
 from ..training.best import Best, best_of
 from ..training.checkpoints import EXPORTS
@@ -38,6 +39,7 @@ from ..training.state import Learner, add_adapters
 from ..training.trained import Trained
 from .calibration_file import write_calibration
 from .drawing import Drawer, as_bytes, as_image
+from .merged_weights import write_merged
 from .reports import save_images
 
 TOLERANCE = 2  # of 255: largest difference of any pixel between the merged model and an export read back
@@ -172,7 +174,7 @@ def saved_parts(
     method: str, adapters: Path, loss: DenoisingLoss, schedule: Schedule, context: Context
 ) -> dict[str, nn.Module]:
     """The parts that train, by name, in float32, with a method's adapters as they were saved, unmerged."""
-    parts = {context.model.family.denoiser: context.model.load_denoiser(torch.float32, context.accelerator.device)}
+    parts = {context.model.family.denoiser: context.model.load_exact_denoiser(context.accelerator.device)}
     parts |= context.model.load_encoders(context.encoders, loss.pipeline)
     trained = Trained(parts, loss)
     add_adapters(trained, method, schedule, context)
@@ -264,7 +266,9 @@ def write_formats(parts: Parts, method: str, metadata: dict[str, str], context: 
     family, folder = context.model.family, context.folder_of(method)
     for name, part in parts.items():
         export.export_peft(part, peft_folder(folder / "peft", name, family))
-        if context.writes_merged:
+        if context.writes_merged and name == family.denoiser:
+            write_merged(part, folder / name, context.model.stored_denoiser())
+        elif context.writes_merged:
             export.export_merged(part, folder / name)
     if METHODS[method].plain_lora:
         write_lora(parts, folder, family, metadata)
@@ -346,4 +350,4 @@ def read_back(parts: Parts, method: str, drawer: Drawer, context: Context) -> It
     denoiser.to("meta")
     for part in context.encoders:
         setattr(pipeline, part.name, type(parts[part.name]).from_pretrained(folder / part.name).to(device))
-    yield name, model.family.denoiser_class.from_pretrained(folder / name).to(device)
+    yield name, load_exact(model.family.denoiser_class, folder / name, device)
