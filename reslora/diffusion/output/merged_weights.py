@@ -32,10 +32,11 @@ def write_merged(denoiser: nn.Module, directory: str | os.PathLike, stored: Mapp
         return export.export_merged(denoiser, directory)
 
     def merged(name: str) -> torch.Tensor:
-        layer = layers.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
-        if layer is None:
+        owner, _, parameter = name.rpartition(".")
+        if owner not in layers or parameter not in ("weight", "bias"):
             return stored[name].read()
-        return export.summed(layer, stored[name].read(next(layer.parameters()).device))
+        layer = layers[owner]
+        return export.merged_value(layer, parameter, stored[name].read(next(layer.parameters()).device))
 
     with replacing(directory) as temporary:
         empty.save_config(temporary)
