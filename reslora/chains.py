@@ -200,9 +200,11 @@ def lora_layers(base: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
         if isinstance(module, LoraLayer) and not hasattr(module, "lora_E")
     }
     if not layers:
+        others = {config.peft_type.value for config in vars(base).get("peft_config", {}).values()} - {"LORA"}
         raise ValueError(
-            f"{type(base).__name__} has no LoRA layers: call get_peft_model(model, LoraConfig(...)) or "
-            "model.add_adapter(LoraConfig(...)) with target_modules that match first"
+            f"{type(base).__name__} has no LoRA layers{', only ' * bool(others)}{', '.join(sorted(others))}: call "
+            "get_peft_model(model, LoraConfig(...)) or model.add_adapter(LoraConfig(...)) with target_modules that "
+            "match first"
         )
     chosen = {name: layer for name, layer in layers.items() if _holds(layer, adapter_name)}
     if not chosen:

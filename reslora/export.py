@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lycoris_utils import LycorisLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import save
@@ -62,7 +63,7 @@ class Factors(NamedTuple):
 
 
 def export_peft(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> Path:
-    """Writes any PEFT adapter of `model` (LoRA, AdaLoRA, LoHa, LoKr) as PEFT itself does, and returns the folder.
+    """Writes any PEFT adapter of `model` (LoRA, AdaLoRA, LoHa, OFT ...) as PEFT itself does, and returns the folder.
 
     Works for wrapped models and for those with `add_adapter`, whose files load with `PeftModel.from_pretrained` then.
     Raises `ValueError` if the adapter is connected or not there.
@@ -267,8 +268,8 @@ def _tensors_hash(tensors: dict[str, torch.Tensor]) -> str:
 def export_merged(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> Path:
     """Writes the base model with the adapter's weights added, summed in float32 and cast, as `save_pretrained` does.
 
-    For diffusers' and transformers' models, with any PEFT adapter whose layers know their weight update. `model` itself
-    stays. Returns the folder.
+    For diffusers' and transformers' models, with any PEFT adapter that can be merged. `model` itself stays. Returns
+    the folder.
     """
     base = _plain(model, adapter_name)
     state = merged_state_dict(base, adapter_name)
@@ -303,15 +304,33 @@ def merged_state_dict(base: nn.Module, adapter_name: str = "default") -> dict[st
             continue
         parameter = rest.removeprefix("base_layer.")
         layer = owners[owner]
-        if parameter == "weight" and adapter_name in _adapters(layer):
-            value = _summed(layer, value, adapter_name)
+        if parameter in ("weight", "bias") and adapter_name in _adapters(layer):
+            if not _adds(layer, adapter_name):
+                value = _merged_by_peft(layer, parameter, adapter_name)
+            elif parameter == "weight":
+                value = _summed(layer, value, adapter_name)
         state[owner + parameter] = value
     return state
 
 
+def _adds(layer: BaseTunerLayer, adapter_name: str) -> bool:
+    """Whether the update of a layer is a sum, of its weight alone: DoRA scales rows, OFT multiplies by rotations."""
+    if isinstance(layer, LoraLayer):
+        return layer.lora_variant.get(adapter_name) is None and not layer.lora_bias.get(adapter_name)
+    return isinstance(layer, LycorisLayer)
+
+
+def _merged_by_peft(layer: BaseTunerLayer, parameter: str, adapter_name: str) -> torch.Tensor:
+    """The parameter of a copy of the layer, in float32 or wider, that PEFT has merged, in the dtype it had."""
+    dtype = getattr(layer.get_base_layer(), parameter).dtype
+    merged = copy.deepcopy(layer).to(torch.promote_types(dtype, torch.float32))
+    merged.merge(adapter_names=[adapter_name])
+    return getattr(merged.get_base_layer(), parameter).detach().to(dtype)
+
+
 def _summed(layer: BaseTunerLayer, weight: torch.Tensor, adapter_name: str) -> torch.Tensor:
     wide = torch.promote_types(weight.dtype, torch.float32)
-    plain = isinstance(layer, LoraLayer) and not hasattr(layer, "lora_E") and not layer.lora_variant
+    plain = isinstance(layer, LoraLayer) and not hasattr(layer, "lora_E")
     if plain and adapter_name in layer.lora_A and weight.dim() == 2:
         down, up = layer.lora_A[adapter_name].weight.to(wide), layer.lora_B[adapter_name].weight.to(wide)
         delta = (up @ down) * layer.scaling[adapter_name]
@@ -338,7 +357,7 @@ def _plain(model: nn.Module, adapter_name: str) -> nn.Module:
 
 
 def _factors(name: str, layer: LoraLayer, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    if adapter_name not in layer.lora_A or layer.lora_variant.get(adapter_name) is not None:
+    if adapter_name not in layer.lora_A or not _adds(layer, adapter_name):
         raise ValueError(f"{name} is not plain LoRA on a linear or convolution layer; export it with export_peft")
     return layer.lora_A[adapter_name].weight.detach(), layer.lora_B[adapter_name].weight.detach()
 

@@ -14,12 +14,12 @@ from .merging import Merged
 
 # Initialisations that move a part of the frozen weight into the adapter, as much as the rank says. A reader repeats
 # them to have the same frozen weight; with another rank it would get another one.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def changes_base(config: LoraConfig) -> bool:
     """Whether the adapter's initialisation has changed the frozen weights by an amount that depends on the rank."""
-    return isinstance(config.init_lora_weights, str) and config.init_lora_weights.startswith(_CHANGES_BASE)
+    return isinstance(config.init_lora_weights, str) and config.init_lora_weights.startswith(CHANGES_BASE)
 
 
 def write(layer: LoraLayer, merged: Merged, adapter_name: str) -> None:

@@ -18,7 +18,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from peft import AdaLoraConfig, LoKrConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import (
+    AdaLoraConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    inject_adapter_in_model,
+)
 from peft.tuners.adalora import AdaLoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, ModulesToSaveWrapper
@@ -53,6 +62,8 @@ __all__ = [
     "rank_allocator",
     "remove_adapters",
     "save_adapter",
+    "smaller_side",
+    "targeted",
     "trained_state",
 ]
 
@@ -96,7 +107,7 @@ def attach(
     or for a shortcut without a link.
     """
     check_rank(model, config)
-    if isinstance(config, AdaLoraConfig):
+    if isinstance(config, (AdaLoraConfig, OFTConfig)):
         _refuse_convolutions(model, config)
     adapted = _add(model, config, in_place or _takes_adapters(model))
     if shortcuts is not None:
@@ -107,8 +118,8 @@ def attach(
 def check_rank(model: nn.Module, config: PeftConfig) -> None:
     """Raises `ValueError` where the rank exceeds the smaller side of an adapted layer, naming the narrowest layer.
 
-    What it would add costs memory and cannot change the weight's update. LoKr takes any: its rank is no rank of a
-    layer, and a large one means full factors.
+    What it would add costs memory and cannot change the weight's update. LoKr and OFT take any: theirs is no rank of a
+    layer, and a large one means full factors or blocks.
     """
     rank = config.target_r if isinstance(config, AdaLoraConfig) else config.r
     name, least = narrowest_layer(model, config)
@@ -122,24 +133,24 @@ def check_rank(model: nn.Module, config: PeftConfig) -> None:
 def narrowest_layer(model: nn.Module, config: PeftConfig) -> tuple[str, float]:
     """Returns the adapted layer with the smallest side, and that side, which no rank should exceed.
 
-    The side is infinite where nothing is adapted, and for LoKr. Layers that have a rank of their own do not count.
+    The side is infinite where nothing is adapted, for LoKr and for OFT. Layers with a rank of their own do not count.
     """
-    if isinstance(config, LoKrConfig):
+    if isinstance(config, (LoKrConfig, OFTConfig)):
         return "", math.inf
     own = getattr(config, "rank_pattern", None) or {}
-    layers = (layer for layer in _targeted(model, config) if get_pattern_key(own.keys(), layer[0]) not in own)
-    sides = ((name, _smaller_side(module)) for name, module in layers)
+    layers = (layer for layer in targeted(model, config) if get_pattern_key(own.keys(), layer[0]) not in own)
+    sides = ((name, smaller_side(module)) for name, module in layers)
     return min(sides, key=lambda found: found[1], default=("", math.inf))
 
 
-def _smaller_side(module: nn.Module) -> int:
+def smaller_side(module: nn.Module) -> int:
     """Of the layer's weight as a matrix: a quantised weight has another shape than the layer it stands for."""
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
         return min(module.in_features, module.out_features)
     return min(module.weight.shape[0], math.prod(module.weight.shape[1:]))
 
 
-def _targeted(model: nn.Module, config: PeftConfig) -> Iterator[tuple[str, nn.Module]]:
+def targeted(model: nn.Module, config: PeftConfig) -> Iterator[tuple[str, nn.Module]]:
     """The layers that PEFT will adapt."""
     for name, module in model.named_modules():
         linear = isinstance(module, (nn.Linear, Conv1D))
@@ -149,11 +160,13 @@ def _targeted(model: nn.Module, config: PeftConfig) -> Iterator[tuple[str, nn.Mo
                 yield name, module
 
 
-def _refuse_convolutions(model: nn.Module, config: AdaLoraConfig) -> None:
-    for name, module in _targeted(model, config):
+def _refuse_convolutions(model: nn.Module, config: PeftConfig) -> None:
+    """AdaLoRA has none; OFT's unfold and add up what overlaps, so that even at its start they change the output."""
+    title = "OFT" if isinstance(config, OFTConfig) else "AdaLoRA"
+    for name, module in targeted(model, config):
         if isinstance(module, _ConvNd):
             raise ValueError(
-                f"{name} is a convolution, which AdaLoRA cannot adapt: leave it out, or choose another method"
+                f"{name} is a convolution, which {title} cannot adapt: leave it out, or choose another method"
             )
 
 

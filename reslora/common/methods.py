@@ -6,8 +6,8 @@ Flags, checks, exports and the application go by these rows. Nothing heavy is im
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from .errors import InvalidArgument
@@ -33,6 +33,19 @@ class AdapterSettings:
     modules_to_save: Sequence[str] | None = None
     init_lora_weights: bool | str = True
     """LoRA's alone; diffusers' scripts take "gaussian"."""
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    """As PEFT's, as `alpha_pattern`: see `patterns`."""
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def of_layers(self) -> dict[str, Any]:
+        """Keyword arguments of the configurations that take ranks and alphas of single layers."""
+        return {"rank_pattern": dict(self.rank_pattern), "alpha_pattern": dict(self.alpha_pattern)}
+
+    def scaled(self, times: float) -> AdapterSettings:
+        """With every alpha multiplied."""
+        alphas = {name: times * alpha for name, alpha in self.alpha_pattern.items()}
+        return replace(self, alpha=times * self.alpha, alpha_pattern=alphas)
 
     @property
     def shared(self) -> dict[str, Any]:
@@ -44,24 +57,34 @@ class AdapterSettings:
         }
 
 
-def lora(settings: AdapterSettings) -> PeftConfig:
-    """LoRA (Hu et al., 2022)."""
+def lora(settings: AdapterSettings, **variant: bool) -> PeftConfig:
+    """LoRA (Hu et al., 2022), or a variant that PEFT's configuration has a switch for."""
     from peft import LoraConfig
 
     return LoraConfig(
         r=settings.r, lora_alpha=settings.alpha, lora_dropout=settings.dropout,
-        init_lora_weights=settings.init_lora_weights, **settings.shared,
+        init_lora_weights=settings.init_lora_weights, **settings.of_layers, **settings.shared, **variant,
     )  # fmt: skip
 
 
 def lora_x2(settings: AdapterSettings) -> PeftConfig:
     """LoRA with doubled alpha."""
-    return lora(replace(settings, alpha=2 * settings.alpha))
+    return lora(settings.scaled(2))
 
 
 def lora_x4(settings: AdapterSettings) -> PeftConfig:
     """LoRA with alpha times four."""
-    return lora(replace(settings, alpha=4 * settings.alpha))
+    return lora(settings.scaled(4))
+
+
+def rslora(settings: AdapterSettings) -> PeftConfig:
+    """Rank-stabilized LoRA: the scale is alpha / sqrt(r) (Kalajdzievski, 2023)."""
+    return lora(settings, use_rslora=True)
+
+
+def dora(settings: AdapterSettings) -> PeftConfig:
+    """DoRA: `m (W + s B A) / |W + s B A|`, with a trained magnitude m of each row (Liu et al., 2024)."""
+    return lora(settings, use_dora=True)
 
 
 def adalora(settings: AdapterSettings) -> PeftConfig:
@@ -81,14 +104,28 @@ def loha(settings: AdapterSettings) -> PeftConfig:
     """LoHa, whose dropout is of ranks."""
     from peft import LoHaConfig
 
-    return LoHaConfig(r=settings.r, alpha=settings.alpha, rank_dropout=settings.dropout, **settings.shared)
+    return LoHaConfig(
+        r=settings.r, alpha=settings.alpha, rank_dropout=settings.dropout, **settings.of_layers, **settings.shared
+    )  # fmt: skip
 
 
 def lokr(settings: AdapterSettings) -> PeftConfig:
     """LoKr, whose dropout is of ranks."""
     from peft import LoKrConfig
 
-    return LoKrConfig(r=settings.r, alpha=settings.alpha, rank_dropout=settings.dropout, **settings.shared)
+    return LoKrConfig(
+        r=settings.r, alpha=settings.alpha, rank_dropout=settings.dropout, **settings.of_layers, **settings.shared
+    )  # fmt: skip
+
+
+def oft(settings: AdapterSettings) -> PeftConfig:
+    """OFT: rotations of blocks of a layer's input (Qiu et al., 2023), in blocks of four times the rank.
+
+    As many weights as LoRA of that rank then has in a square layer. PEFT takes the nearest divisor of the width.
+    """
+    from peft import OFTConfig
+
+    return OFTConfig(oft_block_size=4 * settings.r, **settings.shared)
 
 
 def itself(model: nn.Module) -> nn.Module:
@@ -139,6 +176,10 @@ class Method:
     """Whether PEFT has it for frozen weights in 4 bits."""
     parts: bool = True
     """Whether it can train several models at once, such as a denoiser and its text encoders."""
+    of_layers: bool = True
+    """Whether single layers can have ranks and alphas of their own."""
+    dropout: bool = True
+    """Whether PEFT has a dropout for it."""
     least_steps: int = 1
     """With fewer it cannot move its ranks."""
 
@@ -179,10 +220,16 @@ METHODS = {
         ),
         Method(
             "adalora", "AdaLoRA", "LoRA that moves ranks between layers", "#2f9e44", adalora,
-            adalora_as_lora, deepspeed=False, parts=False, least_steps=3,
+            adalora_as_lora, deepspeed=False, parts=False, of_layers=False, least_steps=3,
         ),
+        Method("rslora", "rsLoRA", "LoRA with the scale alpha / sqrt(rank)", "#5c940d", rslora),
+        Method("dora", "DoRA", "LoRA of directions, with trained magnitudes", "#e64980", dora, None),
         Method("loha", "LoHa", "Hadamard products of two", "#9c36b5", loha, None, quantised=False),
         Method("lokr", "LoKr", "Kronecker products", "#0c8599", lokr, None, quantised=False),
+        Method(
+            "oft", "OFT", "rotations of the input, in blocks of 4 x rank", "#862e9c", oft,
+            None, of_layers=False, dropout=False,
+        ),
     )
 }  # fmt: skip
 
@@ -220,6 +267,19 @@ def refuse_parts(names: Iterable[str]) -> None:
         if not METHODS[name].parts:
             problem, fix = "moves ranks within one model, and --train_text_encoder trains several", "leave one out"
             raise InvalidArgument(f"--method {name}", problem, fix)
+
+
+def refuse_settings(names: Iterable[str], dropout: float, patterns: Mapping[str, Sequence[str] | None]) -> None:
+    """Raises `InvalidArgument` for the first of these methods that has no dropout, or no ranks and alphas by layer,
+    where such are given; `patterns` by the names of their flags."""
+    for method in (METHODS[name] for name in names):
+        if dropout and not method.dropout:
+            problem = f"PEFT has none for --method {method.name}"
+            raise InvalidArgument(f"--lora_dropout {dropout:g}", problem, "leave one of the two out")
+        for flag, given in patterns.items():
+            if given and not method.of_layers:
+                problem = f"--method {method.name} has none of single layers"
+                raise InvalidArgument(f"--{flag} {' '.join(given)}", problem, "leave one of the two out")
 
 
 def check_steps(names: Iterable[str], steps: int | None, argument: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from .. import __version__
 from ..common.checks import is_number, is_whole, number_in_words, whole_in_words
 from ..common.methods import IN_WORDS, METHODS
+from ..common.patterns import HELP as PATTERNS
 from ..config import HEADS, SHORTCUTS
 from ..merges import AUTO
 from ..merges import NAMES as MERGES
@@ -189,6 +190,8 @@ def add_method_flags(add: Callable) -> None:
         help=f"trained one after the other on the same images and noise. {IN_WORDS}")
     add("--rank", type=whole(1, HIGHEST_RANK), nargs="+", help="rank of the update matrices")
     add("--lora_alpha", type=number(0, exclusive=True), help="scale times rank; default: twice the rank")
+    for name, meaning in PATTERNS.items():
+        add(f"--{name}", nargs="+", metavar="NAME=VALUE", help=f"{meaning}; of the denoiser alone")
     add("--init_lora", metavar="FILE",
         help="go on from this LoRA, of any tool, instead of from zero: its layers, ranks and alphas are trained")
     add("--lora_dropout", type=number(0, below=1), default=0.0,

@@ -15,7 +15,8 @@ from typing import Any
 from ..common.assets import ASSETS
 from ..common.checks import check_writable
 from ..common.errors import InvalidArgument, first_line, refused_as
-from ..common.methods import METHODS, any_with_shortcuts, check_steps, refuse_parts
+from ..common.methods import METHODS, any_with_shortcuts, check_steps, refuse_parts, refuse_settings
+from ..common.patterns import FIELDS, entries
 from ..merges import MERGES
 from ..shortcuts import PLAIN, shortcut_class
 from .arguments import DEFAULTS, NOISES, ONE_OR_SEVERAL, SEVERAL, Flags, build_parser, listed
@@ -191,6 +192,7 @@ def check_flags(flags: Flags) -> None:
     if flags.train_text_encoder:
         refuse_parts(flags.method)
     check_validation(flags)
+    check_layers(flags)
     check_packages(flags)
     check_installed(flags.optimizer, flags.optimizer_args)
     if flags.use_8bit_adam and flags.optimizer != "adamw8bit":
@@ -280,6 +282,14 @@ def check_start(flags: Flags) -> None:
                 "would not start from the base model plus that LoRA"
             )
             raise InvalidArgument(flag, problem, "give --method lora, or --shortcut none")
+
+
+def check_layers(flags: Flags) -> None:
+    """Refuse ranks and alphas of single layers, or a dropout, that cannot be read or that a method has not."""
+    patterns = {name: getattr(flags, name) for name in FIELDS}
+    refuse_settings(flags.method, flags.lora_dropout, patterns)
+    for name, texts in patterns.items():
+        entries(name, texts)
 
 
 def check_packages(flags: Flags) -> None:

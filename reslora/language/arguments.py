@@ -22,7 +22,9 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_rep
 from .. import __version__
 from ..common.checks import check_writable, is_number, is_whole, number_in_words, whole_in_words
 from ..common.errors import InvalidArgument, first_line
-from ..common.methods import IN_WORDS, METHODS
+from ..common.methods import IN_WORDS, METHODS, refuse_settings
+from ..common.patterns import FIELDS, entries
+from ..common.patterns import HELP as PATTERNS
 from ..common.script import shares_the_cpu
 from ..config import HEADS, SHORTCUTS
 from ..files import read_object
@@ -69,6 +71,12 @@ class MethodArguments:
     lora_r: int = field(default=4, metadata={"help": "rank"})
     lora_alpha: float = field(default=8.0, metadata={"help": "scale times rank"})
     lora_dropout: float = field(default=0.0, metadata={"help": "dropout of the adapter's input (loha, lokr: of ranks)"})
+    rank_pattern: list[str] | None = field(
+        default=None, metadata={"nargs": "+", "metavar": "NAME=VALUE", "help": PATTERNS["rank_pattern"]}
+    )
+    alpha_pattern: list[str] | None = field(
+        default=None, metadata={"nargs": "+", "metavar": "NAME=VALUE", "help": PATTERNS["alpha_pattern"]}
+    )
     target_modules: list[str] | None = field(
         default=None,
         metadata={
@@ -95,6 +103,8 @@ class MethodArguments:
         check_whole("calibration_examples", self.calibration_examples, 0)
         if float(self.lora_alpha).is_integer():
             self.lora_alpha = int(self.lora_alpha)  # adapter_config.json says 8, as everybody's does
+        refuse_settings([self.method], self.lora_dropout, {name: getattr(self, name) for name in FIELDS})
+        self.patterns()
         if self.calibration_examples == 0 and METHODS[self.method].measured:
             raise InvalidArgument(
                 f"--method {self.method}", "needs calibration examples", "give --calibration_examples 64"
@@ -105,6 +115,10 @@ class MethodArguments:
                 "needs calibration examples",
                 "give --calibration_examples 64, or another merge",
             )
+
+    def patterns(self) -> dict[str, dict]:
+        """Ranks and alphas of single layers, as PEFT's configurations have them."""
+        return {name: entries(name, getattr(self, name)) for name in FIELDS}
 
     def _merge_reads_examples(self) -> bool:
         if not METHODS[self.method].shortcuts or self.shortcut == PLAIN or self.pre_num == 0:

@@ -27,6 +27,7 @@ from ..common.adapters import check_rank, known_targets, load_adapter, rank_allo
 from ..common.controls import Settings, gauged, put_on
 from ..common.errors import InvalidArgument, RunFailed, Stopped, refused_as
 from ..common.methods import METHODS, AdapterSettings, adapter_config, check_steps, refuse_deepspeed
+from ..common.patterns import spell_out
 from ..common.recovery import cannot_be_loaded, set_others_aside
 from ..common.signals import StopRequest
 from ..common.together import decided
@@ -65,12 +66,14 @@ def attach(
     check_steps([arguments.method], total_steps, f"--method {arguments.method} with {total_steps} steps")
     task = "CAUSAL_LM" if model.can_generate() else "SEQ_CLS"
     settings = AdapterSettings(
-        arguments.lora_r, arguments.lora_alpha, arguments.lora_dropout, targets, total_steps, task, modules_to_save
-    )
+        arguments.lora_r, arguments.lora_alpha, arguments.lora_dropout, targets, total_steps, task, modules_to_save,
+        **arguments.patterns(),
+    )  # fmt: skip
     config = adapter_config(arguments.method, settings)
     shortcuts = shortcuts_of(arguments) if METHODS[arguments.method].shortcuts else None
     with refused_as(f"--lora_r {arguments.lora_r}", "give a smaller one, or name other --target_modules", UNFIT):
         check_rank(model, config)
+    spell_out(model, config)
     flag = f"--target_modules {' '.join(targets) if isinstance(targets, list) else targets}"
     with refused_as(flag, "name other layers, or another --method", UNFIT):
         adapted = adapters.attach(model, config, shortcuts, example_inputs)

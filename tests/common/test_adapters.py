@@ -93,8 +93,8 @@ def test_kronecker_and_hadamard_methods_drop_ranks(method):
 
 
 def test_an_unknown_method_is_refused():
-    with pytest.raises(ValueError, match="'dora' is not one of 'lora'"):
-        adapter_config("dora", AdapterSettings(**FLAGS, targets=["q_proj"]))
+    with pytest.raises(ValueError, match="'vera' is not one of 'lora'"):
+        adapter_config("vera", AdapterSettings(**FLAGS, targets=["q_proj"]))
 
 
 def test_known_targets_are_query_and_value():

@@ -13,10 +13,10 @@ from reslora.common.methods import METHODS, any_with_shortcuts, check_steps, ref
 def test_rows_say_what_each_method_is():
     assert list(METHODS) == [
         *("lora", "lora_x2", "lora_x4", "lora_matched", "reslora", "is_placebo", "ms_placebo"),
-        *("adalora", "loha", "lokr"),
+        *("adalora", "rslora", "dora", "loha", "lokr", "oft"),
     ]
     assert [name for name, row in METHODS.items() if row.shortcuts] == ["reslora"]
-    plain = ["lora", "lora_x2", "lora_x4", "lora_matched", "reslora"]
+    plain = ["lora", "lora_x2", "lora_x4", "lora_matched", "reslora", "rslora"]
     assert [name for name, row in METHODS.items() if row.trains_lora] == plain
     assert [name for name, row in METHODS.items() if row.reads_shortcut] == ["lora_matched", "reslora"]
     assert [name for name, row in METHODS.items() if row.measured] == ["lora_matched", "is_placebo", "ms_placebo"]
@@ -25,7 +25,9 @@ def test_rows_say_what_each_method_is():
         "ms_placebo": "middle",
     }
     assert len({row.color for row in METHODS.values()}) == len(METHODS)
-    assert [name for name, row in METHODS.items() if not row.plain_lora] == ["loha", "lokr"]
+    assert [name for name, row in METHODS.items() if not row.plain_lora] == ["dora", "loha", "lokr", "oft"]
+    assert [name for name, row in METHODS.items() if not row.of_layers] == ["adalora", "oft"]
+    assert [name for name, row in METHODS.items() if not row.dropout] == ["oft"]
     assert [name for name, row in METHODS.items() if not row.deepspeed] == ["adalora"]
     assert [name for name, row in METHODS.items() if not row.quantised] == ["loha", "lokr"]
     assert all(name == row.name and row.title and row.help and row.color for name, row in METHODS.items())

@@ -231,7 +231,7 @@ def save_checkpoint(learner: Learner, folder: Path, flags: Flags, identity: Iden
     """
     state = learner.state(accelerator)
     record = {"method": learner.method, "step": learner.step, "seconds": learner.seconds} | past_of(flags, identity)
-    if identity.lora:  # for who draws with it: its layers may have ranks and alphas of their own
+    if identity.lora or flags.rank_pattern or flags.alpha_pattern:  # for who draws with it
         config = learner.denoiser.peft_config["default"]
         record |= {"rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern}
 

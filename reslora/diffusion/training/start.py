@@ -13,6 +13,7 @@ from torch import nn
 
 from ...chains import lora_layers
 from ...common.errors import InvalidArgument
+from ...common.patterns import FIELDS
 from ...export import Factors, lora_config
 from ..arguments import Flags
 from ..content import content_mark, folder_mark
@@ -64,10 +65,11 @@ def with_start(flags: Flags, start: Start) -> Flags:
     """The flags with the LoRA's layers, and its commonest rank and alpha; refuses others that are given beside it."""
     own = lora_config(start.layers)
     found = {"rank": own.r, "lora_alpha": own.lora_alpha, "target_modules": [start.targets]}
-    for name, value in found.items():
+    patterns = dict.fromkeys(FIELDS)  # each layer has its own already
+    for name, value in (found | patterns).items():
         if (given := getattr(flags, name)) not in (None, value):
             shown = " ".join(given) if isinstance(given, list) else given
-            what = "its layers are others" if isinstance(value, list) else f"--init_lora has {value}"
+            what = "its layers are others" if isinstance(value, list) else f"--init_lora has {value or 'its own'}"
             raise InvalidArgument(f"--{name} {shown}", what, "leave it out")
     return flags.replace(**found)
 

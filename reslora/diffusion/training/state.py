@@ -21,6 +21,7 @@ from torch import nn
 from ...common.adapters import RankAllocator, attach, rank_allocator
 from ...common.errors import refused_as
 from ...common.methods import METHODS, AdapterSettings, adapter_config
+from ...common.patterns import FIELDS, entries, spell_out
 from ...config import ResLoraConfig
 from ..arguments import Flags
 from ..context import Context
@@ -156,6 +157,8 @@ def add_adapters(trained: Trained, method: str, schedule: Schedule, context: Con
 
 def add_adapter(model: nn.Module, method: str, flags: Flags, config: PeftConfig, part: Part | None = None) -> None:
     """Gives the denoiser, or another `part`, the method's adapter, in place, with weights drawn from the seed."""
+    if part is None and (flags.rank_pattern or flags.alpha_pattern):
+        spell_out(model, config)
     torch.manual_seed(derive(flags.seed, "adapter", *([part.name] if part else [])))
     attach(model, config, shortcuts_of(flags) if METHODS[method].shortcuts else None, in_place=True)
     cast_training_params(model, dtype=torch.float32)
@@ -166,12 +169,14 @@ def config_of(
 ) -> PeftConfig:
     """PEFT's configuration of the method's adapter, on the denoiser's targets or others.
 
-    With `start`, each of its layers has its own rank and alpha.
+    With `start`, each of its layers has its own rank and alpha. Those that flags name are layers of the denoiser.
     """
+    patterns = {} if targets else {name: entries(name, getattr(flags, name)) for name in FIELDS}
     settings = AdapterSettings(
         r=flags.rank, alpha=flags.lora_alpha, dropout=flags.lora_dropout,
         targets=targets or targets_of(flags.target_modules), total_steps=total_steps,
         init_lora_weights="gaussian",  # as in diffusers' scripts
+        **patterns,
     )  # fmt: skip
     config = adapter_config(method, settings)
     if start is not None:

@@ -18,6 +18,7 @@ from ....checkpoint import PEFT_PREFIX
 from ....common.errors import InvalidArgument, first_line, refused_as
 from ....export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE, PEFT_CONFIG_FILE, PEFT_FILE, Factors
 from ....files import read_object
+from ....ranks import CHANGES_BASE
 from ..families import FAMILIES, load_family
 from ..families.base import Family
 from .names import Names, Parts, names_of
@@ -29,6 +30,11 @@ UP = re.compile(r"\.(?:lora_B(?:\.default)?|lora_up|lora\.up|lora_linear_layer\.
 ALPHA = re.compile(r"\.alpha$")
 OLDEST = re.compile(r"_lora\d?\.(?:down|up)\.weight$")
 """Of diffusers' first LoRA files, which it reads itself."""
+NOT_PLAIN = (
+    "use_dora", "lora_bias", "modules_to_save", "use_qalora", "use_bdlora", "kasa_config", "arrow_config",
+    "alora_invocation_tokens",
+)  # fmt: skip
+"""Fields of PEFT's configuration with which a layer computes something else than `W x + s B A x`."""
 OF_THE_FORMAT = re.compile(r"format|lora_adapter_metadata|sshs_\w+|ss_network_\w+|modelspec\.hash_sha256")
 
 
@@ -108,10 +114,13 @@ def _by_part(packed: Mapping[str, object]) -> dict[str, dict]:
 
 
 def _refuse_others(flag: str, config: Mapping) -> None:
-    """Refuse what PEFT calls something else than LoRA, or LoRA with something added."""
+    """Refuse what PEFT calls something else than LoRA, LoRA with something added, or LoRA of a base that it changed."""
     if config.get("peft_type", "LORA") != "LORA":
         raise InvalidArgument(flag, f"{config['peft_type']}, which is no plain LoRA", "give a LoRA")
-    for name in ("use_dora", "lora_bias", "modules_to_save"):
+    if str(init := config.get("init_lora_weights")).startswith(CHANGES_BASE):
+        problem = f"its init_lora_weights, {init}, has changed the base model, too"
+        raise InvalidArgument(flag, problem, "save it with PEFT's path_initial_model_for_weight_conversion")
+    for name in NOT_PLAIN:
         if config.get(name):
             raise InvalidArgument(flag, f"it has {name}, and is no plain LoRA", "give a LoRA without that")
 

@@ -1,0 +1,107 @@
+"""Ranks and alphas of single layers, `NAME=VALUE`: which layers a name means is PEFT's to say.
+
+PEFT takes the first entry that fits a layer and sorts them when it writes a file, so only whole names mean the same to
+every reader: entries are spelled out before an adapter is made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from .checks import is_number, is_whole, number_in_words, whole_in_words
+from .errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from torch import nn
+
+FIELDS = ("rank_pattern", "alpha_pattern")
+"""Of PEFT's configurations, and the names of the flags."""
+HELP = {
+    "rank_pattern": "ranks of single layers, as attn2.to_k=4 or .*mid_block.*=16: those whose name ends in NAME, a "
+    "regular expression. Alpha stays what it is, and so the scale grows where the rank is less",
+    "alpha_pattern": "alphas of single layers, as attn2.to_k=8; lora_x2 and lora_x4 multiply these as well",
+}
+
+
+def entries(field: str, texts: Iterable[str] | None) -> dict[str, Any]:
+    """PEFT's `rank_pattern` or `alpha_pattern` of `NAME=VALUE` texts.
+
+    Raises `InvalidArgument` for a text of another form, a name given twice, a value that is no rank (a whole number
+    above 0) or alpha (a finite number above 0).
+    """
+    found: dict[str, Any] = {}
+    for text in texts or ():
+        name, _, value = text.rpartition("=")
+        argument, fix = f"--{field} {text}", "give NAME=VALUE, such as attn2.to_k=4"
+        if not name:
+            raise InvalidArgument(argument, "no NAME=VALUE", fix)
+        try:
+            re.compile(name)
+        except re.error as error:
+            raise InvalidArgument(argument, f"{name} is not a regular expression ({error})", fix) from None
+        number = _number(field, value)
+        if number is None:
+            words = whole_in_words(1, math.inf) if field == "rank_pattern" else number_in_words(0, math.inf, True)
+            raise InvalidArgument(argument, f"{value!r} is not {words}", fix)
+        if name in found:
+            raise InvalidArgument(argument, f"{name} is given twice", "give it once")
+        found[name] = number
+    return found
+
+
+def _number(field: str, text: str) -> float | None:
+    with contextlib.suppress(ValueError):
+        if is_whole(int(text), 1):
+            return int(text)
+    with contextlib.suppress(ValueError):
+        if field == "alpha_pattern" and is_number(float(text), 0, exclusive=True):
+            return float(text)
+    return None
+
+
+def spell_out(model: nn.Module, config: PeftConfig) -> None:
+    """Gives the configuration, in place of its entries, one of the whole name of each layer that they fit.
+
+    Raises `InvalidArgument` where an entry fits no layer of `model` that is adapted, where two entries of unlike values
+    fit one, or for a rank that is larger than the layer's smaller side (LoKr takes any).
+    """
+    from .adapters import smaller_side, targeted
+
+    layers = dict(targeted(model, config))
+    for field in FIELDS:
+        if given := getattr(config, field, None):
+            setattr(config, field, _of_whole_names(f"--{field}", given, layers))
+    ranks = getattr(config, "rank_pattern", None) or {}
+    for name, module in layers.items() if config.peft_type != "LOKR" else ():
+        rank, least = ranks.get(_whole(name), 0), smaller_side(module)
+        if rank > least:
+            problem = f"{name} has {least} features on its smaller side"
+            raise InvalidArgument(f"--rank_pattern {rank}", problem, f"give a rank of at most {least}")
+
+
+def _of_whole_names(flag: str, given: Mapping[str, Any], layers: Iterable[str]) -> dict[str, Any]:
+    from peft.utils.other import get_pattern_key
+
+    found: dict[str, Any] = {}
+    fitted: dict[str, str] = {}
+    for pattern, value in given.items():
+        fitting = [name for name in layers if name == pattern or get_pattern_key([pattern], name) != name]
+        if not fitting:
+            fix = "give the end of the name of a layer that gets an adapter, or a regular expression"
+            raise InvalidArgument(f"{flag} {pattern}={value}", "no adapted layer is called so", fix)
+        for name in fitting:
+            if found.setdefault(_whole(name), value) != value:
+                problem = f"{name} fits {fitted[name]}={found[_whole(name)]} as well"
+                raise InvalidArgument(f"{flag} {pattern}={value}", problem, "let each layer fit one of them")
+            fitted.setdefault(name, pattern)
+    return found
+
+
+def _whole(name: str) -> str:
+    """The pattern that fits this name and no other."""
+    return "^" + re.escape(name)
