@@ -1,11 +1,13 @@
 """Exported files: each loads back in stock PEFT or diffusers with the output of the merged U-Net."""
 
+import copy
 import json
 
 import pytest
 import torch
 from conftest import (
     ARCHITECTURES,
+    Stack,
     adapter_layers,
     assert_one_line,
     base_weight,
@@ -16,13 +18,13 @@ from conftest import (
     tiny_unet,
 )
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, OFTConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import reslora
 from reslora import ResLoraConfig
-from reslora.export import export_diffusers, export_kohya, export_merged, export_peft
+from reslora.export import export_diffusers, export_kohya, export_merged, export_peft, merged_state_dict
 
 LORA = "pytorch_lora_weights.safetensors"
 TOLERANCE = 1e-4
@@ -309,3 +311,88 @@ def test_kohyas_alpha_is_exact_in_half_precision(tmp_path):
     path = export_kohya(unet, tmp_path / "kohya.safetensors")
     tensors = load_file(path)
     assert {float(value) for key, value in tensors.items() if key.endswith(".alpha")} == {257.0}
+
+
+# --- adapters whose update is no sum ----------------------------------------------------------------------------------
+
+
+def adapted_stack(config) -> tuple[Stack, torch.nn.Module]:
+    """A bare `Stack` in float64 and the same with an adapter of random weights."""
+    torch.manual_seed(0)
+    bare = Stack(layers=2, width=8).double()
+    model = get_peft_model(copy.deepcopy(bare), config).double().eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    return bare, model
+
+
+def dora_by_hand(layer, weight: torch.Tensor) -> torch.Tensor:
+    """`m (W + s B A) / |W + s B A|`, row by row (Liu et al., 2024, Eq. 5; PEFT's rows are its columns)."""
+    whole = weight + 5 / 2 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    return layer.lora_magnitude_vector["default"].weight[:, None] * whole / whole.square().sum(1, keepdim=True).sqrt()
+
+
+def oft_by_hand(layer, weight: torch.Tensor) -> torch.Tensor:
+    """`W R^T`, R of blocks `(I - Q)^-1 (I + Q)` to its fourth power as PEFT has it, Q skew (Qiu et al., 2023)."""
+    blocks = []
+    for entries in layer.oft_R["default"].weight:
+        upper = torch.zeros(4, 4, dtype=torch.float64)
+        upper[tuple(torch.triu_indices(4, 4, 1))] = entries
+        q, one = upper - upper.T, torch.eye(4, dtype=torch.float64)
+        blocks.append(one + 2 * q + 2 * q @ q + 2 * q @ q @ q + q @ q @ q @ q)
+    return weight @ torch.block_diag(*blocks).T
+
+
+@pytest.mark.parametrize(
+    ("config", "by_hand"),
+    [
+        (LoraConfig(r=2, lora_alpha=5, target_modules=["proj"], use_dora=True), dora_by_hand),
+        (OFTConfig(oft_block_size=4, target_modules=["proj"]), oft_by_hand),
+    ],
+    ids=["dora", "oft"],
+)
+def test_merged_weights_are_by_the_formula_and_plain_files_are_refused(config, by_hand, tmp_path):
+    bare, model = adapted_stack(config)
+    base = model.get_base_model()
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    merged = merged_state_dict(base)
+    for number, layer in enumerate(base.layers):
+        expected = by_hand(layer.proj, bare.layers[number].proj.weight)
+        torch.testing.assert_close(merged[f"layers.{number}.proj.weight"], expected, rtol=1e-12, atol=1e-13)
+        assert torch.equal(merged[f"layers.{number}.proj.bias"], bare.layers[number].proj.bias)
+    x = torch.randn(3, 8, dtype=torch.float64)
+    bare.load_state_dict(merged)
+    torch.testing.assert_close(bare(x), model(x), rtol=1e-12, atol=1e-12)
+    assert all(torch.equal(before[name], value) for name, value in base.state_dict().items())
+    with pytest.raises(ValueError) as error:
+        export_kohya(model, tmp_path / "kohya.safetensors")
+    assert_one_line(error, "no LoRA layers, only OFT" if config.peft_type == "OFT" else "is not plain LoRA")
+
+
+def test_a_bias_of_lora_is_merged_and_in_no_plain_file(tmp_path):
+    bare, model = adapted_stack(LoraConfig(r=2, target_modules=["proj"], lora_bias=True))
+    x = torch.randn(3, 8, dtype=torch.float64)
+    bare.load_state_dict(merged_state_dict(model.get_base_model()))
+    torch.testing.assert_close(bare(x), model(x), rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="is not plain LoRA"):
+        export_diffusers(model, tmp_path)
+
+
+def test_files_of_rslora_have_its_scale(tmp_path):
+    """alpha / sqrt(r), which kohya's readers get as alpha / r."""
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=["proj"], use_rslora=True, rank_pattern={"layers.1.proj": 1})
+    _, model = adapted_stack(config)
+    export_kohya(model, tmp_path / "kohya.safetensors")
+    export_diffusers(model, tmp_path)
+    kohya, diffusers = load_file(tmp_path / "kohya.safetensors"), load_file(tmp_path / LORA)
+    assert kohya["lora_unet_layers_0_proj.alpha"].item() == 6 / 2 * 4  # the scale times r
+    for number, (rank, scale) in enumerate([(4, 6 / 2), (1, 6 / 1)]):
+        layer = model.get_base_model().layers[number].proj
+        update = scale * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+        name = f"lora_unet_layers_{number}_proj"
+        read = kohya[f"{name}.lora_up.weight"] @ kohya[f"{name}.lora_down.weight"]
+        torch.testing.assert_close(read * kohya[f"{name}.alpha"].double() / rank, update, rtol=1e-12, atol=1e-14)
+        name = f"unet.layers.{number}.proj"
+        read = diffusers[f"{name}.lora_B.weight"] @ diffusers[f"{name}.lora_A.weight"]
+        torch.testing.assert_close(read, update, rtol=1e-12, atol=1e-14)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 FIELDS = ("rank_pattern", "alpha_pattern")
 """Of PEFT's configurations, and the names of the flags."""
 HELP = {
-    "rank_pattern": "ranks of single layers, as attn2.to_k=4 or .*mid_block.*=16: those whose name ends in NAME, a "
+    "rank_pattern": "ranks of single layers, as attn2.to_k=4 or mid_block.*=16: those whose name ends in NAME, a "
     "regular expression. Alpha stays what it is, and so the scale grows where the rank is less",
     "alpha_pattern": "alphas of single layers, as attn2.to_k=8; lora_x2 and lora_x4 multiply these as well",
 }
@@ -92,7 +92,7 @@ def _of_whole_names(flag: str, given: Mapping[str, Any], layers: Iterable[str]) 
     for pattern, value in given.items():
         fitting = [name for name in layers if name == pattern or get_pattern_key([pattern], name) != name]
         if not fitting:
-            fix = "give the end of the name of a layer that gets an adapter, or a regular expression"
+            fix = f"give the end of an adapted layer's name; {pattern}.* is all that begins so"
             raise InvalidArgument(f"{flag} {pattern}={value}", "no adapted layer is called so", fix)
         for name in fitting:
             if found.setdefault(_whole(name), value) != value:

@@ -116,7 +116,7 @@ class MethodArguments:
                 "give --calibration_examples 64, or another merge",
             )
 
-    def patterns(self) -> dict[str, dict]:
+    def patterns(self) -> dict[str, Any]:
         """Ranks and alphas of single layers, as PEFT's configurations have them."""
         return {name: entries(name, getattr(self, name)) for name in FIELDS}
 

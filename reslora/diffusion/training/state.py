@@ -171,7 +171,7 @@ def config_of(
 
     With `start`, each of its layers has its own rank and alpha. Those that flags name are layers of the denoiser.
     """
-    patterns = {} if targets else {name: entries(name, getattr(flags, name)) for name in FIELDS}
+    patterns: dict[str, Any] = {} if targets else {name: entries(name, getattr(flags, name)) for name in FIELDS}
     settings = AdapterSettings(
         r=flags.rank, alpha=flags.lora_alpha, dropout=flags.lora_dropout,
         targets=targets or targets_of(flags.target_modules), total_steps=total_steps,

@@ -78,6 +78,8 @@ def read_content(path: Path, flag: str) -> Content:
     if "lora_adapter_metadata" in metadata:
         with refused_as(flag, "repair its lora_adapter_metadata"):
             configs |= _by_part(json.loads(metadata["lora_adapter_metadata"]))
+    if file.name == PEFT_FILE and not configs:
+        raise InvalidArgument(flag, f"no readable {PEFT_CONFIG_FILE}, which says its scale", "put that beside it")
     for config in configs.values():
         _refuse_others(flag, config)
     return Content(path, flag, tensors, {k: v for k, v in metadata.items() if not OF_THE_FORMAT.fullmatch(k)}, configs)

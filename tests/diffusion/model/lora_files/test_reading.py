@@ -154,12 +154,26 @@ def test_a_model_of_another_size_is_refused(tmp_path):
         read_parts(read_content(tmp_path / "in.safetensors", "IN"), other)
 
 
-@pytest.mark.parametrize("field", [{"peft_type": "LOHA"}, {"use_dora": True}, {"modules_to_save": ["conv_in"]}])
-def test_other_adapters_of_peft_are_refused(field, tmp_path):
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [
+        *((field, "no plain LoRA") for field in ({"peft_type": "LOHA"}, {"peft_type": "OFT"}, {"use_dora": True})),
+        *((field, "no plain LoRA") for field in ({"lora_bias": True}, {"modules_to_save": ["conv_in"]})),
+        ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4, has changed the base model"),
+    ],
+)
+def test_other_adapters_of_peft_are_refused(field, words, tmp_path):
     write_peft(tmp_path / "peft", random_lora("stable_diffusion")["unet"])
     config = tmp_path / "peft" / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | field))
-    with pytest.raises(InvalidArgument, match="no plain LoRA"):
+    with pytest.raises(InvalidArgument, match=words):
+        read_content(tmp_path / "peft", "IN")
+
+
+def test_weights_of_peft_without_its_configuration_are_refused(tmp_path):
+    write_peft(tmp_path / "peft", random_lora("stable_diffusion")["unet"])
+    (tmp_path / "peft" / "adapter_config.json").unlink()
+    with pytest.raises(InvalidArgument, match=r"no readable adapter_config\.json, which says its scale"):
         read_content(tmp_path / "peft", "IN")
 
 
