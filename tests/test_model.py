@@ -35,7 +35,7 @@ from conftest import (
     tiny_unet,
 )
 from launching import fork_server, free_port
-from peft import LoraConfig, get_peft_model
+from peft import LoHaConfig, LoraConfig, OFTConfig, get_peft_model
 from torch import nn
 from waiting import LIMIT
 
@@ -365,6 +365,13 @@ def test_a_layer_with_a_variant_is_named(llama, shortcut):
     with pytest.raises((ValueError, RuntimeError)) as error:
         reslora.connect(model, ResLoraConfig(shortcut))
     assert_one_line(error, "q_proj", "ora")
+
+
+@pytest.mark.parametrize("config", [LoHaConfig(target_modules=["q_proj"]), OFTConfig(target_modules=["q_proj"])])
+def test_other_adapters_are_named(config):
+    with pytest.raises(ValueError) as error:
+        reslora.connect(get_peft_model(tiny_llama(), config), ResLoraConfig())
+    assert_one_line(error, f"has no LoRA layers, only {config.peft_type.value}: call get_peft_model")
 
 
 @shortcuts

@@ -13,7 +13,7 @@ from reslora.language.callbacks import LogCallback
 from reslora.language.trainer import AdapterTrainer, attach
 
 METHODS = [("reslora", "input"), ("reslora", "middle"), ("reslora", "block"), ("lora", "none"), ("adalora", "none")]
-METHODS += [("loha", "none"), ("lokr", "none"), ("lora_x2", "none")]
+METHODS += [("loha", "none"), ("lokr", "none"), ("lora_x2", "none"), ("dora", "none")]
 STEPS = 6
 SCRIPT = Path(__file__).resolve().parents[2] / "train_llm.py"
 VALIDATED = ("--shortcut", "input", "--eval_strategy", "steps", "--eval_steps", "2", "--max_steps", "3")
