@@ -21,7 +21,7 @@ from reslora.diffusion.arguments import build_parser
         ("--lora_dropout", "1"),
         ("--pre_num", "-2"),
         ("--checkpoints_total_limit", "0"),
-        ("--method", "dora"),
+        ("--method", "vera"),
         ("--shortcut", "sideways"),
         ("--resolution", "30"),
         ("--target_modules", "to_nothing"),

@@ -180,7 +180,7 @@ def changed(**columns) -> list[dict]:
 
 BAD_FLAGS = [
     (["--task", "triviaqa"], ["--task triviaqa", "gsm8k, svamp"]),
-    (["--method", "dora"], ["--method", "dora"]),
+    (["--method", "vera"], ["--method", "vera"]),
     (["--shortcut", "outer"], ["--shortcut", "outer"]),
     (["--merge", "all"], ["--merge", "all"]),
     (["--lora_r", "0"], ["--lora_r 0", "at least 1"]),

@@ -44,6 +44,7 @@ def started(path, method: str) -> torch.nn.Module:
     """The tiny U-Net, in double precision, with the adapter that a run trains."""
     flags = Flags(
         init_lora=str(path), rank=None, lora_alpha=None, target_modules=None, lora_dropout=0.0, seed=0,
+        rank_pattern=None, alpha_pattern=None,
         shortcut="none", pre_num=4, head="repeat",
     )  # fmt: skip
     model = Model(tiny("stable_diffusion"), load_family("StableDiffusionPipeline"), "--model")
