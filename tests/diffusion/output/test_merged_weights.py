@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from peft import LoraConfig
+from peft import LoraConfig, OFTConfig, PeftConfig
 
-from reslora.diffusion.model.stored import Stored, stored_weights
+from reslora.diffusion.model.stored import Stored, StoredLinear, stored_weights
 from reslora.diffusion.output import merged_weights
 from reslora.diffusion.output.merged_weights import write_merged
 from reslora.export import export_merged
@@ -18,9 +18,13 @@ from reslora.export import export_merged
 @pytest.fixture
 def unet(model) -> UNet2DConditionModel:
     """With a LoRA of linear layers and convolutions."""
+    return with_adapter(model, LoraConfig(r=2, target_modules=["to_q", "to_out.0", "conv1"], init_lora_weights=False))
+
+
+def with_adapter(model: Path, config: PeftConfig) -> UNet2DConditionModel:
     unet = UNet2DConditionModel.from_pretrained(model / "unet")
     torch.manual_seed(0)
-    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_out.0", "conv1"], init_lora_weights=False))
+    unet.add_adapter(config)
     return unet
 
 
@@ -34,6 +38,29 @@ def test_the_same_bytes_as_from_memory(unet, model, tmp_path):
     write_merged(unet, tmp_path / "files", stored_weights(model / "unet"))
     assert content(tmp_path / "files") == content(tmp_path / "memory")
     assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=2, use_dora=True, target_modules=["to_q", "to_out.0"], init_lora_weights=False),
+        LoraConfig(r=2, lora_bias=True, target_modules=["to_out.0"], init_lora_weights=False),
+        OFTConfig(oft_block_size=4, target_modules=["to_q", "to_out.0"], init_weights=False),
+    ],
+    ids=["dora", "bias", "oft"],
+)
+def test_so_it_is_where_the_update_is_no_sum(config, model, tmp_path):
+    unet, weights = with_adapter(model, config), stored_weights(model / "unet")
+    export_merged(unet, tmp_path / "memory")
+    write_merged(unet, tmp_path / "files", weights)
+    assert content(tmp_path / "files") == content(tmp_path / "memory")
+    # As a large one is loaded: its linear layers have no weights of their own.
+    for name, layer in list(unet.named_modules()):
+        if name.endswith("base_layer"):
+            found = weights[name.removesuffix("base_layer") + "weight"]
+            unet.get_submodule(name.rpartition(".")[0]).base_layer = StoredLinear(layer, found, torch.device("cpu"))
+    write_merged(unet, tmp_path / "again", weights)
+    assert content(tmp_path / "again") == content(tmp_path / "memory")
 
 
 def test_of_a_base_in_memory_only_the_adapter_is_read(unet, model, tmp_path):
