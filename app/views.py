@@ -26,6 +26,8 @@ from .runs import Run, number
 
 LARGEST_TILE = 320
 MOST_ROWS = 16
+FEW_COLUMNS = 5
+"""As many leave room for curves beside them."""
 NAMES = {name: method.title for name, method in METHODS.items()}
 COLORS = {name: method.color for name, method in METHODS.items()}
 TITLES = {"train": "Training loss (running mean)", "validation": "Loss on held-out images"}
@@ -82,12 +84,20 @@ def comparison(run: Run, step: int) -> str:
         return notice("No samples yet: the first ones are drawn before the first training step.")
     header = "".join(f"<th>{escape(title)}<small>{escape(subtitle)}</small></th>" for title, subtitle, _ in shown)
     rows = []
-    for cell in cells:
+    for row, cell in enumerate(cells):
         title = prompt_of(run, cell[0])
-        tiles = "".join(f"<td>{tile(images.get(cell), f'{title}: {name}')}</td>" for name, _, images in shown)
+        tiles = "".join(
+            f"<td>{tile(images.get(cell), f'{title}: {name}', (row, column))}</td>"
+            for column, (name, _, images) in enumerate(shown)
+        )
         rows.append(f'<tr><th><div class="prompt" title="{escape(title)}">{escape(title)}</div></th>{tiles}</tr>')
     mark = f'data-step="{step}" style="--columns:{len(shown)}"'
-    return table("samples", f"Samples at step {step}", f"<tr><th></th>{header}</tr>{''.join(rows)}", mark)
+    return table(
+        "samples wide" if len(shown) > FEW_COLUMNS else "samples",
+        f"Samples at step {step}",
+        f"<tr><th></th>{header}</tr>{''.join(rows)}",
+        mark,
+    )
 
 
 def table(kind: str, name: str, rows: str, mark: str = "") -> str:
@@ -96,15 +106,16 @@ def table(kind: str, name: str, rows: str, mark: str = "") -> str:
     return f'<div class="scroll" tabindex="0"><table class="{kind}" aria-label="{name}" {mark}>{rows}</table></div>'
 
 
-def tile(path: Path | None, alt: str) -> str:
-    """One image; an empty place where a method has none at this step yet, or where its file is damaged."""
+def tile(path: Path | None, alt: str, place: tuple[int, int]) -> str:
+    """One image, at a row and column, to be enlarged; an empty place where there is none yet, or it is damaged."""
     if path is None:
         return '<div class="empty">not yet</div>'
     try:
         source = data_uri(path, path.stat().st_mtime_ns)
     except (OSError, SyntaxError, ValueError):
         return '<div class="empty">damaged</div>'
-    return f'<img src="{source}" alt="{escape(alt)}" title="{escape(alt)}">'
+    image = f'<img src="{source}" alt="{escape(alt)}" title="{escape(alt)}">'
+    return f'<button type="button" class="tile" data-row="{place[0]}" data-column="{place[1]}">{image}</button>'
 
 
 def save_grid(run: Run, step: int, path: Path) -> None:
@@ -145,21 +156,26 @@ def curves(run: Run, split: str, step: int | None) -> str:
 
 
 def numbers(run: Run, step: int) -> str:
-    """Loss, validation loss, learning rate and seconds of each method at the chosen step."""
-    rows = []
+    """Loss, validation loss, learning rate and seconds of each method at the chosen step; the lowest are marked."""
+    rows, known, at = [], [], set()
     for method in run.methods:
         log = [row for row in run.log(method) if row["step"] <= step]
         recent = [row["loss"] for row in of_split(log, "train")[-20:]]
         held_out = [row["loss"] for row in of_split(log, "validation")[-1:]]
         last = log[-1] if log else {}
-        cells = (
-            figure(sum(recent) / len(recent) if recent else None, ".4f"),
-            figure(held_out[0] if held_out else None, ".4f"),
-            figure(last.get("lr"), ".2e"),
-            figure(last.get("seconds"), ".0f", " s"),
+        loss = sum(recent) / len(recent) if recent else None
+        known.append((loss, held_out[0] if held_out else None, last.get("lr"), last.get("seconds")))
+        at.add(last.get("step"))
+    best = lowest(known) if len(at) == 1 else {}
+    forms = ((".4f", ""), (".4f", ""), (".2e", ""), (".0f", " s"))
+    for method, values in zip(run.methods, known, strict=True):
+        shown = [figure(value, *form) for value, form in zip(values, forms, strict=True)]
+        cells = "".join(
+            f'<td class="best">{cell}<small>lowest</small></td>' if values[i] == best.get(i) else f"<td>{cell}</td>"
+            for i, cell in enumerate(shown)
         )
         color = f'<i style="background:{COLORS[method]}"></i>'
-        rows.append(f"<tr><th>{color}{NAMES[method]}</th>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+        rows.append(f"<tr><th>{color}{NAMES[method]}</th>{cells}</tr>")
     header = "<tr><th></th><th>loss (last 20)</th><th>validation loss</th><th>learning rate</th><th>time</th></tr>"
     damaged = {NAMES[method]: count for method in run.methods if (count := run.damaged_rows(method))}
     notes = "".join(
@@ -168,14 +184,50 @@ def numbers(run: Run, step: int) -> str:
     return table("numbers", f"Numbers at step {step}", header + "".join(rows)) + notes
 
 
+def lowest(rows: list[tuple]) -> dict[int, float]:
+    """The lowest value of each column that is better lower: of losses and of time, where several rows have any."""
+    found = {}
+    for column in (0, 1, 3):
+        values = [value for row in rows if (value := number(row[column])) is not None]
+        if len(values) > 1 and min(values) < max(values):
+            found[column] = min(values)
+    return found
+
+
 def figure(value, form: str, unit: str = "") -> str:
     """A number as it is shown; a dash where there is none."""
     value = number(value)
     return NOTHING if value is None else f"{value:{form}}{unit}"
 
 
+def activity(told: dict) -> str:
+    """What a trainer is doing now, in a sentence: LoRA, step 60 of 200 · 3.1 steps a second · about 45 s left."""
+    name, phase = str(told.get("name") or ""), str(told.get("phase") or "")
+    method, _, place = name.partition("/")
+    words = [f"{NAMES.get(method, method)}{f' ({place})' if place else ''}"] if name else []
+    done, total = number(told.get("done")), number(told.get("total"))
+    words.append(phase if done is None or total is None else f"{phase} {done:.0f} of {total:.0f}")
+    sentence = ", ".join(words)[:200]
+    facts = [sentence[:1].upper() + sentence[1:]]
+    if (rate := number(told.get("per_second"))) is not None and 1e-6 < rate < 1e6 and done is not None:
+        unit = phase.rpartition(" ")[2]
+        facts.append(f"{rate:.1f} {unit}s a second" if rate >= 1 else f"{1 / rate:.1f} s a {unit}")
+        if total is not None and total > done:
+            facts.append(f"about {duration((total - done) / rate)} left")
+    if (memory := number(told.get("memory_bytes"))) is not None and memory > 0:
+        facts.append(f"{memory / 1e9:.1f} GB")
+    return " · ".join(facts)
+
+
+def duration(seconds: float) -> str:
+    """A time that is left, no more exact than it can be known."""
+    if seconds < 90:
+        return f"{max(1, round(seconds)):d} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def summary(run: Run, status: str) -> str:
-    """One line about a run: how far it is, and what it trains."""
+    """How far a run is, what its trainer is doing now, and what it trains."""
     config = run.config
     done, total = run.progress
     names = ", ".join(NAMES[method] for method in run.methods)
@@ -186,6 +238,8 @@ def summary(run: Run, status: str) -> str:
         facts.append(f"shortcut {config.get('shortcut')}")
     facts += [f"rank {config.get('rank')}", f"learning rate {config.get('learning_rate')}"] if config else []
     text = " · ".join(escape(str(fact)[:80]) for fact in facts if fact)
+    if now := activity(run.activity) or ("The trainer is starting" if status == "starting" else ""):
+        text = f'<span class="now">{escape(now)}</span><small>{text}</small>'
     share = 100 * done / total if total else 0
     bar = f'<div class="bar"><div style="width:{share:.1f}%"></div></div>' if status in ("running", "starting") else ""
     return f'<div class="summary"><b class="{status}">{status}</b> {text}{bar}</div>'

@@ -464,7 +464,7 @@ def test_a_training_is_started_watched_and_stopped(page, browser, address, runs,
     page.locator("#show").click()
     page.wait_for_function("document.querySelector('#command textarea').value.includes('--max_train_steps 500')")
     page.locator("#start").click()
-    page.locator("#progress .running").wait_for()
+    page.locator("#summary .running").wait_for()
     page.get_by_role("tab", name="Compare").click()
     page.locator('#grid img[alt="red disc: ResLoRA"], #grid img[alt="red disc: LoRA"]').first.wait_for()
     assert (runs / "watched" / "lora" / "samples" / "step-000000" / "0-0.png").is_file()
@@ -480,11 +480,11 @@ def test_a_training_is_started_watched_and_stopped(page, browser, address, runs,
     assert run.process
     page.get_by_role("tab", name="Train").click()
     page.locator("#stop").click()
-    page.locator("#progress .stopped").wait_for()
+    page.locator("#summary .stopped").wait_for()
     assert run.process is None and len(run.checkpoints("lora")) == 1
     page.locator("#resume").click()
-    page.locator("#progress .running").wait_for()
+    page.locator("#summary .running").wait_for()
     wait_until(lambda: "going on from" in run.log_tail() or not run.process, "the run to go on")
     assert run.process
     page.locator("#stop").click()
-    page.locator("#progress .stopped").wait_for()
+    page.locator("#summary .stopped").wait_for()

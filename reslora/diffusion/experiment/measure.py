@@ -1,4 +1,4 @@
-"""What an arm is measured by: losses at fixed timesteps and noises, and memory.
+"""What an arm is measured by: losses at fixed timesteps and noises.
 
 The noises are functions of an image's content and a number: alike in all arms, whatever their seeds and whatever other
 images there are. Each image is measured on its own, so that no other one changes even the rounding.
@@ -6,7 +6,6 @@ images there are. Each image is measured on its own, so that no other one change
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -102,25 +101,3 @@ def keep_adapter(learner: Learner, folder: Path) -> None:
         temporary.mkdir()
         for place, part in learner.trained.places(temporary):
             save_adapter(part, place)
-
-
-# -- memory ------------------------------------------------------------------------------------------------------------
-
-
-def forget_peak(device: torch.device) -> None:
-    """From here on `peak_memory` counts; on a CPU where the system allows it."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        with contextlib.suppress(OSError):  # Linux alone has it
-            Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory(device: torch.device) -> int | None:
-    """Bytes at the most: allocated on a GPU; on a CPU resident, what the process had before included; else None."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    with contextlib.suppress(OSError, IndexError, ValueError):
-        if device.type == "cpu":
-            return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
-    return None

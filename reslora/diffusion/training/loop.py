@@ -40,6 +40,7 @@ def train(learner: Learner, material: Material, schedule: Schedule, watch: Watch
     """Takes the steps that are left, saving and validating when it is due; raises `Stopped` once a stop is saved."""
     accelerator, reports = context.accelerator, watch.reports
     if parts := decided(lambda: reports.overdue(schedule)):
+        context.status.say(f"sampling at step {learner.step}", learner.name)
         watch.validation(learner, reports, parts)
         if stop_requested(context.stop):  # nothing is to be saved, and a later step would leave these samples behind
             raise stopped_at(learner)
@@ -58,6 +59,7 @@ def train(learner: Learner, material: Material, schedule: Schedule, watch: Watch
             if known is not None:
                 bar.set_postfix(loss=f"{known:.4f}", refresh=False)
             bar.update()
+            context.status.count("step", learner.step, schedule.steps, learner.name)
             stopped = after_step(learner, schedule, watch, context)
             if stopped:
                 break
@@ -83,6 +85,7 @@ def after_step(learner: Learner, schedule: Schedule, watch: Watch, context: Cont
     if save_now:
         watch.save()
     if due and not stopped:
+        context.status.say(f"sampling at step {learner.step}", learner.name)
         watch.validation(learner, watch.reports)
         stopped = stop_requested(context.stop)
         if stopped and not save_now:

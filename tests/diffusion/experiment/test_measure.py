@@ -1,7 +1,6 @@
 """Losses at fixed timesteps and noises: the formula by hand, and what they do not depend on."""
 
 import dataclasses
-import mmap
 from types import SimpleNamespace
 
 import pytest
@@ -14,10 +13,8 @@ from reslora.diffusion.experiment.measure import (
     TIMESTEPS,
     FixedSamples,
     SelectLoss,
-    forget_peak,
     losses_of,
     measured_at,
-    peak_memory,
 )
 
 
@@ -84,15 +81,3 @@ def test_select_loss_is_the_mean_over_held_out_images_in_eval_mode(setting):
     denoiser.train()
     found = SelectLoss(loss, material, None, Accelerator(cpu=True), None).mean_loss(denoiser)
     assert found == pytest.approx(float(expected), rel=1e-6) and denoiser.training
-
-
-def test_peak_memory_counts_from_where_it_was_forgotten():
-    """By pages of the system's: what malloc has kept of earlier tests would be used again."""
-    device, size = torch.device("cpu"), 2**26
-    with mmap.mmap(-1, 2 * size) as pages:
-        pages.write(b"1" * 2 * size)
-    forget_peak(device)
-    before = peak_memory(device)
-    with mmap.mmap(-1, size) as pages:
-        pages.write(b"1" * size)
-        assert 0.9 * size <= peak_memory(device) - before <= 2.5 * size
