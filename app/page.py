@@ -8,6 +8,7 @@ from typing import TypeVar
 import gradio as gr
 
 from . import views
+from .activity import activity
 from .handlers import readable_errors
 from .launcher import Trainings
 from .listeners import Listeners
@@ -148,7 +149,7 @@ class Page:
         the names of the runs and, after what is at rest, the run's status and what its trainer says."""
         seen = tuple(tab.seen(run) for tab in self.tabs)
         at_rest = seen, tuple(self.library.runs()), run.fingerprint()
-        return *at_rest, self.trainings.status(run), views.activity(run.activity), run.log_tail()
+        return *at_rest, self.trainings.status(run), activity(run.activity), run.log_tail()
 
     def told(self, run: Run, status: str) -> dict:
         """Values of what changes from look to look: the line about the run, and what the tabs have of the kind."""

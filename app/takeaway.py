@@ -35,7 +35,8 @@ class Takeaway:
 
 def takeaways(library: Library, run: Run) -> list[Takeaway]:
     """Everything that a run has made to be used elsewhere, method by method; what leads out of the run is left out."""
-    found = [of_weights(library, run, weights) for weights in run.weights() if weights.kind in ("file", "merged")]
+    exported = [weights for weights in run.weights() if weights.kind in ("file", "merged")]
+    found = [one for one in (of_weights(library, run, weights) for weights in exported) if one.files]
     for method in run.methods:
         files = files_below(run, method, "peft")
         if files and (root := run.inside(method, "peft")):
@@ -82,14 +83,11 @@ def of_weights(library: Library, run: Run, weights: Weights) -> Takeaway:
 
 
 def files_below(run: Run, *parts: str) -> tuple[Path, ...]:
-    """All files in a folder of the run and in the folders in it; none where one of them leads out."""
-    if run.sound(*parts) is None:
-        return ()
-    found: list[Path] = []
-    for name in run.entries(*parts):
-        path = run.inside(*parts, name)
-        found += files_below(run, *parts, name) if path.is_dir() else [path]
-    return tuple(found)
+    """All files in a folder of the run and in the folders in it; none where anything there leads out of the run."""
+    root = run.inside(*parts)
+    names = [path.relative_to(root) for path in sorted(root.rglob("[!.]*"))] if root else []
+    found = [run.inside(*parts, *name.parts) for name in names]
+    return tuple(path for path in found if path.is_file()) if all(found) else ()
 
 
 def place_of(library: Library, run: Run, path: Path) -> str:

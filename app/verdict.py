@@ -7,7 +7,8 @@ from reslora.common.log import of_split
 from .runs import Run
 from .views import NAMES, escape, notice
 
-ONE_SEED = "One seed: no difference is shown. An experiment can show one: the same command with --seed 0 1 2."
+ONE_SEED = "One seed: no difference shown. Run an experiment, which can show one: <code>--seed 0 1 2</code>."
+ALONE = "There is nothing to compare it with: <code>--method lora reslora</code> trains both."
 NOTHING_HELD_OUT = "No image is held out, so no number compares the methods; --validation_split 0.1 holds out a tenth."
 
 
@@ -26,7 +27,7 @@ def verdict(run: Run, step: int) -> str:
         return notice("No verdict yet: before training all methods draw what the base model draws.")
     order = sorted(losses, key=lambda method: losses[method][at])
     named = ", ".join(f"{NAMES[method]} {losses[method][at]:.4f}" for method in order)
-    claim = ONE_SEED if len(order) > 1 else "Nothing to compare it with: --method lora reslora trains LoRA beside it."
+    claim = ONE_SEED if len(order) > 1 else ALONE
     return f'<p class="verdict"><b>{escape(named)}</b> on held-out images after {at} steps. {claim}</p>'
 
 

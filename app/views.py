@@ -21,6 +21,7 @@ from reslora.common.charts import Line, line_chart
 from reslora.common.log import of_split
 from reslora.common.methods import METHODS
 
+from .activity import activity
 from .recipe import Drawn
 from .runs import Run, number
 
@@ -33,6 +34,23 @@ COLORS = {name: method.color for name, method in METHODS.items()}
 TITLES = {"train": "Training loss (running mean)", "validation": "Loss on held-out images"}
 LARGEST_LOSS = 1e30
 NOTHING = "&mdash;"
+LINKS = (
+    "An arrow is a shortcut from a layer to the next one of its kind, scissors are a cut, for the reason below; a row "
+    "without arrows has trained plain LoRA, so to give it shortcuts choose other layers with --target_modules."
+)
+ERRORS = (
+    "How far each merged block is from what was trained, on samples of the run, 0 being exact; where much is orange, "
+    "merge a checkpoint by another method and compare the images of both under Generate."
+)
+ALPHAS = (
+    "How much the merge has added to each block in place of its neighbours, 1 being as much again as the block itself; "
+    "where values are far above 1, compare the images with those of the merge by lstsq."
+)
+NORMS = (
+    "Orange blocks were changed more by ResLoRA than by LoRA, blue ones less; where nearly all are orange, train "
+    "lora_x2 too before you credit the shortcuts, for larger steps do the same."
+)
+"""What each picture shows, and what to do about it."""
 
 
 def escape(text: str) -> str:
@@ -170,10 +188,10 @@ def numbers(run: Run, step: int) -> str:
     forms = ((".4f", ""), (".4f", ""), (".2e", ""), (".0f", " s"))
     for method, values in zip(run.methods, known, strict=True):
         shown = [figure(value, *form) for value, form in zip(values, forms, strict=True)]
-        cells = "".join(
-            f'<td class="best">{cell}<small>lowest</small></td>' if values[i] == best.get(i) else f"<td>{cell}</td>"
-            for i, cell in enumerate(shown)
-        )
+        cells = ""
+        for column, cell in enumerate(shown):
+            is_best = column in best and values[column] == best[column]
+            cells += f'<td class="best">{cell}<small>lowest</small></td>' if is_best else f"<td>{cell}</td>"
         color = f'<i style="background:{COLORS[method]}"></i>'
         rows.append(f"<tr><th>{color}{NAMES[method]}</th>{cells}</tr>")
     header = "<tr><th></th><th>loss (last 20)</th><th>validation loss</th><th>learning rate</th><th>time</th></tr>"
@@ -198,32 +216,6 @@ def figure(value, form: str, unit: str = "") -> str:
     """A number as it is shown; a dash where there is none."""
     value = number(value)
     return NOTHING if value is None else f"{value:{form}}{unit}"
-
-
-def activity(told: dict) -> str:
-    """What a trainer is doing now, in a sentence: LoRA, step 60 of 200 · 3.1 steps a second · about 45 s left."""
-    name, phase = str(told.get("name") or ""), str(told.get("phase") or "")
-    method, _, place = name.partition("/")
-    words = [f"{NAMES.get(method, method)}{f' ({place})' if place else ''}"] if name else []
-    done, total = number(told.get("done")), number(told.get("total"))
-    words.append(phase if done is None or total is None else f"{phase} {done:.0f} of {total:.0f}")
-    sentence = ", ".join(words)[:200]
-    facts = [sentence[:1].upper() + sentence[1:]]
-    if (rate := number(told.get("per_second"))) is not None and 1e-6 < rate < 1e6 and done is not None:
-        unit = phase.rpartition(" ")[2]
-        facts.append(f"{rate:.1f} {unit}s a second" if rate >= 1 else f"{1 / rate:.1f} s a {unit}")
-        if total is not None and total > done:
-            facts.append(f"about {duration((total - done) / rate)} left")
-    if (memory := number(told.get("memory_bytes"))) is not None and memory > 0:
-        facts.append(f"{memory / 1e9:.1f} GB")
-    return " · ".join(facts)
-
-
-def duration(seconds: float) -> str:
-    """A time that is left, no more exact than it can be known."""
-    if seconds < 90:
-        return f"{max(1, round(seconds)):d} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def summary(run: Run, status: str) -> str:
@@ -336,10 +328,15 @@ def chain_plan(plan: dict | None) -> str:
     in_unet = any(block["name"].startswith("down_blocks.") for chain in plan["chains"] for block in chain["blocks"])
     legend = " (d: down, m: middle, u: up)" if in_unet else ""
     links = f"<p>{int(plan.get('links', 0))} links in {len(plan['chains'])} chains{legend}</p>"
-    return f'{links}{table("chains", "Chains", rows)}<ul class="reasons">{notes}</ul>'
+    return f'{what(LINKS)}{links}{table("chains", "Chains", rows)}<ul class="reasons">{notes}</ul>'
 
 
-def heat_map(title: str, values: dict[str, float | None], digits: int = 2, signed: bool = False) -> str:
+def what(sentence: str) -> str:
+    """What a picture shows, and what to do about it."""
+    return f'<p class="what">{escape(sentence)}</p>'
+
+
+def heat_map(title: str, sentence: str, values: dict[str, float | None], signed: bool = False) -> str:
     """A table of colours: roles down, places in the network across; `values` by the block's name."""
     known = [abs(value) for value in values.values() if value is not None]
     if not known:
@@ -349,7 +346,7 @@ def heat_map(title: str, values: dict[str, float | None], digits: int = 2, signe
     roles: dict[str, dict[str, str]] = {}
     for name, value in values.items():
         role = role_of(name)
-        text = figure(value, f"{'+' if signed else ''}.{digits}f")
+        text = figure(value, f"{'+' if signed else ''}.2f")
         style = shade(value, largest, signed)
         roles.setdefault(role, {})[place(name)] = f'<td title="{escape(name)}: {text}" style="{style}">{text}</td>'
     header = "".join(f"<th>{escape(p)}</th>" for p in places)
@@ -357,7 +354,7 @@ def heat_map(title: str, values: dict[str, float | None], digits: int = 2, signe
         f"<tr><th>{escape(role)}</th>{''.join(cells.get(p, '<td></td>') for p in places)}</tr>"
         for role, cells in sorted(roles.items(), key=lambda item: order_of(item[0]))
     )
-    return f"<h4>{escape(title)}</h4>{table('heat', title, f'<tr><th></th>{header}</tr>{rows}')}"
+    return f"<h4>{escape(title)}</h4>{what(sentence)}{table('heat', title, f'<tr><th></th>{header}</tr>{rows}')}"
 
 
 def in_order(text: str) -> list[tuple[int, str]]:
@@ -392,10 +389,10 @@ def merge_report(report: dict | None) -> str:
     text = f"Merged by {escape(str(report.get('method')))}"
     if known:
         text += f"; relative error {sum(known) / len(known):.1%} on average, {max(known):.1%} at most"
-    maps = heat_map("Relative error of the merged block: |merged - unmerged| / |unmerged|", errors)
+    maps = heat_map("Relative error of the merged block: |merged - unmerged| / |unmerged|", ERRORS, errors)
     inner = {name: alpha for name, alpha in alphas.items() if alpha is not None}
     if len(inner) == len(alphas):
-        maps += heat_map("alpha*: how much of a block its neighbours add", inner)
+        maps += heat_map("alpha*: how much of a block its neighbours add", ALPHAS, inner)
     else:
         maps += "<p>The least-squares merge fits a matrix instead of one alpha* for each block. "
         maps += "Merge by <i>input</i> or <i>weights</i> to see the paper's alpha*.</p>"
@@ -415,4 +412,4 @@ def norm_difference(run: Run) -> str:
     if not difference:
         return notice("The comparison of norms needs both LoRA and ResLoRA in one run, finished.")
     title = "Frobenius norm of ResLoRA's merged update minus LoRA's, block by block"
-    return heat_map(title, difference, signed=True)
+    return heat_map(title, NORMS, difference, signed=True)
