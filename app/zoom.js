@@ -1,4 +1,4 @@
-// A click on a sample enlarges it; left and right flip between the methods, up and down between the prompts.
+// A click on a sample enlarges it; left and right flip between the methods, up and down between the rows.
 (() => {
   const moves = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
   const tiles = () => [...document.querySelectorAll("#grid button.tile")];
@@ -10,8 +10,8 @@
     dialog.innerHTML = `<img alt=""><p role="status"></p><div>
       <button type="button" data-key="ArrowLeft" aria-label="method before">←</button>
       <button type="button" data-key="ArrowRight" aria-label="next method">→</button>
-      <button type="button" data-key="ArrowUp" aria-label="prompt before">↑</button>
-      <button type="button" data-key="ArrowDown" aria-label="next prompt">↓</button>
+      <button type="button" data-key="ArrowUp" aria-label="row before">↑</button>
+      <button type="button" data-key="ArrowDown" aria-label="next row">↓</button>
       <button type="button" data-key="Escape">Close</button></div>`;
     dialog.setAttribute("aria-label", "Enlarged sample");
     dialog.addEventListener("keydown", event => move(event.key) && event.preventDefault());

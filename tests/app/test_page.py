@@ -375,7 +375,7 @@ def test_an_image_is_enlarged_and_flipped_by_keys_and_the_slider_stays_in_view(p
     page.keyboard.press("Enter")
     assert shown.get_attribute("alt") == "red disc: LoRA"
     for key, alt in (
-        ("ArrowRight", "red disc: ResLoRA"), ("ArrowDown", "blue box: ResLoRA"), ("ArrowLeft", "blue box: LoRA"),
+        ("ArrowRight", "red disc: ResLoRA"), ("ArrowUp", "blue box: ResLoRA"), ("ArrowLeft", "blue box: LoRA"),
         ("ArrowLeft", "blue box: Base model"), ("ArrowLeft", "blue box: ResLoRA merged"),
     ):  # fmt: skip
         page.keyboard.press(key)
