@@ -170,7 +170,8 @@ def curves(run: Run, split: str, step: int | None) -> str:
         every = max(1, len(log) // 400)
         kept = [i for i in range(len(log)) if i % every == 0 or i == len(log) - 1]
         lines.append(Line(NAMES[method], COLORS[method], [(log[i]["step"], losses[i]) for i in kept]))
-    return line_chart(TITLES[split], "step", [line for line in lines if line.points], step)
+    lines = [line for line in lines if line.points]
+    return line_chart(TITLES[split], "step", lines, step) if lines or split == "train" else ""
 
 
 def numbers(run: Run, step: int) -> str:
