@@ -7,6 +7,8 @@ from typing import TypeVar
 
 import gradio as gr
 
+from . import views
+from .activity import activity
 from .handlers import readable_errors
 from .launcher import Trainings
 from .listeners import Listeners
@@ -20,7 +22,9 @@ EVERY = 2.0
 """Seconds between two looks at the runs folder."""
 RUNS_SEEN = 1
 """Where in what was seen the names of the runs are."""
-STYLE = Path(__file__).with_name("style.css")
+AT_REST = 3
+"""How much of what was seen stays as it is while a trainer merely goes on; the rest is `live`."""
+STYLE, ZOOM = (Path(__file__).with_name(name) for name in ("style.css", "zoom.js"))
 EXPLANATION = (
     "**ResLoRA** trains LoRA blocks with residual shortcuts between neighbouring layers, then merges them away; "
     "what is left is a plain LoRA. All images in a row have the same caption and seed: only the method differs."
@@ -38,7 +42,7 @@ def create_demo(library: Library, trainings: Trainings, studio: Studio, listener
 
 
 def look() -> dict:
-    """Theme and style, as `launch` takes them; system fonts only, so that the page works offline."""
+    """Theme, style and script, as `launch` takes them; system fonts only, so that the page works offline."""
     theme = gr.themes.Default(
         primary_hue="orange", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
     ).set(  # readable: at least 4.5 to 1
@@ -48,7 +52,7 @@ def look() -> dict:
         block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300",
         slider_color="*primary_700", slider_color_dark="*primary_600",
     )  # fmt: skip
-    return {"theme": theme, "css_paths": [STYLE]}
+    return {"theme": theme, "css_paths": [STYLE], "head": f"<script>{ZOOM.read_text(encoding='utf-8')}</script>"}
 
 
 class Page:
@@ -60,6 +64,7 @@ class Page:
             gr.Markdown(f"# ResLoRA for Stable Diffusion\n{EXPLANATION}", elem_id="title")
             # Any value may be sent, so that runs begun meanwhile can be; the library decides whether there is one.
             self.run = gr.Dropdown(label="Run", allow_custom_value=True, interactive=True, elem_id="run", min_width=240)
+        self.summary = gr.HTML(elem_id="summary")
         self.tabs: list[Tab] = []
         with gr.Tabs():
             for cls in TABS:
@@ -77,7 +82,8 @@ class Page:
     def events(self, demo: gr.Blocks) -> None:
         self.blocks = demo
         quiet = {"api_visibility": "private", "show_progress": "hidden"}
-        everything = [self.seen, self.run, *(part for tab in self.tabs for part in (*tab.watched, *tab.of_run))]
+        everything = [self.seen, self.run, self.summary]
+        everything += [part for tab in self.tabs for part in (*tab.live, *tab.watched, *tab.of_run)]
         on_arrival = [self.run, *(part for tab in self.tabs for part in tab.on_arrival)]
         demo.load(readable_errors(self.arrive), None, on_arrival, **quiet)
         self.run.change(readable_errors(self.choose), self.run, everything, **quiet)
@@ -123,8 +129,9 @@ class Page:
             first = {"value": next(iter(runs), None)} if gone else {}
             return {self.run: gr.update(choices=list(runs), **first)} if gone or (runs and seen is None) else gr.skip()
         run = runs[name]
-        if self.state_of(run) == seen:
-            return gr.skip()
+        state = self.state_of(run)
+        if seen and state[:AT_REST] == seen[:AT_REST]:
+            return {self.seen: state} | self.told(run, state[AT_REST]) if state != seen else gr.skip()
         before = dict(zip(self.tabs, seen[0] if seen else [None] * len(self.tabs), strict=True))
         was = dict(zip(self.choosing, chosen, strict=True))
         choices = {tab: tab.choice(run, was[tab], before[tab]) for tab in self.choosing}
@@ -139,14 +146,23 @@ class Page:
 
     def state_of(self, run: Run) -> tuple:
         """What `watch` compares: when it is the same, the page is up to date. First what each tab has seen, then
-        the names of the runs."""
+        the names of the runs and, after what is at rest, the run's status and what its trainer says."""
         seen = tuple(tab.seen(run) for tab in self.tabs)
-        return seen, tuple(self.library.runs()), run.fingerprint(), self.trainings.status(run), run.log_tail()
+        at_rest = seen, tuple(self.library.runs()), run.fingerprint()
+        return *at_rest, self.trainings.status(run), activity(run.activity), run.log_tail()
+
+    def told(self, run: Run, status: str) -> dict:
+        """Values of what changes from look to look: the line about the run, and what the tabs have of the kind."""
+        values = {self.summary: views.summary(run, status)}
+        for tab in self.tabs:
+            values |= tab.told(run, status)
+        return values
 
     def shown(self, run: Run, choices: dict[Tab, object]) -> dict:
         """Values of the components that `watch` keeps up to date."""
         status = self.trainings.status(run)
         values = {self.seen: self.state_of(run), self.run: gr.update(choices=list(self.library.runs()))}
+        values |= self.told(run, status)
         for tab in self.tabs:
-            values |= tab.shown(run, status, choices.get(tab))
+            values |= tab.shown(run, choices.get(tab))
         return values

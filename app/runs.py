@@ -23,6 +23,7 @@ from reslora.checkpoint import WEIGHTS_NAME
 from reslora.common.adapters import ADAPTER_NAME
 from reslora.common.log import count_damaged, of_split, read_log
 from reslora.common.methods import METHODS
+from reslora.diffusion.status import FILE as STATUS
 from reslora.export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 
 EXAMPLE = Path(__file__).resolve().parent / "example"
@@ -161,6 +162,12 @@ class Run:
             number = int(path.read_text()[:20])
             return number if is_trainer(number) else None
         return None
+
+    @property
+    def activity(self) -> dict:
+        """What the trainer says that it is doing now; empty where none is at work, or where it has not said yet."""
+        told, process = self.read_json(STATUS), self.process
+        return told if isinstance(told, dict) and process is not None and told.get("process") == process else {}
 
     @property
     def status(self) -> str:

@@ -21,16 +21,36 @@ from reslora.common.charts import Line, line_chart
 from reslora.common.log import of_split
 from reslora.common.methods import METHODS
 
+from .activity import activity
 from .recipe import Drawn
 from .runs import Run, number
 
 LARGEST_TILE = 320
 MOST_ROWS = 16
+FEW_COLUMNS = 5
+"""As many leave room for curves beside them."""
 NAMES = {name: method.title for name, method in METHODS.items()}
 COLORS = {name: method.color for name, method in METHODS.items()}
 TITLES = {"train": "Training loss (running mean)", "validation": "Loss on held-out images"}
 LARGEST_LOSS = 1e30
 NOTHING = "&mdash;"
+LINKS = (
+    "An arrow is a shortcut from a layer to the next one of its kind, scissors are a cut, for the reason below; a row "
+    "without arrows has trained plain LoRA, so to give it shortcuts choose other layers with --target_modules."
+)
+ERRORS = (
+    "How far each merged block is from what was trained, on samples of the run, 0 being exact; where much is orange, "
+    "merge a checkpoint by another method and compare the images of both under Generate."
+)
+ALPHAS = (
+    "How much the merge has added to each block in place of its neighbours, 1 being as much again as the block itself; "
+    "where values are far above 1, compare the images with those of the merge by lstsq."
+)
+NORMS = (
+    "Orange blocks were changed more by ResLoRA than by LoRA, blue ones less; where nearly all are orange, train "
+    "lora_x2 too before you credit the shortcuts, for larger steps do the same."
+)
+"""What each picture shows, and what to do about it."""
 
 
 def escape(text: str) -> str:
@@ -82,12 +102,20 @@ def comparison(run: Run, step: int) -> str:
         return notice("No samples yet: the first ones are drawn before the first training step.")
     header = "".join(f"<th>{escape(title)}<small>{escape(subtitle)}</small></th>" for title, subtitle, _ in shown)
     rows = []
-    for cell in cells:
+    for row, cell in enumerate(cells):
         title = prompt_of(run, cell[0])
-        tiles = "".join(f"<td>{tile(images.get(cell), f'{title}: {name}')}</td>" for name, _, images in shown)
+        tiles = "".join(
+            f"<td>{tile(images.get(cell), f'{title}: {name}', (row, column))}</td>"
+            for column, (name, _, images) in enumerate(shown)
+        )
         rows.append(f'<tr><th><div class="prompt" title="{escape(title)}">{escape(title)}</div></th>{tiles}</tr>')
     mark = f'data-step="{step}" style="--columns:{len(shown)}"'
-    return table("samples", f"Samples at step {step}", f"<tr><th></th>{header}</tr>{''.join(rows)}", mark)
+    return table(
+        "samples wide" if len(shown) > FEW_COLUMNS else "samples",
+        f"Samples at step {step}",
+        f"<tr><th></th>{header}</tr>{''.join(rows)}",
+        mark,
+    )
 
 
 def table(kind: str, name: str, rows: str, mark: str = "") -> str:
@@ -96,15 +124,16 @@ def table(kind: str, name: str, rows: str, mark: str = "") -> str:
     return f'<div class="scroll" tabindex="0"><table class="{kind}" aria-label="{name}" {mark}>{rows}</table></div>'
 
 
-def tile(path: Path | None, alt: str) -> str:
-    """One image; an empty place where a method has none at this step yet, or where its file is damaged."""
+def tile(path: Path | None, alt: str, place: tuple[int, int]) -> str:
+    """One image, at a row and column, to be enlarged; an empty place where there is none yet, or it is damaged."""
     if path is None:
         return '<div class="empty">not yet</div>'
     try:
         source = data_uri(path, path.stat().st_mtime_ns)
     except (OSError, SyntaxError, ValueError):
         return '<div class="empty">damaged</div>'
-    return f'<img src="{source}" alt="{escape(alt)}" title="{escape(alt)}">'
+    image = f'<img src="{source}" alt="{escape(alt)}" title="{escape(alt)}">'
+    return f'<button type="button" class="tile" data-row="{place[0]}" data-column="{place[1]}">{image}</button>'
 
 
 def save_grid(run: Run, step: int, path: Path) -> None:
@@ -141,31 +170,47 @@ def curves(run: Run, split: str, step: int | None) -> str:
         every = max(1, len(log) // 400)
         kept = [i for i in range(len(log)) if i % every == 0 or i == len(log) - 1]
         lines.append(Line(NAMES[method], COLORS[method], [(log[i]["step"], losses[i]) for i in kept]))
-    return line_chart(TITLES[split], "step", [line for line in lines if line.points], step)
+    lines = [line for line in lines if line.points]
+    return line_chart(TITLES[split], "step", lines, step) if lines or split == "train" else ""
 
 
 def numbers(run: Run, step: int) -> str:
-    """Loss, validation loss, learning rate and seconds of each method at the chosen step."""
-    rows = []
+    """Loss, validation loss, learning rate and seconds of each method at the chosen step; the lowest are marked."""
+    rows, known, at = [], [], set()
     for method in run.methods:
         log = [row for row in run.log(method) if row["step"] <= step]
         recent = [row["loss"] for row in of_split(log, "train")[-20:]]
         held_out = [row["loss"] for row in of_split(log, "validation")[-1:]]
         last = log[-1] if log else {}
-        cells = (
-            figure(sum(recent) / len(recent) if recent else None, ".4f"),
-            figure(held_out[0] if held_out else None, ".4f"),
-            figure(last.get("lr"), ".2e"),
-            figure(last.get("seconds"), ".0f", " s"),
-        )
+        loss = sum(recent) / len(recent) if recent else None
+        known.append((loss, held_out[0] if held_out else None, last.get("lr"), last.get("seconds")))
+        at.add(last.get("step"))
+    best = lowest(known) if len(at) == 1 else {}
+    forms = ((".4f", ""), (".4f", ""), (".2e", ""), (".0f", " s"))
+    for method, values in zip(run.methods, known, strict=True):
+        shown = [figure(value, *form) for value, form in zip(values, forms, strict=True)]
+        cells = ""
+        for column, cell in enumerate(shown):
+            is_best = column in best and values[column] == best[column]
+            cells += f'<td class="best">{cell}<small>lowest</small></td>' if is_best else f"<td>{cell}</td>"
         color = f'<i style="background:{COLORS[method]}"></i>'
-        rows.append(f"<tr><th>{color}{NAMES[method]}</th>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+        rows.append(f"<tr><th>{color}{NAMES[method]}</th>{cells}</tr>")
     header = "<tr><th></th><th>loss (last 20)</th><th>validation loss</th><th>learning rate</th><th>time</th></tr>"
     damaged = {NAMES[method]: count for method in run.methods if (count := run.damaged_rows(method))}
     notes = "".join(
         notice(f"{name}: {count} lines of its log are damaged, and left out.") for name, count in damaged.items()
     )
     return table("numbers", f"Numbers at step {step}", header + "".join(rows)) + notes
+
+
+def lowest(rows: list[tuple]) -> dict[int, float]:
+    """The lowest value of each column that is better lower: of losses and of time, where several rows have any."""
+    found = {}
+    for column in (0, 1, 3):
+        values = [value for row in rows if (value := number(row[column])) is not None]
+        if len(values) > 1 and min(values) < max(values):
+            found[column] = min(values)
+    return found
 
 
 def figure(value, form: str, unit: str = "") -> str:
@@ -175,7 +220,7 @@ def figure(value, form: str, unit: str = "") -> str:
 
 
 def summary(run: Run, status: str) -> str:
-    """One line about a run: how far it is, and what it trains."""
+    """How far a run is, what its trainer is doing now, and what it trains."""
     config = run.config
     done, total = run.progress
     names = ", ".join(NAMES[method] for method in run.methods)
@@ -186,6 +231,8 @@ def summary(run: Run, status: str) -> str:
         facts.append(f"shortcut {config.get('shortcut')}")
     facts += [f"rank {config.get('rank')}", f"learning rate {config.get('learning_rate')}"] if config else []
     text = " · ".join(escape(str(fact)[:80]) for fact in facts if fact)
+    if now := activity(run.activity) or ("The trainer is starting" if status == "starting" else ""):
+        text = f'<span class="now">{escape(now)}</span><small>{text}</small>'
     share = 100 * done / total if total else 0
     bar = f'<div class="bar"><div style="width:{share:.1f}%"></div></div>' if status in ("running", "starting") else ""
     return f'<div class="summary"><b class="{status}">{status}</b> {text}{bar}</div>'
@@ -282,10 +329,15 @@ def chain_plan(plan: dict | None) -> str:
     in_unet = any(block["name"].startswith("down_blocks.") for chain in plan["chains"] for block in chain["blocks"])
     legend = " (d: down, m: middle, u: up)" if in_unet else ""
     links = f"<p>{int(plan.get('links', 0))} links in {len(plan['chains'])} chains{legend}</p>"
-    return f'{links}{table("chains", "Chains", rows)}<ul class="reasons">{notes}</ul>'
+    return f'{what(LINKS)}{links}{table("chains", "Chains", rows)}<ul class="reasons">{notes}</ul>'
 
 
-def heat_map(title: str, values: dict[str, float | None], digits: int = 2, signed: bool = False) -> str:
+def what(sentence: str) -> str:
+    """What a picture shows, and what to do about it."""
+    return f'<p class="what">{escape(sentence)}</p>'
+
+
+def heat_map(title: str, sentence: str, values: dict[str, float | None], signed: bool = False) -> str:
     """A table of colours: roles down, places in the network across; `values` by the block's name."""
     known = [abs(value) for value in values.values() if value is not None]
     if not known:
@@ -295,7 +347,7 @@ def heat_map(title: str, values: dict[str, float | None], digits: int = 2, signe
     roles: dict[str, dict[str, str]] = {}
     for name, value in values.items():
         role = role_of(name)
-        text = figure(value, f"{'+' if signed else ''}.{digits}f")
+        text = figure(value, f"{'+' if signed else ''}.2f")
         style = shade(value, largest, signed)
         roles.setdefault(role, {})[place(name)] = f'<td title="{escape(name)}: {text}" style="{style}">{text}</td>'
     header = "".join(f"<th>{escape(p)}</th>" for p in places)
@@ -303,7 +355,7 @@ def heat_map(title: str, values: dict[str, float | None], digits: int = 2, signe
         f"<tr><th>{escape(role)}</th>{''.join(cells.get(p, '<td></td>') for p in places)}</tr>"
         for role, cells in sorted(roles.items(), key=lambda item: order_of(item[0]))
     )
-    return f"<h4>{escape(title)}</h4>{table('heat', title, f'<tr><th></th>{header}</tr>{rows}')}"
+    return f"<h4>{escape(title)}</h4>{what(sentence)}{table('heat', title, f'<tr><th></th>{header}</tr>{rows}')}"
 
 
 def in_order(text: str) -> list[tuple[int, str]]:
@@ -338,10 +390,10 @@ def merge_report(report: dict | None) -> str:
     text = f"Merged by {escape(str(report.get('method')))}"
     if known:
         text += f"; relative error {sum(known) / len(known):.1%} on average, {max(known):.1%} at most"
-    maps = heat_map("Relative error of the merged block: |merged - unmerged| / |unmerged|", errors)
+    maps = heat_map("Relative error of the merged block: |merged - unmerged| / |unmerged|", ERRORS, errors)
     inner = {name: alpha for name, alpha in alphas.items() if alpha is not None}
     if len(inner) == len(alphas):
-        maps += heat_map("alpha*: how much of a block its neighbours add", inner)
+        maps += heat_map("alpha*: how much of a block its neighbours add", ALPHAS, inner)
     else:
         maps += "<p>The least-squares merge fits a matrix instead of one alpha* for each block. "
         maps += "Merge by <i>input</i> or <i>weights</i> to see the paper's alpha*.</p>"
@@ -361,4 +413,4 @@ def norm_difference(run: Run) -> str:
     if not difference:
         return notice("The comparison of norms needs both LoRA and ResLoRA in one run, finished.")
     title = "Frobenius norm of ResLoRA's merged update minus LoRA's, block by block"
-    return heat_map(title, difference, signed=True)
+    return heat_map(title, NORMS, difference, signed=True)

@@ -42,8 +42,10 @@ class Tab:
     def __init__(self, parts: Parts) -> None:
         self.library, self.trainings, self.studio = parts.library, parts.trainings, parts.studio
         self.listeners, self.files = parts.listeners, parts.files
+        self.live: list[gr.components.Component] = []
+        """What changes from look to look while a trainer is at work."""
         self.watched: list[gr.components.Component] = []
-        """What every look at the run brings up to date."""
+        """What a look at the run brings up to date that finds something new to see."""
         self.of_run: list[gr.components.Component] = []
         """What is filled in when a run is chosen, and left to the visitor after that."""
         self.on_arrival: list[gr.components.Component] = []
@@ -64,7 +66,11 @@ class Tab:
         """What `chosen` is to be now: it may move on with the run. None, both of them, with the first look at a run."""
         return None
 
-    def shown(self, run: Run, status: str, choice: object) -> dict:
+    def told(self, run: Run, status: str) -> dict:
+        """Values of `live`."""
+        return {}
+
+    def shown(self, run: Run, choice: object) -> dict:
         """Values of `watched`."""
         return {}
 

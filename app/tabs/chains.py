@@ -63,7 +63,7 @@ class ChainsTab(Tab):
         """What can be merged, the newest first."""
         return [weights.label for weights in run.checkpoints("reslora")]
 
-    def shown(self, run: Run, status: str, label: str | None) -> dict:
+    def shown(self, run: Run, label: str | None) -> dict:
         """Values of all that is watched."""
         labels = self.list_checkpoints(run)
         title = "Checkpoint" if labels else "Checkpoint (this run keeps none; a run of your own does)"

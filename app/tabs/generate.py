@@ -99,7 +99,7 @@ class GenerateTab(Tab):
         best = chosen if seen is None else seen[1]
         return chosen if chosen != best and chosen in self.list_weights(run.name) else run.best_weights()
 
-    def shown(self, run: Run, status: str, label: str) -> dict:
+    def shown(self, run: Run, label: str) -> dict:
         """Values of all that is watched, with some weights chosen."""
         return {self.weights: gr.update(choices=self.list_weights(run.name), value=label)}
 

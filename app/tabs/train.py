@@ -37,7 +37,7 @@ class TrainTab(Tab):
             with gr.Column(scale=3, min_width=360):
                 self.process_column()
         self.form = [self.name, self.caption, self.folder, self.model, *self.flags.values()]
-        self.watched, self.on_arrival = [self.progress, self.log], [self.folder]
+        self.live, self.on_arrival = [self.log], [self.folder]
 
     def settings_column(self) -> None:
         self.name = gr.Textbox("my-style", label="Name of the new run", max_lines=1, elem_id="name")
@@ -65,7 +65,6 @@ class TrainTab(Tab):
             label="Command", lines=2, max_lines=8, buttons=["copy"], interactive=False, elem_id="command"
         )
         self.answer = gr.HTML(elem_id="answer")
-        self.progress = gr.HTML(elem_id="progress")
         self.log = gr.HTML(elem_id="log")
         gr.Markdown(
             "Training is a process of its own: closing this page does not stop it, and reopening finds it "
@@ -89,9 +88,9 @@ class TrainTab(Tab):
         self.stop.click(readable_errors(self.do_stop), run, self.answer, api_name="train_stop", queue=False)
         self.resume.click(readable_errors(self.do_resume), run, self.answer, api_name="train_resume")
 
-    def shown(self, run: Run, status: str, choice: object) -> dict:
-        """Values of all that is watched."""
-        return {self.progress: views.summary(run, status), self.log: views.log(self.trainings.log(run), status)}
+    def told(self, run: Run, status: str) -> dict:
+        """What the trainer has printed."""
+        return {self.log: views.log(self.trainings.log(run), status)}
 
     def words(self, name, uploads, caption, folder, model, *values) -> list[str]:
         """Of the trainer's command line."""

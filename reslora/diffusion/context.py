@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ from accelerate import Accelerator
 
 from ..common.signals import StopRequest
 from .arguments import Flags
+from .status import Status
 
 if TYPE_CHECKING:
     from .model.families.base import Part
@@ -34,6 +35,8 @@ class Context:
     before: int = 0
     start: Start | None = None
     """The LoRA that training goes on from."""
+    status: Status = field(default_factory=Status)
+    """What is told of where the run is."""
 
     @property
     def folder(self) -> Path:

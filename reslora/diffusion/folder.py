@@ -15,6 +15,7 @@ from ..common.errors import InvalidArgument
 from ..common.methods import METHODS
 from ..files import remove_leftovers
 from .arguments import Flags
+from .status import FILE, Status
 
 EXPERIMENT = "experiment.json"  # what an experiment leaves, and a run does not
 OWNER = ".lock"  # holds the process id, for readers; what is locked is a file of the system's temporary folder
@@ -36,8 +37,10 @@ def locked(folder: Path) -> Iterator[None]:
         raise InvalidArgument(f"--output_dir {folder}", problem, "choose another folder") from None
     try:
         _clear_leftovers(folder)
+        Status(folder).say("preparing")
         yield
     finally:
+        (folder / FILE).unlink(missing_ok=True)
         (folder / OWNER).unlink(missing_ok=True)
         guard.release()
         if made:

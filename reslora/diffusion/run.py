@@ -37,6 +37,7 @@ from .output.summary import hub_repository, print_summary, publish, write_figure
 from .output.trackers import start_trackers
 from .processes import start_accelerator
 from .settings import with_family
+from .status import Status
 from .training.best import go_on_from
 from .training.checkpoints import Identity, Resume, plan_resume, restore, save_checkpoint, write_exports
 from .training.denoising import DenoisingLoss
@@ -104,7 +105,8 @@ def settle(flags: Flags, accelerator: Accelerator, stop: StopRequest) -> Context
         flags = with_start(flags, start)
         accelerator.print(f"--init_lora {flags.init_lora}: {in_short({'': start.layers})}")
     flags = with_family(flags.replace(mixed_precision=accelerator.mixed_precision), model.family.defaults)
-    return Context(with_rank(flags, model, accelerator), model, accelerator, stop, start=start)
+    status = Status(Path(flags.output_dir), accelerator.device)
+    return Context(with_rank(flags, model, accelerator), model, accelerator, stop, start=start, status=status)
 
 
 def take_folder(flags: Flags, stack: contextlib.ExitStack) -> None:
@@ -133,6 +135,7 @@ def identity_of(kinds: Sequence[ImageDataset], context: Context) -> Identity:
 def load_and_check(context: Context) -> tuple[DiffusionPipeline, Objective]:
     """The pipeline without its denoiser, and the objective; refuses whatever can be refused before encoding."""
     flags, model, accelerator = context.flags, context.model, context.accelerator
+    context.status.say("loading the model")
     check_base_precision(flags, context.dtype, accelerator)
     pipeline = model.load_pipeline(
         context.dtype, accelerator.device, encoders=not flags.cache_text_embeddings, trainable=bool(context.encoders)
@@ -166,6 +169,7 @@ def train_method(method: str, resume: Resume, setting: Setting, validation: type
 def start_method(method: str, setting: Setting) -> Learner:
     """A method at its start."""
     context = setting.context
+    context.status.say("loading the model", context.name_of(method))
     denoiser = context.model.load_denoiser(context.dtype, context.accelerator.device, context.flags.base_precision)
     parts = {context.model.family.denoiser: denoiser} | context.model.load_encoders(context.encoders, setting.pipeline)
     loss = DenoisingLoss(context, setting.material.objective, setting.pipeline, denoiser.config)
@@ -227,6 +231,7 @@ def train_and_export(learner: Learner, setting: Setting, validation: type[Valida
 
 def show(material: Material, context: Context) -> None:
     """Figures, a summary, and an upload where that is asked for."""
+    context.status.say("finishing")
     write_figures(context.flags, len(material.held_out))
     print_summary(context.flags)
     if context.flags.push_to_hub:

@@ -4,6 +4,7 @@ import ast
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -238,6 +239,7 @@ def test_whatever_a_program_sends_it_is_told_something(address, wrong):
     """An image, or an error in words; never nothing."""
     asked = list((GENERATE | {"steps": 1, "width": 32, "height": 32, "beside": False}).values())
     calls = {"generate": asked, "compare": ["tiny", 0], "download_grid": ["tiny", 0], "weights": ["tiny"]}
+    calls |= {"how_to_use": ["tiny", "reslora: kohya.safetensors"], "download_file": ["tiny", "reslora: peft (PEFT)"]}
     calls |= {"merge": ["tiny", "base model", "input"], "settings_of": [None], "train_resume": ["tiny"]}
     calls |= {"train_command": ["new", None, "", None, "", ["lora"], "input", *[""] * 12]}
     for name, data in calls.items():
@@ -327,12 +329,19 @@ def browser(tmp_path_factory):
         yield browser
 
 
+def leaving(url: str, address: str) -> list[str]:
+    """The address of a request that leaves the machine."""
+    return [] if url.startswith((address, "data:", "blob:")) else [url]
+
+
 @pytest.fixture
 def page(browser, address):
     page = browser.new_page(viewport={"width": 1360, "height": 900})
     page.set_default_timeout(LIMIT * 1000)
     page.errors = []
     page.on("pageerror", lambda error: page.errors.append(str(error)))
+    page.on("console", lambda message: page.errors.append(message.text) if message.type == "error" else None)
+    page.on("request", lambda request: page.errors.extend(leaving(request.url, address)))
     page.goto(address, wait_until="domcontentloaded")
     page.wait_for_selector("#grid img")
     yield page
@@ -358,6 +367,43 @@ def test_the_slider_moves_the_images(page):
     with PIL.Image.open(download.value.path()) as image:
         assert image.format == "PNG"
     assert page.locator("#train-curve polyline").count() == 2
+
+
+def test_an_image_is_enlarged_and_flipped_by_keys_and_the_slider_stays_in_view(page):
+    first, shown = page.locator("#grid button.tile").nth(1), page.locator("#zoom img")
+    first.focus()
+    page.keyboard.press("Enter")
+    assert shown.get_attribute("alt") == "red disc: LoRA"
+    for key, alt in (
+        ("ArrowRight", "red disc: ResLoRA"), ("ArrowUp", "blue box: ResLoRA"), ("ArrowLeft", "blue box: LoRA"),
+        ("ArrowLeft", "blue box: Base model"), ("ArrowLeft", "blue box: ResLoRA merged"),
+    ):  # fmt: skip
+        page.keyboard.press(key)
+        assert shown.get_attribute("alt") == alt and alt in page.locator("#zoom p").inner_text()
+    page.keyboard.press("Escape")
+    assert not shown.is_visible() and first.evaluate("tile => tile === document.activeElement")
+    for width in (1280, 420):
+        page.set_viewport_size({"width": width, "height": 500})
+        page.locator("#numbers").scroll_into_view_if_needed()
+        page.mouse.wheel(0, 300)
+        page.wait_for_function(
+            "scrollY > 300 && Math.abs(document.querySelector('#pinned').getBoundingClientRect().top) < 2"
+        )
+
+
+def test_what_was_trained_is_taken_along(page, runs):
+    """The last method's first file is offered; another one has another path and other lines, and is downloaded."""
+    assert "DiffusionPipeline" in page.locator("#use textarea").input_value()
+    page.locator("#file input").fill("reslora: kohya.safetensors (kohya, ComfyUI, A1111)")
+    page.locator("#file input").press("Enter")
+    page.wait_for_function(
+        "document.querySelector('#place textarea, #place input').value.endsWith('kohya.safetensors')"
+    )
+    assert "ComfyUI/models/loras" in page.locator("#use textarea").input_value()
+    with page.expect_download() as download:
+        page.locator("#take").click()
+    assert download.value.suggested_filename == "tiny-reslora-kohya.safetensors"
+    assert Path(download.value.path()).read_bytes() == (runs / "tiny" / "reslora" / "kohya.safetensors").read_bytes()
 
 
 def test_images_with_merged_weights_beside_the_base(page):
@@ -401,8 +447,16 @@ def test_text_can_be_read_and_a_form_survives_a_restart(page, address, theme):
     """What is typed under Train is there again when the page is loaded anew, as after a restart of the server."""
     page.goto(f"{address}?__theme={theme}", wait_until="domcontentloaded")
     page.wait_for_selector("#grid img")
-    seen = [page.locator(name) for name in ("#summary .summary b", "#play")]
+    seen = [
+        page.locator(name) for name in ("#summary .summary b", "#play", "#verdict *", "td.best small", "#use textarea")
+    ]
     assert [text for text in seen if text.first.evaluate(CONTRAST) < 4.5] == []
+    page.locator("#grid button.tile").first.click()
+    assert page.locator("#zoom p").evaluate(CONTRAST) >= 4.5
+    page.keyboard.press("Escape")
+    page.get_by_role("tab", name="Chains and merge").click()
+    page.locator("#plan .what").wait_for()
+    assert [text for text in page.locator(".what").all() if text.evaluate(CONTRAST) < 4.5] == []
     page.get_by_role("tab", name="Train").click()
     page.locator("#start").wait_for()
     seen = [page.locator("#start"), page.get_by_text("rank of the update matrices")]
@@ -429,6 +483,7 @@ def test_a_run_that_is_deleted_leaves_the_list(page, runs):
 def test_chains_and_merge_are_shown(page):
     page.get_by_role("tab", name="Chains and merge").click()
     page.locator("#plan").get_by_text("links in").wait_for()
+    assert page.locator("#plan .what, #report .what, #norms .what").count() == 3
     assert page.locator("#report td").count() > 8
     assert page.locator("#norms td").count() > 8
 
@@ -464,7 +519,7 @@ def test_a_training_is_started_watched_and_stopped(page, browser, address, runs,
     page.locator("#show").click()
     page.wait_for_function("document.querySelector('#command textarea').value.includes('--max_train_steps 500')")
     page.locator("#start").click()
-    page.locator("#progress .running").wait_for()
+    page.locator("#summary .running").wait_for()
     page.get_by_role("tab", name="Compare").click()
     page.locator('#grid img[alt="red disc: ResLoRA"], #grid img[alt="red disc: LoRA"]').first.wait_for()
     assert (runs / "watched" / "lora" / "samples" / "step-000000" / "0-0.png").is_file()
@@ -478,13 +533,17 @@ def test_a_training_is_started_watched_and_stopped(page, browser, address, runs,
     run = Library(runs).find("watched")
     wait_until(lambda: any(row["step"] >= 2 for row in run.log("lora")) or not run.process, "the second step")
     assert run.process
+    page.locator(
+        "#summary .now", has_text=re.compile(r"LoRA, step \d+ of 500 · \d.* · about .* left · .* GB")
+    ).wait_for()
+    assert page.locator("#summary .now").evaluate(CONTRAST) >= 4.5
     page.get_by_role("tab", name="Train").click()
     page.locator("#stop").click()
-    page.locator("#progress .stopped").wait_for()
+    page.locator("#summary .stopped").wait_for()
     assert run.process is None and len(run.checkpoints("lora")) == 1
     page.locator("#resume").click()
-    page.locator("#progress .running").wait_for()
+    page.locator("#summary .running").wait_for()
     wait_until(lambda: "going on from" in run.log_tail() or not run.process, "the run to go on")
     assert run.process
     page.locator("#stop").click()
-    page.locator("#progress .stopped").wait_for()
+    page.locator("#summary .stopped").wait_for()

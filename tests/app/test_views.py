@@ -32,7 +32,7 @@ def test_damage_is_told(run):
 
 def test_places_are_in_the_order_of_their_numbers():
     names = [f"layers.{number}.attention.to_q" for number in (0, 1, 10, 2)]
-    shown = views.heat_map("norms", dict.fromkeys(names, 1.0))
+    shown = views.heat_map("norms", "", dict.fromkeys(names, 1.0))
     assert [shown.index(f"<th>l{number}</th>") for number in (0, 1, 2, 10)] == sorted(
         shown.index(f"<th>l{number}</th>") for number in (0, 1, 2, 10)
     )

@@ -5,6 +5,8 @@ import os
 from waiting import ended, wait_until
 
 from diffusion.runs import RESUME, final_weights, leave_behind, main, refused
+from reslora.diffusion.status import FILE
+from reslora.files import read_object
 
 
 def test_a_second_run_is_refused_and_a_lock_left_behind_is_taken_over(runs, capsys, tmp_path):
@@ -14,13 +16,15 @@ def test_a_second_run_is_refused_and_a_lock_left_behind_is_taken_over(runs, caps
     wait_until(lambda: list(output.glob("reslora/checkpoint-*/trainer.json")), "a checkpoint", other)
     for resume in ((), RESUME):
         assert f"process {other.pid} is training in it" in refused(capsys, *flags, *resume, quiet=False)
+    wait_until(lambda: read_object(output / FILE).get("phase") == "step", "a step to be told", other)
+    assert read_object(output / FILE)["process"] == other.pid
     other.kill()
     ended(other)
     (output / ".lock").write_text(str(os.getppid()))  # an id that was used again
     done = max(int(path.name.split("-")[1]) for path in output.glob("reslora/checkpoint-*"))
     assert main(*flags, *RESUME, "--max_train_steps", done + 1) == 0
     assert final_weights(output, step=done + 1)
-    assert not (output / ".lock").exists()
+    assert not (output / ".lock").exists() and not (output / FILE).exists()
 
 
 def test_a_refused_run_leaves_the_users_files(base_flags, capsys, tmp_path):

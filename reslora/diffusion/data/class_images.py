@@ -72,6 +72,7 @@ def draw_missing(context: Context) -> None:
         for path, image in zip(paths, drawn, strict=True):
             with replacing(path) as temporary:
                 image.save(temporary, format="PNG")
+        context.status.count("drawing class image", first + len(paths), len(todo))
 
 
 def balanced(training: Sequence[Source], of_class: Sequence[Source]) -> tuple[Source, ...]:

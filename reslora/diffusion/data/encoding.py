@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
@@ -89,6 +90,7 @@ def encode_texts(
     loaded: list[DiffusionPipeline] = []
 
     def encode(numbers: Sequence[int]) -> Generator[Item]:
+        context.status.say("encoding captions")
         loaded[:] = loaded or [load_encoders()]
         for start in range(0, len(numbers), CAPTIONS_AT_ONCE):
             context.stop.check("stopped before training began")
@@ -165,6 +167,7 @@ def encode_images(variants: Variants, key: object, vae: nn.Module, context: Cont
     total = sum(map(len, share(found, PART_OF_IMAGES, accelerator)))
     silent = not accelerator.is_main_process or total == 0
     bar = tqdm(desc="encoding images", total=total, disable=silent, dynamic_ncols=True)
+    number = itertools.count(1)
 
     def encode(numbers: Sequence[int]) -> Generator[Item]:
         options = worker_options(variants.flags.dataloader_num_workers)
@@ -174,6 +177,7 @@ def encode_images(variants: Variants, key: object, vae: nn.Module, context: Cont
                 context.stop.check("stopped before training began")
                 yield item if isinstance(item, str) else encoded(context.model.family, vae, *item)
                 bar.update()
+                context.status.count("encoding image", next(number), total)
 
     with bar:
         fill(found, PART_OF_IMAGES, encode, accelerator)

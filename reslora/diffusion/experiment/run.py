@@ -28,6 +28,7 @@ from ..context import Context
 from ..data.material import latents_of, material_of, with_texts
 from ..data.samples import Material
 from ..folder import locked
+from ..memory import forget_peak, peak_memory
 from ..output.trackers import start_trackers
 from ..processes import start_accelerator
 from ..run import Setting, find_all, forget_encoder, identity_of, load_and_check, train_method
@@ -35,7 +36,7 @@ from ..training.checkpoints import EXPORTS, Identity, check_past, plan_resume
 from ..training.schedule import Schedule, schedule_of
 from .arms import Arm, plain_variants, values_of
 from .course import Course
-from .measure import ADAPTERS, SelectLoss, forget_peak, peak_memory
+from .measure import ADAPTERS, SelectLoss
 from .results import Results, check_same
 from .split import check_count, learnt, parts_of, with_parts
 

@@ -71,6 +71,7 @@ def export_method(
     flags, method, accelerator = context.flags, learner.method, context.accelerator
     name, folder = learner.name, context.folder_of(method)
     accelerator.print(f"{name}: merging, exporting and comparing")
+    context.status.say("merging", name)
     prompts, images = prompts_of(flags), flags.num_validation_images
     shown = bool(prompts and images)
     if not shown:
@@ -86,11 +87,13 @@ def export_method(
         for number, (part, found) in enumerate(merged.items()):
             accelerator.print(f"{name}: {f'{part} ' if number else ''}{found.report}")
         (folder / EXPORTS).unlink(missing_ok=True)  # until all files are of this merge
+        context.status.say("writing files", name)
         metadata = kohya_metadata(denoiser.config, material, exported(schedule, learner, context), context)
         write_formats(parts, method, metadata, context)
         if shown:
             save_images(folder / "merged", [as_image(image) for image in drawn], images)
         differences = {}
+        context.status.say("reading back what was written", name)
         for file, other in read_back(parts, method, drawer, context):
             picture = finite(drawer.draw(other, prompts[:1], 1)[0], f"{name}/{file}")
             differences[file] = int(np.abs(picture.astype(int) - reference.astype(int)).max())

@@ -40,6 +40,7 @@ def train(learner: Learner, material: Material, schedule: Schedule, watch: Watch
     """Takes the steps that are left, saving and validating when it is due; raises `Stopped` once a stop is saved."""
     accelerator, reports = context.accelerator, watch.reports
     if parts := decided(lambda: reports.overdue(schedule)):
+        context.status.say(f"sampling at step {learner.step}", learner.name)
         watch.validation(learner, reports, parts)
         if stop_requested(context.stop):  # nothing is to be saved, and a later step would leave these samples behind
             raise stopped_at(learner)
@@ -59,6 +60,7 @@ def train(learner: Learner, material: Material, schedule: Schedule, watch: Watch
             if known is not None:
                 bar.set_postfix(loss=f"{known:.4f}", refresh=False)
             bar.update()
+            context.status.count("step", learner.step, schedule.steps, learner.name)
             stopped = after_step(learner, schedule, watch, requests)
             if stopped or learner.over:
                 break
@@ -90,6 +92,7 @@ def after_step(learner: Learner, schedule: Schedule, watch: Watch, requests: Req
         watch.save()
         requests.saved()
     if (due or draw_now) and not stopped:
+        requests.status.say(f"sampling at step {learner.step}", learner.name)
         watch.validation(learner, watch.reports, *([] if due else [["samples"]]))
         stopped = stop_requested(requests.stop)
         if (stopped or learner.over) and not save_now:

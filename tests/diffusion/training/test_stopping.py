@@ -10,7 +10,7 @@ from reslora.diffusion.training.stopping import Requests, taken
 def requests(folder, minutes: float | None = None, images: int = 1) -> Requests:
     shown = {"validation_prompt": ["red disc"], "num_validation_images": images}
     flags = Flags(checkpointing_minutes=minutes, checkpointing_steps=5, **shown)
-    return Requests(SimpleNamespace(stop=SimpleNamespace(signal=None), folder=folder, flags=flags))
+    return Requests(SimpleNamespace(stop=SimpleNamespace(signal=None), folder=folder, status=None, flags=flags))
 
 
 def test_files_ask_once_and_go(tmp_path):

@@ -1,0 +1,128 @@
+"""What a run has made to be used elsewhere: each file, where it is, and how it is loaded. No gradio."""
+
+from __future__ import annotations
+
+import shutil
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from reslora.export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
+
+from .launcher import REPOSITORY, safe_name
+from .runs import Library, Run, RunError, Weights
+from .working import WorkingFiles
+
+LARGEST = 2**30
+"""Bytes of what is handed out through the browser."""
+KINDS = {DIFFUSERS_FILE: "diffusers", KOHYA_FILE: "kohya, ComfyUI, A1111", COMFYUI_FILE: "ComfyUI"}
+COMFYUI = 'Put it into ComfyUI/models/loras and choose it in the node "Load LoRA"'
+
+
+@dataclass(frozen=True)
+class Takeaway:
+    """One thing to take along."""
+
+    label: str
+    root: Path
+    """A file, or the folder that the files are in."""
+    files: tuple[Path, ...]
+    place: str
+    """Its path, from where the application's folder of runs is."""
+    use: str
+    """How it is loaded: lines of Python, or the place in another tool."""
+
+
+def takeaways(library: Library, run: Run) -> list[Takeaway]:
+    """Everything that a run has made to be used elsewhere, method by method; what leads out of the run is left out."""
+    exported = [weights for weights in run.weights() if weights.kind in ("file", "merged")]
+    found = [one for one in (of_weights(library, run, weights) for weights in exported) if one.files]
+    for method in run.methods:
+        files = files_below(run, method, "peft")
+        if files and (root := run.inside(method, "peft")):
+            place = place_of(library, run, root)
+            found.append(Takeaway(f"{method}: peft (PEFT)", root, files, place, peft_lines(run, place)))
+    return found
+
+
+def find(library: Library, run: Run, label: object) -> Takeaway:
+    """The one of that label; `RunError` if this run has none."""
+    for one in takeaways(library, run):
+        if one.label == label:
+            return one
+    raise RunError("This run has no such file; choose one from the list.")
+
+
+def packed(run: Run, one: Takeaway, working: WorkingFiles) -> Path:
+    """A copy to hand out: the file, or the folder as a zip; `RunError` for what is too large for that."""
+    if sum(path.stat().st_size for path in one.files) > LARGEST:
+        raise RunError(f"This is larger than {LARGEST // 2**30} GB: copy it from where it is.")
+    name = safe_name(f"{run.name}-{one.root.parent.name}-{one.root.name.partition('.')[0]}")
+    if one.root.is_dir():
+        path = working.new(f"{name}.zip")
+        with zipfile.ZipFile(path, "w") as archive:  # weights do not get smaller
+            for file in one.files:
+                archive.write(file, file.relative_to(one.root))
+    else:
+        path = working.new(f"{name}.safetensors")
+        shutil.copyfile(one.root, path)
+    return path
+
+
+def of_weights(library: Library, run: Run, weights: Weights) -> Takeaway:
+    """A LoRA file, or merged weights."""
+    place = place_of(library, run, weights.path)
+    if weights.kind == "merged":
+        files = files_below(run, weights.method, weights.path.name)
+        return Takeaway(weights.label, weights.path, files, place, merged_lines(run, weights, place))
+    kind, label = KINDS[weights.path.name], weights.label
+    use = lora_lines(run, place)
+    if kind != "diffusers":
+        use = f"{COMFYUI}{'; in A1111 or Forge: models/Lora' if 'A1111' in kind else ''}.\n\n{use}"
+    return Takeaway(f"{label} ({kind})", weights.path, (weights.path,), place, use)
+
+
+def files_below(run: Run, *parts: str) -> tuple[Path, ...]:
+    """All files in a folder of the run and in the folders in it; none where anything there leads out of the run."""
+    root = run.inside(*parts)
+    names = [path.relative_to(root) for path in sorted(root.rglob("[!.]*"))] if root else []
+    found = [run.inside(*parts, *name.parts) for name in names]
+    return tuple(path for path in found if path.is_file()) if all(found) else ()
+
+
+def place_of(library: Library, run: Run, path: Path) -> str:
+    """A path as one would type it beside the folder of runs."""
+    roots = (library.folder.parent, REPOSITORY, run.folder.parent)
+    root = next((root for root in roots if root != Path("/") and path.is_relative_to(root)), Path("/"))
+    return path.relative_to(root).as_posix()
+
+
+# -- how each is loaded ------------------------------------------------------------------------------------------------
+
+
+def pipeline_line(run: Run, more: str = "") -> str:
+    base = run.word("pretrained_model_name_or_path") or "assets/pipeline"
+    path = Path(base)
+    if path.is_absolute():
+        base = path.relative_to(REPOSITORY).as_posix() if path.is_relative_to(REPOSITORY) else path.name
+    if base.endswith(".safetensors"):
+        return f"pipeline = ...  # made of {base!r}"
+    return f"pipeline = DiffusionPipeline.from_pretrained({base!r}{more})"
+
+
+def lora_lines(run: Run, place: str) -> str:
+    folder, _, name = place.rpartition("/")
+    lines = ["from diffusers import DiffusionPipeline", pipeline_line(run)]
+    return "\n".join([*lines, f"pipeline.load_lora_weights({folder!r}, weight_name={name!r})"])
+
+
+def peft_lines(run: Run, place: str) -> str:
+    part = "transformer" if any(run.inside(method, "transformer") for method in run.methods) else "unet"
+    lines = ["from diffusers import DiffusionPipeline; from peft import PeftModel", pipeline_line(run)]
+    return "\n".join([*lines, f"pipeline.{part} = PeftModel.from_pretrained(pipeline.{part}, {place!r})"])
+
+
+def merged_lines(run: Run, weights: Weights, place: str) -> str:
+    part = weights.path.name
+    lines = ["from diffusers import AutoModel, DiffusionPipeline", f"{part} = AutoModel.from_pretrained({place!r})"]
+    return "\n".join([*lines, pipeline_line(run, f", {part}={part}")])

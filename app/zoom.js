@@ -1,0 +1,50 @@
+// A click on a sample enlarges it; left and right flip between the methods, up and down between the rows.
+(() => {
+  const moves = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
+  const tiles = () => [...document.querySelectorAll("#grid button.tile")];
+  let dialog, at;
+
+  function make() {
+    dialog = document.createElement("dialog");
+    dialog.id = "zoom";
+    dialog.innerHTML = `<img alt=""><p role="status"></p><div>
+      <button type="button" data-key="ArrowLeft" aria-label="method before">←</button>
+      <button type="button" data-key="ArrowRight" aria-label="next method">→</button>
+      <button type="button" data-key="ArrowUp" aria-label="row before">↑</button>
+      <button type="button" data-key="ArrowDown" aria-label="next row">↓</button>
+      <button type="button" data-key="Escape">Close</button></div>`;
+    dialog.setAttribute("aria-label", "Enlarged sample");
+    dialog.addEventListener("keydown", event => move(event.key) && event.preventDefault());
+    dialog.addEventListener("click", event => {
+      if (event.target === dialog || event.target.dataset.key === "Escape") dialog.close();
+      else move(event.target.dataset.key);
+    });
+    document.body.append(dialog);
+  }
+
+  function show(tile) {
+    const image = tile.querySelector("img"), step = tile.closest("table").dataset.step;
+    at = [Number(tile.dataset.row), Number(tile.dataset.column)];
+    dialog.querySelector("img").src = image.src;
+    dialog.querySelector("img").alt = image.alt;
+    dialog.querySelector("p").textContent = `${image.alt} · step ${step}`;
+  }
+
+  // On to the next image that way, and at the end round to the first.
+  function move(key) {
+    if (!moves[key]) return false;
+    const [down, right] = moves[key], along = right ? "column" : "row", across = right ? "row" : "column";
+    const line = tiles().filter(tile => Number(tile.dataset[across]) === at[right ? 0 : 1]);
+    const here = line.findIndex(tile => Number(tile.dataset[along]) === at[right ? 1 : 0]);
+    if (line.length) show(line[(here + down + right + line.length) % line.length]);
+    return true;
+  }
+
+  document.addEventListener("click", event => {
+    const tile = event.target.closest?.("#grid button.tile");
+    if (!tile) return;
+    if (!dialog) make();
+    show(tile);
+    dialog.showModal();
+  });
+})();

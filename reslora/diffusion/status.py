@@ -1,0 +1,58 @@
+"""What a run is doing now, for who watches it: `.status.json` in its folder, which goes away with the lock."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..common.together import is_main
+from ..files import write_json
+from .memory import peak_memory
+
+FILE = ".status.json"
+EVERY = 1.0  # seconds between two tellings of how far a phase is
+
+
+@dataclass
+class Status:
+    """Says what the run is at. The main process writes it; without a folder nobody does.
+
+    The file holds `process`, `phase`, `name` (of what is trained; may be empty), `memory_bytes` (null where unknown)
+    and, where things are counted, `done`, `total` and `per_second` (null as long as there was but one).
+    """
+
+    folder: Path | None = None
+    device: torch.device | None = None
+    phase: tuple[str, str] = ("", "")
+    told: float = 0.0
+    first: tuple[float, int] = (0.0, 0)
+    """When the first thing of this phase was done, and its number: what came before may have taken longer."""
+
+    def say(self, phase: str, name: str = "") -> None:
+        """A phase begins: it is written at once, for nothing else may be told for minutes."""
+        self.phase = (phase, name)
+        self._write()
+
+    def count(self, phase: str, done: int, total: int, name: str = "") -> None:
+        """So many are done of what a phase consists of; `phase` ends with what one of them is: `encoding image`."""
+        now = time.monotonic()
+        if self.phase != (phase, name):
+            self.phase, self.first = (phase, name), (now, done)
+        if now - self.told >= EVERY:
+            began, before = self.first
+            rate = (done - before) / (now - began) if done > before else None
+            self._write(done=done, total=total, per_second=rate)
+
+    def _write(self, **counted: float | None) -> None:
+        if self.folder is None or not is_main():
+            return
+        self.told, (phase, name) = time.monotonic(), self.phase
+        memory = peak_memory(self.device) if self.device else None
+        content = {"process": os.getpid(), "phase": phase, "name": name, "memory_bytes": memory, **counted}
+        with contextlib.suppress(OSError):  # a full disk ends a run where it loses something
+            write_json(self.folder / FILE, content)

@@ -1,0 +1,54 @@
+"""app/activity.py and what a run tells of itself: sentences, whatever the file holds and whoever wrote it."""
+
+import json
+import os
+
+import pytest
+from app_runs import run_by_hand, with_one_wrong
+
+from app import runs, views
+from app.activity import activity
+
+TOLD = {"process": 7, "phase": "step", "name": "lora", "memory_bytes": 1.24e9}
+COUNTED = {"done": 60, "total": 200, "per_second": 3.11}
+
+
+@pytest.mark.parametrize(
+    ("told", "sentence"),
+    [
+        (TOLD | COUNTED, "LoRA, step 60 of 200 · 3.1 steps a second · about 45 s left · 1.2 GB"),
+        (TOLD | COUNTED | {"per_second": 0.25}, "LoRA, step 60 of 200 · 4.0 s a step · about 9 min left · 1.2 GB"),
+        (TOLD | COUNTED | {"per_second": 0.01}, "LoRA, step 60 of 200 · 100.0 s a step · about 3.9 h left · 1.2 GB"),
+        (TOLD | COUNTED | {"per_second": None}, "LoRA, step 60 of 200 · 1.2 GB"),
+        (TOLD | COUNTED | {"done": 200}, "LoRA, step 200 of 200 · 3.1 steps a second · 1.2 GB"),
+        (TOLD | {"phase": "merging", "name": "reslora"}, "ResLoRA, merging · 1.2 GB"),
+        ({"phase": "preparing", "name": "", "memory_bytes": None}, "Preparing"),
+        (
+            {"phase": "encoding image", "name": "", "done": 120, "total": 400, "per_second": 12},
+            "Encoding image 120 of 400 · 12.0 images a second · about 23 s left",
+        ),
+        ({}, ""),
+    ],
+)
+def test_sentences(told, sentence):
+    assert activity(told) == sentence
+
+
+def test_whatever_the_file_holds_there_is_a_short_sentence():
+    for told in with_one_wrong(TOLD | COUNTED):
+        assert not isinstance(told, dict) or len(activity(told)) < 400
+
+
+def test_only_a_trainer_that_is_at_work_is_believed(tmp_path, monkeypatch):
+    """A file that a killed trainer has left says nothing, nor does it once another process trains there."""
+    run = run_by_hand(tmp_path)
+    monkeypatch.setattr(runs, "is_trainer", lambda process: process == os.getpid())
+    (run.folder / ".status.json").write_text(json.dumps(TOLD | {"process": os.getpid(), "phase": "<b>merging"}))
+    assert run.activity == {}
+    (run.folder / ".lock").write_text(str(os.getpid()))
+    assert activity(run.activity).startswith("LoRA, <b>merging") and "LoRA, &lt;b&gt;merging" in views.summary(run, "")
+    (run.folder / ".status.json").write_text(json.dumps(TOLD))
+    assert run.activity == {}
+    for wrong in ("", "[1]", "{"):
+        (run.folder / ".status.json").write_text(wrong)
+        assert run.activity == {}
