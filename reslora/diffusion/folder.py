@@ -13,10 +13,10 @@ from filelock import FileLock, Timeout
 
 from ..common.errors import InvalidArgument
 from ..common.methods import METHODS
+from ..experiment.record import EXPERIMENT as EXPERIMENT
 from ..files import remove_leftovers
 from .arguments import Flags
 
-EXPERIMENT = "experiment.json"  # what an experiment leaves, and a run does not
 OWNER = ".lock"  # holds the process id, for readers; what is locked is a file of the system's temporary folder
 
 

@@ -1,12 +1,9 @@
-"""What an arm is measured by: losses at fixed timesteps and noises, and memory."""
+"""What an arm is measured by: losses at fixed timesteps and noises."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from pathlib import Path
-
-import torch
 
 from ..arguments import NOISES
 from ..output.reports import Reports, Validation
@@ -30,25 +27,3 @@ class SelectLoss(Validation):
 def adapter_folder(folder: Path, step: int) -> Path:
     """Where an arm keeps the adapter of a step."""
     return folder / ADAPTERS / f"step-{step:06d}"
-
-
-# -- memory ------------------------------------------------------------------------------------------------------------
-
-
-def forget_peak(device: torch.device) -> None:
-    """From here on `peak_memory` counts; on a CPU where the system allows it."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        with contextlib.suppress(OSError):  # Linux alone has it
-            Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory(device: torch.device) -> int | None:
-    """Bytes at the most: allocated on a GPU; on a CPU resident, what the process had before included; else None."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    with contextlib.suppress(OSError, IndexError, ValueError):
-        if device.type == "cpu":
-            return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
-    return None

@@ -1,7 +1,6 @@
 """Losses at fixed timesteps and noises: the formula by hand, and what they do not depend on."""
 
 import dataclasses
-import mmap
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +9,7 @@ from accelerate import Accelerator
 
 from diffusion import exact_steps
 from reslora.diffusion.data.samples import NOISES, TIMESTEPS, FixedSamples, losses_of, measured, measured_at
-from reslora.diffusion.experiment.measure import SelectLoss, forget_peak, peak_memory
+from reslora.diffusion.experiment.measure import SelectLoss
 from reslora.diffusion.output.reports import Validation
 
 
@@ -111,15 +110,3 @@ def test_which_images_are_measured_their_content_says(setting):
     numbers = list(range(exact_steps.IMAGES))
     assert chosen(numbers) == chosen(numbers[::-1]) != {"mark 0", "mark 1", "mark 2"}
     assert measured(material) == material.held_out
-
-
-def test_peak_memory_counts_from_where_it_was_forgotten():
-    """By pages of the system's: what malloc has kept of earlier tests would be used again."""
-    device, size = torch.device("cpu"), 2**26
-    with mmap.mmap(-1, 2 * size) as pages:
-        pages.write(b"1" * 2 * size)
-    forget_peak(device)
-    before = peak_memory(device)
-    with mmap.mmap(-1, size) as pages:
-        pages.write(b"1" * size)
-        assert 0.9 * size <= peak_memory(device) - before <= 2.5 * size

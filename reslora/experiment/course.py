@@ -11,10 +11,10 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...common.log import of_split, read_log
-from ...common.methods import METHODS
-from ...files import read_object, write_json
-from ..arguments import Flags
+from ..common.flags import Flags
+from ..common.log import of_split, read_log
+from ..common.methods import METHODS
+from ..files import read_object, write_json
 from . import record
 from .arms import (
     MOST_EXTENSIONS,
