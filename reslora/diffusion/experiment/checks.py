@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from ...common.errors import InvalidArgument
-from ...common.methods import METHODS
-from ...experiment.arms import alpha_of, values_of
+from ...experiment.arms import alpha_of, check_values, values_of
 from ..arguments import SEVERAL, Flags
 
 
@@ -24,18 +23,10 @@ def check_experiment(flags: Flags) -> None:
                 fix = "give several values of --learning_rate, --seed, --rank or --shortcut, or leave it out"
                 raise InvalidArgument(f"--{name}", "this is no experiment, nothing reads it", fix)
         return
-    for name in SEVERAL:
-        values = [f"{value:g}" if name == "learning_rate" else str(value) for value in values_of(flags, name)]
-        if len(set(values)) < len(values):
-            raise InvalidArgument(f"--{name} {' '.join(values)}", "the same one twice", "give each once")
+    check_values(flags, {name: name for name in SEVERAL})
     if isinstance(flags.rank, list) and flags.init_lora:
         problem = "--init_lora has ranks of its own"
         raise InvalidArgument(f"--rank {' '.join(map(str, flags.rank))}", problem, "leave it out")
-    if isinstance(flags.shortcut, list) and not any(METHODS[method].reads_shortcut for method in flags.method):
-        problem = f"--method {' '.join(flags.method)} has none"
-        raise InvalidArgument(f"--shortcut {' '.join(flags.shortcut)}", problem, "add reslora, or give one")
-    if flags.extend_rates and not isinstance(flags.learning_rate, list):
-        raise InvalidArgument("--extend_rates", "one rate says no next one", "give two or more as --learning_rate")
     if flags.select_split + flags.test_split >= 1:
         problem = f"with --test_split {flags.test_split:g} nothing is left to train on"
         raise InvalidArgument(f"--select_split {flags.select_split:g}", problem, "give smaller shares")

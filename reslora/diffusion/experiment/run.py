@@ -25,7 +25,7 @@ from ...common.methods import METHODS
 from ...common.signals import StopRequest
 from ...common.together import decided, each
 from ...experiment.arms import Arm, values_of
-from ...experiment.course import Course
+from ...experiment.course import ADAPTERS, Course
 from ...experiment.record import Facts, TestLosses
 from ...experiment.report import About
 from ...experiment.run import train_and_conclude
@@ -43,7 +43,7 @@ from ..training.checkpoints import EXPORTS, MERGING, Identity, check_past, check
 from ..training.schedule import Schedule, schedule_of
 from .checks import plain_variants
 from .judging import export_chosen, is_tested, tested
-from .measure import ADAPTERS, SelectLoss
+from .measure import SelectLoss
 from .pages import IMAGES
 from .split import Parts, check_count, learnt, parts_of, with_parts
 
