@@ -393,7 +393,7 @@ def check_resume(output_dir: str | os.PathLike, resume: str | None, current: Map
         return
     earlier = read_object(output / "config.json")
     for name, value in current.items():
-        if name not in FREE_ON_RESUME and name in earlier and not _same(name, earlier[name], value):
+        if name not in FREE_ON_RESUME and name in earlier and not is_same(name, earlier[name], value):
             raise InvalidArgument(
                 f"--{name} {value}",
                 f"{output} was trained with {earlier[name]}",
@@ -422,7 +422,8 @@ def fingerprint(rows: Iterable[object]) -> str:
     return found.hexdigest()
 
 
-def _same(name: str, earlier: object, current: object) -> bool:
+def is_same(name: str, earlier: object, current: object) -> bool:
+    """Whether a setting is that of an earlier run; folders may have moved."""
     if name in FOLDERS and Path(str(current)).exists():
         return Path(str(earlier)).name == Path(str(current)).name
     return earlier == current

@@ -8,6 +8,7 @@ example under the merged adapter.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import json
 import math
@@ -36,7 +37,7 @@ from ..experiment.report import About
 from ..experiment.run import train_and_conclude
 from ..export import export_peft
 from ..files import read_object, remove_leftovers, replacing, write_json
-from .arguments import FREE_ON_RESUME, SEVERAL, ExperimentArguments, fingerprint
+from .arguments import FREE_ON_RESUME, SEVERAL, ExperimentArguments, fingerprint, is_same
 from .checkpoints import checkpoints_of
 from .parts import Parts
 from .results import as_plain, export
@@ -98,19 +99,19 @@ class Study(ABC):
 
 def run_experiment(study: Study, values: dict[str, Any], stop: StopRequest) -> None:
     """Trains the arms that the flags name and that have not ended yet, and tells which method does best."""
-    began, shares, flags = time.monotonic(), experiment_of(study, values), flags_of(values)
+    began, shares, flags = time.monotonic(), experiment_of(values), flags_of(values)
     check_values(flags, SEVERAL)
     course = Course(flags, began)
-    for arm in course.arms():
-        study.settled(values_of(arm, values, course))
-    plain = study.settled(values_of(course.arms()[0], values, course))
+    plain, *_ = [study.settled(values_of(arm, values, course)) for arm in course.arms()]
     parts = study.parts(plain, shares)
     values |= looks(values, total_steps(plain.training, study.prepare(plain, parts)))
-    identity = identity_of(study, values, parts)
-    decided(lambda: take_folder(course, identity, values))
+    bench = Bench(course, study, values, parts, stop)
+    decided(lambda: take_folder(course, bench.identity, values))
+    for label in course.labels:
+        bench.check_label(label)
     if plain.training.should_save:
         print(f"{len(course.arms())} arms; {parts}", flush=True)
-    train_and_conclude(course, Bench(course, study, values, parts, stop))
+    train_and_conclude(course, bench)
 
 
 def flags_of(values: Mapping[str, Any]) -> Flags:
@@ -130,7 +131,7 @@ def values_of(arm: Arm, values: Mapping[str, Any], course: Course) -> dict[str, 
     return {**values, **dict.fromkeys(field.name for field in dataclasses.fields(ExperimentArguments)), **own}
 
 
-def experiment_of(study: Study, values: Mapping[str, Any]) -> ExperimentArguments:
+def experiment_of(values: Mapping[str, Any]) -> ExperimentArguments:
     """The experiment's own flags; refuses those of plain runs that it cannot follow."""
     for name, fix in (
         ("load_best_model_at_end", "leave it out: checkpoints are chosen over seeds together"),
@@ -156,24 +157,14 @@ def looks(values: Mapping[str, Any], steps: int) -> dict[str, Any]:
     return {"eval_strategy": "steps", "eval_steps": math.ceil(steps / MOST_LOOKS)} if strategy == "no" else {}
 
 
-def identity_of(study: Study, values: Mapping[str, Any], parts: Parts) -> dict:
-    """What an experiment goes on with alone: its settings, and its examples by content."""
-    first = {flag: value[0] for flag in SEVERAL.values() if isinstance(value := values[flag], list)}
-    own = study.settled({**values, **first, **dict.fromkeys(f.name for f in dataclasses.fields(ExperimentArguments))})
-    found = {name: value for name, value in own.settings.items() if name not in FREE_ON_RESUME or name in FIXED}
-    found |= {name: values[name] for name in (*SEVERAL.values(), "lora_alpha")}
-    found |= {part: fingerprint(map(repr, getattr(parts, part))) for part in ("train", "select", "test")}
-    return json.loads(json.dumps({name: value for name, value in found.items() if name not in CHANGING}))
-
-
 def take_folder(course: Course, identity: Mapping[str, Any], values: Mapping[str, Any]) -> None:
     """Refuses another experiment's folder, or a plain run's, and takes away what a killed start left half-written."""
     folder = course.folder
-    there = read_object(folder / EXPERIMENT).get("identity")
-    if there is None and (checkpoints_of(folder) or (folder / "results.json").exists()):
+    there = read_object(folder / EXPERIMENT).get("identity") or {}
+    if not there and (checkpoints_of(folder) or (folder / "results.json").exists()):
         raise InvalidArgument(f"--output_dir {folder}", "holds a run that is no experiment", "choose another")
     for name, value in identity.items() if there else ():
-        if there.get(name) != value:
+        if not is_same(name, there.get(name), value):
             data = name in ("train", "select", "test")
             argument = f"the {name} examples" if data else f"--{name} {value}"
             problem = "was begun with others" if data else f"was begun with {there.get(name)}"
@@ -214,6 +205,21 @@ class Bench:
     stop: StopRequest
     about: About = TEXTS
 
+    @functools.cached_property
+    def identity(self) -> dict:
+        """What an experiment goes on with alone: its settings, and its examples by content."""
+        settings = self.arguments_of(self.course.arms()[0]).settings
+        found = {name: value for name, value in settings.items() if name not in FREE_ON_RESUME or name in FIXED}
+        found |= {name: self.values[name] for name in (*SEVERAL.values(), "lora_alpha")}
+        found |= {part: fingerprint(map(repr, getattr(self.parts, part))) for part in ("train", "select", "test")}
+        return json.loads(json.dumps({name: value for name, value in found.items() if name not in CHANGING}))
+
+    def check_label(self, label: str) -> None:
+        """Refuses what cannot be attached before anything is trained."""
+        arms = [arm for arm in self.course.arms() if arm.label == label]
+        if not decided(lambda: any(self.course.ended(arm) for arm in arms)):
+            self.study.adapted(self.arguments_of(arms[0]))
+
     @property
     def device(self) -> torch.device:
         """On which arms are trained."""
@@ -234,7 +240,7 @@ class Bench:
                 "test": len(parts.test),
                 "duplicates": parts.duplicates,
             },
-            "identity": identity_of(self.study, self.values, parts),
+            "identity": self.identity,
         }
 
     def train(self, arm: Arm) -> None:
