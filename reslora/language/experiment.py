@@ -44,6 +44,7 @@ from .results import as_plain, export
 from .trainer import AdapterTrainer, total_steps
 
 TEST, MOST_LOOKS = "test.json", 10
+LEAST_LOSS = 1e-12  # of a sure example, whose loss rounds to zero: statistics take losses above it
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets")
 CHANGING = ("method", "learning_rate", "seed")  # of these more may be added
 FIXED = (
@@ -286,7 +287,7 @@ class Bench:
             stop = "stopped while comparing; the same command goes on"
             model, arguments = self.restored(arm, step), self.arguments_of(arm)
             losses, figures = self.study.measured(arguments, model, lambda: self.stop.check(stop))
-            numbers = [loss if math.isfinite(loss) else None for loss in losses]
+            numbers = [max(loss, LEAST_LOSS) if math.isfinite(loss) else None for loss in losses]
             write_json(path, {"step": step, "images": self.parts.marks, "losses": numbers, "figures": figures})
         record = read_object(path)
         return {name: record[name] for name in ("images", "losses", "figures")}  # type: ignore[return-value]

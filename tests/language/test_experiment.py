@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from reslora.common.assets import ASSETS
 from reslora.common.script import run_script
-from reslora.experiment.arms import labels_of
+from reslora.experiment.arms import Arm, labels_of, place_of
+from reslora.experiment.arms import flags_of as flags_of_arm
 from reslora.language import experiment, glue, glue_arguments, llm, llm_arguments
 from reslora.language.experiment import flags_of
 from reslora.language.llm_tasks import TASKS, examples_of
@@ -23,6 +24,7 @@ from .test_glue import write_rows as write_file
 MODEL = ASSETS / "tiny-llama"
 RATES = ("1e-3", "5e-3")
 EXPERIMENT = ("--method", "lora", "reslora", "--learning_rate", *RATES)
+ARM = Arm("any", 1e-3, 0)
 SPLITS = {"train": 12, "validation": 3, "test": 4}
 
 
@@ -186,6 +188,12 @@ def test_ranks_shortcuts_and_numbers_of_blocks_are_compared():
         *("ms_placebo middle(2) rank 4", "ms_placebo middle(-1) rank 4"),
     ]
     assert values["lora_alpha"] is None
+    flags = flags_of(values)
+    found = {label.name: (place_of(label, ARM), flags_of_arm(flags, label, 1e-3, 0)) for label in labels_of(flags)}
+    place, own = found["reslora block(-1) rank 4"]
+    assert place == "block/pre_num--1/rank-4/lr-0.001/seed-0"
+    assert (own.shortcut, own.pre_num, own.rank, own.lora_alpha) == ("block", -1, 4, 8)
+    assert [found[name][1].pre_num for name in ("lora rank 2", "ms_placebo middle(-1) rank 2")] == [2, -1]
 
 
 # -- GLUE --------------------------------------------------------------------------------------------------------------
