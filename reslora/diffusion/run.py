@@ -14,9 +14,11 @@ from torch import nn
 
 from ..common.controls import Settings, gauged, put_on
 from ..common.errors import InvalidArgument
+from ..common.folder import locked
 from ..common.methods import METHODS
 from ..common.signals import StopRequest
 from ..common.together import decided, each, gathered
+from ..experiment.record import EXPERIMENT
 from .arguments import Flags
 from .checks import check_base_precision, check_encoders, check_family, check_methods, check_pipeline, with_rank
 from .context import Context
@@ -25,7 +27,6 @@ from .data.dataset import ImageDataset, data_flag
 from .data.folders import load_folders
 from .data.material import material_of
 from .data.samples import CalibrationSamples, Material
-from .folder import EXPERIMENT, locked
 from .model.loading import find_model
 from .model.lora_files.combining import in_short
 from .model.objective import Objective, objective_of

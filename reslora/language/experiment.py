@@ -7,6 +7,7 @@ example under the merged adapter.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import gc
@@ -28,6 +29,7 @@ from .. import __version__
 from ..common.adapters import load_adapter, save_adapter
 from ..common.errors import Diverged, InvalidArgument
 from ..common.flags import Flags, listed
+from ..common.folder import locked
 from ..common.signals import StopRequest
 from ..common.together import decided
 from ..experiment.arms import Arm, check_values
@@ -107,12 +109,13 @@ def run_experiment(study: Study, values: dict[str, Any], stop: StopRequest) -> N
     parts = study.parts(plain, shares)
     values |= looks(values, total_steps(plain.training, study.prepare(plain, parts)))
     bench = Bench(course, study, values, parts, stop)
-    decided(lambda: take_folder(course, bench.identity, values))
-    for label in course.labels:
-        bench.check_label(label)
-    if plain.training.should_save:
-        print(f"{len(course.arms())} arms; {parts}", flush=True)
-    train_and_conclude(course, bench)
+    with contextlib.ExitStack() as stack:
+        decided(lambda: take_folder(bench, stack))
+        for label in course.labels:
+            bench.check_label(label)
+        if plain.training.should_save:
+            print(f"{len(course.arms())} arms; {parts}", flush=True)
+        train_and_conclude(course, bench)
 
 
 def flags_of(values: Mapping[str, Any]) -> Flags:
@@ -158,13 +161,17 @@ def looks(values: Mapping[str, Any], steps: int) -> dict[str, Any]:
     return {"eval_strategy": "steps", "eval_steps": math.ceil(steps / MOST_LOOKS)} if strategy == "no" else {}
 
 
-def take_folder(course: Course, identity: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-    """Refuses another experiment's folder, or a plain run's, and takes away what a killed start left half-written."""
-    folder = course.folder
+def take_folder(bench: Bench, stack: contextlib.ExitStack) -> None:
+    """Locks the experiment's folder until the stack closes, and refuses another experiment's, or a plain run's.
+
+    What a killed start has left half-written in it goes away.
+    """
+    course, folder = bench.course, bench.course.folder
+    stack.enter_context(locked(folder))
     there = read_object(folder / EXPERIMENT).get("identity") or {}
     if not there and (checkpoints_of(folder) or (folder / "results.json").exists()):
         raise InvalidArgument(f"--output_dir {folder}", "holds a run that is no experiment", "choose another")
-    for name, value in identity.items() if there else ():
+    for name, value in bench.identity.items() if there else ():
         if not is_same(name, there.get(name), value):
             data = name in ("train", "select", "test")
             argument = f"the {name} examples" if data else f"--{name} {value}"
@@ -173,8 +180,7 @@ def take_folder(course: Course, identity: Mapping[str, Any], values: Mapping[str
     for place in map(course.folder_of, course.arms()):
         remove_leftovers(place)
         remove_leftovers(place / ADAPTERS)
-    folder.mkdir(parents=True, exist_ok=True)
-    known = {name: value for name, value in values.items() if not name.endswith("token")}
+    known = {name: value for name, value in bench.values.items() if not name.endswith("token")}
     write_json(folder / "config.json", json.loads(json.dumps(known, default=str)))
 
 

@@ -21,12 +21,13 @@ from diffusers import DiffusionPipeline
 
 from ... import __version__
 from ...common.errors import InvalidArgument
+from ...common.folder import locked
 from ...common.methods import METHODS
 from ...common.signals import StopRequest
 from ...common.together import decided, each
 from ...experiment.arms import Arm, values_of
 from ...experiment.course import ADAPTERS, Course
-from ...experiment.record import Facts, TestLosses
+from ...experiment.record import EXPERIMENT, Facts, TestLosses
 from ...experiment.report import About
 from ...experiment.run import train_and_conclude
 from ...files import read_object, remove_leftovers
@@ -35,7 +36,6 @@ from ..checks import check_methods
 from ..context import Context
 from ..data.material import latents_of, material_of, with_texts
 from ..data.samples import Material, measured_at
-from ..folder import EXPERIMENT, locked
 from ..output.trackers import start_trackers
 from ..processes import start_accelerator
 from ..run import Setting, find_all, forget_encoder, identity_of, load_and_check, train_method
