@@ -165,7 +165,7 @@ def test_the_best_checkpoint_is_chosen_on_held_out_training_examples(tiny, tmp_p
 
 
 def test_the_bundled_deepspeed_configuration_is_zero_2_with_offloading():
-    configuration = HfDeepSpeedConfig(str(llm.ZERO2_OFFLOAD))
+    configuration = HfDeepSpeedConfig(str(llm_arguments.ZERO2_OFFLOAD))
     assert configuration._stage == 2 and configuration.is_offload()
     assert configuration.get_value("zero_optimization.offload_optimizer.device") == "cpu"
     assert configuration.get_value("zero_force_ds_cpu_optimizer") is False  # the optimizer is the trainer's
