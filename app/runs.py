@@ -23,7 +23,7 @@ from reslora.checkpoint import WEIGHTS_NAME
 from reslora.common.adapters import ADAPTER_NAME
 from reslora.common.log import count_damaged, of_split, read_log
 from reslora.common.methods import METHODS
-from reslora.diffusion.status import FILE as STATUS
+from reslora.common.status import FILE as STATUS
 from reslora.export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 
 EXAMPLE = Path(__file__).resolve().parent / "example"

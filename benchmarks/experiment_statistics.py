@@ -17,7 +17,7 @@ import numpy as np
 from measured import keep
 from scipy import special
 
-from reslora.diffusion.experiment.statistics import LEVEL, Spread, detectable, half_width, spread_of
+from reslora.experiment.statistics import LEVEL, Spread, detectable, half_width, spread_of
 
 SEEDS, IMAGES, COMPARISONS = (2, 3, 5, 8), (10, 40), (1, 4)
 VARIANCES = ((0, 0, 1), (0.01, 0.1, 1), (0.1, 0.1, 1), (1, 0.1, 1), (0.1, 1, 1), (1, 1, 1), (0.3, 0.3, 0.1))

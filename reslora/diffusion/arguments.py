@@ -11,6 +11,8 @@ from typing import Any, NoReturn
 
 from .. import __version__
 from ..common.checks import is_number, is_whole, number_in_words, whole_in_words
+from ..common.flags import Flags as Flags
+from ..common.flags import listed as listed
 from ..common.methods import IN_WORDS, METHODS
 from ..common.patterns import HELP as PATTERNS
 from ..config import HEADS, SHORTCUTS
@@ -52,20 +54,6 @@ BY_FAMILY = {
     "weighting_scheme": "SD 3 logit_normal; others none",
     "max_sequence_length": "SD 3 77; others 512",
 }
-
-
-class Flags(argparse.Namespace):
-    """All flags with their values, which do not change any more."""
-
-    def __init__(self, **values: object) -> None:
-        vars(self).update(values)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"{name} cannot be changed: use replace")
-
-    def replace(self, **changes: object) -> Flags:
-        """A copy in which some flags have other values."""
-        return Flags(**{**vars(self), **changes})
 
 
 class Parser(argparse.ArgumentParser):
@@ -151,11 +139,6 @@ def in_words(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(value) or "none"
     return "none" if value is None else "on" if value is True else str(value)  # 1 is equal to True
-
-
-def listed(value: Any) -> list:
-    """The values of a flag that takes one or several; those in `ONE_OR_SEVERAL` have a single one without a list."""
-    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 # fmt: off

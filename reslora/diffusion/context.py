@@ -10,8 +10,8 @@ import torch
 from accelerate import Accelerator
 
 from ..common.signals import StopRequest
+from ..common.status import Status
 from .arguments import Flags
-from .status import Status
 
 if TYPE_CHECKING:
     from .model.families.base import Part

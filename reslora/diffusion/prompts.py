@@ -15,7 +15,7 @@ from ..common.checks import is_number, is_whole, number_in_words, whole_in_words
 from ..common.errors import InvalidArgument, first_line
 
 if TYPE_CHECKING:
-    from .arguments import Flags
+    from ..common.flags import Flags
 
 UNRELATED = ("a wooden chair in a white room", "a snowy mountain", "a bowl of oranges", "an old man reading a book")
 """What the base model draws should be kept of, whatever is learnt."""

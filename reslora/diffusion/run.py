@@ -14,9 +14,12 @@ from torch import nn
 
 from ..common.controls import Settings, gauged, put_on
 from ..common.errors import InvalidArgument
+from ..common.folder import locked
 from ..common.methods import METHODS
 from ..common.signals import StopRequest
+from ..common.status import Status
 from ..common.together import decided, each, gathered
+from ..experiment.record import EXPERIMENT
 from .arguments import Flags
 from .checks import check_base_precision, check_encoders, check_family, check_methods, check_pipeline, with_rank
 from .context import Context
@@ -25,7 +28,6 @@ from .data.dataset import ImageDataset, data_flag
 from .data.folders import load_folders
 from .data.material import material_of
 from .data.samples import CalibrationSamples, Material
-from .folder import EXPERIMENT, locked
 from .model.loading import find_model
 from .model.lora_files.combining import in_short
 from .model.objective import Objective, objective_of
@@ -37,7 +39,6 @@ from .output.summary import hub_repository, print_summary, publish, write_figure
 from .output.trackers import start_trackers
 from .processes import start_accelerator
 from .settings import with_family
-from .status import Status
 from .training.best import go_on_from
 from .training.checkpoints import Identity, Resume, plan_resume, restore, save_checkpoint, write_exports
 from .training.denoising import DenoisingLoss
@@ -112,6 +113,7 @@ def settle(flags: Flags, accelerator: Accelerator, stop: StopRequest) -> Context
 def take_folder(flags: Flags, stack: contextlib.ExitStack) -> None:
     """Locks the run's folder until the stack closes, and refuses at once what its content does not allow."""
     stack.enter_context(locked(Path(flags.output_dir)))
+    Status(Path(flags.output_dir)).say("preparing")
     if (Path(flags.output_dir) / EXPERIMENT).exists():
         fix = "give its rates and seeds, or choose another"
         raise InvalidArgument(f"--output_dir {flags.output_dir}", "holds an experiment", fix)

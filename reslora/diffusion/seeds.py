@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 
-
-def derive(*key: object) -> int:
-    """A 63-bit seed that depends on the whole key and nothing else, the same on every machine."""
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
+from ..common.seeds import derive
 
 
 def generator(*key: object) -> torch.Generator:

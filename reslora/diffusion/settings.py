@@ -17,10 +17,11 @@ from ..common.checks import check_writable
 from ..common.errors import InvalidArgument, first_line, refused_as
 from ..common.methods import METHODS, any_with_shortcuts, check_steps, refuse_parts, refuse_settings
 from ..common.patterns import FIELDS, entries
+from ..experiment.arms import alpha_of
 from ..merges import MERGES
 from ..shortcuts import PLAIN, shortcut_class
 from .arguments import DEFAULTS, NOISES, ONE_OR_SEVERAL, SEVERAL, Flags, build_parser, listed
-from .experiment.arms import alpha_of, check_experiment, plain_variants
+from .experiment.checks import check_experiment, plain_variants
 from .model.families import FAMILIES
 from .optimizers import check_installed, named
 from .prompts import clean, from_file

@@ -27,6 +27,7 @@ from ..common.patterns import FIELDS, entries
 from ..common.patterns import HELP as PATTERNS
 from ..common.script import shares_the_cpu
 from ..config import HEADS, SHORTCUTS
+from ..experiment.record import EXPERIMENT
 from ..files import read_object
 from ..merges import AUTO
 from ..merges import NAMES as MERGES
@@ -128,6 +129,53 @@ class MethodArguments:
 
 
 @dataclass
+class ExperimentArguments:
+    """What several methods, rates and seeds are chosen and compared by; for `HfArgumentParser`."""
+
+    select_split: float | None = field(
+        default=None,
+        metadata={
+            "help": "experiments: share of the training examples by which learning rates and checkpoints are chosen, "
+            "where the task has no validation file beside a test file; default 0.1"
+        },
+    )
+    test_split: float | None = field(
+        default=None,
+        metadata={
+            "help": "experiments: share of the training examples by which methods are compared in the end, where the "
+            "task has neither a test nor a validation file; default 0.1"
+        },
+    )
+    extend_rates: bool = field(
+        default=False,
+        metadata={
+            "help": "experiments: where the best learning rate is the lowest or highest, try the next one, up to three "
+            "times"
+        },
+    )
+    experiment_minutes: float | None = field(
+        default=None,
+        metadata={
+            "help": "experiments: time after which none is begun that would not end in it; the same command goes on"
+        },
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("select_split", "test_split"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), 0, below=1, exclusive=True)
+        if self.experiment_minutes is not None:
+            check_number("experiment_minutes", self.experiment_minutes, 0, exclusive=True)
+
+
+SEVERAL = {
+    "method": "method", "learning_rate": "learning_rate", "seed": "seed", "rank": "lora_r", "shortcut": "shortcut",
+    "pre_num": "pre_num",
+}  # fmt: skip
+"""What is experimented with, and the flag of each: several values of one make a run an experiment."""
+
+
+@dataclass
 class AdapterTrainingArguments(TrainingArguments):
     """transformers' `TrainingArguments`, with TensorBoard and a row of the log per step, and every number checked."""
 
@@ -218,18 +266,21 @@ def build_parser(types: Sequence[type], prog: str, description: str | None = Non
     """A parser of the flags that are the fields of the dataclasses `types`."""
     # An error is one line, without a screen of usage before it.
     usage = argparse.SUPPRESS
-    parser = HfArgumentParser(list(types), prog=prog, usage=usage, description=description, allow_abbrev=False)
+    types = [*types, ExperimentArguments]
+    parser = HfArgumentParser(types, prog=prog, usage=usage, description=description, allow_abbrev=False)
+    for action in parser._actions:
+        action.nargs = "+" if action.dest in SEVERAL.values() else action.nargs
     parser.add_argument("--version", action="version", version=f"reslora-sd {__version__}")
     return parser
 
 
-def parse_arguments(
+def parse_values(
     parser: HfArgumentParser,
     argv: Sequence[str] | None = None,
     bundled: Mapping[str, object] | None = None,
     deepspeed_config: str | None = None,
-) -> tuple:
-    """Parses flags into instances of the parser's dataclasses.
+) -> dict[str, Any]:
+    """Parses flags into their values by name: lists for those in SEVERAL that several were given of.
 
     What argparse or transformers refuse ends the program with one line and status 2; what our own classes refuse is
     `InvalidArgument`.
@@ -244,12 +295,45 @@ def parse_arguments(
     if deepspeed_config:
         action = next(action for action in parser._actions if action.dest == "deepspeed")
         action.nargs, action.const = "?", deepspeed_config
+    namespace, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    values = vars(namespace)
+    for name in SEVERAL.values():
+        if isinstance(values.get(name), list) and len(values[name]) == 1:
+            (values[name],) = values[name]
+    alpha = any(word.split("=")[0] in ("--lora_alpha", "--lora-alpha") for word in argv)
+    if isinstance(values.get("lora_r"), list) and not alpha:
+        values["lora_alpha"] = None  # twice each rank
+    return values
+
+
+def is_experiment(values: Mapping[str, object]) -> bool:
+    """Whether several values of anything in SEVERAL are given."""
+    return any(isinstance(values[name], list) for name in SEVERAL.values())
+
+
+def parsed(parser: HfArgumentParser, values: Mapping[str, Any]) -> tuple:
+    """The values of a run that is no experiment as instances of the parser's dataclasses.
+
+    Raises `InvalidArgument` for what cannot work.
+    """
     try:
-        return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+        *found, experiment = parser.parse_dict(dict(values), allow_extra_keys=True)
+        for name, value in dataclasses.asdict(experiment).items():
+            if value:
+                fix = f"give several values of --{', --'.join(SEVERAL.values())}, or leave it out"
+                raise InvalidArgument(f"--{name}", "this is no experiment, nothing reads it", fix)
+        return tuple(found)
     except InvalidArgument:
         raise
     except (ValueError, ImportError, OSError, RuntimeError) as error:  # what transformers' own classes refuse
         return parser.error(first_line(error))
+
+
+def parse_arguments(parser: HfArgumentParser, argv: Sequence[str] | None = None, **options: Any) -> tuple:
+    """`parsed` of `parse_values`."""
+    return parsed(parser, parse_values(parser, argv, **options))
 
 
 def settings(*arguments: Any) -> dict:
@@ -295,6 +379,9 @@ def check_resume(output_dir: str | os.PathLike, resume: str | None, current: Map
     `current` differs from the folder's `config.json` when resuming, but for those in FREE_ON_RESUME.
     """
     output = Path(output_dir)
+    if (output / EXPERIMENT).exists():
+        fix = "give its methods, rates and seeds, or choose another"
+        raise InvalidArgument(f"--output_dir {output}", "holds an experiment", fix)
     if resume is None:
         finished = (output / "results.json").exists()
         if finished or any(output.glob("checkpoint-*")):
@@ -306,7 +393,7 @@ def check_resume(output_dir: str | os.PathLike, resume: str | None, current: Map
         return
     earlier = read_object(output / "config.json")
     for name, value in current.items():
-        if name not in FREE_ON_RESUME and name in earlier and not _same(name, earlier[name], value):
+        if name not in FREE_ON_RESUME and name in earlier and not is_same(name, earlier[name], value):
             raise InvalidArgument(
                 f"--{name} {value}",
                 f"{output} was trained with {earlier[name]}",
@@ -335,7 +422,8 @@ def fingerprint(rows: Iterable[object]) -> str:
     return found.hexdigest()
 
 
-def _same(name: str, earlier: object, current: object) -> bool:
+def is_same(name: str, earlier: object, current: object) -> bool:
+    """Whether a setting is that of an earlier run; folders may have moved."""
     if name in FOLDERS and Path(str(current)).exists():
         return Path(str(earlier)).name == Path(str(current)).name
     return earlier == current

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -19,24 +20,20 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ..common.assets import ASSETS
 from ..common.errors import InvalidArgument
 from ..common.signals import StopRequest
 from ..files import replacing, write_json
 from .arguments import (
-    AdapterTrainingArguments,
-    MethodArguments,
-    build_parser,
+    ExperimentArguments,
     check_data,
     check_resume,
-    check_whole,
     fingerprint,
-    parse_arguments,
-    settings,
+    is_experiment,
 )
 from .callbacks import LogCallback
+from .experiment import Study, run_experiment
+from .glue_arguments import BUNDLED_MODEL, Arguments, read, settled
 from .glue_tasks import (
-    TASKS,
     Columns,
     HubDataset,
     Task,
@@ -47,127 +44,9 @@ from .glue_tasks import (
     read_hub,
     scores,
 )
+from .parts import Parts, parts_of
 from .results import export, merge_table, table_text, write_results
 from .trainer import AdapterTrainer, attach, put_control_on, total_steps
-
-PROG = "train_glue.py"
-BUNDLED_MODEL = ASSETS / "tiny-roberta"
-BUNDLED_TASK = BUNDLED_MODEL / "task"
-BUNDLED = {"num_train_epochs": 12, "learning_rate": 3e-3, "per_device_train_batch_size": 16}
-
-
-# -- flags -------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class DataArguments:
-    """The task and where its data are."""
-
-    task_name: str | None = field(default=None, metadata={"choices": list(TASKS), "help": "task of GLUE"})
-    data_dir: str | None = field(
-        default=None,
-        metadata={"help": "folder with train.jsonl, validation.jsonl and maybe test.jsonl; default: the hub's GLUE"},
-    )
-    dataset_name: str = field(default="nyu-mll/glue", metadata={"help": "data set on the hub, or a folder"})
-    dataset_config_name: str | None = field(
-        default=None, metadata={"help": "configuration of that data set; default: the task's name"}
-    )
-    max_seq_length: int = field(default=128, metadata={"help": "longer inputs are cut to that many tokens"})
-    pad_to_max_length: bool = field(
-        default=False, metadata={"help": "pad every input to it, instead of each batch to its longest"}
-    )
-    max_train_samples: int | None = field(default=None, metadata={"help": "train on the first so many examples"})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "evaluate on the first so many"})
-    max_predict_samples: int | None = field(default=None, metadata={"help": "predict the first so many"})
-
-    def __post_init__(self) -> None:
-        check_whole("max_seq_length", self.max_seq_length, 4)
-        for name in ("max_train_samples", "max_eval_samples", "max_predict_samples"):
-            if getattr(self, name) is not None:
-                check_whole(name, getattr(self, name), 1)
-
-
-@dataclass
-class ModelArguments:
-    """The model that is fine-tuned."""
-
-    model_name_or_path: str = field(
-        default=str(BUNDLED_MODEL), metadata={"help": "encoder model: folder or name on the hub; default: the bundled"}
-    )
-    config_name: str | None = field(default=None, metadata={"help": "configuration, if it is not the model's"})
-    tokenizer_name: str | None = field(default=None, metadata={"help": "tokenizer, if it is not the model's"})
-    cache_dir: str | None = field(default=None, metadata={"help": "where downloaded models and data are kept"})
-    model_revision: str = field(default="main", metadata={"help": "revision of the model on the hub"})
-    token: str | None = field(default=None, metadata={"help": "token for the hub"})
-    ignore_mismatched_sizes: bool = field(
-        default=False, metadata={"help": "replace a classification head that has another number of labels"}
-    )
-
-
-@dataclass
-class GlueTrainingArguments(AdapterTrainingArguments):
-    """`AdapterTrainingArguments` with the learning rate and epochs of LoRA on RoBERTa-large (Hu et al., 2022)."""
-
-    output_dir: str = field(default="runs/glue", metadata={"help": "folder of the run"})
-    learning_rate: float = field(default=4e-4, metadata={"help": "highest learning rate"})
-    num_train_epochs: float = field(default=10.0, metadata={"help": "passes over the training examples"})
-    eval_strategy: str = field(default="epoch", metadata={"help": "when to evaluate: no, steps or epoch"})
-    save_strategy: str = field(default="epoch", metadata={"help": "when to write a checkpoint: no, steps or epoch"})
-    save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints kept"})
-    label_names: list[str] | None = field(
-        default_factory=lambda: ["labels"], metadata={"nargs": "+", "help": "names of the model's label arguments"}
-    )
-
-
-@dataclass
-class Arguments:
-    """All flags of a run."""
-
-    data: DataArguments
-    model: ModelArguments
-    method: MethodArguments
-    training: GlueTrainingArguments
-
-    @property
-    def task(self) -> Task:
-        """The task that is trained on."""
-        return TASKS[self.data.task_name]  # type: ignore[index] # `parse` refuses none
-
-    @property
-    def settings(self) -> dict:
-        """All flags, the content of `config.json`."""
-        return settings(self.data, self.model, self.method, self.training)
-
-
-def parse(argv: Sequence[str] | None, description: str | None = None) -> Arguments:
-    """Flags with every default filled in."""
-    types = (DataArguments, ModelArguments, MethodArguments, GlueTrainingArguments)
-    arguments = Arguments(*parse_arguments(build_parser(types, PROG, description), argv, BUNDLED))
-    data, folder = arguments.data, Path(arguments.model.model_name_or_path)
-    if data.task_name is None and data.data_dir is None and folder.resolve() == BUNDLED_MODEL:
-        data.task_name, data.data_dir = "cola", str(BUNDLED_TASK)
-    if data.task_name is None:
-        raise InvalidArgument("--task_name", "missing", f"give one of {', '.join(TASKS)}")
-    if not folder.is_dir() and (folder.exists() or str(folder).startswith((".", "/", "~")) or len(folder.parts) > 2):
-        raise InvalidArgument(
-            f"--model_name_or_path {folder}", "no such folder", "give a transformers model or a name on the hub"
-        )
-    check_metric(arguments)
-    arguments.training.dataloader_pin_memory &= torch.cuda.is_available()  # torch warns in every epoch otherwise
-    return arguments
-
-
-def check_metric(arguments: Arguments) -> None:
-    """Refuse a --metric_for_best_model that the task doesn't have; the hub's name of Matthews' counts as ours."""
-    given, known = arguments.training.metric_for_best_model, ("loss", *arguments.task.metrics)
-    name = str(given or "loss").removeprefix("eval_").replace("matthews_correlation", "matthews")
-    if name not in known:
-        raise InvalidArgument(
-            f"--metric_for_best_model {given}", f"unknown for {arguments.data.task_name}", f"one of {', '.join(known)}"
-        )
-    if given:
-        arguments.training.metric_for_best_model = name
-
 
 # -- data --------------------------------------------------------------------------------------------------------------
 
@@ -274,6 +153,11 @@ def check_fit(arguments: Arguments, tokenizer, model) -> None:
         raise InvalidArgument(flag, f"{len(tokenizer)} tokens, and the model has {rows}", "give the model's own")
     if tokenizer.pad_token_id is None:
         raise InvalidArgument(flag, "it has no padding token", "give an encoder such as RoBERTa or BERT")
+
+
+def example_of(sets: dict[str, Dataset]) -> dict[str, torch.Tensor]:
+    """Inputs to trace the model with."""
+    return {"input_ids": torch.tensor([sets["train"][0]["input_ids"]])}
 
 
 def build_trainer(
@@ -391,9 +275,82 @@ def finish(arguments: Arguments, trainer: AdapterTrainer, tokenizer, sets: dict)
         show_results(arguments, results, files)
 
 
+class GlueStudy(Study):
+    """Arms of an experiment as this script trains and measures them; of MNLI by its matched examples."""
+
+    columns: list[str]
+    sets: dict[str, Dataset]
+    tokenizer: Any
+
+    def settled(self, values: Mapping[str, Any]) -> Arguments:
+        """The arguments of a plain run."""
+        return settled(self.parser, values)
+
+    def parts(self, arguments: Arguments, shares: ExperimentArguments) -> Parts:
+        """All examples in three parts; test examples without labels, as the hub's, are no part."""
+        task, splits = arguments.task, read_splits(arguments)
+        self.columns = [*task.columns, "label"]
+        validation, test = (
+            list(zip(*map(splits[name].get, self.columns), strict=True)) if "label" in splits.get(name, ()) else []
+            for name in (f"validation{task.parts[0]}", f"test{task.parts[0]}")
+        )
+        train = list(zip(*map(splits["train"].get, self.columns), strict=True))
+        files = {"train": train, "select": validation if test else [], "test": test or validation}
+        return parts_of(files, lambda example: "\n".join(example[:-1]), shares)
+
+    def prepare(self, arguments: Arguments, parts: Parts) -> int:
+        """Encodes the examples for all arms; returns how many are trained on."""
+        self.tokenizer, _, _ = load_model(arguments)
+        split = {"train": parts.train, "validation" + arguments.task.parts[0]: parts.select, "test": parts.test}
+        self.sets = {}
+        for name, rows in split.items():
+            columns = dict(zip(self.columns, map(list, zip(*rows, strict=True)), strict=True))
+            self.sets[name] = encode(arguments, self.tokenizer, columns)
+        return len(parts.train)
+
+    def adapted(self, arguments: Arguments) -> PeftModel:
+        """The model with the arm's adapter at its start."""
+        set_seed(arguments.training.seed)
+        _, model, classifier = load_model(arguments)
+        steps = total_steps(arguments.training, len(self.sets["train"]))
+        return attach(model, arguments.method, steps, example_of(self.sets), modules_to_save=classifier)
+
+    def trainer(self, arguments: Arguments, model: PeftModel, stop: StopRequest) -> AdapterTrainer:
+        """As a plain run has it."""
+        trainer = build_trainer(arguments, self.tokenizer, model, self.sets, stop)
+        put_control_on(trainer, arguments.method, self.calibration(arguments) or [], example_of(self.sets))
+        return trainer
+
+    def calibration(self, arguments: Arguments) -> list[dict] | None:
+        """What a merge may read."""
+        return calibration_batches(arguments, self.sets["train"], arguments.training.device)
+
+    @torch.no_grad()
+    def measured(self, arguments: Arguments, model: PeftModel, check: Callable[[], None]) -> tuple[list[float], dict]:
+        """The loss of each test example, and the task's metrics."""
+        task, test, size = arguments.task, self.sets["test"], arguments.training.per_device_eval_batch_size
+        collate, found = DataCollatorWithPadding(self.tokenizer), []
+        for start in range(0, len(test), size):
+            check()
+            batch = collate([test[number] for number in range(start, min(start + size, len(test)))])
+            del batch["labels"]
+            found.append(model(**batch.to(arguments.training.device)).logits.float().cpu().numpy())
+        logits, labels = np.concatenate(found), np.array(test["labels"])
+        losses = [loss_of(task, logits[[number]], labels[[number]]) for number in range(len(test))]
+        return losses, scores(task, predicted(task, logits), labels)
+
+
 def main(argv: Sequence[str] | None = None, stop: StopRequest | None = None, description: str | None = None) -> None:
-    """Read, check, attach, train, and show what each merge keeps."""
-    arguments = parse(argv, description)
+    """Read, check, attach, train, and show what each merge keeps; or an experiment."""
+    parser, values = read(argv, description)
+    if is_experiment(values):
+        run_experiment(GlueStudy(parser), values, stop or StopRequest())
+    else:
+        run(settled(parser, values), stop)
+
+
+def run(arguments: Arguments, stop: StopRequest | None = None) -> None:
+    """One training."""
     training, flags = arguments.training, arguments.settings
     check_resume(training.output_dir, training.resume_from_checkpoint, flags)
     set_seed(training.seed)
@@ -403,7 +360,7 @@ def main(argv: Sequence[str] | None = None, stop: StopRequest | None = None, des
     flags["data"] = fingerprint(zip(*splits["train"].values(), strict=True))
     check_data(training.output_dir, training.resume_from_checkpoint, flags["data"])
     steps = total_steps(training, len(sets["train"]))
-    example = {"input_ids": torch.tensor([sets["train"][0]["input_ids"]])}
+    example = example_of(sets)
     adapted = attach(model, arguments.method, steps, example, modules_to_save=classifier)
     trainer = build_trainer(arguments, tokenizer, adapted, sets, stop)
     batches = calibration_batches(arguments, sets["train"], training.device)

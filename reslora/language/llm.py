@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import prepare_model_for_kbit_training
+from peft import PeftModel, prepare_model_for_kbit_training
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -20,135 +20,48 @@ from transformers import (
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from ..common.assets import ASSETS
 from ..common.errors import InvalidArgument, refused_as
-from ..common.methods import METHODS
+from ..common.seeds import derive
 from ..common.signals import StopRequest
 from ..files import write_json
 from .arguments import (
-    AdapterTrainingArguments,
+    ExperimentArguments,
     MethodArguments,
-    build_parser,
     check_data,
     check_resume,
-    check_whole,
     fingerprint,
-    parse_arguments,
-    settings,
+    is_experiment,
 )
 from .callbacks import LogCallback
-from .llm_tasks import TASKS, Example, file_form, read_examples
-from .llm_trainer import Encoder, LlmTrainer, calibration_batches, encode_training, say
+from .experiment import Study, run_experiment
+from .llm_arguments import (
+    BUNDLED_MODEL,
+    PROG,
+    Arguments,
+    LlmTrainingArguments,
+    TaskArguments,
+    read,
+    settled,
+)
+from .llm_tasks import Example, file_form, read_examples
+from .llm_trainer import (
+    Encoder,
+    LlmTrainer,
+    calibration_batches,
+    count_right,
+    encode_training,
+    example_losses,
+    generate,
+    say,
+)
+from .parts import Parts, parts_of
 from .results import export, merge_table, table_text, write_results
 from .trainer import attach, put_control_on, total_steps
-
-PROG = "train_llm.py"
-BUNDLED_MODEL, BUNDLED_TASK = ASSETS / "tiny-llama", ASSETS / "tiny-llama" / "task"
-ZERO2_OFFLOAD = ASSETS / "deepspeed" / "zero2_offload.json"
-
-# What the flags are while no model is named.
-BUNDLED = {
-    "data_dir": str(BUNDLED_TASK),
-    "learning_rate": 5e-3,
-    "per_device_train_batch_size": 16,
-    "per_device_eval_batch_size": 64,
-    "num_train_epochs": 5,
-    "eval_strategy": "epoch",
-    "save_strategy": "epoch",
-    "max_new_tokens": 24,
-}
 
 CAUSAL_MODEL = "give a folder or a name on the hub of a causal model"
 UNREADABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 """What transformers raises for a model that cannot be read."""
 HELD_OUT = 500  # at most, of the training examples where a task has none for validation
-
-
-# -- flags -------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class TaskArguments:
-    """Which model is trained on what."""
-
-    model_name_or_path: str = field(
-        default=str(BUNDLED_MODEL),
-        metadata={"help": "causal model, folder or name on the hub; default: the bundled one"},
-    )
-    task: str = field(default="svamp", metadata={"help": "gsm8k, svamp, mathqa, metamathqa or hellaswag"})
-    data_dir: str | None = field(
-        default=None,
-        metadata={"help": "folder with train.jsonl, validation.jsonl, test.jsonl in the columns of the hub's data set"},
-    )
-    revision: str | None = field(default=None, metadata={"help": "revision of the model on the hub"})
-    cache_dir: str | None = field(default=None, metadata={"help": "where downloads are kept"})
-    dtype: str = field(
-        default="auto",
-        metadata={
-            "choices": ["auto", "float32", "bfloat16", "float16"],
-            "help": "of the frozen model, the adapter is float32; auto: float32, or that of --bf16 and --fp16",
-        },
-    )
-    load_in_4bit: bool = field(default=False, metadata={"help": "quantise the frozen model to NF4 (QLoRA)"})
-    max_train_samples: int | None = field(
-        default=None, metadata={"help": "train on that many examples, drawn at random (metamathqa: 40000)"}
-    )
-    max_eval_samples: int | None = field(default=None, metadata={"help": "validate on the first examples only"})
-    max_test_samples: int | None = field(default=None, metadata={"help": "test on the first examples only"})
-    max_length: int = field(
-        default=512, metadata={"help": "training examples of more tokens, prompt and answer, are left out"}
-    )
-    max_new_tokens: int = field(default=256, metadata={"help": "longest answer generated"})
-    eval_accuracy: bool = field(
-        default=False, metadata={"help": "generate answers in validation too, not only in the final test"}
-    )
-
-    def __post_init__(self) -> None:
-        if self.task not in TASKS:
-            raise InvalidArgument(f"--task {self.task}", "unknown", f"choose from {', '.join(TASKS)}")
-        for name in ("max_train_samples", "max_eval_samples", "max_test_samples"):
-            if getattr(self, name) is not None:
-                check_whole(name, getattr(self, name), 1)
-        check_whole("max_length", self.max_length, 2)
-        check_whole("max_new_tokens", self.max_new_tokens, 1)
-        if self.task == "metamathqa" and self.max_train_samples is None:
-            self.max_train_samples = 40_000  # Appendix C
-        if self.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
-            raise InvalidArgument(
-                "--load_in_4bit", "bitsandbytes is not installed", "pip install bitsandbytes, or leave it out"
-            )
-
-
-@dataclass
-class LlmTrainingArguments(AdapterTrainingArguments):
-    """transformers' arguments, with the learning rate and the folder of this script."""
-
-    output_dir: str = field(default="runs/llm", metadata={"help": "folder of the run"})
-    learning_rate: float = field(default=1e-4, metadata={"help": "highest learning rate"})
-
-
-def parse(
-    argv: Sequence[str] | None, description: str | None = None
-) -> tuple[TaskArguments, MethodArguments, LlmTrainingArguments]:
-    """Flags, with whatever can be refused before a model is loaded refused."""
-    types = (TaskArguments, MethodArguments, LlmTrainingArguments)
-    parser = build_parser(types, PROG, description)
-    task, method, training = parse_arguments(parser, argv, BUNDLED, deepspeed_config=str(ZERO2_OFFLOAD))
-    if task.load_in_4bit and method.merge_and_save:
-        raise InvalidArgument(
-            "--merge_and_save",
-            "a 4-bit model cannot hold the sum",
-            "leave it out, and merge peft/ into the whole model",
-        )
-    if task.load_in_4bit and not METHODS[method.method].quantised:
-        raise InvalidArgument(
-            f"--method {method.method}", "PEFT has it for whole weights only", "leave --load_in_4bit out"
-        )
-    best = str(training.metric_for_best_model or "").removeprefix("eval_")
-    if best not in ("", "loss", "accuracy"):
-        raise InvalidArgument(f"--metric_for_best_model {best}", "unknown", "choose loss or accuracy")
-    task.eval_accuracy |= best == "accuracy"
-    return task, method, training
 
 
 # -- data --------------------------------------------------------------------------------------------------------------
@@ -178,6 +91,18 @@ def load_examples(arguments: TaskArguments, training: LlmTrainingArguments) -> d
     found["validation"] = found["validation"][: arguments.max_eval_samples]
     found["test"] = found["test"][: arguments.max_test_samples]
     return found
+
+
+def found_examples(arguments: TaskArguments) -> dict[str, list[Example]]:
+    """The examples of an experiment: `train`, and `select` and `test` where the task has such files."""
+    source = (arguments.data_dir, arguments.cache_dir)
+    found = {split: read_examples(arguments.task, split, *source) for split in ("train", "validation", "test")}
+    if not found["train"]:
+        given = f"--data_dir {arguments.data_dir}" if arguments.data_dir else f"--task {arguments.task}"
+        raise InvalidArgument(given, "no train examples", file_form(arguments.task))
+    select, test = (found["validation"], found["test"]) if found["test"] else ([], found["validation"])
+    select, test = select[: arguments.max_eval_samples], test[: arguments.max_test_samples]
+    return {"train": found["train"], "select": select, "test": test}
 
 
 def _held_out(arguments: TaskArguments, count: int) -> int:
@@ -258,32 +183,61 @@ def check_positions(model: PreTrainedModel, encoder: Encoder, examples: list[Exa
 # -- the run -----------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Data:
+    """What is trained on and measured: examples by split, and the training examples as tokens."""
+
+    encoder: Encoder
+    examples: dict[str, list[Example]]
+    rows: list[dict[str, list[int]]]
+
+
+def encoded(task: TaskArguments, encoder: Encoder, examples: dict[str, list[Example]]) -> Data:
+    """The examples with their tokens."""
+    return Data(encoder, examples, encode_training(encoder, examples["train"], task.max_length))
+
+
 def build_trainer(
     task: TaskArguments, method: MethodArguments, training: LlmTrainingArguments, stop: StopRequest | None = None
 ) -> tuple[LlmTrainer, list[dict[str, list[int]]]]:
     """Data, model and adapter as a trainer; and the training rows."""
-    encoder = Encoder(load_tokenizer(task))
-    examples = load_examples(task, training)
+    data = encoded(task, Encoder(load_tokenizer(task)), load_examples(task, training))
+    arguments = Arguments(task, method, training)
+    return trainer_of(arguments, data, adapted(arguments, data), stop), data.rows
+
+
+def adapted(arguments: Arguments, data: Data) -> PeftModel:
+    """The model with its adapter, at the start that its seed says."""
+    task, method, training = arguments
     model = load_model(task, training)
-    rows = encode_training(encoder, examples["train"], task.max_length)
-    check_positions(model, encoder, examples["test"] + examples["validation"], task.max_new_tokens)
+    check_positions(model, data.encoder, data.examples["test"] + data.examples["validation"], task.max_new_tokens)
     torch.manual_seed(training.seed)
-    model = attach(model, method, total_steps(training, len(rows)))
+    return attach(model, method, total_steps(training, len(data.rows)))
+
+
+def trainer_of(arguments: Arguments, data: Data, model: PeftModel, stop: StopRequest | None = None) -> LlmTrainer:
+    """The trainer of a model from `adapted`, with a control's settings measured."""
+    task, method, training = arguments
     trainer = LlmTrainer(
         model,
         training,
         stop,
-        encoder=encoder,
-        examples=examples,
+        encoder=data.encoder,
+        examples=data.examples,
         max_new_tokens=task.max_new_tokens,
         eval_accuracy=task.eval_accuracy,
-        train_dataset=rows,
-        eval_dataset=[encoder(example) for example in examples["validation"]] or None,
+        train_dataset=data.rows,
+        eval_dataset=[data.encoder(example) for example in data.examples["validation"]] or None,
         callbacks=[LogCallback(Path(training.output_dir) / "log.jsonl")],
     )
-    size = training.per_device_eval_batch_size
-    put_control_on(trainer, method, calibration_batches(rows, method.calibration_examples, size) or [])
-    return trainer, rows
+    put_control_on(trainer, method, calibration(arguments, data) or [])
+    return trainer
+
+
+def calibration(arguments: Arguments, data: Data) -> list[dict[str, torch.Tensor]] | None:
+    """What a merge may read."""
+    size = arguments.training.per_device_eval_batch_size
+    return calibration_batches(data.rows, arguments.method.calibration_examples, size)
 
 
 def finish(trainer: LlmTrainer, rows: list, task: TaskArguments, method: MethodArguments) -> dict:
@@ -324,10 +278,68 @@ def summary(results: dict, training: LlmTrainingArguments, method: MethodArgumen
     return "\n".join(lines)
 
 
+class LlmStudy(Study):
+    """Arms of an experiment as this script trains and measures them."""
+
+    data: Data
+
+    def settled(self, values: Mapping[str, Any]) -> Arguments:
+        """The arguments of a plain run."""
+        return settled(self.parser, values)
+
+    def parts(self, arguments: Arguments, shares: ExperimentArguments) -> Parts:
+        """All examples in three parts; near-duplicates are told by their prompts."""
+        return parts_of(found_examples(arguments.task), lambda example: example.prompt, shares)
+
+    def prepare(self, arguments: Arguments, parts: Parts) -> int:
+        """Encodes the examples for all arms; returns how many are trained on."""
+        task, examples = arguments.task, list(parts.train)
+        if task.max_train_samples is not None:  # not drawn by the seed: all arms see the same
+            examples = sorted(examples, key=lambda example: derive("sample", example))[: task.max_train_samples]
+        found = {"train": examples, "validation": list(parts.select), "test": list(parts.test)}
+        self.data = encoded(task, Encoder(load_tokenizer(task)), found)
+        return len(self.data.rows)
+
+    def adapted(self, arguments: Arguments) -> PeftModel:
+        """The model with the arm's adapter at its start."""
+        return adapted(arguments, self.data)
+
+    def trainer(self, arguments: Arguments, model: PeftModel, stop: StopRequest) -> LlmTrainer:
+        """As a plain run has it."""
+        return trainer_of(arguments, self.data, model, stop)
+
+    def calibration(self, arguments: Arguments) -> list[dict] | None:
+        """What a merge may read."""
+        return calibration(arguments, self.data)
+
+    def measured(self, arguments: Arguments, model: PeftModel, check: Callable[[], None]) -> tuple[list[float], dict]:
+        """The mean loss of each test example's answer tokens, and the share of right answers."""
+        size, new_tokens = arguments.training.per_device_eval_batch_size, arguments.task.max_new_tokens
+        encoder, examples = self.data.encoder, self.data.examples["test"]
+        losses, right = [0.0] * len(examples), 0
+        order = sorted(range(len(examples)), key=lambda number: len(encoder(examples[number])["input_ids"]))
+        for start in range(0, len(order), size):
+            check()
+            numbers = order[start : start + size]
+            batch = [examples[number] for number in numbers]
+            for number, loss in zip(numbers, example_losses(model, encoder, batch), strict=True):
+                losses[number] = loss
+            right += count_right(generate(model, encoder, batch, new_tokens), batch)
+        return losses, {"accuracy": right / len(examples)}
+
+
 def main(argv: Sequence[str] | None = None, stop: StopRequest | None = None, description: str | None = None) -> None:
-    """Check, load, train, compare the merges and export."""
-    task, method, training = parse(argv, description)
-    flags = settings(task, method, training)
+    """Check, load, train, compare the merges and export; or an experiment."""
+    parser, values = read(argv, description)
+    if is_experiment(values):
+        run_experiment(LlmStudy(parser), values, stop or StopRequest())
+    else:
+        run(settled(parser, values), stop)
+
+
+def run(arguments: Arguments, stop: StopRequest | None = None) -> None:
+    """One training."""
+    (task, method, training), flags = arguments, arguments.settings
     check_resume(training.output_dir, training.resume_from_checkpoint, flags)
     trainer, rows = build_trainer(task, method, training, stop)
     flags["data"] = fingerprint(rows)

@@ -153,10 +153,7 @@ class LlmTrainer(AdapterTrainer):
         right: float = 0
         for batch in self._batches(examples, f"{split} answers"):
             answers = generate(self.model, self.encoder, batch, self.max_new_tokens)
-            right += sum(
-                same_answer(extract_answer(answer), example.gold)
-                for answer, example in zip(answers, batch, strict=True)
-            )
+            right += count_right(answers, batch)
         right, count = self._summed(torch.tensor([right, len(examples)], dtype=torch.float64))
         return right / count
 
@@ -177,6 +174,24 @@ class LlmTrainer(AdapterTrainer):
             values = values.to(device) if device.type != "mps" else values.float().to(device)
             values = self.accelerator.reduce(values, "sum")
         return values.tolist()
+
+
+@torch.no_grad()
+def example_losses(model: PreTrainedModel, encoder: Encoder, examples: list[Example]) -> list[float]:
+    """The mean loss of each example's answer tokens, in one batch."""
+    inputs = {name: value.to(model.device) for name, value in encoder.collate([*map(encoder, examples)]).items()}
+    labels = inputs.pop("labels")[:, 1:]
+    learnt = labels != IGNORED
+    logits = model(**inputs).logits[:, :-1][learnt]
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    losses = torch.nn.functional.cross_entropy(wide, labels[learnt], reduction="none").double()
+    return [float(own.mean()) for own in losses.split(learnt.sum(1).tolist())]
+
+
+def count_right(answers: list[str], examples: list[Example]) -> int:
+    """How many answers are those of the examples."""
+    pairs = zip(answers, examples, strict=True)
+    return sum(same_answer(extract_answer(answer), example.gold) for answer, example in pairs)
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ..chains import base_model, chains, lora_layers
 from ..common.controls import merged
-from ..common.errors import RunFailed, first_line
+from ..common.errors import Diverged, RunFailed, first_line
 from ..common.methods import METHODS
 from ..export import export_peft, merged_state_dict
 from ..files import replacing, write_json
@@ -88,7 +88,7 @@ def _merge(model: nn.Module, method: str, calibration: Sequence[Mapping] | None)
     except ValueError as error:
         if "NaN or infinity" not in str(error):
             raise
-        raise RunFailed(f"the training has diverged, lower --learning_rate: {first_line(error)}") from error
+        raise Diverged(f"the training has diverged, lower --learning_rate: {first_line(error)}") from error
 
 
 @contextlib.contextmanager
@@ -144,6 +144,13 @@ def _share_norms(connection: Connection) -> None:
     torch.distributed.broadcast_object_list(shared)
     if shared[0] is not None and torch.distributed.get_rank() > 0:
         norms.restore(shared[0], shared[1])
+
+
+def as_plain(model: PeftModel, arguments: MethodArguments, calibration: Sequence[Mapping] | None = None) -> None:
+    """Merges a model for good as `export` does, in this process alone, and writes nothing."""
+    if connection_of(base_model(model)) is not None:
+        _merge(model, arguments.merge, calibration)
+    merged(model)
 
 
 # -- what a run leaves -------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from ..chains import base_model
 from ..common import adapters
 from ..common.adapters import check_rank, known_targets, load_adapter, rank_allocator, save_adapter
 from ..common.controls import Settings, gauged, put_on
-from ..common.errors import InvalidArgument, RunFailed, Stopped, refused_as
+from ..common.errors import Diverged, InvalidArgument, RunFailed, Stopped, refused_as
 from ..common.methods import METHODS, AdapterSettings, adapter_config, check_steps, refuse_deepspeed
 from ..common.patterns import spell_out
 from ..common.recovery import cannot_be_loaded, set_others_aside
@@ -268,9 +268,9 @@ class AdapterTrainer(Trainer):
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As `Trainer.log`; raises `RunFailed` for a training loss that is not a number."""
+        """As `Trainer.log`; raises `Diverged` for a training loss that is not a number."""
         if not math.isfinite(logs.get("loss", 0.0)):
-            raise RunFailed(
+            raise Diverged(
                 f"loss {logs['loss']} at step {self.state.global_step}: lower --learning_rate; the last checkpoint is "
                 "intact"
             )

@@ -5,7 +5,7 @@ import os
 from waiting import ended, wait_until
 
 from diffusion.runs import RESUME, final_weights, leave_behind, main, refused
-from reslora.diffusion.status import FILE
+from reslora.common.status import FILE
 from reslora.files import read_object
 
 

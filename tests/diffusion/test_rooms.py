@@ -30,3 +30,13 @@ def test_a_room_imports_only_those_before_it(number):
     assert len(files) > 4
     for path in files:
         assert imported_rooms(path) <= set(ROOMS[: number + 1]), path
+
+
+def test_what_is_common_to_all_imports_no_experiment():
+    """And an experiment knows neither images nor texts: see tests/language/test_package.py."""
+    for path in (PACKAGE.parent / "common").rglob("*.py"):
+        assert "experiment" not in {
+            (node.module or "").split(".")[0]
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.ImportFrom) and node.level == 2
+        }, path

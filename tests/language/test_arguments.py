@@ -8,7 +8,7 @@ from conftest import assert_one_line
 
 from reslora.common.errors import InvalidArgument
 from reslora.common.script import run_script
-from reslora.language import glue, llm
+from reslora.language import glue_arguments, llm_arguments
 from reslora.language.arguments import (
     FREE_ON_RESUME,
     AdapterTrainingArguments,
@@ -180,7 +180,13 @@ def test_what_changes_the_training_is_fixed_on_resume(tmp_path, flag):
 
 
 def test_what_is_free_on_resume_are_flags():
-    types = (glue.DataArguments, glue.ModelArguments, llm.TaskArguments, MethodArguments, AdapterTrainingArguments)
+    types = (
+        glue_arguments.DataArguments,
+        glue_arguments.ModelArguments,
+        llm_arguments.TaskArguments,
+        MethodArguments,
+        AdapterTrainingArguments,
+    )
     assert {field.name for kind in types for field in fields(kind)} >= FREE_ON_RESUME
 
 

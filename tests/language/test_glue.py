@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from reslora.common.script import run_script
-from reslora.language import glue
+from reslora.language import glue, glue_arguments
 from reslora.language.glue_tasks import TASKS, scores
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -218,7 +218,7 @@ def test_the_exported_adapter_gives_the_reported_metrics(roberta, rte, tmp_path)
     """The row of the merge that was exported is what stock PEFT reaches."""
     glue.main(flags(roberta, rte, tmp_path, "rte", "--shortcut", "middle", "--merge", "weights"))
     results = results_of(tmp_path)
-    arguments = glue.parse(flags(roberta, rte, tmp_path))
+    arguments = glue_arguments.parse(flags(roberta, rte, tmp_path))
     splits = glue.read_splits(arguments)
     tokenizer, base, _ = glue.load_model(arguments)
     stock = PeftModel.from_pretrained(base, tmp_path / "peft").eval()
@@ -282,7 +282,7 @@ def test_texts_may_hold_line_separators(roberta, tmp_path):
     text = "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows)
     for name in ("train", "validation"):
         (tmp_path / f"{name}.jsonl").write_text(text + "\n", encoding="utf-8")
-    splits = glue.read_splits(glue.parse(flags(roberta, tmp_path, tmp_path / "run")))
+    splits = glue.read_splits(glue_arguments.parse(flags(roberta, tmp_path, tmp_path / "run")))
     assert splits["train"]["sentence1"] == ["good\u2028film\x85"] * 4
 
 
@@ -295,7 +295,7 @@ def test_a_labelled_test_split_is_scored(roberta, tmp_path):
 
 def test_samples_and_lengths_are_cut(roberta, rte, tmp_path):
     more = ("--max_train_samples", "8", "--max_eval_samples", "3", "--max_seq_length", "7", "--pad_to_max_length")
-    arguments = glue.parse(flags(roberta, rte, tmp_path, "rte", *more))
+    arguments = glue_arguments.parse(flags(roberta, rte, tmp_path, "rte", *more))
     splits = glue.read_splits(arguments)
     assert {name: len(columns["label"]) for name, columns in splits.items()} == {"train": 8, "validation": 3}
     tokenizer, _, _ = glue.load_model(arguments)
@@ -380,7 +380,7 @@ def refused(capfd, argv: list[str], *words: str) -> None:
     """The script's own error: status 2, one line on stderr that has the words."""
     capfd.readouterr()
     try:
-        status = run_script(glue.PROG, glue.main, argv)
+        status = run_script(glue_arguments.PROG, glue.main, argv)
     except SystemExit as exit:
         status = exit.code
     line = capfd.readouterr().err
@@ -463,7 +463,7 @@ def test_runs_are_not_mixed(capfd, roberta, rte, tmp_path):
 
 def test_inputs_are_no_longer_than_the_model_takes(roberta, rte, tmp_path):
     model = write_model(tmp_path / "model", max_position_embeddings=12)
-    arguments = glue.parse(flags(model, rte, tmp_path / "run", "rte", "--max_seq_length", "500"))
+    arguments = glue_arguments.parse(flags(model, rte, tmp_path / "run", "rte", "--max_seq_length", "500"))
     tokenizer, loaded, _ = glue.load_model(arguments)
     encoded = glue.encode(arguments, tokenizer, glue.read_splits(arguments)["train"])
     assert max(len(row["input_ids"]) for row in encoded) == 10

@@ -1,1 +1,1 @@
-"""Several methods, learning rates and seeds in one run, and whether the difference is real."""
+"""What is of images in an experiment: which part each is in, losses and drawings, and their place in the report."""

@@ -17,13 +17,22 @@ from ..seeds import derive
 from ..training.denoising import DenoisingLoss
 from .split import Image
 
+MEANINGS = {
+    "image_similarity": ("To test images", "what it draws of a test image's caption, to that image"),
+    "caption_similarity": ("To captions", "the same, to the caption"),
+    "nearest_training": ("Nearest training image", "the same, to the training image that is nearest; 1 is a copy"),
+    "unrelated_similarity": ("Base kept", "what it draws of unrelated prompts, to what the base model draws"),
+    "diversity": ("Diversity", "mean distance (1 - similarity) between drawings of one prompt"),
+}
+"""Title in the report, and what it is, of each similarity (cosine of embeddings) by --metric_model."""
+
 MOST_TEST, MOST_TRAINING, DRAWINGS = 16, 512, 4
 
 
 def similarities(
     parts: Mapping[str, nn.Module], loss: DenoisingLoss, images: Sequence[Image], setting: Setting
 ) -> dict[str, float]:
-    """What `record.MEANINGS` says of the parts as they are, of some of the test images; captions are of CLIP alone."""
+    """What `MEANINGS` says of the parts as they are, of some of the test images; captions are of CLIP alone."""
     context, sources = setting.context, setting.material.sources
     metric = load_metric(context.flags.metric_model, str(context.accelerator.device))
     drawer = Drawer(loss.pipeline, context.model.family, setting.material.texts, context.flags, context.encoders)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ...common.charts import escape
 from ...common.errors import first_line
-from .record import Arm, Experiment
+from ...experiment.record import Arm, Experiment
 
 LARGEST = 512
 """Pixels of an image's longer side in the page."""

@@ -12,6 +12,8 @@ from torch import nn
 
 from ... import export
 from ...common.methods import METHODS
+from ...experiment.course import adapter_folder
+from ...experiment.record import TestLosses
 from ...export import DIFFUSERS_FILE
 from ...files import read_object, write_json
 from ..data.batch import Batch
@@ -28,8 +30,6 @@ from ..output.exports import (
 from ..run import Setting
 from ..training.denoising import DenoisingLoss, evaluating
 from .drawn import similarities
-from .measure import adapter_folder
-from .record import TestLosses
 from .split import Image
 
 TEST = "test.json"

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
+from ...experiment.course import adapter_folder
 from ..arguments import NOISES
 from ..output.reports import Reports, Validation
 from ..training.best import keep_adapter
 from ..training.state import Learner
-
-ADAPTERS = "adapters"  # of every checkpoint that may be chosen, without what a resumed run needs
 
 
 class SelectLoss(Validation):
@@ -22,8 +20,3 @@ class SelectLoss(Validation):
         if "loss" in parts and learner.step:
             keep_adapter(learner, adapter_folder(reports.folder, learner.step))
         return super()._measure_and_draw(learner, reports, parts)
-
-
-def adapter_folder(folder: Path, step: int) -> Path:
-    """Where an arm keeps the adapter of a step."""
-    return folder / ADAPTERS / f"step-{step:06d}"

@@ -13,34 +13,51 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
 
-from ...common.errors import Diverged, EndedElsewhere, Stopped
+from ... import __version__
+from ...common.errors import InvalidArgument
+from ...common.folder import locked
+from ...common.methods import METHODS
 from ...common.signals import StopRequest
-from ...common.together import decided, each, is_main
+from ...common.status import Status
+from ...common.together import decided, each
+from ...experiment.arms import Arm, values_of
+from ...experiment.course import ADAPTERS, Course
+from ...experiment.record import EXPERIMENT, Facts, TestLosses
+from ...experiment.report import About
+from ...experiment.run import train_and_conclude
 from ...files import read_object, remove_leftovers
 from ..arguments import SEVERAL, Flags
 from ..checks import check_methods
 from ..context import Context
 from ..data.material import latents_of, material_of, with_texts
-from ..data.samples import Material
-from ..folder import locked
-from ..memory import forget_peak, peak_memory
+from ..data.samples import Material, measured_at
 from ..output.trackers import start_trackers
 from ..processes import start_accelerator
 from ..run import Setting, find_all, forget_encoder, identity_of, load_and_check, train_method
-from ..training.checkpoints import EXPORTS, Identity, check_past, plan_resume
+from ..training.checkpoints import EXPORTS, MERGING, Identity, check_past, checkpoints_of, past_of, plan_resume
 from ..training.schedule import Schedule, schedule_of
-from .arms import Arm, plain_variants, values_of
-from .course import Course
-from .measure import ADAPTERS, SelectLoss
-from .results import Results, check_same
-from .split import check_count, learnt, parts_of, with_parts
+from .checks import plain_variants
+from .judging import export_chosen, is_tested, tested
+from .measure import SelectLoss
+from .pages import IMAGES
+from .split import Parts, check_count, learnt, parts_of, with_parts
 
 MOST_LOOKS = 10
+CHANGING = ("learning_rate", "seed")  # and the methods: of these more may be added
+FIXED = (
+    *MERGING,
+    "max_train_steps",
+    "validation_steps",
+    "cache_latents",
+    "metric_model",
+)  # which a plain run may change
+LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 
 
 def run_experiment(flags: Flags, stop: StopRequest) -> None:
@@ -65,27 +82,10 @@ def run_experiment(flags: Flags, stop: StopRequest) -> None:
         asked = asked.replace(max_train_steps=schedule.steps, validation_steps=schedule.validation_steps)
         decided(lambda: check_same(asked, identity))
         start_trackers(schedule, dataclasses.replace(context, flags=asked))
-        bench = Bench(Course(asked, began), Setting(pipeline, material, schedule, identity, context), materials)
-        accelerator.print(f"{len(bench.course.arms())} arms of {schedule.steps} steps; {parts}")
-        train_and_conclude(bench, Results(bench.course, bench.setting, parts, bench.setting_of))
+        course, setting = Course(asked, began), Setting(pipeline, material, schedule, identity, context)
+        accelerator.print(f"{len(course.arms())} arms of {schedule.steps} steps; {parts}")
+        train_and_conclude(course, Bench(course, setting, materials, parts))
         accelerator.end_training()
-
-
-def train_and_conclude(bench: Bench, results: Results) -> None:
-    """Trains what is next until nothing is, and tells what came of it."""
-    course = bench.course
-    try:
-        while arm := decided(course.next_arm):
-            course.running = arm
-            decided(results.write)
-            bench.train(arm)
-    except Stopped:
-        course.running = None
-        if is_main():  # alone: the others may have left otherwise
-            results.write()
-        raise
-    course.running = None
-    decided(results.conclude)
 
 
 def take_folder(flags: Flags, stack: contextlib.ExitStack) -> None:
@@ -94,6 +94,7 @@ def take_folder(flags: Flags, stack: contextlib.ExitStack) -> None:
     What a killed start has left half-written in it goes away.
     """
     stack.enter_context(locked(Path(flags.output_dir)))
+    Status(Path(flags.output_dir)).say("preparing")
     check_folder(flags)
     course = Course(flags)
     for folder in map(course.folder_of, course.arms()):
@@ -111,6 +112,31 @@ def check_folder(flags: Flags, identity: Identity | None = None) -> None:
             check_past(own, folder, read_object(folder / EXPORTS), identity)
         else:
             plan_resume(own, identity, course.place_of(arm))
+
+
+def check_same(flags: Flags, identity: Identity | None = None) -> None:
+    """Refuses to go on with an experiment but with more methods, rates and seeds; and in the folder of a plain run."""
+    folder = Path(flags.output_dir)
+    there = read_object(folder / EXPERIMENT).get("identity")
+    if there is None:
+        for method in METHODS:
+            if checkpoints_of(folder / method) or (folder / method / EXPORTS).exists():
+                problem = "holds a run that is no experiment"
+                raise InvalidArgument(f"--output_dir {folder}", problem, "choose another")
+        return
+    check_past(flags, folder, there, identity)
+    for name in FIXED:
+        value = getattr(flags, name)
+        if value is not None and there.get(name) != value:
+            problem, fix = f"{folder} was begun with {there.get(name)}", "use that, or choose another --output_dir"
+            raise InvalidArgument(f"--{name} {value}", problem, fix)
+
+
+def identity_record(flags: Flags, identity: Identity) -> dict:
+    """What `check_same` compares."""
+    past = past_of(flags, identity)
+    settings = {name: value for name, value in past["settings"].items() if name not in CHANGING}
+    return past | {"settings": settings} | {name: getattr(flags, name) for name in FIXED}
 
 
 def with_few_looks(schedule: Schedule, flags: Flags) -> Schedule:
@@ -157,6 +183,13 @@ class Bench:
     setting: Setting
     materials: Mapping[int, Material]
     """By seed."""
+    parts: Parts
+    about: About = IMAGES
+
+    @property
+    def device(self) -> torch.device:
+        """On which arms are trained."""
+        return self.setting.context.accelerator.device
 
     def setting_of(self, arm: Arm) -> Setting:
         """As a plain run of the arm has it, but that one checkpoint is kept unless more are asked for."""
@@ -171,8 +204,8 @@ class Bench:
         return dataclasses.replace(self.setting, material=material, context=context)
 
     def train(self, arm: Arm) -> None:
-        """Trains an arm from where it stands to its exports; one that diverges has ended too, and the others go on."""
-        started, setting, reason = time.monotonic(), self.setting_of(arm), ""
+        """Trains an arm from where it stands to its exports."""
+        setting = self.setting_of(arm)
         context, (method,) = setting.context, setting.context.flags.method
         resume = decided(lambda: plan_resume(context.flags, setting.identity, context.place))
         if not resume.checkpoints[method]:  # of which a plain run would say that it starts afresh
@@ -180,16 +213,36 @@ class Bench:
             setting = dataclasses.replace(setting, context=dataclasses.replace(context, flags=flags))
         if context.flags.compile:
             torch.compiler.reset()  # or it gives up after as many models as it remembers
-        forget_peak(context.accelerator.device)
         try:
             if method not in resume.finished:
                 train_method(method, resume, setting, SelectLoss)
-        except Diverged as error:
-            reason = str(error)
-        except EndedElsewhere as error:
-            if not error.diverged:
-                raise
-        context.accelerator.free_memory()
-        memory = peak_memory(context.accelerator.device)
-        decided(lambda: self.course.end(arm, reason, memory))
-        self.course.longest = max(self.course.longest, time.monotonic() - started)
+        finally:
+            context.accelerator.free_memory()
+
+    def facts(self) -> Facts:
+        """Versions, parts and identity."""
+        objective, parts = self.setting.material.objective, self.parts
+        return {
+            "versions": {"reslora-sd": __version__} | {name: version(name) for name in LIBRARIES},
+            "split": {
+                "train": len(parts.train),
+                "select": len(parts.select),
+                "test": len(parts.test),
+                "duplicates": parts.duplicates,
+            },
+            "timesteps": [float(timestep) / objective.timesteps for timestep in measured_at(objective)],
+            "identity": identity_record(self.course.flags, self.setting.identity),
+        }
+
+    def is_tested(self, arm: Arm, step: int) -> bool:
+        """Whether the test losses of an arm's checkpoint are on disk."""
+        return is_tested(step, self.parts.test, self.setting_of(arm))
+
+    def tested(self, arm: Arm, step: int) -> TestLosses:
+        """The losses on the test images of an arm's checkpoint."""
+        return tested(step, self.parts.test, self.setting_of(arm))
+
+    def export(self, arm: Arm, step: int) -> str | None:
+        """Writes the diffusers file of an arm's checkpoint."""
+        path = export_chosen(step, self.setting_of(arm))
+        return path.name if path else None

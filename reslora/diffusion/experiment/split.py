@@ -18,17 +18,16 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from ...common.errors import InvalidArgument, refused_as
+from ...experiment.parts import cut
 from ..arguments import Flags
 from ..data.class_images import balanced
 from ..data.dataset import ImageDataset, data_flag
 from ..data.samples import Material
 from ..data.sources import Source
-from ..seeds import derive
 
 SIDE, MARGIN = 8, 8  # of the perceptual hash: cells across and down, and levels of 255 by which neighbours differ
 NEAR = 16  # of its 384 bits, near-duplicates differ in at most so many
 AT_ONCE = 1024  # rows of distances
-SPACE = 2**63  # of `derive`
 
 
 Image = tuple[int, int]
@@ -76,16 +75,6 @@ def check_count(images: int, flags: Flags) -> None:
     if images < 3:
         problem = f"{images} images but for near-duplicates, to train on, to choose by and to compare by"
         raise InvalidArgument(data_flag(flags), problem, "give at least 3")
-
-
-def cut(marks: Sequence[str], select: float, test: float) -> tuple[list[int], list[int], list[int]]:
-    """Numbers of what is trained on, chosen by and tested on: a hash of each mark is a place from 0 to 1, and those
-    below `test` are tested on, those above it by less than `select` chosen by."""
-    places = [derive("experiment", mark) / SPACE for mark in marks]
-    order = sorted(range(len(marks)), key=places.__getitem__)
-    tested = min(max(1, sum(place < test for place in places)), len(marks) - 2)
-    chosen = min(max(1, sum(test <= place < test + select for place in places)), len(marks) - tested - 1)
-    return order[tested + chosen :], order[tested : tested + chosen], order[:tested]
 
 
 def with_parts(material: Material, parts: Parts) -> Material:

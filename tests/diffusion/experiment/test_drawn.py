@@ -6,13 +6,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from experiment import examples
 from peft import LoraConfig, get_peft_model
 
-from diffusion.experiment import examples
-from reslora.diffusion.experiment import drawn
-from reslora.diffusion.experiment.record import MEANINGS
-from reslora.diffusion.experiment.report import arm_table
+from reslora.diffusion.experiment import drawn, pages
+from reslora.diffusion.experiment.drawn import MEANINGS
 from reslora.diffusion.prompts import UNRELATED
+from reslora.experiment.report import arm_table
 
 ANGLES = {"red": 0.0, "blue": 90.0} | {prompt: 10.0 * number for number, prompt in enumerate(UNRELATED)}
 """At which the base model draws a prompt; an adapter turns by 20 degrees, and each further image by 30."""
@@ -78,8 +78,8 @@ def test_by_hand(monkeypatch):
 
 def test_the_report_has_a_column_for_each_that_was_measured():
     experiment = examples.experiment(None)
-    assert "Base kept" not in arm_table(experiment)
+    assert "Base kept" not in arm_table(experiment, pages.IMAGES)
     arm = next(arm for arm in experiment["arms"] if arm["test"])
     arm["test"]["similarities"] = {"unrelated_similarity": 0.8765, "diversity": 0.25}
-    table = arm_table(experiment)
+    table = arm_table(experiment, pages.IMAGES)
     assert "Base kept" in table and "Diversity" in table and "0.87650" in table and "To captions" not in table

@@ -16,7 +16,7 @@ from diffusion.runs import RESUME, SCRIPT, Watcher, assert_same, main, only, pri
 from reslora.common.log import read_log
 from reslora.diffusion.data.dataset import load_images
 from reslora.diffusion.data.samples import losses_of
-from reslora.diffusion.experiment import results
+from reslora.diffusion.experiment import run
 from reslora.diffusion.experiment.judging import export_chosen
 from reslora.diffusion.experiment.split import parts_of
 from reslora.diffusion.run import Setting
@@ -72,7 +72,7 @@ def whole(flags, small, tmp_path_factory) -> tuple[Path, list[str]]:
 
     output = shutil.copytree(small, tmp_path_factory.mktemp("whole") / "out", copy_function=shutil.copy2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(results, "export_chosen", export)
+        patch.setattr(run, "export_chosen", export)
         return output, printed(*flags, *WHOLE, "--output_dir", output)
 
 

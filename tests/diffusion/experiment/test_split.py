@@ -13,7 +13,8 @@ from pipelines import image_folder, random_image
 from reslora.common.errors import InvalidArgument
 from reslora.diffusion.content import content_mark
 from reslora.diffusion.data.dataset import FEATURES, ImageDataset
-from reslora.diffusion.experiment.split import cut, groups_of, parts_of, perceptual_hash
+from reslora.diffusion.experiment.split import groups_of, parts_of, perceptual_hash
+from reslora.experiment.parts import cut
 
 SHARES = SimpleNamespace(select_split=0.2, test_split=0.3, dataset_name=None, train_data_dir="images")
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from ..common.together import is_main
 from ..files import write_json
 from .memory import peak_memory
+from .together import is_main
 
 FILE = ".status.json"
 EVERY = 1.0  # seconds between two tellings of how far a phase is

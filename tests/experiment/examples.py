@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from reslora.diffusion.experiment.statistics import choose, compare
+from reslora.experiment.statistics import choose, compare
 
 LABELS = {"lora": (0, 2e-4), "lora_x2": (0.1, 1e-4), "reslora block(4)": (-1.5, 1e-4), "loha": (1.6, 8e-4)}
 """What each does to the loss, in percent, and where its best rate is."""

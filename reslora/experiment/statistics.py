@@ -137,12 +137,13 @@ class Comparison(NamedTuple):
         return min(self.differences.shape) > 1
 
 
-def verdicts(losses: Mapping[str, ArrayLike], references: Mapping[str, str]) -> list[Verdict]:
+def verdicts(losses: Mapping[str, ArrayLike], references: Mapping[str, str], unit: str = "image") -> list[Verdict]:
     """What is to be said of each label of `references` beside its reference, by their losses on the test images.
 
     `losses` holds seeds x images for each label; the same seeds and images in all. A seed that a label lacks is a row
     that is not finite, and is left out of its comparison; a label without a seed in common with its reference has no
-    verdict. Raises `ValueError` for arrays of other shapes, and for losses that are not above zero.
+    verdict. `unit`: what an image is, in words. Raises `ValueError` for arrays of other shapes, and for losses that
+    are not above zero.
     """
     arrays = {label: np.asarray(values, float) for label, values in losses.items()}
     expected = next(iter(arrays.values())).shape if arrays else ()
@@ -158,7 +159,7 @@ def verdicts(losses: Mapping[str, ArrayLike], references: Mapping[str, str]) -> 
     telling = [each for each in found if each.telling]
     p_values = [p_value(float(each.differences.mean()), spread_of(each.differences)) for each in telling]
     adjusted = dict(zip((each.label for each in telling), zip(p_values, holm(p_values), strict=True), strict=True))
-    return [_verdict(each, adjusted.get(each.label), len(telling)) for each in found]
+    return [_verdict(each, adjusted.get(each.label), len(telling), unit) for each in found]
 
 
 def _compared(label: str, reference: str, arrays: Mapping[str, np.ndarray]) -> Comparison:
@@ -168,7 +169,7 @@ def _compared(label: str, reference: str, arrays: Mapping[str, np.ndarray]) -> C
     return Comparison(label, reference, (ours - theirs)[both], float(base), int((~both).sum()))
 
 
-def _verdict(comparison: Comparison, p: tuple[float, float] | None, methods: int) -> Verdict:
+def _verdict(comparison: Comparison, p: tuple[float, float] | None, methods: int, unit: str) -> Verdict:
     label, reference, differences, base, _ = comparison
     mean, percent = float(differences.mean()), 100 / base
     seeds, images = differences.shape
@@ -183,16 +184,16 @@ def _verdict(comparison: Comparison, p: tuple[float, float] | None, methods: int
         found["p"], found["p_holm"] = p
         found["detectable"] = percent * detectable(spread, LEVEL / methods)
         found["conclusion"] = "not shown" if p[1] >= LEVEL else "better" if mean < 0 else "worse"
-    found["sentence"] = _sentence(found, comparison)
+    found["sentence"] = _sentence(found, comparison, unit)
     return found
 
 
-def _sentence(verdict: Verdict, comparison: Comparison) -> str:
+def _sentence(verdict: Verdict, comparison: Comparison, unit: str) -> str:
     """The verdict in plain words."""
     label, reference, relative = verdict["label"], verdict["reference"], verdict["relative"]
     towards = "lower" if relative < 0 else "higher"
     if verdict["interval"] is None or verdict["detectable"] is None or verdict["p"] is None:
-        few = "one seed" if verdict["seeds"] == 1 else "one test image"
+        few = "one seed" if verdict["seeds"] == 1 else f"one test {unit}"
         (size,) = percents(relative)
         sentence = f"{few} cannot tell {label} from {reference}: test loss {size}% {towards} (no interval)"
     elif not comparison.differences.any():
@@ -223,7 +224,7 @@ def percents(*values: float) -> list[str]:
 # -- from the record ---------------------------------------------------------------------------------------------------
 
 
-def compare(arms: Iterable[Arm], chosen: Mapping[str, Choice]) -> list[Verdict]:
+def compare(arms: Iterable[Arm], chosen: Mapping[str, Choice], unit: str = "image") -> list[Verdict]:
     """A verdict for each label, from the test losses of its arms at the chosen rate.
 
     The reference is LoRA: of the same rank where there are several, which are compared with the first of them. Raises
@@ -240,7 +241,7 @@ def compare(arms: Iterable[Arm], chosen: Mapping[str, Choice]) -> list[Verdict]:
             lora += [label] if arm["method"] == REFERENCE and label not in lora else []
     same_rank = {label: [each for each in lora if each != label and ranks[each] == ranks[label]] for label in tests}
     references = {label: (same_rank[label] + lora)[0] for label in tests if lora and label != lora[0]}
-    return verdicts(_crossed(tests), references)
+    return verdicts(_crossed(tests), references, unit)
 
 
 def _crossed(tests: Mapping[str, Mapping[int, TestLosses]]) -> dict[str, np.ndarray]:

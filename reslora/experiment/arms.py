@@ -18,18 +18,19 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ...common.errors import InvalidArgument
-from ...common.methods import METHODS
-from ...shortcuts import PLAIN
-from ..arguments import SEVERAL, Flags, listed
+from ..common.errors import InvalidArgument
+from ..common.flags import Flags, listed
+from ..common.methods import METHODS
+from ..shortcuts import NAMES, PLAIN
 
 NEAR = 3  # rates around the best one that further seeds are spent on first
+SEVERAL_BLOCKS = tuple(name for name in NAMES if name not in (PLAIN, "input"))  # that --pre_num counts
 MOST_EXTENSIONS = 3  # of the rates, by --extend_rates
 
 
 @dataclass(frozen=True)
 class Label:
-    """What is compared: a method, with its rank and shortcut where several are given."""
+    """What is compared: a method, with its rank, shortcut and number of blocks where several are given."""
 
     name: str
     method: str
@@ -38,6 +39,7 @@ class Label:
     shortcut: str | None
     place: str = ""
     """What stands before the rate in the names of folders."""
+    pre_num: int | None = None
 
 
 @dataclass(frozen=True)
@@ -69,23 +71,39 @@ def labels_of(flags: Flags) -> list[Label]:
     for method in flags.method:
         wired = METHODS[method].reads_shortcut and isinstance(flags.shortcut, list)
         for shortcut in flags.shortcut if wired else [None]:
-            for rank in flags.rank if isinstance(flags.rank, list) else [None]:
-                words = [method, shortcut_in_words(shortcut, flags.pre_num), f"rank {rank}" if rank else ""]
-                place = (f"{shortcut}/" if shortcut else "") + (f"rank-{rank}/" if rank else "")
-                found.append(Label(" ".join(filter(None, words)), method, rank, shortcut, place))
+            kind = shortcut or kind_of(flags, method)
+            for pre_num in pre_nums_of(flags, kind):
+                told = shortcut_in_words(shortcut, flags.pre_num) if pre_num is None else f"{kind}({pre_num})"
+                folder = (f"{shortcut}/" if shortcut else "") + (f"pre_num-{pre_num}/" if pre_num is not None else "")
+                for rank in flags.rank if isinstance(flags.rank, list) else [None]:
+                    name = " ".join(filter(None, [method, told, f"rank {rank}" if rank else ""]))
+                    place = folder + (f"rank-{rank}/" if rank else "")
+                    found.append(Label(name, method, rank, shortcut, place, pre_num))
     return found
+
+
+def kind_of(flags: Flags, method: str) -> str | None:
+    """The shortcut that a method is wired by, or takes after, where all take the same."""
+    return flags.shortcut if METHODS[method].reads_shortcut else METHODS[method].placebo
+
+
+def pre_nums_of(flags: Flags, kind: str | None) -> list[int] | list[None]:
+    """The numbers of blocks that make a difference: none where one is given, and without shortcuts from several."""
+    return flags.pre_num if isinstance(flags.pre_num, list) and kind in SEVERAL_BLOCKS else [None]
 
 
 def shortcut_in_words(shortcut: str | None, pre_num: int) -> str:
     """As the paper writes it: `block(4)`; `input` takes one block whatever the number is."""
-    return f"{shortcut}({pre_num})" if shortcut not in (None, PLAIN, "input") else shortcut or ""
+    return f"{shortcut}({pre_num})" if shortcut in SEVERAL_BLOCKS else shortcut or ""
 
 
 def flags_of(flags: Flags, label: Label, rate: float, seed: int) -> Flags:
     """The flags of a plain run of one arm."""
     rank = label.rank or flags.rank
     shortcut = label.shortcut or (PLAIN if isinstance(flags.shortcut, list) else flags.shortcut)
+    pre_num = next(filter(None, listed(flags.pre_num)), 0) if label.pre_num is None else label.pre_num
     own = {"method": [label.method], "learning_rate": rate, "seed": seed, "rank": rank, "shortcut": shortcut}
+    own["pre_num"] = pre_num
     return flags.replace(**own, lora_alpha=alpha_of(flags, rank))
 
 
@@ -94,52 +112,24 @@ def alpha_of(flags: Flags | argparse.Namespace, rank: int | list[int] | None) ->
     return flags.lora_alpha or (2 * rank if isinstance(rank, int) and not flags.init_lora else None)
 
 
+def check_values(flags: Flags, names: Mapping[str, str]) -> None:
+    """Refuse values that are given twice or that nothing reads. `names`: the flags that take several, as typed."""
+    for name, flag in names.items():
+        values = [f"{value:g}" if name == "learning_rate" else str(value) for value in values_of(flags, name)]
+        if len(set(values)) < len(values):
+            raise InvalidArgument(f"--{flag} {' '.join(values)}", "the same one twice", "give each once")
+    for name in ("shortcut", "pre_num"):
+        values = getattr(flags, name)
+        if isinstance(values, list) and all(getattr(label, name) is None for label in labels_of(flags)):
+            problem = f"--method {' '.join(flags.method)} has none"
+            raise InvalidArgument(f"--{name} {' '.join(map(str, values))}", problem, "add reslora, or give one")
+    if flags.extend_rates and not isinstance(flags.learning_rate, list):
+        raise InvalidArgument("--extend_rates", "one rate says no next one", "give two or more as --learning_rate")
+
+
 def place_of(label: Label, arm: Arm) -> str:
     """The folder of an arm inside that of its method."""
     return f"{label.place}lr-{arm.rate:g}/seed-{arm.seed}"
-
-
-def plain_variants(flags: Flags) -> list[Flags]:
-    """The flags as runs without an experiment have them, with all methods: one for each rate, rank and shortcut."""
-    plain = [flags.replace(seed=values_of(flags, "seed")[0])]
-    for name in ("shortcut", "rank", "learning_rate"):
-        plain = [one.replace(**{name: value}) for one in plain for value in values_of(flags, name)]
-    return [one.replace(lora_alpha=alpha_of(one, one.rank)) for one in plain]
-
-
-def check_experiment(flags: Flags) -> None:
-    """Refuse what an experiment cannot do, and its flags without several values."""
-    if not any(isinstance(getattr(flags, name), list) for name in SEVERAL):
-        for name in ("select_split", "test_split", "extend_rates", "experiment_minutes", "merged_weights"):
-            if getattr(flags, name):
-                fix = "give several values of --learning_rate, --seed, --rank or --shortcut, or leave it out"
-                raise InvalidArgument(f"--{name}", "this is no experiment, nothing reads it", fix)
-        return
-    for name in SEVERAL:
-        values = [f"{value:g}" if name == "learning_rate" else str(value) for value in values_of(flags, name)]
-        if len(set(values)) < len(values):
-            raise InvalidArgument(f"--{name} {' '.join(values)}", "the same one twice", "give each once")
-    if isinstance(flags.rank, list) and flags.init_lora:
-        problem = "--init_lora has ranks of its own"
-        raise InvalidArgument(f"--rank {' '.join(map(str, flags.rank))}", problem, "leave it out")
-    if isinstance(flags.shortcut, list) and not any(METHODS[method].reads_shortcut for method in flags.method):
-        problem = f"--method {' '.join(flags.method)} has none"
-        raise InvalidArgument(f"--shortcut {' '.join(flags.shortcut)}", problem, "add reslora, or give one")
-    if flags.extend_rates and not isinstance(flags.learning_rate, list):
-        raise InvalidArgument("--extend_rates", "one rate says no next one", "give two or more as --learning_rate")
-    if flags.select_split + flags.test_split >= 1:
-        problem = f"with --test_split {flags.test_split:g} nothing is left to train on"
-        raise InvalidArgument(f"--select_split {flags.select_split:g}", problem, "give smaller shares")
-    for name, fix in (
-        ("validation_split", "give --select_split, which experiments hold out"),
-        ("max_train_samples", "leave it out: each seed would draw other images"),
-        ("push_to_hub", "leave it out, and upload the folder of the arm that you like"),
-    ):
-        if getattr(flags, name):
-            raise InvalidArgument(f"--{name}", "this is an experiment", fix)
-    if flags.resume_from_checkpoint not in (None, "latest"):
-        argument = f"--resume_from_checkpoint {flags.resume_from_checkpoint}"
-        raise InvalidArgument(argument, "an experiment goes on as a whole", "give latest")
 
 
 # -- in which order ----------------------------------------------------------------------------------------------------

@@ -11,10 +11,10 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...common.log import of_split, read_log
-from ...common.methods import METHODS
-from ...files import read_object, write_json
-from ..arguments import Flags
+from ..common.flags import Flags
+from ..common.log import of_split, read_log
+from ..common.methods import METHODS
+from ..files import read_object, write_json
 from . import record
 from .arms import (
     MOST_EXTENSIONS,
@@ -31,6 +31,12 @@ from .arms import (
 )
 
 ENDED = "arm.json"  # that an arm has ended, and how; written last
+ADAPTERS = "adapters"  # of every checkpoint that may be chosen, without what a resumed run needs
+
+
+def adapter_folder(folder: Path, step: int) -> Path:
+    """Where an arm keeps the adapter of a step."""
+    return folder / ADAPTERS / f"step-{step:06d}"
 
 
 @dataclass
@@ -146,6 +152,8 @@ class Course:
             "steps": last["step"],
             "seconds": last["seconds"],
             "memory_bytes": ended.get("memory_bytes"),
-            "select_by_step": {str(step): loss for step, loss in self.select_losses(arm).items()},
+            "select_by_step": {
+                str(step): loss if math.isfinite(loss) else None for step, loss in self.select_losses(arm).items()
+            },
             "test": test,
         }

@@ -5,57 +5,68 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from ...common.charts import Axes, Series, chart, escape, interval
-from ...files import replacing
-from .gallery import gallery
+from ..common.charts import Axes, Series, chart, escape, interval
+from ..files import replacing
 from .look import SCRIPT, STYLE
-from .record import MEANINGS, Arm, Experiment, Verdict, as_of_now
+from .record import Arm, Experiment, Verdict, as_of_now
 from .statistics import REFERENCE, percents
 
 NOTHING = "&mdash;"
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 READING = (
-    "A difference is a method's loss minus its reference's on images that neither was trained on nor chosen by, with "
-    "the same seeds and images for both; lower is better. With new seeds and new images of this kind it is to be "
+    "A difference is a method's loss minus its reference's on {unit}s that neither was trained on nor chosen by, with "
+    "the same seeds and {unit}s for both; lower is better. With new seeds and new {unit}s of this kind it is to be "
     "expected within the 95% interval, and a method counts as better or worse if p, corrected by Holm for the number "
     "of methods, is below 0.05. Where no difference is shown there may still be one within the interval: what is "
     "detectable would have been shown in four of five such experiments."
 )
 
 
-def write_report(experiment: Experiment, folder: Path) -> None:
+@dataclass(frozen=True)
+class About:
+    """What differs between reports of images and of texts."""
+
+    unit: str
+    """What losses are of, in words: an image, an example."""
+    columns: Mapping[str, tuple[str, str]]
+    """Title, and what it is, of what is measured beside the test loss."""
+    sections: Callable[[Experiment, Path], Sequence[tuple[str, str]]] = lambda *_: ()
+    """Titles and contents of its own, of the record and the experiment's folder."""
+
+
+def write_report(experiment: Experiment, folder: Path, about: About) -> None:
     """Writes `report.html` into an experiment's folder, whose arms' samples it shows; whole or not at all."""
     with replacing(folder / "report.html") as temporary:
-        temporary.write_text(page(experiment, folder), encoding="utf-8")
+        temporary.write_text(page(experiment, folder, about), encoding="utf-8")
 
 
-def page(experiment: Experiment, folder: Path) -> str:
+def page(experiment: Experiment, folder: Path, about: About) -> str:
     """The whole document."""
-    experiment = as_of_now(experiment)
-    headline = escape(headline_of(experiment))
+    experiment, unit = as_of_now(experiment), about.unit
+    headline = escape(headline_of(experiment, unit))
     sections = (
-        ("Verdicts", verdict_table(experiment)),
-        ("Chosen on the select images", chosen_table(experiment)),
-        ("Arms", arm_table(experiment)),
-        ("Loss on the select images", select_charts(experiment)),
-        ("Loss on the test images by timestep", timestep_chart(experiment)),
-        ("Images", gallery(experiment, folder)),
+        ("Verdicts", verdict_table(experiment, unit)),
+        (f"Chosen on the select {unit}s", chosen_table(experiment, unit)),
+        ("Arms", arm_table(experiment, about)),
+        (f"Loss on the select {unit}s", select_charts(experiment)),
+        *about.sections(experiment, folder),
         ("Settings and versions", settings_of(experiment)),
-        ("How to read this", f"<p>{READING}</p>"),
+        ("How to read this", f"<p>{READING.format(unit=unit)}</p>"),
         ("Notes", in_lines(experiment["notes"])),
         ("What is missing", missing(experiment)),
     )
     body = "".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in sections if content)
     split = experiment["split"]
-    images = f"{split['train']} images to train on, {split['select']} to select by, {split['test']} to test with"
+    parts = f"{split['train']} {unit}s to train on, {split['select']} to select by, {split['test']} to test with"
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{headline}</title>'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><link rel="icon" href="data:,">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{STYLE}</style></head><body><main><header><p>Experiment: {count(experiment['arms'], 'arm')}, {images}"
+        f"<style>{STYLE}</style></head><body><main><header><p>Experiment: {count(experiment['arms'], 'arm')}, {parts}"
         f"</p><h1>{headline}</h1></header>{body}</main><script>{SCRIPT}</script></body></html>\n"
     )
 
@@ -63,7 +74,7 @@ def page(experiment: Experiment, folder: Path) -> str:
 # -- verdicts ----------------------------------------------------------------------------------------------------------
 
 
-def headline_of(experiment: Experiment) -> str:
+def headline_of(experiment: Experiment, unit: str) -> str:
     """What was found, in one sentence."""
     verdicts, total = experiment["verdicts"], len(experiment["arms"])
     ended = sum(arm["status"] in ("finished", "failed") for arm in experiment["arms"])
@@ -72,10 +83,10 @@ def headline_of(experiment: Experiment) -> str:
         return f"{so_far}nothing to compare yet" if so_far else "There is nothing to compare"
     if len(verdicts) == 1:
         return so_far + verdicts[0]["sentence"]
-    return so_far + summary_of(verdicts)
+    return so_far + summary_of(verdicts, unit)
 
 
-def summary_of(verdicts: Sequence[Verdict]) -> str:
+def summary_of(verdicts: Sequence[Verdict], unit: str) -> str:
     """Of several methods: which are better, else which are worse, else what could have been shown."""
     references = " and ".join(dict.fromkeys(verdict["reference"] for verdict in verdicts))
     better, worse = ([v for v in verdicts if v["conclusion"] == which] for which in ("better", "worse"))
@@ -91,12 +102,12 @@ def summary_of(verdicts: Sequence[Verdict]) -> str:
             return f"{share}, most of all {first['label']}: test loss {relative}% {towards}"
     detectable = [verdict["detectable"] for verdict in verdicts if verdict["detectable"] is not None]
     if not detectable:
-        return f"one seed or image cannot tell {len(verdicts)} methods from {references}"
+        return f"one seed or {unit} cannot tell {len(verdicts)} methods from {references}"
     (most,) = percents(max(detectable))
     return f"no difference between {len(verdicts)} methods and {references} shown (could have shown {most}% for each)"
 
 
-def verdict_table(experiment: Experiment) -> str:
+def verdict_table(experiment: Experiment, unit: str) -> str:
     verdicts = experiment["verdicts"]
     ends = [abs(end) for verdict in verdicts for end in verdict["interval"] or (verdict["relative"],)]
     places = {label: number for number, label in enumerate(labels_of(experiment))}
@@ -119,7 +130,7 @@ def verdict_table(experiment: Experiment) -> str:
                 f"{verdict['seeds']} &times; {verdict['images']}",
             ]
         )
-    names = "Method", "Verdict", "Difference", "95% interval", "p (Holm)", "Detectable", "Seeds &times; images"
+    names = "Method", "Verdict", "Difference", "95% interval", "p (Holm)", "Detectable", f"Seeds &times; {unit}s"
     return in_lines(verdict["sentence"] for verdict in verdicts) + table("Verdicts", names, rows)
 
 
@@ -134,7 +145,7 @@ def p_in_words(p: float | None) -> str:
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
-def chosen_table(experiment: Experiment) -> str:
+def chosen_table(experiment: Experiment, unit: str) -> str:
     ranks = {arm["label"]: arm for arm in experiment["arms"]}
     rows = []
     for label, choice in experiment["chosen"].items():
@@ -148,20 +159,20 @@ def chosen_table(experiment: Experiment) -> str:
         numbers = [rate(choice["learning_rate"]), str(choice["step"]), number(choice["loss"])]
         rows.append([escape(label), *numbers, str(arm["rank"]) if arm else NOTHING, wired, at_end])
     names = ["Method", "Learning rate", "Step", "Select loss", "Rank", "Shortcut", "End of the rates"]
-    return table("Chosen on the select images", names, rows)
+    return table(f"Chosen on the select {unit}s", names, rows)
 
 
-def arm_table(experiment: Experiment) -> str:
+def arm_table(experiment: Experiment, about: About) -> str:
     rows: list[list[str]] = []
     marked = set()
-    measured = {name for arm in experiment["arms"] if arm["test"] for name in arm["test"].get("similarities", {})}
-    shown = [name for name in MEANINGS if name in measured]
+    measured = {name for arm in experiment["arms"] for name in beside_loss(arm)}
+    shown = [name for name in about.columns if name in measured]
     for arm in experiment["arms"]:
         if is_chosen(arm, experiment):
             marked.add(len(rows))
         losses = [loss for loss in (arm["test"]["losses"] if arm["test"] else []) if loss is not None]
         reason = f'<div class="reason">{escape(arm["reason"])}</div>' if arm["reason"] else ""
-        memory, similarities = arm["memory_bytes"], arm["test"].get("similarities", {}) if arm["test"] else {}
+        memory, figures = arm["memory_bytes"], beside_loss(arm)
         rows.append(
             [
                 escape(arm["label"]),
@@ -173,13 +184,19 @@ def arm_table(experiment: Experiment) -> str:
                 f"{memory / 2**30:.2f} GiB" if memory else NOTHING,
                 number(min(finite(arm["select_by_step"].values()), default=math.nan)),
                 number(statistics.fmean(losses) if losses else math.nan),
-                *(number(similarities.get(name)) for name in shown),
+                *(number(figures.get(name)) for name in shown),
             ]
         )
     names = ["Method", "Learning rate", "Seed", "Status", "Steps", "Time", "Memory", "Lowest select loss", "Test loss"]
-    found = table("Arms", [*names, *(MEANINGS[name][0] for name in shown)], rows, marked)
-    meanings = in_lines(f"{title}: {meaning}" for title, meaning in (MEANINGS[name] for name in shown))
+    found = table("Arms", [*names, *(about.columns[name][0] for name in shown)], rows, marked)
+    meanings = in_lines(f"{title}: {meaning}" for title, meaning in (about.columns[name] for name in shown))
     return found + ("<p>At the chosen rate: shaded.</p>" if marked else "") + meanings
+
+
+def beside_loss(arm: Arm) -> dict[str, float]:
+    """What was measured of an arm's test part beside the loss."""
+    test = arm["test"]
+    return test.get("similarities", {}) | test.get("figures", {}) if test else {}
 
 
 def table(title: str, names: Iterable[str], rows: Sequence[Sequence[str]], marked: Iterable[int] = ()) -> str:
@@ -280,32 +297,6 @@ def mean_curve(curves: Sequence[dict[int, float]]) -> dict[int, float]:
     steps = sorted(set.intersection(*(set(curve) for curve in curves)))
     means = {step: statistics.fmean(curve[step] for curve in curves) for step in steps}
     return {step: mean for step, mean in means.items() if math.isfinite(mean)}
-
-
-def timestep_chart(experiment: Experiment) -> str:
-    """Each method's difference to its reference in percent: the losses themselves would lie on each other."""
-    measured = {
-        (arm["label"], arm["seed"]): [math.nan if loss is None else loss for loss in arm["test"]["by_timestep"]]
-        for arm in experiment["arms"]
-        if arm["test"] and is_chosen(arm, experiment)
-    }
-    places = {label: place for place, label in enumerate(labels_of(experiment))}
-    found = []
-    for verdict in experiment["verdicts"]:
-        label, reference = verdict["label"], verdict["reference"]
-        both = [seed for name, seed in measured if name == label and (reference, seed) in measured]
-        series = Series(label, places[label])
-        for place, timestep in enumerate(experiment["timesteps"]):
-            pairs = [(measured[label, seed][place], measured[reference, seed][place]) for seed in both]
-            percent = [100 * (ours / theirs - 1) for ours, theirs in pairs if theirs]
-            series.dots += [(timestep, value) for value in percent]
-            series.line += [(timestep, statistics.fmean(percent))] if percent else []
-        found.append(series)
-    references = " and ".join(dict.fromkeys(verdict["reference"] for verdict in experiment["verdicts"]))
-    axes = Axes(f"Difference to {references}, in percent", "timestep (1 is pure noise)", "percent", zero=True)
-    figure = chart(found, axes)
-    note = "<p>Below zero the method is better. A line is the mean over seeds, a dot is one seed.</p>"
-    return f'<div class="charts">{figure}</div>{note}' if figure else ""
 
 
 # -- the rest ----------------------------------------------------------------------------------------------------------

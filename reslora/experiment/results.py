@@ -2,63 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
-from pathlib import Path
 
-from ... import __version__
-from ...common.errors import InvalidArgument
-from ...common.methods import METHODS
-from ...files import read_object, this_process, write_json
-from ..arguments import Flags
-from ..data.samples import measured_at
-from ..folder import EXPERIMENT
-from ..run import Setting
-from ..training.checkpoints import EXPORTS, MERGING, Identity, check_past, checkpoints_of, past_of
+from ..common.methods import METHODS
+from ..files import read_object, this_process, write_json
 from . import record
 from .arms import Arm
 from .course import ENDED, Course
-from .judging import export_chosen, is_tested, tested
+from .record import EXPERIMENT
 from .report import write_report
-from .split import Parts
 from .statistics import REFERENCE, choose, compare
+from .subject import Subject
 
 REPORT = "report.html"
-CHANGING = ("learning_rate", "seed")  # and the methods: of these more may be added
-FIXED = (
-    *MERGING,
-    "max_train_steps",
-    "validation_steps",
-    "cache_latents",
-    "metric_model",
-)  # which a plain run may change
-LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate")
-
-
-def check_same(flags: Flags, identity: Identity | None = None) -> None:
-    """Refuses to go on with an experiment but with more methods, rates and seeds; and in the folder of a plain run."""
-    folder = Path(flags.output_dir)
-    there = read_object(folder / EXPERIMENT).get("identity")
-    if there is None:
-        for method in METHODS:
-            if checkpoints_of(folder / method) or (folder / method / EXPORTS).exists():
-                problem = "holds a run that is no experiment"
-                raise InvalidArgument(f"--output_dir {folder}", problem, "choose another")
-        return
-    check_past(flags, folder, there, identity)
-    for name in FIXED:
-        value = getattr(flags, name)
-        if value is not None and there.get(name) != value:
-            problem, fix = f"{folder} was begun with {there.get(name)}", "use that, or choose another --output_dir"
-            raise InvalidArgument(f"--{name} {value}", problem, fix)
-
-
-def identity_record(flags: Flags, identity: Identity) -> dict:
-    """What `check_same` compares."""
-    past = past_of(flags, identity)
-    settings = {name: value for name, value in past["settings"].items() if name not in CHANGING}
-    return past | {"settings": settings} | {name: getattr(flags, name) for name in FIXED}
 
 
 @dataclass
@@ -66,9 +23,7 @@ class Results:
     """What is known of an experiment, for its files and for whoever watches."""
 
     course: Course
-    setting: Setting
-    parts: Parts
-    setting_of: Callable[[Arm], Setting]
+    subject: Subject
     tests: dict[Arm, record.TestLosses] = field(default_factory=dict)
     chosen: dict[str, record.Choice] = field(default_factory=dict)
     verdicts: list[record.Verdict] = field(default_factory=list)
@@ -79,42 +34,34 @@ class Results:
 
     def write(self) -> record.Experiment:
         """`experiment.json` as things stand, which it returns."""
-        folder, objective, parts = self.course.folder, self.setting.material.objective, self.parts
         content: record.Experiment = {
             "format": record.FORMAT,
-            "settings": read_object(folder / "config.json"),
-            "versions": {"reslora-sd": __version__} | {name: version(name) for name in LIBRARIES},
-            "split": {
-                "train": len(parts.train),
-                "select": len(parts.select),
-                "test": len(parts.test),
-                "duplicates": parts.duplicates,
-            },
-            "timesteps": [float(timestep) / objective.timesteps for timestep in measured_at(objective)],
+            "settings": read_object(self.course.folder / "config.json"),
+            **self.subject.facts(),
             "arms": [self.course.record(arm, self.tests.get(arm)) for arm in self.course.arms()],
             "chosen": self.chosen,
             "verdicts": self.verdicts,
             "notes": self.notes,
-            "identity": identity_record(self.course.flags, self.setting.identity),
             "readings": self.readings,
             "process": this_process(),
         }
-        write_json(folder / EXPERIMENT, content)
+        write_json(self.course.folder / EXPERIMENT, content)
         return content
 
     def conclude(self) -> None:
-        """Chooses by the select images, reads the test images once, compares, and tells all."""
+        """Chooses by the select part, reads the test part once, compares, and tells all."""
         course = self.course
         losses = course.losses()
         self.chosen = choose([course.record(arm) for arm in course.arms()])
         judged = [arm for arm in losses if self.is_chosen(arm)]
-        self.readings += any(not is_tested(self.step_of(arm), self.parts.test, self.setting_of(arm)) for arm in judged)
-        self.tests = {arm: tested(self.step_of(arm), self.parts.test, self.setting_of(arm)) for arm in judged}
-        self.verdicts = compare([course.record(arm, test) for arm, test in self.tests.items()], self.chosen)
+        self.readings += any(not self.subject.is_tested(arm, self.step_of(arm)) for arm in judged)
+        self.tests = {arm: self.subject.tested(arm, self.step_of(arm)) for arm in judged}
+        records = [course.record(arm, test) for arm, test in self.tests.items()]
+        self.verdicts = compare(records, self.chosen, self.subject.about.unit)
         self.notes = [*self.unfinished(len(losses)), *self.others(), *self.failed(), *self.at_ends()]
         self.notes += [*self.no_reference(judged), *self.read_again(), *self.export(judged)]
         experiment = self.write()
-        write_report(experiment, course.folder)
+        write_report(experiment, course.folder, self.subject.about)
         for line in (*self.notes, *(verdict["sentence"] for verdict in self.verdicts)):
             print(line)
         print(f"{course.folder / REPORT}")
@@ -156,7 +103,8 @@ class Results:
 
     def read_again(self) -> list[str]:
         """That somebody may have looked before deciding to go on, which no interval knows."""
-        line = f"the test images were read {self.readings} times, as arms were added: intervals are for a single time"
+        read = f"the test {self.subject.about.unit}s were read {self.readings} times"
+        line = f"{read}, as arms were added: intervals are for a single time"
         return [line] if self.readings > 1 else []
 
     def others(self) -> list[str]:
@@ -167,13 +115,13 @@ class Results:
         return [f"{more} more arms in the folder are of other methods, rates or seeds: left out"] if more else []
 
     def export(self, judged: Sequence[Arm]) -> list[str]:
-        """Writes the file of the best arm: of the label that the select images choose, its best seed."""
+        """Writes the file of the best arm: of the label that the select part chooses, its best seed."""
         if not judged:
             return []
         label = min({arm.label for arm in judged}, key=lambda name: self.chosen[name]["loss"])
         arms = [arm for arm in judged if arm.label == label]
         best = min(arms, key=lambda arm: self.course.select_losses(arm)[self.step_of(arm)])
         where, step = self.course.folder_of(best).relative_to(self.course.folder).as_posix(), self.step_of(best)
-        path = export_chosen(step, self.setting_of(best))
-        what = f"{path.name} is" if path else "no LoRA file can be made of"
-        return [f"{what} {where} at step {step}, which does best on the select images"]
+        name = self.subject.export(best, step)
+        what = f"{name} is" if name else "no LoRA file can be made of"
+        return [f"{what} {where} at step {step}, which does best on the select {self.subject.about.unit}s"]

@@ -3,9 +3,10 @@
 import math
 
 import pytest
-
 from diffusion.runs import refused
-from reslora.diffusion.experiment.arms import (
+
+from reslora.diffusion.settings import is_experiment, parse_args
+from reslora.experiment.arms import (
     NEAR,
     Arm,
     coarse_to_fine,
@@ -17,7 +18,6 @@ from reslora.diffusion.experiment.arms import (
     nearest,
     place_of,
 )
-from reslora.diffusion.settings import is_experiment, parse_args
 
 RATES = [1e-4, 2e-4, 4e-4, 8e-4, 16e-4]
 SEVERAL = ("--learning_rate", "1e-4", "2e-4")

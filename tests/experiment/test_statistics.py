@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
-from reslora.diffusion.experiment.statistics import (
+from reslora.experiment.statistics import (
     LEVEL,
     Spread,
     choice,

@@ -1,10 +1,10 @@
-"""reslora/diffusion/memory.py: what a run takes at the most."""
+"""How much memory an arm takes."""
 
 import mmap
 
 import torch
 
-from reslora.diffusion.memory import forget_peak, peak_memory
+from reslora.common.memory import forget_peak, peak_memory
 
 
 def test_peak_memory_counts_from_where_it_was_forgotten():

@@ -8,43 +8,36 @@ from __future__ import annotations
 import copy
 from typing import Any, Literal, NotRequired, TypedDict
 
-from ...files import has_ended, this_process
+from ..files import has_ended, this_process
 
 FORMAT = 1
-
-MEANINGS = {
-    "image_similarity": ("To test images", "what it draws of a test image's caption, to that image"),
-    "caption_similarity": ("To captions", "the same, to the caption"),
-    "nearest_training": ("Nearest training image", "the same, to the training image that is nearest; 1 is a copy"),
-    "unrelated_similarity": ("Base kept", "what it draws of unrelated prompts, to what the base model draws"),
-    "diversity": ("Diversity", "mean distance (1 - similarity) between drawings of one prompt"),
-}
-"""Title in the report, and what it is, of each similarity (cosine of embeddings) by --metric_model."""
+EXPERIMENT = "experiment.json"  # what an experiment leaves, and a run does not
 
 Status = Literal["finished", "running", "waiting", "failed"]
 
 
 class Split(TypedDict):
-    """How many images are in each part."""
+    """How many images, or examples, are in each part."""
 
     train: int
     select: int
     test: int
     duplicates: int
-    """Images that are in the part of another one because they are near-duplicates of it."""
+    """Those that are in the part of another one because they are near-duplicates of it."""
 
 
 class TestLosses(TypedDict):
-    """Losses on the test images at fixed noises and timesteps, of the chosen checkpoint."""
+    """Losses on the test images (at fixed noises and timesteps) or examples, of the chosen checkpoint."""
 
     images: list[str]
     """What each is known by, alike in all arms."""
     losses: list[float | None]
-    """Of each image, the mean over noises and timesteps."""
-    by_timestep: list[float | None]
+    """Of each image, the mean over noises and timesteps; of each example."""
+    by_timestep: NotRequired[list[float | None]]
     """At each of the experiment's `timesteps`, the mean over images and noises."""
     similarities: NotRequired[dict[str, float]]
-    """By --metric_model, see MEANINGS."""
+    """Of images by --metric_model; what is of texts, as accuracy, is in `figures`."""
+    figures: NotRequired[dict[str, float]]
 
 
 class Arm(TypedDict):
@@ -107,24 +100,29 @@ class Verdict(TypedDict):
     """The smallest difference that such an experiment shows in four of five cases."""
 
 
-class Experiment(TypedDict):
+class Facts(TypedDict):
+    """What is known of an experiment before its first arm."""
+
+    versions: dict[str, str]
+    split: Split
+    timesteps: NotRequired[list[float]]
+    """At which losses are measured, 1 being pure noise."""
+    identity: NotRequired[dict[str, Any]]
+    """What it is trained from and by: more methods, rates and seeds may be added, and nothing else changes."""
+
+
+class Experiment(Facts):
     """The content of `experiment.json`."""
 
     format: int
     settings: dict[str, Any]
     """Flags and their values."""
-    versions: dict[str, str]
-    split: Split
-    timesteps: list[float]
-    """At which losses are measured, 1 being pure noise."""
     arms: list[Arm]
     chosen: dict[str, Choice]
     """By label."""
     verdicts: list[Verdict]
     notes: list[str]
     """Lines that a reader should know, as they were printed."""
-    identity: NotRequired[dict[str, Any]]
-    """What it is trained from and by: more methods, rates and seeds may be added, and nothing else changes."""
     readings: NotRequired[int]
     """How often losses on the test images were measured."""
     process: NotRequired[str]

@@ -5,9 +5,9 @@ import math
 
 import pytest
 
-from reslora.diffusion.experiment.arms import Arm
-from reslora.diffusion.experiment.course import Course
 from reslora.diffusion.settings import parse_args
+from reslora.experiment.arms import Arm
+from reslora.experiment.course import Course
 
 RATES = ("--learning_rate", "2e-4", "1e-4", "4e-4")
 

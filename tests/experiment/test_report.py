@@ -7,16 +7,20 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import browsers
 import pytest
 from PIL import Image
 from waiting import LIMIT
 
-from diffusion.experiment import examples
-from reslora.diffusion.experiment import look, report
-from reslora.diffusion.experiment.report import headline_of, page, write_report
+from experiment import examples
+from reslora.diffusion.experiment.pages import IMAGES, timestep_chart
+from reslora.experiment import look, report
 
+headline_of = report.headline_of
+page = partial(report.page, about=IMAGES)
+write_report = partial(report.write_report, about=IMAGES)
 ORDER = (
     "Verdicts", "Chosen on the select images", "Arms", "Loss on the select images",
     "Loss on the test images by timestep", "Images", "Settings and versions", "How to read this", "What is missing",
@@ -174,10 +178,10 @@ def test_the_headline(conclusions, words):
         for place, (label, conclusion) in enumerate(zip("abc", conclusions, strict=False))
     ]
     arms = [{"status": "finished"}] * 2
-    assert headline_of({"verdicts": verdicts, "arms": arms}).startswith(words)
+    assert headline_of({"verdicts": verdicts, "arms": arms}, "image").startswith(words)
     if verdicts:
         unfinished = {"verdicts": verdicts, "arms": [*arms, {"status": "waiting"}]}
-        assert headline_of(unfinished).startswith(f"So far, with 2 of 3 arms: {words}")
+        assert headline_of(unfinished, "image").startswith(f"So far, with 2 of 3 arms: {words}")
 
 
 def luminance(color: str) -> float:
@@ -217,9 +221,9 @@ def test_charts_show_what_is_finite(experiment, folder):
 
 
 def test_losses_by_timestep_are_those_at_the_chosen_rate(experiment):
-    shown, other = report.timestep_chart(experiment), next(arm for arm in experiment["arms"] if arm["test"])
+    shown, other = timestep_chart(experiment), next(arm for arm in experiment["arms"] if arm["test"])
     wild = other | {"learning_rate": 1.0, "test": other["test"] | {"by_timestep": [9.0] * 8}}
-    assert report.timestep_chart(experiment | {"arms": [*experiment["arms"], wild]}) == shown
+    assert timestep_chart(experiment | {"arms": [*experiment["arms"], wild]}) == shown
 
 
 # -- in a browser ------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""reslora/diffusion/status.py: what is told of where a run is, and how often."""
+"""reslora/common/status.py: what is told of where a run is, and how often."""
 
 import json
 import os
@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from reslora.diffusion import status
-from reslora.diffusion.status import FILE, Status
+from reslora.common import status
+from reslora.common.status import FILE, Status
 
 
 @pytest.fixture

@@ -1,0 +1,67 @@
+"""The run's folder belongs to one run at a time, and what a killed run left half-written in it goes away."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from ..files import remove_leftovers
+from .errors import InvalidArgument
+from .methods import METHODS
+from .status import FILE
+
+OWNER = ".lock"  # holds the process id, for readers; what is locked is a file of the system's temporary folder
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps a second run out of the folder; raises `InvalidArgument` naming the process that is in it."""
+    made = not folder.exists()
+    guard = _guard(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        guard.acquire(timeout=0)
+        (folder / OWNER).write_text(str(os.getpid()))
+    except Timeout:
+        raise _busy(folder) from None
+    except OSError as error:
+        problem = f"cannot be written ({error.strerror})"
+        raise InvalidArgument(f"--output_dir {folder}", problem, "choose another folder") from None
+    try:
+        _clear_leftovers(folder)
+        yield
+    finally:
+        (folder / FILE).unlink(missing_ok=True)
+        (folder / OWNER).unlink(missing_ok=True)
+        guard.release()
+        if made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # a run that was refused before it wrote anything leaves nothing
+
+
+def _guard(folder: Path) -> FileLock:
+    name = hashlib.blake2b(os.fsencode(folder.resolve()), digest_size=8).hexdigest()
+    return FileLock(Path(tempfile.gettempdir()) / f"reslora-{getattr(os, 'getuid', int)()}-{name}.lock")
+
+
+def _busy(folder: Path) -> InvalidArgument:
+    owner = ""
+    with contextlib.suppress(OSError):
+        owner = (folder / OWNER).read_text().strip()
+    problem = f"process {owner or '?'} is training in it"
+    return InvalidArgument(f"--output_dir {folder}", problem, "wait for it, or choose another folder")
+
+
+def _clear_leftovers(folder: Path) -> None:
+    for place in (
+        folder,
+        folder / "cache",
+        *(folder / method / part for method in METHODS for part in (".", "samples", "best")),
+    ):
+        remove_leftovers(place)

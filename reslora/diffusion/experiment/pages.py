@@ -1,0 +1,50 @@
+"""What the report of an experiment with images has of its own: losses by timestep, samples, and similarities."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from pathlib import Path
+
+from ...common.charts import Axes, Series, chart
+from ...experiment.record import Experiment
+from ...experiment.report import About, is_chosen, labels_of
+from .drawn import MEANINGS
+from .gallery import gallery
+
+
+def sections(experiment: Experiment, folder: Path) -> list[tuple[str, str]]:
+    """Titles and contents."""
+    return [
+        ("Loss on the test images by timestep", timestep_chart(experiment)),
+        ("Images", gallery(experiment, folder)),
+    ]
+
+
+def timestep_chart(experiment: Experiment) -> str:
+    """Each method's difference to its reference in percent: the losses themselves would lie on each other."""
+    measured = {
+        (arm["label"], arm["seed"]): [math.nan if loss is None else loss for loss in arm["test"]["by_timestep"]]
+        for arm in experiment["arms"]
+        if arm["test"] and is_chosen(arm, experiment)
+    }
+    places = {label: place for place, label in enumerate(labels_of(experiment))}
+    found = []
+    for verdict in experiment["verdicts"]:
+        label, reference = verdict["label"], verdict["reference"]
+        both = [seed for name, seed in measured if name == label and (reference, seed) in measured]
+        series = Series(label, places[label])
+        for place, timestep in enumerate(experiment["timesteps"]):
+            pairs = [(measured[label, seed][place], measured[reference, seed][place]) for seed in both]
+            percent = [100 * (ours / theirs - 1) for ours, theirs in pairs if theirs]
+            series.dots += [(timestep, value) for value in percent]
+            series.line += [(timestep, statistics.fmean(percent))] if percent else []
+        found.append(series)
+    references = " and ".join(dict.fromkeys(verdict["reference"] for verdict in experiment["verdicts"]))
+    axes = Axes(f"Difference to {references}, in percent", "timestep (1 is pure noise)", "percent", zero=True)
+    figure = chart(found, axes)
+    note = "<p>Below zero the method is better. A line is the mean over seeds, a dot is one seed.</p>"
+    return f'<div class="charts">{figure}</div>{note}' if figure else ""
+
+
+IMAGES = About("image", MEANINGS, sections)

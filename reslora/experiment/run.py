@@ -1,0 +1,46 @@
+"""An experiment's arms, one after the other, and what came of them."""
+
+from __future__ import annotations
+
+import time
+
+from ..common.errors import Diverged, EndedElsewhere, Stopped
+from ..common.memory import forget_peak, peak_memory
+from ..common.together import decided, is_main
+from .arms import Arm
+from .course import Course
+from .results import Results
+from .subject import Subject
+
+
+def train_and_conclude(course: Course, subject: Subject) -> None:
+    """Trains what is next until nothing is, and tells what came of it."""
+    results = Results(course, subject)
+    try:
+        while arm := decided(course.next_arm):
+            course.running = arm
+            decided(results.write)
+            train(arm, course, subject)
+    except Stopped:
+        course.running = None
+        if is_main():  # alone: the others may have left otherwise
+            results.write()
+        raise
+    course.running = None
+    decided(results.conclude)
+
+
+def train(arm: Arm, course: Course, subject: Subject) -> None:
+    """Trains an arm and notes that it has ended; one that diverges has ended too, and the others go on."""
+    started, reason = time.monotonic(), ""
+    forget_peak(subject.device)
+    try:
+        subject.train(arm)
+    except Diverged as error:
+        reason = str(error)
+    except EndedElsewhere as error:
+        if not error.diverged:
+            raise
+    memory = peak_memory(subject.device)
+    decided(lambda: course.end(arm, reason, memory))
+    course.longest = max(course.longest, time.monotonic() - started)

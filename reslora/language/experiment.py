@@ -1,0 +1,304 @@
+"""An experiment with a language model: every arm trained as a plain run of its flags, on parts of the examples.
+
+What an arm writes is in a folder of its own, and what is on disk decides what is left to do. Rates and checkpoints are
+chosen by the validation loss, which is that of the select examples; methods are compared by the loss of each test
+example under the merged adapter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import gc
+import json
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import HfArgumentParser, TrainerCallback
+
+from .. import __version__
+from ..common.adapters import load_adapter, save_adapter
+from ..common.errors import Diverged, InvalidArgument
+from ..common.flags import Flags, listed
+from ..common.folder import locked
+from ..common.signals import StopRequest
+from ..common.together import decided
+from ..experiment.arms import Arm, check_values
+from ..experiment.course import ADAPTERS, Course, adapter_folder
+from ..experiment.record import EXPERIMENT, Facts, TestLosses
+from ..experiment.report import About
+from ..experiment.run import train_and_conclude
+from ..export import export_peft
+from ..files import read_object, remove_leftovers, replacing, write_json
+from .arguments import FREE_ON_RESUME, SEVERAL, ExperimentArguments, fingerprint, is_same
+from .checkpoints import checkpoints_of
+from .parts import Parts
+from .results import as_plain, export
+from .trainer import AdapterTrainer, total_steps
+
+TEST, MOST_LOOKS = "test.json", 10
+LEAST_LOSS = 1e-12  # of a sure example, whose loss rounds to zero: statistics take losses above it
+LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets")
+CHANGING = ("method", "learning_rate", "seed")  # of these more may be added
+FIXED = (
+    "merge", "calibration_examples", "max_steps", "num_train_epochs", "eval_strategy", "eval_steps", "max_new_tokens",
+)  # fmt: skip
+"""What a plain run may change when it goes on, and an experiment may not."""
+TEXTS = About(
+    "example",
+    {
+        "accuracy": ("Accuracy", "share of the test examples that are answered right"),
+        "f1": ("F1", "of the test examples"),
+        "matthews": ("Matthews", "Matthews' correlation of labels on the test examples"),
+        "pearson": ("Pearson", "correlation of scores on the test examples"),
+        "spearmanr": ("Spearman", "correlation of the order of scores on the test examples"),
+    },
+)
+
+
+class Study(ABC):
+    """What train_llm.py and train_glue.py do each in its way."""
+
+    def __init__(self, parser: HfArgumentParser) -> None:
+        self.parser = parser
+
+    @abstractmethod
+    def settled(self, values: Mapping[str, Any]) -> Any:
+        """The arguments of a plain run, with `settings`, `method` and `training`; raises `InvalidArgument`."""
+
+    @abstractmethod
+    def parts(self, arguments: Any, shares: ExperimentArguments) -> Parts:
+        """All examples in three parts."""
+
+    @abstractmethod
+    def prepare(self, arguments: Any, parts: Parts) -> int:
+        """Encodes the examples for all arms; returns how many are trained on."""
+
+    @abstractmethod
+    def adapted(self, arguments: Any) -> PeftModel:
+        """The model with the arm's adapter at its start."""
+
+    @abstractmethod
+    def trainer(self, arguments: Any, model: PeftModel, stop: StopRequest) -> AdapterTrainer:
+        """As a plain run has it."""
+
+    @abstractmethod
+    def calibration(self, arguments: Any) -> list[dict] | None:
+        """What a merge may read."""
+
+    @abstractmethod
+    def measured(self, arguments: Any, model: PeftModel, check: Callable[[], None]) -> tuple[list[float], dict]:
+        """The loss of each test example, in order, and figures over all; asks `check` between batches."""
+
+
+def run_experiment(study: Study, values: dict[str, Any], stop: StopRequest) -> None:
+    """Trains the arms that the flags name and that have not ended yet, and tells which method does best."""
+    began, shares, flags = time.monotonic(), experiment_of(values), flags_of(values)
+    check_values(flags, SEVERAL)
+    course = Course(flags, began)
+    plain, *_ = [study.settled(values_of(arm, values, course)) for arm in course.arms()]
+    parts = study.parts(plain, shares)
+    values |= looks(values, total_steps(plain.training, study.prepare(plain, parts)))
+    bench = Bench(course, study, values, parts, stop)
+    with contextlib.ExitStack() as stack:
+        decided(lambda: take_folder(bench, stack))
+        for label in course.labels:
+            bench.check_label(label)
+        if plain.training.should_save:
+            print(f"{len(course.arms())} arms; {parts}", flush=True)
+        train_and_conclude(course, bench)
+
+
+def flags_of(values: Mapping[str, Any]) -> Flags:
+    """What an experiment reads, by the names that it knows."""
+    own = {name: values[flag] for name, flag in SEVERAL.items()}
+    own["method"] = listed(values["method"])
+    names = "lora_alpha", "output_dir", "extend_rates", "experiment_minutes"
+    return Flags(**own, init_lora=None, **{name: values[name] for name in names})
+
+
+def values_of(arm: Arm, values: Mapping[str, Any], course: Course) -> dict[str, Any]:
+    """The flags of a plain run of an arm in its folder; one checkpoint is kept unless more are asked for."""
+    flags = course.flags_of(arm)
+    own = {flag: getattr(flags, name) for name, flag in SEVERAL.items()} | {"method": flags.method[0]}
+    own |= {"lora_alpha": flags.lora_alpha, "output_dir": str(course.folder_of(arm))}
+    own |= {"save_total_limit": values["save_total_limit"] or 1, "resume_from_checkpoint": None}
+    return {**values, **dict.fromkeys(field.name for field in dataclasses.fields(ExperimentArguments)), **own}
+
+
+def experiment_of(values: Mapping[str, Any]) -> ExperimentArguments:
+    """The experiment's own flags; refuses those of plain runs that it cannot follow."""
+    for name, fix in (
+        ("load_best_model_at_end", "leave it out: checkpoints are chosen over seeds together"),
+        ("do_predict", "leave it out, and predict with the arm that you like"),
+        ("deepspeed", "leave it out: each arm would need an engine of its own"),
+    ):
+        if values.get(name):
+            raise InvalidArgument(f"--{name}", "this is an experiment", fix)
+    if values["resume_from_checkpoint"] not in (None, "latest"):
+        argument = f"--resume_from_checkpoint {values['resume_from_checkpoint']}"
+        raise InvalidArgument(argument, "an experiment goes on as a whole", "give latest")
+    names = [field.name for field in dataclasses.fields(ExperimentArguments)]
+    shares = ExperimentArguments(**{name: values[name] for name in names})
+    if (shares.select_split or 0) + (shares.test_split or 0) >= 1:
+        problem = f"with --test_split {shares.test_split:g} nothing is left to train on"
+        raise InvalidArgument(f"--select_split {shares.select_split:g}", problem, "give smaller shares")
+    return shares
+
+
+def looks(values: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """When the select loss is measured where no evaluation is asked for: MOST_LOOKS times."""
+    strategy = getattr(values["eval_strategy"], "value", values["eval_strategy"])
+    return {"eval_strategy": "steps", "eval_steps": math.ceil(steps / MOST_LOOKS)} if strategy == "no" else {}
+
+
+def take_folder(bench: Bench, stack: contextlib.ExitStack) -> None:
+    """Locks the experiment's folder until the stack closes, and refuses another experiment's, or a plain run's.
+
+    What a killed start has left half-written in it goes away.
+    """
+    course, folder = bench.course, bench.course.folder
+    stack.enter_context(locked(folder))
+    there = read_object(folder / EXPERIMENT).get("identity") or {}
+    if not there and (checkpoints_of(folder) or (folder / "results.json").exists()):
+        raise InvalidArgument(f"--output_dir {folder}", "holds a run that is no experiment", "choose another")
+    for name, value in bench.identity.items() if there else ():
+        if not is_same(name, there.get(name), value):
+            data = name in ("train", "select", "test")
+            argument = f"the {name} examples" if data else f"--{name} {value}"
+            problem = "was begun with others" if data else f"was begun with {there.get(name)}"
+            raise InvalidArgument(argument, f"{folder} {problem}", "use these, or choose another --output_dir")
+    for place in map(course.folder_of, course.arms()):
+        remove_leftovers(place)
+        remove_leftovers(place / ADAPTERS)
+    known = {name: value for name, value in bench.values.items() if not name.endswith("token")}
+    write_json(folder / "config.json", json.loads(json.dumps(known, default=str)))
+
+
+class KeepAdapters(TrainerCallback):
+    """Keeps the adapter of every step at which the select loss is measured."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_evaluate(self, args, state, control, model=None, **kwargs) -> None:
+        """Writes it, whole or not at all."""
+
+        def keep() -> None:
+            with replacing(adapter_folder(self.folder, state.global_step)) as temporary:
+                temporary.mkdir()
+                save_adapter(model, temporary)
+
+        decided(keep)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What the arms of an experiment are trained and measured by."""
+
+    course: Course
+    study: Study
+    values: Mapping[str, Any]
+    parts: Parts
+    stop: StopRequest
+    about: About = TEXTS
+
+    @functools.cached_property
+    def identity(self) -> dict:
+        """What an experiment goes on with alone: its settings, and its examples by content."""
+        settings = self.arguments_of(self.course.arms()[0]).settings
+        found = {name: value for name, value in settings.items() if name not in FREE_ON_RESUME or name in FIXED}
+        found |= {name: self.values[name] for name in (*SEVERAL.values(), "lora_alpha")}
+        found |= {part: fingerprint(map(repr, getattr(self.parts, part))) for part in ("train", "select", "test")}
+        return json.loads(json.dumps({name: value for name, value in found.items() if name not in CHANGING}))
+
+    def check_label(self, label: str) -> None:
+        """Refuses what cannot be attached before anything is trained."""
+        arms = [arm for arm in self.course.arms() if arm.label == label]
+        if not decided(lambda: any(self.course.ended(arm) for arm in arms)):
+            self.study.adapted(self.arguments_of(arms[0]))
+
+    @property
+    def device(self) -> torch.device:
+        """On which arms are trained."""
+        return self.arguments_of(self.course.arms()[0]).training.device
+
+    def arguments_of(self, arm: Arm) -> Any:
+        """As a plain run of the arm has them."""
+        return self.study.settled(values_of(arm, self.values, self.course))
+
+    def facts(self) -> Facts:
+        """Versions, parts and identity."""
+        parts = self.parts
+        return {
+            "versions": {"reslora-sd": __version__} | {name: version(name) for name in LIBRARIES},
+            "split": {
+                "train": len(parts.train),
+                "select": len(parts.select),
+                "test": len(parts.test),
+                "duplicates": parts.duplicates,
+            },
+            "identity": self.identity,
+        }
+
+    def train(self, arm: Arm) -> None:
+        """Trains an arm from where it stands to its plain files."""
+        arguments, folder = self.arguments_of(arm), self.course.folder_of(arm)
+        trainer = self.study.trainer(arguments, self.study.adapted(arguments), self.stop)
+        trainer.add_callback(KeepAdapters(folder))
+        trainer.stopping.check("stopped between two arms; the same command goes on")
+        try:
+            if arguments.training.should_save:
+                write_json(folder / "config.json", arguments.settings)
+            trainer.train(resume_from_checkpoint="latest" if decided(lambda: bool(checkpoints_of(folder))) else None)
+            if decided(lambda: trainer.state.global_step not in self.course.select_losses(arm)):
+                trainer.evaluate()
+            losses = decided(lambda: self.course.select_losses(arm))
+            for step, loss in losses.items():
+                if not math.isfinite(loss):
+                    raise Diverged(f"select loss {loss} at step {step}: lower --learning_rate")
+            export(trainer.model, folder, arguments.method, self.study.calibration(arguments))
+        except Diverged as error:
+            raise Diverged(f"{folder.relative_to(self.course.folder).as_posix()}: {error}") from error
+        finally:
+            trainer.accelerator.free_memory()
+            gc.collect()  # a trainer and its callbacks hold each other, and the model
+
+    def restored(self, arm: Arm, step: int) -> PeftModel:
+        """The model with an arm's adapter of that step, merged as exports are."""
+        arguments = self.arguments_of(arm)
+        model = self.study.adapted(arguments).to(arguments.training.device)
+        load_adapter(model, adapter_folder(self.course.folder_of(arm), step))
+        as_plain(model, arguments.method, self.study.calibration(arguments))
+        return model.eval()
+
+    def is_tested(self, arm: Arm, step: int) -> bool:
+        """Whether the test losses of an arm's checkpoint are on disk."""
+        record = read_object(self.course.folder_of(arm) / TEST)
+        return record.get("step") == step and record.get("images") == self.parts.marks
+
+    def tested(self, arm: Arm, step: int) -> TestLosses:
+        """The losses on the test examples of an arm's checkpoint, measured once, and then read from `test.json`."""
+        path = self.course.folder_of(arm) / TEST
+        if not self.is_tested(arm, step):
+            stop = "stopped while comparing; the same command goes on"
+            model, arguments = self.restored(arm, step), self.arguments_of(arm)
+            losses, figures = self.study.measured(arguments, model, lambda: self.stop.check(stop))
+            numbers = [max(loss, LEAST_LOSS) if math.isfinite(loss) else None for loss in losses]
+            write_json(path, {"step": step, "images": self.parts.marks, "losses": numbers, "figures": figures})
+        record = read_object(path)
+        return {name: record[name] for name in ("images", "losses", "figures")}  # type: ignore[return-value]
+
+    def export(self, arm: Arm, step: int) -> str | None:
+        """Writes `peft/` of an arm's checkpoint."""
+        export_peft(self.restored(arm, step), self.course.folder / "peft")
+        return "peft/"

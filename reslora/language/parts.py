@@ -1,0 +1,84 @@
+"""Which examples are trained on, which choose rates and checkpoints, and which compare methods.
+
+A task's own validation and test files choose and compare where it has both, and its only one compares. What is lacking
+is cut out of the training examples by a hash of content. Near-duplicates, equal but for case, digits and white space,
+are never in two parts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from ..common.errors import InvalidArgument
+from ..common.seeds import derive
+from ..experiment.parts import cut
+from .arguments import ExperimentArguments
+
+DEFAULT_SPLIT = 0.1
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Parts(Generic[T]):
+    """Examples of one kind, each content once but for those that are trained on."""
+
+    train: Sequence[T]
+    select: Sequence[T]
+    test: Sequence[T]
+    duplicates: int
+    """Contents that are left out, or where they are, because of another one that they repeat."""
+    files: Sequence[str]
+    """Of the last two: whether it is a file of the task, or cut out of the training examples; in words."""
+
+    def __str__(self) -> str:
+        numbers = f"{len(self.train)} to train on, {len(self.select)} to choose by ({self.files[0]})"
+        numbers += f", {len(self.test)} to compare by ({self.files[1]})"
+        return f"examples: {numbers}; {self.duplicates} near-duplicates, none in another part than what it repeats"
+
+    @property
+    def marks(self) -> list[str]:
+        """What each test example is known by."""
+        return [f"{derive('example', example):016x}" for example in self.test]
+
+
+def parts_of(files: Mapping[str, Sequence[T]], text: Callable[[T], str], shares: ExperimentArguments) -> Parts[T]:
+    """The examples of `train`, and of `select` and `test` where the task has such files, in three parts.
+
+    `text`: what near-duplicates are told by. Raises `InvalidArgument` where too few are left, and for a share of what
+    has a file.
+    """
+    keys = {example: normalised(text(example)) for part in files.values() for example in part}
+    select, test = (list(dict.fromkeys(files.get(part, ()))) for part in ("select", "test"))
+    words = ["a file of the task" if part else "of the training examples" for part in (select, test)]
+    wanted = share_of("select_split", select, shares), share_of("test_split", test, shares)
+    taken = {keys[example] for example in test}
+    select = [example for example in select if keys[example] not in taken]
+    taken |= {keys[example] for example in select}
+    train = [example for example in files["train"] if keys[example] not in taken]
+    found = list(dict.fromkeys(keys[example] for example in train))
+    least = 1 + sum(share > 0 for share in wanted)
+    if len(found) < least or not (select or wanted[0]):
+        problem = f"{len(found)} examples to train on, {len(select)} to choose by, but for near-duplicates of others"
+        raise InvalidArgument("this experiment", problem, "give more that differ in more than numbers and case")
+    learnt, chosen, tested = ({found[number] for number in numbers} for numbers in cut(found, *wanted))
+    select += [example for example in dict.fromkeys(train) if keys[example] in chosen]
+    test += [example for example in dict.fromkeys(train) if keys[example] in tested]
+    train = [example for example in train if keys[example] in learnt]
+    return Parts(train, select, test, len(keys) - len(set(keys.values())), words)
+
+
+def share_of(name: str, own: Sequence, shares: ExperimentArguments) -> float:
+    """How much of the training examples a part takes: nothing where it has a file."""
+    given = getattr(shares, name)
+    if own and given:
+        raise InvalidArgument(f"--{name} {given:g}", "the task has a file for it", "leave it out")
+    return 0 if own else given or DEFAULT_SPLIT
+
+
+def normalised(text: str) -> str:
+    """Without case, and with every number and every white space alike."""
+    return re.sub(r"\s+", " ", re.sub(r"\d+(?:[.,]\d+)*", "0", text.casefold())).strip()

@@ -1,0 +1,229 @@
+"""Experiments with language models: arms are plain runs, are trained once, outlive a kill, and are judged by hand."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from reslora.common.assets import ASSETS
+from reslora.common.script import run_script
+from reslora.experiment.arms import Arm, labels_of, place_of
+from reslora.experiment.arms import flags_of as flags_of_arm
+from reslora.language import experiment, glue, glue_arguments, llm, llm_arguments
+from reslora.language.experiment import flags_of
+from reslora.language.llm_tasks import TASKS, examples_of
+from reslora.language.llm_trainer import Encoder
+
+from .helpers import write_rows
+from .test_glue import make_rows, write_model
+from .test_glue import write_rows as write_file
+
+MODEL = ASSETS / "tiny-llama"
+RATES = ("1e-3", "5e-3")
+EXPERIMENT = ("--method", "lora", "reslora", "--learning_rate", *RATES)
+ARM = Arm("any", 1e-3, 0)
+SPLITS = {"train": 12, "validation": 3, "test": 4}
+
+
+@pytest.fixture(scope="module")
+def common(tmp_path_factory) -> list[str]:
+    """Two steps, each a checkpoint that may be chosen."""
+    rows = {
+        split: [json.loads(line) for line in (MODEL / "task" / f"{split}.jsonl").read_text().splitlines()[:count]]
+        for split, count in SPLITS.items()
+    }
+    data = write_rows(tmp_path_factory.mktemp("data"), **rows)
+    words = "--per_device_train_batch_size 4 --max_steps 2 --eval_strategy steps --eval_steps 1 --save_steps 1"
+    words += f" --max_new_tokens 2 --report_to none --use_cpu --disable_tqdm true --lora_dropout 0.1 --data_dir {data}"
+    return ["--model_name_or_path", str(MODEL), *words.split()]
+
+
+def run(*flags) -> int:
+    return run_script(llm_arguments.PROG, llm.main, list(map(str, flags)))
+
+
+def record(output: Path) -> dict:
+    return json.loads((output / "experiment.json").read_text())
+
+
+def times(output: Path) -> dict[str, int]:
+    """When each file of an arm that has ended was written, but for test losses."""
+    folders = [path.parent for path in output.rglob("arm.json")]
+    return {
+        str(path): path.stat().st_mtime_ns
+        for folder in folders
+        for path in folder.rglob("*.*")
+        if path.name != "test.json"
+    }
+
+
+@pytest.fixture(scope="module")
+def killed(common, tmp_path_factory) -> tuple[Path, dict[str, int]]:
+    """Killed within the second arm, after its first checkpoint; and what was there."""
+    output, kept = tmp_path_factory.mktemp("whole") / "out", []
+
+    class Killed(Exception):
+        pass
+
+    def keep(self, args, state, control, **more):
+        kept.append(state.global_step)
+        if len(kept) == 4:
+            raise Killed
+        KEEP(self, args, state, control, **more)
+
+    KEEP = experiment.KeepAdapters.on_evaluate
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment.KeepAdapters, "on_evaluate", keep)
+        with pytest.raises(Killed):
+            run(*common, *EXPERIMENT, "--output_dir", output)
+    return output, times(output)
+
+
+@pytest.fixture(scope="module")
+def whole(common, killed) -> tuple[Path, dict[str, int]]:
+    """The same command went on, and then with one more seed; and what was there before that."""
+    output, _ = killed
+    assert run(*common, *EXPERIMENT, "--output_dir", output) == 0
+    assert [verdict["conclusion"] for verdict in record(output)["verdicts"]] == ["cannot tell"]
+    before = times(output)
+    assert run(*common, *EXPERIMENT, "--seed", "42", "7", "--output_dir", output) == 0
+    return output, before
+
+
+def test_what_an_experiment_leaves(whole):
+    output, _ = whole
+    found = record(output)
+    arms = [(arm["label"], arm["learning_rate"], arm["seed"]) for arm in found["arms"]]
+    assert arms == [(label, rate, seed) for label in ("lora", "reslora") for rate in (1e-3, 5e-3) for seed in (42, 7)]
+    assert {arm["status"] for arm in found["arms"]} == {"finished"}
+    assert found["split"] == {"train": 12, "select": 3, "test": 4, "duplicates": 0} and found["readings"] == 2
+    assert all(sorted(arm["select_by_step"]) == ["1", "2"] for arm in found["arms"])
+    (verdict,) = found["verdicts"]
+    assert (verdict["label"], verdict["seeds"], verdict["images"]) == ("reslora", 2, 4) and verdict["interval"]
+    text = (output / "report.html").read_text()
+    assert verdict["sentence"] in text and "Accuracy" in text and "the select examples" in text
+    assert "image" not in text.partition("<body>")[2].partition("<script>")[0]
+
+
+def test_no_arm_is_trained_again(killed, whole):
+    output, before = whole
+    for earlier in (killed[1], before):
+        assert earlier and earlier == {path: time for path, time in times(output).items() if path in earlier}
+    assert len(killed[1]) < len(before) < len(times(output))
+
+
+def weights(folder: Path) -> list[bytes]:
+    return [path.read_bytes() for path in sorted(folder.glob("*.safetensors"))]
+
+
+@pytest.mark.parametrize("method", ["lora", "reslora"])
+def test_an_arm_equals_a_plain_run_bit_for_bit(common, whole, tmp_path, method):
+    """That of reslora was killed in the middle."""
+    output, _ = whole
+    own = output / method / "lr-0.005" / "seed-42"
+    plain = ("--method", method, "--learning_rate", "5e-3", "--output_dir", tmp_path)
+    assert run(*common, *plain) == 0
+    for name in ("checkpoint-2", "peft"):
+        assert weights(own / name) == weights(tmp_path / name) != []
+    assert weights(own / "adapters" / "step-000001") == weights(tmp_path / "checkpoint-1")
+    logs = [[json.loads(line) | {"seconds": 0} for line in (place / "log.jsonl").open()] for place in (own, tmp_path)]
+    assert logs[0] == logs[1] and len(logs[0]) == 4
+
+
+def test_test_losses_are_those_of_a_loop_by_hand(common, whole):
+    """Of the merged adapter at the last step, which is the chosen one here, by stock libraries."""
+    output, _ = whole
+    found, encoder = record(output), Encoder(AutoTokenizer.from_pretrained(MODEL))
+    rows = [json.loads(line) for line in (MODEL / "task" / "test.jsonl").read_text().splitlines()[: SPLITS["test"]]]
+    judged = [arm for arm in found["arms"] if arm["test"]]
+    assert len(judged) == 4 and all(choice["step"] == 2 for choice in found["chosen"].values())
+    for arm in (judged[0], judged[-1]):
+        base = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+        model = PeftModel.from_pretrained(base, output / arm["folder"] / "peft").eval()
+        for example, loss in zip(examples_of(TASKS["svamp"], "test", rows), arm["test"]["losses"], strict=True):
+            encoded = encoder(example)
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([encoded["input_ids"]])).logits[0].log_softmax(-1)
+            learnt = [(n, label) for n, label in enumerate(encoded["labels"]) if label != -100]
+            assert loss == pytest.approx(
+                -sum(logits[n - 1, label].item() for n, label in learnt) / len(learnt), rel=1e-5
+            )
+        assert arm["test"]["figures"] == {"accuracy": 0.0}
+    best = min(judged, key=lambda arm: (found["chosen"][arm["label"]]["loss"], arm["select_by_step"]["2"]))
+    assert weights(output / "peft") == weights(output / best["folder"] / "peft")
+
+
+def test_nothing_but_methods_rates_and_seeds_may_change(common, whole, tmp_path, capsys):
+    output, _ = whole
+    for flags, words in (
+        (("--lora_r", "2"), "--lora_r 2"),
+        (("--max_steps", "3"), "--max_steps 3"),
+        (("--max_test_samples", "3"), "the test examples"),
+        (("--select_split", "0.2"), "the task has a file for it"),
+        (("--load_best_model_at_end",), "this is an experiment"),
+        (("--extend_rates", "--learning_rate", "1e-3"), "one rate says no next one"),
+        (("--seed", "3", "3"), "the same one twice"),
+        (("--method", "lora", "--shortcut", "input", "block"), "--shortcut input block: --method lora has none"),
+        (("--lora_r", "2", "999"), "999"),
+    ):
+        status = run(*common, *EXPERIMENT, *flags, "--output_dir", output if "999" not in flags else tmp_path)
+        assert (status, words in capsys.readouterr().err) == (2, True), words
+    assert run(*common, "--output_dir", output) == 2
+    assert "holds an experiment" in capsys.readouterr().err
+    assert run(*common, "--experiment_minutes", "3", "--output_dir", tmp_path) == 2
+    assert "this is no experiment" in capsys.readouterr().err
+    (tmp_path / "checkpoint-2").mkdir()
+    assert run(*common, *EXPERIMENT, "--output_dir", tmp_path) == 2
+    assert "no experiment" in capsys.readouterr().err
+
+
+def test_ranks_shortcuts_and_numbers_of_blocks_are_compared():
+    words = "--method lora reslora ms_placebo --shortcut input block --pre_num 2 -1 --lora_r 2 4"
+    _, values = llm_arguments.read(words.split())
+    assert [label.name for label in labels_of(flags_of(values)) if label.rank == 4] == [
+        *("lora rank 4", "reslora input rank 4", "reslora block(2) rank 4", "reslora block(-1) rank 4"),
+        *("ms_placebo middle(2) rank 4", "ms_placebo middle(-1) rank 4"),
+    ]
+    assert values["lora_alpha"] is None
+    flags = flags_of(values)
+    found = {label.name: (place_of(label, ARM), flags_of_arm(flags, label, 1e-3, 0)) for label in labels_of(flags)}
+    place, own = found["reslora block(-1) rank 4"]
+    assert place == "block/pre_num--1/rank-4/lr-0.001/seed-0"
+    assert (own.shortcut, own.pre_num, own.rank, own.lora_alpha) == ("block", -1, 4, 8)
+    assert [found[name][1].pre_num for name in ("lora rank 2", "ms_placebo middle(-1) rank 2")] == [2, -1]
+
+
+# -- GLUE --------------------------------------------------------------------------------------------------------------
+
+
+def test_glue_arms_equal_plain_runs_and_are_judged_by_its_metrics(tmp_path, capsys):
+    model, data = write_model(tmp_path / "model"), tmp_path / "data"
+    for seed, (split, count) in enumerate({"train": 24, "validation": 6, "test": 8}.items()):
+        write_file(data / f"{split}.jsonl", make_rows("rte", count, seed))
+    words = f"--task_name rte --data_dir {data} --model_name_or_path {model} --max_steps 2 --eval_strategy steps"
+    words += " --eval_steps 2 --save_strategy no --use_cpu --report_to none --disable_tqdm true --lora_r 2"
+
+    def trained(*more) -> int:
+        return run_script(glue_arguments.PROG, glue.main, [*words.split(), *map(str, more)])
+
+    rates, output = ("--method", "lora", "reslora", "--shortcut", "middle"), tmp_path / "out"
+    assert trained(*rates, "--do_predict", "--output_dir", output) == 2
+    assert "--do_predict: this is an experiment" in capsys.readouterr().err
+    assert trained(*rates, "--output_dir", output) == 0
+    assert trained("--method", "reslora", "--shortcut", "middle", "--output_dir", tmp_path / "plain") == 0
+    own = output / "reslora" / "lr-0.0004" / "seed-42"
+    assert weights(own / "peft") == weights(tmp_path / "plain" / "peft") != []
+    (arm,) = [arm for arm in record(output)["arms"] if arm["label"] == "reslora"]
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    base = AutoModelForSequenceClassification.from_pretrained(model, num_labels=2)
+    stock, losses, right = PeftModel.from_pretrained(base, own / "peft").eval(), [], 0
+    for row in map(json.loads, (data / "test.jsonl").read_text().splitlines()):
+        with torch.no_grad():
+            logits = stock(**tokenizer(row["sentence1"], row["sentence2"], return_tensors="pt")).logits[0].double()
+        losses.append(-logits.log_softmax(-1)[row["label"]].item())
+        right += int(logits.argmax()) == row["label"]
+    assert arm["test"]["losses"] == pytest.approx(losses, rel=1e-5)
+    assert arm["test"]["figures"] == {"accuracy": right / len(losses)}
