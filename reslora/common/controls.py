@@ -29,28 +29,17 @@ since A at its start makes a rotated input as long as the input. Between blocks 
 
 from __future__ import annotations
 
-import math
 import random
 import re
-from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from ..chains import base_model, before_each, lora_layers
-from ..config import ResLoraConfig
-from ..model import connect, disconnect
-from ..shortcuts.base import Shortcut, rows
-from ..tracing import evaluating
-from ..wiring import connected
-from .methods import METHODS, Method
+from ..chains import base_model, lora_layers
 
-_DEFAULT = "default"
+DEFAULT = "default"
 ROTATED = ".parametrizations.weight.original"
 """How the name of an A ends below rotations."""
 
@@ -58,87 +47,16 @@ Settings = dict[str, Any]
 """`{"alphas": {layer: alpha}}`, or `{"seed": seed, "rotations": {layer: [m, c]}}`; m is 0 where x_n itself is added."""
 
 
-# -- measuring ---------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def gauged(
-    method: str, model: nn.Module, shortcuts: ResLoraConfig, example_inputs: dict | None = None
-) -> Iterator[Gauge]:
-    """Inside, a model with plain LoRA runs with shortcuts, as in evaluation, and what enters each B is measured.
-
-    The shortcuts are these, or those that the method is a placebo of. Raises `ValueError` as `reslora.connect` does.
-    """
-    row = METHODS[method]
-    shortcuts = replace(shortcuts, shortcut=row.placebo or shortcuts.shortcut)
-    plan, base = connect(model, shortcuts, example_inputs=example_inputs), base_model(model)
-    neighbours = {
-        block.name: len(before)
-        for chain in plan
-        for block, before in zip(chain, before_each(len(chain), shortcuts.reach), strict=True)
-    }
-    connected(base, _DEFAULT).wires.observer = gauge = Gauge(row, base, neighbours)
-    try:
-        with torch.no_grad(), evaluating(base):
-            yield gauge
-    finally:
-        disconnect(model)
-
-
-@dataclass
-class Gauge:
-    """Squares of what enters B in each wired block, summed: of h, of what neighbours add to it, and of A_n x_n."""
-
-    method: Method
-    base: nn.Module
-    neighbours: dict[str, int]
-    """How many there are of each block."""
-    squares: dict[str, list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0, 0.0, 0.0]))
-
-    def __call__(self, variant: Shortcut, x: torch.Tensor, own: torch.Tensor, handed: torch.Tensor | None) -> None:
-        """Called by every wired block, with what its forward computed; `block` gives its stacked A and B for these."""
-        if variant.carries:
-            added = torch.zeros_like(own) if handed is None else handed
-            h = own + added
-        else:
-            h = rows(x) @ own.to(x).t()
-            own, added = h.tensor_split([len(own) // (1 + len(variant.others()))], dim=1)
-        for place, value in enumerate((h, added, own)):
-            dtype = torch.promote_types(value.dtype, torch.float32)
-            self.squares[variant.name][place] += torch.linalg.vector_norm(value, dtype=dtype).item() ** 2
-
-    def settings(self, seed: int) -> Settings:
-        """What `put_on` takes; rotations are drawn from the seed and the block's name."""
-        layers = lora_layers(self.base, _DEFAULT)
-        if self.method.matched:
-            sizes = {name: _ratio(h, own) for name, (h, _, own) in self.squares.items()}
-            return {"alphas": {name: layers[name].lora_alpha[_DEFAULT] * size for name, size in sizes.items()}}
-        rotations = {}
-        for name, (_, added, own) in self.squares.items():
-            if added:
-                count = self.neighbours[name]
-                rotations[name] = [count, _ratio(added, own) / math.sqrt(max(1, count))]
-        return {"seed": seed, "rotations": rotations}
-
-
-def _ratio(square: float, of: float) -> float:
-    """Of the roots; 1 where nothing enters B."""
-    return math.sqrt(square / of) if of else 1.0
-
-
-# -- the controls ------------------------------------------------------------------------------------------------------
-
-
 def put_on(model: nn.Module, settings: Settings) -> None:
     """Gives a model with plain LoRA its alphas or its rotations, in place of earlier ones."""
     base = base_model(model)
-    layers, config = lora_layers(base, _DEFAULT), base.peft_config[_DEFAULT]
+    layers, config = lora_layers(base, DEFAULT), base.peft_config[DEFAULT]
     _take_off(base, keep=False)
     for name, alpha in settings.get("alphas", {}).items():
-        layers[name].lora_alpha[_DEFAULT], layers[name].scaling[_DEFAULT] = alpha, alpha / layers[name].r[_DEFAULT]
+        layers[name].lora_alpha[DEFAULT], layers[name].scaling[DEFAULT] = alpha, alpha / layers[name].r[DEFAULT]
         config.alpha_pattern["^" + re.escape(name)] = alpha
     for name, (count, scale) in settings.get("rotations", {}).items():
-        lora_a = layers[name].lora_A[_DEFAULT]
+        lora_a = layers[name].lora_A[DEFAULT]
         rotations = Rotations(lora_a.weight, count, scale, f"{settings['seed']} {name}")
         parametrize.register_parametrization(lora_a, "weight", rotations)
     base._control = settings

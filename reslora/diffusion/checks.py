@@ -13,8 +13,8 @@ from torch import nn
 
 from ..chains import Chains, chains
 from ..common.adapters import check_rank, narrowest_layer
-from ..common.controls import gauged
 from ..common.errors import InvalidArgument, first_line, refused_as
+from ..common.gauge import gauged
 from ..common.methods import METHODS
 from ..tracing import meta_copy
 from .arguments import DEFAULT_PRE_NUM, DEFAULT_RANK, Flags, listed

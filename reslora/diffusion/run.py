@@ -12,9 +12,10 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ..common.controls import Settings, gauged, put_on
+from ..common.controls import Settings, put_on
 from ..common.errors import InvalidArgument
 from ..common.folder import locked
+from ..common.gauge import gauged
 from ..common.methods import METHODS
 from ..common.signals import StopRequest
 from ..common.status import Status

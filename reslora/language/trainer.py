@@ -24,8 +24,9 @@ from transformers.utils import logging
 from ..chains import base_model
 from ..common import adapters
 from ..common.adapters import check_rank, known_targets, load_adapter, rank_allocator, save_adapter
-from ..common.controls import Settings, gauged, put_on
+from ..common.controls import Settings, put_on
 from ..common.errors import Diverged, InvalidArgument, RunFailed, Stopped, refused_as
+from ..common.gauge import gauged
 from ..common.methods import METHODS, AdapterSettings, adapter_config, check_steps, refuse_deepspeed
 from ..common.patterns import spell_out
 from ..common.recovery import cannot_be_loaded, set_others_aside

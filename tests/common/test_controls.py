@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from reslora import ResLoraConfig
 from reslora.chains import base_model, lora_layers
 from reslora.common.adapters import load_adapter, remove_adapters, save_adapter, trained_state
-from reslora.common.controls import Rotations, gauged, merged, put_on, settings_of
+from reslora.common.controls import Rotations, merged, put_on, settings_of
+from reslora.common.gauge import gauged
 
 BATCHES = [STACK_INPUTS["x"], 3 * STACK_INPUTS["x"].flip(1)]
 ALPHA, RANK = 5, 3
