@@ -186,7 +186,7 @@ def compared(folder: Path, monkeypatch, drawn: float, read: float) -> dict:
     monkeypatch.setattr(results, "read_back", lambda *_: [("peft", Picture(read))])
     monkeypatch.setattr(results, "kohya_metadata", lambda *_: {})
     shown = {"validation_prompt": ["red disc"], "num_validation_images": 1, "train_text_encoder": False}
-    flags = Flags(**shown, output_dir=str(folder.parent))
+    flags = Flags(**shown, validation_prompt_options=None, save_best=False, output_dir=str(folder.parent))
     trained, accelerator = SimpleNamespace(loss=None), SimpleNamespace(print=lambda *_: None)
     learner = SimpleNamespace(method=folder.name, name=folder.name, trained=trained)
     return results.export_method(learner, None, Picture(0), None, Context(flags, None, accelerator, None))
