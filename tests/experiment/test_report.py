@@ -129,7 +129,7 @@ def test_an_arm_whose_process_was_killed_waits(tmp_path):
     found = examples.unfinished() | {"process": killed.stdout.readline().strip()}
     assert "loha: 1 arm, is being trained" in words_of(page(found, tmp_path))
     killed.kill()
-    killed.wait()
+    killed.wait(timeout=LIMIT)
     words = words_of(page(found, tmp_path))
     assert "is being trained" not in words and "its process was ended; the same command goes on" in words
     elsewhere = found | {"process": f"00000000-{killed.pid}-1"}  # of another machine nobody can say
