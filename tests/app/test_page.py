@@ -334,13 +334,19 @@ def leaving(url: str, address: str) -> list[str]:
     return [] if url.startswith((address, "data:", "blob:")) else [url]
 
 
+def complaint(said) -> list[str]:
+    """An error on the console. Files of runs come and go, so that a request may meet one that has just gone."""
+    lost = said.text.startswith("Failed to load resource")
+    return [said.text] if said.type == "error" and not lost else []
+
+
 @pytest.fixture
 def page(browser, address):
     page = browser.new_page(viewport={"width": 1360, "height": 900})
     page.set_default_timeout(LIMIT * 1000)
     page.errors = []
     page.on("pageerror", lambda error: page.errors.append(str(error)))
-    page.on("console", lambda said: page.errors.extend([f"{said.text} {said.location}"] * (said.type == "error")))
+    page.on("console", lambda said: page.errors.extend(complaint(said)))
     page.on("request", lambda request: page.errors.extend(leaving(request.url, address)))
     page.goto(address, wait_until="domcontentloaded")
     page.wait_for_selector("#grid img")
@@ -547,5 +553,3 @@ def test_a_training_is_started_watched_and_stopped(page, browser, address, runs,
     assert run.process
     page.locator("#stop").click()
     page.locator("#summary .stopped").wait_for()
-    # Files of a run come and go while it trains and ends: a request may meet one that has just gone.
-    page.errors = [error for error in page.errors if not error.startswith("Failed to load resource")]
