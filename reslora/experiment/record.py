@@ -6,8 +6,11 @@ A loss is lower where a method is better. One that is not finite is None, which 
 from __future__ import annotations
 
 import copy
-from typing import Any, Literal, NotRequired, TypedDict
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any, Literal, NotRequired, Protocol, TypedDict
 
+from .. import __version__
 from ..files import has_ended, this_process
 
 FORMAT = 1
@@ -109,6 +112,25 @@ class Facts(TypedDict):
     """At which losses are measured, 1 being pure noise."""
     identity: NotRequired[dict[str, Any]]
     """What it is trained from and by: more methods, rates and seeds may be added, and nothing else changes."""
+
+
+class Parts(Protocol):
+    """What images or examples are divided into."""
+
+    @property
+    def train(self) -> Sequence: ...
+    @property
+    def select(self) -> Sequence: ...
+    @property
+    def test(self) -> Sequence: ...
+    @property
+    def duplicates(self) -> int: ...
+
+
+def facts_of(parts: Parts, libraries: Sequence[str]) -> Facts:
+    """The versions of these libraries and of this one, and how many are in each part."""
+    split = Split(train=len(parts.train), select=len(parts.select), test=len(parts.test), duplicates=parts.duplicates)
+    return {"versions": {"reslora-sd": __version__} | {name: version(name) for name in libraries}, "split": split}
 
 
 class Experiment(Facts):

@@ -17,7 +17,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ import torch
 from peft import PeftModel
 from transformers import HfArgumentParser, TrainerCallback
 
-from .. import __version__
 from ..common.adapters import load_adapter, save_adapter
 from ..common.errors import Diverged, InvalidArgument
 from ..common.flags import Flags, listed
@@ -34,7 +32,7 @@ from ..common.signals import StopRequest
 from ..common.together import decided
 from ..experiment.arms import Arm, check_values
 from ..experiment.course import ADAPTERS, Course, adapter_folder
-from ..experiment.record import EXPERIMENT, Facts, TestLosses
+from ..experiment.record import EXPERIMENT, Facts, TestLosses, facts_of
 from ..experiment.report import About
 from ..experiment.run import train_and_conclude
 from ..export import export_peft
@@ -238,17 +236,7 @@ class Bench:
 
     def facts(self) -> Facts:
         """Versions, parts and identity."""
-        parts = self.parts
-        return {
-            "versions": {"reslora-sd": __version__} | {name: version(name) for name in LIBRARIES},
-            "split": {
-                "train": len(parts.train),
-                "select": len(parts.select),
-                "test": len(parts.test),
-                "duplicates": parts.duplicates,
-            },
-            "identity": self.identity,
-        }
+        return {**facts_of(self.parts, LIBRARIES), "identity": self.identity}
 
     def train(self, arm: Arm) -> None:
         """Trains an arm from where it stands to its plain files."""

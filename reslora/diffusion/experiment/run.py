@@ -13,13 +13,11 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
 
-from ... import __version__
 from ...common.errors import InvalidArgument
 from ...common.folder import locked
 from ...common.methods import METHODS
@@ -28,7 +26,7 @@ from ...common.status import Status
 from ...common.together import decided, each
 from ...experiment.arms import Arm, values_of
 from ...experiment.course import ADAPTERS, Course
-from ...experiment.record import EXPERIMENT, Facts, TestLosses
+from ...experiment.record import EXPERIMENT, Facts, TestLosses, facts_of
 from ...experiment.report import About
 from ...experiment.run import train_and_conclude
 from ...files import read_object, remove_leftovers
@@ -221,15 +219,9 @@ class Bench:
 
     def facts(self) -> Facts:
         """Versions, parts and identity."""
-        objective, parts = self.setting.material.objective, self.parts
+        objective = self.setting.material.objective
         return {
-            "versions": {"reslora-sd": __version__} | {name: version(name) for name in LIBRARIES},
-            "split": {
-                "train": len(parts.train),
-                "select": len(parts.select),
-                "test": len(parts.test),
-                "duplicates": parts.duplicates,
-            },
+            **facts_of(self.parts, LIBRARIES),
             "timesteps": [float(timestep) / objective.timesteps for timestep in measured_at(objective)],
             "identity": identity_record(self.course.flags, self.setting.identity),
         }

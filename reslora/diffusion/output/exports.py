@@ -145,16 +145,15 @@ def exact_parts(learner: Learner, schedule: Schedule, context: Context) -> dict[
     With --save_best, what was the best.
     """
     folder = context.folder_of(learner.method)
-    if context.flags.save_best and not best_to_export(learner, context):
-        print(
-            f"{learner.name}: no validation loss was measured, the last adapter is exported (--save_best)", flush=True
-        )
     if best := best_to_export(learner, context):
         try:
             check_checksums(best.path)
         except Damaged as error:
             raise RunFailed(f"{first_line(error)}; remove {best.path}, and the one before is exported") from None
         return saved_parts(learner.method, best.path, learner.trained.loss, schedule, context)
+    if context.flags.save_best:
+        line = f"{learner.name}: no validation loss was measured, the last adapter is exported (--save_best)"
+        print(line, flush=True)
     plain = context.accelerator.mixed_precision == "no" and context.flags.base_precision == "no"
     if plain and learner.denoiser.dtype == torch.float32:
         return dict(learner.trained.parts)
