@@ -103,8 +103,8 @@ def place_of(library: Library, run: Run, path: Path) -> str:
 def pipeline_line(run: Run, more: str = "") -> str:
     base = run.word("pretrained_model_name_or_path") or "assets/pipeline"
     path = Path(base)
-    if path.is_absolute():
-        base = path.relative_to(REPOSITORY).as_posix() if path.is_relative_to(REPOSITORY) else path.name
+    if path.is_relative_to(REPOSITORY):
+        base = path.relative_to(REPOSITORY).as_posix()
     if base.endswith(".safetensors"):
         return f"pipeline = ...  # made of {base!r}"
     return f"pipeline = DiffusionPipeline.from_pretrained({base!r}{more})"
