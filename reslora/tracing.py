@@ -99,7 +99,8 @@ def _untraceable(base: nn.Module, error: Exception) -> str:
 def meta_copy(base: nn.Module) -> nn.Module:
     """Returns a copy of `base` without storage, in eval mode, and without hooks: nothing of it reaches the original."""
     memo: dict[int, object] = {}
-    for tensor in (*base.parameters(), *base.buffers()):
+    held = [value for module in base.modules() for value in vars(module).values() if isinstance(value, torch.Tensor)]
+    for tensor in (*base.parameters(), *base.buffers(), *held):
         # Weights stored as 8-bit floats are computed with in the model's own dtype, by hooks that go below.
         stored = tensor.is_floating_point() and tensor.dtype.itemsize == 1
         empty = torch.empty(tensor.shape, dtype=_dtype(base) if stored else tensor.dtype, device="meta")
@@ -109,9 +110,6 @@ def meta_copy(base: nn.Module) -> nn.Module:
         module.training = False
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
-        for key, value in vars(module).items():
-            if isinstance(value, torch.Tensor):
-                vars(module)[key] = value.to("meta")
         if isinstance(module, LoraLayer):
             # A wired block of another adapter would ask for the state that the hooks make.
             wired = [name for name, variant in module.lora_variant.items() if hasattr(variant, "wires")]

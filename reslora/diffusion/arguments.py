@@ -162,6 +162,9 @@ def add_model_flags(add: Callable) -> None:
     add("--base_precision", choices=BASE_PRECISIONS, default="no",
         help="keep the weights of the linear layers in the denoiser's blocks in 8 or 4 bits, and compute in "
              "--mixed_precision: less memory, slower")
+    add("--blocks_to_swap", type=whole(0), default=0,
+        help="keep the weights of the linear layers in this many of the denoiser's blocks in the CPU's memory, and "
+             "copy each to the GPU whenever it is needed: less memory, slower, and the same numbers")
     add("--allow_tf32", **SWITCH, help="allow TF32 matrix products on Ampere and later GPUs")
     add("--enable_xformers_memory_efficient_attention", **SWITCH,
         help="xformers' attention instead of PyTorch's")

@@ -23,7 +23,7 @@ from .data.buckets import named_buckets
 from .model.families import FAMILIES, load_family
 from .model.families.base import Family
 from .model.loading import Model
-from .model.quantising import try_format
+from .model.quantising import blocks, try_format
 from .prompts import Prompt, prompts_of
 from .training.start import Start
 from .training.state import add_adapter, config_of, shortcuts_of, targets_of
@@ -48,6 +48,18 @@ def check_base_precision(flags: Flags, dtype: torch.dtype, accelerator: Accelera
     except Exception as error:  # the devices' back ends fail in as many ways as there are
         problem = f"does not work on {accelerator.device.type} here ({first_line(error)})"
         raise InvalidArgument(argument, problem, "give another precision, or no") from None
+
+
+def check_blocks_to_swap(flags: Flags, model: Model, accelerator: Accelerator) -> None:
+    """Refuse more --blocks_to_swap than the denoiser has; on a CPU, tell that they are where they would be anyway."""
+    if not flags.blocks_to_swap:
+        return
+    argument, known = f"--blocks_to_swap {flags.blocks_to_swap}", len(blocks(model.empty_denoiser()))
+    if flags.blocks_to_swap > known:
+        problem = f"the {model.family.denoiser} of {model.family.name} has {known} blocks"
+        raise InvalidArgument(argument, problem, f"give {known} or fewer")
+    if accelerator.device.type == "cpu":
+        accelerator.print(f"{argument}: there is no GPU, so it saves nothing and changes nothing")
 
 
 def check_pipeline(flags: Flags, pipeline: DiffusionPipeline, family: Family) -> None:

@@ -22,7 +22,15 @@ from ..common.status import Status
 from ..common.together import decided, each, gathered
 from ..experiment.record import EXPERIMENT
 from .arguments import Flags
-from .checks import check_base_precision, check_encoders, check_family, check_methods, check_pipeline, with_rank
+from .checks import (
+    check_base_precision,
+    check_blocks_to_swap,
+    check_encoders,
+    check_family,
+    check_methods,
+    check_pipeline,
+    with_rank,
+)
 from .context import Context
 from .data.class_images import load_class_images, missing_class_images
 from .data.dataset import ImageDataset, data_flag
@@ -140,6 +148,7 @@ def load_and_check(context: Context) -> tuple[DiffusionPipeline, Objective]:
     flags, model, accelerator = context.flags, context.model, context.accelerator
     context.status.say("loading the model")
     check_base_precision(flags, context.dtype, accelerator)
+    check_blocks_to_swap(flags, model, accelerator)
     pipeline = model.load_pipeline(
         context.dtype, accelerator.device, encoders=not flags.cache_text_embeddings, trainable=bool(context.encoders)
     )
@@ -173,7 +182,8 @@ def start_method(method: str, setting: Setting) -> Learner:
     """A method at its start."""
     context = setting.context
     context.status.say("loading the model", context.name_of(method))
-    denoiser = context.model.load_denoiser(context.dtype, context.accelerator.device, context.flags.base_precision)
+    flags, device = context.flags, context.accelerator.device
+    denoiser = context.model.load_denoiser(context.dtype, device, flags.base_precision, flags.blocks_to_swap)
     parts = {context.model.family.denoiser: denoiser} | context.model.load_encoders(context.encoders, setting.pipeline)
     loss = DenoisingLoss(context, setting.material.objective, setting.pipeline, denoiser.config)
     renew_scaler(context.accelerator)

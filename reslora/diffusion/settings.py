@@ -218,6 +218,10 @@ def check_flags(flags: Flags) -> None:
     if flags.compile and flags.gradient_checkpointing and carries_activations(flags):
         problem = f"--compile with --gradient_checkpointing cannot keep --shortcut {flags.shortcut}"
         raise InvalidArgument("--compile", problem, "leave one of them out, or use --shortcut block")
+    saves = "--blocks_to_swap" if flags.blocks_to_swap else f"--base_precision {flags.base_precision}"
+    if flags.compile and not flags.gradient_checkpointing and saves != "--base_precision no":
+        problem = f"keeps whole weights for the backward, which {saves} is there to avoid"
+        raise InvalidArgument("--compile", problem, "add --gradient_checkpointing, or leave one of them out")
     check_adalora_steps(flags.method, flags.max_train_steps)
     check_output(flags.output_dir)
 

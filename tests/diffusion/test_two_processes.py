@@ -23,7 +23,7 @@ def flags(model, data) -> list[str]:
         *("--max_train_steps", str(STEPS), "--rank", "4", "--learning_rate", "1e-2", "--train_batch_size", "2"),
         *("--validation_prompt", "red disc", "--num_validation_images", "1", "--validation_steps", "2"),
         *("--validation_split", "0.3", "--checkpointing_steps", "2", "--num_inference_steps", "1"),
-        *("--merge_calibration_samples", "2", "--report_to", "none"),
+        *("--merge_calibration_samples", "2", "--report_to", "none", "--blocks_to_swap", "2"),
     ]
 
 

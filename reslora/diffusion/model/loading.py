@@ -108,16 +108,20 @@ class Model:
         with refused_as(f"--pretrained_vae_model_name_or_path {self.vae}", "check the name and the files"):
             return own.from_pretrained(self.vae, cache_dir=self.cache_dir, torch_dtype=dtype, use_safetensors=True)
 
-    def load_denoiser(self, dtype: torch.dtype, device: torch.device, base_precision: str = "no") -> nn.Module:
-        """The frozen denoiser in `dtype`; with a `base_precision`, the weights of its blocks are packed in that."""
+    def load_denoiser(
+        self, dtype: torch.dtype, device: torch.device, base_precision: str = "no", blocks_to_swap: int = 0
+    ) -> nn.Module:
+        """The frozen denoiser in `dtype`; with a `base_precision`, the weights of its blocks are packed in that.
+
+        Those of the first `blocks_to_swap` blocks stay in the CPU's memory.
+        """
         with refused_as(self.flag, "repair the folder"):
             denoiser = self.family.denoiser_class.from_pretrained(
                 self.folder, subfolder=self.family.denoiser, variant=self.variant, torch_dtype=dtype,
                 use_safetensors=True,
             )  # fmt: skip
         denoiser.requires_grad_(False)
-        if base_precision != "no":
-            pack(denoiser, base_precision, device)
+        pack(denoiser, base_precision, device, blocks_to_swap)
         return denoiser.to(device)
 
     def load_exact_denoiser(self, device: torch.device) -> nn.Module:

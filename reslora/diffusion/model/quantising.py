@@ -1,21 +1,30 @@
-"""A denoiser's frozen weights in 8 or 4 bits: packed once, and unpacked for each product, forward and backward.
+"""A denoiser's frozen weights in 8 or 4 bits, in the CPU's memory, or both: made ready for each product, and let go.
 
-diffusers' layerwise casting and torchao's weights do the same in the forward, but keep what they have unpacked for the
-backward: then a packed base takes more memory than a plain one. Here only packed weights live from one product to the
-next. Any adapter goes on top, for PEFT finds an `nn.Linear` with a weight of the shape and dtype it had.
+Only packed weights live from one product to the next, forward and backward, and those of swapped blocks are not on the
+device at all. Any adapter goes on top, for PEFT finds an `nn.Linear` with a weight of the shape and dtype it had.
+
+Why not other libraries' layers? A weight of 1024 x 768 takes 1,572,864 bytes in bf16. As many are kept for the
+backward, beside the packed ones, by diffusers' layerwise casting (0.42) and torchao's int8 and fp8 weights (0.18): such
+a base takes more memory than a plain one. torchao's NF4 and bitsandbytes' 4 and 8 bits (0.50) keep nothing unpacked, as
+ours. But torchao's NF4 rounds the scales, bitsandbytes' int8 on a GPU rounds activations, and neither has fp8.
+bitsandbytes' NF4 has the very codes and scales of ours, in a layer whose weight has another shape and cannot be
+swapped: a second kind beside this one, which the other formats need anyway.
+
+Why not diffusers' group offloading? It is for inference. In a U-Net, and in any denoiser without checkpointing, no
+gradient was right: the backward finds weights that have left the device again. With streams, each offload puts back the
+adapter's first values (`ModuleGroup._offload_to_memory`). Only blocks of a transformer under checkpointing trained.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 # What the codes of NormalFloat stand for: quantiles of the normal distribution, and zero (Dettmers et al., 2023).
 NF4 = (
@@ -85,10 +94,14 @@ FORMATS = {
     "int8": by_rows(torch.int8, 127.0),
     "nf4": Format(pack_nf4, unpack_nf4),
 }
+WHOLE = Format(lambda weight: (weight, torch.ones(1)), lambda codes, scales, shape, dtype: codes.to(dtype))
+"""A weight as it is, to be swapped."""
 
 
 class PackedLinear(nn.Linear):
     """A frozen linear layer with a packed weight, made of one that has it in full."""
+
+    codes: torch.Tensor
 
     def __init__(self, linear: nn.Linear, form: Format, device: torch.device) -> None:
         nn.Module.__init__(self)  # that of nn.Linear would make a weight
@@ -100,20 +113,51 @@ class PackedLinear(nn.Linear):
         self.scales = nn.Parameter(scales.view(torch.uint8), requires_grad=False)
         self.bias = linear.bias
 
+    def swap(self, device: torch.device) -> None:
+        """Leaves the codes in the CPU's memory for good; each product on `device` has a copy of its own."""
+        codes = self.codes.detach().cpu()
+        del self.codes  # no parameter any more: those move with the model, and DDP wants them on the device
+        self.codes = codes.pin_memory() if device.type == "cuda" else codes
+
     @property
-    def weight(self) -> torch.Tensor:  # type: ignore[override] # read only, as the docstring says
-        """The weight (q x p), unpacked, in the dtype it had; changing it changes nothing."""
+    def weight(self) -> torch.Tensor:  # type: ignore[override] # as the docstring says
+        """The weight (q x p), unpacked, in the dtype it had; to be read, not changed."""
         return self.unpacked(self.dtype)
 
     def unpacked(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight (q x p) in `dtype`."""
-        scales = self.scales.view(torch.float32)
-        return self.form.unpack(self.codes, scales, torch.Size((self.out_features, self.in_features)), dtype)
+        scales, shape = self.scales.view(torch.float32), torch.Size((self.out_features, self.in_features))
+        return self.form.unpack(on_device(self.codes, scales.device), scales, shape, dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`W x + b`, in the dtype of `x`, or that of autocast."""
-        rows = x.to(autocast_dtype(x)).reshape(-1, self.in_features)
-        return FrozenProduct.apply(rows, self).view(*x.shape[:-1], self.out_features)
+        weight = self.unpacked(autocast_dtype(x))
+        x = x.to(weight.dtype)
+        if torch.compiler.is_compiling():  # it decides by itself, and checkpointing makes it unpack anew
+            return F.linear(x, weight, self.bias)
+        with weight_let_go(weight, self.unpacked):
+            return F.linear(x, weight, self.bias)
+
+
+def weight_let_go(
+    weight: torch.Tensor, unpacked: Callable[[torch.dtype], torch.Tensor]
+) -> AbstractContextManager[None]:
+    """Runs its body so that the backward makes `weight` anew, and keeps no more than how it was looked at."""
+    storage, dtype = weight.untyped_storage().data_ptr(), weight.dtype
+
+    def kept(value: torch.Tensor) -> torch.Tensor | tuple:
+        is_weight = value.untyped_storage().data_ptr() == storage
+        return (value.shape, value.stride(), value.storage_offset()) if is_weight else value
+
+    def again(value: torch.Tensor | tuple) -> torch.Tensor:
+        return unpacked(dtype).as_strided(*value) if isinstance(value, tuple) else value
+
+    return torch.autograd.graph.saved_tensors_hooks(kept, again)
+
+
+def on_device(codes: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The codes where they are needed; a copy from pinned memory waits for nothing but its turn on the GPU."""
+    return codes.to(device, non_blocking=True)
 
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype:
@@ -123,29 +167,22 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if automatic else x.dtype
 
 
-class FrozenProduct(torch.autograd.Function):
-    """`W x + b` with gradients for x alone; keeps nothing but the layer, which unpacks W for the backward again."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, layer: PackedLinear) -> torch.Tensor:
-        """`x` (rows x p) to (rows x q)."""
-        ctx.layer = layer
-        return F.linear(x, layer.unpacked(x.dtype), layer.bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """`W^T g`."""
-        return gradient @ ctx.layer.unpacked(gradient.dtype), None
-
-
-def pack(denoiser: nn.Module, precision: str, device: torch.device) -> None:
+def pack(denoiser: nn.Module, precision: str, device: torch.device, blocks_to_swap: int = 0) -> None:
     """Packs the linear layers of the denoiser's repeated blocks on `device`, one by one, and leaves them there.
 
-    What surrounds the blocks (embeddings, the last projection), norms and convolutions stay as they are.
+    Those of the first `blocks_to_swap` blocks go to the CPU's memory; with the precision "no", as they are. What
+    surrounds the blocks (embeddings, the last projection), norms and convolutions stay as they are.
     """
+    swapped = tuple(f"{block}." for block in blocks(denoiser)[:blocks_to_swap])
     for name, layer in list(block_layers(denoiser)):
-        denoiser.set_submodule(name, PackedLinear(layer, FORMATS[precision], device))
+        if precision == "no" and not name.startswith(swapped):
+            continue
+        packed = PackedLinear(
+            layer, FORMATS.get(precision, WHOLE), layer.weight.device if precision == "no" else device
+        )
+        if name.startswith(swapped):
+            packed.swap(device)
+        denoiser.set_submodule(name, packed)
 
 
 def try_format(precision: str, dtype: torch.dtype, device: torch.device) -> None:
@@ -158,7 +195,21 @@ def try_format(precision: str, dtype: torch.dtype, device: torch.device) -> None
 
 def block_layers(denoiser: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """Names and linear layers of everything that stands in an `nn.ModuleList`."""
-    lists = tuple(f"{name}." for name, module in denoiser.named_modules() if isinstance(module, nn.ModuleList))
+    lists = block_lists(denoiser)
     for name, module in denoiser.named_modules():
         if isinstance(module, nn.Linear) and name.startswith(lists):
             yield name, module
+
+
+def blocks(denoiser: nn.Module) -> list[str]:
+    """Names of the denoiser's blocks: what stands in an outermost `nn.ModuleList` and has linear layers."""
+    lists, found = block_lists(denoiser), {}
+    for name, _ in block_layers(denoiser):
+        start = min((one for one in lists if name.startswith(one)), key=len)
+        found[start + name.removeprefix(start).partition(".")[0]] = True
+    return list(found)
+
+
+def block_lists(denoiser: nn.Module) -> tuple[str, ...]:
+    """What the names of everything that stands in an `nn.ModuleList` start with."""
+    return tuple(f"{name}." for name, module in denoiser.named_modules() if isinstance(module, nn.ModuleList))

@@ -140,7 +140,7 @@ def in_float32(pipeline: DiffusionPipeline) -> Iterator[None]:
 
 
 def exact_parts(learner: Learner, schedule: Schedule, context: Context) -> dict[str, nn.Module]:
-    """What was trained, by name, in float32: as it is, or where a base is rounded or packed, anew.
+    """What was trained, by name, in float32: as it is, or where a base is rounded, packed or swapped, anew.
 
     With --save_best, what was the best.
     """
@@ -154,7 +154,8 @@ def exact_parts(learner: Learner, schedule: Schedule, context: Context) -> dict[
     if context.flags.save_best:
         line = f"{learner.name}: no validation loss was measured, the last adapter is exported (--save_best)"
         print(line, flush=True)
-    plain = context.accelerator.mixed_precision == "no" and context.flags.base_precision == "no"
+    flags = context.flags
+    plain = context.accelerator.mixed_precision == "no" and flags.base_precision == "no" and not flags.blocks_to_swap
     if plain and learner.denoiser.dtype == torch.float32:
         return dict(learner.trained.parts)
     checkpoint = folder / f"checkpoint-{learner.step}"

@@ -17,6 +17,7 @@ from reslora.diffusion.data.class_images import balanced, draw_missing
 from reslora.diffusion.data.plan import Plan
 from reslora.diffusion.data.size import Size
 from reslora.diffusion.data.sources import Source
+from reslora.diffusion.model import quantising
 from reslora.diffusion.run import settle
 from reslora.diffusion.settings import parse_args
 
@@ -55,6 +56,17 @@ def test_qwen_images_class_images_are_guided(data, tmp_path):
         draw_missing(settle(flags, Accelerator(cpu=True), StopRequest()))
         drawn += [pictures(tmp_path / str(scale) / "class")]
     assert all(np.abs(one - other).max() > 2 for one, other in zip(*drawn, strict=True))
+
+
+def test_blocks_that_are_swapped_draw_the_same(data, tmp_path, monkeypatch):
+    model, drawn, copied = FAMILIES["z_image"](tmp_path / "model"), [], []
+    monkeypatch.setattr(quantising, "on_device", lambda codes, device: copied.append(device) or codes.clone())
+    for blocks in (0, 2):
+        flags = flags_for(tmp_path / str(blocks), model, data, "out", "--blocks_to_swap", blocks)
+        assert not copied
+        draw_missing(settle(parse_args([*map(str, flags)]), Accelerator(cpu=True), StopRequest()))
+        drawn += [pictures(tmp_path / str(blocks) / "class")]
+    assert copied and np.array_equal(*drawn)
 
 
 def pictures(folder: Path) -> list[np.ndarray]:

@@ -1,7 +1,8 @@
-"""--base_precision: a packed base computes what its unpacked weights compute, and exports have the whole base."""
+"""--base_precision, --blocks_to_swap: a base computes what its weights compute, and exports have the whole base."""
 
 import dataclasses
 import json
+import shutil
 import weakref
 from collections.abc import Iterator
 from itertools import cycle
@@ -13,15 +14,18 @@ from diffusers import ModelMixin
 from pipelines import FAMILIES
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import reslora
-from diffusion.runs import RESUME, losses, main, refused
+from diffusion.runs import RESUME, assert_same, digests, losses, main, only, printed, refused
 from reslora.common.adapters import attach
 from reslora.common.methods import METHODS, AdapterSettings, adapter_config
-from reslora.diffusion.model import stored
+from reslora.diffusion.model import quantising, stored
 from reslora.diffusion.model.families import load_family
 from reslora.diffusion.model.families.base import Conditions, Family
-from reslora.diffusion.model.quantising import FORMATS, PackedLinear, pack, try_format
+from reslora.diffusion.model.loading import Model
+from reslora.diffusion.model.quantising import FORMATS, WHOLE, PackedLinear, blocks, pack, try_format
 from reslora.diffusion.settings import read_index
 from reslora.export import DIFFUSERS_FILE
 
@@ -265,6 +269,122 @@ def flat(alphas: list) -> list[float]:
     return [value for alpha in alphas for value in (alpha if isinstance(alpha, list) else [alpha])]
 
 
+# -- swapped blocks ----------------------------------------------------------------------------------------------------
+
+
+class Apart(TorchDispatchMode):
+    """Stands for a GPU with memory of its own: codes of swapped layers may be copied there, and any other use fails."""
+
+    def __init__(self, denoiser: nn.Module, monkeypatch) -> None:
+        super().__init__()
+        swapped = [layer for _, layer in packed_layers(denoiser) if "codes" in vars(layer)]
+        assert swapped
+        self.away = {layer.codes.untyped_storage().data_ptr() for layer in swapped}
+        self.alive: weakref.WeakSet = weakref.WeakSet()
+        self.most, self.copies = 0, 0
+        monkeypatch.setattr(quantising, "on_device", self.copy)
+
+    def copy(self, codes: torch.Tensor, device: torch.device) -> torch.Tensor:
+        if codes.untyped_storage().data_ptr() not in self.away:
+            return codes
+        self.alive.add(there := codes.clone())
+        self.copies, self.most = self.copies + 1, max(self.most, len(self.alive))
+        return there
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        used = {
+            value.untyped_storage().data_ptr()
+            for value in tree_leaves((args, kwargs or {}))
+            if isinstance(value, torch.Tensor) and not value.is_meta
+        }
+        assert operation is torch.ops.aten.clone.default or not used & self.away, operation
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("family", "precision", "shortcut"),
+    [("stable_diffusion", "no", "input"), ("z_image", "no", "middle"), ("z_image", "nf4", "block")],
+)
+def test_swapped_blocks_train_bit_for_bit_and_are_off_the_device_between_uses(
+    folders, monkeypatch, family, precision, shortcut, checkpointing
+):
+    (family, here), (_, away) = load(folders(family)), load(folders(family))
+    pack(here, precision, HERE)
+    pack(away, precision, HERE, len(blocks(away)) - 1)
+    for denoiser in (here, away):
+        randomly_adapted(denoiser, family, "reslora", shortcut)
+        if checkpointing:
+            reslora.enable_gradient_checkpointing(denoiser)
+    (loss, gradients), apart = loss_and_gradients(here, family), Apart(away, monkeypatch)
+    after_forward = []
+    monkeypatch.setattr(nn.Module, "zero_grad", lambda self: after_forward.append((len(apart.alive), apart.copies)))
+    with apart:
+        found, their_gradients = loss_and_gradients(away, family)
+    assert torch.equal(found, loss)
+    assert_same(their_gradients, gradients)
+    assert apart.most == 1 and not apart.alive and after_forward[0][0] == 0
+    assert apart.copies > after_forward[0][1] >= len(apart.away)  # the backward has fetched them again
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_blocks_to_swap(folders, family):
+    _, plain = load(folders(family))
+    _, denoiser = load(folders(family))
+    names = blocks(plain)
+    assert len(names) > 1 and all(
+        isinstance(plain.get_submodule(name.rpartition(".")[0]), nn.ModuleList) for name in names
+    )
+    pack(denoiser, "no", HERE, 2)
+    swapped = {name for name, _ in packed_layers(denoiser)}
+    start = tuple(f"{name}." for name in names[:2])
+    linear = {name for name, module in plain.named_modules() if type(module) is nn.Linear}
+    assert swapped == {name for name in linear if name.startswith(start)}
+    weights = {f"{name}.weight" for name in swapped}
+    assert plain.state_dict().keys() - denoiser.state_dict().keys() == weights
+    for name in swapped:
+        assert torch.equal(denoiser.get_submodule(name).weight, plain.get_submodule(name).weight)
+
+
+def test_a_swapped_weight_stays_where_it_is_and_is_traced_without_a_copy(folders, monkeypatch):
+    family, stock = load(folders("z_image"))
+    _, denoiser = load(folders("z_image"))
+    pack(denoiser, "no", HERE, len(blocks(denoiser)))
+    _, layer = next(packed_layers(denoiser))
+    before, codes = layer.weight.clone(), layer.codes
+    for model in (denoiser, stock):
+        adapted(model, family, "lora")
+    with monkeypatch.context() as patch, Apart(denoiser, patch) as apart:
+        patch.setattr(torch.Tensor, "__deepcopy__", lambda value, memo: pytest.fail("copied"))
+        assert reslora.chains(denoiser) == reslora.chains(stock)
+    assert apart.copies == 0
+    denoiser.to(torch.bfloat16).to("meta")
+    assert layer.codes is codes and torch.equal(codes, before) and layer.weight.is_meta
+
+
+def test_what_waits_for_a_gpu_is_pinned(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda value: value + 1)
+    layer = PackedLinear(nn.Linear(2, 2).requires_grad_(False), WHOLE, HERE)
+    before = layer.weight.clone()
+    layer.swap(torch.device("cuda"))
+    assert torch.equal(layer.weight, before + 1)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_compiler_keeps_whole_weights_unless_they_are_recomputed(checkpointing):
+    """Why --compile is refused without --gradient_checkpointing."""
+    linear = nn.Linear(64, 64, bias=False).requires_grad_(False)
+    layer, kept = PackedLinear(linear, FORMATS["int8"], HERE), []
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False) if checkpointing else layer(x)
+
+    compiled = torch.compile(run, backend="aot_eager_decomp_partition", fullgraph=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda value: kept.append(value) or value, lambda value: value):
+        compiled(torch.ones(2, 64, requires_grad=True))
+    assert any(value.shape == (64, 64) and value.is_floating_point() for value in kept) is not checkpointing
+
+
 # -- runs --------------------------------------------------------------------------------------------------------------
 
 
@@ -308,13 +428,14 @@ def test_it_trains_on_another_base_than_a_plain_run(folders, data, tmp_path):
     losses_of = []
     for precision in ("no", "fp8"):
         out = tmp_path / precision
-        assert main(*flags_of(folders("stable_diffusion"), data, out, "--base_precision", precision)) == 0
-        losses_of.append([loss for *_, loss in losses(out)])
+        more = ["--base_precision", precision, "--method", "lora"]
+        assert main(*flags_of(folders("z_image"), data, out, *more)) == 0
+        losses_of.append([loss for *_, loss in losses(out, "lora")])
     assert losses_of[0] != losses_of[1] and losses_of[0] == pytest.approx(losses_of[1], rel=0.05)
 
 
 def test_a_run_goes_on_with_the_precision_it_had(folders, data, tmp_path, capsys):
-    flags = flags_of(folders("stable_diffusion"), data, tmp_path / "out")
+    flags = flags_of(folders("z_image"), data, tmp_path / "out", "--method", "lora")
     assert main(*flags, "--base_precision", "int8") == 0
     capsys.readouterr()
     longer = [*flags, "--max_train_steps", 4, *RESUME]
@@ -322,6 +443,21 @@ def test_a_run_goes_on_with_the_precision_it_had(folders, data, tmp_path, capsys
         line = refused(capsys, *longer, *other)
         assert f"--base_precision {other[1] if other else 'no'}: " in line and "was trained with int8" in line
     assert main(*longer, "--base_precision", "int8") == 0
+
+
+def test_swapped_blocks_go_on_from_a_plain_run_and_write_the_same_bytes(folders, data, tmp_path, monkeypatch):
+    """Merged weights too where they are written from memory, as of a base whose files have other names."""
+    monkeypatch.setattr(quantising, "on_device", lambda codes, device: codes.clone())  # as on a GPU
+    monkeypatch.setattr(Model, "stored_denoiser", lambda model: {})
+    plain, swapped = tmp_path / "plain", tmp_path / "swapped"
+    more = ["--max_train_steps", 2, "--checkpointing_steps", 1, "--gradient_checkpointing", "--method", "lora"]
+    assert main(*flags_of(folders("z_image"), data, plain, *more)) == 0
+    shutil.copytree(plain / "lora" / "checkpoint-1", swapped / "lora" / "checkpoint-1")
+    lines = printed(*flags_of(folders("z_image"), data, swapped, *more, *RESUME, "--blocks_to_swap", 2))
+    assert "saves nothing" in only(lines, "--blocks_to_swap 2")
+    written = digests(plain, "lora/**/*.safetensors")
+    del written["lora/checkpoint-1/adapter.safetensors"]
+    assert len(written) > 3 and written.items() <= digests(swapped, "lora/**/*.safetensors").items()
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
@@ -336,6 +472,20 @@ def test_a_device_that_cannot_is_refused_before_encoding(folders, data, tmp_path
     line = refused(capsys, *flags, quiet=False)
     assert "--base_precision fp8: does not work on cpu here (no kernel for Float8_e4m3fn); give another" in line
     assert not list((tmp_path / "out").rglob("*.safetensors"))
+
+
+def test_more_blocks_than_there_are_are_refused(folders, data, tmp_path, capsys):
+    line = refused(capsys, *flags_of(folders("z_image"), data, tmp_path / "out"), "--blocks_to_swap", 99, quiet=False)
+    count = len(blocks(load(folders("z_image"))[1]))
+    assert f"--blocks_to_swap 99: the transformer of z_image has {count} blocks; give {count} or fewer" in line
+
+
+@pytest.mark.parametrize("saving", [("--blocks_to_swap", "1"), ("--base_precision", "nf4")])
+def test_a_compiler_that_would_keep_what_they_save_is_refused(folders, data, tmp_path, capsys, saving):
+    flags = flags_of(folders("z_image"), data, tmp_path / "out", "--shortcut", "block", "--compile", *saving)
+    line = refused(capsys, *flags)
+    assert "--compile: keeps whole weights for the backward" in line and saving[0] in line
+    assert "add --gradient_checkpointing" in line and not (tmp_path / "out").exists()
 
 
 @precisions
