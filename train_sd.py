@@ -29,7 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def start(argv: Sequence[str] | None, stop: StopRequest) -> None:
     """Parses the flags, and imports heavy libraries only once these are known to make sense."""
     flags = parse_args(argv, __doc__)
-    if is_experiment(vars(flags)):
+    if flags.plan:
+        from reslora.diffusion.run import show_plan as run
+    elif is_experiment(vars(flags)):
         from reslora.diffusion.experiment.run import run_experiment as run
     else:
         from reslora.diffusion.run import run

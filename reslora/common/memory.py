@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 
+import psutil
 import torch
 
 
@@ -24,4 +26,13 @@ def peak_memory(device: torch.device) -> int | None:
     with contextlib.suppress(OSError, IndexError, ValueError):
         if device.type == "cpu":
             return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+    return None
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that a process may still take: of a GPU; on a CPU its share of what the system has; else None."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cpu":
+        return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return None

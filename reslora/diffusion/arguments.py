@@ -386,6 +386,10 @@ def add_output_flags(add: Callable) -> None:
         help="a checkpoint also whenever so many minutes have passed since the last one")
     add("--checkpoints_total_limit", type=whole(1), help="checkpoints kept per method; default: all")
     add("--resume_from_checkpoint", metavar="latest|FOLDER", help="go on from the newest usable one, or this one")
+    add("--plan", action=argparse.BooleanOptionalAction,
+        help="tell how much memory each phase of the run would hold, and end: with status 2 where that does not fit, "
+             "and with flags that would make it fit. Without it a run that may not fit tells it first, and is refused; "
+             "with --no-plan it is tried all the same")
     add("--push_to_hub", **SWITCH, help="upload the folder when done")
     add("--hub_token", help="token for the hub")
     add("--hub_model_id", help="repository on the hub; default: the folder's name")

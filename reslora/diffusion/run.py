@@ -37,6 +37,7 @@ from .data.dataset import ImageDataset, data_flag
 from .data.folders import load_folders
 from .data.material import material_of
 from .data.samples import CalibrationSamples, Material
+from .experiment.checks import plain_variants
 from .model.loading import find_model
 from .model.lora_files.combining import in_short
 from .model.objective import Objective, objective_of
@@ -46,6 +47,7 @@ from .output.metric import load_metric
 from .output.reports import Reports, Validation
 from .output.summary import hub_repository, print_summary, publish, write_figures
 from .output.trackers import start_trackers
+from .planning.plan import check_memory
 from .processes import start_accelerator
 from .settings import with_family
 from .training.best import go_on_from
@@ -85,6 +87,7 @@ def run(flags: Flags, stop: StopRequest) -> None:
             return
         if context.flags.push_to_hub:
             decided(lambda: hub_repository(context.flags))
+        check_before_loading(kinds, context)
         pipeline, objective = each(lambda: load_and_check(context))
         material = material_of(kinds, pipeline, objective, context)
         forget_encoder(pipeline, context)
@@ -102,6 +105,7 @@ def find_all(flags: Flags, accelerator: Accelerator, stop: StopRequest) -> tuple
     images = each(lambda: load_folders(flags))
     context = settle(flags, accelerator, stop)
     if decided(lambda: missing_class_images(context.flags)):
+        check_before_loading(images, context, tell=False)
         each(lambda: load_and_check(context))  # to draw them takes minutes
     return [*images, *load_class_images(context)], context
 
@@ -143,19 +147,40 @@ def identity_of(kinds: Sequence[ImageDataset], context: Context) -> Identity:
     return identity
 
 
+def show_plan(flags: Flags, stop: StopRequest) -> None:
+    """Tells how much memory the run would hold, and refuses one that does not fit; writes nothing.
+
+    Of an experiment, its arm of the highest rank.
+    """
+    flags = max(plain_variants(flags), key=lambda one: one.rank or 0)
+    accelerator = start_accelerator(flags)
+    images, context = each(lambda: load_folders(flags)), settle(flags, accelerator, stop)
+    check_before_loading(images, context)
+
+
+def check_before_loading(kinds: Sequence[ImageDataset], context: Context, tell: bool = True) -> None:
+    """Refuses what can be refused without weights: methods, optimizers, and a run that takes too much memory."""
+    flags, model, accelerator = context.flags, context.model, context.accelerator
+
+    def check() -> None:
+        check_base_precision(flags, context.dtype, accelerator)
+        check_blocks_to_swap(flags, model, accelerator)
+        check_methods(flags, model, accelerator, context.start)
+        check_optimizer(context)
+
+    each(check)
+    decided(lambda: check_memory(kinds, context, tell))
+
+
 def load_and_check(context: Context) -> tuple[DiffusionPipeline, Objective]:
     """The pipeline without its denoiser, and the objective; refuses whatever can be refused before encoding."""
     flags, model, accelerator = context.flags, context.model, context.accelerator
     context.status.say("loading the model")
-    check_base_precision(flags, context.dtype, accelerator)
-    check_blocks_to_swap(flags, model, accelerator)
     pipeline = model.load_pipeline(
         context.dtype, accelerator.device, encoders=not flags.cache_text_embeddings, trainable=bool(context.encoders)
     )
     check_pipeline(flags, pipeline, model.family)
     objective = objective_of(flags, model.family, pipeline)
-    check_methods(flags, model, accelerator, context.start)
-    check_optimizer(context)
     check_encoders(pipeline, context)
     if flags.metric_model and accelerator.is_main_process:
         load_metric(flags.metric_model, str(accelerator.device))

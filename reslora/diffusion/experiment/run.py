@@ -37,7 +37,7 @@ from ..data.material import latents_of, material_of, with_texts
 from ..data.samples import Material, measured_at
 from ..output.trackers import start_trackers
 from ..processes import start_accelerator
-from ..run import Setting, find_all, forget_encoder, identity_of, load_and_check, train_method
+from ..run import Setting, check_before_loading, find_all, forget_encoder, identity_of, load_and_check, train_method
 from ..training.checkpoints import EXPORTS, MERGING, Identity, check_past, checkpoints_of, past_of, plan_resume
 from ..training.schedule import Schedule, schedule_of
 from .checks import plain_variants
@@ -69,6 +69,7 @@ def run_experiment(flags: Flags, stop: StopRequest) -> None:
         asked = with_several(context.flags, flags)
         decided(lambda: check_folder(asked, identity))
         check_count(len({mark for images in kinds if not images.of_class for mark in images.marks}), asked)
+        check_before_loading(kinds, context)
         pipeline, objective = each(lambda: load_and_check(context))
         each(lambda: check_variants(asked, context))
         material = material_of(kinds, pipeline, objective, context)

@@ -143,10 +143,10 @@ def weight_let_go(
     weight: torch.Tensor, unpacked: Callable[[torch.dtype], torch.Tensor]
 ) -> AbstractContextManager[None]:
     """Runs its body so that the backward makes `weight` anew, and keeps no more than how it was looked at."""
-    storage, dtype = weight.untyped_storage().data_ptr(), weight.dtype
+    storage, dtype = weight.untyped_storage()._cdata, weight.dtype
 
     def kept(value: torch.Tensor) -> torch.Tensor | tuple:
-        is_weight = value.untyped_storage().data_ptr() == storage
+        is_weight = value.untyped_storage()._cdata == storage
         return (value.shape, value.stride(), value.storage_offset()) if is_weight else value
 
     def again(value: torch.Tensor | tuple) -> torch.Tensor:

@@ -1,0 +1,155 @@
+"""What `train_sd.py --plan` says of a run's memory beside what the run then takes: small models of the families.
+
+    python benchmarks/plan_memory.py            # each case in a process of its own
+
+`allocated` is the most that PyTorch's allocator had handed out on the CPU in each phase since the run began, as the
+profiler notes it: weights that are read from files as they are lie in mapped pages and are no part of it. `resident` is
+how much the process grew, pages of files, kernels' own memory and what the C library keeps included. Images and batches
+are large for these models, so that what is computed with is most of it, as with large ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from measured import ROOT, keep
+
+sys.path.append(str(ROOT / "tests"))
+import torch
+from pipelines import FAMILIES, image_folder
+from torch.profiler import ProfilerActivity, profile
+
+import train_sd
+from reslora.common.memory import free_memory, peak_memory
+from reslora.common.signals import StopRequest
+from reslora.common.status import Status
+from reslora.diffusion.data import encoding
+from reslora.diffusion.data.folders import load_folders
+from reslora.diffusion.planning.plan import plan_of
+from reslora.diffusion.processes import start_accelerator
+from reslora.diffusion.run import settle
+from reslora.diffusion.settings import parse_args
+from reslora.diffusion.training import loop
+
+CASES = (
+    ("stable_diffusion", "128"), ("stable_diffusion", "128", "--gradient_checkpointing"), ("flux", "128"),
+    ("qwen_image", "128"), ("sdxl", "128"),
+)  # fmt: skip
+PHASES = {  # as the status says them, and as the plan does
+    "encoding image": "encoding images", "encoding captions": "encoding captions", "step": "training",
+    "sampling": "sampling", "merging": "exporting", "writing files": "exporting", "reading back": "exporting",
+}  # fmt: skip
+CPU = torch.device("cpu")
+MEBI = 2**20
+
+
+def flags_of(family: str, side: str, more: list[str], folder: Path) -> list[str]:
+    """The flags of a run of two steps with samples."""
+    model = FAMILIES[family](folder / "model")
+    image_folder(folder / "images", 8)
+    given = ["--pretrained_model_name_or_path", str(model), "--train_data_dir", str(folder / "images"), "--rank", "4"]
+    given += ["--resolution", side, "--train_batch_size", "8", "--max_train_steps", "2", "--report_to", "none"]
+    given += ["--validation_prompt", "red disc", "--num_validation_images", "2", "--num_inference_steps", "2"]
+    given += ["--validation_steps", "2", "--output_dir", str(folder / "out"), "--random_flip", "--no-plan"]
+    return [*given, "--merge_calibration_samples", "8", *more]
+
+
+def planned(flags: list[str]) -> dict:
+    """Bytes by phase, and the seconds that finding them took."""
+    parsed = parse_args(flags)
+    accelerator = start_accelerator(parsed)
+    images, context = load_folders(parsed), settle(parsed, accelerator, StopRequest())
+    began = time.perf_counter()
+    plan = plan_of(images, context, free_memory(CPU))
+    return {"seconds": round(time.perf_counter() - began, 2), **{phase.name: phase.total for phase in plan.phases}}
+
+
+@contextlib.contextmanager
+def phases_noted(said: list[tuple[int, str]]) -> Iterator[None]:
+    """Notes which phase the run comes to."""
+
+    def note(owner: object, name: str, phase: str = "") -> None:
+        before = getattr(owner, name)
+
+        def noted(*given: object, **named: object) -> object:
+            said.append((time.time_ns(), phase or str(given[1])))
+            return before(*given, **named)
+
+        stack.callback(setattr, owner, name, before)
+        setattr(owner, name, noted)
+
+    with contextlib.ExitStack() as stack:
+        note(Status, "say")
+        note(loop, "take_step", "step")  # the status counts things that are done
+        note(encoding, "encoded", "encoding image")
+        yield
+
+
+def taken(flags: list[str]) -> dict:
+    """The most bytes that the run has at a time: allocated by phase, and resident in all."""
+    said: list[tuple[int, str]] = []
+    gc.collect()
+    before = peak_now()
+    with phases_noted(said), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        assert train_sd.main(flags) == 0
+    resident = (peak_memory(CPU) or 0) - before
+    peaks: dict[str, int] = {}
+    now, phase = 0, ""
+    events = [(event.start_ns(), event.nbytes()) for event in found.profiler.kineto_results.events()
+              if event.name() == "[memory]"]  # fmt: skip
+    for _, change in sorted([*events, *said], key=lambda one: one[0]):
+        if isinstance(change, str):
+            phase = next((plan for start, plan in PHASES.items() if change.startswith(start)), phase)
+        else:
+            now += change
+            peaks[phase] = max(peaks.get(phase, 0), now)
+    return {"resident": resident, **{name: peak for name, peak in peaks.items() if name}}
+
+
+def peak_now() -> int:
+    """What the process has in memory now, as the peak that `taken` starts from."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    return peak_memory(CPU) or 0
+
+
+def main() -> None:
+    """Every case, and how near the plan is to it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)  # of processes that this one starts
+    arguments = parser.parse_args()
+    if arguments.case:
+        family, side, *more = arguments.case
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+            flags = flags_of(family, side, more, Path(folder))
+            result = {"planned": planned(flags), "allocated": taken(flags)}
+        print(json.dumps(result))
+        return
+    rows = []
+    for case in CASES:
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, __file__, "--case", *case]
+        ended = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment, timeout=3600)
+        row = {"case": " ".join(case), **json.loads(ended.stdout.splitlines()[-1])}
+        plan, real = row["planned"], row["allocated"]
+        names = [name for name in real if name != "resident"]
+        most, of = max(real[name] for name in names), max(plan[name] for name in names)
+        row |= {"resident": real.pop("resident"), "ratio": round(of / most, 3)}
+        rows.append(row)
+        told = ", ".join(f"{name} {plan[name] / MEBI:.1f}/{real[name] / MEBI:.1f}" for name in names)
+        print(f"{row['case']}: planned/allocated MiB: {told}; of the peaks {row['ratio']:.3f}", flush=True)
+    keep("trainer/plan", {"cases": rows})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""What samples and exports hold: the denoiser at work without gradients, the autoencoder's decoder, and float32."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...calibration import BUDGET
+from ...common.methods import METHODS
+from ...regression import Gram
+from ..data.size import Size
+from ..model.families.base import Conditions, Text
+from ..model.quantising import block_layers
+from ..model.stored import IN_MEMORY
+from ..output.drawing import shared
+from ..prompts import Prompt, prompts_of, settled
+from .live import held
+from .parts import empty_denoiser
+from .phases import ACTIVATIONS, ADAPTER, AUTOENCODER, BASE, EXACT, MERGE, OPTIMIZER, Held, Phase, Rehearsal
+
+KEPT = (BASE, ADAPTER, OPTIMIZER)  # of what a step holds, beside what draws and exports
+
+
+def sampling(rehearsal: Rehearsal, step: Phase) -> Phase | None:
+    """Samples while training, `step` being what that holds; None where none are drawn."""
+    flags = rehearsal.flags
+    if not (flags.validation_prompt and flags.num_validation_images):
+        return None
+    denoiser = rehearsal.stage.place(empty_denoiser(rehearsal.model, rehearsal.dtype, flags.base_precision)).eval()
+    draw = partial(drawing, rehearsal, denoiser, rehearsal.dtype, rehearsal.autocast)
+    activations = rehearsal.known("activations of sampling", draw)
+    found = {name: step.held[name] for name in KEPT} | rehearsal.staying
+    return Phase("sampling", found | {ACTIVATIONS: activations, AUTOENCODER: rehearsal.autoencoder()})
+
+
+def exporting(rehearsal: Rehearsal, method: str, step: Phase, free: int) -> Phase:
+    """Merging and drawing in float32, beside what trained; `free`: what the device has before the run."""
+    exact = empty_denoiser(rehearsal.model, torch.float32)
+    whole, shapes = held(exact), [layer.weight.shape for _, layer in block_layers(exact)]
+    rehearsal.stage.place(exact.eval())
+    found = {name: step.held[name] for name in KEPT}
+    draw = partial(drawing, rehearsal, exact, torch.float32, contextlib.nullcontext)
+    activations = rehearsal.known("activations of drawing in float32", draw)
+    plain = rehearsal.dtype == torch.float32 and rehearsal.flags.base_precision == "no"
+    if not plain or rehearsal.flags.save_best:
+        left = (free - step.total) // 2 if rehearsal.stage.device.type == "cuda" else 0
+        if whole > max(IN_MEMORY, left) and shapes:  # its blocks' weights are read one by one
+            sizes = [4 * shape.numel() for shape in shapes]
+            whole -= sum(sizes) - max(sizes)
+        found |= {EXACT: whole, ADAPTER: 2 * step.part(ADAPTER)}
+    if METHODS[method].shortcuts and rehearsal.flags.merge_calibration_samples:
+        found[MERGE] = merging(rehearsal, exact)
+        size, count = rehearsal.size, rehearsal.flags.train_batch_size
+        read = partial(denoising, rehearsal, exact, count, size, torch.float32)
+        activations = max(activations or 0, rehearsal.known("activations of the merge", read) or 0)
+    times = 4 // rehearsal.dtype.itemsize
+    stay: Held = {name: times * (size or 0) for name, size in rehearsal.staying.items()}
+    return Phase("exporting", found | {ACTIVATIONS: activations, AUTOENCODER: rehearsal.autoencoder(times)} | stay)
+
+
+def merging(rehearsal: Rehearsal, exact: nn.Module) -> int:
+    """What a merge reads, and at the most what least squares take for what enters the layers that it is about."""
+    flags = rehearsal.flags
+    batch = rehearsal.batch(flags.train_batch_size)
+    states = [value for values in (batch.text or {}).values() for value in values]
+    read = 4 * sum(value.numel() for value in [*states, batch.noise]) * flags.merge_calibration_samples
+    ends = tuple(flags.target_modules)
+    widths = {
+        name.rpartition(".")[0]: layer.in_features
+        for name, layer in block_layers(exact)
+        if name.endswith(ends) or len(ends) == 1
+    }
+    return read // flags.train_batch_size + min(BUDGET, sum(Gram.nbytes(width, 4) for width in widths.values()))
+
+
+def drawing(
+    rehearsal: Rehearsal,
+    denoiser: nn.Module,
+    dtype: torch.dtype,
+    precision: Callable[[], contextlib.AbstractContextManager],
+) -> int:
+    """What is computed with while prompts are drawn, at the most: by the denoiser, or by the decoder after it."""
+    flags, told = rehearsal.flags, rehearsal.family.is_told_guidance
+    images = flags.num_validation_images if flags.validation_prompt else 1
+    prompts = [settled(prompt, flags, told) for prompt in prompts_of(flags) or [Prompt("")]]
+    most = 0
+    for prompt, alike in itertools.groupby([(prompt, 0) for prompt in prompts], key=shared):
+        count = min(flags.train_batch_size, len(list(alike)) * max(1, images))
+        size = Size(prompt.height or 0, prompt.width or 0)
+        guided = count if told or (prompt.guidance_scale or 0) <= 1 else 2 * count
+        with precision():
+            found = denoising(rehearsal, denoiser, guided, size, dtype), decoding(rehearsal, count, size, dtype)
+        most = max(most, *found)
+    return most
+
+
+def denoising(rehearsal: Rehearsal, denoiser: Any, count: int, size: Size, dtype: torch.dtype) -> int:
+    """A denoising step of so many images."""
+    family, stage = rehearsal.family, rehearsal.stage
+    shape = family.latent_shape(rehearsal.pipeline, size.height, size.width)
+    with torch.no_grad(), stage(denoiser, *rehearsal.encoders) as live:
+        noisy, timesteps = stage.empty(count, *shape, dtype=dtype), stage.empty(count)
+        conditions = Conditions(states_of(rehearsal, count, dtype), stage.empty(count, 6))
+        denoiser(**family.denoiser_inputs(denoiser.config, noisy, timesteps, conditions), return_dict=False)
+    return live.peak
+
+
+def states_of(rehearsal: Rehearsal, count: int, dtype: torch.dtype) -> Text:
+    """Text states of so many prompts, with what the encoders that train make of them."""
+    text = rehearsal.text(count, dtype)
+    if not rehearsal.trainable:
+        return text
+    return rehearsal.family.encode_trained(rehearsal.pipeline, rehearsal.captions(count), text)
+
+
+def decoding(rehearsal: Rehearsal, count: int, size: Size, dtype: torch.dtype) -> int:
+    """The autoencoder's way from latents to so many images."""
+    stage, vae, shapes = rehearsal.stage, rehearsal.autoencoder_in(dtype), []
+
+    def note(module: nn.Module, args: tuple, output: Any) -> None:
+        shapes.append(output.shape)
+
+    hook = vae.encoder.register_forward_hook(note)
+    with torch.no_grad(), stage(vae):
+        rehearsal.family.encode_images(vae, stage.empty(1, 3, size.height, size.width, dtype=dtype))
+    hook.remove()
+    _, moments, *rest = shapes[0]
+    with torch.no_grad(), stage(vae) as live:
+        vae.decode(stage.empty(count, moments // 2, *rest, dtype=dtype), return_dict=False)
+    return live.peak

@@ -1,0 +1,124 @@
+"""Tensors without memory: modules stand on them, and what they would take while they run is counted."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ..model.quantising import nf4_pairs
+
+# Where their weights are: kernels for these have what they read and write in a layout of their own meanwhile.
+CONVOLUTIONS = {torch.ops.aten.convolution: 1, torch.ops.aten.convolution_backward: 2}
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes that are alive of what is made in its body: `now`, and `peak`, the most at a time.
+
+    Storages are counted, not tensors: what autograd keeps of one is as large as all of it. Views of what is `known`,
+    such as weights, count nothing. What kernels take for themselves does not show; of convolutions it is added.
+    """
+
+    def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
+        self.watched: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Runs one operation, and counts what it returns."""
+        result = function(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, torch.Tensor):
+                self._count(value.untyped_storage())
+        place = CONVOLUTIONS.get(getattr(function, "overloadpacket", None))
+        if place and args[place].shape[2:].numel() > 1:
+            copied = sum(value.nbytes for value in tree_leaves((args, result)) if isinstance(value, torch.Tensor))
+            self.peak = max(self.peak, self.now + copied)
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self.sizes:
+            return
+        self.sizes[key] = storage.nbytes()
+        self.watched[key] = weakref.ref(storage, lambda _: self._dies(key))
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+
+    def _dies(self, key: int) -> None:
+        self.now -= self.sizes.pop(key)
+        del self.watched[key]
+
+    def forget(self, tensor: torch.Tensor) -> None:
+        """Counts a tensor no more: it is somebody else's."""
+        key = tensor.untyped_storage()._cdata
+        self.now -= self.sizes.get(key, 0)
+        self.sizes[key] = 0
+
+
+class Stage:
+    """A device on which tensors have shapes, dtypes and no memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.mode = device, FakeTensorMode(allow_non_fake_inputs=True)
+
+    @contextmanager
+    def __call__(self, *modules: nn.Module) -> Iterator[Live]:
+        """What runs in the body runs without memory; what it makes is counted, but for the modules' own tensors."""
+        nf4_pairs.cache_clear()
+        try:
+            with self.mode, Live(tensors_of(*modules)) as live:
+                yield live
+        finally:
+            nf4_pairs.cache_clear()  # which holds tensors without memory
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """A tensor without memory."""
+        with self.mode:
+            return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def place(self, module: nn.Module) -> nn.Module:
+        """Puts a module's tensors, which are on the meta device, here; also those that are mere attributes."""
+        placed: dict[torch.Tensor, torch.Tensor] = {}
+        for owner in module.modules():
+            for named in (owner._parameters, owner._buffers, vars(owner)):
+                for name, value in named.items():
+                    if isinstance(value, torch.Tensor):
+                        named[name] = self._placed(value, placed)
+        return module
+
+    def _placed(self, value: torch.Tensor, placed: dict[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        if value not in placed:
+            empty = self.empty(*value.shape, dtype=value.dtype)
+            parameter = isinstance(value, nn.Parameter)
+            placed[value] = nn.Parameter(empty, requires_grad=value.requires_grad) if parameter else empty
+        return placed[value]
+
+
+def tensors_of(*modules: nn.Module) -> Iterator[torch.Tensor]:
+    """Parameters, buffers, and tensors that are mere attributes."""
+    for module in modules:
+        for owner in module.modules():
+            for named in (owner._parameters, owner._buffers, vars(owner)):
+                yield from (value for value in named.values() if isinstance(value, torch.Tensor))
+
+
+def held(*modules: nn.Module, trained: bool | None = None) -> int:
+    """Bytes of the modules' tensors; only of those that train, or do not, where `trained` is given."""
+    every = (module for part in modules for module in part.modules())
+    swapped = {id(module.codes) for module in every if "codes" in vars(module)}  # in the CPU's memory
+    found = {
+        tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
+        for tensor in tensors_of(*modules)
+        if (trained is None or tensor.requires_grad == trained)
+        and (tensor.device.type == "cpu" or id(tensor) not in swapped)
+    }
+    return sum(found.values())

@@ -1,0 +1,121 @@
+"""The parts of a pipeline without weights: of the classes, shapes and dtypes that loading them gives."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from ...common.errors import refused_as
+from ..model.families.base import Text
+from ..model.loading import Model
+from ..model.quantising import pack
+from .live import Live, Stage, tensors_of
+
+META = torch.device("meta")
+
+
+def empty_denoiser(model: Model, dtype: torch.dtype, base_precision: str = "no", blocks_to_swap: int = 0) -> nn.Module:
+    """The frozen denoiser as it is loaded, on the meta device."""
+    family = model.family
+    with torch.device(META):
+        denoiser = family.denoiser_class.from_config(model.denoiser_config())
+    denoiser = cast(denoiser, dtype).requires_grad_(False)
+    pack(denoiser, base_precision, META, blocks_to_swap)
+    return denoiser
+
+
+def empty_part(model: Model, name: str, dtype: torch.dtype) -> nn.Module | None:
+    """Another part of the pipeline, frozen, on the meta device; None for one without weights."""
+    library, kind_name = model.index[name]
+    kind = getattr(importlib.import_module(library), kind_name)
+    if not issubclass(kind, nn.Module):
+        return None
+    folder = model.folder / name
+    with refused_as(model.flag, "repair the folder"), torch.device(META):
+        if hasattr(kind, "config_class"):
+            part = kind(kind.config_class.from_pretrained(folder))
+        else:
+            own = model.vae if name == "vae" and model.vae else folder
+            part = kind.from_config(kind.load_config(own, cache_dir=model.cache_dir))
+    return cast(part, dtype).requires_grad_(False).eval()
+
+
+def cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The module in `dtype`, but for what its class keeps in float32 wherever it is loaded."""
+    wide = tuple(getattr(module, "_keep_in_fp32_modules", None) or ())
+    nn.Module.to(module, dtype)
+    for name, owner in module.named_modules():
+        if wide and any(part in wide for part in name.split(".")):
+            nn.Module.to(owner, torch.float32)
+    return module
+
+
+def empty_pipeline(model: Model, dtype: torch.dtype, stage: Stage) -> DiffusionPipeline:
+    """The pipeline with its tokenizers and its scheduler, and with parts that have no memory; without the denoiser."""
+    family = model.family
+    left_out = {family.denoiser, *family.unused_parts}
+    left_out |= {name for name, kind in model.index.items() if kind == [None, None]}
+    given: dict[str, Any] = dict.fromkeys(left_out)
+    if "requires_safety_checker" in model.index:
+        given["requires_safety_checker"] = False
+    for name, kind in model.index.items():
+        if name not in left_out and isinstance(kind, list) and isinstance(kind[0], str):
+            part = empty_part(model, name, dtype)
+            given |= {} if part is None else {name: stage.place(part)}
+    with refused_as(model.flag, "repair the folder"):
+        pipeline = family.pipeline.from_pretrained(model.folder, **given)
+    setattr(pipeline, family.denoiser, SimpleNamespace(config=model.denoiser_config()))
+    return pipeline
+
+
+class Reader:
+    """Text encoders that read captions without memory: what they return has a caption's shapes and is all zeros.
+
+    `peak`: bytes of what is computed with, at the most, where each reads as many captions at once as is asked for.
+    """
+
+    def __init__(self, pipeline: DiffusionPipeline, names: Sequence[str], stage: Stage, at_once: int) -> None:
+        self.stage, self.at_once, self.peak = stage, at_once, 0
+        for name in names:
+            encoder = getattr(pipeline, name, None)
+            if isinstance(encoder, nn.Module):
+                self._watch(encoder)
+
+    def _watch(self, encoder: nn.Module) -> None:
+        forward = encoder.forward
+
+        def read(*args: object, **kwargs: object) -> object:
+            with torch.no_grad(), self.stage.mode, Live(tensors_of(encoder)) as live:
+                many, named = tree_map(self._repeated, (args, kwargs))
+                result = forward(*many, **named)
+                self.peak = max(self.peak, live.peak)
+            return tree_map(self._first, result)
+
+        encoder.forward = read
+
+    def _repeated(self, value: Any) -> Any:
+        """A caption's tokens, mask or places as those of many: its first axis of size 1 is that of the captions."""
+        if not isinstance(value, torch.Tensor) or value.dim() < 2 or 1 not in value.shape[:2]:
+            return value
+        axis = value.shape.index(1)
+        return self.stage.empty(*value.shape[:axis], self.at_once, *value.shape[axis + 1 :], dtype=value.dtype)
+
+    def _first(self, value: Any) -> Any:
+        """What was made of the first of them."""
+        if not isinstance(value, torch.Tensor):
+            return value
+        many = value.dim() > 1 and value.shape[0] == self.at_once
+        shape = (1, *value.shape[1:]) if many else value.shape
+        return torch.zeros((), dtype=value.dtype, device=self.stage.device).expand(shape)
+
+
+def shapes_of(text: Text) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Of the states of a single caption, by name."""
+    return {name: (value[0].shape, value[0].dtype) for name, value in text.items()}

@@ -1,0 +1,257 @@
+"""What a run holds in each of its phases, in bytes: weights by their shapes, activations by going through them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from ...common.adapters import rank_allocator
+from ...common.errors import first_line
+from ...model import enable_gradient_checkpointing
+from ..checks import check_pipeline
+from ..context import Context, weight_dtype
+from ..data.batch import Batch
+from ..data.dataset import ImageDataset
+from ..data.encoding import CAPTIONS_AT_ONCE, Texts, Variants
+from ..data.material import sizes_of
+from ..data.samples import Material
+from ..model.families.base import Text
+from ..model.objective import objective_of
+from ..training.denoising import DenoisingLoss
+from ..training.preparing import attention_of
+from ..training.state import add_adapters, new_optimizer
+from ..training.trained import Trained
+from .live import Stage, held
+from .parts import Reader, empty_denoiser, empty_part, empty_pipeline, shapes_of
+
+BASE, ADAPTER, GRADIENTS, OPTIMIZER, ACTIVATIONS = "base", "adapter", "gradients", "optimizer", "activations"
+AUTOENCODER, ENCODERS, EXACT, MERGE = "autoencoder", "text encoders", "base in float32", "merge"
+Held = dict[str, int | None]
+ROWS = (BASE, ADAPTER, GRADIENTS, OPTIMIZER, ACTIVATIONS, AUTOENCODER, ENCODERS, EXACT, MERGE)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A phase of a run, and the bytes it holds at the most, by what they are."""
+
+    name: str
+    held: Held
+    """None: it cannot be known."""
+
+    @property
+    def total(self) -> int:
+        """All that is known."""
+        return sum(filter(None, self.held.values()))
+
+    def part(self, name: str) -> int:
+        """What is known of one of them."""
+        return self.held.get(name) or 0
+
+
+class Rehearsal:
+    """A run without memory: its parts, its largest batch, and what each of its phases would hold.
+
+    Refuses sizes that the pipeline cannot take.
+    """
+
+    def __init__(self, kinds: Sequence[ImageDataset], context: Context) -> None:
+        self.kinds, self.context, self.flags, self.model = kinds, context, context.flags, context.model
+        self.family, self.stage = context.model.family, Stage(context.accelerator.device)
+        self.dtype = weight_dtype(self.flags.mixed_precision)
+        self.pipeline = empty_pipeline(self.model, self.dtype, self.stage)
+        check_pipeline(self.flags, self.pipeline, self.family)
+        self.objective = objective_of(self.flags, self.family, self.pipeline)
+        self.trainable = [part.name for part in context.encoders]
+        multiple = self.family.pixel_multiple(self.pipeline)
+        self.sizes = [sizes_of(images, multiple, self.flags) for images in kinds]
+        found = {size for by_resolution in self.sizes for sizes in by_resolution for size in sizes if size}
+        self.size = max(found, key=lambda size: size.height * size.width)
+        self.peak_of_encoders = 0
+        self.texts = self._read()
+        self.unknown: list[str] = []
+
+    def known(self, what: str, trace: Callable[[], int]) -> int | None:
+        """What `trace` finds; where this model cannot be gone through without memory, None, and a line why."""
+        try:
+            return trace()
+        except Exception as error:  # data-dependent shapes, kernels that know real tensors alone, other people's code
+            self.unknown.append(f"{what}: unknown, it needs real tensors ({first_line(error)})")
+            return None
+
+    # -- encoding ------------------------------------------------------------------------------------------------------
+
+    def _read(self) -> list[dict[str, tuple[torch.Size, torch.dtype]]]:
+        """Shapes of the text states of the longest caption and of the shortest."""
+        captions = sorted({text for images in self.kinds for texts in images.captions for text in texts}, key=len)
+        names = self.family.frozen_text_parts if self.trainable else self.family.text_parts
+        at_once = min(CAPTIONS_AT_ONCE, len(captions) + len(self.flags.validation_prompt) + 1)
+        at_once = at_once if self.flags.cache_text_embeddings else self.flags.train_batch_size
+        reader = Reader(self.pipeline, [name for name in names if name.startswith("text_encoder")], self.stage, at_once)
+        encode = self.family.encode_frozen if self.trainable else self.family.encode_captions
+        longest = self.flags.max_sequence_length
+        with torch.no_grad():
+            found = [shapes_of(encode(self.pipeline, [text], longest)) for text in (captions[-1], captions[0])]
+        self.peak_of_encoders = reader.peak
+        return found
+
+    @property
+    def encoders(self) -> list[nn.Module]:
+        """All text encoders."""
+        parts = [getattr(self.pipeline, name, None) for name in self.family.text_parts]
+        return [part for part in parts if isinstance(part, nn.Module)]
+
+    @property
+    def staying(self) -> Held:
+        """Text encoders that stay beside what trains, but for those that train."""
+        stay = [] if self.flags.cache_text_embeddings else self.encoders
+        stay = [part for part in stay if not any(part is other for other in self.trained_encoders)]
+        return {ENCODERS: held(*stay)} if stay else {}
+
+    def encoding_images(self) -> Phase | None:
+        """All variants of an image through the autoencoder; None where that is a part of each step."""
+        if not self.flags.cache_latents:
+            return None
+        vae = self._wide_autoencoder()
+        activations = self.known("activations of the autoencoder", lambda: self._encode(vae))
+        found: Held = {AUTOENCODER: held(vae), ACTIVATIONS: activations}
+        trained: Held = {BASE: held(*self.trained_encoders)} if self.trainable else {}
+        return Phase("encoding images", found | self.staying | trained)
+
+    def _encode(self, vae: Any) -> int:
+        kinds = zip(self.kinds, self.sizes, strict=True)
+        count = max(Variants(images, [s for s in sizes if s], self.flags).count for images, (sizes, *_) in kinds)
+        with torch.no_grad(), self.stage(vae) as live:
+            pixels = self.stage.empty(count, 3, self.size.height, self.size.width).to(vae.dtype)
+            self.family.encode_images(vae, pixels)
+        return live.peak
+
+    def _wide_autoencoder(self) -> nn.Module:
+        vae = self.pipeline.vae
+        wide = self.family.encodes_in_float32 and vae.config.force_upcast and vae.dtype == torch.float16
+        return self.autoencoder_in(torch.float32) if wide else vae
+
+    def autoencoder_in(self, dtype: torch.dtype) -> Any:
+        """The autoencoder in another precision."""
+        part = self.pipeline.vae if dtype == self.dtype else empty_part(self.model, "vae", dtype)
+        assert part is not None
+        return part if dtype == self.dtype else self.stage.place(part)
+
+    def encoding_captions(self) -> Phase | None:
+        """Captions through the text encoders, beside the autoencoder; None where that is a part of each step."""
+        if not self.flags.cache_text_embeddings or not self.peak_of_encoders:
+            return None
+        found: Held = {ENCODERS: held(*self.encoders), AUTOENCODER: held(self.pipeline.vae)}
+        return Phase("encoding captions", found | {ACTIVATIONS: self.peak_of_encoders})
+
+    @property
+    def trained_encoders(self) -> list[nn.Module]:
+        """The text encoders that train."""
+        return [getattr(self.pipeline, name) for name in self.trainable]
+
+    # -- batches -------------------------------------------------------------------------------------------------------
+
+    def text(self, count: int, dtype: torch.dtype | None = None) -> Text:
+        """Text states of so many captions: the longest but for one, the shortest. Families without any have none."""
+        longest, shortest = self.texts
+        found: dict[str, torch.Tensor | list[torch.Tensor]] = {}
+        for name in longest:
+            shapes = [longest[name]] * (count - 1) + [shortest[name] if count > 1 else longest[name]]
+            states = [self.stage.empty(*shape, dtype=dtype or own) for shape, own in shapes]
+            alike = len({state.shape for state in states}) == 1
+            found[name] = torch.stack(states) if alike else states
+        return found
+
+    def batch(self, count: int) -> Batch:
+        """As many samples of the largest size, without memory."""
+        flags, size, empty = self.flags, self.size, self.stage.empty
+        shape = self._latents()
+        pixels = {"pixels": empty(count, 3, size.height, size.width)}
+        moments = {"moments": empty(count, 2, *shape, dtype=self.pipeline.vae.dtype)}
+        mask = {"mask": empty(count, 1, *shape[1:])} if flags.masked_loss else {}
+        return Batch(
+            empty(count, dtype=self.objective.at(0.5).dtype), empty(count, *shape), empty(count, *shape),
+            sizes=empty(count, 6), weight=empty(count), caption=self.captions(count), text=self.text(count),
+            **(moments if flags.cache_latents else pixels), **mask,
+        )  # fmt: skip
+
+    def captions(self, count: int) -> list[str]:
+        return [max((text for texts in self.kinds[0].captions for text in texts), key=len)] * count
+
+    # -- training ------------------------------------------------------------------------------------------------------
+
+    def training(self, method: str) -> Phase:
+        """A step: forward, backward, and what the optimizer keeps."""
+        trained = self.trained(method)
+        adapter = held(trained, trained=True)
+        copies = 2 if self.context.accelerator.num_processes > 1 else 1  # DDP has its own, in buckets
+        found: Held = {BASE: held(trained, trained=False), ADAPTER: adapter}
+        optimizer = self.known("state of the optimizer", lambda: self._state(trained))
+        activations = self.known("activations of a step", lambda: self._step(trained))
+        found |= {GRADIENTS: copies * adapter, OPTIMIZER: optimizer, ACTIVATIONS: activations}
+        found |= {AUTOENCODER: self.autoencoder()}
+        return Phase("training", found | self.staying)
+
+    def autoencoder(self, times: int = 1) -> int:
+        """Bytes of what is left of the autoencoder once all images are encoded; `times` larger than it is loaded."""
+        vae = self.pipeline.vae
+        return times * (held(vae) - (held(vae.encoder) if self.flags.cache_latents else 0))
+
+    def trained(self, method: str) -> Trained:
+        """What trains, with the method's adapter."""
+        denoiser = empty_denoiser(self.model, self.dtype, self.flags.base_precision, self.flags.blocks_to_swap)
+        parts = {self.family.denoiser: denoiser}
+        for name in self.trainable:
+            parts[name] = empty_part(self.model, name, self.dtype)
+            setattr(self.pipeline, name, parts[name])
+        loss = DenoisingLoss(self.context, self.objective, self.pipeline, denoiser.config)
+        loss.dtype = self.dtype
+        trained = Trained(parts, loss)
+        add_adapters(trained, method, SimpleNamespace(steps=1000), self.context)  # type: ignore[arg-type] # no more
+        self.stage.place(trained)
+        if self.flags.gradient_checkpointing:
+            for part in parts.values():
+                enable_gradient_checkpointing(part)
+        return trained.train()
+
+    def _step(self, trained: Trained) -> int:
+        """What a forward and a backward have at the most beside weights and their gradients."""
+        material = Material((), Texts(None, {}), self.objective, {self.size: self._latents()}, self.flags)
+        with self.stage(trained, self.pipeline.vae, *self.encoders) as live:
+            for parameter in trained.parameters():
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(lambda p: live.forget(p.grad))
+            with attention_of(self.context.accelerator, material), self.autocast():
+                losses = trained(self.batch(self.flags.train_batch_size))
+            losses.mean().backward()
+        return live.peak
+
+    def _latents(self) -> tuple[int, int, int]:
+        return self.family.latent_shape(self.pipeline, self.size.height, self.size.width)
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """As accelerate has it."""
+        mixed = self.dtype != torch.float32
+        return torch.autocast(self.stage.device.type, self.dtype if mixed else None, enabled=mixed)
+
+    def _state(self, trained: Trained) -> int:
+        """What the optimizer keeps: it takes a step with a parameter of each shape that there is."""
+        shapes = Counter(parameter.shape for parameter in trained.parameters() if parameter.requires_grad)
+        parameters = [nn.Parameter(torch.zeros(shape, device=self.stage.device)) for shape in shapes]
+        for parameter in parameters:
+            parameter.grad = torch.full_like(parameter, 1e-3)
+        optimizer = new_optimizer(parameters, self.flags, self.context.accelerator)
+        optimizer.step()
+        kept = 0
+        for parameter, count in zip(parameters, shapes.values(), strict=True):
+            state = [value for value in tree_leaves(dict(optimizer.state[parameter])) if torch.is_tensor(value)]
+            kept += count * sum(value.nbytes for value in state)
+        # AdaLoRA keeps three averages of each number.
+        return kept + (3 * held(trained, trained=True) if rank_allocator(trained.denoiser) else 0)

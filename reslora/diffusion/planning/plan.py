@@ -1,0 +1,217 @@
+"""The table of what a run holds, and where the most; what does not fit is refused, with flags that make it fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ...common.errors import InvalidArgument
+from ...common.memory import free_memory
+from ..arguments import listed
+from ..context import Context
+from ..data.buckets import named_buckets
+from ..data.dataset import ImageDataset
+from ..model.quantising import try_format
+from ..prompts import prompts_of, settled
+from ..settings import carries_activations
+from .drawn import exporting, sampling
+from .parts import empty_denoiser, empty_part
+from .phases import ROWS, Phase, Rehearsal
+
+GIBI = 2**30
+SURELY = 0.5  # of the free memory: where the roughest guess is below that, nothing is gone through
+FEW = 8  # layers whose inputs and outputs a model without gradients has at a time, at the most
+Change = Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run holds, phase by phase."""
+
+    phases: tuple[Phase, ...]
+    free: int | None
+    """Bytes of the device that nobody has before the run; None where it does not say."""
+    where: str
+    """The device."""
+    unknown: tuple[str, ...] = ()
+    """What could not be found out, a line each."""
+
+    @property
+    def peak(self) -> Phase:
+        """The phase that holds the most."""
+        return max(self.phases, key=lambda phase: phase.total)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the device has as much; so it is believed of one that does not say."""
+        return self.free is None or self.peak.total <= self.free
+
+    def __str__(self) -> str:
+        """The table, phases across, and where the most is held."""
+        unit, name = (GIBI, "GiB") if self.peak.total >= GIBI else (2**20, "MiB")
+        rows = [row for row in ROWS if any(row in phase.held for phase in self.phases)]
+        lines = [f"{f'planned memory in {name}':<24}" + "".join(f"{phase.name:>20}" for phase in self.phases)]
+        for row in rows:
+            cells = [shown(phase.held[row], unit) if row in phase.held else "" for phase in self.phases]
+            lines.append(f"{row:<24}" + "".join(f"{cell:>20}" for cell in cells))
+        lines.append(f"{'together':<24}" + "".join(f"{shown(phase.total, unit):>20}" for phase in self.phases))
+        free = "" if self.free is None else f" of {self.free / unit:.2f} {name} that {self.where} has free"
+        most = f"the most, {shown(self.peak.total, unit)} {name}{free}, while {self.peak.name}"
+        return "\n".join([*lines, *self.unknown, f"{most}; latents and text states are on disk"])
+
+
+def shown(size: int | None, unit: int) -> str:
+    """Bytes for the table."""
+    return "unknown" if size is None else f"{size / unit:.2f}"
+
+
+def plan_of(kinds: Sequence[ImageDataset], context: Context, free: int | None) -> Plan:
+    """What a run holds; of several methods, those with the most."""
+    rehearsal = Rehearsal(kinds, context)
+    before = [phase for phase in (rehearsal.encoding_images(), rehearsal.encoding_captions()) if phase]
+    plans = []
+    for method in context.flags.method:
+        step = rehearsal.training(method)
+        after = [phase for phase in (sampling(rehearsal, step), exporting(rehearsal, method, step, free or 0)) if phase]
+        phases, unknown = (*before, step, *after), tuple(dict.fromkeys(rehearsal.unknown))
+        plans.append(Plan(phases, free, context.accelerator.device.type, unknown))
+    return max(plans, key=lambda plan: plan.peak.total)
+
+
+def check_memory(kinds: Sequence[ImageDataset], context: Context, tell: bool = True) -> None:
+    """Tells what the run holds and refuses one that does not fit; neither where it surely fits, or with --no-plan."""
+    asked, free = context.flags.plan, free_memory(context.accelerator.device)
+    if asked is False or (not asked and free and guess(context) <= SURELY * free):
+        return
+    plan = plan_of(kinds, context, free)
+    if tell:
+        print(plan, flush=True)
+    refuse(plan, kinds, context)
+
+
+def refuse(plan: Plan, kinds: Sequence[ImageDataset], context: Context) -> None:
+    """Raises `InvalidArgument` where the device has too little, with flags with which it would have enough."""
+    if plan.fits or plan.free is None:
+        return
+    flags = context.flags
+    sides = " ".join(map(str, listed(flags.resolution)))
+    argument = f"--train_batch_size {flags.train_batch_size}, --resolution {sides}"
+    has = f"{plan.where} has {plan.free / GIBI:.2f} GiB free"
+    problem = f"{plan.peak.name} takes {plan.peak.total / GIBI:.2f} GiB, {has}"
+    raise InvalidArgument(argument, problem, advice(kinds, context, plan))
+
+
+# -- what would make it fit --------------------------------------------------------------------------------------------
+
+
+def advice(kinds: Sequence[ImageDataset], context: Context, plan: Plan) -> str:
+    """The first flags with which the run, planned again, fits: one alone where one is enough, else several."""
+
+    def planned(change: Change) -> Plan | None:
+        flags = context.flags.replace(**change)
+        try:
+            return plan_of(kinds, dataclasses.replace(context, flags=flags), plan.free)
+        except (ValueError, RuntimeError):  # what this pipeline does not take
+            return None
+
+    helpful: list[Change] = []
+    for change in changes(context):
+        found = planned(change)
+        if found and found.fits:
+            return in_words(change, found)
+        if found and found.peak.total < 0.99 * plan.peak.total:
+            helpful.append(change)
+    together: dict[str, object] = {}
+    for change in helpful:
+        together |= change
+        if len(together) > len(change) and (found := planned(together)) and found.fits:
+            return in_words(together, found)
+    return "choose a smaller model, or a device with more; with --no-plan it is tried all the same"
+
+
+def in_words(change: Change, plan: Plan) -> str:
+    """Flags as they are given, and what the run would hold with them."""
+    words = [f"--{name}" if value is True else f"--{name} {value}" for name, value in change.items()]
+    return f"with {' '.join(words)} it takes {plan.peak.total / GIBI:.2f} GiB"
+
+
+def changes(context: Context) -> Iterator[Change]:
+    """Flags that take less memory, those first that change the least of what is learnt."""
+    flags, device = context.flags, context.accelerator.device
+    if not flags.gradient_checkpointing and not (flags.compile and carries_activations(flags)):
+        yield {"gradient_checkpointing": True}
+    if flags.train_batch_size > 1:
+        steps = flags.gradient_accumulation_steps * flags.train_batch_size
+        yield {"train_batch_size": 1, "gradient_accumulation_steps": steps}
+    if flags.mixed_precision == "no":
+        yield {"mixed_precision": "bf16"}
+    if flags.optimizer == "adamw" and importlib.util.find_spec("bitsandbytes"):
+        yield {"optimizer": "adamw8bit"}
+    for precision in ("fp8", "nf4") if flags.base_precision == "no" else ():
+        if works(precision, device):
+            yield {"base_precision": precision}
+    if not isinstance(flags.resolution, list) and flags.resolution >= 128 and not flags.aspect_ratio_buckets:
+        yield {"resolution": flags.resolution // 2}
+
+
+def works(precision: str, device: torch.device) -> bool:
+    """Whether the device knows such weights."""
+    try:
+        try_format(precision, torch.float32, device)
+    except Exception:  # the devices' back ends fail in as many ways as there are
+        return False
+    return True
+
+
+# -- without going through it ------------------------------------------------------------------------------------------
+
+
+def guess(context: Context) -> float:
+    """Bytes that no phase exceeds, from shapes alone: every layer at the latents' full size.
+
+    Four copies of all weights in float32. Sixteen bytes for each number that enters or leaves a layer, for what is made
+    of it between layers counts as well: of all layers of the denoiser, which keeps them; elsewhere of a few.
+    """
+    flags, model = context.flags, context.model
+    names = [name for name in ("vae", *model.family.text_parts) if model.index.get(name, [None])[0]]
+    parts = {name: empty_part(model, name, torch.float32) for name in names}
+    denoiser = empty_denoiser(model, torch.float32)
+    weights = sum(value.nbytes for part in (denoiser, *filter(None, parts.values())) for value in part.parameters())
+    pixels, texts = most_pixels(context), 64 * (flags.max_sequence_length or 77)
+    images = max(flags.train_batch_size, 8)  # the most variants of an image that are encoded at once
+    at_work = 16.0 * images * pixels / 16 * numbers(denoiser)  # no autoencoder here has more latents than that
+    for name, part in parts.items():
+        count = images * pixels if name == "vae" else texts
+        at_work = max(at_work, 16.0 * count * min(numbers(part), FEW * widest(part)) if part else 0.0)
+    return 4.0 * weights + at_work
+
+
+def numbers(module: nn.Module) -> int:
+    """How many numbers enter and leave the layers of a module at each place, if all are as large as what enters it."""
+    return sum(widths(module))
+
+
+def widest(module: nn.Module) -> int:
+    """How many enter and leave the layer that has the most."""
+    return max(widths(module), default=0)
+
+
+def widths(module: nn.Module) -> list[int]:
+    """How many enter and leave each layer."""
+    layers = nn.Linear | nn.Conv2d | nn.Conv3d
+    return [sum(layer.weight.shape[:2]) for layer in module.modules() if isinstance(layer, layers)]
+
+
+def most_pixels(context: Context) -> int:
+    """Pixels of the largest image that is trained on or drawn."""
+    flags = context.flags
+    trained = [side * side for side in listed(flags.resolution)]
+    trained += [size.height * size.width for size in named_buckets(flags.aspect_ratio_buckets or "")]
+    told = context.model.family.is_told_guidance
+    drawn = [settled(prompt, flags, told) for prompt in prompts_of(flags)]
+    return max([*trained, *((prompt.height or 0) * (prompt.width or 0) for prompt in drawn)])
