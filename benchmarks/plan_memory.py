@@ -148,7 +148,7 @@ def main() -> None:
         rows.append(row)
         told = ", ".join(f"{name} {plan[name] / MEBI:.1f}/{real[name] / MEBI:.1f}" for name in names)
         print(f"{row['case']}: planned/allocated MiB: {told}; of the peaks {row['ratio']:.3f}", flush=True)
-    keep("trainer/plan", {"cases": rows})
+        keep("trainer/plan", {"cases": rows})
 
 
 if __name__ == "__main__":

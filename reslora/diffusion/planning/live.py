@@ -38,7 +38,7 @@ class Live(TorchDispatchMode):
         for value in tree_leaves(result):
             if isinstance(value, torch.Tensor):
                 self._count(value.untyped_storage())
-        place = CONVOLUTIONS.get(getattr(function, "overloadpacket", None))
+        place = CONVOLUTIONS.get(getattr(function, "overloadpacket", function))
         if place and args[place].shape[2:].numel() > 1:
             copied = sum(value.nbytes for value in tree_leaves((args, result)) if isinstance(value, torch.Tensor))
             self.peak = max(self.peak, self.now + copied)

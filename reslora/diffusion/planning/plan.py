@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ...common.errors import InvalidArgument
+from ...common.errors import InvalidArgument, first_line
 from ...common.memory import free_memory
 from ..arguments import listed
 from ..context import Context
@@ -25,7 +25,7 @@ from .phases import ROWS, Phase, Rehearsal
 
 GIBI = 2**30
 SURELY = 0.5  # of the free memory: where the roughest guess is below that, nothing is gone through
-FEW = 8  # layers whose inputs and outputs a model without gradients has at a time, at the most
+FEW = 3  # layers whose inputs and outputs a model without gradients has at a time, at the most
 Change = Mapping[str, object]
 
 
@@ -88,7 +88,16 @@ def check_memory(kinds: Sequence[ImageDataset], context: Context, tell: bool = T
     asked, free = context.flags.plan, free_memory(context.accelerator.device)
     if asked is False or (not asked and free and guess(context) <= SURELY * free):
         return
-    plan = plan_of(kinds, context, free)
+    try:
+        plan = plan_of(kinds, context, free)
+    except InvalidArgument:
+        raise
+    except Exception as error:  # a class or a kernel that works with real tensors alone is no reason not to train
+        reason = f"this model is not gone through without weights ({first_line(error)})"
+        if asked:
+            raise InvalidArgument("--plan", reason, "leave it out") from None
+        print(f"memory is not planned: {reason}", flush=True)
+        return
     if tell:
         print(plan, flush=True)
     refuse(plan, kinds, context)

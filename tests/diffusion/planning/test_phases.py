@@ -5,48 +5,49 @@ import torch
 from pipelines import FAMILIES
 
 from diffusion.planning.rehearsed import settled, taken
+from reslora.diffusion.context import Context
 from reslora.diffusion.planning import phases
-from reslora.diffusion.planning.phases import ACTIVATIONS, ADAPTER, BASE, GRADIENTS, OPTIMIZER, Rehearsal
+from reslora.diffusion.planning.phases import ACTIVATIONS, ADAPTER, BASE, GRADIENTS, OPTIMIZER, Phase, Rehearsal
 from reslora.diffusion.planning.plan import guess, plan_of
 
+NAMES = ["encoding images", "encoding captions", "training", "sampling", "exporting"]
 NEAR = 0.1  # of what is computed with; 0.15 is promised of all that a run holds
 
 
-@pytest.mark.parametrize(
-    ("family", "flags"),
-    [
-        ("stable_diffusion", ["--gradient_checkpointing", "--optimizer", "adafactor"]),
-        ("stable_diffusion", ["--train_text_encoder"]),
-        ("sdxl", ["--gradient_checkpointing", "--no-cache_latents"]),
-        ("flux", []),
-        ("qwen_image", ["--base_precision", "fp8"]),
-        ("z_image", ["--method", "reslora", "--shortcut", "block"]),
-    ],
-    ids=lambda value: value if isinstance(value, str) else " ".join(value),
-)
-def test_a_step_takes_what_is_planned(family, flags, data, tmp_path):
-    """Real weights and tensors, and the bytes that the allocator hands out."""
-    images, context = settled(FAMILIES[family](tmp_path / "model"), data, tmp_path / "out", *flags)
-    rehearsal = Rehearsal(images, context)
-    planned, real = rehearsal.training(context.flags.method[0]), taken(rehearsal, context)
-    assert not rehearsal.unknown
-    assert [planned.held[name] for name in (BASE, ADAPTER, OPTIMIZER)] == [real.base, real.adapter, real.optimizer]
-    both = planned.part(ACTIVATIONS) + planned.part(GRADIENTS)
-    assert both == pytest.approx(real.at_work, rel=NEAR)
+FLAGS = {  # of each family's run
+    "stable_diffusion": ["--gradient_checkpointing", "--optimizer", "adafactor"],
+    "sdxl": ["--gradient_checkpointing"],
+    "z_image": ["--method", "reslora", "--shortcut", "block"],
+    "qwen_image": ["--base_precision", "fp8"],
+    "sd3": ["--method", "dora"],
+}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_is_gone_through_without_memory(family, data, tmp_path):
-    """And the guess that saves the trouble is never too low."""
-    flags = ["--validation_prompt", "red disc", "--num_validation_images", "1", "--mixed_precision", "no"]
+def test_a_step_takes_what_is_planned(family, data, tmp_path):
+    """Real weights and tensors, and the bytes that the allocator hands out; and a guess of shapes is never too low."""
+    flags = ["--validation_prompt", "red disc", "--num_validation_images", "1", *FLAGS.get(family, [])]
     images, context = settled(FAMILIES[family](tmp_path / "model"), data, tmp_path / "out", *flags)
     plan = plan_of(images, context, None)
     assert plan.unknown == () and plan.fits
-    assert [phase.name for phase in plan.phases] == [
-        "encoding images", "encoding captions", "training", "sampling", "exporting"
-    ]  # fmt: skip
+    assert [phase.name for phase in plan.phases] == NAMES
     assert all(phase.part(ACTIVATIONS) > 0 for phase in plan.phases)
     assert plan.peak.total < guess(context)
+    compare(plan.phases[2], Rehearsal(images, context), context)
+
+
+def test_text_encoders_that_train_and_images_that_are_encoded_in_the_step_count(model, data, tmp_path):
+    images, context = settled(model, data, tmp_path / "out", "--train_text_encoder", "--no-cache_latents")
+    rehearsal = Rehearsal(images, context)
+    compare(rehearsal.training("lora"), rehearsal, context)
+
+
+def compare(planned: Phase, rehearsal: Rehearsal, context: Context) -> None:
+    """A planned step with a real one."""
+    real = taken(rehearsal, context)
+    assert [planned.held[name] for name in (BASE, ADAPTER, OPTIMIZER)] == [real.base, real.adapter, real.optimizer]
+    both = planned.part(ACTIVATIONS) + planned.part(GRADIENTS)
+    assert both == pytest.approx(real.at_work, rel=NEAR)
 
 
 def test_what_cannot_be_gone_through_is_unknown(model, data, tmp_path, monkeypatch):

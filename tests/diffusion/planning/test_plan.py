@@ -1,9 +1,12 @@
 """The table, the refusal of a run that does not fit, and the flags that make it fit."""
 
+import dataclasses
+
 import pytest
 
 from diffusion.planning.rehearsed import settled
 from diffusion.runs import main, only, printed, refused
+from reslora.common.errors import InvalidArgument
 from reslora.diffusion.planning import plan as planning
 from reslora.diffusion.planning.phases import Phase
 from reslora.diffusion.planning.plan import Plan, check_memory, plan_of
@@ -56,17 +59,26 @@ def test_a_run_that_does_not_fit_is_refused_with_a_flag_that_makes_it_fit(large,
     assert main(*large, "--gradient_checkpointing", "--plan") == 0
 
 
-def test_where_one_flag_is_not_enough_several_are_named(large, capsys, monkeypatch, tmp_path):
+def test_where_one_flag_is_not_enough_several_are_named(large, monkeypatch, tmp_path):
+    """By what a stand-in says of checkpointing (half), a batch of one (half), and the rest (nothing)."""
     images, context = settled(large[1], large[3], tmp_path / "out", *large)
-    alone = [{"train_batch_size": 1, "gradient_accumulation_steps": 16}, {"gradient_checkpointing": True}]
-    both = plan_of(images, with_flags(context, **alone[0], **alone[1]), None).peak.total
-    one = min(plan_of(images, with_flags(context, **change), None).peak.total for change in alone)
-    monkeypatch.setattr(planning, "changes", lambda context: iter(alone))
-    give(monkeypatch, (both + one) / 2)
-    line = refused(capsys, *large, "--plan")
-    assert "--train_batch_size 1 --gradient_accumulation_steps 16 --gradient_checkpointing it takes" in line
-    give(monkeypatch, 1000)
-    assert "a smaller model" in refused(capsys, *large, "--plan")
+
+    def half(images, context, free) -> Plan:
+        flags = context.flags
+        total = 4 * 2**30 // (1 + flags.gradient_checkpointing) // (2 if flags.train_batch_size == 1 else 1)
+        return Plan((Phase("training", {"activations": total}),), free, "cpu")
+
+    monkeypatch.setattr(planning, "plan_of", half)
+    for free, words in ((3, "--gradient_checkpointing it takes 2.00"), (0.5, "a smaller model")):
+        assert words in said(half(images, context, free * 2**30), images, context)
+    both = "--gradient_checkpointing --train_batch_size 1 --gradient_accumulation_steps 16 it takes 1.00 GiB"
+    assert both in said(half(images, context, 1.5 * 2**30), images, context)
+
+
+def said(plan, images, context) -> str:
+    with pytest.raises(InvalidArgument) as refusal:
+        planning.refuse(plan, images, context)
+    return str(refusal.value)
 
 
 def test_nothing_is_gone_through_where_it_surely_fits_or_is_not_wanted(large, capsys, monkeypatch, tmp_path):
@@ -79,8 +91,20 @@ def test_nothing_is_gone_through_where_it_surely_fits_or_is_not_wanted(large, ca
     assert "planned" not in capsys.readouterr().out
 
 
+def test_a_model_that_is_not_gone_through_is_trained_all_the_same(large, capsys, monkeypatch, tmp_path):
+    images, context = settled(large[1], large[3], tmp_path / "out", *large)
+
+    def fail(*_) -> None:
+        raise NotImplementedError("no kernel.\nfor shapes alone")
+
+    monkeypatch.setattr(planning, "Rehearsal", fail)
+    give(monkeypatch, 1000)
+    check_memory(images, context)
+    assert capsys.readouterr().out.splitlines()[-1].endswith("without weights (no kernel)")
+    with pytest.raises(InvalidArgument, match="--plan: .*no kernel"):
+        check_memory(images, with_flags(context, plan=True))
+
+
 def with_flags(context, **changes):
     """The context with other flags."""
-    import dataclasses
-
     return dataclasses.replace(context, flags=context.flags.replace(**changes))
