@@ -101,7 +101,7 @@ def test_a_model_that_is_not_gone_through_is_trained_all_the_same(large, capsys,
     give(monkeypatch, 1000)
     check_memory(images, context)
     assert capsys.readouterr().out.splitlines()[-1].endswith("without weights (no kernel)")
-    with pytest.raises(InvalidArgument, match="--plan: .*no kernel"):
+    with pytest.raises(InvalidArgument, match=r"--plan: .*no kernel"):
         check_memory(images, with_flags(context, plan=True))
 
 
