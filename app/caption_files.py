@@ -53,6 +53,8 @@ def write(images: Images, edits: Sequence[Edit]) -> list[Edit]:
 
     Refused where captions are not what they were when the change was decided on.
     """
+    if images.fixed:
+        raise RunError(f"Captions cannot be changed here: {images.fixed}.")
     found = images.find(edit.name for edit in edits)
     beside, rows = [], {}
     for edit, image in zip(edits, found, strict=True):

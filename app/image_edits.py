@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +107,7 @@ class ImageEdits:
             captions = (text.strip(),)
         return self._write(images, [Edit(name, image.captions, captions)], f"the caption of {name}")
 
-    def change_captions(self, images: Images, names: Iterable[str], operation: str, text: str, other: str = "") -> str:
+    def change_captions(self, images: Images, names: object, operation: object, text: str, other: str = "") -> str:
         """Changes the captions of some images in the same way; returns a line about it."""
         change = OPERATIONS.get(operation) if isinstance(operation, str) else None
         if change is None:
@@ -129,14 +129,14 @@ class ImageEdits:
         self._remember(images.folder, Change(line, tuple(edit.reverse for edit in done)))
         return f"Changed: {line}."
 
-    def throw_away(self, images: Images, names: Iterable[str]) -> str:
+    def throw_away(self, images: Images, names: object) -> str:
         """Moves images and their captions into the folder's trash; returns a line about it."""
         refuse_bundled(images.folder)
         if (run := self.trainings.reader(images.folder.path)) is not None:
             raise RunError(f"{run.name} is training, maybe on these images; wait for it, or stop it first.")
-        names = list(names)
-        place = trash.throw_away(images, names)
-        line = f"{plural(len(set(names)), 'image')} moved to the trash"
+        chosen = images.find(names)
+        place = trash.throw_away(images, chosen)
+        line = f"{plural(len(chosen), 'image')} moved to the trash"
         self._remember(images.folder, Change(line, trash=place))
         return f"{line[0].upper()}{line[1:]} (.trash in the folder, which training passes over)."
 

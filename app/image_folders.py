@@ -17,7 +17,7 @@ from pathlib import Path
 
 from reslora.common.errors import InvalidArgument
 from reslora.diffusion.arguments import Flags, build_parser, listed
-from reslora.diffusion.data.dataset import Found, caption_files, files_of, layout_of, read_folder
+from reslora.diffusion.data.dataset import METADATA, Found, caption_files, files_of, layout_of, read_folder
 from reslora.diffusion.data.folders import kohyas_folders
 from reslora.diffusion.data.images import SUFFIXES, image_size
 from reslora.diffusion.data.material import size_of
@@ -67,15 +67,17 @@ class Images:
     """What the trainer would print."""
     refused: str = ""
     """Why it would not begin."""
+    fixed: str = ""
+    """Why captions cannot be written: there is a table that cannot be read."""
 
     @property
     def left_out(self) -> Counter[str]:
         """How many images training leaves out, by reason."""
         return Counter(image.problem for image in self.images.values() if image.problem)
 
-    def find(self, names: Iterable[str]) -> list[Image]:
-        """The images of these names; `RunError` where one is gone."""
-        names = list(dict.fromkeys(str(name) for name in names))
+    def find(self, names: object) -> list[Image]:
+        """The images of these names; `RunError` where there are none, or one is gone."""
+        names = list(dict.fromkeys(map(str, names))) if isinstance(names, Iterable) else []
         if gone := [name for name in names if name not in self.images]:
             raise RunError(f"{gone[0][:80]} is not in this folder any more; look at it anew.")
         if not names:
@@ -162,7 +164,7 @@ def read(folder: Folder, flags: Flags) -> Images:
     flags = flags.replace(train_data_dir=str(folder.path))
     images: dict[str, Image] = {}
     notes: list[str] = []
-    refused, metadata, why = "", None, "no caption"
+    refused, fixed, metadata, why = "", "", None, "no caption"
     try:
         parts, notes = kohyas_folders(folder.path, flags)
         why = "not in one of kohya's folders" if parts else why
@@ -175,11 +177,12 @@ def read(folder: Folder, flags: Flags) -> Images:
             if found.metadata and not parts:
                 metadata, why = found.metadata, f"not listed in {found.metadata.name}"
     except (InvalidArgument, OSError) as error:
-        images, refused = {}, str(error)
+        images, refused = {}, folder.without_path(str(error))
+        fixed = refused if any(path.name in METADATA for path in files_of(folder.path, flags)) else ""
     images |= unread(folder, flags, images, why, metadata)
     if images and not refused and all(image.problem for image in images.values()):
         refused = "no image can be used"
-    return Images(folder, flags, images, tuple(map(folder.without_path, notes)), folder.without_path(refused))
+    return Images(folder, flags, images, tuple(map(folder.without_path, notes)), refused, fixed)
 
 
 def whole_line(folder: Folder, flags: Flags) -> str:

@@ -21,12 +21,12 @@ from .runs import RunError
 RECORD = "trash.json"
 
 
-def throw_away(images: Images, names: Sequence[str]) -> Path:
+def throw_away(images: Images, thrown: Sequence[Image]) -> Path:
     """Moves images, captions and rows into the trash, all of them or with `RunError` none; returns where they are.
 
     An image that is listed twice goes with both of its rows, a caption file with the last image that reads it.
     """
-    paths = {os.path.normpath(image.path) for image in images.find(names)}
+    paths = {os.path.normpath(image.path) for image in thrown}
     chosen = [image for image in images.images.values() if os.path.normpath(image.path) in paths]
     root = images.folder.path
     with WRITING, readable():
