@@ -56,7 +56,8 @@ def write(images: Images, edits: Sequence[Edit]) -> list[Edit]:
     if images.fixed:
         raise RunError(f"Captions cannot be changed here: {images.fixed}.")
     found = images.find(edit.name for edit in edits)
-    beside, rows = [], {}
+    beside: list[tuple[Edit, Image]] = []
+    rows: dict[Path, dict[str, Edit]] = {}
     for edit, image in zip(edits, found, strict=True):
         if image.metadata is None:
             beside.append((edit, image))
@@ -114,18 +115,22 @@ def _write_files(edits: Sequence[tuple[Edit, Image]], undo: contextlib.ExitStack
     """Writes caption files once all of them are known to be what they were."""
     done: list[Edit] = []
     texts: dict[Path, str | None] = {}
+    stamps: dict[Path, tuple[int, ...]] = {}
     for edit, image in edits:
+        path = next(iter(caption_files(image.path)), image.path.with_suffix(".txt"))
+        stamps.setdefault(path, stamp_of(path))
         now = captions_beside(image)
         # What the visitor saw of an image without a file is what it has otherwise.
         _check(edit, (image.otherwise,) if now is None and image.otherwise is not None and edit.was else now)
         if edit.captions is not None and len(edit.captions) != 1:
             raise RunError(f"{edit.name} has one caption, in the file beside it.")
-        path = next(iter(caption_files(image.path)), image.path.with_suffix(".txt"))
         text = None if edit.captions is None else clean(edit.captions[0]).strip()
         if texts.setdefault(path, text) != text:
             raise RunError(f"{path.name} is the caption of several images: give them the same one.")
         done.append(Edit(edit.name, now, None if text is None else (text,)))
     for path, text in texts.items():
+        if stamp_of(path) != stamps[path]:
+            raise RunError(f"{path.name} was changed meanwhile, and nothing was written; look at it anew.")
         before = path.read_bytes() if path.is_file() else None
         undo.callback(_restore, path, before)
         _restore(path, None if text is None else text.encode())
@@ -152,7 +157,9 @@ class Table:
         self.flags: Flags = images.flags.replace(train_data_dir=str(path.parent))
         content = path.read_bytes()
         self.newline, self.marked = "\r\n" if b"\r\n" in content else "\n", content.startswith(b"\xef\xbb\xbf")
-        self.head, self.pieces, self.tail = "", [], ""
+        self.head = self.tail = ""
+        self.pieces: list[str] = []
+        self.columns: list[str] = []
         self.names: list[str] = []
         self.captions: list[Captions] = []
         self.values: list[dict] = []
@@ -185,7 +192,7 @@ class Table:
         self.head = "".join(lines[:start])
         for end, row in ROWS[self.path.suffix](text, self.path.name):
             self.pieces.append("".join(lines[start:end]))
-            self.values.append(row)
+            self.values.append(row if isinstance(row, dict) else {})
             start = end
         self.tail = "".join(lines[start:])
 

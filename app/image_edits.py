@@ -109,14 +109,15 @@ class ImageEdits:
 
     def change_captions(self, images: Images, names: object, operation: object, text: str, other: str = "") -> str:
         """Changes the captions of some images in the same way; returns a line about it."""
-        change = OPERATIONS.get(operation) if isinstance(operation, str) else None
-        if change is None:
+        if not isinstance(operation, str) or operation not in OPERATIONS:
             raise RunError(f"Choose one of: {', '.join(OPERATIONS)}.")
         if not str(text).strip():
             raise RunError("Say which words first.")
         edits = []
         for image in images.find(names):
-            captions = tuple(change(caption, str(text), str(other)).strip() for caption in image.captions or ("",))
+            captions = tuple(
+                OPERATIONS[operation](caption, str(text), str(other)).strip() for caption in image.captions or ("",)
+            )
             if captions != (image.captions or ("",)):
                 edits.append(Edit(image.name, image.captions, captions))
         if not edits:
@@ -151,9 +152,9 @@ class ImageEdits:
                 if change.trash is None or change.trash.is_dir():
                     return change
         place = next(iter(trash.thrown_away(folder.path)), None)
-        return place and Change(
-            f"{plural(trash.count(place), 'file')} moved to the trash {place.name[:8]}", trash=place
-        )
+        if place is None:
+            return None
+        return Change(f"{plural(trash.count(place), 'file')} moved to the trash {place.name[:8]}", trash=place)
 
     def undo(self, images: Images) -> str:
         """Takes the last change of a folder back; what has been changed again since stays, and undo is refused."""

@@ -197,8 +197,10 @@ def images_of(found: Found, folder: Folder, flags: Flags, otherwise: str | None)
     images = {}
     for index, (name, row) in enumerate(zip(names_of(paths, folder.path), found.rows, strict=True)):
         path, usable = paths[index], found.size(index, row)
-        problem, size = (usable, header_of(folder, path)) if isinstance(usable, str) else ("", usable)
-        captions = tuple(row["captions"])
+        problem, size = "", usable if isinstance(usable, tuple) else header_of(folder, path)
+        if isinstance(usable, str):
+            problem = usable
+        captions: tuple[str, ...] | None = tuple(row["captions"])
         if found.metadata is None and not captions:
             captions = None
         if not all(map(folder.holds, [path, *caption_files(path)])):

@@ -147,11 +147,12 @@ class DatasetTab(Tab):
         """A handler that shows another page."""
         return lambda *asked: self.show(*asked[:-1], bounded(asked[-1], 1, 10**6, 1) + by)
 
-    def show(self, folder, which, words, resolution, buckets, column, page) -> list:
-        """A page of a folder's images, and what is said of them all."""
+    def show(self, folder, which, words, *rest) -> list:
+        """A page of a folder's images, and what is said of them all; `rest`: the settings, and which page."""
+        *settings, page = rest
         if not folder:
             return [views.notice(CHOOSE), "", 1, gr.update()]
-        images = self.edits.look(folder, (resolution, buckets, column))
+        images = self.edits.look(folder, settings)
         shown = self.edits.shown(images, which, words)
         last = cards.pages(len(shown))
         page = bounded(page, 1, last, 1)
