@@ -21,7 +21,7 @@ from .runs import RunError
 
 BETWEEN = "\n\n"
 """Stands between the captions of an image that has several."""
-REPLACE, BEFORE, AFTER, ADD_TAG, REMOVE_TAG = "Find and replace", "Put before", "Put after", "Add tag", "Remove tag"
+REPLACE, BEFORE, AFTER, ADD_TAG, REMOVE_TAG = "Replace", "Put before", "Put after", "Add tag", "Remove tag"
 EVERYTHING, LEFT_OUT, NO_CAPTION, ALIKE = "All images", "Left out by training", "Without caption", "Duplicates"
 FILTERS = (EVERYTHING, LEFT_OUT, NO_CAPTION, ALIKE)
 UNDONE = 50

@@ -91,7 +91,7 @@ class ImageFolders(Folders):
     def __init__(self, runs: Path, data: Path | None = None) -> None:
         super().__init__(runs, data)
         self.seen: dict[tuple[Path, str], tuple[int, Images]] = {}
-        self.lock = threading.Lock()
+        self.lock, self.adding = threading.Lock(), threading.Lock()
 
     def add(self, name: str, uploads: list[str], caption: str) -> Folder:
         """A new folder of uploaded images."""
@@ -101,7 +101,7 @@ class ImageFolders(Folders):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name):
             raise RunError("A folder's name has letters, digits, hyphens and underscores, at most 64 of them.")
         path = self.runs / SETS / name
-        with self.lock:
+        with self.adding:
             if path.exists():
                 raise RunError("There is a folder of that name already; choose another name.")
             with replacing(path) as temporary:

@@ -156,7 +156,7 @@ class DatasetTab(Tab):
         shown = self.edits.shown(images, which, words)
         last = cards.pages(len(shown))
         page = bounded(page, 1, last, 1)
-        number = gr.update(value=page, label=f"Page, of {last:,}")
+        number = gr.update(value=page, label=f"Page of {last:,}")
         html = cards.cards(self.edits, images, shown, page)
         return [cards.summary(self.edits, images, len(shown)), html, number, self.undo_button(folder)]
 
@@ -247,7 +247,7 @@ class DatasetTab(Tab):
         return self.edits.save_caption(self.edits.look(folder), name, was, text)
 
     def change_captions(self, folder: str, names: list[str], operation: str, text: str, other: str = "") -> str:
-        """Changes the captions of some images: find and replace, put before or after, add or remove a tag."""
+        """Changes the captions of some images: replace, put before or after, add or remove a tag."""
         return self.edits.change_captions(self.edits.look(folder), names, operation, text, other)
 
     def trash_images(self, folder: str, names: list[str]) -> str:

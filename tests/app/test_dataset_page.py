@@ -159,7 +159,7 @@ def test_a_program_puts_a_folder_in_order(address, folder, tmp_path):
     client.predict("set", "0.png", "red disc", "one", api_name="/set_caption")
     with pytest.raises(AppError, match=r"0\.png was changed meanwhile"):
         client.predict("set", "0.png", "red disc", "two", api_name="/set_caption")
-    client.predict("set", ["0.png", "1.png"], "Find and replace", "o", "0", api_name="/change_captions")
+    client.predict("set", ["0.png", "1.png"], "Replace", "o", "0", api_name="/change_captions")
     assert [(folder / f"{number}.txt").read_text() for number in range(2)] == ["0ne", "blue b0x"]
     client.predict("set", ["0.png"], api_name="/trash_images")
     assert not (folder / "0.txt").exists()
