@@ -128,3 +128,21 @@ def test_an_image_without_a_caption_gets_one_where_the_folder_has_them(tmp_path)
         assert ["it, too"] in trained_with(folder)
         write(images_in(folder), [edit.reverse for edit in done])
         assert ["it, too"] not in trained_with(folder)
+
+
+def test_a_caption_that_is_changed_while_others_are_written_stays_and_so_do_they(tmp_path, monkeypatch):
+    from app import caption_files
+
+    folder = image_folder(tmp_path / "set", 3, layout="txt")
+    images, captions = images_in(folder), trained_with(folder)
+    original = caption_files._restore
+
+    def meanwhile(path, content):
+        if path.name == "0.txt":
+            (folder / "2.txt").write_text("theirs, longer")
+        original(path, content)
+
+    monkeypatch.setattr(caption_files, "_restore", meanwhile)
+    with pytest.raises(RunError, match=r"2\.txt was changed meanwhile"):
+        write(images, [Edit(name, image.captions, ("mine",)) for name, image in images.images.items()])
+    assert trained_with(folder) == [*captions[:2], ["theirs, longer"]]
