@@ -19,7 +19,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--runs", type=Path, default=Path("runs"), metavar="DIR", help="folder of runs, or one run (default: runs)")
-    add("--data", type=Path, metavar="DIR", help="folder whose subfolders of images may be trained on")
+    add(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="folder whose folders of images may be looked at, edited and trained on",
+    )
     add("--host", default="127.0.0.1", help="address to listen on; others than this machine's need --auth")
     add("--port", type=int, help="port (default: the first free one from 7860)")
     add("--share", action="store_true", help="a public link through gradio.live; needs --auth")

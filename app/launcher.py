@@ -22,6 +22,7 @@ import PIL.Image
 
 from reslora.diffusion.arguments import build_parser
 
+from .folders import UPLOADS, Folders
 from .runs import LOG_NAME, Library, Run, RunError, is_run
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -43,7 +44,6 @@ FLAGS = (
     "validation_prompt",
 )
 """The flags that are widgets; all others keep the trainer's defaults."""
-UPLOADS = ".images"
 MOST_IMAGES, MOST_BYTES = 2000, 1024 * 2**20
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -83,11 +83,11 @@ def arguments(settings: dict) -> list[str]:
 def check(words: list[str]) -> None:
     """Let the trainer's own parser refuse; its one line is the message."""
     parser = build_parser()
-    parser.error = _refuse  # where it would print the line and leave
+    parser.error = refuse  # where it would print the line and leave
     parser.parse_args(words)
 
 
-def _refuse(message: str) -> NoReturn:
+def refuse(message: str) -> NoReturn:
     raise RunError(message)
 
 
@@ -96,18 +96,16 @@ class Trainings:
 
     def __init__(self, library: Library, data: Path | None = None) -> None:
         self.library = library
-        self.data = data.resolve() if data is not None else None
+        self.images = Folders(library.folder, data)
+        self.data = self.images.data
         self.started: dict[str, subprocess.Popen] = {}
         self.asked: set[int] = set()  # processes that were told to stop: a second signal would keep them from saving
         self.began: set[str] = set()  # runs whose trainer has been seen at work since it was started here
         self.lock = threading.Lock()
 
     def folders(self) -> list[str]:
-        """Folders of images that may be chosen, relative to the data folder."""
-        if self.data is None:
-            return []
-        children = [path for path in sorted(self.data.iterdir()) if path.is_dir() and not path.name.startswith(".")]
-        return [".", *(path.name for path in children if path.resolve().parent == self.data)]
+        """Folders of images that may be chosen, by name; the bundled ones are what is trained on otherwise."""
+        return [name for name, folder in self.images.all().items() if not folder.bundled]
 
     def command(self, name: str, settings: dict, images: Path | None = None) -> list[str]:
         """Words after `accelerate launch` for a new run of that name."""
@@ -142,9 +140,7 @@ class Trainings:
         """The folder to train on: where the uploads are to go, a folder under the data folder, or None."""
         if uploads:
             return self.library.folder / UPLOADS / self.new_folder(name).name
-        if folder and folder not in self.folders():
-            raise RunError("There is no such folder of images; choose one from the list.")
-        return self.data / folder if folder else None
+        return self.images.find(folder).path if folder else None
 
     def start(self, name: str, words: list[str], prepare: Callable[[], object] | None = None) -> Run:
         """Start the trainer for a new run and return the run; one training at a time.
@@ -223,6 +219,14 @@ class Trainings:
                 os.killpg(launcher.pid, signal.SIGTERM)
             return f"{run.name} is stopped before its training began."
         return f"{run.name} is ending."
+
+    def reader(self, folder: Path) -> Run | None:
+        """The run that is training on images in a folder, above or below it, or may be: it has not said so yet."""
+        run = self.active()
+        if run is None or not run.config:
+            return run
+        read = [Path(name).resolve() for name in run.words("train_data_dir")]
+        return run if any(path.is_relative_to(folder) or folder.is_relative_to(path) for path in read) else None
 
     def is_active(self, run: Run) -> bool:
         """Whether the run is training, or about to."""

@@ -3,10 +3,11 @@
 from .base import Parts, Tab
 from .chains import ChainsTab
 from .compare import CompareTab
+from .dataset import DatasetTab
 from .generate import GenerateTab
 from .train import TrainTab
 
 __all__ = ["TABS", "Parts", "Tab"]
 
-TABS: tuple[type[Tab], ...] = (CompareTab, GenerateTab, TrainTab, ChainsTab)
+TABS: tuple[type[Tab], ...] = (CompareTab, GenerateTab, DatasetTab, TrainTab, ChainsTab)
 """In the order of the page: a new tab is a file and its class here."""

@@ -46,10 +46,7 @@ class TrainTab(Tab):
             file_count="multiple", file_types=["image", ".txt"], height=150, elem_id="uploads",
         )  # fmt: skip
         self.caption = gr.Textbox(label="Caption of images without a .txt (empty: words of the file name)")
-        self.folder = gr.Dropdown(
-            label="Or a folder of images on the server", choices=[], allow_custom_value=True,
-            visible=self.trainings.data is not None,
-        )  # fmt: skip
+        self.folder = gr.Dropdown(label="Or a folder of images on the server", choices=[], allow_custom_value=True)
         self.model = gr.Textbox(label="Model", placeholder="bundled; or a name on the hub: owner/model", max_lines=1)
         with gr.Row():
             for name, action in launcher.flags().items():

@@ -65,7 +65,8 @@ def test_others_may_come_with_a_password():
 
 def test_only_the_page_and_the_entry_import_gradio():
     """And of the trainers nothing but the parser: trainings are processes."""
-    with_gradio = {"page.py", "handlers.py", "base.py", "compare.py", "generate.py", "train.py", "chains.py"}
+    with_gradio = {"page.py", "handlers.py", "base.py", "compare.py", "generate.py", "dataset.py"}
+    with_gradio |= {"train.py", "chains.py"}
     for path in (REPOSITORY / "app").rglob("*.py"):
         names = set()
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -241,6 +242,10 @@ def test_whatever_a_program_sends_it_is_told_something(address, wrong):
     calls = {"generate": asked, "compare": ["tiny", 0], "download_grid": ["tiny", 0], "weights": ["tiny"]}
     calls |= {"how_to_use": ["tiny", "reslora: kohya.safetensors"], "download_file": ["tiny", "reslora: peft (PEFT)"]}
     calls |= {"merge": ["tiny", "base model", "input"], "settings_of": [None], "train_resume": ["tiny"]}
+    bundled = "bundled images"
+    calls |= {"images": [bundled, "All images", ""], "set_caption": [bundled, "1f384.png", "", ""]}
+    calls |= {"change_captions": [bundled, [], "Add tag", "x", ""], "trash_images": [bundled, ["1f384.png"]]}
+    calls |= {"undo_images": [bundled], "check_images": [bundled], "upload_images": ["a b", None, ""]}
     calls |= {"train_command": ["new", None, "", None, "", ["lora"], "input", *[""] * 12]}
     for name, data in calls.items():
         for place in range(len(data)):

@@ -16,7 +16,7 @@ from ...files import replacing
 from ..arguments import Flags, listed
 from ..context import Context
 from ..seeds import derive
-from .dataset import ImageDataset
+from .dataset import ImageDataset, files_of
 from .folders import kohyas_folders, load_folders
 from .images import SUFFIXES
 from .sources import Source
@@ -39,7 +39,7 @@ def missing_class_images(flags: Flags) -> int:
     folder = Path(flags.class_data_dir or "")
     if flags.class_data_dir is None or (folder.is_dir() and kohyas_folders(folder, flags)[0]):
         return 0
-    there = sum(path.suffix.lower() in SUFFIXES for path in folder.rglob("*"))
+    there = sum(path.suffix.lower() in SUFFIXES for path in files_of(folder, flags)) if folder.is_dir() else 0
     return max(0, flags.num_class_images - there)
 
 

@@ -24,6 +24,7 @@ from .tables import ROWS, has_file_names
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 CAPTIONS = (".txt", ".caption")  # the second one is kohya's; the first of them that is there counts
+TRASH = ".trash"  # what is in a folder of that name is no training image
 SAVED = ("dataset_dict.json", "state.json")  # one of them is in a folder that `save_to_disk` wrote
 REPEATED = re.compile(r"(\d+)_(.+)")  # kohya's folders: how often an epoch meets each image, and the caption
 PICKLES = (".pkl", ".pickle", ".pyd", ".pth", ".pt")
@@ -100,6 +101,15 @@ class Found:
     problems: dict[int, str]
     """What is wrong with the caption of a row."""
     notes: list[str]
+    metadata: Path | None = None
+    """The file that names images and captions, a row each in this order; None where captions are beside the images."""
+
+    def size(self, index: int, row: dict) -> tuple[int, int] | str:
+        """Width and height of the image of a row that can be used, or why it cannot."""
+        source = _source(row)
+        size = image_size(source) if source else "no image"
+        problem = self.problems.get(index) or _caption_problem(row["captions"])
+        return problem or (size if isinstance(size, str) else mask_problem(_source(row, "mask"), size) or size)
 
 
 def load_images(flags: Flags) -> ImageDataset:
@@ -116,20 +126,13 @@ def usable(flags: Flags, caption: str | None = None, deep: bool = True) -> Image
     found = (read_folder(folder, flags, caption, deep) if folder.is_dir() else None) or read_dataset(flags)
     keep, left_out, sizes, masks = [], [], [], 0
     for index, row in enumerate(found.rows):
-        source = _source(row)
-        size = image_size(source) if source else "no image"
-        problem = (
-            found.problems.get(index)
-            or _caption_problem(row["captions"])
-            or (size if isinstance(size, str) else mask_problem(_source(row, "mask"), size))
-        )
-        if problem:
+        source, size = _source(row), found.size(index, row)
+        if isinstance(size, str):
             name = source if isinstance(source, str) else f"image {index}"
             if flags.strict:
-                raise InvalidArgument(f"--strict {name}", problem, "repair or remove it, or leave --strict out")
-            left_out.append(f"{name}: {problem}")
+                raise InvalidArgument(f"--strict {name}", size, "repair or remove it, or leave --strict out")
+            left_out.append(f"{name}: {size}")
             continue
-        assert not isinstance(size, str)
         keep.append(index)
         sizes.append(size)
         masks += flags.masked_loss and is_masked(source, _source(row, "mask"))
@@ -183,7 +186,7 @@ def read_folder(folder: Path, flags: Flags, caption: str | None = None, deep: bo
     files = [path for path in everything if path.suffix.lower() in SUFFIXES]
     metadata = next((folder / name for name in METADATA if (folder / name).is_file()), None)
     if metadata is not None and has_file_names(metadata):
-        found = read_metadata(metadata, flags)
+        found = dataclasses.replace(read_metadata(metadata, flags), metadata=metadata)
         named = [image for column in found.rows.column_names if column != "captions" for image in found.rows[column]]
         listed = {os.path.normpath(image["path"]) for image in named if image}
         unlisted = sum(os.path.normpath(path) not in listed for path in files)
@@ -191,7 +194,7 @@ def read_folder(folder: Path, flags: Flags, caption: str | None = None, deep: bo
         return _with_folder_notes(found, files, everything, deep)
     if any(path.name in METADATA for path in everything):
         return None
-    texts = [[text for suffix in CAPTIONS if (text := path.with_suffix(suffix)).is_file()] for path in files]
+    texts = list(map(caption_files, files))
     if not any(texts) and (caption is None or not files):
         if layout_of(everything, folder) or flags.dataset_name:
             return None
@@ -205,12 +208,18 @@ def read_folder(folder: Path, flags: Flags, caption: str | None = None, deep: bo
     return _with_folder_notes(found, files, everything, deep)
 
 
+def caption_files(image: Path) -> list[Path]:
+    """The caption files beside an image; the first one is read."""
+    return [text for suffix in CAPTIONS if (text := image.with_suffix(suffix)).is_file()]
+
+
 def files_of(folder: Path, flags: Flags, deep: bool = True) -> list[Path]:
-    """All that is in a folder but for what this very run writes: its samples are no training images.
+    """All that is in a folder but for trash, and for what this very run writes: its samples are no training images.
 
     With `deep`, also what is in its folders.
     """
     output, everything = Path(flags.output_dir).absolute(), sorted(folder.rglob("*") if deep else folder.iterdir())
+    everything = [path for path in everything if TRASH not in path.parts[len(folder.parts) :]]
     if output == folder.absolute():
         return everything
     return [path for path in everything if not path.absolute().is_relative_to(output)]

@@ -20,14 +20,14 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from tqdm.auto import tqdm
 
-from ...common.errors import InvalidArgument, first_line
+from ...common.errors import InvalidArgument
 from ..arguments import Flags
 from ..context import Context
 from ..folder import cache_folder
 from ..model.families.base import Family
 from ..seeds import derive, generator
 from .dataset import ImageDataset, data_flag
-from .images import crop_and_scale, crop_mask, crop_sizes
+from .images import crop_and_scale, crop_mask, crop_sizes, damage
 from .loaders import stream, worker_options
 from .size import Size
 from .store import Encoded, Item, fill, share
@@ -144,8 +144,8 @@ class Variants(TorchDataset):
         images = self.images
         try:
             image, mask = images.open_masked(index) if self.flags.masked_loss else (images.open(index), None)
-        except Exception as error:  # each format's reader has exceptions of its own
-            return f"damaged ({first_line(error)})"
+        except Exception as error:
+            return damage(error)
         random = generator(self.flags.seed, "crops", self.images.marks[index])  # wherever in the data the image is
         draws = torch.rand(self.crops(index) - 1, 2, generator=random).tolist()
         how = [(crop, flip) for crop in [(0.5, 0.5), *draws] for flip in self.flips]

@@ -17,6 +17,7 @@ import PIL.ImageOps
 import PIL.TiffImagePlugin
 import torch
 
+from ...common.errors import first_line
 from ..content import Content
 from .size import Size
 
@@ -55,6 +56,11 @@ def open_image(source: Content) -> PIL.Image.Image:
         white = PIL.Image.new("RGBA", image.size, "white")
         image = PIL.Image.alpha_composite(white, image)
     return image.convert("RGB")
+
+
+def damage(error: Exception) -> str:
+    """Why an image is left out that could not be opened; each format's reader has exceptions of its own."""
+    return f"damaged ({first_line(error)})"
 
 
 def open_masked(source: Content, mask: Content) -> tuple[PIL.Image.Image, PIL.Image.Image]:

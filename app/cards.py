@@ -1,0 +1,92 @@
+"""A folder of images as HTML: a page of cards, each with a thumbnail, sizes and captions, and what is said of them all.
+
+As in `views`, every name and caption is escaped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+
+from reslora.diffusion.data.size import Size
+
+from .image_edits import ImageEdits, plural, text_of
+from .image_folders import Image, Images
+from .views import escape
+
+PER_PAGE = 24
+MOST_NOTES = 8
+
+
+def pages(count: int) -> int:
+    """How many pages so many images have."""
+    return max(1, -(-count // PER_PAGE))
+
+
+def cards(edits: ImageEdits, images: Images, shown: Sequence[Image], page: int) -> str:
+    """A page of images, and the names of all that are shown."""
+    part = shown[(page - 1) * PER_PAGE : page * PER_PAGE]
+    thumbnails = edits.looks.thumbnails(part)
+    alike = edits.looks.alike(images)
+    found = []
+    for image, thumbnail in zip(part, thumbnails, strict=True):
+        badges = edits.looks.problem(image), alike.get(image.name, ("", ""))[1]
+        found.append(card(image, thumbnail, badges, images.folder.bundled))
+    names = escape(json.dumps([image.name for image in shown]))
+    return f'<div class="cards" data-folder="{escape(images.folder.name)}" data-names="{names}">{"".join(found)}</div>'
+
+
+def card(image: Image, thumbnail: str, badges: tuple[str, str], fixed: bool) -> str:
+    """One image; its caption may be edited unless it is fixed. `badges`: why it is left out, and what it is like."""
+    name, text = escape(image.name), escape(text_of(image))
+    picture = f'<img src="{thumbnail}" alt="{name}">' if thumbnail else '<div class="empty">cannot be shown</div>'
+    kinds = zip(("out", "alike"), badges, strict=True)
+    lines = "".join(f'<p class="badge {kind}">{escape(line)}</p>' for kind, line in kinds if line)
+    return (
+        f'<div class="card{" bad" if badges[0] else ""}" role="group" aria-label="{name}" data-name="{name}">'
+        f'<label class="pick"><input type="checkbox" aria-label="tick {name}">{picture}</label>'
+        f'<p class="name" title="{name}">{name}</p><p class="sizes">{sizes(image)}</p>{lines}'
+        f'<textarea rows="3" aria-label="caption of {name}" data-was="{text}" placeholder="no caption"'
+        f'{" readonly" if fixed else ""}>\n{text}</textarea><p class="told" role="status"></p></div>'
+    )
+
+
+def sizes(image: Image) -> str:
+    """Width and height, and what becomes of them."""
+    if image.size is None:
+        return "&mdash;"
+    width, height = image.size
+    return " ".join(
+        [f"{width} &times; {height}", *(["&rarr;", ", ".join(map(in_words, image.buckets))] if image.buckets else [])]
+    )
+
+
+def in_words(size: Size) -> str:
+    """A size as width and height, as image sizes are written."""
+    return f"{size.width} &times; {size.height}"
+
+
+def summary(edits: ImageEdits, images: Images, shown: int) -> str:
+    """How many images there are, what training would leave out and why, and what the trainer would print."""
+    problems = Counter(filter(None, map(edits.looks.problem, images.images.values())))
+    count, left_out = len(images.images), sum(problems.values())
+    lines = [f"<b>{plural(count, 'image')}</b> in {escape(images.folder.name)}, {shown:,} shown"]
+    if images.refused:
+        lines.append(f'<b class="bad">Training would refuse this folder:</b> {escape(images.refused)}')
+    if left_out and not images.refused:
+        reasons = ", ".join(f"{number:,} {escape(reason)}" for reason, number in problems.most_common(MOST_NOTES))
+        lines.append(f'<b class="bad">Training would leave out {plural(left_out, "image")}:</b> {reasons}')
+    elif not images.refused:
+        lines.append("Training would read all of them")
+    alike = len(edits.looks.alike(images))
+    if alike:
+        lines.append(f"{plural(alike, 'image')} look like another one: see the filter Duplicates")
+    elif any(image.size and edits.looks.of(image) is None for image in images.images.values()):
+        lines.append("Damaged images and duplicates are known after <i>Check images</i>")
+    buckets = Counter(size for image in images.images.values() if not image.problem for size in image.buckets)
+    if len(buckets) > 1:
+        found = (f"{in_words(size)}: {number:,}" for size, number in buckets.most_common())
+        lines.append(f"{len(buckets)} buckets (width &times; height: images): {', '.join(found)}")
+    lines += [f"The trainer would say: {escape(note)}" for note in images.notes[:MOST_NOTES]]
+    return f'<ul class="told-of">{"".join(f"<li>{line}</li>" for line in lines)}</ul>'

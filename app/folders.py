@@ -1,0 +1,71 @@
+"""Which folders of images the page may show and train on: those under the data folder, and uploaded ones.
+
+Names come from a browser, so they are only ever compared with what a listing gave.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from reslora.diffusion.settings import BUNDLED_IMAGES
+
+from .runs import RunError
+
+UPLOADS, SETS = ".images", ".datasets"
+"""Where in the folder of runs the images are that a run was started with, and those uploaded by themselves."""
+BUNDLED = "bundled images"
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder on the list."""
+
+    name: str
+    path: Path
+    bundled: bool = False
+
+    def holds(self, path: Path) -> bool:
+        """Whether a file is in it, wherever links lead."""
+        if path.parent == self.path and not path.is_symlink():
+            return True
+        try:
+            return path.resolve().is_relative_to(self.path)
+        except (OSError, RuntimeError):
+            return False
+
+    def without_path(self, text: str) -> str:
+        """A line of the trainer's without this machine's folders."""
+        return text.replace(f"{self.path}{os.sep}", "").replace(str(self.path), self.name)
+
+
+class Folders:
+    """The list, as it is now."""
+
+    def __init__(self, runs: Path, data: Path | None = None) -> None:
+        self.runs, self.data = runs, data.resolve() if data is not None else None
+
+    def all(self) -> dict[str, Folder]:
+        """By name; the bundled images come last."""
+        found = [(".", self.data)] if self.data else []
+        found += [(path.name, path) for path in children(self.data)]
+        for prefix, name in (("uploads", SETS), ("runs", UPLOADS)):
+            found += [(f"{prefix}/{path.name}", path) for path in children((self.runs / name).resolve())]
+        folders = {name: Folder(name, path) for name, path in found}
+        return folders | {BUNDLED: Folder(BUNDLED, BUNDLED_IMAGES.resolve(), bundled=True)}
+
+    def find(self, name: object) -> Folder:
+        """The folder of that name on the list."""
+        folder = self.all().get(name) if isinstance(name, str) else None
+        if folder is None:
+            raise RunError("There is no such folder of images; choose one from the list.")
+        return folder
+
+
+def children(folder: Path | None) -> list[Path]:
+    """The folders in a folder that are neither hidden nor lead elsewhere."""
+    if folder is None or not folder.is_dir():
+        return []
+    found = [path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+    return [path for path in found if path.resolve().parent == folder]

@@ -1,0 +1,246 @@
+"""Folders of images that the page may show, and what the trainer makes of the images in them.
+
+Which images are left out, and why, the trainer's own code says. What an image or a caption file that leads out of its
+folder holds is never shown.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import threading
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from reslora.common.errors import InvalidArgument
+from reslora.diffusion.arguments import Flags, build_parser, listed
+from reslora.diffusion.data.dataset import METADATA, Found, caption_files, files_of, layout_of, read_folder
+from reslora.diffusion.data.folders import kohyas_folders
+from reslora.diffusion.data.images import SUFFIXES, image_size
+from reslora.diffusion.data.material import size_of
+from reslora.diffusion.data.size import Size
+from reslora.diffusion.settings import fill_defaults
+from reslora.files import replacing
+
+from .folders import SETS, Folder, Folders
+from .launcher import refuse, store_images
+from .runs import RunError, is_run
+
+MULTIPLE = 8
+"""What sides are multiples of; models that need multiples of 16 have the same buckets from 256 pixels on."""
+KEPT = 8
+"""Folders whose images are remembered until one of their files changes."""
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image as the trainer meets it."""
+
+    name: str
+    """Its path in the folder; where it is listed twice, the second one is `a.png (2)`."""
+    path: Path
+    captions: tuple[str, ...] | None
+    """As they are trained with; empty where a row has none, None where there is no row, no file or no text."""
+    size: tuple[int, int] | None
+    """Width and height."""
+    buckets: tuple[Size, ...] = ()
+    """What it is cropped and scaled to, at each resolution."""
+    problem: str = ""
+    """Why training leaves it out."""
+    metadata: Path | None = None
+    """The file with a row for it; None where the caption is in a file beside it."""
+    otherwise: str | None = None
+    """Its caption where it has no file of its own."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """What is in a folder."""
+
+    folder: Folder
+    flags: Flags
+    images: dict[str, Image]
+    notes: tuple[str, ...] = ()
+    """What the trainer would print."""
+    refused: str = ""
+    """Why it would not begin."""
+    fixed: str = ""
+    """Why captions cannot be written: there is a table that cannot be read."""
+
+    @property
+    def left_out(self) -> Counter[str]:
+        """How many images training leaves out, by reason."""
+        return Counter(image.problem for image in self.images.values() if image.problem)
+
+    def find(self, names: object) -> list[Image]:
+        """The images of these names; `RunError` where there are none, or one is gone."""
+        names = list(dict.fromkeys(map(str, names))) if isinstance(names, Iterable) else []
+        if gone := [name for name in names if name not in self.images]:
+            raise RunError(f"{gone[0][:80]} is not in this folder any more; look at it anew.")
+        if not names:
+            raise RunError("Tick some images first.")
+        return [self.images[name] for name in names]
+
+
+class ImageFolders(Folders):
+    """The folders on the list, with what is in them."""
+
+    def __init__(self, runs: Path, data: Path | None = None) -> None:
+        super().__init__(runs, data)
+        self.seen: dict[tuple[Path, str], tuple[int, Images]] = {}
+        self.lock, self.adding = threading.Lock(), threading.Lock()
+
+    def add(self, name: str, uploads: list[str], caption: str) -> Folder:
+        """A new folder of uploaded images."""
+        name = name if isinstance(name, str) else ""
+        if is_run(self.runs):
+            raise RunError("This page shows a single run; start the application on a folder of runs to upload images.")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name):
+            raise RunError("A folder's name has letters, digits, hyphens and underscores, at most 64 of them.")
+        path = self.runs / SETS / name
+        with self.adding:
+            if path.exists():
+                raise RunError("There is a folder of that name already; choose another name.")
+            with replacing(path) as temporary:
+                store_images(temporary, uploads, caption)
+        return self.find(f"uploads/{name}")
+
+    def images(self, folder: Folder, flags: Flags) -> Images:
+        """What is in a folder now; nothing is read again where no file has changed."""
+        with self.lock:
+            now, key = state_of(folder, flags), (folder.path, repr(flags))
+            before, found = self.seen.pop(key, (None, None))
+            if found is None or before != now:
+                found = read(folder, flags)
+            self.seen[key] = now, found
+            for old in list(self.seen)[:-KEPT]:
+                del self.seen[old]
+            return found
+
+
+def flags_of(resolution: object = "", buckets: object = False, column: object = "") -> Flags:
+    """The trainer's flags; `RunError` with its own line for values that it refuses."""
+    return _flags(str(resolution or ""), buckets is True, str(column or ""))
+
+
+@functools.lru_cache(maxsize=64)
+def _flags(resolution: str, buckets: bool, column: str) -> Flags:
+    sides = resolution.split()
+    if not all(side.isdecimal() for side in sides):
+        raise RunError("Give the resolution as whole numbers with spaces between them.")
+    words = ["--train_data_dir", "images", *(["--resolution", *sides] if sides else [])]
+    words += ["--use_aspect_ratio_buckets"] if buckets else []
+    words += [f"--caption_column={column}"] if column else []
+    parser = build_parser()
+    parser.error = refuse
+    return fill_defaults(parser.parse_args(words))
+
+
+def state_of(folder: Folder, flags: Flags) -> int:
+    """Changes with any file of a folder."""
+    try:
+        return hash(tuple((str(path), stamp_of(path)) for path in files_of(folder.path, flags)))
+    except OSError:
+        raise RunError("This folder cannot be read just now.") from None
+
+
+def stamp_of(path: Path) -> tuple[int, ...]:
+    """Changes with a file; empty where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return ()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+# -- what the trainer makes of a folder --------------------------------------------------------------------------------
+
+
+def read(folder: Folder, flags: Flags) -> Images:
+    """Every image of a folder as the trainer reads it, and those that it does not read."""
+    flags = flags.replace(train_data_dir=str(folder.path))
+    images: dict[str, Image] = {}
+    notes: list[str] = []
+    refused, fixed, metadata, why = "", "", None, "no caption"
+    try:
+        parts, notes = kohyas_folders(folder.path, flags)
+        why = "not in one of kohya's folders" if parts else why
+        for part, _, text in parts or [(str(folder.path), 1, None)]:
+            found = read_folder(Path(part), flags.replace(train_data_dir=part), text, deep=not parts)
+            if found is None:
+                return Images(folder, flags, {}, refused=whole_line(folder, flags))
+            notes += found.notes
+            images |= images_of(found, folder, flags, text)
+            if found.metadata and not parts:
+                metadata, why = found.metadata, f"not listed in {found.metadata.name}"
+    except (InvalidArgument, OSError) as error:
+        images, refused = {}, folder.without_path(str(error))
+        fixed = refused if any(path.name in METADATA for path in files_of(folder.path, flags)) else ""
+    images |= unread(folder, flags, images, why, metadata)
+    if images and not refused and all(image.problem for image in images.values()):
+        refused = "no image can be used"
+    return Images(folder, flags, images, tuple(map(folder.without_path, notes)), refused, fixed)
+
+
+def whole_line(folder: Folder, flags: Flags) -> str:
+    """Why no image of a folder is shown that the datasets library reads."""
+    layout = layout_of(files_of(folder.path, flags), folder.path) or "metadata in a folder below"
+    return f"the datasets library reads this folder as a whole ({layout}): it can be trained on, but is not shown here"
+
+
+def images_of(found: Found, folder: Folder, flags: Flags, otherwise: str | None) -> dict[str, Image]:
+    """The images that the trainer has found, by name; `otherwise` is the caption of those without a file."""
+    paths = [Path(row["path"]) for row in found.rows["image"]]
+    images = {}
+    for index, (name, row) in enumerate(zip(names_of(paths, folder.path), found.rows, strict=True)):
+        path, usable = paths[index], found.size(index, row)
+        problem, size = "", usable if isinstance(usable, tuple) else header_of(folder, path)
+        if isinstance(usable, str):
+            problem = usable
+        captions: tuple[str, ...] | None = tuple(row["captions"])
+        if found.metadata is None and not captions:
+            captions = None
+        if not all(map(folder.holds, [path, *caption_files(path)])):
+            captions, size, problem = None, None, "leads out of the folder: not shown here"
+        buckets = buckets_of(size, flags) if size and not problem else ()
+        images[name] = Image(name, path, captions, size, buckets, problem, found.metadata, otherwise)
+    return images
+
+
+def unread(folder: Folder, flags: Flags, read: dict[str, Image], why: str, metadata: Path | None) -> dict[str, Image]:
+    """The images in a folder that the trainer passes over."""
+    known = {os.path.normpath(image.path) for image in read.values()}
+    paths = [
+        path
+        for path in files_of(folder.path, flags)
+        if path.suffix.lower() in SUFFIXES and os.path.normpath(path) not in known
+    ]
+    return {
+        name: Image(name, path, None, header_of(folder, path), (), why, metadata)
+        for name, path in zip(names_of(paths, folder.path), paths, strict=True)
+    }
+
+
+def header_of(folder: Folder, path: Path) -> tuple[int, int] | None:
+    """Width and height of an image of a folder."""
+    size = image_size(path) if folder.holds(path) else ""
+    return None if isinstance(size, str) else size
+
+
+def buckets_of(size: tuple[int, int], flags: Flags) -> tuple[Size, ...]:
+    """What an image is cropped and scaled to, at each resolution."""
+    return tuple(dict.fromkeys(size_of(size, side, MULTIPLE, flags)[0] for side in listed(flags.resolution)))
+
+
+def names_of(paths: Sequence[Path], folder: Path) -> list[str]:
+    """A name for each of the files in a folder, another one for each that is listed again."""
+    met: Counter[str] = Counter()
+    names = []
+    for path in paths:
+        name = Path(os.path.relpath(path, folder)).as_posix()
+        met[name] += 1
+        names.append(name if met[name] == 1 else f"{name} ({met[name]})")
+    return names

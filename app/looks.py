@@ -1,0 +1,127 @@
+"""What can only be said of images once they are opened: thumbnails, which are damaged, which are alike.
+
+Each is opened as the trainer opens it, when somebody looks at it, and not again until its file changes.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import io
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from reslora.diffusion.content import content_mark
+from reslora.diffusion.data.images import damage, open_image
+from reslora.diffusion.experiment.split import groups_of, perceptual_hash
+
+from .image_folders import Image, Images, stamp_of
+
+SIDE = 256
+"""Pixels across a thumbnail, or down."""
+THREADS = 4
+AT_ONCE = 32
+"""Images that are opened between two words about it."""
+Stamp = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Look:
+    """What an image is once it is opened."""
+
+    problem: str = ""
+    """Why it cannot be."""
+    mark: str = ""
+    """Its content in short."""
+    hash: bytes = b""
+    """What it looks like, as an experiment's split sees it."""
+
+
+class Looks:
+    """What is known of images by their files; what has changed since is not known."""
+
+    def __init__(self) -> None:
+        self.known: dict[Path, tuple[Stamp, Look]] = {}
+
+    def of(self, image: Image) -> Look | None:
+        """What is known of an image."""
+        stamp, look = self.known.get(image.path, ((), None))
+        return look if look is not None and stamp == stamp_of(image.path) else None
+
+    def problem(self, image: Image) -> str:
+        """Why training leaves an image out, as far as that is known."""
+        look = None if image.problem else self.of(image)
+        return image.problem or (look.problem if look is not None else "")
+
+    def thumbnails(self, images: Sequence[Image]) -> list[str]:
+        """Data URIs of some images, upright and on white; empty for those that cannot be opened."""
+        with ThreadPoolExecutor(THREADS) as pool:  # PIL decodes beside other threads
+            return list(pool.map(self._thumbnail, images))
+
+    def _thumbnail(self, image: Image) -> str:
+        stamp = stamp_of(image.path)
+        if image.size is None or not stamp:
+            return ""
+        try:
+            return thumbnail(image.path, stamp)
+        except Exception as error:
+            self.known[image.path] = stamp, Look(damage(error))
+            return ""
+
+    def check(self, images: Sequence[Image]) -> Iterator[int]:
+        """Opens all images that are not known yet; yields how many have been, from time to time."""
+        todo = [image for image in images if image.size is not None and self.of(image) is None]
+        done = len(images) - len(todo)
+        yield done
+        with ThreadPoolExecutor(THREADS) as pool:
+            for start in range(0, len(todo), AT_ONCE):
+                part = todo[start : start + AT_ONCE]
+                for image, (stamp, look) in zip(part, pool.map(look_at, part), strict=True):
+                    self.known[image.path] = stamp, look
+                yield done + start + len(part)
+
+    def alike(self, images: Images) -> dict[str, tuple[str, str]]:
+        """Of each image that is like one before it: the first of its group, and a line; once all have been opened."""
+        found = [(image, self.of(image)) for image in images.images.values() if image.size is not None]
+        if any(look is None for _, look in found):
+            return {}
+        sound = [(image.name, look) for image, look in found if look is not None and not look.problem]
+        return alike(tuple(sound))
+
+
+def look_at(image: Image) -> tuple[Stamp, Look]:
+    """Opens an image."""
+    stamp = stamp_of(image.path)
+    try:
+        return stamp, Look("", content_mark(image.path), perceptual_hash(open_image(image.path)).tobytes())
+    except Exception as error:
+        return stamp, Look(damage(error))
+
+
+@functools.lru_cache(maxsize=8)
+def alike(looks: tuple[tuple[str, Look], ...]) -> dict[str, tuple[str, str]]:
+    """Of each image that is like one before it: the first of its group, and a line; groups are an experiment's."""
+    if not looks:
+        return {}
+    names, marks = [name for name, _ in looks], [look.mark for _, look in looks]
+    hashes = np.stack([np.frombuffer(look.hash, dtype=bool) for _, look in looks])
+    found = {}
+    for group in groups_of(marks, hashes):
+        for number in group[1:]:
+            same = next((other for other in group if other < number and marks[other] == marks[number]), None)
+            line = f"looks like {names[group[0]]}" if same is None else f"the same image as {names[same]}"
+            found[names[number]] = names[group[0]], line
+    return found
+
+
+@functools.lru_cache(maxsize=2000)
+def thumbnail(path: Path, stamp: Stamp) -> str:
+    """A small image as a data URI; `stamp` changes with the file."""
+    image, file = open_image(path), io.BytesIO()
+    image.thumbnail((SIDE, SIDE))
+    image.save(file, "WEBP", quality=80)
+    return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"

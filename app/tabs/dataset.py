@@ -1,0 +1,266 @@
+"""Dataset: the images of a folder with their captions, to be looked through and put in order before training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import gradio as gr
+
+from .. import cards, image_edits, views
+from ..handlers import paths_of, readable_errors, translated
+from ..image_edits import ImageEdits
+from ..image_folders import ImageFolders
+from ..recipe import bounded
+from .base import Parts, Tab
+from .train import TrainTab
+
+if TYPE_CHECKING:
+    from ..page import Page
+
+SCRIPT = Path(__file__).resolve().parents[1] / "dataset.js"
+CHOOSE = "Choose a folder of images above, or upload some below."
+# What is ticked is known in the browser alone, and is sent in the place of the last value.
+WITH_TICKED = "(...values) => [...values.slice(0, -1), document.getElementById('images').picked()]"
+SETTINGS = "(...values) => { document.getElementById('images').settings = () => values; return values; }"
+
+
+class DatasetTab(Tab):
+    title, id = "Dataset", "dataset"
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
+        self.folders = ImageFolders(self.library.folder, self.trainings.data)
+        self.edits = ImageEdits(self.folders, self.trainings)
+        self.choosing_rows()
+        self.status = gr.HTML(views.notice(CHOOSE), elem_id="dataset-status")
+        self.changing_rows()
+        self.answer = gr.HTML(elem_id="dataset-answer")
+
+        def save_caption(edit: dict) -> dict:  # a function, for Gradio marks it
+            return self.save_caption(edit)
+
+        script = SCRIPT.read_text(encoding="utf-8")
+        self.images = gr.HTML(elem_id="images", js_on_load=script, server_functions=[save_caption])
+        with gr.Row(elem_id="pages"):
+            self.back = gr.Button("Back", min_width=80, elem_id="back")
+            self.page = gr.Number(1, label="Page", precision=0, minimum=1, min_width=100, elem_id="page")
+            self.next = gr.Button("Next", min_width=80, elem_id="next")
+        self.more_rows()
+        self.on_arrival = [self.folder]
+        self.settings = [self.resolution, self.buckets, self.column]
+        self.asked = [self.folder, self.which, self.words, *self.settings, self.page]
+        self.shown_parts = [self.status, self.images, self.page, self.undo]
+
+    def choosing_rows(self) -> None:
+        with gr.Row(elem_id="which-images"):
+            self.folder = gr.Dropdown(
+                label="Folder", choices=[], allow_custom_value=True, interactive=True, elem_id="folder", min_width=160
+            )
+            self.which = gr.Dropdown(
+                list(image_edits.FILTERS), value=image_edits.EVERYTHING, label="Show", elem_id="which", min_width=160
+            )
+            self.words = gr.Textbox(label="Name or caption has", max_lines=1, elem_id="words", min_width=160)
+            self.check = gr.Button("Check images", elem_id="check", min_width=120)
+
+    def changing_rows(self) -> None:
+        with gr.Accordion("Change the captions of ticked images", open=False, elem_id="change"), gr.Row():
+            self.operation = gr.Dropdown(
+                list(image_edits.OPERATIONS), value=image_edits.REPLACE, label="How", elem_id="operation",
+                min_width=150,
+            )  # fmt: skip
+            self.text = gr.Textbox(label="Words or tag", max_lines=1, elem_id="text", min_width=120)
+            self.other = gr.Textbox(label="Replace with", max_lines=1, elem_id="other", min_width=120)
+            self.apply = gr.Button("Apply", variant="primary", elem_id="apply", min_width=100)
+        with gr.Row(elem_classes="actions", elem_id="dataset-actions"):
+            gr.HTML('<p id="picked-count" role="status">0 ticked</p>', min_height=0)
+            self.tick_page = gr.Button("Tick page", elem_id="tick-page", min_width=80)
+            self.tick_all = gr.Button("Tick all", elem_id="tick-all", min_width=80)
+            self.untick = gr.Button("Untick", elem_id="untick", min_width=80)
+            self.trash = gr.Button("To trash", elem_id="trash", min_width=80)
+            self.undo = gr.Button("Undo", elem_id="undo", min_width=80)
+        self.ticked = gr.JSON([], visible="hidden")
+
+    def more_rows(self) -> None:
+        with gr.Accordion("Upload a folder", open=False, elem_id="upload"):
+            self.name = gr.Textbox(label="Name of the new folder", max_lines=1, elem_id="folder-name")
+            self.uploads = gr.File(
+                label="Images, with .txt captions if you like", file_count="multiple", file_types=["image", ".txt"],
+                height=150, elem_id="folder-uploads",
+            )  # fmt: skip
+            self.caption = gr.Textbox(label="Caption of images without a .txt (empty: words of the file name)")
+            self.upload = gr.Button("Upload", variant="primary", elem_id="folder-upload")
+        with gr.Accordion("How it would be trained on", open=False):
+            self.resolution = gr.Textbox(label="Resolution (empty: the trainer's default)", max_lines=1)
+            self.buckets = gr.Checkbox(False, label="Aspect ratio buckets")
+            self.column = gr.Textbox(label="Column of captions in metadata (empty: text)", max_lines=1)
+
+    def events(self, page: Page) -> None:
+        quiet = {"api_visibility": "private", "show_progress": "hidden"}
+        for part in (self.which.change, self.words.submit, self.folder.change, *(s.change for s in self.settings)):
+            part(readable_errors(self.show_first), self.asked, self.shown_parts, **quiet)
+        gr.on([s.change for s in self.settings], None, self.settings, None, js=SETTINGS, **quiet)
+        for part, by in ((self.back.click, -1), (self.next.click, 1), (self.page.submit, 0)):
+            part(readable_errors(self.turning(by)), self.asked, self.shown_parts, **quiet)
+        for button, which in ((self.tick_page, "page"), (self.tick_all, "all"), (self.untick, "none")):
+            button.click(None, js=f"() => document.getElementById('images').pick('{which}')", api_visibility="private")
+        after = [self.answer, *self.shown_parts]
+        change = [*self.asked, self.operation, self.text, self.other, self.ticked]
+        self.apply.click(readable_errors(self.do_change), change, after, js=WITH_TICKED, **quiet)
+        throw = [*self.asked, self.ticked]
+        self.trash.click(readable_errors(self.do_throw_away), throw, after, js=WITH_TICKED, **quiet).success(
+            None, js="() => document.getElementById('images').pick('none')", api_visibility="private"
+        )
+        self.operation.change(
+            lambda operation: gr.update(visible=operation == image_edits.REPLACE), self.operation, self.other, **quiet
+        )
+        self.undo.click(readable_errors(self.do_undo), self.asked, after, **quiet)
+        self.check.click(readable_errors(self.do_check), self.asked, after, concurrency_limit=1, **quiet)
+        self.images.saved(readable_errors(self.undo_button), self.folder, self.undo, queue=False, **quiet)
+        place = self.answer.parent
+        assert isinstance(place, gr.Tab)
+        place.select(readable_errors(self.open), self.asked, [self.folder, *self.shown_parts], **quiet)
+        self.upload.click(
+            readable_errors(self.do_upload), [self.name, self.uploads, self.caption],
+            [self.folder, page.tab(TrainTab).folder, self.answer], api_name="upload_images", preprocess=False,
+        )  # fmt: skip
+        self.api()
+
+    # -- what is shown -------------------------------------------------------------------------------------------------
+
+    def arrive(self) -> dict:
+        """The folders on the list; their images are read when somebody comes to the tab."""
+        return {self.folder: gr.update(choices=list(self.folders.all()))}
+
+    def open(self, folder: str | None, *asked) -> list:
+        """Somebody comes to the tab: the folder that was chosen, else the first one in the list."""
+        names = list(self.folders.all())
+        folder = folder if folder in names else next(name for name in names if name != ".")
+        return [gr.update(choices=names, value=folder), *self.show(folder, *asked)]
+
+    def show_first(self, *asked) -> list:
+        """The first page."""
+        return self.show(*asked[:-1], 1)
+
+    def turning(self, by: int):
+        """A handler that shows another page."""
+        return lambda *asked: self.show(*asked[:-1], bounded(asked[-1], 1, 10**6, 1) + by)
+
+    def show(self, folder, which, words, *rest) -> list:
+        """A page of a folder's images, and what is said of them all; `rest`: the settings, and which page."""
+        *settings, page = rest
+        if not folder:
+            return [views.notice(CHOOSE), "", 1, gr.update()]
+        images = self.edits.look(folder, settings)
+        shown = self.edits.shown(images, which, words)
+        last = cards.pages(len(shown))
+        page = bounded(page, 1, last, 1)
+        number = gr.update(value=page, label=f"Page of {last:,}")
+        html = cards.cards(self.edits, images, shown, page)
+        return [cards.summary(self.edits, images, len(shown)), html, number, self.undo_button(folder)]
+
+    def undo_button(self, folder: str):
+        """The button says what it would take back."""
+        change = self.edits.last(self.folders.find(folder))
+        return gr.update(interactive=change is not None, value=f"Undo: {change.line}" if change else "Undo")
+
+    # -- what is changed -----------------------------------------------------------------------------------------------
+
+    def save_caption(self, edit: dict) -> dict:
+        """The browser saves one caption; the page stays as it is, for somebody may be typing in the next one."""
+        try:
+            images = self.edits.look(edit.get("folder"), tuple(edit.get("settings") or ()))
+            return {"line": self.edits.save_caption(images, edit["name"], edit["was"], edit["text"])}
+        except Exception as error:
+            return {"error": str(translated(error).message)}
+
+    def look(self, folder, _which, _words, *settings):
+        """The images that were asked for; the page is the last of the settings."""
+        return self.edits.look(folder, settings[:3])
+
+    def do_change(self, *inputs) -> list:
+        """Changes the captions of all ticked images."""
+        *asked, operation, text, other, names = inputs
+        line = self.edits.change_captions(self.look(*asked), names, operation, text, other)
+        return [views.notice(line), *self.show(*asked)]
+
+    def do_throw_away(self, *inputs) -> list:
+        """Moves all ticked images to the trash."""
+        *asked, names = inputs
+        line = self.edits.throw_away(self.look(*asked), names)
+        return [views.notice(line), *self.show(*asked)]
+
+    def do_undo(self, *asked) -> list:
+        """Takes the last change of the folder back."""
+        line = self.edits.undo(self.look(*asked))
+        return [views.notice(line), *self.show(*asked)]
+
+    def do_check(self, *asked) -> Iterator[list]:
+        """Opens all images, and says how far it is."""
+        images = self.look(*asked)
+        total = max(1, len(images.images))
+        for done in self.edits.check(images):
+            bar = views.progress(f"{done:,} of {total:,} images are checked", done / total)
+            yield [bar, *[gr.skip()] * len(self.shown_parts)]
+        yield [views.notice(f"All {total:,} images are checked."), *self.show(*asked)]
+
+    def do_upload(self, name, uploads, caption) -> tuple:
+        """Stores uploaded images as a new folder, and shows it."""
+        folder = self.folders.add(name, paths_of(uploads), str(caption or ""))
+        choices = gr.update(choices=self.trainings.folders())
+        shown = gr.update(choices=list(self.folders.all()), value=folder.name)
+        return shown, choices, views.notice(f"{folder.name} is there; it can be trained on as a folder on the server.")
+
+    # -- for programs --------------------------------------------------------------------------------------------------
+
+    def api(self) -> None:
+        """Named endpoints for what the browser does by hidden ones."""
+        for name, handler in (
+            ("image_folders", self.list_folders), ("images", self.list_images), ("set_caption", self.set_caption),
+            ("change_captions", self.change_captions), ("trash_images", self.trash_images),
+            ("undo_images", self.undo_images), ("check_images", self.check_images),
+        ):  # fmt: skip
+            gr.api(readable_errors(handler), api_name=name)
+
+    def list_folders(self) -> list[str]:
+        """Names of the folders of images."""
+        return list(self.folders.all())
+
+    def list_images(self, folder: str, which: str = image_edits.EVERYTHING, words: str = "") -> list[dict]:
+        """Names, sizes, buckets and captions of a folder's images, and why training leaves some out."""
+        images = self.edits.look(folder)
+        return [
+            {
+                "name": image.name,
+                "size": image.size,
+                "buckets": [(size.width, size.height) for size in image.buckets],
+                "captions": image.captions,
+                "left_out": self.edits.looks.problem(image),
+                "alike": self.edits.looks.alike(images).get(image.name, ("", ""))[1],
+            }
+            for image in self.edits.shown(images, which, words)
+        ]
+
+    def set_caption(self, folder: str, name: str, was: str, text: str) -> str:
+        """Writes the caption of one image, if it still is what it was."""
+        return self.edits.save_caption(self.edits.look(folder), name, was, text)
+
+    def change_captions(self, folder: str, names: list[str], operation: str, text: str, other: str = "") -> str:
+        """Changes the captions of some images: replace, put before or after, add or remove a tag."""
+        return self.edits.change_captions(self.edits.look(folder), names, operation, text, other)
+
+    def trash_images(self, folder: str, names: list[str]) -> str:
+        """Moves images and their captions out of the way of training."""
+        return self.edits.throw_away(self.edits.look(folder), names)
+
+    def undo_images(self, folder: str) -> str:
+        """Takes the last change of a folder back."""
+        return self.edits.undo(self.edits.look(folder))
+
+    def check_images(self, folder: str) -> str:
+        """Opens all images of a folder, so that damaged ones and duplicates are known."""
+        images = self.edits.look(folder)
+        for _ in self.edits.check(images):
+            pass
+        return f"All {len(images.images):,} images are checked."

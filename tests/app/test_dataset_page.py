@@ -1,0 +1,180 @@
+"""The Dataset tab as people and programs meet it, in a real browser and by its named endpoints."""
+
+import contextlib
+import shutil
+
+import browsers
+import pytest
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
+from pipelines import image_folder
+from test_page import CONTRAST, answers, complaint, leaving, serving, status_of
+from waiting import LIMIT, wait_until
+
+COUNT = 30
+"""More than a page has."""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tmp_path_factory.mktemp("dataset") / "data"
+
+
+@pytest.fixture(scope="module")
+def address(data, tmp_path_factory):
+    data.mkdir()
+    runs = tmp_path_factory.mktemp("dataset-runs")
+    with serving(runs, runs / "log", "--data", str(data)) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    with browsers.opened(tmp_path_factory.getbasetemp().parent) as browser:
+        yield browser
+
+
+@pytest.fixture
+def folder(data, request):
+    """A fresh folder of images, of which one is damaged and one a copy."""
+    layout = request.param if hasattr(request, "param") else "txt"
+    folder = image_folder(data / "set", COUNT, layout=layout)
+    (folder / "3.png").write_bytes((folder / "3.png").read_bytes()[:-30])
+    shutil.copy(folder / "5.png", folder / "6.png")
+    yield folder
+    shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def visit(browser, address: str, width: int, theme: str):
+    """The tab in a browser; nothing may go wrong on its console, and no request leave the machine."""
+    page, errors = browser.new_page(viewport={"width": width, "height": 900}), []
+    page.set_default_timeout(LIMIT * 1000)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("console", lambda said: errors.extend(complaint(said)))
+    page.on("request", lambda request: errors.extend(leaving(request.url, address)))
+    page.goto(f"{address}?__theme={theme}", wait_until="domcontentloaded")
+    page.wait_for_selector("#grid img")
+    if not (tab := page.get_by_role("tab", name="Dataset")).is_visible():
+        page.locator(".overflow-menu button").first.click()
+        tab = page.locator(".overflow-dropdown").get_by_text("Dataset")
+    tab.click()
+    page.wait_for_selector('#images .cards[data-folder="set"] .card')
+    yield page
+    page.close()
+    assert errors == []
+
+
+def tab_to(page, selector: str) -> None:
+    """On with the Tab key until the focus is there."""
+    for _ in range(40):
+        if page.evaluate("selector => document.activeElement.matches(selector)", selector):
+            return
+        page.keyboard.press("Tab")
+    raise AssertionError(f"{selector} is not reached by the keyboard")
+
+
+@pytest.mark.parametrize(
+    ("folder", "width", "theme"), [("jsonl", 1280, "light"), ("txt", 420, "dark")], indirect=["folder"]
+)
+def test_captions_are_put_in_order_by_the_keyboard_alone(browser, folder, address, width, theme):
+    """Edited, refused, changed many at once, undone, thrown away and put back; then looked at, and looked through."""
+
+    def caption(number: int) -> str:
+        if (folder / f"{number}.txt").is_file():
+            return (folder / f"{number}.txt").read_text()
+        lines = (folder / "metadata.jsonl").read_text().splitlines()
+        return next(line for line in lines if f'"{number}.png"' in line).split('"text": ')[1].strip('"}')
+
+    with visit(browser, address, width, theme) as page:
+        assert page.locator(".card").count() == 24 and page.locator(".card img").count() == 23  # the damaged one
+        page.locator("#words textarea, #words input").focus()
+        tab_to(page, '.card[data-name="0.png"] input')
+        page.keyboard.press("Space")
+        page.get_by_text("1 ticked").wait_for()
+        tab_to(page, '.card[data-name="0.png"] textarea')
+        page.keyboard.press("Control+A")
+        page.keyboard.type("a red “disc”")
+        page.keyboard.press("Tab")  # which saves
+        wait_until(lambda: caption(0) == "a red “disc”", "the caption to be saved")
+        page.locator('.card[data-name="0.png"] .told').get_by_text("saved").wait_for()
+
+        theirs = folder / ("1.txt" if (folder / "1.txt").is_file() else "metadata.jsonl")
+        theirs.write_text(theirs.read_text().replace("blue box", "green box"))
+        tab_to(page, '.card[data-name="1.png"] textarea')
+        page.keyboard.type("mine")
+        page.keyboard.press("Control+Enter")
+        page.locator('.card[data-name="1.png"] .told').get_by_text("changed meanwhile").wait_for()
+        assert caption(1) == "green box"
+        page.keyboard.press("Escape")
+
+        page.locator("#change button").first.press("Enter")
+        page.locator("#operation input").fill("Put before")
+        page.locator("#operation input").press("Enter")
+        page.locator("#text textarea, #text input").fill("sks, ")
+        page.locator("#tick-all").press("Enter")
+        page.get_by_text(f"{COUNT} ticked").wait_for()
+        page.locator("#apply").press("Enter")
+        page.locator("#dataset-answer").get_by_text(f"put before, {COUNT} captions").wait_for()
+        assert {caption(number).startswith("sks, ") for number in range(COUNT)} == {True}
+        page.locator("#next").press("Enter")
+        page.wait_for_selector('.card[data-name="9.png"]')
+        assert page.locator(".card input:checked").count() == COUNT - 24  # ticks outlive a change of page
+        page.locator("#undo").press("Enter")
+        page.locator("#dataset-answer").get_by_text("Undone").wait_for()
+        assert caption(0) == "a red “disc”" and caption(1) == "green box"
+
+        page.locator("#untick").press("Enter")
+        page.locator(".card input").first.press("Space")
+        page.locator("#trash").press("Enter")
+        page.locator("#dataset-answer").get_by_text("1 image moved to the trash").wait_for()
+        page.get_by_text("0 ticked").wait_for()
+        assert len(list(folder.glob("*.png"))) == COUNT - 1
+        page.locator("#undo").press("Enter")
+        page.locator("#dataset-answer").get_by_text("Undone").wait_for()
+        assert len(list(folder.glob("*.png"))) == COUNT
+
+        page.locator("#check").press("Enter")
+        page.locator("#dataset-answer").get_by_text(f"All {COUNT} images are checked").wait_for()
+        page.locator("#which input").fill("Left out by training")
+        page.locator("#which input").press("Enter")
+        page.wait_for_function("document.querySelectorAll('.card').length === 1")
+        page.locator(".card .out").get_by_text("damaged").wait_for()
+        seen = [".card .name", ".card .sizes", ".card .out", ".card textarea", ".told-of .bad", "#picked-count"]
+        assert [name for name in seen if page.locator(name).first.evaluate(CONTRAST) < 4.5] == []
+        page.locator("#which input").fill("Duplicates")
+        page.locator("#which input").press("Enter")
+        page.locator(".card .alike").get_by_text("the same image as 5.png").wait_for()
+        assert page.locator(".card .alike").first.evaluate(CONTRAST) >= 4.5
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_a_program_puts_a_folder_in_order(address, folder, tmp_path):
+    client = Client(address, verbose=False)
+    assert client.predict(api_name="/image_folders") == [".", "set", "bundled images"]
+    assert "All 30 images" in client.predict("set", api_name="/check_images")
+    (damaged,) = client.predict("set", "Left out by training", "", api_name="/images")
+    assert damaged["name"] == "3.png" and damaged["left_out"].startswith("damaged (")
+    assert (damaged["captions"], damaged["size"], damaged["buckets"]) == (["blue box"], [32, 32], [[64, 64]])
+    client.predict("set", "0.png", "red disc", "one", api_name="/set_caption")
+    with pytest.raises(AppError, match=r"0\.png was changed meanwhile"):
+        client.predict("set", "0.png", "red disc", "two", api_name="/set_caption")
+    client.predict("set", ["0.png", "1.png"], "Replace", "o", "0", api_name="/change_captions")
+    assert [(folder / f"{number}.txt").read_text() for number in range(2)] == ["0ne", "blue b0x"]
+    client.predict("set", ["0.png"], api_name="/trash_images")
+    assert not (folder / "0.txt").exists()
+    client.predict("set", api_name="/undo_images")
+    client.predict("set", api_name="/undo_images")
+    assert [(folder / f"{number}.txt").read_text() for number in range(2)] == ["one", "blue box"]
+    client.predict("mine", [handle_file(folder / "0.png")], "words", api_name="/upload_images")
+    (image,) = client.predict("uploads/mine", "All images", "", api_name="/images")
+    assert image["captions"] == ["words"]
+
+
+def test_no_image_of_the_list_is_served_as_a_file_nor_any_other_shown(address, folder, tmp_path):
+    shutil.copy(folder / "0.png", tmp_path / "0.png")
+    for path in (folder / "0.png", folder / "0.txt", tmp_path / "0.png"):
+        assert status_of(f"{address}/gradio_api/file={path}") in (400, 403, 404)
+    for name in ("..", "set/..", "/etc", str(tmp_path), "set\0", "", None):
+        answer = answers(address, "images", name, "All images", "")
+        assert "event: error" in answer and "no such folder" in answer, name

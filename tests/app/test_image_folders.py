@@ -1,0 +1,262 @@
+"""Which folders of images are shown, what the trainer makes of them, what is alike, and what is thrown away."""
+
+import json
+import shutil
+
+import datasets
+import PIL.Image
+import pytest
+from app_runs import HOSTILE
+from pipelines import image_folder, random_image
+
+from app import cards, trash
+from app.folders import BUNDLED
+from app.image_edits import ADD_TAG, AFTER, ALIKE, BEFORE, LEFT_OUT, NO_CAPTION, REMOVE_TAG, REPLACE, ImageEdits
+from app.image_folders import ImageFolders, flags_of
+from app.launcher import Trainings
+from app.runs import Library, RunError
+from reslora.diffusion.data.dataset import TRASH, load_images
+from reslora.diffusion.data.folders import load_folders
+
+
+@pytest.fixture
+def edits(tmp_path):
+    """On a data folder with a folder `set` of six images."""
+    (tmp_path / "runs").mkdir()
+    image_folder(tmp_path / "data" / "set", layout="txt")
+    library = Library(tmp_path / "runs")
+    return ImageEdits(ImageFolders(library.folder, tmp_path / "data"), Trainings(library, tmp_path / "data"))
+
+
+def trained(folder, **flags):
+    """What the trainer itself reads."""
+    return load_images(flags_of().replace(train_data_dir=str(folder), **flags))
+
+
+def test_only_folders_on_the_list_are_shown(edits, tmp_path):
+    (tmp_path / "data" / "out").symlink_to("/etc")
+    (tmp_path / "data" / ".hidden").mkdir()
+    image_folder(tmp_path / "runs" / ".images" / "old")
+    assert edits.trainings.folders() == [".", "set", "runs/old"]
+    assert list(edits.folders.all()) == [".", "set", "runs/old", BUNDLED]
+    for name in (*HOSTILE, "out", ".hidden", "set/..", "runs/../old", "runs/.."):
+        if name != ".":
+            with pytest.raises(RunError):
+                edits.look(name)
+    assert edits.trainings.choose_images("new", "runs/old", None) == tmp_path / "runs" / ".images" / "old"
+
+
+def test_nothing_outside_a_folder_is_shown(edits, tmp_path):
+    random_image(9).save(tmp_path / "secret.png")
+    (tmp_path / "secret.txt").write_text("secret words")
+    folder = tmp_path / "data" / "set"
+    (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    (folder / "link.txt").write_text("mine")
+    (folder / "0.txt").unlink()
+    (folder / "0.txt").symlink_to(tmp_path / "secret.txt")
+    images = edits.look("set")
+    html = cards.cards(edits, images, list(images.images.values()), 1)
+    assert "secret" not in html and html.count("data:image") == 5
+    assert {images.images[name].problem for name in ("0.png", "link.png")} == {
+        "leads out of the folder: not shown here"
+    }
+
+
+def test_what_is_left_out_and_why_is_what_the_trainer_says(edits, tmp_path):
+    folder = tmp_path / "data" / "set"
+    (folder / "1.png").write_bytes(b"nothing")
+    (folder / "2.txt").unlink()
+    (folder / "3.txt").write_bytes(b"\xff\xfe\xff")
+    images, said = edits.look("set"), trained(folder)
+    assert {name: image.problem for name, image in images.images.items() if image.problem} == {
+        line.split(": ", 1)[0].removeprefix(f"{folder}/"): line.split(": ", 1)[1] for line in said.left_out
+    }
+    assert [list(image.captions) for image in images.images.values() if not image.problem] == said.captions
+    assert [image.size for image in images.images.values() if not image.problem] == list(said.sizes)
+    assert [i.name for i in edits.shown(images, LEFT_OUT)] == ["1.png", "2.png", "3.png"]
+    assert [i.name for i in edits.shown(images, NO_CAPTION)] == ["2.png", "3.png"]
+    for number in range(6):
+        (folder / f"{number}.txt").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match="6 images without captions") as refusal:
+        trained(folder)
+    assert edits.look("set").refused == str(refusal.value).replace(str(folder), "set")
+
+
+def test_rows_that_are_wrong_and_images_that_are_not_listed_are_told(edits, tmp_path):
+    folder = image_folder(tmp_path / "data" / "rows", 3)
+    random_image(7).save(folder / "beside.png")
+    images = edits.look("rows")
+    assert images.images["beside.png"].problem == "not listed in metadata.jsonl"
+    assert images.notes == ("1 images are not listed in metadata.jsonl",) == trained(folder).notes
+    (folder / "metadata.jsonl").write_text('{"file_name": "0.png"')
+    images = edits.look("rows")
+    assert "line 1: is no JSON" in images.refused and str(tmp_path) not in images.refused
+    with pytest.raises(RunError, match="line 1: is no JSON"):
+        edits.change_captions(images, ["0.png"], ADD_TAG, "x")
+
+
+def test_kohyas_folders_mean_what_they_mean_to_the_trainer(edits, tmp_path):
+    folder = tmp_path / "data" / "set"
+    shutil.move(folder, tmp_path / "data" / "kohya" / "3_sks fox")
+    (tmp_path / "data" / "kohya" / "3_sks fox" / "5.txt").unlink()
+    images = edits.look("kohya")
+    (said,) = load_folders(flags_of().replace(train_data_dir=str(tmp_path / "data" / "kohya")))
+    assert [list(image.captions) for image in images.images.values()] == said.captions
+    assert said.captions[5] == ["sks fox"]
+    edits.change_captions(images, ["3_sks fox/5.png"], AFTER, ", red")
+    assert trained(tmp_path / "data" / "kohya" / "3_sks fox").captions[5] == ["sks fox, red"]
+    edits.undo(edits.look("kohya"))
+    assert not (tmp_path / "data" / "kohya" / "3_sks fox" / "5.txt").exists()
+
+
+def test_buckets_are_the_trainers(edits):
+    image = edits.look("set", ("32 64", False, "")).images["0.png"]
+    assert [(size.height, size.width) for size in image.buckets] == [(32, 32), (64, 64)]
+    for wrong in ("x", "-5", "4", "--help"):
+        with pytest.raises(RunError):
+            edits.look("set", (wrong, False, ""))
+
+
+@pytest.mark.parametrize(
+    ("operation", "text", "other", "before", "after"),
+    [
+        (REPLACE, "red", "blue {1}", "a red, red fox", "a blue {1}, blue {1} fox"),
+        (REPLACE, "red", "", "a red", "a"),
+        (BEFORE, "sks, ", "", "a fox", "sks, a fox"),
+        (AFTER, ", 4k", "", "a fox", "a fox, 4k"),
+        (ADD_TAG, " 4k ", "", "a fox,4k", "a fox,4k"),
+        (ADD_TAG, "4k", "", "a fox", "a fox, 4k"),
+        (ADD_TAG, "4k", "", "", "4k"),
+        (REMOVE_TAG, "fox", "", "fox,a fox , fox", "a fox"),
+        (REMOVE_TAG, "cat", "", "fox,a  fox", "fox,a  fox"),
+    ],
+)
+def test_captions_are_changed_and_changed_back(edits, tmp_path, operation, text, other, before, after):
+    folder = tmp_path / "data" / "set"
+    (folder / "2.txt").write_text(before)
+    others = [caption for number, caption in enumerate(trained(folder).captions) if number != 2]
+    line = edits.change_captions(edits.look("set"), ["2.png"], operation, text, other)
+    assert trained(folder).captions[2] == [after]
+    assert [caption for number, caption in enumerate(trained(folder).captions) if number != 2] == others
+    assert edits.undo(edits.look("set")) == (
+        "There is nothing to undo." if line.startswith("No caption") else f"Undone: {operation.lower()}, 1 caption."
+    )
+    assert trained(folder).captions[2] == [before.strip()]
+
+
+def test_undo_is_refused_once_and_only_for_what_was_changed_again(edits, tmp_path):
+    folder = tmp_path / "data" / "set"
+    edits.change_captions(edits.look("set"), ["0.png"], ADD_TAG, "x")
+    edits.change_captions(edits.look("set"), ["1.png"], ADD_TAG, "y")
+    (folder / "1.txt").write_text("somebody else's")
+    with pytest.raises(RunError, match="changed meanwhile"):
+        edits.undo(edits.look("set"))
+    assert "add tag" in edits.undo(edits.look("set"))
+    assert trained(folder).captions[:2] == [["red disc"], ["somebody else's"]]
+
+
+def test_one_caption_is_saved_only_over_what_was_seen(edits, tmp_path):
+    folder = tmp_path / "data" / "set"
+    edits.save_caption(edits.look("set"), "0.png", "red disc", "a\nb")
+    with pytest.raises(RunError, match="Its caption is now"):
+        edits.save_caption(edits.look("set"), "0.png", "red disc", "late")
+    assert (folder / "0.txt").read_text() == "a\nb"
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "text": ["one", "two"]}))
+    edits.save_caption(edits.look("set"), "0.png", "one\n\ntwo", "one\n\nthree")
+    assert trained(folder).captions == [["one", "three"]]
+
+
+@pytest.mark.parametrize("layout", ["jsonl", "csv", "txt"])
+def test_trash_is_not_trained_on_and_comes_back(edits, tmp_path, layout):
+    folder = image_folder(tmp_path / "data" / "other", layout=layout)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    captions = trained(folder).captions
+    edits.throw_away(edits.look("other"), ["1.png", "4.png"])
+    assert (trained(folder).captions, trained(folder).left_out, trained(folder).notes) == (
+        [captions[n] for n in (0, 2, 3, 5)], (), (),
+    )  # fmt: skip
+    assert len(edits.look("other").images) == 4
+    assert layout != "txt" or len(trained(tmp_path / "data")) == 10  # read from above, too
+    assert not {"1.png", "4.png", "1.txt", "4.txt"} & {path.name for path in folder.iterdir()}
+    edits.history.clear()  # as after a restart
+    edits.undo(edits.look("other"))
+    after = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != TRASH}
+    assert {name: content.strip() for name, content in after.items()} == {
+        name: content.strip() for name, content in before.items()
+    }
+    assert trash.thrown_away(folder) == [] and edits.last(edits.look("other").folder) is None
+
+
+def test_the_datasets_library_passes_over_trash_too(tmp_path):
+    """Which reads folders with metadata in them."""
+    folder = image_folder(tmp_path / "set" / "train", 3).parent
+    (folder / TRASH / "1").mkdir(parents=True)
+    random_image(8).save(folder / TRASH / "1" / "8.png")
+    assert len(datasets.load_dataset("imagefolder", data_dir=str(folder), cache_dir=str(tmp_path / "c"))["train"]) == 3
+    assert len(trained(folder, cache_dir=str(tmp_path / "cache"))) == 3
+
+
+def test_trash_that_cannot_come_back_stays(edits, tmp_path):
+    folder = tmp_path / "data" / "set"
+    edits.throw_away(edits.look("set"), ["1.png"])
+    (folder / "1.txt").write_text("another one")
+    with pytest.raises(RunError, match=r"1\.txt is there again"):
+        edits.undo(edits.look("set"))
+    assert (folder / "1.txt").read_text() == "another one" and not (folder / "1.png").exists()
+    assert len(trash.thrown_away(folder)) == 1
+
+
+def test_images_that_are_trained_on_are_not_thrown_away(edits, tmp_path, monkeypatch):
+    run = tmp_path / "runs" / "busy"
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps({"train_data_dir": str(tmp_path / "data")}))
+    monkeypatch.setattr(edits.trainings, "active", lambda: Library(tmp_path / "runs").find("busy"))
+    with pytest.raises(RunError, match="busy is training"):
+        edits.throw_away(edits.look("set"), ["1.png"])
+    (run / "config.json").write_text(json.dumps({"train_data_dir": [str(tmp_path / "elsewhere")]}))
+    edits.throw_away(edits.look("set"), ["1.png"])
+
+
+def test_damaged_images_and_duplicates_are_marked_once_all_are_opened(edits, tmp_path):
+    folder = tmp_path / "data" / "set"
+    patches = PIL.Image.effect_noise((4, 4), 100).convert("RGB").resize((200, 200), PIL.Image.Resampling.NEAREST)
+    patches.save(folder / "a.png")
+    shutil.copy(folder / "a.png", folder / "copy.png")
+    patches.resize((90, 90)).save(folder / "near.jpg", quality=90)
+    content = (folder / "a.png").read_bytes()
+    (folder / "half.png").write_bytes(content[: len(content) // 2])
+    for name in ("a", "copy", "near", "half"):
+        (folder / f"{name}.txt").write_text(name)
+    images = edits.look("set")
+    assert edits.looks.alike(images) == {} and not edits.shown(images, LEFT_OUT)
+    assert list(edits.check(images)) == [0, 10]
+    assert {name: line for name, (_, line) in edits.looks.alike(images).items()} == {
+        "copy.png": "the same image as a.png", "near.jpg": "looks like a.png",
+    }  # fmt: skip
+    assert [image.name for image in edits.shown(images, ALIKE)] == ["a.png", "copy.png", "near.jpg"]
+    (damaged,) = edits.shown(images, LEFT_OUT)
+    assert damaged.name == "half.png" and edits.looks.problem(damaged).startswith("damaged (")
+    assert "Training would leave out 1 image:" in cards.summary(edits, images, 10)
+    shutil.copy(folder / "a.png", folder / "half.png")
+    assert edits.looks.problem(edits.look("set").images["half.png"]) == ""
+
+
+def test_names_and_captions_are_no_markup(edits, tmp_path):
+    folder, attack = tmp_path / "data" / "set", '"><script>${x}{{y}}'
+    (folder / "0.png").rename(folder / f"{attack}.png".replace("/", ""))
+    (folder / "1.txt").write_text(f"</textarea>{attack}")
+    images = edits.look("set")
+    html = cards.cards(edits, images, edits.shown(images, "All images"), 1) + cards.summary(edits, images, 6)
+    assert "<script>" not in html and "${" not in html and "{{" not in html and html.count("</textarea>") == 6
+
+
+def test_an_upload_is_a_folder_of_its_own(edits, tmp_path):
+    random_image(1).save(tmp_path / "red fox.png")
+    folder = edits.folders.add("mine", [str(tmp_path / "red fox.png")], "")
+    assert folder.name == "uploads/mine" in edits.trainings.folders()
+    assert trained(edits.trainings.choose_images("new", "uploads/mine", None)).captions == [["red fox"]]
+    for name in ("mine", "../x", "", None):
+        with pytest.raises(RunError):
+            edits.folders.add(name, [str(tmp_path / "red fox.png")], "")
+    with pytest.raises(RunError, match="bundled"):
+        edits.change_captions(edits.look(BUNDLED), list(edits.look(BUNDLED).images)[:1], ADD_TAG, "x")
