@@ -7,7 +7,6 @@ import re
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import parse_flag_from_env
 from diffusers import DiffusionPipeline
 from torch import nn
 
@@ -27,15 +26,6 @@ from .model.quantising import blocks, try_format
 from .prompts import Prompt, prompts_of
 from .training.start import Start
 from .training.state import add_adapter, config_of, shortcuts_of, targets_of
-
-CUTS = "which cuts weights into pieces, and shortcuts, encoders and samples need them whole"
-WHOLE = "use DDP or ZeRO-2, as assets/accelerate/one_node.yaml and deepspeed_zero2.yaml do"
-
-
-def check_fsdp() -> None:
-    """Refuse FSDP by what `accelerate launch` has said: with it, accelerate itself may not even start."""
-    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        raise InvalidArgument("accelerate launch", f"its configuration says FSDP, {CUTS}", WHOLE)
 
 
 def check_base_precision(flags: Flags, dtype: torch.dtype, accelerator: Accelerator) -> None:

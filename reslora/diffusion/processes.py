@@ -20,15 +20,15 @@ from accelerate.utils import ProjectConfiguration
 from ..common.errors import InvalidArgument, refused_as
 from ..common.script import shares_the_cpu
 from .arguments import Flags
-from .checks import check_fsdp
 from .settings import is_bundled
+from .training.sharding import share, take_plugin
 from .training.zero import configure, uses_deepspeed
 
 
 def start_accelerator(flags: Flags) -> Accelerator:
     """Accelerate with the tracker that is asked for, and this process's share of the cores."""
     folder = Path(flags.output_dir)
-    check_fsdp()
+    plugin = take_plugin(flags)
     if not flags.mixed_precision and os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp8":
         problem = "its configuration says fp8, in which nothing is trained here"
         raise InvalidArgument("accelerate launch", problem, "give --mixed_precision bf16, or another configuration")
@@ -44,6 +44,7 @@ def start_accelerator(flags: Flags) -> Accelerator:
     if started != accelerator.num_processes:  # so it is with DeepSpeed on a CPU: each would take itself for all
         problem = f"accelerate knows {accelerator.num_processes} of the {started} processes that were started"
         raise InvalidArgument("accelerate launch", problem, "give --num_processes 1, or another configuration")
+    share(plugin, accelerator)
     if accelerator.device.type == "cpu":
         if accelerator.mixed_precision == "fp16":
             raise InvalidArgument("--mixed_precision fp16", "there is no GPU, and CPUs crawl in fp16", "use bf16 or no")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from torch import nn
@@ -56,6 +57,7 @@ from .training.denoising import DenoisingLoss
 from .training.loop import Watch, train
 from .training.preparing import attention_of, prepare, renew_scaler
 from .training.schedule import Schedule, schedule_of
+from .training.sharding import cuts_base, units_of
 from .training.start import read_start, with_start
 from .training.state import Learner, check_optimizer, new_learner, shortcuts_of
 from .training.trained import Trained
@@ -166,6 +168,8 @@ def check_before_loading(kinds: Sequence[ImageDataset], context: Context, tell: 
         check_base_precision(flags, context.dtype, accelerator)
         check_blocks_to_swap(flags, model, accelerator)
         check_methods(flags, model, accelerator, context.start)
+        if cuts_base(accelerator):
+            units_of(model.empty_denoiser(), accelerator)
         check_optimizer(context)
 
     each(check)
@@ -208,6 +212,7 @@ def start_method(method: str, setting: Setting) -> Learner:
     context = setting.context
     context.status.say("loading the model", context.name_of(method))
     flags, device = context.flags, context.accelerator.device
+    device = torch.device("cpu") if cuts_base(context.accelerator) else device
     denoiser = context.model.load_denoiser(context.dtype, device, flags.base_precision, flags.blocks_to_swap)
     parts = {context.model.family.denoiser: denoiser} | context.model.load_encoders(context.encoders, setting.pipeline)
     loss = DenoisingLoss(context, setting.material.objective, setting.pipeline, denoiser.config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import torch
 
 from ...experiment.course import adapter_folder
 from ..arguments import NOISES
@@ -16,7 +16,7 @@ class SelectLoss(Validation):
 
     noises = NOISES
 
-    def _measure_and_draw(self, learner: Learner, reports: Reports, parts: Sequence[str]) -> bool:
-        if "loss" in parts and learner.step:
+    def _keep_losses(self, learner: Learner, reports: Reports, losses: torch.Tensor) -> None:
+        if learner.step:
             keep_adapter(learner, adapter_folder(reports.folder, learner.step))
-        return super()._measure_and_draw(learner, reports, parts)
+        super()._keep_losses(learner, reports, losses)

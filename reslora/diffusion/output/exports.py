@@ -35,6 +35,7 @@ from ..training.best import Best, best_of
 from ..training.checkpoints import EXPORTS
 from ..training.denoising import DenoisingLoss, evaluating
 from ..training.schedule import Schedule
+from ..training.sharding import cuts_base
 from ..training.state import Learner, add_adapters
 from ..training.trained import Trained
 from .calibration_file import write_calibration
@@ -140,7 +141,7 @@ def in_float32(pipeline: DiffusionPipeline) -> Iterator[None]:
 
 
 def exact_parts(learner: Learner, schedule: Schedule, context: Context) -> dict[str, nn.Module]:
-    """What was trained, by name, in float32: as it is, or where a base is rounded, packed or swapped, anew.
+    """What was trained, by name, in float32: as it is, or where a base is rounded, packed, swapped or cut, anew.
 
     With --save_best, what was the best.
     """
@@ -156,7 +157,7 @@ def exact_parts(learner: Learner, schedule: Schedule, context: Context) -> dict[
         print(line, flush=True)
     flags = context.flags
     plain = context.accelerator.mixed_precision == "no" and flags.base_precision == "no" and not flags.blocks_to_swap
-    if plain and learner.denoiser.dtype == torch.float32:
+    if plain and learner.denoiser.dtype == torch.float32 and not cuts_base(context.accelerator):
         return dict(learner.trained.parts)
     checkpoint = folder / f"checkpoint-{learner.step}"
     return saved_parts(learner.method, checkpoint, learner.trained.loss, schedule, context)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -24,7 +25,9 @@ from ..prompts import prompts_of
 from ..training.best import is_over, keep_if_best
 from ..training.denoising import DenoisingLoss, evaluating
 from ..training.schedule import Schedule
+from ..training.sharding import by_main, cuts_base
 from ..training.state import Learner
+from ..training.stopping import stop_requested
 from .drawing import Drawer, as_image
 from .metric import load_metric
 
@@ -152,21 +155,20 @@ class Validation:
 
         Tells the learner whether it is over with it.
         """
+        flags, accelerator, denoiser = self.material.flags, self.accelerator, learner.denoiser
         with learner.averaged():
-            learner.over = decided(lambda: self._measure_and_draw(learner, reports, parts))
+            if "loss" in parts and self.material.held_out:
+                by_main(accelerator, lambda: self.losses(denoiser), partial(self._keep_losses, learner, reports))
+            if "samples" in parts and flags.validation_prompt and flags.num_validation_images:
+                by_main(accelerator, lambda: self._drawn(denoiser), partial(self._keep_samples, learner, reports))
+        learner.over = decided(lambda: reports.is_over(flags.early_stopping_patience))
 
-    def _measure_and_draw(self, learner: Learner, reports: Reports, parts: Sequence[str]) -> bool:
-        flags = self.material.flags
-        if "loss" in parts and self.material.held_out:
-            losses = self.losses(learner.denoiser)
-            mean = losses.mean().item()
-            if flags.save_best and learner.step:
-                keep_if_best(learner, reports.folder, mean)
-            reports.note("validation", mean, self.by_timestep(losses))
-            reports.flush()
-        if "samples" in parts and flags.validation_prompt and flags.num_validation_images:
-            self._draw(learner, reports)
-        return reports.is_over(flags.early_stopping_patience)
+    def _keep_losses(self, learner: Learner, reports: Reports, losses: torch.Tensor) -> None:
+        mean = losses.mean().item()
+        if self.material.flags.save_best and learner.step:
+            keep_if_best(learner, reports.folder, mean)
+        reports.note("validation", mean, self.by_timestep(losses))
+        reports.flush()
 
     def mean_loss(self, denoiser: nn.Module) -> float:
         """Mean unweighted loss on the held-out images, with the same noise and timesteps at every call."""
@@ -192,13 +194,18 @@ class Validation:
         names = [f"{float(timestep) / objective.timesteps:.3f}" for timestep in measured_at(objective)]
         return dict(zip(names, losses.mean(0).tolist(), strict=True))
 
-    def _draw(self, learner: Learner, reports: Reports) -> None:
+    def _drawn(self, denoiser: nn.Module) -> list[np.ndarray] | None:
         flags, prompts = self.material.flags, prompts_of(self.material.flags)
 
         try:
             with self.accelerator.autocast():
-                drawn = self.drawer.draw(learner.denoiser, prompts, flags.num_validation_images, self._leave_if_asked)
+                return self.drawer.draw(denoiser, prompts, flags.num_validation_images, self._leave_if_asked)
         except Stopped:
+            return None
+
+    def _keep_samples(self, learner: Learner, reports: Reports, drawn: list[np.ndarray] | None) -> None:
+        flags, prompts = self.material.flags, prompts_of(self.material.flags)
+        if drawn is None:  # a stop cut it short
             return
         if not all(np.isfinite(image).all() for image in drawn):
             self.accelerator.print(f"warning: samples of step {learner.step} have pixels that are not finite")
@@ -221,7 +228,10 @@ class Validation:
         return found
 
     def _leave_if_asked(self) -> None:
-        self.stop.check("stopped while drawing")
+        if cuts_base(self.accelerator) and stop_requested(self.stop):  # all draw, and all leave
+            raise Stopped("stopped while drawing")
+        if not cuts_base(self.accelerator):
+            self.stop.check("stopped while drawing")
 
 
 def save_images(folder: Path, images: Sequence[Image.Image], per_prompt: int) -> None:

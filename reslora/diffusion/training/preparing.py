@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ...model import enable_gradient_checkpointing
 from ..context import Context
 from ..data.samples import Material
+from .sharding import cut, cuts_base, leave_base_alone
 from .state import Learner
 from .zero import load_full_state
 
@@ -32,12 +33,23 @@ def prepare(learner: Learner, context: Context) -> None:
     if flags.gradient_checkpointing:
         for part in learner.trained.parts.values():
             enable_gradient_checkpointing(part)
-    learner.model, learner.optimizer = context.accelerator.prepare(learner.trained.train(), learner.optimizer)
+    prepare_processes(learner, context.accelerator)
     if learner.awaited:
         load_full_state(learner.zero_optimizer, learner.trained.named(), learner.awaited)
         learner.awaited = None
     if flags.compile:
         learner.trained.use_compiler()
+
+
+def prepare_processes(learner: Learner, accelerator: Accelerator) -> None:
+    """Has accelerate average what the processes learn; where the base is cut, each keeps its part of that."""
+    trained = learner.trained.train()
+    if not cuts_base(accelerator):
+        learner.model, learner.optimizer = accelerator.prepare(trained, learner.optimizer)
+        return
+    leave_base_alone(trained)
+    learner.model, learner.optimizer = accelerator.prepare(trained, learner.optimizer, device_placement=[False, True])
+    cut(learner.denoiser, accelerator)
 
 
 def attention_of(accelerator: Accelerator, material: Material) -> contextlib.AbstractContextManager:

@@ -29,6 +29,7 @@ from ..model.families.base import Part
 from ..optimizers import ADAMS, class_of, named, options_of
 from ..seeds import derive
 from .schedule import Schedule
+from .sharding import cuts_base, place_adapter
 from .start import Start
 from .trained import Trained
 from .zero import full_state, uses_deepspeed
@@ -132,6 +133,8 @@ def new_learner(method: str, trained: Trained, schedule: Schedule, context: Cont
     """The method at its start, on bare parts."""
     flags, denoiser = context.flags, trained.denoiser
     add_adapters(trained, method, schedule, context)
+    if cuts_base(context.accelerator):
+        place_adapter(denoiser, context.accelerator)
     first, *others = [[p for p in part.parameters() if p.requires_grad] for part in trained.parts.values()]
     optimizer = new_optimizer(first, flags, context.accelerator, of_encoders=list(itertools.chain(*others)))
     lr_scheduler = get_scheduler(

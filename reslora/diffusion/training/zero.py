@@ -31,8 +31,8 @@ def configure(flags: Flags, accelerator: Accelerator) -> None:
     plugin = accelerator.state.deepspeed_plugin
     settings, launcher = plugin.deepspeed_config, "accelerate launch"
     if plugin.zero_stage not in (1, 2):
-        problem = f"its configuration says ZeRO-{plugin.zero_stage}, from which no adapter can be saved here"
-        raise InvalidArgument(launcher, problem, "give zero_stage 2 or 1, or train without DeepSpeed")
+        problem = f"its configuration says ZeRO-{plugin.zero_stage}, which cuts the adapter with the base"
+        raise InvalidArgument(launcher, problem, "give zero_stage 2 or 1, or FSDP2, as assets/accelerate/fsdp2.yaml")
     for name in ("optimizer", "scheduler"):
         if name in settings:
             problem = f"DeepSpeed's configuration has its own {name}"

@@ -1,0 +1,142 @@
+"""FSDP2: each process holds its part of the frozen denoiser, and the adapter whole.
+
+accelerate would cut the adapter too, which shortcuts read in other blocks, or leave each process its own gradients. So
+its settings say how the base is cut, and the adapter is trained as without them: by DistributedDataParallel.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import FullyShardedDataParallelPlugin, parse_flag_from_env
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from ...common.errors import InvalidArgument, refused_as
+from ...common.methods import METHODS
+from ...common.together import decided
+from ..arguments import Flags
+
+T = TypeVar("T")
+U = TypeVar("U")
+LAUNCHER = "accelerate launch"
+USES_FSDP = "ACCELERATE_USE_FSDP"
+
+
+def take_plugin(flags: Flags) -> FullyShardedDataParallelPlugin | None:
+    """What `accelerate launch` says of FSDP2, None without; from here on accelerate itself takes the run for DDP's.
+
+    Refuses what cannot be kept: FSDP of before, and settings and flags that do not go with it.
+    """
+    if not parse_flag_from_env(USES_FSDP):
+        return None
+    os.environ[USES_FSDP] = "false"  # transformers, too, would load other weights in each process
+    if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
+        problem = f"its configuration says FSDP {version}, which cuts the adapter with the base"
+        raise InvalidArgument(LAUNCHER, problem, "give fsdp_version: 2, as assets/accelerate/fsdp2.yaml does")
+    with refused_as(LAUNCHER, "mend its fsdp_config"):
+        plugin = FullyShardedDataParallelPlugin()
+    refuse_settings(plugin)
+    refuse_flags(flags)
+    return plugin
+
+
+def refuse_settings(plugin: FullyShardedDataParallelPlugin) -> None:
+    """Raises `InvalidArgument` for settings of FSDP2 that are not kept."""
+    if "ignored_params" not in inspect.signature(fully_shard).parameters:
+        problem = f"torch {torch.__version__} has no FSDP2 that leaves an adapter whole"
+        raise InvalidArgument(LAUNCHER, problem, "install a newer torch, or train without FSDP2")
+    if plugin.activation_checkpointing:
+        problem = "its fsdp_activation_checkpointing would lose the shortcuts"
+        raise InvalidArgument(LAUNCHER, problem, "give false there, and --gradient_checkpointing")
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        problem = "its fsdp_offload_params, the base on the host, has not been tried"
+        raise InvalidArgument(LAUNCHER, problem, "give false there")
+
+
+def refuse_flags(flags: Flags) -> None:
+    """Raises `InvalidArgument` for flags that do not go with FSDP2."""
+    if flags.compile:
+        raise InvalidArgument("--compile", "does not go with FSDP2, which gathers weights in hooks", "leave it out")
+    for name in flags.method:
+        if METHODS[name].measured:
+            problem = "is measured on the whole base before its first step, and FSDP2 cuts it"
+            raise InvalidArgument(f"--method {name}", problem, "train it without FSDP2")
+
+
+def share(plugin: FullyShardedDataParallelPlugin | None, accelerator: Accelerator) -> None:
+    """Has the base cut by these settings from here on, where there is more than one process."""
+    if plugin is not None and accelerator.num_processes == 1:
+        accelerator.print(f"{LAUNCHER}: FSDP2 cuts nothing for one process, which has the whole base")
+    elif plugin is not None:
+        accelerator.state.fsdp_plugin = plugin
+
+
+def cuts_base(accelerator: Accelerator) -> bool:
+    """Whether each process holds a part of the base only."""
+    return getattr(accelerator.state, "fsdp_plugin", None) is not None
+
+
+def units_of(denoiser: nn.Module, accelerator: Accelerator) -> list[str]:
+    """The classes of what is gathered at once: blocks that the denoiser names, unless accelerate's configuration does.
+
+    Refuses names that no module of the denoiser has.
+    """
+    classes = {type(module).__name__ for module in denoiser.modules()}
+    own = [name for name in getattr(denoiser, "_no_split_modules", None) or [] if name in classes]
+    names = accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap or own
+    if unknown := [name for name in names if name not in classes]:
+        problem = f"its fsdp_transformer_layer_cls_to_wrap has {unknown[0]}, of which the denoiser has none"
+        raise InvalidArgument(LAUNCHER, problem, f"leave it out, or give {','.join(own)}")
+    return names
+
+
+def place_adapter(denoiser: nn.Module, accelerator: Accelerator) -> None:
+    """Moves the adapter to the accelerator; the base waits on the host until it is cut."""
+    for module in adapters_of(denoiser):
+        module.to(accelerator.device)
+
+
+def leave_base_alone(trained: nn.Module) -> None:
+    """Tells DistributedDataParallel that what is frozen is none of its business."""
+    frozen = [name for name, parameter in trained.named_parameters() if not parameter.requires_grad]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(trained, frozen)
+
+
+def cut(denoiser: nn.Module, accelerator: Accelerator) -> None:
+    """Leaves each process its part of every weight of the base, gathered block by block where they are used."""
+    names, plugin = units_of(denoiser, accelerator), accelerator.state.fsdp_plugin
+    whole = {parameter for module in adapters_of(denoiser) for parameter in module.parameters()}
+    units = [module for module in denoiser.modules() if type(module).__name__ in names]
+    for unit in reversed(units):  # those inside others first
+        fully_shard(unit, reshard_after_forward=plugin.reshard_after_forward, ignored_params=whole)
+    fully_shard(denoiser, ignored_params=whole)
+
+
+def adapters_of(model: nn.Module) -> list[nn.Module]:
+    """The modules that PEFT has put into the layers of a model."""
+    return [
+        module
+        for layer in model.modules()
+        if isinstance(layer, BaseTunerLayer)
+        for name in (*layer.adapter_layer_names, *layer.other_param_names)
+        if isinstance(module := getattr(layer, name, None), nn.Module)
+    ]
+
+
+def by_main(accelerator: Accelerator, compute: Callable[[], T], keep: Callable[[T], U]) -> U:
+    """`keep` of what `compute` returns, by the main process, in every process; where the base is cut, all compute it.
+
+    A forward then gathers the weights from all of them.
+    """
+    if not cuts_base(accelerator):
+        return decided(lambda: keep(compute()))
+    value = compute()
+    return decided(lambda: keep(value))
