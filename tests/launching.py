@@ -12,12 +12,20 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from waiting import LIMIT, default_sigint, ended, ignore_sigint, wait_until
 
 FOLDER = Path(__file__).resolve().parent.parent / "assets" / "accelerate"
-MACHINES = {"cpu_two_processes.yaml": 1, "one_node.yaml": 1, "two_nodes.yaml": 2, "deepspeed_zero2.yaml": 1}
+MACHINES = {
+    "cpu_two_processes.yaml": 1,
+    "one_node.yaml": 1,
+    "two_nodes.yaml": 2,
+    "deepspeed_zero2.yaml": 1,
+    "fsdp2.yaml": 1,
+}
 # On the CPU DeepSpeed compiles a part of itself. Where it cannot, pytest's last lines say what was not run.
 DEEPSPEED = importlib.util.find_spec("deepspeed") is not None and shutil.which("c++") is not None
 CONFIGURATIONS = [name for name in MACHINES if DEEPSPEED or not name.startswith("deepspeed")]
@@ -88,13 +96,16 @@ def fork_server() -> multiprocessing.context.BaseContext:
     return context
 
 
-def start_forked(script: Path | str, *flags: str, printed: Path) -> list[multiprocessing.process.BaseProcess]:
+def start_forked(
+    script: Path | str, *flags: str, printed: Path, environment: Mapping[str, str] = MappingProxyType({})
+) -> list[multiprocessing.process.BaseProcess]:
     """Two processes of a script, by rank, in the environment that `accelerate launch` gives them on a CPU.
 
-    All that they print is in one file. None ends the other, as a launcher would.
+    All that they print is in one file. None ends the other, as a launcher would. `environment`: more of it.
     """
     store = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     store |= {"ACCELERATE_MIXED_PRECISION": "no", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    store |= environment
     printed.touch()
     processes = []
     for rank in ("0", "1"):
@@ -104,9 +115,10 @@ def start_forked(script: Path | str, *flags: str, printed: Path) -> list[multipr
     return processes
 
 
-def forked(script: Path | str, *flags: str, folder: Path) -> str:
-    """As `launch` by the configuration `cpu_two_processes.yaml`."""
-    processes = start_forked(script, *flags, printed=folder / "printed.txt")
+def forked(script: Path | str, *flags: str, folder: Path, cut: bool = False) -> str:
+    """As `launch` by the configuration `cpu_two_processes.yaml`; with `cut`, by `fsdp2.yaml`."""
+    environment = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if cut else {}
+    processes = start_forked(script, *flags, printed=folder / "printed.txt", environment=environment)
     statuses = [ended(process) for process in processes]
     printed = (folder / "printed.txt").read_text(errors="replace")
     assert statuses == [0, 0], printed[-5000:]

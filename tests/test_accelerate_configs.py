@@ -11,6 +11,7 @@ EXPECTED = {  # file: (what starts the processes, machines, processes)
     "one_node.yaml": ("multi_gpu_launcher", 1, 8),
     "two_nodes.yaml": ("multi_gpu_launcher", 2, 16),
     "deepspeed_zero2.yaml": ("deepspeed_launcher", 1, 8),
+    "fsdp2.yaml": ("multi_gpu_launcher", 1, 8),
 }
 
 

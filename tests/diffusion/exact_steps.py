@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 
 from reslora.common.script import shares_the_cpu
 from reslora.common.signals import StopRequest
@@ -18,11 +19,13 @@ from reslora.diffusion.data.size import Size
 from reslora.diffusion.data.sources import Source
 from reslora.diffusion.model.families import load_family
 from reslora.diffusion.model.objective import DdpmObjective
+from reslora.diffusion.model.quantising import pack
 from reslora.diffusion.settings import parse_args, with_family
 from reslora.diffusion.training.denoising import DenoisingLoss
 from reslora.diffusion.training.loop import take_step
 from reslora.diffusion.training.preparing import prepare
 from reslora.diffusion.training.schedule import Schedule
+from reslora.diffusion.training.sharding import share, take_plugin
 from reslora.diffusion.training.state import Learner, new_learner
 from reslora.diffusion.training.trained import Trained
 
@@ -62,6 +65,8 @@ def setting(
     source = Source(images, RandomLatents(), train, held_out, (SIZE,), (0,) * IMAGES)
     material = Material((source,), texts, objective, {SIZE: (4, 8, 8)}, flags)
     denoiser = pipeline.unet.double().requires_grad_(False)
+    if flags.base_precision != "no":
+        pack(denoiser, flags.base_precision, torch.device("cpu"))
     context = Context(flags, SimpleNamespace(family=family), accelerator or Accelerator(cpu=True), StopRequest())
     loss = DenoisingLoss(context, objective, pipeline, denoiser.config)
     loss.context, loss.dtype = context, torch.float64
@@ -69,10 +74,10 @@ def setting(
 
 
 def learner_of(denoiser: torch.nn.Module, loss: DenoisingLoss, accelerator: Accelerator) -> Learner:
-    """ResLoRA in float64, with random B, by plain gradient descent: AdamW would blow rounding up."""
+    """The flags' last method (ResLoRA, unless they say more) in float64, with random B, by plain gradient descent: AdamW would blow rounding up."""
     encoders = {part.name: encoder for part, encoder in zip(loss.parts, loss.encoders, strict=True)}
     trained = Trained({"unet": denoiser, **encoders}, loss)
-    made = new_learner("reslora", trained, Schedule(STEPS, STEPS, 0, False), loss.context)
+    made = new_learner(loss.context.flags.method[-1], trained, Schedule(STEPS, STEPS, 0, False), loss.context)
     trained.double()
     draws = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -87,7 +92,9 @@ def learner_of(denoiser: torch.nn.Module, loss: DenoisingLoss, accelerator: Acce
 def trained(folder: Path, batch: int, accumulation: int, *flags: str) -> dict[str, torch.Tensor]:
     """The adapter and the loss after every step."""
     words = ["--train_batch_size", str(batch), "--gradient_accumulation_steps", str(accumulation), *flags]
+    plugin = take_plugin(parse_args([]))
     accelerator = Accelerator(gradient_accumulation_steps=accumulation, cpu=shares_the_cpu())
+    share(plugin, accelerator)
     material, loss, denoiser = setting(folder, accelerator, *words)
     learner = learner_of(denoiser, loss, accelerator)
     batches = iter(
@@ -100,7 +107,17 @@ def trained(folder: Path, batch: int, accumulation: int, *flags: str) -> dict[st
             if parameter.requires_grad:
                 found[f"{name} {step}"] = parameter.detach().clone()
     found["processes"] = torch.tensor(accelerator.num_processes)
+    found["base"] = torch.tensor(sum(map(bytes_here, frozen(learner.denoiser))))
     return found
+
+
+def frozen(denoiser: torch.nn.Module) -> list[torch.Tensor]:
+    return [parameter for parameter in denoiser.parameters() if not parameter.requires_grad]
+
+
+def bytes_here(value: torch.Tensor) -> int:
+    """Of a tensor, or of the part of it that this process holds."""
+    return (value.to_local() if isinstance(value, DTensor) else value).nbytes
 
 
 def main(model: str, batch: str, accumulation: str, file: str, *flags: str) -> None:

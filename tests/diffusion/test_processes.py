@@ -56,14 +56,13 @@ def test_accelerates_fp8_is_refused(brief_flags, monkeypatch, capsys, tmp_path):
     assert "fp8" in line and "--mixed_precision" in line and not (tmp_path / "out" / "config.json").exists()
 
 
-@pytest.mark.parametrize("version", ["1", "2"])
-def test_fsdp_is_refused_before_accelerate_starts(brief_flags, monkeypatch, capsys, tmp_path, version):
-    """With version 1 on a CPU accelerate raises; with version 2 it would train without it."""
+def test_fsdp_of_before_is_refused_before_accelerate_starts(brief_flags, monkeypatch, capsys, tmp_path):
+    """Which raises for it on a CPU."""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    monkeypatch.setenv("FSDP_VERSION", version)
+    monkeypatch.setenv("FSDP_VERSION", "1")
     monkeypatch.setattr(setup, "Accelerator", None)
     line = refused(capsys, *brief_flags, "--output_dir", tmp_path / "out")
-    assert "accelerate launch: " in line and "FSDP" in line and "use DDP or ZeRO-2" in line
+    assert "accelerate launch: " in line and "FSDP 1" in line and "fsdp2.yaml" in line
     assert not (tmp_path / "out" / "config.json").exists()
 
 

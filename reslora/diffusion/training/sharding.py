@@ -56,6 +56,9 @@ def refuse_settings(plugin: FullyShardedDataParallelPlugin) -> None:
     if plugin.activation_checkpointing:
         problem = "its fsdp_activation_checkpointing would lose the shortcuts"
         raise InvalidArgument(LAUNCHER, problem, "give false there, and --gradient_checkpointing")
+    if not plugin.reshard_after_forward:
+        problem = "its fsdp_reshard_after_forward is false, with which each process holds the whole base"
+        raise InvalidArgument(LAUNCHER, problem, "give true there, or train without FSDP2")
     if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
         problem = "its fsdp_offload_params, the base on the host, has not been tried"
         raise InvalidArgument(LAUNCHER, problem, "give false there")
@@ -112,12 +115,12 @@ def leave_base_alone(trained: nn.Module) -> None:
 
 def cut(denoiser: nn.Module, accelerator: Accelerator) -> None:
     """Leaves each process its part of every weight of the base, gathered block by block where they are used."""
-    names, plugin = units_of(denoiser, accelerator), accelerator.state.fsdp_plugin
+    names = units_of(denoiser, accelerator)
     whole = {parameter for module in adapters_of(denoiser) for parameter in module.parameters()}
     units = [module for module in denoiser.modules() if type(module).__name__ in names]
-    for unit in reversed(units):  # those inside others first
-        fully_shard(unit, reshard_after_forward=plugin.reshard_after_forward, ignored_params=whole)
-    fully_shard(denoiser, ignored_params=whole)
+    for unit in (*reversed(units), denoiser):  # those inside others first
+        # What no unit has, too: the main process alone saves, which cuts its weights again, and none may be ahead then.
+        fully_shard(unit, reshard_after_forward=True, ignored_params=whole)
 
 
 def adapters_of(model: nn.Module) -> list[nn.Module]:
