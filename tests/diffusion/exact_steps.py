@@ -74,7 +74,7 @@ def setting(
 
 
 def learner_of(denoiser: torch.nn.Module, loss: DenoisingLoss, accelerator: Accelerator) -> Learner:
-    """The flags' last method (ResLoRA, unless they say more) in float64, with random B, by plain gradient descent: AdamW would blow rounding up."""
+    """The flags' method in float64, with random B, by plain gradient descent: AdamW would blow rounding up."""
     encoders = {part.name: encoder for part, encoder in zip(loss.parts, loss.encoders, strict=True)}
     trained = Trained({"unet": denoiser, **encoders}, loss)
     made = new_learner(loss.context.flags.method[-1], trained, Schedule(STEPS, STEPS, 0, False), loss.context)

@@ -139,7 +139,7 @@ class Reports:
 
 
 class Validation:
-    """Validation loss and samples of a denoiser, on the main process."""
+    """Validation loss and samples of a denoiser, by the main process; where its base is cut, all compute them."""
 
     noises: int | None = None
     """At each of eight timesteps; None: the flags say it."""

@@ -16,7 +16,6 @@ from itertools import chain, islice
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import nn
 from torch.nn.utils import get_total_norm
 
@@ -26,6 +25,7 @@ from ...wiring import connection_of
 from ..context import Context
 from ..data.batch import Batch
 from .state import Learner
+from .zero import uses_deepspeed
 
 # Shares of the norm of all gradients. In float32 rounding is 2e-5 of it. In bf16 it is mostly 0.01 to 0.03, but on the
 # bundled pipeline one batch in fifty is 0.2 off or more, without a compiler too: so no single batch condemns one.
@@ -43,7 +43,7 @@ def checked(batches: Iterator[Batch], learner: Learner, context: Context) -> Ite
     flags, accelerator = context.flags, context.accelerator
     if not flags.compile:
         return batches
-    if flags.lora_dropout or accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+    if flags.lora_dropout or uses_deepspeed(accelerator):
         accelerator.print("--compile is not checked against a step without it: with dropout or DeepSpeed both differ")
         return batches
     tolerance = TOLERANCE if accelerator.mixed_precision == "no" else HALF_TOLERANCE

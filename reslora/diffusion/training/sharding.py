@@ -108,9 +108,10 @@ def place_adapter(denoiser: nn.Module, accelerator: Accelerator) -> None:
 
 
 def leave_base_alone(trained: nn.Module) -> None:
-    """Tells DistributedDataParallel that what is frozen is none of its business."""
-    frozen = [name for name, parameter in trained.named_parameters() if not parameter.requires_grad]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(trained, frozen)
+    """Has DistributedDataParallel send around what trains alone: all else is from files or the seed, in each process."""
+    same = [name for name, parameter in trained.named_parameters() if not parameter.requires_grad]
+    same += [name for name, _ in trained.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(trained, same)
 
 
 def cut(denoiser: nn.Module, accelerator: Accelerator) -> None:
