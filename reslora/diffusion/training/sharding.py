@@ -108,7 +108,7 @@ def place_adapter(denoiser: nn.Module, accelerator: Accelerator) -> None:
 
 
 def leave_base_alone(trained: nn.Module) -> None:
-    """Has DistributedDataParallel send around what trains alone: all else is from files or the seed, in each process."""
+    """Has DistributedDataParallel send around what trains alone: all else each process has from files or the seed."""
     same = [name for name, parameter in trained.named_parameters() if not parameter.requires_grad]
     same += [name for name, _ in trained.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(trained, same)

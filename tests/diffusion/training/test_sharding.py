@@ -58,7 +58,9 @@ def resumed(run, base_flags, tmp_path_factory) -> Path:
 def test_a_cut_run_resumes_validates_draws_and_saves_as_one_process_does(resumed, run):
     assert [row[:2] for row in losses(resumed)] == [row[:2] for row in losses(run)]
     assert [row[2] for row in losses(resumed)] == pytest.approx([row[2] for row in losses(run)], rel=1e-5)
-    torch.testing.assert_close(final_weights(resumed), final_weights(run), rtol=0, atol=1e-4, equal_nan=True)
+    found, expected = final_weights(resumed), final_weights(run)
+    assert found.pop("reslora.norms").shape == expected.pop("reslora.norms").shape  # of the first process's samples
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     samples = sorted((run / "reslora" / "samples").glob("*/*.png"))
     assert len(samples) == 6
     for path in samples:
