@@ -228,10 +228,10 @@ class Validation:
         return found
 
     def _leave_if_asked(self) -> None:
-        if cuts_base(self.accelerator) and stop_requested(self.stop):  # all draw, and all leave
-            raise Stopped("stopped while drawing")
         if not cuts_base(self.accelerator):
             self.stop.check("stopped while drawing")
+        elif stop_requested(self.stop):  # all draw, so all leave
+            raise Stopped("stopped while drawing")
 
 
 def save_images(folder: Path, images: Sequence[Image.Image], per_prompt: int) -> None:
