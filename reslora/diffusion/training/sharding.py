@@ -16,7 +16,6 @@ from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin, parse_flag_from_env
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from ...common.errors import InvalidArgument, refused_as
@@ -50,6 +49,8 @@ def take_plugin(flags: Flags) -> FullyShardedDataParallelPlugin | None:
 
 def refuse_settings(plugin: FullyShardedDataParallelPlugin) -> None:
     """Raises `InvalidArgument` for settings of FSDP2 that are not kept."""
+    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard  # not in torch 2.5
+
     if "ignored_params" not in inspect.signature(fully_shard).parameters:
         problem = f"torch {torch.__version__} has no FSDP2 that leaves an adapter whole"
         raise InvalidArgument(LAUNCHER, problem, "install a newer torch, or train without FSDP2")
@@ -116,6 +117,8 @@ def leave_base_alone(trained: nn.Module) -> None:
 
 def cut(denoiser: nn.Module, accelerator: Accelerator) -> None:
     """Leaves each process its part of every weight of the base, gathered block by block where they are used."""
+    from torch.distributed.fsdp import fully_shard
+
     names = units_of(denoiser, accelerator)
     whole = {parameter for module in adapters_of(denoiser) for parameter in module.parameters()}
     units = [module for module in denoiser.modules() if type(module).__name__ in names]
