@@ -19,6 +19,7 @@ from ..data.dataset import ImageDataset
 from ..model.quantising import try_format
 from ..prompts import prompts_of, settled
 from ..settings import carries_activations
+from ..training.sharding import cuts_base
 from .drawn import exporting, sampling
 from .parts import empty_denoiser, empty_part
 from .phases import ROWS, Phase, Rehearsal
@@ -86,6 +87,8 @@ def plan_of(kinds: Sequence[ImageDataset], context: Context, free: int | None) -
 def check_memory(kinds: Sequence[ImageDataset], context: Context, tell: bool = True) -> None:
     """Tells what the run holds and refuses one that does not fit; neither where it surely fits, or with --no-plan."""
     asked, free = context.flags.plan, free_memory(context.accelerator.device)
+    if cuts_base(context.accelerator):
+        return  # the plan is of a whole base
     if asked is False or (not asked and free and guess(context) <= SURELY * free):
         return
     try:

@@ -69,6 +69,11 @@ def refuse_flags(flags: Flags) -> None:
     """Raises `InvalidArgument` for flags that do not go with FSDP2."""
     if flags.compile:
         raise InvalidArgument("--compile", "does not go with FSDP2, which gathers weights in hooks", "leave it out")
+    if flags.blocks_to_swap:
+        problem = "does not go with FSDP2, which gathers blocks itself"
+        raise InvalidArgument(f"--blocks_to_swap {flags.blocks_to_swap}", problem, "leave it out")
+    if flags.plan:
+        raise InvalidArgument("--plan", "does not know a base that FSDP2 cuts", "leave it out")
     for name in flags.method:
         if METHODS[name].measured:
             problem = "is measured on the whole base before its first step, and FSDP2 cuts it"

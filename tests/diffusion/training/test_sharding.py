@@ -100,6 +100,8 @@ def fsdp(monkeypatch) -> None:
         ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, {}, ["shortcuts", "--gradient_checkpointing"]),
         ({"FSDP_AUTO_WRAP_POLICY": "NONE"}, {}, ["auto wrap policy", "fsdp_config"]),
         ({}, {"compile": True}, ["--compile", "leave it out"]),
+        ({}, {"blocks_to_swap": 2}, ["--blocks_to_swap 2", "leave it out"]),
+        ({}, {"plan": True}, ["--plan", "leave it out"]),
         ({}, {"method": ["lora", "is_placebo"]}, ["--method is_placebo", "without FSDP2"]),
     ],
 )
