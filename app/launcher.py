@@ -5,6 +5,7 @@ Closing the page or the application leaves a training alone: its process id is i
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import re
@@ -20,38 +21,24 @@ from typing import NoReturn
 
 import PIL.Image
 
+from reslora.common.flags import listed
 from reslora.diffusion.arguments import build_parser
+from reslora.diffusion.prompts import SUFFIXES
 
+from . import form
 from .folders import UPLOADS, Folders
-from .runs import LOG_NAME, Library, Run, RunError, is_run
+from .runs import EXPERIMENT_LOG, LOG_NAME, Experiment, Library, Run, RunError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = REPOSITORY / "train_sd.py"
-FLAGS = (
-    "method",
-    "shortcut",
-    "pre_num",
-    "head",
-    "merge",
-    "rank",
-    "learning_rate",
-    "max_train_steps",
-    "train_batch_size",
-    "resolution",
-    "seed",
-    "validation_steps",
-    "checkpointing_steps",
-    "validation_prompt",
-)
-"""The flags that are widgets; all others keep the trainer's defaults."""
+MAY_GROW = ("method", "learning_rate", "seed", "experiment_minutes")
+"""Flags that an experiment which was begun may be given more of."""
+SAVE, SAMPLE = "save.now", "sample.now"
+"""Files by which a trainer is asked for something."""
+FEW = 8  # images to look at before a training
+PLAN_SECONDS = 180
 MOST_IMAGES, MOST_BYTES = 2000, 1024 * 2**20
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-
-
-def flags() -> dict:
-    """The trainer's own definition (argparse action) of each flag in FLAGS."""
-    actions = {action.dest: action for action in build_parser()._actions}
-    return {name: actions[name] for name in FLAGS}
 
 
 def default_output() -> Path:
@@ -59,25 +46,33 @@ def default_output() -> Path:
     return Path(build_parser().get_default("output_dir"))
 
 
-def arguments(settings: dict) -> list[str]:
+def arguments(settings: dict, with_defaults: bool = False) -> list[str]:
     """Command-line words for the settings that differ from the trainer's defaults; refuses what the trainer refuses."""
     words = []
-    for name, action in flags().items():
+    for name, action in form.actions().items():
         value = settings.get(name)
-        if value in (None, "", []) or str(value) == str(action.default):
+        if value in (None, "", []) or (str(value) == str(action.default) and not with_defaults):
             continue
-        values = value if isinstance(value, list) else [value]
-        if name == "validation_prompt":
-            values = [line.strip() for line in str(value).replace("\0", "").splitlines() if line.strip()]
-        if action.nargs == "+" and action.type and isinstance(value, str):  # numbers with spaces between them
-            values = value.split()
-        values = [str(int(v) if isinstance(v, float) and v.is_integer() else v) for v in values]
-        if any(re.match(r"-(?!\d)", v) for v in values):  # it would be another flag
-            raise RunError(f"{name} cannot begin with a hyphen.")
-        if values:
+        if form.is_switch(action):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        elif values := words_of(action, value):
             words += [f"--{name}", *values]
     check(words)
     return words
+
+
+def words_of(action: argparse.Action, value: object) -> list[str]:
+    """A flag's value, or values, as words of a command line."""
+    found = [str(int(v) if isinstance(v, float) and v.is_integer() else v) for v in listed(value)]
+    if action.dest == "validation_prompt":
+        found = [line.strip() for line in "\n".join(found).replace("\0", "").splitlines() if line.strip()]
+        if len(found) == 1 and found[0].lower().endswith(SUFFIXES):
+            raise RunError("Files of prompts are read by train_sd.py alone; write the prompts, one a line.")
+    elif action.nargs == "+" and isinstance(value, str):  # with spaces between them; numbers may have commas, too
+        found = (value.replace(",", " ") if action.type else value).split()
+    if any(re.match(r"-(?!\d)", word) for word in found):  # it would be another flag
+        raise RunError(f"{action.dest} cannot begin with a hyphen.")
+    return found
 
 
 def check(words: list[str]) -> None:
@@ -107,31 +102,47 @@ class Trainings:
         """Folders of images that may be chosen, by name; the bundled ones are what is trained on otherwise."""
         return [name for name, folder in self.images.all().items() if not folder.bundled]
 
-    def command(self, name: str, settings: dict, images: Path | None = None) -> list[str]:
-        """Words after `accelerate launch` for a new run of that name."""
-        words = [str(SCRIPT), "--output_dir", str(self.new_folder(name))]
+    def command(self, name: str, settings: dict, images: Path | None = None, kind: type[Run] = Run) -> list[str]:
+        """Words after `accelerate launch` for a new run or experiment of that name.
+
+        An experiment that is there gets what methods, rates and seeds it has not; all else of it stays.
+        """
+        words = [str(SCRIPT), "--output_dir", str(self.folder_of(name, kind))]
+        if self.goes_on(name, kind):
+            more = {flag: settings[flag] for flag in MAY_GROW if flag in settings}
+            return [*words, "--config", str(self.library.folder / name / "config.json"), *arguments(more, True)]
         if images is not None:
             words += ["--train_data_dir", str(images)]
         model = str(settings.get("model") or "").strip()
         if model:
             # A name on the hub and nothing else: a path would let the page read other folders of this machine.
-            if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", model):
+            if not is_hub_name(model):
                 raise RunError("Give the model by its name on the hub, such as owner/model, or leave it empty.")
             if images is None:
                 raise RunError("Another model needs images: upload some, or choose a folder.")
             words += ["--pretrained_model_name_or_path", model]
         return words + arguments(settings)
 
+    def goes_on(self, name: str, kind: type[Run]) -> bool:
+        """Whether an experiment of that name is there, with the settings that it was begun with."""
+        found = self.library.experiments() if kind is Experiment else {}
+        return isinstance(name, str) and name in found and bool(found[name].config)
+
+    def folder_of(self, name: str, kind: type[Run]) -> Path:
+        """Where the trainer is to write."""
+        return self.library.folder / name if self.goes_on(name, kind) else self.new_folder(name)
+
     def new_folder(self, name: str) -> Path:
         """Folder of a new run; `RunError` for a name that could be anything but a new folder in the runs folder."""
-        if is_run(self.library.folder):
+        if self.library.is_single:
             raise RunError("This page shows a single run; start the application on a folder of runs to train here.")
         name = name if isinstance(name, str) else ""
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name):
             raise RunError("A run's name has letters, digits, hyphens and underscores, at most 64 of them.")
         folder = self.library.folder / name
         # What holds nothing but a log never began: its name is free again.
-        began = not folder.is_dir() or any(path.name != LOG_NAME for path in folder.iterdir())
+        logs = (LOG_NAME, EXPERIMENT_LOG)
+        began = not folder.is_dir() or any(path.name not in logs for path in folder.iterdir())
         if folder.is_symlink() or (folder.exists() and (began or self.is_active(Run(name, folder)))):
             raise RunError("There is a run of that name already; choose another name, or resume it.")
         return folder
@@ -142,24 +153,28 @@ class Trainings:
             return self.library.folder / UPLOADS / self.new_folder(name).name
         return self.images.find(folder).path if folder else None
 
-    def start(self, name: str, words: list[str], prepare: Callable[[], object] | None = None) -> Run:
-        """Start the trainer for a new run and return the run; one training at a time.
+    def start(
+        self, name: str, words: list[str], prepare: Callable[[], object] | None = None, kind: type[Run] = Run
+    ) -> Run:
+        """Start the trainer for a new run or experiment, which is returned; one training at a time.
 
         `prepare` is called first (to store the images), once it is sure that the run may start.
         """
         with self.lock:
             self.refuse_second()
-            folder = self.new_folder(name)
+            folder = self.folder_of(name, kind)
             if prepare is not None:
                 prepare()
             folder.mkdir(parents=True, exist_ok=True)
-            return self._launch(Run(name, folder), words)
+            for log in {LOG_NAME, EXPERIMENT_LOG} - {kind.log_name}:  # of what never began, and was of the other kind
+                (folder / log).unlink(missing_ok=True)
+            return self._launch(kind(name, folder), words)
 
-    def resume(self, name: str) -> Run:
-        """Go on with a run that was stopped, with the settings it was started with."""
+    def resume(self, name: str, kind: type[Run] = Run) -> Run:
+        """Go on with a run or an experiment that was stopped, with the settings it was started with."""
         with self.lock:
             self.refuse_second()
-            run = self.library.find(name)
+            run = self.find(name, kind)
             if not run.config:
                 raise RunError("This run never got as far as to be resumed; start a new one.")
             if not run.folder.is_relative_to(self.library.folder):
@@ -179,7 +194,7 @@ class Trainings:
         self.began.discard(run.name)
         launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet", *words]
         environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": search_path()}
-        with (run.folder / LOG_NAME).open("ab") as log:
+        with (run.folder / run.log_name).open("ab") as log:
             # A session of its own: Ctrl-C in the application's terminal doesn't reach it.
             self.started[run.name] = subprocess.Popen(
                 launch,
@@ -193,16 +208,21 @@ class Trainings:
         return run
 
     def active(self) -> Run | None:
-        """The run that is training, or about to."""
-        return next((run for run in self.library.runs().values() if self.is_active(run)), None)
+        """The run or experiment that is training, or about to."""
+        everything = (*self.library.runs().values(), *self.library.experiments().values())
+        return next((run for run in everything if self.is_active(run)), None)
 
-    def stop(self, name: str) -> str:
+    def find(self, name: str, kind: type[Run] = Run) -> Run:
+        """The run or the experiment of that name; `RunError` if there is none."""
+        return self.library.find_experiment(name) if kind is Experiment else self.library.find(name)
+
+    def stop(self, name: str, kind: type[Run] = Run) -> str:
         """Ask a trainer to save and leave (SIGTERM), that of the run or, if it has none, the one that is at work.
 
         Returns a sentence saying so.
         """
-        run = self.library.find(name)
-        if not self.is_active(run):
+        run: Run | None = self.find(name, kind)
+        if run is None or not self.is_active(run):
             run = self.active()
         if run is None:
             return "Nothing is training."
@@ -228,6 +248,37 @@ class Trainings:
         read = [Path(name).resolve() for name in run.words("train_data_dir")]
         return run if any(path.is_relative_to(folder) or folder.is_relative_to(path) for path in read) else None
 
+    def plan(self, words: list[str]) -> str:
+        """What the trainer says of the memory that a training would take; it trains nothing."""
+        command = [sys.executable, *words, "--plan"]
+        environment = os.environ | {"PYTHONPATH": search_path()}
+        try:
+            done = subprocess.run(
+                command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment, timeout=PLAN_SECONDS
+            )
+        except subprocess.TimeoutExpired:
+            raise RunError(f"No plan was made within {PLAN_SECONDS} seconds.") from None
+        said = done.stdout if done.returncode == 0 else done.stdout + done.stderr[-2000:]
+        return self.without_folders(said.strip())
+
+    def first_images(self, folder: str | None, uploads: list[str]) -> list[Path]:
+        """A few of the images of a folder on the list, or of uploaded ones."""
+        if uploads:
+            found = [Path(upload) for upload in uploads]
+        else:
+            chosen = self.images.find(folder) if folder else None
+            found = [path for path in sorted(chosen.path.iterdir()) if chosen.holds(path)] if chosen else []
+        return [path for path in found if path.suffix.lower() in IMAGE_SUFFIXES][:FEW]
+
+    def ask(self, request: str) -> str:
+        """Ask the trainer that is at work for a checkpoint or for samples after this step, and say so."""
+        run = self.active()
+        if run is None or run.process is None:
+            return "Nothing is training."
+        (run.folder / request).touch()
+        what = {SAVE: "saves a checkpoint", SAMPLE: "draws samples"}[request]
+        return f"{run.name} {what} after this step."
+
     def is_active(self, run: Run) -> bool:
         """Whether the run is training, or about to."""
         launcher = self.started.get(run.name)
@@ -238,18 +289,26 @@ class Trainings:
         status = run.status
         if status == "running":
             self.began.add(run.name)
-            return "stopping" if run.process in self.asked else "running"
+            return "stopping" if run.process in {None, *self.asked} else "running"  # it may have just left
         return ("stopping" if run.name in self.began else "starting") if self.is_active(run) else status
 
     def log(self, run: Run) -> str:
         """The end of a run's log without this machine's folders."""
-        text = run.log_tail()
+        return self.without_folders(run.log_tail())
+
+    def without_folders(self, text: str) -> str:
+        """Lines of the trainer's in which this machine's folders have other names."""
         names = {self.library.folder: "runs", self.data: "data", REPOSITORY: ".", Path.home(): "~"}
         names |= {Path(prefix): "python" for prefix in (sys.prefix, sys.base_prefix)}
         for path in sorted(filter(None, names), key=lambda path: -len(str(path))):
             if len(path.parts) > 1:  # not the root
                 text = text.replace(str(path), names[path])
         return text
+
+
+def is_hub_name(model: str) -> bool:
+    """Whether it is `owner/name`, which cannot be a path of this machine that the page was not given."""
+    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", model))
 
 
 def search_path() -> str:

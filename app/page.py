@@ -66,10 +66,12 @@ class Page:
             self.run = gr.Dropdown(label="Run", allow_custom_value=True, interactive=True, elem_id="run", min_width=240)
         self.summary = gr.HTML(elem_id="summary")
         self.tabs: list[Tab] = []
+        self.frames: dict[Tab, gr.Tab] = {}
         with gr.Tabs():
             for cls in TABS:
-                with gr.Tab(cls.title, id=cls.id):
+                with gr.Tab(cls.title, id=cls.id) as frame:
                     self.tabs.append(cls(parts))
+                self.frames[self.tabs[-1]] = frame
         self.choosing = [tab for tab in self.tabs if tab.chosen is not None]
         self.blocks: gr.Blocks
         self.seen = gr.State(None)

@@ -7,6 +7,7 @@ have to be what it should be: what cannot be shown is left out.
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
 import html
 import io
@@ -243,6 +244,20 @@ def log(text: str, status: str) -> str:
     starting = status in ("starting", "running")
     text = text or ("The trainer is starting." if starting else "Only trainings that were started here have a log.")
     return f'<div class="log"><pre>{escape(text)}</pre></div>'
+
+
+def printed(text: str) -> str:
+    """What a program has printed, as it stands there."""
+    return f'<div class="log"><pre>{escape(text)}</pre></div>'
+
+
+def thumbnails(paths: list[Path]) -> str:
+    """Small images in a row; those that cannot be read are left out."""
+    found = []
+    for path in paths:
+        with contextlib.suppress(OSError, SyntaxError, ValueError):
+            found.append(f'<img src="{data_uri(path, path.stat().st_mtime_ns)}" alt="">')
+    return f'<div class="thumbnails">{"".join(found)}</div>' if found else ""
 
 
 def progress(text: str, share: float) -> str:

@@ -4,10 +4,11 @@ from .base import Parts, Tab
 from .chains import ChainsTab
 from .compare import CompareTab
 from .dataset import DatasetTab
+from .experiment import ExperimentTab
 from .generate import GenerateTab
 from .train import TrainTab
 
 __all__ = ["TABS", "Parts", "Tab"]
 
-TABS: tuple[type[Tab], ...] = (CompareTab, GenerateTab, DatasetTab, TrainTab, ChainsTab)
+TABS: tuple[type[Tab], ...] = (CompareTab, GenerateTab, DatasetTab, TrainTab, ExperimentTab, ChainsTab)
 """In the order of the page: a new tab is a file and its class here."""

@@ -2,66 +2,53 @@
 
 from __future__ import annotations
 
-import argparse
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar
 
 import gradio as gr
 
-from .. import launcher, views
-from ..handlers import named, paths_of, readable_errors
-from ..runs import Run
-from .base import Parts, Tab
+from reslora.diffusion.arguments import SEVERAL
+
+from .. import form, launcher, views
+from ..handlers import readable_errors
+from ..runs import Run, RunError
+from .base import Parts
+from .launching import LaunchTab
 
 if TYPE_CHECKING:
     from ..page import Page
 
-PARAMETERS = ("name", "images", "caption", "folder", "model", *launcher.FLAGS)
-"""Of the named endpoints, in order."""
-# The form is kept in the browser, so that it outlives a restart of the server.
-KEEP = "(...values) => { localStorage.setItem('reslora-train', JSON.stringify(values)); }"
-RECALL = """(...values) => {
-    const kept = JSON.parse(localStorage.getItem('reslora-train') || '[]');
-    return kept.length === values.length ? kept : values;
-}"""
 
-
-class TrainTab(Tab):
+class TrainTab(LaunchTab):
     title, id = "Train", "train"
+    suggested = "my-style"
+    names = (
+        "method", "learning_rate", "max_train_steps", "train_batch_size", "rank", "resolution", "seed", "shortcut",
+        "pre_num", "head", "merge", "validation_prompt", "validation_steps", "checkpointing_steps",
+    )  # fmt: skip
+    left_out = ("select_split", "test_split", "extend_rates", "experiment_minutes", "merged_weights")
+    filled: ClassVar = {"method": ["lora", "reslora"]}
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
-        self.flags: dict[str, gr.components.Component] = {}
         with gr.Row():
             with gr.Column(scale=2, min_width=340):
+                self.begin = gr.Dropdown(
+                    list(form.PRESETS), label="Begin with the settings of", allow_custom_value=True, elem_id="begin",
+                    value=next(iter(form.PRESETS)),
+                )  # fmt: skip
                 self.settings_column()
             with gr.Column(scale=3, min_width=360):
                 self.process_column()
-        self.form = [self.name, self.caption, self.folder, self.model, *self.flags.values()]
-        self.live, self.on_arrival = [self.log], [self.folder]
-
-    def settings_column(self) -> None:
-        self.name = gr.Textbox("my-style", label="Name of the new run", max_lines=1, elem_id="name")
-        self.uploads = gr.File(
-            label="Your images, with .txt captions if you like (none: the bundled ones)",
-            file_count="multiple", file_types=["image", ".txt"], height=150, elem_id="uploads",
-        )  # fmt: skip
-        self.caption = gr.Textbox(label="Caption of images without a .txt (empty: words of the file name)")
-        self.folder = gr.Dropdown(label="Or a folder of images on the server", choices=[], allow_custom_value=True)
-        self.model = gr.Textbox(label="Model", placeholder="bundled; or a name on the hub: owner/model", max_lines=1)
-        with gr.Row():
-            for name, action in launcher.flags().items():
-                self.flags[name] = flag_widget(name, action)
+        self.live = [self.log]
+        self.on_arrival += [self.begin]
 
     def process_column(self) -> None:
-        with gr.Row(elem_classes="actions"):
-            self.start = gr.Button("Start training", variant="primary", elem_id="start")
-            self.stop = gr.Button("Stop and save", elem_id="stop")
-            self.resume = gr.Button("Resume", elem_id="resume")
-            self.show = gr.Button("Show command", elem_id="show")
-        self.command = gr.Textbox(
-            label="Command", lines=2, max_lines=8, buttons=["copy"], interactive=False, elem_id="command"
-        )
-        self.answer = gr.HTML(elem_id="answer")
+        self.buttons_row()
+        with gr.Row():
+            self.sample_now = gr.Button("Sample now", elem_id="sample-now", size="sm")
+            self.save_now = gr.Button("Save now", elem_id="save-now", size="sm")
+            self.memory_button()
         self.log = gr.HTML(elem_id="log")
         gr.Markdown(
             "Training is a process of its own: closing this page does not stop it, and reopening finds it "
@@ -69,67 +56,38 @@ class TrainTab(Tab):
         )
 
     def arrive(self) -> dict:
-        """The folders of images on the server."""
-        return {self.folder: gr.update(choices=self.trainings.folders())}
+        """The folders of images, and whose settings there are to begin with."""
+        return super().arrive() | {self.begin: gr.update(choices=[*form.PRESETS, *self.library.runs()])}
 
     def events(self, page: Page) -> None:
-        run = page.run
-        inputs = [self.name, self.uploads, self.caption, self.folder, self.model, *self.flags.values()]
-        show, start = (named(readable_errors(do), PARAMETERS) for do in (self.do_show, self.do_start))
-        self.show.click(show, inputs, self.command, api_name="train_command", preprocess=False)
-        self.start.click(start, inputs, [run, self.command], api_name="train_start", preprocess=False)
+        self.connect(page, page.run)
         quiet = {"api_visibility": "private", "show_progress": "hidden"}
-        page.blocks.load(None, self.form, self.form, js=RECALL, **quiet)
-        gr.on([part.change for part in self.form], None, self.form, None, js=KEEP, **quiet)
-        # Not queued: they must not wait for what they end.
-        self.stop.click(readable_errors(self.do_stop), run, self.answer, api_name="train_stop", queue=False)
-        self.resume.click(readable_errors(self.do_resume), run, self.answer, api_name="train_resume")
+        # By a visitor alone: a form that the browser has kept is not to be overwritten.
+        self.begin.input(readable_errors(self.fill), self.begin, [self.model, *self.flags.values()], **quiet)
+        for button, request in ((self.sample_now, launcher.SAMPLE), (self.save_now, launcher.SAVE)):
+            ask = readable_errors(partial(self.ask, request))
+            button.click(ask, None, self.answer, api_name=f"train_{request.replace('.', '_')}", queue=False)
+
+    def fill(self, name: str) -> list:
+        """The form with the settings of a preset or a run."""
+        settings = form.settings_of(name, self.library.runs())
+        model = settings.get("pretrained_model_name_or_path")
+        model = model if isinstance(model, str) and launcher.is_hub_name(model) else ""
+        return [model, *form.values_of(settings, self.all_names())]
+
+    def ask(self, request: str) -> str:
+        """Asks the run that trains for something after this step."""
+        return views.notice(self.trainings.ask(request))
+
+    def settings(self, values: tuple) -> dict:
+        """Flags and their values; several of what makes an experiment are refused."""
+        settings = super().settings(values)
+        for name in SEVERAL:
+            value = settings.get(name)
+            if isinstance(value, str) and len(value.replace(",", " ").split()) > 1:
+                raise RunError(f"{name} {value}: several values make an experiment; start it under Experiment.")
+        return settings
 
     def told(self, run: Run, status: str) -> dict:
         """What the trainer has printed."""
         return {self.log: views.log(self.trainings.log(run), status)}
-
-    def words(self, name, uploads, caption, folder, model, *values) -> list[str]:
-        """Of the trainer's command line."""
-        settings = dict(zip(launcher.FLAGS, values, strict=True)) | {"model": model}
-        return self.trainings.command(name, settings, self.trainings.choose_images(name, folder, paths_of(uploads)))
-
-    def do_show(self, *inputs) -> str:
-        """The command that the settings make."""
-        return launcher.in_words(self.words(*inputs))
-
-    def do_start(self, *inputs) -> tuple:
-        """Starts a training; shows its run, and the command."""
-        name, uploads, caption, folder, *_ = inputs
-        words, paths = self.words(*inputs), paths_of(uploads)
-
-        def prepare() -> None:
-            if paths:
-                launcher.store_images(self.trainings.choose_images(name, folder, paths), paths, str(caption or ""))
-
-        run = self.trainings.start(name, words, prepare)
-        return gr.update(choices=list(self.library.runs()), value=run.name), launcher.in_words(words)
-
-    def do_stop(self, run: str) -> str:
-        """Stops the run that trains, whichever is looked at."""
-        return views.notice(self.trainings.stop(run))
-
-    def do_resume(self, run: str) -> str:
-        """Goes on with a run."""
-        self.trainings.resume(run)
-        return views.notice(f"{run} goes on from its newest checkpoint.")
-
-
-def flag_widget(name: str, action: argparse.Action) -> gr.components.Component:
-    """The widget of a trainer's flag, with the trainer's default and help; empty means the default."""
-    text, _, rest = action.help.partition(" (")
-    info = f"{text} ({rest}" if action.default is None and rest else text
-    common = {"label": name, "info": info, "elem_id": f"flag-{name}", "min_width": 220}
-    if name == "method":
-        value = ["lora", "reslora"]
-        return gr.CheckboxGroup(list(action.choices), value=value, **common | {"min_width": 460})
-    if action.choices:
-        return gr.Dropdown(list(action.choices), value=action.default, **common)
-    if name == "validation_prompt":
-        return gr.Textbox(lines=2, placeholder="one prompt a line", **common | {"min_width": 460})
-    return gr.Textbox("" if action.default is None else str(action.default), max_lines=1, **common)

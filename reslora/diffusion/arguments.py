@@ -25,7 +25,8 @@ SAMPLINGS = ("uniform", "logit_normal", "mode", "sigmoid", "shift", "flux_shift"
 BASE_PRECISIONS = ("no", "fp8", "int8", "nf4")
 HUBER_SCHEDULES = ("constant", "exponential", "snr")
 WEIGHTINGS = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
-SEVERAL = ("learning_rate", "seed", "rank", "shortcut")  # several values of one of these make a run an experiment
+# Several values of one of these make a run an experiment.
+SEVERAL = ("learning_rate", "seed", "rank", "shortcut", "pre_num")
 SWITCH = {"action": argparse.BooleanOptionalAction, "default": False}
 
 # A flag left alone takes the first value with a bundled pipeline and the second with a model the user names;
@@ -190,7 +191,7 @@ def add_method_flags(add: Callable) -> None:
              "own layers; Stable Diffusion, SDXL, SD 3, Flux.1. T5 stays as it is")
     add("--shortcut", nargs="+", choices=SHORTCUTS, default="input",
         help="ResLoRA and lora_matched: what a block gets from the blocks before it")
-    add("--pre_num", type=whole(-1), default=DEFAULT_PRE_NUM,
+    add("--pre_num", nargs="+", type=whole(-1), default=DEFAULT_PRE_NUM,
         help="ResLoRA, lora_matched and ms_placebo: how many blocks before it, -1 for all; with --shortcut input any "
              "number but 0 means one")
     add("--head", choices=HEADS, default="repeat",
@@ -363,7 +364,7 @@ def add_validation_flags(add: Callable) -> None:
 
 
 def add_experiment_flags(add: Callable) -> None:
-    """Several values of --learning_rate, --seed, --rank or --shortcut: what is tried, and which images judge it."""
+    """Several values of a flag in SEVERAL: what is tried, and which images judge it."""
     add("--select_split", type=number(0, below=1, exclusive=True),
         help="experiments: share of the images by which learning rates and checkpoints are chosen (default: 0.1)")
     add("--test_split", type=number(0, below=1, exclusive=True),

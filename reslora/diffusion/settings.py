@@ -97,7 +97,7 @@ def fill_defaults(args: argparse.Namespace) -> Flags:
 
 
 def is_experiment(flags: Mapping[str, object]) -> bool:
-    """Whether several learning rates, seeds, ranks or shortcuts are asked for, by the flags as a table."""
+    """Whether several values of a flag in SEVERAL are asked for, by the flags as a table."""
     return any(isinstance(flags[name], list) for name in SEVERAL)
 
 

@@ -1,4 +1,4 @@
-"""`experiment.json` after every arm, and at the end what is chosen, tested, compared, exported and said."""
+"""`experiment.json` and the report after every arm, and at the end what is chosen, tested, compared and exported."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Results:
     def __post_init__(self) -> None:
         self.readings: int = read_object(self.course.folder / EXPERIMENT).get("readings", 0)
 
-    def write(self) -> record.Experiment:
-        """`experiment.json` as things stand, which it returns."""
+    def write(self) -> None:
+        """`experiment.json` as things stand, and the report of it."""
         content: record.Experiment = {
             "format": record.FORMAT,
             "settings": read_object(self.course.folder / "config.json"),
@@ -46,7 +46,7 @@ class Results:
             "process": this_process(),
         }
         write_json(self.course.folder / EXPERIMENT, content)
-        return content
+        write_report(content, self.course.folder, self.subject.about)
 
     def conclude(self) -> None:
         """Chooses by the select part, reads the test part once, compares, and tells all."""
@@ -60,8 +60,7 @@ class Results:
         self.verdicts = compare(records, self.chosen, self.subject.about.unit)
         self.notes = [*self.unfinished(len(losses)), *self.others(), *self.failed(), *self.at_ends()]
         self.notes += [*self.no_reference(judged), *self.read_again(), *self.export(judged)]
-        experiment = self.write()
-        write_report(experiment, course.folder, self.subject.about)
+        self.write()
         for line in (*self.notes, *(verdict["sentence"] for verdict in self.verdicts)):
             print(line)
         print(f"{course.folder / REPORT}")

@@ -50,6 +50,7 @@ def test_several_resolutions_are_numbers_with_spaces(trainings):
         {"method": ["lora", "--push_to_hub"]},
         {"shortcut": "--config=x"},
         {"validation_prompt": "--push_to_hub"},
+        {"validation_prompt": "/home/prompts.txt"},
         {"model": "/etc"},
         {"model": "../../x"},
         {"model": "../x"},

@@ -27,7 +27,7 @@ from waiting import LIMIT, ended, ignore_sigint, wait_until
 from app import __main__ as command_line
 from app import recipe
 from app.runs import Library
-from app.tabs.train import PARAMETERS
+from app.tabs.train import TrainTab
 
 # -- command line ------------------------------------------------------------------------------------------------------
 
@@ -66,7 +66,7 @@ def test_others_may_come_with_a_password():
 def test_only_the_page_and_the_entry_import_gradio():
     """And of the trainers nothing but the parser: trainings are processes."""
     with_gradio = {"page.py", "handlers.py", "base.py", "compare.py", "generate.py", "dataset.py"}
-    with_gradio |= {"train.py", "chains.py"}
+    with_gradio |= {"train.py", "chains.py", "launching.py", "experiment.py"}
     for path in (REPOSITORY / "app").rglob("*.py"):
         names = set()
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -260,7 +260,7 @@ def test_the_settings_of_a_training_have_names(client):
     endpoints = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
     for name in ("/train_command", "/train_start"):
         names = [parameter["parameter_name"] for parameter in endpoints[name]["parameters"]]
-        assert names == list(PARAMETERS)
+        assert names == list(TrainTab.parameters())
 
 
 def test_what_nobody_listens_to_keeps_nobody_waiting(address, client, log):

@@ -65,7 +65,7 @@ def test_prompts_that_begin_with_a_dash_come_back(tmp_path, data):
     assert args.validation_prompt == ["-foo", "--seed=7"] and args.seed == 0
 
 
-@pytest.mark.parametrize("content", ["pre_num = [4]", "rank = [[4]]", "[rank]\nvalue = 4", "rank = 4 5"])
+@pytest.mark.parametrize("content", ["max_train_steps = [4]", "rank = [[4]]", "[rank]\nvalue = 4", "rank = 4 5"])
 def test_malformed_config_values_are_refused(tmp_path, capsys, content):
     (tmp_path / "run.toml").write_text(content)
     assert "--config" in refused(capsys, "--config", tmp_path / "run.toml")

@@ -79,6 +79,18 @@ def test_all_shortcuts_and_all_controls_are_one_experiment():
     assert [label.name for label in labels_of(matched)] == ["lora", "lora_matched input", "lora_matched block(4)"]
 
 
+def test_several_numbers_of_blocks_are_arms_of_the_shortcuts_that_take_several():
+    words = ["--method", "lora", "reslora", "--shortcut", "input", "middle", "--pre_num", "1", "4", "--seed", "0", "1"]
+    flags = parse_args(words)
+    found = {label.name: label for label in labels_of(flags)}
+    assert list(found) == ["lora", "reslora input", "reslora middle(1)", "reslora middle(4)"]
+    own = flags_of(flags, found["reslora middle(1)"], 1e-4, 0)
+    assert (own.shortcut, own.pre_num) == ("middle", 1) and not is_experiment(vars(own))
+    arm = Arm("reslora middle(1)", 1e-4, 1)
+    assert place_of(found[arm.label], arm) == "middle/pre_num-1/lr-0.0001/seed-1"
+    assert is_experiment(vars(parse_args(["--shortcut", "block", "--pre_num", "1", "4"])))
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -90,6 +102,7 @@ def test_all_shortcuts_and_all_controls_are_one_experiment():
         ("--validation_split", "0.2", *SEVERAL),
         ("--resume_from_checkpoint", "checkpoint-2", *SEVERAL),
         ("--shortcut", "input", "block", "--method", "lora"),
+        ("--pre_num", "1", "4", "--method", "reslora", "--shortcut", "input"),
         ("--extend_rates", "--seed", "0", "1"),
         ("--extend_rates",),
         ("--experiment_minutes", "5"),

@@ -8,9 +8,10 @@ from ..arguments import SEVERAL, Flags
 
 
 def plain_variants(flags: Flags) -> list[Flags]:
-    """The flags as runs without an experiment have them, with all methods: one for each rate, rank and shortcut."""
+    """The flags as runs without an experiment have them, with all methods: one for each rate, rank, shortcut and
+    number of blocks."""
     plain = [flags.replace(seed=values_of(flags, "seed")[0])]
-    for name in ("shortcut", "rank", "learning_rate"):
+    for name in ("shortcut", "pre_num", "rank", "learning_rate"):
         plain = [one.replace(**{name: value}) for one in plain for value in values_of(flags, name)]
     return [one.replace(lora_alpha=alpha_of(one, one.rank)) for one in plain]
 
@@ -20,7 +21,7 @@ def check_experiment(flags: Flags) -> None:
     if not any(isinstance(getattr(flags, name), list) for name in SEVERAL):
         for name in ("select_split", "test_split", "extend_rates", "experiment_minutes", "merged_weights"):
             if getattr(flags, name):
-                fix = "give several values of --learning_rate, --seed, --rank or --shortcut, or leave it out"
+                fix = f"give several values of --{', --'.join(SEVERAL)}, or leave it out"
                 raise InvalidArgument(f"--{name}", "this is no experiment, nothing reads it", fix)
         return
     check_values(flags, {name: name for name in SEVERAL})

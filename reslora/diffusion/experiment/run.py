@@ -47,6 +47,7 @@ from .pages import IMAGES
 from .split import Parts, check_count, learnt, parts_of, with_parts
 
 MOST_LOOKS = 10
+ADAPTER = ("rank", "shortcut", "pre_num")  # what an adapter is made of, where several are given
 CHANGING = ("learning_rate", "seed")  # and the methods: of these more may be added
 FIXED = (
     *MERGING,
@@ -153,10 +154,10 @@ def with_several(settled: Flags, given: Flags) -> Flags:
 
 
 def check_variants(flags: Flags, context: Context) -> None:
-    """Tries the methods with every further rank and shortcut."""
+    """Tries the methods with every further rank, shortcut and number of blocks."""
     tried = [context.flags]
     for one in plain_variants(flags):
-        if all((one.rank, one.shortcut) != (other.rank, other.shortcut) for other in tried):
+        if all(any(getattr(one, name) != getattr(other, name) for name in ADAPTER) for other in tried):
             check_methods(one, context.model, context.accelerator, context.start)
             tried.append(one)
 

@@ -1,0 +1,62 @@
+"""What is seen of an experiment, as HTML: how many arms a form makes, how far they are, and the report."""
+
+from __future__ import annotations
+
+from reslora.diffusion.arguments import Flags, build_parser
+from reslora.diffusion.settings import fill_defaults
+from reslora.experiment.course import Course
+
+from .activity import activity, duration
+from .launcher import arguments
+from .runs import Experiment, RunError
+from .views import escape, notice
+
+
+def plan(settings: dict) -> str:
+    """How many arms the settings make, in a sentence; what is wrong with them instead, where they make none."""
+    try:
+        course = Course(settled(arguments(settings)))
+        arms = course.arms()
+    except (RunError, ValueError) as error:
+        return notice(str(error))
+    facts = [counted(len(course.labels), "method"), counted(len(course.given), "learning rate")]
+    facts.append(counted(len(course.seeds), "seed"))
+    advice = "" if len(course.seeds) > 2 else " With fewer than three seeds little can be shown."
+    if len(arms) < 2:
+        return notice("One arm is no experiment: tick more methods, or give more learning rates or seeds.")
+    return notice(f"{len(arms)} arms: {', '.join(facts)}.{advice}")
+
+
+def settled(words: list[str]) -> Flags:
+    """The flags of a command with what the trainer fills in."""
+    return fill_defaults(build_parser().parse_args(words))
+
+
+def counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+def summary(experiment: Experiment, status: str) -> str:
+    """How far an experiment is, and what its trainer is doing now."""
+    ended, total = experiment.progress
+    facts = [f"{ended} of {counted(total, 'arm')} ended"] if total else []
+    each = experiment.seconds_an_arm
+    if status == "running" and each is not None and ended < total:
+        facts.append(f"about {duration(each * (total - ended))} left")
+    if status == "stopped" and total:
+        facts.append("Go on trains the rest")
+    text = escape(" \u00b7 ".join(facts))
+    if now := activity(experiment.activity) or ("The trainer is starting" if status == "starting" else ""):
+        text = f'<span class="now">{escape(now)}</span><small>{text}</small>'
+    share = 100 * ended / total if total else 0
+    bar = f'<div class="bar"><div style="width:{share:.1f}%"></div></div>' if status in ("running", "starting") else ""
+    return f'<div class="summary"><b class="{status}">{status}</b> {text}{bar}</div>'
+
+
+def report(experiment: Experiment) -> str:
+    """The report in a frame of its own, which can do nothing to the page."""
+    content = experiment.report()
+    if not content:
+        return notice("The report comes with the first arm.")
+    title = f"Report of {escape(experiment.name)}"
+    return f'<iframe title="{title}" sandbox="allow-scripts" srcdoc="{escape(content)}"></iframe>'

@@ -1,0 +1,143 @@
+"""The trainer's flags as a form: which a page may set, how they are called, and what to begin with. No gradio."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from reslora.common.methods import METHODS
+from reslora.diffusion.arguments import DEFAULTS, build_parser
+from reslora.diffusion.optimizers import OPTIMIZERS
+
+from .runs import Run
+
+LABELS = {
+    "method": "Methods",
+    "max_train_steps": "Steps",
+    "train_batch_size": "Batch size",
+    "pre_num": "Blocks before it",
+    "head": "First block of a chain",
+    "validation_steps": "Steps between samples",
+    "checkpointing_steps": "Steps between checkpoints",
+    "validation_prompt": "Prompts to draw",
+    "experiment_minutes": "Minutes at most",
+    "extend_rates": "Try further rates",
+}
+"""Where the flag's own words would say less."""
+OF_RESLORA = ("shortcut", "pre_num", "head", "merge")
+TEXTS = ("caption_prefix", "caption_suffix", "target_modules", "rank_pattern", "alpha_pattern")
+"""Flags that take words which name no file, no model and no code."""
+NEVER = ("plan", "local_rank", "push_to_hub", "class_prompt", "dataloader_num_workers")
+PRESETS: dict[str, dict[str, object]] = {
+    "the trainer's defaults": {},
+    "a quick look": {"max_train_steps": 50, "validation_steps": 25, "checkpointing_steps": 50},
+    "ResLoRA and what would explain it": {"method": ["lora", "lora_x2", "reslora"], "validation_split": 0.1},
+    "little memory": {"train_batch_size": 1, "gradient_accumulation_steps": 8, "gradient_checkpointing": True},
+    "photographs of one thing": {
+        "train_batch_size": 2, "use_aspect_ratio_buckets": True, "caption_dropout": 0.05, "validation_split": 0.1,
+    },
+}  # fmt: skip
+"""To begin with; what is not in one is the trainer's default."""
+
+
+def actions() -> dict[str, argparse.Action]:
+    """The trainer's own definition of each flag that a page may set."""
+    return {action.dest: action for group in groups().values() for action in group}
+
+
+def groups(without: Sequence[str] = ()) -> dict[str, list[argparse.Action]]:
+    """The flags that a page may set, but for some, by --help's groups: a page names no file or code of the server."""
+    found = {}
+    for group in build_parser()._action_groups:
+        safe = [action for action in group._group_actions if is_safe(action) and action.dest not in without]
+        found |= {str(group.title): safe} if safe else {}
+    return found
+
+
+def is_safe(action: argparse.Action) -> bool:
+    """Whether any value of a flag may come from a browser: a switch, a choice, a number, or harmless words."""
+    if action.dest in NEVER or action.dest == "help":
+        return False
+    is_number = action.type is not None and action.dest != "validation_prompt_options"
+    listed = bool(action.choices) or action.dest in ("optimizer", "validation_prompt", *TEXTS)
+    return listed or is_number or is_switch(action)
+
+
+def is_switch(action: argparse.Action) -> bool:
+    return isinstance(action, argparse.BooleanOptionalAction)
+
+
+def choices(action: argparse.Action) -> list[str]:
+    """What may be chosen; empty where anything may be written."""
+    return list(OPTIMIZERS) if action.dest == "optimizer" else list(action.choices or ())
+
+
+def label(action: argparse.Action) -> str:
+    """A flag's name for people."""
+    return LABELS.get(action.dest) or action.dest.replace("_", " ").capitalize()
+
+
+def info(action: argparse.Action) -> str:
+    """What a flag does, and its name; its default stands in the box."""
+    text, _, rest = (action.help or "").partition(" (")
+    text = f"{text} ({rest}" if action.default is None and rest and action.dest not in DEFAULTS else text
+    return f"{text[:1].upper()}{text[1:]} · --{action.dest}"
+
+
+def default(action: argparse.Action) -> str:
+    """What is taken where a box is left empty, in words."""
+    if action.default is not None:
+        return in_box(action.default)
+    if action.dest in DEFAULTS:
+        bundled, other = (in_box(value, ", ") for value in DEFAULTS[action.dest])
+        return bundled if bundled == other or not other else f"{bundled} (another model: {other})"
+    told = re.search(r"\(default: ([^;)]*)", action.help or "")  # what depends on others is in the help alone
+    return told[1] if told else ""
+
+
+def in_box(value: object, between: str = " ") -> str:
+    """A value as one would write it."""
+    if value is None:
+        return ""
+    return between.join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def wires(methods: Iterable[str]) -> bool:
+    """Whether any of the methods reads what is set for ResLoRA's shortcuts."""
+    found = [METHODS[name] for name in methods if name in METHODS]
+    return any(method.reads_shortcut or method.placebo for method in found)
+
+
+def values_of(settings: Mapping[str, object], names: Sequence[str]) -> list[object]:
+    """The form's values for these settings: of each flag its value, else what an untouched form has."""
+    return [widget_value(action, settings.get(name)) for name, action in chosen(names).items()]
+
+
+def chosen(names: Sequence[str]) -> dict[str, argparse.Action]:
+    """The flags of these names, in their order."""
+    known = actions()
+    return {name: known[name] for name in names}
+
+
+def widget_value(action: argparse.Action, value: object) -> object:
+    """A value as the flag's widget has it; what does not fit one is as if it were not given."""
+    if is_switch(action):
+        return bool(action.default if not isinstance(value, bool) else value)
+    if action.dest == "method":
+        found = [one for one in value if one in choices(action)] if isinstance(value, list) else []
+        return found or ["lora", "reslora"]
+    if choices(action):
+        return value if value in choices(action) else action.default
+    if isinstance(value, bool | dict) or value is None:
+        return ""
+    if action.dest == "validation_prompt":
+        return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
+    return in_box(value)
+
+
+def settings_of(name: str, runs: Mapping[str, Run]) -> dict:
+    """The settings of a preset or of a run by its name; empty where there is none."""
+    if name in PRESETS:
+        return PRESETS[name]
+    return runs[name].config if name in runs else {}

@@ -1,0 +1,124 @@
+"""Experiment: which method wins on one's own images. Arms come in one after the other, the verdict comes last."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import gradio as gr
+
+from .. import experiments, launcher, views
+from ..handlers import readable_errors
+from ..runs import Experiment
+from .base import Parts
+from .launching import LaunchTab
+
+if TYPE_CHECKING:
+    from ..page import Page
+
+EVERY = 3.0
+"""Seconds between two looks at the experiment."""
+ABOUT = (
+    "Every method is trained with every learning rate and seed, on the same images and noise. Rates and checkpoints "
+    "are chosen on images that none has learnt, and methods are compared on others, read once at the end. The name of "
+    "an experiment that is there goes on with it: what is new among methods, rates and seeds is added."
+)
+
+
+class ExperimentTab(LaunchTab):
+    title, id = "Experiment", "experiment"
+    kind, suggested = Experiment, "which-method"
+    names = (
+        "method", "learning_rate", "seed", "shortcut", "pre_num", "head", "merge", "rank", "max_train_steps",
+        "train_batch_size", "resolution", "experiment_minutes", "validation_prompt", "extend_rates",
+    )  # fmt: skip
+    left_out = ("validation_split", "max_train_samples", "save_best", "early_stopping_patience", "validation_noises")
+    filled: ClassVar = {
+        "method": ["lora", "lora_x2", "reslora"], "learning_rate": "1e-4 3e-4 1e-3", "seed": "0 1 2",
+        "shortcut": ["input"], "max_train_steps": 200,
+    }  # fmt: skip
+    buttons = ("Start experiment", "Stop and save", "Go on", "Show command")
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
+        with gr.Row():
+            with gr.Column(scale=2, min_width=340):
+                gr.Markdown(ABOUT)
+                self.settings_column()
+            with gr.Column(scale=3, min_width=360):
+                self.results_column()
+        self.last_look = gr.State(None)
+        self.timer = gr.Timer(EVERY, active=False)
+        self.on_arrival += [self.which]
+
+    def results_column(self) -> None:
+        self.plan = gr.HTML(elem_id="plan")
+        self.buttons_row()
+        self.memory_button()
+        with gr.Row(equal_height=True):
+            self.which = gr.Dropdown(
+                label="Experiment", allow_custom_value=True, interactive=True, elem_id="experiment", scale=3
+            )
+            self.take = gr.DownloadButton("Download report", elem_id="take-report", scale=1, min_width=140)
+        self.state = gr.HTML(elem_id="experiment-state")
+        self.report = gr.HTML(elem_id="report")
+        with gr.Accordion("What the trainer prints", open=False):
+            self.log = gr.HTML(elem_id="experiment-log")
+
+    def arrive(self) -> dict:
+        """The folders of images, and the experiments: the one that trains, else the newest."""
+        found = self.library.experiments()
+        first = next((name for name, one in found.items() if one.process), next(iter(found), None))
+        return super().arrive() | {self.which: gr.update(choices=list(found), value=first)}
+
+    def list_names(self) -> list[str]:
+        """What can be looked at."""
+        return list(self.library.experiments())
+
+    def events(self, page: Page) -> None:
+        self.connect(page, self.which)
+        quiet = {"api_visibility": "private", "show_progress": "hidden"}
+        planned = list(self.flags.values())
+        gr.on(
+            [page.blocks.load, *(part.change for part in planned)],
+            self.count, planned, self.plan, trigger_mode="always_last", **quiet,
+        )  # fmt: skip
+        shown = [self.last_look, self.which, self.state, self.log, self.report, self.take]
+        look = readable_errors(self.look)
+        self.which.change(look, self.which, shown, **quiet)
+        self.timer.tick(look, [self.which, self.last_look], shown, queue=False, **quiet)
+        page.frames[self].select(lambda: gr.Timer(active=True), None, self.timer, **quiet)
+        gr.api(readable_errors(self.list_names), api_name="experiments")
+
+    def count(self, *values) -> str:
+        """How many arms the form makes; what is wrong with it instead, where it makes none."""
+        return experiments.plan(self.settings(values))
+
+    def look(self, name: str, seen: tuple | None = None):
+        """What is new of an experiment since the last look: state and log, and the report where there is another."""
+        names = self.list_names()
+        if name not in names:
+            return {self.which: gr.update(choices=names)} if names else gr.skip()
+        found = self.library.find_experiment(name)
+        status = self.trainings.status(found)
+        now = (name, tuple(names), found.fingerprint(), status, found.activity, found.log_tail())
+        if now == seen:
+            return gr.skip()
+        updates = {
+            self.last_look: now,
+            self.state: experiments.summary(found, status),
+            self.log: views.log(self.trainings.log(found), status),
+        }
+        if seen is None or now[:3] != seen[:3]:
+            updates[self.which] = gr.update(choices=names)
+            updates[self.report] = experiments.report(found)
+            updates[self.take] = gr.update(value=self.copy_of_report(found), interactive=bool(found.report()))
+        return updates
+
+    def copy_of_report(self, experiment: Experiment) -> str | None:
+        """A copy to download; None until there is a report."""
+        content = experiment.report()
+        if not content:
+            return None
+        path = self.files.new(f"{launcher.safe_name(experiment.name)}-report.html")
+        path.write_text(content, encoding="utf-8")
+        return str(path)

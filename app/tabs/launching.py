@@ -1,0 +1,218 @@
+"""What Train and Experiment share: a form that becomes a command of the trainer, which is a process of its own."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+import gradio as gr
+
+from .. import form, launcher, views
+from ..handlers import named, paths_of, readable_errors
+from ..runs import Run
+from .base import Parts, Tab
+
+if TYPE_CHECKING:
+    from ..page import Page
+
+WIDE = ("method", "validation_prompt")
+# The form is kept in the browser, so that it outlives a restart of the server.
+KEEP = "(...values) => { localStorage.setItem('reslora-%s', JSON.stringify(values)); }"
+RECALL = """(...values) => {
+    const kept = JSON.parse(localStorage.getItem('reslora-%s') || '[]');
+    return kept.length === values.length ? kept : values;
+}"""
+
+
+class LaunchTab(Tab):
+    """A form with its buttons: Start, Stop, Resume, Show command. Endpoints are `<id>_start` and so on."""
+
+    kind: ClassVar[type[Run]] = Run
+    names: ClassVar[tuple[str, ...]]
+    """The flags that are in view; all others that a page may set are folded."""
+    left_out: ClassVar[tuple[str, ...]] = ()
+    """The flags that are neither."""
+    filled: ClassVar[Mapping[str, object]] = {}
+    """What stands in the form where that is not the trainer's default."""
+    suggested: ClassVar[str]
+    """A name for what is new."""
+    buttons: ClassVar[tuple[str, str, str, str]] = ("Start training", "Stop and save", "Resume", "Show command")
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
+        self.flags: dict[str, gr.components.Component] = {}
+
+    @classmethod
+    def all_names(cls) -> tuple[str, ...]:
+        """Every flag of the form, in order."""
+        folded = form.groups((*cls.names, *cls.left_out)).values()
+        return *cls.names, *(action.dest for group in folded for action in group)
+
+    @classmethod
+    def parameters(cls) -> tuple[str, ...]:
+        """Of the named endpoints, in order."""
+        return "name", "images", "caption", "folder", "model", *cls.all_names()
+
+    def settings_column(self) -> None:
+        """The form: what everybody sets, then all else, folded."""
+        self.name = gr.Textbox(
+            self.suggested, label=f"Name of the new {self.what}", max_lines=1, elem_id=self.own("name")
+        )
+        self.images_part()
+        known = form.actions()
+        self.widgets([known[name] for name in self.names])
+        for title, group in form.groups((*self.names, *self.left_out)).items():
+            with gr.Accordion(title[:1].upper() + title[1:], open=False):
+                self.widgets(group)
+        self.form = [self.name, self.caption, self.folder, self.model, *self.flags.values()]
+        self.on_arrival = [self.folder]
+
+    def images_part(self) -> None:
+        """What is trained, and on which images."""
+        self.uploads = gr.File(
+            label="Your images, with .txt captions if you like (none: the bundled ones)",
+            file_count="multiple", file_types=["image", ".txt"], height=150, elem_id=self.own("uploads"),
+            elem_classes="uploads",
+        )  # fmt: skip
+        self.caption = gr.Textbox(label="Caption of images without a .txt (empty: words of the file name)")
+        self.folder = gr.Dropdown(label="Or a folder of images on the server", choices=[], allow_custom_value=True)
+        self.preview = gr.HTML(elem_id=self.own("preview"))
+        self.model = gr.Textbox(label="Model", placeholder="bundled; or a name on the hub: owner/model", max_lines=1)
+
+    def widgets(self, actions: Sequence[argparse.Action]) -> None:
+        """A widget for each flag: first what is written or chosen, then what is ticked."""
+        ticked = [action for action in actions if form.is_switch(action)]
+        for part in ([action for action in actions if action not in ticked], ticked):
+            with gr.Row():
+                for action in part:
+                    self.flags[action.dest] = self.widget(action)
+
+    def widget(self, action: argparse.Action) -> gr.components.Component:
+        """The widget of a flag, with the trainer's help; an empty box means the default, which stands in it in grey."""
+        name, several = action.dest, isinstance(self.filled.get(action.dest), list)
+        value = self.filled[name] if name in self.filled else form.widget_value(action, None)
+        wide = {"min_width": 460 if name in WIDE else 220}
+        common = {"label": form.label(action), "info": form.info(action), "elem_id": self.own(f"flag-{name}"), **wide}
+        if name == "method":
+            return gr.CheckboxGroup(form.choices(action), value=value, **common)
+        if name in form.OF_RESLORA:
+            common["visible"] = form.wires(self.filled.get("method", ()))
+        if form.is_switch(action):
+            return gr.Checkbox(bool(value), **common)
+        if found := form.choices(action):
+            return gr.Dropdown(found, value=value, multiselect=several, **common)
+        lines = {"lines": 2} if name == "validation_prompt" else {"max_lines": 1}
+        return gr.Textbox(str(value), placeholder=form.default(action), **lines, **common)
+
+    def buttons_row(self) -> None:
+        """What is done with the form, and the command that it makes."""
+        start, stop, resume, show = self.buttons
+        with gr.Row(elem_classes="actions"):
+            self.start = gr.Button(start, variant="primary", elem_id=self.own("start"))
+            self.stop = gr.Button(stop, elem_id=self.own("stop"))
+            self.resume = gr.Button(resume, elem_id=self.own("resume"))
+            self.show = gr.Button(show, elem_id=self.own("show"))
+        self.command = gr.Textbox(
+            label="Command", lines=2, max_lines=8, buttons=["copy"], interactive=False, elem_id=self.own("command")
+        )
+        self.answer = gr.HTML(elem_id=self.own("answer"))
+
+    def memory_button(self) -> None:
+        """What asks how much memory the form's training would take."""
+        self.memory = gr.Button("Plan memory", elem_id=self.own("memory"), size="sm")
+
+    @property
+    def what(self) -> str:
+        """What the form makes, in words."""
+        return self.kind.__name__.lower()
+
+    def own(self, name: str) -> str:
+        """The id of a part of the page that other tabs have as well."""
+        return name if self.kind is Run else f"{self.id}-{name}"
+
+    def arrive(self) -> dict:
+        """The folders of images on the server."""
+        return {self.folder: gr.update(choices=self.trainings.folders())}
+
+    def connect(self, page: Page, which: gr.components.Component) -> None:
+        """Connects form and buttons; `which` has the name of what is looked at, and gets that of what is started."""
+        inputs = [self.name, self.uploads, self.caption, self.folder, self.model, *self.flags.values()]
+        show, start = (named(readable_errors(do), self.parameters()) for do in (self.do_show, self.do_start))
+        self.show.click(show, inputs, self.command, api_name=f"{self.id}_command", preprocess=False)
+        self.start.click(start, inputs, [which, self.command], api_name=f"{self.id}_start", preprocess=False)
+        plan = named(readable_errors(self.do_plan), self.parameters())
+        self.memory.click(plan, inputs, self.answer, api_name=f"{self.id}_memory", preprocess=False)
+        quiet = {"api_visibility": "private", "show_progress": "hidden"}
+        gr.on(
+            [self.folder.change, self.uploads.change], readable_errors(self.show_images), [self.folder, self.uploads],
+            self.preview, preprocess=False, **quiet,
+        )  # fmt: skip
+        wired = [self.flags[flag] for flag in form.OF_RESLORA]
+        self.flags["method"].change(self.show_shortcuts, self.flags["method"], wired, **quiet)
+        page.blocks.load(None, self.form, self.form, js=RECALL % self.id, **quiet)
+        gr.on([part.change for part in self.form], None, self.form, None, js=KEEP % self.id, **quiet)
+        # Not queued: they must not wait for what they end.
+        self.stop.click(readable_errors(self.do_stop), which, self.answer, api_name=f"{self.id}_stop", queue=False)
+        self.resume.click(readable_errors(self.do_resume), which, self.answer, api_name=f"{self.id}_resume")
+
+    def show_shortcuts(self, methods: list[str]) -> list[dict]:
+        """What is set for ResLoRA's shortcuts, where a method reads it."""
+        return [gr.update(visible=form.wires(methods))] * len(form.OF_RESLORA)
+
+    def settings(self, values: tuple) -> dict:
+        """Flags and their values, of the form's last widgets, but for those that no method reads."""
+        settings = dict(zip(self.all_names(), values, strict=True))
+        methods = settings["method"] if isinstance(settings["method"], list) else []
+        unread = () if form.wires(methods) else form.OF_RESLORA
+        return {name: value for name, value in settings.items() if name not in unread}
+
+    def words(self, name, uploads, caption, folder, model, *values) -> list[str]:
+        """Of the trainer's command line."""
+        settings = self.settings(values) | {"model": model}
+        if self.trainings.goes_on(name, self.kind):
+            return self.trainings.command(name, settings, kind=self.kind)
+        images = self.trainings.choose_images(name, folder, paths_of(uploads))
+        return self.trainings.command(name, settings, images, self.kind)
+
+    def do_show(self, *inputs) -> str:
+        """The command that the settings make."""
+        return launcher.in_words(self.words(*inputs))
+
+    def do_plan(self, *inputs) -> str:
+        """What memory the training would take, by the trainer's own plan, which trains nothing."""
+        name, uploads, caption, folder, *_ = inputs
+        words, paths = self.words(*inputs), paths_of(uploads)
+        if paths:
+            stored = launcher.store_images(self.files.new("images"), paths, str(caption or ""))
+            words[words.index("--train_data_dir") + 1] = str(stored)
+        return views.printed(self.trainings.plan(words))
+
+    def show_images(self, folder: str, uploads) -> str:
+        """The first of the images that are chosen."""
+        return views.thumbnails(self.trainings.first_images(folder, paths_of(uploads)))
+
+    def do_start(self, *inputs) -> tuple:
+        """Starts a training; shows its run, and the command."""
+        name, uploads, caption, folder, *_ = inputs
+        words, paths = self.words(*inputs), paths_of(uploads)
+
+        def prepare() -> None:
+            if paths and not self.trainings.goes_on(name, self.kind):
+                launcher.store_images(self.trainings.choose_images(name, folder, paths), paths, str(caption or ""))
+
+        run = self.trainings.start(name, words, prepare, self.kind)
+        return gr.update(choices=self.list_names(), value=run.name), launcher.in_words(words)
+
+    def list_names(self) -> list[str]:
+        """What can be looked at."""
+        return list(self.library.runs())
+
+    def do_stop(self, name: str) -> str:
+        """Stops what trains, whichever is looked at."""
+        return views.notice(self.trainings.stop(name, self.kind))
+
+    def do_resume(self, name: str) -> str:
+        """Goes on with what was stopped."""
+        self.trainings.resume(name, self.kind)
+        return views.notice(f"{name} goes on from its newest checkpoint.")

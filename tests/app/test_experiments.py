@@ -1,0 +1,125 @@
+"""Experiments on the page: found beside runs, begun and added to by a form, and seen through their report."""
+
+import json
+import os
+
+import pytest
+from app_runs import HOSTILE, write_run
+from experiment import examples
+
+from app import experiments
+from app.launcher import Trainings
+from app.runs import EXPERIMENT_LOG, Experiment, Library, RunError
+from reslora.diffusion.experiment.pages import IMAGES
+from reslora.experiment.report import write_report
+
+
+@pytest.fixture
+def library(tmp_path) -> Library:
+    """A run and a finished experiment."""
+    write_run(tmp_path / "runs" / "run")
+    folder = tmp_path / "runs" / "which"
+    folder.mkdir()
+    write_experiment(folder, examples.experiment(None))
+    (folder / "config.json").write_text(json.dumps({"learning_rate": [1e-4, 2e-4], "seed": 0}))
+    return Library(tmp_path / "runs")
+
+
+def write_experiment(folder, content: dict) -> None:
+    (folder / "experiment.json").write_text(json.dumps(content))
+    write_report(content, folder, IMAGES)
+
+
+def test_experiments_and_runs_are_listed_apart(library):
+    assert list(library.runs()) == ["run"] and list(library.experiments()) == ["which"]
+    found = library.find_experiment("which")
+    assert found.status == "finished" and found.progress == (60, 60)
+    for name in ("run", *HOSTILE):
+        with pytest.raises(RunError, match="no experiment"):
+            library.find_experiment(name)
+    alone = Library(found.folder)
+    assert list(alone.experiments()) == ["which"] and alone.runs() == {} and alone.is_single
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"learning_rate": [1e-4, 2e-4]}, True),
+        ({"shortcut": ["input", "block"]}, True),
+        ({"seed": [1]}, False),
+        ({"rank": [1, {}]}, False),
+        ({"method": ["lora", "reslora"]}, False),
+    ],
+)
+def test_an_experiment_is_known_before_its_first_arm(tmp_path, settings, expected):
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "config.json").write_text(json.dumps(settings))
+    assert list(Library(tmp_path).experiments()) == ["new"] * expected
+    assert list(Library(tmp_path).runs()) == ["new"] * (not expected)
+
+
+def test_what_was_started_here_is_an_experiment_at_once(tmp_path):
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / EXPERIMENT_LOG).write_text("train_sd.py: error: something\n")
+    found = Library(tmp_path).find_experiment("new")
+    assert found.status == "failed" and "something" in found.log_tail() and found.report() == ""
+    assert "first arm" in experiments.report(found)
+
+
+@pytest.mark.parametrize("content", [None, [], 5, {"arms": 3}, {"arms": [None, 7, {"status": []}]}, {"chosen": 1}])
+def test_a_damaged_record_is_no_error(library, content):
+    found = library.find_experiment("which")
+    (found.folder / "experiment.json").write_text(json.dumps(content))
+    assert found.status == "stopped" and experiments.summary(found, found.status)
+
+
+def test_how_far_it_is(library):
+    found, content = library.find_experiment("which"), examples.unfinished()
+    write_experiment(found.folder, content)
+    (found.folder / ".lock").write_text(str(os.getpid()))  # of no trainer: it is stopped
+    assert found.status == "stopped" and found.progress == (7, 60)
+    told = experiments.summary(found, "running")
+    each = sum(arm["seconds"] for arm in content["arms"][:7]) / 7
+    assert "7 of 60 arms ended" in told and f"about {each * 53 / 3600:.1f} h left" in told
+    assert "Go on" in experiments.summary(found, "stopped")
+
+
+def test_the_report_can_do_nothing_to_the_page(library):
+    found = library.find_experiment("which")
+    (found.folder / "report.html").write_text('"><script>parent.hacked = 1</script> ${1} {{2}}')
+    frame = experiments.report(found)
+    assert 'sandbox="allow-scripts"' in frame and "<script>" not in frame and "${" not in frame and "{{" not in frame
+    outside = found.folder.parent / "outside.html"
+    outside.write_text("secret")
+    (found.folder / "report.html").unlink()
+    (found.folder / "report.html").symlink_to(outside)
+    assert found.report() == ""
+
+
+def test_a_plan_is_counted_by_the_trainers_own_parser():
+    form = {"method": ["lora", "reslora"], "learning_rate": "1e-4, 3e-4", "seed": "0 1 2"}
+    assert "12 arms: 2 methods, 2 learning rates, 3 seeds." in experiments.plan(form)
+    assert "fewer than three seeds" in experiments.plan(form | {"seed": "0"})
+    wired = form | {"shortcut": ["input", "middle"], "pre_num": "1 4"}
+    assert "24 arms: 4 methods" in experiments.plan(wired)
+    assert "One arm" in experiments.plan({"method": ["lora"], "seed": "3"})
+    for wrong in ({"seed": "x"}, {"learning_rate": "-1"}, {"method": ["none"]}):
+        assert "argument" in experiments.plan(form | wrong)
+
+
+def test_a_new_experiment_has_all_flags_and_one_that_is_there_what_is_added(library):
+    trainings = Trainings(library)
+    form = {"method": ["lora", "loha"], "learning_rate": "1e-4 3e-4", "seed": "0 1", "extend_rates": True, "model": ""}
+    words = trainings.command("new", form, kind=Experiment)
+    assert words[1:3] == ["--output_dir", str(library.folder / "new")]
+    assert words[3:] == [
+        *("--method", "lora", "loha", "--seed", "0", "1", "--learning_rate", "1e-4", "3e-4", "--extend_rates")
+    ]
+    more = trainings.command("which", form | {"max_train_steps": "7", "seed": "0"}, kind=Experiment)
+    folder = library.folder / "which"
+    assert more[1:5] == ["--output_dir", str(folder), "--config", str(folder / "config.json")]
+    assert more[5:] == ["--method", "lora", "loha", "--seed", "0", "--learning_rate", "1e-4", "3e-4"]
+    with pytest.raises(RunError, match="already"):
+        trainings.command("which", form)  # a run of that name
+    with pytest.raises(RunError, match="finished"):
+        trainings.resume("which", Experiment)

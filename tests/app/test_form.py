@@ -1,0 +1,90 @@
+"""The trainer's flags as a form: what a page may set, what stands in the boxes, and what a form begins with."""
+
+import argparse
+
+import pytest
+from app_runs import WRONG, write_run
+
+from app import form, launcher
+from app.runs import Library
+from app.tabs.experiment import ExperimentTab
+from app.tabs.train import TrainTab
+from reslora.diffusion.arguments import build_parser
+
+
+def test_no_flag_that_names_a_file_a_model_or_code_is_in_the_form():
+    paths = {
+        *("config", "output_dir", "logging_dir", "cache_dir", "train_data_dir", "class_data_dir", "init_lora"),
+        *("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "metric_model", "dataset_name"),
+        *("resume_from_checkpoint", "hub_token", "hub_model_id", "push_to_hub", "report_to", "optimizer_args"),
+    }
+    known = {action.dest for action in build_parser()._actions}
+    assert paths <= known and not paths & set(form.actions())
+    assert "package.Class" not in form.choices(form.actions()["optimizer"])
+
+
+def test_every_safe_flag_is_in_the_form_once():
+    for tab in (TrainTab, ExperimentTab):
+        names = tab.all_names()
+        assert len(set(names)) == len(names) and {*names, *tab.left_out} == set(form.actions())
+    assert tab.names[0] == "method"
+
+
+def test_a_flag_that_is_added_to_the_trainer_has_to_be_harmless():
+    """What takes free words stays out until somebody has thought about it."""
+    free = argparse.Action(["--anything"], "anything")
+    path = argparse.Action(["--where"], "where", nargs="+")
+    number = argparse.Action(["--number"], "number", type=int)
+    assert [form.is_safe(action) for action in (free, path, number)] == [False, False, True]
+
+
+def test_an_untouched_form_is_the_trainers_defaults():
+    for tab in (TrainTab, ExperimentTab):
+        names = tab.all_names()
+        settings = dict(zip(names, form.values_of({}, names), strict=True))
+        assert launcher.arguments(settings) == ["--method", "lora", "reslora"]
+
+
+@pytest.mark.parametrize("name", list(form.PRESETS))
+def test_a_preset_is_what_the_trainer_takes(name):
+    settings = form.settings_of(name, {})
+    names = TrainTab.all_names()
+    values = dict(zip(names, form.values_of(settings, names), strict=True))
+    words = launcher.arguments(values)
+    parsed = vars(build_parser().parse_args(words))
+    for flag, value in settings.items():
+        assert parsed[flag] == value, flag
+
+
+def test_the_settings_of_a_run_make_its_command_again(tmp_path):
+    """As its config.json has them, whatever type that is."""
+    write_run(tmp_path / "run", shortcut="middle", pre_num=2, random_flip=True, snr_gamma=5.0, target_modules=["to_q"])
+    names = TrainTab.all_names()
+    settings = form.settings_of("run", Library(tmp_path).runs())
+    words = launcher.arguments(dict(zip(names, form.values_of(settings, names), strict=True)))
+    parsed = vars(build_parser().parse_args(words))
+    expected = {"shortcut": ["middle"], "pre_num": [2], "random_flip": True, "snr_gamma": 5.0, "max_train_steps": 4}
+    assert {name: parsed[name] for name in expected} == expected and parsed["target_modules"] == ["to_q"]
+    assert parsed["validation_prompt"] == settings["validation_prompt"]
+    assert form.settings_of("none", {}) == {}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_damaged_config_fills_in_what_a_form_can_have(wrong):
+    for name, action in form.actions().items():
+        value = form.widget_value(action, wrong)
+        assert isinstance(value, bool) if form.is_switch(action) else isinstance(value, str | list | None), name
+
+
+def test_the_boxes_show_the_defaults_and_the_help_names_the_flag():
+    known = form.actions()
+    assert form.default(known["learning_rate"]) == "0.0003 (another model: 0.0001)"
+    assert form.default(known["rank"]) == "16" and form.default(known["train_batch_size"]) == "16"
+    assert form.default(known["validation_prompt"]) == "cat face, sailboat, red apple, penguin"
+    for name, action in known.items():
+        assert form.info(action).endswith(f"--{name}") and form.label(action)[0].isupper()
+
+
+def test_options_of_shortcuts_are_read_by_methods_with_shortcuts_alone():
+    assert form.wires(["lora", "reslora"]) and form.wires(["lora_matched"]) and form.wires(["ms_placebo"])
+    assert not form.wires(["lora", "lora_x2", "adalora"]) and not form.wires([])
