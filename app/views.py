@@ -248,7 +248,7 @@ def log(text: str, status: str) -> str:
 
 def printed(text: str) -> str:
     """What a program has printed, as it stands there."""
-    return f'<div class="log"><pre>{escape(text)}</pre></div>'
+    return f'<div class="printed scroll" tabindex="0"><pre>{escape(text)}</pre></div>'
 
 
 def thumbnails(paths: list[Path]) -> str:

@@ -181,7 +181,7 @@ class LaunchTab(Tab):
 
     def do_plan(self, *inputs) -> str:
         """What memory the training would take, by the trainer's own plan, which trains nothing."""
-        name, uploads, caption, folder, *_ = inputs
+        _, uploads, caption, *_ = inputs
         words, paths = self.words(*inputs), paths_of(uploads)
         if paths:
             stored = launcher.store_images(self.files.new("images"), paths, str(caption or ""))
