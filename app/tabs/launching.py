@@ -65,6 +65,7 @@ class LaunchTab(Tab):
         for title, group in form.groups((*self.names, *self.left_out)).items():
             with gr.Accordion(title[:1].upper() + title[1:], open=False):
                 self.widgets(group)
+        self.flags = {name: self.flags[name] for name in self.all_names()}  # whatever the order in which they are seen
         self.form = [self.name, self.caption, self.folder, self.model, *self.flags.values()]
         self.on_arrival = [self.folder]
 
