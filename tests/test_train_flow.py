@@ -224,12 +224,12 @@ def test_bundled_flow_pipeline_draws_on_white_in_every_dtype(dtype):
     assert red > 0.6 and green < 0.5 and blue < 0.5
 
 
-def test_bundled_flow_pipeline_is_deep_and_small_and_shares_the_autoencoder():
+def test_bundled_flow_pipeline_is_deep_and_small_and_has_the_next_autoencoder():
     folder = ASSETS / "pipeline-flow"
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 25 * 2**20
     pipeline = DiffusionPipeline.from_pretrained(folder)
     assert len(pipeline.transformer.layers) >= 12 and check_velocity(pipeline.transformer) < 1e-4
-    other = AutoencoderKL.from_pretrained(ASSETS / "pipeline", subfolder="vae").state_dict()
+    other = AutoencoderKL.from_pretrained(ASSETS / "vae-next").state_dict()
     assert all(torch.equal(other[name], weight) for name, weight in pipeline.vae.state_dict().items())
     tokens = caption_tokens(pipeline.tokenizer, list(VALIDATION_PROMPTS))
     assert pipeline.tokenizer.unk_token_id not in tokens

@@ -32,6 +32,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--data", default="assets/build")
     parser.add_argument("--samples", type=int, default=48)
     parser.add_argument("--set", default="noto", help="set that the pipelines draw")
+    parser.add_argument("--captions_of", metavar="FOLDER", help="of those captions that this imagefolder has, too")
     parser.add_argument("--name_set", action="store_true", help='ask for it: "red apple, noto style"')
     parser.add_argument("--output", required=True, help="file for the numbers")
     return parser.parse_args()
@@ -102,6 +103,9 @@ def measure_pipeline(folder: Path, args: argparse.Namespace) -> dict:
     pipeline.set_progress_bar_config(disable=True)
     pictures, rows = load_pictures(f"{args.data}/{args.set}")
     known = [i for i, row in enumerate(rows) if is_known(row)]
+    if args.captions_of:
+        learnt = {row["text"] for row in load_pictures(args.captions_of)[1]}
+        known = [i for i in known if rows[i]["text"] in learnt]
     chosen = known[:: math.ceil(len(known) / args.samples)]
     captions = [styled_caption(rows[i]["text"], of=args.set if args.name_set else None) for i in chosen]
     real = pictures[chosen]

@@ -131,7 +131,7 @@ def verdict(judge: nn.Sequential, pictures: torch.Tensor, subjects: torch.Tensor
 
 def main() -> None:
     args = parse_args()
-    learnt = argparse.Namespace(data=args.data, sets=["noto"], subjects=args.subjects)
+    learnt = argparse.Namespace(data=args.data, sets=["noto"], subjects=args.subjects, captions_of=None)
     captions = list(dict.fromkeys(row["text"] for row in load_sets(learnt)[1]))[: args.subjects]
     seen, others = captions[0::2], captions[1::2]
     images = write_images(seen, args)

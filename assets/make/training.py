@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from augment import SETS, STYLES, load_pixels, mirrorable, move, restyle, styled_caption
+from augment import SETS, STYLES, load_pictures, load_pixels, mirrorable, move, restyle, styled_caption
 from captions import VALIDATION_PROMPTS, is_held_out, is_known, words
 from checkpoint import load_checkpoint, save_checkpoint
 from diffusers import AutoencoderKL, DiffusionPipeline
@@ -31,6 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", default="assets/build", help="what make_data.py wrote")
     parser.add_argument("--sets", default=list(SETS), nargs="+", choices=SETS)
     parser.add_argument("--subjects", type=int, help="learn so many captions only, validation prompts first")
+    parser.add_argument(
+        "--captions_of",
+        metavar="FOLDER",
+        help="learn this imagefolder's captions and the validation prompts only",
+    )
     parser.add_argument("--cooldown", type=int, default=10000, help="last steps, in which the learning rate falls to 0")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--ema", type=float, default=0.9995)
@@ -107,6 +112,9 @@ def load_sets(args: argparse.Namespace) -> tuple[torch.Tensor, list[dict], int]:
         wanted = args.subjects - len(VALIDATION_PROMPTS)
         learnt = {*VALIDATION_PROMPTS, *(others[i * len(others) // wanted] for i in range(wanted))}
         known = [i for i in known if rows[i]["text"] in learnt]
+    if args.captions_of:
+        learnt = {*VALIDATION_PROMPTS, *(row["text"] for row in load_pictures(args.captions_of)[1])}
+        known = [i for i in known if rows[i]["text"] in learnt]
     held_out = [i for i, row in enumerate(rows) if row["set"] == args.sets[0] and is_held_out(row, known_words)]
     chosen = [*known, *held_out]
     return torch.cat(pictures)[chosen], [rows[i] for i in chosen], len(known)
@@ -122,7 +130,7 @@ def make_examples(args: argparse.Namespace, vae: AutoencoderKL, tokenize) -> Exa
     captions, sets = ([row[key] for row in rows] for key in ("text", "set"))
     styles = ["plain"] * args.variants + list(STYLES[1:])
     weights = sum(parameter.double().sum().item() for parameter in vae.parameters())
-    made_of = repr((weights, args.sets, args.subjects, styles, args.seed))
+    made_of = repr((weights, args.sets, args.subjects, captions[:known], styles, args.seed))
     cache = Path(args.data) / f"latents-{zlib.crc32(made_of.encode()):08x}.pt"
     if not cache.is_file():
         latents = encode_variants(pictures, rows, vae, styles, args.seed)
