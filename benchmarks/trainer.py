@@ -9,6 +9,7 @@
     python benchmarks/trainer.py overhead       # what it adds to a step, on a simulated device (overhead.py)
     python benchmarks/trainer.py first_step     # until training begins, over loading the files (whole_runs.py)
     python benchmarks/trainer.py default --before CHECKOUT   # README's first command beside an earlier commit's
+    python benchmarks/trainer.py buckets        # a step with buckets beside one without
 
 `diffusers` runs `train_sd.py --method lora` and diffusers' train_text_to_image_lora.py alternately, each as a process
 of its own on the same model, images, batch, resolution, rank and number of steps, with its own defaults otherwise. A
@@ -74,6 +75,7 @@ def main() -> None:
     others = Others()
     own = {"diffusers": diffusers, "loader": loader, "memory": memory}
     own |= {"first_step": lambda args: whole_runs.first_step(args, sd15, TRAINER), "default": whole_runs.default_run}
+    own |= {"buckets": lambda args: whole_runs.buckets(args, bundled, TRAINER)}
     figures = {**own, "scale": scale.scale, "overhead": overhead.overhead}[args.what](args)
     keep(f"trainer/{name}", {"settings": settings, **others(), **figures})
 
@@ -105,6 +107,9 @@ def build_parser() -> argparse.ArgumentParser:
     add = commands.add_parser("default", help="README's first command beside an earlier commit's").add_argument
     add("--before", type=Path, required=True, help="a checkout of that commit")
     add("--rounds", type=int, default=3)
+    add = commands.add_parser("buckets", help="a step with buckets beside one without").add_argument
+    add("--steps", type=int, default=60)
+    add("--rounds", type=int, default=5)
     scale.add_arguments(commands.add_parser("scale", help="memory and time to the first step, by images").add_argument)
     overhead.add_arguments(commands.add_parser("overhead", help="what is added to a step").add_argument)
     return parser

@@ -1,4 +1,5 @@
-"""Whole runs of train_sd.py: README's first command beside another checkout's, and the time until training begins.
+"""Whole runs of train_sd.py: README's first command beside another checkout's, the time until training begins, and a
+step with buckets beside one without.
 
 A run's time is that of its process, from the launcher to the last line. Until training begins: with everything
 encoded by a run before, the time to the end of the first step without the step itself, over what a process takes that
@@ -48,6 +49,27 @@ def default_run(args: argparse.Namespace) -> dict:
     ratios = [now / before for before, now in zip(seconds["before"], seconds["now"], strict=True)]
     print(f"{statistics.median(ratios):.2f} of the time")
     return {"ratios": {"README's first command, time over that of an earlier commit": ratios}, "runs": seconds}
+
+
+def buckets(args: argparse.Namespace, bundled: Callable[[Path], tuple[Path, Path, int]], trainer: Path) -> dict:
+    """A step with --use_aspect_ratio_buckets over one without, on square images, whose steps compute the same."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        model, data, resolution = bundled(folder)
+        flags = ["--pretrained_model_name_or_path", str(model), "--train_data_dir", str(data), "--method", "lora"]
+        flags += ["--resolution", str(resolution), "--max_train_steps", str(args.steps), "--num_validation_images", "0"]
+        flags += ["--cache_dir", str(folder / "cache")]
+        seconds: dict[str, list[float]] = {"off": [], "on": []}
+        for number in range(args.rounds):
+            for name in reversed(seconds) if number % 2 else seconds:
+                output = folder / f"{name}-{number}"
+                output.mkdir()
+                own = ["--use_aspect_ratio_buckets"] if name == "on" else []
+                seconds[name].append(Watched(trainer, [*flags, *own, "--output_dir", str(output)], output).step)
+                print(f"round {number + 1}  buckets {name:<3} {1e3 * seconds[name][-1]:.1f} ms a step", flush=True)
+    ratios = [on / off for off, on in zip(seconds["off"], seconds["on"], strict=True)]
+    print(f"{statistics.median(ratios):.3f} of the time")
+    return {"ratios": {"a step with buckets, over one without": ratios}, "seconds a step": seconds}
 
 
 def first_step(args: argparse.Namespace, pipeline_of: Callable[[Path], tuple[Path, Path, int]], trainer: Path) -> dict:
