@@ -97,7 +97,9 @@ class ExperimentTab(LaunchTab):
         """What is new of an experiment since the last look: state and log, and the report where there is another."""
         names = self.list_names()
         if name not in names:
-            return {self.which: gr.update(choices=names)} if names else gr.skip()
+            # Somebody may be typing; where nothing is chosen, or what was is gone, the newest comes into view.
+            gone = not name or (seen is not None and name == seen[0])
+            return {self.which: gr.update(choices=names, value=names[0])} if names and gone else gr.skip()
         found = self.library.find_experiment(name)
         status = self.trainings.status(found)
         now = (name, tuple(names), found.fingerprint(), status, found.activity, found.log_tail())

@@ -20,6 +20,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from app_runs import REPOSITORY, trained, write_run
+from experiment import examples
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from waiting import LIMIT, ended, ignore_sigint, wait_until
@@ -28,6 +29,8 @@ from app import __main__ as command_line
 from app import recipe
 from app.runs import Library
 from app.tabs.train import TrainTab
+from reslora.diffusion.experiment.pages import IMAGES
+from reslora.experiment.report import write_report
 
 # -- command line ------------------------------------------------------------------------------------------------------
 
@@ -512,6 +515,39 @@ def test_names_and_prompts_of_a_run_are_no_markup(page, runs):
         assert page.evaluate("window.hacked") is None
     finally:
         shutil.rmtree(runs / attack)
+
+
+def test_an_experiment_is_planned_and_its_report_is_read(page, runs):
+    """The newest experiment comes into view by itself, its report in a frame; the form says how many arms it makes."""
+    write_experiment(runs / "which")
+    try:
+        page.get_by_role("tab", name="Experiment").click()
+        report = page.frame_locator("#report iframe")
+        report.get_by_role("heading", level=1).get_by_text("reslora block(4) is better than lora").wait_for()
+        page.locator("#experiment-state").get_by_text("60 of 60 arms ended").wait_for()
+        page.locator("#experiment-flag-seed input, #experiment-flag-seed textarea").fill("0 1")
+        page.locator("#plan").get_by_text("18 arms: 3 methods, 3 learning rates, 2 seeds").wait_for()
+        page.locator("#experiment-name input, #experiment-name textarea").fill("new")
+        page.locator("#experiment-show").click()
+        said = (
+            "document.querySelector('#experiment-command textarea').value.includes('--seed 0 1 --max_train_steps 200')"
+        )
+        page.wait_for_function(said)
+        report.locator("#slider").focus()
+        page.keyboard.press("ArrowRight")
+        assert report.locator("#slider").input_value() == "51"
+        for part in ("#plan .notice", "#experiment-state .summary"):
+            assert page.locator(part).evaluate(CONTRAST) >= 4.5
+    finally:
+        shutil.rmtree(runs / "which")
+
+
+def write_experiment(folder: Path) -> None:
+    """A finished one that nobody ran, with samples."""
+    folder.mkdir()
+    content = examples.experiment(folder)
+    (folder / "experiment.json").write_text(json.dumps(content))
+    write_report(content, folder, IMAGES)
 
 
 def test_a_training_is_started_watched_and_stopped(page, browser, address, runs, tmp_path):
