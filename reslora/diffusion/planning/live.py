@@ -15,8 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..model.quantising import nf4_pairs
 
-# Where their weights are: kernels for these have what they read and write in a layout of their own meanwhile.
-CONVOLUTIONS = {torch.ops.aten.convolution: 1, torch.ops.aten.convolution_backward: 2}
+CONVOLUTION, ITS_BACKWARD = torch.ops.aten.convolution, torch.ops.aten.convolution_backward
 
 
 class Live(TorchDispatchMode):
@@ -38,10 +37,7 @@ class Live(TorchDispatchMode):
         for value in tree_leaves(result):
             if isinstance(value, torch.Tensor):
                 self._count(value.untyped_storage())
-        place = CONVOLUTIONS.get(getattr(function, "overloadpacket", function))
-        if place and args[place].shape[2:].numel() > 1:
-            copied = sum(value.nbytes for value in tree_leaves((args, result)) if isinstance(value, torch.Tensor))
-            self.peak = max(self.peak, self.now + copied)
+        self.peak = max(self.peak, self.now + copied(getattr(function, "overloadpacket", function), args, result))
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
@@ -62,6 +58,19 @@ class Live(TorchDispatchMode):
         key = tensor.untyped_storage()._cdata
         self.now -= self.sizes.get(key, 0)
         self.sizes[key] = 0
+
+
+def copied(function: Any, args: tuple, result: Any) -> int:
+    """Bytes that a convolution's kernel takes beside what it returns, as measured on a CPU: it reads and writes in a
+    layout of its own, and what was read goes before what was written is copied out."""
+    if function is CONVOLUTION and args[1].shape[2:].numel() > 1:
+        return max(args[0].nbytes + args[1].nbytes, result.nbytes)
+    if function is ITS_BACKWARD and args[2].shape[2:].numel() > 1:
+        (output, inputs, weight), (of_inputs, of_weight) = args[:3], result[:2]
+        if of_weight is not None:
+            return output.nbytes + inputs.nbytes
+        return max(output.nbytes + weight.nbytes, of_inputs.nbytes if of_inputs is not None else 0)
+    return 0
 
 
 class Stage:
