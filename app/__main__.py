@@ -95,7 +95,8 @@ def spin_briefly() -> None:
 def serve(args: argparse.Namespace, neutral: Path) -> int:
     """Serves the page from an empty folder of its own."""
     from .launcher import Trainings, default_output
-    from .runs import EXAMPLE, Library
+    from .library import Library
+    from .runs import EXAMPLE
 
     library = Library(args.runs.absolute(), (default_output().absolute(), EXAMPLE))
     trainings = Trainings(library, args.data.absolute() if args.data else None)

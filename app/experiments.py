@@ -8,7 +8,8 @@ from reslora.experiment.course import Course
 
 from .activity import activity, duration
 from .launcher import arguments
-from .runs import Experiment, RunError
+from .library import Experiment
+from .runs import RunError
 from .views import escape, notice
 
 

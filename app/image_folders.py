@@ -27,7 +27,8 @@ from reslora.files import replacing
 
 from .folders import SETS, Folder, Folders
 from .launcher import refuse, store_images
-from .runs import RunError, is_run
+from .library import is_run
+from .runs import RunError
 
 MULTIPLE = 8
 """What sides are multiples of; models that need multiples of 16 have the same buckets from 256 pixels on."""

@@ -27,7 +27,8 @@ from reslora.diffusion.prompts import SUFFIXES
 
 from . import form
 from .folders import UPLOADS, Folders
-from .runs import EXPERIMENT_LOG, LOG_NAME, Experiment, Library, Run, RunError
+from .library import Experiment, Library
+from .runs import EXPERIMENT_LOG, LOG_NAME, Run, RunError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = REPOSITORY / "train_sd.py"

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 
 from reslora.export import DIFFUSERS_FILE
 
-from .runs import EXAMPLE, Library, Run
+from .library import Library
+from .runs import EXAMPLE, Run
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 KEPT = ("chains.json", "merge.json", "exports.json", "samples", "merged")

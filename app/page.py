@@ -11,8 +11,9 @@ from . import views
 from .activity import activity
 from .handlers import readable_errors
 from .launcher import Trainings
+from .library import Library
 from .listeners import Listeners
-from .runs import Library, Run
+from .runs import Run
 from .studio import Studio
 from .tabs import TABS, Parts, Tab
 

@@ -25,14 +25,12 @@ from reslora.common.adapters import ADAPTER_NAME
 from reslora.common.log import count_damaged, of_split, read_log
 from reslora.common.methods import METHODS
 from reslora.common.status import FILE as STATUS
-from reslora.diffusion.arguments import SEVERAL
 from reslora.export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 
 EXAMPLE = Path(__file__).resolve().parent / "example"
 """A small finished run that comes with the application."""
 LOG_NAME, EXPERIMENT_LOG = "app.log", "experiment.log"
 """What a trainer that the page started has printed: of a run, and of an experiment."""
-EXPERIMENT, REPORT = "experiment.json", "report.html"
 LORA_FILES = (DIFFUSERS_FILE, KOHYA_FILE, COMFYUI_FILE)
 DENOISERS, ENCODERS = ("unet", "transformer"), ("text_encoder", "text_encoder_2")
 RESULTS = ("merge.json", "exports.json", DIFFUSERS_FILE)
@@ -345,142 +343,6 @@ def norms_of(path: Path, changed: int) -> dict[str, float]:
             if math.isfinite(norm):
                 norms[name] = norm
     return norms
-
-
-@dataclass(frozen=True)
-class Experiment(Run):
-    """The output folder of an experiment: several runs, and a report that compares them."""
-
-    log_name: ClassVar[str] = EXPERIMENT_LOG
-
-    @property
-    def arms(self) -> list[dict]:
-        """What its file says of each arm, whatever that is."""
-        content = self.read_json(EXPERIMENT)
-        arms = content.get("arms") if isinstance(content, dict) else None
-        return [arm for arm in arms if isinstance(arm, dict)] if isinstance(arms, list) else []
-
-    @property
-    def status(self) -> str:
-        """`running`, `finished`, `stopped` (it goes on by the same command) or `failed` (it never began)."""
-        if self.process is not None:
-            return "running"
-        ended, total = self.progress
-        content = self.read_json(EXPERIMENT)
-        concluded = isinstance(content, dict) and bool(content.get("chosen"))
-        return "finished" if total and ended == total and concluded else "stopped" if self.config else "failed"
-
-    @property
-    def progress(self) -> tuple[int, int]:
-        """Arms that have ended, and all arms."""
-        arms = self.arms
-        return sum(arm.get("status") in ("finished", "failed") for arm in arms), len(arms)
-
-    @property
-    def seconds_an_arm(self) -> float | None:
-        """Mean time of training of the arms that have ended well."""
-        seconds = [number(arm.get("seconds")) for arm in self.arms if arm.get("status") == "finished"]
-        found = [value for value in seconds if value is not None and value >= 0]
-        return sum(found) / len(found) if found else None
-
-    def report(self) -> str:
-        """The report as a document of its own; empty until there is one."""
-        path = self.inside(REPORT)
-        with contextlib.suppress(OSError):
-            if path is not None and path.is_file() and path.stat().st_size <= LARGEST_JSON:
-                return path.read_text(encoding="utf-8", errors="replace")
-        return ""
-
-    def fingerprint(self) -> tuple:
-        """Changes when there is something new to look at."""
-        path = self.inside(REPORT)
-        return self.status, (path.stat().st_mtime_ns, path.stat().st_size) if path is not None else None
-
-
-class Library:
-    """The runs and experiments in a folder, or the one that the folder is; `extra` are further single runs."""
-
-    def __init__(self, folder: Path, extra: tuple[Path, ...] = ()) -> None:
-        self.folder = folder.resolve()
-        self.extra = tuple(path.resolve() for path in extra)
-
-    @property
-    def is_single(self) -> bool:
-        """Whether the folder is a run or an experiment itself."""
-        return is_run(self.folder) or is_experiment(self.folder)
-
-    def runs(self) -> dict[str, Run]:
-        """Runs by name, the newest first; the extra ones last: an example comes after one's own."""
-        names = {path.name: Run(path.name, path) for path in self._folders() if is_run(path)}
-        for path in self.extra:
-            if is_run(path):
-                names.setdefault(path.name, Run(path.name, path))
-        return names
-
-    def experiments(self) -> dict[str, Experiment]:
-        """Experiments by name, the newest first."""
-        return {path.name: Experiment(path.name, path) for path in self._folders() if is_experiment(path)}
-
-    def find(self, name: str) -> Run:
-        """The run of that name; `RunError` if the listing has none."""
-        run = self.runs().get(name) if isinstance(name, str) else None
-        if run is None:
-            raise RunError("There is no run of that name; choose one from the list.")
-        return run
-
-    def find_experiment(self, name: str) -> Experiment:
-        """The experiment of that name; `RunError` if the listing has none."""
-        experiment = self.experiments().get(name) if isinstance(name, str) else None
-        if experiment is None:
-            raise RunError("There is no experiment of that name; choose one from the list.")
-        return experiment
-
-    def _folders(self) -> list[Path]:
-        """The folder itself where it is a run or an experiment, else those in it, the newest first."""
-        if self.is_single:
-            return [self.folder]
-        try:
-            children = [path for path in self.folder.iterdir() if not path.name.startswith(".")]
-        except OSError:
-            return []
-        found = [path for path in children if path.is_dir() and path.resolve().parent == self.folder]
-        return sorted(found, key=last_change, reverse=True)
-
-
-def is_run(folder: Path) -> bool:
-    """Whether a trainer has written a run there, or was started to."""
-    return any((folder / name).is_file() for name in ("config.json", LOG_NAME)) and not is_experiment(folder)
-
-
-def is_experiment(folder: Path) -> bool:
-    """Whether a trainer has written an experiment there, or was started to.
-
-    Until its first arm an experiment is known by its flags, of which one has several values that a run takes once.
-    """
-    if (folder / EXPERIMENT_LOG).is_file() or (folder / EXPERIMENT).is_file():
-        return True
-    try:
-        return has_several_values(folder / "config.json", (folder / "config.json").stat().st_mtime_ns)
-    except OSError:
-        return False
-
-
-@functools.lru_cache(maxsize=256)
-def has_several_values(path: Path, changed: int) -> bool:
-    """Whether a run's settings have several values of a flag that makes an experiment; `changed` is its time."""
-    config = Run(path.parent.name, path.parent).config
-    several = [value for name in SEVERAL if isinstance(value := config.get(name), list) and len(value) > 1]
-    return any(all(isinstance(one, int | float | str) for one in value) for value in several)
-
-
-def last_change(folder: Path) -> float:
-    """When a run was last written to."""
-    times = [0.0]
-    files = [folder / name for name in ("config.json", LOG_NAME, EXPERIMENT_LOG, EXPERIMENT)]
-    for path in (*files, *folder.glob("*/log.jsonl")):
-        with contextlib.suppress(OSError):
-            times.append(path.stat().st_mtime)
-    return max(times)
 
 
 @functools.lru_cache(maxsize=64)

@@ -10,7 +10,8 @@ from pathlib import Path
 from reslora.export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 
 from .launcher import REPOSITORY, safe_name
-from .runs import Library, Run, RunError, Weights
+from .library import Library
+from .runs import Run, RunError, Weights
 from .working import WorkingFiles
 
 LARGEST = 2**30

@@ -327,6 +327,10 @@ def speed_rows(found: dict) -> list[list[str]]:
         return [[f"{row['blocks']} blocks, {row['row']}", step_figures(row, found)] for row in found["depth"]]
     if "seconds" in found:
         return [[name, f"{seconds:.2f} s"] for name, seconds in found["seconds"].items()]
+    if "cases" in found:
+        return [
+            [f"{row['case']}: planned memory", f"{row['ratio']:.3f} of what was allocated"] for row in found["cases"]
+        ]
     if "scale" in found:
         note = "" if found["quiet"] else " (not a quiet machine)"
         return [[f"{row['data']}, {row['run']} run", scale_figures(row) + note] for row in found["scale"]]

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, ClassVar
 import gradio as gr
 
 from ..launcher import Trainings
+from ..library import Library
 from ..listeners import Listeners
-from ..runs import Library, Run
+from ..runs import Run
 from ..studio import Studio
 from ..working import WorkingFiles
 

@@ -8,7 +8,7 @@ import gradio as gr
 
 from .. import experiments, launcher, views
 from ..handlers import readable_errors
-from ..runs import Experiment
+from ..library import Experiment
 from .base import Parts
 from .launching import LaunchTab
 
@@ -51,7 +51,7 @@ class ExperimentTab(LaunchTab):
         self.on_arrival += [self.which]
 
     def results_column(self) -> None:
-        self.plan = gr.HTML(elem_id="plan")
+        self.plan = gr.HTML(elem_id="experiment-plan")
         self.buttons_row()
         self.memory_button()
         with gr.Row(equal_height=True):
@@ -77,10 +77,10 @@ class ExperimentTab(LaunchTab):
     def events(self, page: Page) -> None:
         self.connect(page, self.which)
         quiet = {"api_visibility": "private", "show_progress": "hidden"}
-        planned = list(self.flags.values())
+        planned = [self.flags[name] for name in self.names]
         gr.on(
             [page.blocks.load, *(part.change for part in planned)],
-            self.count, planned, self.plan, trigger_mode="always_last", **quiet,
+            readable_errors(self.count), planned, self.plan, trigger_mode="always_last", queue=False, **quiet,
         )  # fmt: skip
         shown = [self.last_look, self.which, self.state, self.log, self.report, self.take]
         look = readable_errors(self.look)
@@ -91,7 +91,7 @@ class ExperimentTab(LaunchTab):
 
     def count(self, *values) -> str:
         """How many arms the form makes; what is wrong with it instead, where it makes none."""
-        return experiments.plan(self.settings(values))
+        return experiments.plan(dict(zip(self.names, values, strict=True)))
 
     def look(self, name: str, seen: tuple | None = None):
         """What is new of an experiment since the last look: state and log, and the report where there is another."""

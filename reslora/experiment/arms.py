@@ -121,7 +121,7 @@ def check_values(flags: Flags, names: Mapping[str, str]) -> None:
     for name in ("shortcut", "pre_num"):
         values = getattr(flags, name)
         if isinstance(values, list) and all(getattr(label, name) is None for label in labels_of(flags)):
-            problem = f"nothing that --method {' '.join(flags.method)} names reads several"
+            problem = f"nothing of --method {' '.join(flags.method)} reads several"
             fix = "add reslora with --shortcut block or middle, or give one"
             raise InvalidArgument(f"--{name} {' '.join(map(str, values))}", problem, fix)
     if flags.extend_rates and not isinstance(flags.learning_rate, list):

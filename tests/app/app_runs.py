@@ -8,7 +8,8 @@ import PIL.Image
 from pipelines import image_folder, stable_diffusion
 
 import train_sd
-from app.runs import Library, Run
+from app.library import Library
+from app.runs import Run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HOSTILE = ["..", "../..", "/etc", "/etc/passwd", "a/../..", ".", "", "run\0", "<b>run</b>", "C:\\", None, 7, ["run"]]

@@ -9,7 +9,8 @@ from experiment import examples
 
 from app import experiments
 from app.launcher import Trainings
-from app.runs import EXPERIMENT_LOG, Experiment, Library, RunError
+from app.library import Experiment, Library
+from app.runs import EXPERIMENT_LOG, RunError
 from reslora.diffusion.experiment.pages import IMAGES
 from reslora.experiment.report import write_report
 

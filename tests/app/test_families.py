@@ -9,8 +9,9 @@ from accelerate import PartialState
 from app_runs import write_run
 from pipelines import FAMILIES
 
+from app.library import Library
 from app.recipe import Drawn, Request
-from app.runs import BASE, Library
+from app.runs import BASE
 from app.studio import Studio, calibration_of
 from reslora.common.adapters import attach, save_adapter
 from reslora.common.methods import AdapterSettings, adapter_config

@@ -6,7 +6,7 @@ import pytest
 from app_runs import WRONG, write_run
 
 from app import form, launcher
-from app.runs import Library
+from app.library import Library
 from app.tabs.experiment import ExperimentTab
 from app.tabs.train import TrainTab
 from reslora.diffusion.arguments import build_parser

@@ -14,7 +14,8 @@ from app.folders import BUNDLED
 from app.image_edits import ADD_TAG, AFTER, ALIKE, BEFORE, LEFT_OUT, NO_CAPTION, REMOVE_TAG, REPLACE, ImageEdits
 from app.image_folders import ImageFolders, flags_of
 from app.launcher import Trainings
-from app.runs import Library, RunError
+from app.library import Library
+from app.runs import RunError
 from reslora.diffusion.data.dataset import TRASH, load_images
 from reslora.diffusion.data.folders import load_folders
 

@@ -12,7 +12,8 @@ from waiting import LIMIT, ended, wait_until
 
 from app import launcher
 from app.launcher import Trainings
-from app.runs import Library, RunError, is_trainer
+from app.library import Library
+from app.runs import RunError, is_trainer
 
 
 @pytest.fixture

@@ -8,8 +8,9 @@ from app_runs import run_by_hand
 from safetensors.numpy import save_file
 
 from app import views
+from app.library import Library
 from app.make_example import REPOSITORY, make_example
-from app.runs import EXAMPLE, Library
+from app.runs import EXAMPLE
 from app.studio import BUNDLED, base_of
 
 

@@ -27,7 +27,7 @@ from waiting import LIMIT, ended, ignore_sigint, wait_until
 
 from app import __main__ as command_line
 from app import recipe
-from app.runs import Library
+from app.library import Library
 from app.tabs.train import TrainTab
 from reslora.diffusion.experiment.pages import IMAGES
 from reslora.experiment.report import write_report
@@ -460,6 +460,7 @@ element => {
 def test_text_can_be_read_and_a_form_survives_a_restart(page, address, theme):
     """What is typed under Train is there again when the page is loaded anew, as after a restart of the server."""
     page.goto(f"{address}?__theme={theme}", wait_until="domcontentloaded")
+    page.errors.clear()  # a page that is left complains of what it had asked for
     page.wait_for_selector("#grid img")
     seen = [
         page.locator(name) for name in ("#summary .summary b", "#play", "#verdict *", "td.best small", "#use textarea")
@@ -526,7 +527,7 @@ def test_an_experiment_is_planned_and_its_report_is_read(page, runs):
         report.get_by_role("heading", level=1).get_by_text("reslora block(4) is better than lora").wait_for()
         page.locator("#experiment-state").get_by_text("60 of 60 arms ended").wait_for()
         page.locator("#experiment-flag-seed input, #experiment-flag-seed textarea").fill("0 1")
-        page.locator("#plan").get_by_text("18 arms: 3 methods, 3 learning rates, 2 seeds").wait_for()
+        page.locator("#experiment-plan").get_by_text("18 arms: 3 methods, 3 learning rates, 2 seeds").wait_for()
         page.locator("#experiment-name input, #experiment-name textarea").fill("new")
         page.locator("#experiment-show").click()
         said = (
@@ -536,7 +537,7 @@ def test_an_experiment_is_planned_and_its_report_is_read(page, runs):
         report.locator("#slider").focus()
         page.keyboard.press("ArrowRight")
         assert report.locator("#slider").input_value() == "51"
-        for part in ("#plan .notice", "#experiment-state .summary"):
+        for part in ("#experiment-plan .notice", "#experiment-state .summary"):
             assert page.locator(part).evaluate(CONTRAST) >= 4.5
     finally:
         shutil.rmtree(runs / "which")

@@ -8,7 +8,8 @@ import pytest
 from app_runs import HOSTILE, WRONG, run_by_hand, write_run, write_samples
 
 from app import runs
-from app.runs import BASE, Library, RunError, is_complete_png
+from app.library import Library
+from app.runs import BASE, RunError, is_complete_png
 
 
 @pytest.fixture

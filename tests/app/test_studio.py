@@ -17,8 +17,9 @@ from waiting import join, start_thread, wait_until
 
 from app import recipe, weight_files
 from app import studio as studios
+from app.library import Library
 from app.recipe import Drawn, Request
-from app.runs import BASE, Library, RunError, Weights
+from app.runs import BASE, RunError, Weights
 from app.studio import MERGE_CHOICES, Base, Cancelled, Step, Studio, Turns, base_of
 
 REQUEST = Request(prompt="red disc", steps=3, seed=5, width=64, height=64)

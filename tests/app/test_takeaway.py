@@ -6,7 +6,8 @@ import pytest
 from app_runs import HOSTILE, write_run
 
 from app import takeaway
-from app.runs import Library, RunError
+from app.library import Library
+from app.runs import RunError
 from app.working import WorkingFiles
 
 

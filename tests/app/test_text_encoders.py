@@ -9,8 +9,9 @@ import torch
 from pipelines import FAMILIES, image_folder
 
 import train_sd
+from app.library import Library
 from app.recipe import Drawn, Request
-from app.runs import BASE, Library, RunError, Weights
+from app.runs import BASE, RunError, Weights
 from app.studio import Studio
 
 REQUEST = Request(prompt="red disc", steps=2, seed=5, width=32, height=32)

@@ -10,7 +10,7 @@ from app_runs import WRONG, run_by_hand, with_one_wrong, write_run, write_sample
 from safetensors.numpy import save_file
 
 from app import views
-from app.runs import Library
+from app.library import Library
 from app.studio import base_of, calibration_of
 
 

@@ -166,7 +166,10 @@ def test_nothing_but_methods_rates_and_seeds_may_change(common, whole, tmp_path,
         (("--load_best_model_at_end",), "this is an experiment"),
         (("--extend_rates", "--learning_rate", "1e-3"), "one rate says no next one"),
         (("--seed", "3", "3"), "the same one twice"),
-        (("--method", "lora", "--shortcut", "input", "block"), "--shortcut input block: --method lora has none"),
+        (
+            ("--method", "lora", "--shortcut", "input", "block"),
+            "input block: nothing of --method lora reads",
+        ),
         (("--lora_r", "2", "999"), "999"),
     ):
         status = run(*common, *EXPERIMENT, *flags, "--output_dir", output if "999" not in flags else tmp_path)
