@@ -1,5 +1,5 @@
 // Ticks outlive a change of page, and a caption is saved when its box is left or Ctrl+Enter is pressed in it.
-const host = document.getElementById("images");
+const host = document.getElementById("dataset-images");
 const picked = new Set();
 let folder = null;
 

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 SCRIPT = Path(__file__).resolve().parents[1] / "dataset.js"
 CHOOSE = "Choose a folder of images above, or upload some below."
 # What is ticked is known in the browser alone, and is sent in the place of the last value.
-WITH_TICKED = "(...values) => [...values.slice(0, -1), document.getElementById('images').picked()]"
-SETTINGS = "(...values) => { document.getElementById('images').settings = () => values; return values; }"
+WITH_TICKED = "(...values) => [...values.slice(0, -1), document.getElementById('dataset-images').picked()]"
+SETTINGS = "(...values) => { document.getElementById('dataset-images').settings = () => values; return values; }"
 
 
 class DatasetTab(Tab):
@@ -42,7 +42,7 @@ class DatasetTab(Tab):
             return self.save_caption(edit)
 
         script = SCRIPT.read_text(encoding="utf-8")
-        self.images = gr.HTML(elem_id="images", js_on_load=script, server_functions=[save_caption])
+        self.images = gr.HTML(elem_id="dataset-images", js_on_load=script, server_functions=[save_caption])
         with gr.Row(elem_id="pages"):
             self.back = gr.Button("Back", min_width=80, elem_id="back")
             self.page = gr.Number(1, label="Page", precision=0, minimum=1, min_width=100, elem_id="page")
@@ -104,13 +104,15 @@ class DatasetTab(Tab):
         for part, by in ((self.back.click, -1), (self.next.click, 1), (self.page.submit, 0)):
             part(readable_errors(self.turning(by)), self.asked, self.shown_parts, **quiet)
         for button, which in ((self.tick_page, "page"), (self.tick_all, "all"), (self.untick, "none")):
-            button.click(None, js=f"() => document.getElementById('images').pick('{which}')", api_visibility="private")
+            button.click(
+                None, js=f"() => document.getElementById('dataset-images').pick('{which}')", api_visibility="private"
+            )
         after = [self.answer, *self.shown_parts]
         change = [*self.asked, self.operation, self.text, self.other, self.ticked]
         self.apply.click(readable_errors(self.do_change), change, after, js=WITH_TICKED, **quiet)
         throw = [*self.asked, self.ticked]
         self.trash.click(readable_errors(self.do_throw_away), throw, after, js=WITH_TICKED, **quiet).success(
-            None, js="() => document.getElementById('images').pick('none')", api_visibility="private"
+            None, js="() => document.getElementById('dataset-images').pick('none')", api_visibility="private"
         )
         self.operation.change(
             lambda operation: gr.update(visible=operation == image_edits.REPLACE), self.operation, self.other, **quiet

@@ -60,7 +60,7 @@ class ExperimentTab(LaunchTab):
             )
             self.take = gr.DownloadButton("Download report", elem_id="take-report", scale=1, min_width=140)
         self.state = gr.HTML(elem_id="experiment-state")
-        self.report = gr.HTML(elem_id="report")
+        self.report = gr.HTML(elem_id="experiment-report")
         with gr.Accordion("What the trainer prints", open=False):
             self.log = gr.HTML(elem_id="experiment-log")
 

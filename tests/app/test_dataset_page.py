@@ -59,7 +59,7 @@ def visit(browser, address: str, width: int, theme: str):
         page.locator(".overflow-menu button").first.click()
         tab = page.locator(".overflow-dropdown").get_by_text("Dataset")
     tab.click()
-    page.wait_for_selector('#images .cards[data-folder="set"] .card')
+    page.wait_for_selector('#dataset-images .cards[data-folder="set"] .card')
     yield page
     page.close()
     assert errors == []

@@ -27,7 +27,11 @@ from waiting import LIMIT, ended, ignore_sigint, wait_until
 
 from app import __main__ as command_line
 from app import recipe
+from app.launcher import Trainings
 from app.library import Library
+from app.listeners import Listeners
+from app.page import create_demo
+from app.studio import Studio
 from app.tabs.train import TrainTab
 from reslora.diffusion.experiment.pages import IMAGES
 from reslora.experiment.report import write_report
@@ -77,6 +81,14 @@ def test_only_the_page_and_the_entry_import_gradio():
             names |= {node.module} if isinstance(node, ast.ImportFrom) and node.level == 0 else set()
         assert path.name in with_gradio or not {name for name in names if name.startswith("gradio")}
         assert not names & {"train_llm", "train_glue", "reslora.language", "reslora.diffusion"}
+
+
+def test_no_two_parts_of_the_page_have_one_id(tmp_path):
+    """Scripts and styles go by ids; a second part of the same one would be taken for the first, on some visits."""
+    library = Library(tmp_path)
+    demo = create_demo(library, Trainings(library), Studio(), Listeners())
+    ids = [part.elem_id for part in demo.blocks.values() if getattr(part, "elem_id", None)]
+    assert sorted(ids) == sorted(set(ids))
 
 
 def test_threads_are_told_to_spin_briefly_before_torch_is_there():
@@ -523,7 +535,7 @@ def test_an_experiment_is_planned_and_its_report_is_read(page, runs):
     write_experiment(runs / "which")
     try:
         page.get_by_role("tab", name="Experiment").click()
-        report = page.frame_locator("#report iframe")
+        report = page.frame_locator("#experiment-report iframe")
         report.get_by_role("heading", level=1).get_by_text("reslora block(4) is better than lora").wait_for()
         page.locator("#experiment-state").get_by_text("60 of 60 arms ended").wait_for()
         page.locator("#experiment-flag-seed input, #experiment-flag-seed textarea").fill("0 1")
