@@ -128,7 +128,7 @@ def widget_value(action: argparse.Action, value: object) -> object:
         found = [one for one in value if one in choices(action)] if isinstance(value, list) else []
         return found or ["lora", "reslora"]
     if choices(action):
-        return value if value in choices(action) else action.default
+        return value if value in choices(action) else action.default or ""
     if isinstance(value, bool | dict) or value is None:
         return ""
     if action.dest == "validation_prompt":

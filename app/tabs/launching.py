@@ -76,10 +76,12 @@ class LaunchTab(Tab):
             file_count="multiple", file_types=["image", ".txt"], height=150, elem_id=self.own("uploads"),
             elem_classes="uploads",
         )  # fmt: skip
-        self.caption = gr.Textbox(label="Caption of images without a .txt (empty: words of the file name)")
-        self.folder = gr.Dropdown(label="Or a folder of images on the server", choices=[], allow_custom_value=True)
+        self.caption = gr.Textbox("", label="Caption of images without a .txt (empty: words of the file name)")
+        self.folder = gr.Dropdown([], value="", label="Or a folder of images on the server", allow_custom_value=True)
         self.preview = gr.HTML(elem_id=self.own("preview"))
-        self.model = gr.Textbox(label="Model", placeholder="bundled; or a name on the hub: owner/model", max_lines=1)
+        self.model = gr.Textbox(
+            "", label="Model", placeholder="bundled; or a name on the hub: owner/model", max_lines=1
+        )
 
     def widgets(self, actions: Sequence[argparse.Action]) -> None:
         """A widget for each flag: first what is written or chosen, then what is ticked."""
@@ -102,7 +104,8 @@ class LaunchTab(Tab):
         if form.is_switch(action):
             return gr.Checkbox(bool(value), **common)
         if found := form.choices(action):
-            return gr.Dropdown(found, value=value, multiselect=several, **common)
+            open_choice = [("by the model", "")] if value == "" else []
+            return gr.Dropdown([*open_choice, *found], value=value, multiselect=several, **common)
         lines = {"lines": 2} if name == "validation_prompt" else {"max_lines": 1}
         return gr.Textbox(str(value), placeholder=form.default(action), **lines, **common)
 
