@@ -6,11 +6,11 @@ from reslora.diffusion.arguments import Flags, build_parser
 from reslora.diffusion.settings import fill_defaults
 from reslora.experiment.course import Course
 
-from .activity import activity, duration
+from .activity import duration
 from .launcher import arguments
 from .library import Experiment
 from .runs import RunError
-from .views import escape, notice
+from .views import escape, notice, status_line
 
 
 def plan(settings: dict) -> str:
@@ -46,12 +46,7 @@ def summary(experiment: Experiment, status: str) -> str:
         facts.append(f"about {duration(each * (total - ended))} left")
     if status == "stopped" and total:
         facts.append("Go on trains the rest")
-    text = escape(" \u00b7 ".join(facts))
-    if now := activity(experiment.activity) or ("The trainer is starting" if status == "starting" else ""):
-        text = f'<span class="now">{escape(now)}</span><small>{text}</small>'
-    share = 100 * ended / total if total else 0
-    bar = f'<div class="bar"><div style="width:{share:.1f}%"></div></div>' if status in ("running", "starting") else ""
-    return f'<div class="summary"><b class="{status}">{status}</b> {text}{bar}</div>'
+    return status_line(experiment, status, escape(" \u00b7 ".join(facts)))
 
 
 def report(experiment: Experiment) -> str:

@@ -232,6 +232,12 @@ def summary(run: Run, status: str) -> str:
         facts.append(f"shortcut {config.get('shortcut')}")
     facts += [f"rank {config.get('rank')}", f"learning rate {config.get('learning_rate')}"] if config else []
     text = " · ".join(escape(str(fact)[:80]) for fact in facts if fact)
+    return status_line(run, status, text)
+
+
+def status_line(run: Run, status: str, text: str) -> str:
+    """Status and facts of a run or experiment; what its trainer is doing, and how far, while there is one."""
+    done, total = run.progress
     if now := activity(run.activity) or ("The trainer is starting" if status == "starting" else ""):
         text = f'<span class="now">{escape(now)}</span><small>{text}</small>'
     share = 100 * done / total if total else 0
