@@ -222,13 +222,16 @@ def check_past(flags: Flags, place: Path, record: dict, identity: Identity | Non
 
 
 def as_now(settings: dict, flags: Flags) -> dict:
-    """Settings as an earlier version has kept them, with the flags that it had not: a run of it was without these."""
+    """Settings as an earlier version has kept them, with the flags that it had not: a run of it was without these.
+
+    What the model or accelerate says, or an experiment leaves out because there may be more of it, is not among them.
+    """
     if settings_of(flags).keys() <= settings.keys():
         return settings
     model = ["--pretrained_model_name_or_path", flags.pretrained_model_name_or_path]
     default = vars(fill_defaults(build_parser().parse_args(model)))
-    told_later = {*BY_FAMILY, "mixed_precision"}
-    return {name: value for name, value in default.items() if name not in told_later} | settings
+    others = {*BY_FAMILY, "mixed_precision", "learning_rate", "seed"}
+    return {name: value for name, value in default.items() if name not in others} | settings
 
 
 # -- saving and restoring ----------------------------------------------------------------------------------------------
