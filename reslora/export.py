@@ -245,8 +245,13 @@ def lora_config(layers: Mapping[str, Factors]) -> LoraConfig:
 
 
 def _factors_of(model: nn.Module, adapter_name: str) -> dict[str, Factors]:
-    """The plain LoRA of every layer that has one, by its name in files."""
+    """The plain LoRA of every layer that has one, by its name in files; `ValueError` where more has trained."""
     base = _plain(model, adapter_name)
+    config = base.peft_config[adapter_name]
+    for setting, without in (("modules_to_save", None), ("bias", "none")):
+        if (value := getattr(config, setting, None) or without) != without:
+            problem = f"{setting}={value!r} has trained what no LoRA file of diffusers, kohya or ComfyUI can hold"
+            raise ValueError(f"{problem}: export it with export_peft, or train without")
     return {
         _in_files(base, name): Factors(*_factors(name, layer, adapter_name), layer.scaling[adapter_name])
         for name, layer in lora_layers(base, adapter_name).items()
@@ -296,8 +301,10 @@ def merged_state_dict(base: nn.Module, adapter_name: str = "default") -> dict[st
     state = {}
     for key, value in base.state_dict().items():
         owner = next((prefix for prefix in owners if key.startswith(prefix)), None)
-        if owner is None:
-            state[key] = value
+        if owner is None:  # of `modules_to_save` the trained copy, which comes after the original
+            place = key.replace(".original_module.", ".").replace(f".modules_to_save.{adapter_name}.", ".")
+            if ".modules_to_save." not in place:
+                state[place] = value
             continue
         rest = key.removeprefix(owner)
         if not rest.startswith("base_layer."):

@@ -370,6 +370,22 @@ def test_merged_weights_are_by_the_formula_and_plain_files_are_refused(config, b
     assert_one_line(error, "no LoRA layers, only OFT" if config.peft_type == "OFT" else "is not plain LoRA")
 
 
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [({"bias": "lora_only"}, "bias='lora_only'"), ({"modules_to_save": ["layers.0"]}, "modules_to_save=['layers.0']")],
+)
+def test_what_trains_beside_lora_is_merged_and_in_no_plain_file(more, words, tmp_path):
+    bare, model = adapted_stack(LoraConfig(r=2, target_modules=["1.proj"], **more))
+    x = torch.randn(3, 8, dtype=torch.float64)
+    bare.load_state_dict(merged_state_dict(model.get_base_model()))
+    torch.testing.assert_close(bare(x), model(x), rtol=1e-12, atol=1e-12)
+    for write, path in ((export_diffusers, tmp_path), (export_kohya, tmp_path / "k.safetensors")):
+        with pytest.raises(ValueError) as error:
+            write(model, path)
+        assert_one_line(error, words)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_bias_of_lora_is_merged_and_in_no_plain_file(tmp_path):
     bare, model = adapted_stack(LoraConfig(r=2, target_modules=["proj"], lora_bias=True))
     x = torch.randn(3, 8, dtype=torch.float64)

@@ -223,6 +223,7 @@ def start_method(method: str, setting: Setting) -> Learner:
 def put_control_on(learner: Learner, setting: Setting) -> None:
     """What a few training samples say of a control, on what is to be trained; a checkpoint has it as it was."""
     flags, accelerator, trained = setting.context.flags, setting.context.accelerator, learner.trained
+    samples = CalibrationSamples(setting.material)
 
     def measured() -> list[Settings]:
         with contextlib.ExitStack() as stack, accelerator.autocast():
@@ -230,7 +231,7 @@ def put_control_on(learner: Learner, setting: Setting) -> None:
                 stack.enter_context(gauged(learner.method, part, shortcuts_of(flags)))
                 for part in trained.parts.values()
             ]
-            for batch in CalibrationSamples(setting.material).batches(flags.merge_calibration_samples):
+            for batch in samples.batches(flags.merge_calibration_samples, accelerator.num_processes):
                 trained.loss(trained.denoiser, batch)
             return [gauge.settings(flags.seed) for gauge in gauges]
 

@@ -21,11 +21,12 @@ def train_and_conclude(course: Course, subject: Subject) -> None:
             course.running = arm
             decided(results.write)
             train(arm, course, subject)
-    except Stopped:
+    except Stopped as error:
         course.running = None
         if is_main():  # alone: the others may have left otherwise
             results.write()
-        raise
+        what, _, _ = str(error).partition("; ")  # a plain run would go on otherwise
+        raise Stopped(f"{what}; the same command goes on") from None
     course.running = None
     decided(results.conclude)
 

@@ -188,13 +188,9 @@ def export(
 
 
 def _write_merged(base: PreTrainedModel, directory: Path, tokenizer) -> None:
-    state = {}
-    for key, value in merged_state_dict(base).items():
-        if ".original_module." not in key:
-            state[key.replace(".modules_to_save.default.", ".")] = value
     with torch.device("meta"):
         plain = type(base)(base.config)
-    plain.load_state_dict(state, assign=True)
+    plain.load_state_dict(merged_state_dict(base), assign=True)
     plain.tie_weights()
     plain.generation_config = getattr(base, "generation_config", None)
     with replacing(directory) as temporary:

@@ -92,6 +92,11 @@ class ImageDataset:
         row = self.rows[index]
         return open_masked(_source(row), _source(row, "mask"))
 
+    def counts_nothing(self, index: int) -> bool:
+        """Whether its mask is black everywhere."""
+        row = self.rows[index]
+        return is_masked(_source(row), _source(row, "mask")) and self.open_masked(index)[1].getbbox() is None
+
 
 @dataclass
 class Found:

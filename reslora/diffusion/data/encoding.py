@@ -27,7 +27,7 @@ from ..folder import cache_folder
 from ..model.families.base import Family
 from ..seeds import derive, generator
 from .dataset import ImageDataset, data_flag
-from .images import crop_and_scale, crop_mask, crop_sizes, damage
+from .images import NOTHING_COUNTS, crop_and_scale, crop_mask, crop_sizes, damage
 from .loaders import stream, worker_options
 from .size import Size
 from .store import Encoded, Item, fill, share
@@ -146,6 +146,8 @@ class Variants(TorchDataset):
             image, mask = images.open_masked(index) if self.flags.masked_loss else (images.open(index), None)
         except Exception as error:
             return damage(error)
+        if mask is not None and mask.getbbox() is None:
+            return NOTHING_COUNTS
         random = generator(self.flags.seed, "crops", self.images.marks[index])  # wherever in the data the image is
         draws = torch.rand(self.crops(index) - 1, 2, generator=random).tolist()
         how = [(crop, flip) for crop in [(0.5, 0.5), *draws] for flip in self.flips]
@@ -197,9 +199,9 @@ def encoded(
 
 
 def without_damaged(
-    images: ImageDataset, latents: Latents, problems: dict[int, str], flags: Flags
-) -> tuple[ImageDataset, Latents, list[int]]:
-    """Images and latents that training can use, and their numbers among all.
+    images: ImageDataset, latents: Latents | None, problems: dict[int, str], flags: Flags
+) -> tuple[ImageDataset, Latents | None, list[int]]:
+    """Images and their latents, if kept, that training can use, and their numbers among all.
 
     Raises `InvalidArgument` with --strict, or where none is left.
     """
@@ -210,7 +212,8 @@ def without_damaged(
     if flags.strict:
         index, problem = next(iter(problems.items()))
         raise InvalidArgument(f"--strict {names[index]}", problem, "repair or remove it, or leave --strict out")
-    if not keep:
-        raise InvalidArgument(data_flag(flags), "every image is damaged", "give images that can be opened")
     left_out = [f"{names[i]}: {problem}" for i, problem in problems.items()]
-    return images.select(keep, left_out), latents.select(keep), keep
+    if not keep:
+        problem = f"no image can be trained (for example {left_out[0]})"
+        raise InvalidArgument(data_flag(flags), problem, "repair them, or give others")
+    return images.select(keep, left_out), latents and latents.select(keep), keep

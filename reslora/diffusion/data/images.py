@@ -22,6 +22,7 @@ from ..content import Content
 from .size import Size
 
 ORIENTATION = PIL.ExifTags.Base.Orientation
+NOTHING_COUNTS = "its mask is black everywhere, so nothing of it would be trained"
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 TEXTS = (b"eXIf", b"iTXt", b"tEXt", b"zTXt")  # chunks of a PNG file that may say its orientation
 

@@ -18,6 +18,7 @@ from .captions import VERBATIM, recipe_of
 from .class_images import balanced
 from .dataset import ImageDataset
 from .encoding import Latents, Texts, Variants, encode_images, encode_texts, without_damaged
+from .images import NOTHING_COUNTS
 from .samples import Material
 from .size import Size
 from .sources import Source, split
@@ -121,10 +122,10 @@ def sources_of(images: ImageDataset, least: int, pipeline: DiffusionPipeline, co
 def source_of(images: ImageDataset, sizes: list[Size], pipeline: DiffusionPipeline, context: Context) -> Source:
     """The images with their latents, without the damaged ones, put into buckets; all are trained on."""
     flags = context.flags
-    latents, keep = None, list(range(len(images)))
-    if flags.cache_latents:
-        latents, problems = latents_of(images, sizes, pipeline, context)
-        images, latents, keep = without_damaged(images, latents, problems, flags)
+    latents, problems = latents_of(images, sizes, pipeline, context) if flags.cache_latents else (None, {})
+    if flags.masked_loss and not flags.cache_latents:
+        problems = {index: NOTHING_COUNTS for index in range(len(images)) if images.counts_nothing(index)}
+    images, latents, keep = without_damaged(images, latents, problems, flags)
     buckets = tuple(dict.fromkeys(sizes))
     bucket = tuple(buckets.index(sizes[index]) for index in keep)
     weight = images.weight * (flags.prior_loss_weight if images.of_class else 1.0)

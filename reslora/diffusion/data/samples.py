@@ -117,11 +117,13 @@ class CalibrationSamples(TrainingSamples):
     purpose = "calibration"
     varies = False
 
-    def batches(self, count: int) -> Iterator[Batch]:
-        """The first `count` samples, as one process would read them."""
-        plan, size = self.material.plan(processes=1), self.material.flags.train_batch_size
+    def batches(self, count: int, processes: int = 1) -> Iterator[Batch]:
+        """The first `count` samples that so many processes read together, in batches of one of them."""
+        plan, size = self.material.plan(processes), self.material.flags.train_batch_size
         for first in range(0, count, size):
-            yield collate([self[draw] for draw in plan.forward(first // size)[: count - first]])
+            forward, rank = divmod(first // size, processes)
+            draws = plan.forward(forward)[rank * size : (rank + 1) * size]
+            yield collate([self[draw] for draw in draws[: count - first]])
 
 
 class ValidationSamples(TrainingSamples):

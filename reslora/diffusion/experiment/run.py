@@ -107,11 +107,16 @@ def check_folder(flags: Flags, identity: Identity | None = None) -> None:
     course = Course(flags)
     check_same(flags, identity)
     for arm in course.arms():
-        own, folder = course.flags_of(arm), course.folder_of(arm)
+        own, folder = going_on(course.flags_of(arm)), course.folder_of(arm)
         if course.ended(arm):
             check_past(own, folder, read_object(folder / EXPORTS), identity)
         else:
             plan_resume(own, identity, course.place_of(arm))
+
+
+def going_on(flags: Flags) -> Flags:
+    """An arm's flags: it goes on from its newest checkpoint, and nobody has to ask for that."""
+    return flags.replace(resume_from_checkpoint="latest")
 
 
 def check_same(flags: Flags, identity: Identity | None = None) -> None:
@@ -193,7 +198,7 @@ class Bench:
 
     def setting_of(self, arm: Arm) -> Setting:
         """As a plain run of the arm has it, but that one checkpoint is kept unless more are asked for."""
-        flags = self.course.flags_of(arm)
+        flags = going_on(self.course.flags_of(arm))
         flags = flags.replace(checkpoints_total_limit=flags.checkpoints_total_limit or 1)
         before = self.course.arms().index(arm) if arm in self.course.arms() else 0
         place = self.course.place_of(arm)

@@ -21,6 +21,7 @@ from ...chains import Chains, chains
 from ...common.adapters import load_adapter, remove_adapters
 from ...common.errors import Diverged, RunFailed, first_line
 from ...common.methods import METHODS
+from ...common.together import processes
 from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 from ...files import Damaged, check_checksums, write_json
 from ...model import MergeReport, merge
@@ -218,7 +219,7 @@ def merge_reslora(parts: Parts, loss: DenoisingLoss, material: Material) -> dict
 @torch.no_grad()
 def calibration_batches(loss: DenoisingLoss, material: Material) -> list[dict]:
     """The denoiser's keyword arguments, in float32, for the training samples that a merge may read."""
-    read = CalibrationSamples(material).batches(material.flags.merge_calibration_samples)
+    read = CalibrationSamples(material).batches(material.flags.merge_calibration_samples, processes())
     with evaluating(*loss.encoders):
         return [as_float32(loss.inputs(loss.encoded(batch))[0]) for batch in read]
 

@@ -26,7 +26,8 @@ from ...files import (
     write_checksums,
     write_json,
 )
-from ..arguments import Flags, in_words
+from ..arguments import BY_FAMILY, Flags, build_parser, in_words
+from ..settings import fill_defaults
 from .best import best_of, forget_beaten
 from .schedule import Schedule
 from .state import Learner
@@ -197,7 +198,7 @@ def _named_checkpoint(flags: Flags, named: str, todo: list[str]) -> tuple[str, P
 def check_past(flags: Flags, place: Path, record: dict, identity: Identity | None) -> None:
     """Refuse to go on with another rank, seed, model, images ... than a checkpoint or a finished method had."""
     there, here = record.get("settings"), json.loads(json.dumps(settings_of(flags)))
-    there = there if isinstance(there, dict) else {}  # damaged
+    there = as_now(there, flags) if isinstance(there, dict) else {}  # damaged
     for name, value in here.items():
         # None: the model's family or accelerate may say it yet, and this is called again then, with the identity.
         unknown = name == "mixed_precision" and there.get(name) is None  # not kept by earlier versions
@@ -218,6 +219,19 @@ def check_past(flags: Flags, place: Path, record: dict, identity: Identity | Non
                 what = f"by an earlier version, which did not look at all of the {name}: are these the same?"
             problem, fix = f"{place} was trained {what}", "bring that back, or choose another --output_dir"
             raise InvalidArgument(getattr(identity, f"{name}_flag"), problem, fix)
+
+
+def as_now(settings: dict, flags: Flags) -> dict:
+    """Settings as an earlier version has kept them, with the flags that it had not: a run of it was without these.
+
+    What the model or accelerate says, or an experiment leaves out because there may be more of it, is not among them.
+    """
+    if settings_of(flags).keys() <= settings.keys():
+        return settings
+    model = ["--pretrained_model_name_or_path", flags.pretrained_model_name_or_path]
+    default = vars(fill_defaults(build_parser().parse_args(model)))
+    others = {*BY_FAMILY, "mixed_precision", "learning_rate", "seed"}
+    return {name: value for name, value in default.items() if name not in others} | settings
 
 
 # -- saving and restoring ----------------------------------------------------------------------------------------------

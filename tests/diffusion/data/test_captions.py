@@ -136,6 +136,27 @@ def test_what_is_measured_and_merged_with_has_whole_captions():
     assert found <= {EVERYTHING.plain(text) for options in CAPTIONS for text in options} | {"a {dog}"}
 
 
+def test_processes_measure_and_merge_with_what_one_would_read():
+    """Of buckets, too, of which a forward has one."""
+
+    def read(batch: int, processes: int) -> list[tuple]:
+        material, wide = material_with(EVERYTHING, batch=batch), Size(16, 32)
+        learnt, of_class = material.sources
+        learnt = dataclasses.replace(learnt, buckets=(*learnt.buckets, wide), bucket=(0, 1, 0, 1, 1, 1, 0))
+        shapes = material.shapes | {wide: (1, 2, 4)}
+        material = dataclasses.replace(material, sources=(learnt, of_class), shapes=shapes)
+        found = CalibrationSamples(material).batches(14, processes)
+        return [
+            (text, *noise.flatten().tolist())
+            for batch in found
+            for text, noise in zip(batch.caption, batch.noise, strict=True)
+        ]
+
+    whole = read(4, 1)
+    assert len(whole) == 14 and len(set(map(len, whole))) == 2
+    assert read(2, 2) == read(1, 4) == whole
+
+
 @pytest.mark.parametrize(("processes", "accumulation"), [(1, 1), (2, 3)])
 def test_every_caption_of_a_run_is_known_beforehand(processes, accumulation, monkeypatch):
     material = material_with(EVERYTHING, accumulation=accumulation)

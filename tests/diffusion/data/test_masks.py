@@ -175,6 +175,16 @@ def test_masks_are_cropped_scaled_and_mirrored_as_their_images(tmp_path):
         torch.testing.assert_close(batch.mask, (batch.pixels[:, :1] + 1) / 2)
 
 
+@pytest.mark.parametrize("kept", ["--cache_latents", "--no-cache_latents"])
+def test_an_image_of_which_nothing_counts_is_left_out_or_refused(kept, brief_flags, folder, capsys, tmp_path):
+    PIL.Image.new("L", random_image(0).size).save(folder / "mask-0.png")
+    flags = [*brief_flags, "--train_data_dir", folder, "--masked_loss", "--num_validation_images", 0, kept]
+    lines = printed(*flags, "--output_dir", tmp_path / "out")
+    only(lines, "left out", "0.png: its mask is black everywhere")
+    line = refused(capsys, *flags, "--strict", "--output_dir", tmp_path / "strict", quiet=False)
+    assert "--strict" in line and "0.png: its mask is black" in line
+
+
 def test_kept_masks_train_what_fresh_ones_do(brief_flags, folder, tmp_path):
     """Kept in the size of the latents, or scaled to it in the step."""
     add = ["--train_data_dir", folder, "--center_crop", "--masked_loss"]

@@ -12,7 +12,7 @@ from pipelines import image_folder, tiny_dino
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from diffusion.runs import RESUME, SCRIPT, Watcher, assert_same, main, only, printed, refused
+from diffusion.runs import SCRIPT, Watcher, assert_same, main, only, printed, refused
 from reslora.common.log import read_log
 from reslora.diffusion.data.dataset import load_images
 from reslora.diffusion.data.samples import losses_of
@@ -254,7 +254,10 @@ def test_a_plain_run_does_not_become_an_experiment(flags, capsys, tmp_path):
 
 
 def test_killed_at_bad_moments(runs, images, tmp_path):
-    """Within an arm, before it is noted as ended, between two arms, and while test losses are written."""
+    """Within an arm, before it is noted as ended, between two arms, and while test losses are written.
+
+    The same command goes on.
+    """
     words = "--learning_rate 1e-2 3e-2 --method reslora --max_train_steps 2 --validation_steps 1"
     own = [*words.split(), "--num_validation_images", "0", "--train_data_dir", str(images)]
     own += ["--cache_dir", str(tmp_path / "cache")]
@@ -265,7 +268,7 @@ def test_killed_at_bad_moments(runs, images, tmp_path):
     for moment, last in (("step-000001", False), ("os.rename-arm.json", False), ("os.rename-test.json", True)):
         snapshot = [path for path in found if moment in path.name][-1 if last else 0]
         ended = {path: path.stat().st_mtime_ns for path in snapshot.glob("*/*/*/arm.json")}
-        assert runs.finish(snapshot, *own, *RESUME) == 0
+        assert runs.finish(snapshot, *own) == 0
         assert {path: path.stat().st_mtime_ns for path in ended} == ended
         assert same_results(snapshot) == same_results(output)
         assert not [path for path in snapshot.rglob(".*") if path.name != ".gitignore"]

@@ -412,6 +412,20 @@ def test_a_checkpoint_of_an_earlier_version_is_refused_as_one(run, base_flags, c
     assert "an earlier version" in line and name in line and "--output_dir" in line
 
 
+def test_a_flag_that_an_earlier_version_had_not_is_not_added_half_way(run, base_flags, capsys, tmp_path):
+    output, flags = unfinished(run, tmp_path / "out", "lora"), [*base_flags, "--method", "lora", *RESUME]
+    for checkpoint in checkpoints_of(output / "lora"):
+        record = json.loads((checkpoint / "trainer.json").read_text())
+        for name in ("caption_dropout", "caption_prefix", "optimizer", "masked_loss", "weighting_scheme"):
+            del record["settings"][name]
+        (checkpoint / "trainer.json").write_text(json.dumps(record))
+        write_checksums(checkpoint)
+    for added in (("--caption_dropout", "0.1"), ("--caption_prefix", "sks"), ("--optimizer", "lion")):
+        line = refused(capsys, *flags, *added, "--output_dir", output)
+        assert all(word in line for word in added) and "was trained with" in line
+    assert main(*flags, "--output_dir", output) == 0
+
+
 def test_resume_refuses_another_schedule_of_noise_at_the_same_place(brief_flags, model, capsys, tmp_path):
     there = shutil.copytree(model, tmp_path / "model")
     flags = [*brief_flags, "--pretrained_model_name_or_path", there, "--output_dir", tmp_path / "out"]
