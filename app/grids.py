@@ -235,10 +235,12 @@ def save_sheet(grid: Grid, drawn: dict[tuple[int, int], Drawn], path: Path) -> P
     images = {place: one.image for place, one in drawn.items()}
     columns = [textwrap.fill(label, 24, max_lines=4, placeholder=" ...") for label in grid.x.labels]
     rows = [
-        (textwrap.shorten(label, 40, placeholder=" ..."), [images.get((row, column)) for column in range(len(columns))])
+        (label, [images.get((row, column)) for column in range(len(columns))])
         for row, label in enumerate(grid.y.labels)
     ]
-    figures.comparison(path, columns, [(grid.heading, rows)], side_of(next(iter(images.values()), None)))
+    # Prompts have a line to themselves.
+    blocks = [(label, [("", row)]) for label, row in rows] if grid.y.name == "prompt" else [(grid.heading, rows)]
+    figures.comparison(path, columns, blocks, side_of(next(iter(images.values()), None)))
     return path
 
 

@@ -418,6 +418,9 @@ class Studio:
             except OSError as error:
                 reason = os.strerror(error.errno) if error.errno else type(error).__name__
                 raise RunError(f"The model could not be written: {reason}.") from None
+            except ValueError as error:  # a damaged file
+                reason = without_folders(error, weights.path, self.model.folder)
+                raise RunError(f"The model could not be written: {reason}.") from None
 
 
 def calibration_of(run: Run, encoder: str | None = None) -> list[dict] | None:

@@ -290,6 +290,9 @@ def shape(of: Tensor | torch.Size) -> str:
     return " x ".join(map(str, of.shape if isinstance(of, Tensor) else of))
 
 
-def without_folders(error: Exception, path: Path) -> str:
+def without_folders(error: Exception, *paths: Path | None) -> str:
     """An error's first line with the names of files, not where they are on this machine."""
-    return first_line(error).replace(f"{path.parent}/", "").replace(str(path.parent), path.parent.name)
+    line = first_line(error)
+    for folder in (path.parent for path in paths if path is not None):
+        line = line.replace(f"{folder}/", "").replace(str(folder), folder.name)
+    return line

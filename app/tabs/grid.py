@@ -98,8 +98,8 @@ class GridPart:
         request = Request(prompt, negative, seed, steps, guidance, width, height, 1, strength)
         axes = grids.axis("X", x, x_values), grids.axis("Y", y, y_values)
         grid = grids.grid(run, weights, request, *axes)
-        drawn, files, text, session = {}, {}, "Starting", asked.session_hash or ""
-        yield self.shown(grid, files), views.progress(text, 0), gr.update(value=None, interactive=False), None
+        drawn, files, shown, text, session = {}, {}, {}, "Starting", asked.session_hash or ""
+        yield grids.table(grid, shown), views.progress(text, 0), gr.update(value=None, interactive=False), None
         cells, listening = iter(grid.cells), self.tab.listeners.is_listening
         pictures = [cell.picture for cell in grid.cells]
         try:
@@ -108,10 +108,10 @@ class GridPart:
                 share = event.done / event.total if isinstance(event, Step) else 0.0
                 if isinstance(event, Drawn):
                     cell = next(cells)
-                    drawn[cell.row, cell.column] = event
-                    files[cell.row, cell.column] = str(self.tab.save(event))
+                    place, path = (cell.row, cell.column), str(self.tab.save(event))
+                    drawn[place], files[place], shown[place] = event, path, self.address(path)
                 bar = views.progress(text, (len(drawn) + share) / len(pictures))
-                yield self.shown(grid, files) if isinstance(event, Drawn) else gr.skip(), bar, gr.skip(), gr.skip()
+                yield grids.table(grid, shown) if isinstance(event, Drawn) else gr.skip(), bar, gr.skip(), gr.skip()
             said = views.progress(f"{len(drawn)} of {len(pictures)} cells are done", 1)
         except Cancelled:
             said = views.notice(f"Stopped after {len(drawn)} of {len(pictures)} cells.")
@@ -120,11 +120,7 @@ class GridPart:
             path = self.tab.files.new(f"{safe_name(name or 'base')}-grid.png")
             sheet = gr.update(value=str(grids.save_sheet(grid, drawn, path)), interactive=True)
         # Everything once more, not `skip`: a program gets what comes last.
-        yield self.shown(grid, files), said, sheet, [files[place] for place in sorted(files)]
-
-    def shown(self, grid: grids.Grid, files: dict[tuple[int, int], str]) -> str:
-        """The grid with the files that there are."""
-        return grids.table(grid, {place: self.address(path) for place, path in files.items()})
+        yield grids.table(grid, shown), said, sheet, [files[place] for place in sorted(files)]
 
     def address(self, path: str) -> str:
         """Where the page finds a file that was made for it, whole: Gradio serves a copy."""
