@@ -59,7 +59,7 @@ class GridPart:
     def events(self, page: Page) -> None:
         tab = self.tab
         numbers = [tab.seed, tab.steps, tab.guidance, tab.width, tab.height, tab.strength]
-        self.go.click(
+        drawing = self.go.click(
             readable_errors(self.draw_grid),
             [
                 page.run, tab.weights, tab.adapter, tab.prompt, tab.negative, *numbers,
@@ -67,7 +67,9 @@ class GridPart:
             ],
             [self.table, self.status, self.sheet, self.cells],
             api_name="grid", show_progress="hidden", concurrency_limit=4, preprocess=False,
-        ).failure(lambda: views.notice("That did not work."), None, self.status, api_visibility="private")  # fmt: skip
+        )  # fmt: skip
+        drawing.failure(lambda: views.notice("That did not work."), None, self.status, api_visibility="private")
+        drawing.success(lambda: gr.update(interactive=True), None, self.sheet, api_visibility="private")
         self.stop.click(
             readable_errors(tab.do_cancel), None, self.status, api_visibility="private", show_progress="hidden",
             queue=False,
@@ -99,7 +101,7 @@ class GridPart:
         axes = grids.axis("X", x, x_values), grids.axis("Y", y, y_values)
         grid = grids.grid(run, weights, request, *axes)
         drawn, files, shown, text, session = {}, {}, {}, "Starting", asked.session_hash or ""
-        yield grids.table(grid, shown), views.progress(text, 0), gr.update(value=None, interactive=False), None
+        yield grids.table(grid, shown), views.progress(text, 0), None, None
         cells, listening = iter(grid.cells), self.tab.listeners.is_listening
         pictures = [cell.picture for cell in grid.cells]
         try:
@@ -115,10 +117,9 @@ class GridPart:
             said = views.progress(f"{len(drawn)} of {len(pictures)} cells are done", 1)
         except Cancelled:
             said = views.notice(f"Stopped after {len(drawn)} of {len(pictures)} cells.")
-        sheet = gr.update(value=None, interactive=False)
+        sheet = None
         if drawn:
-            path = self.tab.files.new(f"{safe_name(name or 'base')}-grid.png")
-            sheet = gr.update(value=str(grids.save_sheet(grid, drawn, path)), interactive=True)
+            sheet = str(grids.save_sheet(grid, drawn, self.tab.files.new(f"{safe_name(name or 'base')}-grid.png")))
         # Everything once more, not `skip`: a program gets what comes last.
         yield grids.table(grid, shown), said, sheet, [files[place] for place in sorted(files)]
 

@@ -30,7 +30,7 @@ class StackPart:
                 allow_custom_value=True, interactive=True, elem_id="loras",
             )  # fmt: skip
             self.strengths = gr.Textbox(
-                label="Strength of each, in their order", placeholder="1 for all", max_lines=1, elem_id="strengths"
+                "", label="Strength of each, in their order", placeholder="1 for all", max_lines=1, elem_id="strengths"
             )
             self.name = gr.Textbox(
                 "full-model", label="Name of the new model folder", max_lines=1, elem_id="model-name"
@@ -40,9 +40,10 @@ class StackPart:
                 views.notice("The base model with the weights that are chosen, at their strengths, as one folder."),
                 elem_id="model-status",
             )
-            common = {"interactive": False, "buttons": ["copy"], "visible": False, "elem_classes": "code"}
-            self.place = gr.Textbox(label="Where it is", max_lines=1, elem_id="model-place", **common)
-            self.use = gr.Textbox(label="How it is loaded", lines=3, elem_id="model-use", **common)
+            common = {"interactive": False, "buttons": ["copy"], "elem_classes": "code"}
+            with gr.Column(visible=False) as self.found:
+                self.place = gr.Textbox(label="Where it is", max_lines=1, elem_id="model-place", **common)
+                self.use = gr.Textbox(label="How it is loaded", lines=3, elem_id="model-use", **common)
         self.inputs = [self.loras, self.strengths]
 
     def events(self, page: Page) -> None:
@@ -52,7 +53,8 @@ class StackPart:
         self.write.click(
             readable_errors(self.write_whole),
             [page.run, tab.weights, tab.adapter, tab.strength, self.name, tab.adapter_config, *self.inputs],
-            [self.status, self.place, self.use], api_name="full_model", show_progress="hidden", preprocess=False,
+            [self.status, self.place, self.use, self.found],
+            api_name="full_model", show_progress="hidden", preprocess=False,
         ).failure(lambda: views.notice("That did not work."), None, self.status, api_visibility="private")  # fmt: skip
         gr.api(readable_errors(self.list_loras), api_name="loras")
 
@@ -84,13 +86,13 @@ class StackPart:
         weights = self.tab.chosen_weights(run, label, uploaded, loras, strengths)
         weights, session = stacks.to_write(weights, Request(strength=strength).clamped().strength), asked.session_hash
         listening = self.tab.listeners.is_listening
-        hidden = gr.update(value="", visible=False)
+        nothing = "", "", gr.update(visible=False)
         try:
             for event in self.studio.write_whole(run, weights, target, session or "", lambda: listening(session)):
-                yield views.progress(event.text, 0.5), hidden, hidden
+                yield views.progress(event.text, 0.5), *nothing
         except Cancelled:
-            yield views.notice("Cancelled; nothing was written."), hidden, hidden
+            yield views.notice("Cancelled; nothing was written."), *nothing
             return
         place = takeaway.place_of(self.library, run, target)
         said = views.notice(f"{place} is written: {weights.label}.")
-        yield said, gr.update(value=place, visible=True), gr.update(value=whole_models.lines_for(place), visible=True)
+        yield said, place, whole_models.lines_for(place), gr.update(visible=True)
