@@ -14,6 +14,8 @@ from PIL.PngImagePlugin import PngInfo
 from .runs import Run, RunError
 
 SEEDS = 2**32
+LIMITS = {"seed": (0, SEEDS - 1), "steps": (1, 150), "guidance": (0, 30), "strength": (-2, 2)}
+"""Least and greatest values."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,12 @@ class Request:
             prompt=str(self.prompt or "").replace("\0", "")[:1000],
             negative_prompt=str(self.negative_prompt or "").replace("\0", "")[:1000],
             seed=random.SystemRandom().randrange(SEEDS) if seed < 0 else seed,
-            steps=bounded(self.steps, 1, 150, 20),
-            guidance=float(bounded(self.guidance, 0, 30, 4.0, whole=False)),
+            steps=bounded(self.steps, *LIMITS["steps"], 20),
+            guidance=float(bounded(self.guidance, *LIMITS["guidance"], 4.0, whole=False)),
             width=bounded(self.width, 32, 1024, 64) // 8 * 8,
             height=bounded(self.height, 32, 1024, 64) // 8 * 8,
             images=bounded(self.images, 1, 8, 1),
-            strength=float(bounded(self.strength, -2, 2, 1.0, whole=False)),
+            strength=float(bounded(self.strength, *LIMITS["strength"], 1.0, whole=False)),
         )
 
 

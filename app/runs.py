@@ -62,7 +62,7 @@ class Weights:
 
     label: str
     kind: str
-    """`base`, `merged` (a whole denoiser), `adapter` (an unmerged checkpoint) or `file` (an exported LoRA)."""
+    """`base`, `merged` (a whole denoiser), `adapter` (an unmerged checkpoint), `file` (an exported LoRA) or `stack`."""
     method: str = ""
     path: Path | None = None
     step: int | None = None
@@ -70,9 +70,18 @@ class Weights:
     """Names of the text encoders that were trained, too, and where theirs are; files have them in themselves."""
     config: Path | None = None
     """The adapter_config.json of a file that PEFT wrote."""
+    parts: tuple[tuple[Weights, float], ...] = ()
+    """The LoRA files of a stack, each with its strength."""
 
 
 BASE = Weights("base model", "base")
+
+
+def merged_by(checkpoint: Weights, method: str) -> Weights:
+    """What merging an unmerged checkpoint by a method makes, whether or not that was done."""
+    label = f"{checkpoint.method}: step {checkpoint.step} merged by {method}"
+    path = checkpoint.path.parent / f"merged-by-{method}-{checkpoint.step}" / DIFFUSERS_FILE
+    return Weights(label, "file", checkpoint.method, path, checkpoint.step)
 
 
 @dataclass(frozen=True)

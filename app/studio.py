@@ -9,14 +9,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import os
 import queue
 import sys
 import threading
 import time
 import traceback
-from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -25,22 +25,26 @@ from diffusers import DiffusionPipeline
 
 import reslora
 from reslora import files
-from reslora.common.assets import ASSETS
-from reslora.common.errors import InvalidArgument, first_line
-from reslora.diffusion.arguments import Flags
+from reslora.common.errors import InvalidArgument
 from reslora.diffusion.model.families.base import Family
-from reslora.diffusion.model.loading import find_model
+from reslora.diffusion.model.loading import Model, find_model
 from reslora.diffusion.output.calibration_file import read_calibration
 from reslora.diffusion.output.exports import write_lora
 from reslora.diffusion.settings import check_model_name
 from reslora.diffusion.training.state import targets_of
 from reslora.merges import MERGES
 
-from . import weight_files
+from . import stacks, weight_files, whole_models
+from .bases import BUNDLED, Base, base_of
 from .recipe import SEEDS, Drawn, Request
-from .runs import Run, RunError, Weights
+from .runs import Run, RunError, Weights, merged_by
+from .turns import Turns
+from .weight_files import without_folders
 
-BUNDLED = ASSETS / "pipeline"
+__all__ = [
+    "BUNDLED", "MERGE_CHOICES", "Base", "Cancelled", "Picture", "Status", "Step", "Studio", "Turns", "base_of",
+]  # fmt: skip
+
 MERGE_CHOICES = sorted(MERGES, key=lambda name: (not MERGES[name].needs_moments, name == "none"))
 """What keeps most comes first."""
 PATIENCE = 15.0
@@ -67,29 +71,16 @@ class Status:
     text: str
 
 
-class Turns:
-    """One at a time, in the order of asking: who asks for eight images lets others have theirs in between."""
+@dataclass(frozen=True)
+class Picture:
+    """One image to draw."""
 
-    def __init__(self) -> None:
-        self.waiting: deque[object] = deque()
-        self.moved = threading.Condition()
-
-    @contextlib.contextmanager
-    def turn(self, check: Callable[[], None] = lambda: None) -> Iterator[None]:
-        """Waits for its turn and holds it; `check` is called meanwhile, and may raise to give up."""
-        ticket = object()
-        with self.moved:
-            self.waiting.append(ticket)
-        try:
-            with self.moved:
-                while self.waiting[0] is not ticket:
-                    check()
-                    self.moved.wait(0.2)
-            yield
-        finally:
-            with self.moved:
-                self.waiting.remove(ticket)
-                self.moved.notify_all()
+    weights: Weights
+    request: Request
+    title: str
+    """What is said while it is drawn."""
+    merge: tuple[Weights, str] | None = None
+    """The checkpoint and the merge that make the weights, where they are not there yet."""
 
 
 class Audience:
@@ -118,6 +109,21 @@ class Audience:
         self.check()
 
 
+@dataclass(frozen=True, eq=False)
+class Visitor:
+    """Who asked for something, and is told what happens."""
+
+    audience: Audience
+    events: queue.Queue = field(default_factory=lambda: queue.Queue(maxsize=1))
+
+    def put(self, event: object) -> None:
+        """Tells it; raises `Cancelled` once nobody wants to know."""
+        while True:
+            self.audience.check()
+            with contextlib.suppress(queue.Full):
+                return self.events.put(event, timeout=0.1)
+
+
 class Studio:
     """The pipeline and what is in it. Nothing is loaded before the first use."""
 
@@ -125,6 +131,8 @@ class Studio:
         self.turns = Turns()
         self.pipeline: DiffusionPipeline | None = None
         self.family: Family | None = None
+        self.model: Model | None = None
+        """Where the pipeline's files are."""
         self.base: Base | None = None
         """From where the pipeline was loaded."""
         self.state = {}
@@ -135,7 +143,8 @@ class Studio:
         """What is in the pipeline's denoiser: path and configuration, their times of change, strength."""
         self.loads = 0
         """How many times a pipeline was loaded from its files."""
-        self.running: dict[str, Audience] = {}
+        self.running: dict[Audience, str] = {}
+        """Who waits for something, and the session of each."""
 
     # -- generating ----------------------------------------------------------------------------------------------------
 
@@ -149,47 +158,69 @@ class Studio:
     ) -> Iterator[Status | Step | Drawn]:
         """Yields what happens, and the images: for each number one per choice, with the same seed.
 
-        Each image is drawn on its own with its own seed, so it doesn't depend on how many were asked for. Closing the
-        iterator, `cancel(session)`, or a while in which `listening` says no, stops within one denoising step; the
-        latter two raise `Cancelled`. Raises `RunError` for weights that cannot be loaded.
+        Each image is drawn on its own with its own seed, so it doesn't depend on how many were asked for. Ends as
+        `draw` does.
         """
-        events: queue.Queue = queue.Queue(maxsize=1)
-        audience = self.running[session] = Audience(listening)
-        work = (run, choices, request.clamped(), audience, events)
-        threading.Thread(target=self._work, args=work, daemon=True).start()
+        request, pictures = request.clamped(), []
+        for number in range(request.images):
+            one = replace(request, seed=(request.seed + number) % SEEDS, images=1)
+            title = f"Image {number + 1} of {request.images}"
+            pictures += [Picture(choice, one, f"{title}, {choice.label}") for choice in choices]
+        yield from self.draw(run, pictures, session, listening)
+
+    def draw(
+        self,
+        run: Run | None,
+        pictures: list[Picture],
+        session: str = "",
+        listening: Callable[[], bool] = lambda: True,
+    ) -> Iterator[Status | Step | Drawn]:
+        """Yields what happens, and the images in their order.
+
+        Closing the iterator, `cancel(session)`, or a while in which `listening` says no, stops within one denoising
+        step; the latter two raise `Cancelled`. Raises `RunError` for weights that cannot be loaded.
+        """
+        yield from self._told(lambda visitor: self._draw_all(run, pictures, visitor), session, listening)
+
+    def write_whole(
+        self, run: Run | None, weights: Weights, target: Path, session: str = "", listening=lambda: True
+    ) -> Iterator[Status]:
+        """Writes the run's whole model with LoRA files or merged weights in it as a new folder, `target`.
+
+        Ends as `draw` does, within one tensor, and leaves nothing then. Raises `RunError` where it cannot be written.
+        """
+        yield from self._told(lambda visitor: self._write_whole(run, weights, target, visitor), session, listening)
+
+    def _told(self, work: Callable[[Visitor], None], session: str, listening: Callable[[], bool]) -> Iterator:
+        """Does some work in a thread of its own and yields what is told of it."""
+        visitor = Visitor(Audience(listening))
+        self.running[visitor.audience] = session
+        threading.Thread(target=self._work, args=(work, visitor), daemon=True).start()
         try:
-            while (event := events.get()) is not None:
+            while (event := visitor.events.get()) is not None:
                 if isinstance(event, Exception):
                     raise event
                 yield event
         finally:
-            audience.stopped.set()
-            if self.running.get(session) is audience:
-                del self.running[session]
+            visitor.audience.stopped.set()
+            del self.running[visitor.audience]
 
     def cancel(self, session: str) -> bool:
-        """Stops the generation of a session within one step; False if there is none."""
-        audience = self.running.get(session)
-        if audience is not None:
+        """Stops what a session waits for within one step; False if there is nothing."""
+        found = [audience for audience, whose in list(self.running.items()) if whose == session]
+        for audience in found:
             audience.stopped.set()
-        return audience is not None
+        return bool(found)
 
     def close(self) -> None:
-        """Stops whatever is being generated."""
-        for session in list(self.running):
-            self.cancel(session)
+        """Stops whatever is being done."""
+        for audience in list(self.running):
+            audience.stopped.set()
 
-    def _work(self, run, choices, request, audience: Audience, events: queue.Queue) -> None:
+    def _work(self, work: Callable[[Visitor], None], visitor: Visitor) -> None:
         outcome: Exception | None = RunError("This could not be generated.")
-
-        def put(event) -> None:
-            while True:
-                audience.check()
-                with contextlib.suppress(queue.Full):
-                    return events.put(event, timeout=0.1)
-
         try:
-            self._draw_all(run, choices, request, audience, put)
+            work(visitor)
             outcome = None
         except (Cancelled, RunError) as error:
             outcome = error
@@ -197,34 +228,44 @@ class Studio:
             traceback.print_exception(error)
             outcome = RunError(f"This could not be generated ({type(error).__name__}).")
         finally:
-            if audience.stopped.is_set():
+            if visitor.audience.stopped.is_set():
                 with contextlib.suppress(queue.Empty):
-                    events.get_nowait()  # a step that nobody will look at must not keep the outcome out
+                    visitor.events.get_nowait()  # a step that nobody will look at must not keep the outcome out
             with contextlib.suppress(queue.Full):
-                events.put(outcome, timeout=PATIENCE)
+                visitor.events.put(outcome, timeout=PATIENCE)
 
-    def _draw_all(self, run, choices, request: Request, audience: Audience, put) -> None:
-        for number in range(request.images):
-            one = replace(request, seed=(request.seed + number) % SEEDS, images=1)
-            for choice in choices:
-                audience.wait()
-                if self.turns.waiting:
-                    put(Status("Waiting for another image to be finished"))
-                with self.turns.turn(audience.check):
-                    if self.base != base_of(run):
-                        put(Status("Loading the model: this happens once"))
-                        self._load(base_of(run))
-                    put(Status(f"Image {number + 1} of {request.images}, {choice.label}"))
-                    self._use(run, choice, request.strength)
-                    image = self._draw(one, choice, number, audience, put)
-                put(Drawn(image, one, {"run": run.name if run else "", "weights": choice.label}))
+    @contextlib.contextmanager
+    def _turn(self, run: Run | None, visitor: Visitor) -> Iterator[None]:
+        """Waits for its turn and holds it, with the run's pipeline loaded."""
+        visitor.audience.wait()
+        if self.turns.waiting:
+            visitor.put(Status("Waiting for another image to be finished"))
+        with self.turns.turn(visitor.audience.check):
+            if self.base != base_of(run):
+                visitor.put(Status("Loading the model: this happens once"))
+                self._load(base_of(run))
+            yield
 
-    def _draw(self, request: Request, weights: Weights, number: int, audience: Audience, put):
+    def _draw_all(self, run: Run | None, pictures: list[Picture], visitor: Visitor) -> None:
+        for number, picture in enumerate(pictures):
+            with self._turn(run, visitor):
+                if picture.merge is not None and not picture.weights.path.is_file():
+                    visitor.put(Status(f"Merging: {picture.weights.label}"))
+                    self._merge(run, *picture.merge)
+                visitor.put(Status(picture.title))
+                self._use(run, picture.weights, picture.request.strength)
+                image = self._draw(picture, number, visitor)
+            source = {"run": run.name if run else "", "weights": picture.weights.label}
+            visitor.put(Drawn(image, picture.request, source))
+
+    def _draw(self, picture: Picture, number: int, visitor: Visitor):
+        request = picture.request
+
         def after_step(pipeline, index, timestep, tensors):
-            audience.check()
+            visitor.audience.check()
             if not tensors["latents"].isfinite().all():
-                raise RunError(f"{weights.label}: step {index + 1} gave values that are not finite.")
-            put(Step(number, index + 1, request.steps))
+                raise RunError(f"{picture.weights.label}: step {index + 1} gave values that are not finite.")
+            visitor.put(Step(number, index + 1, request.steps))
             return tensors
 
         wanted = {
@@ -263,13 +304,15 @@ class Studio:
         setattr(pipeline, model.family.denoiser, denoiser)
         self.loads += 1
         self.pipeline, self.family, self.base, self.state = pipeline, model.family, base, denoiser.state_dict()
+        self.model = model
         self.encoders = {part.name: getattr(pipeline, part.name) for part in model.family.trainable}
         self.current = None
 
     def _use(self, run: Run | None, weights: Weights, strength: float) -> None:
         """Puts the weights into the pipeline; `RunError` if they cannot be loaded, which leaves those before."""
         files = (weights.path, weights.config, *(path for _, path in weights.encoders))
-        wanted = (*files, *map(changed, files), 1.0 if weights.kind == "base" else strength)
+        files += tuple(part.path for part, _ in weights.parts)
+        wanted = (*files, *map(changed, files), weights.parts, 1.0 if weights.kind == "base" else strength)
         if self.current == wanted:
             return
         parts = {self.family.denoiser: self._skeleton()} | self._encoders()
@@ -291,6 +334,8 @@ class Studio:
         """Puts the weights into what is to become the pipeline's denoiser and text encoders."""
         if weights.kind == "file":
             weight_files.put_file(self.pipeline, parts, weights, strength)
+        if weights.kind == "stack":
+            stacks.put(parts, self.family, weights, strength)
         for name, path in ((self.family.denoiser, weights.path), *weights.encoders):
             one = replace(weights, path=path)
             if weights.kind == "merged" and name in parts:
@@ -335,14 +380,17 @@ class Studio:
             base = base_of(run)
             if self.base != base:
                 self._load(base)
-            try:
-                return self._merge(run, checkpoint, method)
-            except OSError:
-                raise RunError("The merged weights could not be written into the run's folder.") from None
-            except (ValueError, RuntimeError) as error:
-                raise RunError(f"It cannot be merged: {without_folders(error, run.folder)}.") from None
+            return self._merge(run, checkpoint, method)
 
     def _merge(self, run: Run, checkpoint: Weights, method: str) -> dict:
+        try:
+            return self._write_merged(run, checkpoint, method)
+        except OSError:
+            raise RunError("The merged weights could not be written into the run's folder.") from None
+        except (ValueError, RuntimeError) as error:
+            raise RunError(f"It cannot be merged: {without_folders(error, run.folder)}.") from None
+
+    def _write_merged(self, run: Run, checkpoint: Weights, method: str) -> dict:
         made, report, parts = self._encoders(), {}, {}
         made[self.family.denoiser] = self._skeleton()
         for name, path in ((self.family.denoiser, checkpoint.path), *checkpoint.encoders):
@@ -351,47 +399,28 @@ class Studio:
             encoder = name if path != checkpoint.path else None
             found = reslora.merge(parts[name], method=method, calibration=calibration_of(run, encoder)).to_dict()
             report |= {encoder: found} if encoder else found
-        folder = checkpoint.path.parent / f"merged-by-{method}-{checkpoint.step}"
-        with files.replacing(folder) as temporary:
+        with files.replacing(merged_by(checkpoint, method).path.parent) as temporary:
             temporary.mkdir()
             write_lora(parts, temporary, self.family, {})
             files.write_json(temporary / "merge.json", report)
         return report
 
-
-@dataclass(frozen=True)
-class Base:
-    """The pipeline that a run trains: path or hub name, and how the trainer loaded it."""
-
-    name: str = str(BUNDLED)
-    vae: str | None = None
-    revision: str | None = None
-    variant: str | None = None
-    cache_dir: str | None = None
-    prediction_type: str | None = None
-    folder: str = ""
-    """The run's, where the trainer keeps what it made of a single file."""
-
-    def flags(self) -> Flags:
-        """The trainer's flags that say the same."""
-        return Flags(
-            pretrained_model_name_or_path=self.name, pretrained_vae_model_name_or_path=self.vae,
-            revision=self.revision, variant=self.variant, cache_dir=self.cache_dir, output_dir=self.folder,
-        )  # fmt: skip
-
-
-def base_of(run: Run | None) -> Base:
-    """The pipeline of a run; the bundled one without a run."""
-    if run is None:
-        return Base()
-    named = run.word("pretrained_model_name_or_path")
-    settings = {name: run.word(name) for name in ("revision", "variant", "cache_dir", "prediction_type")}
-    # A run that came from another machine has that machine's path of the bundled pipeline, the example a relative one.
-    if not named or (Path(named).parts[-2:] == BUNDLED.parts[-2:] and not Path("/", named).is_dir()):
-        return Base(prediction_type=settings["prediction_type"])
-    is_file = named.endswith(".safetensors")
-    vae = run.word("pretrained_vae_model_name_or_path")
-    return Base(named, vae, **settings, folder=str(run.folder) if is_file else "")
+    def _write_whole(self, run: Run | None, weights: Weights, target: Path, visitor: Visitor) -> None:
+        with self._turn(run, visitor):
+            visitor.put(Status(f"Writing the model {target.name}"))
+            parts: dict[str, torch.nn.Module | Path] = {self.family.denoiser: weights.path, **dict(weights.encoders)}
+            if weights.kind != "merged":
+                made = {self.family.denoiser: self._skeleton()} | self._encoders()
+                parts = {name: made[name] for name in stacks.put(made, self.family, weights, 1.0)}
+            try:
+                base = self.pipeline.components | self.encoders | {self.family.denoiser: self._skeleton()}
+                whole_models.write(target, self.model, base, parts, visitor.audience.check)
+            except OSError as error:
+                reason = os.strerror(error.errno) if error.errno else type(error).__name__
+                raise RunError(f"The model could not be written: {reason}.") from None
+            except ValueError as error:  # a damaged file
+                reason = without_folders(error, weights.path, self.model.folder)
+                raise RunError(f"The model could not be written: {reason}.") from None
 
 
 def calibration_of(run: Run, encoder: str | None = None) -> list[dict] | None:
@@ -405,8 +434,3 @@ def changed(path: Path | None) -> int:
         return path.stat().st_mtime_ns if path is not None else 0
     except OSError:
         return 0
-
-
-def without_folders(error: Exception, path: Path) -> str:
-    """An error's first line with the names of files, not where they are on this machine."""
-    return first_line(error).replace(f"{path.parent}/", "").replace(str(path.parent), path.parent.name)

@@ -1,14 +1,16 @@
-"""Which method is ahead: one sentence that claims no more than one run can show. HTML, as in `views`."""
+"""What is to be thought of a run, in a sentence that claims no more than it can show. HTML, as in `views`."""
 
 from __future__ import annotations
 
 from reslora.common.log import of_split
 
-from .runs import Run
+from .runs import Run, Weights, number
 from .views import NAMES, escape, notice
 
 ONE_SEED = "One seed: no difference shown. Run an experiment, which can show one: <code>--seed 0 1 2</code>."
 ALONE = "There is nothing to compare it with: <code>--method lora reslora</code> trains both."
+HIGH_ERROR = 0.2
+"""Mean relative error of merged blocks from which on images may well differ."""
 NOTHING_HELD_OUT = "No image is held out, so no number compares the methods; --validation_split 0.1 holds out a tenth."
 
 
@@ -34,3 +36,22 @@ def verdict(run: Run, step: int) -> str:
 def held_out(run: Run, method: str) -> dict[int, float]:
     """The loss on held-out images by step."""
     return {row["step"]: row["loss"] for row in of_split(run.log(method), "validation")}
+
+
+def merge_warning(report: object) -> str:
+    """A warning where merged blocks are far from what was trained; empty where they are near, or nobody knows."""
+    blocks = report.get("blocks") if isinstance(report, dict) else None
+    rows = [block for block in blocks if isinstance(block, dict)] if isinstance(blocks, list) else []
+    errors = [error for block in rows if (error := number(block.get("error"))) is not None]
+    if not errors or sum(errors) / len(errors) <= HIGH_ERROR:
+        return ""
+    text = f"Much is lost in this merge: its blocks are {sum(errors) / len(errors):.0%} off on average. "
+    advice = "Compare its images with those of the unmerged checkpoint, or merge that by another method."
+    return f'<p class="warning" role="status">{escape(text + advice)}</p>'
+
+
+def warning_for(run: Run, weights: Weights) -> str:
+    """The warning about the merge that these weights come from."""
+    if weights.kind not in ("merged", "file") or weights.path is None:
+        return ""
+    return merge_warning(run.read_json(*weights.path.parent.relative_to(run.folder.resolve()).parts, "merge.json"))

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 import reslora
 from reslora.checkpoint import PEFT_PREFIX
 from reslora.common.adapters import attach, load_adapter
+from reslora.common.errors import first_line
 from reslora.common.methods import METHODS, AdapterSettings, adapter_config
 from reslora.diffusion.training.checkpoints import RECORD
 from reslora.export import PEFT_CONFIG_FILE, PEFT_FILE
@@ -287,3 +288,11 @@ def flat(name: str) -> str:
 
 def shape(of: Tensor | torch.Size) -> str:
     return " x ".join(map(str, of.shape if isinstance(of, Tensor) else of))
+
+
+def without_folders(error: Exception, *paths: Path | None) -> str:
+    """An error's first line with the names of files, not where they are on this machine."""
+    line = first_line(error)
+    for folder in (path.parent for path in paths if path is not None):
+        line = line.replace(f"{folder}/", "").replace(str(folder), folder.name)
+    return line

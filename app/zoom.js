@@ -1,19 +1,19 @@
-// A click on a sample enlarges it; left and right flip between the methods, up and down between the rows.
+// A click on an image of a table enlarges it; left and right flip between the columns, up and down between the rows.
 (() => {
   const moves = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
-  const tiles = () => [...document.querySelectorAll("#grid button.tile")];
-  let dialog, at;
+  const places = "#grid, #xy", tiles = () => [...place.querySelectorAll("button.tile")];
+  let dialog, place, at;
 
   function make() {
     dialog = document.createElement("dialog");
     dialog.id = "zoom";
     dialog.innerHTML = `<img alt=""><p role="status"></p><div>
-      <button type="button" data-key="ArrowLeft" aria-label="method before">←</button>
-      <button type="button" data-key="ArrowRight" aria-label="next method">→</button>
+      <button type="button" data-key="ArrowLeft" aria-label="column before">←</button>
+      <button type="button" data-key="ArrowRight" aria-label="next column">→</button>
       <button type="button" data-key="ArrowUp" aria-label="row before">↑</button>
       <button type="button" data-key="ArrowDown" aria-label="next row">↓</button>
       <button type="button" data-key="Escape">Close</button></div>`;
-    dialog.setAttribute("aria-label", "Enlarged sample");
+    dialog.setAttribute("aria-label", "Enlarged image");
     dialog.addEventListener("keydown", event => move(event.key) && event.preventDefault());
     dialog.addEventListener("click", event => {
       if (event.target === dialog || event.target.dataset.key === "Escape") dialog.close();
@@ -27,7 +27,7 @@
     at = [Number(tile.dataset.row), Number(tile.dataset.column)];
     dialog.querySelector("img").src = image.src;
     dialog.querySelector("img").alt = image.alt;
-    dialog.querySelector("p").textContent = `${image.alt} · step ${step}`;
+    dialog.querySelector("p").textContent = step ? `${image.alt} · step ${step}` : image.alt;
   }
 
   // On to the next image that way, and at the end round to the first.
@@ -41,8 +41,9 @@
   }
 
   document.addEventListener("click", event => {
-    const tile = event.target.closest?.("#grid button.tile");
-    if (!tile) return;
+    const tile = event.target.closest?.("button.tile");
+    if (!tile?.closest(places)) return;
+    place = tile.closest(places);
     if (!dialog) make();
     show(tile);
     dialog.showModal();

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("reslora", "app", "benchmarks", "assets/make")
 FILES = sorted([*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))])
-HANDLERS = {"draw in app/tabs/generate.py"}
+HANDLERS = {"draw in app/tabs/generate.py", "draw_grid in app/tabs/grid.py", "write_whole in app/tabs/stack.py"}
 """Gradio's: one argument for each component that is read."""
 
 

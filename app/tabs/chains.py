@@ -10,6 +10,7 @@ from .. import views
 from ..handlers import readable_errors
 from ..runs import Run
 from ..studio import MERGE_CHOICES
+from ..verdict import merge_warning
 from .base import Parts, Tab
 from .generate import GenerateTab
 
@@ -76,7 +77,8 @@ class ChainsTab(Tab):
     def filled_in(self, run: Run) -> dict:
         """Plan, merge report, and norms beside LoRA's."""
         plan, report = run.read_json("reslora", "chains.json"), run.read_json("reslora", "merge.json")
-        values = [views.chain_plan(plan), views.merge_report(report), views.norm_difference(run)]
+        merge = merge_warning(report) + views.merge_report(report)
+        values = [views.chain_plan(plan), merge, views.norm_difference(run)]
         return dict(zip(self.of_run, values, strict=True))
 
     def do_merge(self, name: str, label: str, method: str) -> tuple:
@@ -86,4 +88,5 @@ class ChainsTab(Tab):
         report = self.studio.merge(run, checkpoint, method)
         labels = [weights.label for weights in run.weights()]
         made = f"reslora: step {checkpoint.step} merged by {method}"
-        return f"Done: **{made}** is under Generate.", views.merge_report(report), gr.update(choices=labels, value=made)
+        shown = merge_warning(report) + views.merge_report(report)
+        return f"Done: **{made}** is under Generate.", shown, gr.update(choices=labels, value=made)

@@ -10,9 +10,12 @@ import gradio as gr
 from .. import recipe, views, weight_files
 from ..handlers import paths_of, readable_errors
 from ..recipe import Drawn, Request
-from ..runs import BASE, Run
+from ..runs import BASE, Run, RunError, Weights
 from ..studio import Cancelled, Status, Step
+from ..verdict import warning_for
 from .base import Parts, Tab
+from .grid import GridPart
+from .stack import StackPart
 
 if TYPE_CHECKING:
     from ..page import Page
@@ -36,12 +39,14 @@ class GenerateTab(Tab):
                     object_fit="contain", buttons=["download", "fullscreen"],
                 )  # fmt: skip
                 self.made = gr.HTML(elem_id="made")
+        self.grid = GridPart(self)
         self.watched = [self.weights]
-        self.of_run = [self.prompt, self.steps, self.guidance, self.width, self.height]
+        self.of_run = [self.prompt, self.steps, self.guidance, self.width, self.height, self.stack.loras]
         self.chosen = self.weights
 
     def settings_column(self) -> None:
         self.weights = gr.Dropdown(label="Weights", allow_custom_value=True, interactive=True, elem_id="weights")
+        self.warning = gr.HTML(elem_id="merge-warning", visible=False)
         self.prompt = gr.Textbox(label="Prompt", elem_id="prompt")
         self.negative = gr.Textbox(label="Negative prompt")
         with gr.Row():
@@ -56,6 +61,7 @@ class GenerateTab(Tab):
             self.height = gr.Slider(32, 1024, 64, step=8, label="Height", min_width=140)
         self.strength = gr.Slider(0, 2, 1, step=0.05, label="Adapter strength")
         self.beside = gr.Checkbox(True, label="Same seed with the base model beside it")
+        self.stack = StackPart(self)
         with gr.Accordion("A LoRA file of your own, or settings from an image", open=False):
             self.adapter = gr.File(
                 label="LoRA (.safetensors), used instead of the run's weights",
@@ -72,7 +78,10 @@ class GenerateTab(Tab):
         settings = [self.prompt, self.negative, *numbers]
         gr.on(
             [self.go.click, self.prompt.submit], readable_errors(self.draw),
-            [page.run, self.weights, self.adapter, self.beside, self.random, *settings, self.adapter_config],
+            [
+                page.run, self.weights, self.adapter, self.beside, self.random, *settings, self.adapter_config,
+                *self.stack.inputs,
+            ],
             [self.gallery, self.status, self.seed, self.made],
             api_name="generate", show_progress="hidden", concurrency_limit=4, preprocess=False,
         ).failure(lambda: views.notice("That did not work."), None, self.status, api_visibility="private")  # fmt: skip
@@ -82,7 +91,11 @@ class GenerateTab(Tab):
         taken_over = [*settings[:-2], self.strength, self.random]
         self.recipe.upload(readable_errors(self.read_recipe), self.recipe, taken_over, api_name="settings_of")
         self.recipe.upload(readable_errors(self.origin), self.recipe, self.status, api_visibility="private")
+        quiet = {"api_visibility": "private", "show_progress": "hidden", "preprocess": False}
+        self.weights.change(readable_errors(self.warn), [page.run, self.weights], self.warning, **quiet)
         gr.api(readable_errors(self.list_weights), api_name="weights")
+        self.stack.events(page)
+        self.grid.events(page)
 
     # -- what of a run is shown ----------------------------------------------------------------------------------------
 
@@ -110,20 +123,38 @@ class GenerateTab(Tab):
     def filled_in(self, run: Run) -> dict:
         """What the run drew its samples with."""
         asked = recipe.of_samples(run)
-        return dict(
-            zip(self.of_run, [asked.prompt, asked.steps, asked.guidance, asked.width, asked.height], strict=True)
-        )
+        values = [asked.prompt, asked.steps, asked.guidance, asked.width, asked.height, self.stack.choices(run)]
+        return dict(zip(self.of_run, values, strict=True))
+
+    def warn(self, name: str, label: str) -> dict:
+        """A warning about chosen weights; none about what is not there."""
+        run = self.library.runs().get(name) if isinstance(name, str) else None
+        weights = next((weights for weights in run.weights() if weights.label == label), None) if run else None
+        text = warning_for(run, weights) if weights else ""
+        return gr.update(value=text, visible=bool(text))
+
+    def chosen_weights(
+        self, run: Run | None, label: str, uploaded: list[str], loras: list[str] | None, strengths: str
+    ) -> Weights:
+        """What to draw with: an uploaded file, a stack, or the run's weights; refuses two of them at once."""
+        if uploaded and loras:
+            raise RunError("There are a LoRA file of your own and LoRAs to stack: take one of the two away.")
+        if uploaded:
+            return weight_files.uploaded(*uploaded)
+        if loras:
+            return self.stack.stacked(run, loras, strengths)
+        return run.find_weights(label) if run else BASE
 
     # -- drawing -------------------------------------------------------------------------------------------------------
 
     def draw(
         self, name, label, adapter, beside, random, prompt, negative, seed, steps, guidance, width, height, images,
-        strength, adapter_config=None, asked: gr.Request = None,
+        strength, adapter_config=None, loras=None, strengths="", asked: gr.Request = None,
     ) -> Iterator[tuple]:  # fmt: skip
         """Images one after the other, with the step of the current one; beside each, the base model's."""
         run = self.library.find(name) if name else None
         uploaded = [*paths_of(adapter), *paths_of(adapter_config)]
-        weights = weight_files.uploaded(*uploaded) if uploaded else run.find_weights(label) if run else BASE
+        weights = self.chosen_weights(run, label, uploaded, loras, strengths)
         choices = [BASE, weights] if beside and weights.kind != "base" else [weights]
         request = Request(prompt, negative, -1 if random else seed, steps, guidance, width, height, images, strength)
         request, session = request.clamped(), asked.session_hash or ""

@@ -49,17 +49,19 @@ def comparison(
     path: str | os.PathLike,
     columns: Sequence[str],
     rows: Sequence[tuple[str, Sequence[tuple[str, Sequence[Image]]]]],
+    side: int | None = None,
 ) -> None:
     """Writes images as a grid: columns across; prompts, and under each its methods, down.
 
     `columns` holds the titles, which may have several lines; `rows` a prompt and, for each of its methods, a name and
-    an image for every column. All images are fitted into the size of the first one; small ones are enlarged without
-    steps, and a prompt too long for the figure is shortened.
+    an image for every column. All images are fitted into the size of the first one, whose longer side gets `side`
+    pixels (SMALL or LARGE where that is None); small ones are enlarged without steps, and a prompt too long for the
+    figure is shortened.
 
     Raises `OSError` for a file that is no image.
     """
     blocks: Sequence = [block for _, blocks in rows for block in blocks]
-    width, height = _tile(image for _, images in blocks for image in images)
+    width, height = _tile((image for _, images in blocks for image in images), side)
     left = MARGIN + max((_width(name, TITLE) + 10 for name, _ in blocks if name), default=0)
     room = max(width, *(_width(line, TITLE) for title in columns for line in title.split("\n")))
     heading, line = 36, 22
@@ -166,14 +168,14 @@ def _save(figure: Figure, path: str | os.PathLike, dpi: int) -> None:
         figure.savefig(temporary, format="png", dpi=dpi, metadata={"Software": None})
 
 
-def _tile(images: Iterable[Image]) -> tuple[int, int]:
+def _tile(images: Iterable[Image], side: int | None) -> tuple[int, int]:
     """Width and height at which images are drawn."""
     first = next((image for image in images if image is not None), None)
     if first is None:
         return SMALL, SMALL
     with _opened(first) as image:
         longest = max(image.size)
-        side = SMALL if longest <= SMALL else LARGE
+        side = side or (SMALL if longest <= SMALL else LARGE)
         return tuple(max(1, round(length * side / longest)) for length in image.size)
 
 

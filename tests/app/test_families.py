@@ -7,11 +7,13 @@ import pytest
 import torch
 from accelerate import PartialState
 from app_runs import write_run
+from diffusers import DiffusionPipeline
 from pipelines import FAMILIES
 
 from app.library import Library
 from app.recipe import Drawn, Request
 from app.runs import BASE
+from app.stacks import stack
 from app.studio import Studio, calibration_of
 from reslora.common.adapters import attach, save_adapter
 from reslora.common.methods import AdapterSettings, adapter_config
@@ -67,7 +69,11 @@ def studio():
 
 
 def drawn(studio, run, label):
-    events = studio.generate(run, [run.find_weights(label)], REQUEST)
+    return drawn_with(studio, run, run.find_weights(label))
+
+
+def drawn_with(studio, run, weights):
+    events = studio.generate(run, [weights], REQUEST)
     (image,) = [event.image for event in events if isinstance(event, Drawn)]
     return np.asarray(image).astype(int)
 
@@ -80,6 +86,16 @@ def test_checkpoints_and_what_is_merged_of_them_are_drawn(studio, run):
     images = [drawn(studio, run, label) for label in labels]
     assert all(np.abs(image - other).max() > 2 for image in images for other in (base, *images) if image is not other)
     assert np.array_equal(drawn(studio, run, BASE.label), base)
+
+    file = run.find_weights(labels[-1])
+    assert np.abs(drawn_with(studio, run, stack([(file, 0.5), (file, 0.5)])) - images[-1]).max() <= 2
+    list(studio.write_whole(run, stack([(file, 1.0)]), run.folder.parent / "models" / "full"))
+    whole = DiffusionPipeline.from_pretrained(run.folder.parent / "models" / "full")
+    for name, part in whole.components.items():  # the folder's model in the place of the base
+        if name != studio.family.denoiser:
+            setattr(studio.pipeline, name, part)
+    studio.state, studio.current = getattr(whole, studio.family.denoiser).state_dict(), None
+    assert np.abs(drawn(studio, run, BASE.label) - images[-1]).max() <= 2
 
 
 def test_calibration_samples_are_as_the_denoiser_takes_them(run):

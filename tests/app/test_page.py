@@ -73,7 +73,7 @@ def test_others_may_come_with_a_password():
 def test_only_the_page_and_the_entry_import_gradio():
     """And of the trainers nothing but the parser: trainings are processes."""
     with_gradio = {"page.py", "handlers.py", "base.py", "compare.py", "generate.py", "dataset.py"}
-    with_gradio |= {"train.py", "chains.py", "launching.py", "experiment.py"}
+    with_gradio |= {"train.py", "chains.py", "launching.py", "experiment.py", "grid.py", "stack.py"}
     for path in (REPOSITORY / "app").rglob("*.py"):
         names = set()
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -198,7 +198,16 @@ def client(address):
 GENERATE = {
     "run": "tiny", "weights": "reslora: merged weights", "adapter": None, "beside": True, "random": False,
     "prompt": "red disc", "negative": "", "seed": 3, "steps": 3, "guidance": 2, "width": 64, "height": 64, "images": 1,
-    "strength": 1, "adapter_config": None,
+    "strength": 1, "adapter_config": None, "loras": [], "strengths": "",
+}  # fmt: skip
+GRID = {
+    "run": "tiny", "weights": "lora: merged weights", "adapter": None, "prompt": "red disc", "negative": "", "seed": 3,
+    "steps": 1, "guidance": 2, "width": 32, "height": 32, "strength": 1, "x": "strength", "x_values": "0 1",
+    "y": "none", "y_values": "", "adapter_config": None, "loras": [], "strengths": "",
+}  # fmt: skip
+MODEL = {
+    "run": "tiny", "weights": "lora: merged weights", "adapter": None, "strength": 1, "name": "full",
+    "adapter_config": None, "loras": [], "strengths": "",
 }  # fmt: skip
 
 
@@ -261,7 +270,11 @@ def test_whatever_a_program_sends_it_is_told_something(address, wrong):
     calls |= {"images": [bundled, "All images", ""], "set_caption": [bundled, "1f384.png", "", ""]}
     calls |= {"change_captions": [bundled, [], "Add tag", "x", ""], "trash_images": [bundled, ["1f384.png"]]}
     calls |= {"undo_images": [bundled], "check_images": [bundled], "upload_images": ["a b", None, ""]}
-    calls |= {"train_command": ["new", None, "", None, "", ["lora"], "input", *[""] * 12]}
+    calls |= {"grid": [*GRID.values()], "full_model": [*(MODEL | {"name": "../x"}).values()], "loras": ["tiny"]}
+    calls |= {
+        "grid_values": ["tiny", "seed"],
+        "train_command": ["new", None, "", None, "", ["lora"], "input", *[""] * 12],
+    }
     for name, data in calls.items():
         for place in range(len(data)):
             answer = answers(address, name, *data[:place], wrong, *data[place + 1 :])
@@ -273,6 +286,8 @@ def test_whatever_a_program_sends_it_is_told_something(address, wrong):
 
 def test_the_settings_of_a_training_have_names(client):
     endpoints = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
+    for name in ("/generate", "/grid", "/full_model", "/loras", "/grid_values"):
+        assert not [p for p in endpoints[name]["parameters"] if p["parameter_name"].startswith("param")]
     for name in ("/train_command", "/train_start"):
         names = [parameter["parameter_name"] for parameter in endpoints[name]["parameters"]]
         assert names == list(TrainTab.parameters())
@@ -308,6 +323,32 @@ def test_a_program_can_use_and_merge_adapters(client, runs):
         generated(client, adapter=handle_file(runs / "tiny" / "lora" / "checkpoint-4" / "trainer.pt"))
     text, report, _ = client.predict("tiny", "reslora: unmerged, step 4", "weights", api_name="/merge")
     assert "Done" in text and "alpha*" in report
+
+
+def test_a_program_can_draw_grids_and_stack_and_write_models(client, runs):
+    """Cells are what single drawings are, each a file with its settings; three lines load the folder."""
+    asked = GRID | {"y": "seed", "y_values": "3 4"}
+    table, status, sheet, cells = client.predict(*asked.values(), api_name="/grid")
+    assert table.count("<img") == 4 and "4 of 4 cells" in status and len(cells) == 4
+    request, source = recipe.read_image(cells[3])
+    assert (request.seed, request.strength, source["weights"]) == (4, 1, "lora: merged weights")
+    single = GENERATE | {name: asked[name] for name in ("weights", "steps", "width", "height")}
+    gallery, *_ = client.predict(*(single | {"beside": False, "seed": 4}).values(), api_name="/generate")
+    assert pixels(gallery[0]["image"]) == pixels(cells[3]) and PIL.Image.open(sheet).format == "PNG"
+
+    names = client.predict("tiny", api_name="/loras")
+    assert {"tiny: lora", "tiny: reslora"} <= set(names)
+    gallery, _, _, shown = generated(client, beside=False, loras=names[:2], strengths="1 0.5")
+    assert "x 0.5" in shown
+    said, place, use = client.predict(*(MODEL | {"loras": names[:2]}).values(), api_name="/full_model")
+    assert "is written" in said and place == "shown/models/full" and "DiffusionPipeline.from_pretrained" in use
+    assert (runs / "models" / "full" / "model_index.json").is_file()
+    for changes, said in (({}, "There is a models/full already"), ({"name": "../x"}, "Give the model a name")):
+        with pytest.raises(AppError, match=said):
+            client.predict(*(MODEL | changes).values(), api_name="/full_model")
+    upload = handle_file(runs / "tiny" / "lora" / "kohya.safetensors")
+    with pytest.raises(AppError, match="take one of the two away"):
+        generated(client, adapter=upload, loras=names[:1])
 
 
 @pytest.mark.parametrize("name", ["../..", "/etc", "tiny/../tiny", "tiny\0", "<img src=x>", "", None])
@@ -439,6 +480,56 @@ def test_images_with_merged_weights_beside_the_base(page):
     page.locator("#status").get_by_text("2 of 2 images are done").wait_for()
     assert page.locator("#gallery img").count() == 2
     assert "base model" in page.locator("#made").inner_text()
+
+
+def test_a_grid_is_drawn_enlarged_stopped_and_taken_along(page):
+    """Values stand there once a setting is chosen; a cell is shown as it was drawn; the arrows go from cell to cell."""
+    page.get_by_role("tab", name="Generate").click()
+    page.get_by_role("button", name="X/Y grid").click()
+    page.locator("#axis-y input").click()
+    page.get_by_role("option", name="method", exact=True).click()
+    page.wait_for_function("document.querySelector('#values-y textarea, #values-y input').value === 'lora reslora'")
+    page.locator("#draw-grid").click()
+    page.locator("#xy-status").get_by_text("6 of 6 cells are done").wait_for()
+    page.locator("#xy button.tile").nth(1).click()
+    shown = page.locator("#zoom img")
+    page.wait_for_function("document.querySelector('#zoom img').naturalWidth === 32")
+    for key, alt in (("ArrowRight", "lora · strength 1"), ("ArrowDown", "reslora · strength 1")):
+        page.keyboard.press(key)
+        assert shown.get_attribute("alt") == alt == page.locator("#zoom p").inner_text()
+    page.keyboard.press("Escape")
+    with page.expect_download() as download:
+        page.locator("#grid-sheet").click()
+    with PIL.Image.open(download.value.path()) as image:
+        assert image.width > 3 * 128 and download.value.suggested_filename.endswith("-grid.png")
+    page.locator("#denoising input[type=number]").fill("150")
+    page.locator("#draw-grid").click()
+    page.locator("#xy-status").get_by_text("Row 1 of 2").wait_for()
+    page.locator("#stop-grid").click()
+    page.locator("#xy-status").get_by_text("Stopped after").wait_for()
+
+
+def test_loras_are_stacked_and_written_as_a_model(page, runs):
+    """On a telephone, where Generate is at the lower edge whatever is unfolded."""
+    page.set_viewport_size({"width": 420, "height": 800})
+    page.get_by_role("tab", name="Generate").click()
+    page.get_by_role("button", name="Several LoRAs").click()
+    for name in ("tiny: lora", "tiny: reslora"):
+        page.locator("#loras input").click()
+        page.get_by_role("option", name=name, exact=True).click()
+    page.keyboard.press("Escape")
+    page.locator("#strengths input, #strengths textarea").fill("1 0.5")
+    page.locator("#model-name input, #model-name textarea").fill("of-the-page")
+    page.locator("#write-model").click()
+    page.locator("#model-status").get_by_text("is written: tiny: lora x 1 + tiny: reslora x 0.5").wait_for()
+    assert page.locator("#model-place textarea, #model-place input").input_value() == "shown/models/of-the-page"
+    assert (runs / "models" / "of-the-page" / "model_index.json").is_file()
+    place = page.locator("#generate").bounding_box()
+    assert place["y"] > 700 and place["y"] + place["height"] <= 800
+    page.locator("#generate").click()
+    page.locator("#status").get_by_text("2 of 2 images are done").wait_for()
+    assert "tiny: reslora x 0.5" in page.locator("#made").inner_text()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 420
 
 
 def test_cancel(page):

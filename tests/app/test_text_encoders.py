@@ -6,12 +6,14 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from pipelines import FAMILIES, image_folder
 
 import train_sd
 from app.library import Library
 from app.recipe import Drawn, Request
 from app.runs import BASE, RunError, Weights
+from app.stacks import stack, to_write
 from app.studio import Studio
 
 REQUEST = Request(prompt="red disc", steps=2, seed=5, width=32, height=32)
@@ -84,6 +86,26 @@ def test_strength_is_of_the_encoders_too(studio, run):
     ]
     for found in halves[1:]:
         torch.testing.assert_close(found, halves[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_stack_and_a_full_model_have_the_encoders_too(studio, run, tmp_path):
+    """Those of both LoRAs, at their strengths; the folder's own encoders say the same."""
+    files = [run.find_weights(f"{method}: pytorch_lora_weights.safetensors") for method in ("lora", "reslora")]
+    _, base = drawn(studio, run, BASE)
+    _, both = drawn(studio, run, stack([(files[0], 0.5), (files[1], 1.0)]))
+    for parts, strength in (([(files[0], 0.5)], 0.5), ([(files[0], 1.0), (files[1], 0.0)], 1.0)):
+        _, alone = drawn(studio, run, files[0], strength=strength)
+        torch.testing.assert_close(drawn(studio, run, stack(parts))[1], alone, rtol=1e-4, atol=1e-5)
+        assert apart(alone, both) > 1e-3
+    list(
+        studio.write_whole(run, to_write(stack([(files[0], 0.5), (files[1], 1.0)]), 1.0), tmp_path / "models" / "full")
+    )
+    whole = DiffusionPipeline.from_pretrained(tmp_path / "models" / "full")
+    tokens = whole.tokenizer(["red blue"], return_tensors="pt").input_ids
+    with torch.no_grad():
+        found = [getattr(whole, name)(tokens)[0] for name in studio.encoders]
+    torch.testing.assert_close(found, both, rtol=1e-4, atol=1e-5)
+    assert apart(found, base) > 1e-2
 
 
 def test_a_checkpoint_is_merged_with_its_encoders(studio, run):

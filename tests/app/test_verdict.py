@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from app_runs import write_run
+from app_runs import with_one_wrong, write_run
 
-from app.runs import Run
-from app.verdict import verdict
+from app.runs import BASE, Run, Weights, merged_by
+from app.verdict import merge_warning, verdict, warning_for
 from app.views import numbers
 
 
@@ -41,3 +41,21 @@ def test_the_lowest_of_each_column_is_marked_where_all_are_at_one_step(run):
     shown = numbers(run, 2)
     assert shown.count("lowest") == 2 and shown.index("ResLoRA") < shown.index("lowest")
     assert "lowest" not in numbers(run, 4)
+
+
+def report_of(*errors):
+    return {"method": "input", "blocks": [{"name": str(number), "error": error} for number, error in enumerate(errors)]}
+
+
+def test_a_merge_that_has_lost_much_is_warned_of(run):
+    """Of each merge its own: that of the run, and one by another method."""
+    assert "its blocks are 30% off on average" in merge_warning(report_of(0.5, 0.1, None))
+    assert merge_warning(report_of(0.3, 0.1)) == merge_warning(report_of(None)) == merge_warning(None) == ""
+    for content in with_one_wrong(report_of(0.5, 0.4)):
+        assert merge_warning(content) == "" or merge_warning(content).startswith('<p class="warning"')
+    (run.folder / "reslora" / "merge.json").write_text(json.dumps(report_of(0.1)))
+    own = Weights("reslora: kohya.safetensors", "file", "reslora", run.folder / "reslora" / "kohya.safetensors")
+    again = merged_by(Weights("", "adapter", "reslora", run.folder / "reslora" / "checkpoint-4", 4), "input")
+    again.path.parent.mkdir()
+    (again.path.parent / "merge.json").write_text(json.dumps(report_of(0.4)))
+    assert warning_for(run, own) == warning_for(run, BASE) == "" and "40% off" in warning_for(run, again)

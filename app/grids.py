@@ -1,0 +1,249 @@
+"""X/Y grids: an image for each pair of values of two settings, each drawn as a single image is. No gradio."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import PIL.Image
+
+from reslora.common import figures
+from reslora.merges import MERGES
+
+from . import views
+from .recipe import LIMITS, Drawn, Request
+from .runs import BASE, Run, RunError, Weights, merged_by
+from .studio import MERGE_CHOICES, Picture
+
+NONE = "none"
+NUMBERS = {"strength": float, "seed": int, "guidance": float, "steps": int}
+OF_WEIGHTS = ("checkpoint", "method", "merge")
+AXES = ("checkpoint", "method", "strength", "seed", "guidance", "steps", "merge", "prompt")
+SUGGESTED = {"strength": "0 0.5 1", "seed": "0 1 2", "guidance": "1 4 8", "steps": "5 10 20"}
+MOST = 64
+"""Cells of a grid."""
+LARGEST_CELL = 512
+"""Pixels of a cell's longer side in the picture of the whole grid."""
+RESLORA = "reslora"
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A setting and the values it takes."""
+
+    name: str
+    values: tuple[str | int | float, ...]
+
+    @property
+    def labels(self) -> list[str]:
+        """What stands at the rows or columns."""
+        if self.name in (NONE, "prompt", "method"):
+            return [str(value) for value in self.values]
+        return [
+            f"{self.name} {value:g}" if isinstance(value, float) else f"{self.name} {value}" for value in self.values
+        ]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A place in the grid, and what is drawn there."""
+
+    row: int
+    column: int
+    picture: Picture
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What to draw, in this order: the same weights are put into the model as rarely as possible."""
+
+    x: Axis
+    y: Axis
+    cells: tuple[Cell, ...]
+    heading: str
+    """What all cells have in common."""
+
+
+# -- axes --------------------------------------------------------------------------------------------------------------
+
+
+def suggestion(run: Run | None, name: str) -> str:
+    """Values to begin with, as they would be typed."""
+    if run is None or name in SUGGESTED:
+        return SUGGESTED.get(name, "")
+    checkpoints = {weights.step for method in run.methods for weights in run.checkpoints(method)}
+    known = {"checkpoint": sorted(checkpoints), "method": run.methods, "merge": MERGE_CHOICES}
+    return "\n".join(run.prompts) if name == "prompt" else " ".join(map(str, known.get(name, ())))
+
+
+def axis(which: str, name: object, text: object) -> Axis:
+    """An axis of its name and of its values as they were typed: prompts a line each, others words.
+
+    Raises `RunError` for a setting that there is not, no values, and numbers that are none or beyond the limits.
+    """
+    if which == "Y" and name in (NONE, "", None):
+        return Axis(NONE, ("",))
+    if name not in AXES:
+        raise RunError(f"{which}: no setting of that name; choose one of {', '.join(AXES)}.")
+    typed = str(text or "").replace("\0", "")
+    words = [line.strip() for line in typed.splitlines()] if name == "prompt" else typed.replace(",", " ").split()
+    words = list(dict.fromkeys(word for word in words if word))
+    if not words:
+        example = SUGGESTED.get(name, "a line each" if name == "prompt" else "words")
+        raise RunError(f"{which} ({name}): give its values, as in {example}.")
+    if len(words) > MOST:
+        raise RunError(f"{which} ({name}): {len(words)} values are more than the {MOST} cells that a grid may have.")
+    if name in NUMBERS:
+        return Axis(name, tuple(dict.fromkeys(number(f"{which} ({name})", name, word) for word in words)))
+    return Axis(name, tuple(words))
+
+
+def number(where: str, name: str, word: str) -> int | float:
+    """A number within the setting's limits."""
+    kind, (least, greatest) = NUMBERS[name], LIMITS[name]
+    try:
+        value = kind(word)
+    except ValueError:
+        value = math.nan
+    if not least <= value <= greatest:
+        what = "whole number" if kind is int else "number"
+        raise RunError(f"{where}: {word[:20]} is no {what} from {least} to {greatest}.")
+    return value
+
+
+# -- cells -------------------------------------------------------------------------------------------------------------
+
+
+def grid(run: Run | None, start: Weights, request: Request, x: Axis, y: Axis) -> Grid:
+    """The cells of two axes around the weights and the request that a single image would be drawn with.
+
+    Raises `RunError` for two axes that are one, too many cells, and weights that the run does not have.
+    """
+    if x.name == y.name:
+        raise RunError(f"X and Y are both {x.name}: choose two settings.")
+    count = len(x.values) * len(y.values)
+    if count > MOST:
+        raise RunError(f"{len(x.values)} x {len(y.values)} values are {count} cells: at most {MOST} are drawn.")
+    request = replace(request.clamped(), images=1)
+    cells = []
+    for row, down in enumerate(y.values):
+        for column, across in enumerate(x.values):
+            chosen = {x.name: across, y.name: down}
+            weights, merge = weights_of(run, start, chosen)
+            asked = {name: value for name, value in chosen.items() if name in (*NUMBERS, "prompt")}
+            title = f"Row {row + 1} of {len(y.values)}, column {column + 1} of {len(x.values)}: {weights.label}"
+            picture = Picture(weights, replace(request, **asked).clamped(), title, merge)
+            cells.append(Cell(row, column, picture))
+    return Grid(x, y, by_weights(cells), heading(start, request, (x.name, y.name)))
+
+
+def by_weights(cells: list[Cell]) -> tuple[Cell, ...]:
+    """The cells in the order of their weights and strengths, as each of these comes first."""
+    kinds = [(cell.picture.weights.label, cell.picture.request.strength) for cell in cells]
+    order = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
+    return tuple(cell for _, cell in sorted(zip(kinds, cells, strict=True), key=lambda pair: order[pair[0]]))
+
+
+def weights_of(run: Run | None, start: Weights, chosen: dict) -> tuple[Weights, tuple[Weights, str] | None]:
+    """The weights of a cell; and where they are made by a merge that was not done yet, the checkpoint and the merge."""
+    named = {name: value for name, value in chosen.items() if name in OF_WEIGHTS}
+    if not named:
+        return start, None
+    if run is None or start.kind == "stack" or (start.kind == "file" and not start.method):
+        raise RunError(f"A LoRA file of your own and a stack have no {next(iter(named))}: choose weights of a run.")
+    if "method" in named and "merge" in named:
+        raise RunError("Only ResLoRA is merged by a method: choose another setting beside merge than method.")
+    if named.get("method") in ("base", BASE.label):
+        return BASE, None
+    method = named.get("method", RESLORA if "merge" in named else start.method)
+    if method not in run.methods:
+        have = f"; it has {', '.join(run.methods)}" if "method" in named else ": choose weights of one"
+        raise RunError(f"This run has no method {method[:40]}{have}.")
+    if "merge" in named:
+        return merged(run, checkpoint_of(run, RESLORA, named.get("checkpoint"), start.step), named["merge"])
+    if "checkpoint" in named:
+        return checkpoint_of(run, method, named["checkpoint"], None), None
+    return same_form(run, start, method), None
+
+
+def checkpoint_of(run: Run, method: str, word: str | None, otherwise: int | None) -> Weights:
+    """A method's checkpoint of the step that was typed; without one, of the step `otherwise`, or the newest."""
+    known = {str(weights.step): weights for weights in run.checkpoints(method)}
+    if not known:
+        raise RunError(f"{method} keeps no checkpoints in this run.")
+    found = known.get(str(otherwise), next(iter(known.values()))) if word is None else known.get(word)
+    if found is None:
+        have = ", ".join(sorted(known, key=int))
+        raise RunError(f"{method} has no checkpoint of step {word[:20]}; it has {have}.")
+    return found
+
+
+def merged(run: Run, checkpoint: Weights, method: str) -> tuple[Weights, tuple[Weights, str] | None]:
+    """A checkpoint merged by a method, and how that is made where it is not there."""
+    if method not in MERGES:
+        raise RunError(f"There is no merge {method[:40]}; choose of {', '.join(MERGE_CHOICES)}.")
+    made = merged_by(checkpoint, method)
+    found = next((weights for weights in run.weights() if weights.label == made.label), None)
+    return (found, None) if found is not None else (made, (checkpoint, method))
+
+
+def same_form(run: Run, start: Weights, method: str) -> Weights:
+    """Another method's weights in the form of these: merged, as a file, or the checkpoint of that step."""
+    of_method = {weights.label: weights for weights in run.weights() if weights.method == method}
+    form = start.label.partition(": ")[2] if start.method else "merged weights"
+    if f"{method}: {form}" not in of_method:
+        have = ", ".join(label.partition(": ")[2] for label in of_method) or "nothing yet"
+        raise RunError(f"{method} has no {form} in this run; it has {have}.")
+    return of_method[f"{method}: {form}"]
+
+
+def heading(start: Weights, request: Request, axes: tuple[str, str]) -> str:
+    """The settings that are the same in all cells."""
+    parts = {"prompt": request.prompt, "seed": f"seed {request.seed}", "steps": f"{request.steps} steps"}
+    parts |= {"guidance": f"guidance {request.guidance:g}", "strength": f"strength {request.strength:g}"}
+    parts |= {} if set(axes) & set(OF_WEIGHTS) else {"weights": start.label}
+    return " · ".join(text for name, text in parts.items() if name not in axes and text)
+
+
+# -- what is seen of it ------------------------------------------------------------------------------------------------
+
+
+def table(grid: Grid, sources: dict[tuple[int, int], str]) -> str:
+    """The grid with the images that there are, by row and column; a click enlarges one."""
+    header = "".join(f'<th><div class="prompt">{views.escape(label)}</div></th>' for label in grid.x.labels)
+    rows = []
+    for row, label in enumerate(grid.y.labels):
+        tiles = "".join(f"<td>{tile(grid, row, column, sources)}</td>" for column in range(len(grid.x.values)))
+        rows.append(f'<tr><th><div class="prompt">{views.escape(label)}</div></th>{tiles}</tr>')
+    mark = f'style="--columns:{len(grid.x.values)}"'
+    return views.table("samples", "X/Y grid", f"<tr><th></th>{header}</tr>{''.join(rows)}", mark)
+
+
+def tile(grid: Grid, row: int, column: int, sources: dict[tuple[int, int], str]) -> str:
+    source = sources.get((row, column))
+    if source is None:
+        return '<div class="empty">not yet</div>'
+    alt = views.escape(" · ".join(filter(None, (grid.y.labels[row], grid.x.labels[column]))))
+    image = f'<img src="{views.escape(source)}" alt="{alt}" title="{alt}">'
+    return f'<button type="button" class="tile" data-row="{row}" data-column="{column}">{image}</button>'
+
+
+def save_sheet(grid: Grid, drawn: dict[tuple[int, int], Drawn], path: Path) -> Path:
+    """Writes the grid as one labelled picture."""
+    images = {place: one.image for place, one in drawn.items()}
+    columns = [textwrap.fill(label, 24, max_lines=4, placeholder=" ...") for label in grid.x.labels]
+    rows = [
+        (label, [images.get((row, column)) for column in range(len(columns))])
+        for row, label in enumerate(grid.y.labels)
+    ]
+    # Prompts have a line to themselves.
+    blocks = [(label, [("", row)]) for label, row in rows] if grid.y.name == "prompt" else [(grid.heading, rows)]
+    figures.comparison(path, columns, blocks, side_of(next(iter(images.values()), None)))
+    return path
+
+
+def side_of(image: PIL.Image.Image | None) -> int | None:
+    """Pixels of a cell's longer side: as it was drawn, where that is neither tiny nor huge."""
+    return None if image is None else max(figures.SMALL, min(max(image.size), LARGEST_CELL))

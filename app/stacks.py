@@ -1,0 +1,149 @@
+"""LoRA files as what they add to each layer: of several, with strengths, the sum. No gradio."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from peft import inject_adapter_in_model
+from torch import nn
+
+from reslora.chains import lora_layers
+from reslora.common.errors import InvalidArgument
+from reslora.diffusion.model.families.base import Family
+from reslora.diffusion.model.lora_files.combining import summed
+from reslora.diffusion.model.lora_files.names import Parts, names_of
+from reslora.diffusion.model.lora_files.reading import read_content, read_parts
+from reslora.export import DIFFUSERS_FILE, Factors, lora_config
+
+from .bases import base_of
+from .library import Library
+from .recipe import LIMITS
+from .runs import Run, RunError, Weights
+from .weight_files import check_adapter_file, in_names_of, without_folders
+
+MOST = 8
+"""LoRAs in a stack."""
+
+
+def loras(library: Library, run: Run | None) -> dict[str, Weights]:
+    """The LoRAs of all runs that train the same model as `run`, by run and method."""
+    return {name: weights for name, (owner, weights) in _all_loras(library).items() if same_base(owner, run)}
+
+
+def _all_loras(library: Library) -> dict[str, tuple[Run, Weights]]:
+    """The LoRAs of all runs, each in one of the forms that it has."""
+    found = {}
+    for run in library.runs().values():
+        for weights in run.weights():
+            if weights.kind == "file" and weights.path.name == DIFFUSERS_FILE:
+                found[f"{run.name}: {weights.label.removesuffix(f': {DIFFUSERS_FILE}')}"] = run, weights
+    return found
+
+
+def same_base(one: Run | None, other: Run | None) -> bool:
+    """Whether two runs train one model."""
+    mine, theirs = base_of(one), base_of(other)
+    return (mine.name, mine.revision, mine.variant) == (theirs.name, theirs.revision, theirs.variant)
+
+
+def stacked(library: Library, run: Run | None, names: list[str], strengths: str) -> Weights:
+    """LoRAs by their names, with strengths as they were typed, as one thing to draw with.
+
+    Raises `RunError` for a name that there is not, a LoRA of another model, and strengths that are no numbers.
+    """
+    if len(names) > MOST:
+        raise RunError(f"{len(names)} LoRAs: at most {MOST} can be stacked.")
+    known, found = _all_loras(library), []
+    for name in names:
+        if not isinstance(name, str) or name not in known:
+            raise RunError("There is no LoRA of that name; choose from the list.")
+        owner, weights = known[name]
+        if not same_base(owner, run):
+            mine, theirs = (Path(base_of(one).name).name for one in (run, owner))
+            raise RunError(f"{name} is a LoRA of {theirs}, and this run trains {mine}: choose LoRAs of one model.")
+        found.append(Weights(name, weights.kind, weights.method, weights.path))
+    return stack(list(zip(found, numbers(strengths, names), strict=True)))
+
+
+def stack(parts: list[tuple[Weights, float]]) -> Weights:
+    """LoRA files with their strengths as one thing to draw with."""
+    return Weights(" + ".join(f"{part.label} x {s:g}" for part, s in parts), "stack", parts=tuple(parts))
+
+
+def numbers(text: str, names: list[str]) -> list[float]:
+    """One strength for each LoRA; all 1 where none is given."""
+    words = str(text or "").replace(",", " ").split() or ["1"] * len(names)
+    if len(words) != len(names):
+        raise RunError(f"{len(words)} strengths for {len(names)} LoRAs: give one for each, as in 1 0.5.")
+    found, (least, greatest) = [], LIMITS["strength"]
+    for name, word in zip(names, words, strict=True):
+        try:
+            value = float(word)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= greatest:
+            raise RunError(f"Strength {word[:20]} of {name}: give a number from {least} to {greatest}.")
+        found.append(value)
+    return found
+
+
+def to_write(weights: Weights, strength: float) -> Weights:
+    """What can be written as a whole model: one LoRA file or a stack at a strength, or merged weights.
+
+    Raises `RunError` for what has no plain weights.
+    """
+    if weights.kind == "stack":
+        return stack([(part, own * strength) for part, own in weights.parts])
+    if weights.kind == "merged" and strength == 1:
+        return weights
+    if weights.kind == "merged":
+        raise RunError(f"{weights.label}: at another strength than 1, choose the LoRA file of that method instead.")
+    if weights.kind != "file":
+        reason = "merge it first" if weights.kind == "adapter" else "choose a LoRA or merged weights"
+        raise RunError(f"{weights.label}: no whole model is made of that; {reason}.")
+    if weights.config is not None:
+        raise RunError(f"{weights.label}: written by PEFT; turn it into diffusers' form with reslora-convert first.")
+    return stack([(weights, strength)])
+
+
+# -- in a model --------------------------------------------------------------------------------------------------------
+
+
+def put(parts: Mapping[str, nn.Module], family: Family, weights: Weights, strength: float) -> list[str]:
+    """Adds `strength * sum_i strength_i s_i B_i A_i` to the layers of the denoiser and the text encoders in `parts`.
+
+    Returns the names of those that have any. Raises `RunError` for a LoRA that does not fit them.
+    """
+    found = factors_of(weights, family, parts[family.denoiser].config)
+    for name in found:
+        if name not in parts:
+            raise RunError(f"{weights.label}: it is for the {name} too, which cannot have a LoRA here.")
+    for name, layers in found.items():
+        add(parts[name], layers, strength)
+    return list(found)
+
+
+def factors_of(weights: Weights, family: Family, config: Mapping) -> Parts:
+    """What a stack adds, by part and layer, for a denoiser of that configuration."""
+    names, found = names_of(family, config), []
+    for one, _ in weights.parts:
+        try:
+            check_adapter_file(one.path, one.label)
+            found.append(read_parts(read_content(one.path, one.label), names))
+        except (InvalidArgument, OSError) as error:
+            raise RunError(f"{without_folders(error, one.path)}.") from None
+    return summed(found, [strength for _, strength in weights.parts])
+
+
+def add(model: nn.Module, layers: Mapping[str, Factors], strength: float) -> None:
+    """A plain LoRA to a bare model's layers, in its own precision; the sum of several may have any rank."""
+    folded = {name: Factors(f.down, f.up * (f.scale * strength), 1.0) for name, f in layers.items()}
+    folded = in_names_of(model, folded)
+    inject_adapter_in_model(lora_config(folded), model)
+    adapted = lora_layers(model, "default")
+    for name, (down, up, _) in folded.items():
+        layer = adapted[name]
+        for matrix, value in ((layer.lora_A, down), (layer.lora_B, up)):
+            matrix["default"].weight = nn.Parameter(value.to(layer.weight.device), requires_grad=False)

@@ -1,0 +1,128 @@
+"""A part of Generate: a grid of images over two settings."""
+
+from __future__ import annotations
+
+import urllib.parse
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import gradio as gr
+
+from .. import grids, views
+from ..handlers import paths_of, readable_errors
+from ..launcher import safe_name
+from ..recipe import Drawn, Request
+from ..studio import Cancelled, Status, Step
+
+if TYPE_CHECKING:
+    from ..page import Page
+    from .generate import GenerateTab
+
+
+class GridPart:
+    """Folded, so that a single image stays as simple as it is."""
+
+    def __init__(self, tab: GenerateTab) -> None:
+        self.tab = tab
+        with gr.Accordion("X/Y grid: images over two settings", open=False, elem_id="xy-grid"):
+            self.axes = [
+                self.axis_row("x", grids.AXES, "strength"),
+                self.axis_row("y", (grids.NONE, *grids.AXES), "seed"),
+            ]
+            with gr.Row():
+                self.go = gr.Button("Draw grid", elem_id="draw-grid", min_width=100)
+                self.stop = gr.Button("Stop", elem_id="stop-grid", min_width=80)
+                self.sheet = gr.DownloadButton(
+                    "Download picture", elem_id="grid-sheet", min_width=120, interactive=False
+                )
+            self.status = gr.HTML(
+                views.notice("All else is as set above; each cell is what Generate draws with these settings."),
+                elem_id="xy-status",
+            )
+            self.table = gr.HTML(elem_id="xy")
+            self.cells = gr.File(file_count="multiple", visible=False)
+
+    def axis_row(self, which: str, names: tuple[str, ...], first: str) -> tuple:
+        """A setting to choose, and its values."""
+        with gr.Row():
+            # Not preprocessed: a program's wrong name gets a line that says so.
+            name = gr.Dropdown(
+                list(names), value=first, label=which.upper(), elem_id=f"axis-{which}", min_width=150, scale=1
+            )
+            values = gr.Textbox(
+                grids.SUGGESTED[first], label=f"Values of {which.upper()}", lines=1, max_lines=6, min_width=150,
+                placeholder="words or numbers; of prompts one a line (Shift and Enter)", elem_id=f"values-{which}",
+                scale=3,
+            )  # fmt: skip
+        return name, values
+
+    def events(self, page: Page) -> None:
+        tab = self.tab
+        numbers = [tab.seed, tab.steps, tab.guidance, tab.width, tab.height, tab.strength]
+        drawing = self.go.click(
+            readable_errors(self.draw_grid),
+            [
+                page.run, tab.weights, tab.adapter, tab.prompt, tab.negative, *numbers,
+                *(part for axis in self.axes for part in axis), tab.adapter_config, *tab.stack.inputs,
+            ],
+            [self.table, self.status, self.sheet, self.cells],
+            api_name="grid", show_progress="hidden", concurrency_limit=4, preprocess=False,
+        )  # fmt: skip
+        drawing.failure(lambda: views.notice("That did not work."), None, self.status, api_visibility="private")
+        drawing.success(lambda: gr.update(interactive=True), None, self.sheet, api_visibility="private")
+        self.stop.click(
+            readable_errors(tab.do_cancel), None, self.status, api_visibility="private", show_progress="hidden",
+            queue=False,
+        )  # fmt: skip
+        for name, values in self.axes:
+            name.input(
+                readable_errors(self.suggest), [page.run, name], values, api_visibility="private", preprocess=False,
+                show_progress="hidden",
+            )  # fmt: skip
+        gr.api(readable_errors(self.list_values), api_name="grid_values")
+
+    def list_values(self, run: str, axis: str) -> str:
+        """Values of an axis to begin with, as they would be typed."""
+        return grids.suggestion(self.tab.library.find(run), axis)
+
+    def suggest(self, name: str, axis: str) -> str:
+        """The same, where there may be no run yet."""
+        return grids.suggestion(self.tab.library.runs().get(name), axis)
+
+    def draw_grid(
+        self, name, label, adapter, prompt, negative, seed, steps, guidance, width, height, strength, x, x_values, y,
+        y_values, adapter_config=None, loras=None, strengths="", asked: gr.Request = None,
+    ) -> Iterator[tuple]:  # fmt: skip
+        """The grid as its images come; in the end, or where it was stopped, a labelled picture, and all image files."""
+        run = self.tab.library.find(name) if name else None
+        uploaded = [*paths_of(adapter), *paths_of(adapter_config)]
+        weights = self.tab.chosen_weights(run, label, uploaded, loras, strengths)
+        request = Request(prompt, negative, seed, steps, guidance, width, height, 1, strength)
+        axes = grids.axis("X", x, x_values), grids.axis("Y", y, y_values)
+        grid = grids.grid(run, weights, request, *axes)
+        drawn, files, shown, text, session = {}, {}, {}, "Starting", asked.session_hash or ""
+        yield grids.table(grid, shown), views.progress(text, 0), None, None
+        cells, listening = iter(grid.cells), self.tab.listeners.is_listening
+        pictures = [cell.picture for cell in grid.cells]
+        try:
+            for event in self.tab.studio.draw(run, pictures, session, lambda: listening(session)):
+                text = event.text if isinstance(event, Status) else text
+                share = event.done / event.total if isinstance(event, Step) else 0.0
+                if isinstance(event, Drawn):
+                    cell = next(cells)
+                    place, path = (cell.row, cell.column), str(self.tab.save(event))
+                    drawn[place], files[place], shown[place] = event, path, self.address(path)
+                bar = views.progress(text, (len(drawn) + share) / len(pictures))
+                yield grids.table(grid, shown) if isinstance(event, Drawn) else gr.skip(), bar, gr.skip(), gr.skip()
+            said = views.progress(f"{len(drawn)} of {len(pictures)} cells are done", 1)
+        except Cancelled:
+            said = views.notice(f"Stopped after {len(drawn)} of {len(pictures)} cells.")
+        sheet = None
+        if drawn:
+            sheet = str(grids.save_sheet(grid, drawn, self.tab.files.new(f"{safe_name(name or 'base')}-grid.png")))
+        # Everything once more, not `skip`: a program gets what comes last.
+        yield grids.table(grid, shown), said, sheet, [files[place] for place in sorted(files)]
+
+    def address(self, path: str) -> str:
+        """Where the page finds a file that was made for it, whole: Gradio serves a copy."""
+        return f"gradio_api/file={urllib.parse.quote(self.table.move_resource_to_block_cache(path))}"

@@ -1,0 +1,98 @@
+"""A part of Generate: several LoRAs at once, each with a strength; and a whole model of what is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import gradio as gr
+
+from .. import stacks, takeaway, views, whole_models
+from ..handlers import paths_of, readable_errors
+from ..recipe import Request
+from ..runs import Run, RunError, Weights
+from ..studio import Cancelled
+
+if TYPE_CHECKING:
+    from ..page import Page
+    from .generate import GenerateTab
+
+
+class StackPart:
+    """Folded, so that a single image stays as simple as it is."""
+
+    def __init__(self, tab: GenerateTab) -> None:
+        self.tab, self.library, self.studio = tab, tab.library, tab.studio
+        with gr.Accordion("Several LoRAs at once, or a full model", open=False, elem_id="stack") as self.frame:
+            # Any value may be sent; the library decides whether there is such a LoRA.
+            self.loras = gr.Dropdown(
+                label="LoRAs of runs of this model, used together instead of the weights above", multiselect=True,
+                allow_custom_value=True, interactive=True, elem_id="loras",
+            )  # fmt: skip
+            self.strengths = gr.Textbox(
+                "", label="Strength of each, in their order", placeholder="1 for all", max_lines=1, elem_id="strengths"
+            )
+            self.name = gr.Textbox(
+                "full-model", label="Name of the new model folder", max_lines=1, elem_id="model-name"
+            )
+            self.write = gr.Button("Merge into a full model folder", elem_id="write-model")
+            self.status = gr.HTML(
+                views.notice("The base model with the weights that are chosen, at their strengths, as one folder."),
+                elem_id="model-status",
+            )
+            common = {"interactive": False, "buttons": ["copy"], "elem_classes": "code"}
+            with gr.Column(visible=False) as self.found:
+                self.place = gr.Textbox(label="Where it is", max_lines=1, elem_id="model-place", **common)
+                self.use = gr.Textbox(label="How it is loaded", lines=3, elem_id="model-use", **common)
+        self.inputs = [self.loras, self.strengths]
+
+    def events(self, page: Page) -> None:
+        tab = self.tab
+        quiet = {"api_visibility": "private", "show_progress": "hidden", "preprocess": False}
+        self.frame.expand(readable_errors(self.offer), page.run, self.loras, **quiet)
+        self.write.click(
+            readable_errors(self.write_whole),
+            [page.run, tab.weights, tab.adapter, tab.strength, self.name, tab.adapter_config, *self.inputs],
+            [self.status, self.place, self.use, self.found],
+            api_name="full_model", show_progress="hidden", preprocess=False,
+        ).failure(lambda: views.notice("That did not work."), None, self.status, api_visibility="private")  # fmt: skip
+        gr.api(readable_errors(self.list_loras), api_name="loras")
+
+    def list_loras(self, run: str) -> list[str]:
+        """LoRAs of all runs that train the same model as this one."""
+        return list(stacks.loras(self.library, self.library.find(run)))
+
+    def choices(self, run: Run) -> dict:
+        """What can be stacked with a run; what is chosen stays."""
+        return gr.update(choices=list(stacks.loras(self.library, run)))
+
+    def offer(self, name: str) -> dict:
+        """The same, by the run's name."""
+        return self.choices(self.library.find(name)) if name else gr.skip()
+
+    def stacked(self, run: Run | None, names: object, strengths: str) -> Weights:
+        """What was chosen, as one thing to draw with."""
+        if not isinstance(names, list):
+            raise RunError("Give the LoRAs as a list of their names.")
+        return stacks.stacked(self.library, run, names, strengths)
+
+    def write_whole(
+        self, name, label, adapter, strength, model, adapter_config=None, loras=None, strengths="",
+        asked: gr.Request = None,
+    ) -> Iterator[tuple]:  # fmt: skip
+        """The run's whole model with the chosen weights in it, below the runs folder; where it is, how it is loaded."""
+        run, target = self.library.find(name), whole_models.place_for(self.library, model)
+        uploaded = [*paths_of(adapter), *paths_of(adapter_config)]
+        weights = self.tab.chosen_weights(run, label, uploaded, loras, strengths)
+        weights, session = stacks.to_write(weights, Request(strength=strength).clamped().strength), asked.session_hash
+        listening = self.tab.listeners.is_listening
+        nothing = "", "", gr.update(visible=False)
+        try:
+            for event in self.studio.write_whole(run, weights, target, session or "", lambda: listening(session)):
+                yield views.progress(event.text, 0.5), *nothing
+        except Cancelled:
+            yield views.notice("Cancelled; nothing was written."), *nothing
+            return
+        place = takeaway.place_of(self.library, run, target)
+        said = views.notice(f"{place} is written: {weights.label}.")
+        yield said, place, whole_models.lines_for(place), gr.update(visible=True)

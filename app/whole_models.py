@@ -1,0 +1,119 @@
+"""A whole model with other weights in it, as a folder that diffusers loads. No gradio.
+
+It is copied part by part from the base model's files, and where a LoRA is added, written tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from reslora import export
+from reslora.diffusion.model.loading import Model, check_weights
+from reslora.diffusion.model.lora_files.reading import PICKLES
+from reslora.diffusion.model.stored import Stored
+from reslora.diffusion.output.merged_weights import write_merged
+from reslora.files import read_object, remove_leftovers, replacing, write_json
+
+from .library import Library
+from .runs import RunError
+
+FOLDER, INDEX = "models", "model_index.json"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+CHUNK = 2**24
+"""Bytes that are copied at once."""
+
+
+def place_for(library: Library, name: object) -> Path:
+    """Where a whole model of that name goes: below the runs folder; `RunError` where there is one already."""
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise RunError("Give the model a name of at most 64 letters, digits, hyphens, dots and underscores.")
+    target = library.folder / FOLDER / name
+    if os.path.lexists(target):
+        raise RunError(f"There is a {FOLDER}/{name} already: give another name.")
+    return target
+
+
+def lines_for(place: str) -> str:
+    """How it is loaded."""
+    load = f"pipeline = DiffusionPipeline.from_pretrained({place!r})"
+    return "\n".join(["from diffusers import DiffusionPipeline", load, 'image = pipeline("a prompt").images[0]'])
+
+
+def write(
+    target: Path,
+    model: Model,
+    base: Mapping[str, object],
+    parts: Mapping[str, nn.Module | Path],
+    check: Callable[[], None],
+) -> None:
+    """Writes `target`, a new folder: the base model's files, with `parts` in the place of its own.
+
+    A part is a model with a plain LoRA, of which nothing else is read, or a folder of weights. `base` has the base's
+    parts as they are loaded, for those that are not as in the files. `check` is called between two tensors and may
+    raise; like any other error that leaves nothing behind. Raises `RunError` where `target` exists, and `OSError`.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(target.parent)
+    with replacing(target) as temporary:
+        temporary.mkdir()
+        index = read_object(model.folder / INDEX)
+        for name in [name for name, kind in index.items() if isinstance(kind, list) and isinstance(kind[0], str)]:
+            check()
+            if name in parts:
+                write_part(temporary / name, model, parts[name], check)
+            elif model.variant or name == "scheduler" or (name == "vae" and model.vae):
+                if base.get(name) is not None:
+                    base[name].save_pretrained(temporary / name)
+            elif (model.folder / name).is_dir():
+                copy(model.folder / name, temporary / name, check)
+            if not (temporary / name).is_dir():
+                index[name] = [None, None]
+        write_json(temporary / INDEX, index)
+        if target.exists():
+            raise RunError(f"There is a {FOLDER}/{target.name} already: give another name.")
+
+
+def write_part(folder: Path, model: Model, part: nn.Module | Path, check: Callable[[], None]) -> None:
+    """A denoiser or text encoder: copied, or the base's with its LoRA added, in float32."""
+    is_denoiser = folder.name == model.family.denoiser
+    if isinstance(part, Path):
+        if is_denoiser:
+            check_weights(part, None, model.empty_denoiser(), f"{part.parent.name}/{part.name}")
+        copy(part, folder, check)
+    elif is_denoiser:
+        stored = {name: Watched(where.path, where.name, check) for name, where in model.stored_denoiser().items()}
+        write_merged(part, folder, stored)
+    else:
+        export.export_merged(part, folder)
+
+
+@dataclass(frozen=True)
+class Watched(Stored):
+    """A tensor in a file, before whose reading `check` is called."""
+
+    check: Callable[[], None]
+
+    def read(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """A copy of it, as of any stored tensor."""
+        self.check()
+        return super().read(device)
+
+
+def copy(source: Path, target: Path, check: Callable[[], None]) -> None:
+    """A folder's files but for hidden ones, and for pickles, which diffusers does not need and may run anything."""
+    for path in sorted(source.rglob("*")):
+        place = path.relative_to(source)
+        if not path.is_file() or path.suffix in PICKLES or any(part.startswith(".") for part in place.parts):
+            continue
+        (target / place).parent.mkdir(parents=True, exist_ok=True)
+        with path.open("rb") as read, (target / place).open("wb") as written:
+            while chunk := read.read(CHUNK):
+                check()
+                written.write(chunk)

@@ -1,0 +1,182 @@
+"""app/grids.py on a tiny Stable Diffusion: every cell is, pixel for pixel, what a single drawing gives."""
+
+from dataclasses import replace
+
+import numpy as np
+import PIL.Image
+import pytest
+from app_runs import trained
+
+from app.grids import MOST, NONE, Axis, axis, grid, save_sheet, suggestion, table
+from app.library import Library
+from app.recipe import Drawn, Request
+from app.runs import BASE, RunError, Weights
+from app.stacks import stack
+from app.studio import Cancelled, Picture, Studio
+
+REQUEST = Request(prompt="red disc", steps=2, seed=5, width=32, height=32, guidance=3.0)
+START = "lora: merged weights"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return Library(trained(tmp_path_factory.getbasetemp() / "trained")).find("tiny")
+
+
+@pytest.fixture(scope="module")
+def studio():
+    return Studio()
+
+
+def pixels(events):
+    return [np.asarray(event.image) for event in events if isinstance(event, Drawn)]
+
+
+def grid_of(run, x, y, start=START):
+    return grid(run, run.find_weights(start), REQUEST, axis("X", *x), axis("Y", *y))
+
+
+# -- cells -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "single"),
+    [
+        (("strength", "0.5, 1"), ("seed", "7 8"), lambda x, y: (START, {"strength": x, "seed": y})),
+        (("guidance", "1 4.5"), ("steps", "1 3"), lambda x, y: (START, {"guidance": x, "steps": y})),
+        (("method", "lora reslora"), ("prompt", "red disc\n\nblue box "),
+            lambda x, y: (f"{x}: merged weights", {"prompt": y})),
+        (("checkpoint", "2 4"), ("method", "lora reslora"), lambda x, y: (f"{y}: unmerged, step {x}", {})),
+        (("merge", "input none"), ("checkpoint", "4 2"), lambda x, y: (f"reslora: step {y} merged by {x}", {})),
+        (("method", "lora base"), ("none", ""), lambda x, y: (START if x == "lora" else "base model", {})),
+    ],
+    ids=["strength-seed", "guidance-steps", "method-prompt", "checkpoint-method", "merge-checkpoint", "one-axis"],
+)  # fmt: skip
+def test_cells_are_single_drawings(studio, run, x, y, single):
+    """Of different weights and settings, all of them; what was not merged yet is, once."""
+    made = grid_of(run, x, y)
+    drawn = pixels(studio.draw(run, [cell.picture for cell in made.cells]))
+    assert len(drawn) == len(made.cells) == len(made.x.values) * len(made.y.values)
+    for cell, image in zip(made.cells, drawn, strict=True):
+        label, changes = single(made.x.values[cell.column], made.y.values[cell.row])
+        alone = pixels(studio.generate(run, [run.find_weights(label)], replace(REQUEST, **changes)))
+        assert np.array_equal(image, *alone)
+    assert all(not np.array_equal(one, other) for i, one in enumerate(drawn) for other in drawn[:i])
+    again = grid_of(run, x, y)
+    assert [cell.picture.merge for cell in again.cells] == [None] * len(drawn)
+
+
+def test_weights_are_put_into_the_model_as_rarely_as_possible(studio, run, monkeypatch):
+    """With strengths across, cells are not drawn row by row."""
+    puts, put = [], Studio._put
+    monkeypatch.setattr(Studio, "_put", lambda self, *given: puts.append(given[-1]) or put(self, *given))
+    made = grid_of(run, ("strength", "0.1 0.2 0.3"), ("seed", "1 2 3"))
+    drawn = pixels(studio.draw(run, [cell.picture for cell in made.cells]))
+    assert len(drawn) == 9 and puts == [0.1, 0.2, 0.3]
+    assert [(cell.row, cell.column) for cell in made.cells[:4]] == [(0, 0), (1, 0), (2, 0), (0, 1)]
+
+
+def test_a_grid_is_stopped_within_a_drawing_and_keeps_the_cells_before(studio, run):
+    made = grid(run, BASE, replace(REQUEST, steps=150), axis("X", "seed", "1 2 3"), Axis(NONE, ("",)))
+    seen = []
+    with pytest.raises(Cancelled):
+        for event in studio.draw(run, [cell.picture for cell in made.cells], session="me"):
+            seen.append(event)
+            if any(isinstance(before, Drawn) for before in seen[:-1]):
+                studio.cancel("me")
+    assert len(pixels(seen)) == 1 and len(seen) < 2 * 150
+
+
+def test_one_session_stops_all_that_it_waits_for(studio, run):
+    """A grid and an image at once: no request is forgotten for the one after it."""
+    picture = Picture(BASE, replace(REQUEST, steps=150), "")
+    first, second = (studio.draw(run, [picture] * 8, session="me") for _ in range(2))
+    next(first), next(second)
+    assert studio.cancel("me") and not studio.cancel("somebody else")
+    for waiting in (first, second):
+        with pytest.raises(Cancelled):
+            list(waiting)
+    assert not studio.cancel("me")
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("colour", "1", "X: no setting of that name; choose one of checkpoint, "),
+        (None, "1", "X: no setting of that name"),
+        ("strength", " , ", r"X \(strength\): give its values, as in 0 0.5 1"),
+        ("strength", "0 half", r"X \(strength\): half is no number from -2 to 2"),
+        ("strength", "nan", r"X \(strength\): nan is no number"),
+        ("strength", "3", r"X \(strength\): 3 is no number from -2 to 2"),
+        ("seed", "1 -1", r"X \(seed\): -1 is no whole number from 0 to"),
+        ("seed", "1.5", r"X \(seed\): 1.5 is no whole number"),
+        ("steps", "0", r"X \(steps\): 0 is no whole number from 1 to 150"),
+        ("guidance", "1e9", r"X \(guidance\): 1e9 is no number from 0 to 30"),
+        ("seed", " ".join(map(str, range(65))), f"X .seed.: 65 values are more than the {MOST}"),
+    ],
+)
+def test_an_axis_that_says_nothing_is_refused_in_a_line(name, text, said):
+    with pytest.raises(RunError, match=f"^{said}"):
+        axis("X", name, text)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "start", "said"),
+    [
+        (("seed", "1"), ("seed", "2"), START, "X and Y are both seed"),
+        (("seed", "1 2 3 4 5 6 7 8 9"), ("steps", "1 2 3 4 5 6 7 8"), START, "9 x 8 values are 72 cells: at most 64"),
+        (("checkpoint", "3"), ("seed", "1"), START, "lora has no checkpoint of step 3; it has 2, 4"),
+        (("checkpoint", "2"), ("method", "lora dora"), START, "This run has no method dora; it has lora, reslora"),
+        (("checkpoint", "2"), ("seed", "1"), "base model", "This run has no method : choose weights of one"),
+        (("method", "reslora"), ("seed", "1"), "lora: unmerged, step 9", "reslora has no unmerged, step 9 in this run"),
+        (("merge", "best"), ("seed", "1"), START, "There is no merge best; choose of lstsq"),
+        (("merge", "input"), ("method", "lora"), START, "Only ResLoRA is merged by a method"),
+        (("method", "lora"), ("seed", "1"), "own.safetensors", "A LoRA file of your own and a stack have no method"),
+    ],
+)
+def test_a_grid_that_cannot_be_drawn_is_refused_before_anything_is(run, x, y, start, said):
+    method = start.partition(": ")[0] if ": " in start else ""
+    weights = BASE if start == BASE.label else Weights(start, "file", method, run.folder)
+    with pytest.raises(RunError, match=f"^{said}"):
+        grid(run, weights, REQUEST, axis("X", *x), axis("Y", *y))
+    with pytest.raises(RunError, match="stack have no merge"):
+        grid(run, stack([(weights, 1.0)]), REQUEST, axis("X", "merge", "input"), axis("Y", NONE, ""))
+
+
+# -- what is seen of it ------------------------------------------------------------------------------------------------
+
+
+def test_suggestions_are_values_that_can_be_drawn(run):
+    assert suggestion(run, "checkpoint") == "2 4" and suggestion(run, "prompt") == "red disc\nblue box"
+    for name in ("checkpoint", "method", "merge", "prompt", "seed", "strength", "steps", "guidance"):
+        assert grid_of(run, (name, suggestion(run, name)), (NONE, "")).cells
+    assert suggestion(None, "method") == "" and suggestion(run, NONE) == ""
+
+
+def test_the_page_has_a_place_for_each_cell_and_prompts_are_no_markup(run):
+    made = grid_of(run, ("prompt", "<b>red</b> ${1}\nblue box"), ("seed", "1 2"))
+    shown = table(made, {(1, 0): 'a"b'})
+    assert shown.count("not yet") == 3 and shown.count("<img") == 1
+    assert "<b>" not in shown and "${" not in shown and 'src="a&quot;b"' in shown
+    assert 'data-row="1" data-column="0"' in shown and "seed 2 · &lt;b&gt;red" in shown
+    assert made.heading == "2 steps · guidance 3 · strength 1 · lora: merged weights"
+
+
+def test_the_picture_has_every_cell_in_its_place(run, tmp_path):
+    """Cells of one colour each are found again where rows and columns are; one that was not drawn is white."""
+    made = grid_of(run, ("seed", "1 2"), ("strength", "0 1"))
+    colours = {(0, 0): "red", (0, 1): "lime", (1, 1): "blue"}
+    images = {place: PIL.Image.new("RGB", (200, 100), colour) for place, colour in colours.items()}
+    drawn = {place: Drawn(image, REQUEST, {}) for place, image in images.items()}
+    with PIL.Image.open(save_sheet(made, drawn, tmp_path / "sheet.png")) as sheet:
+        found = np.asarray(sheet.convert("RGB")).astype(int)
+    centres = {}
+    for place, colour in colours.items():
+        same = np.abs(found - np.array(PIL.ImageColor.getrgb(colour))).sum(-1) == 0
+        assert same.sum() == 200 * 100
+        centres[place] = np.argwhere(same).mean(0)
+    assert centres[0, 0][0] == centres[0, 1][0] < centres[1, 1][0]
+    assert centres[0, 0][1] < centres[0, 1][1] == centres[1, 1][1]

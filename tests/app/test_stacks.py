@@ -1,0 +1,162 @@
+"""app/stacks.py: several LoRAs add up, on any model, and those of another model are refused."""
+
+import numpy as np
+import pytest
+import torch
+from app_runs import trained, write_run
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from peft import LoraConfig
+from pipelines import stable_diffusion
+from safetensors.torch import load_file
+
+from app.library import Library
+from app.recipe import Drawn, Request
+from app.runs import BASE, RunError, Weights
+from app.stacks import MOST, add, factors_of, loras, stack, stacked, to_write
+from app.studio import Studio
+from reslora.diffusion.model.families import load_family
+from reslora.export import DIFFUSERS_FILE, export_diffusers, merged_state_dict
+
+REQUEST = Request(prompt="red disc", steps=2, seed=5, width=32, height=32)
+NAMES = ["tiny: lora", "tiny: reslora"]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    return Library(trained(tmp_path_factory.getbasetemp() / "trained"))
+
+
+@pytest.fixture(scope="module")
+def run(library):
+    return library.find("tiny")
+
+
+@pytest.fixture(scope="module")
+def studio():
+    return Studio()
+
+
+def drawn(studio, run, weights):
+    events = studio.generate(run, [weights], REQUEST)
+    (image,) = [event.image for event in events if isinstance(event, Drawn)]
+    return np.asarray(image).astype(int)
+
+
+def summed_by_hand(run, model, strengths):
+    """The U-Net's weights in float64: `W + sum_i strength_i B_i A_i`, of diffusers' files, in which B has the scale."""
+    state = {name: value.double() for name, value in model.state_dict().items()}
+    for method, strength in strengths.items():
+        tensors = load_file(run.folder / method / DIFFUSERS_FILE)
+        for name, down in tensors.items():
+            if name.endswith(".lora_A.weight"):
+                up = tensors[name.replace(".lora_A.", ".lora_B.")]
+                layer = name.removeprefix("unet.").removesuffix(".lora_A.weight")
+                state[f"{layer}.weight"] += strength * up.double() @ down.double()
+    return state
+
+
+def test_a_stack_is_the_base_plus_the_sum_of_its_updates(studio, library, run):
+    """In the weights, and in what a stock pipeline with these weights draws."""
+    base = run.word("pretrained_model_name_or_path")
+    unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
+    strengths = {"lora": 0.7, "reslora": -0.4}
+    expected = summed_by_hand(run, unet, strengths)
+    weights = stacked(library, run, NAMES, "0.7, -0.4")
+    parts = factors_of(weights, load_family("StableDiffusionPipeline"), unet.config)
+    before = {name: value.clone() for name, value in unet.state_dict().items()}
+    add(unet, parts["unet"], 1.0)
+    found = merged_state_dict(unet)
+    assert found.keys() == expected.keys()
+    assert max((found[name].double() - expected[name]).abs().max() for name in found) < 1e-6
+    assert max((before[name].double() - expected[name]).abs().max() for name in found) > 1e-2
+
+    pipe = DiffusionPipeline.from_pretrained(base)
+    pipe.unet.load_state_dict({name: value.float() for name, value in expected.items()})
+    pipe.set_progress_bar_config(disable=True)
+    seed = torch.Generator().manual_seed(REQUEST.seed)
+    image = pipe(
+        REQUEST.prompt, num_inference_steps=2, guidance_scale=REQUEST.guidance, height=32, width=32, generator=seed
+    ).images[0]
+    assert np.abs(np.asarray(image).astype(int) - drawn(studio, run, weights)).max() <= 1
+    assert np.abs(np.asarray(image).astype(int) - drawn(studio, run, BASE)).max() > 8
+
+
+def test_one_of_a_stack_is_that_lora_and_other_strengths_are_drawn_anew(studio, library, run):
+    file = drawn(studio, run, run.find_weights(f"lora: {DIFFUSERS_FILE}"))
+    assert np.abs(drawn(studio, run, stacked(library, run, NAMES[:1], "")) - file).max() <= 1
+    assert np.abs(drawn(studio, run, stacked(library, run, NAMES, "1 0")) - file).max() <= 1
+    assert np.abs(drawn(studio, run, stacked(library, run, NAMES, "1 0.5")) - file).max() > 2
+    assert stacked(library, run, NAMES, "1 0.5").label == "tiny: lora x 1 + tiny: reslora x 0.5"
+
+
+def test_the_sum_may_have_a_higher_rank_than_a_layer_and_be_of_convolutions(tmp_path):
+    """Twelve ranks in layers of eight features; layers that only one of the two has."""
+    model = stable_diffusion(tmp_path / "model")
+    family, parts, deltas = load_family("StableDiffusionPipeline"), [], {}
+    for number, targets in enumerate((["to_q", "conv1"], ["to_q", "to_v"])):
+        torch.manual_seed(number)
+        unet = UNet2DConditionModel.from_pretrained(model / "unet")
+        before = {name: value.clone() for name, value in unet.state_dict().items()}
+        unet.add_adapter(LoraConfig(r=6, target_modules=targets, init_lora_weights=False))
+        path = export_diffusers(unet, tmp_path / str(number))
+        parts.append((Weights(str(number), "file", "", path), 0.5 + number))
+        for name, value in merged_state_dict(unet).items():
+            deltas[name] = deltas.get(name, 0) + (0.5 + number) * (value - before[name]).double()
+    unet = UNet2DConditionModel.from_pretrained(model / "unet")
+    add(unet, factors_of(stack(parts), family, unet.config)["unet"], 2.0)
+    found = merged_state_dict(unet)
+    for name, delta in deltas.items():
+        torch.testing.assert_close(found[name].double(), before[name] + 2 * delta, rtol=1e-5, atol=1e-5)
+    assert sum(bool(delta.abs().max() > 1e-2) for delta in deltas.values()) > 8
+
+
+def test_loras_of_another_model_are_neither_offered_nor_taken(library, run, tmp_path):
+    write_run(tmp_path / "runs" / "other", pretrained_model_name_or_path="/models/other")
+    file = (run.folder / "lora" / DIFFUSERS_FILE).read_bytes()
+    (tmp_path / "runs" / "other" / "lora" / DIFFUSERS_FILE).write_bytes(file)
+    both = Library(tmp_path / "runs", (run.folder,))
+    assert set(NAMES) <= set(loras(both, run)) and "other: lora" not in loras(both, run)
+    assert list(loras(both, both.find("other"))) == ["other: lora"]
+    with pytest.raises(RunError, match=r"^other: lora is a LoRA of other, and this run trains model: choose LoRAs of"):
+        stacked(both, run, ["tiny: lora", "other: lora"], "")
+
+
+@pytest.mark.parametrize(
+    ("names", "strengths", "said"),
+    [
+        (["tiny: dora"], "", "There is no LoRA of that name"),
+        (["../../etc/passwd"], "", "There is no LoRA of that name"),
+        ([None], "", "There is no LoRA of that name"),
+        ([["tiny: lora"]], "", "There is no LoRA of that name"),
+        (NAMES, "1", "1 strengths for 2 LoRAs: give one for each, as in 1 0.5"),
+        (NAMES, "1 much", "Strength much of tiny: reslora: give a number from -2 to 2"),
+        (NAMES, "1 nan", "Strength nan of tiny: reslora"),
+        (NAMES, "3 1", "Strength 3 of tiny: lora"),
+        (NAMES * 5, "", f"10 LoRAs: at most {MOST}"),
+    ],
+)
+def test_a_stack_that_makes_no_sense_is_refused_in_a_line(library, run, names, strengths, said):
+    with pytest.raises(RunError, match=f"^{said}"):
+        stacked(library, run, names, strengths)
+
+
+def test_a_lora_that_does_not_fit_is_refused_by_name(studio, run, tmp_path):
+    path = tmp_path / "cut.safetensors"
+    path.write_bytes((run.folder / "lora" / DIFFUSERS_FILE).read_bytes()[:-100])
+    with pytest.raises(RunError, match=r"^cut: cut short or damaged\.$"):
+        drawn(studio, run, stack([(Weights("cut", "file", "", path), 1.0)]))
+
+
+def test_what_has_no_plain_weights_is_not_written_as_a_whole(run):
+    for label, strength, said in (
+        ("base model", 1.0, "no whole model is made of that; choose a LoRA"),
+        ("reslora: unmerged, step 4", 1.0, "no whole model is made of that; merge it first"),
+        ("lora: merged weights", 0.5, "at another strength than 1, choose the LoRA file"),
+    ):
+        with pytest.raises(RunError, match=f"^{label}: {said}"):
+            to_write(run.find_weights(label), strength)
+    file = run.find_weights("lora: kohya.safetensors")
+    assert to_write(file, 0.5).parts == ((file, 0.5),)
+    assert [s for _, s in to_write(stack([(file, 0.5), (file, 2.0)]), 0.5).parts] == [0.25, 1.0]
+    with pytest.raises(RunError, match="written by PEFT"):
+        to_write(Weights("own", "file", "", file.path, config=file.path), 1.0)

@@ -1,0 +1,162 @@
+"""app/whole_models.py: a folder that stock diffusers loads and that draws what Generate draws, or nothing at all."""
+
+import errno
+import json
+import os
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from app_runs import trained
+from diffusers import DiffusionPipeline
+
+from app import whole_models
+from app.library import Library
+from app.recipe import Drawn, Request
+from app.runs import RunError
+from app.stacks import stacked, to_write
+from app.studio import Cancelled, Studio
+from app.whole_models import Watched, lines_for, place_for
+from reslora.diffusion.model.stored import Stored
+
+REQUEST = Request(prompt="red disc", steps=2, seed=5, width=32, height=32)
+
+
+@pytest.fixture(scope="module")
+def trained_run(tmp_path_factory):
+    return Library(trained(tmp_path_factory.getbasetemp() / "trained")).find("tiny")
+
+
+@pytest.fixture
+def library(trained_run, tmp_path):
+    """The run in a folder of its own, to which models are written."""
+    shutil.copytree(trained_run.folder, tmp_path / "runs" / "tiny")
+    return Library(tmp_path / "runs")
+
+
+@pytest.fixture(scope="module")
+def studio():
+    return Studio()
+
+
+def generated(studio, run, weights):
+    events = studio.generate(run, [weights], REQUEST)
+    (image,) = [event.image for event in events if isinstance(event, Drawn)]
+    return np.asarray(image).astype(int)
+
+
+def drawn_by_the_lines(place, monkeypatch):
+    """What the three lines that are shown draw, with Generate's settings."""
+    scope, call = {}, DiffusionPipeline.from_pretrained
+    lines = lines_for(str(place)).splitlines()
+    assert len(lines) == 3
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", lambda *given: quiet(call(*given)))
+    exec("\n".join(lines[:2]), scope)
+    settings = {"num_inference_steps": REQUEST.steps, "guidance_scale": REQUEST.guidance, "height": 32, "width": 32}
+    seed = torch.Generator().manual_seed(REQUEST.seed)
+    image = scope["pipeline"](REQUEST.prompt, generator=seed, **settings).images[0]
+    return np.asarray(image).astype(int), scope["pipeline"]
+
+
+def quiet(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def nothing_is_left(library):
+    return not list((library.folder / "models").iterdir())
+
+
+@pytest.mark.parametrize("chosen", ["stack", "reslora: merged weights", "lora: kohya.safetensors"])
+def test_it_draws_what_generate_draws(studio, library, monkeypatch, chosen):
+    run, target = library.find("tiny"), place_for(library, "mine")
+    names = ["tiny: lora", "tiny: reslora"]
+    weights = stacked(library, run, names, "0.7 -0.5") if chosen == "stack" else run.find_weights(chosen)
+    list(studio.write_whole(run, to_write(weights, 1.0), target))
+    image, _ = drawn_by_the_lines(target, monkeypatch)
+    assert np.abs(image - generated(studio, run, weights)).max() <= 1
+    assert list(library.runs()) == ["tiny"]
+    with pytest.raises(RunError, match="There is a models/mine already: give another name"):
+        place_for(library, "mine")
+    with pytest.raises(RunError, match="There is a models/mine already"):
+        list(studio.write_whole(run, to_write(weights, 1.0), target))
+    assert [path.name for path in target.parent.iterdir()] == ["mine"]
+
+
+def test_of_files_in_half_precision_another_scheduler_and_no_checker(studio, library, tmp_path, monkeypatch):
+    """Parts that are not what the base's files are come from memory; pickles stay where they are."""
+    run = library.find("tiny")
+    base = DiffusionPipeline.from_pretrained(run.word("pretrained_model_name_or_path"))
+    base.to(torch.bfloat16).save_pretrained(tmp_path / "base", variant="bf16")
+    index = json.loads((tmp_path / "base" / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    (tmp_path / "base" / "model_index.json").write_text(json.dumps(index))
+    (tmp_path / "base" / "tokenizer" / "extra.bin").write_bytes(pickle.dumps("pickle"))
+    changes = {"pretrained_model_name_or_path": str(tmp_path / "base"), "variant": "bf16"}
+    changes |= {"prediction_type": "v_prediction"}
+    config = run.folder / "config.json"
+    config.write_text(json.dumps(run.config | changes))
+    list(studio.write_whole(run, stacked(library, run, ["tiny: lora"], ""), place_for(library, "half")))
+    image, pipeline = drawn_by_the_lines(library.folder / "models" / "half", monkeypatch)
+    assert pipeline.scheduler.config.prediction_type == "v_prediction" and pipeline.safety_checker is None
+    assert np.abs(image - generated(studio, run, stacked(library, run, ["tiny: lora"], ""))).max() <= 1
+    assert not list(library.folder.glob("models/half/**/*.bin"))
+
+
+def test_a_full_disk_leaves_nothing(studio, library, monkeypatch):
+    read, count = Stored.read, []
+
+    def fails(self, *given):
+        count.append(self.name)
+        if len(count) == 5:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return read(self, *given)
+
+    monkeypatch.setattr(Stored, "read", fails)
+    run = library.find("tiny")
+    with pytest.raises(RunError, match=r"^The model could not be written: No space left on device\.$"):
+        list(studio.write_whole(run, stacked(library, run, ["tiny: lora"], ""), place_for(library, "mine")))
+    assert len(count) == 5 and nothing_is_left(library)
+
+
+@pytest.mark.parametrize("label", ["lora: pytorch_lora_weights.safetensors", "lora: merged weights"])
+def test_cancelled_it_stops_at_the_next_tensor_and_leaves_nothing(studio, library, monkeypatch, label):
+    run, count = library.find("tiny"), []
+
+    def counted(check):
+        count.append(1)
+        if len(count) == 3:
+            assert studio.cancel("me")
+        check()
+
+    write = whole_models.write
+    monkeypatch.setattr(whole_models, "write", lambda *given: write(*given[:-1], lambda: counted(given[-1])))
+    with pytest.raises(Cancelled):
+        list(studio.write_whole(run, to_write(run.find_weights(label), 1.0), place_for(library, "mine"), "me"))
+    assert len(count) == 3 and nothing_is_left(library)
+    assert generated(studio, run, run.find_weights(label)).size  # the turn was given back
+
+
+def test_a_tensor_is_read_only_after_a_look_whether_it_is_wanted(tmp_path):
+    def stop():
+        raise Cancelled
+
+    with pytest.raises(Cancelled):
+        Watched(tmp_path / "none", "name", stop).read()
+
+
+def test_merged_weights_that_are_not_whole_are_refused(studio, library):
+    run = library.find("tiny")
+    (file,) = (run.folder / "lora" / "unet").glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(RunError, match="could not be written: lora/unet, unet/diffusion_pytorch_model") as refusal:
+        list(studio.write_whole(run, run.find_weights("lora: merged weights"), place_for(library, "mine")))
+    assert str(library.folder) not in str(refusal.value) and nothing_is_left(library)
+
+
+@pytest.mark.parametrize("name", ["", "..", ".hidden", "a/b", "/etc", "a" * 65, "a\0", "a b", None, 5, ["a"]])
+def test_names_that_could_be_anything_else_are_refused(library, name):
+    with pytest.raises(RunError, match=r"^Give the model a name"):
+        place_for(library, name)
