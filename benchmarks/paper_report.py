@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 import matplotlib
 import matplotlib.pyplot as plt
 from measured import RESULTS, ROOT
+from why_report import why_tables
 
 from reslora.merges import MERGES as FOR_LINKS
 
@@ -40,7 +41,7 @@ def write(experiments: dict) -> None:
 
 def part(name: str, experiments: dict) -> str:
     """What stands between the marks of that name."""
-    special = {"cost": cost_table, "speed": speed_tables, "state": lambda: state(experiments)}
+    special = {"cost": cost_table, "speed": speed_tables, "state": lambda: state(experiments), "why": why_tables}
     return special[name]() if name in special else section(name, experiments)
 
 

@@ -230,18 +230,29 @@ def compare(arms: Iterable[Arm], chosen: Mapping[str, Choice], unit: str = "imag
     The reference is LoRA: of the same rank where there are several, which are compared with the first of them. Raises
     `ValueError` if arms were measured on different images.
     """
+    judged = [arm for arm in arms if _is_judged(arm, chosen)]
+    ranks = {arm["label"]: arm["rank"] for arm in judged}
+    lora = list(dict.fromkeys(arm["label"] for arm in judged if arm["method"] == REFERENCE))
+    same_rank = {label: [each for each in lora if each != label and ranks[each] == ranks[label]] for label in ranks}
+    references = {label: (same_rank[label] + lora)[0] for label in ranks if lora and label != lora[0]}
+    return verdicts(tested(judged, chosen), references, unit)
+
+
+def tested(arms: Iterable[Arm], chosen: Mapping[str, Choice]) -> dict[str, np.ndarray]:
+    """Test losses of each label at its chosen rate, seeds x images; NaN where a label lacks a seed that another has.
+
+    Raises `ValueError` if arms were measured on different images.
+    """
     tests: dict[str, dict[int, TestLosses]] = {}
-    ranks: dict[str, int] = {}
-    lora: list[str] = []
     for arm in arms:
-        label, test = arm["label"], arm["test"]
-        if test and label in chosen and arm["learning_rate"] == chosen[label]["learning_rate"]:
-            tests.setdefault(label, {})[arm["seed"]] = test
-            ranks[label] = arm["rank"]
-            lora += [label] if arm["method"] == REFERENCE and label not in lora else []
-    same_rank = {label: [each for each in lora if each != label and ranks[each] == ranks[label]] for label in tests}
-    references = {label: (same_rank[label] + lora)[0] for label in tests if lora and label != lora[0]}
-    return verdicts(_crossed(tests), references, unit)
+        if (test := arm["test"]) and _is_judged(arm, chosen):
+            tests.setdefault(arm["label"], {})[arm["seed"]] = test
+    return _crossed(tests)
+
+
+def _is_judged(arm: Arm, chosen: Mapping[str, Choice]) -> bool:
+    label = arm["label"]
+    return bool(arm["test"]) and label in chosen and arm["learning_rate"] == chosen[label]["learning_rate"]
 
 
 def _crossed(tests: Mapping[str, Mapping[int, TestLosses]]) -> dict[str, np.ndarray]:

@@ -1,0 +1,166 @@
+"""When do shortcuts help, and why? The experiments that decide it, run by the trainers' own experiment command.
+
+    python benchmarks/why.py list                          # what there is, and how far it has come
+    python benchmarks/why.py run transformer unet          # these, smallest first; all by default
+    python benchmarks/why.py run unet --minutes 60         # so long; the same command goes on
+    python benchmarks/paper.py report                      # tables of it in RESULTS.md
+
+RESULTS.md says what was expected before any of it ran. Each experiment is one command of `train_sd.py` or
+`train_llm.py` with several methods, rates and seeds, and goes on where it was stopped. Its `experiment.json`, without
+what belongs to this machine, is kept as benchmarks/results/why/NAME.json, also of one that is not finished.
+
+SVAMP needs a model and the data set, from the hub or from local folders: --llm FOLDER --text FOLDER (it holds
+svamp/train.jsonl and so on). The transformers of 6 and 24 layers come from assets/make/train_flow.py: --depth FOLDER
+holds 6/pipeline and 24/pipeline.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from measured import RESULTS, ROOT, machine
+
+from reslora.files import read_object, write_json
+
+SCRATCH = ROOT / "runs" / "why"
+KEPT = RESULTS / "why"
+LLM = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SEEDS = ("0", "1", "2", "3", "4")
+CONTROLS = ("lora", "lora_x2", "lora_x4", "lora_matched", "is_placebo", "ms_placebo")
+METHODS = (*CONTROLS, "loha", "lokr", "reslora")
+SHORTCUTS = ("--shortcut", "input", "block", "middle", "--pre_num", "4")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One command."""
+
+    script: str
+    shows: str
+    rates: tuple[str, ...]
+    flags: tuple[str, ...]
+    methods: tuple[str, ...] = METHODS
+    needs: str = ""
+    """What of this command line it cannot do without."""
+
+    def command(self, name: str, args: argparse.Namespace) -> list[str]:
+        """What is run; {llm}, {text} and {depth} in its flags are the folders of the command line."""
+        flags = [flag.format(**vars(args)) for flag in self.flags]
+        several = ["--method", *self.methods, "--learning_rate", *self.rates, "--seed", *SEEDS, *SHORTCUTS]
+        if args.minutes:
+            several += ["--experiment_minutes", f"{args.minutes:g}"]
+        return [str(ROOT / self.script), *flags, *several, "--extend_rates", "--output_dir", str(SCRATCH / name)]
+
+
+IMAGE_FLAGS = ("--validation_steps", "50", "--num_validation_images", "0", "--report_to", "none")
+TEXT_FLAGS = (
+    *("--model_name_or_path", "{llm}", "--task", "svamp", "--data_dir", "{text}/svamp", "--report_to", "none"),
+    *("--per_device_train_batch_size", "8", "--per_device_eval_batch_size", "50", "--max_new_tokens", "32"),
+    *("--max_test_samples", "150", "--bf16", "--dtype", "float32"),
+)
+IMAGE_RATES = ("2e-4", "4e-4", "8e-4", "1.6e-3", "3.2e-3")
+TEXT_RATES = ("2.5e-4", "5e-4", "1e-3", "2e-3", "4e-3")
+
+
+def images(pipeline: str, shows: str, *flags: str, **more) -> Experiment:
+    return Experiment(
+        "train_sd.py", shows, IMAGE_RATES, ("--pretrained_model_name_or_path", pipeline, *IMAGE_FLAGS, *flags), **more
+    )
+
+
+def svamp(steps: int, rank: int) -> Experiment:
+    every = str(steps // 4)
+    flags = (*TEXT_FLAGS, "--max_steps", str(steps), "--eval_strategy", "steps", "--eval_steps", every)
+    flags += ("--save_steps", every, "--lora_r", str(rank))
+    return Experiment("train_llm.py", f"SVAMP, {steps} steps, rank {rank}", TEXT_RATES, flags, needs="text")
+
+
+# Smallest first: that is the order in which they run.
+EXPERIMENTS = {
+    "transformer": images("assets/pipeline-flow", "the bundled transformer, rank 16"),
+    "unet": images("assets/pipeline", "the bundled U-Net, rank 16"),
+    "transformer-r1": images("assets/pipeline-flow", "the bundled transformer, rank 1", "--rank", "1"),
+    "unet-r1": images("assets/pipeline", "the bundled U-Net, rank 1", "--rank", "1"),
+    "transformer-r4": images("assets/pipeline-flow", "the bundled transformer, rank 4", "--rank", "4"),
+    "unet-r4": images("assets/pipeline", "the bundled U-Net, rank 4", "--rank", "4"),
+    "depth-6": images("{depth}/6/pipeline", "a transformer of 6 layers", methods=(*CONTROLS, "reslora"), needs="depth"),
+    "depth-24": images(
+        "{depth}/24/pipeline", "a transformer of 24 layers", methods=(*CONTROLS, "reslora"), needs="depth"
+    ),
+    **{f"svamp-60-r{rank}": svamp(60, rank) for rank in (4, 1, 16)},
+    **{f"svamp-200-r{rank}": svamp(200, rank) for rank in (4, 1, 16)},
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["list", "run", "keep"], help="keep: of what has run, without running more")
+    parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help=f"of {', '.join(EXPERIMENTS)}")
+    parser.add_argument("--minutes", type=float, help="end each experiment after so long")
+    parser.add_argument("--llm", default=LLM, help="causal model, folder or name on the hub")
+    parser.add_argument("--text", metavar="FOLDER", help="holds svamp/{train,test}.jsonl")
+    parser.add_argument("--depth", metavar="FOLDER", help="holds 6/pipeline and 24/pipeline")
+    return parser
+
+
+def main() -> None:
+    parser = build_parser()
+    args = parser.parse_args()
+    unknown = [name for name in args.experiments if name not in EXPERIMENTS]
+    if unknown:
+        parser.error(f"unknown experiment {unknown[0]}; choose from {', '.join(EXPERIMENTS)}")
+    for name in args.experiments or EXPERIMENTS:
+        experiment = EXPERIMENTS[name]
+        if args.what == "list":
+            print(f"{name:<16} {experiment.shows}: {progress(read_object(KEPT / f'{name}.json'))}")
+        elif args.what == "keep":
+            keep(name)
+        elif experiment.needs and not getattr(args, experiment.needs):
+            print(f"{name}: left out, needs --{experiment.needs} FOLDER")
+        else:
+            run(name, experiment.command(name, args))
+
+
+def progress(record: dict) -> str:
+    """How many of its arms have been trained."""
+    arms = record.get("arms", [])
+    ended = sum(arm["status"] in ("finished", "failed") for arm in arms)
+    return f"{ended} of {len(arms)} arms" if arms else "not run"
+
+
+def run(name: str, command: list[str]) -> None:
+    """One experiment, to its end or as long as it may take; what there is of it is kept either way."""
+    print(f"{name}: {shlex.join(command)}", flush=True)
+    try:
+        ended = subprocess.run([sys.executable, *command], check=False).returncode
+    finally:
+        keep(name)
+    if ended:
+        raise SystemExit(f"{name}: ended with status {ended}")
+
+
+def keep(name: str) -> None:
+    """Keeps the record of an experiment without folders and process of this machine."""
+    record = read_object(SCRATCH / name / "experiment.json")
+    if not record:
+        return
+    record.pop("process", None)
+    record["settings"] = {key: without_folders(value) for key, value in record["settings"].items()}
+    write_json(KEPT / f"{name}.json", {"machine": machine(), **record})
+    print(f"{name}: {progress(record)}, kept in {(KEPT / name).relative_to(ROOT)}.json", flush=True)
+
+
+def without_folders(value):
+    """A setting in which a path of this machine is its last part alone."""
+    if isinstance(value, list):
+        return [without_folders(part) for part in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+if __name__ == "__main__":
+    main()

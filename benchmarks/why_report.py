@@ -1,0 +1,81 @@
+"""Tables of what `why.py run` has found: the labels of each experiment, and the pairs that decide its hypotheses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+import numpy as np
+from why import EXPERIMENTS, KEPT
+
+from reslora.experiment.statistics import tested, verdicts
+
+SHORTCUTS = ("input", "block(4)", "middle(4)")
+# Which label stands beside which, by hypothesis: a shortcut beside LoRA at its scale, its placebo, and larger alphas.
+PAIRS = {
+    "scale": {f"reslora {kind}": f"lora_matched {kind}" for kind in SHORTCUTS},
+    "information": {"reslora input": "is_placebo", "reslora middle(4)": "ms_placebo"},
+    "alpha x 2": {f"reslora {kind}": "lora_x2" for kind in SHORTCUTS},
+    "alpha x 4": {f"reslora {kind}": "lora_x4" for kind in SHORTCUTS},
+}
+
+
+def why_tables() -> str:
+    """A section of every experiment that has run, at least in part."""
+    found = []
+    for name, experiment in EXPERIMENTS.items():
+        path = KEPT / f"{name}.json"
+        if path.is_file():
+            found.append(section(experiment.shows, json.loads(path.read_text(encoding="utf-8"))))
+    return "\n\n".join(found) or "*Not run yet.*"
+
+
+def section(what: str, record: dict) -> str:
+    """One experiment's labels, then its pairs."""
+    arms, split = record["arms"], record["split"]
+    ended = [arm for arm in arms if arm["status"] in ("finished", "failed")]
+    images = f"{split['train']} images trained on, {split['select']} that choose, {split['test']} that compare"
+    lines = [f"**{what[:1].upper()}{what[1:]}.** {len(ended)} of {len(arms)} arms; {images}."]
+    tests = tested(arms, record["chosen"])
+    if tests:
+        lines += [label_table(record, tests), pair_table(tests)]
+    return "\n\n".join(filter(None, lines))
+
+
+def label_table(record: dict, tests: dict[str, np.ndarray]) -> str:
+    """Each label's chosen rate and checkpoint, its test loss, and LoRA beside it."""
+    said = {verdict["label"]: verdict for verdict in record["verdicts"]}
+    rows = ["| | rate | step | seeds | test loss | beside LoRA | 95% | could have shown |", "|---" * 8 + "|"]
+    for label, losses in sorted(tests.items(), key=lambda item: np.nanmean(item[1])):
+        choice, verdict = record["chosen"][label], said.get(label)
+        rate = f"{choice['learning_rate']:g}" + (" (end of the grid)" if choice["at_end"] else "")
+        seeds = int(np.isfinite(losses).all(1).sum())
+        cells = [label, rate, str(choice["step"]), str(seeds), f"{np.nanmean(losses):.4f}", *compared(verdict)]
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def compared(verdict: Mapping | None) -> list[str]:
+    """Difference, interval and detectable size in percent; stars where Holm's correction leaves it standing."""
+    if verdict is None:
+        return ["", "", ""]
+    star = "**" if verdict["conclusion"] in ("better", "worse") else ""
+    difference = f"{star}{verdict['relative']:+.2f}%{star}"
+    if verdict["interval"] is None:
+        return [difference, "", ""]
+    low, high = verdict["interval"]
+    return [difference, f"{low:+.2f} to {high:+.2f}", f"{verdict['detectable']:.2f}%"]
+
+
+def pair_table(tests: dict[str, np.ndarray]) -> str:
+    """The pairs that decide, those of a hypothesis corrected together."""
+    rows = []
+    for question, references in PAIRS.items():
+        there = {ours: theirs for ours, theirs in references.items() if ours in tests and theirs in tests}
+        for verdict in verdicts(tests, there):
+            rows.append(
+                "| " + " | ".join([question, verdict["label"], verdict["reference"], *compared(verdict)]) + " |"
+            )
+    if not rows:
+        return ""
+    return "\n".join(["| question | label | beside | difference | 95% | could have shown |", "|---" * 6 + "|", *rows])

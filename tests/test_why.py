@@ -1,0 +1,85 @@
+"""The experiments that decide what shortcuts are: their commands, what is kept of them, their tables."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from reslora.diffusion.arguments import build_parser
+from reslora.experiment.statistics import half_width, spread_of
+from reslora.language.llm_arguments import read
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import why  # noqa: E402
+import why_report  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def places(tmp_path, monkeypatch):
+    monkeypatch.setattr(why, "SCRATCH", tmp_path / "scratch")
+    monkeypatch.setattr(why, "KEPT", tmp_path / "kept")
+    monkeypatch.setattr(why, "ROOT", tmp_path)
+    monkeypatch.setattr(why_report, "KEPT", tmp_path / "kept")
+
+
+def test_trainers_take_every_command_with_all_controls_and_enough_seeds_and_rates(tmp_path):
+    args = why.build_parser().parse_args(["run", "--text", str(tmp_path), "--depth", str(tmp_path)])
+    for name, experiment in why.EXPERIMENTS.items():
+        command = experiment.command(name, args)[1:]
+        images = experiment.script == "train_sd.py"
+        found = vars(build_parser().parse_args(command)) if images else read(command)[1]
+        assert set(why.CONTROLS) | {"reslora"} <= set(found["method"])
+        assert min(len(found["learning_rate"]), len(found["seed"])) >= 5
+        assert found["shortcut"] == ["input", "block", "middle"]
+
+
+def arm(label: str, seed: int, losses: list[float], rate: float = 1e-3) -> dict:
+    test = {"images": ["a", "b", "c"], "losses": losses}
+    method = label.split()[0]
+    return {"label": label, "method": method, "learning_rate": rate, "seed": seed, "rank": 4, "status": "finished"} | {
+        "test": test, "select_by_step": {"50": 1.0}, "steps": 50, "shortcut": None,
+    }  # fmt: skip
+
+
+def record(arms: list[dict]) -> dict:
+    choice = {"learning_rate": 1e-3, "step": 50, "loss": 1.0, "at_end": None, "next": None}
+    split = {"train": 7, "select": 3, "test": 3, "duplicates": 0}
+    settings = {"output_dir": "/somewhere/else/run", "train_data_dir": ["/somewhere/images"], "rank": 4}
+    chosen = {each["label"]: choice for each in arms}
+    return {"arms": arms, "split": split, "chosen": chosen, "verdicts": [], "settings": settings, "process": "x-1-1"}
+
+
+def test_what_is_kept_names_no_folder_of_the_machine_and_no_process():
+    folder = why.SCRATCH / "unet"
+    folder.mkdir(parents=True)
+    (folder / "experiment.json").write_text(json.dumps(record([arm("lora", 0, [1.0, 2.0, 3.0])])))
+    why.keep("unet")
+    why.keep("transformer")  # which has not run
+    (kept,) = why.KEPT.iterdir()
+    found = json.loads(kept.read_text())
+    assert found["settings"] == {"output_dir": "run", "train_data_dir": ["images"], "rank": 4}
+    assert "process" not in found and "/somewhere" not in kept.read_text()
+    assert why.progress(found) == "1 of 1 arms"
+
+
+def test_a_shortcut_stands_beside_its_placebo_seed_by_seed_and_image_by_image():
+    losses = {"reslora input": [[1.0, 2.0, 3.0], [1.1, 2.3, 2.9]], "is_placebo": [[1.2, 2.1, 3.3], [1.2, 2.6, 3.1]]}
+    arms = [arm(label, seed, row) for label, rows in losses.items() for seed, row in enumerate(rows)]
+    arms.append(arm("is_placebo", 0, [0.1, 0.1, 0.1], rate=2e-3))  # not the chosen rate
+    why.KEPT.mkdir()
+    (why.KEPT / "unet.json").write_text(json.dumps(record(arms)))
+    ours, theirs = map(np.array, losses.values())
+    percent = 100 / theirs.mean()
+    mean, half = (ours - theirs).mean() * percent, half_width(spread_of(ours - theirs), 0.05) * percent
+    row = next(line for line in why_report.why_tables().splitlines() if line.startswith("| information"))
+    cells = [cell.strip() for cell in row.split("|")][2:-2]
+    assert cells == ["reslora input", "is_placebo", f"**{mean:+.2f}%**", f"{mean - half:+.2f} to {mean + half:+.2f}"]
+    assert f"| {ours.mean():.4f} |" in why_report.why_tables()
+
+
+def test_what_has_not_run_says_so():
+    assert why_report.why_tables() == "*Not run yet.*"
