@@ -162,14 +162,6 @@ def test_refusals_in_many_threads_leave_stderr_alone(trainings):
     assert sys.stderr is before
 
 
-def test_a_refused_start_leaves_the_images_of_the_run_that_trains_alone(run):
-    trainings, stored = Trainings(Library(run.folder.parent)), []
-    trainings.is_active = lambda run: True
-    with pytest.raises(RunError, match="is training"):
-        trainings.start("second", [], lambda: stored.append("images"))
-    assert not stored
-
-
 @pytest.mark.parametrize("name", ["checkout/train_sd.py", "train_sd", "bin/reslora-train-sd"])
 def test_trainers_are_known_however_they_were_started(name):
     command = [sys.executable, "-c", "input(input())", name]
