@@ -53,7 +53,8 @@ def queue(queue: Queue) -> str:
     for place, entry in enumerate(waiting, 1):
         rows.append(row(queue, entry, str(place), place == len(waiting)))
     rows += [row(queue, entry, "") for entry in ended]
-    return f'<ol class="queue" aria-label="Queue">{"".join(rows)}</ol>'
+    clear = button("clear", "Clear what has ended", "Clear what has ended") if ended else ""
+    return f'<ol class="queue" aria-label="Queue">{"".join(rows)}</ol><p class="clear" data-name="">{clear}</p>'
 
 
 def row(queue: Queue, entry: Entry, place: str, is_last: bool = False) -> str:
@@ -132,7 +133,7 @@ def card(run: Run, status: str, owned: bool, changed: tuple[float, ...]) -> str:
     since = time.strftime("%Y-%m-%d %H:%M", time.localtime(changed[0]))
     return (
         f'<div class="run" role="group" aria-label="{name}" data-name="{name}">{picture(run)}'
-        f'<p class="name" title="{name}">{name}</p><p>{badge(status)} {since}</p>'
+        f'<p class="name" title="{name}">{name}</p><p>{badge(status)} <span class="when">{since}</span></p>'
         f"<p>{escape(' · '.join(filter(None, facts)))}</p>{notes if owned else ''}"
         f'<div class="buttons">{buttons}</div></div>'
     )

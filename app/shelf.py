@@ -63,7 +63,10 @@ class Shelf:
                 raise RunError(f"{run.name} is training; wait for it, or stop it first.")
             if any(entry.name == run.name and not entry.ends for entry in entries):
                 raise RunError(f"{run.name} waits in the queue; remove it there first.")
-            place = self.library.folder / TRASH / f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}"
+            trash = self.library.folder / TRASH
+            if trash.is_symlink():
+                raise RunError(f"{TRASH} in the folder of runs leads elsewhere; remove the link first.")
+            place = trash / f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}"
             try:
                 place.mkdir(parents=True)
                 run.folder.rename(place / run.name)

@@ -33,7 +33,6 @@ class QueueTab(Tab):
         gr.Markdown(ABOUT)
         self.rows = gr.HTML(elem_id="queue", js_on_load=SCRIPT.read_text(encoding="utf-8"))
         self.answer = gr.HTML(elem_id="queue-answer")
-        self.clear = gr.Button("Clear what has ended", elem_id="queue-clear", size="sm")
         self.last_look = gr.State(None)
         self.timer = gr.Timer(EVERY, active=False)
 
@@ -43,7 +42,6 @@ class QueueTab(Tab):
         page.frames[self].select(readable_errors(self.open), None, [*shown, self.timer], **quiet)
         self.timer.tick(readable_errors(self.look), self.last_look, shown, **quiet)
         self.rows.acted(readable_errors(self.act), None, [self.answer, *shown], **quiet)
-        self.clear.click(readable_errors(self.do_clear), None, [self.answer, *shown], **quiet)
         for name, handler in (
             ("queue", self.list_entries), ("move_in_queue", self.move), ("remove_from_queue", self.remove),
         ):  # fmt: skip
@@ -66,15 +64,15 @@ class QueueTab(Tab):
     def act(self, event: gr.EventData) -> tuple:
         """A button of a row."""
         what, name = event._data.get("do"), event._data.get("name")
-        if what in ("up", "down"):
-            self.queue.move(name, -1 if what == "up" else 1)
-            line = ""
+        if what == "stop":
+            return views.notice(self.stop(name)), *self.show()
+        if what == "clear":
+            self.queue.clear()
         elif what == "remove":
             self.queue.remove(name)
-            line = f"{name} is no longer in the queue."
         else:
-            line = self.stop(name)
-        return views.notice(line), *self.show()
+            self.queue.move(name, -1 if what == "up" else 1)
+        return "", *self.show()
 
     def stop(self, name: str) -> str:
         """Stops what trains, and says so."""
@@ -82,11 +80,6 @@ class QueueTab(Tab):
             if entry.name == name:
                 return self.trainings.stop(name, KINDS[entry.kind])
         raise RunError("There is nothing of that name in the queue.")
-
-    def do_clear(self) -> tuple:
-        """Takes out what has ended."""
-        self.queue.clear()
-        return "", *self.show()
 
     # -- for programs --------------------------------------------------------------------------------------------------
 

@@ -697,5 +697,54 @@ def test_a_training_is_started_watched_and_stopped(page, browser, address, runs,
     page.locator("#summary .running").wait_for()
     wait_until(lambda: "going on from" in run.log_tail() or not run.process, "the run to go on")
     assert run.process
-    page.locator("#stop").click()
+    line_up(page)
     page.locator("#summary .stopped").wait_for()
+    put_in_order(page, runs)
+
+
+def line_up(page) -> None:
+    """Two more runs wait while one trains; they change places and one goes, by the keyboard; then the other starts."""
+    for name in ("second", "third"):
+        page.locator("#start", has_text="Add to queue").wait_for()
+        page.locator("#name textarea, #name input").fill(name)
+        page.locator("#start").click()
+        page.locator("#answer").get_by_text(f"{name} waits in the queue").wait_for()
+    page.get_by_role("tab", name="Queue").click()
+    rows = "[...document.querySelectorAll('#queue li')].map(row => row.dataset.name).join()"
+    page.wait_for_function(f"{rows} === 'watched,second,third'")
+    page.get_by_role("button", name="Move third up").focus()
+    page.keyboard.press("Enter")
+    page.wait_for_function(f"{rows} === 'watched,third,second'")
+    page.wait_for_function("document.activeElement.ariaLabel === 'Move third down'")  # it cannot go up any more
+    page.get_by_role("button", name="Remove second").focus()
+    page.keyboard.press("Enter")
+    page.wait_for_function(f"{rows} === 'watched,third'")
+    for part in (".status", ".what-runs p", "button:enabled"):
+        assert page.locator(f"#queue {part}").last.evaluate(CONTRAST) >= 4.5
+    page.get_by_role("button", name="Stop watched and save").click()
+    page.locator("#queue-answer").get_by_text("watched stops after this step").wait_for()
+    page.locator('#queue li[data-name="third"] :is(.starting, .running)').wait_for()
+    page.locator('#queue li[data-name="watched"] .stopped').wait_for()
+    page.get_by_role("button", name="Stop third and save").click()
+    page.locator('#queue li[data-name="third"] :is(.failed, .stopped)').wait_for()
+
+
+def put_in_order(page, runs: Path) -> None:
+    """Notes are saved and outlive an update that comes while one writes; a run is thrown away, put back and opened."""
+    page.get_by_role("tab", name="Runs").click()
+    page.get_by_label("notes on watched").fill("the best so far")
+    page.get_by_label("notes on tiny").fill("half a sen")
+    page.locator('.run[data-name="watched"] .told').get_by_text("saved").wait_for()
+    assert (runs / "watched" / "notes.txt").read_text() == "the best so far"
+    page.get_by_role("button", name="Move watched to the trash").click()
+    page.locator("#runs-answer").get_by_text("watched is in the trash").wait_for()
+    assert not (runs / "watched").exists() and page.get_by_label("notes on tiny").input_value() == "half a sen"
+    page.get_by_role("button", name="Restore watched").press("Enter")
+    page.locator("#runs-answer").get_by_text("watched is back").wait_for()
+    assert page.get_by_label("notes on watched").input_value() == "the best so far"
+    page.set_viewport_size({"width": 420, "height": 900})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 420
+    page.get_by_role("button", name="Open tiny under Compare").click()
+    page.locator('#grid img[alt="red disc: ResLoRA merged"]').wait_for()
+    assert page.locator("#run input").input_value() == "tiny"
+    wait_until(lambda: (runs / "tiny" / "notes.txt").exists(), "the notes that were left unfinished")

@@ -1,15 +1,17 @@
 """app/queue.py: what waits, what starts next, and what a restart finds. Trainers are tiny programs in their place."""
 
 import json
+import multiprocessing
 import signal
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from time import sleep
 
 import PIL.Image
 import pytest
-from app_runs import HOSTILE, REPOSITORY, with_one_wrong, write_run
-from waiting import ended, wait_until
+from app_runs import HOSTILE, with_one_wrong, write_run
+from waiting import LIMIT, ended, wait_until
 
 from app import launcher, queue
 from app.launcher import Trainings
@@ -19,7 +21,6 @@ from app.runs import Run, RunError
 from app.shelf import Shelf
 from reslora.files import write_json
 
-PYTHON = sys.executable
 # In place of `accelerate launch`: notes that it was started and on which GPU, waits for its turn to end, and fails.
 TRAINER = """
 import os, pathlib, sys, time
@@ -40,17 +41,13 @@ def lined(tmp_path, monkeypatch):
     """A queue whose trainers are that program."""
     (tmp_path / "data" / "cats").mkdir(parents=True)
     (tmp_path / "runs").mkdir()
-    install(tmp_path, monkeypatch.setattr)
+    (tmp_path / "trainer.py").write_text(TRAINER)
+    (tmp_path / "python").write_text(f'#!/bin/sh\nshift 4\nexec {sys.executable} {tmp_path / "trainer.py"} "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(launcher.sys, "executable", str(tmp_path / "python"))
     yield Queue(Trainings(Library(tmp_path / "runs"), tmp_path / "data"))
     for name in "abcdefgh":
         (tmp_path / "runs" / f"end-{name}").touch()
-
-
-def install(folder, setattr=setattr) -> None:
-    (folder / "trainer.py").write_text(TRAINER)
-    (folder / "python").write_text(f'#!/bin/sh\nshift 4\nexec {PYTHON} {folder / "trainer.py"} "$@"\n')
-    (folder / "python").chmod(0o755)
-    setattr(launcher.sys, "executable", str(folder / "python"))
 
 
 def started(lined: Queue) -> list[str]:
@@ -131,16 +128,12 @@ def test_what_the_trainer_refuses_is_not_lined_up(lined, tmp_path):
 
 def test_a_killed_application_leaves_a_queue_that_goes_on_once_each(lined, tmp_path):
     """Killed by SIGKILL while one trains and two wait; then two applications go on with it at the same time."""
-    code = (
-        "import sys, time; from pathlib import Path; sys.path[:0] = sys.argv[2:]; import test_queue as t; "
-        "t.install(Path(sys.argv[1])); "
-        "q = t.Queue(t.Trainings(t.Library(Path(sys.argv[1]) / 'runs'))); [t.add(q, name) for name in 'abc']; "
-        "time.sleep(600)"
+    server = multiprocessing.get_context("fork").Process(
+        target=lambda: [*map(partial(add, lined), "abc"), sleep(LIMIT)]
     )
-    folders = [str(REPOSITORY), str(REPOSITORY / "tests"), str(REPOSITORY / "tests" / "app")]
-    server = subprocess.Popen([PYTHON, "-c", code, str(tmp_path), *folders])
+    server.start()
     wait_until(lambda: lined.path.exists() and len(lined.entries()) == 3 and started(lined), "three runs", server)
-    server.send_signal(signal.SIGKILL)
+    server.kill()
     assert ended(server) == -signal.SIGKILL
     others = [Queue(Trainings(Library(tmp_path / "runs"))) for _ in range(4)]
     with ThreadPoolExecutor(4) as pool:
