@@ -1,5 +1,5 @@
 // Rows with buttons, and notes that are saved when their box is left. What is written and not saved yet, and the place
-// where one is by the keyboard, outlive an update.
+// where one is by the keyboard, outlive an update, which leaves the page's elements and gives them other contents.
 const drafts = new Map();
 let at = null;
 
@@ -25,17 +25,19 @@ async function save(box) {
 }
 
 function restore() {
-  for (const [name, draft] of drafts) {
-    const box = named(name)?.querySelector("textarea");
-    if (!box) continue;
-    box.value = draft.text;
-    box.dataset.was = draft.was;
+  for (const box of element.querySelectorAll("textarea")) {
+    const draft = drafts.get(nameOf(box));
+    if (draft) box.dataset.was = draft.was;
+    const text = draft ? draft.text : box.dataset.was;
+    if (box.value !== text) box.value = text;
   }
-  if (!at || document.activeElement !== document.body) return;
+  const here = document.activeElement;
+  if (!at || (here !== document.body && !element.contains(here))) return;
   const row = named(at.name) || element.querySelector("[data-name]");
   const part = row?.querySelector(`${at.what}:not(:disabled)`) || row?.querySelector("button:not(:disabled)");
-  part?.focus();
-  if (part?.matches("textarea")) part.setSelectionRange(...at.range);
+  if (!part || part === here) return;
+  part.focus();
+  if (part.matches("textarea")) part.setSelectionRange(...at.range);
 }
 
 element.addEventListener("click", event => {
@@ -51,7 +53,7 @@ element.addEventListener("keydown", event => {
   if (event.target.matches("textarea") && event.key === "Enter" && (event.ctrlKey || event.metaKey)) save(event.target);
 });
 // Where one is; a click elsewhere takes one away.
-for (const kind of ["focusin", "keyup"]) element.addEventListener(kind, event => {
+for (const kind of ["focusin", "keyup", "pointerup"]) element.addEventListener(kind, event => {
   if (!event.target.matches("textarea, button[data-do]")) return;
   const { selectionStart, selectionEnd, dataset } = event.target;
   at = { name: nameOf(event.target), what: dataset.do ? `[data-do="${dataset.do}"]` : "textarea",
