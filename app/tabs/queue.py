@@ -37,10 +37,10 @@ class QueueTab(Tab):
         self.timer = gr.Timer(EVERY, active=False)
 
     def events(self, page: Page) -> None:
-        quiet = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
+        quiet = {"api_visibility": "private", "show_progress": "hidden"}
         shown = [self.rows, self.last_look]
         page.frames[self].select(readable_errors(self.open), None, [*shown, self.timer], **quiet)
-        self.timer.tick(readable_errors(self.look), self.last_look, shown, **quiet)
+        self.timer.tick(readable_errors(self.look), self.last_look, shown, queue=False, **quiet)
         self.rows.acted(readable_errors(self.act), None, [self.answer, *shown], **quiet)
         for name, handler in (
             ("queue", self.list_entries), ("move_in_queue", self.move), ("remove_from_queue", self.remove),

@@ -41,11 +41,11 @@ class RunsTab(Tab):
         self.timer = gr.Timer(EVERY, active=False)
 
     def events(self, page: Page) -> None:
-        quiet = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
+        quiet = {"api_visibility": "private", "show_progress": "hidden"}
         shown = [self.cards, self.last_look]
         page.frames[self].select(readable_errors(self.open), self.words, [*shown, self.timer], **quiet)
         self.words.change(readable_errors(self.show), self.words, shown, trigger_mode="always_last", **quiet)
-        self.timer.tick(readable_errors(self.look), [self.words, self.last_look], shown, **quiet)
+        self.timer.tick(readable_errors(self.look), [self.words, self.last_look], shown, queue=False, **quiet)
         opened = [page.all_tabs, page.run, page.tab(ExperimentTab).which]
         self.cards.acted(readable_errors(self.act), self.words, [self.answer, *shown, *opened], **quiet)
         for name, handler in (
