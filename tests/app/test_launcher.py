@@ -122,7 +122,7 @@ def test_a_trainer_is_found_by_its_lock_and_stopped(run):
     assert "stops after" in trainings.stop("run")
     assert trainings.status(run) in ("stopping", "stopped")
     trainings.asked.add(process.pid)
-    assert "already" in trainings.stop("run") or process.poll() == 7  # a second signal would keep it from saving
+    assert "already" in trainings.stop("run") or ended(process) == 7  # a second signal would keep it from saving
     assert ended(process) == 7
     assert trainings.status(run) == "stopped"
 
