@@ -164,9 +164,9 @@ class Page:
 
     def shown(self, run: Run, choices: dict[Tab, object]) -> dict:
         """Values of the components that `watch` keeps up to date."""
-        status = self.trainings.status(run)
-        values = {self.seen: self.state_of(run), self.run: gr.update(choices=list(self.library.runs()))}
-        values |= self.told(run, status)
+        state = self.state_of(run)  # before all else: what changes meanwhile is seen by the next look
+        values = {self.seen: state, self.run: gr.update(choices=list(self.library.runs()))}
+        values |= self.told(run, state[AT_REST])
         for tab in self.tabs:
             values |= tab.shown(run, choices.get(tab))
         return values
