@@ -745,6 +745,6 @@ def put_in_order(page, runs: Path) -> None:
     page.set_viewport_size({"width": 420, "height": 900})
     assert page.evaluate("document.documentElement.scrollWidth") <= 420
     page.get_by_role("button", name="Open tiny under Compare").click()
-    page.locator('#grid img[alt="red disc: ResLoRA merged"]').wait_for()
+    page.locator('#grid img[alt="red disc: ResLoRA merged"]').first.wait_for()
     assert page.locator("#run input").input_value() == "tiny"
     wait_until(lambda: (runs / "tiny" / "notes.txt").exists(), "the notes that were left unfinished")
