@@ -105,12 +105,14 @@ def serve(args: argparse.Namespace, neutral: Path) -> int:
 
     from . import page
     from .listeners import Listeners, ListenersMiddleware
+    from .queue import Queue
     from .studio import Studio
     from .weight_files import LARGEST_ADAPTER
 
     # Libraries' notes to programmers are not for whoever starts the page.
     warnings.filterwarnings("ignore", category=FutureWarning)
-    studio, listeners = Studio(), Listeners()
+    studio, listeners, queue = Studio(), Listeners(), Queue(trainings)
+    queue.keep_going()
     demo = page.create_demo(library, trainings, studio, listeners)
     try:
         demo.launch(
@@ -122,6 +124,7 @@ def serve(args: argparse.Namespace, neutral: Path) -> int:
         print(f"python -m app: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
     finally:
+        queue.closed.set()
         studio.close()
     return 0
 

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -27,8 +27,9 @@ from reslora.diffusion.prompts import SUFFIXES
 
 from . import form
 from .folders import UPLOADS, Folders
+from .held import held, is_held
 from .library import Experiment, Library
-from .runs import EXPERIMENT_LOG, LOG_NAME, Run, RunError
+from .runs import EXPERIMENT_LOG, LOG_NAME, NOTES, Run, RunError, is_trainer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = REPOSITORY / "train_sd.py"
@@ -40,6 +41,10 @@ FEW = 8  # images to look at before a training
 PLAN_SECONDS = 180
 MOST_IMAGES, MOST_BYTES = 2000, 1024 * 2**20
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+class Busy(RunError):
+    """Another run is training."""
 
 
 def default_output() -> Path:
@@ -142,8 +147,8 @@ class Trainings:
             raise RunError("A run's name has letters, digits, hyphens and underscores, at most 64 of them.")
         folder = self.library.folder / name
         # What holds nothing but a log never began: its name is free again.
-        logs = (LOG_NAME, EXPERIMENT_LOG)
-        began = not folder.is_dir() or any(path.name not in logs for path in folder.iterdir())
+        ours = (LOG_NAME, EXPERIMENT_LOG, NOTES)
+        began = not folder.is_dir() or any(path.name not in ours for path in folder.iterdir())
         if folder.is_symlink() or (folder.exists() and (began or self.is_active(Run(name, folder)))):
             raise RunError("There is a run of that name already; choose another name, or resume it.")
         return folder
@@ -154,64 +159,76 @@ class Trainings:
             return self.library.folder / UPLOADS / self.new_folder(name).name
         return self.images.find(folder).path if folder else None
 
-    def start(
-        self, name: str, words: list[str], prepare: Callable[[], object] | None = None, kind: type[Run] = Run
-    ) -> Run:
-        """Start the trainer for a new run or experiment, which is returned; one training at a time.
+    def start(self, name: str, words: list[str], kind: type[Run] = Run, device: str | None = None) -> Run:
+        """Start the trainer for a new run or experiment, which is returned.
 
-        `prepare` is called first (to store the images), once it is sure that the run may start.
+        `device` is the one GPU that it gets, for who knows it to be free; without one, `Busy` while another run trains.
         """
         with self.lock:
-            self.refuse_second()
+            self.refuse_second(device)
             folder = self.folder_of(name, kind)
-            if prepare is not None:
-                prepare()
             folder.mkdir(parents=True, exist_ok=True)
             for log in {LOG_NAME, EXPERIMENT_LOG} - {kind.log_name}:  # of what never began, and was of the other kind
                 (folder / log).unlink(missing_ok=True)
-            return self._launch(kind(name, folder), words)
+            return self._launch(kind(name, folder), words, device)
 
-    def resume(self, name: str, kind: type[Run] = Run) -> Run:
+    def resume(self, name: str, kind: type[Run] = Run, device: str | None = None) -> Run:
         """Go on with a run or an experiment that was stopped, with the settings it was started with."""
         with self.lock:
-            self.refuse_second()
-            run = self.find(name, kind)
-            if not run.config:
-                raise RunError("This run never got as far as to be resumed; start a new one.")
-            if not run.folder.is_relative_to(self.library.folder):
-                raise RunError("The example run cannot be resumed; start a new one.")
-            if run.status == "finished":
-                raise RunError(f"{run.name} is finished: there is nothing to resume.")
+            self.refuse_second(device)
+            run = self.resumable(name, kind)
             config = ["--config", str(run.folder / "config.json")]
             rest = ["--output_dir", str(run.folder), "--resume_from_checkpoint", "latest"]
-            return self._launch(run, [str(SCRIPT), *config, *rest])
+            return self._launch(run, [str(SCRIPT), *config, *rest], device)
 
-    def refuse_second(self) -> None:
-        if (run := self.active()) is not None:
+    def resumable(self, name: str, kind: type[Run] = Run) -> Run:
+        """The run or experiment of that name; `RunError` if it cannot be resumed."""
+        run = self.find(name, kind)
+        if not run.config:
+            raise RunError("This run never got as far as to be resumed; start a new one.")
+        if not run.folder.is_relative_to(self.library.folder):
+            raise RunError("The example run cannot be resumed; start a new one.")
+        if run.status == "finished":
+            raise RunError(f"{run.name} is finished: there is nothing to resume.")
+        if self.is_active(run):
             raise RunError(f"{run.name} is training; wait for it, or stop it first.")
+        return run
 
-    def _launch(self, run: Run, words: list[str]) -> Run:
-        self.asked.clear()
+    def refuse_second(self, device: str | None = None) -> None:
+        if device is None and (run := self.active()) is not None:
+            raise Busy(f"{run.name} is training; wait for it, or stop it first.")
+
+    def _launch(self, run: Run, words: list[str], device: str | None) -> Run:
+        self.asked = {process for process in self.asked if is_trainer(process)}
         self.began.discard(run.name)
-        launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet", *words]
+        launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
         environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": search_path()}
-        with (run.folder / run.log_name).open("ab") as log:
+        if device is not None:
+            launch += ["--num_processes", "1"]
+            environment["CUDA_VISIBLE_DEVICES"] = device
+        path = run.folder / run.log_name
+        with path.open("ab") as log, held(path) as lock:
             # A session of its own: Ctrl-C in the application's terminal doesn't reach it.
             self.started[run.name] = subprocess.Popen(
-                launch,
+                [*launch, *words],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=run.folder,
                 env=environment,
                 start_new_session=True,
+                pass_fds=(lock,) if os.name == "posix" else (),
             )
         return run
 
     def active(self) -> Run | None:
-        """The run or experiment that is training, or about to."""
+        """A run or experiment that is training, or about to."""
+        return next(self.all_active(), None)
+
+    def all_active(self) -> Iterator[Run]:
+        """The runs and experiments that are training, or about to: several only where there are several GPUs."""
         everything = (*self.library.runs().values(), *self.library.experiments().values())
-        return next((run for run in everything if self.is_active(run)), None)
+        return (run for run in everything if self.is_active(run))
 
     def find(self, name: str, kind: type[Run] = Run) -> Run:
         """The run or the experiment of that name; `RunError` if there is none."""
@@ -222,11 +239,13 @@ class Trainings:
 
         Returns a sentence saying so.
         """
-        run: Run | None = self.find(name, kind)
-        if run is None or not self.is_active(run):
-            run = self.active()
-        if run is None:
+        looked_at = self.find(name, kind)
+        found = [looked_at] if self.is_active(looked_at) else list(self.all_active())
+        if not found:
             return "Nothing is training."
+        if len(found) > 1:
+            raise RunError(f"{names_of(found)} are training; choose the one to stop.")
+        (run,) = found
         number, launcher = run.process, self.started.get(run.name)
         if number in self.asked:
             return f"{run.name} was told to stop already, and is saving a checkpoint."
@@ -239,15 +258,17 @@ class Trainings:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(launcher.pid, signal.SIGTERM)
             return f"{run.name} is stopped before its training began."
+        if launcher is None:  # an earlier application has started it
+            return f"{run.name} is starting, or ending; what is at work then can be stopped."
         return f"{run.name} is ending."
 
     def reader(self, folder: Path) -> Run | None:
         """The run that is training on images in a folder, above or below it, or may be: it has not said so yet."""
-        run = self.active()
-        if run is None or not run.config:
-            return run
-        read = [Path(name).resolve() for name in run.words("train_data_dir")]
-        return run if any(path.is_relative_to(folder) or folder.is_relative_to(path) for path in read) else None
+        for run in self.all_active():
+            read = [Path(name).resolve() for name in run.words("train_data_dir")]
+            if not run.config or any(path.is_relative_to(folder) or folder.is_relative_to(path) for path in read):
+                return run
+        return None
 
     def plan(self, words: list[str]) -> str:
         """What the trainer says of the memory that a training would take; it trains nothing."""
@@ -273,17 +294,19 @@ class Trainings:
 
     def ask(self, request: str) -> str:
         """Ask the trainer that is at work for a checkpoint or for samples after this step, and say so."""
-        run = self.active()
-        if run is None or run.process is None:
+        found = [run for run in self.all_active() if run.process is not None]
+        if not found:
             return "Nothing is training."
-        (run.folder / request).touch()
-        what = {SAVE: "saves a checkpoint", SAMPLE: "draws samples"}[request]
-        return f"{run.name} {what} after this step."
+        for run in found:
+            (run.folder / request).touch()
+        what = {SAVE: "a checkpoint is saved", SAMPLE: "samples are drawn"}[request]
+        return f"{names_of(found)}: {what} after this step."
 
     def is_active(self, run: Run) -> bool:
         """Whether the run is training, or about to."""
         launcher = self.started.get(run.name)
-        return (launcher is not None and launcher.poll() is None) or run.process is not None
+        ours = launcher is not None and launcher.poll() is None
+        return ours or is_held(run.folder / run.log_name) or run.process is not None
 
     def status(self, run: Run) -> str:
         """A run's status; `starting` before its trainer is at work, `stopping` once that was told to, or has left."""
@@ -305,6 +328,12 @@ class Trainings:
             if len(path.parts) > 1:  # not the root
                 text = text.replace(str(path), names[path])
         return text
+
+
+def names_of(runs: list[Run]) -> str:
+    """The names of some runs, as one says them."""
+    *first, last = (run.name for run in runs)
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def is_hub_name(model: str) -> bool:

@@ -92,6 +92,15 @@ class Library:
         """Experiments by name, the newest first."""
         return {path.name: Experiment(path.name, path) for path in self._folders() if is_experiment(path)}
 
+    def everything(self) -> list[Run]:
+        """Runs and experiments in the folder, the newest first, then the extra runs."""
+        found: list[Run] = [*self.runs().values(), *self.experiments().values()]
+        return sorted(found, key=lambda run: (not self.owns(run), -last_change(run.folder)))
+
+    def owns(self, run: Run) -> bool:
+        """Whether a run lies in the folder, and is not the folder itself."""
+        return run.folder.parent == self.folder
+
     def find(self, name: str) -> Run:
         """The run of that name; `RunError` if the listing has none."""
         run = self.runs().get(name) if isinstance(name, str) else None

@@ -13,6 +13,7 @@ from .handlers import readable_errors
 from .launcher import Trainings
 from .library import Library
 from .listeners import Listeners
+from .queue import Queue
 from .runs import Run
 from .studio import Studio
 from .tabs import TABS, Parts, Tab
@@ -37,7 +38,7 @@ def create_demo(library: Library, trainings: Trainings, studio: Studio, listener
     with gr.Blocks(
         title="ResLoRA for Stable Diffusion", analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)
     ) as demo:
-        Page(Parts(library, trainings, studio, listeners)).events(demo)
+        Page(Parts(library, trainings, Queue(trainings), studio, listeners)).events(demo)
     demo.queue(max_size=32, default_concurrency_limit=4)
     return demo
 
@@ -68,7 +69,7 @@ class Page:
         self.summary = gr.HTML(elem_id="summary")
         self.tabs: list[Tab] = []
         self.frames: dict[Tab, gr.Tab] = {}
-        with gr.Tabs():
+        with gr.Tabs() as self.all_tabs:
             for cls in TABS:
                 with gr.Tab(cls.title, id=cls.id) as frame:
                     self.tabs.append(cls(parts))
@@ -163,9 +164,9 @@ class Page:
 
     def shown(self, run: Run, choices: dict[Tab, object]) -> dict:
         """Values of the components that `watch` keeps up to date."""
-        status = self.trainings.status(run)
-        values = {self.seen: self.state_of(run), self.run: gr.update(choices=list(self.library.runs()))}
-        values |= self.told(run, status)
+        state = self.state_of(run)  # before all else: what changes meanwhile is seen by the next look
+        values = {self.seen: state, self.run: gr.update(choices=list(self.library.runs()))}
+        values |= self.told(run, state[AT_REST])
         for tab in self.tabs:
             values |= tab.shown(run, choices.get(tab))
         return values

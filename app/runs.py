@@ -31,6 +31,9 @@ EXAMPLE = Path(__file__).resolve().parent / "example"
 """A small finished run that comes with the application."""
 LOG_NAME, EXPERIMENT_LOG = "app.log", "experiment.log"
 """What a trainer that the page started has printed: of a run, and of an experiment."""
+NOTES = "notes.txt"
+"""What people have written about a run."""
+LONGEST_NOTES = 2000
 LORA_FILES = (DIFFUSERS_FILE, KOHYA_FILE, COMFYUI_FILE)
 DENOISERS, ENCODERS = ("unet", "transformer"), ("text_encoder", "text_encoder_2")
 RESULTS = ("merge.json", "exports.json", DIFFUSERS_FILE)
@@ -275,6 +278,16 @@ class Run:
             text = file.read().decode("utf-8", errors="replace")
         shown = [line.rstrip().rsplit("\r", 1)[-1] for line in text.replace("\r\n", "\n").split("\n")]
         return "\n".join([line for line in shown if line.strip()][-lines:])
+
+    @property
+    def notes(self) -> str:
+        """What people have written about the run; of what is longer than it may be, one character more than that."""
+        path = self.inside(NOTES)
+        with contextlib.suppress(OSError):
+            if path is not None and path.is_file():
+                with path.open(encoding="utf-8", errors="replace") as file:
+                    return file.read(LONGEST_NOTES + 1)
+        return ""
 
     # -- what came of it -----------------------------------------------------------------------------------------------
 

@@ -121,7 +121,9 @@ class CompareTab(Tab):
         return [one.label for one in takeaway.takeaways(self.library, run)]
 
     def how_to_use(self, name: str, label: str) -> tuple[str, str]:
-        """Where a file is, and how it is loaded."""
+        """Where a file is, and how it is loaded; nothing where none is chosen, as of a run that has none."""
+        if not label:
+            return "", ""
         one = takeaway.find(self.library, self.library.find(name), label)
         return one.place, one.use
 

@@ -10,6 +10,7 @@ import gradio as gr
 
 from .. import form, launcher, views
 from ..handlers import named, paths_of, readable_errors
+from ..queue import RUNNING, WAITING, Entry
 from ..runs import Run
 from .base import Parts, Tab
 
@@ -26,7 +27,10 @@ RECALL = """(...values) => {
 
 
 class LaunchTab(Tab):
-    """A form with its buttons: Start, Stop, Resume, Show command. Endpoints are `<id>_start` and so on."""
+    """A form with its buttons: Start, Stop, Resume, Show command. Endpoints are `<id>_start` and so on.
+
+    What is started while another run trains is lined up, and Start says so beforehand.
+    """
 
     kind: ClassVar[type[Run]] = Run
     names: ClassVar[tuple[str, ...]]
@@ -121,6 +125,7 @@ class LaunchTab(Tab):
             label="Command", lines=2, max_lines=8, buttons=["copy"], interactive=False, elem_id=self.own("command")
         )
         self.answer = gr.HTML(elem_id=self.own("answer"))
+        self.watched = [self.start]
 
     def memory_button(self) -> None:
         """What asks how much memory the form's training would take."""
@@ -144,7 +149,8 @@ class LaunchTab(Tab):
         inputs = [self.name, self.uploads, self.caption, self.folder, self.model, *self.flags.values()]
         show, start = (named(readable_errors(do), self.parameters()) for do in (self.do_show, self.do_start))
         self.show.click(show, inputs, self.command, api_name=f"{self.id}_command", preprocess=False)
-        self.start.click(start, inputs, [which, self.command], api_name=f"{self.id}_start", preprocess=False)
+        started = [which, self.command, self.start, self.answer]
+        self.start.click(start, inputs, started, api_name=f"{self.id}_start", preprocess=False)
         plan = named(readable_errors(self.do_plan), self.parameters())
         self.memory.click(plan, inputs, self.answer, api_name=f"{self.id}_memory", preprocess=False)
         quiet = {"api_visibility": "private", "show_progress": "hidden"}
@@ -159,6 +165,17 @@ class LaunchTab(Tab):
         # Not queued: they must not wait for what they end.
         self.stop.click(readable_errors(self.do_stop), which, self.answer, api_name=f"{self.id}_stop", queue=False)
         self.resume.click(readable_errors(self.do_resume), which, self.answer, api_name=f"{self.id}_resume")
+
+    def seen(self, run: Run) -> bool:
+        """Whether what is started now would wait."""
+        return self.queue.would_wait()
+
+    def shown(self, run: Run, choice: object) -> dict:
+        """What Start does."""
+        return {self.start: self.start_label()}
+
+    def start_label(self) -> str:
+        return "Add to queue" if self.queue.would_wait() else self.buttons[0]
 
     def show_shortcuts(self, methods: list[str]) -> list[dict]:
         """What is set for ResLoRA's shortcuts, where a method reads it."""
@@ -197,16 +214,21 @@ class LaunchTab(Tab):
         return views.thumbnails(self.trainings.first_images(folder, paths_of(uploads)))
 
     def do_start(self, *inputs) -> tuple:
-        """Starts a training; shows its run, and the command."""
-        name, uploads, caption, folder, *_ = inputs
-        words, paths = self.words(*inputs), paths_of(uploads)
+        """Starts a training, or lines it up; shows the run that has begun, and the command."""
+        name, uploads, caption, folder, model, *values = inputs
+        words = launcher.in_words(self.words(*inputs))
+        settings = {flag: value for flag, value in self.settings(values).items() if value not in (None, "", [])}
+        entry = Entry(name, self.what, settings | {"model": str(model or "").strip()}, folder or None)
+        added = self.queue.add(entry, paths_of(uploads), str(caption or ""))
+        shown = gr.update() if added.state == WAITING else gr.update(choices=self.list_names(), value=name)
+        return shown, words, self.start_label(), views.notice(self.told_of(added))
 
-        def prepare() -> None:
-            if paths and not self.trainings.goes_on(name, self.kind):
-                launcher.store_images(self.trainings.choose_images(name, folder, paths), paths, str(caption or ""))
-
-        run = self.trainings.start(name, words, prepare, self.kind)
-        return gr.update(choices=self.list_names(), value=run.name), launcher.in_words(words)
+    def told_of(self, entry: Entry) -> str:
+        """What has become of something that was to start."""
+        if entry.state == RUNNING:
+            begins = f"{entry.name} goes on from its newest checkpoint" if entry.resume else f"{entry.name} starts"
+            return f"{begins} on GPU {entry.device}." if entry.device is not None else f"{begins}."
+        return f"{entry.name} waits in the queue, and starts by itself."
 
     def list_names(self) -> list[str]:
         """What can be looked at."""
@@ -217,6 +239,6 @@ class LaunchTab(Tab):
         return views.notice(self.trainings.stop(name, self.kind))
 
     def do_resume(self, name: str) -> str:
-        """Goes on with what was stopped."""
-        self.trainings.resume(name, self.kind)
-        return views.notice(f"{name} goes on from its newest checkpoint.")
+        """Goes on with what was stopped, or lines it up."""
+        run = self.trainings.find(name, self.kind)
+        return views.notice(self.told_of(self.queue.add(Entry(run.name, self.what, resume=True))))

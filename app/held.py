@@ -1,0 +1,65 @@
+"""Which trainers are at work, from their first moment: a launcher holds a lock on its run's log until it is gone.
+
+It inherits the lock with the open file, so that the lock outlives the application, and ends with the launcher, however
+that ends. Where a system has no such locks, a trainer is known by its process id alone, once it has written that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+TRIES, PAUSE = 100, 0.01
+"""Whoever looks whether a lock is held, shares it for a moment."""
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[int]:
+    """A file descriptor with the lock on a file, for a process to inherit; `BlockingIOError` if another one has it."""
+    number = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        for left in reversed(range(TRIES)):
+            try:
+                lock(number, exclusive=True)
+                break
+            except BlockingIOError:
+                if not left:
+                    raise
+                time.sleep(PAUSE)
+        yield number
+    finally:
+        os.close(number)  # and not unlocked: it stays with who has inherited it
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process holds the lock on a file."""
+    try:
+        number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # a pipe in its place would be waited for
+    except OSError:
+        return False
+    try:
+        lock(number, exclusive=False)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(number)
+    return False
+
+
+def lock(number: int, exclusive: bool) -> None:
+    """Takes the lock, or raises `BlockingIOError`; does nothing on a file system that has none."""
+    if fcntl is not None:
+        try:
+            fcntl.flock(number, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:
+            pass

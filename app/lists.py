@@ -1,0 +1,182 @@
+"""The queue and the runs as HTML: rows and cards with buttons, which `rows.js` listens to. All names are escaped."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from .activity import activity
+from .experiments import counted
+from .library import Experiment, last_change
+from .queue import RUNNING, WAITING, Entry, Queue
+from .runs import LONGEST_NOTES, NOTES, Run, RunError
+from .shelf import Shelf
+from .views import NAMES, data_uri, escape, notice
+
+MOST = 48
+"""Cards that are shown; more are found by their names and notes."""
+NOTHING_QUEUED = (
+    "Nothing is lined up. What you start under Train or Experiment while another run trains waits here for its turn."
+)
+
+
+def button(what: str, label: str, name: str, enabled: bool = True) -> str:
+    """A button of a row; its name for who cannot see it says whose it is."""
+    return (
+        f'<button type="button" data-do="{what}" aria-label="{escape(name)}"{"" if enabled else " disabled"}>'
+        f"{label}</button>"
+    )
+
+
+def badge(status: str) -> str:
+    return f'<b class="status {status}">{status}</b>'
+
+
+# -- the queue ---------------------------------------------------------------------------------------------------------
+
+
+def queue(queue: Queue) -> str:
+    """What trains, what waits and what has ended, each with what can be done about it."""
+    try:
+        entries = queue.entries()
+    except RunError as error:
+        return f'<p class="bad">{escape(error)}</p>'
+    if not entries:
+        return notice(NOTHING_QUEUED)
+    now = [entry for entry in entries if entry.state == RUNNING]
+    waiting = [entry for entry in entries if entry.state == WAITING]
+    ended = [entry for entry in reversed(entries) if entry.ends]
+    rows = [row(queue, entry, "") for entry in now]
+    for place, entry in enumerate(waiting, 1):
+        rows.append(row(queue, entry, str(place), place == len(waiting)))
+    rows += [row(queue, entry, "") for entry in ended]
+    clear = button("clear", "Clear what has ended", "Clear what has ended") if ended else ""
+    return f'<ol class="queue" aria-label="Queue">{"".join(rows)}</ol><p class="clear" data-name="">{clear}</p>'
+
+
+def row(queue: Queue, entry: Entry, place: str, is_last: bool = False) -> str:
+    """One entry; `place` is its number among those that wait."""
+    name = entry.name
+    if entry.state == WAITING:
+        buttons = button("up", "&uarr;", f"Move {name} up", place != "1")
+        buttons += button("down", "&darr;", f"Move {name} down", not is_last)
+        buttons += button("remove", "Remove", f"Remove {name}")
+    elif entry.state == RUNNING:
+        buttons = button("stop", "Stop", f"Stop {name} and save")
+    else:
+        buttons = button("remove", "Remove", f"Remove {name} from the list")
+    run = queue.run_of(entry)
+    state = queue.trainings.status(run) if entry.state == RUNNING else entry.state
+    facts = " &middot; ".join(escape(fact) for fact in facts_of(entry, run) if fact)
+    return (
+        f'<li data-name="{escape(name)}"><span class="place">{place}</span>'
+        f'<div class="what-runs"><b class="name">{escape(name)}</b> {badge(state)}<p>{facts}</p></div>'
+        f'<div class="buttons">{buttons}</div></li>'
+    )
+
+
+def facts_of(entry: Entry, run: Run) -> list[str]:
+    """What an entry is, and how it stands."""
+    methods = entry.settings.get("method")
+    names = ", ".join(NAMES[name] for name in methods if name in NAMES) if isinstance(methods, list) else ""
+    steps = entry.settings.get("max_train_steps")
+    facts = ["goes on" if entry.resume else "", entry.kind if entry.kind != "run" else "", names]
+    facts += [f"{str(steps)[:12]} steps" if steps else "", f"images: {entry.folder}" if entry.folder else ""]
+    facts += [f"GPU {entry.device}" if entry.device is not None else ""]
+    return [*facts, activity(run.activity) if entry.state == RUNNING else entry.line]
+
+
+# -- the runs ----------------------------------------------------------------------------------------------------------
+
+
+def runs(shelf: Shelf, words: str) -> str:
+    """The newest runs and experiments whose names or notes have these words, and what is in the trash."""
+    words = words.casefold()
+    everything = [
+        run for run in shelf.library.everything() if words in run.name.casefold() or words in run.notes.casefold()
+    ]
+    cards = "".join(card_of(shelf, run) for run in everything[:MOST])
+    found = f'<div class="runs">{cards}</div>' if cards else notice("No run has this in its name or notes.")
+    if (more := len(everything) - MOST) > 0:
+        found += notice(f"{more:,} older ones are not shown: write a part of a name or of notes above.")
+    return found + trash(shelf)
+
+
+def card_of(shelf: Shelf, run: Run) -> str:
+    """A run's card, made anew where something in its folder has changed."""
+    trainings, changed = shelf.trainings, [last_change(run.folder)]
+    for path in (run.folder, run.folder / NOTES, *(run.folder / method for method in run.methods)):
+        with contextlib.suppress(OSError):
+            changed.append(path.stat().st_mtime)
+    return card(run, trainings.status(run) if trainings.is_active(run) else "", shelf.library.owns(run), tuple(changed))
+
+
+@functools.lru_cache(maxsize=4 * MOST)
+def card(run: Run, status: str, owned: bool, changed: tuple[float, ...]) -> str:
+    """A run or experiment: its newest sample, its status, since when nothing has changed, notes. `changed`: times."""
+    name, status = escape(run.name), status or run.status
+    done, total = run.progress
+    kind = isinstance(run, Experiment)
+    facts = [
+        "experiment" if kind else ", ".join(NAMES[method] for method in run.methods),
+        (f"{done} of {counted(total, 'arm')}" if kind else f"{done:,} of {total:,} steps") if total else "",
+    ]
+    buttons = button("open", "Open", f"Open {run.name} under {'Experiment' if kind else 'Compare'}")
+    buttons += button("trash", "Delete", f"Move {run.name} to the trash") if owned else ""
+    notes = (
+        f'<textarea rows="2" maxlength="{LONGEST_NOTES}" aria-label="notes on {name}" data-was="{escape(run.notes)}" '
+        f'placeholder="no notes">\n{escape(run.notes)}</textarea><p class="told" role="status"></p>'
+    )
+    since = time.strftime("%Y-%m-%d %H:%M", time.localtime(changed[0]))
+    return (
+        f'<div class="run" role="group" aria-label="{name}" data-name="{name}">{picture(run)}'
+        f'<p class="name" title="{name}">{name}</p><p>{badge(status)} <span class="when">{since}</span></p>'
+        f"<p>{escape(' · '.join(filter(None, facts)))}</p>{notes if owned else ''}"
+        f'<div class="buttons">{buttons}</div></div>'
+    )
+
+
+def picture(run: Run) -> str:
+    """The newest sample of the last method that has one."""
+    for path in newest_samples(run):
+        with contextlib.suppress(OSError, SyntaxError, ValueError):  # as of a damaged image
+            source = data_uri(path, path.stat().st_mtime_ns)
+            return f'<img src="{source}" alt="newest sample of {escape(run.name)}">'
+    return '<div class="empty">no samples</div>'
+
+
+def newest_samples(run: Run) -> Sequence[Path]:
+    """The first sample of each method, the last method's first."""
+    steps = list(reversed(run.steps()))
+    found = []
+    for method in reversed(run.methods):
+        samples = next((images for step in steps if (images := run.samples(method, step))), {})
+        found += list(samples.values())[:1]
+    return found
+
+
+def trash(shelf: Shelf) -> str:
+    """What has been thrown away, each to be put back."""
+    found = shelf.trashed()
+    if not found:
+        return ""
+    rows = "".join(
+        f'<li data-name="{escape(place)}"><span>{escape(folder.name)}</span> {thrown(place)} '
+        f"{button('restore', 'Restore', f'Restore {folder.name}')}</li>"
+        for place, folder in found.items()
+    )
+    return (
+        f'<h4>Trash</h4><ul class="trash" aria-label="Trash">{rows}</ul>'
+        "<p>It takes room on the disk until you remove <code>.trash</code> from the folder of runs.</p>"
+    )
+
+
+def thrown(place: str) -> str:
+    """When a run was thrown away, as its place in the trash says."""
+    try:
+        return time.strftime("%Y-%m-%d %H:%M", time.strptime(place[:15], "%Y%m%d-%H%M%S"))
+    except ValueError:
+        return ""

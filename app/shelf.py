@@ -1,0 +1,105 @@
+"""Runs and experiments put in order: notes on them, and a trash that they come back from.
+
+What is thrown away is moved, as a whole, into a folder of its own in `.trash` of the runs folder. Names come from a
+browser, so they are only ever compared with what a listing gave.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from pathlib import Path
+
+from reslora.diffusion.data.dataset import TRASH
+from reslora.files import replacing
+
+from .queue import Queue
+from .runs import LONGEST_NOTES, NOTES, Run, RunError
+
+
+class Shelf:
+    """The runs and experiments of a folder."""
+
+    def __init__(self, queue: Queue) -> None:
+        self.queue, self.trainings, self.library = queue, queue.trainings, queue.trainings.library
+        self.lock = threading.Lock()
+
+    def find(self, name: object) -> Run:
+        """The run or experiment of that name, if it may be changed."""
+        found = next((run for run in self.library.everything() if run.name == name), None)
+        if found is None:
+            raise RunError("There is no run of that name; choose one from the list.")
+        if not self.library.owns(found):
+            raise RunError(f"{found.name} is not in the folder of runs, and stays as it is.")
+        return found
+
+    def write_notes(self, name: object, was: object, text: object) -> str:
+        """Writes what is said of a run, which must be what was seen of it, and returns it."""
+        if not isinstance(text, str) or len(text := text.replace("\r\n", "\n").strip()) > LONGEST_NOTES:
+            raise RunError(f"Notes are text of at most {LONGEST_NOTES:,} characters; nothing was saved.")
+        run = self.find(name)
+        with self.lock:
+            if len(run.notes) > LONGEST_NOTES:
+                raise RunError(f"The notes of {run.name} are too long for the page: edit {NOTES} in its folder.")
+            if run.notes != was:
+                raise RunError(f"The notes of {run.name} were changed meanwhile, and nothing was saved.")
+            try:
+                with replacing(run.folder / NOTES) as temporary:
+                    temporary.write_text(text, encoding="utf-8", newline="\n")
+                if not text:
+                    (run.folder / NOTES).unlink(missing_ok=True)
+            except UnicodeEncodeError:
+                raise RunError("Notes are text; nothing was saved.") from None
+            except OSError as error:
+                raise RunError(f"The notes cannot be saved ({error.strerror}).") from None
+        return text
+
+    def throw_away(self, name: object) -> str:
+        """Moves a run, which must not be training, into the trash, and says so."""
+        with self.queue.changing() as entries, self.trainings.lock:
+            run = self.find(name)
+            if self.trainings.is_active(run):
+                raise RunError(f"{run.name} is training; wait for it, or stop it first.")
+            if any(entry.name == run.name and not entry.ends for entry in entries):
+                raise RunError(f"{run.name} waits in the queue; remove it there first.")
+            trash = self.library.folder / TRASH
+            if trash.is_symlink():
+                raise RunError(f"{TRASH} in the folder of runs leads elsewhere; remove the link first.")
+            place = trash / f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}"
+            try:
+                place.mkdir(parents=True)
+                run.folder.rename(place / run.name)
+            except OSError as error:
+                with contextlib.suppress(OSError):
+                    place.rmdir()
+                raise RunError(f"{run.name} cannot be moved ({error.strerror}); it is where it was.") from None
+        return f"{run.name} is in the trash ({TRASH} in the folder of runs)."
+
+    def trashed(self) -> dict[str, Path]:
+        """What is in the trash, by the name of its place there, the newest first."""
+        trash, found = self.library.folder / TRASH, {}
+        if self.library.is_single or trash.is_symlink() or not trash.is_dir():
+            return {}
+        for place in sorted(trash.iterdir(), reverse=True):
+            if place.is_dir() and not place.is_symlink():
+                inside = list(place.iterdir())
+                if len(inside) == 1 and inside[0].is_dir() and not inside[0].is_symlink():
+                    found[place.name] = inside[0]
+        return found
+
+    def restore(self, place: object) -> str:
+        """Moves a run from the trash to where it was, and says so."""
+        with self.trainings.lock:
+            folder = self.trashed().get(place) if isinstance(place, str) else None
+            if folder is None:
+                raise RunError("There is no such run in the trash; choose one from the list.")
+            target = self.library.folder / folder.name
+            if target.exists() or target.is_symlink():
+                raise RunError(f"There is a run named {folder.name} again: throw that one away first.")
+            try:
+                folder.rename(target)
+                folder.parent.rmdir()
+            except OSError as error:
+                raise RunError(f"{folder.name} cannot be moved ({error.strerror}).") from None
+        return f"{folder.name} is back."

@@ -1,0 +1,101 @@
+"""Queue: what trains, what waits for its turn, and what has become of those before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import gradio as gr
+
+from .. import lists, views
+from ..handlers import readable_errors
+from ..queue import KINDS
+from ..runs import RunError
+from .base import Parts, Tab
+
+if TYPE_CHECKING:
+    from ..page import Page
+
+SCRIPT = Path(__file__).resolve().parents[1] / "rows.js"
+EVERY = 3.0
+"""Seconds between two looks at the queue."""
+ABOUT = (
+    "Runs are trained one at a time, or one on each GPU where there are several. One that fails does not stop the "
+    "next, and what waits here goes on after a restart of the application."
+)
+
+
+class QueueTab(Tab):
+    title, id = "Queue", "queue"
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
+        gr.Markdown(ABOUT)
+        self.rows = gr.HTML(elem_id="queue", js_on_load=SCRIPT.read_text(encoding="utf-8"))
+        self.answer = gr.HTML(elem_id="queue-answer")
+        self.last_look = gr.State(None)
+        self.timer = gr.Timer(EVERY, active=False)
+
+    def events(self, page: Page) -> None:
+        quiet = {"api_visibility": "private", "show_progress": "hidden"}
+        shown = [self.rows, self.last_look]
+        page.frames[self].select(readable_errors(self.open), None, [*shown, self.timer], **quiet)
+        self.timer.tick(readable_errors(self.look), self.last_look, shown, queue=False, **quiet)
+        self.rows.acted(readable_errors(self.act), None, [self.answer, *shown], **quiet)
+        for name, handler in (
+            ("queue", self.list_entries), ("move_in_queue", self.move), ("remove_from_queue", self.remove),
+        ):  # fmt: skip
+            gr.api(readable_errors(handler), api_name=name)
+
+    def show(self) -> tuple[str, int]:
+        """The rows, and what they are known by."""
+        rows = lists.queue(self.queue)
+        return rows, hash(rows)
+
+    def open(self) -> tuple:
+        """Somebody comes to the tab: from here on it is kept up to date."""
+        return *self.show(), gr.Timer(active=True)
+
+    def look(self, seen: int | None):
+        """The rows, if there is something new."""
+        rows, known = self.show()
+        return gr.skip() if known == seen else (rows, known)
+
+    def act(self, event: gr.EventData) -> tuple:
+        """A button of a row."""
+        what, name = event._data.get("do"), event._data.get("name")
+        if what == "stop":
+            return views.notice(self.stop(name)), *self.show()
+        if what == "clear":
+            self.queue.clear()
+        elif what == "remove":
+            self.queue.remove(name)
+        else:
+            self.queue.move(name, -1 if what == "up" else 1)
+        return "", *self.show()
+
+    def stop(self, name: str) -> str:
+        """Stops what trains, and says so."""
+        for entry in self.queue.entries():
+            if entry.name == name:
+                return self.trainings.stop(name, KINDS[entry.kind])
+        raise RunError("There is nothing of that name in the queue.")
+
+    # -- for programs --------------------------------------------------------------------------------------------------
+
+    def list_entries(self) -> list[dict]:
+        """What trains, waits and has ended, in order: name, kind, state, and a line about it."""
+        return [
+            {"name": entry.name, "kind": entry.kind, "state": entry.state, "line": entry.line}
+            for entry in self.queue.entries()
+        ]
+
+    def move(self, name: str, by: int) -> list[dict]:
+        """Moves what waits up (-1) or down (1)."""
+        self.queue.move(name, -1 if by == -1 else 1)
+        return self.list_entries()
+
+    def remove(self, name: str) -> list[dict]:
+        """Takes out what waits or has ended."""
+        self.queue.remove(name)
+        return self.list_entries()

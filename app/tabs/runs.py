@@ -1,0 +1,121 @@
+"""Runs: all that there are, with notes, and a trash that they come back from."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import gradio as gr
+
+from .. import lists, views
+from ..handlers import readable_errors, translated
+from ..library import Experiment
+from ..runs import RunError
+from ..shelf import Shelf
+from .base import Parts, Tab
+from .compare import CompareTab
+from .experiment import ExperimentTab
+from .queue import SCRIPT
+
+if TYPE_CHECKING:
+    from ..page import Page
+
+EVERY = 5.0
+"""Seconds between two looks at the runs."""
+
+
+class RunsTab(Tab):
+    title, id = "Runs", "runs"
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
+        self.shelf = Shelf(self.queue)
+
+        def save_notes(edit: dict) -> dict:  # a function, for Gradio marks it
+            return self.save_notes(edit)
+
+        self.words = gr.Textbox(label="Name or notes have", max_lines=1, elem_id="runs-words")
+        self.answer = gr.HTML(elem_id="runs-answer")
+        script = SCRIPT.read_text(encoding="utf-8")
+        self.cards = gr.HTML(elem_id="runs", js_on_load=script, server_functions=[save_notes])
+        self.last_look = gr.State(None)
+        self.timer = gr.Timer(EVERY, active=False)
+
+    def events(self, page: Page) -> None:
+        quiet = {"api_visibility": "private", "show_progress": "hidden"}
+        shown = [self.cards, self.last_look]
+        page.frames[self].select(readable_errors(self.open), self.words, [*shown, self.timer], **quiet)
+        self.words.change(readable_errors(self.show), self.words, shown, trigger_mode="always_last", **quiet)
+        self.timer.tick(readable_errors(self.look), [self.words, self.last_look], shown, queue=False, **quiet)
+        opened = [page.all_tabs, page.run, page.tab(ExperimentTab).which]
+        self.cards.acted(readable_errors(self.act), self.words, [self.answer, *shown, *opened], **quiet)
+        for name, handler in (
+            ("run_notes", self.read_notes), ("set_run_notes", self.set_notes), ("trash_run", self.trash_run),
+            ("trashed_runs", self.trashed_runs), ("restore_run", self.restore_run),
+        ):  # fmt: skip
+            gr.api(readable_errors(handler), api_name=name)
+
+    def show(self, words: str) -> tuple[str, int]:
+        """The cards, and what they are known by."""
+        cards = lists.runs(self.shelf, str(words or ""))
+        return cards, hash(cards)
+
+    def open(self, words: str) -> tuple:
+        """Somebody comes to the tab: from here on it is kept up to date."""
+        return *self.show(words), gr.Timer(active=True)
+
+    def look(self, words: str, seen: int | None):
+        """The cards, if there is something new."""
+        cards, known = self.show(words)
+        return gr.skip() if known == seen else (cards, known)
+
+    def act(self, words: str, event: gr.EventData) -> tuple:
+        """A button of a card, or of what is in the trash."""
+        what, name = event._data.get("do"), event._data.get("name")
+        stay = (gr.skip(), gr.skip(), gr.skip())
+        if what == "open":
+            return gr.skip(), gr.skip(), gr.skip(), *self.opened(name)
+        if what == "trash":
+            line = self.shelf.throw_away(name)
+        elif what == "restore":
+            line = self.shelf.restore(name)
+        else:
+            raise RunError("There is no such button.")
+        return views.notice(line), *self.show(words), *stay
+
+    def opened(self, name: str) -> tuple:
+        """The tab in which a run or an experiment is looked at, and what is chosen in each."""
+        found = next((run for run in self.library.everything() if run.name == name), None)
+        if found is None:
+            raise RunError("There is no run of that name; choose one from the list.")
+        if isinstance(found, Experiment):
+            return gr.Tabs(selected=ExperimentTab.id), gr.skip(), found.name
+        return gr.Tabs(selected=CompareTab.id), found.name, gr.skip()
+
+    def save_notes(self, edit: dict) -> dict:
+        """The browser saves the notes on one run; the page stays as it is, for somebody may be typing in another."""
+        try:
+            return {"notes": self.shelf.write_notes(edit.get("name"), edit.get("was"), edit.get("text"))}
+        except Exception as error:
+            return {"error": str(translated(error).message)}
+
+    # -- for programs --------------------------------------------------------------------------------------------------
+
+    def read_notes(self, name: str) -> str:
+        """What is said of a run or an experiment."""
+        return self.shelf.find(name).notes
+
+    def set_notes(self, name: str, was: str, notes: str) -> str:
+        """Writes what is said of a run or an experiment, if it still is what it was."""
+        return self.shelf.write_notes(name, was, notes)
+
+    def trash_run(self, name: str) -> str:
+        """Moves a run or an experiment into the trash."""
+        return self.shelf.throw_away(name)
+
+    def trashed_runs(self) -> dict[str, str]:
+        """Names of what is in the trash, by their places there, the newest first."""
+        return {place: folder.name for place, folder in self.shelf.trashed().items()}
+
+    def restore_run(self, place: str) -> str:
+        """Moves a run or an experiment from the trash to where it was."""
+        return self.shelf.restore(place)
