@@ -18,6 +18,8 @@ from .runs import Run, number
 from .views import COLORS, NAMES, escape, figure, notice, table, tile
 
 MOST_ROWS = 16
+LONGEST_NAME = 24
+"""Letters of a run's name over a column."""
 FEW_COLUMNS = 5
 """As many leave room for curves beside them."""
 TITLES = {"train": "Training loss (running mean)", "validation": "Loss on held-out images"}
@@ -79,8 +81,9 @@ def base_columns(run: Run) -> list[Column]:
     found = []
     for group in alike.values():
         images: dict[Cell, Path] = {}
-        for one in reversed(group):
-            images |= next((cells(one, at) for method in one.methods if (at := one.samples(method, 0))), {})
+        for one in group:
+            drawn = next((cells(one, at) for method in one.methods if (at := one.samples(method, 0))), {})
+            images |= {cell: path for cell, path in drawn.items() if cell not in images}
         if images:
             title = "Base model" if len(alike) == 1 else named(run, group[0], "Base model")
             found.append(Column(title, "before training", group[0], images))
@@ -94,8 +97,8 @@ def cells(run: Run, images: dict[tuple[int, int], Path]) -> dict[Cell, Path]:
 
 def rows_of(shown: list[Column]) -> list[Cell]:
     """The cells of which some column has an image: of one number, those of the first run first."""
-    first = {cell[2]: place for place, cell in reversed(list(enumerate(c for column in shown for c in column.images)))}
-    found = {cell for column in shown for cell in column.images}
+    found = list(dict.fromkeys(cell for column in shown for cell in column.images))
+    first = {cell[2]: place for place, cell in reversed(list(enumerate(found)))}
     return sorted(found, key=lambda cell: (cell[0], first[cell[2]], cell[1]))[:MOST_ROWS]
 
 
@@ -114,11 +117,19 @@ def images(run: Run, step: int) -> str:
         return notice("This run ended before its first samples; its log, under Train, says why.")
     if not rows:
         return notice("No samples yet: the first ones are drawn before the first training step.")
-    header = "".join(f"<th>{escape(column.title)}<small>{escape(column.subtitle)}</small></th>" for column in shown)
+    header = "".join(map(heading, shown))
     body = "".join(row_of(shown, cell, place) for place, cell in enumerate(rows))
     mark = f'data-step="{step}" style="--columns:{len(shown)}"'
     kind = "samples wide" if len(shown) > FEW_COLUMNS else "samples"
     return table(kind, f"Samples at step {step}", f"<tr><th></th>{header}</tr>{body}", mark)
+
+
+def heading(column: Column) -> str:
+    """The title of a column; of a run and a method on two lines, a long name of the run in short."""
+    run, colon, name = column.title.rpartition(": ")
+    run = run if len(run) <= LONGEST_NAME else f"{run[: LONGEST_NAME - 1]}…"
+    title = f"{escape(run)}:<br>{escape(name)}" if colon else escape(name)
+    return f'<th title="{escape(column.title)}">{title}<small>{escape(column.subtitle)}</small></th>'
 
 
 def row_of(shown: list[Column], cell: Cell, row: int) -> str:
@@ -180,9 +191,8 @@ def numbers(run: Run, step: int) -> str:
     for (_, method, name, dash), (reached, values) in zip(shown, known, strict=True):
         cells = ""
         for column, (value, form) in enumerate(zip(values, forms, strict=True)):
-            is_best = column in best and value == best[column]
-            mark = ("best", "<small>lowest</small>") if is_best else ("", "")
-            cells += f'<td class="{mark[0]}">{figure(value, *form)}{mark[1]}</td>'
+            is_best, cell = column in best and value == best[column], figure(value, *form)
+            cells += f'<td class="best">{cell}<small>lowest</small></td>' if is_best else f"<td>{cell}</td>"
         behind = f"<small>at step {reached[0]}</small>" if run.beside and len(at) > 1 and reached[0] is not None else ""
         rows.append(f"<tr><th>{key(COLORS[method], dash)}{escape(name)}{behind}</th>{cells}</tr>")
     header = "<tr><th></th><th>loss (last 20)</th><th>validation loss</th><th>learning rate</th><th>time</th></tr>"
@@ -190,7 +200,9 @@ def numbers(run: Run, step: int) -> str:
     notes = "".join(
         notice(f"{name}: {count} lines of its log are damaged, and left out.") for name, count in damaged.items()
     )
-    return table("numbers", f"Numbers at step {step}", header + "".join(rows)) + notes
+    return (
+        table("numbers several" if run.beside else "numbers", f"Numbers at step {step}", header + "".join(rows)) + notes
+    )
 
 
 def numbers_of(run: Run, method: str, step: int) -> tuple[tuple, tuple]:

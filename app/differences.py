@@ -102,7 +102,7 @@ def of_images(run: Run) -> str:
     """Whether images compare."""
     if found := differing(run, IMAGES):
         return f"Do not compare their images one to one: {list_of(found)} would change them without any training."
-    return "Images in one row have the same prompt and seed, and compare."
+    return "Images in one row have the same prompt and seed, so they can be compared."
 
 
 def of_losses(run: Run) -> str:
@@ -111,7 +111,7 @@ def of_losses(run: Run) -> str:
         return "No image is held out, so no number compares them."
     if differing(run, LOSSES):
         return "Their losses do not compare: they are not known to be of the same held-out images, model and noise."
-    return "Their losses are of the same held-out images; that shows no difference with one seed: run an experiment."
+    return "Their losses are of the same held-out images; between runs, too, one seed shows no difference."
 
 
 def list_of(found: Collection[str]) -> str:

@@ -65,7 +65,7 @@ class CompareTab(Tab):
         quiet = {"api_visibility": "private", "show_progress": "hidden"}
         # Not preprocessed: Gradio would refuse a program's step beyond what the slider had when the page was built.
         gr.on(
-            [self.step.change, self.beside.input], readable_errors(self.compare), looked_at, self.at_step,
+            [self.step.change, self.beside.input], readable_errors(self.look), looked_at, [*self.at_step, self.beside],
             trigger_mode="always_last", preprocess=False, **quiet,
         )  # fmt: skip
         self.for_programs(page)
@@ -132,6 +132,11 @@ class CompareTab(Tab):
         """Images, curves and numbers at a step."""
         run = self.library.beside(self.library.find(name), beside)
         return self.values(run, run.nearest(step))
+
+    def look(self, name: str, step: float, beside: object) -> tuple:
+        """The same for the page; what was typed there and is no other run is taken out again."""
+        found = [run.name for run in self.library.beside(self.library.find(name), beside).beside]
+        return *self.compare(name, step, beside), gr.skip() if found == (beside or []) else found
 
     def compare_runs(self, name: str, step: float, beside: list[str]) -> tuple:
         """The same of several runs; refuses names that there are not, and more than are told apart."""

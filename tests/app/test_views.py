@@ -1,16 +1,13 @@
 """app/views.py: what is shown of a run, whatever its files hold."""
 
 import json
-import shutil
 
 import numpy as np
-import PIL.Image
 import pytest
-from app_runs import WRONG, run_by_hand, with_one_wrong, write_run, write_samples
+from app_runs import WRONG, run_by_hand, with_one_wrong
 from safetensors.numpy import save_file
 
 from app import compared, views
-from app.library import Library
 from app.studio import base_of, calibration_of
 
 
@@ -36,36 +33,6 @@ def test_places_are_in_the_order_of_their_numbers():
     assert [shown.index(f"<th>l{number}</th>") for number in (0, 1, 2, 10)] == sorted(
         shown.index(f"<th>l{number}</th>") for number in (0, 1, 2, 10)
     )
-
-
-def test_a_run_that_failed_says_so(tmp_path):
-    (tmp_path / "runs" / "new").mkdir(parents=True)
-    (tmp_path / "runs" / "new" / "app.log").write_text("error\n")
-    assert "its log, under Train, says why" in compared.images(Library(tmp_path / "runs").find("new"), 0)
-
-
-def test_columns_and_grid_show_the_chosen_step(run):
-    write_samples(run.folder / "reslora" / "merged", 200)
-    columns = compared.columns(run, 2)
-    assert [column.title for column in columns] == ["Base model", "LoRA", "ResLoRA", "ResLoRA merged"]
-    reds = [PIL.Image.open(column.images[0, 0, "red disc"]).getpixel((0, 0))[0] for column in columns]
-    assert reds == [0, 20, 60, 200]
-    assert compared.images(run, 2) != compared.images(run, 4)
-    assert "not at this step" in compared.images(run, 3)
-    compared.save_grid(run, 2, run.folder / "grid.png")
-    with PIL.Image.open(run.folder / "grid.png") as grid:
-        colours = {colour for _, colour in grid.convert("RGB").getcolors(2**20)}
-    assert {(red, green, 0) for red in reds for green in (0, 100)} <= colours
-
-
-def test_a_run_without_prompts_shows_its_losses(tmp_path):
-    folder = write_run(tmp_path / "runs" / "quiet", validation_prompt=[])
-    for samples in folder.glob("*/samples"):
-        shutil.rmtree(samples)
-    run = Library(tmp_path / "runs").find("quiet")
-    assert run.steps() == [0, 2, 4]
-    assert "--validation_prompt" in compared.images(run, 4)
-    assert "0.4000" in compared.numbers(run, 4)  # the validation loss at step 4
 
 
 def test_nothing_of_a_run_becomes_markup(run):
@@ -105,15 +72,6 @@ def test_chain_plan_shows_links_and_cuts():
 )
 def test_places_and_roles_of_every_familys_blocks(name, place, role):
     assert (views.place(name), views.role_of(name)) == (place, role)
-
-
-def test_curves_have_a_line_a_method_and_a_mark_at_the_step(run):
-    chart = compared.curves(run, "train", 2)
-    assert chart.count("<polyline") == 2 and chart.count('class="mark"') == 1
-    assert ">LoRA</text>" in chart and ">ResLoRA</text>" in chart
-    assert "<polyline" not in compared.curves(run, "validation", 2).replace("<polyline", "", 2)
-    (run.folder / "reslora" / "log.jsonl").write_text("")
-    assert compared.curves(run, "train", 2).count("<polyline") == 1
 
 
 def test_norms_of_an_exported_file_are_those_of_the_product(run):
