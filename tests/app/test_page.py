@@ -480,13 +480,13 @@ def test_runs_are_looked_at_side_by_side_while_one_trains(page, runs):
     write_run(runs / "other", methods=("lora",), **(settings | {"method": ["lora"], "validation_prompt": prompts}))
     assert page.locator("#title").bounding_box()["height"] < page.locator("#summary").bounding_box()["height"]
     page.get_by_label("Runs beside it").focus()
-    page.wait_for_timeout(3000)  # until the list has the new run
+    page.get_by_role("option", name="other").wait_for()
     page.keyboard.type("other")
     page.keyboard.press("Enter")
     page.locator('#grid img[alt="something else: other: LoRA"]').wait_for()
     assert "differ in" in page.locator("#verdict").inner_text() and "prompts" in page.locator("#verdict").inner_text()
     assert page.locator("#verdict *").last.evaluate(CONTRAST) >= 4.5
-    page.locator('#grid button.tile:has(img[alt="red disc: tiny: LoRA"])').click()
+    page.locator('#grid button.tile:has(img[alt="red disc: tiny: LoRA"])').first.click()
     for alt in ("red disc: tiny: ResLoRA", "red disc: tiny: ResLoRA merged", "red disc: other: LoRA"):
         page.keyboard.press("ArrowRight")
         assert page.locator("#zoom img").get_attribute("alt") == alt
@@ -500,7 +500,7 @@ def test_runs_are_looked_at_side_by_side_while_one_trains(page, runs):
         assert page.locator("#title").bounding_box()["height"] < page.locator("#summary").bounding_box()["height"]
     shutil.rmtree(runs / "other")
     page.locator("#others .token").wait_for(state="detached")
-    page.locator('#grid img[alt="red disc: LoRA"]').wait_for()
+    page.locator('#grid img[alt="red disc: LoRA"]').first.wait_for()
     page.get_by_role("tab", name="Generate").click()
     slider = page.locator("#images")
     assert slider.evaluate("box => box.scrollWidth <= box.clientWidth && box.clientWidth > 0")
