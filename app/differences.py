@@ -94,7 +94,10 @@ def in_words(run: Run, flags: list[str]) -> str:
     """The value of the flag in each run, where they differ by one that can be told in short."""
     if len(flags) != 1:
         return ""
-    values = [f"{one.name}: {setting(one.config, flags[0]) or 'none'}" for one in (run, *run.beside)]
+    given = [(one.name, one.config, one.config.get(flags[0])) for one in (run, *run.beside)]
+    values = [
+        f"{name}: {setting(config, flags[0]) or ('none' if value is None else value)}" for name, config, value in given
+    ]
     return f" ({', '.join(values)})" if max(map(len, values)) <= LONGEST else ""
 
 

@@ -110,6 +110,7 @@ def test_lines_of_several_runs_are_told_apart_and_numbers_are_further_rows(tmp_p
         ({}, "all that matters here", (True, True)),
         ({"rank": 8, "learning_rate": 1.0}, "all that matters here", (True, True)),
         ({"seed": 4}, "seed (first: 3, other0: 4)", (False, False)),
+        ({"seed": 0}, "seed (first: 3, other0: 0)", (False, False)),
         ({"pretrained_model_name_or_path": "<b>"}, "base model (first: none, other0: &quot;&lt;b&gt;", (False, False)),
         ({"validation_prompt": ["x", "y"]}, "differ in prompts", (True, True)),
         ({"num_inference_steps": 3}, "how samples are drawn", (False, True)),
