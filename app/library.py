@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -16,6 +16,8 @@ from reslora.diffusion.arguments import SEVERAL
 from .runs import EXPERIMENT_LOG, LARGEST_JSON, LOG_NAME, Run, RunError, number
 
 EXPERIMENT, REPORT = "experiment.json", "report.html"
+MOST_BESIDE = 3
+"""More runs beside one would not be told apart."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,13 @@ class Library:
         if run is None:
             raise RunError("There is no run of that name; choose one from the list.")
         return run
+
+    def beside(self, run: Run, names: object) -> Run:
+        """The run with those of these names beside it that there are."""
+        wanted = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+        runs = self.runs() if wanted else {}
+        found = [runs[name] for name in dict.fromkeys(wanted) if name in runs and name != run.name]
+        return replace(run, beside=tuple(found[:MOST_BESIDE]))
 
     def find_experiment(self, name: str) -> Experiment:
         """The experiment of that name; `RunError` if the listing has none."""

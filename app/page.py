@@ -17,6 +17,7 @@ from .queue import Queue
 from .runs import Run
 from .studio import Studio
 from .tabs import TABS, Parts, Tab
+from .tabs.compare import CompareTab
 
 T = TypeVar("T", bound=Tab)
 
@@ -28,9 +29,10 @@ AT_REST = 3
 """How much of what was seen stays as it is while a trainer merely goes on; the rest is `live`."""
 STYLE, ZOOM = (Path(__file__).with_name(name) for name in ("style.css", "zoom.js"))
 EXPLANATION = (
-    "**ResLoRA** trains LoRA blocks with residual shortcuts between neighbouring layers, then merges them away; "
+    "ResLoRA trains LoRA blocks with residual shortcuts between neighbouring layers, then merges them away; "
     "what is left is a plain LoRA. All images in a row have the same caption and seed: only the method differs."
 )
+TITLE = f"<h1>ResLoRA for Stable Diffusion</h1><details><summary>What is this?</summary><p>{EXPLANATION}</p></details>"
 
 
 def create_demo(library: Library, trainings: Trainings, studio: Studio, listeners: Listeners) -> gr.Blocks:
@@ -63,7 +65,7 @@ class Page:
     def __init__(self, parts: Parts) -> None:
         self.library, self.trainings = parts.library, parts.trainings
         with gr.Row(elem_id="top"):
-            gr.Markdown(f"# ResLoRA for Stable Diffusion\n{EXPLANATION}", elem_id="title")
+            gr.HTML(TITLE, elem_id="title")
             # Any value may be sent, so that runs begun meanwhile can be; the library decides whether there is one.
             self.run = gr.Dropdown(label="Run", allow_custom_value=True, interactive=True, elem_id="run", min_width=240)
         self.summary = gr.HTML(elem_id="summary")
@@ -74,6 +76,7 @@ class Page:
                 with gr.Tab(cls.title, id=cls.id) as frame:
                     self.tabs.append(cls(parts))
                 self.frames[self.tabs[-1]] = frame
+        self.beside = self.tab(CompareTab).beside
         self.choosing = [tab for tab in self.tabs if tab.chosen is not None]
         self.blocks: gr.Blocks
         self.seen = gr.State(None)
@@ -90,8 +93,8 @@ class Page:
         everything += [part for tab in self.tabs for part in (*tab.live, *tab.watched, *tab.of_run)]
         on_arrival = [self.run, *(part for tab in self.tabs for part in tab.on_arrival)]
         demo.load(readable_errors(self.arrive), None, on_arrival, **quiet)
-        self.run.change(readable_errors(self.choose), self.run, everything, **quiet)
-        context = [self.run, self.seen, *(tab.chosen for tab in self.choosing)]
+        self.run.change(readable_errors(self.choose), [self.run, self.beside], everything, **quiet)
+        context = [self.run, self.beside, self.seen, *(tab.chosen for tab in self.choosing)]
         # Not queued: a look that is lost with its queue's stream would be waited for, and the page would stand still.
         self.timer.tick(readable_errors(self.watch), context, everything, queue=False, **quiet)
         for tab in self.tabs:
@@ -111,17 +114,17 @@ class Page:
             values |= tab.arrive()
         return values
 
-    def choose(self, name: str):
+    def choose(self, name: str, beside: list[str] | None):
         """Everything that is seen of a run, at its last step."""
         if not name:
             return gr.skip()
-        run = self.library.find(name)
+        run = self.library.beside(self.library.find(name), beside)
         values = self.shown(run, {tab: tab.choice(run, None, None) for tab in self.choosing})
         for tab in self.tabs:
             values |= tab.filled_in(run)
         return values
 
-    def watch(self, name: str, seen: tuple | None, *chosen: object):
+    def watch(self, name: str, beside: list[str] | None, seen: tuple | None, *chosen: object):
         """What has changed since the last look.
 
         What stays as chosen is not sent: somebody may have chosen anew since.
@@ -132,7 +135,7 @@ class Page:
             gone = seen is not None and name in seen[RUNS_SEEN]
             first = {"value": next(iter(runs), None)} if gone else {}
             return {self.run: gr.update(choices=list(runs), **first)} if gone or (runs and seen is None) else gr.skip()
-        run = runs[name]
+        run = self.library.beside(runs[name], beside)
         state = self.state_of(run)
         if seen and state[:AT_REST] == seen[:AT_REST]:
             return {self.seen: state} | self.told(run, state[AT_REST]) if state != seen else gr.skip()
@@ -143,6 +146,8 @@ class Page:
         for tab, choice in choices.items():
             if choice == was[tab]:
                 del updates[tab.chosen]["value"]
+        if updates[self.beside]["value"] == (beside or []):
+            del updates[self.beside]["value"]
         for tab in self.tabs:
             if tab.is_outdated(run, before[tab]):
                 updates |= tab.filled_in(run)

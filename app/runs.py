@@ -93,6 +93,8 @@ class Run:
 
     name: str
     folder: Path
+    beside: tuple[Run, ...] = ()
+    """Further runs that somebody looks at beside this one."""
     log_name: ClassVar[str] = LOG_NAME
 
     def inside(self, *parts: str) -> Path | None:
@@ -261,7 +263,7 @@ class Run:
             for name in ("log.jsonl", "merged", "merge.json"):
                 path = self.inside(method, name)
                 state.append((path.stat().st_mtime_ns, path.stat().st_size) if path else None)
-        return tuple(state)
+        return *state, *(run.fingerprint() for run in self.beside)
 
     def results(self) -> tuple:
         """Changes when chains, merges or exports of a method have."""

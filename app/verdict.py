@@ -29,6 +29,7 @@ def verdict(run: Run, step: int) -> str:
         return notice("No verdict yet: before training all methods draw what the base model draws.")
     order = sorted(losses, key=lambda method: losses[method][at])
     named = ", ".join(f"{NAMES[method]} {losses[method][at]:.4f}" for method in order)
+    named = f"{run.name}: {named}" if run.beside else named
     claim = ONE_SEED if len(order) > 1 else ALONE
     return f'<p class="verdict"><b>{escape(named)}</b> on held-out images after {at} steps. {claim}</p>'
 

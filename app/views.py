@@ -17,9 +17,6 @@ from pathlib import Path
 
 import PIL.Image
 
-from reslora.common import figures
-from reslora.common.charts import Line, line_chart
-from reslora.common.log import of_split
 from reslora.common.methods import METHODS
 
 from .activity import activity
@@ -27,13 +24,8 @@ from .recipe import Drawn
 from .runs import Run, number
 
 LARGEST_TILE = 320
-MOST_ROWS = 16
-FEW_COLUMNS = 5
-"""As many leave room for curves beside them."""
 NAMES = {name: method.title for name, method in METHODS.items()}
 COLORS = {name: method.color for name, method in METHODS.items()}
-TITLES = {"train": "Training loss (running mean)", "validation": "Loss on held-out images"}
-LARGEST_LOSS = 1e30
 NOTHING = "&mdash;"
 LINKS = (
     "An arrow is a shortcut from a layer to the next one of its kind, scissors are a cut, for the reason below; a row "
@@ -77,58 +69,16 @@ def data_uri(path: Path, changed: int) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def columns(run: Run, step: int) -> list[tuple[str, str, dict]]:
-    """(title, subtitle, files by (prompt, image)) of each column at a step.
-
-    Before its first step an adapter adds nothing, so the samples of step 0 are the base model's.
-    """
-    base = next((found for method in run.methods if (found := run.samples(method, 0))), {})
-    found = [("Base model", "before training", base)] if base else []
-    found += [(NAMES[method], f"step {step}", run.samples(method, step)) for method in run.methods]
-    merged = run.samples("reslora", None) if "reslora" in run.methods else {}
-    if merged:
-        found.append(("ResLoRA merged", "plain LoRA, last step", merged))
-    return found
-
-
-def comparison(run: Run, step: int) -> str:
-    """The grid of samples at a step: a row per prompt (and image), a column per method."""
-    shown = columns(run, step)
-    cells = cells_of(shown)
-    if not cells and run.config and not run.prompts:
-        return notice("This run draws no samples: it was started without --validation_prompt.")
-    if not cells and run.status == "failed":
-        return notice("This run ended before its first samples; its log, under Train, says why.")
-    if not cells:
-        return notice("No samples yet: the first ones are drawn before the first training step.")
-    header = "".join(f"<th>{escape(title)}<small>{escape(subtitle)}</small></th>" for title, subtitle, _ in shown)
-    rows = []
-    for row, cell in enumerate(cells):
-        title = prompt_of(run, cell[0])
-        tiles = "".join(
-            f"<td>{tile(images.get(cell), f'{title}: {name}', (row, column))}</td>"
-            for column, (name, _, images) in enumerate(shown)
-        )
-        rows.append(f'<tr><th><div class="prompt" title="{escape(title)}">{escape(title)}</div></th>{tiles}</tr>')
-    mark = f'data-step="{step}" style="--columns:{len(shown)}"'
-    return table(
-        "samples wide" if len(shown) > FEW_COLUMNS else "samples",
-        f"Samples at step {step}",
-        f"<tr><th></th>{header}</tr>{''.join(rows)}",
-        mark,
-    )
-
-
 def table(kind: str, name: str, rows: str, mark: str = "") -> str:
     """A table with a name for who cannot see it, that scrolls by itself where it is too wide."""
     name = escape(name)
     return f'<div class="scroll" tabindex="0"><table class="{kind}" aria-label="{name}" {mark}>{rows}</table></div>'
 
 
-def tile(path: Path | None, alt: str, place: tuple[int, int]) -> str:
-    """One image, at a row and column, to be enlarged; an empty place where there is none yet, or it is damaged."""
+def tile(path: Path | None, alt: str, place: tuple[int, int], absent: str = "not yet") -> str:
+    """One image, at a row and column, to be enlarged; an empty place where it is `absent`, or damaged."""
     if path is None:
-        return '<div class="empty">not yet</div>'
+        return f'<div class="empty">{absent}</div>'
     try:
         source = data_uri(path, path.stat().st_mtime_ns)
     except (OSError, SyntaxError, ValueError):
@@ -137,81 +87,7 @@ def tile(path: Path | None, alt: str, place: tuple[int, int]) -> str:
     return f'<button type="button" class="tile" data-row="{place[0]}" data-column="{place[1]}">{image}</button>'
 
 
-def save_grid(run: Run, step: int, path: Path) -> None:
-    """Writes the comparison as one image to keep."""
-    shown = columns(run, step)
-    rows = [(prompt_of(run, cell[0]), [("", [images.get(cell) for *_, images in shown])]) for cell in cells_of(shown)]
-    figures.comparison(path, [f"{title}\n{subtitle}" for title, subtitle, _ in shown], rows)
-
-
-def cells_of(shown: list[tuple[str, str, dict]]) -> list[tuple[int, int]]:
-    """The (prompt, image) of which some column has an image."""
-    return sorted({cell for *_, images in shown for cell in images})[:MOST_ROWS]
-
-
-def prompt_of(run: Run, number: int) -> str:
-    prompts = run.prompts
-    return prompts[number] if number < len(prompts) else f"prompt {number}"
-
-
-# -- numbers -----------------------------------------------------------------------------------------------------------
-
-
-def curves(run: Run, split: str, step: int | None) -> str:
-    """Loss over steps of each method as a chart; a vertical line marks the chosen step.
-
-    The training loss is a running mean over a tenth of the steps: of single batches one would see only noise.
-    """
-    lines = []
-    for method in run.methods:
-        log = of_split(run.log(method), split)
-        losses = [max(-LARGEST_LOSS, min(LARGEST_LOSS, row["loss"])) for row in log]
-        losses = figures.running_mean(losses) if split == "train" else losses
-        # A page does not get sharper with more points than pixels.
-        every = max(1, len(log) // 400)
-        kept = [i for i in range(len(log)) if i % every == 0 or i == len(log) - 1]
-        lines.append(Line(NAMES[method], COLORS[method], [(log[i]["step"], losses[i]) for i in kept]))
-    lines = [line for line in lines if line.points]
-    return line_chart(TITLES[split], "step", lines, step) if lines or split == "train" else ""
-
-
-def numbers(run: Run, step: int) -> str:
-    """Loss, validation loss, learning rate and seconds of each method at the chosen step; the lowest are marked."""
-    rows, known, at = [], [], set()
-    for method in run.methods:
-        log = [row for row in run.log(method) if row["step"] <= step]
-        recent = [row["loss"] for row in of_split(log, "train")[-20:]]
-        held_out = [row["loss"] for row in of_split(log, "validation")[-1:]]
-        last = log[-1] if log else {}
-        loss = sum(recent) / len(recent) if recent else None
-        known.append((loss, held_out[0] if held_out else None, last.get("lr"), last.get("seconds")))
-        at.add(last.get("step"))
-    best = lowest(known) if len(at) == 1 else {}
-    forms = ((".4f", ""), (".4f", ""), (".2e", ""), (".0f", " s"))
-    for method, values in zip(run.methods, known, strict=True):
-        shown = [figure(value, *form) for value, form in zip(values, forms, strict=True)]
-        cells = ""
-        for column, cell in enumerate(shown):
-            is_best = column in best and values[column] == best[column]
-            cells += f'<td class="best">{cell}<small>lowest</small></td>' if is_best else f"<td>{cell}</td>"
-        color = f'<i style="background:{COLORS[method]}"></i>'
-        rows.append(f"<tr><th>{color}{NAMES[method]}</th>{cells}</tr>")
-    header = "<tr><th></th><th>loss (last 20)</th><th>validation loss</th><th>learning rate</th><th>time</th></tr>"
-    damaged = {NAMES[method]: count for method in run.methods if (count := run.damaged_rows(method))}
-    notes = "".join(
-        notice(f"{name}: {count} lines of its log are damaged, and left out.") for name, count in damaged.items()
-    )
-    return table("numbers", f"Numbers at step {step}", header + "".join(rows)) + notes
-
-
-def lowest(rows: list[tuple]) -> dict[int, float]:
-    """The lowest value of each column that is better lower: of losses and of time, where several rows have any."""
-    found = {}
-    for column in (0, 1, 3):
-        values = [value for row in rows if (value := number(row[column])) is not None]
-        if len(values) > 1 and min(values) < max(values):
-            found[column] = min(values)
-    return found
+# -- words and numbers -----------------------------------------------------------------------------------------------
 
 
 def figure(value, form: str, unit: str = "") -> str:

@@ -1,4 +1,4 @@
-"""Compare: a slider moves the images of all methods through the training steps together."""
+"""Compare: a slider moves the images of all methods, and of runs beside each other, through the training steps."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 import gradio as gr
 
-from .. import takeaway, views
+from .. import compared, takeaway
+from ..differences import differences
 from ..handlers import readable_errors
 from ..launcher import safe_name
-from ..runs import Run
+from ..library import MOST_BESIDE
+from ..runs import Run, RunError
 from ..verdict import verdict
 from .base import Parts, Tab
 
@@ -29,7 +31,12 @@ class CompareTab(Tab):
             self.download = gr.Button("Download grid", elem_id="download", scale=1, min_width=120)
             self.grid_file = gr.DownloadButton("grid", visible="hidden", elem_id="grid-file")
         self.playing = gr.Timer(0.8, active=False)
-        self.verdict = gr.HTML(elem_id="verdict")
+        with gr.Row(elem_id="told"):
+            self.verdict = gr.HTML(elem_id="verdict")
+            self.beside = gr.Dropdown(
+                [], value=[], multiselect=True, max_choices=MOST_BESIDE, label="Runs beside it", elem_id="others",
+                allow_custom_value=True, interactive=True, min_width=240,
+            )  # fmt: skip
         with gr.Row(elem_id="beside"):
             with gr.Column(scale=3, min_width=320):
                 self.grid = gr.HTML(elem_id="grid")
@@ -39,7 +46,7 @@ class CompareTab(Tab):
         self.numbers = gr.HTML(elem_id="numbers")
         self.files_column()
         self.at_step = [self.grid, self.train_curve, self.validation_curve, self.numbers, self.verdict]
-        self.watched, self.of_run = [self.step, *self.at_step], [self.file, self.place, self.use]
+        self.watched, self.of_run = [self.step, self.beside, *self.at_step], [self.file, self.place, self.use]
         self.chosen = self.step
 
     def files_column(self) -> None:
@@ -54,21 +61,18 @@ class CompareTab(Tab):
         self.use = gr.Textbox(label="How it is loaded", lines=3, max_lines=8, elem_id="use", **common)
 
     def events(self, page: Page) -> None:
-        run = page.run
+        run, looked_at = page.run, [page.run, self.step, self.beside]
         quiet = {"api_visibility": "private", "show_progress": "hidden"}
         # Not preprocessed: Gradio would refuse a program's step beyond what the slider had when the page was built.
-        self.step.change(
-            readable_errors(self.compare), [run, self.step], self.at_step, api_name="compare",
-            show_progress="hidden", trigger_mode="always_last", preprocess=False,
+        gr.on(
+            [self.step.change, self.beside.input], readable_errors(self.look), looked_at, [*self.at_step, self.beside],
+            trigger_mode="always_last", preprocess=False, **quiet,
         )  # fmt: skip
+        self.for_programs(page)
         self.play.click(readable_errors(self.toggle), self.play, [self.play, self.playing], **quiet)
         self.playing.tick(readable_errors(self.next_step), [run, self.step], self.step, **quiet)
         self.download.click(
-            readable_errors(self.save_grid),
-            [run, self.step],
-            self.grid_file,
-            api_name="download_grid",
-            preprocess=False,
+            readable_errors(self.save_grid), looked_at, self.grid_file, api_visibility="private", preprocess=False
         ).success(None, js="() => document.querySelector('#grid-file').click()", api_visibility="private")
         self.file.change(
             readable_errors(self.how_to_use), [run, self.file], [self.place, self.use], api_name="how_to_use",
@@ -77,6 +81,19 @@ class CompareTab(Tab):
         self.take.click(
             readable_errors(self.take_file), [run, self.file], self.taken, api_name="download_file", preprocess=False
         ).success(None, js="() => document.querySelector('#taken').click()", api_visibility="private")
+
+    def for_programs(self, page: Page) -> None:
+        """Endpoints: what takes runs beside a run has a name of its own, so that earlier programs go on as they are."""
+        inputs = [page.run, self.step]
+        for handler, outputs, name in (
+            (self.compare, self.at_step, "compare"),
+            (self.save_grid, self.grid_file, "download_grid"),
+        ):
+            gr.on([], readable_errors(handler), inputs, outputs, api_name=name, preprocess=False)
+        gr.on(
+            [], readable_errors(self.compare_runs), [*inputs, self.beside], self.at_step, api_name="compare_runs",
+            preprocess=False,
+        )  # fmt: skip
 
     def seen(self, run: Run) -> tuple[int, list[str]]:
         """The last step, and what there is to take along."""
@@ -106,15 +123,35 @@ class CompareTab(Tab):
         slider = gr.update(
             minimum=0, maximum=max(steps, default=1) or 1, step=max(1, math.gcd(*steps)) if steps else 1, value=step
         )
-        values = zip(self.at_step, self.compare(run.name, step), strict=True)
-        return {self.step: slider, **dict(values)}
+        values = zip(self.at_step, self.values(run, step), strict=True)
+        others = [name for name in self.library.runs() if name != run.name]
+        beside = gr.update(choices=others, value=[other.name for other in run.beside])
+        return {self.step: slider, self.beside: beside, **dict(values)}
 
-    def compare(self, name: str, step: float) -> tuple:
+    def compare(self, name: str, step: float, beside: object = None) -> tuple:
         """Images, curves and numbers at a step."""
-        run = self.library.find(name)
-        step = run.nearest(step)
-        train, validation = (views.curves(run, split, step) for split in ("train", "validation"))
-        return views.comparison(run, step), train, validation, views.numbers(run, step), verdict(run, step)
+        run = self.library.beside(self.library.find(name), beside)
+        return self.values(run, run.nearest(step))
+
+    def look(self, name: str, step: float, beside: object) -> tuple:
+        """The same for the page; what was typed there and is no other run is taken out again."""
+        found = [run.name for run in self.library.beside(self.library.find(name), beside).beside]
+        return *self.compare(name, step, beside), gr.skip() if found == (beside or []) else found
+
+    def compare_runs(self, name: str, step: float, beside: list[str]) -> tuple:
+        """The same of several runs; refuses names that there are not, and more than are told apart."""
+        names = beside if isinstance(beside, list) else [beside]
+        for other in names:
+            self.library.find(other)
+        if len(names) > MOST_BESIDE:
+            raise RunError(f"There are {len(names)} runs to look at beside one: choose at most {MOST_BESIDE}.")
+        return self.compare(name, step, names)
+
+    def values(self, run: Run, step: int) -> tuple:
+        """Values of all that is seen at a step."""
+        train, validation = (compared.curves(run, split, step) for split in ("train", "validation"))
+        said = verdict(run, step) + differences(run)
+        return compared.images(run, step), train, validation, compared.numbers(run, step), said
 
     def list_files(self, run: Run) -> list[str]:
         """What can be taken along."""
@@ -140,10 +177,10 @@ class CompareTab(Tab):
         steps = self.library.find(name).steps()
         return next((s for s in steps if s > step), steps[0] if steps else 0)
 
-    def save_grid(self, name: str, step: float) -> str:
+    def save_grid(self, name: str, step: float, beside: object = None) -> str:
         """A PNG file of the images at a step."""
-        run = self.library.find(name)
+        run = self.library.beside(self.library.find(name), beside)
         step = run.nearest(step)
         path = self.files.new(f"{safe_name(run.name)}-step-{step}.png")
-        views.save_grid(run, step, path)
+        compared.save_grid(run, step, path)
         return str(path)

@@ -31,6 +31,10 @@ class Frame:
 
 PAGE = Frame(560, 260, 52, 12, 30, 44)
 REPORT = Frame(420, 270, 66, 10, 12, 44)
+LEGEND = 18
+"""Pixels from one row of a legend to the next."""
+LONGEST = 60
+"""Letters of a name in a legend."""
 MOST_DOTS = 25
 COLORS = 8
 """How many the report's style knows."""
@@ -81,6 +85,8 @@ class Line:
     name: str
     color: str
     points: Sequence[Point]
+    dash: str = ""
+    """Lengths of dashes and gaps, as SVG takes them; a whole line without."""
 
 
 def line_chart(title: str, x_title: str, lines: Sequence[Line], mark: float | None = None) -> str:
@@ -103,9 +109,10 @@ def line_chart(title: str, x_title: str, lines: Sequence[Line], mark: float | No
             parts.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{PAGE.top}" y2="{bottom}"/>')
         dotted = max(len(line.points) for line in lines) <= MOST_DOTS
         parts += [_drawn(line, place, dotted) for line in lines]
-    parts.append(_legend(lines, x_title))
+    legend, rows = _legend(lines, x_title)
+    parts.append(legend)
     name = escape(f"{title}: {', '.join(line.name for line in lines) or 'nothing yet'}")
-    box = f"0 0 {PAGE.width} {PAGE.height}"
+    box = f"0 0 {PAGE.width} {PAGE.height + (rows - 1) * LEGEND}"
     return f'<svg class="chart" viewBox="{box}" role="img" aria-label="{name}">{"".join(parts)}</svg>'
 
 
@@ -123,7 +130,7 @@ def _level(y: float, value: float) -> str:
 
 def _drawn(line: Line, place: Places, dotted: bool) -> str:
     path = " ".join(f"{place.x(x):.1f},{place.y(y):.1f}" for x, y in line.points)
-    drawn = f'<polyline points="{path}" fill="none" stroke="{line.color}" stroke-width="2"/>'
+    drawn = f'<polyline points="{path}" fill="none" stroke="{line.color}" stroke-width="2"{_dashed(line)}/>'
     for x, y in line.points if dotted else ():
         told = escape(f"{line.name}, {x:g}: {y:.4f}")
         at = f'cx="{place.x(x):.1f}" cy="{place.y(y):.1f}"'
@@ -131,14 +138,29 @@ def _drawn(line: Line, place: Places, dotted: bool) -> str:
     return drawn
 
 
-def _legend(lines: Sequence[Line], x_title: str) -> str:
-    entries, x = [], float(PAGE.left)
+def _dashed(line: Line) -> str:
+    return f' stroke-dasharray="{line.dash}"' if line.dash else ""
+
+
+def _legend(lines: Sequence[Line], x_title: str) -> tuple[str, int]:
+    """Names below the chart, and how many rows they take."""
+    entries, x, row = [], float(PAGE.left), 0
+    end = PAGE.width - PAGE.right - 7 * len(x_title)
+    wide = 28 if any(line.dash for line in lines) else 12  # room for a few dashes
     for line in lines:
-        entries.append(f'<rect x="{x:.0f}" y="{PAGE.height - 17}" width="12" height="12" rx="2" fill="{line.color}"/>')
-        entries.append(f'<text x="{x + 17:.0f}" y="{PAGE.height - 7}">{escape(line.name)}</text>')
-        x += 32 + 7 * len(line.name)
+        name = line.name if len(line.name) <= LONGEST else f"{line.name[: LONGEST - 1]}…"
+        needed = wide + 20 + 7 * len(name)
+        if x > PAGE.left and x + needed > end:
+            x, row = float(PAGE.left), row + 1
+        y = PAGE.height - 17 + row * LEGEND
+        shape = f'<rect x="{x:.0f}" y="{y}" width="12" height="12" rx="2" fill="{line.color}"/>'
+        if wide > 12:
+            stroke = f'stroke="{line.color}" stroke-width="3"{_dashed(line)}'
+            shape = f'<line x1="{x:.0f}" x2="{x + wide:.0f}" y1="{y + 6}" y2="{y + 6}" {stroke}/>'
+        entries.append(f'{shape}<text x="{x + wide + 5:.0f}" y="{y + 10}">{escape(name)}</text>')
+        x += needed
     where = f'x="{PAGE.width - PAGE.right}" y="{PAGE.height - 7}" text-anchor="end"'
-    return f"{''.join(entries)}<text {where}>{escape(x_title)}</text>"
+    return f"{''.join(entries)}<text {where}>{escape(x_title)}</text>", row + 1
 
 
 # -- in a report -------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import pytest
 from app_runs import run_by_hand
 from safetensors.numpy import save_file
 
-from app import views
+from app import compared, views
 from app.library import Library
 from app.make_example import REPOSITORY, make_example
 from app.runs import EXAMPLE
@@ -38,7 +38,7 @@ def test_example_is_small_complete_and_of_no_machine(run, tmp_path):
 def test_bundled_example():
     example = Library(EXAMPLE).find(EXAMPLE.name)
     assert example.status == "finished" and {"lora", "reslora"} <= set(example.methods)
-    assert "not yet" not in views.comparison(example, max(example.steps()))
+    assert "not yet" not in compared.images(example, max(example.steps()))
     assert "no chain plan" not in views.chain_plan(example.read_json("reslora", "chains.json"))
     assert not [value for value in example.config.values() if str(value).startswith("/")]
     assert base_of(example).name == str(BUNDLED)

@@ -219,6 +219,10 @@ def test_a_program_can_look_generate_and_reproduce(client, runs):
     assert "reslora: merged weights" in client.predict("tiny", api_name="/weights")
     grid, *_ = client.predict("tiny", 2, api_name="/compare")
     assert 'data-step="2"' in grid
+    assert client.predict("tiny", 2, [], api_name="/compare_runs")[0] == grid
+    for wrong, told in (["gone"], "no run of that name"), (["tiny"] * 4, "at most 3"):
+        with pytest.raises(AppError, match=told):
+            client.predict("tiny", 2, wrong, api_name="/compare_runs")
     gallery, _, seed, table = generated(client)
     assert len(gallery) == 2 and seed == 3 and "reslora: merged weights" in table
     request, source = recipe.read_image(gallery[1]["image"])
@@ -263,6 +267,7 @@ def test_whatever_a_program_sends_it_is_told_something(address, wrong):
     """An image, or an error in words; never nothing."""
     asked = list((GENERATE | {"steps": 1, "width": 32, "height": 32, "beside": False}).values())
     calls = {"generate": asked, "compare": ["tiny", 0], "download_grid": ["tiny", 0], "weights": ["tiny"]}
+    calls |= {"compare_runs": ["tiny", 0, ["tiny"]]}
     calls |= {"how_to_use": ["tiny", "reslora: kohya.safetensors"], "download_file": ["tiny", "reslora: peft (PEFT)"]}
     calls |= {"merge": ["tiny", "base model", "input"], "settings_of": [None], "train_resume": ["tiny"]}
     bundled = "bundled images"
@@ -287,7 +292,16 @@ def test_whatever_a_program_sends_it_is_told_something(address, wrong):
 
 def test_the_settings_of_a_training_have_names(client):
     endpoints = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
-    for name in ("/generate", "/grid", "/full_model", "/loras", "/grid_values"):
+    for name in (
+        "/compare",
+        "/compare_runs",
+        "/download_grid",
+        "/generate",
+        "/grid",
+        "/full_model",
+        "/loras",
+        "/grid_values",
+    ):
         assert not [p for p in endpoints[name]["parameters"] if p["parameter_name"].startswith("param")]
     for name in ("/train_command", "/train_start"):
         names = [parameter["parameter_name"] for parameter in endpoints[name]["parameters"]]
@@ -457,6 +471,39 @@ def test_an_image_is_enlarged_and_flipped_by_keys_and_the_slider_stays_in_view(p
         page.wait_for_function(
             "scrollY > 300 && Math.abs(document.querySelector('#pinned').getBoundingClientRect().top) < 2"
         )
+
+
+def test_runs_are_looked_at_side_by_side_while_one_trains(page, runs):
+    """Chosen by the keyboard; images are flipped between runs; a new loss is drawn, a run that has gone leaves."""
+    settings = json.loads((runs / "tiny" / "config.json").read_text())
+    prompts = [settings["validation_prompt"][0], "something else"]
+    write_run(runs / "other", methods=("lora",), **(settings | {"method": ["lora"], "validation_prompt": prompts}))
+    assert page.locator("#title").bounding_box()["height"] < page.locator("#summary").bounding_box()["height"]
+    page.get_by_label("Runs beside it").focus()
+    page.get_by_role("option", name="other").wait_for()
+    page.keyboard.type("other")
+    page.keyboard.press("Enter")
+    page.locator('#grid img[alt="something else: other: LoRA"]').wait_for()
+    assert "differ in" in page.locator("#verdict").inner_text() and "prompts" in page.locator("#verdict").inner_text()
+    assert page.locator("#verdict *").last.evaluate(CONTRAST) >= 4.5
+    page.locator('#grid button.tile:has(img[alt="red disc: tiny: LoRA"])').first.click()
+    for alt in ("red disc: tiny: ResLoRA", "red disc: tiny: ResLoRA merged", "red disc: other: LoRA"):
+        page.keyboard.press("ArrowRight")
+        assert page.locator("#zoom img").get_attribute("alt") == alt
+    page.keyboard.press("Escape")
+    with (runs / "other" / "lora" / "log.jsonl").open("a") as log:
+        log.write('{"step": 3, "split": "validation", "loss": 0.123}\n')
+    page.locator("#validation-curve title", has_text="other: LoRA, 3: 0.1230").wait_for(state="attached")
+    for width in (1280, 420):
+        page.set_viewport_size({"width": width, "height": 900})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.locator("#title").bounding_box()["height"] < page.locator("#summary").bounding_box()["height"]
+    shutil.rmtree(runs / "other")
+    page.locator("#others .token").wait_for(state="detached")
+    page.locator('#grid img[alt="red disc: LoRA"]').first.wait_for()
+    page.get_by_role("tab", name="Generate").click()
+    slider = page.locator("#images")
+    assert slider.evaluate("box => box.scrollWidth <= box.clientWidth && box.clientWidth > 0")
 
 
 def test_what_was_trained_is_taken_along(page, runs):

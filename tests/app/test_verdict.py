@@ -5,9 +5,9 @@ import json
 import pytest
 from app_runs import with_one_wrong, write_run
 
+from app.compared import numbers
 from app.runs import BASE, Run, Weights, merged_by
 from app.verdict import merge_warning, verdict, warning_for
-from app.views import numbers
 
 
 @pytest.fixture

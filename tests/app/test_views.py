@@ -1,16 +1,13 @@
 """app/views.py: what is shown of a run, whatever its files hold."""
 
 import json
-import shutil
 
 import numpy as np
-import PIL.Image
 import pytest
-from app_runs import WRONG, run_by_hand, with_one_wrong, write_run, write_samples
+from app_runs import WRONG, run_by_hand, with_one_wrong
 from safetensors.numpy import save_file
 
-from app import views
-from app.library import Library
+from app import compared, views
 from app.studio import base_of, calibration_of
 
 
@@ -22,12 +19,12 @@ def run(tmp_path):
 def test_damage_is_told(run):
     log = run.folder / "lora" / "log.jsonl"
     log.write_text(log.read_text().replace("\n", '\n{"step": 2, "lo\n', 1))
-    assert len(run.log("lora")) == 7 and "1 lines of its log are damaged" in views.numbers(run, 4)
+    assert len(run.log("lora")) == 7 and "1 lines of its log are damaged" in compared.numbers(run, 4)
     image = run.folder / "lora" / "samples" / "step-000004" / "0-0.png"
     content = bytearray(image.read_bytes())
     content[43:53] = bytes(10)
     image.write_bytes(content)
-    assert views.comparison(run, 4).count('<div class="empty">damaged') == 1
+    assert compared.images(run, 4).count('<div class="empty">damaged') == 1
 
 
 def test_places_are_in_the_order_of_their_numbers():
@@ -38,40 +35,10 @@ def test_places_are_in_the_order_of_their_numbers():
     )
 
 
-def test_a_run_that_failed_says_so(tmp_path):
-    (tmp_path / "runs" / "new").mkdir(parents=True)
-    (tmp_path / "runs" / "new" / "app.log").write_text("error\n")
-    assert "its log, under Train, says why" in views.comparison(Library(tmp_path / "runs").find("new"), 0)
-
-
-def test_columns_and_grid_show_the_chosen_step(run):
-    write_samples(run.folder / "reslora" / "merged", 200)
-    columns = views.columns(run, 2)
-    assert [title for title, _, _ in columns] == ["Base model", "LoRA", "ResLoRA", "ResLoRA merged"]
-    reds = [PIL.Image.open(pictures[0, 0]).getpixel((0, 0))[0] for _, _, pictures in columns]
-    assert reds == [0, 20, 60, 200]
-    assert views.comparison(run, 2) != views.comparison(run, 4)
-    assert "not yet" in views.comparison(run, 3)
-    views.save_grid(run, 2, run.folder / "grid.png")
-    with PIL.Image.open(run.folder / "grid.png") as grid:
-        colours = {colour for _, colour in grid.convert("RGB").getcolors(2**20)}
-    assert {(red, green, 0) for red in reds for green in (0, 100)} <= colours
-
-
-def test_a_run_without_prompts_shows_its_losses(tmp_path):
-    folder = write_run(tmp_path / "runs" / "quiet", validation_prompt=[])
-    for samples in folder.glob("*/samples"):
-        shutil.rmtree(samples)
-    run = Library(tmp_path / "runs").find("quiet")
-    assert run.steps() == [0, 2, 4]
-    assert "--validation_prompt" in views.comparison(run, 4)
-    assert "0.4000" in views.numbers(run, 4)  # the validation loss at step 4
-
-
 def test_nothing_of_a_run_becomes_markup(run):
     plan = {"links": 0, "chains": [{"role": "<b>", "blocks": [block("<i>x"), block("<i>y")]}]}
     merge = {"method": "<b>", "blocks": [{"name": "<i>z", "role": "", "alpha": 1.0, "rank": 2, "error": 0.1}]}
-    shown = views.comparison(run, 2) + views.chain_plan(plan) + views.merge_report(merge | {"notes": ["<u>"]})
+    shown = compared.images(run, 2) + views.chain_plan(plan) + views.merge_report(merge | {"notes": ["<u>"]})
     for forbidden in ("<script", "${1}", "{{2}}", "<b>:", "<i>", "<u>"):
         assert forbidden not in shown
     assert "&lt;script&gt;" in shown
@@ -105,15 +72,6 @@ def test_chain_plan_shows_links_and_cuts():
 )
 def test_places_and_roles_of_every_familys_blocks(name, place, role):
     assert (views.place(name), views.role_of(name)) == (place, role)
-
-
-def test_curves_have_a_line_a_method_and_a_mark_at_the_step(run):
-    chart = views.curves(run, "train", 2)
-    assert chart.count("<polyline") == 2 and chart.count('class="mark"') == 1
-    assert ">LoRA</text>" in chart and ">ResLoRA</text>" in chart
-    assert "<polyline" not in views.curves(run, "validation", 2).replace("<polyline", "", 2)
-    (run.folder / "reslora" / "log.jsonl").write_text("")
-    assert views.curves(run, "train", 2).count("<polyline") == 1
 
 
 def test_norms_of_an_exported_file_are_those_of_the_product(run):
@@ -158,9 +116,9 @@ def test_whatever_a_config_holds_the_run_is_shown(run):
     whole = run.config | dict.fromkeys(("num_inference_steps", "pretrained_model_name_or_path", "resolution"), 5)
     for config in with_one_wrong(whole):
         (run.folder / "config.json").write_text(json.dumps(config))
-        shown = views.summary(run, run.status) + views.comparison(run, 2) + views.numbers(run, 2)
+        shown = views.summary(run, run.status) + compared.images(run, 2) + compared.numbers(run, 2)
         assert "LoRA" in shown and run.weights() and base_of(run).name
-        views.curves(run, "train", 2), run.fingerprint(), run.best_weights(), run.nearest(2), calibration_of(run)
+        compared.curves(run, "train", 2), run.fingerprint(), run.best_weights(), run.nearest(2), calibration_of(run)
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=repr)
@@ -168,5 +126,5 @@ def test_whatever_a_log_holds_the_rest_is_shown(run, wrong):
     row = {"step": 2, "split": "train", "loss": 1.0, "lr": 1e-3, "seconds": 1.0}
     rows = [row | {name: wrong} for name in row]
     (run.folder / "lora" / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert "LoRA" in views.numbers(run, 2) and len(views.curves(run, "train", 2))
+    assert "LoRA" in compared.numbers(run, 2) and len(compared.curves(run, "train", 2))
     views.summary(run, run.status)

@@ -1,0 +1,234 @@
+"""What is seen at a step of a run and of those beside it: images, curves and numbers. HTML, as in `views`.
+
+Alone, a run's columns and lines are named by their methods; with others beside it, by run and method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from reslora.common import figures
+from reslora.common.charts import Line, line_chart
+from reslora.common.log import of_split
+
+from .differences import LOSSES, differing, drawn_alike
+from .runs import Run, number
+from .views import COLORS, NAMES, escape, figure, notice, table, tile
+
+MOST_ROWS = 16
+LONGEST_NAME = 24
+"""Letters of a run's name over a column."""
+FEW_COLUMNS = 5
+"""As many leave room for curves beside them."""
+TITLES = {"train": "Training loss (running mean)", "validation": "Loss on held-out images"}
+DASHES = ("", "7 4", "2 3", "10 3 2 3")
+"""Of the lines of a run, and of each beside it: colours are the methods'."""
+LARGEST_LOSS = 1e30
+Cell = tuple[int, int, str]
+"""Number of the prompt, of the image, and the prompt: the noise goes by the numbers, so images of one cell compare."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """Images of some weights."""
+
+    title: str
+    subtitle: str
+    run: Run
+    images: dict[Cell, Path]
+    absent: str = "not yet"
+    """What is said in place of an image that there is not."""
+
+
+def shown_runs(run: Run) -> tuple[Run, ...]:
+    """The run, and those beside it."""
+    return (run, *run.beside)
+
+
+def named(run: Run, one: Run, name: str) -> str:
+    """A name of what belongs to `one` of the runs, which comes first where there are several."""
+    return f"{one.name}: {name}" if run.beside else name
+
+
+# -- images ------------------------------------------------------------------------------------------------------------
+
+
+def columns(run: Run, step: int) -> list[Column]:
+    """The base model's, then of each run its methods' at a step, and ResLoRA's merged weights."""
+    found = base_columns(run)
+    for one in shown_runs(run):
+        absent = "not yet" if one.process or step in one.steps() else "not at this step"
+        for method in one.methods:
+            title = named(run, one, NAMES[method])
+            found.append(Column(title, f"step {step}", one, cells(one, one.samples(method, step)), absent))
+        merged = one.samples("reslora", None) if "reslora" in one.methods else {}
+        if merged:
+            title = named(run, one, "ResLoRA merged")
+            found.append(Column(title, "plain LoRA, last step", one, cells(one, merged)))
+    return found
+
+
+def base_columns(run: Run) -> list[Column]:
+    """What was drawn before training: runs that draw alike share a column.
+
+    Before its first step an adapter adds nothing, so the samples of step 0 are the base model's.
+    """
+    alike: dict[tuple, list[Run]] = {}
+    for one in shown_runs(run):
+        alike.setdefault(drawn_alike(one) if run.beside else (), []).append(one)
+    found = []
+    for group in alike.values():
+        images: dict[Cell, Path] = {}
+        for one in group:
+            drawn = next((cells(one, at) for method in one.methods if (at := one.samples(method, 0))), {})
+            images |= {cell: path for cell, path in drawn.items() if cell not in images}
+        if images:
+            title = "Base model" if len(alike) == 1 else named(run, group[0], "Base model")
+            found.append(Column(title, "before training", group[0], images))
+    return found
+
+
+def cells(run: Run, images: dict[tuple[int, int], Path]) -> dict[Cell, Path]:
+    """A run's images by their cell."""
+    return {(prompt, image, prompt_of(run, prompt)): path for (prompt, image), path in images.items()}
+
+
+def rows_of(shown: list[Column]) -> list[Cell]:
+    """The cells of which some column has an image: of one number, those of the first run first."""
+    found = list(dict.fromkeys(cell for column in shown for cell in column.images))
+    first = {cell[2]: place for place, cell in reversed(list(enumerate(found)))}
+    return sorted(found, key=lambda cell: (cell[0], first[cell[2]], cell[1]))[:MOST_ROWS]
+
+
+def prompt_of(run: Run, number: int) -> str:
+    prompts = run.prompts
+    return prompts[number] if number < len(prompts) else f"prompt {number}"
+
+
+def images(run: Run, step: int) -> str:
+    """The grid of samples at a step: a row per prompt (and image), a column per run and method."""
+    shown = columns(run, step)
+    rows = rows_of(shown)
+    if not rows and run.config and not run.prompts:
+        return notice("This run draws no samples: it was started without --validation_prompt.")
+    if not rows and run.status == "failed":
+        return notice("This run ended before its first samples; its log, under Train, says why.")
+    if not rows:
+        return notice("No samples yet: the first ones are drawn before the first training step.")
+    header = "".join(map(heading, shown))
+    body = "".join(row_of(shown, cell, place) for place, cell in enumerate(rows))
+    mark = f'data-step="{step}" style="--columns:{len(shown)}"'
+    kind = "samples wide" if len(shown) > FEW_COLUMNS else "samples"
+    return table(kind, f"Samples at step {step}", f"<tr><th></th>{header}</tr>{body}", mark)
+
+
+def heading(column: Column) -> str:
+    """The title of a column; of a run and a method on two lines, a long name of the run in short."""
+    run, colon, name = column.title.rpartition(": ")
+    run = run if len(run) <= LONGEST_NAME else f"{run[: LONGEST_NAME - 1]}…"
+    title = f"{escape(run)}:<br>{escape(name)}" if colon else escape(name)
+    return f'<th title="{escape(column.title)}">{title}<small>{escape(column.subtitle)}</small></th>'
+
+
+def row_of(shown: list[Column], cell: Cell, row: int) -> str:
+    """A prompt, and the image of each column."""
+    title, tiles = cell[2], ""
+    for place, column in enumerate(shown):
+        absent = column.absent if prompt_of(column.run, cell[0]) == title else "other prompt"
+        tiles += f"<td>{tile(column.images.get(cell), f'{title}: {column.title}', (row, place), absent)}</td>"
+    return f'<tr><th><div class="prompt" title="{escape(title)}">{escape(title)}</div></th>{tiles}</tr>'
+
+
+def save_grid(run: Run, step: int, path: Path) -> None:
+    """Writes the comparison as one image to keep."""
+    shown = columns(run, step)
+    rows = [(cell[2], [("", [column.images.get(cell) for column in shown])]) for cell in rows_of(shown)]
+    figures.comparison(path, [f"{column.title}\n{column.subtitle}" for column in shown], rows)
+
+
+# -- numbers -----------------------------------------------------------------------------------------------------------
+
+
+def arms(run: Run) -> Iterator[tuple[Run, str, str, str]]:
+    """Of each run and method: both, their name, and how the run's lines are dashed."""
+    for one, dash in zip(shown_runs(run), DASHES, strict=False):
+        for method in one.methods:
+            yield one, method, named(run, one, NAMES[method]), dash
+
+
+def curves(run: Run, split: str, step: int | None) -> str:
+    """Loss over steps of each method as a chart; a vertical line marks the chosen step.
+
+    The training loss is a running mean over a tenth of the steps: of single batches one would see only noise.
+    """
+    lines = []
+    for one, method, name, dash in arms(run):
+        log = of_split(one.log(method), split)
+        losses = [max(-LARGEST_LOSS, min(LARGEST_LOSS, row["loss"])) for row in log]
+        losses = figures.running_mean(losses) if split == "train" else losses
+        # A page does not get sharper with more points than pixels.
+        every = max(1, len(log) // 400)
+        kept = [i for i in range(len(log)) if i % every == 0 or i == len(log) - 1]
+        lines.append(Line(name, COLORS[method], [(log[i]["step"], losses[i]) for i in kept], dash))
+    lines = [line for line in lines if line.points]
+    return line_chart(TITLES[split], "step", lines, step) if lines or split == "train" else ""
+
+
+def numbers(run: Run, step: int) -> str:
+    """Loss, validation loss, learning rate and seconds of each method at the chosen step.
+
+    The lowest losses are marked where they compare: of one run both, of several those on the same held-out images.
+    """
+    shown = list(arms(run))
+    known = [numbers_of(one, method, step) for one, method, *_ in shown]
+    at = {reached for reached, _ in known}
+    best = lowest([values for _, values in known]) if len(at) == 1 else {}
+    if run.beside:
+        best = {} if differing(run, LOSSES) else {column: best[column] for column in best if column == 1}
+    forms, rows = ((".4f", ""), (".4f", ""), (".2e", ""), (".0f", " s")), []
+    for (_, method, name, dash), (reached, values) in zip(shown, known, strict=True):
+        cells = ""
+        for column, (value, form) in enumerate(zip(values, forms, strict=True)):
+            is_best, cell = column in best and value == best[column], figure(value, *form)
+            cells += f'<td class="best">{cell}<small>lowest</small></td>' if is_best else f"<td>{cell}</td>"
+        behind = f"<small>at step {reached[0]}</small>" if run.beside and len(at) > 1 and reached[0] is not None else ""
+        rows.append(f"<tr><th>{key(COLORS[method], dash)}{escape(name)}{behind}</th>{cells}</tr>")
+    header = "<tr><th></th><th>loss (last 20)</th><th>validation loss</th><th>learning rate</th><th>time</th></tr>"
+    damaged = {name: count for one, method, name, _ in shown if (count := one.damaged_rows(method))}
+    notes = "".join(
+        notice(f"{name}: {count} lines of its log are damaged, and left out.") for name, count in damaged.items()
+    )
+    return (
+        table("numbers several" if run.beside else "numbers", f"Numbers at step {step}", header + "".join(rows)) + notes
+    )
+
+
+def numbers_of(run: Run, method: str, step: int) -> tuple[tuple, tuple]:
+    """The last steps up to this with any loss and with one on held-out images; the numbers there."""
+    log = [row for row in run.log(method) if row["step"] <= step]
+    recent = [row["loss"] for row in of_split(log, "train")[-20:]]
+    held_out = of_split(log, "validation")[-1:]
+    last = log[-1] if log else {}
+    loss = sum(recent) / len(recent) if recent else None
+    measured = held_out[0] if held_out else {}
+    values = loss, measured.get("loss"), last.get("lr"), last.get("seconds")
+    return (last.get("step"), measured.get("step")), values
+
+
+def lowest(rows: list[tuple]) -> dict[int, float]:
+    """The lowest of each column of losses, where several rows have any: a time is no better for being short."""
+    found = {}
+    for column in (0, 1):
+        values = [value for row in rows if (value := number(row[column])) is not None]
+        if len(values) > 1 and min(values) < max(values):
+            found[column] = min(values)
+    return found
+
+
+def key(color: str, dash: str) -> str:
+    """How a row's line is drawn in the charts."""
+    dashed = f' stroke-dasharray="{dash}"' if dash else ""
+    line = f'<path d="M0 6H28" stroke="{color}" stroke-width="3"{dashed}/>'
+    return f'<svg class="key" viewBox="0 0 28 12" aria-hidden="true">{line}</svg>'

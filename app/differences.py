@@ -1,0 +1,123 @@
+"""What the settings of runs say of whether their images and losses compare. HTML, as in `views`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+
+from .runs import Run
+from .verdict import held_out
+from .views import escape
+
+MATTERS = {
+    "seed": ("seed",),
+    "base model": (
+        "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "revision", "variant", "base_precision",
+    ),
+    "prompts": ("validation_prompt",),
+    "how samples are drawn": (
+        "validation_height", "validation_width", "num_inference_steps", "guidance_scale", "validation_prompt_options",
+    ),
+    "resolution": (
+        "resolution", "use_aspect_ratio_buckets", "aspect_ratio_buckets", "bucket_upscale", "center_crop",
+    ),
+    "held-out images": (
+        "train_data_dir", "dataset_name", "dataset_config_name", "image_column", "caption_column", "caption_prefix",
+        "caption_suffix", "max_train_samples", "class_data_dir", "validation_split", "max_validation_images",
+    ),
+    "how losses are measured": (
+        "prediction_type", "discrete_flow_shift", "guidance_scale_train", "max_sequence_length", "validation_noises",
+        "save_best", "early_stopping_patience",
+    ),
+}  # fmt: skip
+"""The flags by which runs may differ in what matters, by what these are called here."""
+IMAGES = ("seed", "base model", "how samples are drawn", "resolution")
+"""What images of one prompt must have in common to compare."""
+LOSSES = ("seed", "base model", "resolution", "held-out images", "how losses are measured")
+"""What losses must: the seed chooses the images to hold out, and their noise."""
+DEFAULTS = {"max_validation_images": 64}
+"""Of flags that an earlier version's settings may lack; all others are as if not given."""
+FIRST = "losses before training, so that images or model have changed since"
+TOLERANCE = 1e-3
+"""Relative, of losses before training: of the same images and model they differ by rounding alone."""
+LONGEST = 48
+
+
+def setting(config: dict, flag: str) -> str:
+    """The value of a flag as JSON; empty for one that was not given, or switched off."""
+    value = config.get(flag) or DEFAULTS.get(flag)
+    value = value[0] if isinstance(value, list) and len(value) == 1 else value
+    return json.dumps(value) if value else ""
+
+
+def drawn_alike(run: Run) -> tuple[str, ...]:
+    """Runs in which this is the same draw the same image of a prompt and number before they train."""
+    config = run.config
+    return tuple(
+        setting(config, flag) for flag in ("init_lora", *(flag for label in IMAGES for flag in MATTERS[label]))
+    )
+
+
+def differing(run: Run, labels: Collection[str]) -> dict[str, list[str]]:
+    """In which of these the runs beside a run differ from it or among themselves, and by which flags."""
+    runs, found = (run, *run.beside), {}
+    configs = [one.config for one in runs]
+    for label in labels:
+        flags = [flag for flag in MATTERS[label] if len({setting(config, flag) for config in configs}) > 1]
+        found |= {label: flags} if flags else {}
+    if "held-out images" in labels and not found.keys() & set(LOSSES) and not begin_alike(runs):
+        found[FIRST] = []
+    return found
+
+
+def begin_alike(runs: Collection[Run]) -> bool:
+    """Whether losses on held-out images were the same before training, as far as that is known.
+
+    A folder may have got other images between two runs, which no flag tells.
+    """
+    starting = [run for run in runs if not run.config.get("init_lora")]
+    first = [held_out(run, method).get(0) for run in starting for method in run.methods[:1]]
+    known = [loss for loss in first if loss is not None]
+    return not known or max(known) - min(known) <= TOLERANCE * max(map(abs, known))
+
+
+def differences(run: Run) -> str:
+    """In what runs differ that matters, and what follows for their images and losses; empty for a run alone."""
+    if not run.beside:
+        return ""
+    found = "; ".join(label + in_words(run, flags) for label, flags in differing(run, MATTERS).items())
+    line = f"These runs differ in {found}." if found else "These runs have in common all that matters here."
+    return f'<p class="verdict"><b>{escape(line)}</b> {of_images(run)} {of_losses(run)}</p>'
+
+
+def in_words(run: Run, flags: list[str]) -> str:
+    """The value of the flag in each run, where they differ by one that can be told in short."""
+    if len(flags) != 1:
+        return ""
+    given = [(one.name, one.config, one.config.get(flags[0])) for one in (run, *run.beside)]
+    values = [
+        f"{name}: {setting(config, flags[0]) or ('none' if value is None else value)}" for name, config, value in given
+    ]
+    return f" ({', '.join(values)})" if max(map(len, values)) <= LONGEST else ""
+
+
+def of_images(run: Run) -> str:
+    """Whether images compare."""
+    if found := differing(run, IMAGES):
+        return f"Do not compare their images one to one: {list_of(found)} would change them without any training."
+    return "Images in one row have the same prompt and seed, so they can be compared."
+
+
+def of_losses(run: Run) -> str:
+    """Whether losses on held-out images compare."""
+    if not any(setting(one.config, "validation_split") for one in (run, *run.beside)):
+        return "No image is held out, so no number compares them."
+    if differing(run, LOSSES):
+        return "Their losses do not compare: they are not known to be of the same held-out images, model and noise."
+    return "Their losses are of the same held-out images; between runs, too, one seed shows no difference."
+
+
+def list_of(found: Collection[str]) -> str:
+    """Some words as one reads them."""
+    *others, last = found
+    return f"{', '.join(others)} and {last}" if others else last

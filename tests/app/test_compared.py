@@ -1,0 +1,156 @@
+"""app/compared.py: images, curves and numbers of a run, and of runs beside it."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import PIL.Image
+import pytest
+from app_runs import run_by_hand, write_run, write_samples
+
+from app import compared
+from app.differences import differences
+from app.library import MOST_BESIDE, Library
+from app.runs import Run
+
+
+@pytest.fixture
+def run(tmp_path):
+    return run_by_hand(tmp_path)
+
+
+def test_a_run_that_failed_says_so(tmp_path):
+    (tmp_path / "runs" / "new").mkdir(parents=True)
+    (tmp_path / "runs" / "new" / "app.log").write_text("error\n")
+    assert "its log, under Train, says why" in compared.images(Library(tmp_path / "runs").find("new"), 0)
+
+
+def test_columns_and_grid_show_the_chosen_step(run):
+    write_samples(run.folder / "reslora" / "merged", 200)
+    columns = compared.columns(run, 2)
+    assert [column.title for column in columns] == ["Base model", "LoRA", "ResLoRA", "ResLoRA merged"]
+    reds = [PIL.Image.open(column.images[0, 0, "red disc"]).getpixel((0, 0))[0] for column in columns]
+    assert reds == [0, 20, 60, 200]
+    assert compared.images(run, 2) != compared.images(run, 4)
+    assert "not at this step" in compared.images(run, 3)
+    compared.save_grid(run, 2, run.folder / "grid.png")
+    with PIL.Image.open(run.folder / "grid.png") as grid:
+        colours = {colour for _, colour in grid.convert("RGB").getcolors(2**20)}
+    assert {(red, green, 0) for red in reds for green in (0, 100)} <= colours
+
+
+def test_a_run_without_prompts_shows_its_losses(tmp_path):
+    folder = write_run(tmp_path / "runs" / "quiet", validation_prompt=[])
+    for samples in folder.glob("*/samples"):
+        shutil.rmtree(samples)
+    run = Library(tmp_path / "runs").find("quiet")
+    assert run.steps() == [0, 2, 4]
+    assert "--validation_prompt" in compared.images(run, 4)
+    assert "0.4000" in compared.numbers(run, 4)  # the validation loss at step 4
+
+
+def test_curves_have_a_line_a_method_and_a_mark_at_the_step(run):
+    chart = compared.curves(run, "train", 2)
+    assert chart.count("<polyline") == 2 and chart.count('class="mark"') == 1
+    assert ">LoRA</text>" in chart and ">ResLoRA</text>" in chart
+    assert "<polyline" not in compared.curves(run, "validation", 2).replace("<polyline", "", 2)
+    (run.folder / "reslora" / "log.jsonl").write_text("")
+    assert compared.curves(run, "train", 2).count("<polyline") == 1
+
+
+def beside(folder, *others: dict, **config) -> Run:
+    """A run, and others beside it whose settings differ."""
+    config = {"seed": 3, "validation_split": 0.1, "validation_prompt": ["red disc", "box"]} | config
+    runs = [Run("first", write_run(folder / "first", methods=("lora",), **config))]
+    for number, changes in enumerate(others):
+        name = f"other{number}"
+        runs.append(Run(name, write_run(folder / name, methods=("lora",), **(config | changes))))
+    return replace(runs[0], beside=tuple(runs[1:]))
+
+
+def test_runs_are_side_by_side_and_images_that_do_not_compare_are_in_rows_of_their_own(tmp_path):
+    """One base model's column for two that draw alike; another prompt of the same number has another row."""
+    run = beside(tmp_path, {}, {"validation_prompt": ["red disc", "a large box"], "seed": 4})
+    shutil.rmtree(run.beside[0].folder / "lora" / "samples" / "step-000002")
+    columns = compared.columns(run, 2)
+    assert [column.title for column in columns] == [
+        "first: Base model", "other1: Base model", "first: LoRA", "other0: LoRA", "other1: LoRA",
+    ]  # fmt: skip
+    assert [cell[2] for cell in compared.rows_of(columns)] == ["red disc", "box", "a large box"]
+    shown = compared.images(run, 2)
+    assert shown.count("<img") == 8 and shown.count(">other prompt<") == 5 and shown.count(">not at this step<") == 2
+    assert 'alt="a large box: other1: LoRA" title="a large box: other1: LoRA"></button>' in shown
+    compared.save_grid(run, 2, tmp_path / "grid.png")
+    with PIL.Image.open(tmp_path / "grid.png") as grid:
+        assert grid.width > 5 * 128
+
+
+def test_lines_of_several_runs_are_told_apart_and_numbers_are_further_rows(tmp_path):
+    run = beside(tmp_path, {}, {})
+    log = run.beside[1].folder / "lora" / "log.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    rows = [row | {"loss": row["loss"] - 0.1 * (row["step"] > 0)} for row in rows]
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chart = compared.curves(run, "validation", 4)
+    dashes = [part.split('"')[1] for part in chart.split("stroke-dasharray=")[1:]]
+    assert chart.count("<polyline") == 3 and set(dashes) == {"7 4", "2 3"} and ">other1: LoRA</text>" in chart
+    shown = compared.numbers(run, 4)
+    assert shown.count("<tr>") == 4 and shown.count("lowest") == 1  # on held-out images; not of what was trained on
+    assert shown.index("other1: LoRA") < shown.index("0.3000<small>lowest")
+    shown = compared.numbers(replace(run, beside=run.beside[1:]), 4)
+    assert shown.count("lowest") == 1
+    (run.folder / "lora" / "log.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    shown = compared.numbers(run, 4)
+    assert shown.count("lowest") == 0 and "first: LoRA<small>at step 1</small>" in shown
+
+
+@pytest.mark.parametrize(
+    ("changes", "told", "compares"),
+    [
+        ({}, "all that matters here", (True, True)),
+        ({"rank": 8, "learning_rate": 1.0}, "all that matters here", (True, True)),
+        ({"seed": 4}, "seed (first: 3, other0: 4)", (False, False)),
+        ({"seed": 0}, "seed (first: 3, other0: 0)", (False, False)),
+        ({"pretrained_model_name_or_path": "<b>"}, "base model (first: none, other0: &quot;&lt;b&gt;", (False, False)),
+        ({"validation_prompt": ["x", "y"]}, "differ in prompts", (True, True)),
+        ({"num_inference_steps": 3}, "how samples are drawn", (False, True)),
+        ({"validation_split": 0.2}, "held-out images (first: 0.1, other0: 0.2)", (True, False)),
+        ({"train_data_dir": ["a"], "caption_prefix": "b"}, "differ in held-out images.", (True, False)),
+        ({"resolution": 64}, "resolution", (False, False)),
+        ({"validation_split": 0.1, "seed": [3]}, "all that matters here", (True, True)),
+    ],
+)  # fmt: skip
+def test_what_keeps_runs_from_being_compared_is_said(tmp_path, changes, told, compares):
+    """And no loss is marked as the lowest where held-out images may not be the same."""
+    run = beside(tmp_path, changes)
+    log = run.folder / "lora" / "log.jsonl"
+    log.write_text(log.read_text().replace("0.4", "0.41"))
+    said = differences(run)
+    assert told in said and differences(replace(run, beside=())) == ""
+    assert ("can be compared" in said, "same held-out images; between" in said) == compares
+    assert ("lowest" in compared.numbers(run, 4)) == compares[1]
+
+
+def test_images_that_have_changed_in_their_folder_are_noticed(tmp_path):
+    """By losses before training, which no setting tells."""
+    run = beside(tmp_path, {})
+    log = run.folder / "lora" / "log.jsonl"
+    log.write_text(log.read_text().replace('"loss": 2.0', '"loss": 2.1'))
+    assert "differ in losses before training" in differences(run) and "do not compare" in differences(run)
+    assert "lowest" not in compared.numbers(run, 4)
+    none = beside(tmp_path / "none", {}, validation_split=None)
+    assert "No image is held out" in differences(none)
+
+
+def test_a_library_puts_only_other_runs_beside_one_and_sees_what_is_new_of_them(tmp_path):
+    for name in "abcdef":
+        write_run(tmp_path / name)
+    library = Library(tmp_path)
+    run = library.beside(library.find("a"), ["a", "b", "b", "gone", 7, None, "c", "d", "e"])
+    assert [other.name for other in run.beside] == ["b", "c", "d"] and len(run.beside) == MOST_BESIDE
+    for wrong in (None, "b", 7, {}, [[]]):
+        assert library.beside(run, wrong).beside == ()
+    before = run.fingerprint()
+    with (tmp_path / "c" / "lora" / "log.jsonl").open("a") as log:
+        log.write('{"step": 5, "split": "train", "loss": 1.0}\n')
+    assert run.fingerprint() != before
