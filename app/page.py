@@ -27,7 +27,7 @@ RUNS_SEEN = 1
 """Where in what was seen the names of the runs are."""
 AT_REST = 3
 """How much of what was seen stays as it is while a trainer merely goes on; the rest is `live`."""
-STYLE, ZOOM = (Path(__file__).with_name(name) for name in ("style.css", "zoom.js"))
+STYLE, *SCRIPTS = (Path(__file__).with_name(name) for name in ("style.css", "streams.js", "zoom.js"))
 EXPLANATION = (
     "ResLoRA trains LoRA blocks with residual shortcuts between neighbouring layers, then merges them away; "
     "what is left is a plain LoRA. All images in a row have the same caption and seed: only the method differs."
@@ -56,7 +56,8 @@ def look() -> dict:
         block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300",
         slider_color="*primary_700", slider_color_dark="*primary_600",
     )  # fmt: skip
-    return {"theme": theme, "css_paths": [STYLE], "head": f"<script>{ZOOM.read_text(encoding='utf-8')}</script>"}
+    scripts = "".join(f"<script>{path.read_text(encoding='utf-8')}</script>" for path in SCRIPTS)
+    return {"theme": theme, "css_paths": [STYLE], "head": scripts}
 
 
 class Page:
@@ -81,6 +82,7 @@ class Page:
         self.blocks: gr.Blocks
         self.seen = gr.State(None)
         self.timer = gr.Timer(EVERY)
+        self.nudge = gr.Button(visible="hidden", elem_id="nudge")  # pressed by streams.js alone
 
     def tab(self, cls: type[T]) -> T:
         """The tab of that class."""
@@ -97,6 +99,7 @@ class Page:
         context = [self.run, self.beside, self.seen, *(tab.chosen for tab in self.choosing)]
         # Not queued: a look that is lost with its queue's stream would be waited for, and the page would stand still.
         self.timer.tick(readable_errors(self.watch), context, everything, queue=False, **quiet)
+        self.nudge.click(lambda: None, **quiet)
         for tab in self.tabs:
             tab.events(self)
         gr.api(readable_errors(self.list_runs), api_name="runs")

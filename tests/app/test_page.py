@@ -580,6 +580,49 @@ def test_loras_are_stacked_and_written_as_a_model(page, runs):
     assert page.evaluate("document.documentElement.scrollWidth") <= 420
 
 
+LATE_END = """
+const plain = window.fetch;
+window.fetch = async (...request) => {
+  const answer = await plain(...request);
+  if (!String(request[0]?.url ?? request[0]).includes("/queue/data")) return answer;
+  const late = new TransformStream({
+    async transform(chunk, out) {
+      const text = new TextDecoder().decode(chunk), close = text.indexOf('"close_stream"');
+      if (close < 0 || window.late !== "wanted") return out.enqueue(chunk);
+      const at = text.lastIndexOf("data:", close);
+      out.enqueue(new TextEncoder().encode(text.slice(0, at)));
+      await new Promise(done => { window.release = done; window.late = "held"; });
+      out.enqueue(new TextEncoder().encode(text.slice(at)));
+    },
+  });
+  return new Response(answer.body.pipeThrough(late), answer);
+};
+"""
+
+
+def test_what_is_asked_as_the_stream_of_answers_ends_is_answered(browser, address):
+    """The server has closed the stream when the second question comes, and the page hears of it after its answer."""
+    page = browser.new_page()
+    page.set_default_timeout(LIMIT * 1000)
+    page.add_init_script(LATE_END)
+    page.goto(address, wait_until="domcontentloaded")
+    page.wait_for_selector('#grid table[data-step="4"]')
+    page.get_by_role("tab", name="Generate").click()
+    page.locator("#denoising input[type=number]").fill("1")
+    page.wait_for_timeout(1000)  # what the page itself has asked for is answered
+    page.evaluate("window.late = 'wanted'")
+    page.locator("#generate").click()
+    page.locator("#status").get_by_text("images are done").wait_for()
+    page.wait_for_function("window.late === 'held'")
+    page.locator("#seed input[type=number]").fill("4711")
+    with page.expect_response(lambda answer: "/queue/join" in answer.url) as asked:
+        page.locator("#generate").click()
+    asked.value.finished()
+    page.evaluate("window.release()")
+    page.locator("#made").get_by_text("4711").first.wait_for()
+    page.close()
+
+
 def test_cancel(page):
     page.get_by_role("tab", name="Generate").click()
     page.locator("#denoising input[type=number]").fill("150")
