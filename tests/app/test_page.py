@@ -551,6 +551,7 @@ def test_a_grid_is_drawn_enlarged_stopped_and_taken_along(page):
     with PIL.Image.open(download.value.path()) as image:
         assert image.width > 3 * 128 and download.value.suggested_filename.endswith("-grid.png")
     page.locator("#denoising input[type=number]").fill("150")
+    page.locator("#values-x textarea, #values-x input").fill(" ".join(str(n / 100) for n in range(30)))
     page.locator("#draw-grid").click()
     page.locator("#xy-status").get_by_text("Row 1 of 2").wait_for()
     page.locator("#stop-grid").click()
