@@ -211,7 +211,7 @@ def test_images_that_are_trained_on_are_not_thrown_away(edits, tmp_path, monkeyp
     run = tmp_path / "runs" / "busy"
     run.mkdir()
     (run / "config.json").write_text(json.dumps({"train_data_dir": str(tmp_path / "data")}))
-    monkeypatch.setattr(edits.trainings, "active", lambda: Library(tmp_path / "runs").find("busy"))
+    monkeypatch.setattr(edits.trainings, "all_active", lambda: iter([Library(tmp_path / "runs").find("busy")]))
     with pytest.raises(RunError, match="busy is training"):
         edits.throw_away(edits.look("set"), ["1.png"])
     (run / "config.json").write_text(json.dumps({"train_data_dir": [str(tmp_path / "elsewhere")]}))
