@@ -79,7 +79,8 @@ class Visitor:
 
     async def call(self, name: str, *values: object) -> list:
         """A named endpoint's answer; waits in the queue as a click does."""
-        asked = await self.client.post(f"{API}/call/{name}", json={"data": values})
+        question = {"data": values, "session_hash": self.session}
+        asked = await self.client.post(f"{API}/call/{name}", json=question)
         answer = await self.client.get(f"{API}/call/{name}/{asked.raise_for_status().json()['event_id']}")
         *_, event, data = answer.raise_for_status().text.strip().splitlines()
         if event != "event: complete":
