@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import sys
 import time
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import torch
@@ -64,6 +66,12 @@ def _busy_elsewhere() -> float | None:
     user, nice, system, _, _, interrupts, soft, stolen = ticks
     busy = (user + nice + system + interrupts + soft + stolen) / os.sysconf("SC_CLK_TCK")
     return busy - sum(os.times()[:4])
+
+
+def check_names(parser: argparse.ArgumentParser, names: Iterable[str], known: Collection[str]) -> None:
+    """Ends the program where one of the experiments that were named is none."""
+    if unknown := [name for name in names if name not in known]:
+        parser.error(f"unknown experiment {unknown[0]}; choose from {', '.join(known)}")
 
 
 def keep(name: str, figures: dict) -> None:

@@ -33,7 +33,7 @@ from pathlib import Path
 import paper_models
 import paper_report
 import torch
-from measured import RESULTS, ROOT
+from measured import RESULTS, ROOT, check_names
 
 from reslora.files import write_json
 
@@ -144,9 +144,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     parser = build_parser()
     args = parser.parse_args()
-    unknown = [name for name in args.experiments if name not in EXPERIMENTS]
-    if unknown:
-        parser.error(f"unknown experiment {unknown[0]}; choose from {', '.join(EXPERIMENTS)}")
+    check_names(parser, args.experiments, EXPERIMENTS)
     chosen = args.experiments or [name for name, e in EXPERIMENTS.items() if e.required or args.all]
     if args.what == "list":
         print_list()

@@ -23,7 +23,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from measured import RESULTS, ROOT, machine
+from measured import RESULTS, ROOT, check_names, machine
 
 from reslora.files import read_object, write_json
 
@@ -111,9 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     parser = build_parser()
     args = parser.parse_args()
-    unknown = [name for name in args.experiments if name not in EXPERIMENTS]
-    if unknown:
-        parser.error(f"unknown experiment {unknown[0]}; choose from {', '.join(EXPERIMENTS)}")
+    check_names(parser, args.experiments, EXPERIMENTS)
     for name in args.experiments or EXPERIMENTS:
         experiment = EXPERIMENTS[name]
         if args.what == "list":

@@ -26,11 +26,6 @@ def alone() -> bool:
     return not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
 
 
-def processes() -> int:
-    """How many there are of this run."""
-    return 1 if alone() else dist.get_world_size()
-
-
 def is_main() -> bool:
     """Whether this is the process that decides, writes and prints."""
     return alone() or dist.get_rank() == 0

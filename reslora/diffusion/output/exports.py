@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from peft import PeftModel
 from torch import nn
@@ -21,7 +22,6 @@ from ...chains import Chains, chains
 from ...common.adapters import load_adapter, remove_adapters
 from ...common.errors import Diverged, RunFailed, first_line
 from ...common.methods import METHODS
-from ...common.together import processes
 from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 from ...files import Damaged, check_checksums, write_json
 from ...model import MergeReport, merge
@@ -219,7 +219,7 @@ def merge_reslora(parts: Parts, loss: DenoisingLoss, material: Material) -> dict
 @torch.no_grad()
 def calibration_batches(loss: DenoisingLoss, material: Material) -> list[dict]:
     """The denoiser's keyword arguments, in float32, for the training samples that a merge may read."""
-    read = CalibrationSamples(material).batches(material.flags.merge_calibration_samples, processes())
+    read = CalibrationSamples(material).batches(material.flags.merge_calibration_samples, PartialState().num_processes)
     with evaluating(*loss.encoders):
         return [as_float32(loss.inputs(loss.encoded(batch))[0]) for batch in read]
 
