@@ -108,6 +108,7 @@ def summary_of(verdicts: Sequence[Verdict], unit: str) -> str:
 
 
 def verdict_table(experiment: Experiment, unit: str) -> str:
+    """The verdicts as sentences, and in numbers with their intervals drawn; HTML."""
     verdicts = experiment["verdicts"]
     ends = [abs(end) for verdict in verdicts for end in verdict["interval"] or (verdict["relative"],)]
     places = {label: number for number, label in enumerate(labels_of(experiment))}
@@ -135,10 +136,12 @@ def verdict_table(experiment: Experiment, unit: str) -> str:
 
 
 def signed(percent: float) -> str:
+    """With its sign; HTML."""
     return f"{'&minus;' if percent < 0 else '+'}{percents(percent)[0]}" if percent else "0"
 
 
 def p_in_words(p: float | None) -> str:
+    """Three places of it; HTML."""
     return NOTHING if p is None else f"{p:.3f}" if p >= 0.001 else "&lt; 0.001"
 
 
@@ -146,6 +149,7 @@ def p_in_words(p: float | None) -> str:
 
 
 def chosen_table(experiment: Experiment, unit: str) -> str:
+    """Each label's rate and checkpoint, and whether the rate is at an end of those tried; HTML."""
     ranks = {arm["label"]: arm for arm in experiment["arms"]}
     rows = []
     for label, choice in experiment["chosen"].items():
@@ -163,6 +167,7 @@ def chosen_table(experiment: Experiment, unit: str) -> str:
 
 
 def arm_table(experiment: Experiment, about: About) -> str:
+    """Every training with its losses, time and memory; HTML."""
     rows: list[list[str]] = []
     marked = set()
     measured = {name for arm in experiment["arms"] for name in beside_loss(arm)}
@@ -218,6 +223,7 @@ def table(title: str, names: Iterable[str], rows: Sequence[Sequence[str]], marke
 
 
 def badge(word: str) -> str:
+    """A state or a conclusion in the colour of its kind; HTML."""
     return f'<span class="badge {escape(word)}">{escape(word)}</span>'
 
 
@@ -228,10 +234,12 @@ def rate(value: float) -> str:
 
 
 def number(loss: float | None) -> str:
+    """A loss as it is printed."""
     return f"{loss:.5f}" if loss is not None and math.isfinite(loss) else NOTHING
 
 
 def duration(seconds: float) -> str:
+    """Seconds as hours, minutes and seconds, of which at most two are told."""
     minutes, rest = divmod(round(seconds), 60)
     return (
         f"{minutes // 60} h {minutes % 60} min"
@@ -243,10 +251,12 @@ def duration(seconds: float) -> str:
 
 
 def count(things: Sequence, name: str) -> str:
+    """How many there are of what is called so."""
     return f"{len(things)} {name}{'s' * (len(things) != 1)}"
 
 
 def finite(values: Iterable[float | None]) -> list[float]:
+    """Those that can be drawn."""
     return [value for value in values if value is not None and math.isfinite(value)]
 
 
@@ -309,6 +319,7 @@ def is_chosen(arm: Arm, experiment: Experiment) -> bool:
 
 
 def settings_of(experiment: Experiment) -> str:
+    """Settings, versions and parts, folded; HTML."""
     settings = {name: value for name, value in experiment["settings"].items() if value not in (None, "", [], False)}
     found = ""
     for title, content in (

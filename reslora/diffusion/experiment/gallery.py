@@ -65,6 +65,7 @@ def nearest(samples: Path, step: int) -> Path | None:
 
 
 def step_of(place: Path) -> int:
+    """The step at which a folder's samples were drawn."""
     return int(place.name[5:])
 
 
@@ -101,6 +102,7 @@ def slider(columns: list[tuple[str, str, Path]], prompts: list[str], best: str |
 
 
 def select(name: str, title: str, options: list[tuple[str, str]], chosen: int) -> str:
+    """A list to choose from, of values and their texts; HTML."""
     entries = "".join(
         f'<option value="{value}"{" selected" * (number == chosen)}>{escape(text)}</option>'
         for number, (value, text) in enumerate(options)

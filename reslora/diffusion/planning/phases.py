@@ -183,6 +183,7 @@ class Rehearsal:
         )  # fmt: skip
 
     def captions(self, count: int) -> list[str]:
+        """So many captions, each as long as the longest."""
         return [max((text for texts in self.kinds[0].captions for text in texts), key=len)] * count
 
     # -- training ------------------------------------------------------------------------------------------------------
