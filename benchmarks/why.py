@@ -57,7 +57,11 @@ class Experiment:
         return [str(ROOT / self.script), *flags, *several, "--extend_rates", "--output_dir", str(SCRATCH / name)]
 
 
-IMAGE_FLAGS = ("--validation_steps", "50", "--num_validation_images", "0", "--report_to", "none")
+# Steps of few images: an arm takes half a minute of one core, and there are hundreds.
+IMAGE_FLAGS = (
+    *("--train_batch_size", "4", "--validation_steps", "100", "--max_validation_images", "16", "--test_split", "0.2"),
+    *("--num_validation_images", "0", "--report_to", "none"),
+)
 TEXT_FLAGS = (
     *("--model_name_or_path", "{llm}", "--task", "svamp", "--data_dir", "{text}/svamp", "--report_to", "none"),
     *("--per_device_train_batch_size", "8", "--per_device_eval_batch_size", "50", "--max_new_tokens", "32"),
