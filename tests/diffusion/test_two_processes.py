@@ -10,7 +10,9 @@ from launching import FOLDER, forked, start, start_forked
 from waiting import ended, wait_until
 
 from diffusion.runs import RESUME, SCRIPT, assert_same, digests, final_weights, main
+from reslora.common.log import of_split, read_log
 from reslora.common.recovery import numbered
+from reslora.files import read_object
 
 STEPS = 5
 CONFIGURATION = "cpu_two_processes.yaml"
@@ -105,6 +107,20 @@ def test_one_process_does_not_go_on_for_two_half_as_large(flags, whole, capsys):
     """As many samples a step: allowed, and equal but for rounding; half as many: refused."""
     assert main(*flags, "--output_dir", whole, "--max_train_steps", "6", *RESUME) == 2
     assert "batch size x accumulation x processes = 2" in capsys.readouterr().err
+
+
+def test_both_end_early_with_one(flags, tmp_path):
+    """The validation loss that gets no lower ends them after the step that ends one process of as many samples."""
+    words = ["--learning_rate", "0.05", "--early_stopping_patience", "1", "--validation_steps", "1", "--method", "lora"]
+    words += ["--max_train_steps", "12", "--num_validation_images", "0"]
+    forked(SCRIPT, *flags, *words, "--output_dir", str(tmp_path / "two"), folder=tmp_path)
+    assert main(*flags, *words, "--train_batch_size", "4", "--output_dir", tmp_path / "one") == 0
+    two, one = (
+        [row["loss"] for row in of_split(read_log(tmp_path / name / "lora" / "log.jsonl"), "validation")]
+        for name in ("two", "one")
+    )
+    assert two == pytest.approx(one, rel=1e-4) and 2 < len(two) < 13 and two[-1] >= min(two[1:-1])
+    assert read_object(tmp_path / "two" / "lora" / "exports.json")["step"] == len(two) - 1
 
 
 def processes_of(launcher) -> list[psutil.Process]:
