@@ -101,24 +101,22 @@ def serve(args: argparse.Namespace, neutral: Path) -> int:
     library = Library(args.runs.absolute(), (default_output().absolute(), EXAMPLE))
     trainings = Trainings(library, args.data.absolute() if args.data else None)
     move_to(neutral)
-    from starlette.middleware import Middleware  # Gradio, from here on, looks at where it is
-
-    from . import page
-    from .listeners import Listeners, ListenersMiddleware
+    from . import page  # Gradio, from here on, looks at where it is
     from .queue import Queue
+    from .sessions import LIMITS
     from .studio import Studio
     from .weight_files import LARGEST_ADAPTER
 
     # Libraries' notes to programmers are not for whoever starts the page.
     warnings.filterwarnings("ignore", category=FutureWarning)
-    studio, listeners, queue = Studio(), Listeners(), Queue(trainings)
+    studio, queue = Studio(), Queue(trainings)
     queue.keep_going()
-    demo = page.create_demo(library, trainings, studio, listeners)
+    demo = page.create_demo(library, trainings, studio)
     try:
         demo.launch(
             server_name=args.host, server_port=args.port, share=args.share, auth=args.auth, inbrowser=args.inbrowser,
             show_error=True, ssr_mode=False, max_file_size=LARGEST_ADAPTER, footer_links=["api"], run_history=False,
-            app_kwargs={"middleware": [Middleware(ListenersMiddleware, listeners)]}, **page.look(),
+            **LIMITS, **page.look(),
         )  # fmt: skip
     except OSError as error:
         print(f"python -m app: {str(error).splitlines()[0]}", file=sys.stderr)
@@ -134,6 +132,8 @@ def move_to(neutral: Path) -> None:
     (neutral / "tmp").mkdir()
     os.environ["GRADIO_TEMP_DIR"] = str(neutral / "served")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    # Without these, every answer waits for a table of the last 10,000 questions that nobody looks at: 0.02 to 0.1 s.
+    os.environ["GRADIO_ANALYTICS_MAX_EVENTS"], os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = "1", str(2**62)
     tempfile.tempdir = str(neutral / "tmp")
     os.chdir(neutral)
 

@@ -12,9 +12,9 @@ from .activity import activity
 from .handlers import readable_errors
 from .launcher import Trainings
 from .library import Library
-from .listeners import Listeners
 from .queue import Queue
 from .runs import Run
+from .sessions import Blocks
 from .studio import Studio
 from .tabs import TABS, Parts, Tab
 from .tabs.compare import CompareTab
@@ -35,12 +35,12 @@ EXPLANATION = (
 TITLE = f"<h1>ResLoRA for Stable Diffusion</h1><details><summary>What is this?</summary><p>{EXPLANATION}</p></details>"
 
 
-def create_demo(library: Library, trainings: Trainings, studio: Studio, listeners: Listeners) -> gr.Blocks:
+def create_demo(library: Library, trainings: Trainings, studio: Studio) -> gr.Blocks:
     """The page as Gradio blocks; nothing is loaded or read before somebody looks at it."""
-    with gr.Blocks(
+    with Blocks(
         title="ResLoRA for Stable Diffusion", analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)
     ) as demo:
-        Page(Parts(library, trainings, Queue(trainings), studio, listeners)).events(demo)
+        Page(Parts(library, trainings, Queue(trainings), studio)).events(demo)
     demo.queue(max_size=32, default_concurrency_limit=4)
     return demo
 

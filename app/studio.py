@@ -1,5 +1,8 @@
 """The pipeline, the weights that are in it, and images from it; people take turns, an image at a time.
 
+Gradio's `cancels` would not do for stopping: the handler has no last word then, so that a stopped grid gives no picture
+of its cells; and one that waits for its turn is not reached before it comes.
+
 The base weights are never changed: other weights go into another denoiser, a *skeleton* that shares the base tensors,
 made on the meta device in a fraction of a second. So switching reloads nothing, and a load that fails changes nothing.
 """
@@ -16,7 +19,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -83,13 +86,14 @@ class Picture:
     """The checkpoint and the merge that make the weights, where they are not there yet."""
 
 
-class Audience:
-    """Whether a generation is still wanted: not cancelled, and somebody listens."""
+class Visitor:
+    """Who asked for something, and is told what happens until it is cancelled or nobody listens."""
 
-    def __init__(self, listening: Callable[[], bool]) -> None:
-        self.listening = listening
+    def __init__(self, session: str, listening: Callable[[], bool]) -> None:
+        self.session, self.listening = session, listening
         self.stopped = threading.Event()
         self.heard = time.monotonic()
+        self.events: queue.Queue = queue.Queue(maxsize=1)
 
     def check(self) -> None:
         """Raises `Cancelled` once nobody wants it any more."""
@@ -108,18 +112,10 @@ class Audience:
             time.sleep(0.1)
         self.check()
 
-
-@dataclass(frozen=True, eq=False)
-class Visitor:
-    """Who asked for something, and is told what happens."""
-
-    audience: Audience
-    events: queue.Queue = field(default_factory=lambda: queue.Queue(maxsize=1))
-
     def put(self, event: object) -> None:
         """Tells it; raises `Cancelled` once nobody wants to know."""
         while True:
-            self.audience.check()
+            self.check()
             with contextlib.suppress(queue.Full):
                 return self.events.put(event, timeout=0.1)
 
@@ -143,8 +139,8 @@ class Studio:
         """What is in the pipeline's denoiser: path and configuration, their times of change, strength."""
         self.loads = 0
         """How many times a pipeline was loaded from its files."""
-        self.running: dict[Audience, str] = {}
-        """Who waits for something, and the session of each."""
+        self.running: set[Visitor] = set()
+        """Who waits for something."""
 
     # -- generating ----------------------------------------------------------------------------------------------------
 
@@ -193,8 +189,8 @@ class Studio:
 
     def _told(self, work: Callable[[Visitor], None], session: str, listening: Callable[[], bool]) -> Iterator:
         """Does some work in a thread of its own and yields what is told of it."""
-        visitor = Visitor(Audience(listening))
-        self.running[visitor.audience] = session
+        visitor = Visitor(session, listening)
+        self.running.add(visitor)
         threading.Thread(target=self._work, args=(work, visitor), daemon=True).start()
         try:
             while (event := visitor.events.get()) is not None:
@@ -202,20 +198,20 @@ class Studio:
                     raise event
                 yield event
         finally:
-            visitor.audience.stopped.set()
-            del self.running[visitor.audience]
+            visitor.stopped.set()
+            self.running.remove(visitor)
 
     def cancel(self, session: str) -> bool:
         """Stops what a session waits for within one step; False if there is nothing."""
-        found = [audience for audience, whose in list(self.running.items()) if whose == session]
-        for audience in found:
-            audience.stopped.set()
+        found = [visitor for visitor in list(self.running) if visitor.session == session]
+        for visitor in found:
+            visitor.stopped.set()
         return bool(found)
 
     def close(self) -> None:
         """Stops whatever is being done."""
-        for audience in list(self.running):
-            audience.stopped.set()
+        for visitor in list(self.running):
+            visitor.stopped.set()
 
     def _work(self, work: Callable[[Visitor], None], visitor: Visitor) -> None:
         outcome: Exception | None = RunError("This could not be generated.")
@@ -228,7 +224,7 @@ class Studio:
             traceback.print_exception(error)
             outcome = RunError(f"This could not be generated ({type(error).__name__}).")
         finally:
-            if visitor.audience.stopped.is_set():
+            if visitor.stopped.is_set():
                 with contextlib.suppress(queue.Empty):
                     visitor.events.get_nowait()  # a step that nobody will look at must not keep the outcome out
             with contextlib.suppress(queue.Full):
@@ -237,10 +233,10 @@ class Studio:
     @contextlib.contextmanager
     def _turn(self, run: Run | None, visitor: Visitor) -> Iterator[None]:
         """Waits for its turn and holds it, with the run's pipeline loaded."""
-        visitor.audience.wait()
+        visitor.wait()
         if self.turns.waiting:
             visitor.put(Status("Waiting for another image to be finished"))
-        with self.turns.turn(visitor.audience.check):
+        with self.turns.turn(visitor.check):
             if self.base != base_of(run):
                 visitor.put(Status("Loading the model: this happens once"))
                 self._load(base_of(run))
@@ -262,7 +258,7 @@ class Studio:
         request = picture.request
 
         def after_step(pipeline, index, timestep, tensors):
-            visitor.audience.check()
+            visitor.check()
             if not tensors["latents"].isfinite().all():
                 raise RunError(f"{picture.weights.label}: step {index + 1} gave values that are not finite.")
             visitor.put(Step(number, index + 1, request.steps))
@@ -414,7 +410,7 @@ class Studio:
                 parts = {name: made[name] for name in stacks.put(made, self.family, weights, 1.0)}
             try:
                 base = self.pipeline.components | self.encoders | {self.family.denoiser: self._skeleton()}
-                whole_models.write(target, self.model, base, parts, visitor.audience.check)
+                whole_models.write(target, self.model, base, parts, visitor.check)
             except OSError as error:
                 reason = os.strerror(error.errno) if error.errno else type(error).__name__
                 raise RunError(f"The model could not be written: {reason}.") from None

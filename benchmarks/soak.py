@@ -4,7 +4,8 @@
 
 Each visitor loads the page, looks every two seconds as the page does by itself, and every ten seconds moves the slider
 of Compare to another step. The two who never read have asked for drawings, and hold their streams open. Kept are
-seconds of the requests, and the server's memory, threads and open files at the beginning and in the end.
+seconds of the requests, the server's memory every quarter of a minute, how much of it the second half of the time added
+(nothing, where nothing leaks), and threads and open files: at the beginning, the most, and when all have gone.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import psutil
 from measured import ROOT, Others, keep
 
 API, HOST = "/gradio_api", "127.0.0.1"
-LOOK, EVERY = 2.0, 10.0  # seconds between two looks, and between two comparisons
+LOOK, EVERY, WEIGHED = 2.0, 10.0, 15.0  # seconds between two looks, two comparisons, two measurements of memory
 T = TypeVar("T")
 
 
@@ -133,10 +134,17 @@ def never_read(host: str, port: int, run: str) -> socket.socket:
     return stream
 
 
-def size(process: psutil.Process) -> dict[str, float]:
+def size(process: psutil.Process) -> dict[str, int]:
     """What a leak would make grow."""
     memory = round(process.memory_info().rss / 2**20)
     return {"memory_mib": memory, "threads": process.num_threads(), "files": process.num_fds()}
+
+
+def grown(sizes: list[dict[str, int]]) -> dict:
+    """What becomes of the sizes, the last of which is after all visitors have gone."""
+    memory = [each["memory_mib"] for each in sizes]
+    ends = {name: [sizes[0][name], max(each[name] for each in sizes), sizes[-1][name]] for name in ("threads", "files")}
+    return {"memory_mib": memory, "second_half_mib": memory[-1] - memory[len(memory) // 2], **ends}
 
 
 async def visits(args: argparse.Namespace, port: int, process: psutil.Process) -> dict:
@@ -150,12 +158,12 @@ async def visits(args: argparse.Namespace, port: int, process: psutil.Process) -
     sizes = []
     while not staying.done():
         sizes.append(size(process))
-        await asyncio.wait([staying], timeout=10)
+        await asyncio.wait([staying], timeout=WEIGHED)
     ended = [str(each) for each in await staying if isinstance(each, BaseException)]
     for stream in silent:
         stream.close()
     await asyncio.sleep(10)
-    return {"requests": kept.figures(), "errors": kept.errors, "left": ended, "sizes": [*sizes, size(process)]}
+    return {"requests": kept.figures(), "errors": kept.errors, "left": ended, **grown([*sizes, size(process)])}
 
 
 def main() -> None:
@@ -170,7 +178,7 @@ def main() -> None:
             finally:
                 server.terminate()
     keep(args.name, {"settings": {**vars(args)}, **others(), **found})
-    print(json.dumps(found["requests"], indent=1), *found["errors"][:5], sep="\n")
+    print(json.dumps(found["requests"], indent=1), found["memory_mib"], *found["errors"][:5], sep="\n")
 
 
 def wait_for(port: int, server: subprocess.Popen) -> None:

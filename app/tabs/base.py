@@ -9,7 +9,6 @@ import gradio as gr
 
 from ..launcher import Trainings
 from ..library import Library
-from ..listeners import Listeners
 from ..queue import Queue
 from ..runs import Run
 from ..studio import Studio
@@ -27,7 +26,6 @@ class Parts:
     trainings: Trainings
     queue: Queue
     studio: Studio
-    listeners: Listeners
     files: WorkingFiles = field(default_factory=WorkingFiles)
 
 
@@ -44,7 +42,7 @@ class Tab:
 
     def __init__(self, parts: Parts) -> None:
         self.library, self.trainings, self.studio = parts.library, parts.trainings, parts.studio
-        self.queue, self.listeners, self.files = parts.queue, parts.listeners, parts.files
+        self.queue, self.files = parts.queue, parts.files
         self.live: list[gr.components.Component] = []
         """What changes from look to look while a trainer is at work."""
         self.watched: list[gr.components.Component] = []

@@ -11,6 +11,7 @@ from .. import recipe, views, weight_files
 from ..handlers import paths_of, readable_errors
 from ..recipe import Drawn, Request
 from ..runs import BASE, Run, RunError, Weights
+from ..sessions import TURNS, hears
 from ..studio import Cancelled, Status, Step
 from ..verdict import warning_for
 from .base import Parts, Tab
@@ -83,7 +84,7 @@ class GenerateTab(Tab):
                 *self.stack.inputs,
             ],
             [self.gallery, self.status, self.seed, self.made],
-            api_name="generate", show_progress="hidden", concurrency_limit=4, preprocess=False,
+            api_name="generate", show_progress="hidden", preprocess=False, **TURNS,
         ).failure(lambda: views.notice("That did not work."), None, self.status, api_visibility="private")  # fmt: skip
         self.cancel.click(
             readable_errors(self.do_cancel), None, self.status, api_name="cancel", show_progress="hidden", queue=False
@@ -161,8 +162,7 @@ class GenerateTab(Tab):
         done, files, text, wanted = [], [], "Starting", request.images * len(choices)
         yield [], views.progress(text, 0), request.seed, ""
         try:
-            listening = self.listeners.is_listening
-            for event in self.studio.generate(run, choices, request, session, lambda: listening(session)):
+            for event in self.studio.generate(run, choices, request, session, lambda: hears(asked)):
                 text = event.text if isinstance(event, Status) else text
                 share = event.done / event.total if isinstance(event, Step) else 0.0
                 if isinstance(event, Drawn):

@@ -12,6 +12,7 @@ from .. import grids, views
 from ..handlers import paths_of, readable_errors
 from ..launcher import safe_name
 from ..recipe import Drawn, Request
+from ..sessions import TURNS, hears
 from ..studio import Cancelled, Status, Step
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class GridPart:
                 *(part for axis in self.axes for part in axis), tab.adapter_config, *tab.stack.inputs,
             ],
             [self.table, self.status, self.sheet, self.cells],
-            api_name="grid", show_progress="hidden", concurrency_limit=4, preprocess=False,
+            api_name="grid", show_progress="hidden", preprocess=False, **TURNS,
         )  # fmt: skip
         drawing.failure(lambda: views.notice("That did not work."), None, self.status, api_visibility="private")
         drawing.success(lambda: gr.update(interactive=True), None, self.sheet, api_visibility="private")
@@ -102,10 +103,9 @@ class GridPart:
         grid = grids.grid(run, weights, request, *axes)
         drawn, files, shown, text, session = {}, {}, {}, "Starting", asked.session_hash or ""
         yield grids.table(grid, shown), views.progress(text, 0), None, None
-        cells, listening = iter(grid.cells), self.tab.listeners.is_listening
-        pictures = [cell.picture for cell in grid.cells]
+        cells, pictures = iter(grid.cells), [cell.picture for cell in grid.cells]
         try:
-            for event in self.tab.studio.draw(run, pictures, session, lambda: listening(session)):
+            for event in self.tab.studio.draw(run, pictures, session, lambda: hears(asked)):
                 text = event.text if isinstance(event, Status) else text
                 share = event.done / event.total if isinstance(event, Step) else 0.0
                 if isinstance(event, Drawn):

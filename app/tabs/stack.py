@@ -11,6 +11,7 @@ from .. import stacks, takeaway, views, whole_models
 from ..handlers import paths_of, readable_errors
 from ..recipe import Request
 from ..runs import Run, RunError, Weights
+from ..sessions import TURNS, hears
 from ..studio import Cancelled
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class StackPart:
             readable_errors(self.write_whole),
             [page.run, tab.weights, tab.adapter, tab.strength, self.name, tab.adapter_config, *self.inputs],
             [self.status, self.place, self.use, self.found],
-            api_name="full_model", show_progress="hidden", preprocess=False,
+            api_name="full_model", show_progress="hidden", preprocess=False, **TURNS,
         ).failure(lambda: views.notice("That did not work."), None, self.status, api_visibility="private")  # fmt: skip
         gr.api(readable_errors(self.list_loras), api_name="loras")
 
@@ -85,10 +86,9 @@ class StackPart:
         uploaded = [*paths_of(adapter), *paths_of(adapter_config)]
         weights = self.tab.chosen_weights(run, label, uploaded, loras, strengths)
         weights, session = stacks.to_write(weights, Request(strength=strength).clamped().strength), asked.session_hash
-        listening = self.tab.listeners.is_listening
         nothing = "", "", gr.update(visible=False)
         try:
-            for event in self.studio.write_whole(run, weights, target, session or "", lambda: listening(session)):
+            for event in self.studio.write_whole(run, weights, target, session or "", lambda: hears(asked)):
                 yield views.progress(event.text, 0.5), *nothing
         except Cancelled:
             yield views.notice("Cancelled; nothing was written."), *nothing

@@ -1,0 +1,44 @@
+"""What Gradio keeps for a session, a page that is open: for how long, and whether anybody reads it.
+
+Gradio closes a handler whose stream of answers breaks. A stream that was never opened it does not notice: where two
+images were asked for and nobody came for them, it drew both to their last step while the next visitor waited.
+"""
+
+from __future__ import annotations
+
+import gradio as gr
+
+LIMITS = {"max_threads": 64, "state_session_capacity": 100}
+"""Threads: each event that waits for its turn holds one; there are as many for all else. Sessions: half a MiB each. A
+page that comes back after a hundred others is shown everything anew."""
+TURNS = {"concurrency_id": "turns", "concurrency_limit": 32}
+"""Of events that take turns at the device, an image at a time. Whoever has no place among them waits for a whole event,
+of eight images or of a grid; so there is one for each of thirty visitors."""
+
+
+def hears(asked: gr.Request) -> bool:
+    """Whether a session reads what it is told: who has gone, or never came, leaves messages lying.
+
+    A client that holds its stream open and never reads is not told from one that reads before the connection's buffers
+    are full.
+    """
+    messages = asked.request.app.get_blocks()._queue.pending_messages_per_session.get(asked.session_hash)
+    return messages is not None and messages.empty()
+
+
+class Blocks(gr.Blocks):
+    """Gradio's blocks, for pages that stay open."""
+
+    async def postprocess_data(self, block_fn, predictions, state) -> list:
+        """As Gradio does, but nothing is copied for a look that finds nothing new, and copies do not pile up.
+
+        Gradio keeps an updated component as a copy with an id of its own; the session then gets one more with every
+        event that reads it: five with each look of a page, 30 MiB a minute with thirty visitors.
+        """
+        if isinstance(predictions, dict) and predictions == gr.skip():
+            return [None if block.stateful else gr.skip() for block in block_fn.outputs]
+        output = await super().postprocess_data(block_fn, predictions, state)
+        for block in block_fn.outputs if state else ():
+            if not block.stateful and block._id in state:
+                state[block._id]._id = block._id
+        return output
