@@ -92,14 +92,14 @@ class Visitor:
     def __init__(self, session: str, listening: Callable[[], bool]) -> None:
         self.session, self.listening = session, listening
         self.stopped = threading.Event()
-        self.heard = time.monotonic()
+        self.unheard: float | None = time.monotonic()
+        """Since when nobody listens. A message that is only about to be read must not count for a whole long step."""
         self.events: queue.Queue = queue.Queue(maxsize=1)
 
     def check(self) -> None:
         """Raises `Cancelled` once nobody wants it any more."""
-        if self.listening():
-            self.heard = time.monotonic()
-        elif time.monotonic() - self.heard > PATIENCE:
+        self.unheard = None if self.listening() else self.unheard or time.monotonic()
+        if self.unheard is not None and time.monotonic() - self.unheard > PATIENCE:
             print("Gave up a generation that nobody listened to.", file=sys.stderr, flush=True)
             raise Cancelled
         if self.stopped.is_set():

@@ -83,7 +83,7 @@ def test_what_nobody_fetches_takes_neither_a_turn_nor_a_place(server, monkeypatc
     monkeypatch.setattr(studios, "PATIENCE", 10.0 * LIMIT)
     server.drawn.clear()
     for _ in range(8):
-        server.ask(LONG)
+        server.ask(LONG | {"steps": 2})
     assert "event: complete" in server.listen(server.ask(SHORT))
     assert server.drawn == [SHORT["steps"]]
     wait_until(lambda: len(server.studio.running) == 8, "eight who wait to be heard")

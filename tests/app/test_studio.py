@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+import time
 import zipfile
 from dataclasses import replace
 
@@ -145,6 +146,17 @@ def test_what_nobody_listens_to_is_given_up(studio, run, monkeypatch, capsys):
     with pytest.raises(Cancelled):
         list(studio.generate(run, [BASE], REQUEST, listening=lambda: False))
     assert "nobody listened" in capsys.readouterr().err
+
+
+def test_a_message_that_is_only_about_to_be_read_ends_nothing(monkeypatch):
+    """Not even where the step before took longer than anybody's patience."""
+    monkeypatch.setattr(studios, "PATIENCE", 0.01)
+    visitor = studios.Visitor("me", iter([True, False, True, False, False]).__next__)
+    for _ in range(4):
+        visitor.check()
+        time.sleep(0.05)
+    with pytest.raises(Cancelled):
+        visitor.check()
 
 
 def test_who_goes_away_is_given_up_after_a_while(studio, run, monkeypatch):
