@@ -1,0 +1,54 @@
+"""README's pictures of the application, a file for each tab, as a visitor of a folder of runs sees them.
+
+python -m app --runs runs --port 7861     # in another terminal, with something queued
+python assets/make/app_pictures.py http://127.0.0.1:7861   # Playwright's Chromium, or --browser
+"""
+
+import argparse
+import io
+from pathlib import Path
+
+from PIL import Image
+from playwright.sync_api import Page, sync_playwright
+
+SIZE = {"width": 1280, "height": 860}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("address")
+    parser.add_argument("--browser", help="a Chromium or Chrome that is installed")
+    parser.add_argument("--output", type=Path, default=Path("assets/app"))
+    return parser.parse_args()
+
+
+def show(page: Page, tab: str) -> None:
+    """Opens a tab, and does what makes it worth a picture."""
+    page.get_by_role("tab", name=tab, exact=True).click()
+    if tab == "Generate":
+        page.locator("#generate").click()
+        page.locator("#status").get_by_text("images are done").wait_for(timeout=120_000)
+    if tab == "Train":
+        page.locator("#memory").click()
+        page.locator("#answer .printed").wait_for(timeout=120_000)
+    page.wait_for_load_state("networkidle") if tab == "Chains" else page.wait_for_timeout(4000)
+
+
+def main() -> None:
+    args = parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=args.browser, args=["--no-sandbox"])
+        page = browser.new_page(viewport=SIZE)
+        page.goto(args.address, wait_until="domcontentloaded")
+        page.locator("#grid img").first.wait_for()
+        for tab in [tab.inner_text() for tab in page.get_by_role("tab").all() if tab.is_visible()]:
+            show(page, tab)
+            path = args.output / f"{tab.split()[0].lower()}.png"
+            Image.open(io.BytesIO(page.screenshot())).convert("RGB").save(path, optimize=True)
+            print(path)
+        browser.close()
+
+
+if __name__ == "__main__":
+    main()
