@@ -224,12 +224,12 @@ def test_bundled_flow_pipeline_draws_on_white_in_every_dtype(dtype):
     assert red > 0.6 and green < 0.5 and blue < 0.5
 
 
-def test_bundled_flow_pipeline_is_deep_and_small_and_has_the_next_autoencoder():
+def test_bundled_flow_pipeline_is_deep_and_small_and_has_the_other_ones_autoencoder():
     folder = ASSETS / "pipeline-flow"
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 25 * 2**20
     pipeline = DiffusionPipeline.from_pretrained(folder)
     assert len(pipeline.transformer.layers) >= 12 and check_velocity(pipeline.transformer) < 1e-4
-    other = AutoencoderKL.from_pretrained(ASSETS / "vae-next").state_dict()
+    other = AutoencoderKL.from_pretrained(ASSETS / "pipeline" / "vae").state_dict()
     assert all(torch.equal(other[name], weight) for name, weight in pipeline.vae.state_dict().items())
     tokens = caption_tokens(pipeline.tokenizer, list(VALIDATION_PROMPTS))
     assert pipeline.tokenizer.unk_token_id not in tokens
@@ -242,7 +242,7 @@ def test_captions_lose_their_set_their_subject_or_all_apart(tokenizer):
         ["a", "a", "b", "c"], ["noto"] * 4, 3, ["plain", "grey"], every, -every[:, 0, 0], latents
     )
     args = argparse.Namespace(seed=0, batch=4000, steps=9, cooldown=1, caption_dropout=0.1, subject_dropout=0.2)
-    args.set_dropout = 0.3
+    args.set_dropout, args.sets = 0.3, ["noto", "blob"]
     tokens = training.training_batch(examples, 0, torch.zeros(1, dtype=torch.long), args)[1].flatten()
     assert (tokens == 0).float().mean().item() == pytest.approx(0.1, abs=0.02)
     assert (tokens < 0).float().mean().item() == pytest.approx(0.9 * 0.2, abs=0.02)
@@ -252,3 +252,17 @@ def test_captions_lose_their_set_their_subject_or_all_apart(tokenizer):
     of_first, of_third = (((whole - 1) // (2 * len(training.STYLES))) == i for i in (0, 2))
     # Two sets draw "a" and one "b": "a" is met more often, each drawing of it less.
     assert of_third.float().mean() / of_first.float().mean() == pytest.approx(2**0.5, abs=0.15)
+    args.sets = ["noto"]  # which then no caption names
+    tokens = training.training_batch(examples, 0, torch.zeros(1, dtype=torch.long), args)[1].flatten()
+    assert (tokens >= 0).all() and (tokens[tokens > 0] % 2 == 0).all()
+
+
+def test_a_start_from_another_autoencoders_denoiser_leaves_new_what_reads_and_writes_latents(tmp_path, capsys):
+    earlier, later = (new_transformer(dim=32, layers=2, heads=2, channels=channels) for channels in (4, 8))
+    earlier.save_pretrained(tmp_path / "transformer")
+    before = {name: weight.clone() for name, weight in later.state_dict().items()}
+    training.start_from(str(tmp_path), {"transformer": later})
+    new, saved, told = later.state_dict(), earlier.state_dict(), capsys.readouterr().out
+    other = {name for name, weight in new.items() if weight.shape != saved[name].shape}
+    assert 0 < len(other) < 6 and all(name in told for name in other)
+    assert all(torch.equal(weight, (before if name in other else saved)[name]) for name, weight in new.items())

@@ -27,13 +27,13 @@ def images() -> torch.Tensor:
 
 
 def test_more_channels_start_as_the_same_function_and_can_learn(images):
-    old, new = AutoencoderKL.from_pretrained(ASSETS / "pipeline" / "vae"), train_vae.new_vae(32)
+    old, new = AutoencoderKL.from_pretrained(ASSETS / "pipeline" / "vae"), train_vae.new_vae(48)
     train_vae.start_from(ASSETS / "pipeline" / "vae", new)
     torch.testing.assert_close(reconstruct(new, images), reconstruct(old, images), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(new.encode(images).latent_dist.mean[:, :16], old.encode(images).latent_dist.mean)
+    torch.testing.assert_close(new.encode(images).latent_dist.mean[:, :32], old.encode(images).latent_dist.mean)
     args = argparse.Namespace(coarse=0.0, edges=1.0, kl=1e-4)
     train_vae.loss_of(new, images, torch.Generator().manual_seed(0), args)[0].backward()
-    assert new.decoder.conv_in.weight.grad[:, 16:].abs().max() > 0
+    assert new.decoder.conv_in.weight.grad[:, 32:].abs().max() > 0
 
 
 def test_coarse_images_are_decoded_from_sixteen_channels(images, monkeypatch):

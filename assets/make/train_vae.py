@@ -1,7 +1,7 @@
 """Train the autoencoder on six emoji sets: 64x64 pixels to 8x8 latents of 32 channels and back.
 
     OMP_NUM_THREADS=1 nice python assets/make/train_vae.py                      # rerun to continue
-    OMP_NUM_THREADS=1 nice python assets/make/train_vae.py --init assets/vae-next   # start with these weights
+    OMP_NUM_THREADS=1 nice python assets/make/train_vae.py --init assets/pipeline/vae   # start with these
 
 The sets are varied in place and style, so that the autoencoder is at home in drawings it has not seen. It never sees
 one emoji in sixteen in any set, nor any of Twemoji and Fluent; loss.jsonl follows how sharp those come back. Often

@@ -145,10 +145,17 @@ def make_examples(args: argparse.Namespace, vae: AutoencoderKL, tokenize) -> Exa
 
 
 def start_from(pipeline: str, modules: dict[str, nn.Module]) -> None:
-    """Load the weights of an earlier pipeline, made with the same tokenizer and sizes, in float32."""
+    """Load the weights of an earlier pipeline, made with the same tokenizer, in float32.
+
+    Weights of another size stay new and are named: those that read and write an autoencoder of other channels.
+    """
     for name, module in modules.items():
-        saved = type(module).from_pretrained(pipeline, subfolder=name, torch_dtype=torch.float32)
-        module.load_state_dict(saved.state_dict())
+        saved = type(module).from_pretrained(pipeline, subfolder=name, torch_dtype=torch.float32).state_dict()
+        own = module.state_dict()
+        new = [key for key in own if saved[key].shape != own[key].shape]
+        module.load_state_dict(own | {key: value for key, value in saved.items() if key not in new})
+        if new:
+            print(f"{name}: new, as {pipeline} has them in another size: {', '.join(new)}")
 
 
 def warm_up(text_encoder: nn.Module, read: Callable, width: int, examples: Examples, steps: int, seed: int) -> None:
@@ -175,11 +182,15 @@ def warm_up(text_encoder: nn.Module, read: Callable, width: int, examples: Examp
 
 
 def training_batch(examples: Examples, step: int, empty: torch.Tensor, args: argparse.Namespace) -> tuple:
-    """Step's own batch, from the seed and the step alone: a resumed run sees what an unbroken one would have."""
+    """Step's own batch, from the seed and the step alone: a resumed run sees what an unbroken one would have.
+
+    No caption names the set where there is one alone.
+    """
     generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
     # What many sets draw is met more often, each drawing of it less. Validation prompts are three times as frequent.
     known = examples.captions[: examples.known]
     frequency = Counter(known)
+    set_dropout, subject_dropout = (args.set_dropout, args.subject_dropout) if len(args.sets) > 1 else (1.0, 0.0)
     weights = torch.tensor([(3.0 if c in VALIDATION_PROMPTS else 1.0) / frequency[c] ** 0.5 for c in known])
     which = torch.multinomial(weights, args.batch, replacement=True, generator=generator)
     variant = torch.randint(len(examples.styles), (args.batch,), generator=generator)
@@ -187,8 +198,8 @@ def training_batch(examples: Examples, step: int, empty: torch.Tensor, args: arg
         settled = torch.rand(args.batch, generator=generator) < SETTLED_QUARTERS / 4
         variant = torch.where(settled, variant % SETTLED_VARIANTS, variant)
     luck = torch.rand(3, args.batch, generator=generator)
-    latents, tokens = examples.batch(which, variant, (luck[0] < args.set_dropout).long())
-    no_subject, no_caption = luck[1] < args.subject_dropout, luck[2] < args.caption_dropout
+    latents, tokens = examples.batch(which, variant, (luck[0] < set_dropout).long())
+    no_subject, no_caption = luck[1] < subject_dropout, luck[2] < args.caption_dropout
     tokens[no_subject] = examples.no_subject[which[no_subject]]
     tokens[no_caption] = empty
     return latents, tokens, generator
@@ -200,9 +211,9 @@ def held_out_losses(loss_of, examples: Examples) -> dict[str, float]:
     spread = torch.arange(0, examples.known, max(1, examples.known // 128))
     last, unseen = len(examples.styles), torch.arange(examples.known, len(examples.captions)).repeat(7)
     parts = {"seen": (spread, 0), "held_out_variants": (spread, last), "held_out_captions": (unseen, last)}
-    losses = {}
+    losses, unnamed = {}, int(len(set(examples.sets)) == 1)
     for name, (which, variant) in parts.items():
-        batch = examples.batch(which, torch.full_like(which, variant))
+        batch = examples.batch(which, torch.full_like(which, variant), unnamed)
         losses[name] = loss_of(*batch, torch.Generator().manual_seed(1)).item()
     return losses
 
@@ -210,7 +221,7 @@ def held_out_losses(loss_of, examples: Examples) -> dict[str, float]:
 def sample_prompts(examples: Examples) -> list[str]:
     """16 validation prompts, 8 of them in every set, 16 spread over the other known captions, 8 held-out captions."""
     others = [caption for caption in examples.captions[: examples.known] if caption not in VALIDATION_PROMPTS]
-    sets = dict.fromkeys(examples.sets)
+    sets = dict.fromkeys(examples.sets) if len(set(examples.sets)) > 1 else ()
     in_sets = [styled_caption(caption, of=name) for name in sets for caption in VALIDATION_PROMPTS[:8]]
     spread = others[:: max(1, len(others) // 16)][:16]
     return [*VALIDATION_PROMPTS, *in_sets, *spread, *examples.captions[examples.known :][:8]]

@@ -34,7 +34,7 @@ SWITCH = {"action": argparse.BooleanOptionalAction, "default": False}
 DEFAULTS = {
     "method": (["lora", "reslora"], ["reslora"]),
     "resolution": (64, None),
-    "learning_rate": (3e-4, 1e-4),
+    "learning_rate": (1.2e-4, 1e-4),
     "checkpointing_steps": (100, 500),
     "validation_prompt": (["cat face", "sailboat", "red apple", "penguin"], []),
     "num_validation_images": (1, 4),

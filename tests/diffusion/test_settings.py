@@ -76,7 +76,7 @@ def test_the_bundled_transformer_has_a_learning_rate_of_its_own():
         parse_args(["--pretrained_model_name_or_path", str(ASSETS / name)]).learning_rate
         for name in ("pipeline", "pipeline-flow")
     ]
-    assert rates == [3e-4, 1e-3]
+    assert rates == [1.2e-4, 1e-3]
 
 
 def test_a_validation_that_steers_is_by_fixed_noises():
