@@ -1,7 +1,9 @@
 """README's pictures of the application, a file for each tab, as a visitor of a folder of runs sees them.
 
-python -m app --runs runs --port 7861     # in another terminal, with something queued
-python assets/make/app_pictures.py http://127.0.0.1:7861   # Playwright's Chromium, or --browser
+    python -m app --runs runs --port 7861                      # in another terminal, with something queued
+    python assets/make/app_pictures.py http://127.0.0.1:7861   # Playwright's Chromium, or --browser
+
+A picture shows the run that the page opens with: the one that trains, else the newest.
 """
 
 import argparse
