@@ -98,7 +98,8 @@ class Page:
         self.run.change(readable_errors(self.choose), [self.run, self.beside], everything, **quiet)
         context = [self.run, self.beside, self.seen, *(tab.chosen for tab in self.choosing)]
         # Not queued: a look that is lost with its queue's stream would be waited for, and the page would stand still.
-        self.timer.tick(readable_errors(self.watch), context, everything, queue=False, **quiet)
+        # Not preprocessed: a step sent while another run was being chosen is beyond that run's last one, and refused.
+        self.timer.tick(readable_errors(self.watch), context, everything, queue=False, preprocess=False, **quiet)
         self.nudge.click(lambda: None, **quiet)
         for tab in self.tabs:
             tab.events(self)

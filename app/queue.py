@@ -143,6 +143,8 @@ class Queue:
         self.check(entry, uploads)
         with self.changing() as entries:
             self.check(entry, uploads)
+            for one in entries:  # what has just been stopped may be resumed
+                self.look_after(one)
             live = [one for one in entries if not one.ends]
             if entry.name in (one.name for one in live):
                 raise RunError(f"{entry.name} is in the queue already; choose another name, or remove that one.")

@@ -63,14 +63,14 @@ class CompareTab(Tab):
     def events(self, page: Page) -> None:
         run, looked_at = page.run, [page.run, self.step, self.beside]
         quiet = {"api_visibility": "private", "show_progress": "hidden"}
-        # Not preprocessed: Gradio would refuse a program's step beyond what the slider had when the page was built.
+        # Not preprocessed: Gradio would refuse a step beyond the end that the slider has meanwhile, or had at first.
         gr.on(
             [self.step.change, self.beside.input], readable_errors(self.look), looked_at, [*self.at_step, self.beside],
             trigger_mode="always_last", preprocess=False, **quiet,
         )  # fmt: skip
         self.for_programs(page)
         self.play.click(readable_errors(self.toggle), self.play, [self.play, self.playing], **quiet)
-        self.playing.tick(readable_errors(self.next_step), [run, self.step], self.step, **quiet)
+        self.playing.tick(readable_errors(self.next_step), [run, self.step], self.step, preprocess=False, **quiet)
         self.download.click(
             readable_errors(self.save_grid), looked_at, self.grid_file, api_visibility="private", preprocess=False
         ).success(None, js="() => document.querySelector('#grid-file').click()", api_visibility="private")

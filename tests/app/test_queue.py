@@ -98,6 +98,19 @@ def test_one_after_the_other_and_what_fails_does_not_stop_the_next(lined, tmp_pa
     assert lined.entries() == []
 
 
+def test_what_has_just_been_stopped_may_be_resumed(lined):
+    """Its entry says that it trains until the queue looks again, two seconds later."""
+    add(lined, "a")
+    write_json(lined.path.with_name("a") / "config.json", {"method": ["lora"]})
+    run = lined.trainings.find("a")
+    lined.path.with_name("end-a").touch()
+    wait_until(lambda: not lined.trainings.is_active(run), "the end of a")
+    lined.path.with_name("end-a").unlink()
+    assert states(lined) == {"a": RUNNING}
+    assert lined.add(Entry("a", resume=True)).state == RUNNING
+    wait_until(lambda: started(lined) == ["a -"] * 2, "a to go on")
+
+
 def test_what_the_trainer_refuses_is_not_lined_up(lined, tmp_path):
     add(lined, "a")
     before = lined.path.read_bytes()

@@ -142,3 +142,11 @@ def test_a_page_that_looks_on_leaves_nothing_behind(server):
     assert not sees_something()
     del sessions["page"]  # as after a hundred others
     assert sees_something()
+
+
+def test_a_look_takes_a_step_beyond_the_end_of_the_slider(server):
+    """It was sent while a shorter run was being chosen; refused, it would be an error across the page."""
+    number, look = next((number, fn) for number, fn in server.demo.fns.items() if fn.name == "watch")
+    values = [{"run": "tiny", "step": 99, "others": []}.get(part.elem_id) for part in look.inputs]
+    answer = server.post("run/predict", {"fn_index": number, "data": values, "session_hash": "a-look"})
+    assert "red disc" in json.dumps(answer["data"])
