@@ -95,14 +95,15 @@ def line_chart(title: str, x_title: str, lines: Sequence[Line], mark: float | No
     Where there are few points, each says its numbers when it is pointed at.
     """
     points, round_numbers = [point for line in lines for point in line.points], MaxNLocator(5, steps=[1, 2, 5, 10])
-    up, across = _bounds([y for _, y in points]), _bounds([x for x, _ in points])
+    ys, xs = [y for _, y in points], [x for x, _ in points]
+    up, across = _bounds(ys), _bounds(xs)
     place, bottom = Places(PAGE, across, up), PAGE.height - PAGE.bottom
     parts = [f'<text class="title" x="{PAGE.width / 2}" y="18" text-anchor="middle">{escape(title)}</text>']
     if points:
-        parts += [_level(place.y(y), y) for y in ticks(*up, round_numbers)]
+        parts += [_level(place.y(y), y) for y in _numbers(ys, up, round_numbers)]
         parts += [
             f'<text x="{place.x(x):.1f}" y="{bottom + 16}" text-anchor="middle">{x:g}</text>'
-            for x in ticks(*across, round_numbers)
+            for x in _numbers(xs, across, round_numbers)
         ]
         if mark is not None and across[0] <= mark <= across[1]:
             x = place.x(mark)
@@ -121,6 +122,13 @@ def _bounds(values: Sequence[float]) -> Point:
     low, high = min(values, default=0.0), max(values, default=1.0)
     margin = 1e-6 * max(1.0, abs(low), abs(high))
     return (low, high) if high - low > margin else (low - margin, high + margin)
+
+
+def _numbers(values: Sequence[float], bounds: Point, locator: MaxNLocator) -> list[float]:
+    """What is written along an axis: round numbers, or the one value that there is."""
+    if len({f"{value:.6g}" for value in values}) > 1:
+        return ticks(*bounds, locator)
+    return [values[0] if values[0] == int(values[0]) else float(f"{values[0]:.4g}")]
 
 
 def _level(y: float, value: float) -> str:

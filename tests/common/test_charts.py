@@ -34,6 +34,13 @@ def test_hardly_any_points_are_shown_too(points):
     assert all(0 <= x <= PAGE.width and 0 <= y <= PAGE.height for x, y in found)
 
 
+@pytest.mark.parametrize(("point", "numbers"), [((123456, 0.5), ["0.5", "123456"]), ((0, 0.1234567), ["0.1235", "0"])])
+def test_one_point_has_its_own_numbers_at_the_axes(point, numbers):
+    """Round numbers about it would have more digits than there is room for."""
+    chart = line_chart("Loss", "step", [Line("a", "#111", [point])])
+    assert re.findall(r">([-\d.e+]+)</text>", chart) == numbers
+
+
 def test_without_points_there_is_an_empty_frame():
     assert lines_of(line_chart("Loss", "step", [])) == []
 
