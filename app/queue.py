@@ -112,7 +112,7 @@ class Queue:
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[list[Entry]]:
-        """Its entries, to be changed; they are written afterwards, unless something is raised."""
+        """Its entries as they are now, to be changed; they are written afterwards, unless something is raised."""
         try:
             with writable():
                 self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -123,6 +123,8 @@ class Queue:
             self.looked = -math.inf
             entries = self.entries()
             before = [asdict(entry) for entry in entries]
+            for entry in entries:  # what has just ended may be resumed, or removed
+                self.look_after(entry)
             yield entries
             after = [asdict(entry) for entry in without_old(entries)]
             if after != before:
@@ -143,8 +145,6 @@ class Queue:
         self.check(entry, uploads)
         with self.changing() as entries:
             self.check(entry, uploads)
-            for one in entries:  # what has just been stopped may be resumed
-                self.look_after(one)
             live = [one for one in entries if not one.ends]
             if entry.name in (one.name for one in live):
                 raise RunError(f"{entry.name} is in the queue already; choose another name, or remove that one.")
@@ -226,8 +226,6 @@ class Queue:
         if all(entry.ends for entry in self.entries()):
             return
         with self.changing() as entries:
-            for entry in entries:
-                self.look_after(entry)
             for entry in entries:
                 if entry.state == WAITING:
                     if not (free := self.free(entries)):

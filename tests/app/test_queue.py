@@ -98,7 +98,7 @@ def test_one_after_the_other_and_what_fails_does_not_stop_the_next(lined, tmp_pa
     assert lined.entries() == []
 
 
-def test_what_has_just_been_stopped_may_be_resumed(lined):
+def test_what_has_just_ended_may_be_resumed_or_removed(lined):
     """Its entry says that it trains until the queue looks again, two seconds later."""
     add(lined, "a")
     write_json(lined.path.with_name("a") / "config.json", {"method": ["lora"]})
@@ -109,6 +109,11 @@ def test_what_has_just_been_stopped_may_be_resumed(lined):
     assert states(lined) == {"a": RUNNING}
     assert lined.add(Entry("a", resume=True)).state == RUNNING
     wait_until(lambda: started(lined) == ["a -"] * 2, "a to go on")
+    lined.path.with_name("end-a").touch()
+    wait_until(lambda: not lined.trainings.is_active(run), "its end")
+    assert states(lined) == {"a": RUNNING}
+    lined.remove("a")
+    assert states(lined) == {}
 
 
 def test_what_the_trainer_refuses_is_not_lined_up(lined, tmp_path):
