@@ -27,7 +27,7 @@ from .optimizers import check_installed, named
 from .prompts import clean, from_file
 
 BUNDLED_MODEL, BUNDLED_IMAGES, BUNDLED_STEPS = ASSETS / "pipeline", ASSETS / "openmoji", 200
-BUNDLED_DEFAULTS = {"pipeline-flow": {"learning_rate": 1e-3}}  # where one differs from DEFAULTS
+BUNDLED_DEFAULTS = {"pipeline-flow": {"learning_rate": 1e-3, "guidance_scale": 2.0}}  # where one differs from DEFAULTS
 DEFAULT_SPLIT = 0.1  # of an experiment's images, to choose by and again to compare by
 POLYNOMIAL_END = 1e-7  # diffusers' learning rate at the end of that schedule
 
