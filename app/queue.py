@@ -203,6 +203,15 @@ class Queue:
                 raise RunError(f"{name} is training; stop it instead.")
             entries.remove(found)
 
+    def stop(self, name: str) -> str:
+        """Stops what trains, says so; what has ended meanwhile is not taken for what has begun after it."""
+        entry = next((entry for entry in self.entries() if entry.name == name), None)
+        if entry is None:
+            raise RunError("There is nothing of that name in the queue.")
+        if not self.trainings.is_active(self.run_of(entry)):
+            raise RunError(f"{name} does not train.")
+        return self.trainings.stop(name, KINDS[entry.kind])
+
     def clear(self) -> None:
         """Takes out what has ended."""
         with self.changing() as entries:

@@ -9,8 +9,6 @@ import gradio as gr
 
 from .. import lists, views
 from ..handlers import readable_errors
-from ..queue import KINDS
-from ..runs import RunError
 from .base import Parts, Tab
 
 if TYPE_CHECKING:
@@ -65,7 +63,7 @@ class QueueTab(Tab):
         """A button of a row."""
         what, name = event._data.get("do"), event._data.get("name")
         if what == "stop":
-            return views.notice(self.stop(name)), *self.show()
+            return views.notice(self.queue.stop(name)), *self.show()
         if what == "clear":
             self.queue.clear()
         elif what == "remove":
@@ -73,13 +71,6 @@ class QueueTab(Tab):
         else:
             self.queue.move(name, -1 if what == "up" else 1)
         return "", *self.show()
-
-    def stop(self, name: str) -> str:
-        """Stops what trains, and says so."""
-        for entry in self.queue.entries():
-            if entry.name == name:
-                return self.trainings.stop(name, KINDS[entry.kind])
-        raise RunError("There is nothing of that name in the queue.")
 
     # -- for programs --------------------------------------------------------------------------------------------------
 

@@ -116,6 +116,18 @@ def test_what_has_just_ended_may_be_resumed_or_removed(lined):
     assert states(lined) == {}
 
 
+def test_who_stops_what_has_just_ended_does_not_stop_the_next(lined):
+    add(lined, "a")
+    add(lined, "b")
+    let_end(lined, "a")
+    wait_until(lambda: started(lined) == ["a -", "b -"], "the next")
+    with pytest.raises(RunError, match="a does not train"):
+        lined.stop("a")
+    assert lined.trainings.is_active(lined.trainings.find("b"))
+    assert "b" in lined.stop("b")
+    wait_until(lambda: not lined.trainings.is_active(lined.trainings.find("b")), "the end of b")
+
+
 def test_what_the_trainer_refuses_is_not_lined_up(lined, tmp_path):
     add(lined, "a")
     before = lined.path.read_bytes()
