@@ -168,7 +168,8 @@ when no model is named, so that a fine-tuning can be watched in a few minutes on
 - **`task/`**: word problems in SVAMP's columns (ID, Body, Question, Equation, Answer, Type), asked in sentences that
   the pretraining did not hold; {train} to train, {validation} to validate, {test} to test, no two alike.
 
-To make it again: `OMP_NUM_THREADS=1 python assets/make/make_tiny_language_models.py llama`. Licence: Apache-2.0.
+To make it again: `OMP_NUM_THREADS=1 python assets/make/make_tiny_language_models.py llama --steps {steps}`.
+Licence: Apache-2.0.
 """
 
 
@@ -249,7 +250,8 @@ fine-tuning can be watched in a few minutes on a CPU. It is of no other use.
   in the wrong form (0)? Half of the sentences have a clause inside, which the pretraining did not hold, and it saw no
   wrong one; {train} to train, {validation} to validate, no two alike.
 
-To make it again: `OMP_NUM_THREADS=1 python assets/make/make_tiny_language_models.py roberta`. Licence: Apache-2.0.
+To make it again: `OMP_NUM_THREADS=1 python assets/make/make_tiny_language_models.py roberta --steps {steps}`.
+Licence: Apache-2.0.
 """
 
 

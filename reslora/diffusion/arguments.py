@@ -43,15 +43,17 @@ DEFAULTS = {
     "num_inference_steps": (20, None),
     "guidance_scale": (4.0, None),
 }
+BUNDLED_DEFAULTS = {"pipeline-flow": {"learning_rate": 1e-3, "guidance_scale": 2.0}}  # where one differs from DEFAULTS
 NOISES = 4  # at each timestep at which losses of an image are compared
 DEFAULT_RANK, HIGHEST_RANK, DEFAULT_PRE_NUM = 16, 65536, 4
 ONE_OR_SEVERAL = ("train_data_dir", "train_data_repeats", "train_data_weight", "resolution")
 BY_FAMILY = {
     "rank": f"{DEFAULT_RANK}; the width of the narrowest adapted layer where that is less",
-    "resolution": "Stable Diffusion 1 and 2, Flux, Qwen-Image, Krea 2 512; others 1024",
+    "resolution": "Stable Diffusion 1 and 2, Flux.1, FLUX.2 klein, Qwen-Image, Krea 2 512; others 1024",
     "num_inference_steps": "Stable Diffusion 1 and 2, SDXL 30; Qwen-Image 50; others 28",
-    "guidance_scale": "Stable Diffusion 1 and 2 7.5; SDXL, Z-Image 5; SD 3 7; Flux 3.5; Qwen-Image 4; Krea 2 4.5",
-    "target_modules": "attention as in diffusers' script for the model: to_q, to_k, to_v, to_out.0 of U-Nets",
+    "guidance_scale": "Stable Diffusion 1 and 2 7.5; SDXL, Z-Image 5; SD 3 7; Flux.1 3.5; FLUX.2 klein, Qwen-Image 4; "
+    "Krea 2 4.5",
+    "target_modules": "as in diffusers' script for the model: to_q, to_k, to_v, to_out.0 of U-Nets",
     "weighting_scheme": "SD 3 logit_normal; others none",
     "max_sequence_length": "SD 3 77; others 512",
 }
@@ -127,7 +129,8 @@ def _default_in_words(action: argparse.Action) -> str:
     if action.dest in DEFAULTS:
         bundled, named = DEFAULTS[action.dest]
         otherwise = BY_FAMILY.get(action.dest, in_words(named))
-        return f" (bundled pipeline: {in_words(bundled)}; otherwise: {otherwise})"
+        others = [f", {name}: {own[action.dest]}" for name, own in BUNDLED_DEFAULTS.items() if action.dest in own]
+        return f" (bundled pipeline: {in_words(bundled)}{''.join(others)}; otherwise: {otherwise})"
     if action.dest in BY_FAMILY:
         return f" (default: {BY_FAMILY[action.dest]})"
     if action.default not in (None, False, argparse.SUPPRESS):
@@ -146,8 +149,8 @@ def in_words(value: Any) -> str:
 def add_model_flags(add: Callable) -> None:
     """Which model, and in which precision."""
     add("--pretrained_model_name_or_path", metavar="MODEL",
-        help="Stable Diffusion 1.x, 2.x or SDXL: diffusers folder, .safetensors file or name on the hub; "
-             "default: the bundled pipeline")
+        help="a model of any family in README: diffusers folder or name on the hub; of Stable Diffusion 1, 2 and SDXL "
+             "a .safetensors file, too; default: the bundled pipeline")
     add("--pretrained_vae_model_name_or_path", metavar="VAE",
         help="another autoencoder: diffusers folder or name on the hub")
     add("--revision", help="revision of the model on the hub")
@@ -266,7 +269,7 @@ def add_training_flags(add: Callable) -> None:
     add("--gradient_accumulation_steps", type=whole(1), default=1, help="forwards per step")
     add("--num_train_epochs", type=whole(1),
         help="epochs of images / (batch x accumulation x processes) steps, rounded up: the last is filled up from the "
-             "next epoch; default: 100")
+             "next epoch; default: 100, but of a bundled pipeline 200 steps")
     add("--max_train_steps", type=whole(1), help="steps; wins over --num_train_epochs")
     add("--gradient_checkpointing", **SWITCH, help="less memory, slower")
     add("--compile", **SWITCH,
@@ -281,7 +284,8 @@ def add_training_flags(add: Callable) -> None:
         help="huber, smooth_l1: how the error from which on it counts less depends on the timestep: constant, "
              "--huber_c; exponential, from 1 without noise down to that; snr, from 1 down to it by the signal-to-noise "
              "ratio")
-    add("--huber_c", type=number(0, exclusive=True), default=0.1, help="huber, smooth_l1: that error, the least of all")
+    add("--huber_c", type=number(0, exclusive=True), default=0.1,
+        help="huber, smooth_l1: the error from which on larger ones count less, or to which that falls")
     add("--huber_scale", type=number(0, exclusive=True), default=1.0,
         help="huber, smooth_l1: factor of it; not with snr")
     add("--masked_loss", **SWITCH,
@@ -308,7 +312,8 @@ def add_training_flags(add: Callable) -> None:
 
 def add_optimizer_flags(add: Callable) -> None:
     """AdamW and its learning rate."""
-    add("--learning_rate", type=number(0, exclusive=True), nargs="+", help="highest learning rate")
+    add("--learning_rate", type=number(0, exclusive=True), nargs="+",
+        help="highest learning rate; with --optimizer prodigy 1")
     add("--text_encoder_lr", type=number(0, exclusive=True),
         help="learning rate of the text encoders; default: --learning_rate. The schedule is the same")
     add("--scale_lr", **SWITCH, help="multiply it by batch size, accumulation steps and processes")
@@ -343,7 +348,7 @@ def add_validation_flags(add: Callable) -> None:
     add("--validation_height", type=whole(8), help="pixels of a sample; default: --resolution, the first")
     add("--validation_width", type=whole(8), help="pixels of a sample; default: --resolution, the first")
     add("--validation_steps", type=whole(1),
-        help="steps between samples; default: by --validation_epochs, and in experiments ten times at most")
+        help="steps between samples; none: by --validation_epochs, and in experiments ten times at most")
     add("--validation_epochs", type=whole(1), default=1, help="epochs between samples")
     add("--validation_split", type=number(0, below=1), help="share of the images held out for a validation loss")
     add("--max_validation_images", type=whole(1), default=64,

@@ -20,14 +20,13 @@ from ..common.patterns import FIELDS, entries
 from ..experiment.arms import alpha_of
 from ..merges import MERGES
 from ..shortcuts import PLAIN, shortcut_class
-from .arguments import DEFAULTS, NOISES, ONE_OR_SEVERAL, SEVERAL, Flags, build_parser, listed
+from .arguments import BUNDLED_DEFAULTS, DEFAULTS, NOISES, ONE_OR_SEVERAL, SEVERAL, Flags, build_parser, listed
 from .experiment.checks import check_experiment, plain_variants
 from .model.families import FAMILIES
 from .optimizers import check_installed, named
 from .prompts import clean, from_file
 
 BUNDLED_MODEL, BUNDLED_IMAGES, BUNDLED_STEPS = ASSETS / "pipeline", ASSETS / "openmoji", 200
-BUNDLED_DEFAULTS = {"pipeline-flow": {"learning_rate": 1e-3, "guidance_scale": 2.0}}  # where one differs from DEFAULTS
 DEFAULT_SPLIT = 0.1  # of an experiment's images, to choose by and again to compare by
 POLYNOMIAL_END = 1e-7  # diffusers' learning rate at the end of that schedule
 
