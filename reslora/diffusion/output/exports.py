@@ -45,6 +45,7 @@ from .merged_weights import write_merged
 from .reports import save_images
 
 TOLERANCE = 2  # of 255: largest difference of any pixel between the merged model and an export read back
+ROUNDING = 1e-6  # relative: a few units in the last place of float32
 
 
 Parts = Mapping[str, nn.Module]
@@ -68,7 +69,7 @@ def export_method(
     Returns how far each file's image is from the merged model's: the largest difference of any pixel, of 255.
 
     Raises `Diverged`, with nothing exported, if the model has; `RunFailed` if an export does not draw what the merged
-    model draws.
+    model draws, unless rounding alone moves its images, which a line says: then images tell nothing.
     """
     flags, method, accelerator = context.flags, learner.method, context.accelerator
     name, folder = learner.name, context.folder_of(method)
@@ -98,12 +99,33 @@ def export_method(
         context.status.say("reading back what was written", name)
         for file, other in read_back(parts, method, drawer, context):
             picture = finite(drawer.draw(other, prompts[:1], 1)[0], f"{name}/{file}")
-            differences[file] = int(np.abs(picture.astype(int) - reference.astype(int)).max())
+            differences[file] = difference(picture, reference)
             if differences[file] > TOLERANCE:
-                problem = f"its image differs by {differences[file]}/255 from the merged model's"
-                raise RunFailed(f"{name}/{file}: {problem}; {TOLERANCE}/255 is allowed")
+                problem = f"{name}/{file}: its image differs by {differences[file]}/255 from the merged model's"
+                moved = moved_by_rounding(picture, other, prompts[0], drawer)
+                if moved <= TOLERANCE:
+                    raise RunFailed(f"{problem}; {TOLERANCE}/255 is allowed")
+                accelerator.print(
+                    f"{problem}, and rounding alone moves it by {moved}/255: the training went too far, "
+                    "and images cannot tell whether the file is right; lower --learning_rate"
+                )
     of_encoders = [part.name for part in context.encoders if context.writes_merged]
     return differences | {name: differences[context.model.family.denoiser] for name in of_encoders}
+
+
+def difference(one: np.ndarray, other: np.ndarray) -> int:
+    """The largest of any pixel, of 255."""
+    return int(np.abs(one.astype(int) - other.astype(int)).max())
+
+
+def moved_by_rounding(picture: np.ndarray, denoiser: nn.Module, prompt: Prompt, drawer: Drawer) -> int:
+    """How far the image is from one with the guidance changed in its last digits, as rounding changes every product.
+
+    Weights that were trained at far too high a rate make a denoiser chaotic: 1e-7 becomes another image within steps.
+    """
+    ((settled, seed),) = drawer.wanted([prompt], 1)
+    nudged = dataclasses.replace(settled, seed=seed, guidance_scale=(settled.guidance_scale or 0.0) * (1 + ROUNDING))
+    return difference(picture, finite(drawer.draw(denoiser, [nudged], 1)[0], "rounding"))
 
 
 def finite(drawn: np.ndarray, what: str) -> np.ndarray:
