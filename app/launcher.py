@@ -234,13 +234,16 @@ class Trainings:
         """The run or the experiment of that name; `RunError` if there is none."""
         return self.library.find_experiment(name) if kind is Experiment else self.library.find(name)
 
-    def stop(self, name: str, kind: type[Run] = Run) -> str:
+    def stop(self, name: str, kind: type[Run] = Run, only: bool = False) -> str:
         """Ask a trainer to save and leave (SIGTERM), that of the run or, if it has none, the one that is at work.
 
+        `only`: that of the run alone, as it was seen to train; what has begun since it ended is left alone.
         Returns a sentence saying so.
         """
         looked_at = self.find(name, kind)
-        found = [looked_at] if self.is_active(looked_at) else list(self.all_active())
+        if only and not self.is_active(looked_at):
+            raise RunError(f"{name} does not train any more; nothing was stopped.")
+        found = [looked_at] if only or self.is_active(looked_at) else list(self.all_active())
         if not found:
             return "Nothing is training."
         if len(found) > 1:

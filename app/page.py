@@ -17,6 +17,7 @@ from .runs import Run
 from .sessions import Blocks
 from .studio import Studio
 from .tabs import TABS, Parts, Tab
+from .tabs.base import STATUS
 from .tabs.compare import CompareTab
 
 T = TypeVar("T", bound=Tab)
@@ -25,7 +26,7 @@ EVERY = 2.0
 """Seconds between two looks at the runs folder."""
 RUNS_SEEN = 1
 """Where in what was seen the names of the runs are."""
-AT_REST = 3
+AT_REST = STATUS
 """How much of what was seen stays as it is while a trainer merely goes on; the rest is `live`."""
 STYLE, *SCRIPTS = (Path(__file__).with_name(name) for name in ("style.css", "streams.js", "zoom.js"))
 EXPLANATION = (

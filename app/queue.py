@@ -208,14 +208,13 @@ class Queue:
         entry = next((entry for entry in self.entries() if entry.name == name), None)
         if entry is None:
             raise RunError("There is nothing of that name in the queue.")
-        if not self.trainings.is_active(self.run_of(entry)):
-            raise RunError(f"{name} does not train.")
-        return self.trainings.stop(name, KINDS[entry.kind])
+        return self.trainings.stop(name, KINDS[entry.kind], only=True)
 
     def clear(self) -> None:
         """Takes out what has ended."""
+        ended = {entry.name for entry in self.entries() if entry.ends}  # what ends just now has not been seen
         with self.changing() as entries:
-            entries[:] = [entry for entry in entries if not entry.ends]
+            entries[:] = [entry for entry in entries if not (entry.ends and entry.name in ended)]
 
     # -- what it does by itself ----------------------------------------------------------------------------------------
 

@@ -40,9 +40,19 @@ function restore() {
   if (part.matches("textarea")) part.setSelectionRange(...at.range);
 }
 
+// An update gives a button to another row: who presses one and finds another under the finger has not meant that.
+let pressed = null;
+element.addEventListener("pointerdown", event => {
+  const part = event.target.closest("button[data-do]");
+  pressed = part && { do: part.dataset.do, name: nameOf(part) };
+});
 element.addEventListener("click", event => {
   const part = event.target.closest("button[data-do]");
-  if (part) trigger("acted", { do: part.dataset.do, name: nameOf(part) });
+  if (!part) return;
+  const found = { do: part.dataset.do, name: nameOf(part) };
+  const byPointer = event.detail > 0;
+  if (byPointer && pressed && (pressed.do !== found.do || pressed.name !== found.name)) return;
+  trigger("acted", found);
 });
 element.addEventListener("input", event => {
   if (event.target.matches("textarea"))

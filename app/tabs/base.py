@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from ..page import Page
 
 
+STATUS = 3
+"""Where in what a look has seen of a run its status is."""
+
+
 @dataclass(frozen=True)
 class Parts:
     """What the tabs work with."""

@@ -75,7 +75,7 @@ class ExperimentTab(LaunchTab):
         return list(self.library.experiments())
 
     def events(self, page: Page) -> None:
-        self.connect(page, self.which)
+        self.connect(page, self.which, self.last_look)
         quiet = {"api_visibility": "private", "show_progress": "hidden"}
         planned = [self.flags[name] for name in self.names]
         gr.on(

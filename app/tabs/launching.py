@@ -12,12 +12,13 @@ from .. import form, launcher, views
 from ..handlers import named, paths_of, readable_errors
 from ..queue import RUNNING, WAITING, Entry
 from ..runs import Run
-from .base import Parts, Tab
+from .base import STATUS, Parts, Tab
 
 if TYPE_CHECKING:
     from ..page import Page
 
 WIDE = ("method", "validation_prompt")
+ACTIVE = ("starting", "running", "stopping")
 # The form is kept in the browser, so that it outlives a restart of the server.
 KEEP = "(...values) => { localStorage.setItem('reslora-%s', JSON.stringify(values)); }"
 RECALL = """(...values) => {
@@ -144,8 +145,11 @@ class LaunchTab(Tab):
         """The folders of images on the server."""
         return {self.folder: gr.update(choices=self.trainings.folders())}
 
-    def connect(self, page: Page, which: gr.components.Component) -> None:
-        """Connects form and buttons; `which` has the name of what is looked at, and gets that of what is started."""
+    def connect(self, page: Page, which: gr.components.Component, seen: gr.State) -> None:
+        """Connects form and buttons; `which` has the name of what is looked at, and gets that of what is started.
+
+        `seen`: what the last look has seen of it.
+        """
         inputs = [self.name, self.uploads, self.caption, self.folder, self.model, *self.flags.values()]
         show, start = (named(readable_errors(do), self.parameters()) for do in (self.do_show, self.do_start))
         self.show.click(show, inputs, self.command, api_name=f"{self.id}_command", preprocess=False)
@@ -163,7 +167,8 @@ class LaunchTab(Tab):
         page.blocks.load(None, self.form, self.form, js=RECALL % self.id, **quiet)
         gr.on([part.change for part in self.form], None, self.form, None, js=KEEP % self.id, **quiet)
         # Not queued: they must not wait for what they end.
-        self.stop.click(readable_errors(self.do_stop), which, self.answer, api_name=f"{self.id}_stop", queue=False)
+        stop = readable_errors(self.do_stop)
+        self.stop.click(stop, [which, seen], self.answer, api_name=f"{self.id}_stop", queue=False)
         self.resume.click(readable_errors(self.do_resume), which, self.answer, api_name=f"{self.id}_resume")
 
     def seen(self, run: Run) -> bool:
@@ -234,9 +239,10 @@ class LaunchTab(Tab):
         """What can be looked at."""
         return list(self.library.runs())
 
-    def do_stop(self, name: str) -> str:
-        """Stops what trains, whichever is looked at."""
-        return views.notice(self.trainings.stop(name, self.kind))
+    def do_stop(self, name: str, seen: tuple | None = None) -> str:
+        """Stops what trains, whichever is looked at; where that was seen to train, nothing that has begun after it."""
+        trained = seen is not None and seen[STATUS] in ACTIVE
+        return views.notice(self.trainings.stop(name, self.kind, only=trained))
 
     def do_resume(self, name: str) -> str:
         """Goes on with what was stopped, or lines it up."""

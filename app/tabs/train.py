@@ -60,7 +60,7 @@ class TrainTab(LaunchTab):
         return super().arrive() | {self.begin: gr.update(choices=[*form.PRESETS, *self.library.runs()])}
 
     def events(self, page: Page) -> None:
-        self.connect(page, page.run)
+        self.connect(page, page.run, page.seen)
         quiet = {"api_visibility": "private", "show_progress": "hidden"}
         # By a visitor alone: a form that the browser has kept is not to be overwritten.
         self.begin.input(readable_errors(self.fill), self.begin, [self.model, *self.flags.values()], **quiet)

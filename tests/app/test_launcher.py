@@ -137,6 +137,8 @@ def test_what_stops_is_what_trains_whichever_run_is_looked_at(run):
     trainings.began.add("run")  # its trainer was at work and has left; the launcher goes last
     assert trainings.status(run) == "stopping" and trainings.stop("looked-at") == "run is ending."
     trainings.began.clear()
+    with pytest.raises(RunError, match="looked-at does not train any more"):
+        trainings.stop("looked-at", only=True)  # it was seen to, and the other one began when it ended
     assert "run is stopped" in trainings.stop("looked-at")
     ended(launcher)
     assert trainings.status(run) == "stopped"

@@ -98,7 +98,7 @@ def test_one_after_the_other_and_what_fails_does_not_stop_the_next(lined, tmp_pa
     assert lined.entries() == []
 
 
-def test_what_has_just_ended_may_be_resumed_or_removed(lined):
+def test_what_has_just_ended_may_be_resumed(lined):
     """Its entry says that it trains until the queue looks again, two seconds later."""
     add(lined, "a")
     write_json(lined.path.with_name("a") / "config.json", {"method": ["lora"]})
@@ -112,6 +112,18 @@ def test_what_has_just_ended_may_be_resumed_or_removed(lined):
     lined.path.with_name("end-a").touch()
     wait_until(lambda: not lined.trainings.is_active(run), "its end")
     assert states(lined) == {"a": RUNNING}
+    lined.clear()
+    assert states(lined) == {"a": "stopped"}  # which nobody has seen yet
+    lined.clear()
+    assert states(lined) == {}
+
+
+def test_what_has_just_ended_may_be_removed(lined):
+    add(lined, "a")
+    run = lined.trainings.library.folder / "a"
+    lined.path.with_name("end-a").touch()
+    wait_until(lambda: not lined.trainings.is_active(Run("a", run)), "its end")
+    assert states(lined) == {"a": RUNNING}
     lined.remove("a")
     assert states(lined) == {}
 
@@ -121,7 +133,7 @@ def test_who_stops_what_has_just_ended_does_not_stop_the_next(lined):
     add(lined, "b")
     let_end(lined, "a")
     wait_until(lambda: started(lined) == ["a -", "b -"], "the next")
-    with pytest.raises(RunError, match="a does not train"):
+    with pytest.raises(RunError, match="a does not train any more"):
         lined.stop("a")
     assert lined.trainings.is_active(lined.trainings.find("b"))
     assert "b" in lined.stop("b")
