@@ -32,9 +32,10 @@ def test_trainers_take_every_command_with_all_controls_and_enough_seeds_and_rate
         command = experiment.command(name, args)[1:]
         images = experiment.script == "train_sd.py"
         found = vars(build_parser().parse_args(command)) if images else read(command)[1]
-        assert set(why.CONTROLS) | {"reslora"} <= set(found["method"])
+        wanted = why.BASELINES if name.endswith("baselines") else (*why.CONTROLS, "reslora")
+        assert found["method"] == list(wanted)
         assert min(len(found["learning_rate"]), len(found["seed"])) >= 5
-        assert found["shortcut"] == ["input", "block", "middle"]
+        assert name.endswith("baselines") or found["shortcut"] == ["input", "block", "middle"]
 
 
 def arm(label: str, seed: int, losses: list[float], rate: float = 1e-3) -> dict:
