@@ -10,7 +10,7 @@ from reslora.common.methods import METHODS
 from reslora.diffusion.arguments import DEFAULTS, build_parser
 from reslora.diffusion.optimizers import OPTIMIZERS
 
-from .runs import Run
+from .runs import Run, RunError
 
 LABELS = {
     "method": "Methods",
@@ -137,7 +137,9 @@ def widget_value(action: argparse.Action, value: object) -> object:
 
 
 def settings_of(name: str, runs: Mapping[str, Run]) -> dict:
-    """The settings of a preset or of a run by its name; empty where there is none."""
+    """The settings of a preset or of a run by its name; `RunError` where there is none."""
     if name in PRESETS:
         return PRESETS[name]
-    return runs[name].config if name in runs else {}
+    if name not in runs:
+        raise RunError("There is no run of that name to begin with; choose one from the list.")
+    return runs[name].config

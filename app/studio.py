@@ -89,8 +89,8 @@ class Picture:
 class Visitor:
     """Who asked for something, and is told what happens until it is cancelled or nobody listens."""
 
-    def __init__(self, session: str, listening: Callable[[], bool]) -> None:
-        self.session, self.listening = session, listening
+    def __init__(self, session: str, kind: str, listening: Callable[[], bool]) -> None:
+        self.session, self.kind, self.listening = session, kind, listening
         self.stopped = threading.Event()
         self.unheard: float | None = time.monotonic()
         """Since when nobody listens. A message that is only about to be read must not count for a whole long step."""
@@ -154,42 +154,44 @@ class Studio:
     ) -> Iterator[Status | Step | Drawn]:
         """Yields what happens, and the images: for each number one per choice, with the same seed.
 
-        Each image is drawn on its own with its own seed, so it doesn't depend on how many were asked for. Ends as
-        `draw` does.
+        Each image is drawn on its own with its own seed, so it doesn't depend on how many were asked for.
+
+        Closing the iterator, `cancel(session)`, or a while in which `listening` says no, stops within one denoising
+        step; the latter two raise `Cancelled`. Raises `RunError` for weights that cannot be loaded.
         """
         request, pictures = request.clamped(), []
         for number in range(request.images):
             one = replace(request, seed=(request.seed + number) % SEEDS, images=1)
             title = f"Image {number + 1} of {request.images}"
             pictures += [Picture(choice, one, f"{title}, {choice.label}") for choice in choices]
-        yield from self.draw(run, pictures, session, listening)
+        yield from self._told(lambda visitor: self._draw_all(run, pictures, visitor), session, "images", listening)
 
-    def draw(
+    def draw_grid(
         self,
         run: Run | None,
         pictures: list[Picture],
         session: str = "",
         listening: Callable[[], bool] = lambda: True,
     ) -> Iterator[Status | Step | Drawn]:
-        """Yields what happens, and the images in their order.
-
-        Closing the iterator, `cancel(session)`, or a while in which `listening` says no, stops within one denoising
-        step; the latter two raise `Cancelled`. Raises `RunError` for weights that cannot be loaded.
-        """
-        yield from self._told(lambda visitor: self._draw_all(run, pictures, visitor), session, listening)
+        """Yields what happens, and the images of a grid in their order. Ends as `generate` does."""
+        yield from self._told(lambda visitor: self._draw_all(run, pictures, visitor), session, "grid", listening)
 
     def write_whole(
         self, run: Run | None, weights: Weights, target: Path, session: str = "", listening=lambda: True
     ) -> Iterator[Status]:
         """Writes the run's whole model with LoRA files or merged weights in it as a new folder, `target`.
 
-        Ends as `draw` does, within one tensor, and leaves nothing then. Raises `RunError` where it cannot be written.
+        Ends as `generate` does, within one tensor, leaving nothing then. Raises `RunError` where it cannot be written.
         """
-        yield from self._told(lambda visitor: self._write_whole(run, weights, target, visitor), session, listening)
+        yield from self._told(
+            lambda visitor: self._write_whole(run, weights, target, visitor), session, "model", listening
+        )
 
-    def _told(self, work: Callable[[Visitor], None], session: str, listening: Callable[[], bool]) -> Iterator:
+    def _told(
+        self, work: Callable[[Visitor], None], session: str, kind: str, listening: Callable[[], bool]
+    ) -> Iterator:
         """Does some work in a thread of its own and yields what is told of it."""
-        visitor = Visitor(session, listening)
+        visitor = Visitor(session, kind, listening)
         self.running.add(visitor)
         threading.Thread(target=self._work, args=(work, visitor), daemon=True).start()
         try:
@@ -201,9 +203,10 @@ class Studio:
             visitor.stopped.set()
             self.running.remove(visitor)
 
-    def cancel(self, session: str) -> bool:
-        """Stops what a session waits for within one step; False if there is nothing."""
-        found = [visitor for visitor in list(self.running) if visitor.session == session]
+    def cancel(self, session: str, kind: str | None = None) -> bool:
+        """Stops what a session waits for within one step, images, grid, model, or all; False if there is nothing."""
+        waiting = [visitor for visitor in list(self.running) if visitor.session == session]
+        found = [visitor for visitor in waiting if kind in (None, visitor.kind)]
         for visitor in found:
             visitor.stopped.set()
         return bool(found)

@@ -40,16 +40,19 @@ class ChainsTab(Tab):
         self.report = gr.HTML(elem_id="report")
         gr.Markdown("### ResLoRA's weights beside LoRA's")
         self.norms = gr.HTML(elem_id="norms")
+        self.done = gr.State(None)
         self.watched = [self.checkpoint]
         self.of_run = [self.plan, self.report, self.norms]
         self.chosen = self.checkpoint
 
     def events(self, page: Page) -> None:
-        weights = page.tab(GenerateTab).weights
-        self.merge.click(
-            readable_errors(self.do_merge), [page.run, self.checkpoint, self.merge_method],
-            [self.merged, self.report, weights], api_name="merge", preprocess=False,
-        )  # fmt: skip
+        asked, shown = [page.run, self.checkpoint, self.merge_method], [self.report, page.tab(GenerateTab).weights]
+        gr.on([], readable_errors(self.do_merge), asked, [self.merged, *shown], api_name="merge", preprocess=False)
+        quiet = {"api_visibility": "private", "preprocess": False}
+        # In two steps: another run may have been chosen meanwhile, and the second reads which it is by then.
+        self.merge.click(readable_errors(self.keep_merge), asked, [self.merged, self.done], **quiet).success(
+            readable_errors(self.show_merge), [page.run, self.done], shown, show_progress="hidden", **quiet
+        )
 
     def seen(self, run: Run) -> tuple:
         """The files that the tab shows."""
@@ -89,4 +92,15 @@ class ChainsTab(Tab):
         labels = [weights.label for weights in run.weights()]
         made = f"reslora: step {checkpoint.step} merged by {method}"
         shown = merge_warning(report) + views.merge_report(report)
-        return f"Done: **{made}** is under Generate.", shown, gr.update(choices=labels, value=made)
+        said = f"Done: **{made}** is under Generate, with the run `{run.name}`."
+        return said, shown, gr.update(choices=labels, value=made)
+
+    def keep_merge(self, name: str, label: str, method: str) -> tuple:
+        """The same for the page: says so, and keeps the rest with the run's name."""
+        said, *shown = self.do_merge(name, label, method)
+        return said, (name, *shown)
+
+    def show_merge(self, name: str, done: tuple) -> tuple:
+        """Report and weights of the run that was merged, if that is still the one that is looked at."""
+        merged, *shown = done
+        return tuple(shown) if merged == name else (gr.skip(), gr.skip())

@@ -41,7 +41,7 @@ class GenerateTab(Tab):
                 )  # fmt: skip
                 self.made = gr.HTML(elem_id="made")
         self.grid = GridPart(self)
-        self.watched = [self.weights]
+        self.watched = [self.weights, self.warning]
         self.of_run = [self.prompt, self.steps, self.guidance, self.width, self.height, self.stack.loras]
         self.chosen = self.weights
 
@@ -86,9 +86,9 @@ class GenerateTab(Tab):
             [self.gallery, self.status, self.seed, self.made],
             api_name="generate", show_progress="hidden", preprocess=False, **TURNS,
         ).failure(lambda: views.notice("That did not work."), None, self.status, api_visibility="private")  # fmt: skip
-        self.cancel.click(
-            readable_errors(self.do_cancel), None, self.status, api_name="cancel", show_progress="hidden", queue=False
-        )
+        unqueued = {"show_progress": "hidden", "queue": False}
+        self.cancel.click(readable_errors(self.stop), None, self.status, api_visibility="private", **unqueued)
+        gr.on([], readable_errors(self.do_cancel), None, self.status, api_name="cancel", **unqueued)
         taken_over = [*settings[:-2], self.strength, self.random]
         self.recipe.upload(readable_errors(self.read_recipe), self.recipe, taken_over, api_name="settings_of")
         self.recipe.upload(readable_errors(self.origin), self.recipe, self.status, api_visibility="private")
@@ -114,8 +114,9 @@ class GenerateTab(Tab):
         return chosen if chosen != best and chosen in self.list_weights(run.name) else run.best_weights()
 
     def shown(self, run: Run, label: str) -> dict:
-        """Values of all that is watched, with some weights chosen."""
-        return {self.weights: gr.update(choices=self.list_weights(run.name), value=label)}
+        """Values of all that is watched, with some weights chosen: the same label is other weights in another run."""
+        weights = gr.update(choices=self.list_weights(run.name), value=label)
+        return {self.weights: weights, self.warning: self.warn(run.name, label)}
 
     def is_outdated(self, run: Run, seen: tuple[bool, str] | None) -> bool:
         """Once there are settings."""
@@ -183,9 +184,19 @@ class GenerateTab(Tab):
         return recipe.save_image(drawn, self.files.new(f"seed-{drawn.request.seed}.png"))
 
     def do_cancel(self, asked: gr.Request):
-        stopped = self.studio.cancel(asked.session_hash or "")
+        """Stops all that a program waits for."""
+        return self.stopped(asked)
+
+    def stop(self, asked: gr.Request):
+        """Stops the images, and nothing else."""
+        return self.stopped(asked, "images")
+
+    def stopped(self, asked: gr.Request, kind: str | None = None):
+        """Stops what a session waits for, of a kind or all of it; what it says where there is nothing."""
+        found = self.studio.cancel(asked.session_hash or "", kind)
         # What is being generated says itself that it was cancelled, and must have the last word.
-        return gr.skip() if stopped else views.notice("Nothing is being generated.")
+        nothing = "No model is being written." if kind == "model" else "Nothing is being generated."
+        return gr.skip() if found else views.notice(nothing)
 
     def read_recipe(self, path: str) -> list:
         request, _ = recipe.read_image(path)

@@ -72,13 +72,14 @@ class GridPart:
         drawing.failure(lambda: views.notice("That did not work."), None, self.status, api_visibility="private")
         drawing.success(lambda: gr.update(interactive=True), None, self.sheet, api_visibility="private")
         self.stop.click(
-            readable_errors(tab.do_cancel), None, self.status, api_visibility="private", show_progress="hidden",
+            readable_errors(self.do_stop), None, self.status, api_visibility="private", show_progress="hidden",
             queue=False,
         )  # fmt: skip
         for name, values in self.axes:
-            name.input(
-                readable_errors(self.suggest), [page.run, name], values, api_visibility="private", preprocess=False,
-                show_progress="hidden",
+            # Not `input`, as with the settings under Train: values that were typed are not to be overwritten.
+            gr.on(
+                [name.change, name.select], readable_errors(self.suggest), [page.run, name], values,
+                api_visibility="private", preprocess=False, show_progress="hidden", trigger_mode="always_last",
             )  # fmt: skip
         gr.api(readable_errors(self.list_values), api_name="grid_values")
 
@@ -105,7 +106,7 @@ class GridPart:
         yield grids.table(grid, shown), views.progress(text, 0), None, None
         cells, pictures = iter(grid.cells), [cell.picture for cell in grid.cells]
         try:
-            for event in self.tab.studio.draw(run, pictures, session, lambda: hears(asked)):
+            for event in self.tab.studio.draw_grid(run, pictures, session, lambda: hears(asked)):
                 text = event.text if isinstance(event, Status) else text
                 share = event.done / event.total if isinstance(event, Step) else 0.0
                 if isinstance(event, Drawn):
@@ -122,6 +123,10 @@ class GridPart:
             sheet = str(grids.save_sheet(grid, drawn, self.tab.files.new(f"{safe_name(name or 'base')}-grid.png")))
         # Everything once more, not `skip`: a program gets what comes last.
         yield grids.table(grid, shown), said, sheet, [files[place] for place in sorted(files)]
+
+    def do_stop(self, asked: gr.Request):
+        """Stops the grid, and nothing else."""
+        return self.tab.stopped(asked, "grid")
 
     def address(self, path: str) -> str:
         """Where the page finds a file that was made for it, whole: Gradio serves a copy."""

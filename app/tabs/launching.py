@@ -209,7 +209,7 @@ class LaunchTab(Tab):
         """What memory the training would take, by the trainer's own plan, which trains nothing."""
         _, uploads, caption, *_ = inputs
         words, paths = self.words(*inputs), paths_of(uploads)
-        if paths:
+        if paths and "--train_data_dir" in words:  # what goes on keeps its images
             stored = launcher.store_images(self.files.new("images"), paths, str(caption or ""))
             words[words.index("--train_data_dir") + 1] = str(stored)
         return views.printed(self.trainings.plan(words))

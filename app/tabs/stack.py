@@ -36,7 +36,9 @@ class StackPart:
             self.name = gr.Textbox(
                 "full-model", label="Name of the new model folder", max_lines=1, elem_id="model-name"
             )
-            self.write = gr.Button("Merge into a full model folder", elem_id="write-model")
+            with gr.Row():
+                self.write = gr.Button("Merge into a full model folder", elem_id="write-model", scale=3)
+                self.stop = gr.Button("Stop", elem_id="stop-model", scale=1, min_width=80)
             self.status = gr.HTML(
                 views.notice("The base model with the weights that are chosen, at their strengths, as one folder."),
                 elem_id="model-status",
@@ -57,6 +59,10 @@ class StackPart:
             [self.status, self.place, self.use, self.found],
             api_name="full_model", show_progress="hidden", preprocess=False, **TURNS,
         ).failure(lambda: views.notice("That did not work."), None, self.status, api_visibility="private")  # fmt: skip
+        self.stop.click(
+            readable_errors(self.do_stop), None, self.status, api_visibility="private", show_progress="hidden",
+            queue=False,
+        )  # fmt: skip
         gr.api(readable_errors(self.list_loras), api_name="loras")
 
     def list_loras(self, run: str) -> list[str]:
@@ -96,3 +102,7 @@ class StackPart:
         place = takeaway.place_of(self.library, run, target)
         said = views.notice(f"{place} is written: {weights.label}.")
         yield said, place, whole_models.lines_for(place), gr.update(visible=True)
+
+    def do_stop(self, asked: gr.Request):
+        """Stops the writing of the model, and nothing else."""
+        return self.tab.stopped(asked, "model")

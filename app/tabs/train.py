@@ -62,8 +62,12 @@ class TrainTab(LaunchTab):
     def events(self, page: Page) -> None:
         self.connect(page, page.run, page.seen)
         quiet = {"api_visibility": "private", "show_progress": "hidden"}
-        # By a visitor alone: a form that the browser has kept is not to be overwritten.
-        self.begin.input(readable_errors(self.fill), self.begin, [self.model, *self.flags.values()], **quiet)
+        # Not `input`: it comes with leaving the box as well, and what is typed or kept would be overwritten. `change`
+        # comes with another choice, by mouse or keys; `select` with the same one again, by the mouse.
+        gr.on(
+            [self.begin.change, self.begin.select], readable_errors(self.fill), self.begin,
+            [self.model, *self.flags.values()], trigger_mode="always_last", **quiet,
+        )  # fmt: skip
         for button, request in ((self.sample_now, launcher.SAMPLE), (self.save_now, launcher.SAVE)):
             ask = readable_errors(partial(self.ask, request))
             button.click(ask, None, self.answer, api_name=f"train_{request.replace('.', '_')}", queue=False)

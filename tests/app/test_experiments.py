@@ -2,15 +2,22 @@
 
 import json
 import os
+from pathlib import Path
 
+import gradio as gr
+import PIL.Image
 import pytest
 from app_runs import HOSTILE, write_run
 from experiment import examples
 
-from app import experiments
+from app import experiments, form
 from app.launcher import Trainings
 from app.library import Experiment, Library
+from app.queue import Queue
 from app.runs import EXPERIMENT_LOG, RunError
+from app.studio import Studio
+from app.tabs import Parts
+from app.tabs.experiment import ExperimentTab
 from reslora.diffusion.experiment.pages import IMAGES
 from reslora.experiment.report import write_report
 
@@ -124,3 +131,18 @@ def test_a_new_experiment_has_all_flags_and_one_that_is_there_what_is_added(libr
         trainings.command("which", form)  # a run of that name
     with pytest.raises(RunError, match="finished"):
         trainings.resume("which", Experiment)
+
+
+def test_the_memory_is_planned_of_a_new_experiment_and_of_one_that_goes_on(library, tmp_path, monkeypatch):
+    """Images that were uploaded are those of a new one; one that is there keeps its own."""
+    trainings, planned = Trainings(library), []
+    monkeypatch.setattr(trainings, "plan", lambda words: planned.append(words) or "")
+    PIL.Image.new("RGB", (8, 8)).save(tmp_path / "red disc.png")
+    with gr.Blocks():
+        tab = ExperimentTab(Parts(library, trainings, Queue(trainings), Studio()))
+    values = form.values_of({}, tab.all_names())
+    for name in ("new", "which"):
+        tab.do_plan(name, [{"path": str(tmp_path / "red disc.png")}], "", None, "", *values)
+    stored = Path(planned[0][planned[0].index("--train_data_dir") + 1])
+    assert [path.suffix for path in sorted(stored.iterdir())] == [".png", ".txt"]
+    assert "--train_data_dir" not in planned[1] and str(library.folder / "which" / "config.json") in planned[1]

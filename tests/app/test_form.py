@@ -7,6 +7,7 @@ from app_runs import WRONG, write_run
 
 from app import form, launcher
 from app.library import Library
+from app.runs import RunError
 from app.tabs.experiment import ExperimentTab
 from app.tabs.train import TrainTab
 from reslora.diffusion.arguments import build_parser
@@ -66,7 +67,8 @@ def test_the_settings_of_a_run_make_its_command_again(tmp_path):
     expected = {"shortcut": ["middle"], "pre_num": [2], "random_flip": True, "snr_gamma": 5.0, "max_train_steps": 4}
     assert {name: parsed[name] for name in expected} == expected and parsed["target_modules"] == ["to_q"]
     assert parsed["validation_prompt"] == settings["validation_prompt"]
-    assert form.settings_of("none", {}) == {}
+    with pytest.raises(RunError, match="no run of that name"):  # not an empty form
+        form.settings_of("gone", Library(tmp_path).runs())
 
 
 @pytest.mark.parametrize("wrong", WRONG)

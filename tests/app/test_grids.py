@@ -16,6 +16,7 @@ from app.studio import Cancelled, Picture, Studio
 
 REQUEST = Request(prompt="red disc", steps=2, seed=5, width=32, height=32, guidance=3.0)
 START = "lora: merged weights"
+KINDS = ("images", "grid", "model")
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def grid_of(run, x, y, start=START):
 def test_cells_are_single_drawings(studio, run, x, y, single):
     """Of different weights and settings, all of them; what was not merged yet is, once."""
     made = grid_of(run, x, y)
-    drawn = pixels(studio.draw(run, [cell.picture for cell in made.cells]))
+    drawn = pixels(studio.draw_grid(run, [cell.picture for cell in made.cells]))
     assert len(drawn) == len(made.cells) == len(made.x.values) * len(made.y.values)
     for cell, image in zip(made.cells, drawn, strict=True):
         label, changes = single(made.x.values[cell.column], made.y.values[cell.row])
@@ -71,7 +72,7 @@ def test_weights_are_put_into_the_model_as_rarely_as_possible(studio, run, monke
     puts, put = [], Studio._put
     monkeypatch.setattr(Studio, "_put", lambda self, *given: puts.append(given[-1]) or put(self, *given))
     made = grid_of(run, ("strength", "0.1 0.2 0.3"), ("seed", "1 2 3"))
-    drawn = pixels(studio.draw(run, [cell.picture for cell in made.cells]))
+    drawn = pixels(studio.draw_grid(run, [cell.picture for cell in made.cells]))
     assert len(drawn) == 9 and puts == [0.1, 0.2, 0.3]
     assert [(cell.row, cell.column) for cell in made.cells[:4]] == [(0, 0), (1, 0), (2, 0), (0, 1)]
 
@@ -80,23 +81,35 @@ def test_a_grid_is_stopped_within_a_drawing_and_keeps_the_cells_before(studio, r
     made = grid(run, BASE, replace(REQUEST, steps=150), axis("X", "seed", "1 2 3"), Axis(NONE, ("",)))
     seen = []
     with pytest.raises(Cancelled):
-        for event in studio.draw(run, [cell.picture for cell in made.cells], session="me"):
+        for event in studio.draw_grid(run, [cell.picture for cell in made.cells], session="me"):
             seen.append(event)
             if any(isinstance(before, Drawn) for before in seen[:-1]):
                 studio.cancel("me")
     assert len(pixels(seen)) == 1 and len(seen) < 2 * 150
 
 
-def test_one_session_stops_all_that_it_waits_for(studio, run):
-    """A grid and an image at once: no request is forgotten for the one after it."""
-    picture = Picture(BASE, replace(REQUEST, steps=150), "")
-    first, second = (studio.draw(run, [picture] * 8, session="me") for _ in range(2))
-    next(first), next(second)
-    assert studio.cancel("me") and not studio.cancel("somebody else")
-    for waiting in (first, second):
-        with pytest.raises(Cancelled):
-            list(waiting)
-    assert not studio.cancel("me")
+@pytest.mark.parametrize("kind", [*KINDS, None])
+def test_a_session_stops_what_it_waits_for_of_one_kind_or_all_of_it(studio, run, tmp_path, kind):
+    """Two of each at once: no request is forgotten for the one after it."""
+    weights, picture = run.find_weights(START), Picture(BASE, REQUEST, "")
+    ask = {
+        "images": lambda: studio.generate(run, [BASE], REQUEST, "me"),
+        "grid": lambda: studio.draw_grid(run, [picture], "me"),
+        "model": lambda: studio.write_whole(run, weights, tmp_path / "model", "me"),
+    }
+    with studio.turns.turn():
+        waiting = [(name, ask[name]()) for name in KINDS * 2]
+        for _, events in waiting:
+            next(events)
+        assert studio.cancel("me", kind) and not studio.cancel("somebody else", kind)
+        for events in [events for name, events in waiting if kind in (None, name)]:
+            with pytest.raises(Cancelled):
+                list(events)
+        assert not studio.cancel("me", kind)
+        left = [visitor.kind for visitor in studio.running if not visitor.stopped.is_set()]
+        assert sorted(left) == sorted(name for name in KINDS * 2 if kind not in (None, name))
+        for _, events in waiting:
+            events.close()
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------

@@ -530,18 +530,29 @@ def test_images_with_merged_weights_beside_the_base(page):
 
 
 def test_a_grid_is_drawn_enlarged_stopped_and_taken_along(page):
-    """Values stand there once a setting is chosen; a cell is shown as it was drawn; the arrows go from cell to cell."""
+    """Values stand there once a setting is chosen, by mouse or keys, and leaving it again leaves them alone; a cell is
+    shown as it was drawn; the arrows go from cell to cell; each button stops its own."""
     page.get_by_role("tab", name="Generate").click()
     page.get_by_role("button", name="X/Y grid").click()
+    values = "document.querySelector('#values-{} textarea, #values-{} input').value === '{}'"
     page.locator("#axis-y input").click()
     page.get_by_role("option", name="method", exact=True).click()
-    page.wait_for_function("document.querySelector('#values-y textarea, #values-y input').value === 'lora reslora'")
+    page.wait_for_function(values.format("y", "y", "lora reslora"))
+    page.locator("#values-y textarea, #values-y input").fill("reslora lora")
+    page.locator("#axis-y input").focus()
+    page.keyboard.press("Tab")
+    page.locator("#axis-x input").focus()
+    for key, suggested in (("ArrowDown", "0 1 2"), ("ArrowUp", "0 0.5 1")):
+        page.locator("#axis-x input").focus()
+        page.keyboard.press(key)
+        page.keyboard.press("Enter")
+        page.wait_for_function(values.format("x", "x", suggested))
     page.locator("#draw-grid").click()
     page.locator("#xy-status").get_by_text("6 of 6 cells are done").wait_for()
     page.locator("#xy button.tile").nth(1).click()
     shown = page.locator("#zoom img")
     page.wait_for_function("document.querySelector('#zoom img').naturalWidth === 32")
-    for key, alt in (("ArrowRight", "lora · strength 1"), ("ArrowDown", "reslora · strength 1")):
+    for key, alt in (("ArrowRight", "reslora · strength 1"), ("ArrowDown", "lora · strength 1")):
         page.keyboard.press(key)
         assert shown.get_attribute("alt") == alt == page.locator("#zoom p").inner_text()
     page.keyboard.press("Escape")
@@ -553,6 +564,8 @@ def test_a_grid_is_drawn_enlarged_stopped_and_taken_along(page):
     page.locator("#values-x textarea, #values-x input").fill(" ".join(str(n / 100) for n in range(30)))
     page.locator("#draw-grid").click()
     page.locator("#xy-status").get_by_text("Row 1 of 2").wait_for()
+    page.locator("#cancel").click()
+    page.locator("#status").get_by_text("Nothing is being generated").wait_for()
     page.locator("#stop-grid").click()
     page.locator("#xy-status").get_by_text("Stopped after").wait_for()
 
@@ -578,6 +591,8 @@ def test_loras_are_stacked_and_written_as_a_model(page, runs):
     page.locator("#status").get_by_text("2 of 2 images are done").wait_for()
     assert "tiny: reslora x 0.5" in page.locator("#made").inner_text()
     assert page.evaluate("document.documentElement.scrollWidth") <= 420
+    page.locator("#stop-model").click()
+    page.locator("#model-status").get_by_text("No model is being written").wait_for()
 
 
 LATE_END = """
@@ -650,9 +665,13 @@ element => {
 """
 
 
+STEPS = "#flag-max_train_steps :is(input, textarea)"
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_text_can_be_read_and_a_form_survives_a_restart(page, address, theme):
-    """What is typed under Train is there again when the page is loaded anew, as after a restart of the server."""
+    """What is typed under Train is there again when the page is loaded anew, as after a restart of the server; only
+    settings that are chosen take its place, by keys, or by the mouse the same ones again."""
     page.goto(f"{address}?__theme={theme}", wait_until="domcontentloaded")
     page.errors.clear()  # a page that is left complains of what it had asked for
     page.wait_for_selector("#grid img")
@@ -672,10 +691,22 @@ def test_text_can_be_read_and_a_form_survives_a_restart(page, address, theme):
     seen.append(page.get_by_role("tab", name="Train"))
     assert [text for text in seen if text.first.evaluate(CONTRAST) < 4.5] == []
     page.locator("#name input, #name textarea").fill("kept")
+    page.locator(STEPS).fill("123")
+    page.locator("#begin input").focus()
+    page.keyboard.press("Tab")
     page.wait_for_timeout(1000)
     page.reload(wait_until="domcontentloaded")
     page.get_by_role("tab", name="Train").click()
     page.wait_for_function("document.querySelector('#name input, #name textarea').value === 'kept'")
+    assert page.locator(STEPS).input_value() == "123"
+    page.locator("#begin input").focus()
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    page.wait_for_function(f"document.querySelector('{STEPS}').value === '50'")
+    page.locator(STEPS).fill("7")
+    page.locator("#begin input").click()
+    page.get_by_role("option", name="a quick look").click()
+    page.wait_for_function(f"document.querySelector('{STEPS}').value === '50'")
 
 
 def test_a_run_that_is_deleted_leaves_the_list(page, runs):
@@ -689,12 +720,39 @@ def test_a_run_that_is_deleted_leaves_the_list(page, runs):
     assert page.locator("#run input").input_value() in {path.name for path in runs.iterdir()}
 
 
-def test_chains_and_merge_are_shown(page):
+def test_chains_and_merge_are_shown(page, runs):
     page.get_by_role("tab", name="Chains and merge").click()
     page.locator("#plan").get_by_text("links in").wait_for()
     assert page.locator("#plan .what, #report .what, #norms .what").count() == 3
     assert page.locator("#report td").count() > 8
     assert page.locator("#norms td").count() > 8
+    merge_and_look_elsewhere(page, runs)
+
+
+def merge_and_look_elsewhere(page, runs: Path) -> None:
+    """A merge that waits for its turn is made; where another run is looked at by then, it says so and no more."""
+    settings = json.loads((runs / "tiny" / "config.json").read_text())
+    write_run(runs / "elsewhere", **settings)
+    try:
+        page.get_by_role("tab", name="Generate").click()
+        for name in ("Denoising steps", "Width", "Height"):
+            page.get_by_label(f"number input for {name}").fill("256")
+        page.locator("#generate").click()
+        page.locator("#status").get_by_text("Image 1 of 1").wait_for()
+        page.get_by_role("tab", name="Chains and merge").click()
+        page.locator("#merge").click()
+        page.locator("#run input").fill("elsewhere")
+        page.locator("#run input").press("Enter")
+        page.locator("#report td").first.wait_for(state="detached")
+        page.get_by_role("tab", name="Generate").click()
+        page.locator("#cancel").click()
+        page.get_by_role("tab", name="Chains and merge").click()
+        page.get_by_text("is under Generate, with the run tiny").wait_for()
+        page.wait_for_timeout(500)
+        assert page.locator("#report td").count() == 0
+        assert page.locator("#weights input").input_value() == "base model"
+    finally:
+        shutil.rmtree(runs / "elsewhere")
 
 
 def test_names_and_prompts_of_a_run_are_no_markup(page, runs):

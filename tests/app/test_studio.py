@@ -151,7 +151,7 @@ def test_what_nobody_listens_to_is_given_up(studio, run, monkeypatch, capsys):
 def test_a_message_that_is_only_about_to_be_read_ends_nothing(monkeypatch):
     """Not even where the step before took longer than anybody's patience."""
     monkeypatch.setattr(studios, "PATIENCE", 0.01)
-    visitor = studios.Visitor("me", iter([True, False, True, False, False]).__next__)
+    visitor = studios.Visitor("me", "images", iter([True, False, True, False, False]).__next__)
     for _ in range(4):
         visitor.check()
         time.sleep(0.05)
