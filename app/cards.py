@@ -6,6 +6,7 @@ As in `views`, every name and caption is escaped.
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from collections.abc import Sequence
 
@@ -25,7 +26,10 @@ def pages(count: int) -> int:
 
 
 def cards(edits: ImageEdits, images: Images, shown: Sequence[Image], page: int) -> str:
-    """A page of images, and the names of all that are shown."""
+    """A page of images, with their folder and the names of all that are shown.
+
+    No two are equal: what is equal to the last one would not reach boxes in which something else is written.
+    """
     part = shown[(page - 1) * PER_PAGE : page * PER_PAGE]
     thumbnails = edits.looks.thumbnails(part)
     alike = edits.looks.alike(images)
@@ -34,7 +38,8 @@ def cards(edits: ImageEdits, images: Images, shown: Sequence[Image], page: int) 
         badges = edits.looks.problem(image), alike.get(image.name, ("", ""))[1]
         found.append(card(image, thumbnail, badges, images.folder.bundled))
     names = escape(json.dumps([image.name for image in shown]))
-    return f'<div class="cards" data-folder="{escape(images.folder.name)}" data-names="{names}">{"".join(found)}</div>'
+    marks = f'data-folder="{escape(images.folder.name)}" data-names="{names}" data-drawn="{time.time_ns()}"'
+    return f'<div class="cards" {marks}>{"".join(found)}</div>'
 
 
 def card(image: Image, thumbnail: str, badges: tuple[str, str], fixed: bool) -> str:

@@ -1,11 +1,17 @@
-// Ticks outlive a change of page, and a caption is saved when its box is left or Ctrl+Enter is pressed in it.
+// Ticks, and captions that are written and not saved yet, outlive an update, which leaves the page's elements and gives
+// them other contents. A caption is saved when its box is left or Ctrl+Enter is pressed in it.
 const host = document.getElementById("dataset-images");
 const picked = new Set();
-let folder = null;
+const drafts = new Map();  // of all folders, each with what its caption was when it was begun
+let folder = null;  // which the images are of: another one may be chosen by now
+let at = null;
 
 const cards = () => element.querySelector(".cards");
 const boxes = () => [...element.querySelectorAll(".card input[type=checkbox]")];
+const texts = () => [...element.querySelectorAll(".card textarea")];
 const nameOf = part => part.closest(".card").dataset.name;
+const keyOf = part => JSON.stringify([folder, nameOf(part)]);
+const boxOf = key => texts().find(box => keyOf(box) === key);
 
 function tell() {
   document.querySelectorAll("#picked-count").forEach(line => {
@@ -13,16 +19,42 @@ function tell() {
   });
 }
 
-// What is ticked and still there, after another page, another filter or another folder is shown.
+function say(box, line, bad) {
+  const said = box.closest(".card").querySelector(".told");
+  said.textContent = line;
+  said.classList.toggle("bad", Boolean(bad));
+}
+
+// A box that has been typed in does not follow its text in the page.
+function fill(box) {
+  const draft = drafts.get(keyOf(box)), text = draft ? draft.text : box.dataset.was;
+  if (box.value !== text) box.value = text;
+  if (draft) say(box, draft.refused || "not saved yet", draft.refused);
+}
+
+// Who types goes on in the box of the same image, never in another one's.
+function follow(here, range) {
+  const box = boxOf(at);
+  if (box === here) return;
+  if (!box) return here.blur();
+  box.focus();
+  box.setSelectionRange(...range);
+}
+
+// What is ticked or written and still there, after another page, another filter or another folder is shown.
 function restore() {
   if (!cards()) return;
+  const here = texts().find(box => box === document.activeElement);
+  const range = here && [here.selectionStart, here.selectionEnd];
   if (cards().dataset.folder !== folder) picked.clear();
   folder = cards().dataset.folder;
   boxes().forEach(box => { box.checked = picked.has(nameOf(box)); });
+  texts().forEach(fill);
+  if (here) follow(here, range);
   tell();
 }
 
-host.picked = () => [...picked];
+host.picked = () => ({ folder, names: [...picked] });
 host.pick = which => {
   const page = boxes().map(nameOf);
   if (which === "none") picked.clear();
@@ -31,31 +63,59 @@ host.pick = which => {
 };
 
 async function save(box) {
-  const said = box.closest(".card").querySelector(".told");
-  if (box.readOnly || box.value === box.dataset.was) return;
-  const text = box.value;
-  said.textContent = "saving";
-  const answer = await server.save_caption({
-    folder, name: nameOf(box), was: box.dataset.was, text, settings: host.settings ? host.settings() : [],
-  }).catch(() => ({ error: "The server does not answer: this caption is not saved." }));
-  if (!answer.error) box.dataset.was = text;
-  said.textContent = answer.error || "saved";
-  said.classList.toggle("bad", Boolean(answer.error));
-  if (!answer.error) trigger("saved");
+  const key = keyOf(box), name = nameOf(box), draft = drafts.get(key);
+  if (!draft || draft.sent) return;
+  if (draft.text === draft.was) return drop(box);
+  const { was, text } = draft, [chosen, ...settings] = host.chosen || [folder];
+  draft.sent = true;
+  say(box, "saving");
+  const answer = await server.save_caption({ folder, chosen, name, was, text, settings })
+    .catch(() => ({ error: "The server does not answer: this caption is not saved." }));
+  draft.sent = false;
+  draft.refused = answer.error;
+  const now = drafts.get(key), row = boxOf(key);  // which may be another one by now, or on another page
+  if (answer.error) {
+    if (row && now) fill(row);
+    else if (now) trigger("refused", { line: `${name}: ${answer.error}` });
+    return;
+  }
+  if (now?.text === text) drafts.delete(key);
+  else if (now) now.was = answer.text;
+  if (row) {
+    row.dataset.was = answer.text;
+    say(row, "saved");
+    fill(row);
+    if (row !== document.activeElement) save(row);  // what was written while this was on its way
+  }
+  trigger("saved");
+}
+
+// The caption as it is, for what was written instead.
+function drop(box) {
+  drafts.delete(keyOf(box));
+  say(box, "");
+  fill(box);
 }
 
 element.addEventListener("change", event => {
   const part = event.target;
-  if (part.matches(".card input[type=checkbox]")) {
-    picked[part.checked ? "add" : "delete"](nameOf(part));
-    tell();
-  }
-  if (part.matches(".card textarea")) save(part);
+  if (!part.matches(".card input[type=checkbox]")) return;
+  picked[part.checked ? "add" : "delete"](nameOf(part));
+  tell();
 });
+element.addEventListener("input", event => {
+  const box = event.target;
+  if (!box.matches(".card textarea")) return;
+  const draft = drafts.get(keyOf(box));
+  if (draft) draft.text = box.value;
+  else drafts.set(keyOf(box), { text: box.value, was: box.dataset.was });
+});
+element.addEventListener("focusin", event => { if (event.target.matches(".card textarea")) at = keyOf(event.target); });
+element.addEventListener("focusout", event => event.target.matches(".card textarea") && save(event.target));
 element.addEventListener("keydown", event => {
   if (!event.target.matches(".card textarea")) return;
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) save(event.target);
-  if (event.key === "Escape") event.target.value = event.target.dataset.was;
+  if (event.key === "Escape") drop(event.target);
 });
 watch("value", restore);
 restore();

@@ -58,9 +58,9 @@ OPERATIONS: dict[str, Callable[[str, str, str], str]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Change:
-    """Something that can be taken back."""
+    """Something that can be taken back; one that does the same again is another one."""
 
     line: str
     edits: tuple[Edit, ...] = ()
@@ -94,7 +94,7 @@ class ImageEdits:
         return [image for image in found if words in image.name.casefold() or words in text_of(image).casefold()]
 
     def save_caption(self, images: Images, name: str, was: str, text: str) -> str:
-        """Writes the caption of one image, which must be what was seen of it; returns it as it is trained with."""
+        """Writes the caption of one image, which must be what was seen of it; returns it as it is read now."""
         (image,) = images.find([name])
         if text_of(image) != was:
             raise RunError(
@@ -105,7 +105,8 @@ class ImageEdits:
             captions = tuple(parts)
         else:
             captions = (text.strip(),)
-        return self._write(images, [Edit(name, image.captions, captions)], f"the caption of {name}")
+        (done,) = self._write(images, [Edit(name, image.captions, captions)], f"the caption of {name}")
+        return BETWEEN.join(done.captions or ())
 
     def change_captions(self, images: Images, names: object, operation: object, text: str, other: str = "") -> str:
         """Changes the captions of some images in the same way; returns a line about it."""
@@ -122,13 +123,15 @@ class ImageEdits:
                 edits.append(Edit(image.name, image.captions, captions))
         if not edits:
             return "No caption had to be changed."
-        return self._write(images, edits, f"{operation.lower()}, {plural(len(edits), 'caption')}")
+        line = f"{operation.lower()}, {plural(len(edits), 'caption')}"
+        self._write(images, edits, line)
+        return f"Changed: {line}."
 
-    def _write(self, images: Images, edits: Sequence[Edit], line: str) -> str:
+    def _write(self, images: Images, edits: Sequence[Edit], line: str) -> list[Edit]:
         refuse_bundled(images.folder)
         done = write(images, edits)
         self._remember(images.folder, Change(line, tuple(edit.reverse for edit in done)))
-        return f"Changed: {line}."
+        return done
 
     def throw_away(self, images: Images, names: object) -> str:
         """Moves images and their captions into the folder's trash; returns a line about it."""
@@ -156,12 +159,17 @@ class ImageEdits:
             return None
         return Change(f"{plural(trash.count(place), 'file')} moved to the trash {place.name[:8]}", trash=place)
 
-    def undo(self, images: Images) -> str:
-        """Takes the last change of a folder back; what has been changed again since stays, and undo is refused."""
+    def undo(self, images: Images, line: str | None = None) -> str:
+        """Takes the last change of a folder back; what has been changed again since stays, and undo is refused.
+
+        `line`: of the change that is meant; undo is refused where another one is the last by now.
+        """
         refuse_bundled(images.folder)
         change = self.last(images.folder)
         if change is None:
             return "There is nothing to undo."
+        if line not in (None, change.line):
+            raise RunError(f"Nothing was undone: the last change is another one by now ({change.line}).")
         if change.trash is not None:
             trash.put_back(images, change.trash)
         try:

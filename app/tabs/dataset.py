@@ -13,6 +13,7 @@ from ..handlers import paths_of, readable_errors, translated
 from ..image_edits import ImageEdits
 from ..image_folders import ImageFolders
 from ..recipe import bounded
+from ..runs import RunError
 from .base import Parts, Tab
 from .train import TrainTab
 
@@ -23,7 +24,8 @@ SCRIPT = Path(__file__).resolve().parents[1] / "dataset.js"
 CHOOSE = "Choose a folder of images above, or upload some below."
 # What is ticked is known in the browser alone, and is sent in the place of the last value.
 WITH_TICKED = "(...values) => [...values.slice(0, -1), document.getElementById('dataset-images').picked()]"
-SETTINGS = "(...values) => { document.getElementById('dataset-images').settings = () => values; return values; }"
+CHOSEN = "(...values) => { document.getElementById('dataset-images').chosen = values; return values; }"
+UNDO = "Undo"
 
 
 class DatasetTab(Tab):
@@ -79,7 +81,7 @@ class DatasetTab(Tab):
             self.tick_all = gr.Button("Tick all", elem_id="tick-all", min_width=80)
             self.untick = gr.Button("Untick", elem_id="untick", min_width=80)
             self.trash = gr.Button("To trash", elem_id="trash", min_width=80)
-            self.undo = gr.Button("Undo", elem_id="undo", min_width=80)
+            self.undo = gr.Button(UNDO, elem_id="undo", min_width=80)
         self.ticked = gr.JSON([], visible="hidden")
 
     def more_rows(self) -> None:
@@ -98,28 +100,36 @@ class DatasetTab(Tab):
 
     def events(self, page: Page) -> None:
         quiet = {"api_visibility": "private", "show_progress": "hidden"}
+        chosen = [self.folder, *self.settings]
+        # Before what asks the server: Gradio handles the events of a component one after the other.
+        gr.on([part.change for part in chosen], None, chosen, None, js=CHOSEN, **quiet)
         for part in (self.which.change, self.words.submit, self.folder.change, *(s.change for s in self.settings)):
             part(readable_errors(self.show_first), self.asked, self.shown_parts, **quiet)
-        gr.on([s.change for s in self.settings], None, self.settings, None, js=SETTINGS, **quiet)
         for part, by in ((self.back.click, -1), (self.next.click, 1), (self.page.submit, 0)):
             part(readable_errors(self.turning(by)), self.asked, self.shown_parts, **quiet)
         for button, which in ((self.tick_page, "page"), (self.tick_all, "all"), (self.untick, "none")):
             button.click(
                 None, js=f"() => document.getElementById('dataset-images').pick('{which}')", api_visibility="private"
             )
-        after = [self.answer, *self.shown_parts]
         change = [*self.asked, self.operation, self.text, self.other, self.ticked]
-        self.apply.click(readable_errors(self.do_change), change, after, js=WITH_TICKED, **quiet)
-        throw = [*self.asked, self.ticked]
-        self.trash.click(readable_errors(self.do_throw_away), throw, after, js=WITH_TICKED, **quiet).success(
+        throw, undo = [*self.asked, self.ticked], [*self.asked, self.undo, self.ticked]
+        done = [
+            self.apply.click(readable_errors(self.do_change), change, self.answer, js=WITH_TICKED, **quiet),
+            self.trash.click(readable_errors(self.do_throw_away), throw, self.answer, js=WITH_TICKED, **quiet),
+            self.undo.click(readable_errors(self.do_undo), undo, self.answer, js=WITH_TICKED, **quiet),
+            self.check.click(readable_errors(self.do_check), self.asked, self.answer, concurrency_limit=1, **quiet),
+        ]
+        for event in done:  # with what is chosen by then, which may be another folder; `then` passes over what failed
+            for outcome in (event.success, event.failure):
+                outcome(readable_errors(self.show), self.asked, self.shown_parts, **quiet)
+        done[1].success(
             None, js="() => document.getElementById('dataset-images').pick('none')", api_visibility="private"
         )
         self.operation.change(
             lambda operation: gr.update(visible=operation == image_edits.REPLACE), self.operation, self.other, **quiet
         )
-        self.undo.click(readable_errors(self.do_undo), self.asked, after, **quiet)
-        self.check.click(readable_errors(self.do_check), self.asked, after, concurrency_limit=1, **quiet)
         self.images.saved(readable_errors(self.undo_button), self.folder, self.undo, queue=False, **quiet)
+        self.images.refused(readable_errors(self.tell_refused), None, self.answer, queue=False, **quiet)
         place = self.answer.parent
         assert isinstance(place, gr.Tab)
         place.select(readable_errors(self.open), self.asked, [self.folder, *self.shown_parts], **quiet)
@@ -165,47 +175,52 @@ class DatasetTab(Tab):
     def undo_button(self, folder: str):
         """The button says what it would take back."""
         change = self.edits.last(self.folders.find(folder))
-        return gr.update(interactive=change is not None, value=f"Undo: {change.line}" if change else "Undo")
+        return gr.update(interactive=change is not None, value=f"{UNDO}: {change.line}" if change else UNDO)
 
     # -- what is changed -----------------------------------------------------------------------------------------------
 
     def save_caption(self, edit: dict) -> dict:
         """The browser saves one caption; the page stays as it is, for somebody may be typing in the next one."""
         try:
+            refuse_other(edit.get("folder"), edit.get("chosen"))
             images = self.edits.look(edit.get("folder"), tuple(edit.get("settings") or ()))
-            return {"line": self.edits.save_caption(images, edit["name"], edit["was"], edit["text"])}
+            return {"text": self.edits.save_caption(images, edit["name"], edit["was"], edit["text"])}
         except Exception as error:
             return {"error": str(translated(error).message)}
+
+    def tell_refused(self, event: gr.EventData) -> str:
+        """A caption was refused after its box had gone from the page."""
+        return views.notice(str(event.line))
 
     def look(self, folder, _which, _words, *settings):
         """The images that were asked for; the page is the last of the settings."""
         return self.edits.look(folder, settings[:3])
 
-    def do_change(self, *inputs) -> list:
+    def do_change(self, *inputs) -> str:
         """Changes the captions of all ticked images."""
-        *asked, operation, text, other, names = inputs
-        line = self.edits.change_captions(self.look(*asked), names, operation, text, other)
-        return [views.notice(line), *self.show(*asked)]
+        *asked, operation, text, other, ticked = inputs
+        refuse_other(ticked["folder"], asked[0])
+        return views.notice(self.edits.change_captions(self.look(*asked), ticked["names"], operation, text, other))
 
-    def do_throw_away(self, *inputs) -> list:
+    def do_throw_away(self, *inputs) -> str:
         """Moves all ticked images to the trash."""
-        *asked, names = inputs
-        line = self.edits.throw_away(self.look(*asked), names)
-        return [views.notice(line), *self.show(*asked)]
+        *asked, ticked = inputs
+        refuse_other(ticked["folder"], asked[0])
+        return views.notice(self.edits.throw_away(self.look(*asked), ticked["names"]))
 
-    def do_undo(self, *asked) -> list:
-        """Takes the last change of the folder back."""
-        line = self.edits.undo(self.look(*asked))
-        return [views.notice(line), *self.show(*asked)]
+    def do_undo(self, *inputs) -> str:
+        """Takes the last change of the folder back, which must be the one that the button names."""
+        *asked, label, ticked = inputs
+        refuse_other(ticked["folder"], asked[0])
+        return views.notice(self.edits.undo(self.look(*asked), str(label).removeprefix(f"{UNDO}: ")))
 
-    def do_check(self, *asked) -> Iterator[list]:
+    def do_check(self, *asked) -> Iterator[str]:
         """Opens all images, and says how far it is."""
         images = self.look(*asked)
-        total = max(1, len(images.images))
+        total, name = len(images.images), images.folder.name
         for done in self.edits.check(images):
-            bar = views.progress(f"{done:,} of {total:,} images are checked", done / total)
-            yield [bar, *[gr.skip()] * len(self.shown_parts)]
-        yield [views.notice(f"All {total:,} images are checked."), *self.show(*asked)]
+            yield views.progress(f"{name}: {done:,} of {total:,} images are checked", done / max(1, total))
+        yield views.notice(f"{name}: all {total:,} images are checked.")
 
     def do_upload(self, name, uploads, caption) -> tuple:
         """Stores uploaded images as a new folder, and shows it."""
@@ -245,7 +260,7 @@ class DatasetTab(Tab):
         ]
 
     def set_caption(self, folder: str, name: str, was: str, text: str) -> str:
-        """Writes the caption of one image, if it still is what it was."""
+        """Writes the caption of one image, if it still is what it was; returns it as it is read now."""
         return self.edits.save_caption(self.edits.look(folder), name, was, text)
 
     def change_captions(self, folder: str, names: list[str], operation: str, text: str, other: str = "") -> str:
@@ -266,3 +281,9 @@ class DatasetTab(Tab):
         for _ in self.edits.check(images):
             pass
         return f"All {len(images.images):,} images are checked."
+
+
+def refuse_other(shown: object, chosen: object) -> None:
+    """The images that are shown may be those of the folder before, until the chosen one has been read."""
+    if shown not in (None, chosen):
+        raise RunError(f"Nothing was changed: the images are those of {shown}, and another folder is chosen by now.")

@@ -13,6 +13,7 @@ from waiting import LIMIT, wait_until
 
 COUNT = 30
 """More than a page has."""
+WORDS = "#words textarea, #words input"
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +98,7 @@ def test_captions_are_put_in_order_by_the_keyboard(browser, folder, address, wid
 
     with visit(browser, address, width, theme) as page:
         assert page.locator(".card").count() == 24 and page.locator(".card img").count() == 23  # the damaged one
-        page.locator("#words textarea, #words input").focus()
+        page.locator(WORDS).focus()
         tab_to(page, '.card[data-name="0.png"] input')
         page.keyboard.press("Space")
         page.get_by_text("1 ticked").wait_for()
@@ -143,7 +144,7 @@ def test_captions_are_put_in_order_by_the_keyboard(browser, folder, address, wid
         assert len(list(folder.glob("*.png"))) == COUNT
 
         page.locator("#check").press("Enter")
-        page.locator("#dataset-answer").get_by_text(f"All {COUNT} images are checked").wait_for()
+        page.locator("#dataset-answer").get_by_text(f"set: all {COUNT} images are checked").wait_for()
         choose(page, "#which", "Left out by training")
         page.wait_for_function("document.querySelectorAll('.card').length === 1")
         page.locator(".card .out").get_by_text("damaged").wait_for()
@@ -153,6 +154,151 @@ def test_captions_are_put_in_order_by_the_keyboard(browser, folder, address, wid
         page.locator(".card .alike").get_by_text("the same image as 5.png").wait_for()
         assert page.locator(".card .alike").first.evaluate(CONTRAST) >= 4.5
         assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@contextlib.contextmanager
+def held(page, word: str):
+    """The first request to the server with that word in it is on its way until the end."""
+    kept = []
+
+    def keep(route):
+        if word in (route.request.post_data or "") and not kept:
+            kept.append(route)
+        else:
+            route.continue_()
+
+    page.route("**/queue/join*", keep)
+    yield
+    kept[0].continue_()
+
+
+def test_boxes_show_the_captions_of_their_images_after_every_update(browser, folder, address):
+    """After Next, Back, a filter and Undo; and what is typed while an update is on its way stays with its image."""
+    with visit(browser, address, 1280, "light") as page:
+
+        def card(number: int):
+            return page.locator(f'.card[data-name="{number}.png"]')
+
+        def write(number: int, text: str) -> None:
+            card(number).locator("textarea").fill(text)
+            card(number).locator("textarea").press("Control+Enter")
+            card(number).locator(".told").get_by_text("saved", exact=True).wait_for()
+            assert (folder / f"{number}.txt").read_text() == text.strip()
+
+        def shown() -> dict[str, str]:
+            return dict(page.locator(".card").evaluate_all(
+                "cards => cards.map(card => [card.dataset.name, card.querySelector('textarea').value])"
+            ))  # fmt: skip
+
+        def shows_files() -> None:
+            files = {name: (folder / name).with_suffix(".txt").read_text() for name in shown()}
+            wait_until(lambda: shown() == files, "the boxes to show what is in the files")
+
+        write(0, "typed ")
+        write(0, "typed again")  # over what has been saved without its space
+        page.locator("#next").click()
+        card(4).wait_for()  # in the place of 0.png
+        shows_files()
+        write(4, "second page")
+        page.locator("#undo").get_by_text("the caption of 4.png").wait_for()
+        page.locator("#undo").click()
+        page.locator("#dataset-answer").get_by_text("Undone: the caption of 4.png").wait_for()
+        page.locator("#undo").get_by_text("the caption of 0.png").wait_for()
+        shows_files()  # though what is shown is what it was before
+        page.locator("#back").click()
+        card(0).wait_for()
+        shows_files()
+
+        def meanwhile(words: str, text: str, first: str) -> None:
+            """Types in the box of 1.png while other images are on their way, the first of which is awaited."""
+            page.locator(WORDS).fill(words)
+            with held(page, words):
+                page.locator(WORDS).press("Enter")
+                card(1).locator("textarea").focus()
+                page.keyboard.press("Control+A")
+                page.keyboard.type(text)
+            page.wait_for_function(f"document.querySelector('.card').dataset.name === '{first}'")
+
+        meanwhile("1.png", "half", "1.png")  # one place before
+        page.keyboard.type(" and whole")
+        page.keyboard.press("Tab")
+        card(1).locator(".told").get_by_text("saved", exact=True).wait_for()
+        assert (folder / "1.txt").read_text() == "half and whole"
+        shows_files()
+        meanwhile("2.png", "lost?", "12.png")  # where 1.png is not
+        page.keyboard.type("for nobody")
+        shows_files()
+        page.locator(WORDS).fill("1.png")
+        page.locator(WORDS).press("Enter")
+        card(1).locator(".told").get_by_text("not saved yet").wait_for()
+        assert card(1).locator("textarea").input_value() == "lost?"
+        assert (folder / "1.txt").read_text() == "half and whole"
+        card(1).locator("textarea").press("Control+Enter")
+        card(1).locator(".told").get_by_text("saved", exact=True).wait_for()
+        assert (folder / "1.txt").read_text() == "lost?"
+        shows_files()
+
+
+@pytest.fixture
+def other(data):
+    """Another folder with images of the same names, as uploads have."""
+    folder = image_folder(data / "two", 2, layout="txt")
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_what_is_shown_of_one_folder_changes_nothing_in_another(browser, folder, other, address):
+    """Another one is chosen while the one before is still shown, or checked."""
+
+    def shows(name: str) -> None:
+        page.wait_for_selector(f'.cards[data-folder="{name}"] .card')
+
+    def state() -> dict[str, bytes]:
+        return {str(path): path.read_bytes() for place in (folder, other) for path in place.rglob("*.*")}
+
+    before, refused = state(), "Nothing was changed: the images are those of set, and another folder is chosen by now."
+    with visit(browser, address, 1280, "light") as page:
+        box, told = page.locator('.card[data-name="0.png"] textarea'), page.locator('.card[data-name="0.png"] .told')
+        with held(page, '"two"'):
+            choose(page, "#folder", "two")
+            box.fill("of set")
+            box.press("Control+Enter")
+            told.get_by_text(refused).wait_for()
+            page.locator(".card input").first.check()
+            page.locator("#trash").click()
+            page.get_by_test_id("toast-body").get_by_text(refused).wait_for()
+            shows("two")  # at once
+            assert box.input_value() == "red disc" and page.locator("#picked-count").inner_text() == "0 ticked"
+        with held(page, '"set"'):
+            choose(page, "#folder", "set")
+            page.locator("#change button").first.click()
+            page.locator("#text textarea, #text input").fill("red")
+            page.locator("#tick-all").click()
+            page.locator("#apply").click()
+            page.get_by_test_id("toast-body").get_by_text("those of two").wait_for()
+            shows("set")
+        assert box.input_value() == "of set" and state() == before
+        told.get_by_text(refused).wait_for()
+        box.press("Control+Enter")
+        told.get_by_text("saved", exact=True).wait_for()
+        assert (folder / "0.txt").read_text() == "of set" and (other / "0.txt").read_text() == "red disc"
+
+        with held(page, '"set"'):
+            page.locator("#check").click()
+            choose(page, "#folder", "two")
+            shows("two")
+        page.locator("#dataset-answer").get_by_text(f"set: all {COUNT} images are checked").wait_for()
+        shows("two")
+        box.fill("of two")
+        box.press("Control+Enter")
+        page.locator("#undo").get_by_text("the caption of 0.png").wait_for()
+        answers(address, "set_caption", "two", "1.png", "blue box", "theirs")  # which the button does not say
+        page.locator("#undo").click()
+        page.get_by_test_id("toast-body").get_by_text("Nothing was undone").wait_for()
+        page.locator("#undo").get_by_text("the caption of 1.png").wait_for()
+        shown = [page.locator(".card textarea").nth(number).input_value() for number in range(2)]
+        assert shown == [(other / f"{number}.txt").read_text() for number in range(2)] == ["of two", "theirs"]
+        assert (folder / "0.txt").read_text() == "of set"
 
 
 def test_a_program_puts_a_folder_in_order(address, folder, tmp_path):

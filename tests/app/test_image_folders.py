@@ -156,14 +156,30 @@ def test_undo_is_refused_once_and_only_for_what_was_changed_again(edits, tmp_pat
     assert trained(folder).captions[:2] == [["red disc"], ["somebody else's"]]
 
 
+def test_undo_takes_back_what_its_button_says_change_by_change(edits, tmp_path):
+    """Though one change does the same as another, and somebody else changes something in between."""
+    folder, mine = tmp_path / "data" / "set", "the caption of 0.png"
+    for was, text in (("red disc", "b"), ("b", "red disc"), ("red disc", "b")):
+        assert edits.save_caption(edits.look("set"), "0.png", was, text) == text
+    edits.change_captions(edits.look("set"), ["1.png"], ADD_TAG, "theirs")
+    with pytest.raises(RunError, match=r"Nothing was undone.*\(add tag, 1 caption\)"):
+        edits.undo(edits.look("set"), mine)
+    assert trained(folder).captions[:2] == [["b"], ["blue box, theirs"]]
+    edits.undo(edits.look("set"))  # theirs, by themselves
+    for caption in ("red disc", "b", "red disc"):
+        edits.undo(edits.look("set"), mine)
+        assert trained(folder).captions[:2] == [[caption], ["blue box"]]
+    assert edits.last(edits.look("set").folder) is None
+
+
 def test_one_caption_is_saved_only_over_what_was_seen(edits, tmp_path):
     folder = tmp_path / "data" / "set"
-    edits.save_caption(edits.look("set"), "0.png", "red disc", "a\nb")
+    assert edits.save_caption(edits.look("set"), "0.png", "red disc", " a\nb ") == "a\nb"
     with pytest.raises(RunError, match="Its caption is now"):
         edits.save_caption(edits.look("set"), "0.png", "red disc", "late")
     assert (folder / "0.txt").read_text() == "a\nb"
     (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "text": ["one", "two"]}))
-    edits.save_caption(edits.look("set"), "0.png", "one\n\ntwo", "one\n\nthree")
+    assert edits.save_caption(edits.look("set"), "0.png", "one\n\ntwo", "one\n\n\n three") == "one\n\nthree"
     assert trained(folder).captions == [["one", "three"]]
 
 
