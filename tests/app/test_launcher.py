@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import PIL.Image
 import pytest
@@ -13,7 +14,8 @@ from waiting import LIMIT, ended, wait_until
 from app import launcher
 from app.launcher import Trainings
 from app.library import Library
-from app.runs import RunError, is_trainer
+from app.runs import Run, RunError, is_trainer
+from app.tabs.train import TrainTab
 
 
 @pytest.fixture
@@ -137,9 +139,11 @@ def test_what_stops_is_what_trains_whichever_run_is_looked_at(run):
     trainings.began.add("run")  # its trainer was at work and has left; the launcher goes last
     assert trainings.status(run) == "stopping" and trainings.stop("looked-at") == "run is ending."
     trainings.began.clear()
-    with pytest.raises(RunError, match="looked-at does not train any more"):
-        trainings.stop("looked-at", only=True)  # it was seen to, and the other one began when it ended
-    assert "run is stopped" in trainings.stop("looked-at")
+    tab = SimpleNamespace(trainings=trainings, kind=Run)
+    for seen in ("starting", "running", "stopping"):  # it has ended since, and the other one has begun
+        with pytest.raises(RunError, match="looked-at does not train any more"):
+            TrainTab.do_stop(tab, "looked-at", ((), (), (), seen))
+    assert "run is stopped" in TrainTab.do_stop(tab, "looked-at", ((), (), (), "finished"))
     ended(launcher)
     assert trainings.status(run) == "stopped"
 
