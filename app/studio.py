@@ -52,6 +52,9 @@ MERGE_CHOICES = sorted(MERGES, key=lambda name: (not MERGES[name].needs_moments,
 """What keeps most comes first."""
 PATIENCE = 15.0
 """Seconds without anybody listening after which a generation counts as abandoned."""
+PAUSE = 0.2
+"""Seconds between two steps that are told: a page may take longer to show one than a small model to make it, and shows
+all that it was told before it hears a click on *Stop*."""
 
 
 class Cancelled(Exception):
@@ -95,6 +98,8 @@ class Visitor:
         self.unheard: float | None = time.monotonic()
         """Since when nobody listens. A message that is only about to be read must not count for a whole long step."""
         self.events: queue.Queue = queue.Queue(maxsize=1)
+        self.told = 0.0
+        """When a step was told."""
 
     def check(self) -> None:
         """Raises `Cancelled` once nobody wants it any more."""
@@ -118,6 +123,14 @@ class Visitor:
             self.check()
             with contextlib.suppress(queue.Full):
                 return self.events.put(event, timeout=0.1)
+
+    def step(self, step: Step) -> None:
+        """Tells a step, where the last one was told a while ago; raises `Cancelled` as `check` does."""
+        if time.monotonic() - self.told < PAUSE:
+            self.check()
+        else:
+            self.put(step)
+            self.told = time.monotonic()
 
 
 class Studio:
@@ -261,10 +274,9 @@ class Studio:
         request = picture.request
 
         def after_step(pipeline, index, timestep, tensors):
-            visitor.check()
             if not tensors["latents"].isfinite().all():
                 raise RunError(f"{picture.weights.label}: step {index + 1} gave values that are not finite.")
-            visitor.put(Step(number, index + 1, request.steps))
+            visitor.step(Step(number, index + 1, request.steps))
             return tensors
 
         wanted = {

@@ -122,6 +122,22 @@ def test_cancel_and_disconnection_stop_within_one_step(studio, run):
     assert len(draw(studio, run, BASE)) == 1
 
 
+def test_steps_are_told_no_faster_than_a_page_can_show_them(monkeypatch):
+    """An image is told at once; of its steps those that are a while apart. A stop is heard with each."""
+    now = 100.0
+    monkeypatch.setattr(studios.time, "monotonic", lambda: now)
+    visitor, told = studios.Visitor("me", "images", lambda: True), []
+    for number in range(9):
+        visitor.step(Step(0, number, 9))
+        while not visitor.events.empty():
+            told.append(visitor.events.get().done)
+        now += 0.3 * studios.PAUSE
+    assert told == [0, 4, 8]
+    visitor.stopped.set()
+    with pytest.raises(Cancelled):
+        visitor.step(Step(0, 8, 9))
+
+
 def test_what_nobody_listens_to_takes_no_turn(studio, run, monkeypatch):
     """It waits for somebody to listen, and lets others pass."""
     drawn, asked, outcome = [], [], []
