@@ -267,8 +267,9 @@ def write_checkpoint(learner: Learner, path: Path, state: dict, record: dict) ->
         set_aside(path)
     with replacing(path) as temporary:
         temporary.mkdir()
-        for place, part in learner.trained.places(temporary):
-            save_adapter(part, place)
+        with learner.averaged():
+            for place, part in learner.trained.places(temporary):
+                save_adapter(part, place)
         buffer = io.BytesIO()  # torch.save's own writing names no cause where a disk is full
         torch.save(state, buffer)
         (temporary / STATE).write_bytes(buffer.getbuffer())

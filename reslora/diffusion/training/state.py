@@ -83,22 +83,33 @@ class Learner:
         yield
         self.seconds += time.perf_counter() - started
 
+    @property
+    def trains_others(self) -> bool:
+        """Whether the weights that are trained are others than those to use: a schedule-free optimizer's."""
+        return hasattr(getattr(self.optimizer, "optimizer", self.optimizer), "eval")
+
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Inside, the weights are those to measure, draw and export with: a schedule-free optimizer trains others."""
-        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
-        if not hasattr(optimizer, "eval"):
+        """Inside, the weights are those to measure, draw, save and export with."""
+        if not self.trains_others:
             yield
             return
-        trained = [parameter.detach().clone() for parameter in self.parameters]
+        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
+        trained = self._copied()
         optimizer.eval()
         try:
             yield
         finally:
             optimizer.train()
-            with torch.no_grad():  # to the last bit, which its own way back is not
-                for parameter, value in zip(self.parameters, trained, strict=True):
-                    parameter.copy_(value)
+            self._put(trained)  # to the last bit, which its own way back is not
+
+    def _copied(self) -> list[torch.Tensor]:
+        return [parameter.detach().clone() for parameter in self.parameters]
+
+    @torch.no_grad()
+    def _put(self, values: list[torch.Tensor]) -> None:
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.copy_(value)
 
     def state(self, accelerator: Accelerator) -> dict:
         """All but the adapter that a resumed run needs to equal an uninterrupted one; with DeepSpeed, collective."""
@@ -110,6 +121,7 @@ class Learner:
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
             "allocator": self.allocator.state_dict() if self.allocator else None,
+            "trained": self._copied() if self.trains_others else None,
         }
 
     def load_state(self, state: dict, step: int, seconds: float, accelerator: Accelerator) -> None:
@@ -123,6 +135,8 @@ class Learner:
             self.awaited = state["optimizer"]
         else:
             self.optimizer.load_state_dict(state["optimizer"])
+        if trained := state.get("trained"):  # which earlier versions did not keep: their adapters were these
+            self._put(trained)
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         if accelerator.scaler and state["scaler"]:
             accelerator.scaler.load_state_dict(state["scaler"])

@@ -12,8 +12,9 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import PeftModel
 from pipelines import image_folder
+from safetensors.torch import load_file
 
-from diffusion.runs import failed, main, without
+from diffusion.runs import failed, final_weights, main, training_state, without
 from reslora.common.errors import RunFailed
 from reslora.common.log import read_log
 from reslora.diffusion.arguments import Flags, build_parser
@@ -228,3 +229,19 @@ def test_pixels_that_are_not_finite_fail_on_either_side(tmp_path, monkeypatch, d
     assert (tmp_path / "lora" / "exports.json").exists() == (
         who == "lora"
     )  # until something of another merge is written
+
+
+@pytest.mark.parametrize("base", ["no", "fp8"])
+def test_the_average_of_a_schedule_free_optimizer_is_saved_and_exported(model, base_flags, tmp_path, base):
+    """As samples are drawn with it: x, and not what is trained, y = beta x + (1 - beta) z."""
+    flags = [*base_flags, "--method", "lora", "--optimizer", "schedulefree", "--learning_rate", "0.01"]
+    assert main(*flags, "--base_precision", base, "--num_validation_images", "0", "--output_dir", tmp_path) == 0
+    saved, state = final_weights(tmp_path, "lora"), training_state(tmp_path, 4, "lora")
+    exported = load_file(tmp_path / "lora" / "peft" / "adapter_model.safetensors")
+    layers = [name for name, _ in UNet2DConditionModel.from_pretrained(model, subfolder="unet").named_modules()]
+    for number, name in enumerate(sorted(saved, key=lambda name: (layers.index(name.partition(".lora_")[0]), name))):
+        trained, z = state["trained"][number], state["optimizer"]["state"][number]["z"]
+        assert not torch.allclose(saved[name], trained, rtol=0, atol=1e-4)
+        torch.testing.assert_close(saved[name], (trained - 0.1 * z) / 0.9, rtol=0, atol=1e-6)
+        found = exported[f"base_model.model.{name.replace('.default', '')}"]
+        torch.testing.assert_close(found, saved[name], rtol=0, atol=1e-6)
