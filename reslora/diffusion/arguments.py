@@ -32,7 +32,7 @@ SWITCH = {"action": argparse.BooleanOptionalAction, "default": False}
 # A flag left alone takes the first value with a bundled pipeline and the second with a model the user names;
 # None is filled in later, by the model's family or from other flags.
 DEFAULTS = {
-    "method": (["lora", "reslora"], ["reslora"]),
+    "method": (["lora", "reslora"], ["lora"]),  # no other ends lower, each at its own rate: RESULTS.md
     "resolution": (64, None),
     "learning_rate": (1.2e-4, 1e-4),
     "checkpointing_steps": (100, 500),
@@ -177,7 +177,8 @@ def add_model_flags(add: Callable) -> None:
 def add_method_flags(add: Callable) -> None:
     """Which adapter, and how it is merged."""
     add("--method", nargs="+", choices=METHODS,
-        help=f"trained one after the other on the same images and noise. {IN_WORDS}")
+        help=f"trained one after the other on the same images and noise. {IN_WORDS}. Where a flag of the shortcuts or "
+             "their merge is given: reslora")
     add("--rank", type=whole(1, HIGHEST_RANK), nargs="+", help="rank of the update matrices")
     add("--lora_alpha", type=number(0, exclusive=True), help="scale times rank; default: twice the rank")
     for name, meaning in PATTERNS.items():

@@ -28,6 +28,7 @@ from .prompts import clean, from_file
 
 BUNDLED_MODEL, BUNDLED_IMAGES, BUNDLED_STEPS = ASSETS / "pipeline", ASSETS / "openmoji", 200
 DEFAULT_SPLIT = 0.1  # of an experiment's images, to choose by and again to compare by
+OF_SHORTCUTS = ("shortcut", "pre_num", "head", "merge", "merge_calibration_samples")  # who gives one means ResLoRA
 POLYNOMIAL_END = 1e-7  # diffusers' learning rate at the end of that schedule
 
 # A run's config.json holds both of these; whoever names one on the command line means the other no longer.
@@ -44,11 +45,13 @@ def parse_args(argv: Sequence[str] | None = None, description: str | None = None
     Exits with status 2 and one line for what argparse refuses; raises `InvalidArgument` for what cannot work.
     """
     parser = build_parser(description)
-    args = parser.parse_args(argv)
+    args, given = parser.parse_args(argv), given_flags(argv)
     if args.config:
-        given = given_flags(argv)
-        parser.set_defaults(**config_defaults(parser, Path(args.config), given))
-        args = parser.parse_args(argv)
+        of_file = config_defaults(parser, Path(args.config), given)
+        parser.set_defaults(**of_file)
+        args, given = parser.parse_args(argv), given | of_file.keys()
+    if args.method is None and given & set(OF_SHORTCUTS) and not takes_bundled(args):
+        args.method = ["reslora"]
     flags = fill_defaults(args)
     for plain in plain_variants(flags):
         check_flags(plain)
@@ -60,9 +63,8 @@ def fill_defaults(args: argparse.Namespace) -> Flags:
     """The flags with DEFAULTS filled in: those of a bundled pipeline where none other is named."""
     values = dict(vars(args))
     values["local_rank"] = int(os.environ.get("LOCAL_RANK", args.local_rank))
-    model = args.pretrained_model_name_or_path
-    bundled = model is None or is_bundled(model)
-    values["pretrained_model_name_or_path"] = model or str(BUNDLED_MODEL)
+    bundled = takes_bundled(args)
+    values["pretrained_model_name_or_path"] = args.pretrained_model_name_or_path or str(BUNDLED_MODEL)
     if bundled and not args.dataset_name and not args.train_data_dir:
         values["train_data_dir"] = str(BUNDLED_IMAGES)
     if bundled and args.max_train_steps is None and args.num_train_epochs is None:
@@ -98,6 +100,11 @@ def fill_defaults(args: argparse.Namespace) -> Flags:
 def is_experiment(flags: Mapping[str, object]) -> bool:
     """Whether several values of a flag in SEVERAL are asked for, by the flags as a table."""
     return any(isinstance(flags[name], list) for name in SEVERAL)
+
+
+def takes_bundled(args: argparse.Namespace) -> bool:
+    """Whether a bundled pipeline is trained: one that is named, or the one that is taken where none is."""
+    return args.pretrained_model_name_or_path is None or is_bundled(args.pretrained_model_name_or_path)
 
 
 def is_bundled(model: str) -> bool:

@@ -16,8 +16,36 @@ def test_the_bundled_pipeline_has_defaults_of_its_own(data):
     assert Path(bundled.train_data_dir).name == "openmoji" and bundled.validation_prompt
     assert parse_args(["--pretrained_model_name_or_path", bundled.pretrained_model_name_or_path]) == bundled
     named = parse_args(["--pretrained_model_name_or_path", "somebody/model", "--train_data_dir", str(data)])
-    assert (named.method, named.resolution, named.max_train_steps) == (["reslora"], None, None)
+    assert (named.method, named.resolution, named.max_train_steps) == (["lora"], None, None)
     assert named.num_train_epochs == 100 and named.validation_prompt == []
+
+
+@pytest.mark.parametrize(
+    ("more", "methods"),
+    [
+        ([], ["lora"]),
+        (["--shortcut", "input"], ["reslora"]),
+        (["--shortcut", "input", "block"], ["reslora"]),
+        (["--pre_num", "4"], ["reslora"]),
+        (["--head", "repeat"], ["reslora"]),
+        (["--merge", "auto"], ["reslora"]),
+        (["--merge_calibration_samples", "64"], ["reslora"]),
+        (["--shortcut", "input", "--method", "lora_matched"], ["lora_matched"]),
+    ],
+)
+def test_who_sets_up_shortcuts_means_reslora(data, model, tmp_path, more, methods):
+    """On the command line or in a file, also where what is given is the default."""
+    flags = ["--pretrained_model_name_or_path", str(model), "--train_data_dir", str(data)]
+    assert parse_args([*flags, *more]).method == methods
+    config = tmp_path / "flags.toml"
+    config.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in in_pairs(more)))
+    assert parse_args([*flags, "--config", str(config)]).method == methods
+
+
+def in_pairs(flags: list[str]) -> list[tuple[str, str | list[str]]]:
+    """Each flag with its value, or its values."""
+    split = [part.split() for part in " ".join(flags).split("--")[1:]]
+    return [(name, values if len(values) > 1 else values[0]) for name, *values in split]
 
 
 def test_settled_flags_do_not_change():
