@@ -38,7 +38,7 @@ def section(what: str, record: dict) -> str:
     lines = [f"**{what[:1].upper()}{what[1:]}.** {len(ended)} of {len(arms)} arms; {images}."]
     tests = tested(arms, record["chosen"])
     if tests:
-        lines += [label_table(record, tests), pair_table(tests)]
+        lines += [label_table(record, tests), rerun_line(tests), pair_table(tests)]
     return "\n\n".join(filter(None, lines))
 
 
@@ -53,6 +53,26 @@ def label_table(record: dict, tests: dict[str, np.ndarray]) -> str:
         cells = [label, rate, str(choice["step"]), str(seeds), f"{np.nanmean(losses):.4f}", *compared(verdict)]
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
+
+
+def rerun_line(tests: dict[str, np.ndarray]) -> str:
+    """How often a seed, as a rerun, falls into the interval that the others state for the mean of all seeds."""
+    references = {label: "lora" for label in tests if label != "lora"}
+    seeds = min(len(losses) for losses in tests.values())
+    if "lora" not in tests or not references or seeds < 3:
+        return ""
+    inside = []
+    for seed in range(seeds):
+        others = {label: np.delete(losses, seed, axis=0) for label, losses in tests.items()}
+        for verdict in verdicts(others, references):
+            if verdict["interval"] is not None:
+                low, high = verdict["interval"]
+                rerun = 100 * (tests[verdict["label"]][seed].mean() / tests["lora"][seed].mean() - 1)
+                inside.append(low <= rerun <= high)
+    return (
+        f"Each seed as a rerun: {sum(inside)} of {len(inside)} differences to LoRA lie within the 95% interval that "
+        "the other seeds state for the mean."
+    )
 
 
 def compared(verdict: Mapping | None) -> list[str]:
