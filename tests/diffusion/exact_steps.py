@@ -48,7 +48,8 @@ def setting(
 ) -> tuple[Material, DenoisingLoss, torch.nn.Module]:
     """What is trained on, the loss and the bare denoiser, in float64, of the pipeline in a folder."""
     words = ["--pretrained_model_name_or_path", str(folder), "--train_data_dir", str(folder), "--rank", "2"]
-    words += ["--output_dir", str(folder / "out"), "--max_grad_norm", "0.05", "--snr_gamma", "5", *flags]
+    words += ["--output_dir", str(folder / "out"), "--max_grad_norm", "0.05", "--snr_gamma", "5"]
+    words += ["--method", "reslora", *flags]
     family = load_family("StableDiffusionPipeline")
     flags = with_family(parse_args(words), family.defaults)
     pipeline = StableDiffusionPipeline.from_pretrained(folder)
