@@ -84,17 +84,17 @@ class Learner:
         self.seconds += time.perf_counter() - started
 
     @property
-    def trains_others(self) -> bool:
-        """Whether the weights that are trained are others than those to use: a schedule-free optimizer's."""
-        return hasattr(getattr(self.optimizer, "optimizer", self.optimizer), "eval")
+    def averaging(self) -> Any:
+        """The optimizer, if it trains other weights than those to use, as a schedule-free one does; else None."""
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        return optimizer if hasattr(optimizer, "eval") else None
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Inside, the weights are those to measure, draw, save and export with."""
-        if not self.trains_others:
+        if (optimizer := self.averaging) is None:
             yield
             return
-        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
         trained = self._copied()
         optimizer.eval()
         try:
@@ -121,7 +121,7 @@ class Learner:
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
             "allocator": self.allocator.state_dict() if self.allocator else None,
-            "trained": self._copied() if self.trains_others else None,
+            "trained": self._copied() if self.averaging else None,
         }
 
     def load_state(self, state: dict, step: int, seconds: float, accelerator: Accelerator) -> None:
