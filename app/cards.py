@@ -38,8 +38,8 @@ def cards(edits: ImageEdits, images: Images, shown: Sequence[Image], page: int) 
         badges = edits.looks.problem(image), alike.get(image.name, ("", ""))[1]
         found.append(card(image, thumbnail, badges, images.folder.bundled))
     names = escape(json.dumps([image.name for image in shown]))
-    marks = f'data-folder="{escape(images.folder.name)}" data-names="{names}" data-drawn="{time.time_ns()}"'
-    return f'<div class="cards" {marks}>{"".join(found)}</div>'
+    marks = f'data-folder="{escape(images.folder.name)}" data-names="{names}" data-last="{pages(len(shown))}"'
+    return f'<div class="cards" {marks} data-drawn="{time.time_ns()}">{"".join(found)}</div>'
 
 
 def card(image: Image, thumbnail: str, badges: tuple[str, str], fixed: bool) -> str:

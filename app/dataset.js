@@ -5,6 +5,9 @@ const picked = new Set();
 const drafts = new Map();  // of all folders, each with what its caption was when it was begun
 let folder = null;  // which the images are of: another one may be chosen by now
 let at = null;
+let asked = "";  // of which images the last page was
+let page = 1;  // which is wanted: the one that is shown may be on its way still
+const saved = new Map();  // captions that were written here
 
 const cards = () => element.querySelector(".cards");
 const boxes = () => [...element.querySelectorAll(".card input[type=checkbox]")];
@@ -30,6 +33,7 @@ function fill(box) {
   const draft = drafts.get(keyOf(box)), text = draft ? draft.text : box.dataset.was;
   if (box.value !== text) box.value = text;
   if (draft) say(box, draft.refused || "not saved yet", draft.refused);
+  else if (saved.get(keyOf(box)) === text) say(box, "saved");
 }
 
 // Who types goes on in the box of the same image, never in another one's.
@@ -62,6 +66,23 @@ host.pick = which => {
   restore();
 };
 
+// Other images begin with their first page.
+host.asks = values => {
+  const images = JSON.stringify(values.slice(0, -1));
+  if (images !== asked) page = 1;
+  asked = images;
+  return [...values.slice(0, -1), page];
+};
+host.renew = () => trigger("submit");  // a name of Gradio's own, which can be one of several
+host.turn = number => {
+  page = number;
+  host.renew();
+};
+host.next = by => {
+  const last = Number(cards()?.dataset.last || 1);
+  host.turn(Math.min(Math.max(Math.min(page, last) + by, 1), last));
+};
+
 async function save(box) {
   const key = keyOf(box), name = nameOf(box), draft = drafts.get(key);
   if (!draft || draft.sent) return;
@@ -79,6 +100,7 @@ async function save(box) {
     else if (now) trigger("refused", { line: `${name}: ${answer.error}` });
     return;
   }
+  saved.set(key, answer.text);
   if (now?.text === text) drafts.delete(key);
   else if (now) now.was = answer.text;
   if (row) {
@@ -87,7 +109,7 @@ async function save(box) {
     fill(row);
     if (row !== document.activeElement) save(row);  // what was written while this was on its way
   }
-  trigger("saved");
+  host.renew();
 }
 
 // The caption as it is, for what was written instead.

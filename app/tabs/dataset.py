@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 SCRIPT = Path(__file__).resolve().parents[1] / "dataset.js"
 CHOOSE = "Choose a folder of images above, or upload some below."
+HOST = "document.getElementById('dataset-images')"
 # What is ticked is known in the browser alone, and is sent in the place of the last value.
-WITH_TICKED = "(...values) => [...values.slice(0, -1), document.getElementById('dataset-images').picked()]"
-CHOSEN = "(...values) => { document.getElementById('dataset-images').chosen = values; return values; }"
+WITH_TICKED = f"(...values) => [...values.slice(0, -1), {HOST}.picked()]"
 UNDO = "Undo"
 
 
@@ -102,15 +102,19 @@ class DatasetTab(Tab):
         quiet = {"api_visibility": "private", "show_progress": "hidden"}
         chosen = [self.folder, *self.settings]
         # Before what asks the server: Gradio handles the events of a component one after the other.
-        gr.on([part.change for part in chosen], None, chosen, None, js=CHOSEN, **quiet)
-        for part in (self.which.change, self.words.submit, self.folder.change, *(s.change for s in self.settings)):
-            part(readable_errors(self.show_first), self.asked, self.shown_parts, **quiet)
-        for part, by in ((self.back.click, -1), (self.next.click, 1), (self.page.submit, 0)):
-            part(readable_errors(self.turning(by)), self.asked, self.shown_parts, **quiet)
+        choose = f"(...values) => {{ {HOST}.chosen = values; return values; }}"
+        gr.on([part.change for part in chosen], None, chosen, None, js=choose, **quiet)
+        # One event for whatever is shown: answers of several could come in another order than they were asked for.
+        gr.on(
+            [*(part.change for part in (*chosen, self.which)), self.words.submit, self.images.submit],
+            readable_errors(self.show), self.asked, self.shown_parts, js=f"(...values) => {HOST}.asks(values)",
+            trigger_mode="always_last", **quiet,
+        )  # fmt: skip
+        self.page.submit(None, self.page, None, js=f"page => {HOST}.turn(page)", **quiet)
+        for button, by in ((self.back, -1), (self.next, 1)):
+            button.click(None, js=f"() => {HOST}.next({by})", api_visibility="private")
         for button, which in ((self.tick_page, "page"), (self.tick_all, "all"), (self.untick, "none")):
-            button.click(
-                None, js=f"() => document.getElementById('dataset-images').pick('{which}')", api_visibility="private"
-            )
+            button.click(None, js=f"() => {HOST}.pick('{which}')", api_visibility="private")
         change = [*self.asked, self.operation, self.text, self.other, self.ticked]
         throw, undo = [*self.asked, self.ticked], [*self.asked, self.undo, self.ticked]
         done = [
@@ -119,20 +123,19 @@ class DatasetTab(Tab):
             self.undo.click(readable_errors(self.do_undo), undo, self.answer, js=WITH_TICKED, **quiet),
             self.check.click(readable_errors(self.do_check), self.asked, self.answer, concurrency_limit=1, **quiet),
         ]
-        for event in done:  # with what is chosen by then, which may be another folder; `then` passes over what failed
+        done[1].success(None, js=f"() => {HOST}.pick('none')", api_visibility="private")
+        place = self.answer.parent
+        assert isinstance(place, gr.Tab)
+        done.append(place.select(readable_errors(self.open), self.folder, self.folder, **quiet))
+        for event in done:  # `then` passes over what failed
             for outcome in (event.success, event.failure):
-                outcome(readable_errors(self.show), self.asked, self.shown_parts, **quiet)
-        done[1].success(
-            None, js="() => document.getElementById('dataset-images').pick('none')", api_visibility="private"
-        )
+                outcome(None, js=f"() => {HOST}.renew()", api_visibility="private")
         self.operation.change(
             lambda operation: gr.update(visible=operation == image_edits.REPLACE), self.operation, self.other, **quiet
         )
-        self.images.saved(readable_errors(self.undo_button), self.folder, self.undo, queue=False, **quiet)
-        self.images.refused(readable_errors(self.tell_refused), None, self.answer, queue=False, **quiet)
-        place = self.answer.parent
-        assert isinstance(place, gr.Tab)
-        place.select(readable_errors(self.open), self.asked, [self.folder, *self.shown_parts], **quiet)
+        self.images.refused(
+            readable_errors(self.tell_refused), None, self.answer, queue=False, trigger_mode="always_last", **quiet
+        )
         self.upload.click(
             readable_errors(self.do_upload), [self.name, self.uploads, self.caption],
             [self.folder, page.tab(TrainTab).folder, self.answer], api_name="upload_images", preprocess=False,
@@ -145,19 +148,11 @@ class DatasetTab(Tab):
         """The folders on the list; their images are read when somebody comes to the tab."""
         return {self.folder: gr.update(choices=list(self.folders.all()))}
 
-    def open(self, folder: str | None, *asked) -> list:
+    def open(self, folder: str | None) -> dict:
         """Somebody comes to the tab: the folder that was chosen, else the first one in the list."""
         names = list(self.folders.all())
         folder = folder if folder in names else next(name for name in names if name != ".")
-        return [gr.update(choices=names, value=folder), *self.show(folder, *asked)]
-
-    def show_first(self, *asked) -> list:
-        """The first page."""
-        return self.show(*asked[:-1], 1)
-
-    def turning(self, by: int):
-        """A handler that shows another page."""
-        return lambda *asked: self.show(*asked[:-1], bounded(asked[-1], 1, 10**6, 1) + by)
+        return gr.update(choices=names, value=folder)
 
     def show(self, folder, which, words, *rest) -> list:
         """A page of a folder's images, and what is said of them all; `rest`: the settings, and which page."""
@@ -170,12 +165,9 @@ class DatasetTab(Tab):
         page = bounded(page, 1, last, 1)
         number = gr.update(value=page, label=f"Page of {last:,}")
         html = cards.cards(self.edits, images, shown, page)
-        return [cards.summary(self.edits, images, len(shown)), html, number, self.undo_button(folder)]
-
-    def undo_button(self, folder: str):
-        """The button says what it would take back."""
-        change = self.edits.last(self.folders.find(folder))
-        return gr.update(interactive=change is not None, value=f"{UNDO}: {change.line}" if change else UNDO)
+        change = self.edits.last(images.folder)
+        undo = gr.update(interactive=change is not None, value=f"{UNDO}: {change.line}" if change else UNDO)
+        return [cards.summary(self.edits, images, len(shown)), html, number, undo]
 
     # -- what is changed -----------------------------------------------------------------------------------------------
 

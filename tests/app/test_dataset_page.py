@@ -13,6 +13,8 @@ from waiting import LIMIT, wait_until
 
 COUNT = 30
 """More than a page has."""
+ASKED = 7
+"""How many values say which images are shown."""
 WORDS = "#words textarea, #words input"
 
 
@@ -129,8 +131,8 @@ def test_captions_are_put_in_order_by_the_keyboard(browser, folder, address, wid
         page.locator("#next").press("Enter")
         page.wait_for_function(f"document.querySelectorAll('.card').length === {COUNT - 24}")
         assert page.locator(".card input:checked").count() == COUNT - 24  # ticks outlive a change of page
-        page.locator("#undo:enabled").press("Enter")
-        page.locator("#dataset-answer").get_by_text("Undone").wait_for()
+        page.locator("#undo", has_text="put before").press("Enter")
+        page.locator("#dataset-answer").get_by_text("Undone: put before").wait_for()
         assert caption(0) == "a red “disc”" and caption(1) == "green box"
 
         page.locator("#untick").press("Enter")
@@ -139,8 +141,8 @@ def test_captions_are_put_in_order_by_the_keyboard(browser, folder, address, wid
         page.locator("#dataset-answer").get_by_text("1 image moved to the trash").wait_for()
         page.get_by_text("0 ticked").wait_for()
         assert len(list(folder.glob("*.png"))) == COUNT - 1
-        page.locator("#undo:enabled").press("Enter")  # once it names what has been done
-        page.locator("#dataset-answer").get_by_text("Undone").wait_for()
+        page.locator("#undo", has_text="1 image moved").press("Enter")  # once it names what has been done
+        page.locator("#dataset-answer").get_by_text("Undone: 1 image moved").wait_for()
         assert len(list(folder.glob("*.png"))) == COUNT
 
         page.locator("#check").press("Enter")
@@ -157,18 +159,20 @@ def test_captions_are_put_in_order_by_the_keyboard(browser, folder, address, wid
 
 
 @contextlib.contextmanager
-def held(page, word: str):
-    """The first request to the server with that word in it is on its way until the end."""
+def held(page, value: str):
+    """The first request for images of a folder or with some words is on its way until the end."""
     kept = []
 
     def keep(route):
-        if word in (route.request.post_data or "") and not kept:
+        data = (route.request.post_data_json or {}).get("data", ())
+        if len(data) == ASKED and value in data and not kept:
             kept.append(route)
         else:
             route.continue_()
 
     page.route("**/queue/join*", keep)
     yield
+    wait_until(lambda: page.evaluate("1") and kept, "the request, which may wait for the answer to another")
     kept[0].continue_()
 
 
@@ -259,7 +263,7 @@ def test_what_is_shown_of_one_folder_changes_nothing_in_another(browser, folder,
     before, refused = state(), "Nothing was changed: the images are those of set, and another folder is chosen by now."
     with visit(browser, address, 1280, "light") as page:
         box, told = page.locator('.card[data-name="0.png"] textarea'), page.locator('.card[data-name="0.png"] .told')
-        with held(page, '"two"'):
+        with held(page, "two"):
             choose(page, "#folder", "two")
             box.fill("of set")
             box.press("Control+Enter")
@@ -267,23 +271,23 @@ def test_what_is_shown_of_one_folder_changes_nothing_in_another(browser, folder,
             page.locator(".card input").first.check()
             page.locator("#trash").click()
             page.get_by_test_id("toast-body").get_by_text(refused).wait_for()
-            shows("two")  # at once
-            assert box.input_value() == "red disc" and page.locator("#picked-count").inner_text() == "0 ticked"
-        with held(page, '"set"'):
+        shows("two")
+        assert box.input_value() == "red disc" and page.locator("#picked-count").inner_text() == "0 ticked"
+        with held(page, "set"):
             choose(page, "#folder", "set")
             page.locator("#change button").first.click()
             page.locator("#text textarea, #text input").fill("red")
             page.locator("#tick-all").click()
             page.locator("#apply").click()
             page.get_by_test_id("toast-body").get_by_text("those of two").wait_for()
-            shows("set")
+        shows("set")
         assert box.input_value() == "of set" and state() == before
         told.get_by_text(refused).wait_for()
         box.press("Control+Enter")
         told.get_by_text("saved", exact=True).wait_for()
         assert (folder / "0.txt").read_text() == "of set" and (other / "0.txt").read_text() == "red disc"
 
-        with held(page, '"set"'):
+        with held(page, "set"):
             page.locator("#check").click()
             choose(page, "#folder", "two")
             shows("two")
