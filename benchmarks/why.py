@@ -9,9 +9,9 @@ RESULTS.md says what was expected before any of it ran. Each experiment is one c
 `train_llm.py` with several methods, rates and seeds, and goes on where it was stopped. Its `experiment.json`, without
 what belongs to this machine, is kept as benchmarks/results/why/NAME.json, also of one that is not finished.
 
-SVAMP needs a model and the data set, from the hub or from local folders: --llm FOLDER --text FOLDER (it holds
-svamp/train.jsonl and so on). The transformers of 6 and 24 layers come from assets/make/train_flow.py: --depth FOLDER
-holds 6/pipeline and 24/pipeline.
+SVAMP and SST-2 need a model and the data set, from the hub or from local folders: --llm FOLDER, --encoder FOLDER,
+--text FOLDER (it holds svamp/train.jsonl and so on). The transformers of 6 and 24 layers come from
+assets/make/train_flow.py: --depth FOLDER holds 6/pipeline and 24/pipeline.
 """
 
 from __future__ import annotations
@@ -29,13 +29,15 @@ from reslora.files import read_object, write_json
 
 SCRATCH = ROOT / "runs" / "why"
 KEPT = RESULTS / "why"
-LLM = "HuggingFaceTB/SmolLM2-135M-Instruct"
+LLM, ENCODER = "HuggingFaceTB/SmolLM2-135M-Instruct", "sentence-transformers/all-MiniLM-L6-v2"
 SEEDS = ("0", "1", "2", "3", "4")
 CONTROLS = ("lora", "lora_x2", "lora_x4", "lora_matched", "is_placebo", "ms_placebo")
 METHODS = (*CONTROLS, "reslora")
 BASELINES = ("lora", "loha", "lokr", "dora", "oft")
 """Apart: their best rates are many times higher, and each method of an experiment is tried at as many."""
-SHORTCUTS = ("--shortcut", "input", "block", "middle", "--pre_num", "4")
+FEWER = ("lora", "lora_x2", "lora_matched", "is_placebo", "ms_placebo")
+"""What 1 and 2 cannot do without: an arm of a language model takes minutes."""
+SHORTCUTS = ("input", "block", "middle")
 
 
 @dataclass(frozen=True)
@@ -47,14 +49,16 @@ class Experiment:
     rates: tuple[str, ...]
     flags: tuple[str, ...]
     methods: tuple[str, ...] = METHODS
+    shortcuts: tuple[str, ...] = SHORTCUTS
+    seeds: tuple[str, ...] = SEEDS
     needs: str = ""
     """What of this command line it cannot do without."""
 
     def command(self, name: str, args: argparse.Namespace) -> list[str]:
-        """What is run; {llm}, {text} and {depth} in its flags are the folders of the command line."""
+        """What is run; {llm}, {encoder}, {text} and {depth} in its flags are the folders of the command line."""
         flags = [flag.format(**vars(args)) for flag in self.flags]
-        several = ["--method", *self.methods, "--learning_rate", *self.rates, "--seed", *SEEDS]
-        several += SHORTCUTS if "reslora" in self.methods else ()
+        several = ["--method", *self.methods, "--learning_rate", *self.rates, "--seed", *self.seeds]
+        several += ["--shortcut", *self.shortcuts, "--pre_num", "4"] if "reslora" in self.methods else []
         if args.minutes:
             several += ["--experiment_minutes", f"{args.minutes:g}"]
         return [str(ROOT / self.script), *flags, *several, "--extend_rates", "--output_dir", str(SCRATCH / name)]
@@ -71,6 +75,12 @@ TEXT_FLAGS = (
     *("--max_test_samples", "150", "--bf16", "--dtype", "float32"),
 )
 IMAGE_RATES = ("2e-4", "4e-4", "8e-4", "1.6e-3", "3.2e-3")
+GLUE_FLAGS = (
+    *("--model_name_or_path", "{encoder}", "--task_name", "sst2", "--data_dir", "{text}/sst2", "--report_to", "none"),
+    *("--per_device_train_batch_size", "16", "--per_device_eval_batch_size", "64", "--max_seq_length", "128"),
+    *("--max_steps", "160", "--eval_strategy", "steps", "--eval_steps", "40", "--save_steps", "40"),
+    *("--max_eval_samples", "600", "--bf16"),
+)
 TEXT_RATES = ("2.5e-4", "5e-4", "1e-3", "2e-3", "4e-3")
 
 
@@ -99,9 +109,13 @@ EXPERIMENTS = {
     "unet-r4": images("assets/pipeline", "the bundled U-Net, rank 4", "--rank", "4"),
     "depth-6": images("{depth}/6/pipeline", "a transformer of 6 layers", needs="depth"),
     "depth-24": images("{depth}/24/pipeline", "a transformer of 24 layers", needs="depth"),
+    "sst2": Experiment(
+        "train_glue.py", "SST-2, a text encoder of 6 layers, rank 4", ("1e-3", "2e-3", "4e-3"), GLUE_FLAGS,
+        methods=(*FEWER, "reslora"), shortcuts=("input", "middle"), seeds=SEEDS[:3], needs="text",
+    ),
     **{f"svamp-60-r{rank}": svamp(60, rank) for rank in (4, 1, 16)},
     **{f"svamp-200-r{rank}": svamp(200, rank) for rank in (4, 1, 16)},
-}
+}  # fmt: skip
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -110,7 +124,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help=f"of {', '.join(EXPERIMENTS)}")
     parser.add_argument("--minutes", type=float, help="end each experiment after so long")
     parser.add_argument("--llm", default=LLM, help="causal model, folder or name on the hub")
-    parser.add_argument("--text", metavar="FOLDER", help="holds svamp/{train,test}.jsonl")
+    parser.add_argument("--encoder", default=ENCODER, help="text encoder for SST-2, folder or name on the hub")
+    parser.add_argument(
+        "--text", metavar="FOLDER", help="holds svamp/{train,test}.jsonl, sst2/{train,validation}.jsonl"
+    )
     parser.add_argument("--depth", metavar="FOLDER", help="holds 6/pipeline and 24/pipeline")
     return parser
 
