@@ -9,7 +9,7 @@ import pytest
 
 from reslora.diffusion.arguments import build_parser
 from reslora.experiment.statistics import half_width, spread_of
-from reslora.language.llm_arguments import read
+from reslora.language import glue_arguments, llm_arguments
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -26,16 +26,21 @@ def places(tmp_path, monkeypatch):
     monkeypatch.setattr(why_report, "KEPT", tmp_path / "kept")
 
 
+READERS = {"train_llm.py": llm_arguments.read, "train_glue.py": glue_arguments.read}
+
+
 def test_trainers_take_every_command_with_all_controls_and_enough_seeds_and_rates(tmp_path):
     args = why.build_parser().parse_args(["run", "--text", str(tmp_path), "--depth", str(tmp_path)])
     for name, experiment in why.EXPERIMENTS.items():
         command = experiment.command(name, args)[1:]
         images = experiment.script == "train_sd.py"
-        found = vars(build_parser().parse_args(command)) if images else read(command)[1]
-        wanted = why.BASELINES if name.endswith("baselines") else (*why.CONTROLS, "reslora")
-        assert found["method"] == list(wanted)
-        assert min(len(found["learning_rate"]), len(found["seed"])) >= 5
-        assert name.endswith("baselines") or found["shortcut"] == ["input", "block", "middle"]
+        found = vars(build_parser().parse_args(command)) if images else READERS[experiment.script](command)[1]
+        few = name == "sst2"
+        controls = why.BASELINES if name.endswith("baselines") else (*(why.FEWER if few else why.CONTROLS), "reslora")
+        assert found["method"] == list(controls)
+        assert min(len(found["learning_rate"]), len(found["seed"])) >= (3 if few else 5)
+        shortcuts = ["input", "middle"] if few else ["input", "block", "middle"]
+        assert name.endswith("baselines") or found["shortcut"] == shortcuts
 
 
 def arm(label: str, seed: int, losses: list[float], rate: float = 1e-3) -> dict:
