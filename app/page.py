@@ -132,7 +132,8 @@ class Page:
     def watch(self, name: str, beside: list[str] | None, seen: tuple | None, *chosen: object):
         """What has changed since the last look.
 
-        What stays as chosen is not sent: somebody may have chosen anew since.
+        What stays as chosen is not sent: somebody may have chosen anew since. Nor is anything before `choose` has
+        answered, which sends it.
         """
         runs = self.library.runs()
         if not name or name not in runs:
@@ -149,7 +150,7 @@ class Page:
         choices = {tab: tab.choice(run, was[tab], before[tab]) for tab in self.choosing}
         updates = self.shown(run, choices)
         for tab, choice in choices.items():
-            if choice == was[tab]:
+            if choice == was[tab] or not seen:
                 del updates[tab.chosen]["value"]
         if updates[self.beside]["value"] == (beside or []):
             del updates[self.beside]["value"]

@@ -23,6 +23,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from measured import RESULTS, ROOT, check_names, machine
 
 from reslora.files import read_object, write_json
@@ -59,6 +60,8 @@ class Experiment:
         flags = [flag.format(**vars(args)) for flag in self.flags]
         several = ["--method", *self.methods, "--learning_rate", *self.rates, "--seed", *self.seeds]
         several += ["--shortcut", *self.shortcuts, "--pre_num", "4"] if "reslora" in self.methods else []
+        if self.script != "train_sd.py" and not torch.cuda.is_available():
+            several.append("--use_cpu")
         if args.minutes:
             several += ["--experiment_minutes", f"{args.minutes:g}"]
         return [str(ROOT / self.script), *flags, *several, "--extend_rates", "--output_dir", str(SCRATCH / name)]

@@ -76,10 +76,11 @@ class GridPart:
             queue=False,
         )  # fmt: skip
         for name, values in self.axes:
-            # Not `input`, as with the settings under Train: values that were typed are not to be overwritten.
-            gr.on(
-                [name.change, name.select], readable_errors(self.suggest), [page.run, name], values,
-                api_visibility="private", preprocess=False, show_progress="hidden", trigger_mode="always_last",
+            # Not `input`, as with the settings under Train, nor `select`, whose answer would be a second one: values
+            # that were typed are not to be overwritten.
+            name.change(
+                readable_errors(self.suggest), [page.run, name], values, api_visibility="private", preprocess=False,
+                show_progress="hidden",
             )  # fmt: skip
         gr.api(readable_errors(self.list_values), api_name="grid_values")
 

@@ -507,13 +507,14 @@ def test_runs_are_looked_at_side_by_side_while_one_trains(page, runs):
 
 def test_what_was_trained_is_taken_along(page, runs):
     """The last method's first file is offered; another one has another path and other lines, and is downloaded."""
-    assert "DiffusionPipeline" in page.locator("#use textarea").input_value()
+    told = "document.querySelector('#use textarea').value.includes('{}')"
+    page.wait_for_function(told.format("DiffusionPipeline"))
     page.locator("#file input").fill("reslora: kohya.safetensors (kohya, ComfyUI, A1111)")
     page.locator("#file input").press("Enter")
     page.wait_for_function(
         "document.querySelector('#place textarea, #place input').value.endsWith('kohya.safetensors')"
     )
-    assert "ComfyUI/models/loras" in page.locator("#use textarea").input_value()
+    page.wait_for_function(told.format("ComfyUI/models/loras"))
     with page.expect_download() as download:
         page.locator("#take").click()
     assert download.value.suggested_filename == "tiny-reslora-kohya.safetensors"
@@ -522,7 +523,7 @@ def test_what_was_trained_is_taken_along(page, runs):
 
 def test_images_with_merged_weights_beside_the_base(page):
     page.get_by_role("tab", name="Generate").click()
-    assert page.locator("#weights input").input_value() == "reslora: merged weights"
+    page.wait_for_function("document.querySelector('#weights input').value === 'reslora: merged weights'")
     page.locator("#generate").click()
     page.locator("#status").get_by_text("2 of 2 images are done").wait_for()
     assert page.locator("#gallery img").count() == 2
@@ -695,7 +696,10 @@ def test_text_can_be_read_and_a_form_survives_a_restart(page, address, theme):
     page.locator("#begin input").focus()
     page.keyboard.press("Tab")
     page.wait_for_timeout(1000)
+    assert page.errors == []
     page.reload(wait_until="domcontentloaded")
+    page.wait_for_selector("#grid img")
+    page.errors.clear()
     page.get_by_role("tab", name="Train").click()
     page.wait_for_function("document.querySelector('#name input, #name textarea').value === 'kept'")
     assert page.locator(STEPS).input_value() == "123"

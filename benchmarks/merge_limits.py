@@ -1,0 +1,157 @@
+"""How much does the least-squares merge lose, and of what: too few examples, the ridge, or what is not linear?
+
+    python benchmarks/merge_limits.py --encoder FOLDER --text FOLDER    # names on the hub, or local folders
+    python benchmarks/paper.py report                                   # the table of it in RESULTS.md
+
+The middle-shortcut on SST-2, where this merge kept least. Trained as in `paper.py`, then merged from different numbers
+of training examples and with different ridges. For each block, on examples that no merge has read: the share of what
+its neighbours hand it that the merged weights miss, which is 1 - R2 of the fitted map.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import paper
+import torch
+from measured import RESULTS
+from paper_models import newest_checkpoint
+
+import reslora
+from reslora import regression
+from reslora.common.adapters import load_adapter
+from reslora.common.signals import StopRequest
+from reslora.files import read_object, write_json
+from reslora.language import glue, glue_arguments
+from reslora.language.results import unmerged_afterwards
+
+KEPT, SCRATCH = RESULTS / "merge_limits", paper.SCRATCH / "merge_limits"
+VARIANT, RATE, SEEDS = "ms(4)", 2e-3, (0, 1, 2)
+COUNTS, RIDGES = (16, 64, 256, 1024, 4096), (1e-4, 1e-2, 1.0)
+UNREAD = 256
+"""Validation examples on which blocks are measured."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--encoder", default=paper.ENCODER, help="folder or name on the hub")
+    parser.add_argument("--text", type=Path, required=True, metavar="FOLDER", help="holds sst2/train.jsonl and so on")
+    args = parser.parse_args()
+    for seed in SEEDS:
+        path = KEPT / f"seed{seed}.json"
+        if not read_object(path):
+            write_json(path, {"variant": VARIANT, "rate": RATE, "seed": seed, "rows": list(rows_of(seed, args))})
+
+
+def rows_of(seed: int, args: argparse.Namespace) -> Iterator[dict]:
+    """Loss, and what blocks miss, unmerged, with `none`, and for each number of examples and each ridge."""
+    trainer, arguments, sets = trained(seed, args)
+    batches = calibration_batches(arguments, sets["train"], max(COUNTS))
+    unread = calibration_batches(arguments, sets["validation"], UNREAD)
+    blocks = seen(trainer.model, unread)
+
+    def loss() -> float:
+        return glue.evaluate(trainer, arguments.task, sets)["loss"]
+
+    yield {"merge": "unmerged", "loss": loss()}
+    with unmerged_afterwards(trainer.model):
+        reslora.merge(trainer.model, "none")
+        yield {"merge": "none", "loss": loss()}
+    for ridge, count in itertools.product(RIDGES, COUNTS):
+        regression.RIDGE = ridge
+        tokens = sum(batch["input_ids"].numel() for batch in batches[:count])
+        with unmerged_afterwards(trainer.model):
+            reslora.merge(trainer.model, "lstsq", batches[:count])
+            figures = {"loss": loss(), "missed": missed(trainer.model, blocks)}
+        yield {"merge": "lstsq", "examples": count, "tokens": tokens, "ridge": ridge, **figures}
+
+
+def trained(seed: int, args: argparse.Namespace):
+    """A trainer with the weights that `train_glue.py` has left, its arguments and its examples."""
+    experiment, folder = paper.EXPERIMENTS["sst2"], SCRATCH / f"seed{seed}"
+    flags = [*paper.flags_of(experiment, VARIANT, seed, args, search=False), "--learning_rate", f"{RATE:g}"]
+    flags += ["--output_dir", str(folder)]
+    if not (folder / "results.json").is_file():
+        shutil.rmtree(folder, ignore_errors=True)
+        paper.launch("train_glue.py", flags, folder.parent / f"seed{seed}.log")
+    arguments = glue_arguments.parse(flags)
+    splits = glue.read_splits(arguments)
+    tokenizer, model, classifier = glue.load_model(arguments)
+    sets = {name: glue.encode(arguments, tokenizer, columns) for name, columns in splits.items()}
+    example = glue.example_of(sets)
+    adapted = glue.attach(model, arguments.method, 1, example, modules_to_save=classifier)
+    trainer = glue.build_trainer(arguments, tokenizer, adapted, sets, StopRequest())
+    load_adapter(trainer.model, newest_checkpoint(folder))
+    trainer.model.eval()
+    return trainer, arguments, sets
+
+
+def calibration_batches(arguments, examples, count: int) -> list[dict]:
+    """As the trainer makes them, of so many examples."""
+    arguments.method.calibration_examples = count
+    return glue.calibration_batches(arguments, examples, arguments.training.device)
+
+
+# -- blocks ------------------------------------------------------------------------------------------------------------
+
+
+def layers_of(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+
+
+def update(layer: torch.nn.Module) -> torch.Tensor:
+    """`s B A` of a layer."""
+    return layer.scaling["default"] * (layer.lora_B["default"].weight @ layer.lora_A["default"].weight)
+
+
+@torch.no_grad()
+def seen(model: torch.nn.Module, batches: Sequence[Mapping]) -> dict[str, tuple]:
+    """Of each block that is handed something in the unmerged model: its input and what it adds to the frozen layer's
+    output, rows of tokens, and the squared norm of the neighbours' part of that."""
+    inputs, outputs, found = {}, {}, {}
+    with watching(model, inputs, outputs):
+        for batch in batches:
+            model(**batch)
+    for name, layer in layers_of(model).items():
+        x = torch.cat(inputs[name])
+        added = torch.cat(outputs[name]) - layer.base_layer(x)
+        handed = added - x @ update(layer).t()
+        if handed.norm() > 1e-4 * added.norm():
+            found[name] = x, added, handed.square().sum()
+    return found
+
+
+@contextmanager
+def watching(model: torch.nn.Module, inputs: dict, outputs: dict) -> Iterator[None]:
+    """Rows that enter and leave every block, kept by its name."""
+
+    def watch(name: str):
+        def keep(_module, args, output) -> None:
+            inputs.setdefault(name, []).append(args[0].flatten(0, -2).float())
+            outputs.setdefault(name, []).append(output.flatten(0, -2).float())
+
+        return keep
+
+    handles = [layer.register_forward_hook(watch(name)) for name, layer in layers_of(model).items()]
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+@torch.no_grad()
+def missed(model: torch.nn.Module, blocks: Mapping[str, tuple]) -> dict[str, float]:
+    """1 - R2 of each block in the merged model: what it misses of what its neighbours handed it, in squared norms."""
+    layers = layers_of(model)
+    return {
+        name: float((added - x @ update(layers[name]).t()).square().sum() / handed)
+        for name, (x, added, handed) in blocks.items()
+    }
+
+
+if __name__ == "__main__":
+    main()
