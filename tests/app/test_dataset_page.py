@@ -8,7 +8,7 @@ import pytest
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from pipelines import image_folder
-from test_page import CONTRAST, answers, complaint, leaving, serving, status_of
+from test_page import answers, complaint, contrast, leaving, serving, status_of
 from waiting import LIMIT, wait_until
 
 COUNT = 30
@@ -151,10 +151,10 @@ def test_captions_are_put_in_order_by_the_keyboard(browser, folder, address, wid
         page.wait_for_function("document.querySelectorAll('.card').length === 1")
         page.locator(".card .out").get_by_text("damaged").wait_for()
         seen = [".card .name", ".card .sizes", ".card .out", ".card textarea", ".told-of .bad", "#picked-count"]
-        assert [name for name in seen if page.locator(name).first.evaluate(CONTRAST) < 4.5] == []
+        assert [name for name in seen if contrast(page.locator(name).first) < 4.5] == []
         choose(page, "#which", "Duplicates")
         page.locator(".card .alike").get_by_text("the same image as 5.png").wait_for()
-        assert page.locator(".card .alike").first.evaluate(CONTRAST) >= 4.5
+        assert contrast(page.locator(".card .alike").first) >= 4.5
         assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 

@@ -484,7 +484,7 @@ def test_runs_are_looked_at_side_by_side_while_one_trains(page, runs):
     page.keyboard.press("Enter")
     page.locator('#grid img[alt="something else: other: LoRA"]').wait_for()
     assert "differ in" in page.locator("#verdict").inner_text() and "prompts" in page.locator("#verdict").inner_text()
-    assert page.locator("#verdict *").last.evaluate(CONTRAST) >= 4.5
+    assert contrast(page.locator("#verdict *").last) >= 4.5
     page.locator('#grid button.tile:has(img[alt="red disc: tiny: LoRA"])').first.click()
     for alt in ("red disc: tiny: ResLoRA", "red disc: tiny: ResLoRA merged", "red disc: other: LoRA"):
         page.keyboard.press("ArrowRight")
@@ -598,12 +598,16 @@ def test_loras_are_stacked_and_written_as_a_model(page, runs):
 
 LATE_END = """
 const plain = window.fetch;
+window.streams = 0;
 window.fetch = async (...request) => {
+  const stream = String(request[0]?.url ?? request[0]).includes("/queue/data");
+  if (stream) window.streams += 1;
   const answer = await plain(...request);
-  if (!String(request[0]?.url ?? request[0]).includes("/queue/data")) return answer;
+  if (!stream) return answer;
   const late = new TransformStream({
     async transform(chunk, out) {
       const text = new TextDecoder().decode(chunk), close = text.indexOf('"close_stream"');
+      if (close >= 0) window.streams -= 1;
       if (close < 0 || window.late !== "wanted") return out.enqueue(chunk);
       const at = text.lastIndexOf("data:", close);
       out.enqueue(new TextEncoder().encode(text.slice(0, at)));
@@ -625,7 +629,7 @@ def test_what_is_asked_as_the_stream_of_answers_ends_is_answered(browser, addres
     page.wait_for_selector('#grid table[data-step="4"]')
     page.get_by_role("tab", name="Generate").click()
     page.locator("#denoising input[type=number]").fill("1")
-    page.wait_for_timeout(1000)  # what the page itself has asked for is answered
+    page.wait_for_function("window.streams === 0")  # what the page itself has asked for is answered
     page.evaluate("window.late = 'wanted'")
     page.locator("#generate").click()
     page.locator("#status").get_by_text("images are done").wait_for()
@@ -652,6 +656,7 @@ def test_cancel(page):
 
 CONTRAST = """
 element => {
+  if (!element.isConnected) return null;
   const light = color => {
     const parts = color.match(/[\\d.]+/g).map(Number);
     const [r, g, b] = parts.slice(0, 3).map(c => (c /= 255) <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
@@ -664,6 +669,13 @@ element => {
   return (Math.max(...pair) + 0.05) / (Math.min(...pair) + 0.05);
 }
 """
+
+
+def contrast(locator) -> float:
+    """Of text to what is behind it; an update may take the element away while it is looked at."""
+    found = []
+    wait_until(lambda: found.append(locator.evaluate(CONTRAST)) or found[-1] is not None, "an element that stays")
+    return found[-1]
 
 
 STEPS = "#flag-max_train_steps :is(input, textarea)"
@@ -679,18 +691,18 @@ def test_text_can_be_read_and_a_form_survives_a_restart(page, address, theme):
     seen = [
         page.locator(name) for name in ("#summary .summary b", "#play", "#verdict *", "td.best small", "#use textarea")
     ]
-    assert [text for text in seen if text.first.evaluate(CONTRAST) < 4.5] == []
+    assert [text for text in seen if contrast(text.first) < 4.5] == []
     page.locator("#grid button.tile").first.click()
-    assert page.locator("#zoom p").evaluate(CONTRAST) >= 4.5
+    assert contrast(page.locator("#zoom p")) >= 4.5
     page.keyboard.press("Escape")
     page.get_by_role("tab", name="Chains and merge").click()
     page.locator("#plan .what").wait_for()
-    assert [text for text in page.locator(".what").all() if text.evaluate(CONTRAST) < 4.5] == []
+    assert [text for text in page.locator(".what").all() if contrast(text) < 4.5] == []
     page.get_by_role("tab", name="Train").click()
     page.locator("#start").wait_for()
     seen = [page.locator("#start"), page.get_by_text("rank of the update matrices")]
     seen.append(page.get_by_role("tab", name="Train"))
-    assert [text for text in seen if text.first.evaluate(CONTRAST) < 4.5] == []
+    assert [text for text in seen if contrast(text.first) < 4.5] == []
     page.locator("#name input, #name textarea").fill("kept")
     page.locator(STEPS).fill("123")
     page.locator("#begin input").focus()
@@ -794,7 +806,7 @@ def test_an_experiment_is_planned_and_its_report_is_read(page, runs):
         page.keyboard.press("ArrowRight")
         assert report.locator("#slider").input_value() == "51"
         for part in ("#experiment-plan .notice", "#experiment-state .summary"):
-            assert page.locator(part).evaluate(CONTRAST) >= 4.5
+            assert contrast(page.locator(part)) >= 4.5
     finally:
         shutil.rmtree(runs / "which")
 
@@ -840,7 +852,7 @@ def test_a_training_is_started_watched_and_stopped(page, browser, address, runs,
     page.locator(
         "#summary .now", has_text=re.compile(r"LoRA, step \d+ of 500 · \d.* · about .* left · .* GB")
     ).wait_for()
-    assert page.locator("#summary .now").evaluate(CONTRAST) >= 4.5
+    assert contrast(page.locator("#summary .now")) >= 4.5
     page.get_by_role("tab", name="Train").click()
     page.locator("#stop").click()
     page.locator("#summary .stopped").wait_for()
@@ -872,7 +884,7 @@ def line_up(page) -> None:
     page.keyboard.press("Enter")
     page.wait_for_function(f"{rows} === 'watched,third'")
     for part in (".status", ".what-runs p", "button:enabled"):
-        assert page.locator(f"#queue {part}").last.evaluate(CONTRAST) >= 4.5
+        assert contrast(page.locator(f"#queue {part}").last) >= 4.5
     page.get_by_role("button", name="Stop watched and save").click()
     page.locator("#queue-answer").get_by_text("watched stops after this step").wait_for()
     page.locator('#queue li[data-name="third"] :is(.starting, .running)').wait_for()
