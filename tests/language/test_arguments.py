@@ -63,6 +63,13 @@ def test_the_defaults_are_the_papers():
     MethodArguments(shortcut="block", merge="lstsq", calibration_examples=0)  # an exact merge needs none
 
 
+def test_short_texts_are_calibrated_on_more_examples():
+    """As many tokens for each input of a layer as where it was measured (`benchmarks/merge_limits.py`), or more."""
+    counts = [module.read([])[1]["calibration_examples"] for module in (glue_arguments, llm_arguments)]
+    assert counts == [256, 64]
+    assert glue_arguments.read(["--calibration_examples", "8"])[1]["calibration_examples"] == 8
+
+
 def test_flags_become_dataclasses(tmp_path):
     model, method, training = parse(
         "--target_modules", "q_proj", "k_proj", "--lora_alpha=16", "--output_dir", str(tmp_path), "--seed", "7"
