@@ -132,8 +132,8 @@ def watching(model: torch.nn.Module, inputs: dict, outputs: dict) -> Iterator[No
 
     def watch(name: str):
         def keep(_module, args, output) -> None:
-            inputs.setdefault(name, []).append(args[0].flatten(0, -2).float())
-            outputs.setdefault(name, []).append(output.flatten(0, -2).float())
+            inputs.setdefault(name, []).append(args[0].flatten(0, -2))
+            outputs.setdefault(name, []).append(output.flatten(0, -2))
 
         return keep
 

@@ -41,7 +41,10 @@ def write(experiments: dict) -> None:
 
 def part(name: str, experiments: dict) -> str:
     """What stands between the marks of that name."""
-    special = {"cost": cost_table, "speed": speed_tables, "state": lambda: state(experiments), "why": why_tables}
+    special = {
+        "cost": cost_table, "speed": speed_tables, "state": lambda: state(experiments), "why": why_tables,
+        "limits": limits_table,
+    }  # fmt: skip
     return special[name]() if name in special else section(name, experiments)
 
 
@@ -102,6 +105,33 @@ def steps_to(result: dict, level: float) -> float | None:
 def table(head: list[str], rows: list[list[str]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *("| " + " | ".join(r) + " |" for r in rows)]
     return "\n".join(lines)
+
+
+def limits_table() -> str:
+    """What a merge by least squares keeps and misses, by what it is made from."""
+    found = [json.loads(path.read_text(encoding="utf-8"))["rows"] for path in (RESULTS / "merge_limits").glob("*.json")]
+    if not found:
+        return "*Not run yet.*"
+    rows = []
+    for index, row in enumerate(found[0]):
+        if row["merge"] != "lstsq":
+            continue
+        shares, means, worst = [], [], []
+        for (unmerged, none, *_), same in ((seed, seed[index]) for seed in found):
+            shares.append(100 * (none["loss"] - same["loss"]) / (none["loss"] - unmerged["loss"]))
+            means.append(statistics.mean(same["missed"].values()))
+            worst.append(max(same["missed"].values()))
+        figures = [spread(shares, "{:.1f}") + "%", spread(means, "{:.3f}"), spread(worst, "{:.3f}")]
+        rows.append([f"{row['ridge']:g}", str(row["examples"]), f"{row['tokens']:,}", *figures])
+    head = [
+        "ridge",
+        "examples",
+        "tokens",
+        "kept of the loss that none loses",
+        "missed, mean block",
+        "missed, worst block",
+    ]
+    return table(head, rows)
 
 
 # -- convergence (Figure 1, Table 9) -----------------------------------------------------------------------------------
