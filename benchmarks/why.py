@@ -175,13 +175,14 @@ def keep(name: str) -> None:
     if not record:
         return
     record.pop("process", None)
-    record["settings"] = {key: without_folders(value) for key, value in record["settings"].items()}
-    write_json(KEPT / f"{name}.json", {"machine": machine(), **record})
+    write_json(KEPT / f"{name}.json", {"machine": machine(), **without_folders(record)})
     print(f"{name}: {progress(record)}, kept in {(KEPT / name).relative_to(ROOT)}.json", flush=True)
 
 
 def without_folders(value):
-    """A setting in which a path of this machine is its last part alone."""
+    """What is kept, with the last part alone of a path of this machine."""
+    if isinstance(value, dict):
+        return {key: without_folders(part) for key, part in value.items()}
     if isinstance(value, list):
         return [without_folders(part) for part in value]
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value

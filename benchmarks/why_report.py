@@ -26,16 +26,17 @@ def why_tables() -> str:
     for name, experiment in EXPERIMENTS.items():
         path = KEPT / f"{name}.json"
         if path.is_file():
-            found.append(section(experiment.shows, json.loads(path.read_text(encoding="utf-8"))))
+            kind = "images" if experiment.script == "train_sd.py" else "examples"
+            found.append(section(experiment.shows, json.loads(path.read_text(encoding="utf-8")), kind))
     return "\n\n".join(found) or "*Not run yet.*"
 
 
-def section(what: str, record: dict) -> str:
-    """One experiment's labels, then its pairs."""
+def section(what: str, record: dict, kind: str = "images") -> str:
+    """One experiment's labels, then its pairs; `kind`: of what it learns from."""
     arms, split = record["arms"], record["split"]
     ended = [arm for arm in arms if arm["status"] in ("finished", "failed")]
-    images = f"{split['train']} images trained on, {split['select']} that choose, {split['test']} that compare"
-    lines = [f"**{what[:1].upper()}{what[1:]}.** {len(ended)} of {len(arms)} arms; {images}."]
+    parts = f"{split['train']} {kind} trained on, {split['select']} that choose, {split['test']} that compare"
+    lines = [f"**{what[:1].upper()}{what[1:]}.** {len(ended)} of {len(arms)} arms; {parts}."]
     tests = tested(arms, record["chosen"])
     if tests:
         lines += [label_table(record, tests), rerun_line(tests), pair_table(tests)]

@@ -56,7 +56,8 @@ def record(arms: list[dict]) -> dict:
     split = {"train": 7, "select": 3, "test": 3, "duplicates": 0}
     settings = {"output_dir": "/somewhere/else/run", "train_data_dir": ["/somewhere/images"], "rank": 4}
     chosen = {each["label"]: choice for each in arms}
-    return {"arms": arms, "split": split, "chosen": chosen, "verdicts": [], "settings": settings, "process": "x-1-1"}
+    private = {"settings": settings, "identity": {"model_name_or_path": "/somewhere/model"}, "process": "x-1-1"}
+    return {"arms": arms, "split": split, "chosen": chosen, "verdicts": [], **private}
 
 
 def test_what_is_kept_names_no_folder_of_the_machine_and_no_process():
