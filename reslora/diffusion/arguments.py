@@ -277,6 +277,11 @@ def add_training_flags(add: Callable) -> None:
         help="torch.compile the denoiser: minutes at the start, then faster steps; refused where its first gradients "
              "are not those of the same step without it")
     add("--noise_offset", type=number(0), default=0.0, help="scale of the noise added per channel while training")
+    add("--min_timestep", type=whole(0), default=0,
+        help="train from this timestep on; 0 is the image, and the last timestep noise. What a low one leaves out, the "
+             "details, stays much as it is. The validation loss is measured at all timesteps")
+    add("--max_timestep", type=whole(1),
+        help="train below this timestep: what is left out, the composition, stays much as it is (default: all)")
     add("--snr_gamma", type=number(0, exclusive=True), help="min-SNR loss weights; 5.0 is usual")
     add("--loss_type", choices=["l2", "huber", "smooth_l1"], default="l2",
         help="squared error, or kohya's pseudo-Huber losses, which count large errors less; the validation loss is the "

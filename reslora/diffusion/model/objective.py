@@ -18,12 +18,16 @@ from .families.base import Family
 class DdpmObjective:
     """Denoising diffusion (Ho et al., 2020): the noise, or v (Salimans and Ho, 2022), at a timestep drawn evenly.
 
-    Raises `ValueError` for a scheduler whose prediction type is neither.
+    Timesteps are drawn from the first of `between` up to before the second: from all, if it is None. Raises
+    `ValueError` for a scheduler whose prediction type is neither.
     """
 
-    def __init__(self, scheduler: SchedulerMixin, snr_gamma: float | None = None) -> None:
+    def __init__(
+        self, scheduler: SchedulerMixin, snr_gamma: float | None = None, between: tuple[int, int] | None = None
+    ) -> None:
         self.scheduler = DDPMScheduler.from_config(scheduler.config)
         self.snr_gamma = snr_gamma
+        self.between = between or (0, self.timesteps)
         self.prediction_type = self.scheduler.config.prediction_type
         if self.prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(f"prediction type {self.prediction_type!r}: only epsilon and v_prediction can be trained")
@@ -35,7 +39,7 @@ class DdpmObjective:
 
     def draw(self, generator: torch.Generator, tokens: int = 256) -> torch.Tensor:
         """A timestep for a training sample, whatever its number of tokens."""
-        return torch.randint(self.timesteps, (), generator=generator)
+        return torch.randint(*self.between, (), generator=generator)
 
     def at(self, fraction: float) -> torch.Tensor:
         """The timestep at a fraction of the way from the first to the last."""
@@ -72,11 +76,15 @@ class DdpmObjective:
 
 @dataclass(frozen=True)
 class Density:
-    """How timesteps are spread by `logit_normal` (mean and deviation) and `mode` (scale), as in diffusers' scripts."""
+    """How timesteps are spread by `logit_normal` (mean and deviation) and `mode` (scale), as in diffusers' scripts.
+
+    Whatever draws them, they are squeezed evenly from all timesteps into those of `between`, if it is not None.
+    """
 
     logit_mean: float = 0.0
     logit_std: float = 1.0
     mode_scale: float = 1.29
+    between: tuple[int, int] | None = None
 
 
 class FlowObjective:
@@ -104,6 +112,7 @@ class FlowObjective:
             raise ValueError(f"sampling {self.sampling!r} with weighting {weighting!r} is not known")
         self.weighting, self.shift = weighting, shift or 3.0
         self.density = asdict(density)
+        self.between = self.density.pop("between") or (0, self.timesteps)
 
     @property
     def timesteps(self) -> int:
@@ -111,7 +120,11 @@ class FlowObjective:
         return self.scheduler.config.num_train_timesteps
 
     def draw(self, generator: torch.Generator, tokens: int = 256) -> torch.Tensor:
-        """A timestep for a training sample of so many tokens, from 0 to `timesteps`."""
+        """A timestep for a training sample of so many tokens, from 0 to `timesteps`, or in what `between` leaves."""
+        least, below = self.between
+        return least + self._drawn(generator, tokens) * ((below - least) / self.timesteps)
+
+    def _drawn(self, generator: torch.Generator, tokens: int) -> torch.Tensor:
         if self.sampling in ("uniform", "logit_normal", "mode"):
             drawn = compute_density_for_timestep_sampling(self.sampling, 1, generator=generator, **self.density)
             return self.at(float(drawn))
@@ -149,14 +162,26 @@ class FlowObjective:
 Objective = DdpmObjective | FlowObjective
 
 
+def between_of(flags: Flags, timesteps: int) -> tuple[int, int]:
+    """The timesteps to draw from: from the first up to before the second; refuses what the model does not have."""
+    least, below = flags.min_timestep, timesteps if flags.max_timestep is None else flags.max_timestep
+    if below > timesteps:
+        raise InvalidArgument(f"--max_timestep {below}", f"the model has {timesteps}", f"give {timesteps} or less")
+    if least >= below:
+        problem = f"it has to be below --max_timestep, {below}"
+        raise InvalidArgument(f"--min_timestep {least}", problem, "give less of the one, or more of the other")
+    return least, below
+
+
 def objective_of(flags: Flags, family: Family, pipeline: DiffusionPipeline) -> Objective:
     """What the model's family learns; refuses flags that belong to another objective."""
+    between = between_of(flags, pipeline.scheduler.config.num_train_timesteps)
     if family.objective == "flow":
         for name in ("prediction_type", "snr_gamma"):
             if getattr(flags, name) is not None:
                 problem = f"{family.name} learns a flow, which has none"
                 raise InvalidArgument(f"--{name} {getattr(flags, name)}", problem, "leave it out")
-        density = Density(flags.logit_mean, flags.logit_std, flags.mode_scale)
+        density = Density(flags.logit_mean, flags.logit_std, flags.mode_scale, between)
         return FlowObjective(
             pipeline.scheduler, flags.timestep_sampling, flags.weighting_scheme, flags.discrete_flow_shift, density
         )
@@ -168,4 +193,4 @@ def objective_of(flags: Flags, family: Family, pipeline: DiffusionPipeline) -> O
         pipeline.scheduler.register_to_config(prediction_type=flags.prediction_type)
     argument = f"--pretrained_model_name_or_path {flags.pretrained_model_name_or_path}"
     with refused_as(argument, "give another model, or --prediction_type", (ValueError,)):
-        return DdpmObjective(pipeline.scheduler, flags.snr_gamma)
+        return DdpmObjective(pipeline.scheduler, flags.snr_gamma, between)

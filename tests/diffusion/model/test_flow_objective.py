@@ -94,6 +94,13 @@ def test_draws_lie_within_the_flow_and_repeat(sampling):
     assert torch.equal(drawn, draws(objective, 200))
 
 
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_draws_are_squeezed_into_the_timesteps_asked_for(sampling):
+    """Evenly: t of all timesteps becomes 200 + t * 300 / 1000."""
+    drawn = draws(FlowObjective(SHIFTED, sampling, density=Density(between=(200, 500))), 200)
+    torch.testing.assert_close(drawn, 0.2 + 0.3 * draws(FlowObjective(SHIFTED, sampling), 200), rtol=1e-5, atol=0)
+
+
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="'sometimes'"):
         FlowObjective(SHIFTED, "sometimes")

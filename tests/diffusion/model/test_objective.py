@@ -6,8 +6,11 @@ import torch
 from conftest import assert_equal
 from diffusers import DDPMScheduler
 
+from reslora.common.errors import InvalidArgument
+from reslora.diffusion.arguments import Flags
 from reslora.diffusion.model.loss import loss_per_sample, squared_error
-from reslora.diffusion.model.objective import DdpmObjective
+from reslora.diffusion.model.objective import DdpmObjective, between_of
+from reslora.diffusion.settings import parse_args
 
 TIMESTEPS = torch.tensor([0, 1, 250, 500, 998, 999])
 BETAS = {
@@ -124,3 +127,40 @@ def test_half_precision_predictions_are_compared_in_float32():
 @pytest.mark.parametrize(("fraction", "timestep"), [(0.0, 0), (0.25, 250), (0.9999, 999), (1.0, 999)])
 def test_a_fraction_of_the_way_is_a_timestep_that_there_is(fraction, timestep):
     assert DdpmObjective(scheduler()).at(fraction).item() == timestep
+
+
+def drawn_of(objective: DdpmObjective, count: int = 2000) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.stack([objective.draw(generator) for _ in range(count)])
+
+
+def test_timesteps_are_drawn_evenly_from_those_asked_for():
+    assert set(drawn_of(DdpmObjective(scheduler(), between=(7, 12))).tolist()) == {7, 8, 9, 10, 11}
+    drawn = drawn_of(DdpmObjective(scheduler(), between=(200, 700))).double()
+    assert drawn.mean() == pytest.approx(449.5, abs=10) and drawn.std() == pytest.approx(500 / 12**0.5, abs=5)
+    drawn = drawn_of(DdpmObjective(scheduler()))
+    assert drawn.min() < 5 and drawn.max() > 994
+
+
+def flags(*words: str) -> Flags:
+    return parse_args(list(words))
+
+
+def test_all_timesteps_are_trained_where_no_end_is_given():
+    assert between_of(flags(), 1000) == (0, 1000)
+    assert between_of(flags("--min_timestep", "300"), 1000) == (300, 1000)
+    assert between_of(flags("--max_timestep", "10"), 1000) == (0, 10)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--max_timestep", "1001"], "--max_timestep 1001: the model has 1000; give 1000 or less"),
+        (["--min_timestep", "1000"], "--min_timestep 1000: it has to be below --max_timestep, 1000"),
+        (["--min_timestep", "500", "--max_timestep", "500"], "--min_timestep 500: it has to be below"),
+    ],
+)
+def test_timesteps_that_there_are_not_are_refused(words, said):
+    with pytest.raises(InvalidArgument) as refusal:
+        between_of(flags(*words), 1000)
+    assert str(refusal.value).startswith(said)
