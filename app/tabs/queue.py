@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 SCRIPT = Path(__file__).resolve().parents[1] / "rows.js"
 EVERY = 3.0
 """Seconds between two looks at the queue."""
+IN_TURN = {"trigger_mode": "multiple", "concurrency_limit": 1}
+"""For buttons of rows: each press counts, and they are answered in order, so that the last answer is the newest."""
 ABOUT = (
     "Runs are trained one at a time, or one on each GPU where there are several. One that fails does not stop the "
     "next, and what waits here goes on after a restart of the application."
@@ -39,7 +41,7 @@ class QueueTab(Tab):
         shown = [self.rows, self.last_look]
         page.frames[self].select(readable_errors(self.open), None, [*shown, self.timer], **quiet)
         self.timer.tick(readable_errors(self.look), self.last_look, shown, queue=False, **quiet)
-        self.rows.acted(readable_errors(self.act), None, [self.answer, *shown], **quiet)
+        self.rows.acted(readable_errors(self.act), None, [self.answer, *shown], **IN_TURN, **quiet)
         for name, handler in (
             ("queue", self.list_entries), ("move_in_queue", self.move), ("remove_from_queue", self.remove),
         ):  # fmt: skip

@@ -37,6 +37,7 @@ class TrainTab(LaunchTab):
                     list(form.PRESETS), label="Begin with the settings of", allow_custom_value=True, elem_id="begin",
                     value=next(iter(form.PRESETS)),
                 )  # fmt: skip
+                self.begun = gr.State(None)
                 self.settings_column()
             with gr.Column(scale=3, min_width=360):
                 self.process_column()
@@ -63,11 +64,11 @@ class TrainTab(LaunchTab):
         self.connect(page, page.run, page.seen)
         quiet = {"api_visibility": "private", "show_progress": "hidden"}
         # Not `input`: it comes with leaving the box as well, and what is typed or kept would be overwritten. `change`
-        # comes with another choice, by mouse or keys; `select` with the same one again, by the mouse.
-        gr.on(
-            [self.begin.change, self.begin.select], readable_errors(self.fill), self.begin,
-            [self.model, *self.flags.values()], trigger_mode="always_last", **quiet,
-        )  # fmt: skip
+        # comes with another choice, by mouse or keys; `select`, before it, with any by the mouse: the same again, too.
+        filled = [self.begun, self.model, *self.flags.values()]
+        in_turn = {"trigger_mode": "always_last", "concurrency_id": "begin", "concurrency_limit": 1, **quiet}
+        self.begin.select(readable_errors(self.fill_by_mouse), self.begin, filled, **in_turn)
+        self.begin.change(readable_errors(self.fill_once), [self.begin, self.begun], filled, **in_turn)
         for button, request in ((self.sample_now, launcher.SAMPLE), (self.save_now, launcher.SAVE)):
             ask = readable_errors(partial(self.ask, request))
             button.click(ask, None, self.answer, api_name=f"train_{request.replace('.', '_')}", queue=False)
@@ -78,6 +79,14 @@ class TrainTab(LaunchTab):
         model = settings.get("pretrained_model_name_or_path")
         model = model if isinstance(model, str) and launcher.is_hub_name(model) else ""
         return [model, *form.values_of(settings, self.all_names())]
+
+    def fill_by_mouse(self, name: str) -> list:
+        """The form, and whose settings it has."""
+        return [name, *self.fill(name)]
+
+    def fill_once(self, name: str, begun: str | None) -> list:
+        """The form, unless the mouse has filled it in: what has been typed since stays."""
+        return [None, *([gr.skip()] * (1 + len(self.flags)) if name == begun else self.fill(name))]
 
     def ask(self, request: str) -> str:
         """Asks the run that trains for something after this step."""
