@@ -13,6 +13,7 @@ import sys
 import urllib.error
 import urllib.parse
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import browsers
@@ -280,13 +281,15 @@ def test_whatever_a_program_sends_it_is_told_something(address, wrong):
     }
     calls |= {"move_in_queue": ["tiny", 1], "remove_from_queue": ["tiny"], "set_run_notes": ["tiny", "x", "y"]}
     calls |= {"run_notes": ["tiny"], "restore_run": ["x"]}
-    for name, data in calls.items():
-        for place in range(len(data)):
-            answer = answers(address, name, *data[:place], wrong, *data[place + 1 :])
-            assert answer and '"error": null' not in answer and "data: null" not in answer.splitlines()[-1], (
-                name,
-                place,
-            )
+    places = [(name, place) for name, data in calls.items() for place in range(len(data))]
+
+    def told(name: str, place: int) -> str:
+        return answers(address, name, *calls[name][:place], wrong, *calls[name][place + 1 :])
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(told, *zip(*places, strict=True)))
+    for where, answer in zip(places, found, strict=True):
+        assert answer and '"error": null' not in answer and "data: null" not in answer.splitlines()[-1], where
 
 
 def test_the_settings_of_a_training_have_names(client):
