@@ -7,6 +7,7 @@ let folder = null;  // which the images are of: another one may be chosen by now
 let at = null;
 let asked = "";  // of which images the last page was
 let page = 1;  // which is wanted: the one that is shown may be on its way still
+let turned = false;  // to that page, which is read from its top
 const saved = new Map();  // captions that were written here
 
 const cards = () => element.querySelector(".cards");
@@ -55,6 +56,8 @@ function restore() {
   boxes().forEach(box => { box.checked = picked.has(nameOf(box)); });
   texts().forEach(fill);
   if (here) follow(here, range);
+  if (turned && host.getBoundingClientRect().top < 0) host.scrollIntoView();
+  turned = false;
   tell();
 }
 
@@ -76,6 +79,7 @@ host.asks = values => {
 host.renew = () => trigger("submit");  // a name of Gradio's own, which can be one of several
 host.turn = number => {
   page = number;
+  turned = true;
   host.renew();
 };
 host.next = by => {

@@ -200,8 +200,10 @@ def test_boxes_show_the_captions_of_their_images_after_every_update(browser, fol
 
         write(0, "typed ")
         write(0, "typed again")  # over what has been saved without its space
+        page.set_viewport_size({"width": 1280, "height": 300})  # the buttons are below the images
         page.locator("#next").click()
         card(4).wait_for()  # in the place of 0.png
+        page.wait_for_function("document.getElementById('dataset-images').getBoundingClientRect().top > -1")
         shows_files()
         write(4, "second page")
         page.locator("#undo").get_by_text("the caption of 4.png").wait_for()
