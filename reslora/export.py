@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lycoris_utils import LycorisLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -45,6 +45,10 @@ DIFFUSERS_FILE, KOHYA_FILE, COMFYUI_FILE = (
 )
 """The names of LoRA files: diffusers reads only its own; the others are as a run calls them."""
 PEFT_FILE, PEFT_CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+OF_A_MODEL = re.compile(
+    r"(generation_)?config\.json|(diffusion_pytorch_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
+)
+"""The files that diffusers' and transformers' `save_pretrained` write of a model."""
 
 
 class Factors(NamedTuple):
@@ -66,6 +70,7 @@ def export_peft(model: nn.Module, directory: str | os.PathLike, adapter_name: st
     """Writes any PEFT adapter of `model` (LoRA, AdaLoRA, LoHa, OFT ...) as PEFT itself does, and returns the folder.
 
     Works for wrapped models and for those with `add_adapter`, whose files load with `PeftModel.from_pretrained` then.
+    Other files in the folder stay.
     Raises `ValueError` if the adapter is connected or not there.
     """
     base, outer = _plain(model, adapter_name), unwrap(model)
@@ -77,9 +82,7 @@ def export_peft(model: nn.Module, directory: str | os.PathLike, adapter_name: st
     for field, value in vars(config).items():
         if isinstance(value, set):  # whose order differs from process to process
             setattr(config, field, sorted(value))
-    with replacing(directory) as temporary:
-        config.save_pretrained(str(temporary))
-        write_tensors(temporary / PEFT_FILE, state, {"format": "pt"})
+    _write_both(Path(directory), config, state)
     return Path(directory)
 
 
@@ -224,9 +227,20 @@ def write_peft(directory: str | os.PathLike, layers: Mapping[str, Factors]) -> N
     for name, factors in layers.items():
         tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = factors.down
         tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = factors.up
-    with replacing(directory) as temporary:
-        config.save_pretrained(str(temporary))
-        write_tensors(temporary / PEFT_FILE, tensors, {"format": "pt"})
+    _write_both(Path(directory), config, tensors)
+
+
+def _write_both(directory: Path, config: PeftConfig, tensors: dict[str, torch.Tensor]) -> None:
+    """Writes PEFT's two files and leaves all others.
+
+    A failed write leaves the old ones. A killed process leaves at worst weights without a configuration, which no
+    reader takes.
+    """
+    described = directory / PEFT_CONFIG_FILE
+    with replacing(described) as temporary, replacing(directory / PEFT_FILE) as weights:
+        temporary.write_text(json.dumps(config.to_dict(), indent=2, sort_keys=True), encoding="utf-8")
+        write_tensors(weights, tensors, {"format": "pt"})
+        described.unlink(missing_ok=True)  # it describes the old weights, and the new ones are put there first
 
 
 def lora_config(layers: Mapping[str, Factors]) -> LoraConfig:
@@ -274,9 +288,10 @@ def export_merged(model: nn.Module, directory: str | os.PathLike, adapter_name: 
     """Writes the base model with the adapter's weights added, summed in float32 and cast, as `save_pretrained` does.
 
     For diffusers' and transformers' models, with any PEFT adapter that can be merged. `model` itself stays. Returns
-    the folder.
+    the folder. Raises `ValueError` if it already has anything but a model, which would be lost.
     """
     base = _plain(model, adapter_name)
+    _refuse_others(Path(directory))
     state = merged_state_dict(base, adapter_name)
     if hasattr(type(base), "from_config"):
         with torch.device("meta"):
@@ -291,6 +306,13 @@ def export_merged(model: nn.Module, directory: str | os.PathLike, adapter_name: 
         except SafetensorError as error:  # a full disk, say, which is an OSError to whoever writes files
             raise OSError(f"{directory}: {error}") from error
     return Path(directory)
+
+
+def _refuse_others(directory: Path) -> None:
+    """Refuse a folder that has other files than a model's: writing one replaces the folder."""
+    found = sorted(path.relative_to(directory) for path in directory.rglob("*") if not path.is_dir())
+    if others := [str(path) for path in found if not OF_A_MODEL.fullmatch(str(path))]:
+        raise ValueError(f"{directory} also has {others[0]}, which a merged model would replace: give another folder")
 
 
 @torch.no_grad()

@@ -151,8 +151,11 @@ def smaller_side(module: nn.Module) -> int:
 
 
 def targeted(model: nn.Module, config: PeftConfig) -> Iterator[tuple[str, nn.Module]]:
-    """The layers that PEFT will adapt."""
+    """The layers that PEFT will adapt: none that is in `modules_to_save`, which train whole."""
+    whole = [f".{part}." for part in config.modules_to_save or ()]
     for name, module in model.named_modules():
+        if any(part in f".{name}." for part in whole):
+            continue
         linear = isinstance(module, (nn.Linear, Conv1D))
         if linear or isinstance(module, (_ConvNd, nn.Embedding)):
             every = config.target_modules == "all-linear"

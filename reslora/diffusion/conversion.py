@@ -57,7 +57,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--rank", type=whole(1), help="reduce layers of more than this rank to it, with the least error")
     add("--extract", nargs=2, metavar=("BASE", "TUNED"),
         help="make the LoRA of TUNED - BASE: safetensors files, or folders in diffusers format")
-    add("--dtype", choices=DTYPES, help="of the tensors in OUT; default: that of the first IN, float32 for --extract")
+    add("--dtype", choices=DTYPES,
+        help="of the tensors in OUT; default: that of the first IN (float16 if of 8 bits), float32 for --extract")
     # fmt: on
     return parser
 
@@ -89,8 +90,10 @@ def convert(args: argparse.Namespace) -> None:
     if args.rank and not args.extract:
         parts, errors = reduced(parts, args.rank)
         print(in_words(errors, args.rank))
-    write(cast(parts, getattr(torch, args.dtype) if args.dtype else dtype), names, args.to, path, metadata)
-    print(f"{path}: {names.family.name} ({', '.join(parts)}), {in_short(parts)}, for {args.to}")
+    dtype = getattr(torch, args.dtype) if args.dtype else dtype
+    write(cast(parts, dtype), names, args.to, path, metadata)
+    kind = str(dtype).removeprefix("torch.")
+    print(f"{path}: {names.family.name} ({', '.join(parts)}), {in_short(parts)}, {kind}, for {args.to}")
 
 
 def sum_of_inputs(args: argparse.Namespace) -> tuple[Parts, Names, dict[str, str], torch.dtype]:

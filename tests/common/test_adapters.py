@@ -21,6 +21,7 @@ from reslora.common.adapters import (
     load_adapter,
     rank_allocator,
     save_adapter,
+    targeted,
     trained_state,
 )
 from reslora.common.errors import RunFailed
@@ -158,6 +159,14 @@ def test_the_largest_rank_is_the_smaller_side_of_the_narrowest_layer(build_base,
     check_rank(base, LoraConfig(r=most, target_modules=targets))
     with pytest.raises(ValueError, match=f"at most {most}"):
         check_rank(base, LoraConfig(r=most + 1, target_modules=targets))
+
+
+def test_what_trains_whole_is_no_target():
+    """The classifier has two outputs, and PEFT adapts neither it nor what is below the pooler."""
+    config = LoraConfig(r=4, target_modules="all-linear", modules_to_save=["classifier", "bert.pooler"])
+    check_rank(tiny_bert(), config)
+    found = [name for name, _ in targeted(tiny_bert(), config)]
+    assert found == get_peft_model(tiny_bert(), config).targeted_module_names
 
 
 def test_adalora_is_measured_by_the_rank_that_was_asked_for_and_lokr_by_none():

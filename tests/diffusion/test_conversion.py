@@ -176,6 +176,24 @@ def test_dtypes_are_kept_or_as_asked_for(tmp_path):
         assert found == {dtype}
 
 
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("to", ["diffusers", "kohya"])
+def test_8_bits_become_16(kind, to, tmp_path, capsys):
+    written(tmp_path / "in.safetensors", parts=random_lora("stable_diffusion", lambda name: "attn1" in name))
+    small = {name: value.to(kind) for name, value in load_file(tmp_path / "in.safetensors").items()}
+    save_file(small, tmp_path / "in.safetensors")
+    wanted = {
+        name.removesuffix(".lora_A.weight"): small[name.replace("lora_A", "lora_B")].double() @ down.double()
+        for name, down in small.items()
+        if "lora_A" in name
+    }
+    flags = ["--to", to, "--base", tiny("stable_diffusion")]
+    assert convert(tmp_path / "in.safetensors", tmp_path / "out.safetensors", *flags) == 0
+    assert f"float16, for {to}" in capsys.readouterr().out
+    assert {value.dtype for value in load_file(tmp_path / "out.safetensors").values() if value.dim()} == {torch.float16}
+    assert_same(read(tmp_path / "out.safetensors", names("stable_diffusion")), wanted, 2e-3)
+
+
 # -- sums and ranks ----------------------------------------------------------------------------------------------------
 
 
@@ -286,6 +304,21 @@ def test_bad_input_is_one_line(flags, words, tmp_path, monkeypatch, capsys):
     known = {"IN": "IN.safetensors", "FLUX": tiny("flux"), "SD": tiny("stable_diffusion")}
     assert words in refused(capsys, *(known.get(flag, flag) for flag in flags))
     assert [path.name for path in tmp_path.iterdir()] == ["IN.safetensors"]
+
+
+def test_pefts_folder_is_replaced_and_one_with_anything_else_is_not(tmp_path, capsys):
+    written(tmp_path / "in.safetensors", parts=random_lora("stable_diffusion", lambda name: "attn1" in name))
+    flags = ["--to", "peft", "--base", tiny("stable_diffusion")]
+    for below in ("old/text_encoder", "old", "run/lora/peft", "adapters/one", "adapters/other"):
+        assert convert(tmp_path / "in.safetensors", tmp_path / below, *flags) == 0
+    (tmp_path / "run" / "samples").mkdir()
+    (tmp_path / "run" / "samples" / "1.png").write_bytes(b"image")
+    assert not (tmp_path / "old" / "text_encoder").exists()  # what it was of is no more
+    before = sorted(path for path in tmp_path.rglob("*"))
+    for name, first in (("run", "lora/peft/adapter_config.json"), ("adapters", "one/adapter_config.json")):
+        line = refused(capsys, tmp_path / "in.safetensors", tmp_path / name, *flags)
+        assert f"the folder also has {first}, which would be replaced" in line
+    assert sorted(path for path in tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("name", ["lora.bin", "lora.pt", "lora.ckpt"])

@@ -59,7 +59,10 @@ class Content:
 
 
 def read_content(path: Path, flag: str) -> Content:
-    """Reads a safetensors file, or a folder that PEFT, diffusers or a run has written; refuses pickles."""
+    """Reads a safetensors file, or a folder that PEFT, diffusers or a run has written; refuses pickles.
+
+    Tensors of 8 bits come in float16, which holds them exactly: torch can hardly compute with them.
+    """
     known = (PEFT_FILE, DIFFUSERS_FILE, KOHYA_FILE, COMFYUI_FILE)
     file = next((path / name for name in known if (path / name).is_file()), path)
     below = {path: "*", path / PEFT_FILE: "text_encoder*"}.get(file)  # there may be checkpoints beside a denoiser's
@@ -72,6 +75,7 @@ def read_content(path: Path, flag: str) -> Content:
     with refused_as(flag, "give a whole .safetensors file"), safe_open(file, framework="pt") as opened:
         metadata = opened.metadata() or {}
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
+        tensors = {name: value.half() if value.itemsize == 1 else value for name, value in tensors.items()}
     configs = {}
     if file.name == PEFT_FILE and (config := read_object(file.parent / PEFT_CONFIG_FILE)):
         configs = {PEFT_PREFIX: config}

@@ -14,6 +14,7 @@ from ....export import (
     DIFFUSERS_FILE,
     KOHYA_FILE,
     PEFT_CONFIG_FILE,
+    PEFT_FILE,
     Factors,
     write_diffusers,
     write_folded,
@@ -38,8 +39,10 @@ def output_of(text: str, to: str) -> Path:
         return path
     if path.suffix == ".safetensors" or path.is_file():
         raise InvalidArgument(flag, "--to peft writes a folder", "give the name of one")
-    if path.is_dir() and any(path.iterdir()) and not any(path.rglob(PEFT_CONFIG_FILE)):
-        raise InvalidArgument(flag, "a folder of something else, which would be replaced", "give another")
+    own = {folder / name for folder in (path, *path.glob("text_encoder*")) for name in (PEFT_CONFIG_FILE, PEFT_FILE)}
+    if others := sorted(file for file in path.rglob("*") if file not in own and not file.is_dir()):
+        problem = f"the folder also has {others[0].relative_to(path)}, which would be replaced"
+        raise InvalidArgument(flag, problem, "give another")
     return path
 
 
@@ -53,8 +56,8 @@ def write(parts: Parts, names: Names, to: str, path: Path, metadata: Mapping[str
         write_folded(path, names.to_comfyui(parts), metadata, names.family.comfyui_words)
     else:
         with replacing(path) as temporary:
-            for part in sorted(parts, key=names.family.denoiser.__ne__):  # the denoiser first: its folder is replaced
-                write_peft(peft_folder(temporary, part, names.family), _as_loaded(part, parts[part], names))
+            for part, layers in parts.items():
+                write_peft(peft_folder(temporary, part, names.family), _as_loaded(part, layers, names))
 
 
 def peft_folder(folder: Path, part: str, family: Family) -> Path:
