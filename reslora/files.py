@@ -181,9 +181,10 @@ def _header(header: dict) -> bytes:
 
 
 def write_json(path: str | os.PathLike, content: object) -> None:
-    """Writes JSON that a person can read, whole or not at all."""
+    """Writes JSON that a person can read, whole or not at all; a path that is not UTF-8 is read back as it was."""
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # JSON has the same escapes
 
 
 def read_object(path: str | os.PathLike) -> dict:

@@ -15,9 +15,11 @@ from reslora.files import (
     ABANDONED,
     CHECKSUMS_NAME,
     check_checksums,
+    read_object,
     remove_leftovers,
     replacing,
     write_checksums,
+    write_json,
     write_one_by_one,
 )
 
@@ -188,6 +190,13 @@ def test_a_temporary_of_another_machine_goes_when_it_is_old(tmp_path, other):
 
 
 # -- tensors one by one ------------------------------------------------------------------------------------------------
+
+
+def test_a_path_that_is_not_utf_8_is_read_back_from_json_as_it_was(tmp_path):
+    content = {"output_dir": os.fsdecode(b'caf\xe9\\\x80"\\'), "train_data_dir": "café 🎈 \\udce9"}
+    write_json(tmp_path / "config.json", content)
+    assert read_object(tmp_path / "config.json") == content
+    assert "café 🎈" in (tmp_path / "config.json").read_text(encoding="utf-8")
 
 
 def test_tensors_written_one_by_one_are_the_file_that_safetensors_writes(tmp_path):

@@ -36,7 +36,7 @@ from .context import Context
 from .data.class_images import load_class_images, missing_class_images
 from .data.dataset import ImageDataset, data_flag
 from .data.folders import load_folders
-from .data.material import material_of
+from .data.material import material_of, note_images
 from .data.samples import CalibrationSamples, Material
 from .experiment.checks import plain_variants
 from .model.loading import find_model
@@ -92,6 +92,7 @@ def run(flags: Flags, stop: StopRequest) -> None:
         check_before_loading(kinds, context)
         pipeline, objective = each(lambda: load_and_check(context))
         material = material_of(kinds, pipeline, objective, context)
+        note_images(material, context, goes_on=bool(resume.finished or any(resume.checkpoints.values())))
         forget_encoder(pipeline, context)
         setting = Setting(pipeline, material, schedule_of(material, context), identity, context)
         start_trackers(setting.schedule, context)

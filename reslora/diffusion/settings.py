@@ -29,6 +29,7 @@ from .prompts import clean, from_file
 BUNDLED_MODEL, BUNDLED_IMAGES, BUNDLED_STEPS = ASSETS / "pipeline", ASSETS / "openmoji", 200
 DEFAULT_SPLIT = 0.1  # of an experiment's images, to choose by and again to compare by
 OF_SHORTCUTS = ("shortcut", "pre_num", "head", "merge", "merge_calibration_samples")  # who gives one means ResLoRA
+PRODIGY = named("prodigy").path
 POLYNOMIAL_END = 1e-7  # diffusers' learning rate at the end of that schedule
 
 # A run's config.json holds both of these; whoever names one on the command line means the other no longer.
@@ -179,6 +180,7 @@ def given_flags(argv: Sequence[str] | None) -> set[str]:
 
 def check_flags(flags: Flags) -> None:
     """Refuse combinations and paths that cannot work."""
+    check_encoding(flags)
     check_model_name(flags.pretrained_model_name_or_path)
     check_folders(flags)
     if (flags.class_data_dir is None) != (flags.class_prompt is None):
@@ -196,6 +198,9 @@ def check_flags(flags: Flags) -> None:
     if flags.text_encoder_lr and not flags.train_text_encoder:
         problem = "no text encoder is trained"
         raise InvalidArgument(f"--text_encoder_lr {flags.text_encoder_lr:g}", problem, "add --train_text_encoder")
+    if flags.text_encoder_lr not in (None, flags.learning_rate) and named(flags.optimizer).path == PRODIGY:
+        problem = f"--optimizer {flags.optimizer} takes one rate for all parts, and --learning_rate is another"
+        raise InvalidArgument(f"--text_encoder_lr {flags.text_encoder_lr:g}", problem, "leave it out")
     if flags.train_text_encoder:
         refuse_parts(flags.method)
     check_validation(flags)
@@ -230,6 +235,14 @@ def check_flags(flags: Flags) -> None:
         raise InvalidArgument("--compile", problem, "add --gradient_checkpointing, or leave one of them out")
     check_adalora_steps(flags.method, flags.max_train_steps)
     check_output(flags.output_dir)
+
+
+def check_encoding(flags: Flags) -> None:
+    """Refuse names that are no text: safetensors, tokenizers and TensorBoard take them nowhere."""
+    for name, value in vars(flags).items():
+        for text in listed(value):
+            if isinstance(text, str) and clean(text) != text:
+                raise InvalidArgument(f"--{name} {text}", "is not UTF-8", "rename it, or give another")
 
 
 def check_folders(flags: Flags) -> None:

@@ -4,11 +4,13 @@ import json
 import shutil
 from pathlib import Path
 
+import PIL.Image
 import pytest
 from pipelines import image_folder
 from safetensors.torch import load_file
 
-from diffusion.runs import final_weights, main, only, printed, refused, without
+from diffusion.runs import RESUME, final_weights, main, only, printed, refused, without
+from reslora.diffusion.data.dataset import ImageDataset
 
 
 @pytest.fixture
@@ -77,6 +79,28 @@ def test_other_images_are_not_what_was_trained_on(finished, base_flags, capsys, 
     flags = [*base_flags, "--method", "lora", "reslora", "--output_dir", finished, "--train_data_dir", folder]
     line = refused(capsys, *flags, quiet=False)
     assert f"--train_data_dir {folder}" in line
+
+
+def test_a_run_goes_on_only_with_the_images_that_it_could_use(brief_flags, capsys, tmp_path, monkeypatch):
+    """Which are damaged is known only once they are opened: with one more, others would be held out."""
+    flags = [*brief_flags, "--validation_split", "0.3", "--output_dir", tmp_path / "out"]
+    read = ImageDataset.open
+
+    def breaks_off(images: ImageDataset, index: int) -> PIL.Image.Image:
+        if index == 1:
+            raise OSError("image file is truncated")
+        return read(images, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageDataset, "open", breaks_off)
+        assert main(*flags) == 0
+        shutil.rmtree(tmp_path / "out" / "cache")
+        assert main(*flags, "--max_train_steps", 2, *RESUME) == 0
+    shutil.rmtree(tmp_path / "out" / "cache")
+    capsys.readouterr()
+    line = refused(capsys, *flags, "--max_train_steps", 3, *RESUME, quiet=False)
+    assert "trained on 5 images" in line and "now is 6 images" in line
+    assert not (tmp_path / "out" / "lora" / "checkpoint-3").exists()
 
 
 def test_another_merge_is_made_without_training(finished, run, base_flags, capsys, tmp_path):

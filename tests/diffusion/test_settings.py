@@ -1,6 +1,7 @@
 """Flags with every default filled in, from the command line, a TOML file or a run's own config.json."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -112,3 +113,20 @@ def test_a_validation_that_steers_is_by_fixed_noises():
     for words in (["--save_best"], ["--early_stopping_patience", "3"]):
         assert parse_args(words).validation_noises == 4
         assert parse_args([*words, "--validation_noises", "2"]).validation_noises == 2
+
+
+@pytest.mark.parametrize("name", ["prodigy", "prodigyopt.Prodigy"])
+def test_prodigy_takes_one_rate(capsys, tmp_path, name):
+    """It would end the first step otherwise, after all is encoded."""
+    flags = ["--optimizer", name, "--learning_rate", "1", "--train_text_encoder", "--output_dir", str(tmp_path / "out")]
+    line = refused(capsys, *flags, "--text_encoder_lr", "0.5")
+    assert "--text_encoder_lr 0.5" in line and f"--optimizer {name}" in line
+    assert parse_args([*flags, "--text_encoder_lr", "1"]).text_encoder_lr == 1
+
+
+@pytest.mark.parametrize("name", ["output_dir", "train_data_dir", "class_prompt"])
+def test_what_is_not_utf_8_is_refused(capsys, tmp_path, name):
+    """The exports and the images' rows would not take it, and that after all is encoded."""
+    odd = tmp_path / os.fsdecode(b"caf\xe9")
+    assert f"--{name} {tmp_path}" in refused(capsys, "--output_dir", tmp_path / "out", f"--{name}", odd)
+    assert not list(tmp_path.iterdir())

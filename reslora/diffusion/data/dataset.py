@@ -221,11 +221,11 @@ def caption_files(image: Path) -> list[Path]:
 def files_of(folder: Path, flags: Flags, deep: bool = True) -> list[Path]:
     """All that is in a folder but for trash, and for what this very run writes: its samples are no training images.
 
-    With `deep`, also what is in its folders.
+    A folder inside the run's own was named, and is read. With `deep`, also what is in its folders.
     """
     output, everything = Path(flags.output_dir).absolute(), sorted(folder.rglob("*") if deep else folder.iterdir())
     everything = [path for path in everything if TRASH not in path.parts[len(folder.parts) :]]
-    if output == folder.absolute():
+    if folder.absolute().is_relative_to(output):
         return everything
     return [path for path in everything if not path.absolute().is_relative_to(output)]
 
@@ -251,9 +251,17 @@ def _as_found(files: Sequence[Path], captions: Sequence[list | str], masks: Sequ
     """Rows of files; a string in the place of the captions says what is wrong with them."""
     problems = {index: value for index, value in enumerate(captions) if isinstance(value, str)}
     texts = [[clean(c) for c in value if isinstance(c, str)] if isinstance(value, list) else [] for value in captions]
-    columns: dict[str, list] = {"image": [{"path": str(path), "bytes": None} for path in files], "captions": texts}
+
+    def column(paths: Sequence[Path | None]) -> list[dict | None]:
+        names = [path and clean(str(path)) for path in paths]  # Arrow takes nothing else
+        for index, name in enumerate(names):
+            if name and name != str(paths[index]):
+                problems[index] = "its path is not UTF-8"
+        return [{"path": name, "bytes": None} if name else None for name in names]
+
+    columns: dict[str, list] = {"image": column(files), "captions": texts}
     if any(masks):
-        columns["mask"] = [path and {"path": str(path), "bytes": None} for path in masks]
+        columns["mask"] = column(masks)
     features = FEATURES | ({"mask": FEATURES["image"]} if any(masks) else {})
     return Found(datasets.Dataset.from_dict(columns, features=datasets.Features(features)), problems, [])
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import itertools
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from tqdm.auto import tqdm
 
-from ...common.errors import InvalidArgument
+from ...common.errors import InvalidArgument, RunFailed, first_line
 from ..arguments import Flags
 from ..context import Context
 from ..folder import cache_folder
@@ -145,6 +146,9 @@ class Variants(TorchDataset):
         try:
             image, mask = images.open_masked(index) if self.flags.masked_loss else (images.open(index), None)
         except Exception as error:
+            if passes(error):
+                name = images.rows[index]["image"]["path"] or f"image {index}"
+                raise RunFailed(f"{name} cannot be read now ({first_line(error)})") from None
             return damage(error)
         if mask is not None and mask.getbbox() is None:
             return NOTHING_COUNTS
@@ -156,6 +160,15 @@ class Variants(TorchDataset):
         sizes = torch.tensor([crop_sizes(image.size, crop, flip, size) for crop, flip in how])
         masks = [] if mask is None else [torch.stack([crop_mask(mask, crop, flip, size) for crop, flip in how])]
         return pixels, sizes, *masks
+
+
+def passes(error: Exception) -> bool:
+    """Whether an image may be whole that could not be opened: the memory, the disk or the network was short.
+
+    PIL's own errors have no number, but for the place in a damaged file that it cannot seek.
+    """
+    numbered = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
+    return numbered or isinstance(error, MemoryError)
 
 
 def encode_images(variants: Variants, key: object, vae: nn.Module, context: Context) -> tuple[Latents, dict[int, str]]:

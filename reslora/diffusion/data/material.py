@@ -8,6 +8,9 @@ from collections.abc import Sequence
 
 from diffusers import DiffusionPipeline
 
+from ...common.errors import InvalidArgument
+from ...common.together import decided, gathered
+from ...files import read_object, write_json
 from ..arguments import Flags, listed
 from ..context import Context
 from ..model.loading import wide_enough
@@ -16,13 +19,14 @@ from ..prompts import UNRELATED, prompts_of
 from .buckets import bucket_of, ladder, named_buckets, own_bucket, square
 from .captions import VERBATIM, recipe_of
 from .class_images import balanced
-from .dataset import ImageDataset
+from .dataset import ImageDataset, data_flag
 from .encoding import Latents, Texts, Variants, encode_images, encode_texts, without_damaged
 from .images import NOTHING_COUNTS
 from .samples import Material
 from .size import Size
 from .sources import Source, split
 
+NOTED = "images.json"  # which images a run uses, and which it does not
 VARIANTS, FEW_VARIANTS = 4, 1000  # of a caption, and in a run: so many at most are encoded beforehand
 
 
@@ -47,6 +51,28 @@ def material_of(
     shapes = {size: family.latent_shape(pipeline, size.height, size.width) for size in sizes}
     material = Material(sources, Texts(None, {}), objective, shapes, context.flags)
     return with_texts(material, pipeline, context)
+
+
+def note_images(material: Material, context: Context, goes_on: bool) -> None:
+    """Notes in the run's folder which images it uses: some are known to be damaged only once they are opened.
+
+    Refuses to go on with others than those that were used before: other ones would be held out.
+    """
+    flags, path = context.flags, context.folder / NOTED
+    used = "; ".join(source.images.fingerprint for source in material.sources)
+    left_out = [line for source in material.sources for line in source.images.left_out]
+    if len(set(gathered(used))) > 1:
+        raise InvalidArgument(data_flag(flags), "not the same images are damaged for all processes", "repair them")
+
+    def note() -> None:
+        there = read_object(path).get("images", used)  # earlier versions have kept none
+        if goes_on and there != used:
+            example = f" (left out: {left_out[0]})" if left_out else ""
+            problem = f"{context.folder} was trained on {there}, what can be used now is {used}{example}"
+            raise InvalidArgument(data_flag(flags), problem, "bring that back, or choose another --output_dir")
+        write_json(path, {"images": used, "left_out": left_out})
+
+    decided(note)
 
 
 def with_texts(material: Material, pipeline: DiffusionPipeline, context: Context) -> Material:

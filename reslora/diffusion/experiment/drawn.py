@@ -43,7 +43,7 @@ def similarities(
         return metric.images([as_image(image) for image in drawn])
 
     tested = images[:MOST_TEST]
-    captions = [sources[source].images.captions[number][0] for source, number in tested]
+    captions = [sources[source].recipe.plain(sources[source].images.captions[number][0]) for source, number in tested]
     drawn, again, kept = draw(captions), draw(captions[:1], DRAWINGS), draw(UNRELATED)
     with without_adapters(parts):
         base = draw(UNRELATED)

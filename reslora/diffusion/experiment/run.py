@@ -33,8 +33,9 @@ from ...files import read_object, remove_leftovers
 from ..arguments import SEVERAL, Flags
 from ..checks import check_methods
 from ..context import Context
-from ..data.material import latents_of, material_of, with_texts
+from ..data.material import latents_of, material_of, note_images, with_texts
 from ..data.samples import Material, measured_at
+from ..folder import cache_folder
 from ..output.trackers import start_trackers
 from ..processes import start_accelerator
 from ..run import Setting, check_before_loading, find_all, forget_encoder, identity_of, load_and_check, train_method
@@ -74,6 +75,7 @@ def run_experiment(flags: Flags, stop: StopRequest) -> None:
         pipeline, objective = each(lambda: load_and_check(context))
         each(lambda: check_variants(asked, context))
         material = material_of(kinds, pipeline, objective, context)
+        note_images(material, context, goes_on=(context.folder / EXPERIMENT).exists())
         parts = decided(lambda: parts_of(learnt(material.sources), asked))
         material = with_parts(material, parts)
         materials = {seed: of_seed(material, seed, pipeline, context) for seed in values_of(asked, "seed")}
@@ -174,7 +176,12 @@ def of_seed(material: Material, seed: int, pipeline: DiffusionPipeline, context:
     for source in material.sources:
         if source.latents is not None:
             sizes = [source.size(image) for image in range(len(source.images))]
-            source = dataclasses.replace(source, latents=latents_of(source.images, sizes, pipeline, context)[0])
+            latents, problems = latents_of(source.images, sizes, pipeline, context)
+            for index, problem in problems.items():  # by an earlier version, which kept what had passed
+                name = source.images.rows[index]["image"]["path"] or f"image {index}"
+                where = f"--seed {seed}, {name}"
+                raise InvalidArgument(where, f"{problem}, and not with other seeds", f"remove {cache_folder(flags)}")
+            source = dataclasses.replace(source, latents=latents)
         sources.append(source)
     material = dataclasses.replace(material, sources=tuple(sources), flags=flags)
     return with_texts(material, pipeline, context) if any(source.recipe.rewrites for source in sources) else material

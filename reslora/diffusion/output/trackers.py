@@ -7,6 +7,7 @@ from pathlib import Path
 from ...common.together import decided
 from ...files import write_json
 from ..context import Context
+from ..prompts import clean
 from ..training.schedule import Schedule
 
 TENSORBOARD_SECONDS = 10  # until it shows what is new
@@ -31,7 +32,7 @@ def start_trackers(schedule: Schedule, context: Context) -> None:
         elif public[name]:
             public[name] = whole_path(public[name])
     decided(lambda: write_json(Path(flags.output_dir) / "config.json", public))
-    plain = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in public.items()}
+    plain = {k: v if isinstance(v, (int, float, bool)) else clean(str(v)) for k, v in public.items()}
     often = {"tensorboard": {"flush_secs": TENSORBOARD_SECONDS}}
     accelerator.init_trackers("train_sd", config=plain, init_kwargs=often)
 

@@ -15,6 +15,7 @@ from pipelines import image_folder, random_image, red_or_blue, same_image
 from waiting import join, start_thread
 
 from diffusion.runs import only, printed, refused
+from reslora.diffusion.data.class_images import missing_class_images
 from reslora.diffusion.data.dataset import load_images
 from reslora.diffusion.settings import parse_args
 
@@ -214,6 +215,14 @@ def test_a_runs_own_samples_are_no_images(tmp_path):
     assert len(found) == 2 and not found.left_out
 
 
+def test_a_folder_inside_the_runs_own_is_read_where_it_is_named(tmp_path):
+    folder = image_folder(tmp_path / "project" / "images", 2, layout="txt")
+    output = ("--output_dir", str(folder.parent))
+    assert len(gather(folder, *output)) == 2
+    of_class = ("--class_data_dir", str(folder), "--class_prompt", "a disc", "--num_class_images", "3")
+    assert missing_class_images(parse_args([*of_class, *output])) == 1
+
+
 def test_a_pipe_among_the_images_is_not_opened(tmp_path):
     """Whoever opens a FIFO for reading waits for a writer; here one waits for readers, so that nothing can hang."""
     folder = image_folder(tmp_path / "p", 2, layout="txt")
@@ -248,6 +257,21 @@ def test_images_that_cannot_be_used_are_named_and_left_out(tmp_path, capsys):
         "0.png: no caption", "4.png: no such file", "5.png: not an image"
     ]  # fmt: skip
     assert "0.png" in refused(capsys, "--train_data_dir", folder, "--strict", "--output_dir", tmp_path / "out")
+
+
+def test_names_that_are_not_utf_8_are_left_out(tmp_path, capsys):
+    """As an old archive has them; Arrow, which holds the rows, does not take them."""
+    folder = image_folder(tmp_path / "p", 3, layout="none")
+    (folder / "1.png").rename(folder / os.fsdecode(b"caf\xe9.png"))
+    (folder / "2.png").rename(folder / os.fsdecode(b"\x82.png"))
+    rows = [{"file_name": "0.png", "mask": "\udc82.png", "text": "x"}, {"file_name": "caf\udce9.png", "text": "y"}]
+    for text in ("0.txt", os.fsdecode(b"caf\xe9.txt")):
+        (folder / text).write_text("red disc")
+    found = gather(folder)
+    assert found.captions == [["red disc"]] and "caf?.png: its path is not UTF-8" in found.left_out[0]
+    assert "not UTF-8" in refused(capsys, "--train_data_dir", folder, "--strict", "--output_dir", tmp_path / "out")
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert "0.png: its path is not UTF-8" in refused(capsys, "--train_data_dir", folder, "--masked_loss")
 
 
 @pytest.mark.parametrize(("layout", "head"), [("jsonl", 0), ("csv", 1)])

@@ -1,6 +1,7 @@
 """Captions and images are encoded as the pipeline itself encodes them, cached or not, with workers or without."""
 
 import dataclasses
+import errno
 import json
 import math
 import shutil
@@ -21,10 +22,11 @@ from transformers import CLIPTextModel
 from waiting import ended, wait_until
 
 from diffusion.runs import cut, final_weights, losses, main, only, printed, refused
+from reslora.common.errors import RunFailed
 from reslora.common.signals import StopRequest
 from reslora.diffusion.context import Context
 from reslora.diffusion.data import encoding
-from reslora.diffusion.data.dataset import load_images
+from reslora.diffusion.data.dataset import ImageDataset, load_images
 from reslora.diffusion.data.size import Size
 from reslora.diffusion.seeds import derive
 from reslora.diffusion.settings import parse_args
@@ -326,6 +328,17 @@ def test_damaged_images_are_remembered_by_their_content(setting):
     assert problems.keys() == {1} and "damaged" in problems[1]
     random_image(1).save(folder / "1.png")
     assert images_encoded(setting) == [4]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EMFILE, "Too many open files"), MemoryError()])
+def test_an_image_that_cannot_be_read_just_now_is_not_remembered_as_damaged(setting, monkeypatch, error):
+    def fails(images: ImageDataset, index: int) -> None:
+        raise error
+
+    with monkeypatch.context() as patch, pytest.raises(RunFailed, match=r"/0\.png cannot be read now"):
+        patch.setattr(ImageDataset, "open", fails)
+        images_encoded(setting)
+    assert images_encoded(setting) == [1, 4, 4, 1, 4]
 
 
 def test_encoding_goes_on_behind_the_last_whole_part(setting, monkeypatch):

@@ -9,13 +9,17 @@ import torch
 from experiment import examples
 from peft import LoraConfig, get_peft_model
 
+from reslora.diffusion.data.captions import VERBATIM, Recipe
 from reslora.diffusion.experiment import drawn, pages
 from reslora.diffusion.experiment.drawn import MEANINGS
 from reslora.diffusion.prompts import UNRELATED
 from reslora.experiment.report import arm_table
 
-ANGLES = {"red": 0.0, "blue": 90.0} | {prompt: 10.0 * number for number, prompt in enumerate(UNRELATED)}
-"""At which the base model draws a prompt; an adapter turns by 20 degrees, and each further image by 30."""
+ANGLES = {"a red disc": 0.0, "a blue disc": 90.0} | {prompt: 10.0 * number for number, prompt in enumerate(UNRELATED)}
+"""At which the base model draws a prompt; an adapter turns by 20 degrees, and each further image by 30.
+
+A test image is drawn with the words that are trained.
+"""
 IMAGES = (15.0, 80.0, 25.0, 200.0, 300.0)
 """Two to test with, two trained on, and a class image."""
 
@@ -51,7 +55,10 @@ def setting() -> SimpleNamespace:
     known = dict(captions=[["red"], ["blue"], ["red"], ["red"]], marks=["a", "b", "c", "d"])
     learnt = SimpleNamespace(angles=IMAGES[:4], of_class=False, **known)
     of_class = SimpleNamespace(angles=IMAGES[4:], of_class=True, marks=["e"], captions=[["red"]])
-    sources = (SimpleNamespace(images=learnt, train=(2, 3)), SimpleNamespace(images=of_class, train=(0,)))
+    sources = (
+        SimpleNamespace(images=learnt, train=(2, 3), recipe=Recipe(prefix="a", suffix="{disc|box}", wildcards=True)),
+        SimpleNamespace(images=of_class, train=(0,), recipe=VERBATIM),
+    )
     flags = SimpleNamespace(metric_model="any")
     accelerator = SimpleNamespace(device="cpu")
     context = SimpleNamespace(flags=flags, accelerator=accelerator, model=SimpleNamespace(family=None), encoders=())

@@ -13,9 +13,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from diffusion.runs import SCRIPT, Watcher, assert_same, main, only, printed, refused
+from reslora.common.errors import InvalidArgument
 from reslora.common.log import read_log
+from reslora.common.signals import StopRequest
+from reslora.diffusion.context import Context
 from reslora.diffusion.data.dataset import load_images
-from reslora.diffusion.data.samples import losses_of
+from reslora.diffusion.data.encoding import Texts
+from reslora.diffusion.data.samples import Material, losses_of
+from reslora.diffusion.data.size import Size
+from reslora.diffusion.data.sources import Source
 from reslora.diffusion.experiment import run
 from reslora.diffusion.experiment.judging import export_chosen
 from reslora.diffusion.experiment.split import parts_of
@@ -40,7 +46,7 @@ def flags(model, images, tmp_path_factory) -> list[str]:
         *("--pretrained_model_name_or_path", str(model), "--train_data_dir", str(images), "--resolution", "32"),
         *("--max_train_steps", "2", "--validation_steps", "1", "--train_batch_size", "2", "--rank", "2"),
         *("--num_validation_images", "0", "--num_inference_steps", "1", "--merge_calibration_samples", "2"),
-        *("--report_to", "none", "--select_split", "0.2", "--test_split", "0.2"),
+        *("--report_to", "none", "--select_split", "0.2", "--test_split", "0.2", "--caption_prefix", "sks"),
         *("--cache_dir", str(tmp_path_factory.mktemp("cache"))),
         *("--metric_model", str(tiny_dino(tmp_path_factory.mktemp("dino") / "model"))),
     ]
@@ -245,6 +251,20 @@ def test_other_images_are_refused(flags, whole, capsys, tmp_path):
     own = [*flags, *WHOLE, "--output_dir", output]
     own[own.index("--train_data_dir") + 1] = str(image_folder(tmp_path / "more", count=9))
     assert "9 images" in refused(capsys, *own, quiet=False)
+    noted = output / "images.json"  # what was used of the same ones
+    content = noted.read_text()
+    noted.write_text(content.replace("8 images", "7 images"))
+    assert "trained on 7 images" in refused(capsys, *flags, *WHOLE, "--output_dir", output, quiet=False)
+    noted.write_text(content)
+
+
+def test_an_image_that_is_damaged_for_one_seed_alone_is_named(images, tmp_path, monkeypatch):
+    settled = parse_args(["--train_data_dir", str(images), "--output_dir", str(tmp_path)])
+    source = Source(load_images(settled), object(), tuple(range(8)), (), (Size(32, 32),), (0,) * 8)
+    material = Material((source,), Texts(None, {}), None, {}, settled)
+    monkeypatch.setattr(run, "latents_of", lambda *_: (object(), {3: "damaged (truncated)"}))
+    with pytest.raises(InvalidArgument, match=r"--seed 7, .*/3\.png: damaged"):
+        run.of_seed(material, 7, None, Context(settled, None, None, StopRequest()))
 
 
 def test_a_plain_run_does_not_become_an_experiment(flags, capsys, tmp_path):
