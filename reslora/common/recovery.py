@@ -21,23 +21,29 @@ def step_of(checkpoint: Path) -> int:
 
 
 def set_aside(checkpoint: Path) -> Path:
-    """Gives what is in the place of a checkpoint another name, and returns that: what is not ours is not removed."""
-    number, there = 1, checkpoint.with_name(f"{checkpoint.name}-set-aside")
+    """Gives what is in the place of a checkpoint another name, and returns that: what is not ours is not removed.
+
+    A name that transformers does not take for a checkpoint's: it removes the older ones of these.
+    """
+    number, there = 1, checkpoint.with_name(f"set-aside-{checkpoint.name}")
     while there.exists():
         number += 1
-        there = checkpoint.with_name(f"{checkpoint.name}-set-aside-{number}")
+        there = checkpoint.with_name(f"set-aside-{checkpoint.name}-{number}")
     checkpoint.rename(there)
     print(f"{checkpoint} is not of this line of training: it is {there.name} now", flush=True)
     return there
 
 
 def set_others_aside(chosen: Path, found: Iterable[Path]) -> None:
-    """Sets aside what training from `chosen` does not descend from: later checkpoints, or all of another folder.
+    """Sets aside what training from `chosen` does not descend from: later checkpoints, or all where it is none of them.
 
-    So those that a limit removes, and those whose places are taken, are always of one line.
+    So those that a limit removes, and those whose places are taken, are always of one line. `found`: those called
+    `checkpoint-<step>`; `chosen` may have any name, in another folder or as one that was set aside itself.
     """
+    found = list(found)
+    step = max((step_of(other) for other in found if other.resolve() == chosen.resolve()), default=-1)
     for other in found:
-        if other.resolve().parent != chosen.resolve().parent or step_of(other) > step_of(chosen):
+        if step_of(other) > step:
             set_aside(other)
 
 

@@ -45,14 +45,23 @@ from .model.objective import Objective, objective_of
 from .output.drawing import Drawer
 from .output.exports import export_method
 from .output.metric import load_metric
-from .output.reports import Reports, Validation
+from .output.reports import FINISHED, Reports, Validation
 from .output.summary import hub_repository, print_summary, publish, write_figures
 from .output.trackers import start_trackers
 from .planning.plan import check_memory
 from .processes import start_accelerator
 from .settings import with_family
 from .training.best import go_on_from
-from .training.checkpoints import Identity, Resume, plan_resume, restore, save_checkpoint, write_exports
+from .training.checkpoints import (
+    Identity,
+    Resume,
+    check_length,
+    checkpoints_of,
+    plan_resume,
+    restore,
+    save_checkpoint,
+    write_exports,
+)
 from .training.denoising import DenoisingLoss
 from .training.loop import Watch, train
 from .training.preparing import attention_of, prepare, renew_scaler
@@ -84,7 +93,7 @@ def run(flags: Flags, stop: StopRequest) -> None:
         resume = decided(lambda: plan_resume(context.flags, identity))
         for line in resume.notes:
             accelerator.print(line)
-        if resume.finished == context.flags.method and decided((context.folder / "loss.png").is_file):
+        if resume.finished == context.flags.method and decided((context.folder / FINISHED).is_file):
             decided(lambda: show_again(context.flags))
             return
         if context.flags.push_to_hub:
@@ -95,6 +104,7 @@ def run(flags: Flags, stop: StopRequest) -> None:
         note_images(material, context, goes_on=bool(resume.finished or any(resume.checkpoints.values())))
         forget_encoder(pipeline, context)
         setting = Setting(pipeline, material, schedule_of(material, context), identity, context)
+        decided(lambda: check_length(context.flags, resume, setting.schedule.steps))
         start_trackers(setting.schedule, context)
         for method in context.flags.method:
             if method not in resume.finished:
@@ -269,6 +279,8 @@ def train_and_export(learner: Learner, setting: Setting, validation: type[Valida
     watch = Watch(reports, look, lambda: save_checkpoint(learner, folder, flags, identity, accelerator))
     with contextlib.closing(reports), attention_of(accelerator, material):
         train(learner, material, schedule, watch, context)
+    if decided(lambda: folder / f"checkpoint-{learner.step}" not in checkpoints_of(folder)):
+        watch.save()  # it was begun elsewhere, with nothing left to train
     schedule = dataclasses.replace(schedule, steps=learner.step, is_over=learner.over)
     with learner.averaged():
         decided(export)

@@ -104,10 +104,10 @@ class Course:
         return {row["step"]: row["loss"] for row in rows if row["step"]}
 
     def losses(self) -> dict[Arm, float]:
-        """The lowest loss on the select images of each arm that has ended; infinite of those that have diverged."""
+        """The lowest loss on the select images of each arm that has ended; infinite where it diverged or has none."""
         ended = {arm: self.ended(arm).get("status") for arm in self.arms()}
         return {
-            arm: min(self.select_losses(arm).values()) if status == "finished" else math.inf
+            arm: min(self.select_losses(arm).values(), default=math.inf) if status == "finished" else math.inf
             for arm, status in ended.items()
             if status
         }

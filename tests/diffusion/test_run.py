@@ -9,7 +9,7 @@ import pytest
 from pipelines import image_folder
 from safetensors.torch import load_file
 
-from diffusion.runs import RESUME, final_weights, main, only, printed, refused, without
+from diffusion.runs import RESUME, digests, final_weights, main, only, printed, refused, without
 from reslora.diffusion.data.dataset import ImageDataset
 
 
@@ -32,6 +32,20 @@ def test_steps_and_epochs_are_told_apart(run, base_flags, capsys):
     assert "unfinished run" in refused(capsys, *without(flags, "--max_train_steps"), "--num_train_epochs", 2)
     line = refused(capsys, *flags, "--max_train_steps", 2)
     assert "--max_train_steps 2" in line and "4" in line
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_fewer_steps_or_epochs_than_were_trained_are_refused(finished, base_flags, capsys, ended):
+    """The longer training would be exported as if it were what was asked for."""
+    if not ended:
+        (finished / "lora" / "exports.json").unlink()
+    before = digests(finished, "**/*.*")
+    flags = [*base_flags, "--method", "lora", "--output_dir", finished, "--resume_from_checkpoint", "latest"]
+    line = refused(capsys, *flags, "--max_train_steps", 3)
+    assert "--max_train_steps 3: " in line and "was trained for 4 already" in line
+    line = refused(capsys, *without(flags, "--max_train_steps"), "--num_train_epochs", 1, quiet=False)
+    assert "--num_train_epochs 1 (2 steps): " in line and "checkpoint-4 was trained for 4 already" in line
+    assert digests(finished, "**/*.*") == before
 
 
 def test_unfinished_run_is_not_overwritten(run, base_flags, capsys, tmp_path):

@@ -65,6 +65,13 @@ def test_records_say_what_has_become_of_arms(course):
     assert found["lora", 1e-4]["status"] == "waiting"
 
 
+def test_an_arm_that_ended_without_a_loss_does_not_keep_the_others_from_theirs(course):
+    one = course()
+    arm = one.next_arm()
+    one.end(arm, "", 100)
+    assert one.losses() == {arm: math.inf} and len(run(course())) == 5
+
+
 @pytest.mark.parametrize("kill", range(1, 14, 4))
 def test_rates_are_extended_for_all_and_found_again_after_a_kill(course, kill):
     """The best rate is above the grid: three more at most, for the other method as well."""

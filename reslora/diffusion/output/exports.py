@@ -42,7 +42,7 @@ from ..training.trained import Trained
 from .calibration_file import write_calibration
 from .drawing import Drawer, as_bytes, as_image
 from .merged_weights import write_merged
-from .reports import save_images
+from .reports import FINISHED, save_images
 
 TOLERANCE = 2  # of 255: largest difference of any pixel between the merged model and an export read back
 ROUNDING = 1e-6  # relative: a few units in the last place of float32
@@ -89,12 +89,13 @@ def export_method(
             write_merge(merged, folder)
         for number, (part, found) in enumerate(merged.items()):
             accelerator.print(f"{name}: {f'{part} ' if number else ''}{found.report}")
-        (folder / EXPORTS).unlink(missing_ok=True)  # until all files are of this merge
+        for path in (folder / EXPORTS, context.folder / FINISHED):
+            path.unlink(missing_ok=True)  # until all files are of this merge
         context.status.say("writing files", name)
         metadata = kohya_metadata(denoiser.config, material, exported(schedule, learner, context), context)
         write_formats(parts, method, metadata, context)
         if shown:
-            save_images(folder / "merged", [as_image(image) for image in drawn], images)
+            save_images(folder / "merged", [as_image(image) for image in drawn], [prompt.prompt for prompt in prompts])
         differences = {}
         context.status.say("reading back what was written", name)
         for file, other in read_back(parts, method, drawer, context):

@@ -19,7 +19,7 @@ from ...common.errors import Diverged, Stopped
 from ...common.log import LogWriter, of_split, read_log
 from ...common.signals import StopRequest
 from ...common.together import decided
-from ...files import replacing
+from ...files import remove, replacing, write_json
 from ..data.samples import Material, ValidationSamples, losses_of, measured, measured_at
 from ..prompts import prompts_of
 from ..training.best import is_over, keep_if_best
@@ -32,6 +32,8 @@ from .drawing import Drawer, as_image
 from .metric import load_metric
 
 VALIDATION_PARTS = ("loss", "samples")
+PROMPTS = "prompts.json"  # beside samples: what they were drawn of
+FINISHED = "loss.png"  # written last: where it is, a run is finished
 
 
 class Reports:
@@ -42,6 +44,8 @@ class Reports:
         # TensorBoard alone takes the steps of the next method from 0 again.
         self.before = learner.before * (schedule.steps + 1)
         self.log = LogWriter(folder / "log.jsonl", learner.step) if accelerator.is_main_process else None
+        if self.log:
+            forget_samples(folder, learner.step)
         self.noted: dict | None = None
         rows = of_split(read_log(folder / "log.jsonl"), "validation") if self.log else []
         self.validated = [row["loss"] for row in rows if row["step"]]  # on the main process; not that of no training
@@ -99,9 +103,9 @@ class Reports:
                 for tag, value in values.items():
                     tracker.writer.add_scalar(tag, value, step)
 
-    def samples(self, images: Sequence[Image.Image], per_prompt: int) -> None:
-        """The samples of this step, as files and to trackers that show images."""
-        save_images(self.folder / "samples" / f"step-{self.learner.step:06d}", images, per_prompt)
+    def samples(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> None:
+        """The samples of this step, as many of each prompt, as files and to trackers that show images."""
+        save_images(self.folder / "samples" / f"step-{self.learner.step:06d}", images, prompts)
         name, step = f"samples/{self.learner.name}", self.learner.step
         for tracker in self.trackers:
             if tracker.name == "wandb":
@@ -212,7 +216,7 @@ class Validation:
         images = [as_image(image) for image in drawn]
         captions = [prompt.prompt for prompt in prompts for _ in range(flags.num_validation_images)]
         found = self._similarities(images, captions) if flags.metric_model else {}
-        reports.samples(images, flags.num_validation_images)
+        reports.samples(images, [prompt.prompt for prompt in prompts])
         if found:
             reports.similarities(found)
 
@@ -234,10 +238,20 @@ class Validation:
             raise Stopped("stopped while drawing")
 
 
-def save_images(folder: Path, images: Sequence[Image.Image], per_prompt: int) -> None:
-    """`<prompt>-<image>.png`, numbered from zero, in a folder that is whole or not there."""
+def forget_samples(folder: Path, step: int) -> None:
+    """What the log forgets from that step on goes: later samples, all where nothing is trained, and merged ones."""
+    for path in (folder / "samples").glob("step-*"):
+        if path.name[5:].isdigit() and (not step or int(path.name[5:]) > step):
+            remove(path)
+    remove(folder / "merged")
+
+
+def save_images(folder: Path, images: Sequence[Image.Image], prompts: Sequence[str]) -> None:
+    """`<prompt>-<image>.png`, numbered from zero, and the prompts, in a folder that is whole or not there."""
+    per_prompt = len(images) // len(prompts)
     with replacing(folder) as temporary:
         temporary.mkdir()
+        write_json(temporary / PROMPTS, {"prompts": list(prompts)})
         for number, image in enumerate(images):
             image.save(temporary / f"{number // per_prompt}-{number % per_prompt}.png")
 

@@ -16,10 +16,12 @@ from ...common.methods import METHODS
 from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 from ...files import read_object, replacing
 from ..arguments import Flags, listed
+from .reports import FINISHED, PROMPTS
 
 COLUMNS = 9  # at most so many steps are shown beside each other
 NOT_UPLOADED = [
     "*/checkpoint-*",
+    "*/set-aside-checkpoint-*",
     "*/best/*",
     "*/.*",
     ".*",
@@ -33,31 +35,49 @@ NOT_UPLOADED += ["*/text_encoder*/model*", "*/text_encoder*/config.json"]  # the
 
 
 def write_figures(flags: Flags, held_out: int) -> None:
-    """`comparison.png`, `loss.png`, and a single method's weights where diffusers' script leaves them."""
+    """`comparison.png`, a single method's weights where diffusers' script leaves them, and `loss.png`.
+
+    That comes last: where it is, a run is finished.
+    """
     output, measured = Path(flags.output_dir), min(held_out, flags.max_validation_images)
     if flags.validation_prompt and flags.num_validation_images:
         write_comparison(flags, output)
-    logs = {method: read_log(output / method / "log.jsonl") for method in flags.method}
-    loss_curves(output / "loss.png", logs, measured)
     if len(flags.method) == 1 and METHODS[flags.method[0]].plain_lora:
         with replacing(output / DIFFUSERS_FILE) as temporary:
             shutil.copyfile(output / flags.method[0] / DIFFUSERS_FILE, temporary)
+    logs = {method: read_log(output / method / "log.jsonl") for method in flags.method}
+    loss_curves(output / FINISHED, logs, measured)
 
 
 def write_comparison(flags: Flags, output: Path) -> None:
     """The paper's Figure 3: steps across; prompts down, and the methods under each."""
-    found = sorted({int(path.name[5:]) for path in output.glob("*/samples/step-*") if path.name[5:].isdigit()})
+    prompts = list(enumerate(flags.validation_prompt))
+    folders = (path for path in output.glob("*/samples/step-*") if any(is_of(path, *prompt) for prompt in prompts))
+    found = sorted({int(path.name[5:]) for path in folders if path.name[5:].isdigit()})
     chosen = sorted({found[round(i * (len(found) - 1) / (COLUMNS - 1))] for i in range(COLUMNS)}) if found else []
-    folders = [f"samples/step-{step:06d}" for step in chosen] + ["merged"]
+    places = [f"samples/step-{step:06d}" for step in chosen] + ["merged"]
     rows = [
-        (prompt, [(name, [_image(output / name / f / f"{number}-0.png") for f in folders]) for name in flags.method])
-        for number, prompt in enumerate(flags.validation_prompt)
+        (prompt, [(name, [_image(output / name / place, number, prompt) for place in places]) for name in flags.method])
+        for number, prompt in prompts
     ]
     comparison(output / "comparison.png", [f"step {step}" for step in chosen] + ["merged"], rows)
 
 
-def _image(path: Path) -> Image.Image | None:
-    return Image.open(path) if path.is_file() else None
+def is_of(samples: Path, number: int, prompt: str) -> bool:
+    """Whether the samples of that number in a folder are of the prompt; earlier versions did not keep the prompts."""
+    drawn = read_object(samples / PROMPTS).get("prompts")
+    return not isinstance(drawn, list) or drawn[number : number + 1] == [prompt]
+
+
+def _image(samples: Path, number: int, prompt: str) -> Path | None:
+    """The first sample of a prompt; None where there is none, or no image that can be read."""
+    path = samples / f"{number}-0.png"
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None
+    return path if is_of(samples, number, prompt) else None
 
 
 def print_summary(flags: Flags) -> None:

@@ -26,7 +26,7 @@ from ...files import (
     write_checksums,
     write_json,
 )
-from ..arguments import BY_FAMILY, Flags, build_parser, in_words
+from ..arguments import BY_FAMILY, Flags, build_parser, in_words, listed
 from ..settings import fill_defaults
 from .best import best_of, forget_beaten
 from .schedule import Schedule
@@ -53,7 +53,11 @@ FREE_ON_RESUME = {
     "init_lora",
 }  # fmt: skip
 
-DESCRIBED = {"samples_per_step": "batch size x accumulation x processes =", "deepspeed": "DeepSpeed:"}
+DESCRIBED = {
+    "samples_per_step": "batch size x accumulation x processes =",
+    "samples_per_forward": "with images of several sizes, batch size x processes =",
+    "deepspeed": "DeepSpeed:",
+}
 
 
 @dataclass(frozen=True)
@@ -73,9 +77,12 @@ class Identity:
 def settings_of(flags: Flags) -> dict:
     """What a continuation must share with the run it continues, but for what its `Identity` says."""
     settings = {name: value for name, value in vars(flags).items() if name not in FREE_ON_RESUME}
-    samples = flags.train_batch_size * flags.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", 1))
-    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"  # it keeps another state
-    return settings | {"samples_per_step": samples, "deepspeed": deepspeed}
+    samples = flags.train_batch_size * int(os.environ.get("WORLD_SIZE", 1))  # of a forward
+    settings["samples_per_step"] = samples * flags.gradient_accumulation_steps
+    settings["deepspeed"] = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"  # it keeps another state
+    if flags.use_aspect_ratio_buckets or len(listed(flags.resolution)) > 1:
+        settings["samples_per_forward"] = samples  # which have one size
+    return settings
 
 
 # -- which there are ---------------------------------------------------------------------------------------------------
@@ -144,15 +151,34 @@ def plan_resume(flags: Flags, identity: Identity | None = None, place: str = "")
         method, path = _named_checkpoint(flags, named, todo)
         check_past(flags, path, read_checkpoint(path), identity)
         checkpoints[method] = [path]
-    return Resume(finished, merge_anew, checkpoints, notes)
+    resume = Resume(finished, merge_anew, checkpoints, notes)
+    if flags.max_train_steps:
+        check_length(flags, resume, flags.max_train_steps)
+    return resume
+
+
+def check_length(flags: Flags, resume: Resume, steps: int) -> None:
+    """Refuses to go on with fewer steps than a method was trained for already."""
+    for method, found in resume.checkpoints.items():
+        if found and method not in resume.finished:
+            refuse_fewer(flags, found[0], read_checkpoint(found[0]), steps)
+
+
+def refuse_fewer(flags: Flags, place: Path, record: dict, steps: int) -> None:
+    """Refuses fewer steps than a checkpoint's or a finished method's record says: more cannot be undone."""
+    step = record.get("step")
+    if isinstance(step, int) and step > steps:
+        epochs = f"--num_train_epochs {flags.num_train_epochs} ({steps} steps)"
+        fix = "give at least as many, or choose another --output_dir"
+        flag = f"--max_train_steps {steps}" if flags.max_train_steps else epochs
+        raise InvalidArgument(flag, f"{place} was trained for {step} already", fix)
 
 
 def is_trained(flags: Flags, folder: Path, record: dict) -> bool:
-    """Whether a method was exported after as many steps or epochs as are asked for now; more cannot be undone."""
+    """Whether a method was exported after as many steps or epochs as are asked for now."""
     step, steps = record.get("step"), flags.max_train_steps
-    if isinstance(step, int) and steps and step > steps:
-        fix = "give at least as many, or choose another --output_dir"
-        raise InvalidArgument(f"--max_train_steps {steps}", f"{folder} was trained for {step} already", fix)
+    if steps:
+        refuse_fewer(flags, folder, record, steps)
     if patience := record.get("early_stopping_patience"):  # which has ended it
         return patience == flags.early_stopping_patience
     same_epochs = bool(record.get("by_epochs")) and record.get("num_train_epochs") == flags.num_train_epochs
@@ -302,17 +328,20 @@ def restore(learner: Learner, candidates: list[Path], flags: Flags, accelerator:
     """Brings the learner to the first checkpoint that is whole; damaged ones are passed over with a warning.
 
     The main process chooses. Raises `InvalidArgument` where none is whole, or the one that the user has named is not;
-    `RunFailed` for one that is whole and cannot be loaded all the same. Either leaves everything on disk as it is.
+    `RunFailed` for one that is whole and cannot be loaded all the same. Either leaves everything on disk as it is;
+    else what is not of its line steps aside.
     """
     if not candidates:
         return
-    chosen = decided(lambda: newest_whole(candidates, Path(flags.output_dir) / learner.name, flags))
+    folder = Path(flags.output_dir) / learner.name
+    chosen = decided(lambda: newest_whole(candidates, folder, flags))
     each(lambda: load_checkpoint(learner, chosen, accelerator))
+    decided(lambda: set_others_aside(chosen, checkpoints_of(folder)))
     accelerator.print(f"{learner.name}: going on from {chosen}")
 
 
 def newest_whole(candidates: list[Path], folder: Path, flags: Flags) -> Path:
-    """The first candidate whose files are what was written; others in the folder, but for older ones, step aside."""
+    """The first candidate whose files are what was written."""
     for checkpoint in candidates:
         try:
             check_checksums(checkpoint)
@@ -324,7 +353,6 @@ def newest_whole(candidates: list[Path], folder: Path, flags: Flags) -> Path:
                 raise InvalidArgument(flag, f"damaged ({first_line(error)})", "use latest") from None
             print(f"warning: {checkpoint} is damaged ({first_line(error)}), trying the one before", flush=True)
             continue
-        set_others_aside(checkpoint, checkpoints_of(folder))
         return checkpoint
     problem, fix = f"no checkpoint in {folder} is whole", "remove that folder to start afresh, or choose another"
     raise InvalidArgument("--resume_from_checkpoint latest", problem, fix)

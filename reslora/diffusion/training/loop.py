@@ -65,7 +65,7 @@ def train(learner: Learner, material: Material, schedule: Schedule, watch: Watch
             if stopped or learner.over:
                 break
     accelerator.free_memory()
-    if stopped and learner.step < schedule.steps:
+    if stopped:  # after the last step as well: its validation may be missing, and an export would end the run
         raise stopped_at(learner)
     if learner.over:
         patience = f"--early_stopping_patience {context.flags.early_stopping_patience}"

@@ -187,7 +187,8 @@ def folder_of(path: Path) -> Path:
 
 def compared(folder: Path, monkeypatch, drawn: float, read: float, chaos: int = 0, told: list | None = None) -> dict:
     """What `export_method` finds where the merged model draws one value, and an export of it another."""
-    (folder / "exports.json").write_text("{}")  # of an earlier merge
+    for path in (folder / "exports.json", folder.parent / "loss.png"):
+        path.write_text("{}")  # of an earlier merge
     monkeypatch.setattr(results, "exact_parts", lambda *_: {"unet": Picture(drawn)})
     monkeypatch.setattr(results, "in_float32", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(results, "write_formats", lambda *_: None)
@@ -210,7 +211,7 @@ def test_exports_may_differ_by_two_of_255(tmp_path, monkeypatch, difference):
 def test_exports_that_differ_by_more_fail(tmp_path, monkeypatch, difference):
     with pytest.raises(RunFailed, match=f"lora/peft: its image differs by {abs(difference)}/255"):
         compared(folder_of(tmp_path), monkeypatch, 100, 100 + difference)
-    assert not (tmp_path / "lora" / "exports.json").exists()
+    assert not (tmp_path / "lora" / "exports.json").exists() and not (tmp_path / "loss.png").exists()
 
 
 def test_a_model_that_rounding_alone_moves_is_exported_and_a_line_says_so(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffusion import exact_steps
@@ -15,7 +16,7 @@ from reslora.common.errors import RunFailed
 from reslora.common.log import read_log
 from reslora.diffusion.data.batch import collate
 from reslora.diffusion.data.samples import ValidationSamples
-from reslora.diffusion.output.reports import Reports, Validation
+from reslora.diffusion.output.reports import Reports, Validation, save_images
 from reslora.diffusion.training import loop as training
 from reslora.diffusion.training.schedule import Schedule
 
@@ -136,3 +137,15 @@ def test_a_row_that_is_not_finite_is_an_error_and_not_written(tmp_path, loss):
         reports.flush()
     reports.close()
     assert [row["step"] for row in read_log(tmp_path / "log.jsonl")] == [1]
+
+
+@pytest.mark.parametrize(("step", "kept"), [(0, set()), (2, {"step-000000", "step-000002", "step-best"})])
+def test_samples_of_what_the_log_forgets_go_as_well(tmp_path, step, kept):
+    """Of another training, that was killed before its first checkpoint, or of steps behind the one it goes on from."""
+    for name in ("step-000000", "step-000002", "step-000003", "step-best"):
+        save_images(tmp_path / "samples" / name, [Image.new("RGB", (8, 8))], ["red disc"])
+    save_images(tmp_path / "merged", [Image.new("RGB", (8, 8))], ["red disc"])
+    learner = SimpleNamespace(name="lora", before=0, step=step)
+    Reports(tmp_path, learner, Schedule(4, 2, 0, False), SimpleNamespace(trackers=[], is_main_process=True)).close()
+    assert {path.name for path in (tmp_path / "samples").iterdir()} == kept | {"step-best"}
+    assert not (tmp_path / "merged").exists()

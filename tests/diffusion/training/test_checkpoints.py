@@ -32,8 +32,8 @@ from diffusion.runs import (
     refused,
     training_state,
 )
-from reslora.common.errors import InvalidArgument
-from reslora.common.recovery import step_of
+from reslora.common.errors import InvalidArgument, RunFailed
+from reslora.common.recovery import set_aside, step_of
 from reslora.diffusion.training.checkpoints import (
     Identity,
     check_past,
@@ -225,12 +225,12 @@ def test_going_back_keeps_what_was_trained_from_there_before(run, base_flags, tm
     before = digests(output, "lora/checkpoint-4/*")
     flags = [*base_flags, "--method", "lora", "--output_dir", output, "--checkpoints_total_limit", "1"]
     flags += ["--max_train_steps", "6", "--resume_from_checkpoint", "checkpoint-2"]
-    only(printed(*flags), "checkpoint-4 is not of this line", "checkpoint-4-set-aside")
-    kept = {path.name for path in (output / "lora").glob("checkpoint-*")}
-    assert kept == {"checkpoint-6", "checkpoint-4-set-aside", "checkpoint-6-set-aside"}
-    after = digests(output, "lora/checkpoint-4-set-aside/*")
-    assert {name.replace("-set-aside", ""): value for name, value in after.items()} == before
-    assert (output / "lora" / "checkpoint-6-set-aside" / "mine.txt").read_text() == "mine"
+    only(printed(*flags), "checkpoint-4 is not of this line", "set-aside-checkpoint-4")
+    kept = {path.name for path in (output / "lora").glob("*checkpoint-*")}
+    assert kept == {"checkpoint-6", "set-aside-checkpoint-4", "set-aside-checkpoint-6"}
+    after = digests(output, "lora/set-aside-checkpoint-4/*")
+    assert {name.replace("set-aside-", ""): value for name, value in after.items()} == before
+    assert (output / "lora" / "set-aside-checkpoint-6" / "mine.txt").read_text() == "mine"
 
 
 def test_a_checkpoint_from_elsewhere_takes_no_places(run, base_flags, tmp_path):
@@ -238,8 +238,21 @@ def test_a_checkpoint_from_elsewhere_takes_no_places(run, base_flags, tmp_path):
     elsewhere = shutil.copytree(output / "lora" / "checkpoint-2", tmp_path / "else" / "checkpoint-2")
     flags = [*base_flags, "--method", "lora", "--output_dir", output, "--resume_from_checkpoint", elsewhere]
     assert main(*flags, "--checkpoints_total_limit", "1") == 0
-    kept = {path.name for path in (output / "lora").glob("checkpoint-*")}
-    assert kept == {"checkpoint-2-set-aside", "checkpoint-4-set-aside", "checkpoint-4"}
+    kept = {path.name for path in (output / "lora").glob("*checkpoint-*")}
+    assert kept == {"set-aside-checkpoint-2", "set-aside-checkpoint-4", "checkpoint-4"}
+
+
+def test_a_last_checkpoint_that_was_set_aside_is_exported(run, base_flags, tmp_path):
+    """No step is left. With blocks swapped, as in half precision, exports read the checkpoint of this folder."""
+    output = unfinished(run, tmp_path / "out", "lora")
+    aside = set_aside(output / "lora" / "checkpoint-4")
+    flags = [*base_flags, "--method", "lora", "--output_dir", output, "--resume_from_checkpoint", aside.name]
+    lines = printed(*flags, "--blocks_to_swap", "1")
+    only(lines, "going on from", "set-aside-checkpoint-4")
+    only(lines, "checkpoint-2 is not of this line")
+    assert_same(final_weights(output, "lora"), final_weights(run, "lora"))
+    one, other = (load_file(folder / "lora" / "kohya.safetensors") for folder in (output, run))
+    assert all(one[name].equal(other[name]) for name in other)
 
 
 # -- rotation --------------------------------------------------------------------------------------------------------
@@ -480,6 +493,17 @@ def test_a_checkpoint_that_loads_but_differs_from_its_checksums_is_passed_over(k
         restore(keep.learner, paths[1:2], flags.replace(resume_from_checkpoint="checkpoint-2"), keep.accelerator)
 
 
+def test_a_checkpoint_that_cannot_be_loaded_sets_no_others_aside(keep, tmp_path, monkeypatch):
+    first, *_ = [keep(step) for step in (1, 2, 3)]
+    keep.learner.name, flags = tmp_path.name, keep.flags.replace(output_dir=str(tmp_path.parent))
+    with monkeypatch.context() as patch, pytest.raises(RunFailed, match="nothing on disk was changed"):
+        patch.setattr(torch, "load", out_of_memory)
+        restore(keep.learner, [first], flags, keep.accelerator)
+    assert [step_of(path) for path in checkpoints_of(tmp_path)] == [3, 2, 1]
+    restore(keep.learner, [first], flags, keep.accelerator)
+    assert [step_of(path) for path in checkpoints_of(tmp_path)] == [1]
+
+
 @pytest.mark.parametrize(("limit", "kept"), [(None, [4, 3, 2, 1]), (1, [4]), (3, [4, 3, 2])])
 def test_no_more_checkpoints_stay_than_the_limit_allows(keep, tmp_path, limit, kept):
     for step in (1, 2, 3, 4):
@@ -511,3 +535,17 @@ def test_batch_accumulation_and_processes_may_change_as_long_as_a_steps_samples_
     with pytest.raises(InvalidArgument, match="batch size x accumulation x processes") as error:
         check_past(flags, checkpoint, read_checkpoint(checkpoint), None)
     assert str(batch * accumulation * processes) in str(error.value) and "trained with 8" in str(error.value)
+
+
+@pytest.mark.parametrize("sizes", [{"use_aspect_ratio_buckets": True}, {"resolution": [32, 64]}])
+def test_where_images_have_several_sizes_a_forwards_samples_stay_too(keep, monkeypatch, sizes):
+    """Each forward has images of one size, so which ones make up a step is a matter of how many there are in one."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    checkpoint = keep(1, train_batch_size=8, gradient_accumulation_steps=1, **sizes)
+    record, flags = read_checkpoint(checkpoint), keep.flags.replace(gradient_accumulation_steps=1, **sizes)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_past(flags.replace(train_batch_size=4), checkpoint, record, None)
+    with pytest.raises(InvalidArgument, match=r"several sizes, batch size x processes = 2: .* was trained with 8"):
+        check_past(flags.replace(train_batch_size=1, gradient_accumulation_steps=4), checkpoint, record, None)
+    del record["settings"]["samples_per_forward"]  # which earlier versions did not keep
+    check_past(flags.replace(train_batch_size=1, gradient_accumulation_steps=4), checkpoint, record, None)

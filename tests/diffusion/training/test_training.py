@@ -34,6 +34,7 @@ from reslora.diffusion import run as running
 from reslora.diffusion.data.batch import collate
 from reslora.diffusion.data.plan import Plan
 from reslora.diffusion.data.samples import TrainingSamples, training_loader
+from reslora.diffusion.training import loop
 from reslora.diffusion.training.loop import take_step
 
 
@@ -306,6 +307,37 @@ def test_a_stop_while_samples_are_drawn_saves_and_the_samples_follow(run, base_f
     assert [row[:2] for row in losses(output)] == [row[:2] for row in losses(run)]
     names = [sorted(p.name for p in (o / "reslora" / "samples").iterdir()) for o in (output, run)]
     assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("moment", ["step", "samples"])
+def test_a_stop_in_the_last_step_or_its_samples_leaves_them_to_the_next_start(
+    run, base_flags, tmp_path, monkeypatch, moment
+):
+    """Nothing is exported before the last validation: what is exported is finished, and validated no more."""
+    output, take, draw = tmp_path / "out", loop.take_step, StableDiffusionPipeline.__call__
+    flags, asked = [*base_flags, "--method", "lora", "--output_dir", output], []
+
+    def stopped_in_step(learner, *rest):
+        if learner.step == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return take(learner, *rest)
+
+    def stopped_in_samples(pipeline, *args, **more):
+        if (output / "lora" / "checkpoint-4").is_dir() and not asked:
+            asked.append("once")  # twice would end this process
+            signal.raise_signal(signal.SIGTERM)
+        return draw(pipeline, *args, **more)
+
+    with monkeypatch.context() as patch:
+        if moment == "step":
+            patch.setattr(loop, "take_step", stopped_in_step)
+        else:
+            patch.setattr(StableDiffusionPipeline, "__call__", stopped_in_samples)
+        assert main(*flags) == 128 + signal.SIGTERM
+    assert (output / "lora" / "checkpoint-4").is_dir() and not (output / "lora" / "exports.json").exists()
+    assert main(*flags, *RESUME) == 0
+    assert losses(output, "lora") == losses(run, "lora")
+    assert digests(output / "lora", "samples/*/*") == digests(run / "lora", "samples/*/*")
 
 
 def test_a_stop_in_the_first_samples_leaves_them_to_the_next_start(run, base_flags, tmp_path, monkeypatch):

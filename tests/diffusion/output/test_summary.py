@@ -1,0 +1,66 @@
+"""The figures of a run: what they show, and which file says that it is finished."""
+
+import errno
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from diffusion.runs import cut
+from reslora.common.figures import comparison
+from reslora.diffusion.arguments import Flags
+from reslora.diffusion.output import summary
+from reslora.diffusion.output.reports import save_images
+
+PROMPTS = ["red disc", "blue box"]
+
+
+def flags_of(output: Path, prompts: list[str] | None = None) -> Flags:
+    shown = {"validation_prompt": prompts, "num_validation_images": 1, "max_validation_images": 4}
+    return Flags(output_dir=str(output), method=["lora"], **shown)
+
+
+def draw(folder: Path, prompts: list[str]) -> None:
+    save_images(folder, [Image.new("RGB", (8, 8))] * len(prompts), prompts)
+
+
+def test_where_loss_png_is_the_weights_are_in_their_place(tmp_path, monkeypatch):
+    """It says that nothing is left to do: a disk that is full while they are copied must not leave it."""
+    weights = tmp_path / "lora" / "pytorch_lora_weights.safetensors"
+    weights.parent.mkdir()
+    weights.write_bytes(b"weights")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(summary.shutil, "copyfile", full)
+        with pytest.raises(OSError, match="No space left"):
+            summary.write_figures(flags_of(tmp_path), 0)
+    assert not (tmp_path / "loss.png").exists()
+    summary.write_figures(flags_of(tmp_path), 0)
+    assert (tmp_path / "loss.png").is_file() and (tmp_path / weights.name).read_bytes() == b"weights"
+
+
+def test_the_comparison_shows_what_was_drawn_of_todays_prompts_and_can_be_read(tmp_path, monkeypatch):
+    samples, drawn = tmp_path / "lora" / "samples", []
+    draw(samples / "step-000000", ["green star", "white cat"])
+    draw(samples / "step-000002", ["red disc", "white cat"])
+    draw(samples / "step-000004", PROMPTS)
+    draw(samples / "step-000006", PROMPTS)
+    (samples / "step-000006" / "0-0.png").write_bytes(b"")
+    Image.effect_noise((64, 64), 50).save(samples / "step-000006" / "1-0.png")
+    cut(samples / "step-000006" / "1-0.png")
+    draw(tmp_path / "lora" / "merged", PROMPTS)
+    (tmp_path / "lora" / "merged" / "prompts.json").unlink()  # of an earlier version
+
+    def compare(path: Path, columns: list[str], rows: list) -> None:
+        drawn.append((columns, [[image is not None for image in images] for _, [(_, images)] in rows]))
+        comparison(path, columns, rows)
+
+    monkeypatch.setattr(summary, "comparison", compare)
+    summary.write_comparison(flags_of(tmp_path, PROMPTS), tmp_path)
+    assert drawn == [
+        (["step 2", "step 4", "step 6", "merged"], [[True, True, False, True], [False, True, False, True]])
+    ]
+    assert (tmp_path / "comparison.png").is_file()
