@@ -207,6 +207,10 @@ class AdapterTrainingArguments(TrainingArguments):
         check_trackers(self.report_to)
         if self.deepspeed and importlib.util.find_spec("deepspeed") is None:
             raise InvalidArgument("--deepspeed", "deepspeed is not installed", "pip install deepspeed, or leave it out")
+        for precision in ("bf16", "fp16"):
+            if getattr(self, f"{precision}_full_eval"):
+                problem = "what is evaluated is exported, and must not be rounded"
+                raise InvalidArgument(f"--{precision}_full_eval", problem, f"leave it out, or train with --{precision}")
         if self.push_to_hub:
             raise InvalidArgument(
                 "--push_to_hub", "is not supported", "upload the run's peft/ with `hf upload` instead"

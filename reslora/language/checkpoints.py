@@ -17,7 +17,7 @@ from ..checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from ..common.adapters import ADAPTER_NAME
 from ..common.errors import first_line
 from ..common.recovery import numbered
-from ..files import CHECKSUMS_NAME, Damaged, check_checksums
+from ..files import CHECKSUMS_NAME, Damaged, check_checksums, read_object
 
 ALLOCATOR_NAME = "allocator.safetensors"  # AdaLoRA's running importances and ranks
 
@@ -50,7 +50,8 @@ def damage(folder: Path, processes: int = 1) -> str | None:
         check_checksums(folder)
     except Damaged as error:
         return first_line(error)
-    return None if (folder / CHECKSUMS_NAME).is_file() else _unreadable(folder, processes)
+    whole = TRAINER_STATE_NAME in read_object(folder / CHECKSUMS_NAME)  # before the end it lists the adapter alone
+    return None if whole else _unreadable(folder, processes)
 
 
 def _lacks(folder: Path, processes: int) -> str | None:
@@ -65,7 +66,7 @@ def _lacks(folder: Path, processes: int) -> str | None:
 
 
 def _unreadable(folder: Path, processes: int) -> str | None:
-    """What is wrong with a checkpoint whose checksums are gone, as far as its readers notice."""
+    """What is wrong with a checkpoint whose checksums are gone or lack files, as far as its readers notice."""
     try:
         TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
         for path in folder.glob("*.safetensors"):

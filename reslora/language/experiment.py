@@ -49,8 +49,10 @@ LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets")
 CHANGING = ("method", "learning_rate", "seed")  # of these more may be added
 FIXED = (
     "merge", "calibration_examples", "max_steps", "num_train_epochs", "eval_strategy", "eval_steps", "max_new_tokens",
+    "per_device_eval_batch_size",
 )  # fmt: skip
 """What a plain run may change when it goes on, and an experiment may not."""
+RECORDED_LATER = ("per_device_eval_batch_size", "num_processes")  # experiments of earlier versions go on without
 TEXTS = About(
     "example",
     {
@@ -170,10 +172,11 @@ def take_folder(bench: Bench, stack: contextlib.ExitStack) -> None:
     if not there and (checkpoints_of(folder) or (folder / "results.json").exists()):
         raise InvalidArgument(f"--output_dir {folder}", "holds a run that is no experiment", "choose another")
     for name, value in bench.identity.items() if there else ():
-        if not is_same(name, there.get(name), value):
+        earlier = there.get(name, value if name in RECORDED_LATER else None)
+        if not is_same(name, earlier, value):
             data = name in ("train", "select", "test")
             argument = f"the {name} examples" if data else f"--{name} {value}"
-            problem = "was begun with others" if data else f"was begun with {there.get(name)}"
+            problem = "was begun with others" if data else f"was begun with {earlier}"
             raise InvalidArgument(argument, f"{folder} {problem}", "use these, or choose another --output_dir")
     for place in map(course.folder_of, course.arms()):
         remove_leftovers(place)
@@ -213,7 +216,8 @@ class Bench:
     @functools.cached_property
     def identity(self) -> dict:
         """What an experiment goes on with alone: its settings, and its examples by content."""
-        settings = self.arguments_of(self.course.arms()[0]).settings
+        arguments = self.arguments_of(self.course.arms()[0])
+        settings = arguments.settings | {"num_processes": arguments.training.world_size}
         found = {name: value for name, value in settings.items() if name not in FREE_ON_RESUME or name in FIXED}
         found |= {name: self.values[name] for name in (*SEVERAL.values(), "lora_alpha")}
         found |= {part: fingerprint(map(repr, getattr(self.parts, part))) for part in ("train", "select", "test")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ from transformers import (
 from transformers.utils import logging
 
 from ..common.errors import InvalidArgument
+from ..common.folder import locked
 from ..common.signals import StopRequest
+from ..common.together import decided
 from ..files import replacing, write_json
 from .arguments import (
     ExperimentArguments,
@@ -174,6 +177,8 @@ def build_trainer(
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=lambda result: scores(task, predicted(task, result.predictions), result.label_ids.reshape(-1)),
+        # Encoder-decoders give their hidden states too.
+        preprocess_logits_for_metrics=lambda found, labels: found[0] if isinstance(found, tuple) else found,
         callbacks=[LogCallback(output / "log.jsonl")],
     )
 
@@ -352,21 +357,23 @@ def main(argv: Sequence[str] | None = None, stop: StopRequest | None = None, des
 def run(arguments: Arguments, stop: StopRequest | None = None) -> None:
     """One training."""
     training, flags = arguments.training, arguments.settings
-    check_resume(training.output_dir, training.resume_from_checkpoint, flags)
-    set_seed(training.seed)
-    splits = read_splits(arguments)
-    tokenizer, model, classifier = load_model(arguments)
-    sets = {name: encode(arguments, tokenizer, columns) for name, columns in splits.items()}
-    flags["data"] = fingerprint(zip(*splits["train"].values(), strict=True))
-    check_data(training.output_dir, training.resume_from_checkpoint, flags["data"])
-    steps = total_steps(training, len(sets["train"]))
-    example = example_of(sets)
-    adapted = attach(model, arguments.method, steps, example, modules_to_save=classifier)
-    trainer = build_trainer(arguments, tokenizer, adapted, sets, stop)
-    batches = calibration_batches(arguments, sets["train"], training.device)
-    put_control_on(trainer, arguments.method, batches or [], example)
-    if trainer.is_world_process_zero():
-        write_json(Path(training.output_dir) / "config.json", flags)
-    trainer.stopping.check("stopped before training began")
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    finish(arguments, trainer, tokenizer, sets)
+    with contextlib.ExitStack() as stack:
+        decided(lambda: stack.enter_context(locked(Path(training.output_dir))))
+        check_resume(training.output_dir, training.resume_from_checkpoint, flags)
+        set_seed(training.seed)
+        splits = read_splits(arguments)
+        tokenizer, model, classifier = load_model(arguments)
+        sets = {name: encode(arguments, tokenizer, columns) for name, columns in splits.items()}
+        flags["data"] = fingerprint(zip(*splits["train"].values(), strict=True))
+        check_data(training.output_dir, training.resume_from_checkpoint, flags["data"])
+        steps = total_steps(training, len(sets["train"]))
+        example = example_of(sets)
+        adapted = attach(model, arguments.method, steps, example, modules_to_save=classifier)
+        trainer = build_trainer(arguments, tokenizer, adapted, sets, stop)
+        batches = calibration_batches(arguments, sets["train"], training.device)
+        put_control_on(trainer, arguments.method, batches or [], example)
+        if trainer.is_world_process_zero():
+            write_json(Path(training.output_dir) / "config.json", flags)
+        trainer.stopping.check("stopped before training began")
+        trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+        finish(arguments, trainer, tokenizer, sets)

@@ -84,7 +84,9 @@ class GlueTrainingArguments(AdapterTrainingArguments):
     learning_rate: float = field(default=4e-4, metadata={"help": "highest learning rate"})
     num_train_epochs: float = field(default=10.0, metadata={"help": "passes over the training examples"})
     eval_strategy: str = field(default="epoch", metadata={"help": "when to evaluate: no, steps or epoch"})
-    save_strategy: str = field(default="epoch", metadata={"help": "when to write a checkpoint: no, steps or epoch"})
+    save_strategy: str = field(
+        default="epoch", metadata={"help": "when to write a checkpoint: no (but the last), steps or epoch"}
+    )
     save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints kept"})
     label_names: list[str] | None = field(
         default_factory=lambda: ["labels"], metadata={"nargs": "+", "help": "names of the model's label arguments"}

@@ -49,7 +49,7 @@ TASKS = {
 
 
 def scores(task: Task, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Returns the task's metrics; a correlation that is not defined (all predictions alike) counts as 0.
+    """Returns the task's metrics; a correlation that is not defined (all predictions alike, or only one) counts as 0.
 
     `predictions`, `labels`: [examples], label numbers, or scores for STS-B.
     """
@@ -57,7 +57,7 @@ def scores(task: Task, predictions: np.ndarray, labels: np.ndarray) -> dict[str,
         "accuracy": accuracy_score,
         "f1": f1_score,
         "matthews": matthews_corrcoef,
-        "pearson": lambda labels, predictions: pearsonr(labels, predictions).statistic,
+        "pearson": lambda labels, predictions: pearsonr(labels, predictions).statistic if len(labels) > 1 else math.nan,
         "spearmanr": lambda labels, predictions: spearmanr(labels, predictions).statistic,
     }
     with warnings.catch_warnings():

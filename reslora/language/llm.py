@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,8 +22,10 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..common.errors import InvalidArgument, refused_as
+from ..common.folder import locked
 from ..common.seeds import derive
 from ..common.signals import StopRequest
+from ..common.together import decided
 from ..files import write_json
 from .arguments import (
     ExperimentArguments,
@@ -83,7 +86,8 @@ def load_examples(arguments: TaskArguments, training: LlmTrainingArguments) -> d
             raise InvalidArgument(given, problem, file_form(arguments.task))
     order = torch.randperm(len(found["train"]), generator=torch.Generator().manual_seed(training.seed)).tolist()
     if not found["validation"] or found["validation"] is found["test"]:
-        held_out = _held_out(arguments, len(order)) if training.eval_strategy != "no" else 0
+        validates = training.eval_strategy != "no" or training.eval_on_start
+        held_out = _held_out(arguments, len(order)) if validates else 0
         found["validation"] = [found["train"][i] for i in sorted(order[len(order) - held_out :])]
         order = order[: len(order) - held_out]
     limit = arguments.max_train_samples
@@ -168,18 +172,6 @@ def precision(task: TaskArguments, training: LlmTrainingArguments) -> dict:
     return {"dtype": compute, "quantization_config": quantisation, "device_map": {"": training.device}}
 
 
-def check_positions(model: PreTrainedModel, encoder: Encoder, examples: list[Example], new_tokens: int) -> None:
-    """Refuse to generate past the positions that the model knows."""
-    limit = getattr(model.config, "max_position_embeddings", None) or math.inf
-    longest = max(len(encoder.prompt(example)) for example in examples)
-    if longest + new_tokens > limit:
-        raise InvalidArgument(
-            f"--max_new_tokens {new_tokens}",
-            f"the longest prompt has {longest} tokens and the model {limit} positions",
-            f"give at most {limit - longest}",
-        )
-
-
 # -- the run -----------------------------------------------------------------------------------------------------------
 
 
@@ -197,6 +189,22 @@ def encoded(task: TaskArguments, encoder: Encoder, examples: dict[str, list[Exam
     return Data(encoder, examples, encode_training(encoder, examples["train"], task.max_length))
 
 
+def check_positions(model: PreTrainedModel, data: Data, task: TaskArguments) -> None:
+    """Refuse to read or generate past the positions that the model knows."""
+    limit = getattr(model.config, "max_position_embeddings", None) or math.inf
+    measured, new = data.examples["test"] + data.examples["validation"], task.max_new_tokens
+    prompt = max(len(data.encoder.prompt(example)) for example in measured)
+    trained = max(len(row["input_ids"]) for row in data.rows)
+    whole = max(len(data.encoder(example)["input_ids"]) for example in measured)
+    for needed, argument, what, fix in (
+        (trained, f"--max_length {task.max_length}", f"a training example has {trained}", f"give at most {limit}"),
+        (prompt + new, f"--max_new_tokens {new}", f"the longest prompt has {prompt}", f"give at most {limit - prompt}"),
+        (whole, f"--task {task.task}", f"a validation or test example has {whole}", "leave it out, or cut it"),
+    ):
+        if needed > limit:
+            raise InvalidArgument(argument, f"{what} tokens and the model {limit} positions", fix)
+
+
 def build_trainer(
     task: TaskArguments, method: MethodArguments, training: LlmTrainingArguments, stop: StopRequest | None = None
 ) -> tuple[LlmTrainer, list[dict[str, list[int]]]]:
@@ -210,7 +218,7 @@ def adapted(arguments: Arguments, data: Data) -> PeftModel:
     """The model with its adapter, at the start that its seed says."""
     task, method, training = arguments
     model = load_model(task, training)
-    check_positions(model, data.encoder, data.examples["test"] + data.examples["validation"], task.max_new_tokens)
+    check_positions(model, data, task)
     torch.manual_seed(training.seed)
     return attach(model, method, total_steps(training, len(data.rows)))
 
@@ -340,14 +348,16 @@ def main(argv: Sequence[str] | None = None, stop: StopRequest | None = None, des
 def run(arguments: Arguments, stop: StopRequest | None = None) -> None:
     """One training."""
     (task, method, training), flags = arguments, arguments.settings
-    check_resume(training.output_dir, training.resume_from_checkpoint, flags)
-    trainer, rows = build_trainer(task, method, training, stop)
-    flags["data"] = fingerprint(rows)
-    check_data(training.output_dir, training.resume_from_checkpoint, flags["data"])
-    if training.should_save:
-        write_json(Path(training.output_dir) / "config.json", flags)
-        trainer.model.print_trainable_parameters()
-    trainer.stopping.check("stopped before training began")
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    results = finish(trainer, rows, task, method)
-    say(summary(results, training, method, bundled=task.model_name_or_path == str(BUNDLED_MODEL)))
+    with contextlib.ExitStack() as stack:
+        decided(lambda: stack.enter_context(locked(Path(training.output_dir))))
+        check_resume(training.output_dir, training.resume_from_checkpoint, flags)
+        trainer, rows = build_trainer(task, method, training, stop)
+        flags["data"] = fingerprint(rows)
+        check_data(training.output_dir, training.resume_from_checkpoint, flags["data"])
+        if training.should_save:
+            write_json(Path(training.output_dir) / "config.json", flags)
+            trainer.model.print_trainable_parameters()
+        trainer.stopping.check("stopped before training began")
+        trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+        results = finish(trainer, rows, task, method)
+        say(summary(results, training, method, bundled=task.model_name_or_path == str(BUNDLED_MODEL)))

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
 from ..chains import base_model
@@ -31,7 +32,7 @@ from ..common.methods import METHODS, AdapterSettings, adapter_config, check_ste
 from ..common.patterns import spell_out
 from ..common.recovery import cannot_be_loaded, set_others_aside
 from ..common.signals import StopRequest
-from ..common.together import decided
+from ..common.together import decided, is_main
 from ..config import ResLoraConfig
 from ..files import write_checksums, write_tensors
 from ..model import enable_gradient_checkpointing
@@ -256,6 +257,15 @@ class AdapterTrainer(Trainer):
         else:
             super()._run_epoch(*args, **kwargs)
 
+    def _finalize_training(self, *args, **kwargs):
+        # Who stops now, or in the evaluation after the training, goes on from here. Later the best is loaded.
+        stopped, unsaved = self.stopping.leaving, self.args.save_strategy == SaveStrategy.NO
+        if (stopped or unsaved) and not decided(self._checkpoint().is_dir):
+            self._save_checkpoint(self.model, None)
+        if stopped:  # stock `Trainer` would remove all but the best, and load it
+            self.state.best_model_checkpoint = None
+        return super()._finalize_training(*args, **kwargs)
+
     def compute_loss(self, model, inputs, *args, **kwargs):
         """As `Trainer.compute_loss`, without AdaLoRA's regularizer, which PEFT adds in evaluation too."""
         with self.allocator.silenced() if self.allocator is not None else contextlib.nullcontext():
@@ -291,8 +301,10 @@ class AdapterTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the adapter, never the base model."""
-        if self.args.should_save:
-            save_adapter(self.model, output_dir or self.args.output_dir)
+        folder = output_dir or self.args.output_dir
+        decided(lambda: save_adapter(self.model, folder))
+        if self.args.should_save and not is_main():  # --save_on_each_node
+            save_adapter(self.model, folder)
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
         try:
@@ -305,7 +317,10 @@ class AdapterTrainer(Trainer):
             raise RunFailed(f"{where} cannot be written; is the disk full? Earlier ones are intact") from error
         self.accelerator.wait_for_everyone()  # each process has written its random state
         if self.args.should_save:
-            write_checksums(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+            write_checksums(self._checkpoint())
+
+    def _checkpoint(self) -> Path:
+        return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

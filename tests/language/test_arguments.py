@@ -112,6 +112,8 @@ def test_deepspeed_alone_means_the_bundled_configuration(monkeypatch):
         (["--eval_steps", "-1"], "--eval_steps -1"),
         (["--adam_beta2", "1"], "--adam_beta2 1"),
         (["--lr_scheduler_type", "sawtooth"], "sawtooth"),
+        (["--bf16_full_eval"], "--bf16_full_eval"),
+        (["--fp16_full_eval"], "--fp16_full_eval"),
         (["--load_best_model_at_end"], "load_best_model_at_end"),
     ],
 )

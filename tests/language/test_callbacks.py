@@ -69,6 +69,10 @@ def stopped_at(step: int, folder, number: int = signal.SIGTERM, **flags):
     return trainer
 
 
+# The checkpoint of the highest loss is kept, so that it is an early one.
+WORST = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "loss", "greater_is_better": True}
+
+
 @pytest.mark.parametrize(
     ("step", "flags", "number"),
     [
@@ -76,6 +80,8 @@ def stopped_at(step: int, folder, number: int = signal.SIGTERM, **flags):
         (4, {"eval_strategy": "epoch", "save_strategy": "epoch"}, signal.SIGTERM),  # at its end
         (3, {"eval_strategy": "steps", "eval_steps": 3}, signal.SIGTERM),
         (1, {"save_strategy": "no"}, signal.SIGINT),
+        (3, {**WORST, "load_best_model_at_end": True, "save_total_limit": 1}, signal.SIGINT),
+        (4, {**WORST, "save_strategy": "best"}, signal.SIGINT),  # evaluated, and not the best
     ],
 )
 def test_a_stopped_run_is_saved_and_goes_on_as_if_it_never_was(tmp_path, step, flags, number):
@@ -90,14 +96,18 @@ def test_a_stopped_run_is_saved_and_goes_on_as_if_it_never_was(tmp_path, step, f
     assert read_log(tmp_path / "run") == read_log(tmp_path / "whole")
 
 
-def test_a_stop_at_the_last_step_changes_nothing(tmp_path):
+@pytest.mark.parametrize("strategy", ["steps", "no"])
+def test_a_stop_at_the_last_step_changes_nothing(tmp_path, strategy):
     with StopRequest() as stop:
-        trainer = trainer_for(build()[0], tmp_path, stop=stop)
+        trainer = trainer_for(build()[0], tmp_path, stop=stop, save_strategy=strategy)
         trainer.add_callback(Signal(STEPS))
         trainer.train()
         assert trainer.state.global_step == STEPS
-        with pytest.raises(Stopped, match="while evaluating"):
+        with pytest.raises(Stopped, match="while evaluating; go on with --resume_from_checkpoint latest"):
             trainer.evaluate()
+    model, _ = build()
+    trainer_for(model, tmp_path).train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{STEPS}"))
+    assert_same(trained(model), trained(trainer.model))
 
 
 def test_an_evaluation_within_the_training_is_finished(tmp_path):

@@ -53,6 +53,17 @@ def test_one_flipped_bit_in_any_file_counts_as_damaged(tmp_path, method, shortcu
     assert damage(folder) is None
 
 
+def test_a_checkpoint_that_was_not_finished_is_left_out(tmp_path, monkeypatch):
+    """The adapter is listed as soon as it is written; the trainer's state comes last, and not at once."""
+    monkeypatch.setattr("reslora.language.trainer.write_checksums", lambda folder: None)  # as if killed before it
+    trainer_for(build()[0], tmp_path).train()
+    state = tmp_path / "checkpoint-6" / "trainer_state.json"
+    assert (state.parent / "checksums.json").is_file() and damage(state.parent) is None
+    state.write_text(state.read_text()[:-20])
+    assert "JSONDecodeError" in damage(state.parent)
+    assert usable_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+
+
 def test_a_checkpoint_without_checksums_is_read_as_before(tmp_path):
     trainer_for(build()[0], tmp_path, max_steps=2).train()
     (tmp_path / "checkpoint-2" / "checksums.json").unlink()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
 
 from reslora.common.assets import ASSETS
 from reslora.common.script import run_script
@@ -161,6 +161,7 @@ def test_nothing_but_methods_rates_and_seeds_may_change(common, whole, tmp_path,
     for flags, words in (
         (("--lora_r", "2"), "--lora_r 2"),
         (("--max_steps", "3"), "--max_steps 3"),
+        (("--per_device_eval_batch_size", "3"), "--per_device_eval_batch_size 3"),
         (("--max_test_samples", "3"), "the test examples"),
         (("--select_split", "0.2"), "the task has a file for it"),
         (("--load_best_model_at_end",), "this is an experiment"),
@@ -181,6 +182,19 @@ def test_nothing_but_methods_rates_and_seeds_may_change(common, whole, tmp_path,
     (tmp_path / "checkpoint-2").mkdir()
     assert run(*common, *EXPERIMENT, "--output_dir", tmp_path) == 2
     assert "no experiment" in capsys.readouterr().err
+
+
+def test_an_experiment_goes_on_with_as_many_processes_as_before(common, whole, capsys, monkeypatch):
+    output, _ = whole
+    command, found = [*common, *EXPERIMENT, "--output_dir", output], record(output)
+    identity = dict(found["identity"])
+    assert identity.pop("num_processes") == 1
+    del identity["per_device_eval_batch_size"]  # what earlier versions have not recorded is no difference
+    (output / "experiment.json").write_text(json.dumps({**found, "identity": identity}))
+    assert run(*command) == 0 and record(output)["identity"] == found["identity"]
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    assert run(*command) == 2
+    assert f"--num_processes 2: {output} was begun with 1" in capsys.readouterr().err
 
 
 def test_ranks_shortcuts_and_numbers_of_blocks_are_compared():

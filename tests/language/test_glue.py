@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForSequenceClassification,
+    BartConfig,
+    BartForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
     PreTrainedTokenizerFast,
@@ -21,6 +23,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+from reslora.common.folder import locked
 from reslora.common.script import run_script
 from reslora.language import glue, glue_arguments
 from reslora.language.glue_tasks import TASKS, scores
@@ -28,6 +31,8 @@ from reslora.language.glue_tasks import TASKS, scores
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = ["good", "bad", "fine", "poor", "the", "a", "film", "book", "song", "is", "was", "not", "very", "plot"]
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+SMALL_BART = {"d_model": 32, "encoder_layers": 3, "decoder_layers": 3, "encoder_attention_heads": 4}
+SMALL_BART |= {"decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "dropout": 0.0}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
@@ -46,6 +51,7 @@ def write_model(folder: Path, kind: str = "roberta", **overrides) -> Path:
     config_class, model_class = {
         "roberta": (RobertaConfig, RobertaForSequenceClassification),
         "bert": (BertConfig, BertForSequenceClassification),
+        "bart": (BartConfig, BartForSequenceClassification),
     }[kind]
     torch.manual_seed(0)
     config = config_class(
@@ -53,8 +59,7 @@ def write_model(folder: Path, kind: str = "roberta", **overrides) -> Path:
             "vocab_size": len(vocabulary),
             "max_position_embeddings": 34,
             "pad_token_id": 1,
-            **SMALL,
-            **NO_DROPOUT,
+            **(SMALL_BART if kind == "bart" else SMALL | NO_DROPOUT),
             **overrides,
         }
     )
@@ -148,6 +153,7 @@ def test_metrics_by_hand():
 
 def test_undefined_correlations_count_as_zero():
     assert scored("stsb", [2.0, 2.0], [1.0, 3.0]) == {"pearson": 0.0, "spearmanr": 0.0}
+    assert scored("stsb", [2.0], [1.0]) == {"pearson": 0.0, "spearmanr": 0.0}
     assert scored("cola", [1, 1], [1, 0]) == {"matthews": 0.0}
 
 
@@ -195,6 +201,14 @@ def test_every_merge_is_measured(shortcut, merges, architecture, request, rte, t
         losses = [results["table"][name]["loss"] for name in merges[1:]]
         assert len(set(losses)) == len(losses)
     assert results["merge"] == {"none": "none", "block": "exact"}.get(shortcut, "lstsq")
+
+
+def test_a_model_that_gives_hidden_states_too_is_scored_by_its_logits(rte, tmp_path):
+    model = write_model(tmp_path / "bart", "bart")
+    glue.main(flags(model, rte, tmp_path / "run", "rte", "--max_steps", "1", "--eval_steps", "1"))
+    row = results_of(tmp_path / "run")["table"]["unmerged"]
+    logged = [line for line in log_of(tmp_path / "run") if line["split"] == "validation"]
+    assert [(line["accuracy"], line["loss"]) for line in logged] == [(row["accuracy"], pytest.approx(row["loss"]))]
 
 
 @pytest.mark.parametrize("method", ["lora", "lora_x2", "reslora", "adalora", "loha", "lokr", "lora_matched"])
@@ -455,6 +469,8 @@ def test_a_data_set_that_is_not_there(capfd, roberta, tmp_path):
 
 
 def test_runs_are_not_mixed(capfd, roberta, rte, tmp_path):
+    with locked(tmp_path):
+        refused(capfd, flags(roberta, rte, tmp_path), "--output_dir", "is training in it")
     glue.main(flags(roberta, rte, tmp_path, "rte", "--max_steps", "1", "--method", "lora"))
     refused(capfd, flags(roberta, rte, tmp_path), "--output_dir", "holds")
     more = ("--resume_from_checkpoint", "latest", "--method", "loha")

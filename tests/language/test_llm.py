@@ -1,6 +1,7 @@
 """train_llm.py: whole runs of a tiny model, its data, and what is refused."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -10,6 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reslora.common.errors import InvalidArgument
+from reslora.common.folder import locked
 from reslora.common.script import run_script
 from reslora.language import llm, llm_arguments
 from reslora.language.llm_tasks import TASKS, Example, examples_of
@@ -137,6 +139,7 @@ def test_a_checkpoint_is_never_chosen_by_what_it_is_tested_on(tiny, tmp_path, ca
     fewer = load("--max_train_samples", 20)
     assert fewer["validation"] == found["validation"] and set(fewer["train"]) < set(found["train"])
     assert len(load("--eval_strategy", "no")["train"]) == 50
+    assert load("--eval_strategy", "no", "--eval_on_start") == found
 
 
 def test_validation_examples_of_their_own_are_taken(tiny, data, tmp_path, capsys):
@@ -274,6 +277,25 @@ def test_bad_data_is_one_line_and_status_2(tiny, tmp_path, capsys, name):
     task, splits, words = BAD_DATA[name]
     data = write_rows(tmp_path / "data", **splits)
     one_line(flags(tiny, data, tmp_path / "run", "--task", task), capsys, words)
+
+
+@pytest.mark.parametrize(
+    ("split", "words"),
+    [
+        ("train", ["--max_length 512", "a training example has 3", "256 positions", "give at most 256"]),
+        ("test", ["--task svamp", "a validation or test example has 3", "256 positions"]),
+    ],
+)
+def test_no_example_is_longer_than_the_models_positions(tiny, tmp_path, capsys, split, words):
+    long = {**row(0), "Equation": "1 + " * 70 + "1"}
+    data = write_rows(tmp_path / "data", **{"train": [row(1)] * 4, "test": [row(2)], split: [row(1), long]})
+    one_line(flags(tiny, data, tmp_path / "run"), capsys, words)
+
+
+def test_two_runs_do_not_share_a_folder(tiny, data, tmp_path, capsys):
+    with locked(tmp_path / "run"):
+        one_line(flags(tiny, data, tmp_path / "run"), capsys, [f"process {os.getpid()} is training in it"])
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_line_that_is_not_json_is_named(tiny, tmp_path, capsys):

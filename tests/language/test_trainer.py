@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from reslora.chains import base_model
 from reslora.common.adapters import load_adapter, rank_allocator, save_adapter
-from reslora.common.errors import InvalidArgument, RunFailed
+from reslora.common.errors import EndedElsewhere, InvalidArgument, RunFailed
 from reslora.language.arguments import AdapterTrainingArguments, MethodArguments, settings
 from reslora.language.results import export
 from reslora.language.trainer import AdapterTrainer, attach, total_steps
@@ -251,6 +251,19 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
         save_adapter(model, tmp_path / "adapter")
     assert_one_line(error, "lora_A", "not finite")
     assert not (tmp_path / "adapter").exists()
+
+
+def test_what_the_main_process_cannot_save_ends_the_others_too(tmp_path, monkeypatch):
+    """They would wait for it at the end of the checkpoint."""
+    trainer = trainer_for(build()[0], tmp_path)
+
+    def told(decide):
+        raise EndedElsewhere(1, diverged=True)
+
+    monkeypatch.setattr("reslora.language.trainer.decided", told)
+    monkeypatch.setattr(AdapterTrainingArguments, "should_save", False)
+    with pytest.raises(EndedElsewhere):
+        trainer.save_model(str(tmp_path / "adapter"))
 
 
 def test_sharding_is_refused(tmp_path):
