@@ -23,7 +23,7 @@ from ...common.adapters import load_adapter, remove_adapters
 from ...common.errors import Diverged, RunFailed, first_line
 from ...common.methods import METHODS
 from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
-from ...files import Damaged, check_checksums, write_json
+from ...files import Damaged, check_checksums, remove, write_json
 from ...model import MergeReport, merge
 from ..arguments import listed
 from ..context import Context
@@ -291,8 +291,8 @@ def write_merge(merged: Mapping[str, Merged], folder: Path) -> None:
 
 def write_formats(parts: Parts, method: str, metadata: dict[str, str], context: Context) -> None:
     """Every format that the method can be written in."""
-
     family, folder = context.model.family, context.folder_of(method)
+    remove(folder / "peft")  # there may be parts of another training, which are not trained now
     for name, part in parts.items():
         export.export_peft(part, peft_folder(folder / "peft", name, family))
         if context.writes_merged and name == family.denoiser:
