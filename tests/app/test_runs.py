@@ -29,6 +29,17 @@ def test_reads_what_the_trainer_wrote(run):
     assert run.status == "finished"
 
 
+def test_images_of_earlier_prompts_are_left_out(run):
+    """A run goes on with another second prompt: what was drawn of the first one before is shown."""
+    samples = run.folder / "lora" / "samples"
+    for step, drawn in ((2, [run.prompts[0], "an earlier one"]), (4, run.prompts)):
+        (samples / f"step-{step:06d}" / "prompts.json").write_text(json.dumps({"prompts": drawn}))
+    assert set(run.samples("lora", 2)) == {(0, 0)}
+    assert set(run.samples("lora", 4)) == set(run.samples("lora", 0)) == {(0, 0), (1, 0)}
+    (samples / "step-000002" / "prompts.json").write_text("[]")
+    assert set(run.samples("lora", 2)) == {(0, 0), (1, 0)}
+
+
 def test_an_experiment_is_no_run(tmp_path):
     (write_run(tmp_path / "experiment") / "experiment.json").write_text("{}")
     write_run(tmp_path / "run")
