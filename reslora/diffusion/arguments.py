@@ -43,7 +43,7 @@ DEFAULTS = {
     "num_inference_steps": (20, None),
     "guidance_scale": (4.0, None),
 }
-BUNDLED_DEFAULTS = {"pipeline-flow": {"learning_rate": 1e-3, "guidance_scale": 2.0}}  # where one differs from DEFAULTS
+BUNDLED_DEFAULTS = {"pipeline-flow": {"learning_rate": 1e-3, "guidance_scale": 3.0}}  # where one differs from DEFAULTS
 NOISES = 4  # at each timestep at which losses of an image are compared
 DEFAULT_RANK, HIGHEST_RANK, DEFAULT_PRE_NUM = 16, 65536, 4
 ONE_OR_SEVERAL = ("train_data_dir", "train_data_repeats", "train_data_weight", "resolution")
