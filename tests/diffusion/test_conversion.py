@@ -306,7 +306,7 @@ def test_bad_input_is_one_line(flags, words, tmp_path, monkeypatch, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["IN.safetensors"]
 
 
-def test_pefts_folder_is_replaced_and_one_with_anything_else_is_not(tmp_path, capsys):
+def test_pefts_folder_is_replaced_and_one_with_anything_else_is_not(tmp_path, capsys, monkeypatch):
     written(tmp_path / "in.safetensors", parts=random_lora("stable_diffusion", lambda name: "attn1" in name))
     flags = ["--to", "peft", "--base", tiny("stable_diffusion")]
     for below in ("old/text_encoder", "old", "run/lora/peft", "adapters/one", "adapters/other"):
@@ -319,6 +319,9 @@ def test_pefts_folder_is_replaced_and_one_with_anything_else_is_not(tmp_path, ca
         line = refused(capsys, tmp_path / "in.safetensors", tmp_path / name, *flags)
         assert f"the folder also has {first}, which would be replaced" in line
     assert sorted(path for path in tmp_path.rglob("*")) == before
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert "OUT .: " in refused(capsys, tmp_path / "in.safetensors", ".", *flags)
 
 
 @pytest.mark.parametrize("name", ["lora.bin", "lora.pt", "lora.ckpt"])

@@ -43,6 +43,8 @@ def output_of(text: str, to: str) -> Path:
     if others := sorted(file for file in path.rglob("*") if file not in own and not file.is_dir()):
         problem = f"the folder also has {others[0].relative_to(path)}, which would be replaced"
         raise InvalidArgument(flag, problem, "give another")
+    if path.name in ("", ".."):
+        raise InvalidArgument(flag, "--to peft replaces a folder, and this is no name of one", "give its name")
     return path
 
 
