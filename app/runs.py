@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 from reslora.checkpoint import WEIGHTS_NAME
 from reslora.common.adapters import ADAPTER_NAME
+from reslora.common.drawn import PROMPTS, is_of
 from reslora.common.log import count_damaged, of_split, read_log
 from reslora.common.methods import METHODS
 from reslora.common.status import FILE as STATUS
@@ -31,8 +32,6 @@ EXAMPLE = Path(__file__).resolve().parent / "example"
 """A small finished run that comes with the application."""
 LOG_NAME, EXPERIMENT_LOG = "app.log", "experiment.log"
 """What a trainer that the page started has printed: of a run, and of an experiment."""
-PROMPTS = "prompts.json"
-"""What samples were drawn of, beside them."""
 NOTES = "notes.txt"
 """What people have written about a run."""
 LONGEST_NOTES = 2000
@@ -253,18 +252,15 @@ class Run:
         A run may have gone on with other prompts: images of earlier ones are left out.
         """
         folder = (method, "merged") if step is None else (method, "samples", f"step-{step:06d}")
-        told, found = self.read_json(*folder, PROMPTS), {}
-        drawn = told.get("prompts") if isinstance(told, dict) else None
+        record, prompts, found = self.read_json(*folder, PROMPTS), dict(enumerate(self.prompts)), {}
         for name in self.entries(*folder):
             match = re.fullmatch(r"(\d{1,5})-(\d{1,5})\.png", name)
             path = self.inside(*folder, name) if match else None
-            if path is not None and is_complete_png(path) and self.is_of(drawn, int(match[1])):
-                found[int(match[1]), int(match[2])] = path
+            if path is None or not is_complete_png(path):
+                continue
+            if is_of(record, number := int(match[1]), prompts.get(number)):
+                found[number, int(match[2])] = path
         return found
-
-    def is_of(self, drawn: object, number: int) -> bool:
-        """Whether images with a prompt's number are of that prompt, by what was drawn; it is not always known."""
-        return not isinstance(drawn, list) or drawn[number : number + 1] == self.prompts[number : number + 1]
 
     def fingerprint(self) -> tuple:
         """Changes when there is something new to look at."""

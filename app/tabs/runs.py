@@ -47,8 +47,8 @@ class RunsTab(Tab):
         self.words.change(readable_errors(self.show), self.words, shown, trigger_mode="always_last", **quiet)
         self.timer.tick(readable_errors(self.look), [self.words, self.last_look], shown, queue=False, **quiet)
         opened = [page.all_tabs, page.run, page.tab(ExperimentTab).which]
-        acted = {"fn": readable_errors(self.act), "inputs": self.words, "outputs": [self.answer, *shown, *opened]}
-        self.cards.acted(**acted, **IN_TURN, **quiet)
+        answered = [self.answer, *shown, *opened]
+        self.cards.acted(readable_errors(self.act), self.words, answered, **IN_TURN, **quiet)
         for name, handler in (
             ("run_notes", self.read_notes), ("set_run_notes", self.set_notes), ("trash_run", self.trash_run),
             ("trashed_runs", self.trashed_runs), ("restore_run", self.restore_run),

@@ -84,9 +84,9 @@ class TrainTab(LaunchTab):
         """The form, and whose settings it has."""
         return [name, *self.fill(name)]
 
-    def fill_once(self, name: str, begun: str | None) -> list:
+    def fill_once(self, name: str, begun: str | None) -> list | dict:
         """The form, unless the mouse has filled it in: what has been typed since stays."""
-        return [None, *([gr.skip()] * (1 + len(self.flags)) if name == begun else self.fill(name))]
+        return {self.begun: None} if name == begun else [None, *self.fill(name)]
 
     def ask(self, request: str) -> str:
         """Asks the run that trains for something after this step."""

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import nn
 
+from ...common.drawn import PROMPTS
 from ...common.errors import Diverged, Stopped
 from ...common.log import LogWriter, of_split, read_log
 from ...common.signals import StopRequest
@@ -32,7 +33,6 @@ from .drawing import Drawer, as_image
 from .metric import load_metric
 
 VALIDATION_PARTS = ("loss", "samples")
-PROMPTS = "prompts.json"  # beside samples: what they were drawn of
 FINISHED = "loss.png"  # written last: where it is, a run is finished
 
 

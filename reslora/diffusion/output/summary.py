@@ -9,6 +9,7 @@ import huggingface_hub
 from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
 from PIL import Image
 
+from ...common.drawn import PROMPTS, is_of
 from ...common.errors import InvalidArgument, RunFailed, first_line
 from ...common.figures import comparison, loss_curves
 from ...common.log import read_log
@@ -16,7 +17,7 @@ from ...common.methods import METHODS
 from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 from ...files import read_object, replacing
 from ..arguments import Flags, listed
-from .reports import FINISHED, PROMPTS
+from .reports import FINISHED
 
 COLUMNS = 9  # at most so many steps are shown beside each other
 NOT_UPLOADED = [
@@ -52,7 +53,11 @@ def write_figures(flags: Flags, held_out: int) -> None:
 def write_comparison(flags: Flags, output: Path) -> None:
     """The paper's Figure 3: steps across; prompts down, and the methods under each."""
     prompts = list(enumerate(flags.validation_prompt))
-    folders = (path for path in output.glob("*/samples/step-*") if any(is_of(path, *prompt) for prompt in prompts))
+    folders = (
+        path
+        for path in output.glob("*/samples/step-*")
+        if any(is_of(read_object(path / PROMPTS), *prompt) for prompt in prompts)
+    )
     found = sorted({int(path.name[5:]) for path in folders if path.name[5:].isdigit()})
     chosen = sorted({found[round(i * (len(found) - 1) / (COLUMNS - 1))] for i in range(COLUMNS)}) if found else []
     places = [f"samples/step-{step:06d}" for step in chosen] + ["merged"]
@@ -63,12 +68,6 @@ def write_comparison(flags: Flags, output: Path) -> None:
     comparison(output / "comparison.png", [f"step {step}" for step in chosen] + ["merged"], rows)
 
 
-def is_of(samples: Path, number: int, prompt: str) -> bool:
-    """Whether the samples of that number in a folder are of the prompt; earlier versions did not keep the prompts."""
-    drawn = read_object(samples / PROMPTS).get("prompts")
-    return not isinstance(drawn, list) or drawn[number : number + 1] == [prompt]
-
-
 def _image(samples: Path, number: int, prompt: str) -> Path | None:
     """The first sample of a prompt; None where there is none, or no image that can be read."""
     path = samples / f"{number}-0.png"
@@ -77,7 +76,7 @@ def _image(samples: Path, number: int, prompt: str) -> Path | None:
             image.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return None
-    return path if is_of(samples, number, prompt) else None
+    return path if is_of(read_object(samples / PROMPTS), number, prompt) else None
 
 
 def print_summary(flags: Flags) -> None:
