@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 from why import EXPERIMENTS, KEPT
 
-from reslora.experiment.statistics import tested, verdicts
+from reslora.experiment.statistics import rerun, tested, verdicts
 
 SHORTCUTS = ("input", "block(4)", "middle(4)")
 # Which label stands beside which, by hypothesis: a shortcut beside LoRA at its scale, its placebo, and larger alphas.
@@ -45,47 +45,67 @@ def section(what: str, record: dict, kind: str = "images") -> str:
 
 def label_table(record: dict, tests: dict[str, np.ndarray]) -> str:
     """Each label's chosen rate and checkpoint, its test loss, and LoRA beside it."""
-    said = {verdict["label"]: verdict for verdict in record["verdicts"]}
-    rows = ["| | rate | step | seeds | test loss | beside LoRA | 95% | could have shown |", "|---" * 8 + "|"]
+    references = {label: "lora" for label in tests if label != "lora" and "lora" in tests}
+    said = {verdict["label"]: verdict for verdict in verdicts(tests, references)}
+    rows = [
+        "| | rate | step | seeds | test loss | one more seed | beside LoRA | 95% | one more seed | could have shown |"
+    ]
+    rows.append("|---" * 10 + "|")
     for label, losses in sorted(tests.items(), key=lambda item: np.nanmean(item[1])):
         choice, verdict = record["chosen"][label], said.get(label)
         rate = f"{choice['learning_rate']:g}" + (" (end of the grid)" if choice["at_end"] else "")
-        seeds = int(np.isfinite(losses).all(1).sum())
-        cells = [label, rate, str(choice["step"]), str(seeds), f"{np.nanmean(losses):.4f}", *compared(verdict)]
+        of_seeds = losses[np.isfinite(losses).all(1)].mean(1)
+        cells = [label, rate, str(choice["step"]), str(len(of_seeds)), f"{of_seeds.mean():.4f}"]
+        cells += [ends(rerun(of_seeds), ".4f"), *compared(verdict)]
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
 
 def rerun_line(tests: dict[str, np.ndarray]) -> str:
-    """How often a seed, as a rerun, falls into the interval that the others state for the mean of all seeds."""
+    """How often a seed, as a rerun, falls into what the others state for one more seed, and for the mean of all."""
     references = {label: "lora" for label in tests if label != "lora"}
     seeds = min(len(losses) for losses in tests.values())
     if "lora" not in tests or not references or seeds < 3:
         return ""
-    inside = []
+    of_mean, of_one, losses_of_one = [], [], []
     for seed in range(seeds):
         others = {label: np.delete(losses, seed, axis=0) for label, losses in tests.items()}
         for verdict in verdicts(others, references):
-            if verdict["interval"] is not None:
-                low, high = verdict["interval"]
-                rerun = 100 * (tests[verdict["label"]][seed].mean() / tests["lora"][seed].mean() - 1)
-                inside.append(low <= rerun <= high)
+            again = 100 * (tests[verdict["label"]][seed].mean() / tests["lora"][seed].mean() - 1)
+            if np.isfinite(again) and verdict["interval"] and verdict["rerun"]:
+                of_mean.append(within(again, verdict["interval"]))
+                of_one.append(within(again, verdict["rerun"]))
+        for label, losses in others.items():
+            stated, again = rerun(losses[np.isfinite(losses).all(1)].mean(1)), tests[label][seed].mean()
+            if np.isfinite(again) and stated:
+                losses_of_one.append(within(again, stated))
     return (
-        f"Each seed as a rerun: {sum(inside)} of {len(inside)} differences to LoRA lie within the 95% interval that "
-        "the other seeds state for the mean."
+        f"Each seed as a rerun: {sum(losses_of_one)} of {len(losses_of_one)} test losses and {sum(of_one)} of "
+        f"{len(of_one)} differences to LoRA lie within what the other seeds state for one more seed (95%); "
+        f"{sum(of_mean)} differences within the interval of the mean."
     )
 
 
+def within(value: float, stated: tuple[float, float]) -> bool:
+    """Whether an interval holds it."""
+    return bool(stated[0] <= value <= stated[1])
+
+
+def ends(stated: tuple[float, float] | None, form: str) -> str:
+    """An interval, or nothing."""
+    return f"{stated[0]:{form}} to {stated[1]:{form}}" if stated else ""
+
+
 def compared(verdict: Mapping | None) -> list[str]:
-    """Difference, interval and detectable size in percent; stars where Holm's correction leaves it standing."""
+    """Difference, intervals and detectable size in percent; stars where Holm's correction leaves it standing."""
     if verdict is None:
-        return ["", "", ""]
+        return [""] * 4
     star = "**" if verdict["conclusion"] in ("better", "worse") else ""
     difference = f"{star}{verdict['relative']:+.2f}%{star}"
     if verdict["interval"] is None:
-        return [difference, "", ""]
-    low, high = verdict["interval"]
-    return [difference, f"{low:+.2f} to {high:+.2f}", f"{verdict['detectable']:.2f}%"]
+        return [difference, "", ends(verdict["rerun"], "+.2f"), ""]
+    stated = (ends(verdict[name], "+.2f") for name in ("interval", "rerun"))
+    return [difference, *stated, f"{verdict['detectable']:.2f}%"]
 
 
 def pair_table(tests: dict[str, np.ndarray]) -> str:
@@ -99,4 +119,5 @@ def pair_table(tests: dict[str, np.ndarray]) -> str:
             )
     if not rows:
         return ""
-    return "\n".join(["| question | label | beside | difference | 95% | could have shown |", "|---" * 6 + "|", *rows])
+    head = "| question | label | beside | difference | 95% | one more seed | could have shown |"
+    return "\n".join([head, "|---" * 7 + "|", *rows])

@@ -96,7 +96,9 @@ class Verdict(TypedDict):
     relative: float
     """In percent of the reference's loss, like all that follow."""
     interval: tuple[float, float] | None
-    """At 95%, for new seeds and new images; None where one seed or image cannot tell."""
+    """At 95%, for the mean of new seeds and new images; None where one seed or image cannot tell."""
+    rerun: tuple[float, float] | None
+    """Where the difference of one more seed on the same images is in 19 of 20; None with one seed."""
     p: float | None
     p_holm: float | None
     detectable: float | None

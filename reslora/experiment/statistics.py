@@ -107,6 +107,19 @@ def detectable(spread: Spread, level: float) -> float:
     return brentq(lacking, 0, needed.max() + 3 * deviation)
 
 
+def rerun(values: ArrayLike, level: float = LEVEL) -> tuple[float, float] | None:
+    """Where one more value lies at 1 - level, by Student's t, if it varies as these do; None of fewer than two.
+
+    The values are one a seed: losses, or differences, on images that stay the same. A mean's interval says where the
+    mean of all seeds is; this one is wider, by what a single seed differs from it.
+    """
+    found = np.asarray(values, float)
+    if len(found) < 2:
+        return None
+    half = -special.stdtrit(len(found) - 1, level / 2) * found.std(ddof=1) * math.sqrt(1 + 1 / len(found))
+    return float(found.mean() - half), float(found.mean() + half)
+
+
 # -- all methods -------------------------------------------------------------------------------------------------------
 
 
@@ -175,7 +188,8 @@ def _verdict(comparison: Comparison, p: tuple[float, float] | None, methods: int
     seeds, images = differences.shape
     found = Verdict(
         label=label, reference=reference, seeds=seeds, images=images, conclusion="cannot tell", sentence="",
-        difference=mean, relative=percent * mean, interval=None, p=None, p_holm=None, detectable=None,
+        difference=mean, relative=percent * mean, interval=None, rerun=rerun(percent * differences.mean(1)),
+        p=None, p_holm=None, detectable=None,
     )  # fmt: skip
     if p is not None:
         spread = spread_of(differences)

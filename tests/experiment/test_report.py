@@ -10,6 +10,7 @@ import sys
 from functools import partial
 
 import browsers
+import numpy as np
 import pytest
 from PIL import Image
 from waiting import LIMIT
@@ -17,6 +18,7 @@ from waiting import LIMIT
 from experiment import examples
 from reslora.diffusion.experiment.pages import IMAGES, timestep_chart
 from reslora.experiment import look, report
+from reslora.experiment.statistics import rerun
 
 headline_of = report.headline_of
 page = partial(report.page, about=IMAGES)
@@ -55,12 +57,17 @@ def words_of(content: str) -> str:
 def test_all_of_it_in_order(text, experiment):
     assert tuple(re.findall("<h2>(.*?)</h2>", text)) == ORDER
     words = words_of(text)
+    better = next(verdict for verdict in experiment["verdicts"] if verdict["conclusion"] == "better")
     for verdict in experiment["verdicts"]:
         assert verdict["sentence"] in words
     assert "loha 8e-4 2 failed the loss is not finite at step 61 61 7 min 0 s 5.00 GiB 0.31000 — " in words
     assert words.count("seed 0, step 200") == 4
+    ours = [np.mean(arm["test"]["losses"]) for arm in experiment["arms"] if arm["label"] == "lora_x2" and arm["test"]]
+    low, high = rerun(ours)
+    assert f" {np.mean(ours):.5f} {low:.5f} to {high:.5f} 8 " in words  # a loss, of one more seed, and the rank
+    low, high = better["rerun"]
+    assert f"&minus;{-low:.1f}% to &minus;{-high:.1f}%" in text
     assert "loha: 1 arm, failed" in words and "torch 2.9" in words and "duplicates 3" in words
-    better = next(verdict for verdict in experiment["verdicts"] if verdict["conclusion"] == "better")
     assert f"<h1>{better['sentence']}</h1>" in text
 
 

@@ -17,6 +17,7 @@ from reslora.experiment.statistics import (
     holm,
     p_value,
     percents,
+    rerun,
     spread_of,
     verdicts,
 )
@@ -121,6 +122,22 @@ def test_detectable_by_integrating_over_a_students_t():
     assert power == pytest.approx(0.8, abs=0.02)
 
 
+def test_one_more_seed_by_hand():
+    low, high = rerun([2.0, 4.0, 9.0])
+    half = 4.302653 * math.sqrt(13) * math.sqrt(4 / 3)  # Student's t of two degrees of freedom; a variance of 26 / 2
+    assert (low, high) == (pytest.approx(5 - half), pytest.approx(5 + half))
+    assert rerun([3.0]) is None and rerun([]) is None and rerun([3.0, 3.0]) == (3, 3)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_one_more_seed_is_within_in_19_of_20(seeds):
+    """On the same images, whichever of seeds and images varies more."""
+    for variances in VARIANCES:
+        means = simulated(seeds + 1, 10, variances, labels=1, experiments=2000)[0].mean(-1)
+        inside = [low <= last <= high for *others, last in means for low, high in [rerun(others)]]
+        assert np.mean(inside) == pytest.approx(0.95, abs=0.015), variances  # 0.01 is two deviations
+
+
 def test_holm_by_hand():
     assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
     assert holm([0.01, 0.02, 0.5, 0.005]) == pytest.approx([0.03, 0.04, 0.5, 0.02])
@@ -149,6 +166,7 @@ def test_a_better_and_a_worse_method():
     assert found["relative"] == pytest.approx(100 * found["difference"] / losses_of(0).mean())
     difference = losses_of(-1.2) - losses_of(0)
     assert high - low == pytest.approx(200 * float(half_width(spread_of(difference), 0.05)) / losses_of(0).mean())
+    assert found["rerun"] == pytest.approx(rerun(100 * difference.mean(1) / losses_of(0).mean()))
     size, least, most = percents(found["relative"], high, low)
     expected = f"reslora is better than lora: test loss {size}% lower (95% interval {least} to {most}%)"
     assert found["sentence"] == expected and float(least) < float(size) < float(most)
@@ -186,7 +204,7 @@ def test_several_methods_share_the_level():
 
 def test_one_seed_or_image_cannot_tell():
     found = verdict(losses_of(0)[:1], losses_of(-1.2)[:1])
-    assert found["interval"] is found["p"] is found["p_holm"] is found["detectable"] is None
+    assert found["interval"] is found["rerun"] is found["p"] is found["p_holm"] is found["detectable"] is None
     assert found["sentence"].startswith("one seed cannot tell reslora from lora: test loss 1.")
     assert found["sentence"].endswith("% lower (no interval)") and found["conclusion"] == "cannot tell"
     found = verdict(losses_of(0)[:, :1], losses_of(-1.2)[:, :1])
