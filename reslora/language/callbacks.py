@@ -1,4 +1,4 @@
-"""What happens between the steps of `AdapterTrainer`: progress, the log, AdaLoRA's ranks, and a stop on request."""
+"""What happens between the steps of `AdapterTrainer`: progress, the log, AdaLoRA's ranks, checkpoints, a stop."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from transformers.trainer_callback import ProgressCallback
 
 from ..common.adapters import RankAllocator
 from ..common.log import LogWriter, read_log
+from ..common.recovery import set_others_aside
 from ..common.signals import StopRequest
-from ..common.together import any_of
+from ..common.together import any_of, decided
+from .checkpoints import checkpoints_of
 
 
 class Progress(ProgressCallback):
@@ -83,6 +85,17 @@ class StopWhenAsked(TrainerCallback):
 
     def _asked(self) -> bool:
         return any_of(self.stop.signal is not None)
+
+
+class OthersStepAside(TrainerCallback):
+    """Sets aside what does not descend from `checkpoint`, once that has been loaded: not if it cannot be."""
+
+    def __init__(self, checkpoint: str) -> None:
+        self.checkpoint = Path(checkpoint)
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """Model, optimizer and schedule are loaded by now."""
+        decided(lambda: set_others_aside(self.checkpoint, checkpoints_of(args.output_dir)))
 
 
 class LogCallback(TrainerCallback):

@@ -30,7 +30,7 @@ from ..common.errors import Diverged, InvalidArgument, RunFailed, Stopped, refus
 from ..common.gauge import gauged
 from ..common.methods import METHODS, AdapterSettings, adapter_config, check_steps, refuse_deepspeed
 from ..common.patterns import spell_out
-from ..common.recovery import cannot_be_loaded, set_others_aside
+from ..common.recovery import cannot_be_loaded
 from ..common.signals import StopRequest
 from ..common.together import decided, is_main
 from ..config import ResLoraConfig
@@ -38,7 +38,7 @@ from ..files import write_checksums, write_tensors
 from ..model import enable_gradient_checkpointing
 from ..tracing import to_device
 from .arguments import MethodArguments
-from .callbacks import AllocateRanks, Progress, StopWhenAsked
+from .callbacks import AllocateRanks, OthersStepAside, Progress, StopWhenAsked
 from .checkpoints import ALLOCATOR_NAME, checkpoints_of, damage, usable_checkpoint
 
 logger = logging.get_logger(__name__)
@@ -212,6 +212,9 @@ class AdapterTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """As `Trainer.train`; `latest` or True means the newest usable checkpoint, or a fresh start without one."""
         found = decided(lambda: self._resumed_from(resume_from_checkpoint)) if resume_from_checkpoint else None
+        aside = OthersStepAside(found) if found else None
+        if aside is not None:
+            self.add_callback(aside)
         try:
             result = super().train(resume_from_checkpoint=found, **kwargs)
         except ValueError as error:
@@ -220,6 +223,8 @@ class AdapterTrainer(Trainer):
                 raise
             raise mismatch from error
         finally:
+            if aside is not None:
+                self.remove_callback(aside)
             if self.use_cache is not None:  # `Trainer` turns it off, and it would be saved with a merged model
                 base_model(self.model).config.use_cache = self.use_cache
         if self.stopping.leaving:
@@ -227,7 +232,7 @@ class AdapterTrainer(Trainer):
         return result
 
     def _resumed_from(self, named: Any) -> str | None:
-        """For the main process: the checkpoint to go on from; later ones, which are not of its line, step aside."""
+        """For the main process: the checkpoint to go on from."""
         processes = self.args.world_size
         if named not in ("latest", True):
             inside = Path(self.args.output_dir) / named
@@ -238,7 +243,6 @@ class AdapterTrainer(Trainer):
         else:
             folder = usable_checkpoint(self.args.output_dir, processes)
         if folder is not None:
-            set_others_aside(Path(folder), checkpoints_of(self.args.output_dir))
             return folder
         found = checkpoints_of(self.args.output_dir)
         if found:

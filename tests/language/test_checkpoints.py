@@ -3,7 +3,7 @@
 import pytest
 from conftest import assert_one_line
 
-from reslora.common.errors import InvalidArgument
+from reslora.common.errors import InvalidArgument, RunFailed
 from reslora.language.checkpoints import damage, usable_checkpoint
 
 from .helpers import build, trainer_for
@@ -34,6 +34,25 @@ def test_a_damaged_last_checkpoint_is_left_out(tmp_path, monkeypatch, name, cont
     with pytest.raises(InvalidArgument) as error:
         trainer_for(build()[0], tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     assert_one_line(error, "checkpoint-6", "damaged", "use latest")
+
+
+def test_later_ones_step_aside_once_the_chosen_one_is_loaded(tmp_path, monkeypatch):
+    def there() -> set[str]:
+        return {path.name for path in tmp_path.glob("*checkpoint-*")}
+
+    trainer_for(build()[0], tmp_path).train()
+    whole = {"checkpoint-2", "checkpoint-4", "checkpoint-6"}
+    trainer = trainer_for(build()[0], tmp_path)
+    with monkeypatch.context() as patched, pytest.raises(RunFailed, match="nothing on disk was changed"):
+        patched.setattr(trainer, "_load_allocator", fail)
+        trainer.train(resume_from_checkpoint="checkpoint-2")
+    assert there() == whole
+    trainer.train(resume_from_checkpoint="checkpoint-2")
+    assert there() == whole | {"set-aside-checkpoint-4", "set-aside-checkpoint-6"}
+
+
+def fail(*args) -> None:
+    raise RuntimeError("out of memory")
 
 
 @pytest.mark.parametrize(("method", "shortcut"), [("reslora", "input"), ("adalora", "none")])
