@@ -50,11 +50,13 @@ def comparison(
     columns: Sequence[str],
     rows: Sequence[tuple[str, Sequence[tuple[str, Sequence[Image]]]]],
     side: int | None = None,
+    above: tuple[str, Sequence[Image]] = ("", ()),
 ) -> None:
     """Writes images as a grid: columns across; prompts, and under each its methods, down.
 
     `columns` holds the titles, which may have several lines; `rows` a prompt and, for each of its methods, a name and
-    an image for every column. All images are fitted into the size of the first one, whose longer side gets `side`
+    an image for every column. `above`: a line and images that stand above the columns, as many as there are columns.
+    All images are fitted into the size of the first one, whose longer side gets `side`
     pixels (SMALL or LARGE where that is None); small ones are enlarged without steps, and a prompt too long for the
     figure is shortened.
 
@@ -65,12 +67,17 @@ def comparison(
     left = MARGIN + max((_width(name, TITLE) + 10 for name, _ in blocks if name), default=0)
     room = max(width, *(_width(line, TITLE) for title in columns for line in title.split("\n")))
     heading, line = 36, 22
-    top = MARGIN + line * max(title.count("\n") + 1 for title in columns)
+    lead = heading + height + 2 * GAP if above[1] else 0
+    top = lead + MARGIN + line * max(title.count("\n") + 1 for title in columns)
     depths = [heading + len(blocks) * (height + GAP) + GAP for _, blocks in rows]
     sheet = _Sheet(left + len(columns) * (room + GAP) - GAP + MARGIN, top + sum(depths))
     starts = [left + column * (room + GAP) + (room - width) // 2 for column in range(len(columns))]
+    if lead:
+        sheet.text(left, heading / 2 + 2, _shortened(above[0], PROMPT, sheet.width - left - MARGIN), PROMPT)
+        sheet.images(starts, heading, above[1], (width, height))
+        sheet.line(lead)
     for x, title in zip(starts, columns, strict=True):
-        sheet.text(x + width / 2, top / 2, title, TITLE, ha="center")
+        sheet.text(x + width / 2, (lead + top) / 2, title, TITLE, ha="center")
     y = top
     for (prompt, blocks), depth in zip(rows, depths, strict=True):
         sheet.line(y)
@@ -78,9 +85,7 @@ def comparison(
         for number, (name, images) in enumerate(blocks):
             row = y + heading + number * (height + GAP)
             sheet.text(left - 10, row + height / 2, name, TITLE, ha="right", color="#444444")
-            for x, image in zip(starts, images, strict=True):
-                if image is not None:
-                    sheet.image(x, row, _pixels(image, (width, height)))
+            sheet.images(starts, row, images, (width, height))
         y += depth
     _save(sheet.figure, path, DPI)
 
@@ -156,9 +161,11 @@ class _Sheet:
         ends, height = (MARGIN / self.width, 1 - MARGIN / self.width), 1 - y / self.height
         self.figure.add_artist(Line2D(ends, (height, height), color="#cccccc", linewidth=0.72))
 
-    def image(self, x: int, y: int, pixels: np.ndarray) -> None:
-        """An image, pixel for pixel, with its upper left corner at (x, y)."""
-        self.figure.figimage(pixels, x, self.height - y - len(pixels), origin="upper")
+    def images(self, places: Sequence[int], y: int, images: Sequence[Image], size: tuple[int, int]) -> None:
+        """Images fitted into a size, pixel for pixel, with their upper left corners at these places and y."""
+        for x, image in zip(places, images, strict=False):
+            if image is not None:
+                self.figure.figimage(_pixels(image, size), x, self.height - y - size[1], origin="upper")
 
 
 def _save(figure: Figure, path: str | os.PathLike, dpi: int) -> None:

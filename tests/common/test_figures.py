@@ -15,9 +15,9 @@ def plain(color, size=(64, 64)) -> PIL.Image.Image:
     return PIL.Image.new("RGB", size, color)
 
 
-def drawn(tmp_path, columns, rows) -> np.ndarray:
+def drawn(tmp_path, columns, rows, **more) -> np.ndarray:
     """The comparison's pixels, RGB."""
-    figures.comparison(tmp_path / "comparison.png", columns, rows)
+    figures.comparison(tmp_path / "comparison.png", columns, rows, **more)
     return np.asarray(PIL.Image.open(tmp_path / "comparison.png").convert("RGB"))
 
 
@@ -39,6 +39,18 @@ def test_steps_go_across_and_methods_down(tmp_path):
     beside = pixels[red[1] : red[1] + red[3], : red[0]]
     below = pixels[blue[1] : blue[1] + blue[3], red[0] : red[0] + red[2]]
     assert (beside != 255).any() and (below == 255).all()  # the method's name; an empty place
+
+
+def test_images_above_stand_over_the_columns_in_the_size_of_the_others(tmp_path):
+    rows = [("one", [("lora", [plain(GREEN), plain(BLUE)])])]
+    without = drawn(tmp_path, ["before", "step 4"], rows)
+    pixels = drawn(tmp_path, ["before", "step 4"], rows, above=("learnt", [plain(RED, (32, 16))]))
+    red, green = box(pixels, RED), box(pixels, GREEN)
+    assert red == (green[0], red[1] + 0, figures.SMALL, figures.SMALL // 2)  # as wide as the tile, with its shape
+    more = len(pixels) - len(without)
+    assert np.array_equal(pixels[more + 12 :], without[12:]) and red[1] + red[3] < more < green[1]
+    assert (pixels[: red[1], red[0] : red[0] + red[2]] != 255).any()  # the line over it
+    assert np.array_equal(without, drawn(tmp_path, ["before", "step 4"], rows, above=("learnt", [])))
 
 
 def test_an_image_is_enlarged_without_steps_and_nothing_else_is_done_to_it(tmp_path):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import PIL.Image
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -22,6 +24,7 @@ from .size import Size
 from .sources import Source
 
 TIMESTEPS = 8  # of an image, at which losses are compared
+SHOWN = 256  # pixels of an image's longer side, in figures
 VALIDATION_DRAWS = 4  # noises per held-out image, one in each quarter of the timesteps
 
 
@@ -57,6 +60,22 @@ class Material:
     def held_out(self) -> list[tuple[int, int]]:
         """Source and number of every image that is held out."""
         return [(number, image) for number, source in enumerate(self.sources) for image in source.held_out]
+
+    def learnt(self, count: int) -> list[PIL.Image.Image]:
+        """At most so many of the images that are trained on, from all over the data and no larger than SHOWN.
+
+        Without class images, and without those that cannot be read now: they are only to be looked at.
+        """
+        places = [
+            (source.images, image) for source in self.sources if not source.images.of_class for image in source.train
+        ]
+        found = []
+        for images, image in places[:: max(1, len(places) // count)][:count]:
+            with contextlib.suppress(Exception):  # each format's reader has exceptions of its own
+                opened = images.open(image)
+                opened.thumbnail((SHOWN, SHOWN))
+                found.append(opened)
+        return found
 
 
 class TrainingSamples(Dataset):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import huggingface_hub
@@ -35,14 +36,14 @@ NOT_UPLOADED = [
 NOT_UPLOADED += ["*/text_encoder*/model*", "*/text_encoder*/config.json"]  # the merged one: PEFT's have other names
 
 
-def write_figures(flags: Flags, held_out: int) -> None:
+def write_figures(flags: Flags, held_out: int, learnt: Sequence[Image.Image] = ()) -> None:
     """`comparison.png`, a single method's weights where diffusers' script leaves them, and `loss.png`.
 
-    That comes last: where it is, a run is finished.
+    That comes last: where it is, a run is finished. `learnt`: some of the images that were trained on.
     """
     output, measured = Path(flags.output_dir), min(held_out, flags.max_validation_images)
     if flags.validation_prompt and flags.num_validation_images:
-        write_comparison(flags, output)
+        write_comparison(flags, output, learnt)
     if len(flags.method) == 1 and METHODS[flags.method[0]].plain_lora:
         with replacing(output / DIFFUSERS_FILE) as temporary:
             shutil.copyfile(output / flags.method[0] / DIFFUSERS_FILE, temporary)
@@ -50,8 +51,11 @@ def write_figures(flags: Flags, held_out: int) -> None:
     loss_curves(output / FINISHED, logs, measured)
 
 
-def write_comparison(flags: Flags, output: Path) -> None:
-    """The paper's Figure 3: steps across; prompts down, and the methods under each."""
+def write_comparison(flags: Flags, output: Path, learnt: Sequence[Image.Image] = ()) -> None:
+    """The paper's Figure 3: steps across; prompts down, and the methods under each.
+
+    Some of the images that were trained on stand above it, but not where it is uploaded: nobody asked for that.
+    """
     prompts = list(enumerate(flags.validation_prompt))
     folders = (
         path
@@ -65,7 +69,9 @@ def write_comparison(flags: Flags, output: Path) -> None:
         (prompt, [(name, [_image(output / name / place, number, prompt) for place in places]) for name in flags.method])
         for number, prompt in prompts
     ]
-    comparison(output / "comparison.png", [f"step {step}" for step in chosen] + ["merged"], rows)
+    columns = [f"step {step}" if step else "before" for step in chosen] + ["merged"]
+    above = "some of the images to learn from", () if flags.push_to_hub else learnt
+    comparison(output / "comparison.png", columns, rows, above=above)
 
 
 def _image(samples: Path, number: int, prompt: str) -> Path | None:
@@ -84,7 +90,7 @@ def print_summary(flags: Flags) -> None:
     output = Path(flags.output_dir)
     lines = ["", f"{output}/"]
     if (output / "comparison.png").is_file():
-        lines.append("  comparison.png   steps across; prompts and methods down")
+        lines.append("  comparison.png   images to learn from; steps across; prompts and methods down")
     lines += ["  loss.png         training and validation loss", "  config.json      every setting of this run"]
     uses = {
         DIFFUSERS_FILE: "diffusers: pipeline.load_lora_weights(folder)",

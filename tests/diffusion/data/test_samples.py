@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import PIL.Image
 import pytest
 import torch
 from launching import forked
@@ -14,6 +15,7 @@ from reslora.diffusion.arguments import Flags
 from reslora.diffusion.data.batch import Batch
 from reslora.diffusion.data.plan import Plan
 from reslora.diffusion.data.samples import (
+    SHOWN,
     VALIDATION_DRAWS,
     CalibrationSamples,
     Material,
@@ -187,6 +189,25 @@ def test_loss_png_says_on_how_many_images_the_loss_was_measured(brief_flags, tmp
         drawn.append(by_step(output, "lora"))
     assert said == [1, 2, 3]
     assert len({found[0, "validation"] for found in drawn}) == 3 and len({found[1, "train"] for found in drawn}) == 1
+
+
+def test_images_to_be_looked_at_are_those_trained_on_from_all_over_the_data():
+    """Made as large as they are numbered; number 40 cannot be read, and class images are not learnt."""
+
+    def opened(number: int) -> PIL.Image.Image:
+        if number == 40:
+            raise OSError("cannot be read just now")
+        return PIL.Image.new("RGB", (number + 1, 600 if number == 80 else 1))
+
+    def source(train: range, of_class: bool = False) -> Source:
+        return Source(SimpleNamespace(open=opened, of_class=of_class), None, tuple(train), (1,), (), ())
+
+    sources = source(range(300, 310), of_class=True), source(range(0, 60, 10)), source(range(60, 120, 10))
+    material = Material(sources, {}, None, {}, Flags())
+    sizes = [image.size for image in material.learnt(6)]
+    assert sizes == [(1, 1), (21, 1), (61, 1), (round(81 * SHOWN / 600), SHOWN), (101, 1)]
+    assert len(material.learnt(5)) == 4 and len(material.learnt(99)) == 11
+    assert Material((), {}, None, {}, Flags()).learnt(6) == []
 
 
 # -- what noises are for -----------------------------------------------------------------------------------------------

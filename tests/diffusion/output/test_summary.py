@@ -16,7 +16,7 @@ PROMPTS = ["red disc", "blue box"]
 
 
 def flags_of(output: Path, prompts: list[str] | None = None) -> Flags:
-    shown = {"validation_prompt": prompts, "num_validation_images": 1, "max_validation_images": 4}
+    shown = {"validation_prompt": prompts, "num_validation_images": 1, "max_validation_images": 4, "push_to_hub": False}
     return Flags(output_dir=str(output), method=["lora"], **shown)
 
 
@@ -43,8 +43,9 @@ def test_where_loss_png_is_the_weights_are_in_their_place(tmp_path, monkeypatch)
 
 
 def test_the_comparison_shows_what_was_drawn_of_todays_prompts_and_can_be_read(tmp_path, monkeypatch):
-    samples, drawn = tmp_path / "lora" / "samples", []
-    draw(samples / "step-000000", ["green star", "white cat"])
+    samples, drawn, above_it = tmp_path / "lora" / "samples", [], []
+    draw(samples / "step-000000", ["green star", "blue box"])
+    draw(samples / "step-000001", ["green star", "white cat"])
     draw(samples / "step-000002", ["red disc", "white cat"])
     draw(samples / "step-000004", PROMPTS)
     draw(samples / "step-000006", PROMPTS)
@@ -54,13 +55,16 @@ def test_the_comparison_shows_what_was_drawn_of_todays_prompts_and_can_be_read(t
     draw(tmp_path / "lora" / "merged", PROMPTS)
     (tmp_path / "lora" / "merged" / "prompts.json").unlink()  # of an earlier version
 
-    def compare(path: Path, columns: list[str], rows: list) -> None:
+    def compare(path: Path, columns: list[str], rows: list, above: tuple) -> None:
         drawn.append((columns, [[image is not None for image in images] for _, [(_, images)] in rows]))
-        comparison(path, columns, rows)
+        above_it.append(above[1])
+        comparison(path, columns, rows, above=above)
 
     monkeypatch.setattr(summary, "comparison", compare)
-    summary.write_comparison(flags_of(tmp_path, PROMPTS), tmp_path)
-    assert drawn == [
-        (["step 2", "step 4", "step 6", "merged"], [[True, True, False, True], [False, True, False, True]])
-    ]
+    flags, learnt = flags_of(tmp_path, PROMPTS), [Image.new("RGB", (9, 9))]
+    summary.write_comparison(flags, tmp_path, learnt)
+    columns = ["before", "step 2", "step 4", "step 6", "merged"]
+    assert drawn == [(columns, [[False, True, True, False, True], [True, False, True, False, True]])]
+    summary.write_comparison(flags.replace(push_to_hub=True), tmp_path, learnt)
+    assert above_it == [learnt, ()]  # nobody asked that the images to learn from be uploaded
     assert (tmp_path / "comparison.png").is_file()
