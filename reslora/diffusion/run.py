@@ -46,7 +46,7 @@ from .output.drawing import Drawer
 from .output.exports import export_method
 from .output.metric import load_metric
 from .output.reports import FINISHED, Reports, Validation
-from .output.summary import COLUMNS, hub_repository, print_summary, publish, write_figures
+from .output.summary import hub_repository, print_summary, publish, write_figures
 from .output.trackers import start_trackers
 from .planning.plan import check_memory
 from .processes import start_accelerator
@@ -289,7 +289,7 @@ def train_and_export(learner: Learner, setting: Setting, validation: type[Valida
 def show(material: Material, context: Context) -> None:
     """Figures, a summary, and an upload where that is asked for."""
     context.status.say("finishing")
-    write_figures(context.flags, len(material.held_out), material.learnt(COLUMNS + 1))
+    write_figures(context.flags, len(material.held_out), material.learnt)
     print_summary(context.flags)
     if context.flags.push_to_hub:
         publish(context.flags)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import huggingface_hub
@@ -36,14 +36,15 @@ NOT_UPLOADED = [
 NOT_UPLOADED += ["*/text_encoder*/model*", "*/text_encoder*/config.json"]  # the merged one: PEFT's have other names
 
 
-def write_figures(flags: Flags, held_out: int, learnt: Sequence[Image.Image] = ()) -> None:
+def write_figures(flags: Flags, held_out: int, learnt: Callable[[int], list[Image.Image]] = lambda _: []) -> None:
     """`comparison.png`, a single method's weights where diffusers' script leaves them, and `loss.png`.
 
-    That comes last: where it is, a run is finished. `learnt`: some of the images that were trained on.
+    That comes last: where it is, a run is finished. `learnt`: gives some of the images that were trained on.
     """
     output, measured = Path(flags.output_dir), min(held_out, flags.max_validation_images)
     if flags.validation_prompt and flags.num_validation_images:
-        write_comparison(flags, output, learnt)
+        # Nobody asked that those be uploaded.
+        write_comparison(flags, output, [] if flags.push_to_hub else learnt(COLUMNS + 1))
     if len(flags.method) == 1 and METHODS[flags.method[0]].plain_lora:
         with replacing(output / DIFFUSERS_FILE) as temporary:
             shutil.copyfile(output / flags.method[0] / DIFFUSERS_FILE, temporary)
@@ -52,10 +53,7 @@ def write_figures(flags: Flags, held_out: int, learnt: Sequence[Image.Image] = (
 
 
 def write_comparison(flags: Flags, output: Path, learnt: Sequence[Image.Image] = ()) -> None:
-    """The paper's Figure 3: steps across; prompts down, and the methods under each.
-
-    Some of the images that were trained on stand above it, but not where it is uploaded: nobody asked for that.
-    """
+    """The paper's Figure 3: steps across; prompts down, and the methods under each; what was trained on above it."""
     prompts = list(enumerate(flags.validation_prompt))
     folders = (
         path
@@ -70,8 +68,7 @@ def write_comparison(flags: Flags, output: Path, learnt: Sequence[Image.Image] =
         for number, prompt in prompts
     ]
     columns = [f"step {step}" if step else "before" for step in chosen] + ["merged"]
-    above = "some of the images to learn from", () if flags.push_to_hub else learnt
-    comparison(output / "comparison.png", columns, rows, above=above)
+    comparison(output / "comparison.png", columns, rows, above=("some of the images to learn from", learnt))
 
 
 def _image(samples: Path, number: int, prompt: str) -> Path | None:

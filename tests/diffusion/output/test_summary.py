@@ -65,6 +65,15 @@ def test_the_comparison_shows_what_was_drawn_of_todays_prompts_and_can_be_read(t
     summary.write_comparison(flags, tmp_path, learnt)
     columns = ["before", "step 2", "step 4", "step 6", "merged"]
     assert drawn == [(columns, [[False, True, True, False, True], [True, False, True, False, True]])]
-    summary.write_comparison(flags.replace(push_to_hub=True), tmp_path, learnt)
-    assert above_it == [learnt, ()]  # nobody asked that the images to learn from be uploaded
+    assert above_it == [learnt]
+
+
+def test_images_to_learn_from_are_shown_but_not_uploaded(tmp_path, monkeypatch):
+    found, flags = [], flags_of(tmp_path, PROMPTS)
+    draw(tmp_path / "lora" / "samples" / "step-000000", PROMPTS)
+    (tmp_path / "lora" / "pytorch_lora_weights.safetensors").write_bytes(b"weights")
+    monkeypatch.setattr(summary, "write_comparison", lambda flags, output, learnt: found.append(learnt))
+    for more in (flags, flags.replace(push_to_hub=True), flags.replace(num_validation_images=0)):
+        summary.write_figures(more, 0, lambda most: [most])
+    assert found == [[summary.COLUMNS + 1], []]
     assert (tmp_path / "comparison.png").is_file()
