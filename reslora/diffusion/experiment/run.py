@@ -178,7 +178,7 @@ def of_seed(material: Material, seed: int, pipeline: DiffusionPipeline, context:
             sizes = [source.size(image) for image in range(len(source.images))]
             latents, problems = latents_of(source.images, sizes, pipeline, context)
             for index, problem in problems.items():  # by an earlier version, which kept what had passed
-                name = source.images.rows[index]["image"]["path"] or f"image {index}"
+                name = source.images.name(index)
                 where = f"--seed {seed}, {name}"
                 raise InvalidArgument(where, f"{problem}, and not with other seeds", f"remove {cache_folder(flags)}")
             source = dataclasses.replace(source, latents=latents)
