@@ -48,7 +48,7 @@ def material_of(
         sources = balanced(*([s for s in sources if s.images.of_class == kind] for kind in (False, True)))
     sizes = {size for source in sources for size in source.buckets}
     shapes = {size: family.latent_shape(pipeline, size.height, size.width) for size in sizes}
-    material = Material(sources, Texts(None, {}), objective, shapes, context.flags)
+    material = Material(sources, Texts(None, {}), objective, shapes, context.flags, family.latents_per_token)
     return with_texts(material, pipeline, context)
 
 

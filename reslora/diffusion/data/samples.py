@@ -40,6 +40,8 @@ class Material:
     shapes: Mapping[Size, tuple[int, int, int]]
     """Channels, height and width of the latents of images of every size."""
     flags: Flags
+    latents_per_token: int = 4
+    """How many places of the latents are one token of the denoiser."""
 
     def plan(self, processes: int) -> Plan:
         """What the forwards of so many processes read."""
@@ -96,7 +98,7 @@ class TrainingSamples(Dataset):
 
     def timestep(self, position: int, shape: Sequence[int], draws: torch.Generator) -> torch.Tensor:
         """The timestep of a sample with latents of that shape."""
-        return self.material.objective.draw(draws, tokens=shape[1] * shape[2] // 4)
+        return self.material.objective.draw(draws, tokens=shape[1] * shape[2] // self.material.latents_per_token)
 
     def __getitem__(self, draw: Draw) -> Batch:
         material, source = self.material, self.material.sources[draw.source]
