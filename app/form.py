@@ -28,7 +28,9 @@ LABELS = {
 OF_RESLORA = ("shortcut", "pre_num", "head", "merge")
 TEXTS = ("caption_prefix", "caption_suffix", "target_modules", "rank_pattern", "alpha_pattern")
 """Flags that take words which name no file, no model and no code."""
-NEVER = ("plan", "local_rank", "push_to_hub", "class_prompt", "dataloader_num_workers")
+OF_CLASS_IMAGES = ("class_prompt", "num_class_images", "prior_loss_weight")
+"""Flags that nothing reads without a folder of class images, which a page may not name."""
+NEVER = ("plan", "local_rank", "push_to_hub", "dataloader_num_workers", *OF_CLASS_IMAGES)
 PRESETS: dict[str, dict[str, object]] = {
     "the trainer's defaults": {},
     "a quick look": {"max_train_steps": 50, "validation_steps": 25, "checkpointing_steps": 50},

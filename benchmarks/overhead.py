@@ -34,7 +34,7 @@ from reslora.diffusion.data.sources import Source
 from reslora.diffusion.model.families.stable_diffusion import StableDiffusion
 from reslora.diffusion.model.objective import DdpmObjective
 from reslora.diffusion.output.reports import Reports
-from reslora.diffusion.output.trackers import start_trackers
+from reslora.diffusion.output.trackers import note_settings, start_trackers
 from reslora.diffusion.processes import start_accelerator
 from reslora.diffusion.settings import parse_args, with_family
 from reslora.diffusion.training.denoising import DenoisingLoss
@@ -140,7 +140,8 @@ def material_of(folder: Path, batch: int, steps: int) -> tuple[Material, Context
     texts = encode_texts([text for options in images.captions for text in options], "", lambda: None, context)
     source = Source(images, latents, tuple(range(len(images))), (), (size,), (0,) * len(images))
     material = Material((source,), texts, DdpmObjective(DDPMScheduler()), {size: (4, 64, 64)}, flags)
-    start_trackers(schedule_of(material, context), context)
+    start_trackers(context)
+    note_settings(schedule_of(material, context), context)
     return material, context
 
 

@@ -355,7 +355,9 @@ def add_validation_flags(add: Callable) -> None:
     add("--validation_width", type=whole(8), help="pixels of a sample; default: --resolution, the first")
     add("--validation_steps", type=whole(1),
         help="steps between samples; none: by --validation_epochs, and in experiments ten times at most")
-    add("--validation_epochs", type=whole(1), default=1, help="epochs between samples")
+    add("--validation_epochs", type=whole(1),
+        help="epochs between samples, unless --validation_steps is given; default: 1, but of a bundled pipeline 50 "
+             "steps")
     add("--validation_split", type=number(0, below=1), help="share of the images held out for a validation loss")
     add("--max_validation_images", type=whole(1), default=64,
         help="images the validation loss is measured on; of more that are held out so many are drawn by --seed, and "

@@ -47,7 +47,7 @@ from .output.exports import export_method
 from .output.metric import load_metric
 from .output.reports import FINISHED, Reports, Validation
 from .output.summary import hub_repository, print_summary, publish, write_figures
-from .output.trackers import start_trackers
+from .output.trackers import note_settings, start_trackers
 from .planning.plan import check_memory
 from .processes import start_accelerator
 from .settings import with_family
@@ -100,12 +100,13 @@ def run(flags: Flags, stop: StopRequest) -> None:
             decided(lambda: hub_repository(context.flags))
         check_before_loading(kinds, context)
         pipeline, objective = each(lambda: load_and_check(context))
+        start_trackers(context)
         material = material_of(kinds, pipeline, objective, context)
         note_images(material, context, goes_on=bool(resume.finished or any(resume.checkpoints.values())))
         forget_encoder(pipeline, context)
         setting = Setting(pipeline, material, schedule_of(material, context), identity, context)
         decided(lambda: check_length(context.flags, resume, setting.schedule.steps))
-        start_trackers(setting.schedule, context)
+        note_settings(setting.schedule, context)
         for method in context.flags.method:
             if method not in resume.finished:
                 train_method(method, resume, setting)

@@ -72,7 +72,10 @@ def fill_defaults(args: argparse.Namespace) -> Flags:
         values["max_train_steps"] = BUNDLED_STEPS
     values["num_train_epochs"] = args.num_train_epochs or 100
     values["optimizer"] = args.optimizer or ("adamw8bit" if args.use_8bit_adam else "adamw")
-    own = BUNDLED_DEFAULTS.get(Path(values["pretrained_model_name_or_path"]).name, {}) if bundled else {}
+    own: dict[str, object] = dict(BUNDLED_DEFAULTS.get(Path(values["pretrained_model_name_or_path"]).name, {}))
+    if args.validation_epochs:
+        own["validation_steps"] = None
+    values["validation_epochs"] = args.validation_epochs or 1
     if (rate := named(values["optimizer"]).learning_rate) is not None and args.learning_rate is None:
         values["learning_rate"] = rate
     for name, (with_bundled, with_named) in DEFAULTS.items():
@@ -187,11 +190,7 @@ def check_flags(flags: Flags) -> None:
         missing = "--class_prompt" if flags.class_prompt is None else "--class_data_dir"
         raise InvalidArgument(missing, "missing", "give --class_data_dir and --class_prompt together, or neither")
     check_loss(flags)
-    if flags.keep_tokens and not (flags.shuffle_caption or flags.caption_tag_dropout_rate):
-        fix = "add --shuffle_caption or --caption_tag_dropout_rate"
-        raise InvalidArgument(f"--keep_tokens {flags.keep_tokens}", "nothing reads it", fix)
-    if flags.aspect_ratio_buckets and not flags.use_aspect_ratio_buckets:
-        raise InvalidArgument("--aspect_ratio_buckets", "nothing reads them", "add --use_aspect_ratio_buckets")
+    check_unread(flags)
     if flags.aspect_ratio_buckets and len(listed(flags.resolution)) > 1:
         sides = " ".join(map(str, flags.resolution))
         raise InvalidArgument(f"--resolution {sides}", "--aspect_ratio_buckets names all sizes", "give one side")
@@ -329,8 +328,26 @@ def check_loss(flags: Flags) -> None:
             unread = unread or "--huber_schedule snr"
         if unread and value != parser.get_default(name):
             raise InvalidArgument(f"--{name} {value}", f"{unread} does not read it", "leave it out, or change that")
-    if flags.masked_loss_normalised and not flags.masked_loss:
-        raise InvalidArgument("--masked_loss_normalised", "nothing reads it", "add --masked_loss")
+
+
+def check_unread(flags: Flags) -> None:
+    """Refuse flags that nothing reads; with its default one may be given, as commands for other scripts have it."""
+    measures = flags.select_split or (flags.validation_prompt and flags.num_validation_images)
+    parser, tags = build_parser(), flags.shuffle_caption or flags.caption_tag_dropout_rate
+    for name, read, fix in (
+        ("keep_tokens", tags, "add --shuffle_caption or --caption_tag_dropout_rate"),
+        ("aspect_ratio_buckets", flags.use_aspect_ratio_buckets, "add --use_aspect_ratio_buckets"),
+        ("bucket_upscale", flags.use_aspect_ratio_buckets, "add --use_aspect_ratio_buckets"),
+        ("bucket_upscale", not flags.aspect_ratio_buckets, "leave it out, --aspect_ratio_buckets scale images up"),
+        ("masked_loss_normalised", flags.masked_loss, "add --masked_loss"),
+        ("prior_loss_weight", flags.class_data_dir, "add --class_data_dir and --class_prompt"),
+        ("num_class_images", flags.class_data_dir, "add --class_data_dir and --class_prompt"),
+        ("metric_model", measures, "add --validation_prompt and --num_validation_images 1, or leave it out"),
+    ):
+        value = getattr(flags, name)
+        if not read and value != parser.get_default(name):
+            given = f"--{name}" if value is True else f"--{name} {value}"
+            raise InvalidArgument(given, "nothing reads it", fix)
 
 
 def check_schedule(flags: Flags) -> None:

@@ -11,6 +11,7 @@ from app.runs import RunError
 from app.tabs.experiment import ExperimentTab
 from app.tabs.train import TrainTab
 from reslora.diffusion.arguments import build_parser
+from reslora.diffusion.settings import parse_args
 
 
 def test_no_flag_that_names_a_file_a_model_or_code_is_in_the_form():
@@ -55,11 +56,23 @@ def test_a_preset_is_what_the_trainer_takes(name):
     parsed = vars(build_parser().parse_args(words))
     for flag, value in settings.items():
         assert parsed[flag] == value, flag
+    parse_args(words)  # which refuses what nothing would read
 
 
 def test_the_settings_of_a_run_make_its_command_again(tmp_path):
     """As its config.json has them, whatever type that is."""
-    write_run(tmp_path / "run", shortcut="middle", pre_num=2, random_flip=True, snr_gamma=5.0, target_modules=["to_q"])
+    write_run(
+        tmp_path / "run",
+        shortcut="middle",
+        pre_num=2,
+        random_flip=True,
+        snr_gamma=5.0,
+        target_modules=["to_q"],
+        class_data_dir="class",
+        class_prompt="a disc",
+        num_class_images=7,
+        prior_loss_weight=0.5,
+    )
     names = TrainTab.all_names()
     settings = form.settings_of("run", Library(tmp_path).runs())
     words = launcher.arguments(dict(zip(names, form.values_of(settings, names), strict=True)))
@@ -67,6 +80,7 @@ def test_the_settings_of_a_run_make_its_command_again(tmp_path):
     expected = {"shortcut": ["middle"], "pre_num": [2], "random_flip": True, "snr_gamma": 5.0, "max_train_steps": 4}
     assert {name: parsed[name] for name in expected} == expected and parsed["target_modules"] == ["to_q"]
     assert parsed["validation_prompt"] == settings["validation_prompt"]
+    parse_args(words)  # which refuses what nothing would read
     with pytest.raises(RunError, match="no run of that name"):  # not an empty form
         form.settings_of("gone", Library(tmp_path).runs())
 

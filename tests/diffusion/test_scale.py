@@ -132,7 +132,9 @@ def test_an_interrupted_run_encodes_no_part_twice(train, tmp_path, monkeypatch):
     assert encoded == variants[:8] + variants[5:]
 
 
-def test_without_cached_latents_an_image_is_opened_when_it_is_drawn(train, tmp_path, monkeypatch):
+def test_without_cached_latents_an_image_is_opened_once_before_training_and_when_it_is_drawn(
+    train, tmp_path, monkeypatch
+):
     opened, drawn, open_image, sample = [], [], ImageDataset.open, TrainingSamples.__getitem__
     monkeypatch.setattr(ImageDataset, "open", lambda self, index: (opened.append(index), open_image(self, index))[1])
 
@@ -142,7 +144,7 @@ def test_without_cached_latents_an_image_is_opened_when_it_is_drawn(train, tmp_p
 
     monkeypatch.setattr(TrainingSamples, "__getitem__", draw)
     train("out", "--no-cache_latents")
-    assert opened == drawn and len(opened) == 4
+    assert opened == [*range(IMAGES), *drawn] and len(drawn) == 4
     assert not list((tmp_path / "cache" / "encoded").glob("latents*"))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from diffusion.runs import refused
+from reslora.common.errors import InvalidArgument
 from reslora.diffusion.settings import ASSETS, parse_args
 
 
@@ -101,7 +102,7 @@ def test_malformed_config_values_are_refused(tmp_path, capsys, content):
 
 
 def test_the_bundled_transformer_has_a_learning_rate_and_a_guidance_of_its_own():
-    """Its pipeline adds guidance to 1, so that 2 is what other pipelines call 3."""
+    """Its pipeline adds guidance to 1, so that 3 is what other pipelines call 4."""
     for name, expected in (("pipeline", (1.2e-4, 4.0)), ("pipeline-flow", (1e-3, 3.0))):
         flags = parse_args(["--pretrained_model_name_or_path", str(ASSETS / name)])
         assert (flags.learning_rate, flags.guidance_scale) == expected
@@ -113,6 +114,49 @@ def test_a_validation_that_steers_is_by_fixed_noises():
     for words in (["--save_best"], ["--early_stopping_patience", "3"]):
         assert parse_args(words).validation_noises == 4
         assert parse_args([*words, "--validation_noises", "2"]).validation_noises == 2
+
+
+def test_samples_come_by_epochs_where_these_are_given(run, tmp_path):
+    """Of a bundled pipeline they come every 50 steps otherwise, which must not win."""
+    assert (parse_args([]).validation_steps, parse_args([]).validation_epochs) == (50, 1)
+    toml = tmp_path / "run.toml"
+    toml.write_text("validation_epochs = 1")
+    bundled = str(ASSETS / "pipeline")
+    own = ["--config", str(run / "config.json"), "--pretrained_model_name_or_path", bundled]
+    for words in (["--validation_epochs", "1"], ["--config", str(toml)], [*own, "--validation_epochs", "1"]):
+        flags = parse_args(words)
+        assert (flags.validation_steps, flags.validation_epochs) == (None, 1)
+    assert parse_args(own).validation_steps == 2
+    assert parse_args(["--validation_epochs", "3", "--validation_steps", "7"]).validation_steps == 7
+
+
+UNREAD = {  # and with what it is read
+    "--keep_tokens 1": "--shuffle_caption",
+    "--aspect_ratio_buckets 32,32": "--use_aspect_ratio_buckets",
+    "--bucket_upscale": "--use_aspect_ratio_buckets",
+    "--bucket_upscale --use_aspect_ratio_buckets --aspect_ratio_buckets 32,32": "--aspect_ratio_buckets ''",
+    "--masked_loss_normalised": "--masked_loss",
+    "--prior_loss_weight 0.5": "--class_data_dir class --class_prompt disc",
+    "--num_class_images 7": "--class_data_dir class --class_prompt disc",
+    "--metric_model someone/dino": "--validation_prompt disc",
+    "--metric_model someone/dino --validation_prompt disc --num_validation_images 0": "--num_validation_images 1",
+}
+
+
+@pytest.mark.parametrize("words", UNREAD)
+def test_what_nothing_reads_is_refused(words, model, data):
+    flags = ["--pretrained_model_name_or_path", str(model), "--train_data_dir", str(data), *words.split()]
+    with pytest.raises(InvalidArgument, match=f"^{words.split()[0]}.*: nothing reads it; .*{UNREAD[words].split()[0]}"):
+        parse_args(flags)
+    if "''" not in UNREAD[words]:
+        parse_args([*flags, *UNREAD[words].split()])
+
+
+def test_what_nothing_reads_may_be_given_as_it_is_without(model, data):
+    """As commands have it that were made for diffusers' and kohya's scripts."""
+    words = ["--prior_loss_weight", "1.0", "--num_class_images", "100", "--keep_tokens", "0", "--no-bucket_upscale"]
+    parse_args(["--pretrained_model_name_or_path", str(model), "--train_data_dir", str(data), *words])
+    parse_args(["--metric_model", "someone/dino", "--num_validation_images", "0", "--seed", "0", "1"])  # an experiment
 
 
 @pytest.mark.parametrize("name", ["prodigy", "prodigyopt.Prodigy"])

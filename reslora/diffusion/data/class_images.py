@@ -56,7 +56,7 @@ def draw_missing(context: Context) -> None:
     model, device = context.model, context.accelerator.device
     side = max(listed(flags.resolution))  # no smaller than any that it is trained at
     pipeline = model.load_pipeline(context.dtype, device, encoders=True)
-    denoiser = model.load_denoiser(context.dtype, device, blocks_to_swap=flags.blocks_to_swap)
+    denoiser = model.load_denoiser(context.dtype, device, flags.base_precision, flags.blocks_to_swap)
     setattr(pipeline, model.family.denoiser, denoiser.eval())
     guidance = {model.family.guidance: flags.guidance_scale}
     for first in range(0, len(todo), flags.train_batch_size):

@@ -92,10 +92,9 @@ class ImageDataset:
         row = self.rows[index]
         return open_masked(_source(row), _source(row, "mask"))
 
-    def counts_nothing(self, index: int) -> bool:
-        """Whether its mask is black everywhere."""
-        row = self.rows[index]
-        return is_masked(_source(row), _source(row, "mask")) and self.open_masked(index)[1].getbbox() is None
+    def name(self, index: int) -> str:
+        """The file of an image, or its number."""
+        return self.rows[index]["image"]["path"] or f"image {index}"
 
 
 @dataclass

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from diffusers import DiffusionPipeline
+from PIL.Image import Image
 from torch import nn
 from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader
@@ -142,16 +143,10 @@ class Variants(TorchDataset):
         return (self.images.marks[index], *pixels, *(["masked"] if flags.masked_loss else []))
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, ...] | str:
-        images = self.images
-        try:
-            image, mask = images.open_masked(index) if self.flags.masked_loss else (images.open(index), None)
-        except Exception as error:
-            if passes(error):
-                name = images.rows[index]["image"]["path"] or f"image {index}"
-                raise RunFailed(f"{name} cannot be read now ({first_line(error)})") from None
-            return damage(error)
-        if mask is not None and mask.getbbox() is None:
-            return NOTHING_COUNTS
+        found = opened(self.images, index, self.flags)
+        if isinstance(found, str):
+            return found
+        image, mask = found
         random = generator(self.flags.seed, "crops", self.images.marks[index])  # wherever in the data the image is
         draws = torch.rand(self.crops(index) - 1, 2, generator=random).tolist()
         how = [(crop, flip) for crop in [(0.5, 0.5), *draws] for flip in self.flips]
@@ -160,6 +155,31 @@ class Variants(TorchDataset):
         sizes = torch.tensor([crop_sizes(image.size, crop, flip, size) for crop, flip in how])
         masks = [] if mask is None else [torch.stack([crop_mask(mask, crop, flip, size) for crop, flip in how])]
         return pixels, sizes, *masks
+
+
+class Damages(TorchDataset):
+    """Why image `index` cannot be trained, or nothing to be kept of it."""
+
+    def __init__(self, images: ImageDataset, flags: Flags) -> None:
+        self.images, self.flags = images, flags
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Item:
+        found = opened(self.images, index, self.flags)
+        return found if isinstance(found, str) else ()
+
+
+def opened(images: ImageDataset, index: int, flags: Flags) -> tuple[Image, Image | None] | str:
+    """An image, and its mask with --masked_loss, or why it cannot be trained; `RunFailed` where it may be whole."""
+    try:
+        image, mask = images.open_masked(index) if flags.masked_loss else (images.open(index), None)
+    except Exception as error:
+        if passes(error):
+            raise RunFailed(f"{images.name(index)} cannot be read now ({first_line(error)})") from None
+        return damage(error)
+    return NOTHING_COUNTS if mask is not None and mask.getbbox() is None else (image, mask)
 
 
 def passes(error: Exception) -> bool:
@@ -176,27 +196,40 @@ def encode_images(variants: Variants, key: object, vae: nn.Module, context: Cont
 
     Only images that are not on disk yet are opened and encoded.
     """
-    accelerator = context.accelerator
     keys = [derive(key, variants.key(index)) for index in range(len(variants))]
     found = Encoded(cache_folder(context.flags), f"latents-{derive(key):016x}", keys)
+    _fill(found, variants, lambda item: encoded(context.model.family, vae, *item), "encoding image", context)
+    return Latents(found, variants.count, range(len(variants))), found.problems()
+
+
+def damaged_images(images: ImageDataset, context: Context) -> dict[int, str]:
+    """Which images cannot be trained, and why, where no latents are kept: each is opened once, for all runs."""
+    keys = [derive(mark, context.flags.masked_loss) for mark in images.marks]
+    found = Encoded(cache_folder(context.flags), "opened", keys)
+    _fill(found, Damages(images, context.flags), lambda item: item, "opening image", context)
+    return found.problems()
+
+
+def _fill(found: Encoded, images: TorchDataset, make: Callable[[Sequence], Item], phase: str, context: Context) -> None:
+    """Writes what `make` makes of each image that is missing, or why that cannot be trained."""
+    accelerator = context.accelerator
     total = sum(map(len, share(found, PART_OF_IMAGES, accelerator)))
     silent = not accelerator.is_main_process or total == 0
-    bar = tqdm(desc="encoding images", total=total, disable=silent, dynamic_ncols=True)
+    bar = tqdm(desc=f"{phase}s", total=total, disable=silent, dynamic_ncols=True)
     number = itertools.count(1)
 
-    def encode(numbers: Sequence[int]) -> Generator[Item]:
-        options = worker_options(variants.flags.dataloader_num_workers)
-        loader = DataLoader(variants, batch_size=None, sampler=numbers, **options)
-        with contextlib.closing(stream(loader)) as items:
-            for item in items:
+    def items(numbers: Sequence[int]) -> Generator[Item]:
+        options = worker_options(context.flags.dataloader_num_workers)
+        loader = DataLoader(images, batch_size=None, sampler=numbers, **options)
+        with contextlib.closing(stream(loader)) as loaded:
+            for item in loaded:
                 context.stop.check("stopped before training began")
-                yield item if isinstance(item, str) else encoded(context.model.family, vae, *item)
+                yield item if isinstance(item, str) else make(item)
                 bar.update()
-                context.status.count("encoding image", next(number), total)
+                context.status.count(phase, next(number), total)
 
     with bar:
-        fill(found, PART_OF_IMAGES, encode, accelerator)
-    return Latents(found, variants.count, range(len(variants))), found.problems()
+        fill(found, PART_OF_IMAGES, items, accelerator)
 
 
 def encoded(
@@ -221,11 +254,10 @@ def without_damaged(
     keep = [index for index in range(len(images)) if index not in problems]
     if not problems:
         return images, latents, keep
-    names = {i: images.rows[i]["image"]["path"] or f"image {i}" for i in problems}
     if flags.strict:
         index, problem = next(iter(problems.items()))
-        raise InvalidArgument(f"--strict {names[index]}", problem, "repair or remove it, or leave --strict out")
-    left_out = [f"{names[i]}: {problem}" for i, problem in problems.items()]
+        raise InvalidArgument(f"--strict {images.name(index)}", problem, "repair or remove it, or leave --strict out")
+    left_out = [f"{images.name(index)}: {problem}" for index, problem in problems.items()]
     if not keep:
         problem = f"no image can be trained (for example {left_out[0]})"
         raise InvalidArgument(data_flag(flags), problem, "repair them, or give others")

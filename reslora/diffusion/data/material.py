@@ -20,8 +20,7 @@ from .buckets import bucket_of, ladder, named_buckets, own_bucket, square
 from .captions import VERBATIM, recipe_of
 from .class_images import balanced
 from .dataset import ImageDataset, data_flag
-from .encoding import Latents, Texts, Variants, encode_images, encode_texts, without_damaged
-from .images import NOTHING_COUNTS
+from .encoding import Latents, Texts, Variants, damaged_images, encode_images, encode_texts, without_damaged
 from .samples import Material
 from .size import Size
 from .sources import Source, split
@@ -49,7 +48,7 @@ def material_of(
         sources = balanced(*([s for s in sources if s.images.of_class == kind] for kind in (False, True)))
     sizes = {size for source in sources for size in source.buckets}
     shapes = {size: family.latent_shape(pipeline, size.height, size.width) for size in sizes}
-    material = Material(sources, Texts(None, {}), objective, shapes, context.flags)
+    material = Material(sources, Texts(None, {}), objective, shapes, context.flags, family.latents_per_token)
     return with_texts(material, pipeline, context)
 
 
@@ -148,9 +147,10 @@ def sources_of(images: ImageDataset, least: int, pipeline: DiffusionPipeline, co
 def source_of(images: ImageDataset, sizes: list[Size], pipeline: DiffusionPipeline, context: Context) -> Source:
     """The images with their latents, without the damaged ones, put into buckets; all are trained on."""
     flags = context.flags
-    latents, problems = latents_of(images, sizes, pipeline, context) if flags.cache_latents else (None, {})
-    if flags.masked_loss and not flags.cache_latents:
-        problems = {index: NOTHING_COUNTS for index in range(len(images)) if images.counts_nothing(index)}
+    if flags.cache_latents:
+        latents, problems = latents_of(images, sizes, pipeline, context)
+    else:
+        latents, problems = None, damaged_images(images, context)
     images, latents, keep = without_damaged(images, latents, problems, flags)
     buckets = tuple(dict.fromkeys(sizes))
     bucket = tuple(buckets.index(sizes[index]) for index in keep)

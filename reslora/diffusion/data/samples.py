@@ -11,12 +11,13 @@ import PIL.Image
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from ...common.errors import RunFailed
 from ..arguments import NOISES, Flags
 from ..model.objective import Objective
 from ..seeds import derive, generator, shuffled
 from .batch import Batch, collate
 from .captions import choose
-from .encoding import Latents, Texts
+from .encoding import Latents, Texts, opened
 from .images import crop_and_scale, crop_mask, crop_sizes
 from .loaders import worker_options
 from .plan import Draw, Plan
@@ -39,6 +40,8 @@ class Material:
     shapes: Mapping[Size, tuple[int, int, int]]
     """Channels, height and width of the latents of images of every size."""
     flags: Flags
+    latents_per_token: int = 4
+    """How many places of the latents are one token of the denoiser."""
 
     def plan(self, processes: int) -> Plan:
         """What the forwards of so many processes read."""
@@ -95,7 +98,7 @@ class TrainingSamples(Dataset):
 
     def timestep(self, position: int, shape: Sequence[int], draws: torch.Generator) -> torch.Tensor:
         """The timestep of a sample with latents of that shape."""
-        return self.material.objective.draw(draws, tokens=shape[1] * shape[2] // 4)
+        return self.material.objective.draw(draws, tokens=shape[1] * shape[2] // self.material.latents_per_token)
 
     def __getitem__(self, draw: Draw) -> Batch:
         material, source = self.material, self.material.sources[draw.source]
@@ -120,8 +123,11 @@ class TrainingSamples(Dataset):
         return latents.of(draw.image, choose(latents.variants, draws))
 
     def _fresh(self, source: Source, draw: Draw, draws: torch.Generator) -> dict[str, torch.Tensor]:
-        flags, images = self.material.flags, source.images
-        image, mask = images.open_masked(draw.image) if flags.masked_loss else (images.open(draw.image), None)
+        flags = self.material.flags
+        found = opened(source.images, draw.image, flags)
+        if isinstance(found, str):
+            raise RunFailed(f"{source.images.name(draw.image)}: {found}")
+        image, mask = found
         crop = (0.5, 0.5) if flags.center_crop else torch.rand(2, generator=draws).tolist()
         flip = flags.random_flip and bool(torch.rand((), generator=draws) < 0.5)
         sizes = torch.tensor(crop_sizes(image.size, crop, flip, draw.size))

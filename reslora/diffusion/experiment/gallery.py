@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
 
 from ...common.charts import escape
+from ...common.drawn import PROMPTS, is_of
 from ...common.errors import first_line
 from ...experiment.record import Arm, Experiment
+from ...files import read_object
 
 LARGEST = 512
 """Pixels of an image's longer side in the page."""
@@ -22,9 +24,11 @@ BASE = "before training"
 def gallery(experiment: Experiment, folder: Path) -> str:
     """Samples of each label's chosen arm at its chosen step, the first image of each prompt; empty without any."""
     prompts = [str(prompt) for prompt in experiment["settings"].get("validation_prompt") or ()][:MOST_PROMPTS]
-    columns = columns_of(experiment, folder)
+    columns = columns_of(experiment, folder, prompts)
     cells = {
         (row, column): tile(place / f"{row}-0.png", f"{prompt}: {name}", f"{row}-{column}")
+        if shows(place, row, prompt)
+        else ""
         for row, prompt in enumerate(prompts)
         for column, (name, _, place) in enumerate(columns)
     }
@@ -44,35 +48,45 @@ def gallery(experiment: Experiment, folder: Path) -> str:
     )
 
 
-def columns_of(experiment: Experiment, folder: Path) -> list[tuple[str, str, Path]]:
-    """(label, what of it, folder of samples), the base model first: before its first step an adapter adds nothing."""
+def columns_of(experiment: Experiment, folder: Path, prompts: Sequence[str]) -> list[tuple[str, str, Path]]:
+    """(label, what of it, folder of samples), the base model first: before its first step an adapter adds nothing.
+
+    Samples of none of the prompts are passed over: arms that were added may have been given others.
+    """
     found = []
     for label, choice in experiment["chosen"].items():
         arms = [arm for arm in experiment["arms"] if arm["label"] == label and arm["status"] == "finished"]
         arms = [arm for arm in arms if arm["learning_rate"] == choice["learning_rate"]]
-        arm = min(arms, key=lambda arm: arm["seed"], default=None)
-        place = nearest(folder / arm["folder"] / "samples", choice["step"]) if arm else None
-        if arm and place:
-            found.append((label, f"seed {arm['seed']}, step {step_of(place)}", place))
-    base = first_samples(experiment["arms"], folder)
+        for arm in sorted(arms, key=lambda arm: arm["seed"]):
+            if place := nearest(samples_of(arm, folder, prompts), choice["step"]):
+                found.append((label, f"seed {arm['seed']}, step {step_of(place)}", place))
+                break
+    base = next(
+        (place for arm in experiment["arms"] for place in samples_of(arm, folder, prompts) if not step_of(place)), None
+    )
     return [*([(BASE, "base model", base)] if base else []), *found]
 
 
-def nearest(samples: Path, step: int) -> Path | None:
+def samples_of(arm: Arm, folder: Path, prompts: Sequence[str]) -> list[Path]:
+    """An arm's folders of samples that show any of these prompts."""
+    places = (place for place in (folder / arm["folder"] / "samples").glob("step-*") if place.name[5:].isdigit())
+    return [place for place in places if any(shows(place, *prompt) for prompt in enumerate(prompts))]
+
+
+def shows(samples: Path, number: int, prompt: str) -> bool:
+    """Whether the samples with a prompt's number are of that prompt."""
+    return is_of(read_object(samples / PROMPTS), number, prompt)
+
+
+def nearest(places: Sequence[Path], step: int) -> Path | None:
     """The folder of samples whose step is nearest to one, never that of step 0."""
-    places = [place for place in samples.glob("step-*") if place.name[5:].isdigit() and step_of(place)]
-    return min(places, key=lambda place: (abs(step_of(place) - step), step_of(place)), default=None)
+    later = [place for place in places if step_of(place)]
+    return min(later, key=lambda place: (abs(step_of(place) - step), step_of(place)), default=None)
 
 
 def step_of(place: Path) -> int:
     """The step at which a folder's samples were drawn."""
     return int(place.name[5:])
-
-
-def first_samples(arms: Iterable[Arm], folder: Path) -> Path | None:
-    """The samples of step 0 of any arm that has them."""
-    places = (folder / arm["folder"] / "samples" / "step-000000" for arm in arms)
-    return next((place for place in places if place.is_dir()), None)
 
 
 def best_of(experiment: Experiment) -> str | None:

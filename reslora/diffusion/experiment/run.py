@@ -36,7 +36,7 @@ from ..context import Context
 from ..data.material import latents_of, material_of, note_images, with_texts
 from ..data.samples import Material, measured_at
 from ..folder import cache_folder
-from ..output.trackers import start_trackers
+from ..output.trackers import note_settings, start_trackers
 from ..processes import start_accelerator
 from ..run import Setting, check_before_loading, find_all, forget_encoder, identity_of, load_and_check, train_method
 from ..training.checkpoints import EXPORTS, MERGING, Identity, check_past, checkpoints_of, past_of, plan_resume
@@ -74,6 +74,7 @@ def run_experiment(flags: Flags, stop: StopRequest) -> None:
         check_before_loading(kinds, context)
         pipeline, objective = each(lambda: load_and_check(context))
         each(lambda: check_variants(asked, context))
+        start_trackers(context)
         material = material_of(kinds, pipeline, objective, context)
         note_images(material, context, goes_on=(context.folder / EXPERIMENT).exists())
         parts = decided(lambda: parts_of(learnt(material.sources), asked))
@@ -83,7 +84,7 @@ def run_experiment(flags: Flags, stop: StopRequest) -> None:
         schedule = with_few_looks(schedule_of(material, context), asked)
         asked = asked.replace(max_train_steps=schedule.steps, validation_steps=schedule.validation_steps)
         decided(lambda: check_same(asked, identity))
-        start_trackers(schedule, dataclasses.replace(context, flags=asked))
+        note_settings(schedule, dataclasses.replace(context, flags=asked))
         course, setting = Course(asked, began), Setting(pipeline, material, schedule, identity, context)
         accelerator.print(f"{len(course.arms())} arms of {schedule.steps} steps; {parts}")
         train_and_conclude(course, Bench(course, setting, materials, parts))
@@ -178,7 +179,7 @@ def of_seed(material: Material, seed: int, pipeline: DiffusionPipeline, context:
             sizes = [source.size(image) for image in range(len(source.images))]
             latents, problems = latents_of(source.images, sizes, pipeline, context)
             for index, problem in problems.items():  # by an earlier version, which kept what had passed
-                name = source.images.rows[index]["image"]["path"] or f"image {index}"
+                name = source.images.name(index)
                 where = f"--seed {seed}, {name}"
                 raise InvalidArgument(where, f"{problem}, and not with other seeds", f"remove {cache_folder(flags)}")
             source = dataclasses.replace(source, latents=latents)

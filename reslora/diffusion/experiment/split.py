@@ -116,8 +116,7 @@ def perceptual_hashes(images: Mapping[int, ImageDataset], flat: Sequence[Image],
 
     def hash_of(image: Image) -> np.ndarray:
         found, number = images[image[0]], image[1]
-        name = found.rows[number]["image"]["path"] or f"image {number}"
-        with refused_as(f"{flag}, {name}", "repair or remove it"):
+        with refused_as(f"{flag}, {found.name(number)}", "repair or remove it"):
             return perceptual_hash(found.open(number))
 
     with ThreadPoolExecutor() as pool:  # PIL decodes beside other threads

@@ -11,7 +11,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 
 from ...common.errors import InvalidArgument, refused_as
-from ..arguments import SAMPLINGS, WEIGHTINGS, Flags
+from ..arguments import SAMPLINGS, WEIGHTINGS, Flags, build_parser
 from .families.base import Family
 
 
@@ -160,6 +160,11 @@ class FlowObjective:
 
 
 Objective = DdpmObjective | FlowObjective
+READ_BY = {
+    "logit_mean": ("logit_normal",), "logit_std": ("logit_normal",), "mode_scale": ("mode",),
+    "discrete_flow_shift": ("uniform", "logit_normal", "mode", "shift"),
+}  # fmt: skip
+"""The ways to draw timesteps that a flag is about."""
 
 
 def between_of(flags: Flags, timesteps: int) -> tuple[int, int]:
@@ -173,6 +178,17 @@ def between_of(flags: Flags, timesteps: int) -> tuple[int, int]:
     return least, below
 
 
+def check_read(flags: Flags, sampling: str) -> None:
+    """Refuse settings that this way to draw timesteps does not read; with its default one may be given."""
+    parser = build_parser()
+    for name, samplings in READ_BY.items():
+        value, default = getattr(flags, name), parser.get_default(name)
+        if sampling not in samplings and value != default:
+            problem = f"timesteps are drawn by {sampling}, which does not read it"
+            stay = "leave it out" if default is None else f"leave it at {default}"
+            raise InvalidArgument(f"--{name} {value}", problem, f"{stay}, or add --timestep_sampling {samplings[-1]}")
+
+
 def objective_of(flags: Flags, family: Family, pipeline: DiffusionPipeline) -> Objective:
     """What the model's family learns; refuses flags that belong to another objective."""
     between = between_of(flags, pipeline.scheduler.config.num_train_timesteps)
@@ -182,11 +198,14 @@ def objective_of(flags: Flags, family: Family, pipeline: DiffusionPipeline) -> O
                 problem = f"{family.name} learns a flow, which has none"
                 raise InvalidArgument(f"--{name} {getattr(flags, name)}", problem, "leave it out")
         density = Density(flags.logit_mean, flags.logit_std, flags.mode_scale, between)
-        return FlowObjective(
+        objective = FlowObjective(
             pipeline.scheduler, flags.timestep_sampling, flags.weighting_scheme, flags.discrete_flow_shift, density
         )
-    for name in ("timestep_sampling", "discrete_flow_shift", "weighting_scheme"):
-        if getattr(flags, name) is not None:
+        check_read(flags, objective.sampling)
+        return objective
+    parser = build_parser()
+    for name in ("timestep_sampling", "weighting_scheme", *READ_BY):
+        if getattr(flags, name) != parser.get_default(name):
             problem = f"{family.name} does not learn a flow"
             raise InvalidArgument(f"--{name} {getattr(flags, name)}", problem, "leave it out")
     if flags.prediction_type:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ...common.together import decided
+from ...common.errors import refused_as
+from ...common.together import decided, each
 from ...files import write_json
 from ..context import Context
 from ..prompts import clean
@@ -21,8 +22,19 @@ PLACES = (
 )
 
 
-def start_trackers(schedule: Schedule, context: Context) -> None:
-    """`config.json`, and the trackers."""
+def start_trackers(context: Context) -> None:
+    """The trackers; refuses those that cannot start."""
+    often = {"tensorboard": {"flush_secs": TENSORBOARD_SECONDS}}
+
+    def start() -> None:
+        with refused_as(f"--report_to {context.flags.report_to}", "log in there, or give --report_to none"):
+            context.accelerator.init_trackers("train_sd", init_kwargs=often)
+
+    each(start)
+
+
+def note_settings(schedule: Schedule, context: Context) -> None:
+    """Every setting of the run, to `config.json` and to the trackers."""
     steps = {"max_train_steps": schedule.steps, "validation_steps": schedule.validation_steps}
     flags, accelerator = context.flags.replace(**steps), context.accelerator
     public = {name: value for name, value in vars(flags).items() if name not in ("config", "hub_token")}
@@ -33,8 +45,8 @@ def start_trackers(schedule: Schedule, context: Context) -> None:
             public[name] = whole_path(public[name])
     decided(lambda: write_json(Path(flags.output_dir) / "config.json", public))
     plain = {k: v if isinstance(v, (int, float, bool)) else clean(str(v)) for k, v in public.items()}
-    often = {"tensorboard": {"flush_secs": TENSORBOARD_SECONDS}}
-    accelerator.init_trackers("train_sd", config=plain, init_kwargs=often)
+    for tracker in accelerator.trackers:
+        tracker.store_init_configuration(plain)
 
 
 def whole_path(place: str) -> str:

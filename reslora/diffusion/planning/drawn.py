@@ -14,6 +14,8 @@ from torch import nn
 from ...calibration import BUDGET
 from ...common.methods import METHODS
 from ...regression import Gram
+from ..arguments import listed
+from ..data.class_images import missing_class_images
 from ..data.size import Size
 from ..model.families.base import Conditions, Text
 from ..model.quantising import block_layers
@@ -22,9 +24,28 @@ from ..output.drawing import shared
 from ..prompts import Prompt, prompts_of, settled
 from .live import held
 from .parts import empty_denoiser
-from .phases import ACTIVATIONS, ADAPTER, AUTOENCODER, BASE, EXACT, MERGE, OPTIMIZER, Held, Phase, Rehearsal
+from .phases import ACTIVATIONS, ADAPTER, AUTOENCODER, BASE, ENCODERS, EXACT, MERGE, OPTIMIZER, Held, Phase, Rehearsal
 
 KEPT = (BASE, ADAPTER, OPTIMIZER)  # of what a step holds, beside what draws and exports
+
+
+def drawing_class_images(rehearsal: Rehearsal) -> Phase | None:
+    """Class images before training, by the whole pipeline; None where none is missing."""
+    flags, told, missing = rehearsal.flags, rehearsal.family.is_told_guidance, missing_class_images(rehearsal.flags)
+    if not missing:
+        return None
+    base = empty_denoiser(rehearsal.model, rehearsal.dtype, flags.base_precision, flags.blocks_to_swap)
+    denoiser = rehearsal.stage.place(base).eval()
+    count, side = min(flags.train_batch_size, missing), max(listed(flags.resolution))
+    guided = count if told or (flags.guidance_scale or 0) <= 1 else 2 * count
+    found: Held = {BASE: held(denoiser), ENCODERS: held(*rehearsal.encoders), AUTOENCODER: held(rehearsal.pipeline.vae)}
+
+    def draw() -> int:
+        size, dtype = Size(side, side), rehearsal.dtype
+        drawn = denoising(rehearsal, denoiser, guided, size, dtype), decoding(rehearsal, count, size, dtype)
+        return max(*drawn, rehearsal.peak_of_encoders)
+
+    return Phase("drawing class images", found | {ACTIVATIONS: rehearsal.known("activations of class images", draw)})
 
 
 def sampling(rehearsal: Rehearsal, step: Phase) -> Phase | None:

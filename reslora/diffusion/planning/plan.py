@@ -20,7 +20,7 @@ from ..model.quantising import try_format
 from ..prompts import prompts_of, settled
 from ..settings import carries_activations
 from ..training.sharding import cuts_base
-from .drawn import exporting, sampling
+from .drawn import drawing_class_images, exporting, sampling
 from .parts import empty_denoiser, empty_part
 from .phases import ROWS, Phase, Rehearsal
 
@@ -74,7 +74,8 @@ def shown(size: int | None, unit: int) -> str:
 def plan_of(kinds: Sequence[ImageDataset], context: Context, free: int | None) -> Plan:
     """What a run holds; of several methods, those with the most."""
     rehearsal = Rehearsal(kinds, context)
-    before = [phase for phase in (rehearsal.encoding_images(), rehearsal.encoding_captions()) if phase]
+    first = drawing_class_images(rehearsal), rehearsal.encoding_images(), rehearsal.encoding_captions()
+    before = [phase for phase in first if phase]
     plans = []
     for method in context.flags.method:
         step = rehearsal.training(method)

@@ -197,9 +197,10 @@ def test_each_seed_of_an_experiment_has_variants_of_its_own(monkeypatch):
 
 
 @pytest.mark.parametrize("of_class", [True, False])
-def test_class_images_keep_their_prompt(of_class, tmp_path):
+def test_class_images_keep_their_prompt(of_class, tmp_path, monkeypatch):
+    monkeypatch.setattr(making, "latents_of", lambda *_: (None, {}))
     words = ["--pretrained_model_name_or_path", "someone/model", "--train_data_dir", image_folder(tmp_path / "images")]
-    flags = parse_args([*map(str, words), "--caption_prefix", "sks", "--caption_suffix", "end", "--no-cache_latents"])
+    flags = parse_args([*map(str, words), "--caption_prefix", "sks", "--caption_suffix", "end"])
     images = dataclasses.replace(load_images(flags), of_class=of_class)
     source = source_of(images, [Size(16, 16)] * len(images), None, Context(flags, None, None, None))
     assert source.recipe == (VERBATIM if of_class else Recipe(prefix="sks", suffix="end"))

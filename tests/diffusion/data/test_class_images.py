@@ -17,7 +17,7 @@ from reslora.diffusion.data.class_images import balanced, draw_missing
 from reslora.diffusion.data.plan import Plan
 from reslora.diffusion.data.size import Size
 from reslora.diffusion.data.sources import Source
-from reslora.diffusion.model import quantising
+from reslora.diffusion.model import loading, quantising
 from reslora.diffusion.run import settle
 from reslora.diffusion.settings import parse_args
 
@@ -67,6 +67,18 @@ def test_blocks_that_are_swapped_draw_the_same(data, tmp_path, monkeypatch):
         draw_missing(settle(parse_args([*map(str, flags)]), Accelerator(cpu=True), StopRequest()))
         drawn += [pictures(tmp_path / str(blocks) / "class")]
     assert copied and np.array_equal(*drawn)
+
+
+def test_a_base_in_fewer_bits_draws_them_too(data, tmp_path, monkeypatch):
+    """A GPU that holds no other base could not draw them."""
+    model, packed = FAMILIES["z_image"](tmp_path / "model"), []
+    pack = loading.pack
+    monkeypatch.setattr(
+        loading, "pack", lambda denoiser, name, *rest: packed.append(name) or pack(denoiser, name, *rest)
+    )
+    flags = flags_for(tmp_path, model, data, "out", "--base_precision", "fp8")
+    draw_missing(settle(parse_args([*map(str, flags)]), Accelerator(cpu=True), StopRequest()))
+    assert packed == ["fp8"] and len(pictures(tmp_path / "class")) == 3
 
 
 def pictures(folder: Path) -> list[np.ndarray]:

@@ -22,11 +22,12 @@ from transformers import CLIPTextModel
 from waiting import ended, wait_until
 
 from diffusion.runs import cut, final_weights, losses, main, only, printed, refused
-from reslora.common.errors import RunFailed
+from reslora.common.errors import InvalidArgument, RunFailed
 from reslora.common.signals import StopRequest
 from reslora.diffusion.context import Context
 from reslora.diffusion.data import encoding
 from reslora.diffusion.data.dataset import ImageDataset, load_images
+from reslora.diffusion.data.material import source_of
 from reslora.diffusion.data.size import Size
 from reslora.diffusion.seeds import derive
 from reslora.diffusion.settings import parse_args
@@ -339,6 +340,31 @@ def test_an_image_that_cannot_be_read_just_now_is_not_remembered_as_damaged(sett
         patch.setattr(ImageDataset, "open", fails)
         images_encoded(setting)
     assert images_encoded(setting) == [1, 4, 4, 1, 4]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_where_no_latents_are_kept_damaged_images_are_found_once_before_training(setting, monkeypatch, masked):
+    """Else they would end the run when they are drawn, and again whenever it goes on."""
+    folder = Path(setting.flags.train_data_dir)
+    random_image(1).convert("RGBA").save(folder / "1.png")
+    cut(folder / "1.png")
+
+    def found(**flags) -> ImageDataset:
+        flags = setting.flags.replace(cache_latents=False, masked_loss=masked, **flags)
+        images = load_images(flags)
+        context = dataclasses.replace(setting, flags=flags)
+        return source_of(images, [Size(16, 16)] * len(images), None, context).images
+
+    left = found()
+    (line,) = left.left_out
+    assert len(left) == 4 and line.startswith(f"{folder}/1.png: damaged (")
+    add_image(folder, 5)
+    opened, name = [], "open_masked" if masked else "open"
+    open_image = getattr(ImageDataset, name)
+    monkeypatch.setattr(ImageDataset, name, lambda self, index: opened.append(index) or open_image(self, index))
+    assert len(found()) == 5 and opened == [5]
+    with pytest.raises(InvalidArgument, match=r"--strict .*/1\.png: damaged"):
+        found(strict=True)
 
 
 def test_encoding_goes_on_behind_the_last_whole_part(setting, monkeypatch):

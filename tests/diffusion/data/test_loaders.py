@@ -9,7 +9,7 @@ import signal
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
-from diffusion.runs import main
+from diffusion.runs import cut, main
 from reslora.common.errors import RunFailed
 from reslora.diffusion import run
 from reslora.diffusion.data.loaders import stream, worker_options
@@ -65,18 +65,19 @@ def test_processes_end_when_the_rest_is_not_wanted():
     assert kept == [0] and not multiprocessing.active_children()
 
 
-def test_an_image_that_goes_away_while_training_ends_the_run_in_one_line(brief_flags, data, capsys, tmp_path):
+def test_an_image_that_is_damaged_while_training_ends_the_run_in_one_line(brief_flags, data, capsys, tmp_path):
     """Without cached latents images are read in every step."""
     folder = shutil.copytree(data, tmp_path / "images")
     flags = [*brief_flags, "--train_data_dir", folder, "--no-cache_latents", "--output_dir", tmp_path / "out"]
     train = run.train
 
-    def without_images(*args):
-        shutil.rmtree(folder)
+    def with_damaged_images(*args):
+        for path in folder.glob("*.png"):
+            cut(path)
         return train(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "train", without_images)
+        patch.setattr(run, "train", with_damaged_images)
         assert main(*flags) == 1
     line = capsys.readouterr().err.replace("\r", "\n").splitlines()[-1]
-    assert line.startswith("train_sd.py: ") and str(folder) in line
+    assert line.startswith("train_sd.py: ") and str(folder) in line and "damaged" in line

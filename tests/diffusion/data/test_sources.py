@@ -11,6 +11,7 @@ from pipelines import image_folder
 
 from diffusion.runs import RESUME, assert_same, final_weights, losses, main, only, printed, refused
 from reslora.diffusion.context import Context
+from reslora.diffusion.data import material
 from reslora.diffusion.data.dataset import ImageDataset, load_images
 from reslora.diffusion.data.folders import load_folders
 from reslora.diffusion.data.material import sources_of
@@ -136,11 +137,13 @@ def test_a_configuration_gives_lists_back(folders, tmp_path):
 
 def made(sizes: list[tuple[int, int]], *words: object, least: int = 1, **counted: object) -> list[Source]:
     """Sources of images of these widths and heights, which nobody encodes."""
-    flags = parse_args(list(map(str, ["--no-cache_latents", *words])))
+    flags = parse_args(list(map(str, words)))
     family = SimpleNamespace(pixel_multiple=lambda pipeline: 8)
     rows = [{"image": None, "captions": [""]}] * len(sizes)
     images = ImageDataset(Rows(rows), [[""]] * len(sizes), sizes=sizes, **counted)
-    return sources_of(images, least, None, Context(flags, SimpleNamespace(family=family), None, None))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(material, "latents_of", lambda *_: (None, {}))
+        return sources_of(images, least, None, Context(flags, SimpleNamespace(family=family), None, None))
 
 
 class Rows(list):

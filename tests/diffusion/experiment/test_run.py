@@ -12,7 +12,7 @@ from pipelines import image_folder, tiny_dino
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from diffusion.runs import SCRIPT, Watcher, assert_same, main, only, printed, refused
+from diffusion.runs import SCRIPT, Watcher, assert_same, main, only, printed, refused, without
 from reslora.common.errors import InvalidArgument
 from reslora.common.log import read_log
 from reslora.common.signals import StopRequest
@@ -89,6 +89,11 @@ def experiment(output: Path) -> dict:
 
 def files(folder: Path) -> dict[str, int]:
     return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def of_a_plain_run(flags: list[str]) -> list[str]:
+    """The flags without what an experiment alone reads; it draws no samples that could be measured otherwise."""
+    return without([flag for flag in flags if flag not in ("--select_split", "--test_split", "0.2")], "--metric_model")
 
 
 def arm(output: Path, method: str = "lora", rate: str = "0.01", seed: int = 0) -> Path:
@@ -180,7 +185,7 @@ def test_a_finished_experiment_trains_nothing_and_says_the_same(flags, whole):
 def test_an_arm_is_a_plain_run_on_the_images_to_train_on(flags, whole, images, tmp_path, method, seed):
     """Bit for bit, also where a seed has random crops of its own."""
     output, _ = whole
-    plain = [flag for flag in flags if flag not in ("--select_split", "--test_split", "0.2")]
+    plain = of_a_plain_run(flags)
     folder = train_images(output, images, tmp_path / "images")
     plain[plain.index("--train_data_dir") + 1] = str(folder)
     own = ("--method", method, "--learning_rate", "1e-2", "--seed", seed, "--output_dir", tmp_path / "out")
@@ -243,7 +248,7 @@ def test_nothing_but_methods_rates_and_seeds_may_change(flags, whole, capsys):
     ):
         line = refused(capsys, *own, *other)
         assert "another --output_dir" in line and (other[0] in line or "batch" in line or "cache_latents" in line)
-    plain = [flag for flag in flags if flag not in ("--select_split", "--test_split", "0.2")]
+    plain = of_a_plain_run(flags)
     assert "holds an experiment" in refused(capsys, *plain, "--method", "lora", "--output_dir", output)
 
 

@@ -1,13 +1,16 @@
 """The flow objective against its formulas, written out by hand."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
+from reslora.common.errors import InvalidArgument
 from reslora.diffusion.arguments import SAMPLINGS
-from reslora.diffusion.model.objective import Density, FlowObjective
+from reslora.diffusion.model.objective import Density, FlowObjective, objective_of
+from reslora.diffusion.settings import parse_args
 
 SHIFTED = FlowMatchEulerDiscreteScheduler(shift=3.0)
 DYNAMIC = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
@@ -106,3 +109,28 @@ def test_unknown_names_are_refused():
         FlowObjective(SHIFTED, "sometimes")
     with pytest.raises(ValueError, match="'heavy'"):
         FlowObjective(SHIFTED, weighting="heavy")
+
+
+@pytest.mark.parametrize(
+    ("words", "with_which"),
+    [
+        ("--logit_mean 0.5", "--timestep_sampling logit_normal"),
+        ("--logit_std 2 --timestep_sampling shift", "--timestep_sampling logit_normal"),
+        ("--mode_scale 1 --weighting_scheme logit_normal", "--weighting_scheme mode"),
+        ("--discrete_flow_shift 2 --timestep_sampling sigmoid", "--timestep_sampling shift"),
+        ("--discrete_flow_shift 2 --timestep_sampling flux_shift", "--timestep_sampling uniform"),
+    ],
+)
+def test_what_the_sampling_does_not_read_is_refused(words, with_which):
+    flags = parse_args(["--weighting_scheme", "none", *words.split()])
+    flow, pipeline = SimpleNamespace(name="a flow", objective="flow"), SimpleNamespace(scheduler=SHIFTED)
+    with pytest.raises(InvalidArgument, match=f"^{words.split()[0]} .* by .*, which does not read it"):
+        objective_of(flags, flow, pipeline)
+    objective_of(parse_args(["--weighting_scheme", "none", *words.split(), *with_which.split()]), flow, pipeline)
+    noise = SimpleNamespace(name="of noise", objective="ddpm")
+    alone = parse_args(words.split()[:2])
+    with pytest.raises(InvalidArgument, match="of noise does not learn a flow"):
+        objective_of(alone, noise, SimpleNamespace(scheduler=DDPMScheduler()))
+    objective_of(
+        parse_args(["--logit_mean", "0", "--logit_std", "1"]), noise, SimpleNamespace(scheduler=DDPMScheduler())
+    )

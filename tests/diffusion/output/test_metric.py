@@ -57,4 +57,5 @@ def test_what_is_no_such_model_is_refused(tmp_path, model, data, capsys):
     with pytest.raises(InvalidArgument, match="--metric_model"):
         load_metric(str(folder), "cpu")
     words = ["--pretrained_model_name_or_path", model, "--train_data_dir", data, "--output_dir", tmp_path / "out"]
+    words += ["--validation_prompt", "red disc"]
     assert "--metric_model" in refused(capsys, *words, "--metric_model", tmp_path / "nothing", quiet=False)

@@ -90,6 +90,8 @@ def test_tensorboard_has_the_rows_of_the_log(brief_flags, tmp_path):
     assert main(*flags, "--method", "lora", "lora_x2", "--output_dir", tmp_path / "out") == 0
     found = EventAccumulator(str(tmp_path / "out" / "logs" / "train_sd"))
     found.Reload()
+    (settings,) = (tmp_path / "out" / "logs").rglob("hparams.yml")
+    assert "max_train_steps: 3\n" in settings.read_text()
     for method in ("lora", "lora_x2"):
         for split in ("train", "validation"):
             rows = [row for row in read_log(tmp_path / "out" / method / "log.jsonl") if row["split"] == split]

@@ -65,7 +65,7 @@ def test_the_comparison_shows_what_was_drawn_of_todays_prompts_and_can_be_read(t
     summary.write_comparison(flags, tmp_path, learnt)
     columns = ["before", "step 2", "step 4", "step 6", "merged"]
     assert drawn == [(columns, [[False, True, True, False, True], [True, False, True, False, True]])]
-    assert above_it == [learnt]
+    assert above_it == [learnt] and (tmp_path / "comparison.png").is_file()
 
 
 def test_images_to_learn_from_are_shown_but_not_uploaded(tmp_path, monkeypatch):
@@ -76,4 +76,3 @@ def test_images_to_learn_from_are_shown_but_not_uploaded(tmp_path, monkeypatch):
     for more in (flags, flags.replace(push_to_hub=True), flags.replace(num_validation_images=0)):
         summary.write_figures(more, 0, lambda most: [most])
     assert found == [[summary.COLUMNS + 1], []]
-    assert (tmp_path / "comparison.png").is_file()

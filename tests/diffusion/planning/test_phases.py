@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from pipelines import FAMILIES
+from pipelines import FAMILIES, image_folder
 
 from diffusion.planning.rehearsed import settled, taken
 from reslora.diffusion.context import Context
 from reslora.diffusion.planning import phases
+from reslora.diffusion.planning.drawn import drawing_class_images
 from reslora.diffusion.planning.phases import ACTIVATIONS, ADAPTER, BASE, GRADIENTS, OPTIMIZER, Phase, Rehearsal
 from reslora.diffusion.planning.plan import guess, plan_of
 
@@ -40,6 +41,25 @@ def test_text_encoders_that_train_and_images_that_are_encoded_in_the_step_count(
     images, context = settled(model, data, tmp_path / "out", "--train_text_encoder", "--no-cache_latents")
     rehearsal = Rehearsal(images, context)
     compare(rehearsal.training("lora"), rehearsal, context)
+
+
+def test_class_images_are_drawn_by_the_whole_pipeline_with_the_base_that_is_trained(data, tmp_path):
+    model, flags = FAMILIES["z_image"](tmp_path / "model"), ["--class_prompt", "a disc", "--num_class_images", "2"]
+    flags += ["--class_data_dir", str(tmp_path / "class"), "--guidance_scale", "5"]
+    found = {}
+    for precision in ("no", "fp8"):
+        images, context = settled(model, data, tmp_path / "out", *flags, "--base_precision", precision)
+        rehearsal = Rehearsal(images, context)
+        drawing = drawing_class_images(rehearsal)
+        assert drawing.part(BASE) == rehearsal.training("lora").part(BASE) and drawing.part(ACTIVATIONS) > 0
+        pipeline = context.model.load_pipeline(torch.float32, torch.device("cpu"), encoders=True)
+        for name, part in (("text encoders", pipeline.text_encoder), ("autoencoder", pipeline.vae)):
+            assert drawing.part(name) == sum(value.nbytes for value in (*part.parameters(), *part.buffers()))
+        found[precision] = drawing.part(BASE)
+    assert found["fp8"] < found["no"]
+    assert plan_of(images, context, None).phases[0] == drawing
+    image_folder(tmp_path / "class", 2)
+    assert drawing_class_images(rehearsal) is None
 
 
 def compare(planned: Phase, rehearsal: Rehearsal, context: Context) -> None:

@@ -91,6 +91,8 @@ class Family:
     ComfyUI's."""
     is_told_guidance: bool = False
     """Whether guidance is a number that the denoiser is told, so that a negative prompt means nothing to it."""
+    latents_per_token: int = 4
+    """How many places of the latents are one token of the denoiser, in height and width together."""
     one_size: bool = False
     """Whether all its denoisers are of the published size, so that layers of other sides are known not to be theirs."""
     guidance: str = "guidance_scale"

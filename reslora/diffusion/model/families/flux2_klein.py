@@ -45,6 +45,7 @@ class Flux2Klein(Family):
     objective = "flow"
     lora_files = ()
     original = ORIGINAL
+    latents_per_token = 1
     marks = ("flux2", "flux-2")
     defaults: ClassVar = {
         "resolution": 512,

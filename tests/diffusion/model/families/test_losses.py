@@ -9,7 +9,10 @@ from diffusers import DiffusionPipeline
 from pipelines import FAMILIES, image_folder
 
 from reslora.common.signals import StopRequest
-from reslora.diffusion.data.batch import Batch
+from reslora.diffusion.data.batch import Batch, collate
+from reslora.diffusion.data.folders import load_folders
+from reslora.diffusion.data.material import material_of
+from reslora.diffusion.data.samples import TrainingSamples
 from reslora.diffusion.model.families import load_family
 from reslora.diffusion.model.families.base import Conditions
 from reslora.diffusion.run import load_and_check, settle
@@ -322,3 +325,20 @@ def test_the_validation_loss_is_the_squared_error_within_masks(setting, more, sh
     prediction = one.denoiser(noisy, batch.timesteps, one.stock.encode_prompt(CAPTIONS, "cpu", 1, False)[0]).sample
     expected = mean_square(prediction[..., :4, :4], epsilon[..., :4, :4]) / share
     torch.testing.assert_close(one.loss(one.denoiser, batch, weighted=False), expected)
+
+
+@pytest.mark.parametrize("family", ["flux", "flux2_klein"])
+@torch.no_grad()
+def test_flux_shift_is_by_as_many_tokens_as_the_denoiser_reads(setting, family, monkeypatch):
+    """The latents of klein are in patches already, a token each."""
+    one, told, read = setting(family, "--timestep_sampling", "flux_shift"), [], []
+    material = material_of(load_folders(one.flags), one.loss.pipeline, one.objective, one.context)
+    draw = type(one.objective).draw
+    monkeypatch.setattr(
+        type(one.objective), "draw", lambda self, draws, tokens: told.append(tokens) or draw(self, draws, tokens)
+    )
+    sample = TrainingSamples(material)[material.plan(1).forward(0)[0]]
+    hook = lambda module, args, inputs: read.append(inputs["hidden_states"].shape[1])  # noqa: E731
+    one.denoiser.register_forward_pre_hook(hook, with_kwargs=True)
+    one.loss(one.denoiser, collate([sample]))
+    assert told == read and read[0] > 1
