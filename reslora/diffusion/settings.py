@@ -331,7 +331,10 @@ def check_loss(flags: Flags) -> None:
 
 
 def check_unread(flags: Flags) -> None:
-    """Refuse flags that nothing reads; with its default one may be given, as commands for other scripts have it."""
+    """Refuse flags that nothing reads; with its default one may be given, as commands for other scripts have it.
+
+    Of a run that goes on nothing is refused: an earlier version may have begun it with them.
+    """
     measures = flags.select_split or (flags.validation_prompt and flags.num_validation_images)
     parser, tags = build_parser(), flags.shuffle_caption or flags.caption_tag_dropout_rate
     for name, read, fix in (
@@ -345,7 +348,7 @@ def check_unread(flags: Flags) -> None:
         ("metric_model", measures, "add --validation_prompt and --num_validation_images 1, or leave it out"),
     ):
         value = getattr(flags, name)
-        if not read and value != parser.get_default(name):
+        if not read and value != parser.get_default(name) and not flags.resume_from_checkpoint:
             given = f"--{name}" if value is True else f"--{name} {value}"
             raise InvalidArgument(given, "nothing reads it", fix)
 

@@ -179,11 +179,14 @@ def between_of(flags: Flags, timesteps: int) -> tuple[int, int]:
 
 
 def check_read(flags: Flags, sampling: str) -> None:
-    """Refuse settings that this way to draw timesteps does not read; with its default one may be given."""
+    """Refuse settings that this way to draw timesteps does not read; with its default one may be given.
+
+    Of a run that goes on nothing is refused: an earlier version may have begun it with them.
+    """
     parser = build_parser()
     for name, samplings in READ_BY.items():
         value, default = getattr(flags, name), parser.get_default(name)
-        if sampling not in samplings and value != default:
+        if sampling not in samplings and value != default and not flags.resume_from_checkpoint:
             problem = f"timesteps are drawn by {sampling}, which does not read it"
             stay = "leave it out" if default is None else f"leave it at {default}"
             raise InvalidArgument(f"--{name} {value}", problem, f"{stay}, or add --timestep_sampling {samplings[-1]}")
@@ -205,7 +208,7 @@ def objective_of(flags: Flags, family: Family, pipeline: DiffusionPipeline) -> O
         return objective
     parser = build_parser()
     for name in ("timestep_sampling", "weighting_scheme", *READ_BY):
-        if getattr(flags, name) != parser.get_default(name):
+        if getattr(flags, name) != parser.get_default(name) and not (name in READ_BY and flags.resume_from_checkpoint):
             problem = f"{family.name} does not learn a flow"
             raise InvalidArgument(f"--{name} {getattr(flags, name)}", problem, "leave it out")
     if flags.prediction_type:
