@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from .errors import first_line
+from .errors import InvalidArgument, first_line
 
 
 def numbered(folder: Path) -> list[Path]:
@@ -45,6 +45,15 @@ def set_others_aside(chosen: Path, found: Iterable[Path]) -> None:
     for other in found:
         if step_of(other) > step:
             set_aside(other)
+
+
+def refuse_afresh(output: Path, folder: Path) -> None:
+    """Raises `InvalidArgument`: what was trained in `folder`, a part of --output_dir or all, is not to be overwritten.
+
+    For who would start from zero there, since no checkpoint to go on from is left.
+    """
+    problem = f"{folder} was trained, and the checkpoint to go on from is gone"
+    raise InvalidArgument(f"--output_dir {output}", problem, f"choose another, or remove {folder} to start afresh")
 
 
 def cannot_be_loaded(checkpoint: Path | str, error: Exception) -> str:

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from ...common.adapters import load_adapter, save_adapter
 from ...common.errors import InvalidArgument, RunFailed, first_line
 from ...common.methods import METHODS
-from ...common.recovery import cannot_be_loaded, numbered, set_aside, set_others_aside, step_of
+from ...common.recovery import cannot_be_loaded, numbered, refuse_afresh, set_aside, set_others_aside, step_of
 from ...common.together import decided, each
 from ...files import (
     Damaged,
@@ -151,6 +151,9 @@ def plan_resume(flags: Flags, identity: Identity | None = None, place: str = "")
         method, path = _named_checkpoint(flags, named, todo)
         check_past(flags, path, read_checkpoint(path), identity)
         checkpoints[method] = [path]
+    for method in todo:
+        if not checkpoints[method] and (folders[method] / EXPORTS).exists():
+            refuse_afresh(output, folders[method])
     resume = Resume(finished, merge_anew, checkpoints, notes)
     if flags.max_train_steps:
         check_length(flags, resume, flags.max_train_steps)

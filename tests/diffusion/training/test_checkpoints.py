@@ -34,15 +34,17 @@ from diffusion.runs import (
 )
 from reslora.common.errors import InvalidArgument, RunFailed
 from reslora.common.recovery import set_aside, step_of
+from reslora.diffusion.settings import parse_args
 from reslora.diffusion.training.checkpoints import (
     Identity,
     check_past,
     checkpoints_of,
+    plan_resume,
     read_checkpoint,
     restore,
     save_checkpoint,
 )
-from reslora.files import write_checksums
+from reslora.files import write_checksums, write_json
 
 
 def unfinished(run: Path, output: Path, *methods: str) -> Path:
@@ -83,6 +85,20 @@ def test_latest_with_nothing_to_go_on_from_says_so_and_starts_afresh(brief_flags
 def test_missing_named_checkpoint_is_an_error(base_flags, capsys, tmp_path):
     flags = ("--output_dir", tmp_path, "--resume_from_checkpoint", "checkpoint-7")
     assert "checkpoint-7" in refused(capsys, *base_flags, *flags)
+
+
+@pytest.mark.parametrize("words", [("--max_train_steps", "6"), ("--num_train_epochs", "5"), ("--max_train_steps", "4")])
+@pytest.mark.parametrize("resume", [(), RESUME])
+def test_a_finished_method_without_its_checkpoints_is_not_trained_over(tmp_path, words, resume):
+    """They were removed to save disk. With the same steps, a file that was exported is gone too."""
+    record = {"step": 4, "num_train_epochs": 100, "by_epochs": False, "difference_of_255": {"unet": 0}}
+    write_json(tmp_path / "lora" / "exports.json", record)
+    flags = parse_args(["--output_dir", str(tmp_path), "--method", "lora", *words, *resume])
+    with pytest.raises(InvalidArgument, match=r"lora was trained, and the checkpoint .* is gone; .* remove .*lora to"):
+        plan_resume(flags)
+    there = tmp_path / "lora" / ("unet" if words[1] == "4" else "checkpoint-2")
+    write_json(there / "trainer.json", {})  # what was gone
+    assert plan_resume(flags.replace(resume_from_checkpoint="latest")).finished == ["lora"] * (there.name == "unet")
 
 
 # -- damage ----------------------------------------------------------------------------------------------------------
