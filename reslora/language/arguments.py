@@ -380,17 +380,17 @@ FOLDERS = ("model_name_or_path", "config_name", "tokenizer_name", "deepspeed")
 def check_resume(output_dir: str | os.PathLike, resume: str | None, current: Mapping[str, object]) -> None:
     """Refuses to mix runs in one folder.
 
-    Raises `InvalidArgument` if the folder holds checkpoints and `resume` (the flag's value) is None, if it holds a
-    finished run without its checkpoints, or if a setting of `current` differs from the folder's `config.json` when
-    resuming, but for those in FREE_ON_RESUME.
+    Raises `InvalidArgument` if the folder holds checkpoints and `resume` (the flag's value) is None, if all of
+    them are gone or were set aside, or if a setting of `current` differs from the folder's `config.json` when resuming,
+    but for those in FREE_ON_RESUME.
     """
     output = Path(output_dir)
     if (output / EXPERIMENT).exists():
         fix = "give its methods, rates and seeds, or choose another"
         raise InvalidArgument(f"--output_dir {output}", "holds an experiment", fix)
     finished, checkpoints = (output / "results.json").exists(), any(output.glob("checkpoint-*"))
-    if finished and not checkpoints and resume in (None, "latest"):
-        refuse_afresh(output, output)
+    if not checkpoints and resume in (None, "latest"):
+        refuse_afresh(output, output, finished)
     if resume is None:
         if checkpoints:
             raise InvalidArgument(

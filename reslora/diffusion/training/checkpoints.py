@@ -152,8 +152,8 @@ def plan_resume(flags: Flags, identity: Identity | None = None, place: str = "")
         check_past(flags, path, read_checkpoint(path), identity)
         checkpoints[method] = [path]
     for method in todo:
-        if not checkpoints[method] and (folders[method] / EXPORTS).exists():
-            refuse_afresh(output, folders[method])
+        if not checkpoints[method]:
+            refuse_afresh(output, folders[method], finished=(folders[method] / EXPORTS).exists())
     resume = Resume(finished, merge_anew, checkpoints, notes)
     if flags.max_train_steps:
         check_length(flags, resume, flags.max_train_steps)
@@ -332,14 +332,15 @@ def restore(learner: Learner, candidates: list[Path], flags: Flags, accelerator:
 
     The main process chooses. Raises `InvalidArgument` where none is whole, or the one that the user has named is not;
     `RunFailed` for one that is whole and cannot be loaded all the same. Either leaves everything on disk as it is;
-    else what is not of its line steps aside.
+    else what is not of its line steps aside, and one that was not in its place is copied there.
     """
     if not candidates:
         return
     folder = Path(flags.output_dir) / learner.name
     chosen = decided(lambda: newest_whole(candidates, folder, flags))
     each(lambda: load_checkpoint(learner, chosen, accelerator))
-    decided(lambda: set_others_aside(chosen, checkpoints_of(folder)))
+    place = folder / f"checkpoint-{learner.step}"
+    decided(lambda: set_others_aside(chosen, checkpoints_of(folder), place))
     accelerator.print(f"{learner.name}: going on from {chosen}")
 
 

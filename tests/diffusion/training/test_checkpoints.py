@@ -520,6 +520,22 @@ def test_a_checkpoint_that_cannot_be_loaded_sets_no_others_aside(keep, tmp_path,
     assert [step_of(path) for path in checkpoints_of(tmp_path)] == [1]
 
 
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_who_is_killed_after_going_back_goes_on_from_there(keep, tmp_path, elsewhere):
+    """Before the next checkpoint: `latest` is the chosen one, and not a start from zero."""
+    flags = keep.flags.replace(output_dir=str(tmp_path.parent), method=[tmp_path.name], max_train_steps=9)
+    _, second, _ = [keep(step, max_train_steps=9) for step in (1, 2, 3)]
+    chosen = second.rename(tmp_path / "kept") if elsewhere else set_aside(second)
+    keep.learner.name = keep.learner.method = tmp_path.name
+    named = flags.replace(resume_from_checkpoint=str(chosen))
+    restore(keep.learner, [chosen], named, keep.accelerator)
+    assert plan_resume(flags.replace(resume_from_checkpoint="latest")).checkpoints == {tmp_path.name: [second]}
+    assert digests(second, "*") == digests(chosen, "*")
+    shutil.rmtree(second)  # by an earlier version it was not there
+    with pytest.raises(InvalidArgument, match=rf"go on with --resume_from_checkpoint {tmp_path}/set-aside"):
+        plan_resume(flags)
+
+
 @pytest.mark.parametrize(("limit", "kept"), [(None, [4, 3, 2, 1]), (1, [4]), (3, [4, 3, 2])])
 def test_no_more_checkpoints_stay_than_the_limit_allows(keep, tmp_path, limit, kept):
     for step in (1, 2, 3, 4):
