@@ -26,7 +26,7 @@ from ...files import (
     write_checksums,
     write_json,
 )
-from ..arguments import BY_FAMILY, Flags, build_parser, in_words, listed
+from ..arguments import BY_FAMILY, NOISES, Flags, build_parser, in_words, listed
 from ..settings import fill_defaults
 from .best import best_of, forget_beaten
 from .schedule import Schedule
@@ -228,6 +228,7 @@ def check_past(flags: Flags, place: Path, record: dict, identity: Identity | Non
     """Refuse to go on with another rank, seed, model, images ... than a checkpoint or a finished method had."""
     there, here = record.get("settings"), json.loads(json.dumps(settings_of(flags)))
     there = as_now(there, flags) if isinstance(there, dict) else {}  # damaged
+    refuse_steering(flags, place, there)
     for name, value in here.items():
         # None: the model's family or accelerate may say it yet, and this is called again then, with the identity.
         unknown = name == "mixed_precision" and there.get(name) is None  # not kept by earlier versions
@@ -248,6 +249,18 @@ def check_past(flags: Flags, place: Path, record: dict, identity: Identity | Non
                 what = f"by an earlier version, which did not look at all of the {name}: are these the same?"
             problem, fix = f"{place} was trained {what}", "bring that back, or choose another --output_dir"
             raise InvalidArgument(getattr(identity, f"{name}_flag"), problem, fix)
+
+
+def refuse_steering(flags: Flags, place: Path, there: dict) -> None:
+    """Refuse to be steered half-way by losses that were measured otherwise before, by the flag that asks for them.
+
+    It is what fills in --validation_noises where that is not given.
+    """
+    steering = next((name for name in ("save_best", "early_stopping_patience") if getattr(flags, name)), None)
+    if steering and there.get("validation_noises", NOISES) is None:
+        flag = f"--{steering}" if steering == "save_best" else f"--{steering} {flags.early_stopping_patience}"
+        problem = f"needs --validation_noises from the start, and {place} was trained without"
+        raise InvalidArgument(flag, problem, "leave it out, or choose another --output_dir")
 
 
 def as_now(settings: dict, flags: Flags) -> dict:

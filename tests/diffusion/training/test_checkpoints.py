@@ -569,6 +569,21 @@ def test_batch_accumulation_and_processes_may_change_as_long_as_a_steps_samples_
     assert str(batch * accumulation * processes) in str(error.value) and "trained with 8" in str(error.value)
 
 
+@pytest.mark.parametrize("steering", [{"save_best": True}, {"early_stopping_patience": 3}])
+def test_what_steers_is_not_added_half_way_and_named_itself(keep, steering):
+    """Nobody has given --validation_noises. Where these were measured, patience may come, change and go."""
+    plain, measured = keep(1), keep(2, validation_noises=4, save_best="save_best" in steering)
+    flags = keep.flags.replace(validation_noises=4, **steering)
+    (name,) = steering
+    with pytest.raises(InvalidArgument, match=rf"^--{name}( 3)?: needs --validation_noises .* leave it out"):
+        check_past(flags, plain, read_checkpoint(plain), None)
+    for patience in (flags.early_stopping_patience, 5, None):
+        check_past(flags.replace(early_stopping_patience=patience), measured, read_checkpoint(measured), None)
+    with pytest.raises(InvalidArgument, match=r"--validation_noises 4: .* was trained with 2; use that"):
+        fewer = keep(3, validation_noises=2)
+        check_past(flags.replace(save_best=False), fewer, read_checkpoint(fewer), None)
+
+
 @pytest.mark.parametrize("sizes", [{"use_aspect_ratio_buckets": True}, {"resolution": [32, 64]}])
 def test_where_images_have_several_sizes_a_forwards_samples_stay_too(keep, monkeypatch, sizes):
     """Each forward has images of one size, so which ones make up a step is a matter of how many there are in one."""
