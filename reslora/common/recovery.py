@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from .errors import first_line
+from ..files import replacing
+from .errors import InvalidArgument, first_line
 
 
 def numbered(folder: Path) -> list[Path]:
@@ -34,17 +36,37 @@ def set_aside(checkpoint: Path) -> Path:
     return there
 
 
-def set_others_aside(chosen: Path, found: Iterable[Path]) -> None:
+def set_others_aside(chosen: Path, found: Iterable[Path], place: Path) -> None:
     """Sets aside what training from `chosen` does not descend from: later checkpoints, or all where it is none of them.
 
     So those that a limit removes, and those whose places are taken, are always of one line. `found`: those called
-    `checkpoint-<step>`; `chosen` may have any name, in another folder or as one that was set aside itself.
+    `checkpoint-<step>`; `place`: where the folder has the one of this step. `chosen` may have any name, in another
+    folder or as one that was set aside itself: it is copied to `place` then, so that after a kill before the next
+    checkpoint the newest one is of this line too.
     """
-    found = list(found)
-    step = max((step_of(other) for other in found if other.resolve() == chosen.resolve()), default=-1)
-    for other in found:
-        if step_of(other) > step:
-            set_aside(other)
+    if chosen.resolve() == place.resolve():
+        for other in found:
+            if step_of(other) > step_of(place):
+                set_aside(other)
+        return
+    with replacing(place) as temporary:
+        shutil.copytree(chosen, temporary)  # may fail: before anything else is changed
+        for other in dict.fromkeys([*found, place]):
+            if other.exists():
+                set_aside(other)
+
+
+def refuse_afresh(output: Path, folder: Path, finished: bool) -> None:
+    """Raises `InvalidArgument` where to start from zero in `folder` would overwrite what was trained there.
+
+    For who finds no checkpoint to go on from. `folder` is a part of --output_dir, or all.
+    """
+    flag, fix = f"--output_dir {output}", f"choose another, or remove {folder} to start afresh"
+    if aside := sorted(folder.glob("set-aside-checkpoint-*"), key=lambda path: path.stat().st_mtime):
+        problem = f"{folder} has no checkpoint but {', '.join(path.name for path in aside)}"
+        raise InvalidArgument(flag, problem, f"go on with --resume_from_checkpoint {aside[-1]}, {fix}")
+    if finished:
+        raise InvalidArgument(flag, f"{folder} was trained, and the checkpoint to go on from is gone", fix)
 
 
 def cannot_be_loaded(checkpoint: Path | str, error: Exception) -> str:

@@ -56,7 +56,6 @@ from .training.checkpoints import (
     Identity,
     Resume,
     check_length,
-    checkpoints_of,
     plan_resume,
     restore,
     save_checkpoint,
@@ -280,8 +279,6 @@ def train_and_export(learner: Learner, setting: Setting, validation: type[Valida
     watch = Watch(reports, look, lambda: save_checkpoint(learner, folder, flags, identity, accelerator))
     with contextlib.closing(reports), attention_of(accelerator, material):
         train(learner, material, schedule, watch, context)
-    if decided(lambda: folder / f"checkpoint-{learner.step}" not in checkpoints_of(folder)):
-        watch.save()  # it was begun elsewhere, with nothing left to train
     schedule = dataclasses.replace(schedule, steps=learner.step, is_over=learner.over)
     with learner.averaged():
         decided(export)

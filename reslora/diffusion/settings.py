@@ -14,7 +14,7 @@ from typing import Any
 
 from ..common.assets import ASSETS
 from ..common.checks import check_writable
-from ..common.errors import InvalidArgument, first_line, refused_as
+from ..common.errors import InvalidArgument, first_line, refused_as, speaks
 from ..common.methods import METHODS, any_with_shortcuts, check_steps, refuse_parts, refuse_settings
 from ..common.patterns import FIELDS, entries
 from ..experiment.arms import alpha_of
@@ -143,6 +143,11 @@ def config_defaults(parser: argparse.ArgumentParser, path: Path, given: set[str]
         resolved = path.suffix == ".json" or name != "lora_alpha"
         if value is not None and value != [] and not (resolved and GIVES_WAY_TO.get(name) in given):
             values[name] = _checked(actions[name], name, value, path)
+    if path.suffix == ".json" and values.get("resume_from_checkpoint", "latest") != "latest":  # of an earlier version
+        checkpoint = values.pop("resume_from_checkpoint")
+        if "resume_from_checkpoint" not in given and speaks():
+            left_out = "is left out: that run went on from there, and another one starts afresh unless it is given"
+            print(f"--config {path}: --resume_from_checkpoint {checkpoint} {left_out}", flush=True)
     return values
 
 

@@ -25,6 +25,7 @@ from ..common.errors import InvalidArgument, first_line
 from ..common.methods import IN_WORDS, METHODS, refuse_settings
 from ..common.patterns import FIELDS, entries
 from ..common.patterns import HELP as PATTERNS
+from ..common.recovery import refuse_afresh
 from ..common.script import shares_the_cpu
 from ..config import HEADS, SHORTCUTS
 from ..experiment.record import EXPERIMENT
@@ -379,16 +380,19 @@ FOLDERS = ("model_name_or_path", "config_name", "tokenizer_name", "deepspeed")
 def check_resume(output_dir: str | os.PathLike, resume: str | None, current: Mapping[str, object]) -> None:
     """Refuses to mix runs in one folder.
 
-    Raises `InvalidArgument` if the folder holds checkpoints and `resume` (the flag's value) is None, or if a setting of
-    `current` differs from the folder's `config.json` when resuming, but for those in FREE_ON_RESUME.
+    Raises `InvalidArgument` if the folder holds checkpoints and `resume` (the flag's value) is None, if all of
+    them are gone or were set aside, or if a setting of `current` differs from the folder's `config.json` when resuming,
+    but for those in FREE_ON_RESUME.
     """
     output = Path(output_dir)
     if (output / EXPERIMENT).exists():
         fix = "give its methods, rates and seeds, or choose another"
         raise InvalidArgument(f"--output_dir {output}", "holds an experiment", fix)
+    finished, checkpoints = (output / "results.json").exists(), any(output.glob("checkpoint-*"))
+    if not checkpoints and resume in (None, "latest"):
+        refuse_afresh(output, output, finished)
     if resume is None:
-        finished = (output / "results.json").exists()
-        if finished or any(output.glob("checkpoint-*")):
+        if checkpoints:
             raise InvalidArgument(
                 f"--output_dir {output}",
                 f"holds {'a finished' if finished else 'an unfinished'} run",

@@ -95,7 +95,8 @@ class OthersStepAside(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         """Model, optimizer and schedule are loaded by now."""
-        decided(lambda: set_others_aside(self.checkpoint, checkpoints_of(args.output_dir)))
+        place = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        decided(lambda: set_others_aside(self.checkpoint, checkpoints_of(args.output_dir), place))
 
 
 class LogCallback(TrainerCallback):

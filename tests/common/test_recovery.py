@@ -1,10 +1,14 @@
 """Checkpoints that step aside: under which name, which ones, and that transformers leaves them alone."""
 
+import errno
+import shutil
 from pathlib import Path
 
+import pytest
 from transformers.trainer_utils import rotate_checkpoints
 
-from reslora.common.recovery import numbered, set_aside, set_others_aside
+from reslora.common.errors import InvalidArgument
+from reslora.common.recovery import numbered, refuse_afresh, set_aside, set_others_aside
 
 
 def folders(folder: Path, *steps: int) -> list[Path]:
@@ -27,13 +31,37 @@ def test_transformers_neither_removes_nor_counts_what_is_set_aside(tmp_path):
     assert names(tmp_path) == {"checkpoint-2", "set-aside-checkpoint-9", "set-aside-checkpoint-9-2"}
 
 
-def test_later_ones_step_aside_and_all_where_the_chosen_one_is_from_elsewhere(tmp_path):
-    _, second, _ = folders(tmp_path / "run", 1, 2, 3)
-    set_others_aside(second, numbered(tmp_path / "run"))
-    assert names(tmp_path / "run") == {"checkpoint-1", "checkpoint-2", "set-aside-checkpoint-3"}
-    set_others_aside(tmp_path / "run" / "set-aside-checkpoint-3", numbered(tmp_path / "run"))
-    assert not numbered(tmp_path / "run")
-    folders(tmp_path / "run", 1, 2)
-    (elsewhere,) = folders(tmp_path / "other", 5)
-    set_others_aside(elsewhere, numbered(tmp_path / "run"))
-    assert not numbered(tmp_path / "run") and len(names(tmp_path / "run")) == 5 and elsewhere.is_dir()
+def test_later_ones_step_aside_and_all_where_the_chosen_one_is_from_elsewhere(tmp_path, monkeypatch):
+    """And that one is the newest of its folder at once, wherever it is from: who is killed then goes on from it."""
+    run = tmp_path / "run"
+    _, second, third = folders(run, 1, 2, 3)
+    (third / "weights").write_text("third")
+    set_others_aside(second, numbered(run), second)
+    assert names(run) == {"checkpoint-1", "checkpoint-2", "set-aside-checkpoint-3"}
+    aside = run / "set-aside-checkpoint-3"
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="full"):
+        patch.setattr(shutil, "copytree", no_space)
+        set_others_aside(aside, numbered(run), third)
+    assert numbered(run) == [second, run / "checkpoint-1"]
+    set_others_aside(aside, numbered(run), third)
+    assert numbered(run) == [third] and (third / "weights").read_text() == (aside / "weights").read_text() == "third"
+    (elsewhere,) = folders(tmp_path / "other", 3)
+    (elsewhere / "weights").write_text("other")
+    set_others_aside(elsewhere, [], third)  # somebody's, in its place
+    assert numbered(run) == [third] and (third / "weights").read_text() == "other" and elsewhere.is_dir()
+    kept = {f"set-aside-checkpoint-{name}" for name in ("1", "2", "3", "3-2")}
+    assert names(run) == {"checkpoint-3"} | kept
+
+
+def no_space(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, "the disk is full")
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_what_was_set_aside_last_is_named_where_nothing_else_is_left(tmp_path, finished):
+    (made,) = folders(tmp_path, 7)
+    refuse_afresh(tmp_path, tmp_path, finished=False)
+    set_aside(made)
+    line = rf"no checkpoint but set-aside-checkpoint-7; go on with .* {tmp_path}/set-aside-checkpoint-7, choose another"
+    with pytest.raises(InvalidArgument, match=line):
+        refuse_afresh(tmp_path, tmp_path, finished)

@@ -3,11 +3,14 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
 from diffusion.runs import refused
 from reslora.common.errors import InvalidArgument
+from reslora.diffusion.output.trackers import note_settings
 from reslora.diffusion.settings import ASSETS, parse_args
 
 
@@ -75,6 +78,24 @@ def test_a_runs_own_config_gives_the_run_again(run):
     again = vars(parse_args(["--config", str(run / "config.json")]))
     config = json.loads((run / "config.json").read_text())
     assert config == {name: again[name] for name in config}
+
+
+def test_a_runs_config_does_not_say_where_it_went_on_from(tmp_path, capsys):
+    """A repeat would go on from there, and be said to have begun afresh. Earlier versions have written it down."""
+    resume, here = "--resume_from_checkpoint", ["--output_dir", str(tmp_path)]
+    context = SimpleNamespace(flags=parse_args([*here, resume, "a/checkpoint-2"]), accelerator=Mock())
+    note_settings(SimpleNamespace(steps=4, validation_steps=2), context)
+    config = tmp_path / "config.json"
+    written = json.loads(config.read_text())
+    assert "resume_from_checkpoint" not in written and written["max_train_steps"] == 4
+    for value, found, line in (("a/checkpoint-2", None, f"--config {config}: {resume} a/c"), ("latest", "latest", "")):
+        config.write_text(json.dumps(written | {"resume_from_checkpoint": value}))
+        assert parse_args(["--config", str(config)]).resume_from_checkpoint == found
+        assert capsys.readouterr().out.startswith(line)
+        assert parse_args(["--config", str(config), resume, "checkpoint-3"]).resume_from_checkpoint == "checkpoint-3"
+        assert not capsys.readouterr().out
+    config.with_suffix(".toml").write_text('resume_from_checkpoint = "a/checkpoint-2"')
+    assert parse_args(["--config", str(config.with_suffix(".toml"))]).resume_from_checkpoint == "a/checkpoint-2"
 
 
 def test_a_config_that_is_no_table_is_refused(tmp_path, capsys):

@@ -169,6 +169,11 @@ def test_runs_are_not_mixed(tmp_path):
     assert_one_line(error, "a finished run")
     (tmp_path / "config.json").write_text("{broken")
     check_resume(tmp_path, "latest", here)
+    (tmp_path / "checkpoint-1").rmdir()
+    for resume in (None, "latest"):
+        with pytest.raises(InvalidArgument, match=r"was trained, and the checkpoint to go on from is gone; .* remove"):
+            check_resume(tmp_path, resume, here)
+    check_resume(tmp_path, "elsewhere/checkpoint-1", here)
 
 
 def test_a_flag_is_fixed_on_resume_unless_it_is_said_to_be_free(tmp_path):

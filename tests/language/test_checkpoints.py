@@ -1,10 +1,12 @@
 """Which checkpoints can be resumed from."""
 
+from pathlib import Path
+
 import pytest
 from conftest import assert_one_line
 
 from reslora.common.errors import InvalidArgument, RunFailed
-from reslora.language.checkpoints import damage, usable_checkpoint
+from reslora.language.checkpoints import checkpoints_of, damage, usable_checkpoint
 
 from .helpers import build, trainer_for
 
@@ -49,6 +51,17 @@ def test_later_ones_step_aside_once_the_chosen_one_is_loaded(tmp_path, monkeypat
     assert there() == whole
     trainer.train(resume_from_checkpoint="checkpoint-2")
     assert there() == whole | {"set-aside-checkpoint-4", "set-aside-checkpoint-6"}
+    trainer = trainer_for(build()[0], tmp_path)
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="out of memory"):
+        patched.setattr(trainer, "training_step", fail)  # a kill before the next checkpoint
+        trainer.train(resume_from_checkpoint="set-aside-checkpoint-4")
+    assert usable_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4") == str(checkpoints_of(tmp_path)[0])
+    assert_same_content(tmp_path / "checkpoint-4", tmp_path / "set-aside-checkpoint-4")
+
+
+def assert_same_content(one: Path, other: Path) -> None:
+    contents = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in (one, other)]
+    assert contents[0] == contents[1]
 
 
 def fail(*args) -> None:

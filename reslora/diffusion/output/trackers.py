@@ -12,6 +12,7 @@ from ..prompts import clean
 from ..training.schedule import Schedule
 
 TENSORBOARD_SECONDS = 10  # until it shows what is new
+NOT_KEPT = ("config", "hub_token", "resume_from_checkpoint")  # where this run went on from is no setting of another
 PLACES = (
     "pretrained_model_name_or_path",
     "pretrained_vae_model_name_or_path",
@@ -37,7 +38,7 @@ def note_settings(schedule: Schedule, context: Context) -> None:
     """Every setting of the run, to `config.json` and to the trackers."""
     steps = {"max_train_steps": schedule.steps, "validation_steps": schedule.validation_steps}
     flags, accelerator = context.flags.replace(**steps), context.accelerator
-    public = {name: value for name, value in vars(flags).items() if name not in ("config", "hub_token")}
+    public = {name: value for name, value in vars(flags).items() if name not in NOT_KEPT}
     for name in PLACES:
         if isinstance(public[name], list):
             public[name] = list(map(whole_path, public[name]))

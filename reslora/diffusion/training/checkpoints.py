@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from ...common.adapters import load_adapter, save_adapter
 from ...common.errors import InvalidArgument, RunFailed, first_line
 from ...common.methods import METHODS
-from ...common.recovery import cannot_be_loaded, numbered, set_aside, set_others_aside, step_of
+from ...common.recovery import cannot_be_loaded, numbered, refuse_afresh, set_aside, set_others_aside, step_of
 from ...common.together import decided, each
 from ...files import (
     Damaged,
@@ -26,7 +26,7 @@ from ...files import (
     write_checksums,
     write_json,
 )
-from ..arguments import BY_FAMILY, Flags, build_parser, in_words, listed
+from ..arguments import BY_FAMILY, NOISES, Flags, build_parser, in_words, listed
 from ..settings import fill_defaults
 from .best import best_of, forget_beaten
 from .schedule import Schedule
@@ -151,6 +151,9 @@ def plan_resume(flags: Flags, identity: Identity | None = None, place: str = "")
         method, path = _named_checkpoint(flags, named, todo)
         check_past(flags, path, read_checkpoint(path), identity)
         checkpoints[method] = [path]
+    for method in todo:
+        if not checkpoints[method]:
+            refuse_afresh(output, folders[method], finished=(folders[method] / EXPORTS).exists())
     resume = Resume(finished, merge_anew, checkpoints, notes)
     if flags.max_train_steps:
         check_length(flags, resume, flags.max_train_steps)
@@ -225,6 +228,7 @@ def check_past(flags: Flags, place: Path, record: dict, identity: Identity | Non
     """Refuse to go on with another rank, seed, model, images ... than a checkpoint or a finished method had."""
     there, here = record.get("settings"), json.loads(json.dumps(settings_of(flags)))
     there = as_now(there, flags) if isinstance(there, dict) else {}  # damaged
+    refuse_steering(flags, place, there)
     for name, value in here.items():
         # None: the model's family or accelerate may say it yet, and this is called again then, with the identity.
         unknown = name == "mixed_precision" and there.get(name) is None  # not kept by earlier versions
@@ -245,6 +249,18 @@ def check_past(flags: Flags, place: Path, record: dict, identity: Identity | Non
                 what = f"by an earlier version, which did not look at all of the {name}: are these the same?"
             problem, fix = f"{place} was trained {what}", "bring that back, or choose another --output_dir"
             raise InvalidArgument(getattr(identity, f"{name}_flag"), problem, fix)
+
+
+def refuse_steering(flags: Flags, place: Path, there: dict) -> None:
+    """Refuse to be steered half-way by losses that were measured otherwise before, by the flag that asks for them.
+
+    It is what fills in --validation_noises where that is not given.
+    """
+    steering = next((name for name in ("save_best", "early_stopping_patience") if getattr(flags, name)), None)
+    if steering and there.get("validation_noises", NOISES) is None:
+        flag = f"--{steering}" if steering == "save_best" else f"--{steering} {flags.early_stopping_patience}"
+        problem = f"needs --validation_noises from the start, and {place} was trained without"
+        raise InvalidArgument(flag, problem, "leave it out, or choose another --output_dir")
 
 
 def as_now(settings: dict, flags: Flags) -> dict:
@@ -329,14 +345,15 @@ def restore(learner: Learner, candidates: list[Path], flags: Flags, accelerator:
 
     The main process chooses. Raises `InvalidArgument` where none is whole, or the one that the user has named is not;
     `RunFailed` for one that is whole and cannot be loaded all the same. Either leaves everything on disk as it is;
-    else what is not of its line steps aside.
+    else what is not of its line steps aside, and one that was not in its place is copied there.
     """
     if not candidates:
         return
     folder = Path(flags.output_dir) / learner.name
     chosen = decided(lambda: newest_whole(candidates, folder, flags))
     each(lambda: load_checkpoint(learner, chosen, accelerator))
-    decided(lambda: set_others_aside(chosen, checkpoints_of(folder)))
+    place = folder / f"checkpoint-{learner.step}"
+    decided(lambda: set_others_aside(chosen, checkpoints_of(folder), place))
     accelerator.print(f"{learner.name}: going on from {chosen}")
 
 

@@ -34,15 +34,17 @@ from diffusion.runs import (
 )
 from reslora.common.errors import InvalidArgument, RunFailed
 from reslora.common.recovery import set_aside, step_of
+from reslora.diffusion.settings import parse_args
 from reslora.diffusion.training.checkpoints import (
     Identity,
     check_past,
     checkpoints_of,
+    plan_resume,
     read_checkpoint,
     restore,
     save_checkpoint,
 )
-from reslora.files import write_checksums
+from reslora.files import write_checksums, write_json
 
 
 def unfinished(run: Path, output: Path, *methods: str) -> Path:
@@ -83,6 +85,20 @@ def test_latest_with_nothing_to_go_on_from_says_so_and_starts_afresh(brief_flags
 def test_missing_named_checkpoint_is_an_error(base_flags, capsys, tmp_path):
     flags = ("--output_dir", tmp_path, "--resume_from_checkpoint", "checkpoint-7")
     assert "checkpoint-7" in refused(capsys, *base_flags, *flags)
+
+
+@pytest.mark.parametrize("words", [("--max_train_steps", "6"), ("--num_train_epochs", "5"), ("--max_train_steps", "4")])
+@pytest.mark.parametrize("resume", [(), RESUME])
+def test_a_finished_method_without_its_checkpoints_is_not_trained_over(tmp_path, words, resume):
+    """They were removed to save disk. With the same steps, a file that was exported is gone too."""
+    record = {"step": 4, "num_train_epochs": 100, "by_epochs": False, "difference_of_255": {"unet": 0}}
+    write_json(tmp_path / "lora" / "exports.json", record)
+    flags = parse_args(["--output_dir", str(tmp_path), "--method", "lora", *words, *resume])
+    with pytest.raises(InvalidArgument, match=r"lora was trained, and the checkpoint .* is gone; .* remove .*lora to"):
+        plan_resume(flags)
+    there = tmp_path / "lora" / ("unet" if words[1] == "4" else "checkpoint-2")
+    write_json(there / "trainer.json", {})  # what was gone
+    assert plan_resume(flags.replace(resume_from_checkpoint="latest")).finished == ["lora"] * (there.name == "unet")
 
 
 # -- damage ----------------------------------------------------------------------------------------------------------
@@ -504,6 +520,22 @@ def test_a_checkpoint_that_cannot_be_loaded_sets_no_others_aside(keep, tmp_path,
     assert [step_of(path) for path in checkpoints_of(tmp_path)] == [1]
 
 
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_who_is_killed_after_going_back_goes_on_from_there(keep, tmp_path, elsewhere):
+    """Before the next checkpoint: `latest` is the chosen one, and not a start from zero."""
+    flags = keep.flags.replace(output_dir=str(tmp_path.parent), method=[tmp_path.name], max_train_steps=9)
+    _, second, _ = [keep(step, max_train_steps=9) for step in (1, 2, 3)]
+    chosen = second.rename(tmp_path / "kept") if elsewhere else set_aside(second)
+    keep.learner.name = keep.learner.method = tmp_path.name
+    named = flags.replace(resume_from_checkpoint=str(chosen))
+    restore(keep.learner, [chosen], named, keep.accelerator)
+    assert plan_resume(flags.replace(resume_from_checkpoint="latest")).checkpoints == {tmp_path.name: [second]}
+    assert digests(second, "*") == digests(chosen, "*")
+    shutil.rmtree(second)  # by an earlier version it was not there
+    with pytest.raises(InvalidArgument, match=rf"go on with --resume_from_checkpoint {tmp_path}/set-aside"):
+        plan_resume(flags)
+
+
 @pytest.mark.parametrize(("limit", "kept"), [(None, [4, 3, 2, 1]), (1, [4]), (3, [4, 3, 2])])
 def test_no_more_checkpoints_stay_than_the_limit_allows(keep, tmp_path, limit, kept):
     for step in (1, 2, 3, 4):
@@ -535,6 +567,21 @@ def test_batch_accumulation_and_processes_may_change_as_long_as_a_steps_samples_
     with pytest.raises(InvalidArgument, match="batch size x accumulation x processes") as error:
         check_past(flags, checkpoint, read_checkpoint(checkpoint), None)
     assert str(batch * accumulation * processes) in str(error.value) and "trained with 8" in str(error.value)
+
+
+@pytest.mark.parametrize("steering", [{"save_best": True}, {"early_stopping_patience": 3}])
+def test_what_steers_is_not_added_half_way_and_named_itself(keep, steering):
+    """Nobody has given --validation_noises. Where these were measured, patience may come, change and go."""
+    plain, measured = keep(1), keep(2, validation_noises=4, save_best="save_best" in steering)
+    flags = keep.flags.replace(validation_noises=4, **steering)
+    (name,) = steering
+    with pytest.raises(InvalidArgument, match=rf"^--{name}( 3)?: needs --validation_noises .* leave it out"):
+        check_past(flags, plain, read_checkpoint(plain), None)
+    for patience in (flags.early_stopping_patience, 5, None):
+        check_past(flags.replace(early_stopping_patience=patience), measured, read_checkpoint(measured), None)
+    with pytest.raises(InvalidArgument, match=r"--validation_noises 4: .* was trained with 2; use that"):
+        fewer = keep(3, validation_noises=2)
+        check_past(flags.replace(save_best=False), fewer, read_checkpoint(fewer), None)
 
 
 @pytest.mark.parametrize("sizes", [{"use_aspect_ratio_buckets": True}, {"resolution": [32, 64]}])
