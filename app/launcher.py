@@ -78,6 +78,9 @@ def words_of(action: argparse.Action, value: object) -> list[str]:
         found = (value.replace(",", " ") if action.type else value).split()
     if any(re.match(r"-(?!\d)", word) for word in found):  # it would be another flag
         raise RunError(f"{action.dest} cannot begin with a hyphen.")
+    known = () if action.choices else form.choices(action)  # the trainer imports any optimizer by its path
+    if known and (wrong := [word for word in found if word not in known]):
+        raise RunError(f"{action.dest} {wrong[0][:80]}: choose from {', '.join(known)}.")
     return found
 
 

@@ -52,6 +52,7 @@ def test_several_resolutions_are_numbers_with_spaces(trainings):
         {"max_train_steps": "8; rm -rf /"},
         {"method": ["lora", "--push_to_hub"]},
         {"shortcut": "--config=x"},
+        {"optimizer": "antigravity.X"},  # the trainer takes any class by its path, and imports it
         {"validation_prompt": "--push_to_hub"},
         {"validation_prompt": "/home/prompts.txt"},
         {"model": "/etc"},
