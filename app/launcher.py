@@ -10,7 +10,6 @@ import contextlib
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,11 +18,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
-import PIL.Image
-
 from reslora.common.flags import listed
+from reslora.diffusion import prompts
 from reslora.diffusion.arguments import build_parser
-from reslora.diffusion.prompts import SUFFIXES
+from reslora.diffusion.data.images import SUFFIXES
 
 from . import form
 from .folders import UPLOADS, Folders
@@ -39,8 +37,6 @@ SAVE, SAMPLE = "save.now", "sample.now"
 """Files by which a trainer is asked for something."""
 FEW = 8  # images to look at before a training
 PLAN_SECONDS = 180
-MOST_IMAGES, MOST_BYTES = 2000, 1024 * 2**20
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 class Busy(RunError):
@@ -72,7 +68,7 @@ def words_of(action: argparse.Action, value: object) -> list[str]:
     found = [str(int(v) if isinstance(v, float) and v.is_integer() else v) for v in listed(value)]
     if action.dest == "validation_prompt":
         found = [line.strip() for line in "\n".join(found).replace("\0", "").splitlines() if line.strip()]
-        if len(found) == 1 and found[0].lower().endswith(SUFFIXES):
+        if len(found) == 1 and found[0].lower().endswith(prompts.SUFFIXES):
             raise RunError("Files of prompts are read by train_sd.py alone; write the prompts, one a line.")
     elif action.nargs == "+" and isinstance(value, str):  # with spaces between them; numbers may have commas, too
         found = (value.replace(",", " ") if action.type else value).split()
@@ -296,7 +292,7 @@ class Trainings:
         else:
             chosen = self.images.find(folder) if folder else None
             found = [path for path in sorted(chosen.path.iterdir()) if chosen.holds(path)] if chosen else []
-        return [path for path in found if path.suffix.lower() in IMAGE_SUFFIXES][:FEW]
+        return [path for path in found if path.suffix.lower() in SUFFIXES][:FEW]
 
     def ask(self, request: str) -> str:
         """Ask the trainer that is at work for a checkpoint or for samples after this step, and say so."""
@@ -365,31 +361,3 @@ def in_words(words: list[str]) -> str:
         inside = path.is_absolute() and path.is_relative_to(REPOSITORY)
         shown.append(str(path.relative_to(REPOSITORY)) if inside else word)
     return "accelerate launch " + shlex.join(shown)
-
-
-def store_images(folder: Path, uploads: list[str], caption: str) -> Path:
-    """Copy uploaded images and captions to a new folder under names of our own.
-
-    An image's caption is the uploaded .txt of the same name, else `caption`, else the words of its file name.
-    """
-    paths = [Path(upload) for upload in uploads]
-    images = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
-    texts = {path.stem: path for path in paths if path.suffix.lower() == ".txt"}
-    if not images:
-        raise RunError(f"None of these is an image ({', '.join(IMAGE_SUFFIXES)}).")
-    if len(images) > MOST_IMAGES or sum(path.stat().st_size for path in paths) > MOST_BYTES:
-        raise RunError(f"At most {MOST_IMAGES} images and {MOST_BYTES // 2**20} MB, please.")
-    for path in images:
-        try:
-            with PIL.Image.open(path) as image:
-                image.verify()
-        except Exception:  # a damaged file fails in as many ways as there are formats
-            raise RunError(f"{path.name[:80]} is not a readable image.") from None
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    for number, path in enumerate(images):
-        words = re.sub(r"[\W_]+", " ", path.stem).strip()
-        text = texts[path.stem].read_text("utf-8", "replace")[:2000] if path.stem in texts else caption or words
-        shutil.copyfile(path, folder / f"{number:05d}{path.suffix.lower()}")
-        (folder / f"{number:05d}.txt").write_text(text.replace("\0", "").strip(), encoding="utf-8")
-    return folder

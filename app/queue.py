@@ -23,11 +23,11 @@ from filelock import FileLock, Timeout
 
 from reslora.files import write_json
 
-from . import launcher
 from .folders import UPLOADS
 from .launcher import Busy, Trainings
 from .library import Experiment
 from .runs import LARGEST_JSON, Run, RunError
+from .uploads import store_images
 
 FILE, LOCK = "queue.json", ".queue.lock"
 VERSION = 1
@@ -178,7 +178,7 @@ class Queue:
         name = f"runs/{entry.name}"
         if user := next((one for one in live if one.folder == name), None):
             raise RunError(f"{user.name} is to train on the images uploaded as {entry.name}; choose another name.")
-        launcher.store_images(self.trainings.library.folder / UPLOADS / entry.name, list(uploads), caption)
+        store_images(self.trainings.library.folder / UPLOADS / entry.name, list(uploads), caption)
         entry.folder = name
 
     def move(self, name: str, by: int) -> None:

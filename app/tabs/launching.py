@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, ClassVar
 
 import gradio as gr
 
+from reslora.diffusion.data.dataset import CAPTIONS
+
 from .. import form, launcher, views
 from ..handlers import named, paths_of, readable_errors
 from ..queue import RUNNING, WAITING, Entry
 from ..runs import Run
+from ..uploads import store_images
 from .base import STATUS, Parts, Tab
 
 if TYPE_CHECKING:
@@ -78,7 +81,7 @@ class LaunchTab(Tab):
         """What is trained, and on which images."""
         self.uploads = gr.File(
             label="Your images, with .txt captions if you like (none: the bundled ones)",
-            file_count="multiple", file_types=["image", ".txt"], height=150, elem_id=self.own("uploads"),
+            file_count="multiple", file_types=["image", *CAPTIONS], height=150, elem_id=self.own("uploads"),
             elem_classes="uploads",
         )  # fmt: skip
         self.caption = gr.Textbox("", label="Caption of images without a .txt (empty: words of the file name)")
@@ -210,7 +213,7 @@ class LaunchTab(Tab):
         _, uploads, caption, *_ = inputs
         words, paths = self.words(*inputs), paths_of(uploads)
         if paths and "--train_data_dir" in words:  # what goes on keeps its images
-            stored = launcher.store_images(self.files.new("images"), paths, str(caption or ""))
+            stored = store_images(self.files.new("images"), paths, str(caption or ""))
             words[words.index("--train_data_dir") + 1] = str(stored)
         return views.printed(self.trainings.plan(words))
 

@@ -1,0 +1,72 @@
+"""app/uploads.py: what is taken of what a browser sends, and that nothing of it changes on its way to the trainer."""
+
+import PIL.Image
+import pytest
+
+from app.image_folders import flags_of
+from app.launcher import FEW, Trainings
+from app.library import Library
+from app.runs import RunError
+from app.uploads import store_images
+from reslora.diffusion.data.dataset import load_images
+
+
+@pytest.fixture
+def sent(tmp_path):
+    """What somebody uploads lies here."""
+    (tmp_path / "sent").mkdir()
+    return tmp_path / "sent"
+
+
+def image(path, colour="red"):
+    PIL.Image.new("RGB", (8, 8), colour).save(path)
+    return str(path)
+
+
+def test_what_is_uploaded_is_what_the_trainer_reads(sent, tmp_path):
+    """In all of its formats, with captions as Windows' and kohya's tools write them, however long."""
+    for name in ("a.png", "b.gif", "c.tif", "red_fox-1.JPG", "e.webp"):
+        image(sent / name)
+    long = "tag, " * 1000
+    (sent / "a.txt").write_text("a café", encoding="utf-16")
+    (sent / "b.txt").write_text(long, encoding="utf-8-sig")
+    (sent / "c.caption").write_text("kohya's\r\nsecond line", newline="")
+    uploads = [str(path) for path in sorted(sent.iterdir())]
+    found = load_images(flags_of().replace(train_data_dir=str(store_images(tmp_path / "new", uploads, ""))))
+    captions = [["a café"], [long.strip()], ["kohya's\r\nsecond line"], ["e"], ["red fox 1"]]
+    assert found.captions == captions and found.left_out == ()
+    shown = Trainings(Library(tmp_path)).first_images(None, uploads)
+    assert len(shown) == 5 <= FEW
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "line"),
+    [
+        ("b.png", b"not an image", "b.png cannot be used (not an image)"),
+        ("a.txt", "café".encode("latin-1"), "a.txt cannot be used (its caption is not UTF-8)"),
+        ("A.txt", b"a fox", "A.txt cannot be used (a caption, but no image has its name)"),
+        ("metadata.jsonl", b"{}", "metadata.jsonl cannot be used (neither an image nor a caption)"),
+        ("a.caption", b"another", "Several files are named a"),
+    ],
+)
+def test_what_would_be_lost_is_named(sent, tmp_path, name, content, line):
+    image(sent / "a.png")
+    (sent / "a.txt").write_text("a fox")
+    (sent / name).write_bytes(content)
+    with pytest.raises(RunError) as refusal:
+        store_images(tmp_path / "new", [str(path) for path in sent.iterdir()], "")
+    assert line in str(refusal.value) and "\n" not in str(refusal.value) and not (tmp_path / "new").exists()
+
+
+def test_captions_of_one_name_from_two_folders_are_not_mixed_up(sent, tmp_path):
+    uploads = []
+    for number in "12":
+        (sent / number).mkdir()
+        (sent / number / "a.txt").write_text(number)
+        uploads += [image(sent / number / "a.png"), str(sent / number / "a.txt")]
+    for of_these in (uploads, uploads[:3]):
+        with pytest.raises(RunError, match="Several files are named a"):
+            store_images(tmp_path / "new", of_these, "")
+    assert len(list(store_images(tmp_path / "new", uploads[::2], "mine").iterdir())) == 4
+    with pytest.raises(RunError, match="None of these is an image"):
+        store_images(tmp_path / "new", uploads[1::2], "")
