@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -28,6 +28,7 @@ from .folders import UPLOADS, Folders
 from .held import held, is_held
 from .library import Experiment, Library
 from .runs import EXPERIMENT_LOG, LOG_NAME, NOTES, Run, RunError, is_trainer
+from .uploads import contents_of, place_of
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = REPOSITORY / "train_sd.py"
@@ -152,10 +153,12 @@ class Trainings:
             raise RunError("There is a run of that name already; choose another name, or resume it.")
         return folder
 
-    def choose_images(self, name: str, folder: str | None, uploads: list[str] | None) -> Path | None:
+    def choose_images(
+        self, name: str, folder: str | None, uploads: Sequence[str] | None, caption: str = ""
+    ) -> Path | None:
         """The folder to train on: where the uploads are to go, a folder under the data folder, or None."""
         if uploads:
-            return self.library.folder / UPLOADS / self.new_folder(name).name
+            return place_of(self.library.folder / UPLOADS / self.new_folder(name).name, contents_of(uploads, caption))
         return self.images.find(folder).path if folder else None
 
     def start(self, name: str, words: list[str], kind: type[Run] = Run, device: str | None = None) -> Run:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
+from reslora.diffusion.content import content_mark
 from reslora.diffusion.data.dataset import CAPTIONS, read_caption
 from reslora.diffusion.data.images import SUFFIXES, image_size
 from reslora.diffusion.prompts import clean
+from reslora.files import remove_leftovers, replacing
 
 from .runs import RunError
 
+RECORD = ".uploaded"
+"""In a folder that is kept: the mark of what it was made of."""
 MOST_IMAGES, MOST_BYTES = 2000, 1024 * 2**20
 Contents = Mapping[str, Path | str]
 """What a folder holds, by names in it: files that are copied there, and captions that are written."""
@@ -23,6 +28,44 @@ def store_images(folder: Path, uploads: Sequence[str], caption: str) -> Path:
     """Copy uploaded images and captions to a new folder, which is returned."""
     write(folder, contents_of(uploads, caption))
     return folder
+
+
+def keep(folder: Path, uploads: Sequence[str], caption: str) -> Path:
+    """Copy uploaded images and captions to where they stay, which is returned."""
+    contents = contents_of(uploads, caption)
+    place = place_of(folder, contents)
+    if not place.exists():
+        remove_leftovers(place.parent)
+        with replacing(place) as temporary:
+            write(temporary, {**contents, RECORD: mark_of(contents)})
+    return place
+
+
+def place_of(folder: Path, contents: Contents) -> Path:
+    """Where contents are kept, or would be: `folder` or, where that has others, one beside it; none is ever replaced.
+
+    `RunError` where they were kept already and somebody has changed them since.
+    """
+    mark = mark_of(contents)
+    for number in itertools.count(1):
+        place = folder.with_name(f"{folder.name}-{number}") if number > 1 else folder
+        if not place.exists() or mark == mark_of(inside(place)):
+            return place
+        if (place / RECORD).is_file() and (place / RECORD).read_text(encoding="utf-8") == mark:
+            what = f"These images were uploaded before, and runs/{place.name} was changed since"
+            raise RunError(f"{what}: choose that folder and take the uploads out, or choose another name.")
+
+
+def inside(folder: Path) -> Contents:
+    """What is in a folder of uploads now, its trash included."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != RECORD)
+    return {path.relative_to(folder).as_posix(): path for path in files}
+
+
+def mark_of(contents: Contents) -> str:
+    """Names and contents in short."""
+    marks = {name: content_mark(one.encode() if isinstance(one, str) else one) for name, one in contents.items()}
+    return content_mark(repr(sorted(marks.items())).encode())
 
 
 def contents_of(uploads: Sequence[str], caption: str) -> Contents:
@@ -71,7 +114,6 @@ def problem_of(path: Path, stems: Collection[str]) -> str:
 def write(folder: Path, contents: Contents) -> None:
     """Makes a folder of its contents."""
     try:
-        shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         for name, content in contents.items():
             if isinstance(content, str):

@@ -201,7 +201,7 @@ class LaunchTab(Tab):
         settings = self.settings(values) | {"model": model}
         if self.trainings.goes_on(name, self.kind):
             return self.trainings.command(name, settings, kind=self.kind)
-        images = self.trainings.choose_images(name, folder, paths_of(uploads))
+        images = self.trainings.choose_images(name, folder, paths_of(uploads), str(caption or ""))
         return self.trainings.command(name, settings, images, self.kind)
 
     def do_show(self, *inputs) -> str:
@@ -226,10 +226,15 @@ class LaunchTab(Tab):
         name, uploads, caption, folder, model, *values = inputs
         words = launcher.in_words(self.words(*inputs))
         settings = {flag: value for flag, value in self.settings(values).items() if value not in (None, "", [])}
-        entry = Entry(name, self.what, settings | {"model": str(model or "").strip()}, folder or None)
-        added = self.queue.add(entry, paths_of(uploads), str(caption or ""))
+        paths = paths_of(uploads)
+        chosen = None if paths else folder or None
+        entry = Entry(name, self.what, settings | {"model": str(model or "").strip()}, chosen)
+        added = self.queue.add(entry, paths, str(caption or ""))
+        told = self.told_of(added)
+        if paths and added.folder not in (None, f"runs/{name}"):
+            told += f" Its images are in {added.folder}: there are others in runs/{name}."
         shown = gr.update() if added.state == WAITING else gr.update(choices=self.list_names(), value=name)
-        return shown, words, self.start_label(), views.notice(self.told_of(added))
+        return shown, words, self.start_label(), views.notice(told)
 
     def told_of(self, entry: Entry) -> str:
         """What has become of something that was to start."""

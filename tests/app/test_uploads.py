@@ -1,11 +1,16 @@
 """app/uploads.py: what is taken of what a browser sends, and that nothing of it changes on its way to the trainer."""
 
+import contextlib
+import errno
+import shutil
+
 import PIL.Image
 import pytest
 
 from app.image_folders import flags_of
 from app.launcher import FEW, Trainings
 from app.library import Library
+from app.queue import Entry, Queue
 from app.runs import RunError
 from app.uploads import store_images
 from reslora.diffusion.data.dataset import load_images
@@ -70,3 +75,49 @@ def test_captions_of_one_name_from_two_folders_are_not_mixed_up(sent, tmp_path):
     assert len(list(store_images(tmp_path / "new", uploads[::2], "mine").iterdir())) == 4
     with pytest.raises(RunError, match="None of these is an image"):
         store_images(tmp_path / "new", uploads[1::2], "")
+
+
+@pytest.fixture
+def lined(tmp_path):
+    """A queue that starts nothing."""
+    (tmp_path / "runs").mkdir()
+    queue = Queue(Trainings(Library(tmp_path / "runs")))
+    queue.advance = lambda: None
+    return queue
+
+
+def again(queue: Queue, name: str, uploads, caption: str = "words") -> str:
+    """The folder of images of a run that is started anew, as it never began."""
+    with contextlib.suppress(RunError):
+        queue.remove(name)
+    return queue.add(Entry(name), uploads, caption).folder
+
+
+def test_what_was_uploaded_before_is_never_replaced(lined, sent, tmp_path):
+    """The same uploads are the same folder, others get one of their own; what was put in order since is not lost."""
+    kept, red, blue = tmp_path / "runs" / ".images", [image(sent / "a.png")], [image(sent / "b.png", "blue")]
+    assert again(lined, "my", red) == "runs/my"
+    before = {path.name: path.stat().st_mtime_ns for path in (kept / "my").iterdir()}
+    assert again(lined, "my", red) == "runs/my"
+    assert {path.name: path.stat().st_mtime_ns for path in (kept / "my").iterdir()} == before
+    assert again(lined, "my", blue) == again(lined, "my", blue) == "runs/my-2"
+    assert again(lined, "my", red, "other words") == "runs/my-3"
+    (kept / "my" / "00000.txt").write_text("put in order")
+    with pytest.raises(RunError, match="runs/my was changed"):
+        again(lined, "my", red)
+    assert again(lined, "my", blue) == "runs/my-2" and lined.add(Entry("new", folder="runs/my")).folder == "runs/my"
+    assert (kept / "my" / "00000.txt").read_text() == "put in order"
+    assert again(lined, "my", red, "third words") == "runs/my-4"
+    assert sorted(path.name for path in kept.iterdir()) == ["my", "my-2", "my-3", "my-4"]
+
+
+def test_a_full_disk_leaves_nothing_of_an_upload(lined, sent, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    uploads = [image(sent / "a.png"), image(sent / "b.png")]
+    with monkeypatch.context() as patch, pytest.raises(RunError, match="No space left"):
+        patch.setattr(shutil, "copyfile", full)
+        again(lined, "my", uploads)
+    assert lined.entries() == [] and list((tmp_path / "runs" / ".images").iterdir()) == []
+    assert again(lined, "my", uploads) == "runs/my"
