@@ -92,6 +92,26 @@ def refuse(message: str) -> NoReturn:
     raise RunError(message)
 
 
+def refuse_others(begun: Run, settings: dict, images: Path | None) -> None:
+    """`RunError` for what an experiment was not begun with, but for what may grow; what is not given is as it is."""
+    read = [Path(name).resolve() for name in begun.words("train_data_dir")]
+    if images is not None and read != [images.resolve()]:
+        raise RunError(f"{begun.name} was begun with other images: choose another name, or leave the images out.")
+    known, model = form.actions(), str(settings.get("model") or "").strip()
+    given = {flag: value for flag, value in settings.items() if flag in known and flag not in MAY_GROW}
+    given = {flag: value for flag, value in given.items() if value not in (None, "", [])}
+    asked, others = build_parser().parse_args(arguments(given, True)), []
+    for flag, value in given.items():
+        was = begun.config.get(flag, known[flag].default)
+        # The form has no word for some that a command line may have given: it shows them as if they were not there.
+        if listed(getattr(asked, flag)) != listed(was) and value != form.widget_value(known[flag], was):
+            others.append(form.as_flag(known[flag], was))
+    if model and [model] != begun.words("pretrained_model_name_or_path"):
+        others.append(f"the model {begun.word('pretrained_model_name_or_path')}")
+    if others:
+        raise RunError(f"{begun.name} was begun with {', '.join(others[:5])}: give that, or choose another name.")
+
+
 class Trainings:
     """Trainings in the folder of a library."""
 
@@ -111,10 +131,11 @@ class Trainings:
     def command(self, name: str, settings: dict, images: Path | None = None, kind: type[Run] = Run) -> list[str]:
         """Words after `accelerate launch` for a new run or experiment of that name.
 
-        An experiment that is there gets what methods, rates and seeds it has not; all else of it stays.
+        An experiment that is there gets what methods, rates and seeds it has not; all else must be as it was begun.
         """
         words = [str(SCRIPT), "--output_dir", str(self.folder_of(name, kind))]
         if self.goes_on(name, kind):
+            refuse_others(self.find(name, kind), settings, images)
             more = {flag: settings[flag] for flag in MAY_GROW if flag in settings}
             return [*words, "--config", str(self.library.folder / name / "config.json"), *arguments(more, True)]
         if images is not None:
@@ -154,11 +175,12 @@ class Trainings:
         return folder
 
     def choose_images(
-        self, name: str, folder: str | None, uploads: Sequence[str] | None, caption: str = ""
+        self, name: str, folder: str | None, uploads: Sequence[str] | None, caption: str = "", kind: type[Run] = Run
     ) -> Path | None:
         """The folder to train on: where the uploads are to go, a folder under the data folder, or None."""
         if uploads:
-            return place_of(self.library.folder / UPLOADS / self.new_folder(name).name, contents_of(uploads, caption))
+            of_run = self.library.folder / UPLOADS / self.folder_of(name, kind).name
+            return place_of(of_run, contents_of(uploads, caption))
         return self.images.find(folder).path if folder else None
 
     def start(self, name: str, words: list[str], kind: type[Run] = Run, device: str | None = None) -> Run:

@@ -268,9 +268,7 @@ class Queue:
         if entry.resume:
             self.trainings.resumable(entry.name, kind)
             return []
-        if self.goes_on(entry):
-            return self.trainings.command(entry.name, entry.settings, kind=kind)
-        images = self.trainings.choose_images(entry.name, entry.folder, uploads, caption)
+        images = self.trainings.choose_images(entry.name, entry.folder, uploads, caption, kind)
         return self.trainings.command(entry.name, entry.settings, images, kind)
 
     def goes_on(self, entry: Entry) -> bool:

@@ -199,9 +199,7 @@ class LaunchTab(Tab):
     def words(self, name, uploads, caption, folder, model, *values) -> list[str]:
         """Of the trainer's command line."""
         settings = self.settings(values) | {"model": model}
-        if self.trainings.goes_on(name, self.kind):
-            return self.trainings.command(name, settings, kind=self.kind)
-        images = self.trainings.choose_images(name, folder, paths_of(uploads), str(caption or ""))
+        images = self.trainings.choose_images(name, folder, paths_of(uploads), str(caption or ""), self.kind)
         return self.trainings.command(name, settings, images, self.kind)
 
     def do_show(self, *inputs) -> str:
