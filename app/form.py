@@ -105,6 +105,13 @@ def in_box(value: object, between: str = " ") -> str:
     return between.join(map(str, value)) if isinstance(value, list) else str(value)
 
 
+def as_flag(action: argparse.Action, value: object) -> str:
+    """A flag with its value, as one would write it in a command."""
+    if is_switch(action):
+        return f"--{'' if value else 'no-'}{action.dest}"
+    return f"--{action.dest} {in_box(value)[:80]}" if in_box(value) else f"no --{action.dest}"
+
+
 def wires(methods: Iterable[str]) -> bool:
     """Whether any of the methods reads what is set for ResLoRA's shortcuts."""
     found = [METHODS[name] for name in methods if name in METHODS]

@@ -26,9 +26,10 @@ from reslora.diffusion.settings import fill_defaults
 from reslora.files import replacing
 
 from .folders import SETS, Folder, Folders
-from .launcher import refuse, store_images
+from .launcher import refuse
 from .library import is_run
 from .runs import RunError
+from .uploads import store_images
 
 MULTIPLE = 8
 """What sides are multiples of; models that need multiples of 16 have the same buckets from 256 pixels on."""

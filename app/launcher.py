@@ -10,26 +10,25 @@ import contextlib
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-import PIL.Image
-
 from reslora.common.flags import listed
+from reslora.diffusion import prompts
 from reslora.diffusion.arguments import build_parser
-from reslora.diffusion.prompts import SUFFIXES
+from reslora.diffusion.data.images import SUFFIXES
 
 from . import form
 from .folders import UPLOADS, Folders
 from .held import held, is_held
 from .library import Experiment, Library
 from .runs import EXPERIMENT_LOG, LOG_NAME, NOTES, Run, RunError, is_trainer
+from .uploads import contents_of, place_of
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = REPOSITORY / "train_sd.py"
@@ -39,8 +38,6 @@ SAVE, SAMPLE = "save.now", "sample.now"
 """Files by which a trainer is asked for something."""
 FEW = 8  # images to look at before a training
 PLAN_SECONDS = 180
-MOST_IMAGES, MOST_BYTES = 2000, 1024 * 2**20
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 class Busy(RunError):
@@ -72,12 +69,15 @@ def words_of(action: argparse.Action, value: object) -> list[str]:
     found = [str(int(v) if isinstance(v, float) and v.is_integer() else v) for v in listed(value)]
     if action.dest == "validation_prompt":
         found = [line.strip() for line in "\n".join(found).replace("\0", "").splitlines() if line.strip()]
-        if len(found) == 1 and found[0].lower().endswith(SUFFIXES):
+        if len(found) == 1 and found[0].lower().endswith(prompts.SUFFIXES):
             raise RunError("Files of prompts are read by train_sd.py alone; write the prompts, one a line.")
     elif action.nargs == "+" and isinstance(value, str):  # with spaces between them; numbers may have commas, too
         found = (value.replace(",", " ") if action.type else value).split()
     if any(re.match(r"-(?!\d)", word) for word in found):  # it would be another flag
         raise RunError(f"{action.dest} cannot begin with a hyphen.")
+    known = () if action.choices else form.choices(action)  # the trainer imports any optimizer by its path
+    if known and (wrong := [word for word in found if word not in known]):
+        raise RunError(f"{action.dest} {wrong[0][:80]}: choose from {', '.join(known)}.")
     return found
 
 
@@ -90,6 +90,26 @@ def check(words: list[str]) -> None:
 
 def refuse(message: str) -> NoReturn:
     raise RunError(message)
+
+
+def refuse_others(begun: Run, settings: dict, images: Path | None) -> None:
+    """`RunError` for what an experiment was not begun with, but for what may grow; what is not given is as it is."""
+    read = [Path(name).resolve() for name in begun.words("train_data_dir")]
+    if images is not None and read != [images.resolve()]:
+        raise RunError(f"{begun.name} was begun with other images: choose another name, or leave the images out.")
+    known, model = form.actions(), str(settings.get("model") or "").strip()
+    given = {flag: value for flag, value in settings.items() if flag in known and flag not in MAY_GROW}
+    given = {flag: value for flag, value in given.items() if value not in (None, "", [])}
+    asked, others = build_parser().parse_args(arguments(given, True)), []
+    for flag, value in given.items():
+        was = begun.config.get(flag, known[flag].default)
+        # The form has no word for some that a command line may have given: it shows them as if they were not there.
+        if listed(getattr(asked, flag)) != listed(was) and value != form.widget_value(known[flag], was):
+            others.append(form.as_flag(known[flag], was))
+    if model and [model] != begun.words("pretrained_model_name_or_path"):
+        others.append(f"the model {begun.word('pretrained_model_name_or_path')}")
+    if others:
+        raise RunError(f"{begun.name} was begun with {', '.join(others[:5])}: give that, or choose another name.")
 
 
 class Trainings:
@@ -111,10 +131,11 @@ class Trainings:
     def command(self, name: str, settings: dict, images: Path | None = None, kind: type[Run] = Run) -> list[str]:
         """Words after `accelerate launch` for a new run or experiment of that name.
 
-        An experiment that is there gets what methods, rates and seeds it has not; all else of it stays.
+        An experiment that is there gets what methods, rates and seeds it has not; all else must be as it was begun.
         """
         words = [str(SCRIPT), "--output_dir", str(self.folder_of(name, kind))]
         if self.goes_on(name, kind):
+            refuse_others(self.find(name, kind), settings, images)
             more = {flag: settings[flag] for flag in MAY_GROW if flag in settings}
             return [*words, "--config", str(self.library.folder / name / "config.json"), *arguments(more, True)]
         if images is not None:
@@ -153,10 +174,13 @@ class Trainings:
             raise RunError("There is a run of that name already; choose another name, or resume it.")
         return folder
 
-    def choose_images(self, name: str, folder: str | None, uploads: list[str] | None) -> Path | None:
+    def choose_images(
+        self, name: str, folder: str | None, uploads: Sequence[str] | None, caption: str = "", kind: type[Run] = Run
+    ) -> Path | None:
         """The folder to train on: where the uploads are to go, a folder under the data folder, or None."""
         if uploads:
-            return self.library.folder / UPLOADS / self.new_folder(name).name
+            of_run = self.library.folder / UPLOADS / self.folder_of(name, kind).name
+            return place_of(of_run, contents_of(uploads, caption))
         return self.images.find(folder).path if folder else None
 
     def start(self, name: str, words: list[str], kind: type[Run] = Run, device: str | None = None) -> Run:
@@ -293,7 +317,7 @@ class Trainings:
         else:
             chosen = self.images.find(folder) if folder else None
             found = [path for path in sorted(chosen.path.iterdir()) if chosen.holds(path)] if chosen else []
-        return [path for path in found if path.suffix.lower() in IMAGE_SUFFIXES][:FEW]
+        return [path for path in found if path.suffix.lower() in SUFFIXES][:FEW]
 
     def ask(self, request: str) -> str:
         """Ask the trainer that is at work for a checkpoint or for samples after this step, and say so."""
@@ -362,31 +386,3 @@ def in_words(words: list[str]) -> str:
         inside = path.is_absolute() and path.is_relative_to(REPOSITORY)
         shown.append(str(path.relative_to(REPOSITORY)) if inside else word)
     return "accelerate launch " + shlex.join(shown)
-
-
-def store_images(folder: Path, uploads: list[str], caption: str) -> Path:
-    """Copy uploaded images and captions to a new folder under names of our own.
-
-    An image's caption is the uploaded .txt of the same name, else `caption`, else the words of its file name.
-    """
-    paths = [Path(upload) for upload in uploads]
-    images = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
-    texts = {path.stem: path for path in paths if path.suffix.lower() == ".txt"}
-    if not images:
-        raise RunError(f"None of these is an image ({', '.join(IMAGE_SUFFIXES)}).")
-    if len(images) > MOST_IMAGES or sum(path.stat().st_size for path in paths) > MOST_BYTES:
-        raise RunError(f"At most {MOST_IMAGES} images and {MOST_BYTES // 2**20} MB, please.")
-    for path in images:
-        try:
-            with PIL.Image.open(path) as image:
-                image.verify()
-        except Exception:  # a damaged file fails in as many ways as there are formats
-            raise RunError(f"{path.name[:80]} is not a readable image.") from None
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    for number, path in enumerate(images):
-        words = re.sub(r"[\W_]+", " ", path.stem).strip()
-        text = texts[path.stem].read_text("utf-8", "replace")[:2000] if path.stem in texts else caption or words
-        shutil.copyfile(path, folder / f"{number:05d}{path.suffix.lower()}")
-        (folder / f"{number:05d}.txt").write_text(text.replace("\0", "").strip(), encoding="utf-8")
-    return folder

@@ -23,11 +23,11 @@ from filelock import FileLock, Timeout
 
 from reslora.files import write_json
 
-from . import launcher
 from .folders import UPLOADS
 from .launcher import Busy, Trainings
 from .library import Experiment
 from .runs import LARGEST_JSON, Run, RunError
+from .uploads import keep
 
 FILE, LOCK = "queue.json", ".queue.lock"
 VERSION = 1
@@ -142,16 +142,17 @@ class Queue:
             self.trainings.resume(entry.name, KINDS[entry.kind])
             entry.state = RUNNING
             return entry
-        self.check(entry, uploads)
+        self.check(entry, uploads, caption)
         with self.changing() as entries:
-            self.check(entry, uploads)
+            self.check(entry, uploads, caption)
             live = [one for one in entries if not one.ends]
             if entry.name in (one.name for one in live):
                 raise RunError(f"{entry.name} is in the queue already; choose another name, or remove that one.")
             if len(live) >= MOST:
                 raise RunError(f"At most {MOST} runs can be lined up.")
             if uploads and not self.goes_on(entry):
-                self.store(entry, uploads, caption, live)
+                kept = keep(self.trainings.library.folder / UPLOADS / entry.name, uploads, caption)
+                entry.folder = f"runs/{kept.name}"
             entries[:] = [one for one in entries if one.name != entry.name] + [entry]
         self.advance()
         added = next((one for one in self.entries() if one.name == entry.name), entry)
@@ -159,7 +160,7 @@ class Queue:
             raise RunError(added.line)
         return added
 
-    def check(self, entry: Entry, uploads: Sequence[str] = ()) -> None:
+    def check(self, entry: Entry, uploads: Sequence[str] = (), caption: str = "") -> None:
         """`RunError` for what could not start even if nothing else trained."""
         try:
             written = json.dumps(asdict(entry), ensure_ascii=False).encode()
@@ -168,18 +169,10 @@ class Queue:
             raise RunError("The settings have something that cannot be written down.") from None
         if len(written) > LONGEST:
             raise RunError("These settings are too long to be lined up.")
-        self.command(entry, uploads)
+        self.command(entry, uploads, caption)
         run = self.run_of(entry)
         if self.trainings.is_active(run):
             raise RunError(f"{run.name} is training; wait for it, or stop it first.")
-
-    def store(self, entry: Entry, uploads: Sequence[str], caption: str, live: Sequence[Entry]) -> None:
-        """Keeps uploaded images as the folder that the entry trains on."""
-        name = f"runs/{entry.name}"
-        if user := next((one for one in live if one.folder == name), None):
-            raise RunError(f"{user.name} is to train on the images uploaded as {entry.name}; choose another name.")
-        launcher.store_images(self.trainings.library.folder / UPLOADS / entry.name, list(uploads), caption)
-        entry.folder = name
 
     def move(self, name: str, by: int) -> None:
         """Up (-1) or down (1) among those that wait."""
@@ -269,15 +262,13 @@ class Queue:
             traceback.print_exception(error, file=sys.stderr)
             entry.state, entry.line = FAILED, "It could not be started; the terminal says more."
 
-    def command(self, entry: Entry, uploads: Sequence[str] = ()) -> list[str]:
+    def command(self, entry: Entry, uploads: Sequence[str] = (), caption: str = "") -> list[str]:
         """The words of its command, with every check that the launcher has; of a resumed one there are none."""
         kind = KINDS[entry.kind]
         if entry.resume:
             self.trainings.resumable(entry.name, kind)
             return []
-        if self.goes_on(entry):
-            return self.trainings.command(entry.name, entry.settings, kind=kind)
-        images = self.trainings.choose_images(entry.name, entry.folder, list(uploads))
+        images = self.trainings.choose_images(entry.name, entry.folder, uploads, caption, kind)
         return self.trainings.command(entry.name, entry.settings, images, kind)
 
     def goes_on(self, entry: Entry) -> bool:

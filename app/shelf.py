@@ -90,13 +90,15 @@ class Shelf:
 
     def restore(self, place: object) -> str:
         """Moves a run from the trash to where it was, and says so."""
-        with self.trainings.lock:
+        with self.queue.changing() as entries, self.trainings.lock:
             folder = self.trashed().get(place) if isinstance(place, str) else None
             if folder is None:
                 raise RunError("There is no such run in the trash; choose one from the list.")
             target = self.library.folder / folder.name
             if target.exists() or target.is_symlink():
                 raise RunError(f"There is a run named {folder.name} again: throw that one away first.")
+            if any(entry.name == folder.name and not entry.ends for entry in entries):
+                raise RunError(f"Another {folder.name} is in the queue: remove it there first.")
             try:
                 folder.rename(target)
                 folder.parent.rmdir()

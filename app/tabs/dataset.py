@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import gradio as gr
 
+from reslora.diffusion.data.dataset import CAPTIONS
+
 from .. import cards, image_edits, views
 from ..handlers import paths_of, readable_errors, translated
 from ..image_edits import ImageEdits
@@ -88,7 +90,7 @@ class DatasetTab(Tab):
         with gr.Accordion("Upload a folder", open=False, elem_id="upload"):
             self.name = gr.Textbox(label="Name of the new folder", max_lines=1, elem_id="folder-name")
             self.uploads = gr.File(
-                label="Images, with .txt captions if you like", file_count="multiple", file_types=["image", ".txt"],
+                label="Images, with .txt captions if you like", file_count="multiple", file_types=["image", *CAPTIONS],
                 height=150, elem_id="folder-uploads",
             )  # fmt: skip
             self.caption = gr.Textbox(label="Caption of images without a .txt (empty: words of the file name)")

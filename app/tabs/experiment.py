@@ -20,7 +20,8 @@ EVERY = 3.0
 ABOUT = (
     "Every method is trained with every learning rate and seed, on the same images and noise. Rates and checkpoints "
     "are chosen on images that none has learnt, and methods are compared on others, read once at the end. The name of "
-    "an experiment that is there goes on with it: what is new among methods, rates and seeds is added."
+    "an experiment that is there goes on with it: what is new among methods, rates and seeds is added, and all "
+    "else has to be as it was, or empty."
 )
 
 

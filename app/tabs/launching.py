@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, ClassVar
 
 import gradio as gr
 
+from reslora.diffusion.data.dataset import CAPTIONS
+
 from .. import form, launcher, views
 from ..handlers import named, paths_of, readable_errors
 from ..queue import RUNNING, WAITING, Entry
 from ..runs import Run
+from ..uploads import store_images
 from .base import STATUS, Parts, Tab
 
 if TYPE_CHECKING:
@@ -78,7 +81,7 @@ class LaunchTab(Tab):
         """What is trained, and on which images."""
         self.uploads = gr.File(
             label="Your images, with .txt captions if you like (none: the bundled ones)",
-            file_count="multiple", file_types=["image", ".txt"], height=150, elem_id=self.own("uploads"),
+            file_count="multiple", file_types=["image", *CAPTIONS], height=150, elem_id=self.own("uploads"),
             elem_classes="uploads",
         )  # fmt: skip
         self.caption = gr.Textbox("", label="Caption of images without a .txt (empty: words of the file name)")
@@ -196,9 +199,7 @@ class LaunchTab(Tab):
     def words(self, name, uploads, caption, folder, model, *values) -> list[str]:
         """Of the trainer's command line."""
         settings = self.settings(values) | {"model": model}
-        if self.trainings.goes_on(name, self.kind):
-            return self.trainings.command(name, settings, kind=self.kind)
-        images = self.trainings.choose_images(name, folder, paths_of(uploads))
+        images = self.trainings.choose_images(name, folder, paths_of(uploads), str(caption or ""), self.kind)
         return self.trainings.command(name, settings, images, self.kind)
 
     def do_show(self, *inputs) -> str:
@@ -210,7 +211,7 @@ class LaunchTab(Tab):
         _, uploads, caption, *_ = inputs
         words, paths = self.words(*inputs), paths_of(uploads)
         if paths and "--train_data_dir" in words:  # what goes on keeps its images
-            stored = launcher.store_images(self.files.new("images"), paths, str(caption or ""))
+            stored = store_images(self.files.new("images"), paths, str(caption or ""))
             words[words.index("--train_data_dir") + 1] = str(stored)
         return views.printed(self.trainings.plan(words))
 
@@ -223,10 +224,15 @@ class LaunchTab(Tab):
         name, uploads, caption, folder, model, *values = inputs
         words = launcher.in_words(self.words(*inputs))
         settings = {flag: value for flag, value in self.settings(values).items() if value not in (None, "", [])}
-        entry = Entry(name, self.what, settings | {"model": str(model or "").strip()}, folder or None)
-        added = self.queue.add(entry, paths_of(uploads), str(caption or ""))
+        paths = paths_of(uploads)
+        chosen = None if paths else folder or None
+        entry = Entry(name, self.what, settings | {"model": str(model or "").strip()}, chosen)
+        added = self.queue.add(entry, paths, str(caption or ""))
+        told = self.told_of(added)
+        if paths and added.folder not in (None, f"runs/{name}"):
+            told += f" Its images are in {added.folder}: there are others in runs/{name}."
         shown = gr.update() if added.state == WAITING else gr.update(choices=self.list_names(), value=name)
-        return shown, words, self.start_label(), views.notice(self.told_of(added))
+        return shown, words, self.start_label(), views.notice(told)
 
     def told_of(self, entry: Entry) -> str:
         """What has become of something that was to start."""

@@ -13,11 +13,12 @@ from experiment import examples
 from app import experiments, form
 from app.launcher import Trainings
 from app.library import Experiment, Library
-from app.queue import Queue
+from app.queue import Entry, Queue
 from app.runs import EXPERIMENT_LOG, RunError
 from app.studio import Studio
 from app.tabs import Parts
 from app.tabs.experiment import ExperimentTab
+from app.uploads import keep
 from reslora.diffusion.experiment.pages import IMAGES
 from reslora.experiment.report import write_report
 
@@ -123,7 +124,7 @@ def test_a_new_experiment_has_all_flags_and_one_that_is_there_what_is_added(libr
     assert words[3:] == [
         *("--method", "lora", "loha", "--seed", "0", "1", "--learning_rate", "1e-4", "3e-4", "--extend_rates")
     ]
-    more = trainings.command("which", form | {"max_train_steps": "7", "seed": "0"}, kind=Experiment)
+    more = trainings.command("which", form | {"extend_rates": False, "seed": "0"}, kind=Experiment)
     folder = library.folder / "which"
     assert more[1:5] == ["--output_dir", str(folder), "--config", str(folder / "config.json")]
     assert more[5:] == ["--method", "lora", "loha", "--seed", "0", "--learning_rate", "1e-4", "3e-4"]
@@ -131,6 +132,53 @@ def test_a_new_experiment_has_all_flags_and_one_that_is_there_what_is_added(libr
         trainings.command("which", form)  # a run of that name
     with pytest.raises(RunError, match="finished"):
         trainings.resume("which", Experiment)
+
+
+def test_an_experiment_goes_on_with_its_own_images_and_settings_or_not_at_all(library, tmp_path):
+    """What is filled in is what it has; what is left empty is as it is. Of another model, folder or length nothing is
+    dropped without a word: that belongs to another experiment."""
+    images = tmp_path / "data" / "cats"
+    images.mkdir(parents=True)
+    (tmp_path / "data" / "dogs").mkdir()
+    PIL.Image.new("RGB", (8, 8)).save(tmp_path / "red disc.png")
+    uploads, begun = [str(tmp_path / "red disc.png")], library.folder / "which" / "config.json"
+    config = {
+        "learning_rate": [1e-4, 2e-4], "seed": 0, "method": ["lora"], "max_train_steps": 400, "resolution": 64,
+        "shortcut": "input", "random_flip": True, "train_data_dir": str(images), "snr_gamma": 5.0, "rank": 16,
+        "optimizer": "torch.optim.SGD", "validation_prompt": ["a cat", "a dog"], "lora_dropout": None,
+        "pretrained_model_name_or_path": "owner/model",
+    }  # fmt: skip
+    begun.write_text(json.dumps(config))
+    trainings = Trainings(library, tmp_path / "data")
+    queue = Queue(trainings)
+    queue.advance = lambda: None
+    untouched = form.widget_value(form.actions()["optimizer"], None)  # which has no word for torch.optim.SGD
+    same = {
+        "method": ["lora", "loha"], "learning_rate": "3e-4", "max_train_steps": "400", "resolution": "64", "rank": "",
+        "shortcut": ["input"], "random_flip": True, "snr_gamma": "5", "optimizer": untouched, "merge": "",
+        "validation_prompt": "a cat\n a dog", "model": "owner/model",
+    }  # fmt: skip
+    for settings in (same, {"method": ["loha"]}):
+        words = queue.command(Entry("which", "experiment", settings, "cats"))
+        assert words[3:5] == ["--config", str(begun)] and "--max_train_steps" not in words
+    others = {
+        "max_train_steps": "200", "resolution": "64 96", "rank": "8", "shortcut": ["middle"], "random_flip": False,
+        "snr_gamma": "1", "optimizer": "lion", "validation_prompt": "a cat", "model": "owner/other",
+        "lora_dropout": "0.5", "gradient_checkpointing": True,
+    }  # fmt: skip
+    for flag, value in others.items():
+        with pytest.raises(RunError, match=f"which was begun with .*{flag.replace('model', 'owner/model')}") as refusal:
+            queue.add(Entry("which", "experiment", same | {flag: value}))
+        assert "another name" in str(refusal.value) and "\n" not in str(refusal.value)
+    for folder, sent in (("dogs", []), (None, uploads)):
+        with pytest.raises(RunError, match="which was begun with other images"):
+            queue.add(Entry("which", "experiment", same, folder), sent, "a red disc")
+    assert queue.entries() == [] and not (library.folder / ".images").exists()
+    # The box still has what it was begun with.
+    kept = keep(library.folder / ".images" / "which", uploads, "a red disc")
+    begun.write_text(json.dumps(config | {"train_data_dir": [str(kept)]}))
+    assert queue.add(Entry("which", "experiment", same), uploads, "a red disc").folder is None
+    assert list(kept.parent.iterdir()) == [kept]
 
 
 def test_the_memory_is_planned_of_a_new_experiment_and_of_one_that_goes_on(library, tmp_path, monkeypatch):
@@ -141,8 +189,8 @@ def test_the_memory_is_planned_of_a_new_experiment_and_of_one_that_goes_on(libra
     with gr.Blocks():
         tab = ExperimentTab(Parts(library, trainings, Queue(trainings), Studio()))
     values = form.values_of({}, tab.all_names())
-    for name in ("new", "which"):
-        tab.do_plan(name, [{"path": str(tmp_path / "red disc.png")}], "", None, "", *values)
+    for name, uploads in (("new", [{"path": str(tmp_path / "red disc.png")}]), ("which", None)):
+        tab.do_plan(name, uploads, "", None, "", *values)
     stored = Path(planned[0][planned[0].index("--train_data_dir") + 1])
     assert [path.suffix for path in sorted(stored.iterdir())] == [".png", ".txt"]
     assert "--train_data_dir" not in planned[1] and str(library.folder / "which" / "config.json") in planned[1]

@@ -235,6 +235,7 @@ def test_a_damaged_file_is_one_line_and_stays(lined, content, capsys):
 
 def test_whatever_an_entry_holds_it_is_read_or_refused(lined):
     add(lined, "a")
+    wait_until(lambda: started(lined), "the trainer")
     for content in with_one_wrong(json.loads(lined.path.read_text())):
         lined.path.write_text(json.dumps(content))
         try:

@@ -84,6 +84,19 @@ def test_what_trains_waits_or_is_elsewhere_is_not_thrown_away(shelf, tmp_path):
     assert shelf.trashed() == {} and (tmp_path / "runs" / "two" / "config.json").is_file()
 
 
+def test_nothing_is_restored_in_the_place_of_what_waits(shelf):
+    """Which would go on with it, or fail, when its turn comes."""
+    for name in ("one", "which"):
+        shelf.throw_away(name)
+    which, one = shelf.trashed()
+    with shelf.queue.changing() as entries:
+        entries += [Entry("one"), Entry("which", "experiment", state="failed")]
+    assert "Another one is in the queue" in refused(shelf.restore, one)
+    assert list(shelf.trashed()) == [which, one] and shelf.restore(which) == "which is back."
+    shelf.queue.remove("one")
+    assert shelf.restore(one) == "one is back."
+
+
 def test_a_trash_that_leads_elsewhere_is_none(shelf, tmp_path):
     (tmp_path / "other" / "place" / "run").mkdir(parents=True)
     (tmp_path / "runs" / ".trash").symlink_to(tmp_path / "other")

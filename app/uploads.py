@@ -1,0 +1,124 @@
+"""Images and captions that a browser sends: which are taken, and the folders that they are copied to."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shutil
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+from reslora.diffusion.content import content_mark
+from reslora.diffusion.data.dataset import CAPTIONS, read_caption
+from reslora.diffusion.data.images import SUFFIXES, image_size
+from reslora.diffusion.prompts import clean
+from reslora.files import remove_leftovers, replacing
+
+from .runs import RunError
+
+RECORD = ".uploaded"
+"""In a folder that is kept: the mark of what it was made of."""
+MOST_IMAGES, MOST_BYTES = 2000, 1024 * 2**20
+Contents = Mapping[str, Path | str]
+"""What a folder holds, by names in it: files that are copied there, and captions that are written."""
+
+
+def store_images(folder: Path, uploads: Sequence[str], caption: str) -> Path:
+    """Copy uploaded images and captions to a new folder, which is returned."""
+    write(folder, contents_of(uploads, caption))
+    return folder
+
+
+def keep(folder: Path, uploads: Sequence[str], caption: str) -> Path:
+    """Copy uploaded images and captions to where they stay, which is returned."""
+    contents = contents_of(uploads, caption)
+    place = place_of(folder, contents)
+    if not place.exists():
+        remove_leftovers(place.parent)
+        with replacing(place) as temporary:
+            write(temporary, {**contents, RECORD: mark_of(contents)})
+    return place
+
+
+def place_of(folder: Path, contents: Contents) -> Path:
+    """Where contents are kept, or would be: `folder` or, where that has others, one beside it; none is ever replaced.
+
+    `RunError` where they were kept already and somebody has changed them since.
+    """
+    mark = mark_of(contents)
+    for number in itertools.count(1):
+        place = folder.with_name(f"{folder.name}-{number}") if number > 1 else folder
+        if not place.exists() or mark == mark_of(inside(place)):
+            return place
+        if (place / RECORD).is_file() and (place / RECORD).read_text(encoding="utf-8") == mark:
+            what = f"These images were uploaded before, and runs/{place.name} was changed since"
+            raise RunError(f"{what}: choose that folder and take the uploads out, or choose another name.")
+
+
+def inside(folder: Path) -> Contents:
+    """What is in a folder of uploads now, its trash included."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != RECORD)
+    return {path.relative_to(folder).as_posix(): path for path in files}
+
+
+def mark_of(contents: Contents) -> str:
+    """Names and contents in short."""
+    marks = {name: content_mark(one.encode() if isinstance(one, str) else one) for name, one in contents.items()}
+    return content_mark(repr(sorted(marks.items())).encode())
+
+
+def contents_of(uploads: Sequence[str], caption: str) -> Contents:
+    """Uploads under names of our own; `RunError` for one that the trainer would pass over or leave out.
+
+    An image's caption is the uploaded text file of the same name, else `caption`, else the words of its file name.
+    """
+    paths = [Path(upload) for upload in uploads]
+    images = [path for path in paths if path.suffix.lower() in SUFFIXES]
+    texts = [path for path in paths if path.suffix.lower() in CAPTIONS]
+    if not images:
+        raise RunError(f"None of these is an image ({', '.join(sorted(SUFFIXES))}).")
+    if len(images) > MOST_IMAGES or sum(path.stat().st_size for path in paths) > MOST_BYTES:
+        raise RunError(f"At most {MOST_IMAGES} images and {MOST_BYTES // 2**20} MB, please.")
+    stems, beside = {path.stem for path in images}, {path.stem: path for path in texts}
+    names = Counter(path.name for path in paths)  # they come from any number of folders
+    for path in paths:
+        if problem := problem_of(path, stems):
+            raise RunError(f"{path.name[:80]} cannot be used ({problem}): leave it out, or correct it.")
+        unclear = names[path.name] > 1 or (path in texts and beside[path.stem] != path)
+        if unclear and path.stem in beside:
+            raise RunError(f"Several files are named {path.stem[:80]}: whose caption is which is not clear.")
+    found: dict[str, Path | str] = {}
+    for number, path in enumerate(images):
+        words = re.sub(r"[\W_]+", " ", path.stem).strip()
+        text = beside.get(path.stem)
+        found[f"{number:05d}{path.suffix.lower()}"] = path
+        found[f"{number:05d}{text.suffix.lower() if text else '.txt'}"] = text or clean(caption or words).strip()
+    return found
+
+
+def problem_of(path: Path, stems: Collection[str]) -> str:
+    """Why an uploaded file cannot be used beside images of these names; empty where it can."""
+    suffix = path.suffix.lower()
+    if suffix in SUFFIXES:
+        size = image_size(path)
+        return size if isinstance(size, str) else ""
+    if suffix not in CAPTIONS:
+        return "neither an image nor a caption"
+    if path.stem not in stems:
+        return "a caption, but no image has its name"
+    text = read_caption(path)
+    return text if isinstance(text, str) else ""
+
+
+def write(folder: Path, contents: Contents) -> None:
+    """Makes a folder of its contents."""
+    try:
+        folder.mkdir(parents=True)
+        for name, content in contents.items():
+            if isinstance(content, str):
+                (folder / name).write_bytes(content.encode())
+            else:
+                shutil.copyfile(content, folder / name)
+    except OSError as error:
+        raise RunError(f"The images cannot be stored ({error.strerror}).") from None
