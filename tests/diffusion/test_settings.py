@@ -83,7 +83,7 @@ def test_a_runs_own_config_gives_the_run_again(run):
 def test_a_runs_config_does_not_say_where_it_went_on_from(tmp_path, capsys):
     """A repeat would go on from there, and be said to have begun afresh. Earlier versions have written it down."""
     resume, here = "--resume_from_checkpoint", ["--output_dir", str(tmp_path)]
-    context = SimpleNamespace(flags=parse_args([*here, resume, "a/checkpoint-2"]), accelerator=Mock())
+    context = SimpleNamespace(flags=parse_args([*here, resume, "a/checkpoint-2"]), accelerator=Mock(trackers=[]))
     note_settings(SimpleNamespace(steps=4, validation_steps=2), context)
     config = tmp_path / "config.json"
     written = json.loads(config.read_text())
