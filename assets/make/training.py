@@ -22,8 +22,7 @@ from torch import nn
 from tqdm import tqdm
 
 HELD_OUT_VARIANTS = 2
-# Details need repetition: in the cooldown so many of four examples are one of a picture's first plain variants.
-SETTLED_VARIANTS, SETTLED_QUARTERS = 4, 3
+SETTLED_VARIANTS = 4  # of each picture: the first plain ones
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="learn this imagefolder's captions and the validation prompts only",
     )
     parser.add_argument("--cooldown", type=int, default=10000, help="last steps, in which the learning rate falls to 0")
+    parser.add_argument(
+        "--settled", type=int, default=0, help="of four examples of the cooldown, how many are of a picture's first variants"
+    )
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--ema", type=float, default=0.9995)
     parser.add_argument("--caption_dropout", type=float, default=0.1, help="share of examples without any caption")
@@ -195,7 +197,7 @@ def training_batch(examples: Examples, step: int, empty: torch.Tensor, args: arg
     which = torch.multinomial(weights, args.batch, replacement=True, generator=generator)
     variant = torch.randint(len(examples.styles), (args.batch,), generator=generator)
     if step >= args.steps - args.cooldown:
-        settled = torch.rand(args.batch, generator=generator) < SETTLED_QUARTERS / 4
+        settled = torch.rand(args.batch, generator=generator) < args.settled / 4
         variant = torch.where(settled, variant % SETTLED_VARIANTS, variant)
     luck = torch.rand(3, args.batch, generator=generator)
     latents, tokens = examples.batch(which, variant, (luck[0] < set_dropout).long())

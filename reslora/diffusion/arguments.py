@@ -34,7 +34,7 @@ SWITCH = {"action": argparse.BooleanOptionalAction, "default": False}
 DEFAULTS = {
     "method": (["lora", "reslora"], ["lora"]),  # no other ends lower, each at its own rate: RESULTS.md
     "resolution": (64, None),
-    "learning_rate": (1.2e-4, 1e-4),
+    "learning_rate": (2e-4, 1e-4),
     "checkpointing_steps": (100, 500),
     "validation_prompt": (["cat face", "sailboat", "red apple", "penguin"], []),
     "num_validation_images": (1, 4),

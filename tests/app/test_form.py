@@ -94,7 +94,7 @@ def test_a_damaged_config_fills_in_what_a_form_can_have(wrong):
 
 def test_the_boxes_show_the_defaults_and_the_help_names_the_flag():
     known = form.actions()
-    assert form.default(known["learning_rate"]) == "0.00012 (another model: 0.0001)"
+    assert form.default(known["learning_rate"]) == "0.0002 (another model: 0.0001)"
     assert form.default(known["rank"]) == "16" and form.default(known["train_batch_size"]) == "16"
     assert form.default(known["validation_prompt"]) == "cat face, sailboat, red apple, penguin"
     for name, action in known.items():

@@ -124,7 +124,7 @@ def test_malformed_config_values_are_refused(tmp_path, capsys, content):
 
 def test_the_bundled_transformer_has_a_learning_rate_and_a_guidance_of_its_own():
     """Its pipeline adds guidance to 1, so that 3 is what other pipelines call 4."""
-    for name, expected in (("pipeline", (1.2e-4, 4.0)), ("pipeline-flow", (1e-3, 3.0))):
+    for name, expected in (("pipeline", (2e-4, 4.0)), ("pipeline-flow", (1e-3, 3.0))):
         flags = parse_args(["--pretrained_model_name_or_path", str(ASSETS / name)])
         assert (flags.learning_rate, flags.guidance_scale) == expected
 
