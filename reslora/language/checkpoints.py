@@ -29,6 +29,12 @@ def checkpoints_of(output_dir: str | os.PathLike) -> list[Path]:
     return numbered(Path(output_dir))
 
 
+def named_checkpoint(output_dir: str | os.PathLike, name: str) -> Path:
+    """The folder that a --resume_from_checkpoint names: one inside the run, or any other."""
+    inside = Path(output_dir) / name
+    return inside if inside.is_dir() else Path(name)
+
+
 def usable_checkpoint(output_dir: str | os.PathLike, processes: int = 1) -> str | None:
     """Returns the newest complete `checkpoint-N` of a run, or None; damaged ones are left out with a warning."""
     for path in checkpoints_of(output_dir):

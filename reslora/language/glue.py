@@ -28,9 +28,6 @@ from ..common.together import decided
 from ..files import replacing, write_json
 from .arguments import (
     ExperimentArguments,
-    check_data,
-    check_resume,
-    fingerprint,
     is_experiment,
 )
 from .callbacks import LogCallback
@@ -49,6 +46,7 @@ from .glue_tasks import (
 )
 from .parts import Parts, parts_of
 from .results import export, merge_table, table_text, write_results
+from .resuming import check_data, check_resume, fingerprint
 from .trainer import AdapterTrainer, attach, put_control_on, total_steps
 
 # -- data --------------------------------------------------------------------------------------------------------------
