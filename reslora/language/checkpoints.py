@@ -65,9 +65,11 @@ def _lacks(folder: Path, processes: int) -> str | None:
         return f"no {WEIGHTS_NAME} or {ADAPTER_NAME}"
     if not (folder / TRAINER_STATE_NAME).exists():
         return f"no {TRAINER_STATE_NAME}"
-    last = _ranks(processes)[-1]
-    if not (folder / last).exists():
+    last, states = _ranks(processes)[-1], {path.name for path in folder.glob("rng_state*.pth")}
+    if last not in states:
         return f"no {last}: incomplete, or made by another number of processes"
+    if len(states) > processes:
+        return f"{len(states)} random states: made by another number of processes"
     return None
 
 
