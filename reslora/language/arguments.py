@@ -299,7 +299,7 @@ def parse_values(
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    values = vars(namespace)
+    values = vars(namespace) | {"output_dir": os.path.expanduser(namespace.output_dir)}  # noqa: PTH111 - as Trainer does
     for name in SEVERAL.values():
         if isinstance(values.get(name), list) and len(values[name]) == 1:
             (values[name],) = values[name]

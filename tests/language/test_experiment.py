@@ -12,8 +12,9 @@ from reslora.common.assets import ASSETS
 from reslora.common.script import run_script
 from reslora.experiment.arms import Arm, labels_of, place_of
 from reslora.experiment.arms import flags_of as flags_of_arm
+from reslora.experiment.course import Course
 from reslora.language import experiment, glue, glue_arguments, llm, llm_arguments
-from reslora.language.experiment import flags_of
+from reslora.language.experiment import flags_of, values_of
 from reslora.language.llm_tasks import TASKS, examples_of
 from reslora.language.llm_trainer import Encoder
 
@@ -195,6 +196,18 @@ def test_an_experiment_goes_on_with_as_many_processes_as_before(common, whole, c
     monkeypatch.setattr(TrainingArguments, "world_size", 2)
     assert run(*command) == 2
     assert f"--num_processes 2: {output} was begun with 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [llm_arguments, glue_arguments])
+def test_an_experiment_at_home_is_where_its_arms_are(tmp_path, monkeypatch, arguments):
+    """transformers reads `~` where the shell has not, as in `--output_dir=~/out`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    parser, values = arguments.read([*EXPERIMENT, "--output_dir=~/out", "--use_cpu"])
+    course = Course(flags_of(values), 0.0)
+    assert course.folder == tmp_path / "out"
+    for arm in course.arms():
+        plain = arguments.settled(parser, values_of(arm, values, course))
+        assert plain.training.output_dir == str(course.folder_of(arm))
 
 
 def test_ranks_shortcuts_and_numbers_of_blocks_are_compared():
