@@ -29,6 +29,8 @@ BUNDLED_TASK = BUNDLED_MODEL / "task"
 CALIBRATION_EXAMPLES = 256
 """These texts are short: 64 of SST-2 are two tokens for each input of a layer of 384, and a merge loses by that."""
 BUNDLED = {"num_train_epochs": 12, "learning_rate": 3e-3, "per_device_train_batch_size": 16}
+WITHOUT_METRICS = {"prediction_loss_only": True, "batch_eval_metrics": True, "eval_do_concat_batches": False}
+"""transformers' flags, with the value of each that `Trainer` hands no whole predictions over with."""
 
 
 @dataclass
@@ -138,6 +140,10 @@ def settled(parser: HfArgumentParser, values: Mapping[str, Any]) -> Arguments:
         raise InvalidArgument(
             f"--model_name_or_path {folder}", "no such folder", "give a transformers model or a name on the hub"
         )
+    for name, value in WITHOUT_METRICS.items():
+        if getattr(arguments.training, name) == value:
+            problem = "the metrics are computed from all predictions at once"
+            raise InvalidArgument(f"--{name} {value}", problem, "leave it out")
     check_metric(arguments)
     arguments.training.dataloader_pin_memory &= torch.cuda.is_available()  # torch warns in every epoch otherwise
     return arguments
