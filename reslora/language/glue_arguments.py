@@ -51,8 +51,12 @@ class DataArguments:
         default=False, metadata={"help": "pad every input to it, instead of each batch to its longest"}
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "train on the first so many examples"})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "evaluate on the first so many"})
-    max_predict_samples: int | None = field(default=None, metadata={"help": "predict the first so many"})
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "evaluate on the first so many; experiments: choose by so many"}
+    )
+    max_predict_samples: int | None = field(
+        default=None, metadata={"help": "predict the first so many; experiments: compare by so many"}
+    )
 
     def __post_init__(self) -> None:
         check_whole("max_seq_length", self.max_seq_length, 4)

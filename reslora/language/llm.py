@@ -295,7 +295,9 @@ class LlmStudy(Study):
 
     def parts(self, arguments: Arguments, shares: ExperimentArguments) -> Parts:
         """All examples in three parts; near-duplicates are told by their prompts."""
-        return parts_of(found_examples(arguments.task), lambda example: example.prompt, shares)
+        task = arguments.task
+        parts = parts_of(found_examples(task), lambda example: example.prompt, shares)
+        return parts.limited(task.max_eval_samples, task.max_test_samples)
 
     def prepare(self, arguments: Arguments, parts: Parts) -> int:
         """Encodes the examples for all arms; returns how many are trained on."""
