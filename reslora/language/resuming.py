@@ -97,7 +97,7 @@ def check_data(output_dir: str | os.PathLike, resume: str | None, data: str) -> 
 def _earlier(output: Path, resume: str) -> list[tuple[Path, dict]]:
     """The runs that go on, with their settings: the folder's own, and that of a checkpoint from elsewhere."""
     runs, checkpoint = [output], named_checkpoint(output, resume)
-    if checkpoint.is_dir() and checkpoint.resolve().parent != output.resolve():
+    if resume != "latest" and checkpoint.is_dir() and checkpoint.resolve().parent != output.resolve():
         runs.append(checkpoint.resolve().parent)
     return [(run, read_object(run / "config.json")) for run in runs]
 

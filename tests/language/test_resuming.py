@@ -63,6 +63,10 @@ def test_a_checkpoint_from_elsewhere_brings_its_settings(tmp_path, monkeypatch, 
     (output / "config.json").write_text(json.dumps({"seed": 2}))
     with pytest.raises(InvalidArgument, match=f"{output} was trained with 2"):  # nor are two runs mixed
         check_resume(output, resume, there)
+    monkeypatch.chdir(tmp_path / "a")
+    (tmp_path / "a" / "latest").mkdir()
+    (output / "checkpoint-2").mkdir()
+    check_resume(output, "latest", {"method": "lora_x2", "seed": 2})  # that of the folder, whatever lies about
     assert not said
     (tmp_path / "a" / "config.json").unlink()
     check_resume(output, resume, {"seed": 2})
