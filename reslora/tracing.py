@@ -104,7 +104,10 @@ def meta_copy(base: nn.Module) -> nn.Module:
         # Weights stored as 8-bit floats are computed with in the model's own dtype, by hooks that go below.
         stored = tensor.is_floating_point() and tensor.dtype.itemsize == 1
         empty = torch.empty(tensor.shape, dtype=_dtype(base) if stored else tensor.dtype, device="meta")
-        memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+        empty = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+        # PEFT asks bitsandbytes' 4-bit weights how they are quantised.
+        vars(empty).update({key: value for key, value in vars(tensor).items() if isinstance(value, bool | int | str)})
+        memo[id(tensor)] = empty
     twin = copy.deepcopy(base, memo)
     for module in twin.modules():
         module.training = False

@@ -23,6 +23,7 @@ from conftest import (
     tiny_unet,
 )
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import dispatch_default
 from safetensors.torch import load_file, save_file
 
 import reslora
@@ -631,6 +632,28 @@ def test_norms_of_another_training_are_forgotten(llama, tmp_path):
     with pytest.raises(ValueError) as error:
         reslora.merge(model, "input")
     assert_one_line(error, "norms")
+
+
+def test_weights_whose_attributes_peft_reads_take_an_adapter(llama, tmp_path, monkeypatch):
+    """As it reads those of bitsandbytes' 4-bit weights."""
+    read = []
+
+    def dispatch(target, adapter_name, config, **kwargs):
+        read.append((target.weight.compress_statistics, target.weight.quant_type, target.weight.device.type))
+        return dispatch_default(target, adapter_name, config, **kwargs)
+
+    monkeypatch.setattr("peft.tuners.lora.model.dispatch_default", dispatch)
+    bases = [base_of(llama), base_of(llama)]
+    for base in bases:
+        for weight in base.parameters():
+            weight.compress_statistics, weight.quant_type = True, "nf4"
+    model = llama.lora(base=bases[0])
+    reslora.connect(model, ResLoraConfig())
+    reslora.save(model, tmp_path)
+    read.clear()
+    loaded = reslora.load(bases[1], tmp_path)
+    assert set(read) == {(True, "nf4", "meta"), (True, "nf4", "cpu")}
+    assert_equal(run(loaded, llama.inputs()), run(model, llama.inputs()))
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])

@@ -29,6 +29,12 @@ def checkpoints_of(output_dir: str | os.PathLike) -> list[Path]:
     return numbered(Path(output_dir))
 
 
+def named_checkpoint(output_dir: str | os.PathLike, name: str) -> Path:
+    """The folder that a --resume_from_checkpoint names: one inside the run, or any other."""
+    inside = Path(output_dir) / name
+    return inside if inside.is_dir() else Path(name)
+
+
 def usable_checkpoint(output_dir: str | os.PathLike, processes: int = 1) -> str | None:
     """Returns the newest complete `checkpoint-N` of a run, or None; damaged ones are left out with a warning."""
     for path in checkpoints_of(output_dir):
@@ -59,9 +65,11 @@ def _lacks(folder: Path, processes: int) -> str | None:
         return f"no {WEIGHTS_NAME} or {ADAPTER_NAME}"
     if not (folder / TRAINER_STATE_NAME).exists():
         return f"no {TRAINER_STATE_NAME}"
-    last = _ranks(processes)[-1]
-    if not (folder / last).exists():
+    last, states = _ranks(processes)[-1], {path.name for path in folder.glob("rng_state*.pth")}
+    if last not in states:
         return f"no {last}: incomplete, or made by another number of processes"
+    if len(states) > processes:
+        return f"{len(states)} random states: made by another number of processes"
     return None
 
 

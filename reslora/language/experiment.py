@@ -37,10 +37,11 @@ from ..experiment.report import About
 from ..experiment.run import train_and_conclude
 from ..export import export_peft
 from ..files import read_object, remove_leftovers, replacing, write_json
-from .arguments import FREE_ON_RESUME, SEVERAL, ExperimentArguments, fingerprint, is_same
+from .arguments import SEVERAL, ExperimentArguments
 from .checkpoints import checkpoints_of
 from .parts import Parts
 from .results import as_plain, export
+from .resuming import FREE_ON_RESUME, fingerprint, is_same
 from .trainer import AdapterTrainer, total_steps
 
 TEST, MOST_LOOKS = "test.json", 10

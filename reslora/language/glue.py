@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,6 @@ from ..common.together import decided
 from ..files import replacing, write_json
 from .arguments import (
     ExperimentArguments,
-    check_data,
-    check_resume,
-    fingerprint,
     is_experiment,
 )
 from .callbacks import LogCallback
@@ -49,6 +47,7 @@ from .glue_tasks import (
 )
 from .parts import Parts, parts_of
 from .results import export, merge_table, table_text, write_results
+from .resuming import check_data, check_resume, fingerprint
 from .trainer import AdapterTrainer, attach, put_control_on, total_steps
 
 # -- data --------------------------------------------------------------------------------------------------------------
@@ -293,7 +292,11 @@ class GlueStudy(Study):
 
     def parts(self, arguments: Arguments, shares: ExperimentArguments) -> Parts:
         """All examples in three parts; test examples without labels, as the hub's, are no part."""
-        task, splits = arguments.task, read_splits(arguments)
+        task, data, splits = arguments.task, arguments.data, read_splits(arguments)
+        if "label" not in splits.get(f"test{task.parts[0]}", ()) and data.max_eval_samples != data.max_predict_samples:
+            # The validation examples are what methods are compared by.
+            limited = replace(data, max_eval_samples=data.max_predict_samples)
+            splits = read_splits(replace(arguments, data=limited))
         self.columns = [*task.columns, "label"]
         validation, test = (
             list(zip(*map(splits[name].get, self.columns), strict=True)) if "label" in splits.get(name, ()) else []
@@ -301,7 +304,8 @@ class GlueStudy(Study):
         )
         train = list(zip(*map(splits["train"].get, self.columns), strict=True))
         files = {"train": train, "select": validation if test else [], "test": test or validation}
-        return parts_of(files, lambda example: "\n".join(example[:-1]), shares)
+        parts = parts_of(files, lambda example: "\n".join(example[:-1]), shares)
+        return parts.limited(data.max_eval_samples, data.max_predict_samples)
 
     def prepare(self, arguments: Arguments, parts: Parts) -> int:
         """Encodes the examples for all arms; returns how many are trained on."""

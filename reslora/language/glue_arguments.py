@@ -29,6 +29,8 @@ BUNDLED_TASK = BUNDLED_MODEL / "task"
 CALIBRATION_EXAMPLES = 256
 """These texts are short: 64 of SST-2 are two tokens for each input of a layer of 384, and a merge loses by that."""
 BUNDLED = {"num_train_epochs": 12, "learning_rate": 3e-3, "per_device_train_batch_size": 16}
+WITHOUT_METRICS = {"prediction_loss_only": True, "batch_eval_metrics": True, "eval_do_concat_batches": False}
+"""transformers' flags, with the value of each that `Trainer` hands no whole predictions over with."""
 
 
 @dataclass
@@ -49,8 +51,12 @@ class DataArguments:
         default=False, metadata={"help": "pad every input to it, instead of each batch to its longest"}
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "train on the first so many examples"})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "evaluate on the first so many"})
-    max_predict_samples: int | None = field(default=None, metadata={"help": "predict the first so many"})
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "evaluate on the first so many; experiments: choose by so many"}
+    )
+    max_predict_samples: int | None = field(
+        default=None, metadata={"help": "predict the first so many; experiments: compare by so many"}
+    )
 
     def __post_init__(self) -> None:
         check_whole("max_seq_length", self.max_seq_length, 4)
@@ -138,6 +144,10 @@ def settled(parser: HfArgumentParser, values: Mapping[str, Any]) -> Arguments:
         raise InvalidArgument(
             f"--model_name_or_path {folder}", "no such folder", "give a transformers model or a name on the hub"
         )
+    for name, value in WITHOUT_METRICS.items():
+        if getattr(arguments.training, name) == value:
+            problem = "the metrics are computed from all predictions at once"
+            raise InvalidArgument(f"--{name} {value}", problem, "leave it out")
     check_metric(arguments)
     arguments.training.dataloader_pin_memory &= torch.cuda.is_available()  # torch warns in every epoch otherwise
     return arguments

@@ -30,9 +30,6 @@ from ..files import write_json
 from .arguments import (
     ExperimentArguments,
     MethodArguments,
-    check_data,
-    check_resume,
-    fingerprint,
     is_experiment,
 )
 from .callbacks import LogCallback
@@ -59,6 +56,7 @@ from .llm_trainer import (
 )
 from .parts import Parts, parts_of
 from .results import export, merge_table, table_text, write_results
+from .resuming import check_data, check_resume, fingerprint
 from .trainer import attach, put_control_on, total_steps
 
 CAUSAL_MODEL = "give a folder or a name on the hub of a causal model"
@@ -297,7 +295,9 @@ class LlmStudy(Study):
 
     def parts(self, arguments: Arguments, shares: ExperimentArguments) -> Parts:
         """All examples in three parts; near-duplicates are told by their prompts."""
-        return parts_of(found_examples(arguments.task), lambda example: example.prompt, shares)
+        task = arguments.task
+        parts = parts_of(found_examples(task), lambda example: example.prompt, shares)
+        return parts.limited(task.max_eval_samples, task.max_test_samples)
 
     def prepare(self, arguments: Arguments, parts: Parts) -> int:
         """Encodes the examples for all arms; returns how many are trained on."""

@@ -66,8 +66,12 @@ class TaskArguments:
     max_train_samples: int | None = field(
         default=None, metadata={"help": "train on that many examples, drawn at random (metamathqa: 40000)"}
     )
-    max_eval_samples: int | None = field(default=None, metadata={"help": "validate on the first examples only"})
-    max_test_samples: int | None = field(default=None, metadata={"help": "test on the first examples only"})
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "validate on the first examples only; experiments: choose by so many"}
+    )
+    max_test_samples: int | None = field(
+        default=None, metadata={"help": "test on the first examples only; experiments: compare by so many"}
+    )
     max_length: int = field(
         default=512, metadata={"help": "training examples of more tokens, prompt and answer, are left out"}
     )

@@ -71,7 +71,7 @@ def metamathqa(row: dict) -> Example:
 def mathqa(row: dict) -> Example:
     """The rationale, then the letter of the option."""
     options, correct = row["options"], str(row["correct"]).strip()
-    letters = re.findall(r"([a-e]) \)", options)
+    letters = sorted(set(re.findall(r"([a-e]) \)", options)))
     _expect(correct in letters, f"correct {correct!r} is not one of the options {', '.join(letters)}")
     prompt = f"{row['Problem'].strip()}\nThere are {len(letters)} options: {options}\nPlease answer the correct option."
     reasoning = row["Rationale"].strip().strip('"').strip()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from ..common.errors import InvalidArgument
@@ -43,6 +43,15 @@ class Parts(Generic[T]):
     def marks(self) -> list[str]:
         """What each test example is known by."""
         return [f"{derive('example', example):016x}" for example in self.test]
+
+    def limited(self, select: int | None, test: int | None) -> Parts[T]:
+        """With at most so many examples to choose and to compare by, taken by content."""
+        return replace(self, select=_fewer(self.select, select), test=_fewer(self.test, test))
+
+
+def _fewer(examples: Sequence[T], limit: int | None) -> Sequence[T]:
+    kept = set(sorted(examples, key=lambda example: derive("sample", example))[:limit])
+    return [example for example in examples if example in kept]
 
 
 def parts_of(files: Mapping[str, Sequence[T]], text: Callable[[T], str], shares: ExperimentArguments) -> Parts[T]:

@@ -39,7 +39,7 @@ from ..model import enable_gradient_checkpointing
 from ..tracing import to_device
 from .arguments import MethodArguments
 from .callbacks import AllocateRanks, OthersStepAside, Progress, StopWhenAsked
-from .checkpoints import ALLOCATOR_NAME, checkpoints_of, damage, usable_checkpoint
+from .checkpoints import ALLOCATOR_NAME, checkpoints_of, damage, named_checkpoint, usable_checkpoint
 
 logger = logging.get_logger(__name__)
 
@@ -235,8 +235,7 @@ class AdapterTrainer(Trainer):
         """For the main process: the checkpoint to go on from."""
         processes = self.args.world_size
         if named not in ("latest", True):
-            inside = Path(self.args.output_dir) / named
-            folder: Any = str(inside if inside.is_dir() else named)
+            folder: Any = str(named_checkpoint(self.args.output_dir, named))
             problem = damage(Path(folder), processes)
             if problem is not None:
                 raise InvalidArgument(f"--resume_from_checkpoint {folder}", f"damaged ({problem})", "use latest")

@@ -1,7 +1,7 @@
 """Flags of the language scripts: one line and status 2 for what cannot work."""
 
 import json
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import pytest
 from conftest import assert_one_line
@@ -10,15 +10,11 @@ from reslora.common.errors import InvalidArgument
 from reslora.common.script import run_script
 from reslora.language import glue_arguments, llm_arguments
 from reslora.language.arguments import (
-    FREE_ON_RESUME,
     AdapterTrainingArguments,
     MethodArguments,
     build_parser,
-    check_data,
     check_number,
-    check_resume,
     check_whole,
-    fingerprint,
     parse_arguments,
     settings,
 )
@@ -148,84 +144,3 @@ def test_settings_hold_every_flag_but_no_secret(tmp_path):
     flags = settings(MethodArguments(), AdapterTrainingArguments(output_dir=str(tmp_path), hub_token="secret"))
     assert flags["lora_r"] == 4 and flags["learning_rate"] == 5e-5 and flags["output_dir"] == str(tmp_path)
     assert "secret" not in json.dumps(flags)
-
-
-def test_runs_are_not_mixed(tmp_path):
-    here = {"lora_r": 4, "method": "reslora", "max_steps": 10}
-    check_resume(tmp_path, None, here)
-    check_resume(tmp_path, "latest", here)
-    (tmp_path / "checkpoint-1").mkdir()
-    (tmp_path / "config.json").write_text(json.dumps(here))
-    with pytest.raises(InvalidArgument) as error:
-        check_resume(tmp_path, None, here)
-    assert_one_line(error, "--output_dir", "unfinished", "--resume_from_checkpoint latest")
-    check_resume(tmp_path, "latest", {**here, "max_steps": 20})
-    with pytest.raises(InvalidArgument) as error:
-        check_resume(tmp_path, "latest", {**here, "lora_r": 8})
-    assert_one_line(error, "--lora_r 8", "trained with 4")
-    (tmp_path / "results.json").write_text("{}")
-    with pytest.raises(InvalidArgument) as error:
-        check_resume(tmp_path, None, here)
-    assert_one_line(error, "a finished run")
-    (tmp_path / "config.json").write_text("{broken")
-    check_resume(tmp_path, "latest", here)
-    (tmp_path / "checkpoint-1").rmdir()
-    for resume in (None, "latest"):
-        with pytest.raises(InvalidArgument, match=r"was trained, and the checkpoint to go on from is gone; .* remove"):
-            check_resume(tmp_path, resume, here)
-    check_resume(tmp_path, "elsewhere/checkpoint-1", here)
-
-
-def test_a_flag_is_fixed_on_resume_unless_it_is_said_to_be_free(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"a_new_flag": 1, "merge": "auto", "logging_steps": 1}))
-    check_resume(tmp_path, "latest", {"a_new_flag": 1, "merge": "none", "logging_steps": 5})
-    with pytest.raises(InvalidArgument) as error:
-        check_resume(tmp_path, "latest", {"a_new_flag": 2})
-    assert_one_line(error, "--a_new_flag 2", "trained with 1")
-
-
-@pytest.mark.parametrize(
-    "flag", ["learning_rate", "optim", "per_device_train_batch_size", "bf16", "ignore_data_skip", "dtype", "revision"]
-)
-def test_what_changes_the_training_is_fixed_on_resume(tmp_path, flag):
-    (tmp_path / "config.json").write_text(json.dumps({flag: "one"}))
-    with pytest.raises(InvalidArgument, match=f"--{flag} other"):
-        check_resume(tmp_path, "latest", {flag: "other"})
-
-
-def test_what_is_free_on_resume_are_flags():
-    types = (
-        glue_arguments.DataArguments,
-        glue_arguments.ModelArguments,
-        llm_arguments.TaskArguments,
-        MethodArguments,
-        AdapterTrainingArguments,
-    )
-    assert {field.name for kind in types for field in fields(kind)} >= FREE_ON_RESUME
-
-
-def test_a_folder_that_has_moved_is_the_same_model(tmp_path):
-    for place in ("old", "new"):
-        (tmp_path / place / "tiny").mkdir(parents=True)
-    (tmp_path / "config.json").write_text(json.dumps({"model_name_or_path": str(tmp_path / "old" / "tiny")}))
-    check_resume(tmp_path, "latest", {"model_name_or_path": str(tmp_path / "new" / "tiny")})
-    (tmp_path / "new" / "small").mkdir()
-    for other in (tmp_path / "new" / "small", "meta-llama/tiny"):
-        with pytest.raises(InvalidArgument, match="--model_name_or_path"):
-            check_resume(tmp_path, "latest", {"model_name_or_path": str(other)})
-
-
-def test_the_training_examples_decide_wherever_they_lie(tmp_path):
-    rows = [{"input_ids": [1, 2, 3]}, {"input_ids": [4]}]
-    same, other = fingerprint(iter(rows)), fingerprint([rows[0], {"input_ids": [5]}])
-    assert same == fingerprint(rows) != other != fingerprint(rows[::-1])
-    check_data(tmp_path, "latest", same)  # nothing to compare with
-    (tmp_path / "config.json").write_text(json.dumps({"data": same, "data_dir": "elsewhere"}))
-    check_data(tmp_path, "latest", same)
-    check_data(tmp_path, None, other)
-    with pytest.raises(InvalidArgument) as error:
-        check_data(tmp_path, "latest", other)
-    assert_one_line(error, "--resume_from_checkpoint", "other examples", "--output_dir")
-    for broken in ("[1]", "{", "[" * 100_000):
-        (tmp_path / "config.json").write_text(broken)
-        check_data(tmp_path, "latest", other)

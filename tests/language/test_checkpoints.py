@@ -38,6 +38,22 @@ def test_a_damaged_last_checkpoint_is_left_out(tmp_path, monkeypatch, name, cont
     assert_one_line(error, "checkpoint-6", "damaged", "use latest")
 
 
+@pytest.mark.parametrize("made_by", [1, 2, 3, 4])
+def test_another_number_of_processes_cannot_go_on(tmp_path, made_by):
+    trainer_for(build()[0], tmp_path, max_steps=2).train()
+    folder = tmp_path / "checkpoint-2"
+    (folder / "checksums.json").unlink()
+    state = (folder / "rng_state.pth").read_bytes()
+    if made_by > 1:
+        (folder / "rng_state.pth").unlink()
+        for rank in range(made_by):
+            (folder / f"rng_state_{rank}.pth").write_bytes(state)
+    for processes in (1, 2, 3, 4):
+        found = damage(folder, processes)
+        assert found is None if processes == made_by else "made by another number of processes" in found
+        assert usable_checkpoint(tmp_path, processes) == (str(folder) if processes == made_by else None)
+
+
 def test_later_ones_step_aside_once_the_chosen_one_is_loaded(tmp_path, monkeypatch):
     def there() -> set[str]:
         return {path.name for path in tmp_path.glob("*checkpoint-*")}

@@ -12,8 +12,10 @@ from reslora.common.assets import ASSETS
 from reslora.common.script import run_script
 from reslora.experiment.arms import Arm, labels_of, place_of
 from reslora.experiment.arms import flags_of as flags_of_arm
+from reslora.experiment.course import Course
 from reslora.language import experiment, glue, glue_arguments, llm, llm_arguments
-from reslora.language.experiment import flags_of
+from reslora.language.arguments import ExperimentArguments
+from reslora.language.experiment import flags_of, values_of
 from reslora.language.llm_tasks import TASKS, examples_of
 from reslora.language.llm_trainer import Encoder
 
@@ -197,6 +199,18 @@ def test_an_experiment_goes_on_with_as_many_processes_as_before(common, whole, c
     assert f"--num_processes 2: {output} was begun with 1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("arguments", [llm_arguments, glue_arguments])
+def test_an_experiment_at_home_is_where_its_arms_are(tmp_path, monkeypatch, arguments):
+    """transformers reads `~` where the shell has not, as in `--output_dir=~/out`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    parser, values = arguments.read([*EXPERIMENT, "--output_dir=~/out", "--use_cpu"])
+    course = Course(flags_of(values), 0.0)
+    assert course.folder == tmp_path / "out"
+    for arm in course.arms():
+        plain = arguments.settled(parser, values_of(arm, values, course))
+        assert plain.training.output_dir == str(course.folder_of(arm))
+
+
 def test_ranks_shortcuts_and_numbers_of_blocks_are_compared():
     words = "--method lora reslora ms_placebo --shortcut input block --pre_num 2 -1 --lora_r 2 4"
     _, values = llm_arguments.read(words.split())
@@ -211,6 +225,29 @@ def test_ranks_shortcuts_and_numbers_of_blocks_are_compared():
     assert place == "block/pre_num--1/rank-4/lr-0.001/seed-0"
     assert (own.shortcut, own.pre_num, own.rank, own.lora_alpha) == ("block", -1, 4, 8)
     assert [found[name][1].pre_num for name in ("lora rank 2", "ms_placebo middle(-1) rank 2")] == [2, -1]
+
+
+@pytest.mark.parametrize("script", ["llm", "glue"])
+def test_limits_hold_for_what_is_cut_out_of_the_training_examples_too(tmp_path, script):
+    """The only file beside them is what methods are compared by."""
+    module, study, flags, limit = {
+        "llm": (llm_arguments, llm.LlmStudy, "", "--max_test_samples"),
+        "glue": (glue_arguments, glue.GlueStudy, "--task_name rte", "--max_predict_samples"),
+    }[script]
+    rest = {"Question": "", "Equation": "1", "Answer": 1, "sentence2": "", "label": 0}
+    rows = [{"Body": a + b, "sentence1": a + b} | rest for a in "abcdef" for b in "ghijkl"]
+    data = write_rows(tmp_path, train=rows[:30], validation=rows[30:])
+
+    def parts(*limits):
+        words = f"{flags} --data_dir {data} --output_dir {tmp_path / 'out'} --use_cpu".split()
+        parser, values = module.read([*words, *limits])
+        return study(parser).parts(module.settled(parser, values), ExperimentArguments(select_split=0.3))
+
+    whole, fewer, tested = parts(), parts("--max_eval_samples", "2"), parts(limit, "2")
+    assert len(whole.select) > 2 and len(whole.test) == 6
+    assert len(fewer.select) == 2 and set(fewer.select) < set(whole.select)
+    assert (fewer.train, fewer.test) == (whole.train, whole.test)
+    assert (tested.train, tested.select, tested.test) == (whole.train, whole.select, whole.test[:2])
 
 
 # -- GLUE --------------------------------------------------------------------------------------------------------------

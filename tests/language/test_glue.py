@@ -415,6 +415,8 @@ def test_bad_flags(capfd, roberta, rte, tmp_path):
     refused(capfd, argv[: argv.index("--task_name")] + argv[argv.index("--task_name") + 2 :], "--task_name", "missing")
     refused(capfd, flags(roberta, rte, out, "rte", "--target_modules", "q_proj"), "q_proj", "query")
     refused(capfd, flags(roberta, rte, out, "rte", "--metric_for_best_model", "f1"), "f1", "loss, accuracy")
+    for flag in ("--prediction_loss_only True", "--batch_eval_metrics True", "--eval_do_concat_batches False"):
+        refused(capfd, flags(roberta, rte, out, "rte", *flag.split()), flag, "metrics")
     assert not (out / "results.json").exists() and not (out / "log.jsonl").exists()
 
 

@@ -81,6 +81,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny, data, tmp_path):
     (tmp_path / "resumed" / "results.json").unlink()
     assert run(flags(tiny, data, tmp_path / "resumed", *more)) == 2  # it would mix two runs
     assert run(flags(tiny, data, tmp_path / "resumed", *more, "--lora_r", 2, "--resume_from_checkpoint", "latest")) == 2
+    other = [*more, "--learning_rate", "2e-2", "--resume_from_checkpoint", tmp_path / "whole" / "checkpoint-2"]
+    assert run(flags(tiny, data, tmp_path / "other", *other)) == 2
     assert run(flags(tiny, data, tmp_path / "resumed", *more, "--resume_from_checkpoint", "latest")) == 0
     for name in ("peft/adapter_model.safetensors", "merge.json", "checkpoint-4/reslora_model.safetensors"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "resumed" / name).read_bytes()

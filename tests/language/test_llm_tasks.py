@@ -19,6 +19,8 @@ def test_examples_have_the_form_of_the_paper():
     example = TASKS["mathqa"].example(maths)
     assert example.prompt == f"Gain?\nThere are 5 options: {options}\nPlease answer the correct option."
     assert example.answer == "explanation : x. The answer is a."
+    twice = maths | {"options": "a ) a ) 10 , b ) b ) 12 , c ) c ) 14"}  # as the hub has some
+    assert "\nThere are 3 options: a ) a ) 10 , b ) b ) 12 , c ) c ) 14\n" in TASKS["mathqa"].example(twice).prompt
     swag = {"ctx": "He throws.", "endings": ["It flies.", "It sings.", "It eats.", "It."], "label": "2"}
     example = TASKS["hellaswag"].example(swag)
     assert '"He throws."\nThere are 4 options as an ending:\n0: It flies.\n1: It sings.' in example.prompt

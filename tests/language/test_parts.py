@@ -48,6 +48,16 @@ def test_what_has_no_file_is_cut_out_by_content():
     assert "of the training examples" in str(tested)
 
 
+def test_a_limit_takes_the_same_ones_however_the_examples_are_ordered():
+    shares = ExperimentArguments(select_split=0.3, test_split=0.3)
+    whole, turned = parts(shares, train=WORDS), parts(shares, train=WORDS[::-1])
+    assert whole.limited(None, None) == whole.limited(100, 100) == whole
+    found, again = whole.limited(2, 3), turned.limited(2, 3)
+    assert (len(found.select), len(found.test), found.train) == (2, 3, whole.train)
+    assert [word for word in whole.select if word in found.select] == found.select == again.select[::-1]
+    assert [word for word in whole.test if word in found.test] == found.test == again.test[::-1]
+
+
 @pytest.mark.parametrize(
     ("files", "shares", "words"),
     [

@@ -264,7 +264,8 @@ def _through_diffusers(content: Content, names: Names) -> dict[str, Factors]:
         ending = next(filter(None, (pattern.search(key) for pattern in (DOWN, UP, ALPHA, OLDEST))))
         layers.setdefault(key[: ending.start()], {})[key] = value
     with refused_as(content.flag, fix):
-        whole = _converted(content.tensors, names)
+        # One A for several layers is one tensor, which safetensors refuses to write twice.
+        whole = {key: value.clone() for key, value in _converted(content.tensors, names).items()}
     for name, tensors in layers.items():
         try:
             read = _converted(tensors, names).keys() & whole.keys()

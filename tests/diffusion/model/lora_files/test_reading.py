@@ -15,6 +15,7 @@ from reslora.common.errors import InvalidArgument
 from reslora.diffusion.model.families import load_family
 from reslora.diffusion.model.lora_files.names import names_of
 from reslora.diffusion.model.lora_files.reading import family_of, read_content, read_parts
+from reslora.diffusion.model.lora_files.writing import write
 from reslora.export import export_peft, write_diffusers, write_kohya, write_peft
 
 ALL = "transformer_blocks.0.attn.to_q"
@@ -132,6 +133,10 @@ def test_xlabs_files_for_flux_are_read(tmp_path):
     for letter, rows in zip("qkv", qkv.split(width), strict=True):
         torch.testing.assert_close(found[f"transformer.transformer_blocks.1.attn.to_{letter}"], rows)
     assert len(found) == 4
+    for to, out in (("diffusers", "out.safetensors"), ("kohya", "kohya.safetensors"), ("peft", "folder")):
+        parts = read_parts(read_content(tmp_path / "in.safetensors", "IN"), names("flux"))
+        write(parts, names("flux"), to, tmp_path / out, {})
+        assert_same(read(tmp_path / out, names("flux")), found, tolerance=1e-5)
 
 
 def test_a_layer_that_diffusers_leaves_out_is_refused(tmp_path):
