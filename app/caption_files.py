@@ -169,8 +169,7 @@ class Table:
         """The table as it is now; raises `InvalidArgument` as the trainer does."""
         table = cls(path, images)
         found = read_metadata(path, table.flags)
-        paths = [Path(row["path"]) for row in found.rows["image"]]
-        table.names = names_of(paths, images.folder.path)
+        table.names = names_of(found.files, images.folder.path)
         table.captions = [tuple(captions) for captions in found.rows["captions"]]
         table.cut(path.read_text(encoding="utf-8-sig"))
         return table

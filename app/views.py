@@ -18,6 +18,7 @@ from pathlib import Path
 import PIL.Image
 
 from reslora.common.methods import METHODS
+from reslora.diffusion.prompts import clean
 
 from .activity import activity
 from .recipe import Drawn
@@ -47,8 +48,8 @@ NORMS = (
 
 
 def escape(text: str) -> str:
-    """For HTML, and for templates that fill in `${}` and `{{}}`."""
-    return html.escape(str(text)).replace("{", "&#123;").replace("$", "&#36;")
+    """For HTML that can be sent, and for templates that fill in `${}` and `{{}}`."""
+    return html.escape(clean(str(text))).replace("{", "&#123;").replace("$", "&#36;")
 
 
 # -- images ------------------------------------------------------------------------------------------------------------

@@ -1,12 +1,13 @@
 """Which folders of images are shown, what the trainer makes of them, what is alike, and what is thrown away."""
 
 import json
+import os
 import shutil
 
 import datasets
 import PIL.Image
 import pytest
-from app_runs import HOSTILE
+from app_runs import HOSTILE, write_run
 from pipelines import image_folder, random_image
 
 from app import cards, trash
@@ -61,6 +62,30 @@ def test_nothing_outside_a_folder_is_shown(edits, tmp_path):
     assert {images.images[name].problem for name in ("0.png", "link.png")} == {
         "leads out of the folder: not shown here"
     }
+
+
+def test_names_that_are_not_utf8_break_no_page(edits, tmp_path):
+    """Nothing of them can be sent to a browser: such a folder is left out, an image has a name that can be read."""
+    folder, odd = tmp_path / "data" / "set", [os.fsdecode(name) for name in (b"\xe9.png", b"\xea.png")]
+    image_folder(tmp_path / "data" / os.fsdecode(b"caf\xe9"))
+    write_run(tmp_path / "runs" / os.fsdecode(b"caf\xe9"))
+    assert list(edits.folders.all()) == [".", "set", BUNDLED] and edits.trainings.library.everything() == []
+    (folder / "0.png").rename(folder / "?.png")  # a name of its own
+    for number, name in enumerate(odd, 1):
+        (folder / f"{number}.png").rename(folder / name)
+    images = edits.look("set")
+    assert list(images.images) == ["3.png", "4.png", "5.png", "?.png", "?.png (2)", "?.png (3)"]
+    shown = edits.shown(images, LEFT_OUT)
+    assert [image.path.name for image in shown if "not UTF-8" in image.problem] == sorted(odd)
+    (cards.cards(edits, images, shown, 1) + cards.summary(edits, images, 6)).encode()
+    edits.throw_away(images, ["?.png (3)"])
+    assert {path.name for path in folder.glob("?.png")} == {"3.png", "4.png", "5.png", "?.png", min(odd)}
+    edits.undo(edits.look("set"))
+    assert {path.name for path in folder.glob("?.png")} >= set(odd)
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "?.png", "text": "listed"}))
+    images = edits.look("set")
+    assert images.images["?.png"].captions == ("listed",) and len(images.images) == 6
+    cards.cards(edits, images, list(images.images.values()), 1).encode()
 
 
 def test_what_is_left_out_and_why_is_what_the_trainer_says(edits, tmp_path):
