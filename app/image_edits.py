@@ -96,7 +96,7 @@ class ImageEdits:
     def save_caption(self, images: Images, name: str, was: str, text: str) -> str:
         """Writes the caption of one image, which must be what was seen of it; returns it as it is read now."""
         (image,) = images.find([name])
-        if text_of(image) != was:
+        if in_box(text_of(image)) != in_box(was):
             raise RunError(
                 f"{name} was changed meanwhile, and nothing was written. Its caption is now: {text_of(image)!r}"
             )
@@ -188,6 +188,11 @@ class ImageEdits:
 def text_of(image: Image) -> str:
     """The captions of an image as one text."""
     return BETWEEN.join(image.captions or ())
+
+
+def in_box(text: str) -> str:
+    """A text as a browser has it in a box: with line ends of one kind."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def refuse_bundled(folder: Folder) -> None:

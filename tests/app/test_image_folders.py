@@ -208,6 +208,17 @@ def test_one_caption_is_saved_only_over_what_was_seen(edits, tmp_path):
     assert trained(folder).captions == [["one", "three"]]
 
 
+def test_captions_with_other_line_ends_are_saved_from_a_browser_which_has_one_kind(edits, tmp_path):
+    folder = tmp_path / "data" / "set"
+    (folder / "0.txt").write_bytes(b"one\r\ntwo\rthree")
+    with pytest.raises(RunError, match="Its caption is now"):
+        edits.save_caption(edits.look("set"), "0.png", "one two\nthree", "late")
+    assert edits.save_caption(edits.look("set"), "0.png", "one\ntwo\nthree", "one\ntwo") == "one\ntwo"
+    assert (folder / "0.txt").read_bytes() == b"one\ntwo"
+    edits.undo(edits.look("set"))
+    assert (folder / "0.txt").read_bytes() == b"one\r\ntwo\rthree"
+
+
 @pytest.mark.parametrize("layout", ["jsonl", "csv", "txt"])
 def test_trash_is_not_trained_on_and_comes_back(edits, tmp_path, layout):
     folder = image_folder(tmp_path / "data" / "other", layout=layout)
