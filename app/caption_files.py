@@ -24,7 +24,7 @@ from reslora.diffusion.data.tables import ROWS
 from reslora.diffusion.prompts import clean
 from reslora.files import replacing
 
-from .image_folders import Image, Images, names_of, stamp_of
+from .image_folders import Image, Images, leads_out, names_of, stamp_of
 from .runs import RunError
 
 Captions = tuple[str, ...] | None
@@ -59,6 +59,8 @@ def write(images: Images, edits: Sequence[Edit]) -> list[Edit]:
     beside: list[tuple[Edit, Image]] = []
     rows: dict[Path, dict[str, Edit]] = {}
     for edit, image in zip(edits, found, strict=True):
+        if leads_out(images.folder, image.path):
+            raise RunError(f"{image.name} leads out of the folder, and its caption stays; nothing was changed.")
         if image.metadata is None:
             beside.append((edit, image))
         else:

@@ -33,6 +33,7 @@ from .runs import RunError
 
 MULTIPLE = 8
 """What sides are multiples of; models that need multiples of 16 have the same buckets from 256 pixels on."""
+OUTSIDE = "leads out of the folder: not shown here"
 KEPT = 8
 """Folders whose images are remembered until one of their files changes."""
 
@@ -204,8 +205,8 @@ def images_of(found: Found, folder: Folder, flags: Flags, otherwise: str | None)
         captions: tuple[str, ...] | None = tuple(row["captions"])
         if found.metadata is None and not captions:
             captions = None
-        if not all(map(folder.holds, [path, *caption_files(path)])):
-            captions, size, problem = None, None, "leads out of the folder: not shown here"
+        if leads_out(folder, path):
+            captions, size, problem = None, None, OUTSIDE
         buckets = buckets_of(size, flags) if size and not problem else ()
         images[name] = Image(name, path, captions, size, buckets, problem, found.metadata, otherwise)
     return images
@@ -221,9 +222,16 @@ def unread(folder: Folder, flags: Flags, read: dict[str, Image], why: str, metad
     ]
     names = names_of([*(image.path for image in read.values()), *paths], folder.path)[len(read) :]
     return {
-        name: Image(name, path, None, header_of(folder, path), (), why, metadata)
+        name: Image(
+            name, path, None, header_of(folder, path), (), OUTSIDE if leads_out(folder, path) else why, metadata
+        )
         for name, path in zip(names, paths, strict=True)
     }
+
+
+def leads_out(folder: Folder, path: Path) -> bool:
+    """Whether an image of a folder, or a caption beside it, is a link to something outside."""
+    return not all(map(folder.holds, [path, *caption_files(path)]))
 
 
 def header_of(folder: Folder, path: Path) -> tuple[int, int] | None:

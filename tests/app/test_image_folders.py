@@ -62,6 +62,20 @@ def test_nothing_outside_a_folder_is_shown(edits, tmp_path):
     assert {images.images[name].problem for name in ("0.png", "link.png")} == {
         "leads out of the folder: not shown here"
     }
+    assert html.count(" readonly>") == 2
+    for change in (
+        lambda: edits.save_caption(images, "0.png", "", "mine"),
+        lambda: edits.change_captions(images, list(images.images), ADD_TAG, "mine"),
+    ):
+        with pytest.raises(RunError, match="leads out of the folder") as refusal:
+            change()
+        assert "secret" not in str(refusal.value)
+    edits.change_captions(images, ["1.png"], ADD_TAG, "mine")
+    (folder / "1.txt").unlink()
+    (folder / "1.txt").symlink_to(tmp_path / "secret.txt")
+    with pytest.raises(RunError, match="leads out of the folder"):
+        edits.undo(images)  # which was read before
+    assert (tmp_path / "secret.txt").read_text() == "secret words"
 
 
 def test_names_that_are_not_utf8_break_no_page(edits, tmp_path):
