@@ -276,11 +276,17 @@ def test_trash_that_cannot_come_back_stays(edits, tmp_path):
 def test_images_that_are_trained_on_are_not_thrown_away(edits, tmp_path, monkeypatch):
     run = tmp_path / "runs" / "busy"
     run.mkdir()
-    (run / "config.json").write_text(json.dumps({"train_data_dir": str(tmp_path / "data")}))
+    elsewhere, here = str(tmp_path / "elsewhere"), str(tmp_path / "data")
     monkeypatch.setattr(edits.trainings, "all_active", lambda: iter([Library(tmp_path / "runs").find("busy")]))
-    with pytest.raises(RunError, match="busy is training"):
-        edits.throw_away(edits.look("set"), ["1.png"])
-    (run / "config.json").write_text(json.dumps({"train_data_dir": [str(tmp_path / "elsewhere")]}))
+    for flags in (
+        {"train_data_dir": here},
+        {"train_data_dir": [elsewhere], "class_data_dir": here},
+        {"dataset_name": here},
+    ):
+        (run / "config.json").write_text(json.dumps(flags))
+        with pytest.raises(RunError, match="busy is training"):
+            edits.throw_away(edits.look("set"), ["1.png"])
+    (run / "config.json").write_text(json.dumps({"train_data_dir": [elsewhere], "class_data_dir": elsewhere}))
     edits.throw_away(edits.look("set"), ["1.png"])
 
 

@@ -16,6 +16,7 @@ PLACES = (
     "pretrained_vae_model_name_or_path",
     "train_data_dir",
     "class_data_dir",
+    "init_lora",
     "dataset_name",
     "cache_dir",
 )
