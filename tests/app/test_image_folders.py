@@ -10,7 +10,7 @@ import pytest
 from app_runs import HOSTILE, write_run
 from pipelines import image_folder, random_image
 
-from app import cards, trash
+from app import caption_files, cards, trash
 from app.folders import BUNDLED
 from app.image_edits import ADD_TAG, AFTER, ALIKE, BEFORE, LEFT_OUT, NO_CAPTION, REMOVE_TAG, REPLACE, ImageEdits
 from app.image_folders import ImageFolders, flags_of
@@ -193,6 +193,30 @@ def test_undo_is_refused_once_and_only_for_what_was_changed_again(edits, tmp_pat
         edits.undo(edits.look("set"))
     assert "add tag" in edits.undo(edits.look("set"))
     assert trained(folder).captions[:2] == [["red disc"], ["somebody else's"]]
+
+
+def test_what_a_killed_server_has_written_of_many_captions_can_be_taken_back(edits, tmp_path, monkeypatch):
+    """A copy of the folder that is made half way is what it would leave."""
+    folder, killed, write = tmp_path / "data" / "set", tmp_path / "data" / "killed", caption_files._restore
+    (folder / "5.txt").unlink()
+
+    def half_way(path, content):
+        if path.name == "3.txt":
+            shutil.copytree(folder, killed)
+            assert edits.last(edits.look("set").folder) is None  # it goes on
+        write(path, content)
+
+    captions = {name: image.captions for name, image in edits.look("set").images.items()}
+    monkeypatch.setattr(caption_files, "_restore", half_way)
+    edits.change_captions(edits.look("set"), list(captions), BEFORE, "sks, ")
+    assert not (folder / TRASH).exists() and all(map(str.__contains__, trained(folder).captions[3], ["sks, "]))
+    assert [caption.startswith("sks") for (caption,) in trained(killed).captions] == [True] * 3 + [False] * 2
+    (killed / "1.txt").write_text("changed since")
+    change = edits.last(edits.look("killed").folder)
+    assert change is not None and edits.undo(edits.look("killed"), change.line) == f"Undone: {change.line}."
+    now = {name: image.captions for name, image in edits.look("killed").images.items()}
+    assert now == captions | {"1.png": ("changed since",)}
+    assert edits.last(edits.look("killed").folder) is None
 
 
 def test_undo_takes_back_what_its_button_says_change_by_change(edits, tmp_path):
