@@ -152,7 +152,7 @@ class ImageEdits:
             self.history[folder.path].append(change)
 
     def last(self, folder: Folder) -> Change | None:
-        """What undo would take back: the last change of a folder, whoever made it, else what was cut off, or its trash."""
+        """What undo would take back: the last change of a folder, else what was cut off, else what is in its trash."""
         with self.lock:
             for change in reversed(self.history[folder.path]):
                 if change.trash is None or change.trash.is_dir():
