@@ -13,24 +13,28 @@ import io
 import json
 import os
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from reslora.common.errors import InvalidArgument, first_line
 from reslora.diffusion.arguments import Flags
-from reslora.diffusion.data.dataset import caption_files, read_caption, read_metadata
+from reslora.diffusion.data.dataset import TRASH, caption_files, read_caption, read_metadata
 from reslora.diffusion.data.tables import ROWS
 from reslora.diffusion.prompts import clean
-from reslora.files import replacing
+from reslora.files import read_object, remove, replacing, write_json
 
-from .image_folders import Image, Images, names_of, stamp_of
+from .image_folders import Image, Images, leads_out, names_of, stamp_of
 from .runs import RunError
 
 Captions = tuple[str, ...] | None
 """Of an image; empty: its row has none; None: there is neither a row nor a file."""
 WRITING = threading.RLock()
 """One change at a time, of this process."""
+NOTED: set[Path] = set()
+"""Where the changes are noted that this process is writing."""
+NOTE = "captions.json"
 
 
 @dataclass(frozen=True)
@@ -59,11 +63,14 @@ def write(images: Images, edits: Sequence[Edit]) -> list[Edit]:
     beside: list[tuple[Edit, Image]] = []
     rows: dict[Path, dict[str, Edit]] = {}
     for edit, image in zip(edits, found, strict=True):
+        if leads_out(images.folder, image.path):
+            raise RunError(f"{image.name} leads out of the folder, and its caption stays; nothing was changed.")
         if image.metadata is None:
             beside.append((edit, image))
         else:
             rows.setdefault(image.metadata, {})[edit.name] = edit
-    with WRITING, contextlib.ExitStack() as undo, readable():
+    several = noted(images.folder.path, edits) if len(beside) + len(rows) > 1 else contextlib.nullcontext()
+    with WRITING, readable(), several, contextlib.ExitStack() as undo:
         done = _write_files(beside, undo)
         for path, own in rows.items():
             table = Table.read(path, images)
@@ -73,6 +80,37 @@ def write(images: Images, edits: Sequence[Edit]) -> list[Edit]:
             undo.callback(_restore, path, before)
         undo.pop_all()
     return done
+
+
+@contextlib.contextmanager
+def noted(root: Path, edits: Sequence[Edit]) -> Iterator[None]:
+    """Notes changes in the trash of a folder until all are written: who is killed half way leaves what undoes them."""
+    place = root / TRASH / f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}"
+    NOTED.add(place)
+    try:
+        new = [edit.captions and [*map(clean, edit.captions)] for edit in edits]
+        write_json(place / NOTE, {"edits": [(edit.name, edit.was, now) for edit, now in zip(edits, new, strict=True)]})
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            remove(place)
+            place.parent.rmdir()  # unless something else is in the trash
+        NOTED.remove(place)
+
+
+def unfinished(root: Path) -> tuple[Path, list[Edit]] | None:
+    """The last changes of a folder that were noted and maybe not all written, and where they were noted."""
+    for path in sorted((root / TRASH).glob(f"*/{NOTE}"), reverse=True):
+        with contextlib.suppress(OSError, LookupError, TypeError, ValueError):
+            edits = [Edit(name, as_captions(was), as_captions(new)) for name, was, new in read_object(path)["edits"]]
+            if path.parent not in NOTED:
+                return path.parent, edits
+    return None
+
+
+def as_captions(value: list | None) -> Captions:
+    """Captions as JSON has them."""
+    return None if value is None else tuple(map(str, value))
 
 
 @contextlib.contextmanager
@@ -169,8 +207,7 @@ class Table:
         """The table as it is now; raises `InvalidArgument` as the trainer does."""
         table = cls(path, images)
         found = read_metadata(path, table.flags)
-        paths = [Path(row["path"]) for row in found.rows["image"]]
-        table.names = names_of(paths, images.folder.path)
+        table.names = names_of(found.files, images.folder.path)
         table.captions = [tuple(captions) for captions in found.rows["captions"]]
         table.cut(path.read_text(encoding="utf-8-sig"))
         return table

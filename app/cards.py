@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from reslora.diffusion.data.size import Size
 
 from .image_edits import ImageEdits, plural, text_of
-from .image_folders import Image, Images
+from .image_folders import OUTSIDE, Image, Images
 from .views import escape
 
 PER_PAGE = 24
@@ -36,7 +36,7 @@ def cards(edits: ImageEdits, images: Images, shown: Sequence[Image], page: int) 
     found = []
     for image, thumbnail in zip(part, thumbnails, strict=True):
         badges = edits.looks.problem(image), alike.get(image.name, ("", ""))[1]
-        found.append(card(image, thumbnail, badges, images.folder.bundled))
+        found.append(card(image, thumbnail, badges, images.folder.bundled or image.problem == OUTSIDE))
     names = escape(json.dumps([image.name for image in shown]))
     marks = f'data-folder="{escape(images.folder.name)}" data-names="{names}" data-last="{pages(len(shown))}"'
     return f'<div class="cards" {marks} data-drawn="{time.time_ns()}">{"".join(found)}</div>'

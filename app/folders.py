@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from reslora.diffusion.prompts import clean
 from reslora.diffusion.settings import BUNDLED_IMAGES
 
 from .runs import RunError
@@ -64,8 +65,8 @@ class Folders:
 
 
 def children(folder: Path | None) -> list[Path]:
-    """The folders in a folder that are neither hidden nor lead elsewhere."""
+    """The folders in a folder that are neither hidden nor lead elsewhere, and whose names can be sent to a browser."""
     if folder is None or not folder.is_dir():
         return []
     found = [path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")]
-    return [path for path in found if path.resolve().parent == folder]
+    return [path for path in found if path.resolve().parent == folder and clean(path.name) == path.name]

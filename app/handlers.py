@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 
 import gradio as gr
 
+from reslora.diffusion.prompts import clean
+
 from .runs import RunError
 
 
@@ -49,7 +51,7 @@ def translated(error: Exception) -> gr.Error:
     if isinstance(error, gr.Error):
         return error
     if isinstance(error, RunError):
-        return gr.Error(str(error), print_exception=False)
+        return gr.Error(clean(str(error)), print_exception=False)
     traceback.print_exception(error, file=sys.stderr)
     return gr.Error("Something went wrong; the terminal says more.", print_exception=False)
 

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reslora.diffusion.data.captions import SEPARATOR
+from reslora.files import remove
 
 from . import trash
-from .caption_files import Edit, write
+from .caption_files import Edit, unfinished, write
 from .folders import Folder
 from .image_folders import Image, ImageFolders, Images, flags_of
 from .launcher import Trainings
@@ -65,6 +66,8 @@ class Change:
     line: str
     edits: tuple[Edit, ...] = ()
     trash: Path | None = None
+    noted: Path | None = None
+    """Where the edits are noted that were cut off: some of them are not written."""
 
 
 class ImageEdits:
@@ -96,7 +99,7 @@ class ImageEdits:
     def save_caption(self, images: Images, name: str, was: str, text: str) -> str:
         """Writes the caption of one image, which must be what was seen of it; returns it as it is read now."""
         (image,) = images.find([name])
-        if text_of(image) != was:
+        if in_box(text_of(image)) != in_box(was):
             raise RunError(
                 f"{name} was changed meanwhile, and nothing was written. Its caption is now: {text_of(image)!r}"
             )
@@ -149,11 +152,15 @@ class ImageEdits:
             self.history[folder.path].append(change)
 
     def last(self, folder: Folder) -> Change | None:
-        """What undo would take back: the last change of a folder, whoever made it, else what is in its trash."""
+        """What undo would take back: the last change of a folder, else what was cut off, else what is in its trash."""
         with self.lock:
             for change in reversed(self.history[folder.path]):
                 if change.trash is None or change.trash.is_dir():
                     return change
+        if (found := unfinished(folder.path)) is not None:
+            noted, edits = found
+            line = f"a change of {plural(len(edits), 'caption')} that was cut off"
+            return Change(line, tuple(edit.reverse for edit in edits), noted=noted)
         place = next(iter(trash.thrown_away(folder.path)), None)
         if place is None:
             return None
@@ -173,8 +180,10 @@ class ImageEdits:
         if change.trash is not None:
             trash.put_back(images, change.trash)
         try:
-            if change.edits:
-                write(images, change.edits)
+            if edits := change.edits if change.noted is None else written(images, change.edits):
+                write(images, edits)
+            if change.noted is not None:
+                remove(change.noted)
         finally:  # one that cannot be taken back is not in the way of those before it
             with self.lock, suppress(ValueError):
                 self.history[images.folder.path].remove(change)
@@ -185,9 +194,20 @@ class ImageEdits:
         return self.looks.check(list(images.images.values()))
 
 
+def written(images: Images, edits: Sequence[Edit]) -> list[Edit]:
+    """Those of the edits whose captions are what they are to be taken back from."""
+    known = {name: image.captions for name, image in images.images.items()}
+    return [edit for edit in edits if edit.name in known and known[edit.name] == edit.was]
+
+
 def text_of(image: Image) -> str:
     """The captions of an image as one text."""
     return BETWEEN.join(image.captions or ())
+
+
+def in_box(text: str) -> str:
+    """A text as a browser has it in a box: with line ends of one kind."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def refuse_bundled(folder: Folder) -> None:

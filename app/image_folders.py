@@ -22,6 +22,7 @@ from reslora.diffusion.data.folders import kohyas_folders
 from reslora.diffusion.data.images import SUFFIXES, image_size
 from reslora.diffusion.data.material import size_of
 from reslora.diffusion.data.size import Size
+from reslora.diffusion.prompts import clean
 from reslora.diffusion.settings import fill_defaults
 from reslora.files import replacing
 
@@ -33,6 +34,7 @@ from .uploads import store_images
 
 MULTIPLE = 8
 """What sides are multiples of; models that need multiples of 16 have the same buckets from 256 pixels on."""
+OUTSIDE = "leads out of the folder: not shown here"
 KEPT = 8
 """Folders whose images are remembered until one of their files changes."""
 
@@ -195,18 +197,17 @@ def whole_line(folder: Folder, flags: Flags) -> str:
 
 def images_of(found: Found, folder: Folder, flags: Flags, otherwise: str | None) -> dict[str, Image]:
     """The images that the trainer has found, by name; `otherwise` is the caption of those without a file."""
-    paths = [Path(row["path"]) for row in found.rows["image"]]
-    images = {}
-    for index, (name, row) in enumerate(zip(names_of(paths, folder.path), found.rows, strict=True)):
-        path, usable = paths[index], found.size(index, row)
+    names, images = names_of(found.files, folder.path), {}
+    for index, (name, path, row) in enumerate(zip(names, found.files, found.rows, strict=True)):
+        usable = found.size(index, row)
         problem, size = "", usable if isinstance(usable, tuple) else header_of(folder, path)
         if isinstance(usable, str):
             problem = usable
         captions: tuple[str, ...] | None = tuple(row["captions"])
         if found.metadata is None and not captions:
             captions = None
-        if not all(map(folder.holds, [path, *caption_files(path)])):
-            captions, size, problem = None, None, "leads out of the folder: not shown here"
+        if leads_out(folder, path):
+            captions, size, problem = None, None, OUTSIDE
         buckets = buckets_of(size, flags) if size and not problem else ()
         images[name] = Image(name, path, captions, size, buckets, problem, found.metadata, otherwise)
     return images
@@ -220,10 +221,18 @@ def unread(folder: Folder, flags: Flags, read: dict[str, Image], why: str, metad
         for path in files_of(folder.path, flags)
         if path.suffix.lower() in SUFFIXES and os.path.normpath(path) not in known
     ]
+    names = names_of([*(image.path for image in read.values()), *paths], folder.path)[len(read) :]
     return {
-        name: Image(name, path, None, header_of(folder, path), (), why, metadata)
-        for name, path in zip(names_of(paths, folder.path), paths, strict=True)
+        name: Image(
+            name, path, None, header_of(folder, path), (), OUTSIDE if leads_out(folder, path) else why, metadata
+        )
+        for name, path in zip(names, paths, strict=True)
     }
+
+
+def leads_out(folder: Folder, path: Path) -> bool:
+    """Whether an image of a folder, or a caption beside it, is a link to something outside."""
+    return not all(map(folder.holds, [path, *caption_files(path)]))
 
 
 def header_of(folder: Folder, path: Path) -> tuple[int, int] | None:
@@ -238,11 +247,11 @@ def buckets_of(size: tuple[int, int], flags: Flags) -> tuple[Size, ...]:
 
 
 def names_of(paths: Sequence[Path], folder: Path) -> list[str]:
-    """A name for each of the files in a folder, another one for each that is listed again."""
+    """A name for each of the files in a folder, which can be sent to a browser; another one for each that is again."""
     met: Counter[str] = Counter()
     names = []
     for path in paths:
-        name = Path(os.path.relpath(path, folder)).as_posix()
+        name = clean(Path(os.path.relpath(path, folder)).as_posix())
         met[name] += 1
         names.append(name if met[name] == 1 else f"{name} ({met[name]})")
     return names

@@ -34,6 +34,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = REPOSITORY / "train_sd.py"
 MAY_GROW = ("method", "learning_rate", "seed", "experiment_minutes")
 """Flags that an experiment which was begun may be given more of."""
+FOLDERS = ("train_data_dir", "class_data_dir", "dataset_name")
+"""Flags that may name a folder of images."""
 SAVE, SAMPLE = "save.now", "sample.now"
 """Files by which a trainer is asked for something."""
 FEW = 8  # images to look at before a training
@@ -292,7 +294,7 @@ class Trainings:
     def reader(self, folder: Path) -> Run | None:
         """The run that is training on images in a folder, above or below it, or may be: it has not said so yet."""
         for run in self.all_active():
-            read = [Path(name).resolve() for name in run.words("train_data_dir")]
+            read = [Path(name).resolve() for flag in FOLDERS for name in run.words(flag)]
             if not run.config or any(path.is_relative_to(folder) or folder.is_relative_to(path) for path in read):
                 return run
         return None

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from reslora.diffusion.arguments import SEVERAL
+from reslora.diffusion.prompts import clean
 
 from .runs import EXPERIMENT_LOG, LARGEST_JSON, LOG_NAME, Run, RunError, number
 
@@ -125,13 +126,17 @@ class Library:
         return experiment
 
     def _folders(self) -> list[Path]:
-        """The folder itself where it is a run or an experiment, else those in it, the newest first."""
+        """The folder itself where it is a run or an experiment, else those in it, the newest first.
+
+        The trainer writes to none whose name is not UTF-8, and none such can be sent to a browser.
+        """
         if self.is_single:
             return [self.folder]
         try:
             children = [path for path in self.folder.iterdir() if not path.name.startswith(".")]
         except OSError:
             return []
+        children = [path for path in children if clean(path.name) == path.name]
         found = [path for path in children if path.is_dir() and path.resolve().parent == self.folder]
         return sorted(found, key=last_change, reverse=True)
 

@@ -13,6 +13,7 @@ import math
 import os
 import re
 import stat
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -42,7 +43,8 @@ LARGEST_JSON = 64 * 2**20
 MOST_STEPS = 10**9
 PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 
-
+IN_PLACE = threading.Lock()
+"""Held by whoever writes into a run's folder, or moves that: it stays where it is until then."""
 TRAINERS = ("train_sd.py", "train_sd", "reslora-train-sd")
 """How the trainer's own words name it, started as a file, as a module or by the command that is installed."""
 

@@ -7,7 +7,6 @@ browser, so they are only ever compared with what a listing gave.
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from reslora.diffusion.data.dataset import TRASH
 from reslora.files import replacing
 
 from .queue import Queue
-from .runs import LONGEST_NOTES, NOTES, Run, RunError
+from .runs import IN_PLACE, LONGEST_NOTES, NOTES, Run, RunError
 
 
 class Shelf:
@@ -23,7 +22,6 @@ class Shelf:
 
     def __init__(self, queue: Queue) -> None:
         self.queue, self.trainings, self.library = queue, queue.trainings, queue.trainings.library
-        self.lock = threading.Lock()
 
     def find(self, name: object) -> Run:
         """The run or experiment of that name, if it may be changed."""
@@ -38,8 +36,8 @@ class Shelf:
         """Writes what is said of a run, which must be what was seen of it, and returns it."""
         if not isinstance(text, str) or len(text := text.replace("\r\n", "\n").strip()) > LONGEST_NOTES:
             raise RunError(f"Notes are text of at most {LONGEST_NOTES:,} characters; nothing was saved.")
-        run = self.find(name)
-        with self.lock:
+        with IN_PLACE:
+            run = self.find(name)
             if len(run.notes) > LONGEST_NOTES:
                 raise RunError(f"The notes of {run.name} are too long for the page: edit {NOTES} in its folder.")
             if run.notes != was:
@@ -57,7 +55,7 @@ class Shelf:
 
     def throw_away(self, name: object) -> str:
         """Moves a run, which must not be training, into the trash, and says so."""
-        with self.queue.changing() as entries, self.trainings.lock:
+        with self.queue.changing() as entries, self.trainings.lock, IN_PLACE:
             run = self.find(name)
             if self.trainings.is_active(run):
                 raise RunError(f"{run.name} is training; wait for it, or stop it first.")

@@ -40,7 +40,7 @@ from reslora.merges import MERGES
 from . import stacks, weight_files, whole_models
 from .bases import BUNDLED, Base, base_of
 from .recipe import SEEDS, Drawn, Request
-from .runs import Run, RunError, Weights, merged_by
+from .runs import IN_PLACE, Run, RunError, Weights, merged_by
 from .turns import Turns
 from .weight_files import without_folders
 
@@ -410,10 +410,13 @@ class Studio:
             encoder = name if path != checkpoint.path else None
             found = reslora.merge(parts[name], method=method, calibration=calibration_of(run, encoder)).to_dict()
             report |= {encoder: found} if encoder else found
-        with files.replacing(merged_by(checkpoint, method).path.parent) as temporary:
-            temporary.mkdir()
-            write_lora(parts, temporary, self.family, {})
-            files.write_json(temporary / "merge.json", report)
+        with IN_PLACE:
+            if not checkpoint.path.is_dir():  # what is written would make the folder of the run anew
+                raise RunError(f"{run.name} was deleted meanwhile")
+            with files.replacing(merged_by(checkpoint, method).path.parent) as temporary:
+                temporary.mkdir()
+                write_lora(parts, temporary, self.family, {})
+                files.write_json(temporary / "merge.json", report)
         return report
 
     def _write_whole(self, run: Run | None, weights: Weights, target: Path, visitor: Visitor) -> None:

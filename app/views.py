@@ -18,6 +18,7 @@ from pathlib import Path
 import PIL.Image
 
 from reslora.common.methods import METHODS
+from reslora.diffusion.prompts import clean
 
 from .activity import activity
 from .recipe import Drawn
@@ -47,8 +48,8 @@ NORMS = (
 
 
 def escape(text: str) -> str:
-    """For HTML, and for templates that fill in `${}` and `{{}}`."""
-    return html.escape(str(text)).replace("{", "&#123;").replace("$", "&#36;")
+    """For HTML that can be sent, and for templates that fill in `${}` and `{{}}`."""
+    return html.escape(clean(str(text))).replace("{", "&#123;").replace("$", "&#36;")
 
 
 # -- images ------------------------------------------------------------------------------------------------------------
@@ -81,7 +82,7 @@ def tile(path: Path | None, alt: str, place: tuple[int, int], absent: str = "not
         return f'<div class="empty">{absent}</div>'
     try:
         source = data_uri(path, path.stat().st_mtime_ns)
-    except (OSError, SyntaxError, ValueError):
+    except Exception:  # of as many kinds as there are formats
         return '<div class="empty">damaged</div>'
     image = f'<img src="{source}" alt="{escape(alt)}" title="{escape(alt)}">'
     return f'<button type="button" class="tile" data-row="{place[0]}" data-column="{place[1]}">{image}</button>'
@@ -137,7 +138,7 @@ def thumbnails(paths: list[Path]) -> str:
     """Small images in a row; those that cannot be read are left out."""
     found = []
     for path in paths:
-        with contextlib.suppress(OSError, SyntaxError, ValueError):
+        with contextlib.suppress(Exception):  # a damaged file fails in as many ways as there are formats
             found.append(f'<img src="{data_uri(path, path.stat().st_mtime_ns)}" alt="">')
     return f'<div class="thumbnails">{"".join(found)}</div>' if found else ""
 

@@ -22,11 +22,14 @@ if TYPE_CHECKING:
 
 WIDE = ("method", "validation_prompt")
 ACTIVE = ("starting", "running", "stopping")
-# The form is kept in the browser, so that it outlives a restart of the server.
-KEEP = "(...values) => { localStorage.setItem('reslora-%s', JSON.stringify(values)); }"
+# The form is kept in the browser, so that it outlives a restart of the server, which may have other flags by then.
+KEEP = """(...values) => {
+    const form = Object.fromEntries(%(names)s.map((name, place) => [name, values[place]]));
+    localStorage.setItem('reslora-%(id)s', JSON.stringify(form));
+}"""
 RECALL = """(...values) => {
-    const kept = JSON.parse(localStorage.getItem('reslora-%s') || '[]');
-    return kept.length === values.length ? kept : values;
+    const kept = JSON.parse(localStorage.getItem('reslora-%(id)s') || '{}');
+    return %(names)s.map((name, place) => name in kept ? kept[name] : values[place]);
 }"""
 
 
@@ -167,8 +170,9 @@ class LaunchTab(Tab):
         )  # fmt: skip
         wired = [self.flags[flag] for flag in form.OF_RESLORA]
         self.flags["method"].change(self.show_shortcuts, self.flags["method"], wired, **quiet)
-        page.blocks.load(None, self.form, self.form, js=RECALL % self.id, **quiet)
-        gr.on([part.change for part in self.form], None, self.form, None, js=KEEP % self.id, **quiet)
+        kept = {"id": self.id, "names": [name for name in self.parameters() if name != "images"]}
+        page.blocks.load(None, self.form, self.form, js=RECALL % kept, **quiet)
+        gr.on([part.change for part in self.form], None, self.form, None, js=KEEP % kept, **quiet)
         # Not queued: they must not wait for what they end.
         stop = readable_errors(self.do_stop)
         self.stop.click(stop, [which, seen], self.answer, api_name=f"{self.id}_stop", queue=False)

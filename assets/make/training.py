@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--cooldown", type=int, default=10000, help="last steps, in which the learning rate falls to 0")
     parser.add_argument(
-        "--settled", type=int, default=0, help="of four examples of the cooldown, how many are of a picture's first variants"
+        "--settled", type=int, default=0, help="of four examples of the cooldown, how many are of a few variants"
     )
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--ema", type=float, default=0.9995)

@@ -1,15 +1,16 @@
 """Which folders of images are shown, what the trainer makes of them, what is alike, and what is thrown away."""
 
 import json
+import os
 import shutil
 
 import datasets
 import PIL.Image
 import pytest
-from app_runs import HOSTILE
+from app_runs import HOSTILE, write_run
 from pipelines import image_folder, random_image
 
-from app import cards, trash
+from app import caption_files, cards, trash
 from app.folders import BUNDLED
 from app.image_edits import ADD_TAG, AFTER, ALIKE, BEFORE, LEFT_OUT, NO_CAPTION, REMOVE_TAG, REPLACE, ImageEdits
 from app.image_folders import ImageFolders, flags_of
@@ -61,6 +62,44 @@ def test_nothing_outside_a_folder_is_shown(edits, tmp_path):
     assert {images.images[name].problem for name in ("0.png", "link.png")} == {
         "leads out of the folder: not shown here"
     }
+    assert html.count(" readonly>") == 2
+    for change in (
+        lambda: edits.save_caption(images, "0.png", "", "mine"),
+        lambda: edits.change_captions(images, list(images.images), ADD_TAG, "mine"),
+    ):
+        with pytest.raises(RunError, match="leads out of the folder") as refusal:
+            change()
+        assert "secret" not in str(refusal.value)
+    edits.change_captions(images, ["1.png"], ADD_TAG, "mine")
+    (folder / "1.txt").unlink()
+    (folder / "1.txt").symlink_to(tmp_path / "secret.txt")
+    with pytest.raises(RunError, match="leads out of the folder"):
+        edits.undo(images)  # which was read before
+    assert (tmp_path / "secret.txt").read_text() == "secret words"
+
+
+def test_names_that_are_not_utf8_break_no_page(edits, tmp_path):
+    """Nothing of them can be sent to a browser: such a folder is left out, an image has a name that can be read."""
+    folder, odd = tmp_path / "data" / "set", [os.fsdecode(name) for name in (b"\xe9.png", b"\xea.png")]
+    image_folder(tmp_path / "data" / os.fsdecode(b"caf\xe9"))
+    write_run(tmp_path / "runs" / os.fsdecode(b"caf\xe9"))
+    assert list(edits.folders.all()) == [".", "set", BUNDLED] and edits.trainings.library.everything() == []
+    (folder / "0.png").rename(folder / "?.png")  # a name of its own
+    for number, name in enumerate(odd, 1):
+        (folder / f"{number}.png").rename(folder / name)
+    images = edits.look("set")
+    assert list(images.images) == ["3.png", "4.png", "5.png", "?.png", "?.png (2)", "?.png (3)"]
+    shown = edits.shown(images, LEFT_OUT)
+    assert [image.path.name for image in shown if "not UTF-8" in image.problem] == sorted(odd)
+    (cards.cards(edits, images, shown, 1) + cards.summary(edits, images, 6)).encode()
+    edits.throw_away(images, ["?.png (3)"])
+    assert {path.name for path in folder.glob("?.png")} == {"3.png", "4.png", "5.png", "?.png", min(odd)}
+    edits.undo(edits.look("set"))
+    assert {path.name for path in folder.glob("?.png")} >= set(odd)
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "?.png", "text": "listed"}))
+    images = edits.look("set")
+    assert images.images["?.png"].captions == ("listed",) and len(images.images) == 6
+    cards.cards(edits, images, list(images.images.values()), 1).encode()
 
 
 def test_what_is_left_out_and_why_is_what_the_trainer_says(edits, tmp_path):
@@ -156,6 +195,30 @@ def test_undo_is_refused_once_and_only_for_what_was_changed_again(edits, tmp_pat
     assert trained(folder).captions[:2] == [["red disc"], ["somebody else's"]]
 
 
+def test_what_a_killed_server_has_written_of_many_captions_can_be_taken_back(edits, tmp_path, monkeypatch):
+    """A copy of the folder that is made half way is what it would leave."""
+    folder, killed, write = tmp_path / "data" / "set", tmp_path / "data" / "killed", caption_files._restore
+    (folder / "5.txt").unlink()
+
+    def half_way(path, content):
+        if path.name == "3.txt":
+            shutil.copytree(folder, killed)
+            assert edits.last(edits.look("set").folder) is None  # it goes on
+        write(path, content)
+
+    captions = {name: image.captions for name, image in edits.look("set").images.items()}
+    monkeypatch.setattr(caption_files, "_restore", half_way)
+    edits.change_captions(edits.look("set"), list(captions), BEFORE, "sks, ")
+    assert not (folder / TRASH).exists() and all(map(str.__contains__, trained(folder).captions[3], ["sks, "]))
+    assert [caption.startswith("sks") for (caption,) in trained(killed).captions] == [True] * 3 + [False] * 2
+    (killed / "1.txt").write_text("changed since")
+    change = edits.last(edits.look("killed").folder)
+    assert change is not None and edits.undo(edits.look("killed"), change.line) == f"Undone: {change.line}."
+    now = {name: image.captions for name, image in edits.look("killed").images.items()}
+    assert now == captions | {"1.png": ("changed since",)}
+    assert edits.last(edits.look("killed").folder) is None
+
+
 def test_undo_takes_back_what_its_button_says_change_by_change(edits, tmp_path):
     """Though one change does the same as another, and somebody else changes something in between."""
     folder, mine = tmp_path / "data" / "set", "the caption of 0.png"
@@ -181,6 +244,17 @@ def test_one_caption_is_saved_only_over_what_was_seen(edits, tmp_path):
     (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "text": ["one", "two"]}))
     assert edits.save_caption(edits.look("set"), "0.png", "one\n\ntwo", "one\n\n\n three") == "one\n\nthree"
     assert trained(folder).captions == [["one", "three"]]
+
+
+def test_captions_with_other_line_ends_are_saved_from_a_browser_which_has_one_kind(edits, tmp_path):
+    folder = tmp_path / "data" / "set"
+    (folder / "0.txt").write_bytes(b"one\r\ntwo\rthree")
+    with pytest.raises(RunError, match="Its caption is now"):
+        edits.save_caption(edits.look("set"), "0.png", "one two\nthree", "late")
+    assert edits.save_caption(edits.look("set"), "0.png", "one\ntwo\nthree", "one\ntwo") == "one\ntwo"
+    assert (folder / "0.txt").read_bytes() == b"one\ntwo"
+    edits.undo(edits.look("set"))
+    assert (folder / "0.txt").read_bytes() == b"one\r\ntwo\rthree"
 
 
 @pytest.mark.parametrize("layout", ["jsonl", "csv", "txt"])
@@ -226,11 +300,17 @@ def test_trash_that_cannot_come_back_stays(edits, tmp_path):
 def test_images_that_are_trained_on_are_not_thrown_away(edits, tmp_path, monkeypatch):
     run = tmp_path / "runs" / "busy"
     run.mkdir()
-    (run / "config.json").write_text(json.dumps({"train_data_dir": str(tmp_path / "data")}))
+    elsewhere, here = str(tmp_path / "elsewhere"), str(tmp_path / "data")
     monkeypatch.setattr(edits.trainings, "all_active", lambda: iter([Library(tmp_path / "runs").find("busy")]))
-    with pytest.raises(RunError, match="busy is training"):
-        edits.throw_away(edits.look("set"), ["1.png"])
-    (run / "config.json").write_text(json.dumps({"train_data_dir": [str(tmp_path / "elsewhere")]}))
+    for flags in (
+        {"train_data_dir": here},
+        {"train_data_dir": [elsewhere], "class_data_dir": here},
+        {"dataset_name": here},
+    ):
+        (run / "config.json").write_text(json.dumps(flags))
+        with pytest.raises(RunError, match="busy is training"):
+            edits.throw_away(edits.look("set"), ["1.png"])
+    (run / "config.json").write_text(json.dumps({"train_data_dir": [elsewhere], "class_data_dir": elsewhere}))
     edits.throw_away(edits.look("set"), ["1.png"])
 
 

@@ -5,12 +5,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from app_runs import HOSTILE, write_run
+from waiting import join, start_thread, wait_until
 
 from app import lists
 from app.launcher import Trainings
 from app.library import Library
 from app.queue import Entry, Queue
-from app.runs import EXPERIMENT_LOG, LONGEST_NOTES, RunError
+from app.runs import EXPERIMENT_LOG, IN_PLACE, LONGEST_NOTES, RunError
 from app.shelf import Shelf
 
 
@@ -95,6 +96,32 @@ def test_nothing_is_restored_in_the_place_of_what_waits(shelf):
     assert list(shelf.trashed()) == [which, one] and shelf.restore(which) == "which is back."
     shelf.queue.remove("one")
     assert shelf.restore(one) == "one is back."
+
+
+def test_notes_and_a_deletion_come_one_after_the_other(shelf, monkeypatch):
+    """What is thrown away while notes are written leaves no folder with nothing but notes in its place."""
+    threads, find, names = [], shelf.find, []
+
+    def delete(name: str) -> None:
+        shelf.throw_away(name)
+        names.extend(folder.name for folder in shelf.trashed().values())
+
+    def meanwhile(name: str):
+        run = find(name)
+        monkeypatch.setattr(shelf, "find", find)
+        threads.append(start_thread(delete, name))
+        wait_until(lambda: shelf.trainings.lock.locked() or names, "the deletion to wait", threads[0], pause=0)
+        if not IN_PLACE.locked():  # nothing keeps it waiting
+            join(threads[0])
+        return run
+
+    monkeypatch.setattr(shelf, "find", meanwhile)
+    shelf.write_notes("one", "", "good")
+    join(*threads)
+    assert names == ["one"] and not (shelf.library.folder / "one").exists()
+    (place,) = shelf.trashed()
+    shelf.restore(place)
+    assert shelf.library.find("one").notes == "good"
 
 
 def test_a_trash_that_leads_elsewhere_is_none(shelf, tmp_path):

@@ -282,6 +282,16 @@ def test_merging_a_checkpoint_by_another_method(studio, run, method):
     assert np.abs(drawn - one(studio, run, BASE.label)).max() > 2
 
 
+def test_a_run_that_is_deleted_while_it_is_merged_leaves_no_folder_of_its_name(studio, run, tmp_path, monkeypatch):
+    """Which would be no run, and yet in the way of its return."""
+    shutil.copytree(run.folder, tmp_path / "runs" / "gone")
+    gone = Library(tmp_path / "runs").find("gone")
+    monkeypatch.setattr(studios, "calibration_of", lambda *_: shutil.move(gone.folder, tmp_path / "trash") and None)
+    with pytest.raises(RunError, match="deleted meanwhile"):
+        studio.merge(gone, gone.find_weights("reslora: unmerged, step 4"), "weights")
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
 def test_only_resloras_checkpoints_are_merged(studio, run):
     for label, method in (
         ("lora: unmerged, step 4", "input"),

@@ -3,11 +3,12 @@
 import json
 
 import numpy as np
+import PIL.Image
 import pytest
 from app_runs import WRONG, run_by_hand, with_one_wrong
 from safetensors.numpy import save_file
 
-from app import compared, views
+from app import compared, lists, views
 from app.studio import base_of, calibration_of
 
 
@@ -25,6 +26,17 @@ def test_damage_is_told(run):
     content[43:53] = bytes(10)
     image.write_bytes(content)
     assert compared.images(run, 4).count('<div class="empty">damaged') == 1
+
+
+def test_an_image_that_cannot_be_opened_leaves_the_others(run, monkeypatch):
+    """Whatever is raised for it: PIL has an error of its own for one that is too large."""
+    small, large = run.folder / "8.png", run.folder / "reslora" / "samples" / "step-000004" / "0-0.png"
+    PIL.Image.new("RGB", (8, 8)).save(small)
+    PIL.Image.new("RGB", (80, 80)).save(large)
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 100)
+    assert views.thumbnails([large, small]).count("<img") == 1
+    assert "damaged" in views.tile(large, "", (0, 0))
+    assert 'alt="newest sample' in lists.picture(run)
 
 
 def test_places_are_in_the_order_of_their_numbers():

@@ -107,6 +107,8 @@ class Found:
     notes: list[str]
     metadata: Path | None = None
     """The file that names images and captions, a row each in this order; None where captions are beside the images."""
+    files: Sequence[Path] = ()
+    """Of a folder: the image of each row, also where the path in the row had to be changed to be text."""
 
     def size(self, index: int, row: dict) -> tuple[int, int] | str:
         """Width and height of the image of a row that can be used, or why it cannot."""
@@ -262,7 +264,8 @@ def _as_found(files: Sequence[Path], captions: Sequence[list | str], masks: Sequ
     if any(masks):
         columns["mask"] = column(masks)
     features = FEATURES | ({"mask": FEATURES["image"]} if any(masks) else {})
-    return Found(datasets.Dataset.from_dict(columns, features=datasets.Features(features)), problems, [])
+    rows = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    return Found(rows, problems, [], files=files)
 
 
 def read_caption(path: Path) -> list[str] | str:

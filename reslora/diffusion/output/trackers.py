@@ -18,6 +18,7 @@ PLACES = (
     "pretrained_vae_model_name_or_path",
     "train_data_dir",
     "class_data_dir",
+    "init_lora",
     "dataset_name",
     "cache_dir",
 )

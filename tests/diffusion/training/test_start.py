@@ -133,10 +133,12 @@ def test_training_goes_on_from_the_file(run, files):
     assert config["rank"] == 2 and config["init_lora"] == str(files / "kohya.safetensors")
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(run, flags, tmp_path):
-    """By its own configuration, which holds the layers, rank and alpha that the file gave."""
-    first = [*without(flags, "--max_train_steps"), "--max_train_steps", 1, "--output_dir", tmp_path / "out"]
-    assert main(*first) == 0
+def test_a_resumed_run_equals_an_uninterrupted_one(run, flags, files, tmp_path, monkeypatch):
+    """By its own configuration, from any folder: it holds the layers, rank and alpha that the file gave, and where."""
+    first = [*without(without(flags, "--max_train_steps"), "--init_lora"), "--output_dir", tmp_path / "out"]
+    monkeypatch.chdir(files)
+    assert main(*first, "--max_train_steps", 1, "--init_lora", "kohya.safetensors") == 0
+    monkeypatch.chdir(tmp_path)
     config = tmp_path / "out" / "config.json"
     assert main("--config", config, "--max_train_steps", 2, *RESUME) == 0
     assert_same(final_weights(tmp_path / "out", "lora", 2), final_weights(run, "lora", 2))
