@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
-from why import EXPERIMENTS, KEPT
+from measured import ROOT
+from why import EXPERIMENTS, KEPT, Experiment
 
+from reslora.diffusion.model.families import load_family
+from reslora.diffusion.model.loading import Model
+from reslora.diffusion.settings import read_index
 from reslora.experiment.statistics import rerun, tested, verdicts
 
 SHORTCUTS = ("input", "block(4)", "middle(4)")
@@ -27,8 +33,23 @@ def why_tables() -> str:
         path = KEPT / f"{name}.json"
         if path.is_file():
             kind = "images" if experiment.script == "train_sd.py" else "examples"
-            found.append(section(experiment.shows, json.loads(path.read_text(encoding="utf-8")), kind))
+            record = json.loads(path.read_text(encoding="utf-8"))
+            found.append(section(experiment.shows + when(experiment, record), record, kind))
     return "\n\n".join(found) or "*Not run yet.*"
+
+
+def when(experiment: Experiment, record: Mapping) -> str:
+    """That it was trained from a pipeline which has been exchanged since, if so."""
+    used = record.get("identity", {}).get("model", "")
+    bundled = [flag for flag in experiment.flags if flag.startswith("assets/pipeline")]
+    return " (as it was bundled before)" if bundled and used and used != content(ROOT / bundled[0]) else ""
+
+
+@functools.cache
+def content(pipeline: Path) -> str:
+    """What an experiment's identity says of a pipeline."""
+    family = load_family(read_index(pipeline, str(pipeline))["_class_name"])
+    return Model(pipeline, family, str(pipeline)).fingerprint()
 
 
 def section(what: str, record: dict, kind: str = "images") -> str:

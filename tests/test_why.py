@@ -102,5 +102,12 @@ def test_each_seed_is_a_rerun_of_the_others():
     assert why_report.rerun_line({"lora": lora}) == why_report.rerun_line({"lora": lora[:2], "is": lora[:2]}) == ""
 
 
+def test_a_table_says_if_its_pipeline_has_been_exchanged_since():
+    experiment, present = why.EXPERIMENTS["unet"], why_report.content(BENCHMARKS.parent / "assets" / "pipeline")
+    assert why_report.when(experiment, {"identity": {"model": present}}) == ""
+    assert why_report.when(experiment, {"identity": {"model": "content 0"}}) == " (as it was bundled before)"
+    assert why_report.when(why.EXPERIMENTS["sst2"], {"identity": {"model": "content 0"}}) == ""
+
+
 def test_what_has_not_run_says_so():
     assert why_report.why_tables() == "*Not run yet.*"
