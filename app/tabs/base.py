@@ -22,6 +22,11 @@ STATUS = 3
 """Where in what a look has seen of a run its status is."""
 
 
+def answer_line(value: str = "", **settings) -> gr.HTML:
+    """What a button has done, or how far that is: a screen reader says it whenever it changes."""
+    return gr.HTML(value, js_on_load="element.setAttribute('role', 'status')", **settings)
+
+
 @dataclass(frozen=True)
 class Parts:
     """What the tabs work with."""

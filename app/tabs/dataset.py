@@ -16,7 +16,7 @@ from ..image_edits import ImageEdits
 from ..image_folders import ImageFolders
 from ..recipe import bounded
 from ..runs import RunError
-from .base import Parts, Tab
+from .base import Parts, Tab, answer_line
 from .train import TrainTab
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class DatasetTab(Tab):
         self.choosing_rows()
         self.status = gr.HTML(views.notice(CHOOSE), elem_id="dataset-status")
         self.changing_rows()
-        self.answer = gr.HTML(elem_id="dataset-answer")
+        self.answer = answer_line(elem_id="dataset-answer")
 
         def save_caption(edit: dict) -> dict:  # a function, for Gradio marks it
             return self.save_caption(edit)

@@ -14,7 +14,7 @@ from ..runs import BASE, Run, RunError, Weights
 from ..sessions import TURNS, hears
 from ..studio import Cancelled, Status, Step
 from ..verdict import warning_for
-from .base import Parts, Tab
+from .base import Parts, Tab, answer_line
 from .grid import GridPart
 from .stack import StackPart
 
@@ -34,7 +34,7 @@ class GenerateTab(Tab):
                 with gr.Row(elem_classes="actions"):
                     self.go = gr.Button("Generate", variant="primary", elem_id="generate")
                     self.cancel = gr.Button("Cancel", elem_id="cancel")
-                self.status = gr.HTML(views.notice("The model is loaded with the first image."), elem_id="status")
+                self.status = answer_line(views.notice("The model is loaded with the first image."), elem_id="status")
                 self.gallery = gr.Gallery(
                     label="Images", columns=2, height="auto", format="png", elem_id="gallery", interactive=False,
                     object_fit="contain", buttons=["download", "fullscreen"],

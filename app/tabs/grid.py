@@ -14,6 +14,7 @@ from ..launcher import safe_name
 from ..recipe import Drawn, Request
 from ..sessions import TURNS, hears
 from ..studio import Cancelled, Status, Step
+from .base import answer_line
 
 if TYPE_CHECKING:
     from ..page import Page
@@ -36,7 +37,7 @@ class GridPart:
                 self.sheet = gr.DownloadButton(
                     "Download picture", elem_id="grid-sheet", min_width=120, interactive=False
                 )
-            self.status = gr.HTML(
+            self.status = answer_line(
                 views.notice("All else is as set above; each cell is what Generate draws with these settings."),
                 elem_id="xy-status",
             )

@@ -15,7 +15,7 @@ from ..handlers import named, paths_of, readable_errors
 from ..queue import RUNNING, WAITING, Entry
 from ..runs import Run
 from ..uploads import store_images
-from .base import STATUS, Parts, Tab
+from .base import STATUS, Parts, Tab, answer_line
 
 if TYPE_CHECKING:
     from ..page import Page
@@ -131,7 +131,7 @@ class LaunchTab(Tab):
         self.command = gr.Textbox(
             label="Command", lines=2, max_lines=8, buttons=["copy"], interactive=False, elem_id=self.own("command")
         )
-        self.answer = gr.HTML(elem_id=self.own("answer"))
+        self.answer = answer_line(elem_id=self.own("answer"))
         self.watched = [self.start]
 
     def memory_button(self) -> None:

@@ -9,7 +9,7 @@ import gradio as gr
 
 from .. import lists, views
 from ..handlers import readable_errors
-from .base import Parts, Tab
+from .base import Parts, Tab, answer_line
 
 if TYPE_CHECKING:
     from ..page import Page
@@ -32,7 +32,7 @@ class QueueTab(Tab):
         super().__init__(parts)
         gr.Markdown(ABOUT)
         self.rows = gr.HTML(elem_id="queue", js_on_load=SCRIPT.read_text(encoding="utf-8"))
-        self.answer = gr.HTML(elem_id="queue-answer")
+        self.answer = answer_line(elem_id="queue-answer")
         self.last_look = gr.State(None)
         self.timer = gr.Timer(EVERY, active=False)
 

@@ -11,7 +11,7 @@ from ..handlers import readable_errors, translated
 from ..library import Experiment
 from ..runs import RunError
 from ..shelf import Shelf
-from .base import Parts, Tab
+from .base import Parts, Tab, answer_line
 from .compare import CompareTab
 from .experiment import ExperimentTab
 from .queue import IN_TURN, SCRIPT
@@ -34,7 +34,7 @@ class RunsTab(Tab):
             return self.save_notes(edit)
 
         self.words = gr.Textbox(label="Name or notes have", max_lines=1, elem_id="runs-words")
-        self.answer = gr.HTML(elem_id="runs-answer")
+        self.answer = answer_line(elem_id="runs-answer")
         script = SCRIPT.read_text(encoding="utf-8")
         self.cards = gr.HTML(elem_id="runs", js_on_load=script, server_functions=[save_notes])
         self.last_look = gr.State(None)

@@ -13,6 +13,7 @@ from ..recipe import Request
 from ..runs import Run, RunError, Weights
 from ..sessions import TURNS, hears
 from ..studio import Cancelled
+from .base import answer_line
 
 if TYPE_CHECKING:
     from ..page import Page
@@ -39,7 +40,7 @@ class StackPart:
             with gr.Row():
                 self.write = gr.Button("Merge into a full model folder", elem_id="write-model", scale=3)
                 self.stop = gr.Button("Stop", elem_id="stop-model", scale=1, min_width=80)
-            self.status = gr.HTML(
+            self.status = answer_line(
                 views.notice("The base model with the weights that are chosen, at their strengths, as one folder."),
                 elem_id="model-status",
             )

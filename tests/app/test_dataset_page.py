@@ -126,7 +126,7 @@ def test_captions_are_put_in_order_by_the_keyboard(browser, folder, address, wid
         page.locator("#tick-all").press("Enter")
         page.get_by_text(f"{COUNT} ticked").wait_for()
         page.locator("#apply").press("Enter")
-        page.locator("#dataset-answer").get_by_text(f"put before, {COUNT} captions").wait_for()
+        page.locator("#dataset-answer [role=status]").get_by_text(f"put before, {COUNT} captions").wait_for()  # said
         assert {caption(number).startswith("sks, ") for number in range(COUNT)} == {True}
         page.locator("#next").press("Enter")
         page.wait_for_function(f"document.querySelectorAll('.card').length === {COUNT - 24}")
