@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from reslora.common.flags import listed
-from reslora.diffusion import prompts
 from reslora.diffusion.arguments import build_parser
 from reslora.diffusion.data.images import SUFFIXES
+from reslora.diffusion.prompts import SUFFIXES as PROMPT_FILES
 
 from . import form
 from .folders import UPLOADS, Folders
@@ -71,7 +71,7 @@ def words_of(action: argparse.Action, value: object) -> list[str]:
     found = [str(int(v) if isinstance(v, float) and v.is_integer() else v) for v in listed(value)]
     if action.dest == "validation_prompt":
         found = [line.strip() for line in "\n".join(found).replace("\0", "").splitlines() if line.strip()]
-        if len(found) == 1 and found[0].lower().endswith(prompts.SUFFIXES):
+        if len(found) == 1 and found[0].lower().endswith(PROMPT_FILES):
             raise RunError("Files of prompts are read by train_sd.py alone; write the prompts, one a line.")
     elif action.nargs == "+" and isinstance(value, str):  # with spaces between them; numbers may have commas, too
         found = (value.replace(",", " ") if action.type else value).split()
