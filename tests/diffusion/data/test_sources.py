@@ -190,7 +190,7 @@ def test_each_folder_holds_out_its_share_and_class_images_nothing():
 
 def test_repeats_and_weights_are_those_of_the_folder_at_every_resolution():
     """Class images count by their own weight as well."""
-    words = ("--resolution", 64, 96, "--prior_loss_weight", 0.5)
+    words = ("--resolution", 64, 96, "--prior_loss_weight", 0.5, "--class_data_dir", ".", "--class_prompt", "disc")
     for of_class, weight in ((False, 3.0), (True, 1.5)):
         sources = made([(64, 64)] * 3, *words, repeats=2, weight=3, of_class=of_class)
         assert [(source.repeats, source.weight) for source in sources] == [(2, weight)] * 2

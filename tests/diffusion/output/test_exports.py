@@ -49,7 +49,12 @@ def test_log_has_training_and_validation_rows(run):
 def test_config_holds_every_resolved_flag(run):
     config = json.loads((run / "config.json").read_text())
     assert config["lora_alpha"] == 8 and config["method"] == ["lora", "reslora"] and config["max_train_steps"] == 4
-    assert set(config) == {a.dest for a in build_parser()._actions} - {"help", "config", "hub_token"}
+    assert set(config) == {a.dest for a in build_parser()._actions} - {
+        "help",
+        "config",
+        "hub_token",
+        "resume_from_checkpoint",
+    }
 
 
 @pytest.mark.parametrize("method", ["lora", "reslora"])
