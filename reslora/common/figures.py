@@ -30,6 +30,8 @@ Image: TypeAlias = PIL.Image.Image | str | os.PathLike | None
 DPI = 100
 SMALL, LARGE = 128, 192
 """Pixels of an image's longer side in the comparison: of those up to SMALL, and of all others."""
+ABOVE = 0.6
+"""The size of images above the comparison, of that of those in it: they belong to no column."""
 GAP, MARGIN = 6, 12
 """Pixels between images, and around the figure."""
 TITLE, PROMPT = 16, 20
@@ -54,11 +56,11 @@ def comparison(
 ) -> None:
     """Writes images as a grid: columns across; prompts, and under each its methods, down.
 
-    `columns` holds the titles, which may have several lines; `rows` a prompt and, for each of its methods, a name and
-    an image for every column. `above`: a line and images that stand above the columns, as many as there are columns.
-    All images are fitted into the size of the first one, whose longer side gets `side`
-    pixels (SMALL or LARGE where that is None); small ones are enlarged without steps, and a prompt too long for the
-    figure is shortened.
+    `columns` holds the titles, which may have several lines; `rows` a prompt and, for each of its methods, a name
+    and an image for every column. `above`: a line and images that stand above it all, smaller, as many as there is
+    room for. All images are fitted into the size of the first one, whose longer side gets `side` pixels (SMALL or
+    LARGE where that is None); small ones are enlarged without steps, and a prompt too long for the figure is
+    shortened.
 
     Raises `OSError` for a file that is no image.
     """
@@ -67,14 +69,15 @@ def comparison(
     left = MARGIN + max((_width(name, TITLE) + 10 for name, _ in blocks if name), default=0)
     room = max(width, *(_width(line, TITLE) for title in columns for line in title.split("\n")))
     heading, line = 36, 22
-    lead = heading + height + 2 * GAP if above[1] else 0
+    small = round(width * ABOVE), round(height * ABOVE)
+    lead = heading + small[1] + 2 * MARGIN if above[1] else 0
     top = lead + MARGIN + line * max(title.count("\n") + 1 for title in columns)
     depths = [heading + len(blocks) * (height + GAP) + GAP for _, blocks in rows]
     sheet = _Sheet(left + len(columns) * (room + GAP) - GAP + MARGIN, top + sum(depths))
     starts = [left + column * (room + GAP) + (room - width) // 2 for column in range(len(columns))]
     if lead:
         sheet.text(left, heading / 2 + 2, _shortened(above[0], PROMPT, sheet.width - left - MARGIN), PROMPT)
-        sheet.images(starts, heading, above[1], (width, height))
+        sheet.images(range(left, sheet.width - MARGIN - small[0] + 1, small[0] + GAP), heading, above[1], small)
         sheet.line(lead)
     for x, title in zip(starts, columns, strict=True):
         sheet.text(x + width / 2, (lead + top) / 2, title, TITLE, ha="center")

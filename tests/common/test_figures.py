@@ -41,15 +41,18 @@ def test_steps_go_across_and_methods_down(tmp_path):
     assert (beside != 255).any() and (below == 255).all()  # the method's name; an empty place
 
 
-def test_images_above_stand_over_the_columns_in_the_size_of_the_others(tmp_path):
+def test_images_above_are_smaller_and_as_many_as_there_is_room_for(tmp_path):
     rows = [("one", [("lora", [plain(GREEN), plain(BLUE)])])]
     without = drawn(tmp_path, ["before", "step 4"], rows)
-    pixels = drawn(tmp_path, ["before", "step 4"], rows, above=("learnt", [plain(RED, (32, 16))]))
-    red, green = box(pixels, RED), box(pixels, GREEN)
-    assert red == (green[0], red[1] + 0, figures.SMALL, figures.SMALL // 2)  # as wide as the tile, with its shape
+    pixels = drawn(tmp_path, ["before", "step 4"], rows, above=("learnt", [plain(RED, (32, 16)), *[plain(GREEN)] * 9]))
+    red, blue = box(pixels, RED), box(pixels, BLUE)
+    side = round(figures.ABOVE * figures.SMALL)
+    assert red == (blue[0] - figures.SMALL - figures.GAP, red[1], side, side // 2)  # with its shape
     more = len(pixels) - len(without)
-    assert np.array_equal(pixels[more + 12 :], without[12:]) and red[1] + red[3] < more < green[1]
+    assert np.array_equal(pixels[more + 12 :], without[12:]) and red[1] + red[3] < more < blue[1]
     assert (pixels[: red[1], red[0] : red[0] + red[2]] != 255).any()  # the line over it
+    (greens,) = np.nonzero((pixels[red[1] + red[3] // 2] == GREEN).all(axis=-1))
+    assert len(greens) == 2 * side and greens.max() < blue[0] + figures.SMALL  # two more, and no part of a fourth
     assert np.array_equal(without, drawn(tmp_path, ["before", "step 4"], rows, above=("learnt", [])))
 
 

@@ -44,7 +44,7 @@ def write_figures(flags: Flags, held_out: int, learnt: Callable[[int], list[Imag
     output, measured = Path(flags.output_dir), min(held_out, flags.max_validation_images)
     if flags.validation_prompt and flags.num_validation_images:
         # Nobody asked that those be uploaded.
-        write_comparison(flags, output, [] if flags.push_to_hub else learnt(COLUMNS + 1))
+        write_comparison(flags, output, [] if flags.push_to_hub else learnt(COLUMNS + 3))
     if len(flags.method) == 1 and METHODS[flags.method[0]].plain_lora:
         with replacing(output / DIFFUSERS_FILE) as temporary:
             shutil.copyfile(output / flags.method[0] / DIFFUSERS_FILE, temporary)
@@ -67,8 +67,8 @@ def write_comparison(flags: Flags, output: Path, learnt: Sequence[Image.Image] =
         (prompt, [(name, [_image(output / name / place, number, prompt) for place in places]) for name in flags.method])
         for number, prompt in prompts
     ]
-    columns = [f"step {step}" if step else "before" for step in chosen] + ["merged"]
-    comparison(output / "comparison.png", columns, rows, above=("some of the images to learn from", learnt))
+    columns = [f"step {step}" if step else "before" for step in chosen] + ["merged,\nat the end"]
+    comparison(output / "comparison.png", columns, rows, above=("trained on images like these", learnt))
 
 
 def _image(samples: Path, number: int, prompt: str) -> Path | None:

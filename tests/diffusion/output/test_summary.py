@@ -63,7 +63,7 @@ def test_the_comparison_shows_what_was_drawn_of_todays_prompts_and_can_be_read(t
     monkeypatch.setattr(summary, "comparison", compare)
     flags, learnt = flags_of(tmp_path, PROMPTS), [Image.new("RGB", (9, 9))]
     summary.write_comparison(flags, tmp_path, learnt)
-    columns = ["before", "step 2", "step 4", "step 6", "merged"]
+    columns = ["before", "step 2", "step 4", "step 6", "merged,\nat the end"]
     assert drawn == [(columns, [[False, True, True, False, True], [True, False, True, False, True]])]
     assert above_it == [learnt] and (tmp_path / "comparison.png").is_file()
 
@@ -75,4 +75,4 @@ def test_images_to_learn_from_are_shown_but_not_uploaded(tmp_path, monkeypatch):
     monkeypatch.setattr(summary, "write_comparison", lambda flags, output, learnt: found.append(learnt))
     for more in (flags, flags.replace(push_to_hub=True), flags.replace(num_validation_images=0)):
         summary.write_figures(more, 0, lambda most: [most])
-    assert found == [[summary.COLUMNS + 1], []]
+    assert found == [[summary.COLUMNS + 3], []]
