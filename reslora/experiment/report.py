@@ -115,10 +115,8 @@ def verdict_table(experiment: Experiment, unit: str) -> str:
     places = {label: number for number, label in enumerate(labels_of(experiment))}
     rows = []
     for verdict in verdicts:
-        bar = bounds = NOTHING
+        bar = ""
         if verdict["interval"]:
-            low, high = verdict["interval"]
-            bounds = f"{signed(low)} to {signed(high)}%"
             color = f'<div class="c{places.get(verdict["label"], 0) % 8}">'
             bar = color + interval(verdict["interval"], verdict["relative"], max(ends) or 1) + "</div>"
         rows.append(
@@ -126,8 +124,8 @@ def verdict_table(experiment: Experiment, unit: str) -> str:
                 escape(verdict["label"]),
                 badge(verdict["conclusion"]),
                 f"{signed(verdict['relative'])}%",
-                bounds + (bar if bar != NOTHING else ""),
-                between(verdict["rerun"], lambda end: f"{signed(end)}%"),
+                between(verdict["interval"]) + bar,
+                between(verdict["rerun"]),
                 p_in_words(verdict["p_holm"]),
                 f"{percents(verdict['detectable'])[0]}%" if verdict["detectable"] is not None else NOTHING,
                 f"{verdict['seeds']} &times; {verdict['images']}",
@@ -143,8 +141,8 @@ def signed(percent: float) -> str:
     return f"{'&minus;' if percent < 0 else '+'}{percents(percent)[0]}" if percent else "0"
 
 
-def between(ends: tuple[float, float] | None, in_words: Callable[[float], str]) -> str:
-    """From one end to the other; HTML."""
+def between(ends: tuple[float, float] | None, in_words: Callable[[float], str] = lambda end: f"{signed(end)}%") -> str:
+    """From one end to the other, in percent where nothing else is said; HTML."""
     return " to ".join(map(in_words, ends)) if ends else NOTHING
 
 
