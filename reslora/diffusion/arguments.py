@@ -404,7 +404,7 @@ def add_output_flags(add: Callable) -> None:
         help="tell how much memory each phase of the run would hold, and end: with status 2 where that does not fit, "
              "and with flags that would make it fit. Without it a run that may not fit tells it first, and is refused; "
              "with --no-plan it is tried all the same")
-    add("--push_to_hub", **SWITCH, help="upload the folder when done")
+    add("--push_to_hub", **SWITCH, help="upload LoRA files, samples, losses and figures when done")
     add("--hub_token", help="token for the hub")
     add("--hub_model_id", help="repository on the hub; default: the folder's name")
 # fmt: on

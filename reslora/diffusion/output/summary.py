@@ -21,19 +21,12 @@ from ..arguments import Flags, listed
 from .reports import FINISHED
 
 COLUMNS = 9  # at most so many steps are shown beside each other
-NOT_UPLOADED = [
-    "*/checkpoint-*",
-    "*/set-aside-checkpoint-*",
-    "*/best/*",
-    "*/.*",
-    ".*",
-    "app.log",
-    "config.json",
-    "*/unet/*",
-    "*/transformer/*",
-    "cache/*",
-]
-NOT_UPLOADED += ["*/text_encoder*/model*", "*/text_encoder*/config.json"]  # the merged one: PEFT's have other names
+# Nothing else is: there may be settings, latents of the training images, their names, notes, the images themselves.
+UPLOADED = ("README.md", "comparison.png", "loss.png", DIFFUSERS_FILE)
+UPLOADED_OF_METHOD = (
+    *(DIFFUSERS_FILE, KOHYA_FILE, COMFYUI_FILE, "peft/*"),
+    *("chains.json", "merge.json", "log.jsonl", "samples/step-*", "merged/*"),
+)
 
 
 def write_figures(flags: Flags, held_out: int, learnt: Callable[[int], list[Image.Image]] = lambda _: []) -> None:
@@ -43,8 +36,7 @@ def write_figures(flags: Flags, held_out: int, learnt: Callable[[int], list[Imag
     """
     output, measured = Path(flags.output_dir), min(held_out, flags.max_validation_images)
     if flags.validation_prompt and flags.num_validation_images:
-        # Nobody asked that those be uploaded.
-        write_comparison(flags, output, [] if flags.push_to_hub else learnt(COLUMNS + 3))
+        write_comparison(flags, output, learnt(COLUMNS + 3))
     if len(flags.method) == 1 and METHODS[flags.method[0]].plain_lora:
         with replacing(output / DIFFUSERS_FILE) as temporary:
             shutil.copyfile(output / flags.method[0] / DIFFUSERS_FILE, temporary)
@@ -124,7 +116,7 @@ def hub_repository(flags: Flags) -> str:
 
 
 def publish(flags: Flags) -> None:
-    """Upload the folder with a model card, as diffusers' script does."""
+    """Upload a model card with what the methods left: LoRA files, samples, losses and figures."""
     output, name = Path(flags.output_dir), hub_repository(flags)
     base = flags.pretrained_model_name_or_path
     local = Path(base).exists()
@@ -133,6 +125,7 @@ def publish(flags: Flags) -> None:
         f"trained on {', '.join(Path(name).name for name in listed(flags.dataset_name or flags.train_data_dir))}.\n"
     )
     if (output / "comparison.png").is_file():
+        write_comparison(flags, output)  # nobody asked that images to learn from be uploaded
         description += "\n![samples](comparison.png)\n"
     try:
         card = load_or_create_model_card(
@@ -149,7 +142,8 @@ def publish(flags: Flags) -> None:
             repo_id=name,
             folder_path=output,
             commit_message="End of training",
-            ignore_patterns=NOT_UPLOADED,
+            allow_patterns=[*UPLOADED, *(f"{name}/{file}" for name in flags.method for file in UPLOADED_OF_METHOD)],
+            ignore_patterns=["*/.*"],
             token=flags.hub_token,
         )
     except Exception as error:

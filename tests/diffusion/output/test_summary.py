@@ -16,7 +16,7 @@ PROMPTS = ["red disc", "blue box"]
 
 
 def flags_of(output: Path, prompts: list[str] | None = None) -> Flags:
-    shown = {"validation_prompt": prompts, "num_validation_images": 1, "max_validation_images": 4, "push_to_hub": False}
+    shown = {"validation_prompt": prompts, "num_validation_images": 1, "max_validation_images": 4}
     return Flags(output_dir=str(output), method=["lora"], **shown)
 
 
@@ -68,11 +68,11 @@ def test_the_comparison_shows_what_was_drawn_of_todays_prompts_and_can_be_read(t
     assert above_it == [learnt] and (tmp_path / "comparison.png").is_file()
 
 
-def test_images_to_learn_from_are_shown_but_not_uploaded(tmp_path, monkeypatch):
+def test_images_to_learn_from_are_shown_where_samples_are(tmp_path, monkeypatch):
     found, flags = [], flags_of(tmp_path, PROMPTS)
     draw(tmp_path / "lora" / "samples" / "step-000000", PROMPTS)
     (tmp_path / "lora" / "pytorch_lora_weights.safetensors").write_bytes(b"weights")
     monkeypatch.setattr(summary, "write_comparison", lambda flags, output, learnt: found.append(learnt))
-    for more in (flags, flags.replace(push_to_hub=True), flags.replace(num_validation_images=0)):
+    for more in (flags, flags.replace(num_validation_images=0)):
         summary.write_figures(more, 0, lambda most: [most])
-    assert found == [[summary.COLUMNS + 3], []]
+    assert found == [[summary.COLUMNS + 3]]
