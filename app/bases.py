@@ -31,6 +31,7 @@ class Base:
         return Flags(
             pretrained_model_name_or_path=self.name, pretrained_vae_model_name_or_path=self.vae,
             revision=self.revision, variant=self.variant, cache_dir=self.cache_dir, output_dir=self.folder,
+            prediction_type=self.prediction_type,
         )  # fmt: skip
 
 

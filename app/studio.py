@@ -310,8 +310,6 @@ class Studio:
             ) from None
         except Exception as error:  # a hub, a disk or a damaged folder
             raise RunError(f"The model of this run could not be loaded ({type(error).__name__}).") from None
-        if base.prediction_type:
-            pipeline.scheduler.register_to_config(prediction_type=base.prediction_type)
         setattr(pipeline, model.family.denoiser, denoiser)
         self.loads += 1
         self.pipeline, self.family, self.base, self.state = pipeline, model.family, base, denoiser.state_dict()

@@ -34,7 +34,7 @@ def run(request, tmp_path_factory):
     write_run(folder / "runs" / "run", pretrained_model_name_or_path=str(model))
     flags = Flags(
         pretrained_model_name_or_path=str(model), pretrained_vae_model_name_or_path=None, revision=None, variant=None,
-        cache_dir=None, output_dir="",
+        cache_dir=None, output_dir="", prediction_type=None,
     )  # fmt: skip
     found = find_model(flags, PartialState())
     targets = found.family.defaults.get("target_modules", ["to_q", "to_k", "to_v", "to_out.0"])

@@ -95,7 +95,6 @@ def with_texts(material: Material, pipeline: DiffusionPipeline, context: Context
         captions = captions_of(material, context.accelerator.num_processes)
         if captions is None:
             whole = model.load_pipeline(context.dtype, context.accelerator.device, encoders=True)
-            whole.scheduler = pipeline.scheduler  # which the flags may have changed
             vars(pipeline).update(vars(whole))  # parts alone would not do: pipelines read them when they are made
             flags = flags.replace(cache_text_embeddings=False)
             line = "captions have too many variants to keep: each step encodes its own, and text encoders stay loaded"

@@ -54,6 +54,8 @@ class Model:
     """Another autoencoder's folder or hub name."""
     cache_dir: str | None = None
     index: dict = field(default_factory=dict)
+    prediction_type: str | None = None
+    """What the denoiser predicts, where the scheduler's configuration says something else."""
 
     def fingerprint(self, *parts: str) -> str:
         """The files of these parts (all that are loaded) in short, wherever they are: names and contents.
@@ -92,11 +94,17 @@ class Model:
         if encoders:
             # Without T5, Stable Diffusion 3 asks the denoiser how wide the captions' states are.
             setattr(pipeline, self.family.denoiser, SimpleNamespace(config=self.denoiser_config()))
+        self.correct_scheduler(pipeline)
         pipeline.set_progress_bar_config(disable=True)
         for module in pipeline.components.values():
             if isinstance(module, nn.Module):
                 module.requires_grad_(False).eval()
         return pipeline.to(device)
+
+    def correct_scheduler(self, pipeline: DiffusionPipeline) -> None:
+        """Puts what the denoiser predicts into the scheduler, where that is told."""
+        if self.prediction_type:
+            pipeline.scheduler.register_to_config(prediction_type=self.prediction_type)
 
     def denoiser_config(self) -> FrozenDict:
         """The denoiser's configuration, as its folder has it."""
@@ -193,7 +201,7 @@ def find_model(flags: Flags, accelerator: Accelerator) -> Model:
     if problem := family.unfit(configs):
         raise InvalidArgument(flag, problem, "give a base model's folder")
     vae = flags.pretrained_vae_model_name_or_path
-    return Model(folder, family, flag, flags.variant, vae, flags.cache_dir, index)
+    return Model(folder, family, flag, flags.variant, vae, flags.cache_dir, index, flags.prediction_type)
 
 
 def downloaded(flags: Flags, flag: str) -> Path:

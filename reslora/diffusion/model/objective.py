@@ -211,8 +211,6 @@ def objective_of(flags: Flags, family: Family, pipeline: DiffusionPipeline) -> O
         if getattr(flags, name) != parser.get_default(name) and not (name in READ_BY and flags.resume_from_checkpoint):
             problem = f"{family.name} does not learn a flow"
             raise InvalidArgument(f"--{name} {getattr(flags, name)}", problem, "leave it out")
-    if flags.prediction_type:
-        pipeline.scheduler.register_to_config(prediction_type=flags.prediction_type)
     argument = f"--pretrained_model_name_or_path {flags.pretrained_model_name_or_path}"
     with refused_as(argument, "give another model, or --prediction_type", (ValueError,)):
         return DdpmObjective(pipeline.scheduler, flags.snr_gamma, between)

@@ -72,6 +72,7 @@ def empty_pipeline(model: Model, dtype: torch.dtype, stage: Stage) -> DiffusionP
     with refused_as(model.flag, "repair the folder"):
         pipeline = family.pipeline.from_pretrained(model.folder, **given)
     setattr(pipeline, family.denoiser, SimpleNamespace(config=model.denoiser_config()))
+    model.correct_scheduler(pipeline)
     return pipeline
 
 

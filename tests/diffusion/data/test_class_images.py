@@ -58,6 +58,18 @@ def test_qwen_images_class_images_are_guided(data, tmp_path):
     assert all(np.abs(one - other).max() > 2 for one, other in zip(*drawn, strict=True))
 
 
+def test_class_images_are_drawn_by_what_the_denoiser_predicts(data, tmp_path):
+    """The scheduler's configuration may be wrong, which --prediction_type is there for."""
+    drawn = []
+    for said, told in (("epsilon", ()), ("v_prediction", ("--prediction_type", "epsilon")), ("v_prediction", ())):
+        folder = tmp_path / str(len(drawn))
+        model = FAMILIES["stable_diffusion"](folder / "model", scheduler={"prediction_type": said})
+        flags = parse_args([*map(str, flags_for(folder, model, data, "out", *told))])
+        draw_missing(settle(flags, Accelerator(cpu=True), StopRequest()))
+        drawn.append(pictures(folder / "class"))
+    assert np.array_equal(drawn[0], drawn[1]) and not np.array_equal(drawn[0], drawn[2])
+
+
 def test_blocks_that_are_swapped_draw_the_same(data, tmp_path, monkeypatch):
     model, drawn, copied = FAMILIES["z_image"](tmp_path / "model"), [], []
     monkeypatch.setattr(quantising, "on_device", lambda codes, device: copied.append(device) or codes.clone())
