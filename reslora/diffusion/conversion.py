@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..common.errors import InvalidArgument, first_line, refused_as
+from ..files import read_object
 from .arguments import Parser, whole
 from .model.families import FAMILIES, load_family
 
@@ -135,7 +136,7 @@ def extraction(args: argparse.Namespace) -> tuple[Parts, Names, dict[str, str], 
         if all(folder.is_dir() for folder in folders) and len(set(map(folder_mark, folders))) > 1:
             others.append(part)
     if others:
-        print(f"not in the LoRA: {len(others)} more that differ, such as {others[0]}")
+        print(f"not in the LoRA: {len(others)} more that differ or one model alone has, such as {others[0]}")
     return parts, names, said, torch.float32
 
 
@@ -169,19 +170,22 @@ def configured(name: str, family: Family | None, flag: str) -> tuple[Names, dict
     alone = (Path(name) / "config.json").is_file() and not (Path(name) / "model_index.json").is_file()
     known = [load_family(pipeline) for pipeline in FAMILIES]
     if alone:
-        kind = DDIMScheduler.load_config(name, weights_name="config.json")["_class_name"]
+        config = read_object(Path(name) / "config.json")
+        kind = config.get("_class_name", "model without _class_name")
+        fitting = [
+            each
+            for each in known
+            if each.denoiser_class.__name__ == kind and is_sdxls(config) == is_sdxls(each.published)
+        ]
     else:
         kind = DiffusionPipeline.load_config(name)["_class_name"]
-    fitting = [
-        each for each in known if kind in (each.pipeline.__name__, each.denoiser_class.__name__ if alone else "")
-    ]
+        fitting = [each for each in known if each.pipeline.__name__ == kind]
     if family is not None:
         fitting = [each for each in fitting if each is family]
     if len(fitting) != 1:
         problem = f"a {kind}" + (f", and --family {family.name}" if family else "")
-        fix = "add --family NAME" if len(fitting) > 1 else f"give one of {', '.join(FAMILIES)}"
-        raise InvalidArgument(flag, problem, fix)
-    family = fitting[0]
+        raise InvalidArgument(flag, problem, f"give one of {', '.join(FAMILIES)}, or its denoiser")
+    (family,) = fitting
     config = family.denoiser_class.load_config(name, **({} if alone else {"subfolder": family.denoiser}))
     names, predicts_v = names_of(family, config), False
     if not alone:
@@ -194,3 +198,8 @@ def configured(name: str, family: Family | None, flag: str) -> tuple[Names, dict
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{architecture}/lora",
     }
+
+
+def is_sdxls(config: Mapping) -> bool:
+    """Whether a U-Net is told sizes, by its configuration; its class is that of other families too."""
+    return config.get("addition_embed_type") == "text_time"

@@ -1,6 +1,7 @@
 """`reslora-convert`: every format from every other, sums, smaller ranks, differences of models, and what is refused."""
 
 import re
+import shutil
 import subprocess
 import sys
 
@@ -24,6 +25,7 @@ from diffusion.model.lora_files.loras import (
     update,
     updates,
 )
+from reslora.common.assets import ASSETS
 from reslora.convert import main
 from reslora.export import Factors, write_diffusers
 
@@ -31,6 +33,7 @@ from reslora.export import Factors, write_diffusers
 CIRCLE = ["diffusers", "kohya", "comfyui", "peft", "diffusers"]
 ROUND = ["diffusers", "kohya", "diffusers", "comfyui", "diffusers", "peft", "kohya", "comfyui", "kohya", "peft"]
 ROUND += ["comfyui", "peft", "diffusers"]
+EXAMPLE = ASSETS.parent / "app" / "example"
 FILE = {"diffusers": ".safetensors", "kohya": ".safetensors", "comfyui": ".safetensors", "peft": ""}
 
 
@@ -254,7 +257,56 @@ def test_a_lora_is_made_of_the_difference_of_two_models(tuned, rank, tmp_path, c
         left = torch.linalg.svdvals(change)
         error = float((found[name] - change).norm() / change.norm())
         assert error == pytest.approx(float(left[rank:].norm() / left.norm()), abs=1e-6)
-    assert "1 more that differ, such as conv_out.bias" in capsys.readouterr().out
+    assert "1 more that differ or one model alone has, such as conv_out.bias" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("family", ["stable_diffusion", "sdxl", "z_image"])
+def test_denoisers_folders_say_whose_they_are(family, tmp_path, capsys):
+    """As the base of a conversion, and as both models of a difference."""
+    base, layer = tiny(family) / names(family).family.denoiser, next(iter(names(family).shapes))
+    wanted = written(tmp_path / "in.safetensors", family)
+    assert convert(tmp_path / "in.safetensors", tmp_path / "out.safetensors", "--to", "kohya", "--base", base) == 0
+    assert_same(read(tmp_path / "out.safetensors", names(family)), wanted)
+    shutil.copytree(base, tmp_path / "tuned")
+    weights = load_file(file := tmp_path / "tuned" / "diffusion_pytorch_model.safetensors")
+    weights[f"{layer}.weight"] = weights[f"{layer}.weight"] + 1
+    save_file(weights | {"extra": torch.zeros(1)}, file)
+    flags = ["--extract", base, tmp_path / "tuned", "--to", "diffusers", "--rank", 1]
+    assert convert(*flags, tmp_path / "difference.safetensors") == 0
+    assert len(read(tmp_path / "difference.safetensors", names(family))) == 1
+    assert "1 more that differ or one model alone has, such as extra" in capsys.readouterr().out
+
+
+def test_the_bundled_examples_lora_by_the_denoisers_folder(tmp_path):
+    base, lora = ASSETS / "pipeline" / "unet", EXAMPLE / "lora" / "pytorch_lora_weights.safetensors"
+    for number, more in enumerate((["--family", "stable_diffusion"], [])):
+        out = tmp_path / f"{number}.safetensors"
+        assert convert(lora, out, "--to", "kohya", "--base", base, *more) == 0
+        assert any(key.startswith("lora_unet_") for key in load_file(out))
+
+
+def test_folders_of_no_known_denoiser_are_refused(tmp_path, capsys):
+    written(tmp_path / "in.safetensors")
+    for config, words in (("{", "a model without _class_name"), ('{"_class_name": "CLIPModel"}', "a CLIPModel")):
+        (tmp_path / "config.json").write_text(config)
+        flags = [tmp_path / "in.safetensors", tmp_path / "out.safetensors", "--to", "kohya", "--base", tmp_path]
+        assert words in refused(capsys, *flags)
+
+
+@pytest.mark.parametrize("mark", ["model.diffusion_model.scaled_fp8", "conv_in.scale_weight", "conv_in.weight_scale"])
+def test_weights_that_are_to_be_scaled_are_refused(mark, tmp_path, capsys):
+    for number in range(2):
+        save_file({"conv_in.weight": torch.ones(8, 4), mark: torch.ones(1)}, tmp_path / f"{number}.safetensors")
+    flags = ["--to", "kohya", "--rank", 1, "--base", tiny("stable_diffusion")]
+    line = refused(
+        capsys,
+        "--extract",
+        tmp_path / "0.safetensors",
+        tmp_path / "1.safetensors",
+        tmp_path / "out.safetensors",
+        *flags,
+    )
+    assert f"{mark}: its weights are in 8 or 4 bits" in line and "give the model in 16 or 32 bits" in line
 
 
 def test_single_files_with_the_original_names_are_told_apart_too(tuned, tmp_path):

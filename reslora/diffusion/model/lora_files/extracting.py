@@ -18,6 +18,8 @@ from .reading import refuse_pickles, wide
 PLAIN = re.compile(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors")
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.")
 """Of the denoiser's tensors in files that hold it alone, or a whole model."""
+SCALED = re.compile(r"(.*\.)?(scaled_fp8|comfy_quant|scale_weight|weight_scale|absmax|SCB)")
+"""Tensors of a model in 8 or 4 bits, whose weights mean nothing without them."""
 
 
 @dataclass
@@ -30,7 +32,7 @@ class Weights:
 
     @classmethod
     def of(cls, path: Path, denoiser: str, flag: str) -> Weights:
-        """Of one file, of a pipeline's folder (its denoiser), or of a denoiser's folder; refuses pickles."""
+        """Of a file, a pipeline's folder (its denoiser) or a denoiser's; refuses pickles and scaled weights."""
         folder = path / denoiser if (path / denoiser).is_dir() else path
         found = sorted(folder.glob("*.safetensors")) if folder.is_dir() else [path]
         # A variant's files beside the others hold the same tensors once more.
@@ -42,6 +44,9 @@ class Weights:
         for file in found:
             with refused_as(flag, "give whole files"), safe_open(file, framework="pt") as opened:
                 files |= dict.fromkeys(opened.keys(), file)
+        if scaled := next(filter(SCALED.fullmatch, files), None):
+            problem = f"{scaled}: its weights are in 8 or 4 bits, and to be scaled"
+            raise InvalidArgument(flag, problem, "give the model in 16 or 32 bits")
         return cls(flag, files)
 
     def read(self, name: str, rows: slice = slice(None)) -> torch.Tensor:
@@ -98,7 +103,7 @@ def _places(key: str, fused: Fused, weights: Weights) -> Iterator[tuple[str, Pla
 def extracted(base: Weights, tuned: Weights, names: Names, rank: int) -> tuple[Parts, dict[str, float], list[str]]:
     """The best LoRA of that rank for `tuned - base`: its parts, each layer's relative error, and what it cannot hold.
 
-    The last are the tensors that differ and are no weight of a linear layer or a convolution.
+    The last are tensors that differ and are no weight of a linear layer or a convolution, and what one model alone has.
     """
     in_base, in_tuned = places_of(base, names), places_of(tuned, names)
     layers, errors = {}, {}
@@ -109,17 +114,17 @@ def extracted(base: Weights, tuned: Weights, names: Names, rank: int) -> tuple[P
             raise InvalidArgument(tuned.flag, problem, "give a model of the same kind")
         if not torch.equal(one, other):
             layers[layer], errors[f"{names.family.denoiser}.{layer}"] = difference(other - one, rank)
-    held = {place.name for place in (*in_base.values(), *in_tuned.values())}
+    held = {places[layer].name for places in (in_base, in_tuned) for layer in in_base.keys() & in_tuned.keys()}
     return {names.family.denoiser: dict(sorted(layers.items()))}, errors, _others(base, tuned, held)
 
 
 def _others(base: Weights, tuned: Weights, held: set[str]) -> list[str]:
-    """Tensors outside of the layers that differ, where both files have them by one name."""
+    """Tensors outside of the layers that differ, and after them those that one file alone has by that name."""
     found = []
     for name in sorted((base.files.keys() & tuned.files.keys()) - held):
         if base.shape(name) != tuned.shape(name) or not torch.equal(base.read(name), tuned.read(name)):
             found.append(name)
-    return found
+    return found + sorted((base.files.keys() ^ tuned.files.keys()) - held)
 
 
 def difference(delta: torch.Tensor, rank: int) -> tuple[Factors, float]:
