@@ -16,6 +16,7 @@ from ..common.errors import InvalidArgument, first_line
 
 if TYPE_CHECKING:
     from ..common.flags import Flags
+    from .model.families.base import Family
 
 UNRELATED = ("a wooden chair in a white room", "a snowy mountain", "a bowl of oranges", "an old man reading a book")
 """What the base model draws should be kept of, whatever is learnt."""
@@ -44,7 +45,7 @@ class Prompt:
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     cfg_scale: float | None = None
-    """kohya's: guidance by a negative prompt, which wins over the other one; 1 where a model is told its guidance."""
+    """kohya's: guidance by a negative prompt, of which 1 is none. It wins, except where a model is told the other."""
 
 
 def prompts_of(flags: Flags) -> list[Prompt]:
@@ -165,11 +166,12 @@ def _checked(options: dict, where: str) -> str:
         raise InvalidArgument(where, first_line(error), "correct it") from None
 
 
-def settled(prompt: Prompt, flags: Flags, told: bool) -> Prompt:
-    """The prompt with every option filled in by the flags; `told`: whether the model is told its guidance."""
+def settled(prompt: Prompt, flags: Flags, family: Family) -> Prompt:
+    """The prompt with every option filled in by the flags, and guidance as the family's pipeline counts it."""
     side = flags.resolution[0] if isinstance(flags.resolution, list) else flags.resolution
-    own = None if told else prompt.cfg_scale
-    guidance = own if own is not None else prompt.guidance_scale
+    guidance = prompt.guidance_scale
+    if prompt.cfg_scale is not None and not family.is_told_guidance:
+        guidance = max(0.0, prompt.cfg_scale - (1 - family.unguided))
     return dataclasses.replace(
         prompt, cfg_scale=None, guidance_scale=flags.guidance_scale if guidance is None else guidance,
         width=prompt.width or flags.validation_width or side, height=prompt.height or flags.validation_height or side,

@@ -60,7 +60,7 @@ class Drawer:
         found = []
         for number, given in enumerate(prompts):
             prompt = Prompt(given) if isinstance(given, str) else given
-            prompt = settled(prompt, self.flags, self.family.is_told_guidance)
+            prompt = settled(prompt, self.flags, self.family)
             for image in range(images):
                 drawn = derive(self.flags.seed, "sample", number, image)
                 found.append((prompt, drawn if prompt.seed is None else prompt.seed + image))

@@ -17,7 +17,7 @@ from ...regression import Gram
 from ..arguments import listed
 from ..data.class_images import missing_class_images
 from ..data.size import Size
-from ..model.families.base import Conditions, Text
+from ..model.families.base import Conditions, Family, Text
 from ..model.quantising import block_layers
 from ..model.stored import IN_MEMORY
 from ..output.drawing import shared
@@ -31,13 +31,13 @@ KEPT = (BASE, ADAPTER, OPTIMIZER)  # of what a step holds, beside what draws and
 
 def drawing_class_images(rehearsal: Rehearsal) -> Phase | None:
     """Class images before training, by the whole pipeline; None where none is missing."""
-    flags, told, missing = rehearsal.flags, rehearsal.family.is_told_guidance, missing_class_images(rehearsal.flags)
+    flags, missing = rehearsal.flags, missing_class_images(rehearsal.flags)
     if not missing:
         return None
     base = empty_denoiser(rehearsal.model, rehearsal.dtype, flags.base_precision, flags.blocks_to_swap)
     denoiser = rehearsal.stage.place(base).eval()
     count, side = min(flags.train_batch_size, missing), max(listed(flags.resolution))
-    guided = count if told or (flags.guidance_scale or 0) <= 1 else 2 * count
+    guided = count * passes(rehearsal.family, flags.guidance_scale)
     found: Held = {BASE: held(denoiser), ENCODERS: held(*rehearsal.encoders), AUTOENCODER: held(rehearsal.pipeline.vae)}
 
     def draw() -> int:
@@ -107,18 +107,23 @@ def drawing(
     precision: Callable[[], contextlib.AbstractContextManager],
 ) -> int:
     """What is computed with while prompts are drawn, at the most: by the denoiser, or by the decoder after it."""
-    flags, told = rehearsal.flags, rehearsal.family.is_told_guidance
+    flags, family = rehearsal.flags, rehearsal.family
     images = flags.num_validation_images if flags.validation_prompt else 1
-    prompts = [settled(prompt, flags, told) for prompt in prompts_of(flags) or [Prompt("")]]
+    prompts = [settled(prompt, flags, family) for prompt in prompts_of(flags) or [Prompt("")]]
     most = 0
     for prompt, alike in itertools.groupby([(prompt, 0) for prompt in prompts], key=shared):
         count = min(flags.train_batch_size, len(list(alike)) * max(1, images))
         size = Size(prompt.height or 0, prompt.width or 0)
-        guided = count if told or (prompt.guidance_scale or 0) <= 1 else 2 * count
+        guided = count * passes(family, prompt.guidance_scale)
         with precision():
             found = denoising(rehearsal, denoiser, guided, size, dtype), decoding(rehearsal, count, size, dtype)
         most = max(most, *found)
     return most
+
+
+def passes(family: Family, guidance: float | None) -> int:
+    """How often the denoiser sees an image in a step: guided by a negative prompt, twice."""
+    return 1 if family.is_told_guidance or (guidance or 0) <= family.unguided else 2
 
 
 def denoising(rehearsal: Rehearsal, denoiser: Any, count: int, size: Size, dtype: torch.dtype) -> int:

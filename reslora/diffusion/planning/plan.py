@@ -225,6 +225,5 @@ def most_pixels(context: Context) -> int:
     flags = context.flags
     trained = [side * side for side in listed(flags.resolution)]
     trained += [size.height * size.width for size in named_buckets(flags.aspect_ratio_buckets or "")]
-    told = context.model.family.is_told_guidance
-    drawn = [settled(prompt, flags, told) for prompt in prompts_of(flags)]
+    drawn = [settled(prompt, flags, context.model.family) for prompt in prompts_of(flags)]
     return max([*trained, *((prompt.height or 0) * (prompt.width or 0) for prompt in drawn)])

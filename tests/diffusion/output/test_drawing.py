@@ -1,5 +1,6 @@
 """Samples: what the pipeline is given."""
 
+import dataclasses
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -13,7 +14,7 @@ from pipelines import FAMILIES
 from reslora.diffusion.arguments import Flags
 from reslora.diffusion.model.families import load_family
 from reslora.diffusion.output.drawing import Drawer
-from reslora.diffusion.prompts import Prompt
+from reslora.diffusion.prompts import Prompt, settled
 from reslora.diffusion.seeds import derive
 
 FLAGS = Flags(
@@ -76,7 +77,7 @@ class Recorder:
 
 def family_of(drawing_inputs=lambda *_: {}, told: bool = False) -> SimpleNamespace:
     return SimpleNamespace(
-        denoiser="unet", guidance="guidance_scale", drawing_inputs=drawing_inputs, is_told_guidance=told
+        denoiser="unet", guidance="guidance_scale", drawing_inputs=drawing_inputs, is_told_guidance=told, unguided=1.0
     )
 
 
@@ -137,3 +138,13 @@ def test_a_negative_prompt_changes_what_every_family_with_guidance_draws(tmp_pat
     prompts = [Prompt("red disc", seed=1), Prompt("red disc", "blue box", seed=1)]
     plain, negative = drawer.draw(getattr(pipeline, family.denoiser), prompts, 1)
     assert np.abs(plain - negative).max() > 1e-4
+    # A scale of 1 is none to kohya, whatever the pipeline's own counts from.
+    plain, negative = (dataclasses.replace(prompt, cfg_scale=1.0) for prompt in prompts)
+    assert np.array_equal(*drawer.draw(getattr(pipeline, family.denoiser), [plain, negative], 1))
+
+
+@pytest.mark.parametrize(("pipeline", "scale"), [("ZImagePipeline", 6.5), ("Krea2Pipeline", 6.5), ("FluxPipeline", 4)])
+def test_kohyas_scale_as_the_pipeline_counts_it(pipeline, scale):
+    """`positive + g (positive - negative)` is a scale of 1 + g."""
+    assert settled(Prompt("a", cfg_scale=7.5), FLAGS, load_family(pipeline)).guidance_scale == scale
+    assert settled(Prompt("a", cfg_scale=7.5), FLAGS, load_family("StableDiffusionPipeline")).guidance_scale == 7.5

@@ -95,6 +95,9 @@ class Family:
     """How many places of the latents are one token of the denoiser, in height and width together."""
     one_size: bool = False
     """Whether all its denoisers are of the published size, so that layers of other sides are known not to be theirs."""
+    unguided: float = 1.0
+    """The pipeline's number for no guidance: 1 where it computes `negative + g (positive - negative)`, 0 where
+    `positive + g (positive - negative)`."""
     guidance: str = "guidance_scale"
     """The pipeline's argument for classifier-free guidance; by any other name it needs a negative prompt as well."""
     encodes_in_float32: bool = False

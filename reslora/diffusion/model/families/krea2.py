@@ -33,7 +33,7 @@ ORIGINAL = {f"{ours}.{{}}.{a}": f"{theirs}.{{}}.{b}" for ours, theirs in BLOCKS.
 class Krea2(WithQwenAutoencoder):
     """As diffusers' train_dreambooth_lora_krea2.py trains it, but for `text_fusion.projector`: it has one output.
 
-    Its guidance counts from 0, not from 1. Text is without positions and padding is masked, so that states at the
+    Text is without positions and padding is masked, so that states at the
     captions' own lengths say what those of the pipeline say, which are as long as they may be.
     """
 
@@ -41,6 +41,7 @@ class Krea2(WithQwenAutoencoder):
     pipeline = Krea2Pipeline
     denoiser_class = Krea2Transformer2DModel
     lora_files = (COMFYUI_FILE,)
+    unguided = 0.0
     original = ORIGINAL
     marks = ("krea2", "krea-2")
     defaults: ClassVar = {

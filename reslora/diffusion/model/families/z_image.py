@@ -20,6 +20,7 @@ class ZImage(Family):
     denoiser_class = ZImageTransformer2DModel
     objective = "flow"
     lora_files = (COMFYUI_FILE,)
+    unguided = 0.0
     marks = ("z_image", "zimage", "z-image")
     defaults: ClassVar = {
         "resolution": 1024,
