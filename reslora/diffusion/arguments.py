@@ -55,7 +55,7 @@ BY_FAMILY = {
     "Krea 2 4.5",
     "target_modules": "as in diffusers' script for the model: to_q, to_k, to_v, to_out.0 of U-Nets",
     "weighting_scheme": "SD 3 logit_normal; others none",
-    "max_sequence_length": "SD 3 77; others 512",
+    "max_sequence_length": "SD 3 77; others with T5 or Qwen 512",
 }
 
 
@@ -311,7 +311,7 @@ def add_training_flags(add: Callable) -> None:
     add("--discrete_flow_shift", type=number(0, exclusive=True),
         help="flow matching: shift of the timesteps towards noise; default: the scheduler's; 3 with shift")
     add("--guidance_scale_train", type=number(0), default=1.0,
-        help="guidance that the denoiser is told while training, where it is told any")
+        help="guidance that the denoiser is told while training: Flux.1 dev alone")
     add("--max_sequence_length", type=whole(1), help="tokens of a caption that T5 or Qwen reads")
     add("--local_rank", type=int, default=-1, help="set by launchers")
 

@@ -16,7 +16,7 @@ from ..common.errors import InvalidArgument, first_line, refused_as
 from ..common.gauge import gauged
 from ..common.methods import METHODS
 from ..tracing import meta_copy
-from .arguments import DEFAULT_PRE_NUM, DEFAULT_RANK, Flags, listed
+from .arguments import DEFAULT_PRE_NUM, DEFAULT_RANK, Flags, build_parser, listed
 from .context import Context
 from .data.buckets import named_buckets
 from .model.families import FAMILIES, load_family
@@ -124,12 +124,25 @@ def check_methods(flags: Flags, model: Model, accelerator: Accelerator, start: S
 
 
 def check_family(flags: Flags, model: Model) -> None:
-    """Refuse --train_text_encoder for a family whose encoders are not trained."""
+    """Refuse --train_text_encoder for a family whose encoders are not trained, and what nothing of the model reads.
+
+    Of a run that goes on the latter is not refused: an earlier version may have begun it with that.
+    """
     if flags.train_text_encoder and not model.family.trainable:
         can = [load_family(name) for name in FAMILIES]
         names = ", ".join(family.name for family in can if family.trainable)
         problem = f"the text encoder of {model.family.name} is not trained"
         raise InvalidArgument("--train_text_encoder", problem, f"leave it out, or give a model of {names}")
+    if flags.resume_from_checkpoint:
+        return
+    longest, guidance, name = flags.max_sequence_length, flags.guidance_scale_train, model.family.name
+    if longest is not None and "max_sequence_length" not in model.family.defaults:
+        problem = f"{name} reads as many tokens as its text encoder can"
+        raise InvalidArgument(f"--max_sequence_length {longest}", problem, "leave it out")
+    default = build_parser().get_default("guidance_scale_train")
+    if guidance != default and not (model.family.is_told_guidance and model.denoiser_config().get("guidance_embeds")):
+        problem = f"the denoiser of this {name} is told no guidance"
+        raise InvalidArgument(f"--guidance_scale_train {guidance}", problem, f"leave it at {default}")
 
 
 def check_encoders(pipeline: DiffusionPipeline, context: Context) -> None:

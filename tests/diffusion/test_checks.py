@@ -1,10 +1,15 @@
 """What is said of targets, ranks and shortcuts before anything is encoded; most refusals are in test_arguments.py."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from diffusion.runs import RESUME, main, only, printed, refused, without
+from reslora.common.errors import InvalidArgument
+from reslora.diffusion.checks import check_family
+from reslora.diffusion.model.families import load_family
+from reslora.diffusion.settings import parse_args
 
 
 def test_a_clipped_pre_num_and_names_that_match_nothing_are_said(brief_flags, tmp_path):
@@ -41,6 +46,35 @@ def test_a_pre_num_beyond_all_chains_is_said_of_input_shortcuts_too(brief_flags,
 def test_how_many_blocks_take_part_at_most_is_said(brief_flags, tmp_path, shortcut):
     flags = [*brief_flags, "--method", "reslora", "--shortcut", shortcut, "--pre_num", "999"]
     assert "so 1 at most take part" in only(printed(*flags, "--output_dir", tmp_path / "out"), "--pre_num 999")
+
+
+# -- what the model does not read --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "config", "words"),
+    [
+        ("StableDiffusionPipeline", {}, "--max_sequence_length 64"),
+        ("StableDiffusionXLPipeline", {}, "--max_sequence_length 64"),
+        ("ZImagePipeline", {}, "--guidance_scale_train 3.5"),
+        ("Flux2KleinPipeline", {"guidance_embeds": True}, "--guidance_scale_train 3.5"),
+        ("FluxPipeline", {"guidance_embeds": False}, "--guidance_scale_train 3.5"),
+    ],
+)
+def test_what_the_model_does_not_read_is_refused(pipeline, config, words):
+    """With its default it may be given; of a run that goes on nothing is refused."""
+    model = SimpleNamespace(family=load_family(pipeline), denoiser_config=lambda: config)
+    with pytest.raises(InvalidArgument, match=f"^{words}: .*{model.family.name} .*; leave it"):
+        check_family(parse_args(words.split()), model)
+    check_family(parse_args([*words.split(), *RESUME]), model)
+    check_family(parse_args(["--guidance_scale_train", "1"]), model)
+
+
+def test_what_the_model_reads_is_taken():
+    flags = parse_args(["--max_sequence_length", "64", "--guidance_scale_train", "3.5"])
+    check_family(
+        flags, SimpleNamespace(family=load_family("FluxPipeline"), denoiser_config=lambda: {"guidance_embeds": 1})
+    )
 
 
 # -- the rank ----------------------------------------------------------------------------------------------------------

@@ -132,7 +132,8 @@ def test_z_image_counts_the_other_way_and_points_the_other_way(setting, captions
 @pytest.mark.parametrize("guided", [True, False])
 @torch.no_grad()
 def test_flux_packs_and_is_told_the_guidance_if_it_listens(setting, guided):
-    one = setting("flux", "--guidance_scale_train", "2.5", transformer={"guidance_embeds": guided})
+    words = ("--guidance_scale_train", "2.5") if guided else ()
+    one = setting("flux", *words, transformer={"guidance_embeds": guided})
     batch = one.batch()
     noisy, velocity = flow_parts(one, batch)
     states, pooled, text_ids = one.stock.encode_prompt(CAPTIONS, None, device="cpu", max_sequence_length=512)
