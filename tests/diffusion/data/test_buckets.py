@@ -48,7 +48,8 @@ def test_steps_are_what_the_model_allows():
         ((3000, 2000), Size(416, 608)),
         ((2000, 3000), Size(608, 416)),
         ((300, 500), Size(480, 288)),  # smaller: its own size on the grid
-        ((40, 20), Size(32, 32)),
+        ((40, 20), Size(16, 40)),  # smaller than the grid's step: on the model's own
+        ((40, 6), Size(8, 40)),
         ((6000, 300), Size(288, 896)),  # longer than any bucket: as much as the area allows
     ],
 )
@@ -56,12 +57,22 @@ def test_an_image_gets_the_bucket_that_keeps_most_of_it(image, expected):
     assert own_bucket(image, 512, 8) == expected
 
 
-@pytest.mark.parametrize("width", [*range(33, 1500, 61)])
+@pytest.mark.parametrize("width", [8, 20, 31, *range(33, 1500, 61)])
 def test_nothing_is_scaled_up_or_larger_than_the_square(width):
-    for height in range(33, 1500, 47):
+    for height in (8, 20, 31, *range(33, 1500, 47)):
         size = own_bucket((width, height), 512, 8)
         assert size.height * size.width <= 512**2
         assert size.width <= width and size.height <= height
+
+
+@pytest.mark.parametrize("resolution", [512, 1024])
+def test_an_image_with_as_many_pixels_as_the_square_keeps_most_of_its_area(resolution):
+    """Without scaling it up: not all buckets fit into one that has few more."""
+    for more in (1.0, 1.02, 1.05, 1.2):
+        for shape in SHAPES[::5]:
+            side = resolution * more
+            image = (round(side * shape**0.5 + 0.5), round(side / shape**0.5 + 0.5))
+            assert kept(image, own_bucket(image, resolution, 8)) >= 0.93
 
 
 # -- runs --------------------------------------------------------------------------------------------------------------
