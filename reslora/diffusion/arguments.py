@@ -53,7 +53,8 @@ BY_FAMILY = {
     "num_inference_steps": "Stable Diffusion 1 and 2, SDXL 30; Qwen-Image 50; others 28",
     "guidance_scale": "Stable Diffusion 1 and 2 7.5; SDXL, Z-Image 5; SD 3 7; Flux.1 3.5; FLUX.2 klein, Qwen-Image 4; "
     "Krea 2 4.5",
-    "target_modules": "as in diffusers' script for the model: to_q, to_k, to_v, to_out.0 of U-Nets",
+    "target_modules": "as in diffusers' script for the model, to_q, to_k, to_v, to_out.0 of U-Nets; but not "
+    "Z-Image's refiners and Krea 2's text_fusion.projector, and FLUX.2 klein's add_*_proj and to_add_out as well",
     "weighting_scheme": "SD 3 logit_normal; others none",
     "max_sequence_length": "SD 3 77; others with T5 or Qwen 512",
 }
@@ -311,7 +312,7 @@ def add_training_flags(add: Callable) -> None:
     add("--discrete_flow_shift", type=number(0, exclusive=True),
         help="flow matching: shift of the timesteps towards noise; default: the scheduler's; 3 with shift")
     add("--guidance_scale_train", type=number(0), default=1.0,
-        help="guidance that the denoiser is told while training: Flux.1 dev alone")
+        help="guidance that the denoiser is told while training: Flux.1 dev alone, for which diffusers' script has 3.5")
     add("--max_sequence_length", type=whole(1), help="tokens of a caption that T5 or Qwen reads")
     add("--local_rank", type=int, default=-1, help="set by launchers")
 

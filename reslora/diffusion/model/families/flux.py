@@ -40,7 +40,7 @@ FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_contex
 
 
 class Flux(Family):
-    """As diffusers' train_dreambooth_lora_flux.py trains it; while training it is told a guidance of 1."""
+    """As diffusers' train_dreambooth_lora_flux.py trains it, but told a guidance of 1, not 3.5."""
 
     name = "flux"
     pipeline = FluxPipeline

@@ -36,7 +36,7 @@ ORIGINAL = {
 
 
 class Flux2Klein(Family):
-    """As diffusers' train_dreambooth_lora_flux2_klein.py trains it, on images alone."""
+    """As diffusers' train_dreambooth_lora_flux2_klein.py trains it, on images alone; the text's attention, too."""
 
     name = "flux2_klein"
     pipeline = Flux2KleinPipeline

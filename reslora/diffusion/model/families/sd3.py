@@ -38,7 +38,7 @@ ORIGINAL = {
 
 
 class StableDiffusion3(Family):
-    """As diffusers' train_dreambooth_lora_sd3.py trains it, but for that script's preconditioned outputs."""
+    """As diffusers' train_dreambooth_lora_sd3.py trains it, but at 1024, and without preconditioned outputs."""
 
     name = "sd3"
     pipeline = StableDiffusion3Pipeline

@@ -12,7 +12,7 @@ from .base import Family
 
 
 class ZImage(Family):
-    """As diffusers' train_dreambooth_lora_z_image.py trains it."""
+    """As diffusers' train_dreambooth_lora_z_image.py trains it, but at 1024, and without the refiners."""
 
     name = "z_image"
     pipeline = ZImagePipeline
