@@ -90,21 +90,29 @@ def headline_of(experiment: Experiment, unit: str) -> str:
 def summary_of(verdicts: Sequence[Verdict], unit: str) -> str:
     """Of several methods: which are better, else which are worse, else what could have been shown."""
     references = " and ".join(dict.fromkeys(verdict["reference"] for verdict in verdicts))
+    told = [verdict for verdict in verdicts if verdict["detectable"] is not None]
+    if not told:
+        return f"one seed or {unit} cannot tell {len(verdicts)} methods from {references}"
+    untold = len(verdicts) - len(told)
+    return shown_among(told, references) + (f"; {untold} cannot be told yet" if untold else "")
+
+
+def shown_among(verdicts: Sequence[Verdict], references: str) -> str:
+    """What is shown of the methods that can be told from their reference."""
     better, worse = ([v for v in verdicts if v["conclusion"] == which] for which in ("better", "worse"))
     for which, size, towards in ((better, min, "lower"), (worse, max, "higher")):
         if len(which) == 1:
-            return which[0]["sentence"] if which is better else f"nothing is better; {which[0]['sentence']}"
+            return which[0]["sentence"] if which is better else f"nothing is shown to be better; {which[0]['sentence']}"
         if which:
             first = size(which, key=lambda verdict: verdict["relative"])
             kind = "better" if which is better else "worse"
             share = f"{len(which)} of {len(verdicts)} methods are {kind} than {references}"
-            share = share if which is better else f"nothing is better than {references}, and {share}"
+            share = share if which is better else f"nothing is shown to be better than {references}, and {share}"
             (relative,) = percents(first["relative"])
             return f"{share}, most of all {first['label']}: test loss {relative}% {towards}"
-    detectable = [verdict["detectable"] for verdict in verdicts if verdict["detectable"] is not None]
-    if not detectable:
-        return f"one seed or {unit} cannot tell {len(verdicts)} methods from {references}"
-    (most,) = percents(max(detectable))
+    if len(verdicts) == 1:
+        return verdicts[0]["sentence"]
+    (most,) = percents(max(verdict["detectable"] or 0 for verdict in verdicts))
     return f"no difference between {len(verdicts)} methods and {references} shown (could have shown {most}% for each)"
 
 
