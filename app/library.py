@@ -41,7 +41,7 @@ class Experiment(Run):
             return "running"
         ended, total = self.progress
         content = self.read_json(EXPERIMENT)
-        concluded = isinstance(content, dict) and bool(content.get("chosen"))
+        concluded = isinstance(content, dict) and bool(content.get("chosen")) and "as_of" not in content
         return "finished" if total and ended == total and concluded else "stopped" if self.config else "failed"
 
     @property

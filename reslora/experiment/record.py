@@ -149,6 +149,8 @@ class Experiment(Facts):
     """Lines that a reader should know, as they were printed."""
     readings: NotRequired[int]
     """How often losses on the test images were measured."""
+    as_of: NotRequired[int]
+    """Of how many arms an earlier start has concluded what stands here, until it is concluded anew."""
     process: NotRequired[str]
     """What has written this: an arm is running only as long as that is (`as_of_now`)."""
 

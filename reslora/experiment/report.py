@@ -48,6 +48,7 @@ def write_report(experiment: Experiment, folder: Path, about: About) -> None:
 def page(experiment: Experiment, folder: Path, about: About) -> str:
     """The whole document."""
     experiment, unit = as_of_now(experiment), about.unit
+    as_of = experiment.get("as_of")
     headline = escape(headline_of(experiment, unit))
     sections = (
         ("Verdicts", verdict_table(experiment, unit)),
@@ -57,7 +58,7 @@ def page(experiment: Experiment, folder: Path, about: About) -> str:
         *about.sections(experiment, folder),
         ("Settings and versions", settings_of(experiment)),
         ("How to read this", f"<p>{READING.format(unit=unit)}</p>"),
-        ("Notes", in_lines(experiment["notes"])),
+        (f"Notes as of {as_of} arms" if as_of else "Notes", in_lines(experiment["notes"])),
         ("What is missing", missing(experiment)),
     )
     body = "".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in sections if content)
@@ -80,8 +81,12 @@ def headline_of(experiment: Experiment, unit: str) -> str:
     verdicts, total = experiment["verdicts"], len(experiment["arms"])
     ended = sum(arm["status"] in ("finished", "failed") for arm in experiment["arms"])
     so_far = f"So far, with {ended} of {total} arms: " if ended < total else ""
+    if verdicts and "as_of" in experiment:
+        so_far = f"As of {experiment['as_of']} arms, with {ended} of {total} ended: "
     if not verdicts:
-        return f"{so_far}nothing to compare yet" if so_far else "There is nothing to compare"
+        finished = any(arm["status"] == "finished" for arm in experiment["arms"])
+        none = "Nothing is compared yet" if finished and not experiment["chosen"] else "There is nothing to compare"
+        return f"{so_far}nothing to compare yet" if so_far else none
     if len(verdicts) == 1:
         return so_far + verdicts[0]["sentence"]
     return so_far + summary_of(verdicts, unit)

@@ -198,7 +198,8 @@ def test_the_headline(conclusions, words):
         for place, (label, conclusion) in enumerate(zip("abc", conclusions, strict=False))
     ]
     arms = [{"status": "finished"}] * 2
-    assert headline_of({"verdicts": verdicts, "arms": arms}, "image").startswith(words)
+    found = {"verdicts": verdicts, "arms": arms, "chosen": {"lora": {}}}
+    assert headline_of(found, "image").startswith(words)
     if verdicts:
         unfinished = {"verdicts": verdicts, "arms": [*arms, {"status": "waiting"}]}
         assert headline_of(unfinished, "image").startswith(f"So far, with 2 of 3 arms: {words}")
