@@ -139,7 +139,8 @@ def test_a_new_experiment_has_all_flags_and_one_that_is_there_what_is_added(libr
 
 def test_what_a_form_adds_to_an_experiment_is_beside_what_is_there(library):
     """Nothing that was trained is left out: of methods, rates and seeds it has both."""
-    begun = {"method": ["lora", "reslora"], "learning_rate": [1e-4, 2e-4], "seed": [0, 1], "shortcut": ["input", "block"]}
+    begun = {"method": ["lora", "reslora"], "learning_rate": [1e-4, 2e-4], "seed": [0, 1]}
+    begun["shortcut"] = ["input", "block"]
     (library.folder / "which" / "config.json").write_text(json.dumps(begun))
     found, trainings = library.find_experiment("which"), Trainings(library)
     for added, arms, of_each in (
