@@ -24,6 +24,7 @@ class Split(TypedDict):
 
     train: int
     select: int
+    """Of which losses are measured."""
     test: int
     duplicates: int
     """Those that are in the part of another one because they are near-duplicates of it."""

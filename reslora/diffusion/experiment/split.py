@@ -57,6 +57,7 @@ class Parts:
 def parts_of(images: Mapping[int, ImageDataset], flags: Flags) -> Parts:
     """The images of these sources in three parts, by --select_split and --test_split, with at least one image in each.
 
+    Beyond --max_validation_images nothing chooses, and no image of the second part is in another one.
     Raises `InvalidArgument` where there are fewer than three that are no near-duplicates.
     """
     flat = [(source, number) for source, found in images.items() for number in range(len(found))]
@@ -67,6 +68,7 @@ def parts_of(images: Mapping[int, ImageDataset], flags: Flags) -> Parts:
     cuts = cut([min(marks[image] for image in group) for group in groups], flags.select_split, flags.test_split)
     train = [image for number in cuts[0] for image in groups[number]]
     select, test = ([min(groups[number], key=marks.__getitem__) for number in part] for part in cuts[1:])
+    select = select[: flags.max_validation_images]
     parts = [tuple(flat[image] for image in part) for part in (train, select, test)]
     return Parts(parts[0], parts[1], parts[2], duplicates=len(set(marks)) - len(groups))
 
@@ -92,11 +94,11 @@ def check_count(images: int, flags: Flags, alike: Sequence[str] = ()) -> None:
 
 
 def with_parts(material: Material, parts: Parts) -> Material:
-    """The material with the first part to train on and the second, up to --max_validation_images, held out."""
-    held_out, learnt = parts.select[: material.flags.max_validation_images], []
+    """The material with the first part to train on and the second held out."""
+    learnt = []
     for number, source in enumerate(material.sources):
         if not source.images.of_class:
-            own = [tuple(sorted(image for where, image in part if where == number)) for part in (parts.train, held_out)]
+            own = [tuple(sorted(image for where, image in part if where == number)) for part in (parts.train, parts.select)]
             repeats = source.images.repeats  # before those of all images were balanced with class images
             learnt.append(dataclasses.replace(source, train=own[0], held_out=own[1], repeats=repeats))
     of_class = [source for source in material.sources if source.images.of_class]

@@ -1,5 +1,6 @@
 """The three parts of the images: by content alone, near-duplicates together."""
 
+import dataclasses
 import io
 import random
 from types import SimpleNamespace
@@ -16,8 +17,11 @@ from reslora.diffusion.content import content_mark
 from reslora.diffusion.data.dataset import FEATURES, ImageDataset
 from reslora.diffusion.experiment.split import BITS, groups_of, look_of, parts_of
 from reslora.experiment.parts import cut
+from reslora.experiment.record import facts_of
 
-SHARES = SimpleNamespace(select_split=0.2, test_split=0.3, dataset_name=None, train_data_dir="images")
+SHARES = SimpleNamespace(
+    select_split=0.2, test_split=0.3, max_validation_images=64, dataset_name=None, train_data_dir="images"
+)
 
 
 def picture(number: int) -> PIL.Image.Image:
@@ -164,6 +168,14 @@ def test_one_of_several_that_look_alike_chooses_or_compares():
         assert part and len({image // 4 for _, image in part}) == len(part)
         assert all(marks[image] == min(marks[image // 4 * 4 : image // 4 * 4 + 4]) for _, image in part)
     assert len(found.train) == 4 * (30 - len(found.select) - len(found.test)) and found.duplicates == 90
+
+
+def test_no_more_images_choose_than_are_measured():
+    """By the hash's order; what is told of the part is what is measured of it."""
+    images = {0: dataset([encoded(picture(number)) for number in range(40)])}
+    whole, found = (parts_of(images, SimpleNamespace(**vars(SHARES) | {"max_validation_images": n})) for n in (64, 3))
+    assert len(whole.select) > 3 and found == dataclasses.replace(whole, select=whole.select[:3])
+    assert "3 to choose by" in str(found) and facts_of(found, ())["split"]["select"] == 3
 
 
 def test_too_few_images_are_refused_in_one_line():
