@@ -31,7 +31,7 @@ from ...experiment.record import EXPERIMENT, Facts, TestLosses, facts_of
 from ...experiment.report import About
 from ...experiment.run import train_and_conclude
 from ...files import read_object, remove_leftovers
-from ..arguments import SEVERAL, Flags
+from ..arguments import SEVERAL, Flags, in_words
 from ..checks import check_methods
 from ..context import Context
 from ..data.dataset import ImageDataset
@@ -137,10 +137,11 @@ def check_same(flags: Flags, identity: Identity | None = None) -> None:
         return
     check_past(flags, folder, there, identity)
     for name in FIXED:
-        value = getattr(flags, name)
-        if value is not None and there.get(name) != value:
-            problem, fix = f"{folder} was begun with {there.get(name)}", "use that, or choose another --output_dir"
-            raise InvalidArgument(f"--{name} {value}", problem, fix)
+        value, before = getattr(flags, name), there.get(name)
+        settled = value is not None or name == "metric_model"  # of the others the model or the images say it yet
+        if settled and before != value:
+            problem, fix = f"{folder} was begun with {in_words(before)}", "use that, or choose another --output_dir"
+            raise InvalidArgument(f"--{name} {in_words(value)}", problem, fix)
 
 
 def check_parts(flags: Flags, parts: Parts, images: Mapping[int, ImageDataset]) -> None:
