@@ -51,6 +51,8 @@ def summary(experiment: Experiment, status: str) -> str:
         facts.append(f"about {duration(each * (total - ended))} left")
     if status == "stopped" and total:
         facts.append("Go on trains the rest")
+    if status == "failed" and total:
+        facts.append("none of them well, as the report says")
     return status_line(experiment, status, escape(" \u00b7 ".join(facts)))
 
 

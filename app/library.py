@@ -36,9 +36,11 @@ class Experiment(Run):
 
     @property
     def status(self) -> str:
-        """`running`, `finished`, `stopped` (it goes on by the same command) or `failed` (it never began)."""
+        """`running`, `finished`, `stopped` (it goes on by the same command) or `failed` (it never began, or all arms)."""
         if self.process is not None:
             return "running"
+        if self.arms and all(arm.get("status") == "failed" for arm in self.arms):
+            return "failed"
         ended, total = self.progress
         content = self.read_json(EXPERIMENT)
         concluded = isinstance(content, dict) and bool(content.get("chosen")) and "as_of" not in content

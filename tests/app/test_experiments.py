@@ -95,6 +95,16 @@ def test_how_far_it_is(library):
     assert "Go on" in experiments.summary(found, "stopped")
 
 
+def test_one_whose_arms_have_all_diverged_has_nothing_to_go_on_with(library):
+    found, content = library.find_experiment("which"), examples.experiment(None)
+    for arm in content["arms"]:
+        arm |= {"status": "failed", "reason": "the loss is not finite at step 3", "test": None}
+    write_experiment(found.folder, content | {"chosen": {}, "verdicts": []})
+    told = experiments.summary(found, found.status)
+    assert found.status == "failed" and "60 of 60 arms ended" in told and "none of them well" in told
+    assert "Go on" not in told and "not finite at step 3" in found.report()
+
+
 def test_the_report_can_do_nothing_to_the_page(library):
     found = library.find_experiment("which")
     (found.folder / "report.html").write_text('"><script>parent.hacked = 1</script> ${1} {{2}}')
