@@ -69,7 +69,8 @@ class Untrained:
 
 def go(folder: Path, *flags: str, stopped: str = "", methods: str = "lora lora_x2 lora_x4") -> tuple[dict, str]:
     """Trains and concludes, or is stopped; the record, and the report's headline."""
-    grid = ["--method", *methods.split(), "--learning_rate", "1e-4", "2e-4", "4e-4", "--seed", "0", "1", *flags]
+    grid = ["--method", *methods.split(), "--learning_rate", "1e-4", "2e-4", "4e-4", *flags]
+    grid += [] if "--seed" in flags else ["--seed", "0", "1"]
     course = Course(parse_args(["--output_dir", str(folder), *grid]))
     folder.mkdir(exist_ok=True)
     if stopped:
@@ -92,13 +93,13 @@ def test_what_was_concluded_stays_until_it_is_concluded_anew(tmp_path):
     assert len(before["verdicts"]) == 2 and headline.startswith("nothing is shown to be better than lora, and 2 of 2")
     (folder / "config.json").write_text('{"seed": [0, 1]}')
     for stopped, ended in (("train", 18), ("tested", 27)):
-        kept, told = go(folder, "2", stopped=stopped)
+        kept, told = go(folder, "--seed", "0", "1", "2", stopped=stopped)
         for name in ("chosen", "verdicts", "notes"):
             assert kept[name] == before[name]
         assert read_of(kept) == read_of(before) and kept["as_of"] == 18
         assert told == f"As of 18 arms, with {ended} of 27 ended: {headline}"
         assert Experiment("out", folder).status == "stopped"
-    after, headline = go(folder, "2")
+    after, headline = go(folder, "--seed", "0", "1", "2")
     assert after["verdicts"][0]["seeds"] == 3 and "as_of" not in after and headline.startswith("nothing is shown")
     assert Experiment("out", folder).status == "finished"
 
@@ -110,6 +111,18 @@ def test_of_what_was_concluded_only_labels_that_are_still_there_stay(tmp_path):
     assert told.startswith("As of 18 arms, with 12 of 18 ended: lora_x2 is worse than lora")
     kept, told = go(tmp_path / "out", "--method", "lora_x4", "--learning_rate", "1e-4", "4e-4", stopped="tested")
     assert (kept["chosen"], kept["verdicts"], read_of(kept)) == ({}, [], []) and "as_of" not in kept
+
+
+def test_extended_rates_are_advised_where_none_were_tried(tmp_path):
+    """The best of all is the lowest one: three more are tried, and no more."""
+    rates = ("--learning_rate", "8e-4", "16e-4")
+    advised = [note for note in go(tmp_path / "out", *rates)[0]["notes"] if "was tried" in note]
+    assert len(advised) == 3 and all("0.0008; --extend_rates, or --learning_rate 0.0004 " in note for note in advised)
+    rates = ("--learning_rate", "6.4e-3", "12.8e-3")
+    record, _ = go(tmp_path / "other", *rates, "--extend_rates")
+    advised = [note for note in record["notes"] if "was tried" in note]
+    assert len(record["arms"]) == 3 * 5 * 2 and len(advised) == 3
+    assert all("was tried, 0.0008; --learning_rate 0.0004 beside the others" in note for note in advised)
 
 
 def test_nothing_is_in_training_while_methods_are_compared(tmp_path):
