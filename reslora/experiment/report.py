@@ -343,7 +343,8 @@ def is_chosen(arm: Arm, experiment: Experiment) -> bool:
 
 def settings_of(experiment: Experiment) -> str:
     """Settings, versions and parts, folded; HTML."""
-    settings = {name: value for name, value in experiment["settings"].items() if value not in (None, "", [], False)}
+    given = {name: value for name, value in experiment["settings"].items() if value not in (None, "", [])}
+    settings = {name: value for name, value in given.items() if value is not False}
     found = ""
     for title, content in (
         ("Settings", settings),

@@ -150,6 +150,12 @@ def test_settings_name_no_place_outside_the_working_directory(experiment, folder
     assert "output_dir runs/mine train_data_dir cats, dogs" in words and "someone" not in words
 
 
+def test_a_setting_of_zero_is_a_setting(experiment, folder):
+    settings = {"lr_warmup_steps": 0, "guidance_scale": 0.0, "random_flip": False, "report_to": None}
+    words = words_of(page(experiment | {"settings": settings}, folder))
+    assert "lr_warmup_steps 0 guidance_scale 0.0" in words and "random_flip" not in words and "report_to" not in words
+
+
 def test_a_damaged_image_and_a_missing_one(experiment, tmp_path):
     """And samples that were not drawn at the chosen step: those nearest to it are shown."""
     examples.experiment(tmp_path)
