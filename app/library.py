@@ -36,7 +36,7 @@ class Experiment(Run):
 
     @property
     def status(self) -> str:
-        """`running`, `finished`, `stopped` (it goes on by the same command) or `failed` (it never began, or all arms)."""
+        """`running`, `finished`, `stopped` (the same command goes on) or `failed` (all arms, or it never began)."""
         if self.process is not None:
             return "running"
         if self.arms and all(arm.get("status") == "failed" for arm in self.arms):

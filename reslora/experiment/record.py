@@ -27,7 +27,7 @@ class Split(TypedDict):
     """Of which losses are measured."""
     test: int
     duplicates: int
-    """Those that are in the part of another one because they are near-duplicates of it."""
+    """Those that are left out, or in the part of another one, because they are near-duplicates of it."""
 
 
 class TestLosses(TypedDict):

@@ -113,8 +113,8 @@ class Results:
             if choice["at_end"]:
                 end = {"low": "lowest", "high": "highest"}[choice["at_end"]]
                 line = f"{label}: the best learning rate is the {end} that was tried, {choice['learning_rate']:g}"
-                others = "" if self.course.flags.extend_rates else "--extend_rates, or "  # it has tried all that it would
-                found.append(f"{line}; {others}--learning_rate {choice['next']:g} beside the others")
+                more = "" if self.course.flags.extend_rates else "--extend_rates, or "  # which has tried all it would
+                found.append(f"{line}; {more}--learning_rate {choice['next']:g} beside the others")
         return found
 
     def no_reference(self, judged: Sequence[Arm]) -> list[str]:

@@ -150,13 +150,14 @@ def check_parts(flags: Flags, parts: Parts, images: Mapping[int, ImageDataset]) 
     there = read_object(folder / EXPERIMENT)
     if not there:
         return
-    here, before = content_of(parts, images), there.get("identity", {}).get("parts")
-    if before is None:  # an earlier version has kept how many they are, and what it has compared by
+    before = there.get("identity", {}).get("parts")
+    if before is not None:
+        same = before == content_of(parts, images)
+    else:  # an earlier version has kept how many they are, and what it has compared by
         marks = [images[source].marks[number] for source, number in parts.test]
-        tests = [arm["test"]["images"] for arm in there["arms"] if arm["test"]]
-        here = [len(parts.train), len(marks), *([marks] * len(tests))]
-        before = [there["split"]["train"], there["split"]["test"], *tests]
-    if here != before:
+        sizes = (there["split"]["train"], there["split"]["test"]) == (len(parts.train), len(marks))
+        same = sizes and all(arm["test"]["images"] == marks for arm in there["arms"] if arm["test"])
+    if not same:
         problem = "was begun with other parts of these images, as an earlier version cut them"
         raise InvalidArgument(f"--output_dir {folder}", problem, "choose another")
 

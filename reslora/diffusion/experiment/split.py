@@ -47,7 +47,7 @@ class Parts:
     select: tuple[Image, ...]
     test: tuple[Image, ...]
     duplicates: int
-    """Contents that are where they are because of another one, as which they look."""
+    """Contents that are left out, or where they are, because of another one, as which they look."""
 
     def __str__(self) -> str:
         numbers = f"{len(self.train)} to train on, {len(self.select)} to choose by, {len(self.test)} to compare by"
@@ -57,7 +57,7 @@ class Parts:
 def parts_of(images: Mapping[int, ImageDataset], flags: Flags) -> Parts:
     """The images of these sources in three parts, by --select_split and --test_split, with at least one image in each.
 
-    Beyond --max_validation_images nothing chooses, and no image of the second part is in another one.
+    Of the second --max_validation_images are taken at most, and the rest of it is used for nothing.
     Raises `InvalidArgument` where there are fewer than three that are no near-duplicates.
     """
     flat = [(source, number) for source, found in images.items() for number in range(len(found))]
@@ -98,7 +98,8 @@ def with_parts(material: Material, parts: Parts) -> Material:
     learnt = []
     for number, source in enumerate(material.sources):
         if not source.images.of_class:
-            own = [tuple(sorted(image for where, image in part if where == number)) for part in (parts.train, parts.select)]
+            both = (parts.train, parts.select)
+            own = [tuple(sorted(image for where, image in part if where == number)) for part in both]
             repeats = source.images.repeats  # before those of all images were balanced with class images
             learnt.append(dataclasses.replace(source, train=own[0], held_out=own[1], repeats=repeats))
     of_class = [source for source in material.sources if source.images.of_class]
