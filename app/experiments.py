@@ -7,15 +7,20 @@ from reslora.diffusion.settings import fill_defaults
 from reslora.experiment.course import Course
 
 from .activity import duration
-from .launcher import arguments
+from .launcher import arguments, with_more
 from .library import Experiment
 from .runs import RunError
 from .views import escape, notice, status_line
 
 
-def plan(settings: dict) -> str:
-    """How many arms the settings make, in a sentence; what is wrong with them instead, where they make none."""
+def plan(settings: dict, begun: Experiment | None = None) -> str:
+    """How many arms the settings make, in a sentence; what is wrong with them instead, where they make none.
+
+    `begun`: the experiment that they are added to.
+    """
     try:
+        if begun is not None:
+            settings = {name: begun.config.get(name) for name in settings} | with_more(begun, settings)
         course = Course(settled(arguments(settings)))
         arms = course.arms()
     except (RunError, ValueError) as error:
@@ -46,6 +51,8 @@ def summary(experiment: Experiment, status: str) -> str:
         facts.append(f"about {duration(each * (total - ended))} left")
     if status == "stopped" and total:
         facts.append("Go on trains the rest")
+    if status == "failed" and total:
+        facts.append("none of them well, as the report says")
     return status_line(experiment, status, escape(" \u00b7 ".join(facts)))
 
 

@@ -32,8 +32,10 @@ from .uploads import contents_of, place_of
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = REPOSITORY / "train_sd.py"
-MAY_GROW = ("method", "learning_rate", "seed", "experiment_minutes")
-"""Flags that an experiment which was begun may be given more of."""
+ADDED_TO = ("method", "learning_rate", "seed")
+"""Flags that an experiment which was begun may be given more values of."""
+MAY_GROW = (*ADDED_TO, "experiment_minutes")
+"""Flags that need not be as an experiment was begun with."""
 FOLDERS = ("train_data_dir", "class_data_dir", "dataset_name")
 """Flags that may name a folder of images."""
 SAVE, SAMPLE = "save.now", "sample.now"
@@ -114,6 +116,16 @@ def refuse_others(begun: Run, settings: dict, images: Path | None) -> None:
         raise RunError(f"{begun.name} was begun with {', '.join(others[:5])}: give that, or choose another name.")
 
 
+def with_more(begun: Run, settings: dict) -> dict:
+    """What may grow of an experiment, with what a form adds; what is empty there is left out, and stays as it is."""
+    more = {flag: settings[flag] for flag in MAY_GROW if settings.get(flag) not in (None, "", [])}
+    asked = build_parser().parse_args(arguments(more, True))
+    for flag in more.keys() & set(ADDED_TO):
+        there = listed(begun.config.get(flag))
+        more[flag] = [*there, *(value for value in listed(getattr(asked, flag)) if value not in there)]
+    return more
+
+
 class Trainings:
     """Trainings in the folder of a library."""
 
@@ -137,9 +149,9 @@ class Trainings:
         """
         words = [str(SCRIPT), "--output_dir", str(self.folder_of(name, kind))]
         if self.goes_on(name, kind):
-            refuse_others(self.find(name, kind), settings, images)
-            more = {flag: settings[flag] for flag in MAY_GROW if flag in settings}
-            return [*words, "--config", str(self.library.folder / name / "config.json"), *arguments(more, True)]
+            begun = self.find(name, kind)
+            refuse_others(begun, settings, images)
+            return [*words, "--config", str(begun.folder / "config.json"), *arguments(with_more(begun, settings), True)]
         if images is not None:
             words += ["--train_data_dir", str(images)]
         model = str(settings.get("model") or "").strip()

@@ -36,12 +36,14 @@ class Experiment(Run):
 
     @property
     def status(self) -> str:
-        """`running`, `finished`, `stopped` (it goes on by the same command) or `failed` (it never began)."""
+        """`running`, `finished`, `stopped` (the same command goes on) or `failed` (all arms, or it never began)."""
         if self.process is not None:
             return "running"
+        if self.arms and all(arm.get("status") == "failed" for arm in self.arms):
+            return "failed"
         ended, total = self.progress
         content = self.read_json(EXPERIMENT)
-        concluded = isinstance(content, dict) and bool(content.get("chosen"))
+        concluded = isinstance(content, dict) and bool(content.get("chosen")) and "as_of" not in content
         return "finished" if total and ended == total and concluded else "stopped" if self.config else "failed"
 
     @property

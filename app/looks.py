@@ -17,7 +17,7 @@ import numpy as np
 
 from reslora.diffusion.content import content_mark
 from reslora.diffusion.data.images import damage, open_image
-from reslora.diffusion.experiment.split import groups_of, perceptual_hash
+from reslora.diffusion.experiment.split import groups_of, look_of
 
 from .image_folders import Image, Images, stamp_of
 
@@ -37,8 +37,8 @@ class Look:
     """Why it cannot be."""
     mark: str = ""
     """Its content in short."""
-    hash: bytes = b""
-    """What it looks like, as an experiment's split sees it."""
+    seen: bytes = b""
+    """What it looks like to an experiment's split."""
 
 
 class Looks:
@@ -97,7 +97,7 @@ def look_at(image: Image) -> tuple[Stamp, Look]:
     """Opens an image."""
     stamp = stamp_of(image.path)
     try:
-        return stamp, Look("", content_mark(image.path), perceptual_hash(open_image(image.path)).tobytes())
+        return stamp, Look("", content_mark(image.path), look_of(open_image(image.path)).tobytes())
     except Exception as error:
         return stamp, Look(damage(error))
 
@@ -108,9 +108,9 @@ def alike(looks: tuple[tuple[str, Look], ...]) -> dict[str, tuple[str, str]]:
     if not looks:
         return {}
     names, marks = [name for name, _ in looks], [look.mark for _, look in looks]
-    hashes = np.stack([np.frombuffer(look.hash, dtype=bool) for _, look in looks])
+    seen = np.stack([np.frombuffer(look.seen, dtype=np.float32) for _, look in looks])
     found = {}
-    for group in groups_of(marks, hashes):
+    for group in groups_of(marks, seen):
         for number in group[1:]:
             same = next((other for other in group if other < number and marks[other] == marks[number]), None)
             line = f"looks like {names[group[0]]}" if same is None else f"the same image as {names[same]}"

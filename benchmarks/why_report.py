@@ -56,7 +56,9 @@ def section(what: str, record: dict, kind: str = "images") -> str:
     """One experiment's labels, then its pairs; `kind`: of what it learns from."""
     arms, split = record["arms"], record["split"]
     ended = [arm for arm in arms if arm["status"] in ("finished", "failed")]
-    parts = f"{split['train']} {kind} trained on, {split['select']} that choose, {split['test']} that compare"
+    # Earlier records of images have the whole part, of which no more were measured.
+    select = min(split["select"], record["settings"].get("max_validation_images") or split["select"])
+    parts = f"{split['train']} {kind} trained on, {select} that choose, {split['test']} that compare"
     lines = [f"**{what[:1].upper()}{what[1:]}.** {len(ended)} of {len(arms)} arms; {parts}."]
     tests = tested(arms, record["chosen"])
     if tests:

@@ -91,6 +91,14 @@ def test_a_shortcut_stands_beside_its_placebo_seed_by_seed_and_image_by_image():
     assert f"| {ours.mean():.4f} | {low:.4f} to {high:.4f} |" in why_report.why_tables()
 
 
+def test_no_more_images_choose_than_were_measured():
+    """Earlier records have the whole part."""
+    found = record([arm("lora", 0, [1.0, 2.0, 3.0])])
+    assert "7 images trained on, 3 that choose, 3 that compare" in why_report.section("it", found)
+    found["settings"]["max_validation_images"] = 2
+    assert "7 images trained on, 2 that choose, 3 that compare" in why_report.section("it", found)
+
+
 def test_each_seed_is_a_rerun_of_the_others():
     """In four of five seeds the method is half a per cent above LoRA, in the fifth ten, which is outside; one lacks."""
     shift, random = np.array([0.004, 0.006, 0.005, 0.007, 0.1]), np.random.default_rng(0)

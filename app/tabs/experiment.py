@@ -78,7 +78,7 @@ class ExperimentTab(LaunchTab):
     def events(self, page: Page) -> None:
         self.connect(page, self.which, self.last_look)
         quiet = {"api_visibility": "private", "show_progress": "hidden"}
-        planned = [self.flags[name] for name in self.names]
+        planned = [self.name, *(self.flags[name] for name in self.names)]
         gr.on(
             [page.blocks.load, *(part.change for part in planned)],
             readable_errors(self.count), planned, self.plan, trigger_mode="always_last", queue=False, **quiet,
@@ -90,9 +90,10 @@ class ExperimentTab(LaunchTab):
         page.frames[self].select(lambda: gr.Timer(active=True), None, self.timer, **quiet)
         gr.api(readable_errors(self.list_names), api_name="experiments")
 
-    def count(self, *values) -> str:
-        """How many arms the form makes; what is wrong with it instead, where it makes none."""
-        return experiments.plan(dict(zip(self.names, values, strict=True)))
+    def count(self, name: str, *values) -> str:
+        """How many arms the form makes, with those that are there; what is wrong with it, where it makes none."""
+        begun = self.library.find_experiment(name) if self.trainings.goes_on(name, self.kind) else None
+        return experiments.plan(dict(zip(self.names, values, strict=True)), begun)
 
     def look(self, name: str, seen: tuple | None = None):
         """What is new of an experiment since the last look: state and log, and the report where there is another."""

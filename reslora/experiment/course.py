@@ -127,10 +127,15 @@ class Course:
         return todo[0] if todo and self.has_time() else None
 
     def has_time(self) -> bool:
-        """Whether another arm may be expected to end within --experiment_minutes; the first one is not asked."""
+        """Whether another arm may be expected to end within --experiment_minutes; the first one is not asked.
+
+        It may take as long as any that has ended: what a start has gone on with took longer than that start has seen.
+        """
         if not self.flags.experiment_minutes or not self.longest:
             return True
-        return time.monotonic() - self.began + self.longest <= 60 * self.flags.experiment_minutes
+        logs = (read_log(self.folder_of(arm) / "log.jsonl") for arm in self.arms() if self.ended(arm))
+        longest = max([self.longest, *(rows[-1]["seconds"] for rows in logs if rows)])
+        return time.monotonic() - self.began + longest <= 60 * self.flags.experiment_minutes
 
     # -- for experiment.json -------------------------------------------------------------------------------------------
 

@@ -24,9 +24,10 @@ class Split(TypedDict):
 
     train: int
     select: int
+    """Of which losses are measured."""
     test: int
     duplicates: int
-    """Those that are in the part of another one because they are near-duplicates of it."""
+    """Those that are left out, or in the part of another one, because they are near-duplicates of it."""
 
 
 class TestLosses(TypedDict):
@@ -149,6 +150,8 @@ class Experiment(Facts):
     """Lines that a reader should know, as they were printed."""
     readings: NotRequired[int]
     """How often losses on the test images were measured."""
+    as_of: NotRequired[int]
+    """Of how many arms an earlier start has concluded what stands here, until it is concluded anew."""
     process: NotRequired[str]
     """What has written this: an arm is running only as long as that is (`as_of_now`)."""
 

@@ -48,6 +48,7 @@ def write_report(experiment: Experiment, folder: Path, about: About) -> None:
 def page(experiment: Experiment, folder: Path, about: About) -> str:
     """The whole document."""
     experiment, unit = as_of_now(experiment), about.unit
+    as_of = experiment.get("as_of")
     headline = escape(headline_of(experiment, unit))
     sections = (
         ("Verdicts", verdict_table(experiment, unit)),
@@ -57,7 +58,7 @@ def page(experiment: Experiment, folder: Path, about: About) -> str:
         *about.sections(experiment, folder),
         ("Settings and versions", settings_of(experiment)),
         ("How to read this", f"<p>{READING.format(unit=unit)}</p>"),
-        ("Notes", in_lines(experiment["notes"])),
+        (f"Notes as of {as_of} arms" if as_of else "Notes", in_lines(experiment["notes"])),
         ("What is missing", missing(experiment)),
     )
     body = "".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in sections if content)
@@ -80,8 +81,12 @@ def headline_of(experiment: Experiment, unit: str) -> str:
     verdicts, total = experiment["verdicts"], len(experiment["arms"])
     ended = sum(arm["status"] in ("finished", "failed") for arm in experiment["arms"])
     so_far = f"So far, with {ended} of {total} arms: " if ended < total else ""
+    if verdicts and "as_of" in experiment:
+        so_far = f"As of {experiment['as_of']} arms, with {ended} of {total} ended: "
     if not verdicts:
-        return f"{so_far}nothing to compare yet" if so_far else "There is nothing to compare"
+        finished = any(arm["status"] == "finished" for arm in experiment["arms"])
+        none = "Nothing is compared yet" if finished and not experiment["chosen"] else "There is nothing to compare"
+        return f"{so_far}nothing to compare yet" if so_far else none
     if len(verdicts) == 1:
         return so_far + verdicts[0]["sentence"]
     return so_far + summary_of(verdicts, unit)
@@ -90,21 +95,29 @@ def headline_of(experiment: Experiment, unit: str) -> str:
 def summary_of(verdicts: Sequence[Verdict], unit: str) -> str:
     """Of several methods: which are better, else which are worse, else what could have been shown."""
     references = " and ".join(dict.fromkeys(verdict["reference"] for verdict in verdicts))
+    told = [verdict for verdict in verdicts if verdict["detectable"] is not None]
+    if not told:
+        return f"one seed or {unit} cannot tell {len(verdicts)} methods from {references}"
+    untold = len(verdicts) - len(told)
+    return shown_among(told, references) + (f"; {untold} cannot be told yet" if untold else "")
+
+
+def shown_among(verdicts: Sequence[Verdict], references: str) -> str:
+    """What is shown of the methods that can be told from their reference."""
     better, worse = ([v for v in verdicts if v["conclusion"] == which] for which in ("better", "worse"))
     for which, size, towards in ((better, min, "lower"), (worse, max, "higher")):
         if len(which) == 1:
-            return which[0]["sentence"] if which is better else f"nothing is better; {which[0]['sentence']}"
+            return which[0]["sentence"] if which is better else f"nothing is shown to be better; {which[0]['sentence']}"
         if which:
             first = size(which, key=lambda verdict: verdict["relative"])
             kind = "better" if which is better else "worse"
             share = f"{len(which)} of {len(verdicts)} methods are {kind} than {references}"
-            share = share if which is better else f"nothing is better than {references}, and {share}"
+            share = share if which is better else f"nothing is shown to be better than {references}, and {share}"
             (relative,) = percents(first["relative"])
             return f"{share}, most of all {first['label']}: test loss {relative}% {towards}"
-    detectable = [verdict["detectable"] for verdict in verdicts if verdict["detectable"] is not None]
-    if not detectable:
-        return f"one seed or {unit} cannot tell {len(verdicts)} methods from {references}"
-    (most,) = percents(max(detectable))
+    if len(verdicts) == 1:
+        return verdicts[0]["sentence"]
+    (most,) = percents(max(verdict["detectable"] or 0 for verdict in verdicts))
     return f"no difference between {len(verdicts)} methods and {references} shown (could have shown {most}% for each)"
 
 
@@ -330,7 +343,8 @@ def is_chosen(arm: Arm, experiment: Experiment) -> bool:
 
 def settings_of(experiment: Experiment) -> str:
     """Settings, versions and parts, folded; HTML."""
-    settings = {name: value for name, value in experiment["settings"].items() if value not in (None, "", [], False)}
+    given = {name: value for name, value in experiment["settings"].items() if value not in (None, "", [])}
+    settings = {name: value for name, value in given.items() if value is not False}
     found = ""
     for title, content in (
         ("Settings", settings),

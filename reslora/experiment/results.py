@@ -29,8 +29,27 @@ class Results:
     verdicts: list[record.Verdict] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    as_of: int | None = None
+    """How many arms the conclusions are of, where they are an earlier start's."""
+
     def __post_init__(self) -> None:
-        self.readings: int = read_object(self.course.folder / EXPERIMENT).get("readings", 0)
+        there = read_object(self.course.folder / EXPERIMENT)
+        self.readings: int = there.get("readings", 0)
+        arms, chosen = set(self.course.arms()), there.get("chosen", {})
+        judged = {arm for arm in arms if arm.label in chosen and chosen[arm.label]["learning_rate"] == arm.rate}
+        if judged:
+            self.keep(there, judged)
+
+    def keep(self, there: dict, judged: set[Arm]) -> None:
+        """What an earlier start has concluded of arms that are still there, until it is concluded anew."""
+        labels = {arm.label for arm in judged}
+        self.chosen = {label: choice for label, choice in there["chosen"].items() if label in labels}
+        self.verdicts = [each for each in there["verdicts"] if {each["label"], each["reference"]} <= labels]
+        tests = {Arm(arm["label"], arm["learning_rate"], arm["seed"]): arm["test"] for arm in there["arms"]}
+        self.tests = {arm: test for arm, test in tests.items() if test and arm in judged}
+        self.notes = there["notes"]
+        ended = sum(arm["status"] in ("finished", "failed") for arm in there["arms"])
+        self.as_of = there.get("as_of", ended)
 
     def write(self) -> None:
         """`experiment.json` as things stand, and the report of it."""
@@ -45,12 +64,14 @@ class Results:
             "readings": self.readings,
             "process": this_process(),
         }
+        if self.as_of is not None:
+            content["as_of"] = self.as_of
         write_json(self.course.folder / EXPERIMENT, content)
         write_report(content, self.course.folder, self.subject.about)
 
     def conclude(self) -> None:
         """Chooses by the select part, reads the test part once, compares, and tells all."""
-        course = self.course
+        course, self.as_of = self.course, None
         losses = course.losses()
         self.chosen = choose([course.record(arm) for arm in course.arms()])
         judged = [arm for arm in losses if self.is_chosen(arm)]
@@ -92,7 +113,8 @@ class Results:
             if choice["at_end"]:
                 end = {"low": "lowest", "high": "highest"}[choice["at_end"]]
                 line = f"{label}: the best learning rate is the {end} that was tried, {choice['learning_rate']:g}"
-                found.append(f"{line}; --extend_rates, or --learning_rate {choice['next']:g} beside the others")
+                more = "" if self.course.flags.extend_rates else "--extend_rates, or "  # which has tried all it would
+                found.append(f"{line}; {more}--learning_rate {choice['next']:g} beside the others")
         return found
 
     def no_reference(self, judged: Sequence[Arm]) -> list[str]:

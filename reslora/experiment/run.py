@@ -28,6 +28,7 @@ def train_and_conclude(course: Course, subject: Subject) -> None:
         what, _, _ = str(error).partition("; ")  # a plain run would go on otherwise
         raise Stopped(f"{what}; the same command goes on") from None
     course.running = None
+    decided(results.write)  # whatever ends the comparison, no arm is in training
     decided(results.conclude)
 
 

@@ -2,7 +2,7 @@
 
 A task's own validation and test files choose and compare where it has both, and its only one compares. What is lacking
 is cut out of the training examples by a hash of content. Near-duplicates, equal but for case, digits and white space,
-are never in two parts.
+are never in two parts, and one of them chooses or compares: several would count as examples of their own.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Parts(Generic[T]):
-    """Examples of one kind, each content once but for those that are trained on."""
+    """Examples of one kind; one of those that are near-duplicates but for those that are trained on."""
 
     train: Sequence[T]
     select: Sequence[T]
@@ -61,7 +61,7 @@ def parts_of(files: Mapping[str, Sequence[T]], text: Callable[[T], str], shares:
     has a file.
     """
     keys = {example: normalised(text(example)) for part in files.values() for example in part}
-    select, test = (list(dict.fromkeys(files.get(part, ()))) for part in ("select", "test"))
+    select, test = (_one_of_each(files.get(part, ()), keys) for part in ("select", "test"))
     words = ["a file of the task" if part else "of the training examples" for part in (select, test)]
     wanted = share_of("select_split", select, shares), share_of("test_split", test, shares)
     taken = {keys[example] for example in test}
@@ -74,10 +74,19 @@ def parts_of(files: Mapping[str, Sequence[T]], text: Callable[[T], str], shares:
         problem = f"{len(found)} examples to train on, {len(select)} to choose by, but for near-duplicates of others"
         raise InvalidArgument("this experiment", problem, "give more that differ in more than numbers and case")
     learnt, chosen, tested = ({found[number] for number in numbers} for numbers in cut(found, *wanted))
-    select += [example for example in dict.fromkeys(train) if keys[example] in chosen]
-    test += [example for example in dict.fromkeys(train) if keys[example] in tested]
+    select += _one_of_each([example for example in train if keys[example] in chosen], keys)
+    test += _one_of_each([example for example in train if keys[example] in tested], keys)
     train = [example for example in train if keys[example] in learnt]
     return Parts(train, select, test, len(keys) - len(set(keys.values())), words)
+
+
+def _one_of_each(examples: Sequence[T], keys: Mapping[T, str]) -> list[T]:
+    """Of examples with one key the first by a hash of content, in the order given."""
+    first: dict[str, T] = {}
+    for example in sorted(set(examples), key=lambda example: derive("example", example)):
+        first.setdefault(keys[example], example)
+    kept = set(first.values())
+    return [example for example in dict.fromkeys(examples) if example in kept]
 
 
 def share_of(name: str, own: Sequence, shares: ExperimentArguments) -> float:

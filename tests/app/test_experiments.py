@@ -20,6 +20,8 @@ from app.tabs import Parts
 from app.tabs.experiment import ExperimentTab
 from app.uploads import keep
 from reslora.diffusion.experiment.pages import IMAGES
+from reslora.diffusion.settings import parse_args
+from reslora.experiment.course import Course
 from reslora.experiment.report import write_report
 
 
@@ -93,6 +95,16 @@ def test_how_far_it_is(library):
     assert "Go on" in experiments.summary(found, "stopped")
 
 
+def test_one_whose_arms_have_all_diverged_has_nothing_to_go_on_with(library):
+    found, content = library.find_experiment("which"), examples.experiment(None)
+    for arm in content["arms"]:
+        arm |= {"status": "failed", "reason": "the loss is not finite at step 3", "test": None}
+    write_experiment(found.folder, content | {"chosen": {}, "verdicts": []})
+    told = experiments.summary(found, found.status)
+    assert found.status == "failed" and "60 of 60 arms ended" in told and "none of them well" in told
+    assert "Go on" not in told and "not finite at step 3" in found.report()
+
+
 def test_the_report_can_do_nothing_to_the_page(library):
     found = library.find_experiment("which")
     (found.folder / "report.html").write_text('"><script>parent.hacked = 1</script> ${1} {{2}}')
@@ -127,11 +139,29 @@ def test_a_new_experiment_has_all_flags_and_one_that_is_there_what_is_added(libr
     more = trainings.command("which", form | {"extend_rates": False, "seed": "0"}, kind=Experiment)
     folder = library.folder / "which"
     assert more[1:5] == ["--output_dir", str(folder), "--config", str(folder / "config.json")]
-    assert more[5:] == ["--method", "lora", "loha", "--seed", "0", "--learning_rate", "1e-4", "3e-4"]
+    rates = ["--learning_rate", "0.0001", "0.0002", "0.0003"]
+    assert more[5:] == ["--method", "lora", "loha", "--seed", "0", *rates]
     with pytest.raises(RunError, match="already"):
         trainings.command("which", form)  # a run of that name
     with pytest.raises(RunError, match="finished"):
         trainings.resume("which", Experiment)
+
+
+def test_what_a_form_adds_to_an_experiment_is_beside_what_is_there(library):
+    """Nothing that was trained is left out: of methods, rates and seeds it has both."""
+    begun = {"method": ["lora", "reslora"], "learning_rate": [1e-4, 2e-4], "seed": [0, 1]}
+    begun["shortcut"] = ["input", "block"]
+    (library.folder / "which" / "config.json").write_text(json.dumps(begun))
+    found, trainings = library.find_experiment("which"), Trainings(library)
+    for added, arms, of_each in (
+        ({"method": ["dora"], "learning_rate": "4e-4", "seed": "3"}, 36, "4 methods, 3 learning rates, 3 seeds"),
+        ({"method": ["lora"], "learning_rate": "0.0001", "seed": ""}, 12, "3 methods, 2 learning rates, 2 seeds"),
+        ({"experiment_minutes": "5"}, 12, "3 methods, 2 learning rates, 2 seeds"),
+    ):
+        form = dict.fromkeys(ExperimentTab.names, "") | added
+        assert f"{arms} arms: {of_each}." in experiments.plan(form, found)
+        flags = parse_args(trainings.command("which", form, kind=Experiment)[1:])
+        assert len(Course(flags).arms()) == arms
 
 
 def test_an_experiment_goes_on_with_its_own_images_and_settings_or_not_at_all(library, tmp_path):

@@ -18,12 +18,12 @@ def course(tmp_path):
     return lambda *flags: Course(parse_args(["--output_dir", str(tmp_path / "out"), "--rank", "2", *RATES, *flags]))
 
 
-def leave(course: Course, arm: Arm, best: float = 2e-4) -> None:
+def leave(course: Course, arm: Arm, best: float = 2e-4, seconds: float = 3.0) -> None:
     """What an arm leaves that has ended: losses that are lowest at the rate `best`, and at its second step."""
     loss, folder = abs(math.log(arm.rate / best)) + 1, course.folder_of(arm)
     folder.mkdir(parents=True, exist_ok=True)
     rows = [
-        {"step": step, "split": "validation", "loss": loss + abs(step - 2), "seconds": 3.0} for step in (0, 1, 2, 3)
+        {"step": step, "split": "validation", "loss": loss + abs(step - 2), "seconds": seconds} for step in (0, 1, 2, 3)
     ]
     (folder / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
     course.end(arm, "", 100)
@@ -99,3 +99,13 @@ def test_no_arm_begins_that_would_not_end_in_time(course):
     one.longest = 610.0
     assert not one.has_time() and one.next_arm() is None
     assert course("--experiment_minutes", "10").next_arm() is not None
+
+
+def test_what_another_start_has_trained_counts_for_how_long_an_arm_takes(course):
+    """The one that this start has gone on with was nearly done."""
+    leave(course(), course().next_arm(), seconds=1800.0)
+    one = course("--experiment_minutes", "20")
+    leave(one, one.next_arm(), seconds=1800.0)
+    one.longest = 60.0
+    assert not one.has_time() and one.next_arm() is None
+    assert course("--experiment_minutes", "20").next_arm() is not None

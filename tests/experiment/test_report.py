@@ -150,6 +150,12 @@ def test_settings_name_no_place_outside_the_working_directory(experiment, folder
     assert "output_dir runs/mine train_data_dir cats, dogs" in words and "someone" not in words
 
 
+def test_a_setting_of_zero_is_a_setting(experiment, folder):
+    settings = {"lr_warmup_steps": 0, "guidance_scale": 0.0, "random_flip": False, "report_to": None}
+    words = words_of(page(experiment | {"settings": settings}, folder))
+    assert "lr_warmup_steps 0 guidance_scale 0.0" in words and "random_flip" not in words and "report_to" not in words
+
+
 def test_a_damaged_image_and_a_missing_one(experiment, tmp_path):
     """And samples that were not drawn at the chosen step: those nearest to it are shown."""
     examples.experiment(tmp_path)
@@ -166,11 +172,24 @@ def test_a_damaged_image_and_a_missing_one(experiment, tmp_path):
     [
         (("better", "worse", "not shown"), "a: sentence"),
         (("better", "better", "worse"), "2 of 3 methods are better than lora, most of all b: test loss 2.0% lower"),
-        (("worse", "not shown", "not shown"), "nothing is better; a: sentence"),
-        (("worse", "not shown", "worse"), "nothing is better than lora, and 2 of 3 methods are worse than lora, "),
+        (("worse", "not shown", "not shown"), "nothing is shown to be better; a: sentence"),
         (
-            ("not shown", "cannot tell"),
-            "no difference between 2 methods and lora shown (could have shown 0.8%",
+            ("worse", "not shown", "worse"),
+            "nothing is shown to be better than lora, and 2 of 3 methods are worse than lora, most of all c: ",
+        ),
+        (
+            ("not shown", "not shown"),
+            "no difference between 2 methods and lora shown (could have shown 0.8% for each)",
+        ),
+        (
+            ("not shown", "not shown", "cannot tell"),
+            "no difference between 2 methods and lora shown (could have shown 0.8% for each); 1 cannot be told yet",
+        ),
+        (("cannot tell", "not shown", "cannot tell"), "b: sentence; 2 cannot be told yet"),
+        (("worse", "cannot tell"), "nothing is shown to be better; a: sentence; 1 cannot be told yet"),
+        (
+            ("better", "better", "cannot tell"),
+            "2 of 2 methods are better than lora, most of all b: test loss 2.0% lower; 1 cannot be told yet",
         ),
         (("cannot tell", "cannot tell"), "one seed or image cannot tell 2 methods from lora"),
         (("cannot tell",), "a: sentence"),
@@ -181,11 +200,12 @@ def test_the_headline(conclusions, words):
     verdicts = [
         {"label": label, "reference": "lora", "conclusion": conclusion, "sentence": f"{label}: sentence"}
         | {"relative": {"better": -1.0, "worse": 1.0}.get(conclusion, 0.1) * (place + 1)}
-        | {"detectable": 0.8 if conclusion == "not shown" else None}
+        | {"detectable": None if conclusion == "cannot tell" else 0.8}
         for place, (label, conclusion) in enumerate(zip("abc", conclusions, strict=False))
     ]
     arms = [{"status": "finished"}] * 2
-    assert headline_of({"verdicts": verdicts, "arms": arms}, "image").startswith(words)
+    found = {"verdicts": verdicts, "arms": arms, "chosen": {"lora": {}}}
+    assert headline_of(found, "image").startswith(words)
     if verdicts:
         unfinished = {"verdicts": verdicts, "arms": [*arms, {"status": "waiting"}]}
         assert headline_of(unfinished, "image").startswith(f"So far, with 2 of 3 arms: {words}")

@@ -1,12 +1,22 @@
 """An experiment's arms, one after the other."""
 
+import json
+import math
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
+from app.library import Experiment
 from reslora.common.errors import Stopped
+from reslora.diffusion.experiment.pages import IMAGES
+from reslora.diffusion.settings import parse_args
 from reslora.experiment import run
+from reslora.experiment.arms import Arm
+from reslora.experiment.course import Course
 
 
 def test_a_stopped_arm_says_that_the_same_command_goes_on(monkeypatch):
@@ -21,3 +31,100 @@ def test_a_stopped_arm_says_that_the_same_command_goes_on(monkeypatch):
     with pytest.raises(Stopped, match=r"^lora/lr-1 stopped after step 3; the same command goes on$"):
         run.train_and_conclude(course, SimpleNamespace(train=stopped, device=torch.device("cpu")))
     assert told == ["arm", None]
+
+
+class Untrained:
+    """Arms that leave losses, of a middle rate the lowest, and are never trained; `stopped`: in which of its verbs."""
+
+    about, device = IMAGES, torch.device("cpu")
+
+    def __init__(self, course: Course, stopped: str = "") -> None:
+        self.course, self.stopped = course, stopped
+
+    def facts(self) -> dict:
+        parts = {"train": 9, "select": 2, "test": 4, "duplicates": 0}
+        return {"versions": {}, "split": parts, "timesteps": [0.5], "identity": {}}
+
+    def train(self, arm: Arm) -> None:
+        if self.stopped == "train":
+            raise Stopped("stopped after step 1; go on")
+        folder, loss = self.course.folder_of(arm), 1 + abs(math.log(arm.rate / 2e-4)) + 0.01 * arm.seed
+        folder.mkdir(parents=True, exist_ok=True)
+        row = {"step": 1, "split": "validation", "loss": loss, "seconds": 1.0}
+        (folder / "log.jsonl").write_text(json.dumps(row))
+
+    def is_tested(self, arm: Arm, step: int) -> bool:
+        return False
+
+    def tested(self, arm: Arm, step: int) -> dict:
+        if self.stopped == "tested":
+            raise Stopped("stopped while comparing; the same command goes on")
+        luck = np.random.default_rng([arm.seed, len(arm.label)]).normal(size=4)
+        losses = 1 + 0.1 * (arm.label != "lora") + 0.001 * luck
+        return {"images": list("abcd"), "losses": losses.tolist(), "by_timestep": [1.0]}
+
+    def export(self, arm: Arm, step: int) -> str:
+        return "file"
+
+
+def go(folder: Path, *flags: str, stopped: str = "", methods: str = "lora lora_x2 lora_x4") -> tuple[dict, str]:
+    """Trains and concludes, or is stopped; the record, and the report's headline."""
+    grid = ["--method", *methods.split(), "--learning_rate", "1e-4", "2e-4", "4e-4", *flags]
+    grid += [] if "--seed" in flags else ["--seed", "0", "1"]
+    course = Course(parse_args(["--output_dir", str(folder), *grid]))
+    folder.mkdir(exist_ok=True)
+    if stopped:
+        with pytest.raises(Stopped):
+            run.train_and_conclude(course, Untrained(course, stopped))
+    else:
+        run.train_and_conclude(course, Untrained(course))
+    report = (folder / "report.html").read_text(encoding="utf-8")
+    return json.loads((folder / "experiment.json").read_text()), re.search("<h1>(.*?)</h1>", report)[1]
+
+
+def read_of(record: dict) -> list[tuple]:
+    return [(arm["label"], arm["learning_rate"], arm["seed"]) for arm in record["arms"] if arm["test"]]
+
+
+def test_what_was_concluded_stays_until_it_is_concluded_anew(tmp_path):
+    """A seed is added, and a stop in its first arm, or in the comparison, loses nothing of what was found."""
+    folder = tmp_path / "out"
+    before, headline = go(folder)
+    assert len(before["verdicts"]) == 2 and headline.startswith("nothing is shown to be better than lora, and 2 of 2")
+    (folder / "config.json").write_text('{"seed": [0, 1]}')
+    for stopped, ended in (("train", 18), ("tested", 27)):
+        kept, told = go(folder, "--seed", "0", "1", "2", stopped=stopped)
+        for name in ("chosen", "verdicts", "notes"):
+            assert kept[name] == before[name]
+        assert read_of(kept) == read_of(before) and kept["as_of"] == 18
+        assert told == f"As of 18 arms, with {ended} of 27 ended: {headline}"
+        assert Experiment("out", folder).status == "stopped"
+    after, headline = go(folder, "--seed", "0", "1", "2")
+    assert after["verdicts"][0]["seeds"] == 3 and "as_of" not in after and headline.startswith("nothing is shown")
+    assert Experiment("out", folder).status == "finished"
+
+
+def test_of_what_was_concluded_only_labels_that_are_still_there_stay(tmp_path):
+    go(tmp_path / "out")
+    kept, told = go(tmp_path / "out", stopped="train", methods="lora lora_x2 rslora")
+    assert set(kept["chosen"]) == {"lora", "lora_x2"} and [each["label"] for each in kept["verdicts"]] == ["lora_x2"]
+    assert told.startswith("As of 18 arms, with 12 of 18 ended: lora_x2 is worse than lora")
+    kept, told = go(tmp_path / "out", "--method", "lora_x4", "--learning_rate", "1e-4", "4e-4", stopped="tested")
+    assert (kept["chosen"], kept["verdicts"], read_of(kept)) == ({}, [], []) and "as_of" not in kept
+
+
+def test_extended_rates_are_advised_where_none_were_tried(tmp_path):
+    """The best of all is the lowest one: three more are tried, and no more."""
+    rates = ("--learning_rate", "8e-4", "16e-4")
+    advised = [note for note in go(tmp_path / "out", *rates)[0]["notes"] if "was tried" in note]
+    assert len(advised) == 3 and all("0.0008; --extend_rates, or --learning_rate 0.0004 " in note for note in advised)
+    rates = ("--learning_rate", "6.4e-3", "12.8e-3")
+    record, _ = go(tmp_path / "other", *rates, "--extend_rates")
+    advised = [note for note in record["notes"] if "was tried" in note]
+    assert len(record["arms"]) == 3 * 5 * 2 and len(advised) == 3
+    assert all("was tried, 0.0008; --learning_rate 0.0004 beside the others" in note for note in advised)
+
+
+def test_nothing_is_in_training_while_methods_are_compared(tmp_path):
+    record, headline = go(tmp_path / "out", stopped="tested")
+    assert {arm["status"] for arm in record["arms"]} == {"finished"} and headline == "Nothing is compared yet"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Mapping
@@ -30,9 +31,10 @@ from ...experiment.record import EXPERIMENT, Facts, TestLosses, facts_of
 from ...experiment.report import About
 from ...experiment.run import train_and_conclude
 from ...files import read_object, remove_leftovers
-from ..arguments import SEVERAL, Flags
+from ..arguments import SEVERAL, Flags, in_words
 from ..checks import check_methods
 from ..context import Context
+from ..data.dataset import ImageDataset
 from ..data.material import latents_of, material_of, note_images, with_texts
 from ..data.samples import Material, measured_at
 from ..folder import cache_folder
@@ -45,7 +47,7 @@ from .checks import plain_variants
 from .judging import export_chosen, is_tested, tested
 from .measure import SelectLoss
 from .pages import IMAGES
-from .split import Parts, check_count, learnt, parts_of, with_parts
+from .split import Parts, check_count, content_of, learnt, parts_of, with_parts
 
 MOST_LOOKS = 10
 ADAPTER = ("rank", "shortcut", "pre_num")  # what an adapter is made of, where several are given
@@ -78,6 +80,7 @@ def run_experiment(flags: Flags, stop: StopRequest) -> None:
         material = material_of(kinds, pipeline, objective, context)
         note_images(material, context, goes_on=(context.folder / EXPERIMENT).exists())
         parts = decided(lambda: parts_of(learnt(material.sources), asked))
+        decided(lambda: check_parts(asked, parts, learnt(material.sources)))
         material = with_parts(material, parts)
         materials = {seed: of_seed(material, seed, pipeline, context) for seed in values_of(asked, "seed")}
         forget_encoder(pipeline, context)
@@ -134,10 +137,29 @@ def check_same(flags: Flags, identity: Identity | None = None) -> None:
         return
     check_past(flags, folder, there, identity)
     for name in FIXED:
-        value = getattr(flags, name)
-        if value is not None and there.get(name) != value:
-            problem, fix = f"{folder} was begun with {there.get(name)}", "use that, or choose another --output_dir"
-            raise InvalidArgument(f"--{name} {value}", problem, fix)
+        value, before = getattr(flags, name), there.get(name)
+        settled = value is not None or name == "metric_model"  # of the others the model or the images say it yet
+        if settled and before != value:
+            problem, fix = f"{folder} was begun with {in_words(before)}", "use that, or choose another --output_dir"
+            raise InvalidArgument(f"--{name} {in_words(value)}", problem, fix)
+
+
+def check_parts(flags: Flags, parts: Parts, images: Mapping[int, ImageDataset]) -> None:
+    """Refuses to go on with other parts than an experiment was begun with, as an earlier version may have cut them."""
+    folder = Path(flags.output_dir)
+    there = read_object(folder / EXPERIMENT)
+    if not there:
+        return
+    before = there.get("identity", {}).get("parts")
+    if before is not None:
+        same = before == content_of(parts, images)
+    else:  # an earlier version has kept how many they are, and what it has compared by
+        marks = [images[source].marks[number] for source, number in parts.test]
+        sizes = (there["split"]["train"], there["split"]["test"]) == (len(parts.train), len(marks))
+        same = sizes and all(arm["test"]["images"] == marks for arm in there["arms"] if arm["test"])
+    if not same:
+        problem = "was begun with other parts of these images, as an earlier version cut them"
+        raise InvalidArgument(f"--output_dir {folder}", problem, "choose another")
 
 
 def identity_record(flags: Flags, identity: Identity) -> dict:
@@ -232,13 +254,18 @@ class Bench:
         finally:
             context.accelerator.free_memory()
 
+    @functools.cached_property
+    def content(self) -> str:
+        """What the parts are known by."""
+        return content_of(self.parts, learnt(self.setting.material.sources))
+
     def facts(self) -> Facts:
         """Versions, parts and identity."""
         objective = self.setting.material.objective
         return {
             **facts_of(self.parts, LIBRARIES),
             "timesteps": [float(timestep) / objective.timesteps for timestep in measured_at(objective)],
-            "identity": identity_record(self.course.flags, self.setting.identity),
+            "identity": identity_record(self.course.flags, self.setting.identity) | {"parts": self.content},
         }
 
     def is_tested(self, arm: Arm, step: int) -> bool:

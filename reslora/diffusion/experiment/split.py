@@ -1,6 +1,7 @@
 """Which images are trained on, which choose rates and checkpoints, and which compare methods: a function of content.
 
-An image and its near-duplicates (re-encoded, scaled, with another caption) are in one part. Which part, a hash of the
+An image and its near-duplicates (re-encoded, scaled, with another caption) are in one part; where they choose or
+compare, one of them does, as several would count as images of their own. Which part, a hash of the
 content says, whatever other images there are: an image that is added moves no other one but its duplicates. Only where
 a part would be empty it takes the next in the order of the hash.
 """
@@ -18,6 +19,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from ...common.errors import InvalidArgument, refused_as
+from ...common.seeds import derive
 from ...experiment.parts import cut
 from ..arguments import Flags
 from ..data.class_images import balanced
@@ -26,7 +28,10 @@ from ..data.samples import Material
 from ..data.sources import Source
 
 SIDE, MARGIN = 8, 8  # of the perceptual hash: cells across and down, and levels of 255 by which neighbours differ
-NEAR = 16  # of its 384 bits, near-duplicates differ in at most so many
+BITS, NEAR = 384, 16  # it has so many bits, of which near-duplicates differ in at most so many
+# On a plain ground few bits are set, and unlike drawings differ in few. Squares of differences between near-duplicates'
+# cells, beside those of the cells themselves, are at most so much; a level of 255 is allowed to rounding.
+APART, ROUNDING = 0.15, 1.0
 AT_ONCE = 1024  # rows of distances
 
 
@@ -36,33 +41,43 @@ Image = tuple[int, int]
 
 @dataclass(frozen=True)
 class Parts:
-    """Images in the order of the hash; each content once but for those that are trained on."""
+    """Images in the order of the hash; one of those that look alike but for those that are trained on."""
 
     train: tuple[Image, ...]
     select: tuple[Image, ...]
     test: tuple[Image, ...]
     duplicates: int
-    """Contents that are where they are because of another one, as which they look."""
+    """Contents that are left out, or where they are, because of another one, as which they look."""
 
     def __str__(self) -> str:
         numbers = f"{len(self.train)} to train on, {len(self.select)} to choose by, {len(self.test)} to compare by"
-        return f"images: {numbers}; {self.duplicates} near-duplicates, each beside the image that it repeats"
+        return f"images: {numbers}; {self.duplicates} near-duplicates, none in another part than what it repeats"
 
 
 def parts_of(images: Mapping[int, ImageDataset], flags: Flags) -> Parts:
     """The images of these sources in three parts, by --select_split and --test_split, with at least one image in each.
 
+    Of the second --max_validation_images are taken at most, and the rest of it is used for nothing.
     Raises `InvalidArgument` where there are fewer than three that are no near-duplicates.
     """
     flat = [(source, number) for source, found in images.items() for number in range(len(found))]
     marks = [images[source].marks[number] for source, number in flat]
-    groups = groups_of(marks, perceptual_hashes(images, flat, data_flag(flags)))
-    check_count(len(groups), flags)
+    groups = groups_of(marks, looks_of(images, flat, data_flag(flags)))
+    named = ([images[flat[each][0]].name(flat[each][1]) for each in group[:2]] for group in groups if len(group) > 1)
+    check_count(len(groups), flags, next(named, []))
     cuts = cut([min(marks[image] for image in group) for group in groups], flags.select_split, flags.test_split)
-    train, select, test = ([image for number in numbers for image in groups[number]] for numbers in cuts)
-    select, test = (list({marks[image]: image for image in reversed(part)}.values())[::-1] for part in (select, test))
+    train = [image for number in cuts[0] for image in groups[number]]
+    select, test = ([min(groups[number], key=marks.__getitem__) for number in part] for part in cuts[1:])
+    select = select[: flags.max_validation_images]
     parts = [tuple(flat[image] for image in part) for part in (train, select, test)]
     return Parts(parts[0], parts[1], parts[2], duplicates=len(set(marks)) - len(groups))
+
+
+def content_of(parts: Parts, images: Mapping[int, ImageDataset]) -> str:
+    """What the parts are known by, whatever the order of their images."""
+    found = (parts.train, parts.select, parts.test)
+    marks = [sorted(images[source].marks[number] for source, number in part) for part in found]
+    return f"{derive('parts', marks):016x}"
 
 
 def learnt(sources: Sequence[Source]) -> dict[int, ImageDataset]:
@@ -70,19 +85,21 @@ def learnt(sources: Sequence[Source]) -> dict[int, ImageDataset]:
     return {number: source.images for number, source in enumerate(sources) if not source.images.of_class}
 
 
-def check_count(images: int, flags: Flags) -> None:
-    """Refuse so few images that some part would be empty."""
+def check_count(images: int, flags: Flags, alike: Sequence[str] = ()) -> None:
+    """Refuse so few images that some part would be empty. `alike`: names of two that count as one."""
     if images < 3:
-        problem = f"{images} images but for near-duplicates, to train on, to choose by and to compare by"
+        example = f" ({' and '.join(alike)} look alike)" if alike else ""
+        problem = f"{images} images but for near-duplicates{example}, to train on, to choose by and to compare by"
         raise InvalidArgument(data_flag(flags), problem, "give at least 3")
 
 
 def with_parts(material: Material, parts: Parts) -> Material:
-    """The material with the first part to train on and the second, up to --max_validation_images, held out."""
-    held_out, learnt = parts.select[: material.flags.max_validation_images], []
+    """The material with the first part to train on and the second held out."""
+    learnt = []
     for number, source in enumerate(material.sources):
         if not source.images.of_class:
-            own = [tuple(sorted(image for where, image in part if where == number)) for part in (parts.train, held_out)]
+            both = (parts.train, parts.select)
+            own = [tuple(sorted(image for where, image in part if where == number)) for part in both]
             repeats = source.images.repeats  # before those of all images were balanced with class images
             learnt.append(dataclasses.replace(source, train=own[0], held_out=own[1], repeats=repeats))
     of_class = [source for source in material.sources if source.images.of_class]
@@ -90,17 +107,20 @@ def with_parts(material: Material, parts: Parts) -> Material:
     return dataclasses.replace(material, sources=balanced(learnt, of_class) if of_class else tuple(learnt))
 
 
-def groups_of(marks: Sequence[str], hashes: np.ndarray) -> list[list[int]]:
+def groups_of(marks: Sequence[str], looks: np.ndarray) -> list[list[int]]:
     """The images, put together with their near-duplicates, and these with theirs.
 
-    `marks`: the content of each; `hashes`: images x bits.
+    `marks`: the content of each; `looks`: images x what `look_of` gives of each.
     """
-    bits = hashes.astype(np.float32)
-    weights, pairs = bits.sum(1), []
+    (bits, cells), pairs = np.split(looks, [BITS], axis=1), []
+    weights, squares = bits.sum(1), np.square(cells).sum(1)
+    sizes = np.sqrt(squares)
     for start in range(0, len(bits), AT_ONCE):
-        part = bits[start : start + AT_ONCE]
-        distances = weights[start : start + AT_ONCE, None] + weights - 2 * part @ bits.T
-        found = np.argwhere(distances <= NEAR)
+        some = slice(start, start + AT_ONCE)
+        distances = weights[some, None] + weights - 2 * bits[some] @ bits.T
+        apart = squares[some, None] + squares - 2 * cells[some] @ cells.T
+        allowed = APART * (sizes[some, None] * sizes + ROUNDING**2 * cells.shape[1])
+        found = np.argwhere((distances <= NEAR) & (apart <= allowed))
         found[:, 0] += start
         pairs.append(found)
     first = {mark: number for number, mark in reversed(list(enumerate(marks)))}
@@ -111,22 +131,28 @@ def groups_of(marks: Sequence[str], hashes: np.ndarray) -> list[list[int]]:
     return [np.flatnonzero(group == number).tolist() for number in range(count)]
 
 
-def perceptual_hashes(images: Mapping[int, ImageDataset], flat: Sequence[Image], flag: str) -> np.ndarray:
-    """The hash of each image, images x bits; raises `InvalidArgument` for one that cannot be opened."""
+def looks_of(images: Mapping[int, ImageDataset], flat: Sequence[Image], flag: str) -> np.ndarray:
+    """What each image looks like, for `groups_of`; raises `InvalidArgument` for one that cannot be opened."""
 
-    def hash_of(image: Image) -> np.ndarray:
+    def one(image: Image) -> np.ndarray:
         found, number = images[image[0]], image[1]
         with refused_as(f"{flag}, {found.name(number)}", "repair or remove it"):
-            return perceptual_hash(found.open(number))
+            return look_of(found.open(number))
 
     with ThreadPoolExecutor() as pool:  # PIL decodes beside other threads
-        return np.stack(list(pool.map(hash_of, flat)))
+        return np.stack(list(pool.map(one, flat)))
+
+
+def look_of(image: PIL.Image.Image) -> np.ndarray:
+    """The bits of its hash, then the levels of 8 x 8 cells in each colour beside their mean: float32, 384 and 192."""
+    cells = np.asarray(image.resize((SIDE, SIDE), PIL.Image.Resampling.BOX), dtype=np.float32)
+    return np.concatenate([perceptual_hash(image).astype(np.float32), (cells - cells.mean((0, 1))).ravel()])
 
 
 def perceptual_hash(image: PIL.Image.Image) -> np.ndarray:
     """Where each of 8 x 8 cells is clearly brighter than the one before it, across and down, in each colour (dHash).
 
-    384 bits. Scaling and JPEG change a few of them; the margin keeps flat areas at zero.
+    BITS bits. Scaling and JPEG change a few of them; the margin keeps flat areas at zero.
     """
     bits = []
     for axis, size in ((1, (SIDE + 1, SIDE)), (0, (SIDE, SIDE + 1))):

@@ -1,5 +1,6 @@
 """Experiments from the command line: arms are plain runs, are trained once, and outlive a kill."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -24,7 +25,7 @@ from reslora.diffusion.data.size import Size
 from reslora.diffusion.data.sources import Source
 from reslora.diffusion.experiment import run
 from reslora.diffusion.experiment.judging import export_chosen
-from reslora.diffusion.experiment.split import parts_of
+from reslora.diffusion.experiment.split import content_of, parts_of
 from reslora.diffusion.run import Setting
 from reslora.diffusion.settings import parse_args
 from reslora.diffusion.training.denoising import DenoisingLoss
@@ -248,6 +249,9 @@ def test_nothing_but_methods_rates_and_seeds_may_change(flags, whole, capsys):
     ):
         line = refused(capsys, *own, *other)
         assert "another --output_dir" in line and (other[0] in line or "batch" in line or "cache_latents" in line)
+    begun = flags[flags.index("--metric_model") + 1]
+    line = refused(capsys, *without(flags, "--metric_model"), *WHOLE, "--output_dir", output)
+    assert f"--metric_model none: {output} was begun with {begun}; use that" in line
     plain = of_a_plain_run(flags)
     assert "holds an experiment" in refused(capsys, *plain, "--method", "lora", "--output_dir", output)
 
@@ -262,6 +266,24 @@ def test_other_images_are_refused(flags, whole, capsys, tmp_path):
     noted.write_text(content.replace("8 images", "7 images"))
     assert "trained on 7 images" in refused(capsys, *flags, *WHOLE, "--output_dir", output, quiet=False)
     noted.write_text(content)
+
+
+def test_parts_that_an_earlier_version_has_cut_otherwise_are_refused(images, tmp_path):
+    """Of which a record has the content, or, before, how many they were and what was compared by."""
+    flags = parse_args(["--train_data_dir", str(images), "--output_dir", str(tmp_path), "--seed", "0", "1"])
+    found = {0: load_images(flags)}
+    parts = parts_of(found, flags)
+    fewer, other = dataclasses.replace(parts, train=parts.train[1:]), dataclasses.replace(parts, test=parts.train[:1])
+    run.check_parts(flags, parts, found)  # there is nothing yet
+    marks = [found[0].marks[image] for _, image in parts.test]
+    split, arms = {"train": len(parts.train), "test": len(parts.test)}, [{"test": None}, {"test": {"images": marks}}]
+    now = {"identity": {"parts": content_of(parts, found)}, "arms": [], "split": split}
+    for record in (now, {"identity": {}, "arms": arms, "split": split}, {"arms": arms[:1], "split": split}):
+        (tmp_path / "experiment.json").write_text(json.dumps(record))
+        run.check_parts(flags, parts, found)
+        for wrong in (fewer, other) if "identity" in record else (fewer,):
+            with pytest.raises(InvalidArgument, match=r"begun with other parts of these images.*; choose another$"):
+                run.check_parts(flags, wrong, found)
 
 
 def test_an_image_that_is_damaged_for_one_seed_alone_is_named(images, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The three parts of the images: by content alone, near-duplicates together."""
 
+import dataclasses
 import io
 import random
 from types import SimpleNamespace
@@ -7,16 +8,20 @@ from types import SimpleNamespace
 import datasets
 import numpy as np
 import PIL.Image
+import PIL.ImageDraw
 import pytest
 from pipelines import image_folder, random_image
 
 from reslora.common.errors import InvalidArgument
 from reslora.diffusion.content import content_mark
 from reslora.diffusion.data.dataset import FEATURES, ImageDataset
-from reslora.diffusion.experiment.split import groups_of, parts_of, perceptual_hash
+from reslora.diffusion.experiment.split import BITS, groups_of, look_of, parts_of
 from reslora.experiment.parts import cut
+from reslora.experiment.record import facts_of
 
-SHARES = SimpleNamespace(select_split=0.2, test_split=0.3, dataset_name=None, train_data_dir="images")
+SHARES = SimpleNamespace(
+    select_split=0.2, test_split=0.3, max_validation_images=64, dataset_name=None, train_data_dir="images"
+)
 
 
 def picture(number: int) -> PIL.Image.Image:
@@ -79,29 +84,105 @@ def test_near_duplicates_are_together_and_tested_once():
     named = {"train": found.train, "select": found.select, "test": found.test}
     of_copies = {name: [number for _, number in part if number < 5] for name, part in named.items()}
     (part,) = [name for name, numbers in of_copies.items() if numbers]
-    assert len(of_copies[part]) == (5 if part == "train" else 4)  # the file once
+    assert len(of_copies[part]) == (5 if part == "train" else 1)
 
 
 def test_duplicates_of_duplicates_are_together():
-    hashes = np.zeros((4, 384), bool)
-    hashes[1, :12] = hashes[2, :24] = True  # the last is 24 away from the first, and 12 from the one between
-    hashes[3, :100] = True
-    assert groups_of(["a", "b", "c", "d"], hashes) == [[0, 1, 2], [3]]
-    assert groups_of(["a", "b", "c", "a"], hashes) == [[0, 1, 2, 3]]
+    looks = np.zeros((4, BITS + 192), np.float32)
+    looks[1, :12] = looks[2, :24] = 1  # the last is 24 away from the first, and 12 from the one between
+    looks[3, :100] = 1
+    assert groups_of(["a", "b", "c", "d"], looks) == [[0, 1, 2], [3]]
+    assert groups_of(["a", "b", "c", "a"], looks) == [[0, 1, 2, 3]]
+
+
+def groups(images: list[PIL.Image.Image]) -> list[list[int]]:
+    """Of images that are each a content of its own."""
+    return groups_of([str(number) for number in range(len(images))], np.stack(list(map(look_of, images))))
+
+
+def sketch(number: int) -> PIL.Image.Image:
+    """A few thin lines on white."""
+    image = PIL.Image.new("RGB", (512, 512), "white")
+    points = np.random.default_rng(number).integers(40, 472, (6, 2)).tolist()
+    PIL.ImageDraw.Draw(image).line([tuple(point) for point in points], fill=(60, 60, 60), width=2)
+    return image
+
+
+def icon(number: int) -> PIL.Image.Image:
+    """A small shape in the middle of a white ground: one of three, in one of eight colours."""
+    image, colour = PIL.Image.new("RGB", (256, 256), "white"), tuple(255 * (number // 3 >> k & 1) for k in range(3))
+    pen, box = PIL.ImageDraw.Draw(image), (98, 98, 158, 158)
+    if number % 3 == 0:
+        pen.ellipse(box, fill=colour)
+    elif number % 3 == 1:
+        pen.line([(98, 128), (158, 128)], fill=colour, width=12)
+    else:
+        pen.polygon([(128, 98), (158, 158), (98, 158)], fill=colour)
+    return image
+
+
+def dark(number: int) -> PIL.Image.Image:
+    """A few small lights at night."""
+    levels = np.random.default_rng(number).normal(14, 5, (8, 8, 3)).clip(0, 255).astype(np.uint8)
+    image = PIL.Image.fromarray(levels).resize((256, 256), PIL.Image.Resampling.NEAREST)
+    for x, y in np.random.default_rng(number).integers(0, 250, (12, 2)).tolist():
+        image.paste((250, 250, 250), (x, y, x + 4, y + 4))
+    return image
 
 
 def test_other_images_are_no_duplicates():
-    hashes = np.stack([perceptual_hash(picture(number)) for number in range(60)])
-    assert len(groups_of([str(number) for number in range(60)], hashes)) == 60
-    noise = np.stack([perceptual_hash(random_image(number).resize((64, 64))) for number in range(20)])
-    assert len(groups_of([str(number) for number in range(20)], noise)) == 20
+    assert len(groups([picture(number) for number in range(60)])) == 60
+    assert len(groups([random_image(number).resize((64, 64)) for number in range(20)])) == 20
+
+
+def test_other_drawings_on_a_plain_ground_are_no_duplicates():
+    """Of the icons each has its own colour or its own shape; white ones show nothing."""
+    for drawn, count in ((sketch, 24), (icon, 21), (dark, 24)):
+        assert len(groups([drawn(number) for number in range(count)])) == count, drawn
+
+
+@pytest.mark.parametrize("drawn", [picture, sketch, icon, dark])
+def test_copies_are_found_whatever_is_drawn(drawn):
+    """As JPEG, scaled, darker, with less contrast, and with a hundredth less at each side."""
+    image = drawn(0)
+    width, height = image.size
+    copies = [
+        PIL.Image.open(io.BytesIO(encoded(image, "JPEG", quality=60))).convert("RGB"),
+        image.resize((width * 3 // 2, height * 3 // 2)),
+        image.resize((width // 2, height // 2)),
+        image.point(lambda value: value * 0.9 + 10),
+        image.point(lambda value: value - 10),
+        image.crop((width // 100, height // 100, width - width // 100, height - height // 100)),
+    ]
+    assert [len(groups([image, copy])) for copy in copies] == [1] * len(copies)
+
+
+def test_one_of_several_that_look_alike_chooses_or_compares():
+    """The one with the lowest mark, and none of them where others are trained on."""
+    contents = [
+        encoded(picture(number), "JPEG", quality=quality) for number in range(30) for quality in (60, 70, 80, 90)
+    ]
+    found = parts_of({0: dataset(contents)}, SHARES)
+    marks = list(map(content_mark, contents))
+    for part in (found.select, found.test):
+        assert part and len({image // 4 for _, image in part}) == len(part)
+        assert all(marks[image] == min(marks[image // 4 * 4 : image // 4 * 4 + 4]) for _, image in part)
+    assert len(found.train) == 4 * (30 - len(found.select) - len(found.test)) and found.duplicates == 90
+
+
+def test_no_more_images_choose_than_are_measured():
+    """By the hash's order; what is told of the part is what is measured of it."""
+    images = {0: dataset([encoded(picture(number)) for number in range(40)])}
+    whole, found = (parts_of(images, SimpleNamespace(**vars(SHARES) | {"max_validation_images": n})) for n in (64, 3))
+    assert len(whole.select) > 3 and found == dataclasses.replace(whole, select=whole.select[:3])
+    assert "3 to choose by" in str(found) and facts_of(found, ())["split"]["select"] == 3
 
 
 def test_too_few_images_are_refused_in_one_line():
     image = picture(0)
     with pytest.raises(InvalidArgument, match="--train_data_dir images: 2 images but for near-duplicates") as error:
-        parts([encoded(image), encoded(image, "JPEG"), encoded(picture(1))])
-    assert "\n" not in str(error.value)
+        parts([encoded(image), encoded(picture(1)), encoded(image, "JPEG")])
+    assert "\n" not in str(error.value) and "(image 0 and image 2 look alike)" in str(error.value)
 
 
 def test_an_image_that_cannot_be_opened_is_named(tmp_path):
