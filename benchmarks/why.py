@@ -39,6 +39,8 @@ BASELINES = ("lora", "loha", "lokr", "dora", "oft")
 FEWER = ("lora", "lora_x2", "lora_matched", "is_placebo", "ms_placebo")
 """What 1 and 2 cannot do without: an arm of a language model takes minutes."""
 SHORTCUTS = ("input", "block", "middle")
+PRE_NUM = {"methods": ("lora", "reslora"), "shortcuts": SHORTCUTS[1:], "pre_nums": ("1", "2", "5", "-1")}
+"""4 is in the experiment of all methods, which has LoRA's arms as well."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Experiment:
     flags: tuple[str, ...]
     methods: tuple[str, ...] = METHODS
     shortcuts: tuple[str, ...] = SHORTCUTS
+    pre_nums: tuple[str, ...] = ("4",)
     seeds: tuple[str, ...] = SEEDS
     needs: str = ""
     """What of this command line it cannot do without."""
@@ -59,7 +62,7 @@ class Experiment:
         """What is run; {llm}, {encoder}, {text} and {depth} in its flags are the folders of the command line."""
         flags = [flag.format(**vars(args)) for flag in self.flags]
         several = ["--method", *self.methods, "--learning_rate", *self.rates, "--seed", *self.seeds]
-        several += ["--shortcut", *self.shortcuts, "--pre_num", "4"] if "reslora" in self.methods else []
+        several += ["--shortcut", *self.shortcuts, "--pre_num", *self.pre_nums] if "reslora" in self.methods else []
         if self.script != "train_sd.py" and not torch.cuda.is_available():
             several.append("--use_cpu")
         if args.minutes:
@@ -106,6 +109,8 @@ EXPERIMENTS = {
     "unet": images("assets/pipeline", "the bundled U-Net, rank 16"),
     "transformer-baselines": images("assets/pipeline-flow", "other methods on the transformer", methods=BASELINES),
     "unet-baselines": images("assets/pipeline", "other methods on the U-Net", methods=BASELINES),
+    "transformer-pre_num": images("assets/pipeline-flow", "the transformer by pre_num", **PRE_NUM),
+    "unet-pre_num": images("assets/pipeline", "the U-Net by pre_num", **PRE_NUM),
     "transformer-r1": images("assets/pipeline-flow", "the bundled transformer, rank 1", "--rank", "1"),
     "unet-r1": images("assets/pipeline", "the bundled U-Net, rank 1", "--rank", "1"),
     "transformer-r4": images("assets/pipeline-flow", "the bundled transformer, rank 4", "--rank", "4"),
