@@ -48,10 +48,12 @@ def save(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
     `checksums.json` beside them is written last, by `reslora.files.write_checksums`, which is for whoever adds files to
     call again. Includes `modules_to_save` and the recorded norms. With several processes, call it on rank 0.
 
-    Raises `ValueError` if the model is not connected.
+    Raises `ValueError` if the model is not connected, or `directory` is a file.
     """
     base = base_model(model)
     connection = connected(base, adapter_name)
+    if Path(directory).is_file():
+        raise ValueError(f"directory={str(directory)!r} is a file; give a folder")
     outer = unwrap(model)
     norms = connection.wires.norms
     tensors = _state(outer, base, adapter_name)

@@ -275,6 +275,16 @@ def test_saving_a_plain_lora_model_is_an_error(llama, tmp_path):
     assert_one_line(error, "connect")
 
 
+def test_nothing_is_saved_over_a_file(llama, tmp_path):
+    model = llama.lora()
+    reslora.connect(model, ResLoraConfig())
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(ValueError) as error:
+        reslora.save(model, tmp_path / "out")
+    assert_one_line(error, "directory=", "is a file", "give a folder")
+    assert (tmp_path / "out").read_text() == "mine"
+
+
 # --- refused ----------------------------------------------------------------------------------------------------------
 
 

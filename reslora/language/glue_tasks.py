@@ -14,7 +14,7 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from ..common.errors import InvalidArgument, loaded_from_hub
-from ..common.jsonl import json_lines
+from ..common.jsonl import data_lines
 
 Columns = dict[str, list]
 """Texts and labels by column."""
@@ -83,7 +83,7 @@ def read_folder(task: Task, data_dir: str, split: str) -> tuple[str, list[dict] 
     if not path.is_file():
         return f"{where}, {path.name}", None
     rows = []
-    for number, row in json_lines(path):
+    for number, row in data_lines(path, f"{where}, {path.name}", "correct it"):
         if not isinstance(row, dict):
             raise InvalidArgument(f"{where}, {path.name} line {number}", "not a JSON object", "correct it")
         rows.append(row)

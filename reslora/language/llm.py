@@ -110,9 +110,8 @@ def found_examples(arguments: TaskArguments) -> dict[str, list[Example]]:
 def _held_out(arguments: TaskArguments, count: int) -> int:
     """How many training examples are held out for validation: a tenth."""
     if count < 2:
-        raise InvalidArgument(
-            f"--eval_strategy with {count} training example", "there is none to validate on", file_form(arguments.task)
-        )
+        fix = "add validation.jsonl, or more examples to train.jsonl; or give --eval_strategy no"
+        raise InvalidArgument(f"--eval_strategy with {count} training example", "there is none to validate on", fix)
     held_out = min(max(1, count // 10), HELD_OUT)
     say(f"{held_out} of {count} training examples are held out for validation: there are none for it alone")
     return held_out

@@ -10,13 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import datasets
 from accelerate import PartialState
 
 from ..common.errors import InvalidArgument, first_line, loaded_from_hub
-from ..common.jsonl import NOT_JSON, json_lines
+from ..common.jsonl import data_lines
 
 ANSWER = "The answer is"
 
@@ -40,7 +39,8 @@ class Task:
     """Where a task is on the hub, which columns it has, and how a row becomes an example."""
 
     hub: tuple[str, ...]
-    columns: tuple[str, ...]
+    columns: dict[str, type]
+    """What each must be; `object`: anything, which `example` looks at."""
     example: Callable[[dict], Example]
     test_split: str = "test"
     tested_as: str | None = None
@@ -93,11 +93,13 @@ def hellaswag(row: dict) -> Example:
 
 
 TASKS = {
-    "gsm8k": Task(("openai/gsm8k", "main"), ("question", "answer"), gsm8k),
-    "svamp": Task(("ChilleD/SVAMP",), ("Body", "Question", "Equation", "Answer"), svamp),
-    "mathqa": Task(("allenai/math_qa",), ("Problem", "Rationale", "options", "correct"), mathqa),
-    "metamathqa": Task(("meta-math/MetaMathQA",), ("query", "response"), metamathqa, tested_as="gsm8k"),
-    "hellaswag": Task(("Rowan/hellaswag",), ("ctx", "endings", "label"), hellaswag, test_split="validation"),
+    "gsm8k": Task(("openai/gsm8k", "main"), {"question": str, "answer": str}, gsm8k),
+    "svamp": Task(("ChilleD/SVAMP",), {"Body": str, "Question": str, "Equation": object, "Answer": object}, svamp),
+    "mathqa": Task(("allenai/math_qa",), {"Problem": str, "Rationale": str, "options": str, "correct": object}, mathqa),
+    "metamathqa": Task(("meta-math/MetaMathQA",), {"query": str, "response": str}, metamathqa, tested_as="gsm8k"),
+    "hellaswag": Task(
+        ("Rowan/hellaswag",), {"ctx": object, "endings": list, "label": object}, hellaswag, test_split="validation"
+    ),
 }
 
 
@@ -174,34 +176,38 @@ def file_form(name: str) -> str:
     return f"give --data_dir DIR with train.jsonl and test.jsonl, a JSON object per line: {columns}"
 
 
-def examples_of(task: Task, source: str, rows: list[dict]) -> list[Example]:
+def examples_of(task: Task, source: str, rows: list) -> list[Example]:
     """Rows as examples; `InvalidArgument` names the first that is none."""
     examples = []
     for number, row in enumerate(rows, 1):
-        missing = [column for column in task.columns if not isinstance(row, dict) or row.get(column) is None]
         try:
-            _expect(not missing, f"no column {', '.join(missing)}")
+            _check_columns(task, row)
             examples.append(task.example(row))
-        except (BadRow, AttributeError, TypeError) as error:
+        except BadRow as error:
             raise InvalidArgument(
                 f"{source} row {number}", first_line(error), f"its columns must be {', '.join(task.columns)}"
             ) from None
     return examples
 
 
-def _local_rows(name: str, data_dir: str, split: str) -> tuple[str, list[dict]]:
+def _check_columns(task: Task, row: object) -> None:
+    found = row if isinstance(row, dict) else {}
+    missing = [column for column in task.columns if column not in found]
+    _expect(not missing, f"no column {', '.join(missing)}")
+    for column, kind in task.columns.items():
+        value = found[column]
+        _expect(value is not None, f"{column} is null")
+        _expect(isinstance(value, kind), f"{column} is {value!r}, not a {'list' if kind is list else 'text'}")
+
+
+def _local_rows(name: str, data_dir: str, split: str) -> tuple[str, list]:
     """The rows of DIR/<split>.jsonl; none where the file is not there."""
     folder = Path(data_dir)
     if not folder.is_dir():
         raise InvalidArgument(f"--data_dir {folder}", "no such folder", file_form(name))
-    path, rows = folder / f"{split}.jsonl", list[Any]()
-    if not path.is_file():
-        return str(path), []
-    for number, row in json_lines(path):
-        if row is NOT_JSON:
-            raise InvalidArgument(f"{path} line {number}", "is not JSON", file_form(name))
-        rows.append(row)
-    return str(path), rows
+    path = folder / f"{split}.jsonl"
+    rows = data_lines(path, str(path), file_form(name)) if path.is_file() else ()
+    return str(path), [row for _, row in rows]
 
 
 def _hub_rows(name: str, task: Task, cache_dir: str | None, split: str) -> tuple[str, list[dict]]:

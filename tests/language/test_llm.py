@@ -153,7 +153,11 @@ def test_validation_examples_of_their_own_are_taken(tiny, data, tmp_path, capsys
 
 def test_a_single_training_example_cannot_be_held_out(tiny, tmp_path, capsys):
     data = write_rows(tmp_path / "data", train=[row(0)], test=[row(1)])
-    one_line(flags(tiny, data, tmp_path / "run", "--eval_strategy", "steps"), capsys, ["--eval_strategy", "validate"])
+    one_line(
+        flags(tiny, data, tmp_path / "run", "--eval_strategy", "steps"),
+        capsys,
+        ["--eval_strategy", "validate", "add validation.jsonl"],
+    )
 
 
 def test_the_best_checkpoint_is_chosen_on_held_out_training_examples(tiny, tmp_path):
@@ -255,7 +259,11 @@ def one_line(argv: list[str], capsys, words) -> None:
 BAD_DATA = {
     "missing column": ("svamp", {"train": [{"Body": "x", "Question": "y"}]}, ["row 1", "no column Equation, Answer"]),
     "no number": ("svamp", {"train": changed(Answer="many"), "test": [row(0)]}, ["train.jsonl row 2", "'many'"]),
-    "wrong type": ("svamp", {"train": changed(Body=5), "test": [row(0)]}, ["train.jsonl row 2"]),
+    "wrong type": ("svamp", {"train": changed(Body=5), "test": [row(0)]}, ["train.jsonl row 2", "Body is 5, not"]),
+    "null": ("svamp", {"train": changed(Answer=None), "test": [row(0)]}, ["train.jsonl row 2", "Answer is null"]),
+    "no list": (
+        "hellaswag", {"train": [{"ctx": "a", "endings": "b", "label": 0}]}, ["row 1", "endings is 'b', not a list"]
+    ),
     "not a row": ("svamp", {"train": [[1, 2]], "test": [row(0)]}, ["train.jsonl row 1", "Body"]),
     "no train": ("svamp", {"test": [row(0)]}, ["no train examples", "train.jsonl"]),
     "empty train": ("svamp", {"train": [], "test": [row(0)]}, ["no train examples"]),
