@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import PIL.Image
 import pytest
-from app_runs import HOSTILE, run_by_hand, write_run
+from app_runs import HOSTILE, run_by_hand, write_exports, write_run
 from waiting import LIMIT, ended, wait_until
 
 from app import launcher
@@ -148,8 +148,7 @@ def test_what_stops_is_what_trains_whichever_run_is_looked_at(run):
 
 
 def test_a_finished_run_is_not_resumed(run):
-    for method in run.methods:
-        (run.folder / method / "exports.json").write_text("{}")
+    write_exports(run)
     with pytest.raises(RunError, match="finished"):
         Trainings(Library(run.folder.parent)).resume("run")
 
