@@ -6,6 +6,7 @@ folder holds is never shown.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
@@ -58,6 +59,8 @@ class Image:
     """The file with a row for it; None where the caption is in a file beside it."""
     otherwise: str | None = None
     """Its caption where it has no file of its own."""
+    mask: Path | None = None
+    """The file with its mask; None where its row names none."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +176,7 @@ def read(folder: Folder, flags: Flags) -> Images:
         parts, notes = kohyas_folders(folder.path, flags)
         why = "not in one of kohya's folders" if parts else why
         for part, _, text in parts or [(str(folder.path), 1, None)]:
-            found = read_folder(Path(part), flags.replace(train_data_dir=part), text, deep=not parts)
+            found = with_masks(Path(part), flags.replace(train_data_dir=part), text, deep=not parts)
             if found is None:
                 return Images(folder, flags, {}, refused=whole_line(folder, flags))
             notes += found.notes
@@ -189,6 +192,13 @@ def read(folder: Folder, flags: Flags) -> Images:
     return Images(folder, flags, images, tuple(map(folder.without_path, notes)), refused, fixed)
 
 
+def with_masks(folder: Path, flags: Flags, caption: str | None, deep: bool) -> Found | None:
+    """What the trainer reads with --masked_loss or, where that refuses the masks, without."""
+    with contextlib.suppress(InvalidArgument):
+        return read_folder(folder, flags.replace(masked_loss=True), caption, deep)
+    return read_folder(folder, flags, caption, deep)
+
+
 def whole_line(folder: Folder, flags: Flags) -> str:
     """Why no image of a folder is shown that the datasets library reads."""
     layout = layout_of(files_of(folder.path, flags), folder.path) or "metadata in a folder below"
@@ -199,6 +209,7 @@ def images_of(found: Found, folder: Folder, flags: Flags, otherwise: str | None)
     """The images that the trainer has found, by name; `otherwise` is the caption of those without a file."""
     names, images = names_of(found.files, folder.path), {}
     for index, (name, path, row) in enumerate(zip(names, found.files, found.rows, strict=True)):
+        mask = row.pop("mask", None)  # training without --masked_loss does not ask whether it can be used
         usable = found.size(index, row)
         problem, size = "", usable if isinstance(usable, tuple) else header_of(folder, path)
         if isinstance(usable, str):
@@ -209,13 +220,15 @@ def images_of(found: Found, folder: Folder, flags: Flags, otherwise: str | None)
         if leads_out(folder, path):
             captions, size, problem = None, None, OUTSIDE
         buckets = buckets_of(size, flags) if size and not problem else ()
-        images[name] = Image(name, path, captions, size, buckets, problem, found.metadata, otherwise)
+        images[name] = Image(
+            name, path, captions, size, buckets, problem, found.metadata, otherwise, mask and Path(mask["path"])
+        )
     return images
 
 
 def unread(folder: Folder, flags: Flags, read: dict[str, Image], why: str, metadata: Path | None) -> dict[str, Image]:
-    """The images in a folder that the trainer passes over."""
-    known = {os.path.normpath(image.path) for image in read.values()}
+    """The images in a folder that the trainer passes over; masks are none."""
+    known = {os.path.normpath(path) for image in read.values() for path in (image.path, image.mask) if path}
     paths = [
         path
         for path in files_of(folder.path, flags)

@@ -40,6 +40,8 @@ FOLDERS = ("train_data_dir", "class_data_dir", "dataset_name")
 """Flags that may name a folder of images."""
 SAVE, SAMPLE = "save.now", "sample.now"
 """Files by which a trainer is asked for something."""
+BEFORE = {LOG_NAME, EXPERIMENT_LOG, NOTES, SAVE, SAMPLE, "cache", "images.json", "logs"}
+"""What may be in a run's folder before its training begins; what is encoded is kept in `cache`."""
 FEW = 8  # images to look at before a training
 PLAN_SECONDS = 180
 
@@ -181,10 +183,9 @@ class Trainings:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name):
             raise RunError("A run's name has letters, digits, hyphens and underscores, at most 64 of them.")
         folder = self.library.folder / name
-        # What holds nothing but a log never began: its name is free again.
-        ours = (LOG_NAME, EXPERIMENT_LOG, NOTES)
-        began = not folder.is_dir() or any(path.name not in ours for path in folder.iterdir())
-        if folder.is_symlink() or (folder.exists() and (began or self.is_active(Run(name, folder)))):
+        run = Run(name, folder)
+        began = not folder.is_dir() or not BEFORE.issuperset(run.entries())  # if not, its name is free again
+        if folder.is_symlink() or (folder.exists() and (began or self.is_active(run))):
             raise RunError("There is a run of that name already; choose another name, or resume it.")
         return folder
 
@@ -223,7 +224,7 @@ class Trainings:
         """The run or experiment of that name; `RunError` if it cannot be resumed."""
         run = self.find(name, kind)
         if not run.config:
-            raise RunError("This run never got as far as to be resumed; start a new one.")
+            raise RunError("This run never got as far as to be resumed; start it anew.")
         if not run.folder.is_relative_to(self.library.folder):
             raise RunError("The example run cannot be resumed; start a new one.")
         if run.status == "finished":

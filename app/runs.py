@@ -196,7 +196,7 @@ class Run:
         if not self.config:
             return "failed"
         done, total = self.progress
-        exported = all(self.inside(method, "exports.json") for method in self.methods)
+        exported = all(self.record(method).get("step") == self.steps_of(method) for method in self.methods)
         return "finished" if total and done >= total and exported else "stopped"
 
     @property
@@ -208,10 +208,15 @@ class Run:
 
     def steps_of(self, method: str) -> int:
         """Steps to do of a method: those that were done where early stopping has ended it."""
-        steps = self.whole("max_train_steps", 0)
-        record = self.read_json(method, "exports.json") if self.config.get("early_stopping_patience") else None
-        ended = record.get("step") if isinstance(record, dict) and record.get("early_stopping_patience") else None
-        return min(steps, int(number(ended) or steps))
+        steps, record = self.whole("max_train_steps", 0), self.record(method)
+        patience = record.get("early_stopping_patience")  # which has ended it; with another one it goes on
+        ended = number(record.get("step")) if patience and patience == self.config.get("early_stopping_patience") else 0
+        return min(steps, int(ended or steps))
+
+    def record(self, method: str) -> dict:
+        """What a method's exports say of themselves; empty until they are written."""
+        record = self.read_json(method, "exports.json")
+        return record if isinstance(record, dict) else {}
 
     # -- what it shows -------------------------------------------------------------------------------------------------
 

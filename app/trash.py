@@ -1,4 +1,4 @@
-"""Images out of the way of training, and back: moved, with their captions, into a folder that the trainer passes over.
+"""Images out of the way of training, and back: moved, with captions and masks, to where the trainer passes them over.
 
 What is thrown away together has a folder of its own in `.trash`, and a record of the rows that it had in a table.
 """
@@ -22,9 +22,9 @@ RECORD = "trash.json"
 
 
 def throw_away(images: Images, thrown: Sequence[Image]) -> Path:
-    """Moves images, captions and rows into the trash, all of them or with `RunError` none; returns where they are.
+    """Moves images, captions, masks and rows to the trash, all of them or with `RunError` none; returns where they are.
 
-    An image that is listed twice goes with both of its rows, a caption file with the last image that reads it.
+    An image that is listed twice goes with both of its rows, a caption file or mask with the last image that reads it.
     """
     paths = {os.path.normpath(image.path) for image in thrown}
     chosen = [image for image in images.images.values() if os.path.normpath(image.path) in paths]
@@ -47,11 +47,14 @@ def throw_away(images: Images, thrown: Sequence[Image]) -> Path:
 
 
 def files_with(chosen: Sequence[Image], images: Images) -> list[Path]:
-    """The files of images that are there, and the caption files that no other image reads."""
+    """The files of images that are there, and the masks and caption files that no other image reads."""
     paths = dict.fromkeys(image.path for image in chosen)
-    others = {image.path.with_suffix("") for image in images.images.values() if image.path not in paths}
-    captions = [text for path in paths if path.with_suffix("") not in others for text in caption_files(path)]
-    return [path for path in dict.fromkeys([*paths, *captions]) if path.is_file()]
+    others = [image for image in images.images.values() if image.path not in paths]
+    stems = {image.path.with_suffix("") for image in others}
+    captions = [text for path in paths if path.with_suffix("") not in stems for text in caption_files(path)]
+    used = {path for image in others for path in (image.path, image.mask)}
+    masks = [image.mask for image in chosen if image.mask is not None and image.mask not in used]
+    return [path for path in dict.fromkeys([*paths, *captions, *masks]) if path.is_file()]
 
 
 def move(files: Sequence[str], source: Path, target: Path) -> None:

@@ -62,6 +62,12 @@ def write_samples(folder: Path, value: int) -> None:
         PIL.Image.new("RGB", (8, 8), (value, 100 * prompt, 0)).save(folder / f"{prompt}-0.png")
 
 
+def write_exports(run: Run, step=4, **record) -> None:
+    """What the trainer says of a run's methods once they are exported."""
+    for method in run.methods:
+        (run.folder / method / "exports.json").write_text(json.dumps({"step": step, **record}))
+
+
 @functools.cache
 def trained(folder: Path) -> Path:
     """A run of LoRA and ResLoRA in `folder`, by the trainer; returns the folder of runs."""

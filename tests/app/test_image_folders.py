@@ -135,6 +135,29 @@ def test_rows_that_are_wrong_and_images_that_are_not_listed_are_told(edits, tmp_
         edits.change_captions(images, ["0.png"], ADD_TAG, "x")
 
 
+def test_masks_are_no_images_and_go_and_come_with_theirs(edits, tmp_path):
+    folder, table = tmp_path / "data" / "set", tmp_path / "data" / "set" / "metadata.jsonl"
+    for name in ("mask.png", "shared.png"):
+        PIL.Image.new("L", (9, 9)).save(folder / name)  # of another size, which matters to --masked_loss alone
+    masks = {"0.png": "mask.png", "1.png": "shared.png", "2.png": "./shared.png", "3.png": "4.png"}
+    rows = [{"file_name": f"{n}.png", "text": "a", "mask": masks.get(f"{n}.png")} for n in range(6)]
+    table.write_text("\n".join(map(json.dumps, rows)))
+    before = {path.name for path in folder.iterdir()}
+    images = edits.look("set")
+    assert list(images.images) == [f"{n}.png" for n in range(6)]
+    assert (images.notes, edits.shown(images, LEFT_OUT), trained(folder).left_out) == ((), [], ())
+    for names, gone in ((["0.png"], {"mask.png"}), (["1.png"], set()), (["2.png", "3.png"], {"shared.png"})):
+        there = {path.name for path in folder.glob("*.png")}
+        edits.throw_away(edits.look("set"), names)
+        assert there - {path.name for path in folder.glob("*.png")} == {*names, *gone}
+    assert list(edits.look("set").images) == ["4.png", "5.png"]
+    for _ in range(3):
+        edits.undo(edits.look("set"))
+    assert {path.name for path in folder.iterdir()} - {TRASH} == before and len(edits.look("set").images) == 6
+    table.write_text(json.dumps({"file_name": "0.png", "text": "a", "mask": 5}))
+    assert edits.look("set").images["0.png"].captions == ("a",)
+
+
 def test_kohyas_folders_mean_what_they_mean_to_the_trainer(edits, tmp_path):
     folder = tmp_path / "data" / "set"
     shutil.move(folder, tmp_path / "data" / "kohya" / "3_sks fox")

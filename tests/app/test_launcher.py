@@ -1,6 +1,7 @@
 """app/launcher.py: commands, uploads, and processes."""
 
 import os
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -8,15 +9,19 @@ from types import SimpleNamespace
 
 import PIL.Image
 import pytest
-from app_runs import HOSTILE, run_by_hand, write_run
+from app_runs import HOSTILE, run_by_hand, write_exports, write_run
+from diffusers import AutoencoderKL
+from pipelines import image_folder, stable_diffusion
 from waiting import LIMIT, ended, wait_until
 
+import train_sd
 from app import launcher
-from app.launcher import Trainings
+from app.launcher import SAVE, Trainings
 from app.library import Library
-from app.runs import Run, RunError, is_trainer
+from app.runs import LOG_NAME, Run, RunError, is_trainer
 from app.tabs.train import TrainTab
 from app.uploads import store_images
+from reslora.diffusion.data import encoding
 
 
 @pytest.fixture
@@ -106,6 +111,38 @@ def test_the_name_of_a_run_that_never_began_is_free(trainings):
     write_run(trainings.library.folder / "other")
     with pytest.raises(RunError, match="already"):
         trainings.new_folder("other")
+    (trainings.library.folder / "pictures").mkdir()
+    (trainings.library.folder / "pictures" / "a.png").touch()
+    with pytest.raises(RunError, match="already"):
+        trainings.new_folder("pictures")
+
+
+def test_what_was_stopped_while_it_encoded_is_started_anew(trainings, tmp_path, monkeypatch):
+    """By the words of the page; the images that it had encoded stay as they are."""
+    folder, calls, encode = trainings.library.folder / "new", [], AutoencoderKL.encode
+    flags = ["--pretrained_model_name_or_path", stable_diffusion(tmp_path / "model"), "--resolution", 32, "--rank", 2]
+    flags += ["--train_data_dir", image_folder(tmp_path / "images"), "--num_validation_images", 0]
+    flags += ["--method", "lora", "--num_inference_steps", 1]
+    flags = [str(word) for word in flags]
+
+    def stopped(vae, *args, **more):
+        calls.append(1)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return encode(vae, *args, **more)
+
+    monkeypatch.setattr(encoding, "PART_OF_IMAGES", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(AutoencoderKL, "encode", stopped)
+        assert train_sd.main([*flags, "--output_dir", str(folder)]) == 128 + signal.SIGTERM
+    kept = {path: path.stat().st_mtime_ns for path in (folder / "cache").iterdir()}
+    assert kept and (folder / "logs").is_dir()
+    (folder / LOG_NAME).touch()
+    (folder / SAVE).touch()
+    with pytest.raises(RunError, match="start it anew"):
+        trainings.resumable("new")
+    assert train_sd.main([*trainings.command("new", {"max_train_steps": "1"})[1:], *flags]) == 0
+    assert kept.items() <= {path: path.stat().st_mtime_ns for path in (folder / "cache").iterdir()}.items()
 
 
 def test_a_trainer_is_found_by_its_lock_and_stopped(run):
@@ -148,8 +185,7 @@ def test_what_stops_is_what_trains_whichever_run_is_looked_at(run):
 
 
 def test_a_finished_run_is_not_resumed(run):
-    for method in run.methods:
-        (run.folder / method / "exports.json").write_text("{}")
+    write_exports(run)
     with pytest.raises(RunError, match="finished"):
         Trainings(Library(run.folder.parent)).resume("run")
 

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from app_runs import run_by_hand
+from app_runs import run_by_hand, write_exports
 from safetensors.numpy import save_file
 
 from app import compared, views
@@ -20,8 +20,8 @@ def run(tmp_path):
 
 
 def test_example_is_small_complete_and_of_no_machine(run, tmp_path):
+    write_exports(run)
     for method in run.methods:
-        (run.folder / method / "exports.json").write_text("{}")
         (run.folder / method / "trash").mkdir()
         save_file({"lora_A": np.ones(2, "float32")}, run.folder / method / "pytorch_lora_weights.safetensors")
     elsewhere = {"pretrained_model_name_or_path": "/home/somebody/checkout/assets/pipeline", "cache_dir": "/data/hub"}

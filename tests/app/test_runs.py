@@ -5,7 +5,7 @@ import os
 import time
 
 import pytest
-from app_runs import HOSTILE, WRONG, run_by_hand, write_run, write_samples
+from app_runs import HOSTILE, WRONG, run_by_hand, write_exports, write_run, write_samples
 
 from app import runs
 from app.library import Library
@@ -24,9 +24,20 @@ def test_reads_what_the_trainer_wrote(run):
     assert run.progress == (8, 8)
     assert run.status == "stopped"
     assert set(run.samples("lora", 2)) == {(0, 0), (1, 0)}
-    for method in run.methods:
-        (run.folder / method / "exports.json").write_text("{}")
+    write_exports(run)
     assert run.status == "finished"
+
+
+def test_a_run_is_finished_where_its_last_step_is_exported(run):
+    """A finished one was given more steps, or the patience to go on, and stopped before it was exported anew."""
+    write_exports(run, step=2)
+    assert (run.status, run.progress) == ("stopped", (8, 8))
+    write_exports(run, step=2, early_stopping_patience=1)
+    for patience in (None, 2):
+        (run.folder / "config.json").write_text(json.dumps(run.config | {"early_stopping_patience": patience}))
+        assert (run.status, run.progress) == ("stopped", (8, 8))
+    (run.folder / "config.json").write_text(json.dumps(run.config | {"early_stopping_patience": 1}))
+    assert (run.status, run.progress) == ("finished", (4, 4))
 
 
 def test_images_of_earlier_prompts_are_left_out(run):
