@@ -17,6 +17,7 @@ from ...common.methods import METHODS
 from ...common.recovery import cannot_be_loaded, numbered, refuse_afresh, set_aside, set_others_aside, step_of
 from ...common.together import decided, each
 from ...files import (
+    CHECKSUMS_NAME,
     Damaged,
     check_checksums,
     read_object,
@@ -89,8 +90,9 @@ def settings_of(flags: Flags) -> dict:
 
 
 def checkpoints_of(folder: Path) -> list[Path]:
-    """Complete checkpoints of one method, newest first."""
-    return [path for path in numbered(folder) if (path / RECORD).is_file()]
+    """What was saved as checkpoints of one method, newest first; some of their files may be gone."""
+    files = (RECORD, STATE, CHECKSUMS_NAME)  # a folder without any of them is somebody's
+    return [path for path in numbered(folder) if any((path / name).is_file() for name in files)]
 
 
 def read_checkpoint(checkpoint: Path) -> dict:

@@ -509,6 +509,19 @@ def test_a_checkpoint_that_loads_but_differs_from_its_checksums_is_passed_over(k
         restore(keep.learner, paths[1:2], flags.replace(resume_from_checkpoint="checkpoint-2"), keep.accelerator)
 
 
+def test_a_checkpoint_without_its_record_is_damaged_and_not_nothing(keep, tmp_path):
+    """Where none else is there, training would start from zero beside it."""
+    first, second = [keep(step, max_train_steps=9) for step in (1, 2)]
+    keep.learner.name, named = tmp_path.name, {"output_dir": str(tmp_path.parent), "method": [tmp_path.name]}
+    flags = keep.flags.replace(**named, max_train_steps=9, resume_from_checkpoint="latest")
+    (second / "trainer.json").unlink()
+    restore(keep.learner, plan_resume(flags).checkpoints[tmp_path.name], flags, keep.accelerator)
+    assert keep.learner.step == 1
+    (first / "trainer.json").unlink()
+    with pytest.raises(InvalidArgument, match=r"no checkpoint in .* is whole"):
+        restore(keep.learner, plan_resume(flags).checkpoints[tmp_path.name], flags, keep.accelerator)
+
+
 def test_a_checkpoint_that_cannot_be_loaded_sets_no_others_aside(keep, tmp_path, monkeypatch):
     first, *_ = [keep(step) for step in (1, 2, 3)]
     keep.learner.name, flags = tmp_path.name, keep.flags.replace(output_dir=str(tmp_path.parent))
