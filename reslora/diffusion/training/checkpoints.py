@@ -29,12 +29,13 @@ from ...files import (
 )
 from ..arguments import BY_FAMILY, NOISES, Flags, build_parser, in_words, listed
 from ..settings import fill_defaults
-from .best import best_of, forget_beaten
+from .best import FOLDER, best_of, forget_beaten
 from .schedule import Schedule
 from .state import Learner
 
 STATE, RECORD, EXPORTS = "trainer.pt", "trainer.json", "exports.json"
 
+TOLD = ("log.jsonl", FOLDER, "samples")  # of the line of training that a method's folder has checkpoints of
 MERGING = ("merge", "merge_calibration_samples")  # another one is merged and exported anew, and not trained again
 # What a finished run shows of its training, and shows no more.
 SHOWN = (
@@ -347,7 +348,8 @@ def restore(learner: Learner, candidates: list[Path], flags: Flags, accelerator:
 
     The main process chooses. Raises `InvalidArgument` where none is whole, or the one that the user has named is not;
     `RunFailed` for one that is whole and cannot be loaded all the same. Either leaves everything on disk as it is;
-    else what is not of its line steps aside, and one that was not in its place is copied there.
+    else what is not of its line steps aside, and one that was not in its place is copied there; log, best adapters and
+    samples begin anew then.
     """
     if not candidates:
         return
@@ -355,7 +357,7 @@ def restore(learner: Learner, candidates: list[Path], flags: Flags, accelerator:
     chosen = decided(lambda: newest_whole(candidates, folder, flags))
     each(lambda: load_checkpoint(learner, chosen, accelerator))
     place = folder / f"checkpoint-{learner.step}"
-    decided(lambda: set_others_aside(chosen, checkpoints_of(folder), place))
+    decided(lambda: set_others_aside(chosen, checkpoints_of(folder), place, TOLD))
     accelerator.print(f"{learner.name}: going on from {chosen}")
 
 
