@@ -51,8 +51,7 @@ FREE_ON_RESUME = {
     "experiment_minutes", "extend_rates", "checkpointing_minutes", "early_stopping_patience", "blocks_to_swap", "plan",
     # The content decides: see `Identity`.
     "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "revision", "variant", "train_data_dir",
-    "dataset_name", "dataset_config_name", "image_column", "caption_column", "class_data_dir", "num_class_images",
-    "init_lora",
+    "dataset_name", "dataset_config_name", "image_column", "caption_column", "class_data_dir", "init_lora",
 }  # fmt: skip
 
 DESCRIBED = {
