@@ -33,6 +33,7 @@ from .best import FOLDER, best_of, forget_beaten
 from .schedule import Schedule
 from .state import Learner
 
+OF_CLASS = "; class images: "  # between the content of the images that are learnt and that of class images
 STATE, RECORD, EXPORTS = "trainer.pt", "trainer.json", "exports.json"
 
 TOLD = ("log.jsonl", FOLDER, "samples")  # of the line of training that a method's folder has checkpoints of
@@ -250,7 +251,10 @@ def check_past(flags: Flags, place: Path, record: dict, identity: Identity | Non
             if "content" not in str(there):  # it holds hashes of heads and tails of files
                 what = f"by an earlier version, which did not look at all of the {name}: are these the same?"
             problem, fix = f"{place} was trained {what}", "bring that back, or choose another --output_dir"
-            raise InvalidArgument(getattr(identity, f"{name}_flag"), problem, fix)
+            flag = getattr(identity, f"{name}_flag")
+            if name == "images" and here.partition(OF_CLASS)[0] == str(there).partition(OF_CLASS)[0]:
+                flag = f"--class_data_dir {flags.class_data_dir}"
+            raise InvalidArgument(flag, problem, fix)
 
 
 def refuse_steering(flags: Flags, place: Path, there: dict) -> None:
