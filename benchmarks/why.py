@@ -39,8 +39,6 @@ BASELINES = ("lora", "loha", "lokr", "dora", "oft")
 FEWER = ("lora", "lora_x2", "lora_matched", "is_placebo", "ms_placebo")
 """What 1 and 2 cannot do without: an arm of a language model takes minutes."""
 SHORTCUTS = ("input", "block", "middle")
-PRE_NUM = {"methods": ("lora", "reslora"), "shortcuts": SHORTCUTS[1:], "pre_nums": ("1", "2", "5", "-1")}
-"""4 is in the experiment of all methods, which has LoRA's arms as well."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +79,11 @@ TEXT_FLAGS = (
     *("--max_test_samples", "150", "--bf16", "--dtype", "float32"),
 )
 IMAGE_RATES = ("2e-4", "4e-4", "8e-4", "1.6e-3", "3.2e-3")
+PRE_NUM = {
+    **{"methods": ("lora", "reslora"), "shortcuts": SHORTCUTS[1:], "pre_nums": ("1", "2", "5", "-1")},
+    **{"rates": IMAGE_RATES[1:4], "seeds": SEEDS[:3]},
+}
+"""4 is in the experiment of all methods, which has LoRA's arms as well and says which rates are worth a trial."""
 GLUE_FLAGS = (
     *("--model_name_or_path", "{encoder}", "--task_name", "sst2", "--data_dir", "{text}/sst2", "--report_to", "none"),
     *("--per_device_train_batch_size", "16", "--per_device_eval_batch_size", "64", "--max_seq_length", "128"),
@@ -90,10 +93,9 @@ GLUE_FLAGS = (
 TEXT_RATES = ("2.5e-4", "5e-4", "1e-3", "2e-3", "4e-3")
 
 
-def images(pipeline: str, shows: str, *flags: str, **more) -> Experiment:
-    return Experiment(
-        "train_sd.py", shows, IMAGE_RATES, ("--pretrained_model_name_or_path", pipeline, *IMAGE_FLAGS, *flags), **more
-    )
+def images(pipeline: str, shows: str, *flags: str, rates: tuple[str, ...] = IMAGE_RATES, **more) -> Experiment:
+    flags = ("--pretrained_model_name_or_path", pipeline, *IMAGE_FLAGS, *flags)
+    return Experiment("train_sd.py", shows, rates, flags, **more)
 
 
 def svamp(steps: int, rank: int) -> Experiment:
