@@ -248,6 +248,19 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def all_below(folder: Path) -> Iterator[Path]:
+    """Every file and folder in a folder and below it, but for what links lead to.
+
+    Raises `OSError` for a folder that cannot be listed, where `rglob` passes over it.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for place, folders, files in os.walk(folder, onerror=fail):
+        yield from (Path(place, name) for name in (*folders, *files))
+
+
 def remove(path: Path) -> None:
     """Removes a file, a link or a folder with all it holds, if it is there."""
     if path.is_dir() and not path.is_symlink():

@@ -23,7 +23,7 @@ OWNER = ".lock"  # holds the process id, for readers; what is locked is a file o
 def locked(folder: Path) -> Iterator[None]:
     """Keeps a second run out of the folder; raises `InvalidArgument` naming the process that is in it."""
     made = not folder.exists()
-    guard = _guard(folder)
+    guard = guard_of(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         guard.acquire(timeout=0)
@@ -45,7 +45,8 @@ def locked(folder: Path) -> Iterator[None]:
                 folder.rmdir()  # a run that was refused before it wrote anything leaves nothing
 
 
-def _guard(folder: Path) -> FileLock:
+def guard_of(folder: Path) -> FileLock:
+    """What locks a folder among the runs of this machine; the system frees it when a process ends."""
     name = hashlib.blake2b(os.fsencode(folder.resolve()), digest_size=8).hexdigest()
     return FileLock(Path(tempfile.gettempdir()) / f"reslora-{getattr(os, 'getuid', int)()}-{name}.lock")
 

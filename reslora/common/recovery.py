@@ -23,7 +23,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def set_aside(checkpoint: Path) -> Path:
-    """Gives what is in the place of a checkpoint another name, and returns that: what is not ours is not removed.
+    """Gives a checkpoint, or what is in its place, another name, and returns that: what is not ours is not removed.
 
     A name that transformers does not take for a checkpoint's: it removes the older ones of these.
     """
@@ -36,13 +36,14 @@ def set_aside(checkpoint: Path) -> Path:
     return there
 
 
-def set_others_aside(chosen: Path, found: Iterable[Path], place: Path) -> None:
+def set_others_aside(chosen: Path, found: Iterable[Path], place: Path, beside: Iterable[str] = ()) -> None:
     """Sets aside what training from `chosen` does not descend from: later checkpoints, or all where it is none of them.
 
     So those that a limit removes, and those whose places are taken, are always of one line. `found`: those called
     `checkpoint-<step>`; `place`: where the folder has the one of this step. `chosen` may have any name, in another
     folder or as one that was set aside itself: it is copied to `place` then, so that after a kill before the next
-    checkpoint the newest one is of this line too.
+    checkpoint the newest one is of this line too. What the folder holds `beside` checkpoints, by name, is of another
+    line then and steps aside with them.
     """
     if chosen.resolve() == place.resolve():
         for other in found:
@@ -51,7 +52,7 @@ def set_others_aside(chosen: Path, found: Iterable[Path], place: Path) -> None:
         return
     with replacing(place) as temporary:
         shutil.copytree(chosen, temporary)  # may fail: before anything else is changed
-        for other in dict.fromkeys([*found, place]):
+        for other in dict.fromkeys([*found, place, *(place.with_name(name) for name in beside)]):
             if other.exists():
                 set_aside(other)
 

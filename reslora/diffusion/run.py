@@ -53,6 +53,7 @@ from .processes import start_accelerator
 from .settings import with_family
 from .training.best import go_on_from
 from .training.checkpoints import (
+    OF_CLASS,
     Identity,
     Resume,
     check_length,
@@ -150,7 +151,7 @@ def identity_of(kinds: Sequence[ImageDataset], context: Context) -> Identity:
     """What the run is trained from; refuses other content on another machine."""
     model, images_flag = context.model, data_flag(context.flags)
     groups = [[images.fingerprint for images in kinds if images.of_class == kind] for kind in (False, True)]
-    content = "; class images: ".join("; ".join(group) for group in groups if group)
+    content = OF_CLASS.join("; ".join(group) for group in groups if group)
     start, lora_flag = context.start, f"--init_lora {context.flags.init_lora}"
     identity = Identity(model.fingerprint(), content, model.flag, images_flag, start.mark if start else "", lora_flag)
     for other in gathered(identity):

@@ -36,21 +36,22 @@ def test_later_ones_step_aside_and_all_where_the_chosen_one_is_from_elsewhere(tm
     run = tmp_path / "run"
     _, second, third = folders(run, 1, 2, 3)
     (third / "weights").write_text("third")
-    set_others_aside(second, numbered(run), second)
-    assert names(run) == {"checkpoint-1", "checkpoint-2", "set-aside-checkpoint-3"}
+    (run / "log").write_text("of the second")
+    set_others_aside(second, numbered(run), second, ["log", "best"])
+    assert names(run) == {"checkpoint-1", "checkpoint-2", "set-aside-checkpoint-3", "log"}
     aside = run / "set-aside-checkpoint-3"
     with monkeypatch.context() as patch, pytest.raises(OSError, match="full"):
         patch.setattr(shutil, "copytree", no_space)
         set_others_aside(aside, numbered(run), third)
     assert numbered(run) == [second, run / "checkpoint-1"]
-    set_others_aside(aside, numbered(run), third)
+    set_others_aside(aside, numbered(run), third, ["log", "best"])
     assert numbered(run) == [third] and (third / "weights").read_text() == (aside / "weights").read_text() == "third"
     (elsewhere,) = folders(tmp_path / "other", 3)
     (elsewhere / "weights").write_text("other")
     set_others_aside(elsewhere, [], third)  # somebody's, in its place
     assert numbered(run) == [third] and (third / "weights").read_text() == "other" and elsewhere.is_dir()
     kept = {f"set-aside-checkpoint-{name}" for name in ("1", "2", "3", "3-2")}
-    assert names(run) == {"checkpoint-3"} | kept
+    assert names(run) == {"checkpoint-3", "set-aside-log"} | kept
 
 
 def no_space(*_: object, **__: object) -> None:

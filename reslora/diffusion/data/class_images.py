@@ -6,12 +6,18 @@ Prior preservation (Ruiz et al., 2023): beside the training images, the model le
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+from filelock import Timeout
 
-from ...common.together import decided, each
+from ...common.errors import RunFailed
+from ...common.folder import guard_of
+from ...common.together import LONGEST_WAIT, decided, each
 from ...files import replacing
 from ..arguments import Flags, listed
 from ..context import Context
@@ -20,6 +26,9 @@ from .dataset import ImageDataset, files_of
 from .folders import kohyas_folders, load_folders
 from .images import SUFFIXES
 from .sources import Source
+
+LOCK = "class images"  # in the name of the folder's lock: it may be the one of a run, which has locked that
+PAUSE = timedelta(seconds=1)  # between two looks whether another run has drawn its class images
 
 
 def load_class_images(context: Context) -> list[ImageDataset]:
@@ -45,11 +54,32 @@ def missing_class_images(flags: Flags) -> int:
 
 def draw_missing(context: Context) -> None:
     """Draws --class_prompt until --num_class_images are there: image number n is a function of the seed and n."""
-    flags, folder = context.flags, Path(context.flags.class_data_dir)
-    missing = missing_class_images(flags)
-    if not missing:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(context.flags.class_data_dir)
+    if missing_class_images(context.flags):
+        folder.mkdir(parents=True, exist_ok=True)
+        with alone_in(folder, context):
+            if missing := missing_class_images(context.flags):  # another run may have drawn them meanwhile
+                draw(folder, missing, context)
+
+
+def alone_in(folder: Path, context: Context) -> AbstractContextManager[object]:
+    """The lock on a folder, once no other run of this machine draws class images into it; a stop ends the wait."""
+    guard = guard_of(folder / LOCK)
+    for waited in range(LONGEST_WAIT // PAUSE):
+        try:
+            return guard.acquire(timeout=0)
+        except Timeout:
+            if not waited:
+                context.accelerator.print(f"another run draws class images into {folder}: waiting for it")
+                context.status.say("waiting for the class images of another run")
+        context.stop.check("stopped before training began")
+        time.sleep(PAUSE.total_seconds())
+    raise RunFailed(f"--class_data_dir {folder}: another run still draws into it; stop that, or choose another folder")
+
+
+def draw(folder: Path, missing: int, context: Context) -> None:
+    """Draws so many class images into the folder, under names that are free."""
+    flags = context.flags
     names = (folder / f"class-{number:05d}.png" for number in range(flags.num_class_images))
     todo = [path for path in names if not path.exists()][:missing]
     context.accelerator.print(f"drawing {len(todo)} class images into {folder}")

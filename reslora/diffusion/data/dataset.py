@@ -14,12 +14,13 @@ from pathlib import Path
 import datasets
 import PIL.Image
 
-from ...common.errors import InvalidArgument, first_line
+from ...common.errors import InvalidArgument, RunFailed, first_line
+from ...files import all_below
 from ..arguments import Flags, listed
 from ..content import Content, content_mark
 from ..prompts import clean
 from ..seeds import derive, shuffled
-from .images import SUFFIXES, image_size, is_masked, mask_problem, open_image, open_masked
+from .images import SUFFIXES, UNREADABLE, image_size, is_masked, mask_problem, open_image, open_masked
 from .tables import ROWS, has_file_names
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -126,7 +127,8 @@ def load_images(flags: Flags) -> ImageDataset:
 def usable(flags: Flags, caption: str | None = None, deep: bool = True) -> ImageDataset:
     """The images of one folder or dataset without those that cannot be used (refused with --strict), and their sizes.
 
-    `caption` is that of images in a folder that have none beside them; without `deep`, folders in it are left alone.
+    Raises `RunFailed` for one that cannot be read now. `caption` is that of images in a folder that have none beside
+    them; without `deep`, folders in it are left alone.
     """
     folder = Path(flags.dataset_name or flags.train_data_dir)
     found = (read_folder(folder, flags, caption, deep) if folder.is_dir() else None) or read_dataset(flags)
@@ -135,6 +137,8 @@ def usable(flags: Flags, caption: str | None = None, deep: bool = True) -> Image
         source, size = _source(row), found.size(index, row)
         if isinstance(size, str):
             name = source if isinstance(source, str) else f"image {index}"
+            if UNREADABLE in size:
+                raise RunFailed(f"{name}: {size}")
             if flags.strict:
                 raise InvalidArgument(f"--strict {name}", size, "repair or remove it, or leave --strict out")
             left_out.append(f"{name}: {size}")
@@ -224,7 +228,7 @@ def files_of(folder: Path, flags: Flags, deep: bool = True) -> list[Path]:
 
     A folder inside the run's own was named, and is read. With `deep`, also what is in its folders.
     """
-    output, everything = Path(flags.output_dir).absolute(), sorted(folder.rglob("*") if deep else folder.iterdir())
+    output, everything = Path(flags.output_dir).absolute(), sorted(all_below(folder) if deep else folder.iterdir())
     everything = [path for path in everything if TRASH not in path.parts[len(folder.parts) :]]
     if folder.absolute().is_relative_to(output):
         return everything

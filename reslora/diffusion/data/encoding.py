@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import itertools
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
@@ -22,14 +21,14 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from tqdm.auto import tqdm
 
-from ...common.errors import InvalidArgument, RunFailed, first_line
+from ...common.errors import InvalidArgument, RunFailed
 from ..arguments import Flags
 from ..context import Context
 from ..folder import cache_folder
 from ..model.families.base import Family
 from ..seeds import derive, generator
 from .dataset import ImageDataset, data_flag
-from .images import NOTHING_COUNTS, crop_and_scale, crop_mask, crop_sizes, damage
+from .images import NOTHING_COUNTS, crop_and_scale, crop_mask, crop_sizes, damage, passes
 from .loaders import stream, worker_options
 from .size import Size
 from .store import Encoded, Item, fill, share
@@ -177,18 +176,9 @@ def opened(images: ImageDataset, index: int, flags: Flags) -> tuple[Image, Image
         image, mask = images.open_masked(index) if flags.masked_loss else (images.open(index), None)
     except Exception as error:
         if passes(error):
-            raise RunFailed(f"{images.name(index)} cannot be read now ({first_line(error)})") from None
+            raise RunFailed(f"{images.name(index)} {damage(error)}") from None
         return damage(error)
     return NOTHING_COUNTS if mask is not None and mask.getbbox() is None else (image, mask)
-
-
-def passes(error: Exception) -> bool:
-    """Whether an image may be whole that could not be opened: the memory, the disk or the network was short.
-
-    PIL's own errors have no number, but for the place in a damaged file that it cannot seek.
-    """
-    numbered = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
-    return numbered or isinstance(error, MemoryError)
 
 
 def encode_images(variants: Variants, key: object, vae: nn.Module, context: Context) -> tuple[Latents, dict[int, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import zlib
@@ -22,6 +23,7 @@ from ..content import Content
 from .size import Size
 
 ORIENTATION = PIL.ExifTags.Base.Orientation
+UNREADABLE = "cannot be read now"
 NOTHING_COUNTS = "its mask is black everywhere, so nothing of it would be trained"
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 TEXTS = (b"eXIf", b"iTXt", b"tEXt", b"zTXt")  # chunks of a PNG file that may say its orientation
@@ -46,6 +48,8 @@ def image_size(source: Content) -> tuple[int, int] | str:
                 size = image.tag_v2[256], image.tag_v2[257]
             return size[::-1] if _orientation(image) in SIDEWAYS else size
     except Exception as error:  # each format's reader has exceptions of its own
+        if passes(error):
+            return damage(error)
         return "too many pixels" if type(error).__name__ == "DecompressionBombError" else "not an image"
 
 
@@ -60,8 +64,17 @@ def open_image(source: Content) -> PIL.Image.Image:
 
 
 def damage(error: Exception) -> str:
-    """Why an image is left out that could not be opened; each format's reader has exceptions of its own."""
-    return f"damaged ({first_line(error)})"
+    """Why an image could not be opened; each format's reader has exceptions of its own."""
+    return f"{UNREADABLE if passes(error) else 'damaged'} ({first_line(error)})"
+
+
+def passes(error: Exception) -> bool:
+    """Whether an image may be whole that could not be opened: the memory, the disk or the network was short.
+
+    PIL's own errors have no number, but for the place in a damaged file that it cannot seek.
+    """
+    lasting = (None, errno.EINVAL, errno.ENAMETOOLONG)
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno not in lasting)
 
 
 def open_masked(source: Content, mask: Content) -> tuple[PIL.Image.Image, PIL.Image.Image]:

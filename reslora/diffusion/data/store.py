@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 from accelerate import Accelerator
 
-from ...common.errors import RunFailed
+from ...common.errors import RunFailed, first_line
 from ...common.together import wait
 from ...files import remove_leftovers, replacing
 from ..seeds import derive
@@ -118,7 +118,12 @@ class File:
         place = int(np.searchsorted(self.keys, key))
         if place == len(self.keys) or self.keys[place] != key or not self.counts[place]:
             raise OSError(f"{self.path} is not the file that it was when the run began")
-        return safetensors.torch.load(self._content(int(self.rows[place] + variant % self.counts[place])))
+        row = int(self.rows[place] + variant % self.counts[place])
+        try:
+            return safetensors.torch.load(self._content(row))
+        except (safetensors.SafetensorError, pyarrow.ArrowInvalid) as error:
+            fix = "remove it, and what it holds is encoded anew"
+            raise OSError(f"{self.path} is damaged ({first_line(error)}): {fix}") from None
 
     def _content(self, row: int) -> bytes:
         return self.reader.get_batch(row).column(0)[0].as_py()

@@ -17,6 +17,7 @@ from ...common.methods import METHODS
 from ...common.recovery import cannot_be_loaded, numbered, refuse_afresh, set_aside, set_others_aside, step_of
 from ...common.together import decided, each
 from ...files import (
+    CHECKSUMS_NAME,
     Damaged,
     check_checksums,
     read_object,
@@ -28,12 +29,14 @@ from ...files import (
 )
 from ..arguments import BY_FAMILY, NOISES, Flags, build_parser, in_words, listed
 from ..settings import fill_defaults
-from .best import best_of, forget_beaten
+from .best import FOLDER, best_of, forget_beaten
 from .schedule import Schedule
 from .state import Learner
 
+OF_CLASS = "; class images: "  # between the content of the images that are learnt and that of class images
 STATE, RECORD, EXPORTS = "trainer.pt", "trainer.json", "exports.json"
 
+TOLD = ("log.jsonl", FOLDER, "samples")  # of the line of training that a method's folder has checkpoints of
 MERGING = ("merge", "merge_calibration_samples")  # another one is merged and exported anew, and not trained again
 # What a finished run shows of its training, and shows no more.
 SHOWN = (
@@ -49,8 +52,7 @@ FREE_ON_RESUME = {
     "experiment_minutes", "extend_rates", "checkpointing_minutes", "early_stopping_patience", "blocks_to_swap", "plan",
     # The content decides: see `Identity`.
     "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "revision", "variant", "train_data_dir",
-    "dataset_name", "dataset_config_name", "image_column", "caption_column", "class_data_dir", "num_class_images",
-    "init_lora",
+    "dataset_name", "dataset_config_name", "image_column", "caption_column", "class_data_dir", "init_lora",
 }  # fmt: skip
 
 DESCRIBED = {
@@ -89,8 +91,9 @@ def settings_of(flags: Flags) -> dict:
 
 
 def checkpoints_of(folder: Path) -> list[Path]:
-    """Complete checkpoints of one method, newest first."""
-    return [path for path in numbered(folder) if (path / RECORD).is_file()]
+    """What was saved as checkpoints of one method, newest first; some of their files may be gone."""
+    files = (RECORD, STATE, CHECKSUMS_NAME)  # a folder without any of them is somebody's
+    return [path for path in numbered(folder) if any((path / name).is_file() for name in files)]
 
 
 def read_checkpoint(checkpoint: Path) -> dict:
@@ -248,7 +251,10 @@ def check_past(flags: Flags, place: Path, record: dict, identity: Identity | Non
             if "content" not in str(there):  # it holds hashes of heads and tails of files
                 what = f"by an earlier version, which did not look at all of the {name}: are these the same?"
             problem, fix = f"{place} was trained {what}", "bring that back, or choose another --output_dir"
-            raise InvalidArgument(getattr(identity, f"{name}_flag"), problem, fix)
+            flag = getattr(identity, f"{name}_flag")
+            if name == "images" and here.partition(OF_CLASS)[0] == str(there).partition(OF_CLASS)[0]:
+                flag = f"--class_data_dir {flags.class_data_dir}"
+            raise InvalidArgument(flag, problem, fix)
 
 
 def refuse_steering(flags: Flags, place: Path, there: dict) -> None:
@@ -345,7 +351,8 @@ def restore(learner: Learner, candidates: list[Path], flags: Flags, accelerator:
 
     The main process chooses. Raises `InvalidArgument` where none is whole, or the one that the user has named is not;
     `RunFailed` for one that is whole and cannot be loaded all the same. Either leaves everything on disk as it is;
-    else what is not of its line steps aside, and one that was not in its place is copied there.
+    else what is not of its line steps aside, and one that was not in its place is copied there; log, best adapters and
+    samples begin anew then.
     """
     if not candidates:
         return
@@ -353,7 +360,7 @@ def restore(learner: Learner, candidates: list[Path], flags: Flags, accelerator:
     chosen = decided(lambda: newest_whole(candidates, folder, flags))
     each(lambda: load_checkpoint(learner, chosen, accelerator))
     place = folder / f"checkpoint-{learner.step}"
-    decided(lambda: set_others_aside(chosen, checkpoints_of(folder), place))
+    decided(lambda: set_others_aside(chosen, checkpoints_of(folder), place, TOLD))
     accelerator.print(f"{learner.name}: going on from {chosen}")
 
 

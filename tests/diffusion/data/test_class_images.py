@@ -3,17 +3,20 @@
 import dataclasses
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
 from accelerate import Accelerator
-from pipelines import FAMILIES, image_folder
+from pipelines import FAMILIES, image_folder, random_image, same_image
 
 from diffusion.runs import RESUME, assert_same, final_weights, losses, main, printed, refused
+from reslora.common.folder import guard_of
 from reslora.common.signals import StopRequest
-from reslora.diffusion.data.class_images import balanced, draw_missing
+from reslora.diffusion.data.class_images import LOCK, balanced, draw_missing
+from reslora.diffusion.data.images import open_image
 from reslora.diffusion.data.plan import Plan
 from reslora.diffusion.data.size import Size
 from reslora.diffusion.data.sources import Source
@@ -109,6 +112,25 @@ def test_a_run_with_class_images_goes_on_as_if_it_had_not_stopped(model, data, t
     ]
 
 
+def test_class_images_that_another_run_draws_are_waited_for_and_not_drawn_over(model, data, tmp_path, capsys):
+    """That run may have read them by then: with others in their place it could not go on."""
+    flags = parse_args([*map(str, flags_for(tmp_path, model, data, "out"))])
+    context = settle(flags, Accelerator(cpu=True), StopRequest())
+    theirs, asked = guard_of(tmp_path / "class" / LOCK).acquire(timeout=0), []
+
+    def draws_meanwhile(message: str) -> None:
+        asked.append(message)
+        if len(asked) == 1:
+            image_folder(tmp_path / "other", 3, layout="none")
+            for number in range(3):
+                (tmp_path / "other" / f"{number}.png").rename(tmp_path / "class" / f"class-{number:05d}.png")
+            theirs.lock.release()
+
+    draw_missing(dataclasses.replace(context, stop=SimpleNamespace(check=draws_meanwhile)))
+    assert all(map(same_image, map(open_image, sorted((tmp_path / "class").iterdir())), map(random_image, range(3))))
+    assert len(asked) == 1 and "waiting for it" in capsys.readouterr().out
+
+
 def test_class_images_count_by_their_weight(model, data, tmp_path):
     """Without any the samples are those of a run that has the same images and no weight for these: other losses."""
     for name, weight in (("one", 1), ("none", 0)):
@@ -122,11 +144,14 @@ def test_class_images_count_by_their_weight(model, data, tmp_path):
 def test_other_class_images_are_another_run(model, data, tmp_path, capsys):
     flags = flags_for(tmp_path, model, data, "out")
     assert main(*flags, "--max_train_steps", 2) == 0
+    capsys.readouterr()
+    assert "--num_class_images 4" in refused(capsys, *flags, "--num_class_images", 4, *RESUME)
+    assert len(pictures(tmp_path / "class")) == 3  # a fourth would keep the run from going on
     (tmp_path / "class" / "class-00000.png").unlink()
     image_folder(tmp_path / "other", 1)
     (tmp_path / "other" / "0.png").rename(tmp_path / "class" / "mine.png")
-    capsys.readouterr()
-    assert "was trained on" in refused(capsys, *flags, *RESUME, quiet=False)
+    line = refused(capsys, *flags, *RESUME, quiet=False)
+    assert f"--class_data_dir {tmp_path}/class: " in line and "was trained on" in line
 
 
 @pytest.mark.parametrize("left_out", ["--class_prompt", "--class_data_dir"])

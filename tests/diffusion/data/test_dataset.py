@@ -1,5 +1,6 @@
 """Images and captions: every layout of a folder, and what is left out."""
 
+import errno
 import io
 import json
 import os
@@ -10,11 +11,13 @@ import threading
 from pathlib import Path
 
 import datasets
+import PIL.Image
 import pytest
 from pipelines import image_folder, random_image, red_or_blue, same_image
 from waiting import join, start_thread
 
 from diffusion.runs import only, printed, refused
+from reslora.common.errors import RunFailed
 from reslora.diffusion.data.class_images import missing_class_images
 from reslora.diffusion.data.dataset import load_images
 from reslora.diffusion.settings import parse_args
@@ -242,6 +245,48 @@ def test_a_pipe_among_the_images_is_not_opened(tmp_path):
     join(thread)
     assert not was_opened
     assert len(found) == 2 and "2.png" in found.left_out[0]
+
+
+@pytest.mark.parametrize("named", ["0.png", "mask.png"])
+def test_an_image_that_cannot_be_read_just_now_ends_the_run(tmp_path, monkeypatch, named):
+    """Left out, it would be missing from all that goes on from this run."""
+    folder = image_folder(tmp_path / "p", 2, layout="none")
+    random_image(1).save(folder / "mask.png")
+    rows = [{"file_name": "0.png", "text": "disc"}, {"file_name": "1.png", "text": "box", "mask": "mask.png"}]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    read = PIL.Image.open
+
+    def fails(file, *rest):
+        if str(file).endswith(named):
+            raise PermissionError(errno.EACCES, "Permission denied", str(file))
+        return read(file, *rest)
+
+    monkeypatch.setattr(PIL.Image, "open", fails)
+    with pytest.raises(RunFailed, match=rf"cannot be read now .*{folder}/{named}"):
+        gather(folder, "--masked_loss")
+
+
+def test_a_folder_that_cannot_be_listed_ends_the_run(tmp_path, monkeypatch):
+    folder = image_folder(tmp_path / "p", 2, layout="txt")
+    inner = image_folder(folder / "more", 2, layout="txt")
+    read = os.scandir
+
+    def fails(place):
+        if os.fspath(place) == str(inner):
+            raise PermissionError(errno.EACCES, "Permission denied", str(place))
+        return read(place)
+
+    monkeypatch.setattr(os, "scandir", fails)
+    with pytest.raises(PermissionError, match=str(inner)):
+        gather(folder)
+
+
+def test_a_name_that_is_too_long_is_no_image(tmp_path):
+    """That does not pass."""
+    folder = image_folder(tmp_path / "p", 2)
+    with (folder / "metadata.jsonl").open("a") as file:
+        file.write("\n" + json.dumps({"file_name": "9" * 300, "text": "disc"}))
+    assert gather(folder).left_out == (f"{folder}/{'9' * 300}: not an image",)
 
 
 # -- what is left out is said ----------------------------------------------------------------------------------------

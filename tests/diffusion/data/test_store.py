@@ -91,6 +91,17 @@ def test_a_file_that_was_cut_short_is_made_again(tmp_path, accelerator, rest):
     assert values(filled(tmp_path, [5, 6], accelerator, made=made)) == made == [5, 6]
 
 
+def test_a_file_that_is_damaged_in_its_middle_is_named_with_what_helps(tmp_path, accelerator):
+    """Its end says what it holds, and is whole."""
+    found = filled(tmp_path, [5, 6], accelerator)
+    (path,) = tmp_path.iterdir()
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b'"dtype"', b"\0" * 7))
+    store._opened.cache_clear()
+    with pytest.raises(OSError, match=rf"^{path} is damaged .*remove it"):
+        found.read(0)
+
+
 def test_what_is_interrupted_leaves_the_files_before_it(tmp_path, accelerator):
     def interrupted(numbers):
         for number in numbers:

@@ -33,8 +33,10 @@ from diffusion.runs import (
     training_state,
 )
 from reslora.common.errors import InvalidArgument, RunFailed
+from reslora.common.log import read_log
 from reslora.common.recovery import set_aside, step_of
 from reslora.diffusion.settings import parse_args
+from reslora.diffusion.training.best import best_of
 from reslora.diffusion.training.checkpoints import (
     Identity,
     check_past,
@@ -509,6 +511,19 @@ def test_a_checkpoint_that_loads_but_differs_from_its_checksums_is_passed_over(k
         restore(keep.learner, paths[1:2], flags.replace(resume_from_checkpoint="checkpoint-2"), keep.accelerator)
 
 
+def test_a_checkpoint_without_its_record_is_damaged_and_not_nothing(keep, tmp_path):
+    """Where none else is there, training would start from zero beside it."""
+    first, second = [keep(step, max_train_steps=9) for step in (1, 2)]
+    keep.learner.name, named = tmp_path.name, {"output_dir": str(tmp_path.parent), "method": [tmp_path.name]}
+    flags = keep.flags.replace(**named, max_train_steps=9, resume_from_checkpoint="latest")
+    (second / "trainer.json").unlink()
+    restore(keep.learner, plan_resume(flags).checkpoints[tmp_path.name], flags, keep.accelerator)
+    assert keep.learner.step == 1
+    (first / "trainer.json").unlink()
+    with pytest.raises(InvalidArgument, match=r"no checkpoint in .* is whole"):
+        restore(keep.learner, plan_resume(flags).checkpoints[tmp_path.name], flags, keep.accelerator)
+
+
 def test_a_checkpoint_that_cannot_be_loaded_sets_no_others_aside(keep, tmp_path, monkeypatch):
     first, *_ = [keep(step) for step in (1, 2, 3)]
     keep.learner.name, flags = tmp_path.name, keep.flags.replace(output_dir=str(tmp_path.parent))
@@ -534,6 +549,21 @@ def test_who_is_killed_after_going_back_goes_on_from_there(keep, tmp_path, elsew
     shutil.rmtree(second)  # by an earlier version it was not there
     with pytest.raises(InvalidArgument, match=rf"go on with --resume_from_checkpoint {tmp_path}/set-aside"):
         plan_resume(flags)
+
+
+def test_log_and_best_adapter_of_another_line_are_not_taken_for_its_own(keep, tmp_path):
+    """Else --save_best would export what that one was at its best."""
+    flags = keep.flags.replace(output_dir=str(tmp_path.parent))
+    keep.learner.name = tmp_path.name
+    aside = set_aside(keep(2))
+    other = keep(2)
+    write_json(tmp_path / "best" / "step-000002" / "loss.json", {"step": 2, "loss": 0.1})
+    (tmp_path / "log.jsonl").write_text('{"step": 2, "split": "validation", "loss": 0.1}\n')
+    restore(keep.learner, [other], flags, keep.accelerator)
+    assert best_of(tmp_path) and read_log(tmp_path / "log.jsonl")
+    restore(keep.learner, [aside], flags, keep.accelerator)
+    assert best_of(tmp_path) is None and not read_log(tmp_path / "log.jsonl")
+    assert read_log(tmp_path / "set-aside-log.jsonl") and (tmp_path / "set-aside-best").is_dir()
 
 
 @pytest.mark.parametrize(("limit", "kept"), [(None, [4, 3, 2, 1]), (1, [4]), (3, [4, 3, 2])])
