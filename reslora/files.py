@@ -251,11 +251,13 @@ def _sha256(path: Path) -> str:
 def all_below(folder: Path) -> Iterator[Path]:
     """Every file and folder in a folder and below it, but for what links lead to.
 
-    Raises `OSError` for a folder that cannot be listed, where `rglob` passes over it.
+    Raises `OSError` for a folder that cannot be listed, where `rglob` passes over it; but for a disk's `lost+found`,
+    which nobody else may list.
     """
 
     def fail(error: OSError) -> None:
-        raise error
+        if Path(error.filename).name != "lost+found":
+            raise error
 
     for place, folders, files in os.walk(folder, onerror=fail):
         yield from (Path(place, name) for name in (*folders, *files))
