@@ -80,9 +80,9 @@ TEXT_FLAGS = (
 )
 IMAGE_RATES = ("2e-4", "4e-4", "8e-4", "1.6e-3", "3.2e-3")
 PRE_NUM = {
-    **{"methods": ("lora", "reslora"), "shortcuts": SHORTCUTS[1:], "pre_nums": ("1", "2", "5", "-1")},
-    **{"rates": IMAGE_RATES[1:4], "seeds": SEEDS[:3]},
-}
+    "methods": ("lora", "reslora"), "shortcuts": SHORTCUTS[1:], "pre_nums": ("1", "2", "5", "-1"),
+    "rates": IMAGE_RATES[1:4], "seeds": SEEDS[:3],
+}  # fmt: skip
 """4 is in the experiment of all methods, which has LoRA's arms as well and says which rates are worth a trial."""
 GLUE_FLAGS = (
     *("--model_name_or_path", "{encoder}", "--task_name", "sst2", "--data_dir", "{text}/sst2", "--report_to", "none"),
