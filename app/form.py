@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from reslora.common.methods import METHODS
-from reslora.diffusion.arguments import DEFAULTS, build_parser
+from reslora.diffusion.arguments import BY_FAMILY, DEFAULTS, build_parser, in_words
 from reslora.diffusion.optimizers import OPTIMIZERS
 
 from .runs import Run, RunError
@@ -92,8 +92,8 @@ def default(action: argparse.Action) -> str:
     if action.default is not None:
         return in_box(action.default)
     if action.dest in DEFAULTS:
-        bundled, other = (in_box(value, ", ") for value in DEFAULTS[action.dest])
-        return bundled if bundled == other or not other else f"{bundled} (another model: {other})"
+        bundled, other = (in_words(value) for value in DEFAULTS[action.dest])
+        return bundled if action.dest in BY_FAMILY else f"{bundled} (another model: {other})"
     told = re.search(r"\(default: ([^;)]*)", action.help or "")  # what depends on others is in the help alone
     return told[1] if told else ""
 

@@ -34,7 +34,8 @@ SWITCH = {"action": argparse.BooleanOptionalAction, "default": False}
 DEFAULTS = {
     "method": (["lora", "reslora"], ["lora"]),  # no other ends lower, each at its own rate: RESULTS.md
     "resolution": (64, None),
-    "learning_rate": (2e-4, 1e-4),
+    "learning_rate": (2.5e-4, 1e-4),
+    "snr_gamma": (1.0, None),  # keeps more of the subjects: assets/README.md
     "checkpointing_steps": (100, 500),
     "validation_prompt": (["cat face", "sailboat", "red apple", "penguin"], []),
     "num_validation_images": (1, 4),
@@ -43,7 +44,8 @@ DEFAULTS = {
     "num_inference_steps": (20, None),
     "guidance_scale": (4.0, None),
 }
-BUNDLED_DEFAULTS = {"pipeline-flow": {"learning_rate": 1e-3, "guidance_scale": 3.0}}  # where one differs from DEFAULTS
+# Where a bundled pipeline differs from DEFAULTS.
+BUNDLED_DEFAULTS = {"pipeline-flow": {"learning_rate": 1e-3, "snr_gamma": None, "guidance_scale": 3.0}}
 NOISES = 4  # at each timestep at which losses of an image are compared
 DEFAULT_RANK, HIGHEST_RANK, DEFAULT_PRE_NUM = 16, 65536, 4
 ONE_OR_SEVERAL = ("train_data_dir", "train_data_repeats", "train_data_weight", "resolution")
@@ -283,7 +285,7 @@ def add_training_flags(add: Callable) -> None:
              "details, stays much as it is. The validation loss is measured at all timesteps")
     add("--max_timestep", type=whole(1),
         help="train below this timestep: what is left out, the composition, stays much as it is (default: all)")
-    add("--snr_gamma", type=number(0, exclusive=True), help="min-SNR loss weights; 5.0 is usual")
+    add("--snr_gamma", type=number(0), help="min-SNR loss weights; 5.0 is usual, 0 weighs all timesteps alike")
     add("--loss_type", choices=["l2", "huber", "smooth_l1"], default="l2",
         help="squared error, or kohya's pseudo-Huber losses, which count large errors less; the validation loss is the "
              "squared error all the same")

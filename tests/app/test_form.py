@@ -94,9 +94,10 @@ def test_a_damaged_config_fills_in_what_a_form_can_have(wrong):
 
 def test_the_boxes_show_the_defaults_and_the_help_names_the_flag():
     known = form.actions()
-    assert form.default(known["learning_rate"]) == "0.0002 (another model: 0.0001)"
+    assert form.default(known["learning_rate"]) == "0.00025 (another model: 0.0001)"
+    assert form.default(known["snr_gamma"]) == "1.0 (another model: none)"
     assert form.default(known["rank"]) == "16" and form.default(known["train_batch_size"]) == "16"
-    assert form.default(known["validation_prompt"]) == "cat face, sailboat, red apple, penguin"
+    assert form.default(known["validation_prompt"]) == "cat face, sailboat, red apple, penguin (another model: none)"
     for name, action in known.items():
         assert form.info(action).endswith(f"--{name}") and form.label(action)[0].isupper()
 

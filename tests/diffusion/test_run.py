@@ -81,7 +81,7 @@ def test_a_setting_that_is_left_out_now_was_given_then(finished, base_flags, cap
         record["settings"]["snr_gamma"] = 5.0
         path.write_text(json.dumps(record))
     line = refused(capsys, *base_flags, "--method", "lora", "reslora", "--output_dir", finished, quiet=False)
-    assert "--snr_gamma none" in line and "was trained with 5.0" in line
+    assert "--snr_gamma 0" in line and "was trained with 5.0" in line
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["with checkpoints", "without"])

@@ -123,10 +123,19 @@ def test_malformed_config_values_are_refused(tmp_path, capsys, content):
 
 
 def test_the_bundled_transformer_has_a_learning_rate_and_a_guidance_of_its_own():
-    """Its pipeline adds guidance to 1, so that 3 is what other pipelines call 4."""
-    for name, expected in (("pipeline", (2e-4, 4.0)), ("pipeline-flow", (1e-3, 3.0))):
+    """Its pipeline adds guidance to 1, so that 3 is what other pipelines call 4; a flow has no weights by SNR."""
+    for name, expected in (("pipeline", (2.5e-4, 1.0, 4.0)), ("pipeline-flow", (1e-3, None, 3.0))):
         flags = parse_args(["--pretrained_model_name_or_path", str(ASSETS / name)])
-        assert (flags.learning_rate, flags.guidance_scale) == expected
+        assert (flags.learning_rate, flags.snr_gamma, flags.guidance_scale) == expected
+
+
+def test_the_bundled_unet_can_be_trained_without_weights_by_snr(tmp_path):
+    """A run's own configuration says so, too."""
+    model = ["--pretrained_model_name_or_path", str(ASSETS / "pipeline")]
+    flags = parse_args([*model, "--snr_gamma", "0"])
+    assert flags.snr_gamma == 0
+    (tmp_path / "config.json").write_text(json.dumps({"snr_gamma": flags.snr_gamma}))
+    assert parse_args([*model, "--config", str(tmp_path / "config.json")]).snr_gamma == 0
 
 
 def test_a_validation_that_steers_is_by_fixed_noises():

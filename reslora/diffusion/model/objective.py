@@ -61,11 +61,11 @@ class DdpmObjective:
         return alphas.sqrt() / (alphas.sqrt() + (1 - alphas).sqrt())
 
     def weight(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """Weight of each loss: 1, or min-SNR (Hang et al., 2023): `min(SNR, gamma) / SNR`, for v over SNR + 1.
+        """Weight of each loss: 1, or with gamma min-SNR (Hang et al., 2023): `min(SNR, gamma) / SNR`; v: over SNR + 1.
 
         Where nothing of the image is left, the SNR is 0 and the weight the limit: 1, for v 0.
         """
-        if self.snr_gamma is None:
+        if not self.snr_gamma:
             return torch.ones(timesteps.shape, device=timesteps.device)
         alphas = self.scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
         snr = alphas / (1 - alphas)
@@ -197,7 +197,7 @@ def objective_of(flags: Flags, family: Family, pipeline: DiffusionPipeline) -> O
     between = between_of(flags, pipeline.scheduler.config.num_train_timesteps)
     if family.objective == "flow":
         for name in ("prediction_type", "snr_gamma"):
-            if getattr(flags, name) is not None:
+            if getattr(flags, name):
                 problem = f"{family.name} learns a flow, which has none"
                 raise InvalidArgument(f"--{name} {getattr(flags, name)}", problem, "leave it out")
         density = Density(flags.logit_mean, flags.logit_std, flags.mode_scale, between)

@@ -81,6 +81,7 @@ def settings_of(flags: Flags) -> dict:
     settings = {name: value for name, value in vars(flags).items() if name not in FREE_ON_RESUME}
     samples = flags.train_batch_size * int(os.environ.get("WORLD_SIZE", 1))  # of a forward
     settings["samples_per_step"] = samples * flags.gradient_accumulation_steps
+    settings["snr_gamma"] = flags.snr_gamma or 0  # both weigh all timesteps alike, and 0 can be given
     settings["deepspeed"] = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"  # it keeps another state
     if flags.use_aspect_ratio_buckets or len(listed(flags.resolution)) > 1:
         settings["samples_per_forward"] = samples  # which have one size
@@ -274,6 +275,8 @@ def as_now(settings: dict, flags: Flags) -> dict:
 
     What the model or accelerate says, or an experiment leaves out because there may be more of it, is not among them.
     """
+    if "snr_gamma" in settings:
+        settings = settings | {"snr_gamma": settings["snr_gamma"] or 0}
     if settings_of(flags).keys() <= settings.keys():
         return settings
     model = ["--pretrained_model_name_or_path", flags.pretrained_model_name_or_path]

@@ -70,9 +70,10 @@ def test_noise_and_v_give_the_latents_back():
     assert_equal(left.sqrt() * noisy - (1 - left).sqrt() * v, latents, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("gamma", [None, 0])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_without_gamma_every_sample_weighs_the_same(prediction_type):
-    weight = DdpmObjective(scheduler(prediction_type=prediction_type)).weight(TIMESTEPS)
+def test_without_gamma_every_sample_weighs_the_same(prediction_type, gamma):
+    weight = DdpmObjective(scheduler(prediction_type=prediction_type), gamma).weight(TIMESTEPS)
     assert_equal(weight.double(), torch.ones(len(TIMESTEPS), dtype=torch.float64))
 
 
