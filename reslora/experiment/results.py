@@ -113,8 +113,11 @@ class Results:
             if choice["at_end"]:
                 end = {"low": "lowest", "high": "highest"}[choice["at_end"]]
                 line = f"{label}: the best learning rate is the {end} that was tried, {choice['learning_rate']:g}"
-                more = "" if self.course.flags.extend_rates else "--extend_rates, or "  # which has tried all it would
-                found.append(f"{line}; {more}--learning_rate {choice['next']:g} beside the others")
+                further = f"--extend_rates, or --learning_rate {choice['next']:g} beside the others"
+                if self.course.flags.extend_rates:  # which has tried all it would, and goes on from what is named
+                    rates = sorted({*self.course.grids[label], choice["next"]})
+                    further = f"--learning_rate {' '.join(f'{rate:g}' for rate in rates)}"
+                found.append(f"{line}; {further}")
         return found
 
     def no_reference(self, judged: Sequence[Arm]) -> list[str]:

@@ -122,7 +122,11 @@ def test_extended_rates_are_advised_where_none_were_tried(tmp_path):
     record, _ = go(tmp_path / "other", *rates, "--extend_rates")
     advised = [note for note in record["notes"] if "was tried" in note]
     assert len(record["arms"]) == 3 * 5 * 2 and len(advised) == 3
-    assert all("was tried, 0.0008; --learning_rate 0.0004 beside the others" in note for note in advised)
+    tried = ["0.0004", "0.0008", "0.0016", "0.0032", "0.0064", "0.0128"]
+    assert all(note.endswith(f"was tried, 0.0008; --learning_rate {' '.join(tried)}") for note in advised)
+    record, _ = go(tmp_path / "other", "--learning_rate", *tried, "--extend_rates")
+    assert not [note for note in record["notes"] if "left out" in note]
+    assert {choice["learning_rate"] for choice in record["chosen"].values()} == {2e-4}
 
 
 def test_nothing_is_in_training_while_methods_are_compared(tmp_path):
