@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from ..common.methods import METHODS
 from ..files import read_object, this_process, write_json
 from . import record
-from .arms import Arm
+from .arms import Arm, Losses
 from .course import ENDED, Course
 from .record import EXPERIMENT
 from .report import write_report
@@ -79,8 +79,8 @@ class Results:
         self.tests = {arm: self.subject.tested(arm, self.step_of(arm)) for arm in judged}
         records = [course.record(arm, test) for arm, test in self.tests.items()]
         self.verdicts = compare(records, self.chosen, self.subject.about.unit)
-        self.notes = [*self.unfinished(len(losses)), *self.others(), *self.failed(), *self.at_ends()]
-        self.notes += [*self.no_reference(judged), *self.read_again(), *self.export(judged)]
+        self.notes = [*self.unfinished(len(losses)), *self.others(), *self.failed(), *self.without_choice(losses)]
+        self.notes += [*self.at_ends(), *self.no_reference(judged), *self.read_again(), *self.export(judged)]
         self.write()
         for line in (*self.notes, *(verdict["sentence"] for verdict in self.verdicts)):
             print(line)
@@ -106,6 +106,12 @@ class Results:
         """The arms that have diverged, each with its reason."""
         return [reason for arm in self.course.arms() if (reason := self.course.ended(arm).get("reason"))]
 
+    def without_choice(self, losses: Losses) -> list[str]:
+        """The labels whose arms have all ended and of which nothing is chosen, with the reason."""
+        waiting = {arm.label for arm in self.course.arms() if arm not in losses}
+        problem = "at no learning rate did all seeds end well, so none is chosen; add a lower --learning_rate"
+        return [f"{label}: {problem}" for label in self.course.labels if label not in {*waiting, *self.chosen}]
+
     def at_ends(self) -> list[str]:
         """Which labels might do better at rates that were not tried."""
         found = []
@@ -122,8 +128,11 @@ class Results:
 
     def no_reference(self, judged: Sequence[Arm]) -> list[str]:
         """That there is nothing to compare with."""
-        there = any(self.course.labels[arm.label].method == REFERENCE for arm in judged)
-        return [] if there else [f"nothing to compare with: verdicts need an arm of --method {REFERENCE}"]
+        references = {name for name, label in self.course.labels.items() if label.method == REFERENCE}
+        if any(arm.label in references for arm in judged):
+            return []
+        problem = f"no learning rate of {REFERENCE} is chosen" if references else f"verdicts need --method {REFERENCE}"
+        return [f"nothing to compare with: {problem}"]
 
     def read_again(self) -> list[str]:
         """That somebody may have looked before deciding to go on, which no interval knows."""

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Collection
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from app.library import Experiment
-from reslora.common.errors import Stopped
+from reslora.common.errors import Diverged, Stopped
 from reslora.diffusion.experiment.pages import IMAGES
 from reslora.diffusion.settings import parse_args
 from reslora.experiment import run
@@ -34,12 +35,15 @@ def test_a_stopped_arm_says_that_the_same_command_goes_on(monkeypatch):
 
 
 class Untrained:
-    """Arms that leave losses, of a middle rate the lowest, and are never trained; `stopped`: in which of its verbs."""
+    """Arms that leave losses, of a middle rate the lowest, and are never trained.
+
+    `stopped`: in which of its verbs; `diverging`: labels and seeds whose arms do.
+    """
 
     about, device = IMAGES, torch.device("cpu")
 
-    def __init__(self, course: Course, stopped: str = "") -> None:
-        self.course, self.stopped = course, stopped
+    def __init__(self, course: Course, stopped: str = "", diverging: Collection[tuple[str, int]] = ()) -> None:
+        self.course, self.stopped, self.diverging = course, stopped, diverging
 
     def facts(self) -> dict:
         parts = {"train": 9, "select": 2, "test": 4, "duplicates": 0}
@@ -48,6 +52,8 @@ class Untrained:
     def train(self, arm: Arm) -> None:
         if self.stopped == "train":
             raise Stopped("stopped after step 1; go on")
+        if (arm.label, arm.seed) in self.diverging:
+            raise Diverged(f"{arm.label} diverged")
         folder, loss = self.course.folder_of(arm), 1 + abs(math.log(arm.rate / 2e-4)) + 0.01 * arm.seed
         folder.mkdir(parents=True, exist_ok=True)
         row = {"step": 1, "split": "validation", "loss": loss, "seconds": 1.0}
@@ -67,7 +73,13 @@ class Untrained:
         return "file"
 
 
-def go(folder: Path, *flags: str, stopped: str = "", methods: str = "lora lora_x2 lora_x4") -> tuple[dict, str]:
+def go(
+    folder: Path,
+    *flags: str,
+    stopped: str = "",
+    methods: str = "lora lora_x2 lora_x4",
+    diverging: Collection[tuple[str, int]] = (),
+) -> tuple[dict, str]:
     """Trains and concludes, or is stopped; the record, and the report's headline."""
     grid = ["--method", *methods.split(), "--learning_rate", "1e-4", "2e-4", "4e-4", *flags]
     grid += [] if "--seed" in flags else ["--seed", "0", "1"]
@@ -77,7 +89,7 @@ def go(folder: Path, *flags: str, stopped: str = "", methods: str = "lora lora_x
         with pytest.raises(Stopped):
             run.train_and_conclude(course, Untrained(course, stopped))
     else:
-        run.train_and_conclude(course, Untrained(course))
+        run.train_and_conclude(course, Untrained(course, diverging=diverging))
     report = (folder / "report.html").read_text(encoding="utf-8")
     return json.loads((folder / "experiment.json").read_text()), re.search("<h1>(.*?)</h1>", report)[1]
 
@@ -127,6 +139,20 @@ def test_extended_rates_are_advised_where_none_were_tried(tmp_path):
     record, _ = go(tmp_path / "other", "--learning_rate", *tried, "--extend_rates")
     assert not [note for note in record["notes"] if "left out" in note]
     assert {choice["learning_rate"] for choice in record["chosen"].values()} == {2e-4}
+
+
+def test_a_method_of_which_nothing_is_chosen_is_told_with_the_reason(tmp_path):
+    """One seed that diverges takes a rate out."""
+    reason = "at no learning rate did all seeds end well, so none is chosen; add a lower --learning_rate"
+    record, _ = go(tmp_path / "lora", diverging=[("lora", 1)])
+    assert f"lora: {reason}" in record["notes"] and "lora" not in record["chosen"]
+    assert "nothing to compare with: no learning rate of lora is chosen" in record["notes"]
+    record, _ = go(tmp_path / "other", diverging=[("lora_x2", 0)])
+    assert f"lora_x2: {reason}" in record["notes"] and not any("to compare with" in note for note in record["notes"])
+    record, _ = go(tmp_path / "without", methods="lora_x2 lora_x4")
+    assert "nothing to compare with: verdicts need --method lora" in record["notes"]
+    record, _ = go(tmp_path / "unfinished", "--experiment_minutes", "1e-9", diverging=[("lora", 0)])
+    assert not any(reason in note for note in record["notes"])  # other rates are still to be tried
 
 
 def test_nothing_is_in_training_while_methods_are_compared(tmp_path):
