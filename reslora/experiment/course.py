@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..common.errors import refused_as
 from ..common.flags import Flags
 from ..common.log import of_split, read_log
 from ..common.methods import METHODS
@@ -37,6 +38,11 @@ ADAPTERS = "adapters"  # of every checkpoint that may be chosen, without what a 
 def adapter_folder(folder: Path, step: int) -> Path:
     """Where an arm keeps the adapter of a step."""
     return folder / ADAPTERS / f"step-{step:06d}"
+
+
+def reading_adapter(folder: Path) -> refused_as:
+    """While an arm's adapter is read: says how to go on where it is missing or damaged."""
+    return refused_as(str(folder), f"remove {folder}, and the arm is trained anew", (ValueError,))
 
 
 @dataclass

@@ -31,7 +31,7 @@ from ..common.folder import locked
 from ..common.signals import StopRequest
 from ..common.together import decided
 from ..experiment.arms import Arm, check_values
-from ..experiment.course import ADAPTERS, Course, adapter_folder
+from ..experiment.course import ADAPTERS, Course, adapter_folder, reading_adapter
 from ..experiment.record import EXPERIMENT, Facts, TestLosses, facts_of
 from ..experiment.report import About
 from ..experiment.run import train_and_conclude
@@ -270,7 +270,9 @@ class Bench:
         """The model with an arm's adapter of that step, merged as exports are."""
         arguments = self.arguments_of(arm)
         model = self.study.adapted(arguments).to(arguments.training.device)
-        load_adapter(model, adapter_folder(self.course.folder_of(arm), step))
+        folder = self.course.folder_of(arm)
+        with reading_adapter(folder):
+            load_adapter(model, adapter_folder(folder, step))
         as_plain(model, arguments.method, self.study.calibration(arguments))
         return model.eval()
 

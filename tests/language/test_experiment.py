@@ -1,6 +1,7 @@
 """Experiments with language models: arms are plain runs, are trained once, outlive a kill, and are judged by hand."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -156,6 +157,24 @@ def test_test_losses_are_those_of_a_loop_by_hand(common, whole):
         assert arm["test"]["figures"] == {"accuracy": 0.0}
     best = min(judged, key=lambda arm: (found["chosen"][arm["label"]]["loss"], arm["select_by_step"]["2"]))
     assert weights(output / "peft") == weights(output / best["folder"] / "peft")
+
+
+def test_an_arm_whose_adapters_are_gone_is_named_and_trained_anew_once_it_is_removed(common, whole, tmp_path, capsys):
+    """Which its comparison asks for: at its chosen rate."""
+    output = shutil.copytree(whole[0], tmp_path / "out", copy_function=shutil.copy2)
+    command = [*common, *EXPERIMENT, "--seed", "42", "7", "--output_dir", output]
+    found = next(arm for arm in record(output)["arms"] if arm["test"] and arm["method"] == "reslora")
+    folder = output / found["folder"]
+    (folder / "test.json").unlink()
+    shutil.rmtree(folder / "adapters")
+    assert run(*command) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert f"error: {folder}: " in line and line.endswith(f"; remove {folder}, and the arm is trained anew")
+    shutil.rmtree(folder)
+    before = times(output)
+    assert run(*command) == 0 and {path: time for path, time in times(output).items() if path in before} == before
+    assert weights(folder / "adapters" / "step-000002") == weights(whole[0] / found["folder"] / "adapters/step-000002")
+    assert [arm["test"] for arm in record(output)["arms"]] == [arm["test"] for arm in record(whole[0])["arms"]]
 
 
 def test_nothing_but_methods_rates_and_seeds_may_change(common, whole, tmp_path, capsys):

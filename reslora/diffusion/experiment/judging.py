@@ -12,7 +12,7 @@ from torch import nn
 
 from ... import export
 from ...common.methods import METHODS
-from ...experiment.course import adapter_folder
+from ...experiment.course import adapter_folder, reading_adapter
 from ...experiment.record import TestLosses
 from ...export import DIFFUSERS_FILE
 from ...files import read_object, write_json
@@ -82,8 +82,9 @@ def chosen_parts(step: int, setting: Setting) -> Iterator[tuple[Parts, Denoising
     context, pipeline, (method,) = setting.context, setting.pipeline, setting.context.flags.method
     with exact_products(), in_float32(pipeline):
         loss = DenoisingLoss(context, setting.material.objective, pipeline, context.model.empty_denoiser().config)
-        adapters = adapter_folder(context.folder_of(method), step)
-        parts = saved_parts(method, adapters, loss, setting.schedule, context)
+        folder = context.folder_of(method)
+        with reading_adapter(folder):
+            parts = saved_parts(method, adapter_folder(folder, step), loss, setting.schedule, context)
         parts, _ = as_plain_lora(parts, method, loss, setting.material)
         with evaluating(*parts.values()):
             yield parts, loss

@@ -179,6 +179,24 @@ def test_a_finished_experiment_trains_nothing_and_says_the_same(flags, whole):
     assert again[-2:] == lines[-2:]
 
 
+def test_an_arm_whose_adapter_is_damaged_is_named_and_trained_anew_once_it_is_removed(flags, whole, tmp_path, capsys):
+    output = shutil.copytree(whole[0], tmp_path / "out", copy_function=shutil.copy2)
+    folder, own = arm(output, "reslora", seed=1), [*flags, *WHOLE, "--output_dir", output]
+    (folder / "test.json").unlink()
+    for file in folder.glob("adapters/*/*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-4])
+    assert main(*own) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"error: {folder}: " in line and line.endswith(f"; remove {folder}, and the arm is trained anew")
+    shutil.rmtree(folder)
+    assert sum("merging, exporting" in line for line in printed(*own)) == 1
+    (anew,), (before,) = (
+        place.glob("adapters/step-000002/*.safetensors") for place in (folder, arm(whole[0], "reslora", seed=1))
+    )
+    assert_same(load_file(anew), load_file(before))
+    assert [a["test"] for a in experiment(output)["arms"]] == [a["test"] for a in experiment(whole[0])["arms"]]
+
+
 # -- arms are plain runs -----------------------------------------------------------------------------------------------
 
 
