@@ -191,11 +191,12 @@ def pairs_of(content: Content) -> dict[str, Factors]:
     for name in down:
         if down[name].dim() not in (2, 4) or up[name].shape[1:2] != down[name].shape[:1]:
             raise InvalidArgument(content.flag, f"{name}: shapes of its factors do not fit", "give a whole file")
-        for factor in (down[name], up[name]):
-            if not bool(torch.isfinite(factor).all()):
-                raise InvalidArgument(content.flag, f"{name} is not finite", "give a LoRA that has not diverged")
         rank = len(down[name])
-        scale = alpha[name].item() / rank if name in alpha else _scale(name, rank, content.configs)
+        with refused_as(content.flag, f"repair the scale of {name}"):
+            scale = alpha[name].item() / rank if name in alpha else _scale(name, rank, content.configs)
+        factors_are_finite = all(bool(torch.isfinite(factor).all()) for factor in (down[name], up[name]))
+        if not (factors_are_finite and math.isfinite(scale)):
+            raise InvalidArgument(content.flag, f"{name} is not finite", "give a LoRA that has not diverged")
         found[name] = Factors(wide(down[name]), wide(up[name]), scale)
     return found
 

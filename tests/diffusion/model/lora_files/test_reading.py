@@ -8,7 +8,7 @@ from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 from pipelines import FAMILIES
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from diffusion.model.lora_files.loras import PIPELINE_OF, assert_same, names, random_lora, read, tiny, updates
 from reslora.common.errors import InvalidArgument
@@ -188,3 +188,33 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path):
     write_diffusers(tmp_path / "in.safetensors", parts)
     with pytest.raises(InvalidArgument, match="conv_in is not finite"):
         read(tmp_path / "in.safetensors", names("stable_diffusion"))
+
+
+@pytest.mark.parametrize(
+    ("alpha", "words"),
+    [
+        (float("nan"), "is not finite; give a LoRA that has not diverged"),
+        ([1.0, 2.0], "repair the scale of lora_unet_"),
+    ],
+)
+def test_a_scale_that_is_no_finite_number_is_refused(alpha, words, tmp_path):
+    write_kohya(tmp_path / "in.safetensors", names("stable_diffusion").to_kohya(random_lora("stable_diffusion")))
+    tensors = load_file(tmp_path / "in.safetensors")
+    name = next(name for name in tensors if name.endswith(".alpha"))
+    save_file(tensors | {name: torch.tensor(alpha)}, tmp_path / "in.safetensors")
+    with pytest.raises(InvalidArgument, match=words):
+        read(tmp_path / "in.safetensors", names("stable_diffusion"))
+
+
+@pytest.mark.parametrize("said", [{"lora_alpha": None}, {"lora_alpha": "8"}, {"alpha_pattern": {"conv_in": "x"}}])
+def test_a_configuration_whose_scale_is_no_number_is_refused(said, tmp_path):
+    parts = random_lora("stable_diffusion", lambda name: name == "conv_in")
+    write_peft(tmp_path / "peft", parts["unet"])
+    config = tmp_path / "peft" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | said))
+    write_diffusers(tmp_path / "in.safetensors", {"unet": parts["unet"]})
+    packed = json.dumps({f"unet.{name}": value for name, value in said.items()})
+    save_file(load_file(tmp_path / "in.safetensors"), tmp_path / "in.safetensors", {"lora_adapter_metadata": packed})
+    for path in (tmp_path / "peft", tmp_path / "in.safetensors"):
+        with pytest.raises(InvalidArgument, match=r"repair the scale of .*conv_in"):
+            read(path, names("stable_diffusion"))
