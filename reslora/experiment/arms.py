@@ -26,6 +26,7 @@ from ..shortcuts import NAMES, PLAIN
 NEAR = 3  # rates around the best one that further seeds are spent on first
 SEVERAL_BLOCKS = tuple(name for name in NAMES if name not in (PLAIN, "input"))  # that --pre_num counts
 MOST_EXTENSIONS = 3  # of the rates, by --extend_rates
+LEAST_RATIO = 1.02  # of two rates that it goes on from
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,12 @@ def check_values(flags: Flags, names: Mapping[str, str]) -> None:
             raise InvalidArgument(f"--{name} {' '.join(map(str, values))}", problem, fix)
     if flags.extend_rates and not isinstance(flags.learning_rate, list):
         raise InvalidArgument("--extend_rates", "one rate says no next one", "give two or more as --learning_rate")
+    if flags.extend_rates:
+        rates = sorted(flags.learning_rate)
+        for low, high in (rates[:2], rates[-2:]):
+            if high < LEAST_RATIO * low:  # the next ones, rounded, would be the same
+                problem = "too near each other for --extend_rates, which goes on by their ratio"
+                raise InvalidArgument(f"--learning_rate {low:g} {high:g}", problem, "give rates further apart")
 
 
 def place_of(label: Label, arm: Arm) -> str:
@@ -224,9 +231,8 @@ def continued(rates: Sequence[float], there: Sequence[float]) -> list[float]:
     """The rates with what earlier extensions have added of their row: those of the next ones that are `there`."""
     found = list(rates)
     for _ in range(MOST_EXTENSIONS if len(rates) > 1 else 0):
-        for best in (found[0], found[-1]):
-            longer = with_next(found, best)
-            new = next(rate for rate in longer if rate not in found)
-            if any(math.isclose(new, rate) for rate in there) and len(found) < len(rates) + MOST_EXTENSIONS:
+        for end in (0, -1):
+            longer = with_next(found, found[end])
+            if any(math.isclose(longer[end], rate) for rate in there) and len(found) < len(rates) + MOST_EXTENSIONS:
                 found = longer
     return found

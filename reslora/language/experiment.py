@@ -37,7 +37,7 @@ from ..experiment.report import About
 from ..experiment.run import train_and_conclude
 from ..export import export_peft
 from ..files import read_object, remove_leftovers, replacing, write_json
-from .arguments import SEVERAL, ExperimentArguments
+from .arguments import SEVERAL, ExperimentArguments, check_number
 from .checkpoints import checkpoints_of
 from .parts import Parts
 from .results import as_plain, export
@@ -104,6 +104,8 @@ class Study(ABC):
 def run_experiment(study: Study, values: dict[str, Any], stop: StopRequest) -> None:
     """Trains the arms that the flags name and that have not ended yet, and tells which method does best."""
     began, shares, flags = time.monotonic(), experiment_of(values), flags_of(values)
+    for rate in listed(flags.learning_rate):  # further ones go on from these
+        check_number("learning_rate", rate, 0, exclusive=True)
     check_values(flags, SEVERAL)
     course = Course(flags, began)
     plain, *_ = [study.settled(values_of(arm, values, course)) for arm in course.arms()]

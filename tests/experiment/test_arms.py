@@ -7,6 +7,8 @@ from diffusion.runs import refused
 
 from reslora.diffusion.settings import is_experiment, parse_args
 from reslora.experiment.arms import (
+    LEAST_RATIO,
+    MOST_EXTENSIONS,
     NEAR,
     Arm,
     coarse_to_fine,
@@ -17,6 +19,7 @@ from reslora.experiment.arms import (
     labels_of,
     nearest,
     place_of,
+    with_next,
 )
 
 RATES = [1e-4, 2e-4, 4e-4, 8e-4, 16e-4]
@@ -105,6 +108,8 @@ def test_several_numbers_of_blocks_are_arms_of_the_shortcuts_that_take_several()
         ("--pre_num", "1", "4", "--method", "reslora", "--shortcut", "input"),
         ("--extend_rates", "--seed", "0", "1"),
         ("--extend_rates",),
+        ("--learning_rate", "1.001e-4", "1e-4", "--extend_rates"),
+        ("--learning_rate", "5e-5", "1.04e-4", "1.05e-4", "--extend_rates"),
         ("--experiment_minutes", "5"),
         ("--test_split", "0.2"),
         ("--select_split", "0.5", "--test_split", "0.5", *SEVERAL),
@@ -175,6 +180,15 @@ def test_the_rates_that_were_added_are_found_again():
     assert continued([1e-4, 2e-4], [1e-4, 2e-4]) == [1e-4, 2e-4]
     assert continued([1e-4, 2e-4], [4e-4, 2e-4, 1e-4, 5e-5, 7e-4]) == [5e-5, 1e-4, 2e-4, 4e-4]
     assert continued([1e-4], [2e-4]) == [1e-4]
+
+
+@pytest.mark.parametrize("low", [1e-4, 1.007e-4, 1.01e-4, 1.0149e-4])
+@pytest.mark.parametrize("up", [True, False])
+def test_rates_that_are_as_near_as_they_may_be_can_be_extended(low, up):
+    rates = [low, LEAST_RATIO * low]
+    for _ in range(MOST_EXTENSIONS):
+        rates = with_next(rates, rates[-1 if up else 0])
+    assert rates == sorted(set(rates))
 
 
 def test_a_best_rate_is_of_the_seeds_that_all_rates_have():

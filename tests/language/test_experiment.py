@@ -187,6 +187,8 @@ def test_nothing_but_methods_rates_and_seeds_may_change(common, whole, tmp_path,
         (("--select_split", "0.2"), "the task has a file for it"),
         (("--load_best_model_at_end",), "this is an experiment"),
         (("--extend_rates", "--learning_rate", "1e-3"), "one rate says no next one"),
+        (("--extend_rates", "--learning_rate", "0", "1e-3"), "--learning_rate 0.0: out of range"),
+        (("--extend_rates", "--learning_rate", "1e-3", "1.001e-3"), "give rates further apart"),
         (("--seed", "3", "3"), "the same one twice"),
         (
             ("--method", "lora", "--shortcut", "input", "block"),
