@@ -182,7 +182,7 @@ def chosen_table(experiment: Experiment, unit: str) -> str:
         wired = arm["shortcut"] or NOTHING if arm else NOTHING
         numbers = [rate(choice["learning_rate"]), str(choice["step"]), number(choice["loss"])]
         losses = finite(tests.get(label, ()))
-        numbers += [number(statistics.fmean(losses)) if losses else NOTHING, between(rerun(losses), number)]
+        numbers += [number(statistics.fmean(losses)) if losses else NOTHING, between(rerun(losses, least=0), number)]
         rows.append([escape(label), *numbers, str(arm["rank"]) if arm else NOTHING, wired, at_end])
     names = ["Method", "Learning rate", "Step", "Select loss", "Test loss", "One more seed", "Rank", "Shortcut"]
     names.append("End of the rates")

@@ -107,17 +107,17 @@ def detectable(spread: Spread, level: float) -> float:
     return brentq(lacking, 0, needed.max() + 3 * deviation)
 
 
-def rerun(values: ArrayLike, level: float = LEVEL) -> tuple[float, float] | None:
+def rerun(values: ArrayLike, level: float = LEVEL, least: float = -math.inf) -> tuple[float, float] | None:
     """Where one more value lies at 1 - level, by Student's t, if it varies as these do; None of fewer than two.
 
-    The values are one a seed: losses, or differences, on images that stay the same. A mean's interval says where the
-    mean of all seeds is; this one is wider, by what a single seed differs from it.
+    The values are one a seed: losses, of which the `least` is 0, or differences, on images that stay the same. A mean's
+    interval says where the mean of all seeds is; this one is wider, by what a single seed differs from it.
     """
     found = np.asarray(values, float)
     if len(found) < 2:
         return None
     half = -special.stdtrit(len(found) - 1, level / 2) * found.std(ddof=1) * math.sqrt(1 + 1 / len(found))
-    return float(found.mean() - half), float(found.mean() + half)
+    return max(float(found.mean() - half), least), float(found.mean() + half)
 
 
 # -- all methods -------------------------------------------------------------------------------------------------------

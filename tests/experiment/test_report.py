@@ -1,5 +1,6 @@
 """The report: what stands in it, that nothing of a user's becomes a tag, and how it works in a browser."""
 
+import copy
 import html
 import json
 import math
@@ -69,6 +70,16 @@ def test_all_of_it_in_order(text, experiment):
     assert f"&minus;{-low:.1f}% to &minus;{-high:.1f}%" in text
     assert "loha: 1 arm, failed" in words and "torch 2.9" in words and "duplicates 3" in words
     assert f"<h1>{better['sentence']}</h1>" in text
+
+
+def test_a_loss_of_one_more_seed_is_not_below_zero(experiment, folder):
+    """Of two seeds, far apart, even where Student's t goes on below."""
+    found = copy.deepcopy(experiment)
+    found["arms"] = [arm for arm in found["arms"] if arm["seed"] < 2]
+    for arm in found["arms"]:
+        if arm["test"]:
+            arm["test"]["losses"] = [0.1 + arm["seed"]] * len(arm["test"]["images"])
+    assert " 0.60000 0.00000 to 11.60390 8 " in words_of(page(found, folder))
 
 
 def test_it_needs_nothing_else(text, folder):

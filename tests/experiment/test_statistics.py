@@ -126,6 +126,7 @@ def test_one_more_seed_by_hand():
     low, high = rerun([2.0, 4.0, 9.0])
     half = 4.302653 * math.sqrt(13) * math.sqrt(4 / 3)  # Student's t of two degrees of freedom; a variance of 26 / 2
     assert (low, high) == (pytest.approx(5 - half), pytest.approx(5 + half))
+    assert half > 5 and rerun([2.0, 4.0, 9.0], least=0) == (0, high)
     assert rerun([3.0]) is None and rerun([]) is None and rerun([3.0, 3.0]) == (3, 3)
 
 
