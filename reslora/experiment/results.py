@@ -116,7 +116,7 @@ class Results:
         """Which labels might do better at rates that were not tried."""
         found = []
         for label, choice in self.chosen.items():
-            if choice["at_end"]:
+            if choice["at_end"] and choice["next"]:
                 end = {"low": "lowest", "high": "highest"}[choice["at_end"]]
                 line = f"{label}: the best learning rate is the {end} that was tried, {choice['learning_rate']:g}"
                 further = f"--extend_rates, or --learning_rate {choice['next']:g} beside the others"
