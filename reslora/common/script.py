@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from .errors import EndedElsewhere, InvalidArgument, RunFailed, Stopped, speaks
+from .readers import outlived
 from .signals import StopRequest
 
 
@@ -17,10 +18,10 @@ def run_script(
     """Runs `main(argv, stop)` and returns the script's exit status; what the user can mend is one line on stderr.
 
     0; 2 for `InvalidArgument`; 1 for `RunFailed` and for files that cannot be read or written; 128 + signal after
-    Ctrl-C or SIGTERM, which `stop` notes and `main` answers by raising `Stopped` once it has saved. Other exceptions
-    are mistakes of ours, and pass.
+    Ctrl-C or SIGTERM, which `stop` notes and `main` answers by raising `Stopped` once it has saved; a terminal that
+    closes is as SIGTERM. Other exceptions are mistakes of ours, and pass.
     """
-    with StopRequest() as stop:
+    with outlived(), StopRequest() as stop:
         try:
             main(argv, stop)
             status = 0
