@@ -95,6 +95,14 @@ def has_ended(process: str) -> bool:
     return host == _host() and os.name == "posix" and _is_gone(int(number), start)
 
 
+def is_running(process: str) -> bool:
+    """Whether what `this_process` has named runs on this machine and is another; False where nobody can tell."""
+    host, _, rest = process.partition("-")
+    number, _, start = rest.partition("-")
+    seen = host == _host() and number.isdecimal() and start.isdecimal() and start != "0"
+    return seen and process != this_process() and _start_of(int(number)) == start
+
+
 @functools.cache
 def _host() -> str:
     """This machine in short, and the container in it: process ids mean nothing outside."""
