@@ -7,9 +7,12 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
-from .errors import EndedElsewhere, InvalidArgument, RunFailed, Stopped, speaks
+from .errors import EndedElsewhere, InvalidArgument, RunFailed, Stopped, another_ended, speaks
 from .readers import outlived
 from .signals import StopRequest
+
+# How gloo and NCCL say, where gradients are exchanged, that another process of the run is gone.
+_GONE = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
 
 
 def run_script(
@@ -31,6 +34,11 @@ def run_script(
             status = 2
         except (RunFailed, OSError) as error:  # a full disk, a folder that went away: the last checkpoint is intact
             _say(f"{prog}: {error}")
+            status = 1
+        except RuntimeError as error:
+            if not any(words in str(error) for words in _GONE):
+                raise
+            _say(f"{prog}: {another_ended(error)}")
             status = 1
         except Stopped as error:
             if speaks():
