@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 
 from .errors import EndedElsewhere, InvalidArgument, RunFailed, Stopped, another_ended, speaks
@@ -24,6 +25,7 @@ def run_script(
     Ctrl-C or SIGTERM, which `stop` notes and `main` answers by raising `Stopped` once it has saved; a terminal that
     closes is as SIGTERM. Other exceptions are mistakes of ours, and pass.
     """
+    warnings.filterwarnings("ignore", category=FutureWarning)  # how one library calls another is not for who trains
     with outlived(), StopRequest() as stop:
         try:
             main(argv, stop)

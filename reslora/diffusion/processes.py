@@ -102,7 +102,6 @@ def quieten() -> None:
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
     logging.getLogger("peft").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="huggingface_hub")
 
 

@@ -87,14 +87,20 @@ class StopWhenAsked(TrainerCallback):
         return any_of(self.stop.signal is not None)
 
 
-class OthersStepAside(TrainerCallback):
-    """Sets aside what does not descend from `checkpoint`, once that has been loaded: not if it cannot be."""
+class GoesOnFrom(TrainerCallback):
+    """Sets aside what does not descend from `checkpoint`, once that has been loaded: not if it cannot be.
+
+    The best checkpoint is the one beside it: stock `Trainer` knows where it was, and the folder may have been moved.
+    """
 
     def __init__(self, checkpoint: str) -> None:
         self.checkpoint = Path(checkpoint)
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         """Model, optimizer and schedule are loaded by now."""
+        best = self.checkpoint.with_name(f"checkpoint-{state.best_global_step}")
+        if best.is_dir():
+            state.best_model_checkpoint = str(best)
         place = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         decided(lambda: set_others_aside(self.checkpoint, checkpoints_of(args.output_dir), place))
 

@@ -38,7 +38,7 @@ from ..files import remove, temporary_beside, write_checksums, write_tensors
 from ..model import enable_gradient_checkpointing
 from ..tracing import to_device
 from .arguments import MethodArguments
-from .callbacks import AllocateRanks, OthersStepAside, Progress, StopWhenAsked
+from .callbacks import AllocateRanks, GoesOnFrom, Progress, StopWhenAsked
 from .checkpoints import ALLOCATOR_NAME, checkpoints_of, damage, named_checkpoint, usable_checkpoint
 
 logger = logging.get_logger(__name__)
@@ -212,7 +212,7 @@ class AdapterTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """As `Trainer.train`; `latest` or True means the newest usable checkpoint, or a fresh start without one."""
         found = decided(lambda: self._resumed_from(resume_from_checkpoint)) if resume_from_checkpoint else None
-        aside = OthersStepAside(found) if found else None
+        aside = GoesOnFrom(found) if found else None
         if aside is not None:
             self.add_callback(aside)
         try:

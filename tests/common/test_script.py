@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import termios
+import warnings
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,16 @@ def test_a_scripts_errors_become_its_status(capsys, error, status, line):
     assert run_script("script.py", main, []) == status
     assert capsys.readouterr().err == line
     assert run_script("script.py", lambda argv, stop: None, []) == 0
+
+
+def test_what_libraries_warn_each_other_of_is_not_shown():
+    def main(argv, stop):
+        warnings.warn("`is_gradient_checkpointing` is deprecated", FutureWarning, stacklevel=1)
+
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        assert run_script("script.py", main, []) == 0
+    assert not heard
 
 
 def test_programming_errors_are_not_hidden():

@@ -152,6 +152,26 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):
     assert_same(trained(model), trained(other))
 
 
+@pytest.mark.parametrize("kept", [False, True], ids=["moved", "copied"])
+def test_the_best_checkpoint_moves_with_its_folder(tmp_path, kept):
+    """Stock `Trainer` knows it by the path that it had, and takes the last one in its place."""
+    flags = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "metric_for_best_model": "loss"}
+    first = trainer_for(build()[0], tmp_path / "first", greater_is_better=True, **flags)
+    first.train()
+    shutil.copytree(tmp_path / "first", tmp_path / "then")
+    if not kept:
+        shutil.rmtree(tmp_path / "first")
+    model, _ = build()
+    again = trainer_for(model, tmp_path / "then", greater_is_better=True, **flags)
+    again.train(resume_from_checkpoint=str(tmp_path / "then" / f"checkpoint-{STEPS}"))
+    best = Path(again.state.best_model_checkpoint)
+    assert best.parent == tmp_path / "then" and best.name == Path(first.state.best_model_checkpoint).name
+    other, _ = build()
+    load_adapter(other, best)
+    assert best.name != f"checkpoint-{STEPS}"
+    assert_same(trained(model), trained(other))
+
+
 def test_the_best_checkpoint_of_adalora_is_exported_as_it_was_evaluated(tmp_path):
     model, _ = build("adalora", "none", lora_r=2)
     flags = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "metric_for_best_model": "loss"}
