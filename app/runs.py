@@ -178,7 +178,7 @@ class Run:
         """Id of the process that trains in this folder now; None if there is none."""
         path = self.inside(".lock")
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            number = int(path.read_text()[:20])
+            number = int(path.read_text().partition("\n")[0][:20])
             return number if is_trainer(number) else None
         return None
 

@@ -37,9 +37,9 @@ class Damaged(ValueError):
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary path beside `path`; what the body leaves there, file or folder, becomes `path` afterwards.
 
-    If the body raises, `path` is as it was and the temporary is removed; an `OSError` that names no file names `path`
-    (a full disk is noticed by a write, which knows none). Processes of any number of machines may write one path: the
-    last one's stays. `remove_leftovers` removes what a killed process has left.
+    If the body raises, `path` is as it was and the temporary is removed. An `OSError` then names `path` in place of the
+    temporary, or of nothing: a full disk is noticed by a write, which knows no file. Processes of any number of
+    machines may write one path: the last one's stays. `remove_leftovers` removes what a killed process has left.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,8 +55,9 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         else:
             temporary.replace(path)
     except OSError as error:
-        if error.errno is not None and error.filename is None:
-            error.filename = str(path)
+        if error.errno is not None and error.filename2 is None:
+            named = str(path if error.filename is None else error.filename)
+            error.filename = named.replace(str(temporary), str(path))
         raise
     finally:
         remove(temporary)
@@ -93,6 +94,14 @@ def has_ended(process: str) -> bool:
     """Whether what `this_process` has named is gone; False for a process of another machine, which nobody sees here."""
     host, number, start = process.split("-")
     return host == _host() and os.name == "posix" and _is_gone(int(number), start)
+
+
+def is_running(process: str) -> bool:
+    """Whether what `this_process` has named runs on this machine and is another; False where nobody can tell."""
+    host, _, rest = process.partition("-")
+    number, _, start = rest.partition("-")
+    seen = host == _host() and number.isdecimal() and start.isdecimal() and start != "0"
+    return seen and process != this_process() and _start_of(int(number)) == start
 
 
 @functools.cache

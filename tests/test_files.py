@@ -129,6 +129,14 @@ def test_a_name_as_long_as_can_be_has_a_temporary(tmp_path):
     assert (tmp_path / ("é" * 127)).read_text() == "text"
 
 
+@pytest.mark.parametrize("named", [None, "", "/part"])  # by a write, and by who opens it or a file in it
+def test_a_full_disk_names_what_was_to_be_written(tmp_path, named):
+    with pytest.raises(OSError, match="No space left") as error, replacing(tmp_path / "out") as temporary:
+        raise OSError(28, "No space left on device", *([] if named is None else [f"{temporary}{named}"]))
+    assert error.value.filename == str(tmp_path / "out") + (named or "")
+    assert str(error.value).endswith(f"device: '{tmp_path}/out{named or ''}'")
+
+
 def left_by(folder: Path, dies: bool) -> tuple[int, Path]:
     """A process that writes into the folder, and is killed then or waits for that; and its temporary."""
     reads, writes = os.pipe()

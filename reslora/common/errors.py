@@ -67,6 +67,12 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
 
 
+def another_ended(error: BaseException) -> str:
+    """What a run of several processes says where one of them is gone, by the error of an exchange with it."""
+    problem, _, _ = first_line(error).partition(". ")  # advice of the library's follows
+    return f"another process of this run has ended ({problem}); go on with --resume_from_checkpoint latest"
+
+
 def speaks() -> bool:
     """Whether this process is the one of its machine that reports what all processes of a run find alike."""
     return os.environ.get("LOCAL_RANK", "0") in ("0", "-1")

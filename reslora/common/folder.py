@@ -11,12 +11,12 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ..files import remove_leftovers
+from ..files import is_running, remove_leftovers, this_process
 from .errors import InvalidArgument
 from .methods import METHODS
 from .status import FILE
 
-OWNER = ".lock"  # holds the process id, for readers; what is locked is a file of the system's temporary folder
+OWNER = ".lock"  # holds the process id, and what it is known by; locked is a file of the system's temporary folder
 
 
 @contextlib.contextmanager
@@ -27,7 +27,10 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         guard.acquire(timeout=0)
-        (folder / OWNER).write_text(str(os.getpid()))
+        if is_running(_owner(folder)[1]):  # with another temporary folder, as batch systems give each job its own
+            guard.release()
+            raise _busy(folder)
+        (folder / OWNER).write_text(f"{os.getpid()}\n{this_process()}")
     except Timeout:
         raise _busy(folder) from None
     except OSError as error:
@@ -52,11 +55,16 @@ def guard_of(folder: Path) -> FileLock:
 
 
 def _busy(folder: Path) -> InvalidArgument:
-    owner = ""
-    with contextlib.suppress(OSError):
-        owner = (folder / OWNER).read_text().strip()
-    problem = f"process {owner or '?'} is training in it"
+    problem = f"process {_owner(folder)[0] or '?'} is training in it"
     return InvalidArgument(f"--output_dir {folder}", problem, "wait for it, or choose another folder")
+
+
+def _owner(folder: Path) -> tuple[str, str]:
+    """Process id of who has the folder or has left its lock behind, and what it is known by; empty where unknown."""
+    with contextlib.suppress(OSError, ValueError):
+        number, _, process = (folder / OWNER).read_text().partition("\n")
+        return number.strip(), process.strip()
+    return "", ""
 
 
 def _clear_leftovers(folder: Path) -> None:

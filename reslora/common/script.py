@@ -8,8 +8,12 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 
-from .errors import EndedElsewhere, InvalidArgument, RunFailed, Stopped, speaks
+from .errors import EndedElsewhere, InvalidArgument, RunFailed, Stopped, another_ended, speaks
+from .readers import outlived
 from .signals import StopRequest
+
+# How gloo and NCCL say, where gradients are exchanged, that another process of the run is gone.
+_GONE = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
 
 
 def run_script(
@@ -18,11 +22,11 @@ def run_script(
     """Runs `main(argv, stop)` and returns the script's exit status; what the user can mend is one line on stderr.
 
     0; 2 for `InvalidArgument`; 1 for `RunFailed` and for files that cannot be read or written; 128 + signal after
-    Ctrl-C or SIGTERM, which `stop` notes and `main` answers by raising `Stopped` once it has saved. Other exceptions
-    are mistakes of ours, and pass.
+    Ctrl-C or SIGTERM, which `stop` notes and `main` answers by raising `Stopped` once it has saved; a terminal that
+    closes is as SIGTERM. Other exceptions are mistakes of ours, and pass.
     """
     warnings.filterwarnings("ignore", category=FutureWarning)  # how one library calls another is not for who trains
-    with StopRequest() as stop:
+    with outlived(), StopRequest() as stop:
         try:
             main(argv, stop)
             status = 0
@@ -32,6 +36,11 @@ def run_script(
             status = 2
         except (RunFailed, OSError) as error:  # a full disk, a folder that went away: the last checkpoint is intact
             _say(f"{prog}: {error}")
+            status = 1
+        except RuntimeError as error:
+            if not any(words in str(error) for words in _GONE):
+                raise
+            _say(f"{prog}: {another_ended(error)}")
             status = 1
         except Stopped as error:
             if speaks():

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and the death of the launcher ask a script to save and leave.
+"""Ctrl-C, SIGTERM, a terminal that closes and the death of the launcher ask a script to save and leave.
 
     with StopRequest() as stop:
         for batch in batches:
@@ -30,6 +30,7 @@ _LAUNCHERS = {
     "torch.distributed.run", "torch.distributed.launch", "deepspeed",
 }  # fmt: skip
 _ORPHANED: Any = getattr(signal, "SIGUSR1", None)  # what the kernel sends when the launcher dies
+_HUNG_UP: Any = getattr(signal, "SIGHUP", None)  # what a terminal sends that closes, or whose connection is lost
 _PR_SET_PDEATHSIG = 1
 
 
@@ -37,9 +38,9 @@ class StopRequest:
     """While it is open, the first SIGINT or SIGTERM is noted in `signal`, and the next one ends the process at once.
 
     Handlers are installed whatever the process inherits (`nohup` and background shells leave SIGINT ignored), and the
-    earlier ones come back at the end. `signal` is also SIGTERM once the launcher is gone, or after SIGUSR1, by which
-    batch systems announce the end; these never end the process at once. torch's launcher repeats what the terminal has
-    sent already, so below it the third signal does. Only for the main thread.
+    earlier ones come back at the end. `signal` is also SIGTERM once the launcher is gone, after SIGHUP, which `nohup`
+    has ignored, or after SIGUSR1, by which batch systems announce the end; these never end the process at once. torch's
+    launcher repeats what the terminal has sent already, so below it the third signal does. Only for the main thread.
     """
 
     def __init__(self) -> None:
@@ -68,6 +69,8 @@ class StopRequest:
         numbers = {signal.SIGINT: self._asked, signal.SIGTERM: self._asked}
         if _ORPHANED is not None:
             numbers[_ORPHANED] = self._orphaned
+        if _HUNG_UP is not None and signal.getsignal(_HUNG_UP) != signal.SIG_IGN:
+            numbers[_HUNG_UP] = self._orphaned
         self._previous = {number: signal.signal(number, handler) for number, handler in numbers.items()}
         self._launcher = _launcher()
         if self._launcher is not None:
@@ -91,7 +94,7 @@ class StopRequest:
     def _orphaned(self, number: int, frame: object) -> None:
         if self._signal is None:
             self._signal = signal.SIGTERM
-            _tell("the launcher is gone or time is up: stopping after this step")
+            _tell("the terminal or the launcher is gone, or time is up: stopping after this step")
 
 
 def _tell(text: str) -> None:

@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from .errors import Diverged, EndedElsewhere, InvalidArgument, RunFailed, Stopped, first_line
+from .errors import Diverged, EndedElsewhere, InvalidArgument, RunFailed, Stopped, another_ended
 
 T = TypeVar("T")
 LONGEST_WAIT = timedelta(hours=24)  # for the main process to encode, merge, draw and read back
@@ -146,5 +146,4 @@ def _met(meet: Callable[[], object]) -> None:
     try:
         meet()
     except RuntimeError as error:
-        problem = f"another process of this run has ended ({first_line(error)})"
-        raise RunFailed(f"{problem}; go on with --resume_from_checkpoint latest") from None
+        raise RunFailed(another_ended(error)) from None

@@ -150,6 +150,8 @@ class Experiment(Facts):
     """Lines that a reader should know, as they were printed."""
     readings: NotRequired[int]
     """How often losses on the test images were measured."""
+    read: NotRequired[list[list]]
+    """Of which arms they were measured last, each with its step."""
     as_of: NotRequired[int]
     """Of how many arms an earlier start has concluded what stands here, until it is concluded anew."""
     process: NotRequired[str]

@@ -35,6 +35,7 @@ class Results:
     def __post_init__(self) -> None:
         there = read_object(self.course.folder / EXPERIMENT)
         self.readings: int = there.get("readings", 0)
+        self.read: list[list] = there.get("read", [])
         arms, chosen = set(self.course.arms()), there.get("chosen", {})
         judged = {arm for arm in arms if arm.label in chosen and chosen[arm.label]["learning_rate"] == arm.rate}
         if judged:
@@ -62,6 +63,7 @@ class Results:
             "verdicts": self.verdicts,
             "notes": self.notes,
             "readings": self.readings,
+            "read": self.read,
             "process": this_process(),
         }
         if self.as_of is not None:
@@ -75,7 +77,7 @@ class Results:
         losses = course.losses()
         self.chosen = choose([course.record(arm) for arm in course.arms()])
         judged = [arm for arm in losses if self.is_chosen(arm)]
-        self.readings += any(not self.subject.is_tested(arm, self.step_of(arm)) for arm in judged)
+        self.count_reading(judged)
         self.tests = {arm: self.subject.tested(arm, self.step_of(arm)) for arm in judged}
         records = [course.record(arm, test) for arm, test in self.tests.items()]
         self.verdicts = compare(records, self.chosen, self.subject.about.unit)
@@ -85,6 +87,14 @@ class Results:
         for line in (*self.notes, *(verdict["sentence"] for verdict in self.verdicts)):
             print(line)
         print(f"{course.folder / REPORT}")
+
+    def count_reading(self, judged: Sequence[Arm]) -> None:
+        """On disk before anything is tested: who is ended from there on has read what the next start goes on with."""
+        read = [[arm.label, arm.rate, arm.seed, self.step_of(arm)] for arm in judged]
+        if read != self.read and not all(self.subject.is_tested(arm, self.step_of(arm)) for arm in judged):
+            self.readings, self.read = self.readings + 1, read
+            path = self.course.folder / EXPERIMENT
+            write_json(path, read_object(path) | {"readings": self.readings, "read": self.read})
 
     def is_chosen(self, arm: Arm) -> bool:
         """Whether an arm has ended well at its label's chosen rate."""

@@ -34,7 +34,7 @@ from ..common.recovery import cannot_be_loaded
 from ..common.signals import StopRequest
 from ..common.together import decided, is_main
 from ..config import ResLoraConfig
-from ..files import write_checksums, write_tensors
+from ..files import remove, temporary_beside, write_checksums, write_tensors
 from ..model import enable_gradient_checkpointing
 from ..tracing import to_device
 from .arguments import MethodArguments
@@ -310,6 +310,8 @@ class AdapterTrainer(Trainer):
             save_adapter(self.model, folder)
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
+        # Stock `Trainer` removes older ones before all processes have written their part of this one.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(*args, **kwargs)
         except RuntimeError as error:
@@ -318,9 +320,21 @@ class AdapterTrainer(Trainer):
             # So torch.save says that a file cannot be written, without the cause.
             where = f"checkpoint of step {self.state.global_step}"
             raise RunFailed(f"{where} cannot be written; is the disk full? Earlier ones are intact") from error
+        finally:
+            self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()  # each process has written its random state
         if self.args.should_save:
             write_checksums(self._checkpoint())
+            self._remove_older()
+
+    def _remove_older(self) -> None:
+        """Those beyond --save_total_limit go, but never the newest or the best; each is whole or not there."""
+        found, limit = checkpoints_of(self.args.output_dir), self.args.save_total_limit
+        best = Path(self.state.best_model_checkpoint or "").name
+        others = [path for path in found[1:] if path.name != best]
+        if limit is not None:
+            for old in others[max(0, limit - len(found) + len(others)) :]:
+                remove(old.rename(temporary_beside(old)))
 
     def _checkpoint(self) -> Path:
         return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"

@@ -1,11 +1,17 @@
 """A script's errors and signals as one line and a status."""
 
+import fcntl
 import os
 import signal
+import subprocess
+import sys
+import termios
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
+from waiting import ended, wait_until
 
 from reslora.common.errors import InvalidArgument, RunFailed, Stopped
 from reslora.common.script import run_script, shares_the_cpu
@@ -57,6 +63,54 @@ def test_a_signal_is_the_status(capsys, number):
 
     assert run_script("script.py", main, ["--flag"]) == 128 + number
     assert "script.py: stopped after step 3" in capsys.readouterr().err
+
+
+# Says something all the time, until it is asked to stop.
+TALKS = f"""
+import pathlib, sys, time
+sys.path.insert(0, {str(Path(__file__).resolve().parents[2])!r})
+from reslora.common.errors import Stopped
+from reslora.common.script import run_script
+def main(argv, stop):
+    end = time.monotonic() + 600
+    while stop.signal is None and time.monotonic() < end and not pathlib.Path("enough").exists():
+        print("step", flush=True)
+        print("step", file=sys.stderr)
+        pathlib.Path("begun").touch()
+    print("saving")
+    pathlib.Path("saved").touch()
+    stop.check("stopped after this step")
+sys.exit(run_script("script.py", main))
+"""
+
+
+def take_terminal() -> None:
+    """For `preexec_fn`: its input is the terminal that hangs up on it."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+def test_a_terminal_that_closes_is_outlived(tmp_path):
+    terminal, end = os.openpty()
+    words = [sys.executable, "-c", TALKS]
+    process = subprocess.Popen(
+        words, cwd=tmp_path, stdin=end, stdout=end, stderr=end, start_new_session=True, preexec_fn=take_terminal
+    )
+    os.close(end)
+    while not (tmp_path / "begun").exists():
+        assert os.read(terminal, 4096)  # or the script waits for who reads
+    os.close(terminal)
+    assert ended(process) == 128 + signal.SIGTERM and (tmp_path / "saved").exists()
+
+
+def test_a_pipe_that_nobody_reads_any_more_is_outlived(tmp_path):
+    words = [sys.executable, "-c", TALKS]
+    process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert process.stdout.read(4)
+    process.stdout.close()
+    wait_until((tmp_path / "begun").exists, "a step", process)
+    (tmp_path / "enough").touch()
+    assert ended(process) == 0 and (tmp_path / "saved").exists()
 
 
 def test_only_one_process_of_a_machine_reports_what_all_of_them_find(monkeypatch, capsys):

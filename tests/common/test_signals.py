@@ -32,6 +32,17 @@ sys.exit(128 + stop.signal)
 LAUNCHER = "import subprocess, sys; subprocess.Popen([sys.executable, 'child.py']).wait()"
 
 
+HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+
+
+def default_sighup() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def ignore_sighup() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
 def await_file(path: Path, process: subprocess.Popen | None = None) -> str:
     """The content of a file that another process writes."""
     wait_until(lambda: path.is_file() and path.read_text(), f"{path} to be written", process)
@@ -77,6 +88,18 @@ def test_below_torchs_launcher_which_repeats_signals_the_third_leaves_at_once(tm
     assert process.returncode == 128 + signal.SIGTERM
 
 
+@pytest.mark.parametrize("ignored", [False, True])  # True: as nohup leaves it
+def test_a_terminal_that_closes_asks_to_stop_unless_its_signal_is_ignored(tmp_path, ignored):
+    process = child(tmp_path, preexec_fn=ignore_sighup if ignored else default_sighup)
+    process.send_signal(signal.SIGHUP)
+    if ignored:
+        process.send_signal(signal.SIGINT)
+    number = signal.SIGINT if ignored else signal.SIGTERM
+    _, errors = output_of(process)
+    assert process.returncode == 128 + number and ("terminal" in errors) is not ignored
+    assert (tmp_path / "saved").read_text() == str(int(number))
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("told", ["signal", "_signal"])  # found out by asking, and told by the kernel alone
 def test_a_child_saves_and_ends_when_its_launcher_dies(tmp_path, number, told):
@@ -108,7 +131,7 @@ def test_a_parent_that_is_no_launcher_may_end(tmp_path):
 
 
 def test_handlers_come_back():
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.getsignal(number) for number in HEARD}
     with StopRequest() as stop:
         assert stop.signal is None
         stop.check("not asked")

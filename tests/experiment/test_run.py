@@ -60,16 +60,19 @@ class Untrained:
         (folder / "log.jsonl").write_text(json.dumps(row))
 
     def is_tested(self, arm: Arm, step: int) -> bool:
-        return False
+        return (self.course.folder_of(arm) / "tested").exists()
 
     def tested(self, arm: Arm, step: int) -> dict:
         if self.stopped == "tested":
             raise Stopped("stopped while comparing; the same command goes on")
+        (self.course.folder_of(arm) / "tested").touch()
         luck = np.random.default_rng([arm.seed, len(arm.label)]).normal(size=4)
         losses = 1 + 0.1 * (arm.label != "lora") + 0.001 * luck
         return {"images": list("abcd"), "losses": losses.tolist(), "by_timestep": [1.0]}
 
     def export(self, arm: Arm, step: int) -> str:
+        if self.stopped == "export":
+            raise Stopped("stopped while comparing; the same command goes on")
         return "file"
 
 
@@ -114,6 +117,17 @@ def test_what_was_concluded_stays_until_it_is_concluded_anew(tmp_path):
     after, headline = go(folder, "--seed", "0", "1", "2")
     assert after["verdicts"][0]["seeds"] == 3 and "as_of" not in after and headline.startswith("nothing is shown")
     assert Experiment("out", folder).status == "finished"
+
+
+@pytest.mark.parametrize("stopped", ["", "tested", "export"])
+def test_a_reading_of_the_test_images_counts_once_wherever_it_is_cut_off(tmp_path, stopped):
+    if stopped:
+        go(tmp_path / "out", stopped=stopped)
+    for _ in range(2):
+        record, _ = go(tmp_path / "out")
+        assert record["readings"] == 1 and not any("were read" in note for note in record["notes"])
+    record, _ = go(tmp_path / "out", "--seed", "0", "1", "2")
+    assert record["readings"] == 2 and any("were read 2 times" in note for note in record["notes"])
 
 
 def test_of_what_was_concluded_only_labels_that_are_still_there_stay(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 from conftest import assert_one_line
 
 from reslora.common.errors import InvalidArgument, RunFailed
+from reslora.language import trainer
 from reslora.language.checkpoints import checkpoints_of, damage, usable_checkpoint
 
 from .helpers import build, trainer_for
@@ -52,6 +53,31 @@ def test_another_number_of_processes_cannot_go_on(tmp_path, made_by):
         found = damage(folder, processes)
         assert found is None if processes == made_by else "made by another number of processes" in found
         assert usable_checkpoint(tmp_path, processes) == (str(folder) if processes == made_by else None)
+
+
+def test_an_older_one_goes_once_the_new_one_is_whole(tmp_path, monkeypatch):
+    """Checksums are written last, when every process has written its part."""
+    there: list[set[str]] = []
+
+    def seen(folder, before=trainer.write_checksums):
+        before(folder)
+        if (folder / "trainer_state.json").exists():  # not of the adapter alone
+            there.append({path.name for path in tmp_path.glob("checkpoint-*")})
+
+    monkeypatch.setattr(trainer, "write_checksums", seen)
+    trainer_for(build()[0], tmp_path, save_total_limit=1).train()
+    assert there == [{"checkpoint-2"}, {"checkpoint-2", "checkpoint-4"}, {"checkpoint-4", "checkpoint-6"}]
+    assert [path.name for path in checkpoints_of(tmp_path)] == ["checkpoint-6"]
+
+
+@pytest.mark.parametrize(("best", "limit", "kept"), [(2, 1, [6, 2]), (4, 2, [6, 4]), (6, 2, [6, 4]), (2, 3, [6, 4, 2])])
+def test_the_best_one_stays_whatever_the_limit(tmp_path, best, limit, kept):
+    one = trainer_for(build()[0], tmp_path, save_total_limit=limit)
+    for step in (2, 4, 6):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    one.state.best_model_checkpoint = f"{tmp_path}/./checkpoint-{best}"
+    one._remove_older()
+    assert [path.name for path in checkpoints_of(tmp_path)] == [f"checkpoint-{step}" for step in kept]
 
 
 def test_later_ones_step_aside_once_the_chosen_one_is_loaded(tmp_path, monkeypatch):

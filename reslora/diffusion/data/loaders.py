@@ -13,7 +13,7 @@ from ...common.errors import RunFailed, first_line
 
 
 def worker_options(count: int) -> dict:
-    """Arguments for `count` loading processes, which leave it to the trainer to answer Ctrl-C and SIGTERM."""
+    """Arguments for `count` loading processes, which leave it to the trainer to answer signals."""
     if count == 0:
         return {"num_workers": 0}
     fork = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
@@ -21,8 +21,9 @@ def worker_options(count: int) -> dict:
 
 
 def _ignore_signals(worker: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):  # Windows has no SIGHUP
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def stream(loader: DataLoader) -> Generator:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from ...common.log import LogWriter, of_split, read_log
 from ...common.signals import StopRequest
 from ...common.together import decided
 from ...files import remove, replacing, write_json
+from ..data.batch import Batch
 from ..data.samples import Material, ValidationSamples, losses_of, measured, measured_at
 from ..prompts import prompts_of
 from ..training.best import is_over, keep_if_best
@@ -32,6 +34,7 @@ from ..training.stopping import stop_requested
 from .drawing import Drawer, as_image
 from .metric import load_metric
 
+T = TypeVar("T")
 VALIDATION_PARTS = ("loss", "samples")
 FINISHED = "loss.png"  # written last: where it is, a run is finished
 
@@ -155,17 +158,28 @@ class Validation:
         self.accelerator, self.stop = accelerator, stop
 
     def __call__(self, learner: Learner, reports: Reports, parts: Sequence[str] = VALIDATION_PARTS) -> None:
-        """Measures and draws; samples that a stop cuts short are drawn when the run goes on.
+        """Measures and draws; what a stop cuts short is measured or drawn when the run goes on.
 
         Tells the learner whether it is over with it.
         """
-        flags, accelerator, denoiser = self.material.flags, self.accelerator, learner.denoiser
+        flags, denoiser = self.material.flags, learner.denoiser
         with learner.averaged():
             if "loss" in parts and self.material.held_out:
-                by_main(accelerator, lambda: self.losses(denoiser), partial(self._keep_losses, learner, reports))
+                self._by_main(lambda: self.losses(denoiser), partial(self._keep_losses, learner, reports))
             if "samples" in parts and flags.validation_prompt and flags.num_validation_images:
-                by_main(accelerator, lambda: self._drawn(denoiser), partial(self._keep_samples, learner, reports))
+                self._by_main(lambda: self._drawn(denoiser), partial(self._keep_samples, learner, reports))
         learner.over = decided(lambda: reports.is_over(flags.early_stopping_patience))
+
+    def _by_main(self, compute: Callable[[], T], keep: Callable[[T], None]) -> None:
+        """As `by_main`; keeps nothing of what a stop cuts short."""
+
+        def unless_stopped() -> T | None:
+            try:
+                return compute()
+            except Stopped:
+                return None
+
+        by_main(self.accelerator, unless_stopped, lambda found: None if found is None else keep(found))
 
     def _keep_losses(self, learner: Learner, reports: Reports, losses: torch.Tensor) -> None:
         mean = losses.mean().item()
@@ -184,11 +198,13 @@ class Validation:
         with evaluating(denoiser, *self.loss.encoders), torch.no_grad(), self.accelerator.autocast():
             if noises:
                 images = measured(self.material)
-                return losses_of(
-                    lambda batch: self.loss(denoiser, batch, weighted=False), self.material, images, noises
-                )
+                return losses_of(partial(self._loss, denoiser), self.material, images, noises)
             samples = ValidationSamples(self.material)
-            return torch.cat([self.loss(denoiser, batch, weighted=False) for batch in samples.batches()])
+            return torch.cat([self._loss(denoiser, batch) for batch in samples.batches()])
+
+    def _loss(self, denoiser: nn.Module, batch: Batch) -> torch.Tensor:
+        self._leave_if_asked()
+        return self.loss(denoiser, batch, weighted=False)
 
     def by_timestep(self, losses: torch.Tensor) -> dict[str, float]:
         """The mean over images at each of the fixed timesteps, of which 1 is pure noise; empty without."""
@@ -198,19 +214,13 @@ class Validation:
         names = [f"{float(timestep) / objective.timesteps:.3f}" for timestep in measured_at(objective)]
         return dict(zip(names, losses.mean(0).tolist(), strict=True))
 
-    def _drawn(self, denoiser: nn.Module) -> list[np.ndarray] | None:
+    def _drawn(self, denoiser: nn.Module) -> list[np.ndarray]:
         flags, prompts = self.material.flags, prompts_of(self.material.flags)
+        with self.accelerator.autocast():
+            return self.drawer.draw(denoiser, prompts, flags.num_validation_images, self._leave_if_asked)
 
-        try:
-            with self.accelerator.autocast():
-                return self.drawer.draw(denoiser, prompts, flags.num_validation_images, self._leave_if_asked)
-        except Stopped:
-            return None
-
-    def _keep_samples(self, learner: Learner, reports: Reports, drawn: list[np.ndarray] | None) -> None:
+    def _keep_samples(self, learner: Learner, reports: Reports, drawn: list[np.ndarray]) -> None:
         flags, prompts = self.material.flags, prompts_of(self.material.flags)
-        if drawn is None:  # a stop cut it short
-            return
         if not all(np.isfinite(image).all() for image in drawn):
             self.accelerator.print(f"warning: samples of step {learner.step} have pixels that are not finite")
         images = [as_image(image) for image in drawn]
@@ -233,9 +243,9 @@ class Validation:
 
     def _leave_if_asked(self) -> None:
         if not cuts_base(self.accelerator):
-            self.stop.check("stopped while drawing")
-        elif stop_requested(self.stop):  # all draw, so all leave
-            raise Stopped("stopped while drawing")
+            self.stop.check("stopped while validating")
+        elif stop_requested(self.stop):  # all compute, so all leave
+            raise Stopped("stopped while validating")
 
 
 def forget_samples(folder: Path, step: int) -> None:

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from diffusion import exact_steps
+from reslora.common.signals import StopRequest
 from reslora.diffusion.data.samples import NOISES, TIMESTEPS, FixedSamples, losses_of, measured, measured_at
 from reslora.diffusion.experiment.measure import SelectLoss
 from reslora.diffusion.output.reports import Validation
@@ -74,7 +75,7 @@ def test_select_loss_is_the_mean_over_held_out_images_in_eval_mode(setting):
     material, loss, denoiser = setting
     expected = losses_of(lambda batch: loss(denoiser.eval(), batch, weighted=False), material, material.held_out).mean()
     denoiser.train()
-    found = SelectLoss(loss, material, None, Accelerator(cpu=True), None).mean_loss(denoiser)
+    found = SelectLoss(loss, material, None, Accelerator(cpu=True), StopRequest()).mean_loss(denoiser)
     assert found == pytest.approx(float(expected), rel=1e-6) and denoiser.training
 
 
@@ -83,7 +84,7 @@ def test_a_validation_that_steers_is_by_the_same_losses(setting, noises):
     """The mean by timestep is told beside it."""
     material, loss, denoiser = setting
     material = dataclasses.replace(material, flags=material.flags.replace(validation_noises=noises))
-    validation = Validation(loss, material, None, Accelerator(cpu=True), None)
+    validation = Validation(loss, material, None, Accelerator(cpu=True), StopRequest())
     found = validation.losses(denoiser)
     expected = losses_of(
         lambda batch: loss(denoiser.eval(), batch, weighted=False), material, material.held_out, noises

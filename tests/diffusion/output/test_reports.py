@@ -14,6 +14,7 @@ from diffusion import exact_steps
 from diffusion.runs import failed, main
 from reslora.common.errors import RunFailed
 from reslora.common.log import read_log
+from reslora.common.signals import StopRequest
 from reslora.diffusion.data.batch import collate
 from reslora.diffusion.data.samples import ValidationSamples
 from reslora.diffusion.output.reports import Reports, Validation, save_images
@@ -118,7 +119,7 @@ def test_validation_loss_is_the_unweighted_mean_over_all_noises_of_all_held_out_
     denoiser.train()
     modes = []
     denoiser.register_forward_pre_hook(lambda module, _: modes.append(module.training))
-    found = Validation(loss, material, None, Accelerator(cpu=True), None).mean_loss(denoiser)
+    found = Validation(loss, material, None, Accelerator(cpu=True), StopRequest()).mean_loss(denoiser)
     assert found == pytest.approx(sum(expected) / 8, rel=1e-5)
     assert denoiser.training and modes == [False] * 3
 

@@ -137,7 +137,7 @@ def test_without_fsdp_nothing_is_cut(monkeypatch):
     assert take_plugin(parse_args([])) is None
 
 
-def test_where_all_draw_all_leave_once_one_is_asked_to_stop(monkeypatch):
+def test_where_all_validate_all_leave_once_one_is_asked_to_stop(monkeypatch):
     """This process was not asked itself."""
     state = SimpleNamespace(fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2))
     stop = SimpleNamespace(signal=None, check=lambda _: None)

@@ -33,7 +33,7 @@ from reslora.common.log import of_split, read_log
 from reslora.diffusion import run as running
 from reslora.diffusion.data.batch import collate
 from reslora.diffusion.data.plan import Plan
-from reslora.diffusion.data.samples import TrainingSamples, training_loader
+from reslora.diffusion.data.samples import TrainingSamples, ValidationSamples, training_loader
 from reslora.diffusion.training import loop
 from reslora.diffusion.training.loop import take_step
 
@@ -286,25 +286,30 @@ def test_signals_are_heard_even_where_they_were_ignored_at_the_start(brief_flags
     assert process.returncode == 128 + signal.SIGINT and "Traceback" not in errors, errors
 
 
-def test_a_stop_while_samples_are_drawn_saves_and_the_samples_follow(run, base_flags, tmp_path, monkeypatch):
-    """Asked to stop in the samples of step 2: they are cut short, the step is saved, and drawn when the run goes on."""
-    output, draw = tmp_path / "out", StableDiffusionPipeline.__call__
+@pytest.mark.parametrize("moment", ["loss", "samples"])
+def test_a_stop_in_a_validation_saves_and_the_rest_follows(run, base_flags, tmp_path, monkeypatch, moment):
+    """Asked to stop in that of step 2: it is cut short, the step is saved, and the rest done when the run goes on."""
+    output, of = tmp_path / "out", {"loss": ValidationSamples, "samples": StableDiffusionPipeline}[moment]
+    name = {"loss": "batches", "samples": "__call__"}[moment]
+    before = getattr(of, name)
     flags = [*base_flags, "--method", "reslora", "--output_dir", output, "--checkpointing_steps", "100"]
 
-    def interrupted(pipeline, *args, **more):
+    def interrupted(self, *args, **more):
         if (output / "reslora" / "samples" / "step-000000").is_dir():
             signal.raise_signal(signal.SIGTERM)
-        return draw(pipeline, *args, **more)
+        return before(self, *args, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(StableDiffusionPipeline, "__call__", interrupted)
+        patch.setattr(of, name, interrupted)
         assert main(*flags) == 128 + signal.SIGTERM
     method = output / "reslora"
     assert {path.name for path in method.glob("checkpoint-*")} == {"checkpoint-2"}
     assert not (method / "samples" / "step-000002").exists()
+    validated = [row["step"] for row in of_split(read_log(method / "log.jsonl"), "validation")]
+    assert validated == ([0] if moment == "loss" else [0, 2])
     assert main(*flags, *RESUME) == 0
     assert_same(final_weights(output), final_weights(run))
-    assert [row[:2] for row in losses(output)] == [row[:2] for row in losses(run)]
+    assert losses(output) == losses(run)
     names = [sorted(p.name for p in (o / "reslora" / "samples").iterdir()) for o in (output, run)]
     assert names[0] == names[1]
 
