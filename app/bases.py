@@ -11,6 +11,8 @@ from reslora.diffusion.arguments import Flags
 from .runs import Run
 
 BUNDLED = ASSETS / "pipeline"
+PIPELINES = {f"{ASSETS.name}/{path.name}": path for path in (BUNDLED, ASSETS / "pipeline-flow")}
+"""The bundled pipelines, by the words that a page may name them with."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +37,25 @@ class Base:
         )  # fmt: skip
 
 
+def bundled(named: str) -> str | None:
+    """The word for the bundled pipeline that a path names: here, on another machine, or relative as in the example."""
+    word = "/".join(Path(named).parts[-2:])
+    if word not in PIPELINES:
+        return None
+    there = Path("/", named)
+    return word if not there.is_dir() or there.samefile(PIPELINES[word]) else None
+
+
 def base_of(run: Run | None) -> Base:
     """The pipeline of a run; the bundled one without a run."""
     if run is None:
         return Base()
     named = run.word("pretrained_model_name_or_path")
     settings = {name: run.word(name) for name in ("revision", "variant", "cache_dir", "prediction_type")}
-    # A run that came from another machine has that machine's path of the bundled pipeline, the example a relative one.
-    if not named or (Path(named).parts[-2:] == BUNDLED.parts[-2:] and not Path("/", named).is_dir()):
+    if not named:
         return Base(prediction_type=settings["prediction_type"])
+    if (word := bundled(named)) and not Path("/", named).is_dir():
+        return Base(str(PIPELINES[word]), prediction_type=settings["prediction_type"])
     is_file = named.endswith(".safetensors")
     vae = run.word("pretrained_vae_model_name_or_path")
     return Base(named, vae, **settings, folder=str(run.folder) if is_file else "")

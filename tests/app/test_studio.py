@@ -21,7 +21,7 @@ from app import studio as studios
 from app.library import Library
 from app.recipe import Drawn, Request
 from app.runs import BASE, RunError, Weights
-from app.studio import MERGE_CHOICES, Base, Cancelled, Step, Studio, Turns, base_of
+from app.studio import MERGE_CHOICES, Cancelled, Step, Studio, Turns
 
 REQUEST = Request(prompt="red disc", steps=3, seed=5, width=64, height=64)
 EXPORTS = ("merged weights", "kohya.safetensors", "pytorch_lora_weights.safetensors")
@@ -310,13 +310,6 @@ def test_weights_that_end_in_numbers_that_are_not_finite_are_not_drawn(studio, r
     with pytest.raises(RunError, match=r"changed\.safetensors: step 1 gave values that are not finite"):
         draw(studio, run, Weights(path.name, "file", "", path))
     assert len(draw(studio, run, BASE)) == 1
-
-
-def test_base_of_a_run(run, tmp_path):
-    assert base_of(None) == Base()
-    assert base_of(run).name.endswith("model")
-    (tmp_path / "config.json").write_text('{"pretrained_model_name_or_path": "/elsewhere/assets/pipeline"}')
-    assert base_of(Library(tmp_path).find(tmp_path.name)) == Base()
 
 
 # -- files from people -------------------------------------------------------------------------------------------------
