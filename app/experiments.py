@@ -42,8 +42,8 @@ def counted(number: int, what: str) -> str:
     return f"{number} {what}{'s' * (number != 1)}"
 
 
-def summary(experiment: Experiment, status: str) -> str:
-    """How far an experiment is, and what its trainer is doing now."""
+def summary(experiment: Experiment, status: str, said: str = "") -> str:
+    """How far an experiment is, and what its trainer is doing now; of one that never began, what was `said` last."""
     ended, total = experiment.progress
     facts = [f"{ended} of {counted(total, 'arm')} ended"] if total else []
     each = experiment.seconds_an_arm
@@ -53,6 +53,8 @@ def summary(experiment: Experiment, status: str) -> str:
         facts.append("Go on trains the rest")
     if status == "failed" and total:
         facts.append("none of them well, as the report says")
+    elif status == "failed":
+        facts.append(said)
     return status_line(experiment, status, escape(" \u00b7 ".join(facts)))
 
 

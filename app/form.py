@@ -7,9 +7,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from reslora.common.methods import METHODS
-from reslora.diffusion.arguments import BY_FAMILY, DEFAULTS, build_parser, in_words
+from reslora.diffusion.arguments import BUNDLED_DEFAULTS, BY_FAMILY, DEFAULTS, build_parser, in_words
 from reslora.diffusion.optimizers import OPTIMIZERS
 
+from .bases import PIPELINES
 from .runs import Run, RunError
 
 LABELS = {
@@ -30,6 +31,8 @@ TEXTS = ("caption_prefix", "caption_suffix", "target_modules", "rank_pattern", "
 """Flags that take words which name no file, no model and no code."""
 OF_CLASS_IMAGES = ("class_prompt", "num_class_images", "prior_loss_weight")
 """Flags that nothing reads without a folder of class images, which a page may not name."""
+OF_BUNDLED = {flag for own in BUNDLED_DEFAULTS.values() for flag in own}
+"""Flags of which a bundled pipeline has defaults of its own."""
 NEVER = ("plan", "local_rank", "push_to_hub", "dataloader_num_workers", *OF_CLASS_IMAGES)
 PRESETS: dict[str, dict[str, object]] = {
     "the trainer's defaults": {},
@@ -87,12 +90,14 @@ def info(action: argparse.Action) -> str:
     return f"{text[:1].upper()}{text[1:]} · --{action.dest}"
 
 
-def default(action: argparse.Action) -> str:
-    """What is taken where a box is left empty, in words."""
+def default(action: argparse.Action, model: str = "") -> str:
+    """What is taken where a box is left empty, in words; a bundled model may have its own."""
     if action.default is not None:
         return in_box(action.default)
     if action.dest in DEFAULTS:
-        bundled, other = (in_words(value) for value in DEFAULTS[action.dest])
+        first, named = DEFAULTS[action.dest]
+        own = BUNDLED_DEFAULTS.get(PIPELINES[model].name, {}) if model in PIPELINES else {}
+        bundled, other = in_words(own.get(action.dest, first)), in_words(named)
         return bundled if action.dest in BY_FAMILY else f"{bundled} (another model: {other})"
     told = re.search(r"\(default: ([^;)]*)", action.help or "")  # what depends on others is in the help alone
     return told[1] if told else ""

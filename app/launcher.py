@@ -18,12 +18,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import torch
+from accelerate.commands.config.config_args import default_config_file
+
 from reslora.common.flags import listed
 from reslora.diffusion.arguments import build_parser
 from reslora.diffusion.data.images import SUFFIXES
 from reslora.diffusion.prompts import SUFFIXES as PROMPT_FILES
 
 from . import form
+from .bases import PIPELINES, bundled
 from .folders import UPLOADS, Folders
 from .held import held, is_held
 from .library import Experiment, Library
@@ -36,6 +40,8 @@ ADDED_TO = ("method", "learning_rate", "seed")
 """Flags that an experiment which was begun may be given more values of."""
 MAY_GROW = (*ADDED_TO, "experiment_minutes")
 """Flags that need not be as an experiment was begun with."""
+OF_MODEL = ("pretrained_vae_model_name_or_path", "revision")
+"""Flags that make another model of the one that is named."""
 FOLDERS = ("train_data_dir", "class_data_dir", "dataset_name")
 """Flags that may name a folder of images."""
 SAVE, SAMPLE = "save.now", "sample.now"
@@ -112,8 +118,9 @@ def refuse_others(begun: Run, settings: dict, images: Path | None) -> None:
         # The form has no word for some that a command line may have given: it shows them as if they were not there.
         if listed(getattr(asked, flag)) != listed(was) and value != form.widget_value(known[flag], was):
             others.append(form.as_flag(known[flag], was))
-    if model and [model] != begun.words("pretrained_model_name_or_path"):
-        others.append(f"the model {begun.word('pretrained_model_name_or_path')}")
+    was_model = begun.word("pretrained_model_name_or_path") or ""
+    if model and model not in (was_model, bundled(was_model)):
+        others.append(f"the model {bundled(was_model) or was_model}")
     if others:
         raise RunError(f"{begun.name} was begun with {', '.join(others[:5])}: give that, or choose another name.")
 
@@ -156,14 +163,8 @@ class Trainings:
             return [*words, "--config", str(begun.folder / "config.json"), *arguments(with_more(begun, settings), True)]
         if images is not None:
             words += ["--train_data_dir", str(images)]
-        model = str(settings.get("model") or "").strip()
-        if model:
-            # A name on the hub and nothing else: a path would let the page read other folders of this machine.
-            if not is_hub_name(model):
-                raise RunError("Give the model by its name on the hub, such as owner/model, or leave it empty.")
-            if images is None:
-                raise RunError("Another model needs images: upload some, or choose a folder.")
-            words += ["--pretrained_model_name_or_path", model]
+        if model := str(settings.get("model") or "").strip():
+            words += ["--pretrained_model_name_or_path", model_of(model, images)]
         return words + arguments(settings)
 
     def goes_on(self, name: str, kind: type[Run]) -> bool:
@@ -240,16 +241,14 @@ class Trainings:
     def _launch(self, run: Run, words: list[str], device: str | None) -> Run:
         self.asked = {process for process in self.asked if is_trainer(process)}
         self.began.discard(run.name)
-        launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
         environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": search_path()}
         if device is not None:
-            launch += ["--num_processes", "1"]
             environment["CUDA_VISIBLE_DEVICES"] = device
         path = run.folder / run.log_name
         with path.open("ab") as log, held(path) as lock:
             # A session of its own: Ctrl-C in the application's terminal doesn't reach it.
             self.started[run.name] = subprocess.Popen(
-                [*launch, *words],
+                [*launch_words(device), *words],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -362,6 +361,10 @@ class Trainings:
         """The end of a run's log without this machine's folders."""
         return self.without_folders(run.log_tail())
 
+    def last_line(self, run: Run) -> str:
+        """What a run's trainer has printed last: where it has failed, why."""
+        return self.without_folders(run.log_tail(1))[:300]
+
     def without_folders(self, text: str) -> str:
         """Lines of the trainer's in which this machine's folders have other names."""
         names = {self.library.folder: "runs", self.data: "data", REPOSITORY: ".", Path.home(): "~"}
@@ -372,10 +375,47 @@ class Trainings:
         return text
 
 
+def launch_words(device: str | None) -> list[str]:
+    """`accelerate launch`, told the defaults that it would warn of; what its configuration file says holds."""
+    words = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
+    has_file = Path(default_config_file).is_file()
+    if not has_file:
+        words += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    if device is not None or (not has_file and torch.cuda.device_count() < 2):
+        words += ["--num_processes", "1"]
+    return words
+
+
 def names_of(runs: list[Run]) -> str:
     """The names of some runs, as one says them."""
     *first, last = (run.name for run in runs)
     return f"{', '.join(first)} and {last}" if first else last
+
+
+def model_of(word: str, images: Path | None) -> str:
+    """The model that a page names: a bundled pipeline, or one on the hub, which needs images."""
+    if word in PIPELINES:
+        return str(PIPELINES[word])
+    # A name on the hub and nothing else: a path would let the page read other folders of this machine.
+    if not is_hub_name(word):
+        raise RunError(f"Give the model by its name on the hub, such as owner/model, or one of {', '.join(PIPELINES)}.")
+    if images is None:
+        raise RunError("Another model needs images: upload some, or choose a folder.")
+    return word
+
+
+def word_of_model(run: str, settings: dict) -> str:
+    """The word by which a page names the model of a run's settings; `RunError` where it has none."""
+    named = settings.get("pretrained_model_name_or_path") or ""
+    word = (bundled(named) or named) if isinstance(named, str) else "/"
+    path = [] if word in ("", *PIPELINES) or is_hub_name(word) else ["a model in a folder"]
+    unnamed = [*path, *(f"--{flag}" for flag in OF_MODEL if settings.get(flag))]
+    if unnamed:
+        raise RunError(
+            f"{run} was trained with {' and '.join(unnamed)}, which a page cannot name: begin with another "
+            "one, or give its config.json to train_sd.py --config."
+        )
+    return word
 
 
 def is_hub_name(model: str) -> bool:

@@ -111,18 +111,19 @@ def card_of(shelf: Shelf, run: Run) -> str:
     for path in (run.folder, run.folder / NOTES, *(run.folder / method for method in run.methods)):
         with contextlib.suppress(OSError):
             changed.append(path.stat().st_mtime)
-    return card(run, trainings.status(run) if trainings.is_active(run) else "", shelf.library.owns(run), tuple(changed))
+    return card(shelf, run, trainings.status(run) if trainings.is_active(run) else "", tuple(changed))
 
 
 @functools.lru_cache(maxsize=4 * MOST)
-def card(run: Run, status: str, owned: bool, changed: tuple[float, ...]) -> str:
+def card(shelf: Shelf, run: Run, status: str, changed: tuple[float, ...]) -> str:
     """A run or experiment: its newest sample, its status, since when nothing has changed, notes. `changed`: times."""
-    name, status = escape(run.name), status or run.status
+    name, status, owned = escape(run.name), status or run.status, shelf.library.owns(run)
     done, total = run.progress
     kind = isinstance(run, Experiment)
     facts = [
         "experiment" if kind else ", ".join(NAMES[method] for method in run.methods),
         (f"{done} of {counted(total, 'arm')}" if kind else f"{done:,} of {total:,} steps") if total else "",
+        shelf.trainings.last_line(run) if status == "failed" and not run.config else "",
     ]
     buttons = button("open", "Open", f"Open {run.name} under {'Experiment' if kind else 'Compare'}")
     buttons += button("trash", "Delete", f"Move {run.name} to the trash") if owned else ""

@@ -168,7 +168,7 @@ class Page:
 
     def told(self, run: Run, status: str) -> dict:
         """Values of what changes from look to look: the line about the run, and what the tabs have of the kind."""
-        values = {self.summary: views.summary(run, status)}
+        values = {self.summary: views.summary(run, status, self.trainings.last_line(run))}
         for tab in self.tabs:
             values |= tab.told(run, status)
         return values

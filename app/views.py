@@ -97,8 +97,8 @@ def figure(value, form: str, unit: str = "") -> str:
     return NOTHING if value is None else f"{value:{form}}{unit}"
 
 
-def summary(run: Run, status: str) -> str:
-    """How far a run is, what its trainer is doing now, and what it trains."""
+def summary(run: Run, status: str, said: str = "") -> str:
+    """How far a run is, what its trainer is doing now, and what it trains; of one that failed, what was `said` last."""
     config = run.config
     done, total = run.progress
     names = ", ".join(NAMES[method] for method in run.methods)
@@ -109,7 +109,7 @@ def summary(run: Run, status: str) -> str:
         facts.append(f"shortcut {config.get('shortcut')}")
     facts += [f"rank {config.get('rank')}", f"learning rate {config.get('learning_rate')}"] if config else []
     text = " · ".join(escape(str(fact)[:80]) for fact in facts if fact)
-    return status_line(run, status, text)
+    return status_line(run, status, text or (escape(said) if status == "failed" else ""))
 
 
 def status_line(run: Run, status: str, text: str) -> str:

@@ -109,7 +109,7 @@ class ExperimentTab(LaunchTab):
             return gr.skip()
         updates = {
             self.last_look: now,
-            self.state: experiments.summary(found, status),
+            self.state: experiments.summary(found, status, self.trainings.last_line(found)),
             self.log: views.log(self.trainings.log(found), status),
         }
         if seen is None or now[:3] != seen[:3]:

@@ -11,6 +11,7 @@ import gradio as gr
 from reslora.diffusion.data.dataset import CAPTIONS
 
 from .. import form, launcher, views
+from ..bases import PIPELINES
 from ..handlers import named, paths_of, readable_errors
 from ..queue import RUNNING, WAITING, Entry
 from ..runs import Run
@@ -90,9 +91,10 @@ class LaunchTab(Tab):
         self.caption = gr.Textbox("", label="Caption of images without a .txt (empty: words of the file name)")
         self.folder = gr.Dropdown([], value="", label="Or a folder of images on the server", allow_custom_value=True)
         self.preview = gr.HTML(elem_id=self.own("preview"))
-        self.model = gr.Textbox(
-            "", label="Model", placeholder="bundled; or a name on the hub: owner/model", max_lines=1
-        )
+        self.model = gr.Dropdown(
+            list(PIPELINES), value="", label="Model", allow_custom_value=True, elem_id=self.own("model"),
+            info=f"Empty: {next(iter(PIPELINES))}; or a name on the hub: owner/model",
+        )  # fmt: skip
 
     def widgets(self, actions: Sequence[argparse.Action]) -> None:
         """A widget for each flag: first what is written or chosen, then what is ticked."""
@@ -169,6 +171,8 @@ class LaunchTab(Tab):
             self.preview, preprocess=False, **quiet,
         )  # fmt: skip
         wired = [self.flags[flag] for flag in form.OF_RESLORA]
+        told = [self.flags[flag] for flag in self.flags if flag in form.OF_BUNDLED]
+        self.model.change(self.show_defaults, self.model, told, preprocess=False, **quiet)
         self.flags["method"].change(self.show_shortcuts, self.flags["method"], wired, **quiet)
         kept = {"id": self.id, "names": [name for name in self.parameters() if name != "images"]}
         page.blocks.load(None, self.form, self.form, js=RECALL % kept, **quiet)
@@ -192,6 +196,11 @@ class LaunchTab(Tab):
     def show_shortcuts(self, methods: list[str]) -> list[dict]:
         """What is set for ResLoRA's shortcuts, where a method reads it."""
         return [gr.update(visible=form.wires(methods))] * len(form.OF_RESLORA)
+
+    def show_defaults(self, model: object) -> list[dict]:
+        """What is taken where a box is left empty, where that goes by the bundled pipeline."""
+        shown = [action for flag, action in form.chosen(self.all_names()).items() if flag in form.OF_BUNDLED]
+        return [gr.update(placeholder=form.default(action, str(model or ""))) for action in shown]
 
     def settings(self, values: tuple) -> dict:
         """Flags and their values, of the form's last widgets, but for those that no method reads."""

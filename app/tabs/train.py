@@ -74,11 +74,9 @@ class TrainTab(LaunchTab):
             button.click(ask, None, self.answer, api_name=f"train_{request.replace('.', '_')}", queue=False)
 
     def fill(self, name: str) -> list:
-        """The form with the settings of a preset or a run."""
+        """The form with the settings of a preset or a run; refuses a run whose model a page cannot name."""
         settings = form.settings_of(name, self.library.runs())
-        model = settings.get("pretrained_model_name_or_path")
-        model = model if isinstance(model, str) and launcher.is_hub_name(model) else ""
-        return [model, *form.values_of(settings, self.all_names())]
+        return [launcher.word_of_model(name, settings), *form.values_of(settings, self.all_names())]
 
     def fill_by_mouse(self, name: str) -> list:
         """The form, and whose settings it has."""

@@ -9,19 +9,25 @@ from types import SimpleNamespace
 
 import PIL.Image
 import pytest
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from app_runs import HOSTILE, run_by_hand, write_exports, write_run
 from diffusers import AutoencoderKL
 from pipelines import image_folder, stable_diffusion
 from waiting import LIMIT, ended, wait_until
 
 import train_sd
-from app import launcher
+from app import experiments, form, launcher, lists, views
+from app.bases import PIPELINES
 from app.launcher import SAVE, Trainings
-from app.library import Library
+from app.library import Experiment, Library
+from app.queue import Queue
 from app.runs import LOG_NAME, Run, RunError, is_trainer
+from app.shelf import Shelf
 from app.tabs.train import TrainTab
 from app.uploads import store_images
+from reslora.common.assets import ASSETS
 from reslora.diffusion.data import encoding
+from reslora.diffusion.settings import BUNDLED_IMAGES, is_bundled, parse_args
 
 
 @pytest.fixture
@@ -65,12 +71,66 @@ def test_several_resolutions_are_numbers_with_spaces(trainings):
         {"model": "../../x"},
         {"model": "../x"},
         {"model": "owner/model"},
+        {"model": "assets/tiny-llama"},
+        {"model": "assets/pipeline-flow/../pipeline"},
+        {"model": "./assets/pipeline-flow"},
+        {"model": str(ASSETS / "pipeline-flow")},
     ],
 )
 def test_settings_the_trainer_or_the_page_refuses(trainings, settings):
     with pytest.raises(RunError) as refusal:
         trainings.command("new", settings)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("word", PIPELINES)
+def test_a_bundled_pipeline_is_trained_by_its_word(trainings, word):
+    """On the bundled images, too; the command that is shown means the same model when it is typed."""
+    words = trainings.command("new", {"model": word, "max_train_steps": "4"})
+    assert words[3:] == ["--pretrained_model_name_or_path", str(ASSETS.parent / word), "--max_train_steps", "4"]
+    assert f" --pretrained_model_name_or_path {word} " in launcher.in_words(words)
+    flags = parse_args(words[1:])
+    assert is_bundled(flags.pretrained_model_name_or_path) and flags.train_data_dir == str(BUNDLED_IMAGES)
+
+
+def test_a_form_that_begins_with_a_run_has_its_model_or_says_why_not(trainings, tmp_path):
+    tab, runs = SimpleNamespace(library=trainings.library, all_names=TrainTab.all_names), trainings.library.folder
+    models = {"u-net": str(ASSETS / "pipeline"), "flow": "/elsewhere/assets/pipeline-flow", "hub": "owner/model"}
+    for name, model in (models | {"none": None, "folder": str(tmp_path), "damaged": 5}).items():
+        write_run(runs / name, pretrained_model_name_or_path=model)
+    write_run(runs / "vae", pretrained_vae_model_name_or_path="owner/vae")
+    for name, model in {"u-net": "assets/pipeline", "flow": "assets/pipeline-flow", "hub": "owner/model"}.items():
+        assert TrainTab.fill(tab, name)[0] == model
+    for name in ("none", next(iter(form.PRESETS))):
+        assert TrainTab.fill(tab, name)[0] == ""
+    for name, what in {"folder": "a model in a folder", "damaged": "a model", "vae": "--pretrained_vae"}.items():
+        with pytest.raises(RunError, match=f"{name} was trained with {what}.*cannot name") as refusal:
+            TrainTab.fill(tab, name)
+        assert str(tmp_path) not in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("device", [None, "0"])
+def test_accelerate_has_no_defaults_to_warn_of(monkeypatch, caplog, device):
+    """Its lines would look like the cause of what fails."""
+    monkeypatch.setattr(launcher.torch.cuda, "device_count", lambda: 1)
+    words = launcher.launch_words(device)[4:]
+    _validate_launch_command(launch_command_parser().parse_args([*words, "train_sd.py"]))
+    assert not caplog.records
+
+
+def test_a_run_that_failed_says_why(trainings):
+    folder = trainings.library.folder / "new"
+    folder.mkdir()
+    (folder / "app.log").write_text(f"a line before\ntrain_sd.py: error: <b> {folder}\n")
+    run, line = trainings.library.find("new"), "train_sd.py: error: &lt;b&gt; runs/new"
+    (said, status), shelf = (trainings.last_line(run), trainings.status(run)), Shelf(Queue(trainings))
+    shown = (
+        views.summary(run, status, said),
+        lists.card_of(shelf, run),
+        experiments.summary(Experiment("new", folder), status, said),
+    )
+    assert [text.count(line) for text in shown] == [1, 1, 1] and not any("before" in text for text in shown)
+    assert line not in views.summary(run, "starting", said)
 
 
 @pytest.mark.parametrize("name", [*HOSTILE[:-3], "-x", "a b", "a" * 65, ".hidden"])
