@@ -243,7 +243,8 @@ def _fill(outer: nn.Module, base: nn.Module, tensors: dict[str, torch.Tensor], a
                 part[adapter_name].to(dtype)
     wrapped = isinstance(outer, PeftModel)
     state = {PEFT_PREFIX + key: value for key, value in tensors.items()} if wrapped else tensors
-    set_peft_model_state_dict(outer if wrapped else base, state, adapter_name=adapter_name)
+    with keeping_shortcuts():
+        set_peft_model_state_dict(outer if wrapped else base, state, adapter_name=adapter_name)
 
 
 def _attach(model: nn.Module, lora: LoraConfig, adapter_name: str, saved: _Saved, directory: Path) -> nn.Module:
