@@ -61,6 +61,8 @@ class Calibrator:
 
     def read(self, base: nn.Module, wires: Wires, calibration: Iterable[Mapping]) -> None:
         """Reads every batch once; raises `ValueError` for batches that do not fit or give non-finite values."""
+        if isinstance(calibration, (int, float)):
+            raise ValueError(f"calibration={calibration} is a number; give the batches, dicts of the model's arguments")
         device = next(base.parameters()).device
         batches: Iterable[Mapping] = calibration
         kept: list[Mapping] = []

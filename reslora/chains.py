@@ -166,6 +166,8 @@ def chains(model: nn.Module, adapter_name: str = "default", example_inputs: dict
 
 def unwrap(model: nn.Module) -> nn.Module:
     """Returns the model below DDP and `torch.compile` wrappers, a `PeftModel` if it is one."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model is a {type(model).__name__}; give a model (of a pipeline, its unet or transformer)")
     while True:
         if isinstance(model, nn.DataParallel):
             raise ValueError(

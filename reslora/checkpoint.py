@@ -78,8 +78,8 @@ def load(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
     `model` is a bare base model (it is given the adapter the way the saved one had it: wrapped by `get_peft_model`, or
     in place by `add_adapter`), or one that has a matching LoRA adapter, connected or not.
 
-    Raises `ValueError` if the files are missing or damaged, or if layers, ranks or shapes differ, naming the first; the
-    model is unchanged then.
+    Raises `ValueError` if the files are missing or damaged, if layers, ranks or shapes differ, naming the first, or if
+    the model is connected along other chains; it is unchanged then.
     """
     directory = Path(directory)
     saved = _read(directory)
@@ -98,6 +98,12 @@ def load(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
             refuse_merged(layers)
             refuse_inactive(layers, adapter_name)
         _check(saved, outer, adapter_name, directory, wirable=connection is None)
+        if connection is not None and connection.config.wired and _wiring(connection.chains) != _wiring(saved.plan):
+            raise ValueError(
+                f"this model is connected along other chains ({connection.chains.links} links) than those in "
+                f"{directory / CONFIG_NAME} ({saved.plan.links}): call reslora.disconnect before loading, which then "
+                "connects as saved"
+            )
     else:
         # Everything is tried on a copy without storage first: nothing is left half-loaded.
         tried = _attach(meta_copy(base), _uninitialised(saved.lora), adapter_name, saved, directory)
@@ -237,7 +243,8 @@ def _fill(outer: nn.Module, base: nn.Module, tensors: dict[str, torch.Tensor], a
                 part[adapter_name].to(dtype)
     wrapped = isinstance(outer, PeftModel)
     state = {PEFT_PREFIX + key: value for key, value in tensors.items()} if wrapped else tensors
-    set_peft_model_state_dict(outer if wrapped else base, state, adapter_name=adapter_name)
+    with keeping_shortcuts():
+        set_peft_model_state_dict(outer if wrapped else base, state, adapter_name=adapter_name)
 
 
 def _attach(model: nn.Module, lora: LoraConfig, adapter_name: str, saved: _Saved, directory: Path) -> nn.Module:
@@ -302,6 +309,11 @@ def _check(saved: _Saved, model: nn.Module, adapter_name: str, directory: Path, 
             raise ValueError(
                 f"{block.name} is {block.shape} in {directory / CONFIG_NAME}, another shape than its layer"
             )
+
+
+def _wiring(plan: Chains) -> list[list[str]]:
+    """What of a plan changes the numbers: which blocks are neighbours."""
+    return [[block.name for block in chain] for chain in plan]
 
 
 def _uninitialised(lora: LoraConfig) -> LoraConfig:

@@ -23,6 +23,7 @@ from . import ranks
 from .chains import base_model, merges_itself, unwrap
 from .shortcuts.base import merge_refused
 
+_COMBINES = "combine the plain LoRA weights without the shortcuts"
 _SAVES = "save the plain LoRA weights without the shortcuts"
 _HANDS_OUT = "hand out the plain LoRA weights without the shortcuts"
 _REPLACES = "put plain LoRA weights under the shortcuts"
@@ -32,7 +33,6 @@ _REFUSED = {
     "save_pretrained": (_SAVES, None),
     "push_to_hub": (_SAVES, None),
     "save_lora_adapter": (_SAVES, "default"),
-    "add_weighted_adapter": ("combine the plain LoRA weights without the shortcuts", None),
     "load_adapter": (_REPLACES, "default"),
     "load_lora_adapter": (_REPLACES, "a new one"),
 }
@@ -41,7 +41,7 @@ _NAMING = ("adapter_name", "selected_adapters", "adapters")
 # Methods that take the layers away, wires and all.
 _LEAVING = ("unload", "unload_lora")
 
-# Whether it is `reslora.checkpoint` that asks PEFT for the weights, which keeps the shortcuts beside them.
+# Whether `reslora.checkpoint` asks PEFT for the weights, or hands it some: it keeps the shortcuts beside them.
 _keeps_shortcuts = contextvars.ContextVar("reslora_keeps_shortcuts", default=False)
 
 
@@ -121,8 +121,7 @@ def install(model: nn.Module, wired: Iterable[tuple[str, LoraLayer]]) -> None:
         layer.merge = layer.unmerge = functools.partial(_refuse_merge, name)
     for name, layer in wired:
         layer.update_layer = functools.partial(_refuse_update, name, layer)
-    _watch_hotswap()
-    _watch_state_dict()
+    _watch_peft()
 
 
 def remove(model: nn.Module) -> None:
@@ -140,7 +139,7 @@ def remove(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def keeping_shortcuts() -> Iterator[None]:
-    """Inside, PEFT's `get_peft_model_state_dict` gives a connected adapter's weights too."""
+    """Inside, PEFT's functions give and take a connected adapter's weights too."""
     token = _keeps_shortcuts.set(True)
     try:
         yield
@@ -205,35 +204,36 @@ def _refuse_update(name: str, layer: LoraLayer, adapter_name: str, *args: object
     type(layer).update_layer(layer, adapter_name, *args, **kwargs)
 
 
-def _watch_hotswap() -> None:
-    """Hot-swapping is a function of PEFT's, which copies weights past all methods: it asks here first."""
-    original = peft.utils.hotswap.hotswap_adapter_from_state_dict
+def _watch_peft() -> None:
+    """What goes past the methods of a connected base model asks here first.
+
+    Hot-swapping is a function; `add_weighted_adapter` and `load_adapter` are verbs of wrappers, which a base model does
+    not know. The functions for an adapter's weights others have imported by name: what they call for LoRA asks.
+    """
+    swaps = peft.utils.hotswap
+    swaps.hotswap_adapter_from_state_dict = _asking(swaps.hotswap_adapter_from_state_dict, "hotswap_adapter", _REPLACES)
+    LoraModel.add_weighted_adapter = _asking(LoraModel.add_weighted_adapter, "add_weighted_adapter", _COMBINES)
+    for name, verb, does in (
+        ("_get_adapter_state_dict", "get_peft_model_state_dict", _HANDS_OUT),
+        ("_remap_adapter_state_dict_for_load", "set_peft_model_state_dict (or load_adapter)", _REPLACES),
+    ):
+        setattr(LoraModel, name, classmethod(_asking(vars(LoraModel)[name].__func__, verb, does)))
+
+
+def _asking(original: Any, verb: str, does: str) -> Any:
+    """`original` with a refusal before it where it names a wired adapter of its model."""
     if hasattr(original, "asks_reslora"):
-        return
+        return original
+    signature = inspect.signature(original)
 
     @functools.wraps(original)
-    def hotswap_adapter_from_state_dict(
-        model: Any, state_dict: Any, adapter_name: str, *args: Any, **kwargs: Any
-    ) -> Any:
-        if _wired(model, adapter_name):
-            raise _refusal("hotswap_adapter", _REPLACES, adapter_name)
-        return original(model, state_dict, adapter_name, *args, **kwargs)
+    def asking(*args: Any, **kwargs: Any) -> Any:
+        arguments = signature.bind(*args, **kwargs).arguments
+        model = arguments["self"] if "self" in arguments else arguments["model"]
+        for adapter in () if _keeps_shortcuts.get() else _named(arguments):
+            if _wired(model, adapter):
+                raise _refusal(verb, does, adapter)
+        return original(*args, **kwargs)
 
-    hotswap_adapter_from_state_dict.asks_reslora = True  # type: ignore[attr-defined]
-    peft.utils.hotswap.hotswap_adapter_from_state_dict = hotswap_adapter_from_state_dict
-
-
-def _watch_state_dict() -> None:
-    """`get_peft_model_state_dict` is a function that others have imported by name: what it calls for LoRA asks here."""
-    original = vars(LoraModel)["_get_adapter_state_dict"].__func__
-    if hasattr(original, "asks_reslora"):
-        return
-
-    @functools.wraps(original)
-    def _get_adapter_state_dict(cls: Any, model: Any, config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        if not _keeps_shortcuts.get() and _wired(model, adapter_name):
-            raise _refusal("get_peft_model_state_dict", _HANDS_OUT, adapter_name)
-        return original(cls, model, config, adapter_name, *args, **kwargs)
-
-    _get_adapter_state_dict.asks_reslora = True  # type: ignore[attr-defined]
-    LoraModel._get_adapter_state_dict = classmethod(_get_adapter_state_dict)
+    asking.asks_reslora = True  # type: ignore[attr-defined]
+    return asking

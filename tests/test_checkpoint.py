@@ -11,12 +11,15 @@ import torch
 from conftest import (
     ARCHITECTURES,
     RANK,
+    STACK_INPUTS,
+    Stack,
     adapter_layers,
     assert_equal,
     assert_one_line,
     delta,
     find_layer,
     gradients_of,
+    lora_stack,
     loss_of,
     run,
     tiny_llama,
@@ -402,6 +405,25 @@ def test_a_connected_model_keeps_its_plan_or_refuses(llama, tmp_path):
     assert_one_line(error, "disconnect")
     assert_same(target, before)
     assert torch.equal(run(target, llama.inputs()), expected)
+
+
+@pytest.mark.parametrize("shortcut, pre_num", [("input", 1), ("block", -1), ("middle", 2)])
+def test_a_model_connected_along_other_chains_is_refused_until_it_is_disconnected(tmp_path, shortcut, pre_num):
+    config, inputs = ResLoraConfig(shortcut, pre_num), {"x": STACK_INPUTS["x"][:, :1]}
+    model = lora_stack(Stack(pool_at=2))
+    target = copy.deepcopy(model)
+    assert reslora.connect(model, config, example_inputs=inputs).links == 3  # one token cannot be pooled
+    assert reslora.connect(target, config, example_inputs=STACK_INPUTS).links == 2
+    reslora.save(model, tmp_path)
+    before, expected = snapshot(target), run(target, inputs)
+    with pytest.raises(ValueError) as error:
+        reslora.load(target, tmp_path)
+    assert_one_line(error, "other chains (2 links)", f"{CONFIG} (3)", "reslora.disconnect")
+    assert_same(target, before)
+    assert torch.equal(run(target, inputs), expected)
+    reslora.disconnect(target)
+    reslora.load(target, tmp_path)
+    assert not torch.equal(run(model, inputs), expected) and torch.equal(run(target, inputs), run(model, inputs))
 
 
 @pytest.mark.parametrize("into", ["bare", "adapter"])

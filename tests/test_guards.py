@@ -234,6 +234,37 @@ def test_loading_over_the_connected_adapter_is_refused(llama, tmp_path, config):
 
 
 @wired
+def test_wrappers_of_a_base_that_was_connected_without_them_refuse_too(llama, tmp_path, config):
+    folder = plain_folder(llama, tmp_path / "plain")
+    model = llama.lora()
+    model.add_adapter("other", LoraConfig(r=RANK, lora_alpha=5, target_modules=llama.targets))
+    base = model.get_base_model()
+    reslora.connect(base, config)
+    expected = run(model, llama.inputs())
+    for outer in (model, model.base_model):
+        refused(lambda outer=outer: outer.add_weighted_adapter(["default"], [1.0], "new"), "add_weighted", *NAMES)
+    refused(lambda: model.load_adapter(folder, "default"), "load_adapter", "'default'", *NAMES)
+    model.add_weighted_adapter(["other"], [1.0], "new")
+    model.load_adapter(folder, "other", torch_device="cpu")
+    reslora.save(base, tmp_path / "saved")
+    reslora.load(base, tmp_path / "saved")
+    assert torch.equal(run(model, llama.inputs()), expected)
+    reslora.disconnect(base)
+    model.add_weighted_adapter(["default"], [1.0], "newer")
+    model.load_adapter(folder, "default", torch_device="cpu")
+
+
+@wired
+def test_setting_the_weights_of_the_connected_adapter_is_refused(llama, unet, config):
+    for arch in (llama, unet):
+        plain = get_peft_model_state_dict(arch.lora(seed=8))
+        model = connected(arch, config)
+        expected = run(model, arch.inputs())
+        refused(lambda model=model, plain=plain: set_peft_model_state_dict(model, plain), "set_peft_model", *NAMES)
+        assert torch.equal(run(model, arch.inputs()), expected)
+
+
+@wired
 def test_loading_over_the_adapter_of_a_transformers_model_is_refused(llama, tmp_path, config):
     folder = plain_folder(llama, tmp_path)
     model = injected(config)

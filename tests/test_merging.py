@@ -893,11 +893,12 @@ def test_calibration_that_is_not_finite_is_an_error_and_nothing_is_touched(unet,
     case.assert_merged_to(merged_by_lstsq(case), tolerance=1e-5)
 
 
-def test_a_batch_that_is_not_a_dict_is_an_error(llama):
+@pytest.mark.parametrize("calibration", [8, [torch.ones(2, 6, dtype=torch.long)]])
+def test_batches_that_are_no_dicts_are_an_error(llama, calibration):
     case = Case(llama, "input")
     before = snapshot(case.model)
     with pytest.raises((ValueError, RuntimeError)) as error:
-        reslora.merge(case.model, method="lstsq", calibration=[llama.inputs()["input_ids"]])
+        reslora.merge(case.model, method="lstsq", calibration=calibration)
     assert_one_line(error, "calibration")
     assert_untouched(case, before)
 

@@ -216,6 +216,13 @@ def test_data_parallel_is_refused(llama, shortcut):
     assert_one_line(error, "DataParallel")
 
 
+@pytest.mark.parametrize("model", [None, object()])
+def test_what_is_no_model_is_refused(model):
+    with pytest.raises(ValueError) as error:
+        reslora.connect(model, ResLoraConfig())
+    assert_one_line(error, f"model is a {type(model).__name__}", "unet")
+
+
 @shortcuts
 def test_a_copy_that_data_parallel_runs_is_refused(llama, shortcut):
     """`replicate` marks its copies so, whose layers would read the neighbours of the original."""

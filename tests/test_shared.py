@@ -374,6 +374,23 @@ def test_who_looks_at_the_frozen_layer_sees_the_frozen_layer(shortcut):
     assert_equal(result, nn.functional.linear(entered, layer.base_layer.weight, layer.base_layer.bias))
 
 
+@shortcuts
+def test_who_looks_at_all_modules_sees_the_frozen_layers(shortcut):
+    model, _ = pair(shortcut)
+    kept = []
+
+    def keep(module, args, result):
+        if type(module) is nn.Linear:
+            kept.append((result, result.clone()))
+
+    handle = nn.modules.module.register_module_forward_hook(keep)
+    try:
+        run(model, INPUTS)
+    finally:
+        handle.remove()
+    assert kept and all(torch.equal(result, then) for result, then in kept)
+
+
 class Exponential(nn.Linear):
     """A linear layer by its class, whose backward needs what it returned."""
 

@@ -212,7 +212,8 @@ class Shortcut(LoraVariant):
         if handed is None:
             raise RuntimeError(
                 f"{self.name} ran before its neighbour {source}; connect again with example_inputs= that run the "
-                "layers in the order of training"
+                "layers in the order of training; if layers are skipped at random (layerdrop), set that to 0 or use "
+                'shortcut="block"'
             )
         if leading != x.shape[:-1]:
             raise RuntimeError(
@@ -298,6 +299,8 @@ def _unheld(result: torch.Tensor, module: LoraLayer) -> bool:
     """Whether `result` came fresh from a plain linear layer, whose backward does not need it, and went nowhere else."""
     base = module.base_layer
     if type(base) is not nn.Linear or base._forward_hooks or base._backward_hooks or "forward" in vars(base):
+        return False
+    if nn.modules.module._global_forward_hooks:
         return False
     return type(result) is torch.Tensor and result.is_contiguous() and len(module.active_adapters) == 1
 

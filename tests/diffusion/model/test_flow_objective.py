@@ -122,11 +122,12 @@ def test_unknown_names_are_refused():
     ],
 )
 def test_what_the_sampling_does_not_read_is_refused(words, with_which):
-    flags = parse_args(["--weighting_scheme", "none", *words.split()])
+    of_flow = ["--snr_gamma", "0", "--weighting_scheme", "none", *words.split()]
+    flags = parse_args(of_flow)
     flow, pipeline = SimpleNamespace(name="a flow", objective="flow"), SimpleNamespace(scheduler=SHIFTED)
     with pytest.raises(InvalidArgument, match=f"^{words.split()[0]} .* by .*, which does not read it"):
         objective_of(flags, flow, pipeline)
-    objective_of(parse_args(["--weighting_scheme", "none", *words.split(), *with_which.split()]), flow, pipeline)
+    objective_of(parse_args([*of_flow, *with_which.split()]), flow, pipeline)
     noise = SimpleNamespace(name="of noise", objective="ddpm")
     alone = parse_args(words.split()[:2])
     with pytest.raises(InvalidArgument, match="of noise does not learn a flow"):
