@@ -35,10 +35,11 @@ def test_trainers_take_every_command_with_all_controls_and_enough_seeds_and_rate
         command = experiment.command(name, args)[1:]
         images = experiment.script == "train_sd.py"
         found = vars(build_parser().parse_args(command)) if images else READERS[experiment.script](command)[1]
-        few, swept = name == "sst2", name.endswith("pre_num")
+        few, swept, deep = name == "sst2", name.endswith("pre_num"), name.startswith("depth")
         controls = why.BASELINES if name.endswith("baselines") else (*(why.FEWER if few else why.CONTROLS), "reslora")
+        controls = ("lora", "lora_x2", "lora_matched", "reslora") if deep else controls
         assert found["method"] == (["lora", "reslora"] if swept else list(controls))
-        assert min(len(found["learning_rate"]), len(found["seed"])) >= (3 if few or swept else 5)
+        assert min(len(found["learning_rate"]), len(found["seed"])) >= (3 if few or swept or deep else 5)
         shortcuts = ["input", "middle"] if few else ["input", "block", "middle"][swept:]
         if "reslora" in controls:
             assert found["pre_num"] in ([[1, 2, 5, -1]] if swept else [4, [4]])
