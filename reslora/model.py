@@ -183,7 +183,7 @@ def merge(
     base = base_model(model)
     connection = connected(base, adapter_name)
     method = _resolve(method, connection, calibration, max_rank)
-    layers = lora_layers(base, adapter_name)
+    layers, described = lora_layers(base, adapter_name), base.peft_config[adapter_name]
     guards.refuse_merged(layers)
     _refuse_nonfinite(layers, adapter_name)
     plan = [_factors(chain, layers, connection) for chain in connection.chains] if connection.shortcut else []
@@ -198,7 +198,8 @@ def merge(
         for factors, results in zip(plan, merged, strict=True):
             for block, result in zip(factors, results, strict=True):
                 ranks.write(layers[block.name], result, adapter_name)
-        ranks.declare(base.peft_config[adapter_name], layers, adapter_name)
+        ranks.declare(described, layers, adapter_name)
+    torch.clear_autocast_cache()  # which keeps casts of the old weights, for as long as its block lasts
     notes += [note for results in merged for result in results for note in result.notes]
     return MergeReport(method, connection.config.shortcut, tuple(blocks), tuple(dict.fromkeys(notes)))
 
