@@ -92,6 +92,7 @@ def connect(
             f"this model is connected already (adapter {present.adapter_name!r}): call reslora.merge or "
             "reslora.disconnect first"
         )
+    guards.refuse_inner(base, adapter_name)
     layers = lora_layers(base, adapter_name)
     guards.refuse_merged(layers)
     guards.refuse_inactive(layers, adapter_name)

@@ -462,6 +462,36 @@ def test_a_layer_class_that_ignores_variants_is_refused(shortcut):
     assert_one_line(error, "layers.2.proj", "DeafLinear")
 
 
+class Holder(nn.Module):
+    """A module of one's own around a model that has the adapter."""
+
+    def __init__(self, llm: nn.Module) -> None:
+        super().__init__()
+        self.llm = llm
+
+    def forward(self, **inputs):
+        return self.llm(**inputs)
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_module_that_holds_the_model_with_the_adapter_is_refused(llama, wrapped, tmp_path):
+    """The inner model's `save_pretrained` would not be guarded, and the outer one has no configuration to save."""
+    inner = llama.lora()
+    reslora.connect(inner, ResLoraConfig("block", 2))
+    reslora.save(inner, tmp_path)
+    reslora.disconnect(inner)
+    holder, config = Holder(inner if wrapped else inner.get_base_model()), ResLoraConfig("block", 2)
+    for verb in (
+        lambda: reslora.connect(holder, config, example_inputs=llama.inputs()),
+        lambda: reslora.load(holder, tmp_path),
+    ):
+        with pytest.raises(ValueError) as error:
+            verb()
+        assert_one_line(error, "Holder holds the model that has the adapter as `llm`: give that one")
+        assert_plain(inner, llama)
+    reslora.connect(holder.llm, config)
+
+
 @shortcuts
 def test_connecting_while_pefts_own_merge_is_active_is_an_error(llama, shortcut):
     model = llama.lora()
