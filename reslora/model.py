@@ -151,7 +151,10 @@ def enable_gradient_checkpointing(model: nn.Module) -> None:
     elif hasattr(base, "enable_gradient_checkpointing"):
         base.enable_gradient_checkpointing(functools.partial(_checkpoint, kwargs))
     else:
-        raise ValueError(f"{type(base).__name__} has no gradient checkpointing to enable")
+        raise ValueError(
+            f"{type(base).__name__} has no gradient checkpointing to enable: where its own code calls "
+            "torch.utils.checkpoint, use shortcut='block', or let it checkpoint what has no connected layers"
+        )
 
 
 def _checkpoint(kwargs: dict, module: nn.Module, *args: object) -> Any:

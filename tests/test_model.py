@@ -37,6 +37,7 @@ from conftest import (
 from launching import fork_server, free_port
 from peft import LoHaConfig, LoraConfig, OFTConfig, get_peft_model
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from waiting import LIMIT
 
 import reslora
@@ -554,6 +555,35 @@ def test_gradient_checkpointing_needs_a_connected_model(build):
     except (ValueError, RuntimeError) as error:
         assert "\n" not in str(error)
     assert_equal(run(model, ARCHITECTURES[name].inputs()), expected)
+
+
+class Checkpointing(Stack):
+    """It calls torch's checkpointing by itself: for its blocks, or for what comes behind each."""
+
+    def __init__(self, whole_blocks: bool) -> None:
+        super().__init__()
+        self.whole_blocks = whole_blocks
+
+    def forward(self, x):
+        for layer in self.layers:
+            if self.whole_blocks:
+                x = x + checkpoint(layer, x, use_reentrant=False)
+            else:
+                x = checkpoint(torch.add, x, layer(x), use_reentrant=False)
+        return x
+
+
+@pytest.mark.parametrize(("shortcut", "whole_blocks"), [("block", True), ("input", False), ("middle", False)])
+def test_a_model_that_checkpoints_by_itself_works_as_the_error_says(shortcut, whole_blocks):
+    model = lora_stack(Checkpointing(whole_blocks))
+    reslora.connect(model, ResLoraConfig(shortcut, 2), example_inputs=STACK_INPUTS)
+    with pytest.raises(ValueError) as error:
+        reslora.enable_gradient_checkpointing(model)
+    assert_one_line(error, "shortcut='block', or let it checkpoint what has no connected layers")
+    plain = lora_stack(Stack())
+    plain.load_state_dict(model.state_dict())
+    reslora.connect(plain, ResLoraConfig(shortcut, 2), example_inputs=STACK_INPUTS)
+    assert_equal(gradients_of(model, STACK_INPUTS), gradients_of(plain, STACK_INPUTS))
 
 
 # --- imports ----------------------------------------------------------------------------------------------------------
