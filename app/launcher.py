@@ -144,7 +144,7 @@ class Trainings:
         self.data = self.images.data
         self.started: dict[str, subprocess.Popen] = {}
         self.asked: set[int] = set()  # processes that were told to stop: a second signal would keep them from saving
-        self.began: set[str] = set()  # runs whose trainer has been seen at work since it was started here
+        self.began: set[str] = set()  # runs whose trainer was seen at work, or told to stop, since it was started here
         self.lock = threading.Lock()
 
     def folders(self) -> list[str]:
@@ -244,8 +244,7 @@ class Trainings:
         environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": search_path()}
         if device is not None:
             environment["CUDA_VISIBLE_DEVICES"] = device
-        path = run.folder / run.log_name
-        with path.open("ab") as log, held(path) as lock:
+        with held(run.folder / run.log_name) as log:
             # A session of its own: Ctrl-C in the application's terminal doesn't reach it.
             self.started[run.name] = subprocess.Popen(
                 [*launch_words(device), *words],
@@ -255,7 +254,6 @@ class Trainings:
                 cwd=run.folder,
                 env=environment,
                 start_new_session=True,
-                pass_fds=(lock,) if os.name == "posix" else (),
             )
         return run
 
@@ -296,6 +294,7 @@ class Trainings:
             return f"{run.name} stops after this step; a checkpoint is being saved."
         if launcher is not None and run.name not in self.began:
             # The trainer hasn't begun: there is nothing to save, so the whole group goes.
+            self.began.add(run.name)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(launcher.pid, signal.SIGTERM)
             return f"{run.name} is stopped before its training began."
