@@ -295,6 +295,8 @@ class Trainings:
         if launcher is not None and run.name not in self.began:
             # The trainer hasn't begun: there is nothing to save, so the whole group goes.
             self.began.add(run.name)
+            with contextlib.suppress(OSError), (run.folder / run.log_name).open("a") as log:
+                log.write("\nstopped before its training began\n")  # a trainer may end without a word
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(launcher.pid, signal.SIGTERM)
             return f"{run.name} is stopped before its training began."

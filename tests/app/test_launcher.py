@@ -29,7 +29,6 @@ from reslora.common.assets import ASSETS
 from reslora.diffusion.data import encoding
 from reslora.diffusion.settings import BUNDLED_IMAGES, is_bundled, parse_args
 
-
 # In place of `accelerate launch`, which passes its stdout on to the trainer, and nothing else; it dies of SIGTERM.
 LAUNCHER = "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]])"
 # In place of a trainer that begins: it has taken SIGTERM over, and is not through with its imports.
@@ -255,7 +254,7 @@ def test_what_stops_is_what_trains_whichever_run_is_looked_at(run):
             TrainTab.do_stop(tab, "looked-at", ((), (), (), seen))
     assert "run is stopped" in TrainTab.do_stop(tab, "looked-at", ((), (), (), "finished"))
     ended(launcher)
-    assert trainings.status(run) == "stopped"
+    assert trainings.status(run) == "stopped" and trainings.last_line(run) == "stopped before its training began"
 
 
 def test_what_is_stopped_as_it_begins_is_at_work_until_its_trainer_is_gone(trainings, tmp_path, monkeypatch):
