@@ -22,7 +22,7 @@ import torch
 from accelerate.commands.config.config_args import default_config_file
 
 from reslora.common.flags import listed
-from reslora.diffusion.arguments import build_parser
+from reslora.diffusion.arguments import SEVERAL, build_parser
 from reslora.diffusion.data.images import SUFFIXES
 from reslora.diffusion.prompts import SUFFIXES as PROMPT_FILES
 
@@ -49,6 +49,7 @@ SAVE, SAMPLE = "save.now", "sample.now"
 BEFORE = {LOG_NAME, EXPERIMENT_LOG, NOTES, SAVE, SAMPLE, "cache", "images.json", "logs"}
 """What may be in a run's folder before its training begins; what is encoded is kept in `cache`."""
 FEW = 8  # images to look at before a training
+ALONE = "Several methods alone are a run: give several learning rates or seeds, or start it under Train."
 PLAN_SECONDS = 180
 
 
@@ -165,7 +166,11 @@ class Trainings:
             words += ["--train_data_dir", str(images)]
         if model := str(settings.get("model") or "").strip():
             words += ["--pretrained_model_name_or_path", model_of(model, images)]
-        return words + arguments(settings)
+        words += arguments(settings)
+        given = build_parser().parse_args(words[1:])
+        if kind is Experiment and not any(len(listed(getattr(given, flag))) > 1 for flag in SEVERAL):
+            raise RunError(ALONE)
+        return words
 
     def goes_on(self, name: str, kind: type[Run]) -> bool:
         """Whether an experiment of that name is there, with the settings that it was begun with."""
