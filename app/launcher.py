@@ -94,11 +94,11 @@ def words_of(action: argparse.Action, value: object) -> list[str]:
     return found
 
 
-def check(words: list[str]) -> None:
-    """Let the trainer's own parser refuse; its one line is the message."""
+def check(words: list[str]) -> argparse.Namespace:
+    """What the trainer's own parser reads; where it refuses, its one line is the message."""
     parser = build_parser()
     parser.error = refuse  # where it would print the line and leave
-    parser.parse_args(words)
+    return parser.parse_args(words)
 
 
 def refuse(message: str) -> NoReturn:
@@ -167,7 +167,7 @@ class Trainings:
         if model := str(settings.get("model") or "").strip():
             words += ["--pretrained_model_name_or_path", model_of(model, images)]
         words += arguments(settings)
-        given = build_parser().parse_args(words[1:])
+        given = check(words[1:])
         if kind is Experiment and not any(len(listed(getattr(given, flag))) > 1 for flag in SEVERAL):
             raise RunError(ALONE)
         return words
