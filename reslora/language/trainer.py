@@ -263,11 +263,18 @@ class AdapterTrainer(Trainer):
     def _finalize_training(self, *args, **kwargs):
         # Who stops now, or in the evaluation after the training, goes on from here. Later the best is loaded.
         stopped, unsaved = self.stopping.leaving, self.args.save_strategy == SaveStrategy.NO
+        if not stopped:
+            self.take_average()
         if (stopped or unsaved) and not decided(self._checkpoint().is_dir):
             self._save_checkpoint(self.model, None)
         if stopped:  # stock `Trainer` would remove all but the best, and load it
             self.state.best_model_checkpoint = None
         return super()._finalize_training(*args, **kwargs)
+
+    def take_average(self) -> None:
+        """Puts in the weights to measure and export with, where a schedule-free optimizer trains others."""
+        if hasattr(self.optimizer, "eval"):  # accelerate's has, for any optimizer
+            self.optimizer.eval()
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         """As `Trainer.compute_loss`, without AdaLoRA's regularizer, which PEFT adds in evaluation too."""

@@ -299,6 +299,19 @@ def test_sharding_is_refused(tmp_path):
         assert_one_line(error, f"--{name}", "ZeRO-2")
 
 
+def test_a_schedule_free_optimizer_leaves_its_average_without_a_validation(tmp_path):
+    """The last checkpoint holds what is trained, and resumes to the bit."""
+    left, between = build("lora", "none")[0], build("lora", "none")[0]
+    trainer_for(left, tmp_path, optim="schedule_free_adamw").train()
+    load_adapter(between, tmp_path / f"checkpoint-{STEPS}")
+    state = torch.load(tmp_path / f"checkpoint-{STEPS}" / "optimizer.pt")
+    (beta, _), moments = state["param_groups"][0]["betas"], state["state"].values()
+    with torch.no_grad():
+        for value, moment in zip(trained_parameters(between), moments, strict=True):
+            value.lerp_(moment["z"], 1 - 1 / beta)
+    assert_same(trained(left), trained(between))
+
+
 # -- attach ------------------------------------------------------------------------------------------------------------
 
 
