@@ -148,10 +148,20 @@ def _targets(model: PreTrainedModel, arguments: MethodArguments) -> list[str] | 
 
 
 def total_steps(args: TrainingArguments, examples: int) -> int:
-    """How many steps `Trainer` takes with these arguments on a data set of `examples` rows."""
+    """How many steps `Trainer` takes with these arguments on a data set of `examples` rows.
+
+    Raises `InvalidArgument` where --dataloader_drop_last leaves none.
+    """
+    rounded = math.floor if args.dataloader_drop_last else math.ceil
+    batches = rounded(rounded(examples / args.per_device_train_batch_size) / args.world_size)
+    if batches == 0:
+        size = args.per_device_train_batch_size * args.world_size
+        problem = f"{examples} training examples are less than a batch of {size}"
+        raise InvalidArgument(
+            "--dataloader_drop_last True", problem, "leave it out, or lower --per_device_train_batch_size"
+        )
     if args.max_steps > 0:
         return args.max_steps
-    batches = math.ceil(math.ceil(examples / args.per_device_train_batch_size) / args.world_size)
     return math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))
 
 
@@ -252,6 +262,15 @@ class AdapterTrainer(Trainer):
             )
         logger.warning(f"--resume_from_checkpoint latest: no checkpoint in {self.args.output_dir}, starting afresh")
         return None
+
+    def _get_dataloader(self, *args, is_training: bool = False, **kwargs):
+        # Stock `Trainer` leaves examples out of evaluations and predictions too.
+        dropping = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = dropping and is_training
+        try:
+            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = dropping
 
     def _run_epoch(self, *args, **kwargs) -> None:
         # Stock `Trainer` takes one step too many when it resumes from the last step of a run.

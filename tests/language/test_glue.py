@@ -287,6 +287,14 @@ def test_predictions_for_a_test_split(roberta, tmp_path):
     assert results_of(tmp_path / "run")["test"] is None
 
 
+def test_a_dropped_last_batch_is_one_of_training_alone(roberta, tmp_path):
+    """In an evaluation it would be whole examples that are neither counted nor predicted."""
+    data, more = write_data(tmp_path / "data", "rte", validation=3), ("--dataloader_drop_last", "True")
+    write_rows(data / "test.jsonl", make_rows("rte", 11))
+    glue.main(flags(roberta, data, tmp_path / "run", "rte", "--max_steps", "1", "--method", "lora", *more))
+    assert len((tmp_path / "run" / "predict_results_rte.txt").read_text().splitlines()) == 12
+
+
 def test_predictions_are_wanted_but_there_is_no_test_split(capfd, roberta, rte, tmp_path):
     refused(capfd, flags(roberta, rte, tmp_path, "rte", "--do_predict"), "test.jsonl", "no split test")
 
