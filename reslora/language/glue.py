@@ -284,7 +284,6 @@ class GlueStudy(Study):
 
     columns: list[str]
     sets: dict[str, Dataset]
-    tokenizer: Any
 
     def settled(self, values: Mapping[str, Any]) -> Arguments:
         """The arguments of a plain run."""
