@@ -423,8 +423,11 @@ def test_bad_flags(capfd, roberta, rte, tmp_path):
     refused(capfd, argv[: argv.index("--task_name")] + argv[argv.index("--task_name") + 2 :], "--task_name", "missing")
     refused(capfd, flags(roberta, rte, out, "rte", "--target_modules", "q_proj"), "q_proj", "query")
     refused(capfd, flags(roberta, rte, out, "rte", "--metric_for_best_model", "f1"), "f1", "loss, accuracy")
-    for flag in ("--prediction_loss_only True", "--batch_eval_metrics True", "--eval_do_concat_batches False"):
-        refused(capfd, flags(roberta, rte, out, "rte", *flag.split()), flag, "metrics")
+    for flag in ("prediction_loss_only True", "batch_eval_metrics True", "eval_do_concat_batches False"):
+        refused(capfd, flags(roberta, rte, out, "rte", *f"--{flag}".split()), f"--{flag}: ", "metrics")
+    refused(capfd, flags(roberta, rte, out, "rte", "--label_names", "a", "b"), "--label_names a b: ", "metrics")
+    smoothing = "--label_smoothing_factor", "0.1"
+    refused(capfd, flags(roberta, rte, out, "stsb", *smoothing), f"{' '.join(smoothing)}: stsb has scores")
     assert not (out / "results.json").exists() and not (out / "log.jsonl").exists()
 
 
