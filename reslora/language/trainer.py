@@ -323,7 +323,10 @@ class AdapterTrainer(Trainer):
 
     def create_scheduler(self, *args, **kwargs):
         """As `Trainer.create_scheduler`; raises `InvalidArgument` where it lacks something."""
-        with refused_as(f"--lr_scheduler_type {_plain(self.args.lr_scheduler_type)}", OTHER_CHOICE, UNFIT):
+        given = f"--lr_scheduler_type {_plain(self.args.lr_scheduler_type)}"
+        if self.args.lr_scheduler_kwargs:
+            given += f" --lr_scheduler_kwargs {json.dumps(self.args.lr_scheduler_kwargs)}"
+        with refused_as(given, OTHER_CHOICE, UNFIT):
             return super().create_scheduler(*args, **kwargs)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
