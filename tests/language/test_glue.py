@@ -274,7 +274,7 @@ def test_without_a_model_the_bundled_one_is_trained(tmp_path, capsys):
 # -- data --------------------------------------------------------------------------------------------------------------
 
 
-def test_predictions_for_a_test_split(roberta, tmp_path):
+def test_predictions_for_a_test_split(roberta, tmp_path, capsys):
     data = write_data(tmp_path / "data", "mnli")
     write_rows(data / "test_matched.jsonl", make_rows("mnli", 5, labelled=False))
     unlabelled = [{k: v for k, v in row.items() if k != "label"} for row in make_rows("mnli", 3)]
@@ -285,6 +285,9 @@ def test_predictions_for_a_test_split(roberta, tmp_path):
         assert lines[0] == "index\tprediction" and len(lines) == count + 1
         assert {line.split("\t")[1] for line in lines[1:]} <= set(TASKS["mnli"].labels)
     assert results_of(tmp_path / "run")["test"] is None
+    shown = capsys.readouterr().out
+    assert "; on 10 matched and 10 mismatched validation examples:" in shown
+    assert "  predict_results_mnli_mismatched.txt  predictions for" in shown
 
 
 def test_a_dropped_last_batch_is_one_of_training_alone(roberta, tmp_path):
@@ -296,7 +299,11 @@ def test_a_dropped_last_batch_is_one_of_training_alone(roberta, tmp_path):
 
 
 def test_predictions_are_wanted_but_there_is_no_test_split(capfd, roberta, rte, tmp_path):
-    refused(capfd, flags(roberta, rte, tmp_path, "rte", "--do_predict"), "test.jsonl", "no split test")
+    refused(capfd, flags(roberta, rte, tmp_path, "rte", "--do_predict"), "no split test; add test.jsonl, or leave")
+    mnli = write_data(tmp_path / "mnli", "mnli")
+    write_rows(mnli / "test_matched.jsonl", make_rows("mnli", 2))
+    words = "test_mismatched.jsonl: no split", "add test_matched.jsonl and test_mismatched.jsonl, or leave"
+    refused(capfd, flags(roberta, mnli, tmp_path / "run", "mnli", "--do_predict"), *words)
 
 
 def test_texts_may_hold_line_separators(roberta, tmp_path):
