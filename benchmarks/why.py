@@ -90,6 +90,8 @@ DEPTH = {
     "needs": "depth",
 }  # fmt: skip
 """What 4 cannot do without: a step of 24 layers takes four times as long as one of 6."""
+# What train_sd.py takes by itself where the pipeline is a bundled one.
+BUNDLED = ("--train_data_dir", "assets/openmoji", "--resolution", "64", "--max_train_steps", "200")
 GLUE_FLAGS = (
     *("--model_name_or_path", "{encoder}", "--task_name", "sst2", "--data_dir", "{text}/sst2", "--report_to", "none"),
     *("--per_device_train_batch_size", "16", "--per_device_eval_batch_size", "64", "--max_seq_length", "128"),
@@ -123,8 +125,8 @@ EXPERIMENTS = {
     "unet-r1": images("assets/pipeline", "the bundled U-Net, rank 1", "--rank", "1"),
     "transformer-r4": images("assets/pipeline-flow", "the bundled transformer, rank 4", "--rank", "4"),
     "unet-r4": images("assets/pipeline", "the bundled U-Net, rank 4", "--rank", "4"),
-    "depth-6": images("{depth}/6/pipeline", "a transformer of 6 layers", **DEPTH),
-    "depth-24": images("{depth}/24/pipeline", "a transformer of 24 layers", **DEPTH),
+    "depth-6": images("{depth}/6/pipeline", "a transformer of 6 layers", *BUNDLED, **DEPTH),
+    "depth-24": images("{depth}/24/pipeline", "a transformer of 24 layers", *BUNDLED, **DEPTH),
     "sst2": Experiment(
         "train_glue.py", "SST-2, a text encoder of 6 layers, rank 4", ("1e-3", "2e-3", "4e-3"), GLUE_FLAGS,
         methods=(*FEWER, "reslora"), shortcuts=("input", "middle"), seeds=SEEDS[:3], needs="text",
