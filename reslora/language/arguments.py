@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from .. import __version__
 from ..common.checks import check_writable, is_number, is_whole, number_in_words, whole_in_words
-from ..common.errors import InvalidArgument, first_line
+from ..common.errors import InvalidArgument, first_line, refused_as
 from ..common.methods import IN_WORDS, METHODS, refuse_settings
 from ..common.patterns import FIELDS, entries
 from ..common.patterns import HELP as PATTERNS
@@ -192,7 +193,7 @@ class AdapterTrainingArguments(TrainingArguments):
             check_number(name, getattr(self, name), 0, exclusive=True)
         for name in ("weight_decay", "max_grad_norm", "warmup_steps"):
             check_number(name, getattr(self, name), 0)
-        for name in ("adam_beta1", "adam_beta2"):
+        for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor"):
             check_number(name, getattr(self, name), 0, below=1)
         if self.eval_steps is not None:
             check_number("eval_steps", self.eval_steps, 0, exclusive=True)
@@ -202,8 +203,12 @@ class AdapterTrainingArguments(TrainingArguments):
             check_whole("max_steps", self.max_steps, 1)
         check_whole("seed", self.seed, 0, 2**32 - 1)
         check_trackers(self.report_to)
-        if self.deepspeed and importlib.util.find_spec("deepspeed") is None:
-            raise InvalidArgument("--deepspeed", "deepspeed is not installed", "pip install deepspeed, or leave it out")
+        for name, package in (("deepspeed", "deepspeed"), ("use_liger_kernel", "liger_kernel")):
+            if getattr(self, name) and importlib.util.find_spec(package) is None:
+                fix = f"pip install {package.replace('_', '-')}, or leave it out"
+                raise InvalidArgument(f"--{name}", f"{package} is not installed", fix)
+        for name in self._VALID_DICT_FIELDS:
+            check_json(name, getattr(self, name))
         for precision in ("bf16", "fp16"):
             if getattr(self, f"{precision}_full_eval"):
                 problem = "what is evaluated is exported, and must not be rounded"
@@ -250,6 +255,15 @@ def check_trackers(names: str | Sequence[str] | None) -> None:
             raise InvalidArgument(f"--report_to {name}", "unknown", f"choose from none, all, {', '.join(known)}")
         if name not in get_available_reporting_integrations():
             raise InvalidArgument(f"--report_to {name}", f"{name} is not installed", "install it, or leave it out")
+
+
+def check_json(name: str, value: object) -> None:
+    """Raises `InvalidArgument` for a flag's text that begins as JSON and is none, or has a key that is unknown."""
+    if isinstance(value, str) and value.startswith("{"):  # anything else is a file's name
+        with refused_as(f"--{name} {value}", "give a JSON object with keys that it knows", (ValueError, TypeError)):
+            content = json.loads(value)
+            if name == "accelerator_config":
+                AcceleratorConfig(**content)
 
 
 def check_number(name: str, value: float, least: float, below: float = math.inf, exclusive: bool = False) -> None:

@@ -35,7 +35,6 @@ from ..experiment.course import ADAPTERS, Course, adapter_folder, reading_adapte
 from ..experiment.record import EXPERIMENT, Facts, TestLosses, facts_of
 from ..experiment.report import About
 from ..experiment.run import train_and_conclude
-from ..export import export_peft
 from ..files import read_object, remove_leftovers, replacing, write_json
 from .arguments import SEVERAL, ExperimentArguments, check_number
 from .checkpoints import checkpoints_of
@@ -68,6 +67,9 @@ TEXTS = About(
 
 class Study(ABC):
     """What train_llm.py and train_glue.py do each in its way."""
+
+    tokenizer: Any
+    """The model's, from `prepare` on."""
 
     def __init__(self, parser: HfArgumentParser) -> None:
         self.parser = parser
@@ -261,7 +263,8 @@ class Bench:
             for step, loss in losses.items():
                 if not math.isfinite(loss):
                     raise Diverged(f"select loss {loss} at step {step}: lower --learning_rate")
-            export(trainer.model, folder, arguments.method, self.study.calibration(arguments))
+            method = dataclasses.replace(arguments.method, merge_and_save=False)  # but of the best arm
+            export(trainer.model, folder, method, self.study.calibration(arguments))
         except Diverged as error:
             raise Diverged(f"{folder.relative_to(self.course.folder).as_posix()}: {error}") from error
         finally:
@@ -296,6 +299,7 @@ class Bench:
         return {name: record[name] for name in ("images", "losses", "figures")}  # type: ignore[return-value]
 
     def export(self, arm: Arm, step: int) -> str | None:
-        """Writes `peft/` of an arm's checkpoint."""
-        export_peft(self.restored(arm, step), self.course.folder / "peft")
+        """Writes `peft/` of an arm's checkpoint, and `merged/` with --merge_and_save."""
+        model, method = self.restored(arm, step), self.arguments_of(arm).method
+        export(model, self.course.folder, method, tokenizer=self.study.tokenizer)
         return "peft/"

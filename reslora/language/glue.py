@@ -67,7 +67,9 @@ def read_splits(arguments: Arguments) -> dict[str, Columns]:
             if rows is None and kind == "test" and not wanted:
                 continue
             if rows is None:
-                raise InvalidArgument(where, f"no split {kind + part}", file_form(task))
+                tests = " and ".join(f"test{part}.jsonl" for part in task.parts)
+                fix = f"add {tests}, or leave --do_predict out" if kind == "test" else file_form(task)
+                raise InvalidArgument(where, f"no split {kind + part}", fix)
             if not rows:
                 raise InvalidArgument(where, "no rows", "give a split that has some, or another --data_dir")
             splits[kind + part] = check_rows(task, where, rows[:limit], labelled=kind != "test")
@@ -235,10 +237,11 @@ def write_predictions(arguments: Arguments, trainer: AdapterTrainer, sets: dict)
     return files
 
 
-def show_results(arguments: Arguments, results: dict, files: list[str]) -> None:
+def show_results(arguments: Arguments, results: dict, sets: dict, files: list[str]) -> None:
     """The merge table, what was written, and how to go on."""
-    output = arguments.training.output_dir
-    print("\n{task}, {method}, {steps} steps; on {validation_examples} validation examples:".format(**results))
+    output, parts = arguments.training.output_dir, arguments.task.parts
+    counts = " and ".join(f"{len(sets['validation' + part])}{part.replace('_', ' ')}" for part in parts)
+    print("\n{task}, {method}, {steps} steps; on {counts} validation examples:".format(**results, counts=counts))
     print(table_text(results["table"]))
     uses = {
         "results.json": "this table, with how each block was merged",
@@ -248,9 +251,10 @@ def show_results(arguments: Arguments, results: dict, files: list[str]) -> None:
         **{name: "predictions for the test split" for name in files},
     }
     print(f"\n{output}/")
+    width = max(map(len, uses)) + 2
     for name, use in uses.items():
         if (Path(output) / name).exists():
-            print(f"  {name:<26}{use}")
+            print(f"  {name:<{width}}{use}")
     if Path(arguments.model.model_name_or_path).resolve() == BUNDLED_MODEL:
         print(
             "\nWith a real model and task:\n"
@@ -276,7 +280,7 @@ def finish(arguments: Arguments, trainer: AdapterTrainer, tokenizer, sets: dict)
     }
     results = write_results(trainer, method, table, report, **facts)
     if trainer.is_world_process_zero():
-        show_results(arguments, results, files)
+        show_results(arguments, results, sets, files)
 
 
 class GlueStudy(Study):
@@ -284,7 +288,6 @@ class GlueStudy(Study):
 
     columns: list[str]
     sets: dict[str, Dataset]
-    tokenizer: Any
 
     def settled(self, values: Mapping[str, Any]) -> Arguments:
         """The arguments of a plain run."""

@@ -29,8 +29,11 @@ BUNDLED_TASK = BUNDLED_MODEL / "task"
 CALIBRATION_EXAMPLES = 256
 """These texts are short: 64 of SST-2 are two tokens for each input of a layer of 384, and a merge loses by that."""
 BUNDLED = {"num_train_epochs": 12, "learning_rate": 3e-3, "per_device_train_batch_size": 16}
-WITHOUT_METRICS = {"prediction_loss_only": True, "batch_eval_metrics": True, "eval_do_concat_batches": False}
-"""transformers' flags, with the value of each that `Trainer` hands no whole predictions over with."""
+FOR_METRICS = {
+    "prediction_loss_only": False, "batch_eval_metrics": False, "eval_do_concat_batches": True,
+    "label_names": ["labels"],
+}  # fmt: skip
+"""transformers' flags, with the only value of each that `Trainer` hands whole predictions and labels over with."""
 
 
 @dataclass
@@ -144,11 +147,17 @@ def settled(parser: HfArgumentParser, values: Mapping[str, Any]) -> Arguments:
         raise InvalidArgument(
             f"--model_name_or_path {folder}", "no such folder", "give a transformers model or a name on the hub"
         )
-    for name, value in WITHOUT_METRICS.items():
-        if getattr(arguments.training, name) == value:
-            problem = "the metrics are computed from all predictions at once"
-            raise InvalidArgument(f"--{name} {value}", problem, "leave it out")
+    for name, value in FOR_METRICS.items():
+        given = getattr(arguments.training, name)
+        if given != value:
+            words = " ".join(given) if isinstance(given, list) else given
+            problem = "the metrics are computed from all predictions and labels at once"
+            raise InvalidArgument(f"--{name} {words}", problem, "leave it out")
     check_metric(arguments)
+    smoothing = arguments.training.label_smoothing_factor
+    if smoothing and not arguments.task.labels:
+        problem = f"{data.task_name} has scores in place of labels"
+        raise InvalidArgument(f"--label_smoothing_factor {smoothing:g}", problem, "leave it out")
     arguments.training.dataloader_pin_memory &= torch.cuda.is_available()  # torch warns in every epoch otherwise
     return arguments
 

@@ -304,7 +304,8 @@ class LlmStudy(Study):
         if task.max_train_samples is not None:  # not drawn by the seed: all arms see the same
             examples = sorted(examples, key=lambda example: derive("sample", example))[: task.max_train_samples]
         found = {"train": examples, "validation": list(parts.select), "test": list(parts.test)}
-        self.data = encoded(task, Encoder(load_tokenizer(task)), found)
+        self.tokenizer = load_tokenizer(task)
+        self.data = encoded(task, Encoder(self.tokenizer), found)
         return len(self.data.rows)
 
     def adapted(self, arguments: Arguments) -> PeftModel:

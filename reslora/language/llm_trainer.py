@@ -128,6 +128,7 @@ class LlmTrainer(AdapterTrainer):
         """Loss per answer token and, if wanted, the share of right answers, over all processes."""
         training = self.model.training
         self.model.eval()
+        self.take_average()
         figures = {"loss": self._loss(split)}
         if accuracy:
             figures["accuracy"] = self._accuracy(split)

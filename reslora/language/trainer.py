@@ -148,10 +148,20 @@ def _targets(model: PreTrainedModel, arguments: MethodArguments) -> list[str] | 
 
 
 def total_steps(args: TrainingArguments, examples: int) -> int:
-    """How many steps `Trainer` takes with these arguments on a data set of `examples` rows."""
+    """How many steps `Trainer` takes with these arguments on a data set of `examples` rows.
+
+    Raises `InvalidArgument` where --dataloader_drop_last leaves none.
+    """
+    rounded = math.floor if args.dataloader_drop_last else math.ceil
+    batches = rounded(rounded(examples / args.per_device_train_batch_size) / args.world_size)
+    if batches == 0:
+        size = args.per_device_train_batch_size * args.world_size
+        problem = f"{examples} training examples are less than a batch of {size}"
+        raise InvalidArgument(
+            "--dataloader_drop_last True", problem, "leave it out, or lower --per_device_train_batch_size"
+        )
     if args.max_steps > 0:
         return args.max_steps
-    batches = math.ceil(math.ceil(examples / args.per_device_train_batch_size) / args.world_size)
     return math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))
 
 
@@ -253,6 +263,15 @@ class AdapterTrainer(Trainer):
         logger.warning(f"--resume_from_checkpoint latest: no checkpoint in {self.args.output_dir}, starting afresh")
         return None
 
+    def _get_dataloader(self, *args, is_training: bool = False, **kwargs):
+        # Stock `Trainer` leaves examples out of evaluations and predictions too.
+        dropping = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = dropping and is_training
+        try:
+            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = dropping
+
     def _run_epoch(self, *args, **kwargs) -> None:
         # Stock `Trainer` takes one step too many when it resumes from the last step of a run.
         if self.state.global_step >= self.state.max_steps:
@@ -263,11 +282,18 @@ class AdapterTrainer(Trainer):
     def _finalize_training(self, *args, **kwargs):
         # Who stops now, or in the evaluation after the training, goes on from here. Later the best is loaded.
         stopped, unsaved = self.stopping.leaving, self.args.save_strategy == SaveStrategy.NO
+        if not stopped:
+            self.take_average()
         if (stopped or unsaved) and not decided(self._checkpoint().is_dir):
             self._save_checkpoint(self.model, None)
         if stopped:  # stock `Trainer` would remove all but the best, and load it
             self.state.best_model_checkpoint = None
         return super()._finalize_training(*args, **kwargs)
+
+    def take_average(self) -> None:
+        """Puts in the weights to measure and export with, where a schedule-free optimizer trains others."""
+        if hasattr(self.optimizer, "eval"):  # accelerate's has, for any optimizer
+            self.optimizer.eval()
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         """As `Trainer.compute_loss`, without AdaLoRA's regularizer, which PEFT adds in evaluation too."""
@@ -297,7 +323,10 @@ class AdapterTrainer(Trainer):
 
     def create_scheduler(self, *args, **kwargs):
         """As `Trainer.create_scheduler`; raises `InvalidArgument` where it lacks something."""
-        with refused_as(f"--lr_scheduler_type {_plain(self.args.lr_scheduler_type)}", OTHER_CHOICE, UNFIT):
+        given = f"--lr_scheduler_type {_plain(self.args.lr_scheduler_type)}"
+        if self.args.lr_scheduler_kwargs:
+            given += f" --lr_scheduler_kwargs {json.dumps(self.args.lr_scheduler_kwargs)}"
+        with refused_as(given, OTHER_CHOICE, UNFIT):
             return super().create_scheduler(*args, **kwargs)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------

@@ -92,7 +92,7 @@ def whole(common, killed) -> tuple[Path, dict[str, int]]:
     assert run(*common, *EXPERIMENT, "--output_dir", output) == 0
     assert [verdict["conclusion"] for verdict in record(output)["verdicts"]] == ["cannot tell"]
     before = times(output)
-    assert run(*common, *EXPERIMENT, "--seed", "42", "7", "--output_dir", output) == 0
+    assert run(*common, *EXPERIMENT, "--seed", "42", "7", "--merge_and_save", "--output_dir", output) == 0
     return output, before
 
 
@@ -157,6 +157,17 @@ def test_test_losses_are_those_of_a_loop_by_hand(common, whole):
         assert arm["test"]["figures"] == {"accuracy": 0.0}
     best = min(judged, key=lambda arm: (found["chosen"][arm["label"]]["loss"], arm["select_by_step"]["2"]))
     assert weights(output / "peft") == weights(output / best["folder"] / "peft")
+
+
+def test_the_best_arm_alone_is_merged_for_stock_transformers(whole):
+    output, _ = whole
+    assert list(output.rglob("merged")) == [output / "merged"]
+    inputs = AutoTokenizer.from_pretrained(output / "merged")("Tom has 5 pens.", return_tensors="pt")
+    merged = AutoModelForCausalLM.from_pretrained(output / "merged")
+    base = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    with torch.no_grad():
+        logits = [model(**inputs).logits for model in (merged, PeftModel.from_pretrained(base, output / "peft"))]
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
 
 
 def test_an_arm_whose_adapters_are_gone_is_named_and_trained_anew_once_it_is_removed(common, whole, tmp_path, capsys):
@@ -287,7 +298,8 @@ def test_glue_arms_equal_plain_runs_and_are_judged_by_its_metrics(tmp_path, caps
     rates, output = ("--method", "lora", "reslora", "--shortcut", "middle"), tmp_path / "out"
     assert trained(*rates, "--do_predict", "--output_dir", output) == 2
     assert "--do_predict: this is an experiment" in capsys.readouterr().err
-    assert trained(*rates, "--output_dir", output) == 0
+    assert trained(*rates, "--merge_and_save", "--output_dir", output) == 0
+    assert list(output.rglob("merged")) == [output / "merged"] and AutoTokenizer.from_pretrained(output / "merged")
     assert trained("--method", "reslora", "--shortcut", "middle", "--output_dir", tmp_path / "plain") == 0
     own = output / "reslora" / "lr-0.0004" / "seed-42"
     assert weights(own / "peft") == weights(tmp_path / "plain" / "peft") != []

@@ -274,7 +274,7 @@ def test_without_a_model_the_bundled_one_is_trained(tmp_path, capsys):
 # -- data --------------------------------------------------------------------------------------------------------------
 
 
-def test_predictions_for_a_test_split(roberta, tmp_path):
+def test_predictions_for_a_test_split(roberta, tmp_path, capsys):
     data = write_data(tmp_path / "data", "mnli")
     write_rows(data / "test_matched.jsonl", make_rows("mnli", 5, labelled=False))
     unlabelled = [{k: v for k, v in row.items() if k != "label"} for row in make_rows("mnli", 3)]
@@ -285,10 +285,25 @@ def test_predictions_for_a_test_split(roberta, tmp_path):
         assert lines[0] == "index\tprediction" and len(lines) == count + 1
         assert {line.split("\t")[1] for line in lines[1:]} <= set(TASKS["mnli"].labels)
     assert results_of(tmp_path / "run")["test"] is None
+    shown = capsys.readouterr().out
+    assert "; on 10 matched and 10 mismatched validation examples:" in shown
+    assert "  predict_results_mnli_mismatched.txt  predictions for" in shown
+
+
+def test_a_dropped_last_batch_is_one_of_training_alone(roberta, tmp_path):
+    """In an evaluation it would be whole examples that are neither counted nor predicted."""
+    data, more = write_data(tmp_path / "data", "rte", validation=3), ("--dataloader_drop_last", "True")
+    write_rows(data / "test.jsonl", make_rows("rte", 11))
+    glue.main(flags(roberta, data, tmp_path / "run", "rte", "--max_steps", "1", "--method", "lora", *more))
+    assert len((tmp_path / "run" / "predict_results_rte.txt").read_text().splitlines()) == 12
 
 
 def test_predictions_are_wanted_but_there_is_no_test_split(capfd, roberta, rte, tmp_path):
-    refused(capfd, flags(roberta, rte, tmp_path, "rte", "--do_predict"), "test.jsonl", "no split test")
+    refused(capfd, flags(roberta, rte, tmp_path, "rte", "--do_predict"), "no split test; add test.jsonl, or leave")
+    mnli = write_data(tmp_path / "mnli", "mnli")
+    write_rows(mnli / "test_matched.jsonl", make_rows("mnli", 2))
+    words = "test_mismatched.jsonl: no split", "add test_matched.jsonl and test_mismatched.jsonl, or leave"
+    refused(capfd, flags(roberta, mnli, tmp_path / "run", "mnli", "--do_predict"), *words)
 
 
 def test_texts_may_hold_line_separators(roberta, tmp_path):
@@ -415,8 +430,11 @@ def test_bad_flags(capfd, roberta, rte, tmp_path):
     refused(capfd, argv[: argv.index("--task_name")] + argv[argv.index("--task_name") + 2 :], "--task_name", "missing")
     refused(capfd, flags(roberta, rte, out, "rte", "--target_modules", "q_proj"), "q_proj", "query")
     refused(capfd, flags(roberta, rte, out, "rte", "--metric_for_best_model", "f1"), "f1", "loss, accuracy")
-    for flag in ("--prediction_loss_only True", "--batch_eval_metrics True", "--eval_do_concat_batches False"):
-        refused(capfd, flags(roberta, rte, out, "rte", *flag.split()), flag, "metrics")
+    for flag in ("prediction_loss_only True", "batch_eval_metrics True", "eval_do_concat_batches False"):
+        refused(capfd, flags(roberta, rte, out, "rte", *f"--{flag}".split()), f"--{flag}: ", "metrics")
+    refused(capfd, flags(roberta, rte, out, "rte", "--label_names", "a", "b"), "--label_names a b: ", "metrics")
+    smoothing = "--label_smoothing_factor", "0.1"
+    refused(capfd, flags(roberta, rte, out, "stsb", *smoothing), f"{' '.join(smoothing)}: stsb has scores")
     assert not (out / "results.json").exists() and not (out / "log.jsonl").exists()
 
 

@@ -209,6 +209,7 @@ BAD_FLAGS = [
     (["--report_to", "tensorbord"], ["--report_to tensorbord", "tensorboard"]),
     (["--optim", "paged_adamw_8bit"], ["--optim paged_adamw_8bit"]),
     (["--lr_scheduler_type", "cosine_with_min_lr"], ["--lr_scheduler_type cosine_with_min_lr", "min_lr"]),
+    (["--lr_scheduler_kwargs", '{"foo": 1}'], ['--lr_scheduler_type linear --lr_scheduler_kwargs {"foo": 1}: ', "foo"]),
     (["--no_such_flag"], ["no_such_flag"]),
     (["--eval_strategy", "sometimes"], ["sometimes"]),
     (["--load_best_model_at_end"], ["load_best_model_at_end"]),
@@ -219,6 +220,7 @@ BAD_FLAGS = [
     (["--bf16", "--use_cpu", "false"], ["--bf16", "add --use_cpu"]),
     (["--push_to_hub"], ["--push_to_hub", "hf upload"]),
     (["--deepspeed"], ["--deepspeed", "not installed"]),
+    (["--use_liger_kernel"], ["--use_liger_kernel", "not installed", "pip install liger-kernel"]),
     (["--load_in_4bit"], ["--load_in_4bit", "not installed"]),
     (["--model_name_or_path", "/no/such/folder"], ["--model_name_or_path /no/such/folder", "no such folder"]),
     (["--data_dir", "/no/such/folder"], ["--data_dir /no/such/folder", "train.jsonl", "Body, Question"]),
@@ -231,14 +233,14 @@ BAD_FLAGS = [
 
 @pytest.mark.parametrize(("bad", "words"), BAD_FLAGS, ids=[" ".join(bad) for bad, _ in BAD_FLAGS])
 def test_a_bad_flag_is_one_line_and_status_2(tiny, data, tmp_path, capsys, monkeypatch, bad, words):
-    missing = {"deepspeed", "bitsandbytes"}
+    missing = {"deepspeed", "bitsandbytes", "liger_kernel"}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     find_spec = llm_arguments.importlib.util.find_spec
     monkeypatch.setattr(
         "importlib.util.find_spec", lambda name, *more: None if name in missing else find_spec(name, *more)
     )
     one_line(flags(tiny, data, tmp_path / "run", *bad), capsys, words)
-    found_out_late = {"--resume_from_checkpoint", "--optim", "--lr_scheduler_type"}
+    found_out_late = {"--resume_from_checkpoint", "--optim", "--lr_scheduler_type", "--lr_scheduler_kwargs"}
     assert not (tmp_path / "run" / "config.json").exists() or bad[0] in found_out_late
 
 

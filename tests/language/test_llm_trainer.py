@@ -5,12 +5,13 @@ import torch
 from conftest import tiny_llama
 from tokenizers import processors
 
+from reslora.language import llm, llm_arguments
 from reslora.language.arguments import MethodArguments
 from reslora.language.llm_tasks import Example
 from reslora.language.llm_trainer import Encoder, calibration_batches, generate
 from reslora.language.trainer import attach
 
-from .helpers import bytes_tokenizer
+from .helpers import bytes_tokenizer, flags
 
 
 def test_the_loss_is_on_the_answer_and_the_end_which_is_learnt_though_it_pads():
@@ -80,3 +81,23 @@ def test_generation_with_cache_equals_the_arg_max_of_whole_forwards(method, shor
             tokens = [*tokens, expected]
             if expected == encoder.end:
                 break
+
+
+def test_a_schedule_free_optimizer_is_measured_by_its_average(tiny, data, tmp_path):
+    more = ["--method", "lora", "--optim", "schedule_free_adamw"]
+    trainer, _ = llm.build_trainer(*llm_arguments.parse(flags(tiny, data, tmp_path, *more)))
+    trainer.train()
+    trainer.optimizer.train()
+    rows = [trainer.encoder(example) for example in trainer.examples["test"]]
+    between = token_loss(trainer.model.eval(), rows)
+    loss = trainer.figures("test", accuracy=False)["loss"]
+    assert loss == pytest.approx(token_loss(trainer.model.eval(), rows)) != pytest.approx(between)
+
+
+@torch.no_grad()
+def token_loss(model, rows) -> float:
+    losses, counts = [], []
+    for row in rows:
+        counts.append(sum(label != -100 for label in row["labels"]))
+        losses.append(model(**{name: torch.tensor([value]) for name, value in row.items()}).loss.item() * counts[-1])
+    return sum(losses) / sum(counts)

@@ -189,6 +189,7 @@ def test_total_steps_is_what_the_trainer_takes(tmp_path):
         {"num_train_epochs": 1.5},
         {"num_train_epochs": 2, "gradient_accumulation_steps": 3},
         {"max_steps": 3},
+        {"num_train_epochs": 2, "per_device_train_batch_size": 6, "dataloader_drop_last": True},
     ):
         trainer = trainer_for(build()[0], tmp_path / "run", **{"max_steps": -1, "save_strategy": "no", **flags})
         trainer.train()
@@ -203,9 +204,19 @@ def test_a_last_batch_that_not_every_process_has_is_a_step(examples, processes, 
     """Batches of 4: 20 examples are 5 of them, for two processes 3 and 2, which accelerate fills up."""
     arguments = SimpleNamespace(
         max_steps=-1, per_device_train_batch_size=4, world_size=processes, num_train_epochs=epochs,
-        gradient_accumulation_steps=accumulation,
+        gradient_accumulation_steps=accumulation, dataloader_drop_last=False,
     )  # fmt: skip
     assert total_steps(arguments, examples) == steps
+
+
+@pytest.mark.parametrize("max_steps", [-1, 5])
+def test_fewer_examples_than_a_batch_are_refused_where_the_last_is_dropped(max_steps):
+    arguments = SimpleNamespace(
+        max_steps=max_steps, per_device_train_batch_size=4, world_size=2, dataloader_drop_last=True
+    )
+    with pytest.raises(InvalidArgument) as error:
+        total_steps(arguments, 7)
+    assert_one_line(error, "--dataloader_drop_last True", "7 training examples", "a batch of 8", "batch_size")
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
@@ -297,6 +308,19 @@ def test_sharding_is_refused(tmp_path):
         with pytest.raises(InvalidArgument) as error:
             AdapterTrainer(model, sharding)
         assert_one_line(error, f"--{name}", "ZeRO-2")
+
+
+def test_a_schedule_free_optimizer_leaves_its_average_without_a_validation(tmp_path):
+    """The last checkpoint holds what is trained, and resumes to the bit."""
+    left, between = build("lora", "none")[0], build("lora", "none")[0]
+    trainer_for(left, tmp_path, optim="schedule_free_adamw").train()
+    load_adapter(between, tmp_path / f"checkpoint-{STEPS}")
+    state = torch.load(tmp_path / f"checkpoint-{STEPS}" / "optimizer.pt")
+    (beta, _), moments = state["param_groups"][0]["betas"], state["state"].values()
+    with torch.no_grad():
+        for value, moment in zip(trained_parameters(between), moments, strict=True):
+            value.lerp_(moment["z"], 1 - 1 / beta)
+    assert_same(trained(left), trained(between))
 
 
 # -- attach ------------------------------------------------------------------------------------------------------------
