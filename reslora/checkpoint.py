@@ -32,7 +32,7 @@ from .chains import Block, Chain, Chains, base_model, lora_layers, refused, stay
 from .common.errors import first_line
 from .config import ResLoraConfig
 from .files import check_checksums, write_checksums, write_json, write_tensors
-from .guards import keeping_shortcuts, refuse_inactive, refuse_merged
+from .guards import keeping_shortcuts, refuse_inactive, refuse_inner, refuse_merged
 from .tracing import meta_copy
 from .wiring import attach_wires, connected, connection_of
 
@@ -84,6 +84,7 @@ def load(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
     directory = Path(directory)
     saved = _read(directory)
     base, outer = base_model(model), unwrap(model)
+    refuse_inner(base, adapter_name)
     connection = connection_of(base)
     if connection is not None and (connection.adapter_name, connection.config) != (adapter_name, saved.config):
         raise ValueError(

@@ -262,7 +262,7 @@ def _factors_of(model: nn.Module, adapter_name: str) -> dict[str, Factors]:
     """The plain LoRA of every layer that has one, by its name in files; `ValueError` where more has trained."""
     base = _plain(model, adapter_name)
     config = base.peft_config[adapter_name]
-    for setting, without in (("modules_to_save", None), ("bias", "none")):
+    for setting, without in (("modules_to_save", None), ("trainable_token_indices", None), ("bias", "none")):
         if (value := getattr(config, setting, None) or without) != without:
             problem = f"{setting}={value!r} has trained what no LoRA file of diffusers, kohya or ComfyUI can hold"
             raise ValueError(f"{problem}: export it with export_peft, or train without")
@@ -335,7 +335,7 @@ def merged_state_dict(base: nn.Module, adapter_name: str = "default") -> dict[st
         layer = owners[owner]
         if parameter in ("weight", "bias") and adapter_name in _adapters(layer):
             value = merged_value(layer, parameter, value, adapter_name)
-        state[owner + parameter] = value
+        state[f"{owner}{parameter}".replace(".token_adapter.", ".")] = value
     return state
 
 

@@ -48,6 +48,15 @@ _keeps_shortcuts = contextvars.ContextVar("reslora_keeps_shortcuts", default=Fal
 # -- before connecting -------------------------------------------------------------------------------------------------
 
 
+def refuse_inner(base: nn.Module, adapter_name: str) -> None:
+    """Raises `ValueError` where the adapter belongs to a model inside of `base`, whose verbs nothing would guard."""
+    if adapter_name in getattr(base, "peft_config", ()):
+        return
+    for name, module in base.named_modules():
+        if adapter_name in (getattr(module, "peft_config", None) or ()):
+            raise ValueError(f"{type(base).__name__} holds the model that has the adapter as `{name}`: give that one")
+
+
 def refuse_merged(layers: dict[str, LoraLayer]) -> None:
     """Raises `ValueError` where PEFT has merged an adapter into a layer: such a layer ignores its variant."""
     for name, layer in layers.items():

@@ -92,6 +92,7 @@ def connect(
             f"this model is connected already (adapter {present.adapter_name!r}): call reslora.merge or "
             "reslora.disconnect first"
         )
+    guards.refuse_inner(base, adapter_name)
     layers = lora_layers(base, adapter_name)
     guards.refuse_merged(layers)
     guards.refuse_inactive(layers, adapter_name)
@@ -150,7 +151,10 @@ def enable_gradient_checkpointing(model: nn.Module) -> None:
     elif hasattr(base, "enable_gradient_checkpointing"):
         base.enable_gradient_checkpointing(functools.partial(_checkpoint, kwargs))
     else:
-        raise ValueError(f"{type(base).__name__} has no gradient checkpointing to enable")
+        raise ValueError(
+            f"{type(base).__name__} has no gradient checkpointing to enable: where its own code calls "
+            "torch.utils.checkpoint, use shortcut='block', or let it checkpoint what has no connected layers"
+        )
 
 
 def _checkpoint(kwargs: dict, module: nn.Module, *args: object) -> Any:
@@ -183,7 +187,7 @@ def merge(
     base = base_model(model)
     connection = connected(base, adapter_name)
     method = _resolve(method, connection, calibration, max_rank)
-    layers = lora_layers(base, adapter_name)
+    layers, described = lora_layers(base, adapter_name), base.peft_config[adapter_name]
     guards.refuse_merged(layers)
     _refuse_nonfinite(layers, adapter_name)
     plan = [_factors(chain, layers, connection) for chain in connection.chains] if connection.shortcut else []
@@ -198,7 +202,8 @@ def merge(
         for factors, results in zip(plan, merged, strict=True):
             for block, result in zip(factors, results, strict=True):
                 ranks.write(layers[block.name], result, adapter_name)
-        ranks.declare(base.peft_config[adapter_name], layers, adapter_name)
+        ranks.declare(described, layers, adapter_name)
+    torch.clear_autocast_cache()  # which keeps casts of the old weights, for as long as its block lasts
     notes += [note for results in merged for result in results for note in result.notes]
     return MergeReport(method, connection.config.shortcut, tuple(blocks), tuple(dict.fromkeys(notes)))
 

@@ -15,6 +15,7 @@ from conftest import (
     find_layer,
     randomize,
     run,
+    tiny_llama,
     tiny_unet,
 )
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -384,6 +385,24 @@ def test_what_trains_beside_lora_is_merged_and_in_no_plain_file(more, words, tmp
             write(model, path)
         assert_one_line(error, words)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_trained_tokens_are_merged_and_in_no_plain_file(tied, tmp_path):
+    """The rows of an embedding that `trainable_token_indices` names, and of the last layer where that is tied to it."""
+    bare = tiny_llama(tie_word_embeddings=tied)
+    config = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1, 5])
+    model = randomize(get_peft_model(copy.deepcopy(bare), config)).double().eval()
+    (tokens,) = [value for name, value in model.named_parameters() if "trainable_tokens" in name]
+    tokens.data.normal_()
+    inputs = {"input_ids": torch.arange(8)[None]}
+    export_merged(model, tmp_path / "merged")
+    loaded = type(bare).from_pretrained(tmp_path / "merged", dtype=torch.float64).eval()
+    torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits, rtol=1e-5, atol=1e-6)
+    assert (model(**inputs).logits - bare.eval()(**inputs).logits).abs().max() > 0.1
+    with pytest.raises(ValueError) as error:
+        export_diffusers(model, tmp_path / "plain")
+    assert_one_line(error, "trainable_token_indices=[1, 5]")
 
 
 def test_a_bias_of_lora_is_merged_and_in_no_plain_file(tmp_path):

@@ -935,3 +935,16 @@ def test_a_frozen_weight_with_nan_is_an_error():
     with pytest.raises(ValueError) as error:
         reslora.merge(model, "weights")
     assert_one_line(error, "layers.1.proj", "frozen")
+
+
+@pytest.mark.parametrize("shortcut", ["input", "middle"])
+def test_under_autocast_the_model_goes_on_with_the_merged_weights(shortcut):
+    """Its cache keeps casts of parameters until its block ends, whatever is written to them meanwhile."""
+    model = lora_stack().float().eval()
+    inputs = {"x": STACK_INPUTS["x"].float()}
+    reslora.connect(model, ResLoraConfig(shortcut, 2), example_inputs=inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        reslora.merge(model, calibration=[inputs])
+        inside = run(model, inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(inside, run(model, inputs))

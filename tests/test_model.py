@@ -37,6 +37,7 @@ from conftest import (
 from launching import fork_server, free_port
 from peft import LoHaConfig, LoraConfig, OFTConfig, get_peft_model
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from waiting import LIMIT
 
 import reslora
@@ -462,6 +463,36 @@ def test_a_layer_class_that_ignores_variants_is_refused(shortcut):
     assert_one_line(error, "layers.2.proj", "DeafLinear")
 
 
+class Holder(nn.Module):
+    """A module of one's own around a model that has the adapter."""
+
+    def __init__(self, llm: nn.Module) -> None:
+        super().__init__()
+        self.llm = llm
+
+    def forward(self, **inputs):
+        return self.llm(**inputs)
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_module_that_holds_the_model_with_the_adapter_is_refused(llama, wrapped, tmp_path):
+    """The inner model's `save_pretrained` would not be guarded, and the outer one has no configuration to save."""
+    inner = llama.lora()
+    reslora.connect(inner, ResLoraConfig("block", 2))
+    reslora.save(inner, tmp_path)
+    reslora.disconnect(inner)
+    holder, config = Holder(inner if wrapped else inner.get_base_model()), ResLoraConfig("block", 2)
+    for verb in (
+        lambda: reslora.connect(holder, config, example_inputs=llama.inputs()),
+        lambda: reslora.load(holder, tmp_path),
+    ):
+        with pytest.raises(ValueError) as error:
+            verb()
+        assert_one_line(error, "Holder holds the model that has the adapter as `llm`: give that one")
+        assert_plain(inner, llama)
+    reslora.connect(holder.llm, config)
+
+
 @shortcuts
 def test_connecting_while_pefts_own_merge_is_active_is_an_error(llama, shortcut):
     model = llama.lora()
@@ -524,6 +555,35 @@ def test_gradient_checkpointing_needs_a_connected_model(build):
     except (ValueError, RuntimeError) as error:
         assert "\n" not in str(error)
     assert_equal(run(model, ARCHITECTURES[name].inputs()), expected)
+
+
+class Checkpointing(Stack):
+    """It calls torch's checkpointing by itself: for its blocks, or for what comes behind each."""
+
+    def __init__(self, whole_blocks: bool) -> None:
+        super().__init__()
+        self.whole_blocks = whole_blocks
+
+    def forward(self, x):
+        for layer in self.layers:
+            if self.whole_blocks:
+                x = x + checkpoint(layer, x, use_reentrant=False)
+            else:
+                x = checkpoint(torch.add, x, layer(x), use_reentrant=False)
+        return x
+
+
+@pytest.mark.parametrize(("shortcut", "whole_blocks"), [("block", True), ("input", False), ("middle", False)])
+def test_a_model_that_checkpoints_by_itself_works_as_the_error_says(shortcut, whole_blocks):
+    model = lora_stack(Checkpointing(whole_blocks))
+    reslora.connect(model, ResLoraConfig(shortcut, 2), example_inputs=STACK_INPUTS)
+    with pytest.raises(ValueError) as error:
+        reslora.enable_gradient_checkpointing(model)
+    assert_one_line(error, "shortcut='block', or let it checkpoint what has no connected layers")
+    plain = lora_stack(Stack())
+    plain.load_state_dict(model.state_dict())
+    reslora.connect(plain, ResLoraConfig(shortcut, 2), example_inputs=STACK_INPUTS)
+    assert_equal(gradients_of(model, STACK_INPUTS), gradients_of(plain, STACK_INPUTS))
 
 
 # --- imports ----------------------------------------------------------------------------------------------------------

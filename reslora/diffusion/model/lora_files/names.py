@@ -181,7 +181,7 @@ def _names_in(family: Family, config: Mapping, exact: bool) -> Names:
 @functools.cache
 def text_layers() -> tuple[str, ...]:
     """The linear layers of CLIP's and T5's text encoders, as LoRA files call them, deeper than any of these is."""
-    deep, small = DEEPEST_TEXT_ENCODER, {"vocab_size": 8}
+    deep, small = DEEPEST_TEXT_ENCODER, {"vocab_size": 8, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
     clip = CLIPTextConfig(**small, num_hidden_layers=deep, hidden_size=8, intermediate_size=8, num_attention_heads=2)
     t5 = T5Config(**small, num_layers=deep, d_model=8, d_kv=4, d_ff=8, num_heads=2, feed_forward_proj="gated-gelu")
     with torch.device("meta"):

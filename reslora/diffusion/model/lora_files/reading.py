@@ -14,7 +14,8 @@ from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_
 from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 
-from ....checkpoint import PEFT_PREFIX
+from ....checkpoint import PEFT_PREFIX, WEIGHTS_NAME
+from ....common.adapters import ADAPTER_NAME
 from ....common.errors import InvalidArgument, first_line, refused_as
 from ....export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE, PEFT_CONFIG_FILE, PEFT_FILE, Factors
 from ....files import read_object
@@ -28,6 +29,8 @@ PICKLES = {".bin", ".ckpt", ".pkl", ".pt", ".pth"}
 DOWN = re.compile(r"\.(?:lora_A(?:\.default)?|lora_down|lora\.down|lora_linear_layer\.down)\.weight$")
 UP = re.compile(r"\.(?:lora_B(?:\.default)?|lora_up|lora\.up|lora_linear_layer\.up)\.weight$")
 ALPHA = re.compile(r"\.alpha$")
+WITHOUT_PART = re.compile(rf"({re.escape(PEFT_PREFIX)})?(?P<layer>.+)\.lora_A(\.default)?\.weight")
+"""PEFT's names of layers, which have their scale in its configuration."""
 OLDEST = re.compile(r"_lora\d?\.(?:down|up)\.weight$")
 """Of diffusers' first LoRA files, which it reads itself."""
 NOT_PLAIN = (
@@ -112,10 +115,11 @@ def _of_parts(path: Path, flag: str, folders: Sequence[Path]) -> Content:
 
 
 def _by_part(packed: Mapping[str, object]) -> dict[str, dict]:
+    """By prefix of layers' names, which is empty in what a model has written for itself."""
     parts: dict[str, dict] = {}
     for key, value in packed.items():
-        part, _, name = key.partition(".")
-        parts.setdefault(f"{part}.", {})[name] = value
+        part, dot, name = key.rpartition(".")
+        parts.setdefault(part + dot, {})[name] = value
     return parts
 
 
@@ -208,7 +212,7 @@ def wide(value: torch.Tensor) -> torch.Tensor:
 
 def _scale(name: str, rank: int, configs: Mapping[str, Mapping]) -> float:
     """What PEFT's configuration says of a layer; 1 where there is none."""
-    prefix = next((prefix for prefix in configs if name.startswith(prefix)), None)
+    prefix = next(filter(name.startswith, configs), None)
     if prefix is None:
         return 1.0
     config, layer = configs[prefix], name.removeprefix(prefix)
@@ -225,6 +229,7 @@ def read_parts(content: Content, names: Names) -> Parts:
     Names that the family's table does not know go through diffusers' own converters for the family's pipeline.
     """
     pairs = pairs_of(content)
+    _refuse_unscaled(content, names)
     if any(name not in names.known for name in pairs) or any(OLDEST.search(key) for key in content.tensors):
         pairs = _through_diffusers(content, names)
     parts: Parts = {}
@@ -243,6 +248,32 @@ def read_parts(content: Content, names: Names) -> Parts:
     if not parts:
         raise InvalidArgument(content.flag, "no layer of it changes anything", "give a LoRA that was trained")
     return parts
+
+
+def _refuse_unscaled(content: Content, names: Names) -> None:
+    """Refuse layers by PEFT's names whose scale is written somewhere else, as that of a checkpoint's weights is.
+
+    But for what diffusers reads all the same, with scale 1: files of some other trainers are like that.
+    """
+    layers = [
+        match["layer"]
+        for key in content.tensors
+        if (match := WITHOUT_PART.fullmatch(key)) and match["layer"] in names.shapes
+        if f"{key[: match.end('layer')]}.alpha" not in content.tensors and not any(map(key.startswith, content.configs))
+    ]
+    if not layers:
+        return
+    if content.path.name in (ADAPTER_NAME, WEIGHTS_NAME) or not _diffusers_reads(content, names, layers):
+        problem = f"nothing in it says the scale of {layers[0]}, as in the weights of a checkpoint"
+        raise InvalidArgument(content.flag, problem, f"give a finished LoRA, or PEFT's with its {PEFT_CONFIG_FILE}")
+
+
+def _diffusers_reads(content: Content, names: Names, layers: Sequence[str]) -> bool:
+    try:
+        found = _converted(content.tensors, names)
+    except Exception:  # a converter that does not know the layers
+        return False
+    return all(f"{names.family.denoiser}.{layer}.lora_A.weight" in found for layer in layers)
 
 
 def _shaped(flag: str, layer: str, factors: Factors, names: Names) -> Factors:

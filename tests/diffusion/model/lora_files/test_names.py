@@ -1,5 +1,7 @@
 """One table of names a family, both ways; what is one layer in the model's own code and several in diffusers."""
 
+import logging
+
 import pytest
 import torch
 from diffusers import FluxPipeline
@@ -10,7 +12,7 @@ from diffusion.model.lora_files.loras import PIPELINE_OF, names, random_factors,
 from reslora.common.errors import InvalidArgument
 from reslora.diffusion.model.families import load_family
 from reslora.diffusion.model.families.unet import stability_name
-from reslora.diffusion.model.lora_files.names import names_of
+from reslora.diffusion.model.lora_files.names import names_of, text_layers
 from reslora.diffusion.model.lora_files.reading import Content, read_parts
 from reslora.export import Factors
 
@@ -46,6 +48,12 @@ def test_a_trained_fused_layer_is_three_with_one_a(family, fused):
     assert list(found) == [Q, K, V] and all(factors.rank == 4 for factors in found.values())
     for factors, rows in zip(found.values(), (6 / 4 * up @ down).split(width), strict=True):
         torch.testing.assert_close(update(factors), rows, rtol=1e-12, atol=1e-12)
+
+
+def test_the_made_up_text_encoders_are_made_without_a_warning(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    text_layers.__wrapped__()
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("family", ["flux", "sd3", "flux2_klein"])

@@ -102,12 +102,76 @@ def test_diffusers_metadata_says_the_scale_of_each_layer(tmp_path):
     unet.save_lora_adapter(tmp_path)
     layers = {n: m for n, m in unet.named_modules() if n.endswith(("to_q", "to_k"))}
     wanted = {f"unet.{n}": m.get_delta_weight("default").detach().double() for n, m in layers.items()}
+    assert_same(read(tmp_path, names("stable_diffusion")), wanted, 1e-5)
     with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as file:
         said = json.loads(file.metadata()["lora_adapter_metadata"])
         tensors = {f"unet.{key}": file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
     packed = {f"unet.{key}": value for key, value in said.items()}
     save_file(tensors, tmp_path / "in.safetensors", {"lora_adapter_metadata": json.dumps(packed)})
     assert_same(read(tmp_path / "in.safetensors", names("stable_diffusion")), wanted, 1e-5)
+
+
+def in_pefts_names(layers, name: str, path) -> None:
+    """Writes layers with A and B alone, by names that `name` makes of a layer's and a factor's."""
+    factors = {(layer, word): value for layer, f in layers.items() for word, value in (("A", f.down), ("B", f.up))}
+    save_file({name.format(*key): value.contiguous() for key, value in factors.items()}, path)
+
+
+def stock_reads(path, known) -> set[str]:
+    """The layers of the transformer that the family's pipeline finds in a file."""
+    found = known.family.pipeline.lora_state_dict(load_file(path))
+    return {key.removeprefix("transformer.").partition(".lora_")[0] for key in found if key.startswith("transformer.")}
+
+
+PLAIN, NAMED, PEFTS = "{}.lora_{}.weight", "{}.lora_{}.default.weight", "base_model.model.{}.lora_{}.weight"
+READ = [(NAMED, "qwen_image"), (NAMED, "z_image"), (PEFTS, "flux2_klein")]
+"""What diffusers reads, as other trainers write it."""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", [PLAIN, NAMED, PEFTS])
+def test_a_layer_whose_scale_is_not_in_the_file_is_as_diffusers_reads_it_or_refused(name, family, tmp_path):
+    """As a checkpoint's weights are, and PEFT's without its configuration."""
+    known = names(family)
+    layers = random_lora(family, lambda layer: "to_" in layer)[known.family.denoiser]
+    in_pefts_names(layers, name, tmp_path / "in.safetensors")
+    if (name, family) in READ:
+        assert stock_reads(tmp_path / "in.safetensors", known) == set(layers)
+        wanted = {known.family.denoiser: {layer: factors._replace(scale=1.0) for layer, factors in layers.items()}}
+        assert_same(read(tmp_path / "in.safetensors", known), updates(wanted))
+    else:
+        with pytest.raises(InvalidArgument, match=r"nothing in it says the scale of .*to_.*; give a finished LoRA"):
+            read(tmp_path / "in.safetensors", known)
+
+
+@pytest.mark.parametrize("family", ["flux2_klein", "krea2"])
+def test_trained_in_the_models_own_names_and_written_by_peft(family, tmp_path):
+    """As AI-Toolkit's files are, which diffusers reads with scale 1."""
+    known = names(family)
+    layers = {name: f._replace(scale=1.0) for name, f in random_lora(family)[known.family.denoiser].items()}
+    own = known._joined(layers, known.original)
+    in_pefts_names(own, PEFTS, tmp_path / "in.safetensors")
+    assert stock_reads(tmp_path / "in.safetensors", known) == set(layers)
+    assert_same(read(tmp_path / "in.safetensors", known), updates({known.family.denoiser: layers}))
+
+
+@pytest.mark.parametrize("name", ["adapter.safetensors", "reslora_model.safetensors"])
+def test_a_checkpoints_weights_are_refused_where_diffusers_would_read_them(name, tmp_path):
+    in_pefts_names(random_lora("qwen_image", lambda layer: "to_" in layer)["transformer"], NAMED, tmp_path / name)
+    with pytest.raises(InvalidArgument, match="as in the weights of a checkpoint"):
+        read(tmp_path / name, names("qwen_image"))
+
+
+@pytest.mark.parametrize("words", [("lora.down", "lora.up"), ("lora_down", "lora_up")])
+def test_older_words_without_a_scale_mean_one(words, tmp_path):
+    """Of diffusers' `save_attn_procs` before PEFT, and of kohya's scripts."""
+    layers = random_lora("stable_diffusion", lambda layer: ".to_" in layer)["unet"]
+    layers = {layer: factors._replace(scale=1.0) for layer, factors in layers.items()}
+    for prefix in ("", "unet."):
+        tensors = {f"{prefix}{layer}.{words[0]}.weight": f.down for layer, f in layers.items()}
+        tensors |= {f"{prefix}{layer}.{words[1]}.weight": f.up for layer, f in layers.items()}
+        save_file(tensors, tmp_path / "in.safetensors")
+        assert_same(read(tmp_path / "in.safetensors", names("stable_diffusion")), updates({"unet": layers}))
 
 
 def test_the_oldest_files_of_attention_processors_are_read(tmp_path):
