@@ -107,13 +107,16 @@ def prompt_of(run: Run, number: int) -> str:
     return prompts[number] if number < len(prompts) else f"prompt {number}"
 
 
-def images(run: Run, step: int) -> str:
-    """The grid of samples at a step: a row per prompt (and image), a column per run and method."""
+def images(run: Run, step: int, status: str = "") -> str:
+    """The grid of samples at a step: a row per prompt (and image), a column per run and method.
+
+    `status`: the run's, as far as a trainer that has just been started is known.
+    """
     shown = columns(run, step)
     rows = rows_of(shown)
     if not rows and run.config and not run.prompts:
         return notice("This run draws no samples: it was started without --validation_prompt.")
-    if not rows and run.status == "failed":
+    if not rows and (status or run.status) == "failed":
         return notice("This run ended before its first samples; its log, under Train, says why.")
     if not rows:
         return notice("No samples yet: the first ones are drawn before the first training step.")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from reslora.diffusion.arguments import Flags, build_parser
-from reslora.diffusion.settings import fill_defaults
+from reslora.diffusion.settings import fill_defaults, is_experiment
 from reslora.experiment.course import Course
 
 from .activity import duration
-from .launcher import arguments, with_more
+from .launcher import ALONE, arguments, with_more
 from .library import Experiment
 from .runs import RunError
 from .views import escape, notice, status_line
@@ -21,15 +21,16 @@ def plan(settings: dict, begun: Experiment | None = None) -> str:
     try:
         if begun is not None:
             settings = {name: begun.config.get(name) for name in settings} | with_more(begun, settings)
-        course = Course(settled(arguments(settings)))
+        flags = settled(arguments(settings))
+        if not is_experiment(vars(flags)):
+            return notice(ALONE)
+        course = Course(flags)
         arms = course.arms()
     except (RunError, ValueError) as error:
         return notice(str(error))
     facts = [counted(len(course.labels), "method"), counted(len(course.given), "learning rate")]
     facts.append(counted(len(course.seeds), "seed"))
     advice = "" if len(course.seeds) > 2 else " With fewer than three seeds little can be shown."
-    if len(arms) < 2:
-        return notice("One arm is no experiment: tick more methods, or give more learning rates or seeds.")
     return notice(f"{len(arms)} arms: {', '.join(facts)}.{advice}")
 
 

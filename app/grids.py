@@ -74,7 +74,8 @@ def suggestion(run: Run | None, name: str) -> str:
     if run is None or name in SUGGESTED:
         return SUGGESTED.get(name, "")
     checkpoints = {weights.step for method in run.methods for weights in run.checkpoints(method)}
-    known = {"checkpoint": sorted(checkpoints), "method": run.methods, "merge": MERGE_CHOICES}
+    merges = list(filter(run.allows, MERGE_CHOICES))
+    known = {"checkpoint": sorted(checkpoints), "method": run.methods, "merge": merges}
     return "\n".join(run.prompts) if name == "prompt" else " ".join(map(str, known.get(name, ())))
 
 

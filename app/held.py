@@ -1,7 +1,8 @@
-"""Which trainers are at work, from their first moment: a launcher holds a lock on its run's log until it is gone.
+"""Which trainers are at work, from their first moment: who prints into a run's log holds a lock on it until it is gone.
 
-It inherits the lock with the open file, so that the lock outlives the application, and ends with the launcher, however
-that ends. Where a system has no such locks, a trainer is known by its process id alone, once it has written that.
+Launcher and trainer inherit the lock with the file that they print into, so that it outlives the application, and ends
+with the last of them, however that ends. Where a system has no such locks, a trainer is known by its process id alone,
+once it has written that.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 try:
     import fcntl
@@ -22,21 +24,18 @@ TRIES, PAUSE = 100, 0.01
 
 
 @contextlib.contextmanager
-def held(path: Path) -> Iterator[int]:
-    """A file descriptor with the lock on a file, for a process to inherit; `BlockingIOError` if another one has it."""
-    number = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
+def held(path: Path) -> Iterator[BinaryIO]:
+    """A file to append to, with the lock on it, for a process to inherit; `BlockingIOError` if another one has it."""
+    with path.open("ab") as file:  # closed and not unlocked: the lock stays with who has inherited it
         for left in reversed(range(TRIES)):
             try:
-                lock(number, exclusive=True)
+                lock(file.fileno(), exclusive=True)
                 break
             except BlockingIOError:
                 if not left:
                     raise
                 time.sleep(PAUSE)
-        yield number
-    finally:
-        os.close(number)  # and not unlocked: it stays with who has inherited it
+        yield file
 
 
 def is_held(path: Path) -> bool:

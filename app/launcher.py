@@ -22,7 +22,7 @@ import torch
 from accelerate.commands.config.config_args import default_config_file
 
 from reslora.common.flags import listed
-from reslora.diffusion.arguments import build_parser
+from reslora.diffusion.arguments import SEVERAL, build_parser
 from reslora.diffusion.data.images import SUFFIXES
 from reslora.diffusion.prompts import SUFFIXES as PROMPT_FILES
 
@@ -49,6 +49,7 @@ SAVE, SAMPLE = "save.now", "sample.now"
 BEFORE = {LOG_NAME, EXPERIMENT_LOG, NOTES, SAVE, SAMPLE, "cache", "images.json", "logs"}
 """What may be in a run's folder before its training begins; what is encoded is kept in `cache`."""
 FEW = 8  # images to look at before a training
+ALONE = "Several methods alone are a run: give several learning rates or seeds, or start it under Train."
 PLAN_SECONDS = 180
 
 
@@ -144,7 +145,7 @@ class Trainings:
         self.data = self.images.data
         self.started: dict[str, subprocess.Popen] = {}
         self.asked: set[int] = set()  # processes that were told to stop: a second signal would keep them from saving
-        self.began: set[str] = set()  # runs whose trainer has been seen at work since it was started here
+        self.began: set[str] = set()  # runs whose trainer was seen at work, or told to stop, since it was started here
         self.lock = threading.Lock()
 
     def folders(self) -> list[str]:
@@ -165,7 +166,11 @@ class Trainings:
             words += ["--train_data_dir", str(images)]
         if model := str(settings.get("model") or "").strip():
             words += ["--pretrained_model_name_or_path", model_of(model, images)]
-        return words + arguments(settings)
+        words += arguments(settings)
+        given = build_parser().parse_args(words[1:])
+        if kind is Experiment and not any(len(listed(getattr(given, flag))) > 1 for flag in SEVERAL):
+            raise RunError(ALONE)
+        return words
 
     def goes_on(self, name: str, kind: type[Run]) -> bool:
         """Whether an experiment of that name is there, with the settings that it was begun with."""
@@ -244,8 +249,7 @@ class Trainings:
         environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": search_path()}
         if device is not None:
             environment["CUDA_VISIBLE_DEVICES"] = device
-        path = run.folder / run.log_name
-        with path.open("ab") as log, held(path) as lock:
+        with held(run.folder / run.log_name) as log:
             # A session of its own: Ctrl-C in the application's terminal doesn't reach it.
             self.started[run.name] = subprocess.Popen(
                 [*launch_words(device), *words],
@@ -255,7 +259,6 @@ class Trainings:
                 cwd=run.folder,
                 env=environment,
                 start_new_session=True,
-                pass_fds=(lock,) if os.name == "posix" else (),
             )
         return run
 
@@ -296,6 +299,9 @@ class Trainings:
             return f"{run.name} stops after this step; a checkpoint is being saved."
         if launcher is not None and run.name not in self.began:
             # The trainer hasn't begun: there is nothing to save, so the whole group goes.
+            self.began.add(run.name)
+            with contextlib.suppress(OSError), (run.folder / run.log_name).open("a") as log:
+                log.write("\nstopped before its training began\n")  # a trainer may end without a word
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(launcher.pid, signal.SIGTERM)
             return f"{run.name} is stopped before its training began."

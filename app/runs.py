@@ -28,6 +28,7 @@ from reslora.common.log import count_damaged, of_split, read_log
 from reslora.common.methods import METHODS
 from reslora.common.status import FILE as STATUS
 from reslora.export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
+from reslora.merges import MERGES
 
 EXAMPLE = Path(__file__).resolve().parent / "example"
 """A small finished run that comes with the application."""
@@ -344,6 +345,10 @@ class Run:
         found = [(name, self.sound(*parts, name)) for name in self.entries(*parts) if name in ENCODERS]
         whole = [(name, path) for name, path in found if path is not None]
         return tuple(whole) if len(whole) == len(found) else None
+
+    def allows(self, merge: str) -> bool:
+        """Whether there is what a merge needs: some need the samples that a run keeps at its end."""
+        return not MERGES[merge].needs_moments or self.inside("reslora", "calibration.safetensors") is not None
 
     def find_weights(self, label: str) -> Weights:
         """The weights of that label; `RunError` if this run has none."""

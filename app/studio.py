@@ -400,6 +400,8 @@ class Studio:
             raise RunError(f"It cannot be merged: {without_folders(error, run.folder)}.") from None
 
     def _write_merged(self, run: Run, checkpoint: Weights, method: str) -> dict:
+        if not run.allows(method):
+            raise RunError(f"{method} needs calibration samples, and this run has kept none; choose another merge")
         made, report, parts = self._encoders(), {}, {}
         made[self.family.denoiser] = self._skeleton()
         for name, path in ((self.family.denoiser, checkpoint.path), *checkpoint.encoders):

@@ -91,7 +91,7 @@ DEPTH = {
 }  # fmt: skip
 """What 4 cannot do without: a step of 24 layers takes four times as long as one of 6."""
 # What train_sd.py takes by itself where the pipeline is a bundled one.
-BUNDLED = ("--train_data_dir", "assets/openmoji", "--resolution", "64")
+BUNDLED = ("--train_data_dir", "assets/openmoji", "--resolution", "64", "--max_train_steps", "200")
 GLUE_FLAGS = (
     *("--model_name_or_path", "{encoder}", "--task_name", "sst2", "--data_dir", "{text}/sst2", "--report_to", "none"),
     *("--per_device_train_batch_size", "16", "--per_device_eval_batch_size", "64", "--max_seq_length", "128"),

@@ -95,16 +95,16 @@ class CompareTab(Tab):
             preprocess=False,
         )  # fmt: skip
 
-    def seen(self, run: Run) -> tuple[int, list[str]]:
-        """The last step, and what there is to take along."""
-        return max(run.steps(), default=0), self.list_files(run)
+    def seen(self, run: Run) -> tuple[int, list[str], bool]:
+        """The last step, what there is to take along, and whether the run never began."""
+        return max(run.steps(), default=0), self.list_files(run), self.trainings.status(run) == "failed"
 
-    def choice(self, run: Run, chosen: float | None, seen: tuple[int, list[str]] | None) -> int:
+    def choice(self, run: Run, chosen: float | None, seen: tuple[int, list[str], bool] | None) -> int:
         """A slider at the end moves on with the run."""
         last = seen[0] if seen else 0
         return max(run.steps(), default=0) if (chosen or 0) >= last else run.nearest(chosen)
 
-    def is_outdated(self, run: Run, seen: tuple[int, list[str]] | None) -> bool:
+    def is_outdated(self, run: Run, seen: tuple[int, list[str], bool] | None) -> bool:
         """Once there are other files."""
         return seen is not None and seen[1] != self.list_files(run)
 
@@ -151,7 +151,8 @@ class CompareTab(Tab):
         """Values of all that is seen at a step."""
         train, validation = (compared.curves(run, split, step) for split in ("train", "validation"))
         said = verdict(run, step) + differences(run)
-        return compared.images(run, step), train, validation, compared.numbers(run, step), said
+        shown = compared.images(run, step, self.trainings.status(run))
+        return shown, train, validation, compared.numbers(run, step), said
 
     def list_files(self, run: Run) -> list[str]:
         """What can be taken along."""

@@ -87,7 +87,7 @@ def run(flags: Flags, stop: StopRequest) -> None:
     """Trains, merges and exports every method that the flags name, and shows what came of it."""
     accelerator = start_accelerator(flags)
     with contextlib.ExitStack() as stack:
-        decided(lambda: take_folder(flags, stack))
+        decided(lambda: take_folder(flags, stop, stack))
         kinds, context = find_all(flags, accelerator, stop)
         identity = identity_of(kinds, context)
         resume = decided(lambda: plan_resume(context.flags, identity))
@@ -137,8 +137,9 @@ def settle(flags: Flags, accelerator: Accelerator, stop: StopRequest) -> Context
     return Context(with_rank(flags, model, accelerator), model, accelerator, stop, start=start, status=status)
 
 
-def take_folder(flags: Flags, stack: contextlib.ExitStack) -> None:
+def take_folder(flags: Flags, stop: StopRequest, stack: contextlib.ExitStack) -> None:
     """Locks the run's folder until the stack closes, and refuses at once what its content does not allow."""
+    stop.check("stopped before training began")  # while libraries were imported
     stack.enter_context(locked(Path(flags.output_dir)))
     Status(Path(flags.output_dir)).say("preparing")
     if (Path(flags.output_dir) / EXPERIMENT).exists():

@@ -4,14 +4,21 @@ import json
 import shutil
 from dataclasses import replace
 
+import gradio as gr
 import PIL.Image
 import pytest
 from app_runs import run_by_hand, write_run, write_samples
 
 from app import compared
 from app.differences import differences
+from app.held import held
+from app.launcher import Trainings
 from app.library import MOST_BESIDE, Library
-from app.runs import Run
+from app.queue import Queue
+from app.runs import LOG_NAME, Run
+from app.studio import Studio
+from app.tabs import Parts
+from app.tabs.compare import CompareTab
 
 
 @pytest.fixture
@@ -23,6 +30,18 @@ def test_a_run_that_failed_says_so(tmp_path):
     (tmp_path / "runs" / "new").mkdir(parents=True)
     (tmp_path / "runs" / "new" / "app.log").write_text("error\n")
     assert "its log, under Train, says why" in compared.images(Library(tmp_path / "runs").find("new"), 0)
+
+
+def test_a_run_that_starts_has_not_ended_yet(tmp_path):
+    (tmp_path / "runs" / "new").mkdir(parents=True)
+    trainings = Trainings(Library(tmp_path / "runs"))
+    with gr.Blocks():
+        tab = CompareTab(Parts(trainings.library, trainings, Queue(trainings), Studio()))
+    with held(tmp_path / "runs" / "new" / LOG_NAME):  # as its launcher does, before it has printed anything
+        run, (before, *_) = trainings.library.find("new"), tab.compare("new", 0)
+        seen = tab.seen(run)
+        assert trainings.status(run) == "starting" and "No samples yet" in before
+    assert "its log, under Train, says why" in tab.compare("new", 0)[0] and tab.seen(run) != seen
 
 
 def test_columns_and_grid_show_the_chosen_step(run):

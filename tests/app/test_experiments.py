@@ -10,7 +10,7 @@ import pytest
 from app_runs import HOSTILE, write_run
 from experiment import examples
 
-from app import experiments, form
+from app import experiments, form, launcher
 from app.launcher import Trainings
 from app.library import Experiment, Library
 from app.queue import Entry, Queue
@@ -123,7 +123,7 @@ def test_a_plan_is_counted_by_the_trainers_own_parser():
     assert "fewer than three seeds" in experiments.plan(form | {"seed": "0"})
     wired = form | {"shortcut": ["input", "middle"], "pre_num": "1 4"}
     assert "24 arms: 4 methods" in experiments.plan(wired)
-    assert "One arm" in experiments.plan({"method": ["lora"], "seed": "3"})
+    assert "12 arms" in experiments.plan(form | {"learning_rate": "1e-4", "seed": "0", "rank": "2 4 8 16 32 64"})
     for wrong in ({"seed": "x"}, {"learning_rate": "-1"}, {"method": ["none"]}):
         assert "argument" in experiments.plan(form | wrong)
 
@@ -145,6 +145,17 @@ def test_a_new_experiment_has_all_flags_and_one_that_is_there_what_is_added(libr
         trainings.command("which", form)  # a run of that name
     with pytest.raises(RunError, match="finished"):
         trainings.resume("which", Experiment)
+
+
+@pytest.mark.parametrize("given", [{"seed": "3"}, {"learning_rate": "1e-4"}, {"rank": "4,"}])
+def test_methods_alone_are_a_run_and_no_experiment(library, given):
+    """The trainer would train a plain run, which no tab shows."""
+    settings, queue = {"method": ["lora", "reslora"], "shortcut": ["input"], **given}, Queue(Trainings(library))
+    assert launcher.ALONE in experiments.plan(settings)
+    with pytest.raises(RunError, match=launcher.ALONE):
+        queue.add(Entry("new", "experiment", settings))
+    assert queue.entries() == [] and not (library.folder / "new").exists()
+    assert queue.command(Entry("new", "run", settings))
 
 
 def test_what_a_form_adds_to_an_experiment_is_beside_what_is_there(library):
@@ -218,7 +229,7 @@ def test_the_memory_is_planned_of_a_new_experiment_and_of_one_that_goes_on(libra
     PIL.Image.new("RGB", (8, 8)).save(tmp_path / "red disc.png")
     with gr.Blocks():
         tab = ExperimentTab(Parts(library, trainings, Queue(trainings), Studio()))
-    values = form.values_of({}, tab.all_names())
+    values = form.values_of({"seed": [0, 1]}, tab.all_names())
     for name, uploads in (("new", [{"path": str(tmp_path / "red disc.png")}]), ("which", None)):
         tab.do_plan(name, uploads, "", None, "", *values)
     stored = Path(planned[0][planned[0].index("--train_data_dir") + 1])

@@ -1,5 +1,6 @@
 """app/grids.py on a tiny Stable Diffusion: every cell is, pixel for pixel, what a single drawing gives."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -167,6 +168,16 @@ def test_suggestions_are_values_that_can_be_drawn(run):
     for name in ("checkpoint", "method", "merge", "prompt", "seed", "strength", "steps", "guidance"):
         assert grid_of(run, (name, suggestion(run, name)), (NONE, "")).cells
     assert suggestion(None, "method") == "" and suggestion(run, NONE) == ""
+
+
+def test_a_run_without_calibration_samples_is_merged_by_what_needs_none(run, studio, tmp_path):
+    """As one that was stopped before its exports."""
+    shutil.copytree(run.folder, tmp_path / "runs" / "short")
+    (tmp_path / "runs" / "short" / "reslora" / "calibration.safetensors").unlink()
+    short = Library(tmp_path / "runs").find("short")
+    assert "lstsq" in suggestion(run, "merge") and suggestion(short, "merge") == "input weights none"
+    with pytest.raises(RunError, match=r"lstsq needs calibration samples, and this run has kept none; choose another"):
+        studio.merge(short, short.checkpoints("reslora")[0], "lstsq")
 
 
 def test_the_page_has_a_place_for_each_cell_and_prompts_are_no_markup(run):

@@ -29,6 +29,19 @@ from reslora.common.assets import ASSETS
 from reslora.diffusion.data import encoding
 from reslora.diffusion.settings import BUNDLED_IMAGES, is_bundled, parse_args
 
+# In place of `accelerate launch`, which passes its stdout on to the trainer, and nothing else; it dies of SIGTERM.
+LAUNCHER = "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]])"
+# In place of a trainer that begins: it has taken SIGTERM over, and is not through with its imports.
+BEGINNING = """
+import pathlib, signal, time
+signal.signal(signal.SIGTERM, lambda *_: None)
+pathlib.Path("../begins").touch()
+while not pathlib.Path("../end").exists():
+    assert pathlib.Path("..").exists()
+    time.sleep(0.01)
+print("train_sd.py: stopped before training began")
+"""
+
 
 @pytest.fixture
 def run(tmp_path):
@@ -241,7 +254,32 @@ def test_what_stops_is_what_trains_whichever_run_is_looked_at(run):
             TrainTab.do_stop(tab, "looked-at", ((), (), (), seen))
     assert "run is stopped" in TrainTab.do_stop(tab, "looked-at", ((), (), (), "finished"))
     ended(launcher)
-    assert trainings.status(run) == "stopped"
+    assert trainings.status(run) == "stopped" and trainings.last_line(run) == "stopped before its training began"
+
+
+def test_what_is_stopped_as_it_begins_is_at_work_until_its_trainer_is_gone(trainings, tmp_path, monkeypatch):
+    folder = trainings.library.folder
+    (tmp_path / "launcher.py").write_text(LAUNCHER)
+    (tmp_path / "trainer.py").write_text(BEGINNING)
+    words = [sys.executable, str(tmp_path / "launcher.py"), str(tmp_path / "trainer.py")]
+    monkeypatch.setattr(launcher, "launch_words", lambda device: words)
+    run = trainings.start("early", [])
+    try:
+        wait_until((folder / "begins").exists, "the trainer", trainings.started["early"])
+        assert trainings.status(run) == "starting"
+        assert trainings.stop("early") == "early is stopped before its training began."
+        assert ended(trainings.started["early"]) == -signal.SIGTERM
+        assert trainings.status(run) == "stopping" and trainings.stop("early") == "early is ending."
+        for again in (trainings, Trainings(trainings.library)):
+            with pytest.raises(RunError, match="early is training"):
+                again.start("second", [])
+        with pytest.raises(RunError, match="early is training"):
+            Shelf(Queue(trainings)).throw_away("early")
+    finally:
+        (folder / "end").touch()
+    wait_until(lambda: not trainings.is_active(run), "its end")
+    assert trainings.status(run) == "failed"
+    assert trainings.last_line(run) == "train_sd.py: stopped before training began"
 
 
 def test_a_finished_run_is_not_resumed(run):

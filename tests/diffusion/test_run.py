@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import PIL.Image
@@ -9,6 +10,7 @@ import pytest
 from pipelines import image_folder
 from safetensors.torch import load_file
 
+import train_sd
 from diffusion.runs import RESUME, digests, final_weights, main, only, printed, refused, without
 from reslora.diffusion.data.dataset import ImageDataset
 
@@ -54,6 +56,21 @@ def test_unfinished_run_is_not_overwritten(run, base_flags, capsys, tmp_path):
     checkpoint.symlink_to(run / "lora" / "checkpoint-2")
     flags = [*base_flags, "--method", "lora", "--output_dir", tmp_path]
     assert "--resume_from_checkpoint latest" in refused(capsys, *flags)
+
+
+@pytest.mark.parametrize("flags", [(), ("--seed", 0, 1)], ids=["run", "experiment"])
+def test_what_was_told_to_stop_while_libraries_were_imported_begins_nothing(tmp_path, capfd, monkeypatch, flags):
+    """It does not load a model first, which may take minutes."""
+    ask = train_sd.is_experiment
+
+    def told(values: dict) -> bool:
+        signal.raise_signal(signal.SIGTERM)
+        return ask(values)
+
+    monkeypatch.setattr(train_sd, "is_experiment", told)
+    assert main("--output_dir", tmp_path / "out", "--report_to", "none", *flags) == 128 + signal.SIGTERM
+    assert capfd.readouterr().err.splitlines()[-1] == "train_sd.py: stopped before training began"
+    assert not (tmp_path / "out").exists()
 
 
 # -- a finished run, asked for something else --------------------------------------------------------------------------

@@ -67,7 +67,7 @@ def run_experiment(flags: Flags, stop: StopRequest) -> None:
     began, plain = time.monotonic(), plain_variants(flags)[0]
     accelerator = start_accelerator(plain)
     with contextlib.ExitStack() as stack:
-        decided(lambda: take_folder(flags, stack))
+        decided(lambda: take_folder(flags, stop, stack))
         kinds, context = find_all(plain, accelerator, stop)
         identity = identity_of(kinds, context)
         asked = with_several(context.flags, flags)
@@ -94,11 +94,12 @@ def run_experiment(flags: Flags, stop: StopRequest) -> None:
         accelerator.end_training()
 
 
-def take_folder(flags: Flags, stack: contextlib.ExitStack) -> None:
+def take_folder(flags: Flags, stop: StopRequest, stack: contextlib.ExitStack) -> None:
     """Locks the experiment's folder until the stack closes, and refuses at once what its content does not allow.
 
     What a killed start has left half-written in it goes away.
     """
+    stop.check("stopped before training began")  # while libraries were imported
     stack.enter_context(locked(Path(flags.output_dir)))
     Status(Path(flags.output_dir)).say("preparing")
     check_folder(flags)
