@@ -4,8 +4,8 @@
     accelerate launch train_sd.py --pretrained_model_name_or_path MODEL --train_data_dir IMAGES
 
 The first form trains the bundled 64x64 pipeline on the bundled images, in a few minutes on two CPU cores; the second
-any model of the families in reslora/diffusion/families. The flags of diffusers' `train_text_to_image_lora.py` are all
-here; README says which defaults differ.
+any model of the families in reslora/diffusion/model/families. The flags of diffusers' `train_text_to_image_lora.py` are
+all here; README says which defaults differ.
 """
 
 from __future__ import annotations

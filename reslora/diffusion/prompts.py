@@ -104,7 +104,10 @@ CHECKS: dict[str, tuple[Callable[[object], bool], str]] = {
 
 def from_file(values: Sequence[str]) -> tuple[list[str], list[str]] | None:
     """The prompts and their options of the file that is named in the place of prompts; None where none is."""
-    if len(values) != 1 or not values[0].lower().endswith(SUFFIXES):
+    files = [value for value in values if value.lower().endswith(SUFFIXES)]
+    if files and len(values) > 1:
+        raise InvalidArgument(f"--validation_prompt {files[0]}", "a file beside other prompts", "give the one or these")
+    if not files:
         return None
     path = Path(values[0])
     flag = f"--validation_prompt {path}"

@@ -7,21 +7,20 @@ import importlib.util
 import json
 import math
 import os
-import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from ..common.assets import ASSETS
 from ..common.checks import check_writable
-from ..common.errors import InvalidArgument, first_line, refused_as, speaks
+from ..common.errors import InvalidArgument
 from ..common.methods import METHODS, any_with_shortcuts, check_steps, refuse_parts, refuse_settings
 from ..common.patterns import FIELDS, entries
 from ..experiment.arms import alpha_of
 from ..merges import MERGES
 from ..shortcuts import PLAIN, shortcut_class
 from .arguments import BUNDLED_DEFAULTS, DEFAULTS, NOISES, ONE_OR_SEVERAL, SEVERAL, Flags, build_parser, listed
-from .experiment.checks import check_experiment, plain_variants
+from .config_file import config_defaults
+from .experiment.checks import STEERING, check_experiment, plain_variants
 from .model.families import FAMILIES
 from .optimizers import check_installed, named
 from .prompts import clean, from_file
@@ -32,13 +31,6 @@ OF_SHORTCUTS = ("shortcut", "pre_num", "head", "merge", "merge_calibration_sampl
 PRODIGY = named("prodigy").path
 POLYNOMIAL_END = 1e-7  # diffusers' learning rate at the end of that schedule
 
-# A run's config.json holds both of these; whoever names one on the command line means the other no longer.
-GIVES_WAY_TO = {
-    "max_train_steps": "num_train_epochs", "num_train_epochs": "max_train_steps", "lora_alpha": "rank",
-    "validation_steps": "validation_epochs", "train_data_dir": "dataset_name", "dataset_name": "train_data_dir",
-    "validation_prompt_options": "validation_prompt",
-}  # fmt: skip
-
 
 def parse_args(argv: Sequence[str] | None = None, description: str | None = None) -> Flags:
     """Flags with their defaults filled in, but for those that the model knows (`with_family`, `checks.with_rank`).
@@ -48,7 +40,7 @@ def parse_args(argv: Sequence[str] | None = None, description: str | None = None
     parser = build_parser(description)
     args, given = parser.parse_args(argv), given_flags(argv)
     if args.config:
-        of_file = config_defaults(parser, Path(args.config), given)
+        of_file = config_defaults(parser, args, given)
         parser.set_defaults(**of_file)
         args, given = parser.parse_args(argv), given | of_file.keys()
     if args.method is None and given & set(OF_SHORTCUTS) and not takes_bundled(args):
@@ -119,60 +111,6 @@ def is_bundled(model: str) -> bool:
 def with_family(flags: Flags, defaults: Mapping[str, object]) -> Flags:
     """The flags with what was still open filled in by the family's defaults."""
     return flags.replace(**{name: value for name, value in defaults.items() if getattr(flags, name) is None})
-
-
-# -- configuration files -----------------------------------------------------------------------------------------------
-
-
-def config_defaults(parser: argparse.ArgumentParser, path: Path, given: set[str]) -> dict:
-    """The values of a TOML file or a run's config.json, checked as the command line's are."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        table = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except (OSError, ValueError, RecursionError) as error:
-        problem = f"cannot be read ({first_line(error)})"
-        raise InvalidArgument(f"--config {path}", problem, "give a TOML file or a run's config.json") from None
-    if not isinstance(table, dict):
-        raise InvalidArgument(f"--config {path}", "is not a table of flags", "give a TOML file or a run's config.json")
-    actions = {action.dest: action for action in parser._actions if action.dest != "help"}
-    values = {}
-    for name, value in table.items():
-        if name not in actions:
-            raise InvalidArgument(f"--config {path}", f"{name} is not a flag of train_sd.py", "remove it")
-        # In TOML somebody wrote the alpha; a run's own may have come from its rank.
-        resolved = path.suffix == ".json" or name != "lora_alpha"
-        if value is not None and value != [] and not (resolved and GIVES_WAY_TO.get(name) in given):
-            values[name] = _checked(actions[name], name, value, path)
-    if path.suffix == ".json" and values.get("resume_from_checkpoint", "latest") != "latest":  # of an earlier version
-        checkpoint = values.pop("resume_from_checkpoint")
-        if "resume_from_checkpoint" not in given and speaks():
-            left_out = "is left out: that run went on from there, and another one starts afresh unless it is given"
-            print(f"--config {path}: --resume_from_checkpoint {checkpoint} {left_out}", flush=True)
-    return values
-
-
-def _checked(action: argparse.Action, name: str, value: object, path: Path) -> object:
-    """A configured value as argparse would have it from the command line."""
-    where, switch = f"--config {path}", isinstance(action, argparse.BooleanOptionalAction)
-    if isinstance(value, dict):
-        raise InvalidArgument(where, f"{name} is a table", "write all flags at the top level")
-    if isinstance(value, list) and action.nargs != "+":
-        raise InvalidArgument(where, f"{name} = {value} is a list", "give one value")
-    if isinstance(value, bool) != switch:
-        raise InvalidArgument(where, f"{name} = {value}", "give true or false" if switch else "give a value")
-    if switch:
-        return value
-    items = []
-    for item in value if isinstance(value, list) else [value]:
-        parse: Any = action.type or str
-        with refused_as(f"{where}, {name}", "correct it", (argparse.ArgumentTypeError, ValueError)):
-            item = parse(str(item))
-        if action.choices and item not in action.choices:
-            raise InvalidArgument(
-                f"{where}, {name}", f"{item!r} is not a choice", f"give one of {list(action.choices)}"
-            )
-        items.append(item)
-    return items if action.nargs == "+" else items[0]
 
 
 def given_flags(argv: Sequence[str] | None) -> set[str]:
@@ -285,7 +223,7 @@ def check_validation(flags: Flags) -> None:
     if options and len(options) != len(prompts):
         problem = f"{len(options)} for {len(prompts)} prompts"
         raise InvalidArgument("--validation_prompt_options", problem, "give one for each, '{}' where there are none")
-    for name in ("save_best", "early_stopping_patience", "validation_noises"):
+    for name in STEERING:
         if not getattr(flags, name):
             continue
         if flags.select_split or flags.test_split:
@@ -340,6 +278,7 @@ def check_unread(flags: Flags) -> None:
 
     Of a run that goes on nothing is refused: an earlier version may have begun it with them.
     """
+    wired = any(METHODS[name].reads_shortcut or METHODS[name].placebo for name in flags.method)
     measures = flags.select_split or (flags.validation_prompt and flags.num_validation_images)
     parser, tags = build_parser(), flags.shuffle_caption or flags.caption_tag_dropout_rate
     for name, read, fix in (
@@ -350,6 +289,7 @@ def check_unread(flags: Flags) -> None:
         ("masked_loss_normalised", flags.masked_loss, "add --masked_loss"),
         ("prior_loss_weight", flags.class_data_dir, "add --class_data_dir and --class_prompt"),
         ("num_class_images", flags.class_data_dir, "add --class_data_dir and --class_prompt"),
+        *((name, wired, "add --method reslora, or leave it out") for name in ("shortcut", "pre_num", "head", "merge")),
         ("metric_model", measures, "add --validation_prompt and --num_validation_images 1, or leave it out"),
     ):
         value = getattr(flags, name)

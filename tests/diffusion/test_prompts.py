@@ -55,6 +55,13 @@ def test_what_is_wrong_is_refused_with_its_place(tmp_path, capsys, name, content
     assert words in refused(capsys, "--validation_prompt", tmp_path / name)
 
 
+@pytest.mark.parametrize("prompts", [["none.txt", "a red box"], ["a red box", "Prompts.JSON"], ["a.txt", "b.txt"]])
+def test_a_file_beside_other_prompts_is_refused(prompts):
+    """Its name would be drawn."""
+    with pytest.raises(InvalidArgument, match=r"^--validation_prompt \S+(txt|JSON): a file beside other prompts"):
+        parse_args(["--validation_prompt", *prompts])
+
+
 def test_a_run_repeats_the_options_by_its_own_flags(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("a\nb --w 64")
     flags = parse_args(["--validation_prompt", str(tmp_path / "a.txt")])

@@ -168,6 +168,10 @@ UNREAD = {  # and with what it is read
     "--masked_loss_normalised": "--masked_loss",
     "--prior_loss_weight 0.5": "--class_data_dir class --class_prompt disc",
     "--num_class_images 7": "--class_data_dir class --class_prompt disc",
+    "--shortcut block --method lora": "--method reslora",
+    "--pre_num 2 --method lora": "--method ms_placebo",
+    "--head none --method lora": "--method is_placebo",
+    "--merge weights --method lora": "--method reslora",
     "--metric_model someone/dino": "--validation_prompt disc",
     "--metric_model someone/dino --validation_prompt disc --num_validation_images 0": "--num_validation_images 1",
 }

@@ -15,14 +15,14 @@ from pathlib import Path
 import torch
 from filelock import Timeout
 
-from ...common.errors import RunFailed
+from ...common.errors import InvalidArgument, RunFailed
 from ...common.folder import guard_of
 from ...common.together import LONGEST_WAIT, decided, each
 from ...files import replacing
 from ..arguments import Flags, listed
 from ..context import Context
 from ..seeds import derive
-from .dataset import ImageDataset, files_of
+from .dataset import METADATA, ImageDataset, files_of
 from .folders import kohyas_folders, load_folders
 from .images import SUFFIXES
 from .sources import Source
@@ -44,12 +44,21 @@ def load_class_images(context: Context) -> list[ImageDataset]:
 
 
 def missing_class_images(flags: Flags) -> int:
-    """How many the model has to draw; 0 without --class_data_dir, and where kohya's folders are in it."""
+    """How many the model has to draw; 0 without --class_data_dir, and where kohya's folders are in it.
+
+    Refuses to draw beside a metadata file.
+    """
     folder = Path(flags.class_data_dir or "")
     if flags.class_data_dir is None or (folder.is_dir() and kohyas_folders(folder, flags)[0]):
         return 0
-    there = sum(path.suffix.lower() in SUFFIXES for path in files_of(folder, flags)) if folder.is_dir() else 0
-    return max(0, flags.num_class_images - there)
+    everything = files_of(folder, flags) if folder.is_dir() else []
+    there = sum(path.suffix.lower() in SUFFIXES for path in everything)
+    missing, metadata = flags.num_class_images - there, [path for path in everything if path.name in METADATA]
+    if missing > 0 and metadata:  # what is not in it is not trained on
+        problem = f"{missing} more than are there would be drawn, which {metadata[0]} does not list"
+        fix = f"give --num_class_images {there}, or take that file away"
+        raise InvalidArgument(f"--num_class_images {flags.num_class_images}", problem, fix)
+    return max(0, missing)
 
 
 def draw_missing(context: Context) -> None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
-import os
 import re
-import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +19,15 @@ from ..content import Content, content_mark
 from ..prompts import clean
 from ..seeds import derive, shuffled
 from .images import SUFFIXES, UNREADABLE, image_size, is_masked, mask_problem, open_image, open_masked
-from .tables import ROWS, has_file_names
+from .shards import refuse_pickles, training_files
+from .tables import ROWS, has_file_names, unlisted
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 CAPTIONS = (".txt", ".caption")  # the second one is kohya's; the first of them that is there counts
 TRASH = ".trash"  # what is in a folder of that name is no training image
 SAVED = ("dataset_dict.json", "state.json")  # one of them is in a folder that `save_to_disk` wrote
 REPEATED = re.compile(r"(\d+)_(.+)")  # kohya's folders: how often an epoch meets each image, and the caption
-PICKLES = (".pkl", ".pickle", ".pyd", ".pth", ".pt")
+ONE_BY_ONE = "name the folders one by one with --train_data_dir, none inside another"
 FEATURES = datasets.Features(
     {"image": datasets.Image(decode=False), "captions": datasets.List(datasets.Value("string"))}
 )
@@ -197,10 +196,8 @@ def read_folder(folder: Path, flags: Flags, caption: str | None = None, deep: bo
     metadata = next((folder / name for name in METADATA if (folder / name).is_file()), None)
     if metadata is not None and has_file_names(metadata):
         found = dataclasses.replace(read_metadata(metadata, flags), metadata=metadata)
-        named = [image for column in found.rows.column_names if column != "captions" for image in found.rows[column]]
-        listed = {os.path.normpath(image["path"]) for image in named if image}
-        unlisted = sum(os.path.normpath(path) not in listed for path in files)
-        found.notes += [f"{unlisted} images are not listed in {metadata.name}"] if unlisted else []
+        missing = len(unlisted(found.rows, files))
+        found.notes += [f"{missing} images are not listed in {metadata.name}"] if missing else []
         return _with_folder_notes(found, files, everything, deep)
     if any(path.name in METADATA for path in everything):
         return None
@@ -380,7 +377,19 @@ def read_dataset(flags: Flags) -> Found:
     column = datasets.Dataset.from_dict(
         {"captions": texts}, features=datasets.Features({"captions": FEATURES["captions"]})
     )
-    return Found(datasets.concatenate_datasets([images, column], axis=1), {}, notes)
+    rows = datasets.concatenate_datasets([images, column], axis=1)
+    if layout is None and not (flags.dataset_name and flags.train_data_dir):  # that is a part of the folder
+        notes += _passed_over(rows, everything, flags)
+    return Found(rows, {}, notes)
+
+
+def _passed_over(rows: datasets.Dataset, everything: Sequence[Path], flags: Flags) -> list[str]:
+    """How many images of a folder are in no row; refuses those with a caption beside them, which are meant to be."""
+    missing = unlisted(rows, [path for path in everything if path.suffix.lower() in SUFFIXES])
+    if captioned := [path for path in missing if caption_files(path)]:
+        problem = f"{len(captioned)} images with captions beside them, as {captioned[0]}, are in no metadata"
+        raise InvalidArgument(data_flag(flags), problem, f"put them into a folder of their own, and {ONE_BY_ONE}")
+    return [f"{len(missing)} images are not read: metadata does not list them, or of another split"] if missing else []
 
 
 def _columns(rows: datasets.Dataset, layout: str | None, flags: Flags, notes: list[str]) -> tuple[str, str]:
@@ -405,7 +414,7 @@ def _load_split(
     datasets.disable_progress_bars()
     try:
         if layout == "webdataset":
-            _refuse_pickles([path for path in everything if path.suffix == ".tar"], flags)
+            refuse_pickles([path for path in everything if path.suffix == ".tar"], data_flag(flags))
         if layout == "saved":
             splits = datasets.load_from_disk(str(folder))
         elif flags.dataset_name:
@@ -414,7 +423,7 @@ def _load_split(
             )
         elif layout in ("webdataset", "json"):
             suffixes = (".tar",) if layout == "webdataset" else (".json", ".jsonl")
-            shards = _training_files([path for path in everything if path.suffix in suffixes], folder, notes)
+            shards = training_files([path for path in everything if path.suffix in suffixes], folder, notes)
             splits = datasets.load_dataset(
                 layout, data_files={"train": list(map(str, shards))}, cache_dir=flags.cache_dir
             )
@@ -424,26 +433,9 @@ def _load_split(
     except InvalidArgument:
         raise
     except Exception as error:  # whatever a hub, a network or a parser can raise
-        problem = f"cannot be loaded ({first_line(error)})"
-        raise InvalidArgument(data_flag(flags), problem, "check the name, the connection and the layout") from None
+        problem, fix = f"cannot be loaded ({first_line(error)})", "check the name, the connection and the layout"
+        below = {path.parent for path in everything if path.name in METADATA}
+        raise InvalidArgument(data_flag(flags), problem, ONE_BY_ONE if len(below) > 1 else fix) from None
     if isinstance(splits, datasets.Dataset):
         return splits.with_format(None)
     return (splits["train"] if "train" in splits else next(iter(splits.values()))).with_format(None)
-
-
-def _training_files(files: Sequence[Path], folder: Path, notes: list[str]) -> Sequence[Path]:
-    """Those that have "train" in their names or folders' names, where some do."""
-    chosen = [path for path in files if "train" in str(path.relative_to(folder)).lower()] or files
-    if len(chosen) < len(files):
-        notes.append(f"{len(files) - len(chosen)} of {len(files)} files are not of the training split")
-    return chosen
-
-
-def _refuse_pickles(files: Sequence[Path], flags: Flags) -> None:
-    """`datasets` would unpickle some of them, if carefully."""
-    for path in files:
-        with tarfile.open(path) as archive:
-            name = next((member.name for member in archive if member.name.lower().endswith(PICKLES)), None)
-        if name is not None:
-            problem = f"{path.name} holds {name}, which is pickle"
-            raise InvalidArgument(data_flag(flags), problem, "leave it out: images and captions alone are read")

@@ -1,13 +1,17 @@
-"""Rows of metadata.jsonl and metadata.csv, each with its line, so that what is wrong with one can be said."""
+"""Rows of metadata.jsonl and metadata.csv, each with its line, so that what is wrong with one can be said; and images
+that are in none."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+
+import datasets
 
 from ...common.errors import InvalidArgument
 
@@ -45,3 +49,14 @@ def _csv_rows(text: str, where: str) -> Iterator[tuple[int, object]]:
 
 
 ROWS = {".csv": _csv_rows, ".jsonl": _json_rows}
+
+
+def unlisted(rows: datasets.Dataset, files: Sequence[Path]) -> list[Path]:
+    """The images among the files that no row names, as an image or a mask."""
+    named = [image for column in rows.column_names if column != "captions" for image in rows[column]]
+    there = {_whole_path(image["path"]) for image in named if image and image["path"]}
+    return [path for path in files if _whole_path(path) not in there]
+
+
+def _whole_path(path: str | Path) -> str:
+    return os.path.normpath(Path(path).absolute())

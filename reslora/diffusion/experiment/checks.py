@@ -6,6 +6,10 @@ from ...common.errors import InvalidArgument
 from ...experiment.arms import alpha_of, check_values, values_of
 from ..arguments import SEVERAL, Flags
 
+OF_EXPERIMENTS = ("select_split", "test_split", "extend_rates", "experiment_minutes", "merged_weights")
+STEERING = ("save_best", "early_stopping_patience", "validation_noises")
+OF_RUNS = ("validation_split", "max_train_samples", "push_to_hub", *STEERING)  # which experiments cannot do
+
 
 def plain_variants(flags: Flags) -> list[Flags]:
     """The flags as runs without an experiment have them, with all methods: one for each rate, rank, shortcut and
@@ -19,7 +23,7 @@ def plain_variants(flags: Flags) -> list[Flags]:
 def check_experiment(flags: Flags) -> None:
     """Refuse what an experiment cannot do, and its flags without several values."""
     if not any(isinstance(getattr(flags, name), list) for name in SEVERAL):
-        for name in ("select_split", "test_split", "extend_rates", "experiment_minutes", "merged_weights"):
+        for name in OF_EXPERIMENTS:
             if getattr(flags, name):
                 fix = f"give several values of --{', --'.join(SEVERAL)}, or leave it out"
                 raise InvalidArgument(f"--{name}", "this is no experiment, nothing reads it", fix)
@@ -32,7 +36,7 @@ def check_experiment(flags: Flags) -> None:
         problem = f"with --test_split {flags.test_split:g} nothing is left to train on"
         raise InvalidArgument(f"--select_split {flags.select_split:g}", problem, "give smaller shares")
     for name, fix in (
-        ("validation_split", "give --select_split, which experiments hold out"),
+        ("validation_split", "leave it out: experiments hold out --select_split and --test_split"),
         ("max_train_samples", "leave it out: each seed would draw other images"),
         ("push_to_hub", "leave it out, and upload the folder of the arm that you like"),
     ):

@@ -239,8 +239,9 @@ def check_past(flags: Flags, place: Path, record: dict, identity: Identity | Non
         settled = value is not None or identity is not None
         if settled and name in there and there[name] != value and not unknown:
             flag = f"{DESCRIBED.get(name, f'--{name}')} {in_words(value) if value is None else value}"
-            problem = f"{place} was trained with {there[name]}"
-            raise InvalidArgument(flag, problem, "use that, or choose another --output_dir")
+            before, fix = ("none", "leave it out") if there[name] is None else (there[name], "use that")
+            problem = f"{place} was trained with {before}"
+            raise InvalidArgument(flag, problem, f"{fix}, or choose another --output_dir")
     if identity and record and record.get("lora", "") != identity.lora:
         before = "another LoRA" if record.get("lora") else "zero"
         problem, fix = f"{place} was started from {before}", "give what it had, or choose another --output_dir"

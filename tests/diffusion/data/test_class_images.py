@@ -13,9 +13,10 @@ from accelerate import Accelerator
 from pipelines import FAMILIES, image_folder, random_image, same_image
 
 from diffusion.runs import RESUME, assert_same, final_weights, losses, main, printed, refused
+from reslora.common.errors import InvalidArgument
 from reslora.common.folder import guard_of
 from reslora.common.signals import StopRequest
-from reslora.diffusion.data.class_images import LOCK, balanced, draw_missing
+from reslora.diffusion.data.class_images import LOCK, balanced, draw_missing, missing_class_images
 from reslora.diffusion.data.images import open_image
 from reslora.diffusion.data.plan import Plan
 from reslora.diffusion.data.size import Size
@@ -129,6 +130,17 @@ def test_class_images_that_another_run_draws_are_waited_for_and_not_drawn_over(m
     draw_missing(dataclasses.replace(context, stop=SimpleNamespace(check=draws_meanwhile)))
     assert all(map(same_image, map(open_image, sorted((tmp_path / "class").iterdir())), map(random_image, range(3))))
     assert len(asked) == 1 and "waiting for it" in capsys.readouterr().out
+
+
+def test_none_are_drawn_that_a_metadata_file_does_not_list(tmp_path):
+    """They would not be trained on."""
+    folder = image_folder(tmp_path / "class", 2, layout="jsonl")
+    flags = parse_args(["--class_data_dir", str(folder), "--class_prompt", "a disc", "--num_class_images", "3"])
+    with pytest.raises(InvalidArgument, match=r"class_images 3: 1 more .*metadata.jsonl .*give --num_class_images 2"):
+        missing_class_images(flags)
+    assert missing_class_images(flags.replace(num_class_images=2)) == 0
+    (folder / "metadata.jsonl").unlink()
+    assert missing_class_images(flags) == 1
 
 
 def test_class_images_count_by_their_weight(model, data, tmp_path):

@@ -614,6 +614,12 @@ def test_what_steers_is_not_added_half_way_and_named_itself(keep, steering):
         check_past(flags.replace(save_best=False), fewer, read_checkpoint(fewer), None)
 
 
+def test_what_a_run_was_begun_without_is_to_be_left_out(keep):
+    checkpoint = keep(1)
+    with pytest.raises(InvalidArgument, match=r"--caption_prefix sks: .* was trained with none; leave it out, or"):
+        check_past(keep.flags.replace(caption_prefix="sks"), checkpoint, read_checkpoint(checkpoint), None)
+
+
 @pytest.mark.parametrize("sizes", [{"use_aspect_ratio_buckets": True}, {"resolution": [32, 64]}])
 def test_where_images_have_several_sizes_a_forwards_samples_stay_too(keep, monkeypatch, sizes):
     """Each forward has images of one size, so which ones make up a step is a matter of how many there are in one."""
