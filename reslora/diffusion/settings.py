@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..common.assets import ASSETS
 from ..common.checks import check_writable
-from ..common.errors import InvalidArgument
+from ..common.errors import InvalidArgument, speaks
 from ..common.methods import METHODS, any_with_shortcuts, check_steps, refuse_parts, refuse_settings
 from ..common.patterns import FIELDS, entries
 from ..experiment.arms import alpha_of
@@ -134,6 +134,7 @@ def check_flags(flags: Flags) -> None:
         raise InvalidArgument(missing, "missing", "give --class_data_dir and --class_prompt together, or neither")
     check_loss(flags)
     check_unread(flags)
+    tell_unread(flags)
     if flags.aspect_ratio_buckets and len(listed(flags.resolution)) > 1:
         sides = " ".join(map(str, flags.resolution))
         raise InvalidArgument(f"--resolution {sides}", "--aspect_ratio_buckets names all sizes", "give one side")
@@ -278,7 +279,6 @@ def check_unread(flags: Flags) -> None:
 
     Of a run that goes on nothing is refused: an earlier version may have begun it with them.
     """
-    wired = any(METHODS[name].reads_shortcut or METHODS[name].placebo for name in flags.method)
     measures = flags.select_split or (flags.validation_prompt and flags.num_validation_images)
     parser, tags = build_parser(), flags.shuffle_caption or flags.caption_tag_dropout_rate
     for name, read, fix in (
@@ -289,13 +289,21 @@ def check_unread(flags: Flags) -> None:
         ("masked_loss_normalised", flags.masked_loss, "add --masked_loss"),
         ("prior_loss_weight", flags.class_data_dir, "add --class_data_dir and --class_prompt"),
         ("num_class_images", flags.class_data_dir, "add --class_data_dir and --class_prompt"),
-        *((name, wired, "add --method reslora, or leave it out") for name in ("shortcut", "pre_num", "head", "merge")),
         ("metric_model", measures, "add --validation_prompt and --num_validation_images 1, or leave it out"),
     ):
         value = getattr(flags, name)
         if not read and value != parser.get_default(name) and not flags.resume_from_checkpoint:
             given = f"--{name}" if value is True else f"--{name} {value}"
             raise InvalidArgument(given, "nothing reads it", fix)
+
+
+def tell_unread(flags: Flags) -> None:
+    """Say which flags of shortcuts no method reads: a command that runs one method after another has them for all."""
+    parser, wired = build_parser(), any(METHODS[name].reads_shortcut or METHODS[name].placebo for name in flags.method)
+    for name in ("shortcut", "pre_num", "head", "merge"):
+        value = getattr(flags, name)
+        if not wired and value != parser.get_default(name) and speaks():
+            print(f"--{name} {value}: nothing reads it with --method {' '.join(flags.method)}", flush=True)
 
 
 def check_schedule(flags: Flags) -> None:

@@ -168,10 +168,6 @@ UNREAD = {  # and with what it is read
     "--masked_loss_normalised": "--masked_loss",
     "--prior_loss_weight 0.5": "--class_data_dir class --class_prompt disc",
     "--num_class_images 7": "--class_data_dir class --class_prompt disc",
-    "--shortcut block --method lora": "--method reslora",
-    "--pre_num 2 --method lora": "--method ms_placebo",
-    "--head none --method lora": "--method is_placebo",
-    "--merge weights --method lora": "--method reslora",
     "--metric_model someone/dino": "--validation_prompt disc",
     "--metric_model someone/dino --validation_prompt disc --num_validation_images 0": "--num_validation_images 1",
 }
@@ -185,6 +181,18 @@ def test_what_nothing_reads_is_refused(words, model, data):
     if "''" not in UNREAD[words]:
         parse_args([*flags, *UNREAD[words].split()])
     parse_args([*flags, "--resume_from_checkpoint", "latest"])  # an earlier version may have begun it so
+
+
+OF_SHORTCUTS = {"--shortcut block": "reslora", "--pre_num 2": "ms_placebo", "--head none": "is_placebo"}
+
+
+@pytest.mark.parametrize("words", [*OF_SHORTCUTS, "--merge weights"])
+def test_what_no_method_reads_is_told(words, model, data, capsys):
+    flags = ["--pretrained_model_name_or_path", str(model), "--train_data_dir", str(data), *words.split(), "--method"]
+    parse_args([*flags, "lora", "lora_x2"])
+    assert capsys.readouterr().out == f"{words}: nothing reads it with --method lora lora_x2\n"
+    parse_args([*flags, "lora", OF_SHORTCUTS.get(words, "reslora")])
+    assert capsys.readouterr().out == ""
 
 
 def test_what_nothing_reads_may_be_given_as_it_is_without(model, data):
