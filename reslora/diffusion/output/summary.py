@@ -55,12 +55,13 @@ def write_comparison(flags: Flags, output: Path, learnt: Sequence[Image.Image] =
     found = sorted({int(path.name[5:]) for path in folders if path.name[5:].isdigit()})
     chosen = sorted({found[round(i * (len(found) - 1) / (COLUMNS - 1))] for i in range(COLUMNS)}) if found else []
     places = [f"samples/step-{step:06d}" for step in chosen] + ["merged"]
-    rows = [
-        (prompt, [(name, [_image(output / name / place, number, prompt) for place in places]) for name in flags.method])
-        for number, prompt in prompts
-    ]
-    columns = [f"step {step}" if step else "before" for step in chosen] + ["merged,\nat the end"]
-    comparison(output / "comparison.png", columns, rows, above=("trained on images like these", learnt))
+    rows = []
+    for number, prompt in prompts:
+        drawn = [[_image(output / name / place, number, prompt) for place in places] for name in flags.method]
+        titles = [METHODS[name].title for name in flags.method]
+        rows.append((f"prompt: {prompt}", list(zip(titles, drawn, strict=True))))
+    columns = [f"step {step}" if step else "before" for step in chosen] + ["merged into\nthe model"]
+    comparison(output / "comparison.png", columns, rows, above=("some of the images that it learns from", learnt))
 
 
 def _image(samples: Path, number: int, prompt: str) -> Path | None:

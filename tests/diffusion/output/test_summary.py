@@ -56,6 +56,7 @@ def test_the_comparison_shows_what_was_drawn_of_todays_prompts_and_can_be_read(t
     (tmp_path / "lora" / "merged" / "prompts.json").unlink()  # of an earlier version
 
     def compare(path: Path, columns: list[str], rows: list, above: tuple) -> None:
+        assert [(prompt, name) for prompt, [(name, _)] in rows] == [(f"prompt: {prompt}", "LoRA") for prompt in PROMPTS]
         drawn.append((columns, [[image is not None for image in images] for _, [(_, images)] in rows]))
         above_it.append(above[1])
         comparison(path, columns, rows, above=above)
@@ -63,7 +64,7 @@ def test_the_comparison_shows_what_was_drawn_of_todays_prompts_and_can_be_read(t
     monkeypatch.setattr(summary, "comparison", compare)
     flags, learnt = flags_of(tmp_path, PROMPTS), [Image.new("RGB", (9, 9))]
     summary.write_comparison(flags, tmp_path, learnt)
-    columns = ["before", "step 2", "step 4", "step 6", "merged,\nat the end"]
+    columns = ["before", "step 2", "step 4", "step 6", "merged into\nthe model"]
     assert drawn == [(columns, [[False, True, True, False, True], [True, False, True, False, True]])]
     assert above_it == [learnt] and (tmp_path / "comparison.png").is_file()
 
