@@ -22,7 +22,7 @@ import torch
 from accelerate.commands.config.config_args import default_config_file
 
 from reslora.common.flags import listed
-from reslora.diffusion.arguments import SEVERAL, build_parser
+from reslora.diffusion.arguments import build_parser, is_experiment
 from reslora.diffusion.data.images import SUFFIXES
 from reslora.diffusion.prompts import SUFFIXES as PROMPT_FILES
 
@@ -167,8 +167,7 @@ class Trainings:
         if model := str(settings.get("model") or "").strip():
             words += ["--pretrained_model_name_or_path", model_of(model, images)]
         words += arguments(settings)
-        given = check(words[1:])
-        if kind is Experiment and not any(len(listed(getattr(given, flag))) > 1 for flag in SEVERAL):
+        if kind is Experiment and not is_experiment(vars(check(words[1:]))):
             raise RunError(ALONE)
         return words
 

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from .. import __version__
@@ -101,6 +101,11 @@ def number(minimum: float, below: float = math.inf, exclusive: bool = False) -> 
         raise argparse.ArgumentTypeError(f"{text!r} is not {number_in_words(minimum, below, exclusive)}")
 
     return parse
+
+
+def is_experiment(flags: Mapping[str, object]) -> bool:
+    """Whether several values of a flag in SEVERAL are asked for, by the flags as a table."""
+    return any(len(listed(flags.get(name))) > 1 for name in SEVERAL)
 
 
 def build_parser(description: str | None = None) -> argparse.ArgumentParser:

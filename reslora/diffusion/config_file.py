@@ -11,7 +11,7 @@ from typing import Any
 
 from ..common.errors import InvalidArgument, first_line, refused_as, speaks
 from ..common.methods import METHODS
-from .arguments import SEVERAL, listed
+from .arguments import is_experiment
 from .experiment.checks import OF_EXPERIMENTS, OF_RUNS
 from .optimizers import named
 
@@ -55,7 +55,7 @@ def without_what_changes(values: dict, args: argparse.Namespace, given: set[str]
         if "resume_from_checkpoint" not in given and speaks():
             left_out = "is left out: that run went on from there, and another one starts afresh unless it is given"
             print(f"{where}: --resume_from_checkpoint {checkpoint} {left_out}", flush=True)
-    several = any(len(listed(now.get(name))) > 1 for name in SEVERAL)
+    several = is_experiment(now)
     of_others = OF_RUNS if several else OF_EXPERIMENTS
     if (told := [name for name in of_others if values.get(name) and name not in given]) and speaks():
         kind = "an experiment" if several else "no experiment"

@@ -18,7 +18,17 @@ from ..common.patterns import FIELDS, entries
 from ..experiment.arms import alpha_of
 from ..merges import MERGES
 from ..shortcuts import PLAIN, shortcut_class
-from .arguments import BUNDLED_DEFAULTS, DEFAULTS, NOISES, ONE_OR_SEVERAL, SEVERAL, Flags, build_parser, listed
+from .arguments import (
+    BUNDLED_DEFAULTS,
+    DEFAULTS,
+    NOISES,
+    ONE_OR_SEVERAL,
+    SEVERAL,
+    Flags,
+    build_parser,
+    is_experiment,
+    listed,
+)
 from .config_file import config_defaults
 from .experiment.checks import STEERING, check_experiment, plain_variants
 from .model.families import FAMILIES
@@ -91,11 +101,6 @@ def fill_defaults(args: argparse.Namespace) -> Flags:
     if values["metric_model"] and Path(values["metric_model"]).exists():
         values["metric_model"] = str(Path(values["metric_model"]).resolve())
     return Flags(**values)
-
-
-def is_experiment(flags: Mapping[str, object]) -> bool:
-    """Whether several values of a flag in SEVERAL are asked for, by the flags as a table."""
-    return any(isinstance(flags[name], list) for name in SEVERAL)
 
 
 def takes_bundled(args: argparse.Namespace) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ...common.errors import InvalidArgument
 from ...experiment.arms import alpha_of, check_values, values_of
-from ..arguments import SEVERAL, Flags
+from ..arguments import SEVERAL, Flags, is_experiment
 
 OF_EXPERIMENTS = ("select_split", "test_split", "extend_rates", "experiment_minutes", "merged_weights")
 STEERING = ("save_best", "early_stopping_patience", "validation_noises")
@@ -22,7 +22,7 @@ def plain_variants(flags: Flags) -> list[Flags]:
 
 def check_experiment(flags: Flags) -> None:
     """Refuse what an experiment cannot do, and its flags without several values."""
-    if not any(isinstance(getattr(flags, name), list) for name in SEVERAL):
+    if not is_experiment(vars(flags)):
         for name in OF_EXPERIMENTS:
             if getattr(flags, name):
                 fix = f"give several values of --{', --'.join(SEVERAL)}, or leave it out"
