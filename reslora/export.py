@@ -35,6 +35,7 @@ from torch import nn
 from .chains import base_model, lora_layers, unwrap
 from .checkpoint import PEFT_PREFIX
 from .files import replacing, write_tensors
+from .guards import refuse_merged
 from .ranks import whole
 from .wiring import connection_of
 
@@ -288,7 +289,8 @@ def export_merged(model: nn.Module, directory: str | os.PathLike, adapter_name: 
     """Writes the base model with the adapter's weights added, summed in float32 and cast, as `save_pretrained` does.
 
     For diffusers' and transformers' models, with any PEFT adapter that can be merged. `model` itself stays. Returns
-    the folder. Raises `ValueError` if it already has anything but a model, which would be lost.
+    the folder. Raises `ValueError` if it already has anything but a model, which would be lost, and where PEFT has
+    merged an adapter already.
     """
     base = _plain(model, adapter_name)
     _refuse_others(Path(directory))
@@ -318,8 +320,7 @@ def _refuse_others(directory: Path) -> None:
 @torch.no_grad()
 def merged_state_dict(base: nn.Module, adapter_name: str = "default") -> dict[str, torch.Tensor]:
     """The state dict of the bare base model with the adapter's update added to the layers that have it."""
-    tuned = {name: module for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
-    owners = {f"{name}.": module for name, module in tuned.items()}
+    owners = {f"{name}.": module for name, module in _unmerged(base).items()}
     state = {}
     for key, value in base.state_dict().items():
         owner = next((prefix for prefix in owners if key.startswith(prefix)), None)
@@ -342,8 +343,14 @@ def merged_state_dict(base: nn.Module, adapter_name: str = "default") -> dict[st
 def tuned_layers(model: nn.Module, adapter_name: str = "default") -> tuple[nn.Module, dict[str, BaseTunerLayer]]:
     """The base model, and its layers that have the adapter, by name; raises as exports do."""
     base = _plain(model, adapter_name)
+    return base, {name: layer for name, layer in _unmerged(base).items() if adapter_name in _adapters(layer)}
+
+
+def _unmerged(base: nn.Module) -> dict[str, BaseTunerLayer]:
+    """The layers with adapters, by name; `ValueError` where PEFT has merged one: it would be added once more."""
     tuned = {name: module for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
-    return base, {name: layer for name, layer in tuned.items() if adapter_name in _adapters(layer)}
+    refuse_merged(tuned)
+    return tuned
 
 
 @torch.no_grad()

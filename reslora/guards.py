@@ -10,13 +10,13 @@ import contextlib
 import contextvars
 import functools
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import peft.utils.hotswap
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer, LoraModel
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from . import ranks
@@ -57,8 +57,11 @@ def refuse_inner(base: nn.Module, adapter_name: str) -> None:
             raise ValueError(f"{type(base).__name__} holds the model that has the adapter as `{name}`: give that one")
 
 
-def refuse_merged(layers: dict[str, LoraLayer]) -> None:
-    """Raises `ValueError` where PEFT has merged an adapter into a layer: such a layer ignores its variant."""
+def refuse_merged(layers: Mapping[str, BaseTunerLayer]) -> None:
+    """Raises `ValueError` where PEFT has merged an adapter into a layer.
+
+    Such a layer ignores its variant, and its frozen weight is not the base's.
+    """
     for name, layer in layers.items():
         if layer.merged:
             raise ValueError(

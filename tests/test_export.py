@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 import reslora
 from reslora import ResLoraConfig
-from reslora.export import export_diffusers, export_kohya, export_merged, export_peft, merged_state_dict
+from reslora.export import export_diffusers, export_kohya, export_merged, export_peft, merged_state_dict, tuned_layers
 
 LORA = "pytorch_lora_weights.safetensors"
 TOLERANCE = 1e-4
@@ -305,6 +305,23 @@ def test_a_connected_model_is_told_to_merge_first(unet, export, tmp_path):
         export(model, tmp_path / "out")
     assert_one_line(error, "reslora.merge")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("adapter", ["default", "other"])
+def test_an_adapter_that_peft_has_merged_is_not_added_once_more(unet, inputs, adapter, tmp_path):
+    model = unet.lora(target_modules=["to_q"]).float().eval()
+    expected = predict(model, inputs)
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_v"], init_lora_weights=False), adapter_name="other")
+    model.set_adapter("default")
+    model.fuse_lora(adapter_names=[adapter])
+    for call in (lambda: export_merged(model, tmp_path / "unet"), lambda: tuned_layers(model)):
+        with pytest.raises(ValueError) as error:
+            call()
+        assert_one_line(error, f"{adapter} merged by PEFT", "unfuse_lora()")
+    assert not list(tmp_path.iterdir())
+    model.unfuse_lora()
+    export_merged(model, tmp_path / "unet")
+    assert_predicts(UNet2DConditionModel.from_pretrained(tmp_path / "unet"), inputs, expected)
 
 
 def test_kohyas_alpha_is_exact_in_half_precision(tmp_path):
