@@ -72,13 +72,17 @@ class Results:
         write_report(content, self.course.folder, self.subject.about)
 
     def conclude(self) -> None:
-        """Chooses by the select part, reads the test part once, compares, and tells all."""
+        """Chooses by the select part, reads the test part once, compares, and tells all.
+
+        Where arms are still to be trained, the test part is read only for a verdict.
+        """
         course, self.as_of = self.course, None
         losses = course.losses()
         self.chosen = choose([course.record(arm) for arm in course.arms()])
         judged = [arm for arm in losses if self.is_chosen(arm)]
-        self.count_reading(judged)
-        self.tests = {arm: self.subject.tested(arm, self.step_of(arm)) for arm in judged}
+        to_read = judged if len(losses) == len(course.arms()) or self.can_compare(judged) else []
+        self.count_reading(to_read)
+        self.tests = {arm: self.subject.tested(arm, self.step_of(arm)) for arm in to_read}
         records = [course.record(arm, test) for arm, test in self.tests.items()]
         self.verdicts = compare(records, self.chosen, self.subject.about.unit)
         self.notes = [*self.unfinished(len(losses)), *self.others(), *self.failed(), *self.without_choice(losses)]
@@ -88,10 +92,19 @@ class Results:
             print(line)
         print(f"{course.folder / REPORT}")
 
-    def count_reading(self, judged: Sequence[Arm]) -> None:
+    def can_compare(self, judged: Sequence[Arm]) -> bool:
+        """Whether there are a reference and another label."""
+        labels = {arm.label for arm in judged}
+        return len(labels) > 1 and not labels.isdisjoint(self.references())
+
+    def references(self) -> set[str]:
+        """The labels that others are compared with."""
+        return {name for name, label in self.course.labels.items() if label.method == REFERENCE}
+
+    def count_reading(self, to_read: Sequence[Arm]) -> None:
         """On disk before anything is tested: who is ended from there on has read what the next start goes on with."""
-        read = [[arm.label, arm.rate, arm.seed, self.step_of(arm)] for arm in judged]
-        if read != self.read and not all(self.subject.is_tested(arm, self.step_of(arm)) for arm in judged):
+        read = [[arm.label, arm.rate, arm.seed, self.step_of(arm)] for arm in to_read]
+        if read != self.read and not all(self.subject.is_tested(arm, self.step_of(arm)) for arm in to_read):
             self.readings, self.read = self.readings + 1, read
             path = self.course.folder / EXPERIMENT
             write_json(path, read_object(path) | {"readings": self.readings, "read": self.read})
@@ -138,7 +151,7 @@ class Results:
 
     def no_reference(self, judged: Sequence[Arm]) -> list[str]:
         """That there is nothing to compare with."""
-        references = {name for name, label in self.course.labels.items() if label.method == REFERENCE}
+        references = self.references()
         if any(arm.label in references for arm in judged):
             return []
         problem = f"no learning rate of {REFERENCE} is chosen" if references else f"verdicts need --method {REFERENCE}"
@@ -147,7 +160,7 @@ class Results:
     def read_again(self) -> list[str]:
         """That somebody may have looked before deciding to go on, which no interval knows."""
         read = f"the test {self.subject.about.unit}s were read {self.readings} times"
-        line = f"{read}, as arms were added: intervals are for a single time"
+        line = f"{read}, as arms came in: intervals are for a single time"
         return [line] if self.readings > 1 else []
 
     def others(self) -> list[str]:

@@ -130,6 +130,19 @@ def test_a_reading_of_the_test_images_counts_once_wherever_it_is_cut_off(tmp_pat
     assert record["readings"] == 2 and any("were read 2 times" in note for note in record["notes"])
 
 
+@pytest.mark.parametrize(("methods", "verdicts"), [("lora", 0), ("lora lora_x2", 1), ("lora_x2 lora_x4", 0)])
+def test_while_arms_are_missing_the_test_images_are_read_for_verdicts_alone(tmp_path, methods, verdicts):
+    """The time is up after every arm: of the middle rate that of each label comes first."""
+    for _ in methods.split():
+        record, _ = go(tmp_path / "out", "--experiment_minutes", "1e-9", methods=methods)
+    assert len(record["chosen"]) == len(methods.split()) and len(record["verdicts"]) == verdicts
+    assert record["readings"] == verdicts and bool(read_of(record)) == bool(verdicts)
+    record, _ = go(tmp_path / "out", methods=methods)
+    assert record["readings"] == 1 + verdicts and read_of(record)
+    read = [f"the test images were read {1 + verdicts} times, as arms came in: intervals are for a single time"]
+    assert [note for note in record["notes"] if "were read" in note] == read * verdicts
+
+
 def test_of_what_was_concluded_only_labels_that_are_still_there_stay(tmp_path):
     go(tmp_path / "out")
     kept, told = go(tmp_path / "out", stopped="train", methods="lora lora_x2 rslora")
