@@ -19,7 +19,14 @@ class RunFailed(RuntimeError):
 
 
 class Diverged(RunFailed):
-    """Numbers that are not finite: this training is lost, and others may go well."""
+    """Numbers that are not finite: this training is lost, and others may go well.
+
+    `advice` is for a plain run: an experiment keeps the problem alone.
+    """
+
+    def __init__(self, problem: str, advice: str = "") -> None:
+        super().__init__(f"{problem}; {advice}" if advice else problem)
+        self.problem = problem
 
 
 class Stopped(Exception):

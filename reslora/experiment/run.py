@@ -39,7 +39,7 @@ def train(arm: Arm, course: Course, subject: Subject) -> None:
     try:
         subject.train(arm)
     except Diverged as error:
-        reason = str(error)
+        reason = error.problem
     except EndedElsewhere as error:
         if not error.diverged:
             raise

@@ -262,11 +262,11 @@ class Bench:
             losses = decided(lambda: self.course.select_losses(arm))
             for step, loss in losses.items():
                 if not math.isfinite(loss):
-                    raise Diverged(f"select loss {loss} at step {step}: lower --learning_rate")
+                    raise Diverged(f"select loss {loss} at step {step}")
             method = dataclasses.replace(arguments.method, merge_and_save=False)  # but of the best arm
             export(trainer.model, folder, method, self.study.calibration(arguments))
         except Diverged as error:
-            raise Diverged(f"{folder.relative_to(self.course.folder).as_posix()}: {error}") from error
+            raise Diverged(f"{folder.relative_to(self.course.folder).as_posix()}: {error.problem}") from error
         finally:
             trainer.accelerator.free_memory()
             gc.collect()  # a trainer and its callbacks hold each other, and the model

@@ -88,7 +88,7 @@ def _merge(model: nn.Module, method: str, calibration: Sequence[Mapping] | None)
     except ValueError as error:
         if "NaN or infinity" not in str(error):
             raise
-        raise Diverged(f"the training has diverged, lower --learning_rate: {first_line(error)}") from error
+        raise Diverged(f"the training has diverged: {first_line(error)}", "lower --learning_rate") from error
 
 
 @contextlib.contextmanager

@@ -310,10 +310,8 @@ class AdapterTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `Trainer.log`; raises `Diverged` for a training loss that is not a number."""
         if not math.isfinite(logs.get("loss", 0.0)):
-            raise Diverged(
-                f"loss {logs['loss']} at step {self.state.global_step}: lower --learning_rate; the last checkpoint is "
-                "intact"
-            )
+            problem = f"loss {logs['loss']} at step {self.state.global_step}"
+            raise Diverged(problem, "lower --learning_rate; what was saved before is intact")
         super().log(logs, start_time)
 
     def create_optimizer(self, *args, **kwargs):

@@ -377,7 +377,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, method, value):
     model = build(method)
     name, weight = list(trained_state(model).items())[-1]
     weight.view(-1)[0] = value  # storage is shared
-    with pytest.raises(RunFailed, match="is not finite: lower --learning_rate") as error:
+    with pytest.raises(RunFailed, match="is not finite; lower --learning_rate") as error:
         save_adapter(model, tmp_path / "checkpoint")
     assert_one_line(error, name)
     assert not (tmp_path / "checkpoint").exists()

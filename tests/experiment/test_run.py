@@ -53,7 +53,7 @@ class Untrained:
         if self.stopped == "train":
             raise Stopped("stopped after step 1; go on")
         if (arm.label, arm.seed) in self.diverging:
-            raise Diverged(f"{arm.label} diverged")
+            raise Diverged(f"{arm.label} diverged", "start in another --output_dir")
         folder, loss = self.course.folder_of(arm), 1 + abs(math.log(arm.rate / 2e-4)) + 0.01 * arm.seed
         folder.mkdir(parents=True, exist_ok=True)
         row = {"step": 1, "split": "validation", "loss": loss, "seconds": 1.0}
@@ -173,6 +173,7 @@ def test_a_method_of_which_nothing_is_chosen_is_told_with_the_reason(tmp_path):
     reason = "at no learning rate did all seeds end well, so none is chosen; add a lower --learning_rate"
     record, _ = go(tmp_path / "lora", diverging=[("lora", 1)])
     assert f"lora: {reason}" in record["notes"] and "lora" not in record["chosen"]
+    assert "lora diverged" in record["notes"]  # without what only a plain run can do
     assert "nothing to compare with: no learning rate of lora is chosen" in record["notes"]
     record, _ = go(tmp_path / "other", diverging=[("lora_x2", 0)])
     assert f"lora_x2: {reason}" in record["notes"] and not any("to compare with" in note for note in record["notes"])

@@ -135,9 +135,8 @@ def finite(drawn: np.ndarray, what: str) -> np.ndarray:
     try:
         return as_bytes(drawn)
     except ValueError as error:
-        raise Diverged(
-            f"{what}: it draws {error}: training has diverged; start again with a lower --learning_rate"
-        ) from None
+        problem = f"{what}: it draws {error}: training has diverged"
+        raise Diverged(problem, "start again with a lower --learning_rate") from None
 
 
 @contextlib.contextmanager
@@ -235,7 +234,7 @@ def merge_reslora(parts: Parts, loss: DenoisingLoss, material: Material) -> dict
             report = merge(part, method=material.flags.merge, calibration=calibration[name] or None)
         except ValueError as error:
             advice = "where numbers are not finite, training has diverged: start again with a lower --learning_rate"
-            raise Diverged(f"reslora: it cannot be merged ({first_line(error)}); {advice}") from None
+            raise Diverged(f"reslora: it cannot be merged ({first_line(error)})", advice) from None
         merged[name] = Merged(plan, report, calibration[name])
     return merged
 

@@ -26,6 +26,7 @@ from ..data.batch import Batch
 from ..data.samples import Material, ValidationSamples, losses_of, measured, measured_at
 from ..prompts import prompts_of
 from ..training.best import is_over, keep_if_best
+from ..training.checkpoints import checkpoints_of
 from ..training.denoising import DenoisingLoss, evaluating
 from ..training.schedule import Schedule
 from ..training.sharding import by_main, cuts_base
@@ -74,10 +75,9 @@ class Reports:
         row["loss"] = float(row["loss"])
         name, split, step, loss = self.learner.name, row["split"], row["step"], row["loss"]
         if not math.isfinite(loss):
-            raise Diverged(
-                f"{name}: {split} loss {loss} at step {step}; checkpoints before it are intact: go on from one, or "
-                "start in another --output_dir with a lower --learning_rate"
-            )
+            saved = "; checkpoints before it are intact" if checkpoints_of(self.folder) else ""
+            advice = f"start in another --output_dir with a lower --learning_rate{saved}"
+            raise Diverged(f"{name}: {split} loss {loss} at step {step}", advice)
         if split == "validation" and step:
             self.validated.append(loss)
         at = {f"{split}_loss_at_{timestep}/{name}": value for timestep, value in row.get("by_timestep", {}).items()}

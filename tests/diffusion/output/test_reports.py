@@ -69,9 +69,19 @@ def test_a_loss_is_read_in_the_next_step_or_before_it_is_saved(brief_flags, tmp_
 def test_a_loss_that_is_not_finite_is_named_and_not_saved(brief_flags, tmp_path, capsys, steps, saving):
     steps(lambda step, loss: loss * float("nan") if step == 2 else loss)
     flags = [*brief_flags, "--max_train_steps", "5", "--checkpointing_steps", str(saving)]
-    assert "loss nan at step 2" in failed(capsys, *flags, "--output_dir", tmp_path / "out")
+    line = failed(capsys, *flags, "--output_dir", tmp_path / "out")
+    assert "loss nan at step 2; start in another --output_dir with a lower --learning_rate" in line
+    assert "intact" not in line
     assert trained(tmp_path / "out") == [1]
     assert not list((tmp_path / "out" / "lora").glob("checkpoint-*"))
+
+
+def test_checkpoints_before_a_loss_that_is_not_finite_are_said_to_be_intact(brief_flags, tmp_path, capsys, steps):
+    steps(lambda step, loss: loss * float("nan") if step == 2 else loss)
+    flags = [*brief_flags, "--max_train_steps", "5", "--checkpointing_steps", "1"]
+    line = failed(capsys, *flags, "--output_dir", tmp_path / "out")
+    assert "loss nan at step 2" in line and "checkpoints before it are intact" in line
+    assert [path.name for path in (tmp_path / "out" / "lora").glob("checkpoint-*")] == ["checkpoint-1"]
 
 
 def test_a_run_that_fails_keeps_the_rows_of_all_its_steps(brief_flags, tmp_path, capsys, steps):
