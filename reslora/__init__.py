@@ -30,6 +30,7 @@ _HOMES = {
     "merge": "model",
     "save": "checkpoint",
 }
+_MODULES = ("calibration", "export")  # which are named as a whole
 
 __all__ = sorted(_HOMES)
 
@@ -53,8 +54,10 @@ sys.modules[__name__].__class__ = _Package
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    if name in _MODULES:
+        return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_MODULES})

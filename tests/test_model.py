@@ -622,6 +622,13 @@ def test_the_configuration_is_read_without_torch():
     assert not {"torch", "peft", "transformers"} & set(result.stdout.split())
 
 
+def test_modules_that_readme_names_need_no_import_of_their_own():
+    code = "import reslora; print({'calibration', 'export'} <= set(dir(reslora)), reslora.export.export_peft.__name__)"
+    code += "; print(reslora.calibration.BUDGET == 1 << 30)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=LIMIT)
+    assert result.stdout.split() == ["True", "export_peft", "True"]
+
+
 def top_level_imports(path: Path) -> set[str]:
     names = set()
     for node in ast.parse(path.read_text()).body:
