@@ -26,6 +26,8 @@ SIMULATED = 4000
 """Experiments behind a power."""
 LEAST_P = 1e-12
 """A p value is not told below."""
+LARGEST_STEP = 10
+"""From the best rate to the next one where the rate beside it says none."""
 
 
 # -- one method beside the reference -----------------------------------------------------------------------------------
@@ -301,7 +303,7 @@ def choice(losses: Mapping[float, Sequence[Mapping[str, float | None]]]) -> Choi
     """The choice of one label from `select_by_step` of each seed, for each rate; None where no loss is finite.
 
     Rates with fewer seeds than others are left out. If the best one is at an end of all, the next rate continues them
-    by the same ratio.
+    by the same ratio, or by LARGEST_STEP where that is less and the rate beside it has no loss: it may be far too high.
     """
     most = max(map(len, losses.values()), default=0)
     tried = sorted(rate for rate, seeds in losses.items() if len(seeds) == most)
@@ -319,5 +321,8 @@ def choice(losses: Mapping[float, Sequence[Mapping[str, float | None]]]) -> Choi
     if len(rates) > 1 and best in (rates[0], rates[-1]):
         found["at_end"] = "low" if best == rates[0] else "high"
         neighbour = rates[1] if best == rates[0] else rates[-2]
-        found["next"] = float(f"{best * best / neighbour:.3g}")  # as folders name it
+        ratio = best / neighbour
+        if all(rate != neighbour for rate, _ in means):
+            ratio = min(max(ratio, 1 / LARGEST_STEP), LARGEST_STEP)
+        found["next"] = float(f"{best * ratio:.3g}")  # as folders name it
     return found

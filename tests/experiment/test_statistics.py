@@ -320,6 +320,11 @@ def test_the_next_rate_continues_by_the_step_at_that_end():
         assert choice({rate: [{"50": loss}] for rate, loss in zip(rates, losses, strict=True)})["next"] == following
 
 
+@pytest.mark.parametrize(("beside", "loss", "following"), [(0.1, None, 1e-5), (0.1, 1, 1e-7), (2e-4, None, 5e-5)])
+def test_a_rate_that_diverged_far_away_says_no_step(beside, loss, following):
+    assert choice({1e-4: [{"50": 0.5}], beside: [{"50": loss}]})["next"] == following
+
+
 def test_one_rate_has_no_ends_and_nothing_finite_is_no_choice():
     assert choice({1e-4: [{"50": 0.5}]}) | {"loss": 0} == {
         "learning_rate": 1e-4, "step": 50, "loss": 0, "at_end": None, "next": None,
