@@ -534,6 +534,20 @@ def test_a_block_called_outside_a_forward_of_the_model_is_an_error(llama, shortc
     assert_equal(run(model, llama.inputs()), run(oracle, llama.inputs()))
 
 
+@stateful
+def test_an_adapter_that_is_switched_off_in_the_middle_of_a_chain_is_named_with_the_fix(shortcut, pre_num, head):
+    model = lora_stack(Stack())
+    reslora.connect(model, ResLoraConfig(shortcut, pre_num, head), example_inputs=STACK_INPUTS)
+    expected = run(model, STACK_INPUTS)
+    layer = find_layer(model, "layers.1.proj")
+    layer.enable_adapters(False)
+    with pytest.raises(RuntimeError) as error:
+        run(model, STACK_INPUTS)
+    assert_one_line(error, "neighbour layers.1.proj, or that one's adapter is switched off", "enable_adapters(True)")
+    layer.enable_adapters(True)
+    assert_equal(run(model, STACK_INPUTS), expected)
+
+
 class Moody(Stack):
     """A stack that can be told to behave otherwise than in the trace."""
 

@@ -211,9 +211,9 @@ class Shortcut(LoraVariant):
         handed, leading = state.handed.get((source, what), (None, None))
         if handed is None:
             raise RuntimeError(
-                f"{self.name} ran before its neighbour {source}; connect again with example_inputs= that run the "
-                "layers in the order of training; if layers are skipped at random (layerdrop), set that to 0 or use "
-                'shortcut="block"'
+                f"{self.name} ran before its neighbour {source}, or that one's adapter is switched off: call its "
+                "enable_adapters(True), or connect again with example_inputs= that run the layers in the order of "
+                'training; if layers are skipped at random (layerdrop), set that to 0 or use shortcut="block"'
             )
         if leading != x.shape[:-1]:
             raise RuntimeError(
