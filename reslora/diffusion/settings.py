@@ -157,9 +157,10 @@ def check_flags(flags: Flags) -> None:
     for name, texts in patterns.items():
         entries(name, texts)
     check_packages(flags)
-    check_installed(flags.optimizer, flags.optimizer_args)
     if flags.use_8bit_adam and flags.optimizer != "adamw8bit":
         raise InvalidArgument("--use_8bit_adam", f"--optimizer {flags.optimizer} is given too", "leave one of them out")
+    optimizer = "--use_8bit_adam" if flags.use_8bit_adam else f"--optimizer {flags.optimizer}"
+    check_installed(flags.optimizer, flags.optimizer_args, optimizer)
     check_start(flags)
     check_schedule(flags)
     if flags.hub_token and flags.report_to not in ("tensorboard", "none"):
