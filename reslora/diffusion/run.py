@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,8 +120,10 @@ def find_all(flags: Flags, accelerator: Accelerator, stop: StopRequest) -> tuple
     images = each(lambda: load_folders(flags))
     context = settle(flags, accelerator, stop)
     if decided(lambda: missing_class_images(context.flags)):
-        check_before_loading(images, context, tell=False)
-        each(lambda: load_and_check(context))  # to draw them takes minutes
+        # To draw them takes minutes. What is checked is checked again once they are there, and told then.
+        with contextlib.redirect_stdout(io.StringIO()):
+            check_before_loading(images, context)
+            each(lambda: load_and_check(context))
     return [*images, *load_class_images(context)], context
 
 
@@ -173,7 +176,7 @@ def show_plan(flags: Flags, stop: StopRequest) -> None:
     check_before_loading(images, context)
 
 
-def check_before_loading(kinds: Sequence[ImageDataset], context: Context, tell: bool = True) -> None:
+def check_before_loading(kinds: Sequence[ImageDataset], context: Context) -> None:
     """Refuses what can be refused without weights: methods, optimizers, and a run that takes too much memory."""
     flags, model, accelerator = context.flags, context.model, context.accelerator
 
@@ -186,7 +189,7 @@ def check_before_loading(kinds: Sequence[ImageDataset], context: Context, tell: 
         check_optimizer(context)
 
     each(check)
-    decided(lambda: check_memory(kinds, context, tell))
+    decided(lambda: check_memory(kinds, context))
 
 
 def load_and_check(context: Context) -> tuple[DiffusionPipeline, Objective]:
