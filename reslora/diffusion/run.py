@@ -45,9 +45,10 @@ from .model.lora_files.combining import in_short
 from .model.objective import Objective, objective_of
 from .output.drawing import Drawer
 from .output.exports import export_method
+from .output.hub import hub_repository, publish
 from .output.metric import load_metric
 from .output.reports import FINISHED, Reports, Validation
-from .output.summary import hub_repository, print_summary, publish, write_figures
+from .output.summary import print_summary, write_figures
 from .output.trackers import note_settings, start_trackers
 from .planning.plan import check_memory
 from .processes import start_accelerator
