@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import huggingface_hub
 from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
+from huggingface_hub import CommitOperationAdd
 
 from ...common.errors import InvalidArgument, RunFailed, first_line
 from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
+from ...files import read_object
 from ..arguments import Flags, listed
+from ..training.checkpoints import EXPORTS
 from .summary import write_comparison
 
 # Nothing else is: there may be settings, latents of the training images, their names, notes, the images themselves.
-UPLOADED = ("README.md", "comparison.png", "loss.png", DIFFUSERS_FILE)
 UPLOADED_OF_METHOD = (
-    *(DIFFUSERS_FILE, KOHYA_FILE, COMFYUI_FILE, "peft/*"),
-    *("chains.json", "merge.json", "log.jsonl", "samples/step-*", "merged/*"),
+    *(DIFFUSERS_FILE, KOHYA_FILE, COMFYUI_FILE, "peft/**/*"),
+    *("chains.json", "merge.json", "log.jsonl", "samples/step-*/*", "merged/*"),
 )
 
 
@@ -39,8 +42,8 @@ def publish(flags: Flags) -> None:
         f"# {name}\n\n{', '.join(flags.method)} weights for {Path(base).name if local else base}, "
         f"trained on {', '.join(Path(name).name for name in listed(flags.dataset_name or flags.train_data_dir))}.\n"
     )
-    if (output / "comparison.png").is_file():
-        write_comparison(flags, output)  # nobody asked that images to learn from be uploaded
+    files = files_of(flags)
+    if "comparison.png" in files:
         description += "\n![samples](comparison.png)\n"
     try:
         card = load_or_create_model_card(
@@ -53,15 +56,39 @@ def publish(flags: Flags) -> None:
         )
         tags = ["text-to-image", "diffusers", "diffusers-training", "lora", "reslora"]
         populate_model_card(card, tags=tags).save(output / "README.md")
-        huggingface_hub.upload_folder(
-            repo_id=name,
-            folder_path=output,
-            commit_message="End of training",
-            allow_patterns=[*UPLOADED, *(f"{name}/{file}" for name in flags.method for file in UPLOADED_OF_METHOD)],
-            ignore_patterns=["*/.*"],
-            token=flags.hub_token,
-        )
+        files["README.md"] = output / "README.md"
+        added = [CommitOperationAdd(place, content) for place, content in files.items()]
+        huggingface_hub.create_commit(name, added, commit_message="End of training", token=flags.hub_token)
     except Exception as error:
         problem = f"{name} could not be uploaded ({first_line(error)})"
         raise RunFailed(f"{problem}; the run is complete, the same command tries again") from None
     print(f"uploaded to {name}")
+
+
+def files_of(flags: Flags) -> dict[str, Path | bytes]:
+    """What is uploaded beside the card, by its place in the repository: a single method's weights at its root, too."""
+    output, files = Path(flags.output_dir), dict[str, Path | bytes]()
+    for pattern in ("loss.png", *(f"{method}/{file}" for method in flags.method for file in UPLOADED_OF_METHOD)):
+        for path in output.glob(pattern):
+            place = path.relative_to(output).as_posix()
+            if path.is_file() and "/." not in place:
+                files[place] = path
+    weights = f"{flags.method[0]}/{DIFFUSERS_FILE}"
+    if len(flags.method) == 1 and weights in files:
+        files[DIFFUSERS_FILE] = files[weights]
+    if picture := comparison_of(flags):
+        files["comparison.png"] = picture
+    return files
+
+
+def comparison_of(flags: Flags) -> bytes:
+    """The comparison of what the run has drawn, if anything, whatever prompts are given now.
+
+    It is not the run's file, which may show images that were trained on: nobody asked that those be uploaded.
+    """
+    shown = read_object(Path(flags.output_dir) / flags.method[-1] / EXPORTS).get("shown", {})
+    prompts = shown.get("validation_prompt", flags.validation_prompt)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "comparison.png"
+        write_comparison(flags.replace(validation_prompt=prompts), path)
+        return path.read_bytes() if path.is_file() else b""

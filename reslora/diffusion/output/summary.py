@@ -27,7 +27,7 @@ def write_figures(flags: Flags, held_out: int, learnt: Callable[[int], list[Imag
     """
     output, measured = Path(flags.output_dir), min(held_out, flags.max_validation_images)
     if flags.validation_prompt and flags.num_validation_images:
-        write_comparison(flags, output, learnt(COLUMNS + 3))
+        write_comparison(flags, output / "comparison.png", learnt(COLUMNS + 3))
     if len(flags.method) == 1 and METHODS[flags.method[0]].plain_lora:
         with replacing(output / DIFFUSERS_FILE) as temporary:
             shutil.copyfile(output / flags.method[0] / DIFFUSERS_FILE, temporary)
@@ -35,15 +35,18 @@ def write_figures(flags: Flags, held_out: int, learnt: Callable[[int], list[Imag
     loss_curves(output / FINISHED, logs, measured)
 
 
-def write_comparison(flags: Flags, output: Path, learnt: Sequence[Image.Image] = ()) -> None:
-    """The paper's Figure 3: steps across; prompts down, and the methods under each; what was trained on above it."""
-    prompts = list(enumerate(flags.validation_prompt))
+def write_comparison(flags: Flags, path: Path, learnt: Sequence[Image.Image] = ()) -> None:
+    """The paper's Figure 3: steps across; prompts down, and the methods under each; what was trained on above it.
+
+    Nothing is written where nothing was drawn of these prompts: there may be a comparison of others.
+    """
+    output, prompts = Path(flags.output_dir), list(enumerate(flags.validation_prompt))
     folders = (
-        path
-        for path in output.glob("*/samples/step-*")
-        if any(is_of(read_object(path / PROMPTS), *prompt) for prompt in prompts)
+        folder
+        for folder in output.glob("*/samples/step-*")
+        if any(is_of(read_object(folder / PROMPTS), *prompt) for prompt in prompts)
     )
-    found = sorted({int(path.name[5:]) for path in folders if path.name[5:].isdigit()})
+    found = sorted({int(folder.name[5:]) for folder in folders if folder.name[5:].isdigit()})
     chosen = sorted({found[round(i * (len(found) - 1) / (COLUMNS - 1))] for i in range(COLUMNS)}) if found else []
     places = [f"samples/step-{step:06d}" for step in chosen] + ["merged"]
     rows = []
@@ -52,7 +55,8 @@ def write_comparison(flags: Flags, output: Path, learnt: Sequence[Image.Image] =
         titles = [METHODS[name].title for name in flags.method]
         rows.append((f"prompt: {prompt}", list(zip(titles, drawn, strict=True))))
     columns = [f"step {step}" if step else "before" for step in chosen] + ["merged into\nthe model"]
-    comparison(output / "comparison.png", columns, rows, above=("some of the images that it learns from", learnt))
+    if any(image for _, methods in rows for _, images in methods for image in images):
+        comparison(path, columns, rows, above=("some of the images that it learns from", learnt))
 
 
 def _image(samples: Path, number: int, prompt: str) -> Path | None:
