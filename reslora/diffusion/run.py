@@ -96,7 +96,7 @@ def run(flags: Flags, stop: StopRequest) -> None:
         for line in resume.notes:
             accelerator.print(line)
         if resume.finished == context.flags.method and decided((context.folder / FINISHED).is_file):
-            decided(lambda: show_again(context.flags))
+            decided(lambda: show_again(context))
             return
         if context.flags.push_to_hub:
             decided(lambda: hub_repository(context.flags))
@@ -296,12 +296,12 @@ def show(material: Material, context: Context) -> None:
     write_figures(context.flags, len(material.held_out), material.learnt)
     print_summary(context.flags)
     if context.flags.push_to_hub:
-        publish(context.flags)
+        publish(context)
 
 
-def show_again(flags: Flags) -> None:
+def show_again(context: Context) -> None:
     """What a run that is finished already has made."""
-    print(f"{flags.output_dir} holds this run already, finished; nothing to do")
-    print_summary(flags)
-    if flags.push_to_hub:
-        publish(flags)
+    print(f"{context.folder} holds this run already, finished; nothing to do")
+    print_summary(context.flags)
+    if context.flags.push_to_hub:
+        publish(context)

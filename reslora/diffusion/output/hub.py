@@ -6,14 +6,15 @@ import tempfile
 from pathlib import Path
 
 import huggingface_hub
-from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
 from huggingface_hub import CommitOperationAdd
 
 from ...common.errors import InvalidArgument, RunFailed, first_line
 from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 from ...files import read_object
-from ..arguments import Flags, listed
+from ..arguments import Flags
+from ..context import Context
 from ..training.checkpoints import EXPORTS
+from .card import card_of
 from .summary import write_comparison
 
 # Nothing else is: there may be settings, latents of the training images, their names, notes, the images themselves.
@@ -33,30 +34,16 @@ def hub_repository(flags: Flags) -> str:
         raise InvalidArgument("--push_to_hub", problem, "log in with `hf auth login`, or leave it out") from None
 
 
-def publish(flags: Flags) -> None:
+def publish(context: Context) -> None:
     """Upload a model card with what the methods left: LoRA files, samples, losses and figures."""
-    output, name = Path(flags.output_dir), hub_repository(flags)
-    base = flags.pretrained_model_name_or_path
-    local = Path(base).exists()
-    description = (
-        f"# {name}\n\n{', '.join(flags.method)} weights for {Path(base).name if local else base}, "
-        f"trained on {', '.join(Path(name).name for name in listed(flags.dataset_name or flags.train_data_dir))}.\n"
-    )
-    files = files_of(flags)
-    if "comparison.png" in files:
-        description += "\n![samples](comparison.png)\n"
+    flags = context.flags
+    name, files, own = hub_repository(flags), files_of(flags), context.folder / "README.md"
     try:
-        card = load_or_create_model_card(
-            repo_id_or_path=name,
-            token=flags.hub_token,
-            from_training=True,
-            base_model=None if local else base,  # the hub refuses what is no name of its own
-            model_description=description,
-            inference=True,
-        )
-        tags = ["text-to-image", "diffusers", "diffusers-training", "lora", "reslora"]
-        populate_model_card(card, tags=tags).save(output / "README.md")
-        files["README.md"] = output / "README.md"
+        if own.is_file():
+            print(f"{own} is uploaded as it is; remove it to have a model card written")
+            files["README.md"] = own
+        else:
+            files["README.md"] = card_of(name, "comparison.png" in files, context).encode()
         added = [CommitOperationAdd(place, content) for place, content in files.items()]
         huggingface_hub.create_commit(name, added, commit_message="End of training", token=flags.hub_token)
     except Exception as error:
