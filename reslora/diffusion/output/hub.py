@@ -13,6 +13,7 @@ from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 from ...files import read_object
 from ..arguments import Flags
 from ..context import Context
+from ..settings import repository_of
 from ..training.checkpoints import EXPORTS
 from .card import card_of
 from .summary import write_comparison
@@ -26,7 +27,7 @@ UPLOADED_OF_METHOD = (
 
 def hub_repository(flags: Flags) -> str:
     """The repository to upload to, which is made if need be."""
-    name = flags.hub_model_id or Path(flags.output_dir).resolve().name
+    name = repository_of(flags)
     try:
         return huggingface_hub.create_repo(name, exist_ok=True, token=flags.hub_token).repo_id
     except Exception as error:  # requests' or httpx's, by the version of the hub's library
