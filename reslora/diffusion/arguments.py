@@ -37,7 +37,7 @@ DEFAULTS = {
     "learning_rate": (2.5e-4, 1e-4),
     "snr_gamma": (1.0, None),  # keeps more of the subjects: assets/README.md
     "checkpointing_steps": (100, 500),
-    "validation_prompt": (["cat face", "sailboat", "red apple", "penguin"], []),
+    "validation_prompt": (["cat face", "tulip", "guitar", "red apple"], []),
     "num_validation_images": (1, 4),
     "validation_steps": (50, None),
     "validation_split": (0.1, 0.0),

@@ -97,7 +97,7 @@ def test_the_boxes_show_the_defaults_and_the_help_names_the_flag():
     assert form.default(known["learning_rate"]) == "0.00025 (another model: 0.0001)"
     assert form.default(known["snr_gamma"]) == "1.0 (another model: none)"
     assert form.default(known["rank"]) == "16" and form.default(known["train_batch_size"]) == "16"
-    assert form.default(known["validation_prompt"]) == "cat face, sailboat, red apple, penguin (another model: none)"
+    assert form.default(known["validation_prompt"]) == "cat face, tulip, guitar, red apple (another model: none)"
     of_flow = {flag: form.default(known[flag], "assets/pipeline-flow") for flag in form.OF_BUNDLED}
     assert of_flow["learning_rate"] == "0.001 (another model: 0.0001)" and of_flow["guidance_scale"] == "3.0"
     assert form.default(known["learning_rate"], "owner/model") == form.default(known["learning_rate"])

@@ -54,9 +54,9 @@ def write_comparison(flags: Flags, path: Path, learnt: Sequence[Image.Image] = (
         drawn = [[_image(output / name / place, number, prompt) for place in places] for name in flags.method]
         titles = [METHODS[name].title for name in flags.method]
         rows.append((f"prompt: {prompt}", list(zip(titles, drawn, strict=True))))
-    columns = [f"step {step}" if step else "before" for step in chosen] + ["merged into\nthe model"]
+    columns = [f"step {step}" if step else "before\ntraining" for step in chosen] + ["merged into\nthe model"]
     if any(image for _, methods in rows for _, images in methods for image in images):
-        comparison(path, columns, rows, above=("some of the images that it learns from", learnt))
+        comparison(path, columns, rows, above=("some of the training images", learnt))
 
 
 def _image(samples: Path, number: int, prompt: str) -> Path | None:

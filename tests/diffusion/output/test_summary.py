@@ -64,7 +64,7 @@ def test_the_comparison_shows_what_was_drawn_of_todays_prompts_and_can_be_read(t
     monkeypatch.setattr(summary, "comparison", compare)
     flags, learnt = flags_of(tmp_path, PROMPTS), [Image.new("RGB", (9, 9))]
     summary.write_comparison(flags, tmp_path / "comparison.png", learnt)
-    columns = ["before", "step 2", "step 4", "step 6", "merged into\nthe model"]
+    columns = ["before\ntraining", "step 2", "step 4", "step 6", "merged into\nthe model"]
     assert drawn == [(columns, [[False, True, True, False, True], [True, False, True, False, True]])]
     assert above_it == [learnt] and (tmp_path / "comparison.png").is_file()
 
