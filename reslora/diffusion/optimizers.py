@@ -60,13 +60,13 @@ def options_of(words: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def check_installed(optimizer: str, words: Sequence[str]) -> None:
-    """Refuse an optimizer that is not there, and arguments that are none."""
-    flag, row = f"--optimizer {optimizer}", named(optimizer)
+def check_installed(optimizer: str, words: Sequence[str], flag: str) -> None:
+    """Refuse an optimizer that is not there, by the flag that asks for it, and arguments that are none."""
+    row = named(optimizer)
     if "." not in row.path:
         raise InvalidArgument(flag, "no such optimizer", f"give one of {', '.join(OPTIMIZERS)}, or package.Class")
     if importlib.util.find_spec(row.path.partition(".")[0]) is None:
-        raise InvalidArgument(flag, f"{row.package} is not installed", f"pip install {row.package}, or choose another")
+        raise InvalidArgument(flag, f"{row.package} is not installed", f"pip install {row.package}, or leave it out")
     options_of(words)
 
 

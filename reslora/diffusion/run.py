@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,9 +45,10 @@ from .model.lora_files.combining import in_short
 from .model.objective import Objective, objective_of
 from .output.drawing import Drawer
 from .output.exports import export_method
+from .output.hub import hub_repository, publish
 from .output.metric import load_metric
 from .output.reports import FINISHED, Reports, Validation
-from .output.summary import hub_repository, print_summary, publish, write_figures
+from .output.summary import print_summary, write_figures
 from .output.trackers import note_settings, start_trackers
 from .planning.plan import check_memory
 from .processes import start_accelerator
@@ -94,7 +96,7 @@ def run(flags: Flags, stop: StopRequest) -> None:
         for line in resume.notes:
             accelerator.print(line)
         if resume.finished == context.flags.method and decided((context.folder / FINISHED).is_file):
-            decided(lambda: show_again(context.flags))
+            decided(lambda: show_again(context))
             return
         if context.flags.push_to_hub:
             decided(lambda: hub_repository(context.flags))
@@ -119,8 +121,10 @@ def find_all(flags: Flags, accelerator: Accelerator, stop: StopRequest) -> tuple
     images = each(lambda: load_folders(flags))
     context = settle(flags, accelerator, stop)
     if decided(lambda: missing_class_images(context.flags)):
-        check_before_loading(images, context, tell=False)
-        each(lambda: load_and_check(context))  # to draw them takes minutes
+        # To draw them takes minutes. What is checked is checked again once they are there, and told then.
+        with contextlib.redirect_stdout(io.StringIO()):
+            check_before_loading(images, context)
+            each(lambda: load_and_check(context))
     return [*images, *load_class_images(context)], context
 
 
@@ -173,7 +177,7 @@ def show_plan(flags: Flags, stop: StopRequest) -> None:
     check_before_loading(images, context)
 
 
-def check_before_loading(kinds: Sequence[ImageDataset], context: Context, tell: bool = True) -> None:
+def check_before_loading(kinds: Sequence[ImageDataset], context: Context) -> None:
     """Refuses what can be refused without weights: methods, optimizers, and a run that takes too much memory."""
     flags, model, accelerator = context.flags, context.model, context.accelerator
 
@@ -186,7 +190,7 @@ def check_before_loading(kinds: Sequence[ImageDataset], context: Context, tell: 
         check_optimizer(context)
 
     each(check)
-    decided(lambda: check_memory(kinds, context, tell))
+    decided(lambda: check_memory(kinds, context))
 
 
 def load_and_check(context: Context) -> tuple[DiffusionPipeline, Objective]:
@@ -292,12 +296,12 @@ def show(material: Material, context: Context) -> None:
     write_figures(context.flags, len(material.held_out), material.learnt)
     print_summary(context.flags)
     if context.flags.push_to_hub:
-        publish(context.flags)
+        publish(context)
 
 
-def show_again(flags: Flags) -> None:
+def show_again(context: Context) -> None:
     """What a run that is finished already has made."""
-    print(f"{flags.output_dir} holds this run already, finished; nothing to do")
-    print_summary(flags)
-    if flags.push_to_hub:
-        publish(flags)
+    print(f"{context.folder} holds this run already, finished; nothing to do")
+    print_summary(context.flags)
+    if context.flags.push_to_hub:
+        publish(context)

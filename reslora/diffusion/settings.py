@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..common.assets import ASSETS
 from ..common.checks import check_writable
-from ..common.errors import InvalidArgument, speaks
+from ..common.errors import InvalidArgument, refused_as, speaks
 from ..common.methods import METHODS, any_with_shortcuts, check_steps, refuse_parts, refuse_settings
 from ..common.patterns import FIELDS, entries
 from ..experiment.arms import alpha_of
@@ -157,14 +157,13 @@ def check_flags(flags: Flags) -> None:
     for name, texts in patterns.items():
         entries(name, texts)
     check_packages(flags)
-    check_installed(flags.optimizer, flags.optimizer_args)
     if flags.use_8bit_adam and flags.optimizer != "adamw8bit":
         raise InvalidArgument("--use_8bit_adam", f"--optimizer {flags.optimizer} is given too", "leave one of them out")
+    optimizer = "--use_8bit_adam" if flags.use_8bit_adam else f"--optimizer {flags.optimizer}"
+    check_installed(flags.optimizer, flags.optimizer_args, optimizer)
     check_start(flags)
     check_schedule(flags)
-    if flags.hub_token and flags.report_to not in ("tensorboard", "none"):
-        problem = f"--report_to {flags.report_to} would publish it"
-        raise InvalidArgument("--hub_token", problem, "log in with `hf auth login` instead")
+    check_hub(flags)
     # The classes are asked last: to have one is to import torch.
     reads_samples = MERGES.get(flags.merge, MERGES["none"]).needs_moments
     if reads_samples and flags.merge_calibration_samples == 0 and flags.merge in merges_of(flags):
@@ -346,6 +345,24 @@ def check_adalora_steps(methods: Sequence[str], steps: int | None) -> None:
 def check_output(output_dir: str) -> None:
     """Refuse an output folder that cannot be made or written."""
     check_writable(Path(output_dir), f"--output_dir {output_dir}")
+
+
+def check_hub(flags: Flags) -> None:
+    """Refuse a token that would be published, and a name that no repository can have."""
+    if flags.hub_token and flags.report_to not in ("tensorboard", "none"):
+        problem = f"--report_to {flags.report_to} would publish it"
+        raise InvalidArgument("--hub_token", problem, "log in with `hf auth login` instead")
+    if flags.push_to_hub:
+        from huggingface_hub.utils import validate_repo_id
+
+        given = f"--hub_model_id {flags.hub_model_id}" if flags.hub_model_id else f"--output_dir {flags.output_dir}"
+        with refused_as(given, "give --hub_model_id you/my-style"):
+            validate_repo_id(repository_of(flags))
+
+
+def repository_of(flags: Flags) -> str:
+    """The name of the repository on the hub, with or without its owner's."""
+    return flags.hub_model_id or Path(flags.output_dir).resolve().name
 
 
 def check_model_name(name: str) -> None:

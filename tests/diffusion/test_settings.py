@@ -183,6 +183,14 @@ def test_what_nothing_reads_is_refused(words, model, data):
     parse_args([*flags, "--resume_from_checkpoint", "latest"])  # an earlier version may have begun it so
 
 
+@pytest.mark.parametrize("name", ["--hub_model_id my style", "--output_dir my style", "--hub_model_id a/b/c"])
+def test_a_name_that_no_repository_can_have_is_refused_by_the_flag_that_has_it(capsys, name):
+    flags = name.split(maxsplit=1)
+    line = refused(capsys, *flags, "--push_to_hub")
+    assert f"error: {name}: " in line and line.endswith("; give --hub_model_id you/my-style")
+    parse_args([*flags, "--push_to_hub", "--hub_model_id", "me/my-style"])
+
+
 OF_SHORTCUTS = {"--shortcut block": "reslora", "--pre_num 2": "ms_placebo", "--head none": "is_placebo"}
 
 

@@ -1,4 +1,4 @@
-"""What a finished run shows: figures, a summary, and an upload."""
+"""What a finished run shows: figures and a summary."""
 
 from __future__ import annotations
 
@@ -6,27 +6,18 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import huggingface_hub
-from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
 from PIL import Image
 
 from ...common.drawn import PROMPTS, is_of
-from ...common.errors import InvalidArgument, RunFailed, first_line
 from ...common.figures import comparison, loss_curves
 from ...common.log import read_log
 from ...common.methods import METHODS
 from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 from ...files import read_object, replacing
-from ..arguments import Flags, listed
+from ..arguments import Flags
 from .reports import FINISHED
 
 COLUMNS = 9  # at most so many steps are shown beside each other
-# Nothing else is: there may be settings, latents of the training images, their names, notes, the images themselves.
-UPLOADED = ("README.md", "comparison.png", "loss.png", DIFFUSERS_FILE)
-UPLOADED_OF_METHOD = (
-    *(DIFFUSERS_FILE, KOHYA_FILE, COMFYUI_FILE, "peft/*"),
-    *("chains.json", "merge.json", "log.jsonl", "samples/step-*", "merged/*"),
-)
 
 
 def write_figures(flags: Flags, held_out: int, learnt: Callable[[int], list[Image.Image]] = lambda _: []) -> None:
@@ -36,7 +27,7 @@ def write_figures(flags: Flags, held_out: int, learnt: Callable[[int], list[Imag
     """
     output, measured = Path(flags.output_dir), min(held_out, flags.max_validation_images)
     if flags.validation_prompt and flags.num_validation_images:
-        write_comparison(flags, output, learnt(COLUMNS + 3))
+        write_comparison(flags, output / "comparison.png", learnt(COLUMNS + 3))
     if len(flags.method) == 1 and METHODS[flags.method[0]].plain_lora:
         with replacing(output / DIFFUSERS_FILE) as temporary:
             shutil.copyfile(output / flags.method[0] / DIFFUSERS_FILE, temporary)
@@ -44,15 +35,18 @@ def write_figures(flags: Flags, held_out: int, learnt: Callable[[int], list[Imag
     loss_curves(output / FINISHED, logs, measured)
 
 
-def write_comparison(flags: Flags, output: Path, learnt: Sequence[Image.Image] = ()) -> None:
-    """The paper's Figure 3: steps across; prompts down, and the methods under each; what was trained on above it."""
-    prompts = list(enumerate(flags.validation_prompt))
+def write_comparison(flags: Flags, path: Path, learnt: Sequence[Image.Image] = ()) -> None:
+    """The paper's Figure 3: steps across; prompts down, and the methods under each; what was trained on above it.
+
+    Nothing is written where nothing was drawn of these prompts: there may be a comparison of others.
+    """
+    output, prompts = Path(flags.output_dir), list(enumerate(flags.validation_prompt))
     folders = (
-        path
-        for path in output.glob("*/samples/step-*")
-        if any(is_of(read_object(path / PROMPTS), *prompt) for prompt in prompts)
+        folder
+        for folder in output.glob("*/samples/step-*")
+        if any(is_of(read_object(folder / PROMPTS), *prompt) for prompt in prompts)
     )
-    found = sorted({int(path.name[5:]) for path in folders if path.name[5:].isdigit()})
+    found = sorted({int(folder.name[5:]) for folder in folders if folder.name[5:].isdigit()})
     chosen = sorted({found[round(i * (len(found) - 1) / (COLUMNS - 1))] for i in range(COLUMNS)}) if found else []
     places = [f"samples/step-{step:06d}" for step in chosen] + ["merged"]
     rows = []
@@ -61,7 +55,8 @@ def write_comparison(flags: Flags, output: Path, learnt: Sequence[Image.Image] =
         titles = [METHODS[name].title for name in flags.method]
         rows.append((f"prompt: {prompt}", list(zip(titles, drawn, strict=True))))
     columns = [f"step {step}" if step else "before\ntraining" for step in chosen] + ["merged into\nthe model"]
-    comparison(output / "comparison.png", columns, rows, above=("some of the training images", learnt))
+    if any(image for _, methods in rows for _, images in methods for image in images):
+        comparison(path, columns, rows, above=("some of the training images", learnt))
 
 
 def _image(samples: Path, number: int, prompt: str) -> Path | None:
@@ -104,50 +99,3 @@ def print_summary(flags: Flags) -> None:
     )
     lines.append("Look at the run: python -m app")
     print("\n".join(lines))
-
-
-def hub_repository(flags: Flags) -> str:
-    """The repository to upload to, which is made if need be."""
-    name = flags.hub_model_id or Path(flags.output_dir).resolve().name
-    try:
-        return huggingface_hub.create_repo(name, exist_ok=True, token=flags.hub_token).repo_id
-    except Exception as error:  # requests' or httpx's, by the version of the hub's library
-        problem = f"cannot make or reach the repository {name} ({first_line(error)})"
-        raise InvalidArgument("--push_to_hub", problem, "log in with `hf auth login`, or leave it out") from None
-
-
-def publish(flags: Flags) -> None:
-    """Upload a model card with what the methods left: LoRA files, samples, losses and figures."""
-    output, name = Path(flags.output_dir), hub_repository(flags)
-    base = flags.pretrained_model_name_or_path
-    local = Path(base).exists()
-    description = (
-        f"# {name}\n\n{', '.join(flags.method)} weights for {Path(base).name if local else base}, "
-        f"trained on {', '.join(Path(name).name for name in listed(flags.dataset_name or flags.train_data_dir))}.\n"
-    )
-    if (output / "comparison.png").is_file():
-        write_comparison(flags, output)  # nobody asked that images to learn from be uploaded
-        description += "\n![samples](comparison.png)\n"
-    try:
-        card = load_or_create_model_card(
-            repo_id_or_path=name,
-            token=flags.hub_token,
-            from_training=True,
-            base_model=None if local else base,  # the hub refuses what is no name of its own
-            model_description=description,
-            inference=True,
-        )
-        tags = ["text-to-image", "diffusers", "diffusers-training", "lora", "reslora"]
-        populate_model_card(card, tags=tags).save(output / "README.md")
-        huggingface_hub.upload_folder(
-            repo_id=name,
-            folder_path=output,
-            commit_message="End of training",
-            allow_patterns=[*UPLOADED, *(f"{name}/{file}" for name in flags.method for file in UPLOADED_OF_METHOD)],
-            ignore_patterns=["*/.*"],
-            token=flags.hub_token,
-        )
-    except Exception as error:
-        problem = f"{name} could not be uploaded ({first_line(error)})"
-        raise RunFailed(f"{problem}; the run is complete, the same command tries again") from None
-    print(f"uploaded to {name}")

@@ -85,7 +85,7 @@ def plan_of(kinds: Sequence[ImageDataset], context: Context, free: int | None) -
     return max(plans, key=lambda plan: plan.peak.total)
 
 
-def check_memory(kinds: Sequence[ImageDataset], context: Context, tell: bool = True) -> None:
+def check_memory(kinds: Sequence[ImageDataset], context: Context) -> None:
     """Tells what the run holds and refuses one that does not fit; neither where it surely fits, or with --no-plan."""
     asked, free = context.flags.plan, free_memory(context.accelerator.device)
     if cuts_base(context.accelerator):
@@ -102,8 +102,7 @@ def check_memory(kinds: Sequence[ImageDataset], context: Context, tell: bool = T
             raise InvalidArgument("--plan", reason, "leave it out") from None
         print(f"memory is not planned: {reason}", flush=True)
         return
-    if tell:
-        print(plan, flush=True)
+    print(plan, flush=True)
     refuse(plan, kinds, context)
 
 

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from pipelines import FAMILIES, image_folder, random_image, same_image
 
-from diffusion.runs import RESUME, assert_same, final_weights, losses, main, printed, refused
+from diffusion.runs import RESUME, assert_same, final_weights, losses, main, only, printed, refused
 from reslora.common.errors import InvalidArgument
 from reslora.common.folder import guard_of
 from reslora.common.signals import StopRequest
@@ -196,3 +196,10 @@ def test_repeats_count_where_both_are_balanced():
 def test_what_can_be_refused_is_refused_before_any_is_drawn(model, data, tmp_path, capsys):
     line = refused(capsys, *flags_for(tmp_path, model, data, "out", "--resolution", 33), quiet=False)
     assert "--resolution 33" in line and not (tmp_path / "class").exists()
+
+
+def test_what_is_checked_before_they_are_drawn_and_after_is_told_once(model, data, tmp_path):
+    targets = ("--target_modules", "to_q", "to_nothing")
+    lines = printed(*flags_for(tmp_path, model, data, "out", "--max_train_steps", 1, "--train_text_encoder", *targets))
+    assert only(lines, "drawing 3 class images")
+    assert only(lines, "0 layers of the denoiser end in to_nothing") and only(lines, "text_encoder beside the unet")

@@ -63,10 +63,18 @@ def test_the_comparison_shows_what_was_drawn_of_todays_prompts_and_can_be_read(t
 
     monkeypatch.setattr(summary, "comparison", compare)
     flags, learnt = flags_of(tmp_path, PROMPTS), [Image.new("RGB", (9, 9))]
-    summary.write_comparison(flags, tmp_path, learnt)
+    summary.write_comparison(flags, tmp_path / "comparison.png", learnt)
     columns = ["before\ntraining", "step 2", "step 4", "step 6", "merged into\nthe model"]
     assert drawn == [(columns, [[False, True, True, False, True], [True, False, True, False, True]])]
     assert above_it == [learnt] and (tmp_path / "comparison.png").is_file()
+
+
+@pytest.mark.parametrize("prompts", [["a poodle"], []])
+def test_a_comparison_stays_where_nothing_was_drawn_of_todays_prompts(tmp_path, prompts):
+    draw(tmp_path / "lora" / "merged", PROMPTS)
+    (tmp_path / "comparison.png").write_text("of others")
+    summary.write_comparison(flags_of(tmp_path, prompts), tmp_path / "comparison.png")
+    assert (tmp_path / "comparison.png").read_text() == "of others"
 
 
 def test_images_to_learn_from_are_shown_where_samples_are(tmp_path, monkeypatch):

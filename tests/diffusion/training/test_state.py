@@ -8,7 +8,7 @@ from torch import nn
 
 from diffusion.runs import RESUME, assert_same, final_weights, losses, main, refused, training_state
 from reslora.diffusion.arguments import Flags
-from reslora.diffusion.optimizers import OPTIMIZERS, options_of
+from reslora.diffusion.optimizers import OPTIMIZERS, Named, options_of
 from reslora.diffusion.settings import parse_args
 from reslora.diffusion.training.state import Learner, new_optimizer
 
@@ -95,6 +95,13 @@ def test_values_of_arguments_are_read_as_python_reads_them():
 def test_optimizers_that_are_none_are_refused_before_long_work(base_flags, capsys, tmp_path, flags, words):
     line = refused(capsys, *base_flags, "--output_dir", tmp_path / "out", *flags, quiet=False)
     assert all(word in line for word in words)
+
+
+@pytest.mark.parametrize("flags", [["--use_8bit_adam"], ["--optimizer", "adamw8bit"]])
+def test_a_package_that_is_missing_is_told_by_the_flag_that_was_given(base_flags, capsys, monkeypatch, flags):
+    monkeypatch.setitem(OPTIMIZERS, "adamw8bit", Named("absent.AdamW8bit", "bitsandbytes"))
+    line = refused(capsys, *base_flags, *flags)
+    assert f"error: {' '.join(flags)}: bitsandbytes is not installed; pip install bitsandbytes, or leave it" in line
 
 
 def test_prodigy_has_a_rate_of_its_own(base_flags, tmp_path):

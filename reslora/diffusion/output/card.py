@@ -1,0 +1,82 @@
+"""The model card of an upload: what was trained on what, and the lines of Python that load it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub import ModelCard
+
+from ...common.methods import METHODS
+from ...export import DIFFUSERS_FILE
+from ..arguments import listed
+from ..context import Context
+from ..model.lora_files.writing import peft_folder
+
+BEGIN = "<!-- From here to the next mark this is written anew with each upload; the rest stays. -->"
+END = "<!-- To here. -->"
+TAGS = ("text-to-image", "diffusers", "diffusers-training", "lora", "reslora")
+
+
+def card_of(repository: str, pictured: bool, context: Context) -> str:
+    """The repository's card with what is uploaded now described in it; its other text stays. A new one where none is.
+
+    `pictured`: whether the comparison is uploaded as well.
+    """
+    flags = context.flags
+    if huggingface_hub.file_exists(repository, "README.md", token=flags.hub_token):
+        card = ModelCard.load(repository, token=flags.hub_token)
+    else:
+        card = ModelCard(f"---\nlibrary_name: diffusers\n---\n\n# {repository.rpartition('/')[2]}\n")
+    base = flags.pretrained_model_name_or_path
+    card.data.base_model = None if Path(base).exists() else base  # the hub refuses what is no name of its own
+    card.data.tags = list(dict.fromkeys((*listed(card.data.tags), *TAGS)))
+    part = "\n\n".join([BEGIN, *description(repository, pictured, context), END])
+    marked = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
+    text, found = marked.subn(lambda _: part, card.text, count=1)
+    card.text = text if found else f"{text.rstrip()}\n\n{part}\n"
+    return str(card)
+
+
+def description(repository: str, pictured: bool, context: Context) -> list[str]:
+    """Paragraphs on the weights, with an example for each method."""
+    flags = context.flags
+    data = ", ".join(map(name_of, listed(flags.dataset_name or flags.train_data_dir)))
+    found = [f"Weights for {name_of(flags.pretrained_model_name_or_path)}, trained on {data}."]
+    if flags.caption_prefix:
+        found.append(f"Captions began with `{flags.caption_prefix}`: begin prompts with it, too.")
+    if pictured:
+        found.append("![samples](comparison.png)")
+    for method in flags.method:
+        code = "\n".join(example(method, repository, context))
+        found += [f"{METHODS[method].title}, in `{method}/`:", f"```python\n{code}\n```"]
+    return found
+
+
+def name_of(place: str) -> str:
+    """A name of the hub as it is; of a folder or file here its own name, without the way to it."""
+    return Path(place).resolve().name if Path(place).exists() else place
+
+
+def example(method: str, repository: str, context: Context) -> list[str]:
+    """Lines of Python that load a method's weights from the repository."""
+    flags, family = context.flags, context.model.family
+    lines = loading_base(context)
+    if METHODS[method].plain_lora:
+        # The file is named: by itself diffusers would look for the first one in the repository.
+        place = "" if len(flags.method) == 1 else f'subfolder="{method}", '
+        return [*lines, f'pipeline.load_lora_weights("{repository}", {place}weight_name="{DIFFUSERS_FILE}")']
+    for part in (family.denoiser, *(encoder.name for encoder in context.encoders)):
+        place = f'"{repository}", subfolder="{peft_folder(Path(method, "peft"), part, family).as_posix()}"'
+        lines.append(f"pipeline.{part} = PeftModel.from_pretrained(pipeline.{part}, {place})")
+    return ["from peft import PeftModel", *lines]
+
+
+def loading_base(context: Context) -> list[str]:
+    """Lines of Python that load the base model."""
+    base, pipeline = context.flags.pretrained_model_name_or_path, "DiffusionPipeline"
+    if Path(base).is_file():
+        pipeline = context.model.family.pipeline.__name__
+    load = "from_single_file" if Path(base).is_file() else "from_pretrained"
+    return [f"from diffusers import {pipeline}", "", f'pipeline = {pipeline}.{load}("{name_of(base)}")']

@@ -1,0 +1,82 @@
+"""What a finished run uploads to the hub."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub import CommitOperationAdd
+
+from ...common.errors import InvalidArgument, RunFailed, first_line
+from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
+from ...files import read_object
+from ..arguments import Flags
+from ..context import Context
+from ..settings import repository_of
+from ..training.checkpoints import EXPORTS
+from .card import card_of
+from .summary import write_comparison
+
+# Nothing else is: there may be settings, latents of the training images, their names, notes, the images themselves.
+UPLOADED_OF_METHOD = (
+    *(DIFFUSERS_FILE, KOHYA_FILE, COMFYUI_FILE, "peft/**/*"),
+    *("chains.json", "merge.json", "log.jsonl", "samples/step-*/*", "merged/*"),
+)
+
+
+def hub_repository(flags: Flags) -> str:
+    """The repository to upload to, which is made if need be."""
+    name = repository_of(flags)
+    try:
+        return huggingface_hub.create_repo(name, exist_ok=True, token=flags.hub_token).repo_id
+    except Exception as error:  # requests' or httpx's, by the version of the hub's library
+        problem = f"cannot make or reach the repository {name} ({first_line(error)})"
+        raise InvalidArgument("--push_to_hub", problem, "log in with `hf auth login`, or leave it out") from None
+
+
+def publish(context: Context) -> None:
+    """Upload a model card with what the methods left: LoRA files, samples, losses and figures."""
+    flags = context.flags
+    name, files, own = hub_repository(flags), files_of(flags), context.folder / "README.md"
+    try:
+        if own.is_file():
+            print(f"{own} is uploaded as it is; remove it to have a model card written")
+            files["README.md"] = own
+        else:
+            files["README.md"] = card_of(name, "comparison.png" in files, context).encode()
+        added = [CommitOperationAdd(place, content) for place, content in files.items()]
+        huggingface_hub.create_commit(name, added, commit_message="End of training", token=flags.hub_token)
+    except Exception as error:
+        problem = f"{name} could not be uploaded ({first_line(error)})"
+        raise RunFailed(f"{problem}; the run is complete, the same command tries again") from None
+    print(f"uploaded to {name}")
+
+
+def files_of(flags: Flags) -> dict[str, Path | bytes]:
+    """What is uploaded beside the card, by its place in the repository: a single method's weights at its root, too."""
+    output, files = Path(flags.output_dir), dict[str, Path | bytes]()
+    for pattern in ("loss.png", *(f"{method}/{file}" for method in flags.method for file in UPLOADED_OF_METHOD)):
+        for path in output.glob(pattern):
+            place = path.relative_to(output).as_posix()
+            if path.is_file() and "/." not in place:
+                files[place] = path
+    weights = f"{flags.method[0]}/{DIFFUSERS_FILE}"
+    if len(flags.method) == 1 and weights in files:
+        files[DIFFUSERS_FILE] = files[weights]
+    if picture := comparison_of(flags):
+        files["comparison.png"] = picture
+    return files
+
+
+def comparison_of(flags: Flags) -> bytes:
+    """The comparison of what the run has drawn, if anything, whatever prompts are given now.
+
+    It is not the run's file, which may show images that were trained on: nobody asked that those be uploaded.
+    """
+    shown = read_object(Path(flags.output_dir) / flags.method[-1] / EXPORTS).get("shown", {})
+    prompts = shown.get("validation_prompt", flags.validation_prompt)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "comparison.png"
+        write_comparison(flags.replace(validation_prompt=prompts), path)
+        return path.read_bytes() if path.is_file() else b""
