@@ -378,7 +378,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     state = trained_state(model)
     for name, value in state.items():
         if not bool(torch.isfinite(value).all()):
-            raise Diverged(f"{name} is not finite: lower --learning_rate; the checkpoint before is intact")
+            raise Diverged(f"{name} is not finite: lower --learning_rate; earlier checkpoints, if any, are intact")
     if connection_of(base_model(model)) is not None:
         checkpoint.save(model, directory)
     else:

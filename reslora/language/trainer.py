@@ -311,8 +311,8 @@ class AdapterTrainer(Trainer):
         """As `Trainer.log`; raises `Diverged` for a training loss that is not a number."""
         if not math.isfinite(logs.get("loss", 0.0)):
             raise Diverged(
-                f"loss {logs['loss']} at step {self.state.global_step}: lower --learning_rate; the last checkpoint is "
-                "intact"
+                f"loss {logs['loss']} at step {self.state.global_step}: lower --learning_rate; earlier checkpoints, if "
+                "any, are intact"
             )
         super().log(logs, start_time)
 

@@ -271,7 +271,7 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
         model.get_base_model().lm_head.weight.fill_(torch.nan)
     with pytest.raises(RunFailed) as error:
         trainer_for(model, tmp_path).train()
-    assert_one_line(error, "loss nan at step 1", "--learning_rate")
+    assert_one_line(error, "loss nan at step 1", "--learning_rate", "earlier checkpoints, if any, are intact")
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
@@ -280,7 +280,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
         next(iter(trained_parameters(model))).fill_(torch.inf)
     with pytest.raises(RunFailed) as error:
         save_adapter(model, tmp_path / "adapter")
-    assert_one_line(error, "lora_A", "not finite")
+    assert_one_line(error, "lora_A", "not finite", "earlier checkpoints, if any, are intact")
     assert not (tmp_path / "adapter").exists()
 
 
