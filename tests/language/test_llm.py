@@ -291,6 +291,14 @@ def test_bad_data_is_one_line_and_status_2(tiny, tmp_path, capsys, name):
     one_line(flags(tiny, data, tmp_path / "run", "--task", task), capsys, words)
 
 
+def test_another_task_is_not_read_from_the_bundled_examples(tiny, tmp_path, capsys):
+    command = ["--task", "gsm8k", "--output_dir", str(tmp_path / "run"), "--use_cpu"]
+    words = ["--task gsm8k: the bundled examples are svamp's", "--data_dir DIR", "--model_name_or_path MODEL"]
+    one_line(command, capsys, words)
+    for named in (["--data_dir", str(tmp_path)], ["--model_name_or_path", str(tiny)]):
+        assert llm_arguments.parse([*command, *named]).task.task == "gsm8k"
+
+
 @pytest.mark.parametrize(
     ("split", "words"),
     [
