@@ -245,12 +245,8 @@ class AdapterTrainer(Trainer):
         """For the main process: the checkpoint to go on from."""
         processes = self.args.world_size
         if named not in ("latest", True):
-            folder: Any = str(named_checkpoint(self.args.output_dir, named))
-            problem = damage(Path(folder), processes)
-            if problem is not None:
-                raise InvalidArgument(f"--resume_from_checkpoint {folder}", f"damaged ({problem})", "use latest")
-        else:
-            folder = usable_checkpoint(self.args.output_dir, processes)
+            return self._named(named)
+        folder = usable_checkpoint(self.args.output_dir, processes)
         if folder is not None:
             return folder
         found = checkpoints_of(self.args.output_dir)
@@ -262,6 +258,18 @@ class AdapterTrainer(Trainer):
             )
         logger.warning(f"--resume_from_checkpoint latest: no checkpoint in {self.args.output_dir}, starting afresh")
         return None
+
+    def _named(self, name: str) -> str:
+        """The checkpoint that --resume_from_checkpoint names."""
+        folder = named_checkpoint(self.args.output_dir, name)
+        flag, there = f"--resume_from_checkpoint {folder}", checkpoints_of(self.args.output_dir)
+        if not folder.is_dir():
+            fix = f"give latest, or one of {', '.join(path.name for path in there)}" if there else "leave it out"
+            raise InvalidArgument(flag, "no such checkpoint", fix)
+        problem = damage(folder, self.args.world_size)
+        if problem is not None:
+            raise InvalidArgument(flag, f"damaged ({problem})", "use latest")
+        return str(folder)
 
     def _get_dataloader(self, *args, is_training: bool = False, **kwargs):
         # Stock `Trainer` leaves examples out of evaluations and predictions too.

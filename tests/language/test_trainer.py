@@ -99,6 +99,18 @@ def test_latest_is_refused_where_no_checkpoint_can_be_used(tmp_path):
     assert read_log(tmp_path) == log
 
 
+@pytest.mark.parametrize("named", ["checkpoint-9", "true"])
+def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(tmp_path, named):
+    with pytest.raises(InvalidArgument) as error:
+        trainer_for(build()[0], tmp_path).train(resume_from_checkpoint=named)
+    assert_one_line(error, f"--resume_from_checkpoint {named}: no such checkpoint; leave it out")
+    for step in (2, 4):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    with pytest.raises(InvalidArgument) as error:
+        trainer_for(build()[0], tmp_path).train(resume_from_checkpoint=named)
+    assert_one_line(error, f"{named}: no such checkpoint; give latest, or one of checkpoint-4, checkpoint-2")
+
+
 def test_a_full_disk_ends_the_run_in_one_line(tmp_path, monkeypatch):
     def full(*_, **__):
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
