@@ -68,6 +68,7 @@ class StopWhenAsked(TrainerCallback):
         """Asks for a checkpoint, and for no further step."""
         if self._asked() and state.global_step < state.max_steps:
             self.leaving = control.should_save = control.should_training_stop = True
+            args.save_only_model = False  # who stops wants to go on
 
     def on_epoch_end(self, args, state, control, **kwargs) -> None:
         """The trainer takes a stop for the end of an epoch, whose validation is not due yet."""

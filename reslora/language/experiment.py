@@ -145,6 +145,7 @@ def experiment_of(values: Mapping[str, Any]) -> ExperimentArguments:
     for name, fix in (
         ("load_best_model_at_end", "leave it out: checkpoints are chosen over seeds together"),
         ("do_predict", "leave it out, and predict with the arm that you like"),
+        ("save_only_model", "leave it out: an arm that is stopped goes on from its last checkpoint"),
         ("deepspeed", "leave it out: each arm would need an engine of its own"),
     ):
         if values.get(name):
