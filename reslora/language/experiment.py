@@ -177,7 +177,9 @@ def take_folder(bench: Bench, stack: contextlib.ExitStack) -> None:
     there = read_object(folder / EXPERIMENT).get("identity") or {}
     if not there and (checkpoints_of(folder) or (folder / "results.json").exists()):
         raise InvalidArgument(f"--output_dir {folder}", "holds a run that is no experiment", "choose another")
-    for name, value in bench.identity.items() if there else ():
+    # When losses are measured follows from the other settings, which are what to name.
+    mine = sorted(bench.identity.items(), key=lambda item: item[0].startswith("eval_"))
+    for name, value in mine if there else ():
         earlier = there.get(name, value if name in RECORDED_LATER else None)
         if not is_same(name, earlier, value):
             data = name in ("train", "select", "test")

@@ -1,8 +1,10 @@
 """Experiments with language models: arms are plain runs, are trained once, outlive a kill, and are judged by hand."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
 
 from reslora.common.assets import ASSETS
+from reslora.common.errors import InvalidArgument
 from reslora.common.script import run_script
 from reslora.experiment.arms import Arm, labels_of, place_of
 from reslora.experiment.arms import flags_of as flags_of_arm
@@ -230,6 +233,23 @@ def test_an_experiment_goes_on_with_as_many_processes_as_before(common, whole, c
     monkeypatch.setattr(TrainingArguments, "world_size", 2)
     assert run(*command) == 2
     assert f"--num_processes 2: {output} was begun with 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"num_processes": 2}, "--num_processes 2: .* was begun with 1"),
+        ({"train": "others"}, "the train examples: .* was begun with others"),
+        ({}, "--eval_steps 2: .* was begun with 1"),
+    ],
+)
+def test_what_differs_is_named_before_when_losses_are_measured_which_follows(tmp_path, other, words):
+    there = {"eval_strategy": "steps", "eval_steps": 1, "num_processes": 1, "train": "these"}
+    (tmp_path / "experiment.json").write_text(json.dumps({"identity": there}))
+    course = SimpleNamespace(folder=tmp_path, arms=list)
+    bench = SimpleNamespace(course=course, identity=there | {"eval_steps": 2} | other)
+    with contextlib.ExitStack() as stack, pytest.raises(InvalidArgument, match=words):
+        experiment.take_folder(bench, stack)
 
 
 @pytest.mark.parametrize("arguments", [llm_arguments, glue_arguments])
