@@ -112,14 +112,15 @@ def run_experiment(study: Study, values: dict[str, Any], stop: StopRequest) -> N
     course = Course(flags, began)
     plain, *_ = [study.settled(values_of(arm, values, course)) for arm in course.arms()]
     parts = study.parts(plain, shares)
-    values |= looks(values, total_steps(plain.training, study.prepare(plain, parts)))
-    bench = Bench(course, study, values, parts, stop)
+    trained = study.prepare(plain, parts)
+    values |= looks(values, total_steps(plain.training, trained))
+    bench = Bench(course, study, values, parts, trained, stop)
     with contextlib.ExitStack() as stack:
         decided(lambda: take_folder(bench, stack))
         for label in course.labels:
             bench.check_label(label)
         if plain.training.should_save:
-            print(f"{len(course.arms())} arms; {parts}", flush=True)
+            print(f"{len(course.arms())} arms; {parts.in_words(trained)}", flush=True)
         train_and_conclude(course, bench)
 
 
@@ -218,6 +219,8 @@ class Bench:
     study: Study
     values: Mapping[str, Any]
     parts: Parts
+    trained: int
+    """How many examples are trained on: limits and long examples leave some of that part out."""
     stop: StopRequest
     about: About = TEXTS
 
@@ -248,7 +251,8 @@ class Bench:
 
     def facts(self) -> Facts:
         """Versions, parts and identity."""
-        return {**facts_of(self.parts, LIBRARIES), "identity": self.identity}
+        facts = facts_of(self.parts, LIBRARIES)
+        return {**facts, "split": {**facts["split"], "train": self.trained}, "identity": self.identity}
 
     def train(self, arm: Arm) -> None:
         """Trains an arm from where it stands to its plain files."""

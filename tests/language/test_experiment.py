@@ -252,6 +252,15 @@ def test_what_differs_is_named_before_when_losses_are_measured_which_follows(tmp
         experiment.take_folder(bench, stack)
 
 
+def test_the_examples_that_are_trained_on_are_counted(common, tmp_path, capsys, monkeypatch):
+    """Not those that --max_train_samples leaves out."""
+    benches: list[experiment.Bench] = []
+    monkeypatch.setattr(experiment, "train_and_conclude", lambda course, bench: benches.append(bench))
+    assert run(*common, *EXPERIMENT, "--max_train_samples", "5", "--output_dir", tmp_path) == 0
+    assert benches[0].facts()["split"] == {"train": 5, "select": 3, "test": 4, "duplicates": 0}
+    assert "; examples: 5 to train on, 3 to choose by" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("arguments", [llm_arguments, glue_arguments])
 def test_an_experiment_at_home_is_where_its_arms_are(tmp_path, monkeypatch, arguments):
     """transformers reads `~` where the shell has not, as in `--output_dir=~/out`."""
