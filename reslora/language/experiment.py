@@ -163,9 +163,10 @@ def experiment_of(values: Mapping[str, Any]) -> ExperimentArguments:
 
 
 def looks(values: Mapping[str, Any], steps: int) -> dict[str, Any]:
-    """When the select loss is measured where no evaluation is asked for: MOST_LOOKS times."""
+    """When the select loss is measured where no evaluation is asked for: every --eval_steps, or MOST_LOOKS times."""
     strategy = getattr(values["eval_strategy"], "value", values["eval_strategy"])
-    return {"eval_strategy": "steps", "eval_steps": math.ceil(steps / MOST_LOOKS)} if strategy == "no" else {}
+    every = values["eval_steps"] or math.ceil(steps / MOST_LOOKS)
+    return {"eval_strategy": "steps", "eval_steps": every} if strategy == "no" else {}
 
 
 def take_folder(bench: Bench, stack: contextlib.ExitStack) -> None:

@@ -261,6 +261,12 @@ def test_the_examples_that_are_trained_on_are_counted(common, tmp_path, capsys, 
     assert "; examples: 5 to train on, 3 to choose by" in capsys.readouterr().out
 
 
+def test_the_select_loss_is_measured_when_it_is_asked_for_or_ten_times():
+    assert experiment.looks({"eval_strategy": "no", "eval_steps": None}, 95)["eval_steps"] == 10
+    assert experiment.looks({"eval_strategy": "no", "eval_steps": 7}, 95)["eval_steps"] == 7
+    assert experiment.looks({"eval_strategy": "steps", "eval_steps": 7}, 95) == {}
+
+
 @pytest.mark.parametrize("arguments", [llm_arguments, glue_arguments])
 def test_an_experiment_at_home_is_where_its_arms_are(tmp_path, monkeypatch, arguments):
     """transformers reads `~` where the shell has not, as in `--output_dir=~/out`."""
