@@ -110,7 +110,8 @@ class LogCallback(TrainerCallback):
     """Writes `log.jsonl`: rows {"step", "split": "train"|"validation", "loss", "lr", "seconds", ...metrics}.
 
     `seconds` counts training alone, over all continuations of a run. Rows after the step that a run resumes at are
-    dropped when it starts; a fresh run starts a fresh file.
+    dropped when it starts; a fresh run starts a fresh file. A loss is the mean since the row before, or since the step
+    that the run resumed at: with --logging_steps above 1 the first row of a continuation is of fewer steps.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
