@@ -110,7 +110,8 @@ def run_experiment(study: Study, values: dict[str, Any], stop: StopRequest) -> N
         check_number("learning_rate", rate, 0, exclusive=True)
     check_values(flags, SEVERAL)
     course = Course(flags, began)
-    plain, *_ = [study.settled(values_of(arm, values, course)) for arm in course.arms()]
+    with stop.at_once():
+        plain, *_ = [study.settled(values_of(arm, values, course)) for arm in course.arms()]
     parts = study.parts(plain, shares)
     trained = study.prepare(plain, parts)
     values |= looks(values, total_steps(plain.training, trained))
