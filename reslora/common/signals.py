@@ -18,7 +18,7 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,21 @@ class StopRequest:
         """Raises `Stopped` with the message if a stop was asked for: for long work that has nothing to save."""
         if self.signal is not None:
             raise Stopped(message)
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Inside, a signal or the launcher's death ends one of several processes at once; raises `Stopped` before that.
+
+        For where processes meet first: they wait for the launcher inside a library, deaf to Python's handlers.
+        """
+        several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+        handlers = {number: signal.signal(number, signal.SIG_DFL) for number in self._previous if several}
+        try:
+            self.check("stopped before training began")
+            yield
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
     def __enter__(self) -> StopRequest:
         numbers = {signal.SIGINT: self._asked, signal.SIGTERM: self._asked}

@@ -87,7 +87,8 @@ class Setting:
 
 def run(flags: Flags, stop: StopRequest) -> None:
     """Trains, merges and exports every method that the flags name, and shows what came of it."""
-    accelerator = start_accelerator(flags)
+    with stop.at_once():
+        accelerator = start_accelerator(flags)
     with contextlib.ExitStack() as stack:
         decided(lambda: take_folder(flags, stop, stack))
         kinds, context = find_all(flags, accelerator, stop)
@@ -172,7 +173,8 @@ def show_plan(flags: Flags, stop: StopRequest) -> None:
     Of an experiment, its arm of the highest rank.
     """
     flags = max(plain_variants(flags), key=lambda one: one.rank or 0)
-    accelerator = start_accelerator(flags)
+    with stop.at_once():
+        accelerator = start_accelerator(flags)
     images, context = each(lambda: load_folders(flags)), settle(flags, accelerator, stop)
     check_before_loading(images, context)
 

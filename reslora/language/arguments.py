@@ -304,8 +304,8 @@ def parse_values(
     without a value.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    named = {"--model_name_or_path", "--model-name-or-path"}
-    if bundled and not any(word.split("=")[0] in named for word in argv):
+    given = {word.split("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}
+    if bundled and "model_name_or_path" not in given:
         parser.set_defaults(**bundled)
     if deepspeed_config:
         action = next(action for action in parser._actions if action.dest == "deepspeed")
@@ -317,9 +317,11 @@ def parse_values(
     for name in SEVERAL.values():
         if isinstance(values.get(name), list) and len(values[name]) == 1:
             (values[name],) = values[name]
-    alpha = any(word.split("=")[0] in ("--lora_alpha", "--lora-alpha") for word in argv)
-    if isinstance(values.get("lora_r"), list) and not alpha:
+    if isinstance(values.get("lora_r"), list) and "lora_alpha" not in given:
         values["lora_alpha"] = None  # twice each rank
+    for what in ("eval", "save"):
+        if f"{what}_steps" in given and f"{what}_strategy" not in given:
+            values[f"{what}_strategy"] = "steps"  # where the default is another, nothing would read the number
     return values
 
 

@@ -68,6 +68,7 @@ class StopWhenAsked(TrainerCallback):
         """Asks for a checkpoint, and for no further step."""
         if self._asked() and state.global_step < state.max_steps:
             self.leaving = control.should_save = control.should_training_stop = True
+            args.save_only_model = False  # who stops wants to go on
 
     def on_epoch_end(self, args, state, control, **kwargs) -> None:
         """The trainer takes a stop for the end of an epoch, whose validation is not due yet."""
@@ -109,7 +110,8 @@ class LogCallback(TrainerCallback):
     """Writes `log.jsonl`: rows {"step", "split": "train"|"validation", "loss", "lr", "seconds", ...metrics}.
 
     `seconds` counts training alone, over all continuations of a run. Rows after the step that a run resumes at are
-    dropped when it starts; a fresh run starts a fresh file.
+    dropped when it starts; a fresh run starts a fresh file. A loss is the mean since the row before, or since the step
+    that the run resumed at: with --logging_steps above 1 the first row of a continuation is of fewer steps.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:

@@ -20,6 +20,7 @@ from ..common.recovery import numbered
 from ..files import CHECKSUMS_NAME, Damaged, check_checksums, read_object
 
 ALLOCATOR_NAME = "allocator.safetensors"  # AdaLoRA's running importances and ranks
+ADAPTER_ALONE = "it holds the adapter alone, as --save_only_model asks"
 
 logger = logging.get_logger(__name__)
 
@@ -36,12 +37,12 @@ def named_checkpoint(output_dir: str | os.PathLike, name: str) -> Path:
 
 
 def usable_checkpoint(output_dir: str | os.PathLike, processes: int = 1) -> str | None:
-    """Returns the newest complete `checkpoint-N` of a run, or None; damaged ones are left out with a warning."""
+    """Returns the newest complete `checkpoint-N` of a run, or None; others are left out with a warning."""
     for path in checkpoints_of(output_dir):
         problem = damage(path, processes)
         if problem is None:
             return str(path)
-        logger.warning(f"{path} is damaged ({problem}), trying the one before")
+        logger.warning(f"{path} cannot be resumed ({problem}), trying the one before")
     return None
 
 
@@ -66,6 +67,8 @@ def _lacks(folder: Path, processes: int) -> str | None:
     if not (folder / TRAINER_STATE_NAME).exists():
         return f"no {TRAINER_STATE_NAME}"
     last, states = _ranks(processes)[-1], {path.name for path in folder.glob("rng_state*.pth")}
+    if not states and not any((folder / name).exists() for name in ("optimizer.pt", "latest")):  # latest: DeepSpeed's
+        return ADAPTER_ALONE
     if last not in states:
         return f"no {last}: incomplete, or made by another number of processes"
     if len(states) > processes:

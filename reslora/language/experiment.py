@@ -110,16 +110,18 @@ def run_experiment(study: Study, values: dict[str, Any], stop: StopRequest) -> N
         check_number("learning_rate", rate, 0, exclusive=True)
     check_values(flags, SEVERAL)
     course = Course(flags, began)
-    plain, *_ = [study.settled(values_of(arm, values, course)) for arm in course.arms()]
+    with stop.at_once():
+        plain, *_ = [study.settled(values_of(arm, values, course)) for arm in course.arms()]
     parts = study.parts(plain, shares)
-    values |= looks(values, total_steps(plain.training, study.prepare(plain, parts)))
-    bench = Bench(course, study, values, parts, stop)
+    trained = study.prepare(plain, parts)
+    values |= looks(values, total_steps(plain.training, trained))
+    bench = Bench(course, study, values, parts, trained, stop)
     with contextlib.ExitStack() as stack:
         decided(lambda: take_folder(bench, stack))
         for label in course.labels:
             bench.check_label(label)
         if plain.training.should_save:
-            print(f"{len(course.arms())} arms; {parts}", flush=True)
+            print(f"{len(course.arms())} arms; {parts.in_words(trained)}", flush=True)
         train_and_conclude(course, bench)
 
 
@@ -145,6 +147,7 @@ def experiment_of(values: Mapping[str, Any]) -> ExperimentArguments:
     for name, fix in (
         ("load_best_model_at_end", "leave it out: checkpoints are chosen over seeds together"),
         ("do_predict", "leave it out, and predict with the arm that you like"),
+        ("save_only_model", "leave it out: an arm that is stopped goes on from its last checkpoint"),
         ("deepspeed", "leave it out: each arm would need an engine of its own"),
     ):
         if values.get(name):
@@ -161,9 +164,10 @@ def experiment_of(values: Mapping[str, Any]) -> ExperimentArguments:
 
 
 def looks(values: Mapping[str, Any], steps: int) -> dict[str, Any]:
-    """When the select loss is measured where no evaluation is asked for: MOST_LOOKS times."""
+    """When the select loss is measured where no evaluation is asked for: every --eval_steps, or MOST_LOOKS times."""
     strategy = getattr(values["eval_strategy"], "value", values["eval_strategy"])
-    return {"eval_strategy": "steps", "eval_steps": math.ceil(steps / MOST_LOOKS)} if strategy == "no" else {}
+    every = values["eval_steps"] or math.ceil(steps / MOST_LOOKS)
+    return {"eval_strategy": "steps", "eval_steps": every} if strategy == "no" else {}
 
 
 def take_folder(bench: Bench, stack: contextlib.ExitStack) -> None:
@@ -176,7 +180,9 @@ def take_folder(bench: Bench, stack: contextlib.ExitStack) -> None:
     there = read_object(folder / EXPERIMENT).get("identity") or {}
     if not there and (checkpoints_of(folder) or (folder / "results.json").exists()):
         raise InvalidArgument(f"--output_dir {folder}", "holds a run that is no experiment", "choose another")
-    for name, value in bench.identity.items() if there else ():
+    # When losses are measured follows from the other settings, which are what to name.
+    mine = sorted(bench.identity.items(), key=lambda item: item[0].startswith("eval_"))
+    for name, value in mine if there else ():
         earlier = there.get(name, value if name in RECORDED_LATER else None)
         if not is_same(name, earlier, value):
             data = name in ("train", "select", "test")
@@ -215,6 +221,8 @@ class Bench:
     study: Study
     values: Mapping[str, Any]
     parts: Parts
+    trained: int
+    """How many examples are trained on: limits and long examples leave some of that part out."""
     stop: StopRequest
     about: About = TEXTS
 
@@ -245,7 +253,8 @@ class Bench:
 
     def facts(self) -> Facts:
         """Versions, parts and identity."""
-        return {**facts_of(self.parts, LIBRARIES), "identity": self.identity}
+        facts = facts_of(self.parts, LIBRARIES)
+        return {**facts, "split": {**facts["split"], "train": self.trained}, "identity": self.identity}
 
     def train(self, arm: Arm) -> None:
         """Trains an arm from where it stands to its plain files."""

@@ -354,11 +354,13 @@ class GlueStudy(Study):
 
 def main(argv: Sequence[str] | None = None, stop: StopRequest | None = None, description: str | None = None) -> None:
     """Read, check, attach, train, and show what each merge keeps; or an experiment."""
-    parser, values = read(argv, description)
+    (parser, values), stop = read(argv, description), stop or StopRequest()
     if is_experiment(values):
-        run_experiment(GlueStudy(parser), values, stop or StopRequest())
-    else:
-        run(settled(parser, values), stop)
+        run_experiment(GlueStudy(parser), values, stop)
+        return
+    with stop.at_once():
+        arguments = settled(parser, values)
+    run(arguments, stop)
 
 
 def run(arguments: Arguments, stop: StopRequest | None = None) -> None:

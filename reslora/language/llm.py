@@ -338,11 +338,13 @@ class LlmStudy(Study):
 
 def main(argv: Sequence[str] | None = None, stop: StopRequest | None = None, description: str | None = None) -> None:
     """Check, load, train, compare the merges and export; or an experiment."""
-    parser, values = read(argv, description)
+    (parser, values), stop = read(argv, description), stop or StopRequest()
     if is_experiment(values):
-        run_experiment(LlmStudy(parser), values, stop or StopRequest())
-    else:
-        run(settled(parser, values), stop)
+        run_experiment(LlmStudy(parser), values, stop)
+        return
+    with stop.at_once():
+        arguments = settled(parser, values)
+    run(arguments, stop)
 
 
 def run(arguments: Arguments, stop: StopRequest | None = None) -> None:

@@ -131,6 +131,9 @@ def parse(argv: Sequence[str] | None, description: str | None = None) -> Argumen
 def settled(parser: HfArgumentParser, values: Mapping[str, Any]) -> Arguments:
     """Flags, with whatever can be refused before a model is loaded refused."""
     task, method, training = parsed(parser, values)
+    if task.task != "svamp" and task.data_dir == str(BUNDLED_TASK):
+        fix = "give --data_dir DIR, or --model_name_or_path MODEL"
+        raise InvalidArgument(f"--task {task.task}", "the bundled examples are svamp's", fix)
     if task.load_in_4bit and method.merge_and_save:
         raise InvalidArgument(
             "--merge_and_save",

@@ -10,12 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import datasets
 from accelerate import PartialState
 
 from ..common.errors import InvalidArgument, first_line, loaded_from_hub
 from ..common.jsonl import data_lines
+from ..common.together import is_main
 
 ANSWER = "The answer is"
 
@@ -164,7 +166,12 @@ def read_examples(name: str, split: str, data_dir: str | None, cache_dir: str | 
     if split != "train" and task.tested_as:
         task = TASKS[task.tested_as]
     if data_dir:
-        return examples_of(task, *_local_rows(name, data_dir, split))
+        path, rows = _local_rows(name, data_dir, split)
+        if split == "test" and task.test_split != "test" and rows and not any(map(_is_labelled, rows)):
+            if is_main():
+                print(f"{path}: all its labels are empty, as in the hub's: it is left out", flush=True)
+            rows = []
+        return examples_of(task, path, rows)
     return [] if split == "validation" else examples_of(task, *_hub_rows(name, task, cache_dir, split))
 
 
@@ -184,18 +191,24 @@ def examples_of(task: Task, source: str, rows: list) -> list[Example]:
             _check_columns(task, row)
             examples.append(task.example(row))
         except BadRow as error:
-            raise InvalidArgument(
-                f"{source} row {number}", first_line(error), f"its columns must be {', '.join(task.columns)}"
-            ) from None
+            fix = f"its columns must be {', '.join(task.columns)}" if _missing(task, row) else "correct it"
+            raise InvalidArgument(f"{source} row {number}", first_line(error), fix) from None
     return examples
 
 
-def _check_columns(task: Task, row: object) -> None:
-    found = row if isinstance(row, dict) else {}
-    missing = [column for column in task.columns if column not in found]
+def _missing(task: Task, row: object) -> list[str]:
+    return [column for column in task.columns if not isinstance(row, dict) or column not in row]
+
+
+def _is_labelled(row: object) -> bool:
+    return not isinstance(row, dict) or row.get("label") != ""
+
+
+def _check_columns(task: Task, row: Any) -> None:
+    missing = _missing(task, row)
     _expect(not missing, f"no column {', '.join(missing)}")
     for column, kind in task.columns.items():
-        value = found[column]
+        value = row[column]
         _expect(value is not None, f"{column} is null")
         _expect(isinstance(value, kind), f"{column} is {value!r}, not a {'list' if kind is list else 'text'}")
 

@@ -34,8 +34,9 @@ class Parts(Generic[T]):
     files: Sequence[str]
     """Of the last two: whether it is a file of the task, or cut out of the training examples; in words."""
 
-    def __str__(self) -> str:
-        numbers = f"{len(self.train)} to train on, {len(self.select)} to choose by ({self.files[0]})"
+    def in_words(self, trained: int) -> str:
+        """How many are in each part, of the first of them those that are `trained` on."""
+        numbers = f"{trained} to train on, {len(self.select)} to choose by ({self.files[0]})"
         numbers += f", {len(self.test)} to compare by ({self.files[1]})"
         return f"examples: {numbers}; {self.duplicates} near-duplicates, none in another part than what it repeats"
 

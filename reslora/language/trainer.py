@@ -39,7 +39,14 @@ from ..model import enable_gradient_checkpointing
 from ..tracing import to_device
 from .arguments import MethodArguments
 from .callbacks import AllocateRanks, GoesOnFrom, Progress, StopWhenAsked
-from .checkpoints import ALLOCATOR_NAME, checkpoints_of, damage, named_checkpoint, usable_checkpoint
+from .checkpoints import (
+    ADAPTER_ALONE,
+    ALLOCATOR_NAME,
+    checkpoints_of,
+    damage,
+    named_checkpoint,
+    usable_checkpoint,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -222,6 +229,8 @@ class AdapterTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """As `Trainer.train`; `latest` or True means the newest usable checkpoint, or a fresh start without one."""
         found = decided(lambda: self._resumed_from(resume_from_checkpoint)) if resume_from_checkpoint else None
+        if self.args.save_only_model and is_main():
+            logger.warning("--save_only_model: no checkpoint can be resumed but one that a stop saves, which is whole")
         aside = GoesOnFrom(found) if found else None
         if aside is not None:
             self.add_callback(aside)
@@ -245,23 +254,32 @@ class AdapterTrainer(Trainer):
         """For the main process: the checkpoint to go on from."""
         processes = self.args.world_size
         if named not in ("latest", True):
-            folder: Any = str(named_checkpoint(self.args.output_dir, named))
-            problem = damage(Path(folder), processes)
-            if problem is not None:
-                raise InvalidArgument(f"--resume_from_checkpoint {folder}", f"damaged ({problem})", "use latest")
-        else:
-            folder = usable_checkpoint(self.args.output_dir, processes)
+            return self._named(named)
+        folder = usable_checkpoint(self.args.output_dir, processes)
         if folder is not None:
             return folder
         found = checkpoints_of(self.args.output_dir)
         if found:
+            problem, fix = damage(found[0], processes), "remove them to start afresh"
             raise InvalidArgument(
                 "--resume_from_checkpoint latest",
-                f"none of {len(found)} checkpoints can be used, {found[0]} for: {damage(found[0], processes)}",
-                "take as many processes as before, or remove them to start afresh",
+                f"none of {len(found)} checkpoints can be used, {found[0]} for: {problem}",
+                fix if problem == ADAPTER_ALONE else f"take as many processes as before, or {fix}",
             )
         logger.warning(f"--resume_from_checkpoint latest: no checkpoint in {self.args.output_dir}, starting afresh")
         return None
+
+    def _named(self, name: str) -> str:
+        """The checkpoint that --resume_from_checkpoint names."""
+        folder = named_checkpoint(self.args.output_dir, name)
+        flag, there = f"--resume_from_checkpoint {folder}", checkpoints_of(self.args.output_dir)
+        if not folder.is_dir():
+            fix = f"give latest, or one of {', '.join(path.name for path in there)}" if there else "leave it out"
+            raise InvalidArgument(flag, "no such checkpoint", fix)
+        problem = damage(folder, self.args.world_size)
+        if problem is not None:
+            raise InvalidArgument(flag, f"cannot be resumed ({problem})", "use latest")
+        return str(folder)
 
     def _get_dataloader(self, *args, is_training: bool = False, **kwargs):
         # Stock `Trainer` leaves examples out of evaluations and predictions too.

@@ -115,6 +115,48 @@ def test_a_child_saves_and_ends_when_its_launcher_dies(tmp_path, number, told):
     assert await_file(tmp_path / "saved") == str(int(signal.SIGTERM))
 
 
+# What a library's wait for other processes is: nothing returns to Python, where a handler would run.
+DEAF = """
+import ctypes, pathlib, signal, sys
+signal.alarm(100)
+sys.path.insert(0, {repository!r})
+from reslora.common.signals import StopRequest
+mutex, lock = ctypes.create_string_buffer(256), ctypes.CDLL(None).pthread_mutex_lock
+with StopRequest() as stop, stop.at_once():
+    lock(mutex)
+    pathlib.Path("ready").write_text("deaf")
+    lock(mutex)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing tells of the launcher's death")
+@pytest.mark.parametrize("launched", [False, True], ids=["SIGTERM", "launcher killed"])
+def test_processes_that_wait_for_each_other_end_at_once(tmp_path, launched):
+    (tmp_path / "child.py").write_text(DEAF.format(repository=str(REPOSITORY)))
+    (tmp_path / "accelerate").write_text(LAUNCHER)
+    words = ["accelerate", "launch"] if launched else ["child.py"]
+    environment = os.environ | {"WORLD_SIZE": "2"}
+    process = subprocess.Popen([sys.executable, *words], cwd=tmp_path, stdout=subprocess.PIPE, env=environment)
+    await_file(tmp_path / "ready", process)
+    process.send_signal(signal.SIGKILL if launched else signal.SIGTERM)
+    output_of(process, limit=60)  # to the end of all that hold the pipe
+    assert process.returncode == -(signal.SIGKILL if launched else signal.SIGTERM)
+
+
+def test_who_was_asked_to_stop_does_not_wait_for_others(monkeypatch):
+    with StopRequest() as stop:
+        before = {number: signal.getsignal(number) for number in HEARD}
+        for processes in ("1", "2"):
+            monkeypatch.setenv("WORLD_SIZE", processes)
+            with stop.at_once():
+                assert (signal.getsignal(signal.SIGTERM) == signal.SIG_DFL) is (processes == "2")
+            assert before == {number: signal.getsignal(number) for number in HEARD}
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Stopped, match="before training began"), stop.at_once():
+            raise AssertionError("not reached")
+        assert before == {number: signal.getsignal(number) for number in HEARD}
+
+
 def test_a_parent_that_is_no_launcher_may_end(tmp_path):
     orphan = f"while os.getppid() == int(sys.argv[1]): time.sleep(0.01)\n    {NOTE.format('orphaned')}\n    {WAIT}"
     (tmp_path / "child.py").write_text(CHILD.format(repository=str(REPOSITORY), after="pass").replace(WAIT, orphan))

@@ -85,6 +85,20 @@ def test_bundled_defaults_hold_until_a_model_is_named():
         assert (model.model_name_or_path, model.data_dir, method.lora_r) == ("x", None, 4)
 
 
+@pytest.mark.parametrize("module", [glue_arguments, llm_arguments])
+def test_a_number_of_steps_asks_for_steps(module):
+    """The default, that of the bundled models among them, is an epoch, which would leave the number unread."""
+
+    def strategies(*words):
+        values = module.read(list(words))[1]
+        return values["eval_strategy"], values["save_strategy"]
+
+    assert strategies() == ("epoch", "epoch")
+    assert strategies("--eval_steps", "5") == ("steps", "epoch")
+    assert strategies("--save-steps=5") == ("epoch", "steps")
+    assert strategies("--save_steps", "5", "--save_strategy", "no", "--eval_steps=5") == ("steps", "no")
+
+
 def test_deepspeed_alone_means_the_bundled_configuration(monkeypatch):
     seen = []
     monkeypatch.setattr(AdapterTrainingArguments, "__post_init__", lambda self: seen.append(self.deepspeed))

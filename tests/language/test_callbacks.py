@@ -82,6 +82,7 @@ WORST = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "lo
         (1, {"save_strategy": "no"}, signal.SIGINT),
         (3, {**WORST, "load_best_model_at_end": True, "save_total_limit": 1}, signal.SIGINT),
         (4, {**WORST, "save_strategy": "best"}, signal.SIGINT),  # evaluated, and not the best
+        (3, {"save_only_model": True}, signal.SIGTERM),
     ],
 )
 def test_a_stopped_run_is_saved_and_goes_on_as_if_it_never_was(tmp_path, step, flags, number):

@@ -33,10 +33,10 @@ def test_a_damaged_last_checkpoint_is_left_out(tmp_path, monkeypatch, name, cont
     path.unlink() if content is None else path.write_bytes(data[: len(data) // 2])
     (tmp_path / "checkpoint-notes").mkdir()
     assert usable_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
-    assert len(warnings) == 1 and "checkpoint-6 is damaged" in warnings[0] and "\n" not in warnings[0]
+    assert len(warnings) == 1 and "checkpoint-6 cannot be resumed" in warnings[0] and "\n" not in warnings[0]
     with pytest.raises(InvalidArgument) as error:
         trainer_for(build()[0], tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
-    assert_one_line(error, "checkpoint-6", "damaged", "use latest")
+    assert_one_line(error, "checkpoint-6", "cannot be resumed", "use latest")
 
 
 @pytest.mark.parametrize("made_by", [1, 2, 3, 4])
@@ -53,6 +53,18 @@ def test_another_number_of_processes_cannot_go_on(tmp_path, made_by):
         found = damage(folder, processes)
         assert found is None if processes == made_by else "made by another number of processes" in found
         assert usable_checkpoint(tmp_path, processes) == (str(folder) if processes == made_by else None)
+
+
+def test_a_checkpoint_of_the_adapter_alone_says_why_it_cannot_go_on(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("reslora.language.trainer.logger.warning", said.append)
+    trainer_for(build()[0], tmp_path, save_only_model=True).train()
+    assert len(said) == 1 and said[0].startswith("--save_only_model: no checkpoint can be resumed")
+    for named, fix in (("latest", "; remove them to start afresh"), ("checkpoint-6", "; use latest")):
+        with pytest.raises(InvalidArgument) as error:
+            trainer_for(build()[0], tmp_path).train(resume_from_checkpoint=named)
+        assert_one_line(error, "it holds the adapter alone, as --save_only_model asks", fix)
+        assert "processes" not in str(error.value)
 
 
 def test_an_older_one_goes_once_the_new_one_is_whole(tmp_path, monkeypatch):

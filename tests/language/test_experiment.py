@@ -1,8 +1,10 @@
 """Experiments with language models: arms are plain runs, are trained once, outlive a kill, and are judged by hand."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
 
 from reslora.common.assets import ASSETS
+from reslora.common.errors import InvalidArgument
 from reslora.common.script import run_script
 from reslora.experiment.arms import Arm, labels_of, place_of
 from reslora.experiment.arms import flags_of as flags_of_arm
@@ -197,6 +200,7 @@ def test_nothing_but_methods_rates_and_seeds_may_change(common, whole, tmp_path,
         (("--max_test_samples", "3"), "the test examples"),
         (("--select_split", "0.2"), "the task has a file for it"),
         (("--load_best_model_at_end",), "this is an experiment"),
+        (("--save_only_model",), "--save_only_model: this is an experiment"),
         (("--extend_rates", "--learning_rate", "1e-3"), "one rate says no next one"),
         (("--extend_rates", "--learning_rate", "0", "1e-3"), "--learning_rate 0.0: out of range"),
         (("--extend_rates", "--learning_rate", "1e-3", "1.001e-3"), "give rates further apart"),
@@ -229,6 +233,38 @@ def test_an_experiment_goes_on_with_as_many_processes_as_before(common, whole, c
     monkeypatch.setattr(TrainingArguments, "world_size", 2)
     assert run(*command) == 2
     assert f"--num_processes 2: {output} was begun with 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"num_processes": 2}, "--num_processes 2: .* was begun with 1"),
+        ({"train": "others"}, "the train examples: .* was begun with others"),
+        ({}, "--eval_steps 2: .* was begun with 1"),
+    ],
+)
+def test_what_differs_is_named_before_when_losses_are_measured_which_follows(tmp_path, other, words):
+    there = {"eval_strategy": "steps", "eval_steps": 1, "num_processes": 1, "train": "these"}
+    (tmp_path / "experiment.json").write_text(json.dumps({"identity": there}))
+    course = SimpleNamespace(folder=tmp_path, arms=list)
+    bench = SimpleNamespace(course=course, identity=there | {"eval_steps": 2} | other)
+    with contextlib.ExitStack() as stack, pytest.raises(InvalidArgument, match=words):
+        experiment.take_folder(bench, stack)
+
+
+def test_the_examples_that_are_trained_on_are_counted(common, tmp_path, capsys, monkeypatch):
+    """Not those that --max_train_samples leaves out."""
+    benches: list[experiment.Bench] = []
+    monkeypatch.setattr(experiment, "train_and_conclude", lambda course, bench: benches.append(bench))
+    assert run(*common, *EXPERIMENT, "--max_train_samples", "5", "--output_dir", tmp_path) == 0
+    assert benches[0].facts()["split"] == {"train": 5, "select": 3, "test": 4, "duplicates": 0}
+    assert "; examples: 5 to train on, 3 to choose by" in capsys.readouterr().out
+
+
+def test_the_select_loss_is_measured_when_it_is_asked_for_or_ten_times():
+    assert experiment.looks({"eval_strategy": "no", "eval_steps": None}, 95)["eval_steps"] == 10
+    assert experiment.looks({"eval_strategy": "no", "eval_steps": 7}, 95)["eval_steps"] == 7
+    assert experiment.looks({"eval_strategy": "steps", "eval_steps": 7}, 95) == {}
 
 
 @pytest.mark.parametrize("arguments", [llm_arguments, glue_arguments])

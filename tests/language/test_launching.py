@@ -11,7 +11,10 @@ import pytest
 from launching import CONFIGURATIONS, FOLDER, forked, launch, start
 from waiting import ended, wait_until
 
-from reslora.common.errors import InvalidArgument
+from reslora.common.errors import InvalidArgument, Stopped
+from reslora.common.signals import StopRequest
+from reslora.language import glue, llm
+from reslora.language.arguments import AdapterTrainingArguments
 from reslora.language.checkpoints import checkpoints_of, damage
 
 from .helpers import SCRIPT, VALIDATED, build, flags, losses, trainer_for
@@ -60,6 +63,19 @@ def running(folder: Path) -> list[int]:
         if str(folder).encode() in command:
             found.append(int(path.parent.name))
     return found
+
+
+@pytest.mark.parametrize("more", [(), ("--seed", "0", "1")], ids=["run", "experiment"])
+@pytest.mark.parametrize(("main", "task"), [(llm.main, ()), (glue.main, ("--task_name", "rte"))], ids=["llm", "glue"])
+def test_who_is_asked_to_stop_while_libraries_load_waits_for_no_other_process(main, task, more, tmp_path, monkeypatch):
+    def met(self):
+        raise AssertionError("the others may never come")
+
+    monkeypatch.setattr(AdapterTrainingArguments, "__post_init__", met)
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Stopped, match="stopped before training began"):
+            main([*task, *more, "--output_dir", str(tmp_path)], stop)
 
 
 @pytest.mark.parametrize(

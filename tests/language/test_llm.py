@@ -151,6 +151,15 @@ def test_validation_examples_of_their_own_are_taken(tiny, data, tmp_path, capsys
     assert "held out" not in capsys.readouterr().out
 
 
+def test_hellaswags_test_file_without_labels_counts_as_none(tiny, tmp_path, capsys):
+    """The hub's has none: what is trained is tested on the validation examples."""
+    data = write_rows(tmp_path / "data", train=[swag("0")], validation=[swag("1")], test=[swag("")] * 2)
+    arguments, _, training = llm_arguments.parse(flags(tiny, data, tmp_path, "--task", "hellaswag"))
+    found = llm.load_examples(arguments, training)
+    assert [example.gold for example in found["test"]] == ["1"]
+    assert capsys.readouterr().out.startswith(f"{data / 'test.jsonl'}: all its labels are empty")
+
+
 def test_a_single_training_example_cannot_be_held_out(tiny, tmp_path, capsys):
     data = write_rows(tmp_path / "data", train=[row(0)], test=[row(1)])
     one_line(
@@ -258,9 +267,21 @@ def one_line(argv: list[str], capsys, words) -> None:
         assert word in lines[0]
 
 
+def swag(label: str) -> dict:
+    return {"ctx": "He throws.", "endings": ["It flies.", "It sings."], "label": label}
+
+
 BAD_DATA = {
-    "missing column": ("svamp", {"train": [{"Body": "x", "Question": "y"}]}, ["row 1", "no column Equation, Answer"]),
-    "no number": ("svamp", {"train": changed(Answer="many"), "test": [row(0)]}, ["train.jsonl row 2", "'many'"]),
+    "missing column": (
+        "svamp",
+        {"train": [{"Body": "x", "Question": "y"}]},
+        ["row 1", "no column Equation, Answer; its columns must be Body, "],
+    ),
+    "no number": (
+        "svamp",
+        {"train": changed(Answer="many"), "test": [row(0)]},
+        ["train.jsonl row 2", "'many' is not a number; correct it"],
+    ),
     "wrong type": ("svamp", {"train": changed(Body=5), "test": [row(0)]}, ["train.jsonl row 2", "Body is 5, not"]),
     "null": ("svamp", {"train": changed(Answer=None), "test": [row(0)]}, ["train.jsonl row 2", "Answer is null"]),
     "no list": (
@@ -273,8 +294,12 @@ BAD_DATA = {
     "label": (
         "hellaswag",
         {"train": [{"ctx": "a", "endings": ["b", "c", "d", "e"], "label": "4"}]},
-        ["row 1", "'4'", "outside 0 to 3"],
+        ["row 1", "'4'", "outside 0 to 3; correct it"],
     ),
+    "some labels": (
+        "hellaswag", {"train": [swag("1")], "test": [swag("1"), swag("")]}, ["test.jsonl row 2", "''", "; correct it"]
+    ),
+    "no labels": ("hellaswag", {"train": [swag("1")], "test": [swag("")]}, ["no test examples and no validation"]),
     "option": (
         "mathqa",
         {"train": [{"Problem": "a", "Rationale": "b", "options": "a ) 1 , b ) 2", "correct": "e"}]},
@@ -289,6 +314,14 @@ def test_bad_data_is_one_line_and_status_2(tiny, tmp_path, capsys, name):
     task, splits, words = BAD_DATA[name]
     data = write_rows(tmp_path / "data", **splits)
     one_line(flags(tiny, data, tmp_path / "run", "--task", task), capsys, words)
+
+
+def test_another_task_is_not_read_from_the_bundled_examples(tiny, tmp_path, capsys):
+    command = ["--task", "gsm8k", "--output_dir", str(tmp_path / "run"), "--use_cpu"]
+    words = ["--task gsm8k: the bundled examples are svamp's", "--data_dir DIR", "--model_name_or_path MODEL"]
+    one_line(command, capsys, words)
+    for named in (["--data_dir", str(tmp_path)], ["--model_name_or_path", str(tiny)]):
+        assert llm_arguments.parse([*command, *named]).task.task == "gsm8k"
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,18 @@ def test_latest_is_refused_where_no_checkpoint_can_be_used(tmp_path):
     assert read_log(tmp_path) == log
 
 
+@pytest.mark.parametrize("named", ["checkpoint-9", "true"])
+def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(tmp_path, named):
+    with pytest.raises(InvalidArgument) as error:
+        trainer_for(build()[0], tmp_path).train(resume_from_checkpoint=named)
+    assert_one_line(error, f"--resume_from_checkpoint {named}: no such checkpoint; leave it out")
+    for step in (2, 4):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    with pytest.raises(InvalidArgument) as error:
+        trainer_for(build()[0], tmp_path).train(resume_from_checkpoint=named)
+    assert_one_line(error, f"{named}: no such checkpoint; give latest, or one of checkpoint-4, checkpoint-2")
+
+
 def test_a_full_disk_ends_the_run_in_one_line(tmp_path, monkeypatch):
     def full(*_, **__):
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
@@ -271,7 +283,7 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
         model.get_base_model().lm_head.weight.fill_(torch.nan)
     with pytest.raises(RunFailed) as error:
         trainer_for(model, tmp_path).train()
-    assert_one_line(error, "loss nan at step 1", "--learning_rate")
+    assert_one_line(error, "loss nan at step 1", "--learning_rate", "what was saved before is intact")
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
@@ -280,7 +292,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
         next(iter(trained_parameters(model))).fill_(torch.inf)
     with pytest.raises(RunFailed) as error:
         save_adapter(model, tmp_path / "adapter")
-    assert_one_line(error, "lora_A", "not finite")
+    assert_one_line(error, "lora_A", "not finite", "what was saved before is intact")
     assert not (tmp_path / "adapter").exists()
 
 

@@ -65,7 +65,8 @@ LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 def run_experiment(flags: Flags, stop: StopRequest) -> None:
     """Trains the arms that the flags name and that have not ended yet, and tells which method does best."""
     began, plain = time.monotonic(), plain_variants(flags)[0]
-    accelerator = start_accelerator(plain)
+    with stop.at_once():
+        accelerator = start_accelerator(plain)
     with contextlib.ExitStack() as stack:
         decided(lambda: take_folder(flags, stop, stack))
         kinds, context = find_all(plain, accelerator, stop)
