@@ -10,7 +10,7 @@ from .activity import duration
 from .launcher import ALONE, arguments, with_more
 from .library import Experiment
 from .runs import RunError
-from .views import escape, notice, status_line
+from .views import counted, escape, notice, status_line
 
 
 def plan(settings: dict, begun: Experiment | None = None) -> str:
@@ -37,10 +37,6 @@ def plan(settings: dict, begun: Experiment | None = None) -> str:
 def settled(words: list[str]) -> Flags:
     """The flags of a command with what the trainer fills in."""
     return fill_defaults(build_parser().parse_args(words))
-
-
-def counted(number: int, what: str) -> str:
-    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def summary(experiment: Experiment, status: str, said: str = "") -> str:
