@@ -96,13 +96,13 @@ class Course:
     # -- what has become of them ---------------------------------------------------------------------------------------
 
     def ended(self, arm: Arm) -> dict:
-        """What is known of an arm that has ended: status, reason and memory; empty of any other."""
+        """What is known of an arm that has ended: status, reason, memory and time; empty of any other."""
         return read_object(self.folder_of(arm) / ENDED)
 
-    def end(self, arm: Arm, reason: str, memory: int | None) -> None:
-        """Notes that an arm has ended: well, or for a reason."""
+    def end(self, arm: Arm, reason: str, memory: int | None, seconds: float) -> None:
+        """Notes that an arm has ended: well, or for a reason; after `seconds` of this start."""
         known = {"status": "failed" if reason else "finished", "reason": reason, "memory_bytes": memory}
-        write_json(self.folder_of(arm) / ENDED, known)
+        write_json(self.folder_of(arm) / ENDED, known | {"wall_seconds": seconds})
 
     def select_losses(self, arm: Arm) -> dict[int, float]:
         """The loss on the select images at every step that may be chosen."""
@@ -139,8 +139,8 @@ class Course:
         """
         if not self.flags.experiment_minutes or not self.longest:
             return True
-        logs = (read_log(self.folder_of(arm) / "log.jsonl") for arm in self.arms() if self.ended(arm))
-        longest = max([self.longest, *(rows[-1]["seconds"] for rows in logs if rows)])
+        ended = [self.record(arm) for arm in self.arms() if self.ended(arm)]
+        longest = max([self.longest, *(max(arm["seconds"], arm["wall_seconds"] or 0) for arm in ended)])
         return time.monotonic() - self.began + longest <= 60 * self.flags.experiment_minutes
 
     # -- for experiment.json -------------------------------------------------------------------------------------------
@@ -162,6 +162,7 @@ class Course:
             "reason": ended.get("reason", ""),
             "steps": last["step"],
             "seconds": last["seconds"],
+            "wall_seconds": ended.get("wall_seconds"),
             "memory_bytes": ended.get("memory_bytes"),
             "select_by_step": {
                 str(step): loss if math.isfinite(loss) else None for step, loss in self.select_losses(arm).items()
