@@ -47,7 +47,7 @@ def summary(experiment: Experiment, status: str, said: str = "") -> str:
     if status == "running" and each is not None and ended < total:
         facts.append(f"about {duration(each * (total - ended))} left")
     if status == "stopped" and total:
-        facts.append("Go on trains the rest")
+        facts.append("Go on trains the rest" if ended < total else "Go on compares them")
     if status == "failed" and total:
         facts.append("none of them well, as the report says")
     elif status == "failed":

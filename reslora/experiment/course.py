@@ -85,6 +85,10 @@ class Course:
         """Where an arm writes."""
         return self.folder / self.labels[arm.label].method / self.place_of(arm)
 
+    def name_of(self, arm: Arm) -> str:
+        """Where an arm writes, inside the experiment's folder: `lora/lr-0.0001/seed-0`."""
+        return self.folder_of(arm).relative_to(self.folder).as_posix()
+
     def flags_of(self, arm: Arm) -> Flags:
         """As a plain run of it would have them."""
         return flags_of(self.flags, self.labels[arm.label], arm.rate, arm.seed)
@@ -157,7 +161,7 @@ class Course:
             "seed": arm.seed,
             "rank": flags.rank,
             "shortcut": shortcut_in_words(flags.shortcut, flags.pre_num) if METHODS[method].reads_shortcut else None,
-            "folder": folder.relative_to(self.folder).as_posix(),
+            "folder": self.name_of(arm),
             "status": ended.get("status") or ("running" if arm == self.running else "waiting"),
             "reason": ended.get("reason", ""),
             "steps": last["step"],
