@@ -106,7 +106,7 @@ class Course:
     def end(self, arm: Arm, reason: str, memory: int | None, seconds: float) -> None:
         """Notes that an arm has ended: well, or for a reason; after `seconds` of this start."""
         known = {"status": "failed" if reason else "finished", "reason": reason, "memory_bytes": memory}
-        write_json(self.folder_of(arm) / ENDED, known | {"wall_seconds": seconds})
+        write_json(self.folder_of(arm) / ENDED, known | {"wall_seconds": round(seconds, 3)})
 
     def select_losses(self, arm: Arm) -> dict[int, float]:
         """The loss on the select images at every step that may be chosen."""
