@@ -531,6 +531,12 @@ def test_images_with_merged_weights_beside_the_base(page):
     page.locator("#status").get_by_text("2 of 2 images done").wait_for()
     assert page.locator("#gallery img").count() == 2
     assert "base model" in page.locator("#made").inner_text()
+    page.get_by_label("Same seed with the base model beside it").uncheck()
+    page.locator("#generate").click()
+    page.locator("#status").get_by_text("1 of 1 image done").wait_for()
+    page.wait_for_function("document.querySelectorAll('#gallery img').length === 1")
+    whole = "box => box.scrollHeight <= box.clientHeight && box.clientHeight >= box.querySelector('img').clientHeight"
+    assert page.locator("#gallery .grid-wrap").evaluate(whole)
 
 
 def test_a_grid_is_drawn_enlarged_stopped_and_taken_along(page):
