@@ -14,7 +14,7 @@ def activity(told: dict) -> str:
     done, total = number(told.get("done")), number(told.get("total"))
     words.append(phase if done is None or total is None else f"{phase} {done:.0f} of {total:.0f}")
     sentence = ", ".join(words)
-    facts = [sentence[:1].upper() + sentence[1:]]
+    facts = [sentence if name else sentence[:1].upper() + sentence[1:]]  # a name is written as it is
     if (rate := number(told.get("per_second"))) is not None and 1e-6 < rate < 1e6 and done is not None:
         unit = phase.rpartition(" ")[2]
         facts.append(f"{rate:.1f} {unit}s a second" if rate >= 1 else f"{1 / rate:.1f} s a {unit}")

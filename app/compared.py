@@ -15,7 +15,7 @@ from reslora.common.log import of_split
 
 from .differences import LOSSES, differing, drawn_alike
 from .runs import Run, number
-from .views import COLORS, NAMES, escape, figure, notice, table, tile
+from .views import COLORS, NAMES, counted, escape, figure, notice, table, tile
 
 MOST_ROWS = 16
 LONGEST_NAME = 24
@@ -201,7 +201,7 @@ def numbers(run: Run, step: int) -> str:
     header = "<tr><th></th><th>loss (last 20)</th><th>validation loss</th><th>learning rate</th><th>time</th></tr>"
     damaged = {name: count for one, method, name, _ in shown if (count := one.damaged_rows(method))}
     notes = "".join(
-        notice(f"{name}: {count} lines of its log are damaged, and left out.") for name, count in damaged.items()
+        notice(f"{name}: {counted(count, 'damaged line')} of its log left out.") for name, count in damaged.items()
     )
     return (
         table("numbers several" if run.beside else "numbers", f"Numbers at step {step}", header + "".join(rows)) + notes

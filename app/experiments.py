@@ -10,7 +10,7 @@ from .activity import duration
 from .launcher import ALONE, arguments, with_more
 from .library import Experiment
 from .runs import RunError
-from .views import escape, notice, status_line
+from .views import counted, escape, notice, status_line
 
 
 def plan(settings: dict, begun: Experiment | None = None) -> str:
@@ -39,10 +39,6 @@ def settled(words: list[str]) -> Flags:
     return fill_defaults(build_parser().parse_args(words))
 
 
-def counted(number: int, what: str) -> str:
-    return f"{number} {what}{'s' * (number != 1)}"
-
-
 def summary(experiment: Experiment, status: str, said: str = "") -> str:
     """How far an experiment is, and what its trainer is doing now; of one that never began, what was `said` last."""
     ended, total = experiment.progress
@@ -51,7 +47,7 @@ def summary(experiment: Experiment, status: str, said: str = "") -> str:
     if status == "running" and each is not None and ended < total:
         facts.append(f"about {duration(each * (total - ended))} left")
     if status == "stopped" and total:
-        facts.append("Go on trains the rest")
+        facts.append("Go on trains the rest" if ended < total else "Go on compares them")
     if status == "failed" and total:
         facts.append("none of them well, as the report says")
     elif status == "failed":

@@ -159,9 +159,10 @@ def weights_of(run: Run | None, start: Weights, chosen: dict) -> tuple[Weights, 
     if named.get("method") in ("base", BASE.label):
         return BASE, None
     method = named.get("method", RESLORA if "merge" in named else start.method)
+    if not method:
+        raise RunError("The base model has no checkpoint: choose weights of a method.")
     if method not in run.methods:
-        have = f"; it has {', '.join(run.methods)}" if "method" in named else ": choose weights of one"
-        raise RunError(f"This run has no method {method[:40]}{have}.")
+        raise RunError(f"This run has no method {method[:40]}; it has {', '.join(run.methods)}.")
     if "merge" in named:
         return merged(run, checkpoint_of(run, RESLORA, named.get("checkpoint"), start.step), named["merge"])
     if "checkpoint" in named:

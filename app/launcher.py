@@ -291,11 +291,13 @@ class Trainings:
         (run,) = found
         number, launcher = run.process, self.started.get(run.name)
         if number in self.asked:
-            return f"{run.name} was told to stop already, and is saving a checkpoint."
+            return f"{run.name} was told to stop already; what is trained is kept."
         if number is not None:
             self.asked.add(number)
             os.kill(number, signal.SIGTERM)
-            return f"{run.name} stops after this step; a checkpoint is being saved."
+            done, total = run.progress
+            when = "soon" if total and done == total else "after this step"  # it merges, or compares
+            return f"{run.name} stops {when}; what is trained is kept."
         if launcher is not None and run.name not in self.began:
             # The trainer hasn't begun: there is nothing to save, so the whole group goes.
             self.began.add(run.name)

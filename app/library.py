@@ -54,9 +54,10 @@ class Experiment(Run):
 
     @property
     def seconds_an_arm(self) -> float | None:
-        """Mean time of training of the arms that have ended well."""
-        seconds = [number(arm.get("seconds")) for arm in self.arms if arm.get("status") == "finished"]
-        found = [value for value in seconds if value is not None and value >= 0]
+        """Mean time of the arms that have ended well; one that has gone on knows its training alone in full."""
+        ended = [arm for arm in self.arms if arm.get("status") == "finished"]
+        known = [[number(arm.get("seconds")) or 0.0, number(arm.get("wall_seconds")) or 0.0] for arm in ended]
+        found = [seconds for seconds in map(max, known) if seconds > 0]
         return sum(found) / len(found) if found else None
 
     def report(self) -> str:

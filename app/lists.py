@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .activity import activity
-from .experiments import counted
 from .library import Experiment, last_change
 from .queue import RUNNING, WAITING, Entry, Queue
 from .runs import LONGEST_NOTES, NOTES, Run, RunError
 from .shelf import Shelf
-from .views import NAMES, data_uri, escape, notice
+from .views import NAMES, counted, data_uri, escape, notice
 
 MOST = 48
 """Cards that are shown; more are found by their names and notes."""
@@ -122,7 +121,7 @@ def card(shelf: Shelf, run: Run, status: str, changed: tuple[float, ...]) -> str
     kind = isinstance(run, Experiment)
     facts = [
         "experiment" if kind else ", ".join(NAMES[method] for method in run.methods),
-        (f"{done} of {counted(total, 'arm')}" if kind else f"{done:,} of {total:,} steps") if total else "",
+        f"{done:,} of {counted(total, 'arm' if kind else 'step')}" if total else "",
         shelf.trainings.last_line(run) if status == "failed" and not run.config else "",
     ]
     buttons = button("open", "Open", f"Open {run.name} under {'Experiment' if kind else 'Compare'}")

@@ -21,6 +21,7 @@ from .bases import base_of
 from .library import Library
 from .recipe import LIMITS
 from .runs import Run, RunError, Weights
+from .views import counted
 from .weight_files import check_adapter_file, in_names_of, without_folders
 
 MOST = 8
@@ -76,7 +77,9 @@ def numbers(text: str, names: list[str]) -> list[float]:
     """One strength for each LoRA; all 1 where none is given."""
     words = str(text or "").replace(",", " ").split() or ["1"] * len(names)
     if len(words) != len(names):
-        raise RunError(f"{len(words)} strengths for {len(names)} LoRAs: give one for each, as in 1 0.5.")
+        raise RunError(
+            f"{counted(len(words), 'strength')} for {counted(len(names), 'LoRA')}: give one for each, as in 1 0.5."
+        )
     found, (least, greatest) = [], LIMITS["strength"]
     for name, word in zip(names, words, strict=True):
         try:

@@ -97,6 +97,11 @@ def figure(value, form: str, unit: str = "") -> str:
     return NOTHING if value is None else f"{value:{form}}{unit}"
 
 
+def counted(number: int, what: str) -> str:
+    """So many of something: 1 image, 2 images."""
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
 def summary(run: Run, status: str, said: str = "") -> str:
     """How far a run is, what its trainer is doing now, and what it trains; of one that failed, what was `said` last."""
     config = run.config

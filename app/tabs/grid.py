@@ -117,9 +117,9 @@ class GridPart:
                     drawn[place], files[place], shown[place] = event, path, self.address(path)
                 bar = views.progress(text, (len(drawn) + share) / len(pictures))
                 yield grids.table(grid, shown) if isinstance(event, Drawn) else gr.skip(), bar, gr.skip(), gr.skip()
-            said = views.progress(f"{len(drawn)} of {len(pictures)} cells are done", 1)
+            said = views.progress(f"{len(drawn)} of {views.counted(len(pictures), 'cell')} done", 1)
         except Cancelled:
-            said = views.notice(f"Stopped after {len(drawn)} of {len(pictures)} cells.")
+            said = views.notice(f"Stopped after {len(drawn)} of {views.counted(len(pictures), 'cell')}.")
         sheet = None
         if drawn:
             sheet = str(grids.save_sheet(grid, drawn, self.tab.files.new(f"{safe_name(name or 'base')}-grid.png")))

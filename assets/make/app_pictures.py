@@ -29,7 +29,7 @@ def show(page: Page, tab: str) -> None:
     page.get_by_role("tab", name=tab, exact=True).click()
     if tab == "Generate":
         page.locator("#generate").click()
-        page.locator("#status").get_by_text("images are done").wait_for(timeout=120_000)
+        page.locator("#status").get_by_text("images done").wait_for(timeout=120_000)
     if tab == "Train":
         page.locator("#memory").click()
         page.locator("#answer .printed").wait_for(timeout=120_000)

@@ -85,6 +85,10 @@ class Course:
         """Where an arm writes."""
         return self.folder / self.labels[arm.label].method / self.place_of(arm)
 
+    def name_of(self, arm: Arm) -> str:
+        """Where an arm writes, inside the experiment's folder: `lora/lr-0.0001/seed-0`."""
+        return self.folder_of(arm).relative_to(self.folder).as_posix()
+
     def flags_of(self, arm: Arm) -> Flags:
         """As a plain run of it would have them."""
         return flags_of(self.flags, self.labels[arm.label], arm.rate, arm.seed)
@@ -96,13 +100,13 @@ class Course:
     # -- what has become of them ---------------------------------------------------------------------------------------
 
     def ended(self, arm: Arm) -> dict:
-        """What is known of an arm that has ended: status, reason and memory; empty of any other."""
+        """What is known of an arm that has ended: status, reason, memory and time; empty of any other."""
         return read_object(self.folder_of(arm) / ENDED)
 
-    def end(self, arm: Arm, reason: str, memory: int | None) -> None:
-        """Notes that an arm has ended: well, or for a reason."""
+    def end(self, arm: Arm, reason: str, memory: int | None, seconds: float) -> None:
+        """Notes that an arm has ended: well, or for a reason; after `seconds` of this start."""
         known = {"status": "failed" if reason else "finished", "reason": reason, "memory_bytes": memory}
-        write_json(self.folder_of(arm) / ENDED, known)
+        write_json(self.folder_of(arm) / ENDED, known | {"wall_seconds": round(seconds, 3)})
 
     def select_losses(self, arm: Arm) -> dict[int, float]:
         """The loss on the select images at every step that may be chosen."""
@@ -139,8 +143,8 @@ class Course:
         """
         if not self.flags.experiment_minutes or not self.longest:
             return True
-        logs = (read_log(self.folder_of(arm) / "log.jsonl") for arm in self.arms() if self.ended(arm))
-        longest = max([self.longest, *(rows[-1]["seconds"] for rows in logs if rows)])
+        ended = [self.record(arm) for arm in self.arms() if self.ended(arm)]
+        longest = max([self.longest, *(max(arm["seconds"], arm["wall_seconds"] or 0) for arm in ended)])
         return time.monotonic() - self.began + longest <= 60 * self.flags.experiment_minutes
 
     # -- for experiment.json -------------------------------------------------------------------------------------------
@@ -157,11 +161,12 @@ class Course:
             "seed": arm.seed,
             "rank": flags.rank,
             "shortcut": shortcut_in_words(flags.shortcut, flags.pre_num) if METHODS[method].reads_shortcut else None,
-            "folder": folder.relative_to(self.folder).as_posix(),
+            "folder": self.name_of(arm),
             "status": ended.get("status") or ("running" if arm == self.running else "waiting"),
             "reason": ended.get("reason", ""),
             "steps": last["step"],
             "seconds": last["seconds"],
+            "wall_seconds": ended.get("wall_seconds"),
             "memory_bytes": ended.get("memory_bytes"),
             "select_by_step": {
                 str(step): loss if math.isfinite(loss) else None for step, loss in self.select_losses(arm).items()

@@ -64,6 +64,8 @@ class Arm(TypedDict):
     """Trained so far."""
     seconds: float
     """Of training."""
+    wall_seconds: NotRequired[float | None]
+    """From the arm's start to its end, or where it has gone on, since then; None where it has not ended."""
     memory_bytes: int | None
     """At the most; None where it is not measured."""
     select_by_step: dict[str, float | None]

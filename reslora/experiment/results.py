@@ -82,7 +82,7 @@ class Results:
         judged = [arm for arm in losses if self.is_chosen(arm)]
         to_read = judged if len(losses) == len(course.arms()) or self.can_compare(judged) else []
         self.count_reading(to_read)
-        self.tests = {arm: self.subject.tested(arm, self.step_of(arm)) for arm in to_read}
+        self.tests = self.tested(to_read)
         records = [course.record(arm, test) for arm, test in self.tests.items()]
         self.verdicts = compare(records, self.chosen, self.subject.about.unit)
         self.notes = [*self.unfinished(len(losses)), *self.others(), *self.failed(), *self.without_choice(losses)]
@@ -108,6 +108,20 @@ class Results:
             self.readings, self.read = self.readings + 1, read
             path = self.course.folder / EXPERIMENT
             write_json(path, read_object(path) | {"readings": self.readings, "read": self.read})
+
+    def tested(self, judged: Sequence[Arm]) -> dict[Arm, record.TestLosses]:
+        """What is known of each from the test part; those that a stop leaves untested are tested by the next start."""
+        found = {}
+        for number, arm in enumerate(judged, 1):
+            if not self.subject.is_tested(arm, self.step_of(arm)):
+                self.begins(f"testing ({number} of {len(judged)})", arm)
+            found[arm] = self.subject.tested(arm, self.step_of(arm))
+        return found
+
+    def begins(self, phase: str, arm: Arm) -> None:
+        """Says what is done with an arm next, which may take minutes; a stop is heeded before it."""
+        self.subject.begins(phase, arm)
+        print(f"{self.course.name_of(arm)}: {phase}", flush=True)
 
     def is_chosen(self, arm: Arm) -> bool:
         """Whether an arm has ended well at its label's chosen rate."""
@@ -177,7 +191,8 @@ class Results:
         label = min({arm.label for arm in judged}, key=lambda name: self.chosen[name]["loss"])
         arms = [arm for arm in judged if arm.label == label]
         best = min(arms, key=lambda arm: self.course.select_losses(arm)[self.step_of(arm)])
-        where, step = self.course.folder_of(best).relative_to(self.course.folder).as_posix(), self.step_of(best)
+        where, step = self.course.name_of(best), self.step_of(best)
+        self.begins("writing files", best)
         name = self.subject.export(best, step)
         what = f"{name} is" if name else "no LoRA file can be made of"
         return [f"{what} {where} at step {step}, which does best on the select {self.subject.about.unit}s"]

@@ -43,6 +43,6 @@ def train(arm: Arm, course: Course, subject: Subject) -> None:
     except EndedElsewhere as error:
         if not error.diverged:
             raise
-    memory = peak_memory(subject.device)
-    decided(lambda: course.end(arm, reason, memory))
-    course.longest = max(course.longest, time.monotonic() - started)
+    memory, seconds = peak_memory(subject.device), time.monotonic() - started
+    decided(lambda: course.end(arm, reason, memory, seconds))
+    course.longest = max(course.longest, seconds)

@@ -10,6 +10,8 @@ from .arms import Arm
 from .record import Facts, TestLosses
 from .report import About
 
+COMPARING = "stopped while comparing; the same command goes on"
+
 
 class Subject(Protocol):
     """How arms are trained and measured."""
@@ -30,6 +32,9 @@ class Subject(Protocol):
 
     def is_tested(self, arm: Arm, step: int) -> bool:
         """Whether the test losses of an arm's checkpoint are on disk. Like what follows, of the main process alone."""
+
+    def begins(self, phase: str, arm: Arm) -> None:
+        """Says what is done with an arm next; raises `Stopped` where a stop was asked for."""
 
     def tested(self, arm: Arm, step: int) -> TestLosses:
         """The losses on the test part of an arm's checkpoint, measured once."""

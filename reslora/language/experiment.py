@@ -35,6 +35,7 @@ from ..experiment.course import ADAPTERS, Course, adapter_folder, reading_adapte
 from ..experiment.record import EXPERIMENT, Facts, TestLosses, facts_of
 from ..experiment.report import About
 from ..experiment.run import train_and_conclude
+from ..experiment.subject import COMPARING
 from ..files import read_object, remove_leftovers, replacing, write_json
 from .arguments import SEVERAL, ExperimentArguments, check_number
 from .checkpoints import checkpoints_of
@@ -275,7 +276,7 @@ class Bench:
             method = dataclasses.replace(arguments.method, merge_and_save=False)  # but of the best arm
             export(trainer.model, folder, method, self.study.calibration(arguments))
         except Diverged as error:
-            raise Diverged(f"{folder.relative_to(self.course.folder).as_posix()}: {error.problem}") from error
+            raise Diverged(f"{self.course.name_of(arm)}: {error.problem}") from error
         finally:
             trainer.accelerator.free_memory()
             gc.collect()  # a trainer and its callbacks hold each other, and the model
@@ -295,13 +296,16 @@ class Bench:
         record = read_object(self.course.folder_of(arm) / TEST)
         return record.get("step") == step and record.get("images") == self.parts.marks
 
+    def begins(self, phase: str, arm: Arm) -> None:
+        """Heeds a stop before what is done with an arm next; these runs keep no status to say it in."""
+        self.stop.check(COMPARING)
+
     def tested(self, arm: Arm, step: int) -> TestLosses:
         """The losses on the test examples of an arm's checkpoint, measured once, and then read from `test.json`."""
         path = self.course.folder_of(arm) / TEST
         if not self.is_tested(arm, step):
-            stop = "stopped while comparing; the same command goes on"
             model, arguments = self.restored(arm, step), self.arguments_of(arm)
-            losses, figures = self.study.measured(arguments, model, lambda: self.stop.check(stop))
+            losses, figures = self.study.measured(arguments, model, lambda: self.stop.check(COMPARING))
             numbers = [max(loss, LEAST_LOSS) if math.isfinite(loss) else None for loss in losses]
             write_json(path, {"step": step, "images": self.parts.marks, "losses": numbers, "figures": figures})
         record = read_object(path)

@@ -23,6 +23,8 @@ COUNTED = {"done": 60, "total": 200, "per_second": 3.11}
         (TOLD | COUNTED | {"done": 200}, "LoRA, step 200 of 200 · 3.1 steps a second · 1.2 GB"),
         (TOLD | {"phase": "merging", "name": "reslora"}, "ResLoRA, merging · 1.2 GB"),
         ({"phase": "preparing", "name": "", "memory_bytes": None}, "Preparing"),
+        ({"phase": "merging", "name": "rslora"}, "rsLoRA, merging"),
+        (TOLD | {"phase": "merging", "name": "lora/lr-0.001/seed-0"}, "lora/lr-0.001/seed-0, merging · 1.2 GB"),
         (
             {"phase": "encoding image", "name": "", "done": 120, "total": 400, "per_second": 12},
             "Encoding image 120 of 400 · 12.0 images a second · about 23 s left",

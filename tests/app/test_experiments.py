@@ -92,7 +92,24 @@ def test_how_far_it_is(library):
     told = experiments.summary(found, "running")
     each = sum(arm["seconds"] for arm in content["arms"][:7]) / 7
     assert "7 of 60 arms ended" in told and f"about {each * 53 / 3600:.1f} h left" in told
-    assert "Go on" in experiments.summary(found, "stopped")
+    assert "Go on trains the rest" in experiments.summary(found, "stopped")
+    for arm in content["arms"][:7]:  # looks and exports take as long again
+        arm["wall_seconds"] = 2 * arm["seconds"]
+    write_experiment(found.folder, content)
+    assert f"about {each * 53 / 1800:.1f} h left" in experiments.summary(found, "running")
+
+
+def test_one_that_is_stopped_while_methods_are_compared_goes_on_with_that(library, monkeypatch):
+    """While an arm trains, it ends after a step."""
+    found, trainings = library.find_experiment("which"), Trainings(library)
+    monkeypatch.setattr(Experiment, "process", property(lambda _: 2**22 + 1))
+    monkeypatch.setattr(os, "kill", lambda process, number: None)
+    for content, when in ((examples.unfinished(), "after this step"), (examples.experiment(None), "soon")):
+        write_experiment(found.folder, content | {"chosen": {}, "verdicts": []})
+        assert trainings.stop("which", Experiment) == f"which stops {when}; what is trained is kept."
+        assert trainings.stop("which", Experiment) == "which was told to stop already; what is trained is kept."
+        trainings.asked.clear()
+    assert "60 of 60 arms ended \u00b7 Go on compares them" in experiments.summary(found, "stopped")
 
 
 def test_one_whose_arms_have_all_diverged_has_nothing_to_go_on_with(library):

@@ -144,7 +144,7 @@ def test_an_axis_that_says_nothing_is_refused_in_a_line(name, text, said):
         (("seed", "1 2 3 4 5 6 7 8 9"), ("steps", "1 2 3 4 5 6 7 8"), START, "9 x 8 values are 72 cells: at most 64"),
         (("checkpoint", "3"), ("seed", "1"), START, "lora has no checkpoint of step 3; it has 2, 4"),
         (("checkpoint", "2"), ("method", "lora dora"), START, "This run has no method dora; it has lora, reslora"),
-        (("checkpoint", "2"), ("seed", "1"), "base model", "This run has no method : choose weights of one"),
+        (("checkpoint", "2"), ("seed", "1"), "base model", "The base model has no checkpoint: choose"),
         (("method", "reslora"), ("seed", "1"), "lora: unmerged, step 9", "reslora has no unmerged, step 9 in this run"),
         (("merge", "best"), ("seed", "1"), START, "There is no merge best; choose of lstsq"),
         (("merge", "input"), ("method", "lora"), START, "Only ResLoRA is merged by a method"),

@@ -528,9 +528,15 @@ def test_images_with_merged_weights_beside_the_base(page):
     page.get_by_role("tab", name="Generate").click()
     page.wait_for_function("document.querySelector('#weights input').value === 'reslora: merged weights'")
     page.locator("#generate").click()
-    page.locator("#status").get_by_text("2 of 2 images are done").wait_for()
+    page.locator("#status").get_by_text("2 of 2 images done").wait_for()
     assert page.locator("#gallery img").count() == 2
     assert "base model" in page.locator("#made").inner_text()
+    page.get_by_label("Same seed with the base model beside it").uncheck()
+    page.locator("#generate").click()
+    page.locator("#status").get_by_text("1 of 1 image done").wait_for()
+    page.wait_for_function("document.querySelectorAll('#gallery img').length === 1")
+    whole = "box => box.scrollHeight <= box.clientHeight && box.clientHeight >= box.querySelector('img').clientHeight"
+    assert page.locator("#gallery .grid-wrap").evaluate(whole)
 
 
 def test_a_grid_is_drawn_enlarged_stopped_and_taken_along(page):
@@ -552,7 +558,7 @@ def test_a_grid_is_drawn_enlarged_stopped_and_taken_along(page):
         page.keyboard.press("Enter")
         page.wait_for_function(values.format("x", "x", suggested))
     page.locator("#draw-grid").click()
-    page.locator("#xy-status").get_by_text("6 of 6 cells are done").wait_for()
+    page.locator("#xy-status").get_by_text("6 of 6 cells done").wait_for()
     page.locator("#xy button.tile").nth(1).click()
     shown = page.locator("#zoom img")
     page.wait_for_function("document.querySelector('#zoom img').naturalWidth === 32")
@@ -592,7 +598,7 @@ def test_loras_are_stacked_and_written_as_a_model(page, runs):
     place = page.locator("#generate").bounding_box()
     assert place["y"] > 700 and place["y"] + place["height"] <= 800
     page.locator("#generate").click()
-    page.locator("#status").get_by_text("2 of 2 images are done").wait_for()
+    page.locator("#status").get_by_text("2 of 2 images done").wait_for()
     assert "tiny: reslora x 0.5" in page.locator("#made").inner_text()
     assert page.evaluate("document.documentElement.scrollWidth") <= 420
     page.locator("#stop-model").click()
@@ -635,7 +641,7 @@ def test_what_is_asked_as_the_stream_of_answers_ends_is_answered(browser, addres
     page.wait_for_function("window.streams === 0")  # what the page itself has asked for is answered
     page.evaluate("window.late = 'wanted'")
     page.locator("#generate").click()
-    page.locator("#status").get_by_text("images are done").wait_for()
+    page.locator("#status").get_by_text("images done").wait_for()
     page.wait_for_function("window.late === 'held'")
     page.locator("#seed input[type=number]").fill("4711")
     with page.expect_response(lambda answer: "/queue/join" in answer.url) as asked:

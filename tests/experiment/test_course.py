@@ -18,7 +18,7 @@ def course(tmp_path):
     return lambda *flags: Course(parse_args(["--output_dir", str(tmp_path / "out"), "--rank", "2", *RATES, *flags]))
 
 
-def leave(course: Course, arm: Arm, best: float = 2e-4, seconds: float = 3.0) -> None:
+def leave(course: Course, arm: Arm, best: float = 2e-4, seconds: float = 3.0, wall: float = 5.0) -> None:
     """What an arm leaves that has ended: losses that are lowest at the rate `best`, and at its second step."""
     loss, folder = abs(math.log(arm.rate / best)) + 1, course.folder_of(arm)
     folder.mkdir(parents=True, exist_ok=True)
@@ -26,7 +26,7 @@ def leave(course: Course, arm: Arm, best: float = 2e-4, seconds: float = 3.0) ->
         {"step": step, "split": "validation", "loss": loss + abs(step - 2), "seconds": seconds} for step in (0, 1, 2, 3)
     ]
     (folder / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    course.end(arm, "", 100)
+    course.end(arm, "", 100, wall)
 
 
 def run(course: Course, best: float = 2e-4, most: int = 1000) -> list[Arm]:
@@ -60,6 +60,7 @@ def test_records_say_what_has_become_of_arms(course):
     done = found["lora", 2e-4]
     assert (done["folder"], done["status"], done["memory_bytes"]) == ("lora/lr-0.0002/seed-0", "finished", 100)
     assert done["select_by_step"] == {"1": 2.0, "2": 1.0, "3": 2.0} and (done["steps"], done["seconds"]) == (3, 3.0)
+    assert done["wall_seconds"] == 5.0 and found["reslora", 2e-4]["wall_seconds"] is None
     assert done["shortcut"] is None and done["rank"] == 2 and arm.label == "lora"
     assert found["reslora", 2e-4]["status"] == "running" and found["reslora", 2e-4]["shortcut"] == "input"
     assert found["lora", 1e-4]["status"] == "waiting"
@@ -68,7 +69,7 @@ def test_records_say_what_has_become_of_arms(course):
 def test_an_arm_that_ended_without_a_loss_does_not_keep_the_others_from_theirs(course):
     one = course()
     arm = one.next_arm()
-    one.end(arm, "", 100)
+    one.end(arm, "", 100, 5.0)
     assert one.losses() == {arm: math.inf} and len(run(course())) == 5
 
 
@@ -101,11 +102,12 @@ def test_no_arm_begins_that_would_not_end_in_time(course):
     assert course("--experiment_minutes", "10").next_arm() is not None
 
 
-def test_what_another_start_has_trained_counts_for_how_long_an_arm_takes(course):
-    """The one that this start has gone on with was nearly done."""
-    leave(course(), course().next_arm(), seconds=1800.0)
+@pytest.mark.parametrize("took", [{"seconds": 1800.0}, {"wall": 1800.0}])
+def test_what_another_start_has_trained_counts_for_how_long_an_arm_takes(course, took):
+    """The one that this start has gone on with was nearly done. Looks and exports count as steps do."""
+    leave(course(), course().next_arm(), **took)
     one = course("--experiment_minutes", "20")
-    leave(one, one.next_arm(), seconds=1800.0)
+    leave(one, one.next_arm(), **took)
     one.longest = 60.0
     assert not one.has_time() and one.next_arm() is None
     assert course("--experiment_minutes", "20").next_arm() is not None

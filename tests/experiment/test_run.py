@@ -18,6 +18,7 @@ from reslora.diffusion.settings import parse_args
 from reslora.experiment import run
 from reslora.experiment.arms import Arm
 from reslora.experiment.course import Course
+from reslora.experiment.subject import COMPARING
 
 
 def test_a_stopped_arm_says_that_the_same_command_goes_on(monkeypatch):
@@ -44,6 +45,7 @@ class Untrained:
 
     def __init__(self, course: Course, stopped: str = "", diverging: Collection[tuple[str, int]] = ()) -> None:
         self.course, self.stopped, self.diverging = course, stopped, diverging
+        self.begun: list[str] = []
 
     def facts(self) -> dict:
         parts = {"train": 9, "select": 2, "test": 4, "duplicates": 0}
@@ -62,9 +64,14 @@ class Untrained:
     def is_tested(self, arm: Arm, step: int) -> bool:
         return (self.course.folder_of(arm) / "tested").exists()
 
+    def begins(self, phase: str, arm: Arm) -> None:
+        if self.stopped == "begins" and self.begun:
+            raise Stopped(COMPARING)
+        self.begun.append(f"{self.course.name_of(arm)}: {phase}")
+
     def tested(self, arm: Arm, step: int) -> dict:
         if self.stopped == "tested":
-            raise Stopped("stopped while comparing; the same command goes on")
+            raise Stopped(COMPARING)
         (self.course.folder_of(arm) / "tested").touch()
         luck = np.random.default_rng([arm.seed, len(arm.label)]).normal(size=4)
         losses = 1 + 0.1 * (arm.label != "lora") + 0.001 * luck
@@ -72,7 +79,7 @@ class Untrained:
 
     def export(self, arm: Arm, step: int) -> str:
         if self.stopped == "export":
-            raise Stopped("stopped while comparing; the same command goes on")
+            raise Stopped(COMPARING)
         return "file"
 
 
@@ -125,6 +132,7 @@ def test_a_reading_of_the_test_images_counts_once_wherever_it_is_cut_off(tmp_pat
         go(tmp_path / "out", stopped=stopped)
     for _ in range(2):
         record, _ = go(tmp_path / "out")
+        assert all(arm["wall_seconds"] >= 0 for arm in record["arms"])
         assert record["readings"] == 1 and not any("were read" in note for note in record["notes"])
     record, _ = go(tmp_path / "out", "--seed", "0", "1", "2")
     assert record["readings"] == 2 and any("were read 2 times" in note for note in record["notes"])
@@ -141,6 +149,19 @@ def test_while_arms_are_missing_the_test_images_are_read_for_verdicts_alone(tmp_
     assert record["readings"] == 1 + verdicts and read_of(record)
     read = [f"the test images were read {1 + verdicts} times, as arms came in: intervals are for a single time"]
     assert [note for note in record["notes"] if "were read" in note] == read * verdicts
+
+
+def test_a_stop_is_heeded_between_two_arms_that_are_tested(tmp_path, capsys):
+    """What was tested is not tested again, and every arm that is gets a line."""
+    folder = tmp_path / "out"
+    go(folder, stopped="begins")
+    (tested,) = folder.glob("**/tested")
+    first, *_ = (line for line in capsys.readouterr().out.splitlines() if "testing" in line)
+    assert first == f"{tested.parent.relative_to(folder).as_posix()}: testing (1 of 6)"
+    assert Experiment("out", folder).progress == (18, 18)
+    go(folder)
+    said = [line.partition(": ")[2] for line in capsys.readouterr().out.splitlines() if "testing" in line]
+    assert said == [f"testing ({number} of 6)" for number in range(2, 7)]
 
 
 def test_of_what_was_concluded_only_labels_that_are_still_there_stay(tmp_path):

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,8 +13,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
 
 from reslora.common.assets import ASSETS
-from reslora.common.errors import InvalidArgument
+from reslora.common.errors import InvalidArgument, Stopped
 from reslora.common.script import run_script
+from reslora.common.signals import StopRequest
 from reslora.experiment.arms import Arm, labels_of, place_of
 from reslora.experiment.arms import flags_of as flags_of_arm
 from reslora.experiment.course import Course
@@ -277,6 +279,16 @@ def test_an_experiment_at_home_is_where_its_arms_are(tmp_path, monkeypatch, argu
     for arm in course.arms():
         plain = arguments.settled(parser, values_of(arm, values, course))
         assert plain.training.output_dir == str(course.folder_of(arm))
+
+
+def test_a_stop_is_heeded_before_an_arm_is_tested(tmp_path):
+    _, values = llm_arguments.read([*EXPERIMENT, f"--output_dir={tmp_path}", "--use_cpu"])
+    stop = StopRequest()
+    bench = experiment.Bench(Course(flags_of(values), 0.0), None, values, None, stop)
+    bench.begins("testing (1 of 4)", ARM)
+    stop.signal = signal.SIGTERM
+    with pytest.raises(Stopped, match="the same command goes on"):
+        bench.begins("testing (2 of 4)", ARM)
 
 
 def test_ranks_shortcuts_and_numbers_of_blocks_are_compared():

@@ -9,6 +9,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ...experiment.subject import COMPARING
 from ..output.drawing import Drawer, as_image
 from ..output.metric import load_metric
 from ..prompts import UNRELATED
@@ -39,7 +40,7 @@ def similarities(
     denoiser = next(iter(parts.values()))
 
     def draw(prompts: Sequence[str], count: int = 1) -> torch.Tensor:
-        drawn = drawer.draw(denoiser, prompts, count, lambda: context.stop.check("stopped while comparing"))
+        drawn = drawer.draw(denoiser, prompts, count, lambda: context.stop.check(COMPARING))
         return metric.images([as_image(image) for image in drawn])
 
     tested = images[:MOST_TEST]

@@ -14,6 +14,7 @@ from ... import export
 from ...common.methods import METHODS
 from ...experiment.course import adapter_folder, reading_adapter
 from ...experiment.record import TestLosses
+from ...experiment.subject import COMPARING
 from ...export import DIFFUSERS_FILE
 from ...files import read_object, write_json
 from ..data.batch import Batch
@@ -43,7 +44,7 @@ def tested(step: int, images: Sequence[Image], setting: Setting) -> TestLosses:
             denoiser = next(iter(parts.values()))
 
             def check_and_measure(batch: Batch) -> torch.Tensor:
-                setting.context.stop.check("stopped while comparing; the same command goes on")
+                setting.context.stop.check(COMPARING)
                 return exact_loss(loss, denoiser, batch)
 
             losses = losses_of(check_and_measure, setting.material, images)

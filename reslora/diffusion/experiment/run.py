@@ -30,6 +30,7 @@ from ...experiment.course import ADAPTERS, Course
 from ...experiment.record import EXPERIMENT, Facts, TestLosses, facts_of
 from ...experiment.report import About
 from ...experiment.run import train_and_conclude
+from ...experiment.subject import COMPARING
 from ...files import read_object, remove_leftovers
 from ..arguments import SEVERAL, Flags, in_words
 from ..checks import check_methods
@@ -273,6 +274,11 @@ class Bench:
     def is_tested(self, arm: Arm, step: int) -> bool:
         """Whether the test losses of an arm's checkpoint are on disk."""
         return is_tested(step, self.parts.test, self.setting_of(arm))
+
+    def begins(self, phase: str, arm: Arm) -> None:
+        """Says what is done with an arm next, in the run's status; a stop is heeded before it."""
+        self.setting.context.stop.check(COMPARING)
+        self.setting.context.status.say(phase, self.course.name_of(arm))
 
     def tested(self, arm: Arm, step: int) -> TestLosses:
         """The losses on the test images of an arm's checkpoint."""

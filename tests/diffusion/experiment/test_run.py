@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import shutil
+import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,10 +15,13 @@ from pipelines import image_folder, tiny_dino
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from app.activity import activity
 from diffusion.runs import SCRIPT, Watcher, assert_same, main, only, printed, refused, without
-from reslora.common.errors import InvalidArgument
+from reslora.common.errors import InvalidArgument, Stopped
 from reslora.common.log import read_log
 from reslora.common.signals import StopRequest
+from reslora.common.status import FILE as STATUS
+from reslora.common.status import Status
 from reslora.diffusion.context import Context
 from reslora.diffusion.data.dataset import load_images
 from reslora.diffusion.data.encoding import Texts
@@ -29,6 +34,7 @@ from reslora.diffusion.experiment.split import content_of, parts_of
 from reslora.diffusion.run import Setting
 from reslora.diffusion.settings import parse_args
 from reslora.diffusion.training.denoising import DenoisingLoss
+from reslora.experiment.course import Course
 from reslora.files import read_object
 
 SMALL = ("--method", "lora", "--learning_rate", "1e-2", "3e-2")
@@ -317,6 +323,17 @@ def test_a_plain_run_does_not_become_an_experiment(flags, capsys, tmp_path):
     (tmp_path / "out" / "lora").mkdir(parents=True)
     (tmp_path / "out" / "lora" / "exports.json").write_text("{}")
     assert "no experiment" in refused(capsys, *flags, *SMALL, "--output_dir", tmp_path / "out")
+
+
+def test_what_is_tested_is_said_and_a_stop_is_heeded_before_it(tmp_path):
+    course = Course(parse_args([*SMALL, "--output_dir", str(tmp_path)]))
+    context = SimpleNamespace(stop=StopRequest(), status=Status(tmp_path))
+    bench = run.Bench(course, SimpleNamespace(context=context), {}, SimpleNamespace())
+    bench.begins("testing (1 of 2)", course.arms()[0])
+    assert activity(read_object(tmp_path / STATUS)) == "lora/lr-0.01/seed-0, testing (1 of 2)"
+    context.stop.signal = signal.SIGTERM
+    with pytest.raises(Stopped, match="the same command goes on"):
+        bench.begins("testing (2 of 2)", course.arms()[1])
 
 
 def test_killed_at_bad_moments(runs, images, tmp_path):
