@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
+import os
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
@@ -48,6 +49,12 @@ DEFAULTS = {
 BUNDLED_DEFAULTS = {"pipeline-flow": {"learning_rate": 1e-3, "snr_gamma": None, "guidance_scale": 3.0}}
 NOISES = 4  # at each timestep at which losses of an image are compared
 DEFAULT_RANK, HIGHEST_RANK, DEFAULT_PRE_NUM = 16, 65536, 4
+# What may be a folder or file of the user's.
+PATHS = (
+    "config", "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "init_lora", "metric_model",
+    "train_data_dir", "dataset_name", "class_data_dir", "cache_dir", "output_dir", "logging_dir",
+    "resume_from_checkpoint",
+)  # fmt: skip
 ONE_OR_SEVERAL = ("train_data_dir", "train_data_repeats", "train_data_weight", "resolution")
 BY_FAMILY = {
     "rank": f"{DEFAULT_RANK}; the width of the narrowest adapted layer where that is less",
@@ -64,6 +71,15 @@ BY_FAMILY = {
 
 class Parser(argparse.ArgumentParser):
     """argparse prints a hundred flags of usage before its one line of error; only the line is wanted."""
+
+    def parse_known_args(self, args=None, namespace=None) -> tuple[argparse.Namespace, list[str]]:
+        """As argparse's; `~` is the home folder where no shell has said so: in a file, and behind an equals sign."""
+        flags, unknown = super().parse_known_args(args, namespace)
+        for name, value in vars(flags).items():
+            if name in PATHS and value is not None:
+                paths = [os.path.expanduser(path) for path in listed(value)]  # noqa: PTH111 - or a name on the hub
+                setattr(flags, name, paths if isinstance(value, list) else paths[0])
+        return flags, unknown
 
     def error(self, message: str) -> NoReturn:
         """Prints the line and exits with status 2."""

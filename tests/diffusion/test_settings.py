@@ -74,6 +74,17 @@ def test_config_file_gives_flags_and_the_command_line_wins(run, data, model, tmp
     assert args.validation_epochs == 3 and args.validation_steps is None
 
 
+def test_the_home_folder_is_meant_where_no_shell_has_said_so(tmp_path, data, monkeypatch):
+    """Nobody wants a folder that is called `~`, least of all who removes it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "own.toml").write_text('output_dir = "~/runs/own"\ncache_dir = "~/cache"\n')
+    (tmp_path / "images").symlink_to(data)
+    flags = parse_args(["--config=~/own.toml", "--train_data_dir", "~/images", "--caption_prefix=~/images"])
+    assert (flags.output_dir, flags.cache_dir) == (f"{tmp_path}/runs/own", f"{tmp_path}/cache")
+    assert (flags.train_data_dir, flags.caption_prefix) == (f"{tmp_path}/images", "~/images")
+    assert parse_args(["--output_dir=~/other", "--config", "~/own.toml"]).output_dir == f"{tmp_path}/other"
+
+
 def test_a_runs_own_config_gives_the_run_again(run):
     again = vars(parse_args(["--config", str(run / "config.json")]))
     config = json.loads((run / "config.json").read_text())
