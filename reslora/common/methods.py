@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from .errors import InvalidArgument
+from .errors import InvalidArgument, speaks
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -251,6 +251,15 @@ IN_WORDS = "; ".join(f"{row.name}: {row.help}" for row in METHODS.values())
 def any_with_shortcuts(names: Iterable[str]) -> bool:
     """Whether blocks are wired in any of these methods."""
     return any(METHODS[name].shortcuts for name in names)
+
+
+def tell_unread(names: Sequence[str], values: Mapping[str, object], defaults: Mapping[str, object]) -> None:
+    """Says which flags of shortcuts no method reads: one command may run one method after another with them."""
+    if any(METHODS[name].reads_shortcut or METHODS[name].placebo for name in names) or not speaks():
+        return
+    for flag in ("shortcut", "pre_num", "head", "merge"):
+        if values[flag] != defaults[flag]:
+            print(f"--{flag} {values[flag]}: nothing reads it with --method {' '.join(names)}", flush=True)
 
 
 def refuse_deepspeed(names: Iterable[str]) -> None:

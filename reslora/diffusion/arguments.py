@@ -72,7 +72,7 @@ BY_FAMILY = {
 class Parser(argparse.ArgumentParser):
     """argparse prints a hundred flags of usage before its one line of error; only the line is wanted."""
 
-    def parse_known_args(self, args=None, namespace=None) -> tuple[argparse.Namespace, list[str]]:
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse's; `~` is the home folder where no shell has said so: in a file, and behind an equals sign."""
         flags, unknown = super().parse_known_args(args, namespace)
         for name, value in vars(flags).items():

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from ..common.assets import ASSETS
 from ..common.checks import check_writable
-from ..common.errors import InvalidArgument, refused_as, speaks
-from ..common.methods import METHODS, any_with_shortcuts, check_steps, refuse_parts, refuse_settings
+from ..common.errors import InvalidArgument, refused_as
+from ..common.methods import METHODS, any_with_shortcuts, check_steps, refuse_parts, refuse_settings, tell_unread
 from ..common.patterns import FIELDS, entries
 from ..experiment.arms import alpha_of
 from ..merges import MERGES
@@ -139,7 +139,7 @@ def check_flags(flags: Flags) -> None:
         raise InvalidArgument(missing, "missing", "give --class_data_dir and --class_prompt together, or neither")
     check_loss(flags)
     check_unread(flags)
-    tell_unread(flags)
+    tell_unread(flags.method, vars(flags), vars(build_parser().parse_args([])))
     if flags.aspect_ratio_buckets and len(listed(flags.resolution)) > 1:
         sides = " ".join(map(str, flags.resolution))
         raise InvalidArgument(f"--resolution {sides}", "--aspect_ratio_buckets names all sizes", "give one side")
@@ -299,15 +299,6 @@ def check_unread(flags: Flags) -> None:
         if not read and value != parser.get_default(name) and not flags.resume_from_checkpoint:
             given = f"--{name}" if value is True else f"--{name} {value}"
             raise InvalidArgument(given, "nothing reads it", fix)
-
-
-def tell_unread(flags: Flags) -> None:
-    """Say which flags of shortcuts no method reads: a command that runs one method after another has them for all."""
-    parser, wired = build_parser(), any(METHODS[name].reads_shortcut or METHODS[name].placebo for name in flags.method)
-    for name in ("shortcut", "pre_num", "head", "merge"):
-        value = getattr(flags, name)
-        if not wired and value != parser.get_default(name) and speaks():
-            print(f"--{name} {value}: nothing reads it with --method {' '.join(flags.method)}", flush=True)
 
 
 def check_schedule(flags: Flags) -> None:

@@ -22,7 +22,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from .. import __version__
 from ..common.checks import check_writable, is_number, is_whole, number_in_words, whole_in_words
 from ..common.errors import InvalidArgument, first_line, refused_as
-from ..common.methods import IN_WORDS, METHODS, refuse_settings
+from ..common.methods import IN_WORDS, METHODS, refuse_settings, tell_unread
 from ..common.patterns import FIELDS, entries
 from ..common.patterns import HELP as PATTERNS
 from ..common.script import shares_the_cpu
@@ -118,6 +118,10 @@ class MethodArguments:
     def patterns(self) -> dict[str, Any]:
         """Ranks and alphas of single layers, as PEFT's configurations have them."""
         return {name: entries(name, getattr(self, name)) for name in FIELDS}
+
+    def tell_unread(self) -> None:
+        """Says which flags of shortcuts the method does not read."""
+        tell_unread([self.method], vars(self), vars(MethodArguments))
 
     def _merge_reads_examples(self) -> bool:
         if not METHODS[self.method].shortcuts or self.shortcut == PLAIN or self.pre_num == 0:

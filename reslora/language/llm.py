@@ -350,6 +350,7 @@ def main(argv: Sequence[str] | None = None, stop: StopRequest | None = None, des
 def run(arguments: Arguments, stop: StopRequest | None = None) -> None:
     """One training."""
     (task, method, training), flags = arguments, arguments.settings
+    method.tell_unread()
     with contextlib.ExitStack() as stack:
         decided(lambda: stack.enter_context(locked(Path(training.output_dir))))
         check_resume(training.output_dir, training.resume_from_checkpoint, flags)

@@ -51,6 +51,17 @@ def test_values_that_mean_nothing_are_refused(flags, word):
     assert_one_line(error, word, "give")
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "method"), [("shortcut", "block", "reslora"), ("head", "none", "is_placebo")]
+)
+def test_what_the_method_does_not_read_is_told(capsys, flag, value, method):
+    MethodArguments(method="lora", **{flag: value}).tell_unread()
+    assert capsys.readouterr().out == f"--{flag} {value}: nothing reads it with --method lora\n"
+    MethodArguments(method=method, **{flag: value}).tell_unread()
+    MethodArguments(method="lora").tell_unread()
+    assert capsys.readouterr().out == ""
+
+
 def test_the_defaults_are_the_papers():
     arguments = MethodArguments()
     assert (arguments.method, arguments.lora_r, arguments.lora_alpha, arguments.pre_num) == ("reslora", 4, 8, 4)
