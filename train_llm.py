@@ -5,7 +5,7 @@
         --method reslora --shortcut block --pre_num 4
 
 The first form trains a tiny bundled LLaMA on a small generated task, in a few minutes on two CPU cores; the second any
-causal model. All flags of transformers' `TrainingArguments` are here and mean the same.
+causal model. All flags of transformers' `TrainingArguments` are here and mean the same; some defaults are others.
 """
 
 from __future__ import annotations

@@ -32,6 +32,8 @@ _LAUNCHERS = {
 _ORPHANED: Any = getattr(signal, "SIGUSR1", None)  # what the kernel sends when the launcher dies
 _HUNG_UP: Any = getattr(signal, "SIGHUP", None)  # what a terminal sends that closes, or whose connection is lost
 _PR_SET_PDEATHSIG = 1
+NOT_BEGUN = "stopped before training began"
+"""What `StopRequest.check` says where there is nothing to save yet."""
 
 
 class StopRequest:
@@ -39,8 +41,9 @@ class StopRequest:
 
     Handlers are installed whatever the process inherits (`nohup` and background shells leave SIGINT ignored), and the
     earlier ones come back at the end. `signal` is also SIGTERM once the launcher is gone, after SIGHUP, which `nohup`
-    has ignored, or after SIGUSR1, by which batch systems announce the end; these never end the process at once. torch's
-    launcher repeats what the terminal has sent already, so below it the third signal does. Only for the main thread.
+    has ignored, or after SIGUSR1, by which batch systems announce the end; these never end the process at once, but
+    within `at_once`. torch's launcher repeats what the terminal has sent already, so below it the third signal does.
+    Only for the main thread.
     """
 
     def __init__(self) -> None:
@@ -74,7 +77,7 @@ class StopRequest:
         several = int(os.environ.get("WORLD_SIZE", 1)) > 1
         handlers = {number: signal.signal(number, signal.SIG_DFL) for number in self._previous if several}
         try:
-            self.check("stopped before training began")
+            self.check(NOT_BEGUN)
             yield
         finally:
             for number, handler in handlers.items():

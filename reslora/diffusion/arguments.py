@@ -428,7 +428,9 @@ def add_output_flags(add: Callable) -> None:
         help="tell how much memory each phase of the run would hold, and end: with status 2 where that does not fit, "
              "and with flags that would make it fit. Without it a run that may not fit tells it first, and is refused; "
              "with --no-plan it is tried all the same")
-    add("--push_to_hub", **SWITCH, help="upload LoRA files, samples, losses and figures when done")
+    add("--push_to_hub", **SWITCH,
+        help="upload LoRA files, samples, losses, figures and a model card when done; the card is the README.md in the "
+             "run's folder, where there is one")
     add("--hub_token", help="token for the hub")
     add("--hub_model_id", help="repository on the hub; default: the folder's name")
 # fmt: on

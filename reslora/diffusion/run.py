@@ -19,7 +19,7 @@ from ..common.errors import InvalidArgument
 from ..common.folder import locked
 from ..common.gauge import gauged
 from ..common.methods import METHODS
-from ..common.signals import StopRequest
+from ..common.signals import NOT_BEGUN, StopRequest
 from ..common.status import Status
 from ..common.together import decided, each, gathered
 from ..experiment.record import EXPERIMENT
@@ -45,7 +45,7 @@ from .model.lora_files.combining import in_short
 from .model.objective import Objective, objective_of
 from .output.drawing import Drawer
 from .output.exports import export_method
-from .output.hub import hub_repository, publish
+from .output.hub import check_upload, publish
 from .output.metric import load_metric
 from .output.reports import FINISHED, Reports, Validation
 from .output.summary import print_summary, write_figures
@@ -100,7 +100,7 @@ def run(flags: Flags, stop: StopRequest) -> None:
             decided(lambda: show_again(context))
             return
         if context.flags.push_to_hub:
-            decided(lambda: hub_repository(context.flags))
+            decided(lambda: check_upload(context.flags))
         check_before_loading(kinds, context)
         pipeline, objective = each(lambda: load_and_check(context))
         start_trackers(context)
@@ -123,9 +123,14 @@ def find_all(flags: Flags, accelerator: Accelerator, stop: StopRequest) -> tuple
     context = settle(flags, accelerator, stop)
     if decided(lambda: missing_class_images(context.flags)):
         # To draw them takes minutes. What is checked is checked again once they are there, and told then.
-        with contextlib.redirect_stdout(io.StringIO()):
-            check_before_loading(images, context)
-            each(lambda: load_and_check(context))
+        told = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(told):
+                check_before_loading(images, context)
+                each(lambda: load_and_check(context))
+        except Exception:
+            print(told.getvalue(), end="", flush=True)  # notes may say why
+            raise
     return [*images, *load_class_images(context)], context
 
 
@@ -144,7 +149,7 @@ def settle(flags: Flags, accelerator: Accelerator, stop: StopRequest) -> Context
 
 def take_folder(flags: Flags, stop: StopRequest, stack: contextlib.ExitStack) -> None:
     """Locks the run's folder until the stack closes, and refuses at once what its content does not allow."""
-    stop.check("stopped before training began")  # while libraries were imported
+    stop.check(NOT_BEGUN)  # what a single process was asked while accelerate started
     stack.enter_context(locked(Path(flags.output_dir)))
     Status(Path(flags.output_dir)).say("preparing")
     if (Path(flags.output_dir) / EXPERIMENT).exists():

@@ -74,13 +74,15 @@ class Results:
     def conclude(self) -> None:
         """Chooses by the select part, reads the test part once, compares, and tells all.
 
-        Where arms are still to be trained, the test part is read only for a verdict.
+        Where arms are still to be trained, the test part is read only for a verdict; what was read already is told.
         """
         course, self.as_of = self.course, None
         losses = course.losses()
         self.chosen = choose([course.record(arm) for arm in course.arms()])
         judged = [arm for arm in losses if self.is_chosen(arm)]
-        to_read = judged if len(losses) == len(course.arms()) or self.can_compare(judged) else []
+        to_read = judged
+        if len(losses) < len(course.arms()) and not self.can_compare(judged):
+            to_read = [arm for arm in judged if self.subject.is_tested(arm, self.step_of(arm))]
         self.count_reading(to_read)
         self.tests = self.tested(to_read)
         records = [course.record(arm, test) for arm, test in self.tests.items()]
@@ -192,7 +194,7 @@ class Results:
         arms = [arm for arm in judged if arm.label == label]
         best = min(arms, key=lambda arm: self.course.select_losses(arm)[self.step_of(arm)])
         where, step = self.course.name_of(best), self.step_of(best)
-        self.begins("writing files", best)
+        self.begins("exporting", best)
         name = self.subject.export(best, step)
         what = f"{name} is" if name else "no LoRA file can be made of"
         return [f"{what} {where} at step {step}, which does best on the select {self.subject.about.unit}s"]

@@ -322,7 +322,7 @@ def choice(losses: Mapping[float, Sequence[Mapping[str, float | None]]]) -> Choi
         found["at_end"] = "low" if best == rates[0] else "high"
         neighbour = rates[1] if best == rates[0] else rates[-2]
         ratio = best / neighbour
-        if all(rate != neighbour for rate, _ in means):
+        if neighbour in tried and all(rate != neighbour for rate, _ in means):
             ratio = min(max(ratio, 1 / LARGEST_STEP), LARGEST_STEP)
         found["next"] = float(f"{best * ratio:.3g}")  # as folders name it
     return found

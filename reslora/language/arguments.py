@@ -9,7 +9,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -323,10 +323,19 @@ def parse_values(
             (values[name],) = values[name]
     if isinstance(values.get("lora_r"), list) and "lora_alpha" not in given:
         values["lora_alpha"] = None  # twice each rank
-    for what in ("eval", "save"):
+    return values | steps_asked_for(given, values)
+
+
+def steps_asked_for(given: Collection[str], values: Mapping[str, object]) -> dict[str, object]:
+    """The strategies that a number of steps alone asks for: by the defaults, nothing would read it."""
+    found = dict[str, object]()
+    for what, other in (("eval", "save"), ("save", "eval")):
         if f"{what}_steps" in given and f"{what}_strategy" not in given:
-            values[f"{what}_strategy"] = "steps"  # where the default is another, nothing would read the number
-    return values
+            found[f"{what}_strategy"] = "steps"
+            if values["load_best_model_at_end"] and not {f"{other}_steps", f"{other}_strategy"} & set(given):
+                # The best can only be among what is saved and measured.
+                found |= {f"{other}_strategy": "steps", f"{other}_steps": values[f"{what}_steps"]}
+    return found
 
 
 def is_experiment(values: Mapping[str, object]) -> bool:

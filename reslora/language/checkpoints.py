@@ -20,7 +20,7 @@ from ..common.recovery import numbered
 from ..files import CHECKSUMS_NAME, Damaged, check_checksums, read_object
 
 ALLOCATOR_NAME = "allocator.safetensors"  # AdaLoRA's running importances and ranks
-ADAPTER_ALONE = "it holds the adapter alone, as --save_only_model asks"
+ADAPTER_ALONE = "it holds the adapter alone, as with --save_only_model"
 
 logger = logging.get_logger(__name__)
 

@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from ..common.errors import InvalidArgument
 from ..common.folder import locked
-from ..common.signals import StopRequest
+from ..common.signals import NOT_BEGUN, StopRequest
 from ..common.together import decided
 from ..files import replacing, write_json
 from .arguments import (
@@ -384,6 +384,6 @@ def run(arguments: Arguments, stop: StopRequest | None = None) -> None:
         put_control_on(trainer, arguments.method, batches or [], example)
         if trainer.is_world_process_zero():
             write_json(Path(training.output_dir) / "config.json", flags)
-        trainer.stopping.check("stopped before training began")
+        trainer.stopping.check(NOT_BEGUN)
         trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
         finish(arguments, trainer, tokenizer, sets)

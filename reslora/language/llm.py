@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from ..common.errors import InvalidArgument, refused_as
 from ..common.folder import locked
 from ..common.seeds import derive
-from ..common.signals import StopRequest
+from ..common.signals import NOT_BEGUN, StopRequest
 from ..common.together import decided
 from ..files import write_json
 from .arguments import (
@@ -360,7 +360,7 @@ def run(arguments: Arguments, stop: StopRequest | None = None) -> None:
         if training.should_save:
             write_json(Path(training.output_dir) / "config.json", flags)
             trainer.model.print_trainable_parameters()
-        trainer.stopping.check("stopped before training began")
+        trainer.stopping.check(NOT_BEGUN)
         trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
         results = finish(trainer, rows, task, method)
         say(summary(results, training, method, bundled=task.model_name_or_path == str(BUNDLED_MODEL)))

@@ -278,7 +278,9 @@ class AdapterTrainer(Trainer):
             raise InvalidArgument(flag, "no such checkpoint", fix)
         problem = damage(folder, self.args.world_size)
         if problem is not None:
-            raise InvalidArgument(flag, f"cannot be resumed ({problem})", "use latest")
+            usable = usable_checkpoint(self.args.output_dir, self.args.world_size)
+            fix = "use latest" if usable else "leave it out, and choose another --output_dir"
+            raise InvalidArgument(flag, f"cannot be resumed ({problem})", fix)
         return str(folder)
 
     def _get_dataloader(self, *args, is_training: bool = False, **kwargs):

@@ -151,6 +151,13 @@ def test_while_arms_are_missing_the_test_images_are_read_for_verdicts_alone(tmp_
     assert [note for note in record["notes"] if "were read" in note] == read * verdicts
 
 
+def test_what_was_read_of_the_test_images_is_told_where_arms_are_missing(tmp_path):
+    """One label alone is no verdict, but to tell what is on disk costs no reading."""
+    before, _ = go(tmp_path / "out", methods="lora")
+    record, _ = go(tmp_path / "out", "--seed", "0", "1", "--experiment_minutes", "1e-9", methods="lora")
+    assert record["readings"] == before["readings"] == 1 and read_of(record) == read_of(before) != []
+
+
 def test_a_stop_is_heeded_between_two_arms_that_are_tested(tmp_path, capsys):
     """What was tested is not tested again, and every arm that is gets a line."""
     folder = tmp_path / "out"

@@ -325,6 +325,10 @@ def test_a_rate_that_diverged_far_away_says_no_step(beside, loss, following):
     assert choice({1e-4: [{"50": 0.5}], beside: [{"50": loss}]})["next"] == following
 
 
+def test_a_rate_with_fewer_seeds_says_the_step():
+    assert choice({1e-4: [{"50": 0.5}] * 2, 1e-2: [{"50": 0.6}]})["next"] == 1e-6
+
+
 def test_one_rate_has_no_ends_and_nothing_finite_is_no_choice():
     assert choice({1e-4: [{"50": 0.5}]}) | {"loss": 0} == {
         "learning_rate": 1e-4, "step": 50, "loss": 0, "at_end": None, "next": None,

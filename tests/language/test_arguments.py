@@ -108,6 +108,8 @@ def test_a_number_of_steps_asks_for_steps(module):
     assert strategies("--eval_steps", "5") == ("steps", "epoch")
     assert strategies("--save-steps=5") == ("epoch", "steps")
     assert strategies("--save_steps", "5", "--save_strategy", "no", "--eval_steps=5") == ("steps", "no")
+    best = module.read(["--load_best_model_at_end", "--save_steps", "5"])[1]
+    assert [best[f"{what}_{how}"] for what in ("eval", "save") for how in ("strategy", "steps")] == ["steps", 5] * 2
 
 
 def test_deepspeed_alone_means_the_bundled_configuration(monkeypatch):

@@ -63,7 +63,7 @@ def test_a_checkpoint_of_the_adapter_alone_says_why_it_cannot_go_on(tmp_path, mo
     for named, fix in (("latest", "; remove them to start afresh"), ("checkpoint-6", "; use latest")):
         with pytest.raises(InvalidArgument) as error:
             trainer_for(build()[0], tmp_path).train(resume_from_checkpoint=named)
-        assert_one_line(error, "it holds the adapter alone, as --save_only_model asks", fix)
+        assert_one_line(error, "it holds the adapter alone, as with --save_only_model", fix)
         assert "processes" not in str(error.value)
 
 

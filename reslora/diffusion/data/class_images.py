@@ -17,6 +17,7 @@ from filelock import Timeout
 
 from ...common.errors import InvalidArgument, RunFailed
 from ...common.folder import guard_of
+from ...common.signals import NOT_BEGUN
 from ...common.together import LONGEST_WAIT, decided, each
 from ...files import replacing
 from ..arguments import Flags, listed
@@ -81,7 +82,7 @@ def alone_in(folder: Path, context: Context) -> AbstractContextManager[object]:
             if not waited:
                 context.accelerator.print(f"another run draws class images into {folder}: waiting for it")
                 context.status.say("waiting for the class images of another run")
-        context.stop.check("stopped before training began")
+        context.stop.check(NOT_BEGUN)
         time.sleep(PAUSE.total_seconds())
     raise RunFailed(f"--class_data_dir {folder}: another run still draws into it; stop that, or choose another folder")
 
@@ -99,7 +100,7 @@ def draw(folder: Path, missing: int, context: Context) -> None:
     setattr(pipeline, model.family.denoiser, denoiser.eval())
     guidance = {model.family.guidance: flags.guidance_scale}
     for first in range(0, len(todo), flags.train_batch_size):
-        context.stop.check("stopped before training began")
+        context.stop.check(NOT_BEGUN)
         paths = todo[first : first + flags.train_batch_size]
         seeds = [derive(flags.seed, "class", path.name) for path in paths]
         negative = {} if "guidance_scale" in guidance else {"negative_prompt": [""] * len(paths)}

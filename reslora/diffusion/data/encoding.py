@@ -22,6 +22,7 @@ from torch.utils.data import Dataset as TorchDataset
 from tqdm.auto import tqdm
 
 from ...common.errors import InvalidArgument, RunFailed
+from ...common.signals import NOT_BEGUN
 from ..arguments import Flags
 from ..context import Context
 from ..folder import cache_folder
@@ -94,7 +95,7 @@ def encode_texts(
         context.status.say("encoding captions")
         loaded[:] = loaded or [load_encoders()]
         for start in range(0, len(numbers), CAPTIONS_AT_ONCE):
-            context.stop.check("stopped before training began")
+            context.stop.check(NOT_BEGUN)
             captions = [texts[number] for number in numbers[start : start + CAPTIONS_AT_ONCE]]
             with torch.no_grad():
                 states = encode_captions(loaded[0], captions, longest)
@@ -213,7 +214,7 @@ def _fill(found: Encoded, images: TorchDataset, make: Callable[[Sequence], Item]
         loader = DataLoader(images, batch_size=None, sampler=numbers, **options)
         with contextlib.closing(stream(loader)) as loaded:
             for item in loaded:
-                context.stop.check("stopped before training began")
+                context.stop.check(NOT_BEGUN)
                 yield item if isinstance(item, str) else make(item)
                 bar.update()
                 context.status.count(phase, next(number), total)

@@ -22,7 +22,7 @@ from diffusers import DiffusionPipeline
 from ...common.errors import InvalidArgument
 from ...common.folder import locked
 from ...common.methods import METHODS
-from ...common.signals import StopRequest
+from ...common.signals import NOT_BEGUN, StopRequest
 from ...common.status import Status
 from ...common.together import decided, each
 from ...experiment.arms import Arm, values_of
@@ -101,7 +101,7 @@ def take_folder(flags: Flags, stop: StopRequest, stack: contextlib.ExitStack) ->
 
     What a killed start has left half-written in it goes away.
     """
-    stop.check("stopped before training began")  # while libraries were imported
+    stop.check(NOT_BEGUN)  # what a single process was asked while accelerate started
     stack.enter_context(locked(Path(flags.output_dir)))
     Status(Path(flags.output_dir)).say("preparing")
     check_folder(flags)

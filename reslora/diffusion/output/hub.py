@@ -15,10 +15,11 @@ from ..arguments import Flags
 from ..context import Context
 from ..settings import repository_of
 from ..training.checkpoints import EXPORTS
-from .card import card_of
+from .card import GENERATED, card_of
 from .summary import write_comparison
 
-# Nothing else is: there may be settings, latents of the training images, their names, notes, the images themselves.
+# Beside figures and card nothing else is: there may be settings, latents of the training images, their names, notes,
+# the images themselves.
 UPLOADED_OF_METHOD = (
     *(DIFFUSERS_FILE, KOHYA_FILE, COMFYUI_FILE, "peft/**/*"),
     *("chains.json", "merge.json", "log.jsonl", "samples/step-*/*", "merged/*"),
@@ -35,12 +36,25 @@ def hub_repository(flags: Flags) -> str:
         raise InvalidArgument("--push_to_hub", problem, "log in with `hf auth login`, or leave it out") from None
 
 
+def own_card(folder: Path) -> Path | None:
+    """The README.md that a user has put into the run's folder; an earlier version's upload left its own there."""
+    path = folder / "README.md"
+    return path if path.is_file() and GENERATED not in path.read_text("utf-8", "replace") else None
+
+
+def check_upload(flags: Flags) -> None:
+    """Refuses a repository that cannot be had, and says whose model card will be uploaded."""
+    hub_repository(flags)
+    if (own := own_card(Path(flags.output_dir))) is not None:
+        print(f"--push_to_hub: {own} will be uploaded as it is; remove it to have a model card written", flush=True)
+
+
 def publish(context: Context) -> None:
     """Upload a model card with what the methods left: LoRA files, samples, losses and figures."""
     flags = context.flags
-    name, files, own = hub_repository(flags), files_of(flags), context.folder / "README.md"
+    name, files, own = hub_repository(flags), files_of(flags), own_card(context.folder)
     try:
-        if own.is_file():
+        if own is not None:
             print(f"{own} is uploaded as it is; remove it to have a model card written")
             files["README.md"] = own
         else:

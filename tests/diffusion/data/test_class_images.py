@@ -198,6 +198,14 @@ def test_what_can_be_refused_is_refused_before_any_is_drawn(model, data, tmp_pat
     assert "--resolution 33" in line and not (tmp_path / "class").exists()
 
 
+def test_notes_on_what_is_refused_are_told(model, data, tmp_path, capsys):
+    """To some targets there is nothing, and the line that refuses the others says little alone."""
+    targets = ("--target_modules", "to_q", "to_nothing", "--rank_pattern", "to_k=2")
+    assert main(*flags_for(tmp_path, model, data, "out", *targets)) == 2
+    out, error = capsys.readouterr()
+    assert "0 layers of the denoiser end in to_nothing" in out and "to_k=2" in error and "drawing" not in out
+
+
 def test_what_is_checked_before_they_are_drawn_and_after_is_told_once(model, data, tmp_path):
     targets = ("--target_modules", "to_q", "to_nothing")
     lines = printed(*flags_for(tmp_path, model, data, "out", "--max_train_steps", 1, "--train_text_encoder", *targets))

@@ -360,7 +360,7 @@ def test_killed_at_bad_moments(runs, images, tmp_path):
 def same_results(output: Path) -> dict:
     """All of experiment.json that does not tell the time."""
     found = experiment(output)
-    arms = [{k: v for k, v in a.items() if k not in ("seconds", "memory_bytes")} for a in found["arms"]]
+    arms = [{k: v for k, v in a.items() if k not in ("seconds", "wall_seconds", "memory_bytes")} for a in found["arms"]]
     return {name: found[name] for name in ("split", "chosen", "verdicts", "readings")} | {"arms": arms}
 
 
