@@ -112,9 +112,9 @@ def test_captions_are_put_in_order_by_the_keyboard(browser, folder, address, wid
         page.locator('.card[data-name="0.png"] .told').get_by_text("saved").wait_for()
 
         theirs = folder / ("1.txt" if (folder / "1.txt").is_file() else "metadata.jsonl")
-        theirs.write_text(theirs.read_text().replace("blue box", "green box"))
         tab_to(page, '.card[data-name="1.png"] textarea')
-        page.keyboard.type("mine")
+        page.keyboard.type("mine")  # before theirs: the page may still be about to show what the folder holds now
+        theirs.write_text(theirs.read_text().replace("blue box", "green box"))
         page.keyboard.press("Control+Enter")
         page.locator('.card[data-name="1.png"] .told').get_by_text("changed meanwhile").wait_for()
         assert caption(1) == "green box"

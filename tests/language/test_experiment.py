@@ -284,7 +284,7 @@ def test_an_experiment_at_home_is_where_its_arms_are(tmp_path, monkeypatch, argu
 def test_a_stop_is_heeded_before_an_arm_is_tested(tmp_path):
     _, values = llm_arguments.read([*EXPERIMENT, f"--output_dir={tmp_path}", "--use_cpu"])
     stop = StopRequest()
-    bench = experiment.Bench(Course(flags_of(values), 0.0), None, values, None, stop)
+    bench = experiment.Bench(Course(flags_of(values), 0.0), None, values, None, 0, stop)
     bench.begins("testing (1 of 4)", ARM)
     stop.signal = signal.SIGTERM
     with pytest.raises(Stopped, match="the same command goes on"):
