@@ -60,7 +60,7 @@ def test_a_checkpoint_of_the_adapter_alone_says_why_it_cannot_go_on(tmp_path, mo
     monkeypatch.setattr("reslora.language.trainer.logger.warning", said.append)
     trainer_for(build()[0], tmp_path, save_only_model=True).train()
     assert len(said) == 1 and said[0].startswith("--save_only_model: no checkpoint can be resumed")
-    for named, fix in (("latest", "; remove them to start afresh"), ("checkpoint-6", "; use latest")):
+    for named, fix in (("latest", "; remove them to start afresh"), ("checkpoint-6", "; leave it out")):
         with pytest.raises(InvalidArgument) as error:
             trainer_for(build()[0], tmp_path).train(resume_from_checkpoint=named)
         assert_one_line(error, "it holds the adapter alone, as with --save_only_model", fix)
