@@ -221,7 +221,7 @@ BAD_FLAGS = [
     (["--lr_scheduler_kwargs", '{"foo": 1}'], ['--lr_scheduler_type linear --lr_scheduler_kwargs {"foo": 1}: ', "foo"]),
     (["--no_such_flag"], ["no_such_flag"]),
     (["--eval_strategy", "sometimes"], ["sometimes"]),
-    (["--load_best_model_at_end"], ["load_best_model_at_end"]),
+    (["--load_best_model_at_end", "--eval_strategy", "no"], ["load_best_model_at_end"]),
     (["--metric_for_best_model", "bleu"], ["--metric_for_best_model bleu", "accuracy"]),
     (["--dtype", "int8"], ["--dtype", "int8"]),
     (["--output_dir", "/dev/null/run"], ["--output_dir /dev/null/run", "choose another"]),
