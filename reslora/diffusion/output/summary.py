@@ -31,7 +31,7 @@ def write_figures(flags: Flags, held_out: int, learnt: Callable[[int], list[Imag
     if len(flags.method) == 1 and METHODS[flags.method[0]].plain_lora:
         with replacing(output / DIFFUSERS_FILE) as temporary:
             shutil.copyfile(output / flags.method[0] / DIFFUSERS_FILE, temporary)
-    logs = {method: read_log(output / method / "log.jsonl") for method in flags.method}
+    logs = {METHODS[method].title: read_log(output / method / "log.jsonl") for method in flags.method}
     loss_curves(output / FINISHED, logs, measured)
 
 
