@@ -41,7 +41,9 @@ from reslora.diffusion.data.plan import Plan
 from reslora.diffusion.data.samples import TrainingSamples, ValidationSamples, training_loader
 from reslora.diffusion.training import loop
 from reslora.diffusion.training.loop import take_step
-from reslora.diffusion.training.state import Learner
+from reslora.diffusion.training.schedule import schedule_of
+from reslora.diffusion.training.state import Learner, new_learner
+from reslora.diffusion.training.trained import Trained
 
 
 def test_same_seed_gives_the_same_bytes(run, base_flags, tmp_path):
@@ -221,11 +223,16 @@ def learning_rates(output: Path) -> list[float]:
     ],
     ids=["cosine", "linear", "constant"],
 )
-def test_rates_rise_for_a_tenth_of_the_run_and_reach_their_end_with_it(brief_flags, tmp_path, schedule, factor):
-    flags = [*brief_flags, "--max_train_steps", "20", "--learning_rate", "1e-3", "--lr_scheduler", schedule]
-    assert main(*flags, "--output_dir", tmp_path / "out") == 0
-    expected = [1e-3 * (step / 2 if step < 2 else factor(step)) for step in range(1, 21)]
-    assert learning_rates(tmp_path / "out") == pytest.approx(expected)
+def test_rates_rise_for_a_tenth_of_the_run_and_reach_their_end_with_it(model, schedule, factor):
+    words = ("--max_train_steps", "20", "--learning_rate", "1e-3", "--lr_scheduler", schedule)
+    material, loss, denoiser = exact_steps.setting(model, None, *words)
+    planned = schedule_of(material, loss.context)
+    learner = new_learner("reslora", Trained({"unet": denoiser}, loss), planned, loss.context)
+    for step in range(20):
+        assert learner.lr_scheduler.get_last_lr() == pytest.approx([1e-3 * (step / 2 if step < 2 else factor(step))])
+        learner.optimizer.step()
+        learner.lr_scheduler.step()
+    assert learner.lr_scheduler.get_last_lr() == pytest.approx([1e-3 * factor(20)])
 
 
 def test_warm_up_steps_that_are_given_are_taken(brief_flags, tmp_path):
