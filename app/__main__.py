@@ -15,7 +15,7 @@ from pathlib import Path
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m app", description="Watch LoRA and ResLoRA learn, and use the result."
+        prog="python -m app", description="Watch LoRA and ResLoRA learn, and use the result.", allow_abbrev=False
     )
     add = parser.add_argument
     add("--runs", type=Path, default=Path("runs"), metavar="DIR", help="folder of runs, or one run (default: runs)")

@@ -70,7 +70,13 @@ BY_FAMILY = {
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse prints a hundred flags of usage before its one line of error; only the line is wanted."""
+    """argparse prints a hundred flags of usage before its one line of error; only the line is wanted.
+
+    Flags are whole: another script's `--dataset_config` is no `--dataset_config_name`.
+    """
+
+    def __init__(self, **own: Any) -> None:
+        super().__init__(allow_abbrev=False, **own)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse's; `~` is the home folder where no shell has said so: in a file, and behind an equals sign."""

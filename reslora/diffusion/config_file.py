@@ -19,7 +19,7 @@ from .optimizers import named
 GIVES_WAY_TO = {
     "max_train_steps": "num_train_epochs", "num_train_epochs": "max_train_steps", "lora_alpha": "rank",
     "validation_steps": "validation_epochs", "train_data_dir": "dataset_name", "dataset_name": "train_data_dir",
-    "validation_prompt_options": "validation_prompt",
+    "dataset_config_name": "train_data_dir", "validation_prompt_options": "validation_prompt",
 }  # fmt: skip
 
 

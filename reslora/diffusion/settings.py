@@ -286,6 +286,7 @@ def check_unread(flags: Flags) -> None:
     measures = flags.select_split or (flags.validation_prompt and flags.num_validation_images)
     parser, tags = build_parser(), flags.shuffle_caption or flags.caption_tag_dropout_rate
     for name, read, fix in (
+        ("dataset_config_name", flags.dataset_name, "add --dataset_name, or leave it out"),
         ("keep_tokens", tags, "add --shuffle_caption or --caption_tag_dropout_rate"),
         ("aspect_ratio_buckets", flags.use_aspect_ratio_buckets, "add --use_aspect_ratio_buckets"),
         ("bucket_upscale", flags.use_aspect_ratio_buckets, "add --use_aspect_ratio_buckets"),

@@ -62,6 +62,12 @@ def test_refused_with_one_line_and_status_2(flags, capsys):
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
+def test_flags_are_whole(capsys):
+    with pytest.raises(SystemExit):
+        command_line.parse_args(["--inb"])
+    assert "unrecognized arguments: --inb" in capsys.readouterr().err
+
+
 def test_others_may_come_with_a_password():
     args = command_line.parse_args(["--share", "--host", "0.0.0.0", "--auth", "me:se:cret"])
     assert args.auth == ("me", "se:cret")

@@ -35,6 +35,7 @@ from reslora.diffusion.arguments import build_parser
         ("--report_to", "no_such_tracker"),
         ("--config", "/no/such/file.toml"),
         ("--no_such_flag", "1"),
+        ("--lr_warmup", "1"),  # --lr_warmup_steps alone begins so
         ("--resolution", "12"),
         ("--validation_height", "36"),
         ("--validation_width", "36"),

@@ -97,6 +97,13 @@ def test_shortcuts_of_the_run_before_are_left_out_where_no_method_reads_them(beg
     assert capsys.readouterr().out.splitlines()[-1] == "--shortcut block: nothing reads it with --method lora"
 
 
+def test_a_folder_of_images_takes_the_place_of_a_dataset_and_its_configuration(begun, data):
+    config = begun("--dataset_name", "someone/images", "--dataset_config_name", "large")
+    assert parse_args(config).dataset_config_name == "large"
+    flags = parse_args([*config, "--train_data_dir", str(data)])
+    assert (flags.dataset_name, flags.dataset_config_name) == (None, None)
+
+
 def test_a_file_names_no_other_file(tmp_path):
     (tmp_path / "run.toml").write_text(f"config = {json.dumps(str(tmp_path / 'other.toml'))}")
     with pytest.raises(InvalidArgument, match="config is not a flag"):

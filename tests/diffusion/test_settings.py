@@ -172,6 +172,7 @@ def test_samples_come_by_epochs_where_these_are_given(run, tmp_path):
 
 
 UNREAD = {  # and with what it is read
+    "--dataset_config_name x.toml": "--dataset_name someone/images",
     "--keep_tokens 1": "--shuffle_caption",
     "--aspect_ratio_buckets 32,32": "--use_aspect_ratio_buckets",
     "--bucket_upscale": "--use_aspect_ratio_buckets",
