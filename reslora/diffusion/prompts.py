@@ -104,13 +104,16 @@ CHECKS: dict[str, tuple[Callable[[object], bool], str]] = {
 
 def from_file(values: Sequence[str]) -> tuple[list[str], list[str]] | None:
     """The prompts and their options of the file that is named in the place of prompts; None where none is."""
-    files = [value for value in values if value.lower().endswith(SUFFIXES)]
+    files = [value for value in values if value.lower().endswith((*SUFFIXES, ".toml"))]
     if files and len(values) > 1:
         raise InvalidArgument(f"--validation_prompt {files[0]}", "a file beside other prompts", "give the one or these")
     if not files:
         return None
     path = Path(values[0])
     flag = f"--validation_prompt {path}"
+    if path.suffix.lower() == ".toml":  # kohya's scripts read some
+        fix = "write a .txt file with one a line, or a .json list"
+        raise InvalidArgument(flag, "prompts are not read from TOML", fix)
     try:
         text = path.read_text(encoding="utf-8-sig")
         found = objects_of(text, flag) if path.suffix.lower() == ".json" else lines_of(text, flag)

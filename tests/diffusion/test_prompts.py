@@ -47,6 +47,7 @@ def test_json(tmp_path):
         ("a.json", '[{"prompt": "a", "seed": true}]', "entry 1: seed True is not a whole number"),
         ("a.json", '[{"prompt": "a", "negative_prompt": 3}]', "entry 1: negative_prompt 3 is not a text"),
         ("b.json", None, "cannot be read"),
+        ("a.toml", '[[prompt.subset]]\nprompt = "a"', "not read from TOML; write a .txt file"),
     ],
 )
 def test_what_is_wrong_is_refused_with_its_place(tmp_path, capsys, name, content, words):
@@ -55,10 +56,10 @@ def test_what_is_wrong_is_refused_with_its_place(tmp_path, capsys, name, content
     assert words in refused(capsys, "--validation_prompt", tmp_path / name)
 
 
-@pytest.mark.parametrize("prompts", [["none.txt", "a red box"], ["a red box", "Prompts.JSON"], ["a.txt", "b.txt"]])
+@pytest.mark.parametrize("prompts", [["none.txt", "a red box"], ["a red box", "Prompts.JSON"], ["a red box", "a.toml"]])
 def test_a_file_beside_other_prompts_is_refused(prompts):
     """Its name would be drawn."""
-    with pytest.raises(InvalidArgument, match=r"^--validation_prompt \S+(txt|JSON): a file beside other prompts"):
+    with pytest.raises(InvalidArgument, match=r"^--validation_prompt \S+(txt|JSON|toml): a file beside other prompts"):
         parse_args(["--validation_prompt", *prompts])
 
 
