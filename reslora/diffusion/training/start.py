@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import nn
 from ...chains import lora_layers
 from ...common.errors import InvalidArgument
 from ...common.patterns import FIELDS
-from ...export import Factors, lora_config
+from ...export import PEFT_FILE, Factors, lora_config
 from ..arguments import Flags
 from ..content import content_mark, folder_mark
 from ..model.loading import Model
@@ -56,9 +57,17 @@ def read_start(flags: Flags, model: Model) -> Start:
     layers = parts.pop(model.family.denoiser, {})
     if parts or not layers:
         problem = f"it has layers of {', '.join(parts)}, and only the denoiser goes on from a LoRA"
-        raise InvalidArgument(flag, problem, "give a LoRA of the denoiser alone")
+        raise InvalidArgument(flag, problem, _how_to_part(flags, model) if layers else "give a LoRA of the denoiser")
     mark = folder_mark(path) if path.is_dir() else content_mark(path)
     return Start(layers, expression_of(layers, names.modules), f"content {mark}")
+
+
+def _how_to_part(flags: Flags, model: Model) -> str:
+    """What makes a file of the denoiser's layers alone of one with more: PEFT has a file for each part."""
+    base = flags.pretrained_model_name_or_path
+    whose = f"--family {model.family.name}" if Path(base).is_file() else f"--base {shlex.quote(base)}"
+    command = f"reslora-convert {shlex.quote(flags.init_lora)} FOLDER --to peft {whose}"
+    return f"run {command}, and give --init_lora FOLDER/{PEFT_FILE}"
 
 
 def with_start(flags: Flags, start: Start) -> Flags:

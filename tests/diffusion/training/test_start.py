@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from diffusion.model.lora_files.loras import names, random_factors, random_lora,
 from diffusion.runs import RESUME, assert_same, final_weights, main, refused, without
 from reslora.common.adapters import ADAPTER_NAME
 from reslora.diffusion.arguments import Flags
+from reslora.diffusion.conversion import main as convert
 from reslora.diffusion.model.families import load_family
 from reslora.diffusion.model.loading import Model
 from reslora.diffusion.training.start import expression_of, read_start, with_start
@@ -232,3 +234,15 @@ def test_a_lora_of_text_encoders_or_another_family_is_refused(flags, capsys, tmp
     ):
         given = ["--init_lora", tmp_path / f"{name}.safetensors", "--output_dir", tmp_path / "out"]
         assert words in refused(capsys, *flags, *given)
+
+
+def test_the_denoisers_part_of_a_lora_is_made_as_the_refusal_says(flags, files, tmp_path, monkeypatch, capsys):
+    """kohya's scripts train text encoders, too, unless they are told not to."""
+    monkeypatch.chdir(tmp_path)
+    parts = some_lora() | {"text_encoder": {"text_model.encoder.layers.0.mlp.fc1": random_factors((32, 16), 2, 1.0, 0)}}
+    write_kohya(tmp_path / "my both.safetensors", names("stable_diffusion").to_kohya(parts))
+    line = refused(capsys, *flags, "--init_lora", "my both.safetensors", "--output_dir", "out")
+    command, given = re.search(r"; run reslora-convert (.+), and give --init_lora (\S+)$", line).groups()
+    assert convert(shlex.split(command)) == 0
+    wanted = started(files / "kohya.safetensors", "lora").state_dict()
+    torch.testing.assert_close(started(given, "lora").state_dict(), wanted)
