@@ -207,6 +207,8 @@ def read_folder(folder: Path, flags: Flags, caption: str | None = None, deep: bo
             return None
         what = "no images" if not files else f"{len(files)} images without captions (class folders are not captions)"
         fix = f"add a metadata.jsonl (file_name, {flags.caption_column}), or .txt captions beside the images"
+        if above := above_repeated(files):
+            fix = f"name {above[0]}, where kohya's folders (10_name) say repeats and captions, or {fix}"
         raise InvalidArgument(data_flag(flags), what, f"{fix}; other layouts may be what --dataset_name reads")
     otherwise = [] if caption is None else [caption]
     found = _as_found(files, [read_caption(beside[0]) if beside else otherwise for beside in texts])
@@ -238,15 +240,20 @@ def _with_folder_notes(found: Found, files: list[Path], everything: list[Path], 
         found.notes += [f"{files[0].parent}: {folders} folders in it are not read"] if folders else []
         return found
     links = sum(path.is_symlink() and path.is_dir() for path in everything)
-    repeated = sum(bool(REPEATED.fullmatch(path.parent.name)) for path in files)
+    repeated = above_repeated(files)
     if links:
         found.notes.append(f"{links} folders are symbolic links, which are not searched")
     if repeated:
         found.notes.append(
-            f"{repeated} images are in kohya's folders (10_name), whose repeats do not count: they do where the folder "
-            "above is named and has no metadata file"
+            f"{len(repeated)} images are in kohya's folders (10_name), whose repeats do not count: they do with "
+            f"--train_data_dir {repeated[0]}, where that has no metadata file"
         )
     return found
+
+
+def above_repeated(files: Sequence[Path]) -> list[Path]:
+    """The folder above that of each image which is in one of kohya's."""
+    return [path.parent.parent for path in files if REPEATED.fullmatch(path.parent.name)]
 
 
 def _as_found(files: Sequence[Path], captions: Sequence[list | str], masks: Sequence[Path | None] = ()) -> Found:

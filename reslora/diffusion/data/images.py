@@ -7,6 +7,7 @@ import io
 import os
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -32,6 +33,7 @@ SUFFIXES = {
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2", ".tga", ".ppm",
     ".heic", ".heif",
 }  # fmt: skip
+HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx")  # what such a file says that it is
 
 
 def image_size(source: Content) -> tuple[int, int] | str:
@@ -50,7 +52,19 @@ def image_size(source: Content) -> tuple[int, int] | str:
     except Exception as error:  # each format's reader has exceptions of its own
         if passes(error):
             return damage(error)
-        return "too many pixels" if type(error).__name__ == "DecompressionBombError" else "not an image"
+        if type(error).__name__ == "DecompressionBombError":
+            return "too many pixels"
+        return "HEIC, which Pillow does not read: convert it to JPEG" if _is_heic(source) else "not an image"
+
+
+def _is_heic(source: Content) -> bool:
+    """Whether it begins as photos of iPhones do."""
+    head = source[:12] if isinstance(source, bytes) else b""
+    with suppress(OSError):
+        if not isinstance(source, bytes):
+            with Path(source).open("rb") as file:
+                head = file.read(12)
+    return head[4:8] == b"ftyp" and head[8:12] in HEIC
 
 
 def open_image(source: Content) -> PIL.Image.Image:

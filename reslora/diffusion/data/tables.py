@@ -21,8 +21,14 @@ def has_file_names(metadata: Path) -> bool:
     if metadata.suffix != ".csv":
         return metadata.suffix in ROWS
     with metadata.open(encoding="utf-8-sig", errors="replace", newline="") as file, suppress(csv.Error):
-        return "file_name" in next(csv.reader(file), [])
+        first = next(csv.reader(file), [])
+        return "file_name" in first or _has_semicolons(first)  # `datasets` would not say what is wrong with these
     return False
+
+
+def _has_semicolons(first: Sequence[str]) -> bool:
+    """Whether a first line is Excel's where numbers have commas: read by commas, names are in one cell."""
+    return any("file_name" in cell.split(";") for cell in first if ";" in cell)
 
 
 def _json_rows(text: str, where: str) -> Iterator[tuple[int, object]]:
@@ -38,6 +44,9 @@ def _csv_rows(text: str, where: str) -> Iterator[tuple[int, object]]:
     """An empty cell is none."""
     rows = csv.DictReader(io.StringIO(text), strict=True)
     try:
+        if _has_semicolons(next(csv.reader(io.StringIO(text)), [])):
+            fix = "separate them with commas, and put captions into double quotes"
+            raise InvalidArgument(f"{where} line 1", "semicolons between the columns", fix)
         for row in rows:
             if any(row.pop(None, ())):
                 fix = "put captions with commas into double quotes"

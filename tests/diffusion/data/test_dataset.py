@@ -396,6 +396,15 @@ def test_bad_metadata_is_refused(tmp_path, capsys, content):
     assert "--" in refused(capsys, "--train_data_dir", folder, "--output_dir", tmp_path / "out")
 
 
+@pytest.mark.parametrize("first", ["file_name;text", '"file_name";"text"', "text;file_name"])
+def test_semicolons_in_metadata_csv_are_named(tmp_path, capsys, first):
+    """Excel writes them where numbers have commas."""
+    folder = image_folder(tmp_path / "p", 1, layout="none")
+    (folder / "metadata.csv").write_text(f"{first}\n0.png;red disc, blue box\n", encoding="utf-8-sig")
+    line = refused(capsys, "--train_data_dir", folder)
+    assert "metadata.csv line 1: semicolons between the columns; separate them with commas" in line
+
+
 @pytest.mark.parametrize(
     "content", ["", "file_name,text", '"file_name,text\n0.png,red disc', "name;text\n0.png;red disc"]
 )
@@ -408,5 +417,12 @@ def test_bad_metadata_csv_is_refused(tmp_path, capsys, content):
 def test_folder_without_captions_is_refused(tmp_path, capsys):
     image_folder(tmp_path / "p" / "cats", 2, layout="none")
     assert "2 images without captions" in refused(capsys, "--train_data_dir", tmp_path / "p")
+
+
+@pytest.mark.parametrize("named", ["img/10_sks cat", "."])
+def test_the_folder_above_kohyas_folders_is_named(tmp_path, capsys, named):
+    image_folder(tmp_path / "p" / "img" / "10_sks cat", 2, layout="none")
+    line = refused(capsys, "--train_data_dir", tmp_path / "p" / named)
+    assert f"2 images without captions (class folders are not captions); name {tmp_path / 'p' / 'img'}, where" in line
     (tmp_path / "empty").mkdir()
     assert "no images" in refused(capsys, "--train_data_dir", tmp_path / "empty")

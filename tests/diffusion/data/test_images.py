@@ -75,6 +75,16 @@ def test_the_sizes_that_sdxl_is_told_are_the_upright_images():
     assert crop_sizes(image.size, (0.5, 0.5), False, Size(4, 4)) == [8, 4, 2, 0, 4, 4]
 
 
+@pytest.mark.parametrize("brand", [b"heic", b"mp42"])
+def test_an_iphones_photo_is_told_from_what_is_no_image(tmp_path, brand):
+    """Pillow reads neither; the first is not damaged, and there is a way to read it."""
+    content = b"\0\0\0\x18ftyp" + brand + b"\0\0\0\0mif1heic"
+    (tmp_path / "a.heic").write_bytes(content)
+    found = {image_size(content), image_size(tmp_path / "a.heic")}
+    wanted = "HEIC, which Pillow does not read: convert it to JPEG" if brand == b"heic" else "not an image"
+    assert found == {wanted}
+
+
 def test_a_path_is_read_like_its_bytes(tmp_path):
     random_image(1).save(tmp_path / "1.png")
     assert same_image(open_image(tmp_path / "1.png"), open_image((tmp_path / "1.png").read_bytes()))
