@@ -19,6 +19,7 @@ from ..common.patterns import HELP as PATTERNS
 from ..config import HEADS, SHORTCUTS
 from ..merges import AUTO
 from ..merges import NAMES as MERGES
+from . import foreign
 from .optimizers import OPTIMIZERS
 from .prompts import options_text
 
@@ -75,12 +76,16 @@ class Parser(argparse.ArgumentParser):
     Flags are whole: another script's `--dataset_config` is no `--dataset_config_name`.
     """
 
+    knows_foreign = False  # whether flags of other trainers are told by what they are called here
+
     def __init__(self, **own: Any) -> None:
         super().__init__(allow_abbrev=False, **own)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse's; `~` is the home folder where no shell has said so: in a file, and behind an equals sign."""
         flags, unknown = super().parse_known_args(args, namespace)
+        if self.knows_foreign and (told := foreign.in_words(word.partition("=")[0] for word in unknown)):
+            self.error(told)
         for name, value in vars(flags).items():
             if name in PATHS and value is not None:
                 paths = [os.path.expanduser(path) for path in listed(value)]  # noqa: PTH111 - or a name on the hub
@@ -133,6 +138,7 @@ def is_experiment(flags: Mapping[str, object]) -> bool:
 def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     """All flags; those in DEFAULTS stay None until `settings.parse_args` knows whose model is trained."""
     parser = Parser(prog="train_sd.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.knows_foreign = True
     parser.add_argument(
         "--config", metavar="FILE", help="flags from TOML or a run's config.json; the command line wins"
     )

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..common.errors import InvalidArgument, first_line, refused_as, speaks
 from ..common.methods import METHODS
+from . import foreign
 from .arguments import is_experiment
 from .experiment.checks import OF_EXPERIMENTS, OF_RUNS
 from .optimizers import named
@@ -35,6 +36,8 @@ def config_defaults(parser: argparse.ArgumentParser, args: argparse.Namespace, g
     if not isinstance(table, dict):
         raise InvalidArgument(f"--config {path}", "is not a table of flags", "give a TOML file or a run's config.json")
     actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    if told := foreign.in_words(f"--{name}" for name in table):
+        raise InvalidArgument(f"--config {path}", *told.split("; ", 1))
     values = {}
     for name, value in table.items():
         if name not in actions:

@@ -1,0 +1,63 @@
+"""Flags of other trainers: what they are called here is told, and README's table says the same."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from diffusion.runs import refused
+from reslora.common.errors import InvalidArgument
+from reslora.diffusion import conversion
+from reslora.diffusion.arguments import build_parser
+from reslora.diffusion.foreign import DEFAULT, DIFFUSERS, FOREIGN, KOHYA
+from reslora.diffusion.settings import parse_args
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+OURS = {action.dest for action in build_parser()._actions}
+
+
+def flags_in(text: str) -> set[str]:
+    return set(re.findall(r"--(\w+)", text))
+
+
+def rows() -> list[list[str]]:
+    """The cells of README's table: kohya's, diffusers', those of two others, and ours."""
+    section = README.read_text(encoding="utf-8").partition("## Coming from another trainer")[2].partition("\n## ")[0]
+    return [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")]
+
+
+def test_readmes_table_and_what_is_told_agree():
+    for number, known in enumerate((KOHYA, DIFFUSERS)):
+        in_table = {name: row[-1] for row in rows() for name in flags_in(row[number]) - OURS}
+        assert known.keys() == in_table.keys()
+        for name, here in known.items():
+            assert flags_in(here) <= flags_in(in_table[name]) & OURS
+            assert flags_in(here) or (here is DEFAULT and DEFAULT in in_table[name])
+
+
+def test_the_command_line_names_all_of_them(capsys):
+    line = refused(capsys, "--network_dim=8", "--rank", "4", "--repeats", "3", "--save_state", "--unknown")
+    assert line.endswith(
+        "error: --network_dim is kohya's name; here it is --rank. --repeats is diffusers' name; here it is "
+        "--train_data_repeats. --save_state is kohya's name; here it is the default, leave it out"
+    )
+    line = refused(capsys, "--dataset_config", "x.toml")
+    assert "--dataset_config is kohya's name; here it is --train_data_dir" in line
+
+
+def test_a_configuration_does_too(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text("network_dim = 8\nrank = 4\nunet_lr = 1e-4")
+    told = "--network_dim is kohya's name; here it is --rank. --unet_lr is kohya's name; here it is --learning_rate"
+    with pytest.raises(InvalidArgument, match=re.escape(f"--config {file}: {told}") + "$"):
+        parse_args(["--config", str(file)])
+
+
+def test_other_commands_have_names_of_their_own(capsys):
+    with pytest.raises(SystemExit):
+        conversion.main(["in", "out", "--to", "kohya", "--network_weights", "x"])
+    assert "unrecognized arguments: --network_weights x" in capsys.readouterr().err
+
+
+def test_none_is_a_flag_here():
+    assert not OURS & FOREIGN.keys()
