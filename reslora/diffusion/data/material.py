@@ -21,6 +21,7 @@ from .captions import VERBATIM, recipe_of
 from .class_images import balanced
 from .dataset import ImageDataset, data_flag
 from .encoding import Latents, Texts, Variants, damaged_images, encode_images, encode_texts, without_damaged
+from .lengths import tell_long_captions
 from .samples import Material
 from .size import Size
 from .sources import Source, split
@@ -49,6 +50,7 @@ def material_of(
     sizes = {size for source in sources for size in source.buckets}
     shapes = {size: family.latent_shape(pipeline, size.height, size.width) for size in sizes}
     material = Material(sources, Texts(None, {}), objective, shapes, context.flags, family.latents_per_token)
+    tell_long_captions(material, pipeline, context)
     return with_texts(material, pipeline, context)
 
 
