@@ -7,8 +7,9 @@ from pathlib import Path
 
 from ...common.errors import InvalidArgument
 from ..arguments import Flags, listed
-from .dataset import METADATA, REPEATED, SAVED, ImageDataset, files_of, sample, usable
+from .dataset import METADATA, REPEATED, SAVED, ImageDataset, sample, usable
 from .images import SUFFIXES
+from .listing import files_of
 
 MOST_REPEATS = 1000  # of a folder's name: what is more is a year or a date
 Part = tuple[str, int, str | None]
