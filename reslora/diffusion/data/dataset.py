@@ -54,8 +54,10 @@ class ImageDataset:
     """Of the loss of its samples."""
     of_class: bool = False
     """Whether they are class images."""
-    masks: int = 0
-    """How many have a mask or an alpha channel, where that is asked for."""
+    masked: Sequence[bool] = ()
+    """Whether each has a mask or an alpha channel, where that is asked for."""
+    label: str = ""
+    """What they are called where it is told how often an epoch meets them; empty where that goes without saying."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -76,6 +78,7 @@ class ImageDataset:
             self, rows=self.rows.select(indices), captions=[self.captions[i] for i in indices],
             sizes=[self.sizes[i] for i in indices], left_out=(*self.left_out, *left_out),
             marks=[self.marks[i] for i in indices] if self.marks else (),
+            masked=[self.masked[i] for i in indices] if self.masked else (),
         )  # fmt: skip
 
     def source(self, index: int) -> Content:
@@ -130,7 +133,7 @@ def usable(flags: Flags, caption: str | None = None, deep: bool = True) -> Image
     """
     folder = Path(flags.dataset_name or flags.train_data_dir)
     found = (read_folder(folder, flags, caption, deep) if folder.is_dir() else None) or read_dataset(flags)
-    keep, left_out, sizes, masks = [], [], [], 0
+    keep, left_out, sizes, masked = [], [], [], []
     for index, row in enumerate(found.rows):
         source, size = _source(row), found.size(index, row)
         if isinstance(size, str):
@@ -143,14 +146,13 @@ def usable(flags: Flags, caption: str | None = None, deep: bool = True) -> Image
             continue
         keep.append(index)
         sizes.append(size)
-        masks += flags.masked_loss and is_masked(source, _source(row, "mask"))
+        masked += [is_masked(source, _source(row, "mask"))] if flags.masked_loss else []
     if not keep:
         example = f" (for example {left_out[0]})" if left_out else ""
         fix = "add a metadata.jsonl, or .txt captions beside the images"
         raise InvalidArgument(data_flag(flags), f"no image with a caption in it{example}", fix)
     rows = found.rows.select(keep) if keep != list(range(len(found.rows))) else found.rows
-    notes = [*found.notes, *([f"{masks} of {len(keep)} images are masked"] if flags.masked_loss else [])]
-    return ImageDataset(rows, list(rows["captions"]), tuple(left_out), tuple(notes), sizes, masks=masks)
+    return ImageDataset(rows, list(rows["captions"]), tuple(left_out), tuple(found.notes), sizes, masked=masked)
 
 
 def sample(folders: Sequence[ImageDataset], flags: Flags) -> list[ImageDataset]:

@@ -63,7 +63,7 @@ def test_what_metadata_names_in_a_hidden_folder_is_read(tmp_path):
     named = {"file_name": "0.png", "text": "red disc", "mask": ".ipynb_checkpoints/0.png"}
     (folder / "metadata.jsonl").write_text(json.dumps(named))
     (found,) = gather(folder, "--masked_loss")
-    assert found.masks == 1 and only(found.notes, *HIDDEN).startswith("1 ")
+    assert found.masked == [True] and only(found.notes, *HIDDEN).startswith("1 ")
 
 
 def test_where_the_datasets_library_reads_a_folder_hidden_ones_are_told_of_too(tmp_path):
