@@ -26,7 +26,7 @@ from .samples import Material
 from .size import Size
 from .sources import Source, split
 
-NOTED = "images.json"  # which images a run uses, and which it does not
+NOTED = "images.json"  # how many images a run uses, their content in short, and which are left out
 VARIANTS, FEW_VARIANTS = 4, 1000  # of a caption, and in a run: so many at most are encoded beforehand
 
 
@@ -55,7 +55,7 @@ def material_of(
 
 
 def note_images(material: Material, context: Context, goes_on: bool) -> None:
-    """Notes in the run's folder which images it uses: some are known to be damaged only once they are opened.
+    """Notes in the run's folder what images it uses: some are known to be damaged only once they are opened.
 
     Refuses to go on with others than those that were used before: other ones would be held out.
     """
