@@ -233,7 +233,9 @@ class Bench:
         arguments = self.arguments_of(self.course.arms()[0])
         settings = arguments.settings | {"num_processes": arguments.training.world_size}
         found = {name: value for name, value in settings.items() if name not in FREE_ON_RESUME or name in FIXED}
-        found |= {name: self.values[name] for name in (*SEVERAL.values(), "lora_alpha")}
+        found |= {name: self.values[name] for name in SEVERAL.values()}
+        if isinstance(self.values["lora_r"], list):
+            found["lora_alpha"] = self.values["lora_alpha"]  # None: twice each rank
         found |= {part: fingerprint(map(repr, getattr(self.parts, part))) for part in ("train", "select", "test")}
         return json.loads(json.dumps({name: value for name, value in found.items() if name not in CHANGING}))
 

@@ -24,6 +24,7 @@ from reslora.language.arguments import ExperimentArguments
 from reslora.language.experiment import flags_of, values_of
 from reslora.language.llm_tasks import TASKS, examples_of
 from reslora.language.llm_trainer import Encoder
+from reslora.language.parts import Parts
 
 from .helpers import write_rows
 from .test_glue import make_rows, write_model
@@ -197,6 +198,7 @@ def test_nothing_but_methods_rates_and_seeds_may_change(common, whole, tmp_path,
     output, _ = whole
     for flags, words in (
         (("--lora_r", "2"), "--lora_r 2"),
+        (("--lora_alpha", "0"), "--lora_alpha 0"),
         (("--max_steps", "3"), "--max_steps 3"),
         (("--per_device_eval_batch_size", "3"), "--per_device_eval_batch_size 3"),
         (("--max_test_samples", "3"), "the test examples"),
@@ -230,6 +232,7 @@ def test_an_experiment_goes_on_with_as_many_processes_as_before(common, whole, c
     identity = dict(found["identity"])
     assert identity.pop("num_processes") == 1
     del identity["per_device_eval_batch_size"]  # what earlier versions have not recorded is no difference
+    identity["lora_alpha"] = 8.0  # as they wrote their default
     (output / "experiment.json").write_text(json.dumps({**found, "identity": identity}))
     assert run(*command) == 0 and record(output)["identity"] == found["identity"]
     monkeypatch.setattr(TrainingArguments, "world_size", 2)
@@ -305,6 +308,21 @@ def test_ranks_shortcuts_and_numbers_of_blocks_are_compared():
     assert place == "block/pre_num--1/rank-4/lr-0.001/seed-0"
     assert (own.shortcut, own.pre_num, own.rank, own.lora_alpha) == ("block", -1, 4, 8)
     assert [found[name][1].pre_num for name in ("lora rank 2", "ms_placebo middle(-1) rank 2")] == [2, -1]
+
+
+@pytest.mark.parametrize(
+    ("rank", "alpha"), [(["4"], 8), (["16"], 32), (["4", "16"], None), (["16", "--lora_alpha=5"], 5)]
+)
+def test_what_an_experiment_goes_on_with_has_twice_the_rank_as_alpha(tmp_path, rank, alpha):
+    """None stands for twice each of several ranks, as earlier versions wrote it."""
+    words = ["--seed", "0", "1", "--use_cpu", f"--output_dir={tmp_path}", "--lora_r", *rank]
+    parser, values = llm_arguments.read(words)
+    course = Course(flags_of(values), 0.0)
+    bench = experiment.Bench(course, llm.LlmStudy(parser), values, Parts([], [], [], 0, []), 0, StopRequest())
+    assert bench.identity["lora_alpha"] == alpha
+    assert {bench.arguments_of(arm).method.lora_alpha for arm in course.arms()} == (
+        {8, 32} if alpha is None else {alpha}
+    )
 
 
 @pytest.mark.parametrize("script", ["llm", "glue"])
