@@ -38,7 +38,7 @@ from ..experiment.run import train_and_conclude
 from ..experiment.subject import COMPARING
 from ..files import read_object, remove_leftovers, replacing, write_json
 from .arguments import SEVERAL, ExperimentArguments, check_number
-from .checkpoints import checkpoints_of
+from .checkpoints import checkpoints_of, set_unfinished_aside
 from .parts import Parts
 from .results import as_plain, export
 from .resuming import FREE_ON_RESUME, fingerprint, is_same
@@ -193,6 +193,7 @@ def take_folder(bench: Bench, stack: contextlib.ExitStack) -> None:
     for place in map(course.folder_of, course.arms()):
         remove_leftovers(place)
         remove_leftovers(place / ADAPTERS)
+        set_unfinished_aside(place, bench.identity["num_processes"])
     known = {name: value for name, value in bench.values.items() if not name.endswith("token")}
     write_json(folder / "config.json", json.loads(json.dumps(known, default=str)))
 

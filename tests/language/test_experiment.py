@@ -194,6 +194,23 @@ def test_an_arm_whose_adapters_are_gone_is_named_and_trained_anew_once_it_is_rem
     assert [arm["test"] for arm in record(output)["arms"]] == [arm["test"] for arm in record(whole[0])["arms"]]
 
 
+def test_an_arm_that_was_killed_in_its_first_checkpoint_begins_afresh(common, tmp_path, monkeypatch):
+    class Killed(Exception):
+        pass
+
+    def kill(folder):
+        (folder / "rng_state.pth").unlink()
+        raise Killed
+
+    command = [*common, "--method", "lora", "--seed", "0", "1", "--output_dir", tmp_path]
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr("reslora.language.trainer.write_checksums", kill)
+        run(*command)
+    assert run(*command) == 0
+    assert {arm["status"] for arm in record(tmp_path)["arms"]} == {"finished"}
+    assert [path.name for path in tmp_path.rglob("set-aside-*")] == ["set-aside-checkpoint-1"]
+
+
 def test_nothing_but_methods_rates_and_seeds_may_change(common, whole, tmp_path, capsys):
     output, _ = whole
     for flags, words in (
