@@ -36,7 +36,7 @@ from ..experiment.record import EXPERIMENT, Facts, TestLosses, facts_of
 from ..experiment.report import About
 from ..experiment.run import train_and_conclude
 from ..experiment.subject import COMPARING
-from ..files import read_object, remove_leftovers, replacing, write_json
+from ..files import read_object, remove, remove_leftovers, replacing, write_json
 from .arguments import SEVERAL, ExperimentArguments, check_number
 from .checkpoints import checkpoints_of, set_unfinished_aside
 from .parts import Parts
@@ -315,7 +315,9 @@ class Bench:
         return {name: record[name] for name in ("images", "losses", "figures")}  # type: ignore[return-value]
 
     def export(self, arm: Arm, step: int) -> str | None:
-        """Writes `peft/` of an arm's checkpoint, and `merged/` with --merge_and_save."""
+        """Writes `peft/` of an arm's checkpoint, and with --merge_and_save `merged/`; else an earlier one goes."""
         model, method = self.restored(arm, step), self.arguments_of(arm).method
+        if not method.merge_and_save:
+            decided(lambda: remove(self.course.folder / "merged"))
         export(model, self.course.folder, method, tokenizer=self.study.tokenizer)
         return "peft/"

@@ -190,6 +190,7 @@ def test_an_arm_whose_adapters_are_gone_is_named_and_trained_anew_once_it_is_rem
     shutil.rmtree(folder)
     before = times(output)
     assert run(*command) == 0 and {path: time for path, time in times(output).items() if path in before} == before
+    assert (output / "peft").is_dir() and not (output / "merged").exists()  # which may be of another choice
     assert weights(folder / "adapters" / "step-000002") == weights(whole[0] / found["folder"] / "adapters/step-000002")
     assert [arm["test"] for arm in record(output)["arms"]] == [arm["test"] for arm in record(whole[0])["arms"]]
 
@@ -245,7 +246,7 @@ def test_nothing_but_methods_rates_and_seeds_may_change(common, whole, tmp_path,
 
 def test_an_experiment_goes_on_with_as_many_processes_as_before(common, whole, capsys, monkeypatch):
     output, _ = whole
-    command, found = [*common, *EXPERIMENT, "--output_dir", output], record(output)
+    command, found = [*common, *EXPERIMENT, "--merge_and_save", "--output_dir", output], record(output)
     identity = dict(found["identity"])
     assert identity.pop("num_processes") == 1
     del identity["per_device_eval_batch_size"]  # what earlier versions have not recorded is no difference
