@@ -41,7 +41,7 @@ from .arguments import SEVERAL, ExperimentArguments, check_number
 from .checkpoints import checkpoints_of, set_unfinished_aside
 from .parts import Parts
 from .results import as_plain, export
-from .resuming import FREE_ON_RESUME, fingerprint, is_same
+from .resuming import FREE_ON_RESUME, fingerprint, in_words, is_same
 from .trainer import AdapterTrainer, total_steps
 
 TEST, MOST_LOOKS = "test.json", 10
@@ -187,8 +187,8 @@ def take_folder(bench: Bench, stack: contextlib.ExitStack) -> None:
         earlier = there.get(name, value if name in RECORDED_LATER else None)
         if not is_same(name, earlier, value):
             data = name in ("train", "select", "test")
-            argument = f"the {name} examples" if data else f"--{name} {value}"
-            problem = "was begun with others" if data else f"was begun with {earlier}"
+            argument = f"the {name} examples" if data else f"--{name} {in_words(value)}"
+            problem = "was begun with others" if data else f"was begun with {in_words(earlier)}"
             raise InvalidArgument(argument, f"{folder} {problem}", "use these, or choose another --output_dir")
     for place in map(course.folder_of, course.arms()):
         remove_leftovers(place)

@@ -217,6 +217,7 @@ def test_nothing_but_methods_rates_and_seeds_may_change(common, whole, tmp_path,
     for flags, words in (
         (("--lora_r", "2"), "--lora_r 2"),
         (("--lora_alpha", "0"), "--lora_alpha 0"),
+        (("--shortcut", "input", "block"), f"--shortcut input block: {output} was begun with input; "),
         (("--max_steps", "3"), "--max_steps 3"),
         (("--per_device_eval_batch_size", "3"), "--per_device_eval_batch_size 3"),
         (("--max_test_samples", "3"), "the test examples"),
