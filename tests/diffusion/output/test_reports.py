@@ -129,8 +129,8 @@ def test_validation_loss_is_the_unweighted_mean_over_all_noises_of_all_held_out_
     denoiser.train()
     modes = []
     denoiser.register_forward_pre_hook(lambda module, _: modes.append(module.training))
-    found = Validation(loss, material, None, Accelerator(cpu=True), StopRequest()).mean_loss(denoiser)
-    assert found == pytest.approx(sum(expected) / 8, rel=1e-5)
+    found = Validation(loss, material, None, Accelerator(cpu=True), StopRequest()).losses(denoiser).mean()
+    assert found.item() == pytest.approx(sum(expected) / 8, rel=1e-5)
     assert denoiser.training and modes == [False] * 3
 
 
