@@ -15,7 +15,8 @@ from reslora.language.arguments import (
     build_parser,
     check_number,
     check_whole,
-    parse_arguments,
+    parse_values,
+    parsed,
     settings,
 )
 
@@ -28,7 +29,8 @@ class ModelArguments:
 
 def parse(*argv, **options):
     types = (ModelArguments, MethodArguments, AdapterTrainingArguments)
-    return parse_arguments(build_parser(types, "script.py"), [*argv, "--report_to", "none"], **options)
+    parser = build_parser(types, "script.py")
+    return parsed(parser, parse_values(parser, [*argv, "--report_to", "none"], **options))
 
 
 @pytest.mark.parametrize(
