@@ -71,7 +71,8 @@ class TrainTab(LaunchTab):
         self.begin.change(readable_errors(self.fill_once), [self.begin, self.begun], filled, **in_turn)
         for button, request in ((self.sample_now, launcher.SAMPLE), (self.save_now, launcher.SAVE)):
             ask = readable_errors(partial(self.ask, request))
-            button.click(ask, None, self.answer, api_name=f"train_{request.replace('.', '_')}", queue=False)
+            named = f"train_{request.replace('.', '_')}"
+            button.click(ask, None, self.answer, api_name=named, concurrency_limit=None)
 
     def fill(self, name: str) -> list:
         """The form with the settings of a preset or a run; refuses a run whose model a page cannot name."""

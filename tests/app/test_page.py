@@ -836,10 +836,15 @@ def test_names_and_prompts_of_a_run_are_no_markup(page, runs):
 
 
 def test_an_experiment_is_planned_and_its_report_is_read(page, runs):
-    """The newest experiment comes into view by itself, its report in a frame; the form says how many arms it makes."""
+    """The newest experiment comes into view by itself, its report in a frame; the form says how many arms it makes.
+
+    Where there is none yet, Stop says so.
+    """
+    page.get_by_role("tab", name="Experiment").click()
+    page.locator("#experiment-stop").click()
+    page.get_by_text("There is no experiment of that name").wait_for()
     write_experiment(runs / "which")
     try:
-        page.get_by_role("tab", name="Experiment").click()
         report = page.frame_locator("#experiment-report iframe")
         report.get_by_role("heading", level=1).get_by_text("reslora block(4) is better than lora").wait_for()
         page.locator("#experiment-state").get_by_text("60 of 60 arms ended").wait_for()
