@@ -10,6 +10,7 @@ import gradio as gr
 from reslora.diffusion.arguments import SEVERAL
 
 from .. import form, launcher, views
+from ..bases import word_of_model
 from ..handlers import readable_errors
 from ..runs import Run, RunError
 from .base import Parts
@@ -77,7 +78,7 @@ class TrainTab(LaunchTab):
     def fill(self, name: str) -> list:
         """The form with the settings of a preset or a run; refuses a run whose model a page cannot name."""
         settings = form.settings_of(name, self.library.runs())
-        return [launcher.word_of_model(name, settings), *form.values_of(settings, self.all_names())]
+        return [word_of_model(name, settings), *form.values_of(settings, self.all_names())]
 
     def fill_by_mouse(self, name: str) -> list:
         """The form, and whose settings it has."""
