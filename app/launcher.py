@@ -253,6 +253,8 @@ class Trainings:
     def _launch(self, run: Run, words: list[str], device: str | None) -> Run:
         self.asked = {process for process in self.asked if is_trainer(process)}
         self.began.discard(run.name)
+        for request in (SAVE, SAMPLE):  # to which nothing came any more when it trained before
+            (run.folder / request).unlink(missing_ok=True)
         environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": search_path()}
         if device is not None:
             environment["CUDA_VISIBLE_DEVICES"] = device
@@ -350,13 +352,28 @@ class Trainings:
 
     def ask(self, request: str) -> str:
         """Ask the trainer that is at work for a checkpoint or for samples after this step, and say so."""
-        found = [run for run in self.all_active() if run.process is not None]
+        found = list(self.all_active())
         if not found:
             return "Nothing is training."
-        for run in found:
+        why_not = {run.name: self.why_not_asked(run, request) for run in found}
+        asked = [run for run in found if not why_not[run.name]]
+        if not asked:
+            return " ".join(why_not.values())
+        for run in asked:
             (run.folder / request).touch()
         what = {SAVE: "a checkpoint is saved", SAMPLE: "samples are drawn"}[request]
-        return f"{names_of(found)}: {what} after this step."
+        return f"{names_of(asked)}: {what} after this step."
+
+    def why_not_asked(self, run: Run, request: str) -> str:
+        """Why a run that trains could do nothing of what is asked for; empty where it can."""
+        done, total = run.progress
+        if run.process is None:
+            return f"{run.name} is starting, or ending; ask once it trains."
+        if total and done == total:
+            return f"{run.name} has taken its last step."
+        if request == SAMPLE and run.config and not run.prompts:
+            return f"{run.name} draws no samples: it has no prompts."
+        return ""
 
     def is_active(self, run: Run) -> bool:
         """Whether the run is training, or about to."""
