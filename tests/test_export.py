@@ -404,6 +404,16 @@ def test_what_trains_beside_lora_is_merged_and_in_no_plain_file(more, words, tmp
     assert not list(tmp_path.iterdir())
 
 
+def test_merged_weights_of_layers_that_are_stored_turned_are_pefts():
+    """GPT-2's are; of a square one nothing but the numbers would tell."""
+    model = ARCHITECTURES["gpt2"].lora(target_modules=["c_attn", "c_proj"])
+    merged = merged_state_dict(model.get_base_model())
+    expected = model.merge_and_unload().state_dict()
+    assert merged.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(merged[name], value, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_trained_tokens_are_merged_and_in_no_plain_file(tied, tmp_path):
     """The rows of an embedding that `trainable_token_indices` names, and of the last layer where that is tied to it."""

@@ -108,19 +108,23 @@ def batch_at(step: int, pictures: torch.Tensor, args: argparse.Namespace) -> tup
     return batch, generator
 
 
+def image_error(error: torch.Tensor, edges: float = 1.0) -> torch.Tensor:
+    """L1 of the picture and of its differences between neighbouring pixels, which keep edges sharp; and the squared
+    error, from which colours are learnt much sooner."""
+    differences = (error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()) / 2
+    return error.abs().mean() + edges * differences + error.square().mean()
+
+
 def loss_of(vae: AutoencoderKL, batch: torch.Tensor, generator: torch.Generator, args: argparse.Namespace) -> tuple:
-    """L1 of the picture and of its differences between neighbouring pixels, which keep edges sharp; the squared error,
-    from which colours are learnt much sooner; and the weighted mean KL. Returns the sum, and L1 and KL alone."""
+    """The error of the picture and the weighted mean KL. Returns the sum, and L1 and KL alone."""
     posterior = vae.encode(batch).latent_dist
     latents = posterior.sample(generator)
     coarse = torch.rand(len(batch), generator=generator) < args.coarse
     fine = torch.arange(latents.shape[1]) >= COARSE
     latents = latents * ~(coarse[:, None] & fine)[..., None, None]
     error = vae.decode(latents).sample.float() - batch
-    l1 = error.abs().mean()
-    edges = (error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()) / 2
     kl = posterior.kl().mean() / posterior.mean[0].numel()
-    return l1 + args.edges * edges + error.square().mean() + args.kl * kl, l1, kl
+    return image_error(error, args.edges) + args.kl * kl, error.abs().mean(), kl
 
 
 @torch.no_grad()

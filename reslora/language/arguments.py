@@ -361,11 +361,6 @@ def parsed(parser: HfArgumentParser, values: Mapping[str, Any]) -> tuple:
         return parser.error(first_line(error))
 
 
-def parse_arguments(parser: HfArgumentParser, argv: Sequence[str] | None = None, **options: Any) -> tuple:
-    """`parsed` of `parse_values`."""
-    return parsed(parser, parse_values(parser, argv, **options))
-
-
 def settings(*arguments: Any) -> dict:
     """The flags of several dataclasses as one JSON-able dict, the content of a run's `config.json`; no tokens."""
     merged: dict = {}

@@ -559,6 +559,12 @@ def test_images_with_merged_weights_beside_the_base(page):
     assert page.locator("#gallery .grid-wrap").evaluate(whole)
 
 
+def draw_slowly(page) -> None:
+    """So that what is drawn cannot end before it is stopped, however slow the browser is."""
+    for name, value in (("Denoising steps", "150"), ("Width", "512"), ("Height", "512")):
+        page.get_by_label(f"number input for {name}").fill(value)
+
+
 def test_a_grid_is_drawn_enlarged_stopped_and_taken_along(page):
     """Values stand there once a setting is chosen, by mouse or keys, and leaving it again leaves them alone; a cell is
     shown as it was drawn; the arrows go from cell to cell; each button stops its own."""
@@ -590,7 +596,7 @@ def test_a_grid_is_drawn_enlarged_stopped_and_taken_along(page):
         page.locator("#grid-sheet").click()
     with PIL.Image.open(download.value.path()) as image:
         assert image.width > 3 * 128 and download.value.suggested_filename.endswith("-grid.png")
-    page.locator("#denoising input[type=number]").fill("150")
+    draw_slowly(page)
     page.locator("#values-x textarea, #values-x input").fill(" ".join(str(n / 100) for n in range(30)))
     page.locator("#draw-grid").click()
     page.locator("#xy-status").get_by_text("Row 1 of 2").wait_for()
@@ -674,7 +680,7 @@ def test_what_is_asked_as_the_stream_of_answers_ends_is_answered(browser, addres
 
 def test_cancel(page):
     page.get_by_role("tab", name="Generate").click()
-    page.locator("#denoising input[type=number]").fill("150")
+    draw_slowly(page)
     page.locator("#images input[type=number]").fill("8")
     page.locator("#generate").click()
     page.locator("#status").get_by_text("of 8").first.wait_for()

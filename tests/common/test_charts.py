@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 import pytest
 from matplotlib.ticker import MaxNLocator
 
-from reslora.common.charts import PAGE, Line, line_chart, ticks
+from reslora.common.charts import PAGE, Line, interval, line_chart, ticks
 
 
 def lines_of(chart: str) -> list[list[tuple[float, float]]]:
@@ -55,3 +55,9 @@ def test_without_points_there_is_an_empty_frame():
 )
 def test_ticks_are_round_numbers(low, high, expected):
     assert ticks(low, high, MaxNLocator(5, steps=[1, 2, 5, 10])) == expected
+
+
+def test_an_interval_is_drawn_about_its_mean_and_to_scale():
+    """Zero is in the middle, at 75, and the farthest end of all intervals 70 from it."""
+    drawn = interval((-2.0, -1.0), -1.5, 4.0)
+    assert 'd="M75 0V16"' in drawn and 'd="M40.0 8H57.5"' in drawn and 'cx="48.8"' in drawn

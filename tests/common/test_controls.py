@@ -131,7 +131,7 @@ def test_a_placebo_adds_as_many_rotations_as_there_are_neighbours_and_as_much_as
     a, x = by_hand(start)
     model = placebo(method, head)
     layers = lora_layers(base_model(model), "default")
-    reach = 1 if method == "is_placebo" else 2
+    reach, firsts = 1 if method == "is_placebo" else 2, set()
     for n, name in enumerate(stack_chain()):
         layer, probe = layers[name], torch.randn(5, 6, dtype=torch.float64)
         original, up = (value for key, value in trained_state(model).items() if f".{n}.proj.lora_" in key)
@@ -141,6 +141,7 @@ def test_a_placebo_adds_as_many_rotations_as_there_are_neighbours_and_as_much_as
         elif n:
             matrices, scale = rotations_of(model, name)
             assert len(matrices) == min(n, reach)
+            firsts.add(tuple(matrices[0].flatten().tolist()))
             neighbours = x[n - 1] @ a[n].T if reach == 1 else sum(x[k] @ a[k].T for k in range(max(0, n - 2), n))
             ratio = neighbours.norm() / (x[n] @ a[n].T).norm()
             assert scale == pytest.approx(ratio.item() / math.sqrt(len(matrices)), rel=1e-12)
@@ -148,6 +149,7 @@ def test_a_placebo_adds_as_many_rotations_as_there_are_neighbours_and_as_much_as
                 assert torch.equal(matrix @ matrix.T, torch.eye(6, dtype=torch.float64))
             added = scale * sum(probe @ matrix.T @ original.T for matrix in matrices)
         assert_equal(layer(probe), layer.base_layer(probe) + ALPHA / RANK * (own + added) @ up.T)
+    assert len(firsts) == 3  # no two layers have the same
 
 
 def test_rotations_are_of_the_seed_and_of_the_block_and_leave_wide_inputs_uncorrelated():

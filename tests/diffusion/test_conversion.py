@@ -310,13 +310,13 @@ def test_weights_that_are_to_be_scaled_are_refused(mark, tmp_path, capsys):
 
 
 def test_single_files_with_the_original_names_are_told_apart_too(tuned, tmp_path):
-    """Flux's are fused; those of Stable Diffusion have a prefix."""
+    """Flux's are fused, and one has its halves in another order; those of Stable Diffusion have a prefix."""
     known, pair = names("flux"), []
     generator = torch.Generator().manual_seed(0)
     base = {name: torch.randn(shape, generator=generator) for name, shape in known.shapes.items()}
-    layer = "single_transformer_blocks.1.attn.to_v"
-    change = {layer: update(random_factors(known.shapes[layer], 2, 0.1, 0)).float()}
-    for number, weights in enumerate((base, base | {layer: base[layer] + change[layer]})):
+    layers = ("single_transformer_blocks.1.attn.to_v", "norm_out.linear")
+    change = {layer: update(random_factors(known.shapes[layer], 2, 0.1, 0)).float() for layer in layers}
+    for number, weights in enumerate((base, base | {layer: base[layer] + change[layer] for layer in layers})):
         content = {}
         for name, fused in known.original.items():
             rows = torch.cat([weights[each] for _, each in fused.layers])
@@ -326,7 +326,8 @@ def test_single_files_with_the_original_names_are_told_apart_too(tuned, tmp_path
         save_file(content, pair[-1])
     flags = ["--base", tiny("flux"), "--rank", 2, "--to", "peft"]
     assert convert("--extract", *pair, tmp_path / "out", *flags) == 0
-    assert_same(read(tmp_path / "out", known), {f"transformer.{layer}": change[layer].double()}, 1e-5)
+    expected = {f"transformer.{layer}": change[layer].double() for layer in layers}
+    assert_same(read(tmp_path / "out", known), expected, 1e-5)
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------

@@ -19,12 +19,16 @@ def course(tmp_path):
 
 
 def leave(course: Course, arm: Arm, best: float = 2e-4, seconds: float = 3.0, wall: float = 5.0) -> None:
-    """What an arm leaves that has ended: losses that are lowest at the rate `best`, and at its second step."""
+    """What an arm leaves that has ended: lower losses the nearer its rate is to `best`, but for those of its last look.
+
+    They are lowest at the second look, at step 4; training losses are lower than all.
+    """
     loss, folder = abs(math.log(arm.rate / best)) + 1, course.folder_of(arm)
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [
-        {"step": step, "split": "validation", "loss": loss + abs(step - 2), "seconds": seconds} for step in (0, 1, 2, 3)
-    ]
+    looks = {0: loss + 1, 2: loss + 1, 4: loss, 6: 99 - loss}
+    found = [(step, "train", 0.1) for step in range(1, 7)]
+    found = sorted([*found, *((step, "validation", look) for step, look in looks.items())])
+    rows = [{"step": step, "split": split, "loss": value, "seconds": seconds} for step, split, value in found]
     (folder / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
     course.end(arm, "", 100, wall)
 
@@ -59,18 +63,22 @@ def test_records_say_what_has_become_of_arms(course):
     found = {(record["label"], record["learning_rate"]): record for record in map(one.record, one.arms())}
     done = found["lora", 2e-4]
     assert (done["folder"], done["status"], done["memory_bytes"]) == ("lora/lr-0.0002/seed-0", "finished", 100)
-    assert done["select_by_step"] == {"1": 2.0, "2": 1.0, "3": 2.0} and (done["steps"], done["seconds"]) == (3, 3.0)
+    assert done["select_by_step"] == {"2": 2.0, "4": 1.0, "6": 98.0} and (done["steps"], done["seconds"]) == (6, 3.0)
     assert done["wall_seconds"] == 5.0 and found["reslora", 2e-4]["wall_seconds"] is None
     assert done["shortcut"] is None and done["rank"] == 2 and arm.label == "lora"
     assert found["reslora", 2e-4]["status"] == "running" and found["reslora", 2e-4]["shortcut"] == "input"
     assert found["lora", 1e-4]["status"] == "waiting"
 
 
-def test_an_arm_that_ended_without_a_loss_does_not_keep_the_others_from_theirs(course):
+def test_an_arm_without_a_loss_or_that_diverged_does_not_keep_the_others_from_theirs(course):
+    """However good its loss was before it diverged."""
     one = course()
     arm = one.next_arm()
     one.end(arm, "", 100, 5.0)
-    assert one.losses() == {arm: math.inf} and len(run(course())) == 5
+    diverged = one.next_arm()
+    leave(one, diverged)
+    one.end(diverged, "the loss is not finite at step 7", 100, 5.0)
+    assert one.losses() == {arm: math.inf, diverged: math.inf} and len(run(course())) == 4
 
 
 @pytest.mark.parametrize("kill", range(1, 14, 4))

@@ -17,6 +17,7 @@ from PIL import Image
 from waiting import LIMIT
 
 from experiment import examples
+from reslora.common.charts import Series
 from reslora.diffusion.experiment.pages import IMAGES, timestep_chart
 from reslora.experiment import look, report
 from reslora.experiment.statistics import rerun
@@ -70,6 +71,8 @@ def test_all_of_it_in_order(text, experiment):
     assert f"&minus;{-low:.1f}% to &minus;{-high:.1f}%" in text
     assert "loha: 1 arm, failed" in words and "torch 2.9" in words and "duplicates 3" in words
     assert f"<h1>{better['sentence']}</h1>" in text
+    bars = re.findall(r'class="bar" d="M([\d.]+) 8H([\d.]+)"/><circle class="dot" cx="([\d.]+)"', text)
+    assert len(bars) == 3 and all(float(low) < float(mean) < float(high) for low, high, mean in bars)
 
 
 def test_a_loss_of_one_more_seed_is_not_below_zero(experiment, folder):
@@ -190,11 +193,11 @@ def test_a_damaged_image_and_a_missing_one(experiment, tmp_path):
         ),
         (
             ("not shown", "not shown"),
-            "no difference between 2 methods and lora shown (could have shown 0.8% for each)",
+            "no difference between 2 methods and lora shown (could have shown 1.2% for each)",
         ),
         (
             ("not shown", "not shown", "cannot tell"),
-            "no difference between 2 methods and lora shown (could have shown 0.8% for each); 1 cannot be told yet",
+            "no difference between 2 methods and lora shown (could have shown 1.2% for each); 1 cannot be told yet",
         ),
         (("cannot tell", "not shown", "cannot tell"), "b: sentence; 2 cannot be told yet"),
         (("worse", "cannot tell"), "nothing is shown to be better; a: sentence; 1 cannot be told yet"),
@@ -211,7 +214,7 @@ def test_the_headline(conclusions, words):
     verdicts = [
         {"label": label, "reference": "lora", "conclusion": conclusion, "sentence": f"{label}: sentence"}
         | {"relative": {"better": -1.0, "worse": 1.0}.get(conclusion, 0.1) * (place + 1)}
-        | {"detectable": None if conclusion == "cannot tell" else 0.8}
+        | {"detectable": None if conclusion == "cannot tell" else 0.8 + 0.4 * place}
         for place, (label, conclusion) in enumerate(zip("abc", conclusions, strict=False))
     ]
     arms = [{"status": "finished"}] * 2
@@ -256,6 +259,25 @@ def test_charts_show_what_is_finite(experiment, folder):
     assert not re.search(r"<circle|class=\"ring\"", svg) and svg.count("<figure>") == 1  # nothing is chosen
     assert svg.count('class="hollow"') == 1
     assert not re.search(r"[ML][\d.]+ -", svg)  # within the picture
+
+
+def test_charts_of_the_select_losses_by_hand(monkeypatch):
+    """Two rates, two seeds and two steps, of which the lower rate has its best mean at the second, the other the first.
+
+    The dots are the seeds, and the ring is at the rate that was chosen.
+    """
+    drawn = []
+    monkeypatch.setattr(report, "chart", lambda series, axes: drawn.append(series) or "")
+    losses = {(1e-4, 0): (3.0, 0.5), (1e-4, 1): (2.0, 1.0), (2e-4, 0): (2.0, 1.5), (2e-4, 1): (1.0, 2.5)}
+    arms = [
+        {"label": "lora", "learning_rate": rate, "seed": seed, "select_by_step": {"50": first, "100": second}}
+        for (rate, seed), (first, second) in losses.items()
+    ]
+    report.select_charts({"arms": arms, "chosen": {"lora": {"learning_rate": 1e-4, "step": 100, "loss": 0.75}}})
+    dots = [(1e-4, 0.5), (1e-4, 1.0), (2e-4, 2.0), (2e-4, 1.0)]
+    by_rate = Series("lora", 0, [(1e-4, 0.75), (2e-4, 1.5)], dots, (1e-4, 0.75))
+    dots = [(50, 3.0), (100, 0.5), (50, 2.0), (100, 1.0)]
+    assert drawn == [[by_rate], [Series("lora", 0, [(50, 2.5), (100, 0.75)], dots, (100, 0.75))]]
 
 
 def test_losses_by_timestep_are_those_at_the_chosen_rate(experiment):

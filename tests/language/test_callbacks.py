@@ -4,15 +4,25 @@ import json
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import pytest
 from transformers import TrainerCallback, TrainerState
 
 from reslora.common.errors import Stopped
 from reslora.common.signals import StopRequest
-from reslora.language.callbacks import LogCallback
+from reslora.language.callbacks import AllocateRanks, LogCallback
 
 from .helpers import STEPS, assert_same, build, read_log, trained, trainer_for
+
+
+@pytest.mark.parametrize(("skipped", "moved"), [(False, [5]), (True, [])])
+def test_ranks_move_after_each_step_by_its_number_and_not_where_it_was_skipped(skipped, moved):
+    """Trainer counts a step once its callbacks are done."""
+    steps, accelerator = [], SimpleNamespace(optimizer_step_was_skipped=skipped)
+    callback = AllocateRanks(SimpleNamespace(step=steps.append), accelerator)
+    callback.on_optimizer_step(None, TrainerState(global_step=4), None)
+    assert steps == moved
 
 
 def test_the_log_has_the_form_of_train_sd(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -188,12 +187,11 @@ class Validation:
         reports.note("validation", mean, self.by_timestep(losses))
         reports.flush()
 
-    def mean_loss(self, denoiser: nn.Module) -> float:
-        """Mean unweighted loss on the held-out images, with the same noise and timesteps at every call."""
-        return self.losses(denoiser).mean().item()
-
     def losses(self, denoiser: nn.Module) -> torch.Tensor:
-        """The unweighted losses behind that: images x timesteps at fixed timesteps; else of each sample."""
+        """Unweighted losses on the held-out images: images x timesteps at fixed timesteps; else of each sample.
+
+        Noise and timesteps are the same at every call.
+        """
         noises = self.noises or self.material.flags.validation_noises
         with evaluating(denoiser, *self.loss.encoders), torch.no_grad(), self.accelerator.autocast():
             if noises:
@@ -264,8 +262,3 @@ def save_images(folder: Path, images: Sequence[Image.Image], prompts: Sequence[s
         write_json(temporary / PROMPTS, {"prompts": list(prompts)})
         for number, image in enumerate(images):
             image.save(temporary / f"{number // per_prompt}-{number % per_prompt}.png")
-
-
-def has_tensorboard() -> bool:
-    """Whether TensorBoard is installed."""
-    return importlib.util.find_spec("tensorboard") is not None

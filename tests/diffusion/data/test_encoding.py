@@ -254,8 +254,9 @@ def images_encoded(setting: Context, key: object = "vae", size: Size | None = No
     variants = encoding.Variants(images, [size or Size(side, side)] * len(images), setting.flags)
     family.images.clear()
     latents, problems = encoding.encode_images(variants, key, VAE, setting)
-    for index in set(range(len(images))) - problems.keys():
-        pixels, sizes = variants[index]
+    made = {index: variants[index] for index in set(range(len(images))) - problems.keys()}
+    assert latents.variants == max(len(pixels) for pixels, _ in made.values())
+    for index, (pixels, sizes) in made.items():
         for variant in range(latents.variants):
             found = latents.of(index, variant)
             assert torch.equal(found["moments"][0], pixels[variant % len(pixels)])
@@ -315,6 +316,13 @@ def test_images_are_encoded_anew_when_their_pixels_or_the_autoencoder_are_others
     assert images_encoded(setting, seed=1) == [4, 4, 4]  # square ones have no crops to be drawn
     assert images_encoded(setting, center_crop=True) == [1, 1, 1]
     assert images_encoded(setting, center_crop=True, seed=1) == images_encoded(setting) == []
+
+
+def test_all_crops_but_the_centre_are_drawn_by_the_seed(setting):
+    images = load_images(setting.flags)
+    by_seed = [encoding.Variants(images, [Size(16, 16)] * 5, setting.flags.replace(seed=seed))[1][0] for seed in (0, 1)]
+    alike = [torch.equal(one, other) for one, other in zip(*by_seed, strict=True)]
+    assert alike == [True, False, False, False]
 
 
 def test_damaged_images_are_remembered_by_their_content(setting):

@@ -28,6 +28,8 @@ def test_every_kind_of_image_is_read_right():
     assert (solid("L", 100, transparency=100) == 255).all()
     assert (solid("I;16", 100 * 257) == 100).all()
     assert (solid("1", 1) == 255).all()
+    for value, read in ((0.5, 128), (100.0, 100), (100.0 * 257, 100)):  # to 1, to 255 or to 65535
+        assert (solid("F", value, format="TIFF") == read).all()
     assert np.abs(solid("CMYK", (0, 255, 255, 0), format="JPEG").astype(int) - (255, 0, 0)).max() <= 4
     exif = PIL.Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees

@@ -13,7 +13,7 @@ from diffusion import exact_steps
 from diffusion.runs import SCRIPT, assert_same, digests, final_weights, losses, main
 from reslora.diffusion.arguments import Flags
 from reslora.diffusion.data.batch import Batch
-from reslora.diffusion.data.plan import Plan
+from reslora.diffusion.data.plan import Draw, Plan
 from reslora.diffusion.data.samples import (
     SHOWN,
     VALIDATION_DRAWS,
@@ -208,6 +208,35 @@ def test_images_to_be_looked_at_are_those_trained_on_from_all_over_the_data():
     assert sizes == [(1, 1), (21, 1), (61, 1), (round(81 * SHOWN / 600), SHOWN), (101, 1)]
     assert len(material.learnt(5)) == 4 and len(material.learnt(99)) == 11
     assert Material((), {}, None, {}, Flags()).learnt(6) == []
+
+
+# -- crops and mirror images -------------------------------------------------------------------------------------------
+
+
+def one_image(latents: SimpleNamespace | None, images: SimpleNamespace) -> list[Batch]:
+    """What 200 training samples are made of where there is but one image."""
+    flags = Flags(
+        seed=0, noise_offset=0.0, cache_text_embeddings=False, masked_loss=False, center_crop=False, random_flip=True,
+        image_interpolation_mode="box",
+    )  # fmt: skip
+    size, objective = Size(16, 16), SimpleNamespace(draw=lambda draws, tokens: torch.rand((), generator=draws))
+    source = Source(images, latents, (0,), (), (size,), (0,))
+    samples = TrainingSamples(Material((source,), {}, objective, {size: (1, 2, 2)}, flags))
+    return [samples[Draw(0, 0, size, position)] for position in range(200)]
+
+
+def test_every_variant_that_is_kept_is_trained():
+    latents = SimpleNamespace(variants=4, of=lambda index, variant: {"sizes": torch.tensor(variant)})
+    met = [int(sample.sizes) for sample in one_image(latents, SimpleNamespace(captions=[["box"]]))]
+    assert all(30 < met.count(variant) < 70 for variant in range(4))
+
+
+def test_without_kept_latents_every_sample_has_a_crop_of_its_own_and_half_are_mirrored():
+    """The image is dark on the left, and twice as wide as what is cropped from it: 0 to 16 pixels lie left of that."""
+    image = PIL.Image.linear_gradient("L").transpose(PIL.Image.Transpose.TRANSPOSE).resize((64, 32)).convert("RGB")
+    samples = one_image(None, SimpleNamespace(captions=[["box"]], open=lambda index: image))
+    assert 70 < sum(bool(sample.pixels[0, 0, 0] > sample.pixels[0, 0, -1]) for sample in samples) < 130
+    assert {int(sample.sizes[3]) for sample in samples} == set(range(17))
 
 
 # -- what noises are for -----------------------------------------------------------------------------------------------

@@ -58,6 +58,8 @@ def test_as_many_as_max_train_samples_are_taken_of_all_folders(folders):
         found = gather("--train_data_dir", *folders, "--max_train_samples", wanted)
         assert sum(map(len, found)) == min(wanted, 6) and all(map(len, found))
         assert all(len(images.marks) == len(images) for images in found)
+    drawn = [gather("--train_data_dir", *folders, "--max_train_samples", 3, "--seed", seed) for seed in range(4)]
+    assert len({tuple(tuple(images.marks) for images in found) for found in drawn}) > 1  # the seed says which
 
 
 def kohyas(folder: Path) -> Path:

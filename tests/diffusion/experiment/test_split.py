@@ -15,6 +15,7 @@ from pipelines import image_folder, random_image
 from reslora.common.errors import InvalidArgument
 from reslora.diffusion.content import content_mark
 from reslora.diffusion.data.dataset import FEATURES, ImageDataset
+from reslora.diffusion.experiment import split
 from reslora.diffusion.experiment.split import BITS, groups_of, look_of, parts_of
 from reslora.experiment.parts import cut
 from reslora.experiment.record import facts_of
@@ -87,7 +88,10 @@ def test_near_duplicates_are_together_and_tested_once():
     assert len(of_copies[part]) == (5 if part == "train" else 1)
 
 
-def test_duplicates_of_duplicates_are_together():
+@pytest.mark.parametrize("at_once", [2, 1024])
+def test_duplicates_of_duplicates_are_together(monkeypatch, at_once):
+    """However many images are compared with all others at once."""
+    monkeypatch.setattr(split, "AT_ONCE", at_once)
     looks = np.zeros((4, BITS + 192), np.float32)
     looks[1, :12] = looks[2, :24] = 1  # the last is 24 away from the first, and 12 from the one between
     looks[3, :100] = 1

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -15,8 +16,10 @@ from diffusion.runs import failed, main
 from reslora.common.errors import RunFailed
 from reslora.common.log import read_log
 from reslora.common.signals import StopRequest
+from reslora.diffusion.arguments import Flags
 from reslora.diffusion.data.batch import collate
 from reslora.diffusion.data.samples import ValidationSamples
+from reslora.diffusion.output import reports
 from reslora.diffusion.output.reports import Reports, Validation, save_images
 from reslora.diffusion.training import loop as training
 from reslora.diffusion.training.schedule import Schedule
@@ -129,8 +132,8 @@ def test_validation_loss_is_the_unweighted_mean_over_all_noises_of_all_held_out_
     denoiser.train()
     modes = []
     denoiser.register_forward_pre_hook(lambda module, _: modes.append(module.training))
-    found = Validation(loss, material, None, Accelerator(cpu=True), StopRequest()).mean_loss(denoiser)
-    assert found == pytest.approx(sum(expected) / 8, rel=1e-5)
+    found = Validation(loss, material, None, Accelerator(cpu=True), StopRequest()).losses(denoiser).mean()
+    assert found.item() == pytest.approx(sum(expected) / 8, rel=1e-5)
     assert denoiser.training and modes == [False] * 3
 
 
@@ -162,3 +165,27 @@ def test_samples_of_what_the_log_forgets_go_as_well(tmp_path, step, kept):
     Reports(tmp_path, learner, Schedule(4, 2, 0, False), SimpleNamespace(trackers=[], is_main_process=True)).close()
     assert {path.name for path in (tmp_path / "samples").iterdir()} == kept | {"step-best"}
     assert not (tmp_path / "merged").exists()
+
+
+def test_similarities_by_hand(monkeypatch):
+    """Each of four samples to both held-out images, and each to the prompt that it was drawn for, two of either."""
+    images = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8], [0.8, 0.6]])
+    metric = SimpleNamespace(
+        reads_captions=True,
+        images=lambda samples: images[[sample.getpixel((0, 0))[0] for sample in samples]],
+        of=lambda sources, held_out: torch.tensor([[1.0, 0.0], [0.8, -0.6]]),
+        captions=lambda captions: torch.tensor([{"a": (1.0, 0.0), "b": (0.6, 0.8)}[caption] for caption in captions]),
+    )
+    monkeypatch.setattr(reports, "load_metric", lambda *_: metric)
+    flags = Flags(
+        metric_model="any", max_validation_images=64, num_validation_images=2, validation_prompt=["a", "b"],
+        validation_prompt_options=None,
+    )  # fmt: skip
+    source = SimpleNamespace(images=SimpleNamespace(marks=["0", "1"]))
+    material = SimpleNamespace(flags=flags, held_out=[(0, 0), (0, 1)], sources=(source,))
+    found = {}
+    kept = SimpleNamespace(samples=lambda *_: None, similarities=found.update)
+    drawn = [np.full((2, 2, 3), number / 255) for number in range(4)]
+    Validation(None, material, None, SimpleNamespace(device="cpu"), None)._keep_samples(None, kept, drawn)
+    to_images, to_captions = (1 + 0.8 + 0 - 0.6 + 0.6 + 0 + 0.8 + 0.28) / 8, (1 + 0 + 1 + 0.96) / 4
+    assert found == pytest.approx({"image_similarity": to_images, "caption_similarity": to_captions})

@@ -91,7 +91,7 @@ def test_stable_diffusion_3s_names_are_those_that_diffusers_reads_its_checkpoint
     assert all(torch.equal(converted[key], value) for key, value in state.items())
 
 
-@pytest.mark.parametrize("left_out", [(), ("proj_mlp",), ("to_k",)])
+@pytest.mark.parametrize("left_out", [(), ("proj_mlp",), ("to_k",), ("to_q", "to_k", "to_v")])
 @pytest.mark.parametrize("share", [False, True])
 def test_stock_diffusers_splits_fluxs_first_single_layer_alike(left_out, share):
     """In the published size, the only one that diffusers knows; no configuration is read for that."""
