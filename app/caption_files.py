@@ -20,7 +20,8 @@ from pathlib import Path
 
 from reslora.common.errors import InvalidArgument, first_line
 from reslora.diffusion.arguments import Flags
-from reslora.diffusion.data.dataset import TRASH, caption_files, read_caption, read_metadata
+from reslora.diffusion.data.dataset import caption_files, read_caption, read_metadata
+from reslora.diffusion.data.listing import TRASH
 from reslora.diffusion.data.tables import ROWS
 from reslora.diffusion.prompts import clean
 from reslora.files import read_object, remove, replacing, write_json

@@ -18,9 +18,10 @@ from pathlib import Path
 
 from reslora.common.errors import InvalidArgument
 from reslora.diffusion.arguments import Flags, build_parser, listed
-from reslora.diffusion.data.dataset import METADATA, Found, caption_files, files_of, layout_of, read_folder
+from reslora.diffusion.data.dataset import METADATA, Found, caption_files, layout_of, read_folder
 from reslora.diffusion.data.folders import kohyas_folders
 from reslora.diffusion.data.images import SUFFIXES, image_size
+from reslora.diffusion.data.listing import files_of
 from reslora.diffusion.data.material import size_of
 from reslora.diffusion.data.size import Size
 from reslora.diffusion.prompts import clean

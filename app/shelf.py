@@ -10,7 +10,7 @@ import contextlib
 import time
 from pathlib import Path
 
-from reslora.diffusion.data.dataset import TRASH
+from reslora.diffusion.data.listing import TRASH
 from reslora.files import replacing
 
 from .queue import Queue

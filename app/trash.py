@@ -10,7 +10,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from reslora.diffusion.data.dataset import TRASH, caption_files
+from reslora.diffusion.data.dataset import caption_files
+from reslora.diffusion.data.listing import TRASH
 from reslora.diffusion.data.tables import ROWS
 from reslora.files import read_object, remove, write_json
 

@@ -258,7 +258,7 @@ def _sha256(path: Path) -> str:
 
 
 def all_below(folder: Path) -> Iterator[Path]:
-    """Every file and folder in a folder and below it, but for what links lead to.
+    """Every file and folder in a folder and below it, but for hidden folders and for what links lead to.
 
     Raises `OSError` for a folder that cannot be listed, where `rglob` passes over it; but for a disk's `lost+found`,
     which nobody else may list.
@@ -269,6 +269,7 @@ def all_below(folder: Path) -> Iterator[Path]:
             raise error
 
     for place, folders, files in os.walk(folder, onerror=fail):
+        folders[:] = [name for name in folders if not name.startswith(".")]
         yield from (Path(place, name) for name in (*folders, *files))
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..files import replacing
@@ -41,12 +42,23 @@ class LogWriter:
 
     def write(self, row: dict) -> None:
         """Appends one row; it is in the file when this returns."""
-        self.file.write(_line(row))
-        self.file.flush()
+        with self._named():
+            self.file.write(_line(row))
+            self.file.flush()
 
     def close(self) -> None:
-        """Closes the file."""
-        self.file.close()
+        """Closes the file; a row that did not fit is tried once more, and fails once more."""
+        with self._named():
+            self.file.close()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """A full disk is noticed by a write, which knows no file: the error names the log."""
+        try:
+            yield
+        except OSError as error:
+            error.filename = self.file.name
+            raise
 
 
 def of_split(rows: Iterable[dict], split: str) -> list[dict]:

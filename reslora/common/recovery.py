@@ -22,7 +22,7 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
-def set_aside(checkpoint: Path) -> Path:
+def set_aside(checkpoint: Path, why: str = "is not of this line of training") -> Path:
     """Gives a checkpoint, or what is in its place, another name, and returns that: what is not ours is not removed.
 
     A name that transformers does not take for a checkpoint's: it removes the older ones of these.
@@ -32,7 +32,7 @@ def set_aside(checkpoint: Path) -> Path:
         number += 1
         there = checkpoint.with_name(f"set-aside-{checkpoint.name}-{number}")
     checkpoint.rename(there)
-    print(f"{checkpoint} is not of this line of training: it is {there.name} now", flush=True)
+    print(f"{checkpoint} {why}: it is {there.name} now", flush=True)
     return there
 
 

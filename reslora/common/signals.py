@@ -63,6 +63,12 @@ class StopRequest:
     def signal(self, number: int | None) -> None:
         self._signal = number
 
+    def shared(self, asked: bool) -> bool:
+        """Whether any process was `asked`, which this one notes as its own SIGTERM if it was not: all end alike."""
+        if asked and self.signal is None:
+            self.signal = signal.SIGTERM
+        return asked
+
     def check(self, message: str) -> None:
         """Raises `Stopped` with the message if a stop was asked for: for long work that has nothing to save."""
         if self.signal is not None:

@@ -37,7 +37,7 @@ from .context import Context
 from .data.class_images import load_class_images, missing_class_images
 from .data.dataset import ImageDataset, data_flag
 from .data.folders import load_folders
-from .data.material import material_of, note_images
+from .data.material import material_of, note_images, tell_counts
 from .data.samples import CalibrationSamples, Material
 from .experiment.checks import plain_variants
 from .model.loading import find_model
@@ -106,6 +106,7 @@ def run(flags: Flags, stop: StopRequest) -> None:
         start_trackers(context)
         material = material_of(kinds, pipeline, objective, context)
         note_images(material, context, goes_on=bool(resume.finished or any(resume.checkpoints.values())))
+        tell_counts(material.sources, context)
         forget_encoder(pipeline, context)
         setting = Setting(pipeline, material, schedule_of(material, context), identity, context)
         decided(lambda: check_length(context.flags, resume, setting.schedule.steps))

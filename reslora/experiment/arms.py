@@ -110,7 +110,9 @@ def flags_of(flags: Flags, label: Label, rate: float, seed: int) -> Flags:
 
 def alpha_of(flags: Flags | argparse.Namespace, rank: int | list[int] | None) -> float | None:
     """The alpha that is given, or twice the rank; None where that, or a LoRA to go on from, will say it yet."""
-    return flags.lora_alpha or (2 * rank if isinstance(rank, int) and not flags.init_lora else None)
+    if flags.lora_alpha is not None:
+        return flags.lora_alpha
+    return 2 * rank if isinstance(rank, int) and not flags.init_lora else None
 
 
 def check_values(flags: Flags, names: Mapping[str, str]) -> None:

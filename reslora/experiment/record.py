@@ -123,7 +123,7 @@ class Parts(Protocol):
     """What images or examples are divided into."""
 
     @property
-    def train(self) -> Sequence: ...
+    def trained(self) -> int: ...
     @property
     def select(self) -> Sequence: ...
     @property
@@ -134,7 +134,7 @@ class Parts(Protocol):
 
 def facts_of(parts: Parts, libraries: Sequence[str]) -> Facts:
     """The versions of these libraries and of this one, and how many are in each part."""
-    split = Split(train=len(parts.train), select=len(parts.select), test=len(parts.test), duplicates=parts.duplicates)
+    split = Split(train=parts.trained, select=len(parts.select), test=len(parts.test), duplicates=parts.duplicates)
     return {"versions": {"reslora-sd": __version__} | {name: version(name) for name in libraries}, "split": split}
 
 

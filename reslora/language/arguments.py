@@ -68,7 +68,9 @@ class MethodArguments:
         default=AUTO, metadata={"choices": MERGES, "help": "ResLoRA: how the shortcuts become plain LoRA weights"}
     )
     lora_r: int = field(default=4, metadata={"help": "rank"})
-    lora_alpha: float = field(default=8.0, metadata={"help": "scale times rank"})
+    lora_alpha: float = field(  # type: ignore[assignment] # until __post_init__
+        default=None, metadata={"help": "scale times rank; default: twice the rank"}
+    )
     lora_dropout: float = field(default=0.0, metadata={"help": "dropout of the adapter's input (loha, lokr: of ranks)"})
     rank_pattern: list[str] | None = field(
         default=None, metadata={"nargs": "+", "metavar": "NAME=VALUE", "help": PATTERNS["rank_pattern"]}
@@ -96,6 +98,8 @@ class MethodArguments:
 
     def __post_init__(self) -> None:
         check_whole("lora_r", self.lora_r, 1)
+        if self.lora_alpha is None:
+            self.lora_alpha = 2 * self.lora_r
         check_number("lora_alpha", self.lora_alpha, 0, exclusive=True)
         check_number("lora_dropout", self.lora_dropout, 0, below=1)
         check_whole("pre_num", self.pre_num, -1)
@@ -321,8 +325,6 @@ def parse_values(
     for name in SEVERAL.values():
         if isinstance(values.get(name), list) and len(values[name]) == 1:
             (values[name],) = values[name]
-    if isinstance(values.get("lora_r"), list) and "lora_alpha" not in given:
-        values["lora_alpha"] = None  # twice each rank
     return values | steps_asked_for(given, values)
 
 

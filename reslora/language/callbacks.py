@@ -85,7 +85,7 @@ class StopWhenAsked(TrainerCallback):
             self.stop.check(message)
 
     def _asked(self) -> bool:
-        return any_of(self.stop.signal is not None)
+        return self.stop.shared(any_of(self.stop.signal is not None))
 
 
 class GoesOnFrom(TrainerCallback):

@@ -16,7 +16,7 @@ from transformers.utils import logging
 from ..checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from ..common.adapters import ADAPTER_NAME
 from ..common.errors import first_line
-from ..common.recovery import numbered
+from ..common.recovery import numbered, set_aside
 from ..files import CHECKSUMS_NAME, Damaged, check_checksums, read_object
 
 ALLOCATOR_NAME = "allocator.safetensors"  # AdaLoRA's running importances and ranks
@@ -57,8 +57,23 @@ def damage(folder: Path, processes: int = 1) -> str | None:
         check_checksums(folder)
     except Damaged as error:
         return first_line(error)
-    whole = TRAINER_STATE_NAME in read_object(folder / CHECKSUMS_NAME)  # before the end it lists the adapter alone
-    return None if whole else _unreadable(folder, processes)
+    return None if _is_finished(folder) else _unreadable(folder, processes)
+
+
+def set_unfinished_aside(output_dir: str | os.PathLike, processes: int = 1) -> None:
+    """Lets a run that was killed in its first checkpoint begin afresh: nothing is lost by it.
+
+    One that was finished and is damaged stays, and so do all where one can be used.
+    """
+    found = checkpoints_of(output_dir)
+    if any(_is_finished(path) or damage(path, processes) is None for path in found):
+        return
+    for path in found:
+        set_aside(path, "was not finished")
+
+
+def _is_finished(folder: Path) -> bool:
+    return TRAINER_STATE_NAME in read_object(folder / CHECKSUMS_NAME)  # before the end it lists the adapter alone
 
 
 def _lacks(folder: Path, processes: int) -> str | None:

@@ -36,12 +36,12 @@ from ..experiment.record import EXPERIMENT, Facts, TestLosses, facts_of
 from ..experiment.report import About
 from ..experiment.run import train_and_conclude
 from ..experiment.subject import COMPARING
-from ..files import read_object, remove_leftovers, replacing, write_json
+from ..files import read_object, remove, remove_leftovers, replacing, write_json
 from .arguments import SEVERAL, ExperimentArguments, check_number
-from .checkpoints import checkpoints_of
+from .checkpoints import checkpoints_of, set_unfinished_aside
 from .parts import Parts
 from .results import as_plain, export
-from .resuming import FREE_ON_RESUME, fingerprint, is_same
+from .resuming import FREE_ON_RESUME, fingerprint, in_words, is_same
 from .trainer import AdapterTrainer, total_steps
 
 TEST, MOST_LOOKS = "test.json", 10
@@ -187,12 +187,13 @@ def take_folder(bench: Bench, stack: contextlib.ExitStack) -> None:
         earlier = there.get(name, value if name in RECORDED_LATER else None)
         if not is_same(name, earlier, value):
             data = name in ("train", "select", "test")
-            argument = f"the {name} examples" if data else f"--{name} {value}"
-            problem = "was begun with others" if data else f"was begun with {earlier}"
+            argument = f"the {name} examples" if data else f"--{name} {in_words(value)}"
+            problem = "was begun with others" if data else f"was begun with {in_words(earlier)}"
             raise InvalidArgument(argument, f"{folder} {problem}", "use these, or choose another --output_dir")
     for place in map(course.folder_of, course.arms()):
         remove_leftovers(place)
         remove_leftovers(place / ADAPTERS)
+        set_unfinished_aside(place, bench.identity["num_processes"])
     known = {name: value for name, value in bench.values.items() if not name.endswith("token")}
     write_json(folder / "config.json", json.loads(json.dumps(known, default=str)))
 
@@ -233,7 +234,9 @@ class Bench:
         arguments = self.arguments_of(self.course.arms()[0])
         settings = arguments.settings | {"num_processes": arguments.training.world_size}
         found = {name: value for name, value in settings.items() if name not in FREE_ON_RESUME or name in FIXED}
-        found |= {name: self.values[name] for name in (*SEVERAL.values(), "lora_alpha")}
+        found |= {name: self.values[name] for name in SEVERAL.values()}
+        if isinstance(self.values["lora_r"], list):
+            found["lora_alpha"] = self.values["lora_alpha"]  # None: twice each rank
         found |= {part: fingerprint(map(repr, getattr(self.parts, part))) for part in ("train", "select", "test")}
         return json.loads(json.dumps({name: value for name, value in found.items() if name not in CHANGING}))
 
@@ -312,7 +315,9 @@ class Bench:
         return {name: record[name] for name in ("images", "losses", "figures")}  # type: ignore[return-value]
 
     def export(self, arm: Arm, step: int) -> str | None:
-        """Writes `peft/` of an arm's checkpoint, and `merged/` with --merge_and_save."""
+        """Writes `peft/` of an arm's checkpoint, and with --merge_and_save `merged/`; else an earlier one goes."""
         model, method = self.restored(arm, step), self.arguments_of(arm).method
+        if not method.merge_and_save:
+            decided(lambda: remove(self.course.folder / "merged"))
         export(model, self.course.folder, method, tokenizer=self.study.tokenizer)
         return "peft/"

@@ -18,8 +18,10 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
+    EvalPrediction,
     set_seed,
 )
+from transformers.trainer_utils import PredictionOutput
 from transformers.utils import logging
 
 from ..common.errors import InvalidArgument
@@ -177,7 +179,8 @@ def build_trainer(
         eval_dataset=sets["validation" + task.parts[0]],
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=lambda result: scores(task, predicted(task, result.predictions), result.label_ids.reshape(-1)),
+        # Its loss replaces Trainer's own, which counts some examples twice where processes share the last batch.
+        compute_metrics=lambda result: figures_of(task, result),
         # Encoder-decoders give their hidden states too.
         preprocess_logits_for_metrics=lambda found, labels: found[0] if isinstance(found, tuple) else found,
         callbacks=[LogCallback(output / "log.jsonl")],
@@ -200,11 +203,17 @@ def calibration_batches(arguments: Arguments, examples, device: torch.device) ->
 
 
 def loss_of(task: Task, logits: np.ndarray, labels: np.ndarray) -> float:
-    """Mean loss over all examples; Trainer's own counts some twice when several processes share the last batch."""
+    """Mean loss over all examples."""
     outputs, targets = torch.tensor(logits, dtype=torch.float64), torch.tensor(labels)
     if task.labels:
         return torch.nn.functional.cross_entropy(outputs, targets).item()
     return torch.nn.functional.mse_loss(outputs.reshape(-1), targets.double()).item()
+
+
+def figures_of(task: Task, result: EvalPrediction | PredictionOutput) -> dict[str, float]:
+    """Loss and metrics of what was predicted, each example counted once."""
+    logits, labels = result.predictions, result.label_ids.reshape(-1)
+    return {"loss": loss_of(task, logits, labels), **scores(task, predicted(task, logits), labels)}
 
 
 def evaluate(trainer: AdapterTrainer, task: Task, sets: dict, kind: str = "validation") -> dict[str, float]:
@@ -212,10 +221,7 @@ def evaluate(trainer: AdapterTrainer, task: Task, sets: dict, kind: str = "valid
     figures: dict[str, float] = {}
     for part, end in zip(task.parts, ("", "_mm"), strict=False):
         if kind + part in sets and "labels" in sets[kind + part].column_names:
-            result = trainer.predict(sets[kind + part])
-            labels = result.label_ids.reshape(-1)
-            found = {"loss": loss_of(task, result.predictions, labels)}
-            found |= scores(task, predicted(task, result.predictions), labels)
+            found = figures_of(task, trainer.predict(sets[kind + part]))
             figures |= {name + end: value for name, value in found.items()}
     return figures
 

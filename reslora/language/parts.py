@@ -41,6 +41,11 @@ class Parts(Generic[T]):
         return f"examples: {numbers}; {self.duplicates} near-duplicates, none in another part than what it repeats"
 
     @property
+    def trained(self) -> int:
+        """How many examples are trained on."""
+        return len(self.train)
+
+    @property
     def marks(self) -> list[str]:
         """What each test example is known by."""
         return [f"{derive('example', example):016x}" for example in self.test]

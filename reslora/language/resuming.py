@@ -74,8 +74,8 @@ def check_resume(output_dir: str | os.PathLike, resume: str | None, current: Map
         for name, value in current.items():
             if name not in FREE_ON_RESUME and name in earlier and not is_same(name, earlier[name], value):
                 raise InvalidArgument(
-                    f"--{name} {value}",
-                    f"{run} was trained with {earlier[name]}",
+                    f"--{name} {in_words(value)}",
+                    f"{run} was trained with {in_words(earlier[name])}",
                     "use that, or start afresh in another --output_dir",
                 )
 
@@ -108,6 +108,11 @@ def fingerprint(rows: Iterable[object]) -> str:
     for row in rows:
         found.update(json.dumps(row, sort_keys=True).encode() + b"\n")
     return found.hexdigest()
+
+
+def in_words(value: object) -> str:
+    """A flag's value, or its values, as they are typed."""
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def is_same(name: str, earlier: object, current: object) -> bool:

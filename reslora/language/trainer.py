@@ -40,7 +40,6 @@ from ..tracing import to_device
 from .arguments import MethodArguments
 from .callbacks import AllocateRanks, GoesOnFrom, Progress, StopWhenAsked
 from .checkpoints import (
-    ADAPTER_ALONE,
     ALLOCATOR_NAME,
     checkpoints_of,
     damage,
@@ -52,6 +51,8 @@ logger = logging.get_logger(__name__)
 
 UNFIT = (ValueError, TypeError, ImportError)
 """What PEFT and transformers raise for a setting that does not fit, or for something that is not installed."""
+UNWRITTEN = ("inline_container", "PytorchStreamWriter", "iostream error")
+"""Words of torch.save where a file cannot be written, the last of small ones."""
 OTHER_CHOICE = "install or give what it needs, or choose another"
 
 
@@ -264,7 +265,7 @@ class AdapterTrainer(Trainer):
             raise InvalidArgument(
                 "--resume_from_checkpoint latest",
                 f"none of {len(found)} checkpoints can be used, {found[0]} for: {problem}",
-                fix if problem == ADAPTER_ALONE else f"take as many processes as before, or {fix}",
+                f"take as many processes as before, or {fix}" if "number of processes" in str(problem) else fix,
             )
         logger.warning(f"--resume_from_checkpoint latest: no checkpoint in {self.args.output_dir}, starting afresh")
         return None
@@ -362,7 +363,7 @@ class AdapterTrainer(Trainer):
         try:
             super()._save_checkpoint(*args, **kwargs)
         except RuntimeError as error:
-            if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
+            if not any(word in str(error) for word in UNWRITTEN):
                 raise
             # So torch.save says that a file cannot be written, without the cause.
             where = f"checkpoint of step {self.state.global_step}"

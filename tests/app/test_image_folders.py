@@ -17,8 +17,9 @@ from app.image_folders import ImageFolders, flags_of
 from app.launcher import Trainings
 from app.library import Library
 from app.runs import RunError
-from reslora.diffusion.data.dataset import TRASH, load_images
+from reslora.diffusion.data.dataset import load_images
 from reslora.diffusion.data.folders import load_folders
+from reslora.diffusion.data.listing import TRASH
 
 
 @pytest.fixture
@@ -156,6 +157,18 @@ def test_masks_are_no_images_and_go_and_come_with_theirs(edits, tmp_path):
     assert {path.name for path in folder.iterdir()} - {TRASH} == before and len(edits.look("set").images) == 6
     table.write_text(json.dumps({"file_name": "0.png", "text": "a", "mask": 5}))
     assert edits.look("set").images["0.png"].captions == ("a",)
+
+
+def test_hidden_folders_are_passed_over_as_by_the_trainer(edits, tmp_path):
+    folder = tmp_path / "data" / "set"
+    shutil.copytree(folder, folder / ".ipynb_checkpoints")
+    images = edits.look("set")
+    assert list(images.images) == [f"{n}.png" for n in range(6)] and len(trained(folder)) == 6
+    (note,), (said,) = images.notes, trained(folder).notes
+    assert note == said.replace(f"{folder}/", "") and note.startswith("6 images in hidden folders are not read")
+    shutil.rmtree(folder / ".ipynb_checkpoints")
+    edits.throw_away(edits.look("set"), ["0.png"])
+    assert edits.look("set").notes == trained(folder).notes == ()
 
 
 def test_kohyas_folders_mean_what_they_mean_to_the_trainer(edits, tmp_path):

@@ -15,7 +15,8 @@ from reslora.language.arguments import (
     build_parser,
     check_number,
     check_whole,
-    parse_arguments,
+    parse_values,
+    parsed,
     settings,
 )
 
@@ -28,7 +29,8 @@ class ModelArguments:
 
 def parse(*argv, **options):
     types = (ModelArguments, MethodArguments, AdapterTrainingArguments)
-    return parse_arguments(build_parser(types, "script.py"), [*argv, "--report_to", "none"], **options)
+    parser = build_parser(types, "script.py")
+    return parsed(parser, parse_values(parser, [*argv, "--report_to", "none"], **options))
 
 
 @pytest.mark.parametrize(
@@ -67,6 +69,7 @@ def test_the_defaults_are_the_papers():
     assert (arguments.method, arguments.lora_r, arguments.lora_alpha, arguments.pre_num) == ("reslora", 4, 8, 4)
     assert isinstance(arguments.lora_alpha, int)  # adapter_config.json says 8, not 8.0
     assert MethodArguments(lora_alpha=2.5).lora_alpha == 2.5
+    assert parse("--lora_r", "16")[1].lora_alpha == MethodArguments(lora_r=16).lora_alpha == 32
     MethodArguments(shortcut="block", merge="lstsq", calibration_examples=0)  # an exact merge needs none
 
 

@@ -107,6 +107,15 @@ def test_a_stopped_run_is_saved_and_goes_on_as_if_it_never_was(tmp_path, step, f
     assert read_log(tmp_path / "run") == read_log(tmp_path / "whole")
 
 
+def test_who_stops_because_another_process_was_asked_ends_as_that_one(tmp_path, monkeypatch):
+    """By SIGTERM, which `run_script` makes the status of."""
+    monkeypatch.setattr("reslora.language.callbacks.any_of", lambda condition: True)
+    stop = StopRequest()
+    with pytest.raises(Stopped, match="stopped after step 1"):
+        trainer_for(build()[0], tmp_path, stop=stop).train()
+    assert stop.signal == signal.SIGTERM
+
+
 @pytest.mark.parametrize("strategy", ["steps", "no"])
 def test_a_stop_at_the_last_step_changes_nothing(tmp_path, strategy):
     with StopRequest() as stop:

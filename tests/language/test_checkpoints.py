@@ -7,7 +7,7 @@ from conftest import assert_one_line
 
 from reslora.common.errors import InvalidArgument, RunFailed
 from reslora.language import trainer
-from reslora.language.checkpoints import checkpoints_of, damage, usable_checkpoint
+from reslora.language.checkpoints import checkpoints_of, damage, set_unfinished_aside, usable_checkpoint
 
 from .helpers import build, trainer_for
 
@@ -148,6 +148,24 @@ def test_a_checkpoint_that_was_not_finished_is_left_out(tmp_path, monkeypatch):
     state.write_text(state.read_text()[:-20])
     assert "JSONDecodeError" in damage(state.parent)
     assert usable_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+
+
+def test_unfinished_ones_step_aside_where_they_are_all(tmp_path, capsys):
+    """What is damaged later stays, and so does what still goes on."""
+    trainer_for(build()[0], tmp_path, max_steps=4).train()
+    early, late = tmp_path / "checkpoint-2", tmp_path / "checkpoint-4"
+    (late / "checksums.json").unlink()
+    (late / "trainer_state.json").unlink()
+    set_unfinished_aside(tmp_path)
+    (early / "optimizer.pt").write_bytes(b"cut")
+    set_unfinished_aside(tmp_path)
+    assert checkpoints_of(tmp_path) == [late, early] and "not finished" not in capsys.readouterr().out
+    (early / "checksums.json").unlink()
+    set_unfinished_aside(tmp_path)
+    assert {path.name for path in tmp_path.glob("*checkpoint-*")} == {
+        f"set-aside-{path.name}" for path in (early, late)
+    }
+    assert f"{early} was not finished: it is set-aside-checkpoint-2 now" in capsys.readouterr().out
 
 
 def test_a_checkpoint_without_checksums_is_read_as_before(tmp_path):

@@ -24,6 +24,7 @@ from reslora.language.arguments import ExperimentArguments
 from reslora.language.experiment import flags_of, values_of
 from reslora.language.llm_tasks import TASKS, examples_of
 from reslora.language.llm_trainer import Encoder
+from reslora.language.parts import Parts
 
 from .helpers import write_rows
 from .test_glue import make_rows, write_model
@@ -189,14 +190,34 @@ def test_an_arm_whose_adapters_are_gone_is_named_and_trained_anew_once_it_is_rem
     shutil.rmtree(folder)
     before = times(output)
     assert run(*command) == 0 and {path: time for path, time in times(output).items() if path in before} == before
+    assert (output / "peft").is_dir() and not (output / "merged").exists()  # which may be of another choice
     assert weights(folder / "adapters" / "step-000002") == weights(whole[0] / found["folder"] / "adapters/step-000002")
     assert [arm["test"] for arm in record(output)["arms"]] == [arm["test"] for arm in record(whole[0])["arms"]]
+
+
+def test_an_arm_that_was_killed_in_its_first_checkpoint_begins_afresh(common, tmp_path, monkeypatch):
+    class Killed(Exception):
+        pass
+
+    def kill(folder):
+        (folder / "rng_state.pth").unlink()
+        raise Killed
+
+    command = [*common, "--method", "lora", "--seed", "0", "1", "--output_dir", tmp_path]
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr("reslora.language.trainer.write_checksums", kill)
+        run(*command)
+    assert run(*command) == 0
+    assert {arm["status"] for arm in record(tmp_path)["arms"]} == {"finished"}
+    assert [path.name for path in tmp_path.rglob("set-aside-*")] == ["set-aside-checkpoint-1"]
 
 
 def test_nothing_but_methods_rates_and_seeds_may_change(common, whole, tmp_path, capsys):
     output, _ = whole
     for flags, words in (
         (("--lora_r", "2"), "--lora_r 2"),
+        (("--lora_alpha", "0"), "--lora_alpha 0"),
+        (("--shortcut", "input", "block"), f"--shortcut input block: {output} was begun with input; "),
         (("--max_steps", "3"), "--max_steps 3"),
         (("--per_device_eval_batch_size", "3"), "--per_device_eval_batch_size 3"),
         (("--max_test_samples", "3"), "the test examples"),
@@ -226,10 +247,11 @@ def test_nothing_but_methods_rates_and_seeds_may_change(common, whole, tmp_path,
 
 def test_an_experiment_goes_on_with_as_many_processes_as_before(common, whole, capsys, monkeypatch):
     output, _ = whole
-    command, found = [*common, *EXPERIMENT, "--output_dir", output], record(output)
+    command, found = [*common, *EXPERIMENT, "--merge_and_save", "--output_dir", output], record(output)
     identity = dict(found["identity"])
     assert identity.pop("num_processes") == 1
     del identity["per_device_eval_batch_size"]  # what earlier versions have not recorded is no difference
+    identity["lora_alpha"] = 8.0  # as they wrote their default
     (output / "experiment.json").write_text(json.dumps({**found, "identity": identity}))
     assert run(*command) == 0 and record(output)["identity"] == found["identity"]
     monkeypatch.setattr(TrainingArguments, "world_size", 2)
@@ -305,6 +327,21 @@ def test_ranks_shortcuts_and_numbers_of_blocks_are_compared():
     assert place == "block/pre_num--1/rank-4/lr-0.001/seed-0"
     assert (own.shortcut, own.pre_num, own.rank, own.lora_alpha) == ("block", -1, 4, 8)
     assert [found[name][1].pre_num for name in ("lora rank 2", "ms_placebo middle(-1) rank 2")] == [2, -1]
+
+
+@pytest.mark.parametrize(
+    ("rank", "alpha"), [(["4"], 8), (["16"], 32), (["4", "16"], None), (["16", "--lora_alpha=5"], 5)]
+)
+def test_what_an_experiment_goes_on_with_has_twice_the_rank_as_alpha(tmp_path, rank, alpha):
+    """None stands for twice each of several ranks, as earlier versions wrote it."""
+    words = ["--seed", "0", "1", "--use_cpu", f"--output_dir={tmp_path}", "--lora_r", *rank]
+    parser, values = llm_arguments.read(words)
+    course = Course(flags_of(values), 0.0)
+    bench = experiment.Bench(course, llm.LlmStudy(parser), values, Parts([], [], [], 0, []), 0, StopRequest())
+    assert bench.identity["lora_alpha"] == alpha
+    assert {bench.arguments_of(arm).method.lora_alpha for arm in course.arms()} == (
+        {8, 32} if alpha is None else {alpha}
+    )
 
 
 @pytest.mark.parametrize("script", ["llm", "glue"])

@@ -411,17 +411,21 @@ def test_accumulated_batches_equal_one(roberta, rte, tmp_path):
 
 
 def test_two_processes_agree_with_one(roberta, rte, tmp_path):
-    """DDP over gloo: the same samples per step give the same losses, and the merge is the same everywhere."""
+    """DDP over gloo: the same samples per step give the same losses, and the merge is the same everywhere.
+
+    Of a last batch that fills up one process's share with examples from before, each is validated by once.
+    """
     two = flags(roberta, rte, tmp_path / "two", "rte", "--per_device_train_batch_size", "2", "--shortcut", "middle")
-    forked(ROOT / "train_glue.py", *two, folder=tmp_path)
+    forked(ROOT / "train_glue.py", *two, "--per_device_eval_batch_size", "3", folder=tmp_path)
     glue.main(flags(roberta, rte, tmp_path / "one", "rte", "--shortcut", "middle"))
     one, both = results_of(tmp_path / "one"), results_of(tmp_path / "two")
     assert list(both["table"]) == list(one["table"])
     for name in ("unmerged", "none", "weights", "lstsq"):  # the norms for `input` are those of rank 0's half
         assert both["table"][name]["loss"] == pytest.approx(one["table"][name]["loss"], rel=1e-4)
-    rows = [[row for row in log_of(tmp_path / name) if row["split"] == "train"] for name in ("one", "two")]
-    losses = [[row["loss"] for row in part] for part in rows]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    for split in ("train", "validation"):
+        rows = [[row for row in log_of(tmp_path / name) if row["split"] == split] for name in ("one", "two")]
+        losses = [[row["loss"] for row in part] for part in rows]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0]
     assert (tmp_path / "two" / "peft" / "adapter_model.safetensors").is_file()
 
 

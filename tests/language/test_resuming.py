@@ -90,6 +90,13 @@ def test_what_changes_the_training_is_fixed_on_resume(tmp_path, flag):
         check_resume(tmp_path, "latest", {flag: "other"})
 
 
+def test_values_are_told_as_they_are_typed(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"target_modules": ["q_proj", "v_proj"]}))
+    with pytest.raises(InvalidArgument) as error:
+        check_resume(tmp_path, "latest", {"target_modules": ["q_proj"]})
+    assert_one_line(error, "--target_modules q_proj: ", "was trained with q_proj v_proj;")
+
+
 def test_what_is_free_on_resume_are_flags():
     types = (
         glue_arguments.DataArguments,

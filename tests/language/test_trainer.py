@@ -95,8 +95,15 @@ def test_latest_is_refused_where_no_checkpoint_can_be_used(tmp_path):
         (folder / "rng_state.pth").rename(folder / "rng_state_0.pth")
     with pytest.raises(InvalidArgument) as error:
         trainer_for(build()[0], tmp_path).train(resume_from_checkpoint="latest")
-    assert_one_line(error, "--resume_from_checkpoint latest", f"checkpoint-{STEPS}", "processes")
+    assert_one_line(
+        error, "--resume_from_checkpoint latest", f"checkpoint-{STEPS}", "; take as many processes as before"
+    )
     assert read_log(tmp_path) == log
+    for folder in tmp_path.glob("checkpoint-*"):
+        (folder / "trainer_state.json").unlink()
+    with pytest.raises(InvalidArgument) as error:
+        trainer_for(build()[0], tmp_path).train(resume_from_checkpoint="latest")
+    assert_one_line(error, "for: no trainer_state.json; remove them to start afresh")
 
 
 @pytest.mark.parametrize("named", ["checkpoint-9", "true"])
@@ -111,9 +118,14 @@ def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(tmp_path,
     assert_one_line(error, f"{named}: no such checkpoint; give latest, or one of checkpoint-4, checkpoint-2")
 
 
-def test_a_full_disk_ends_the_run_in_one_line(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "told",
+    ["[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0", "basic_ios::clear: iostream error"],
+    ids=["in the middle of a file", "as a small one is closed"],
+)
+def test_a_full_disk_ends_the_run_in_one_line(tmp_path, monkeypatch, told):
     def full(*_, **__):
-        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+        raise RuntimeError(told)
 
     trainer = trainer_for(build()[0], tmp_path)
     monkeypatch.setattr(torch, "save", full)

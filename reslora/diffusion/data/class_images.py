@@ -23,9 +23,10 @@ from ...files import replacing
 from ..arguments import Flags, listed
 from ..context import Context
 from ..seeds import derive
-from .dataset import METADATA, ImageDataset, files_of
+from .dataset import METADATA, ImageDataset
 from .folders import kohyas_folders, load_folders
 from .images import SUFFIXES
+from .listing import files_of
 from .sources import Source
 
 LOCK = "class images"  # in the name of the folder's lock: it may be the one of a run, which has locked that

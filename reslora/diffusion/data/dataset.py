@@ -13,18 +13,17 @@ import datasets
 import PIL.Image
 
 from ...common.errors import InvalidArgument, RunFailed, first_line
-from ...files import all_below
 from ..arguments import Flags, listed
 from ..content import Content, content_mark
 from ..prompts import clean
 from ..seeds import derive, shuffled
 from .images import SUFFIXES, UNREADABLE, image_size, is_masked, mask_problem, open_image, open_masked
+from .listing import files_of, hidden_images
 from .shards import refuse_pickles, training_files
 from .tables import ROWS, has_file_names, unlisted
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 CAPTIONS = (".txt", ".caption")  # the second one is kohya's; the first of them that is there counts
-TRASH = ".trash"  # what is in a folder of that name is no training image
 SAVED = ("dataset_dict.json", "state.json")  # one of them is in a folder that `save_to_disk` wrote
 REPEATED = re.compile(r"(\d+)_(.+)")  # kohya's folders: how often an epoch meets each image, and the caption
 ONE_BY_ONE = "name the folders one by one with --train_data_dir, none inside another"
@@ -55,8 +54,10 @@ class ImageDataset:
     """Of the loss of its samples."""
     of_class: bool = False
     """Whether they are class images."""
-    masks: int = 0
-    """How many have a mask or an alpha channel, where that is asked for."""
+    masked: Sequence[bool] = ()
+    """Whether each has a mask or an alpha channel, where that is asked for."""
+    label: str = ""
+    """What they are called where it is told how often an epoch meets them; empty where that goes without saying."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -77,6 +78,7 @@ class ImageDataset:
             self, rows=self.rows.select(indices), captions=[self.captions[i] for i in indices],
             sizes=[self.sizes[i] for i in indices], left_out=(*self.left_out, *left_out),
             marks=[self.marks[i] for i in indices] if self.marks else (),
+            masked=[self.masked[i] for i in indices] if self.masked else (),
         )  # fmt: skip
 
     def source(self, index: int) -> Content:
@@ -131,7 +133,7 @@ def usable(flags: Flags, caption: str | None = None, deep: bool = True) -> Image
     """
     folder = Path(flags.dataset_name or flags.train_data_dir)
     found = (read_folder(folder, flags, caption, deep) if folder.is_dir() else None) or read_dataset(flags)
-    keep, left_out, sizes, masks = [], [], [], 0
+    keep, left_out, sizes, masked = [], [], [], []
     for index, row in enumerate(found.rows):
         source, size = _source(row), found.size(index, row)
         if isinstance(size, str):
@@ -144,14 +146,13 @@ def usable(flags: Flags, caption: str | None = None, deep: bool = True) -> Image
             continue
         keep.append(index)
         sizes.append(size)
-        masks += flags.masked_loss and is_masked(source, _source(row, "mask"))
+        masked += [is_masked(source, _source(row, "mask"))] if flags.masked_loss else []
     if not keep:
         example = f" (for example {left_out[0]})" if left_out else ""
         fix = "add a metadata.jsonl, or .txt captions beside the images"
         raise InvalidArgument(data_flag(flags), f"no image with a caption in it{example}", fix)
     rows = found.rows.select(keep) if keep != list(range(len(found.rows))) else found.rows
-    notes = [*found.notes, *([f"{masks} of {len(keep)} images are masked"] if flags.masked_loss else [])]
-    return ImageDataset(rows, list(rows["captions"]), tuple(left_out), tuple(notes), sizes, masks=masks)
+    return ImageDataset(rows, list(rows["captions"]), tuple(left_out), tuple(found.notes), sizes, masked=masked)
 
 
 def sample(folders: Sequence[ImageDataset], flags: Flags) -> list[ImageDataset]:
@@ -198,7 +199,7 @@ def read_folder(folder: Path, flags: Flags, caption: str | None = None, deep: bo
         found = dataclasses.replace(read_metadata(metadata, flags), metadata=metadata)
         missing = len(unlisted(found.rows, files))
         found.notes += [f"{missing} images are not listed in {metadata.name}"] if missing else []
-        return _with_folder_notes(found, files, everything, deep)
+        return _with_folder_notes(found, folder, everything, deep)
     if any(path.name in METADATA for path in everything):
         return None
     texts = list(map(caption_files, files))
@@ -212,7 +213,7 @@ def read_folder(folder: Path, flags: Flags, caption: str | None = None, deep: bo
     found = _as_found(files, [read_caption(beside[0]) if beside else otherwise for beside in texts])
     if twice := sum(len(beside) > 1 for beside in texts):
         found.notes.append(f"{twice} images have a .txt and a .caption file: the .txt is read")
-    return _with_folder_notes(found, files, everything, deep)
+    return _with_folder_notes(found, folder, everything, deep)
 
 
 def caption_files(image: Path) -> list[Path]:
@@ -220,25 +221,15 @@ def caption_files(image: Path) -> list[Path]:
     return [text for suffix in CAPTIONS if (text := image.with_suffix(suffix)).is_file()]
 
 
-def files_of(folder: Path, flags: Flags, deep: bool = True) -> list[Path]:
-    """All that is in a folder but for trash, and for what this very run writes: its samples are no training images.
-
-    A folder inside the run's own was named, and is read. With `deep`, also what is in its folders.
-    """
-    output, everything = Path(flags.output_dir).absolute(), sorted(all_below(folder) if deep else folder.iterdir())
-    everything = [path for path in everything if TRASH not in path.parts[len(folder.parts) :]]
-    if folder.absolute().is_relative_to(output):
-        return everything
-    return [path for path in everything if not path.absolute().is_relative_to(output)]
-
-
-def _with_folder_notes(found: Found, files: list[Path], everything: list[Path], deep: bool) -> Found:
+def _with_folder_notes(found: Found, folder: Path, everything: list[Path], deep: bool) -> Found:
+    found.notes += _hidden_note(found.rows, folder)
     if not deep:
         folders = sum(path.is_dir() for path in everything)
-        found.notes += [f"{files[0].parent}: {folders} folders in it are not read"] if folders else []
+        found.notes += [f"{folder}: {folders} folders in it are not read"] if folders else []
         return found
     links = sum(path.is_symlink() and path.is_dir() for path in everything)
-    repeated = sum(bool(REPEATED.fullmatch(path.parent.name)) for path in files)
+    images = (path for path in everything if path.suffix.lower() in SUFFIXES)
+    repeated = sum(bool(REPEATED.fullmatch(path.parent.name)) for path in images)
     if links:
         found.notes.append(f"{links} folders are symbolic links, which are not searched")
     if repeated:
@@ -247,6 +238,12 @@ def _with_folder_notes(found: Found, files: list[Path], everything: list[Path], 
             "above is named and has no metadata file"
         )
     return found
+
+
+def _hidden_note(rows: datasets.Dataset, folder: Path) -> list[str]:
+    """How many images in hidden folders no row names."""
+    hidden = unlisted(rows, hidden_images(folder))
+    return [f"{len(hidden)} images in hidden folders are not read (for example {hidden[0]})"] if hidden else []
 
 
 def _as_found(files: Sequence[Path], captions: Sequence[list | str], masks: Sequence[Path | None] = ()) -> Found:
@@ -379,7 +376,7 @@ def read_dataset(flags: Flags) -> Found:
     )
     rows = datasets.concatenate_datasets([images, column], axis=1)
     if layout is None and not (flags.dataset_name and flags.train_data_dir):  # that is a part of the folder
-        notes += _passed_over(rows, everything, flags)
+        notes += [*_passed_over(rows, everything, flags), *_hidden_note(rows, folder)]
     return Found(rows, {}, notes)
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from ...common.errors import InvalidArgument
 from ..arguments import Flags, listed
-from .dataset import METADATA, REPEATED, SAVED, ImageDataset, files_of, sample, usable
+from .dataset import METADATA, REPEATED, SAVED, ImageDataset, sample, usable
 from .images import SUFFIXES
+from .listing import files_of
 
 MOST_REPEATS = 1000  # of a folder's name: what is more is a year or a date
 Part = tuple[str, int, str | None]
@@ -30,15 +31,14 @@ def load_folders(flags: Flags, caption: str | None = None) -> list[ImageDataset]
             images = usable(flags.replace(train_data_dir=path), text, deep=not kohyas)
             found.append(dataclasses.replace(images, repeats=times * own, weight=weight))
             labels.append(f"{path} (caption where there is none: {text})" if kohyas else path or flags.dataset_name)
-    if flags.masked_loss and caption is None and not any(images.masks for images in found):
+    if flags.masked_loss and caption is None and not any(any(images.masked) for images in found):
         fix = "give some, name masks in a column mask of metadata.jsonl, or leave it out"
         raise InvalidArgument("--masked_loss", "no image has an alpha channel or a mask", fix)
     found = sample(found, flags)
-    if len(found) > 1 or kohyas or found[0].repeats > 1 or found[0].weight != 1:
-        lines += [
-            f"{label}: {len(images)} images, each {images.repeats} times an epoch, weight {images.weight:g}"
-            for label, images in zip(labels, found, strict=True)
-        ]
+    differ = len(found) > 1 or kohyas or found[0].repeats > 1 or found[0].weight != 1
+    if differ or flags.class_data_dir or flags.masked_loss:
+        found = [dataclasses.replace(images, label=label) for images, label in zip(found, labels, strict=True)]
+        lines += [f"{images.label}: 0 images" for images in found if not len(images)]
     first, *others = (images for images in found if len(images))
     return [dataclasses.replace(first, notes=(*lines, *first.notes)), *others]
 

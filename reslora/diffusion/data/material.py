@@ -21,11 +21,12 @@ from .captions import VERBATIM, recipe_of
 from .class_images import balanced
 from .dataset import ImageDataset, data_flag
 from .encoding import Latents, Texts, Variants, damaged_images, encode_images, encode_texts, without_damaged
+from .lengths import tell_long_captions
 from .samples import Material
 from .size import Size
 from .sources import Source, split
 
-NOTED = "images.json"  # which images a run uses, and which it does not
+NOTED = "images.json"  # how many images a run uses, their content in short, and which are left out
 VARIANTS, FEW_VARIANTS = 4, 1000  # of a caption, and in a run: so many at most are encoded beforehand
 
 
@@ -49,11 +50,12 @@ def material_of(
     sizes = {size for source in sources for size in source.buckets}
     shapes = {size: family.latent_shape(pipeline, size.height, size.width) for size in sizes}
     material = Material(sources, Texts(None, {}), objective, shapes, context.flags, family.latents_per_token)
+    tell_long_captions(material, pipeline, context)
     return with_texts(material, pipeline, context)
 
 
 def note_images(material: Material, context: Context, goes_on: bool) -> None:
-    """Notes in the run's folder which images it uses: some are known to be damaged only once they are opened.
+    """Notes in the run's folder what images it uses: some are known to be damaged only once they are opened.
 
     Refuses to go on with others than those that were used before: other ones would be held out.
     """
@@ -131,14 +133,17 @@ def sources_of(images: ImageDataset, least: int, pipeline: DiffusionPipeline, co
     `least`: how many are held out at least, where any are to be.
     """
     flags, multiple = context.flags, context.model.family.pixel_multiple(pipeline)
+    sides, label = listed(flags.resolution), images.label
+    labels = [f"{label} at {side}" if label and len(sides) > 1 else label for side in sides]
     first = [size for size in sizes_of(images, multiple, flags)[0] if size]
-    whole = source_of(images, first, pipeline, context)
+    whole = source_of(dataclasses.replace(images, label=labels[0]), first, pipeline, context)
     share = 0.0 if images.of_class else flags.validation_split
     train, held_out = split(len(whole.images), share, flags.seed, least)
     found, images = [dataclasses.replace(whole, train=train, held_out=held_out)], whole.images
-    for sizes in sizes_of(images, multiple, flags)[1:]:
+    for label, sizes in zip(labels[1:], sizes_of(images, multiple, flags)[1:], strict=True):
         if again := {index: size for index in train if (size := sizes[index])}:
-            some = dataclasses.replace(images.select(list(again)), left_out=(), notes=())  # these are told once
+            some = images.select(list(again))
+            some = dataclasses.replace(some, label=label, left_out=(), notes=())  # the latter are told once
             found.append(source_of(some, list(again.values()), pipeline, context))
     return found
 
@@ -196,6 +201,19 @@ def tell_sizes(sources: Sequence[Source], context: Context) -> None:
         found = Counter(source.size(image) for source in sources for image in range(len(source.images)))
         counts = [f"{size.height}x{size.width}: {count}" for size, count in found.items()]
         context.accelerator.print(f"{len(found)} buckets (height x width: images): {', '.join(counts)}")
+
+
+def tell_counts(sources: Sequence[Source], context: Context) -> None:
+    """How often an epoch meets the images of each folder, and how much they count, where that differs or may."""
+    for source in sources:
+        images, masked = source.images, sum(source.images.masked)
+        if images.label:
+            kind = "class images" if images.of_class else "images"
+            times = f"{source.repeats} times" if source.repeats > 1 else "once"
+            line = f"{images.label}: {len(source.train)} {kind}, each {times} an epoch, weight {source.weight:g}"
+            line += f"; {len(source.held_out)} more held out" if source.held_out else ""
+            line += f"; {masked} of {len(images)} are masked" if context.flags.masked_loss else ""
+            context.accelerator.print(line)
 
 
 def latents_of(

@@ -36,7 +36,7 @@ from ..arguments import SEVERAL, Flags, in_words
 from ..checks import check_methods
 from ..context import Context
 from ..data.dataset import ImageDataset
-from ..data.material import latents_of, material_of, note_images, with_texts
+from ..data.material import latents_of, material_of, note_images, tell_counts, with_texts
 from ..data.samples import Material, measured_at
 from ..folder import cache_folder
 from ..output.trackers import note_settings, start_trackers
@@ -84,6 +84,7 @@ def run_experiment(flags: Flags, stop: StopRequest) -> None:
         parts = decided(lambda: parts_of(learnt(material.sources), asked))
         decided(lambda: check_parts(asked, parts, learnt(material.sources)))
         material = with_parts(material, parts)
+        tell_counts(material.sources, context)
         materials = {seed: of_seed(material, seed, pipeline, context) for seed in values_of(asked, "seed")}
         forget_encoder(pipeline, context)
         schedule = with_few_looks(schedule_of(material, context), asked)

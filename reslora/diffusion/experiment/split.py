@@ -46,11 +46,13 @@ class Parts:
     train: tuple[Image, ...]
     select: tuple[Image, ...]
     test: tuple[Image, ...]
+    trained: int
+    """How many are trained on, each counted once: at another resolution it is an image of another source."""
     duplicates: int
     """Contents that are left out, or where they are, because of another one, as which they look."""
 
     def __str__(self) -> str:
-        numbers = f"{len(self.train)} to train on, {len(self.select)} to choose by, {len(self.test)} to compare by"
+        numbers = f"{self.trained} to train on, {len(self.select)} to choose by, {len(self.test)} to compare by"
         return f"images: {numbers}; {self.duplicates} near-duplicates, none in another part than what it repeats"
 
 
@@ -70,7 +72,8 @@ def parts_of(images: Mapping[int, ImageDataset], flags: Flags) -> Parts:
     select, test = ([min(groups[number], key=marks.__getitem__) for number in part] for part in cuts[1:])
     select = select[: flags.max_validation_images]
     parts = [tuple(flat[image] for image in part) for part in (train, select, test)]
-    return Parts(parts[0], parts[1], parts[2], duplicates=len(set(marks)) - len(groups))
+    trained = len({marks[image] for image in train})
+    return Parts(parts[0], parts[1], parts[2], trained, duplicates=len(set(marks)) - len(groups))
 
 
 def content_of(parts: Parts, images: Mapping[int, ImageDataset]) -> str:

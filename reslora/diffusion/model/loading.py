@@ -75,11 +75,13 @@ class Model:
         """The pipeline without its denoiser, in `dtype`; with text encoders and autoencoder where they are wanted.
 
         `trainable`: with the encoders that can be trained even where the others are not wanted. With all of them,
-        something that has no more than the denoiser's configuration is in its place.
+        something that has no more than the denoiser's configuration is in its place. Tokenizers are there in any case:
+        captions are counted by them.
         """
         left_out = [self.family.denoiser, *self.family.unused_parts, *([] if vae else ["vae"])]
         if not encoders:
-            left_out += self.family.frozen_text_parts if trainable else self.family.text_parts
+            parts = self.family.frozen_text_parts if trainable else self.family.text_parts
+            left_out += [part for part in parts if not part.startswith("tokenizer")]
         # Some pipelines, such as Stable Diffusion 3 without T5, say that they lack a part and still ask for it.
         left_out += [part for part, kind in self.index.items() if kind == [None, None]]
         given: dict[str, Any] = {name: None for name in left_out}

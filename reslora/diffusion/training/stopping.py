@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from pathlib import Path
 
@@ -17,13 +16,7 @@ run's folder, and it goes as it is served."""
 
 def stop_requested(stop: StopRequest) -> bool:
     """Whether any process was asked to stop; all processes must call it together, and go by the answer alone."""
-    return _shared(stop, any_of(stop.signal is not None))
-
-
-def _shared(stop: StopRequest, asked: bool) -> bool:
-    if asked and stop.signal is None:
-        stop.signal = signal.SIGTERM
-    return asked
+    return stop.shared(any_of(stop.signal is not None))
 
 
 class Requests:
@@ -48,7 +41,7 @@ class Requests:
         if sample and not self.draws:
             print(f"{SAMPLE}: this run draws no samples; --validation_prompt names what to draw", flush=True)
         asked = any_of_each([self.stop.signal is not None, save, sample and self.draws])
-        return _shared(self.stop, asked[0]), asked[1], asked[2]
+        return self.stop.shared(asked[0]), asked[1], asked[2]
 
 
 def taken(request: Path) -> bool:

@@ -119,7 +119,7 @@ def test_every_layout_with_columns_may_have_one_of_masks(layout, folder):
         folder = folder / "shards"
     (images,) = found_in(folder, *flags)
     check(images)
-    assert images.masks == 2 and images.notes == ("2 of 3 images are masked",)
+    assert images.masked == [True, True, False] and not images.notes
 
 
 def test_another_mask_is_other_content_and_without_the_flag_there_is_none(folder):
@@ -181,6 +181,7 @@ def test_an_image_of_which_nothing_counts_is_left_out_or_refused(kept, brief_fla
     flags = [*brief_flags, "--train_data_dir", folder, "--masked_loss", "--num_validation_images", 0, kept]
     lines = printed(*flags, "--output_dir", tmp_path / "out")
     only(lines, "left out", "0.png: its mask is black everywhere")
+    only(lines, f"{folder}: 2 images, each once an epoch, weight 1; 1 of 2 are masked")
     line = refused(capsys, *flags, "--strict", "--output_dir", tmp_path / "strict", quiet=False)
     assert "--strict" in line and "0.png: its mask is black" in line
 
@@ -190,7 +191,7 @@ def test_kept_masks_train_what_fresh_ones_do(brief_flags, folder, tmp_path):
     add = ["--train_data_dir", folder, "--center_crop", "--masked_loss"]
     add += ["--loss_type", "huber", "--max_train_steps", 2, "--validation_split", 0.3, "--num_validation_images", 0]
     lines = printed(*brief_flags, *add, "--output_dir", tmp_path / "kept")
-    only(lines, "2 of 3 images are masked")
+    only(lines, f"{folder}: 2 images, each once an epoch, weight 1; 1 more held out; 2 of 3 are masked")
     assert main(*brief_flags, *add, "--no-cache_latents", "--output_dir", tmp_path / "fresh") == 0
     kept, fresh = ([row[2] for row in losses(tmp_path / name, "lora")] for name in ("kept", "fresh"))
     assert kept == pytest.approx(fresh, rel=1e-4) and len(kept) > 2

@@ -12,9 +12,10 @@ from pipelines import image_folder
 from diffusion.runs import RESUME, assert_same, final_weights, losses, main, only, printed, refused
 from reslora.diffusion.context import Context
 from reslora.diffusion.data import material
+from reslora.diffusion.data.class_images import balanced
 from reslora.diffusion.data.dataset import ImageDataset, load_images
 from reslora.diffusion.data.folders import load_folders
-from reslora.diffusion.data.material import sources_of
+from reslora.diffusion.data.material import sources_of, tell_counts
 from reslora.diffusion.data.plan import Plan
 from reslora.diffusion.data.size import Size
 from reslora.diffusion.data.sources import Source
@@ -37,14 +38,14 @@ def folders(tmp_path) -> list[Path]:
 def test_each_folder_has_its_repeats_and_weight_or_all_have_one(folders):
     found = gather("--train_data_dir", *folders, "--train_data_repeats", 3, 1, "--train_data_weight", 0.5)
     assert [(len(images), images.repeats, images.weight) for images in found] == [(4, 3, 0.5), (2, 1, 0.5)]
-    assert "4 images, each 3 times an epoch, weight 0.5" in only(found[0].notes, str(folders[0]))
+    assert [images.label for images in found] == list(map(str, folders))
 
 
 def test_one_folder_is_what_it_was_and_what_counts_is_part_of_what_a_run_goes_on_from(folders):
     flags = parse_args(["--train_data_dir", str(folders[0])])
     assert flags.train_data_dir == str(folders[0])
     (alone,) = load_folders(flags)
-    assert alone.fingerprint == load_images(flags).fingerprint and not alone.notes
+    assert alone.fingerprint == load_images(flags).fingerprint and not alone.notes and not alone.label
     assert alone.fingerprint.startswith("4 images, content ") and alone.fingerprint.count(",") == 1
     others = [("--train_data_repeats", 2), ("--train_data_weight", 2)]
     assert (
@@ -84,7 +85,7 @@ def test_kohyas_folders_say_repeats_and_captions(tmp_path):
     assert (letters.repeats, letters.captions) == (4, [["a_b"]])
     assert "not 0_none, 3_empty, loose.png, plain" in only(cat.notes, "alone are read")
     only(cat.notes, "10_sks cat: 1 folders in it are not read")
-    only(cat.notes, "a_b): 1 images, each 4 times an epoch")
+    assert letters.label == f"{tmp_path}/p/2_a_b (caption where there is none: a_b)"
 
 
 def test_metadata_says_more_than_kohyas_names(tmp_path):
@@ -198,6 +199,34 @@ def test_repeats_and_weights_are_those_of_the_folder_at_every_resolution():
         assert [(source.repeats, source.weight) for source in sources] == [(2, weight)] * 2
 
 
+def told(sources: list[Source], *words: object) -> list[str]:
+    lines: list[str] = []
+    flags, accelerator = parse_args(list(map(str, words))), SimpleNamespace(print=lines.append)
+    tell_counts(sources, Context(flags, None, accelerator, None))
+    return lines
+
+
+def test_what_is_told_of_folders_is_what_an_epoch_meets_and_counts():
+    """Class images are repeated where they are fewer, and have a weight of their own; what is held out is not met."""
+    words = ("--validation_split", 0.25, "--prior_loss_weight", 0.5, "--class_data_dir", ".", "--class_prompt", "disc")
+    learnt = made([(64, 64)] * 8, *words, label="mine", repeats=3)
+    of_class = made([(64, 64)] * 3, *words, label="of class", of_class=True)
+    assert told(balanced(learnt, of_class), *words) == [
+        "mine: 6 images, each 3 times an epoch, weight 1; 2 more held out",
+        "of class: 3 class images, each 6 times an epoch, weight 0.5",
+    ]
+    assert not told(made([(64, 64)] * 8, *words), *words)
+
+
+def test_what_is_told_of_masks_is_what_is_left_of_them():
+    sources = made([(64, 64)] * 4, "--resolution", 64, 96, "--masked_loss", label="a", masked=[True, True, False, True])
+    lines = told(sources, "--masked_loss")
+    assert [line.split(":")[0] for line in lines] == ["a at 64", "a at 96"]
+    assert lines[0].endswith("3 of 4 are masked")
+    some = [made([(64, 64)] * 4, label="a", masked=[True, True, False, True])[0].images.select([2, 3])]
+    assert [images.masked for images in some] == [[False, True]]
+
+
 # -- runs --------------------------------------------------------------------------------------------------------------
 
 
@@ -235,6 +264,9 @@ def test_a_run_with_all_of_it_goes_on_as_if_it_had_not_stopped(model, capsys, tm
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     lines = printed(*common, whole)
     assert "48x48: " in only(lines, "2 buckets") and not [line for line in lines if "drawing" in line]
+    only(lines, "2_disc (caption where there is none: disc) at 48: ", " 2 times an epoch, weight 0.5")
+    (first, second) = (line for line in lines if "1_red box" in line)
+    assert "32: 1 class images, each 4 times an epoch, weight 1" in first and "48: 1 class images, each 4" in second
     assert main(*common, parts, "--max_train_steps", 4) == 0
     capsys.readouterr()
     assert "--train_data_repeats 2" in refused(capsys, *common, parts, "--train_data_repeats", 2, *RESUME, quiet=False)

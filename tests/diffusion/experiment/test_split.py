@@ -174,6 +174,16 @@ def test_one_of_several_that_look_alike_chooses_or_compares():
     assert len(found.train) == 4 * (30 - len(found.select) - len(found.test)) and found.duplicates == 90
 
 
+def test_an_image_at_several_resolutions_is_one_of_those_that_are_trained_on():
+    """Each resolution is a source of its own, with what is large enough for it."""
+    contents = [encoded(picture(number)) for number in range(20)]
+    once = parts_of({0: dataset(contents)}, SHARES)
+    found = parts_of({0: dataset(contents), 1: dataset(contents), 2: dataset(contents[:10])}, SHARES)
+    assert len(found.train) > 2 * len(once.train) and found.trained == once.trained == len(once.train)
+    assert found.trained + len(found.select) + len(found.test) == 20
+    assert f"images: {once.trained} to train on" in str(found) and facts_of(found, ())["split"]["train"] == once.trained
+
+
 def test_no_more_images_choose_than_are_measured():
     """By the hash's order; what is told of the part is what is measured of it."""
     images = {0: dataset([encoded(picture(number)) for number in range(40)])}

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+from reslora.common.signals import StopRequest
 from reslora.diffusion.arguments import Flags
 from reslora.diffusion.training import stopping
 from reslora.diffusion.training.stopping import Requests, taken
@@ -10,7 +11,7 @@ from reslora.diffusion.training.stopping import Requests, taken
 def requests(folder, minutes: float | None = None, images: int = 1) -> Requests:
     shown = {"validation_prompt": ["red disc"], "num_validation_images": images}
     flags = Flags(checkpointing_minutes=minutes, checkpointing_steps=5, **shown)
-    return Requests(SimpleNamespace(stop=SimpleNamespace(signal=None), folder=folder, status=None, flags=flags))
+    return Requests(SimpleNamespace(stop=StopRequest(), folder=folder, status=None, flags=flags))
 
 
 def test_files_ask_once_and_go(tmp_path):

@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from ....export import KOHYA_FILE
 
@@ -46,6 +47,12 @@ class Conditions:
     """Batch x 6: height and width of the original image, top and left of the crop, height and width trained on."""
     guidance: float = 1.0
     """For models that are told the guidance they shall imitate."""
+
+
+def in_chat(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], thinking: bool) -> list[str]:
+    """Captions in a language model's template, as what a user says."""
+    how = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": thinking}
+    return [tokenizer.apply_chat_template([{"role": "user", "content": caption}], **how) for caption in captions]
 
 
 def numbered(name: str) -> tuple[str, list[str]]:
@@ -121,6 +128,12 @@ class Family:
         """Shape of the latents of an image of so many pixels: channels, height, width."""
         factor = pipeline.vae_scale_factor
         return (pipeline.vae.config.latent_channels, height // factor, width // factor)
+
+    def token_counts(
+        self, pipeline: DiffusionPipeline, tokenizer: PreTrainedTokenizerBase, captions: Sequence[str]
+    ) -> list[int]:
+        """How many tokens each caption is, uncut, with what the pipeline puts around it; only those that are read."""
+        return list(map(len, tokenizer(list(captions)).input_ids))
 
     def encode_captions(self, pipeline: DiffusionPipeline, captions: Sequence[str], longest: int | None) -> Text:
         """What the denoiser reads of the captions, through the pipeline's own `encode_prompt`.

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 
-from .base import Family
+from .base import Family, in_chat
 
 DOUBLE = r"transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
 SINGLE = r"single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)"
@@ -64,6 +64,10 @@ class Flux2Klein(Family):
         """Four times the channels at half the side."""
         channels, height, width = super().latent_shape(pipeline, height, width)
         return (channels * 4, height // 2, width // 2)
+
+    def token_counts(self, pipeline, tokenizer, captions):
+        """In the template of a chat."""
+        return super().token_counts(pipeline, tokenizer, in_chat(tokenizer, captions, thinking=False))
 
     def encode_captions(self, pipeline, captions, longest):
         """`states`: three of Qwen3's layers side by side (batch x tokens x 3 width)."""

@@ -56,11 +56,15 @@ class Krea2(WithQwenAutoencoder):
         ],
     }
 
+    def token_counts(self, pipeline, tokenizer, captions):
+        """In the pipeline's template, whose first tokens are not read, and whose last ones are put in apart."""
+        begun = [pipeline.prompt_template_encode_prefix + caption for caption in captions]
+        around = pipeline.prompt_template_encode_num_suffix_tokens - pipeline.prompt_template_encode_start_idx
+        return [count + around for count in super().token_counts(pipeline, tokenizer, begun)]
+
     def encode_captions(self, pipeline, captions, longest):
         """`states`: a list of (tokens x layers x width), as many tokens as the caption and the template's end have."""
-        words = pipeline.tokenizer([pipeline.prompt_template_encode_prefix + caption for caption in captions]).input_ids
-        around = pipeline.prompt_template_encode_num_suffix_tokens - pipeline.prompt_template_encode_start_idx
-        needed = max(map(len, words)) + around  # else the encoder would read `longest` tokens of any caption
+        needed = max(self.token_counts(pipeline, pipeline.tokenizer, captions))  # else it would read `longest` of any
         states, mask = pipeline.encode_prompt(
             list(captions), device=pipeline.text_encoder.device, max_sequence_length=min(longest, needed)
         )

@@ -27,6 +27,12 @@ class QwenImage(WithQwenAutoencoder):
         "target_modules": ["to_q", "to_k", "to_v", "to_out.0"],
     }
 
+    def token_counts(self, pipeline, tokenizer, captions):
+        """In the pipeline's template, whose first tokens are not read."""
+        whole = [pipeline.prompt_template_encode.format(caption) for caption in captions]
+        dropped = pipeline.prompt_template_encode_start_idx
+        return [count - dropped for count in super().token_counts(pipeline, tokenizer, whole)]
+
     def encode_captions(self, pipeline, captions, longest):
         """`states`: a list of (tokens x width), as many tokens as the caption and the template's end have."""
         states, mask = pipeline.encode_prompt(

@@ -8,7 +8,7 @@ import torch
 from diffusers import ZImagePipeline, ZImageTransformer2DModel
 
 from ....export import COMFYUI_FILE
-from .base import Family
+from .base import Family, in_chat
 
 
 class ZImage(Family):
@@ -35,6 +35,10 @@ class ZImage(Family):
     def pixel_multiple(self, pipeline):
         """Patches are two latents wide."""
         return pipeline.vae_scale_factor * 2
+
+    def token_counts(self, pipeline, tokenizer, captions):
+        """In the template of a chat."""
+        return super().token_counts(pipeline, tokenizer, in_chat(tokenizer, captions, thinking=True))
 
     def encode_captions(self, pipeline, captions, longest):
         """`states`: a list of (tokens x width), as many tokens as the caption has."""

@@ -1,0 +1,65 @@
+"""Captions that are longer than what a text encoder reads: their rest is trained on by nobody."""
+
+from __future__ import annotations
+
+from diffusers import DiffusionPipeline
+from transformers import PreTrainedTokenizerBase
+
+from ..context import Context
+from ..model.loading import Model
+from ..prompts import prompts_of
+from .dataset import ImageDataset
+from .samples import Material
+
+AT_ONCE = 1000  # captions whose tokens are in memory
+Place = tuple[ImageDataset, int] | str
+"""An image, or the flag of a prompt."""
+
+
+def tell_long_captions(material: Material, pipeline: DiffusionPipeline, context: Context) -> None:
+    """A line about captions and prompts whose rest is not read, with the longest as an example."""
+    reader = reader_of(pipeline, context.model)
+    if reader is None or not context.accelerator.is_main_process:
+        return
+    name, tokenizer = reader
+    longest = context.flags.max_sequence_length if name == context.model.family.text_parts[-1] else None
+    most = longest or tokenizer.model_max_length
+    texts = places_of(material)
+    counts: dict[str, int] = {}
+    for start in range(0, len(texts), AT_ONCE):
+        some = list(texts)[start : start + AT_ONCE]
+        counts |= zip(some, context.model.family.token_counts(pipeline, tokenizer, some), strict=True)
+    if long := [text for text in texts if counts[text] > most]:
+        example = max(long, key=counts.__getitem__)
+        place = texts[example]
+        where = place if isinstance(place, str) else place[0].name(place[1])
+        reads = f"the {most} tokens that {encoder_of(name)} reads{' (--max_sequence_length)' if longest else ''}"
+        line = f"{len(long)} of {len(texts)} captions and prompts are longer than {reads}: their rest is not read"
+        context.accelerator.print(f"{line} (for example {where}: {counts[example]} tokens)")
+
+
+def reader_of(pipeline: DiffusionPipeline, model: Model) -> tuple[str, PreTrainedTokenizerBase] | None:
+    """The tokenizer of the encoder that reads most of a caption, which is the last one that is there, and its name."""
+    for name in reversed(model.family.text_parts):
+        tokenizer = getattr(pipeline, name, None) if name.startswith("tokenizer") else None
+        if tokenizer is not None and model.index.get(encoder_of(name)) != [None, None]:
+            return name, tokenizer
+    return None
+
+
+def encoder_of(tokenizer: str) -> str:
+    """The text encoder's name in the pipeline, by its tokenizer's."""
+    return tokenizer.replace("tokenizer", "text_encoder")
+
+
+def places_of(material: Material) -> dict[str, Place]:
+    """Every caption, with prefix and suffix, and every prompt, with the first place where it is."""
+    found: dict[str, Place] = {}
+    for source in material.sources:
+        for index, options in enumerate(source.images.captions):
+            for text in options:
+                found.setdefault(source.recipe.plain(text), (source.images, index))
+    for prompt in prompts_of(material.flags):
+        for text in filter(None, (prompt.prompt, prompt.negative_prompt)):
+            found.setdefault(text, "--validation_prompt")
+    return found

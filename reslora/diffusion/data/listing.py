@@ -1,0 +1,35 @@
+"""What is in a folder of images: hidden folders, as editors and desktops keep copies and deleted files in, are not."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ...files import all_below
+from ..arguments import Flags
+from .images import SUFFIXES
+
+TRASH = ".trash"  # the application's own hidden folder
+
+
+def files_of(folder: Path, flags: Flags, deep: bool = True) -> list[Path]:
+    """All that is in a folder but for hidden folders, and for what this very run writes: its samples are no images.
+
+    A folder inside the run's own was named, and is read. With `deep`, also what is in its folders.
+    """
+    there = all_below(folder) if deep else folder.iterdir()
+    output, everything = Path(flags.output_dir).absolute(), sorted(there)
+    everything = [path for path in everything if not (path.name.startswith(".") and path.is_dir())]
+    if folder.absolute().is_relative_to(output):
+        return everything
+    return [path for path in everything if not path.absolute().is_relative_to(output)]
+
+
+def hidden_images(folder: Path) -> list[Path]:
+    """Images in the hidden folders of a folder but the trash: whoever has filled that knows of it."""
+    found = []
+    for place, _, names in os.walk(folder):
+        parts = Path(place).parts[len(folder.parts) :]
+        if TRASH not in parts and any(part.startswith(".") for part in parts):
+            found += [path for name in names if (path := Path(place, name)).suffix.lower() in SUFFIXES]
+    return sorted(found)

@@ -1,0 +1,73 @@
+"""Hidden folders among images hold stale copies and what was deleted: they are passed over, and told of."""
+
+import json
+from pathlib import Path
+
+import pytest
+from pipelines import image_folder
+
+from diffusion.runs import only
+from reslora.diffusion.data.class_images import missing_class_images
+from reslora.diffusion.data.dataset import ImageDataset
+from reslora.diffusion.data.folders import load_folders
+from reslora.diffusion.data.listing import TRASH
+from reslora.diffusion.settings import parse_args
+
+HIDDEN = ("images in hidden folders are not read",)
+
+
+def with_hidden(folder: Path, layout: str = "txt") -> Path:
+    """Two images; two more of another caption in hidden folders, and one in the trash."""
+    image_folder(folder, 2, layout=layout)
+    for place, count in ((".ipynb_checkpoints", 1), (".Trash-1000/files", 1), (TRASH, 1)):
+        image_folder(folder / place, count, lambda _: "OLD", layout="txt")
+    return folder
+
+
+def gather(folder: Path, *flags: str, caption: str | None = None) -> list[ImageDataset]:
+    return load_folders(parse_args(["--train_data_dir", str(folder), *flags]), caption)
+
+
+@pytest.mark.parametrize("layout", ["txt", "jsonl", "csv"])
+def test_hidden_copies_are_not_trained_on(tmp_path, layout):
+    (found,) = gather(with_hidden(tmp_path / "p", layout))
+    assert found.captions == [["red disc"], ["blue box"]] and not found.left_out
+    line = only(found.notes, *HIDDEN)
+    assert line.startswith("2 ") and f"{tmp_path}/p/.Trash-1000/files/0.png" in line
+    assert not [note for note in found.notes if "not listed" in note]
+
+
+def test_a_hidden_folder_that_is_named_is_read(tmp_path):
+    (found,) = gather(with_hidden(tmp_path / "p") / ".Trash-1000")
+    assert found.captions == [["OLD"]] and not found.notes
+
+
+def test_hidden_class_images_are_none(tmp_path):
+    """There the caption is that of all, whether there is one beside an image or not."""
+    folder = with_hidden(tmp_path / "p", "none")
+    of_class = ["--class_data_dir", str(folder), "--class_prompt", "a disc", "--num_class_images", "3"]
+    assert missing_class_images(parse_args(of_class)) == 1
+    (found,) = gather(folder, caption="a disc")
+    assert found.captions == [["a disc"]] * 2 and only(found.notes, *HIDDEN).startswith("2 ")
+
+
+def test_hidden_folders_in_kohyas_are_told_of_as_others_are(tmp_path):
+    with_hidden(tmp_path / "p" / "2_sks")
+    (found,) = gather(tmp_path / "p")
+    assert len(found) == 2 and only(found.notes, *HIDDEN).startswith("2 ")
+    assert not [note for note in found.notes if "folders in it are not read" in note]
+
+
+def test_what_metadata_names_in_a_hidden_folder_is_read(tmp_path):
+    folder = with_hidden(tmp_path / "p", "none")
+    named = {"file_name": "0.png", "text": "red disc", "mask": ".ipynb_checkpoints/0.png"}
+    (folder / "metadata.jsonl").write_text(json.dumps(named))
+    (found,) = gather(folder, "--masked_loss")
+    assert found.masked == [True] and only(found.notes, *HIDDEN).startswith("1 ")
+
+
+def test_where_the_datasets_library_reads_a_folder_hidden_ones_are_told_of_too(tmp_path):
+    image_folder(tmp_path / "p" / "below", 2)
+    image_folder(tmp_path / "p" / ".old", 1)
+    (found,) = gather(tmp_path / "p", "--cache_dir", str(tmp_path / "cache"))
+    assert len(found) == 2 and only(found.notes, *HIDDEN).startswith("1 ")
