@@ -10,7 +10,12 @@ import signal
 import sys
 import tempfile
 import warnings
+import webbrowser
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import gradio as gr
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -103,9 +108,7 @@ def serve(args: argparse.Namespace, neutral: Path) -> int:
     move_to(neutral)
     from . import page  # Gradio, from here on, looks at where it is
     from .queue import Queue
-    from .sessions import LIMITS
     from .studio import Studio
-    from .weight_files import LARGEST_ADAPTER
 
     # Libraries' notes to programmers are not for whoever starts the page.
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -113,11 +116,7 @@ def serve(args: argparse.Namespace, neutral: Path) -> int:
     queue.keep_going()
     demo = page.create_demo(library, trainings, studio)
     try:
-        demo.launch(
-            server_name=args.host, server_port=args.port, share=args.share, auth=args.auth, inbrowser=args.inbrowser,
-            show_error=True, ssr_mode=False, max_file_size=LARGEST_ADAPTER, footer_links=["api"], run_history=False,
-            **LIMITS, **page.look(),
-        )  # fmt: skip
+        listen(demo, args)
     except OSError as error:
         print(f"python -m app: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
@@ -125,6 +124,29 @@ def serve(args: argparse.Namespace, neutral: Path) -> int:
         queue.closed.set()
         studio.close()
     return 0
+
+
+def listen(demo: gr.Blocks, args: argparse.Namespace) -> None:
+    """Serves the page until it is closed, however slowly it answers at first."""
+    from .page import look
+    from .sessions import LIMITS
+    from .weight_files import LARGEST_ADAPTER
+
+    try:
+        demo.launch(
+            server_name=args.host, server_port=args.port, share=args.share, auth=args.auth, inbrowser=args.inbrowser,
+            show_error=True, ssr_mode=False, max_file_size=LARGEST_ADAPTER, footer_links=["api"], run_history=False,
+            **LIMITS, **look(),
+        )  # fmt: skip
+    except ValueError:
+        # Gradio gives up where its own page doesn't answer it within three seconds, which a busy machine may need. It
+        # listens all the same.
+        if not demo.is_running:
+            raise
+        print(f"python -m app: {demo.local_url} is slow to answer; it is served all the same", file=sys.stderr)
+        if args.inbrowser:
+            webbrowser.open(demo.local_url)
+        demo.block_thread()
 
 
 def move_to(neutral: Path) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from reslora.common.assets import ASSETS
 from reslora.diffusion.arguments import Flags
 
-from .runs import Run
+from .runs import Run, RunError
 
 BUNDLED = ASSETS / "pipeline"
 PIPELINES = {f"{ASSETS.name}/{path.name}": path for path in (BUNDLED, ASSETS / "pipeline-flow")}
 """The bundled pipelines, by the words that a page may name them with."""
+OF_MODEL = ("pretrained_vae_model_name_or_path", "revision")
+"""Flags that make another model of the one that is named."""
 
 
 @dataclass(frozen=True)
@@ -59,3 +62,34 @@ def base_of(run: Run | None) -> Base:
     is_file = named.endswith(".safetensors")
     vae = run.word("pretrained_vae_model_name_or_path")
     return Base(named, vae, **settings, folder=str(run.folder) if is_file else "")
+
+
+def model_of(word: str, images: Path | None) -> str:
+    """The model that a page names: a bundled pipeline, or one on the hub, which needs images."""
+    if word in PIPELINES:
+        return str(PIPELINES[word])
+    # A name on the hub and nothing else: a path would let the page read other folders of this machine.
+    if not is_hub_name(word):
+        raise RunError(f"Give the model by its name on the hub, such as owner/model, or one of {', '.join(PIPELINES)}.")
+    if images is None:
+        raise RunError("Another model needs images: upload some, or choose a folder.")
+    return word
+
+
+def word_of_model(run: str, settings: dict) -> str:
+    """The word by which a page names the model of a run's settings; `RunError` where it has none."""
+    named = settings.get("pretrained_model_name_or_path") or ""
+    word = (bundled(named) or named) if isinstance(named, str) else "/"
+    path = [] if word in ("", *PIPELINES) or is_hub_name(word) else ["a model in a folder"]
+    unnamed = [*path, *(f"--{flag}" for flag in OF_MODEL if settings.get(flag))]
+    if unnamed:
+        raise RunError(
+            f"{run} was trained with {' and '.join(unnamed)}, which a page cannot name: begin with another "
+            "one, or give its config.json to train_sd.py --config."
+        )
+    return word
+
+
+def is_hub_name(model: str) -> bool:
+    """Whether it is `owner/name`, which cannot be a path of this machine that the page was not given."""
+    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", model))

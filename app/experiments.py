@@ -2,41 +2,31 @@
 
 from __future__ import annotations
 
-from reslora.diffusion.arguments import Flags, build_parser
-from reslora.diffusion.settings import fill_defaults, is_experiment
+from pathlib import Path
+
 from reslora.experiment.course import Course
 
 from .activity import duration
-from .launcher import ALONE, arguments, with_more
+from .launcher import Trainings
 from .library import Experiment
 from .runs import RunError
 from .views import counted, escape, notice, status_line
 
 
-def plan(settings: dict, begun: Experiment | None = None) -> str:
-    """How many arms the settings make, in a sentence; what is wrong with them instead, where they make none.
+def plan(trainings: Trainings, name: str, settings: dict) -> str:
+    """How many arms an experiment of that name would have, in a sentence; what is wrong with its settings instead.
 
-    `begun`: the experiment that they are added to.
+    Images are asked for where it starts.
     """
+    images = None if trainings.goes_on(name, Experiment) else Path("images")
     try:
-        if begun is not None:
-            settings = {name: begun.config.get(name) for name in settings} | with_more(begun, settings)
-        flags = settled(arguments(settings))
-        if not is_experiment(vars(flags)):
-            return notice(ALONE)
-        course = Course(flags)
-        arms = course.arms()
-    except (RunError, ValueError) as error:
+        course = Course(trainings.settled(trainings.command(name, settings, images, Experiment)))
+    except RunError as error:
         return notice(str(error))
     facts = [counted(len(course.labels), "method"), counted(len(course.given), "learning rate")]
     facts.append(counted(len(course.seeds), "seed"))
     advice = "" if len(course.seeds) > 2 else " With fewer than three seeds little can be shown."
-    return notice(f"{len(arms)} arms: {', '.join(facts)}.{advice}")
-
-
-def settled(words: list[str]) -> Flags:
-    """The flags of a command with what the trainer fills in."""
-    return fill_defaults(build_parser().parse_args(words))
+    return notice(f"{len(course.arms())} arms: {', '.join(facts)}.{advice}")
 
 
 def summary(experiment: Experiment, status: str, said: str = "") -> str:

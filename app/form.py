@@ -27,7 +27,7 @@ LABELS = {
 }
 """Where the flag's own words would say less."""
 OF_RESLORA = ("shortcut", "pre_num", "head", "merge")
-TEXTS = ("caption_prefix", "caption_suffix", "target_modules", "rank_pattern", "alpha_pattern")
+TEXTS = ("caption_prefix", "caption_suffix", "target_modules", "rank_pattern", "alpha_pattern", "lr_step_rules")
 """Flags that take words which name no file, no model and no code."""
 OF_CLASS_IMAGES = ("class_prompt", "num_class_images", "prior_loss_weight")
 """Flags that nothing reads without a folder of class images, which a page may not name."""

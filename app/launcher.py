@@ -21,13 +21,15 @@ from typing import NoReturn
 import torch
 from accelerate.commands.config.config_args import default_config_file
 
+from reslora.common.errors import InvalidArgument
 from reslora.common.flags import listed
-from reslora.diffusion.arguments import build_parser, is_experiment
+from reslora.diffusion.arguments import Flags, build_parser, is_experiment
 from reslora.diffusion.data.images import SUFFIXES
 from reslora.diffusion.prompts import SUFFIXES as PROMPT_FILES
+from reslora.diffusion.settings import settled
 
 from . import form
-from .bases import PIPELINES, bundled
+from .bases import bundled, model_of
 from .folders import UPLOADS, Folders
 from .held import held, is_held
 from .library import Experiment, Library
@@ -40,8 +42,6 @@ ADDED_TO = ("method", "learning_rate", "seed")
 """Flags that an experiment which was begun may be given more values of."""
 MAY_GROW = (*ADDED_TO, "experiment_minutes")
 """Flags that need not be as an experiment was begun with."""
-OF_MODEL = ("pretrained_vae_model_name_or_path", "revision")
-"""Flags that make another model of the one that is named."""
 FOLDERS = ("train_data_dir", "class_data_dir", "dataset_name")
 """Flags that may name a folder of images."""
 SAVE, SAMPLE = "save.now", "sample.now"
@@ -63,7 +63,7 @@ def default_output() -> Path:
 
 
 def arguments(settings: dict, with_defaults: bool = False) -> list[str]:
-    """Command-line words for the settings that differ from the trainer's defaults; refuses what the trainer refuses."""
+    """Command-line words for the settings that differ from the trainer's defaults; refuses what its parser refuses."""
     words = []
     for name, action in form.actions().items():
         value = settings.get(name)
@@ -73,7 +73,7 @@ def arguments(settings: dict, with_defaults: bool = False) -> list[str]:
             words.append(f"--{name}" if value else f"--no-{name}")
         elif values := words_of(action, value):
             words += [f"--{name}", *values]
-    check(words)
+    trainers_parser().parse_args(words)
     return words
 
 
@@ -94,11 +94,11 @@ def words_of(action: argparse.Action, value: object) -> list[str]:
     return found
 
 
-def check(words: list[str]) -> argparse.Namespace:
-    """What the trainer's own parser reads; where it refuses, its one line is the message."""
+def trainers_parser() -> argparse.ArgumentParser:
+    """The trainer's own; where it refuses, its one line is the message."""
     parser = build_parser()
     parser.error = refuse  # where it would print the line and leave
-    return parser.parse_args(words)
+    return parser
 
 
 def refuse(message: str) -> NoReturn:
@@ -153,7 +153,7 @@ class Trainings:
         return [name for name, folder in self.images.all().items() if not folder.bundled]
 
     def command(self, name: str, settings: dict, images: Path | None = None, kind: type[Run] = Run) -> list[str]:
-        """Words after `accelerate launch` for a new run or experiment of that name.
+        """Words after `accelerate launch` for a new run or experiment of that name; refuses what the trainer refuses.
 
         An experiment that is there gets what methods, rates and seeds it has not; all else must be as it was begun.
         """
@@ -161,15 +161,23 @@ class Trainings:
         if self.goes_on(name, kind):
             begun = self.find(name, kind)
             refuse_others(begun, settings, images)
-            return [*words, "--config", str(begun.folder / "config.json"), *arguments(with_more(begun, settings), True)]
-        if images is not None:
-            words += ["--train_data_dir", str(images)]
-        if model := str(settings.get("model") or "").strip():
-            words += ["--pretrained_model_name_or_path", model_of(model, images)]
-        words += arguments(settings)
-        if kind is Experiment and not is_experiment(vars(check(words[1:]))):
+            words += ["--config", str(begun.folder / "config.json"), *arguments(with_more(begun, settings), True)]
+        else:
+            if images is not None:
+                words += ["--train_data_dir", str(images)]
+            if model := str(settings.get("model") or "").strip():
+                words += ["--pretrained_model_name_or_path", model_of(model, images)]
+            words += arguments(settings)
+        if not is_experiment(vars(self.settled(words))) and kind is Experiment:
             raise RunError(ALONE)
         return words
+
+    def settled(self, words: list[str]) -> Flags:
+        """What the trainer makes of a command, whatever its images are: they may not be stored yet."""
+        try:
+            return settled(trainers_parser(), words[1:])
+        except InvalidArgument as error:
+            raise RunError(self.without_folders(str(error))) from None
 
     def goes_on(self, name: str, kind: type[Run]) -> bool:
         """Whether an experiment of that name is there, with the settings that it was begun with."""
@@ -245,6 +253,8 @@ class Trainings:
     def _launch(self, run: Run, words: list[str], device: str | None) -> Run:
         self.asked = {process for process in self.asked if is_trainer(process)}
         self.began.discard(run.name)
+        for request in (SAVE, SAMPLE):  # to which nothing came any more when it trained before
+            (run.folder / request).unlink(missing_ok=True)
         environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": search_path()}
         if device is not None:
             environment["CUDA_VISIBLE_DEVICES"] = device
@@ -342,13 +352,28 @@ class Trainings:
 
     def ask(self, request: str) -> str:
         """Ask the trainer that is at work for a checkpoint or for samples after this step, and say so."""
-        found = [run for run in self.all_active() if run.process is not None]
+        found = list(self.all_active())
         if not found:
             return "Nothing is training."
-        for run in found:
+        why_not = {run.name: self.why_not_asked(run, request) for run in found}
+        asked = [run for run in found if not why_not[run.name]]
+        if not asked:
+            return " ".join(why_not.values())
+        for run in asked:
             (run.folder / request).touch()
         what = {SAVE: "a checkpoint is saved", SAMPLE: "samples are drawn"}[request]
-        return f"{names_of(found)}: {what} after this step."
+        return f"{names_of(asked)}: {what} after this step."
+
+    def why_not_asked(self, run: Run, request: str) -> str:
+        """Why a run that trains could do nothing of what is asked for; empty where it can."""
+        done, total = run.progress
+        if run.process is None:
+            return f"{run.name} is starting, or ending; ask once it trains."
+        if total and done == total:
+            return f"{run.name} has taken its last step."
+        if request == SAMPLE and run.config and not run.prompts:
+            return f"{run.name} draws no samples: it has no prompts."
+        return ""
 
     def is_active(self, run: Run) -> bool:
         """Whether the run is training, or about to."""
@@ -397,37 +422,6 @@ def names_of(runs: list[Run]) -> str:
     """The names of some runs, as one says them."""
     *first, last = (run.name for run in runs)
     return f"{', '.join(first)} and {last}" if first else last
-
-
-def model_of(word: str, images: Path | None) -> str:
-    """The model that a page names: a bundled pipeline, or one on the hub, which needs images."""
-    if word in PIPELINES:
-        return str(PIPELINES[word])
-    # A name on the hub and nothing else: a path would let the page read other folders of this machine.
-    if not is_hub_name(word):
-        raise RunError(f"Give the model by its name on the hub, such as owner/model, or one of {', '.join(PIPELINES)}.")
-    if images is None:
-        raise RunError("Another model needs images: upload some, or choose a folder.")
-    return word
-
-
-def word_of_model(run: str, settings: dict) -> str:
-    """The word by which a page names the model of a run's settings; `RunError` where it has none."""
-    named = settings.get("pretrained_model_name_or_path") or ""
-    word = (bundled(named) or named) if isinstance(named, str) else "/"
-    path = [] if word in ("", *PIPELINES) or is_hub_name(word) else ["a model in a folder"]
-    unnamed = [*path, *(f"--{flag}" for flag in OF_MODEL if settings.get(flag))]
-    if unnamed:
-        raise RunError(
-            f"{run} was trained with {' and '.join(unnamed)}, which a page cannot name: begin with another "
-            "one, or give its config.json to train_sd.py --config."
-        )
-    return word
-
-
-def is_hub_name(model: str) -> bool:
-    """Whether it is `owner/name`, which cannot be a path of this machine that the page was not given."""
-    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", model))
 
 
 def search_path() -> str:

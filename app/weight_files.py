@@ -140,7 +140,9 @@ def check_adapter_file(path: Path, label: str) -> Iterable[str]:
     with path.open("rb") as file:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        content = file.read(length) if 2 <= length <= min(LARGEST_HEADER, path.stat().st_size - 8) else b""
+        content = file.read(length) if 2 <= length <= LARGEST_HEADER else b""
+    if path.suffix.lower() == ".safetensors" and content.startswith(b"{") and len(content) < length:
+        raise RunError(f"{label}: cut short or damaged.")
     try:
         entries = {name: entry for name, entry in json.loads(content).items() if name != "__metadata__"}
         end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)

@@ -78,10 +78,11 @@ class ExperimentTab(LaunchTab):
     def events(self, page: Page) -> None:
         self.connect(page, self.which, self.last_look)
         quiet = {"api_visibility": "private", "show_progress": "hidden"}
-        planned = [self.name, *(self.flags[name] for name in self.names)]
+        planned = [self.name, self.model, *self.flags.values()]
         gr.on(
             [page.blocks.load, *(part.change for part in planned)],
-            readable_errors(self.count), planned, self.plan, trigger_mode="always_last", queue=False, **quiet,
+            readable_errors(self.count), planned, self.plan, trigger_mode="always_last", queue=False,
+            preprocess=False, **quiet,
         )  # fmt: skip
         shown = [self.last_look, self.which, self.state, self.log, self.report, self.take]
         look = readable_errors(self.look)
@@ -90,10 +91,9 @@ class ExperimentTab(LaunchTab):
         page.frames[self].select(lambda: gr.Timer(active=True), None, self.timer, **quiet)
         gr.api(readable_errors(self.list_names), api_name="experiments")
 
-    def count(self, name: str, *values) -> str:
+    def count(self, name: str, model: str, *values) -> str:
         """How many arms the form makes, with those that are there; what is wrong with it, where it makes none."""
-        begun = self.library.find_experiment(name) if self.trainings.goes_on(name, self.kind) else None
-        return experiments.plan(dict(zip(self.names, values, strict=True)), begun)
+        return experiments.plan(self.trainings, name, self.settings(values) | {"model": model})
 
     def look(self, name: str, seen: tuple | None = None):
         """What is new of an experiment since the last look: state and log, and the report where there is another."""

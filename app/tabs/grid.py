@@ -12,6 +12,7 @@ from .. import grids, views
 from ..handlers import paths_of, readable_errors
 from ..launcher import safe_name
 from ..recipe import Drawn, Request
+from ..runs import RunError
 from ..sessions import TURNS, hears
 from ..studio import Cancelled, Status, Step
 from .base import answer_line
@@ -97,7 +98,7 @@ class GridPart:
         self, name, label, adapter, prompt, negative, seed, steps, guidance, width, height, strength, x, x_values, y,
         y_values, adapter_config=None, loras=None, strengths="", asked: gr.Request = None,
     ) -> Iterator[tuple]:  # fmt: skip
-        """The grid as its images come; in the end, or where it was stopped, a labelled picture, and all image files."""
+        """The grid as its images come; at its end, early or not, a labelled picture and all image files."""
         run = self.tab.library.find(name) if name else None
         uploaded = [*paths_of(adapter), *paths_of(adapter_config)]
         weights = self.tab.chosen_weights(run, label, uploaded, loras, strengths)
@@ -120,6 +121,11 @@ class GridPart:
             said = views.progress(f"{len(drawn)} of {views.counted(len(pictures), 'cell')} done", 1)
         except Cancelled:
             said = views.notice(f"Stopped after {len(drawn)} of {views.counted(len(pictures), 'cell')}.")
+        except RunError as error:
+            if not drawn:
+                raise
+            count = f"{len(drawn)} of {views.counted(len(pictures), 'cell')}"
+            said = views.notice(f"{error} That ended the grid after {count}.")
         sheet = None
         if drawn:
             sheet = str(grids.save_sheet(grid, drawn, self.tab.files.new(f"{safe_name(name or 'base')}-grid.png")))

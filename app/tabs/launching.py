@@ -177,9 +177,9 @@ class LaunchTab(Tab):
         kept = {"id": self.id, "names": [name for name in self.parameters() if name != "images"]}
         page.blocks.load(None, self.form, self.form, js=RECALL % kept, **quiet)
         gr.on([part.change for part in self.form], None, self.form, None, js=KEEP % kept, **quiet)
-        # Not queued: they must not wait for what they end.
+        # It waits for nothing; what is not queued would show no message of a refusal.
         stop = readable_errors(self.do_stop)
-        self.stop.click(stop, [which, seen], self.answer, api_name=f"{self.id}_stop", queue=False)
+        self.stop.click(stop, [which, seen], self.answer, api_name=f"{self.id}_stop", concurrency_limit=None)
         self.resume.click(readable_errors(self.do_resume), which, self.answer, api_name=f"{self.id}_resume")
 
     def seen(self, run: Run) -> bool:

@@ -10,6 +10,7 @@ import gradio as gr
 from reslora.diffusion.arguments import SEVERAL
 
 from .. import form, launcher, views
+from ..bases import word_of_model
 from ..handlers import readable_errors
 from ..runs import Run, RunError
 from .base import Parts
@@ -71,12 +72,13 @@ class TrainTab(LaunchTab):
         self.begin.change(readable_errors(self.fill_once), [self.begin, self.begun], filled, **in_turn)
         for button, request in ((self.sample_now, launcher.SAMPLE), (self.save_now, launcher.SAVE)):
             ask = readable_errors(partial(self.ask, request))
-            button.click(ask, None, self.answer, api_name=f"train_{request.replace('.', '_')}", queue=False)
+            named = f"train_{request.replace('.', '_')}"
+            button.click(ask, None, self.answer, api_name=named, concurrency_limit=None)
 
     def fill(self, name: str) -> list:
         """The form with the settings of a preset or a run; refuses a run whose model a page cannot name."""
         settings = form.settings_of(name, self.library.runs())
-        return [launcher.word_of_model(name, settings), *form.values_of(settings, self.all_names())]
+        return [word_of_model(name, settings), *form.values_of(settings, self.all_names())]
 
     def fill_by_mouse(self, name: str) -> list:
         """The form, and whose settings it has."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
 import math
@@ -47,7 +48,14 @@ def parse_args(argv: Sequence[str] | None = None, description: str | None = None
 
     Exits with status 2 and one line for what argparse refuses; raises `InvalidArgument` for what cannot work.
     """
-    parser = build_parser(description)
+    flags = settled(build_parser(description), argv)
+    check_places(flags)
+    tell_unread(flags.method, vars(flags), vars(untouched()))
+    return flags
+
+
+def settled(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> Flags:
+    """The same for a parser of `build_parser`, whatever the folders are: they may not be there yet."""
     args, given = parser.parse_args(argv), given_flags(argv)
     if args.config:
         of_file = config_defaults(parser, args, given)
@@ -118,6 +126,12 @@ def with_family(flags: Flags, defaults: Mapping[str, object]) -> Flags:
     return flags.replace(**{name: value for name, value in defaults.items() if getattr(flags, name) is None})
 
 
+@functools.cache
+def untouched() -> argparse.Namespace:
+    """The parser's own defaults."""
+    return build_parser().parse_args([])
+
+
 def given_flags(argv: Sequence[str] | None) -> set[str]:
     """Names of the flags that are on the command line."""
     parser = build_parser()
@@ -129,17 +143,24 @@ def given_flags(argv: Sequence[str] | None) -> set[str]:
 # -- what can be refused at once ---------------------------------------------------------------------------------------
 
 
-def check_flags(flags: Flags) -> None:
-    """Refuse combinations and paths that cannot work."""
-    check_encoding(flags)
+def check_places(flags: Flags) -> None:
+    """Refuse paths that cannot work."""
     check_model_name(flags.pretrained_model_name_or_path)
+    for folder in () if flags.dataset_name else listed(flags.train_data_dir):
+        if not Path(folder).is_dir():
+            raise InvalidArgument(f"--train_data_dir {folder}", "no such folder", "give one with images and captions")
+    check_writable(Path(flags.output_dir), f"--output_dir {flags.output_dir}")
+
+
+def check_flags(flags: Flags) -> None:
+    """Refuse combinations that cannot work."""
+    check_encoding(flags)
     check_folders(flags)
     if (flags.class_data_dir is None) != (flags.class_prompt is None):
         missing = "--class_prompt" if flags.class_prompt is None else "--class_data_dir"
         raise InvalidArgument(missing, "missing", "give --class_data_dir and --class_prompt together, or neither")
     check_loss(flags)
     check_unread(flags)
-    tell_unread(flags.method, vars(flags), vars(build_parser().parse_args([])))
     if flags.aspect_ratio_buckets and len(listed(flags.resolution)) > 1:
         sides = " ".join(map(str, flags.resolution))
         raise InvalidArgument(f"--resolution {sides}", "--aspect_ratio_buckets names all sizes", "give one side")
@@ -181,7 +202,6 @@ def check_flags(flags: Flags) -> None:
         problem = f"keeps whole weights for the backward, which {saves} is there to avoid"
         raise InvalidArgument("--compile", problem, "add --gradient_checkpointing, or leave one of them out")
     check_adalora_steps(flags.method, flags.max_train_steps)
-    check_output(flags.output_dir)
 
 
 def check_encoding(flags: Flags) -> None:
@@ -193,7 +213,7 @@ def check_encoding(flags: Flags) -> None:
 
 
 def check_folders(flags: Flags) -> None:
-    """Refuse folders of images that are not there, and as many repeats or weights as do not fit them."""
+    """Refuse a run without images, and as many repeats or weights as do not fit their folders."""
     folders, dataset = listed(flags.train_data_dir), flags.dataset_name
     if not dataset and not folders:
         fix = "name a folder of images with captions, or a dataset with --dataset_name"
@@ -201,9 +221,6 @@ def check_folders(flags: Flags) -> None:
     if dataset and len(folders) > 1:
         problem = f"reads one folder of it, --train_data_dir names {len(folders)}"
         raise InvalidArgument(f"--dataset_name {dataset}", problem, "give folders alone, or the dataset alone")
-    for folder in () if dataset else folders:
-        if not Path(folder).is_dir():
-            raise InvalidArgument(f"--train_data_dir {folder}", "no such folder", "give one with images and captions")
     for name in ("train_data_repeats", "train_data_weight"):
         values = listed(getattr(flags, name))
         if len(values) not in (1, max(1, len(folders))):
@@ -269,12 +286,11 @@ def check_packages(flags: Flags) -> None:
 
 def check_loss(flags: Flags) -> None:
     """Refuse settings of losses that are not trained on."""
-    parser = build_parser()
     for name in ("huber_schedule", "huber_c", "huber_scale"):
         value, unread = getattr(flags, name), "--loss_type l2" if flags.loss_type == "l2" else ""
         if name == "huber_scale" and flags.huber_schedule == "snr":
             unread = unread or "--huber_schedule snr"
-        if unread and value != parser.get_default(name):
+        if unread and value != getattr(untouched(), name):
             raise InvalidArgument(f"--{name} {value}", f"{unread} does not read it", "leave it out, or change that")
 
 
@@ -284,7 +300,7 @@ def check_unread(flags: Flags) -> None:
     Of a run that goes on nothing is refused: an earlier version may have begun it with them.
     """
     measures = flags.select_split or (flags.validation_prompt and flags.num_validation_images)
-    parser, tags = build_parser(), flags.shuffle_caption or flags.caption_tag_dropout_rate
+    tags = flags.shuffle_caption or flags.caption_tag_dropout_rate
     for name, read, fix in (
         ("dataset_config_name", flags.dataset_name, "add --dataset_name, or leave it out"),
         ("keep_tokens", tags, "add --shuffle_caption or --caption_tag_dropout_rate"),
@@ -297,7 +313,7 @@ def check_unread(flags: Flags) -> None:
         ("metric_model", measures, "add --validation_prompt and --num_validation_images 1, or leave it out"),
     ):
         value = getattr(flags, name)
-        if not read and value != parser.get_default(name) and not flags.resume_from_checkpoint:
+        if not read and value != getattr(untouched(), name) and not flags.resume_from_checkpoint:
             given = f"--{name}" if value is True else f"--{name} {value}"
             raise InvalidArgument(given, "nothing reads it", fix)
 
@@ -332,11 +348,6 @@ def is_step_rules(text: str) -> bool:
 def check_adalora_steps(methods: Sequence[str], steps: int | None) -> None:
     """Refuse runs that are too short for AdaLoRA to move a rank."""
     check_steps(methods, steps, f"--max_train_steps {steps}")
-
-
-def check_output(output_dir: str) -> None:
-    """Refuse an output folder that cannot be made or written."""
-    check_writable(Path(output_dir), f"--output_dir {output_dir}")
 
 
 def check_hub(flags: Flags) -> None:

@@ -134,15 +134,20 @@ def test_the_report_can_do_nothing_to_the_page(library):
     assert found.report() == ""
 
 
-def test_a_plan_is_counted_by_the_trainers_own_parser():
+def test_a_plan_is_counted_by_the_trainers_own_parser(library):
     form = {"method": ["lora", "reslora"], "learning_rate": "1e-4, 3e-4", "seed": "0 1 2"}
-    assert "12 arms: 2 methods, 2 learning rates, 3 seeds." in experiments.plan(form)
-    assert "fewer than three seeds" in experiments.plan(form | {"seed": "0"})
+    assert "12 arms: 2 methods, 2 learning rates, 3 seeds." in plan(library, form)
+    assert "fewer than three seeds" in plan(library, form | {"seed": "0"})
     wired = form | {"shortcut": ["input", "middle"], "pre_num": "1 4"}
-    assert "24 arms: 4 methods" in experiments.plan(wired)
-    assert "12 arms" in experiments.plan(form | {"learning_rate": "1e-4", "seed": "0", "rank": "2 4 8 16 32 64"})
-    for wrong in ({"seed": "x"}, {"learning_rate": "-1"}, {"method": ["none"]}):
-        assert "argument" in experiments.plan(form | wrong)
+    assert "24 arms: 4 methods" in plan(library, wired)
+    assert "12 arms" in plan(library, form | {"learning_rate": "1e-4", "seed": "0", "rank": "2 4 8 16 32 64"})
+    assert "12 arms" in plan(library, form | {"model": "owner/model"})  # whose images it gets with Start
+    for wrong in ({"seed": "x"}, {"learning_rate": "-1"}, {"method": ["none"]}, {"blocks_to_swap": "0.5"}):
+        assert "argument" in plan(library, form | wrong)
+
+
+def plan(library: Library, form: dict) -> str:
+    return experiments.plan(Trainings(library), "new", form)
 
 
 def test_a_new_experiment_has_all_flags_and_one_that_is_there_what_is_added(library):
@@ -168,11 +173,35 @@ def test_a_new_experiment_has_all_flags_and_one_that_is_there_what_is_added(libr
 def test_methods_alone_are_a_run_and_no_experiment(library, given):
     """The trainer would train a plain run, which no tab shows."""
     settings, queue = {"method": ["lora", "reslora"], "shortcut": ["input"], **given}, Queue(Trainings(library))
-    assert launcher.ALONE in experiments.plan(settings)
+    assert launcher.ALONE in plan(library, settings)
     with pytest.raises(RunError, match=launcher.ALONE):
         queue.add(Entry("new", "experiment", settings))
     assert queue.entries() == [] and not (library.folder / "new").exists()
     assert queue.command(Entry("new", "run", settings))
+
+
+OF_SEVERAL = {"learning_rate": "1e-4 1e-3", "seed": "0 1 2"}
+REFUSED = {
+    "--extend_rates": {"extend_rates": True, "learning_rate": "1e-3"},
+    "--learning_rate 0.001 0.001: the same one twice": {"learning_rate": "1e-3 1e-3"},
+    "--seed 0 0 1": {"seed": "0 0 1"},
+    "--max_train_steps 2: AdaLoRA needs": {"method": ["lora", "adalora"], "max_train_steps": "2"},
+    "--keep_tokens 2: nothing reads it": {"keep_tokens": "2"},
+    "--huber_c 0.5: --loss_type l2": {"huber_c": "0.5"},
+    "--text_encoder_lr": {"text_encoder_lr": "1e-4"},
+    "--rank_pattern": {"rank_pattern": "to_q"},
+    "--train_data_repeats": {"train_data_repeats": "2 3"},
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_what_the_trainer_refuses_at_once_is_told_beforehand(library, why):
+    """By the plan, by Show command and by Start; it waited in the queue and failed hours later."""
+    form = {"method": ["lora", "reslora"], **OF_SEVERAL, **REFUSED[why]}
+    assert why in plan(library, form) and "arms" not in plan(library, form)
+    with pytest.raises(RunError, match=why.partition(":")[0]):
+        Queue(Trainings(library)).add(Entry("new", "experiment", form))
+    assert "18 arms" in plan(library, {"method": ["lora", "lora_x2", "reslora"], **OF_SEVERAL})
 
 
 def test_what_a_form_adds_to_an_experiment_is_beside_what_is_there(library):
@@ -180,14 +209,14 @@ def test_what_a_form_adds_to_an_experiment_is_beside_what_is_there(library):
     begun = {"method": ["lora", "reslora"], "learning_rate": [1e-4, 2e-4], "seed": [0, 1]}
     begun["shortcut"] = ["input", "block"]
     (library.folder / "which" / "config.json").write_text(json.dumps(begun))
-    found, trainings = library.find_experiment("which"), Trainings(library)
+    trainings = Trainings(library)
     for added, arms, of_each in (
         ({"method": ["dora"], "learning_rate": "4e-4", "seed": "3"}, 36, "4 methods, 3 learning rates, 3 seeds"),
         ({"method": ["lora"], "learning_rate": "0.0001", "seed": ""}, 12, "3 methods, 2 learning rates, 2 seeds"),
         ({"experiment_minutes": "5"}, 12, "3 methods, 2 learning rates, 2 seeds"),
     ):
         form = dict.fromkeys(ExperimentTab.names, "") | added
-        assert f"{arms} arms: {of_each}." in experiments.plan(form, found)
+        assert f"{arms} arms: {of_each}." in experiments.plan(trainings, "which", form)
         flags = parse_args(trainings.command("which", form, kind=Experiment)[1:])
         assert len(Course(flags).arms()) == arms
 

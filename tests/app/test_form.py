@@ -85,6 +85,13 @@ def test_the_settings_of_a_run_make_its_command_again(tmp_path):
         form.settings_of("gone", Library(tmp_path).runs())
 
 
+def test_every_schedule_can_be_trained(tmp_path):
+    """Of one whose rates are given step by step the form has these."""
+    for name in form.choices(form.actions()["lr_scheduler"]):
+        rules = {"lr_step_rules": "1:100,0.1:200,0.01"} if name == "piecewise_constant" else {}
+        launcher.Trainings(Library(tmp_path)).command("new", {"lr_scheduler": name, **rules})
+
+
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_damaged_config_fills_in_what_a_form_can_have(wrong):
     for name, action in form.actions().items():

@@ -1,7 +1,9 @@
 """app/grids.py on a tiny Stable Diffusion: every cell is, pixel for pixel, what a single drawing gives."""
 
+import os
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
@@ -14,6 +16,10 @@ from app.recipe import Drawn, Request
 from app.runs import BASE, RunError, Weights
 from app.stacks import stack
 from app.studio import Cancelled, Picture, Studio
+from app.tabs import grid as grid_tab
+from app.tabs.grid import GridPart
+from app.working import WorkingFiles
+from reslora.checkpoint import WEIGHTS_NAME
 
 REQUEST = Request(prompt="red disc", steps=2, seed=5, width=32, height=32, guidance=3.0)
 START = "lora: merged weights"
@@ -204,3 +210,26 @@ def test_the_picture_has_every_cell_in_its_place(run, tmp_path):
         centres[place] = np.argwhere(same).mean(0)
     assert centres[0, 0][0] == centres[0, 1][0] < centres[1, 1][0]
     assert centres[0, 0][1] < centres[0, 1][1] == centres[1, 1][1]
+
+
+def test_what_is_drawn_before_a_cell_fails_can_be_taken_along(run, studio, tmp_path, monkeypatch):
+    """With the reason, which stays where a message goes by itself; where nothing is drawn the message is all."""
+    shutil.copytree(run.folder, tmp_path / "tiny")
+    os.truncate(tmp_path / "tiny" / "reslora" / "checkpoint-4" / WEIGHTS_NAME, 100)
+    monkeypatch.setattr(grid_tab, "hears", lambda asked: True)
+    tab = SimpleNamespace(library=Library(tmp_path), studio=studio, files=WorkingFiles())
+    tab.chosen_weights = lambda run, label, *_: run.find_weights(label)
+    tab.save = lambda drawn: tab.files.new("cell.png")
+    part = SimpleNamespace(tab=tab, address=str)
+
+    def draw(checkpoints):
+        settings = ["tiny", "reslora: unmerged, step 2", None, "red disc", "", 5, 2, 3.0, 32, 32, 1.0]
+        axes = ["checkpoint", checkpoints, "seed", "0 1"]
+        return [*GridPart.draw_grid(part, *settings, *axes, asked=SimpleNamespace(session_hash=""))][-1]
+
+    _, said, sheet, cells = draw("2 4")
+    assert f"ended the grid after {len(cells)} of 4 cells" in said and "checkpoint-4" in said and len(cells) in (1, 2)
+    with PIL.Image.open(sheet) as image:
+        assert image.width > 2 * 32
+    with pytest.raises(RunError):
+        draw("4")

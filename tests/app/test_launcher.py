@@ -1,5 +1,6 @@
 """app/launcher.py: commands, uploads, and processes."""
 
+import json
 import os
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from waiting import LIMIT, ended, wait_until
 import train_sd
 from app import experiments, form, launcher, lists, views
 from app.bases import PIPELINES
-from app.launcher import SAVE, Trainings
+from app.launcher import SAMPLE, SAVE, Trainings
 from app.library import Experiment, Library
 from app.queue import Queue
 from app.runs import LOG_NAME, Run, RunError, is_trainer
@@ -78,6 +79,7 @@ def test_several_resolutions_are_numbers_with_spaces(trainings):
         {"method": ["lora", "--push_to_hub"]},
         {"shortcut": "--config=x"},
         {"optimizer": "antigravity.X"},  # the trainer takes any class by its path, and imports it
+        {"bucket_upscale": True},  # nothing reads it
         {"validation_prompt": "--push_to_hub"},
         {"validation_prompt": "/home/prompts.txt"},
         {"model": "/etc"},
@@ -236,6 +238,22 @@ def test_a_trainer_is_found_by_its_lock_and_stopped(run):
     assert "already" in trainings.stop("run") or ended(process) == 7  # a second signal would keep it from saving
     assert ended(process) == 7
     assert trainings.status(run) == "stopped"
+
+
+def test_who_asks_for_what_cannot_come_is_told_why(run, monkeypatch):
+    """And leaves no request behind, which the run would heed when it goes on."""
+    trainings, config = Trainings(Library(run.folder.parent)), run.folder / "config.json"
+    assert trainings.ask(SAMPLE) == "Nothing is training."
+    monkeypatch.setattr(trainings, "is_active", lambda run: True)
+    assert "run is starting" in trainings.ask(SAMPLE)
+    monkeypatch.setattr(Run, "process", property(lambda run: os.getpid()))
+    assert trainings.ask(SAVE) == "run has taken its last step."
+    config.write_text(json.dumps(run.config | {"max_train_steps": 8, "validation_prompt": []}))
+    assert "no prompts" in trainings.ask(SAMPLE) and not (run.folder / SAMPLE).exists()
+    assert trainings.ask(SAVE) == "run: a checkpoint is saved after this step."
+    monkeypatch.setattr(launcher, "launch_words", lambda device: [sys.executable, "-c", ""])
+    trainings._launch(run, [], None)
+    assert ended(trainings.started["run"]) == 0 and not (run.folder / SAVE).exists()
 
 
 def test_what_stops_is_what_trains_whichever_run_is_looked_at(run):

@@ -13,15 +13,18 @@ import sys
 import urllib.error
 import urllib.parse
 import urllib.request
+import webbrowser
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import browsers
+import gradio as gr
 import numpy as np
 import PIL.Image
 import pytest
 from app_runs import REPOSITORY, trained, write_run
 from experiment import examples
+from gradio import networking
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from waiting import LIMIT, ended, ignore_sigint, wait_until
@@ -175,6 +178,23 @@ def test_both_signals_end_it_whatever_it_inherits(tmp_path, number):
     assert ended(process) == 0
     assert "Traceback" not in (tmp_path / "log").read_text()
     assert not list((tmp_path / "tmp").glob("reslora-app-*"))
+
+
+@pytest.mark.parametrize("opens", [False, True])
+def test_is_served_where_gradio_gives_up_on_its_own_page(opens, monkeypatch, capsys):
+    """It waits for three seconds, which a busy machine may need for more than that."""
+    answers, opened = [], []
+    with gr.Blocks(analytics_enabled=False) as demo:
+        pass
+    monkeypatch.setattr(networking, "url_ok", lambda url: False)
+    monkeypatch.setattr(webbrowser, "open", opened.append)
+    monkeypatch.setattr(demo, "block_thread", lambda: answers.append(status_of(demo.local_url)))
+    try:
+        command_line.listen(demo, command_line.parse_args(["--inbrowser"] * opens))
+        assert answers == [200] and opened == [demo.local_url] * opens
+    finally:
+        demo.close()
+    assert "slow to answer" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -828,10 +848,15 @@ def test_names_and_prompts_of_a_run_are_no_markup(page, runs):
 
 
 def test_an_experiment_is_planned_and_its_report_is_read(page, runs):
-    """The newest experiment comes into view by itself, its report in a frame; the form says how many arms it makes."""
+    """The newest experiment comes into view by itself, its report in a frame; the form says how many arms it makes.
+
+    Where there is none yet, Stop says so.
+    """
+    page.get_by_role("tab", name="Experiment").click()
+    page.locator("#experiment-stop").click()
+    page.get_by_text("There is no experiment of that name").wait_for()
     write_experiment(runs / "which")
     try:
-        page.get_by_role("tab", name="Experiment").click()
         report = page.frame_locator("#experiment-report iframe")
         report.get_by_role("heading", level=1).get_by_text("reslora block(4) is better than lora").wait_for()
         page.locator("#experiment-state").get_by_text("60 of 60 arms ended").wait_for()
