@@ -38,7 +38,9 @@ class Folder:
 
     def without_path(self, text: str) -> str:
         """A line of the trainer's without this machine's folders."""
-        return text.replace(f"{self.path}{os.sep}", "").replace(str(self.path), self.name)
+        inside = text.replace(f"{self.path}{os.sep}", "").replace(str(self.path), self.name)
+        above = self.path.parent
+        return inside if above == above.parent else inside.replace(str(above), "the folder above")
 
 
 class Folders:

@@ -370,7 +370,7 @@ class Trainings:
         if run.process is None:
             return f"{run.name} is starting, or ending; ask once it trains."
         if total and done == total:
-            return f"{run.name} has taken its last step."
+            return f"{run.name} has no step to take now."
         if request == SAMPLE and run.config and not run.prompts:
             return f"{run.name} draws no samples: it has no prompts."
         return ""

@@ -42,7 +42,7 @@ def image_table(flags: list[str], method: Path) -> dict[str, dict]:
     loss = DenoisingLoss(context, objective, pipeline, denoiser.config)
     validation = Validation(loss, material, None, accelerator, context.stop)
     calibration = image_batches(loss, material) if method.name == "reslora" else None
-    return merge_table(denoiser, lambda: {"loss": validation.mean_loss(denoiser)}, calibration)
+    return merge_table(denoiser, lambda: {"loss": validation.losses(denoiser).mean().item()}, calibration)
 
 
 def calibration_losses(flags: list[str], counts: Sequence[int], other: str, rows: list[dict]) -> dict[str, float]:

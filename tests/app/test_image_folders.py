@@ -10,7 +10,7 @@ import pytest
 from app_runs import HOSTILE, write_run
 from pipelines import image_folder, random_image
 
-from app import caption_files, cards, trash
+from app import caption_files, cards, image_folders, trash
 from app.folders import BUNDLED
 from app.image_edits import ADD_TAG, AFTER, ALIKE, BEFORE, LEFT_OUT, NO_CAPTION, REMOVE_TAG, REPLACE, ImageEdits
 from app.image_folders import ImageFolders, flags_of
@@ -34,6 +34,16 @@ def edits(tmp_path):
 def trained(folder, **flags):
     """What the trainer itself reads."""
     return load_images(flags_of().replace(train_data_dir=str(folder), **flags))
+
+
+def test_what_the_trainer_says_of_a_folder_names_no_place_of_this_machine(edits, tmp_path):
+    """Of one of kohya's it names the folder above."""
+    image_folder(tmp_path / "data" / "10_sks", 2, layout="txt")
+    image_folder(tmp_path / "data" / "5_none", 2, layout="none")
+    found = [image_folders.read(edits.folders.find(name), flags_of()) for name in ("10_sks", "5_none")]
+    said = [*found[0].notes, found[1].refused]
+    assert all(str(tmp_path) not in line for line in said)
+    assert "they do where the folder above is named" in said[0] and "name the folder above, where" in said[-1]
 
 
 def test_only_folders_on_the_list_are_shown(edits, tmp_path):

@@ -247,7 +247,7 @@ def test_who_asks_for_what_cannot_come_is_told_why(run, monkeypatch):
     monkeypatch.setattr(trainings, "is_active", lambda run: True)
     assert "run is starting" in trainings.ask(SAMPLE)
     monkeypatch.setattr(Run, "process", property(lambda run: os.getpid()))
-    assert trainings.ask(SAVE) == "run has taken its last step."
+    assert trainings.ask(SAVE) == "run has no step to take now."
     config.write_text(json.dumps(run.config | {"max_train_steps": 8, "validation_prompt": []}))
     assert "no prompts" in trainings.ask(SAMPLE) and not (run.folder / SAMPLE).exists()
     assert trainings.ask(SAVE) == "run: a checkpoint is saved after this step."

@@ -18,7 +18,7 @@ from ..content import Content, content_mark
 from ..prompts import clean
 from ..seeds import derive, shuffled
 from .images import SUFFIXES, UNREADABLE, image_size, is_masked, mask_problem, open_image, open_masked
-from .listing import files_of, hidden_images
+from .listing import files_of, hidden_images, told_of_hidden
 from .shards import refuse_pickles, training_files
 from .tables import ROWS, has_file_names, unlisted
 
@@ -26,6 +26,7 @@ METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 CAPTIONS = (".txt", ".caption")  # the second one is kohya's; the first of them that is there counts
 SAVED = ("dataset_dict.json", "state.json")  # one of them is in a folder that `save_to_disk` wrote
 REPEATED = re.compile(r"(\d+)_(.+)")  # kohya's folders: how often an epoch meets each image, and the caption
+MOST_REPEATS = 1000  # of a folder's name: what is more is a year or a date
 ONE_BY_ONE = "name the folders one by one with --train_data_dir, none inside another"
 FEATURES = datasets.Features(
     {"image": datasets.Image(decode=False), "captions": datasets.List(datasets.Value("string"))}
@@ -235,21 +236,26 @@ def _with_folder_notes(found: Found, folder: Path, everything: list[Path], deep:
         found.notes.append(f"{links} folders are symbolic links, which are not searched")
     if repeated:
         found.notes.append(
-            f"{len(repeated)} images are in kohya's folders (10_name), whose repeats do not count: they do with "
-            f"--train_data_dir {repeated[0]}, where that has no metadata file"
+            f"{len(repeated)} images are in kohya's folders (10_name), whose repeats do not count: they do where "
+            f"{repeated[0]} is named, as a folder of images without a metadata file"
         )
     return found
 
 
 def above_repeated(files: Sequence[Path]) -> list[Path]:
     """The folder above that of each image which is in one of kohya's."""
-    return [path.parent.parent for path in files if REPEATED.fullmatch(path.parent.name)]
+    return [path.parent.parent for path in files if 0 < repeats_of(path.parent.name) <= MOST_REPEATS]
+
+
+def repeats_of(name: str) -> int:
+    """How often an epoch meets the images of a folder of that name, as kohya's scripts read it; else 0."""
+    match = REPEATED.fullmatch(name)
+    return int(match[1]) if match else 0
 
 
 def _hidden_note(rows: datasets.Dataset, folder: Path) -> list[str]:
     """How many images in hidden folders no row names."""
-    hidden = unlisted(rows, hidden_images(folder))
-    return [f"{len(hidden)} images in hidden folders are not read (for example {hidden[0]})"] if hidden else []
+    return told_of_hidden(unlisted(rows, hidden_images(folder)))
 
 
 def _as_found(files: Sequence[Path], captions: Sequence[list | str], masks: Sequence[Path | None] = ()) -> Found:

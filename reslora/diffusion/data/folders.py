@@ -7,11 +7,10 @@ from pathlib import Path
 
 from ...common.errors import InvalidArgument
 from ..arguments import Flags, listed
-from .dataset import METADATA, REPEATED, SAVED, ImageDataset, sample, usable
+from .dataset import METADATA, MOST_REPEATS, REPEATED, SAVED, ImageDataset, sample, usable
 from .images import SUFFIXES
-from .listing import files_of
+from .listing import files_of, hidden_images, told_of_hidden
 
-MOST_REPEATS = 1000  # of a folder's name: what is more is a year or a date
 Part = tuple[str, int, str | None]
 """A folder, its repeats, and the caption of images that have none beside them."""
 
@@ -63,10 +62,13 @@ def kohyas_folders(folder: Path, flags: Flags) -> tuple[list[Part], list[str]]:
     taken = {path for path, _, _ in found}
     seen = [path for path in content if path.is_dir() or path.suffix.lower() in SUFFIXES]
     beside = [path.name for path in seen if str(path) not in taken and not path.name.startswith(".")]
-    if not found or not beside:
-        return found, []
+    if not found:
+        return [], []
+    # Those in the folders that are read are told of with these.
+    hidden = [path for path in hidden_images(folder) if not taken & set(map(str, path.parents))]
     more = f" and {len(beside) - 5} more" if len(beside) > 5 else ""
-    return found, [f"{folder}: kohya's folders (10_name) alone are read, not {', '.join(beside[:5])}{more}"]
+    alone = [f"{folder}: kohya's folders (10_name) alone are read, not {', '.join(beside[:5])}{more}"]
+    return found, [*(alone if beside else []), *told_of_hidden(hidden)]
 
 
 def _has_images(folder: Path) -> bool:

@@ -24,14 +24,15 @@ def tell_long_captions(material: Material, pipeline: DiffusionPipeline, context:
     name, tokenizer = reader
     longest = context.flags.max_sequence_length if name == context.model.family.text_parts[-1] else None
     most = longest or tokenizer.model_max_length
-    texts = places_of(material)
-    counts: dict[str, int] = {}
+    places = places_of(material)
+    texts, counts = list(places), dict[str, int]()
     for start in range(0, len(texts), AT_ONCE):
-        some = list(texts)[start : start + AT_ONCE]
+        some = texts[start : start + AT_ONCE]
         counts |= zip(some, context.model.family.token_counts(pipeline, tokenizer, some), strict=True)
+        context.status.count("measuring caption", len(counts), len(texts))
     if long := [text for text in texts if counts[text] > most]:
         example = max(long, key=counts.__getitem__)
-        place = texts[example]
+        place = places[example]
         where = place if isinstance(place, str) else place[0].name(place[1])
         reads = f"the {most} tokens that {encoder_of(name)} reads{' (--max_sequence_length)' if longest else ''}"
         line = f"{len(long)} of {len(texts)} captions and prompts are longer than {reads}: their rest is not read"

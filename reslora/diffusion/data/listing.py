@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from ...files import all_below
@@ -33,3 +34,8 @@ def hidden_images(folder: Path) -> list[Path]:
         if TRASH not in parts and any(part.startswith(".") for part in parts):
             found += [path for name in names if (path := Path(place, name)).suffix.lower() in SUFFIXES]
     return sorted(found)
+
+
+def told_of_hidden(images: Sequence[Path]) -> list[str]:
+    """A line about images in hidden folders; none where there are none."""
+    return [f"{len(images)} images in hidden folders are not read (for example {images[0]})"] if images else []

@@ -62,6 +62,8 @@ ROWS = {".csv": _csv_rows, ".jsonl": _json_rows}
 
 def unlisted(rows: datasets.Dataset, files: Sequence[Path]) -> list[Path]:
     """The images among the files that no row names, as an image or a mask."""
+    if not files:
+        return []  # before all rows are read
     named = [image for column in rows.column_names if column != "captions" for image in rows[column]]
     there = {_whole_path(image["path"]) for image in named if image and image["path"]}
     return [path for path in files if _whole_path(path) not in there]

@@ -47,7 +47,7 @@ class Parts:
     select: tuple[Image, ...]
     test: tuple[Image, ...]
     trained: int
-    """How many are trained on, each counted once: at another resolution it is an image of another source."""
+    """How many different ones are trained on: copies count once, as does an image at several resolutions."""
     duplicates: int
     """Contents that are left out, or where they are, because of another one, as which they look."""
 

@@ -11,6 +11,7 @@ from reslora.diffusion.data.class_images import missing_class_images
 from reslora.diffusion.data.dataset import ImageDataset
 from reslora.diffusion.data.folders import load_folders
 from reslora.diffusion.data.listing import TRASH
+from reslora.diffusion.data.tables import unlisted
 from reslora.diffusion.settings import parse_args
 
 HIDDEN = ("images in hidden folders are not read",)
@@ -56,6 +57,15 @@ def test_hidden_folders_in_kohyas_are_told_of_as_others_are(tmp_path):
     (found,) = gather(tmp_path / "p")
     assert len(found) == 2 and only(found.notes, *HIDDEN).startswith("2 ")
     assert not [note for note in found.notes if "folders in it are not read" in note]
+    image_folder(tmp_path / "p" / ".old", 1)
+    (found,) = gather(tmp_path / "p")
+    lines = [note for note in found.notes if HIDDEN[0] in note]
+    assert [line[:2] for line in lines] == ["1 ", "2 "] and f"{tmp_path}/p/.old/0.png" in lines[0]
+
+
+def test_where_nothing_is_hidden_the_rows_are_not_read_for_it():
+    """A data set may hold its images in its rows."""
+    assert unlisted(None, []) == []
 
 
 def test_what_metadata_names_in_a_hidden_folder_is_read(tmp_path):
