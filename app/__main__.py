@@ -12,10 +12,7 @@ import tempfile
 import warnings
 import webbrowser
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import gradio as gr
+from typing import Any
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -126,8 +123,8 @@ def serve(args: argparse.Namespace, neutral: Path) -> int:
     return 0
 
 
-def listen(demo: gr.Blocks, args: argparse.Namespace) -> None:
-    """Serves the page until it is closed, however slowly it answers at first."""
+def listen(demo: Any, args: argparse.Namespace) -> None:
+    """Serves the page, Gradio's `Blocks`, until it is closed, however slowly it answers at first."""
     from .page import look
     from .sessions import LIMITS
     from .weight_files import LARGEST_ADAPTER
