@@ -9,7 +9,7 @@ from pathlib import Path
 from reslora.common.assets import ASSETS
 from reslora.diffusion.arguments import Flags
 
-from .runs import Run, RunError
+from .runs import NO_CONFIG, Run, RunError
 
 BUNDLED = ASSETS / "pipeline"
 PIPELINES = {f"{ASSETS.name}/{path.name}": path for path in (BUNDLED, ASSETS / "pipeline-flow")}
@@ -50,9 +50,11 @@ def bundled(named: str) -> str | None:
 
 
 def base_of(run: Run | None) -> Base:
-    """The pipeline of a run; the bundled one without a run."""
+    """The pipeline of a run; the bundled one without a run. Raises `RunError` where its config.json is damaged."""
     if run is None:
         return Base()
+    if run.unreadable:
+        raise RunError(f"{run.name}: {NO_CONFIG}, so its model is not known; restore that file.")
     named = run.word("pretrained_model_name_or_path")
     settings = {name: run.word(name) for name in ("revision", "variant", "cache_dir", "prediction_type")}
     if not named:

@@ -14,7 +14,7 @@ from reslora.common.charts import Line, line_chart
 from reslora.common.log import of_split
 
 from .differences import LOSSES, differing, drawn_alike
-from .runs import Run, number
+from .runs import NO_CONFIG, Run, number
 from .views import COLORS, NAMES, counted, escape, figure, notice, table, tile
 
 MOST_ROWS = 16
@@ -116,6 +116,8 @@ def images(run: Run, step: int, status: str = "") -> str:
     rows = rows_of(shown)
     if not rows and run.config and not run.prompts:
         return notice("This run draws no samples: it was started without --validation_prompt.")
+    if not rows and run.unreadable:
+        return notice(f"This run cannot be shown: {NO_CONFIG}.")
     if not rows and (status or run.status) == "failed":
         return notice("This run ended before its first samples; its log, under Train, says why.")
     if not rows:

@@ -37,6 +37,7 @@ LOG_NAME, EXPERIMENT_LOG = "app.log", "experiment.log"
 NOTES = "notes.txt"
 """What people have written about a run."""
 LONGEST_NOTES = 2000
+NO_CONFIG = "its config.json cannot be read"
 LORA_FILES = (DIFFUSERS_FILE, KOHYA_FILE, COMFYUI_FILE)
 DENOISERS, ENCODERS = ("unet", "transformer"), ("text_encoder", "text_encoder_2")
 RESULTS = ("merge.json", "exports.json", DIFFUSERS_FILE)
@@ -142,6 +143,11 @@ class Run:
         """Every flag of the run as its file has it, whatever that is; empty until the trainer has written it."""
         config = self.read_json("config.json")
         return config if isinstance(config, dict) else {}
+
+    @property
+    def unreadable(self) -> bool:
+        """Whether its config.json is damaged: nobody can say then which model it trains, and how."""
+        return not self.config and self.inside("config.json") is not None
 
     def words(self, flag: str) -> list[str]:
         """The values of a flag that takes words."""
@@ -310,6 +316,8 @@ class Run:
     def weights(self) -> list[Weights]:
         """The base model, then of each method merged weights, LoRA files, unmerged checkpoints (newest first)."""
         found = [BASE]
+        if self.unreadable:  # of which model they are weights?
+            return found
         for method in self.methods:
             for part in DENOISERS:
                 if (path := self.sound(method, part)) and self.inside(method, part, "config.json"):

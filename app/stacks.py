@@ -45,6 +45,8 @@ def _all_loras(library: Library) -> dict[str, tuple[Run, Weights]]:
 
 def same_base(one: Run | None, other: Run | None) -> bool:
     """Whether two runs train one model."""
+    if any(run and run.unreadable for run in (one, other)):
+        return False
     mine, theirs = base_of(one), base_of(other)
     return (mine.name, mine.revision, mine.variant) == (theirs.name, theirs.revision, theirs.variant)
 

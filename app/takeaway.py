@@ -38,7 +38,7 @@ def takeaways(library: Library, run: Run) -> list[Takeaway]:
     """Everything that a run has made to be used elsewhere, method by method; what leads out of the run is left out."""
     exported = [weights for weights in run.weights() if weights.kind in ("file", "merged")]
     found = [one for one in (of_weights(library, run, weights) for weights in exported) if one.files]
-    for method in run.methods:
+    for method in () if run.unreadable else run.methods:
         files = files_below(run, method, "peft")
         if files and (root := run.inside(method, "peft")):
             place = place_of(library, run, root)

@@ -22,7 +22,7 @@ from reslora.diffusion.prompts import clean
 
 from .activity import activity
 from .recipe import Drawn
-from .runs import Run, number
+from .runs import NO_CONFIG, Run, number
 
 LARGEST_TILE = 320
 NAMES = {name: method.title for name, method in METHODS.items()}
@@ -110,7 +110,9 @@ def summary(run: Run, status: str, said: str = "") -> str:
     facts = [names, f"{total // len(run.methods)} steps each" if total else ""]
     if done < total:
         facts.append(f"{done} of {total} done")
-    if "reslora" in run.methods:
+    if run.unreadable:
+        facts.append(NO_CONFIG)
+    elif "reslora" in run.methods:
         facts.append(f"shortcut {config.get('shortcut')}")
     facts += [f"rank {config.get('rank')}", f"learning rate {config.get('learning_rate')}"] if config else []
     text = " · ".join(escape(str(fact)[:80]) for fact in facts if fact)

@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 from app_runs import run_by_hand, write_run, write_samples
 
-from app import compared
+from app import compared, views
 from app.differences import differences
 from app.held import held
 from app.launcher import Trainings
@@ -30,6 +30,17 @@ def test_a_run_that_failed_says_so(tmp_path):
     (tmp_path / "runs" / "new").mkdir(parents=True)
     (tmp_path / "runs" / "new" / "app.log").write_text("error\n")
     assert "its log, under Train, says why" in compared.images(Library(tmp_path / "runs").find("new"), 0)
+
+
+def test_a_run_whose_config_is_damaged_says_so(run):
+    assert "shortcut input" in views.summary(run, "finished")
+    (run.folder / "config.json").write_text('{"method": ["lora"')
+    assert "data-step" in compared.images(run, 4)  # of samples that do not tell their prompts
+    for method in run.methods:
+        shutil.rmtree(run.folder / method / "samples")
+    assert "config.json cannot be read" in compared.images(run, 4)
+    said = views.summary(run, run.status)
+    assert "config.json cannot be read" in said and "shortcut" not in said
 
 
 def test_a_run_that_starts_has_not_ended_yet(tmp_path):

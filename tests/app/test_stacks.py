@@ -1,5 +1,7 @@
 """app/stacks.py: several LoRAs add up, on any model, and those of another model are refused."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from app.recipe import Drawn, Request
 from app.runs import BASE, RunError, Weights
 from app.stacks import MOST, add, factors_of, loras, stack, stacked, to_write
 from app.studio import Studio
+from app.takeaway import takeaways
 from reslora.diffusion.model.families import load_family
 from reslora.export import DIFFUSERS_FILE, export_diffusers, merged_state_dict
 
@@ -119,6 +122,19 @@ def test_loras_of_another_model_are_neither_offered_nor_taken(library, run, tmp_
     assert list(loras(both, both.find("other"))) == ["other: lora"]
     with pytest.raises(RunError, match=r"^other: lora is a LoRA of other, and this run trains model: choose LoRAs of"):
         stacked(both, run, ["tiny: lora", "other: lora"], "")
+
+
+def test_loras_of_a_run_whose_config_is_damaged_are_not_offered(run, tmp_path):
+    """Nobody can say which model they are of; the run itself says why it draws nothing."""
+    for name in ("whole", "damaged"):
+        shutil.copytree(run.folder, tmp_path / name)
+    (tmp_path / "damaged" / "config.json").write_text("{")
+    library = Library(tmp_path)
+    whole, damaged = library.find("whole"), library.find("damaged")
+    assert set(loras(library, whole)) == {"whole: lora", "whole: reslora"} and not loras(library, damaged)
+    assert damaged.weights() == [BASE] and not takeaways(library, damaged) and takeaways(library, whole)
+    with pytest.raises(RunError, match=r"damaged: its config\.json cannot be read"):
+        stacked(library, damaged, ["whole: lora"], "1")
 
 
 @pytest.mark.parametrize(
