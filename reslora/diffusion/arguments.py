@@ -375,7 +375,7 @@ def add_optimizer_flags(add: Callable) -> None:
     add("--adam_beta2", type=number(0, below=1), default=0.999, help="decay of the mean of its square")
     add("--adam_weight_decay", type=number(0), default=1e-2, help="weight decay")
     add("--adam_epsilon", type=number(0, exclusive=True), default=1e-8, help="added to the denominator")
-    add("--max_grad_norm", type=number(0, exclusive=True), default=1.0, help="gradients are clipped to this norm")
+    add("--max_grad_norm", type=number(0), default=1.0, help="gradients are clipped to this norm; 0: they are not")
 
 
 def add_validation_flags(add: Callable) -> None:

@@ -117,7 +117,7 @@ def take_step(learner: Learner, batches: Iterator[Batch], context: Context) -> t
             accelerator.backward(mean)
             if learner.allocator:
                 learner.allocator.add_gradient(accelerator)
-            if accelerator.sync_gradients:
+            if accelerator.sync_gradients and flags.max_grad_norm:
                 accelerator.clip_grad_norm_(learner.parameters, flags.max_grad_norm)
             learner.optimizer.step()
             skipped = accelerator.optimizer_step_was_skipped  # its gradients are not finite

@@ -163,6 +163,17 @@ def test_every_forward_of_a_run_has_dropout_masks_of_its_own():
     assert len(states) == len(set(states)) == 4
 
 
+@pytest.mark.parametrize(("longest", "moved"), [(0.5, 0.5), (2, 1), (0, 1)])
+def test_gradients_are_clipped_to_a_norm_and_with_0_not_at_all(longest, moved):
+    layer = nn.Linear(1, 1, bias=False)
+    before = layer.weight.item()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    learner = Learner("lora", layer, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1), None, layer)
+    flags = Flags(seed=0, gradient_accumulation_steps=1, max_grad_norm=longest)
+    take_step(learner, itertools.repeat(torch.ones(1, 1)), Context(flags, None, Accelerator(cpu=True), None))
+    assert before - layer.weight.item() == pytest.approx(moved, abs=1e-5)
+
+
 # -- compiled and checkpointed ---------------------------------------------------------------------------------------
 
 
