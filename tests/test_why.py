@@ -29,21 +29,28 @@ def places(tmp_path, monkeypatch):
 READERS = {"train_llm.py": llm_arguments.read, "train_glue.py": glue_arguments.read}
 
 
+FEW_CONTROLS = {
+    "sst2": why.FEWER,
+    "svamp": ("lora", "lora_x2", "lora_x4"),
+    "depth": ("lora", "lora_x2", "lora_matched"),
+}
+SHORTCUTS = {"sst2": ["input", "middle"], "svamp": "middle"}
+
+
 def test_trainers_take_every_command_with_all_controls_and_enough_seeds_and_rates(tmp_path):
     args = why.build_parser().parse_args(["run", "--text", str(tmp_path), "--depth", str(tmp_path)])
     for name, experiment in why.EXPERIMENTS.items():
         command = experiment.command(name, args)[1:]
         images = experiment.script == "train_sd.py"
         found = vars(build_parser().parse_args(command)) if images else READERS[experiment.script](command)[1]
-        few, swept, deep = name == "sst2", name.endswith("pre_num"), name.startswith("depth")
-        controls = why.BASELINES if name.endswith("baselines") else (*(why.FEWER if few else why.CONTROLS), "reslora")
-        controls = ("lora", "lora_x2", "lora_matched", "reslora") if deep else controls
-        assert found["method"] == (["lora", "reslora"] if swept else list(controls))
-        assert min(len(found["learning_rate"]), len(found["seed"])) >= (3 if few or swept or deep else 5)
-        shortcuts = ["input", "middle"] if few else ["input", "block", "middle"][swept:]
-        if "reslora" in controls:
+        kind, swept = name.partition("-")[0], name.endswith("pre_num")
+        controls = ("lora",) if swept else FEW_CONTROLS.get(kind, why.CONTROLS)
+        methods = why.BASELINES if name.endswith("baselines") else (*controls, "reslora")
+        assert found["method"] == list(methods)
+        assert min(len(found["learning_rate"]), len(found["seed"])) >= (3 if swept or kind in FEW_CONTROLS else 5)
+        if "reslora" in methods:
             assert found["pre_num"] in ([[1, 2, 5, -1]] if swept else [4, [4]])
-        assert name.endswith("baselines") or found["shortcut"] == shortcuts
+            assert found["shortcut"] == SHORTCUTS.get(kind, ["input", "block", "middle"][swept:])
 
 
 def arm(label: str, seed: int, losses: list[float], rate: float = 1e-3) -> dict:
