@@ -593,6 +593,7 @@ CORE = (
     "config",
     "chains",
     "tracing",
+    "shapes",
     "merges",
     "merging",
     "regression",
