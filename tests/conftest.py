@@ -3,6 +3,7 @@
 import copy
 import gc
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -387,6 +388,12 @@ def fix_dropout(model: nn.Module, adapter: str = "default") -> list[FixedDropout
     return masks
 
 
+def copy_of(model: nn.Module) -> nn.Module:
+    """A deep copy, soon made: most of the time goes to the dicts of hooks, eleven a module and nearly all empty."""
+    hooks = [value for module in model.modules() for value in vars(module).values() if isinstance(value, OrderedDict)]
+    return copy.deepcopy(model, {id(value): OrderedDict() for value in hooks if not value})
+
+
 class Oracle:
     """A copy of a plain LoRA model whose LoRA layers compute Eqs. 1-4 as they are printed.
 
@@ -395,7 +402,7 @@ class Oracle:
     """
 
     def __init__(self, model, chains, shortcut, pre_num=1, head="repeat", adapter="default") -> None:
-        self.model = copy.deepcopy(model)
+        self.model = copy_of(model)
         self.shortcut, self.head, self.adapter = shortcut, head, adapter
         self.inputs: dict[str, list[torch.Tensor]] = {}
         self.outputs: dict[str, list[torch.Tensor]] = {}

@@ -55,11 +55,11 @@ def base_unet() -> UNet2DConditionModel:
     return tiny_unet().float().eval()
 
 
-@pytest.fixture(params=list(CASES))
-def merged(request, unet):
-    """A U-Net in float32 after a merge: plain LoRA."""
+@pytest.fixture(scope="module", params=list(CASES))
+def merged(request):
+    """A U-Net in float32 after a merge: plain LoRA. The tests only read it."""
     lora, plan, merge = CASES[request.param]
-    model = unet.lora(**lora).float().eval()
+    model = ARCHITECTURES["unet"].lora(**lora).float().eval()
     reslora.connect(model, ResLoraConfig(*plan))
     reslora.merge(model, **merge)
     return model
@@ -283,28 +283,27 @@ def test_plain_lora_of_two_ranks_has_its_own_alphas_in_the_peft_config(unet, tmp
 # --- refused ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("export", [export_peft, export_diffusers, export_kohya, export_merged])
-def test_a_model_without_lora_is_refused(export, tmp_path):
-    with pytest.raises((ValueError, RuntimeError)) as error:
-        export(base_unet(), tmp_path / "out")
-    assert_one_line(error)
+def assert_refused(model, folder, *words: str, **named) -> None:
+    """By every format, which leaves nothing behind."""
+    for export in (export_peft, export_diffusers, export_kohya, export_merged):
+        with pytest.raises((ValueError, RuntimeError)) as error:
+            export(model, folder / "out", **named)
+        assert_one_line(error, *words)
+        assert not (folder / "out").exists()
 
 
-@pytest.mark.parametrize("export", [export_peft, export_diffusers, export_kohya, export_merged])
-def test_an_adapter_that_is_not_there_is_named(unet, export, tmp_path):
-    with pytest.raises((ValueError, RuntimeError)) as error:
-        export(unet.lora(), tmp_path / "out", adapter_name="missing")
-    assert_one_line(error, "missing")
+def test_a_model_without_lora_is_refused(tmp_path):
+    assert_refused(base_unet(), tmp_path)
 
 
-@pytest.mark.parametrize("export", [export_peft, export_diffusers, export_kohya, export_merged])
-def test_a_connected_model_is_told_to_merge_first(unet, export, tmp_path):
+def test_an_adapter_that_is_not_there_is_named(unet, tmp_path):
+    assert_refused(unet.lora(), tmp_path, "missing", adapter_name="missing")
+
+
+def test_a_connected_model_is_told_to_merge_first(unet, tmp_path):
     model = unet.lora()
     reslora.connect(model, ResLoraConfig("input"))
-    with pytest.raises((ValueError, RuntimeError)) as error:
-        export(model, tmp_path / "out")
-    assert_one_line(error, "reslora.merge")
-    assert not (tmp_path / "out").exists()
+    assert_refused(model, tmp_path, "reslora.merge")
 
 
 @pytest.mark.parametrize("adapter", ["default", "other"])

@@ -5,8 +5,10 @@ import copy
 import dataclasses
 import gc
 import io
+import itertools
 import pickle
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -28,6 +30,7 @@ from conftest import (
     run,
     stack_chain,
     tiny_llama,
+    tiny_unet,
 )
 from peft import LoraConfig
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -69,6 +72,12 @@ some = pytest.mark.parametrize("shortcut, pre_num, head", SOME)
 one_each = pytest.mark.parametrize("shortcut, pre_num, head", ONE_EACH)
 language = pytest.mark.parametrize("name", ["llama", "unet"])
 with_checkpointing = pytest.mark.parametrize("name, checkpointing", [("llama", False), ("llama", True), ("unet", True)])
+
+
+def connected(arch, shortcut, pre_num, head, window=0, **lora):
+    model = arch.lora(**lora)
+    reslora.connect(model, ResLoraConfig(shortcut, pre_num, head, window))
+    return model
 
 
 def pair(arch, shortcut, pre_num, head, window=0, **lora):
@@ -158,7 +167,7 @@ def test_stock_dropout_is_drawn_in_training_and_not_in_evaluation(llama, shortcu
 def test_recorded_norms_leave_the_dropout_masks_alone(llama, shortcut, pre_num, head):
     outputs = []
     for window in (0, 5):
-        model, _ = pair(llama, shortcut, pre_num, head, window=window, lora_dropout=0.5)
+        model = connected(llama, shortcut, pre_num, head, window=window, lora_dropout=0.5)
         torch.manual_seed(0)
         outputs.append(run(model, llama.inputs()))
     assert torch.equal(*outputs)
@@ -302,55 +311,51 @@ def test_mixed_dtypes_without_autocast_keep_the_base_dtype(llama, base, adapter,
 # --- gradient checkpointing -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def steps_with_and_without_dropout(model, inputs) -> list[tuple[dict, int]]:
+    """The gradients of each step, and how often a layer ran for them."""
+    calls, steps = [], []
+    layers = list(adapter_layers(model).values())
+    handle = layers[0].register_forward_pre_hook(lambda module, args: calls.append(1))
+    for dropout in (torch.nn.Dropout(0.4), torch.nn.Identity()):
+        for layer in layers:
+            layer.lora_dropout["default"] = dropout
+        calls.clear()
+        torch.manual_seed(0)
+        steps.append((gradients_of(model, inputs), len(calls)))
+    handle.remove()
+    return steps
+
+
 @pytest.mark.parametrize("name", ["llama", "unet", "bert"])
 @some
-def test_checkpointed_gradients_equal_those_without(name, dropout, shortcut, pre_num, head):
+def test_checkpointing_recomputes_and_leaves_the_gradients_as_they_are(name, shortcut, pre_num, head):
     arch = ARCHITECTURES[name]
-    model, _ = pair(arch, shortcut, pre_num, head, window=2, lora_dropout=dropout)
-    results = []
-    for _ in range(2):
-        torch.manual_seed(0)
-        results.append(gradients_of(model, arch.inputs()))
-        reslora.enable_gradient_checkpointing(model)
-    assert results[0].keys() == results[1].keys()
-    assert_equal(results[1], results[0])
+    model = connected(arch, shortcut, pre_num, head, window=2)
+    plain = steps_with_and_without_dropout(model, arch.inputs())
+    reslora.enable_gradient_checkpointing(model)
+    for (expected, once), (found, twice) in zip(
+        plain, steps_with_and_without_dropout(model, arch.inputs()), strict=True
+    ):
+        assert (once, twice) == (1, 2) and found.keys() == expected.keys()
+        assert_equal(found, expected)
 
 
-@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 @with_checkpointing
 @one_each
-def test_two_forwards_before_the_backwards(name, checkpointing, order, shortcut, pre_num, head):
+def test_two_forwards_before_the_backwards(name, checkpointing, shortcut, pre_num, head):
     arch = ARCHITECTURES[name]
     model, oracle = pair(arch, shortcut, pre_num, head)
     if checkpointing:
         reslora.enable_gradient_checkpointing(model)
     batches = [arch.inputs(seed=1), arch.inputs(seed=2, batch=3)]
-    losses = [loss_of(model, batch) for batch in batches]
-    for n in order:
-        losses[n].backward()
     for batch in batches:
         loss_of(oracle, batch).backward()
-    assert_equal(gradients(model), gradients(oracle))
-
-
-def is_recomputed(model: torch.nn.Module, inputs) -> bool:
-    layer = next(iter(adapter_layers(model).values()))
-    calls = []
-    handle = layer.register_forward_pre_hook(lambda module, args: calls.append(1))
-    loss_of(model, inputs).backward()
-    handle.remove()
-    return len(calls) == 2
-
-
-@language
-@one_each
-def test_enable_gradient_checkpointing_does_recompute(name, shortcut, pre_num, head):
-    arch = ARCHITECTURES[name]
-    model, _ = pair(arch, shortcut, pre_num, head)
-    assert not is_recomputed(model, arch.inputs())
-    reslora.enable_gradient_checkpointing(model)
-    assert is_recomputed(model, arch.inputs())
+    for order in ((0, 1), (1, 0)):
+        losses = [loss_of(model, batch) for batch in batches]
+        model.zero_grad(set_to_none=True)
+        for n in order:
+            losses[n].backward()
+        assert_equal(gradients(model), gradients(oracle))
 
 
 @language
@@ -386,58 +391,62 @@ def enable_stock(model, name: str, use_reentrant: bool) -> None:
         model.base_model.model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
 
 
-@pytest.mark.parametrize("use_reentrant", [True, False])
 @language
 @stateful
-def test_checkpointing_without_our_context_is_refused_in_the_forward(name, use_reentrant, shortcut, pre_num, head):
+def test_checkpointing_without_our_context_is_refused_with_the_call_that_fixes_it(name, shortcut, pre_num, head):
     arch = ARCHITECTURES[name]
-    model, _ = pair(arch, shortcut, pre_num, head)
-    enable_stock(model, name, use_reentrant)
-    with pytest.raises((ValueError, RuntimeError)) as error:
-        run(model, arch.inputs())
-    assert_one_line(error, "reslora.enable_gradient_checkpointing")
+    model, oracle = pair(arch, shortcut, pre_num, head)
+    for use_reentrant in (True, False):
+        enable_stock(model, name, use_reentrant)
+        with pytest.raises((ValueError, RuntimeError)) as error:
+            run(model, arch.inputs())
+        assert_one_line(error, "reslora.enable_gradient_checkpointing")
+    reslora.enable_gradient_checkpointing(model)
+    assert_equal(gradients_of(model, arch.inputs()), gradients_of(oracle, arch.inputs()))
 
 
 @stateful
 def test_the_stock_switch_of_diffusers_is_refused(unet, shortcut, pre_num, head):
-    model, _ = pair(unet, shortcut, pre_num, head)
+    model = connected(unet, shortcut, pre_num, head)
     model.enable_gradient_checkpointing()
     with pytest.raises((ValueError, RuntimeError)) as error:
         run(model, unet.inputs())
     assert_one_line(error, "reslora.enable_gradient_checkpointing")
 
 
-@language
-@stateful
-def test_the_call_named_by_the_refusal_fixes_it(name, shortcut, pre_num, head):
-    arch = ARCHITECTURES[name]
-    model, oracle = pair(arch, shortcut, pre_num, head)
-    enable_stock(model, name, use_reentrant=False)
-    with pytest.raises((ValueError, RuntimeError)):
-        run(model, arch.inputs())
-    reslora.enable_gradient_checkpointing(model)
-    assert_equal(gradients_of(model, arch.inputs()), gradients_of(oracle, arch.inputs()))
+# One size of image, hence one chain of each role: compiling takes its time.
+SHALLOW_UNET = {
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",),
+    "block_out_channels": (8,),
+    "transformer_layers_per_block": 1,
+}
+SHALLOW_CHAIN = ["down_blocks.0.attentions.0", "mid_block.attentions.0"]
+SHALLOW_CHAIN += ["up_blocks.0.attentions.0", "up_blocks.0.attentions.1"]
 
 
 def test_block_is_compiled_with_checkpointing(unet):
     """`torch.compile` follows neither our context nor what is written to a state inside a checkpoint."""
-    model, oracle = pair(unet, "block", 2, "repeat")
+    roles = ("attn1.to_v", "attn2.to_v")
+    chains = {role: [[f"{name}.transformer_blocks.0.{role}" for name in SHALLOW_CHAIN]] for role in roles}
+    arch = dataclasses.replace(unet, build=lambda: tiny_unet(**SHALLOW_UNET), targets=["to_v"], chains=chains)
+    model, oracle = pair(arch, "block", 2, "repeat")
     reslora.enable_gradient_checkpointing(model)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    loss_of(compiled, unet.inputs()).backward()
-    assert_equal(gradients(model), gradients_of(oracle, unet.inputs()))
+    loss_of(compiled, arch.inputs()).backward()
+    assert_equal(gradients(model), gradients_of(oracle, arch.inputs()))
 
 
-@pytest.mark.parametrize("use_reentrant", [True, False])
 @language
-def test_block_takes_any_kind_of_checkpointing(name, use_reentrant):
+def test_block_takes_any_kind_of_checkpointing(name):
     arch = ARCHITECTURES[name]
     model, oracle = pair(arch, "block", 2, "repeat")
-    enable_stock(model, name, use_reentrant)
     inputs = arch.inputs()
     if name == "unet":  # reentrant checkpointing has no gradient unless an input has one
         inputs["sample"].requires_grad_()
-    assert_equal(gradients_of(model, inputs), gradients_of(oracle, arch.inputs()))
+    for use_reentrant in (True, False):
+        enable_stock(model, name, use_reentrant)
+        assert_equal(gradients_of(model, inputs), gradients_of(oracle, arch.inputs()))
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -648,7 +657,7 @@ def test_two_connected_models_do_not_meet(llama, unet, shortcut, pre_num, head):
 def test_a_model_called_inside_another_models_forward(llama, shortcut, pre_num, head):
     """A teacher that runs in the middle of the student's forward leaves the student's state alone."""
     student, oracle = pair(llama, shortcut, pre_num, head)
-    teacher, _ = pair(llama, shortcut, pre_num, head, seed=4)
+    teacher = connected(llama, shortcut, pre_num, head, seed=4)
 
     def teach(module, args):
         run(teacher, llama.inputs(seed=5))
@@ -742,7 +751,7 @@ def generate(model, ids, use_cache: bool):
 @some
 def test_generation_with_a_cache_equals_generation_without(name, shortcut, pre_num, head):
     arch = ARCHITECTURES[name]
-    model, _ = pair(arch, shortcut, pre_num, head)
+    model = connected(arch, shortcut, pre_num, head)
     ids = arch.inputs()["input_ids"]
     cached, whole = generate(model.eval(), ids, True), generate(model, ids, False)
     assert torch.equal(cached[0], whole[0])
@@ -753,7 +762,7 @@ def test_generation_with_a_cache_equals_generation_without(name, shortcut, pre_n
 @pytest.mark.parametrize("pre_num", [1, -1])
 def test_generation_equals_that_of_the_merged_model_for_block(name, pre_num):
     arch = ARCHITECTURES[name]
-    model, _ = pair(arch, "block", pre_num, "repeat")
+    model = connected(arch, "block", pre_num, "repeat")
     ids = arch.inputs()["input_ids"]
     unmerged = generate(model.eval(), ids, True)
     reslora.merge(model)
@@ -816,7 +825,7 @@ NORM_BYTES = 8 * 8 * WINDOW * 120  # a ring buffer per block may stay, or one fo
 
 def leak_case(name, checkpointing, shortcut, pre_num, head, window):
     arch = ARCHITECTURES[name]
-    model, _ = pair(arch, shortcut, pre_num, head, window=window)
+    model = connected(arch, shortcut, pre_num, head, window=window)
     if checkpointing:
         reslora.enable_gradient_checkpointing(model)
     gradients_of(model, arch.inputs())  # whatever is allocated once
@@ -840,25 +849,18 @@ def test_no_activation_outlives_a_forward_without_gradients(name, checkpointing,
 
 @leak_cases
 @one_each
-def test_nothing_outlives_the_backward(name, checkpointing, shortcut, pre_num, head, window):
+def test_nothing_outlives_a_dropped_loss_or_the_backward(name, checkpointing, shortcut, pre_num, head, window):
     model, inputs = leak_case(name, checkpointing, shortcut, pre_num, head, window)
     sentinels = watch_graph(model)
-    with Storages() as storages:
-        loss_of(model, inputs).backward()
-    assert storages.alive(model, inputs, larger_than=NORM_BYTES if window else 0) == 0
-    assert sentinels and not any(ref() for ref in sentinels)
-
-
-@leak_cases
-@one_each
-def test_nothing_outlives_a_dropped_loss(name, checkpointing, shortcut, pre_num, head, window):
-    model, inputs = leak_case(name, checkpointing, shortcut, pre_num, head, window)
-    sentinels = watch_graph(model)
-    with Storages() as storages:
-        loss = loss_of(model, inputs)
-    del loss
-    assert storages.alive(model, inputs, larger_than=NORM_BYTES if window else 0) == 0
-    assert sentinels and not any(ref() for ref in sentinels)
+    for backward in (False, True):
+        with Storages() as storages:
+            loss = loss_of(model, inputs)
+            if backward:
+                loss.backward()
+        del loss
+        assert storages.alive(model, inputs, larger_than=NORM_BYTES if window else 0) == 0
+        assert sentinels and not any(ref() for ref in sentinels)
+        sentinels.clear()
 
 
 @checkpointed
@@ -895,7 +897,7 @@ def test_nothing_outlives_an_exception_in_the_forward(llama, checkpointing, shor
 
 @one_each
 def test_a_connected_model_can_be_collected(llama, shortcut, pre_num, head):
-    model, _ = pair(llama, shortcut, pre_num, head)
+    model = connected(llama, shortcut, pre_num, head)
     gradients_of(model, llama.inputs())
     refs = [weakref.ref(model), *map(weakref.ref, adapter_layers(model).values())]
     del model
@@ -908,12 +910,15 @@ def test_a_connected_model_can_be_collected(llama, shortcut, pre_num, head):
 
 @one_each
 def test_state_dict_has_exactly_the_keys_of_the_lora_model(arch, shortcut, pre_num, head):
-    model, oracle = pair(arch, shortcut, pre_num, head, window=3)
+    def names():
+        named = (model.named_parameters(), model.named_buffers(), model.named_modules())
+        return [list(model.state_dict()), *([name for name, _ in kind] for kind in named)]
+
+    model = arch.lora()
+    before = names()
+    reslora.connect(model, ResLoraConfig(shortcut, pre_num, head, window=3))
     gradients_of(model, arch.inputs())
-    assert list(model.state_dict()) == list(oracle.state_dict())
-    assert [n for n, _ in model.named_parameters()] == [n for n, _ in oracle.named_parameters()]
-    assert [n for n, _ in model.named_buffers()] == [n for n, _ in oracle.named_buffers()]
-    assert [n for n, _ in model.named_modules()] == [n for n, _ in oracle.named_modules()]
+    assert names() == before
 
 
 def _unmerge(model):
@@ -922,36 +927,27 @@ def _unmerge(model):
     model.unmerge_adapter()
 
 
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda model: model.merge_adapter(),
-        lambda model: model.merge_adapter(safe_merge=True),
-        lambda model: model.merge_and_unload(),
-        lambda model: model.merge_and_unload(safe_merge=True),
-        _unmerge,
-    ],
-    ids=["merge_adapter", "merge_adapter_safe", "merge_and_unload", "merge_and_unload_safe", "unmerge_adapter"],
-)
 @one_each
-def test_pefts_own_merge_is_refused(llama, call, shortcut, pre_num, head):
-    model, _ = pair(llama, shortcut, pre_num, head)
+def test_pefts_own_merge_is_refused(llama, shortcut, pre_num, head):
+    model = connected(llama, shortcut, pre_num, head)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises((ValueError, RuntimeError)) as error:
-        call(model)
-    assert_one_line(error, "reslora.merge")
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    merges = itertools.product((model.merge_adapter, model.merge_and_unload), (False, True))
+    for call in (*(partial(merge, safe_merge=safe) for merge, safe in merges), partial(_unmerge, model)):
+        with pytest.raises((ValueError, RuntimeError)) as error:
+            call()
+        assert_one_line(error, "reslora.merge")
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("safe_fusing", [False, True])
 @one_each
-def test_fuse_lora_is_refused(unet, safe_fusing, shortcut, pre_num, head):
+def test_fuse_lora_is_refused(unet, shortcut, pre_num, head):
     model, oracle = pair(unet, shortcut, pre_num, head)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises((ValueError, RuntimeError)) as error:
-        model.fuse_lora(safe_fusing=safe_fusing)
-    assert_one_line(error, "reslora.merge")
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    for safe_fusing in (False, True):
+        with pytest.raises((ValueError, RuntimeError)) as error:
+            model.fuse_lora(safe_fusing=safe_fusing)
+        assert_one_line(error, "reslora.merge")
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert_equal(run(model, unet.inputs()), run(oracle, unet.inputs()))
 
 

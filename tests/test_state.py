@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -65,6 +66,11 @@ def in_thread(work) -> None:
         raise error
 
 
+def nested(work) -> None:
+    """Runs `work` here and now."""
+    work()
+
+
 def at(model, layer: str, work) -> torch.utils.hooks.RemovableHandle:
     """Calls `work` once, in the middle of a forward, before the named layer."""
     waiting = [work]
@@ -82,22 +88,22 @@ MIDDLE = {"llama": "model.layers.2.self_attn.q_proj", "unet": "mid_block.attenti
 # --- a forward in the middle of another -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("elsewhere", [True, False], ids=["thread", "nested"])
 @models
 @stateful
-def test_a_forward_in_the_middle_of_another_leaves_both_right(name, elsewhere, shortcut, pre_num, head):
+def test_a_forward_in_the_middle_of_another_leaves_both_right(name, shortcut, pre_num, head):
     arch = ARCHITECTURES[name]
     model, oracle = pair(arch, shortcut, pre_num, head)
+    expected, of_inner = gradients_of(oracle, arch.inputs()), run(oracle, arch.inputs(seed=7)).detach()
     inner = []
 
     def interrupt():
         with torch.no_grad():
             inner.append(run(model, arch.inputs(seed=7)))
 
-    at(model, MIDDLE[name], lambda: in_thread(interrupt) if elsewhere else interrupt())
-    found = gradients_of(model, arch.inputs())
-    assert_equal(found, gradients_of(oracle, arch.inputs()))
-    assert_equal(inner[0], run(oracle, arch.inputs(seed=7)).detach())
+    for number, where in enumerate((in_thread, nested)):
+        at(model, MIDDLE[name], partial(where, interrupt))
+        assert_equal(gradients_of(model, arch.inputs()), expected)
+        assert_equal(inner[number], of_inner)
 
 
 @stateful
@@ -196,20 +202,21 @@ def test_a_part_that_runs_after_ctrl_c_starts_afresh(llama, shortcut, pre_num, h
 # --- recomputation ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("elsewhere", [True, False], ids=["thread", "nested"])
 @models
 @stateful
-def test_a_backward_in_the_middle_of_a_forward_leaves_both_right(name, elsewhere, shortcut, pre_num, head):
+def test_a_backward_in_the_middle_of_a_forward_leaves_both_right(name, shortcut, pre_num, head):
     """The segments of an earlier forward are recomputed while another forward is open, here or on another thread."""
     arch = ARCHITECTURES[name]
     model, oracle = pair(arch, shortcut, pre_num, head)
     reslora.enable_gradient_checkpointing(model)
-    earlier = loss_of(model, arch.inputs(seed=7, batch=3))
-    at(model, MIDDLE[name], lambda: in_thread(earlier.backward) if elsewhere else earlier.backward())
-    loss_of(model, arch.inputs()).backward()
     for seed, batch in ((7, 3), (0, 2)):
         loss_of(oracle, arch.inputs(seed=seed, batch=batch)).backward()
-    assert_equal(gradients(model), gradients(oracle))
+    for where in (in_thread, nested):
+        model.zero_grad(set_to_none=True)
+        earlier = loss_of(model, arch.inputs(seed=7, batch=3))
+        at(model, MIDDLE[name], partial(where, earlier.backward))
+        loss_of(model, arch.inputs()).backward()
+        assert_equal(gradients(model), gradients(oracle))
 
 
 @models
@@ -331,33 +338,37 @@ def encoder_decoder(name, shortcut, pre_num, head):
     return model, oracle, example
 
 
-@pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("name", ENCODER_DECODERS)
 @stateful
-def test_generation_of_an_unmerged_encoder_decoder(name, use_cache, shortcut, pre_num, head):
+def test_generation_of_an_unmerged_encoder_decoder(name, shortcut, pre_num, head):
     model, oracle, example = encoder_decoder(name, shortcut, pre_num, head)
-    options = {"max_new_tokens": 5, "do_sample": False, "use_cache": use_cache}
+    options = {"max_new_tokens": 5, "do_sample": False}
     options |= {"return_dict_in_generate": True, "output_logits": True, "output_hidden_states": True}
     ids = {"input_ids": example["input_ids"], "attention_mask": torch.ones_like(example["input_ids"])}
-    found, expected = (candidate.eval().generate(**ids, **options) for candidate in (model, oracle))
-    assert torch.equal(found.sequences, expected.sequences)
-    assert_equal(found.encoder_hidden_states[-1], expected.encoder_hidden_states[-1])
-    assert_equal(torch.stack(found.logits), torch.stack(expected.logits), rtol=1e-5, atol=1e-6)
+    for use_cache in (True, False):
+        found, expected = (c.eval().generate(**ids, **options, use_cache=use_cache) for c in (model, oracle))
+        assert torch.equal(found.sequences, expected.sequences)
+        assert_equal(found.encoder_hidden_states[-1], expected.encoder_hidden_states[-1])
+        assert_equal(torch.stack(found.logits), torch.stack(expected.logits), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", ENCODER_DECODERS)
 @stateful
-def test_gradients_of_an_encoder_alone_and_of_the_whole(name, checkpointing, shortcut, pre_num, head):
+def test_gradients_of_an_encoder_alone_and_of_the_whole(name, shortcut, pre_num, head):
     model, oracle, example = encoder_decoder(name, shortcut, pre_num, head)
-    if checkpointing:
-        reslora.enable_gradient_checkpointing(model)
-    for candidate in (model, oracle):
+
+    def gradients_of_both(candidate) -> dict:
+        candidate.zero_grad(set_to_none=True)
         encoder = candidate.get_base_model().get_encoder()
         hidden = encoder(input_ids=example["input_ids"]).last_hidden_state
         whole = candidate(**example).logits
         (hidden.square().sum() + whole.square().sum()).backward()
-    assert_equal(gradients(model), gradients(oracle))
+        return gradients(candidate)
+
+    expected = gradients_of_both(oracle)
+    assert_equal(gradients_of_both(model), expected)
+    reslora.enable_gradient_checkpointing(model)
+    assert_equal(gradients_of_both(model), expected)
 
 
 @pytest.mark.parametrize("name", ENCODER_DECODERS)

@@ -9,13 +9,14 @@ import os
 import resource
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from launching import fork_server
 from safetensors.torch import load_file
-from waiting import ended
+from waiting import default_sigint, ended
 
 import train_sd
 from reslora.common.log import read_log
@@ -134,6 +135,14 @@ def leave_behind(path: Path) -> Path:
     return left
 
 
+def killed_after(step: int, whole: Path, parts: Path, method: str = "reslora") -> None:
+    """Makes `parts` what is left of a run like `whole` that was killed after a step: its checkpoint, and a log that
+    went on. The checkpoint is moved there."""
+    (parts / method).mkdir(parents=True)
+    (whole / method / f"checkpoint-{step}").rename(parts / method / f"checkpoint-{step}")
+    shutil.copy(whole / method / "log.jsonl", parts / method)
+
+
 # -- in processes of their own ---------------------------------------------------------------------------------------
 
 
@@ -163,8 +172,9 @@ class Watcher:
         self.busy = False
 
 
-def run_and_exit(flags: list[str], output: str, messages: str, watcher: Watcher | None) -> None:
-    """What the forked process does: train_sd.py with its stderr in a file."""
+def run_and_exit(flags: list[str], output: str, messages: str, watcher: Watcher | None, first: Callable) -> None:
+    """What the forked process does after `first`: train_sd.py with its stderr in a file."""
+    first()
     gc.freeze()  # what the libraries left
     multiprocessing.set_start_method("fork", force=True)  # what the data loader's workers are used to
     stderr = os.open(messages, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -182,8 +192,8 @@ class Runs:
         self.context = fork_server()
         self.flags, self.messages = flags, folder / "stderr.txt"
 
-    def start(self, output: Path, *flags: str, watcher: Watcher | None = None):
-        arguments = ([*self.flags, *flags], str(output), str(self.messages), watcher)
+    def start(self, output: Path, *flags: str, watcher: Watcher | None = None, first: Callable = default_sigint):
+        arguments = ([*self.flags, *flags], str(output), str(self.messages), watcher, first)
         process = self.context.Process(target=run_and_exit, args=arguments)
         process.start()
         return process

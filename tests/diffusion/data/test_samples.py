@@ -52,6 +52,7 @@ def test_methods_share_the_samples(run):
 
 def test_accumulation_is_a_larger_batch(run, base_flags, tmp_path):
     flags = [*base_flags, "--train_batch_size", "1", "--gradient_accumulation_steps", "2", "--method", "lora"]
+    flags += ["--num_validation_images", "0"]
     assert main(*flags, "--output_dir", tmp_path / "out") == 0
     for name, value in final_weights(tmp_path / "out", "lora").items():
         torch.testing.assert_close(value, final_weights(run, "lora")[name], rtol=1e-3, atol=1e-5)
@@ -59,6 +60,7 @@ def test_accumulation_is_a_larger_batch(run, base_flags, tmp_path):
 
 def test_two_processes_end_where_one_with_the_whole_batch_ends(run, base_flags, tmp_path):
     flags = [*base_flags, "--train_batch_size", "1", "--method", "reslora", "--output_dir", str(tmp_path / "out")]
+    flags += ["--num_validation_images", "0"]
     forked(SCRIPT, *flags, folder=tmp_path)
     for name, value in final_weights(tmp_path / "out").items():
         if name != "reslora.norms":  # recorded by the first process, of its half of the batch

@@ -25,6 +25,7 @@ from diffusion.runs import (
     failed,
     final_weights,
     flip_a_bit,
+    killed_after,
     losses,
     main,
     only,
@@ -63,10 +64,7 @@ def test_resumed_run_equals_an_uninterrupted_one(base_flags, tmp_path, method):
     flags += ["--lr_warmup_steps", "1", "--num_validation_images", "0"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert main(*flags, "--output_dir", whole) == 0
-    # A run killed after its second step: nothing but the checkpoint of that step is there.
-    parts.joinpath(method).mkdir(parents=True)
-    (whole / method / "checkpoint-2").rename(parts / method / "checkpoint-2")
-    (parts / method / "log.jsonl").write_text((whole / method / "log.jsonl").read_text())
+    killed_after(2, whole, parts, method)
     assert main(*flags, "--output_dir", parts, *RESUME) == 0
     weights = "checkpoint-4/*.safetensors"
     assert digests(whole / method, weights) == digests(parts / method, weights)
@@ -335,14 +333,34 @@ def test_a_damaged_newest_checkpoint_does_not_hide_other_settings(run, base_flag
     assert "--learning_rate" in refused(capsys, *flags, "--learning_rate", "0.5")
 
 
-def test_resume_refuses_other_captions(brief_flags, capsys, tmp_path):
-    folder = image_folder(tmp_path / "p")
-    flags = [*brief_flags, "--train_data_dir", folder, "--output_dir", tmp_path / "out"]
-    assert main(*flags) == 0
+def flags_in(folder: Path) -> list[str]:
+    """Of a run that has its model and its images beside it."""
+    places = {"--pretrained_model_name_or_path": "model", "--train_data_dir": "images", "--output_dir": "out"}
+    return [word for flag, name in places.items() for word in (flag, str(folder / name))]
+
+
+@pytest.fixture(scope="module")
+def one_step(brief_flags, model, tmp_path_factory) -> Path:
+    """The folder of a run of one step that has its model and its images beside it."""
+    folder = tmp_path_factory.mktemp("one_step")
+    shutil.copytree(model, folder / "model")
+    image_folder(folder / "images")
+    assert main(*brief_flags, *flags_in(folder)) == 0
+    return folder
+
+
+@pytest.fixture
+def again(one_step, brief_flags, tmp_path) -> list[str]:
+    """The flags to go on with for a second step, in a copy of that folder in `tmp_path`."""
+    shutil.copytree(one_step, tmp_path, dirs_exist_ok=True)
+    return [*brief_flags, *flags_in(tmp_path), "--max_train_steps", "2", *RESUME]
+
+
+def test_resume_refuses_other_captions(again, capsys, tmp_path):
+    folder = tmp_path / "images"
     shutil.rmtree(folder)
     image_folder(folder, caption=lambda i: "red box")
-    capsys.readouterr()
-    line = refused(capsys, *flags, "--max_train_steps", "2", *RESUME, quiet=False)
+    line = refused(capsys, *again, quiet=False)
     assert f"--train_data_dir {folder}" in line and "checkpoint-1" in line
 
 
@@ -380,30 +398,15 @@ def test_a_run_goes_on_where_its_model_and_images_have_moved(brief_flags, model,
     assert_same(*(final_weights(tmp_path / name, "lora", step=2) for name in ("out", "whole")))
 
 
-def test_resume_refuses_another_model_at_the_same_place(brief_flags, model, capsys, tmp_path):
-    there = shutil.copytree(model, tmp_path / "model")
-    flags = [*brief_flags, "--pretrained_model_name_or_path", there, "--output_dir", tmp_path / "out"]
-    assert main(*flags) == 0
-    weights = there / "unet" / "diffusion_pytorch_model.safetensors"
-    save_file({name: 2 * value for name, value in load_file(weights).items()}, weights, metadata={"format": "pt"})
-    capsys.readouterr()
-    line = refused(capsys, *flags, "--max_train_steps", "2", *RESUME, quiet=False)
-    assert f"--pretrained_model_name_or_path {there}" in line and "checkpoint-1" in line
-
-
-def test_resume_refuses_a_model_some_of_whose_weights_are_others(brief_flags, model, capsys, tmp_path):
-    """Queries and values alone, all over the file; also when they come back."""
-    there = shutil.copytree(model, tmp_path / "model")
-    flags = [*brief_flags, "--pretrained_model_name_or_path", there, "--output_dir", tmp_path / "out"]
-    assert main(*flags) == 0
-    weights = there / "unet" / "diffusion_pytorch_model.safetensors"
+def test_resume_refuses_another_model_at_the_same_place(again, capsys, tmp_path):
+    """Every weight is another, then queries and values alone, all over the file; and then the model is back."""
+    weights = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
     before, tensors = weights.read_bytes(), load_file(weights)
-    changed = {name: value * (-3 if ".to_q." in name or ".to_v." in name else 1) for name, value in tensors.items()}
-    save_file(changed, weights, metadata={"format": "pt"})
-    capsys.readouterr()
-    again = (*flags, "--max_train_steps", "2", *RESUME)
-    line = refused(capsys, *again, quiet=False)
-    assert f"--pretrained_model_name_or_path {there}" in line and "checkpoint-1" in line
+    for factor, parts in ((2, ("",)), (-3, (".to_q.", ".to_v."))):
+        changed = {k: value * (factor if any(part in k for part in parts) else 1) for k, value in tensors.items()}
+        save_file(changed, weights, metadata={"format": "pt"})
+        line = refused(capsys, *again, quiet=False)
+        assert f"--pretrained_model_name_or_path {tmp_path}/model" in line and "checkpoint-1" in line
     weights.write_bytes(before)
     assert main(*again) == 0
 
@@ -457,15 +460,11 @@ def test_a_flag_that_an_earlier_version_had_not_is_not_added_half_way(run, base_
     assert main(*flags, "--output_dir", output) == 0
 
 
-def test_resume_refuses_another_schedule_of_noise_at_the_same_place(brief_flags, model, capsys, tmp_path):
-    there = shutil.copytree(model, tmp_path / "model")
-    flags = [*brief_flags, "--pretrained_model_name_or_path", there, "--output_dir", tmp_path / "out"]
-    assert main(*flags) == 0
-    config = there / "scheduler" / "scheduler_config.json"
+def test_resume_refuses_another_schedule_of_noise_at_the_same_place(again, capsys, tmp_path):
+    config = tmp_path / "model" / "scheduler" / "scheduler_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "epsilon"}))
-    capsys.readouterr()
-    line = refused(capsys, *flags, "--max_train_steps", "2", *RESUME, quiet=False)
-    assert f"--pretrained_model_name_or_path {there}" in line and "checkpoint-1" in line
+    line = refused(capsys, *again, quiet=False)
+    assert f"--pretrained_model_name_or_path {tmp_path}/model" in line and "checkpoint-1" in line
 
 
 # -- by themselves: one learner, no run --------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffusion.runs import RESUME, assert_same, final_weights, losses, main, refused, training_state
+from diffusion.runs import RESUME, assert_same, final_weights, killed_after, losses, main, refused, training_state
 from reslora.diffusion.arguments import Flags
 from reslora.diffusion.optimizers import OPTIMIZERS, Named, options_of
 from reslora.diffusion.settings import parse_args
@@ -39,10 +39,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_with_any_optimizer(base_flags
     flags += ["--num_validation_images", "0"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert main(*flags, "--output_dir", whole) == 0
-    # A run killed after its second step: nothing but the checkpoint of that step is there.
-    parts.joinpath("reslora").mkdir(parents=True)
-    (whole / "reslora" / "checkpoint-2").rename(parts / "reslora" / "checkpoint-2")
-    (parts / "reslora" / "log.jsonl").write_text((whole / "reslora" / "log.jsonl").read_text())
+    killed_after(2, whole, parts)
     assert main(*flags, "--output_dir", parts, *RESUME) == 0
     assert (
         losses(whole, "reslora") == losses(parts, "reslora")
