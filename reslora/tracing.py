@@ -18,7 +18,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
 from .common.errors import first_line
-from .shapes import OneOfEach
 
 _HOLDER = "reslora.holder"
 
@@ -80,9 +79,7 @@ def trace(base: nn.Module, holders: Mapping[str, str], example_inputs: dict | No
     inputs = dict(inputs)
     try:
         with _same_random(base):
-            twin = meta_copy(base)
-            with OneOfEach():
-                return _run(twin, holders, to_device(inputs, "meta"))
+            return _run(meta_copy(base), holders, to_device(inputs, "meta"))
     except Exception as error:
         # Data-dependent control flow, fused kernels and quantised layers do not run on the meta device: run for real.
         parameter = next(base.parameters(), None)

@@ -593,7 +593,6 @@ CORE = (
     "config",
     "chains",
     "tracing",
-    "shapes",
     "merges",
     "merging",
     "regression",

@@ -16,7 +16,7 @@ import PIL.Image
 import PIL.ImageOps
 from matplotlib import font_manager
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
+from matplotlib.backends.backend_agg import RendererAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
@@ -175,10 +175,7 @@ def _save(figure: Figure, path: str | os.PathLike, dpi: int) -> None:
     with replacing(path) as temporary, warnings.catch_warnings():
         # A character that no installed font has is drawn as a box; a run needs no lines about it.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure.set_dpi(dpi)
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()  # once: `savefig` draws what has a layout twice
-        PIL.Image.fromarray(np.asarray(canvas.buffer_rgba())).save(temporary, format="png", dpi=(dpi, dpi))
+        figure.savefig(temporary, format="png", dpi=dpi, metadata={"Software": None})
 
 
 def _tile(images: Iterable[Image], side: int | None) -> tuple[int, int]:
