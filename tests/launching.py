@@ -63,7 +63,7 @@ def start(words: list[str], printed: Path, background: bool = False, **options) 
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
     environment["CUDA_VISIBLE_DEVICES"] = ""
-    environment["PATH"] += os.pathsep + str(Path(sys.executable).parent)  # for the program ninja, which DeepSpeed calls
+    environment["PATH"] = path_with_ninja()
     with printed.open("w") as file:
         return subprocess.Popen(
             [*(["nohup"] if background else []), sys.executable, "-m", "accelerate.commands.launch", *words],
@@ -73,6 +73,11 @@ def start(words: list[str], printed: Path, background: bool = False, **options) 
             preexec_fn=ignore_sigint if background else default_sigint,
             **options,
         )
+
+
+def path_with_ninja() -> str:
+    """Where programs are looked for, with the one that DeepSpeed calls."""
+    return os.environ["PATH"] + os.pathsep + str(Path(sys.executable).parent)
 
 
 def free_port() -> str:
@@ -96,33 +101,60 @@ def fork_server() -> multiprocessing.context.BaseContext:
     return context
 
 
+# What accelerate's launcher tells a script by a configuration alone, beside the precision.
+TOLD = {
+    "cpu_two_processes.yaml": {},
+    "two_nodes.yaml": {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"},
+    "deepspeed_zero2.yaml": {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
+        "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
+        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none",
+        "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none",
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
+        "ACCELERATE_GRADIENT_CLIPPING": "1.0",
+    },
+    "fsdp2.yaml": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+}
+NOTHING: Mapping[str, str] = MappingProxyType({})
+
+
 def start_forked(
-    script: Path | str, *flags: str, printed: Path, environment: Mapping[str, str] = MappingProxyType({})
+    script: Path | str, *flags: str, printed: Path, environment: Mapping[str, str] = NOTHING, processes: int = 2
 ) -> list[multiprocessing.process.BaseProcess]:
-    """Two processes of a script, by rank, in the environment that `accelerate launch` gives them on a CPU.
+    """Processes of a script, by rank, in the environment that `accelerate launch` gives them on a CPU.
 
-    All that they print is in one file. None ends the other, as a launcher would. `environment`: more of it.
+    All that they print is in one file. None ends the other, as a launcher would. `environment`: more of it, see `TOLD`.
     """
-    store = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    store |= {"ACCELERATE_MIXED_PRECISION": "no", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    store |= environment
+    count = str(processes)
+    store = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    store["ACCELERATE_MIXED_PRECISION"] = "no"
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    told = [store | rank | environment for rank in ranks]
+    return [start_alone(script, *flags, printed=printed, environment=each) for each in told]
+
+
+def start_alone(
+    script: Path | str, *flags: str, printed: Path, environment: Mapping[str, str] = NOTHING
+) -> multiprocessing.process.BaseProcess:
+    """A process of a script as a shell starts it, on a CPU, with `environment` beside."""
     printed.touch()
-    processes = []
-    for rank in ("0", "1"):
-        words = (store | {"RANK": rank, "LOCAL_RANK": rank}, [str(script), *flags], str(printed))
-        processes.append(fork_server().Process(target=_run_script, args=words))
-        processes[-1].start()
-    return processes
+    own = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PATH": path_with_ninja(), **environment}
+    process = fork_server().Process(target=_run_script, args=(own, [str(script), *flags], str(printed)))
+    process.start()
+    return process
 
 
-def forked(script: Path | str, *flags: str, folder: Path, cut: bool = False) -> str:
-    """As `launch` by the configuration `cpu_two_processes.yaml`; with `cut`, by `fsdp2.yaml`."""
-    environment = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if cut else {}
-    processes = start_forked(script, *flags, printed=folder / "printed.txt", environment=environment)
-    statuses = [ended(process) for process in processes]
-    printed = (folder / "printed.txt").read_text(errors="replace")
-    assert statuses == [0, 0], printed[-5000:]
-    return printed
+def forked(
+    script: Path | str, *flags: str, folder: Path, environment: Mapping[str, str] = NOTHING, processes: int = 2
+) -> str:
+    """As `launch`, by the configuration that `environment` is of (see `TOLD`) or `cpu_two_processes.yaml`."""
+    printed = folder / "printed.txt"
+    started = start_forked(script, *flags, printed=printed, environment=environment, processes=processes)
+    statuses = [ended(process) for process in started]
+    text = printed.read_text(errors="replace")
+    assert statuses == [0] * processes, text[-5000:]
+    return text
 
 
 def _run_script(environment: dict[str, str], words: list[str], printed: str) -> None:
@@ -130,7 +162,7 @@ def _run_script(environment: dict[str, str], words: list[str], printed: str) -> 
     gc.freeze()
     default_sigint()
     multiprocessing.set_start_method("fork", force=True)  # what the data loader's workers are used to
-    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_") or name == "RANK"]:
         del os.environ[name]
     os.environ.update(environment)
     for stream in (1, 2):

@@ -3,8 +3,8 @@
 import pytest
 from accelerate.commands import launch as launching_command
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.utils import prepare_multi_gpu_env
-from launching import FOLDER, MACHINES, launch
+from accelerate.utils import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from launching import FOLDER, MACHINES, TOLD, launch
 
 EXPECTED = {  # file: (what starts the processes, machines, processes)
     "cpu_two_processes.yaml": ("multi_gpu_launcher", 1, 2),
@@ -61,7 +61,16 @@ def test_the_cpus_configuration_hides_gpus(monkeypatch):
     assert all(int(device) < 0 for device in devices)
 
 
-def test_two_processes_on_the_cpu_find_each_other(tmp_path):
+@pytest.mark.parametrize("name", TOLD)
+def test_forked_processes_are_told_what_the_launcher_tells(monkeypatch, name):
+    _, args = launched(monkeypatch, "--config_file", str(FOLDER / name))
+    told = prepare_deepspeed_cmd_env(args)[1] if args.use_deepspeed else prepare_multi_gpu_env(args)
+    assert TOLD[name].items() - told.items() <= {("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")}  # which torch says
+
+
+@pytest.mark.parametrize("name", ["cpu_two_processes.yaml", "one_node.yaml"])
+def test_two_processes_on_the_cpu_find_each_other(tmp_path, name):
+    """Of the other configurations, see tests/diffusion/test_launching.py."""
     script = tmp_path / "script.py"
     script.write_text(
         f"import os, sys, torch, accelerate\nsys.path.insert(0, {str(FOLDER.parent.parent)!r})\n"
@@ -72,5 +81,5 @@ def test_two_processes_on_the_cpu_find_each_other(tmp_path):
         # Without this gloo's threads abort, now and then, the process that leaves last: often on a busy machine.
         "a.end_training()\n"
     )
-    printed = launch("cpu_two_processes.yaml", script, folder=tmp_path)
+    printed = launch(name, script, folder=tmp_path)
     assert printed.count("cpu 2 3\n") == 2

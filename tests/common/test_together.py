@@ -134,7 +134,7 @@ def outcome(folder: Path, script: str) -> tuple[list[int], str]:
     return [ended(process) for process in processes], (folder / "printed.txt").read_text()
 
 
-# Collectives of this group expire after two seconds; the main process takes four, and does not always get through.
+# Collectives of this group expire after two seconds; the main process takes three, and does not always get through.
 PATIENT = """
 import os, sys, time
 from datetime import timedelta
@@ -146,8 +146,8 @@ from reslora.common.script import run_script
 
 def main(argv, stop):
     dist.init_process_group("gloo", timeout=timedelta(seconds=2))
-    assert together.decided(lambda: time.sleep(4) or "merged") == "merged"
-    together.decided(lambda: time.sleep(4) or {then})
+    assert together.decided(lambda: time.sleep({first}) or "merged") == "merged"
+    together.decided(lambda: time.sleep(3) or {then})
     together.wait()
 
 sys.exit(run_script("script", main))
@@ -156,12 +156,12 @@ sys.exit(run_script("script", main))
 
 def test_the_others_outwait_what_a_collective_does_not(tmp_path):
     """Merging, drawing and reading back take longer than any collective may."""
-    statuses, printed = outcome(tmp_path, PATIENT.format(then=None))
+    statuses, printed = outcome(tmp_path, PATIENT.format(first=3, then=None))
     assert statuses == [0, 0], printed
 
 
 def test_who_waits_for_a_main_process_that_dies_ends_in_one_line(tmp_path):
     """It has the store by which they found each other, too."""
-    statuses, printed = outcome(tmp_path, PATIENT.format(then="os._exit(9)"))
+    statuses, printed = outcome(tmp_path, PATIENT.format(first=0, then="os._exit(9)"))
     assert statuses == [9, 1], printed
     assert "another process of this run has ended" in printed.splitlines()[-1] and "Traceback" not in printed

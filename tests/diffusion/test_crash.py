@@ -3,6 +3,7 @@
 Runs are processes of their own, forked from one that has the libraries loaded, so that each takes a second.
 """
 
+import filecmp
 import random
 import shutil
 import signal
@@ -29,13 +30,20 @@ def assert_nothing_is_half_written(output: Path, whole: Path) -> None:
     """Every file under its final name is what the uninterrupted run has there, tensor by tensor."""
     for step in checkpoints(output):
         assert_same(final_weights(output, step=step), final_weights(whole, step=step))
+        if same_bytes(output, whole, f"checkpoint-{step}/trainer.pt"):
+            continue
         state, wanted = (training_state(folder, step) for folder in (output, whole))
         assert state["lr_scheduler"] == wanted["lr_scheduler"]
         for index, moments in wanted["optimizer"]["state"].items():
             assert_same(moments, state["optimizer"]["state"][index])
     for name in FORMATS:
-        if (output / "reslora" / name).exists():
+        if (output / "reslora" / name).exists() and not same_bytes(output, whole, name):
             assert_same(load_file(output / "reslora" / name), load_file(whole / "reslora" / name))
+
+
+def same_bytes(output: Path, whole: Path, name: str) -> bool:
+    """Whether a file is that of the uninterrupted run, byte by byte: nothing of it need be read then."""
+    return filecmp.cmp(output / "reslora" / name, whole / "reslora" / name, shallow=False)
 
 
 def assert_ends_like(output: Path, whole: Path) -> None:

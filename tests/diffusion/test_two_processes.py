@@ -45,7 +45,7 @@ from reslora.diffusion.training import checkpoints
 write_checkpoint = checkpoints.write_checkpoint
 def slowly(*arguments):
     pathlib.Path({folder!r}, "saving").touch()
-    time.sleep(2)
+    time.sleep(1)
     write_checkpoint(*arguments)
 checkpoints.write_checkpoint = slowly
 import train_sd
@@ -85,7 +85,7 @@ def test_a_stop_while_the_first_saves_is_met_by_all(flags, whole, tmp_path, to):
 def test_what_one_process_cannot_write_ends_both_in_one_line(flags, tmp_path):
     """The main process's disk is full, so to speak: the other one does not wait for what never comes."""
     output = tmp_path / "out"
-    broken = SLOW.replace("time.sleep(2)", "raise OSError(28, 'No space left on device', 'checkpoint-2')")
+    broken = SLOW.replace("time.sleep(1)", "raise OSError(28, 'No space left on device', 'checkpoint-2')")
     (tmp_path / "broken.py").write_text(broken.format(path=[str(FOLDER.parent.parent)], folder=str(tmp_path)))
     words = [str(tmp_path / "broken.py"), *flags, "--output_dir", str(output)]
     processes = start_forked(*words, printed=tmp_path / "printed.txt")

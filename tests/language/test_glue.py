@@ -267,7 +267,8 @@ def test_it_learns(tmp_path):
 
 def test_without_a_model_the_bundled_one_is_trained(tmp_path, capsys):
     more = ("--max_steps", "40", "--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "True")
-    glue.main(["--output_dir", str(tmp_path), *more, "--eval_strategy", "no", "--use_cpu"])
+    more += ("--calibration_examples", "16", "--eval_strategy", "no", "--use_cpu")
+    glue.main(["--output_dir", str(tmp_path), *more])
     results, shown = results_of(tmp_path), capsys.readouterr().out
     assert results["task"] == "cola" and results["table"]["lstsq"]["matthews"] > 0.4
     assert "results.json" in shown and "--model_name_or_path FacebookAI/roberta-large" in shown

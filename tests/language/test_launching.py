@@ -4,11 +4,10 @@ import json
 import math
 import os
 import signal
-from functools import partial
 from pathlib import Path
 
 import pytest
-from launching import CONFIGURATIONS, FOLDER, forked, launch, start
+from launching import CONFIGURATIONS, FOLDER, TOLD, forked, start
 from waiting import ended, wait_until
 
 from reslora.common.errors import InvalidArgument, Stopped
@@ -20,8 +19,8 @@ from reslora.language.checkpoints import checkpoints_of, damage
 from .helpers import SCRIPT, VALIDATED, build, flags, losses, trainer_for
 
 
-# Of one_node.yaml there is nothing that two_nodes.yaml has not; tests/diffusion/test_launching.py starts it. FSDP2 is
-# refused, see below.
+# Of one_node.yaml there is nothing that two_nodes.yaml has not; FSDP2 is refused, see below. Launchers themselves are
+# started for the signals below, and by tests/diffusion/test_launching.py.
 @pytest.mark.parametrize("name", [name for name in CONFIGURATIONS if name not in ("one_node.yaml", "fsdp2.yaml")])
 def test_two_processes_equal_one_with_twice_the_batch(name, tiny, data, alone, tmp_path):
     argv = flags(tiny, data, tmp_path / "run", *VALIDATED, "--per_device_train_batch_size", 2)
@@ -29,8 +28,9 @@ def test_two_processes_equal_one_with_twice_the_batch(name, tiny, data, alone, t
         argv += ["--bf16"]  # transformers wants it said in both places
     else:
         argv.remove("--use_cpu")  # as documented: it is found out
-    exact = name == "cpu_two_processes.yaml"  # the others compute in bfloat16; by its launcher, see the signals below
-    printed = (forked if exact else partial(launch, name))(SCRIPT, *argv, folder=tmp_path)
+    exact = name == "cpu_two_processes.yaml"  # the others say bfloat16
+    precision = {"ACCELERATE_MIXED_PRECISION": "no" if exact else "bf16"}
+    printed = forked(SCRIPT, *argv, folder=tmp_path, environment=TOLD[name] | precision)
     assert printed.count("unmerged") == 1
     assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=1e-5 if exact else 1e-2)
     found, expected = (json.loads((folder / "results.json").read_text()) for folder in (tmp_path / "run", alone))
@@ -81,8 +81,7 @@ def test_who_is_asked_to_stop_while_libraries_load_waits_for_no_other_process(ma
 @pytest.mark.parametrize(
     ("processes", "number", "everyone"),
     [
-        (1, signal.SIGTERM, False),  # accelerate passes nothing on
-        (1, signal.SIGKILL, False),
+        (1, signal.SIGKILL, False),  # accelerate passes nothing on, not SIGTERM either
         (1, signal.SIGINT, True),  # Ctrl-C, which the whole group gets
         (2, signal.SIGTERM, False),  # torch's launcher passes it on
         (2, signal.SIGINT, True),  # and repeats what its children have got already

@@ -341,7 +341,7 @@ def test_killed_at_bad_moments(runs, images, tmp_path):
 
     The same command goes on.
     """
-    words = "--learning_rate 1e-2 3e-2 --method reslora --max_train_steps 2 --validation_steps 1"
+    words = "--learning_rate 1e-2 3e-2 --method lora --max_train_steps 2 --validation_steps 1"
     own = [*words.split(), "--num_validation_images", "0", "--train_data_dir", str(images)]
     own += ["--cache_dir", str(tmp_path / "cache")]
     output, snapshots = tmp_path / "out", tmp_path / "snapshots"

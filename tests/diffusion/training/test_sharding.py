@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 from diffusers import UNet2DConditionModel
-from launching import forked
+from launching import TOLD, forked
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -23,12 +23,14 @@ from reslora.diffusion.training.sharding import cuts_base, share, take_plugin, u
 from .sharded_steps import RUNS
 from .test_training import assert_equal_but_for_rounding
 
+CUT = TOLD["fsdp2.yaml"]
+
 
 @pytest.fixture(scope="module")
 def steps(model, tmp_path_factory) -> Path:
     """What each of the two processes has after each step of `RUNS`."""
     folder = tmp_path_factory.mktemp("steps")
-    forked(Path(__file__).with_name("sharded_steps.py"), str(model), str(folder), folder=folder, cut=True)
+    forked(Path(__file__).with_name("sharded_steps.py"), str(model), str(folder), folder=folder, environment=CUT)
     return folder
 
 
@@ -50,7 +52,7 @@ def resumed(run, base_flags, tmp_path_factory) -> Path:
     kept = shutil.ignore_patterns("lora", "checkpoint-4", "exports.json", "step-000004")
     output = shutil.copytree(run, folder / "out", ignore=kept)
     flags = [*base_flags, "--train_batch_size", "1", "--method", "reslora", "--output_dir", str(output), *RESUME]
-    printed = forked(SCRIPT, *flags, folder=folder, cut=True)
+    printed = forked(SCRIPT, *flags, folder=folder, environment=CUT)
     assert printed.count("checkpoint-2") == 1, printed
     return output
 

@@ -1,25 +1,20 @@
 """train_sd.py with DeepSpeed, on the CPU; not collected where DeepSpeed cannot run (see `launching.DEEPSPEED`)."""
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.utils import DeepSpeedPlugin
-from launching import launch
-from waiting import LIMIT
+from launching import TOLD, forked
 
 from diffusion.runs import RESUME, SCRIPT, assert_same, final_weights, losses, main, refused, training_state
 from reslora.common.errors import InvalidArgument
 from reslora.diffusion.settings import parse_args
 from reslora.diffusion.training.zero import configure
 
-NAME = "deepspeed_zero2.yaml"
-LAUNCHER = ("--mixed_precision", "no", "--num_processes", "1")
+ZERO = {"environment": TOLD["deepspeed_zero2.yaml"], "processes": 1}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +34,7 @@ def flags(model, data) -> list[str]:
 def run(flags, tmp_path_factory) -> Path:
     """An uninterrupted run with DeepSpeed, in one process: accelerate does not let two find each other on a CPU."""
     folder = tmp_path_factory.mktemp("zero")
-    launch(NAME, SCRIPT, *flags, "--output_dir", str(folder / "out"), folder=folder, launcher=LAUNCHER)
+    forked(SCRIPT, *flags, "--output_dir", str(folder / "out"), folder=folder, **ZERO)
     return folder / "out"
 
 
@@ -49,7 +44,7 @@ def test_a_run_goes_on_as_if_it_never_stopped(run, flags, tmp_path):
         path = tmp_path / "out" / "reslora" / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     words = [*flags, *RESUME, "--output_dir", str(tmp_path / "out")]
-    printed = launch(NAME, SCRIPT, *words, folder=tmp_path, launcher=LAUNCHER)
+    printed = forked(SCRIPT, *words, folder=tmp_path, **ZERO)
     assert "going on from" in printed and "checkpoint-2" in printed
     assert losses(tmp_path / "out") == losses(run)
     assert_same(final_weights(tmp_path / "out"), final_weights(run))
@@ -100,11 +95,8 @@ def test_two_processes_save_the_whole_state_and_any_number_goes_on(tmp_path):
 
 def start(processes: int, stage: int, file: Path) -> dict:
     """What zero_steps.py writes."""
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(SCRIPT.parent)}
-    environment["PATH"] += os.pathsep + str(Path(sys.executable).parent)
-    words = ["--standalone", f"--nproc_per_node={processes}", str(Path(__file__).with_name("zero_steps.py"))]
-    words = ["-m", "torch.distributed.run", *words, str(stage), str(file)]
-    subprocess.run([sys.executable, *words], env=environment, check=True, timeout=LIMIT)
+    script = Path(__file__).with_name("zero_steps.py")
+    forked(script, str(stage), str(file), folder=file.parent, processes=processes)
     return torch.load(file, weights_only=True)
 
 

@@ -1,4 +1,4 @@
-"""Six steps of a small model with DeepSpeed, in bf16, started by torch's launcher: `zero_steps.py STAGE FILE`.
+"""Six steps of a small model with DeepSpeed, in bf16: `zero_steps.py STAGE FILE`.
 
 All at once, and once more by a model that goes on after the third. FILE is for their states; where it is there
 already, the model goes on from what another start has written.
