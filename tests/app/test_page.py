@@ -444,14 +444,15 @@ def complaint(said) -> list[str]:
 
 
 @pytest.fixture
-def page(browser, address):
+def page(browser, address, request):
+    """The page as a visitor finds it, in the theme that a test may ask for."""
     page = browser.new_page(viewport={"width": 1360, "height": 900})
     page.set_default_timeout(LIMIT * 1000)
     page.errors = []
     page.on("pageerror", lambda error: page.errors.append(str(error)))
     page.on("console", lambda said: page.errors.extend(complaint(said)))
     page.on("request", lambda request: page.errors.extend(leaving(request.url, address)))
-    page.goto(address, wait_until="domcontentloaded")
+    page.goto(f"{address}?__theme={getattr(request, 'param', 'light')}", wait_until="domcontentloaded")
     page.wait_for_selector("#grid img")
     yield page
     page.close()
@@ -725,12 +726,8 @@ def contrast(locator) -> float:
 STEPS = "#flag-max_train_steps :is(input, textarea)"
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_text_can_be_read(page, address, theme):
-    if theme == "dark":  # the other is what a visitor has
-        page.goto(f"{address}?__theme=dark", wait_until="domcontentloaded")
-        page.errors.clear()  # a page that is left complains of what it had asked for
-        page.wait_for_selector("#grid img")
+@pytest.mark.parametrize("page", ["light", "dark"], indirect=True)
+def test_text_can_be_read(page):
     seen = [
         page.locator(name) for name in ("#summary .summary b", "#play", "#verdict *", "td.best small", "#use textarea")
     ]
