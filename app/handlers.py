@@ -14,6 +14,12 @@ from reslora.diffusion.prompts import clean
 
 from .runs import RunError
 
+NO_PROGRESS = {"show_progress": "hidden", "show_progress_on": []}
+"""Of an event. Hidden alone is not enough: whenever any event begins or ends, Gradio's page would still tell each of
+its outputs, and look that up among all parts of the page. It took half of the time until the page was there."""
+QUIET = {"api_visibility": "private", **NO_PROGRESS}
+"""Of an event that only the page itself causes."""
+
 
 def readable_errors(handler: Callable) -> Callable:
     """The handler, function or generator, with errors of one sentence: no path, no traceback.

@@ -9,7 +9,7 @@ import gradio as gr
 
 from . import views
 from .activity import activity
-from .handlers import readable_errors
+from .handlers import QUIET, readable_errors
 from .launcher import Trainings
 from .library import Library
 from .queue import Queue
@@ -91,17 +91,16 @@ class Page:
 
     def events(self, demo: gr.Blocks) -> None:
         self.blocks = demo
-        quiet = {"api_visibility": "private", "show_progress": "hidden"}
         everything = [self.seen, self.run, self.summary]
         everything += [part for tab in self.tabs for part in (*tab.live, *tab.watched, *tab.of_run)]
         on_arrival = [self.run, *(part for tab in self.tabs for part in tab.on_arrival)]
-        demo.load(readable_errors(self.arrive), None, on_arrival, **quiet)
-        self.run.change(readable_errors(self.choose), [self.run, self.beside], everything, **quiet)
+        demo.load(readable_errors(self.arrive), None, on_arrival, **QUIET)
+        self.run.change(readable_errors(self.choose), [self.run, self.beside], everything, **QUIET)
         context = [self.run, self.beside, self.seen, *(tab.chosen for tab in self.choosing)]
         # Not queued: a look that is lost with its queue's stream would be waited for, and the page would stand still.
         # Not preprocessed: a step sent while another run was being chosen is beyond that run's last one, and refused.
-        self.timer.tick(readable_errors(self.watch), context, everything, queue=False, preprocess=False, **quiet)
-        self.nudge.click(lambda: None, **quiet)
+        self.timer.tick(readable_errors(self.watch), context, everything, queue=False, preprocess=False, **QUIET)
+        self.nudge.click(lambda: None, **QUIET)
         for tab in self.tabs:
             tab.events(self)
         gr.api(readable_errors(self.list_runs), api_name="runs")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import gradio as gr
 
 from .. import views
-from ..handlers import readable_errors
+from ..handlers import NO_PROGRESS, readable_errors
 from ..runs import Run
 from ..studio import MERGE_CHOICES
 from ..verdict import merge_warning
@@ -51,7 +51,7 @@ class ChainsTab(Tab):
         quiet = {"api_visibility": "private", "preprocess": False}
         # In two steps: another run may have been chosen meanwhile, and the second reads which it is by then.
         self.merge.click(readable_errors(self.keep_merge), asked, [self.merged, self.done], **quiet).success(
-            readable_errors(self.show_merge), [page.run, self.done], shown, show_progress="hidden", **quiet
+            readable_errors(self.show_merge), [page.run, self.done], shown, **NO_PROGRESS, **quiet
         )
 
     def seen(self, run: Run) -> tuple:

@@ -9,7 +9,7 @@ import gradio as gr
 
 from .. import compared, takeaway
 from ..differences import differences
-from ..handlers import readable_errors
+from ..handlers import NO_PROGRESS, QUIET, readable_errors
 from ..launcher import safe_name
 from ..library import MOST_BESIDE
 from ..runs import Run, RunError
@@ -62,21 +62,20 @@ class CompareTab(Tab):
 
     def events(self, page: Page) -> None:
         run, looked_at = page.run, [page.run, self.step, self.beside]
-        quiet = {"api_visibility": "private", "show_progress": "hidden"}
         # Not preprocessed: Gradio would refuse a step beyond the end that the slider has meanwhile, or had at first.
         gr.on(
             [self.step.change, self.beside.input], readable_errors(self.look), looked_at, [*self.at_step, self.beside],
-            trigger_mode="always_last", preprocess=False, **quiet,
+            trigger_mode="always_last", preprocess=False, **QUIET,
         )  # fmt: skip
         self.for_programs(page)
-        self.play.click(readable_errors(self.toggle), self.play, [self.play, self.playing], **quiet)
-        self.playing.tick(readable_errors(self.next_step), [run, self.step], self.step, preprocess=False, **quiet)
+        self.play.click(readable_errors(self.toggle), self.play, [self.play, self.playing], **QUIET)
+        self.playing.tick(readable_errors(self.next_step), [run, self.step], self.step, preprocess=False, **QUIET)
         self.download.click(
             readable_errors(self.save_grid), looked_at, self.grid_file, api_visibility="private", preprocess=False
         ).success(None, js="() => document.querySelector('#grid-file').click()", api_visibility="private")
         self.file.change(
             readable_errors(self.how_to_use), [run, self.file], [self.place, self.use], api_name="how_to_use",
-            show_progress="hidden", preprocess=False,
+            preprocess=False, **NO_PROGRESS,
         )  # fmt: skip
         self.take.click(
             readable_errors(self.take_file), [run, self.file], self.taken, api_name="download_file", preprocess=False

@@ -11,7 +11,7 @@ import gradio as gr
 from reslora.diffusion.data.dataset import CAPTIONS
 
 from .. import cards, image_edits, views
-from ..handlers import paths_of, readable_errors, translated
+from ..handlers import QUIET, paths_of, readable_errors, translated
 from ..image_edits import ImageEdits
 from ..image_folders import ImageFolders
 from ..recipe import bounded
@@ -101,18 +101,17 @@ class DatasetTab(Tab):
             self.column = gr.Textbox(label="Column of captions in metadata (empty: text)", max_lines=1)
 
     def events(self, page: Page) -> None:
-        quiet = {"api_visibility": "private", "show_progress": "hidden"}
         chosen = [self.folder, *self.settings]
         # Before what asks the server: Gradio handles the events of a component one after the other.
         choose = f"(...values) => {{ {HOST}.chosen = values; return values; }}"
-        gr.on([part.change for part in chosen], None, chosen, None, js=choose, **quiet)
+        gr.on([part.change for part in chosen], None, chosen, None, js=choose, **QUIET)
         # One event for whatever is shown: answers of several could come in another order than they were asked for.
         gr.on(
             [*(part.change for part in (*chosen, self.which)), self.words.submit, self.images.submit],
             readable_errors(self.show), self.asked, self.shown_parts, js=f"(...values) => {HOST}.asks(values)",
-            trigger_mode="always_last", **quiet,
+            trigger_mode="always_last", **QUIET,
         )  # fmt: skip
-        self.page.submit(None, self.page, None, js=f"page => {HOST}.turn(page)", **quiet)
+        self.page.submit(None, self.page, None, js=f"page => {HOST}.turn(page)", **QUIET)
         for button, by in ((self.back, -1), (self.next, 1)):
             button.click(None, js=f"() => {HOST}.next({by})", api_visibility="private")
         for button, which in ((self.tick_page, "page"), (self.tick_all, "all"), (self.untick, "none")):
@@ -120,23 +119,23 @@ class DatasetTab(Tab):
         change = [*self.asked, self.operation, self.text, self.other, self.ticked]
         throw, undo = [*self.asked, self.ticked], [*self.asked, self.undo, self.ticked]
         done = [
-            self.apply.click(readable_errors(self.do_change), change, self.answer, js=WITH_TICKED, **quiet),
-            self.trash.click(readable_errors(self.do_throw_away), throw, self.answer, js=WITH_TICKED, **quiet),
-            self.undo.click(readable_errors(self.do_undo), undo, self.answer, js=WITH_TICKED, **quiet),
-            self.check.click(readable_errors(self.do_check), self.asked, self.answer, concurrency_limit=1, **quiet),
+            self.apply.click(readable_errors(self.do_change), change, self.answer, js=WITH_TICKED, **QUIET),
+            self.trash.click(readable_errors(self.do_throw_away), throw, self.answer, js=WITH_TICKED, **QUIET),
+            self.undo.click(readable_errors(self.do_undo), undo, self.answer, js=WITH_TICKED, **QUIET),
+            self.check.click(readable_errors(self.do_check), self.asked, self.answer, concurrency_limit=1, **QUIET),
         ]
         done[1].success(None, js=f"() => {HOST}.pick('none')", api_visibility="private")
         place = self.answer.parent
         assert isinstance(place, gr.Tab)
-        done.append(place.select(readable_errors(self.open), self.folder, self.folder, **quiet))
+        done.append(place.select(readable_errors(self.open), self.folder, self.folder, **QUIET))
         for event in done:  # `then` passes over what failed
             for outcome in (event.success, event.failure):
                 outcome(None, js=f"() => {HOST}.renew()", api_visibility="private")
         self.operation.change(
-            lambda operation: gr.update(visible=operation == image_edits.REPLACE), self.operation, self.other, **quiet
+            lambda operation: gr.update(visible=operation == image_edits.REPLACE), self.operation, self.other, **QUIET
         )
         self.images.refused(
-            readable_errors(self.tell_refused), None, self.answer, queue=False, trigger_mode="always_last", **quiet
+            readable_errors(self.tell_refused), None, self.answer, queue=False, trigger_mode="always_last", **QUIET
         )
         self.upload.click(
             readable_errors(self.do_upload), [self.name, self.uploads, self.caption],

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 import gradio as gr
 
 from .. import experiments, launcher, views
-from ..handlers import readable_errors
+from ..handlers import QUIET, readable_errors
 from ..library import Experiment
 from .base import Parts
 from .launching import LaunchTab
@@ -77,18 +77,17 @@ class ExperimentTab(LaunchTab):
 
     def events(self, page: Page) -> None:
         self.connect(page, self.which, self.last_look)
-        quiet = {"api_visibility": "private", "show_progress": "hidden"}
         planned = [self.name, self.model, *self.flags.values()]
         gr.on(
-            [page.blocks.load, *(part.change for part in planned)],
+            [page.frames[self].select, *(part.change for part in planned)],
             readable_errors(self.count), planned, self.plan, trigger_mode="always_last", queue=False,
-            preprocess=False, **quiet,
+            preprocess=False, **QUIET,
         )  # fmt: skip
         shown = [self.last_look, self.which, self.state, self.log, self.report, self.take]
         look = readable_errors(self.look)
-        self.which.change(look, self.which, shown, **quiet)
-        self.timer.tick(look, [self.which, self.last_look], shown, queue=False, **quiet)
-        page.frames[self].select(lambda: gr.Timer(active=True), None, self.timer, **quiet)
+        self.which.change(look, self.which, shown, **QUIET)
+        self.timer.tick(look, [self.which, self.last_look], shown, queue=False, **QUIET)
+        page.frames[self].select(lambda: gr.Timer(active=True), None, self.timer, **QUIET)
         gr.api(readable_errors(self.list_names), api_name="experiments")
 
     def count(self, name: str, model: str, *values) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import gradio as gr
 
 from .. import recipe, views, weight_files
-from ..handlers import paths_of, readable_errors
+from ..handlers import NO_PROGRESS, QUIET, paths_of, readable_errors
 from ..recipe import Drawn, Request
 from ..runs import BASE, Run, RunError, Weights
 from ..sessions import TURNS, hears
@@ -84,16 +84,16 @@ class GenerateTab(Tab):
                 *self.stack.inputs,
             ],
             [self.gallery, self.status, self.seed, self.made],
-            api_name="generate", show_progress="hidden", preprocess=False, **TURNS,
+            api_name="generate", preprocess=False, **NO_PROGRESS, **TURNS,
         ).failure(lambda: views.notice("That did not work."), None, self.status, api_visibility="private")  # fmt: skip
-        unqueued = {"show_progress": "hidden", "queue": False}
+        unqueued = {"queue": False, **NO_PROGRESS}
         self.cancel.click(readable_errors(self.stop), None, self.status, api_visibility="private", **unqueued)
         gr.on([], readable_errors(self.do_cancel), None, self.status, api_name="cancel", **unqueued)
         taken_over = [*settings[:-2], self.strength, self.random]
         self.recipe.upload(readable_errors(self.read_recipe), self.recipe, taken_over, api_name="settings_of")
         self.recipe.upload(readable_errors(self.origin), self.recipe, self.status, api_visibility="private")
-        quiet = {"api_visibility": "private", "show_progress": "hidden", "preprocess": False}
-        self.weights.change(readable_errors(self.warn), [page.run, self.weights], self.warning, **quiet)
+        warned = [page.run, self.weights]
+        self.weights.change(readable_errors(self.warn), warned, self.warning, preprocess=False, **QUIET)
         gr.api(readable_errors(self.list_weights), api_name="weights")
         self.stack.events(page)
         self.grid.events(page)

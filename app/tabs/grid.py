@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import gradio as gr
 
 from .. import grids, views
-from ..handlers import paths_of, readable_errors
+from ..handlers import NO_PROGRESS, QUIET, paths_of, readable_errors
 from ..launcher import safe_name
 from ..recipe import Drawn, Request
 from ..runs import RunError
@@ -69,21 +69,15 @@ class GridPart:
                 *(part for axis in self.axes for part in axis), tab.adapter_config, *tab.stack.inputs,
             ],
             [self.table, self.status, self.sheet, self.cells],
-            api_name="grid", show_progress="hidden", preprocess=False, **TURNS,
+            api_name="grid", preprocess=False, **NO_PROGRESS, **TURNS,
         )  # fmt: skip
         drawing.failure(lambda: views.notice("That did not work."), None, self.status, api_visibility="private")
         drawing.success(lambda: gr.update(interactive=True), None, self.sheet, api_visibility="private")
-        self.stop.click(
-            readable_errors(self.do_stop), None, self.status, api_visibility="private", show_progress="hidden",
-            queue=False,
-        )  # fmt: skip
+        self.stop.click(readable_errors(self.do_stop), None, self.status, queue=False, **QUIET)
         for name, values in self.axes:
             # Not `input`, as with the settings under Train, nor `select`, whose answer would be a second one: values
             # that were typed are not to be overwritten.
-            name.change(
-                readable_errors(self.suggest), [page.run, name], values, api_visibility="private", preprocess=False,
-                show_progress="hidden",
-            )  # fmt: skip
+            name.change(readable_errors(self.suggest), [page.run, name], values, preprocess=False, **QUIET)
         gr.api(readable_errors(self.list_values), api_name="grid_values")
 
     def list_values(self, run: str, axis: str) -> str:

@@ -12,7 +12,7 @@ from reslora.diffusion.data.dataset import CAPTIONS
 
 from .. import form, launcher, views
 from ..bases import PIPELINES
-from ..handlers import named, paths_of, readable_errors
+from ..handlers import QUIET, named, paths_of, readable_errors
 from ..queue import RUNNING, WAITING, Entry
 from ..runs import Run
 from ..uploads import store_images
@@ -165,18 +165,17 @@ class LaunchTab(Tab):
         self.start.click(start, inputs, started, api_name=f"{self.id}_start", preprocess=False)
         plan = named(readable_errors(self.do_plan), self.parameters())
         self.memory.click(plan, inputs, self.answer, api_name=f"{self.id}_memory", preprocess=False)
-        quiet = {"api_visibility": "private", "show_progress": "hidden"}
         gr.on(
             [self.folder.change, self.uploads.change], readable_errors(self.show_images), [self.folder, self.uploads],
-            self.preview, preprocess=False, **quiet,
+            self.preview, preprocess=False, **QUIET,
         )  # fmt: skip
         wired = [self.flags[flag] for flag in form.OF_RESLORA]
         told = [self.flags[flag] for flag in self.flags if flag in form.OF_BUNDLED]
-        self.model.change(self.show_defaults, self.model, told, preprocess=False, **quiet)
-        self.flags["method"].change(self.show_shortcuts, self.flags["method"], wired, **quiet)
+        self.model.change(self.show_defaults, self.model, told, preprocess=False, **QUIET)
+        self.flags["method"].change(self.show_shortcuts, self.flags["method"], wired, **QUIET)
         kept = {"id": self.id, "names": [name for name in self.parameters() if name != "images"]}
-        page.blocks.load(None, self.form, self.form, js=RECALL % kept, **quiet)
-        gr.on([part.change for part in self.form], None, self.form, None, js=KEEP % kept, **quiet)
+        page.blocks.load(None, self.form, self.form, js=RECALL % kept, **QUIET)
+        gr.on([part.change for part in self.form], None, self.form, None, js=KEEP % kept, **QUIET)
         # It waits for nothing; what is not queued would show no message of a refusal.
         stop = readable_errors(self.do_stop)
         self.stop.click(stop, [which, seen], self.answer, api_name=f"{self.id}_stop", concurrency_limit=None)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import gradio as gr
 
 from .. import lists, views
-from ..handlers import readable_errors
+from ..handlers import QUIET, readable_errors
 from .base import Parts, Tab, answer_line
 
 if TYPE_CHECKING:
@@ -37,11 +37,10 @@ class QueueTab(Tab):
         self.timer = gr.Timer(EVERY, active=False)
 
     def events(self, page: Page) -> None:
-        quiet = {"api_visibility": "private", "show_progress": "hidden"}
         shown = [self.rows, self.last_look]
-        page.frames[self].select(readable_errors(self.open), None, [*shown, self.timer], **quiet)
-        self.timer.tick(readable_errors(self.look), self.last_look, shown, queue=False, **quiet)
-        self.rows.acted(readable_errors(self.act), None, [self.answer, *shown], **IN_TURN, **quiet)
+        page.frames[self].select(readable_errors(self.open), None, [*shown, self.timer], **QUIET)
+        self.timer.tick(readable_errors(self.look), self.last_look, shown, queue=False, **QUIET)
+        self.rows.acted(readable_errors(self.act), None, [self.answer, *shown], **IN_TURN, **QUIET)
         for name, handler in (
             ("queue", self.list_entries), ("move_in_queue", self.move), ("remove_from_queue", self.remove),
         ):  # fmt: skip

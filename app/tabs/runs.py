@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import gradio as gr
 
 from .. import lists, views
-from ..handlers import readable_errors, translated
+from ..handlers import QUIET, readable_errors, translated
 from ..library import Experiment
 from ..runs import RunError
 from ..shelf import Shelf
@@ -41,14 +41,13 @@ class RunsTab(Tab):
         self.timer = gr.Timer(EVERY, active=False)
 
     def events(self, page: Page) -> None:
-        quiet = {"api_visibility": "private", "show_progress": "hidden"}
         shown = [self.cards, self.last_look]
-        page.frames[self].select(readable_errors(self.open), self.words, [*shown, self.timer], **quiet)
-        self.words.change(readable_errors(self.show), self.words, shown, trigger_mode="always_last", **quiet)
-        self.timer.tick(readable_errors(self.look), [self.words, self.last_look], shown, queue=False, **quiet)
+        page.frames[self].select(readable_errors(self.open), self.words, [*shown, self.timer], **QUIET)
+        self.words.change(readable_errors(self.show), self.words, shown, trigger_mode="always_last", **QUIET)
+        self.timer.tick(readable_errors(self.look), [self.words, self.last_look], shown, queue=False, **QUIET)
         opened = [page.all_tabs, page.run, page.tab(ExperimentTab).which]
         answered = [self.answer, *shown, *opened]
-        self.cards.acted(readable_errors(self.act), self.words, answered, **IN_TURN, **quiet)
+        self.cards.acted(readable_errors(self.act), self.words, answered, **IN_TURN, **QUIET)
         for name, handler in (
             ("run_notes", self.read_notes), ("set_run_notes", self.set_notes), ("trash_run", self.trash_run),
             ("trashed_runs", self.trashed_runs), ("restore_run", self.restore_run),

@@ -11,7 +11,7 @@ from reslora.diffusion.arguments import SEVERAL
 
 from .. import form, launcher, views
 from ..bases import word_of_model
-from ..handlers import readable_errors
+from ..handlers import QUIET, readable_errors
 from ..runs import Run, RunError
 from .base import Parts
 from .launching import LaunchTab
@@ -63,11 +63,10 @@ class TrainTab(LaunchTab):
 
     def events(self, page: Page) -> None:
         self.connect(page, page.run, page.seen)
-        quiet = {"api_visibility": "private", "show_progress": "hidden"}
         # Not `input`: it comes with leaving the box as well, and what is typed or kept would be overwritten. `change`
         # comes with another choice, by mouse or keys; `select`, before it, with any by the mouse: the same again, too.
         filled = [self.begun, self.model, *self.flags.values()]
-        in_turn = {"trigger_mode": "always_last", "concurrency_id": "begin", "concurrency_limit": 1, **quiet}
+        in_turn = {"trigger_mode": "always_last", "concurrency_id": "begin", "concurrency_limit": 1, **QUIET}
         self.begin.select(readable_errors(self.fill_by_mouse), self.begin, filled, **in_turn)
         self.begin.change(readable_errors(self.fill_once), [self.begin, self.begun], filled, **in_turn)
         for button, request in ((self.sample_now, launcher.SAMPLE), (self.save_now, launcher.SAVE)):

@@ -26,8 +26,8 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def address(data, tmp_path_factory):
     data.mkdir()
-    runs = tmp_path_factory.mktemp("dataset-runs")
-    with serving(runs, runs / "log", "--data", str(data)) as address:
+    folder = tmp_path_factory.mktemp("dataset-app")
+    with serving(folder / "runs", folder / "log", "--data", str(data)) as address:
         yield address
 
 

@@ -91,12 +91,15 @@ def test_only_the_page_and_the_entry_import_gradio():
         assert not names & {"train_llm", "train_glue", "reslora.language", "reslora.diffusion"}
 
 
-def test_no_two_parts_of_the_page_have_one_id(tmp_path):
-    """Scripts and styles go by ids; a second part of the same one would be taken for the first, on some visits."""
+def test_no_two_parts_have_one_id_and_none_is_told_of_progress_that_it_hides(tmp_path):
+    """Scripts and styles go by ids; a second part of the same one would be taken for the first, on some visits. Where
+    progress is hidden, Gradio's page would still look up each part that is told of it, which takes it seconds."""
     library = Library(tmp_path)
     demo = create_demo(library, Trainings(library), Studio())
     ids = [part.elem_id for part in demo.blocks.values() if getattr(part, "elem_id", None)]
     assert sorted(ids) == sorted(set(ids))
+    hidden = [event for event in demo.fns.values() if event.targets and event.show_progress == "hidden"]
+    assert hidden and all(event.show_progress_on == [] for event in hidden)
 
 
 def test_threads_are_told_to_spin_briefly_before_torch_is_there():
@@ -125,36 +128,43 @@ def test_threads_are_told_to_spin_briefly_before_torch_is_there():
 # -- a running application ---------------------------------------------------------------------------------------------
 
 
-def start(runs: Path, log: Path, *flags: str, **options) -> tuple[subprocess.Popen, str]:
-    """`python -m app` on a free port, once it answers; its process and address."""
+def start(runs: Path, log: Path, *flags: str) -> tuple[subprocess.Popen, str]:
+    """`python -m app` on a free port, once it answers; its process and address.
+
+    Started in the background, as by `nohup`, it finds SIGINT ignored. Its temporary files are in `tmp` beside the log.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "app", "--runs", str(runs), "--port", str(port), *flags]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | options.pop("env", {})
+    (temporary := log.with_name("tmp")).mkdir()
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TMPDIR": str(temporary)}
     with log.open("w") as output:  # not a pipe, which would fill up
-        process = subprocess.Popen(
-            command, cwd=REPOSITORY, env=environment, stdout=output, stderr=subprocess.STDOUT, **options
-        )
+        options = {"cwd": REPOSITORY, "env": environment, "preexec_fn": ignore_sigint}
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, **options)
     address = f"http://127.0.0.1:{port}"
     wait_until(lambda: status_of(address) is not None or process.poll() is not None, f"an answer of {address}")
     assert process.poll() is None, log.read_text()
     return process, address
 
 
-def end(process: subprocess.Popen) -> None:
-    process.terminate()
-    ended(process)
+def end(process: subprocess.Popen, log: Path, number: int) -> None:
+    """By a signal, whatever it has inherited and served; its temporary files go."""
+    said = log.read_text()
+    process.send_signal(number)
+    assert ended(process) == 0
+    assert "Traceback" not in log.read_text().removeprefix(said)
+    assert not list(log.with_name("tmp").glob("reslora-app-*"))
 
 
 @contextlib.contextmanager
-def serving(runs: Path, log: Path, *flags: str):
-    """A running application; yields its address."""
+def serving(runs: Path, log: Path, *flags: str, end_by: int = signal.SIGTERM):
+    """A running application, until a signal ends it; yields its address."""
     process, address = start(runs, log, *flags)
     try:
         yield address
     finally:
-        end(process)
+        end(process, log, end_by)
 
 
 def status_of(address: str) -> int | None:
@@ -166,18 +176,6 @@ def status_of(address: str) -> int | None:
         return error.code
     except OSError:
         return None
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_both_signals_end_it_whatever_it_inherits(tmp_path, number):
-    """Started in the background, as by `nohup`, it finds SIGINT ignored; its temporary files go all the same."""
-    (tmp_path / "tmp").mkdir()
-    environment = {"TMPDIR": str(tmp_path / "tmp")}
-    process, _ = start(tmp_path / "runs", tmp_path / "log", preexec_fn=ignore_sigint, env=environment)
-    process.send_signal(number)
-    assert ended(process) == 0
-    assert "Traceback" not in (tmp_path / "log").read_text()
-    assert not list((tmp_path / "tmp").glob("reslora-app-*"))
 
 
 @pytest.mark.parametrize("opens", [False, True])
@@ -418,7 +416,8 @@ def test_no_file_of_this_machine_is_served(address, runs, client):
 
 
 def test_a_password_is_asked_for(runs, tmp_path):
-    with serving(runs, tmp_path / "log", "--auth", "me:secret") as address:
+    """And Ctrl-C ends it, though it was started in the background, where that is ignored."""
+    with serving(runs, tmp_path / "log", "--auth", "me:secret", end_by=signal.SIGINT) as address:
         assert status_of(f"{address}/config") == 401
         assert status_of(f"{address}/gradio_api/file=/etc/passwd") == 401
         assert "tiny" in Client(address, auth=("me", "secret"), verbose=False).predict(api_name="/runs")
@@ -445,21 +444,28 @@ def complaint(said) -> list[str]:
 
 
 @pytest.fixture
-def page(browser, address):
+def page(browser, address, request):
+    """The page as a visitor finds it, in the theme that a test may ask for."""
     page = browser.new_page(viewport={"width": 1360, "height": 900})
     page.set_default_timeout(LIMIT * 1000)
     page.errors = []
     page.on("pageerror", lambda error: page.errors.append(str(error)))
     page.on("console", lambda said: page.errors.extend(complaint(said)))
     page.on("request", lambda request: page.errors.extend(leaving(request.url, address)))
-    page.goto(address, wait_until="domcontentloaded")
+    page.goto(f"{address}?__theme={getattr(request, 'param', 'light')}", wait_until="domcontentloaded")
     page.wait_for_selector("#grid img")
     yield page
     page.close()
     assert page.errors == []
 
 
-def test_the_slider_moves_the_images(page):
+def test_a_run_is_looked_at_and_taken_along(page, runs):
+    move_the_slider(page)
+    take_along(page, runs)
+    enlarge_and_scroll(page)
+
+
+def move_the_slider(page) -> None:
     """A visitor sees the newest run at its last step without a click; slider and play move all columns."""
     page.wait_for_selector('#grid table[data-step="4"]')
     assert page.locator("#grid th").all_inner_texts()[1].startswith("Base model")
@@ -479,7 +485,24 @@ def test_the_slider_moves_the_images(page):
     assert page.locator("#train-curve polyline").count() == 2
 
 
-def test_an_image_is_enlarged_and_flipped_by_keys_and_the_slider_stays_in_view(page):
+def take_along(page, runs: Path) -> None:
+    """The last method's first file is offered; another one has another path and other lines, and is downloaded."""
+    told = "document.querySelector('#use textarea').value.includes('{}')"
+    page.wait_for_function(told.format("DiffusionPipeline"))
+    page.locator("#file input").fill("reslora: kohya.safetensors (kohya, ComfyUI, A1111)")
+    page.locator("#file input").press("Enter")
+    page.wait_for_function(
+        "document.querySelector('#place textarea, #place input').value.endsWith('kohya.safetensors')"
+    )
+    page.wait_for_function(told.format("ComfyUI/models/loras"))
+    with page.expect_download() as download:
+        page.locator("#take").click()
+    assert download.value.suggested_filename == "tiny-reslora-kohya.safetensors"
+    assert Path(download.value.path()).read_bytes() == (runs / "tiny" / "reslora" / "kohya.safetensors").read_bytes()
+
+
+def enlarge_and_scroll(page) -> None:
+    """An image is flipped by keys; the slider stays in view."""
     first, shown = page.locator("#grid button.tile").nth(1), page.locator("#zoom img")
     first.focus()
     page.keyboard.press("Enter")
@@ -534,23 +557,7 @@ def test_runs_are_looked_at_side_by_side_while_one_trains(page, runs):
     assert slider.evaluate("box => box.scrollWidth <= box.clientWidth && box.clientWidth > 0")
 
 
-def test_what_was_trained_is_taken_along(page, runs):
-    """The last method's first file is offered; another one has another path and other lines, and is downloaded."""
-    told = "document.querySelector('#use textarea').value.includes('{}')"
-    page.wait_for_function(told.format("DiffusionPipeline"))
-    page.locator("#file input").fill("reslora: kohya.safetensors (kohya, ComfyUI, A1111)")
-    page.locator("#file input").press("Enter")
-    page.wait_for_function(
-        "document.querySelector('#place textarea, #place input').value.endsWith('kohya.safetensors')"
-    )
-    page.wait_for_function(told.format("ComfyUI/models/loras"))
-    with page.expect_download() as download:
-        page.locator("#take").click()
-    assert download.value.suggested_filename == "tiny-reslora-kohya.safetensors"
-    assert Path(download.value.path()).read_bytes() == (runs / "tiny" / "reslora" / "kohya.safetensors").read_bytes()
-
-
-def test_images_with_merged_weights_beside_the_base(page):
+def test_images_with_merged_weights_beside_the_base_and_cancelled(page):
     page.get_by_role("tab", name="Generate").click()
     page.wait_for_function("document.querySelector('#weights input').value === 'reslora: merged weights'")
     page.locator("#generate").click()
@@ -563,6 +570,14 @@ def test_images_with_merged_weights_beside_the_base(page):
     page.wait_for_function("document.querySelectorAll('#gallery img').length === 1")
     whole = "box => box.scrollHeight <= box.clientHeight && box.clientHeight >= box.querySelector('img').clientHeight"
     assert page.locator("#gallery .grid-wrap").evaluate(whole)
+
+    draw_slowly(page)
+    page.locator("#images input[type=number]").fill("8")
+    page.locator("#generate").click()
+    page.locator("#status").get_by_text("of 8").first.wait_for()
+    page.locator("#cancel").click()
+    page.locator("#status").get_by_text("Cancelled after").wait_for()
+    assert page.locator("#gallery img").count() < 8
 
 
 def draw_slowly(page) -> None:
@@ -684,17 +699,6 @@ def test_what_is_asked_as_the_stream_of_answers_ends_is_answered(browser, addres
     page.close()
 
 
-def test_cancel(page):
-    page.get_by_role("tab", name="Generate").click()
-    draw_slowly(page)
-    page.locator("#images input[type=number]").fill("8")
-    page.locator("#generate").click()
-    page.locator("#status").get_by_text("of 8").first.wait_for()
-    page.locator("#cancel").click()
-    page.locator("#status").get_by_text("Cancelled after").wait_for()
-    assert page.locator("#gallery img").count() < 16  # 8 images, each beside the base model's
-
-
 CONTRAST = """
 element => {
   if (!element.isConnected) return null;
@@ -722,13 +726,8 @@ def contrast(locator) -> float:
 STEPS = "#flag-max_train_steps :is(input, textarea)"
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_text_can_be_read_and_a_form_survives_a_restart(page, address, theme):
-    """What is typed under Train is there again when the page is loaded anew, as after a restart of the server; only
-    settings that are chosen take its place, by keys, or by the mouse the same ones again."""
-    page.goto(f"{address}?__theme={theme}", wait_until="domcontentloaded")
-    page.errors.clear()  # a page that is left complains of what it had asked for
-    page.wait_for_selector("#grid img")
+@pytest.mark.parametrize("page", ["light", "dark"], indirect=True)
+def test_text_can_be_read(page):
     seen = [
         page.locator(name) for name in ("#summary .summary b", "#play", "#verdict *", "td.best small", "#use textarea")
     ]
@@ -744,6 +743,13 @@ def test_text_can_be_read_and_a_form_survives_a_restart(page, address, theme):
     seen = [page.locator("#start"), page.get_by_text("rank of the update matrices")]
     seen.append(page.get_by_role("tab", name="Train"))
     assert [text for text in seen if contrast(text.first) < 4.5] == []
+
+
+def test_a_form_survives_a_restart(page):
+    """What is typed under Train is there again when the page is loaded anew, as after a restart of the server; only
+    settings that are chosen take its place, by keys, or by the mouse the same ones again."""
+    page.get_by_role("tab", name="Train").click()
+    page.locator("#start").wait_for()
     page.locator("#name input, #name textarea").fill("kept")
     page.locator(STEPS).fill("123")
     page.locator("#begin input").focus()
@@ -774,18 +780,31 @@ def test_text_can_be_read_and_a_form_survives_a_restart(page, address, theme):
     assert page.locator(STEPS).input_value() == "7"
 
 
-def test_a_run_that_is_deleted_leaves_the_list(page, runs):
-    write_run(runs / "passing")
-    page.locator("#run input").fill("passing")
-    page.locator("#run input").press("Enter")
-    page.wait_for_function("document.querySelector('#run input').value === 'passing'")
-    page.wait_for_timeout(3000)  # a look at it
-    shutil.rmtree(runs / "passing")
-    page.wait_for_function("document.querySelector('#run input').value !== 'passing'")
+def test_runs_come_and_go(page, runs):
+    show_markup(page, runs)
+    press_at_once(page, runs)
+
+
+def show_markup(page, runs: Path) -> None:
+    """Names and prompts of a run are text, whatever they are; a run that is deleted leaves the list."""
+    attack = "<img src=x onerror=window.hacked=1>"
+    write_run(
+        runs / attack, validation_prompt=[f"{attack} ${{window.hacked=1}} {{{{hacked}}}}", "<script>hacked=1</script>"]
+    )
+    try:
+        page.locator("#run input").fill(attack)
+        page.locator("#run input").press("Enter")
+        page.locator("#grid").get_by_text(attack).wait_for()
+        page.wait_for_timeout(300)  # for an image that fails to load
+        assert page.evaluate("window.hacked") is None
+    finally:
+        shutil.rmtree(runs / attack)
+    page.wait_for_function("name => document.querySelector('#run input').value !== name", arg=attack)
     assert page.locator("#run input").input_value() in {path.name for path in runs.iterdir()}
 
 
-def test_buttons_that_are_pressed_at_once_all_count(page, runs):
+def press_at_once(page, runs: Path) -> None:
+    """Buttons that are pressed before the answer to the first has come all count."""
     names = ["one-of-two", "two-of-two"]
     for name in names:
         write_run(runs / name)
@@ -830,21 +849,6 @@ def merge_and_look_elsewhere(page, runs: Path) -> None:
         assert page.locator("#weights input").input_value() == "base model"
     finally:
         shutil.rmtree(runs / "elsewhere")
-
-
-def test_names_and_prompts_of_a_run_are_no_markup(page, runs):
-    attack = "<img src=x onerror=window.hacked=1>"
-    write_run(
-        runs / attack, validation_prompt=[f"{attack} ${{window.hacked=1}} {{{{hacked}}}}", "<script>hacked=1</script>"]
-    )
-    try:
-        page.locator("#run input").fill(attack)
-        page.locator("#run input").press("Enter")
-        page.locator("#grid").get_by_text(attack).wait_for()
-        page.wait_for_timeout(300)  # for an image that fails to load
-        assert page.evaluate("window.hacked") is None
-    finally:
-        shutil.rmtree(runs / attack)
 
 
 def test_an_experiment_is_planned_and_its_report_is_read(page, runs):

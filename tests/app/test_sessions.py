@@ -124,7 +124,7 @@ def test_whoever_comes_after_five_who_ask_for_eight_images_has_his_after_their_f
 
 
 def test_a_page_that_looks_on_leaves_nothing_behind(server):
-    """Gradio alone keeps one more copy of each component that an event both reads and updates."""
+    """Gradio alone keeps one more copy of each component that an event both reads and updates, and describes it."""
     asks = [each for each in server.demo.config["dependencies"] if any(on == "tick" for _, on in each["targets"])]
     watch = max(asks, key=lambda each: len(each["outputs"]))
     shown = [getattr(server.demo.blocks[number], "value", None) for number in watch["inputs"]]
@@ -139,6 +139,7 @@ def test_a_page_that_looks_on_leaves_nothing_behind(server):
         write_run(server.runs / name)  # there is something new
     assert sees_something()
     assert sorted(sessions["page"].blocks_config.blocks) == sorted(server.demo.blocks)  # their numbers
+    assert not any(sessions["page"].config_values.values())
     assert not sees_something()
     del sessions["page"]  # as after a hundred others
     assert sees_something()
