@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..files import replacing
+from ..files import remove, replacing, temporary_beside
 from .errors import InvalidArgument, first_line
 
 
@@ -34,6 +34,19 @@ def set_aside(checkpoint: Path, why: str = "is not of this line of training") ->
     checkpoint.rename(there)
     print(f"{checkpoint} {why}: it is {there.name} now", flush=True)
     return there
+
+
+def discard(old: Path) -> None:
+    """Removes what newer ones have replaced; training goes on where that cannot be done, and a line says so.
+
+    Under another name first: a kill half-way must not leave half a checkpoint.
+    """
+    there = old
+    try:
+        there = old.rename(temporary_beside(old))
+        remove(there)
+    except OSError as error:
+        print(f"{there} cannot be removed ({first_line(error)}): it was {old.name}, and nothing needs it", flush=True)
 
 
 def set_others_aside(chosen: Path, found: Iterable[Path], place: Path, beside: Iterable[str] = ()) -> None:

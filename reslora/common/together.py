@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from datetime import timedelta
 from typing import TypeVar
 
@@ -19,6 +20,7 @@ from .errors import Diverged, EndedElsewhere, InvalidArgument, RunFailed, Stoppe
 
 T = TypeVar("T")
 LONGEST_WAIT = timedelta(hours=24)  # for the main process to encode, merge, draw and read back
+_DECIDING = ContextVar("deciding", default=False)
 
 
 def alone() -> bool:
@@ -34,11 +36,12 @@ def is_main() -> bool:
 def decided(decide: Callable[[], T]) -> T:
     """What the main process returns from `decide`, in every process; the others wait, however long it takes.
 
-    The value must be picklable. What the main process raises ends the others too, as `EndedElsewhere`.
+    The value must be picklable. What the main process raises ends the others too, as `EndedElsewhere`. Nothing of this
+    module that meets the others may be called from `decide`, which they do not run.
     """
     if alone():
-        return decide()
-    value, failure = _tried(decide) if is_main() else (None, None)
+        return _by_itself(decide)
+    value, failure = _tried(lambda: _by_itself(decide)) if is_main() else (None, None)
     told: list = [(value, failure and _status(failure), isinstance(failure, Diverged))]
     wait()
     _met(lambda: dist.broadcast_object_list(told, src=0, group=_patient(dist.group.WORLD)))
@@ -129,6 +132,20 @@ def _patient(world: dist.ProcessGroup) -> dist.ProcessGroup:
     return _PATIENT[world]
 
 
+def _by_itself(decide: Callable[[], T]) -> T:
+    """What `decide` returns; it is found out meanwhile where it would meet the others."""
+    _refuse_to_meet()
+    token = _DECIDING.set(True)
+    try:
+        return decide()
+    finally:
+        _DECIDING.reset(token)
+
+
+def _refuse_to_meet() -> None:
+    assert not _DECIDING.get(), "a decision meets the other processes, which wait for its end"
+
+
 def _tried(do: Callable[[], T]) -> tuple[T | None, Exception | None]:
     try:
         return do(), None
@@ -143,6 +160,7 @@ def _status(error: Exception) -> int:
 
 
 def _met(meet: Callable[[], object]) -> None:
+    _refuse_to_meet()
     try:
         meet()
     except RuntimeError as error:

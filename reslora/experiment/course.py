@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..common.errors import refused_as
+from ..common.errors import InvalidArgument, refused_as
 from ..common.flags import Flags
 from ..common.log import of_split, read_log
 from ..common.methods import METHODS
@@ -114,13 +114,23 @@ class Course:
         return {row["step"]: row["loss"] for row in rows if row["step"]}
 
     def losses(self) -> dict[Arm, float]:
-        """The lowest loss on the select images of each arm that has ended; infinite where it diverged or has none."""
-        ended = {arm: self.ended(arm).get("status") for arm in self.arms()}
-        return {
-            arm: min(self.select_losses(arm).values(), default=math.inf) if status == "finished" else math.inf
-            for arm, status in ended.items()
-            if status
-        }
+        """The lowest loss on the select images of each arm that has ended; infinite where it diverged.
+
+        Raises `InvalidArgument` for one that has ended well and whose losses are gone.
+        """
+        found = {}
+        for arm in self.arms():
+            if status := self.ended(arm).get("status"):
+                found[arm] = self.lowest_loss(arm) if status == "finished" else math.inf
+        return found
+
+    def lowest_loss(self, arm: Arm) -> float:
+        """The lowest loss on the select images of an arm that has ended well."""
+        losses, folder = self.select_losses(arm), self.folder_of(arm)
+        if not losses:
+            fix = f"remove {folder}, and the arm is trained anew"
+            raise InvalidArgument(str(folder), "log.jsonl has no validation loss", fix)
+        return min(losses.values())
 
     def next_arm(self) -> Arm | None:
         """The arm to train now; None where all have ended, or none would end in the time that is left.

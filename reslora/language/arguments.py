@@ -127,11 +127,16 @@ class MethodArguments:
         """Says which flags of shortcuts the method does not read."""
         tell_unread([self.method], vars(self), vars(MethodArguments))
 
+    def carries_activations(self) -> bool:
+        """Whether blocks hand activations to each other."""
+        return self._is_wired() and shortcut_class(self.shortcut).carries
+
     def _merge_reads_examples(self) -> bool:
-        if not METHODS[self.method].shortcuts or self.shortcut == PLAIN or self.pre_num == 0:
-            return False
-        merge = shortcut_class(self.shortcut).merges.get(self.merge)
+        merge = shortcut_class(self.shortcut).merges.get(self.merge) if self._is_wired() else None
         return merge is not None and merge.needs_moments
+
+    def _is_wired(self) -> bool:
+        return METHODS[self.method].shortcuts and self.shortcut != PLAIN and self.pre_num != 0
 
 
 @dataclass
@@ -272,6 +277,13 @@ def check_json(name: str, value: object) -> None:
             content = json.loads(value)
             if name == "accelerator_config":
                 AcceleratorConfig(**content)
+
+
+def check_compiling(method: MethodArguments, training: TrainingArguments) -> None:
+    """Raises `InvalidArgument` where --torch_compile would meet checkpointing that keeps a shortcut's activations."""
+    if training.torch_compile and training.activation_checkpointing and method.carries_activations():
+        problem = f"with --gradient_checkpointing cannot keep --shortcut {method.shortcut}"
+        raise InvalidArgument("--torch_compile", problem, "leave one of them out, or use --shortcut block")
 
 
 def check_number(name: str, value: float, least: float, below: float = math.inf, exclusive: bool = False) -> None:

@@ -318,6 +318,6 @@ class Bench:
         """Writes `peft/` of an arm's checkpoint, and with --merge_and_save `merged/`; else an earlier one goes."""
         model, method = self.restored(arm, step), self.arguments_of(arm).method
         if not method.merge_and_save:
-            decided(lambda: remove(self.course.folder / "merged"))
+            remove(self.course.folder / "merged")
         export(model, self.course.folder, method, tokenizer=self.study.tokenizer)
         return "peft/"

@@ -16,6 +16,7 @@ from .arguments import (
     AdapterTrainingArguments,
     MethodArguments,
     build_parser,
+    check_compiling,
     check_whole,
     parse_values,
     parsed,
@@ -153,6 +154,7 @@ def settled(parser: HfArgumentParser, values: Mapping[str, Any]) -> Arguments:
             words = " ".join(given) if isinstance(given, list) else given
             problem = "the metrics are computed from all predictions and labels at once"
             raise InvalidArgument(f"--{name} {words}", problem, "leave it out")
+    check_compiling(arguments.method, arguments.training)
     check_metric(arguments)
     smoothing = arguments.training.label_smoothing_factor
     if smoothing and not arguments.task.labels:

@@ -16,6 +16,7 @@ from .arguments import (
     AdapterTrainingArguments,
     MethodArguments,
     build_parser,
+    check_compiling,
     check_whole,
     parse_values,
     parsed,
@@ -144,6 +145,7 @@ def settled(parser: HfArgumentParser, values: Mapping[str, Any]) -> Arguments:
         raise InvalidArgument(
             f"--method {method.method}", "PEFT has it for whole weights only", "leave --load_in_4bit out"
         )
+    check_compiling(method, training)
     best = str(training.metric_for_best_model or "").removeprefix("eval_")
     if best not in ("", "loss", "accuracy"):
         raise InvalidArgument(f"--metric_for_best_model {best}", "unknown", "choose loss or accuracy")

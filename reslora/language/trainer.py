@@ -30,11 +30,11 @@ from ..common.errors import Diverged, InvalidArgument, RunFailed, Stopped, refus
 from ..common.gauge import gauged
 from ..common.methods import METHODS, AdapterSettings, adapter_config, check_steps, refuse_deepspeed
 from ..common.patterns import spell_out
-from ..common.recovery import cannot_be_loaded
+from ..common.recovery import cannot_be_loaded, discard
 from ..common.signals import StopRequest
 from ..common.together import decided, is_main
 from ..config import ResLoraConfig
-from ..files import remove, temporary_beside, write_checksums, write_tensors
+from ..files import write_checksums, write_tensors
 from ..model import enable_gradient_checkpointing
 from ..tracing import to_device
 from .arguments import MethodArguments
@@ -382,7 +382,7 @@ class AdapterTrainer(Trainer):
         others = [path for path in found[1:] if path.name != best]
         if limit is not None:
             for old in others[max(0, limit - len(found) + len(others)) :]:
-                remove(old.rename(temporary_beside(old)))
+                discard(old)
 
     def _checkpoint(self) -> Path:
         return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"

@@ -8,7 +8,7 @@ import pytest
 from transformers.trainer_utils import rotate_checkpoints
 
 from reslora.common.errors import InvalidArgument
-from reslora.common.recovery import numbered, refuse_afresh, set_aside, set_others_aside
+from reslora.common.recovery import discard, numbered, refuse_afresh, set_aside, set_others_aside
 
 
 def folders(folder: Path, *steps: int) -> list[Path]:
@@ -52,6 +52,27 @@ def test_later_ones_step_aside_and_all_where_the_chosen_one_is_from_elsewhere(tm
     assert numbered(run) == [third] and (third / "weights").read_text() == "other" and elsewhere.is_dir()
     kept = {f"set-aside-checkpoint-{name}" for name in ("1", "2", "3", "3-2")}
     assert names(run) == {"checkpoint-3", "set-aside-log"} | kept
+
+
+def test_training_goes_on_where_an_old_one_cannot_be_removed(tmp_path, monkeypatch, capsys):
+    old, older = folders(tmp_path, 2, 1)
+    discard(older)
+    assert names(tmp_path) == {"checkpoint-2"} and not capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", refused)
+        discard(old)
+    (rest,) = tmp_path.iterdir()
+    problem = f"({PermissionError(errno.EPERM, 'Operation not permitted', 'optimizer.pt')})"
+    assert capsys.readouterr().out == f"{rest} cannot be removed {problem}: it was checkpoint-2, and nothing needs it\n"
+    (old,) = folders(tmp_path, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", refused)
+        discard(old)
+    assert old.is_dir() and capsys.readouterr().out.startswith(f"{old} cannot be removed (")
+
+
+def refused(*_: object) -> None:
+    raise PermissionError(errno.EPERM, "Operation not permitted", "optimizer.pt")  # without its folder, as rmtree does
 
 
 def no_space(*_: object, **__: object) -> None:

@@ -36,6 +36,7 @@ for name, do in {{
     "main refuses": lambda: together.decided(lambda: fails(InvalidArgument("--a", "b", "c"), 0)),
     "main fails": lambda: together.decided(lambda: fails(OSError("disk"), 0)),
     "main diverges": lambda: together.decided(lambda: fails(Diverged("loss"), 0)),
+    "main meets": lambda: together.decided(lambda: together.any_of(True)),
     "other fails": lambda: together.each(lambda: fails(RunFailed("other"), 1)),
 }}.items():
     try:
@@ -74,6 +75,7 @@ def test_what_fails_in_one_process_ends_all_with_its_status(seen):
     assert [found["main refuses"] for found in seen] == [["InvalidArgument", None], ["EndedElsewhere", 2]]
     assert [found["main fails"] for found in seen] == [["OSError", None], ["EndedElsewhere", 1]]
     assert [found["main diverges"] for found in seen] == [["Diverged", None], ["EndedElsewhere", 1, True]]
+    assert [found["main meets"] for found in seen] == [["AssertionError", None], ["EndedElsewhere", 1]]
     assert [found["other fails"] for found in seen] == [["EndedElsewhere", 1], ["RunFailed", None]]
 
 
@@ -87,6 +89,14 @@ def test_alone_everything_is_a_plain_call():
     for collective in (together.decided, together.each):
         with pytest.raises(InvalidArgument):
             collective(refuse)
+
+
+def test_no_decision_is_made_inside_another_alone_either():
+    """Tests of one process find what would keep several waiting for each other."""
+    for _ in range(2):
+        with pytest.raises(AssertionError, match="a decision meets the other processes"):
+            together.decided(lambda: together.decided(lambda: 1))
+    assert together.decided(lambda: 1) == 1
 
 
 def refuse() -> None:

@@ -2,9 +2,11 @@
 
 import json
 import math
+import shutil
 
 import pytest
 
+from reslora.common.errors import InvalidArgument
 from reslora.diffusion.settings import parse_args
 from reslora.experiment.arms import Arm
 from reslora.experiment.course import Course
@@ -70,15 +72,27 @@ def test_records_say_what_has_become_of_arms(course):
     assert found["lora", 1e-4]["status"] == "waiting"
 
 
-def test_an_arm_without_a_loss_or_that_diverged_does_not_keep_the_others_from_theirs(course):
-    """However good its loss was before it diverged."""
+def test_an_arm_that_diverged_does_not_keep_the_others_from_theirs(course):
+    """However good its loss was before it diverged, and whether it has one or not."""
     one = course()
     arm = one.next_arm()
-    one.end(arm, "", 100, 5.0)
+    one.end(arm, "the loss is not finite at step 1", 100, 5.0)
     diverged = one.next_arm()
     leave(one, diverged)
     one.end(diverged, "the loss is not finite at step 7", 100, 5.0)
     assert one.losses() == {arm: math.inf, diverged: math.inf} and len(run(course())) == 4
+
+
+def test_an_arm_that_ended_well_and_whose_log_is_gone_has_not_diverged(course):
+    (arm,) = run(course(), most=1)
+    folder = course().folder_of(arm)
+    (folder / "log.jsonl").unlink()
+    with pytest.raises(InvalidArgument) as error:
+        course().next_arm()
+    line = f"{folder}: log.jsonl has no validation loss; remove {folder}, and the arm is trained anew"
+    assert str(error.value) == line
+    shutil.rmtree(folder)
+    assert course().next_arm() == arm
 
 
 @pytest.mark.parametrize("kill", range(1, 14, 4))

@@ -115,6 +115,23 @@ def test_a_number_of_steps_asks_for_steps(module):
     assert [best[f"{what}_{how}"] for what in ("eval", "save") for how in ("strategy", "steps")] == ["steps", 5] * 2
 
 
+@pytest.mark.parametrize("module", [glue_arguments, llm_arguments])
+def test_compiling_and_checkpointing_keep_no_activations_of_a_shortcut(module, tmp_path):
+    """By the name that transformers calls deprecated as by the new one."""
+
+    def settled(*words):
+        return module.settled(*module.read(["--use_cpu", "--output_dir", str(tmp_path), *words]))
+
+    for flag in ("--gradient_checkpointing", "--activation_checkpointing"):
+        for shortcut in ("input", "middle"):
+            with pytest.raises(InvalidArgument, match=f"^--torch_compile: .* cannot keep --shortcut {shortcut}; leave"):
+                settled("--torch_compile", flag, "True", "--shortcut", shortcut)
+        for others in (["--shortcut", "block"], ["--pre_num", "0"], ["--method", "lora"]):
+            settled("--torch_compile", flag, "True", *others)
+    settled("--torch_compile")
+    settled("--gradient_checkpointing", "True")
+
+
 def test_deepspeed_alone_means_the_bundled_configuration(monkeypatch):
     seen = []
     monkeypatch.setattr(AdapterTrainingArguments, "__post_init__", lambda self: seen.append(self.deepspeed))

@@ -1,5 +1,6 @@
 """Which checkpoints can be resumed from."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,20 @@ def test_the_best_one_stays_whatever_the_limit(tmp_path, best, limit, kept):
     one.state.best_model_checkpoint = f"{tmp_path}/./checkpoint-{best}"
     one._remove_older()
     assert [path.name for path in checkpoints_of(tmp_path)] == [f"checkpoint-{step}" for step in kept]
+
+
+def test_one_that_cannot_be_removed_ends_no_training(tmp_path, monkeypatch, capsys):
+    def refused(*_):
+        raise PermissionError("Operation not permitted: 'optimizer.pt'")
+
+    one = trainer_for(build()[0], tmp_path, save_total_limit=1)
+    for step in (2, 4):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", refused)
+        one._remove_older()
+    assert [path.name for path in checkpoints_of(tmp_path)] == ["checkpoint-4"]
+    assert "it was checkpoint-2, and nothing needs it" in capsys.readouterr().out
 
 
 def test_later_ones_step_aside_once_the_chosen_one_is_loaded(tmp_path, monkeypatch):

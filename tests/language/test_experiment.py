@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from launching import forked
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
 
@@ -26,7 +27,7 @@ from reslora.language.llm_tasks import TASKS, examples_of
 from reslora.language.llm_trainer import Encoder
 from reslora.language.parts import Parts
 
-from .helpers import write_rows
+from .helpers import SCRIPT, write_rows
 from .test_glue import make_rows, write_model
 from .test_glue import write_rows as write_file
 
@@ -243,6 +244,14 @@ def test_nothing_but_methods_rates_and_seeds_may_change(common, whole, tmp_path,
     (tmp_path / "checkpoint-2").mkdir()
     assert run(*common, *EXPERIMENT, "--output_dir", tmp_path) == 2
     assert "no experiment" in capsys.readouterr().err
+
+
+def test_two_processes_end_well(common, tmp_path):
+    """Who has trained with the main process waits while that one compares and exports."""
+    words = ["--seed", "0", "1", "--learning_rate", "5e-3", "--max_steps", "1", "--output_dir", str(tmp_path / "out")]
+    printed = forked(SCRIPT, *common, *words, folder=tmp_path)
+    assert "error" not in printed and printed.count("peft/ is") == 1, printed
+    assert [arm["status"] for arm in record(tmp_path / "out")["arms"]] == ["finished"] * 2
 
 
 def test_an_experiment_goes_on_with_as_many_processes_as_before(common, whole, capsys, monkeypatch):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ...common.adapters import save_adapter
 from ...common.log import of_split, read_log
+from ...common.recovery import discard
 from ...files import read_object, remove, replacing, temporary_beside, write_checksums, write_json
 from .state import Learner
 
@@ -62,7 +63,7 @@ def keep_adapter(learner: Learner, path: Path, record: dict | None = None) -> No
 def forget_beaten(folder: Path) -> None:
     """Once a checkpoint is written, the best one before it is all that is needed."""
     for best in all_best(folder)[1:]:
-        remove(best.path.rename(temporary_beside(best.path)))
+        discard(best.path)
 
 
 def go_on_from(folder: Path, step: int) -> None:

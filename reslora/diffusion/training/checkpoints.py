@@ -14,16 +14,14 @@ from accelerate import Accelerator
 from ...common.adapters import load_adapter, save_adapter
 from ...common.errors import InvalidArgument, RunFailed, first_line
 from ...common.methods import METHODS
-from ...common.recovery import cannot_be_loaded, numbered, refuse_afresh, set_aside, set_others_aside, step_of
+from ...common.recovery import cannot_be_loaded, discard, numbered, refuse_afresh, set_aside, set_others_aside, step_of
 from ...common.together import decided, each
 from ...files import (
     CHECKSUMS_NAME,
     Damaged,
     check_checksums,
     read_object,
-    remove,
     replacing,
-    temporary_beside,
     write_checksums,
     write_json,
 )
@@ -307,8 +305,7 @@ def save_checkpoint(learner: Learner, folder: Path, flags: Flags, identity: Iden
         if flags.checkpoints_total_limit:
             of_this_line = [old for old in checkpoints_of(folder) if step_of(old) <= learner.step]
             for old in of_this_line[flags.checkpoints_total_limit :]:
-                # Under another name first: a kill half-way must not leave half a checkpoint.
-                remove(old.rename(temporary_beside(old)))
+                discard(old)
 
     decided(write)
 

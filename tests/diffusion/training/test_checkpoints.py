@@ -573,6 +573,18 @@ def test_no_more_checkpoints_stay_than_the_limit_allows(keep, tmp_path, limit, k
     assert len(list(tmp_path.glob("checkpoint-*"))) == len(kept)
 
 
+def test_one_that_cannot_be_removed_ends_no_training(keep, tmp_path, monkeypatch, capsys):
+    def refused(*_):
+        raise PermissionError("Operation not permitted: 'adapter.safetensors'")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", refused)
+        for step in (1, 2):
+            keep(step, checkpoints_total_limit=1)
+    assert [step_of(path) for path in checkpoints_of(tmp_path)] == [2]
+    assert "it was checkpoint-1, and nothing needs it" in capsys.readouterr().out
+
+
 def test_checkpoints_of_an_earlier_try_are_neither_counted_nor_removed(keep, tmp_path):
     for step in (8, 9, 1, 2):
         keep(step, checkpoints_total_limit=1 if step < 8 else None)
