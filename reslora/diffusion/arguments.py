@@ -331,9 +331,9 @@ def add_training_flags(add: Callable) -> None:
     add("--huber_scale", type=number(0, exclusive=True), default=1.0,
         help="huber, smooth_l1: factor of it; not with snr")
     add("--masked_loss", **SWITCH,
-        help="count the loss of each pixel as much as the image's mask is white there: a file that the column mask of "
-             "metadata.jsonl or .csv names, otherwise its alpha channel; images without count whole. In the validation "
-             "loss, too")
+        help="count the loss of each pixel as much as the image's mask is white and opaque there: a file that the "
+             "column mask of metadata.jsonl or .csv names, otherwise its alpha channel; images without count whole. In "
+             "the validation loss, too")
     add("--masked_loss_normalised", **SWITCH,
         help="mean of the loss over what counts, instead of over the whole image")
     add("--timestep_sampling", choices=SAMPLINGS,

@@ -35,6 +35,7 @@ from .size import Size
 from .store import Encoded, Item, fill, share
 
 PART_OF_IMAGES, PART_OF_CAPTIONS, CAPTIONS_AT_ONCE = 256, 4096, 64
+MASKED = "masked, transparency counts nothing"  # what else was found with --masked_loss is not used
 RANDOM_CROPS = 4  # crops cached for an image of another shape than its size: the centre and three more
 
 
@@ -140,7 +141,7 @@ class Variants(TorchDataset):
         flags, size, crops = self.flags, self.sizes[index], self.crops(index)
         seed = flags.seed if crops > 1 else None
         pixels = (size.height, size.width, flags.image_interpolation_mode, crops, self.flips, seed)
-        return (self.images.marks[index], *pixels, *(["masked"] if flags.masked_loss else []))
+        return (self.images.marks[index], *pixels, *([MASKED] if flags.masked_loss else []))
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, ...] | str:
         found = opened(self.images, index, self.flags)
@@ -195,7 +196,7 @@ def encode_images(variants: Variants, key: object, vae: nn.Module, context: Cont
 
 def damaged_images(images: ImageDataset, context: Context) -> dict[int, str]:
     """Which images cannot be trained, and why, where no latents are kept: each is opened once, for all runs."""
-    keys = [derive(mark, context.flags.masked_loss) for mark in images.marks]
+    keys = [derive(mark, context.flags.masked_loss and MASKED) for mark in images.marks]
     found = Encoded(cache_folder(context.flags), "opened", keys)
     _fill(found, Damages(images, context.flags), lambda item: item, "opening image", context)
     return found.problems()
