@@ -285,7 +285,9 @@ def add_data_flags(add: Callable) -> None:
     add("--aspect_ratio_buckets", type=buckets, metavar="H,W;H,W",
         help="the buckets, as heights and widths, instead of a ladder around --resolution; images may be scaled up")
     add("--bucket_upscale", **SWITCH, help="scale small images up to a bucket of the ladder")
-    add("--center_crop", **SWITCH, help="crop the centre instead of a random place")
+    add("--center_crop", **SWITCH,
+        help="crop the centre instead of a random place; with --cache_latents it always is where a bucket keeps nearly "
+             "all of an image")
     add("--random_flip", **SWITCH, help="mirror images, half of the time")
     add("--image_interpolation_mode", default="lanczos", help="how images are scaled",
         choices=["nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos"])
