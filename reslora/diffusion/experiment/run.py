@@ -84,7 +84,7 @@ def run_experiment(flags: Flags, stop: StopRequest) -> None:
         parts = decided(lambda: parts_of(learnt(material.sources), asked))
         decided(lambda: check_parts(asked, parts, learnt(material.sources)))
         material = with_parts(material, parts)
-        tell_counts(material.sources, context)
+        tell_counts(material, context)
         materials = {seed: of_seed(material, seed, pipeline, context) for seed in values_of(asked, "seed")}
         forget_encoder(pipeline, context)
         schedule = with_few_looks(schedule_of(material, context), asked)
