@@ -212,7 +212,7 @@ def test_what_is_told_of_folders_is_what_an_epoch_meets_and_counts():
     words = ("--validation_split", 0.25, "--prior_loss_weight", 0.5, "--class_data_dir", ".", "--class_prompt", "disc")
     learnt = made([(64, 64)] * 8, *words, label="mine", repeats=3)
     of_class = made([(64, 64)] * 3, *words, label="of class", of_class=True)
-    assert told(balanced(learnt, of_class), *words) == [
+    assert told(balanced(learnt, of_class, 16), *words) == [
         "mine: 6 images, each 3 times an epoch, weight 1; 2 more held out",
         "of class: 3 class images, each 6 times an epoch, weight 0.5",
     ]
