@@ -285,7 +285,9 @@ def add_data_flags(add: Callable) -> None:
     add("--aspect_ratio_buckets", type=buckets, metavar="H,W;H,W",
         help="the buckets, as heights and widths, instead of a ladder around --resolution; images may be scaled up")
     add("--bucket_upscale", **SWITCH, help="scale small images up to a bucket of the ladder")
-    add("--center_crop", **SWITCH, help="crop the centre instead of a random place")
+    add("--center_crop", **SWITCH,
+        help="crop the centre instead of a random place; with --cache_latents it always is where a bucket keeps nearly "
+             "all of an image")
     add("--random_flip", **SWITCH, help="mirror images, half of the time")
     add("--image_interpolation_mode", default="lanczos", help="how images are scaled",
         choices=["nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos"])
@@ -305,8 +307,8 @@ def add_training_flags(add: Callable) -> None:
     add("--train_batch_size", type=whole(1), default=16, help="images per process and forward")
     add("--gradient_accumulation_steps", type=whole(1), default=1, help="forwards per step")
     add("--num_train_epochs", type=whole(1),
-        help="epochs of images / (batch x accumulation x processes) steps, rounded up: the last is filled up from the "
-             "next epoch; default: 100, but of a bundled pipeline 200 steps")
+        help="epochs of images / (batch x accumulation x processes) steps, rounded up for each bucket: its last "
+             "batch is filled up from its next epoch; default: 100, but of a bundled pipeline 200 steps")
     add("--max_train_steps", type=whole(1), help="steps; wins over --num_train_epochs")
     add("--gradient_checkpointing", **SWITCH, help="less memory, slower")
     add("--compile", **SWITCH,
@@ -331,9 +333,9 @@ def add_training_flags(add: Callable) -> None:
     add("--huber_scale", type=number(0, exclusive=True), default=1.0,
         help="huber, smooth_l1: factor of it; not with snr")
     add("--masked_loss", **SWITCH,
-        help="count the loss of each pixel as much as the image's mask is white there: a file that the column mask of "
-             "metadata.jsonl or .csv names, otherwise its alpha channel; images without count whole. In the validation "
-             "loss, too")
+        help="count the loss of each pixel as much as the image's mask is white and opaque there: a file that the "
+             "column mask of metadata.jsonl or .csv names, otherwise its alpha channel; images without count whole. In "
+             "the validation loss, too")
     add("--masked_loss_normalised", **SWITCH,
         help="mean of the loss over what counts, instead of over the whole image")
     add("--timestep_sampling", choices=SAMPLINGS,

@@ -106,7 +106,7 @@ def run(flags: Flags, stop: StopRequest) -> None:
         start_trackers(context)
         material = material_of(kinds, pipeline, objective, context)
         note_images(material, context, goes_on=bool(resume.finished or any(resume.checkpoints.values())))
-        tell_counts(material.sources, context)
+        tell_counts(material, context)
         forget_encoder(pipeline, context)
         setting = Setting(pipeline, material, schedule_of(material, context), identity, context)
         decided(lambda: check_length(context.flags, resume, setting.schedule.steps))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..common.assets import ASSETS
 from ..common.checks import check_writable
-from ..common.errors import InvalidArgument, refused_as
+from ..common.errors import InvalidArgument, refused_as, speaks
 from ..common.methods import METHODS, any_with_shortcuts, check_steps, refuse_parts, refuse_settings, tell_unread
 from ..common.patterns import FIELDS, entries
 from ..experiment.arms import alpha_of
@@ -33,7 +33,7 @@ from .arguments import (
 from .config_file import config_defaults
 from .experiment.checks import STEERING, check_experiment, plain_variants
 from .model.families import FAMILIES
-from .optimizers import check_installed, named
+from .optimizers import ADAMS, check_installed, named
 from .prompts import clean, from_file
 
 BUNDLED_MODEL, BUNDLED_IMAGES, BUNDLED_STEPS = ASSETS / "pipeline", ASSETS / "openmoji", 200
@@ -51,6 +51,7 @@ def parse_args(argv: Sequence[str] | None = None, description: str | None = None
     flags = settled(build_parser(description), argv)
     check_places(flags)
     tell_unread(flags.method, vars(flags), vars(untouched()))
+    tell_idle(flags)
     return flags
 
 
@@ -316,6 +317,20 @@ def check_unread(flags: Flags) -> None:
         if not read and value != getattr(untouched(), name) and not flags.resume_from_checkpoint:
             given = f"--{name}" if value is True else f"--{name} {value}"
             raise InvalidArgument(given, "nothing reads it", fix)
+
+
+def tell_idle(flags: Flags) -> None:
+    """Says which flags of other scripts' commands nothing reads beside the others; these are not refused."""
+    warms, adam = flags.lr_scheduler not in ("constant", "piecewise_constant"), flags.optimizer in ADAMS
+    of_adam = ("adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon")
+    for name, read, beside in (
+        ("lr_warmup_steps", warms or not flags.lr_warmup_steps, f"with --lr_scheduler {flags.lr_scheduler}"),
+        *((name, adam, f"with --optimizer {flags.optimizer}: --optimizer_args sets its own") for name in of_adam),
+        ("max_validation_images", flags.validation_split or flags.select_split, "without --validation_split"),
+    ):
+        value = getattr(flags, name)
+        if not read and value != getattr(untouched(), name) and speaks():
+            print(f"--{name} {value}: nothing reads it {beside}", flush=True)
 
 
 def check_schedule(flags: Flags) -> None:

@@ -211,6 +211,16 @@ def test_a_weighted_sum_is_exact(tmp_path):
     assert_same(read(tmp_path / "out", names("stable_diffusion")), wanted)
 
 
+def test_the_sign_of_a_negative_weight_is_not_in_kohyas_alpha(tmp_path):
+    """Of a negative one diffusers' reader for Flux looks for a root for ever."""
+    wanted = written(tmp_path / "in.safetensors", "flux")
+    flags = ["--to", "kohya", "--base", tiny("flux"), "--weight", "-1"]
+    assert convert(tmp_path / "in.safetensors", tmp_path / "out.safetensors", *flags) == 0
+    tensors = load_file(tmp_path / "out.safetensors")
+    assert all(value > 0 for name, value in tensors.items() if name.endswith(".alpha"))
+    assert_same(read(tmp_path / "out.safetensors", names("flux")), {name: -value for name, value in wanted.items()})
+
+
 def test_a_smaller_rank_loses_what_the_singular_values_say(tmp_path, capsys):
     wanted = written(tmp_path / "in.safetensors")
     flags = ["--to", "kohya", "--base", tiny("stable_diffusion"), "--rank", "1"]

@@ -215,6 +215,24 @@ def test_what_no_method_reads_is_told(words, model, data, capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize(
+    ("words", "reads"),
+    [
+        ("--lr_warmup_steps 3", "--lr_scheduler cosine"),
+        ("--adam_beta1 0.5", "--optimizer adamw"),
+        ("--adam_weight_decay 0.5", "--optimizer adamw"),
+        ("--max_validation_images 3", "--validation_split 0.1"),
+    ],
+)
+def test_what_the_other_flags_leave_unread_is_told(words, reads, model, data, capsys):
+    """Not refused: commands for diffusers' scripts have them."""
+    flags = ["--pretrained_model_name_or_path", str(model), "--train_data_dir", str(data), *words.split()]
+    parse_args([*flags, "--optimizer", "torch.optim.SGD", "--validation_split", "0"])
+    assert capsys.readouterr().out.startswith(f"{words}: nothing reads it with")
+    parse_args([*flags, *reads.split()])
+    assert capsys.readouterr().out == ""
+
+
 def test_what_nothing_reads_may_be_given_as_it_is_without(model, data):
     """As commands have it that were made for diffusers' and kohya's scripts."""
     words = ["--prior_loss_weight", "1.0", "--num_class_images", "100", "--keep_tokens", "0", "--no-bucket_upscale"]

@@ -6,7 +6,9 @@ Prior preservation (Ruiz et al., 2023): beside the training images, the model le
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
@@ -117,10 +119,32 @@ def draw(folder: Path, missing: int, context: Context) -> None:
         context.status.count("drawing class image", first + len(paths), len(todo))
 
 
-def balanced(training: Sequence[Source], of_class: Sequence[Source]) -> tuple[Source, ...]:
-    """Both, the fewer ones repeated: an epoch meets about as many images of either, each at least once."""
-    one, other = (sum(len(source.train) * source.repeats for source in sources) for sources in (training, of_class))
-    times = (max(1, round(other / one)), max(1, round(one / other)))
+def balanced(training: Sequence[Source], of_class: Sequence[Source], per_forward: int) -> tuple[Source, ...]:
+    """Both, the fewer ones repeated: an epoch's forwards meet about as many images of either, each at least once."""
+    kinds = [
+        Counter(source.size(image) for source in sources for image in source.train for _ in range(source.repeats))
+        for sources in (training, of_class)
+    ]
+
+    def met(times: tuple[int, int]) -> list[float]:
+        """Samples of an epoch of either: every bucket fills its last forward with what is in it."""
+        found = [0.0, 0.0]
+        for size in kinds[0] | kinds[1]:
+            counts = [kind[size] * more for kind, more in zip(kinds, times, strict=True)]
+            filled = math.ceil(sum(counts) / per_forward) * per_forward / sum(counts)
+            found = [before + count * filled for before, count in zip(found, counts, strict=True)]
+        return found
+
+    one, other = met((1, 1))
+    fewer = int(one > other)
+    most = math.ceil(max(one, other) / kinds[fewer].total()) + 1
+    tried = [(1, more) if fewer else (more, 1) for more in range(1, most + 1)]
+
+    def distance(times: tuple[int, int]) -> tuple[float, int]:
+        found = met(times)
+        return round(abs(found[fewer] / found[1 - fewer] - 1), 9), max(times) % 2  # of two as near the even one
+
+    times = min(tried, key=distance)
     return tuple(
         dataclasses.replace(source, repeats=source.repeats * more)
         for sources, more in zip((training, of_class), times, strict=True)

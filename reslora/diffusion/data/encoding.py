@@ -28,6 +28,7 @@ from ..context import Context
 from ..folder import cache_folder
 from ..model.families.base import Family
 from ..seeds import derive, generator
+from .buckets import kept
 from .dataset import ImageDataset, data_flag
 from .images import NOTHING_COUNTS, crop_and_scale, crop_mask, crop_sizes, damage, passes
 from .loaders import stream, worker_options
@@ -35,7 +36,9 @@ from .size import Size
 from .store import Encoded, Item, fill, share
 
 PART_OF_IMAGES, PART_OF_CAPTIONS, CAPTIONS_AT_ONCE = 256, 4096, 64
+MASKED = "masked, transparency counts nothing"  # what else was found with --masked_loss is not used
 RANDOM_CROPS = 4  # crops cached for an image of another shape than its size: the centre and three more
+FITS = 0.93  # share of an image that its bucket keeps, from which on the centre alone is cached
 
 
 @dataclass(frozen=True)
@@ -129,18 +132,18 @@ class Variants(TorchDataset):
 
     def crops(self, index: int) -> int:
         """How many crops of an image are made: one where nothing is cut off, or the middle is asked for."""
-        (width, height), size = self.images.sizes[index], self.sizes[index]
-        whole = width * size.height == height * size.width
-        # In a bucket there is little room for a crop to move in.
-        one = whole or self.flags.center_crop or self.flags.use_aspect_ratio_buckets
-        return 1 if one else RANDOM_CROPS
+        image, size = self.images.sizes[index], self.sizes[index]
+        whole = image[0] * size.height == image[1] * size.width
+        # In most buckets there is little room for a crop to move in.
+        fits = self.flags.use_aspect_ratio_buckets and kept(image, size) >= FITS
+        return 1 if whole or fits or self.flags.center_crop else RANDOM_CROPS
 
     def key(self, index: int) -> tuple:
         """All that the pixels of an image depend on."""
         flags, size, crops = self.flags, self.sizes[index], self.crops(index)
         seed = flags.seed if crops > 1 else None
         pixels = (size.height, size.width, flags.image_interpolation_mode, crops, self.flips, seed)
-        return (self.images.marks[index], *pixels, *(["masked"] if flags.masked_loss else []))
+        return (self.images.marks[index], *pixels, *([MASKED] if flags.masked_loss else []))
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, ...] | str:
         found = opened(self.images, index, self.flags)
@@ -195,7 +198,7 @@ def encode_images(variants: Variants, key: object, vae: nn.Module, context: Cont
 
 def damaged_images(images: ImageDataset, context: Context) -> dict[int, str]:
     """Which images cannot be trained, and why, where no latents are kept: each is opened once, for all runs."""
-    keys = [derive(mark, context.flags.masked_loss) for mark in images.marks]
+    keys = [derive(mark, context.flags.masked_loss and MASKED) for mark in images.marks]
     found = Encoded(cache_folder(context.flags), "opened", keys)
     _fill(found, Damages(images, context.flags), lambda item: item, "opening image", context)
     return found.problems()

@@ -25,7 +25,7 @@ from .size import Size
 
 ORIENTATION = PIL.ExifTags.Base.Orientation
 UNREADABLE = "cannot be read now"
-NOTHING_COUNTS = "its mask is black everywhere, so nothing of it would be trained"
+NOTHING_COUNTS = "its mask is black or transparent everywhere, so nothing of it would be trained"
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 TEXTS = (b"eXIf", b"iTXt", b"tEXt", b"zTXt")  # chunks of a PNG file that may say its orientation
 
@@ -67,13 +67,12 @@ def _is_heic(source: Content) -> bool:
     return head[4:8] == b"ftyp" and head[8:12] in HEIC
 
 
-def open_image(source: Content) -> PIL.Image.Image:
-    """The image as 8-bit RGB: upright, transparency on white, 16 bits scaled down, an animation's first frame."""
+def open_image(source: Content, ground: str = "white") -> PIL.Image.Image:
+    """The image as 8-bit RGB: upright, transparency on `ground`, 16 bits scaled down, an animation's first frame."""
     image = _upright(source)
     if _has_alpha(image):
         image = image.convert("RGBA")
-        white = PIL.Image.new("RGBA", image.size, "white")
-        image = PIL.Image.alpha_composite(white, image)
+        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, ground), image)
     return image.convert("RGB")
 
 
@@ -94,10 +93,11 @@ def passes(error: Exception) -> bool:
 def open_masked(source: Content, mask: Content) -> tuple[PIL.Image.Image, PIL.Image.Image]:
     """The image as 8-bit RGB, and in 8-bit grey how much each pixel counts: white fully, black not at all.
 
-    That is what its mask says; of an image without one its alpha channel, and the colours below that are as they are.
+    That is what its mask says, which is black where it is transparent; of an image without one its alpha channel, and
+    the colours below that are as they are.
     """
     if mask:
-        return open_image(source), open_image(mask).convert("L")
+        return open_image(source), open_image(mask, "black").convert("L")
     image = _upright(source)
     if not _has_alpha(image):
         return image.convert("RGB"), PIL.Image.new("L", image.size, "white")

@@ -22,11 +22,13 @@ from .class_images import balanced
 from .dataset import ImageDataset, data_flag
 from .encoding import Latents, Texts, Variants, damaged_images, encode_images, encode_texts, without_damaged
 from .lengths import tell_long_captions
+from .plan import Plan
 from .samples import Material
 from .size import Size
 from .sources import Source, split
 
 NOTED = "images.json"  # how many images a run uses, their content in short, and which are left out
+UNEVEN = 2  # times as often as another bucket: from there on a line tells of it
 VARIANTS, FEW_VARIANTS = 4, 1000  # of a caption, and in a run: so many at most are encoded beforehand
 
 
@@ -46,7 +48,8 @@ def material_of(
     for source in sources:
         tell_what_is_left_out(source.images, context)
     if any(images.of_class for images in kinds):
-        sources = balanced(*([s for s in sources if s.images.of_class == kind] for kind in (False, True)))
+        per_forward = context.flags.train_batch_size * context.accelerator.num_processes
+        sources = balanced(*([s for s in sources if s.images.of_class == kind] for kind in (False, True)), per_forward)
     sizes = {size for source in sources for size in source.buckets}
     shapes = {size: family.latent_shape(pipeline, size.height, size.width) for size in sizes}
     material = Material(sources, Texts(None, {}), objective, shapes, context.flags, family.latents_per_token)
@@ -203,17 +206,40 @@ def tell_sizes(sources: Sequence[Source], context: Context) -> None:
         context.accelerator.print(f"{len(found)} buckets (height x width: images): {', '.join(counts)}")
 
 
-def tell_counts(sources: Sequence[Source], context: Context) -> None:
+def tell_counts(material: Material, context: Context) -> None:
     """How often an epoch meets the images of each folder, and how much they count, where that differs or may."""
-    for source in sources:
+    plan = material.plan(context.accelerator.num_processes)
+    tell_uneven(plan, context)
+    for source in material.sources:
         images, masked = source.images, sum(source.images.masked)
         if images.label:
-            kind = "class images" if images.of_class else "images"
-            times = f"{source.repeats} times" if source.repeats > 1 else "once"
+            kind, times = "class images" if images.of_class else "images", times_of(source, plan)
             line = f"{images.label}: {len(source.train)} {kind}, each {times} an epoch, weight {source.weight:g}"
             line += f"; {len(source.held_out)} more held out" if source.held_out else ""
             line += f"; {masked} of {len(images)} are masked" if context.flags.masked_loss else ""
             context.accelerator.print(line)
+
+
+def tell_uneven(plan: Plan, context: Context) -> None:
+    """Which bucket an epoch meets most often beside the others, where that is far more often."""
+    least, most = (choose(plan.met, key=plan.met.__getitem__) for choose in (min, max))
+    if plan.met[most] >= UNEVEN * plan.met[least]:
+        often, seldom = (f"{size.height}x{size.width} {plan.met[size]:.3g} times" for size in (most, least))
+        smaller = "a smaller --train_batch_size" if context.flags.train_batch_size > 1 else "fewer processes"
+        context.accelerator.print(
+            f"a bucket's last batch is filled from the same bucket: an epoch meets images of {often} as often as asked "
+            f"for, of {seldom}; {smaller} with more --gradient_accumulation_steps evens that out"
+        )
+
+
+def times_of(source: Source, plan: Plan) -> str:
+    """How often an epoch meets a source's images, in words; a bucket that is alone meets all alike."""
+    several = len(plan.met) > 1
+    met = [source.repeats * plan.met[source.size(image)] for image in source.train if several] or [source.repeats]
+    low, high = (f"{round(times, 1):g}" for times in (min(met), max(met)))
+    if low != high:
+        return f"{low} to {high} times"
+    return "once" if low == "1" else f"{low} times"
 
 
 def latents_of(

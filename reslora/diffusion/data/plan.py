@@ -62,6 +62,11 @@ class Plan:
         """How many forwards meet every image."""
         return sum(self._forwards(size) for size in self.sizes)
 
+    @functools.cached_property
+    def met(self) -> dict[Size, float]:
+        """How often an epoch meets the images of each bucket, to how often it should: its last forward is filled up."""
+        return {size: self._forwards(size) * self.per_forward / len(items) for size, items in self.buckets.items()}
+
     def updates_per_epoch(self, accumulation: int) -> int:
         """How many updates, of `accumulation` forwards each, meet every image."""
         return max(1, math.ceil(self.forwards_per_epoch / accumulation))

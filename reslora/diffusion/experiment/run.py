@@ -83,8 +83,8 @@ def run_experiment(flags: Flags, stop: StopRequest) -> None:
         note_images(material, context, goes_on=(context.folder / EXPERIMENT).exists())
         parts = decided(lambda: parts_of(learnt(material.sources), asked))
         decided(lambda: check_parts(asked, parts, learnt(material.sources)))
-        material = with_parts(material, parts)
-        tell_counts(material.sources, context)
+        material = with_parts(material, parts, accelerator.num_processes)
+        tell_counts(material, context)
         materials = {seed: of_seed(material, seed, pipeline, context) for seed in values_of(asked, "seed")}
         forget_encoder(pipeline, context)
         schedule = with_few_looks(schedule_of(material, context), asked)

@@ -96,8 +96,8 @@ def check_count(images: int, flags: Flags, alike: Sequence[str] = ()) -> None:
         raise InvalidArgument(data_flag(flags), problem, "give at least 3")
 
 
-def with_parts(material: Material, parts: Parts) -> Material:
-    """The material with the first part to train on and the second held out."""
+def with_parts(material: Material, parts: Parts, processes: int) -> Material:
+    """The material with the first part to train on, by so many processes, and the second held out."""
     learnt = []
     for number, source in enumerate(material.sources):
         if not source.images.of_class:
@@ -107,7 +107,9 @@ def with_parts(material: Material, parts: Parts) -> Material:
             learnt.append(dataclasses.replace(source, train=own[0], held_out=own[1], repeats=repeats))
     of_class = [source for source in material.sources if source.images.of_class]
     of_class = [dataclasses.replace(source, repeats=source.images.repeats) for source in of_class]
-    return dataclasses.replace(material, sources=balanced(learnt, of_class) if of_class else tuple(learnt))
+    per_forward = material.flags.train_batch_size * processes
+    sources = balanced(learnt, of_class, per_forward) if of_class else tuple(learnt)
+    return dataclasses.replace(material, sources=sources)
 
 
 def groups_of(marks: Sequence[str], looks: np.ndarray) -> list[list[int]]:

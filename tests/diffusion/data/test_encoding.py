@@ -326,6 +326,19 @@ def test_all_crops_but_the_centre_are_drawn_by_the_seed(setting):
     assert alike == [True, False, False, False]
 
 
+def test_a_bucket_that_cuts_much_off_has_random_crops_too(setting):
+    """Of the images, 32 high and 32, 40 or 48 wide, the others would never be seen whole."""
+    images, flags = load_images(setting.flags), setting.flags.replace(use_aspect_ratio_buckets=True)
+
+    def crops(size: Size) -> list[int]:
+        variants = encoding.Variants(images, [size] * 5, flags)
+        return [len(variants[number][0]) for number in range(5)]
+
+    assert crops(Size(16, 16)) == [1, 4, 4, 1, 4]
+    assert crops(Size(16, 17)) == [1, 4, 4, 1, 4]  # 0.94 of a square, 0.85 and 0.71 of the others
+    assert crops(Size(16, 20)) == [4, 1, 4, 4, 1]
+
+
 def test_damaged_images_are_remembered_by_their_content(setting):
     folder = Path(setting.flags.train_data_dir)
     cut(folder / "1.png")

@@ -13,7 +13,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from pipelines import image_folder, random_image
 
 from diffusion.runs import losses, main, only, printed, refused
-from reslora.diffusion.data.encoding import Variants
+from reslora.diffusion.data.encoding import MASKED, Variants
 from reslora.diffusion.data.folders import load_folders
 from reslora.diffusion.data.images import crop_mask, open_masked
 from reslora.diffusion.data.samples import Material, training_loader
@@ -48,6 +48,14 @@ def test_a_mask_counts_before_the_alpha_channel_which_is_transparency_then():
     assert opened(png("RGBA", (255, 0, 0, 0)), png("L", 100)) == ((255, 255, 255), 100)
     assert opened(png("RGB", (1, 2, 3)), png("1", 0)) == ((1, 2, 3), 0)
     assert opened(png("RGB", (1, 2, 3)), png("RGB", "white")) == ((1, 2, 3), 255)
+
+
+def test_what_is_transparent_of_a_mask_counts_nothing():
+    """As editors export a selection: white on nothing."""
+    assert opened(png("RGB", (1, 2, 3)), png("RGBA", (255, 255, 255, 100))) == ((1, 2, 3), 100)
+    assert opened(png("RGB", (1, 2, 3)), png("LA", (255, 0))) == ((1, 2, 3), 0)
+    assert opened(png("RGB", (1, 2, 3)), png("L", 255, transparency=255)) == ((1, 2, 3), 0)
+    assert opened(png("RGB", (1, 2, 3)), png("RGBA", "white")) == ((1, 2, 3), 255)
 
 
 @pytest.mark.parametrize("side", [4, 8, 16, 32])
@@ -133,7 +141,7 @@ def test_another_mask_is_other_content_and_without_the_flag_there_is_none(folder
         Variants(images, [Size(16, 16)] * 3, flags.replace(masked_loss=on)).key(1)
         for images, on in ((before, True), (plain, False))
     ]
-    assert keys[0] == (*keys[1], "masked")  # the colours below an alpha channel are others, too
+    assert keys[0] == (*keys[1], MASKED)  # the colours below an alpha channel are others, too
 
 
 def test_a_mask_of_another_size_or_none_at_all_is_left_out_or_refused(folder, capsys):
@@ -180,7 +188,7 @@ def test_an_image_of_which_nothing_counts_is_left_out_or_refused(kept, brief_fla
     PIL.Image.new("L", random_image(0).size).save(folder / "mask-0.png")
     flags = [*brief_flags, "--train_data_dir", folder, "--masked_loss", "--num_validation_images", 0, kept]
     lines = printed(*flags, "--output_dir", tmp_path / "out")
-    only(lines, "left out", "0.png: its mask is black everywhere")
+    only(lines, "left out", "0.png: its mask is black or transparent everywhere")
     only(lines, f"{folder}: 2 images, each once an epoch, weight 1; 1 of 2 are masked")
     line = refused(capsys, *flags, "--strict", "--output_dir", tmp_path / "strict", quiet=False)
     assert "--strict" in line and "0.png: its mask is black" in line

@@ -17,6 +17,7 @@ from reslora.diffusion.data.dataset import ImageDataset, load_images
 from reslora.diffusion.data.folders import load_folders
 from reslora.diffusion.data.material import sources_of, tell_counts
 from reslora.diffusion.data.plan import Plan
+from reslora.diffusion.data.samples import Material
 from reslora.diffusion.data.size import Size
 from reslora.diffusion.data.sources import Source
 from reslora.diffusion.settings import parse_args
@@ -201,8 +202,8 @@ def test_repeats_and_weights_are_those_of_the_folder_at_every_resolution():
 
 def told(sources: list[Source], *words: object) -> list[str]:
     lines: list[str] = []
-    flags, accelerator = parse_args(list(map(str, words))), SimpleNamespace(print=lines.append)
-    tell_counts(sources, Context(flags, None, accelerator, None))
+    flags, accelerator = parse_args(list(map(str, words))), SimpleNamespace(print=lines.append, num_processes=1)
+    tell_counts(Material(tuple(sources), {}, None, {}, flags), Context(flags, None, accelerator, None))
     return lines
 
 
@@ -211,11 +212,23 @@ def test_what_is_told_of_folders_is_what_an_epoch_meets_and_counts():
     words = ("--validation_split", 0.25, "--prior_loss_weight", 0.5, "--class_data_dir", ".", "--class_prompt", "disc")
     learnt = made([(64, 64)] * 8, *words, label="mine", repeats=3)
     of_class = made([(64, 64)] * 3, *words, label="of class", of_class=True)
-    assert told(balanced(learnt, of_class), *words) == [
+    assert told(balanced(learnt, of_class, 16), *words) == [
         "mine: 6 images, each 3 times an epoch, weight 1; 2 more held out",
         "of class: 3 class images, each 6 times an epoch, weight 0.5",
     ]
     assert not told(made([(64, 64)] * 8, *words), *words)
+
+
+def test_what_is_told_of_small_buckets_is_what_an_epoch_meets():
+    """Nine squares at batch 16 are 16 samples, and so is a wide image that is alone."""
+    words = ("--resolution", 64, "--use_aspect_ratio_buckets", "--train_batch_size", 16, "--validation_split", 0)
+    sizes = [(64, 64)] * 9 + [(128, 64)]
+    uneven, line = told(made(sizes, *words, label="mine"), *words)
+    assert "images of 40x96 16 times as often as asked for, of 64x64 1.78 times" in uneven
+    assert "--train_batch_size" in uneven and line == "mine: 10 images, each 1.8 to 16 times an epoch, weight 1"
+    assert told(made(sizes, *words, label="mine", repeats=3), *words, "--train_batch_size", 1) == [
+        "mine: 10 images, each 3 times an epoch, weight 1"
+    ]
 
 
 def test_what_is_told_of_masks_is_what_is_left_of_them():
