@@ -49,7 +49,8 @@ def material_of(
         tell_what_is_left_out(source.images, context)
     if any(images.of_class for images in kinds):
         per_forward = context.flags.train_batch_size * context.accelerator.num_processes
-        sources = balanced(*([s for s in sources if s.images.of_class == kind] for kind in (False, True)), per_forward)
+        learnt, of_class = ([s for s in sources if s.images.of_class == kind] for kind in (False, True))
+        sources = balanced(learnt, of_class, per_forward)
     sizes = {size for source in sources for size in source.buckets}
     shapes = {size: family.latent_shape(pipeline, size.height, size.width) for size in sizes}
     material = Material(sources, Texts(None, {}), objective, shapes, context.flags, family.latents_per_token)
