@@ -11,7 +11,7 @@ from reslora.diffusion.arguments import BUNDLED_DEFAULTS, BY_FAMILY, DEFAULTS, b
 from reslora.diffusion.optimizers import OPTIMIZERS
 
 from .bases import PIPELINES
-from .runs import Run, RunError
+from .runs import NO_CONFIG, Run, RunError
 
 LABELS = {
     "method": "Methods",
@@ -156,4 +156,6 @@ def settings_of(name: str, runs: Mapping[str, Run]) -> dict:
         return PRESETS[name]
     if name not in runs:
         raise RunError("There is no run of that name to begin with; choose one from the list.")
+    if runs[name].unreadable:
+        raise RunError(f"{name}: {NO_CONFIG}; begin with another one.")
     return runs[name].config

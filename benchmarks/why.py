@@ -76,6 +76,7 @@ IMAGE_FLAGS = (
     *("--num_validation_images", "0", "--report_to", "none"),
     *("--snr_gamma", "0"),  # trained on what is measured: all timesteps count alike in the held-out loss
 )
+# In float32: where a processor has no instructions for bf16, that takes longer.
 TEXT_FLAGS = (
     *("--model_name_or_path", "{llm}", "--task", "svamp", "--data_dir", "{text}/svamp", "--report_to", "none"),
     *("--per_device_train_batch_size", "8", "--per_device_eval_batch_size", "50", "--max_new_tokens", "32"),

@@ -200,8 +200,8 @@ def write_kohya(
 ) -> None:
     """Writes kohya's file of layers by their names in it (`lora_unet_...`), as `export_kohya` does."""
     scaled = {name: factors.scale * factors.rank for name, factors in layers.items()}
-    # float32 whatever the adapter's dtype, and exactly what the up-weights are divided by, which have the sign: there
-    # are readers that hang on a negative one.
+    # float32 whatever the adapter's dtype, and exactly what the up-weights are divided by. These have the sign: some
+    # readers hang on a negative alpha.
     written = torch.tensor(abs(commonest(scaled.values())) or 1.0, dtype=torch.float32)
     alpha = written.item()
     tensors = {}

@@ -137,8 +137,8 @@ def enable_gradient_checkpointing(model: nn.Module) -> None:
     """Turns on non-reentrant gradient checkpointing that keeps the shortcuts of a connected model intact.
 
     Works for transformers and diffusers models. Leave the trainer's own flag off: it would re-enable checkpointing of
-    the other kind. With the shortcuts `input` and `middle`, `torch.compile` cannot follow it: use one of them, or
-    `block`. Raises `ValueError` for a model that cannot checkpoint.
+    the other kind. With the shortcuts `input` and `middle`, `torch.compile` cannot follow it: leave one of the
+    two out, or use `block`. Raises `ValueError` for a model that cannot checkpoint.
     """
     base = base_model(model)
     connection = connection_of(base)

@@ -13,9 +13,13 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType
+from unittest import mock
 
+from accelerate.commands import launch as accelerate_launch
+from accelerate.utils import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from waiting import LIMIT, default_sigint, ended, ignore_sigint, wait_until
 
 FOLDER = Path(__file__).resolve().parent.parent / "assets" / "accelerate"
@@ -101,21 +105,20 @@ def fork_server() -> multiprocessing.context.BaseContext:
     return context
 
 
-# What accelerate's launcher tells a script by a configuration alone, beside the precision.
-TOLD = {
-    "cpu_two_processes.yaml": {},
-    "two_nodes.yaml": {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"},
-    "deepspeed_zero2.yaml": {
-        "ACCELERATE_USE_DEEPSPEED": "true",
-        "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
-        "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
-        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none",
-        "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none",
-        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
-        "ACCELERATE_GRADIENT_CLIPPING": "1.0",
-    },
-    "fsdp2.yaml": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
-}
+def told_by(name: str) -> dict[str, str]:
+    """What accelerate's launcher tells a script by the configuration `name`, beside the precision."""
+    words = ["--config_file", str(FOLDER / name), "script.py"]
+    with ExitStack() as stack:
+        kinds = ("multi_gpu_launcher", "deepspeed_launcher")
+        calls = [stack.enter_context(mock.patch.object(accelerate_launch, kind)) for kind in kinds]
+        accelerate_launch.launch_command(accelerate_launch.launch_command_parser().parse_args(words))
+    (args,) = next(call.call_args.args for call in calls if call.called)
+    told = prepare_deepspeed_cmd_env(args)[1] if args.use_deepspeed else prepare_multi_gpu_env(args)
+    found = {key: value for key, value in told.items() if key.startswith(("ACCELERATE_", "FSDP_"))}
+    del found["ACCELERATE_MIXED_PRECISION"]
+    return found | ({"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"} if MACHINES[name] > 1 else {})  # torch's says these
+
+
 NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
@@ -124,7 +127,8 @@ def start_forked(
 ) -> list[multiprocessing.process.BaseProcess]:
     """Processes of a script, by rank, in the environment that `accelerate launch` gives them on a CPU.
 
-    All that they print is in one file. None ends the other, as a launcher would. `environment`: more of it, see `TOLD`.
+    All that they print is in one file. None ends the other, as a launcher would. `environment`: more of it, as of
+    `told_by`.
     """
     count = str(processes)
     store = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
@@ -148,7 +152,7 @@ def start_alone(
 def forked(
     script: Path | str, *flags: str, folder: Path, environment: Mapping[str, str] = NOTHING, processes: int = 2
 ) -> str:
-    """As `launch`, by the configuration that `environment` is of (see `TOLD`) or `cpu_two_processes.yaml`."""
+    """As `launch`, by the configuration that `environment` is of (see `told_by`) or `cpu_two_processes.yaml`."""
     printed = folder / "printed.txt"
     started = start_forked(script, *flags, printed=printed, environment=environment, processes=processes)
     statuses = [ended(process) for process in started]

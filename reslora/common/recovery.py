@@ -46,7 +46,8 @@ def discard(old: Path) -> None:
         there = old.rename(temporary_beside(old))
         remove(there)
     except OSError as error:
-        print(f"{there} cannot be removed ({first_line(error)}): it was {old.name}, and nothing needs it", flush=True)
+        name = "" if there == old else f" (it was {old.name})"
+        print(f"{there}{name} cannot be removed, and nothing needs it: {first_line(error)}", flush=True)
 
 
 def set_others_aside(chosen: Path, found: Iterable[Path], place: Path, beside: Iterable[str] = ()) -> None:

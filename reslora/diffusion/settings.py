@@ -321,15 +321,17 @@ def check_unread(flags: Flags) -> None:
 
 def tell_idle(flags: Flags) -> None:
     """Says which flags of other scripts' commands nothing reads beside the others; these are not refused."""
+    if not speaks():
+        return
     warms, adam = flags.lr_scheduler not in ("constant", "piecewise_constant"), flags.optimizer in ADAMS
     of_adam = ("adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon")
     for name, read, beside in (
         ("lr_warmup_steps", warms or not flags.lr_warmup_steps, f"with --lr_scheduler {flags.lr_scheduler}"),
-        *((name, adam, f"with --optimizer {flags.optimizer}: --optimizer_args sets its own") for name in of_adam),
+        *((flag, adam, f"with --optimizer {flags.optimizer}: --optimizer_args sets its own") for flag in of_adam),
         ("max_validation_images", flags.validation_split or flags.select_split, "without --validation_split"),
     ):
         value = getattr(flags, name)
-        if not read and value != getattr(untouched(), name) and speaks():
+        if not read and value != getattr(untouched(), name):
             print(f"--{name} {value}: nothing reads it {beside}", flush=True)
 
 

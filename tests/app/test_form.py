@@ -83,6 +83,9 @@ def test_the_settings_of_a_run_make_its_command_again(tmp_path):
     parse_args(words)  # which refuses what nothing would read
     with pytest.raises(RunError, match="no run of that name"):  # not an empty form
         form.settings_of("gone", Library(tmp_path).runs())
+    (tmp_path / "run" / "config.json").write_text("{")
+    with pytest.raises(RunError, match=r"run: its config\.json cannot be read; begin with another one"):
+        form.settings_of("run", Library(tmp_path).runs())
 
 
 def test_every_schedule_can_be_trained(tmp_path):

@@ -62,13 +62,14 @@ def test_training_goes_on_where_an_old_one_cannot_be_removed(tmp_path, monkeypat
         patch.setattr(shutil, "rmtree", refused)
         discard(old)
     (rest,) = tmp_path.iterdir()
-    problem = f"({PermissionError(errno.EPERM, 'Operation not permitted', 'optimizer.pt')})"
-    assert capsys.readouterr().out == f"{rest} cannot be removed {problem}: it was checkpoint-2, and nothing needs it\n"
+    problem = PermissionError(errno.EPERM, "Operation not permitted", "optimizer.pt")
+    said = f"{rest} (it was checkpoint-2) cannot be removed, and nothing needs it: {problem}\n"
+    assert capsys.readouterr().out == said
     (old,) = folders(tmp_path, 2)
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", refused)
         discard(old)
-    assert old.is_dir() and capsys.readouterr().out.startswith(f"{old} cannot be removed (")
+    assert old.is_dir() and capsys.readouterr().out.startswith(f"{old} cannot be removed, and")
 
 
 def refused(*_: object) -> None:

@@ -3,12 +3,12 @@
 import shutil
 
 import pytest
-from launching import TOLD, forked, start_alone
+from launching import forked, start_alone, told_by
 from waiting import ended
 
 from .helpers import SCRIPT, VALIDATED, flags, losses
 
-ZERO = TOLD["deepspeed_zero2.yaml"]
+ZERO = told_by("deepspeed_zero2.yaml")
 
 
 def test_a_run_with_deepspeed_goes_on_as_if_it_never_stopped(tiny, data, tmp_path):

@@ -4,10 +4,11 @@ import json
 import math
 import os
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
-from launching import CONFIGURATIONS, FOLDER, TOLD, forked, start
+from launching import CONFIGURATIONS, FOLDER, forked, launch, start, told_by
 from waiting import ended, wait_until
 
 from reslora.common.errors import InvalidArgument, Stopped
@@ -19,8 +20,8 @@ from reslora.language.checkpoints import checkpoints_of, damage
 from .helpers import SCRIPT, VALIDATED, build, flags, losses, trainer_for
 
 
-# Of one_node.yaml there is nothing that two_nodes.yaml has not; FSDP2 is refused, see below. Launchers themselves are
-# started for the signals below, and by tests/diffusion/test_launching.py.
+# Of one_node.yaml there is nothing that two_nodes.yaml has not; FSDP2 is refused, see below. DeepSpeed's launcher is
+# started here, torch's for the signals below, and all by tests/diffusion/test_launching.py.
 @pytest.mark.parametrize("name", [name for name in CONFIGURATIONS if name not in ("one_node.yaml", "fsdp2.yaml")])
 def test_two_processes_equal_one_with_twice_the_batch(name, tiny, data, alone, tmp_path):
     argv = flags(tiny, data, tmp_path / "run", *VALIDATED, "--per_device_train_batch_size", 2)
@@ -29,8 +30,9 @@ def test_two_processes_equal_one_with_twice_the_batch(name, tiny, data, alone, t
     else:
         argv.remove("--use_cpu")  # as documented: it is found out
     exact = name == "cpu_two_processes.yaml"  # the others say bfloat16
-    precision = {"ACCELERATE_MIXED_PRECISION": "no" if exact else "bf16"}
-    printed = forked(SCRIPT, *argv, folder=tmp_path, environment=TOLD[name] | precision)
+    told = told_by(name) | {"ACCELERATE_MIXED_PRECISION": "no" if exact else "bf16"}
+    start = partial(launch, name) if name.startswith("deepspeed") else partial(forked, environment=told)
+    printed = start(SCRIPT, *argv, folder=tmp_path)
     assert printed.count("unmerged") == 1
     assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=1e-5 if exact else 1e-2)
     found, expected = (json.loads((folder / "results.json").read_text()) for folder in (tmp_path / "run", alone))

@@ -5,6 +5,7 @@ Prior preservation (Ruiz et al., 2023): beside the training images, the model le
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import math
 import time
@@ -29,6 +30,7 @@ from .dataset import METADATA, ImageDataset
 from .folders import kohyas_folders, load_folders
 from .images import SUFFIXES
 from .listing import files_of
+from .size import Size
 from .sources import Source
 
 LOCK = "class images"  # in the name of the folder's lock: it may be the one of a run, which has locked that
@@ -121,32 +123,40 @@ def draw(folder: Path, missing: int, context: Context) -> None:
 
 def balanced(training: Sequence[Source], of_class: Sequence[Source], per_forward: int) -> tuple[Source, ...]:
     """Both, the fewer ones repeated: an epoch's forwards meet about as many images of either, each at least once."""
-    kinds = [
-        Counter(source.size(image) for source in sources for image in source.train for _ in range(source.repeats))
-        for sources in (training, of_class)
-    ]
+    kinds = sizes_of(training), sizes_of(of_class)
+    swapped = share_of(*kinds, 1, per_forward) > 1
+    fewer, others = reversed(kinds) if swapped else kinds
 
-    def met(times: tuple[int, int]) -> list[float]:
-        """Samples of an epoch of either: every bucket fills its last forward with what is in it."""
-        found = [0.0, 0.0]
-        for size in kinds[0] | kinds[1]:
-            counts = [kind[size] * more for kind, more in zip(kinds, times, strict=True)]
-            filled = math.ceil(sum(counts) / per_forward) * per_forward / sum(counts)
-            found = [before + count * filled for before, count in zip(found, counts, strict=True)]
-        return found
+    def excess(times: int) -> float:
+        return round(share_of(fewer, others, times, per_forward) - 1, 9)
 
-    one, other = met((1, 1))
-    fewer = int(one > other)
-    most = math.ceil(max(one, other) / kinds[fewer].total()) + 1
-    tried = [(1, more) if fewer else (more, 1) for more in range(1, most + 1)]
-
-    def distance(times: tuple[int, int]) -> tuple[float, int]:
-        found = met(times)
-        return round(abs(found[fewer] / found[1 - fewer] - 1), 9), max(times) % 2  # of two as near the even one
-
-    times = min(tried, key=distance)
+    # The first number of repeats that is enough, or the one before if that is nearer; of two as near the even one, as
+    # `round` has it.
+    enough = 1 + bisect.bisect_left(range(1, others.total() * per_forward + 1), 0.0, key=excess)
+    times = min(range(max(1, enough - 1), enough + 1), key=lambda times: (abs(excess(times)), times % 2))
+    repeats = (1, times) if swapped else (times, 1)
     return tuple(
         dataclasses.replace(source, repeats=source.repeats * more)
-        for sources, more in zip((training, of_class), times, strict=True)
+        for sources, more in zip((training, of_class), repeats, strict=True)
         for source in sources
     )
+
+
+def sizes_of(sources: Sequence[Source]) -> Counter[Size]:
+    """How many images an epoch has of each size."""
+    found: Counter[Size] = Counter()
+    for source in sources:
+        for image in source.train:
+            found[source.size(image)] += source.repeats
+    return found
+
+
+def share_of(fewer: Counter[Size], others: Counter[Size], times: int, per_forward: int) -> float:
+    """How many of the fewer images an epoch meets, each repeated so often, to one of the others: each size fills its
+    last forward with what it has."""
+    met = [0.0, 0.0]
+    for size in fewer | others:
+        counts = (fewer[size] * times, others[size])
+        filled = math.ceil(sum(counts) / per_forward) * per_forward / sum(counts)
+        met = [before + count * filled for before, count in zip(met, counts, strict=True)]
+    return met[0] / met[1]

@@ -36,7 +36,7 @@ from .size import Size
 from .store import Encoded, Item, fill, share
 
 PART_OF_IMAGES, PART_OF_CAPTIONS, CAPTIONS_AT_ONCE = 256, 4096, 64
-MASKED = "masked, transparency counts nothing"  # what else was found with --masked_loss is not used
+MASKED = "masked-2"  # part of keys: with "masked" earlier versions kept what is transparent of a mask file as white
 RANDOM_CROPS = 4  # crops cached for an image of another shape than its size: the centre and three more
 FITS = 0.93  # share of an image that its bucket keeps, from which on the centre alone is cached
 
@@ -134,7 +134,7 @@ class Variants(TorchDataset):
         """How many crops of an image are made: one where nothing is cut off, or the middle is asked for."""
         image, size = self.images.sizes[index], self.sizes[index]
         whole = image[0] * size.height == image[1] * size.width
-        # In most buckets there is little room for a crop to move in.
+        # In a bucket that fits there is little room for a crop to move in.
         fits = self.flags.use_aspect_ratio_buckets and kept(image, size) >= FITS
         return 1 if whole or fits or self.flags.center_crop else RANDOM_CROPS
 

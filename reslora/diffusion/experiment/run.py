@@ -42,7 +42,17 @@ from ..folder import cache_folder
 from ..output.trackers import note_settings, start_trackers
 from ..processes import start_accelerator
 from ..run import Setting, check_before_loading, find_all, forget_encoder, identity_of, load_and_check, train_method
-from ..training.checkpoints import EXPORTS, MERGING, Identity, check_past, checkpoints_of, past_of, plan_resume
+from ..training.checkpoints import (
+    EARLIER_RULES,
+    EXPORTS,
+    MERGING,
+    Identity,
+    check_past,
+    checkpoints_of,
+    has_other_rules,
+    past_of,
+    plan_resume,
+)
 from ..training.schedule import Schedule, schedule_of
 from .checks import plain_variants
 from .judging import export_chosen, is_tested, tested
@@ -140,6 +150,8 @@ def check_same(flags: Flags, identity: Identity | None = None) -> None:
                 raise InvalidArgument(f"--output_dir {folder}", problem, "choose another")
         return
     check_past(flags, folder, there, identity)
+    if has_other_rules(flags, there):
+        raise InvalidArgument(f"--output_dir {folder}", f"holds arms of {EARLIER_RULES}", "choose another")
     for name in FIXED:
         value, before = getattr(flags, name), there.get(name)
         settled = value is not None or name == "metric_model"  # of the others the model or the images say it yet

@@ -53,6 +53,9 @@ FREE_ON_RESUME = {
     "dataset_name", "dataset_config_name", "image_column", "caption_column", "class_data_dir", "init_lora",
 }  # fmt: skip
 
+DATA_RULES = 2
+"""How images in buckets are cropped and counted, and masks read; goes up where a run begun before would meet others."""
+EARLIER_RULES = "an earlier version, which cropped and counted images in buckets and read masks otherwise"
 DESCRIBED = {
     "samples_per_step": "batch size x accumulation x processes =",
     "samples_per_forward": "with images of several sizes, batch size x processes =",
@@ -81,9 +84,14 @@ def settings_of(flags: Flags) -> dict:
     settings["samples_per_step"] = samples * flags.gradient_accumulation_steps
     settings["snr_gamma"] = flags.snr_gamma or 0  # both weigh all timesteps alike, and 0 can be given
     settings["deepspeed"] = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"  # it keeps another state
-    if flags.use_aspect_ratio_buckets or len(listed(flags.resolution)) > 1:
+    if has_sizes(flags):
         settings["samples_per_forward"] = samples  # which have one size
     return settings
+
+
+def has_sizes(flags: Flags) -> bool:
+    """Whether images are trained in several sizes."""
+    return bool(flags.use_aspect_ratio_buckets) or len(listed(flags.resolution)) > 1
 
 
 # -- which there are ---------------------------------------------------------------------------------------------------
@@ -118,7 +126,7 @@ class Resume:
     checkpoints: dict[str, list[Path]]
     """What the other methods may start from, best first; empty lists where they start afresh."""
     notes: list[str] = field(default_factory=list)
-    """What differs and has no effect any more, a line each."""
+    """What differs from how it was before, a line each."""
 
 
 def plan_resume(flags: Flags, identity: Identity | None = None, place: str = "") -> Resume:
@@ -156,6 +164,9 @@ def plan_resume(flags: Flags, identity: Identity | None = None, place: str = "")
     for method in todo:
         if not checkpoints[method]:
             refuse_afresh(output, folders[method], finished=(folders[method] / EXPORTS).exists())
+    newest = [checkpoints[method][0] for method in todo if checkpoints[method] and method not in merge_anew]
+    of_earlier = [path for path in newest if has_other_rules(flags, read_checkpoint(path))]
+    notes += [f"{path} is of {EARLIER_RULES}: it goes on as is done now" for path in of_earlier]
     resume = Resume(finished, merge_anew, checkpoints, notes)
     if flags.max_train_steps:
         check_length(flags, resume, flags.max_train_steps)
@@ -209,6 +220,11 @@ def notes_of(flags: Flags, folder: Path, record: dict) -> list[str]:
     shown = record.get("shown", {})
     names = [name for name in SHOWN if name in shown and getattr(flags, name) not in (None, shown[name])]
     return [f"{folder} is finished, --{name} has no effect any more: it was {in_words(shown[name])}" for name in names]
+
+
+def has_other_rules(flags: Flags, record: dict) -> bool:
+    """Whether a record is of an earlier version to which these flags meant other crops, counts or masks of images."""
+    return record.get("data_rules", 1) != DATA_RULES and (bool(flags.masked_loss) or has_sizes(flags))
 
 
 def _named_checkpoint(flags: Flags, named: str, todo: list[str]) -> tuple[str, Path]:
@@ -329,7 +345,8 @@ def write_checkpoint(learner: Learner, path: Path, state: dict, record: dict) ->
 def past_of(flags: Flags, identity: Identity) -> dict:
     """What a continuation is compared with, see `check_past`."""
     lora = {"lora": identity.lora} if identity.lora else {}
-    return {"model": identity.model, "images": identity.images, "settings": settings_of(flags)} | lora
+    content = {"model": identity.model, "images": identity.images, "data_rules": DATA_RULES}
+    return content | {"settings": settings_of(flags)} | lora
 
 
 def write_exports(

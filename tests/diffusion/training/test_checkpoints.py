@@ -39,6 +39,7 @@ from reslora.common.recovery import set_aside, step_of
 from reslora.diffusion.settings import parse_args
 from reslora.diffusion.training.best import best_of
 from reslora.diffusion.training.checkpoints import (
+    DATA_RULES,
     Identity,
     check_past,
     checkpoints_of,
@@ -46,6 +47,7 @@ from reslora.diffusion.training.checkpoints import (
     read_checkpoint,
     restore,
     save_checkpoint,
+    settings_of,
 )
 from reslora.files import write_checksums, write_json
 
@@ -458,6 +460,22 @@ def test_a_flag_that_an_earlier_version_had_not_is_not_added_half_way(run, base_
         line = refused(capsys, *flags, *added, "--output_dir", output)
         assert all(word in line for word in added) and "was trained with" in line
     assert main(*flags, "--output_dir", output) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "told"), [(["--masked_loss"], True), (["--use_aspect_ratio_buckets"], True), ([], False)]
+)
+def test_what_an_earlier_version_cropped_or_masked_otherwise_is_told(run, base_flags, tmp_path, words, told):
+    output = unfinished(run, tmp_path / "out", "lora")
+    flags = parse_args([*map(str, base_flags), "--method", "lora", "--output_dir", str(output), *RESUME, *words])
+    assert not plan_resume(flags.replace(masked_loss=False, use_aspect_ratio_buckets=False)).notes
+    for checkpoint in checkpoints_of(output / "lora"):
+        record = json.loads((checkpoint / "trainer.json").read_text())
+        assert record.pop("data_rules") == DATA_RULES
+        (checkpoint / "trainer.json").write_text(json.dumps(record | {"settings": settings_of(flags)}))
+        write_checksums(checkpoint)
+    notes = plan_resume(flags).notes
+    assert bool(notes) == told and all("lora/checkpoint-" in note and "an earlier version" in note for note in notes)
 
 
 def test_resume_refuses_another_schedule_of_noise_at_the_same_place(again, capsys, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 from diffusers import UNet2DConditionModel
-from launching import TOLD, forked
+from launching import forked, told_by
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -23,7 +23,7 @@ from reslora.diffusion.training.sharding import cuts_base, share, take_plugin, u
 from .sharded_steps import RUNS
 from .test_training import assert_equal_but_for_rounding
 
-CUT = TOLD["fsdp2.yaml"]
+CUT = told_by("fsdp2.yaml")
 
 
 @pytest.fixture(scope="module")

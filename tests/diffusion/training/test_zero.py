@@ -7,14 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import DeepSpeedPlugin
-from launching import TOLD, forked
+from launching import forked, told_by
 
 from diffusion.runs import RESUME, SCRIPT, assert_same, final_weights, losses, main, refused, training_state
 from reslora.common.errors import InvalidArgument
 from reslora.diffusion.settings import parse_args
 from reslora.diffusion.training.zero import configure
 
-ZERO = {"environment": TOLD["deepspeed_zero2.yaml"], "processes": 1}
+ZERO = {"environment": told_by("deepspeed_zero2.yaml"), "processes": 1}
 
 
 @pytest.fixture(scope="module")
