@@ -286,7 +286,7 @@ def add_data_flags(add: Callable) -> None:
         help="the buckets, as heights and widths, instead of a ladder around --resolution; images may be scaled up")
     add("--bucket_upscale", **SWITCH, help="scale small images up to a bucket of the ladder")
     add("--center_crop", **SWITCH,
-        help="crop the centre instead of a random place; with --cache_latents it always is where a bucket keeps 93% "
+        help="crop the centre instead of a random place; with --cache_latents it always is where a bucket keeps 93%% "
              "of an image")
     add("--random_flip", **SWITCH, help="mirror images, half of the time")
     add("--image_interpolation_mode", default="lanczos", help="how images are scaled",
@@ -307,9 +307,8 @@ def add_training_flags(add: Callable) -> None:
     add("--train_batch_size", type=whole(1), default=16, help="images per process and forward")
     add("--gradient_accumulation_steps", type=whole(1), default=1, help="forwards per step")
     add("--num_train_epochs", type=whole(1),
-        help="epochs of images / (batch x processes) forwards, rounded up for each bucket, whose last one is filled up "
-             "from its next epoch; a step takes --gradient_accumulation_steps of them; default: 100, but of a bundled "
-             "pipeline 200 steps")
+        help="epochs of images / (batch x processes) forwards, rounded up for each bucket, which fills its last one up; a "
+             "step takes --gradient_accumulation_steps of them; default: 100, but of a bundled pipeline 200 steps")
     add("--max_train_steps", type=whole(1), help="steps; wins over --num_train_epochs")
     add("--gradient_checkpointing", **SWITCH, help="less memory, slower")
     add("--compile", **SWITCH,

@@ -104,7 +104,7 @@ def test_one_that_cannot_be_removed_ends_no_training(tmp_path, monkeypatch, caps
         patched.setattr(shutil, "rmtree", refused)
         one._remove_older()
     assert [path.name for path in checkpoints_of(tmp_path)] == ["checkpoint-4"]
-    assert "it was checkpoint-2, and nothing needs it" in capsys.readouterr().out
+    assert "(it was checkpoint-2) cannot be removed, and nothing needs it" in capsys.readouterr().out
 
 
 def test_later_ones_step_aside_once_the_chosen_one_is_loaded(tmp_path, monkeypatch):

@@ -600,7 +600,7 @@ def test_one_that_cannot_be_removed_ends_no_training(keep, tmp_path, monkeypatch
         for step in (1, 2):
             keep(step, checkpoints_total_limit=1)
     assert [step_of(path) for path in checkpoints_of(tmp_path)] == [2]
-    assert "it was checkpoint-1, and nothing needs it" in capsys.readouterr().out
+    assert "(it was checkpoint-1) cannot be removed, and nothing needs it" in capsys.readouterr().out
 
 
 def test_checkpoints_of_an_earlier_try_are_neither_counted_nor_removed(keep, tmp_path):
