@@ -307,8 +307,8 @@ def add_training_flags(add: Callable) -> None:
     add("--train_batch_size", type=whole(1), default=16, help="images per process and forward")
     add("--gradient_accumulation_steps", type=whole(1), default=1, help="forwards per step")
     add("--num_train_epochs", type=whole(1),
-        help="epochs of images / (batch x processes) forwards, rounded up for each bucket, which fills its last one up; a "
-             "step takes --gradient_accumulation_steps of them; default: 100, but of a bundled pipeline 200 steps")
+        help="epochs of images / (batch x processes) forwards, rounded up for each bucket (it fills its last one up); "
+             "a step takes --gradient_accumulation_steps of them; default: 100, but of a bundled pipeline 200 steps")
     add("--max_train_steps", type=whole(1), help="steps; wins over --num_train_epochs")
     add("--gradient_checkpointing", **SWITCH, help="less memory, slower")
     add("--compile", **SWITCH,
