@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
@@ -79,7 +79,7 @@ def trace(base: nn.Module, holders: Mapping[str, str], example_inputs: dict | No
     inputs = dict(inputs)
     try:
         with _same_random(base):
-            return _run(meta_copy(base), holders, to_device(inputs, "meta"))
+            return _run(meta_copy(base, adapters=False), holders, to_device(inputs, "meta"))
     except Exception as error:
         # Data-dependent control flow, fused kernels and quantised layers do not run on the meta device: run for real.
         parameter = next(base.parameters(), None)
@@ -97,8 +97,11 @@ def _untraceable(base: nn.Module, error: Exception) -> str:
     return f"{type(base).__name__} {problem}; pass example_inputs= that fit its forward"
 
 
-def meta_copy(base: nn.Module) -> nn.Module:
-    """Returns a copy of `base` without storage, in eval mode, and without hooks: nothing of it reaches the original."""
+def meta_copy(base: nn.Module, adapters: bool = True) -> nn.Module:
+    """Returns a copy of `base` without storage, in eval mode, and without hooks: nothing of it reaches the original.
+
+    Without `adapters` it has the layers below PEFT's in place of these, which is soon made and run.
+    """
     memo: dict[int, object] = {id(hooks): OrderedDict() for module in base.modules() for hooks in _uncopied(module)}
     held = [value for module in base.modules() for value in vars(module).values() if isinstance(value, torch.Tensor)]
     for tensor in (*base.parameters(), *base.buffers(), *held):
@@ -109,19 +112,20 @@ def meta_copy(base: nn.Module) -> nn.Module:
         # PEFT asks bitsandbytes' 4-bit weights how they are quantised.
         vars(empty).update({key: value for key, value in vars(tensor).items() if isinstance(value, bool | int | str)})
         memo[id(tensor)] = empty
+    for layer in () if adapters else base.modules():
+        if isinstance(layer, BaseTunerLayer):
+            memo[id(layer)] = copy.deepcopy(layer.get_base_layer(), memo)
     twin = copy.deepcopy(base, memo)
     for module in twin.modules():
         module.training = False
-        if isinstance(module, LoraLayer):
-            # A wired block of another adapter would ask for the state that the hooks make.
-            wired = [name for name, variant in module.lora_variant.items() if hasattr(variant, "wires")]
-            for name in wired:
-                del module.lora_variant[name]
         # accelerate replaces `forward` on the instance to move data between devices or to convert dtypes.
         for key in ("forward", "_hf_hook", "_old_forward"):
             vars(module).pop(key, None)
         if hasattr(module, "gradient_checkpointing"):
             module.gradient_checkpointing = False
+        # Without numbers a norm is a copy, and PyTorch takes it apart into dozens of small steps.
+        if type(module) in (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm):
+            vars(module)["forward"] = torch.clone
     return twin
 
 

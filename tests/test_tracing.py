@@ -391,10 +391,45 @@ def test_the_inputs_of_transformers_run_for_real(name, monkeypatch):
     build, overrides, _ = TRANSFORMERS[name]
     model = build(**overrides)
     model.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
-    on_meta = reslora.chains(model)
-    monkeypatch.setattr("reslora.tracing.meta_copy", lambda base: base)
-    monkeypatch.setattr("reslora.tracing.to_device", lambda inputs, device: to_device(inputs, "cpu"))
-    assert reslora.chains(model) == on_meta
+    assert run_for_real(model, monkeypatch) == reslora.chains(model)
+
+
+def test_the_copy_without_adapters_and_norms_runs_as_the_model_does(arch, monkeypatch):
+    model = arch.lora()
+    assert run_for_real(model, monkeypatch) == reslora.chains(model)
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        self.norm = nn.LayerNorm(6)
+
+    def forward(self, x):
+        first, second, third = self.layers
+        normed = self.norm(x)
+        return first(x) + second(normed) + third(normed)
+
+
+def test_a_norm_makes_another_tensor_of_what_it_reads():
+    holders = {f"layers.{n}": f"layers.{n}" for n in range(3)}
+    seen = trace(Normed().double(), holders, STACK_INPUTS)
+    assert seen.readers == [["layers.0"], ["layers.1", "layers.2"]]
+
+
+def run_for_real(model, monkeypatch) -> reslora.Chains:
+    with monkeypatch.context() as patched:
+        patched.setattr("reslora.tracing.meta_copy", lambda base, adapters: base)
+        patched.setattr("reslora.tracing.to_device", lambda inputs, device: to_device(inputs, "cpu"))
+        return reslora.chains(model)
+
+
+def test_another_adapter_may_be_connected():
+    model = ARCHITECTURES["llama"].lora()
+    plan = reslora.connect(model, reslora.ResLoraConfig(shortcut="middle"))
+    model.add_adapter("other", model.peft_config["default"])
+    model.base_model.set_adapter(["default", "other"])
+    assert reslora.chains(model, "other") == plan
 
 
 def test_patches_of_another_size_are_traced_too():
