@@ -277,12 +277,10 @@ def check_start(flags: Flags) -> None:
 
 
 def check_packages(flags: Flags) -> None:
-    """Refuse flags whose package is not installed."""
-    for flag, used, package in (
-        ("--enable_xformers_memory_efficient_attention", flags.enable_xformers_memory_efficient_attention, "xformers"),
-    ):
-        if used and importlib.util.find_spec(package) is None:
-            raise InvalidArgument(flag, f"{package} is not installed", f"pip install {package}, or leave it out")
+    """Refuse a flag whose package is not installed."""
+    if flags.enable_xformers_memory_efficient_attention and importlib.util.find_spec("xformers") is None:
+        flag, fix = "--enable_xformers_memory_efficient_attention", "pip install xformers, or leave it out"
+        raise InvalidArgument(flag, "xformers is not installed", fix)
 
 
 def check_loss(flags: Flags) -> None:
