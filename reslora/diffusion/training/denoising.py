@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from diffusers import DiffusionPipeline
@@ -91,16 +89,3 @@ class DenoisingLoss:
             with torch.no_grad():
                 return self.family.encode_captions(self.pipeline, batch.caption, self.flags.max_sequence_length)
         return batch.text
-
-
-@contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Runs its body with the models in eval mode, and leaves each in the mode it had."""
-    modes = [model.training for model in models]
-    try:
-        for model in models:
-            model.eval()
-        yield
-    finally:
-        for model, mode in zip(models, modes, strict=True):
-            model.train(mode)
