@@ -16,7 +16,7 @@ from ..common.errors import InvalidArgument, first_line, refused_as
 from ..common.gauge import gauged
 from ..common.methods import METHODS
 from ..tracing import meta_copy
-from .arguments import DEFAULT_PRE_NUM, DEFAULT_RANK, Flags, build_parser, listed
+from .arguments import DEFAULT_PRE_NUM, DEFAULT_RANK, Flags, listed
 from .context import Context
 from .data.buckets import named_buckets
 from .model.families import FAMILIES, load_family
@@ -24,6 +24,7 @@ from .model.families.base import Family
 from .model.loading import Model
 from .model.quantising import blocks, try_format
 from .prompts import Prompt, prompts_of
+from .settings import untouched
 from .training.start import Start
 from .training.state import add_adapter, config_of, shortcuts_of, targets_of
 
@@ -139,7 +140,7 @@ def check_family(flags: Flags, model: Model) -> None:
     if longest is not None and "max_sequence_length" not in model.family.defaults:
         problem = f"{name} reads as many tokens as its text encoder can"
         raise InvalidArgument(f"--max_sequence_length {longest}", problem, "leave it out")
-    default = build_parser().get_default("guidance_scale_train")
+    default = untouched().guidance_scale_train
     if guidance != default and not (model.family.is_told_guidance and model.denoiser_config().get("guidance_embeds")):
         problem = f"the denoiser of this {name} is told no guidance"
         raise InvalidArgument(f"--guidance_scale_train {guidance}", problem, f"leave it at {default}")
