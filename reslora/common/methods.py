@@ -248,11 +248,6 @@ IN_WORDS = "; ".join(f"{row.name}: {row.help}" for row in METHODS.values())
 """For the help of flags."""
 
 
-def any_with_shortcuts(names: Iterable[str]) -> bool:
-    """Whether blocks are wired in any of these methods."""
-    return any(METHODS[name].shortcuts for name in names)
-
-
 def tell_unread(names: Sequence[str], values: Mapping[str, object], defaults: Mapping[str, object]) -> None:
     """Says which flags of shortcuts no method reads: one command may run one method after another with them."""
     if any(METHODS[name].reads_shortcut or METHODS[name].placebo for name in names) or not speaks():

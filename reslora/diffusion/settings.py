@@ -14,7 +14,7 @@ from pathlib import Path
 from ..common.assets import ASSETS
 from ..common.checks import check_writable
 from ..common.errors import InvalidArgument, refused_as, speaks
-from ..common.methods import METHODS, any_with_shortcuts, check_steps, refuse_parts, refuse_settings, tell_unread
+from ..common.methods import METHODS, check_steps, refuse_parts, refuse_settings, tell_unread
 from ..common.patterns import FIELDS, entries
 from ..experiment.arms import alpha_of
 from ..merges import MERGES
@@ -202,7 +202,7 @@ def check_flags(flags: Flags) -> None:
     if flags.compile and not flags.gradient_checkpointing and saves != "--base_precision no":
         problem = f"keeps whole weights for the backward, which {saves} is there to avoid"
         raise InvalidArgument("--compile", problem, "add --gradient_checkpointing, or leave one of them out")
-    check_adalora_steps(flags.method, flags.max_train_steps)
+    check_steps(flags.method, flags.max_train_steps, f"--max_train_steps {flags.max_train_steps}")
 
 
 def check_encoding(flags: Flags) -> None:
@@ -236,7 +236,7 @@ def merges_of(flags: Flags) -> Collection[str]:
 
 def carries_activations(flags: Flags) -> bool:
     """Whether a method's blocks hand activations to each other."""
-    wired = any_with_shortcuts(flags.method) and flags.shortcut != PLAIN and flags.pre_num != 0
+    wired = any(METHODS[name].shortcuts for name in flags.method) and flags.shortcut != PLAIN and flags.pre_num != 0
     return wired and shortcut_class(flags.shortcut).carries
 
 
@@ -358,11 +358,6 @@ def is_step_rules(text: str) -> bool:
     except ValueError:
         return False
     return all(0 <= factor < math.inf for factor in factors) and all(step > 0 for step in steps)
-
-
-def check_adalora_steps(methods: Sequence[str], steps: int | None) -> None:
-    """Refuse runs that are too short for AdaLoRA to move a rank."""
-    check_steps(methods, steps, f"--max_train_steps {steps}")
 
 
 def check_hub(flags: Flags) -> None:
