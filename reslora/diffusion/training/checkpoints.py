@@ -338,7 +338,7 @@ def write_checkpoint(learner: Learner, path: Path, state: dict, record: dict) ->
         buffer = io.BytesIO()  # torch.save's own writing names no cause where a disk is full
         torch.save(state, buffer)
         (temporary / STATE).write_bytes(buffer.getbuffer())
-        (temporary / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_json(temporary / RECORD, record)
         write_checksums(temporary)
 
 

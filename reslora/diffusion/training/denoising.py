@@ -34,12 +34,10 @@ class DenoisingLoss:
         with torch.autocast(self.pipeline.vae.device.type, enabled=False):
             inputs, target, timesteps = self.inputs(batch)
         prediction = self.family.prediction(denoiser(**inputs, return_dict=False), target).float()
+        target = target.float()
         if not weighted:
-            return self.squared(prediction, target.float(), batch)
-        if self.huber is None:
-            error = squared_error(prediction, target.float())
-        else:
-            error = self.huber(prediction, target.float(), timesteps)
+            return self.squared(prediction, target, batch)
+        error = self.huber(prediction, target, timesteps) if self.huber else squared_error(prediction, target)
         weight = self.objective.weight(timesteps) * batch.weight.to(timesteps.device)
         return loss_per_sample(self._masked(error, batch), weight)
 
