@@ -244,10 +244,10 @@ def _named_checkpoint(flags: Flags, named: str, todo: list[str]) -> tuple[str, P
 
 def check_past(flags: Flags, place: Path, record: dict, identity: Identity | None) -> None:
     """Refuse to go on with another rank, seed, model, images ... than a checkpoint or a finished method had."""
-    there, here = record.get("settings"), json.loads(json.dumps(settings_of(flags)))
+    there = record.get("settings")
     there = as_now(there, flags) if isinstance(there, dict) else {}  # damaged
     refuse_steering(flags, place, there)
-    for name, value in here.items():
+    for name, value in json.loads(json.dumps(settings_of(flags))).items():
         # None: the model's family or accelerate may say it yet, and this is called again then, with the identity.
         unknown = name == "mixed_precision" and there.get(name) is None  # not kept by earlier versions
         settled = value is not None or identity is not None
@@ -256,12 +256,19 @@ def check_past(flags: Flags, place: Path, record: dict, identity: Identity | Non
             before, fix = ("none", "leave it out") if there[name] is None else (there[name], "use that")
             problem = f"{place} was trained with {before}"
             raise InvalidArgument(flag, problem, f"{fix}, or choose another --output_dir")
-    if identity and record and record.get("lora", "") != identity.lora:
+    if identity and record:
+        refuse_other_content(flags, place, record, identity)
+
+
+def refuse_other_content(flags: Flags, place: Path, record: dict, identity: Identity) -> None:
+    """Refuse to go on from another LoRA, model or images, which are known by their content."""
+    if record.get("lora", "") != identity.lora:
         before = "another LoRA" if record.get("lora") else "zero"
         problem, fix = f"{place} was started from {before}", "give what it had, or choose another --output_dir"
         raise InvalidArgument(identity.lora_flag if identity.lora else "--init_lora", problem, fix)
-    for name in ("model", "images") if identity else ():
-        here, there = getattr(identity, name), record.get(name, getattr(identity, name))
+    for name in ("model", "images"):
+        here = getattr(identity, name)
+        there = record.get(name, here)
         if here != there:
             what = f"on {there}, these are {here}" if name == "images" else "from a model with other content"
             if "content" not in str(there):  # it holds hashes of heads and tails of files
