@@ -27,6 +27,7 @@ from reslora.diffusion.arguments import Flags, build_parser, is_experiment
 from reslora.diffusion.data.images import SUFFIXES
 from reslora.diffusion.prompts import SUFFIXES as PROMPT_FILES
 from reslora.diffusion.settings import settled
+from reslora.diffusion.training.stopping import SAMPLE, SAVE
 
 from . import form
 from .bases import bundled, model_of
@@ -45,8 +46,6 @@ MAY_GROW = (*ADDED_TO, "experiment_minutes")
 """Flags that need not be as an experiment was begun with."""
 FOLDERS = ("train_data_dir", "class_data_dir", "dataset_name")
 """Flags that may name a folder of images."""
-SAVE, SAMPLE = "save.now", "sample.now"
-"""Files by which a trainer is asked for something."""
 BEFORE = {LOG_NAME, EXPERIMENT_LOG, NOTES, SAVE, SAMPLE, "cache", "images.json", "logs"}
 """What may be in a run's folder before its training begins; what is encoded is kept in `cache`."""
 FEW = 8  # images to look at before a training
