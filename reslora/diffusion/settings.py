@@ -165,14 +165,7 @@ def check_flags(flags: Flags) -> None:
     if flags.aspect_ratio_buckets and len(listed(flags.resolution)) > 1:
         sides = " ".join(map(str, flags.resolution))
         raise InvalidArgument(f"--resolution {sides}", "--aspect_ratio_buckets names all sizes", "give one side")
-    if flags.text_encoder_lr and not flags.train_text_encoder:
-        problem = "no text encoder is trained"
-        raise InvalidArgument(f"--text_encoder_lr {flags.text_encoder_lr:g}", problem, "add --train_text_encoder")
-    if flags.text_encoder_lr not in (None, flags.learning_rate) and named(flags.optimizer).path == PRODIGY:
-        problem = f"--optimizer {flags.optimizer} takes one rate for all parts, and --learning_rate is another"
-        raise InvalidArgument(f"--text_encoder_lr {flags.text_encoder_lr:g}", problem, "leave it out")
-    if flags.train_text_encoder:
-        refuse_parts(flags.method)
+    check_text_encoder(flags)
     check_validation(flags)
     patterns = {name: getattr(flags, name) for name in FIELDS}
     refuse_settings(flags.method, flags.lora_dropout, patterns)
@@ -195,13 +188,8 @@ def check_flags(flags: Flags) -> None:
         if method.measured and flags.merge_calibration_samples == 0:
             fix = "give --merge_calibration_samples 64, or leave it out"
             raise InvalidArgument(f"--method {method.name}", "needs calibration samples", fix)
-    if flags.compile and flags.gradient_checkpointing and carries_activations(flags):
-        problem = f"--compile with --gradient_checkpointing cannot keep --shortcut {flags.shortcut}"
-        raise InvalidArgument("--compile", problem, "leave one of them out, or use --shortcut block")
-    saves = "--blocks_to_swap" if flags.blocks_to_swap else f"--base_precision {flags.base_precision}"
-    if flags.compile and not flags.gradient_checkpointing and saves != "--base_precision no":
-        problem = f"keeps whole weights for the backward, which {saves} is there to avoid"
-        raise InvalidArgument("--compile", problem, "add --gradient_checkpointing, or leave one of them out")
+    if flags.compile:
+        check_compile(flags)
     check_steps(flags.method, flags.max_train_steps, f"--max_train_steps {flags.max_train_steps}")
 
 
@@ -211,6 +199,31 @@ def check_encoding(flags: Flags) -> None:
         for text in listed(value):
             if isinstance(text, str) and clean(text) != text:
                 raise InvalidArgument(f"--{name} {text}", "is not UTF-8", "rename it, or give another")
+
+
+def check_text_encoder(flags: Flags) -> None:
+    """Refuse a rate of text encoders that nothing reads or no optimizer takes, and methods of one model alone."""
+    rate = flags.text_encoder_lr
+    if rate and not flags.train_text_encoder:
+        problem = "no text encoder is trained"
+        raise InvalidArgument(f"--text_encoder_lr {rate:g}", problem, "add --train_text_encoder")
+    if rate not in (None, flags.learning_rate) and named(flags.optimizer).path == PRODIGY:
+        problem = f"--optimizer {flags.optimizer} takes one rate for all parts, and --learning_rate is another"
+        raise InvalidArgument(f"--text_encoder_lr {rate:g}", problem, "leave it out")
+    if flags.train_text_encoder:
+        refuse_parts(flags.method)
+
+
+def check_compile(flags: Flags) -> None:
+    """Refuse to compile what would lose the shortcuts, or the memory that another flag is there to save."""
+    if flags.gradient_checkpointing:
+        if carries_activations(flags):
+            problem = f"--compile with --gradient_checkpointing cannot keep --shortcut {flags.shortcut}"
+            raise InvalidArgument("--compile", problem, "leave one of them out, or use --shortcut block")
+    elif flags.blocks_to_swap or flags.base_precision != "no":
+        saves = "--blocks_to_swap" if flags.blocks_to_swap else f"--base_precision {flags.base_precision}"
+        problem = f"keeps whole weights for the backward, which {saves} is there to avoid"
+        raise InvalidArgument("--compile", problem, "add --gradient_checkpointing, or leave one of them out")
 
 
 def check_folders(flags: Flags) -> None:
