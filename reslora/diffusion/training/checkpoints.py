@@ -140,19 +140,8 @@ def plan_resume(flags: Flags, identity: Identity | None = None, place: str = "")
     checkpoints = {method: checkpoints_of(folder) for method, folder in folders.items()}
     for checkpoint in (checkpoint for found in checkpoints.values() for checkpoint in found):
         check_past(flags, checkpoint, read_checkpoint(checkpoint), identity)
-    finished, merge_anew, notes = [], [], []
-    for method, folder in folders.items():
-        record = read_object(folder / EXPORTS)
-        if not record or not is_trained(flags, folder, record):
-            continue
-        check_past(flags, folder, record, identity)
-        merged = METHODS[method].shortcuts and {name: record[name] for name in MERGING if name in record}
-        if merged and any(getattr(flags, name) != value for name, value in merged.items()):
-            checkpoints[method] = [final_checkpoint(flags, folder, record["step"])]
-            merge_anew.append(method)
-        elif is_exported(folder, record):
-            finished.append(method)
-            notes += notes_of(flags, folder, record)
+    finished, merge_anew, notes = already_trained(flags, folders, identity)
+    checkpoints |= {method: [path] for method, path in merge_anew.items()}
     todo = [method for method in flags.method if method not in finished]
     if named is None and any(checkpoints[method] for method in todo if method not in merge_anew):
         fix = "go on with --resume_from_checkpoint latest, or choose another"
@@ -167,10 +156,29 @@ def plan_resume(flags: Flags, identity: Identity | None = None, place: str = "")
     newest = [checkpoints[method][0] for method in todo if checkpoints[method] and method not in merge_anew]
     of_earlier = [path for path in newest if has_other_rules(flags, read_checkpoint(path))]
     notes += [f"{path} is of {EARLIER_RULES}: it goes on as is done now" for path in of_earlier]
-    resume = Resume(finished, merge_anew, checkpoints, notes)
+    resume = Resume(finished, list(merge_anew), checkpoints, notes)
     if flags.max_train_steps:
         check_length(flags, resume, flags.max_train_steps)
     return resume
+
+
+def already_trained(
+    flags: Flags, folders: dict[str, Path], identity: Identity | None
+) -> tuple[list[str], dict[str, Path], list[str]]:
+    """Methods that are finished, the checkpoints of those that are to be merged anew, and lines about the former."""
+    finished, merge_anew, notes = [], {}, []
+    for method, folder in folders.items():
+        record = read_object(folder / EXPORTS)
+        if not record or not is_trained(flags, folder, record):
+            continue
+        check_past(flags, folder, record, identity)
+        merged = METHODS[method].shortcuts and {name: record[name] for name in MERGING if name in record}
+        if merged and any(getattr(flags, name) != value for name, value in merged.items()):
+            merge_anew[method] = final_checkpoint(flags, folder, record["step"])
+        elif is_exported(folder, record):
+            finished.append(method)
+            notes += notes_of(flags, folder, record)
+    return finished, merge_anew, notes
 
 
 def check_length(flags: Flags, resume: Resume, steps: int) -> None:
