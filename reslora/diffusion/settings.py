@@ -14,7 +14,7 @@ from pathlib import Path
 from ..common.assets import ASSETS
 from ..common.checks import check_writable
 from ..common.errors import InvalidArgument, refused_as, speaks
-from ..common.methods import METHODS, check_steps, refuse_parts, refuse_settings, tell_unread
+from ..common.methods import METHODS, SHORTCUT_FLAGS, check_steps, refuse_parts, refuse_settings, tell_unread
 from ..common.patterns import FIELDS, entries
 from ..experiment.arms import alpha_of
 from ..merges import MERGES
@@ -38,7 +38,7 @@ from .prompts import clean, from_file
 
 BUNDLED_MODEL, BUNDLED_IMAGES, BUNDLED_STEPS = ASSETS / "pipeline", ASSETS / "openmoji", 200
 DEFAULT_SPLIT = 0.1  # of an experiment's images, to choose by and again to compare by
-OF_SHORTCUTS = ("shortcut", "pre_num", "head", "merge", "merge_calibration_samples")  # who gives one means ResLoRA
+OF_SHORTCUTS = {*SHORTCUT_FLAGS, "merge_calibration_samples"}  # who gives one means ResLoRA
 PRODIGY = named("prodigy").path
 POLYNOMIAL_END = 1e-7  # diffusers' learning rate at the end of that schedule
 
@@ -62,7 +62,7 @@ def settled(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> Flag
         of_file = config_defaults(parser, args, given)
         parser.set_defaults(**of_file)
         args, given = parser.parse_args(argv), given | of_file.keys()
-    if args.method is None and given & set(OF_SHORTCUTS) and not takes_bundled(args):
+    if args.method is None and given & OF_SHORTCUTS and not takes_bundled(args):
         args.method = ["reslora"]
     flags = fill_defaults(args)
     for plain in plain_variants(flags):
