@@ -13,7 +13,6 @@ import io
 import json
 import os
 import threading
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from reslora.diffusion.data.tables import ROWS
 from reslora.diffusion.prompts import clean
 from reslora.files import read_object, remove, replacing, write_json
 
+from .folders import new_place
 from .image_folders import Image, Images, leads_out, names_of, stamp_of
 from .runs import RunError
 
@@ -86,7 +86,7 @@ def write(images: Images, edits: Sequence[Edit]) -> list[Edit]:
 @contextlib.contextmanager
 def noted(root: Path, edits: Sequence[Edit]) -> Iterator[None]:
     """Notes changes in the trash of a folder until all are written: who is killed half way leaves what undoes them."""
-    place = root / TRASH / f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}"
+    place = new_place(root)
     NOTED.add(place)
     try:
         new = [edit.captions and [*map(clean, edit.captions)] for edit in edits]

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 from reslora.diffusion.data.size import Size
 
-from .image_edits import ImageEdits, plural, text_of
+from .image_edits import ImageEdits, text_of
 from .image_folders import OUTSIDE, Image, Images
-from .views import escape
+from .views import counted, escape
 
 PER_PAGE = 24
 MOST_NOTES = 8
@@ -76,17 +76,17 @@ def summary(edits: ImageEdits, images: Images, shown: int) -> str:
     """How many images there are, what training would leave out and why, and what the trainer would print."""
     problems = Counter(filter(None, map(edits.looks.problem, images.images.values())))
     count, left_out = len(images.images), sum(problems.values())
-    lines = [f"<b>{plural(count, 'image')}</b> in {escape(images.folder.name)}, {shown:,} shown"]
+    lines = [f"<b>{counted(count, 'image')}</b> in {escape(images.folder.name)}, {shown:,} shown"]
     if images.refused:
         lines.append(f'<b class="bad">Training would refuse this folder:</b> {escape(images.refused)}')
     if left_out and not images.refused:
         reasons = ", ".join(f"{number:,} {escape(reason)}" for reason, number in problems.most_common(MOST_NOTES))
-        lines.append(f'<b class="bad">Training would leave out {plural(left_out, "image")}:</b> {reasons}')
+        lines.append(f'<b class="bad">Training would leave out {counted(left_out, "image")}:</b> {reasons}')
     elif not images.refused:
         lines.append("Training would read all of them")
     alike = len(edits.looks.alike(images))
     if alike:
-        lines.append(f"{plural(alike, 'image')} look like another one: see the filter Duplicates")
+        lines.append(f"{counted(alike, 'image')} look like another one: see the filter Duplicates")
     elif any(image.size and edits.looks.of(image) is None for image in images.images.values()):
         lines.append("Damaged images and duplicates are known after <i>Check images</i>")
     buckets = Counter(size for image in images.images.values() if not image.problem for size in image.buckets)

@@ -7,7 +7,7 @@ from collections.abc import Collection
 
 from .runs import Run
 from .verdict import held_out
-from .views import escape
+from .views import enumerated, escape
 
 MATTERS = {
     "seed": ("seed",),
@@ -104,7 +104,7 @@ def in_words(run: Run, flags: list[str]) -> str:
 def of_images(run: Run) -> str:
     """Whether images compare."""
     if found := differing(run, IMAGES):
-        return f"Do not compare their images one to one: {list_of(found)} would change them without any training."
+        return f"Do not compare their images one to one: {enumerated(found)} would change them without any training."
     return "Images in one row have the same prompt and seed, so they can be compared."
 
 
@@ -115,9 +115,3 @@ def of_losses(run: Run) -> str:
     if differing(run, LOSSES):
         return "Their losses do not compare: they are not known to be of the same held-out images, model and noise."
     return "Their losses are of the same held-out images; between runs, too, one seed shows no difference."
-
-
-def list_of(found: Collection[str]) -> str:
-    """Some words as one reads them."""
-    *others, last = found
-    return f"{', '.join(others)} and {last}" if others else last

@@ -6,9 +6,11 @@ Names come from a browser, so they are only ever compared with what a listing ga
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from reslora.diffusion.data.listing import TRASH
 from reslora.diffusion.prompts import clean
 from reslora.diffusion.settings import BUNDLED_IMAGES
 
@@ -64,6 +66,11 @@ class Folders:
         if folder is None:
             raise RunError("There is no such folder of images; choose one from the list.")
         return folder
+
+
+def new_place(folder: Path) -> Path:
+    """A new place in the trash of a folder, named by the time; nothing is there yet."""
+    return folder / TRASH / f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}"
 
 
 def children(folder: Path | None) -> list[Path]:

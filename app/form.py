@@ -26,7 +26,6 @@ LABELS = {
     "extend_rates": "Try further rates",
 }
 """Where the flag's own words would say less."""
-OF_RESLORA = ("shortcut", "pre_num", "head", "merge")
 TEXTS = ("caption_prefix", "caption_suffix", "target_modules", "rank_pattern", "alpha_pattern", "lr_step_rules")
 """Flags that take words which name no file, no model and no code."""
 OF_CLASS_IMAGES = ("class_prompt", "num_class_images", "prior_loss_weight")
@@ -119,8 +118,7 @@ def as_flag(action: argparse.Action, value: object) -> str:
 
 def wires(methods: Iterable[str]) -> bool:
     """Whether any of the methods reads what is set for ResLoRA's shortcuts."""
-    found = [METHODS[name] for name in methods if name in METHODS]
-    return any(method.reads_shortcut or method.placebo for method in found)
+    return any(METHODS[name].reads_shortcut_flags for name in methods if name in METHODS)
 
 
 def values_of(settings: Mapping[str, object], names: Sequence[str]) -> list[object]:

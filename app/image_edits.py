@@ -19,6 +19,7 @@ from .image_folders import Image, ImageFolders, Images, flags_of
 from .launcher import Trainings
 from .looks import Looks
 from .runs import RunError
+from .views import counted
 
 BETWEEN = "\n\n"
 """Stands between the captions of an image that has several."""
@@ -126,7 +127,7 @@ class ImageEdits:
                 edits.append(Edit(image.name, image.captions, captions))
         if not edits:
             return "No caption had to be changed."
-        line = f"{operation.lower()}, {plural(len(edits), 'caption')}"
+        line = f"{operation.lower()}, {counted(len(edits), 'caption')}"
         self._write(images, edits, line)
         return f"Changed: {line}."
 
@@ -143,7 +144,7 @@ class ImageEdits:
             raise RunError(f"{run.name} is training, maybe on these images; wait for it, or stop it first.")
         chosen = images.find(names)
         place = trash.throw_away(images, chosen)
-        line = f"{plural(len(chosen), 'image')} moved to the trash"
+        line = f"{counted(len(chosen), 'image')} moved to the trash"
         self._remember(images.folder, Change(line, trash=place))
         return f"{line[0].upper()}{line[1:]} (.trash in the folder, which training passes over)."
 
@@ -159,12 +160,12 @@ class ImageEdits:
                     return change
         if (found := unfinished(folder.path)) is not None:
             noted, edits = found
-            line = f"a change of {plural(len(edits), 'caption')} that was cut off"
+            line = f"a change of {counted(len(edits), 'caption')} that was cut off"
             return Change(line, tuple(edit.reverse for edit in edits), noted=noted)
         place = next(iter(trash.thrown_away(folder.path)), None)
         if place is None:
             return None
-        return Change(f"{plural(trash.count(place), 'file')} moved to the trash {place.name[:8]}", trash=place)
+        return Change(f"{counted(trash.count(place), 'file')} moved to the trash {place.name[:8]}", trash=place)
 
     def undo(self, images: Images, line: str | None = None) -> str:
         """Takes the last change of a folder back; what has been changed again since stays, and undo is refused.
@@ -214,8 +215,3 @@ def refuse_bundled(folder: Folder) -> None:
     """The application's own images stay as they are."""
     if folder.bundled:
         raise RunError("The bundled images stay as they are; upload a folder, or start the application with --data.")
-
-
-def plural(number: int, thing: str) -> str:
-    """`1 image`, `2 images`."""
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reslora.common.errors import InvalidArgument
-from reslora.diffusion.arguments import Flags, build_parser, listed
+from reslora.diffusion.arguments import Flags, listed
 from reslora.diffusion.data.dataset import METADATA, Found, caption_files, layout_of, read_folder
 from reslora.diffusion.data.folders import kohyas_folders
 from reslora.diffusion.data.images import SUFFIXES, image_size
@@ -29,7 +29,7 @@ from reslora.diffusion.settings import fill_defaults
 from reslora.files import replacing
 
 from .folders import SETS, Folder, Folders
-from .launcher import refuse
+from .launcher import trainers_parser
 from .library import is_run
 from .runs import RunError
 from .uploads import store_images
@@ -77,11 +77,6 @@ class Images:
     """Why it would not begin."""
     fixed: str = ""
     """Why captions cannot be written: there is a table that cannot be read."""
-
-    @property
-    def left_out(self) -> Counter[str]:
-        """How many images training leaves out, by reason."""
-        return Counter(image.problem for image in self.images.values() if image.problem)
 
     def find(self, names: object) -> list[Image]:
         """The images of these names; `RunError` where there are none, or one is gone."""
@@ -142,9 +137,7 @@ def _flags(resolution: str, buckets: bool, column: str) -> Flags:
     words = ["--train_data_dir", "images", *(["--resolution", *sides] if sides else [])]
     words += ["--use_aspect_ratio_buckets"] if buckets else []
     words += [f"--caption_column={column}"] if column else []
-    parser = build_parser()
-    parser.error = refuse
-    return fill_defaults(parser.parse_args(words))
+    return fill_defaults(trainers_parser().parse_args(words))
 
 
 def state_of(folder: Folder, flags: Flags) -> int:

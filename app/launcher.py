@@ -27,6 +27,7 @@ from reslora.diffusion.arguments import Flags, build_parser, is_experiment
 from reslora.diffusion.data.images import SUFFIXES
 from reslora.diffusion.prompts import SUFFIXES as PROMPT_FILES
 from reslora.diffusion.settings import settled
+from reslora.diffusion.training.stopping import SAMPLE, SAVE
 
 from . import form
 from .bases import bundled, model_of
@@ -35,6 +36,7 @@ from .held import held, is_held
 from .library import Experiment, Library
 from .runs import EXPERIMENT_LOG, LOG_NAME, NOTES, Run, RunError, is_trainer
 from .uploads import contents_of, place_of
+from .views import enumerated
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = REPOSITORY / "train_sd.py"
@@ -44,8 +46,6 @@ MAY_GROW = (*ADDED_TO, "experiment_minutes")
 """Flags that need not be as an experiment was begun with."""
 FOLDERS = ("train_data_dir", "class_data_dir", "dataset_name")
 """Flags that may name a folder of images."""
-SAVE, SAMPLE = "save.now", "sample.now"
-"""Files by which a trainer is asked for something."""
 BEFORE = {LOG_NAME, EXPERIMENT_LOG, NOTES, SAVE, SAMPLE, "cache", "images.json", "logs"}
 """What may be in a run's folder before its training begins; what is encoded is kept in `cache`."""
 FEW = 8  # images to look at before a training
@@ -297,7 +297,8 @@ class Trainings:
         if not found:
             return "Nothing is training."
         if len(found) > 1:
-            raise RunError(f"{names_of(found)} are training; choose the one to stop.")
+            names = enumerated(run.name for run in found)
+            raise RunError(f"{names} are training; choose the one to stop.")
         (run,) = found
         number, launcher = run.process, self.started.get(run.name)
         if number in self.asked:
@@ -362,7 +363,7 @@ class Trainings:
         for run in asked:
             (run.folder / request).touch()
         what = {SAVE: "a checkpoint is saved", SAMPLE: "samples are drawn"}[request]
-        return f"{names_of(asked)}: {what} after this step."
+        return f"{enumerated(run.name for run in asked)}: {what} after this step."
 
     def why_not_asked(self, run: Run, request: str) -> str:
         """Why a run that trains could do nothing of what is asked for; empty where it can."""
@@ -416,12 +417,6 @@ def launch_words(device: str | None) -> list[str]:
     if device is not None or (not has_file and torch.cuda.device_count() < 2):
         words += ["--num_processes", "1"]
     return words
-
-
-def names_of(runs: list[Run]) -> str:
-    """The names of some runs, as one says them."""
-    *first, last = (run.name for run in runs)
-    return f"{', '.join(first)} and {last}" if first else last
 
 
 def search_path() -> str:

@@ -13,10 +13,11 @@ from typing import ClassVar
 
 from reslora.diffusion.arguments import SEVERAL
 from reslora.diffusion.prompts import clean
+from reslora.experiment.record import EXPERIMENT
 
 from .runs import EXPERIMENT_LOG, LARGEST_JSON, LOG_NAME, Run, RunError, number
 
-EXPERIMENT, REPORT = "experiment.json", "report.html"
+REPORT = "report.html"
 MOST_BESIDE = 3
 """More runs beside one would not be told apart."""
 

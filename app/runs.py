@@ -316,22 +316,28 @@ class Run:
     def weights(self) -> list[Weights]:
         """The base model, then of each method merged weights, LoRA files, unmerged checkpoints (newest first)."""
         found = [BASE]
-        if self.unreadable:  # of which model they are weights?
-            return found
-        for method in self.methods:
-            for part in DENOISERS:
-                if (path := self.sound(method, part)) and self.inside(method, part, "config.json"):
-                    encoders = self.encoders(method)
-                    if encoders is not None:
-                        found.append(Weights(f"{method}: merged weights", "merged", method, path, encoders=encoders))
-            for name in self.entries(method):
-                merged = re.fullmatch(r"merged-by-([a-z]+)-(\d+)", name)
-                if merged and (path := self.inside(method, name, DIFFUSERS_FILE)):
-                    label = f"{method}: step {merged[2]} merged by {merged[1]}"
-                    found.append(Weights(label, "file", method, path, int(merged[2])))
-                elif name in LORA_FILES and (path := self.inside(method, name)):
-                    found.append(Weights(f"{method}: {name}", "file", method, path))
-            found += self.checkpoints(method)
+        for method in () if self.unreadable else self.methods:  # of which model would they be weights?
+            found += [*self.merged(method), *self.lora_files(method), *self.checkpoints(method)]
+        return found
+
+    def merged(self, method: str) -> list[Weights]:
+        """Merged weights of a method, with those of its text encoders."""
+        parts = [part for part in DENOISERS if self.inside(method, part, "config.json")]
+        if not parts or (encoders := self.encoders(method)) is None:
+            return []
+        paths = [path for part in parts if (path := self.sound(method, part))]
+        return [Weights(f"{method}: merged weights", "merged", method, path, encoders=encoders) for path in paths]
+
+    def lora_files(self, method: str) -> list[Weights]:
+        """The LoRA files that a method was exported to, and those of checkpoints that were merged by other merges."""
+        found = []
+        for name in self.entries(method):
+            merged = re.fullmatch(r"merged-by-([a-z]+)-(\d+)", name)
+            if merged and (path := self.inside(method, name, DIFFUSERS_FILE)):
+                label = f"{method}: step {merged[2]} merged by {merged[1]}"
+                found.append(Weights(label, "file", method, path, int(merged[2])))
+            elif name in LORA_FILES and (path := self.inside(method, name)):
+                found.append(Weights(f"{method}: {name}", "file", method, path))
         return found
 
     def checkpoints(self, method: str) -> list[Weights]:

@@ -7,12 +7,12 @@ browser, so they are only ever compared with what a listing gave.
 from __future__ import annotations
 
 import contextlib
-import time
 from pathlib import Path
 
 from reslora.diffusion.data.listing import TRASH
 from reslora.files import replacing
 
+from .folders import new_place
 from .queue import Queue
 from .runs import IN_PLACE, LONGEST_NOTES, NOTES, Run, RunError
 
@@ -64,7 +64,7 @@ class Shelf:
             trash = self.library.folder / TRASH
             if trash.is_symlink():
                 raise RunError(f"{TRASH} in the folder of runs leads elsewhere; remove the link first.")
-            place = trash / f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}"
+            place = new_place(self.library.folder)
             try:
                 place.mkdir(parents=True)
                 run.folder.rename(place / run.name)

@@ -6,7 +6,6 @@ What is thrown away together has a folder of its own in `.trash`, and a record o
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from reslora.diffusion.data.tables import ROWS
 from reslora.files import read_object, remove, write_json
 
 from .caption_files import WRITING, Table, readable
+from .folders import new_place
 from .image_folders import Image, Images
 from .runs import RunError
 
@@ -35,7 +35,7 @@ def throw_away(images: Images, thrown: Sequence[Image]) -> Path:
         rows = {path: table.take(image.name for image in chosen) for path, table in tables.items()}
         files = [path.relative_to(root).as_posix() for path in files_with(chosen, images)]
         record = {"files": files, "rows": {str(path.relative_to(root)): taken for path, taken in rows.items()}}
-        place = root / TRASH / f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}"
+        place = new_place(root)
         write_json(place / RECORD, record)
         try:
             for table in tables.values():  # first, so that no row names an image that is gone
@@ -91,8 +91,8 @@ def is_inside(name: object) -> bool:
     return isinstance(name, str) and not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
-def put_back(images: Images, place: Path) -> int:
-    """Puts what was thrown away together where it was, and says how many files; `RunError` where there are others."""
+def put_back(images: Images, place: Path) -> None:
+    """Puts what was thrown away together where it was; `RunError` where there are others."""
     root = images.folder.path
     files, rows = record_of(place)
     with WRITING, readable():
@@ -110,4 +110,3 @@ def put_back(images: Images, place: Path) -> int:
             move(files, root, place)
             raise
         remove(place)
-    return len(files)

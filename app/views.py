@@ -12,7 +12,7 @@ import functools
 import html
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import PIL.Image
@@ -100,6 +100,12 @@ def figure(value, form: str, unit: str = "") -> str:
 def counted(number: int, what: str) -> str:
     """So many of something: 1 image, 2 images."""
     return f"{number:,} {what}{'s' * (number != 1)}"
+
+
+def enumerated(words: Iterable[str]) -> str:
+    """Some words as one says them: one, two and three."""
+    *others, last = words
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def summary(run: Run, status: str, said: str = "") -> str:

@@ -25,7 +25,6 @@ COLORS = {
     "ms(4)": "#9c36b5",
 }
 MERGES = (*FOR_LINKS, "exact")
-SCORES = ("accuracy", "f1", "matthews", "pearson")
 PAPER_COST = {"is": 1.07, "bs(4)": 1.79, "ms(4)": 1.36}
 
 

@@ -278,11 +278,12 @@ def _same_random(base: nn.Module) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def evaluating(base: nn.Module) -> Iterator[None]:
-    """Puts every module of `base` into eval mode for its body and restores each module's own mode."""
-    modes = [(module, module.training) for module in base.modules()]
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Puts every module of the models into eval mode for its body and restores each module's own mode."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
     try:
-        base.eval()
+        for model in models:
+            model.eval()
         yield
     finally:
         for module, mode in modes:

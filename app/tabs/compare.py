@@ -84,15 +84,12 @@ class CompareTab(Tab):
     def for_programs(self, page: Page) -> None:
         """Endpoints: what takes runs beside a run has a name of its own, so that earlier programs go on as they are."""
         inputs = [page.run, self.step]
-        for handler, outputs, name in (
-            (self.compare, self.at_step, "compare"),
-            (self.save_grid, self.grid_file, "download_grid"),
+        for handler, asked, outputs, name in (
+            (self.compare, inputs, self.at_step, "compare"),
+            (self.save_grid, inputs, self.grid_file, "download_grid"),
+            (self.compare_runs, [*inputs, self.beside], self.at_step, "compare_runs"),
         ):
-            gr.on([], readable_errors(handler), inputs, outputs, api_name=name, preprocess=False)
-        gr.on(
-            [], readable_errors(self.compare_runs), [*inputs, self.beside], self.at_step, api_name="compare_runs",
-            preprocess=False,
-        )  # fmt: skip
+            gr.on([], readable_errors(handler), asked, outputs, api_name=name, preprocess=False)
 
     def seen(self, run: Run) -> tuple[int, list[str], bool]:
         """The last step, what there is to take along, and whether the run never began."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import gradio as gr
 
+from reslora.common.methods import SHORTCUT_FLAGS
 from reslora.diffusion.data.dataset import CAPTIONS
 
 from .. import form, launcher, views
@@ -112,7 +113,7 @@ class LaunchTab(Tab):
         common = {"label": form.label(action), "info": form.info(action), "elem_id": self.own(f"flag-{name}"), **wide}
         if name == "method":
             return gr.CheckboxGroup(form.choices(action), value=value, **common)
-        if name in form.OF_RESLORA:
+        if name in SHORTCUT_FLAGS:
             common["visible"] = form.wires(self.filled.get("method", ()))
         if form.is_switch(action):
             return gr.Checkbox(bool(value), **common)
@@ -169,7 +170,7 @@ class LaunchTab(Tab):
             [self.folder.change, self.uploads.change], readable_errors(self.show_images), [self.folder, self.uploads],
             self.preview, preprocess=False, **QUIET,
         )  # fmt: skip
-        wired = [self.flags[flag] for flag in form.OF_RESLORA]
+        wired = [self.flags[flag] for flag in SHORTCUT_FLAGS]
         told = [self.flags[flag] for flag in self.flags if flag in form.OF_BUNDLED]
         self.model.change(self.show_defaults, self.model, told, preprocess=False, **QUIET)
         self.flags["method"].change(self.show_shortcuts, self.flags["method"], wired, **QUIET)
@@ -194,7 +195,7 @@ class LaunchTab(Tab):
 
     def show_shortcuts(self, methods: list[str]) -> list[dict]:
         """What is set for ResLoRA's shortcuts, where a method reads it."""
-        return [gr.update(visible=form.wires(methods))] * len(form.OF_RESLORA)
+        return [gr.update(visible=form.wires(methods))] * len(SHORTCUT_FLAGS)
 
     def show_defaults(self, model: object) -> list[dict]:
         """What is taken where a box is left empty, where that goes by the bundled pipeline."""
@@ -205,7 +206,7 @@ class LaunchTab(Tab):
         """Flags and their values, of the form's last widgets, but for those that no method reads."""
         settings = dict(zip(self.all_names(), values, strict=True))
         methods = settings["method"] if isinstance(settings["method"], list) else []
-        unread = () if form.wires(methods) else form.OF_RESLORA
+        unread = () if form.wires(methods) else SHORTCUT_FLAGS
         return {name: value for name, value in settings.items() if name not in unread}
 
     def words(self, name, uploads, caption, folder, model, *values) -> list[str]:

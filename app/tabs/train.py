@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import gradio as gr
 
 from reslora.diffusion.arguments import SEVERAL
+from reslora.diffusion.experiment.checks import OF_EXPERIMENTS
 
 from .. import form, launcher, views
 from ..bases import word_of_model
@@ -27,7 +28,7 @@ class TrainTab(LaunchTab):
         "method", "learning_rate", "max_train_steps", "train_batch_size", "rank", "resolution", "seed", "shortcut",
         "pre_num", "head", "merge", "validation_prompt", "validation_steps", "checkpointing_steps",
     )  # fmt: skip
-    left_out = ("select_split", "test_split", "extend_rates", "experiment_minutes", "merged_weights")
+    left_out = OF_EXPERIMENTS
     filled: ClassVar = {"method": ["lora", "reslora"]}
 
     def __init__(self, parts: Parts) -> None:

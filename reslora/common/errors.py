@@ -41,21 +41,18 @@ class EndedElsewhere(Exception):
         self.status, self.diverged = status, diverged
 
 
-class refused_as:
+@contextlib.contextmanager
+def refused_as(argument: str, fix: str, kinds: tuple[type[Exception], ...] = (Exception,)) -> Iterator[None]:
     """Turns what a reader raises inside into an `InvalidArgument` that names `argument` and `fix`.
 
     By default whatever it is: damaged files fail in as many ways as there are readers. `InvalidArgument` itself passes.
     """
-
-    def __init__(self, argument: str, fix: str, kinds: tuple[type[Exception], ...] = (Exception,)) -> None:
-        self.argument, self.fix, self.kinds = argument, fix, kinds
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, self.kinds) and not isinstance(error, InvalidArgument):
-            raise InvalidArgument(self.argument, first_line(error), self.fix) from error
+    try:
+        yield
+    except InvalidArgument:
+        raise
+    except kinds as error:
+        raise InvalidArgument(argument, first_line(error), fix) from error
 
 
 @contextlib.contextmanager

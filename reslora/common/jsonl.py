@@ -14,7 +14,7 @@ NOT_JSON = object()
 
 def json_lines(path: Path) -> Iterator[tuple[int, object]]:
     """Number, from 1, and value of each line that is not blank; `NOT_JSON` for one that cannot be read."""
-    return _values(path.read_text(encoding="utf-8", errors="replace"))
+    return values_of(path.read_text(encoding="utf-8", errors="replace"))
 
 
 def data_lines(path: Path, where: str, fix: str) -> Iterator[tuple[int, object]]:
@@ -26,7 +26,7 @@ def data_lines(path: Path, where: str, fix: str) -> Iterator[tuple[int, object]]
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise InvalidArgument(f"{where} line {line}", "is not UTF-8", "save the file as UTF-8") from None
-    for number, value in _values(text):
+    for number, value in values_of(text):
         if value is NOT_JSON:
             raise InvalidArgument(f"{where} line {number}", "is not JSON", fix)
         try:
@@ -37,7 +37,8 @@ def data_lines(path: Path, where: str, fix: str) -> Iterator[tuple[int, object]]
         yield number, value
 
 
-def _values(text: str) -> Iterator[tuple[int, object]]:
+def values_of(text: str) -> Iterator[tuple[int, object]]:
+    """The same of a text."""
     # Not splitlines(): inside a JSON string it would break at U+2028 and its like.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():

@@ -194,6 +194,11 @@ class Method:
         return self.shortcuts or self.matched
 
     @property
+    def reads_shortcut_flags(self) -> bool:
+        """Whether it is another one with other `SHORTCUT_FLAGS`, at least some of them."""
+        return self.reads_shortcut or bool(self.placebo)
+
+    @property
     def measured(self) -> bool:
         """Whether a few batches say what it is, before its first step."""
         return self.matched or bool(self.placebo)
@@ -244,20 +249,17 @@ def adapter_config(method: str, settings: AdapterSettings) -> PeftConfig:
     return METHODS[method].config(settings)
 
 
+SHORTCUT_FLAGS = ("shortcut", "pre_num", "head", "merge")
+"""Which shortcuts there are, and how they are merged."""
 IN_WORDS = "; ".join(f"{row.name}: {row.help}" for row in METHODS.values())
 """For the help of flags."""
 
 
-def any_with_shortcuts(names: Iterable[str]) -> bool:
-    """Whether blocks are wired in any of these methods."""
-    return any(METHODS[name].shortcuts for name in names)
-
-
 def tell_unread(names: Sequence[str], values: Mapping[str, object], defaults: Mapping[str, object]) -> None:
     """Says which flags of shortcuts no method reads: one command may run one method after another with them."""
-    if any(METHODS[name].reads_shortcut or METHODS[name].placebo for name in names) or not speaks():
+    if any(METHODS[name].reads_shortcut_flags for name in names) or not speaks():
         return
-    for flag in ("shortcut", "pre_num", "head", "merge"):
+    for flag in SHORTCUT_FLAGS:
         if values[flag] != defaults[flag]:
             print(f"--{flag} {values[flag]}: nothing reads it with --method {' '.join(names)}", flush=True)
 

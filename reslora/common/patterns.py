@@ -7,7 +7,6 @@ every reader: entries are spelled out before an adapter is made.
 from __future__ import annotations
 
 import contextlib
-import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -46,7 +45,7 @@ def entries(field: str, texts: Iterable[str] | None) -> dict[str, Any]:
             raise InvalidArgument(argument, f"{name} is not a regular expression ({error})", fix) from None
         number = _number(field, value)
         if number is None:
-            words = whole_in_words(1, math.inf) if field == "rank_pattern" else number_in_words(0, math.inf, True)
+            words = whole_in_words(1) if field == "rank_pattern" else number_in_words(0, exclusive=True)
             raise InvalidArgument(argument, f"{value!r} is not {words}", fix)
         if name in found:
             raise InvalidArgument(argument, f"{name} is given twice", "give it once")

@@ -44,7 +44,7 @@ def decided(decide: Callable[[], T]) -> T:
     value, failure = _tried(lambda: _by_itself(decide)) if is_main() else (None, None)
     told: list = [(value, failure and _status(failure), isinstance(failure, Diverged))]
     wait()
-    _met(lambda: dist.broadcast_object_list(told, src=0, group=_patient(dist.group.WORLD)))
+    _met(lambda: dist.broadcast_object_list(told, src=0, group=_patient()))
     if failure is not None:
         raise failure
     value, status, diverged = told[0]
@@ -61,13 +61,12 @@ def each(do: Callable[[], T]) -> T:
     if alone():
         return do()
     value, failure = _tried(do)
-    statuses: list = [None] * dist.get_world_size()
     wait()
-    _met(lambda: dist.all_gather_object(statuses, failure and _status(failure), group=_patient(dist.group.WORLD)))
+    statuses = [status for status in gathered(None if failure is None else _status(failure)) if status is not None]
     if failure is not None:
         raise failure
-    if any(status is not None for status in statuses):
-        raise EndedElsewhere(next(status for status in statuses if status is not None))
+    if statuses:
+        raise EndedElsewhere(statuses[0])
     return value
 
 
@@ -76,7 +75,7 @@ def gathered(value: T) -> list[T]:
     if alone():
         return [value]
     values: list = [None] * dist.get_world_size()
-    _met(lambda: dist.all_gather_object(values, value, group=_patient(dist.group.WORLD)))
+    _met(lambda: dist.all_gather_object(values, value, group=_patient()))
     return values
 
 
@@ -90,7 +89,7 @@ def any_of_each(conditions: Sequence[bool]) -> list[bool]:
     if alone():
         return list(conditions)
     numbers = torch.tensor(conditions, dtype=torch.float32)
-    _met(lambda: dist.all_reduce(numbers, group=_patient(dist.group.WORLD)))
+    _met(lambda: dist.all_reduce(numbers, group=_patient()))
     return (numbers > 0).tolist()
 
 
@@ -101,7 +100,7 @@ def wait() -> None:
 
 
 def _wait() -> None:
-    work, pause = dist.barrier(group=_patient(dist.group.WORLD), async_op=True), 0.001
+    work, pause = dist.barrier(group=_patient(), async_op=True), 0.001
     while not work.is_completed():
         time.sleep(pause)
         pause = min(0.1, 1.5 * pause)
@@ -125,8 +124,9 @@ def leave(everyone: bool) -> None:
 _PATIENT: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
 
 
-def _patient(world: dist.ProcessGroup) -> dist.ProcessGroup:
+def _patient() -> dist.ProcessGroup:
     """All processes, by gloo whatever trains, for waits that outlast the ten minutes of a collective on GPUs."""
+    world = dist.group.WORLD
     if world not in _PATIENT:
         _PATIENT[world] = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
     return _PATIENT[world]

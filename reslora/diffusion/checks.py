@@ -8,6 +8,7 @@ import re
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
+from peft import PeftConfig
 from torch import nn
 
 from ..chains import Chains, chains
@@ -16,14 +17,15 @@ from ..common.errors import InvalidArgument, first_line, refused_as
 from ..common.gauge import gauged
 from ..common.methods import METHODS
 from ..tracing import meta_copy
-from .arguments import DEFAULT_PRE_NUM, DEFAULT_RANK, Flags, build_parser, listed
+from .arguments import DEFAULT_PRE_NUM, DEFAULT_RANK, Flags, listed
 from .context import Context
 from .data.buckets import named_buckets
 from .model.families import FAMILIES, load_family
-from .model.families.base import Family
+from .model.families.base import Family, Part
 from .model.loading import Model
 from .model.quantising import blocks, try_format
 from .prompts import Prompt, prompts_of
+from .settings import untouched
 from .training.start import Start
 from .training.state import add_adapter, config_of, shortcuts_of, targets_of
 
@@ -115,12 +117,17 @@ def check_methods(flags: Flags, model: Model, accelerator: Accelerator, start: S
             raise InvalidArgument(f"--rank {flags.rank}", *first_line(error).split(": ", 1)) from None
         argument = f"--method {method}, --target_modules {' '.join(flags.target_modules)}"
         with refused_as(argument, "change the flag it is about", (ValueError, RuntimeError)):
-            add_adapter(denoiser, method, flags, config)
-            if METHODS[method].measured:
-                with gauged(method, denoiser, shortcuts_of(flags)):
-                    pass
+            try_method(denoiser, method, flags, config)
         if METHODS[method].shortcuts:
             tell_what_is_not_linked(chains(denoiser), flags, accelerator)
+
+
+def try_method(model: nn.Module, method: str, flags: Flags, config: PeftConfig, part: Part | None = None) -> None:
+    """Gives a model without weights, the denoiser or a `part`, the method's adapter, and sets out to measure it."""
+    add_adapter(model, method, flags, config, part)
+    if METHODS[method].measured:
+        with gauged(method, model, shortcuts_of(flags)):
+            pass
 
 
 def check_family(flags: Flags, model: Model) -> None:
@@ -139,7 +146,7 @@ def check_family(flags: Flags, model: Model) -> None:
     if longest is not None and "max_sequence_length" not in model.family.defaults:
         problem = f"{name} reads as many tokens as its text encoder can"
         raise InvalidArgument(f"--max_sequence_length {longest}", problem, "leave it out")
-    default = build_parser().get_default("guidance_scale_train")
+    default = untouched().guidance_scale_train
     if guidance != default and not (model.family.is_told_guidance and model.denoiser_config().get("guidance_embeds")):
         problem = f"the denoiser of this {name} is told no guidance"
         raise InvalidArgument(f"--guidance_scale_train {guidance}", problem, f"leave it at {default}")
@@ -151,14 +158,9 @@ def check_encoders(pipeline: DiffusionPipeline, context: Context) -> None:
     for part, method in itertools.product(context.encoders, flags.method):
         encoder = meta_copy(getattr(pipeline, part.name))
         config = config_of(method, flags, total_steps=1000, targets=part.targets_in(encoder))
-        try:
-            add_adapter(encoder, method, flags, config, part)
-            if METHODS[method].measured:
-                with gauged(method, encoder, shortcuts_of(flags)):
-                    pass
-        except (ValueError, RuntimeError) as error:
-            fix = "change the flag it is about, or leave --train_text_encoder out"
-            raise InvalidArgument(f"--method {method}, {part.name}", first_line(error), fix) from None
+        fix = "change the flag it is about, or leave --train_text_encoder out"
+        with refused_as(f"--method {method}, {part.name}", fix, (ValueError, RuntimeError)):
+            try_method(encoder, method, flags, config, part)
     if context.encoders:
         stays = [name for name in family.frozen_text_parts if name.startswith("text_encoder")]
         trains = " and ".join(part.name for part in context.encoders)

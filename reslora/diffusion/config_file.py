@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import InvalidArgument, first_line, refused_as, speaks
-from ..common.methods import METHODS
+from ..common.methods import METHODS, SHORTCUT_FLAGS
 from . import foreign
 from .arguments import is_experiment
 from .experiment.checks import OF_EXPERIMENTS, OF_RUNS
@@ -72,9 +72,9 @@ def without_what_changes(values: dict, args: argparse.Namespace, given: set[str]
 def _of_other_methods(now: dict) -> Iterable[str]:
     """What a new run's methods do not read; one that goes on is compared by it."""
     methods = [METHODS[name] for name in now.get("method", ())]
-    if not methods or now.get("resume_from_checkpoint") or any(one.reads_shortcut or one.placebo for one in methods):
+    if not methods or now.get("resume_from_checkpoint") or any(method.reads_shortcut_flags for method in methods):
         return ()
-    return ("shortcut", "pre_num", "head", "merge")
+    return SHORTCUT_FLAGS
 
 
 def _of_other_optimizer(values: dict, args: argparse.Namespace, given: set[str]) -> Iterable[str]:

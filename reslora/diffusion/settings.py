@@ -14,7 +14,7 @@ from pathlib import Path
 from ..common.assets import ASSETS
 from ..common.checks import check_writable
 from ..common.errors import InvalidArgument, refused_as, speaks
-from ..common.methods import METHODS, any_with_shortcuts, check_steps, refuse_parts, refuse_settings, tell_unread
+from ..common.methods import METHODS, SHORTCUT_FLAGS, check_steps, refuse_parts, refuse_settings, tell_unread
 from ..common.patterns import FIELDS, entries
 from ..experiment.arms import alpha_of
 from ..merges import MERGES
@@ -38,7 +38,7 @@ from .prompts import clean, from_file
 
 BUNDLED_MODEL, BUNDLED_IMAGES, BUNDLED_STEPS = ASSETS / "pipeline", ASSETS / "openmoji", 200
 DEFAULT_SPLIT = 0.1  # of an experiment's images, to choose by and again to compare by
-OF_SHORTCUTS = ("shortcut", "pre_num", "head", "merge", "merge_calibration_samples")  # who gives one means ResLoRA
+OF_SHORTCUTS = {*SHORTCUT_FLAGS, "merge_calibration_samples"}  # who gives one means ResLoRA
 PRODIGY = named("prodigy").path
 POLYNOMIAL_END = 1e-7  # diffusers' learning rate at the end of that schedule
 
@@ -62,7 +62,7 @@ def settled(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> Flag
         of_file = config_defaults(parser, args, given)
         parser.set_defaults(**of_file)
         args, given = parser.parse_args(argv), given | of_file.keys()
-    if args.method is None and given & set(OF_SHORTCUTS) and not takes_bundled(args):
+    if args.method is None and given & OF_SHORTCUTS and not takes_bundled(args):
         args.method = ["reslora"]
     flags = fill_defaults(args)
     for plain in plain_variants(flags):
@@ -165,14 +165,7 @@ def check_flags(flags: Flags) -> None:
     if flags.aspect_ratio_buckets and len(listed(flags.resolution)) > 1:
         sides = " ".join(map(str, flags.resolution))
         raise InvalidArgument(f"--resolution {sides}", "--aspect_ratio_buckets names all sizes", "give one side")
-    if flags.text_encoder_lr and not flags.train_text_encoder:
-        problem = "no text encoder is trained"
-        raise InvalidArgument(f"--text_encoder_lr {flags.text_encoder_lr:g}", problem, "add --train_text_encoder")
-    if flags.text_encoder_lr not in (None, flags.learning_rate) and named(flags.optimizer).path == PRODIGY:
-        problem = f"--optimizer {flags.optimizer} takes one rate for all parts, and --learning_rate is another"
-        raise InvalidArgument(f"--text_encoder_lr {flags.text_encoder_lr:g}", problem, "leave it out")
-    if flags.train_text_encoder:
-        refuse_parts(flags.method)
+    check_text_encoder(flags)
     check_validation(flags)
     patterns = {name: getattr(flags, name) for name in FIELDS}
     refuse_settings(flags.method, flags.lora_dropout, patterns)
@@ -195,14 +188,9 @@ def check_flags(flags: Flags) -> None:
         if method.measured and flags.merge_calibration_samples == 0:
             fix = "give --merge_calibration_samples 64, or leave it out"
             raise InvalidArgument(f"--method {method.name}", "needs calibration samples", fix)
-    if flags.compile and flags.gradient_checkpointing and carries_activations(flags):
-        problem = f"--compile with --gradient_checkpointing cannot keep --shortcut {flags.shortcut}"
-        raise InvalidArgument("--compile", problem, "leave one of them out, or use --shortcut block")
-    saves = "--blocks_to_swap" if flags.blocks_to_swap else f"--base_precision {flags.base_precision}"
-    if flags.compile and not flags.gradient_checkpointing and saves != "--base_precision no":
-        problem = f"keeps whole weights for the backward, which {saves} is there to avoid"
-        raise InvalidArgument("--compile", problem, "add --gradient_checkpointing, or leave one of them out")
-    check_adalora_steps(flags.method, flags.max_train_steps)
+    if flags.compile:
+        check_compile(flags)
+    check_steps(flags.method, flags.max_train_steps, f"--max_train_steps {flags.max_train_steps}")
 
 
 def check_encoding(flags: Flags) -> None:
@@ -211,6 +199,31 @@ def check_encoding(flags: Flags) -> None:
         for text in listed(value):
             if isinstance(text, str) and clean(text) != text:
                 raise InvalidArgument(f"--{name} {text}", "is not UTF-8", "rename it, or give another")
+
+
+def check_text_encoder(flags: Flags) -> None:
+    """Refuse a rate of text encoders that nothing reads or no optimizer takes, and methods of one model alone."""
+    rate = flags.text_encoder_lr
+    if rate and not flags.train_text_encoder:
+        problem = "no text encoder is trained"
+        raise InvalidArgument(f"--text_encoder_lr {rate:g}", problem, "add --train_text_encoder")
+    if rate not in (None, flags.learning_rate) and named(flags.optimizer).path == PRODIGY:
+        problem = f"--optimizer {flags.optimizer} takes one rate for all parts, and --learning_rate is another"
+        raise InvalidArgument(f"--text_encoder_lr {rate:g}", problem, "leave it out")
+    if flags.train_text_encoder:
+        refuse_parts(flags.method)
+
+
+def check_compile(flags: Flags) -> None:
+    """Refuse to compile what would lose the shortcuts, or the memory that another flag is there to save."""
+    if flags.gradient_checkpointing:
+        if carries_activations(flags):
+            problem = f"--compile with --gradient_checkpointing cannot keep --shortcut {flags.shortcut}"
+            raise InvalidArgument("--compile", problem, "leave one of them out, or use --shortcut block")
+    elif flags.blocks_to_swap or flags.base_precision != "no":
+        saves = "--blocks_to_swap" if flags.blocks_to_swap else f"--base_precision {flags.base_precision}"
+        problem = f"keeps whole weights for the backward, which {saves} is there to avoid"
+        raise InvalidArgument("--compile", problem, "add --gradient_checkpointing, or leave one of them out")
 
 
 def check_folders(flags: Flags) -> None:
@@ -236,7 +249,7 @@ def merges_of(flags: Flags) -> Collection[str]:
 
 def carries_activations(flags: Flags) -> bool:
     """Whether a method's blocks hand activations to each other."""
-    wired = any_with_shortcuts(flags.method) and flags.shortcut != PLAIN and flags.pre_num != 0
+    wired = any(METHODS[name].shortcuts for name in flags.method) and flags.shortcut != PLAIN and flags.pre_num != 0
     return wired and shortcut_class(flags.shortcut).carries
 
 
@@ -277,12 +290,10 @@ def check_start(flags: Flags) -> None:
 
 
 def check_packages(flags: Flags) -> None:
-    """Refuse flags whose package is not installed."""
-    for flag, used, package in (
-        ("--enable_xformers_memory_efficient_attention", flags.enable_xformers_memory_efficient_attention, "xformers"),
-    ):
-        if used and importlib.util.find_spec(package) is None:
-            raise InvalidArgument(flag, f"{package} is not installed", f"pip install {package}, or leave it out")
+    """Refuse a flag whose package is not installed."""
+    if flags.enable_xformers_memory_efficient_attention and importlib.util.find_spec("xformers") is None:
+        flag, fix = "--enable_xformers_memory_efficient_attention", "pip install xformers, or leave it out"
+        raise InvalidArgument(flag, "xformers is not installed", fix)
 
 
 def check_loss(flags: Flags) -> None:
@@ -360,11 +371,6 @@ def is_step_rules(text: str) -> bool:
     except ValueError:
         return False
     return all(0 <= factor < math.inf for factor in factors) and all(step > 0 for step in steps)
-
-
-def check_adalora_steps(methods: Sequence[str], steps: int | None) -> None:
-    """Refuse runs that are too short for AdaLoRA to move a rank."""
-    check_steps(methods, steps, f"--max_train_steps {steps}")
 
 
 def check_hub(flags: Flags) -> None:

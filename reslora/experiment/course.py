@@ -40,7 +40,7 @@ def adapter_folder(folder: Path, step: int) -> Path:
     return folder / ADAPTERS / f"step-{step:06d}"
 
 
-def reading_adapter(folder: Path) -> refused_as:
+def reading_adapter(folder: Path) -> contextlib.AbstractContextManager[None]:
     """While an arm's adapter is read: says how to go on where it is missing or damaged."""
     return refused_as(str(folder), f"remove {folder}, and the arm is trained anew", (ValueError,))
 

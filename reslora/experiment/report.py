@@ -169,7 +169,7 @@ def p_in_words(p: float | None) -> str:
 
 def chosen_table(experiment: Experiment, unit: str) -> str:
     """Each label's rate and checkpoint, what they come to, and whether the rate is at an end of those tried; HTML."""
-    ranks = {arm["label"]: arm for arm in experiment["arms"]}
+    arms = {arm["label"]: arm for arm in experiment["arms"]}
     tests = {label: losses.mean(1) for label, losses in tested(experiment["arms"], experiment["chosen"]).items()}
     rows = []
     for label, choice in experiment["chosen"].items():
@@ -178,7 +178,7 @@ def chosen_table(experiment: Experiment, unit: str) -> str:
             which = {"low": "lowest", "high": "highest"}[choice["at_end"]]
             following = f"; {rate(choice['next'])} would be next" if choice["next"] else ""
             at_end = f"the {which} rate that was tried{following}"
-        arm = ranks.get(label)
+        arm = arms.get(label)
         wired = arm["shortcut"] or NOTHING if arm else NOTHING
         numbers = [rate(choice["learning_rate"]), str(choice["step"]), number(choice["loss"])]
         losses = finite(tests.get(label, ()))
@@ -264,13 +264,9 @@ def number(loss: float | None) -> str:
 def duration(seconds: float) -> str:
     """Seconds as hours, minutes and seconds, of which at most two are told."""
     minutes, rest = divmod(round(seconds), 60)
-    return (
-        f"{minutes // 60} h {minutes % 60} min"
-        if minutes > 59
-        else f"{minutes} min {rest} s"
-        if minutes
-        else f"{rest} s"
-    )
+    if minutes > 59:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def count(things: Sequence, name: str) -> str:
@@ -343,8 +339,8 @@ def is_chosen(arm: Arm, experiment: Experiment) -> bool:
 
 def settings_of(experiment: Experiment) -> str:
     """Settings, versions and parts, folded; HTML."""
-    given = {name: value for name, value in experiment["settings"].items() if value not in (None, "", [])}
-    settings = {name: value for name, value in given.items() if value is not False}
+    told = experiment["settings"].items()
+    settings = {name: value for name, value in told if value is not False and value not in (None, "", [])}
     found = ""
     for title, content in (
         ("Settings", settings),

@@ -7,7 +7,7 @@ import pytest
 from conftest import assert_one_line
 
 from reslora.common.errors import InvalidArgument
-from reslora.common.methods import METHODS, any_with_shortcuts, check_steps, refuse_deepspeed
+from reslora.common.methods import METHODS, check_steps, refuse_deepspeed
 
 
 def test_rows_say_what_each_method_is():
@@ -31,10 +31,6 @@ def test_rows_say_what_each_method_is():
     assert [name for name, row in METHODS.items() if not row.deepspeed] == ["adalora"]
     assert [name for name, row in METHODS.items() if not row.quantised] == ["loha", "lokr"]
     assert all(name == row.name and row.title and row.help and row.color for name, row in METHODS.items())
-
-
-def test_shortcuts_are_found_among_several_methods():
-    assert any_with_shortcuts(["lora", "reslora"]) and not any_with_shortcuts(["lora", "adalora"])
 
 
 def test_what_deepspeed_cannot_train_is_refused():

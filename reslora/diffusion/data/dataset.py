@@ -117,7 +117,8 @@ class Found:
         """Width and height of the image of a row that can be used, or why it cannot."""
         source = _source(row)
         size = image_size(source) if source else "no image"
-        problem = self.problems.get(index) or _caption_problem(row["captions"])
+        # A missing caption is a mistake; an empty one is a choice (the image then trains the empty caption).
+        problem = self.problems.get(index) or ("" if row["captions"] else "no caption")
         return problem or (size if isinstance(size, str) else mask_problem(_source(row, "mask"), size) or size)
 
 
@@ -175,11 +176,6 @@ def _source(row: dict, column: str = "image") -> Content:
 def _mark(row: dict) -> str:
     """The content of an image, and of its mask, in short."""
     return "+".join(content_mark(source) for source in (_source(row), _source(row, "mask")) if source)
-
-
-def _caption_problem(captions: Sequence) -> str:
-    # A missing caption is a mistake; an empty one is a choice (the image then trains the empty caption).
-    return "" if captions and all(isinstance(caption, str) for caption in captions) else "no caption"
 
 
 def data_flag(flags: Flags) -> str:

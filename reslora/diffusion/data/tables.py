@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -14,6 +13,7 @@ from pathlib import Path
 import datasets
 
 from ...common.errors import InvalidArgument
+from ...common.jsonl import NOT_JSON, values_of
 
 
 def has_file_names(metadata: Path) -> bool:
@@ -32,12 +32,10 @@ def _has_semicolons(first: Sequence[str]) -> bool:
 
 
 def _json_rows(text: str, where: str) -> Iterator[tuple[int, object]]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError):
-                raise InvalidArgument(f"{where} line {number}", "is no JSON", "correct it") from None
+    for number, row in values_of(text):
+        if row is NOT_JSON:
+            raise InvalidArgument(f"{where} line {number}", "is no JSON", "correct it")
+        yield number, row
 
 
 def _csv_rows(text: str, where: str) -> Iterator[tuple[int, object]]:

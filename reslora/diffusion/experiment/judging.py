@@ -17,6 +17,7 @@ from ...experiment.record import TestLosses
 from ...experiment.subject import COMPARING
 from ...export import DIFFUSERS_FILE
 from ...files import read_object, write_json
+from ...tracing import evaluating
 from ..data.batch import Batch
 from ..data.samples import losses_of
 from ..output.exports import (
@@ -29,7 +30,7 @@ from ..output.exports import (
     saved_parts,
 )
 from ..run import Setting
-from ..training.denoising import DenoisingLoss, evaluating
+from ..training.denoising import DenoisingLoss
 from .drawn import similarities
 from .split import Image
 

@@ -111,7 +111,7 @@ class Model:
     def denoiser_config(self) -> FrozenDict:
         """The denoiser's configuration, as its folder has it."""
         with refused_as(self.flag, "repair the folder"):
-            return FrozenDict(self.family.denoiser_class.load_config(self.folder / self.family.denoiser))
+            return FrozenDict(self.family.denoiser_class.load_config(self.denoiser_folder))
 
     def _other_vae(self, dtype: torch.dtype) -> ModelMixin:
         own = getattr(diffusers, self.index["vae"][1])  # FLUX.2 and Qwen-Image have classes of their own
@@ -165,10 +165,9 @@ class Model:
 
     def empty_denoiser(self) -> nn.Module:
         """The denoiser without weights, after checking that its files are whole and of the shapes it has."""
-        family, folder = self.family, self.folder / self.family.denoiser
         with refused_as(self.flag, "repair the folder"), torch.device("meta"):
-            denoiser = family.denoiser_class.from_config(family.denoiser_class.load_config(folder))
-        check_weights(folder, self.variant, denoiser, self.flag)
+            denoiser = self.family.denoiser_class.from_config(self.denoiser_config())
+        check_weights(self.denoiser_folder, self.variant, denoiser, self.flag)
         return denoiser
 
 

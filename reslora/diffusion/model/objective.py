@@ -11,7 +11,8 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 
 from ...common.errors import InvalidArgument, refused_as
-from ..arguments import SAMPLINGS, WEIGHTINGS, Flags, build_parser
+from ..arguments import SAMPLINGS, WEIGHTINGS, Flags
+from ..settings import untouched
 from .families.base import Family
 
 
@@ -183,9 +184,8 @@ def check_read(flags: Flags, sampling: str) -> None:
 
     Of a run that goes on nothing is refused: an earlier version may have begun it with them.
     """
-    parser = build_parser()
     for name, samplings in READ_BY.items():
-        value, default = getattr(flags, name), parser.get_default(name)
+        value, default = getattr(flags, name), getattr(untouched(), name)
         if sampling not in samplings and value != default and not flags.resume_from_checkpoint:
             problem = f"timesteps are drawn by {sampling}, which does not read it"
             stay = "leave it out" if default is None else f"leave it at {default}"
@@ -206,11 +206,10 @@ def objective_of(flags: Flags, family: Family, pipeline: DiffusionPipeline) -> O
         )
         check_read(flags, objective.sampling)
         return objective
-    parser = build_parser()
     for name in ("timestep_sampling", "weighting_scheme", *READ_BY):
-        if getattr(flags, name) != parser.get_default(name) and not (name in READ_BY and flags.resume_from_checkpoint):
-            problem = f"{family.name} does not learn a flow"
-            raise InvalidArgument(f"--{name} {getattr(flags, name)}", problem, "leave it out")
+        value = getattr(flags, name)
+        if value != getattr(untouched(), name) and not (name in READ_BY and flags.resume_from_checkpoint):
+            raise InvalidArgument(f"--{name} {value}", f"{family.name} does not learn a flow", "leave it out")
     argument = f"--pretrained_model_name_or_path {flags.pretrained_model_name_or_path}"
     with refused_as(argument, "give another model, or --prediction_type", (ValueError,)):
         return DdpmObjective(pipeline.scheduler, flags.snr_gamma, between)

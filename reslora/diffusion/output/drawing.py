@@ -13,13 +13,13 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import nn
 
+from ...tracing import evaluating
 from ..arguments import Flags
 from ..data.batch import changed, stack_texts
 from ..data.encoding import Texts
 from ..model.families.base import Family, Part, Text
 from ..prompts import Prompt, settled
 from ..seeds import derive
-from ..training.denoising import evaluating
 
 
 class Drawer:

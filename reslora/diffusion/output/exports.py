@@ -25,6 +25,7 @@ from ...common.methods import METHODS
 from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 from ...files import Damaged, check_checksums, remove, write_json
 from ...model import MergeReport, merge
+from ...tracing import evaluating
 from ..arguments import listed
 from ..context import Context
 from ..data.samples import CalibrationSamples, Material
@@ -34,7 +35,7 @@ from ..model.stored import load_exact
 from ..prompts import Prompt, prompts_of
 from ..training.best import Best, best_of
 from ..training.checkpoints import EXPORTS
-from ..training.denoising import DenoisingLoss, evaluating
+from ..training.denoising import DenoisingLoss
 from ..training.schedule import Schedule
 from ..training.sharding import cuts_base
 from ..training.state import Learner, add_adapters

@@ -21,12 +21,13 @@ from ...common.log import LogWriter, of_split, read_log
 from ...common.signals import StopRequest
 from ...common.together import decided
 from ...files import remove, replacing, write_json
+from ...tracing import evaluating
 from ..data.batch import Batch
 from ..data.samples import Material, ValidationSamples, losses_of, measured, measured_at
 from ..prompts import prompts_of
 from ..training.best import is_over, keep_if_best
 from ..training.checkpoints import checkpoints_of
-from ..training.denoising import DenoisingLoss, evaluating
+from ..training.denoising import DenoisingLoss
 from ..training.schedule import Schedule
 from ..training.sharding import by_main, cuts_base
 from ..training.state import Learner

@@ -18,7 +18,7 @@ from ...common.errors import first_line
 from ...model import enable_gradient_checkpointing
 from ..checks import check_pipeline
 from ..context import Context, weight_dtype
-from ..data.batch import Batch
+from ..data.batch import Batch, stack_texts
 from ..data.dataset import ImageDataset
 from ..data.encoding import CAPTIONS_AT_ONCE, Texts, Variants
 from ..data.material import sizes_of
@@ -140,9 +140,11 @@ class Rehearsal:
 
     def autoencoder_in(self, dtype: torch.dtype) -> Any:
         """The autoencoder in another precision."""
-        part = self.pipeline.vae if dtype == self.dtype else empty_part(self.model, "vae", dtype)
+        if dtype == self.dtype:
+            return self.pipeline.vae
+        part = empty_part(self.model, "vae", dtype)
         assert part is not None
-        return part if dtype == self.dtype else self.stage.place(part)
+        return self.stage.place(part)
 
     def encoding_captions(self) -> Phase | None:
         """Captions through the text encoders, beside the autoencoder; None where that is a part of each step."""
@@ -161,13 +163,11 @@ class Rehearsal:
     def text(self, count: int, dtype: torch.dtype | None = None) -> Text:
         """Text states of so many captions: the longest but for one, the shortest. Families without any have none."""
         longest, shortest = self.texts
-        found: dict[str, torch.Tensor | list[torch.Tensor]] = {}
-        for name in longest:
-            shapes = [longest[name]] * (count - 1) + [shortest[name] if count > 1 else longest[name]]
-            states = [self.stage.empty(*shape, dtype=dtype or own) for shape, own in shapes]
-            alike = len({state.shape for state in states}) == 1
-            found[name] = torch.stack(states) if alike else states
-        return found
+        texts = [longest, *[longest] * (count - 2), shortest][:count]
+        empty = self.stage.empty
+        return stack_texts(
+            [{name: empty(*shape, dtype=dtype or own) for name, (shape, own) in text.items()} for text in texts]
+        )
 
     def batch(self, count: int) -> Batch:
         """As many samples of the largest size, without memory."""

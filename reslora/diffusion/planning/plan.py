@@ -196,25 +196,16 @@ def guess(context: Context) -> float:
     weights = sum(value.nbytes for part in (denoiser, *filter(None, parts.values())) for value in part.parameters())
     pixels, texts = most_pixels(context), 64 * (flags.max_sequence_length or 77)
     images = max(flags.train_batch_size, 8)  # the most variants of an image that are encoded at once
-    at_work = 16.0 * images * pixels / 16 * numbers(denoiser)  # no autoencoder here has more latents than that
+    at_work = 16.0 * images * pixels / 16 * sum(widths(denoiser))  # no autoencoder here has more latents than that
     for name, part in parts.items():
         count = images * pixels if name == "vae" else texts
-        at_work = max(at_work, 16.0 * count * min(numbers(part), FEW * widest(part)) if part else 0.0)
+        own = widths(part) if part else []
+        at_work = max(at_work, 16.0 * count * min(sum(own), FEW * max(own, default=0)))
     return 4.0 * weights + at_work
 
 
-def numbers(module: nn.Module) -> int:
-    """How many numbers enter and leave the layers of a module at each place, if all are as large as what enters it."""
-    return sum(widths(module))
-
-
-def widest(module: nn.Module) -> int:
-    """How many enter and leave the layer that has the most."""
-    return max(widths(module), default=0)
-
-
 def widths(module: nn.Module) -> list[int]:
-    """How many enter and leave each layer."""
+    """How many numbers enter and leave each layer at each place, if all are as large as what enters the module."""
     layers = nn.Linear | nn.Conv2d | nn.Conv3d
     return [sum(layer.weight.shape[:2]) for layer in module.modules() if isinstance(layer, layers)]
 

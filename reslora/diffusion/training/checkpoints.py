@@ -140,19 +140,8 @@ def plan_resume(flags: Flags, identity: Identity | None = None, place: str = "")
     checkpoints = {method: checkpoints_of(folder) for method, folder in folders.items()}
     for checkpoint in (checkpoint for found in checkpoints.values() for checkpoint in found):
         check_past(flags, checkpoint, read_checkpoint(checkpoint), identity)
-    finished, merge_anew, notes = [], [], []
-    for method, folder in folders.items():
-        record = read_object(folder / EXPORTS)
-        if not record or not is_trained(flags, folder, record):
-            continue
-        check_past(flags, folder, record, identity)
-        merged = METHODS[method].shortcuts and {name: record[name] for name in MERGING if name in record}
-        if merged and any(getattr(flags, name) != value for name, value in merged.items()):
-            checkpoints[method] = [final_checkpoint(flags, folder, record["step"])]
-            merge_anew.append(method)
-        elif is_exported(folder, record):
-            finished.append(method)
-            notes += notes_of(flags, folder, record)
+    finished, merge_anew, notes = already_trained(flags, folders, identity)
+    checkpoints |= {method: [path] for method, path in merge_anew.items()}
     todo = [method for method in flags.method if method not in finished]
     if named is None and any(checkpoints[method] for method in todo if method not in merge_anew):
         fix = "go on with --resume_from_checkpoint latest, or choose another"
@@ -167,10 +156,29 @@ def plan_resume(flags: Flags, identity: Identity | None = None, place: str = "")
     newest = [checkpoints[method][0] for method in todo if checkpoints[method] and method not in merge_anew]
     of_earlier = [path for path in newest if has_other_rules(flags, read_checkpoint(path))]
     notes += [f"{path} is of {EARLIER_RULES}: it goes on as is done now" for path in of_earlier]
-    resume = Resume(finished, merge_anew, checkpoints, notes)
+    resume = Resume(finished, list(merge_anew), checkpoints, notes)
     if flags.max_train_steps:
         check_length(flags, resume, flags.max_train_steps)
     return resume
+
+
+def already_trained(
+    flags: Flags, folders: dict[str, Path], identity: Identity | None
+) -> tuple[list[str], dict[str, Path], list[str]]:
+    """Methods that are finished, the checkpoints of those that are to be merged anew, and lines about the former."""
+    finished, merge_anew, notes = [], {}, []
+    for method, folder in folders.items():
+        record = read_object(folder / EXPORTS)
+        if not record or not is_trained(flags, folder, record):
+            continue
+        check_past(flags, folder, record, identity)
+        merged = METHODS[method].shortcuts and {name: record[name] for name in MERGING if name in record}
+        if merged and any(getattr(flags, name) != value for name, value in merged.items()):
+            merge_anew[method] = final_checkpoint(flags, folder, record["step"])
+        elif is_exported(folder, record):
+            finished.append(method)
+            notes += notes_of(flags, folder, record)
+    return finished, merge_anew, notes
 
 
 def check_length(flags: Flags, resume: Resume, steps: int) -> None:
@@ -244,10 +252,10 @@ def _named_checkpoint(flags: Flags, named: str, todo: list[str]) -> tuple[str, P
 
 def check_past(flags: Flags, place: Path, record: dict, identity: Identity | None) -> None:
     """Refuse to go on with another rank, seed, model, images ... than a checkpoint or a finished method had."""
-    there, here = record.get("settings"), json.loads(json.dumps(settings_of(flags)))
+    there = record.get("settings")
     there = as_now(there, flags) if isinstance(there, dict) else {}  # damaged
     refuse_steering(flags, place, there)
-    for name, value in here.items():
+    for name, value in json.loads(json.dumps(settings_of(flags))).items():
         # None: the model's family or accelerate may say it yet, and this is called again then, with the identity.
         unknown = name == "mixed_precision" and there.get(name) is None  # not kept by earlier versions
         settled = value is not None or identity is not None
@@ -256,12 +264,19 @@ def check_past(flags: Flags, place: Path, record: dict, identity: Identity | Non
             before, fix = ("none", "leave it out") if there[name] is None else (there[name], "use that")
             problem = f"{place} was trained with {before}"
             raise InvalidArgument(flag, problem, f"{fix}, or choose another --output_dir")
-    if identity and record and record.get("lora", "") != identity.lora:
+    if identity and record:
+        refuse_other_content(flags, place, record, identity)
+
+
+def refuse_other_content(flags: Flags, place: Path, record: dict, identity: Identity) -> None:
+    """Refuse to go on from another LoRA, model or images, which are known by their content."""
+    if record.get("lora", "") != identity.lora:
         before = "another LoRA" if record.get("lora") else "zero"
         problem, fix = f"{place} was started from {before}", "give what it had, or choose another --output_dir"
         raise InvalidArgument(identity.lora_flag if identity.lora else "--init_lora", problem, fix)
-    for name in ("model", "images") if identity else ():
-        here, there = getattr(identity, name), record.get(name, getattr(identity, name))
+    for name in ("model", "images"):
+        here = getattr(identity, name)
+        there = record.get(name, here)
         if here != there:
             what = f"on {there}, these are {here}" if name == "images" else "from a model with other content"
             if "content" not in str(there):  # it holds hashes of heads and tails of files
@@ -338,7 +353,7 @@ def write_checkpoint(learner: Learner, path: Path, state: dict, record: dict) ->
         buffer = io.BytesIO()  # torch.save's own writing names no cause where a disk is full
         torch.save(state, buffer)
         (temporary / STATE).write_bytes(buffer.getbuffer())
-        (temporary / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_json(temporary / RECORD, record)
         write_checksums(temporary)
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from diffusers import DiffusionPipeline
@@ -36,12 +34,10 @@ class DenoisingLoss:
         with torch.autocast(self.pipeline.vae.device.type, enabled=False):
             inputs, target, timesteps = self.inputs(batch)
         prediction = self.family.prediction(denoiser(**inputs, return_dict=False), target).float()
+        target = target.float()
         if not weighted:
-            return self.squared(prediction, target.float(), batch)
-        if self.huber is None:
-            error = squared_error(prediction, target.float())
-        else:
-            error = self.huber(prediction, target.float(), timesteps)
+            return self.squared(prediction, target, batch)
+        error = self.huber(prediction, target, timesteps) if self.huber else squared_error(prediction, target)
         weight = self.objective.weight(timesteps) * batch.weight.to(timesteps.device)
         return loss_per_sample(self._masked(error, batch), weight)
 
@@ -91,16 +87,3 @@ class DenoisingLoss:
             with torch.no_grad():
                 return self.family.encode_captions(self.pipeline, batch.caption, self.flags.max_sequence_length)
         return batch.text
-
-
-@contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Runs its body with the models in eval mode, and leaves each in the mode it had."""
-    modes = [model.training for model in models]
-    try:
-        for model in models:
-            model.eval()
-        yield
-    finally:
-        for model, mode in zip(models, modes, strict=True):
-            model.train(mode)

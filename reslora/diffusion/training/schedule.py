@@ -1,12 +1,12 @@
-"""How long a method trains, and when it is looked at."""
+"""Of how many steps a training is, and after which of them it is looked at."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ...common.methods import check_steps
 from ..context import Context
 from ..data.samples import Material
-from ..settings import check_adalora_steps
 
 LONGEST_WARMUP, WARMUP_SHARE = 500, 0.1
 
@@ -29,12 +29,12 @@ class Schedule:
 
 
 def schedule_of(material: Material, context: Context) -> Schedule:
-    """How long each method trains, and when it is looked at."""
+    """The same for each method of a run; refuses steps in which one of them could not move its ranks."""
     flags = context.flags
     processes = context.accelerator.num_processes
     updates = material.plan(processes).updates_per_epoch(flags.gradient_accumulation_steps)
     steps = material.steps(processes)
-    check_adalora_steps(flags.method, steps)
+    check_steps(flags.method, steps, f"--max_train_steps {steps}")
     validation_steps = flags.validation_steps or flags.validation_epochs * updates
     warmup = flags.lr_warmup_steps
     warmup = min(LONGEST_WARMUP, int(WARMUP_SHARE * steps)) if warmup is None else warmup

@@ -113,11 +113,12 @@ class Learner:
 
     def state(self, accelerator: Accelerator) -> dict:
         """All but the adapter that a resumed run needs to equal an uninterrupted one; with DeepSpeed, collective."""
-        deepspeed = uses_deepspeed(accelerator)
+        if uses_deepspeed(accelerator):
+            optimizer = full_state(self.zero_optimizer, self.trained.named())
+        else:
+            optimizer = self.optimizer.state_dict()
         return {
-            "optimizer": full_state(self.zero_optimizer, self.trained.named())
-            if deepspeed
-            else self.optimizer.state_dict(),
+            "optimizer": optimizer,
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
             "allocator": self.allocator.state_dict() if self.allocator else None,

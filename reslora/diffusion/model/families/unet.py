@@ -34,9 +34,5 @@ def stability_name(config: Mapping, name: str) -> str:
         place = 2 if "Attn" in config["up_block_types"][level] else 1
         return f"output_blocks.{(level + 1) * layers - 1}.{place}.{rest}"
     number = level * layers + layer
-    inner = 0 if kind == "resnets" else 1
-    return (
-        f"input_blocks.{number + 1}.{inner}.{rest}"
-        if side == "down_blocks"
-        else f"output_blocks.{number}.{inner}.{rest}"
-    )
+    block = f"input_blocks.{number + 1}" if side == "down_blocks" else f"output_blocks.{number}"
+    return f"{block}.{0 if kind == 'resnets' else 1}.{rest}"

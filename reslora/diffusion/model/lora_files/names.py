@@ -115,12 +115,12 @@ class Names:
 
     def to_kohya(self, parts: Parts) -> dict[str, Factors]:
         """Layers by kohya's names; raises `InvalidArgument` for one that has none."""
-        joined = self._joined(parts[self.family.denoiser], self.kohya) if self.family.denoiser in parts else {}
+        joined = self._joined(parts.get(self.family.denoiser, {}), self.kohya)
         return {f"lora_unet_{name.replace('.', '_')}": factors for name, factors in joined.items()} | self._text(parts)
 
     def to_comfyui(self, parts: Parts) -> dict[str, Factors]:
         """Layers by ComfyUI's names, which are kohya's for text encoders; raises `InvalidArgument` as `to_kohya`."""
-        joined = self._joined(parts[self.family.denoiser], self.original) if self.family.denoiser in parts else {}
+        joined = self._joined(parts.get(self.family.denoiser, {}), self.original)
         return {f"diffusion_model.{name}": factors for name, factors in joined.items()} | self._text(parts)
 
     def _joined(self, layers: Mapping[str, Factors], table: Mapping[str, Fused]) -> dict[str, Factors]:

@@ -278,14 +278,13 @@ def _diffusers_reads(content: Content, names: Names, layers: Sequence[str]) -> b
 
 def _shaped(flag: str, layer: str, factors: Factors, names: Names) -> Factors:
     """Factors as the layer's weight has it: those of a 1 x 1 convolution may be written as a linear layer's."""
-    down, up, scale = factors
-    wanted = names.shapes[layer]
-    if names.exact and (up.shape[0], down[0].numel()) != (wanted[0], math.prod(wanted[1:])):
+    if not names.exact:
+        return factors
+    (down, up, scale), wanted = factors, names.shapes[layer]
+    if (up.shape[0], down[0].numel()) != (wanted[0], math.prod(wanted[1:])):
         problem = f"{layer} is {up.shape[0]} x {down[0].numel()} in it, {' x '.join(map(str, wanted))} in the model"
         raise InvalidArgument(flag, problem, "give the model that it was made for")
-    if names.exact:
-        return Factors(down.reshape(len(down), *wanted[1:]), up.reshape(*up.shape[:2], *[1] * (len(wanted) - 2)), scale)
-    return factors
+    return Factors(down.reshape(len(down), *wanted[1:]), up.reshape(*up.shape[:2], *[1] * (len(wanted) - 2)), scale)
 
 
 def _through_diffusers(content: Content, names: Names) -> dict[str, Factors]:
