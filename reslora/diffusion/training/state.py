@@ -6,7 +6,7 @@ import itertools
 import re
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -234,8 +234,8 @@ def new_optimizer(
     if flags.optimizer == "adamw":
         # A fused step hides from accelerate that the fp16 scaler has skipped it.
         options["fused"] = accelerator.device.type in ("cpu", "cuda") and accelerator.scaler is None
-    kind, words = class_of(flags.optimizer), " ".join([f"--optimizer {flags.optimizer}", *flags.optimizer_args])
-    with refused_as(words, "give arguments that it takes with --optimizer_args"):
+    kind = class_of(flags.optimizer)
+    with _refused(flags):
         optimizer = kind(parameters, **options | options_of(flags.optimizer_args))
     if hasattr(optimizer, "train"):  # schedule-free ones have two sets of weights, and train one of them
         optimizer.train()
@@ -243,5 +243,14 @@ def new_optimizer(
 
 
 def check_optimizer(context: Context) -> None:
-    """Refuse arguments that the optimizer does not take, by making one."""
-    new_optimizer([nn.Parameter(torch.zeros(1))], context.flags, context.accelerator)
+    """Refuse an optimizer, or arguments of it, that cannot train, by a step of one."""
+    weight = nn.Parameter(torch.zeros(1, 1, device=context.accelerator.device))  # a matrix, as LoRA's are: Muon asks
+    weight.grad = torch.ones_like(weight)
+    with _refused(context.flags):
+        new_optimizer([weight], context.flags, context.accelerator).step()
+
+
+def _refused(flags: Flags) -> AbstractContextManager:
+    words = " ".join([f"--optimizer {flags.optimizer}", *flags.optimizer_args])
+    fix = "--learning_rate sets lr; give arguments that it takes with --optimizer_args, or another optimizer"
+    return refused_as(words, fix)

@@ -32,7 +32,7 @@ def test_a_scaled_rate_is_times_the_samples_of_a_step_in_all_processes(scaled, r
 
 @pytest.mark.parametrize(
     "optimizer",
-    ["prodigy", "adafactor", "lion", "schedulefree", "torch.optim.RMSprop"],
+    ["prodigy", "adafactor", "lion", "schedulefree", "torch.optim.RMSprop", "torch.optim.Muon"],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one_with_any_optimizer(base_flags, tmp_path, optimizer):
     flags = [*base_flags, "--method", "reslora", "--optimizer", optimizer, "--optimizer_args", "weight_decay=0.1"]
@@ -86,6 +86,9 @@ def test_values_of_arguments_are_read_as_python_reads_them():
         (["--optimizer", "torch.nn.Linear"], ["no class of torch's optimizers"]),
         (["--optimizer", "lion", "--optimizer_args", "beta7=1"], ["--optimizer lion beta7=1"]),
         (["--optimizer_args", "weight_decay"], ["--optimizer_args weight_decay"]),
+        (["--optimizer_args", "lr=None"], ["--optimizer_args lr=None: --learning_rate sets it; leave it out"]),
+        (["--optimizer", "adafactor", "--optimizer_args", "relative_step=True"], ["--learning_rate sets lr"]),
+        (["--optimizer", "torch.optim.LBFGS"], ["--optimizer torch.optim.LBFGS", "closure", "another optimizer"]),
         (["--optimizer", "lion", "--use_8bit_adam"], ["--use_8bit_adam"]),
     ],
 )
