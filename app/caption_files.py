@@ -19,7 +19,8 @@ from pathlib import Path
 
 from reslora.common.errors import InvalidArgument, first_line
 from reslora.diffusion.arguments import Flags
-from reslora.diffusion.data.dataset import caption_files, read_caption, read_metadata
+from reslora.diffusion.data.caption_files import caption_files, read_caption
+from reslora.diffusion.data.dataset import read_metadata
 from reslora.diffusion.data.listing import TRASH
 from reslora.diffusion.data.tables import ROWS
 from reslora.diffusion.prompts import clean

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import gradio as gr
 
-from reslora.diffusion.data.dataset import CAPTIONS
+from reslora.diffusion.data.caption_files import CAPTIONS
 
 from .. import cards, image_edits, views
 from ..handlers import QUIET, paths_of, readable_errors, translated

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import gradio as gr
 
 from reslora.common.methods import SHORTCUT_FLAGS
-from reslora.diffusion.data.dataset import CAPTIONS
+from reslora.diffusion.data.caption_files import CAPTIONS
 
 from .. import form, launcher, views
 from ..bases import PIPELINES

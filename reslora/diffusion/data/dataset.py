@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import dataclasses
 import re
 from collections.abc import Sequence
@@ -17,13 +16,13 @@ from ..arguments import Flags, listed
 from ..content import Content, content_mark
 from ..prompts import clean
 from ..seeds import derive, shuffled
+from .caption_files import CAPTIONS, caption_files, caption_in, read_caption
 from .images import SUFFIXES, UNREADABLE, image_size, is_masked, mask_problem, open_image, open_masked
 from .listing import files_of, hidden_images, told_of_hidden
 from .shards import refuse_pickles, training_files
 from .tables import ROWS, has_file_names, unlisted
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-CAPTIONS = (".txt", ".caption")  # the second one is kohya's; the first of them that is there counts
 SAVED = ("dataset_dict.json", "state.json")  # one of them is in a folder that `save_to_disk` wrote
 REPEATED = re.compile(r"(\d+)_(.+)")  # kohya's folders: how often an epoch meets each image, and the caption
 MOST_REPEATS = 1000  # of a folder's name: what is more is a year or a date
@@ -215,11 +214,6 @@ def read_folder(folder: Path, flags: Flags, caption: str | None = None, deep: bo
     return _with_folder_notes(found, folder, everything, deep)
 
 
-def caption_files(image: Path) -> list[Path]:
-    """The caption files beside an image; the first one is read."""
-    return [text for suffix in CAPTIONS if (text := image.with_suffix(suffix)).is_file()]
-
-
 def _with_folder_notes(found: Found, folder: Path, everything: list[Path], deep: bool) -> Found:
     found.notes += _hidden_note(found.rows, folder)
     if not deep:
@@ -272,16 +266,6 @@ def _as_found(files: Sequence[Path], captions: Sequence[list | str], masks: Sequ
     features = FEATURES | ({"mask": FEATURES["image"]} if any(masks) else {})
     rows = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
     return Found(rows, problems, [], files=files)
-
-
-def read_caption(path: Path) -> list[str] | str:
-    """The caption in a text file, or what is wrong with it; Windows' editors write UTF-16 and byte order marks."""
-    content = path.read_bytes()
-    marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    try:
-        return [content.decode("utf-16" if marked else "utf-8-sig").strip()]
-    except UnicodeDecodeError:
-        return "its caption is not UTF-8"
 
 
 def read_metadata(path: Path, flags: Flags) -> Found:
@@ -355,10 +339,12 @@ def read_dataset(flags: Flags) -> Found:
     notes: list[str] = []
     rows = _load_split(flags, folder, layout, everything, notes)
     image, caption = _columns(rows, layout, flags, notes)
-    captions = [value if isinstance(value, list) else [value] for value in rows[caption]]
+    captions = [_captions(value) for value in rows[caption]]
     if captions and not any(isinstance(caption, str) for options in captions for caption in options):
-        raise InvalidArgument(f"--caption_column {caption}", "holds no text", "name another column")
-    texts = [[clean(c) for c in value] if all(isinstance(c, str) for c in value) else [] for value in captions]
+        fix = "name another column" + (", or write captions into .txt files" if layout == "webdataset" else "")
+        raise InvalidArgument(f"--caption_column {caption}", "holds no text", fix)
+    problems = {index: value for index, value in enumerate(captions) if isinstance(value, str)}
+    texts = [_texts(value) if isinstance(value, list) else [] for value in captions]
     masks = ["mask"] if flags.masked_loss and "mask" in rows.column_names else []
     if layout == "json" and not flags.dataset_name:
 
@@ -385,7 +371,18 @@ def read_dataset(flags: Flags) -> Found:
     rows = datasets.concatenate_datasets([images, column], axis=1)
     if layout is None and not (flags.dataset_name and flags.train_data_dir):  # that is a part of the folder
         notes += [*_passed_over(rows, everything, flags), *_hidden_note(rows, folder)]
-    return Found(rows, {}, notes)
+    return Found(rows, problems, notes)
+
+
+def _captions(value: object) -> list | str:
+    """The captions of a row, or what is wrong with them; of a webdataset's suffixes `datasets` decodes some alone."""
+    if isinstance(value, bytes):
+        return caption_in(value)
+    return value if isinstance(value, list) else [value]
+
+
+def _texts(captions: list) -> list[str]:
+    return [clean(c) for c in captions] if all(isinstance(c, str) for c in captions) else []
 
 
 def _passed_over(rows: datasets.Dataset, everything: Sequence[Path], flags: Flags) -> list[str]:
@@ -403,7 +400,8 @@ def _columns(rows: datasets.Dataset, layout: str | None, flags: Flags, notes: li
     if layout == "webdataset":
         images = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
         image = images[0] if image not in known and len(images) == 1 else image
-        caption = "txt" if caption not in known and "txt" in known else caption
+        texts = [suffix[1:] for suffix in CAPTIONS if suffix[1:] in known]
+        caption = texts[0] if caption not in known and texts else caption
         notes.append(f"the images are {image} of the .tar files, the captions {caption}")
     for flag, column in (("--image_column", image), ("--caption_column", caption)):
         if column not in known:

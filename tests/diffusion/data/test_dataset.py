@@ -1,12 +1,9 @@
 """Images and captions: every layout of a folder, and what is left out."""
 
 import errno
-import io
 import json
 import os
-import pickle
 import shutil
-import tarfile
 import threading
 from pathlib import Path
 
@@ -116,52 +113,6 @@ def test_what_save_to_disk_wrote_is_read(tmp_path, flag, splits):
     found = load_images(parse_args([flag, str(tmp_path / "p")]))
     assert found.captions == [["red disc"], ["blue box"], ["red disc"]]
     assert all(same_image(found.open(number), random_image(number)) for number in range(3))
-
-
-def webdataset(path: Path, members: dict[str, bytes]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as archive:
-        for name, content in members.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(content)
-            archive.addfile(entry, io.BytesIO(content))
-    return path.parent
-
-
-def png(number: int) -> bytes:
-    file = io.BytesIO()
-    random_image(number).save(file, "PNG")
-    return file.getvalue()
-
-
-def test_a_webdataset_is_read(brief_flags, tmp_path):
-    """Its columns are suffixes; with a train split, the other is passed over and that is said."""
-    folder, flags = tmp_path / "p", ("--cache_dir", str(tmp_path / "cache"))
-    for number, name in enumerate(["train-0.tar", "train-1.tar", "test-0.tar"]):
-        webdataset(folder / name, {f"{number}.png": png(number), f"{number}.txt": f"box {number}".encode()})
-    found = gather(folder, *flags)
-    assert found.captions == [["box 0"], ["box 1"]]
-    assert all(same_image(found.open(number), random_image(number)) for number in range(2))
-    lines = printed(*brief_flags, "--train_data_dir", folder, *flags, "--output_dir", tmp_path / "out")
-    assert "1 of 3 files" in only(lines, "training split")
-    assert "png" in only(lines, "images are") and "txt" in only(lines, "images are")
-
-
-@pytest.mark.parametrize("flag", ["--train_data_dir", "--dataset_name"])
-@pytest.mark.parametrize("name", ["0.pyd", "0.pth", "0.PKL", "0.pickle", "deep/0.meta.pt"])
-def test_pickle_in_a_webdataset_is_refused(tmp_path, capsys, flag, name):
-    content = pickle.dumps(Path("/nowhere"))
-    folder = webdataset(tmp_path / "p" / "0.tar", {"0.png": png(0), "0.txt": b"box", name: content})
-    flags = (flag, folder, "--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / "out")
-    line = refused(capsys, *flags)
-    assert name in line and "pickle" in line and not (tmp_path / "cache").exists()
-
-
-@pytest.mark.parametrize("content", [b"", b"no tar" * 1000])
-def test_a_damaged_webdataset_is_refused(tmp_path, capsys, content):
-    (tmp_path / "p").mkdir()
-    (tmp_path / "p" / "0.tar").write_bytes(content)
-    assert "p" in refused(capsys, "--train_data_dir", tmp_path / "p", "--cache_dir", tmp_path / "cache", quiet=False)
 
 
 def test_json_tables_name_images_of_the_folder(tmp_path, capsys):
