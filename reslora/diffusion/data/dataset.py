@@ -437,6 +437,9 @@ def _load_split(
         raise
     except Exception as error:  # whatever a hub, a network or a parser can raise
         problem, fix = f"cannot be loaded ({first_line(error)})", "check the name, the connection and the layout"
+        if several := re.search(r"available configs: \[(.*)\]", str(error)):
+            name = flags.dataset_name or flags.train_data_dir
+            problem, fix = f"holds several: {several[1]}", f"give --dataset_name {name} --dataset_config_name NAME"
         below = {path.parent for path in everything if path.name in METADATA}
         raise InvalidArgument(data_flag(flags), problem, ONE_BY_ONE if len(below) > 1 else fix) from None
     if isinstance(splits, datasets.Dataset):

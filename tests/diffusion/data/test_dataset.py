@@ -115,6 +115,21 @@ def test_what_save_to_disk_wrote_is_read(tmp_path, flag, splits):
     assert all(same_image(found.open(number), random_image(number)) for number in range(3))
 
 
+@pytest.mark.parametrize("flag", ["--train_data_dir", "--dataset_name"])
+def test_a_folder_of_several_configurations_is_refused_with_their_names(tmp_path, capsys, flag):
+    """Which the hub's folders say in README.md."""
+    folder, cache = tmp_path / "p", ("--cache_dir", str(tmp_path / "cache"))
+    named = [{"config_name": name, "data_files": f"{name}/*.parquet"} for name in "ab"]
+    for name in "ab":
+        (folder / name).mkdir(parents=True)
+        three_images().to_parquet(folder / name / "train.parquet")
+    (folder / "README.md").write_text(f"---\nconfigs: {json.dumps(named)}\n---\n")
+    line = refused(capsys, flag, folder, *cache, quiet=False)
+    fix = f"give --dataset_name {folder} --dataset_config_name NAME"
+    assert line.endswith(f"{flag} {folder}: holds several: 'a', 'b'; {fix}")
+    assert len(load_images(parse_args(["--dataset_name", str(folder), "--dataset_config_name", "b", *cache]))) == 3
+
+
 def test_json_tables_name_images_of_the_folder(tmp_path, capsys):
     folder = image_folder(tmp_path / "p", 3, layout="none")
     rows = [{"picture": f"{n}.png", "text": [red_or_blue(n), "more"]} for n in range(3)]
