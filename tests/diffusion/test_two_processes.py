@@ -6,7 +6,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from launching import FOLDER, forked, start, start_forked
+from pipelines import qwen_image
 from waiting import ended, wait_until
 
 from diffusion.runs import RESUME, SCRIPT, assert_same, digests, final_weights, main
@@ -107,6 +109,21 @@ def test_one_process_does_not_go_on_for_two_half_as_large(flags, whole, capsys):
     """As many samples a step: allowed, and equal but for rounding; half as many: refused."""
     assert main(*flags, "--output_dir", whole, "--max_train_steps", "6", *RESUME) == 2
     assert "batch size x accumulation x processes = 2" in capsys.readouterr().err
+
+
+def test_layers_that_the_output_does_not_depend_on_do_not_end_them(flags, tmp_path):
+    """Nobody reads what the text has become in Qwen-Image's last block: `to_add_out` has no gradient there."""
+    words = [*flags[2:], "--pretrained_model_name_or_path", str(qwen_image(tmp_path / "qwen")), "--method", "lora"]
+    words += ["--target_modules", "to_q", "to_add_out", "--num_validation_images", "0", "--validation_split", "0"]
+    words += ["--gradient_checkpointing", "--gradient_accumulation_steps", "2", "--max_train_steps", "2"]
+    printed = forked(SCRIPT, *words, "--output_dir", str(tmp_path / "two"), folder=tmp_path)
+    assert printed.count("lora: nothing reads what attn.to_add_out of the last block returns") == 1
+    assert main(*words, "--train_batch_size", "4", "--output_dir", tmp_path / "one") == 0
+    two, one = (final_weights(tmp_path / name, "lora", 2) for name in ("two", "one"))
+    torch.testing.assert_close(two, one, rtol=0, atol=1e-4)
+    assert {name for name, value in two.items() if "to_add_out.lora_B" in name and value.any()} == {
+        f"transformer_blocks.{block}.attn.to_add_out.lora_B.default.weight" for block in (0, 1)
+    }
 
 
 def test_both_end_early_with_one(flags, tmp_path):

@@ -14,7 +14,7 @@ from ..context import Context
 from ..data.samples import Material
 from .sharding import cut, cuts_base, leave_base_alone
 from .state import Learner
-from .zero import load_full_state
+from .zero import load_full_state, uses_deepspeed
 
 FEW_TOKENS = 64
 
@@ -33,12 +33,27 @@ def prepare(learner: Learner, context: Context) -> None:
     if flags.gradient_checkpointing:
         for part in learner.trained.parts.values():
             enable_gradient_checkpointing(part)
+    if not uses_deepspeed(context.accelerator):  # which waits for no gradient
+        freeze_unread(learner, context)
     prepare_processes(learner, context.accelerator)
     if learner.awaited:
         load_full_state(learner.zero_optimizer, learner.trained.named(), learner.awaited)
         learner.awaited = None
     if flags.compile:
         learner.trained.use_compiler()
+
+
+def freeze_unread(learner: Learner, context: Context) -> None:
+    """Freezes what nothing reads: no gradient reaches it, and DistributedDataParallel would wait for one."""
+    denoiser = learner.denoiser
+    for part in context.model.family.unread:
+        start = f"transformer_blocks.{denoiser.config.num_layers - 1}.{part}."
+        weights = [p for name, p in denoiser.named_parameters() if p.requires_grad and name.startswith(start)]
+        for weight in weights:
+            weight.requires_grad_(False)
+        if weights:
+            line = f"{learner.name}: nothing reads what {part} of the last block returns, so it stays as it is"
+            context.accelerator.print(line)
 
 
 def prepare_processes(learner: Learner, accelerator: Accelerator) -> None:

@@ -81,6 +81,8 @@ class Family:
     """Plain LoRA files beside diffusers', keys of `exports.LORA_FILES`."""
     unused_parts: tuple[str, ...] = ()
     """Parts of the pipeline that are not loaded at all."""
+    unread: tuple[str, ...] = ()
+    """Parts of the last of `transformer_blocks` whose results nothing reads."""
     defaults: ClassVar[Mapping[str, object]] = {}
     """Flags' values for this family, where the user gave none."""
     original: ClassVar[Mapping[str, str]] = {}

@@ -18,6 +18,7 @@ class QwenImage(WithQwenAutoencoder):
     guidance = "true_cfg_scale"
     marks = ("qwen_image", "qwen-image")
     one_size = True
+    unread = ("attn.to_add_out", "txt_mlp")  # what the text becomes
     defaults: ClassVar = {
         "resolution": 512,
         "num_inference_steps": 50,
