@@ -19,7 +19,7 @@ from ..seeds import derive, shuffled
 from .caption_files import CAPTIONS, caption_files, caption_in, read_caption
 from .images import SUFFIXES, UNREADABLE, image_size, is_masked, mask_problem, open_image, open_masked
 from .listing import files_of, hidden_images, told_of_hidden
-from .shards import refuse_pickles, training_files
+from .shards import check_archives, training_files, training_split
 from .tables import ROWS, has_file_names, unlisted
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -417,7 +417,7 @@ def _load_split(
     datasets.disable_progress_bars()
     try:
         if layout == "webdataset":
-            refuse_pickles([path for path in everything if path.suffix == ".tar"], data_flag(flags))
+            check_archives([path for path in everything if path.suffix == ".tar"], data_flag(flags), notes)
         if layout == "saved":
             splits = datasets.load_from_disk(str(folder))
         elif flags.dataset_name:
@@ -444,4 +444,4 @@ def _load_split(
         raise InvalidArgument(data_flag(flags), problem, ONE_BY_ONE if len(below) > 1 else fix) from None
     if isinstance(splits, datasets.Dataset):
         return splits.with_format(None)
-    return (splits["train"] if "train" in splits else next(iter(splits.values()))).with_format(None)
+    return training_split(splits, notes).with_format(None)

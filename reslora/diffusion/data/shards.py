@@ -1,10 +1,12 @@
-"""The files of a webdataset or of JSON tables: which of them are trained on, and what must not be in them."""
+"""The files of a webdataset or of JSON tables, and splits: which are trained on, and what must not be in them."""
 
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import datasets
 
 from ...common.errors import InvalidArgument
 
@@ -19,11 +21,28 @@ def training_files(files: Sequence[Path], folder: Path, notes: list[str]) -> Seq
     return chosen
 
 
-def refuse_pickles(files: Sequence[Path], argument: str) -> None:
-    """Refuses .tar files with pickle in them, some of which `datasets` would unpickle, if carefully."""
+def training_split(splits: Mapping[str, datasets.Dataset], notes: list[str]) -> datasets.Dataset:
+    """The one that is called "train"; where there is none, the first."""
+    name = "train" if "train" in splits else next(iter(splits))
+    if others := [other for other in splits if other != name]:
+        notes.append(f"the split {name} is trained on, not {', '.join(others)}")
+    return splits[name]
+
+
+def check_archives(files: Sequence[Path], argument: str, notes: list[str]) -> None:
+    """Refuses .tar files with pickle in them, some of which `datasets` would unpickle, if carefully; notes cut ones."""
     for path in files:
         with tarfile.open(path) as archive:
-            name = next((member.name for member in archive if member.name.lower().endswith(PICKLES)), None)
-        if name is not None:
-            problem = f"{path.name} holds {name}, which is pickle"
+            names, whole = archive.getnames(), _is_whole(archive)
+        if pickled := [name for name in names if name.lower().endswith(PICKLES)]:
+            problem = f"{path.name} holds {pickled[0]}, which is pickle"
             raise InvalidArgument(argument, problem, "leave it out: images and captions alone are read")
+        if not whole:
+            notes.append(f"{path.name} is cut off or damaged: nothing behind {(names or ['its start'])[-1]} is read")
+
+
+def _is_whole(archive: tarfile.TarFile) -> bool:
+    """Whether an archive that was read to its end ends as it should: with empty blocks, which tarfile does not ask."""
+    assert archive.fileobj is not None
+    archive.fileobj.seek(archive.offset)
+    return archive.fileobj.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)

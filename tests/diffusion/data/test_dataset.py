@@ -113,6 +113,15 @@ def test_what_save_to_disk_wrote_is_read(tmp_path, flag, splits):
     found = load_images(parse_args([flag, str(tmp_path / "p")]))
     assert found.captions == [["red disc"], ["blue box"], ["red disc"]]
     assert all(same_image(found.open(number), random_image(number)) for number in range(3))
+    assert found.notes == (("the split train is trained on, not test",) if splits else ())
+
+
+def test_a_saved_data_set_without_a_training_split_says_what_is_trained_on(tmp_path):
+    rows = three_images()
+    splits = {"validation": rows.select([0]), "test": rows}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "p")
+    found = gather(tmp_path / "p")
+    assert len(found) == 1 and found.notes == ("the split validation is trained on, not test",)
 
 
 @pytest.mark.parametrize("flag", ["--train_data_dir", "--dataset_name"])

@@ -82,3 +82,23 @@ def test_captions_in_a_webdatasets_json_are_refused_with_what_helps(tmp_path, ca
     flags = ("--train_data_dir", folder, "--cache_dir", tmp_path / "cache", "--caption_column", "json")
     line = refused(capsys, *flags, quiet=False)
     assert line.endswith("--caption_column json: holds no text; name another column, or write captions into .txt files")
+
+
+@pytest.mark.parametrize("damage", ["cut", "header"])
+def test_an_archive_that_is_cut_between_its_files_is_noted(tmp_path, damage):
+    """tarfile ends there without a word, and so does `datasets`."""
+    members = {f"{number}.{kind}": content for number in range(3) for kind, content in contents(number)}
+    flags = ("--cache_dir", str(tmp_path / "cache"))
+    path = webdataset(tmp_path / "p" / "0.tar", members) / "0.tar"
+    assert not [note for note in gather(path.parent, *flags).notes if "cut off" in note]
+    with tarfile.open(path) as archive:
+        start = archive.getmember("2.png").offset
+    whole = path.read_bytes()
+    path.write_bytes(whole[:start] + (b"x" * 512 + whole[start + 512 :] if damage == "header" else b""))
+    found = gather(path.parent, *flags)
+    assert len(found) == 2
+    assert "0.tar is cut off or damaged: nothing behind 1.txt is read" in found.notes
+
+
+def contents(number: int) -> list[tuple[str, bytes]]:
+    return [("png", png(number)), ("txt", b"box")]
