@@ -33,7 +33,7 @@ from . import form
 from .bases import bundled, model_of
 from .folders import UPLOADS, Folders
 from .held import held, is_held
-from .library import Experiment, Library
+from .library import Experiment, Library, language_script
 from .runs import EXPERIMENT_LOG, LOG_NAME, NOTES, Run, RunError, is_trainer
 from .uploads import contents_of, place_of
 from .views import enumerated
@@ -370,6 +370,8 @@ class Trainings:
         done, total = run.progress
         if run.process is None:
             return f"{run.name} is starting, or ending; ask once it trains."
+        if script := language_script(run):
+            return f"{run.name} is of {script}, which cannot be asked for that."
         if total and done == total:
             return f"{run.name} has no step to take now."
         if request == SAMPLE and run.config and not run.prompts:

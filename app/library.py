@@ -15,7 +15,7 @@ from reslora.diffusion.arguments import SEVERAL
 from reslora.diffusion.prompts import clean
 from reslora.experiment.record import EXPERIMENT
 
-from .runs import EXPERIMENT_LOG, LARGEST_JSON, LOG_NAME, Run, RunError, number
+from .runs import EXPERIMENT_LOG, LARGEST_JSON, LOG_NAME, SCRIPTS, Run, RunError, number
 
 REPORT = "report.html"
 MOST_BESIDE = 3
@@ -169,6 +169,12 @@ def has_several_values(path: Path, changed: int) -> bool:
     config = Run(path.parent.name, path.parent).config
     several = [value for name in SEVERAL if isinstance(value := config.get(name), list) and len(value) > 1]
     return any(all(isinstance(one, int | float | str) for one in value) for value in several)
+
+
+def language_script(run: Run) -> str:
+    """The script that trains a language model there, as its settings tell; empty where it is none's."""
+    config = run.config
+    return "" if "model_name_or_path" not in config else SCRIPTS[2] if "task_name" in config else SCRIPTS[1]
 
 
 def last_change(folder: Path) -> float:

@@ -1,5 +1,6 @@
 """app/launcher.py: commands, uploads, and processes."""
 
+import contextlib
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 import PIL.Image
 import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from app_runs import HOSTILE, run_by_hand, write_exports, write_run
+from app_runs import HOSTILE, run_by_hand, write_exports, write_language_run, write_run
 from diffusers import AutoencoderKL
 from pipelines import image_folder, stable_diffusion
 from waiting import LIMIT, ended, wait_until
@@ -319,15 +320,44 @@ def test_refusals_in_many_threads_leave_stderr_alone(trainings):
     assert sys.stderr is before
 
 
-@pytest.mark.parametrize("name", ["checkout/train_sd.py", "train_sd", "bin/reslora-train-sd"])
-def test_trainers_are_known_however_they_were_started(name):
+@contextlib.contextmanager
+def started_as(name):
+    """A process whose command line has that word, as a trainer's has; its id."""
     command = [sys.executable, "-c", "input(input())", name]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         process.stdin.write(b"here\n")
         process.stdin.flush()
         assert process.stdout.read(4) == b"here"  # a process that has only just begun has no words yet
-        assert is_trainer(process.pid)
+        yield process.pid
         process.communicate(b"\n", timeout=LIMIT)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["checkout/train_sd.py", "train_sd", "bin/reslora-train-sd", "train_glue", "bin/reslora-train-llm", "train_llm.py"],
+)
+def test_trainers_are_known_however_they_were_started(name):
+    with started_as(name) as process:
+        assert is_trainer(process)
+
+
+@pytest.mark.parametrize(("script", "task"), [("train_llm.py", "task"), ("train_glue.py", "task_name")])
+@pytest.mark.parametrize("kind", ["run", "experiment"])
+def test_a_language_model_that_trains_is_left_where_it_is(trainings, script, task, kind):
+    """What else is started waits for it, and it is asked for nothing that its script does not know."""
+    run = write_language_run(trainings.library.folder / "language", task)
+    if kind == "experiment":
+        (run / "experiment.json").write_text("{}")
+    with started_as(script) as process:
+        (run / ".lock").write_text(str(process))
+        with pytest.raises(RunError, match="language is training"):
+            Shelf(Queue(trainings)).throw_away("language")
+        with pytest.raises(RunError, match="language is training"):
+            trainings.start("second", [])
+        for request in (SAVE, SAMPLE):
+            assert trainings.ask(request) == f"language is of {script}, which cannot be asked for that."
+            assert not (run / request).exists()
+        assert "language stops" in trainings.stop("language", Experiment if kind == "experiment" else Run)
 
 
 def test_only_trainers_are_stopped():
