@@ -51,6 +51,8 @@ BEFORE = {LOG_NAME, EXPERIMENT_LOG, NOTES, SAVE, SAMPLE, "cache", "images.json",
 FEW = 8  # images to look at before a training
 ALONE = "Several methods alone are a run: give several learning rates or seeds, or start it under Train."
 PLAN_SECONDS = 180
+STOP = getattr(signal, "SIGUSR1", signal.SIGTERM)
+"""Asks a trainer to save and leave, as another application may have: a second SIGTERM would end it unsaved."""
 
 
 class Busy(RunError):
@@ -144,7 +146,7 @@ class Trainings:
         self.images = Folders(library.folder, data)
         self.data = self.images.data
         self.started: dict[str, subprocess.Popen] = {}
-        self.asked: set[int] = set()  # processes that were told to stop: a second signal would keep them from saving
+        self.asked: set[int] = set()  # processes that were told to stop
         self.began: set[str] = set()  # runs whose trainer was seen at work, or told to stop, since it was started here
         self.lock = threading.Lock()
 
@@ -285,7 +287,7 @@ class Trainings:
         return self.library.find_experiment(name) if kind is Experiment else self.library.find(name)
 
     def stop(self, name: str, kind: type[Run] = Run, only: bool = False) -> str:
-        """Ask a trainer to save and leave (SIGTERM), that of the run or, if it has none, the one that is at work.
+        """Ask a trainer to save and leave, that of the run or, if it has none, the one that is at work.
 
         `only`: that of the run alone, as it was seen to train; what has begun since it ended is left alone.
         Returns a sentence saying so.
@@ -305,7 +307,7 @@ class Trainings:
             return f"{run.name} was told to stop already; what is trained is kept."
         if number is not None:
             self.asked.add(number)
-            os.kill(number, signal.SIGTERM)
+            os.kill(number, STOP)
             done, total = run.progress
             when = "soon" if total and done == total else "after this step"  # it merges, or compares
             return f"{run.name} stops {when}; what is trained is kept."

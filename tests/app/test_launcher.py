@@ -43,6 +43,21 @@ while not pathlib.Path("../end").exists():
     time.sleep(0.01)
 print("train_sd.py: stopped before training began")
 """
+# In place of a trainer that takes its time to save.
+SAVING = """
+import os, pathlib, sys, time
+from reslora.common.signals import StopRequest
+with StopRequest() as stop:
+    pathlib.Path(".lock").write_text(str(os.getpid()))
+    while stop.signal is None:
+        time.sleep(0.01)
+    pathlib.Path("saving").touch()
+    while not pathlib.Path("end").exists():
+        assert pathlib.Path("..").exists()
+        time.sleep(0.01)
+    pathlib.Path("saved").touch()
+sys.exit(128 + stop.signal)
+"""
 
 
 @pytest.fixture
@@ -224,7 +239,7 @@ def test_what_was_stopped_while_it_encoded_is_started_anew(trainings, tmp_path, 
 def test_a_trainer_is_found_by_its_lock_and_stopped(run):
     """A process that looks like a trainer writes the lock, and says that it was asked to stop."""
     code = (
-        "import os, pathlib, signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(7)); "
+        "import os, pathlib, signal, sys; signal.signal(signal.SIGUSR1, lambda *_: sys.exit(7)); "
         "pathlib.Path(sys.argv[1]).write_text(str(os.getpid())); signal.pause()"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(run.folder / ".lock"), "train_sd.py"])
@@ -236,9 +251,21 @@ def test_a_trainer_is_found_by_its_lock_and_stopped(run):
     assert trainings.stop("run") == "run stops soon; what is trained is kept."  # it has taken all its steps
     assert trainings.status(run) in ("stopping", "stopped")
     trainings.asked.add(process.pid)
-    assert "already" in trainings.stop("run") or ended(process) == 7  # a second signal would keep it from saving
+    assert "already" in trainings.stop("run") or ended(process) == 7
     assert ended(process) == 7
     assert trainings.status(run) == "stopped"
+
+
+def test_who_is_told_to_stop_by_two_applications_saves(run):
+    """The second may be the first one, started again: it does not know what was asked."""
+    environment = os.environ | {"PYTHONPATH": launcher.search_path()}
+    process = subprocess.Popen([sys.executable, "-c", SAVING, "train_sd.py"], cwd=run.folder, env=environment)
+    wait_until(lambda: run.process, "the lock", process)
+    for _ in range(2):
+        assert "what is trained is kept" in Trainings(Library(run.folder.parent)).stop("run")
+        wait_until((run.folder / "saving").exists, "the save", process)
+    (run.folder / "end").touch()
+    assert ended(process) == 128 + signal.SIGTERM and (run.folder / "saved").exists()
 
 
 def test_who_asks_for_what_cannot_come_is_told_why(run, monkeypatch):
