@@ -26,7 +26,6 @@ from reslora.diffusion.data.material import size_of
 from reslora.diffusion.data.size import Size
 from reslora.diffusion.prompts import clean
 from reslora.diffusion.settings import fill_defaults
-from reslora.files import replacing
 
 from .folders import SETS, Folder, Folders
 from .launcher import trainers_parser
@@ -107,8 +106,7 @@ class ImageFolders(Folders):
         with self.adding:
             if path.exists():
                 raise RunError("There is a folder of that name already; choose another name.")
-            with replacing(path) as temporary:
-                store_images(temporary, uploads, caption)
+            store_images(path, uploads, caption)
         return self.find(f"uploads/{name}")
 
     def images(self, folder: Folder, flags: Flags) -> Images:
