@@ -165,6 +165,8 @@ class Trainings:
             refuse_others(begun, settings, images)
             words += ["--config", str(begun.folder / "config.json"), *arguments(with_more(begun, settings), True)]
         else:
+            if settings.get("method") == []:  # the trainer would take its default
+                raise RunError("Tick at least one method.")
             if images is not None:
                 words += ["--train_data_dir", str(images)]
             if model := str(settings.get("model") or "").strip():

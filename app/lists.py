@@ -11,7 +11,7 @@ from pathlib import Path
 from .activity import activity
 from .library import Experiment, last_change
 from .queue import RUNNING, WAITING, Entry, Queue
-from .runs import LONGEST_NOTES, NOTES, Run, RunError
+from .runs import LONGEST_NOTES, NO_CONFIG, NOTES, Run, RunError
 from .shelf import Shelf
 from .views import NAMES, counted, data_uri, escape, notice
 
@@ -122,7 +122,8 @@ def card(shelf: Shelf, run: Run, status: str, changed: tuple[float, ...]) -> str
     facts = [
         "experiment" if kind else ", ".join(NAMES[method] for method in run.methods),
         f"{done:,} of {counted(total, 'arm' if kind else 'step')}" if total else "",
-        shelf.trainings.last_line(run) if status == "failed" and not run.config else "",
+        NO_CONFIG if run.unreadable else "",
+        shelf.trainings.last_line(run) if status == "failed" and not (run.config or run.unreadable) else "",
     ]
     buttons = button("open", "Open", f"Open {run.name} under {'Experiment' if kind else 'Compare'}")
     buttons += button("trash", "Delete", f"Move {run.name} to the trash") if owned else ""

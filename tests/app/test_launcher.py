@@ -88,6 +88,7 @@ def test_several_resolutions_are_numbers_with_spaces(trainings):
 @pytest.mark.parametrize(
     "settings",
     [
+        {"method": []},
         {"rank": "0"},
         {"rank": "9" * 20},
         {"resolution": "64 x"},

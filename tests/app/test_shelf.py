@@ -11,7 +11,7 @@ from app import lists
 from app.launcher import Trainings
 from app.library import Library
 from app.queue import Entry, Queue
-from app.runs import EXPERIMENT_LOG, IN_PLACE, LONGEST_NOTES, RunError
+from app.runs import EXPERIMENT_LOG, IN_PLACE, LONGEST_NOTES, NO_CONFIG, RunError
 from app.shelf import Shelf
 
 
@@ -160,6 +160,12 @@ def test_cards_show_the_newest_sample_and_escape_all_else(shelf, tmp_path):
     assert "no notes" in lists.runs(shelf, "two")
     shelf.write_notes("two", "", "good")
     assert "good</textarea>" in lists.runs(shelf, "two")
+
+
+def test_the_card_of_a_run_whose_config_is_damaged_says_so(shelf):
+    assert NO_CONFIG not in lists.runs(shelf, "one")
+    (shelf.library.folder / "one" / "config.json").write_text("{")
+    assert "failed</b>" in lists.runs(shelf, "one") and NO_CONFIG in lists.runs(shelf, "one")
 
 
 def test_the_queue_as_it_is_seen(shelf):
