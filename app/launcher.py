@@ -33,7 +33,7 @@ from . import form
 from .bases import bundled, model_of
 from .folders import UPLOADS, Folders
 from .held import held, is_held
-from .library import Experiment, Library, language_script
+from .library import Experiment, Library, language_script, refuse_language
 from .runs import EXPERIMENT_LOG, LOG_NAME, NOTES, Run, RunError, is_trainer
 from .uploads import contents_of, place_of
 from .views import enumerated
@@ -162,6 +162,7 @@ class Trainings:
         words = [str(SCRIPT), "--output_dir", str(self.folder_of(name, kind))]
         if self.goes_on(name, kind):
             begun = self.find(name, kind)
+            refuse_language(begun)
             refuse_others(begun, settings, images)
             words += ["--config", str(begun.folder / "config.json"), *arguments(with_more(begun, settings), True)]
         else:
@@ -240,6 +241,7 @@ class Trainings:
     def resumable(self, name: str, kind: type[Run] = Run) -> Run:
         """The run or experiment of that name; `RunError` if it cannot be resumed."""
         run = self.find(name, kind)
+        refuse_language(run)
         if not run.config:
             raise RunError("This run never got as far as to be resumed; start it anew.")
         if not run.folder.is_relative_to(self.library.folder):
@@ -281,12 +283,14 @@ class Trainings:
 
     def all_active(self) -> Iterator[Run]:
         """The runs and experiments that are training, or about to: several only where there are several GPUs."""
-        everything = (*self.library.runs().values(), *self.library.experiments().values())
-        return (run for run in everything if self.is_active(run))
+        return (run for run in self.library.everything() if self.is_active(run))
 
     def find(self, name: str, kind: type[Run] = Run) -> Run:
-        """The run or the experiment of that name; `RunError` if there is none."""
-        return self.library.find_experiment(name) if kind is Experiment else self.library.find(name)
+        """The run, also of a language script, or the experiment of that name; `RunError` if there is none."""
+        if kind is Experiment:
+            return self.library.find_experiment(name)
+        language = self.library.language_runs().get(name) if isinstance(name, str) else None
+        return language or self.library.find(name)
 
     def stop(self, name: str, kind: type[Run] = Run, only: bool = False) -> str:
         """Ask a trainer to save and leave, that of the run or, if it has none, the one that is at work.

@@ -22,7 +22,7 @@ from app import experiments, form, launcher, lists, views
 from app.bases import PIPELINES
 from app.launcher import SAMPLE, SAVE, Trainings
 from app.library import Experiment, Library
-from app.queue import Queue
+from app.queue import Entry, Queue
 from app.runs import LOG_NAME, Run, RunError, is_trainer
 from app.shelf import Shelf
 from app.tabs.train import TrainTab
@@ -333,6 +333,18 @@ def test_a_finished_run_is_not_resumed(run):
     write_exports(run)
     with pytest.raises(RunError, match="finished"):
         Trainings(Library(run.folder.parent)).resume("run")
+
+
+@pytest.mark.parametrize(("kind", "rates"), [("run", 1e-3), ("experiment", [1e-3, 3e-3])])
+def test_what_a_language_script_has_begun_goes_on_without_the_page(trainings, kind, rates):
+    folder = write_language_run(trainings.library.folder / "glue", learning_rate=rates)
+    before = sorted(folder.iterdir())
+    with pytest.raises(RunError, match="glue was begun by train_glue"):
+        Queue(trainings).add(Entry("glue", kind, resume=True))
+    line = "was begun by" if kind == "experiment" else "a run of that name"
+    with pytest.raises(RunError, match=line):
+        trainings.command("glue", {"learning_rate": "1e-3 3e-3", "seed": "0 1"}, kind=Experiment)
+    assert sorted(folder.iterdir()) == before and Queue(trainings).entries() == []
 
 
 def test_refusals_in_many_threads_leave_stderr_alone(trainings):
