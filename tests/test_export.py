@@ -205,7 +205,11 @@ def test_the_kohya_metadata(merged, tmp_path):
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     assert metadata["ss_output_name"] == "style"
-    assert {"ss_network_dim", "ss_network_alpha"} <= metadata.keys()
+    tensors = load_file(path)
+    alphas = {float(value) for key, value in tensors.items() if key.endswith(".alpha")}
+    ranks = [value.shape[0] for key, value in tensors.items() if key.endswith(".lora_down.weight")]
+    assert {float(metadata["ss_network_alpha"])} == alphas
+    assert ranks.count(int(metadata["ss_network_dim"])) == max(map(ranks.count, ranks))
 
 
 def test_the_diffusers_product_is_s_b_a(merged, tmp_path):

@@ -88,6 +88,27 @@ def test_curves_have_a_line_a_method_and_a_mark_at_the_step(run):
     assert compared.curves(run, "train", 2).count("<polyline") == 1
 
 
+def test_numbers_and_curves_by_hand(run, monkeypatch):
+    """The mean of the last 20 losses and the last one on held-out images up to the step; a running mean of a tenth."""
+    rows = [{"step": s, "split": "train", "loss": float(s), "lr": s * 1e-3, "seconds": 2 * s} for s in range(1, 31)]
+    rows += [{"step": s, "split": "validation", "loss": s / 8, "lr": s * 1e-3, "seconds": 2 * s} for s in (0, 10, 30)]
+    rows.sort(key=lambda row: row["step"])
+    for method in run.methods:
+        (run.folder / method / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert compared.numbers_of(run, "lora", 2) == ((2, 0), (1.5, 0.0, 2e-3, 4))
+    assert compared.numbers_of(run, "lora", 25) == ((25, 10), (15.5, 1.25, 25e-3, 50))
+    assert compared.numbers_of(run, "lora", 30) == ((30, 30), (20.5, 3.75, 30e-3, 60))
+    assert "<td>15.5000</td><td>1.2500</td><td>2.50e-02</td><td>50 s</td>" in compared.numbers(run, 25)
+    drawn = {}
+    monkeypatch.setattr(compared, "line_chart", lambda title, axis, lines, step: drawn.update({title: lines}) or "")
+    compared.curves(run, "train", 2)
+    compared.curves(run, "validation", 2)
+    train, held_out = (drawn[title][0].points for title in (compared.TITLES["train"], compared.TITLES["validation"]))
+    assert held_out == [(0, 0.0), (10, 1.25), (30, 3.75)]
+    assert [step for step, _ in train] == list(range(1, 31))
+    assert [loss for _, loss in train] == pytest.approx([1.0, 1.5, *range(2, 30)])
+
+
 def beside(folder, *others: dict, **config) -> Run:
     """A run, and others beside it whose settings differ."""
     config = {"seed": 3, "validation_split": 0.1, "validation_prompt": ["red disc", "box"]} | config

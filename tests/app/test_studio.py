@@ -6,6 +6,7 @@ import shutil
 import time
 import zipfile
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
@@ -45,6 +46,28 @@ def draw(studio, run, *choices, request=REQUEST):
 
 def one(studio, run, label, request=REQUEST):
     return draw(studio, run, run.find_weights(label), request=request)[0]
+
+
+def test_all_of_a_request_is_told_to_the_pipeline_by_the_names_that_it_knows():
+    """Sides are what the model can draw, and not larger; some models have no negative prompt."""
+    told = []
+
+    class Guided:
+        def __call__(self, prompt, negative_prompt, generator, num_inference_steps, guidance_scale, height, width):
+            told.append((prompt, negative_prompt, generator.initial_seed(), num_inference_steps, guidance_scale))
+            return SimpleNamespace(images=[(height, width)])
+
+    class Plain:
+        def __call__(self, prompt, num_inference_steps, true_cfg_scale, height, width):
+            told.append((prompt, num_inference_steps, true_cfg_scale))
+            return SimpleNamespace(images=[(height, width)])
+
+    studio, sizes = Studio(), []
+    request = Request("red disc", "blue box", seed=9, steps=2, guidance=3.5, width=72, height=40)
+    for studio.pipeline, name, multiple in ((Guided(), "guidance_scale", 8), (Plain(), "true_cfg_scale", 16)):
+        studio.family = SimpleNamespace(guidance=name, pixel_multiple=lambda pipeline, sides=multiple: sides)
+        sizes.append(studio._draw(studios.Picture(BASE, request, ""), 0, None))
+    assert told == [("red disc", "blue box", 9, 2, 3.5), ("red disc", 2, 3.5)] and sizes == [(40, 72), (32, 64)]
 
 
 def test_every_form_of_the_merged_weights_draws_the_same(studio, run):

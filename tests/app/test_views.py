@@ -94,7 +94,28 @@ def test_norms_of_an_exported_file_are_those_of_the_product(run):
         tensors = {f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": scale * up}
         save_file(tensors, run.folder / method / "pytorch_lora_weights.safetensors")
     assert run.lora_norms("lora")[name] == pytest.approx(np.linalg.norm(up @ down), rel=1e-5)
-    assert f"{2 * np.linalg.norm(up @ down):+.2f}" in views.norm_difference(run)
+    shown = views.norm_difference(run)
+    assert f"{2 * np.linalg.norm(up @ down):+.2f}" in shown and "background:rgba(232,89,12,0.85)" in shown  # orange
+
+
+def test_a_merge_report_by_hand():
+    """Errors on average and at most; of a block that has an alpha for each neighbour, their sum."""
+    blocks = [
+        {"name": f"down_blocks.{number}.attentions.0.x", "alpha": alpha, "error": error}
+        for number, (alpha, error) in enumerate([([0.5, 1.25], 0.1), (2.0, 0.3), (0.0, None)])
+    ]
+    shown = views.merge_report({"method": "weights", "blocks": blocks})
+    assert "relative error 20.0% on average, 30.0% at most" in shown
+    assert all(f"attentions.0.x: {text}" in shown for text in ("1.75", "2.00", "0.00", "0.10", "0.30", "&mdash;"))
+
+
+def test_a_summary_by_hand(run):
+    """Of two methods with four steps each, five are done."""
+    log = run.folder / "reslora" / "log.jsonl"
+    log.write_text(log.read_text().splitlines()[0] + "\n")
+    shown = views.summary(run, "running")
+    assert "4 steps each" in shown and "5 of 8 done" in shown and "width:62.5%" in shown
+    assert "rank 2 · learning rate 0.001" in shown and "width:50%" in views.progress("half", 0.5)
 
 
 def test_an_export_that_cannot_be_read_has_no_norms(run):

@@ -80,6 +80,16 @@ def test_lora_x2_is_lora_with_doubled_alpha_and_reslora_is_lora():
     assert adapter_config("adalora", settings).init_lora_weights is True
 
 
+def test_adalora_moves_ranks_between_a_tenth_and_a_half_of_the_steps():
+    settings = AdapterSettings(**{**FLAGS, "total_steps": 1000, "targets": ["q_proj"]})
+    config = adapter_config("adalora", settings)
+    assert (config.tinit, config.tfinal, config.total_step, config.deltaT, config.lora_alpha) == (100, 500, 1000, 10, 8)
+
+
+def test_ofts_blocks_are_of_four_times_the_rank():
+    assert adapter_config("oft", AdapterSettings(**FLAGS, targets=["q_proj"])).oft_block_size == 16
+
+
 @pytest.mark.parametrize("total_steps", [1, 2, 3, 10, 1000])
 def test_adalora_has_a_schedule_for_any_number_of_steps(total_steps):
     config = adapter_config("adalora", AdapterSettings(**{**FLAGS, "targets": ["q_proj"], "total_steps": total_steps}))

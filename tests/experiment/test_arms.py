@@ -170,6 +170,11 @@ def test_rates_grow_for_all_until_every_optimum_is_inside():
     assert grown(grids, seeds, losses_at(grids, best, seeds)) == grids
 
 
+def test_a_row_goes_on_by_the_ratio_at_that_end():
+    assert with_next([1e-4, 2e-4, 1e-3], 1e-3) == [1e-4, 2e-4, 1e-3, 5e-3]
+    assert with_next([1e-4, 5e-4, 1e-3], 1e-4) == [2e-5, 1e-4, 5e-4, 1e-3]
+
+
 def test_a_label_that_a_kill_left_behind_catches_up():
     grids, best = {"lora": RATES, "reslora": [*RATES, 32e-4]}, {"lora": 2e-4, "reslora": 17e-4}
     found = grown(grids, [0], losses_at(grids, best, [0]))

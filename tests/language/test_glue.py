@@ -166,6 +166,22 @@ def test_the_first_metric_is_the_papers():
     assert first == {name: expected.get(name, "accuracy") for name in first}
 
 
+def test_both_parts_of_mnli_are_scored_each_by_itself():
+    """All are said to be of class 0, whose share of the probability is e^3 / (e^3 + 2)."""
+    parts = {"validation_matched": [0, 1], "validation_mismatched": [2, 2, 0, 1]}
+    sets = {name: Dataset.from_dict({"labels": labels}) for name, labels in parts.items()}
+    sets["test_matched"] = Dataset.from_dict({"input_ids": [[0]]})
+    trainer = SimpleNamespace(
+        predict=lambda rows: SimpleNamespace(
+            predictions=np.array([[3.0, 0.0, 0.0]] * len(rows)), label_ids=np.array(rows["labels"])
+        )
+    )
+    wrong = np.log(np.exp(3) + 2)
+    expected = {"loss": wrong - 3 / 2, "accuracy": 1 / 2, "loss_mm": wrong - 3 / 4, "accuracy_mm": 1 / 4}
+    assert glue.evaluate(trainer, TASKS["mnli"], sets) == pytest.approx(expected)
+    assert glue.evaluate(trainer, TASKS["mnli"], sets, "test") == {}
+
+
 # -- tasks, methods and merges -----------------------------------------------------------------------------------------
 
 
@@ -345,11 +361,14 @@ def test_a_labelled_test_split_is_scored(roberta, tmp_path):
     assert list(results_of(tmp_path / "run")["test"]) == ["loss", "f1", "accuracy"]
 
 
-def test_samples_and_lengths_are_cut(roberta, rte, tmp_path):
-    more = ("--max_train_samples", "8", "--max_eval_samples", "3", "--max_seq_length", "12", "--pad_to_max_length")
-    arguments = glue_arguments.parse(flags(roberta, rte, tmp_path, "rte", *more))
+def test_samples_and_lengths_are_cut(roberta, tmp_path):
+    data = write_data(tmp_path / "data", "rte")
+    write_rows(data / "test.jsonl", make_rows("rte", 7))
+    more = ("--max_train_samples", "8", "--max_eval_samples", "3", "--max_predict_samples", "5")
+    more += ("--max_seq_length", "12", "--pad_to_max_length")
+    arguments = glue_arguments.parse(flags(roberta, data, tmp_path, "rte", *more))
     splits = glue.read_splits(arguments)
-    assert {name: len(columns["label"]) for name, columns in splits.items()} == {"train": 8, "validation": 3}
+    assert {name: len(columns["label"]) for name, columns in splits.items()} == {"train": 8, "validation": 3, "test": 5}
     tokenizer, _, _ = glue.load_model(arguments)
     encoded = glue.encode(arguments, tokenizer, splits["train"])
     lengths = [sum(row["attention_mask"]) for row in encoded]

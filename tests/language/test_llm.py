@@ -140,6 +140,8 @@ def test_a_checkpoint_is_never_chosen_by_what_it_is_tested_on(tiny, tmp_path, ca
     assert found == load() and found["validation"] != load("--seed", 1)["validation"]
     fewer = load("--max_train_samples", 20)
     assert fewer["validation"] == found["validation"] and set(fewer["train"]) < set(found["train"])
+    limited = load("--max_eval_samples", 2, "--max_test_samples", 3)
+    assert (limited["validation"], limited["test"]) == (found["validation"][:2], found["test"][:3])
     assert len(load("--eval_strategy", "no")["train"]) == 50
     assert load("--eval_strategy", "no", "--eval_on_start") == found
 

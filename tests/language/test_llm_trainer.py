@@ -1,14 +1,16 @@
 """Examples as tokens, and answers that are generated."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import tiny_llama
 from tokenizers import processors
 
-from reslora.language import llm, llm_arguments
+from reslora.language import llm, llm_arguments, llm_trainer
 from reslora.language.arguments import MethodArguments
 from reslora.language.llm_tasks import Example
-from reslora.language.llm_trainer import Encoder, calibration_batches, generate
+from reslora.language.llm_trainer import Encoder, calibration_batches, count_right, example_losses, generate
 from reslora.language.trainer import attach
 
 from .helpers import bytes_tokenizer, flags
@@ -81,6 +83,50 @@ def test_generation_with_cache_equals_the_arg_max_of_whole_forwards(method, shor
             tokens = [*tokens, expected]
             if expected == encoder.end:
                 break
+
+
+SUMS = [Example(f"{'1 + ' * number}1?", "", str(number + 1)) for number in range(5)]
+
+
+def answers(model, encoder, examples: list[Example], max_new_tokens: int) -> list[str]:
+    """Stands for a model that is right about what is below four."""
+    return [f"The answer is {example.gold if example.gold in '123' else 0}." for example in examples]
+
+
+def test_right_answers_are_counted_by_hand(tiny, data, tmp_path, monkeypatch):
+    """By what the answer comes to; a number alone is no answer."""
+    said = ["It is 1 + 1. The answer is 02.0.", "3", "The answer is 3. The answer is 4.", "The answer is -5.", ""]
+    assert count_right(said, [Example("", "", gold) for gold in ("2", "3", "4", "-5", "2")]) == 3
+    assert count_right(said, [Example("", "", gold) for gold in ("3", "3", "3", "5", "")]) == 0
+    trainer, _ = llm.build_trainer(*llm_arguments.parse(flags(tiny, data, tmp_path, "--method", "lora")))
+    trainer.examples["test"] = SUMS
+    monkeypatch.setattr(llm_trainer, "generate", answers)
+    assert trainer.figures("test")["accuracy"] == 3 / 5
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_losses_of_an_experiment_are_in_the_order_of_its_examples(monkeypatch, size):
+    """They are measured in that of their lengths."""
+    asked = []
+    monkeypatch.setattr(llm, "generate", answers)
+    monkeypatch.setattr(llm, "example_losses", lambda model, encoder, batch: [float(each.gold) for each in batch])
+    study, (first, *rest) = llm.LlmStudy(None), SUMS
+    study.data = llm.Data(Encoder(bytes_tokenizer()), {"test": [*reversed(rest), first]}, [])
+    arguments = SimpleNamespace(
+        training=SimpleNamespace(per_device_eval_batch_size=size), task=SimpleNamespace(max_new_tokens=8)
+    )
+    losses, figures = study.measured(arguments, None, lambda: asked.append(1))
+    assert losses == [5, 4, 3, 2, 1] and figures == {"accuracy": 3 / 5} and len(asked) == -(-5 // size)
+
+
+def test_the_loss_of_an_example_is_the_mean_over_its_answer_whatever_is_beside_it():
+    torch.manual_seed(0)
+    model = tiny_llama(layers=2, vocab_size=257, max_position_embeddings=128).float().eval()
+    encoder = Encoder(bytes_tokenizer())
+    examples = [Example("a", "", "1"), Example("abcdef", "because of that", "22"), Example("xyz", "", "3")]
+    expected = [token_loss(model, [encoder(example)]) for example in examples]
+    assert example_losses(model, encoder, examples) == pytest.approx(expected, rel=1e-4)
+    assert max(expected) - min(expected) > 1e-2
 
 
 def test_a_schedule_free_optimizer_is_measured_by_its_average(tiny, data, tmp_path):

@@ -16,12 +16,23 @@ from safetensors.torch import load_file
 from reslora.chains import base_model
 from reslora.common.adapters import load_adapter, rank_allocator, save_adapter
 from reslora.common.errors import EndedElsewhere, InvalidArgument, RunFailed
+from reslora.config import ResLoraConfig
 from reslora.language.arguments import AdapterTrainingArguments, MethodArguments, settings
 from reslora.language.results import export
 from reslora.language.trainer import AdapterTrainer, attach, total_steps
 from reslora.model import connection_of
 
 from .helpers import METHODS, STEPS, assert_same, build, read_log, rows, trained, trained_parameters, trainer_for
+
+
+def test_the_adapter_is_what_the_flags_say():
+    flags = {"lora_r": 2, "lora_alpha": 6, "lora_dropout": 0.25, "target_modules": ["k_proj"]}
+    model, _ = build("reslora", "middle", pre_num=2, head="none", **flags)
+    config = model.peft_config["default"]
+    assert (config.r, config.lora_alpha, config.lora_dropout, config.task_type) == (2, 6, 0.25, "CAUSAL_LM")
+    assert config.target_modules == {"k_proj"}
+    assert connection_of(base_model(model)).config == ResLoraConfig("middle", 2, "none")
+
 
 # -- resume ------------------------------------------------------------------------------------------------------------
 

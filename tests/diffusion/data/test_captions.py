@@ -12,7 +12,7 @@ from diffusion.runs import losses, only, printed, refused
 from reslora.diffusion.arguments import Flags
 from reslora.diffusion.context import Context
 from reslora.diffusion.data import material as making
-from reslora.diffusion.data.captions import VERBATIM, Recipe
+from reslora.diffusion.data.captions import VERBATIM, Recipe, recipe_of
 from reslora.diffusion.data.dataset import load_images
 from reslora.diffusion.data.material import captions_of, source_of
 from reslora.diffusion.data.samples import CalibrationSamples, Material, ValidationSamples, training_loader
@@ -81,6 +81,13 @@ def test_dropout_leaves_nothing_of_the_caption_not_even_the_prefix():
     found = outcomes(Recipe(prefix="sks", suffix="end", dropout=0.3), "fox", count=2000)
     assert set(found) == {"", "sks fox end"} and found.count("") / 2000 == pytest.approx(0.3, abs=0.04)
     assert Recipe(dropout=0.3).plain("fox") == "fox"
+
+
+def test_each_part_of_the_recipe_is_that_of_its_flag():
+    words = "--caption_prefix sks --caption_suffix end --caption_dropout 0.3 --caption_tag_dropout_rate 0.1"
+    found = recipe_of(parse_args([*words.split(), "--shuffle_caption", "--keep_tokens", "2"]))
+    assert found == Recipe("sks", "end", dropout=0.3, shuffle=True, keep=2, tag_dropout=0.1)
+    assert recipe_of(parse_args(["--enable_wildcard"])) == Recipe(wildcards=True)
 
 
 # -- a function of seed and position ---------------------------------------------------------------------------------

@@ -35,6 +35,15 @@ def test_one_bucket_is_round_after_round(per_forward):
         assert draw == Draw(0, shuffled(count, 3, "order", position // count)[position % count], SIZES[0], position)
 
 
+def test_each_bucket_has_an_order_of_its_own_and_so_have_forwards():
+    """The same in every version: a run goes on where one of an earlier version has stopped."""
+    plan = Plan([source(*[0] * 8, *[1] * 8)], 1, seed=3)
+    met = [plan.forward(number)[0] for number in range(16)]
+    orders = [[draw.image % 8 for draw in met if draw.size == size] for size in SIZES[:2]]
+    assert orders == [shuffled(8, 3, "order", 0), shuffled(8, 3, "order", 1, 0)] and orders[0] != orders[1]
+    assert [draw.size for draw in met] == [SIZES[place // 8] for place in shuffled(16, 3, "order", -1, 0)]
+
+
 @pytest.mark.parametrize("per_forward", [1, 2, 4, 8])
 def test_no_forward_mixes_sizes_and_every_epoch_meets_every_image(per_forward):
     plan = Plan([MIXED], per_forward, seed=1)

@@ -19,7 +19,7 @@ from reslora.diffusion.data.material import sources_of, tell_counts
 from reslora.diffusion.data.plan import Plan
 from reslora.diffusion.data.samples import Material
 from reslora.diffusion.data.size import Size
-from reslora.diffusion.data.sources import Source
+from reslora.diffusion.data.sources import Source, split
 from reslora.diffusion.settings import parse_args
 
 
@@ -181,6 +181,14 @@ def test_a_small_image_is_trained_once_at_its_own_size(image, resolutions, expec
     assert [source.size(0) for source in sources] == expected
     upscaled = [source.size(0) for source in made([image], *words, "--bucket_upscale")]
     assert [size.height * size.width > 0.8 * side**2 for size, side in zip(upscaled, resolutions, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("count", "share", "held_out"), [(19, 0.1, 2), (14, 0.1, 1), (3, 0.9, 2), (4, 0.01, 1), (1, 0.5, 0), (9, 0.0, 0)]
+)
+def test_the_share_that_is_held_out_is_rounded_and_leaves_one_to_train_on(count, share, held_out):
+    train, others = split(count, share, seed=5)
+    assert len(others) == held_out and sorted((*train, *others)) == list(range(count))
 
 
 def test_each_folder_holds_out_its_share_and_class_images_nothing():

@@ -104,6 +104,35 @@ def test_draws_are_squeezed_into_the_timesteps_asked_for(sampling):
     torch.testing.assert_close(drawn, 0.2 + 0.3 * draws(FlowObjective(SHIFTED, sampling), 200), rtol=1e-5, atol=0)
 
 
+def objective_for(words: str) -> FlowObjective:
+    pipeline = SimpleNamespace(scheduler=SHIFTED)
+    return objective_of(parse_args(words.split()), SimpleNamespace(name="a flow", objective="flow"), pipeline)
+
+
+@pytest.mark.parametrize(
+    ("words", "own"),
+    [
+        (
+            "--timestep_sampling logit_normal --logit_mean 0.5 --logit_std 0.7",
+            {"sampling": "logit_normal", "density": Density(0.5, 0.7)},
+        ),
+        ("--weighting_scheme mode --mode_scale 0.4", {"weighting": "mode", "density": Density(mode_scale=0.4)}),
+        ("--weighting_scheme sigma_sqrt --discrete_flow_shift 2", {"weighting": "sigma_sqrt", "shift": 2.0}),
+        (
+            "--timestep_sampling shift --discrete_flow_shift 2.5 --weighting_scheme cosmap",
+            {"sampling": "shift", "shift": 2.5, "weighting": "cosmap"},
+        ),
+        ("--min_timestep 200 --max_timestep 500", {"density": Density(between=(200, 500))}),
+    ],
+)
+def test_each_flag_says_what_its_name_says(words, own):
+    """Two that change places would train other timesteps without a word."""
+    found, expected = objective_for(f"--snr_gamma 0 --weighting_scheme none {words}"), FlowObjective(SHIFTED, **own)
+    timesteps = draws(found, 50)
+    assert torch.equal(timesteps, draws(expected, 50)) and not torch.equal(timesteps, draws(FlowObjective(SHIFTED), 50))
+    torch.testing.assert_close(found.weight(timesteps * 1000), expected.weight(timesteps * 1000), rtol=0, atol=0)
+
+
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="'sometimes'"):
         FlowObjective(SHIFTED, "sometimes")

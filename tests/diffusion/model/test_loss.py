@@ -6,8 +6,9 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from diffusion.runs import refused
-from reslora.diffusion.model.loss import Huber, loss_per_sample, masked, squared_error
+from reslora.diffusion.model.loss import Huber, huber_of, loss_per_sample, masked, squared_error
 from reslora.diffusion.model.objective import DdpmObjective, FlowObjective
+from reslora.diffusion.settings import parse_args
 
 BETAS = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
 STEPS = torch.tensor([0, 1, 400, 998, 999])
@@ -46,6 +47,15 @@ def test_the_formulas_of_kohyas_scripts(kind, schedule, c, scale):
     for name, expected in (("huber", by_hand * apart), ("smooth_l1", apart)):
         found = Huber(OBJECTIVES[kind], name, schedule, c, scale)(prediction, target, TIMESTEPS[kind])
         np.testing.assert_allclose(found.numpy(), expected, rtol=2e-5)
+
+
+def test_kind_schedule_threshold_and_scale_are_those_of_the_flags():
+    objective = OBJECTIVES["ddpm"]
+    words = "--loss_type smooth_l1 --huber_schedule exponential --huber_c 0.2 --huber_scale 1.5"
+    assert huber_of(parse_args(words.split()), objective) == Huber(
+        objective, kind="smooth_l1", schedule="exponential", c=0.2, scale=1.5
+    )
+    assert huber_of(parse_args([]), objective) is None
 
 
 def test_where_nothing_of_the_image_is_left_the_threshold_is_c():

@@ -1,5 +1,7 @@
 """What the denoiser learns to predict, against the formulas of DDPM, v-prediction and min-SNR written out by hand."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from diffusers import DDPMScheduler
 from reslora.common.errors import InvalidArgument
 from reslora.diffusion.arguments import Flags
 from reslora.diffusion.model.loss import loss_per_sample, squared_error
-from reslora.diffusion.model.objective import DdpmObjective, between_of
+from reslora.diffusion.model.objective import DdpmObjective, between_of, objective_of
 from reslora.diffusion.settings import parse_args
 
 TIMESTEPS = torch.tensor([0, 1, 250, 500, 998, 999])
@@ -151,6 +153,17 @@ def test_all_timesteps_are_trained_where_no_end_is_given():
     assert between_of(flags(), 1000) == (0, 1000)
     assert between_of(flags("--min_timestep", "300"), 1000) == (300, 1000)
     assert between_of(flags("--max_timestep", "10"), 1000) == (0, 10)
+
+
+def test_gamma_and_the_timesteps_are_those_of_the_flags():
+    family, pipeline = SimpleNamespace(name="of noise", objective="ddpm"), SimpleNamespace(scheduler=scheduler())
+    words = ("--snr_gamma", "3", "--min_timestep", "200", "--max_timestep", "203")
+    objective = objective_of(flags(*words), family, pipeline)
+    assert set(drawn_of(objective, 100).tolist()) == {200, 201, 202}
+    snr = remaining() / (1 - remaining())
+    assert_equal(objective.weight(TIMESTEPS).double(), snr.clamp(max=3) / snr, rtol=1e-3)
+    plain = objective_of(flags("--snr_gamma", "0"), family, pipeline)
+    assert plain.weight(TIMESTEPS).tolist() == [1] * len(TIMESTEPS) and drawn_of(plain, 100).max() > 203
 
 
 @pytest.mark.parametrize(

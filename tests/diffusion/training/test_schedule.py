@@ -31,6 +31,7 @@ def test_an_epoch_is_as_many_steps_as_its_images_need():
     assert scheduled(images=1).steps == 4
     assert (scheduled(max_train_steps=7).steps, scheduled(max_train_steps=7).by_epochs) == (7, False)
     assert scheduled(validation_steps=5).validation_steps == 5
+    assert scheduled(validation_epochs=3).validation_steps == 9
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from diffusion.runs import RESUME, assert_same, final_weights, killed_after, losses, main, refused, training_state
+from reslora.config import ResLoraConfig
 from reslora.diffusion.arguments import Flags
 from reslora.diffusion.optimizers import OPTIMIZERS, Named, options_of
 from reslora.diffusion.settings import parse_args
-from reslora.diffusion.training.state import Learner, new_optimizer
+from reslora.diffusion.training.state import Learner, new_optimizer, shortcuts_of
 
 ACCELERATOR = SimpleNamespace(num_processes=1, device=torch.device("cpu"), scaler=None)
 
@@ -28,6 +29,11 @@ def test_a_scaled_rate_is_times_the_samples_of_a_step_in_all_processes(scaled, r
     (group,) = optimizer.param_groups
     assert group["lr"] == pytest.approx(rate)
     assert (group["betas"], group["weight_decay"], group["eps"]) == ((0.8, 0.95), 0.1, 1e-6)
+
+
+def test_shortcuts_are_those_of_the_flags():
+    flags = FLAGS.replace(shortcut="middle", pre_num=3, head="none")
+    assert shortcuts_of(flags) == ResLoraConfig("middle", pre_num=3, head="none")
 
 
 @pytest.mark.parametrize(

@@ -85,10 +85,14 @@ class Family:
     """Flags' values for this family, where the user gave none."""
     original: ClassVar[Mapping[str, str]] = {}
     """Layers' names in the model's own code, by their names in diffusers, with `{}` for the block's number. Several
-    that share one are one layer there, with their rows in this order."""
+    that share one are one layer there, with their rows in this order. Empty where ComfyUI and kohya's scripts know
+    diffusers' names."""
     published: ClassVar[Mapping[str, object]] = {}
     """What differs in the published denoiser's configuration (the deepest one's, where there are several) from the
     class's defaults, as far as layers' names depend on it."""
+    version: tuple[str, str]
+    """What kohya's scripts call the base model, and its architecture's name in Stability AI's specification. Families
+    with several have a `model_version` in its place."""
     marks: tuple[str, ...] = ()
     """How the base model's names begin that kohya's scripts and Stability AI's specification write into LoRA files."""
     comfyui_words: tuple[str, str] = ("lora_A", "lora_B")
@@ -172,6 +176,8 @@ class Family:
 
     def original_name(self, config: Mapping, name: str) -> str | None:
         """The name of a denoiser's layer in the model's own code, which ComfyUI has; None where it has none."""
+        if not self.original:
+            return name
         template, numbers = numbered(name)
         found = self.original.get(template)
         return found.format(*numbers) if found else None
@@ -181,11 +187,11 @@ class Family:
         return self.original_name(config, name)
 
     def model_version(self, config: Mapping, predicts_v: bool = False) -> tuple[str, str]:
-        """What kohya's scripts call the base model, and its architecture's name in Stability AI's specification.
+        """As `version`, of a base model that its denoiser's `config` shows.
 
-        `config` is the denoiser's; `predicts_v`: whether it predicts v, where others of its kind predict the noise.
+        `predicts_v`: whether it predicts v, where others of its kind predict the noise.
         """
-        raise NotImplementedError
+        return self.version
 
     def drawing_inputs(self, pipeline: DiffusionPipeline, text: Text, negative: Text, empty: bool = True) -> dict:
         """Keyword arguments of the pipeline that say what to draw, and what not to.

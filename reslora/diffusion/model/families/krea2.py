@@ -43,6 +43,7 @@ class Krea2(WithQwenAutoencoder):
     lora_files = (COMFYUI_FILE,)
     unguided = 0.0
     original = ORIGINAL
+    version = ("krea2", "krea-2")
     marks = ("krea2", "krea-2")
     defaults: ClassVar = {
         "resolution": 512,
@@ -94,10 +95,6 @@ class Krea2(WithQwenAutoencoder):
             "negative_prompt_embeds": both[count:],
             "negative_prompt_embeds_mask": mask[count:],
         }
-
-    def model_version(self, config, predicts_v=False):
-        """There is one architecture so far."""
-        return "krea2", "krea-2"
 
 
 FAMILY = Krea2()

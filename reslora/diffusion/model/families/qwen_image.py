@@ -16,6 +16,7 @@ class QwenImage(WithQwenAutoencoder):
     pipeline = QwenImagePipeline
     denoiser_class = QwenImageTransformer2DModel
     guidance = "true_cfg_scale"
+    version = ("qwen_image", "qwen-image")
     marks = ("qwen_image", "qwen-image")
     one_size = True
     defaults: ClassVar = {
@@ -63,14 +64,6 @@ class QwenImage(WithQwenAutoencoder):
             "negative_prompt_embeds_mask": others_mask,
             "max_sequence_length": pipeline.tokenizer_max_length,  # where the pipeline would cut them off
         }
-
-    def original_name(self, config, name):
-        """ComfyUI and kohya's scripts know diffusers' names."""
-        return name
-
-    def model_version(self, config, predicts_v=False):
-        """There is one architecture so far."""
-        return "qwen_image", "qwen-image"
 
 
 FAMILY = QwenImage()

@@ -33,6 +33,7 @@ class StableDiffusionXL(Family):
         "projection_class_embeddings_input_dim": 2816,
         "use_linear_projection": True,
     }
+    version = ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base")
     marks = ("sdxl", "stable-diffusion-xl")
     text_names: ClassVar = {
         "text_encoder": ("lora_te1", "text_encoders.clip_l.transformer"),
@@ -102,10 +103,6 @@ class StableDiffusionXL(Family):
         # With two digits diffusers mistakes block 1 for block 10.
         deep = len(config.block_out_channels) * (config.layers_per_block + 1) > 10
         return name if deep else self.original_name(config, name)
-
-    def model_version(self, config, predicts_v=False):
-        """The base model, 1.0; refiners have another pipeline."""
-        return "sdxl_base_v1-0", "stable-diffusion-xl-v1-base"
 
 
 FAMILY = StableDiffusionXL()

@@ -21,6 +21,7 @@ class ZImage(Family):
     objective = "flow"
     lora_files = (COMFYUI_FILE,)
     unguided = 0.0
+    version = ("z_image", "z-image")
     marks = ("z_image", "zimage", "z-image")
     defaults: ClassVar = {
         "resolution": 1024,
@@ -64,14 +65,6 @@ class ZImage(Family):
         """Lists of text states."""
         states = list(text["states"])
         return {"prompt_embeds": states, "negative_prompt_embeds": [negative["states"][0]] * len(states)}
-
-    def original_name(self, config, name):
-        """ComfyUI and kohya's scripts know diffusers' names."""
-        return name
-
-    def model_version(self, config, predicts_v=False):
-        """There is one architecture so far."""
-        return "z_image", "z-image"
 
 
 FAMILY = ZImage()

@@ -167,13 +167,16 @@ def test_model_managers_recognise_the_file(runs, family, file, version):
 def test_what_a_model_predicts_is_in_kohyas_and_stability_ais_names(width, prediction, version, architecture):
     """As sd-scripts writes them; A1111 tells 2.x by `ss_v2`."""
     flags = Flags(
-        pretrained_model_name_or_path="sd", learning_rate=1.0, seed=0, resolution=8, use_aspect_ratio_buckets=False
-    )
+        pretrained_model_name_or_path="a/sd", learning_rate=0.5, seed=3, resolution=[16, 8],
+        use_aspect_ratio_buckets=True,
+    )  # fmt: skip
     material = SimpleNamespace(flags=flags, objective=SimpleNamespace(prediction_type=prediction))
     context = Context(flags, SimpleNamespace(family=load_family("StableDiffusionPipeline")), None, None)
     config = SimpleNamespace(cross_attention_dim=width)
     metadata = kohya_metadata(config, material, Schedule(7, 1, 0, False), context)
-    assert metadata["ss_steps"] == "7"
+    named = {"base_model": "sd", "learning_rate": "0.5", "seed": "3", "steps": "7", "resolution": "16 8"}
+    assert {name: metadata[f"ss_{name}"] for name in named} == named and metadata["ss_enable_bucket"] == "True"
+    assert metadata["modelspec.resolution"] == "16x16" and metadata["modelspec.title"] == "LoRA for sd"
     assert metadata["ss_base_model_version"] == version and metadata["ss_v2"] == str(width == 1024)
     assert metadata["modelspec.architecture"] == f"{architecture}/lora"
     assert metadata["modelspec.prediction_type"] == prediction.removesuffix("_prediction")
