@@ -29,7 +29,7 @@ _LAUNCHERS = {
     "accelerate", "accelerate.commands.accelerate_cli", "accelerate.commands.launch", "torchrun",
     "torch.distributed.run", "torch.distributed.launch", "deepspeed",
 }  # fmt: skip
-_ORPHANED: Any = getattr(signal, "SIGUSR1", None)  # what the kernel sends when the launcher dies
+_ORPHANED: Any = getattr(signal, "SIGUSR1", None)  # what the kernel sends when the launcher dies, and the application
 _HUNG_UP: Any = getattr(signal, "SIGHUP", None)  # what a terminal sends that closes, or whose connection is lost
 _PR_SET_PDEATHSIG = 1
 NOT_BEGUN = "stopped before training began"
@@ -41,14 +41,15 @@ class StopRequest:
 
     Handlers are installed whatever the process inherits (`nohup` and background shells leave SIGINT ignored), and the
     earlier ones come back at the end. `signal` is also SIGTERM once the launcher is gone, after SIGHUP, which `nohup`
-    has ignored, or after SIGUSR1, by which batch systems announce the end; these never end the process at once, but
-    within `at_once`. torch's launcher repeats what the terminal has sent already, so below it the third signal does.
-    Only for the main thread.
+    has ignored, or after SIGUSR1, by which batch systems announce the end and the application asks; these never end the
+    process at once, but within `at_once`, however often they come, and do not count as the first. torch's launcher
+    repeats what the terminal has sent already, so below it the third signal does. Only for the main thread.
     """
 
     def __init__(self) -> None:
         self._signal: int | None = None
         self._before_leaving = 2 if "TORCHELASTIC_RUN_ID" in os.environ else 1
+        self._heard = 0  # SIGINT and SIGTERM alone
         self._launcher: int | None = None
         self._previous: dict[int, Any] = {}
 
@@ -107,18 +108,17 @@ class StopRequest:
         self._previous, self._launcher = {}, None
 
     def _asked(self, number: int, frame: object) -> None:
-        if self._signal is None:
-            self._signal = number
+        if self._heard == 0:
+            self._signal = self._signal or number
             _tell("stopping after this step; once more to stop at once")
-        elif self._before_leaving == 1:
+        elif self._heard == self._before_leaving:
             os._exit(128 + number)
-        else:
-            self._before_leaving -= 1
+        self._heard += 1
 
     def _orphaned(self, number: int, frame: object) -> None:
         if self._signal is None:
             self._signal = signal.SIGTERM
-            _tell("the terminal or the launcher is gone, or time is up: stopping after this step")
+            _tell("stopping after this step: asked to, or the terminal or the launcher is gone")
 
 
 def _tell(text: str) -> None:
