@@ -38,7 +38,7 @@ def test_shortcuts_are_those_of_the_flags():
 
 @pytest.mark.parametrize(
     "optimizer",
-    ["prodigy", "adafactor", "lion", "schedulefree", "torch.optim.RMSprop", "torch.optim.Muon"],
+    ["prodigy", "adafactor", "lion", "schedulefree", "torch.optim.Muon"],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one_with_any_optimizer(base_flags, tmp_path, optimizer):
     flags = [*base_flags, "--method", "reslora", "--optimizer", optimizer, "--optimizer_args", "weight_decay=0.1"]
