@@ -52,7 +52,7 @@ FEW = 8  # images to look at before a training
 ALONE = "Several methods alone are a run: give several learning rates or seeds, or start it under Train."
 PLAN_SECONDS = 180
 STOP = getattr(signal, "SIGUSR1", signal.SIGTERM)
-"""Asks a trainer to save and leave, as another application may have: a second SIGTERM would end it unsaved."""
+"""Asks a trainer to save and leave. Another application may have asked it already: two SIGTERM would end it unsaved."""
 
 
 class Busy(RunError):

@@ -15,7 +15,7 @@ from reslora.diffusion.arguments import SEVERAL
 from reslora.diffusion.prompts import clean
 from reslora.experiment.record import EXPERIMENT
 
-from .runs import EXPERIMENT_LOG, LARGEST_JSON, LOG_NAME, SCRIPTS, Run, RunError, number
+from .runs import EXPERIMENT_LOG, LARGEST_JSON, LOG_NAME, Run, RunError, number
 
 REPORT = "report.html"
 MOST_BESIDE = 3
@@ -174,17 +174,23 @@ def kind_of(folder: Path) -> type[Run] | None:
 @functools.lru_cache(maxsize=256)
 def kind_by_settings(path: Path, changed: int) -> type[Run]:
     """What the settings in a file are of; `changed` is its time."""
-    run = Run(path.parent.name, path.parent)
-    several = [value for name in SEVERAL if isinstance(value := run.config.get(name), list) and len(value) > 1]
+    config = Run(path.parent.name, path.parent).config
+    several = [value for name in SEVERAL if isinstance(value := config.get(name), list) and len(value) > 1]
     if any(all(isinstance(one, int | float | str) for one in value) for value in several):
         return Experiment
-    return LanguageRun if language_script(run) else Run
+    return LanguageRun if script_of(config) else Run
 
 
 def language_script(run: Run) -> str:
     """The script that trains a language model there, as its settings tell; empty where it is none's."""
-    config = run.config
-    return "" if "model_name_or_path" not in config else SCRIPTS[2] if "task_name" in config else SCRIPTS[1]
+    return script_of(run.config)
+
+
+def script_of(config: dict) -> str:
+    """The same of settings."""
+    if "model_name_or_path" not in config:
+        return ""
+    return "train_glue.py" if "task_name" in config else "train_llm.py"
 
 
 def refuse_language(begun: Run) -> None:

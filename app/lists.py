@@ -126,8 +126,8 @@ def card(shelf: Shelf, run: Run, status: str, changed: tuple[float, ...]) -> str
         NO_CONFIG if run.unreadable else "",
         shelf.trainings.last_line(run) if status == "failed" and not (run.config or run.unreadable) else "",
     ]
-    buttons = button("open", "Open", f"Open {run.name} under {'Experiment' if kind else 'Compare'}")
-    buttons = "" if isinstance(run, LanguageRun) else buttons
+    opens = f"Open {run.name} under {'Experiment' if kind else 'Compare'}"
+    buttons = "" if isinstance(run, LanguageRun) else button("open", "Open", opens)
     buttons += button("trash", "Delete", f"Move {run.name} to the trash") if owned else ""
     notes = (
         f'<textarea rows="2" maxlength="{LONGEST_NOTES}" aria-label="notes on {name}" data-was="{escape(run.notes)}" '

@@ -29,7 +29,9 @@ _LAUNCHERS = {
     "accelerate", "accelerate.commands.accelerate_cli", "accelerate.commands.launch", "torchrun",
     "torch.distributed.run", "torch.distributed.launch", "deepspeed",
 }  # fmt: skip
-_ORPHANED: Any = getattr(signal, "SIGUSR1", None)  # what the kernel sends when the launcher dies, and the application
+_TOLD: Any = getattr(
+    signal, "SIGUSR1", None
+)  # sent by the kernel when the launcher dies, and by the application's Stop
 _HUNG_UP: Any = getattr(signal, "SIGHUP", None)  # what a terminal sends that closes, or whose connection is lost
 _PR_SET_PDEATHSIG = 1
 NOT_BEGUN = "stopped before training began"
@@ -41,9 +43,10 @@ class StopRequest:
 
     Handlers are installed whatever the process inherits (`nohup` and background shells leave SIGINT ignored), and the
     earlier ones come back at the end. `signal` is also SIGTERM once the launcher is gone, after SIGHUP, which `nohup`
-    has ignored, or after SIGUSR1, by which batch systems announce the end and the application asks; these never end the
-    process at once, but within `at_once`, however often they come, and do not count as the first. torch's launcher
-    repeats what the terminal has sent already, so below it the third signal does. Only for the main thread.
+    has ignored, or after SIGUSR1, by which batch systems announce the end and the application asks. However often
+    these come, they never end the process at once, except within `at_once`; a SIGINT or SIGTERM after them counts as
+    the first. torch's launcher repeats what the terminal has sent already, so below it the third one ends the process.
+    Only for the main thread.
     """
 
     def __init__(self) -> None:
@@ -92,10 +95,10 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         numbers = {signal.SIGINT: self._asked, signal.SIGTERM: self._asked}
-        if _ORPHANED is not None:
-            numbers[_ORPHANED] = self._orphaned
+        if _TOLD is not None:
+            numbers[_TOLD] = self._told
         if _HUNG_UP is not None and signal.getsignal(_HUNG_UP) != signal.SIG_IGN:
-            numbers[_HUNG_UP] = self._orphaned
+            numbers[_HUNG_UP] = self._told
         self._previous = {number: signal.signal(number, handler) for number, handler in numbers.items()}
         self._launcher = _launcher()
         if self._launcher is not None:
@@ -115,10 +118,10 @@ class StopRequest:
             os._exit(128 + number)
         self._heard += 1
 
-    def _orphaned(self, number: int, frame: object) -> None:
+    def _told(self, number: int, frame: object) -> None:
         if self._signal is None:
             self._signal = signal.SIGTERM
-            _tell("stopping after this step: asked to, or the terminal or the launcher is gone")
+            _tell("stopping after this step: it was asked to stop, or its terminal or launcher is gone")
 
 
 def _tell(text: str) -> None:
@@ -148,4 +151,4 @@ def is_launcher(command: Sequence[str]) -> bool:
 def _signal_on_death_of_parent() -> None:
     """Linux: the kernel sends SIGUSR1 when the parent dies. Elsewhere `StopRequest.signal` looks for itself."""
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(_ORPHANED), 0, 0, 0)
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(_TOLD), 0, 0, 0)
