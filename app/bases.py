@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,13 +41,13 @@ class Base:
         )  # fmt: skip
 
 
-def bundled(named: str) -> str | None:
-    """The word for the bundled pipeline that a path names: here, on another machine, or relative as in the example."""
+def bundled(named: str, known: Mapping[str, Path] = PIPELINES) -> str | None:
+    """The word for what is bundled that a path names: here, on another machine, or relative as in the example."""
     word = "/".join(Path(named).parts[-2:])
-    if word not in PIPELINES:
+    if word not in known:
         return None
     there = Path("/", named)
-    return word if not there.is_dir() or there.samefile(PIPELINES[word]) else None
+    return word if not there.is_dir() or there.samefile(known[word]) else None
 
 
 def base_of(run: Run | None) -> Base:

@@ -10,15 +10,19 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from reslora.common.assets import ASSETS
 from reslora.diffusion.data.listing import TRASH
 from reslora.diffusion.prompts import clean
 from reslora.diffusion.settings import BUNDLED_IMAGES
 
-from .runs import RunError
+from .bases import bundled
+from .runs import Run, RunError
 
 UPLOADS, SETS = ".images", ".datasets"
 """Where in the folder of runs the images are that a run was started with, and those uploaded by themselves."""
 BUNDLED = "bundled images"
+IMAGES = {f"{ASSETS.name}/{BUNDLED_IMAGES.name}": BUNDLED_IMAGES}
+"""Where they are, by the words that a run names them with."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,15 @@ class Folders:
         if folder is None:
             raise RunError("There is no such folder of images; choose one from the list.")
         return folder
+
+    def of_run(self, run: Run) -> str:
+        """The name by which a form chooses a run's images; one that `find` refuses where none on the list are those."""
+        named = [*run.words("dataset_name"), *run.words("train_data_dir")]
+        if not named or (len(named) == 1 and bundled(named[0], IMAGES)):
+            return ""
+        paths = [Path(name).resolve() for name in named]
+        found = (name for name, folder in self.all().items() if [folder.path.resolve()] == paths)
+        return next(found, f"images of {run.name} (not on the list)")
 
 
 def new_place(folder: Path) -> Path:

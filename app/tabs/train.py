@@ -66,7 +66,7 @@ class TrainTab(LaunchTab):
         self.connect(page, page.run, page.seen)
         # Not `input`: it comes with leaving the box as well, and what is typed or kept would be overwritten. `change`
         # comes with another choice, by mouse or keys; `select`, before it, with any by the mouse: the same again, too.
-        filled = [self.begun, self.model, *self.flags.values()]
+        filled = [self.begun, self.model, self.folder, *self.flags.values()]
         in_turn = {"trigger_mode": "always_last", "concurrency_id": "begin", "concurrency_limit": 1, **QUIET}
         self.begin.select(readable_errors(self.fill_by_mouse), self.begin, filled, **in_turn)
         self.begin.change(readable_errors(self.fill_once), [self.begin, self.begun], filled, **in_turn)
@@ -76,9 +76,11 @@ class TrainTab(LaunchTab):
             button.click(ask, None, self.answer, api_name=named, concurrency_limit=None)
 
     def fill(self, name: str) -> list:
-        """The form with the settings of a preset or a run; refuses a run whose model a page cannot name."""
-        settings = form.settings_of(name, self.library.runs())
-        return [word_of_model(name, settings), *form.values_of(settings, self.all_names())]
+        """The form with the settings of a preset, or of a run with its images; refuses one whose model has no word."""
+        runs = self.library.runs()
+        settings = form.settings_of(name, runs)
+        folder = gr.update() if name in form.PRESETS else self.trainings.images.of_run(runs[name])
+        return [word_of_model(name, settings), folder, *form.values_of(settings, self.all_names())]
 
     def fill_by_mouse(self, name: str) -> list:
         """The form, and whose settings it has."""

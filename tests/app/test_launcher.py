@@ -9,6 +9,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import gradio as gr
 import PIL.Image
 import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
@@ -125,8 +126,13 @@ def test_a_bundled_pipeline_is_trained_by_its_word(trainings, word):
     assert is_bundled(flags.pretrained_model_name_or_path) and flags.train_data_dir == str(BUNDLED_IMAGES)
 
 
+def form_of(trainings) -> SimpleNamespace:
+    """What fills in the form under Train."""
+    return SimpleNamespace(library=trainings.library, trainings=trainings, all_names=TrainTab.all_names)
+
+
 def test_a_form_that_begins_with_a_run_has_its_model_or_says_why_not(trainings, tmp_path):
-    tab, runs = SimpleNamespace(library=trainings.library, all_names=TrainTab.all_names), trainings.library.folder
+    tab, runs = form_of(trainings), trainings.library.folder
     models = {"u-net": str(ASSETS / "pipeline"), "flow": "/elsewhere/assets/pipeline-flow", "hub": "owner/model"}
     for name, model in (models | {"none": None, "folder": str(tmp_path), "damaged": 5}).items():
         write_run(runs / name, pretrained_model_name_or_path=model)
@@ -139,6 +145,27 @@ def test_a_form_that_begins_with_a_run_has_its_model_or_says_why_not(trainings, 
         with pytest.raises(RunError, match=f"{name} was trained with {what}.*cannot name") as refusal:
             TrainTab.fill(tab, name)
         assert str(tmp_path) not in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_a_form_that_begins_with_a_run_has_its_images_or_does_not_start(trainings, tmp_path):
+    """A page may not name a folder that is not on the list; the bundled images would be trained on in its place."""
+    tab, runs, cats = form_of(trainings), trainings.library.folder, str(trainings.data / "cats")
+    uploaded = runs / ".images" / "up"
+    uploaded.mkdir(parents=True)
+    read = {"listed": cats, "one": [cats], "uploaded": str(uploaded), "bundled": str(BUNDLED_IMAGES), "none": None}
+    read |= {"example": "assets/openmoji", "elsewhere": str(tmp_path), "two": [cats, str(uploaded)]}
+    for name, folder in read.items():
+        write_run(runs / name, train_data_dir=folder)
+    write_run(runs / "hub", dataset_name="owner/images")
+    filled = {name: TrainTab.fill(tab, name)[1] for name in trainings.library.runs()}
+    unlisted = {name: filled.pop(name) for name in ("elsewhere", "two", "hub")}
+    uploads, without = {"uploaded": "runs/up"}, dict.fromkeys(("bundled", "example", "none"), "")
+    assert filled == {"listed": "cats", "one": "cats"} | uploads | without
+    for name, folder in unlisted.items():
+        assert folder == f"images of {name} (not on the list)"
+        with pytest.raises(RunError, match="choose one from the list"):
+            trainings.choose_images("new", folder, None)
+    assert TrainTab.fill(tab, next(iter(form.PRESETS)))[1] == gr.update()  # it stays as it is
 
 
 @pytest.mark.parametrize("device", [None, "0"])
