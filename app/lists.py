@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .activity import activity
+from .folders import BUNDLED
 from .library import Experiment, LanguageRun, language_script, last_change
 from .queue import RUNNING, WAITING, Entry, Queue
 from .runs import LONGEST_NOTES, NO_CONFIG, NOTES, Run, RunError
@@ -83,7 +84,8 @@ def facts_of(entry: Entry, run: Run) -> list[str]:
     names = ", ".join(NAMES[name] for name in methods if name in NAMES) if isinstance(methods, list) else ""
     steps = entry.settings.get("max_train_steps")
     facts = ["goes on" if entry.resume else "", entry.kind if entry.kind != "run" else "", names]
-    facts += [f"{str(steps)[:12]} steps" if steps else "", f"images: {entry.folder}" if entry.folder else ""]
+    images = entry.folder if entry.folder in (None, BUNDLED) else f"images: {entry.folder}"
+    facts += [f"{str(steps)[:12]} steps" if steps else "", images or ""]
     facts += [f"GPU {entry.device}" if entry.device is not None else ""]
     return [*facts, activity(run.activity) if entry.state == RUNNING else entry.line]
 

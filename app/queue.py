@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 
 from reslora.files import write_json
 
-from .folders import UPLOADS
+from .folders import BUNDLED, UPLOADS
 from .launcher import Busy, Trainings
 from .library import Experiment
 from .runs import LARGEST_JSON, Run, RunError
@@ -49,7 +49,7 @@ class Entry:
     kind: str = "run"
     settings: dict = field(default_factory=dict)
     folder: str | None = None
-    """Of the images, by its name on the list; None means the bundled ones."""
+    """Of the images, by its name on the list; None means the bundled ones, or those of what goes on."""
     resume: bool = False
     """It goes on from its newest checkpoint, with the settings it has."""
     state: str = WAITING
@@ -150,9 +150,12 @@ class Queue:
                 raise RunError(f"{entry.name} is in the queue already; choose another name, or remove that one.")
             if len(live) >= MOST:
                 raise RunError(f"At most {MOST} runs can be lined up.")
-            if uploads and not self.goes_on(entry):
+            is_new = not (entry.resume or self.goes_on(entry))
+            if is_new and uploads:
                 kept = keep(self.trainings.library.folder / UPLOADS / entry.name, uploads, caption)
                 entry.folder = f"runs/{kept.name}"
+            elif is_new:
+                entry.folder = entry.folder or BUNDLED  # so that whoever looks at the queue is told
             entries[:] = [one for one in entries if one.name != entry.name] + [entry]
         self.advance()
         added = next((one for one in self.entries() if one.name == entry.name), entry)

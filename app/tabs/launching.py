@@ -13,6 +13,7 @@ from reslora.diffusion.data.caption_files import CAPTIONS
 
 from .. import form, launcher, views
 from ..bases import PIPELINES
+from ..folders import BUNDLED
 from ..handlers import QUIET, named, paths_of, readable_errors
 from ..queue import RUNNING, WAITING, Entry
 from ..runs import Run
@@ -243,16 +244,19 @@ class LaunchTab(Tab):
         added = self.queue.add(entry, paths, str(caption or ""))
         told = self.told_of(added)
         if paths and added.folder not in (None, f"runs/{name}"):
-            told += f" Its images are in {added.folder}: there are others in runs/{name}."
+            told += f" There are others in runs/{name}."
         shown = gr.update() if added.state == WAITING else gr.update(choices=self.list_names(), value=name)
         return shown, words, self.start_label(), views.notice(told)
 
     def told_of(self, entry: Entry) -> str:
-        """What has become of something that was to start."""
+        """What has become of something that was to start, and with which images where it is new."""
+        where = f" on GPU {entry.device}" if entry.device is not None else ""
+        images = "the bundled images" if entry.folder == BUNDLED else f"the images in {entry.folder}"
+        images = f" with {images}" if entry.folder else ""
         if entry.state == RUNNING:
-            begins = f"{entry.name} goes on from its newest checkpoint" if entry.resume else f"{entry.name} starts"
-            return f"{begins} on GPU {entry.device}." if entry.device is not None else f"{begins}."
-        return f"{entry.name} waits in the queue, and starts by itself."
+            begins = "goes on from its newest checkpoint" if entry.resume else "starts"
+            return f"{entry.name} {begins}{where}{images}."
+        return f"{entry.name} waits in the queue, and starts by itself{images}."
 
     def list_names(self) -> list[str]:
         """What can be looked at."""

@@ -13,12 +13,13 @@ import pytest
 from app_runs import HOSTILE, with_one_wrong, write_run
 from waiting import LIMIT, ended, wait_until
 
-from app import launcher, queue
+from app import launcher, lists, queue
 from app.launcher import Trainings
 from app.library import Experiment, Library
 from app.queue import FAILED, RUNNING, WAITING, Entry, Queue
 from app.runs import Run, RunError
 from app.shelf import Shelf
+from app.tabs.train import TrainTab
 from reslora.files import write_json
 
 # In place of `accelerate launch`: notes that it was started and on which GPU, waits for its turn to end, and fails.
@@ -166,6 +167,28 @@ def test_what_the_trainer_refuses_is_not_lined_up(lined, tmp_path):
         lined.add(Entry("b"))
     let_end(lined, "a")
     assert states(lined) == {"a": FAILED, "b": RUNNING}
+
+
+def test_which_images_are_trained_on_is_said(lined, tmp_path):
+    """Uploads are gone from a page that is loaded anew: the bundled images would be trained on without a word."""
+    PIL.Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    added = [add(lined, "a"), lined.add(Entry("b", folder="cats")), lined.add(Entry("c"), [str(tmp_path / "x.png")])]
+    assert [TrainTab.told_of(None, entry) for entry in added] == [
+        "a starts with the bundled images.",
+        "b waits in the queue, and starts by itself with the images in cats.",
+        "c waits in the queue, and starts by itself with the images in runs/c.",
+    ]
+    shown = [lists.facts_of(entry, lined.run_of(entry)) for entry in added]
+    assert "bundled images" in shown[0] and "images: cats" in shown[1] and "images: runs/c" in shown[2]
+
+
+def test_what_goes_on_keeps_its_images_and_none_are_named(lined, tmp_path):
+    write_run(tmp_path / "runs" / "a", methods=["lora"])
+    write_run(tmp_path / "runs" / "b", learning_rate=[1e-4, 1e-3])
+    added = [lined.add(Entry("a", resume=True)), lined.add(Entry("b", "experiment", {"seed": "0 1"}))]
+    assert [entry.folder for entry in added] == [None, None]
+    assert TrainTab.told_of(None, added[0]) == "a goes on from its newest checkpoint."
+    assert TrainTab.told_of(None, added[1]) == "b waits in the queue, and starts by itself."
 
 
 def test_a_killed_application_leaves_a_queue_that_goes_on_once_each(lined, tmp_path):
