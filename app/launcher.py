@@ -33,7 +33,7 @@ from . import form
 from .bases import bundled, model_of
 from .folders import UPLOADS, Folders
 from .held import held, is_held
-from .library import Experiment, Library, language_script, refuse_language
+from .library import Experiment, Library, kind_of, language_script, refuse_language
 from .runs import EXPERIMENT_LOG, LOG_NAME, NOTES, Run, RunError, is_trainer
 from .uploads import contents_of, place_of
 from .views import enumerated
@@ -197,14 +197,15 @@ class Trainings:
         """Folder of a new run; `RunError` for a name that could be anything but a new folder in the runs folder."""
         if self.library.is_single:
             raise RunError("This page shows a single run; start the application on a folder of runs to train here.")
-        name = name if isinstance(name, str) else ""
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name):
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name):
             raise RunError("A run's name has letters, digits, hyphens and underscores, at most 64 of them.")
         folder = self.library.folder / name
-        run = Run(name, folder)
+        run = (kind_of(folder) or Run)(name, folder)
         began = not folder.is_dir() or not BEFORE.issuperset(run.entries())  # if not, its name is free again
-        if folder.is_symlink() or (folder.exists() and (began or self.is_active(run))):
+        if folder.is_symlink() or (folder.exists() and began):
             raise RunError("There is a run of that name already; choose another name, or resume it.")
+        if folder.exists() and self.is_active(run):
+            raise RunError(f"{name} is starting already: wait until it trains, or choose another name.")
         return folder
 
     def choose_images(

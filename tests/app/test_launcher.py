@@ -21,16 +21,18 @@ from waiting import LIMIT, ended, wait_until
 import train_sd
 from app import experiments, form, launcher, lists, views
 from app.bases import PIPELINES
+from app.held import held
 from app.launcher import SAMPLE, SAVE, Trainings
 from app.library import Experiment, Library
 from app.queue import Entry, Queue
-from app.runs import LOG_NAME, Run, RunError, is_trainer
+from app.runs import EXPERIMENT_LOG, LOG_NAME, Run, RunError, is_trainer
 from app.shelf import Shelf
 from app.tabs.train import TrainTab
 from app.uploads import store_images
 from reslora.common.assets import ASSETS
 from reslora.diffusion.data import encoding
 from reslora.diffusion.settings import BUNDLED_IMAGES, is_bundled, parse_args
+from reslora.files import write_json
 
 # In place of `accelerate launch`, which passes its stdout on to the trainer, and nothing else; it dies of SIGTERM.
 LAUNCHER = "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]])"
@@ -234,6 +236,17 @@ def test_the_name_of_a_run_that_never_began_is_free(trainings):
     (trainings.library.folder / "pictures" / "a.png").touch()
     with pytest.raises(RunError, match="already"):
         trainings.new_folder("pictures")
+
+
+def test_the_name_of_what_is_starting_is_said_to_be_that(trainings):
+    """An experiment, which can be gone on with as soon as it has written its settings; nobody resumes it meanwhile."""
+    folder = trainings.library.folder / "new"
+    folder.mkdir()
+    with held(folder / EXPERIMENT_LOG):
+        with pytest.raises(RunError, match=r"^new is starting already: wait until it trains, or choose another name"):
+            trainings.folder_of("new", Experiment)
+        write_json(folder / "config.json", {"learning_rate": [1e-4, 1e-3]})
+        assert trainings.folder_of("new", Experiment) == folder
 
 
 def test_what_was_stopped_while_it_encoded_is_started_anew(trainings, tmp_path, monkeypatch):
