@@ -59,7 +59,9 @@ class ExperimentTab(LaunchTab):
             self.which = gr.Dropdown(
                 label="Experiment", allow_custom_value=True, interactive=True, elem_id="experiment", scale=3
             )
-            self.take = gr.DownloadButton("Download report", elem_id="take-report", scale=1, min_width=140)
+            self.take = gr.DownloadButton(
+                "Download report", interactive=False, elem_id="take-report", scale=1, min_width=140
+            )
         self.state = gr.HTML(elem_id="experiment-state")
         self.report = gr.HTML(elem_id="experiment-report")
         with gr.Accordion("What the trainer prints", open=False):

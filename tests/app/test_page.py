@@ -857,6 +857,7 @@ def test_an_experiment_is_planned_and_its_report_is_read(page, runs):
     Where there is none yet, Stop says so.
     """
     page.get_by_role("tab", name="Experiment").click()
+    page.locator("button#take-report:disabled").wait_for()
     page.locator("#experiment-stop").click()
     page.get_by_text("There is no experiment of that name").wait_for()
     write_experiment(runs / "which")
@@ -872,6 +873,7 @@ def test_an_experiment_is_planned_and_its_report_is_read(page, runs):
             "document.querySelector('#experiment-command textarea').value.includes('--seed 0 1 --max_train_steps 200')"
         )
         page.wait_for_function(said)
+        page.locator("button#take-report:enabled").wait_for()
         report.locator("#slider").focus()
         page.keyboard.press("ArrowRight")
         assert report.locator("#slider").input_value() == "51"
