@@ -162,7 +162,8 @@ class LaunchTab(Tab):
         """
         inputs = [self.name, self.uploads, self.caption, self.folder, self.model, *self.flags.values()]
         show, start = (named(readable_errors(do), self.parameters()) for do in (self.do_show, self.do_start))
-        self.show.click(show, inputs, self.command, api_name=f"{self.id}_command", preprocess=False)
+        shown = self.show.click(show, inputs, self.command, api_name=f"{self.id}_command", preprocess=False)
+        shown.failure(lambda: "", None, self.command, **QUIET)  # else it would be that of other settings
         started = [which, self.command, self.start, self.answer]
         self.start.click(start, inputs, started, api_name=f"{self.id}_start", preprocess=False)
         plan = named(readable_errors(self.do_plan), self.parameters())

@@ -874,6 +874,9 @@ def test_an_experiment_is_planned_and_its_report_is_read(page, runs):
         )
         page.wait_for_function(said)
         page.locator("button#take-report:enabled").wait_for()
+        page.locator("#experiment-name input, #experiment-name textarea").fill("no name")
+        page.locator("#experiment-show").click()  # refused: the command of the other name goes
+        page.wait_for_function("document.querySelector('#experiment-command textarea').value === ''")
         report.locator("#slider").focus()
         page.keyboard.press("ArrowRight")
         assert report.locator("#slider").input_value() == "51"
