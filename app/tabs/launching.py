@@ -252,8 +252,8 @@ class LaunchTab(Tab):
     def told_of(self, entry: Entry) -> str:
         """What has become of something that was to start, and with which images where it is new."""
         where = f" on GPU {entry.device}" if entry.device is not None else ""
-        images = "the bundled images" if entry.folder == BUNDLED else f"the images in {entry.folder}"
-        images = f" with {images}" if entry.folder else ""
+        named = {BUNDLED: "the bundled images", ".": "the images in the data folder"}
+        images = f" with {named.get(entry.folder, f'the images in {entry.folder}')}" if entry.folder else ""
         if entry.state == RUNNING:
             begins = "goes on from its newest checkpoint" if entry.resume else "starts"
             return f"{entry.name} {begins}{where}{images}."

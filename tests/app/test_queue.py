@@ -178,6 +178,9 @@ def test_which_images_are_trained_on_is_said(lined, tmp_path):
         "b waits in the queue, and starts by itself with the images in cats.",
         "c waits in the queue, and starts by itself with the images in runs/c.",
     ]
+    assert TrainTab.told_of(None, Entry("d", folder=".")).endswith(
+        "starts by itself with the images in the data folder."
+    )
     shown = [lists.facts_of(entry, lined.run_of(entry)) for entry in added]
     assert "bundled images" in shown[0] and "images: cats" in shown[1] and "images: runs/c" in shown[2]
 
