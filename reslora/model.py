@@ -183,7 +183,7 @@ def merge(
     With several processes, merge on rank 0 (whose norms count) and share the result.
 
     Raises `ValueError` for an unknown method, missing calibration or norms, or non-finite values; nothing has changed
-    then.
+    then, nor where memory runs out.
     """
     base = base_model(model)
     connection = connected(base, adapter_name)
@@ -199,10 +199,14 @@ def merge(
             merge_chain = dataclasses.replace(connection.shortcut.merges[method], max_rank=max_rank)
             merged, notes = _merge_chains(base, connection, plan, merge_chain, calibration)
         blocks = _block_reports(connection, plan, merged, calibration is not None)
-        disconnect(model, adapter_name)
-        for factors, results in zip(plan, merged, strict=True):
-            for block, result in zip(factors, results, strict=True):
-                ranks.write(layers[block.name], result, adapter_name)
+        written = {
+            layers[block.name]: ranks.ready(layers[block.name], result, adapter_name)
+            for factors, results in zip(plan, merged, strict=True)
+            for block, result in zip(factors, results, strict=True)
+        }
+        disconnect(model, adapter_name)  # nothing from here on takes memory, so all layers change, or none
+        for layer, result in written.items():
+            ranks.write(layer, result, adapter_name)
         ranks.declare(described, layers, adapter_name)
     torch.clear_autocast_cache()  # which keeps casts of the old weights, for as long as its block lasts
     notes += [note for results in merged for result in results for note in result.notes]

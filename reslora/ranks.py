@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 
-import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -22,17 +22,25 @@ def changes_base(config: LoraConfig) -> bool:
     return isinstance(config.init_lora_weights, str) and config.init_lora_weights.startswith(CHANGES_BASE)
 
 
+def ready(layer: LoraLayer, merged: Merged, adapter_name: str) -> Merged:
+    """The new factors with the device and dtype of the old ones: whatever of a merge takes memory is done here."""
+    old = (modules[adapter_name].weight for modules in (layer.lora_A, layer.lora_B))
+    a, b = (
+        value.to(weight.device, weight.dtype).contiguous()
+        for value, weight in zip((merged.a, merged.b), old, strict=True)
+    )
+    return dataclasses.replace(merged, a=a, b=b)
+
+
 def write(layer: LoraLayer, merged: Merged, adapter_name: str) -> None:
-    """Puts the new factors in place; a changed rank takes new linear layers of the old dtype, device and mode."""
+    """Puts factors that are `ready` in place; a changed rank takes new linear layers of the old mode."""
     for modules, value in ((layer.lora_A, merged.a), (layer.lora_B, merged.b)):
         old = modules[adapter_name]
         if old.weight.shape == value.shape:
             old.weight.data.copy_(value)
             continue
-        weight = old.weight
         new = nn.Linear(value.shape[1], value.shape[0], bias=False, device="meta")
-        data = value.to(weight.device, weight.dtype).clone(memory_format=torch.contiguous_format)
-        new.weight = nn.Parameter(data, requires_grad=weight.requires_grad)
+        new.weight = nn.Parameter(value, requires_grad=old.weight.requires_grad)
         modules[adapter_name] = new.train(old.training)
 
 
