@@ -6,6 +6,7 @@ import dataclasses
 import math
 import re
 
+import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -24,12 +25,13 @@ def changes_base(config: LoraConfig) -> bool:
 
 def ready(layer: LoraLayer, merged: Merged, adapter_name: str) -> Merged:
     """The new factors with the device and dtype of the old ones: whatever of a merge takes memory is done here."""
-    old = (modules[adapter_name].weight for modules in (layer.lora_A, layer.lora_B))
-    a, b = (
-        value.to(weight.device, weight.dtype).contiguous()
-        for value, weight in zip((merged.a, merged.b), old, strict=True)
-    )
-    return dataclasses.replace(merged, a=a, b=b)
+    factors = []
+    with torch.inference_mode(False):  # a caller's: what is made inside of it can never be trained
+        for modules, value in ((layer.lora_A, merged.a), (layer.lora_B, merged.b)):
+            weight = modules[adapter_name].weight
+            value = value.to(weight.device, weight.dtype).contiguous()
+            factors.append(value.clone() if value.is_inference() else value)
+    return dataclasses.replace(merged, a=factors[0], b=factors[1])
 
 
 def write(layer: LoraLayer, merged: Merged, adapter_name: str) -> None:

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import RANK, STACK_INPUTS, assert_equal, find_layer, lora_stack, run
+from conftest import RANK, STACK_INPUTS, assert_equal, find_layer, gradients_of, lora_stack, run
 from peft import LoraConfig, PeftModel
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -52,6 +52,17 @@ def test_a_merge_that_runs_out_of_memory_changes_nothing(shortcut, max_rank):
     assert tensors > 8
     reslora.merge(other, max_rank=max_rank)
     assert_equal(run(model, STACK_INPUTS), run(other, STACK_INPUTS), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shortcut, max_rank", [("block", None), ("block", 4), ("middle", None)])
+def test_a_model_merged_in_inference_mode_trains_on(shortcut, max_rank):
+    model, other = lora_stack(), lora_stack()
+    for wired in (model, other):
+        reslora.connect(wired, ResLoraConfig(shortcut, 2), example_inputs=STACK_INPUTS)
+    with torch.inference_mode():
+        reslora.merge(model, max_rank=max_rank)
+    reslora.merge(other, max_rank=max_rank)
+    assert_equal(gradients_of(model, STACK_INPUTS), gradients_of(other, STACK_INPUTS), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("rslora", [False, True])
