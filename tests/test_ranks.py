@@ -5,9 +5,12 @@ import math
 
 import pytest
 import torch
-from conftest import RANK, STACK_INPUTS, assert_equal, find_layer, gradients_of, lora_stack, run
+from conftest import RANK, STACK_INPUTS, assert_equal, assert_one_line, find_layer, gradients_of, lora_stack, run
 from peft import LoraConfig, PeftModel
 from torch import nn
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrize import remove_parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import reslora
@@ -63,6 +66,32 @@ def test_a_model_merged_in_inference_mode_trains_on(shortcut, max_rank):
         reslora.merge(model, max_rank=max_rank)
     reslora.merge(other, max_rank=max_rank)
     assert_equal(gradients_of(model, STACK_INPUTS), gradients_of(other, STACK_INPUTS), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "put, take",
+    [
+        (weight_norm, lambda module: remove_parametrizations(module, "weight")),
+        (lambda module: prune.l1_unstructured(module, "weight", 0.5), lambda module: prune.remove(module, "weight")),
+    ],
+    ids=["parametrized", "pruned"],
+)
+@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+@pytest.mark.parametrize("shortcut", ["input", "block", "middle"])
+def test_a_weight_that_is_made_when_it_is_read_is_refused_until_it_is_fixed(shortcut, part, put, take):
+    model = lora_stack().eval()
+    reslora.connect(model, ResLoraConfig(shortcut, 2), example_inputs=STACK_INPUTS)
+    module = getattr(find_layer(model, "layers.1.proj"), part)["default"]
+    put(module)
+    unmerged = run(model, STACK_INPUTS)
+    with pytest.raises(ValueError) as error:
+        reslora.merge(model)
+    assert_one_line(error, "layers.1.proj", part, "remove_parametrizations")
+    assert_equal(run(model, STACK_INPUTS), unmerged)
+    take(module)
+    reslora.merge(model)
+    if shortcut == "block":
+        assert_equal(run(model, STACK_INPUTS), unmerged)
 
 
 @pytest.mark.parametrize("rslora", [False, True])
