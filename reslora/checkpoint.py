@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -33,6 +34,7 @@ from .common.errors import first_line
 from .config import ResLoraConfig
 from .files import check_checksums, write_checksums, write_json, write_tensors
 from .guards import keeping_shortcuts, refuse_inactive, refuse_inner, refuse_merged
+from .ranks import rescale, rescaled
 from .tracing import meta_copy
 from .wiring import attach_wires, connected, connection_of
 
@@ -46,7 +48,8 @@ def save(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
     """Writes the connected adapter of `model` to `directory`: `reslora_config.json` and `reslora_model.safetensors`.
 
     `checksums.json` beside them is written last, by `reslora.files.write_checksums`, which is for whoever adds files to
-    call again. Includes `modules_to_save` and the recorded norms. With several processes, call it on rank 0.
+    call again. Includes `modules_to_save`, the recorded norms, and scales that alpha does not say (`set_scale`). With
+    several processes, call it on rank 0.
 
     Raises `ValueError` if the model is not connected, or `directory` is a file.
     """
@@ -64,6 +67,7 @@ def save(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
         "reslora": connection.config.to_dict(),
         "chains": connection.chains.to_dict(),
         "norms": {"names": norms.names, "pushed": norms.count},
+        "scaling": rescaled(lora_layers(base, adapter_name), adapter_name),
         "peft_model": isinstance(outer, PeftModel),
     }
     directory = Path(directory)
@@ -112,6 +116,7 @@ def load(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
     check_checksums(directory, [CONFIG_NAME, WEIGHTS_NAME])
     loaded = outer if present else _attach(outer, saved.lora, adapter_name, saved, directory)
     _fill(loaded, base_model(loaded), saved.tensors, adapter_name)
+    rescale(lora_layers(base_model(loaded), adapter_name), saved.scaling, adapter_name)
     if connection is None:
         connection = attach_wires(loaded, saved.config, adapter_name, saved.plan)
     norms = connection.wires.norms
@@ -131,6 +136,8 @@ class _Saved:
     config: ResLoraConfig
     lora: LoraConfig
     plan: Chains
+    scaling: dict[str, float]
+    """Of the layers whose scaling is not what rank and alpha say."""
     wrapped: bool
     """Whether the saved model was a `PeftModel`."""
     names: list[str]
@@ -150,6 +157,8 @@ def _read(directory: Path) -> _Saved:
         plan = _read_plan(content["chains"])
         names, pushed = content["norms"]["names"], content["norms"]["pushed"]
         _expect("norms", _texts(_list(names)) and _counts([pushed]))
+        scaling = content.get("scaling", {})  # not in older files
+        _expect("scaling", isinstance(scaling, dict) and _numbers(scaling.values()))
         _expect("peft_model", isinstance(content["peft_model"], bool))
     except Exception as error:  # what is no file of ours fails in as many ways as there are values
         raise ValueError(f"{path} is damaged: {first_line(error)}") from error
@@ -158,7 +167,7 @@ def _read(directory: Path) -> _Saved:
             f"{directory / WEIGHTS_NAME} is damaged: {_NORMS} is {norms.dtype} {tuple(norms.shape)}, not "
             f"{(len(names), config.window)} as {path} says"
         )
-    return _Saved(config, lora, plan, content["peft_model"], names, pushed, tensors, norms)
+    return _Saved(config, lora, plan, scaling, content["peft_model"], names, pushed, tensors, norms)
 
 
 def _read_json(path: Path) -> dict:
@@ -212,6 +221,10 @@ def _texts(values: Iterable) -> bool:
 
 def _counts(values: Iterable) -> bool:
     return all(type(value) is int and 0 <= value < 2**63 for value in values)
+
+
+def _numbers(values: Iterable) -> bool:
+    return all(type(value) in (int, float) and math.isfinite(value) for value in values)
 
 
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -297,6 +310,8 @@ def _check(saved: _Saved, model: nn.Module, adapter_name: str, directory: Path, 
         if here != there:
             raise ValueError(f"{key} has shape {there} in {directory / WEIGHTS_NAME}, but {here} in the model")
     layers = lora_layers(base, adapter_name)
+    if others := saved.scaling.keys() - layers:
+        raise ValueError(f"{directory / CONFIG_NAME} scales {min(others)}, which is no LoRA layer of the model")
     for block in saved.plan.blocks:
         if block.name not in layers:
             raise ValueError(f"{directory / CONFIG_NAME} links {block.name}, which is no LoRA layer of the model")

@@ -36,7 +36,7 @@ from .chains import base_model, lora_layers, unwrap
 from .checkpoint import PEFT_PREFIX
 from .files import replacing, write_tensors
 from .guards import refuse_merged
-from .ranks import whole
+from .ranks import declare_scaling, whole
 from .wiring import connection_of
 
 DIFFUSERS_FILE, KOHYA_FILE, COMFYUI_FILE = (
@@ -71,8 +71,9 @@ def export_peft(model: nn.Module, directory: str | os.PathLike, adapter_name: st
     """Writes any PEFT adapter of `model` (LoRA, AdaLoRA, LoHa, OFT ...) as PEFT itself does, and returns the folder.
 
     Works for wrapped models and for those with `add_adapter`, whose files load with `PeftModel.from_pretrained` then.
-    Other files in the folder stay.
-    Raises `ValueError` if the adapter is connected or not there.
+    Where `set_adapters` or `set_scale` has changed the scale of layers, alpha in the file is what it amounts to. Other
+    files in the folder stay.
+    Raises `ValueError` if the adapter is connected or not there, or has a scale that its configuration cannot hold.
     """
     base, outer = _plain(model, adapter_name), unwrap(model)
     source = outer if isinstance(outer, PeftModel) else base
@@ -80,6 +81,7 @@ def export_peft(model: nn.Module, directory: str | os.PathLike, adapter_name: st
     state = {PEFT_PREFIX + key.removeprefix(PEFT_PREFIX): value for key, value in state.items()}
     config = copy.deepcopy(base.peft_config[adapter_name])
     config.inference_mode = True
+    declare_scaling(config, base, adapter_name)
     for field, value in vars(config).items():
         if isinstance(value, set):  # whose order differs from process to process
             setattr(config, field, sorted(value))

@@ -182,8 +182,8 @@ def merge(
 
     With several processes, merge on rank 0 (whose norms count) and share the result.
 
-    Raises `ValueError` for an unknown method, missing calibration or norms, or non-finite values; nothing has changed
-    then.
+    Raises `ValueError` for an unknown method, missing calibration or norms, non-finite values, or parametrized A or B;
+    nothing has changed then, nor where memory runs out.
     """
     base = base_model(model)
     connection = connected(base, adapter_name)
@@ -191,6 +191,7 @@ def merge(
     layers, described = lora_layers(base, adapter_name), base.peft_config[adapter_name]
     guards.refuse_merged(layers)
     _refuse_nonfinite(layers, adapter_name)
+    _refuse_made(layers, connection)
     plan = [_factors(chain, layers, connection) for chain in connection.chains] if connection.shortcut else []
     merged: list[list[Merged]] = []
     notes: list[str] = []
@@ -199,10 +200,14 @@ def merge(
             merge_chain = dataclasses.replace(connection.shortcut.merges[method], max_rank=max_rank)
             merged, notes = _merge_chains(base, connection, plan, merge_chain, calibration)
         blocks = _block_reports(connection, plan, merged, calibration is not None)
-        disconnect(model, adapter_name)
-        for factors, results in zip(plan, merged, strict=True):
-            for block, result in zip(factors, results, strict=True):
-                ranks.write(layers[block.name], result, adapter_name)
+        written = {
+            layers[block.name]: ranks.ready(layers[block.name], result, adapter_name)
+            for factors, results in zip(plan, merged, strict=True)
+            for block, result in zip(factors, results, strict=True)
+        }
+        disconnect(model, adapter_name)  # nothing from here on takes memory, so all layers change, or none
+        for layer, result in written.items():
+            ranks.write(layer, result, adapter_name)
         ranks.declare(described, layers, adapter_name)
     torch.clear_autocast_cache()  # which keeps casts of the old weights, for as long as its block lasts
     notes += [note for results in merged for result in results for note in result.notes]
@@ -247,6 +252,17 @@ def _refuse_nonfinite(layers: dict[str, LoraLayer], adapter_name: str) -> None:
                 raise ValueError(f"{name} has its {part} on the meta device: load or un-offload the weights first")
             if not bool(torch.isfinite(weight).all()):
                 raise ValueError(f"{name} has NaN or infinity in its {part}: resume from an earlier checkpoint")
+
+
+def _refuse_made(layers: dict[str, LoraLayer], connection: Connection) -> None:
+    """Refuse A and B that make their weight when it is read: what is written to it would be lost without a word."""
+    for name in (block.name for block in connection.chains.blocks if connection.shortcut):
+        for part in ("lora_A", "lora_B"):
+            if "weight" not in getattr(layers[name], part)[connection.adapter_name]._parameters:
+                raise ValueError(
+                    f"{name} makes the weight of its {part} when it is read, so it cannot be written: call "
+                    "torch.nn.utils.parametrize.remove_parametrizations (or prune.remove, remove_weight_norm) first"
+                )
 
 
 def _factors(chain: Chain, layers: dict[str, LoraLayer], connection: Connection) -> list[Factors]:

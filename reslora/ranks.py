@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
+from collections import Counter
+from collections.abc import Callable, Mapping
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig, PeftType
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lycoris_utils import LycorisLayer
 from torch import nn
 
 from .merging import Merged
@@ -22,17 +26,26 @@ def changes_base(config: LoraConfig) -> bool:
     return isinstance(config.init_lora_weights, str) and config.init_lora_weights.startswith(CHANGES_BASE)
 
 
+def ready(layer: LoraLayer, merged: Merged, adapter_name: str) -> Merged:
+    """The new factors with the device and dtype of the old ones: whatever of a merge takes memory is done here."""
+    factors = []
+    with torch.inference_mode(False):  # a caller's: what is made inside of it can never be trained
+        for modules, value in ((layer.lora_A, merged.a), (layer.lora_B, merged.b)):
+            weight = modules[adapter_name].weight
+            value = value.to(weight.device, weight.dtype).contiguous()
+            factors.append(value.clone() if value.is_inference() else value)
+    return dataclasses.replace(merged, a=factors[0], b=factors[1])
+
+
 def write(layer: LoraLayer, merged: Merged, adapter_name: str) -> None:
-    """Puts the new factors in place; a changed rank takes new linear layers of the old dtype, device and mode."""
+    """Puts factors that are `ready` in place; a changed rank takes new linear layers of the old mode."""
     for modules, value in ((layer.lora_A, merged.a), (layer.lora_B, merged.b)):
         old = modules[adapter_name]
         if old.weight.shape == value.shape:
             old.weight.data.copy_(value)
             continue
-        weight = old.weight
         new = nn.Linear(value.shape[1], value.shape[0], bias=False, device="meta")
-        data = value.to(weight.device, weight.dtype).clone(memory_format=torch.contiguous_format)
-        new.weight = nn.Parameter(data, requires_grad=weight.requires_grad)
+        new.weight = nn.Parameter(value, requires_grad=old.weight.requires_grad)
         modules[adapter_name] = new.train(old.training)
 
 
@@ -51,13 +64,87 @@ def declare(config: LoraConfig, layers: dict[str, LoraLayer], adapter_name: str)
         return
     for name, rank in changed.items():
         layer = layers[name]
-        root = math.sqrt if layer.use_rslora[adapter_name] else float
-        nominal = layer.lora_alpha[adapter_name] / root(layer.r[adapter_name])
-        layer.r[adapter_name], layer.lora_alpha[adapter_name] = rank, _alpha(nominal, root(rank))
+        alpha = _alpha(nominal(layer, adapter_name), _root(layer, adapter_name)(rank))
+        layer.r[adapter_name], layer.lora_alpha[adapter_name] = rank, alpha
     ranks = {name: layer.r[adapter_name] for name, layer in layers.items()}
     alphas = {name: layer.lora_alpha[adapter_name] for name, layer in layers.items()}
     config.rank_pattern = _patterns(ranks, changed, config.r, config.rank_pattern)
     config.alpha_pattern = _patterns(alphas, changed, config.lora_alpha, config.alpha_pattern)
+
+
+# -- scales that alpha does not say ----------------------------------------------------------------------------------
+
+# `set_scale` leaves them, which diffusers' `set_adapters` calls with its weights: it changes a layer's `scaling` alone.
+
+
+def nominal(layer: LoraLayer | LycorisLayer, adapter_name: str) -> float:
+    """The scaling that a layer's rank and alpha say."""
+    rank = layer.r[adapter_name]
+    alpha = (layer.lora_alpha if isinstance(layer, LoraLayer) else layer.alpha)[adapter_name]
+    if hasattr(layer, "lora_E"):  # AdaLoRA, which divides by its rank of the moment in the forward
+        return alpha if alpha > 0 else rank
+    return alpha / _root(layer, adapter_name)(rank)
+
+
+def rescaled(layers: Mapping[str, LoraLayer | LycorisLayer], adapter_name: str) -> dict[str, float]:
+    """The scaling of the layers where it is not what rank and alpha say."""
+    found = {name: float(layer.scaling[adapter_name]) for name, layer in layers.items()}
+    return {name: scale for name, scale in found.items() if not _close(scale, nominal(layers[name], adapter_name))}
+
+
+def rescale(layers: Mapping[str, LoraLayer], scaling: Mapping[str, float], adapter_name: str) -> None:
+    """Gives layers the scaling that `rescaled` found, and all others what their rank and alpha say."""
+    for name, layer in layers.items():
+        scale = scaling.get(name, nominal(layer, adapter_name))
+        if not _close(float(layer.scaling[adapter_name]), scale):
+            layer.scaling[adapter_name] = scale
+
+
+def declare_scaling(config: PeftConfig, base: nn.Module, adapter_name: str) -> None:
+    """Where layers are rescaled: writes the alphas that amount to it into a configuration that is to be saved.
+
+    Raises `ValueError` where a reader of the configuration would not have the same model.
+    """
+    layers = {
+        name: module
+        for name, module in base.named_modules()
+        if isinstance(module, (LoraLayer, LycorisLayer)) and adapter_name in module.scaling
+    }
+    scaled = rescaled(layers, adapter_name)
+    if not scaled:
+        return
+    if config.peft_type != PeftType.LORA:
+        raise _unsaid(scaled, f"a {config.peft_type.value} configuration")
+    if changes_base(config):  # some by as much as alpha says
+        raise _unsaid(scaled, f"init_lora_weights={config.init_lora_weights!r}")
+    alphas = {name: layer.lora_alpha[adapter_name] for name, layer in layers.items()}
+    alphas |= {
+        name: _alpha(scale, _root(layers[name], adapter_name)(layers[name].r[adapter_name]))
+        for name, scale in scaled.items()
+    }
+    common = Counter(alphas.values()).most_common(1)[0][0]
+    for name, alpha in alphas.items():
+        if alpha != common and ("base_layer" in name.split(".") or type(layers[name]).__name__ == "ParamWrapper"):
+            raise _unsaid(scaled, f"an alpha of its own for {name}")  # of which PEFT knows the outer layer alone
+    config.alpha_pattern = _patterns(alphas, {}, common, config.alpha_pattern)
+    config.lora_alpha = common
+
+
+def _unsaid(scaled: Mapping[str, float], where: str) -> ValueError:
+    name, scale = next(iter(scaled.items()))
+    return ValueError(
+        f"{name} has the scale {scale:g}, which is not what its alpha says, and PEFT's files cannot hold that with "
+        f"{where}: set the scale back (set_adapters, set_scale), or use export_merged"
+    )
+
+
+def _root(layer: LoraLayer | LycorisLayer, adapter_name: str) -> Callable[[float], float]:
+    """What alpha is divided by, as a function of the rank."""
+    return math.sqrt if getattr(layer, "use_rslora", {}).get(adapter_name) else float
+
+
+def _close(scale: float, other: float) -> bool:
+    return math.isclose(scale, other, rel_tol=1e-6)  # hot-swapping keeps scales in float32
 
 
 def _patterns(values: dict[str, float], changed: dict[str, int], default: float, older: dict) -> dict:

@@ -34,6 +34,7 @@ from reslora import ResLoraConfig
 
 CONFIG = "reslora_config.json"
 WEIGHTS = "reslora_model.safetensors"
+LINEAR = "model.layers.1.self_attn.q_proj"
 PLANS = [("input", 1, "none"), ("block", 2, "repeat"), ("middle", -1, "repeat"), ("none", 1, "repeat")]
 plans = pytest.mark.parametrize("shortcut, pre_num, head", PLANS)
 
@@ -64,6 +65,23 @@ def assert_same(model, before) -> None:
 
 
 # --- round trips ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("into", ["bare", "adapter", "rescaled"])
+@pytest.mark.parametrize("shortcut", ["input", "block", "middle"])
+def test_scales_that_alpha_does_not_say_come_back(shortcut, into, tmp_path):
+    model = lora_stack().eval()
+    reslora.connect(model, ResLoraConfig(shortcut, 2), example_inputs=STACK_INPUTS)
+    find_layer(model, "layers.1.proj").set_scale("default", 0.5)
+    reslora.save(model, tmp_path)
+    target = lora_stack().unload() if into == "bare" else lora_stack()
+    if into == "rescaled":
+        find_layer(target, "layers.2.proj").set_scale("default", 3)
+    loaded = reslora.load(target, tmp_path).eval()
+    assert_equal(run(loaded, STACK_INPUTS), run(model, STACK_INPUTS))
+    assert (
+        find_layer(loaded, "layers.2.proj").scaling["default"] == find_layer(model, "layers.2.proj").scaling["default"]
+    )
 
 
 @plans
@@ -602,6 +620,16 @@ def test_norms_of_other_blocks_are_not_taken(llama, tmp_path):
     content["norms"]["names"].reverse()
     (tmp_path / CONFIG).write_text(json.dumps(content))
     assert reslora.merge(reslora.load(base_of(llama), tmp_path)).method == "weights"
+
+
+@pytest.mark.parametrize("into", ["bare", "adapter"])
+@pytest.mark.parametrize("wrong", [[], {"layers.0": 0.5}, {LINEAR: "0.5"}, {LINEAR: True}, {LINEAR: float("nan")}])
+def test_wrong_scales_are_refused(llama, tmp_path, wrong, into):
+    saved(llama, tmp_path)
+    (tmp_path / "checksums.json").unlink()  # which would notice anything
+    content = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps(content | {"scaling": wrong}))
+    refuse_to_load(llama, tmp_path, into)
 
 
 @pytest.mark.parametrize("into", ["bare", "adapter"])

@@ -19,7 +19,7 @@ from conftest import (
     tiny_unet,
 )
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from peft import LoraConfig, OFTConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoHaConfig, LoraConfig, OFTConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -284,6 +284,26 @@ def test_plain_lora_of_two_ranks_has_its_own_alphas_in_the_peft_config(unet, tmp
     assert layer.r["default"] == 9 and layer.scaling["default"] == pytest.approx(5 / 3)
 
 
+@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize("blocks", ["all", "some"])
+def test_all_files_have_the_scale_that_set_adapters_gave(case, blocks, inputs, tmp_path):
+    lora, plan, merge = CASES[case]
+    model = ARCHITECTURES["unet"].lora(**lora).float().eval()
+    reslora.connect(model, ResLoraConfig(*plan))
+    model.set_adapters(["default"], [0.3 if blocks == "all" else {"down": 0.3, "mid": -1.0}])
+    reslora.merge(model, **merge)
+    expected, config = predict(model, inputs), copy.deepcopy(model.peft_config["default"])
+    export_peft(model, tmp_path / "peft")
+    assert model.peft_config["default"] == config
+    assert_predicts(PeftModel.from_pretrained(base_unet(), tmp_path / "peft"), inputs, expected)
+    assert_predicts(loaded_by_diffusers(export_diffusers(model, tmp_path)), inputs, expected)
+    assert_predicts(loaded_by_diffusers(export_kohya(model, tmp_path / "kohya.safetensors")), inputs, expected)
+    model.set_adapters(["default"], [1.0])
+    export_peft(model, tmp_path / "peft")
+    read = LoraConfig.from_pretrained(tmp_path / "peft")
+    assert (read.lora_alpha, read.alpha_pattern) == (config.lora_alpha, config.alpha_pattern)
+
+
 # --- refused ----------------------------------------------------------------------------------------------------------
 
 
@@ -325,6 +345,24 @@ def test_an_adapter_that_peft_has_merged_is_not_added_once_more(unet, inputs, ad
     model.unfuse_lora()
     export_merged(model, tmp_path / "unet")
     assert_predicts(UNet2DConditionModel.from_pretrained(tmp_path / "unet"), inputs, expected)
+
+
+@pytest.mark.parametrize(
+    "config, words",
+    [
+        (LoraConfig(target_modules=["proj"], init_lora_weights="olora"), "init_lora_weights='olora'"),
+        (LoHaConfig(target_modules=["proj"]), "LOHA"),
+        (AdaLoraConfig(target_modules=["proj"], total_step=9), "ADALORA"),
+    ],
+)
+def test_a_scale_that_pefts_files_cannot_hold_is_refused(config, words, tmp_path):
+    model = get_peft_model(Stack(), config)
+    export_peft(model, tmp_path / "before")
+    find_layer(model, "layers.1.proj").scale_layer(0.25)
+    with pytest.raises(ValueError) as error:
+        export_peft(model, tmp_path / "after")
+    assert_one_line(error, "layers.1.proj", "export_merged", words)
+    assert not (tmp_path / "after").exists()
 
 
 def test_kohyas_alpha_is_exact_in_half_precision(tmp_path):

@@ -1,16 +1,97 @@
-"""Ranks and scales after a block merge, as stock PEFT reads them back."""
+"""New factors, ranks and scales after a merge, as stock PEFT reads them back."""
 
 import copy
 import math
 
 import pytest
 import torch
-from conftest import RANK, STACK_INPUTS, assert_equal, find_layer, lora_stack, run
+from conftest import RANK, STACK_INPUTS, assert_equal, assert_one_line, find_layer, gradients_of, lora_stack, run
 from peft import LoraConfig, PeftModel
 from torch import nn
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrize import remove_parametrizations
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import reslora
 from reslora import ResLoraConfig, ranks
+
+
+class Full(TorchDispatchMode):
+    """Memory that has room for so many more tensors."""
+
+    def __init__(self, tensors: int) -> None:
+        super().__init__()
+        self.left = tensors
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        new = all(returned.alias_info is None for returned in func._schema.returns)
+        if new and isinstance(result, torch.Tensor) and not result.is_meta:
+            self.left -= 1
+            if self.left < 0:
+                raise torch.OutOfMemoryError("full")
+        return result
+
+
+def merges_within(model: nn.Module, tensors: int, **options: object) -> bool:
+    try:
+        with Full(tensors):
+            reslora.merge(model, **options)
+    except torch.OutOfMemoryError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("shortcut, max_rank", [("block", None), ("block", 4), ("middle", None)])
+def test_a_merge_that_runs_out_of_memory_changes_nothing(shortcut, max_rank):
+    model, other = lora_stack().eval(), lora_stack().eval()
+    for wired in (model, other):
+        reslora.connect(wired, ResLoraConfig(shortcut, 2), example_inputs=STACK_INPUTS)
+    unmerged, tensors = run(model, STACK_INPUTS), 0
+    while not merges_within(model, tensors, max_rank=max_rank):
+        assert_equal(run(model, STACK_INPUTS), unmerged, rtol=0, atol=0)
+        tensors += 1
+    assert tensors > 8
+    reslora.merge(other, max_rank=max_rank)
+    assert_equal(run(model, STACK_INPUTS), run(other, STACK_INPUTS), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shortcut, max_rank", [("block", None), ("block", 4), ("middle", None)])
+def test_a_model_merged_in_inference_mode_trains_on(shortcut, max_rank):
+    model, other = lora_stack(), lora_stack()
+    for wired in (model, other):
+        reslora.connect(wired, ResLoraConfig(shortcut, 2), example_inputs=STACK_INPUTS)
+    with torch.inference_mode():
+        reslora.merge(model, max_rank=max_rank)
+    reslora.merge(other, max_rank=max_rank)
+    assert_equal(gradients_of(model, STACK_INPUTS), gradients_of(other, STACK_INPUTS), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "put, take",
+    [
+        (weight_norm, lambda module: remove_parametrizations(module, "weight")),
+        (lambda module: prune.l1_unstructured(module, "weight", 0.5), lambda module: prune.remove(module, "weight")),
+    ],
+    ids=["parametrized", "pruned"],
+)
+@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+@pytest.mark.parametrize("shortcut", ["input", "block", "middle"])
+def test_a_weight_that_is_made_when_it_is_read_is_refused_until_it_is_fixed(shortcut, part, put, take):
+    model = lora_stack().eval()
+    reslora.connect(model, ResLoraConfig(shortcut, 2), example_inputs=STACK_INPUTS)
+    module = getattr(find_layer(model, "layers.1.proj"), part)["default"]
+    put(module)
+    unmerged = run(model, STACK_INPUTS)
+    with pytest.raises(ValueError) as error:
+        reslora.merge(model)
+    assert_one_line(error, "layers.1.proj", part, "remove_parametrizations")
+    assert_equal(run(model, STACK_INPUTS), unmerged)
+    take(module)
+    reslora.merge(model)
+    if shortcut == "block":
+        assert_equal(run(model, STACK_INPUTS), unmerged)
 
 
 @pytest.mark.parametrize("rslora", [False, True])
