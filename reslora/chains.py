@@ -263,6 +263,12 @@ def refused(layer: LoraLayer, adapter_name: str) -> str:
         return f"already has the variant {type(variant).__name__}; ResLoRA takes plain LoRA layers"
     if layer.lora_bias.get(adapter_name):
         return "has lora_bias=True, which the equations do not have; set it to False"
+    rank, weight = layer.r[adapter_name], layer.lora_A[adapter_name].weight
+    if weight.dim() == 2 and weight.shape[0] != rank:
+        return (
+            f"has rank {rank}, and {weight.shape[0]} rows in its lora_A, as hot-swapping pads it; load the adapter "
+            "anew, and leave prepare_model_for_compiled_hotswap out"
+        )
     return ""
 
 

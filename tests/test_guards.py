@@ -24,7 +24,7 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
-from peft.utils.hotswap import hotswap_adapter
+from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -282,6 +282,28 @@ def test_hot_swapping_the_connected_adapter_is_refused(llama, tmp_path, config):
     reslora.disconnect(model)
     hotswap_adapter(model, folder, "default", "cpu")
     assert_equal(run(model, llama.inputs()), run(llama.lora(seed=8, base=llama.lora().unload()), llama.inputs()))
+
+
+@wired
+def test_preparing_for_hot_swapping_is_refused_while_connected(llama, config):
+    """It puts other A and B modules in place."""
+    model = connected(llama, config)
+    expected = run(model, llama.inputs())
+    for ranks in ({"target_rank": 8, "config": model.peft_config}, {}):
+        refused(lambda ranks=ranks: prepare_model_for_compiled_hotswap(model, **ranks), "prepare_model", *NAMES)
+    assert torch.equal(run(model, llama.inputs()), expected) and model.peft_config["default"].r == RANK
+    reslora.merge(model, "none")
+    prepare_model_for_compiled_hotswap(model, target_rank=8)
+
+
+@wired
+def test_an_adapter_that_was_padded_for_hot_swapping_is_not_connected(llama, config):
+    model = llama.lora()
+    prepare_model_for_compiled_hotswap(model, target_rank=8, config=model.peft_config)
+    with pytest.raises(ValueError) as error:
+        reslora.connect(model, config)
+    assert_one_line(error, "layers.0.self_attn.q_proj has rank 3", "8 rows", "prepare_model_for_compiled_hotswap")
+    assert not instance_methods(model)
 
 
 @wired
