@@ -133,7 +133,7 @@ def install(model: nn.Module, wired: Iterable[tuple[str, LoraLayer]]) -> None:
         layer.merge = layer.unmerge = functools.partial(_refuse_merge, name)
     for name, layer in wired:
         layer.update_layer = functools.partial(_refuse_update, name, layer)
-    _watch_peft()
+    watch_peft()
 
 
 def remove(model: nn.Module) -> None:
@@ -210,8 +210,8 @@ def _refuse_update(name: str, layer: LoraLayer, adapter_name: str, *args: object
     type(layer).update_layer(layer, adapter_name, *args, **kwargs)
 
 
-def _watch_peft() -> None:
-    """What goes past the methods of a connected base model asks here first.
+def watch_peft() -> None:
+    """In this process, what goes past the methods of a connected base model asks here first.
 
     Hot-swapping is a function, and what prepares it begins with another; `add_weighted_adapter` and `load_adapter` are
     verbs of wrappers, which a base model does not know. The functions for an adapter's weights others have imported by

@@ -24,6 +24,8 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from peft.tuners.lora import LoraModel
+from peft.utils import hotswap
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -451,6 +453,25 @@ def test_a_copy_is_guarded_by_itself(llama, tmp_path, duplicate, config):
     reslora.disconnect(twin)
     twin.save_pretrained(tmp_path / "twin")
     assert (tmp_path / "twin" / "adapter_model.safetensors").exists()
+
+
+def test_an_unpickled_model_is_guarded_where_no_other_was_connected(llama, tmp_path, monkeypatch):
+    """As in another process: `torch.load`, or a worker that was spawned."""
+    folder = plain_folder(llama, tmp_path)
+    plain = get_peft_model_state_dict(llama.lora(seed=8))
+    content = pickle.dumps(connected(llama))
+    for name in ("hotswap_adapter_from_state_dict", "_convert_scalings_to_tensor"):
+        monkeypatch.setattr(hotswap, name, getattr(hotswap, name).__wrapped__)
+    for name in ("add_weighted_adapter", "_get_adapter_state_dict", "_remap_adapter_state_dict_for_load"):
+        method = vars(LoraModel)[name]
+        fresh = classmethod(method.__func__.__wrapped__) if isinstance(method, classmethod) else method.__wrapped__
+        monkeypatch.setattr(LoraModel, name, fresh)
+    model = pickle.loads(content)
+    refused(lambda: get_peft_model_state_dict(model), "get_peft_model_state_dict", *NAMES)
+    refused(lambda: set_peft_model_state_dict(model, plain), "set_peft_model_state_dict", *NAMES)
+    refused(lambda: model.add_weighted_adapter(["default"], [1.0], "new"), "add_weighted_adapter", *NAMES)
+    refused(lambda: hotswap_adapter(model, folder, "default", "cpu"), "hotswap_adapter", *NAMES)
+    refused(lambda: prepare_model_for_compiled_hotswap(model), "prepare_model_for_compiled_hotswap", *NAMES)
 
 
 def test_a_wrapper_is_free_when_its_base_was_disconnected(llama, tmp_path):
