@@ -26,11 +26,10 @@ from reslora.diffusion.data.material import size_of
 from reslora.diffusion.data.size import Size
 from reslora.diffusion.prompts import clean
 from reslora.diffusion.settings import fill_defaults
-from reslora.files import replacing
 
 from .folders import SETS, Folder, Folders
 from .launcher import trainers_parser
-from .library import is_run
+from .library import kind_of
 from .runs import RunError
 from .uploads import store_images
 
@@ -99,7 +98,7 @@ class ImageFolders(Folders):
     def add(self, name: str, uploads: list[str], caption: str) -> Folder:
         """A new folder of uploaded images."""
         name = name if isinstance(name, str) else ""
-        if is_run(self.runs):
+        if kind_of(self.runs) is not None:
             raise RunError("This page shows a single run; start the application on a folder of runs to upload images.")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name):
             raise RunError("A folder's name has letters, digits, hyphens and underscores, at most 64 of them.")
@@ -107,8 +106,7 @@ class ImageFolders(Folders):
         with self.adding:
             if path.exists():
                 raise RunError("There is a folder of that name already; choose another name.")
-            with replacing(path) as temporary:
-                store_images(temporary, uploads, caption)
+            store_images(path, uploads, caption)
         return self.find(f"uploads/{name}")
 
     def images(self, folder: Folder, flags: Flags) -> Images:

@@ -33,7 +33,7 @@ from . import form
 from .bases import bundled, model_of
 from .folders import UPLOADS, Folders
 from .held import held, is_held
-from .library import Experiment, Library
+from .library import Experiment, Library, language_script, refuse_language
 from .runs import EXPERIMENT_LOG, LOG_NAME, NOTES, Run, RunError, is_trainer
 from .uploads import contents_of, place_of
 from .views import enumerated
@@ -51,6 +51,8 @@ BEFORE = {LOG_NAME, EXPERIMENT_LOG, NOTES, SAVE, SAMPLE, "cache", "images.json",
 FEW = 8  # images to look at before a training
 ALONE = "Several methods alone are a run: give several learning rates or seeds, or start it under Train."
 PLAN_SECONDS = 180
+STOP = getattr(signal, "SIGUSR1", signal.SIGTERM)
+"""Asks a trainer to save and leave. Another application may have asked it already: two SIGTERM would end it unsaved."""
 
 
 class Busy(RunError):
@@ -144,7 +146,7 @@ class Trainings:
         self.images = Folders(library.folder, data)
         self.data = self.images.data
         self.started: dict[str, subprocess.Popen] = {}
-        self.asked: set[int] = set()  # processes that were told to stop: a second signal would keep them from saving
+        self.asked: set[int] = set()  # processes that were told to stop
         self.began: set[str] = set()  # runs whose trainer was seen at work, or told to stop, since it was started here
         self.lock = threading.Lock()
 
@@ -160,9 +162,12 @@ class Trainings:
         words = [str(SCRIPT), "--output_dir", str(self.folder_of(name, kind))]
         if self.goes_on(name, kind):
             begun = self.find(name, kind)
+            refuse_language(begun)
             refuse_others(begun, settings, images)
             words += ["--config", str(begun.folder / "config.json"), *arguments(with_more(begun, settings), True)]
         else:
+            if settings.get("method") == []:  # the trainer would take its default
+                raise RunError("Tick at least one method.")
             if images is not None:
                 words += ["--train_data_dir", str(images)]
             if model := str(settings.get("model") or "").strip():
@@ -236,6 +241,7 @@ class Trainings:
     def resumable(self, name: str, kind: type[Run] = Run) -> Run:
         """The run or experiment of that name; `RunError` if it cannot be resumed."""
         run = self.find(name, kind)
+        refuse_language(run)
         if not run.config:
             raise RunError("This run never got as far as to be resumed; start it anew.")
         if not run.folder.is_relative_to(self.library.folder):
@@ -277,15 +283,17 @@ class Trainings:
 
     def all_active(self) -> Iterator[Run]:
         """The runs and experiments that are training, or about to: several only where there are several GPUs."""
-        everything = (*self.library.runs().values(), *self.library.experiments().values())
-        return (run for run in everything if self.is_active(run))
+        return (run for run in self.library.everything() if self.is_active(run))
 
     def find(self, name: str, kind: type[Run] = Run) -> Run:
-        """The run or the experiment of that name; `RunError` if there is none."""
-        return self.library.find_experiment(name) if kind is Experiment else self.library.find(name)
+        """The run, also of a language script, or the experiment of that name; `RunError` if there is none."""
+        if kind is Experiment:
+            return self.library.find_experiment(name)
+        language = self.library.language_runs().get(name) if isinstance(name, str) else None
+        return language or self.library.find(name)
 
     def stop(self, name: str, kind: type[Run] = Run, only: bool = False) -> str:
-        """Ask a trainer to save and leave (SIGTERM), that of the run or, if it has none, the one that is at work.
+        """Ask a trainer to save and leave, that of the run or, if it has none, the one that is at work.
 
         `only`: that of the run alone, as it was seen to train; what has begun since it ended is left alone.
         Returns a sentence saying so.
@@ -305,7 +313,7 @@ class Trainings:
             return f"{run.name} was told to stop already; what is trained is kept."
         if number is not None:
             self.asked.add(number)
-            os.kill(number, signal.SIGTERM)
+            os.kill(number, STOP)
             done, total = run.progress
             when = "soon" if total and done == total else "after this step"  # it merges, or compares
             return f"{run.name} stops {when}; what is trained is kept."
@@ -370,6 +378,8 @@ class Trainings:
         done, total = run.progress
         if run.process is None:
             return f"{run.name} is starting, or ending; ask once it trains."
+        if script := language_script(run):
+            return f"{run.name} is of {script}, which cannot be asked for that."
         if total and done == total:
             return f"{run.name} has no step to take now."
         if request == SAMPLE and run.config and not run.prompts:

@@ -75,6 +75,15 @@ class Experiment(Run):
         return self.status, (path.stat().st_mtime_ns, path.stat().st_size) if path is not None else None
 
 
+class LanguageRun(Run):
+    """The output folder of `train_llm.py` or `train_glue.py`, of which the page knows little: it has a card."""
+
+    @property
+    def status(self) -> str:
+        """`running`, `finished` (its results are written last) or `stopped`."""
+        return "running" if self.process is not None else "finished" if self.inside("results.json") else "stopped"
+
+
 class Library:
     """The runs and experiments in a folder, or the one that the folder is; `extra` are further single runs."""
 
@@ -85,24 +94,25 @@ class Library:
     @property
     def is_single(self) -> bool:
         """Whether the folder is a run or an experiment itself."""
-        return is_run(self.folder) or is_experiment(self.folder)
+        return kind_of(self.folder) is not None
 
     def runs(self) -> dict[str, Run]:
-        """Runs by name, the newest first; the extra ones last: an example comes after one's own."""
-        names = {path.name: Run(path.name, path) for path in self._folders() if is_run(path)}
-        for path in self.extra:
-            if is_run(path):
-                names.setdefault(path.name, Run(path.name, path))
-        return names
+        """Runs of `train_sd.py` by name, the newest first; the extra ones last: an example comes after one's own."""
+        return {run.name: run for run in self.everything() if type(run) is Run}
+
+    def language_runs(self) -> dict[str, LanguageRun]:
+        """Runs of the language scripts by name, the newest first."""
+        return {run.name: run for run in self.everything() if isinstance(run, LanguageRun)}
 
     def experiments(self) -> dict[str, Experiment]:
         """Experiments by name, the newest first."""
-        return {path.name: Experiment(path.name, path) for path in self._folders() if is_experiment(path)}
+        return {run.name: run for run in self.everything() if isinstance(run, Experiment)}
 
     def everything(self) -> list[Run]:
         """Runs and experiments in the folder, the newest first, then the extra runs."""
-        found: list[Run] = [*self.runs().values(), *self.experiments().values()]
-        return sorted(found, key=lambda run: (not self.owns(run), -last_change(run.folder)))
+        found = [kind(path.name, path) for path in self._folders() if (kind := kind_of(path)) is not None]
+        own = {run.name for run in found if type(run) is Run}
+        return found + [Run(path.name, path) for path in self.extra if path.name not in own and kind_of(path) is Run]
 
     def owns(self, run: Run) -> bool:
         """Whether a run lies in the folder, and is not the folder itself."""
@@ -112,6 +122,8 @@ class Library:
         """The run of that name; `RunError` if the listing has none."""
         run = self.runs().get(name) if isinstance(name, str) else None
         if run is None:
+            if isinstance(name, str) and (language := self.language_runs().get(name)) is not None:
+                raise RunError(f"{name} was trained by {language_script(language)}, and is listed under Runs alone.")
             raise RunError("There is no run of that name; choose one from the list.")
         return run
 
@@ -145,30 +157,46 @@ class Library:
         return sorted(found, key=last_change, reverse=True)
 
 
-def is_run(folder: Path) -> bool:
-    """Whether a trainer has written a run there, or was started to."""
-    return any((folder / name).is_file() for name in ("config.json", LOG_NAME)) and not is_experiment(folder)
-
-
-def is_experiment(folder: Path) -> bool:
-    """Whether a trainer has written an experiment there, or was started to.
+def kind_of(folder: Path) -> type[Run] | None:
+    """What a trainer has written there, or was started to; None where there is nothing of the kind.
 
     Until its first arm an experiment is known by its flags, of which one has several values that a run takes once.
     """
     if (folder / EXPERIMENT_LOG).is_file() or (folder / EXPERIMENT).is_file():
-        return True
-    try:
-        return has_several_values(folder / "config.json", (folder / "config.json").stat().st_mtime_ns)
-    except OSError:
-        return False
+        return Experiment
+    config = folder / "config.json"
+    if config.is_file():
+        with contextlib.suppress(OSError):
+            return kind_by_settings(config, config.stat().st_mtime_ns)
+    return Run if (folder / LOG_NAME).is_file() else None
 
 
 @functools.lru_cache(maxsize=256)
-def has_several_values(path: Path, changed: int) -> bool:
-    """Whether a run's settings have several values of a flag that makes an experiment; `changed` is its time."""
+def kind_by_settings(path: Path, changed: int) -> type[Run]:
+    """What the settings in a file are of; `changed` is its time."""
     config = Run(path.parent.name, path.parent).config
     several = [value for name in SEVERAL if isinstance(value := config.get(name), list) and len(value) > 1]
-    return any(all(isinstance(one, int | float | str) for one in value) for value in several)
+    if any(all(isinstance(one, int | float | str) for one in value) for value in several):
+        return Experiment
+    return LanguageRun if script_of(config) else Run
+
+
+def language_script(run: Run) -> str:
+    """The script that trains a language model there, as its settings tell; empty where it is none's."""
+    return script_of(run.config)
+
+
+def script_of(config: dict) -> str:
+    """The same of settings."""
+    if "model_name_or_path" not in config:
+        return ""
+    return "train_glue.py" if "task_name" in config else "train_llm.py"
+
+
+def refuse_language(begun: Run) -> None:
+    """`RunError` for what the page cannot go on with."""
+    if script := language_script(begun):
+        raise RunError(f"{begun.name} was begun by {script}: go on with it by that, on the command line.")
 
 
 def last_change(folder: Path) -> float:

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .activity import activity
-from .library import Experiment, last_change
+from .library import Experiment, LanguageRun, language_script, last_change
 from .queue import RUNNING, WAITING, Entry, Queue
-from .runs import LONGEST_NOTES, NOTES, Run, RunError
+from .runs import LONGEST_NOTES, NO_CONFIG, NOTES, Run, RunError
 from .shelf import Shelf
 from .views import NAMES, counted, data_uri, escape, notice
 
@@ -118,13 +118,16 @@ def card(shelf: Shelf, run: Run, status: str, changed: tuple[float, ...]) -> str
     """A run or experiment: its newest sample, its status, since when nothing has changed, notes. `changed`: times."""
     name, status, owned = escape(run.name), status or run.status, shelf.library.owns(run)
     done, total = run.progress
-    kind = isinstance(run, Experiment)
+    kind, script = isinstance(run, Experiment), language_script(run)
     facts = [
         "experiment" if kind else ", ".join(NAMES[method] for method in run.methods),
+        f"a language model, by {script}" if script else "",
         f"{done:,} of {counted(total, 'arm' if kind else 'step')}" if total else "",
-        shelf.trainings.last_line(run) if status == "failed" and not run.config else "",
+        NO_CONFIG if run.unreadable else "",
+        shelf.trainings.last_line(run) if status == "failed" and not (run.config or run.unreadable) else "",
     ]
-    buttons = button("open", "Open", f"Open {run.name} under {'Experiment' if kind else 'Compare'}")
+    opens = f"Open {run.name} under {'Experiment' if kind else 'Compare'}"
+    buttons = "" if isinstance(run, LanguageRun) else button("open", "Open", opens)
     buttons += button("trash", "Delete", f"Move {run.name} to the trash") if owned else ""
     notes = (
         f'<textarea rows="2" maxlength="{LONGEST_NOTES}" aria-label="notes on {name}" data-was="{escape(run.notes)}" '

@@ -47,8 +47,10 @@ PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 
 IN_PLACE = threading.Lock()
 """Held by whoever writes into a run's folder, or moves that: it stays where it is until then."""
-TRAINERS = ("train_sd.py", "train_sd", "reslora-train-sd")
-"""How the trainer's own words name it, started as a file, as a module or by the command that is installed."""
+SCRIPTS = ("train_sd.py", "train_llm.py", "train_glue.py")
+"""The trainers: of diffusion models, which the page starts, and of language models, which it finds at work."""
+TRAINERS = {word for name in SCRIPTS for word in (name, name[:-3], f"reslora-{name[:-3].replace('_', '-')}")}
+"""How a trainer's own words name it, started as a file, as a module or by the command that is installed."""
 
 
 class RunError(ValueError):
@@ -429,7 +431,7 @@ def is_complete_png(path: Path) -> bool:
 
 
 def is_trainer(pid: int) -> bool:
-    """Whether that process is alive and, where the system tells, runs the trainer: ids are used again."""
+    """Whether that process is alive and, where the system tells, runs a trainer: ids are used again."""
     if pid <= 1:
         return False
     try:

@@ -36,8 +36,7 @@ def keep(folder: Path, uploads: Sequence[str], caption: str) -> Path:
     place = place_of(folder, contents)
     if not place.exists():
         remove_leftovers(place.parent)
-        with replacing(place) as temporary:
-            write(temporary, {**contents, RECORD: mark_of(contents)})
+        write(place, {**contents, RECORD: mark_of(contents)})
     return place
 
 
@@ -112,13 +111,14 @@ def problem_of(path: Path, stems: Collection[str]) -> str:
 
 
 def write(folder: Path, contents: Contents) -> None:
-    """Makes a folder of its contents."""
+    """Makes a folder of its contents, whole or not at all."""
     try:
-        folder.mkdir(parents=True)
-        for name, content in contents.items():
-            if isinstance(content, str):
-                (folder / name).write_bytes(content.encode())
-            else:
-                shutil.copyfile(content, folder / name)
+        with replacing(folder) as temporary:
+            temporary.mkdir()
+            for name, content in contents.items():
+                if isinstance(content, str):
+                    (temporary / name).write_bytes(content.encode())
+                else:
+                    shutil.copyfile(content, temporary / name)
     except OSError as error:
         raise RunError(f"The images cannot be stored ({error.strerror}).") from None

@@ -100,7 +100,8 @@ def _untraceable(base: nn.Module, error: Exception) -> str:
 def meta_copy(base: nn.Module, adapters: bool = True) -> nn.Module:
     """Returns a copy of `base` without storage, in eval mode, and without hooks: nothing of it reaches the original.
 
-    Without `adapters` it has the layers below PEFT's in place of these, which is soon made and run.
+    Its norms only copy what they read. Without `adapters` what PEFT's layers have wrapped stands in their places, so it
+    is made and run faster.
     """
     memo: dict[int, object] = {id(hooks): OrderedDict() for module in base.modules() for hooks in _uncopied(module)}
     held = [value for module in base.modules() for value in vars(module).values() if isinstance(value, torch.Tensor)]

@@ -89,7 +89,7 @@ class RunsTab(Tab):
             raise RunError("There is no run of that name; choose one from the list.")
         if isinstance(found, Experiment):
             return gr.Tabs(selected=ExperimentTab.id), gr.skip(), found.name
-        return gr.Tabs(selected=CompareTab.id), found.name, gr.skip()
+        return gr.Tabs(selected=CompareTab.id), self.library.find(name).name, gr.skip()
 
     def save_notes(self, edit: dict) -> dict:
         """The browser saves the notes on one run; the page stays as it is, for somebody may be typing in another."""

@@ -38,7 +38,7 @@ def data_lines(path: Path, where: str, fix: str) -> Iterator[tuple[int, object]]
 
 
 def values_of(text: str) -> Iterator[tuple[int, object]]:
-    """The same of a text."""
+    """As `json_lines`, of a text."""
     # Not splitlines(): inside a JSON string it would break at U+2028 and its like.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():

@@ -250,7 +250,7 @@ def adapter_config(method: str, settings: AdapterSettings) -> PeftConfig:
 
 
 SHORTCUT_FLAGS = ("shortcut", "pre_num", "head", "merge")
-"""Which shortcuts there are, and how they are merged."""
+"""Flags that say which shortcuts there are, and how they are merged."""
 IN_WORDS = "; ".join(f"{row.name}: {row.help}" for row in METHODS.values())
 """For the help of flags."""
 

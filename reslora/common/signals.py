@@ -29,7 +29,9 @@ _LAUNCHERS = {
     "accelerate", "accelerate.commands.accelerate_cli", "accelerate.commands.launch", "torchrun",
     "torch.distributed.run", "torch.distributed.launch", "deepspeed",
 }  # fmt: skip
-_ORPHANED: Any = getattr(signal, "SIGUSR1", None)  # what the kernel sends when the launcher dies
+_TOLD: Any = getattr(
+    signal, "SIGUSR1", None
+)  # sent by the kernel when the launcher dies, and by the application's Stop
 _HUNG_UP: Any = getattr(signal, "SIGHUP", None)  # what a terminal sends that closes, or whose connection is lost
 _PR_SET_PDEATHSIG = 1
 NOT_BEGUN = "stopped before training began"
@@ -41,14 +43,16 @@ class StopRequest:
 
     Handlers are installed whatever the process inherits (`nohup` and background shells leave SIGINT ignored), and the
     earlier ones come back at the end. `signal` is also SIGTERM once the launcher is gone, after SIGHUP, which `nohup`
-    has ignored, or after SIGUSR1, by which batch systems announce the end; these never end the process at once, but
-    within `at_once`. torch's launcher repeats what the terminal has sent already, so below it the third signal does.
+    has ignored, or after SIGUSR1, by which batch systems announce the end and the application asks. However often
+    these come, they never end the process at once, except within `at_once`; a SIGINT or SIGTERM after them counts as
+    the first. torch's launcher repeats what the terminal has sent already, so below it the third one ends the process.
     Only for the main thread.
     """
 
     def __init__(self) -> None:
         self._signal: int | None = None
         self._before_leaving = 2 if "TORCHELASTIC_RUN_ID" in os.environ else 1
+        self._heard = 0  # SIGINT and SIGTERM alone
         self._launcher: int | None = None
         self._previous: dict[int, Any] = {}
 
@@ -91,10 +95,10 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         numbers = {signal.SIGINT: self._asked, signal.SIGTERM: self._asked}
-        if _ORPHANED is not None:
-            numbers[_ORPHANED] = self._orphaned
+        if _TOLD is not None:
+            numbers[_TOLD] = self._told
         if _HUNG_UP is not None and signal.getsignal(_HUNG_UP) != signal.SIG_IGN:
-            numbers[_HUNG_UP] = self._orphaned
+            numbers[_HUNG_UP] = self._told
         self._previous = {number: signal.signal(number, handler) for number, handler in numbers.items()}
         self._launcher = _launcher()
         if self._launcher is not None:
@@ -107,18 +111,17 @@ class StopRequest:
         self._previous, self._launcher = {}, None
 
     def _asked(self, number: int, frame: object) -> None:
-        if self._signal is None:
-            self._signal = number
+        if self._heard == 0:
+            self._signal = self._signal or number
             _tell("stopping after this step; once more to stop at once")
-        elif self._before_leaving == 1:
+        elif self._heard == self._before_leaving:
             os._exit(128 + number)
-        else:
-            self._before_leaving -= 1
+        self._heard += 1
 
-    def _orphaned(self, number: int, frame: object) -> None:
+    def _told(self, number: int, frame: object) -> None:
         if self._signal is None:
             self._signal = signal.SIGTERM
-            _tell("the terminal or the launcher is gone, or time is up: stopping after this step")
+            _tell("stopping after this step: it was asked to stop, or its terminal or launcher is gone")
 
 
 def _tell(text: str) -> None:
@@ -148,4 +151,4 @@ def is_launcher(command: Sequence[str]) -> bool:
 def _signal_on_death_of_parent() -> None:
     """Linux: the kernel sends SIGUSR1 when the parent dies. Elsewhere `StopRequest.signal` looks for itself."""
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(_ORPHANED), 0, 0, 0)
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(_TOLD), 0, 0, 0)

@@ -12,7 +12,7 @@ from peft import PeftConfig
 from torch import nn
 
 from ..chains import Chains, chains
-from ..common.adapters import check_rank, narrowest_layer
+from ..common.adapters import check_rank, narrowest_layer, rank_allocator
 from ..common.errors import InvalidArgument, first_line, refused_as
 from ..common.gauge import gauged
 from ..common.methods import METHODS
@@ -118,6 +118,9 @@ def check_methods(flags: Flags, model: Model, accelerator: Accelerator, start: S
         argument = f"--method {method}, --target_modules {' '.join(flags.target_modules)}"
         with refused_as(argument, "change the flag it is about", (ValueError, RuntimeError)):
             try_method(denoiser, method, flags, config)
+        if rank_allocator(denoiser) and (unread := model.family.unread_weights(denoiser)):
+            problem = f"nothing reads what {' and '.join(unread)} of the last block return, so AdaLoRA cannot rank them"
+            raise InvalidArgument(argument, problem, "give targets without them, or another method")
         if METHODS[method].shortcuts:
             tell_what_is_not_linked(chains(denoiser), flags, accelerator)
 

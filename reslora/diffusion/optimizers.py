@@ -53,8 +53,6 @@ def options_of(words: Sequence[str]) -> dict[str, Any]:
         key, found, value = word.partition("=")
         if not found or not key.isidentifier():
             raise InvalidArgument(f"--optimizer_args {word}", "is not key=value", "give weight_decay=0.01, for example")
-        if key == "lr":
-            raise InvalidArgument(f"--optimizer_args {word}", "--learning_rate sets it", "leave it out")
         try:
             options[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):

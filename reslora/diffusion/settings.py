@@ -33,7 +33,7 @@ from .arguments import (
 from .config_file import config_defaults
 from .experiment.checks import STEERING, check_experiment, plain_variants
 from .model.families import FAMILIES
-from .optimizers import ADAMS, check_installed, named
+from .optimizers import ADAMS, check_installed, named, options_of
 from .prompts import clean, from_file
 
 BUNDLED_MODEL, BUNDLED_IMAGES, BUNDLED_STEPS = ASSETS / "pipeline", ASSETS / "openmoji", 200
@@ -176,6 +176,8 @@ def check_flags(flags: Flags) -> None:
         raise InvalidArgument("--use_8bit_adam", f"--optimizer {flags.optimizer} is given too", "leave one of them out")
     optimizer = "--use_8bit_adam" if flags.use_8bit_adam else f"--optimizer {flags.optimizer}"
     check_installed(flags.optimizer, flags.optimizer_args, optimizer)
+    if (options := options_of(flags.optimizer_args)).keys() & {"lr"} and not flags.resume_from_checkpoint:
+        raise InvalidArgument(f"--optimizer_args lr={options['lr']}", "--learning_rate sets it", "leave it out")
     check_start(flags)
     check_schedule(flags)
     check_hub(flags)

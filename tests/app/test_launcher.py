@@ -1,5 +1,6 @@
 """app/launcher.py: commands, uploads, and processes."""
 
+import contextlib
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 import PIL.Image
 import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from app_runs import HOSTILE, run_by_hand, write_exports, write_run
+from app_runs import HOSTILE, run_by_hand, write_exports, write_language_run, write_run
 from diffusers import AutoencoderKL
 from pipelines import image_folder, stable_diffusion
 from waiting import LIMIT, ended, wait_until
@@ -21,7 +22,7 @@ from app import experiments, form, launcher, lists, views
 from app.bases import PIPELINES
 from app.launcher import SAMPLE, SAVE, Trainings
 from app.library import Experiment, Library
-from app.queue import Queue
+from app.queue import Entry, Queue
 from app.runs import LOG_NAME, Run, RunError, is_trainer
 from app.shelf import Shelf
 from app.tabs.train import TrainTab
@@ -41,6 +42,21 @@ while not pathlib.Path("../end").exists():
     assert pathlib.Path("..").exists()
     time.sleep(0.01)
 print("train_sd.py: stopped before training began")
+"""
+# In place of a trainer that takes its time to save.
+SAVING = """
+import os, pathlib, sys, time
+from reslora.common.signals import StopRequest
+with StopRequest() as stop:
+    pathlib.Path(".lock").write_text(str(os.getpid()))
+    while stop.signal is None:
+        time.sleep(0.01)
+    pathlib.Path("saving").touch()
+    while not pathlib.Path("end").exists():
+        assert pathlib.Path("..").exists()
+        time.sleep(0.01)
+    pathlib.Path("saved").touch()
+sys.exit(128 + stop.signal)
 """
 
 
@@ -72,6 +88,7 @@ def test_several_resolutions_are_numbers_with_spaces(trainings):
 @pytest.mark.parametrize(
     "settings",
     [
+        {"method": []},
         {"rank": "0"},
         {"rank": "9" * 20},
         {"resolution": "64 x"},
@@ -223,7 +240,7 @@ def test_what_was_stopped_while_it_encoded_is_started_anew(trainings, tmp_path, 
 def test_a_trainer_is_found_by_its_lock_and_stopped(run):
     """A process that looks like a trainer writes the lock, and says that it was asked to stop."""
     code = (
-        "import os, pathlib, signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(7)); "
+        "import os, pathlib, signal, sys; signal.signal(signal.SIGUSR1, lambda *_: sys.exit(7)); "
         "pathlib.Path(sys.argv[1]).write_text(str(os.getpid())); signal.pause()"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(run.folder / ".lock"), "train_sd.py"])
@@ -235,9 +252,21 @@ def test_a_trainer_is_found_by_its_lock_and_stopped(run):
     assert trainings.stop("run") == "run stops soon; what is trained is kept."  # it has taken all its steps
     assert trainings.status(run) in ("stopping", "stopped")
     trainings.asked.add(process.pid)
-    assert "already" in trainings.stop("run") or ended(process) == 7  # a second signal would keep it from saving
+    assert "already" in trainings.stop("run") or ended(process) == 7
     assert ended(process) == 7
     assert trainings.status(run) == "stopped"
+
+
+def test_who_is_told_to_stop_by_two_applications_saves(run):
+    """The second may be the first one, started again: it does not know what was asked."""
+    environment = os.environ | {"PYTHONPATH": launcher.search_path()}
+    process = subprocess.Popen([sys.executable, "-c", SAVING, "train_sd.py"], cwd=run.folder, env=environment)
+    wait_until(lambda: run.process, "the lock", process)
+    for _ in range(2):
+        assert "what is trained is kept" in Trainings(Library(run.folder.parent)).stop("run")
+        wait_until((run.folder / "saving").exists, "the save", process)
+    (run.folder / "end").touch()
+    assert ended(process) == 128 + signal.SIGTERM and (run.folder / "saved").exists()
 
 
 def test_who_asks_for_what_cannot_come_is_told_why(run, monkeypatch):
@@ -306,6 +335,18 @@ def test_a_finished_run_is_not_resumed(run):
         Trainings(Library(run.folder.parent)).resume("run")
 
 
+@pytest.mark.parametrize(("kind", "rates"), [("run", 1e-3), ("experiment", [1e-3, 3e-3])])
+def test_what_a_language_script_has_begun_goes_on_without_the_page(trainings, kind, rates):
+    folder = write_language_run(trainings.library.folder / "glue", learning_rate=rates)
+    before = sorted(folder.iterdir())
+    with pytest.raises(RunError, match="glue was begun by train_glue"):
+        Queue(trainings).add(Entry("glue", kind, resume=True))
+    line = "was begun by" if kind == "experiment" else "a run of that name"
+    with pytest.raises(RunError, match=line):
+        trainings.command("glue", {"learning_rate": "1e-3 3e-3", "seed": "0 1"}, kind=Experiment)
+    assert sorted(folder.iterdir()) == before and Queue(trainings).entries() == []
+
+
 def test_refusals_in_many_threads_leave_stderr_alone(trainings):
     before = sys.stderr
 
@@ -319,15 +360,44 @@ def test_refusals_in_many_threads_leave_stderr_alone(trainings):
     assert sys.stderr is before
 
 
-@pytest.mark.parametrize("name", ["checkout/train_sd.py", "train_sd", "bin/reslora-train-sd"])
-def test_trainers_are_known_however_they_were_started(name):
+@contextlib.contextmanager
+def started_as(name):
+    """A process whose command line has that word, as a trainer's has; its id."""
     command = [sys.executable, "-c", "input(input())", name]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         process.stdin.write(b"here\n")
         process.stdin.flush()
         assert process.stdout.read(4) == b"here"  # a process that has only just begun has no words yet
-        assert is_trainer(process.pid)
+        yield process.pid
         process.communicate(b"\n", timeout=LIMIT)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["checkout/train_sd.py", "train_sd", "bin/reslora-train-sd", "train_glue", "bin/reslora-train-llm", "train_llm.py"],
+)
+def test_trainers_are_known_however_they_were_started(name):
+    with started_as(name) as process:
+        assert is_trainer(process)
+
+
+@pytest.mark.parametrize(("script", "task"), [("train_llm.py", "task"), ("train_glue.py", "task_name")])
+@pytest.mark.parametrize("kind", ["run", "experiment"])
+def test_a_language_model_that_trains_is_left_where_it_is(trainings, script, task, kind):
+    """What else is started waits for it, and it is asked for nothing that its script does not know."""
+    run = write_language_run(trainings.library.folder / "language", task)
+    if kind == "experiment":
+        (run / "experiment.json").write_text("{}")
+    with started_as(script) as process:
+        (run / ".lock").write_text(str(process))
+        with pytest.raises(RunError, match="language is training"):
+            Shelf(Queue(trainings)).throw_away("language")
+        with pytest.raises(RunError, match="language is training"):
+            trainings.start("second", [])
+        for request in (SAVE, SAMPLE):
+            assert trainings.ask(request) == f"language is of {script}, which cannot be asked for that."
+            assert not (run / request).exists()
+        assert "language stops" in trainings.stop("language", Experiment if kind == "experiment" else Run)
 
 
 def test_only_trainers_are_stopped():

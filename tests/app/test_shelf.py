@@ -4,15 +4,16 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from app_runs import HOSTILE, write_run
+from app_runs import HOSTILE, write_language_run, write_run
 from waiting import join, start_thread, wait_until
 
 from app import lists
 from app.launcher import Trainings
 from app.library import Library
 from app.queue import Entry, Queue
-from app.runs import EXPERIMENT_LOG, IN_PLACE, LONGEST_NOTES, RunError
+from app.runs import EXPERIMENT_LOG, IN_PLACE, LONGEST_NOTES, NO_CONFIG, RunError
 from app.shelf import Shelf
+from app.tabs.runs import RunsTab
 
 
 @pytest.fixture
@@ -160,6 +161,21 @@ def test_cards_show_the_newest_sample_and_escape_all_else(shelf, tmp_path):
     assert "no notes" in lists.runs(shelf, "two")
     shelf.write_notes("two", "", "good")
     assert "good</textarea>" in lists.runs(shelf, "two")
+
+
+def test_the_card_of_a_run_whose_config_is_damaged_says_so(shelf):
+    assert NO_CONFIG not in lists.runs(shelf, "one")
+    (shelf.library.folder / "one" / "config.json").write_text("{")
+    assert "failed</b>" in lists.runs(shelf, "one") and NO_CONFIG in lists.runs(shelf, "one")
+
+
+def test_the_card_of_a_language_run_says_what_it_is_and_opens_nothing(shelf):
+    write_language_run(shelf.library.folder / "glue")
+    shown = lists.runs(shelf, "glue")
+    assert "ResLoRA · a language model, by train_glue.py" in shown
+    assert "Open glue" not in shown and "Move glue to the trash" in shown
+    assert "glue was trained by train_glue.py" in refused(RunsTab.opened, shelf, "glue")
+    assert "in the trash" in shelf.throw_away("glue")
 
 
 def test_the_queue_as_it_is_seen(shelf):

@@ -7,7 +7,8 @@ import shutil
 import PIL.Image
 import pytest
 
-from app.image_folders import flags_of
+from app.folders import SETS, UPLOADS
+from app.image_folders import ImageFolders, flags_of
 from app.launcher import FEW, Trainings
 from app.library import Library
 from app.queue import Entry, Queue
@@ -121,3 +122,13 @@ def test_a_full_disk_leaves_nothing_of_an_upload(lined, sent, tmp_path, monkeypa
         again(lined, "my", uploads)
     assert lined.entries() == [] and list((tmp_path / "runs" / ".images").iterdir()) == []
     assert again(lined, "my", uploads) == "runs/my"
+
+
+def test_where_no_folder_can_be_made_it_is_said_in_a_line(lined, sent, tmp_path):
+    for place in (SETS, UPLOADS):
+        (tmp_path / "runs" / place).write_text("in its place")
+    uploads = [image(sent / "a.png")]
+    folders = ImageFolders(tmp_path / "runs")
+    for attempt in (lambda: folders.add("mine", uploads, ""), lambda: again(lined, "my", uploads)):
+        with pytest.raises(RunError, match=r"^The images cannot be stored \(.+\)\.$"):
+            attempt()

@@ -88,6 +88,15 @@ def test_below_torchs_launcher_which_repeats_signals_the_third_leaves_at_once(tm
     assert process.returncode == 128 + signal.SIGTERM
 
 
+@pytest.mark.parametrize("first", [signal.SIGUSR1, signal.SIGHUP])
+def test_a_batch_system_or_a_person_may_ask_after_the_application_or_the_terminal(tmp_path, first):
+    process = child(tmp_path, after="os.kill(os.getpid(), 15); pathlib.Path('kept').touch()", preexec_fn=default_sighup)
+    process.send_signal(first)
+    _, errors = output_of(process)
+    assert (tmp_path / "kept").exists() and process.returncode == 128 + signal.SIGTERM
+    assert errors.count("once more to stop at once") == 1
+
+
 @pytest.mark.parametrize("ignored", [False, True])  # True: as nohup leaves it
 def test_a_terminal_that_closes_asks_to_stop_unless_its_signal_is_ignored(tmp_path, ignored):
     process = child(tmp_path, preexec_fn=ignore_sighup if ignored else default_sighup)

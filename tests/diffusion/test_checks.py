@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from pipelines import qwen_image
 
 from diffusion.runs import RESUME, main, only, printed, refused, without
 from reslora.common.errors import InvalidArgument
@@ -124,3 +125,11 @@ def test_a_run_without_a_rank_goes_on_with_what_it_took(brief_flags, capsys, tmp
 def test_targets_that_are_no_expression_are_named_without_a_rank_too(brief_flags, capsys, tmp_path):
     flags = [*without(brief_flags, "--rank"), "--target_modules", "to_q(", "--output_dir", str(tmp_path / "out")]
     assert "--target_modules to_q(" in refused(capsys, *flags)
+
+
+def test_adalora_is_refused_where_nothing_reads_a_layer(brief_flags, capsys, tmp_path):
+    """As in Qwen-Image's last block; every factor has to have a gradient, by which it is ranked."""
+    flags = [*without(brief_flags, "--pretrained_model_name_or_path"), "--method", "adalora"]
+    flags += ["--pretrained_model_name_or_path", qwen_image(tmp_path / "model"), "--output_dir", tmp_path / "out"]
+    line = refused(capsys, *flags, "--target_modules", "to_q", "to_add_out", "--max_train_steps", 3, quiet=False)
+    assert "nothing reads what attn.to_add_out of the last block return, so AdaLoRA cannot rank them" in line

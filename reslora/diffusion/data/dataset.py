@@ -250,8 +250,7 @@ def _hidden_note(rows: datasets.Dataset, folder: Path) -> list[str]:
 
 def _as_found(files: Sequence[Path], captions: Sequence[list | str], masks: Sequence[Path | None] = ()) -> Found:
     """Rows of files; a string in the place of the captions says what is wrong with them."""
-    problems = {index: value for index, value in enumerate(captions) if isinstance(value, str)}
-    texts = [[clean(c) for c in value if isinstance(c, str)] if isinstance(value, list) else [] for value in captions]
+    problems, texts = _sorted_out(captions)
 
     def column(paths: Sequence[Path | None]) -> list[dict | None]:
         names = [path and clean(str(path)) for path in paths]  # Arrow takes nothing else
@@ -339,12 +338,10 @@ def read_dataset(flags: Flags) -> Found:
     notes: list[str] = []
     rows = _load_split(flags, folder, layout, everything, notes)
     image, caption = _columns(rows, layout, flags, notes)
-    captions = [_captions(value) for value in rows[caption]]
-    if captions and not any(isinstance(caption, str) for options in captions for caption in options):
+    problems, texts = _sorted_out([_captions(value) for value in rows[caption]])
+    if texts and not any(texts):
         fix = "name another column" + (", or write captions into .txt files" if layout == "webdataset" else "")
         raise InvalidArgument(f"--caption_column {caption}", "holds no text", fix)
-    problems = {index: value for index, value in enumerate(captions) if isinstance(value, str)}
-    texts = [_texts(value) if isinstance(value, list) else [] for value in captions]
     masks = ["mask"] if flags.masked_loss and "mask" in rows.column_names else []
     if layout == "json" and not flags.dataset_name:
 
@@ -381,8 +378,11 @@ def _captions(value: object) -> list | str:
     return value if isinstance(value, list) else [value]
 
 
-def _texts(captions: list) -> list[str]:
-    return [clean(c) for c in captions] if all(isinstance(c, str) for c in captions) else []
+def _sorted_out(captions: Sequence[list | str]) -> tuple[dict[int, str], list[list[str]]]:
+    """What is wrong with the captions of a row, by its number, and the captions of each."""
+    problems = {index: value for index, value in enumerate(captions) if isinstance(value, str)}
+    texts = [[clean(c) for c in value if isinstance(c, str)] if isinstance(value, list) else [] for value in captions]
+    return problems, texts
 
 
 def _passed_over(rows: datasets.Dataset, everything: Sequence[Path], flags: Flags) -> list[str]:
@@ -438,8 +438,8 @@ def _load_split(
     except Exception as error:  # whatever a hub, a network or a parser can raise
         problem, fix = f"cannot be loaded ({first_line(error)})", "check the name, the connection and the layout"
         if several := re.search(r"available configs: \[(.*)\]", str(error)):
-            name = flags.dataset_name or flags.train_data_dir
-            problem, fix = f"holds several: {several[1]}", f"give --dataset_name {name} --dataset_config_name NAME"
+            problem = f"has the configurations {several[1]}"
+            fix = f"give --dataset_name {folder} --dataset_config_name NAME, and no --train_data_dir"
         below = {path.parent for path in everything if path.name in METADATA}
         raise InvalidArgument(data_flag(flags), problem, ONE_BY_ONE if len(below) > 1 else fix) from None
     if isinstance(splits, datasets.Dataset):

@@ -38,7 +38,7 @@ def check_archives(files: Sequence[Path], argument: str, notes: list[str]) -> No
             problem = f"{path.name} holds {pickled[0]}, which is pickle"
             raise InvalidArgument(argument, problem, "leave it out: images and captions alone are read")
         if not whole:
-            notes.append(f"{path.name} is cut off or damaged: nothing behind {(names or ['its start'])[-1]} is read")
+            notes.append(f"{path.name} has no end after {names[-1]}: is it cut off, or damaged there?")
 
 
 def _is_whole(archive: tarfile.TarFile) -> bool:

@@ -33,8 +33,7 @@ def prepare(learner: Learner, context: Context) -> None:
     if flags.gradient_checkpointing:
         for part in learner.trained.parts.values():
             enable_gradient_checkpointing(part)
-    if not uses_deepspeed(context.accelerator):  # which waits for no gradient
-        freeze_unread(learner, context)
+    freeze_unread(learner, context)
     prepare_processes(learner, context.accelerator)
     if learner.awaited:
         load_full_state(learner.zero_optimizer, learner.trained.named(), learner.awaited)
@@ -45,15 +44,11 @@ def prepare(learner: Learner, context: Context) -> None:
 
 def freeze_unread(learner: Learner, context: Context) -> None:
     """Freezes what nothing reads: no gradient reaches it, and DistributedDataParallel would wait for one."""
-    denoiser = learner.denoiser
-    for part in context.model.family.unread:
-        start = f"transformer_blocks.{denoiser.config.num_layers - 1}.{part}."
-        weights = [p for name, p in denoiser.named_parameters() if p.requires_grad and name.startswith(start)]
+    for part, weights in context.model.family.unread_weights(learner.denoiser).items():
         for weight in weights:
-            weight.requires_grad_(False)
-        if weights:
-            line = f"{learner.name}: nothing reads what {part} of the last block returns, so it stays as it is"
-            context.accelerator.print(line)
+            weight.requires_grad_(uses_deepspeed(context.accelerator))  # which waits for none
+        line = f"{learner.name}: nothing reads what {part} of the last block returns, so it stays as it is"
+        context.accelerator.print(line)
 
 
 def prepare_processes(learner: Learner, accelerator: Accelerator) -> None:

@@ -1,4 +1,4 @@
-"""Of how many steps a training is, and after which of them it is looked at."""
+"""How long a method trains, and when it is looked at."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Schedule:
 
 
 def schedule_of(material: Material, context: Context) -> Schedule:
-    """The same for each method of a run; refuses steps in which one of them could not move its ranks."""
+    """How long each method trains, and when it is looked at; refuses fewer steps than AdaLoRA needs."""
     flags = context.flags
     processes = context.accelerator.num_processes
     updates = material.plan(processes).updates_per_epoch(flags.gradient_accumulation_steps)

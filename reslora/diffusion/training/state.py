@@ -252,5 +252,4 @@ def check_optimizer(context: Context) -> None:
 
 def _refused(flags: Flags) -> AbstractContextManager:
     words = " ".join([f"--optimizer {flags.optimizer}", *flags.optimizer_args])
-    fix = "--learning_rate sets lr; give arguments that it takes with --optimizer_args, or another optimizer"
-    return refused_as(words, fix)
+    return refused_as(words, "give arguments that it takes with --optimizer_args, or another optimizer")

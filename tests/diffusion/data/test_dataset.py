@@ -134,8 +134,8 @@ def test_a_folder_of_several_configurations_is_refused_with_their_names(tmp_path
         three_images().to_parquet(folder / name / "train.parquet")
     (folder / "README.md").write_text(f"---\nconfigs: {json.dumps(named)}\n---\n")
     line = refused(capsys, flag, folder, *cache, quiet=False)
-    fix = f"give --dataset_name {folder} --dataset_config_name NAME"
-    assert line.endswith(f"{flag} {folder}: holds several: 'a', 'b'; {fix}")
+    fix = f"give --dataset_name {folder} --dataset_config_name NAME, and no --train_data_dir"
+    assert line.endswith(f"{flag} {folder}: has the configurations 'a', 'b'; {fix}")
     assert len(load_images(parse_args(["--dataset_name", str(folder), "--dataset_config_name", "b", *cache]))) == 3
 
 

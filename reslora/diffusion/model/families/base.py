@@ -122,6 +122,15 @@ class Family:
         trainable = {part.name for part in self.trainable}
         return tuple(name for name in self.text_parts if name.replace("tokenizer", "text_encoder") not in trainable)
 
+    def unread_weights(self, denoiser: nn.Module) -> dict[str, list[nn.Parameter]]:
+        """The weights that train although nothing reads what comes of them, by part of the last block."""
+        found: dict[str, list[nn.Parameter]] = {}
+        for part in self.unread:
+            start = f"transformer_blocks.{denoiser.config.num_layers - 1}.{part}."
+            weights = [p for name, p in denoiser.named_parameters() if p.requires_grad and name.startswith(start)]
+            found |= {part: weights} if weights else {}
+        return found
+
     def unfit(self, parts: Mapping[str, Mapping]) -> str | None:
         """Why this pipeline cannot be trained, as its parts' configurations show, by name; None where it can."""
         return None
