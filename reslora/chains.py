@@ -33,6 +33,8 @@ _CALLS_VARIANT = {
     ("peft.tuners.lora.hqq", "HqqLoraLinear"),
 }
 
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
 
 @dataclasses.dataclass(frozen=True)
 class Block:
@@ -263,6 +265,19 @@ def refused(layer: LoraLayer, adapter_name: str) -> str:
         return f"already has the variant {type(variant).__name__}; ResLoRA takes plain LoRA layers"
     if layer.lora_bias.get(adapter_name):
         return "has lora_bias=True, which the equations do not have; set it to False"
+    for part in ("lora_A", "lora_B"):
+        factor = getattr(layer, part)[adapter_name]
+        if any(getattr(factor, hooks) for hooks in _HOOKS):
+            return (
+                f"has hooks on its {part} (as torch's pruning puts there), which a shortcut would not call; remove "
+                "them, or put them on the layer itself"
+            )
+    rank, weight = layer.r[adapter_name], layer.lora_A[adapter_name].weight
+    if weight.dim() == 2 and weight.shape[0] != rank:
+        return (
+            f"has rank {rank}, and {weight.shape[0]} rows in its lora_A, as hot-swapping pads it; load the adapter "
+            "anew, and leave prepare_model_for_compiled_hotswap out"
+        )
     return ""
 
 

@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 from .chains import Block, Chain, Chains, base_model, lora_layers, refused, stays_plain, unwrap
 from .common.errors import first_line
 from .config import ResLoraConfig
-from .files import check_checksums, write_checksums, write_json, write_tensors
+from .files import check_checksums, forget_checksums, replacing, write_checksums, write_json, write_tensors
 from .guards import keeping_shortcuts, refuse_inactive, refuse_inner, refuse_merged
 from .ranks import rescale, rescaled
 from .tracing import meta_copy
@@ -70,10 +70,22 @@ def save(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
         "scaling": rescaled(lora_layers(base, adapter_name), adapter_name),
         "peft_model": isinstance(outer, PeftModel),
     }
-    directory = Path(directory)
-    write_tensors(directory / WEIGHTS_NAME, tensors, {"format": "pt"})
-    write_json(directory / CONFIG_NAME, content)
-    write_checksums(directory, [CONFIG_NAME, WEIGHTS_NAME])
+    _write_both(Path(directory), content, tensors)
+
+
+def _write_both(directory: Path, content: dict, tensors: dict[str, torch.Tensor]) -> None:
+    """Writes both files and their checksums.
+
+    A failed write leaves the old ones. Who is ended later leaves the new ones without checksums, or between two renames
+    weights without a configuration, which `load` refuses.
+    """
+    described, names = directory / CONFIG_NAME, [CONFIG_NAME, WEIGHTS_NAME]
+    with replacing(described) as temporary, replacing(directory / WEIGHTS_NAME) as weights:
+        write_json(temporary, content)
+        write_tensors(weights, tensors, {"format": "pt"})
+        forget_checksums(directory, names)
+        described.unlink(missing_ok=True)  # it describes the old weights, and the new ones are put there first
+    write_checksums(directory, names)
 
 
 def load(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> nn.Module:

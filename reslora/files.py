@@ -211,14 +211,21 @@ def write_checksums(folder: str | os.PathLike, names: Iterable[str] | None = Non
     Call it last, and again after every change: a file that is not listed is not checked.
     """
     folder = Path(folder)
-    known = {}
-    if names is not None:
-        with suppress(ValueError):  # a damaged list is replaced
-            known = _read_checksums(folder)
+    known = {} if names is None else _listed(folder)
     found = (path for path in folder.rglob("*") if path.is_file() and not _TEMPORARY.fullmatch(path.name))
     names = [path.relative_to(folder).as_posix() for path in found] if names is None else names
     sums = known | {name: _sha256(folder / name) for name in names if name != CHECKSUMS_NAME}
     write_json(folder / CHECKSUMS_NAME, dict(sorted(sums.items())))
+
+
+def forget_checksums(folder: str | os.PathLike, names: Iterable[str]) -> None:
+    """Takes `names` out of `checksums.json`, before they are replaced: who is ended before the new sums are written
+    leaves files that nothing calls damaged.
+    """
+    path = Path(folder) / CHECKSUMS_NAME
+    if path.exists():
+        names = {*names}
+        write_json(path, {name: value for name, value in _listed(path.parent).items() if name not in names})
 
 
 def check_checksums(folder: str | os.PathLike, names: Iterable[str] | None = None) -> None:
@@ -236,6 +243,14 @@ def check_checksums(folder: str | os.PathLike, names: Iterable[str] | None = Non
                 f"{folder / name} is damaged: its SHA-256 is not the one in {CHECKSUMS_NAME} (which you may delete if "
                 "you have changed the file yourself)"
             )
+
+
+def _listed(folder: Path) -> dict[str, str]:
+    """The checksums that a new list goes on from; a damaged list is replaced."""
+    try:
+        return _read_checksums(folder)
+    except ValueError:
+        return {}
 
 
 def _read_checksums(folder: Path) -> dict[str, str]:

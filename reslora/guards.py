@@ -133,7 +133,7 @@ def install(model: nn.Module, wired: Iterable[tuple[str, LoraLayer]]) -> None:
         layer.merge = layer.unmerge = functools.partial(_refuse_merge, name)
     for name, layer in wired:
         layer.update_layer = functools.partial(_refuse_update, name, layer)
-    _watch_peft()
+    watch_peft()
 
 
 def remove(model: nn.Module) -> None:
@@ -164,12 +164,6 @@ def _connection(model: nn.Module) -> Any:
     base = base_model(model)
     connection = vars(base).get("_reslora")
     return connection if connection is not None and connection.alive(base) else None
-
-
-def _wired(model: nn.Module, adapter_name: str) -> bool:
-    """Whether that adapter of the model has shortcuts."""
-    connection = _connection(model)
-    return connection is not None and connection.config.wired and connection.adapter_name == adapter_name
 
 
 def _wrappers(model: nn.Module) -> Iterator[nn.Module]:
@@ -216,14 +210,18 @@ def _refuse_update(name: str, layer: LoraLayer, adapter_name: str, *args: object
     type(layer).update_layer(layer, adapter_name, *args, **kwargs)
 
 
-def _watch_peft() -> None:
-    """What goes past the methods of a connected base model asks here first.
+def watch_peft() -> None:
+    """In this process, what goes past the methods of a connected base model asks here first.
 
-    Hot-swapping is a function; `add_weighted_adapter` and `load_adapter` are verbs of wrappers, which a base model does
-    not know. The functions for an adapter's weights others have imported by name: what they call for LoRA asks.
+    Hot-swapping is a function, and what prepares it begins with another; `add_weighted_adapter` and `load_adapter` are
+    verbs of wrappers, which a base model does not know. The functions for an adapter's weights others have imported by
+    name: what they call for LoRA asks.
     """
     swaps = peft.utils.hotswap
     swaps.hotswap_adapter_from_state_dict = _asking(swaps.hotswap_adapter_from_state_dict, "hotswap_adapter", _REPLACES)
+    swaps._convert_scalings_to_tensor = _asking(
+        swaps._convert_scalings_to_tensor, "prepare_model_for_compiled_hotswap", _REPLACES
+    )
     LoraModel.add_weighted_adapter = _asking(LoraModel.add_weighted_adapter, "add_weighted_adapter", _COMBINES)
     for name, verb, does in (
         ("_get_adapter_state_dict", "get_peft_model_state_dict", _HANDS_OUT),
@@ -233,7 +231,7 @@ def _watch_peft() -> None:
 
 
 def _asking(original: Any, verb: str, does: str) -> Any:
-    """`original` with a refusal before it where it names a wired adapter of its model."""
+    """`original` with a refusal before it where it names a wired adapter of its model, or none at all."""
     if hasattr(original, "asks_reslora"):
         return original
     signature = inspect.signature(original)
@@ -242,8 +240,10 @@ def _asking(original: Any, verb: str, does: str) -> Any:
     def asking(*args: Any, **kwargs: Any) -> Any:
         arguments = signature.bind(*args, **kwargs).arguments
         model = arguments["self"] if "self" in arguments else arguments["model"]
-        for adapter in () if _keeps_shortcuts.get() else _named(arguments):
-            if _wired(model, adapter):
+        connection = None if _keeps_shortcuts.get() else _connection(model)
+        if connection is not None and connection.config.wired:
+            adapter = connection.adapter_name
+            if adapter in (_named(arguments) or [adapter]):
                 raise _refusal(verb, does, adapter)
         return original(*args, **kwargs)
 

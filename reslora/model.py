@@ -78,7 +78,8 @@ def connect(
 ) -> Chains:
     """Wires the LoRA blocks of neighbouring layers of `model` in place (Eqs. 2-4) and returns the plan.
 
-    `example_inputs` are keyword arguments of the base model that show the order of its layers (see `chains`).
+    `example_inputs` are keyword arguments of the base model that show the order of its layers (see `chains`). Hooks put
+    on `lora_A` and `lora_B` afterwards are not called, as shortcuts read their weights; hooks on layers are.
 
     Raises `ValueError` if the model has no such LoRA adapter, is connected or merged already, has a layer that cannot
     be wired, or if the shortcut finds no link; the model is unchanged then.

@@ -30,6 +30,11 @@ class Connection:
     wires: Wires
     handles: list = dataclasses.field(default_factory=list)
 
+    def __setstate__(self, state: dict) -> None:
+        """A process that has never connected a model watches PEFT's functions from here on."""
+        vars(self).update(state)
+        guards.watch_peft()
+
     @property
     def shortcut(self) -> type[Shortcut] | None:
         """The class of its wired blocks; None if nothing is wired."""

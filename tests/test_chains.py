@@ -15,6 +15,7 @@ from conftest import (
     adapter_layers,
     assert_one_line,
     lora_stack,
+    run,
     tiny_llama,
     tiny_unet,
     token_inputs,
@@ -30,8 +31,10 @@ from diffusers import (
 )
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.nn.utils import prune
 
 import reslora
+from reslora import ResLoraConfig
 
 
 def shape_of(chains) -> list[tuple[str, list[str]]]:
@@ -83,7 +86,7 @@ def test_a_chain_is_a_sequence(llama):
 def test_the_plan_is_the_same_before_and_after_connect(arch):
     model = arch.lora()
     before = shape_of(reslora.chains(model))
-    connected = reslora.connect(model, reslora.ResLoraConfig("block", 2))
+    connected = reslora.connect(model, ResLoraConfig("block", 2))
     assert shape_of(connected) == before == shape_of(reslora.chains(model))
 
 
@@ -152,7 +155,7 @@ def test_full_size_unets_have_the_expected_blocks_and_links(stable_diffusion):
 
 def test_full_size_unets_connect_on_the_meta_device(stable_diffusion):
     model, expected = stable_diffusion
-    connected = reslora.connect(model, reslora.ResLoraConfig("input"))
+    connected = reslora.connect(model, ResLoraConfig("input"))
     reslora.disconnect(model)
     assert counts(connected) == expected
 
@@ -529,7 +532,7 @@ RUNS_AT = {
 def test_the_plan_holds_for_images_and_captions_of_other_sizes(name, shortcut):
     build, runs = RUNS_AT[name]
     model = get_peft_model(build(), LoraConfig(r=2, target_modules="all-linear"))
-    plan = reslora.connect(model, reslora.ResLoraConfig(shortcut, -1))
+    plan = reslora.connect(model, ResLoraConfig(shortcut, -1))
     assert plan.links > 0
     for inputs in runs:
         result = model(**inputs).sample
@@ -598,3 +601,33 @@ def test_architectures_are_what_they_claim():
 def test_get_peft_model_on_a_unet_has_the_chains_of_add_adapter(unet):
     config = LoraConfig(r=3, target_modules=unet.targets)
     assert_chains(reslora.chains(get_peft_model(tiny_unet(), config)), unet.chains)
+
+
+# --- what cannot be wired ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["forward_pre", "forward", "full_backward_pre", "full_backward"])
+@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+def test_hooks_on_the_factors_are_refused_and_those_on_layers_are_called(part, kind):
+    model, calls = lora_stack(), []
+    layer = model.get_base_model().layers[1].proj
+    hook = getattr(getattr(layer, part)["default"], f"register_{kind}_hook")(lambda *args: None)
+    with pytest.raises(ValueError) as error:
+        reslora.connect(model, ResLoraConfig("input"), example_inputs=STACK_INPUTS)
+    assert_one_line(error, f"layers.1.proj has hooks on its {part}", "remove")
+    hook.remove()
+    getattr(layer, f"register_{kind}_hook")(lambda *args: calls.append(kind))
+    reslora.connect(model, ResLoraConfig("input"), example_inputs=STACK_INPUTS)
+    calls.clear()
+    run(model, STACK_INPUTS).sum().backward()
+    assert calls == [kind]
+
+
+@pytest.mark.parametrize("shortcut", ["input", "block", "middle"])
+def test_pruned_factors_are_refused(shortcut):
+    """The second backward would end in torch's own error: nothing makes the pruned weight anew."""
+    model = lora_stack()
+    prune.l1_unstructured(model.get_base_model().layers[2].proj.lora_B["default"], "weight", amount=0.5)
+    with pytest.raises(ValueError) as error:
+        reslora.connect(model, ResLoraConfig(shortcut), example_inputs=STACK_INPUTS)
+    assert_one_line(error, "layers.2.proj", "lora_B", "prun")

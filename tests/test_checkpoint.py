@@ -21,6 +21,7 @@ from conftest import (
     gradients_of,
     lora_stack,
     loss_of,
+    randomize,
     run,
     tiny_llama,
     tiny_unet,
@@ -272,6 +273,32 @@ def test_saving_twice_replaces(llama, tmp_path):
     model = saved(llama, tmp_path, "block", 2, seed=3)
     loaded = reslora.load(base_of(llama, seed=3), tmp_path)
     assert torch.equal(run(loaded, llama.inputs()), run(model, llama.inputs()))
+
+
+def interrupt(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+def test_a_save_over_another_that_ends_while_it_hashes_still_loads(llama, tmp_path, monkeypatch):
+    saved(llama, tmp_path, "input", steps=2)
+    model = llama.lora(seed=3)
+    reslora.connect(model, ResLoraConfig("block", 2))
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(reslora.files, "_sha256", interrupt)
+        reslora.save(model, tmp_path)
+    loaded = reslora.load(base_of(llama, seed=3), tmp_path)
+    assert torch.equal(run(loaded, llama.inputs()), run(model, llama.inputs()))
+
+
+def test_a_save_over_another_that_ends_while_it_writes_leaves_that_one(llama, tmp_path, monkeypatch):
+    model = saved(llama, tmp_path)
+    expected = run(model, llama.inputs())
+    randomize(model, seed=3)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(reslora.files, "save", interrupt)
+        reslora.save(model, tmp_path)
+    assert torch.equal(run(reslora.load(base_of(llama), tmp_path), llama.inputs()), expected)
+    assert {path.name for path in tmp_path.iterdir()} == {CONFIG, WEIGHTS, "checksums.json"}
 
 
 @pytest.mark.parametrize("shortcut", ["input", "block", "middle"])

@@ -15,6 +15,7 @@ from reslora.files import (
     ABANDONED,
     CHECKSUMS_NAME,
     check_checksums,
+    forget_checksums,
     read_object,
     remove_leftovers,
     replacing,
@@ -82,6 +83,21 @@ def test_only_the_named_files_are_listed_and_checked(folder):
     flip(folder / "unet" / "config.json")
     check_checksums(folder, ["weights.bin", "log.jsonl"])
     assert "config.json is damaged" in refusal(folder)
+
+
+def test_what_is_forgotten_is_not_checked_and_the_rest_is(folder):
+    forget_checksums(folder, iter(["weights.bin", "log.jsonl"]))
+    assert list(json.loads((folder / CHECKSUMS_NAME).read_text())) == ["unet/config.json"]
+    flip(folder / "weights.bin")
+    check_checksums(folder)
+    (folder / CHECKSUMS_NAME).write_text("damaged")
+    forget_checksums(folder, ["weights.bin"])
+    check_checksums(folder)
+
+
+def test_nothing_is_forgotten_in_a_folder_without_checksums(tmp_path):
+    forget_checksums(tmp_path / "new", ["weights.bin"])
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_folder_without_checksums_passes(tmp_path):

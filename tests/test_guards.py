@@ -24,7 +24,9 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
-from peft.utils.hotswap import hotswap_adapter
+from peft.tuners.lora import LoraModel
+from peft.utils import hotswap
+from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -285,6 +287,28 @@ def test_hot_swapping_the_connected_adapter_is_refused(llama, tmp_path, config):
 
 
 @wired
+def test_preparing_for_hot_swapping_is_refused_while_connected(llama, config):
+    """It puts other A and B modules in place."""
+    model = connected(llama, config)
+    expected = run(model, llama.inputs())
+    for ranks in ({"target_rank": 8, "config": model.peft_config}, {}):
+        refused(lambda ranks=ranks: prepare_model_for_compiled_hotswap(model, **ranks), "prepare_model", *NAMES)
+    assert torch.equal(run(model, llama.inputs()), expected) and model.peft_config["default"].r == RANK
+    reslora.merge(model, "none")
+    prepare_model_for_compiled_hotswap(model, target_rank=8)
+
+
+@wired
+def test_an_adapter_that_was_padded_for_hot_swapping_is_not_connected(llama, config):
+    model = llama.lora()
+    prepare_model_for_compiled_hotswap(model, target_rank=8, config=model.peft_config)
+    with pytest.raises(ValueError) as error:
+        reslora.connect(model, config)
+    assert_one_line(error, "layers.0.self_attn.q_proj has rank 3", "8 rows", "prepare_model_for_compiled_hotswap")
+    assert not instance_methods(model)
+
+
+@wired
 def test_hot_swapping_in_a_unet_is_refused(unet, tmp_path, config):
     unet.lora(seed=8).save_lora_adapter(tmp_path)
     model = connected(unet, config)
@@ -429,6 +453,25 @@ def test_a_copy_is_guarded_by_itself(llama, tmp_path, duplicate, config):
     reslora.disconnect(twin)
     twin.save_pretrained(tmp_path / "twin")
     assert (tmp_path / "twin" / "adapter_model.safetensors").exists()
+
+
+def test_an_unpickled_model_is_guarded_where_no_other_was_connected(llama, tmp_path, monkeypatch):
+    """As in another process: `torch.load`, or a worker that was spawned."""
+    folder = plain_folder(llama, tmp_path)
+    plain = get_peft_model_state_dict(llama.lora(seed=8))
+    content = pickle.dumps(connected(llama))
+    for name in ("hotswap_adapter_from_state_dict", "_convert_scalings_to_tensor"):
+        monkeypatch.setattr(hotswap, name, getattr(hotswap, name).__wrapped__)
+    for name in ("add_weighted_adapter", "_get_adapter_state_dict", "_remap_adapter_state_dict_for_load"):
+        method = vars(LoraModel)[name]
+        fresh = classmethod(method.__func__.__wrapped__) if isinstance(method, classmethod) else method.__wrapped__
+        monkeypatch.setattr(LoraModel, name, fresh)
+    model = pickle.loads(content)
+    refused(lambda: get_peft_model_state_dict(model), "get_peft_model_state_dict", *NAMES)
+    refused(lambda: set_peft_model_state_dict(model, plain), "set_peft_model_state_dict", *NAMES)
+    refused(lambda: model.add_weighted_adapter(["default"], [1.0], "new"), "add_weighted_adapter", *NAMES)
+    refused(lambda: hotswap_adapter(model, folder, "default", "cpu"), "hotswap_adapter", *NAMES)
+    refused(lambda: prepare_model_for_compiled_hotswap(model), "prepare_model_for_compiled_hotswap", *NAMES)
 
 
 def test_a_wrapper_is_free_when_its_base_was_disconnected(llama, tmp_path):

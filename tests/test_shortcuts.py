@@ -33,6 +33,7 @@ from conftest import (
     tiny_unet,
 )
 from peft import LoraConfig
+from torch.func import functional_call, vmap
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -306,6 +307,54 @@ def test_mixed_dtypes_without_autocast_keep_the_base_dtype(llama, base, adapter,
     actual, expected = run(model, llama.inputs()), run(oracle, llama.inputs())
     assert seen == [base]
     assert relative(actual, expected) < 0.05
+
+
+class Casting(Stack):
+    """Hands every block what it reads in the dtype of its weight."""
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer(x.to(layer.proj.weight.dtype)).to(x.dtype)
+        return x
+
+
+@pytest.mark.parametrize("place", [slice(2), slice(2, 4)])
+@pytest.mark.parametrize("tokens", [1, 4])
+@one_each
+def test_a_chain_whose_adapters_have_two_dtypes(shortcut, pre_num, head, tokens, place):
+    model = lora_stack(Casting()).float()
+    inputs = {"x": STACK_INPUTS["x"][:, :tokens].float()}
+    for layer in model.get_base_model().layers[place]:
+        layer.bfloat16()
+    oracle = Oracle(copy.deepcopy(model).float(), [stack_chain()], shortcut, pre_num, head).model
+    reslora.connect(model, ResLoraConfig(shortcut, pre_num, head), example_inputs=inputs)
+    assert relative(run(model, inputs), run(oracle, inputs)) < 0.01
+    for candidate in (model, oracle):
+        run(candidate, inputs).square().mean().backward()
+    assert relative(flat_gradients(model), flat_gradients(oracle)) < 0.05
+    before = run(model.eval(), inputs)
+    reslora.merge(model, calibration=[inputs])
+    assert run(model, inputs).dtype == before.dtype
+
+
+# --- functional transforms --------------------------------------------------------------------------------------------
+
+
+@one_each
+def test_an_ensemble_of_adapters_is_computed_at_once(shortcut, pre_num, head):
+    model = lora_stack()
+    oracle = Oracle(model, [stack_chain()], shortcut, pre_num, head).model
+    reslora.connect(model, ResLoraConfig(shortcut, pre_num, head), example_inputs=STACK_INPUTS)
+
+    def results(candidate):
+        stacked = {
+            name: torch.stack([value.detach(), 2 * value.detach()])
+            for name, value in candidate.named_parameters()
+            if value.requires_grad
+        }
+        return vmap(lambda weights: functional_call(candidate, weights, (STACK_INPUTS["x"],)))(stacked)
+
+    assert_equal(results(model), results(oracle))
 
 
 # --- gradient checkpointing -------------------------------------------------------------------------------------------

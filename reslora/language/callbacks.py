@@ -84,6 +84,14 @@ class StopWhenAsked(TrainerCallback):
         if not self.training and self.accelerator.num_processes == 1:
             self.stop.check(message)
 
+    def struck(self, error: Exception) -> bool:
+        """Whether a step has failed as a signal to the whole terminal or job has ended the compiler that torch called.
+
+        Not with several processes, which wait for each other within the step.
+        """
+        compiling = type(error).__module__.startswith(("torch._inductor.", "torch._dynamo."))
+        return compiling and self.stop.signal is not None and self.accelerator.num_processes == 1
+
     def _asked(self) -> bool:
         return self.stop.shared(any_of(self.stop.signal is not None))
 

@@ -31,7 +31,7 @@ from ..common.gauge import gauged
 from ..common.methods import METHODS, AdapterSettings, adapter_config, check_steps, refuse_deepspeed
 from ..common.patterns import spell_out
 from ..common.recovery import cannot_be_loaded, discard
-from ..common.signals import StopRequest
+from ..common.signals import NOT_BEGUN, StopRequest
 from ..common.together import decided, is_main
 from ..config import ResLoraConfig
 from ..files import write_checksums, write_tensors
@@ -39,13 +39,7 @@ from ..model import enable_gradient_checkpointing
 from ..tracing import to_device
 from .arguments import MethodArguments
 from .callbacks import AllocateRanks, GoesOnFrom, Progress, StopWhenAsked
-from .checkpoints import (
-    ALLOCATOR_NAME,
-    checkpoints_of,
-    damage,
-    named_checkpoint,
-    usable_checkpoint,
-)
+from .checkpoints import ALLOCATOR_NAME, checkpoints_of, damage, named_checkpoint, usable_checkpoint
 
 logger = logging.get_logger(__name__)
 
@@ -242,6 +236,10 @@ class AdapterTrainer(Trainer):
             if mismatch is None:
                 raise
             raise mismatch from error
+        except Exception as error:
+            if not self.stopping.struck(error):
+                raise
+            self._stop_within_a_step(error)
         finally:
             if aside is not None:
                 self.remove_callback(aside)
@@ -250,6 +248,14 @@ class AdapterTrainer(Trainer):
         if self.stopping.leaving:
             raise Stopped(f"stopped after step {self.state.global_step}; go on with --resume_from_checkpoint latest")
         return result
+
+    def _stop_within_a_step(self, error: Exception) -> None:
+        """The steps before are saved, if there are any."""
+        if not self.state.global_step:
+            raise Stopped(NOT_BEGUN) from error
+        self.stopping.leaving, self.args.save_only_model = True, False
+        if not self._checkpoint().is_dir():
+            self._save_checkpoint(self.model, None)
 
     def _resumed_from(self, named: Any) -> str | None:
         """For the main process: the checkpoint to go on from."""
@@ -403,9 +409,7 @@ class AdapterTrainer(Trainer):
                 if self.is_deepspeed_enabled:  # which has read the weights, but not the norm windows
                     load_adapter(self.model, checkpoint)
                 self._load_allocator(checkpoint)
-        except (
-            Exception
-        ) as error:  # out of memory, another version's state: readers and devices have errors of their own
+        except Exception as error:  # out of memory, another version's state: each reader and device has its own
             if checkpoint is None:
                 raise
             raise RunFailed(cannot_be_loaded(checkpoint, error)) from error

@@ -198,10 +198,11 @@ class Shortcut(LoraVariant):
 
     def _multiply(self, lora_a: nn.Linear, x: torch.Tensor) -> Sequence[torch.Tensor]:
         """The same by itself: `x` (rows x p) is what its A reads."""
-        return F.linear(x, self._stack(lora_a, self.others(), x)).split(self.widths(lora_a.out_features), dim=1)
+        stack = self._stack(lora_a, self.others(), x)
+        return F.linear(cast(x, stack), stack).split(self.widths(lora_a.out_features), dim=1)
 
     def _stack(self, own: nn.Linear, others: Sequence[nn.Linear], x: torch.Tensor, dim: int = 0) -> torch.Tensor:
-        """The A (or B) of several blocks as one, on the device of `x`."""
+        """The A (or B) of several blocks as one, on the device of `x`, in the widest of their dtypes."""
         shape = own.out_features, own.in_features
         weights = [whole_weight(linear, shape, x, self.name) for linear in (own, *others)]
         return torch.cat(weights, dim) if len(weights) > 1 else weights[0]
@@ -273,7 +274,8 @@ def add_product(
     weight = lora_b.weight
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or weight.is_meta != hidden.is_meta:
         return result + lora_b(hidden * scaling).view(result.shape)
-    return add_scaled(result, hidden, weight, scaling, module)
+    # Wider than B is what a neighbour of another dtype has handed on.
+    return add_scaled(result, cast(hidden, weight), weight, scaling, module)
 
 
 def add_scaled(
@@ -301,6 +303,8 @@ def _unheld(result: torch.Tensor, module: LoraLayer) -> bool:
     if type(base) is not nn.Linear or base._forward_hooks or base._backward_hooks or "forward" in vars(base):
         return False
     if nn.modules.module._global_forward_hooks:
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # `vmap` over the weights: the product is wider
         return False
     return type(result) is torch.Tensor and result.is_contiguous() and len(module.active_adapters) == 1
 

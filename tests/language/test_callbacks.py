@@ -7,6 +7,7 @@ import signal
 from types import SimpleNamespace
 
 import pytest
+from torch._inductor.exc import CppCompileError, InductorError
 from transformers import TrainerCallback, TrainerState
 
 from reslora.common.errors import Stopped
@@ -105,6 +106,52 @@ def test_a_stopped_run_is_saved_and_goes_on_as_if_it_never_was(tmp_path, step, f
     trainer_for(model, tmp_path / "run", **flags).train(resume_from_checkpoint="latest")
     assert_same(trained(model), trained(whole))
     assert read_log(tmp_path / "run") == read_log(tmp_path / "whole")
+
+
+def compiler_ended_in(monkeypatch, trainer, step: int, number: int | None = signal.SIGTERM) -> None:
+    """In that step the signal reaches this process and the compiler, whose end torch tells."""
+    train = type(trainer).training_step
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step + 1 == step:
+            if number is not None:
+                os.kill(os.getpid(), number)
+            raise InductorError(CppCompileError(["g++"], "killed"), None)
+        return train(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(trainer), "training_step", training_step)
+
+
+@pytest.mark.parametrize("strategy", ["no", "steps"])
+def test_a_stop_that_ends_the_compiler_too_saves_the_steps_before(tmp_path, monkeypatch, strategy):
+    whole, _ = build()
+    trainer_for(whole, tmp_path / "whole", save_strategy=strategy).train()
+    with StopRequest() as stop, monkeypatch.context() as patched:
+        trainer = trainer_for(build()[0], tmp_path / "run", stop=stop, save_strategy=strategy)
+        compiler_ended_in(patched, trainer, step=4)
+        with pytest.raises(Stopped, match="stopped after step 3; go on with --resume_from_checkpoint latest"):
+            trainer.train()
+        assert stop.signal == signal.SIGTERM
+    model, _ = build()
+    trainer_for(model, tmp_path / "run", save_strategy=strategy).train(resume_from_checkpoint="latest")
+    assert_same(trained(model), trained(whole))
+    assert read_log(tmp_path / "run") == read_log(tmp_path / "whole")
+
+
+def test_a_stop_that_ends_the_compiler_in_the_first_step_has_nothing_to_save(tmp_path, monkeypatch):
+    with StopRequest() as stop:
+        trainer = trainer_for(build()[0], tmp_path, stop=stop)
+        compiler_ended_in(monkeypatch, trainer, step=1)
+        with pytest.raises(Stopped, match="stopped before training began"):
+            trainer.train()
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_a_compiler_that_fails_unasked_is_told_as_ever(tmp_path, monkeypatch):
+    trainer = trainer_for(build()[0], tmp_path)
+    compiler_ended_in(monkeypatch, trainer, step=1, number=None)
+    with pytest.raises(InductorError):
+        trainer.train()
 
 
 def test_who_stops_because_another_process_was_asked_ends_as_that_one(tmp_path, monkeypatch):
