@@ -205,7 +205,8 @@ class Trainings:
         if folder.is_symlink() or (folder.exists() and began):
             raise RunError("There is a run of that name already; choose another name, or resume it.")
         if folder.exists() and self.is_active(run):
-            raise RunError(f"{name} is starting already: wait until it trains, or choose another name.")
+            wait = "wait until it trains, or " if isinstance(run, Experiment) else ""
+            raise RunError(f"{name} is starting already: {wait}choose another name.")
         return folder
 
     def choose_images(

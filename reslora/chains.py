@@ -269,8 +269,8 @@ def refused(layer: LoraLayer, adapter_name: str) -> str:
         factor = getattr(layer, part)[adapter_name]
         if any(getattr(factor, hooks) for hooks in _HOOKS):
             return (
-                f"has hooks on its {part} (as torch's pruning puts there), which a shortcut would not call; remove "
-                "them, or put them on the layer itself"
+                f"has hooks on its {part}, which a shortcut would not call: call torch.nn.utils.prune.remove if it is "
+                "pruned, else remove them, or put them on the layer itself"
             )
     rank, weight = layer.r[adapter_name], layer.lora_A[adapter_name].weight
     if weight.dim() == 2 and weight.shape[0] != rank:

@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 from .chains import Block, Chain, Chains, base_model, lora_layers, refused, stays_plain, unwrap
 from .common.errors import first_line
 from .config import ResLoraConfig
-from .files import check_checksums, forget_checksums, replacing, write_checksums, write_json, write_tensors
+from .files import check_checksums, forget_checksums, replacing_both, write_checksums, write_json, write_tensors
 from .guards import keeping_shortcuts, refuse_inactive, refuse_inner, refuse_merged
 from .ranks import rescale, rescaled
 from .tracing import meta_copy
@@ -76,15 +76,14 @@ def save(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
 def _write_both(directory: Path, content: dict, tensors: dict[str, torch.Tensor]) -> None:
     """Writes both files and their checksums.
 
-    A failed write leaves the old ones. Who is ended later leaves the new ones without checksums, or between two renames
+    A failed write leaves the old ones. A killed process leaves the old or the new ones without checksums, or at worst
     weights without a configuration, which `load` refuses.
     """
-    described, names = directory / CONFIG_NAME, [CONFIG_NAME, WEIGHTS_NAME]
-    with replacing(described) as temporary, replacing(directory / WEIGHTS_NAME) as weights:
-        write_json(temporary, content)
+    names = [CONFIG_NAME, WEIGHTS_NAME]
+    with replacing_both(directory / CONFIG_NAME, directory / WEIGHTS_NAME) as (described, weights):
+        write_json(described, content)
         write_tensors(weights, tensors, {"format": "pt"})
         forget_checksums(directory, names)
-        described.unlink(missing_ok=True)  # it describes the old weights, and the new ones are put there first
     write_checksums(directory, names)
 
 
@@ -128,7 +127,8 @@ def load(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
     check_checksums(directory, [CONFIG_NAME, WEIGHTS_NAME])
     loaded = outer if present else _attach(outer, saved.lora, adapter_name, saved, directory)
     _fill(loaded, base_model(loaded), saved.tensors, adapter_name)
-    rescale(lora_layers(base_model(loaded), adapter_name), saved.scaling, adapter_name)
+    if saved.scaling is not None:
+        rescale(lora_layers(base_model(loaded), adapter_name), saved.scaling, adapter_name)
     if connection is None:
         connection = attach_wires(loaded, saved.config, adapter_name, saved.plan)
     norms = connection.wires.norms
@@ -148,8 +148,8 @@ class _Saved:
     config: ResLoraConfig
     lora: LoraConfig
     plan: Chains
-    scaling: dict[str, float]
-    """Of the layers whose scaling is not what rank and alpha say."""
+    scaling: dict[str, float] | None
+    """Of the layers whose scaling is not what rank and alpha say; None in files of earlier versions."""
     wrapped: bool
     """Whether the saved model was a `PeftModel`."""
     names: list[str]
@@ -169,8 +169,8 @@ def _read(directory: Path) -> _Saved:
         plan = _read_plan(content["chains"])
         names, pushed = content["norms"]["names"], content["norms"]["pushed"]
         _expect("norms", _texts(_list(names)) and _counts([pushed]))
-        scaling = content.get("scaling", {})  # not in older files
-        _expect("scaling", isinstance(scaling, dict) and _numbers(scaling.values()))
+        scaling = content.get("scaling")
+        _expect("scaling", scaling is None or (isinstance(scaling, dict) and _numbers(scaling.values())))
         _expect("peft_model", isinstance(content["peft_model"], bool))
     except Exception as error:  # what is no file of ours fails in as many ways as there are values
         raise ValueError(f"{path} is damaged: {first_line(error)}") from error
@@ -322,7 +322,7 @@ def _check(saved: _Saved, model: nn.Module, adapter_name: str, directory: Path, 
         if here != there:
             raise ValueError(f"{key} has shape {there} in {directory / WEIGHTS_NAME}, but {here} in the model")
     layers = lora_layers(base, adapter_name)
-    if others := saved.scaling.keys() - layers:
+    if others := (saved.scaling or {}).keys() - layers:
         raise ValueError(f"{directory / CONFIG_NAME} scales {min(others)}, which is no LoRA layer of the model")
     for block in saved.plan.blocks:
         if block.name not in layers:

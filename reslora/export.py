@@ -34,7 +34,7 @@ from torch import nn
 
 from .chains import base_model, lora_layers, unwrap
 from .checkpoint import PEFT_PREFIX
-from .files import replacing, write_tensors
+from .files import replacing, replacing_both, write_tensors
 from .guards import refuse_merged
 from .ranks import declare_scaling, whole
 from .wiring import connection_of
@@ -240,11 +240,9 @@ def _write_both(directory: Path, config: PeftConfig, tensors: dict[str, torch.Te
     A failed write leaves the old ones. A killed process leaves at worst weights without a configuration, which no
     reader takes.
     """
-    described = directory / PEFT_CONFIG_FILE
-    with replacing(described) as temporary, replacing(directory / PEFT_FILE) as weights:
-        temporary.write_text(json.dumps(config.to_dict(), indent=2, sort_keys=True), encoding="utf-8")
+    with replacing_both(directory / PEFT_CONFIG_FILE, directory / PEFT_FILE) as (described, weights):
+        described.write_text(json.dumps(config.to_dict(), indent=2, sort_keys=True), encoding="utf-8")
         write_tensors(weights, tensors, {"format": "pt"})
-        described.unlink(missing_ok=True)  # it describes the old weights, and the new ones are put there first
 
 
 def lora_config(layers: Mapping[str, Factors]) -> LoraConfig:

@@ -63,6 +63,14 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         remove(temporary)
 
 
+@contextmanager
+def replacing_both(description: Path, weights: Path) -> Iterator[tuple[Path, Path]]:
+    """As `replacing`, of weights and what describes them: killed in between leaves weights without a description."""
+    with replacing(description) as new_description, replacing(weights) as new_weights:
+        yield new_description, new_weights
+        description.unlink(missing_ok=True)  # it describes the old weights, and the new ones are put there first
+
+
 def remove_leftovers(folder: str | os.PathLike) -> None:
     """Removes the temporaries in a folder, not below it, of processes that were killed while they were `replacing`.
 
@@ -219,8 +227,9 @@ def write_checksums(folder: str | os.PathLike, names: Iterable[str] | None = Non
 
 
 def forget_checksums(folder: str | os.PathLike, names: Iterable[str]) -> None:
-    """Takes `names` out of `checksums.json`, before they are replaced: who is ended before the new sums are written
-    leaves files that nothing calls damaged.
+    """Takes `names` out of `checksums.json`, before they are replaced.
+
+    Without it a process that ends before it has written the new sums would leave good files that look damaged.
     """
     path = Path(folder) / CHECKSUMS_NAME
     if path.exists():

@@ -192,7 +192,7 @@ def merge(
     layers, described = lora_layers(base, adapter_name), base.peft_config[adapter_name]
     guards.refuse_merged(layers)
     _refuse_nonfinite(layers, adapter_name)
-    _refuse_made(layers, connection)
+    _refuse_parametrized(layers, connection)
     plan = [_factors(chain, layers, connection) for chain in connection.chains] if connection.shortcut else []
     merged: list[list[Merged]] = []
     notes: list[str] = []
@@ -202,7 +202,7 @@ def merge(
             merged, notes = _merge_chains(base, connection, plan, merge_chain, calibration)
         blocks = _block_reports(connection, plan, merged, calibration is not None)
         written = {
-            layers[block.name]: ranks.ready(layers[block.name], result, adapter_name)
+            layers[block.name]: ranks.prepared(layers[block.name], result, adapter_name)
             for factors, results in zip(plan, merged, strict=True)
             for block, result in zip(factors, results, strict=True)
         }
@@ -255,7 +255,7 @@ def _refuse_nonfinite(layers: dict[str, LoraLayer], adapter_name: str) -> None:
                 raise ValueError(f"{name} has NaN or infinity in its {part}: resume from an earlier checkpoint")
 
 
-def _refuse_made(layers: dict[str, LoraLayer], connection: Connection) -> None:
+def _refuse_parametrized(layers: dict[str, LoraLayer], connection: Connection) -> None:
     """Refuse A and B that make their weight when it is read: what is written to it would be lost without a word."""
     for name in (block.name for block in connection.chains.blocks if connection.shortcut):
         for part in ("lora_A", "lora_B"):

@@ -26,10 +26,10 @@ def changes_base(config: LoraConfig) -> bool:
     return isinstance(config.init_lora_weights, str) and config.init_lora_weights.startswith(CHANGES_BASE)
 
 
-def ready(layer: LoraLayer, merged: Merged, adapter_name: str) -> Merged:
+def prepared(layer: LoraLayer, merged: Merged, adapter_name: str) -> Merged:
     """The new factors with the device and dtype of the old ones: whatever of a merge takes memory is done here."""
     factors = []
-    with torch.inference_mode(False):  # a caller's: what is made inside of it can never be trained
+    with torch.inference_mode(False):  # tensors made in a caller's inference mode can never be trained
         for modules, value in ((layer.lora_A, merged.a), (layer.lora_B, merged.b)):
             weight = modules[adapter_name].weight
             value = value.to(weight.device, weight.dtype).contiguous()
@@ -38,7 +38,7 @@ def ready(layer: LoraLayer, merged: Merged, adapter_name: str) -> Merged:
 
 
 def write(layer: LoraLayer, merged: Merged, adapter_name: str) -> None:
-    """Puts factors that are `ready` in place; a changed rank takes new linear layers of the old mode."""
+    """Puts factors that are `prepared` in place; a changed rank takes new linear layers of the old mode."""
     for modules, value in ((layer.lora_A, merged.a), (layer.lora_B, merged.b)):
         old = modules[adapter_name]
         if old.weight.shape == value.shape:
@@ -114,23 +114,27 @@ def declare_scaling(config: PeftConfig, base: nn.Module, adapter_name: str) -> N
     if not scaled:
         return
     if config.peft_type != PeftType.LORA:
-        raise _unsaid(scaled, f"a {config.peft_type.value} configuration")
-    if changes_base(config):  # some by as much as alpha says
-        raise _unsaid(scaled, f"init_lora_weights={config.init_lora_weights!r}")
+        raise _not_in_files(scaled, f"a {config.peft_type.value} configuration")
+    if changes_base(config):  # a reader changes the frozen weights as well, some by as much as alpha says
+        raise _not_in_files(scaled, f"init_lora_weights={config.init_lora_weights!r}")
     alphas = {name: layer.lora_alpha[adapter_name] for name, layer in layers.items()}
     alphas |= {
         name: _alpha(scale, _root(layers[name], adapter_name)(layers[name].r[adapter_name]))
         for name, scale in scaled.items()
     }
-    common = Counter(alphas.values()).most_common(1)[0][0]
-    for name, alpha in alphas.items():
-        if alpha != common and ("base_layer" in name.split(".") or type(layers[name]).__name__ == "ParamWrapper"):
-            raise _unsaid(scaled, f"an alpha of its own for {name}")  # of which PEFT knows the outer layer alone
+    # PEFT knows the outer one of nested layers alone, so the inner ones can have no alpha of their own.
+    fixed = {
+        alpha for name, alpha in alphas.items()
+        if "base_layer" in name.split(".") or type(layers[name]).__name__ == "ParamWrapper"
+    }  # fmt: skip
+    if len(fixed) > 1:
+        raise _not_in_files(scaled, "layers inside of others, which all have one alpha")
+    common = fixed.pop() if fixed else Counter(alphas.values()).most_common(1)[0][0]
     config.alpha_pattern = _patterns(alphas, {}, common, config.alpha_pattern)
     config.lora_alpha = common
 
 
-def _unsaid(scaled: Mapping[str, float], where: str) -> ValueError:
+def _not_in_files(scaled: Mapping[str, float], where: str) -> ValueError:
     name, scale = next(iter(scaled.items()))
     return ValueError(
         f"{name} has the scale {scale:g}, which is not what its alpha says, and PEFT's files cannot hold that with "

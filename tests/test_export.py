@@ -7,19 +7,22 @@ import pytest
 import torch
 from conftest import (
     ARCHITECTURES,
+    STACK_INPUTS,
     Stack,
     adapter_layers,
+    assert_equal,
     assert_one_line,
     base_weight,
     delta,
     find_layer,
+    lora_stack,
     randomize,
     run,
     tiny_llama,
     tiny_unet,
 )
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from peft import AdaLoraConfig, LoHaConfig, LoraConfig, OFTConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -352,6 +355,7 @@ def test_an_adapter_that_peft_has_merged_is_not_added_once_more(unet, inputs, ad
     [
         (LoraConfig(target_modules=["proj"], init_lora_weights="olora"), "init_lora_weights='olora'"),
         (LoHaConfig(target_modules=["proj"]), "LOHA"),
+        (LoKrConfig(target_modules=["proj"]), "LOKR"),
         (AdaLoraConfig(target_modules=["proj"], total_step=9), "ADALORA"),
     ],
 )
@@ -363,6 +367,25 @@ def test_a_scale_that_pefts_files_cannot_hold_is_refused(config, words, tmp_path
         export_peft(model, tmp_path / "after")
     assert_one_line(error, "layers.1.proj", "export_merged", words)
     assert not (tmp_path / "after").exists()
+
+
+class WithExpert(Stack):
+    def __init__(self) -> None:
+        super().__init__(layers=2)
+        self.expert = torch.nn.Linear(6, 6, bias=False)
+
+    def forward(self, x):
+        return super().forward(x @ self.expert.weight)
+
+
+def test_the_alpha_of_an_expert_is_that_of_all_layers_without_their_own(tmp_path):
+    """PEFT has no pattern for parameters that it adapts by themselves."""
+    base = WithExpert().double()
+    model = lora_stack(copy.deepcopy(base), target_parameters=["expert.weight"]).eval()
+    for layer in (0, 1):
+        find_layer(model, f"layers.{layer}.proj").scale_layer(0.5)
+    again = PeftModel.from_pretrained(base, export_peft(model, tmp_path)).eval()
+    assert_equal(run(again, STACK_INPUTS), run(model, STACK_INPUTS))
 
 
 def test_kohyas_alpha_is_exact_in_half_precision(tmp_path):

@@ -168,10 +168,11 @@ class LaunchTab(Tab):
         self.start.click(start, inputs, started, api_name=f"{self.id}_start", preprocess=False)
         plan = named(readable_errors(self.do_plan), self.parameters())
         self.memory.click(plan, inputs, self.answer, api_name=f"{self.id}_memory", preprocess=False)
-        gr.on(
+        looked = gr.on(
             [self.folder.change, self.uploads.change], readable_errors(self.show_images), [self.folder, self.uploads],
             self.preview, preprocess=False, **QUIET,
         )  # fmt: skip
+        looked.failure(lambda: "", None, self.preview, **QUIET)
         wired = [self.flags[flag] for flag in SHORTCUT_FLAGS]
         told = [self.flags[flag] for flag in self.flags if flag in form.OF_BUNDLED]
         self.model.change(self.show_defaults, self.model, told, preprocess=False, **QUIET)

@@ -84,7 +84,7 @@ class StopWhenAsked(TrainerCallback):
         if not self.training and self.accelerator.num_processes == 1:
             self.stop.check(message)
 
-    def struck(self, error: Exception) -> bool:
+    def ended_the_compiler(self, error: Exception) -> bool:
         """Whether a step has failed as a signal to the whole terminal or job has ended the compiler that torch called.
 
         Not with several processes, which wait for each other within the step.

@@ -237,7 +237,8 @@ class AdapterTrainer(Trainer):
                 raise
             raise mismatch from error
         except Exception as error:
-            if not self.stopping.struck(error):
+            # A validation that fails is no step: the checkpoint before it has to be gone on from.
+            if self.control.should_evaluate or not self.stopping.ended_the_compiler(error):
                 raise
             self._stop_within_a_step(error)
         finally:
@@ -250,7 +251,7 @@ class AdapterTrainer(Trainer):
         return result
 
     def _stop_within_a_step(self, error: Exception) -> None:
-        """The steps before are saved, if there are any."""
+        """The steps before are saved, if there are any; random numbers that the failed one has drawn stay drawn."""
         if not self.state.global_step:
             raise Stopped(NOT_BEGUN) from error
         self.stopping.leaving, self.args.save_only_model = True, False
