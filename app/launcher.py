@@ -205,8 +205,7 @@ class Trainings:
         if folder.is_symlink() or (folder.exists() and began):
             raise RunError("There is a run of that name already; choose another name, or resume it.")
         if folder.exists() and self.is_active(run):
-            wait = "wait until it trains, or " if isinstance(run, Experiment) else ""
-            raise RunError(f"{name} is starting already: {wait}choose another name.")
+            raise RunError(f"{name} is starting already: look at that one, or choose another name.")
         return folder
 
     def choose_images(

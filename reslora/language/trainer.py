@@ -236,8 +236,7 @@ class AdapterTrainer(Trainer):
             if mismatch is None:
                 raise
             raise mismatch from error
-        except Exception as error:
-            # A validation that fails is no step: the checkpoint before it has to be gone on from.
+        except Exception as error:  # not one of a validation: what is before that has to be gone on from
             if self.control.should_evaluate or not self.stopping.ended_the_compiler(error):
                 raise
             self._stop_within_a_step(error)

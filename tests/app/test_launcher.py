@@ -243,7 +243,7 @@ def test_the_name_of_what_is_starting_is_said_to_be_that(trainings):
     folder = trainings.library.folder / "new"
     folder.mkdir()
     with held(folder / EXPERIMENT_LOG):
-        with pytest.raises(RunError, match=r"^new is starting already: wait until it trains, or choose another name"):
+        with pytest.raises(RunError, match=r"^new is starting already: look at that one, or"):
             trainings.folder_of("new", Experiment)
         write_json(folder / "config.json", {"learning_rate": [1e-4, 1e-3]})
         assert trainings.folder_of("new", Experiment) == folder
