@@ -17,12 +17,13 @@ from reslora.diffusion.settings import read_index
 from reslora.experiment.statistics import rerun, tested, verdicts
 
 SHORTCUTS = ("input", "block(4)", "middle(4)")
+WIRED = ("reslora", *(f"reslora {kind}" for kind in SHORTCUTS))  # the first where an experiment has one kind alone
 # Which label stands beside which, by hypothesis: a shortcut beside LoRA at its scale, its placebo, and larger alphas.
 PAIRS = {
     "scale": {f"reslora {kind}": f"lora_matched {kind}" for kind in SHORTCUTS},
     "information": {"reslora input": "is_placebo", "reslora middle(4)": "ms_placebo"},
-    "alpha x 2": {f"reslora {kind}": "lora_x2" for kind in SHORTCUTS},
-    "alpha x 4": {f"reslora {kind}": "lora_x4" for kind in SHORTCUTS},
+    "alpha x 2": dict.fromkeys(WIRED, "lora_x2"),
+    "alpha x 4": dict.fromkeys(WIRED, "lora_x4"),
 }
 
 
