@@ -114,7 +114,8 @@ def svamp(steps: int, rank: int) -> Experiment:
     flags = (*TEXT_FLAGS, "--max_steps", str(steps), "--eval_strategy", "steps", "--eval_steps", every)
     flags += ("--save_steps", every, "--lora_r", str(rank))
     few = {"methods": (*UNDERTRAINED, "reslora"), "shortcuts": SHORTCUTS[2:], "seeds": SEEDS[:3]}
-    return Experiment("train_llm.py", f"SVAMP, {steps} steps, rank {rank} (reslora is ms(4))", TEXT_RATES, flags, **few, needs="text")
+    shows = f"SVAMP, {steps} steps, rank {rank} (reslora is ms(4))"
+    return Experiment("train_llm.py", shows, TEXT_RATES, flags, **few, needs="text")
 
 
 # Smallest first: that is the order in which they run.

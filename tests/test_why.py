@@ -101,6 +101,13 @@ def test_a_shortcut_stands_beside_its_placebo_seed_by_seed_and_image_by_image():
     assert f"| {ours.mean():.4f} | {low:.4f} to {high:.4f} |" in why_report.why_tables()
 
 
+def test_the_one_shortcut_of_an_experiment_stands_beside_larger_alphas():
+    arms = [arm(label, seed, [1.0, 2.0, 3.0 + seed]) for label in ("reslora", "lora_x2", "lora_x4") for seed in (0, 1)]
+    lines = why_report.section("it", record(arms)).splitlines()
+    for times in (2, 4):
+        assert any(line.startswith(f"| alpha x {times} | reslora | lora_x{times} | +0.00% |") for line in lines)
+
+
 def test_no_more_images_choose_than_were_measured():
     """Earlier records have the whole part."""
     found = record([arm("lora", 0, [1.0, 2.0, 3.0])])
