@@ -19,7 +19,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +36,7 @@ from .chains import base_model, lora_layers, unwrap
 from .checkpoint import PEFT_PREFIX
 from .files import replacing, replacing_both, write_tensors
 from .guards import refuse_merged
-from .ranks import declare_scaling, whole
+from .ranks import commonest, declare_scaling, whole
 from .wiring import connection_of
 
 DIFFUSERS_FILE, KOHYA_FILE, COMFYUI_FILE = (
@@ -415,9 +415,3 @@ def _factors(name: str, layer: LoraLayer, adapter_name: str) -> tuple[torch.Tens
     if adapter_name not in layer.lora_A or not _adds(layer, adapter_name):
         raise ValueError(f"{name} is not plain LoRA on a linear or convolution layer; export it with export_peft")
     return layer.lora_A[adapter_name].weight.detach(), layer.lora_B[adapter_name].weight.detach()
-
-
-def commonest(values: Iterable[float]) -> Any:
-    """The value that occurs most often; of several the first."""
-    found = list(values)
-    return max(dict.fromkeys(found), key=found.count)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftType
@@ -129,7 +129,7 @@ def declare_scaling(config: PeftConfig, base: nn.Module, adapter_name: str) -> N
     }  # fmt: skip
     if len(fixed) > 1:
         raise _not_in_files(scaled, "layers inside of others, which all have one alpha")
-    common = fixed.pop() if fixed else Counter(alphas.values()).most_common(1)[0][0]
+    common = fixed.pop() if fixed else commonest(alphas.values())
     config.alpha_pattern = _patterns(alphas, {}, common, config.alpha_pattern)
     config.lora_alpha = common
 
@@ -162,6 +162,12 @@ def _patterns(values: dict[str, float], changed: dict[str, int], default: float,
 def _alpha(scaling: float, root: float) -> float:
     """The alpha with `alpha / root == scaling` but for rounding; a whole number, as users write it, where it is one."""
     return whole(scaling * root)
+
+
+def commonest(values: Iterable[float]) -> Any:
+    """The value that occurs most often; of several the first."""
+    found = list(values)
+    return max(dict.fromkeys(found), key=found.count)
 
 
 def whole(value: float) -> float:

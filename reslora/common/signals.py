@@ -29,9 +29,7 @@ _LAUNCHERS = {
     "accelerate", "accelerate.commands.accelerate_cli", "accelerate.commands.launch", "torchrun",
     "torch.distributed.run", "torch.distributed.launch", "deepspeed",
 }  # fmt: skip
-_TOLD: Any = getattr(
-    signal, "SIGUSR1", None
-)  # sent by the kernel when the launcher dies, and by the application's Stop
+_TOLD: Any = getattr(signal, "SIGUSR1", None)  # from the kernel when the launcher dies, and from the application
 _HUNG_UP: Any = getattr(signal, "SIGHUP", None)  # what a terminal sends that closes, or whose connection is lost
 _PR_SET_PDEATHSIG = 1
 NOT_BEGUN = "stopped before training began"
