@@ -338,7 +338,7 @@ def read_dataset(flags: Flags) -> Found:
     notes: list[str] = []
     rows = _load_split(flags, folder, layout, everything, notes)
     image, caption = _columns(rows, layout, flags, notes)
-    problems, texts = _sorted_out([_captions(value) for value in rows[caption]])
+    problems, texts = _sorted_out([_captions(value, layout == "webdataset") for value in rows[caption]])
     if texts and not any(texts):
         fix = "name another column" + (", or write captions into .txt files" if layout == "webdataset" else "")
         raise InvalidArgument(f"--caption_column {caption}", "holds no text", fix)
@@ -371,8 +371,10 @@ def read_dataset(flags: Flags) -> Found:
     return Found(rows, problems, notes)
 
 
-def _captions(value: object) -> list | str:
-    """The captions of a row, or what is wrong with them; of a webdataset's suffixes `datasets` decodes some alone."""
+def _captions(value: object, in_files: bool) -> list | str:
+    """The captions of a row, or what is wrong with them; of a webdataset's files `datasets` decodes some alone."""
+    if in_files and isinstance(value, str):
+        value = value.encode()
     if isinstance(value, bytes):
         return caption_in(value)
     return value if isinstance(value, list) else [value]
