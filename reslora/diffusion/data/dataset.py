@@ -24,7 +24,7 @@ from .tables import ROWS, has_file_names, unlisted
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 SAVED = ("dataset_dict.json", "state.json")  # one of them is in a folder that `save_to_disk` wrote
-REPEATED = re.compile(r"(\d+)_(.+)")  # kohya's folders: how often an epoch meets each image, and the caption
+REPEATED = re.compile(r"(\d+)_(.*)")  # kohya's folders: how often an epoch meets each image, and the caption
 MOST_REPEATS = 1000  # of a folder's name: what is more is a year or a date
 ONE_BY_ONE = "name the folders one by one with --train_data_dir, none inside another"
 FEATURES = datasets.Features(
