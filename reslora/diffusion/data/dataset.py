@@ -191,7 +191,7 @@ def read_folder(folder: Path, flags: Flags, caption: str | None = None, deep: bo
     everything = files_of(folder, flags, deep)
     files = [path for path in everything if path.suffix.lower() in SUFFIXES]
     metadata = next((folder / name for name in METADATA if (folder / name).is_file()), None)
-    if metadata is not None and has_file_names(metadata):
+    if metadata is not None and has_file_names(metadata, layout_of(everything, folder)):
         found = dataclasses.replace(read_metadata(metadata, flags), metadata=metadata)
         missing = len(unlisted(found.rows, files))
         found.notes += [f"{missing} images are not listed in {metadata.name}"] if missing else []
@@ -290,7 +290,7 @@ def _metadata_row(folder: Path, row: object, where: str, flags: Flags) -> tuple[
     row = row if isinstance(row, dict) else {}
     path = _file_inside(folder, row.get("file_name"), where, "file_name")
     if flags.caption_column not in row:
-        problem = f"{where} has the columns {', '.join(sorted(row))}"
+        problem = f"{where} has the columns {', '.join(map(repr, sorted(row)))}"
         raise InvalidArgument(f"--caption_column {flags.caption_column}", problem, "name one of these")
     named = row.get("mask") if flags.masked_loss else None
     return path, row[flags.caption_column], _file_inside(folder, named, where, "mask") if named else None
