@@ -240,7 +240,7 @@ def add_method_flags(add: Callable) -> None:
     add("--merge", choices=MERGES, default=AUTO,
         help="ResLoRA: how the shortcuts become plain LoRA weights")
     add("--merge_calibration_samples", type=whole(0), default=64,
-        help="training images that the merge of ResLoRA may read, and that lora_matched and placebos are measured on")
+        help="images that ResLoRA's merge reads (0: `input` takes norms of the training), and controls are set by")
 
 
 def add_data_flags(add: Callable) -> None:
