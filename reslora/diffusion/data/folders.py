@@ -44,7 +44,7 @@ def load_folders(flags: Flags, caption: str | None = None) -> list[ImageDataset]
 
 def _label(images: ImageDataset, name: str, caption: str | None) -> str:
     """What images are called: by their folder, and how many have the caption that its name is."""
-    count = list(images.captions).count([caption])
+    count = sum(texts == [caption] for texts in images.captions)
     return f"{name} ({count} of {len(images)} images have its name as caption: {caption})" if count else name
 
 
