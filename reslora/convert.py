@@ -11,7 +11,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         from .diffusion.conversion import main  # not of the core, which this is only called with
     except ModuleNotFoundError as error:
-        if error.name != f"{__package__}.diffusion":
+        if not str(error.name).startswith("reslora.diffusion"):
             raise
         print("reslora-convert: error: reslora-core is without it; install reslora-sd in its place", file=sys.stderr)
         return 2

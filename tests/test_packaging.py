@@ -57,16 +57,11 @@ def installed(tmp_path_factory) -> dict[str, Path]:
     return targets
 
 
-def ended(installed: Path, folder: Path, *words: str | Path) -> subprocess.CompletedProcess:
-    """A command that knows of nothing but the installed distribution."""
+def run(installed: Path, folder: Path, *words: str | Path) -> str:
+    """What a command prints that knows of nothing but the installed distribution."""
     environment = {"PYTHONPATH": str(installed), "PATH": "/usr/bin:/bin", "HOME": str(folder), "OMP_NUM_THREADS": "1"}
     environment |= {"OMP_WAIT_POLICY": "PASSIVE"}
-    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=LIMIT)
-
-
-def run(installed: Path, folder: Path, *words: str | Path) -> str:
-    """What such a command prints."""
-    done = ended(installed, folder, *words)
+    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=LIMIT)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -111,10 +106,12 @@ def test_the_core_connects_and_merges_without_the_rest(installed, tmp_path):
     assert not (target / "reslora" / "diffusion").exists()
 
 
-def test_the_core_says_that_the_converter_is_not_in_it(installed, tmp_path):
-    done = ended(installed["reslora_core"], tmp_path, sys.executable, "-m", "reslora.convert", "--help")
+def test_the_core_says_that_the_converter_is_not_in_it(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "reslora.diffusion.conversion", raising=False)
+    monkeypatch.setitem(sys.modules, "reslora.diffusion", None)
+    assert importlib.import_module("reslora.convert").main(["--help"]) == 2
     said = "reslora-convert: error: reslora-core is without it; install reslora-sd in its place\n"
-    assert (done.returncode, done.stderr) == (2, said)
+    assert capsys.readouterr().err == said
 
 
 def test_the_core_asks_for_four_libraries_and_the_same_versions():
