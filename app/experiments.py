@@ -37,7 +37,9 @@ def summary(experiment: Experiment, status: str, said: str = "") -> str:
     if status == "running" and each is not None and ended < total:
         facts.append(f"about {duration(each * (total - ended))} left")
     if status == "stopped" and total:
-        facts.append("Go on trains the rest" if ended < total else "Go on compares them")
+        over = experiment.time_is_over
+        rest = f"{over} · Go on trains for as long again" if over else "Go on trains the rest"
+        facts.append(rest if ended < total else "Go on compares them")
     if status == "failed" and total:
         facts.append("none of them well, as the report says")
     return status_line(experiment, status, escape(" \u00b7 ".join(facts)), why_ended(experiment, status, said))

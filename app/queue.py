@@ -245,7 +245,8 @@ class Queue:
             entry.state = RUNNING  # also where the application ended before it could be noted
         elif entry.state == RUNNING:
             entry.state = run.status
-            entry.line = "" if entry.state == "finished" else self.trainings.last_line(run)
+            over = run.time_is_over if isinstance(run, Experiment) else ""
+            entry.line = "" if entry.state == "finished" else over or self.trainings.last_line(run)
 
     def begin(self, entry: Entry, device: str | None) -> None:
         """Starts an entry, checked as it is now, or notes why it cannot be."""
