@@ -11,7 +11,7 @@ from pathlib import Path
 from .activity import activity, why_ended
 from .folders import BUNDLED
 from .library import Experiment, LanguageRun, language_script, last_change
-from .queue import RUNNING, WAITING, Entry, Queue
+from .queue import GONE, RUNNING, WAITING, Entry, Queue
 from .runs import LONGEST_NOTES, NO_CONFIG, NOTES, Run, RunError
 from .shelf import Shelf
 from .views import NAMES, bad, counted, data_uri, escape, notice
@@ -87,7 +87,9 @@ def facts_of(entry: Entry, run: Run) -> list[str]:
     images = entry.folder if entry.folder in (None, BUNDLED) else f"images: {entry.folder}"
     facts += [f"{str(steps)[:12]} steps" if steps else "", images or ""]
     facts += [f"GPU {entry.device}" if entry.device is not None else ""]
-    return [*facts, activity(run.activity) if entry.state == RUNNING else entry.line]
+    if entry.state != RUNNING:
+        return [*facts, entry.line]
+    return [*facts, activity(run.activity) if run.folder.is_dir() else GONE]
 
 
 # -- the runs ----------------------------------------------------------------------------------------------------------

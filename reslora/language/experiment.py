@@ -27,7 +27,7 @@ from transformers import HfArgumentParser, TrainerCallback
 from ..common.adapters import load_adapter, save_adapter
 from ..common.errors import Diverged, InvalidArgument
 from ..common.flags import Flags, listed
-from ..common.folder import locked
+from ..common.folder import check_held, locked
 from ..common.signals import StopRequest
 from ..common.together import decided
 from ..experiment.arms import Arm, check_values
@@ -208,6 +208,7 @@ class KeepAdapters(TrainerCallback):
         """Writes it, whole or not at all."""
 
         def keep() -> None:
+            check_held()
             with replacing(adapter_folder(self.folder, state.global_step)) as temporary:
                 temporary.mkdir()
                 save_adapter(model, temporary)

@@ -27,6 +27,7 @@ from ..common import adapters
 from ..common.adapters import check_rank, known_targets, load_adapter, rank_allocator, save_adapter
 from ..common.controls import Settings, put_on
 from ..common.errors import Diverged, InvalidArgument, RunFailed, Stopped, refused_as
+from ..common.folder import check_held
 from ..common.gauge import gauged
 from ..common.methods import METHODS, AdapterSettings, adapter_config, check_steps, refuse_deepspeed
 from ..common.patterns import spell_out
@@ -262,8 +263,7 @@ class AdapterTrainer(Trainer):
         processes = self.args.world_size
         if named not in ("latest", True):
             return self._named(named)
-        folder = usable_checkpoint(self.args.output_dir, processes)
-        if folder is not None:
+        if (folder := usable_checkpoint(self.args.output_dir, processes)) is not None:
             return folder
         found = checkpoints_of(self.args.output_dir)
         if found:
@@ -283,8 +283,7 @@ class AdapterTrainer(Trainer):
         if not folder.is_dir():
             fix = f"give latest, or one of {', '.join(path.name for path in there)}" if there else "leave it out"
             raise InvalidArgument(flag, "no such checkpoint", fix)
-        problem = damage(folder, self.args.world_size)
-        if problem is not None:
+        if (problem := damage(folder, self.args.world_size)) is not None:
             usable = usable_checkpoint(self.args.output_dir, self.args.world_size)
             fix = "use latest" if usable else "leave it out, and choose another --output_dir"
             raise InvalidArgument(flag, f"cannot be resumed ({problem})", fix)
@@ -364,6 +363,7 @@ class AdapterTrainer(Trainer):
             save_adapter(self.model, folder)
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
+        decided(check_held)
         # Stock `Trainer` removes older ones before all processes have written their part of this one.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
