@@ -1,4 +1,4 @@
-"""What is passed over in a folder of images: hidden folders, with stale copies and what was deleted, and class images."""
+"""What is passed over among images: hidden folders, which hold stale copies and what was deleted, and class images."""
 
 import json
 from pathlib import Path
