@@ -33,6 +33,7 @@ from ..common.methods import METHODS, AdapterSettings, adapter_config, check_ste
 from ..common.patterns import spell_out
 from ..common.recovery import cannot_be_loaded, discard
 from ..common.signals import NOT_BEGUN, StopRequest
+from ..common.targets import check_layers
 from ..common.together import decided, is_main
 from ..config import ResLoraConfig
 from ..files import write_checksums, write_tensors
@@ -68,6 +69,7 @@ def attach(
     match nothing, a rank larger than a layer, or a shortcut without a link.
     """
     targets = _targets(model, arguments)
+    check_layers(model, targets, modules_to_save or ())
     check_steps([arguments.method], total_steps, f"--method {arguments.method} with {total_steps} steps")
     task = "CAUSAL_LM" if model.can_generate() else "SEQ_CLS"
     settings = AdapterSettings(
@@ -130,23 +132,21 @@ def _targets(model: PreTrainedModel, arguments: MethodArguments) -> list[str] | 
     linear = {
         name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))
     }
+    known = ", ".join(sorted(linear))
     targets = arguments.target_modules or known_targets(model.config.model_type)
     if not targets:
         raise InvalidArgument(
             "--target_modules",
             f"missing, and not known for model type {model.config.model_type!r}",
-            f"name some of {', '.join(sorted(linear))}",
+            f"name some of {known}",
         )
     if list(targets) == ["all-linear"]:
         return "all-linear"
     names = [name for name, _ in model.named_modules()]
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
-            raise InvalidArgument(
-                f"--target_modules {' '.join(targets)}",
-                f"{target} matches no layer of {type(model).__name__}",
-                f"name some of {', '.join(sorted(linear))}",
-            )
+            problem = f"{target} matches no layer of {type(model).__name__}"
+            raise InvalidArgument(f"--target_modules {' '.join(targets)}", problem, f"name some of {known}")
     return list(targets)
 
 

@@ -409,6 +409,13 @@ def test_targets_that_match_nothing_are_refused(method):
     assert_one_line(error, "--target_modules q_proj query", "query matches no layer", "v_proj")
 
 
+def test_targets_that_are_made_of_layers_are_refused_by_these():
+    with pytest.raises(InvalidArgument) as error:
+        build("lora", target_modules=["q_proj", "mlp"])
+    fix = "(LlamaMLP); give mlp.gate_proj mlp.up_proj mlp.down_proj"
+    assert_one_line(error, "--target_modules mlp: ", "layers.0.mlp cannot be adapted", fix)
+
+
 def test_a_model_of_an_unknown_type_needs_targets():
     base = tiny_llama(layers=3)
     base.config.model_type = "unheard_of"
