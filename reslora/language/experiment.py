@@ -208,8 +208,10 @@ class KeepAdapters(TrainerCallback):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def on_evaluate(self, args, state, control, model=None, **kwargs) -> None:
-        """Writes it, whole or not at all."""
+    def on_evaluate(self, args, state, control, model=None, metrics=None, **kwargs) -> None:
+        """Writes it, whole or not at all; ends the arm at a loss that is not finite."""
+        if not math.isfinite(loss := metrics["eval_loss"]):
+            raise Diverged(f"select loss {loss} at step {state.global_step}")
 
         def keep() -> None:
             with replacing(adapter_folder(self.folder, state.global_step)) as temporary:
@@ -276,10 +278,6 @@ class Bench:
             trainer.train(resume_from_checkpoint="latest" if decided(lambda: bool(checkpoints_of(folder))) else None)
             if decided(lambda: trainer.state.global_step not in self.course.select_losses(arm)):
                 trainer.evaluate()
-            losses = decided(lambda: self.course.select_losses(arm))
-            for step, loss in losses.items():
-                if not math.isfinite(loss):
-                    raise Diverged(f"select loss {loss} at step {step}")
             method = dataclasses.replace(arguments.method, merge_and_save=False)  # but of the best arm
             export(trainer.model, folder, method, self.study.calibration(arguments))
         except Diverged as error:

@@ -213,6 +213,17 @@ def test_an_arm_that_was_killed_in_its_first_checkpoint_begins_afresh(common, tm
     assert [path.name for path in tmp_path.rglob("set-aside-*")] == ["set-aside-checkpoint-1"]
 
 
+def test_an_arm_ends_at_the_first_select_loss_that_is_not_finite(common, tmp_path):
+    """What it fails for is that loss, and no weight, though no train loss is looked at before."""
+    command = [*common, "--method", "lora", "--learning_rate", "1e-3", "1e30", "--logging_steps", "50"]
+    assert run(*command, "--max_steps", "4", "--eval_steps", "2", "--output_dir", tmp_path) == 0
+    well, failed = record(tmp_path)["arms"]
+    assert (well["status"], well["select_by_step"].keys()) == ("finished", {"2", "4"})
+    assert (failed["status"], failed["select_by_step"]) == ("failed", {"2": None})
+    assert failed["reason"] == "lora/lr-1e+30/seed-42: select loss nan at step 2"
+    assert not (tmp_path / failed["folder"] / "adapters").exists()
+
+
 def test_nothing_but_methods_rates_and_seeds_may_change(common, whole, tmp_path, capsys):
     output, _ = whole
     for flags, words in (
