@@ -134,7 +134,8 @@ def chains(model: nn.Module, adapter_name: str = "default", example_inputs: dict
     `example_inputs` are keyword arguments of the base model (default: made from the configuration of a U-Net, Z-Image,
     Flux, Stable Diffusion 3, Qwen-Image or Krea 2 transformer, or the model's own `dummy_inputs`); they only serve to
     trace the order in which layers run, on the meta device where possible. The trace leaves random states, modes and
-    gradients as they were.
+    gradients as they were. Where two streams meet that had nothing in common, as an image's and a caption's, new chains
+    begin.
 
     Raises `ValueError` if the model has no LoRA layer of that adapter, or no inputs to trace with.
     """

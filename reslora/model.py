@@ -126,7 +126,7 @@ def _plan(base: nn.Module, config: ResLoraConfig, adapter_name: str, example_inp
         listed = ", ".join(shapes + [f"{name} ({reason}, stays plain)" for name, reason in plan.unlinked[:8]])
         raise ValueError(
             f"shortcut={config.shortcut!r} finds no link among the {len(plan.blocks)} LoRA blocks (neighbours must "
-            f"have one role and one shape): {listed}"
+            f"have one role and one shape): {listed}; adapt layers that repeat, or take shortcut='none'"
         )
     return plan
 

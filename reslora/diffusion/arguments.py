@@ -240,7 +240,7 @@ def add_method_flags(add: Callable) -> None:
     add("--merge", choices=MERGES, default=AUTO,
         help="ResLoRA: how the shortcuts become plain LoRA weights")
     add("--merge_calibration_samples", type=whole(0), default=64,
-        help="training images that the merge of ResLoRA may read, and that lora_matched and placebos are measured on")
+        help="images that ResLoRA's merge reads (0: `input` takes norms of the training), and controls are set by")
 
 
 def add_data_flags(add: Callable) -> None:
@@ -309,7 +309,7 @@ def add_training_flags(add: Callable) -> None:
     add("--num_train_epochs", type=whole(1),
         help="epochs of images / (batch x processes) forwards, rounded up for each bucket (it fills its last one up); "
              "a step takes --gradient_accumulation_steps of them; default: 100, but of a bundled pipeline 200 steps")
-    add("--max_train_steps", type=whole(1), help="steps; wins over --num_train_epochs")
+    add("--max_train_steps", type=whole(1), help="steps; wins over --num_train_epochs (default: 200 of a bundled pipeline)")
     add("--gradient_checkpointing", **SWITCH, help="less memory, slower")
     add("--compile", **SWITCH,
         help="torch.compile the denoiser: minutes at the start, then faster steps; refused where its first gradients "

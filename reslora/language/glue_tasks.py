@@ -38,7 +38,7 @@ TASKS = {
     "sst2": Task(("sentence",), ("negative", "positive")),
     "mrpc": Task(("sentence1", "sentence2"), ("not_equivalent", "equivalent"), ("f1", "accuracy")),
     "stsb": Task(("sentence1", "sentence2"), (), ("pearson", "spearmanr")),
-    "qqp": Task(("question1", "question2"), ("not_duplicate", "duplicate"), ("f1", "accuracy")),
+    "qqp": Task(("question1", "question2"), ("not_duplicate", "duplicate"), ("accuracy", "f1")),
     "mnli": Task(
         ("premise", "hypothesis"), ("entailment", "neutral", "contradiction"), parts=("_matched", "_mismatched")
     ),

@@ -743,6 +743,10 @@ def test_text_can_be_read(page):
     seen = [page.locator("#start"), page.get_by_text("rank of the update matrices")]
     seen.append(page.get_by_role("tab", name="Train"))
     assert [text for text in seen if contrast(text.first) < 4.5] == []
+    page.get_by_text("Output, checkpoints and reports").first.scroll_into_view_if_needed()
+    place = page.locator("#start").bounding_box()  # beside the form, however far it goes down
+    assert page.evaluate("scrollY") > 500
+    assert 0 <= place["y"] < 100
 
 
 def test_a_form_survives_a_restart(page):
