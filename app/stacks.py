@@ -10,10 +10,11 @@ from peft import inject_adapter_in_model
 from torch import nn
 
 from reslora.chains import lora_layers
+from reslora.checkpoint import PEFT_PREFIX
 from reslora.common.errors import InvalidArgument
 from reslora.diffusion.model.families.base import Family
 from reslora.diffusion.model.lora_files.combining import summed
-from reslora.diffusion.model.lora_files.names import Parts, names_of
+from reslora.diffusion.model.lora_files.names import Names, Parts, names_of
 from reslora.diffusion.model.lora_files.reading import read_content, read_parts
 from reslora.export import DIFFUSERS_FILE, Factors, lora_config
 
@@ -22,7 +23,7 @@ from .library import Library
 from .recipe import LIMITS
 from .runs import Run, RunError, Weights
 from .views import counted
-from .weight_files import check_adapter_file, in_names_of, without_folders
+from .weight_files import check_adapter_file, in_names_of, refuse_misfits, without_folders
 
 MOST = 8
 """LoRAs in a stack."""
@@ -108,38 +109,44 @@ def to_write(weights: Weights, strength: float) -> Weights:
     if weights.kind != "file":
         reason = "merge it first" if weights.kind == "adapter" else "choose a LoRA or merged weights"
         raise RunError(f"{weights.label}: no whole model is made of that; {reason}.")
-    if weights.config is not None:
-        raise RunError(f"{weights.label}: written by PEFT; turn it into diffusers' form with reslora-convert first.")
     return stack([(weights, strength)])
 
 
 # -- in a model --------------------------------------------------------------------------------------------------------
 
 
-def put(parts: Mapping[str, nn.Module], family: Family, weights: Weights, strength: float) -> list[str]:
-    """Adds `strength * sum_i strength_i s_i B_i A_i` to the layers of the denoiser and the text encoders in `parts`.
+def put(models: Mapping[str, nn.Module], family: Family, weights: Weights, strength: float) -> list[str]:
+    """Adds `strength * sum_i strength_i s_i B_i A_i` to the layers of the denoiser and text encoders in `models`.
 
     Returns the names of those that have any. Raises `RunError` for a LoRA that does not fit them.
     """
-    found = factors_of(weights, family, parts[family.denoiser].config)
-    for name in found:
-        if name not in parts:
-            raise RunError(f"{weights.label}: it is for the {name} too, which cannot have a LoRA here.")
+    found = factors_of(weights, family, models)
     for name, layers in found.items():
-        add(parts[name], layers, strength)
+        add(models[name], layers, strength)
     return list(found)
 
 
-def factors_of(weights: Weights, family: Family, config: Mapping) -> Parts:
-    """What a stack adds, by part and layer, for a denoiser of that configuration."""
-    names, found = names_of(family, config), []
-    for one, _ in weights.parts:
-        try:
-            check_adapter_file(one.path, one.label)
-            found.append(read_parts(read_content(one.path, one.label), names))
-        except (InvalidArgument, OSError) as error:
-            raise RunError(f"{without_folders(error, one.path)}.") from None
-    return summed(found, [strength for _, strength in weights.parts])
+def factors_of(weights: Weights, family: Family, models: Mapping[str, nn.Module]) -> Parts:
+    """What a LoRA file or a stack of them adds, by part and layer; `RunError` for what does not fit the models."""
+    names, files = names_of(family, models[family.denoiser].config), weights.parts or ((weights, 1.0),)
+    return summed([read(one, names, models) for one, _ in files], [strength for _, strength in files])
+
+
+def read(file: Weights, names: Names, models: Mapping[str, nn.Module]) -> Parts:
+    """What one LoRA file adds, of any tool."""
+    try:
+        check_adapter_file(file.path, file.label)
+        content = read_content(file.path, file.label, file.config)
+        parts = read_parts(content, names)
+    except (InvalidArgument, OSError) as error:
+        raise RunError(f"{without_folders(error, file.path)}.") from None
+    for part, layers in parts.items():
+        if part not in models:
+            raise RunError(f"{file.label}: it is for the {part} too, which cannot have a LoRA here.")
+        prefixes = (f"{part}.", *(("", PEFT_PREFIX) if part == names.family.denoiser else ()))
+        said = next((content.configs[prefix] for prefix in prefixes if prefix in content.configs), {})
+        refuse_misfits(f"{file.label}: {part}", models[part], in_names_of(models[part], layers), said)
+    return parts
 
 
 def add(model: nn.Module, layers: Mapping[str, Factors], strength: float) -> None:

@@ -348,9 +348,7 @@ class Studio:
 
     def _put(self, parts: dict[str, torch.nn.Module], run: Run | None, weights: Weights, strength: float) -> None:
         """Puts the weights into what is to become the pipeline's denoiser and text encoders."""
-        if weights.kind == "file":
-            weight_files.put_file(self.pipeline, parts, weights, strength)
-        if weights.kind == "stack":
+        if weights.kind in ("file", "stack"):
             stacks.put(parts, self.family, weights, strength)
         for name, path in ((self.family.denoiser, weights.path), *weights.encoders):
             one = replace(weights, path=path)

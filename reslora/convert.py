@@ -8,8 +8,13 @@ from collections.abc import Sequence
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Converts as the flags say and returns the exit status; what the user can mend is one line on stderr."""
-    from .diffusion.conversion import main  # not of the core, which this is only called with
-
+    try:
+        from .diffusion.conversion import main  # not of the core, which this is only called with
+    except ModuleNotFoundError as error:
+        if error.name != f"{__package__}.diffusion":
+            raise
+        print("reslora-convert: error: reslora-core is without it; install reslora-sd in its place", file=sys.stderr)
+        return 2
     return main(argv)
 
 

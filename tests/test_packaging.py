@@ -57,11 +57,16 @@ def installed(tmp_path_factory) -> dict[str, Path]:
     return targets
 
 
-def run(installed: Path, folder: Path, *words: str | Path) -> str:
-    """What a command prints that knows of nothing but the installed distribution."""
+def ended(installed: Path, folder: Path, *words: str | Path) -> subprocess.CompletedProcess:
+    """A command that knows of nothing but the installed distribution."""
     environment = {"PYTHONPATH": str(installed), "PATH": "/usr/bin:/bin", "HOME": str(folder), "OMP_NUM_THREADS": "1"}
     environment |= {"OMP_WAIT_POLICY": "PASSIVE"}
-    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=LIMIT)
+    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=LIMIT)
+
+
+def run(installed: Path, folder: Path, *words: str | Path) -> str:
+    """What such a command prints."""
+    done = ended(installed, folder, *words)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -104,6 +109,12 @@ def test_the_core_connects_and_merges_without_the_rest(installed, tmp_path):
     printed = run(target, tmp_path, sys.executable, "-c", CONNECT_AND_MERGE).split(maxsplit=1)
     assert printed == [links, f"{ranks} {target / 'reslora' / '__init__.py'}\n"]
     assert not (target / "reslora" / "diffusion").exists()
+
+
+def test_the_core_says_that_the_converter_is_not_in_it(installed, tmp_path):
+    done = ended(installed["reslora_core"], tmp_path, sys.executable, "-m", "reslora.convert", "--help")
+    said = "reslora-convert: error: reslora-core is without it; install reslora-sd in its place\n"
+    assert (done.returncode, done.stderr) == (2, said)
 
 
 def test_the_core_asks_for_four_libraries_and_the_same_versions():

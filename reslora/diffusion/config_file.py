@@ -35,6 +35,9 @@ def config_defaults(parser: argparse.ArgumentParser, args: argparse.Namespace, g
         raise InvalidArgument(f"--config {path}", problem, "give a TOML file or a run's config.json") from None
     if not isinstance(table, dict):
         raise InvalidArgument(f"--config {path}", "is not a table of flags", "give a TOML file or a run's config.json")
+    for name, value in table.items():
+        if any(isinstance(each, dict) for each in (value if isinstance(value, list) else [value])):
+            raise InvalidArgument(f"--config {path}", f"{name} is a table", "write all flags at the top level")
     actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
     if told := foreign.in_words(f"--{name}" for name in table):
         raise InvalidArgument(f"--config {path}", *told.split("; ", 1))
@@ -91,8 +94,6 @@ def _of_other_optimizer(values: dict, args: argparse.Namespace, given: set[str])
 def _checked(action: argparse.Action, name: str, value: object, path: Path) -> object:
     """A configured value as argparse would have it from the command line."""
     where, switch = f"--config {path}", isinstance(action, argparse.BooleanOptionalAction)
-    if isinstance(value, dict):
-        raise InvalidArgument(where, f"{name} is a table", "write all flags at the top level")
     if isinstance(value, list) and action.nargs != "+":
         raise InvalidArgument(where, f"{name} = {value} is a list", "give one value")
     if isinstance(value, bool) != switch:

@@ -9,7 +9,7 @@ from app_runs import trained, write_run
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig
 from pipelines import stable_diffusion
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from app.library import Library
 from app.recipe import Drawn, Request
@@ -17,8 +17,10 @@ from app.runs import BASE, RunError, Weights
 from app.stacks import MOST, add, factors_of, loras, stack, stacked, to_write
 from app.studio import Studio
 from app.takeaway import takeaways
+from app.weight_files import uploaded
+from reslora.diffusion import conversion
 from reslora.diffusion.model.families import load_family
-from reslora.export import DIFFUSERS_FILE, export_diffusers, merged_state_dict
+from reslora.export import DIFFUSERS_FILE, Factors, export_diffusers, merged_state_dict, write_diffusers
 
 REQUEST = Request(prompt="red disc", steps=2, seed=5, width=32, height=32)
 NAMES = ["tiny: lora", "tiny: reslora"]
@@ -65,7 +67,7 @@ def test_a_stack_is_the_base_plus_the_sum_of_its_updates(studio, library, run):
     strengths = {"lora": 0.7, "reslora": -0.4}
     expected = summed_by_hand(run, unet, strengths)
     weights = stacked(library, run, NAMES, "0.7, -0.4")
-    parts = factors_of(weights, load_family("StableDiffusionPipeline"), unet.config)
+    parts = factors_of(weights, load_family("StableDiffusionPipeline"), {"unet": unet})
     before = {name: value.clone() for name, value in unet.state_dict().items()}
     add(unet, parts["unet"], 1.0)
     found = merged_state_dict(unet)
@@ -106,7 +108,7 @@ def test_the_sum_may_have_a_higher_rank_than_a_layer_and_be_of_convolutions(tmp_
         for name, value in merged_state_dict(unet).items():
             deltas[name] = deltas.get(name, 0) + (0.5 + number) * (value - before[name]).double()
     unet = UNet2DConditionModel.from_pretrained(model / "unet")
-    add(unet, factors_of(stack(parts), family, unet.config)["unet"], 2.0)
+    add(unet, factors_of(stack(parts), family, {"unet": unet})["unet"], 2.0)
     found = merged_state_dict(unet)
     for name, delta in deltas.items():
         torch.testing.assert_close(found[name].double(), before[name] + 2 * delta, rtol=1e-5, atol=1e-5)
@@ -176,5 +178,78 @@ def test_what_has_no_plain_weights_is_not_written_as_a_whole(run):
     file = run.find_weights("lora: kohya.safetensors")
     assert to_write(file, 0.5).parts == ((file, 0.5),)
     assert [s for _, s in to_write(stack([(file, 0.5), (file, 2.0)]), 0.5).parts] == [0.25, 1.0]
-    with pytest.raises(RunError, match="written by PEFT"):
-        to_write(Weights("own", "file", "", file.path, config=file.path), 1.0)
+
+
+# -- files of other tools: a drawing with one alone, a stack of one, and the full model folder agree ------------------
+
+
+@pytest.fixture
+def foreign(run, tmp_path):
+    """Writes the run's kohya file with its tensors changed."""
+
+    def write(change):
+        save_file(change(load_file(run.folder / "lora" / "kohya.safetensors")), tmp_path / "foreign.safetensors")
+        return uploaded(tmp_path / "foreign.safetensors")
+
+    return write
+
+
+def with_other_alphas(tensors):
+    """The same LoRA as kohya's resize_lora.py or a LoCon with a conv_alpha has it: an alpha of each layer's own."""
+    for number, name in enumerate([name for name in tensors if name.endswith(".alpha")]):
+        tensors[name] *= 1 + number % 3
+        tensors[name.replace(".alpha", ".lora_up.weight")] /= 1 + number % 3
+    return tensors
+
+
+def test_each_layers_alpha_is_its_own(studio, run, foreign):
+    expected = drawn(studio, run, run.find_weights("lora: kohya.safetensors"))
+    file = foreign(with_other_alphas)
+    for weights in (file, stack([(file, 1.0)])):
+        assert np.abs(drawn(studio, run, weights) - expected).max() <= 1
+    assert np.abs(drawn(studio, run, BASE) - expected).max() > 8
+
+
+def test_what_the_converter_writes_is_drawn(studio, run, tmp_path):
+    expected = drawn(studio, run, run.find_weights("lora: kohya.safetensors"))
+    source, target = run.folder / "lora" / "kohya.safetensors", tmp_path / "comfyui.safetensors"
+    base = run.word("pretrained_model_name_or_path")
+    assert conversion.main([str(source), str(target), "--to", "comfyui", "--base", base]) == 0
+    assert np.abs(drawn(studio, run, uploaded(target)) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("word", ["{}.dora_scale", "{}.hada_w1_a", "{}.lora_mid.weight", "bundle_emb.sks"])
+def test_what_is_not_of_plain_lora_is_refused_by_name(studio, run, foreign, tmp_path, word):
+    def change(tensors):
+        name = next(name for name in tensors if name.endswith(".alpha")).removesuffix(".alpha")
+        return tensors | {word.format(name): torch.ones(8, 1)}
+
+    file, said = (
+        foreign(change),
+        word.format(".*").replace(".*.", r".*\.") + " is not of plain LoRA; give a LoRA without",
+    )
+    for weights in (file, stack([(file, 1.0)])):
+        with pytest.raises(RunError, match=rf"^foreign\.safetensors: {said} that\.$"):
+            drawn(studio, run, weights)
+    with pytest.raises(RunError, match=rf"^foreign\.safetensors: {said} that\.$"):
+        list(studio.write_whole(run, to_write(file, 1.0), tmp_path / "models" / "full"))
+
+
+@pytest.mark.parametrize(
+    ("layer", "width", "said"),
+    [
+        (
+            "text_model.encoder.layers.0.self_attn.q_proj",
+            7,
+            r"encoder\.layers\.0\.self_attn\.q_proj is 7 x 7 in it, and",
+        ),
+        ("text_model.encoder.layers.9.self_attn.q_proj", 8, r"encoder\.layers\.9\.self_attn\.q_proj is of no layer of"),
+    ],
+)
+def test_layers_of_another_text_encoder_are_refused_by_name(run, tmp_path, layer, width, said):
+    pipe = DiffusionPipeline.from_pretrained(run.word("pretrained_model_name_or_path"))
+    factors = Factors(torch.ones(2, width), torch.ones(width, 2), 1.0)
+    write_diffusers(tmp_path / "own.safetensors", {"text_encoder": {layer: factors}})
+    models = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
+    with pytest.raises(RunError, match=rf"^own\.safetensors: text_encoder\.(text_model\.)?{said}"):
+        factors_of(uploaded(tmp_path / "own.safetensors"), load_family("StableDiffusionPipeline"), models)

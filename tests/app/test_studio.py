@@ -22,6 +22,7 @@ from app import studio as studios
 from app.library import Library
 from app.recipe import Drawn, Request
 from app.runs import BASE, RunError, Weights
+from app.stacks import to_write
 from app.studio import MERGE_CHOICES, Cancelled, Step, Studio, Turns
 
 REQUEST = Request(prompt="red disc", steps=3, seed=5, width=64, height=64)
@@ -381,18 +382,18 @@ KOHYA_A, KOHYA_B = f"{KOHYA}.lora_down.weight", f"{KOHYA}.lora_up.weight"
 @pytest.mark.parametrize(
     ("name", "change", "named"),
     [
-        ("pytorch_lora_weights.safetensors", without(A), f"{A} is missing"),
-        ("pytorch_lora_weights.safetensors", without(B), f"{B} is missing"),
-        ("pytorch_lora_weights.safetensors", with_value(A, lambda t: t * float("nan")), f"{A} has values"),
-        ("pytorch_lora_weights.safetensors", with_value(B, lambda t: t + float("inf")), f"{B} has values"),
-        ("pytorch_lora_weights.safetensors", with_value(A, lambda t: t[:, :-1]), f"{A} is 2 x 7, but"),
-        ("pytorch_lora_weights.safetensors", with_value(B, lambda t: t[:-1]), f"{B} is 7 x 2, but"),
-        ("pytorch_lora_weights.safetensors", with_value(A, lambda t: t[0]), f"{A} is 8, but"),
-        ("pytorch_lora_weights.safetensors", with_value(B, lambda t: t[:, :1]), "of another rank"),
-        ("kohya.safetensors", without(KOHYA_A), f"{KOHYA_A} is missing"),
-        ("kohya.safetensors", without(KOHYA_B), f"{KOHYA_B} is missing"),
-        ("kohya.safetensors", with_value(KOHYA_A, lambda t: t[:, :-1]), f"{KOHYA_A} is 2 x 7, but"),
-        ("kohya.safetensors", with_value(f"{KOHYA}.alpha", lambda t: t * float("nan")), f"{KOHYA}.alpha has values"),
+        ("pytorch_lora_weights.safetensors", without(A), f"unet.{DOWN} lacks one of its two factors"),
+        ("pytorch_lora_weights.safetensors", without(B), f"unet.{DOWN} lacks one of its two factors"),
+        ("pytorch_lora_weights.safetensors", with_value(A, lambda t: t * float("nan")), f"unet.{DOWN} is not finite"),
+        ("pytorch_lora_weights.safetensors", with_value(B, lambda t: t + float("inf")), f"unet.{DOWN} is not finite"),
+        ("pytorch_lora_weights.safetensors", with_value(A, lambda t: t[:, :-1]), f"{DOWN} is 8 x 7 in it, 8 x 8 in"),
+        ("pytorch_lora_weights.safetensors", with_value(B, lambda t: t[:-1]), f"{DOWN} is 7 x 8 in it, 8 x 8 in"),
+        ("pytorch_lora_weights.safetensors", with_value(A, lambda t: t[0]), f"unet.{DOWN}: shapes of its factors"),
+        ("pytorch_lora_weights.safetensors", with_value(B, lambda t: t[:, :1]), f"unet.{DOWN}: shapes of its factors"),
+        ("kohya.safetensors", without(KOHYA_A), f"{KOHYA} lacks one of its two factors"),
+        ("kohya.safetensors", without(KOHYA_B), f"{KOHYA} lacks one of its two factors"),
+        ("kohya.safetensors", with_value(KOHYA_A, lambda t: t[:, :-1]), f"{DOWN} is 8 x 7 in it, 8 x 8 in"),
+        ("kohya.safetensors", with_value(f"{KOHYA}.alpha", lambda t: t * float("nan")), f"{KOHYA} is not finite"),
     ],
 )  # fmt: skip
 def test_a_lora_that_is_not_whole_or_does_not_fit_is_refused_by_name(studio, run, tmp_path, name, change, named):
@@ -413,7 +414,7 @@ def test_a_lora_of_layers_that_the_model_lacks_is_refused_by_name(studio, run, t
         }
 
     path = write_changed(run, tmp_path, rename, name)
-    with pytest.raises(RunError, match=r"changed\.safetensors: .*attn7.to_q.* is of no layer of this model"):
+    with pytest.raises(RunError, match=r"changed\.safetensors: .*attn7.to_q is no layer of stable_diffusion"):
         draw(studio, run, weight_files.uploaded(path))
 
 
@@ -423,7 +424,7 @@ def test_a_layer_that_a_file_says_it_has_and_lacks_is_missing(studio, run, tmp_p
         metadata = file.metadata()
     assert DOWN in metadata["lora_adapter_metadata"]
     path = write_changed(run, tmp_path, lambda tensors: without(A)(without(B)(tensors)), metadata=metadata)
-    with pytest.raises(RunError, match=f"^changed.safetensors: {A} is missing"):
+    with pytest.raises(RunError, match=f"^changed.safetensors: unet.{DOWN} is missing"):
         draw(studio, run, weight_files.uploaded(path))
     path = write_changed(run, tmp_path, lambda tensors: tensors, metadata=metadata)
     assert len(draw(studio, run, weight_files.uploaded(path))) == 1
@@ -445,10 +446,12 @@ def test_what_peft_wrote_draws_what_diffusers_file_draws(studio, run, tmp_path):
     file, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     for paths in ([folder], [file], [config, file]):
         assert np.abs(draw(studio, run, weight_files.uploaded(*paths))[0] - expected).max() <= 2
+    stacked = to_write(weight_files.uploaded(folder), 1.0)
+    assert stacked.kind == "stack" and np.abs(draw(studio, run, stacked)[0] - expected).max() <= 2
     moved = shutil.move(config, tmp_path / "adapter_config.json")
     assert np.abs(draw(studio, run, weight_files.uploaded(file, moved))[0] - expected).max() <= 2
-    with pytest.raises(RunError, match=r"adapter_model\.safetensors was written by PEFT, whose adapter_config\.json"):
-        weight_files.uploaded(file)
+    with pytest.raises(RunError, match=r"adapter_model\.safetensors: no readable adapter_config\.json, which says its"):
+        draw(studio, run, weight_files.uploaded(file))
     content = json.loads(moved.read_text())
     other = tmp_path / "other.json"
     other.write_text(json.dumps(content | {"lora_alpha": content["lora_alpha"] / 2}))
@@ -468,15 +471,18 @@ PEFT_A = f"base_model.model.{DOWN}.lora_A.weight"
 @pytest.mark.parametrize(
     ("change", "config", "named"),
     [
-        (without(PEFT_A), {}, f"{PEFT_A} is missing"),
-        (with_value(PEFT_A, lambda t: t[:, :-1]), {}, f"{PEFT_A} is 2 x 7, but"),
-        (lambda t: t | {f"base_model.model.{DOWN}.weight": torch.zeros(8, 8)}, {}, f"{DOWN}.weight is no factor"),
-        (lambda t: without(PEFT_A)(without(PEFT_A.replace("_A.", "_B."))(t)), {}, f"{DOWN}.lora_A.weight is missing"),
-        (dict, {"peft_type": "LOHA"}, "'LOHA'"),
+        (without(PEFT_A), {}, f"base_model.model.{DOWN} lacks one of its two factors"),
+        (with_value(PEFT_A, lambda t: t[:, :-1]), {}, f"{DOWN} is 8 x 7 in it, 8 x 8 in"),
+        (
+            lambda t: t | {f"base_model.model.{DOWN}.weight": torch.zeros(8, 8)},
+            {},
+            f"{DOWN}.weight is not of plain LoRA",
+        ),
+        (lambda t: without(PEFT_A)(without(PEFT_A.replace("_A.", "_B."))(t)), {}, f"unet.{DOWN} is missing"),
+        (dict, {"peft_type": "LOHA"}, "LOHA, which is no plain LoRA"),
         (dict, {"use_dora": True}, "use_dora"),
         (dict, {"modules_to_save": ["conv_in"]}, "modules_to_save"),
         (dict, {"init_lora_weights": "pissa"}, "pissa"),
-        (dict, {"r": "many"}, "damaged"),
         (dict, {"lora_alpha": None}, "damaged"),
         (dict, {"alpha_pattern": 3}, "damaged"),
     ],

@@ -104,6 +104,16 @@ def test_a_folder_of_images_takes_the_place_of_a_dataset_and_its_configuration(b
     assert (flags.dataset_name, flags.dataset_config_name) == (None, None)
 
 
+@pytest.mark.parametrize("text", ["[model_arguments]\nrank = 4", "[[datasets]]\nrepeats = 2", "[rank]\nvalue = 4"])
+def test_tables_are_not_flags_that_are_to_be_removed(tmp_path, text):
+    """kohya's files have all flags in them."""
+    (tmp_path / "run.toml").write_text(text)
+    with pytest.raises(
+        InvalidArgument, match=r"(model_arguments|datasets|rank) is a table; write all flags at the top"
+    ):
+        parse_args(["--config", str(tmp_path / "run.toml")])
+
+
 def test_a_file_names_no_other_file(tmp_path):
     (tmp_path / "run.toml").write_text(f"config = {json.dumps(str(tmp_path / 'other.toml'))}")
     with pytest.raises(InvalidArgument, match="config is not a flag"):

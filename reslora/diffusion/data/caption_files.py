@@ -9,8 +9,9 @@ CAPTIONS = (".txt", ".caption")  # the second one is kohya's; the first of them 
 
 
 def caption_files(image: Path) -> list[Path]:
-    """The caption files beside an image; the first one is read."""
-    return [text for suffix in CAPTIONS if (text := image.with_suffix(suffix)).is_file()]
+    """The caption files beside an image; the first one is read. Cameras and Windows write suffixes in capitals."""
+    spelt = ([image.with_suffix(suffix), image.with_suffix(suffix.upper())] for suffix in CAPTIONS)
+    return [text for both in spelt if (text := next(filter(Path.is_file, both), None))]
 
 
 def read_caption(path: Path) -> list[str] | str:

@@ -24,7 +24,7 @@ from .tables import ROWS, has_file_names, unlisted
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 SAVED = ("dataset_dict.json", "state.json")  # one of them is in a folder that `save_to_disk` wrote
-REPEATED = re.compile(r"(\d+)_(.+)")  # kohya's folders: how often an epoch meets each image, and the caption
+REPEATED = re.compile(r"(\d+)_(.*)")  # kohya's folders: how often an epoch meets each image, and the caption
 MOST_REPEATS = 1000  # of a folder's name: what is more is a year or a date
 ONE_BY_ONE = "name the folders one by one with --train_data_dir, none inside another"
 FEATURES = datasets.Features(
@@ -191,7 +191,7 @@ def read_folder(folder: Path, flags: Flags, caption: str | None = None, deep: bo
     everything = files_of(folder, flags, deep)
     files = [path for path in everything if path.suffix.lower() in SUFFIXES]
     metadata = next((folder / name for name in METADATA if (folder / name).is_file()), None)
-    if metadata is not None and has_file_names(metadata):
+    if metadata is not None and has_file_names(metadata, layout_of(everything, folder)):
         found = dataclasses.replace(read_metadata(metadata, flags), metadata=metadata)
         missing = len(unlisted(found.rows, files))
         found.notes += [f"{missing} images are not listed in {metadata.name}"] if missing else []
@@ -291,7 +291,7 @@ def _metadata_row(folder: Path, row: object, where: str, flags: Flags) -> tuple[
     row = row if isinstance(row, dict) else {}
     path = _file_inside(folder, row.get("file_name"), where, "file_name")
     if flags.caption_column not in row:
-        problem = f"{where} has the columns {', '.join(sorted(row))}"
+        problem = f"{where} has the columns {', '.join(map(repr, sorted(row)))}"
         raise InvalidArgument(f"--caption_column {flags.caption_column}", problem, "name one of these")
     named = row.get("mask") if flags.masked_loss else None
     return path, row[flags.caption_column], _file_inside(folder, named, where, "mask") if named else None
@@ -339,7 +339,7 @@ def read_dataset(flags: Flags) -> Found:
     notes: list[str] = []
     rows = _load_split(flags, folder, layout, everything, notes)
     image, caption = _columns(rows, layout, flags, notes)
-    problems, texts = _sorted_out([_captions(value) for value in rows[caption]])
+    problems, texts = _sorted_out([_captions(value, layout == "webdataset") for value in rows[caption]])
     if texts and not any(texts):
         fix = "name another column" + (", or write captions into .txt files" if layout == "webdataset" else "")
         raise InvalidArgument(f"--caption_column {caption}", "holds no text", fix)
@@ -372,8 +372,10 @@ def read_dataset(flags: Flags) -> Found:
     return Found(rows, problems, notes)
 
 
-def _captions(value: object) -> list | str:
-    """The captions of a row, or what is wrong with them; of a webdataset's suffixes `datasets` decodes some alone."""
+def _captions(value: object, in_files: bool) -> list | str:
+    """The captions of a row, or what is wrong with them; of a webdataset's files `datasets` decodes some alone."""
+    if in_files and isinstance(value, str):
+        value = value.encode()
     if isinstance(value, bytes):
         return caption_in(value)
     return value if isinstance(value, list) else [value]

@@ -12,7 +12,7 @@ from .images import SUFFIXES
 from .listing import files_of, hidden_images, told_of_hidden
 
 Part = tuple[str, int, str | None]
-"""A folder, its repeats, and the caption of images that have none beside them."""
+"""A folder, its repeats, and the caption of images that have none beside them, if any."""
 
 
 def load_folders(flags: Flags, caption: str | None = None) -> list[ImageDataset]:
@@ -29,17 +29,23 @@ def load_folders(flags: Flags, caption: str | None = None) -> list[ImageDataset]
         for path, own, text in kohyas or [(name, 1, caption)]:
             images = usable(flags.replace(train_data_dir=path), text, deep=not kohyas)
             found.append(dataclasses.replace(images, repeats=times * own, weight=weight))
-            labels.append(f"{path} (caption where there is none: {text})" if kohyas else path or flags.dataset_name)
+            labels.append((path or flags.dataset_name, text if kohyas else None))
     if flags.masked_loss and caption is None and not any(any(images.masked) for images in found):
         fix = "give some, name masks in a column mask of metadata.jsonl, or leave it out"
         raise InvalidArgument("--masked_loss", "no image has an alpha channel or a mask", fix)
     found = sample(found, flags)
     differ = len(found) > 1 or kohyas or found[0].repeats > 1 or found[0].weight != 1
     if differ or flags.class_data_dir or flags.masked_loss:
-        found = [dataclasses.replace(images, label=label) for images, label in zip(found, labels, strict=True)]
+        found = [dataclasses.replace(each, label=_label(each, *of)) for each, of in zip(found, labels, strict=True)]
         lines += [f"{images.label}: 0 images" for images in found if not len(images)]
     first, *others = (images for images in found if len(images))
     return [dataclasses.replace(first, notes=(*lines, *first.notes)), *others]
+
+
+def _label(images: ImageDataset, name: str, caption: str | None) -> str:
+    """What images are called: by their folder, and how many have the caption that its name is."""
+    count = sum(texts == [caption] for texts in images.captions)
+    return f"{name} ({count} of {len(images)} images have its name as caption: {caption})" if count else name
 
 
 def kohyas_folders(folder: Path, flags: Flags) -> tuple[list[Part], list[str]]:
@@ -51,24 +57,25 @@ def kohyas_folders(folder: Path, flags: Flags) -> tuple[list[Part], list[str]]:
     content = files_of(folder, flags, deep=False)
     if any(path.name in (*METADATA, *SAVED) for path in content):
         return [], []
-    named = [(path, match) for path in content if (match := REPEATED.fullmatch(path.name)) and int(match[1])]
-    found: list[Part] = [
-        (str(path), int(match[1]), match[2]) for path, match in named if path.is_dir() and _has_images(path)
-    ]
+    folders = [path for path in content if path.name[:1].isdecimal() and path.is_dir() and _has_images(path)]
+    named = [(path, match) for path in folders if (match := REPEATED.fullmatch(path.name)) and int(match[1])]
+    found: list[Part] = [(str(path), int(match[1]), match[2] or None) for path, match in named]
     for path, repeats, text in found:
         if repeats > MOST_REPEATS:
             problem = f"its name means that an epoch meets each image {repeats} times, as in kohya's scripts"
-            raise InvalidArgument(f"folder {path}", problem, f"rename it, for example to 1_{text}")
+            raise InvalidArgument(f"folder {path}", problem, f"rename it, for example to 1_{text or ''}")
     taken = {path for path, _, _ in found}
     seen = [path for path in content if path.is_dir() or path.suffix.lower() in SUFFIXES]
     beside = [path.name for path in seen if str(path) not in taken and not path.name.startswith(".")]
+    bare = [path.name for path in folders if path.name.isdecimal() and 0 < int(path.name) <= MOST_REPEATS]
+    lines = [f"{folder}: the name {bare[0]} says no repeats; make it {bare[0]}_name if it is to"] if bare else []
     if not found:
-        return [], []
+        return [], lines
     # Those in the folders that are read are told of with these.
     hidden = [path for path in hidden_images(folder) if not taken & set(map(str, path.parents))]
     more = f" and {len(beside) - 5} more" if len(beside) > 5 else ""
     alone = [f"{folder}: kohya's folders (10_name) alone are read, not {', '.join(beside[:5])}{more}"]
-    return found, [*(alone if beside else []), *told_of_hidden(hidden)]
+    return found, [*(alone if beside else []), *lines, *told_of_hidden(hidden)]
 
 
 def _has_images(folder: Path) -> bool:

@@ -30,15 +30,33 @@ def training_split(splits: Mapping[str, datasets.Dataset], notes: list[str]) -> 
 
 
 def check_archives(files: Sequence[Path], argument: str, notes: list[str]) -> None:
-    """Refuses .tar files with pickle in them, some of which `datasets` would unpickle, if carefully; notes cut ones."""
+    """Refuses .tar files with pickle in them, some of which `datasets` would unpickle, if carefully; notes cut ones.
+
+    It would not say which text cannot be read, either.
+    """
     for path in files:
         with tarfile.open(path) as archive:
             names, whole = archive.getnames(), _is_whole(archive)
+            unreadable = next((entry.name for entry in archive if _is_other_text(archive, entry)), None)
         if pickled := [name for name in names if name.lower().endswith(PICKLES)]:
             problem = f"{path.name} holds {pickled[0]}, which is pickle"
             raise InvalidArgument(argument, problem, "leave it out: images and captions alone are read")
+        if unreadable:
+            problem = f"{path.name} holds {unreadable}, which is not UTF-8"
+            raise InvalidArgument(argument, problem, "save its .txt files as UTF-8")
         if not whole:
             notes.append(f"{path.name} has no end after {names[-1]}: is it cut off, or damaged there?")
+
+
+def _is_other_text(archive: tarfile.TarFile, entry: tarfile.TarInfo) -> bool:
+    """Whether it is a text in another encoding than the one that `datasets` reads."""
+    if not entry.name.endswith(".txt") or (file := archive.extractfile(entry)) is None:
+        return False
+    try:
+        file.read().decode()
+    except UnicodeDecodeError:
+        return True
+    return False
 
 
 def _is_whole(archive: tarfile.TarFile) -> bool:

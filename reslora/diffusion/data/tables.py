@@ -16,14 +16,19 @@ from ...common.errors import InvalidArgument
 from ...common.jsonl import NOT_JSON, values_of
 
 
-def has_file_names(metadata: Path) -> bool:
-    """Whether its images are in a column file_name: `datasets` knows other names, and reads Parquet."""
+def has_file_names(metadata: Path, layout: str | None) -> bool:
+    """Whether its images are in a column file_name: `datasets` knows other names, and reads Parquet.
+
+    Or in none, where the folder has no other layout: `datasets` would not say what is wrong then.
+    """
     if metadata.suffix != ".csv":
         return metadata.suffix in ROWS
+    first: list[str] = []
     with metadata.open(encoding="utf-8-sig", errors="replace", newline="") as file, suppress(csv.Error):
         first = next(csv.reader(file), [])
-        return "file_name" in first or _has_semicolons(first)  # `datasets` would not say what is wrong with these
-    return False
+    if "file_name" in first or _has_semicolons(first):
+        return True
+    return layout is None and not any(column.endswith(("_file_name", "file_names")) for column in first)
 
 
 def _has_semicolons(first: Sequence[str]) -> bool:
@@ -42,9 +47,13 @@ def _csv_rows(text: str, where: str) -> Iterator[tuple[int, object]]:
     """An empty cell is none."""
     rows = csv.DictReader(io.StringIO(text), strict=True)
     try:
-        if _has_semicolons(next(csv.reader(io.StringIO(text)), [])):
+        first = next(csv.reader(io.StringIO(text)), [])
+        if _has_semicolons(first):
             fix = "separate them with commas, and put captions into double quotes"
             raise InvalidArgument(f"{where} line 1", "semicolons between the columns", fix)
+        if "file_name" not in first:
+            problem = f"the columns are {', '.join(map(repr, first))[:200]}, without file_name"
+            raise InvalidArgument(f"{where} line 1", problem, "write file_name,text there, with a comma between them")
         for row in rows:
             if any(row.pop(None, ())):
                 fix = "put captions with commas into double quotes"

@@ -359,9 +359,10 @@ def test_a_bad_row_of_metadata_csv_is_refused_with_its_line(tmp_path, capsys, ro
     ("name", "row"),
     [("metadata.jsonl", '{"file_name": "0.png", "text": "é"}'), ("metadata.csv", "file_name,text\n0.png,é")],
 )
-def test_metadata_that_is_not_utf_8_is_refused(tmp_path, capsys, name, row):
-    (tmp_path / name).write_bytes(row.encode("latin-1"))
-    assert "not UTF-8" in refused(capsys, "--train_data_dir", tmp_path)
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_metadata_that_is_not_utf_8_is_refused(tmp_path, capsys, name, row, encoding):
+    (tmp_path / name).write_bytes(row.encode(encoding))
+    assert "not UTF-8; save the file as UTF-8" in refused(capsys, "--train_data_dir", tmp_path)
 
 
 @pytest.mark.parametrize("content", ["", '{"file_name": "../0.png", "text": "x"}', '{"file_name": "0.png"}', "{"])
@@ -378,6 +379,33 @@ def test_semicolons_in_metadata_csv_are_named(tmp_path, capsys, first):
     (folder / "metadata.csv").write_text(f"{first}\n0.png;red disc, blue box\n", encoding="utf-8-sig")
     line = refused(capsys, "--train_data_dir", folder)
     assert "metadata.csv line 1: semicolons between the columns; separate them with commas" in line
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("file_name\ttext\n0.png\tred disc", r"'file_name\ttext', without file_name; write file_name,text there"),
+        ("0.png,red disc\n", "the columns are '0.png', 'red disc', without file_name"),
+        ("", "the columns are , without file_name"),
+    ],
+)
+def test_a_first_line_of_metadata_csv_without_columns_is_named(tmp_path, capsys, content, words):
+    folder = image_folder(tmp_path / "p", 1, layout="none")
+    (folder / "metadata.csv").write_text(content)
+    line = refused(capsys, "--train_data_dir", folder)
+    assert "metadata.csv line 1: " in line and words in line
+
+
+def test_a_blank_in_a_columns_name_is_seen(tmp_path, capsys):
+    folder = image_folder(tmp_path / "p", 1, layout="none")
+    (folder / "metadata.csv").write_text("file_name, text\n0.png, red disc")
+    assert "has the columns ' text', 'file_name'; name one of these" in refused(capsys, "--train_data_dir", folder)
+
+
+def test_a_table_of_something_else_does_not_hide_a_saved_data_set(tmp_path):
+    three_images().save_to_disk(tmp_path / "p")
+    (tmp_path / "p" / "metadata.csv").write_text("name,license\n0,MIT\n")
+    assert len(gather(tmp_path / "p")) == 3
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,25 @@ def test_kohyas_captions_in_a_webdataset_are_read(tmp_path, suffixes):
         assert found.left_out == ("image 2: its caption is not UTF-8",)
 
 
+def test_captions_in_a_webdataset_are_those_beside_images(tmp_path):
+    """Without byte order marks and ends of lines, of which tokenizers may make unknown words."""
+    texts = [b"\xef\xbb\xbfred disc\r\n", b"blue box\n"]
+    members = {
+        f"{n}.{kind}": content for n, text in enumerate(texts) for kind, content in (("png", png(n)), ("txt", text))
+    }
+    found = gather(webdataset(tmp_path / "p" / "0.tar", members), "--cache_dir", str(tmp_path / "cache"))
+    assert found.captions == [["red disc"], ["blue box"]]
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_a_text_in_another_encoding_in_a_webdataset_is_named(tmp_path, capsys, encoding):
+    """`datasets` decodes it before anybody can ask."""
+    members = {"0.png": png(0), "0.txt": b"box", "1.png": png(1), "1.txt": "café".encode(encoding)}
+    folder = webdataset(tmp_path / "p" / "0.tar", members)
+    line = refused(capsys, "--train_data_dir", folder, "--cache_dir", tmp_path / "cache", quiet=False)
+    assert line.endswith("0.tar holds 1.txt, which is not UTF-8; save its .txt files as UTF-8")
+
+
 def test_captions_in_a_webdatasets_json_are_refused_with_what_helps(tmp_path, capsys):
     members = {"0.png": png(0), "0.json": json.dumps({"caption": "box"}).encode()}
     folder = webdataset(tmp_path / "p" / "0.tar", members)

@@ -86,7 +86,39 @@ def test_kohyas_folders_say_repeats_and_captions(tmp_path):
     assert (letters.repeats, letters.captions) == (4, [["a_b"]])
     assert "not 0_none, 3_empty, loose.png, plain" in only(cat.notes, "alone are read")
     only(cat.notes, "10_sks cat: 1 folders in it are not read")
-    assert letters.label == f"{tmp_path}/p/2_a_b (caption where there is none: a_b)"
+    assert cat.label == f"{tmp_path}/p/10_sks cat (1 of 2 images have its name as caption: sks cat)"
+    assert letters.label == f"{tmp_path}/p/2_a_b (1 of 1 images have its name as caption: a_b)"
+
+
+def test_one_of_kohyas_folders_without_a_name_says_repeats_alone(tmp_path):
+    """Images without a caption have none then."""
+    folder = image_folder(tmp_path / "p" / "10_", 2, layout="txt")
+    (folder / "0.txt").unlink()
+    (found,) = gather("--train_data_dir", tmp_path / "p")
+    assert (found.repeats, found.captions, found.label) == (10, [["blue box"]], str(folder))
+    assert "0.png: no caption" in only(found.left_out, "0.png")
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_number_alone_says_no_repeats_and_that_is_told(tmp_path, beside):
+    image_folder(tmp_path / "p" / "10", 2, layout="txt")
+    if beside:
+        image_folder(tmp_path / "p" / "2_cat", 1, layout="txt")
+    (found,) = gather("--train_data_dir", tmp_path / "p")
+    assert (len(found), found.repeats) == ((1, 2) if beside else (2, 1))
+    only(found.notes, f"{tmp_path / 'p'}: the name 10 says no repeats; make it 10_name if it is to")
+
+
+def test_captions_in_capitals_are_read_and_missing_ones_counted(tmp_path):
+    """As cameras and Windows name them."""
+    folder = image_folder(tmp_path / "p" / "4_sks dog", 3, layout="none")
+    for number in range(3):
+        (folder / f"{number}.png").rename(folder / f"{number}.PNG")
+    (folder / "0.TXT").write_text("red disc")
+    (folder / "1.CAPTION").write_text("blue box")
+    (found,) = gather("--train_data_dir", tmp_path / "p")
+    assert found.captions == [["red disc"], ["blue box"], ["sks dog"]]
+    assert found.label == f"{folder} (1 of 3 images have its name as caption: sks dog)"
 
 
 def test_metadata_says_more_than_kohyas_names(tmp_path):
@@ -285,7 +317,7 @@ def test_a_run_with_all_of_it_goes_on_as_if_it_had_not_stopped(model, capsys, tm
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     lines = printed(*common, whole)
     assert "48x48: " in only(lines, "2 buckets") and not [line for line in lines if "drawing" in line]
-    only(lines, "2_disc (caption where there is none: disc) at 48: ", " 2 times an epoch, weight 0.5")
+    only(lines, "2_disc (2 of 2 images have its name as caption: disc) at 48: ", " 2 times an epoch, weight 0.5")
     (first, second) = (line for line in lines if "1_red box" in line)
     assert "32: 1 class images, each 4 times an epoch, weight 1" in first and "48: 1 class images, each 4" in second
     assert main(*common, parts, "--max_train_steps", 4) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -61,9 +62,10 @@ class Content:
         return max(dict.fromkeys(found), key=found.count, default=torch.float32)
 
 
-def read_content(path: Path, flag: str) -> Content:
+def read_content(path: Path, flag: str, config: Path | None = None) -> Content:
     """Reads a safetensors file, or a folder that PEFT, diffusers or a run has written; refuses pickles.
 
+    `config` is the adapter_config.json of a file that PEFT has written, where it is not beside that.
     Tensors of 8 bits come in float16, which holds them exactly: torch can hardly compute with them.
     """
     known = (PEFT_FILE, DIFFUSERS_FILE, KOHYA_FILE, COMFYUI_FILE)
@@ -79,16 +81,16 @@ def read_content(path: Path, flag: str) -> Content:
         metadata = opened.metadata() or {}
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
         tensors = {name: value.half() if value.itemsize == 1 else value for name, value in tensors.items()}
-    configs = {}
-    if file.name == PEFT_FILE and (config := read_object(file.parent / PEFT_CONFIG_FILE)):
-        configs = {PEFT_PREFIX: config}
+    if config is None and file.name == PEFT_FILE:
+        config = file.with_name(PEFT_CONFIG_FILE)
+    configs = {PEFT_PREFIX: said} if config and (said := read_object(config)) else {}
     if "lora_adapter_metadata" in metadata:
         with refused_as(flag, "repair its lora_adapter_metadata"):
             configs |= _by_part(json.loads(metadata["lora_adapter_metadata"]))
-    if file.name == PEFT_FILE and not configs:
+    if config and not configs:
         raise InvalidArgument(flag, f"no readable {PEFT_CONFIG_FILE}, which says its scale", "put that beside it")
-    for config in configs.values():
-        _refuse_others(flag, config)
+    for said in configs.values():
+        _refuse_others(flag, said)
     return Content(path, flag, tensors, {k: v for k, v in metadata.items() if not OF_THE_FORMAT.fullmatch(k)}, configs)
 
 
@@ -196,8 +198,10 @@ def pairs_of(content: Content) -> dict[str, Factors]:
         if down[name].dim() not in (2, 4) or up[name].shape[1:2] != down[name].shape[:1]:
             raise InvalidArgument(content.flag, f"{name}: shapes of its factors do not fit", "give a whole file")
         rank = len(down[name])
-        with refused_as(content.flag, f"repair the scale of {name}"):
+        try:
             scale = alpha[name].item() / rank if name in alpha else _scale(name, rank, content.configs)
+        except Exception:  # whatever a damaged configuration can raise
+            raise InvalidArgument(content.flag, "damaged", f"repair the scale of {name}") from None
         factors_are_finite = all(bool(torch.isfinite(factor).all()) for factor in (down[name], up[name]))
         if not (factors_are_finite and math.isfinite(scale)):
             raise InvalidArgument(content.flag, f"{name} is not finite", "give a LoRA that has not diverged")
@@ -235,12 +239,11 @@ def read_parts(content: Content, names: Names) -> Parts:
     parts: Parts = {}
     for name, factors in pairs.items():
         if name not in names.known:
-            fix = "give the model that it was made for with --base or --family"
-            raise InvalidArgument(content.flag, f"{name} is no layer of {names.family.name}", fix)
+            raise InvalidArgument(content.flag, f"{name} is no layer of {names.family.name}", _another(names))
         try:
             split = names.known[name].split(factors)
         except ValueError as error:
-            raise InvalidArgument(content.flag, f"{name}: {first_line(error)}", "give another --base") from None
+            raise InvalidArgument(content.flag, f"{name}: {first_line(error)}", _another(names)) from None
         for (part, layer), piece in split.items():
             if layer in parts.setdefault(part, {}):
                 raise InvalidArgument(content.flag, f"{part}.{layer} is in it twice", "remove one of the two")
@@ -248,6 +251,11 @@ def read_parts(content: Content, names: Names) -> Parts:
     if not parts:
         raise InvalidArgument(content.flag, "no layer of it changes anything", "give a LoRA that was trained")
     return parts
+
+
+def _another(names: Names) -> str:
+    """What mends a layer that the model does not have: where no model was given, the converter's flags give one."""
+    return "give the model that it was made for" + ("" if names.exact else " with --base or --family")
 
 
 def _refuse_unscaled(content: Content, names: Names) -> None:
@@ -289,22 +297,26 @@ def _shaped(flag: str, layer: str, factors: Factors, names: Names) -> Factors:
 
 def _through_diffusers(content: Content, names: Names) -> dict[str, Factors]:
     """The layers as diffusers' own converters name them; refuses one that these leave out."""
-    fix = "give the model that it was made for with --base or --family"
     layers: dict[str, dict[str, torch.Tensor]] = {}
     for key, value in content.tensors.items():
         ending = next(filter(None, (pattern.search(key) for pattern in (DOWN, UP, ALPHA, OLDEST))))
         layers.setdefault(key[: ending.start()], {})[key] = value
-    with refused_as(content.flag, fix):
+    unread = [name for name in layers if name not in names.known]
+    with contextlib.suppress(Exception):  # a converter that does not know the layers
         # One A for several layers is one tensor, which safetensors refuses to write twice.
         whole = {key: value.clone() for key, value in _converted(content.tensors, names).items()}
-    for name, tensors in layers.items():
-        try:
-            read = _converted(tensors, names).keys() & whole.keys()
-        except Exception:  # a converter that does not know the layer
-            read = set()
-        if not read:
-            raise InvalidArgument(content.flag, f"{name} is no layer of {names.family.name} that diffusers reads", fix)
+        unread = [name for name, tensors in layers.items() if not _is_in(whole, tensors, names)]
+    if unread:
+        problem = f"{unread[0]} is no layer of {names.family.name} that diffusers reads"
+        raise InvalidArgument(content.flag, problem, _another(names))
     return pairs_of(Content(content.path, content.flag, whole, content.metadata, content.configs))
+
+
+def _is_in(whole: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], names: Names) -> bool:
+    try:
+        return bool(_converted(tensors, names).keys() & whole.keys())
+    except Exception:  # a converter that does not know the layer
+        return False
 
 
 def _converted(tensors: Mapping[str, torch.Tensor], names: Names) -> dict[str, torch.Tensor]:
