@@ -17,8 +17,8 @@ from .methods import METHODS
 from .status import FILE
 
 OWNER = ".lock"  # holds the process id, and what it is known by; locked is a file of the system's temporary folder
-_HELD: list[Path] = []
-"""The folders that this process has locked."""
+_HELD: dict[Path, os.stat_result] = {}
+"""The folders that this process has locked, as they were."""
 
 
 @contextlib.contextmanager
@@ -38,15 +38,15 @@ def locked(folder: Path) -> Iterator[None]:
     except OSError as error:
         problem = f"cannot be written ({error.strerror})"
         raise InvalidArgument(f"--output_dir {folder}", problem, "choose another folder") from None
-    _HELD.append(folder)
+    _HELD[folder] = folder.stat()
     try:
         _clear_leftovers(folder)
         yield
     finally:
-        _HELD.remove(folder)
         if _is_mine(folder):
             (folder / FILE).unlink(missing_ok=True)
             (folder / OWNER).unlink(missing_ok=True)
+        del _HELD[folder]
         guard.release()
         if made:
             with contextlib.suppress(OSError):
@@ -62,8 +62,11 @@ def check_held() -> None:
 
 
 def _is_mine(folder: Path) -> bool:
+    """Whether it is the folder that was locked: by what is in it or, where that alone was deleted, as the disk says."""
     try:
-        return (folder / OWNER).read_text().endswith(this_process())
+        if (folder / OWNER).exists():
+            return (folder / OWNER).read_text().endswith(this_process())
+        return os.path.samestat(folder.stat(), _HELD[folder])
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError:  # what a disk cannot tell just now ends no run

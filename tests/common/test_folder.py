@@ -82,6 +82,12 @@ def test_a_folder_that_is_not_there_any_more_ends_the_run(tmp_path, then):
         take(tmp_path / "moved")  # it goes on there
 
 
+def test_who_deletes_the_lock_alone_ends_no_run(tmp_path):
+    with locked(tmp_path / "out"):
+        (tmp_path / "out" / ".lock").unlink()
+        check_held()
+
+
 def test_a_disk_that_cannot_be_asked_just_now_ends_no_run(tmp_path, monkeypatch):
     def fails(*_, **__):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
