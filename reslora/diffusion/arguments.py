@@ -309,8 +309,7 @@ def add_training_flags(add: Callable) -> None:
     add("--num_train_epochs", type=whole(1),
         help="epochs of images / (batch x processes) forwards, rounded up for each bucket (it fills its last one up); "
              "a step takes --gradient_accumulation_steps of them; default: 100, but of a bundled pipeline 200 steps")
-    add("--max_train_steps", type=whole(1),
-        help="steps; wins over --num_train_epochs (default: 200 of a bundled pipeline)")
+    add("--max_train_steps", type=whole(1), help="steps; wins over --num_train_epochs (default of bundled models: 200)")
     add("--gradient_checkpointing", **SWITCH, help="less memory, slower")
     add("--compile", **SWITCH,
         help="torch.compile the denoiser: minutes at the start, then faster steps; refused where its first gradients "
