@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 from reslora.common.methods import METHODS
 
-from .runs import number
+from .runs import Run, number
+
+PROBLEM = re.compile(r"train_sd\.py: (?!(\S+ )?stopped )|[\w.]+(Error|Exception)\b")
+"""How the line begins by which a trainer says why it cannot go on; asked to stop, it says that it has stopped."""
 
 
 def activity(told: dict) -> str:
@@ -23,6 +28,12 @@ def activity(told: dict) -> str:
     if (memory := number(told.get("memory_bytes"))) is not None and memory > 0:
         facts.append(f"{memory / 1e9:.1f} GB")
     return " · ".join(facts)
+
+
+def why_ended(run: Run, status: str, said: str) -> str:
+    """What a run's trainer has `said` last, where that is why it never began, or has ended too early."""
+    never_began = status == "failed" and not (run.config or run.unreadable)
+    return said if never_began or (status == "stopped" and PROBLEM.match(said)) else ""
 
 
 def duration(seconds: float) -> str:

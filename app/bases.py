@@ -9,6 +9,7 @@ from pathlib import Path
 
 from reslora.common.assets import ASSETS
 from reslora.diffusion.arguments import Flags
+from reslora.diffusion.model.loading import Model
 
 from .runs import NO_CONFIG, Run, RunError
 
@@ -65,6 +66,22 @@ def base_of(run: Run | None) -> Base:
     is_file = named.endswith(".safetensors")
     vae = run.word("pretrained_vae_model_name_or_path")
     return Base(named, vae, **settings, folder=str(run.folder) if is_file else "")
+
+
+def times_of(base: Base, model: Model) -> dict[Path, int]:
+    """When each file changed that a model is loaded from."""
+    parts = [model.folder / part for part in model.index] + ([Path(base.vae)] if base.vae else [])
+    files = [path for part in parts for path in part.glob("*")]
+    single = [Path(base.name)] if base.folder else []
+    return {path: changed(path) for path in (*single, model.folder / "model_index.json", *files)}
+
+
+def changed(path: Path | None) -> int:
+    """When a file changed; 0 where there is none."""
+    try:
+        return path.stat().st_mtime_ns if path is not None else 0
+    except OSError:
+        return 0
 
 
 def model_of(word: str, images: Path | None) -> str:

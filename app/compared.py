@@ -198,7 +198,7 @@ def numbers(run: Run, step: int) -> str:
         for column, (value, form) in enumerate(zip(values, forms, strict=True)):
             is_best, cell = column in best and value == best[column], figure(value, *form)
             cells += f'<td class="best">{cell}<small>lowest</small></td>' if is_best else f"<td>{cell}</td>"
-        behind = f"<small>at step {reached[0]}</small>" if run.beside and len(at) > 1 and reached[0] is not None else ""
+        behind = f"<small>at step {reached[0]}</small>" if len(at) > 1 and reached[0] is not None else ""
         rows.append(f"<tr><th>{key(COLORS[method], dash)}{escape(name)}{behind}</th>{cells}</tr>")
     header = "<tr><th></th><th>loss (last 20)</th><th>validation loss</th><th>learning rate</th><th>time</th></tr>"
     damaged = {name: count for one, method, name, _ in shown if (count := one.damaged_rows(method))}

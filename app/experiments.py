@@ -6,7 +6,7 @@ from pathlib import Path
 
 from reslora.experiment.course import Course
 
-from .activity import duration
+from .activity import duration, why_ended
 from .launcher import Trainings
 from .library import Experiment
 from .runs import RunError
@@ -30,19 +30,19 @@ def plan(trainings: Trainings, name: str, settings: dict) -> str:
 
 
 def summary(experiment: Experiment, status: str, said: str = "") -> str:
-    """How far an experiment is, and what its trainer is doing now; of one that never began, what was `said` last."""
+    """How far an experiment is, and what its trainer is doing now; why it ended, where it `said` so."""
     ended, total = experiment.progress
     facts = [f"{ended} of {counted(total, 'arm')} ended"] if total else []
     each = experiment.seconds_an_arm
     if status == "running" and each is not None and ended < total:
         facts.append(f"about {duration(each * (total - ended))} left")
     if status == "stopped" and total:
-        facts.append("Go on trains the rest" if ended < total else "Go on compares them")
+        over = experiment.time_is_over
+        rest = f"{over} · Go on trains for as long again" if over else "Go on trains the rest"
+        facts.append(rest if ended < total else "Go on compares them")
     if status == "failed" and total:
         facts.append("none of them well, as the report says")
-    elif status == "failed":
-        facts.append(said)
-    return status_line(experiment, status, escape(" \u00b7 ".join(facts)))
+    return status_line(experiment, status, escape(" \u00b7 ".join(facts)), why_ended(experiment, status, said))
 
 
 def report(experiment: Experiment) -> str:

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from reslora.diffusion.arguments import SEVERAL
 from reslora.diffusion.prompts import clean
-from reslora.experiment.record import EXPERIMENT
+from reslora.experiment.record import EXPERIMENT, UNFINISHED
 
 from .runs import EXPERIMENT_LOG, LARGEST_JSON, LOG_NAME, Run, RunError, number
 
@@ -52,6 +52,14 @@ class Experiment(Run):
         """Arms that have ended, and all arms."""
         arms = self.arms
         return sum(arm.get("status") in ("finished", "failed") for arm in arms), len(arms)
+
+    @property
+    def time_is_over(self) -> str:
+        """That its minutes were over before all arms had ended; empty where that is not how it stands."""
+        content, minutes = self.read_json(EXPERIMENT), number(self.config.get("experiment_minutes"))
+        notes = content.get("notes") if isinstance(content, dict) and "as_of" not in content else None
+        told = isinstance(notes, list) and any(str(note).startswith(UNFINISHED) for note in notes)
+        return f"the {minutes:g} minutes are over" if told and minutes else ""
 
     @property
     def seconds_an_arm(self) -> float | None:

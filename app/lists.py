@@ -8,13 +8,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from .activity import activity
+from .activity import activity, why_ended
 from .folders import BUNDLED
 from .library import Experiment, LanguageRun, language_script, last_change
-from .queue import RUNNING, WAITING, Entry, Queue
+from .queue import GONE, RUNNING, WAITING, Entry, Queue
 from .runs import LONGEST_NOTES, NO_CONFIG, NOTES, Run, RunError
 from .shelf import Shelf
-from .views import NAMES, counted, data_uri, escape, notice
+from .views import NAMES, bad, counted, data_uri, escape, notice
 
 MOST = 48
 """Cards that are shown; more are found by their names and notes."""
@@ -43,7 +43,7 @@ def queue(queue: Queue) -> str:
     try:
         entries = queue.entries()
     except RunError as error:
-        return f'<p class="bad">{escape(error)}</p>'
+        return bad(str(error))
     if not entries:
         return notice(NOTHING_QUEUED)
     now = [entry for entry in entries if entry.state == RUNNING]
@@ -87,7 +87,9 @@ def facts_of(entry: Entry, run: Run) -> list[str]:
     images = entry.folder if entry.folder in (None, BUNDLED) else f"images: {entry.folder}"
     facts += [f"{str(steps)[:12]} steps" if steps else "", images or ""]
     facts += [f"GPU {entry.device}" if entry.device is not None else ""]
-    return [*facts, activity(run.activity) if entry.state == RUNNING else entry.line]
+    if entry.state != RUNNING:
+        return [*facts, entry.line]
+    return [*facts, activity(run.activity) if run.folder.is_dir() else GONE]
 
 
 # -- the runs ----------------------------------------------------------------------------------------------------------
@@ -126,8 +128,8 @@ def card(shelf: Shelf, run: Run, status: str, changed: tuple[float, ...]) -> str
         f"a language model, by {script}" if script else "",
         f"{done:,} of {counted(total, 'arm' if kind else 'step')}" if total else "",
         NO_CONFIG if run.unreadable else "",
-        shelf.trainings.last_line(run) if status == "failed" and not (run.config or run.unreadable) else "",
     ]
+    why = why_ended(run, status, shelf.trainings.last_line(run))
     opens = f"Open {run.name} under {'Experiment' if kind else 'Compare'}"
     buttons = "" if isinstance(run, LanguageRun) else button("open", "Open", opens)
     buttons += button("trash", "Delete", f"Move {run.name} to the trash") if owned else ""
@@ -139,7 +141,7 @@ def card(shelf: Shelf, run: Run, status: str, changed: tuple[float, ...]) -> str
     return (
         f'<div class="run" role="group" aria-label="{name}" data-name="{name}">{picture(run)}'
         f'<p class="name" title="{name}">{name}</p><p>{badge(status)} <span class="when">{since}</span></p>'
-        f"<p>{escape(' · '.join(filter(None, facts)))}</p>{notes if owned else ''}"
+        f"<p>{escape(' · '.join(filter(None, facts)))}</p>{bad(why)}{notes if owned else ''}"
         f'<div class="buttons">{buttons}</div></div>'
     )
 

@@ -38,6 +38,7 @@ EVERY, FRESH = 2.0, 1.0
 """Seconds between two looks at the queue, and for which it is known whether what is added would wait."""
 MOST, MOST_ENDED = 100, 20
 LONGEST = 100_000  # characters of one entry in the file
+GONE = "its folder is gone: it was renamed or removed"
 PATIENCE = 120.0  # seconds for another change to be done, which may copy a thousand images
 
 
@@ -204,6 +205,8 @@ class Queue:
         entry = next((entry for entry in self.entries() if entry.name == name), None)
         if entry is None:
             raise RunError("There is nothing of that name in the queue.")
+        if entry.state == RUNNING and not self.run_of(entry).folder.is_dir():
+            raise RunError(f"{name}: {GONE}. Stop it by its new name; removed, it ends before its next checkpoint.")
         return self.trainings.stop(name, KINDS[entry.kind], only=True)
 
     def clear(self) -> None:
@@ -245,7 +248,9 @@ class Queue:
             entry.state = RUNNING  # also where the application ended before it could be noted
         elif entry.state == RUNNING:
             entry.state = run.status
-            entry.line = "" if entry.state == "finished" else self.trainings.last_line(run)
+            over = run.time_is_over if isinstance(run, Experiment) else ""
+            line = (over or self.trainings.last_line(run)) if run.folder.is_dir() else GONE
+            entry.line = "" if entry.state == "finished" else line
 
     def begin(self, entry: Entry, device: str | None) -> None:
         """Starts an entry, checked as it is now, or notes why it cannot be."""

@@ -38,7 +38,7 @@ from reslora.diffusion.training.state import targets_of
 from reslora.merges import MERGES
 
 from . import stacks, weight_files, whole_models
-from .bases import BUNDLED, Base, base_of
+from .bases import BUNDLED, Base, base_of, changed, times_of
 from .recipe import SEEDS, Drawn, Request
 from .runs import IN_PLACE, Run, RunError, Weights, merged_by
 from .turns import Turns
@@ -144,6 +144,8 @@ class Studio:
         """Where the pipeline's files are."""
         self.base: Base | None = None
         """From where the pipeline was loaded."""
+        self.times: dict[Path, int] = {}
+        """When the files that it was loaded from had changed."""
         self.state = {}
         """The base denoiser's tensors, shared by every skeleton."""
         self.encoders: dict[str, torch.nn.Module] = {}
@@ -253,9 +255,9 @@ class Studio:
         if self.turns.waiting:
             visitor.put(Status("Waiting for another image to be finished"))
         with self.turns.turn(visitor.check):
-            if self.base != base_of(run):
+            if not self._is_loaded(base := base_of(run)):
                 visitor.put(Status("Loading the model: this happens once"))
-                self._load(base_of(run))
+                self._load(base)
             yield
 
     def _draw_all(self, run: Run | None, pictures: list[Picture], visitor: Visitor) -> None:
@@ -295,12 +297,17 @@ class Studio:
 
     # -- what is in the pipeline ---------------------------------------------------------------------------------------
 
+    def _is_loaded(self, base: Base) -> bool:
+        """Whether the pipeline is that model, as its files are now."""
+        return base == self.base and times_of(base, self.model) == self.times
+
     def _load(self, base: Base) -> None:
         """Loads the pipeline; the one before stays if that fails."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
             check_model_name(base.name)
             model = find_model(base.flags(), PartialState())
+            times = times_of(base, model)  # of what is written while it loads, the next look will tell
             half = torch.bfloat16 if model.family.objective == "flow" else torch.float16
             dtype = half if device.type == "cuda" else torch.float32
             pipeline, denoiser = model.load_pipeline(dtype, device, encoders=True), model.load_denoiser(dtype, device)
@@ -313,7 +320,7 @@ class Studio:
         setattr(pipeline, model.family.denoiser, denoiser)
         self.loads += 1
         self.pipeline, self.family, self.base, self.state = pipeline, model.family, base, denoiser.state_dict()
-        self.model = model
+        self.model, self.times = model, times
         self.encoders = {part.name: getattr(pipeline, part.name) for part in model.family.trainable}
         self.current = None
 
@@ -384,8 +391,7 @@ class Studio:
         if method not in MERGES or checkpoint.kind != "adapter" or checkpoint.method != "reslora":
             raise RunError("Choose one of the run's ResLoRA checkpoints and one of the merge methods.")
         with self.turns.turn():
-            base = base_of(run)
-            if self.base != base:
+            if not self._is_loaded(base := base_of(run)):
                 self._load(base)
             return self._merge(run, checkpoint, method)
 
@@ -439,10 +445,3 @@ def calibration_of(run: Run, encoder: str | None = None) -> list[dict] | None:
     """What the run's own merge of the denoiser, or of a text encoder, has read, in batches; None if it kept none."""
     path = run.inside("reslora", f"calibration{f'-{encoder}' if encoder else ''}.safetensors")
     return None if path is None else read_calibration(path)
-
-
-def changed(path: Path | None) -> int:
-    try:
-        return path.stat().st_mtime_ns if path is not None else 0
-    except OSError:
-        return 0

@@ -20,7 +20,7 @@ import PIL.Image
 from reslora.common.methods import METHODS
 from reslora.diffusion.prompts import clean
 
-from .activity import activity
+from .activity import activity, why_ended
 from .recipe import Drawn
 from .runs import NO_CONFIG, Run, number
 
@@ -109,7 +109,7 @@ def enumerated(words: Iterable[str]) -> str:
 
 
 def summary(run: Run, status: str, said: str = "") -> str:
-    """How far a run is, what its trainer is doing now, and what it trains; of one that failed, what was `said` last."""
+    """How far a run is, what its trainer is doing now, and what it trains; why it ended, where it `said` so."""
     config = run.config
     done, total = run.progress
     names = ", ".join(NAMES[method] for method in run.methods)
@@ -122,17 +122,25 @@ def summary(run: Run, status: str, said: str = "") -> str:
         facts.append(f"shortcut {config.get('shortcut')}")
     facts += [f"rank {config.get('rank')}", f"learning rate {config.get('learning_rate')}"] if config else []
     text = " · ".join(escape(str(fact)[:80]) for fact in facts if fact)
-    return status_line(run, status, text or (escape(said) if status == "failed" else ""))
+    return status_line(run, status, text, why_ended(run, status, said))
 
 
-def status_line(run: Run, status: str, text: str) -> str:
-    """Status and facts of a run or experiment; what its trainer is doing, and how far, while there is one."""
+def status_line(run: Run, status: str, text: str, why: str) -> str:
+    """Status and facts of a run or experiment; what its trainer is doing, and how far, while there is one.
+
+    `why` it has ended too early, where that is known.
+    """
     done, total = run.progress
     if now := activity(run.activity) or ("The trainer is starting" if status == "starting" else ""):
         text = f'<span class="now">{escape(now)}</span><small>{text}</small>'
     share = 100 * done / total if total else 0
     bar = f'<div class="bar"><div style="width:{share:.1f}%"></div></div>' if status in ("running", "starting") else ""
-    return f'<div class="summary"><b class="{status}">{status}</b> {text}{bar}</div>'
+    return f'<div class="summary"><b class="{status}">{status}</b> {text}{bar}{bad(why)}</div>'
+
+
+def bad(text: str) -> str:
+    """What has gone wrong; nothing where nothing has."""
+    return f'<p class="bad">{escape(text)}</p>' if text else ""
 
 
 def log(text: str, status: str) -> str:

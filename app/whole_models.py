@@ -19,7 +19,7 @@ from reslora.diffusion.model.loading import Model, check_weights
 from reslora.diffusion.model.lora_files.reading import PICKLES
 from reslora.diffusion.model.stored import Stored
 from reslora.diffusion.output.merged_weights import write_merged
-from reslora.files import read_object, remove_leftovers, replacing, write_json
+from reslora.files import remove_leftovers, replacing, write_json
 
 from .library import Library
 from .runs import RunError
@@ -57,13 +57,14 @@ def write(
 
     A part is a model with a plain LoRA, of which nothing else is read, or a folder of weights. `base` has the base's
     parts as they are loaded, for those that are not as in the files. `check` is called between two tensors and may
-    raise; like any other error that leaves nothing behind. Raises `RunError` where `target` exists, and `OSError`.
+    raise; like any other error that leaves nothing behind. Raises `RunError` where `target` exists, or a part of the
+    base is not in its folder any more, and `OSError`.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(target.parent)
     with replacing(target) as temporary:
         temporary.mkdir()
-        index = read_object(model.folder / INDEX)
+        index = dict(model.index)
         for name in [name for name, kind in index.items() if isinstance(kind, list) and isinstance(kind[0], str)]:
             check()
             if name in parts:
@@ -74,6 +75,8 @@ def write(
             elif (model.folder / name).is_dir():
                 copy(model.folder / name, temporary / name, check)
             if not (temporary / name).is_dir():
+                if base.get(name) is not None:
+                    raise RunError(f"The base model's {name} is gone: put its folder back.")
                 index[name] = [None, None]
         write_json(temporary / INDEX, index)
         if target.exists():

@@ -23,3 +23,8 @@ class Flags(argparse.Namespace):
 def listed(value: Any) -> list:
     """The values of a flag that takes one or several; a single one may have no list."""
     return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def as_typed(value: Any) -> str:
+    """A flag's value, or its values, as they are typed; "none" of one that is not given."""
+    return " ".join(map(str, listed(value))) or "none"

@@ -12,11 +12,13 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..files import is_running, remove_leftovers, this_process
-from .errors import InvalidArgument
+from .errors import InvalidArgument, RunFailed
 from .methods import METHODS
 from .status import FILE
 
 OWNER = ".lock"  # holds the process id, and what it is known by; locked is a file of the system's temporary folder
+_HELD: dict[Path, os.stat_result] = {}
+"""The folders that this process has locked, as they were."""
 
 
 @contextlib.contextmanager
@@ -36,16 +38,39 @@ def locked(folder: Path) -> Iterator[None]:
     except OSError as error:
         problem = f"cannot be written ({error.strerror})"
         raise InvalidArgument(f"--output_dir {folder}", problem, "choose another folder") from None
+    _HELD[folder] = folder.stat()
     try:
         _clear_leftovers(folder)
         yield
     finally:
-        (folder / FILE).unlink(missing_ok=True)
-        (folder / OWNER).unlink(missing_ok=True)
+        if _is_mine(folder):
+            (folder / FILE).unlink(missing_ok=True)
+            (folder / OWNER).unlink(missing_ok=True)
+        del _HELD[folder]
         guard.release()
         if made:
             with contextlib.suppress(OSError):
                 folder.rmdir()  # a run that was refused before it wrote anything leaves nothing
+
+
+def check_held() -> None:
+    """Raises `RunFailed` where a folder that this process has locked was moved or removed, before it is made anew."""
+    for folder in _HELD:
+        if not _is_mine(folder):
+            problem = f"--output_dir {folder} was moved or removed while it trained, and nothing more is saved"
+            raise RunFailed(f"{problem}; where it is now, go on with --resume_from_checkpoint latest")
+
+
+def _is_mine(folder: Path) -> bool:
+    """Whether it is the folder that was locked: by what is in it or, where that alone was deleted, as the disk says."""
+    try:
+        if (folder / OWNER).exists():
+            return (folder / OWNER).read_text().endswith(this_process())
+        return os.path.samestat(folder.stat(), _HELD[folder])
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:  # what a disk cannot tell just now ends no run
+        return True
 
 
 def guard_of(folder: Path) -> FileLock:

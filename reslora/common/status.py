@@ -55,4 +55,5 @@ class Status:
         memory = peak_memory(self.device) if self.device else None
         content = {"process": os.getpid(), "phase": phase, "name": name, "memory_bytes": memory, **counted}
         with contextlib.suppress(OSError):  # a full disk ends a run where it loses something
-            write_json(self.folder / FILE, content)
+            if self.folder.is_dir():  # one that was moved is not made anew
+                write_json(self.folder / FILE, content)

@@ -16,6 +16,7 @@ from ..common.adapters import check_rank, narrowest_layer, rank_allocator
 from ..common.errors import InvalidArgument, first_line, refused_as
 from ..common.gauge import gauged
 from ..common.methods import METHODS
+from ..common.targets import check_layers
 from ..tracing import meta_copy
 from .arguments import DEFAULT_PRE_NUM, DEFAULT_RANK, Flags, listed
 from .context import Context
@@ -192,7 +193,7 @@ def tell_what_is_not_linked(plan: Chains, flags: Flags, accelerator: Accelerator
 
 
 def check_targets(denoiser: nn.Module, flags: Flags, accelerator: Accelerator) -> None:
-    """Refuse targets none of which is there, and tell of those that are not."""
+    """Refuse targets none of which is there or that fit no layer alone, and tell of those that are not there."""
     names = [name for name, _ in denoiser.named_modules()]
     if isinstance(targets := targets_of(flags.target_modules), str):
         counts = {targets: sum(matches(targets, name) for name in names)}
@@ -205,6 +206,7 @@ def check_targets(denoiser: nn.Module, flags: Flags, accelerator: Accelerator) -
     for target, count in counts.items():
         if not count:
             accelerator.print(f"--target_modules: 0 layers of the denoiser end in {target}")
+    check_layers(denoiser, targets, expressions=True)
 
 
 def matches(expression: str, name: str) -> bool:

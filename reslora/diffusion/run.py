@@ -16,7 +16,7 @@ from torch import nn
 
 from ..common.controls import Settings, put_on
 from ..common.errors import InvalidArgument
-from ..common.folder import locked
+from ..common.folder import check_held, locked
 from ..common.gauge import gauged
 from ..common.methods import METHODS
 from ..common.signals import NOT_BEGUN, StopRequest
@@ -105,6 +105,7 @@ def run(flags: Flags, stop: StopRequest) -> None:
         pipeline, objective = each(lambda: load_and_check(context))
         start_trackers(context)
         material = material_of(kinds, pipeline, objective, context)
+        decided(check_held)
         note_images(material, context, goes_on=bool(resume.finished or any(resume.checkpoints.values())))
         tell_counts(material, context)
         forget_encoder(pipeline, context)
@@ -286,8 +287,10 @@ def train_and_export(learner: Learner, setting: Setting, validation: type[Valida
     drawer = Drawer(loss.pipeline, context.model.family, material.texts, flags, context.encoders)
 
     def export() -> None:
+        check_held()
         write_exports(folder, flags, identity, schedule, export_method(learner, material, drawer, schedule, context))
 
+    decided(check_held)
     reports = Reports(folder, learner, schedule, accelerator)
     look = validation(loss, material, drawer, accelerator, context.stop)
     watch = Watch(reports, look, lambda: save_checkpoint(learner, folder, flags, identity, accelerator))

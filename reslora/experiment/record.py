@@ -15,6 +15,7 @@ from ..files import has_ended, this_process
 
 FORMAT = 1
 EXPERIMENT = "experiment.json"  # what an experiment leaves, and a run does not
+UNFINISHED = "not finished: "  # how its note begins that --experiment_minutes have ended it
 
 Status = Literal["finished", "running", "waiting", "failed"]
 

@@ -288,10 +288,15 @@ def labels_of(experiment: Experiment) -> list[str]:
 
 
 def select_charts(experiment: Experiment) -> str:
-    """By learning rate, each at its best step over seeds; and by step at the chosen rate."""
+    """By learning rate, each at its best step over seeds; and by step at the chosen rate.
+
+    A rate at which a seed failed is never chosen, and is in neither: its losses may be lower than what was chosen.
+    """
     by_rate, by_step = [], []
     for place, label in enumerate(labels_of(experiment)):
-        arms = [arm for arm in experiment["arms"] if arm["label"] == label and arm["select_by_step"]]
+        arms = [arm for arm in experiment["arms"] if arm["label"] == label]
+        failed = {arm["learning_rate"] for arm in arms if arm["status"] == "failed"}
+        arms = [arm for arm in arms if arm["select_by_step"] and arm["learning_rate"] not in failed]
         choice = experiment["chosen"].get(label)
         tried, steps = Series(label, place), Series(label, place)
         for learning_rate in sorted({arm["learning_rate"] for arm in arms}):
@@ -312,8 +317,10 @@ def select_charts(experiment: Experiment) -> str:
     rates = sorted({x for series in by_rate for x, _ in series.line})
     rate_axes = Axes("By learning rate, each at its best step", "learning rate", "loss", rates, rate)
     found = chart(by_rate, rate_axes) + chart(by_step, Axes("By step, at the chosen rate", "step", "loss"))
-    note = "<p>A line is the mean over seeds, a dot one seed (hollow: above the edge), a ring what was chosen.</p>"
-    return f'<div class="charts">{found}</div>{note}' if found else ""
+    note = "A line is the mean over seeds, a dot one seed (hollow: above the edge), a ring what was chosen."
+    if any(arm["status"] == "failed" for arm in experiment["arms"]):
+        note += " Rates at which a seed failed are left out."
+    return f'<div class="charts">{found}</div><p>{note}</p>' if found else ""
 
 
 def curve_of(arm: Arm) -> dict[int, float]:

@@ -137,9 +137,11 @@ class Results:
 
     def unfinished(self, ended: int) -> list[str]:
         """That the time was up, if it was."""
-        total = len(self.course.arms())
-        line = f"not finished: {total - ended} of {total} arms are still to be trained; the same command goes on"
-        return [line] if ended < total else []
+        total, minutes = len(self.course.arms()), self.course.flags.experiment_minutes
+        if ended == total:
+            return []
+        line = f"{record.UNFINISHED}{total - ended} of {total} arms are still to be trained"
+        return [f"{line}, and --experiment_minutes {minutes:g} are over; the same command goes on for as long again"]
 
     def failed(self) -> list[str]:
         """The arms that have diverged, each with its reason."""

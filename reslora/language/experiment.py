@@ -26,8 +26,8 @@ from transformers import HfArgumentParser, TrainerCallback
 
 from ..common.adapters import load_adapter, save_adapter
 from ..common.errors import Diverged, InvalidArgument
-from ..common.flags import Flags, listed
-from ..common.folder import locked
+from ..common.flags import Flags, as_typed, listed
+from ..common.folder import check_held, locked
 from ..common.signals import StopRequest
 from ..common.together import decided
 from ..experiment.arms import Arm, check_values
@@ -41,19 +41,21 @@ from .arguments import SEVERAL, ExperimentArguments, check_number
 from .checkpoints import checkpoints_of, set_unfinished_aside
 from .parts import Parts
 from .results import as_plain, export
-from .resuming import FREE_ON_RESUME, fingerprint, in_words, is_same
+from .resuming import FREE_ON_RESUME, fingerprint, is_same
 from .trainer import AdapterTrainer, total_steps
 
 TEST, MOST_LOOKS = "test.json", 10
 LEAST_LOSS = 1e-12  # of a sure example, whose loss rounds to zero: statistics take losses above it
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets")
 CHANGING = ("method", "learning_rate", "seed")  # of these more may be added
+LIMITS = ("max_eval_samples", "max_test_samples", "max_predict_samples")
 FIXED = (
     "merge", "calibration_examples", "max_steps", "num_train_epochs", "eval_strategy", "eval_steps", "max_new_tokens",
-    "per_device_eval_batch_size",
+    "per_device_eval_batch_size", *LIMITS,
 )  # fmt: skip
 """What a plain run may change when it goes on, and an experiment may not."""
-RECORDED_LATER = ("per_device_eval_batch_size", "num_processes")  # experiments of earlier versions go on without
+RECORDED_LATER = ("per_device_eval_batch_size", "num_processes", *LIMITS)
+"""Experiments of earlier versions go on without."""
 TEXTS = About(
     "example",
     {
@@ -186,10 +188,12 @@ def take_folder(bench: Bench, stack: contextlib.ExitStack) -> None:
     for name, value in mine if there else ():
         earlier = there.get(name, value if name in RECORDED_LATER else None)
         if not is_same(name, earlier, value):
-            data = name in ("train", "select", "test")
-            argument = f"the {name} examples" if data else f"--{name} {in_words(value)}"
-            problem = "was begun with others" if data else f"was begun with {in_words(earlier)}"
-            raise InvalidArgument(argument, f"{folder} {problem}", "use these, or choose another --output_dir")
+            argument, before = f"--{name} {as_typed(value)}", as_typed(earlier)
+            fix = "leave it out" if earlier is None else "use that"
+            if name in ("train", "select", "test"):
+                argument, before, fix = f"the {name} examples", "others", "bring those back"
+            problem = f"{folder} was begun with {before}"
+            raise InvalidArgument(argument, problem, f"{fix}, or choose another --output_dir")
     for place in map(course.folder_of, course.arms()):
         remove_leftovers(place)
         remove_leftovers(place / ADAPTERS)
@@ -204,10 +208,13 @@ class KeepAdapters(TrainerCallback):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def on_evaluate(self, args, state, control, model=None, **kwargs) -> None:
-        """Writes it, whole or not at all."""
+    def on_evaluate(self, args, state, control, model=None, metrics=None, **kwargs) -> None:
+        """Writes it, whole or not at all; ends the arm at a loss that is not finite."""
+        if not math.isfinite(loss := metrics["eval_loss"]):
+            raise Diverged(f"select loss {loss} at step {state.global_step}")
 
         def keep() -> None:
+            check_held()
             with replacing(adapter_folder(self.folder, state.global_step)) as temporary:
                 temporary.mkdir()
                 save_adapter(model, temporary)
@@ -272,10 +279,6 @@ class Bench:
             trainer.train(resume_from_checkpoint="latest" if decided(lambda: bool(checkpoints_of(folder))) else None)
             if decided(lambda: trainer.state.global_step not in self.course.select_losses(arm)):
                 trainer.evaluate()
-            losses = decided(lambda: self.course.select_losses(arm))
-            for step, loss in losses.items():
-                if not math.isfinite(loss):
-                    raise Diverged(f"select loss {loss} at step {step}")
             method = dataclasses.replace(arguments.method, merge_and_save=False)  # but of the best arm
             export(trainer.model, folder, method, self.study.calibration(arguments))
         except Diverged as error:

@@ -11,6 +11,7 @@ from pathlib import Path
 from transformers.utils import logging
 
 from ..common.errors import InvalidArgument
+from ..common.flags import as_typed
 from ..common.recovery import refuse_afresh
 from ..common.together import is_main
 from ..experiment.record import EXPERIMENT
@@ -73,10 +74,11 @@ def check_resume(output_dir: str | os.PathLike, resume: str | None, current: Map
             logger.warning(f"no config.json in {run}: its checkpoint may be of other settings or examples than these")
         for name, value in current.items():
             if name not in FREE_ON_RESUME and name in earlier and not is_same(name, earlier[name], value):
+                fix = "leave it out" if earlier[name] is None else "use that"
                 raise InvalidArgument(
-                    f"--{name} {in_words(value)}",
-                    f"{run} was trained with {in_words(earlier[name])}",
-                    "use that, or start afresh in another --output_dir",
+                    f"--{name} {as_typed(value)}",
+                    f"{run} was trained with {as_typed(earlier[name])}",
+                    f"{fix}, or start afresh in another --output_dir",
                 )
 
 
@@ -108,11 +110,6 @@ def fingerprint(rows: Iterable[object]) -> str:
     for row in rows:
         found.update(json.dumps(row, sort_keys=True).encode() + b"\n")
     return found.hexdigest()
-
-
-def in_words(value: object) -> str:
-    """A flag's value, or its values, as they are typed."""
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def is_same(name: str, earlier: object, current: object) -> bool:

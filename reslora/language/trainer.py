@@ -27,11 +27,13 @@ from ..common import adapters
 from ..common.adapters import check_rank, known_targets, load_adapter, rank_allocator, save_adapter
 from ..common.controls import Settings, put_on
 from ..common.errors import Diverged, InvalidArgument, RunFailed, Stopped, refused_as
+from ..common.folder import check_held
 from ..common.gauge import gauged
 from ..common.methods import METHODS, AdapterSettings, adapter_config, check_steps, refuse_deepspeed
 from ..common.patterns import spell_out
 from ..common.recovery import cannot_be_loaded, discard
 from ..common.signals import NOT_BEGUN, StopRequest
+from ..common.targets import check_layers
 from ..common.together import decided, is_main
 from ..config import ResLoraConfig
 from ..files import write_checksums, write_tensors
@@ -67,6 +69,7 @@ def attach(
     match nothing, a rank larger than a layer, or a shortcut without a link.
     """
     targets = _targets(model, arguments)
+    check_layers(model, targets, modules_to_save or ())
     check_steps([arguments.method], total_steps, f"--method {arguments.method} with {total_steps} steps")
     task = "CAUSAL_LM" if model.can_generate() else "SEQ_CLS"
     settings = AdapterSettings(
@@ -129,23 +132,21 @@ def _targets(model: PreTrainedModel, arguments: MethodArguments) -> list[str] | 
     linear = {
         name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))
     }
+    known = ", ".join(sorted(linear))
     targets = arguments.target_modules or known_targets(model.config.model_type)
     if not targets:
         raise InvalidArgument(
             "--target_modules",
             f"missing, and not known for model type {model.config.model_type!r}",
-            f"name some of {', '.join(sorted(linear))}",
+            f"name some of {known}",
         )
     if list(targets) == ["all-linear"]:
         return "all-linear"
     names = [name for name, _ in model.named_modules()]
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
-            raise InvalidArgument(
-                f"--target_modules {' '.join(targets)}",
-                f"{target} matches no layer of {type(model).__name__}",
-                f"name some of {', '.join(sorted(linear))}",
-            )
+            problem = f"{target} matches no layer of {type(model).__name__}"
+            raise InvalidArgument(f"--target_modules {' '.join(targets)}", problem, f"name some of {known}")
     return list(targets)
 
 
@@ -262,8 +263,7 @@ class AdapterTrainer(Trainer):
         processes = self.args.world_size
         if named not in ("latest", True):
             return self._named(named)
-        folder = usable_checkpoint(self.args.output_dir, processes)
-        if folder is not None:
+        if (folder := usable_checkpoint(self.args.output_dir, processes)) is not None:
             return folder
         found = checkpoints_of(self.args.output_dir)
         if found:
@@ -283,8 +283,7 @@ class AdapterTrainer(Trainer):
         if not folder.is_dir():
             fix = f"give latest, or one of {', '.join(path.name for path in there)}" if there else "leave it out"
             raise InvalidArgument(flag, "no such checkpoint", fix)
-        problem = damage(folder, self.args.world_size)
-        if problem is not None:
+        if (problem := damage(folder, self.args.world_size)) is not None:
             usable = usable_checkpoint(self.args.output_dir, self.args.world_size)
             fix = "use latest" if usable else "leave it out, and choose another --output_dir"
             raise InvalidArgument(flag, f"cannot be resumed ({problem})", fix)
@@ -364,6 +363,7 @@ class AdapterTrainer(Trainer):
             save_adapter(self.model, folder)
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
+        decided(check_held)
         # Stock `Trainer` removes older ones before all processes have written their part of this one.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:

@@ -109,6 +109,16 @@ def test_numbers_and_curves_by_hand(run, monkeypatch):
     assert [loss for _, loss in train] == pytest.approx([1.0, 1.5, *range(2, 30)])
 
 
+def test_numbers_of_a_method_that_is_not_as_far_say_of_which_step_they_are(run):
+    assert "at step" not in compared.numbers(run, 4).replace("Numbers at step 4", "")
+    log = run.folder / "reslora" / "log.jsonl"
+    log.write_text("".join(line for line in log.read_text().splitlines(True) if json.loads(line)["step"] <= 2))
+    shown = compared.numbers(run, 4)
+    assert ">LoRA<small>at step 4</small>" in shown and ">ResLoRA<small>at step 2</small>" in shown
+    log.write_text("")
+    assert "ResLoRA</th>" in compared.numbers(run, 4)  # it has not begun
+
+
 def beside(folder, *others: dict, **config) -> Run:
     """A run, and others beside it whose settings differ."""
     config = {"seed": 3, "validation_split": 0.1, "validation_prompt": ["red disc", "box"]} | config

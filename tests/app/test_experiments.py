@@ -99,6 +99,24 @@ def test_how_far_it_is(library):
     assert f"about {each * 53 / 1800:.1f} h left" in experiments.summary(found, "running")
 
 
+def test_one_whose_minutes_are_over_says_so_and_one_that_was_stopped_does_not(library):
+    found, content = library.find_experiment("which"), examples.unfinished() | {"as_of": 7}
+    note = "not finished: 53 of 60 arms are still to be trained, and --experiment_minutes 0.6 are over; and so on"
+    config = found.folder / "config.json"
+    config.write_text(json.dumps(found.config | {"experiment_minutes": 0.6}))
+    write_experiment(found.folder, content | {"notes": [note]})  # stopped in a start after that
+    assert "ended · Go on trains the rest" in experiments.summary(found, found.status)
+    del content["as_of"]
+    write_experiment(found.folder, content | {"notes": [note]})
+    assert "the 0.6 minutes are over · Go on trains for as long again" in experiments.summary(found, found.status)
+    (found.folder / EXPERIMENT_LOG).write_text(f"{note}\n{found.folder}/report.html\n")
+    queue, entry = Queue(Trainings(library)), Entry("which", "experiment", state="running")
+    queue.look_after(entry)
+    assert (entry.state, entry.line) == ("stopped", "the 0.6 minutes are over")
+    config.write_text(json.dumps({"learning_rate": [1e-4, 2e-4], "experiment_minutes": "x"}))
+    assert "Go on trains the rest" in experiments.summary(found, found.status)
+
+
 def test_one_that_is_stopped_while_methods_are_compared_goes_on_with_that(library, monkeypatch):
     """While an arm trains, it ends after a step."""
     found, trainings = library.find_experiment("which"), Trainings(library)

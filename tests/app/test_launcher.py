@@ -194,6 +194,34 @@ def test_a_run_that_failed_says_why(trainings):
     assert line not in views.summary(run, "starting", said)
 
 
+@pytest.mark.parametrize(
+    ("line", "is_why"),
+    [
+        ("train_sd.py: lora: train loss nan at step 2; start in another --output_dir", True),
+        ("train_sd.py: [Errno 28] No space left on device: '/runs/run/lora/log.jsonl'", True),
+        ("train_sd.py: error: --rank 0: not a positive number; give 1 or more", True),
+        ("torch.OutOfMemoryError: CUDA out of memory.", True),
+        ("train_sd.py: lora stopped after step 7; go on with --resume_from_checkpoint latest", False),
+        ("train_sd.py: lora/lr-1e-4/seed-0 stopped after step 7; the same command goes on", False),
+        ("train_sd.py: stopped before training began", False),
+        ("lora:  45%|####5     | 9/20", False),
+    ],
+)
+def test_a_run_that_an_error_has_ended_says_so_and_one_that_was_stopped_does_not(run, line, is_why):
+    (run.folder / "config.json").write_text(json.dumps(run.config | {"max_train_steps": 20}))
+    (run.folder / LOG_NAME).write_text(f"a line before\n{line}\n")
+    trainings = Trainings(Library(run.folder.parent))
+    said, status = trainings.last_line(run), trainings.status(run)
+    experiment, shelf = Experiment(run.name, run.folder), Shelf(Queue(trainings))
+    for shown in (
+        views.summary(run, status, said),
+        lists.card_of(shelf, run),
+        experiments.summary(experiment, status, said),
+    ):
+        assert status == "stopped" and (f'<p class="bad">{views.escape(line)}</p>' in shown) == is_why
+    assert '"bad"' not in views.summary(run, "running", said) + views.summary(run, "finished", said)
+
+
 @pytest.mark.parametrize("name", [*HOSTILE[:-3], "-x", "a b", "a" * 65, ".hidden"])
 def test_names_of_new_runs_are_plain(trainings, name):
     with pytest.raises(RunError):

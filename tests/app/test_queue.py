@@ -141,6 +141,18 @@ def test_who_stops_what_has_just_ended_does_not_stop_the_next(lined):
     wait_until(lambda: not lined.trainings.is_active(lined.trainings.find("b")), "the end of b")
 
 
+def test_what_was_renamed_while_it_trains_is_said_to_be_gone(lined):
+    add(lined, "a")
+    wait_until(lambda: started(lined) == ["a -"], "a")
+    lined.path.with_name("a").rename(lined.path.with_name("moved"))
+    lined.advance()
+    assert states(lined) == {"a": RUNNING} and queue.GONE in lists.queue(lined)
+    with pytest.raises(RunError, match=r"^a: its folder is gone: it was renamed or removed\. Stop it by its new name"):
+        lined.stop("a")
+    let_end(lined, "a")
+    assert [(entry.state, entry.line) for entry in lined.entries()] == [(FAILED, queue.GONE)]
+
+
 def test_what_the_trainer_refuses_is_not_lined_up(lined, tmp_path):
     add(lined, "a")
     before = lined.path.read_bytes()

@@ -283,6 +283,21 @@ def test_a_failed_load_leaves_the_model_usable(studio, run, tmp_path):
     assert studio.loads == 1
 
 
+def test_a_base_whose_files_have_changed_is_loaded_anew(run, tmp_path):
+    """As of who trains a base of their own and writes it to the same place; a LoRA would be drawn on the old one."""
+    studio, model = Studio(), tmp_path / "model"
+    shutil.copytree(run.word("pretrained_model_name_or_path"), model)
+    folder = write_run(tmp_path / "runs" / "own", pretrained_model_name_or_path=str(model))
+    own = Library(folder.parent).find("own")
+    before = one(studio, own, BASE.label)
+    assert np.array_equal(one(studio, own, BASE.label), before) and studio.loads == 1
+    (file,) = (model / "unet").glob("*.safetensors")
+    save_file({name: 1.5 * value for name, value in load_file(file).items()}, file, {"format": "pt"})
+    after = one(studio, own, BASE.label)
+    assert studio.loads == 2 and np.abs(after - before).max() > 8
+    assert np.array_equal(one(studio, own, BASE.label), after) and studio.loads == 2
+
+
 def test_a_model_that_could_run_code_is_not_loaded(studio, tmp_path):
     (tmp_path / "model.ckpt").write_bytes(pickle.dumps(Bomb()))
     write_run(tmp_path / "runs" / "bad", pretrained_model_name_or_path=str(tmp_path / "model.ckpt"))

@@ -147,6 +147,23 @@ def test_a_tensor_is_read_only_after_a_look_whether_it_is_wanted(tmp_path):
         Watched(tmp_path / "none", "name", stop).read()
 
 
+@pytest.mark.parametrize("gone", ["", "vae"])
+def test_a_base_that_is_gone_makes_no_model(studio, library, tmp_path, gone):
+    """Before the first part is copied, and while they are."""
+    run, base = library.find("tiny"), tmp_path / "base"
+    shutil.copytree(run.word("pretrained_model_name_or_path"), base)
+    (run.folder / "config.json").write_text(json.dumps(run.config | {"pretrained_model_name_or_path": str(base)}))
+    generated(studio, run, run.find_weights("base model"))
+    (base / gone).rename(tmp_path / "elsewhere")
+    target = place_for(library, "mine")
+    with pytest.raises(RunError, match=r"^The model of this run cannot be loaded: .*no such folder|no vae folder"):
+        list(studio.write_whole(run, run.find_weights("lora: kohya.safetensors"), target))
+    parts = {"unet": run.find_weights("lora: merged weights").path}
+    with pytest.raises(RunError, match=r"^The base model's \w+ is gone: put its folder back\.$"):
+        whole_models.write(target, studio.model, studio.pipeline.components, parts, lambda: None)
+    assert nothing_is_left(library)
+
+
 def test_merged_weights_that_are_not_whole_are_refused(studio, library):
     run = library.find("tiny")
     (file,) = (run.folder / "lora" / "unet").glob("*.safetensors")

@@ -1,6 +1,8 @@
 """A run's folder is kept from a second run, whatever temporary folder either has."""
 
+import errno
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -9,8 +11,8 @@ from pathlib import Path
 import pytest
 from waiting import ended, wait_until
 
-from reslora.common.errors import InvalidArgument
-from reslora.common.folder import locked
+from reslora.common.errors import InvalidArgument, RunFailed
+from reslora.common.folder import check_held, locked
 from reslora.files import this_process
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -56,3 +58,40 @@ def test_a_lock_of_who_is_gone_or_cannot_be_asked_is_taken_over(tmp_path, owner)
     host, _, start = this_process().split("-")
     (tmp_path / ".lock").write_text(owner.format(host=host, pid=os.getppid(), start=start))
     take(tmp_path)
+
+
+@pytest.mark.parametrize("then", ["moved", "removed", "made anew", "another's"])
+def test_a_folder_that_is_not_there_any_more_ends_the_run(tmp_path, then):
+    folder = tmp_path / "out"
+    check_held()  # nothing is locked
+    with locked(folder):
+        check_held()
+        (folder / "checkpoint-80").mkdir()
+        folder.rename(tmp_path / "moved")
+        if then == "removed":
+            shutil.rmtree(tmp_path / "moved")
+        if then in ("made anew", "another's"):
+            folder.mkdir()
+        if then == "another's":
+            (folder / ".lock").write_text("1\nffffffff-1-1")
+        with pytest.raises(RunFailed, match=f"^--output_dir {folder} was moved or removed while it trained, "):
+            check_held()
+    check_held()
+    assert (folder / ".lock").exists() == (then == "another's") == folder.exists()
+    if then == "moved":
+        take(tmp_path / "moved")  # it goes on there
+
+
+def test_who_deletes_the_lock_alone_ends_no_run(tmp_path):
+    with locked(tmp_path / "out"):
+        (tmp_path / "out" / ".lock").unlink()
+        check_held()
+
+
+def test_a_disk_that_cannot_be_asked_just_now_ends_no_run(tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with locked(tmp_path / "out"), monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", fails)
+        check_held()

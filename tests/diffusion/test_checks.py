@@ -20,6 +20,15 @@ def test_a_clipped_pre_num_and_names_that_match_nothing_are_said(brief_flags, tm
     assert "0 layers" in only(lines, "--target_modules", "nothing")
 
 
+@pytest.mark.parametrize(
+    ("target", "fix"), [("to_out", "give to_out.0"), (".*attn1.*", "let it fit layers alone, such as down_blocks.0.")]
+)
+def test_targets_that_fit_a_list_of_layers_are_refused_by_what_would_do(brief_flags, capsys, tmp_path, target, fix):
+    flags = [*brief_flags, "--target_modules", target, "--output_dir", tmp_path / "out"]
+    line = refused(capsys, *flags)
+    assert f"--target_modules {target}: down_blocks.0.attentions.0." in line and f"; {fix}" in line
+
+
 def test_layers_that_stay_plain_are_counted(brief_flags, tmp_path):
     """Convolutions get an adapter, and no shortcut: the tiny U-Net has one `conv_in`."""
     flags = [*brief_flags, "--method", "reslora", "--target_modules", "to_q", "conv_in"]

@@ -271,6 +271,7 @@ def test_charts_of_the_select_losses_by_hand(monkeypatch):
     losses = {(1e-4, 0): (3.0, 0.5), (1e-4, 1): (2.0, 1.0), (2e-4, 0): (2.0, 1.5), (2e-4, 1): (1.0, 2.5)}
     arms = [
         {"label": "lora", "learning_rate": rate, "seed": seed, "select_by_step": {"50": first, "100": second}}
+        | {"status": "finished"}
         for (rate, seed), (first, second) in losses.items()
     ]
     report.select_charts({"arms": arms, "chosen": {"lora": {"learning_rate": 1e-4, "step": 100, "loss": 0.75}}})
@@ -278,6 +279,19 @@ def test_charts_of_the_select_losses_by_hand(monkeypatch):
     by_rate = Series("lora", 0, [(1e-4, 0.75), (2e-4, 1.5)], dots, (1e-4, 0.75))
     dots = [(50, 3.0), (100, 0.5), (50, 2.0), (100, 1.0)]
     assert drawn == [[by_rate], [Series("lora", 0, [(50, 2.5), (100, 0.75)], dots, (100, 0.75))]]
+
+
+def test_a_rate_at_which_a_seed_failed_is_in_no_chart(experiment):
+    """It is never chosen, and its first loss may be the lowest of all; without any failed arm nothing is said."""
+    shown = report.select_charts(experiment)
+    assert shown.endswith("<p>A line is the mean over seeds, a dot one seed (hollow: above the edge), a ring what was "
+                          "chosen. Rates at which a seed failed are left out.</p>")  # fmt: skip
+    others = [dict(arm) for arm in experiment["arms"] if arm["status"] == "finished"]
+    lower = others[0] | {"learning_rate": 0.01, "select_by_step": {"50": 0.01}}
+    for first, second in (("failed", "finished"), ("finished", "failed")):
+        arms = [*experiment["arms"], lower | {"status": first}, lower | {"status": second, "seed": 9}]
+        assert report.select_charts(experiment | {"arms": arms}) == shown
+    assert "left out" not in report.select_charts(experiment | {"arms": others})
 
 
 def test_losses_by_timestep_are_those_at_the_chosen_rate(experiment):

@@ -213,15 +213,26 @@ def test_an_arm_that_was_killed_in_its_first_checkpoint_begins_afresh(common, tm
     assert [path.name for path in tmp_path.rglob("set-aside-*")] == ["set-aside-checkpoint-1"]
 
 
+def test_an_arm_ends_at_the_first_select_loss_that_is_not_finite(common, tmp_path):
+    """What it fails for is that loss, and no weight, though no train loss is looked at before."""
+    command = [*common, "--method", "lora", "--learning_rate", "1e-3", "1e30", "--logging_steps", "50"]
+    assert run(*command, "--max_steps", "4", "--eval_steps", "2", "--output_dir", tmp_path) == 0
+    well, failed = record(tmp_path)["arms"]
+    assert (well["status"], well["select_by_step"].keys()) == ("finished", {"2", "4"})
+    assert (failed["status"], failed["select_by_step"]) == ("failed", {"2": None})
+    assert failed["reason"] == "lora/lr-1e+30/seed-42: select loss nan at step 2"
+    assert not (tmp_path / failed["folder"] / "adapters").exists()
+
+
 def test_nothing_but_methods_rates_and_seeds_may_change(common, whole, tmp_path, capsys):
     output, _ = whole
     for flags, words in (
-        (("--lora_r", "2"), "--lora_r 2"),
+        (("--lora_r", "2"), f"--lora_r 2: {output} was begun with 4; use that, or choose another --output_dir"),
         (("--lora_alpha", "0"), "--lora_alpha 0"),
         (("--shortcut", "input", "block"), f"--shortcut input block: {output} was begun with input; "),
         (("--max_steps", "3"), "--max_steps 3"),
         (("--per_device_eval_batch_size", "3"), "--per_device_eval_batch_size 3"),
-        (("--max_test_samples", "3"), "the test examples"),
+        (("--max_test_samples", "3"), f"--max_test_samples 3: {output} was begun with none; leave it out, or choose"),
         (("--select_split", "0.2"), "the task has a file for it"),
         (("--load_best_model_at_end",), "this is an experiment"),
         (("--save_only_model",), "--save_only_model: this is an experiment"),
@@ -259,7 +270,8 @@ def test_an_experiment_goes_on_with_as_many_processes_as_before(common, whole, c
     command, found = [*common, *EXPERIMENT, "--merge_and_save", "--output_dir", output], record(output)
     identity = dict(found["identity"])
     assert identity.pop("num_processes") == 1
-    del identity["per_device_eval_batch_size"]  # what earlier versions have not recorded is no difference
+    for name in ("per_device_eval_batch_size", "max_eval_samples", "max_test_samples"):
+        del identity[name]  # what earlier versions have not recorded is no difference
     identity["lora_alpha"] = 8.0  # as they wrote their default
     (output / "experiment.json").write_text(json.dumps({**found, "identity": identity}))
     assert run(*command) == 0 and record(output)["identity"] == found["identity"]
@@ -272,7 +284,7 @@ def test_an_experiment_goes_on_with_as_many_processes_as_before(common, whole, c
     ("other", "words"),
     [
         ({"num_processes": 2}, "--num_processes 2: .* was begun with 1"),
-        ({"train": "others"}, "the train examples: .* was begun with others"),
+        ({"train": "others"}, "the train examples: .* was begun with others; bring those back"),
         ({}, "--eval_steps 2: .* was begun with 1"),
     ],
 )

@@ -12,10 +12,12 @@ import torch
 from conftest import assert_one_line, randomize, tiny_bert, tiny_llama
 from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from reslora.chains import base_model
 from reslora.common.adapters import load_adapter, rank_allocator, save_adapter
 from reslora.common.errors import EndedElsewhere, InvalidArgument, RunFailed
+from reslora.common.folder import locked
 from reslora.config import ResLoraConfig
 from reslora.language.arguments import AdapterTrainingArguments, MethodArguments, settings
 from reslora.language.results import export
@@ -143,6 +145,26 @@ def test_a_full_disk_ends_the_run_in_one_line(tmp_path, monkeypatch, told):
     with pytest.raises(RunFailed) as error:
         trainer.train()
     assert_one_line(error, "checkpoint of step 2", "disk")
+
+
+def test_a_folder_that_is_moved_ends_the_run_before_its_next_checkpoint(tmp_path):
+    """It would be made anew, with that checkpoint alone."""
+    output, moved = tmp_path / "out", tmp_path / "moved"
+
+    class Moves(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                output.rename(moved)
+
+    with locked(output):
+        trainer = trainer_for(build()[0], output)
+        trainer.add_callback(Moves())
+        with pytest.raises(RunFailed) as error:
+            trainer.train()
+    assert_one_line(error, f"--output_dir {output} was moved or removed", "--resume_from_checkpoint latest")
+    assert not output.exists() and (moved / "checkpoint-2").is_dir()
+    trainer_for(build()[0], moved).train(resume_from_checkpoint="latest")
+    assert (moved / f"checkpoint-{STEPS}").is_dir()
 
 
 def test_tied_embeddings_are_not_adapted_where_they_would_be_merged():
@@ -385,6 +407,13 @@ def test_targets_that_match_nothing_are_refused(method):
     with pytest.raises(InvalidArgument) as error:
         build(method, target_modules=["q_proj", "query"])
     assert_one_line(error, "--target_modules q_proj query", "query matches no layer", "v_proj")
+
+
+def test_targets_that_are_made_of_layers_are_refused_by_these():
+    with pytest.raises(InvalidArgument) as error:
+        build("lora", target_modules=["q_proj", "mlp"])
+    fix = "(LlamaMLP); give mlp.gate_proj mlp.up_proj mlp.down_proj"
+    assert_one_line(error, "--target_modules mlp: ", "layers.0.mlp cannot be adapted", fix)
 
 
 def test_a_model_of_an_unknown_type_needs_targets():

@@ -195,7 +195,7 @@ def read_folder(folder: Path, flags: Flags, caption: str | None = None, deep: bo
         found = dataclasses.replace(read_metadata(metadata, flags), metadata=metadata)
         missing = len(unlisted(found.rows, files))
         found.notes += [f"{missing} images are not listed in {metadata.name}"] if missing else []
-        return _with_folder_notes(found, folder, everything, deep)
+        return _with_folder_notes(found, folder, flags, everything, deep)
     if any(path.name in METADATA for path in everything):
         return None
     texts = list(map(caption_files, files))
@@ -211,10 +211,10 @@ def read_folder(folder: Path, flags: Flags, caption: str | None = None, deep: bo
     found = _as_found(files, [read_caption(beside[0]) if beside else otherwise for beside in texts])
     if twice := sum(len(beside) > 1 for beside in texts):
         found.notes.append(f"{twice} images have a .txt and a .caption file: the .txt is read")
-    return _with_folder_notes(found, folder, everything, deep)
+    return _with_folder_notes(found, folder, flags, everything, deep)
 
 
-def _with_folder_notes(found: Found, folder: Path, everything: list[Path], deep: bool) -> Found:
+def _with_folder_notes(found: Found, folder: Path, flags: Flags, everything: list[Path], deep: bool) -> Found:
     found.notes += _hidden_note(found.rows, folder)
     if not deep:
         folders = sum(path.is_dir() for path in everything)
@@ -224,7 +224,8 @@ def _with_folder_notes(found: Found, folder: Path, everything: list[Path], deep:
     repeated = above_repeated([path for path in everything if path.suffix.lower() in SUFFIXES])
     if links:
         found.notes.append(f"{links} folders are symbolic links, which are not searched")
-    if repeated:
+    of_class = flags.class_data_dir is not None and folder == Path(flags.class_data_dir)  # repeated as is needed
+    if repeated and not of_class:
         found.notes.append(
             f"{len(repeated)} images are in kohya's folders (10_name), whose repeats do not count: they do where "
             f"{repeated[0]} is named, as a folder of images without a metadata file"

@@ -105,7 +105,7 @@ def encode_texts(
             for position in range(len(captions)):
                 yield [{name: value[position] for name, value in states.items()}]
 
-    fill(encoded, PART_OF_CAPTIONS, encode, context.accelerator)
+    _filled(encoded, PART_OF_CAPTIONS, encode, context)
     return Texts(encoded, {text: place for place, text in enumerate(texts)})
 
 
@@ -223,7 +223,16 @@ def _fill(found: Encoded, images: TorchDataset, make: Callable[[Sequence], Item]
                 context.status.count(phase, next(number), total)
 
     with bar:
-        fill(found, PART_OF_IMAGES, items, accelerator)
+        _filled(found, PART_OF_IMAGES, items, context)
+
+
+def _filled(found: Encoded, part: int, make: Callable[[Sequence[int]], Generator[Item]], context: Context) -> None:
+    """`fill`, stopped also where another process, asked to stop as this one, left while this one waited for it."""
+    try:
+        fill(found, part, make, context.accelerator)
+    except RunFailed:
+        context.stop.check(NOT_BEGUN)
+        raise
 
 
 def encoded(

@@ -14,16 +14,16 @@ TRASH = ".trash"  # the application's own hidden folder
 
 
 def files_of(folder: Path, flags: Flags, deep: bool = True) -> list[Path]:
-    """All that is in a folder but for hidden folders, and for what this very run writes: its samples are no images.
+    """All that is in a folder but for hidden folders, the class images, and what this very run writes: its samples.
 
-    A folder inside the run's own was named, and is read. With `deep`, also what is in its folders.
+    A folder inside the run's own, or inside that of the class images, was named, and is read. With `deep`, also what is
+    in its folders.
     """
     there = all_below(folder) if deep else folder.iterdir()
-    output, everything = Path(flags.output_dir).absolute(), sorted(there)
-    everything = [path for path in everything if not (path.name.startswith(".") and path.is_dir())]
-    if folder.absolute().is_relative_to(output):
-        return everything
-    return [path for path in everything if not path.absolute().is_relative_to(output)]
+    everything = [path for path in sorted(there) if not (path.name.startswith(".") and path.is_dir())]
+    others = [Path(name).absolute() for name in (flags.output_dir, flags.class_data_dir) if name]
+    inside = [other for other in others if folder.absolute() in other.parents]
+    return [path for path in everything if not any(path.absolute().is_relative_to(other) for other in inside)]
 
 
 def hidden_images(folder: Path) -> list[Path]:

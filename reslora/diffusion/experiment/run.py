@@ -20,7 +20,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ...common.errors import InvalidArgument
-from ...common.folder import locked
+from ...common.folder import check_held, locked
 from ...common.methods import METHODS
 from ...common.signals import NOT_BEGUN, StopRequest
 from ...common.status import Status
@@ -90,6 +90,7 @@ def run_experiment(flags: Flags, stop: StopRequest) -> None:
         each(lambda: check_variants(asked, context))
         start_trackers(context)
         material = material_of(kinds, pipeline, objective, context)
+        decided(check_held)
         note_images(material, context, goes_on=(context.folder / EXPERIMENT).exists())
         parts = decided(lambda: parts_of(learnt(material.sources), asked))
         decided(lambda: check_parts(asked, parts, learnt(material.sources)))

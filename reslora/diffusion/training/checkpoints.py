@@ -13,6 +13,7 @@ from accelerate import Accelerator
 
 from ...common.adapters import load_adapter, save_adapter
 from ...common.errors import InvalidArgument, RunFailed, first_line
+from ...common.flags import as_typed
 from ...common.methods import METHODS
 from ...common.recovery import cannot_be_loaded, discard, numbered, refuse_afresh, set_aside, set_others_aside, step_of
 from ...common.together import decided, each
@@ -260,9 +261,9 @@ def check_past(flags: Flags, place: Path, record: dict, identity: Identity | Non
         unknown = name == "mixed_precision" and there.get(name) is None  # not kept by earlier versions
         settled = value is not None or identity is not None
         if settled and name in there and there[name] != value and not unknown:
-            flag = f"{DESCRIBED.get(name, f'--{name}')} {in_words(value) if value is None else value}"
-            before, fix = ("none", "leave it out") if there[name] is None else (there[name], "use that")
-            problem = f"{place} was trained with {before}"
+            flag = f"{DESCRIBED.get(name, f'--{name}')} {as_typed(value)}"
+            problem = f"{place} was trained with {as_typed(there[name])}"
+            fix = "leave it out" if there[name] is None else "use that"
             raise InvalidArgument(flag, problem, f"{fix}, or choose another --output_dir")
     if identity and record:
         refuse_other_content(flags, place, record, identity)

@@ -11,6 +11,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ...common.errors import Stopped
+from ...common.folder import check_held
 from ...common.together import decided
 from ..context import Context
 from ..data.batch import Batch
@@ -86,6 +87,7 @@ def after_step(learner: Learner, schedule: Schedule, watch: Watch, requests: Req
     save_now = asked or stopped or last or learner.step % requests.every == 0
     if not (save_now or due or draw_now):
         return False
+    decided(check_held)
     with learner.timed():
         watch.reports.flush()  # a loss that is not finite is not saved
     if save_now:

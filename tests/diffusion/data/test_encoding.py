@@ -8,6 +8,7 @@ import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import psutil
@@ -22,10 +23,10 @@ from transformers import CLIPTextModel
 from waiting import ended, wait_until
 
 from diffusion.runs import cut, final_weights, losses, main, only, printed, refused
-from reslora.common.errors import InvalidArgument, RunFailed
+from reslora.common.errors import InvalidArgument, RunFailed, Stopped
 from reslora.common.signals import StopRequest
 from reslora.diffusion.context import Context
-from reslora.diffusion.data import encoding
+from reslora.diffusion.data import encoding, store
 from reslora.diffusion.data.dataset import ImageDataset, load_images
 from reslora.diffusion.data.material import source_of
 from reslora.diffusion.data.size import Size
@@ -403,6 +404,17 @@ def test_encoding_goes_on_behind_the_last_whole_part(setting, monkeypatch):
         images_encoded(setting)
     add_image(Path(setting.flags.train_data_dir), 5)
     assert images_encoded(setting) == [4, 1, 4, 4]
+
+
+def test_a_process_that_was_asked_to_stop_and_finds_another_gone_was_stopped(setting, monkeypatch):
+    """Of few images process 0 encodes all, and leaves when it is asked to; the others wait for it."""
+    monkeypatch.setattr(store, "wait", Mock(side_effect=RunFailed("another process of this run has ended")))
+    for asked, kind in ((None, RunFailed), (signal.SIGINT, Stopped)):
+        setting.stop.signal = asked
+        with pytest.raises(kind):
+            images_encoded(setting)
+        with pytest.raises(kind):
+            captions_encoded(setting, ["red"])
 
 
 def test_the_bar_counts_what_is_encoded(setting, monkeypatch):

@@ -1,4 +1,4 @@
-"""Hidden folders among images hold stale copies and what was deleted: they are passed over, and told of."""
+"""What is passed over among images: hidden folders, which hold stale copies and what was deleted, and class images."""
 
 import json
 from pathlib import Path
@@ -81,3 +81,29 @@ def test_where_the_datasets_library_reads_a_folder_hidden_ones_are_told_of_too(t
     image_folder(tmp_path / "p" / ".old", 1)
     (found,) = gather(tmp_path / "p", "--cache_dir", str(tmp_path / "cache"))
     assert len(found) == 2 and only(found.notes, *HIDDEN).startswith("1 ")
+
+
+# -- class images ------------------------------------------------------------------------------------------------------
+
+
+def test_class_images_in_one_of_kohyas_folders_are_no_images_to_be_learnt(tmp_path):
+    """The folder is there from the second start on, once they are drawn: the data are those of the first start."""
+    folder, of_class = tmp_path / "p", tmp_path / "p" / "1_red box"
+    flags = ["--class_data_dir", str(of_class), "--class_prompt", "red box"]
+    image_folder(folder / "10_red disc", 2, layout="none")
+    (before,) = gather(folder, *flags)
+    image_folder(of_class, 3, layout="none")
+    (found,) = gather(folder, *flags)
+    assert found.fingerprint == before.fingerprint and found.label == before.label
+    assert not [note for note in found.notes if "1_red box" in note]
+    (drawn,) = gather(of_class, *flags, caption="red box")
+    assert len(drawn) == 3 and not drawn.notes  # its name says no repeats, and none are missed
+
+
+def test_class_images_are_not_refused_for_the_captions_that_they_need_not_have(tmp_path):
+    image_folder(tmp_path / "p", 2, layout="txt")
+    image_folder(tmp_path / "p" / "class", 1, layout="none")
+    flags = ["--class_data_dir", str(tmp_path / "p" / "class"), "--class_prompt", "a disc"]
+    (found,) = gather(tmp_path / "p", *flags, "--strict")
+    assert found.captions == [["red disc"], ["blue box"]] and not found.left_out
+    assert missing_class_images(parse_args([*flags, "--num_class_images", "3"])) == 2

@@ -649,6 +649,20 @@ def test_what_a_run_was_begun_without_is_to_be_left_out(keep):
         check_past(keep.flags.replace(caption_prefix="sks"), checkpoint, read_checkpoint(checkpoint), None)
 
 
+@pytest.mark.parametrize(
+    ("name", "before", "value", "words"),
+    [
+        ("rank", 2, [2, 4], "--rank 2 4: .* was trained with 2; use that"),
+        ("rank", [2, 4], 2, "--rank 2: .* was trained with 2 4; use that"),
+        ("shortcut", "middle", ["input", "block"], "--shortcut input block: .* was trained with middle; use that"),
+    ],
+)
+def test_several_values_are_told_as_they_are_typed(keep, name, before, value, words):
+    record = {"settings": settings_of(keep.flags.replace(**{name: before}))}
+    with pytest.raises(InvalidArgument, match=words):
+        check_past(keep.flags.replace(**{name: value}), keep(1), record, None)
+
+
 @pytest.mark.parametrize("sizes", [{"use_aspect_ratio_buckets": True}, {"resolution": [32, 64]}])
 def test_where_images_have_several_sizes_a_forwards_samples_stay_too(keep, monkeypatch, sizes):
     """Each forward has images of one size, so which ones make up a step is a matter of how many there are in one."""

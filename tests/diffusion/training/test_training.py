@@ -385,6 +385,33 @@ def test_a_stop_in_the_last_step_or_its_samples_leaves_them_to_the_next_start(
     assert digests(output / "lora", "samples/*/*") == digests(run / "lora", "samples/*/*")
 
 
+@pytest.mark.parametrize("moment", ["material", "step"])
+def test_a_folder_that_is_moved_is_not_made_anew(base_flags, tmp_path, monkeypatch, capsys, moment):
+    """The run ends before it writes there, and goes on with what it has where that is now."""
+    output, moved, take, encode = tmp_path / "out", tmp_path / "moved", loop.take_step, running.material_of
+    flags = [*base_flags, "--method", "lora", "--output_dir"]
+
+    def moved_in_step(learner, *rest):
+        if learner.step == 2:
+            output.rename(moved)
+        return take(learner, *rest)
+
+    def moved_while_it_prepares(*given):
+        material = encode(*given)
+        output.rename(moved)
+        return material
+
+    with monkeypatch.context() as patch:
+        if moment == "step":
+            patch.setattr(loop, "take_step", moved_in_step)
+        else:
+            patch.setattr(running, "material_of", moved_while_it_prepares)
+        assert f"--output_dir {output} was moved or removed while it trained" in failed(capsys, *flags, output)
+    assert not output.exists() and (moved / "lora" / "checkpoint-2").is_dir() == (moment == "step")
+    assert main(*flags, moved, *RESUME) == 0
+    assert not output.exists() and (moved / "lora" / "exports.json").is_file()
+
+
 def test_a_stop_in_the_first_samples_leaves_them_to_the_next_start(run, base_flags, tmp_path, monkeypatch):
     """Nothing is trained yet; a checkpoint of a later step would mean that they are never drawn."""
     output, draw = tmp_path / "out", StableDiffusionPipeline.__call__

@@ -1,0 +1,84 @@
+"""Targets that fit what cannot be adapted, as a list of layers: PEFT says neither which they are nor what would do."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from itertools import chain
+
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
+
+from .adapters import targeted
+from .errors import InvalidArgument
+
+MOST_NAMED = 8  # layers of a module, where it is told what to give in its place
+
+
+def check_layers(
+    model: nn.Module, targets: Sequence[str] | str, whole: Sequence[str] = (), expressions: bool = False
+) -> None:
+    """Raises `InvalidArgument` for --target_modules that fit a norm or a module made of layers; it names what would do.
+
+    `targets` as PEFT takes them, ends of names or an expression; `whole` is its `modules_to_save`. `expressions`: the
+    flag takes one, too.
+    """
+    if targets == "all-linear":
+        return
+    fitted = _fitted(model, targets, whole)
+    layers = [name for name, module in fitted.items() if _is_layer(module)]
+    wrong = next((name for name in fitted if name not in layers), None)
+    if wrong is None:
+        return
+    problem = f"{wrong} cannot be adapted ({type(fitted[wrong]).__name__})"
+    if isinstance(targets, str):
+        such = f", such as {layers[0]}" if layers else ""
+        raise InvalidArgument(f"--target_modules {targets}", problem, f"let it fit layers alone{such}")
+    target = next(target for target in targets if _ends(wrong, target))
+    inside, alone = _layers_inside(fitted, target), [name for name in layers if _ends(name, target)]
+    more = " or the like" if len(inside) > MOST_NAMED else ""
+    fix = f"give {' '.join(inside[:MOST_NAMED])}{more}" if inside else "leave it out"
+    if alone:
+        problem += f", and {alone[0]} can"
+        by_name = f"{fix}, and {alone[0]} and the like by their whole names"
+        fix = f"give {shlex.quote(_expression(fitted, targets))} in place of all" if expressions else by_name
+    raise InvalidArgument(f"--target_modules {target}", problem, fix)
+
+
+def _fitted(model: nn.Module, targets: Sequence[str] | str, whole: Sequence[str]) -> dict[str, nn.Module]:
+    """The modules that PEFT would adapt, by name."""
+    asked = targets if isinstance(targets, str) else list(targets)
+    config = LoraConfig(target_modules=asked, modules_to_save=list(whole) or None)
+    return {name: part for name, part in model.named_modules() if name and check_target_module_exists(config, name)}
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Whether it has a matrix of its own, as quantised layers of any kind have, and is not made of others."""
+    if isinstance(module, nn.MultiheadAttention):  # PEFT adapts it as one
+        return True
+    own = chain(module.parameters(recurse=False), module.buffers(recurse=False))
+    return next(module.children(), None) is None and any(tensor.ndim > 1 for tensor in own)
+
+
+def _ends(name: str, target: str) -> bool:
+    return f".{name}".endswith(f".{target}")
+
+
+def _layers_inside(fitted: dict[str, nn.Module], target: str) -> list[str]:
+    """Ends of the names of the layers that are inside of what the target fits."""
+    every = LoraConfig(target_modules=".*")
+    modules = [module for name, module in fitted.items() if _ends(name, target) and not _is_layer(module)]
+    return list(dict.fromkeys(f"{target}.{name}" for module in modules for name, _ in targeted(module, every)))
+
+
+def _expression(fitted: dict[str, nn.Module], targets: Sequence[str]) -> str:
+    """Fits the layers that the targets fit, and those inside of what else they fit."""
+    parts = []
+    for target in targets:
+        inside = _layers_inside(fitted, target)
+        names = [name for name, module in fitted.items() if _ends(name, target) and _is_layer(module)]
+        parts += [re.escape(name) for name in inside or [target]]
+        parts += [re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(name)) for name in names] if inside else []
+    return rf"(.*\.)?({'|'.join(dict.fromkeys(parts))})"

@@ -1,0 +1,76 @@
+"""Targets that fit what cannot be adapted: the line names it, and what it says to give is what PEFT takes."""
+
+import re
+import shlex
+
+import pytest
+from conftest import assert_one_line, tiny_llama, tiny_roberta, tiny_unet
+from diffusers import Flux2Transformer2DModel
+from peft import LoraConfig, inject_adapter_in_model
+from pipelines import flux2_klein
+from torch import nn
+
+from reslora.common.errors import InvalidArgument
+from reslora.common.targets import check_layers
+
+QKV = ["to_q", "to_k", "to_v"]
+
+
+def refused(model: nn.Module, targets: list[str] | str, *words: str, **options) -> str:
+    """The line, which holds these words."""
+    with pytest.raises(InvalidArgument) as error:
+        check_layers(model, targets, **options)
+    assert_one_line(error, *words)
+    return str(error.value)
+
+
+def adapted(model: nn.Module, targets: list[str] | str) -> set[str]:
+    """The layers that PEFT adapts by these targets, which are not refused."""
+    check_layers(model, targets)
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=targets), model)
+    return {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
+
+
+def test_what_can_be_adapted_is_taken():
+    unet = tiny_unet()
+    for targets in (["to_q", "to_out.0", "conv_in"], r".*attn1\.to_[qk]", "all-linear"):
+        check_layers(unet, targets)
+
+
+def test_a_list_around_a_layer_is_refused_by_the_name_of_the_layer():
+    unet = tiny_unet()
+    line = refused(unet, [*QKV, "to_out"], "--target_modules to_out: ", "attn1.to_out cannot be adapted (ModuleList)")
+    assert line.endswith("; give to_out.0")
+    assert any(name.endswith("attn2.to_out.0") for name in adapted(unet, [*QKV, "to_out.0"]))
+
+
+def test_a_block_is_refused_by_the_first_of_its_layers():
+    line = refused(tiny_unet(), ["transformer_blocks.0"], "(BasicTransformerBlock)", "or the like")
+    assert line.count("transformer_blocks.0.attn") == 8
+
+
+def test_what_has_no_layer_inside_is_to_be_left_out():
+    assert refused(tiny_unet(), ["to_q", "norm1"], "--target_modules norm1", "(LayerNorm)").endswith("; leave it out")
+
+
+def test_an_expression_is_to_fit_layers_alone():
+    assert refused(tiny_unet(), ".*attn1.*", "attn1 cannot be adapted (Attention)").endswith("attn1.to_q")
+    assert refused(tiny_unet(), ".*dropout", "(Dropout)").endswith("; let it fit layers alone")
+
+
+def test_a_name_of_a_layer_here_and_of_a_list_there_is_refused_by_an_expression(tmp_path):
+    """FLUX.2's: in its double blocks `to_out` is a list, in the single ones a layer."""
+    folder = flux2_klein(tmp_path / "model")
+    model = Flux2Transformer2DModel.from_pretrained(folder, subfolder="transformer")
+    refused(model, ["to_q", "to_out"], "; give to_out.0, and single_transformer_blocks.0.attn.to_out and the like")
+    line = refused(model, ["to_q", "to_out"], "transformer_blocks.0.attn.to_out cannot", expressions=True)
+    (expression,) = shlex.split(re.search("; give (.*) in place of all", line)[1])
+    outs = {name for name, _ in model.named_modules() if re.fullmatch(r"single.*\.to_out|.*\.to_out\.0", name)}
+    assert len(outs) > 2 and {name for name in adapted(model, expression) if "to_out" in name} == outs
+
+
+def test_what_trains_whole_is_no_target():
+    """PEFT passes over a head for classification that is named."""
+    refused(tiny_roberta(), ["query", "classifier"], "(RobertaClassificationHead)", "classifier.out_proj")
+    check_layers(tiny_roberta(), ["query", "classifier"], whole=["classifier"])
+    check_layers(tiny_llama(), ["q_proj", "embed_tokens"])
