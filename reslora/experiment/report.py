@@ -207,15 +207,15 @@ def arm_table(experiment: Experiment, about: About) -> str:
                 rate(arm["learning_rate"]),
                 str(arm["seed"]),
                 badge(arm["status"]) + reason,
+                number(min(finite(arm["select_by_step"].values()), default=math.nan)),
+                number(statistics.fmean(losses) if losses else math.nan),
                 str(arm["steps"]),
                 duration(arm["seconds"]),
                 f"{memory / 2**30:.2f} GiB" if memory else NOTHING,
-                number(min(finite(arm["select_by_step"].values()), default=math.nan)),
-                number(statistics.fmean(losses) if losses else math.nan),
                 *(number(figures.get(name)) for name in shown),
             ]
         )
-    names = ["Method", "Learning rate", "Seed", "Status", "Steps", "Time", "Memory", "Lowest select loss", "Test loss"]
+    names = ["Method", "Learning rate", "Seed", "Status", "Lowest select loss", "Test loss", "Steps", "Time", "Memory"]
     found = table("Arms", [*names, *(about.columns[name][0] for name in shown)], rows, marked)
     meanings = in_lines(f"{title}: {meaning}" for title, meaning in (about.columns[name] for name in shown))
     return found + ("<p>At the chosen rate: shaded.</p>" if marked else "") + meanings

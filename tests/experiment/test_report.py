@@ -62,7 +62,7 @@ def test_all_of_it_in_order(text, experiment):
     better = next(verdict for verdict in experiment["verdicts"] if verdict["conclusion"] == "better")
     for verdict in experiment["verdicts"]:
         assert verdict["sentence"] in words
-    assert "loha 8e-4 2 failed the loss is not finite at step 61 61 7 min 0 s 5.00 GiB 0.31000 — " in words
+    assert "loha 8e-4 2 failed the loss is not finite at step 61 0.31000 — 61 7 min 0 s 5.00 GiB " in words
     assert words.count("seed 0, step 200") == 4
     ours = [np.mean(arm["test"]["losses"]) for arm in experiment["arms"] if arm["label"] == "lora_x2" and arm["test"]]
     low, high = rerun(ours)
