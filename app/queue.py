@@ -25,7 +25,7 @@ from reslora.files import write_json
 
 from .folders import BUNDLED, UPLOADS
 from .launcher import Busy, Trainings
-from .library import Experiment
+from .library import REPORT, Experiment
 from .runs import LARGEST_JSON, Run, RunError
 from .uploads import keep
 
@@ -206,7 +206,7 @@ class Queue:
         if entry is None:
             raise RunError("There is nothing of that name in the queue.")
         if entry.state == RUNNING and not self.run_of(entry).folder.is_dir():
-            raise RunError(f"{name}: {GONE}. Stop it by its new name; removed, it ends before its next checkpoint.")
+            raise RunError(f"{name}: {GONE}. Put it back, and stop it then: else it ends before its next checkpoint.")
         return self.trainings.stop(name, KINDS[entry.kind], only=True)
 
     def clear(self) -> None:
@@ -248,8 +248,9 @@ class Queue:
             entry.state = RUNNING  # also where the application ended before it could be noted
         elif entry.state == RUNNING:
             entry.state = run.status
-            over = run.time_is_over if isinstance(run, Experiment) else ""
-            line = (over or self.trainings.last_line(run)) if run.folder.is_dir() else GONE
+            line = self.trainings.last_line(run) if run.folder.is_dir() else GONE
+            if isinstance(run, Experiment) and line.endswith(REPORT):  # what it prints where it ended as it should
+                line = run.time_is_over or line
             entry.line = "" if entry.state == "finished" else line
 
     def begin(self, entry: Entry, device: str | None) -> None:

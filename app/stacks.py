@@ -143,7 +143,7 @@ def read(file: Weights, names: Names, models: Mapping[str, nn.Module]) -> Parts:
     for part, layers in parts.items():
         if part not in models:
             raise RunError(f"{file.label}: it is for the {part} too, which cannot have a LoRA here.")
-        prefixes = (f"{part}.", *(("", PEFT_PREFIX) if part == names.family.denoiser else ()))
+        prefixes = [f"{part}."] + ["", PEFT_PREFIX] * (part == names.family.denoiser)
         said = next((content.configs[prefix] for prefix in prefixes if prefix in content.configs), {})
         refuse_misfits(f"{file.label}: {part}", models[part], in_names_of(models[part], layers), said)
     return parts

@@ -142,7 +142,7 @@ def refuse_others(label: str, tensors: Mapping[str, Tensor], wanted: Mapping[str
 
 
 def refuse_misfits(label: str, model: nn.Module, layers: Mapping[str, Factors], config: Mapping) -> None:
-    """Refuses a LoRA of layers that the model lacks, or of other shapes, or without one that its configuration names.
+    """Refuses a LoRA of layers that the model lacks, or in other shapes, or without one that its configuration names.
 
     `label` names the file and the part of the pipeline.
     """
@@ -155,11 +155,14 @@ def refuse_misfits(label: str, model: nn.Module, layers: Mapping[str, Factors], 
             raise RunError(f"{label}.{name} is {shape(found)} in it, and {shape(weight)} in this model.")
     if not config.get("target_modules"):
         return
-    said = LoraConfig(**{name: config[name] for name in WHERE if config.get(name) is not None})
-    for name, module in modules.items():
-        adapted = isinstance(module, (nn.Linear, nn.Conv2d)) and check_target_module_exists(said, name)
-        if adapted and name not in layers:
-            raise RunError(f"{label}.{name} is missing.")
+    able = [name for name, module in modules.items() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    try:
+        said = LoraConfig(**{name: config[name] for name in WHERE if config.get(name) is not None})
+        named = [name for name in able if check_target_module_exists(said, name)]
+    except Exception:  # whatever a damaged configuration can raise
+        raise RunError(f"{label}: the target_modules of its configuration are damaged.") from None
+    if absent := [name for name in named if name not in layers]:
+        raise RunError(f"{label}.{absent[0]} is missing.")
 
 
 def shape(of: Tensor | torch.Size) -> str:

@@ -13,7 +13,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if not str(error.name).startswith("reslora.diffusion"):
             raise
-        print("reslora-convert: error: reslora-core is without it; install reslora-sd in its place", file=sys.stderr)
+        problem = "reslora-core does not have the converter; install reslora-sd instead"
+        print(f"reslora-convert: error: {problem}", file=sys.stderr)
         return 2
     return main(argv)
 

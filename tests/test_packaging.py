@@ -110,7 +110,7 @@ def test_the_core_says_that_the_converter_is_not_in_it(monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "reslora.diffusion.conversion", raising=False)
     monkeypatch.setitem(sys.modules, "reslora.diffusion", None)
     assert importlib.import_module("reslora.convert").main(["--help"]) == 2
-    said = "reslora-convert: error: reslora-core is without it; install reslora-sd in its place\n"
+    said = "reslora-convert: error: reslora-core does not have the converter; install reslora-sd instead\n"
     assert capsys.readouterr().err == said
 
 

@@ -113,6 +113,9 @@ def test_one_whose_minutes_are_over_says_so_and_one_that_was_stopped_does_not(li
     queue, entry = Queue(Trainings(library)), Entry("which", "experiment", state="running")
     queue.look_after(entry)
     assert (entry.state, entry.line) == ("stopped", "the 0.6 minutes are over")
+    (found.folder / EXPERIMENT_LOG).write_text("train_sd.py: error: no such folder\n")  # of a second start
+    queue.look_after(entry := Entry("which", "experiment", state="running"))
+    assert entry.line == "train_sd.py: error: no such folder"
     config.write_text(json.dumps({"learning_rate": [1e-4, 2e-4], "experiment_minutes": "x"}))
     assert "Go on trains the rest" in experiments.summary(found, found.status)
 

@@ -147,7 +147,7 @@ def test_what_was_renamed_while_it_trains_is_said_to_be_gone(lined):
     lined.path.with_name("a").rename(lined.path.with_name("moved"))
     lined.advance()
     assert states(lined) == {"a": RUNNING} and queue.GONE in lists.queue(lined)
-    with pytest.raises(RunError, match=r"^a: its folder is gone: it was renamed or removed\. Stop it by its new name"):
+    with pytest.raises(RunError, match=r"^a: its folder is gone: it was renamed or removed\. Put it back, and stop"):
         lined.stop("a")
     let_end(lined, "a")
     assert [(entry.state, entry.line) for entry in lined.entries()] == [(FAILED, queue.GONE)]

@@ -81,14 +81,14 @@ def read_content(path: Path, flag: str, config: Path | None = None) -> Content:
         metadata = opened.metadata() or {}
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
         tensors = {name: value.half() if value.itemsize == 1 else value for name, value in tensors.items()}
-    if config is None and file.name == PEFT_FILE:
+    if config is None and file.name == PEFT_FILE and any(name.startswith(PEFT_PREFIX) for name in tensors):
         config = file.with_name(PEFT_CONFIG_FILE)
-    configs = {PEFT_PREFIX: said} if config and (said := read_object(config)) else {}
+    configs = {PEFT_PREFIX: found} if config and "peft_type" in (found := read_object(config)) else {}
     if "lora_adapter_metadata" in metadata:
         with refused_as(flag, "repair its lora_adapter_metadata"):
             configs |= _by_part(json.loads(metadata["lora_adapter_metadata"]))
     if config and not configs:
-        raise InvalidArgument(flag, f"no readable {PEFT_CONFIG_FILE}, which says its scale", "put that beside it")
+        raise InvalidArgument(flag, f"no readable {PEFT_CONFIG_FILE}, which says its scale", "give that with it")
     for said in configs.values():
         _refuse_others(flag, said)
     return Content(path, flag, tensors, {k: v for k, v in metadata.items() if not OF_THE_FORMAT.fullmatch(k)}, configs)
@@ -201,7 +201,8 @@ def pairs_of(content: Content) -> dict[str, Factors]:
         try:
             scale = alpha[name].item() / rank if name in alpha else _scale(name, rank, content.configs)
         except Exception:  # whatever a damaged configuration can raise
-            raise InvalidArgument(content.flag, "damaged", f"repair the scale of {name}") from None
+            fix = "repair its alpha, or lora_alpha and alpha_pattern of its configuration"
+            raise InvalidArgument(content.flag, f"the scale of {name} is damaged", fix) from None
         factors_are_finite = all(bool(torch.isfinite(factor).all()) for factor in (down[name], up[name]))
         if not (factors_are_finite and math.isfinite(scale)):
             raise InvalidArgument(content.flag, f"{name} is not finite", "give a LoRA that has not diverged")
@@ -301,13 +302,12 @@ def _through_diffusers(content: Content, names: Names) -> dict[str, Factors]:
     for key, value in content.tensors.items():
         ending = next(filter(None, (pattern.search(key) for pattern in (DOWN, UP, ALPHA, OLDEST))))
         layers.setdefault(key[: ending.start()], {})[key] = value
-    unread = [name for name in layers if name not in names.known]
+    whole: dict[str, torch.Tensor] = {}
     with contextlib.suppress(Exception):  # a converter that does not know the layers
         # One A for several layers is one tensor, which safetensors refuses to write twice.
         whole = {key: value.clone() for key, value in _converted(content.tensors, names).items()}
-        unread = [name for name, tensors in layers.items() if not _is_in(whole, tensors, names)]
-    if unread:
-        problem = f"{unread[0]} is no layer of {names.family.name} that diffusers reads"
+    if unread := [name for name, tensors in layers.items() if not _is_in(whole, tensors, names)]:
+        problem = f"{min(unread, key=names.known.__contains__)} is no layer of {names.family.name} that diffusers reads"
         raise InvalidArgument(content.flag, problem, _another(names))
     return pairs_of(Content(content.path, content.flag, whole, content.metadata, content.configs))
 

@@ -241,9 +241,27 @@ def test_other_adapters_of_peft_are_refused(field, words, tmp_path):
 
 def test_weights_of_peft_without_its_configuration_are_refused(tmp_path):
     write_peft(tmp_path / "peft", random_lora("stable_diffusion")["unet"])
-    (tmp_path / "peft" / "adapter_config.json").unlink()
-    with pytest.raises(InvalidArgument, match=r"no readable adapter_config\.json, which says its scale"):
-        read_content(tmp_path / "peft", "IN")
+    config = tmp_path / "peft" / "adapter_config.json"
+    config.write_text(json.dumps({"prompt": "cat"}))  # any other file
+    for _ in range(2):
+        with pytest.raises(InvalidArgument, match=r"no readable adapter_config\.json, which says its scale"):
+            read_content(tmp_path / "peft", "IN")
+        config.unlink(missing_ok=True)
+
+
+def test_a_file_of_another_tool_may_have_the_name_that_peft_gives(tmp_path):
+    parts = random_lora("stable_diffusion")
+    write_kohya(tmp_path / "adapter_model.safetensors", names("stable_diffusion").to_kohya(parts))
+    assert_same(read(tmp_path / "adapter_model.safetensors", names("stable_diffusion")), updates(parts))
+
+
+def test_what_diffusers_cannot_convert_is_refused_by_its_first_layer(tmp_path):
+    layer = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    save_file(
+        {f"{layer}_lora.{word}.weight": torch.ones(32, 32) for word in ("down", "up")}, tmp_path / "in.safetensors"
+    )
+    with pytest.raises(InvalidArgument, match=r"q_proj is no layer of \w+ that diffusers reads"):
+        read(tmp_path / "in.safetensors", names("stable_diffusion"))
 
 
 def test_numbers_that_are_not_finite_are_refused(tmp_path):
@@ -258,7 +276,7 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path):
     ("alpha", "words"),
     [
         (float("nan"), "is not finite; give a LoRA that has not diverged"),
-        ([1.0, 2.0], "repair the scale of lora_unet_"),
+        ([1.0, 2.0], r": the scale of lora_unet_\w+ is damaged; repair its alpha"),
     ],
 )
 def test_a_scale_that_is_no_finite_number_is_refused(alpha, words, tmp_path):
@@ -280,5 +298,5 @@ def test_a_configuration_whose_scale_is_no_number_is_refused(said, tmp_path):
     packed = json.dumps({f"unet.{name}": value for name, value in said.items()})
     save_file(load_file(tmp_path / "in.safetensors"), tmp_path / "in.safetensors", {"lora_adapter_metadata": packed})
     for path in (tmp_path / "peft", tmp_path / "in.safetensors"):
-        with pytest.raises(InvalidArgument, match=r"repair the scale of .*conv_in"):
+        with pytest.raises(InvalidArgument, match=r"the scale of .*conv_in is damaged; repair its alpha"):
             read(path, names("stable_diffusion"))
