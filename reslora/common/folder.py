@@ -25,52 +25,57 @@ _HELD: dict[Path, os.stat_result] = {}
 def locked(folder: Path) -> Iterator[None]:
     """Keeps a second run out of the folder; raises `InvalidArgument` naming the process that is in it."""
     made = not folder.exists()
-    guard = guard_of(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        guard.acquire(timeout=0)
-        if is_running(_owner(folder)[1]):  # with another temporary folder, as batch systems give each job its own
-            guard.release()
-            raise _busy(folder)
-        (folder / OWNER).write_text(f"{os.getpid()}\n{this_process()}")
-    except Timeout:
-        raise _busy(folder) from None
-    except OSError as error:
-        problem = f"cannot be written ({error.strerror})"
-        raise InvalidArgument(f"--output_dir {folder}", problem, "choose another folder") from None
-    _HELD[folder] = folder.stat()
-    try:
-        _clear_leftovers(folder)
-        yield
-    finally:
-        if _is_mine(folder):
-            (folder / FILE).unlink(missing_ok=True)
-            (folder / OWNER).unlink(missing_ok=True)
-        del _HELD[folder]
-        guard.release()
-        if made:
-            with contextlib.suppress(OSError):
-                folder.rmdir()  # a run that was refused before it wrote anything leaves nothing
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(guard_of(folder).acquire(timeout=0))
+            if is_running(_owner(folder)[1]):  # with another temporary folder, as batch systems give each job its own
+                raise _busy(folder)
+            folder.mkdir(parents=True, exist_ok=True)  # and not before: a removed one would be there again
+            if os.name == "posix":
+                stack.callback(os.close, os.open(folder, os.O_RDONLY))  # while open, its number is given to no other
+            (folder / OWNER).write_text(f"{os.getpid()}\n{this_process()}")
+            _HELD[folder] = folder.stat()
+        except Timeout:
+            raise _busy(folder) from None
+        except OSError as error:
+            problem = f"cannot be written ({error.strerror})"
+            raise InvalidArgument(f"--output_dir {folder}", problem, "choose another folder") from None
+        stack.callback(_HELD.pop, folder)
+        try:
+            _clear_leftovers(folder)
+            yield
+        finally:
+            if not _lost(folder):
+                (folder / FILE).unlink(missing_ok=True)
+                (folder / OWNER).unlink(missing_ok=True)
+                if made:
+                    with contextlib.suppress(OSError):
+                        folder.rmdir()  # a run that was refused before it wrote anything leaves nothing
 
 
 def check_held() -> None:
-    """Raises `RunFailed` where a folder that this process has locked was moved or removed, before it is made anew."""
+    """Raises `RunFailed` where a folder that this process has locked is gone, before it is made anew, or another's."""
     for folder in _HELD:
-        if not _is_mine(folder):
-            problem = f"--output_dir {folder} was moved or removed while it trained, and nothing more is saved"
-            raise RunFailed(f"{problem}; where it is now, go on with --resume_from_checkpoint latest")
+        if problem := _lost(folder):
+            raise RunFailed(f"--output_dir {folder} {problem}")
 
 
-def _is_mine(folder: Path) -> bool:
-    """Whether it is the folder that was locked: by what is in it or, where that alone was deleted, as the disk says."""
+def _lost(folder: Path) -> str:
+    """Why a folder that was locked is this run's no more, by its lock or, without one, as the disk says; else empty."""
+    number, process = _owner(folder)
+    if process == this_process():
+        return ""
     try:
-        if (folder / OWNER).exists():
-            return (folder / OWNER).read_text().endswith(this_process())
-        return os.path.samestat(folder.stat(), _HELD[folder])
+        same = os.path.samestat(folder.stat(), _HELD[folder])
     except (FileNotFoundError, NotADirectoryError):
-        return False
+        same = False
     except OSError:  # what a disk cannot tell just now ends no run
-        return True
+        return ""
+    if not same:
+        fix = "if it is elsewhere, go on with --output_dir PLACE --resume_from_checkpoint latest"
+        return f"was moved or removed while it trained, and nothing more is saved; {fix}"
+    # A process of another machine, or container, is not seen from here, nor this one from there.
+    return f"is another run's by now (process {number}), and nothing more is saved; choose another" if process else ""
 
 
 def guard_of(folder: Path) -> FileLock:

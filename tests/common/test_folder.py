@@ -77,9 +77,39 @@ def test_a_folder_that_is_not_there_any_more_ends_the_run(tmp_path, then):
         with pytest.raises(RunFailed, match=f"^--output_dir {folder} was moved or removed while it trained, "):
             check_held()
     check_held()
-    assert (folder / ".lock").exists() == (then == "another's") == folder.exists()
+    assert (folder / ".lock").exists() == (then == "another's")
+    assert folder.exists() == (then in ("made anew", "another's"))  # and nobody else's is removed
     if then == "moved":
         take(tmp_path / "moved")  # it goes on there
+
+
+def test_a_folder_that_is_removed_and_made_anew_at_once_is_another(tmp_path):
+    """Though many file systems would give it the number of the one that is gone."""
+    folder = tmp_path / "out"
+    with locked(folder):
+        shutil.rmtree(folder)
+        with pytest.raises(InvalidArgument, match="is training in it"):
+            take(folder)
+        assert not folder.exists()  # nor does who is refused make it
+        folder.mkdir()
+        with pytest.raises(RunFailed, match=r"was moved .* with --output_dir PLACE --resume_from_checkpoint latest$"):
+            check_held()
+
+
+def test_a_folder_that_another_machine_has_taken_is_not_called_moved(tmp_path):
+    lock = tmp_path / ".lock"
+    with locked(tmp_path):
+        lock.write_text("7\nffffffff-7-1")
+        with pytest.raises(RunFailed, match=rf"^--output_dir {tmp_path} is another run's by now \(process 7\)"):
+            check_held()
+    assert lock.read_text() == "7\nffffffff-7-1"
+
+
+def test_a_lock_that_is_no_text_says_nothing(tmp_path):
+    with locked(tmp_path / "out"):
+        (tmp_path / "out" / ".lock").write_bytes(b"\xff\xfe")
+        check_held()
+    assert not (tmp_path / "out").exists()
 
 
 def test_who_deletes_the_lock_alone_ends_no_run(tmp_path):
