@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..common.errors import InvalidArgument, refused_as
 from ..common.flags import Flags
+from ..common.folder import check_held
 from ..common.log import of_split, read_log
 from ..common.methods import METHODS
 from ..files import read_object, write_json
@@ -105,6 +106,7 @@ class Course:
 
     def end(self, arm: Arm, reason: str, memory: int | None, seconds: float) -> None:
         """Notes that an arm has ended: well, or for a reason; after `seconds` of this start."""
+        check_held()
         known = {"status": "failed" if reason else "finished", "reason": reason, "memory_bytes": memory}
         write_json(self.folder_of(arm) / ENDED, known | {"wall_seconds": round(seconds, 3)})
 

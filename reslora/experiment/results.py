@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from ..common.folder import check_held
 from ..common.methods import METHODS
 from ..files import read_object, this_process, write_json
 from . import record
@@ -54,6 +55,7 @@ class Results:
 
     def write(self) -> None:
         """`experiment.json` as things stand, and the report of it."""
+        check_held()
         content: record.Experiment = {
             "format": record.FORMAT,
             "settings": read_object(self.course.folder / "config.json"),

@@ -279,6 +279,7 @@ class Bench:
             trainer.train(resume_from_checkpoint="latest" if decided(lambda: bool(checkpoints_of(folder))) else None)
             if decided(lambda: trainer.state.global_step not in self.course.select_losses(arm)):
                 trainer.evaluate()
+            decided(check_held)
             method = dataclasses.replace(arguments.method, merge_and_save=False)  # but of the best arm
             export(trainer.model, folder, method, self.study.calibration(arguments))
         except Diverged as error:
@@ -313,6 +314,7 @@ class Bench:
             model, arguments = self.restored(arm, step), self.arguments_of(arm)
             losses, figures = self.study.measured(arguments, model, lambda: self.stop.check(COMPARING))
             numbers = [max(loss, LEAST_LOSS) if math.isfinite(loss) else None for loss in losses]
+            check_held()
             write_json(path, {"step": step, "images": self.parts.marks, "losses": numbers, "figures": figures})
         record = read_object(path)
         return {name: record[name] for name in ("images", "losses", "figures")}  # type: ignore[return-value]
@@ -320,6 +322,7 @@ class Bench:
     def export(self, arm: Arm, step: int) -> str | None:
         """Writes `peft/` of an arm's checkpoint, and with --merge_and_save `merged/`; else an earlier one goes."""
         model, method = self.restored(arm, step), self.arguments_of(arm).method
+        check_held()
         if not method.merge_and_save:
             remove(self.course.folder / "merged")
         export(model, self.course.folder, method, tokenizer=self.study.tokenizer)

@@ -25,7 +25,7 @@ from transformers.trainer_utils import PredictionOutput
 from transformers.utils import logging
 
 from ..common.errors import InvalidArgument
-from ..common.folder import locked
+from ..common.folder import check_held, locked
 from ..common.signals import NOT_BEGUN, StopRequest
 from ..common.together import decided
 from ..files import replacing, write_json
@@ -237,6 +237,7 @@ def write_predictions(arguments: Arguments, trainer: AdapterTrainer, sets: dict)
         lines = ["index\tprediction"]
         lines += [f"{i}\t{task.labels[p] if task.labels else f'{p:.3f}'}" for i, p in enumerate(predictions)]
         files.append(f"predict_results_{arguments.data.task_name}{name.removeprefix('test')}.txt")
+        decided(check_held)
         if trainer.is_world_process_zero():
             with replacing(Path(arguments.training.output_dir) / files[-1]) as temporary:
                 temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -275,6 +276,7 @@ def finish(arguments: Arguments, trainer: AdapterTrainer, tokenizer, sets: dict)
     model = trainer.model
     batches = calibration_batches(arguments, sets["train"], trainer.args.device)
     table = merge_table(model, lambda: evaluate(trainer, task, sets), batches)
+    decided(check_held)
     report = export(model, output, method, batches, tokenizer)
     files = write_predictions(arguments, trainer, sets)
     facts = {

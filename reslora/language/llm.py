@@ -22,7 +22,7 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..common.errors import InvalidArgument, refused_as
-from ..common.folder import locked
+from ..common.folder import check_held, locked
 from ..common.seeds import derive
 from ..common.signals import NOT_BEGUN, StopRequest
 from ..common.together import decided
@@ -250,6 +250,7 @@ def finish(trainer: LlmTrainer, rows: list, task: TaskArguments, method: MethodA
     output, size = Path(trainer.args.output_dir), trainer.args.per_device_eval_batch_size
     calibration = calibration_batches(rows, method.calibration_examples, size)
     table = merge_table(trainer.model, lambda: trainer.figures("test"), calibration)
+    decided(check_held)
     report = export(trainer.model, output, method, calibration, trainer.encoder.tokenizer)
     facts = {
         "task": task.task,

@@ -19,7 +19,9 @@ from transformers import PreTrainedModel
 from ..chains import base_model, chains, lora_layers
 from ..common.controls import merged
 from ..common.errors import Diverged, RunFailed, first_line
+from ..common.folder import check_held
 from ..common.methods import METHODS
+from ..common.together import decided
 from ..export import export_peft, merged_state_dict
 from ..files import replacing, write_json
 from ..merges import AUTO, MERGES
@@ -223,6 +225,7 @@ def write_results(
         "merge": report.method if report is not None else None,
         "table": table,
     }
+    decided(check_held)  # predictions may have taken hours
     if trainer.args.should_save:
         write_json(Path(trainer.args.output_dir) / "results.json", content)
     return content

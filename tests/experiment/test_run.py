@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from app.library import Experiment
-from reslora.common.errors import Diverged, Stopped
+from reslora.common.errors import Diverged, RunFailed, Stopped
+from reslora.common.folder import locked
 from reslora.diffusion.experiment.pages import IMAGES
 from reslora.diffusion.settings import parse_args
 from reslora.experiment import run
@@ -102,6 +103,20 @@ def go(
         run.train_and_conclude(course, Untrained(course, diverging=diverging))
     report = (folder / "report.html").read_text(encoding="utf-8")
     return json.loads((folder / "experiment.json").read_text()), re.search("<h1>(.*?)</h1>", report)[1]
+
+
+@pytest.mark.parametrize("ends", [Diverged, Stopped])
+def test_an_experiment_whose_folder_is_moved_does_not_make_it_anew(tmp_path, monkeypatch, ends):
+    folder = tmp_path / "out"
+
+    def moved(self, arm: Arm) -> None:
+        folder.rename(tmp_path / "moved")
+        raise ends("ended")
+
+    monkeypatch.setattr(Untrained, "train", moved)
+    with locked(folder), pytest.raises(RunFailed, match=f"^--output_dir {folder} was moved"):
+        go(folder)
+    assert not folder.exists() and (tmp_path / "moved" / "experiment.json").is_file()
 
 
 def read_of(record: dict) -> list[tuple]:

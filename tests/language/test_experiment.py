@@ -26,6 +26,7 @@ from reslora.language.experiment import flags_of, values_of
 from reslora.language.llm_tasks import TASKS, examples_of
 from reslora.language.llm_trainer import Encoder
 from reslora.language.parts import Parts
+from reslora.language.trainer import AdapterTrainer
 
 from .helpers import SCRIPT, write_rows
 from .test_glue import make_rows, write_model
@@ -194,6 +195,27 @@ def test_an_arm_whose_adapters_are_gone_is_named_and_trained_anew_once_it_is_rem
     assert (output / "peft").is_dir() and not (output / "merged").exists()  # which may be of another choice
     assert weights(folder / "adapters" / "step-000002") == weights(whole[0] / found["folder"] / "adapters/step-000002")
     assert [arm["test"] for arm in record(output)["arms"]] == [arm["test"] for arm in record(whole[0])["arms"]]
+
+
+@pytest.mark.parametrize("moment", ["train", "measured", "restored"])
+def test_an_experiment_whose_folder_is_moved_writes_nothing_more(common, whole, tmp_path, monkeypatch, capsys, moment):
+    """After the training of an arm, in its test, or before the adapter of the best."""
+    output = shutil.copytree(whole[0], tmp_path / "out", copy_function=shutil.copy2)
+    found = next(arm for arm in record(output)["arms"] if arm["test"])
+    (output / found["folder"] / ("arm.json" if moment == "train" else "test.json")).unlink()
+    owner = {"train": AdapterTrainer, "measured": llm.LlmStudy, "restored": experiment.Bench}[moment]
+    original = getattr(owner, moment)
+
+    def moves(self, *given, **more):
+        value = original(self, *given, **more)
+        if moment != "restored" or self.is_tested(*given):
+            output.rename(tmp_path / "moved")
+        return value
+
+    monkeypatch.setattr(owner, moment, moves)
+    assert run(*common, *EXPERIMENT, "--seed", "42", "7", "--output_dir", output) == 1
+    assert f"--output_dir {output} was moved or removed" in capsys.readouterr().err
+    assert not output.exists()
 
 
 def test_an_arm_that_was_killed_in_its_first_checkpoint_begins_afresh(common, tmp_path, monkeypatch):

@@ -345,6 +345,20 @@ def test_two_runs_do_not_share_a_folder(tiny, data, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_folder_that_is_moved_while_merges_are_measured_is_not_made_anew(tiny, data, tmp_path, capsys, monkeypatch):
+    """With --save_strategy no nothing was written before."""
+    output, measure = tmp_path / "run", llm.merge_table
+
+    def moved(*given):
+        output.rename(tmp_path / "moved")
+        return measure(*given)
+
+    monkeypatch.setattr(llm, "merge_table", moved)
+    assert run(flags(tiny, data, output, "--save_strategy", "no")) == 1
+    assert f"--output_dir {output} was moved or removed" in capsys.readouterr().err
+    assert not output.exists() and not (tmp_path / "moved" / "peft").exists()
+
+
 def test_a_line_that_is_not_json_is_named(tiny, tmp_path, capsys):
     data = write_rows(tmp_path / "data", train=[row(0)], test=[row(0)])
     with (data / "train.jsonl").open("a") as file:

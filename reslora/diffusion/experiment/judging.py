@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ... import export
+from ...common.folder import check_held
 from ...common.methods import METHODS
 from ...experiment.course import adapter_folder, reading_adapter
 from ...experiment.record import TestLosses
@@ -52,6 +53,7 @@ def tested(step: int, images: Sequence[Image], setting: Setting) -> TestLosses:
             found = similarities(parts, loss, images, setting) if setting.context.flags.metric_model else {}
         by_timestep = numbers(losses.mean(0))
         measured = {"losses": numbers(losses.mean(1)), "by_timestep": by_timestep, "similarities": found}
+        check_held()
         write_json(path, {"step": step, "images": marks} | measured)
     record = read_object(path)
     return {
@@ -114,5 +116,6 @@ def export_chosen(step: int, setting: Setting) -> Path | None:
     schedule = dataclasses.replace(setting.schedule, steps=step)
     with chosen_parts(step, setting) as (parts, _):
         metadata = kohya_metadata(next(iter(parts.values())).config, setting.material, schedule, context)
+        check_held()
         export.export_diffusers(parts, context.folder, metadata=metadata)
     return path

@@ -14,6 +14,7 @@ from launching import launch
 
 from diffusion.runs import leave_behind
 from reslora.common.errors import RunFailed
+from reslora.common.folder import locked
 from reslora.diffusion.data import store
 from reslora.diffusion.data.store import Encoded, fill, share
 
@@ -115,6 +116,20 @@ def test_what_is_interrupted_leaves_the_files_before_it(tmp_path, accelerator):
     made = []
     assert values(filled(tmp_path, range(6), accelerator, part=2, made=made)) == list(range(6))
     assert made == [2, 3, 4, 5]
+
+
+def test_a_runs_folder_that_is_moved_between_two_files_is_not_made_anew(tmp_path):
+    folder = tmp_path / "out"
+
+    def fills() -> None:
+        encoded = Encoded(folder / "cache", "kind", range(2))
+        encoded.write([0], [[numbered(0)]])
+        folder.rename(tmp_path / "moved")
+        encoded.write([1], [[numbered(1)]])
+
+    with locked(folder), pytest.raises(RunFailed, match=f"^--output_dir {folder} was moved"):
+        fills()
+    assert not folder.exists() and len(list((tmp_path / "moved" / "cache").iterdir())) == 1
 
 
 def test_files_that_cannot_be_found_once_they_are_written_end_the_run_in_one_line(tmp_path, accelerator, monkeypatch):

@@ -28,7 +28,7 @@ from reslora.diffusion.data.encoding import Texts
 from reslora.diffusion.data.samples import Material, losses_of
 from reslora.diffusion.data.size import Size
 from reslora.diffusion.data.sources import Source
-from reslora.diffusion.experiment import run
+from reslora.diffusion.experiment import judging, run
 from reslora.diffusion.experiment.judging import export_chosen
 from reslora.diffusion.experiment.split import content_of, parts_of
 from reslora.diffusion.run import Setting
@@ -202,6 +202,25 @@ def test_an_arm_whose_adapter_is_damaged_is_named_and_trained_anew_once_it_is_re
     )
     assert_same(load_file(anew), load_file(before))
     assert [a["test"] for a in experiment(output)["arms"]] == [a["test"] for a in experiment(whole[0])["arms"]]
+
+
+@pytest.mark.parametrize("moment", ["test", "export"])
+def test_an_experiment_whose_folder_is_moved_while_it_compares_does_not_make_it_anew(
+    flags, whole, tmp_path, monkeypatch, capsys, moment
+):
+    output = shutil.copytree(whole[0], tmp_path / "out", copy_function=shutil.copy2)
+    if moment == "test":
+        (arm(output, "reslora", seed=1) / "test.json").unlink()
+
+    def moved(*given):
+        output.rename(tmp_path / "moved")
+        return plain(*given)
+
+    plain = judging.as_plain_lora
+    monkeypatch.setattr(judging, "as_plain_lora", moved)
+    assert main(*flags, *WHOLE, "--output_dir", output) == 1
+    assert f"--output_dir {output} was moved or removed" in capsys.readouterr().err
+    assert not output.exists()
 
 
 # -- arms are plain runs -----------------------------------------------------------------------------------------------
