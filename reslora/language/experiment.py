@@ -279,7 +279,6 @@ class Bench:
             trainer.train(resume_from_checkpoint="latest" if decided(lambda: bool(checkpoints_of(folder))) else None)
             if decided(lambda: trainer.state.global_step not in self.course.select_losses(arm)):
                 trainer.evaluate()
-            decided(check_held)
             method = dataclasses.replace(arguments.method, merge_and_save=False)  # but of the best arm
             export(trainer.model, folder, method, self.study.calibration(arguments))
         except Diverged as error:

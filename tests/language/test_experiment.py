@@ -26,7 +26,6 @@ from reslora.language.experiment import flags_of, values_of
 from reslora.language.llm_tasks import TASKS, examples_of
 from reslora.language.llm_trainer import Encoder
 from reslora.language.parts import Parts
-from reslora.language.trainer import AdapterTrainer
 
 from .helpers import SCRIPT, write_rows
 from .test_glue import make_rows, write_model
@@ -197,13 +196,13 @@ def test_an_arm_whose_adapters_are_gone_is_named_and_trained_anew_once_it_is_rem
     assert [arm["test"] for arm in record(output)["arms"]] == [arm["test"] for arm in record(whole[0])["arms"]]
 
 
-@pytest.mark.parametrize("moment", ["train", "measured", "restored"])
+@pytest.mark.parametrize("moment", ["measured", "restored"])
 def test_an_experiment_whose_folder_is_moved_writes_nothing_more(common, whole, tmp_path, monkeypatch, capsys, moment):
-    """After the training of an arm, in its test, or before the adapter of the best."""
+    """In the test of an arm, or before the adapter of the best is exported."""
     output = shutil.copytree(whole[0], tmp_path / "out", copy_function=shutil.copy2)
     found = next(arm for arm in record(output)["arms"] if arm["test"])
-    (output / found["folder"] / ("arm.json" if moment == "train" else "test.json")).unlink()
-    owner = {"train": AdapterTrainer, "measured": llm.LlmStudy, "restored": experiment.Bench}[moment]
+    (output / found["folder"] / "test.json").unlink()
+    owner = llm.LlmStudy if moment == "measured" else experiment.Bench
     original = getattr(owner, moment)
 
     def moves(self, *given, **more):
