@@ -108,7 +108,8 @@ def test_one_whose_minutes_are_over_says_so_and_one_that_was_stopped_does_not(li
     assert "ended · Go on trains the rest" in experiments.summary(found, found.status)
     del content["as_of"]
     write_experiment(found.folder, content | {"notes": [note]})
-    assert "no more arms fit into 0.6 minutes · Go on trains for as long again" in experiments.summary(found, found.status)
+    said = experiments.summary(found, found.status)
+    assert "no more arms fit into 0.6 minutes · Go on trains for as long again" in said
     (found.folder / EXPERIMENT_LOG).write_text(f"{note}\n{found.folder}/report.html\n")
     queue, entry = Queue(Trainings(library)), Entry("which", "experiment", state="running")
     queue.look_after(entry)
