@@ -11,7 +11,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
-from .adapters import targeted
+from .adapters import LAYERS, targeted
 from .errors import InvalidArgument
 
 MOST_NAMED = 8  # layers of a module, where it is told what to give in its place
@@ -55,8 +55,8 @@ def _fitted(model: nn.Module, targets: Sequence[str] | str, whole: Sequence[str]
 
 
 def _is_layer(module: nn.Module) -> bool:
-    """Whether it has a matrix of its own, as quantised layers of any kind have, and is not made of others."""
-    if isinstance(module, nn.MultiheadAttention):  # PEFT adapts it as one
+    """Whether PEFT adapts it; of other types are quantised layers: a matrix of its own, and not made of others."""
+    if isinstance(module, (*LAYERS, nn.MultiheadAttention)):
         return True
     own = chain(module.parameters(recurse=False), module.buffers(recurse=False))
     return next(module.children(), None) is None and any(tensor.ndim > 1 for tensor in own)

@@ -69,6 +69,12 @@ def test_a_name_of_a_layer_here_and_of_a_list_there_is_refused_by_an_expression(
     assert len(outs) > 2 and {name for name in adapted(model, expression) if "to_out" in name} == outs
 
 
+def test_a_linear_layer_that_holds_modules_is_a_layer():
+    """As one with a norm of its weight or, in transformers, of its input."""
+    model = nn.ModuleDict({"q": nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))})
+    assert next(model["q"].children(), None) is not None and adapted(model, ["q"]) == {"q"}
+
+
 def test_what_trains_whole_is_no_target():
     """PEFT passes over a head for classification that is named."""
     refused(tiny_roberta(), ["query", "classifier"], "(RobertaClassificationHead)", "classifier.out_proj")
