@@ -10,6 +10,8 @@ import pytest
 from pipelines import random_image, same_image
 
 from diffusion.runs import only, printed, refused
+from reslora.diffusion.data.dataset import load_images
+from reslora.diffusion.settings import parse_args
 
 from .test_dataset import gather
 
@@ -41,6 +43,17 @@ def test_a_webdataset_is_read(brief_flags, tmp_path):
     lines = printed(*brief_flags, "--train_data_dir", folder, *flags, "--output_dir", tmp_path / "out")
     assert "1 of 3 files" in only(lines, "training split")
     assert "png" in only(lines, "images are") and "txt" in only(lines, "images are")
+
+
+def test_a_table_of_something_else_does_not_hide_what_a_readme_names(tmp_path):
+    """Where --dataset_name is given, the folder says itself how it is read."""
+    folder = tmp_path / "p"
+    webdataset(folder / "data" / "0.tar", {"0.png": png(0), "0.txt": b"red disc"})
+    (folder / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: data/*.tar\n---\n")
+    (folder / "metadata.csv").write_text("id,license\n0,MIT\n")
+    named = ["--dataset_name", str(folder), "--image_column", "png", "--caption_column", "txt"]
+    found = load_images(parse_args([*named, "--cache_dir", str(tmp_path / "cache")]))
+    assert found.captions == [["red disc"]] and same_image(found.open(0), random_image(0))
 
 
 @pytest.mark.parametrize("flag", ["--train_data_dir", "--dataset_name"])
