@@ -100,12 +100,13 @@ def test_captions_in_a_webdataset_are_those_beside_images(tmp_path):
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
-def test_a_text_in_another_encoding_in_a_webdataset_is_named(tmp_path, capsys, encoding):
+@pytest.mark.parametrize("suffix", ["txt", "TXT", "text", "transcript"])
+def test_a_text_in_another_encoding_in_a_webdataset_is_named(tmp_path, capsys, encoding, suffix):
     """`datasets` decodes it before anybody can ask."""
-    members = {"0.png": png(0), "0.txt": b"box", "1.png": png(1), "1.txt": "café".encode(encoding)}
+    members = {"0.png": png(0), f"0.{suffix}": b"box", "1.png": png(1), f"1.{suffix}": "café".encode(encoding)}
     folder = webdataset(tmp_path / "p" / "0.tar", members)
     line = refused(capsys, "--train_data_dir", folder, "--cache_dir", tmp_path / "cache", quiet=False)
-    assert line.endswith("0.tar holds 1.txt, which is not UTF-8; save its .txt files as UTF-8")
+    assert line.endswith(f"0.tar holds 1.{suffix}, which is not UTF-8; save its captions as UTF-8")
 
 
 def test_captions_in_a_webdatasets_json_are_refused_with_what_helps(tmp_path, capsys):
