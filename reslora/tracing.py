@@ -126,7 +126,7 @@ def meta_copy(base: nn.Module, adapters: bool = True) -> nn.Module:
             module.gradient_checkpointing = False
         # Without numbers a norm is a copy and a bias adds nothing, but PyTorch takes both apart into many small steps.
         if type(module) in (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm):
-            vars(module)["forward"] = torch.clone
+            module.__dict__["forward"] = torch.clone
         elif type(module) is nn.Linear and not adapters:
             module.__dict__["forward"] = partial(nn.functional.linear, weight=module.weight)
     return twin

@@ -240,7 +240,7 @@ def add_method_flags(add: Callable) -> None:
     add("--merge", choices=MERGES, default=AUTO,
         help="ResLoRA: how the shortcuts become plain LoRA weights")
     add("--merge_calibration_samples", type=whole(0), default=64,
-        help="images that ResLoRA's merge reads (0: `input` takes norms of the training), and controls are set by")
+        help="images that ResLoRA's merge reads and controls are measured on (0: `input` takes norms of the training)")
 
 
 def add_data_flags(add: Callable) -> None:

@@ -141,7 +141,7 @@ class Results:
         if ended == total:
             return []
         line = f"{record.UNFINISHED}{total - ended} of {total} arms are still to be trained"
-        return [f"{line}, and --experiment_minutes {minutes:g} are over; the same command goes on for as long again"]
+        return [f"{line}, none within --experiment_minutes {minutes:g}; the same command goes on for as long again"]
 
     def failed(self) -> list[str]:
         """The arms that have diverged, each with its reason."""

@@ -65,7 +65,7 @@ def small(flags, tmp_path_factory) -> Path:
     """Plain LoRA at two rates; the time was up after the first, and the same command went on."""
     output = tmp_path_factory.mktemp("small") / "out"
     lines = printed(*flags, *SMALL, "--output_dir", output, "--experiment_minutes", "0.0001")
-    line = "not finished: 1 of 2 arms are still to be trained, and --experiment_minutes 0.0001 are over"
+    line = "not finished: 1 of 2 arms are still to be trained, none within --experiment_minutes 0.0001"
     only(lines, f"{line}; the same command goes on for as long again")
     assert [a["status"] for a in experiment(output)["arms"]] == ["waiting", "finished"]
     lines = printed(*flags, *SMALL, "--output_dir", output)  # without a limit this time
