@@ -226,7 +226,7 @@ class Table:
         start = 0
         if self.is_csv:
             reader = csv.reader(lines, strict=True)
-            self.columns = next(reader)
+            self.columns = next(filter(None, reader))  # lines before them may be empty
             start = reader.line_num
         self.head = "".join(lines[:start])
         for end, row in ROWS[self.path.suffix](text, self.path.name):

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ADAPTER_NAME",
+    "LAYERS",
     "RankAllocator",
     "as_plain_lora",
     "attach",
@@ -68,6 +69,7 @@ __all__ = [
 ]
 
 ADAPTER_NAME = "adapter.safetensors"
+LAYERS = (nn.Linear, Conv1D, _ConvNd, nn.Embedding)  # what PEFT adapts; quantised layers may be of other types
 _DEFAULT = "default"  # the name of the adapter, as PEFT calls the first one
 _AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 _RANKS = "ranks"
@@ -156,11 +158,10 @@ def targeted(model: nn.Module, config: PeftConfig) -> Iterator[tuple[str, nn.Mod
     for name, module in model.named_modules():
         if any(part in f".{name}." for part in whole):
             continue
-        linear = isinstance(module, (nn.Linear, Conv1D))
-        if linear or isinstance(module, (_ConvNd, nn.Embedding)):
-            every = config.target_modules == "all-linear"
-            if linear if every else check_target_module_exists(config, name):
-                yield name, module
+        every = config.target_modules == "all-linear"
+        kinds = (nn.Linear, Conv1D) if every else LAYERS
+        if isinstance(module, kinds) and (every or check_target_module_exists(config, name)):
+            yield name, module
 
 
 def _refuse_convolutions(model: nn.Module, config: PeftConfig) -> None:

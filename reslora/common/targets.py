@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
-from .adapters import targeted
+from .adapters import LAYERS
 from .errors import InvalidArgument
 
 MOST_NAMED = 8  # layers of a module, where it is told what to give in its place
@@ -37,13 +37,14 @@ def check_layers(
         such = f", such as {layers[0]}" if layers else ""
         raise InvalidArgument(f"--target_modules {targets}", problem, f"let it fit layers alone{such}")
     target = next(target for target in targets if _ends(wrong, target))
-    inside, alone = _layers_inside(fitted, target), [name for name in layers if _ends(name, target)]
-    more = " or the like" if len(inside) > MOST_NAMED else ""
-    fix = f"give {' '.join(inside[:MOST_NAMED])}{more}" if inside else "leave it out"
-    if alone:
-        problem += f", and {alone[0]} can"
-        by_name = f"{fix}, and {alone[0]} and the like by their whole names"
-        fix = f"give {shlex.quote(_expression(fitted, targets))} in place of all" if expressions else by_name
+    inside = list(dict.fromkeys(f"{target}{rest}" for _, rest in _parts(fitted, target) if rest))
+    names = " ".join(inside[:MOST_NAMED]) + (" or the like" if len(inside) > MOST_NAMED else "")
+    fix = f"give {names}" if names else "leave it out"
+    if alone := next((name for name in layers if _ends(name, target)), None):
+        problem += f", and {alone} can"
+        by_name = ", and ".join(filter(None, [names, f"{alone} and the like by their whole names"]))
+        in_one = f"{shlex.quote(_expression(fitted, targets))} in place of all"
+        fix = f"give {in_one if expressions else by_name}"
     raise InvalidArgument(f"--target_modules {target}", problem, fix)
 
 
@@ -55,8 +56,8 @@ def _fitted(model: nn.Module, targets: Sequence[str] | str, whole: Sequence[str]
 
 
 def _is_layer(module: nn.Module) -> bool:
-    """Whether it has a matrix of its own, as quantised layers of any kind have, and is not made of others."""
-    if isinstance(module, nn.MultiheadAttention):  # PEFT adapts it as one
+    """Whether PEFT adapts it; of other types are quantised layers: a matrix of its own, and not made of others."""
+    if isinstance(module, (*LAYERS, nn.MultiheadAttention)):
         return True
     own = chain(module.parameters(recurse=False), module.buffers(recurse=False))
     return next(module.children(), None) is None and any(tensor.ndim > 1 for tensor in own)
@@ -66,19 +67,22 @@ def _ends(name: str, target: str) -> bool:
     return f".{name}".endswith(f".{target}")
 
 
-def _layers_inside(fitted: dict[str, nn.Module], target: str) -> list[str]:
-    """Ends of the names of the layers that are inside of what the target fits."""
-    every = LoraConfig(target_modules=".*")
-    modules = [module for name, module in fitted.items() if _ends(name, target) and not _is_layer(module)]
-    return list(dict.fromkeys(f"{target}.{name}" for module in modules for name, _ in targeted(module, every)))
+def _parts(fitted: dict[str, nn.Module], target: str) -> Iterator[tuple[str, str]]:
+    """What is before and after the target in the name of each layer that it fits, or that is inside of what it fits."""
+    for name, module in fitted.items():
+        if _ends(name, target):
+            inside = [f".{rest}" for rest, part in module.named_modules() if isinstance(part, LAYERS)]
+            yield from ((name.removesuffix(target), rest) for rest in ([""] if _is_layer(module) else inside))
 
 
 def _expression(fitted: dict[str, nn.Module], targets: Sequence[str]) -> str:
-    """Fits the layers that the targets fit, and those inside of what else they fit."""
+    """Fits what the targets fit of layers, and the layers inside of what else they fit, in blocks of any number."""
     parts = []
     for target in targets:
-        inside = _layers_inside(fitted, target)
-        names = [name for name, module in fitted.items() if _ends(name, target) and _is_layer(module)]
-        parts += [re.escape(name) for name in inside or [target]]
-        parts += [re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(name)) for name in names] if inside else []
+        if all(_is_layer(module) for name, module in fitted.items() if _ends(name, target)):
+            parts.append(re.escape(target))
+            continue
+        for start, rest in _parts(fitted, target):  # whole names: their ends may fit what is no layer
+            any_block = re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(start))
+            parts.append(any_block + re.escape(target + rest))
     return rf"(.*\.)?({'|'.join(dict.fromkeys(parts))})"

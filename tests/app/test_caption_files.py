@@ -63,6 +63,13 @@ def test_a_csv_with_lines_in_cells_keeps_its_other_rows(tmp_path):
     assert trained_with(folder)[1] == ['say "hi",\nthere']
 
 
+def test_blank_lines_before_the_columns_of_a_csv_stay(tmp_path):
+    folder = image_folder(tmp_path / "set", 2, layout=None)
+    (folder / "metadata.csv").write_text("\n\nfile_name,text\n0.png,red\n")
+    write(images_in(folder), [Edit("0.png", ("red",), ("a, b",)), Edit("1.png", None, ("blue",))])
+    assert (folder / "metadata.csv").read_text() == '\n\nfile_name,text\n0.png,"a, b"\n1.png,blue\n'
+
+
 @pytest.mark.parametrize("layout", ["jsonl", "csv", "txt"])
 def test_what_somebody_else_has_changed_stays_and_nothing_else_is_written(tmp_path, layout):
     folder = image_folder(tmp_path / "set", 3, layout=layout)

@@ -191,7 +191,7 @@ def read_folder(folder: Path, flags: Flags, caption: str | None = None, deep: bo
     everything = files_of(folder, flags, deep)
     files = [path for path in everything if path.suffix.lower() in SUFFIXES]
     metadata = next((folder / name for name in METADATA if (folder / name).is_file()), None)
-    if metadata is not None and has_file_names(metadata, layout_of(everything, folder)):
+    if metadata is not None and has_file_names(metadata, layout_of(everything, folder) or flags.dataset_name):
         found = dataclasses.replace(read_metadata(metadata, flags), metadata=metadata)
         missing = len(unlisted(found.rows, files))
         found.notes += [f"{missing} images are not listed in {metadata.name}"] if missing else []

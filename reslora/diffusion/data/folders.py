@@ -68,7 +68,10 @@ def kohyas_folders(folder: Path, flags: Flags) -> tuple[list[Part], list[str]]:
     seen = [path for path in content if path.is_dir() or path.suffix.lower() in SUFFIXES]
     beside = [path.name for path in seen if str(path) not in taken and not path.name.startswith(".")]
     bare = [path.name for path in folders if path.name.isdecimal() and 0 < int(path.name) <= MOST_REPEATS]
-    lines = [f"{folder}: the name {bare[0]} says no repeats; make it {bare[0]}_name if it is to"] if bare else []
+    lines = [
+        f"{folder}: the name {name} says no repeats; name it {name}_ if each image is to be met {int(name)} times"
+        for name in bare[:1]
+    ]
     if not found:
         return [], lines
     # Those in the folders that are read are told of with these.

@@ -21,9 +21,15 @@ def files_of(folder: Path, flags: Flags, deep: bool = True) -> list[Path]:
     """
     there = all_below(folder) if deep else folder.iterdir()
     everything = [path for path in sorted(there) if not (path.name.startswith(".") and path.is_dir())]
-    others = [Path(name).absolute() for name in (flags.output_dir, flags.class_data_dir) if name]
-    inside = [other for other in others if folder.absolute() in other.parents]
-    return [path for path in everything if not any(path.absolute().is_relative_to(other) for other in inside)]
+    root = folder.resolve()
+    others = [place for name in (flags.output_dir, flags.class_data_dir) if name for place in _places(Path(name))]
+    inside = [other.relative_to(root) for other in others if root in other.parents]
+    return [path for path in everything if not any(path.relative_to(folder).is_relative_to(other) for other in inside)]
+
+
+def _places(folder: Path) -> tuple[Path, Path]:
+    """Where a folder is, however it is written; of one that is a link, also where that is."""
+    return folder.resolve(), folder.parent.resolve() / folder.name
 
 
 def hidden_images(folder: Path) -> list[Path]:

@@ -11,6 +11,7 @@ import datasets
 from ...common.errors import InvalidArgument
 
 PICKLES = (".pkl", ".pickle", ".pyd", ".pth", ".pt")
+TEXTS = (".txt", ".text", ".transcript")  # which `datasets` decodes, in capitals as well
 
 
 def training_files(files: Sequence[Path], folder: Path, notes: list[str]) -> Sequence[Path]:
@@ -43,14 +44,14 @@ def check_archives(files: Sequence[Path], argument: str, notes: list[str]) -> No
             raise InvalidArgument(argument, problem, "leave it out: images and captions alone are read")
         if unreadable:
             problem = f"{path.name} holds {unreadable}, which is not UTF-8"
-            raise InvalidArgument(argument, problem, "save its .txt files as UTF-8")
+            raise InvalidArgument(argument, problem, "save its captions as UTF-8")
         if not whole:
             notes.append(f"{path.name} has no end after {names[-1]}: is it cut off, or damaged there?")
 
 
 def _is_other_text(archive: tarfile.TarFile, entry: tarfile.TarInfo) -> bool:
     """Whether it is a text in another encoding than the one that `datasets` reads."""
-    if not entry.name.endswith(".txt") or (file := archive.extractfile(entry)) is None:
+    if not entry.name.lower().endswith(TEXTS) or (file := archive.extractfile(entry)) is None:
         return False
     try:
         file.read().decode()

@@ -19,13 +19,14 @@ from ...common.jsonl import NOT_JSON, values_of
 def has_file_names(metadata: Path, layout: str | None) -> bool:
     """Whether its images are in a column file_name: `datasets` knows other names, and reads Parquet.
 
-    Or in none, where the folder has no other layout: `datasets` would not say what is wrong then.
+    True also of a .csv without file_name where nothing else says how to read the folder: the line then says what is
+    missing.
     """
     if metadata.suffix != ".csv":
         return metadata.suffix in ROWS
     first: list[str] = []
     with metadata.open(encoding="utf-8-sig", errors="replace", newline="") as file, suppress(csv.Error):
-        first = next(csv.reader(file), [])
+        first = next(filter(None, csv.reader(file)), [])
     if "file_name" in first or _has_semicolons(first):
         return True
     return layout is None and not any(column.endswith(("_file_name", "file_names")) for column in first)
@@ -44,16 +45,11 @@ def _json_rows(text: str, where: str) -> Iterator[tuple[int, object]]:
 
 
 def _csv_rows(text: str, where: str) -> Iterator[tuple[int, object]]:
-    """An empty cell is none."""
+    """An empty cell is none, and lines before the columns may be empty."""
     rows = csv.DictReader(io.StringIO(text), strict=True)
     try:
-        first = next(csv.reader(io.StringIO(text)), [])
-        if _has_semicolons(first):
-            fix = "separate them with commas, and put captions into double quotes"
-            raise InvalidArgument(f"{where} line 1", "semicolons between the columns", fix)
-        if "file_name" not in first:
-            problem = f"the columns are {', '.join(map(repr, first))[:200]}, without file_name"
-            raise InvalidArgument(f"{where} line 1", problem, "write file_name,text there, with a comma between them")
+        _check_columns(text, where)
+        rows.fieldnames = next(filter(None, rows.reader))
         for row in rows:
             if any(row.pop(None, ())):
                 fix = "put captions with commas into double quotes"
@@ -62,6 +58,21 @@ def _csv_rows(text: str, where: str) -> Iterator[tuple[int, object]]:
     except csv.Error as error:
         line = rows.reader.line_num
         raise InvalidArgument(f"{where} line {line}", f"cannot be read ({error})", "correct it") from None
+
+
+def _check_columns(text: str, where: str) -> None:
+    """Refuses a table without file_name; its quotes need not be right, so that semicolons are named first."""
+    reader = csv.reader(io.StringIO(text))
+    columns = next(filter(None, reader), [])
+    where_columns = f"{where} line {reader.line_num}"
+    if not columns:
+        raise InvalidArgument(where, "is empty", "write file_name,text there, and below it a row for each image")
+    if _has_semicolons(columns):
+        fix = "separate them with commas, and put captions into double quotes"
+        raise InvalidArgument(where_columns, "semicolons between the columns", fix)
+    if "file_name" not in columns:
+        problem = f"the columns are {', '.join(map(repr, columns))[:200]}, without file_name"
+        raise InvalidArgument(where_columns, problem, "write file_name,text there, with a comma between them")
 
 
 ROWS = {".csv": _csv_rows, ".jsonl": _json_rows}

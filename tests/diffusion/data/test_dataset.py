@@ -384,16 +384,31 @@ def test_semicolons_in_metadata_csv_are_named(tmp_path, capsys, first):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("file_name\ttext\n0.png\tred disc", r"'file_name\ttext', without file_name; write file_name,text there"),
-        ("0.png,red disc\n", "the columns are '0.png', 'red disc', without file_name"),
-        ("", "the columns are , without file_name"),
+        (
+            "file_name\ttext\n0.png\tred disc",
+            r"metadata.csv line 1: the columns are 'file_name\ttext', without file_name; write file_name,text there",
+        ),
+        ("0.png,red disc\n", "metadata.csv line 1: the columns are '0.png', 'red disc', without file_name"),
+        ("\n\r\n0.png,red disc\n", "metadata.csv line 3: the columns are '0.png', 'red disc', without file_name"),
+        ("\n\n", "metadata.csv: is empty; write file_name,text there, and below it a row for each image"),
     ],
 )
 def test_a_first_line_of_metadata_csv_without_columns_is_named(tmp_path, capsys, content, words):
     folder = image_folder(tmp_path / "p", 1, layout="none")
     (folder / "metadata.csv").write_text(content)
     line = refused(capsys, "--train_data_dir", folder)
-    assert "metadata.csv line 1: " in line and words in line
+    assert words in line
+
+
+@pytest.mark.parametrize("text", ["red disc", "red, disc"])
+def test_blank_lines_before_the_columns_of_metadata_csv_are_passed_over(tmp_path, capsys, text):
+    """And counted, where a line is named."""
+    folder = image_folder(tmp_path / "p", 1, layout="none")
+    (folder / "metadata.csv").write_bytes(f"\r\n\r\nfile_name,text\r\n\r\n0.png,{text}\r\n".encode())
+    if "," in text:
+        assert "metadata.csv line 5: has more cells" in refused(capsys, "--train_data_dir", folder)
+    else:
+        assert gather(folder).captions == [["red disc"]]
 
 
 def test_a_blank_in_a_columns_name_is_seen(tmp_path, capsys):

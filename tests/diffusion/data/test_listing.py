@@ -107,3 +107,28 @@ def test_class_images_are_not_refused_for_the_captions_that_they_need_not_have(t
     (found,) = gather(tmp_path / "p", *flags, "--strict")
     assert found.captions == [["red disc"], ["blue box"]] and not found.left_out
     assert missing_class_images(parse_args([*flags, "--num_class_images", "3"])) == 2
+
+
+@pytest.mark.parametrize("flag", ["--class_data_dir", "--output_dir"])
+@pytest.mark.parametrize(
+    ("named", "other"), [("../p", "{}/p/1_box"), ("{}/p", "../p/1_box"), ("../p", "../box"), ("../link", "{}/p/1_box")]
+)
+def test_folders_are_the_same_however_they_are_written(tmp_path, monkeypatch, flag, named, other):
+    """With `..`, whole, and through links from elsewhere."""
+    folder = image_folder(tmp_path / "p" / "2_red disc", 2, layout="none").parent
+    image_folder(folder / "1_box", 1, layout="none")
+    (tmp_path / "link").symlink_to(folder)
+    (tmp_path / "box").symlink_to(folder / "1_box")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    prompt = ["--class_prompt", "a box"] if flag == "--class_data_dir" else []
+    found = gather(Path(named.format(tmp_path)), flag, other.format(tmp_path), *prompt)
+    assert [images.captions for images in found] == [[["red disc"]] * 2]
+
+
+def test_a_link_to_class_images_is_their_folder(tmp_path):
+    """kohya's folders may be links, which are read where they lead."""
+    folder = image_folder(tmp_path / "p" / "2_red disc", 2, layout="none").parent
+    (folder / "1_box").symlink_to(image_folder(tmp_path / "boxes", 1, layout="none"))
+    (found,) = gather(folder, "--class_data_dir", str(folder / "1_box"), "--class_prompt", "a box")
+    assert found.captions == [["red disc"]] * 2

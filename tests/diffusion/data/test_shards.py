@@ -10,6 +10,8 @@ import pytest
 from pipelines import random_image, same_image
 
 from diffusion.runs import only, printed, refused
+from reslora.diffusion.data.dataset import load_images
+from reslora.diffusion.settings import parse_args
 
 from .test_dataset import gather
 
@@ -41,6 +43,17 @@ def test_a_webdataset_is_read(brief_flags, tmp_path):
     lines = printed(*brief_flags, "--train_data_dir", folder, *flags, "--output_dir", tmp_path / "out")
     assert "1 of 3 files" in only(lines, "training split")
     assert "png" in only(lines, "images are") and "txt" in only(lines, "images are")
+
+
+def test_a_table_of_something_else_does_not_hide_what_a_readme_names(tmp_path):
+    """Where --dataset_name is given, the folder says itself how it is read."""
+    folder = tmp_path / "p"
+    webdataset(folder / "data" / "0.tar", {"0.png": png(0), "0.txt": b"red disc"})
+    (folder / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: data/*.tar\n---\n")
+    (folder / "metadata.csv").write_text("id,license\n0,MIT\n")
+    named = ["--dataset_name", str(folder), "--image_column", "png", "--caption_column", "txt"]
+    found = load_images(parse_args([*named, "--cache_dir", str(tmp_path / "cache")]))
+    assert found.captions == [["red disc"]] and same_image(found.open(0), random_image(0))
 
 
 @pytest.mark.parametrize("flag", ["--train_data_dir", "--dataset_name"])
@@ -87,12 +100,13 @@ def test_captions_in_a_webdataset_are_those_beside_images(tmp_path):
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
-def test_a_text_in_another_encoding_in_a_webdataset_is_named(tmp_path, capsys, encoding):
+@pytest.mark.parametrize("suffix", ["txt", "TXT", "text", "transcript"])
+def test_a_text_in_another_encoding_in_a_webdataset_is_named(tmp_path, capsys, encoding, suffix):
     """`datasets` decodes it before anybody can ask."""
-    members = {"0.png": png(0), "0.txt": b"box", "1.png": png(1), "1.txt": "café".encode(encoding)}
+    members = {"0.png": png(0), f"0.{suffix}": b"box", "1.png": png(1), f"1.{suffix}": "café".encode(encoding)}
     folder = webdataset(tmp_path / "p" / "0.tar", members)
     line = refused(capsys, "--train_data_dir", folder, "--cache_dir", tmp_path / "cache", quiet=False)
-    assert line.endswith("0.tar holds 1.txt, which is not UTF-8; save its .txt files as UTF-8")
+    assert line.endswith(f"0.tar holds 1.{suffix}, which is not UTF-8; save its captions as UTF-8")
 
 
 def test_captions_in_a_webdatasets_json_are_refused_with_what_helps(tmp_path, capsys):

@@ -106,7 +106,7 @@ def test_a_number_alone_says_no_repeats_and_that_is_told(tmp_path, beside):
         image_folder(tmp_path / "p" / "2_cat", 1, layout="txt")
     (found,) = gather("--train_data_dir", tmp_path / "p")
     assert (len(found), found.repeats) == ((1, 2) if beside else (2, 1))
-    only(found.notes, f"{tmp_path / 'p'}: the name 10 says no repeats; make it 10_name if it is to")
+    only(found.notes, f"{tmp_path / 'p'}: the name 10 says no repeats; name it 10_ if each image is to be met 10 times")
 
 
 def test_captions_in_capitals_are_read_and_missing_ones_counted(tmp_path):
