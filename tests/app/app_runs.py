@@ -2,9 +2,11 @@
 
 import functools
 import json
+import shutil
 from pathlib import Path
 
 import PIL.Image
+import pytest
 from pipelines import image_folder, stable_diffusion
 
 import train_sd
@@ -87,6 +89,13 @@ def trained(folder: Path) -> Path:
     flags += ["--merge_calibration_samples", 4]
     assert train_sd.main([str(word) for word in flags]) == 0
     return folder / "runs"
+
+
+def own_runs(factory: pytest.TempPathFactory) -> Path:
+    """A module's copy of what `trained` makes once: what one merges in it is not there for the next."""
+    runs = factory.mktemp("own") / "runs"
+    shutil.copytree(trained(factory.getbasetemp() / "trained"), runs)
+    return runs
 
 
 def run_by_hand(folder: Path) -> Run:

@@ -297,6 +297,11 @@ def test_what_is_shown_of_one_folder_changes_nothing_in_another(browser, folder,
         shows("two")
         box.fill("of two")
         box.press("Control+Enter")
+        told.get_by_text("saved", exact=True).wait_for()
+        for words, count in (("neither", 0), (".png", 2)):  # no update is on its way then that names another change
+            page.locator(WORDS).fill(words)
+            page.locator(WORDS).press("Enter")
+            page.wait_for_function("count => document.querySelectorAll('.card').length === count", arg=count)
         page.locator("#undo").get_by_text("the caption of 0.png").wait_for()
         answers(address, "set_caption", "two", "1.png", "blue box", "theirs")  # which the button does not say
         page.locator("#undo").click()

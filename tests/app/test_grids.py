@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import PIL.Image
 import pytest
-from app_runs import trained
+from app_runs import own_runs
 
 from app.grids import MOST, NONE, Axis, axis, grid, save_sheet, suggestion, table
 from app.library import Library
@@ -28,7 +28,7 @@ KINDS = ("images", "grid", "model")
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return Library(trained(tmp_path_factory.getbasetemp() / "trained")).find("tiny")
+    return Library(own_runs(tmp_path_factory)).find("tiny")
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from app_runs import trained, write_run
+from app_runs import own_runs, write_run
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig
 from pipelines import stable_diffusion
@@ -29,7 +29,7 @@ NAMES = ["tiny: lora", "tiny: reslora"]
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    return Library(trained(tmp_path_factory.getbasetemp() / "trained"))
+    return Library(own_runs(tmp_path_factory))
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from app_runs import trained, write_run
+from app_runs import own_runs, write_run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from waiting import join, start_thread, wait_until
@@ -31,7 +31,7 @@ EXPORTS = ("merged weights", "kohya.safetensors", "pytorch_lora_weights.safetens
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return Library(trained(tmp_path_factory.getbasetemp() / "trained")).find("tiny")
+    return Library(own_runs(tmp_path_factory)).find("tiny")
 
 
 @pytest.fixture(scope="module")
