@@ -292,9 +292,9 @@ def choose(arms: Iterable[Arm]) -> dict[str, Choice]:
     """
     losses: dict[str, dict[float, list[Mapping[str, float | None]]]] = {}
     for arm in arms:
+        seeds = losses.setdefault(arm["label"], {}).setdefault(arm["learning_rate"], [])
         if arm["status"] in ("finished", "failed"):
-            steps = arm["select_by_step"] if arm["status"] == "finished" else {}
-            losses.setdefault(arm["label"], {}).setdefault(arm["learning_rate"], []).append(steps)
+            seeds.append(arm["select_by_step"] if arm["status"] == "finished" else {})
     choices = {label: choice(by_rate) for label, by_rate in losses.items()}
     return {label: found for label, found in choices.items() if found is not None}
 
@@ -302,11 +302,12 @@ def choose(arms: Iterable[Arm]) -> dict[str, Choice]:
 def choice(losses: Mapping[float, Sequence[Mapping[str, float | None]]]) -> Choice | None:
     """The choice of one label from `select_by_step` of each seed, for each rate; None where no loss is finite.
 
-    Rates with fewer seeds than others are left out. If the best one is at an end of all, the next rate continues them
-    by the same ratio, or by LARGEST_STEP where that is less and the rate beside it has no loss: it may be far too high.
+    Rates with fewer seeds than others are left out. If the best one is at an end of all, whether trained yet or
+    not, and the one beside it was tried, the next rate continues them by the same ratio, or by LARGEST_STEP where that
+    is less and the rate beside it has no loss: it may be far too high.
     """
     most = max(map(len, losses.values()), default=0)
-    tried = sorted(rate for rate, seeds in losses.items() if len(seeds) == most)
+    tried = sorted(rate for rate, seeds in losses.items() if len(seeds) == most > 0)
     means: dict[tuple[float, int], float] = {}
     for rate in tried:
         for step in set(losses[rate][0]).intersection(*losses[rate]):
@@ -318,9 +319,9 @@ def choice(losses: Mapping[float, Sequence[Mapping[str, float | None]]]) -> Choi
     best, at = min(means, key=lambda key: (means[key], key))
     found = Choice(learning_rate=best, step=at, loss=means[best, at], at_end=None, next=None)
     rates = sorted(losses)
-    if len(rates) > 1 and best in (rates[0], rates[-1]):
+    neighbour = {rates[0]: rates[1], rates[-1]: rates[-2]}.get(best) if len(rates) > 1 else None
+    if neighbour and losses[neighbour]:
         found["at_end"] = "low" if best == rates[0] else "high"
-        neighbour = rates[1] if best == rates[0] else rates[-2]
         ratio = best / neighbour
         if neighbour in tried and all(rate != neighbour for rate, _ in means):
             ratio = min(max(ratio, 1 / LARGEST_STEP), LARGEST_STEP)

@@ -329,11 +329,18 @@ def test_a_rate_with_fewer_seeds_says_the_step():
     assert choice({1e-4: [{"50": 0.5}] * 2, 1e-2: [{"50": 0.6}]})["next"] == 1e-6
 
 
+@pytest.mark.parametrize(("trained", "at_end"), [((0, 1), None), ((1,), None), ((2,), None), ((1, 2), "high")])
+def test_an_end_is_one_of_all_rates_beside_one_that_was_tried(trained, at_end):
+    """The time was up before the others, which say more than a further rate would."""
+    losses = [[{"50": 0.5 - 0.1 * place}] if place in trained else [] for place in range(3)]
+    assert choice(dict(zip((1e-4, 2e-4, 4e-4), losses, strict=True)))["at_end"] == at_end
+
+
 def test_one_rate_has_no_ends_and_nothing_finite_is_no_choice():
     assert choice({1e-4: [{"50": 0.5}]}) | {"loss": 0} == {
         "learning_rate": 1e-4, "step": 50, "loss": 0, "at_end": None, "next": None,
     }  # fmt: skip
-    for losses in ({}, {1e-4: [{}]}, {1e-4: [{"50": None}]}, {1e-4: [{"50": math.nan}]}):
+    for losses in ({}, {1e-4: []}, {1e-4: [{}]}, {1e-4: [{"50": None}]}, {1e-4: [{"50": math.nan}]}):
         assert choice(losses) is None
 
 
@@ -355,3 +362,8 @@ def test_labels_choose_among_arms_that_have_ended():
     assert list(found) == ["lora", "reslora"]
     assert all(each["learning_rate"] == 1e-4 and each["step"] == 100 for each in found.values())
     assert [each["at_end"] for each in found.values()] == [None, "low"]
+    waiting = [arm("oft", 1e-4, 0), arm("oft", 2e-4, 0), arm("oft", 4e-4, 0, status="waiting")]
+    waiting[1]["select_by_step"] = {"100": 0.01}
+    assert choose(waiting)["oft"] | {"loss": 0} == {
+        "learning_rate": 2e-4, "step": 100, "loss": 0, "at_end": None, "next": None,
+    }  # fmt: skip
