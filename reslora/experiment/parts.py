@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from ..common.seeds import derive
+from .record import Split
 
 SPACE = 2**63  # of `derive`
+LEAST = 2  # of one alone nothing tells how much differs from another
+FEW, ENOUGH = 6, 10  # that are tested on
 
 
 def cut(marks: Sequence[str], select: float, test: float) -> tuple[list[int], list[int], list[int]]:
     """Numbers of what is trained on, chosen by and tested on: a hash of each mark is a place from 0 to 1, and those
-    below `test` are tested on, those above it by less than `select` chosen by; at least one unless a share is 0."""
+    below `test` are tested on, those above it by less than `select` chosen by. Unless a share is 0 one at least is
+    chosen by, and LEAST are tested on, of three one."""
     places = [derive("experiment", mark) / SPACE for mark in marks]
     order = sorted(range(len(marks)), key=places.__getitem__)
     least = int(select > 0)
-    tested = min(max(int(test > 0), sum(place < test for place in places)), len(marks) - 1 - least)
+    tested = min(max(LEAST * (test > 0), sum(place < test for place in places)), len(marks) - 1 - least)
     chosen = min(max(least, sum(test <= place < test + select for place in places)), len(marks) - 1 - tested)
     return order[tested + chosen :], order[tested : tested + chosen], order[:tested]
+
+
+def too_few(split: Split, unit: str) -> list[str]:
+    """A line where so few are tested on that only a very large difference could be shown, with what to do."""
+    total, tested = split["train"] + split["select"] + split["test"], split["test"]
+    if not 0 < tested < FEW:
+        return []
+    share = math.ceil(20 * ENOUGH / total) / 20
+    wider = f", or with --test_split {share:g}" if share <= 0.5 else ""
+    number = f"{tested} {unit}s compare" if tested > 1 else f"1 {unit} compares"
+    return [f"only {number}: so few show a very large difference at best; begin anew with more {unit}s{wider}"]

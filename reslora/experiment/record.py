@@ -109,6 +109,20 @@ class Verdict(TypedDict):
     """The smallest difference that such an experiment shows in four of five cases."""
 
 
+class Best(TypedDict):
+    """The arm whose files are in the experiment's folder: of the label and the seed with the lowest select loss."""
+
+    label: str
+    learning_rate: float
+    seed: int
+    folder: str
+    """As the arm's: there are the files of its last step."""
+    step: int
+    """The chosen checkpoint, of which the files are."""
+    files: list[str]
+    """Names, for use as they are: of strength 1, without anything that only training needs."""
+
+
 class Facts(TypedDict):
     """What is known of an experiment before its first arm."""
 
@@ -149,6 +163,8 @@ class Experiment(Facts):
     chosen: dict[str, Choice]
     """By label."""
     verdicts: list[Verdict]
+    best: NotRequired[Best | None]
+    """None until something is chosen."""
     notes: list[str]
     """Lines that a reader should know, as they were printed."""
     readings: NotRequired[int]

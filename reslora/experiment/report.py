@@ -12,7 +12,7 @@ from pathlib import Path
 from ..common.charts import Axes, Series, chart, escape, interval
 from ..files import replacing
 from .look import SCRIPT, STYLE
-from .record import Arm, Experiment, Verdict, as_of_now
+from .record import Arm, Best, Experiment, Verdict, as_of_now
 from .statistics import REFERENCE, percents, rerun, tested
 
 NOTHING = "&mdash;"
@@ -23,7 +23,8 @@ READING = (
     "expected within the 95% interval. A single new seed, with these {unit}s, differs more: in 19 of 20 cases it is "
     "within what stands under <i>One more seed</i>. A method counts as better or worse if p, corrected by Holm for the "
     "number of methods, is below 0.05. Where no difference is shown there may still be one within the interval: what "
-    "is detectable would have been shown in four of five such experiments."
+    "is detectable would have been shown in 4 of 5 such experiments. Methods are compared with their reference "
+    "alone, and not with each other."
 )
 
 
@@ -35,6 +36,8 @@ class About:
     """What losses are of, in words: an image, an example."""
     columns: Mapping[str, tuple[str, str]]
     """Title, and what it is, of what is measured beside the test loss."""
+    uses: Mapping[str, str]
+    """How each file of the best arm is used, by name, the most wanted first."""
     sections: Callable[[Experiment, Path], Sequence[tuple[str, str]]] = lambda *_: ()
     """Titles and contents of its own, of the record and the experiment's folder."""
 
@@ -52,14 +55,14 @@ def page(experiment: Experiment, folder: Path, about: About) -> str:
     headline = escape(headline_of(experiment, unit))
     sections = (
         ("Verdicts", verdict_table(experiment, unit)),
+        ("What to use", what_to_use(experiment, about)),
+        (f"Notes as of {as_of} arms" if as_of else "Notes", in_lines(experiment["notes"])),
+        ("What is missing", missing(experiment)),
         (f"Chosen on the select {unit}s", chosen_table(experiment, unit)),
         ("Arms", arm_table(experiment, about)),
         (f"Loss on the select {unit}s", select_charts(experiment)),
         *about.sections(experiment, folder),
         ("Settings and versions", settings_of(experiment)),
-        ("How to read this", f"<p>{READING.format(unit=unit)}</p>"),
-        (f"Notes as of {as_of} arms" if as_of else "Notes", in_lines(experiment["notes"])),
-        ("What is missing", missing(experiment)),
     )
     body = "".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in sections if content)
     split = experiment["split"]
@@ -97,7 +100,7 @@ def summary_of(verdicts: Sequence[Verdict], unit: str) -> str:
     references = " and ".join(dict.fromkeys(verdict["reference"] for verdict in verdicts))
     told = [verdict for verdict in verdicts if verdict["detectable"] is not None]
     if not told:
-        return f"one seed or {unit} cannot tell {len(verdicts)} methods from {references}"
+        return f"with one seed or one test {unit} no method can be told from {references}"
     untold = len(verdicts) - len(told)
     return shown_among(told, references) + (f"; {untold} cannot be told yet" if untold else "")
 
@@ -118,7 +121,8 @@ def shown_among(verdicts: Sequence[Verdict], references: str) -> str:
     if len(verdicts) == 1:
         return verdicts[0]["sentence"]
     (most,) = percents(max(verdict["detectable"] or 0 for verdict in verdicts))
-    return f"no difference between {len(verdicts)} methods and {references} shown (could have shown {most}% for each)"
+    shown = f"no difference between {len(verdicts)} methods and {references} shown"
+    return f"{shown}; 4 of 5 such experiments would have shown one of {most}%"
 
 
 def verdict_table(experiment: Experiment, unit: str) -> str:
@@ -146,7 +150,33 @@ def verdict_table(experiment: Experiment, unit: str) -> str:
         )
     names = ["Method", "Verdict", "Difference", "95% interval", "One more seed", "p (Holm)", "Detectable"]
     names.append(f"Seeds &times; {unit}s")
-    return in_lines(verdict["sentence"] for verdict in verdicts) + table("Verdicts", names, rows)
+    sentences, reading = in_lines(verdict["sentence"] for verdict in verdicts), READING.format(unit=unit)
+    explained = f"<details><summary>How to read this</summary><p>{reading}</p></details>" if verdicts else ""
+    return sentences + table("Verdicts", names, rows) + explained
+
+
+def best_in_words(best: Best, about: About) -> str:
+    """Which files there are, and of which arm; a line."""
+    *more, last = best["files"]
+    files = f"{', '.join(more)} and {last} are" if more else f"{last} is"
+    return f"{files} of {best['folder']} at step {best['step']}, which does best on the select {about.unit}s"
+
+
+def what_to_use(experiment: Experiment, about: About) -> str:
+    """The files of the best arm and how each is used; HTML."""
+    best = experiment.get("best")
+    if not best:
+        return ""
+    folder = in_words(experiment["settings"].get("output_dir", "this folder"))
+    which = f"In {folder}: {best_in_words(best, about)}."
+    lines = "".join(
+        f"<li><b>{escape(file)}</b>: {escape(about.uses[file])}</li>" for file in about.uses if file in best["files"]
+    )
+    caution = (
+        f"Whether {best['label']} is better than others, and not by luck, only the verdicts say. Where they show no "
+        "difference the others do as well, as far as this experiment can tell."
+    )
+    return f"<p>{escape(which)}</p><ul>{lines}</ul><p>{escape(caution)}</p>"
 
 
 def signed(percent: float) -> str:
@@ -176,8 +206,7 @@ def chosen_table(experiment: Experiment, unit: str) -> str:
         at_end = ""
         if choice["at_end"]:
             which = {"low": "lowest", "high": "highest"}[choice["at_end"]]
-            following = f"; {rate(choice['next'])} would be next" if choice["next"] else ""
-            at_end = f"the {which} rate that was tried{following}"
+            at_end = which + (f"; next: {rate(choice['next'])}" if choice["next"] else "")
         arm = arms.get(label)
         wired = arm["shortcut"] or NOTHING if arm else NOTHING
         numbers = [rate(choice["learning_rate"]), str(choice["step"]), number(choice["loss"])]
@@ -186,7 +215,11 @@ def chosen_table(experiment: Experiment, unit: str) -> str:
         rows.append([escape(label), *numbers, str(arm["rank"]) if arm else NOTHING, wired, at_end])
     names = ["Method", "Learning rate", "Step", "Select loss", "Test loss", "One more seed", "Rank", "Shortcut"]
     names.append("End of the rates")
-    return table(f"Chosen on the select {unit}s", names, rows)
+    note = (
+        f"<p>Of each method the learning rate and step with the lowest mean loss, over seeds, on the select {unit}s, "
+    )
+    note += "which none was trained on.</p>"
+    return (note if rows else "") + table(f"Chosen on the select {unit}s", names, rows)
 
 
 def arm_table(experiment: Experiment, about: About) -> str:
@@ -218,7 +251,9 @@ def arm_table(experiment: Experiment, about: About) -> str:
     names = ["Method", "Learning rate", "Seed", "Status", "Lowest select loss", "Test loss", "Steps", "Time", "Memory"]
     found = table("Arms", [*names, *(about.columns[name][0] for name in shown)], rows, marked)
     meanings = in_lines(f"{title}: {meaning}" for title, meaning in (about.columns[name] for name in shown))
-    return found + ("<p>At the chosen rate: shaded.</p>" if marked else "") + meanings
+    shaded = " Shaded: at the chosen rate." if marked else ""
+    note = f"<p>An arm is one training: a method with one learning rate and one seed.{shaded}</p>"
+    return (note if rows else "") + found + meanings
 
 
 def beside_loss(arm: Arm) -> dict[str, float]:
@@ -373,9 +408,9 @@ def in_words(value: object) -> str:
 def missing(experiment: Experiment) -> str:
     """Arms that have not ended or failed, and methods that cannot be compared."""
     lines: list[str] = []
-    for status, what in (("running", "is being trained"), ("waiting", "is not trained yet"), ("failed", "failed")):
+    for status, what in (("running", "in training"), ("waiting", "not trained yet"), ("failed", "failed")):
         counted = Counter(arm["label"] for arm in experiment["arms"] if arm["status"] == status)
-        lines += [f"{label}: {arms} {'arm' if arms == 1 else 'arms'}, {what}" for label, arms in counted.items()]
+        lines += [f"{label}: {arms} {'arm' if arms == 1 else 'arms'} {what}" for label, arms in counted.items()]
     compared = {verdict["label"] for verdict in experiment["verdicts"]}
     compared |= {verdict["reference"] for verdict in experiment["verdicts"]} or {REFERENCE}
     lines += [f"{label}: not compared" for label in labels_of(experiment) if label not in compared]

@@ -11,8 +11,9 @@ from ..files import read_object, this_process, write_json
 from . import record
 from .arms import Arm, Losses
 from .course import ENDED, Course
+from .parts import too_few
 from .record import EXPERIMENT
-from .report import write_report
+from .report import best_in_words, write_report
 from .statistics import REFERENCE, choose, compare
 from .subject import Subject
 
@@ -29,12 +30,14 @@ class Results:
     chosen: dict[str, record.Choice] = field(default_factory=dict)
     verdicts: list[record.Verdict] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    best: record.Best | None = None
 
     as_of: int | None = None
     """How many arms the conclusions are of, where they are an earlier start's."""
 
     def __post_init__(self) -> None:
         there = read_object(self.course.folder / EXPERIMENT)
+        self.notes = self.too_few()
         self.readings: int = there.get("readings", 0)
         self.read: list[list] = there.get("read", [])
         arms, chosen = set(self.course.arms()), there.get("chosen", {})
@@ -49,7 +52,7 @@ class Results:
         self.verdicts = [each for each in there["verdicts"] if {each["label"], each["reference"]} <= labels]
         tests = {Arm(arm["label"], arm["learning_rate"], arm["seed"]): arm["test"] for arm in there["arms"]}
         self.tests = {arm: test for arm, test in tests.items() if test and arm in judged}
-        self.notes = there["notes"]
+        self.notes, self.best = there["notes"], there.get("best")
         ended = sum(arm["status"] in ("finished", "failed") for arm in there["arms"])
         self.as_of = there.get("as_of", ended)
 
@@ -63,6 +66,7 @@ class Results:
             "arms": [self.course.record(arm, self.tests.get(arm)) for arm in self.course.arms()],
             "chosen": self.chosen,
             "verdicts": self.verdicts,
+            "best": self.best,
             "notes": self.notes,
             "readings": self.readings,
             "read": self.read,
@@ -89,10 +93,12 @@ class Results:
         self.tests = self.tested(to_read)
         records = [course.record(arm, test) for arm, test in self.tests.items()]
         self.verdicts = compare(records, self.chosen, self.subject.about.unit)
-        self.notes = [*self.unfinished(len(losses)), *self.others(), *self.failed(), *self.without_choice(losses)]
-        self.notes += [*self.at_ends(), *self.no_reference(judged), *self.read_again(), *self.export(judged)]
+        self.notes = [*self.too_few(), *self.unfinished(len(losses)), *self.others(), *self.failed()]
+        self.notes += [*self.without_choice(losses), *self.at_ends(), *self.no_reference(judged), *self.read_again()]
+        self.best = self.export(judged) if judged else None
         self.write()
-        for line in (*self.notes, *(verdict["sentence"] for verdict in self.verdicts)):
+        taken = [best_in_words(self.best, self.subject.about)] if self.best else []
+        for line in (*self.notes, *taken, *(verdict["sentence"] for verdict in self.verdicts)):
             print(line)
         print(f"{course.folder / REPORT}")
 
@@ -136,6 +142,10 @@ class Results:
     def step_of(self, arm: Arm) -> int:
         """The chosen checkpoint."""
         return self.chosen[arm.label]["step"]
+
+    def too_few(self) -> list[str]:
+        """That hardly anything can be shown, if so."""
+        return too_few(self.subject.facts()["split"], self.subject.about.unit)
 
     def unfinished(self, ended: int) -> list[str]:
         """That the time was up, if it was."""
@@ -190,15 +200,14 @@ class Results:
         more = len(there - {self.course.folder_of(arm) for arm in self.course.arms()})
         return [f"{more} more arms in the folder are of other methods, rates or seeds: left out"] if more else []
 
-    def export(self, judged: Sequence[Arm]) -> list[str]:
-        """Writes the file of the best arm: of the label that the select part chooses, its best seed."""
-        if not judged:
-            return []
+    def export(self, judged: Sequence[Arm]) -> record.Best:
+        """Writes the files of the best arm: of the label that the select part chooses, its best seed."""
         label = min({arm.label for arm in judged}, key=lambda name: self.chosen[name]["loss"])
         arms = [arm for arm in judged if arm.label == label]
         best = min(arms, key=lambda arm: self.course.select_losses(arm)[self.step_of(arm)])
-        where, step = self.course.name_of(best), self.step_of(best)
         self.begins("exporting", best)
-        name = self.subject.export(best, step)
-        what = f"{name} is" if name else "no LoRA file can be made of"
-        return [f"{what} {where} at step {step}, which does best on the select {self.subject.about.unit}s"]
+        files = self.subject.export(best, self.step_of(best))
+        return record.Best(
+            label=label, learning_rate=best.rate, seed=best.seed, folder=self.course.name_of(best),
+            step=self.step_of(best), files=files,
+        )  # fmt: skip

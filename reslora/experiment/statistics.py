@@ -211,13 +211,14 @@ def _sentence(verdict: Verdict, comparison: Comparison, unit: str) -> str:
     if verdict["interval"] is None or verdict["detectable"] is None or verdict["p"] is None:
         few = "one seed" if verdict["seeds"] == 1 else f"one test {unit}"
         (size,) = percents(relative)
-        sentence = f"{few} cannot tell {label} from {reference}: test loss {size}% {towards} (no interval)"
+        sentence = f"{few} cannot tell {label} from {reference}: test loss {size}% {towards}, which may be luck"
     elif not comparison.differences.any():
         sentence = f"{label} and {reference} have the same test losses"
     elif verdict["conclusion"] == "not shown":
         among = " when all comparisons are counted" if verdict["p"] < LEVEL else ""
         (size,) = percents(verdict["detectable"])
-        sentence = f"no difference between {label} and {reference} shown{among} (could have shown {size}%)"
+        sentence = f"no difference between {label} and {reference} shown{among}"
+        sentence += f"; 4 of 5 such experiments would have shown one of {size}%"
     else:
         size, least, most = percents(relative, *sorted(map(abs, verdict["interval"])))
         sentence = (

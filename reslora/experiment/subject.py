@@ -39,5 +39,5 @@ class Subject(Protocol):
     def tested(self, arm: Arm, step: int) -> TestLosses:
         """The losses on the test part of an arm's checkpoint, measured once."""
 
-    def export(self, arm: Arm, step: int) -> str | None:
-        """Writes the file of an arm's checkpoint into the experiment's folder, whose name it returns; None without."""
+    def export(self, arm: Arm, step: int) -> list[str]:
+        """Writes the files of an arm's checkpoint into the experiment's folder; their names."""

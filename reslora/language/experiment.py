@@ -65,6 +65,10 @@ TEXTS = About(
         "pearson": ("Pearson", "correlation of scores on the test examples"),
         "spearmanr": ("Spearman", "correlation of the order of scores on the test examples"),
     },
+    {
+        "peft": "PEFT: PeftModel.from_pretrained(MODEL, FOLDER), of the base model and this folder.",
+        "merged": "transformers: from_pretrained(FOLDER), the whole model.",
+    },
 )
 
 
@@ -318,11 +322,11 @@ class Bench:
         record = read_object(path)
         return {name: record[name] for name in ("images", "losses", "figures")}  # type: ignore[return-value]
 
-    def export(self, arm: Arm, step: int) -> str | None:
+    def export(self, arm: Arm, step: int) -> list[str]:
         """Writes `peft/` of an arm's checkpoint, and with --merge_and_save `merged/`; else an earlier one goes."""
         model, method = self.restored(arm, step), self.arguments_of(arm).method
         check_held()
         if not method.merge_and_save:
             remove(self.course.folder / "merged")
         export(model, self.course.folder, method, tokenizer=self.study.tokenizer)
-        return "peft/"
+        return ["peft", *["merged"] * method.merge_and_save]

@@ -35,8 +35,12 @@ def experiment(folder: Path | None) -> dict:
         "arms": arms,
         "chosen": chosen,
         "verdicts": compare(arms, chosen),
+        "best": {
+            "label": "reslora block(4)", "learning_rate": 1e-4, "seed": 1, "folder": "reslora/lr-0.0001/seed-1",
+            "step": 200, "files": ["kohya.safetensors", "pytorch_lora_weights.safetensors", "peft"],
+        },
         "notes": [],
-    }
+    }  # fmt: skip
 
 
 def arm(label: str, rate: float, seed: int) -> dict:
@@ -80,4 +84,9 @@ def unfinished() -> dict:
             each |= {"status": "waiting" if number > 7 else "running", "test": None, "steps": 0, "seconds": 0.0}
             each |= {"select_by_step": {}, "memory_bytes": None, "reason": ""}
         each["test"] = None
-    return found | {"verdicts": [], "chosen": choose(found["arms"]), "notes": ["--experiment_minutes 5 are over"]}
+    return found | {
+        "verdicts": [],
+        "best": None,
+        "chosen": choose(found["arms"]),
+        "notes": ["--experiment_minutes 5 are over"],
+    }

@@ -26,8 +26,8 @@ headline_of = report.headline_of
 page = partial(report.page, about=IMAGES)
 write_report = partial(report.write_report, about=IMAGES)
 ORDER = (
-    "Verdicts", "Chosen on the select images", "Arms", "Loss on the select images",
-    "Loss on the test images by timestep", "Images", "Settings and versions", "How to read this", "What is missing",
+    "Verdicts", "What to use", "What is missing", "Chosen on the select images", "Arms", "Loss on the select images",
+    "Loss on the test images by timestep", "Images", "Settings and versions",
 )  # fmt: skip
 
 
@@ -69,7 +69,7 @@ def test_all_of_it_in_order(text, experiment):
     assert f" {np.mean(ours):.5f} {low:.5f} to {high:.5f} 8 " in words  # a loss, of one more seed, and the rank
     low, high = better["rerun"]
     assert f"&minus;{-low:.1f}% to &minus;{-high:.1f}%" in text
-    assert "loha: 1 arm, failed" in words and "torch 2.9" in words and "duplicates 3" in words
+    assert "loha: 1 arm failed" in words and "torch 2.9" in words and "duplicates 3" in words
     assert f"<h1>{better['sentence']}</h1>" in text
     bars = re.findall(r'class="bar" d="M([\d.]+) 8H([\d.]+)"/><circle class="dot" cx="([\d.]+)"', text)
     assert len(bars) == 3 and all(float(low) < float(mean) < float(high) for low, high, mean in bars)
@@ -134,11 +134,14 @@ def test_an_unfinished_experiment_says_what_is_missing(tmp_path):
     words = words_of(page(found, tmp_path))
     assert "So far, with 7 of 60 arms: nothing to compare yet" in words
     assert "Notes --experiment_minutes 5 are over What is missing " in words
-    assert "loha: 1 arm, is being trained" in words and "lora: 13 arms, is not trained yet" in words
-    assert "the highest rate that was tried; 2e-4 would be next" in words and "reslora block(4): not compared" in words
+    assert "loha: 1 arm in training" in words and "lora: 13 arms not trained yet" in words
+    assert "reslora block(4): not compared" in words
+    assert "highest" not in words  # further rates are still to be trained
+    found["chosen"]["lora"] |= {"at_end": "high", "next": 2e-4}
+    assert "highest; next: 2e-4" in words_of(page(found, tmp_path))
     nothing = found | {"arms": [], "chosen": {}, "notes": [], "timesteps": [], "settings": {}, "versions": {}}
     content = page(nothing, tmp_path)
-    assert re.findall("<h2>(.*?)</h2>", content) == ["Settings and versions", "How to read this"]
+    assert re.findall("<h2>(.*?)</h2>", content) == ["Settings and versions"] and "How to read this" not in content
 
 
 def test_an_arm_whose_process_was_killed_waits(tmp_path):
@@ -148,13 +151,13 @@ def test_an_arm_whose_process_was_killed_waits(tmp_path):
         text=True,
     )
     found = examples.unfinished() | {"process": killed.stdout.readline().strip()}
-    assert "loha: 1 arm, is being trained" in words_of(page(found, tmp_path))
+    assert "loha: 1 arm in training" in words_of(page(found, tmp_path))
     killed.kill()
     killed.wait(timeout=LIMIT)
     words = words_of(page(found, tmp_path))
-    assert "is being trained" not in words and "its process was ended; the same command goes on" in words
+    assert "in training" not in words and "its process was ended; the same command goes on" in words
     elsewhere = found | {"process": f"00000000-{killed.pid}-1"}  # of another machine nobody can say
-    assert "loha: 1 arm, is being trained" in words_of(page(elsewhere, tmp_path))
+    assert "loha: 1 arm in training" in words_of(page(elsewhere, tmp_path))
 
 
 def test_settings_name_no_place_outside_the_working_directory(experiment, folder, tmp_path, monkeypatch):
@@ -193,11 +196,12 @@ def test_a_damaged_image_and_a_missing_one(experiment, tmp_path):
         ),
         (
             ("not shown", "not shown"),
-            "no difference between 2 methods and lora shown (could have shown 1.2% for each)",
+            "no difference between 2 methods and lora shown; 4 of 5 such experiments would have shown one of 1.2%",
         ),
         (
             ("not shown", "not shown", "cannot tell"),
-            "no difference between 2 methods and lora shown (could have shown 1.2% for each); 1 cannot be told yet",
+            "no difference between 2 methods and lora shown; 4 of 5 such experiments would have shown one of 1.2%; "
+            "1 cannot be told yet",
         ),
         (("cannot tell", "not shown", "cannot tell"), "b: sentence; 2 cannot be told yet"),
         (("worse", "cannot tell"), "nothing is shown to be better; a: sentence; 1 cannot be told yet"),
@@ -205,7 +209,7 @@ def test_a_damaged_image_and_a_missing_one(experiment, tmp_path):
             ("better", "better", "cannot tell"),
             "2 of 2 methods are better than lora, most of all b: test loss 2.0% lower; 1 cannot be told yet",
         ),
-        (("cannot tell", "cannot tell"), "one seed or image cannot tell 2 methods from lora"),
+        (("cannot tell", "cannot tell"), "with one seed or one test image no method can be told from lora"),
         (("cannot tell",), "a: sentence"),
         ((), "There is nothing to compare"),
     ],
@@ -351,3 +355,14 @@ def test_without_samples_there_is_no_slider(experiment, tmp_path):
     place.mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(place / "0-0.png")
     assert 'id="slider"' in page(experiment, tmp_path)
+
+
+def test_what_to_use_says_how_of_each_file_that_is_there(experiment, folder):
+    best = experiment["best"]
+    words = words_of(page(experiment, folder))
+    line = "kohya.safetensors, pytorch_lora_weights.safetensors and peft are of reslora/lr-0.0001/seed-1 at step 200"
+    assert f"What to use In this folder: {line}, which does best on the select images." in words
+    assert "kohya.safetensors : ComfyUI: put it into models/loras" in words and "load_lora_weights(FOLDER)" in words
+    words = words_of(page(experiment | {"best": best | {"files": ["peft"]}}, folder))
+    assert "peft is of reslora" in words and "PeftModel" in words and "ComfyUI" not in words
+    assert "What to use" not in page({name: experiment[name] for name in experiment if name != "best"}, folder)

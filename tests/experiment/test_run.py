@@ -25,7 +25,7 @@ from reslora.experiment.subject import COMPARING
 def test_a_stopped_arm_says_that_the_same_command_goes_on(monkeypatch):
     """Whatever a plain run would go on with."""
     course, told = SimpleNamespace(next_arm=lambda: "arm", running=None), []
-    results = SimpleNamespace(write=lambda: told.append(course.running))
+    results = SimpleNamespace(write=lambda: told.append(course.running), too_few=list)
     monkeypatch.setattr(run, "Results", lambda course, subject: results)
 
     def stopped(_: str) -> None:
@@ -78,10 +78,10 @@ class Untrained:
         losses = 1 + 0.1 * (arm.label != "lora") + 0.001 * luck
         return {"images": list("abcd"), "losses": losses.tolist(), "by_timestep": [1.0]}
 
-    def export(self, arm: Arm, step: int) -> str:
+    def export(self, arm: Arm, step: int) -> list[str]:
         if self.stopped == "export":
             raise Stopped(COMPARING)
-        return "file"
+        return ["kohya.safetensors", "peft"]
 
 
 def go(
@@ -131,7 +131,7 @@ def test_what_was_concluded_stays_until_it_is_concluded_anew(tmp_path):
     (folder / "config.json").write_text('{"seed": [0, 1]}')
     for stopped, ended in (("train", 18), ("tested", 27)):
         kept, told = go(folder, "--seed", "0", "1", "2", stopped=stopped)
-        for name in ("chosen", "verdicts", "notes"):
+        for name in ("chosen", "verdicts", "best", "notes"):
             assert kept[name] == before[name]
         assert read_of(kept) == read_of(before) and kept["as_of"] == 18
         assert told == f"As of 18 arms, with {ended} of 27 ended: {headline}"
@@ -209,6 +209,15 @@ def test_extended_rates_are_advised_where_none_were_tried(tmp_path):
     record, _ = go(tmp_path / "other", "--learning_rate", *tried, "--extend_rates")
     assert not [note for note in record["notes"] if "left out" in note]
     assert {choice["learning_rate"] for choice in record["chosen"].values()} == {2e-4}
+
+
+def test_too_few_to_compare_by_is_said_before_the_first_arm_and_in_the_report(tmp_path, capsys):
+    """It is then that other parts can still be taken."""
+    line = "only 4 images compare: so few show a very large difference at best; begin anew with more images"
+    kept, _ = go(tmp_path / "out", stopped="train")
+    assert kept["notes"] == [line] == capsys.readouterr().out.splitlines()
+    assert line in (tmp_path / "out" / "report.html").read_text()
+    assert go(tmp_path / "out")[0]["notes"][0] == line
 
 
 def test_a_method_of_which_nothing_is_chosen_is_told_with_the_reason(tmp_path):

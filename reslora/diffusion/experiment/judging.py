@@ -10,13 +10,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ... import export
 from ...common.folder import check_held
 from ...common.methods import METHODS
 from ...experiment.course import adapter_folder, reading_adapter
 from ...experiment.record import TestLosses
 from ...experiment.subject import COMPARING
-from ...export import DIFFUSERS_FILE
 from ...files import read_object, write_json
 from ...tracing import evaluating
 from ..data.batch import Batch
@@ -29,6 +27,7 @@ from ..output.exports import (
     in_float32,
     kohya_metadata,
     saved_parts,
+    write_adapters,
 )
 from ..run import Setting
 from ..training.denoising import DenoisingLoss
@@ -107,15 +106,13 @@ def numbers(losses: torch.Tensor) -> list[float | None]:
     return [float(value) if value.isfinite() else None for value in losses]
 
 
-def export_chosen(step: int, setting: Setting) -> Path | None:
-    """Writes the diffusers file of an arm's checkpoint into the experiment's folder; None where the method has none."""
-    context, path = setting.context, setting.context.folder / DIFFUSERS_FILE
-    if not METHODS[context.flags.method[0]].plain_lora:
-        path.unlink(missing_ok=True)  # that of an earlier choice
-        return None
+def export_chosen(step: int, setting: Setting) -> list[str]:
+    """Writes the files of an arm's checkpoint into the experiment's folder, in the place of an earlier choice's; their
+    names."""
+    context, metadata = setting.context, None
     schedule = dataclasses.replace(setting.schedule, steps=step)
     with chosen_parts(step, setting) as (parts, _):
-        metadata = kohya_metadata(next(iter(parts.values())).config, setting.material, schedule, context)
+        if METHODS[context.flags.method[0]].plain_lora:
+            metadata = kohya_metadata(next(iter(parts.values())).config, setting.material, schedule, context)
         check_held()
-        export.export_diffusers(parts, context.folder, metadata=metadata)
-    return path
+        return write_adapters(parts, context.folder, context.model.family, metadata)

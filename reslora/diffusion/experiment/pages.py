@@ -9,6 +9,8 @@ from pathlib import Path
 from ...common.charts import Axes, Series, chart
 from ...experiment.record import Experiment
 from ...experiment.report import About, is_chosen, labels_of
+from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
+from ..output.exports import PEFT_FOLDER
 from .drawn import MEANINGS
 from .gallery import gallery
 
@@ -47,4 +49,11 @@ def timestep_chart(experiment: Experiment) -> str:
     return f'<div class="charts">{figure}</div>{note}' if figure else ""
 
 
-IMAGES = About("image", MEANINGS, sections)
+COMFYUI = 'ComfyUI: put it into models/loras, and choose it in the node "Load LoRA", at strength 1 as it was compared.'
+USES = {
+    KOHYA_FILE: f"{COMFYUI} A1111 and Forge: models/Lora, at weight 1.",
+    COMFYUI_FILE: COMFYUI,
+    DIFFUSERS_FILE: "diffusers: pipeline.load_lora_weights(FOLDER), of this folder.",
+    PEFT_FOLDER: "PEFT: PeftModel.from_pretrained(MODEL, FOLDER), of the pipeline's denoiser and this folder.",
+}
+IMAGES = About("image", MEANINGS, USES, sections)

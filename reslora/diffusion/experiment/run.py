@@ -298,7 +298,6 @@ class Bench:
         """The losses on the test images of an arm's checkpoint."""
         return tested(step, self.parts.test, self.setting_of(arm))
 
-    def export(self, arm: Arm, step: int) -> str | None:
-        """Writes the diffusers file of an arm's checkpoint."""
-        path = export_chosen(step, self.setting_of(arm))
-        return path.name if path else None
+    def export(self, arm: Arm, step: int) -> list[str]:
+        """Writes the files of an arm's checkpoint."""
+        return export_chosen(step, self.setting_of(arm))

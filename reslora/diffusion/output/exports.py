@@ -46,6 +46,7 @@ from .merged_weights import write_merged
 from .reports import FINISHED, save_images
 
 TOLERANCE = 2  # of 255: largest difference of any pixel between the merged model and an export read back
+PEFT_FOLDER = "peft"
 ROUNDING = 1e-6  # relative: a few units in the last place of float32
 
 
@@ -292,15 +293,28 @@ def write_merge(merged: Mapping[str, Merged], folder: Path) -> None:
 def write_formats(parts: Parts, method: str, metadata: dict[str, str], context: Context) -> None:
     """Every format that the method can be written in."""
     family, folder = context.model.family, context.folder_of(method)
-    remove(folder / "peft")  # there may be parts of another training, which are not trained now
-    for name, part in parts.items():
-        export.export_peft(part, peft_folder(folder / "peft", name, family))
-        if context.writes_merged and name == family.denoiser:
+    for name, part in parts.items() if context.writes_merged else ():
+        if name == family.denoiser:
             write_merged(part, folder / name, context.model.stored_denoiser())
-        elif context.writes_merged:
+        else:
             export.export_merged(part, folder / name)
-    if METHODS[method].plain_lora:
-        write_lora(parts, folder, family, metadata)
+    write_adapters(parts, folder, family, metadata if METHODS[method].plain_lora else None)
+
+
+def write_adapters(parts: Parts, folder: Path, family: Family, metadata: dict[str, str] | None) -> list[str]:
+    """PEFT's folder, and with metadata plain LoRA in the family's formats, all parts in each file; their names.
+
+    What is there of another training goes first, of which it may have more.
+    """
+    remove(folder / PEFT_FOLDER)
+    for file in (DIFFUSERS_FILE, *LORA_FILES):
+        (folder / file).unlink(missing_ok=True)
+    for name, part in parts.items():
+        export.export_peft(part, peft_folder(folder / PEFT_FOLDER, name, family))
+    if metadata is None:
+        return [PEFT_FOLDER]
+    write_lora(parts, folder, family, metadata)
+    return [*family.lora_files, DIFFUSERS_FILE, PEFT_FOLDER]
 
 
 def write_lora(parts: Parts, folder: Path, family: Family, metadata: dict[str, str]) -> None:
@@ -371,8 +385,8 @@ def read_back(parts: Parts, method: str, drawer: Drawer, context: Context) -> It
         pipeline.unload_lora_weights()
         setattr(pipeline, name, before)
     for part in parts:
-        PeftModel.from_pretrained(parts[part], peft_folder(folder / "peft", part, model.family))  # in place
-    yield "peft", denoiser
+        PeftModel.from_pretrained(parts[part], peft_folder(folder / PEFT_FOLDER, part, model.family))  # in place
+    yield PEFT_FOLDER, denoiser
     if not context.writes_merged:
         return
     remove_adapters(denoiser)

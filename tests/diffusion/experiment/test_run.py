@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -81,7 +82,7 @@ EXPORTED: list[tuple[int, Setting]] = []
 def whole(flags, small, tmp_path_factory) -> tuple[Path, list[str]]:
     """The small one, to which a method and a seed were added, with one of its rates; and what was printed."""
 
-    def export(step: int, setting: Setting) -> Path | None:
+    def export(step: int, setting: Setting) -> list[str]:
         EXPORTED.append((step, setting))
         return export_chosen(step, setting)
 
@@ -142,10 +143,26 @@ def test_the_file_on_top_is_of_the_arm_that_the_select_images_choose(whole):
     label, choice = min(found["chosen"].items(), key=lambda item: item[1]["loss"])
     arms = [a for a in found["arms"] if a["label"] == label]
     best = min(arms, key=lambda a: a["select_by_step"][str(choice["step"])])
-    only(lines, f"pytorch_lora_weights.safetensors is {best['folder']}", f"step {choice['step']}")
-    with safe_open(output / "pytorch_lora_weights.safetensors", "pt") as file:
-        metadata = file.metadata()
-    assert (metadata["ss_seed"], metadata["ss_steps"]) == (str(best["seed"]), str(choice["step"]))
+    only(lines, f"and peft are of {best['folder']}", f"step {choice['step']}")
+    assert found["best"] == {
+        "label": label, "learning_rate": best["learning_rate"], "seed": best["seed"], "folder": best["folder"],
+        "step": choice["step"], "files": ["kohya.safetensors", "pytorch_lora_weights.safetensors", "peft"],
+    }  # fmt: skip
+    for name in ("kohya.safetensors", "pytorch_lora_weights.safetensors"):
+        with safe_open(output / name, "pt") as file:
+            metadata = file.metadata()
+        assert (metadata["ss_seed"], metadata["ss_steps"]) == (str(best["seed"]), str(choice["step"]))
+
+
+def test_where_the_best_is_no_plain_lora_no_file_of_an_earlier_choice_stays(flags, small, tmp_path):
+    """What PEFT reads is always there."""
+    output = shutil.copytree(small, tmp_path / "out", copy_function=shutil.copy2)
+    assert (output / "kohya.safetensors").is_file()
+    lines = printed(*flags, "--method", "loha", "--learning_rate", "1e-2", "3e-2", "--output_dir", output)
+    best = experiment(output)["best"]
+    assert (best["label"], best["files"]) == ("loha", ["peft"]) and not list(output.glob("*.safetensors"))
+    only(lines, f"peft is of {best['folder']} at step {best['step']}, which does best")
+    assert json.loads((output / "peft" / "adapter_config.json").read_text())["peft_type"] == "LOHA"
 
 
 def test_the_test_losses_are_those_of_the_file_in_stock_diffusers(whole, model):
@@ -180,9 +197,10 @@ def test_added_methods_and_seeds_train_the_new_arms_alone(small, whole):
 
 def test_a_finished_experiment_trains_nothing_and_says_the_same(flags, whole):
     output, lines = whole
-    before = {name: time for name, time in files(output).items() if "/" in name}
+    arms = re.compile("(lora|reslora)/")  # beside what is written anew of the best
+    before = {name: time for name, time in files(output).items() if arms.match(name)}
     again = printed(*flags, *WHOLE, "--output_dir", output)
-    assert {name: time for name, time in files(output).items() if "/" in name} == before
+    assert {name: time for name, time in files(output).items() if arms.match(name)} == before
     assert again[-2:] == lines[-2:]
 
 

@@ -17,7 +17,7 @@ from reslora.diffusion.content import content_mark
 from reslora.diffusion.data.dataset import FEATURES, ImageDataset
 from reslora.diffusion.experiment import split
 from reslora.diffusion.experiment.split import BITS, groups_of, look_of, parts_of
-from reslora.experiment.parts import cut
+from reslora.experiment.parts import cut, too_few
 from reslora.experiment.record import facts_of
 
 SHARES = SimpleNamespace(
@@ -71,6 +71,30 @@ def test_each_part_has_an_image(count):
     for start in range(30):
         found = cut([f"{start} {number}" for number in range(count)], 0.49, 0.5)
         assert all(found) and sum(map(len, found)) == count
+
+
+def test_more_than_one_compares_where_that_can_be():
+    """By one image nothing tells how much images differ, whatever the seeds."""
+    tested = {
+        count: {len(cut([f"{start} {n}" for n in range(count)], 0.1, 0.1)[2]) for start in range(30)}
+        for count in (3, 4, 12)
+    }
+    assert tested[3] == {1} and tested[4] == {2} and min(tested[12]) == 2
+    assert cut(["a", "b", "c"], 0.5, 0)[2] == []
+
+
+@pytest.mark.parametrize(
+    ("tested", "total", "fix"),
+    [
+        (2, 35, "; begin anew with more images, or with --test_split 0.3"),
+        (1, 12, "more images"),
+        (6, 35, ""),
+        (0, 9, ""),
+    ],
+)
+def test_too_few_to_compare_by_say_what_takes_more(tested, total, fix):
+    found = too_few({"train": total - tested - 2, "select": 2, "test": tested, "duplicates": 5}, "image")
+    assert [line.endswith(fix) for line in found] == [True] * bool(fix)
 
 
 def test_near_duplicates_are_together_and_tested_once():
