@@ -14,6 +14,7 @@ from typing import ClassVar
 from reslora.diffusion.arguments import SEVERAL
 from reslora.diffusion.prompts import clean
 from reslora.experiment.record import EXPERIMENT, UNFINISHED
+from reslora.export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 
 from .runs import EXPERIMENT_LOG, LARGEST_JSON, LOG_NAME, Run, RunError, number
 
@@ -76,6 +77,11 @@ class Experiment(Run):
             if path is not None and path.is_file() and path.stat().st_size <= LARGEST_JSON:
                 return path.read_text(encoding="utf-8", errors="replace")
         return ""
+
+    def lora(self) -> Path | None:
+        """The best arm's LoRA file, of those there are the one that most tools read; None until there is one."""
+        found = [self.inside(name) for name in (KOHYA_FILE, COMFYUI_FILE, DIFFUSERS_FILE)]
+        return next((path for path in found if path is not None and path.is_file()), None)
 
     def fingerprint(self) -> tuple:
         """Changes when there is something new to look at."""

@@ -58,7 +58,7 @@ def packed(run: Run, one: Takeaway, working: WorkingFiles) -> Path:
     """A copy to hand out: the file, or the folder as a zip; `RunError` for what is too large for that."""
     if sum(path.stat().st_size for path in one.files) > LARGEST:
         raise RunError(f"This is larger than {LARGEST // 2**30} GB: copy it from where it is.")
-    name = safe_name(f"{run.name}-{one.root.parent.name}-{one.root.name.partition('.')[0]}")
+    name = safe_name("-".join(dict.fromkeys([run.name, one.root.parent.name, one.root.name.partition(".")[0]])))
     if one.root.is_dir():
         path = working.new(f"{name}.zip")
         with zipfile.ZipFile(path, "w") as archive:  # weights do not get smaller

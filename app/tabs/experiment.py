@@ -9,6 +9,8 @@ import gradio as gr
 from .. import experiments, launcher, views
 from ..handlers import QUIET, readable_errors
 from ..library import Experiment
+from ..runs import RunError
+from ..takeaway import Takeaway, packed
 from .base import Parts
 from .launching import LaunchTab
 
@@ -62,6 +64,10 @@ class ExperimentTab(LaunchTab):
             self.take = gr.DownloadButton(
                 "Download report", interactive=False, elem_id="take-report", scale=1, min_width=140
             )
+            self.take_best = gr.Button(
+                "Download best LoRA", interactive=False, elem_id="take-best", scale=1, min_width=140
+            )
+            self.best_taken = gr.DownloadButton("best", visible="hidden", elem_id="best-taken")
         self.state = gr.HTML(elem_id="experiment-state")
         self.report = gr.HTML(elem_id="experiment-report")
         with gr.Accordion("What the trainer prints", open=False):
@@ -85,7 +91,10 @@ class ExperimentTab(LaunchTab):
             readable_errors(self.count), planned, self.plan, trigger_mode="always_last", queue=False,
             preprocess=False, **QUIET,
         )  # fmt: skip
-        shown = [self.last_look, self.which, self.state, self.log, self.report, self.take]
+        shown = [self.last_look, self.which, self.state, self.log, self.report, self.take, self.take_best]
+        self.take_best.click(
+            readable_errors(self.copy_of_best), self.which, self.best_taken, api_name="download_best", preprocess=False
+        ).success(None, js="() => document.querySelector('#best-taken').click()", api_visibility="private")
         look = readable_errors(self.look)
         self.which.change(look, self.which, shown, **QUIET)
         self.timer.tick(look, [self.which, self.last_look], shown, queue=False, **QUIET)
@@ -117,6 +126,7 @@ class ExperimentTab(LaunchTab):
             updates[self.which] = gr.update(choices=names)
             updates[self.report] = experiments.report(found)
             updates[self.take] = gr.update(value=self.copy_of_report(found), interactive=bool(found.report()))
+            updates[self.take_best] = gr.update(interactive=found.lora() is not None)
         return updates
 
     def copy_of_report(self, experiment: Experiment) -> str | None:
@@ -127,3 +137,13 @@ class ExperimentTab(LaunchTab):
         path = self.files.new(f"{launcher.safe_name(experiment.name)}-report.html")
         path.write_text(content, encoding="utf-8")
         return str(path)
+
+    def copy_of_best(self, name: str) -> str:
+        """A copy of the best arm's LoRA file, to download."""
+        found = self.library.find_experiment(name)
+        path = found.lora()
+        if path is None:
+            raise RunError(
+                "There is no LoRA file: it comes when arms are compared, and none with DoRA, LoHa, LoKr and OFT."
+            )
+        return str(packed(found, Takeaway("best", path, (path,), "", ""), self.files))

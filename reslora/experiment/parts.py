@@ -33,4 +33,4 @@ def too_few(split: Split, unit: str) -> list[str]:
     share = math.ceil(20 * ENOUGH / total) / 20
     wider = f", or with --test_split {share:g}" if share <= 0.5 else ""
     number = f"{tested} {unit}s compare" if tested > 1 else f"1 {unit} compares"
-    return [f"only {number}: so few show a very large difference at best; begin anew with more {unit}s{wider}"]
+    return [f"only {number}: so few seldom show that a difference is real; begin anew with more {unit}s{wider}"]

@@ -290,6 +290,22 @@ def test_an_experiment_goes_on_with_its_own_images_and_settings_or_not_at_all(li
     assert list(kept.parent.iterdir()) == [kept]
 
 
+def test_the_best_arms_lora_is_handed_out(library):
+    """The one that most tools read; of methods without any the reason is said."""
+    folder = library.folder / "which"
+    with gr.Blocks():
+        tab = ExperimentTab(Parts(library, Trainings(library), Queue(Trainings(library)), Studio()))
+    assert tab.look("which")[tab.take_best] == gr.update(interactive=False)
+    with pytest.raises(RunError, match="There is no LoRA file: "):
+        tab.copy_of_best("which")
+    (folder / "pytorch_lora_weights.safetensors").write_bytes(b"diffusers")
+    assert Path(tab.copy_of_best("which")).read_bytes() == b"diffusers"
+    (folder / "kohya.safetensors").write_bytes(b"kohya")
+    assert tab.look("which")[tab.take_best] == gr.update(interactive=True)
+    copy = Path(tab.copy_of_best("which"))
+    assert copy.name == "which-kohya.safetensors" and copy.read_bytes() == b"kohya"
+
+
 def test_the_memory_is_planned_of_a_new_experiment_and_of_one_that_goes_on(library, tmp_path, monkeypatch):
     """Images that were uploaded are those of a new one; one that is there keeps its own."""
     trainings, planned = Trainings(library), []

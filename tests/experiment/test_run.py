@@ -213,7 +213,7 @@ def test_extended_rates_are_advised_where_none_were_tried(tmp_path):
 
 def test_too_few_to_compare_by_is_said_before_the_first_arm_and_in_the_report(tmp_path, capsys):
     """It is then that other parts can still be taken."""
-    line = "only 4 images compare: so few show a very large difference at best; begin anew with more images"
+    line = "only 4 images compare: so few seldom show that a difference is real; begin anew with more images"
     kept, _ = go(tmp_path / "out", stopped="train")
     assert kept["notes"] == [line] == capsys.readouterr().out.splitlines()
     assert line in (tmp_path / "out" / "report.html").read_text()
