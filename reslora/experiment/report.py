@@ -37,7 +37,7 @@ class About:
     columns: Mapping[str, tuple[str, str]]
     """Title, and what it is, of what is measured beside the test loss."""
     uses: Mapping[str, str]
-    """How each file of the best arm is used, by name, the most wanted first."""
+    """How each file of the best arm is used, by name, the most wanted first; `{folder}` is the experiment's."""
     sections: Callable[[Experiment, Path], Sequence[tuple[str, str]]] = lambda *_: ()
     """Titles and contents of its own, of the record and the experiment's folder."""
 
@@ -167,10 +167,12 @@ def what_to_use(experiment: Experiment, about: About) -> str:
     best = experiment.get("best")
     if not best:
         return ""
-    folder = in_words(experiment["settings"].get("output_dir", "this folder"))
+    folder = in_words(experiment["settings"].get("output_dir", "."))
     which = f"In {folder}: {best_in_words(best, about)}."
     lines = "".join(
-        f"<li><b>{escape(file)}</b>: {escape(about.uses[file])}</li>" for file in about.uses if file in best["files"]
+        f"<li><b>{escape(file)}</b>: {escape(use.format(folder=folder))}</li>"
+        for file, use in about.uses.items()
+        if file in best["files"]
     )
     caution = (
         f"Whether {best['label']} is better than others, and not by luck, only the verdicts say. Where they show no "

@@ -66,8 +66,8 @@ TEXTS = About(
         "spearmanr": ("Spearman", "correlation of the order of scores on the test examples"),
     },
     {
-        "peft": "PEFT: PeftModel.from_pretrained(MODEL, FOLDER), of the base model and this folder.",
-        "merged": "transformers: from_pretrained(FOLDER), the whole model.",
+        "peft": "PEFT: PeftModel.from_pretrained(MODEL, '{folder}/peft'), with the base model",
+        "merged": "transformers: from_pretrained('{folder}/merged'), the whole model",
     },
 )
 

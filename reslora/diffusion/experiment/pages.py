@@ -53,7 +53,7 @@ COMFYUI = 'ComfyUI: put it into models/loras, and choose it in the node "Load Lo
 USES = {
     KOHYA_FILE: f"{COMFYUI} A1111 and Forge: models/Lora, at weight 1.",
     COMFYUI_FILE: COMFYUI,
-    DIFFUSERS_FILE: "diffusers: pipeline.load_lora_weights(FOLDER), of this folder.",
-    PEFT_FOLDER: "PEFT: PeftModel.from_pretrained(MODEL, FOLDER), of the pipeline's denoiser and this folder.",
+    DIFFUSERS_FILE: "diffusers: pipeline.load_lora_weights('{folder}')",
+    PEFT_FOLDER: "PEFT: PeftModel.from_pretrained(DENOISER, '{folder}/peft'), with the pipeline's denoiser",
 }
 IMAGES = About("image", MEANINGS, USES, sections)
