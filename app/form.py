@@ -22,6 +22,8 @@ LABELS = {
     "validation_steps": "Steps between samples",
     "checkpointing_steps": "Steps between checkpoints",
     "validation_prompt": "Prompts to draw",
+    "test_split": "Share to compare by",
+    "select_split": "Share to choose by",
     "experiment_minutes": "Minutes at most",
     "extend_rates": "Try further rates",
 }

@@ -32,7 +32,7 @@ class ExperimentTab(LaunchTab):
     kind, suggested = Experiment, "which-method"
     names = (
         "method", "learning_rate", "seed", "shortcut", "pre_num", "head", "merge", "rank", "max_train_steps",
-        "train_batch_size", "resolution", "experiment_minutes", "validation_prompt", "extend_rates",
+        "train_batch_size", "resolution", "test_split", "experiment_minutes", "validation_prompt", "extend_rates",
     )  # fmt: skip
     left_out = ("validation_split", "max_train_samples", "save_best", "early_stopping_patience", "validation_noises")
     filled: ClassVar = {

@@ -419,11 +419,11 @@ def add_experiment_flags(add: Callable) -> None:
     add("--select_split", type=number(0, below=1, exclusive=True),
         help="experiments: share of the images by which learning rates and checkpoints are chosen (default: 0.1)")
     add("--test_split", type=number(0, below=1, exclusive=True),
-        help="experiments: share of the images by which methods are compared in the end (default: 0.1)")
+        help="experiments: share of the images by which methods are compared; of few images 0.3 (default: 0.1)")
     add("--extend_rates", **SWITCH,
         help="experiments: where the best learning rate is the lowest or highest, try the next one, up to three times")
     add("--experiment_minutes", type=number(0, exclusive=True),
-        help="experiments: time after which none is begun that would not end in it; the same command goes on")
+        help="experiments: no arm is begun that would not end in so many minutes; the same command goes on")
     add("--merged_weights", **SWITCH,
         help="experiments: write the merged weights of every arm too, as a run with one rate and seed does")
 

@@ -167,7 +167,7 @@ class ExperimentArguments:
     experiment_minutes: float | None = field(
         default=None,
         metadata={
-            "help": "experiments: time after which none is begun that would not end in it; the same command goes on"
+            "help": "experiments: no arm is begun that would not end in so many minutes; the same command goes on"
         },
     )
 
