@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 
 from ..common.seeds import derive
-from .record import Split
 
 SPACE = 2**63  # of `derive`
 LEAST = 2  # of one alone nothing tells how much differs from another
 FEW, ENOUGH = 6, 10  # that are tested on
+LARGEST = 0.5  # share that is advised
 
 
 def cut(marks: Sequence[str], select: float, test: float) -> tuple[list[int], list[int], list[int]]:
@@ -25,12 +25,16 @@ def cut(marks: Sequence[str], select: float, test: float) -> tuple[list[int], li
     return order[tested + chosen :], order[tested : tested + chosen], order[:tested]
 
 
-def too_few(split: Split, unit: str) -> list[str]:
-    """A line where so few are tested on that only a very large difference could be shown, with what to do."""
-    total, tested = split["train"] + split["select"] + split["test"], split["test"]
-    if not 0 < tested < FEW:
+def enough_of(marks: Sequence[str]) -> float:
+    """The share that takes ENOUGH to test on, in hundredths; 1 where there are no more."""
+    places = sorted(derive("experiment", mark) / SPACE for mark in marks)
+    return (math.floor(100 * places[ENOUGH - 1]) + 1) / 100 if len(places) > ENOUGH else 1
+
+
+def too_few(tested: int, unit: str, enough: float = 1) -> list[str]:
+    """A line where so few are tested on that hardly anything is shown, with what to do: `enough` is a share of all."""
+    if tested >= FEW:
         return []
-    share = math.ceil(20 * ENOUGH / total) / 20
-    wider = f", or with --test_split {share:g}" if share <= 0.5 else ""
+    wider = f", or with --test_split {enough:g}" if enough <= LARGEST else ""
     number = f"{tested} {unit}s compare" if tested > 1 else f"1 {unit} compares"
     return [f"only {number}: so few seldom show that a difference is real; begin anew with more {unit}s{wider}"]

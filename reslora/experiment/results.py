@@ -11,7 +11,6 @@ from ..files import read_object, this_process, write_json
 from . import record
 from .arms import Arm, Losses
 from .course import ENDED, Course
-from .parts import too_few
 from .record import EXPERIMENT
 from .report import best_in_words, write_report
 from .statistics import REFERENCE, choose, compare
@@ -145,7 +144,7 @@ class Results:
 
     def too_few(self) -> list[str]:
         """That hardly anything can be shown, if so."""
-        return too_few(self.subject.facts()["split"], self.subject.about.unit)
+        return self.subject.too_few()
 
     def unfinished(self, ended: int) -> list[str]:
         """That the time was up, if it was."""

@@ -27,6 +27,9 @@ class Subject(Protocol):
     def facts(self) -> Facts:
         """What `experiment.json` says of the whole."""
 
+    def too_few(self) -> list[str]:
+        """A line where too few images or examples compare."""
+
     def train(self, arm: Arm) -> None:
         """Trains an arm from where it stands to its exports, in every process; raises `Diverged` where it is lost."""
 

@@ -32,6 +32,7 @@ from ..common.signals import StopRequest
 from ..common.together import decided
 from ..experiment.arms import Arm, check_values
 from ..experiment.course import ADAPTERS, Course, adapter_folder, reading_adapter
+from ..experiment.parts import too_few
 from ..experiment.record import EXPERIMENT, Facts, TestLosses, facts_of
 from ..experiment.report import About
 from ..experiment.run import train_and_conclude
@@ -270,6 +271,10 @@ class Bench:
         """Versions, parts and identity."""
         facts = facts_of(self.parts, LIBRARIES)
         return {**facts, "split": {**facts["split"], "train": self.trained}, "identity": self.identity}
+
+    def too_few(self) -> list[str]:
+        """A line where too few examples compare."""
+        return too_few(len(self.parts.test), self.about.unit)
 
     def train(self, arm: Arm) -> None:
         """Trains an arm from where it stands to its plain files."""

@@ -19,6 +19,7 @@ from reslora.diffusion.settings import parse_args
 from reslora.experiment import run
 from reslora.experiment.arms import Arm
 from reslora.experiment.course import Course
+from reslora.experiment.parts import too_few
 from reslora.experiment.subject import COMPARING
 
 
@@ -51,6 +52,9 @@ class Untrained:
     def facts(self) -> dict:
         parts = {"train": 9, "select": 2, "test": 4, "duplicates": 0}
         return {"versions": {}, "split": parts, "timesteps": [0.5], "identity": {}}
+
+    def too_few(self) -> list[str]:
+        return too_few(4, "image")
 
     def train(self, arm: Arm) -> None:
         if self.stopped == "train":

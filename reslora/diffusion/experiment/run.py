@@ -27,6 +27,7 @@ from ...common.status import Status
 from ...common.together import decided, each
 from ...experiment.arms import Arm, values_of
 from ...experiment.course import ADAPTERS, Course
+from ...experiment.parts import too_few
 from ...experiment.record import EXPERIMENT, Facts, TestLosses, facts_of
 from ...experiment.report import About
 from ...experiment.run import train_and_conclude
@@ -284,6 +285,10 @@ class Bench:
             "timesteps": [float(timestep) / objective.timesteps for timestep in measured_at(objective)],
             "identity": identity_record(self.course.flags, self.setting.identity) | {"parts": self.content},
         }
+
+    def too_few(self) -> list[str]:
+        """A line where too few images compare."""
+        return too_few(len(self.parts.test), self.about.unit, self.parts.enough)
 
     def is_tested(self, arm: Arm, step: int) -> bool:
         """Whether the test losses of an arm's checkpoint are on disk."""

@@ -20,7 +20,7 @@ from scipy.sparse.csgraph import connected_components
 
 from ...common.errors import InvalidArgument, refused_as
 from ...common.seeds import derive
-from ...experiment.parts import cut
+from ...experiment.parts import cut, enough_of
 from ..arguments import Flags
 from ..data.class_images import balanced
 from ..data.dataset import ImageDataset, data_flag
@@ -50,6 +50,8 @@ class Parts:
     """How many different ones are trained on: copies count once, as does an image at several resolutions."""
     duplicates: int
     """Contents that are left out, or where they are, because of another one, as which they look."""
+    enough: float
+    """The --test_split that takes enough to compare by."""
 
     def __str__(self) -> str:
         numbers = f"{self.trained} to train on, {len(self.select)} to choose by, {len(self.test)} to compare by"
@@ -67,13 +69,15 @@ def parts_of(images: Mapping[int, ImageDataset], flags: Flags) -> Parts:
     groups = groups_of(marks, looks_of(images, flat, data_flag(flags)))
     named = ([images[flat[each][0]].name(flat[each][1]) for each in group[:2]] for group in groups if len(group) > 1)
     check_count(len(groups), flags, next(named, []))
-    cuts = cut([min(marks[image] for image in group) for group in groups], flags.select_split, flags.test_split)
+    known = [min(marks[image] for image in group) for group in groups]
+    cuts = cut(known, flags.select_split, flags.test_split)
     train = [image for number in cuts[0] for image in groups[number]]
     select, test = ([min(groups[number], key=marks.__getitem__) for number in part] for part in cuts[1:])
     select = select[: flags.max_validation_images]
     parts = [tuple(flat[image] for image in part) for part in (train, select, test)]
     trained = len({marks[image] for image in train})
-    return Parts(parts[0], parts[1], parts[2], trained, duplicates=len(set(marks)) - len(groups))
+    duplicates = len(set(marks)) - len(groups)
+    return Parts(parts[0], parts[1], parts[2], trained, duplicates, enough=enough_of(known))
 
 
 def content_of(parts: Parts, images: Mapping[int, ImageDataset]) -> str:

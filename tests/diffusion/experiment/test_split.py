@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import random
+import re
 from types import SimpleNamespace
 
 import datasets
@@ -83,18 +84,17 @@ def test_more_than_one_compares_where_that_can_be():
     assert cut(["a", "b", "c"], 0.5, 0)[2] == []
 
 
-@pytest.mark.parametrize(
-    ("tested", "total", "fix"),
-    [
-        (2, 35, "; begin anew with more images, or with --test_split 0.3"),
-        (1, 12, "more images"),
-        (6, 35, ""),
-        (0, 9, ""),
-    ],
-)
-def test_too_few_to_compare_by_say_what_takes_more(tested, total, fix):
-    found = too_few({"train": total - tested - 2, "select": 2, "test": tested, "duplicates": 5}, "image")
-    assert [line.endswith(fix) for line in found] == [True] * bool(fix)
+def test_too_few_to_compare_by_are_said_with_the_share_that_takes_enough():
+    """How many a share takes is luck, of which the advice knows."""
+    contents = [encoded(picture(number)) for number in range(40)]
+    for tested, fix in ((1, "1 image compares: .*, or with"), (5, "5 images compare: .*, or with")):
+        enough = parts_of({0: dataset(contents)}, SHARES).enough
+        (line,) = too_few(tested, "image", enough)
+        assert re.search(f"^only {fix} --test_split {enough:g}$", line)
+    found = parts_of({0: dataset(contents)}, SimpleNamespace(**vars(SHARES) | {"test_split": enough}))
+    assert 10 <= len(found.test) <= 11 and too_few(6, "image", enough) == []
+    few = parts_of({0: dataset(contents[:10])}, SHARES)
+    assert too_few(2, "image", few.enough)[0].endswith("begin anew with more images")
 
 
 def test_near_duplicates_are_together_and_tested_once():
