@@ -89,6 +89,9 @@ def headline_of(experiment: Experiment, unit: str) -> str:
     if not verdicts:
         finished = any(arm["status"] == "finished" for arm in experiment["arms"])
         none = "Nothing is compared yet" if finished and not experiment["chosen"] else "There is nothing to compare"
+        if len(experiment["chosen"]) == 1 and len(labels_of(experiment)) == 1:
+            ((label, choice),) = experiment["chosen"].items()
+            none = f"{label} does best at learning rate {rate(choice['learning_rate'])}, step {choice['step']}"
         return f"{so_far}nothing to compare yet" if so_far else none
     if len(verdicts) == 1:
         return so_far + verdicts[0]["sentence"]

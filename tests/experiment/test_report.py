@@ -221,12 +221,21 @@ def test_the_headline(conclusions, words):
         | {"detectable": None if conclusion == "cannot tell" else 0.8 + 0.4 * place}
         for place, (label, conclusion) in enumerate(zip("abc", conclusions, strict=False))
     ]
-    arms = [{"status": "finished"}] * 2
+    arms = [{"status": "finished", "label": "lora"}, {"status": "finished", "label": "a"}]
     found = {"verdicts": verdicts, "arms": arms, "chosen": {"lora": {}}}
     assert headline_of(found, "image").startswith(words)
     if verdicts:
         unfinished = {"verdicts": verdicts, "arms": [*arms, {"status": "waiting"}]}
         assert headline_of(unfinished, "image").startswith(f"So far, with 2 of 3 arms: {words}")
+
+
+def test_the_headline_of_one_method_is_its_best_rate():
+    """Which is all that such an experiment asks."""
+    arms = [{"status": "finished", "label": "lora"}] * 2
+    chosen = {"lora": {"learning_rate": 2e-4, "step": 50}}
+    found = {"verdicts": [], "arms": arms, "chosen": chosen}
+    assert headline_of(found, "image") == "lora does best at learning rate 2e-4, step 50"
+    assert headline_of(found | {"arms": [*arms, {"status": "waiting", "label": "lora"}]}, "image").endswith("yet")
 
 
 def luminance(color: str) -> float:
