@@ -36,7 +36,7 @@ class Results:
 
     def __post_init__(self) -> None:
         there = read_object(self.course.folder / EXPERIMENT)
-        self.notes = self.too_few()
+        self.notes = self.beforehand()
         self.readings: int = there.get("readings", 0)
         self.read: list[list] = there.get("read", [])
         arms, chosen = set(self.course.arms()), there.get("chosen", {})
@@ -92,7 +92,7 @@ class Results:
         self.tests = self.tested(to_read)
         records = [course.record(arm, test) for arm, test in self.tests.items()]
         self.verdicts = compare(records, self.chosen, self.subject.about.unit)
-        self.notes = [*self.too_few(), *self.unfinished(len(losses)), *self.others(), *self.failed()]
+        self.notes = [*self.beforehand(), *self.unfinished(len(losses)), *self.others(), *self.failed()]
         self.notes += [*self.without_choice(losses), *self.at_ends(), *self.no_reference(judged), *self.read_again()]
         self.best = self.export(judged) if judged else None
         self.write()
@@ -142,9 +142,16 @@ class Results:
         """The chosen checkpoint."""
         return self.chosen[arm.label]["step"]
 
-    def too_few(self) -> list[str]:
-        """That hardly anything can be shown, if so."""
-        return self.subject.too_few()
+    def beforehand(self) -> list[str]:
+        """What keeps differences from being shown, whatever comes of the arms."""
+        found = self.subject.too_few()
+        if len(self.course.labels) > 1 and len(self.course.seeds) == 1:
+            found.append(
+                "one seed cannot tell methods apart: add two or more, as --seed 0 1 2, now or by a later start"
+            )
+        if not self.references():
+            found.append(f"nothing to compare with: verdicts need --method {REFERENCE}")
+        return found
 
     def unfinished(self, ended: int) -> list[str]:
         """That the time was up, if it was."""
@@ -179,12 +186,11 @@ class Results:
         return found
 
     def no_reference(self, judged: Sequence[Arm]) -> list[str]:
-        """That there is nothing to compare with."""
+        """That nothing is chosen of what others are compared with."""
         references = self.references()
-        if any(arm.label in references for arm in judged):
+        if not references or any(arm.label in references for arm in judged):
             return []
-        problem = f"no learning rate of {REFERENCE} is chosen" if references else f"verdicts need --method {REFERENCE}"
-        return [f"nothing to compare with: {problem}"]
+        return [f"nothing to compare with: no learning rate of {REFERENCE} is chosen"]
 
     def read_again(self) -> list[str]:
         """That somebody may have looked before deciding to go on, which no interval knows."""

@@ -16,7 +16,7 @@ from .subject import Subject
 def train_and_conclude(course: Course, subject: Subject) -> None:
     """Trains what is next until nothing is, and tells what came of it."""
     results = Results(course, subject)
-    for line in results.too_few() if is_main() else ():
+    for line in results.beforehand() if is_main() else ():
         print(line, flush=True)
     try:
         while arm := decided(course.next_arm):

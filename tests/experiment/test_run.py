@@ -26,7 +26,7 @@ from reslora.experiment.subject import COMPARING
 def test_a_stopped_arm_says_that_the_same_command_goes_on(monkeypatch):
     """Whatever a plain run would go on with."""
     course, told = SimpleNamespace(next_arm=lambda: "arm", running=None), []
-    results = SimpleNamespace(write=lambda: told.append(course.running), too_few=list)
+    results = SimpleNamespace(write=lambda: told.append(course.running), beforehand=list)
     monkeypatch.setattr(run, "Results", lambda course, subject: results)
 
     def stopped(_: str) -> None:
@@ -215,13 +215,27 @@ def test_extended_rates_are_advised_where_none_were_tried(tmp_path):
     assert {choice["learning_rate"] for choice in record["chosen"].values()} == {2e-4}
 
 
-def test_too_few_to_compare_by_is_said_before_the_first_arm_and_in_the_report(tmp_path, capsys):
-    """It is then that other parts can still be taken."""
-    line = "only 4 images compare: so few seldom show that a difference is real; begin anew with more images"
-    kept, _ = go(tmp_path / "out", stopped="train")
-    assert kept["notes"] == [line] == capsys.readouterr().out.splitlines()
-    assert line in (tmp_path / "out" / "report.html").read_text()
-    assert go(tmp_path / "out")[0]["notes"][0] == line
+FEW = "only 4 images compare: so few seldom show that a difference is real; begin anew with more images"
+ONE = "one seed cannot tell methods apart: add two or more, as --seed 0 1 2, now or by a later start"
+
+
+@pytest.mark.parametrize(
+    ("methods", "seeds", "lines"),
+    [
+        ("lora lora_x2", "0 1", [FEW]),
+        ("lora", "0", [FEW]),
+        ("lora lora_x2", "0", [FEW, ONE]),
+        ("lora_x2 lora_x4", "0 1", [FEW, "nothing to compare with: verdicts need --method lora"]),
+    ],
+)  # fmt: skip
+def test_what_no_arm_can_mend_is_said_before_the_first_one_and_in_the_report(tmp_path, capsys, methods, seeds, lines):
+    """It is then that it can be done otherwise."""
+    own = ("--seed", *seeds.split())
+    kept, _ = go(tmp_path / "out", *own, stopped="train", methods=methods)
+    assert kept["notes"] == lines == capsys.readouterr().out.splitlines()
+    assert all(line in (tmp_path / "out" / "report.html").read_text() for line in lines)
+    notes = go(tmp_path / "out", *own, methods=methods)[0]["notes"]
+    assert notes[: len(lines)] == lines and len(set(notes)) == len(notes)
 
 
 def test_a_method_of_which_nothing_is_chosen_is_told_with_the_reason(tmp_path):
