@@ -114,6 +114,7 @@ def test_what_an_experiment_leaves(whole):
     (verdict,) = found["verdicts"]
     assert (verdict["label"], verdict["seeds"], verdict["images"]) == ("reslora", 2, 4) and verdict["interval"]
     text = (output / "report.html").read_text()
+    assert found["best"]["files"] == ["peft", "merged"] and "out/merged" in text.partition("What to use")[2]
     assert verdict["sentence"] in text and "Accuracy" in text and "the select examples" in text
     assert "image" not in text.partition("<body>")[2].partition("<script>")[0]
 
