@@ -176,8 +176,9 @@ class Results:
         found = []
         for label, choice in self.chosen.items():
             if choice["at_end"] and choice["next"]:
-                end = {"low": "lowest", "high": "highest"}[choice["at_end"]]
-                line = f"{label}: the best learning rate is the {end} that was tried, {choice['learning_rate']:g}"
+                end, other = {"low": ("lowest", "lower"), "high": ("highest", "higher")}[choice["at_end"]]
+                line = f"{label}: the best learning rate is the {end} that was tried, {choice['learning_rate']:g}, "
+                line += f"and a {other} one may do better"
                 further = f"--extend_rates, or --learning_rate {choice['next']:g} beside the others"
                 if self.course.flags.extend_rates:  # which has tried all it would, and goes on from what is named
                     rates = sorted({*self.course.grids[label], choice["next"]})
@@ -195,7 +196,9 @@ class Results:
     def read_again(self) -> list[str]:
         """That somebody may have looked before deciding to go on, which no interval knows."""
         read = f"the test {self.subject.about.unit}s were read {self.readings} times"
-        line = f"{read}, as arms came in: intervals are for a single time"
+        line = (
+            f"{read}, as arms came in: intervals and p are for one time, and more show differences by luck more often"
+        )
         return [line] if self.readings > 1 else []
 
     def others(self) -> list[str]:
