@@ -96,8 +96,9 @@ def check_count(images: int, flags: Flags, alike: Sequence[str] = ()) -> None:
     """Refuse so few images that some part would be empty. `alike`: names of two that count as one."""
     if images < 3:
         example = f" ({' and '.join(alike)} look alike)" if alike else ""
-        problem = f"{images} images but for near-duplicates{example}, to train on, to choose by and to compare by"
-        raise InvalidArgument(data_flag(flags), problem, "give at least 3")
+        number = f"{images} image{'s' * (images != 1)} but for near-duplicates{example}"
+        problem = f"{number}, and training, choosing and comparing take others each"
+        raise InvalidArgument(data_flag(flags), problem, "give at least 3, better 30 or more")
 
 
 def with_parts(material: Material, parts: Parts, processes: int) -> Material:
