@@ -284,6 +284,7 @@ class Bench:
         trainer.stopping.check("stopped between two arms; the same command goes on")
         try:
             if arguments.training.should_save:
+                print(f"{self.course.name_of(arm)}: training", flush=True)  # the losses that follow have no name
                 write_json(folder / "config.json", arguments.settings)
             trainer.train(resume_from_checkpoint="latest" if decided(lambda: bool(checkpoints_of(folder))) else None)
             if decided(lambda: trainer.state.global_step not in self.course.select_losses(arm)):
