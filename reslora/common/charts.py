@@ -10,7 +10,7 @@ import html
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from matplotlib.ticker import MaxNLocator
 
@@ -206,6 +206,9 @@ def chart(series: Sequence[Series], axes: Axes) -> str:
     points = [point for each in series for point in (*each.line, *each.dots) if all(map(math.isfinite, point))]
     if not points:
         return ""
+    x, *others = {x for x, _ in points}
+    if not others and x > 0:  # round numbers about the one step there is would be no steps
+        axes = replace(axes, ticks=[x])
     place = _places(points, axes)
     body = _grid(place, axes) + "".join(_of_series(each, place) for each in series)
     legend = "".join(

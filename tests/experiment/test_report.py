@@ -262,6 +262,12 @@ def test_contrast_is_enough_for_text_and_for_lines(scheme):
     assert contrast("accent", "page") >= 3
 
 
+def test_the_one_step_that_there_is_is_the_tick(experiment):
+    arms = [arm | {"select_by_step": {"8": arm["select_by_step"]["50"]}} for arm in experiment["arms"]]
+    by_step = report.select_charts(experiment | {"arms": arms}).partition("By step")[2]
+    assert re.findall(r'text-anchor="middle">([\d.]+)<', by_step) == ["8"]
+
+
 def test_charts_show_what_is_finite(experiment, folder):
     """A loss that is not finite is a gap, one far above all others stands at the edge; no NaN is drawn."""
     arms = [dict(arm) for arm in experiment["arms"]]
