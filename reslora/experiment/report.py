@@ -23,7 +23,7 @@ READING = (
     "expected within the 95% interval. A single new seed, with these {unit}s, differs more: in 19 of 20 cases it is "
     "within what stands under <i>One more seed</i>. A method counts as better or worse if p, corrected by Holm for the "
     "number of methods, is below 0.05. Where no difference is shown there may still be one within the interval: what "
-    "is detectable would have been shown in 4 of 5 such experiments. Methods are compared with their reference "
+    "could have been shown, is detectable, would have been in 4 of 5 such experiments. Methods are compared with their reference "
     "alone, and not with each other."
 )
 
@@ -124,8 +124,7 @@ def shown_among(verdicts: Sequence[Verdict], references: str) -> str:
     if len(verdicts) == 1:
         return verdicts[0]["sentence"]
     (most,) = percents(max(verdict["detectable"] or 0 for verdict in verdicts))
-    shown = f"no difference between {len(verdicts)} methods and {references} shown"
-    return f"{shown}; 4 of 5 such experiments would have shown one of {most}%"
+    return f"no difference between {len(verdicts)} methods and {references} shown (could have shown {most}% for each)"
 
 
 def verdict_table(experiment: Experiment, unit: str) -> str:

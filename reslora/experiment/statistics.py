@@ -217,8 +217,7 @@ def _sentence(verdict: Verdict, comparison: Comparison, unit: str) -> str:
     elif verdict["conclusion"] == "not shown":
         among = " when all comparisons are counted" if verdict["p"] < LEVEL else ""
         (size,) = percents(verdict["detectable"])
-        sentence = f"no difference between {label} and {reference} shown{among}"
-        sentence += f"; 4 of 5 such experiments would have shown one of {size}%"
+        sentence = f"no difference between {label} and {reference} shown{among} (could have shown {size}%)"
     else:
         size, least, most = percents(relative, *sorted(map(abs, verdict["interval"])))
         sentence = (

@@ -196,12 +196,11 @@ def test_a_damaged_image_and_a_missing_one(experiment, tmp_path):
         ),
         (
             ("not shown", "not shown"),
-            "no difference between 2 methods and lora shown; 4 of 5 such experiments would have shown one of 1.2%",
+            "no difference between 2 methods and lora shown (could have shown 1.2% for each)",
         ),
         (
             ("not shown", "not shown", "cannot tell"),
-            "no difference between 2 methods and lora shown; 4 of 5 such experiments would have shown one of 1.2%; "
-            "1 cannot be told yet",
+            "no difference between 2 methods and lora shown (could have shown 1.2% for each); 1 cannot be told yet",
         ),
         (("cannot tell", "not shown", "cannot tell"), "b: sentence; 2 cannot be told yet"),
         (("worse", "cannot tell"), "nothing is shown to be better; a: sentence; 1 cannot be told yet"),
