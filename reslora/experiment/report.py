@@ -22,9 +22,9 @@ READING = (
     "the same seeds and {unit}s for both; lower is better. The mean of new seeds and new {unit}s of this kind is to be "
     "expected within the 95% interval. A single new seed, with these {unit}s, differs more: in 19 of 20 cases it is "
     "within what stands under <i>One more seed</i>. A method counts as better or worse if p, corrected by Holm for the "
-    "number of methods, is below 0.05. Where no difference is shown there may still be one within the interval: what "
-    "could have been shown, is detectable, would have been in 4 of 5 such experiments. Methods are compared with their reference "
-    "alone, and not with each other."
+    "number of methods, is below 0.05. Where no difference is shown there may still be one within the interval: one "
+    "of the size under <i>Detectable</i> would have been shown in 4 of 5 such experiments. Methods are compared with their "
+    "reference alone, and not with each other."
 )
 
 
