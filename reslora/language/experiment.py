@@ -1,4 +1,4 @@
-"""An experiment with a language model: every arm trained as a plain run of its flags, on parts of the examples.
+"""A plain run with a language model, and an experiment: every arm a plain run of its flags, on parts of the examples.
 
 What an arm writes is in a folder of its own, and what is on disk decides what is left to do. Rates and checkpoints are
 chosen by the validation loss, which is that of the select examples; methods are compared by the loss of each test
@@ -15,7 +15,7 @@ import json
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from ..common.adapters import load_adapter, save_adapter
 from ..common.errors import Diverged, InvalidArgument
 from ..common.flags import Flags, as_typed, listed
 from ..common.folder import check_held, locked
-from ..common.signals import StopRequest
+from ..common.signals import NOT_BEGUN, StopRequest
 from ..common.together import decided
 from ..experiment.arms import Arm, check_values
 from ..experiment.course import ADAPTERS, Course, adapter_folder, reading_adapter
@@ -37,11 +37,11 @@ from ..experiment.report import About
 from ..experiment.run import train_and_conclude
 from ..experiment.subject import COMPARING
 from ..files import read_object, remove, remove_leftovers, replacing, write_json
-from .arguments import SEVERAL, ExperimentArguments, check_number
+from .arguments import SEVERAL, ExperimentArguments, check_number, is_experiment
 from .checkpoints import checkpoints_of, set_unfinished_aside
 from .parts import Parts
 from .results import as_plain, export
-from .resuming import FREE_ON_RESUME, fingerprint, is_same
+from .resuming import FREE_ON_RESUME, check_data, check_resume, fingerprint, is_same
 from .trainer import AdapterTrainer, total_steps
 
 TEST, MOST_LOOKS = "test.json", 10
@@ -82,6 +82,10 @@ class Study(ABC):
         """The arguments of a plain run, with `settings`, `method` and `training`; raises `InvalidArgument`."""
 
     @abstractmethod
+    def plain(self, arguments: Any, stop: StopRequest) -> tuple[AdapterTrainer, Iterable, Callable[[], None]]:
+        """Of a plain run: the trainer, the training examples that it goes on with alone, and what ends it."""
+
+    @abstractmethod
     def parts(self, arguments: Any, shares: ExperimentArguments) -> Parts:
         """All examples in three parts."""
 
@@ -104,6 +108,28 @@ class Study(ABC):
     @abstractmethod
     def measured(self, arguments: Any, model: PeftModel, check: Callable[[], None]) -> tuple[list[float], dict]:
         """The loss of each test example, in order, and figures over all; asks `check` between batches."""
+
+
+def run(study: Study, values: dict[str, Any], stop: StopRequest) -> None:
+    """A plain run of the flags, or the experiment that they ask for."""
+    if is_experiment(values):
+        run_experiment(study, values, stop)
+        return
+    with stop.at_once():
+        arguments = study.settled(values)
+    arguments.method.tell_unread()
+    training, flags = arguments.training, arguments.settings
+    with contextlib.ExitStack() as stack:
+        decided(lambda: stack.enter_context(locked(Path(training.output_dir))))
+        check_resume(training.output_dir, training.resume_from_checkpoint, flags)
+        trainer, examples, finish = study.plain(arguments, stop)
+        flags["data"] = fingerprint(examples)
+        check_data(training.output_dir, training.resume_from_checkpoint, flags["data"])
+        if training.should_save:
+            write_json(Path(training.output_dir) / "config.json", flags)
+        trainer.stopping.check(NOT_BEGUN)
+        trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+        finish()
 
 
 def run_experiment(study: Study, values: dict[str, Any], stop: StopRequest) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,31 +24,17 @@ from transformers.trainer_utils import PredictionOutput
 from transformers.utils import logging
 
 from ..common.errors import InvalidArgument
-from ..common.folder import check_held, locked
-from ..common.signals import NOT_BEGUN, StopRequest
+from ..common.folder import check_held
+from ..common.signals import StopRequest
 from ..common.together import decided
-from ..files import replacing, write_json
-from .arguments import (
-    ExperimentArguments,
-    is_experiment,
-)
+from ..files import replacing
+from .arguments import ExperimentArguments
 from .callbacks import LogCallback
-from .experiment import Study, run_experiment
+from .experiment import Study, run
 from .glue_arguments import BUNDLED_MODEL, Arguments, read, settled
-from .glue_tasks import (
-    Columns,
-    HubDataset,
-    Task,
-    check_rows,
-    file_form,
-    predicted,
-    read_folder,
-    read_hub,
-    scores,
-)
+from .glue_tasks import Columns, HubDataset, Task, check_rows, file_form, predicted, read_folder, read_hub, scores
 from .parts import Parts, parts_of
 from .results import export, merge_table, table_text, write_results
-from .resuming import check_data, check_resume, fingerprint
 from .trainer import AdapterTrainer, attach, put_control_on, total_steps
 
 # -- data --------------------------------------------------------------------------------------------------------------
@@ -301,6 +286,20 @@ class GlueStudy(Study):
         """The arguments of a plain run."""
         return settled(self.parser, values)
 
+    def plain(self, arguments: Arguments, stop: StopRequest) -> tuple[AdapterTrainer, Iterable, Callable[[], None]]:
+        """As it says there."""
+        set_seed(arguments.training.seed)
+        splits = read_splits(arguments)
+        tokenizer, model, classifier = load_model(arguments)
+        sets = {name: encode(arguments, tokenizer, columns) for name, columns in splits.items()}
+        steps, example = total_steps(arguments.training, len(sets["train"])), example_of(sets)
+        adapted = attach(model, arguments.method, steps, example, modules_to_save=classifier)
+        trainer = build_trainer(arguments, tokenizer, adapted, sets, stop)
+        batches = calibration_batches(arguments, sets["train"], arguments.training.device)
+        put_control_on(trainer, arguments.method, batches or [], example)
+        examples = zip(*splits["train"].values(), strict=True)
+        return trainer, examples, lambda: finish(arguments, trainer, tokenizer, sets)
+
     def parts(self, arguments: Arguments, shares: ExperimentArguments) -> Parts:
         """All examples in three parts; test examples without labels, as the hub's, are no part."""
         task, data, splits = arguments.task, arguments.data, read_splits(arguments)
@@ -362,36 +361,5 @@ class GlueStudy(Study):
 
 def main(argv: Sequence[str] | None = None, stop: StopRequest | None = None, description: str | None = None) -> None:
     """Read, check, attach, train, and show what each merge keeps; or an experiment."""
-    (parser, values), stop = read(argv, description), stop or StopRequest()
-    if is_experiment(values):
-        run_experiment(GlueStudy(parser), values, stop)
-        return
-    with stop.at_once():
-        arguments = settled(parser, values)
-    run(arguments, stop)
-
-
-def run(arguments: Arguments, stop: StopRequest | None = None) -> None:
-    """One training."""
-    training, flags = arguments.training, arguments.settings
-    arguments.method.tell_unread()
-    with contextlib.ExitStack() as stack:
-        decided(lambda: stack.enter_context(locked(Path(training.output_dir))))
-        check_resume(training.output_dir, training.resume_from_checkpoint, flags)
-        set_seed(training.seed)
-        splits = read_splits(arguments)
-        tokenizer, model, classifier = load_model(arguments)
-        sets = {name: encode(arguments, tokenizer, columns) for name, columns in splits.items()}
-        flags["data"] = fingerprint(zip(*splits["train"].values(), strict=True))
-        check_data(training.output_dir, training.resume_from_checkpoint, flags["data"])
-        steps = total_steps(training, len(sets["train"]))
-        example = example_of(sets)
-        adapted = attach(model, arguments.method, steps, example, modules_to_save=classifier)
-        trainer = build_trainer(arguments, tokenizer, adapted, sets, stop)
-        batches = calibration_batches(arguments, sets["train"], training.device)
-        put_control_on(trainer, arguments.method, batches or [], example)
-        if trainer.is_world_process_zero():
-            write_json(Path(training.output_dir) / "config.json", flags)
-        trainer.stopping.check(NOT_BEGUN)
-        trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-        finish(arguments, trainer, tokenizer, sets)
+    parser, values = read(argv, description)
+    run(GlueStudy(parser), values, stop or StopRequest())

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,37 +11,18 @@ from typing import Any
 import torch
 from peft import PeftModel, prepare_model_for_kbit_training
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..common.errors import InvalidArgument, refused_as
-from ..common.folder import check_held, locked
+from ..common.folder import check_held
 from ..common.seeds import derive
-from ..common.signals import NOT_BEGUN, StopRequest
+from ..common.signals import StopRequest
 from ..common.together import decided
-from ..files import write_json
-from .arguments import (
-    ExperimentArguments,
-    MethodArguments,
-    is_experiment,
-)
+from .arguments import ExperimentArguments, MethodArguments
 from .callbacks import LogCallback
-from .experiment import Study, run_experiment
-from .llm_arguments import (
-    BUNDLED_MODEL,
-    PROG,
-    Arguments,
-    LlmTrainingArguments,
-    TaskArguments,
-    read,
-    settled,
-)
+from .experiment import Study, run
+from .llm_arguments import BUNDLED_MODEL, PROG, Arguments, LlmTrainingArguments, TaskArguments, read, settled
 from .llm_tasks import Example, file_form, read_examples
 from .llm_trainer import (
     Encoder,
@@ -56,7 +36,6 @@ from .llm_trainer import (
 )
 from .parts import Parts, parts_of
 from .results import export, merge_table, table_text, write_results
-from .resuming import check_data, check_resume, fingerprint
 from .trainer import attach, put_control_on, total_steps
 
 CAUSAL_MODEL = "give a folder or a name on the hub of a causal model"
@@ -74,14 +53,10 @@ def load_examples(arguments: TaskArguments, training: LlmTrainingArguments) -> d
     Where a task has no validation examples and the run is to validate, a part of the training examples is held out: a
     checkpoint is never chosen by what it is tested on.
     """
-    source = (arguments.data_dir, arguments.cache_dir)
-    found = {split: read_examples(arguments.task, split, *source) for split in ("train", "validation", "test")}
+    found = all_examples(arguments)
     found["test"] = found["test"] or found["validation"]
-    for split in ("train", "test"):
-        if not found[split]:
-            given = f"--data_dir {arguments.data_dir}" if arguments.data_dir else f"--task {arguments.task}"
-            problem = f"no {split} examples" + ("" if split == "train" else " and no validation examples")
-            raise InvalidArgument(given, problem, file_form(arguments.task))
+    if not found["test"]:
+        raise _lacks(arguments, "no test examples and no validation examples")
     order = torch.randperm(len(found["train"]), generator=torch.Generator().manual_seed(training.seed)).tolist()
     if not found["validation"] or found["validation"] is found["test"]:
         validates = training.eval_strategy != "no" or training.eval_on_start
@@ -95,13 +70,23 @@ def load_examples(arguments: TaskArguments, training: LlmTrainingArguments) -> d
     return found
 
 
-def found_examples(arguments: TaskArguments) -> dict[str, list[Example]]:
-    """The examples of an experiment: `train`, and `select` and `test` where the task has such files."""
+def all_examples(arguments: TaskArguments) -> dict[str, list[Example]]:
+    """Of `train`, at least one, `validation` and `test`."""
     source = (arguments.data_dir, arguments.cache_dir)
     found = {split: read_examples(arguments.task, split, *source) for split in ("train", "validation", "test")}
     if not found["train"]:
-        given = f"--data_dir {arguments.data_dir}" if arguments.data_dir else f"--task {arguments.task}"
-        raise InvalidArgument(given, "no train examples", file_form(arguments.task))
+        raise _lacks(arguments, "no train examples")
+    return found
+
+
+def _lacks(arguments: TaskArguments, problem: str) -> InvalidArgument:
+    given = f"--data_dir {arguments.data_dir}" if arguments.data_dir else f"--task {arguments.task}"
+    return InvalidArgument(given, problem, file_form(arguments.task))
+
+
+def found_examples(arguments: TaskArguments) -> dict[str, list[Example]]:
+    """The examples of an experiment: `train`, and `select` and `test` where the task has such files."""
+    found = all_examples(arguments)
     select, test = (found["validation"], found["test"]) if found["test"] else ([], found["validation"])
     select, test = select[: arguments.max_eval_samples], test[: arguments.max_test_samples]
     return {"train": found["train"], "select": select, "test": test}
@@ -293,6 +278,19 @@ class LlmStudy(Study):
         """The arguments of a plain run."""
         return settled(self.parser, values)
 
+    def plain(self, arguments: Arguments, stop: StopRequest) -> tuple[LlmTrainer, Iterable, Callable[[], None]]:
+        """As it says there."""
+        task, method, training = arguments
+        trainer, rows = build_trainer(task, method, training, stop)
+        if training.should_save:
+            trainer.model.print_trainable_parameters()
+
+        def end() -> None:
+            results = finish(trainer, rows, task, method)
+            say(summary(results, training, method, bundled=task.model_name_or_path == str(BUNDLED_MODEL)))
+
+        return trainer, rows, end
+
     def parts(self, arguments: Arguments, shares: ExperimentArguments) -> Parts:
         """All examples in three parts; near-duplicates are told by their prompts."""
         task = arguments.task
@@ -339,29 +337,5 @@ class LlmStudy(Study):
 
 def main(argv: Sequence[str] | None = None, stop: StopRequest | None = None, description: str | None = None) -> None:
     """Check, load, train, compare the merges and export; or an experiment."""
-    (parser, values), stop = read(argv, description), stop or StopRequest()
-    if is_experiment(values):
-        run_experiment(LlmStudy(parser), values, stop)
-        return
-    with stop.at_once():
-        arguments = settled(parser, values)
-    run(arguments, stop)
-
-
-def run(arguments: Arguments, stop: StopRequest | None = None) -> None:
-    """One training."""
-    (task, method, training), flags = arguments, arguments.settings
-    method.tell_unread()
-    with contextlib.ExitStack() as stack:
-        decided(lambda: stack.enter_context(locked(Path(training.output_dir))))
-        check_resume(training.output_dir, training.resume_from_checkpoint, flags)
-        trainer, rows = build_trainer(task, method, training, stop)
-        flags["data"] = fingerprint(rows)
-        check_data(training.output_dir, training.resume_from_checkpoint, flags["data"])
-        if training.should_save:
-            write_json(Path(training.output_dir) / "config.json", flags)
-            trainer.model.print_trainable_parameters()
-        trainer.stopping.check(NOT_BEGUN)
-        trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-        results = finish(trainer, rows, task, method)
-        say(summary(results, training, method, bundled=task.model_name_or_path == str(BUNDLED_MODEL)))
+    parser, values = read(argv, description)
+    run(LlmStudy(parser), values, stop or StopRequest())
