@@ -31,7 +31,7 @@ from ..common.folder import check_held, locked
 from ..common.signals import NOT_BEGUN, StopRequest
 from ..common.together import decided
 from ..experiment.arms import Arm, check_values
-from ..experiment.course import ADAPTERS, Course, adapter_folder, reading_adapter
+from ..experiment.course import ADAPTERS, Course, adapter_folder, is_tested, reading_adapter, tested
 from ..experiment.record import EXPERIMENT, Facts, TestLosses, facts_of
 from ..experiment.report import About
 from ..experiment.run import train_and_conclude
@@ -44,7 +44,7 @@ from .results import as_plain, export
 from .resuming import FREE_ON_RESUME, check_data, check_resume, fingerprint, is_same
 from .trainer import AdapterTrainer, total_steps
 
-TEST, MOST_LOOKS = "test.json", 10
+MOST_LOOKS = 10
 LEAST_LOSS = 1e-12  # of a sure example, whose loss rounds to zero: statistics take losses above it
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets")
 CHANGING = ("method", "learning_rate", "seed")  # of these more may be added
@@ -325,24 +325,22 @@ class Bench:
 
     def is_tested(self, arm: Arm, step: int) -> bool:
         """Whether the test losses of an arm's checkpoint are on disk."""
-        record = read_object(self.course.folder_of(arm) / TEST)
-        return record.get("step") == step and record.get("images") == self.parts.marks
+        return is_tested(self.course.folder_of(arm), step, self.parts.marks)
 
     def begins(self, phase: str, arm: Arm) -> None:
         """Heeds a stop before what is done with an arm next; these runs keep no status to say it in."""
         self.stop.check(COMPARING)
 
     def tested(self, arm: Arm, step: int) -> TestLosses:
-        """The losses on the test examples of an arm's checkpoint, measured once, and then read from `test.json`."""
-        path = self.course.folder_of(arm) / TEST
-        if not self.is_tested(arm, step):
+        """The losses on the test examples of an arm's checkpoint."""
+
+        def measure() -> dict:
             model, arguments = self.restored(arm, step), self.arguments_of(arm)
             losses, figures = self.study.measured(arguments, model, lambda: self.stop.check(COMPARING))
             numbers = [max(loss, LEAST_LOSS) if math.isfinite(loss) else None for loss in losses]
-            check_held()
-            write_json(path, {"step": step, "images": self.parts.marks, "losses": numbers, "figures": figures})
-        record = read_object(path)
-        return {name: record[name] for name in ("images", "losses", "figures")}  # type: ignore[return-value]
+            return {"losses": numbers, "figures": figures}
+
+        return tested(self.course.folder_of(arm), step, self.parts.marks, measure)
 
     def export(self, arm: Arm, step: int) -> str | None:
         """Writes `peft/` of an arm's checkpoint, and with --merge_and_save `merged/`; else an earlier one goes."""

@@ -26,7 +26,7 @@ from ...common.signals import NOT_BEGUN, StopRequest
 from ...common.status import Status
 from ...common.together import decided, each
 from ...experiment.arms import Arm, values_of
-from ...experiment.course import ADAPTERS, Course
+from ...experiment.course import ADAPTERS, Course, is_tested, tested
 from ...experiment.record import EXPERIMENT, Facts, TestLosses, facts_of
 from ...experiment.report import About
 from ...experiment.run import train_and_conclude
@@ -55,7 +55,7 @@ from ..training.checkpoints import (
 )
 from ..training.schedule import Schedule, schedule_of
 from .checks import plain_variants
-from .judging import export_chosen, is_tested, tested
+from .judging import export_chosen, measured
 from .measure import SelectLoss
 from .pages import IMAGES
 from .split import Parts, check_count, content_of, learnt, parts_of, with_parts
@@ -276,6 +276,11 @@ class Bench:
         """What the parts are known by."""
         return content_of(self.parts, learnt(self.setting.material.sources))
 
+    @functools.cached_property
+    def marks(self) -> list[str]:
+        """The contents of the test images in short."""
+        return [self.setting.material.sources[source].images.marks[number] for source, number in self.parts.test]
+
     def facts(self) -> Facts:
         """Versions, parts and identity."""
         objective = self.setting.material.objective
@@ -287,7 +292,7 @@ class Bench:
 
     def is_tested(self, arm: Arm, step: int) -> bool:
         """Whether the test losses of an arm's checkpoint are on disk."""
-        return is_tested(step, self.parts.test, self.setting_of(arm))
+        return is_tested(self.course.folder_of(arm), step, self.marks)
 
     def begins(self, phase: str, arm: Arm) -> None:
         """Says what is done with an arm next, in the run's status; a stop is heeded before it."""
@@ -296,7 +301,8 @@ class Bench:
 
     def tested(self, arm: Arm, step: int) -> TestLosses:
         """The losses on the test images of an arm's checkpoint."""
-        return tested(step, self.parts.test, self.setting_of(arm))
+        measure = functools.partial(measured, step, self.parts.test, self.setting_of(arm))
+        return tested(self.course.folder_of(arm), step, self.marks, measure)
 
     def export(self, arm: Arm, step: int) -> str | None:
         """Writes the diffusers file of an arm's checkpoint."""
