@@ -11,7 +11,7 @@ from transformers import HfArgumentParser
 
 from ..common.assets import ASSETS
 from ..common.errors import InvalidArgument
-from ..common.methods import METHODS
+from ..common.methods import refuse_unable
 from .arguments import (
     AdapterTrainingArguments,
     MethodArguments,
@@ -141,10 +141,8 @@ def settled(parser: HfArgumentParser, values: Mapping[str, Any]) -> Arguments:
             "a 4-bit model cannot hold the sum",
             "leave it out, and merge peft/ into the whole model",
         )
-    if task.load_in_4bit and not METHODS[method.method].quantised:
-        raise InvalidArgument(
-            f"--method {method.method}", "PEFT has it for whole weights only", "leave --load_in_4bit out"
-        )
+    if task.load_in_4bit:
+        refuse_unable([method.method], "quantised")
     check_compiling(method, training)
     best = str(training.metric_for_best_model or "").removeprefix("eval_")
     if best not in ("", "loss", "accuracy"):

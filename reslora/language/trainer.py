@@ -29,7 +29,7 @@ from ..common.controls import Settings, put_on
 from ..common.errors import Diverged, InvalidArgument, RunFailed, Stopped, refused_as
 from ..common.folder import check_held
 from ..common.gauge import gauged
-from ..common.methods import METHODS, AdapterSettings, adapter_config, check_steps, refuse_deepspeed
+from ..common.methods import METHODS, AdapterSettings, adapter_config, check_steps, refuse_unable
 from ..common.patterns import spell_out
 from ..common.recovery import cannot_be_loaded, discard
 from ..common.signals import NOT_BEGUN, StopRequest
@@ -220,7 +220,7 @@ class AdapterTrainer(Trainer):
                 "use DDP (accelerate launch) or ZeRO-2",
             )
         if stage is not None and self.allocator is not None:
-            refuse_deepspeed(["adalora"])
+            refuse_unable(["adalora"], "deepspeed")
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """As `Trainer.train`; `latest` or True means the newest usable checkpoint, or a fresh start without one."""
