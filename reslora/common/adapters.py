@@ -8,11 +8,11 @@ save_adapter(model, "checkpoint"), load_adapter(model, "checkpoint")
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,6 +47,7 @@ from ..model import connect, connection_of
 from . import controls
 from .controls import DEFAULT
 from .errors import Diverged, first_line
+from .temporarily import temporarily
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -218,15 +219,9 @@ class RankAllocator:
         for factor, gradient in zip(factors, gradients, strict=True):
             factor.grad = gradient if factor.grad is None else factor.grad.add_(gradient)
 
-    @contextlib.contextmanager
-    def silenced(self) -> Iterator[None]:
+    def silenced(self) -> AbstractContextManager[None]:
         """Inside, a wrapped model's forward leaves its loss alone: PEFT would add the penalty in evaluation too."""
-        config = self._config
-        weight, config.orth_reg_weight = config.orth_reg_weight, 0.0
-        try:
-            yield
-        finally:
-            config.orth_reg_weight = weight
+        return temporarily(self._config, orth_reg_weight=0.0)
 
     def step(self, global_step: int) -> None:
         """Moves ranks; to be called after the optimizer's step number `global_step`, before its gradients go."""

@@ -34,6 +34,7 @@ from ..common.patterns import spell_out
 from ..common.recovery import cannot_be_loaded, discard
 from ..common.signals import NOT_BEGUN, StopRequest
 from ..common.targets import check_layers
+from ..common.temporarily import temporarily
 from ..common.together import decided, is_main
 from ..config import ResLoraConfig
 from ..files import write_checksums, write_tensors
@@ -291,12 +292,8 @@ class AdapterTrainer(Trainer):
 
     def _get_dataloader(self, *args, is_training: bool = False, **kwargs):
         # Stock `Trainer` leaves examples out of evaluations and predictions too.
-        dropping = self.args.dataloader_drop_last
-        self.args.dataloader_drop_last = dropping and is_training
-        try:
+        with temporarily(self.args, dataloader_drop_last=self.args.dataloader_drop_last and is_training):
             return super()._get_dataloader(*args, is_training=is_training, **kwargs)
-        finally:
-            self.args.dataloader_drop_last = dropping
 
     def _run_epoch(self, *args, **kwargs) -> None:
         # Stock `Trainer` takes one step too many when it resumes from the last step of a run.
@@ -365,17 +362,15 @@ class AdapterTrainer(Trainer):
     def _save_checkpoint(self, *args, **kwargs) -> None:
         decided(check_held)
         # Stock `Trainer` removes older ones before all processes have written their part of this one.
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            super()._save_checkpoint(*args, **kwargs)
+            with temporarily(self.args, save_total_limit=None):
+                super()._save_checkpoint(*args, **kwargs)
         except RuntimeError as error:
             if not any(word in str(error) for word in UNWRITTEN):
                 raise
             # So torch.save says that a file cannot be written, without the cause.
             where = f"checkpoint of step {self.state.global_step}"
             raise RunFailed(f"{where} cannot be written; is the disk full? Earlier ones are intact") from error
-        finally:
-            self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()  # each process has written its random state
         if self.args.should_save:
             write_checksums(self._checkpoint())

@@ -22,6 +22,7 @@ from ...chains import Chains, chains
 from ...common.adapters import load_adapter, remove_adapters
 from ...common.errors import Diverged, RunFailed, first_line
 from ...common.methods import METHODS
+from ...common.temporarily import temporarily
 from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 from ...files import Damaged, check_checksums, remove, write_json
 from ...model import MergeReport, merge
@@ -143,15 +144,8 @@ def finite(drawn: np.ndarray, what: str) -> np.ndarray:
 @contextlib.contextmanager
 def exact_products() -> Iterator[None]:
     """No TF32: it would make images differ by more than exports may."""
-    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    allowed = [backend.allow_tf32 for backend in backends]
-    for backend in backends:
-        backend.allow_tf32 = False
-    try:
+    with temporarily(torch.backends.cuda.matmul, allow_tf32=False), temporarily(torch.backends.cudnn, allow_tf32=False):
         yield
-    finally:
-        for backend, value in zip(backends, allowed, strict=True):
-            backend.allow_tf32 = value
 
 
 @contextlib.contextmanager
