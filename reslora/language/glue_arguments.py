@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
@@ -156,7 +155,6 @@ def settled(parser: HfArgumentParser, values: Mapping[str, Any]) -> Arguments:
     if smoothing and not arguments.task.labels:
         problem = f"{data.task_name} has scores in place of labels"
         raise InvalidArgument(f"--label_smoothing_factor {smoothing:g}", problem, "leave it out")
-    arguments.training.dataloader_pin_memory &= torch.cuda.is_available()  # torch warns in every epoch otherwise
     return arguments
 
 
