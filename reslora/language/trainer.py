@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
@@ -434,12 +435,6 @@ def _plain(choice: object) -> object:
 
 def _zero_stage(args: TrainingArguments) -> int | None:
     """DeepSpeed's stage, None without DeepSpeed."""
-    plugin = getattr(args, "deepspeed_plugin", None)
-    if plugin is not None:
+    if plugin := getattr(args, "deepspeed_plugin", None):
         return plugin.zero_stage
-    if not args.deepspeed:
-        return None
-    content = args.deepspeed
-    if not isinstance(content, dict):
-        content = json.loads(Path(content).read_text(encoding="utf-8"))
-    return content.get("zero_optimization", {}).get("stage", 0)
+    return HfDeepSpeedConfig(args.deepspeed).get_value("zero_optimization.stage", 0) if args.deepspeed else None
