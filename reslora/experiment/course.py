@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,7 +33,6 @@ from .arms import (
 )
 
 ENDED = "arm.json"  # that an arm has ended, and how; written last
-TESTED = "test.json"  # the test losses of the chosen checkpoint
 ADAPTERS = "adapters"  # of every checkpoint that may be chosen, without what a resumed run needs
 
 
@@ -46,23 +44,6 @@ def adapter_folder(folder: Path, step: int) -> Path:
 def reading_adapter(folder: Path) -> contextlib.AbstractContextManager[None]:
     """While an arm's adapter is read: says how to go on where it is missing or damaged."""
     return refused_as(str(folder), f"remove {folder}, and the arm is trained anew", (ValueError,))
-
-
-def is_tested(folder: Path, step: int, marks: list[str]) -> bool:
-    """Whether the losses of an arm's checkpoint on what these are the marks of are on disk."""
-    there = read_object(folder / TESTED)
-    return there.get("step") == step and there.get("images") == marks
-
-
-def tested(folder: Path, step: int, marks: list[str], measure: Callable[[], dict]) -> record.TestLosses:
-    """These losses: measured once, and then read from `test.json`."""
-    if not is_tested(folder, step, marks):
-        measured = measure()
-        check_held()
-        write_json(folder / TESTED, {"step": step, "images": marks} | measured)
-    there = read_object(folder / TESTED)
-    del there["step"]
-    return there  # type: ignore[return-value] # as it was written
 
 
 @dataclass

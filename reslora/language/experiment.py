@@ -31,11 +31,11 @@ from ..common.folder import check_held, locked
 from ..common.signals import NOT_BEGUN, StopRequest
 from ..common.together import decided
 from ..experiment.arms import Arm, check_values
-from ..experiment.course import ADAPTERS, Course, adapter_folder, is_tested, reading_adapter, tested
-from ..experiment.record import EXPERIMENT, Facts, TestLosses, facts_of
+from ..experiment.course import ADAPTERS, Course, adapter_folder, reading_adapter
+from ..experiment.record import EXPERIMENT, Facts, facts_of
 from ..experiment.report import About
 from ..experiment.run import train_and_conclude
-from ..experiment.subject import COMPARING
+from ..experiment.subject import COMPARING, Subject
 from ..files import read_object, remove, remove_leftovers, replacing, write_json
 from .arguments import SEVERAL, ExperimentArguments, check_number, is_experiment
 from .checkpoints import checkpoints_of, set_unfinished_aside
@@ -249,7 +249,7 @@ class KeepAdapters(TrainerCallback):
 
 
 @dataclass(frozen=True)
-class Bench:
+class Bench(Subject):
     """What the arms of an experiment are trained and measured by."""
 
     course: Course
@@ -278,6 +278,11 @@ class Bench:
         arms = [arm for arm in self.course.arms() if arm.label == label]
         if not decided(lambda: any(self.course.ended(arm) for arm in arms)):
             self.study.adapted(self.arguments_of(arms[0]))
+
+    @property
+    def marks(self) -> list[str]:
+        """What each test example is known by."""
+        return self.parts.marks
 
     @property
     def device(self) -> torch.device:
@@ -323,24 +328,16 @@ class Bench:
         as_plain(model, arguments.method, self.study.calibration(arguments))
         return model.eval()
 
-    def is_tested(self, arm: Arm, step: int) -> bool:
-        """Whether the test losses of an arm's checkpoint are on disk."""
-        return is_tested(self.course.folder_of(arm), step, self.parts.marks)
-
     def begins(self, phase: str, arm: Arm) -> None:
         """Heeds a stop before what is done with an arm next; these runs keep no status to say it in."""
         self.stop.check(COMPARING)
 
-    def tested(self, arm: Arm, step: int) -> TestLosses:
+    def measured(self, arm: Arm, step: int) -> dict:
         """The losses on the test examples of an arm's checkpoint."""
-
-        def measure() -> dict:
-            model, arguments = self.restored(arm, step), self.arguments_of(arm)
-            losses, figures = self.study.measured(arguments, model, lambda: self.stop.check(COMPARING))
-            numbers = [max(loss, LEAST_LOSS) if math.isfinite(loss) else None for loss in losses]
-            return {"losses": numbers, "figures": figures}
-
-        return tested(self.course.folder_of(arm), step, self.parts.marks, measure)
+        model, arguments = self.restored(arm, step), self.arguments_of(arm)
+        losses, figures = self.study.measured(arguments, model, lambda: self.stop.check(COMPARING))
+        numbers = [max(loss, LEAST_LOSS) if math.isfinite(loss) else None for loss in losses]
+        return {"losses": numbers, "figures": figures}
 
     def export(self, arm: Arm, step: int) -> str | None:
         """Writes `peft/` of an arm's checkpoint, and with --merge_and_save `merged/`; else an earlier one goes."""

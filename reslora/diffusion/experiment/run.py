@@ -26,11 +26,11 @@ from ...common.signals import NOT_BEGUN, StopRequest
 from ...common.status import Status
 from ...common.together import decided, each
 from ...experiment.arms import Arm, values_of
-from ...experiment.course import ADAPTERS, Course, is_tested, tested
-from ...experiment.record import EXPERIMENT, Facts, TestLosses, facts_of
+from ...experiment.course import ADAPTERS, Course
+from ...experiment.record import EXPERIMENT, Facts, facts_of
 from ...experiment.report import About
 from ...experiment.run import train_and_conclude
-from ...experiment.subject import COMPARING
+from ...experiment.subject import COMPARING, Subject
 from ...files import read_object, remove_leftovers
 from ..arguments import SEVERAL, Flags, in_words
 from ..checks import check_methods
@@ -228,7 +228,7 @@ def of_seed(material: Material, seed: int, pipeline: DiffusionPipeline, context:
 
 
 @dataclass(frozen=True)
-class Bench:
+class Bench(Subject):
     """What the arms of an experiment are trained on."""
 
     course: Course
@@ -290,19 +290,14 @@ class Bench:
             "identity": identity_record(self.course.flags, self.setting.identity) | {"parts": self.content},
         }
 
-    def is_tested(self, arm: Arm, step: int) -> bool:
-        """Whether the test losses of an arm's checkpoint are on disk."""
-        return is_tested(self.course.folder_of(arm), step, self.marks)
-
     def begins(self, phase: str, arm: Arm) -> None:
         """Says what is done with an arm next, in the run's status; a stop is heeded before it."""
         self.setting.context.stop.check(COMPARING)
         self.setting.context.status.say(phase, self.course.name_of(arm))
 
-    def tested(self, arm: Arm, step: int) -> TestLosses:
+    def measured(self, arm: Arm, step: int) -> dict:
         """The losses on the test images of an arm's checkpoint."""
-        measure = functools.partial(measured, step, self.parts.test, self.setting_of(arm))
-        return tested(self.course.folder_of(arm), step, self.marks, measure)
+        return measured(step, self.parts.test, self.setting_of(arm))
 
     def export(self, arm: Arm, step: int) -> str | None:
         """Writes the diffusers file of an arm's checkpoint."""
