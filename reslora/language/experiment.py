@@ -69,12 +69,12 @@ TEXTS = About(
 
 
 class Study(ABC):
-    """What train_llm.py and train_glue.py do each in its way."""
+    """What train_llm.py and train_glue.py do each in its way: a plain run, and the arms of an experiment."""
 
     tokenizer: Any
     """The model's, from `prepare` on."""
 
-    def __init__(self, parser: HfArgumentParser) -> None:
+    def __init__(self, parser: HfArgumentParser | None) -> None:
         self.parser = parser
 
     @abstractmethod

@@ -18,6 +18,7 @@ from transformers import (
     AutoTokenizer,
     DataCollatorWithPadding,
     EvalPrediction,
+    PreTrainedModel,
     set_seed,
 )
 from transformers.trainer_utils import PredictionOutput
@@ -277,28 +278,22 @@ def finish(arguments: Arguments, trainer: AdapterTrainer, tokenizer, sets: dict)
 
 
 class GlueStudy(Study):
-    """Arms of an experiment as this script trains and measures them; of MNLI by its matched examples."""
+    """As this script trains and measures; arms of an experiment with MNLI by its matched examples."""
 
     columns: list[str]
     sets: dict[str, Dataset]
 
     def settled(self, values: Mapping[str, Any]) -> Arguments:
-        """The arguments of a plain run."""
         return settled(self.parser, values)
 
     def plain(self, arguments: Arguments, stop: StopRequest) -> tuple[AdapterTrainer, Iterable, Callable[[], None]]:
-        """As it says there."""
         set_seed(arguments.training.seed)
         splits = read_splits(arguments)
-        tokenizer, model, classifier = load_model(arguments)
-        sets = {name: encode(arguments, tokenizer, columns) for name, columns in splits.items()}
-        steps, example = total_steps(arguments.training, len(sets["train"])), example_of(sets)
-        adapted = attach(model, arguments.method, steps, example, modules_to_save=classifier)
-        trainer = build_trainer(arguments, tokenizer, adapted, sets, stop)
-        batches = calibration_batches(arguments, sets["train"], arguments.training.device)
-        put_control_on(trainer, arguments.method, batches or [], example)
+        self.tokenizer, model, classifier = load_model(arguments)
+        self.sets = {name: encode(arguments, self.tokenizer, columns) for name, columns in splits.items()}
+        trainer = self.trainer(arguments, self._attached(arguments, model, classifier), stop)
         examples = zip(*splits["train"].values(), strict=True)
-        return trainer, examples, lambda: finish(arguments, trainer, tokenizer, sets)
+        return trainer, examples, lambda: finish(arguments, trainer, self.tokenizer, self.sets)
 
     def parts(self, arguments: Arguments, shares: ExperimentArguments) -> Parts:
         """All examples in three parts; test examples without labels, as the hub's, are no part."""
@@ -318,7 +313,6 @@ class GlueStudy(Study):
         return parts.limited(data.max_eval_samples, data.max_predict_samples)
 
     def prepare(self, arguments: Arguments, parts: Parts) -> int:
-        """Encodes the examples for all arms; returns how many are trained on."""
         self.tokenizer, _, _ = load_model(arguments)
         split = {"train": parts.train, "validation" + arguments.task.parts[0]: parts.select, "test": parts.test}
         self.sets = {}
@@ -328,20 +322,20 @@ class GlueStudy(Study):
         return len(parts.train)
 
     def adapted(self, arguments: Arguments) -> PeftModel:
-        """The model with the arm's adapter at its start."""
         set_seed(arguments.training.seed)
         _, model, classifier = load_model(arguments)
+        return self._attached(arguments, model, classifier)
+
+    def _attached(self, arguments: Arguments, model: PreTrainedModel, classifier: list[str]) -> PeftModel:
         steps = total_steps(arguments.training, len(self.sets["train"]))
         return attach(model, arguments.method, steps, example_of(self.sets), modules_to_save=classifier)
 
     def trainer(self, arguments: Arguments, model: PeftModel, stop: StopRequest) -> AdapterTrainer:
-        """As a plain run has it."""
         trainer = build_trainer(arguments, self.tokenizer, model, self.sets, stop)
         put_control_on(trainer, arguments.method, self.calibration(arguments) or [], example_of(self.sets))
         return trainer
 
     def calibration(self, arguments: Arguments) -> list[dict] | None:
-        """What a merge may read."""
         return calibration_batches(arguments, self.sets["train"], arguments.training.device)
 
     @torch.no_grad()

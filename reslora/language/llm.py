@@ -188,46 +188,12 @@ def check_positions(model: PreTrainedModel, data: Data, task: TaskArguments) -> 
 
 
 def build_trainer(
-    task: TaskArguments, method: MethodArguments, training: LlmTrainingArguments, stop: StopRequest | None = None
+    task: TaskArguments, method: MethodArguments, training: LlmTrainingArguments
 ) -> tuple[LlmTrainer, list[dict[str, list[int]]]]:
-    """Data, model and adapter as a trainer; and the training rows."""
-    data = encoded(task, Encoder(load_tokenizer(task)), load_examples(task, training))
-    arguments = Arguments(task, method, training)
-    return trainer_of(arguments, data, adapted(arguments, data), stop), data.rows
-
-
-def adapted(arguments: Arguments, data: Data) -> PeftModel:
-    """The model with its adapter, at the start that its seed says."""
-    task, method, training = arguments
-    model = load_model(task, training)
-    check_positions(model, data, task)
-    torch.manual_seed(training.seed)
-    return attach(model, method, total_steps(training, len(data.rows)))
-
-
-def trainer_of(arguments: Arguments, data: Data, model: PeftModel, stop: StopRequest | None = None) -> LlmTrainer:
-    """The trainer of a model from `adapted`, with a control's settings measured."""
-    task, method, training = arguments
-    trainer = LlmTrainer(
-        model,
-        training,
-        stop,
-        encoder=data.encoder,
-        examples=data.examples,
-        max_new_tokens=task.max_new_tokens,
-        eval_accuracy=task.eval_accuracy,
-        train_dataset=data.rows,
-        eval_dataset=[data.encoder(example) for example in data.examples["validation"]] or None,
-        callbacks=[LogCallback(Path(training.output_dir) / "log.jsonl")],
-    )
-    put_control_on(trainer, method, calibration(arguments, data) or [])
-    return trainer
-
-
-def calibration(arguments: Arguments, data: Data) -> list[dict[str, torch.Tensor]] | None:
-    """What a merge may read."""
-    size = arguments.training.per_device_eval_batch_size
-    return calibration_batches(data.rows, arguments.method.calibration_examples, size)
+    """The trainer of a plain run, and its training rows."""
+    study = LlmStudy(None)
+    trainer, _, _ = study.plain(Arguments(task, method, training), StopRequest())
+    return trainer, study.data.rows
 
 
 def finish(trainer: LlmTrainer, rows: list, task: TaskArguments, method: MethodArguments) -> dict:
@@ -270,26 +236,26 @@ def summary(results: dict, training: LlmTrainingArguments, method: MethodArgumen
 
 
 class LlmStudy(Study):
-    """Arms of an experiment as this script trains and measures them."""
+    """As this script trains and measures."""
 
     data: Data
 
     def settled(self, values: Mapping[str, Any]) -> Arguments:
-        """The arguments of a plain run."""
         return settled(self.parser, values)
 
     def plain(self, arguments: Arguments, stop: StopRequest) -> tuple[LlmTrainer, Iterable, Callable[[], None]]:
-        """As it says there."""
         task, method, training = arguments
-        trainer, rows = build_trainer(task, method, training, stop)
+        self.tokenizer = load_tokenizer(task)
+        self.data = encoded(task, Encoder(self.tokenizer), load_examples(task, training))
+        trainer = self.trainer(arguments, self.adapted(arguments), stop)
         if training.should_save:
             trainer.model.print_trainable_parameters()
 
         def end() -> None:
-            results = finish(trainer, rows, task, method)
+            results = finish(trainer, self.data.rows, task, method)
             say(summary(results, training, method, bundled=task.model_name_or_path == str(BUNDLED_MODEL)))
 
-        return trainer, rows, end
+        return trainer, self.data.rows, end
 
     def parts(self, arguments: Arguments, shares: ExperimentArguments) -> Parts:
         """All examples in three parts; near-duplicates are told by their prompts."""
@@ -298,7 +264,6 @@ class LlmStudy(Study):
         return parts.limited(task.max_eval_samples, task.max_test_samples)
 
     def prepare(self, arguments: Arguments, parts: Parts) -> int:
-        """Encodes the examples for all arms; returns how many are trained on."""
         task, examples = arguments.task, list(parts.train)
         if task.max_train_samples is not None:  # not drawn by the seed: all arms see the same
             examples = sorted(examples, key=lambda example: derive("sample", example))[: task.max_train_samples]
@@ -308,16 +273,32 @@ class LlmStudy(Study):
         return len(self.data.rows)
 
     def adapted(self, arguments: Arguments) -> PeftModel:
-        """The model with the arm's adapter at its start."""
-        return adapted(arguments, self.data)
+        task, method, training = arguments
+        model = load_model(task, training)
+        check_positions(model, self.data, task)
+        torch.manual_seed(training.seed)
+        return attach(model, method, total_steps(training, len(self.data.rows)))
 
     def trainer(self, arguments: Arguments, model: PeftModel, stop: StopRequest) -> LlmTrainer:
-        """As a plain run has it."""
-        return trainer_of(arguments, self.data, model, stop)
+        (task, method, training), data = arguments, self.data
+        trainer = LlmTrainer(
+            model,
+            training,
+            stop,
+            encoder=data.encoder,
+            examples=data.examples,
+            max_new_tokens=task.max_new_tokens,
+            eval_accuracy=task.eval_accuracy,
+            train_dataset=data.rows,
+            eval_dataset=[data.encoder(example) for example in data.examples["validation"]] or None,
+            callbacks=[LogCallback(Path(training.output_dir) / "log.jsonl")],
+        )
+        put_control_on(trainer, method, self.calibration(arguments) or [])
+        return trainer
 
     def calibration(self, arguments: Arguments) -> list[dict] | None:
-        """What a merge may read."""
-        return calibration(arguments, self.data)
+        size = arguments.training.per_device_eval_batch_size
+        return calibration_batches(self.data.rows, arguments.method.calibration_examples, size)
 
     def measured(self, arguments: Arguments, model: PeftModel, check: Callable[[], None]) -> tuple[list[float], dict]:
         """The mean loss of each test example's answer tokens, and the share of right answers."""
