@@ -33,7 +33,7 @@ from .arguments import ExperimentArguments
 from .callbacks import LogCallback
 from .experiment import Study, run
 from .glue_arguments import BUNDLED_MODEL, Arguments, read, settled
-from .glue_tasks import Columns, HubDataset, Task, check_rows, file_form, predicted, read_folder, read_hub, scores
+from .glue_tasks import Columns, Task, check_rows, file_form, predicted, read_folder, read_hub, scores
 from .parts import Parts, parts_of
 from .results import export, merge_table, table_text, write_results
 from .trainer import AdapterTrainer, attach, put_control_on, total_steps
@@ -68,8 +68,8 @@ def _read(arguments: Arguments, split: str) -> tuple[str, list[dict] | None]:
     data, model = arguments.data, arguments.model
     if data.data_dir:
         return read_folder(arguments.task, data.data_dir, split)
-    name = data.dataset_config_name or data.task_name
-    return read_hub(arguments.task, HubDataset(data.dataset_name, name, model.cache_dir, model.token), split)
+    source = {"path": data.dataset_name, "name": data.dataset_config_name or data.task_name}
+    return read_hub(arguments.task, source | {"cache_dir": model.cache_dir, "token": model.token}, split)
 
 
 def encode(arguments: Arguments, tokenizer, columns: Columns) -> Dataset:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
@@ -90,23 +90,11 @@ def read_folder(task: Task, data_dir: str, split: str) -> tuple[str, list[dict] 
     return f"{where}, {path.name}", rows
 
 
-@dataclass(frozen=True)
-class HubDataset:
-    """A data set on the hub, and how it is had."""
-
-    path: str
-    """Its name on the hub, or a folder."""
-    name: str | None
-    """Of its configuration."""
-    cache_dir: str | None = None
-    token: str | None = None
-
-
-def read_hub(task: Task, source: HubDataset, split: str) -> tuple[str, list[dict] | None]:
-    """Rows of a split of a data set on the hub, as `read_folder`."""
-    where = f"--dataset_name {source.path}, configuration {source.name}"
+def read_hub(task: Task, source: dict[str, str | None], split: str) -> tuple[str, list[dict] | None]:
+    """Rows of a split of a data set on the hub, as `read_folder`; `source` as `load_dataset` takes it."""
+    where = f"--dataset_name {source['path']}, configuration {source['name']}"
     with loaded_from_hub(where, f"use --data_dir: {file_form(task)}"):
-        sets = datasets.load_dataset(**asdict(source))
+        sets = datasets.load_dataset(**source)
     return f"{where}, {split}", sets[split].to_list() if split in sets else None
 
 
