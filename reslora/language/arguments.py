@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
@@ -175,21 +176,7 @@ class AdapterTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            check_whole(name, getattr(self, name), 1)
-        for name in ("learning_rate", "num_train_epochs", "logging_steps", "save_steps", "adam_epsilon"):
-            check_number(name, getattr(self, name), 0, exclusive=True)
-        for name in ("weight_decay", "max_grad_norm", "warmup_steps"):
-            check_number(name, getattr(self, name), 0)
-        for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor"):
-            check_number(name, getattr(self, name), 0, below=1)
-        if self.eval_steps is not None:
-            check_number("eval_steps", self.eval_steps, 0, exclusive=True)
-        if self.save_total_limit is not None:
-            check_whole("save_total_limit", self.save_total_limit, 1)
-        if self.max_steps != -1:
-            check_whole("max_steps", self.max_steps, 1)
-        check_whole("seed", self.seed, 0, 2**32 - 1)
+        self._check_numbers()
         check_trackers(self.report_to)
         for name, package in (("deepspeed", "deepspeed"), ("use_liger_kernel", "liger_kernel")):
             if getattr(self, name) and importlib.util.find_spec(package) is None:
@@ -205,19 +192,38 @@ class AdapterTrainingArguments(TrainingArguments):
             raise InvalidArgument(
                 "--push_to_hub", "is not supported", "upload the run's peft/ with `hf upload` instead"
             )
+        self._settle_device()
+        check_writable(Path(self.output_dir).expanduser(), f"--output_dir {self.output_dir}")
+        if self.deepspeed:
+            _say_that_there_is_one_process()
+        super().__post_init__()
+
+    def _check_numbers(self) -> None:
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            check_whole(name, getattr(self, name), 1)
+        for name in ("learning_rate", "num_train_epochs", "logging_steps", "save_steps", "adam_epsilon"):
+            check_number(name, getattr(self, name), 0, exclusive=True)
+        for name in ("weight_decay", "max_grad_norm", "warmup_steps"):
+            check_number(name, getattr(self, name), 0)
+        for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor"):
+            check_number(name, getattr(self, name), 0, below=1)
+        if self.eval_steps is not None:
+            check_number("eval_steps", self.eval_steps, 0, exclusive=True)
+        if self.save_total_limit is not None:
+            check_whole("save_total_limit", self.save_total_limit, 1)
+        if self.max_steps != -1:
+            check_whole("max_steps", self.max_steps, 1)
+        check_whole("seed", self.seed, 0, 2**32 - 1)
+
+    def _settle_device(self) -> None:
         # `accelerate launch --cpu` says so in the environment only.
-        asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-        self.use_cpu = self.use_cpu or asked  # type: ignore[has-type]
+        self.use_cpu = self.use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU")  # type: ignore[has-type]
         gpu = torch.cuda.is_available() and not self.use_cpu
         if self.fp16 and not gpu:
             raise InvalidArgument("--fp16", "needs a GPU", "leave it out, or take --bf16 --use_cpu")
         if self.bf16 and not gpu and not self.use_cpu:
             raise InvalidArgument("--bf16", "there is no GPU", "add --use_cpu, or leave it out")
-        check_writable(Path(self.output_dir).expanduser(), f"--output_dir {self.output_dir}")
         self.use_cpu = self.use_cpu or (shares_the_cpu() and not self.deepspeed)
-        if self.deepspeed:
-            _say_that_there_is_one_process()
-        super().__post_init__()
 
 
 def _say_that_there_is_one_process() -> None:

@@ -127,10 +127,14 @@ def load_model(arguments: Arguments):
     # that they divide by the number it passes, and leave the loss scaled by accumulation steps and processes.
     model.accepts_loss_kwargs = False
     check_fit(arguments, tokenizer, model)
-    missing = {part for key in loaded["missing_keys"] for part in key.split(".")}
-    classifier = [name for name, _ in model.named_children() if name != model.base_model_prefix]
-    classifier = [name for name in classifier if any(True for _ in model.get_submodule(name).parameters())]
-    return tokenizer, model, classifier + (["pooler"] if "pooler" in missing else [])
+    return tokenizer, model, classifier_of(model, loaded["missing_keys"])
+
+
+def classifier_of(model: PreTrainedModel, missing: Iterable[str]) -> list[str]:
+    """The modules with weights outside of the pretrained part, and its pooler where the weights of that are missing."""
+    heads = [(name, head) for name, head in model.named_children() if name != model.base_model_prefix]
+    pooler = any("pooler" in key.split(".") for key in missing)
+    return [name for name, head in heads if any(True for _ in head.parameters())] + ["pooler"] * pooler
 
 
 def check_fit(arguments: Arguments, tokenizer, model) -> None:
