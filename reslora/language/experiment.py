@@ -281,12 +281,10 @@ class Bench(Subject):
 
     @property
     def marks(self) -> list[str]:
-        """What each test example is known by."""
         return self.parts.marks
 
     @property
     def device(self) -> torch.device:
-        """On which arms are trained."""
         return self.arguments_of(self.course.arms()[0]).training.device
 
     def arguments_of(self, arm: Arm) -> Any:
@@ -294,12 +292,10 @@ class Bench(Subject):
         return self.study.settled(values_of(arm, self.values, self.course))
 
     def facts(self) -> Facts:
-        """Versions, parts and identity."""
         facts = facts_of(self.parts, LIBRARIES)
         return {**facts, "split": {**facts["split"], "train": self.trained}, "identity": self.identity}
 
     def train(self, arm: Arm) -> None:
-        """Trains an arm from where it stands to its plain files."""
         arguments, folder = self.arguments_of(arm), self.course.folder_of(arm)
         trainer = self.study.trainer(arguments, self.study.adapted(arguments), self.stop)
         trainer.add_callback(KeepAdapters(folder))
@@ -333,7 +329,6 @@ class Bench(Subject):
         self.stop.check(COMPARING)
 
     def measured(self, arm: Arm, step: int) -> dict:
-        """The losses on the test examples of an arm's checkpoint."""
         model, arguments = self.restored(arm, step), self.arguments_of(arm)
         losses, figures = self.study.measured(arguments, model, lambda: self.stop.check(COMPARING))
         numbers = [max(loss, LEAST_LOSS) if math.isfinite(loss) else None for loss in losses]

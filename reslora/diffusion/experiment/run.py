@@ -239,7 +239,6 @@ class Bench(Subject):
 
     @property
     def device(self) -> torch.device:
-        """On which arms are trained."""
         return self.setting.context.accelerator.device
 
     def setting_of(self, arm: Arm) -> Setting:
@@ -255,7 +254,6 @@ class Bench(Subject):
         return dataclasses.replace(self.setting, material=material, context=context)
 
     def train(self, arm: Arm) -> None:
-        """Trains an arm from where it stands to its exports."""
         setting = self.setting_of(arm)
         context, (method,) = setting.context, setting.context.flags.method
         resume = decided(lambda: plan_resume(context.flags, setting.identity, context.place))
@@ -277,11 +275,9 @@ class Bench(Subject):
 
     @functools.cached_property
     def marks(self) -> list[str]:
-        """The contents of the test images in short."""
         return [self.setting.material.sources[source].images.marks[number] for source, number in self.parts.test]
 
     def facts(self) -> Facts:
-        """Versions, parts and identity."""
         objective = self.setting.material.objective
         return {
             **facts_of(self.parts, LIBRARIES),
@@ -295,10 +291,8 @@ class Bench(Subject):
         self.setting.context.status.say(phase, self.course.name_of(arm))
 
     def measured(self, arm: Arm, step: int) -> dict:
-        """The losses on the test images of an arm's checkpoint."""
         return measured(step, self.parts.test, self.setting_of(arm))
 
     def export(self, arm: Arm, step: int) -> str | None:
-        """Writes the diffusers file of an arm's checkpoint."""
         path = export_chosen(step, self.setting_of(arm))
         return path.name if path else None
