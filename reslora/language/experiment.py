@@ -83,7 +83,7 @@ class Study(ABC):
 
     @abstractmethod
     def plain(self, arguments: Any, stop: StopRequest) -> tuple[AdapterTrainer, Iterable, Callable[[], None]]:
-        """Of a plain run: the trainer, the training examples that it goes on with alone, and what ends it."""
+        """The trainer of a plain run, its training examples, which a continuation must share, and what follows."""
 
     @abstractmethod
     def parts(self, arguments: Any, shares: ExperimentArguments) -> Parts:
