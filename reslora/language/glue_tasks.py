@@ -117,7 +117,7 @@ def check_rows(task: Task, where: str, rows: list[dict], labelled: bool) -> Colu
             f"the columns are {', '.join(found)}; rename, or change --task_name",
         )
     if not labelled and all(row.get("label") in (None, -1, -1.0) for row in rows):
-        names.remove("label") if "label" in names else None
+        names = list(task.columns)
     for number, row in enumerate(rows, 1):
         for name in task.columns:
             if not isinstance(row.get(name), str):
