@@ -67,11 +67,6 @@ class Context:
         return weight_dtype(self.accelerator.mixed_precision)
 
 
-def cache_folder(flags: Flags) -> Path:
-    """Where encoded images and captions are kept, and models unpacked from single files."""
-    return Path(flags.cache_dir) / "encoded" if flags.cache_dir else Path(flags.output_dir) / "cache"
-
-
 def weight_dtype(mixed_precision: str) -> torch.dtype:
     """The dtype of the frozen parts."""
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision, torch.float32)

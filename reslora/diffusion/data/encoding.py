@@ -24,7 +24,8 @@ from tqdm.auto import tqdm
 from ...common.errors import InvalidArgument, RunFailed
 from ...common.signals import NOT_BEGUN
 from ..arguments import Flags
-from ..context import Context, cache_folder
+from ..context import Context
+from ..folder import cache_folder
 from ..model.families.base import Family
 from ..seeds import derive, generator
 from .buckets import kept

@@ -34,10 +34,11 @@ from ...experiment.subject import COMPARING, Subject
 from ...files import read_object, remove_leftovers
 from ..arguments import SEVERAL, Flags, in_words
 from ..checks import check_methods
-from ..context import Context, cache_folder
+from ..context import Context
 from ..data.dataset import ImageDataset
 from ..data.material import latents_of, material_of, note_images, tell_counts, with_texts
 from ..data.samples import Material, measured_at
+from ..folder import cache_folder
 from ..output.trackers import note_settings, start_trackers
 from ..processes import start_accelerator
 from ..run import Setting, check_before_loading, find_all, forget_encoder, identity_of, load_and_check, train_method

@@ -25,7 +25,7 @@ from ...common.together import each
 from ...files import read_object, replacing
 from ..arguments import Flags
 from ..content import content_mark, folder_mark
-from ..context import cache_folder
+from ..folder import cache_folder
 from ..seeds import derive
 from ..settings import check_pipeline_class, read_index
 from .families import FAMILIES, load_family
