@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
 from .common.errors import first_line
-from .common.temporarily import temporarily
 
 _HOLDER = "reslora.holder"
 
@@ -265,10 +264,14 @@ def _origins(tensors: list[torch.Tensor]) -> set[str]:
 def _undisturbed(base: nn.Module) -> Iterator[None]:
     """Runs its body with the model in eval mode, without checkpointing; all is as before afterwards."""
     checkpointing = [module for module in base.modules() if getattr(module, "gradient_checkpointing", False)]
-    with _same_random(base), evaluating(base), ExitStack() as stack:
-        for module in checkpointing:
-            stack.enter_context(temporarily(module, gradient_checkpointing=False))
-        yield
+    with _same_random(base), evaluating(base):
+        try:
+            for module in checkpointing:
+                module.gradient_checkpointing = False
+            yield
+        finally:
+            for module in checkpointing:
+                module.gradient_checkpointing = True
 
 
 def _same_random(base: nn.Module) -> AbstractContextManager[None]:
