@@ -365,16 +365,13 @@ def _difference(before: Block, block: Block) -> str:
 def _table(plan: Chains) -> list[str]:
     count = len(plan.blocks)
     lines = [f"{count} LoRA blocks in {len(plan)} chains, {plan.links} links"]
-    rows = []
-    for chain in plan:
-        for number, block in enumerate(chain):
-            rows.append((chain.role if number == 0 else "", "-> " if number else "", block, block.cut))
-    role_width = max((len(row[0]) for row in rows), default=0)
-    name_width = max((len(row[1] + row[2].name) for row in rows), default=0)
-    shape_width = max((len(row[2].shape) for row in rows), default=0)
-    for role, arrow, block, cut in rows:
-        text = f"{role:<{role_width}}  {arrow + block.name:<{name_width}}  {block.shape:<{shape_width}}  {cut}"
-        lines.append(text.rstrip())
+    rows = [
+        ("" if number else chain.role, "-> " * bool(number) + block.name, block.shape, block.cut)
+        for chain in plan
+        for number, block in enumerate(chain)
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     lines += [f"unlinked  {name}  {reason}" for name, reason in plan.unlinked]
     lines += [f"refused  {name}  {reason}" for name, reason in plan.problems]
     return lines

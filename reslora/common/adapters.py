@@ -8,11 +8,11 @@ save_adapter(model, "checkpoint"), load_adapter(model, "checkpoint")
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,32 +45,15 @@ from ..config import ResLoraConfig
 from ..files import check_checksums, write_checksums, write_tensors
 from ..model import connect, connection_of
 from . import controls
+from .controls import DEFAULT
 from .errors import Diverged, first_line
+from .temporarily import temporarily
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = [
-    "ADAPTER_NAME",
-    "LAYERS",
-    "RankAllocator",
-    "as_plain_lora",
-    "attach",
-    "check_rank",
-    "known_targets",
-    "load_adapter",
-    "narrowest_layer",
-    "rank_allocator",
-    "remove_adapters",
-    "save_adapter",
-    "smaller_side",
-    "targeted",
-    "trained_state",
-]
-
 ADAPTER_NAME = "adapter.safetensors"
 LAYERS = (nn.Linear, Conv1D, _ConvNd, nn.Embedding)  # what PEFT adapts; quantised layers may be of other types
-_DEFAULT = "default"  # the name of the adapter, as PEFT calls the first one
 _AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 _RANKS = "ranks"
 _CONTROL = "control"  # in the file's header
@@ -184,7 +167,7 @@ def _add(model: nn.Module, config: PeftConfig, in_place: bool) -> nn.Module:
         return get_peft_model(model, config)
     if isinstance(config, AdaLoraConfig):
         # `add_adapter` would throw away what allocates the ranks. A plain attribute: no `state_dict` sees it.
-        model._rank_allocator = RankAllocator(AdaLoraModel(model, config, _DEFAULT))
+        model._rank_allocator = RankAllocator(AdaLoraModel(model, config, DEFAULT))
         model._hf_peft_config_loaded = True
     elif isinstance(model, PreTrainedModel):
         inject_adapter_in_model(config, model)  # `add_adapter` of newer transformers refuses this PEFT
@@ -236,15 +219,9 @@ class RankAllocator:
         for factor, gradient in zip(factors, gradients, strict=True):
             factor.grad = gradient if factor.grad is None else factor.grad.add_(gradient)
 
-    @contextlib.contextmanager
-    def silenced(self) -> Iterator[None]:
+    def silenced(self) -> AbstractContextManager[None]:
         """Inside, a wrapped model's forward leaves its loss alone: PEFT would add the penalty in evaluation too."""
-        config = self._config
-        weight, config.orth_reg_weight = config.orth_reg_weight, 0.0
-        try:
-            yield
-        finally:
-            config.orth_reg_weight = weight
+        return temporarily(self._config, orth_reg_weight=0.0)
 
     def step(self, global_step: int) -> None:
         """Moves ranks; to be called after the optimizer's step number `global_step`, before its gradients go."""
@@ -268,7 +245,7 @@ class RankAllocator:
         for key, value in state.items():
             kind, _, name = key.partition("/")
             # PEFT shortens the names of the ranks when it writes an adapter.
-            found = parameters.get(name, parameters.get(f"{name}.{_DEFAULT}") if kind == _RANKS else None)
+            found = parameters.get(name, parameters.get(f"{name}.{DEFAULT}") if kind == _RANKS else None)
             if kind == _RANKS and found is not None and len(found) == len(value):
                 pattern[name] = value.tolist()
             elif kind in averages and found is not None and found.shape == value.shape:
@@ -297,15 +274,15 @@ def as_plain_lora(model: nn.Module) -> nn.Module:
     base, in_place = base_model(model), not isinstance(unwrap(model), PeftModel)
     factors = {
         name: (
-            (layer.lora_E[_DEFAULT] * layer.lora_A[_DEFAULT]).detach(),
-            (layer.lora_B[_DEFAULT] * (layer.scaling[_DEFAULT] / (layer.ranknum[_DEFAULT] + 1e-5))).detach(),
+            (layer.lora_E[DEFAULT] * layer.lora_A[DEFAULT]).detach(),
+            (layer.lora_B[DEFAULT] * (layer.scaling[DEFAULT] / (layer.ranknum[DEFAULT] + 1e-5))).detach(),
         )
         for name, layer in base.named_modules()
         if hasattr(layer, "lora_E")
     }
     if not factors:
         raise ValueError(f"{type(base).__name__} has no AdaLoRA to turn into plain LoRA")
-    ada, training = base.peft_config[_DEFAULT], base.training
+    ada, training = base.peft_config[DEFAULT], base.training
     saved = {name: value for name, value in trained_state(base).items() if ".modules_to_save." in name}
     config = LoraConfig(
         r=ada.init_r,
@@ -320,7 +297,7 @@ def as_plain_lora(model: nn.Module) -> nn.Module:
     plain = _add(base, config, in_place).train(training)
     for name, (down, up) in factors.items():
         layer = base.get_submodule(name)
-        layer.lora_A[_DEFAULT].weight.data, layer.lora_B[_DEFAULT].weight.data = down, up
+        layer.lora_A[DEFAULT].weight.data, layer.lora_B[DEFAULT].weight.data = down, up
     with torch.no_grad():
         state = trained_state(base)
         for name, value in saved.items():

@@ -39,7 +39,7 @@ from torch.nn.utils import parametrize
 
 from ..chains import base_model, lora_layers
 
-DEFAULT = "default"
+DEFAULT = "default"  # the name of the adapter, as PEFT calls the first one
 ROTATED = ".parametrizations.weight.original"
 """How the name of an A ends below rotations."""
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from ..files import read_object
+
 PROMPTS = "prompts.json"
 """The file beside samples that has their prompts, as `{"prompts": [...]}`."""
 
@@ -10,3 +14,13 @@ def is_of(record: object, number: int, prompt: str | None) -> bool:
     """Whether samples with a prompt's number are of that prompt, by that file's content; earlier versions kept none."""
     drawn = record.get("prompts") if isinstance(record, dict) else None
     return not isinstance(drawn, list) or drawn[number : number + 1] == [prompt]
+
+
+def shows(samples: Path, number: int, prompt: str) -> bool:
+    """Whether the samples in a folder with a prompt's number are of that prompt."""
+    return is_of(read_object(samples / PROMPTS), number, prompt)
+
+
+def by_step(samples: Path) -> dict[int, Path]:
+    """The folders in `samples`, by the step at which they were drawn."""
+    return {int(path.name[5:]): path for path in samples.glob("step-*") if path.name[5:].isdigit()}

@@ -264,20 +264,19 @@ def tell_unread(names: Sequence[str], values: Mapping[str, object], defaults: Ma
             print(f"--{flag} {values[flag]}: nothing reads it with --method {' '.join(names)}", flush=True)
 
 
-def refuse_deepspeed(names: Iterable[str]) -> None:
-    """Raises `InvalidArgument` for the first of these methods that DeepSpeed cannot train."""
-    for name in names:
-        if not METHODS[name].deepspeed:
-            problem, fix = "reads gradients that DeepSpeed keeps to itself", "train it without DeepSpeed"
-            raise InvalidArgument(f"--method {name}", problem, fix)
+_UNABLE = {
+    "deepspeed": ("reads gradients that DeepSpeed keeps to itself", "train it without DeepSpeed"),
+    "parts": ("moves ranks within one model, and --train_text_encoder trains several", "leave one out"),
+    "quantised": ("PEFT has it for whole weights only", "leave --load_in_4bit out"),
+}
+"""What is said of a method that cannot do what a field of its row says, and the fix."""
 
 
-def refuse_parts(names: Iterable[str]) -> None:
-    """Raises `InvalidArgument` for the first of these methods that cannot train text encoders beside a denoiser."""
+def refuse_unable(names: Iterable[str], ability: str) -> None:
+    """Raises `InvalidArgument` for the first of these methods whose row says that it lacks the ability."""
     for name in names:
-        if not METHODS[name].parts:
-            problem, fix = "moves ranks within one model, and --train_text_encoder trains several", "leave one out"
-            raise InvalidArgument(f"--method {name}", problem, fix)
+        if not getattr(METHODS[name], ability):
+            raise InvalidArgument(f"--method {name}", *_UNABLE[ability])
 
 
 def refuse_settings(names: Iterable[str], dropout: float, patterns: Mapping[str, Sequence[str] | None]) -> None:

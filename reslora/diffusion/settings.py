@@ -14,7 +14,7 @@ from pathlib import Path
 from ..common.assets import ASSETS
 from ..common.checks import check_writable
 from ..common.errors import InvalidArgument, refused_as, speaks
-from ..common.methods import METHODS, SHORTCUT_FLAGS, check_steps, refuse_parts, refuse_settings, tell_unread
+from ..common.methods import METHODS, SHORTCUT_FLAGS, check_steps, refuse_settings, refuse_unable, tell_unread
 from ..common.patterns import FIELDS, entries
 from ..experiment.arms import alpha_of
 from ..merges import MERGES
@@ -213,7 +213,7 @@ def check_text_encoder(flags: Flags) -> None:
         problem = f"--optimizer {flags.optimizer} takes one rate for all parts, and --learning_rate is another"
         raise InvalidArgument(f"--text_encoder_lr {rate:g}", problem, "leave it out")
     if flags.train_text_encoder:
-        refuse_parts(flags.method)
+        refuse_unable(flags.method, "parts")
 
 
 def check_compile(flags: Flags) -> None:

@@ -13,7 +13,7 @@ from ..common.charts import Axes, Series, chart, escape, interval
 from ..files import replacing
 from .look import SCRIPT, STYLE
 from .record import Arm, Best, Experiment, Verdict, as_of_now
-from .statistics import REFERENCE, percents, rerun, tested
+from .statistics import REFERENCE, is_chosen, percents, rerun, tested
 
 NOTHING = "&mdash;"
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -23,8 +23,8 @@ READING = (
     "expected within the 95% interval. A single new seed, with these {unit}s, differs more: in 19 of 20 cases it is "
     "within what stands under <i>One more seed</i>. A method counts as better or worse if p, corrected by Holm for the "
     "number of methods, is below 0.05. Where no difference is shown there may still be one within the interval: one "
-    "of the size under <i>Detectable</i> would have been shown in 4 of 5 such experiments. Methods are compared with their "
-    "reference alone, and not with each other."
+    "of the size under <i>Detectable</i> would have been shown in 4 of 5 such experiments. Methods are compared with "
+    "their reference alone, and not with each other."
 )
 
 
@@ -233,7 +233,7 @@ def arm_table(experiment: Experiment, about: About) -> str:
     measured = {name for arm in experiment["arms"] for name in beside_loss(arm)}
     shown = [name for name in about.columns if name in measured]
     for arm in experiment["arms"]:
-        if is_chosen(arm, experiment):
+        if is_chosen(arm, experiment["chosen"]):
             marked.add(len(rows))
         losses = [loss for loss in (arm["test"]["losses"] if arm["test"] else []) if loss is not None]
         reason = f'<div class="reason">{escape(arm["reason"])}</div>' if arm["reason"] else ""
@@ -375,12 +375,6 @@ def mean_curve(curves: Sequence[dict[int, float]]) -> dict[int, float]:
 
 
 # -- the rest ----------------------------------------------------------------------------------------------------------
-
-
-def is_chosen(arm: Arm, experiment: Experiment) -> bool:
-    """Whether an arm was trained at its label's chosen rate."""
-    choice = experiment["chosen"].get(arm["label"])
-    return choice is not None and choice["learning_rate"] == arm["learning_rate"]
 
 
 def settings_of(experiment: Experiment) -> str:

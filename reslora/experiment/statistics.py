@@ -109,8 +109,8 @@ def detectable(spread: Spread, level: float) -> float:
     return brentq(lacking, 0, needed.max() + 3 * deviation)
 
 
-def rerun(values: ArrayLike, level: float = LEVEL, least: float = -math.inf) -> tuple[float, float] | None:
-    """Where one more value lies at 1 - level, by Student's t, if it varies as these do; None of fewer than two.
+def rerun(values: ArrayLike, least: float = -math.inf) -> tuple[float, float] | None:
+    """Where one more value lies at 95%, by Student's t, if it varies as these do; None of fewer than two.
 
     The values are one a seed: losses, of which the `least` is 0, or differences, on images that stay the same. A mean's
     interval says where the mean of all seeds is; this one is wider, by what a single seed differs from it.
@@ -118,7 +118,7 @@ def rerun(values: ArrayLike, level: float = LEVEL, least: float = -math.inf) -> 
     found = np.asarray(values, float)
     if len(found) < 2:
         return None
-    half = -special.stdtrit(len(found) - 1, level / 2) * found.std(ddof=1) * math.sqrt(1 + 1 / len(found))
+    half = -special.stdtrit(len(found) - 1, LEVEL / 2) * found.std(ddof=1) * math.sqrt(1 + 1 / len(found))
     return max(float(found.mean() - half), least), float(found.mean() + half)
 
 
@@ -246,7 +246,7 @@ def compare(arms: Iterable[Arm], chosen: Mapping[str, Choice], unit: str = "imag
     The reference is LoRA: of the same rank where there are several, which are compared with the first of them. Raises
     `ValueError` if arms were measured on different images.
     """
-    judged = [arm for arm in arms if _is_judged(arm, chosen)]
+    judged = [arm for arm in arms if arm["test"] and is_chosen(arm, chosen)]
     ranks = {arm["label"]: arm["rank"] for arm in judged}
     lora = list(dict.fromkeys(arm["label"] for arm in judged if arm["method"] == REFERENCE))
     same_rank = {label: [each for each in lora if each != label and ranks[each] == ranks[label]] for label in ranks}
@@ -261,14 +261,15 @@ def tested(arms: Iterable[Arm], chosen: Mapping[str, Choice]) -> dict[str, np.nd
     """
     tests: dict[str, dict[int, TestLosses]] = {}
     for arm in arms:
-        if (test := arm["test"]) and _is_judged(arm, chosen):
+        if (test := arm["test"]) and is_chosen(arm, chosen):
             tests.setdefault(arm["label"], {})[arm["seed"]] = test
     return _crossed(tests)
 
 
-def _is_judged(arm: Arm, chosen: Mapping[str, Choice]) -> bool:
+def is_chosen(arm: Arm, chosen: Mapping[str, Choice]) -> bool:
+    """Whether an arm was trained at its label's chosen rate."""
     label = arm["label"]
-    return bool(arm["test"]) and label in chosen and arm["learning_rate"] == chosen[label]["learning_rate"]
+    return label in chosen and arm["learning_rate"] == chosen[label]["learning_rate"]
 
 
 def _crossed(tests: Mapping[str, Mapping[int, TestLosses]]) -> dict[str, np.ndarray]:

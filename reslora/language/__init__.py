@@ -1,10 +1,11 @@
 """Language models: ResLoRA and what it is compared with in transformers' `Trainer`, on the paper's tasks.
 
-model = attach(model, MethodArguments(method="reslora", shortcut="input"), total_steps=1000)      # trainer.py
+arguments = MethodArguments(method="reslora", shortcut="input")
+model = attach(model, arguments, total_steps=1000)              # trainer.py
 trainer = AdapterTrainer(model, args, train_dataset=..., callbacks=[LogCallback("run/log.jsonl")])
 trainer.train()
 table = merge_table(model, trainer.evaluate, calibration)       # results.py: unmerged and merged by every method
-export(model, "run", merge="auto", calibration=calibration)     # plain LoRA in run/peft
+export(model, "run", arguments, calibration)                    # plain LoRA in run/peft
 
 The scripts train_llm.py and train_glue.py at the root of the repository are `llm.main` and `glue.main`.
 """

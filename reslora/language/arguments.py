@@ -10,12 +10,14 @@ import math
 import os
 import sys
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import HfArg
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_pt_utils import AcceleratorConfig
 
@@ -39,62 +41,45 @@ class MethodArguments:
     Raises `InvalidArgument` for a value that means nothing.
     """
 
-    method: str = field(
-        default="reslora",
-        metadata={"choices": tuple(METHODS), "help": f"what is trained. {IN_WORDS}"},
-    )
-    shortcut: str = field(
+    method: str = HfArg(default="reslora", help=f"what is trained. {IN_WORDS}", metadata={"choices": tuple(METHODS)})
+    shortcut: str = HfArg(
         default="input",
-        metadata={
-            "choices": SHORTCUTS,
-            "help": "ResLoRA and lora_matched: what a block gets from the blocks before it",
-        },
+        help="ResLoRA and lora_matched: what a block gets from the blocks before it",
+        metadata={"choices": SHORTCUTS},
     )
-    pre_num: int = field(
+    pre_num: int = HfArg(
         default=4,
-        metadata={
-            "help": "ResLoRA, lora_matched and ms_placebo: how many blocks before it, -1 for all; with input any "
-            "number but 0 means one"
-        },
+        help="ResLoRA, lora_matched and ms_placebo: how many blocks before it, -1 for all; with input any "
+        "number but 0 means one",
     )
-    head: str = field(
+    head: str = HfArg(
         default="repeat",
-        metadata={
-            "choices": HEADS,
-            "help": "--shortcut input and is_placebo: what the first block of a chain adds to its input",
-        },
+        help="--shortcut input and is_placebo: what the first block of a chain adds to its input",
+        metadata={"choices": HEADS},
     )
-    merge: str = field(
-        default=AUTO, metadata={"choices": MERGES, "help": "ResLoRA: how the shortcuts become plain LoRA weights"}
+    merge: str = HfArg(
+        default=AUTO, help="ResLoRA: how the shortcuts become plain LoRA weights", metadata={"choices": MERGES}
     )
-    lora_r: int = field(default=4, metadata={"help": "rank"})
-    lora_alpha: float = field(  # type: ignore[assignment] # until __post_init__
-        default=None, metadata={"help": "scale times rank; default: twice the rank"}
+    lora_r: int = HfArg(default=4, help="rank")
+    lora_alpha: float = HfArg(default=None, help="scale times rank; default: twice the rank")
+    lora_dropout: float = HfArg(default=0.0, help="dropout of the adapter's input (loha, lokr: of ranks)")
+    rank_pattern: list[str] | None = HfArg(
+        default=None, help=PATTERNS["rank_pattern"], metadata={"nargs": "+", "metavar": "NAME=VALUE"}
     )
-    lora_dropout: float = field(default=0.0, metadata={"help": "dropout of the adapter's input (loha, lokr: of ranks)"})
-    rank_pattern: list[str] | None = field(
-        default=None, metadata={"nargs": "+", "metavar": "NAME=VALUE", "help": PATTERNS["rank_pattern"]}
+    alpha_pattern: list[str] | None = HfArg(
+        default=None, help=PATTERNS["alpha_pattern"], metadata={"nargs": "+", "metavar": "NAME=VALUE"}
     )
-    alpha_pattern: list[str] | None = field(
-        default=None, metadata={"nargs": "+", "metavar": "NAME=VALUE", "help": PATTERNS["alpha_pattern"]}
-    )
-    target_modules: list[str] | None = field(
+    target_modules: list[str] | None = HfArg(
         default=None,
-        metadata={
-            "nargs": "+",
-            "help": "layers that get an adapter, by the end of their name; default: query and value",
-        },
+        help="layers that get an adapter, by the end of their name; default: query and value",
+        metadata={"nargs": "+"},
     )
-    calibration_examples: int = field(
+    calibration_examples: int = HfArg(
         default=64,
-        metadata={
-            "help": "training examples that a merge of ResLoRA may read, and that lora_matched and placebos are "
-            "measured on; 0 for none"
-        },
+        help="training examples that a merge of ResLoRA may read, and that lora_matched and placebos are "
+        "measured on; 0 for none",
     )
-    merge_and_save: bool = field(
-        default=False, metadata={"help": "write the model with the adapter added, for stock transformers"}
-    )
+    merge_and_save: bool = HfArg(default=False, help="write the model with the adapter added, for stock transformers")
 
     def __post_init__(self) -> None:
         check_whole("lora_r", self.lora_r, 1)
@@ -143,32 +128,23 @@ class MethodArguments:
 class ExperimentArguments:
     """What several methods, rates and seeds are chosen and compared by; for `HfArgumentParser`."""
 
-    select_split: float | None = field(
+    select_split: float | None = HfArg(
         default=None,
-        metadata={
-            "help": "experiments: share of the training examples by which learning rates and checkpoints are chosen, "
-            "where the task has no validation file beside a test file; default 0.1"
-        },
+        help="experiments: share of the training examples by which learning rates and checkpoints are chosen, "
+        "where the task has no validation file beside a test file; default 0.1",
     )
-    test_split: float | None = field(
+    test_split: float | None = HfArg(
         default=None,
-        metadata={
-            "help": "experiments: share of the training examples by which methods are compared in the end, where the "
-            "task has neither a test nor a validation file; default 0.1"
-        },
+        help="experiments: share of the training examples by which methods are compared in the end, where the "
+        "task has neither a test nor a validation file; default 0.1",
     )
-    extend_rates: bool = field(
+    extend_rates: bool = HfArg(
         default=False,
-        metadata={
-            "help": "experiments: where the best learning rate is the lowest or highest, try the next one, up to three "
-            "times"
-        },
+        help="experiments: where the best learning rate is the lowest or highest, try the next one, up to three times",
     )
-    experiment_minutes: float | None = field(
+    experiment_minutes: float | None = HfArg(
         default=None,
-        metadata={
-            "help": "experiments: no arm is begun that would not end in so many minutes; the same command goes on"
-        },
+        help="experiments: no arm is begun that would not end in so many minutes; the same command goes on",
     )
 
     def __post_init__(self) -> None:
@@ -190,31 +166,17 @@ SEVERAL = {
 class AdapterTrainingArguments(TrainingArguments):
     """transformers' `TrainingArguments`, with TensorBoard and a row of the log per step, and every number checked."""
 
-    output_dir: str = field(default="runs/adapter", metadata={"help": "folder of the run"})
-    report_to: list[str] | None = field(
-        default_factory=lambda: ["tensorboard"], metadata={"nargs": "+", "help": "trackers to report to, or none"}
+    output_dir: str = HfArg(default="runs/adapter", help="folder of the run")
+    report_to: list[str] | None = HfArg(
+        default_factory=lambda: ["tensorboard"], help="trackers to report to, or none", metadata={"nargs": "+"}
     )
-    logging_steps: float = field(default=1, metadata={"help": "steps between rows of log.jsonl"})
-    resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "go on from a checkpoint folder, or from the latest usable one: latest"}
+    logging_steps: float = HfArg(default=1, help="steps between rows of log.jsonl")
+    resume_from_checkpoint: str | None = HfArg(
+        default=None, help="go on from a checkpoint folder, or from the latest usable one: latest"
     )
 
     def __post_init__(self) -> None:
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            check_whole(name, getattr(self, name), 1)
-        for name in ("learning_rate", "num_train_epochs", "logging_steps", "save_steps", "adam_epsilon"):
-            check_number(name, getattr(self, name), 0, exclusive=True)
-        for name in ("weight_decay", "max_grad_norm", "warmup_steps"):
-            check_number(name, getattr(self, name), 0)
-        for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor"):
-            check_number(name, getattr(self, name), 0, below=1)
-        if self.eval_steps is not None:
-            check_number("eval_steps", self.eval_steps, 0, exclusive=True)
-        if self.save_total_limit is not None:
-            check_whole("save_total_limit", self.save_total_limit, 1)
-        if self.max_steps != -1:
-            check_whole("max_steps", self.max_steps, 1)
-        check_whole("seed", self.seed, 0, 2**32 - 1)
+        self._check_numbers()
         check_trackers(self.report_to)
         for name, package in (("deepspeed", "deepspeed"), ("use_liger_kernel", "liger_kernel")):
             if getattr(self, name) and importlib.util.find_spec(package) is None:
@@ -230,19 +192,38 @@ class AdapterTrainingArguments(TrainingArguments):
             raise InvalidArgument(
                 "--push_to_hub", "is not supported", "upload the run's peft/ with `hf upload` instead"
             )
+        self._settle_device()
+        check_writable(Path(self.output_dir).expanduser(), f"--output_dir {self.output_dir}")
+        if self.deepspeed:
+            _say_that_there_is_one_process()
+        super().__post_init__()
+
+    def _check_numbers(self) -> None:
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            check_whole(name, getattr(self, name), 1)
+        for name in ("learning_rate", "num_train_epochs", "logging_steps", "save_steps", "adam_epsilon"):
+            check_number(name, getattr(self, name), 0, exclusive=True)
+        for name in ("weight_decay", "max_grad_norm", "warmup_steps"):
+            check_number(name, getattr(self, name), 0)
+        for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor"):
+            check_number(name, getattr(self, name), 0, below=1)
+        if self.eval_steps is not None:
+            check_number("eval_steps", self.eval_steps, 0, exclusive=True)
+        if self.save_total_limit is not None:
+            check_whole("save_total_limit", self.save_total_limit, 1)
+        if self.max_steps != -1:
+            check_whole("max_steps", self.max_steps, 1)
+        check_whole("seed", self.seed, 0, 2**32 - 1)
+
+    def _settle_device(self) -> None:
         # `accelerate launch --cpu` says so in the environment only.
-        asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-        self.use_cpu = self.use_cpu or asked  # type: ignore[has-type]
+        self.use_cpu = self.use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU")  # type: ignore[has-type]
         gpu = torch.cuda.is_available() and not self.use_cpu
         if self.fp16 and not gpu:
             raise InvalidArgument("--fp16", "needs a GPU", "leave it out, or take --bf16 --use_cpu")
         if self.bf16 and not gpu and not self.use_cpu:
             raise InvalidArgument("--bf16", "there is no GPU", "add --use_cpu, or leave it out")
-        check_writable(Path(self.output_dir).expanduser(), f"--output_dir {self.output_dir}")
         self.use_cpu = self.use_cpu or (shares_the_cpu() and not self.deepspeed)
-        if self.deepspeed:
-            _say_that_there_is_one_process()
-        super().__post_init__()
 
 
 def _say_that_there_is_one_process() -> None:

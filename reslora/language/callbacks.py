@@ -17,6 +17,14 @@ from ..common.signals import StopRequest
 from ..common.together import any_of, decided
 from .checkpoints import checkpoints_of
 
+TIMINGS = ("runtime", "per_second", "jit", "model_preparation")
+
+
+def measured(logs: dict[str, float]) -> dict[str, float]:
+    """The figures of an evaluation by their names, without how long it took."""
+    found = {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_")}
+    return {name: value for name, value in found.items() if not any(word in name for word in TIMINGS)}
+
 
 class Progress(ProgressCallback):
     """Shows the training loss behind the bar, where stock prints a line each time; evaluations get their line."""
@@ -28,9 +36,8 @@ class Progress(ProgressCallback):
         if "loss" in logs:
             self.training_bar.set_postfix(loss=f"{logs['loss']:.4f}", refresh=False)
         elif "eval_loss" in logs:
-            timings = ("eval_runtime", "_per_second", "epoch")
-            figures = {name.removeprefix("eval_"): v for name, v in logs.items() if not name.endswith(timings)}
-            words = ", ".join(f"{name} {value:.4f}" for name, value in figures.items() if isinstance(value, float))
+            found = measured(logs).items()
+            words = ", ".join(f"{name} {value:.4f}" for name, value in found if isinstance(value, float))
             self.training_bar.write(f"step {state.global_step}: validation {words}")
 
 
@@ -149,9 +156,7 @@ class LogCallback(TrainerCallback):
             self.learning_rate = logs.get("learning_rate")
             self._write(state, "train", logs["loss"], {"grad_norm": logs.get("grad_norm")})
         elif "eval_loss" in logs:
-            timings = ("runtime", "per_second", "jit", "model_preparation")
-            figures = {key.removeprefix("eval_"): value for key, value in logs.items() if key.startswith("eval_")}
-            figures = {key: value for key, value in figures.items() if not any(word in key for word in timings)}
+            figures = measured(logs)
             self._write(state, "validation", figures.pop("loss"), figures)
 
     def _write(self, state, split: str, loss: float, figures: dict) -> None:

@@ -1,4 +1,4 @@
-"""An experiment with a language model: every arm trained as a plain run of its flags, on parts of the examples.
+"""A plain run with a language model, and an experiment: every arm a plain run of its flags, on parts of the examples.
 
 What an arm writes is in a folder of its own, and what is on disk decides what is left to do. Rates and checkpoints are
 chosen by the validation loss, which is that of the select examples; methods are compared by the loss of each test
@@ -15,7 +15,7 @@ import json
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,24 +28,24 @@ from ..common.adapters import load_adapter, save_adapter
 from ..common.errors import Diverged, InvalidArgument
 from ..common.flags import Flags, as_typed, listed
 from ..common.folder import check_held, locked
-from ..common.signals import StopRequest
+from ..common.signals import NOT_BEGUN, StopRequest
 from ..common.together import decided
 from ..experiment.arms import Arm, check_values
 from ..experiment.course import ADAPTERS, Course, adapter_folder, reading_adapter
 from ..experiment.parts import too_few
-from ..experiment.record import EXPERIMENT, Facts, TestLosses, facts_of
+from ..experiment.record import EXPERIMENT, Facts, facts_of
 from ..experiment.report import About
 from ..experiment.run import train_and_conclude
-from ..experiment.subject import COMPARING
+from ..experiment.subject import COMPARING, Subject
 from ..files import read_object, remove, remove_leftovers, replacing, write_json
-from .arguments import SEVERAL, ExperimentArguments, check_number
+from .arguments import SEVERAL, ExperimentArguments, check_number, is_experiment
 from .checkpoints import checkpoints_of, set_unfinished_aside
 from .parts import Parts
 from .results import as_plain, export
-from .resuming import FREE_ON_RESUME, fingerprint, is_same
+from .resuming import FREE_ON_RESUME, check_data, check_resume, fingerprint, is_same
 from .trainer import AdapterTrainer, total_steps
 
-TEST, MOST_LOOKS = "test.json", 10
+MOST_LOOKS = 10
 LEAST_LOSS = 1e-12  # of a sure example, whose loss rounds to zero: statistics take losses above it
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets")
 CHANGING = ("method", "learning_rate", "seed")  # of these more may be added
@@ -74,17 +74,21 @@ TEXTS = About(
 
 
 class Study(ABC):
-    """What train_llm.py and train_glue.py do each in its way."""
+    """What train_llm.py and train_glue.py do each in its way: a plain run, and the arms of an experiment."""
 
     tokenizer: Any
     """The model's, from `prepare` on."""
 
-    def __init__(self, parser: HfArgumentParser) -> None:
+    def __init__(self, parser: HfArgumentParser | None) -> None:
         self.parser = parser
 
     @abstractmethod
     def settled(self, values: Mapping[str, Any]) -> Any:
         """The arguments of a plain run, with `settings`, `method` and `training`; raises `InvalidArgument`."""
+
+    @abstractmethod
+    def plain(self, arguments: Any, stop: StopRequest) -> tuple[AdapterTrainer, Iterable, Callable[[], None]]:
+        """The trainer of a plain run, its training examples, which a continuation must share, and what follows."""
 
     @abstractmethod
     def parts(self, arguments: Any, shares: ExperimentArguments) -> Parts:
@@ -109,6 +113,28 @@ class Study(ABC):
     @abstractmethod
     def measured(self, arguments: Any, model: PeftModel, check: Callable[[], None]) -> tuple[list[float], dict]:
         """The loss of each test example, in order, and figures over all; asks `check` between batches."""
+
+
+def run(study: Study, values: dict[str, Any], stop: StopRequest) -> None:
+    """A plain run of the flags, or the experiment that they ask for."""
+    if is_experiment(values):
+        run_experiment(study, values, stop)
+        return
+    with stop.at_once():
+        arguments = study.settled(values)
+    arguments.method.tell_unread()
+    training, flags = arguments.training, arguments.settings
+    with contextlib.ExitStack() as stack:
+        decided(lambda: stack.enter_context(locked(Path(training.output_dir))))
+        check_resume(training.output_dir, training.resume_from_checkpoint, flags)
+        trainer, examples, finish = study.plain(arguments, stop)
+        flags["data"] = fingerprint(examples)
+        check_data(training.output_dir, training.resume_from_checkpoint, flags["data"])
+        if training.should_save:
+            write_json(Path(training.output_dir) / "config.json", flags)
+        trainer.stopping.check(NOT_BEGUN)
+        trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+        finish()
 
 
 def run_experiment(study: Study, values: dict[str, Any], stop: StopRequest) -> None:
@@ -228,7 +254,7 @@ class KeepAdapters(TrainerCallback):
 
 
 @dataclass(frozen=True)
-class Bench:
+class Bench(Subject):
     """What the arms of an experiment are trained and measured by."""
 
     course: Course
@@ -259,8 +285,11 @@ class Bench:
             self.study.adapted(self.arguments_of(arms[0]))
 
     @property
+    def marks(self) -> list[str]:
+        return self.parts.marks
+
+    @property
     def device(self) -> torch.device:
-        """On which arms are trained."""
         return self.arguments_of(self.course.arms()[0]).training.device
 
     def arguments_of(self, arm: Arm) -> Any:
@@ -268,16 +297,13 @@ class Bench:
         return self.study.settled(values_of(arm, self.values, self.course))
 
     def facts(self) -> Facts:
-        """Versions, parts and identity."""
         facts = facts_of(self.parts, LIBRARIES)
         return {**facts, "split": {**facts["split"], "train": self.trained}, "identity": self.identity}
 
     def too_few(self) -> list[str]:
-        """A line where too few examples compare."""
         return too_few(len(self.parts.test), self.about.unit)
 
     def train(self, arm: Arm) -> None:
-        """Trains an arm from where it stands to its plain files."""
         arguments, folder = self.arguments_of(arm), self.course.folder_of(arm)
         trainer = self.study.trainer(arguments, self.study.adapted(arguments), self.stop)
         trainer.add_callback(KeepAdapters(folder))
@@ -307,26 +333,15 @@ class Bench:
         as_plain(model, arguments.method, self.study.calibration(arguments))
         return model.eval()
 
-    def is_tested(self, arm: Arm, step: int) -> bool:
-        """Whether the test losses of an arm's checkpoint are on disk."""
-        record = read_object(self.course.folder_of(arm) / TEST)
-        return record.get("step") == step and record.get("images") == self.parts.marks
-
     def begins(self, phase: str, arm: Arm) -> None:
         """Heeds a stop before what is done with an arm next; these runs keep no status to say it in."""
         self.stop.check(COMPARING)
 
-    def tested(self, arm: Arm, step: int) -> TestLosses:
-        """The losses on the test examples of an arm's checkpoint, measured once, and then read from `test.json`."""
-        path = self.course.folder_of(arm) / TEST
-        if not self.is_tested(arm, step):
-            model, arguments = self.restored(arm, step), self.arguments_of(arm)
-            losses, figures = self.study.measured(arguments, model, lambda: self.stop.check(COMPARING))
-            numbers = [max(loss, LEAST_LOSS) if math.isfinite(loss) else None for loss in losses]
-            check_held()
-            write_json(path, {"step": step, "images": self.parts.marks, "losses": numbers, "figures": figures})
-        record = read_object(path)
-        return {name: record[name] for name in ("images", "losses", "figures")}  # type: ignore[return-value]
+    def measured(self, arm: Arm, step: int) -> dict:
+        model, arguments = self.restored(arm, step), self.arguments_of(arm)
+        losses, figures = self.study.measured(arguments, model, lambda: self.stop.check(COMPARING))
+        numbers = [max(loss, LEAST_LOSS) if math.isfinite(loss) else None for loss in losses]
+        return {"losses": numbers, "figures": figures}
 
     def export(self, arm: Arm, step: int) -> list[str]:
         """Writes `peft/` of an arm's checkpoint, and with --merge_and_save `merged/`; else an earlier one goes."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,37 +18,24 @@ from transformers import (
     AutoTokenizer,
     DataCollatorWithPadding,
     EvalPrediction,
+    PreTrainedModel,
     set_seed,
 )
 from transformers.trainer_utils import PredictionOutput
 from transformers.utils import logging
 
 from ..common.errors import InvalidArgument
-from ..common.folder import check_held, locked
-from ..common.signals import NOT_BEGUN, StopRequest
+from ..common.folder import check_held
+from ..common.signals import StopRequest
 from ..common.together import decided
-from ..files import replacing, write_json
-from .arguments import (
-    ExperimentArguments,
-    is_experiment,
-)
+from ..files import replacing
+from .arguments import ExperimentArguments
 from .callbacks import LogCallback
-from .experiment import Study, run_experiment
+from .experiment import Study, run
 from .glue_arguments import BUNDLED_MODEL, Arguments, read, settled
-from .glue_tasks import (
-    Columns,
-    HubDataset,
-    Task,
-    check_rows,
-    file_form,
-    predicted,
-    read_folder,
-    read_hub,
-    scores,
-)
+from .glue_tasks import Columns, Task, check_rows, file_form, predicted, read_folder, read_hub, scores
 from .parts import Parts, parts_of
 from .results import export, merge_table, table_text, write_results
-from .resuming import check_data, check_resume, fingerprint
 from .trainer import AdapterTrainer, attach, put_control_on, total_steps
 
 # -- data --------------------------------------------------------------------------------------------------------------
@@ -82,8 +68,8 @@ def _read(arguments: Arguments, split: str) -> tuple[str, list[dict] | None]:
     data, model = arguments.data, arguments.model
     if data.data_dir:
         return read_folder(arguments.task, data.data_dir, split)
-    name = data.dataset_config_name or data.task_name
-    return read_hub(arguments.task, HubDataset(data.dataset_name, name, model.cache_dir, model.token), split)
+    source = {"path": data.dataset_name, "name": data.dataset_config_name or data.task_name}
+    return read_hub(arguments.task, source | {"cache_dir": model.cache_dir, "token": model.token}, split)
 
 
 def encode(arguments: Arguments, tokenizer, columns: Columns) -> Dataset:
@@ -141,10 +127,14 @@ def load_model(arguments: Arguments):
     # that they divide by the number it passes, and leave the loss scaled by accumulation steps and processes.
     model.accepts_loss_kwargs = False
     check_fit(arguments, tokenizer, model)
-    missing = {part for key in loaded["missing_keys"] for part in key.split(".")}
-    classifier = [name for name, _ in model.named_children() if name != model.base_model_prefix]
-    classifier = [name for name in classifier if any(True for _ in model.get_submodule(name).parameters())]
-    return tokenizer, model, classifier + (["pooler"] if "pooler" in missing else [])
+    return tokenizer, model, classifier_of(model, loaded["missing_keys"])
+
+
+def classifier_of(model: PreTrainedModel, missing: Iterable[str]) -> list[str]:
+    """The modules with weights outside of the pretrained part, and its pooler where the weights of that are missing."""
+    heads = [(name, head) for name, head in model.named_children() if name != model.base_model_prefix]
+    pooler = any("pooler" in key.split(".") for key in missing)
+    return [name for name, head in heads if any(True for _ in head.parameters())] + ["pooler"] * pooler
 
 
 def check_fit(arguments: Arguments, tokenizer, model) -> None:
@@ -292,14 +282,22 @@ def finish(arguments: Arguments, trainer: AdapterTrainer, tokenizer, sets: dict)
 
 
 class GlueStudy(Study):
-    """Arms of an experiment as this script trains and measures them; of MNLI by its matched examples."""
+    """As this script trains and measures; arms of an experiment with MNLI by its matched examples."""
 
     columns: list[str]
     sets: dict[str, Dataset]
 
     def settled(self, values: Mapping[str, Any]) -> Arguments:
-        """The arguments of a plain run."""
         return settled(self.parser, values)
+
+    def plain(self, arguments: Arguments, stop: StopRequest) -> tuple[AdapterTrainer, Iterable, Callable[[], None]]:
+        set_seed(arguments.training.seed)
+        splits = read_splits(arguments)
+        self.tokenizer, model, classifier = load_model(arguments)
+        self.sets = {name: encode(arguments, self.tokenizer, columns) for name, columns in splits.items()}
+        trainer = self.trainer(arguments, self._attached(arguments, model, classifier), stop)
+        examples = zip(*splits["train"].values(), strict=True)
+        return trainer, examples, lambda: finish(arguments, trainer, self.tokenizer, self.sets)
 
     def parts(self, arguments: Arguments, shares: ExperimentArguments) -> Parts:
         """All examples in three parts; test examples without labels, as the hub's, are no part."""
@@ -319,7 +317,6 @@ class GlueStudy(Study):
         return parts.limited(data.max_eval_samples, data.max_predict_samples)
 
     def prepare(self, arguments: Arguments, parts: Parts) -> int:
-        """Encodes the examples for all arms; returns how many are trained on."""
         self.tokenizer, _, _ = load_model(arguments)
         split = {"train": parts.train, "validation" + arguments.task.parts[0]: parts.select, "test": parts.test}
         self.sets = {}
@@ -329,20 +326,20 @@ class GlueStudy(Study):
         return len(parts.train)
 
     def adapted(self, arguments: Arguments) -> PeftModel:
-        """The model with the arm's adapter at its start."""
         set_seed(arguments.training.seed)
         _, model, classifier = load_model(arguments)
+        return self._attached(arguments, model, classifier)
+
+    def _attached(self, arguments: Arguments, model: PreTrainedModel, classifier: list[str]) -> PeftModel:
         steps = total_steps(arguments.training, len(self.sets["train"]))
         return attach(model, arguments.method, steps, example_of(self.sets), modules_to_save=classifier)
 
     def trainer(self, arguments: Arguments, model: PeftModel, stop: StopRequest) -> AdapterTrainer:
-        """As a plain run has it."""
         trainer = build_trainer(arguments, self.tokenizer, model, self.sets, stop)
         put_control_on(trainer, arguments.method, self.calibration(arguments) or [], example_of(self.sets))
         return trainer
 
     def calibration(self, arguments: Arguments) -> list[dict] | None:
-        """What a merge may read."""
         return calibration_batches(arguments, self.sets["train"], arguments.training.device)
 
     @torch.no_grad()
@@ -362,36 +359,5 @@ class GlueStudy(Study):
 
 def main(argv: Sequence[str] | None = None, stop: StopRequest | None = None, description: str | None = None) -> None:
     """Read, check, attach, train, and show what each merge keeps; or an experiment."""
-    (parser, values), stop = read(argv, description), stop or StopRequest()
-    if is_experiment(values):
-        run_experiment(GlueStudy(parser), values, stop)
-        return
-    with stop.at_once():
-        arguments = settled(parser, values)
-    run(arguments, stop)
-
-
-def run(arguments: Arguments, stop: StopRequest | None = None) -> None:
-    """One training."""
-    training, flags = arguments.training, arguments.settings
-    arguments.method.tell_unread()
-    with contextlib.ExitStack() as stack:
-        decided(lambda: stack.enter_context(locked(Path(training.output_dir))))
-        check_resume(training.output_dir, training.resume_from_checkpoint, flags)
-        set_seed(training.seed)
-        splits = read_splits(arguments)
-        tokenizer, model, classifier = load_model(arguments)
-        sets = {name: encode(arguments, tokenizer, columns) for name, columns in splits.items()}
-        flags["data"] = fingerprint(zip(*splits["train"].values(), strict=True))
-        check_data(training.output_dir, training.resume_from_checkpoint, flags["data"])
-        steps = total_steps(training, len(sets["train"]))
-        example = example_of(sets)
-        adapted = attach(model, arguments.method, steps, example, modules_to_save=classifier)
-        trainer = build_trainer(arguments, tokenizer, adapted, sets, stop)
-        batches = calibration_batches(arguments, sets["train"], training.device)
-        put_control_on(trainer, arguments.method, batches or [], example)
-        if trainer.is_world_process_zero():
-            write_json(Path(training.output_dir) / "config.json", flags)
-        trainer.stopping.check(NOT_BEGUN)
-        trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-        finish(arguments, trainer, tokenizer, sets)
+    parser, values = read(argv, description)
+    run(GlueStudy(parser), values, stop or StopRequest())

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
 
 from ..common.assets import ASSETS
 from ..common.errors import InvalidArgument
@@ -41,25 +41,22 @@ FOR_METRICS = {
 class DataArguments:
     """The task and where its data are."""
 
-    task_name: str | None = field(default=None, metadata={"choices": list(TASKS), "help": "task of GLUE"})
-    data_dir: str | None = field(
-        default=None,
-        metadata={"help": "folder with train.jsonl, validation.jsonl and maybe test.jsonl; default: the hub's GLUE"},
+    task_name: str | None = HfArg(default=None, help="task of GLUE", metadata={"choices": list(TASKS)})
+    data_dir: str | None = HfArg(
+        default=None, help="folder with train.jsonl, validation.jsonl and maybe test.jsonl; default: the hub's GLUE"
     )
-    dataset_name: str = field(default="nyu-mll/glue", metadata={"help": "data set on the hub, or a folder"})
-    dataset_config_name: str | None = field(
-        default=None, metadata={"help": "configuration of that data set; default: the task's name"}
+    dataset_name: str = HfArg(default="nyu-mll/glue", help="data set on the hub, or a folder")
+    dataset_config_name: str | None = HfArg(
+        default=None, help="configuration of that data set; default: the task's name"
     )
-    max_seq_length: int = field(default=128, metadata={"help": "longer inputs are cut to that many tokens"})
-    pad_to_max_length: bool = field(
-        default=False, metadata={"help": "pad every input to it, instead of each batch to its longest"}
+    max_seq_length: int = HfArg(default=128, help="longer inputs are cut to that many tokens")
+    pad_to_max_length: bool = HfArg(default=False, help="pad every input to it, instead of each batch to its longest")
+    max_train_samples: int | None = HfArg(default=None, help="train on the first so many examples")
+    max_eval_samples: int | None = HfArg(
+        default=None, help="evaluate on the first so many; experiments: choose by so many"
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "train on the first so many examples"})
-    max_eval_samples: int | None = field(
-        default=None, metadata={"help": "evaluate on the first so many; experiments: choose by so many"}
-    )
-    max_predict_samples: int | None = field(
-        default=None, metadata={"help": "predict the first so many; experiments: compare by so many"}
+    max_predict_samples: int | None = HfArg(
+        default=None, help="predict the first so many; experiments: compare by so many"
     )
 
     def __post_init__(self) -> None:
@@ -73,16 +70,16 @@ class DataArguments:
 class ModelArguments:
     """The model that is fine-tuned."""
 
-    model_name_or_path: str = field(
-        default=str(BUNDLED_MODEL), metadata={"help": "encoder model: folder or name on the hub; default: the bundled"}
+    model_name_or_path: str = HfArg(
+        default=str(BUNDLED_MODEL), help="encoder model: folder or name on the hub; default: the bundled"
     )
-    config_name: str | None = field(default=None, metadata={"help": "configuration, if it is not the model's"})
-    tokenizer_name: str | None = field(default=None, metadata={"help": "tokenizer, if it is not the model's"})
-    cache_dir: str | None = field(default=None, metadata={"help": "where downloaded models and data are kept"})
-    model_revision: str = field(default="main", metadata={"help": "revision of the model on the hub"})
-    token: str | None = field(default=None, metadata={"help": "token for the hub"})
-    ignore_mismatched_sizes: bool = field(
-        default=False, metadata={"help": "replace a classification head that has another number of labels"}
+    config_name: str | None = HfArg(default=None, help="configuration, if it is not the model's")
+    tokenizer_name: str | None = HfArg(default=None, help="tokenizer, if it is not the model's")
+    cache_dir: str | None = HfArg(default=None, help="where downloaded models and data are kept")
+    model_revision: str = HfArg(default="main", help="revision of the model on the hub")
+    token: str | None = HfArg(default=None, help="token for the hub")
+    ignore_mismatched_sizes: bool = HfArg(
+        default=False, help="replace a classification head that has another number of labels"
     )
 
 
@@ -90,16 +87,14 @@ class ModelArguments:
 class GlueTrainingArguments(AdapterTrainingArguments):
     """`AdapterTrainingArguments` with the learning rate and epochs of LoRA on RoBERTa-large (Hu et al., 2022)."""
 
-    output_dir: str = field(default="runs/glue", metadata={"help": "folder of the run"})
-    learning_rate: float = field(default=4e-4, metadata={"help": "highest learning rate"})
-    num_train_epochs: float = field(default=10.0, metadata={"help": "passes over the training examples"})
-    eval_strategy: str = field(default="epoch", metadata={"help": "when to evaluate: no, steps or epoch"})
-    save_strategy: str = field(
-        default="epoch", metadata={"help": "when to write a checkpoint: no (but the last), steps or epoch"}
-    )
-    save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints kept"})
-    label_names: list[str] | None = field(
-        default_factory=lambda: ["labels"], metadata={"nargs": "+", "help": "names of the model's label arguments"}
+    output_dir: str = HfArg(default="runs/glue", help="folder of the run")
+    learning_rate: float = HfArg(default=4e-4, help="highest learning rate")
+    num_train_epochs: float = HfArg(default=10.0, help="passes over the training examples")
+    eval_strategy: str = HfArg(default="epoch", help="when to evaluate: no, steps or epoch")
+    save_strategy: str = HfArg(default="epoch", help="when to write a checkpoint: no (but the last), steps or epoch")
+    save_total_limit: int | None = HfArg(default=2, help="checkpoints kept")
+    label_names: list[str] | None = HfArg(
+        default_factory=lambda: ["labels"], help="names of the model's label arguments", metadata={"nargs": "+"}
     )
 
 
@@ -160,7 +155,6 @@ def settled(parser: HfArgumentParser, values: Mapping[str, Any]) -> Arguments:
     if smoothing and not arguments.task.labels:
         problem = f"{data.task_name} has scores in place of labels"
         raise InvalidArgument(f"--label_smoothing_factor {smoothing:g}", problem, "leave it out")
-    arguments.training.dataloader_pin_memory &= torch.cuda.is_available()  # torch warns in every epoch otherwise
     return arguments
 
 

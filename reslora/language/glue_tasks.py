@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
@@ -90,23 +90,11 @@ def read_folder(task: Task, data_dir: str, split: str) -> tuple[str, list[dict] 
     return f"{where}, {path.name}", rows
 
 
-@dataclass(frozen=True)
-class HubDataset:
-    """A data set on the hub, and how it is had."""
-
-    path: str
-    """Its name on the hub, or a folder."""
-    name: str | None
-    """Of its configuration."""
-    cache_dir: str | None = None
-    token: str | None = None
-
-
-def read_hub(task: Task, source: HubDataset, split: str) -> tuple[str, list[dict] | None]:
-    """Rows of a split of a data set on the hub, as `read_folder`."""
-    where = f"--dataset_name {source.path}, configuration {source.name}"
+def read_hub(task: Task, source: dict[str, str | None], split: str) -> tuple[str, list[dict] | None]:
+    """Rows of a split of a data set on the hub, as `read_folder`; `source` as `load_dataset` takes it."""
+    where = f"--dataset_name {source['path']}, configuration {source['name']}"
     with loaded_from_hub(where, f"use --data_dir: {file_form(task)}"):
-        sets = datasets.load_dataset(**asdict(source))
+        sets = datasets.load_dataset(**source)
     return f"{where}, {split}", sets[split].to_list() if split in sets else None
 
 
@@ -129,7 +117,7 @@ def check_rows(task: Task, where: str, rows: list[dict], labelled: bool) -> Colu
             f"the columns are {', '.join(found)}; rename, or change --task_name",
         )
     if not labelled and all(row.get("label") in (None, -1, -1.0) for row in rows):
-        names.remove("label") if "label" in names else None
+        names = list(task.columns)
     for number, row in enumerate(rows, 1):
         for name in task.columns:
             if not isinstance(row.get(name), str):

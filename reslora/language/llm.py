@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,37 +11,18 @@ from typing import Any
 import torch
 from peft import PeftModel, prepare_model_for_kbit_training
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..common.errors import InvalidArgument, refused_as
-from ..common.folder import check_held, locked
+from ..common.folder import check_held
 from ..common.seeds import derive
-from ..common.signals import NOT_BEGUN, StopRequest
+from ..common.signals import StopRequest
 from ..common.together import decided
-from ..files import write_json
-from .arguments import (
-    ExperimentArguments,
-    MethodArguments,
-    is_experiment,
-)
+from .arguments import ExperimentArguments, MethodArguments
 from .callbacks import LogCallback
-from .experiment import Study, run_experiment
-from .llm_arguments import (
-    BUNDLED_MODEL,
-    PROG,
-    Arguments,
-    LlmTrainingArguments,
-    TaskArguments,
-    read,
-    settled,
-)
+from .experiment import Study, run
+from .llm_arguments import BUNDLED_MODEL, PROG, Arguments, LlmTrainingArguments, TaskArguments, read, settled
 from .llm_tasks import Example, file_form, read_examples
 from .llm_trainer import (
     Encoder,
@@ -56,7 +36,6 @@ from .llm_trainer import (
 )
 from .parts import Parts, parts_of
 from .results import export, merge_table, table_text, write_results
-from .resuming import check_data, check_resume, fingerprint
 from .trainer import attach, put_control_on, total_steps
 
 CAUSAL_MODEL = "give a folder or a name on the hub of a causal model"
@@ -74,14 +53,10 @@ def load_examples(arguments: TaskArguments, training: LlmTrainingArguments) -> d
     Where a task has no validation examples and the run is to validate, a part of the training examples is held out: a
     checkpoint is never chosen by what it is tested on.
     """
-    source = (arguments.data_dir, arguments.cache_dir)
-    found = {split: read_examples(arguments.task, split, *source) for split in ("train", "validation", "test")}
+    found = all_examples(arguments)
     found["test"] = found["test"] or found["validation"]
-    for split in ("train", "test"):
-        if not found[split]:
-            given = f"--data_dir {arguments.data_dir}" if arguments.data_dir else f"--task {arguments.task}"
-            problem = f"no {split} examples" + ("" if split == "train" else " and no validation examples")
-            raise InvalidArgument(given, problem, file_form(arguments.task))
+    if not found["test"]:
+        raise _lacks(arguments, "no test examples and no validation examples")
     order = torch.randperm(len(found["train"]), generator=torch.Generator().manual_seed(training.seed)).tolist()
     if not found["validation"] or found["validation"] is found["test"]:
         validates = training.eval_strategy != "no" or training.eval_on_start
@@ -95,13 +70,23 @@ def load_examples(arguments: TaskArguments, training: LlmTrainingArguments) -> d
     return found
 
 
-def found_examples(arguments: TaskArguments) -> dict[str, list[Example]]:
-    """The examples of an experiment: `train`, and `select` and `test` where the task has such files."""
+def all_examples(arguments: TaskArguments) -> dict[str, list[Example]]:
+    """Of `train`, at least one, `validation` and `test`."""
     source = (arguments.data_dir, arguments.cache_dir)
     found = {split: read_examples(arguments.task, split, *source) for split in ("train", "validation", "test")}
     if not found["train"]:
-        given = f"--data_dir {arguments.data_dir}" if arguments.data_dir else f"--task {arguments.task}"
-        raise InvalidArgument(given, "no train examples", file_form(arguments.task))
+        raise _lacks(arguments, "no train examples")
+    return found
+
+
+def _lacks(arguments: TaskArguments, problem: str) -> InvalidArgument:
+    given = f"--data_dir {arguments.data_dir}" if arguments.data_dir else f"--task {arguments.task}"
+    return InvalidArgument(given, problem, file_form(arguments.task))
+
+
+def found_examples(arguments: TaskArguments) -> dict[str, list[Example]]:
+    """The examples of an experiment: `train`, and `select` and `test` where the task has such files."""
+    found = all_examples(arguments)
     select, test = (found["validation"], found["test"]) if found["test"] else ([], found["validation"])
     select, test = select[: arguments.max_eval_samples], test[: arguments.max_test_samples]
     return {"train": found["train"], "select": select, "test": test}
@@ -203,46 +188,12 @@ def check_positions(model: PreTrainedModel, data: Data, task: TaskArguments) -> 
 
 
 def build_trainer(
-    task: TaskArguments, method: MethodArguments, training: LlmTrainingArguments, stop: StopRequest | None = None
+    task: TaskArguments, method: MethodArguments, training: LlmTrainingArguments
 ) -> tuple[LlmTrainer, list[dict[str, list[int]]]]:
-    """Data, model and adapter as a trainer; and the training rows."""
-    data = encoded(task, Encoder(load_tokenizer(task)), load_examples(task, training))
-    arguments = Arguments(task, method, training)
-    return trainer_of(arguments, data, adapted(arguments, data), stop), data.rows
-
-
-def adapted(arguments: Arguments, data: Data) -> PeftModel:
-    """The model with its adapter, at the start that its seed says."""
-    task, method, training = arguments
-    model = load_model(task, training)
-    check_positions(model, data, task)
-    torch.manual_seed(training.seed)
-    return attach(model, method, total_steps(training, len(data.rows)))
-
-
-def trainer_of(arguments: Arguments, data: Data, model: PeftModel, stop: StopRequest | None = None) -> LlmTrainer:
-    """The trainer of a model from `adapted`, with a control's settings measured."""
-    task, method, training = arguments
-    trainer = LlmTrainer(
-        model,
-        training,
-        stop,
-        encoder=data.encoder,
-        examples=data.examples,
-        max_new_tokens=task.max_new_tokens,
-        eval_accuracy=task.eval_accuracy,
-        train_dataset=data.rows,
-        eval_dataset=[data.encoder(example) for example in data.examples["validation"]] or None,
-        callbacks=[LogCallback(Path(training.output_dir) / "log.jsonl")],
-    )
-    put_control_on(trainer, method, calibration(arguments, data) or [])
-    return trainer
-
-
-def calibration(arguments: Arguments, data: Data) -> list[dict[str, torch.Tensor]] | None:
-    """What a merge may read."""
-    size = arguments.training.per_device_eval_batch_size
-    return calibration_batches(data.rows, arguments.method.calibration_examples, size)
+    """The trainer of a plain run, and its training rows."""
+    study = LlmStudy(None)
+    trainer, _, _ = study.plain(Arguments(task, method, training), StopRequest())
+    return trainer, study.data.rows
 
 
 def finish(trainer: LlmTrainer, rows: list, task: TaskArguments, method: MethodArguments) -> dict:
@@ -285,13 +236,26 @@ def summary(results: dict, training: LlmTrainingArguments, method: MethodArgumen
 
 
 class LlmStudy(Study):
-    """Arms of an experiment as this script trains and measures them."""
+    """As this script trains and measures."""
 
     data: Data
 
     def settled(self, values: Mapping[str, Any]) -> Arguments:
-        """The arguments of a plain run."""
         return settled(self.parser, values)
+
+    def plain(self, arguments: Arguments, stop: StopRequest) -> tuple[LlmTrainer, Iterable, Callable[[], None]]:
+        task, method, training = arguments
+        self.tokenizer = load_tokenizer(task)
+        self.data = encoded(task, Encoder(self.tokenizer), load_examples(task, training))
+        trainer = self.trainer(arguments, self.adapted(arguments), stop)
+        if training.should_save:
+            trainer.model.print_trainable_parameters()
+
+        def end() -> None:
+            results = finish(trainer, self.data.rows, task, method)
+            say(summary(results, training, method, bundled=task.model_name_or_path == str(BUNDLED_MODEL)))
+
+        return trainer, self.data.rows, end
 
     def parts(self, arguments: Arguments, shares: ExperimentArguments) -> Parts:
         """All examples in three parts; near-duplicates are told by their prompts."""
@@ -300,7 +264,6 @@ class LlmStudy(Study):
         return parts.limited(task.max_eval_samples, task.max_test_samples)
 
     def prepare(self, arguments: Arguments, parts: Parts) -> int:
-        """Encodes the examples for all arms; returns how many are trained on."""
         task, examples = arguments.task, list(parts.train)
         if task.max_train_samples is not None:  # not drawn by the seed: all arms see the same
             examples = sorted(examples, key=lambda example: derive("sample", example))[: task.max_train_samples]
@@ -310,16 +273,32 @@ class LlmStudy(Study):
         return len(self.data.rows)
 
     def adapted(self, arguments: Arguments) -> PeftModel:
-        """The model with the arm's adapter at its start."""
-        return adapted(arguments, self.data)
+        task, method, training = arguments
+        model = load_model(task, training)
+        check_positions(model, self.data, task)
+        torch.manual_seed(training.seed)
+        return attach(model, method, total_steps(training, len(self.data.rows)))
 
     def trainer(self, arguments: Arguments, model: PeftModel, stop: StopRequest) -> LlmTrainer:
-        """As a plain run has it."""
-        return trainer_of(arguments, self.data, model, stop)
+        (task, method, training), data = arguments, self.data
+        trainer = LlmTrainer(
+            model,
+            training,
+            stop,
+            encoder=data.encoder,
+            examples=data.examples,
+            max_new_tokens=task.max_new_tokens,
+            eval_accuracy=task.eval_accuracy,
+            train_dataset=data.rows,
+            eval_dataset=[data.encoder(example) for example in data.examples["validation"]] or None,
+            callbacks=[LogCallback(Path(training.output_dir) / "log.jsonl")],
+        )
+        put_control_on(trainer, method, self.calibration(arguments) or [])
+        return trainer
 
     def calibration(self, arguments: Arguments) -> list[dict] | None:
-        """What a merge may read."""
-        return calibration(arguments, self.data)
+        size = arguments.training.per_device_eval_batch_size
+        return calibration_batches(self.data.rows, arguments.method.calibration_examples, size)
 
     def measured(self, arguments: Arguments, model: PeftModel, check: Callable[[], None]) -> tuple[list[float], dict]:
         """The mean loss of each test example's answer tokens, and the share of right answers."""
@@ -339,29 +318,5 @@ class LlmStudy(Study):
 
 def main(argv: Sequence[str] | None = None, stop: StopRequest | None = None, description: str | None = None) -> None:
     """Check, load, train, compare the merges and export; or an experiment."""
-    (parser, values), stop = read(argv, description), stop or StopRequest()
-    if is_experiment(values):
-        run_experiment(LlmStudy(parser), values, stop)
-        return
-    with stop.at_once():
-        arguments = settled(parser, values)
-    run(arguments, stop)
-
-
-def run(arguments: Arguments, stop: StopRequest | None = None) -> None:
-    """One training."""
-    (task, method, training), flags = arguments, arguments.settings
-    method.tell_unread()
-    with contextlib.ExitStack() as stack:
-        decided(lambda: stack.enter_context(locked(Path(training.output_dir))))
-        check_resume(training.output_dir, training.resume_from_checkpoint, flags)
-        trainer, rows = build_trainer(task, method, training, stop)
-        flags["data"] = fingerprint(rows)
-        check_data(training.output_dir, training.resume_from_checkpoint, flags["data"])
-        if training.should_save:
-            write_json(Path(training.output_dir) / "config.json", flags)
-            trainer.model.print_trainable_parameters()
-        trainer.stopping.check(NOT_BEGUN)
-        trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-        results = finish(trainer, rows, task, method)
-        say(summary(results, training, method, bundled=task.model_name_or_path == str(BUNDLED_MODEL)))
+    parser, values = read(argv, description)
+    run(LlmStudy(parser), values, stop or StopRequest())

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
 
 from ..common.assets import ASSETS
 from ..common.errors import InvalidArgument
-from ..common.methods import METHODS
+from ..common.methods import refuse_unable
 from .arguments import (
     AdapterTrainingArguments,
     MethodArguments,
@@ -45,41 +46,33 @@ BUNDLED = {
 class TaskArguments:
     """Which model is trained on what."""
 
-    model_name_or_path: str = field(
-        default=str(BUNDLED_MODEL),
-        metadata={"help": "causal model, folder or name on the hub; default: the bundled one"},
+    model_name_or_path: str = HfArg(
+        default=str(BUNDLED_MODEL), help="causal model, folder or name on the hub; default: the bundled one"
     )
-    task: str = field(default="svamp", metadata={"help": "gsm8k, svamp, mathqa, metamathqa or hellaswag"})
-    data_dir: str | None = field(
-        default=None,
-        metadata={"help": "folder with train.jsonl, validation.jsonl, test.jsonl in the columns of the hub's data set"},
+    task: str = HfArg(default="svamp", help="gsm8k, svamp, mathqa, metamathqa or hellaswag")
+    data_dir: str | None = HfArg(
+        default=None, help="folder with train.jsonl, validation.jsonl, test.jsonl in the columns of the hub's data set"
     )
-    revision: str | None = field(default=None, metadata={"help": "revision of the model on the hub"})
-    cache_dir: str | None = field(default=None, metadata={"help": "where downloads are kept"})
-    dtype: str = field(
+    revision: str | None = HfArg(default=None, help="revision of the model on the hub")
+    cache_dir: str | None = HfArg(default=None, help="where downloads are kept")
+    dtype: str = HfArg(
         default="auto",
-        metadata={
-            "choices": ["auto", "float32", "bfloat16", "float16"],
-            "help": "of the frozen model, the adapter is float32; auto: float32, or that of --bf16 and --fp16",
-        },
+        help="of the frozen model, the adapter is float32; auto: float32, or that of --bf16 and --fp16",
+        metadata={"choices": ["auto", "float32", "bfloat16", "float16"]},
     )
-    load_in_4bit: bool = field(default=False, metadata={"help": "quantise the frozen model to NF4 (QLoRA)"})
-    max_train_samples: int | None = field(
-        default=None, metadata={"help": "train on that many examples, drawn at random (metamathqa: 40000)"}
+    load_in_4bit: bool = HfArg(default=False, help="quantise the frozen model to NF4 (QLoRA)")
+    max_train_samples: int | None = HfArg(
+        default=None, help="train on that many examples, drawn at random (metamathqa: 40000)"
     )
-    max_eval_samples: int | None = field(
-        default=None, metadata={"help": "validate on the first examples only; experiments: choose by so many"}
+    max_eval_samples: int | None = HfArg(
+        default=None, help="validate on the first examples only; experiments: choose by so many"
     )
-    max_test_samples: int | None = field(
-        default=None, metadata={"help": "test on the first examples only; experiments: compare by so many"}
+    max_test_samples: int | None = HfArg(
+        default=None, help="test on the first examples only; experiments: compare by so many"
     )
-    max_length: int = field(
-        default=512, metadata={"help": "training examples of more tokens, prompt and answer, are left out"}
-    )
-    max_new_tokens: int = field(default=256, metadata={"help": "longest answer generated"})
-    eval_accuracy: bool = field(
-        default=False, metadata={"help": "generate answers in validation too, not only in the final test"}
-    )
+    max_length: int = HfArg(default=512, help="training examples of more tokens, prompt and answer, are left out")
+    max_new_tokens: int = HfArg(default=256, help="longest answer generated")
+    eval_accuracy: bool = HfArg(default=False, help="generate answers in validation too, not only in the final test")
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -101,8 +94,8 @@ class TaskArguments:
 class LlmTrainingArguments(AdapterTrainingArguments):
     """transformers' arguments, with the learning rate and the folder of this script."""
 
-    output_dir: str = field(default="runs/llm", metadata={"help": "folder of the run"})
-    learning_rate: float = field(default=1e-4, metadata={"help": "highest learning rate"})
+    output_dir: str = HfArg(default="runs/llm", help="folder of the run")
+    learning_rate: float = HfArg(default=1e-4, help="highest learning rate")
 
 
 class Arguments(NamedTuple):
@@ -141,10 +134,8 @@ def settled(parser: HfArgumentParser, values: Mapping[str, Any]) -> Arguments:
             "a 4-bit model cannot hold the sum",
             "leave it out, and merge peft/ into the whole model",
         )
-    if task.load_in_4bit and not METHODS[method.method].quantised:
-        raise InvalidArgument(
-            f"--method {method.method}", "PEFT has it for whole weights only", "leave --load_in_4bit out"
-        )
+    if task.load_in_4bit:
+        refuse_unable([method.method], "quantised")
     check_compiling(method, training)
     best = str(training.metric_for_best_model or "").removeprefix("eval_")
     if best not in ("", "loss", "accuracy"):

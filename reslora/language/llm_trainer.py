@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..chains import base_model
 from ..common.errors import InvalidArgument
+from ..common.temporarily import temporarily
 from .llm_tasks import Example, extract_answer, same_answer
 from .trainer import AdapterTrainer
 
@@ -212,9 +213,6 @@ def generate(model: PreTrainedModel, encoder: Encoder, examples: list[Example], 
         pad_token_id=encoder.pad,
     )
     base = base_model(model)
-    own, base.generation_config = base.generation_config, GenerationConfig()
-    try:
+    with temporarily(base, generation_config=GenerationConfig()):
         tokens = base.generate(**inputs, generation_config=greedy)
-    finally:
-        base.generation_config = own
     return encoder.tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -21,7 +21,7 @@ from ..common.controls import merged
 from ..common.errors import Diverged, RunFailed, first_line
 from ..common.folder import check_held
 from ..common.methods import METHODS
-from ..common.together import decided
+from ..common.together import decided, is_main
 from ..export import export_peft, merged_state_dict
 from ..files import replacing, write_json
 from ..merges import AUTO, MERGES
@@ -138,14 +138,10 @@ def _restore_factors(layer: nn.Module, adapter_name: str, before: tuple) -> None
 
 def _share_norms(connection: Connection) -> None:
     """In a distributed run the window of rank 0 counts, and every process must merge alike."""
-    if not torch.distributed.is_initialized():
-        return
     norms = connection.wires.norms
-    values = norms.values.cpu() if norms.values is not None else None
-    shared: list[Any] = [values, norms.count]
-    torch.distributed.broadcast_object_list(shared)
-    if shared[0] is not None and torch.distributed.get_rank() > 0:
-        norms.restore(shared[0], shared[1])
+    values, count = decided(lambda: (norms.values if norms.values is None else norms.values.cpu(), norms.count))
+    if values is not None and not is_main():
+        norms.restore(values, count)
 
 
 def as_plain(model: PeftModel, arguments: MethodArguments, calibration: Sequence[Mapping] | None = None) -> None:
@@ -172,17 +168,16 @@ def export(
     tokenizer, for stock transformers. With several processes every one must call it; rank 0 writes.
     """
     output, report = Path(output_dir), None
-    writes = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     connection = connection_of(base_model(model))
     if connection is not None:
         _share_norms(connection)
         plan = chains(model).to_dict() if connection.config.wired else connection.chains.to_dict()
         report = _merge(model, arguments.merge, calibration)
-        if writes:
+        if is_main():
             write_json(output / "chains.json", plan)
             write_json(output / "merge.json", report.to_dict())
     merged(model)  # rotations, of a placebo
-    if writes:
+    if is_main():
         export_peft(model, output / "peft")
         if arguments.merge_and_save:
             _write_merged(base_model(model), output / "merged", tokenizer)

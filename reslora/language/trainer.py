@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
@@ -29,11 +30,12 @@ from ..common.controls import Settings, put_on
 from ..common.errors import Diverged, InvalidArgument, RunFailed, Stopped, refused_as
 from ..common.folder import check_held
 from ..common.gauge import gauged
-from ..common.methods import METHODS, AdapterSettings, adapter_config, check_steps, refuse_deepspeed
+from ..common.methods import METHODS, AdapterSettings, adapter_config, check_steps, refuse_unable
 from ..common.patterns import spell_out
 from ..common.recovery import cannot_be_loaded, discard
 from ..common.signals import NOT_BEGUN, StopRequest
 from ..common.targets import check_layers
+from ..common.temporarily import temporarily
 from ..common.together import decided, is_main
 from ..config import ResLoraConfig
 from ..files import write_checksums, write_tensors
@@ -220,7 +222,7 @@ class AdapterTrainer(Trainer):
                 "use DDP (accelerate launch) or ZeRO-2",
             )
         if stage is not None and self.allocator is not None:
-            refuse_deepspeed(["adalora"])
+            refuse_unable(["adalora"], "deepspeed")
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """As `Trainer.train`; `latest` or True means the newest usable checkpoint, or a fresh start without one."""
@@ -291,12 +293,8 @@ class AdapterTrainer(Trainer):
 
     def _get_dataloader(self, *args, is_training: bool = False, **kwargs):
         # Stock `Trainer` leaves examples out of evaluations and predictions too.
-        dropping = self.args.dataloader_drop_last
-        self.args.dataloader_drop_last = dropping and is_training
-        try:
+        with temporarily(self.args, dataloader_drop_last=self.args.dataloader_drop_last and is_training):
             return super()._get_dataloader(*args, is_training=is_training, **kwargs)
-        finally:
-            self.args.dataloader_drop_last = dropping
 
     def _run_epoch(self, *args, **kwargs) -> None:
         # Stock `Trainer` takes one step too many when it resumes from the last step of a run.
@@ -365,17 +363,15 @@ class AdapterTrainer(Trainer):
     def _save_checkpoint(self, *args, **kwargs) -> None:
         decided(check_held)
         # Stock `Trainer` removes older ones before all processes have written their part of this one.
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            super()._save_checkpoint(*args, **kwargs)
+            with temporarily(self.args, save_total_limit=None):
+                super()._save_checkpoint(*args, **kwargs)
         except RuntimeError as error:
             if not any(word in str(error) for word in UNWRITTEN):
                 raise
             # So torch.save says that a file cannot be written, without the cause.
             where = f"checkpoint of step {self.state.global_step}"
             raise RunFailed(f"{where} cannot be written; is the disk full? Earlier ones are intact") from error
-        finally:
-            self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()  # each process has written its random state
         if self.args.should_save:
             write_checksums(self._checkpoint())
@@ -439,12 +435,6 @@ def _plain(choice: object) -> object:
 
 def _zero_stage(args: TrainingArguments) -> int | None:
     """DeepSpeed's stage, None without DeepSpeed."""
-    plugin = getattr(args, "deepspeed_plugin", None)
-    if plugin is not None:
+    if plugin := getattr(args, "deepspeed_plugin", None):
         return plugin.zero_stage
-    if not args.deepspeed:
-        return None
-    content = args.deepspeed
-    if not isinstance(content, dict):
-        content = json.loads(Path(content).read_text(encoding="utf-8"))
-    return content.get("zero_optimization", {}).get("stage", 0)
+    return HfDeepSpeedConfig(args.deepspeed).get_value("zero_optimization.stage", 0) if args.deepspeed else None

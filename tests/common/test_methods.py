@@ -7,7 +7,7 @@ import pytest
 from conftest import assert_one_line
 
 from reslora.common.errors import InvalidArgument
-from reslora.common.methods import METHODS, check_steps, refuse_deepspeed
+from reslora.common.methods import METHODS, check_steps, refuse_unable
 
 
 def test_rows_say_what_each_method_is():
@@ -34,9 +34,9 @@ def test_rows_say_what_each_method_is():
 
 
 def test_what_deepspeed_cannot_train_is_refused():
-    refuse_deepspeed(["lora", "reslora", "loha"])
+    refuse_unable(["lora", "reslora", "loha"], "deepspeed")
     with pytest.raises(InvalidArgument) as error:
-        refuse_deepspeed(["lora", "adalora"])
+        refuse_unable(["lora", "adalora"], "deepspeed")
     assert_one_line(error, "--method adalora", "DeepSpeed")
 
 

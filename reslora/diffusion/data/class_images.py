@@ -28,7 +28,7 @@ from ..context import Context
 from ..seeds import derive
 from .dataset import METADATA, ImageDataset
 from .folders import kohyas_folders, load_folders
-from .images import SUFFIXES
+from .images import is_image
 from .listing import files_of
 from .size import Size
 from .sources import Source
@@ -58,7 +58,7 @@ def missing_class_images(flags: Flags) -> int:
     if flags.class_data_dir is None or (folder.is_dir() and kohyas_folders(folder, flags)[0]):
         return 0
     everything = files_of(folder, flags) if folder.is_dir() else []
-    there = sum(path.suffix.lower() in SUFFIXES for path in everything)
+    there = sum(map(is_image, everything))
     missing, metadata = flags.num_class_images - there, [path for path in everything if path.name in METADATA]
     if missing > 0 and metadata:  # what is not in it is not trained on
         problem = f"{missing} more than are there would be drawn, which {metadata[0]} does not list"

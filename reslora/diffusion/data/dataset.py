@@ -17,7 +17,7 @@ from ..content import Content, content_mark
 from ..prompts import clean
 from ..seeds import derive, shuffled
 from .caption_files import CAPTIONS, caption_files, caption_in, read_caption
-from .images import SUFFIXES, UNREADABLE, image_size, is_masked, mask_problem, open_image, open_masked
+from .images import UNREADABLE, image_size, is_image, is_masked, mask_problem, open_image, open_masked
 from .listing import files_of, hidden_images, told_of_hidden
 from .shards import check_archives, training_files, training_split
 from .tables import ROWS, has_file_names, unlisted
@@ -189,7 +189,7 @@ def data_flag(flags: Flags) -> str:
 def read_folder(folder: Path, flags: Flags, caption: str | None = None, deep: bool = True) -> Found | None:
     """A folder with metadata.jsonl or .csv, or a caption beside each image; None for what `datasets` reads."""
     everything = files_of(folder, flags, deep)
-    files = [path for path in everything if path.suffix.lower() in SUFFIXES]
+    files = list(filter(is_image, everything))
     metadata = next((folder / name for name in METADATA if (folder / name).is_file()), None)
     if metadata is not None and has_file_names(metadata, layout_of(everything, folder) or flags.dataset_name):
         found = dataclasses.replace(read_metadata(metadata, flags), metadata=metadata)
@@ -221,7 +221,7 @@ def _with_folder_notes(found: Found, folder: Path, flags: Flags, everything: lis
         found.notes += [f"{folder}: {folders} folders in it are not read"] if folders else []
         return found
     links = sum(path.is_symlink() and path.is_dir() for path in everything)
-    repeated = above_repeated([path for path in everything if path.suffix.lower() in SUFFIXES])
+    repeated = above_repeated(list(filter(is_image, everything)))
     if links:
         found.notes.append(f"{links} folders are symbolic links, which are not searched")
     of_class = flags.class_data_dir is not None and folder == Path(flags.class_data_dir)  # repeated as is needed
@@ -319,7 +319,7 @@ def layout_of(everything: Sequence[Path], folder: Path) -> str | None:
     if any((folder / name).is_file() for name in SAVED):
         return "saved"
     suffixes = {path.suffix for path in everything if path.name not in METADATA}
-    images = {path.with_suffix("") for path in everything if path.suffix.lower() in SUFFIXES}
+    images = {path.with_suffix("") for path in everything if is_image(path)}
     if ".parquet" in suffixes:
         return "parquet"
     if any(path.name in METADATA for path in everything):
@@ -390,7 +390,7 @@ def _sorted_out(captions: Sequence[list | str]) -> tuple[dict[int, str], list[li
 
 def _passed_over(rows: datasets.Dataset, everything: Sequence[Path], flags: Flags) -> list[str]:
     """How many images of a folder are in no row; refuses those with a caption beside them, which are meant to be."""
-    missing = unlisted(rows, [path for path in everything if path.suffix.lower() in SUFFIXES])
+    missing = unlisted(rows, list(filter(is_image, everything)))
     if captioned := [path for path in missing if caption_files(path)]:
         problem = f"{len(captioned)} images with captions beside them, as {captioned[0]}, are in no metadata"
         raise InvalidArgument(data_flag(flags), problem, f"put them into a folder of their own, and {ONE_BY_ONE}")

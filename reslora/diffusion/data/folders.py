@@ -8,7 +8,7 @@ from pathlib import Path
 from ...common.errors import InvalidArgument
 from ..arguments import Flags, listed
 from .dataset import METADATA, MOST_REPEATS, REPEATED, SAVED, ImageDataset, sample, usable
-from .images import SUFFIXES
+from .images import is_image
 from .listing import files_of, hidden_images, told_of_hidden
 
 Part = tuple[str, int, str | None]
@@ -65,7 +65,7 @@ def kohyas_folders(folder: Path, flags: Flags) -> tuple[list[Part], list[str]]:
             problem = f"its name means that an epoch meets each image {repeats} times, as in kohya's scripts"
             raise InvalidArgument(f"folder {path}", problem, f"rename it, for example to 1_{text or ''}")
     taken = {path for path, _, _ in found}
-    seen = [path for path in content if path.is_dir() or path.suffix.lower() in SUFFIXES]
+    seen = [path for path in content if path.is_dir() or is_image(path)]
     beside = [path.name for path in seen if str(path) not in taken and not path.name.startswith(".")]
     bare = [path.name for path in folders if path.name.isdecimal() and 0 < int(path.name) <= MOST_REPEATS]
     lines = [
@@ -82,7 +82,7 @@ def kohyas_folders(folder: Path, flags: Flags) -> tuple[list[Part], list[str]]:
 
 
 def _has_images(folder: Path) -> bool:
-    return any(path.suffix.lower() in SUFFIXES for path in folder.iterdir())
+    return any(map(is_image, folder.iterdir()))
 
 
 def _for_each(names: list, value: object) -> list:

@@ -36,6 +36,11 @@ SUFFIXES = {
 HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx")  # what such a file says that it is
 
 
+def is_image(path: Path) -> bool:
+    """Whether a file is called as images are."""
+    return path.suffix.lower() in SUFFIXES
+
+
 def image_size(source: Content) -> tuple[int, int] | str:
     """Width and height of the upright image, from headers, or why there are none; no pixel is decoded.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ...files import all_below
 from ..arguments import Flags
-from .images import SUFFIXES
+from .images import is_image
 
 TRASH = ".trash"  # the application's own hidden folder
 
@@ -38,7 +38,7 @@ def hidden_images(folder: Path) -> list[Path]:
     for place, _, names in os.walk(folder):
         parts = Path(place).parts[len(folder.parts) :]
         if TRASH not in parts and any(part.startswith(".") for part in parts):
-            found += [path for name in names if (path := Path(place, name)).suffix.lower() in SUFFIXES]
+            found += [path for name in names if is_image(path := Path(place, name))]
     return sorted(found)
 
 

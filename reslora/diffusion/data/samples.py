@@ -135,6 +135,12 @@ class TrainingSamples(Dataset):
         masked = {} if mask is None else {"mask": crop_mask(mask, crop, flip, draw.size)}
         return {"pixels": pixels, "sizes": sizes} | masked
 
+    def batched(self, draws: Sequence[Draw]) -> Iterator[Batch]:
+        """The samples of these draws, which are of one size, in batches."""
+        size = self.material.flags.train_batch_size
+        for first in range(0, len(draws), size):
+            yield collate([self[draw] for draw in draws[first : first + size]])
+
 
 class CalibrationSamples(TrainingSamples):
     """Training images with noise of their own and captions as they are drawn with, for the merge."""
@@ -182,9 +188,7 @@ class ValidationSamples(TrainingSamples):
     def batches(self) -> Iterator[Batch]:
         """All samples, none of another size beside them."""
         for size in dict.fromkeys(draw.size for draw in self.draws):
-            alike = [draw for draw in self.draws if draw.size == size]
-            for first in range(0, len(alike), self.material.flags.train_batch_size):
-                yield collate([self[draw] for draw in alike[first : first + self.material.flags.train_batch_size]])
+            yield from self.batched([draw for draw in self.draws if draw.size == size])
 
 
 class FixedSamples(TrainingSamples):
@@ -215,10 +219,8 @@ class FixedSamples(TrainingSamples):
     def batches(self, image: tuple[int, int]) -> Iterator[Batch]:
         """All samples of an image, which is a source and a number there."""
         source, number = image
-        size, most = self.material.sources[source].size(number), self.material.flags.train_batch_size
-        draws = [Draw(source, number, size, position) for position in range(TIMESTEPS * self.noises)]
-        for first in range(0, len(draws), most):
-            yield collate([self[draw] for draw in draws[first : first + most]])
+        size = self.material.sources[source].size(number)
+        return self.batched([Draw(source, number, size, position) for position in range(TIMESTEPS * self.noises)])
 
 
 def measured_at(objective: Objective) -> list[torch.Tensor]:

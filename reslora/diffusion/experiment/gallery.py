@@ -10,10 +10,9 @@ from pathlib import Path
 from PIL import Image
 
 from ...common.charts import escape
-from ...common.drawn import PROMPTS, is_of
+from ...common.drawn import by_step, shows
 from ...common.errors import first_line
 from ...experiment.record import Arm, Experiment
-from ...files import read_object
 
 LARGEST = 512
 """Pixels of an image's longer side in the page."""
@@ -58,35 +57,20 @@ def columns_of(experiment: Experiment, folder: Path, prompts: Sequence[str]) -> 
         arms = [arm for arm in experiment["arms"] if arm["label"] == label and arm["status"] == "finished"]
         arms = [arm for arm in arms if arm["learning_rate"] == choice["learning_rate"]]
         for arm in sorted(arms, key=lambda arm: arm["seed"]):
-            if place := nearest(samples_of(arm, folder, prompts), choice["step"]):
-                found.append((label, f"seed {arm['seed']}, step {step_of(place)}", place))
+            places = samples_of(arm, folder, prompts)
+            if later := [step for step in places if step]:
+                step = min(later, key=lambda step: (abs(step - choice["step"]), step))
+                found.append((label, f"seed {arm['seed']}, step {step}", places[step]))
                 break
-    base = next(
-        (place for arm in experiment["arms"] for place in samples_of(arm, folder, prompts) if not step_of(place)), None
-    )
+    bases = (samples_of(arm, folder, prompts).get(0) for arm in experiment["arms"])
+    base = next(filter(None, bases), None)
     return [*([(BASE, "base model", base)] if base else []), *found]
 
 
-def samples_of(arm: Arm, folder: Path, prompts: Sequence[str]) -> list[Path]:
-    """An arm's folders of samples that show any of these prompts."""
-    places = (place for place in (folder / arm["folder"] / "samples").glob("step-*") if place.name[5:].isdigit())
-    return [place for place in places if any(shows(place, *prompt) for prompt in enumerate(prompts))]
-
-
-def shows(samples: Path, number: int, prompt: str) -> bool:
-    """Whether the samples with a prompt's number are of that prompt."""
-    return is_of(read_object(samples / PROMPTS), number, prompt)
-
-
-def nearest(places: Sequence[Path], step: int) -> Path | None:
-    """The folder of samples whose step is nearest to one, never that of step 0."""
-    later = [place for place in places if step_of(place)]
-    return min(later, key=lambda place: (abs(step_of(place) - step), step_of(place)), default=None)
-
-
-def step_of(place: Path) -> int:
-    """The step at which a folder's samples were drawn."""
-    return int(place.name[5:])
+def samples_of(arm: Arm, folder: Path, prompts: Sequence[str]) -> dict[int, Path]:
+    """An arm's folders of samples that show any of these prompts, by their steps."""
+    found = by_step(folder / arm["folder"] / "samples").items()
+    return {step: place for step, place in found if any(shows(place, *prompt) for prompt in enumerate(prompts))}
 
 
 def best_of(experiment: Experiment) -> str | None:

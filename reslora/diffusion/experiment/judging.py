@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -13,9 +12,7 @@ from torch import nn
 from ...common.folder import check_held
 from ...common.methods import METHODS
 from ...experiment.course import adapter_folder, reading_adapter
-from ...experiment.record import TestLosses
 from ...experiment.subject import COMPARING
-from ...files import read_object, write_json
 from ...tracing import evaluating
 from ..data.batch import Batch
 from ..data.samples import losses_of
@@ -34,49 +31,19 @@ from ..training.denoising import DenoisingLoss
 from .drawn import similarities
 from .split import Image
 
-TEST = "test.json"
 
+def measured(step: int, images: Sequence[Image], setting: Setting) -> dict:
+    """Losses on the test images of an arm's checkpoint, and what `similarities` says."""
+    with chosen_parts(step, setting) as (parts, loss):
+        denoiser = next(iter(parts.values()))
 
-def tested(step: int, images: Sequence[Image], setting: Setting) -> TestLosses:
-    """Losses on the test images of an arm's checkpoint; measured once, and then read from `test.json`."""
-    path, marks = test_file(setting), marks_of(images, setting)
-    if not is_tested(step, images, setting):
-        with chosen_parts(step, setting) as (parts, loss):
-            denoiser = next(iter(parts.values()))
+        def check_and_measure(batch: Batch) -> torch.Tensor:
+            setting.context.stop.check(COMPARING)
+            return exact_loss(loss, denoiser, batch)
 
-            def check_and_measure(batch: Batch) -> torch.Tensor:
-                setting.context.stop.check(COMPARING)
-                return exact_loss(loss, denoiser, batch)
-
-            losses = losses_of(check_and_measure, setting.material, images)
-            found = similarities(parts, loss, images, setting) if setting.context.flags.metric_model else {}
-        by_timestep = numbers(losses.mean(0))
-        measured = {"losses": numbers(losses.mean(1)), "by_timestep": by_timestep, "similarities": found}
-        check_held()
-        write_json(path, {"step": step, "images": marks} | measured)
-    record = read_object(path)
-    return {
-        "images": marks,
-        "losses": record["losses"],
-        "by_timestep": record["by_timestep"],
-        "similarities": record.get("similarities", {}),
-    }
-
-
-def is_tested(step: int, images: Sequence[Image], setting: Setting) -> bool:
-    """Whether that was measured already."""
-    record = read_object(test_file(setting))
-    return record.get("step") == step and record.get("images") == marks_of(images, setting)
-
-
-def test_file(setting: Setting) -> Path:
-    """Where an arm keeps its losses on the test images."""
-    return setting.context.folder_of(setting.context.flags.method[0]) / TEST
-
-
-def marks_of(images: Sequence[Image], setting: Setting) -> list[str]:
-    """The contents of images in short."""
-    return [setting.material.sources[source].images.marks[number] for source, number in images]
+        losses = losses_of(check_and_measure, setting.material, images)
+        found = similarities(parts, loss, images, setting) if setting.context.flags.metric_model else {}
+    return {"losses": numbers(losses.mean(1)), "by_timestep": numbers(losses.mean(0)), "similarities": found}
 
 
 @contextmanager

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from ...common.charts import Axes, Series, chart
 from ...experiment.record import Experiment
-from ...experiment.report import About, is_chosen, labels_of
+from ...experiment.report import About, labels_of
+from ...experiment.statistics import is_chosen
 from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 from ..output.exports import PEFT_FOLDER
 from .drawn import MEANINGS
@@ -28,7 +29,7 @@ def timestep_chart(experiment: Experiment) -> str:
     measured = {
         (arm["label"], arm["seed"]): [math.nan if loss is None else loss for loss in arm["test"]["by_timestep"]]
         for arm in experiment["arms"]
-        if arm["test"] and is_chosen(arm, experiment)
+        if arm["test"] and is_chosen(arm, experiment["chosen"])
     }
     places = {label: place for place, label in enumerate(labels_of(experiment))}
     found = []

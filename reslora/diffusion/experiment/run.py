@@ -28,10 +28,10 @@ from ...common.together import decided, each
 from ...experiment.arms import Arm, values_of
 from ...experiment.course import ADAPTERS, Course
 from ...experiment.parts import too_few
-from ...experiment.record import EXPERIMENT, Facts, TestLosses, facts_of
+from ...experiment.record import EXPERIMENT, Facts, facts_of
 from ...experiment.report import About
 from ...experiment.run import train_and_conclude
-from ...experiment.subject import COMPARING
+from ...experiment.subject import COMPARING, Subject
 from ...files import read_object, remove_leftovers
 from ..arguments import SEVERAL, Flags, in_words
 from ..checks import check_methods
@@ -56,7 +56,7 @@ from ..training.checkpoints import (
 )
 from ..training.schedule import Schedule, schedule_of
 from .checks import plain_variants
-from .judging import export_chosen, is_tested, tested
+from .judging import export_chosen, measured
 from .measure import SelectLoss
 from .pages import IMAGES
 from .split import Parts, check_count, content_of, learnt, parts_of, with_parts
@@ -229,7 +229,7 @@ def of_seed(material: Material, seed: int, pipeline: DiffusionPipeline, context:
 
 
 @dataclass(frozen=True)
-class Bench:
+class Bench(Subject):
     """What the arms of an experiment are trained on."""
 
     course: Course
@@ -241,7 +241,6 @@ class Bench:
 
     @property
     def device(self) -> torch.device:
-        """On which arms are trained."""
         return self.setting.context.accelerator.device
 
     def setting_of(self, arm: Arm) -> Setting:
@@ -257,7 +256,6 @@ class Bench:
         return dataclasses.replace(self.setting, material=material, context=context)
 
     def train(self, arm: Arm) -> None:
-        """Trains an arm from where it stands to its exports."""
         setting = self.setting_of(arm)
         context, (method,) = setting.context, setting.context.flags.method
         resume = decided(lambda: plan_resume(context.flags, setting.identity, context.place))
@@ -277,8 +275,11 @@ class Bench:
         """What the parts are known by."""
         return content_of(self.parts, learnt(self.setting.material.sources))
 
+    @functools.cached_property
+    def marks(self) -> list[str]:
+        return [self.setting.material.sources[source].images.marks[number] for source, number in self.parts.test]
+
     def facts(self) -> Facts:
-        """Versions, parts and identity."""
         objective = self.setting.material.objective
         return {
             **facts_of(self.parts, LIBRARIES),
@@ -287,22 +288,15 @@ class Bench:
         }
 
     def too_few(self) -> list[str]:
-        """A line where too few images compare."""
         return too_few(len(self.parts.test), self.about.unit, self.parts.enough)
-
-    def is_tested(self, arm: Arm, step: int) -> bool:
-        """Whether the test losses of an arm's checkpoint are on disk."""
-        return is_tested(step, self.parts.test, self.setting_of(arm))
 
     def begins(self, phase: str, arm: Arm) -> None:
         """Says what is done with an arm next, in the run's status; a stop is heeded before it."""
         self.setting.context.stop.check(COMPARING)
         self.setting.context.status.say(phase, self.course.name_of(arm))
 
-    def tested(self, arm: Arm, step: int) -> TestLosses:
-        """The losses on the test images of an arm's checkpoint."""
-        return tested(step, self.parts.test, self.setting_of(arm))
+    def measured(self, arm: Arm, step: int) -> dict:
+        return measured(step, self.parts.test, self.setting_of(arm))
 
     def export(self, arm: Arm, step: int) -> list[str]:
-        """Writes the files of an arm's checkpoint."""
         return export_chosen(step, self.setting_of(arm))

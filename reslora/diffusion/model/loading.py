@@ -84,7 +84,7 @@ class Model:
             left_out += [part for part in parts if not part.startswith("tokenizer")]
         # Some pipelines, such as Stable Diffusion 3 without T5, say that they lack a part and still ask for it.
         left_out += [part for part, kind in self.index.items() if kind == [None, None]]
-        given: dict[str, Any] = {name: None for name in left_out}
+        given: dict[str, Any] = dict.fromkeys(left_out)
         if "requires_safety_checker" in self.index:
             given["requires_safety_checker"] = False
         if vae and self.vae:

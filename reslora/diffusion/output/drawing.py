@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import nn
 
+from ...common.temporarily import temporarily
 from ...tracing import evaluating
 from ..arguments import Flags
 from ..data.batch import changed, stack_texts
@@ -43,16 +44,12 @@ class Drawer:
         `between_steps` is called between the denoising steps and may raise; denoiser and pipeline stay as they were.
         """
         wanted = self.wanted(prompts, images)
-        drawn, size, before = [], self.flags.train_batch_size, getattr(self.pipeline, self.family.denoiser)
+        drawn, size = [], self.flags.train_batch_size
         encoders = [getattr(self.pipeline, part.name) for part in self.encoders]
-        setattr(self.pipeline, self.family.denoiser, denoiser)
-        try:
-            with evaluating(denoiser, *encoders):
-                for alike in (list(group) for _, group in itertools.groupby(wanted, key=shared)):
-                    for start in range(0, len(alike), size):
-                        drawn += self._batch(alike[start : start + size], between_steps)
-        finally:
-            setattr(self.pipeline, self.family.denoiser, before)
+        with temporarily(self.pipeline, **{self.family.denoiser: denoiser}), evaluating(denoiser, *encoders):
+            for alike in (list(group) for _, group in itertools.groupby(wanted, key=shared)):
+                for start in range(0, len(alike), size):
+                    drawn += self._batch(alike[start : start + size], between_steps)
         return drawn
 
     def wanted(self, prompts: Sequence[str | Prompt], images: int) -> list[tuple[Prompt, int]]:

@@ -22,6 +22,7 @@ from ...chains import Chains, chains
 from ...common.adapters import load_adapter, remove_adapters
 from ...common.errors import Diverged, RunFailed, first_line
 from ...common.methods import METHODS
+from ...common.temporarily import temporarily
 from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 from ...files import Damaged, check_checksums, remove, write_json
 from ...model import MergeReport, merge
@@ -98,24 +99,31 @@ def export_method(
         write_formats(parts, method, metadata, context)
         if shown:
             save_images(folder / "merged", [as_image(image) for image in drawn], [prompt.prompt for prompt in prompts])
-        differences = {}
         context.status.say("reading back what was written", name)
+        differences = {}
         for file, other in read_back(parts, method, drawer, context):
-            what = f"{name}/{file}"
-            picture = finite(drawer.draw(other, prompts[:1], 1)[0], what)
-            differences[file] = difference(picture, reference)
-            if differences[file] > TOLERANCE:
-                problem = f"{what}: its image differs by {differences[file]}/255 from the merged model's"
-                nudged = drawer.draw(other, [nudge(prompts[0], drawer)], 1)[0]
-                moved = difference(picture, finite(nudged, what))
-                if moved <= TOLERANCE:
-                    raise RunFailed(f"{problem}; {TOLERANCE}/255 is allowed")
-                accelerator.print(
-                    f"{problem}, and rounding alone moves it by {moved}/255: the training went too far, "
-                    "and images cannot tell whether the file is right; lower --learning_rate"
-                )
+            differences[file], doubt = compared(f"{name}/{file}", other, prompts[0], drawer, reference)
+            if doubt:
+                accelerator.print(doubt)
     of_encoders = [part.name for part in context.encoders if context.writes_merged]
     return differences | {name: differences[context.model.family.denoiser] for name in of_encoders}
+
+
+def compared(what: str, exported: nn.Module, prompt: Prompt, drawer: Drawer, reference: np.ndarray) -> tuple[int, str]:
+    """How far the image of an export is from the merged model's, and a line where images tell nothing of that.
+
+    Raises `RunFailed` where it is too far.
+    """
+    picture = finite(drawer.draw(exported, [prompt], 1)[0], what)
+    found = difference(picture, reference)
+    if found <= TOLERANCE:
+        return found, ""
+    problem = f"{what}: its image differs by {found}/255 from the merged model's"
+    moved = difference(picture, finite(drawer.draw(exported, [nudge(prompt, drawer)], 1)[0], what))
+    if moved <= TOLERANCE:
+        raise RunFailed(f"{problem}; {TOLERANCE}/255 is allowed")
+    doubt = "the training went too far, and images cannot tell whether the file is right; lower --learning_rate"
+    return found, f"{problem}, and rounding alone moves it by {moved}/255: {doubt}"
 
 
 def difference(one: np.ndarray, other: np.ndarray) -> int:
@@ -144,15 +152,8 @@ def finite(drawn: np.ndarray, what: str) -> np.ndarray:
 @contextlib.contextmanager
 def exact_products() -> Iterator[None]:
     """No TF32: it would make images differ by more than exports may."""
-    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    allowed = [backend.allow_tf32 for backend in backends]
-    for backend in backends:
-        backend.allow_tf32 = False
-    try:
+    with temporarily(torch.backends.cuda.matmul, allow_tf32=False), temporarily(torch.backends.cudnn, allow_tf32=False):
         yield
-    finally:
-        for backend, value in zip(backends, allowed, strict=True):
-            backend.allow_tf32 = value
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import nn
 
-from ...common.drawn import PROMPTS
+from ...common.drawn import PROMPTS, by_step
 from ...common.errors import Diverged, Stopped
 from ...common.log import LogWriter, of_split, read_log
 from ...common.signals import StopRequest
@@ -249,8 +249,8 @@ class Validation:
 
 def forget_samples(folder: Path, step: int) -> None:
     """What the log forgets from that step on goes: later samples, all where nothing is trained, and merged ones."""
-    for path in (folder / "samples").glob("step-*"):
-        if path.name[5:].isdigit() and (not step or int(path.name[5:]) > step):
+    for drawn, path in by_step(folder / "samples").items():
+        if not step or drawn > step:
             remove(path)
     remove(folder / "merged")
 

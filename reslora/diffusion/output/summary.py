@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ...common.drawn import PROMPTS, is_of
+from ...common.drawn import by_step, shows
 from ...common.figures import comparison, loss_curves
 from ...common.log import read_log
 from ...common.methods import METHODS
@@ -41,12 +41,8 @@ def write_comparison(flags: Flags, path: Path, learnt: Sequence[Image.Image] = (
     Nothing is written where nothing was drawn of these prompts: there may be a comparison of others.
     """
     output, prompts = Path(flags.output_dir), list(enumerate(flags.validation_prompt))
-    folders = (
-        folder
-        for folder in output.glob("*/samples/step-*")
-        if any(is_of(read_object(folder / PROMPTS), *prompt) for prompt in prompts)
-    )
-    found = sorted({int(folder.name[5:]) for folder in folders if folder.name[5:].isdigit()})
+    folders = [found for samples in output.glob("*/samples") for found in by_step(samples).items()]
+    found = sorted({step for step, folder in folders if any(shows(folder, *prompt) for prompt in prompts)})
     chosen = sorted({found[round(i * (len(found) - 1) / (COLUMNS - 1))] for i in range(COLUMNS)}) if found else []
     places = [f"samples/step-{step:06d}" for step in chosen] + ["merged"]
     rows = []
@@ -67,7 +63,7 @@ def _image(samples: Path, number: int, prompt: str) -> Path | None:
             image.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return None
-    return path if is_of(read_object(samples / PROMPTS), number, prompt) else None
+    return path if shows(samples, number, prompt) else None
 
 
 def print_summary(flags: Flags) -> None:

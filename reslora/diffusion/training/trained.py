@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from ...common.temporarily import temporarily
 from ..data.batch import Batch
 from .denoising import DenoisingLoss
 
@@ -49,14 +50,9 @@ class Trained(nn.Module):
         """From here on the denoiser runs compiled in `forward`."""
         self._compiled = (compiled(self.denoiser),)
 
-    @contextmanager
-    def without_compiler(self) -> Iterator[None]:
+    def without_compiler(self) -> AbstractContextManager[None]:
         """Inside, nothing runs compiled."""
-        kept, self._compiled = self._compiled, ()
-        try:
-            yield
-        finally:
-            self._compiled = kept
+        return temporarily(self, _compiled=())
 
 
 def compiled(model: nn.Module) -> nn.Module:

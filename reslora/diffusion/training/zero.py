@@ -10,7 +10,7 @@ from accelerate import Accelerator, DistributedType
 from torch import nn
 
 from ...common.errors import InvalidArgument
-from ...common.methods import refuse_deepspeed
+from ...common.methods import refuse_unable
 from ..arguments import Flags
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def configure(flags: Flags, accelerator: Accelerator) -> None:
         if name in settings:
             problem = f"DeepSpeed's configuration has its own {name}"
             raise InvalidArgument(launcher, problem, "leave it out there, and give flags instead")
-    refuse_deepspeed(flags.method)
+    refuse_unable(flags.method, "deepspeed")
     if flags.optimizer != "adamw":
         flag = "--use_8bit_adam" if flags.use_8bit_adam else f"--optimizer {flags.optimizer}"
         problem = "ZeRO cuts its state where it cannot be put together again"

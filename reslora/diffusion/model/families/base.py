@@ -104,6 +104,8 @@ class Family:
     ComfyUI's."""
     is_told_guidance: bool = False
     """Whether guidance is a number that the denoiser is told, so that a negative prompt means nothing to it."""
+    patch: int = 0
+    """How many latents across a token is, where an image must be whole tokens."""
     latents_per_token: int = 4
     """How many places of the latents are one token of the denoiser, in height and width together."""
     one_size: bool = False
@@ -137,7 +139,8 @@ class Family:
 
     def pixel_multiple(self, pipeline: DiffusionPipeline) -> int:
         """What width and height of an image must be multiples of."""
-        return math.lcm(pipeline.vae_scale_factor, 8)
+        factor = pipeline.vae_scale_factor
+        return factor * self.patch if self.patch else math.lcm(factor, 8)
 
     def latent_shape(self, pipeline: DiffusionPipeline, height: int, width: int) -> tuple[int, int, int]:
         """Shape of the latents of an image of so many pixels: channels, height, width."""
@@ -153,9 +156,10 @@ class Family:
     def encode_captions(self, pipeline: DiffusionPipeline, captions: Sequence[str], longest: int | None) -> Text:
         """What the denoiser reads of the captions, through the pipeline's own `encode_prompt`.
 
-        `longest` is how many tokens a caption may have, where the pipeline asks for that.
+        `longest` is how many tokens a caption may have, where the pipeline asks for that. Where only some of the
+        encoders train, `encode_frozen` and `encode_trained` are a family's own, and this is both.
         """
-        raise NotImplementedError
+        return self.encode_trained(pipeline, captions, self.encode_frozen(pipeline, captions, longest))
 
     def encode_frozen(self, pipeline: DiffusionPipeline, captions: Sequence[str], longest: int | None) -> Text:
         """What the encoders that never train make of the captions."""

@@ -52,6 +52,7 @@ class Flux(Family):
     unused_parts = ("image_encoder", "feature_extractor")
     lora_files = ()
     is_told_guidance = True
+    patch = 2
     original = ORIGINAL
     published: ClassVar = {"guidance_embeds": True}
     marks = ("flux1", "flux-1")
@@ -69,21 +70,13 @@ class Flux(Family):
         "target_modules": [*(f"attn.{name}" for name in ATTENTION), *FEED_FORWARD],
     }
 
-    def pixel_multiple(self, pipeline):
-        """Latents are packed two by two."""
-        return pipeline.vae_scale_factor * 2
-
-    def encode_captions(self, pipeline, captions, longest):
-        """`states` of T5 (batch x tokens x width) and `pooled` of CLIP (batch x width)."""
-        return self.encode_trained(pipeline, captions, self.encode_frozen(pipeline, captions, longest))
-
     def encode_frozen(self, pipeline, captions, longest):
-        """`states` of T5."""
+        """`states` of T5 (batch x tokens x width)."""
         device = pipeline.text_encoder_2.device
         return {"states": pipeline._get_t5_prompt_embeds(list(captions), max_sequence_length=longest, device=device)}
 
     def encode_trained(self, pipeline, captions, frozen):
-        """`states` as they are, and `pooled` of CLIP."""
+        """`states` as they are, and `pooled` of CLIP (batch x width)."""
         pooled = pipeline._get_clip_prompt_embeds(list(captions), device=pipeline.text_encoder.device)
         return {"states": frozen["states"], "pooled": pooled}
 

@@ -45,6 +45,7 @@ class Flux2Klein(Family):
     objective = "flow"
     lora_files = ()
     original = ORIGINAL
+    patch = 2
     latents_per_token = 1
     marks = ("flux2", "flux-2")
     defaults: ClassVar = {
@@ -55,10 +56,6 @@ class Flux2Klein(Family):
         "max_sequence_length": 512,
         "target_modules": [f"{DOUBLE}|{SINGLE}"],
     }
-
-    def pixel_multiple(self, pipeline):
-        """Patches are two latents wide."""
-        return pipeline.vae_scale_factor * 2
 
     def latent_shape(self, pipeline, height, width):
         """Four times the channels at half the side."""

@@ -16,10 +16,7 @@ class WithQwenAutoencoder(Family):
 
     denoiser = "transformer"
     objective = "flow"
-
-    def pixel_multiple(self, pipeline):
-        """Latents are packed two by two."""
-        return pipeline.vae_scale_factor * 2
+    patch = 2
 
     def latent_shape(self, pipeline, height, width):
         """The autoencoder has its own word for channels."""

@@ -70,17 +70,14 @@ class StableDiffusion3(Family):
         """Patches are some latents wide."""
         return pipeline.vae_scale_factor * pipeline.patch_size
 
-    def encode_captions(self, pipeline, captions, longest):
-        """`states` of all encoders, one after the other (batch x tokens x width), and `pooled` (batch x width)."""
-        return self.encode_trained(pipeline, captions, self.encode_frozen(pipeline, captions, longest))
-
     def encode_frozen(self, pipeline, captions, longest):
         """`t5`: its states, or zeros in their place."""
         device = pipeline.text_encoder.device
         return {"t5": pipeline._get_t5_prompt_embeds(list(captions), max_sequence_length=longest, device=device)}
 
     def encode_trained(self, pipeline, captions, frozen):
-        """The states of both CLIPs side by side, as wide as T5's with zeros, and then those; `pooled` of both."""
+        """`states` (batch x tokens x width): both CLIPs' side by side, as wide as T5's with zeros, and then those; and
+        `pooled` of both (batch x width)."""
         device, t5 = pipeline.text_encoder.device, frozen["t5"]
         clips = [
             pipeline._get_clip_prompt_embeds(list(captions), device=device, clip_model_index=number)

@@ -21,6 +21,7 @@ class ZImage(Family):
     objective = "flow"
     lora_files = (COMFYUI_FILE,)
     unguided = 0.0
+    patch = 2
     version = ("z_image", "z-image")
     marks = ("z_image", "zimage", "z-image")
     defaults: ClassVar = {
@@ -32,10 +33,6 @@ class ZImage(Family):
         # The refiners before the main layers see text or image alone, and are left as they are.
         "target_modules": [r"layers\.\d+\.attention\.(to_q|to_k|to_v|to_out\.0)"],
     }
-
-    def pixel_multiple(self, pipeline):
-        """Patches are two latents wide."""
-        return pipeline.vae_scale_factor * 2
 
     def token_counts(self, pipeline, tokenizer, captions):
         """In the template of a chat."""

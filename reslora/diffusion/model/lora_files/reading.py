@@ -148,15 +148,11 @@ def family_of(content: Content) -> Family:
     if len(marked) == 1:
         return marked[0]
     pairs = pairs_of(content)
-    fitting = []
-    for family in families:
-        known = names_of(family)
-        if all(name in known.known for name in pairs):
-            fitting.append((family, known))
+    fitting = [names for names in map(names_of, families) if all(name in names.known for name in pairs)]
     if len(fitting) > 1:
-        fitting = [(family, known) for family, known in fitting if _in_proportion(pairs, known)]
+        fitting = [names for names in fitting if _in_proportion(pairs, names)]
     if len(fitting) == 1:
-        return fitting[0][0]
+        return fitting[0].family
     problem = "its layers are in several families" if fitting else "no single family is certain by its layers' names"
     raise InvalidArgument(content.flag, problem, "add --base MODEL or --family NAME")
 
