@@ -400,9 +400,9 @@ class Studio:
     def _merge(self, run: Run, checkpoint: Weights, method: str) -> dict:
         try:
             return self._write_merged(run, checkpoint, method)
-        except OSError:
+        except OSError as error:
             refuse_gone(run, checkpoint)
-            raise RunError("The merged weights could not be written into the run's folder.") from None
+            raise RunError(f"The merged weights cannot be written into the run's folder ({error.strerror}).") from None
         except (ValueError, RuntimeError) as error:
             refuse_gone(run, checkpoint)
             raise RunError(f"It cannot be merged: {without_folders(error, run.folder)}.") from None

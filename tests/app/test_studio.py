@@ -1,6 +1,8 @@
 """app/studio.py and app/weight_files.py on a tiny Stable Diffusion that was really trained for a few steps."""
 
+import errno
 import json
+import os
 import pickle
 import shutil
 import time
@@ -330,6 +332,15 @@ def test_a_run_that_is_deleted_while_it_is_merged_leaves_no_folder_of_its_name(s
     with pytest.raises(RunError, match="deleted meanwhile"):
         studio.merge(gone, gone.find_weights("reslora: unmerged, step 4"), "weights")
     assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_a_merge_that_cannot_be_written_says_why(studio, run, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(studios, "write_lora", full)
+    with pytest.raises(RunError, match=r"cannot be written into the run's folder \(No space left on device\)\.$"):
+        studio.merge(run, run.find_weights("reslora: unmerged, step 4"), "weights")
 
 
 @pytest.mark.parametrize("when", [(studios.reslora, "load"), (checkpoints, "check_checksums")])
