@@ -57,7 +57,11 @@ def filling(folder: Path) -> Iterator[None]:
     """While what is trained writes into a folder inside the locked one, `check_held` looks at that as well."""
     folder.mkdir(parents=True, exist_ok=True)
     with _noted(folder, _FILLED):
-        yield
+        try:
+            yield
+        except FileNotFoundError:
+            check_held()  # it may have gone in the midst of a write
+            raise
 
 
 @contextlib.contextmanager
