@@ -193,7 +193,7 @@ def check_before_loading(kinds: Sequence[ImageDataset], context: Context) -> Non
     def check() -> None:
         check_base_precision(flags, context.dtype, accelerator)
         check_blocks_to_swap(flags, model, accelerator)
-        check_methods(flags, model, accelerator, context.start)
+        check_methods(flags, context)
         if cuts_base(accelerator):
             units_of(model.empty_denoiser(), accelerator)
         check_optimizer(context)
