@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import inspect
 import sys
@@ -19,6 +20,9 @@ NO_PROGRESS = {"show_progress": "hidden", "show_progress_on": []}
 its outputs, and look that up among all parts of the page. It took half of the time until the page was there."""
 QUIET = {"api_visibility": "private", **NO_PROGRESS}
 """Of an event that only the page itself causes."""
+
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""Why a disk takes no file."""
 
 
 def readable_errors(handler: Callable) -> Callable:
@@ -58,6 +62,9 @@ def translated(error: Exception) -> gr.Error:
         return error
     if isinstance(error, RunError):
         return gr.Error(clean(str(error)), print_exception=False)
+    if isinstance(error, OSError) and error.errno in UNWRITABLE:  # of folders of people's own the sentence is there
+        room = "make room on the disk that has the system's temporary folder"
+        return gr.Error(f"A file cannot be written ({error.strerror}): {room}.", print_exception=False)
     traceback.print_exception(error, file=sys.stderr)
     return gr.Error("Something went wrong; the terminal says more.", print_exception=False)
 

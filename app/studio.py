@@ -42,7 +42,7 @@ from .bases import BUNDLED, Base, base_of, changed, times_of
 from .recipe import SEEDS, Drawn, Request
 from .runs import IN_PLACE, Run, RunError, Weights, merged_by
 from .turns import Turns
-from .weight_files import without_folders
+from .weight_files import refuse_gone, without_folders
 
 __all__ = [
     "BUNDLED", "MERGE_CHOICES", "Base", "Cancelled", "Picture", "Status", "Step", "Studio", "Turns", "base_of",
@@ -337,8 +337,10 @@ class Studio:
         except RunError:
             raise
         except (ValueError, RuntimeError) as error:  # ours say in one line which layer does not fit
+            refuse_gone(run, weights)
             raise RunError(f"{weights.label}: {without_folders(error, weights.path)}.") from None
         except Exception as error:  # damaged
+            refuse_gone(run, weights)
             raise RunError(f"{weights.label} does not fit this model or is damaged ({type(error).__name__}).") from None
         for name, part in parts.items():
             # Not `part.to`: diffusers' own warns about every cast.
@@ -398,9 +400,11 @@ class Studio:
     def _merge(self, run: Run, checkpoint: Weights, method: str) -> dict:
         try:
             return self._write_merged(run, checkpoint, method)
-        except OSError:
-            raise RunError("The merged weights could not be written into the run's folder.") from None
+        except OSError as error:
+            refuse_gone(run, checkpoint)
+            raise RunError(f"The merged weights cannot be written into the run's folder ({error.strerror}).") from None
         except (ValueError, RuntimeError) as error:
+            refuse_gone(run, checkpoint)
             raise RunError(f"It cannot be merged: {without_folders(error, run.folder)}.") from None
 
     def _write_merged(self, run: Run, checkpoint: Weights, method: str) -> dict:
@@ -415,8 +419,7 @@ class Studio:
             found = reslora.merge(parts[name], method=method, calibration=calibration_of(run, encoder)).to_dict()
             report |= {encoder: found} if encoder else found
         with IN_PLACE:
-            if not checkpoint.path.is_dir():  # what is written would make the folder of the run anew
-                raise RunError(f"{run.name} was deleted meanwhile")
+            refuse_gone(run, checkpoint)  # what is written would make the folder of a run that was deleted anew
             with files.replacing(merged_by(checkpoint, method).path.parent) as temporary:
                 temporary.mkdir()
                 write_lora(parts, temporary, self.family, {})

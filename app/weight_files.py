@@ -27,7 +27,7 @@ from reslora.diffusion.training.checkpoints import RECORD
 from reslora.export import PEFT_CONFIG_FILE, PEFT_FILE, Factors
 from reslora.files import read_object
 
-from .runs import RunError, Weights
+from .runs import Run, RunError, Weights
 
 LARGEST_ADAPTER = 2**30
 LARGEST_HEADER = 32 * 2**20
@@ -121,6 +121,15 @@ def uploaded(*paths: str | Path) -> Weights:
     of_peft = all(name.startswith(PEFT_PREFIX) for name in check_adapter_file(path, label))
     beside = [*configs, path.with_name(PEFT_CONFIG_FILE)] if of_peft else []
     return Weights(label, "file", "", path, config=next(filter(Path.is_file, beside), None))
+
+
+def refuse_gone(run: Run | None, weights: Weights) -> None:
+    """Refuses a checkpoint that went while it was read: a trainer keeps few where it is told so, or goes back."""
+    if run is None or weights.kind != "adapter" or weights.path.is_dir():
+        return
+    if not run.folder.is_dir():
+        raise RunError(f"{run.name} was deleted meanwhile.")
+    raise RunError(f"{weights.label}: {weights.path.name} is gone meanwhile; choose another one.")
 
 
 def refuse_not_finite(label: str, tensors: Mapping[str, Tensor]) -> None:

@@ -19,6 +19,8 @@ from .status import FILE
 OWNER = ".lock"  # holds the process id, and what it is known by; locked is a file of the system's temporary folder
 _HELD: dict[Path, os.stat_result] = {}
 """The folders that this process has locked, as they were."""
+_FILLED: dict[Path, os.stat_result] = {}
+"""Those in them that it is writing into."""
 
 
 @contextlib.contextmanager
@@ -31,16 +33,13 @@ def locked(folder: Path) -> Iterator[None]:
             if is_running(_owner(folder)[1]):  # with another temporary folder, as batch systems give each job its own
                 raise _busy(folder)
             folder.mkdir(parents=True, exist_ok=True)  # and not before: a removed one would be there again
-            if os.name == "posix":
-                stack.callback(os.close, os.open(folder, os.O_RDONLY))  # while open, its number is given to no other
             (folder / OWNER).write_text(f"{os.getpid()}\n{this_process()}")
-            _HELD[folder] = folder.stat()
+            stack.enter_context(_noted(folder, _HELD))
         except Timeout:
             raise _busy(folder) from None
         except OSError as error:
             problem = f"cannot be written ({error.strerror})"
             raise InvalidArgument(f"--output_dir {folder}", problem, "choose another folder") from None
-        stack.callback(_HELD.pop, folder)
         try:
             _clear_leftovers(folder)
             yield
@@ -53,11 +52,51 @@ def locked(folder: Path) -> Iterator[None]:
                         folder.rmdir()  # a run that was refused before it wrote anything leaves nothing
 
 
+@contextlib.contextmanager
+def filling(folder: Path) -> Iterator[None]:
+    """While what is trained writes into a folder inside the locked one, `check_held` looks at that as well."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with _noted(folder, _FILLED):
+        try:
+            yield
+        except FileNotFoundError:
+            check_held()  # it may have gone in the midst of a write
+            raise
+
+
+@contextlib.contextmanager
+def _noted(folder: Path, noted: dict[Path, os.stat_result]) -> Iterator[None]:
+    """Meanwhile it is known which folder this is."""
+    with contextlib.ExitStack() as stack:
+        if os.name == "posix":
+            stack.callback(os.close, os.open(folder, os.O_RDONLY))  # while open, its number is given to no other
+        noted[folder] = folder.stat()
+        stack.callback(noted.pop, folder)
+        yield
+
+
 def check_held() -> None:
-    """Raises `RunFailed` where a folder that this process has locked is gone, before it is made anew, or another's."""
+    """Raises `RunFailed` where a folder that this process has locked is gone, before it is made anew, or another's.
+
+    Or where one in it that is being filled is gone: what is written from then on would be the second half alone.
+    """
     for folder in _HELD:
         if problem := _lost(folder):
             raise RunFailed(f"--output_dir {folder} {problem}")
+    for folder, before in _FILLED.items():
+        if not _is_still(folder, before):
+            problem = f"{folder} was moved or removed while it was trained, and nothing more is saved"
+            raise RunFailed(f"{problem}; put it back, and go on with --resume_from_checkpoint latest")
+
+
+def _is_still(folder: Path, before: os.stat_result) -> bool:
+    """Whether a folder is the one that it was."""
+    try:
+        return os.path.samestat(folder.stat(), before)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:  # what a disk cannot tell just now ends no run
+        return True
 
 
 def _lost(folder: Path) -> str:
@@ -65,13 +104,7 @@ def _lost(folder: Path) -> str:
     number, process = _owner(folder)
     if process == this_process():
         return ""
-    try:
-        same = os.path.samestat(folder.stat(), _HELD[folder])
-    except (FileNotFoundError, NotADirectoryError):
-        same = False
-    except OSError:  # what a disk cannot tell just now ends no run
-        return ""
-    if not same:
+    if not _is_still(folder, _HELD[folder]):
         fix = "if it is elsewhere, go on with --output_dir PLACE --resume_from_checkpoint latest"
         return f"was moved or removed while it trained, and nothing more is saved; {fix}"
     # A process of another machine, or container, is not seen from here, nor this one from there.

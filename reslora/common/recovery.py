@@ -10,16 +10,19 @@ from pathlib import Path
 from ..files import remove, replacing, temporary_beside
 from .errors import InvalidArgument, first_line
 
+MERGED = "merged-by-[a-z]+"
+"""How what the application merges a checkpoint into is called, before the step."""
 
-def numbered(folder: Path) -> list[Path]:
-    """Everything in a folder that is called `checkpoint-<step>`, newest first."""
-    found = (path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name))
+
+def numbered(folder: Path, kind: str = "checkpoint") -> list[Path]:
+    """Everything in a folder that is called `<kind>-<step>`, newest first. `kind`: a regular expression."""
+    found = (path for path in folder.glob("*-*") if re.fullmatch(rf"{kind}-\d+", path.name))
     return sorted(found, key=step_of, reverse=True)
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step in a checkpoint's name."""
-    return int(checkpoint.name.removeprefix("checkpoint-"))
+    """The step in the name of a checkpoint, or of what it was merged into."""
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def set_aside(checkpoint: Path, why: str = "is not of this line of training") -> Path:
@@ -54,10 +57,10 @@ def set_others_aside(chosen: Path, found: Iterable[Path], place: Path, beside: I
     """Sets aside what training from `chosen` does not descend from: later checkpoints, or all where it is none of them.
 
     So those that a limit removes, and those whose places are taken, are always of one line. `found`: those called
-    `checkpoint-<step>`; `place`: where the folder has the one of this step. `chosen` may have any name, in another
-    folder or as one that was set aside itself: it is copied to `place` then, so that after a kill before the next
-    checkpoint the newest one is of this line too. What the folder holds `beside` checkpoints, by name, is of another
-    line then and steps aside with them.
+    `checkpoint-<step>`, and what they were merged into; `place`: where the folder has the one of this step. `chosen`
+    may have any name, in another folder or as one that was set aside itself: it is copied to `place` then, so that
+    after a kill before the next checkpoint the newest one is of this line too. What the folder holds `beside`
+    checkpoints, by name, is of another line then and steps aside with them.
     """
     if chosen.resolve() == place.resolve():
         for other in found:

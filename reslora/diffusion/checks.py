@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
@@ -27,7 +28,6 @@ from .model.loading import Model
 from .model.quantising import blocks, try_format
 from .prompts import Prompt, prompts_of
 from .settings import untouched
-from .training.start import Start
 from .training.state import add_adapter, config_of, shortcuts_of, targets_of
 
 
@@ -105,13 +105,17 @@ def with_rank(flags: Flags, model: Model, accelerator: Accelerator) -> Flags:
     return flags.replace(rank=rank, lora_alpha=flags.lora_alpha or 2 * rank)
 
 
-def check_methods(flags: Flags, model: Model, accelerator: Accelerator, start: Start | None = None) -> None:
-    """Try every method on a denoiser without weights: targets, ranks and shortcuts are refused here."""
+def check_methods(flags: Flags, context: Context) -> None:
+    """Try every method on a denoiser without weights: targets, ranks and shortcuts are refused here.
+
+    An experiment has flags for each rank, shortcut and number of blocks.
+    """
+    model = context.model
     for method in flags.method:
         denoiser = model.empty_denoiser()
         if method == flags.method[0]:
-            check_targets(denoiser, flags, accelerator)
-        config = config_of(method, flags, total_steps=1000, start=start)
+            check_targets(denoiser, flags, context.tell_once)
+        config = config_of(method, flags, total_steps=1000, start=context.start)
         try:
             check_rank(denoiser, config)
         except ValueError as error:
@@ -123,7 +127,7 @@ def check_methods(flags: Flags, model: Model, accelerator: Accelerator, start: S
             problem = f"nothing reads what {' and '.join(unread)} of the last block return, so AdaLoRA cannot rank them"
             raise InvalidArgument(argument, problem, "give targets without them, or another method")
         if METHODS[method].shortcuts:
-            tell_what_is_not_linked(chains(denoiser), flags, accelerator)
+            tell_what_is_not_linked(chains(denoiser), flags, context.tell_once)
 
 
 def try_method(model: nn.Module, method: str, flags: Flags, config: PeftConfig, part: Part | None = None) -> None:
@@ -172,27 +176,25 @@ def check_encoders(pipeline: DiffusionPipeline, context: Context) -> None:
         context.accelerator.print(f"--train_text_encoder: {trains} beside the {family.denoiser}{left}")
 
 
-def tell_what_is_not_linked(plan: Chains, flags: Flags, accelerator: Accelerator) -> None:
+def tell_what_is_not_linked(plan: Chains, flags: Flags, tell: Callable[[str], object]) -> None:
     """Layers that stay plain LoRA, and chains that a --pre_num reaches beyond."""
     if flags.shortcut == "none" or flags.pre_num == 0:
         return
     if plan.unlinked:
         name, reason = plan.unlinked[0]
-        accelerator.print(f"--shortcut: {len(plan.unlinked)} layers stay plain LoRA, such as {name} ({reason})")
+        tell(f"--shortcut: {len(plan.unlinked)} layers stay plain LoRA, such as {name} ({reason})")
     reach, longest = shortcuts_of(flags).reach, max(map(len, plan), default=0)
     start = f"--pre_num {flags.pre_num}:"
     if reach is not None and reach < flags.pre_num:  # a shortcut that takes one, whatever is asked
         if flags.pre_num > max(longest - 1, DEFAULT_PRE_NUM):
-            accelerator.print(
-                f"{start} the longest chain has {longest} blocks, and --shortcut {flags.shortcut} reads one"
-            )
+            tell(f"{start} the longest chain has {longest} blocks, and --shortcut {flags.shortcut} reads one")
     elif reach is not None and (short := [len(chain) for chain in plan.clipped(reach)]):
         linked = sum(len(chain) > 1 for chain in plan)
         most = f"; the longest has {longest}, so {longest - 1} at most take part" if longest <= reach else ""
-        accelerator.print(f"{start} {len(short)} of {linked} chains are shorter, down to {min(short)} blocks{most}")
+        tell(f"{start} {len(short)} of {linked} chains are shorter, down to {min(short)} blocks{most}")
 
 
-def check_targets(denoiser: nn.Module, flags: Flags, accelerator: Accelerator) -> None:
+def check_targets(denoiser: nn.Module, flags: Flags, tell: Callable[[str], object]) -> None:
     """Refuse targets none of which is there or that fit no layer alone, and tell of those that are not there."""
     names = [name for name, _ in denoiser.named_modules()]
     if isinstance(targets := targets_of(flags.target_modules), str):
@@ -205,7 +207,7 @@ def check_targets(denoiser: nn.Module, flags: Flags, accelerator: Accelerator) -
         raise InvalidArgument(argument, "no layer of the denoiser ends in any of these", fix)
     for target, count in counts.items():
         if not count:
-            accelerator.print(f"--target_modules: 0 layers of the denoiser end in {target}")
+            tell(f"--target_modules: 0 layers of the denoiser end in {target}")
     check_layers(denoiser, targets, expressions=True)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,6 +44,11 @@ class Context:
     def folder(self) -> Path:
         """Where the run writes."""
         return Path(self.flags.output_dir)
+
+    @functools.cached_property
+    def tell_once(self) -> Callable[[str], object]:
+        """Prints a line that was not printed yet: what is checked several times may say the same of it."""
+        return functools.cache(self.accelerator.print)
 
     def name_of(self, method: str) -> str:
         """Where a method writes, inside the folder: its name, and that of the arm."""

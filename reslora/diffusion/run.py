@@ -16,7 +16,7 @@ from torch import nn
 
 from ..common.controls import Settings, put_on
 from ..common.errors import InvalidArgument
-from ..common.folder import check_held, locked
+from ..common.folder import check_held, filling, locked
 from ..common.gauge import gauged
 from ..common.methods import METHODS
 from ..common.signals import NOT_BEGUN, StopRequest
@@ -193,7 +193,7 @@ def check_before_loading(kinds: Sequence[ImageDataset], context: Context) -> Non
     def check() -> None:
         check_base_precision(flags, context.dtype, accelerator)
         check_blocks_to_swap(flags, model, accelerator)
-        check_methods(flags, model, accelerator, context.start)
+        check_methods(flags, context)
         if cuts_base(accelerator):
             units_of(model.empty_denoiser(), accelerator)
         check_optimizer(context)
@@ -291,14 +291,16 @@ def train_and_export(learner: Learner, setting: Setting, validation: type[Valida
         write_exports(folder, flags, identity, schedule, export_method(learner, material, drawer, schedule, context))
 
     decided(check_held)
-    reports = Reports(folder, learner, schedule, accelerator)
-    look = validation(loss, material, drawer, accelerator, context.stop)
-    watch = Watch(reports, look, lambda: save_checkpoint(learner, folder, flags, identity, accelerator))
-    with contextlib.closing(reports), attention_of(accelerator, material):
-        train(learner, material, schedule, watch, context)
-    schedule = dataclasses.replace(schedule, steps=learner.step, is_over=learner.over)
-    with learner.averaged():
-        decided(export)
+    with contextlib.ExitStack() as stack:
+        decided(lambda: stack.enter_context(filling(folder)))
+        reports = Reports(folder, learner, schedule, accelerator)
+        look = validation(loss, material, drawer, accelerator, context.stop)
+        watch = Watch(reports, look, lambda: save_checkpoint(learner, folder, flags, identity, accelerator))
+        with contextlib.closing(reports), attention_of(accelerator, material):
+            train(learner, material, schedule, watch, context)
+        schedule = dataclasses.replace(schedule, steps=learner.step, is_over=learner.over)
+        with learner.averaged():
+            decided(export)
 
 
 def show(material: Material, context: Context) -> None:

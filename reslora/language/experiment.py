@@ -27,7 +27,7 @@ from transformers import HfArgumentParser, TrainerCallback
 from ..common.adapters import load_adapter, save_adapter
 from ..common.errors import Diverged, InvalidArgument
 from ..common.flags import Flags, as_typed, listed
-from ..common.folder import check_held, locked
+from ..common.folder import check_held, filling, locked
 from ..common.signals import NOT_BEGUN, StopRequest
 from ..common.together import decided
 from ..experiment.arms import Arm, check_values
@@ -309,19 +309,26 @@ class Bench(Subject):
         trainer.add_callback(KeepAdapters(folder))
         trainer.stopping.check("stopped between two arms; the same command goes on")
         try:
-            if arguments.training.should_save:
-                print(f"{self.course.name_of(arm)}: training", flush=True)  # the losses that follow have no name
-                write_json(folder / "config.json", arguments.settings)
-            trainer.train(resume_from_checkpoint="latest" if decided(lambda: bool(checkpoints_of(folder))) else None)
-            if decided(lambda: trainer.state.global_step not in self.course.select_losses(arm)):
-                trainer.evaluate()
-            method = dataclasses.replace(arguments.method, merge_and_save=False)  # but of the best arm
-            export(trainer.model, folder, method, self.study.calibration(arguments))
+            with contextlib.ExitStack() as stack:
+                decided(lambda: stack.enter_context(filling(folder)))
+                self._train(trainer, arm, arguments)
         except Diverged as error:
             raise Diverged(f"{self.course.name_of(arm)}: {error.problem}") from error
         finally:
             trainer.accelerator.free_memory()
             gc.collect()  # a trainer and its callbacks hold each other, and the model
+
+    def _train(self, trainer: Any, arm: Arm, arguments: Any) -> None:
+        folder = self.course.folder_of(arm)
+        if arguments.training.should_save:
+            print(f"{self.course.name_of(arm)}: training", flush=True)  # the losses that follow have no name
+            write_json(folder / "config.json", arguments.settings)
+        trainer.train(resume_from_checkpoint="latest" if decided(lambda: bool(checkpoints_of(folder))) else None)
+        if decided(lambda: trainer.state.global_step not in self.course.select_losses(arm)):
+            trainer.evaluate()
+        method = dataclasses.replace(arguments.method, merge_and_save=False)  # but of the best arm
+        decided(check_held)
+        export(trainer.model, folder, method, self.study.calibration(arguments))
 
     def restored(self, arm: Arm, step: int) -> PeftModel:
         """The model with an arm's adapter of that step, merged as exports are."""

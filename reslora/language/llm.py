@@ -228,7 +228,7 @@ def summary(results: dict, training: LlmTrainingArguments, method: MethodArgumen
     if bundled:
         lines += [
             "",
-            "That was a tiny model on a generated task. A real one:",
+            "That was a tiny bundled model. A real one:",
             f"  accelerate launch {PROG} --model_name_or_path meta-llama/Llama-2-7b-hf --task svamp --bf16 \\",
             "      --method reslora --shortcut block --pre_num 4 --num_train_epochs 20 --output_dir runs/llama2-svamp",
         ]

@@ -1,6 +1,8 @@
 """app/studio.py and app/weight_files.py on a tiny Stable Diffusion that was really trained for a few steps."""
 
+import errno
 import json
+import os
 import pickle
 import shutil
 import time
@@ -24,6 +26,7 @@ from app.recipe import Drawn, Request
 from app.runs import BASE, RunError, Weights
 from app.stacks import to_write
 from app.studio import MERGE_CHOICES, Cancelled, Step, Studio, Turns
+from reslora import checkpoint as checkpoints
 
 REQUEST = Request(prompt="red disc", steps=3, seed=5, width=64, height=64)
 EXPORTS = ("merged weights", "kohya.safetensors", "pytorch_lora_weights.safetensors")
@@ -329,6 +332,35 @@ def test_a_run_that_is_deleted_while_it_is_merged_leaves_no_folder_of_its_name(s
     with pytest.raises(RunError, match="deleted meanwhile"):
         studio.merge(gone, gone.find_weights("reslora: unmerged, step 4"), "weights")
     assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_a_merge_that_cannot_be_written_says_why(studio, run, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(studios, "write_lora", full)
+    with pytest.raises(RunError, match=r"cannot be written into the run's folder \(No space left on device\)\.$"):
+        studio.merge(run, run.find_weights("reslora: unmerged, step 4"), "weights")
+
+
+@pytest.mark.parametrize("when", [(studios.reslora, "load"), (checkpoints, "check_checksums")])
+def test_a_checkpoint_that_the_trainer_removes_while_it_is_read_is_named(studio, run, tmp_path, monkeypatch, when):
+    """By --checkpoints_total_limit: the run is there, and its other checkpoints are."""
+    shutil.copytree(run.folder, tmp_path / "runs" / "resumed")
+    resumed = Library(tmp_path / "runs").find("resumed")
+    before, read = resumed.find_weights("reslora: unmerged, step 2"), getattr(*when)
+
+    def removed_then(*given):
+        found = read(*given)
+        shutil.rmtree(before.path, ignore_errors=True)
+        return found
+
+    monkeypatch.setattr(*when, removed_then)
+    with pytest.raises(RunError, match=r"^reslora: unmerged, step 2: checkpoint-2 is gone meanwhile; choose another"):
+        studio.merge(resumed, before, "weights")
+    assert not list(resumed.folder.glob("reslora/merged-by-*-2"))
+    with pytest.raises(RunError, match="checkpoint-2 is gone meanwhile"):
+        draw(studio, resumed, before)
 
 
 def test_only_resloras_checkpoints_are_merged(studio, run):

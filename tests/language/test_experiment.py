@@ -218,6 +218,20 @@ def test_an_experiment_whose_folder_is_moved_writes_nothing_more(common, whole, 
     assert not output.exists()
 
 
+def test_an_arm_whose_folder_is_removed_writes_nothing_more(common, tmp_path, monkeypatch, capsys):
+    """Else it would make the folder anew, with what comes later alone."""
+    output, keep = tmp_path / "out", experiment.KeepAdapters.on_evaluate
+
+    def removes(self, *given, **more):
+        keep(self, *given, **more)
+        shutil.rmtree(self.folder)
+
+    monkeypatch.setattr(experiment.KeepAdapters, "on_evaluate", removes)
+    assert run(*common, *EXPERIMENT, "--seed", "42", "7", "--output_dir", output) == 1
+    assert "was moved or removed while it was trained" in capsys.readouterr().err
+    assert not list(output.glob("*/lr-*/seed-*"))
+
+
 def test_an_arm_that_was_killed_in_its_first_checkpoint_begins_afresh(common, tmp_path, monkeypatch):
     class Killed(Exception):
         pass

@@ -206,7 +206,7 @@ def check_variants(flags: Flags, context: Context) -> None:
     tried = [context.flags]
     for one in plain_variants(flags):
         if all(any(getattr(one, name) != getattr(other, name) for name in ADAPTER) for other in tried):
-            check_methods(one, context.model, context.accelerator, context.start)
+            check_methods(one, context)
             tried.append(one)
 
 

@@ -15,7 +15,16 @@ from ...common.adapters import load_adapter, save_adapter
 from ...common.errors import InvalidArgument, RunFailed, first_line
 from ...common.flags import as_typed
 from ...common.methods import METHODS
-from ...common.recovery import cannot_be_loaded, discard, numbered, refuse_afresh, set_aside, set_others_aside, step_of
+from ...common.recovery import (
+    MERGED,
+    cannot_be_loaded,
+    discard,
+    numbered,
+    refuse_afresh,
+    set_aside,
+    set_others_aside,
+    step_of,
+)
 from ...common.together import decided, each
 from ...files import (
     CHECKSUMS_NAME,
@@ -394,7 +403,11 @@ def restore(learner: Learner, candidates: list[Path], flags: Flags, accelerator:
     chosen = decided(lambda: newest_whole(candidates, folder, flags))
     each(lambda: load_checkpoint(learner, chosen, accelerator))
     place = folder / f"checkpoint-{learner.step}"
-    decided(lambda: set_others_aside(chosen, checkpoints_of(folder), place, TOLD))
+
+    def of_others() -> None:
+        set_others_aside(chosen, [*checkpoints_of(folder), *numbered(folder, MERGED)], place, TOLD)
+
+    decided(of_others)
     accelerator.print(f"{learner.name}: going on from {chosen}")
 
 

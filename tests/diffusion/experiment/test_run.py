@@ -292,6 +292,16 @@ def held_out_of(output: Path, images: Path) -> set[str]:
     return {Path(found.rows[number]["image"]["path"]).name for _, number in (*parts.select, *parts.test)}
 
 
+def test_what_is_true_of_several_ranks_and_shortcuts_is_said_once(flags, tmp_path, monkeypatch, capsys):
+    def enough(*_):
+        raise InvalidArgument("--rank", "is checked", "look at what was said")
+
+    monkeypatch.setattr(run, "start_trackers", enough)
+    several = ["--method", "reslora", "--rank", "1", "2", "--shortcut", "block", "middle", "--pre_num", "50"]
+    assert main(*without(flags, "--rank"), *several, "--output_dir", tmp_path / "out") == 2
+    assert capsys.readouterr().out.count("--pre_num 50: ") == 1
+
+
 # -- going on ----------------------------------------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from pipelines import image_folder
 from safetensors.torch import load_file, save_file
 
+from app.runs import Weights, merged_by
 from diffusion import exact_steps
 from diffusion.conftest import STEPS
 from diffusion.runs import (
@@ -581,6 +582,22 @@ def test_log_and_best_adapter_of_another_line_are_not_taken_for_its_own(keep, tm
     restore(keep.learner, [aside], flags, keep.accelerator)
     assert best_of(tmp_path) is None and not read_log(tmp_path / "log.jsonl")
     assert read_log(tmp_path / "set-aside-log.jsonl") and (tmp_path / "set-aside-best").is_dir()
+
+
+def test_what_a_checkpoint_was_merged_into_steps_aside_with_it(keep, tmp_path):
+    """Else the application would hand out and draw with that of another line, under the step's name."""
+    flags = keep.flags.replace(output_dir=str(tmp_path.parent))
+    keep.learner.name = tmp_path.name
+    checkpoints = [keep(step) for step in (1, 2, 3)]
+    merged = [merged_by(Weights("", "adapter", "reslora", each, step_of(each)), "weights") for each in checkpoints]
+    for weights in merged:
+        weights.path.parent.mkdir()
+        weights.path.touch()
+    restore(keep.learner, [checkpoints[1]], flags, keep.accelerator)
+    assert [weights.path.is_file() for weights in merged] == [True, True, False]
+    assert (tmp_path / "set-aside-merged-by-weights-3").is_dir()
+    restore(keep.learner, [set_aside(checkpoints[0])], flags, keep.accelerator)  # a line of its own
+    assert not any(weights.path.is_file() for weights in merged)
 
 
 @pytest.mark.parametrize(("limit", "kept"), [(None, [4, 3, 2, 1]), (1, [4]), (3, [4, 3, 2])])

@@ -412,6 +412,37 @@ def test_a_folder_that_is_moved_is_not_made_anew(base_flags, tmp_path, monkeypat
     assert not output.exists() and (moved / "lora" / "exports.json").is_file()
 
 
+@pytest.mark.parametrize("moment", ["step", "save"])
+def test_a_method_whose_folder_is_moved_does_not_go_on_into_a_new_one(
+    run, base_flags, tmp_path, monkeypatch, capsys, moment
+):
+    """With half of its log and checkpoints, by which an experiment would have chosen; it goes on once that is back."""
+    folder, take, save = tmp_path / "out" / "lora", loop.take_step, torch.save
+    flags = [*base_flags, "--method", "lora", "--output_dir", tmp_path / "out"]
+
+    def moved_in_step(learner, *rest):
+        if learner.step == 2:
+            folder.rename(tmp_path / "moved")
+        return take(learner, *rest)
+
+    def moved_in_second_save(*given):
+        if (folder / "checkpoint-2").exists():
+            folder.rename(tmp_path / "moved")
+        save(*given)
+
+    with monkeypatch.context() as patch:
+        if moment == "step":
+            patch.setattr(loop, "take_step", moved_in_step)
+        else:
+            patch.setattr(torch, "save", moved_in_second_save)
+        line = failed(capsys, *flags)
+    assert f"{folder} was moved or removed while it was trained" in line and "put it back" in line
+    assert not folder.exists()
+    (tmp_path / "moved").rename(folder)
+    assert main(*flags, *RESUME) == 0
+    assert_same(final_weights(tmp_path / "out", "lora"), final_weights(run, "lora"))
+
+
 def test_a_stop_in_the_first_samples_leaves_them_to_the_next_start(run, base_flags, tmp_path, monkeypatch):
     """Nothing is trained yet; a checkpoint of a later step would mean that they are never drawn."""
     output, draw = tmp_path / "out", StableDiffusionPipeline.__call__

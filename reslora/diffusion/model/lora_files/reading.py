@@ -39,6 +39,7 @@ NOT_PLAIN = (
     "alora_invocation_tokens",
 )  # fmt: skip
 """Fields of PEFT's configuration with which a layer computes something else than `W x + s B A x`."""
+EXPORTED = f"give what its run has exported, such as {DIFFUSERS_FILE}"
 OF_THE_FORMAT = re.compile(r"format|lora_adapter_metadata|sshs_\w+|ss_network_\w+|modelspec\.hash_sha256")
 
 
@@ -74,6 +75,8 @@ def read_content(path: Path, flag: str, config: Path | None = None) -> Content:
     if parts := sorted(path.glob(f"{below}/{PEFT_FILE}")) if below else []:
         return _of_parts(path, flag, [part.parent for part in parts])
     refuse_pickles(file, flag)
+    if any((path / name).is_file() for name in (ADAPTER_NAME, WEIGHTS_NAME)):
+        raise InvalidArgument(flag, "a checkpoint, and no finished LoRA", EXPORTED)
     if not file.is_file():
         wanted = "a .safetensors file, or a folder with one of the names that PEFT and diffusers give it"
         raise InvalidArgument(flag, "no LoRA file there", f"give {wanted}")
@@ -185,6 +188,8 @@ def pairs_of(content: Content) -> dict[str, Factors]:
                 kind[key[: match.start()]] = value
                 break
         else:
+            if key.startswith("reslora."):
+                raise InvalidArgument(content.flag, "an unmerged ResLoRA, with shortcuts that no file has", EXPORTED)
             if not OLDEST.search(key):
                 raise InvalidArgument(content.flag, f"{key} is not of plain LoRA", "give a LoRA without that")
     if lonely := [*(down.keys() ^ up.keys()), *(alpha.keys() - down.keys())]:

@@ -162,6 +162,15 @@ def test_a_checkpoints_weights_are_refused_where_diffusers_would_read_them(name,
         read(tmp_path / name, names("qwen_image"))
 
 
+@pytest.mark.parametrize("name", ["adapter.safetensors", "reslora_model.safetensors"])
+def test_a_checkpoint_is_refused_by_what_to_give_in_its_place(name, tmp_path):
+    """By what an unmerged ResLoRA has beside its factors, too: without that it would be another adapter."""
+    save_file({"reslora.norms": torch.zeros(2, 2), "x.lora_A.weight": torch.zeros(2, 2)}, tmp_path / name)
+    for place, said in ((tmp_path, "a checkpoint, and no finished"), (tmp_path / name, "an unmerged ResLoRA")):
+        with pytest.raises(InvalidArgument, match=f"{said}.*; give what its run has exported, such as pytorch_lora_we"):
+            read(place, names("stable_diffusion"))
+
+
 @pytest.mark.parametrize("words", [("lora.down", "lora.up"), ("lora_down", "lora_up")])
 def test_older_words_without_a_scale_mean_one(words, tmp_path):
     """Of diffusers' `save_attn_procs` before PEFT, and of kohya's scripts."""

@@ -1,0 +1,40 @@
+"""What handlers raise becomes a sentence for people."""
+
+import errno
+import os
+
+import gradio as gr
+import pytest
+
+from app.handlers import readable_errors
+from app.runs import RunError
+
+
+@pytest.mark.parametrize(
+    ("raised", "told", "printed"),
+    [
+        (RunError("There is no such run."), "There is no such run.", ""),
+        (
+            OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/tmp/reslora-app-1/grid.png"),
+            "A file cannot be written (No space left on device): make room on the disk that has the system's "
+            "temporary folder.",
+            "",
+        ),
+        (KeyError("secret"), "Something went wrong; the terminal says more.", "KeyError"),
+    ],
+)
+def test_errors_are_sentences_without_paths(raised, told, printed, capsys):
+    @readable_errors
+    def handler():
+        raise raised
+
+    @readable_errors
+    def generator():
+        yield 1
+        raise raised
+
+    for call in (handler, lambda: list(generator())):
+        with pytest.raises(gr.Error) as caught:
+            call()
+        assert caught.value.message == told
+        assert printed in (said := capsys.readouterr().err) and bool(said) == bool(printed)
