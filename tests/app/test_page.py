@@ -31,7 +31,7 @@ from waiting import LIMIT, ended, ignore_sigint, wait_until
 
 from app import __main__ as command_line
 from app import recipe
-from app.launcher import Trainings
+from app.launcher import Trainings, search_path
 from app.library import Library
 from app.page import create_demo
 from app.studio import Studio
@@ -131,7 +131,8 @@ def test_threads_are_told_to_spin_briefly_before_torch_is_there():
 def start(runs: Path, log: Path, *flags: str) -> tuple[subprocess.Popen, str]:
     """`python -m app` on a free port, once it answers; its process and address.
 
-    Started in the background, as by `nohup`, it finds SIGINT ignored. Its temporary files are in `tmp` beside the log.
+    Started in the background, as by `nohup`, it finds SIGINT ignored. Its temporary files are in `tmp` beside the log,
+    where it is started too: it would show a run that was left in the checkout, or takes place there.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -139,8 +140,9 @@ def start(runs: Path, log: Path, *flags: str) -> tuple[subprocess.Popen, str]:
     command = [sys.executable, "-m", "app", "--runs", str(runs), "--port", str(port), *flags]
     (temporary := log.with_name("tmp")).mkdir()
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TMPDIR": str(temporary)}
+    environment["PYTHONPATH"] = search_path()
     with log.open("w") as output:  # not a pipe, which would fill up
-        options = {"cwd": REPOSITORY, "env": environment, "preexec_fn": ignore_sigint}
+        options = {"cwd": log.parent, "env": environment, "preexec_fn": ignore_sigint}
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, **options)
     address = f"http://127.0.0.1:{port}"
     wait_until(lambda: status_of(address) is not None or process.poll() is not None, f"an answer of {address}")
@@ -213,9 +215,14 @@ def address(runs, log):
         yield address
 
 
+def client_of(address: str, **options) -> Client:
+    """Gradio's client, which would else give up after the five seconds of httpx."""
+    return Client(address, verbose=False, httpx_kwargs={"timeout": LIMIT}, **options)
+
+
 @pytest.fixture(scope="module")
 def client(address):
-    return Client(address, verbose=False)
+    return client_of(address)
 
 
 GENERATE = {
@@ -421,7 +428,7 @@ def test_a_password_is_asked_for(runs, tmp_path):
     with serving(runs, tmp_path / "log", "--auth", "me:secret", end_by=signal.SIGINT) as address:
         assert status_of(f"{address}/config") == 401
         assert status_of(f"{address}/gradio_api/file=/etc/passwd") == 401
-        assert "tiny" in Client(address, auth=("me", "secret"), verbose=False).predict(api_name="/runs")
+        assert "tiny" in client_of(address, auth=("me", "secret")).predict(api_name="/runs")
 
 
 # -- the page ----------------------------------------------------------------------------------------------------------
