@@ -40,6 +40,7 @@ def main(*flags) -> int:
 
 def refused(capsys, *flags, quiet: bool = True) -> str:
     """The line with which the script refuses these flags; with `quiet`, the only one on stderr."""
+    capsys.readouterr()  # what was said while a model was made for the test
     status = main(*flags)
     captured = capsys.readouterr()
     assert status == 2
