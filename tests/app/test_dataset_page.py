@@ -5,10 +5,10 @@ import shutil
 
 import browsers
 import pytest
-from gradio_client import Client, handle_file
+from gradio_client import handle_file
 from gradio_client.exceptions import AppError
 from pipelines import image_folder
-from test_page import answers, complaint, contrast, leaving, serving, status_of
+from test_page import answers, client_of, complaint, contrast, leaving, serving, status_of
 from waiting import LIMIT, wait_until
 
 COUNT = 30
@@ -313,7 +313,7 @@ def test_what_is_shown_of_one_folder_changes_nothing_in_another(browser, folder,
 
 
 def test_a_program_puts_a_folder_in_order(address, folder, tmp_path):
-    client = Client(address, verbose=False)
+    client = client_of(address)
     assert client.predict(api_name="/image_folders") == [".", "set", "bundled images"]
     assert "All 30 images" in client.predict("set", api_name="/check_images")
     (damaged,) = client.predict("set", "Left out by training", "", api_name="/images")

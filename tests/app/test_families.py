@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
-from app_runs import write_run
+from app_runs import run_by_hand, write_run
 from diffusers import DiffusionPipeline
 from pipelines import FAMILIES
 
@@ -98,7 +98,8 @@ def test_checkpoints_and_what_is_merged_of_them_are_drawn(studio, run):
     assert np.abs(drawn(studio, run, BASE.label) - images[-1]).max() <= 2
 
 
-def test_calibration_samples_are_as_the_denoiser_takes_them(run):
+def test_calibration_samples_are_as_the_denoiser_takes_them(tmp_path):
+    run = run_by_hand(tmp_path)
     conditions = [{"time_ids": torch.ones(size, 6)} for size in (2, 1)]
     batches = [{"sample": torch.arange(2.0), "added_cond_kwargs": conditions[0], "cap_feats": [torch.ones(3)]}]
     batches += [{"sample": torch.arange(1.0), "added_cond_kwargs": conditions[1], "cap_feats": [torch.ones(5)]}]

@@ -308,8 +308,8 @@ def test_what_was_stopped_while_it_encoded_is_started_anew(trainings, tmp_path, 
 def test_a_trainer_is_found_by_its_lock_and_stopped(run):
     """A process that looks like a trainer writes the lock, and says that it was asked to stop."""
     code = (
-        "import os, pathlib, signal, sys; signal.signal(signal.SIGUSR1, lambda *_: sys.exit(7)); "
-        "pathlib.Path(sys.argv[1]).write_text(str(os.getpid())); signal.pause()"
+        "import os, pathlib, signal, sys, time; signal.signal(signal.SIGUSR1, lambda *_: sys.exit(7)); "
+        "pathlib.Path(sys.argv[1]).write_text(str(os.getpid())); [time.sleep(0.01) for _ in range(60_000)]"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(run.folder / ".lock"), "train_sd.py"])
     trainings = Trainings(Library(run.folder.parent))

@@ -31,7 +31,7 @@ from waiting import LIMIT, ended, ignore_sigint, wait_until
 
 from app import __main__ as command_line
 from app import recipe
-from app.launcher import Trainings
+from app.launcher import Trainings, search_path
 from app.library import Library
 from app.page import create_demo
 from app.studio import Studio
@@ -131,7 +131,8 @@ def test_threads_are_told_to_spin_briefly_before_torch_is_there():
 def start(runs: Path, log: Path, *flags: str) -> tuple[subprocess.Popen, str]:
     """`python -m app` on a free port, once it answers; its process and address.
 
-    Started in the background, as by `nohup`, it finds SIGINT ignored. Its temporary files are in `tmp` beside the log.
+    Started in the background, as by `nohup`, it finds SIGINT ignored. Its temporary files are in `tmp` beside the log,
+    where it is started too: it would show a run that was left in the checkout, or takes place there.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -139,8 +140,9 @@ def start(runs: Path, log: Path, *flags: str) -> tuple[subprocess.Popen, str]:
     command = [sys.executable, "-m", "app", "--runs", str(runs), "--port", str(port), *flags]
     (temporary := log.with_name("tmp")).mkdir()
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TMPDIR": str(temporary)}
+    environment["PYTHONPATH"] = search_path()
     with log.open("w") as output:  # not a pipe, which would fill up
-        options = {"cwd": REPOSITORY, "env": environment, "preexec_fn": ignore_sigint}
+        options = {"cwd": log.parent, "env": environment, "preexec_fn": ignore_sigint}
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, **options)
     address = f"http://127.0.0.1:{port}"
     wait_until(lambda: status_of(address) is not None or process.poll() is not None, f"an answer of {address}")
@@ -213,9 +215,14 @@ def address(runs, log):
         yield address
 
 
+def client_of(address: str, **options) -> Client:
+    """Gradio's client, which would else give up after the five seconds of httpx."""
+    return Client(address, verbose=False, httpx_kwargs={"timeout": LIMIT}, **options)
+
+
 @pytest.fixture(scope="module")
 def client(address):
-    return Client(address, verbose=False)
+    return client_of(address)
 
 
 GENERATE = {
@@ -336,10 +343,11 @@ def test_the_settings_of_a_training_have_names(client):
 
 def test_what_nobody_listens_to_keeps_nobody_waiting(address, client, log):
     """Four requests of 8 images x 150 steps, whose senders went away at once; another visitor is served meanwhile."""
+    before = log.read_text().count("Gave up")
     left = [post(address, "generate", *(GENERATE | {"steps": 150, "images": 8}).values()) for _ in range(4)]
     gallery, *_ = generated(client, steps=1, beside=False)
     assert len(gallery) == 1
-    wait_until(lambda: log.read_text().count("Gave up") == 4, "four requests to be given up")
+    wait_until(lambda: log.read_text().count("Gave up") >= before + 4, "four requests to be given up")
     for url in left:
         with urllib.request.urlopen(url, timeout=LIMIT) as answer:
             assert "Cancelled after 0 of 16 images" in answer.read().decode()
@@ -420,7 +428,7 @@ def test_a_password_is_asked_for(runs, tmp_path):
     with serving(runs, tmp_path / "log", "--auth", "me:secret", end_by=signal.SIGINT) as address:
         assert status_of(f"{address}/config") == 401
         assert status_of(f"{address}/gradio_api/file=/etc/passwd") == 401
-        assert "tiny" in Client(address, auth=("me", "secret"), verbose=False).predict(api_name="/runs")
+        assert "tiny" in client_of(address, auth=("me", "secret")).predict(api_name="/runs")
 
 
 # -- the page ----------------------------------------------------------------------------------------------------------
@@ -443,9 +451,17 @@ def complaint(said) -> list[str]:
     return [said.text] if said.type == "error" and not lost else []
 
 
+SHOWN = """() => {
+  const grid = document.querySelector('#grid table'), step = document.querySelector('#step input[type=number]');
+  return grid && step && grid.dataset.step === step.value;
+}"""
+"""All of the run is there. Images alone may be of a look at it, before the answer that fills in the forms."""
+
+
 @pytest.fixture
-def page(browser, address, request):
-    """The page as a visitor finds it, in the theme that a test may ask for."""
+def page(browser, address, runs, request):
+    """The page as a visitor finds it, in the theme that a test may ask for; runs that are begun on it go with it."""
+    before = set(runs.iterdir())
     page = browser.new_page(viewport={"width": 1360, "height": 900})
     page.set_default_timeout(LIMIT * 1000)
     page.errors = []
@@ -454,8 +470,11 @@ def page(browser, address, request):
     page.on("request", lambda request: page.errors.extend(leaving(request.url, address)))
     page.goto(f"{address}?__theme={getattr(request, 'param', 'light')}", wait_until="domcontentloaded")
     page.wait_for_selector("#grid img")
+    page.wait_for_function(SHOWN)
     yield page
     page.close()
+    for path in set(runs.iterdir()) - before:
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
     assert page.errors == []
 
 
@@ -553,7 +572,7 @@ def test_runs_are_looked_at_side_by_side_while_one_trains(page, runs):
     page.locator("#others .token").wait_for(state="detached")
     page.locator('#grid img[alt="red disc: LoRA"]').first.wait_for()
     page.get_by_role("tab", name="Generate").click()
-    slider = page.locator("#images")
+    (slider := page.locator("#images")).wait_for()
     assert slider.evaluate("box => box.scrollWidth <= box.clientWidth && box.clientWidth > 0")
 
 
@@ -562,7 +581,7 @@ def test_images_with_merged_weights_beside_the_base_and_cancelled(page):
     page.wait_for_function("document.querySelector('#weights input').value === 'reslora: merged weights'")
     page.locator("#generate").click()
     page.locator("#status").get_by_text("2 of 2 images done").wait_for()
-    assert page.locator("#gallery img").count() == 2
+    page.wait_for_function("document.querySelectorAll('#gallery img').length === 2")
     assert "base model" in page.locator("#made").inner_text()
     page.get_by_label("Same seed with the base model beside it").uncheck()
     page.locator("#generate").click()
@@ -654,20 +673,18 @@ def test_loras_are_stacked_and_written_as_a_model(page, runs):
 
 LATE_END = """
 const plain = window.fetch;
-window.streams = 0;
 window.fetch = async (...request) => {
-  const stream = String(request[0]?.url ?? request[0]).includes("/queue/data");
-  if (stream) window.streams += 1;
   const answer = await plain(...request);
-  if (!stream) return answer;
+  if (!String(request[0]?.url ?? request[0]).includes("/queue/data")) return answer;
+  let told = "";
   const late = new TransformStream({
     async transform(chunk, out) {
       const text = new TextDecoder().decode(chunk), close = text.indexOf('"close_stream"');
-      if (close >= 0) window.streams -= 1;
-      if (close < 0 || window.late !== "wanted") return out.enqueue(chunk);
+      told += text;
+      if (close < 0 || window.release || !told.includes("images done")) return out.enqueue(chunk);
       const at = text.lastIndexOf("data:", close);
       out.enqueue(new TextEncoder().encode(text.slice(0, at)));
-      await new Promise(done => { window.release = done; window.late = "held"; });
+      await new Promise(done => { window.release = done; });
       out.enqueue(new TextEncoder().encode(text.slice(at)));
     },
   });
@@ -682,14 +699,12 @@ def test_what_is_asked_as_the_stream_of_answers_ends_is_answered(browser, addres
     page.set_default_timeout(LIMIT * 1000)
     page.add_init_script(LATE_END)
     page.goto(address, wait_until="domcontentloaded")
-    page.wait_for_selector('#grid table[data-step="4"]')
+    page.wait_for_function(SHOWN)
     page.get_by_role("tab", name="Generate").click()
     page.locator("#denoising input[type=number]").fill("1")
-    page.wait_for_function("window.streams === 0")  # what the page itself has asked for is answered
-    page.evaluate("window.late = 'wanted'")
     page.locator("#generate").click()
     page.locator("#status").get_by_text("images done").wait_for()
-    page.wait_for_function("window.late === 'held'")
+    page.wait_for_function("Boolean(window.release)")
     page.locator("#seed input[type=number]").fill("4711")
     with page.expect_response(lambda answer: "/queue/join" in answer.url) as asked:
         page.locator("#generate").click()
@@ -758,7 +773,9 @@ def test_a_form_survives_a_restart(page):
     page.locator(STEPS).fill("123")
     page.locator("#begin input").focus()
     page.keyboard.press("Tab")
-    page.wait_for_timeout(1000)
+    page.wait_for_timeout(1000)  # leaving the box fills nothing in
+    kept = "JSON.parse(localStorage['reslora-train'] || '{}')"
+    page.wait_for_function(f"{kept}.name === 'kept' && {kept}.max_train_steps === '123'")
     assert page.errors == []
     # Another version of the page may have its flags in another order, or others.
     page.evaluate("""() => {
@@ -803,8 +820,8 @@ def show_markup(page, runs: Path) -> None:
         assert page.evaluate("window.hacked") is None
     finally:
         shutil.rmtree(runs / attack)
-    page.wait_for_function("name => document.querySelector('#run input').value !== name", arg=attack)
-    assert page.locator("#run input").input_value() in {path.name for path in runs.iterdir()}
+    shown = "names => names.includes(document.querySelector('#run input').value)"
+    page.wait_for_function(shown, arg=[path.name for path in runs.iterdir()])
 
 
 def press_at_once(page, runs: Path) -> None:
@@ -908,11 +925,12 @@ def test_a_training_is_started_watched_and_stopped(page, browser, address, runs,
     page.locator("#name textarea, #name input").fill("watched")
     page.locator("#uploads input[type=file]").set_input_files(uploads)
     page.get_by_text("green leaf").first.wait_for()
-    for flag, value in {"max_train_steps": "500", "validation_steps": "500", "train_batch_size": "1"}.items():
-        page.locator(f"#flag-{flag} textarea, #flag-{flag} input").fill(value)
+    for flag in ("max_train_steps", "validation_steps", "checkpointing_steps"):  # it cannot end before it is stopped
+        page.locator(f"#flag-{flag} textarea, #flag-{flag} input").fill("5000")
+    page.locator("#flag-train_batch_size textarea, #flag-train_batch_size input").fill("1")
     page.locator("#flag-validation_prompt textarea").fill("red disc")
     page.locator("#show").click()
-    page.wait_for_function("document.querySelector('#command textarea').value.includes('--max_train_steps 500')")
+    page.wait_for_function("document.querySelector('#command textarea').value.includes('--max_train_steps 5000')")
     page.locator("#start").click()
     page.locator("#summary .running").wait_for()
     page.get_by_role("tab", name="Compare").click()
@@ -920,8 +938,9 @@ def test_a_training_is_started_watched_and_stopped(page, browser, address, runs,
     assert (runs / "watched" / "lora" / "samples" / "step-000000" / "0-0.png").is_file()
 
     other = browser.new_page()
+    other.set_default_timeout(LIMIT * 1000)
     other.goto(address, wait_until="domcontentloaded")
-    other.locator("#summary .running").wait_for(timeout=LIMIT * 1000)
+    other.locator("#summary .running").wait_for()
     assert other.locator("#run input").input_value() == "watched"
     other.close()
 
@@ -929,7 +948,7 @@ def test_a_training_is_started_watched_and_stopped(page, browser, address, runs,
     wait_until(lambda: any(row["step"] >= 2 for row in run.log("lora")) or not run.process, "the second step")
     assert run.process
     page.locator(
-        "#summary .now", has_text=re.compile(r"LoRA, step \d+ of 500 · \d.* · about .* left · .* GB")
+        "#summary .now", has_text=re.compile(r"LoRA, step \d+ of 5000 · \d.* · about .* left · .* GB")
     ).wait_for()
     assert contrast(page.locator("#summary .now")) >= 4.5
     page.get_by_role("tab", name="Train").click()

@@ -138,7 +138,7 @@ def test_cancel_and_disconnection_stop_within_one_step(studio, run):
                 seen.append(event.done)
                 assert studio.cancel("somebody else") is False
                 assert studio.cancel("me") is True
-    assert len(seen) <= 2
+    assert len(seen) <= 3  # two may be on their way
     assert studio.cancel("me") is False
 
     abandoned = studio.generate(run, [BASE], long, session="me")
@@ -215,20 +215,17 @@ def test_who_goes_away_is_given_up_after_a_while(studio, run, monkeypatch):
         pass
 
 
-def test_who_asks_for_much_lets_others_have_their_turn(studio, run):
-    """An image that was asked for later comes before the last of eight."""
-    many, order = studio.generate(run, [BASE], replace(REQUEST, images=8), session="many"), []
-    next(event for event in many if isinstance(event, Step))
-
-    def ask_for_one():
-        order.extend("one" for image in draw(studio, run, BASE))
-
-    other = start_thread(ask_for_one)
-    wait_until(lambda: len(studio.turns.waiting) > 1, "the first turn after this image", other, pause=0)
-    for event in many:
-        order.extend(["many"] if isinstance(event, Drawn) else [])
-    join(other)
-    assert order.index("one") < 7 and order.count("many") == 8
+def test_who_asks_for_much_lets_others_have_their_turn(studio, run, monkeypatch):
+    """An image that was asked for later comes after the first of eight."""
+    drawn, threads, plain = [], [], studio._draw
+    noted = lambda picture, *rest: drawn.append(picture.request.seed) or plain(picture, *rest)  # noqa: E731
+    monkeypatch.setattr(studio, "_draw", noted)
+    with studio.turns.turn():
+        for request in (replace(REQUEST, images=8), replace(REQUEST, seed=99)):
+            threads.append(start_thread(lambda request=request: draw(studio, run, BASE, request=request)))
+            wait_until(lambda: len(studio.turns.waiting) == len(threads) + 1, "its place", threads[-1], pause=0)
+    join(*threads)
+    assert drawn == [5, 99, *range(6, 13)]
 
 
 def test_turns_are_taken_in_the_order_of_asking():

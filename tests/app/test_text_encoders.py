@@ -106,19 +106,24 @@ def test_a_stack_and_a_full_model_have_the_encoders_too(studio, run, tmp_path):
     assert apart(found, base) > 1e-2
 
 
-def test_a_checkpoint_is_merged_with_its_encoders(studio, run):
-    report = studio.merge(run, run.find_weights("reslora: unmerged, step 3"), "lstsq")
-    expected = json.loads((run.folder / "reslora" / "merge.json").read_text())
+@pytest.fixture
+def copy(run, tmp_path):
+    """The run, for what changes it."""
+    shutil.copytree(run.folder, tmp_path / "runs" / "run")
+    return Library(tmp_path / "runs").find("run")
+
+
+def test_a_checkpoint_is_merged_with_its_encoders(studio, copy):
+    report = studio.merge(copy, copy.find_weights("reslora: unmerged, step 3"), "lstsq")
+    expected = json.loads((copy.folder / "reslora" / "merge.json").read_text())
     assert report.keys() == expected.keys() and "text_encoder" in report
-    _, merged = drawn(studio, run, run.find_weights("reslora: merged weights"))
-    _, again = drawn(studio, run, run.find_weights("reslora: step 3 merged by lstsq"))
+    _, merged = drawn(studio, copy, copy.find_weights("reslora: merged weights"))
+    _, again = drawn(studio, copy, copy.find_weights("reslora: step 3 merged by lstsq"))
     torch.testing.assert_close(again, merged, rtol=1e-3, atol=1e-4)
 
 
-def test_encoders_that_are_not_whole_or_lead_out_are_not_drawn(studio, run, tmp_path):
-    folder = shutil.copytree(run.folder, tmp_path / "runs" / "run")
-    copy = Library(tmp_path / "runs").find("run")
-    path = folder / "lora" / "text_encoder" / "model.safetensors"
+def test_encoders_that_are_not_whole_or_lead_out_are_not_drawn(studio, run, copy):
+    path = copy.folder / "lora" / "text_encoder" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(RunError, match="lora: merged weights"):
         drawn(studio, copy, copy.find_weights("lora: merged weights"))

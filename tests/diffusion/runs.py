@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import resource
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ def main(*flags) -> int:
 
 def refused(capsys, *flags, quiet: bool = True) -> str:
     """The line with which the script refuses these flags; with `quiet`, the only one on stderr."""
+    capsys.readouterr()  # what was said while a model was made for the test
     status = main(*flags)
     captured = capsys.readouterr()
     assert status == 2
@@ -154,6 +156,8 @@ class Watcher:
     snapshots: Path | None = None  # copies of the folder: what a kill at that moment would leave
     full_after: str | None = None  # once a folder of this name is in place, files cannot grow beyond ...
     largest_file: int = 0  # ... as many bytes
+    killed_after: float = 0  # so many seconds of the run's own time after a checkpoint is in place; SIGPROF kills it
+    in_place: bool = False
     busy: bool = False
 
     def __call__(self, event: str, args: tuple) -> None:
@@ -164,6 +168,10 @@ class Watcher:
         if not isinstance(args[0], (str, os.PathLike)) or not str(args[0]).startswith(f"{self.output}/"):
             return
         self.busy = True  # what it does itself is not the run's doing
+        if self.killed_after and self.in_place:
+            signal.setitimer(signal.ITIMER_PROF, self.killed_after)
+            self.killed_after = 0
+        self.in_place |= event == "os.rename" and Path(args[1]).name.startswith("checkpoint-")
         if self.snapshots and self.output.is_dir():
             number = len(list(self.snapshots.iterdir()))
             shutil.copytree(self.output, self.snapshots / f"{number:03d}-{event}-{Path(args[0]).name.strip('.')}")

@@ -39,26 +39,30 @@ def whole(flags, tmp_path_factory) -> Path:
     return folder / "out"
 
 
-# A disk that is slow while a checkpoint is written: the signal comes in the midst of it.
+# What happens while a checkpoint is written.
 SLOW = """
 import pathlib, sys, time
 sys.path[:0] = {path!r}
 from reslora.diffusion.training import checkpoints
 write_checkpoint = checkpoints.write_checkpoint
 def slowly(*arguments):
-    pathlib.Path({folder!r}, "saving").touch()
-    time.sleep(1)
+    folder, end = pathlib.Path({folder!r}), time.monotonic() + 600
+    (folder / "saving").touch()
+    {meanwhile}
     write_checkpoint(*arguments)
 checkpoints.write_checkpoint = slowly
 import train_sd
 sys.exit(train_sd.main())
 """
+# A disk that is slow until the signal has come, in the midst of it.
+UNTIL_HEARD = 'while not (folder / "heard").exists() and time.monotonic() < end: time.sleep(0.01)'
+FULL = "raise OSError(28, 'No space left on device', 'checkpoint-2')"
 
 
 @pytest.mark.parametrize("to", ["launcher", "first"])  # `benchmarks/kills.py` tries more
 def test_a_stop_while_the_first_saves_is_met_by_all(flags, whole, tmp_path, to):
     output, script, printed = tmp_path / "out", tmp_path / "slow.py", tmp_path / "stopped.txt"
-    script.write_text(SLOW.format(path=[str(FOLDER.parent.parent)], folder=str(tmp_path)))
+    script.write_text(SLOW.format(path=[str(FOLDER.parent.parent)], folder=str(tmp_path), meanwhile=UNTIL_HEARD))
     words = [str(script), *flags, "--output_dir", str(output)]
     if to == "launcher":
         words = ["--config_file", str(FOLDER / CONFIGURATION), "--main_process_port", "0", *words]
@@ -68,6 +72,8 @@ def test_a_stop_while_the_first_saves_is_met_by_all(flags, whole, tmp_path, to):
     wait_until((tmp_path / "saving").exists, "the first checkpoint", processes[0])
     workers = processes_of(processes[0]) if to == "launcher" else []
     os.kill(processes[0].pid, signal.SIGTERM)
+    wait_until(lambda: "stopping after this step" in printed.read_text(errors="replace"), "its answer", processes[0])
+    (tmp_path / "heard").touch()
     statuses = [ended(process) for process in processes]
     assert to == "launcher" or statuses == [128 + signal.SIGTERM] * 2
     _, alive = psutil.wait_procs(workers, timeout=600)
@@ -87,8 +93,8 @@ def test_a_stop_while_the_first_saves_is_met_by_all(flags, whole, tmp_path, to):
 def test_what_one_process_cannot_write_ends_both_in_one_line(flags, tmp_path):
     """The main process's disk is full, so to speak: the other one does not wait for what never comes."""
     output = tmp_path / "out"
-    broken = SLOW.replace("time.sleep(1)", "raise OSError(28, 'No space left on device', 'checkpoint-2')")
-    (tmp_path / "broken.py").write_text(broken.format(path=[str(FOLDER.parent.parent)], folder=str(tmp_path)))
+    broken = SLOW.format(path=[str(FOLDER.parent.parent)], folder=str(tmp_path), meanwhile=FULL)
+    (tmp_path / "broken.py").write_text(broken)
     words = [str(tmp_path / "broken.py"), *flags, "--output_dir", str(output)]
     processes = start_forked(*words, printed=tmp_path / "printed.txt")
     assert [ended(process) for process in processes] == [1, 1]

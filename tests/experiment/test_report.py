@@ -146,7 +146,8 @@ def test_an_unfinished_experiment_says_what_is_missing(tmp_path):
 
 def test_an_arm_whose_process_was_killed_waits(tmp_path):
     killed = subprocess.Popen(
-        [sys.executable, "-c", "import reslora.files as f, time; print(f.this_process(), flush=True); time.sleep(99)"],
+        [sys.executable, "-c", "import reslora.files as f; print(f.this_process(), flush=True); input()"],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -355,7 +356,8 @@ def test_in_a_browser(browser, text, folder, width):
     shown.locator("#prompt").select_option(examples.PROMPTS[1])
     assert shown.locator(".under").get_attribute("src") != before
     assert shown.locator(".under").get_attribute("alt") == f"{examples.PROMPTS[1]}: loha"
-    assert shown.evaluate("document.querySelector('.under').naturalWidth") == 512
+    loaded = "async image => (await image.decode(), image.naturalWidth)"  # not the width of the one before
+    assert shown.locator(".under").evaluate(loaded) == 512
     unnamed = "[...document.querySelectorAll('img, svg:not([aria-hidden])')].filter(e => !e.alt && !e.ariaLabel).length"
     assert shown.evaluate(unnamed) == 0
     assert wrong == [] and {url.partition(":")[0] for url in asked} <= {"file", "data"}

@@ -2,7 +2,6 @@
 
 import dataclasses
 import errno
-import json
 import math
 import shutil
 import signal
@@ -205,17 +204,15 @@ def test_half_precision_and_uncached_encoders_train(runs, tmp_path, cached):
 
 
 def test_a_killed_loader_process_ends_the_run_in_one_line(runs, tmp_path):
-    """As the system kills it where memory is short. The run has 300 steps to notice."""
+    """As the system kills it where memory is short."""
     log = tmp_path / "out" / "reslora" / "log.jsonl"
-    flags = ("--dataloader_num_workers", "1", "--max_train_steps", "300", "--checkpointing_steps", "300")
+    flags = ("--dataloader_num_workers", "1", "--max_train_steps", "100000", "--checkpointing_steps", "100000")
     process = runs.start(tmp_path / "out", *flags)
     wait_until(lambda: log.is_file() and "train" in log.read_text(), "a step", process)
     for worker in psutil.Process(process.pid).children():
         worker.send_signal(signal.SIGKILL)
     assert ended(process) == 1
     assert "--dataloader_num_workers" in runs.last_line()
-    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
-    assert max(steps) < 300
 
 
 # -- what an encoded image or caption is found by ----------------------------------------------------------------------

@@ -304,7 +304,7 @@ def test_sigterm_saves_and_the_resumed_run_is_the_uninterrupted_one(runs, whole,
     assert_same(final_weights(output, step=5), final_weights(whole, step=5))
 
 
-LONG = ("--max_train_steps", "400", "--checkpointing_steps", "1000")
+LONG = ("--max_train_steps", "100000", "--checkpointing_steps", "100000")  # it is stopped before, however late that is
 
 
 def test_sigterm_to_the_whole_group_saves_too(runs, tmp_path):
