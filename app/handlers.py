@@ -6,6 +6,7 @@ import errno
 import functools
 import inspect
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 
@@ -62,9 +63,10 @@ def translated(error: Exception) -> gr.Error:
         return error
     if isinstance(error, RunError):
         return gr.Error(clean(str(error)), print_exception=False)
-    if isinstance(error, OSError) and error.errno in UNWRITABLE:  # of folders of people's own the sentence is there
-        room = "make room on the disk that has the system's temporary folder"
-        return gr.Error(f"A file cannot be written ({error.strerror}): {room}.", print_exception=False)
+    if isinstance(error, OSError) and error.errno in UNWRITABLE:
+        own = str(error.filename or "").startswith(tempfile.gettempdir())
+        room = ": make room on the disk that has the system's temporary folder" if own else ""
+        return gr.Error(f"A file cannot be written ({error.strerror}){room}.", print_exception=False)
     traceback.print_exception(error, file=sys.stderr)
     return gr.Error("Something went wrong; the terminal says more.", print_exception=False)
 

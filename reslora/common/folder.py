@@ -59,7 +59,7 @@ def filling(folder: Path) -> Iterator[None]:
     with _noted(folder, _FILLED):
         try:
             yield
-        except FileNotFoundError:
+        except (OSError, RuntimeError):  # torch.save raises the latter
             check_held()  # it may have gone in the midst of a write
             raise
 
@@ -83,8 +83,10 @@ def check_held() -> None:
     for folder in _HELD:
         if problem := _lost(folder):
             raise RunFailed(f"--output_dir {folder} {problem}")
+    # A disk that gives all folders new numbers, as those of networks may, has given the locked ones theirs, too.
+    numbered = all(_is_still(folder, before) for folder, before in _HELD.items())
     for folder, before in _FILLED.items():
-        if not _is_still(folder, before):
+        if numbered and not _is_still(folder, before):
             problem = f"{folder} was moved or removed while it was trained, and nothing more is saved"
             raise RunFailed(f"{problem}; put it back, and go on with --resume_from_checkpoint latest")
 

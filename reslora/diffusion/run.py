@@ -125,11 +125,11 @@ def find_all(flags: Flags, accelerator: Accelerator, stop: StopRequest) -> tuple
     context = settle(flags, accelerator, stop)
     if decided(lambda: missing_class_images(context.flags)):
         # To draw them takes minutes. What is checked is checked again once they are there, and told then.
-        told = io.StringIO()
+        told, unheard = io.StringIO(), dataclasses.replace(context)
         try:
             with contextlib.redirect_stdout(told):
-                check_before_loading(images, context)
-                each(lambda: load_and_check(context))
+                check_before_loading(images, unheard)
+                each(lambda: load_and_check(unheard))
         except Exception:
             print(told.getvalue(), end="", flush=True)  # notes may say why
             raise
@@ -225,11 +225,13 @@ def forget_encoder(pipeline: DiffusionPipeline, context: Context) -> None:
 
 def train_method(method: str, resume: Resume, setting: Setting, validation: type[Validation] = Validation) -> Learner:
     """A method from where it stands to its exports; what it was measured by is `validation`."""
-    learner = start_method(method, setting)
-    if METHODS[method].measured and not resume.checkpoints[method]:
-        put_control_on(learner, setting)
-    go_on(learner, resume, setting.context)
-    train_and_export(learner, setting, validation)
+    with contextlib.ExitStack() as stack:
+        decided(lambda: stack.enter_context(filling(setting.context.folder_of(method))))
+        learner = start_method(method, setting)
+        if METHODS[method].measured and not resume.checkpoints[method]:
+            put_control_on(learner, setting)
+        go_on(learner, resume, setting.context)
+        train_and_export(learner, setting, validation)
     return learner
 
 
@@ -287,20 +289,19 @@ def train_and_export(learner: Learner, setting: Setting, validation: type[Valida
     drawer = Drawer(loss.pipeline, context.model.family, material.texts, flags, context.encoders)
 
     def export() -> None:
+        differences = export_method(learner, material, drawer, schedule, context)
         check_held()
-        write_exports(folder, flags, identity, schedule, export_method(learner, material, drawer, schedule, context))
+        write_exports(folder, flags, identity, schedule, differences)
 
     decided(check_held)
-    with contextlib.ExitStack() as stack:
-        decided(lambda: stack.enter_context(filling(folder)))
-        reports = Reports(folder, learner, schedule, accelerator)
-        look = validation(loss, material, drawer, accelerator, context.stop)
-        watch = Watch(reports, look, lambda: save_checkpoint(learner, folder, flags, identity, accelerator))
-        with contextlib.closing(reports), attention_of(accelerator, material):
-            train(learner, material, schedule, watch, context)
-        schedule = dataclasses.replace(schedule, steps=learner.step, is_over=learner.over)
-        with learner.averaged():
-            decided(export)
+    reports = Reports(folder, learner, schedule, accelerator)
+    look = validation(loss, material, drawer, accelerator, context.stop)
+    watch = Watch(reports, look, lambda: save_checkpoint(learner, folder, flags, identity, accelerator))
+    with contextlib.closing(reports), attention_of(accelerator, material):
+        train(learner, material, schedule, watch, context)
+    schedule = dataclasses.replace(schedule, steps=learner.step, is_over=learner.over)
+    with learner.averaged():
+        decided(export)
 
 
 def show(material: Material, context: Context) -> None:

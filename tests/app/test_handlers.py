@@ -2,6 +2,7 @@
 
 import errno
 import os
+import tempfile
 
 import gradio as gr
 import pytest
@@ -15,9 +16,14 @@ from app.runs import RunError
     [
         (RunError("There is no such run."), "There is no such run.", ""),
         (
-            OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/tmp/reslora-app-1/grid.png"),
+            OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f"{tempfile.gettempdir()}/reslora-app-1/grid.png"),
             "A file cannot be written (No space left on device): make room on the disk that has the system's "
             "temporary folder.",
+            "",
+        ),
+        (
+            OSError(errno.EROFS, os.strerror(errno.EROFS), "/mnt/runs/tiny/stop"),
+            "A file cannot be written (Read-only file system).",
             "",
         ),
         (KeyError("secret"), "Something went wrong; the terminal says more.", "KeyError"),

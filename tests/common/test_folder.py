@@ -12,7 +12,7 @@ import pytest
 from waiting import ended, wait_until
 
 from reslora.common.errors import InvalidArgument, RunFailed
-from reslora.common.folder import check_held, locked
+from reslora.common.folder import check_held, filling, locked
 from reslora.files import this_process
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -125,3 +125,18 @@ def test_a_disk_that_cannot_be_asked_just_now_ends_no_run(tmp_path, monkeypatch)
     with locked(tmp_path / "out"), monkeypatch.context() as patch:
         patch.setattr(Path, "read_text", fails)
         check_held()
+
+
+def test_a_disk_that_gives_its_folders_new_numbers_ends_nothing(tmp_path, monkeypatch):
+    """As those of networks may when they are there again; a folder that is moved alone has a new one alone."""
+    inner = tmp_path / "run" / "lora"
+    with locked(tmp_path / "run"), filling(inner):
+        with monkeypatch.context() as patch:
+            patch.setattr(os.path, "samestat", lambda *_: False)
+            check_held()
+        inner.rename(tmp_path / "moved")
+        with pytest.raises(RunFailed, match="lora was moved or removed while it was trained"):
+            check_held()
+        inner.mkdir()
+        with pytest.raises(RunFailed, match="lora was moved or removed while it was trained"):
+            check_held()

@@ -21,6 +21,7 @@ from ... import export
 from ...chains import Chains, chains
 from ...common.adapters import load_adapter, remove_adapters
 from ...common.errors import Diverged, RunFailed, first_line
+from ...common.folder import check_held
 from ...common.methods import METHODS
 from ...common.temporarily import temporarily
 from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
@@ -88,6 +89,7 @@ def export_method(
         denoiser = next(iter(parts.values()))
         drawn = drawer.draw(denoiser.eval(), prompts, images)
         reference, *_ = [finite(image, name) for image in drawn]
+        check_held()
         if merged:
             write_merge(merged, folder)
         for number, (part, found) in enumerate(merged.items()):

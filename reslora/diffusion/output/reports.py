@@ -17,6 +17,7 @@ from torch import nn
 
 from ...common.drawn import PROMPTS, by_step
 from ...common.errors import Diverged, Stopped
+from ...common.folder import check_held
 from ...common.log import LogWriter, of_split, read_log
 from ...common.signals import StopRequest
 from ...common.together import decided
@@ -225,6 +226,7 @@ class Validation:
         images = [as_image(image) for image in drawn]
         captions = [prompt.prompt for prompt in prompts for _ in range(flags.num_validation_images)]
         found = self._similarities(images, captions) if flags.metric_model else {}
+        check_held()
         reports.samples(images, [prompt.prompt for prompt in prompts])
         if found:
             reports.similarities(found)

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from ...common.adapters import load_adapter, save_adapter
 from ...common.errors import InvalidArgument, RunFailed, first_line
 from ...common.flags import as_typed
+from ...common.folder import check_held
 from ...common.methods import METHODS
 from ...common.recovery import (
     MERGED,
@@ -341,6 +342,7 @@ def save_checkpoint(learner: Learner, folder: Path, flags: Flags, identity: Iden
         record |= {"rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern}
 
     def write() -> None:
+        check_held()
         write_checkpoint(learner, folder / f"checkpoint-{learner.step}", state, record)
         forget_beaten(folder)
         if flags.checkpoints_total_limit:

@@ -151,9 +151,9 @@ def test_class_images_count_by_their_weight(model, data, tmp_path):
 
 
 def test_other_class_images_are_another_run(model, data, tmp_path, capsys):
-    flags = flags_for(tmp_path, model, data, "out")
+    flags = flags_for(tmp_path, model, data, "out", "--target_modules", "to_q", "nowhere")
     assert main(*flags, "--max_train_steps", 2) == 0
-    capsys.readouterr()
+    assert capsys.readouterr().out.count("0 layers of the denoiser end in nowhere") == 1  # though checked twice
     assert "--num_class_images 4" in refused(capsys, *flags, "--num_class_images", 4, *RESUME)
     assert len(pictures(tmp_path / "class")) == 3  # a fourth would keep the run from going on
     (tmp_path / "class" / "class-00000.png").unlink()

@@ -38,6 +38,7 @@ from reslora.diffusion.context import Context
 from reslora.diffusion.data.batch import collate
 from reslora.diffusion.data.plan import Plan
 from reslora.diffusion.data.samples import TrainingSamples, ValidationSamples, training_loader
+from reslora.diffusion.output import exports
 from reslora.diffusion.training import loop
 from reslora.diffusion.training.loop import take_step
 from reslora.diffusion.training.schedule import schedule_of
@@ -412,29 +413,27 @@ def test_a_folder_that_is_moved_is_not_made_anew(base_flags, tmp_path, monkeypat
     assert not output.exists() and (moved / "lora" / "exports.json").is_file()
 
 
-@pytest.mark.parametrize("moment", ["step", "save"])
+MOMENTS = {
+    "start": (running, "prepare"), "step": (loop, "take_step"), "save": (torch, "save"),
+    "merge": (exports, "as_plain_lora"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
 def test_a_method_whose_folder_is_moved_does_not_go_on_into_a_new_one(
     run, base_flags, tmp_path, monkeypatch, capsys, moment
 ):
     """With half of its log and checkpoints, by which an experiment would have chosen; it goes on once that is back."""
-    folder, take, save = tmp_path / "out" / "lora", loop.take_step, torch.save
-    flags = [*base_flags, "--method", "lora", "--output_dir", tmp_path / "out"]
+    folder, (place, name) = tmp_path / "out" / "lora", MOMENTS[moment]
+    flags, does = [*base_flags, "--method", "lora", "--output_dir", tmp_path / "out"], getattr(place, name)
 
-    def moved_in_step(learner, *rest):
-        if learner.step == 2:
+    def moved_before(*given, **more):
+        if folder.exists() and (folder / "checkpoint-2").exists() == (moment != "start"):
             folder.rename(tmp_path / "moved")
-        return take(learner, *rest)
-
-    def moved_in_second_save(*given):
-        if (folder / "checkpoint-2").exists():
-            folder.rename(tmp_path / "moved")
-        save(*given)
+        return does(*given, **more)
 
     with monkeypatch.context() as patch:
-        if moment == "step":
-            patch.setattr(loop, "take_step", moved_in_step)
-        else:
-            patch.setattr(torch, "save", moved_in_second_save)
+        patch.setattr(place, name, moved_before)
         line = failed(capsys, *flags)
     assert f"{folder} was moved or removed while it was trained" in line and "put it back" in line
     assert not folder.exists()

@@ -75,9 +75,9 @@ def read_content(path: Path, flag: str, config: Path | None = None) -> Content:
     if parts := sorted(path.glob(f"{below}/{PEFT_FILE}")) if below else []:
         return _of_parts(path, flag, [part.parent for part in parts])
     refuse_pickles(file, flag)
-    if any((path / name).is_file() for name in (ADAPTER_NAME, WEIGHTS_NAME)):
-        raise InvalidArgument(flag, "a checkpoint, and no finished LoRA", EXPORTED)
     if not file.is_file():
+        if any((path / name).is_file() for name in (ADAPTER_NAME, WEIGHTS_NAME)):
+            raise InvalidArgument(flag, "a checkpoint, and no finished LoRA", EXPORTED)
         wanted = "a .safetensors file, or a folder with one of the names that PEFT and diffusers give it"
         raise InvalidArgument(flag, "no LoRA file there", f"give {wanted}")
     with refused_as(flag, "give a whole .safetensors file"), safe_open(file, framework="pt") as opened:

@@ -169,6 +169,8 @@ def test_a_checkpoint_is_refused_by_what_to_give_in_its_place(name, tmp_path):
     for place, said in ((tmp_path, "a checkpoint, and no finished"), (tmp_path / name, "an unmerged ResLoRA")):
         with pytest.raises(InvalidArgument, match=f"{said}.*; give what its run has exported, such as pytorch_lora_we"):
             read(place, names("stable_diffusion"))
+    save_file({}, tmp_path / "pytorch_lora_weights.safetensors")  # what may be given is read, whatever is beside it
+    assert not read_content(tmp_path, "--init_lora").tensors
 
 
 @pytest.mark.parametrize("words", [("lora.down", "lora.up"), ("lora_down", "lora_up")])
