@@ -219,12 +219,12 @@ def take_folder(bench: Bench, stack: contextlib.ExitStack) -> None:
     for name, value in mine if there else ():
         earlier = there.get(name, value if name in RECORDED_LATER else None)
         if not is_same(name, earlier, value):
-            argument, before = f"--{name} {as_typed(value)}", as_typed(earlier)
-            fix = "leave it out" if earlier is None else "use that"
             if name in ("train", "select", "test"):
-                argument, before, fix = f"the {name} examples", "others", "bring those back"
-            problem = f"{folder} was begun with {before}"
-            raise InvalidArgument(argument, problem, f"{fix}, or choose another --output_dir")
+                problem = f"was begun with other {name} examples, or an earlier version cut these otherwise"
+                raise InvalidArgument(f"--output_dir {folder}", problem, "bring those back, or choose another")
+            fix = "leave it out" if earlier is None else "use that"
+            problem = f"{folder} was begun with {as_typed(earlier)}"
+            raise InvalidArgument(f"--{name} {as_typed(value)}", problem, f"{fix}, or choose another --output_dir")
     for place in map(course.folder_of, course.arms()):
         remove_leftovers(place)
         remove_leftovers(place / ADAPTERS)
