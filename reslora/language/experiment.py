@@ -301,7 +301,7 @@ class Bench(Subject):
         return {**facts, "split": {**facts["split"], "train": self.trained}, "identity": self.identity}
 
     def too_few(self) -> list[str]:
-        return too_few(len(self.parts.test), self.about.unit)
+        return too_few(len(self.parts.test), self.about.unit, self.parts.enough)
 
     def train(self, arm: Arm) -> None:
         arguments, folder = self.arguments_of(arm), self.course.folder_of(arm)

@@ -25,7 +25,7 @@ from reslora.language.arguments import ExperimentArguments
 from reslora.language.experiment import flags_of, values_of
 from reslora.language.llm_tasks import TASKS, examples_of
 from reslora.language.llm_trainer import Encoder
-from reslora.language.parts import Parts
+from reslora.language.parts import Parts, parts_of
 
 from .helpers import SCRIPT, write_rows
 from .test_glue import make_rows, write_model
@@ -342,6 +342,20 @@ def test_the_examples_that_are_trained_on_are_counted(common, tmp_path, capsys, 
     assert run(*common, *EXPERIMENT, "--max_train_samples", "5", "--output_dir", tmp_path) == 0
     assert benches[0].facts()["split"] == {"train": 5, "select": 3, "test": 4, "duplicates": 0}
     assert "; examples: 5 to train on, 3 to choose by" in capsys.readouterr().out
+
+
+def test_too_few_to_compare_by_are_said_with_the_share_that_takes_enough():
+    """Where a share decides: a file of the task and a limit take as many as they do."""
+
+    def told(files, split=None, limit=None) -> list[str]:
+        parts = parts_of(files, str, ExperimentArguments(test_split=split)).limited(None, limit)
+        return experiment.Bench(None, None, {}, parts, 0, StopRequest()).too_few()
+
+    texts = [one + other for one in "abcdef" for other in "ghijk"]
+    (line,) = told({"train": texts}, 0.01)
+    start, _, share = line.partition(", or with --test_split ")
+    assert start == told({"train": texts}, 0.01, limit=2)[0] and start.startswith("only 2 examples compare")
+    assert told({"train": texts, "test": ["x", "y"]}) == [start] and told({"train": texts}, float(share)) == []
 
 
 def test_the_select_loss_is_measured_when_it_is_asked_for_or_ten_times():
