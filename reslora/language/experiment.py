@@ -73,6 +73,10 @@ TEXTS = About(
 )
 
 
+MakeTrainer = Callable[[], tuple[AdapterTrainer, Callable[[], None]]]
+"""Makes the trainer of a plain run; and what follows the training."""
+
+
 class Study(ABC):
     """What train_llm.py and train_glue.py do each in its way: a plain run, and the arms of an experiment."""
 
@@ -87,8 +91,8 @@ class Study(ABC):
         """The arguments of a plain run, with `settings`, `method` and `training`; raises `InvalidArgument`."""
 
     @abstractmethod
-    def plain(self, arguments: Any, stop: StopRequest) -> tuple[AdapterTrainer, Iterable, Callable[[], None]]:
-        """The trainer of a plain run, its training examples, which a continuation must share, and what follows."""
+    def plain(self, arguments: Any, stop: StopRequest) -> tuple[Iterable, MakeTrainer]:
+        """The training examples of a plain run, which a continuation must share, and what makes its trainer."""
 
     @abstractmethod
     def parts(self, arguments: Any, shares: ExperimentArguments) -> Parts:
@@ -127,9 +131,10 @@ def run(study: Study, values: dict[str, Any], stop: StopRequest) -> None:
     with contextlib.ExitStack() as stack:
         decided(lambda: stack.enter_context(locked(Path(training.output_dir))))
         check_resume(training.output_dir, training.resume_from_checkpoint, flags)
-        trainer, examples, finish = study.plain(arguments, stop)
+        examples, make = study.plain(arguments, stop)
         flags["data"] = fingerprint(examples)
         check_data(training.output_dir, training.resume_from_checkpoint, flags["data"])
+        trainer, finish = make()
         if training.should_save:
             write_json(Path(training.output_dir) / "config.json", flags)
         trainer.stopping.check(NOT_BEGUN)

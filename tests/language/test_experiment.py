@@ -335,6 +335,16 @@ def test_what_differs_is_named_before_when_losses_are_measured_which_follows(tmp
         experiment.take_folder(bench, stack)
 
 
+@pytest.mark.parametrize("module", [llm, glue])
+def test_a_plain_run_refuses_other_examples_before_it_loads_the_model(tmp_path, capsys, monkeypatch, module):
+    monkeypatch.setattr(module, "load_model", lambda *_: pytest.fail("loaded"))
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "config.json").write_text('{"data": "others"}')
+    resume = ["--resume_from_checkpoint", "checkpoint-1", "--output_dir", str(tmp_path), "--use_cpu"]
+    assert run_script("script", module.main, resume) == 2
+    assert f"{tmp_path} was trained on other examples than these" in capsys.readouterr().err
+
+
 def test_the_examples_that_are_trained_on_are_counted(common, tmp_path, capsys, monkeypatch):
     """Not those that --max_train_samples leaves out."""
     benches: list[experiment.Bench] = []
