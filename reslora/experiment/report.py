@@ -159,8 +159,8 @@ def verdict_table(experiment: Experiment, unit: str) -> str:
 
 def best_in_words(best: Best, about: About) -> str:
     """Which files there are, and of which arm; a line."""
-    *more, last = best["files"]
-    files = f"{', '.join(more)} and {last} are" if more else f"{last} is"
+    *more, last = (name if Path(name).suffix else f"{name}/" for name in best["files"])
+    files = f"{', '.join(more)} and {last} are those" if more else f"{last} is that"
     return f"{files} of {best['folder']} at step {best['step']}, which does best on the select {about.unit}s"
 
 

@@ -73,6 +73,10 @@ TEXTS = About(
 )
 
 
+MakeTrainer = Callable[[], tuple[AdapterTrainer, Callable[[], None]]]
+"""Makes the trainer of a plain run; and what follows the training."""
+
+
 class Study(ABC):
     """What train_llm.py and train_glue.py do each in its way: a plain run, and the arms of an experiment."""
 
@@ -87,8 +91,8 @@ class Study(ABC):
         """The arguments of a plain run, with `settings`, `method` and `training`; raises `InvalidArgument`."""
 
     @abstractmethod
-    def plain(self, arguments: Any, stop: StopRequest) -> tuple[AdapterTrainer, Iterable, Callable[[], None]]:
-        """The trainer of a plain run, its training examples, which a continuation must share, and what follows."""
+    def plain(self, arguments: Any, stop: StopRequest) -> tuple[Iterable, MakeTrainer]:
+        """The training examples of a plain run, which a continuation must share, and what makes its trainer."""
 
     @abstractmethod
     def parts(self, arguments: Any, shares: ExperimentArguments) -> Parts:
@@ -127,9 +131,10 @@ def run(study: Study, values: dict[str, Any], stop: StopRequest) -> None:
     with contextlib.ExitStack() as stack:
         decided(lambda: stack.enter_context(locked(Path(training.output_dir))))
         check_resume(training.output_dir, training.resume_from_checkpoint, flags)
-        trainer, examples, finish = study.plain(arguments, stop)
+        examples, make = study.plain(arguments, stop)
         flags["data"] = fingerprint(examples)
         check_data(training.output_dir, training.resume_from_checkpoint, flags["data"])
+        trainer, finish = make()
         if training.should_save:
             write_json(Path(training.output_dir) / "config.json", flags)
         trainer.stopping.check(NOT_BEGUN)
@@ -219,12 +224,12 @@ def take_folder(bench: Bench, stack: contextlib.ExitStack) -> None:
     for name, value in mine if there else ():
         earlier = there.get(name, value if name in RECORDED_LATER else None)
         if not is_same(name, earlier, value):
-            argument, before = f"--{name} {as_typed(value)}", as_typed(earlier)
-            fix = "leave it out" if earlier is None else "use that"
             if name in ("train", "select", "test"):
-                argument, before, fix = f"the {name} examples", "others", "bring those back"
-            problem = f"{folder} was begun with {before}"
-            raise InvalidArgument(argument, problem, f"{fix}, or choose another --output_dir")
+                problem = f"was begun with other {name} examples, or an earlier version cut these otherwise"
+                raise InvalidArgument(f"--output_dir {folder}", problem, "bring those back, or choose another")
+            fix = "leave it out" if earlier is None else "use that"
+            problem = f"{folder} was begun with {as_typed(earlier)}"
+            raise InvalidArgument(f"--{name} {as_typed(value)}", problem, f"{fix}, or choose another --output_dir")
     for place in map(course.folder_of, course.arms()):
         remove_leftovers(place)
         remove_leftovers(place / ADAPTERS)
@@ -301,7 +306,7 @@ class Bench(Subject):
         return {**facts, "split": {**facts["split"], "train": self.trained}, "identity": self.identity}
 
     def too_few(self) -> list[str]:
-        return too_few(len(self.parts.test), self.about.unit)
+        return too_few(len(self.parts.test), self.about.unit, self.parts.enough)
 
     def train(self, arm: Arm) -> None:
         arguments, folder = self.arguments_of(arm), self.course.folder_of(arm)

@@ -31,7 +31,7 @@ from ..common.together import decided
 from ..files import replacing
 from .arguments import ExperimentArguments
 from .callbacks import LogCallback
-from .experiment import Study, run
+from .experiment import MakeTrainer, Study, run
 from .glue_arguments import BUNDLED_MODEL, Arguments, read, settled
 from .glue_tasks import Columns, Task, check_rows, file_form, predicted, read_folder, read_hub, scores
 from .parts import Parts, parts_of
@@ -290,14 +290,17 @@ class GlueStudy(Study):
     def settled(self, values: Mapping[str, Any]) -> Arguments:
         return settled(self.parser, values)
 
-    def plain(self, arguments: Arguments, stop: StopRequest) -> tuple[AdapterTrainer, Iterable, Callable[[], None]]:
-        set_seed(arguments.training.seed)
+    def plain(self, arguments: Arguments, stop: StopRequest) -> tuple[Iterable, MakeTrainer]:
         splits = read_splits(arguments)
-        self.tokenizer, model, classifier = load_model(arguments)
-        self.sets = {name: encode(arguments, self.tokenizer, columns) for name, columns in splits.items()}
-        trainer = self.trainer(arguments, self._attached(arguments, model, classifier), stop)
-        examples = zip(*splits["train"].values(), strict=True)
-        return trainer, examples, lambda: finish(arguments, trainer, self.tokenizer, self.sets)
+
+        def make() -> tuple[AdapterTrainer, Callable[[], None]]:
+            set_seed(arguments.training.seed)
+            self.tokenizer, model, classifier = load_model(arguments)
+            self.sets = {name: encode(arguments, self.tokenizer, columns) for name, columns in splits.items()}
+            trainer = self.trainer(arguments, self._attached(arguments, model, classifier), stop)
+            return trainer, lambda: finish(arguments, trainer, self.tokenizer, self.sets)
+
+        return zip(*splits["train"].values(), strict=True), make
 
     def parts(self, arguments: Arguments, shares: ExperimentArguments) -> Parts:
         """All examples in three parts; test examples without labels, as the hub's, are no part."""

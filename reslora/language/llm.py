@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from ..common.signals import StopRequest
 from ..common.together import decided
 from .arguments import ExperimentArguments, MethodArguments
 from .callbacks import LogCallback
-from .experiment import Study, run
+from .experiment import MakeTrainer, Study, run
 from .llm_arguments import BUNDLED_MODEL, PROG, Arguments, LlmTrainingArguments, TaskArguments, read, settled
 from .llm_tasks import Example, file_form, read_examples
 from .llm_trainer import (
@@ -192,8 +192,8 @@ def build_trainer(
 ) -> tuple[LlmTrainer, list[dict[str, list[int]]]]:
     """The trainer of a plain run, and its training rows."""
     study = LlmStudy(None)
-    trainer, _, _ = study.plain(Arguments(task, method, training), StopRequest())
-    return trainer, study.data.rows
+    rows, make = study.plain(Arguments(task, method, training), StopRequest())
+    return make()[0], rows
 
 
 def finish(trainer: LlmTrainer, rows: list, task: TaskArguments, method: MethodArguments) -> dict:
@@ -243,19 +243,23 @@ class LlmStudy(Study):
     def settled(self, values: Mapping[str, Any]) -> Arguments:
         return settled(self.parser, values)
 
-    def plain(self, arguments: Arguments, stop: StopRequest) -> tuple[LlmTrainer, Iterable, Callable[[], None]]:
+    def plain(self, arguments: Arguments, stop: StopRequest) -> tuple[list[dict[str, list[int]]], MakeTrainer]:
         task, method, training = arguments
         self.tokenizer = load_tokenizer(task)
         self.data = encoded(task, Encoder(self.tokenizer), load_examples(task, training))
-        trainer = self.trainer(arguments, self.adapted(arguments), stop)
-        if training.should_save:
-            trainer.model.print_trainable_parameters()
 
-        def end() -> None:
-            results = finish(trainer, self.data.rows, task, method)
-            say(summary(results, training, method, bundled=task.model_name_or_path == str(BUNDLED_MODEL)))
+        def make() -> tuple[LlmTrainer, Callable[[], None]]:
+            trainer = self.trainer(arguments, self.adapted(arguments), stop)
+            if training.should_save:
+                trainer.model.print_trainable_parameters()
 
-        return trainer, self.data.rows, end
+            def end() -> None:
+                results = finish(trainer, self.data.rows, task, method)
+                say(summary(results, training, method, bundled=task.model_name_or_path == str(BUNDLED_MODEL)))
+
+            return trainer, end
+
+        return self.data.rows, make
 
     def parts(self, arguments: Arguments, shares: ExperimentArguments) -> Parts:
         """All examples in three parts; near-duplicates are told by their prompts."""

@@ -14,7 +14,7 @@ from typing import Generic, TypeVar
 
 from ..common.errors import InvalidArgument
 from ..common.seeds import derive
-from ..experiment.parts import cut
+from ..experiment.parts import ENOUGH, cut, enough_of
 from .arguments import ExperimentArguments
 
 DEFAULT_SPLIT = 0.1
@@ -33,6 +33,8 @@ class Parts(Generic[T]):
     """Contents that are left out, or where they are, because of another one that they repeat."""
     files: Sequence[str]
     """Of the last two: whether it is a file of the task, or cut out of the training examples; in words."""
+    enough: float = 1
+    """The --test_split that takes ENOUGH to test on; 1 where none does."""
 
     def in_words(self, trained: int) -> str:
         """How many are in each part, of the first of them those that are `trained` on."""
@@ -52,7 +54,8 @@ class Parts(Generic[T]):
 
     def limited(self, select: int | None, test: int | None) -> Parts[T]:
         """With at most so many examples to choose and to compare by, taken by content."""
-        return replace(self, select=_fewer(self.select, select), test=_fewer(self.test, test))
+        enough = self.enough if test is None or test >= ENOUGH else 1
+        return replace(self, select=_fewer(self.select, select), test=_fewer(self.test, test), enough=enough)
 
 
 def _fewer(examples: Sequence[T], limit: int | None) -> Sequence[T]:
@@ -83,7 +86,8 @@ def parts_of(files: Mapping[str, Sequence[T]], text: Callable[[T], str], shares:
     select += _one_of_each([example for example in train if keys[example] in chosen], keys)
     test += _one_of_each([example for example in train if keys[example] in tested], keys)
     train = [example for example in train if keys[example] in learnt]
-    return Parts(train, select, test, len(keys) - len(set(keys.values())), words)
+    enough = enough_of(found) if wanted[1] else 1
+    return Parts(train, select, test, len(keys) - len(set(keys.values())), words, enough)
 
 
 def _one_of_each(examples: Sequence[T], keys: Mapping[T, str]) -> list[T]:

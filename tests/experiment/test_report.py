@@ -377,11 +377,11 @@ def test_what_to_use_says_how_of_each_file_that_is_there(experiment, folder):
     best = experiment["best"]
     own = {"settings": {"output_dir": "runs/{mine}"}}
     words = words_of(page(experiment | own, folder))
-    line = "kohya.safetensors, pytorch_lora_weights.safetensors and peft are of reslora/lr-0.0001/seed-1 at step 200"
-    assert f"What to use In runs/{{mine}}: {line}, which does best on the select images." in words
+    line = "kohya.safetensors, pytorch_lora_weights.safetensors and peft/ are those of reslora/lr-0.0001/seed-1"
+    assert f"What to use In runs/{{mine}}: {line} at step 200, which does best on the select images." in words
     assert (
         "kohya.safetensors : ComfyUI: put it into models/loras" in words and "load_lora_weights('runs/{mine}')" in words
     )
     words = words_of(page(experiment | {"best": best | {"files": ["peft"]}}, folder))
-    assert "peft is of reslora" in words and "PeftModel" in words and "ComfyUI" not in words
+    assert "peft/ is that of reslora" in words and "PeftModel" in words and "ComfyUI" not in words
     assert "What to use" not in page({name: experiment[name] for name in experiment if name != "best"}, folder)

@@ -25,7 +25,7 @@ from reslora.language.arguments import ExperimentArguments
 from reslora.language.experiment import flags_of, values_of
 from reslora.language.llm_tasks import TASKS, examples_of
 from reslora.language.llm_trainer import Encoder
-from reslora.language.parts import Parts
+from reslora.language.parts import Parts, parts_of
 
 from .helpers import SCRIPT, write_rows
 from .test_glue import make_rows, write_model
@@ -297,7 +297,7 @@ def test_two_processes_end_well(common, tmp_path):
     """Who has trained with the main process waits while that one compares and exports."""
     words = ["--seed", "0", "1", "--learning_rate", "5e-3", "--max_steps", "1", "--output_dir", str(tmp_path / "out")]
     printed = forked(SCRIPT, *common, *words, folder=tmp_path)
-    assert "error" not in printed and printed.count("peft is of") == 1, printed
+    assert "error" not in printed and printed.count("peft/ is that of") == 1, printed
     for seed in (0, 1):
         assert printed.count(f"lr-0.005/seed-{seed}: training\n") == 1, printed
     assert [arm["status"] for arm in record(tmp_path / "out")["arms"]] == ["finished"] * 2
@@ -322,7 +322,7 @@ def test_an_experiment_goes_on_with_as_many_processes_as_before(common, whole, t
     ("other", "words"),
     [
         ({"num_processes": 2}, "--num_processes 2: .* was begun with 1"),
-        ({"train": "others"}, "the train examples: .* was begun with others; bring those back"),
+        ({"train": "others"}, "--output_dir .*: was begun with other train examples, or an earlier version cut these"),
         ({}, "--eval_steps 2: .* was begun with 1"),
     ],
 )
@@ -335,6 +335,16 @@ def test_what_differs_is_named_before_when_losses_are_measured_which_follows(tmp
         experiment.take_folder(bench, stack)
 
 
+@pytest.mark.parametrize("module", [llm, glue])
+def test_a_plain_run_refuses_other_examples_before_it_loads_the_model(tmp_path, capsys, monkeypatch, module):
+    monkeypatch.setattr(module, "load_model", lambda *_: pytest.fail("loaded"))
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "config.json").write_text('{"data": "others"}')
+    resume = ["--resume_from_checkpoint", "checkpoint-1", "--output_dir", str(tmp_path), "--use_cpu"]
+    assert run_script("script", module.main, resume) == 2
+    assert f"{tmp_path} was trained on other examples than these" in capsys.readouterr().err
+
+
 def test_the_examples_that_are_trained_on_are_counted(common, tmp_path, capsys, monkeypatch):
     """Not those that --max_train_samples leaves out."""
     benches: list[experiment.Bench] = []
@@ -342,6 +352,20 @@ def test_the_examples_that_are_trained_on_are_counted(common, tmp_path, capsys, 
     assert run(*common, *EXPERIMENT, "--max_train_samples", "5", "--output_dir", tmp_path) == 0
     assert benches[0].facts()["split"] == {"train": 5, "select": 3, "test": 4, "duplicates": 0}
     assert "; examples: 5 to train on, 3 to choose by" in capsys.readouterr().out
+
+
+def test_too_few_to_compare_by_are_said_with_the_share_that_takes_enough():
+    """Where a share decides: a file of the task and a limit take as many as they do."""
+
+    def told(files, split=None, limit=None) -> list[str]:
+        parts = parts_of(files, str, ExperimentArguments(test_split=split)).limited(None, limit)
+        return experiment.Bench(None, None, {}, parts, 0, StopRequest()).too_few()
+
+    texts = [one + other for one in "abcdef" for other in "ghijk"]
+    (line,) = told({"train": texts}, 0.01)
+    start, _, share = line.partition(", or with --test_split ")
+    assert start == told({"train": texts}, 0.01, limit=2)[0] and start.startswith("only 2 examples compare")
+    assert told({"train": texts, "test": ["x", "y"]}) == [start] and told({"train": texts}, float(share)) == []
 
 
 def test_the_select_loss_is_measured_when_it_is_asked_for_or_ten_times():

@@ -25,7 +25,7 @@ from ...common.folder import check_held
 from ...common.methods import METHODS
 from ...common.temporarily import temporarily
 from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
-from ...files import Damaged, check_checksums, remove, write_json
+from ...files import Damaged, check_checksums, replacing, write_json
 from ...model import MergeReport, merge
 from ...tracing import evaluating
 from ..arguments import listed
@@ -307,17 +307,18 @@ def write_formats(parts: Parts, method: str, metadata: dict[str, str], context: 
 def write_adapters(parts: Parts, folder: Path, family: Family, metadata: dict[str, str] | None) -> list[str]:
     """PEFT's folder, and with metadata plain LoRA in the family's formats, all parts in each file; their names.
 
-    What is there of another training goes first, of which it may have more.
+    What an earlier training has left goes once they are there: a full disk loses none of it.
     """
-    remove(folder / PEFT_FOLDER)
-    for file in (DIFFUSERS_FILE, *LORA_FILES):
+    with replacing(folder / PEFT_FOLDER) as temporary:
+        for name, part in parts.items():
+            export.export_peft(part, peft_folder(temporary, name, family))
+    written = [PEFT_FOLDER]
+    if metadata is not None:
+        write_lora(parts, folder, family, metadata)
+        written = [*family.lora_files, DIFFUSERS_FILE, PEFT_FOLDER]
+    for file in {DIFFUSERS_FILE, *LORA_FILES} - set(written):
         (folder / file).unlink(missing_ok=True)
-    for name, part in parts.items():
-        export.export_peft(part, peft_folder(folder / PEFT_FOLDER, name, family))
-    if metadata is None:
-        return [PEFT_FOLDER]
-    write_lora(parts, folder, family, metadata)
-    return [*family.lora_files, DIFFUSERS_FILE, PEFT_FOLDER]
+    return written
 
 
 def write_lora(parts: Parts, folder: Path, family: Family, metadata: dict[str, str]) -> None:

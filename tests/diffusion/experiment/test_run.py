@@ -143,7 +143,7 @@ def test_the_file_on_top_is_of_the_arm_that_the_select_images_choose(whole):
     label, choice = min(found["chosen"].items(), key=lambda item: item[1]["loss"])
     arms = [a for a in found["arms"] if a["label"] == label]
     best = min(arms, key=lambda a: a["select_by_step"][str(choice["step"])])
-    only(lines, f"and peft are of {best['folder']}", f"step {choice['step']}")
+    only(lines, f"and peft/ are those of {best['folder']}", f"step {choice['step']}")
     assert found["best"] == {
         "label": label, "learning_rate": best["learning_rate"], "seed": best["seed"], "folder": best["folder"],
         "step": choice["step"], "files": ["kohya.safetensors", "pytorch_lora_weights.safetensors", "peft"],
@@ -161,7 +161,7 @@ def test_where_the_best_is_no_plain_lora_no_file_of_an_earlier_choice_stays(flag
     lines = printed(*flags, "--method", "loha", "--learning_rate", "1e-2", "3e-2", "--output_dir", output)
     best = experiment(output)["best"]
     assert (best["label"], best["files"]) == ("loha", ["peft"]) and not list(output.glob("*.safetensors"))
-    only(lines, f"peft is of {best['folder']} at step {best['step']}, which does best")
+    only(lines, f"peft/ is that of {best['folder']} at step {best['step']}, which does best")
     assert json.loads((output / "peft" / "adapter_config.json").read_text())["peft_type"] == "LOHA"
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from reslora.diffusion.arguments import Flags, build_parser
 from reslora.diffusion.context import Context
 from reslora.diffusion.output import exports as results
 from reslora.diffusion.prompts import Prompt
+from reslora.export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 
 
 def test_run_writes_the_documented_files(run):
@@ -178,6 +180,36 @@ def compared(folder: Path, monkeypatch, drawn: float, read: float, chaos: int = 
     trained, accelerator = SimpleNamespace(loss=None), SimpleNamespace(print=told.append)
     learner = SimpleNamespace(method=folder.name, name=folder.name, trained=trained)
     return results.export_method(learner, None, Picture(0, chaos), None, Context(flags, None, accelerator, None))
+
+
+def test_earlier_adapters_stay_until_the_new_ones_are_there(tmp_path, monkeypatch):
+    """A full disk loses none of them; afterwards those go that are written no more."""
+    family, config = SimpleNamespace(denoiser="unet", lora_files=(KOHYA_FILE,)), "adapter_config.json"
+    files = [DIFFUSERS_FILE, KOHYA_FILE, COMFYUI_FILE, f"peft/{config}", f"peft/text_encoder/{config}"]
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("earlier")
+
+    def full(part: str, folder: Path) -> None:
+        folder.mkdir()
+        (folder / config).write_text(part)
+        if part == "full":
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(results.export, "export_peft", full)
+    monkeypatch.setattr(results, "write_lora", lambda parts, folder, *_: full("full", folder / "other"))
+
+    def there() -> list[str]:
+        return [file for file in files if (tmp_path / file).is_file()]
+
+    with pytest.raises(OSError, match="No space"):
+        results.write_adapters({"unet": "full"}, tmp_path, family, {})
+    assert there() == files and {(tmp_path / file).read_text() for file in files} == {"earlier"}
+    with pytest.raises(OSError, match="No space"):
+        results.write_adapters({"unet": "new"}, tmp_path, family, {})
+    assert there() == files[:4]
+    assert results.write_adapters({"unet": "new"}, tmp_path, family, None) == ["peft"]
+    assert there() == [f"peft/{config}"]
 
 
 @pytest.mark.parametrize("difference", [0, 1, 2, -2])

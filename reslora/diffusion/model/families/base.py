@@ -154,10 +154,9 @@ class Family:
         return list(map(len, tokenizer(list(captions)).input_ids))
 
     def encode_captions(self, pipeline: DiffusionPipeline, captions: Sequence[str], longest: int | None) -> Text:
-        """What the denoiser reads of the captions, through the pipeline's own `encode_prompt`.
+        """What the denoiser reads of the captions; a family's own where no encoder can be trained.
 
-        `longest` is how many tokens a caption may have, where the pipeline asks for that. Where only some of the
-        encoders train, `encode_frozen` and `encode_trained` are a family's own, and this is both.
+        `longest` is how many tokens a caption may have, where the pipeline asks for that.
         """
         return self.encode_trained(pipeline, captions, self.encode_frozen(pipeline, captions, longest))
 
@@ -167,7 +166,7 @@ class Family:
 
     def encode_trained(self, pipeline: DiffusionPipeline, captions: Sequence[str], frozen: Text) -> Text:
         """What `encode_captions` returns, with what `encode_frozen` has made of the same captions."""
-        return self.encode_captions(pipeline, captions, None)
+        raise NotImplementedError
 
     def encode_images(self, vae: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
         """Mean and standard deviation of the latents (batch x 2 x channels x height x width) of pixels in [-1, 1]."""

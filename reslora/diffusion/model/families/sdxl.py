@@ -62,7 +62,7 @@ class StableDiffusionXL(Family):
             return f"its U-Net is told {told} numbers beside the pooled states, which are not six sizes of an image"
         return None if read == given else f"its U-Net reads text states {read} wide, its text encoders give {given}"
 
-    def encode_captions(self, pipeline, captions, longest):
+    def encode_trained(self, pipeline, captions, frozen):
         """`states` (batch x tokens x width of both encoders) and `pooled` (batch x width of the second)."""
         device = pipeline.text_encoder_2.device
         states, _, pooled, _ = pipeline.encode_prompt(

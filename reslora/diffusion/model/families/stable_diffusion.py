@@ -28,7 +28,7 @@ class StableDiffusion(Family):
         "target_modules": ["to_q", "to_k", "to_v", "to_out.0"],
     }
 
-    def encode_captions(self, pipeline, captions, longest):
+    def encode_trained(self, pipeline, captions, frozen):
         """`states` (batch x tokens x width)."""
         states, _ = pipeline.encode_prompt(list(captions), pipeline.text_encoder.device, 1, False)
         return {"states": states}

@@ -14,7 +14,7 @@ from reslora.diffusion.data.folders import load_folders
 from reslora.diffusion.data.material import material_of
 from reslora.diffusion.data.samples import TrainingSamples
 from reslora.diffusion.model.families import load_family
-from reslora.diffusion.model.families.base import Conditions
+from reslora.diffusion.model.families.base import Conditions, Family
 from reslora.diffusion.run import load_and_check, settle
 from reslora.diffusion.settings import parse_args
 from reslora.diffusion.training.denoising import DenoisingLoss
@@ -271,6 +271,11 @@ def test_padding_beside_a_longer_caption_changes_no_loss(setting, name):
         return one.family.prediction(denoiser(**inputs, return_dict=False), noisy)
 
     torch.testing.assert_close(output([0, 1]), torch.cat([output([0]), output([1])]), rtol=1e-10, atol=1e-10)
+
+
+def test_a_family_that_encodes_no_captions_says_so():
+    with pytest.raises(NotImplementedError):
+        Family().encode_captions(None, CAPTIONS, None)
 
 
 def test_every_row_of_the_registry_has_a_module_and_a_builder():
