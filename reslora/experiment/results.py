@@ -115,8 +115,15 @@ class Results:
         read = [[arm.label, arm.rate, arm.seed, self.step_of(arm)] for arm in to_read]
         if read != self.read and not all(self.subject.is_tested(arm, self.step_of(arm)) for arm in to_read):
             self.readings, self.read = self.readings + 1, read
-            path = self.course.folder / EXPERIMENT
-            write_json(path, read_object(path) | {"readings": self.readings, "read": self.read})
+            self.amend(readings=self.readings, read=self.read)
+
+    def amend(self, **facts: object) -> None:
+        """Changes these of `experiment.json` alone: what an earlier start has concluded stays."""
+        check_held()
+        path = self.course.folder / EXPERIMENT
+        content = read_object(path) | facts
+        write_json(path, content)
+        write_report(content, self.course.folder, self.subject.about)  # type: ignore[arg-type] # as `write` wrote it
 
     def tested(self, judged: Sequence[Arm]) -> dict[Arm, record.TestLosses]:
         """What is known of each from the test part; those that a stop leaves untested are tested by the next start."""
@@ -214,6 +221,7 @@ class Results:
         arms = [arm for arm in judged if arm.label == label]
         best = min(arms, key=lambda arm: self.course.select_losses(arm)[self.step_of(arm)])
         self.begins("exporting", best)
+        self.amend(best=None)  # an end within the export would leave it naming files that are gone
         files = self.subject.export(best, self.step_of(best))
         return record.Best(
             label=label, learning_rate=best.rate, seed=best.seed, folder=self.course.name_of(best),

@@ -145,6 +145,17 @@ def test_what_was_concluded_stays_until_it_is_concluded_anew(tmp_path):
     assert Experiment("out", folder).status == "finished"
 
 
+def test_no_files_are_named_while_others_take_their_place(tmp_path):
+    """What is there may be of either, or gone; the rest of what was concluded stays."""
+    before, _ = go(tmp_path / "out")
+    (tmp_path / "out" / "config.json").write_text('{"seed": [0, 1]}')
+    kept, _ = go(tmp_path / "out", "--seed", "0", "1", "2", stopped="export")
+    assert before["best"] and kept["best"] is None and kept["verdicts"] == before["verdicts"]
+    assert "What to use" not in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert Experiment("out", tmp_path / "out").status == "stopped"
+    assert go(tmp_path / "out", "--seed", "0", "1", "2")[0]["best"] == before["best"]
+
+
 @pytest.mark.parametrize("stopped", ["", "tested", "export"])
 def test_a_reading_of_the_test_images_counts_once_wherever_it_is_cut_off(tmp_path, stopped):
     if stopped:
