@@ -169,8 +169,11 @@ def what_to_use(experiment: Experiment, about: About) -> str:
     best = experiment.get("best")
     if not best:
         return ""
-    folder = in_words(experiment["settings"].get("output_dir", "."))
-    which = f"In {folder}: {best_in_words(best, about)}."
+    path = Path(experiment["settings"].get("output_dir", "."))
+    place = folder = in_words(path)
+    if Path.cwd() not in path.absolute().parents:  # nothing short leads there, as where the application began it
+        place, folder = f"{path.absolute().name}, this report's folder", f"path/to/{path.absolute().name}"
+    which = f"In {place}: {best_in_words(best, about)}."
     lines = "".join(
         f"<li><b>{escape(file)}</b>: {escape(use.format(folder=folder))}</li>"
         for file, use in about.uses.items()
@@ -400,7 +403,7 @@ def in_words(value: object) -> str:
     path = Path(str(value))
     if not path.is_absolute():
         return str(value)
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name
+    return str(path.relative_to(Path.cwd())) if Path.cwd() in path.parents else path.name
 
 
 def missing(experiment: Experiment) -> str:

@@ -373,6 +373,20 @@ def test_without_samples_there_is_no_slider(experiment, tmp_path):
     assert 'id="slider"' in page(experiment, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("working", "place", "code"),
+    [(".", "runs/mine", "runs/mine"), ("runs/mine", "mine, this report's folder", "path/to/mine")],
+)
+def test_what_to_use_is_named_wherever_the_trainer_runs(experiment, folder, tmp_path, monkeypatch, working, place, code):
+    """The application begins trainers in the folder itself."""
+    output = tmp_path / "runs" / "mine"
+    output.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / working)
+    words = words_of(page(experiment | {"settings": {"output_dir": str(output)}}, folder))
+    assert f"What to use In {place}: kohya.safetensors, " in words and f"load_lora_weights('{code}')" in words
+    assert str(tmp_path) not in words and f"output_dir {place.partition(',')[0]} " in words
+
+
 def test_what_to_use_says_how_of_each_file_that_is_there(experiment, folder):
     best = experiment["best"]
     own = {"settings": {"output_dir": "runs/{mine}"}}
