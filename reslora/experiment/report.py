@@ -183,7 +183,8 @@ def what_to_use(experiment: Experiment, about: About) -> str:
         f"Whether {best['label']} is better than others, and not by luck, only the verdicts say. Where they show no "
         "difference the others do as well, as far as this experiment can tell."
     )
-    return f"<p>{escape(which)}</p><ul>{lines}</ul><p>{escape(caution)}</p>"
+    found = f"<p>{escape(which)}</p><ul>{lines}</ul>"
+    return found + (f"<p>{escape(caution)}</p>" if experiment["verdicts"] else "")
 
 
 def signed(percent: float) -> str:
