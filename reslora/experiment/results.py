@@ -153,8 +153,11 @@ class Results:
         """What keeps differences from being shown, whatever comes of the arms."""
         found = self.subject.too_few()
         if len(self.course.labels) > 1 and len(self.course.seeds) == 1:
+            more = " ".join(
+                map(str, list(dict.fromkeys([*self.course.seeds, 0, 1, 2]))[:3])
+            )  # which keeps what is trained
             found.append(
-                "one seed cannot tell methods apart: add two or more, as --seed 0 1 2, now or by a later start"
+                f"one seed cannot tell methods apart: add two or more, as --seed {more}, now or by a later start"
             )
         if not self.references():
             found.append(f"nothing to compare with: verdicts need --method {REFERENCE}")

@@ -243,6 +243,7 @@ ONE = "one seed cannot tell methods apart: add two or more, as --seed 0 1 2, now
         ("lora lora_x2", "0 1", [FEW]),
         ("lora", "0", [FEW]),
         ("lora lora_x2", "0", [FEW, ONE]),
+        ("lora lora_x2", "42", [FEW, ONE.replace("0 1 2", "42 0 1")]),  # what is trained stays of use
         ("lora_x2 lora_x4", "0 1", [FEW, "nothing to compare with: verdicts need --method lora"]),
     ],
 )  # fmt: skip
