@@ -51,7 +51,8 @@ class Results:
         self.verdicts = [each for each in there["verdicts"] if {each["label"], each["reference"]} <= labels]
         tests = {Arm(arm["label"], arm["learning_rate"], arm["seed"]): arm["test"] for arm in there["arms"]}
         self.tests = {arm: test for arm, test in tests.items() if test and arm in judged}
-        self.notes, self.best = there["notes"], there.get("best")
+        self.notes += there["notes"][there.get("beforehand", 0) :]
+        self.best = there.get("best")
         ended = sum(arm["status"] in ("finished", "failed") for arm in there["arms"])
         self.as_of = there.get("as_of", ended)
 
@@ -67,6 +68,7 @@ class Results:
             "verdicts": self.verdicts,
             "best": self.best,
             "notes": self.notes,
+            "beforehand": len(self.beforehand()),
             "readings": self.readings,
             "read": self.read,
             "process": this_process(),
@@ -153,12 +155,9 @@ class Results:
         """What keeps differences from being shown, whatever comes of the arms."""
         found = self.subject.too_few()
         if len(self.course.labels) > 1 and len(self.course.seeds) == 1:
-            more = " ".join(
-                map(str, list(dict.fromkeys([*self.course.seeds, 0, 1, 2]))[:3])
-            )  # which keeps what is trained
-            found.append(
-                f"one seed cannot tell methods apart: add two or more, as --seed {more}, now or by a later start"
-            )
+            seeds = list(dict.fromkeys([*self.course.seeds, 0, 1, 2]))[:3]  # its own first: what is trained counts
+            more = f"add two or more, as --seed {' '.join(map(str, seeds))}, now or by a later start"
+            found.append(f"one seed cannot tell methods apart: {more}")
         if not self.references():
             found.append(f"nothing to compare with: verdicts need --method {REFERENCE}")
         return found

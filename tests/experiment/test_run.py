@@ -145,6 +145,14 @@ def test_what_was_concluded_stays_until_it_is_concluded_anew(tmp_path):
     assert Experiment("out", folder).status == "finished"
 
 
+def test_notes_that_a_later_start_mends_do_not_stay_until_it_ends(tmp_path):
+    before, _ = go(tmp_path / "out", "--seed", "0", "--learning_rate", "2e-4", "4e-4")
+    assert before["notes"][:2] == [FEW, ONE] and "was tried" in before["notes"][2]
+    for _ in range(2):
+        kept, _ = go(tmp_path / "out", "--learning_rate", "2e-4", "4e-4", stopped="train")
+        assert kept["notes"] == [FEW, *before["notes"][2:]] and "as_of" in kept
+
+
 def test_no_files_are_named_while_others_take_their_place(tmp_path):
     """What is there may be of either, or gone; the rest of what was concluded stays."""
     before, _ = go(tmp_path / "out")
