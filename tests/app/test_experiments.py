@@ -306,6 +306,16 @@ def test_the_best_arms_lora_is_handed_out(library):
     assert copy.name == "which-kohya.safetensors" and copy.read_bytes() == b"kohya"
 
 
+@pytest.mark.parametrize("best", [None, {"files": ["peft"]}, {"files": 1}, {}, [], "kohya.safetensors"])
+def test_what_an_earlier_choice_has_left_is_not_handed_out(library, best):
+    found = library.find_experiment("which")
+    (found.folder / "kohya.safetensors").write_bytes(b"kohya")
+    content = examples.experiment(None)
+    for record, path in ((content, found.folder / "kohya.safetensors"), (content | {"best": best}, None)):
+        (found.folder / "experiment.json").write_text(json.dumps(record))
+        assert found.lora() == path
+
+
 def test_the_memory_is_planned_of_a_new_experiment_and_of_one_that_goes_on(library, tmp_path, monkeypatch):
     """Images that were uploaded are those of a new one; one that is there keeps its own."""
     trainings, planned = Trainings(library), []
