@@ -79,8 +79,16 @@ class Experiment(Run):
         return ""
 
     def lora(self) -> Path | None:
-        """The best arm's LoRA file, of those there are the one that most tools read; None until there is one."""
-        found = [self.inside(name) for name in (KOHYA_FILE, COMFYUI_FILE, DIFFUSERS_FILE)]
+        """The best arm's LoRA file, of those there are the one that most tools read; None until there is one.
+
+        What an earlier choice has left is none of the best arm's.
+        """
+        names, content = [KOHYA_FILE, COMFYUI_FILE, DIFFUSERS_FILE], self.read_json(EXPERIMENT)
+        if isinstance(content, dict) and "best" in content:
+            best = content["best"]
+            files = best.get("files") if isinstance(best, dict) else None
+            names = [name for name in names if isinstance(files, list) and name in files]
+        found = map(self.inside, names)
         return next((path for path in found if path is not None and path.is_file()), None)
 
     def fingerprint(self) -> tuple:

@@ -16,11 +16,12 @@ LARGEST = 0.5  # share that is advised
 def cut(marks: Sequence[str], select: float, test: float) -> tuple[list[int], list[int], list[int]]:
     """Numbers of what is trained on, chosen by and tested on: a hash of each mark is a place from 0 to 1, and those
     below `test` are tested on, those above it by less than `select` chosen by. Unless a share is 0 one at least is
-    chosen by, and LEAST are tested on, of three one."""
+    chosen by and one tested on, and LEAST where two remain to train on."""
     places = [derive("experiment", mark) / SPACE for mark in marks]
     order = sorted(range(len(marks)), key=places.__getitem__)
     least = int(select > 0)
-    tested = min(max(LEAST * (test > 0), sum(place < test for place in places)), len(marks) - 1 - least)
+    some = max(1, min(LEAST, len(marks) - 2 - least)) if test > 0 else 0
+    tested = min(max(some, sum(place < test for place in places)), len(marks) - 1 - least)
     chosen = min(max(least, sum(test <= place < test + select for place in places)), len(marks) - 1 - tested)
     return order[tested + chosen :], order[tested : tested + chosen], order[:tested]
 

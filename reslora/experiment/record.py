@@ -167,6 +167,8 @@ class Experiment(Facts):
     """None until something is chosen."""
     notes: list[str]
     """Lines that a reader should know, as they were printed."""
+    beforehand: NotRequired[int]
+    """How many of them, the first, are known before the first arm: those are of the last start."""
     readings: NotRequired[int]
     """How often losses on the test images were measured."""
     read: NotRequired[list[list]]

@@ -169,8 +169,11 @@ def what_to_use(experiment: Experiment, about: About) -> str:
     best = experiment.get("best")
     if not best:
         return ""
-    folder = in_words(experiment["settings"].get("output_dir", "."))
-    which = f"In {folder}: {best_in_words(best, about)}."
+    path = Path(experiment["settings"].get("output_dir", "."))
+    place = folder = in_words(path)
+    if Path.cwd() not in path.absolute().parents:  # nothing short leads there, as where the application began it
+        place, folder = f"{path.absolute().name}, this report's folder", f"path/to/{path.absolute().name}"
+    which = f"In {place}: {best_in_words(best, about)}."
     lines = "".join(
         f"<li><b>{escape(file)}</b>: {escape(use.format(folder=folder))}</li>"
         for file, use in about.uses.items()
@@ -180,7 +183,8 @@ def what_to_use(experiment: Experiment, about: About) -> str:
         f"Whether {best['label']} is better than others, and not by luck, only the verdicts say. Where they show no "
         "difference the others do as well, as far as this experiment can tell."
     )
-    return f"<p>{escape(which)}</p><ul>{lines}</ul><p>{escape(caution)}</p>"
+    found = f"<p>{escape(which)}</p><ul>{lines}</ul>"
+    return found + (f"<p>{escape(caution)}</p>" if experiment["verdicts"] else "")
 
 
 def signed(percent: float) -> str:
@@ -400,7 +404,7 @@ def in_words(value: object) -> str:
     path = Path(str(value))
     if not path.is_absolute():
         return str(value)
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name
+    return str(path.relative_to(Path.cwd())) if Path.cwd() in path.parents else path.name
 
 
 def missing(experiment: Experiment) -> str:

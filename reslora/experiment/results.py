@@ -51,7 +51,8 @@ class Results:
         self.verdicts = [each for each in there["verdicts"] if {each["label"], each["reference"]} <= labels]
         tests = {Arm(arm["label"], arm["learning_rate"], arm["seed"]): arm["test"] for arm in there["arms"]}
         self.tests = {arm: test for arm, test in tests.items() if test and arm in judged}
-        self.notes, self.best = there["notes"], there.get("best")
+        self.notes += there["notes"][there.get("beforehand", 0) :]
+        self.best = there.get("best")
         ended = sum(arm["status"] in ("finished", "failed") for arm in there["arms"])
         self.as_of = there.get("as_of", ended)
 
@@ -67,6 +68,7 @@ class Results:
             "verdicts": self.verdicts,
             "best": self.best,
             "notes": self.notes,
+            "beforehand": len(self.beforehand()),
             "readings": self.readings,
             "read": self.read,
             "process": this_process(),
@@ -115,8 +117,15 @@ class Results:
         read = [[arm.label, arm.rate, arm.seed, self.step_of(arm)] for arm in to_read]
         if read != self.read and not all(self.subject.is_tested(arm, self.step_of(arm)) for arm in to_read):
             self.readings, self.read = self.readings + 1, read
-            path = self.course.folder / EXPERIMENT
-            write_json(path, read_object(path) | {"readings": self.readings, "read": self.read})
+            self.amend(readings=self.readings, read=self.read)
+
+    def amend(self, **facts: object) -> None:
+        """Changes these of `experiment.json` alone: what an earlier start has concluded stays."""
+        check_held()
+        path = self.course.folder / EXPERIMENT
+        content = read_object(path) | facts
+        write_json(path, content)
+        write_report(content, self.course.folder, self.subject.about)  # type: ignore[arg-type] # as `write` wrote it
 
     def tested(self, judged: Sequence[Arm]) -> dict[Arm, record.TestLosses]:
         """What is known of each from the test part; those that a stop leaves untested are tested by the next start."""
@@ -146,9 +155,9 @@ class Results:
         """What keeps differences from being shown, whatever comes of the arms."""
         found = self.subject.too_few()
         if len(self.course.labels) > 1 and len(self.course.seeds) == 1:
-            found.append(
-                "one seed cannot tell methods apart: add two or more, as --seed 0 1 2, now or by a later start"
-            )
+            seeds = list(dict.fromkeys([*self.course.seeds, 0, 1, 2]))[:3]  # its own first: what is trained counts
+            more = f"add two or more, as --seed {' '.join(map(str, seeds))}, now or by a later start"
+            found.append(f"one seed cannot tell methods apart: {more}")
         if not self.references():
             found.append(f"nothing to compare with: verdicts need --method {REFERENCE}")
         return found
@@ -214,6 +223,7 @@ class Results:
         arms = [arm for arm in judged if arm.label == label]
         best = min(arms, key=lambda arm: self.course.select_losses(arm)[self.step_of(arm)])
         self.begins("exporting", best)
+        self.amend(best=None)  # an end within the export would leave it naming files that are gone
         files = self.subject.export(best, self.step_of(best))
         return record.Best(
             label=label, learning_rate=best.rate, seed=best.seed, folder=self.course.name_of(best),

@@ -373,6 +373,18 @@ def test_without_samples_there_is_no_slider(experiment, tmp_path):
     assert 'id="slider"' in page(experiment, tmp_path)
 
 
+def test_what_to_use_is_named_wherever_the_trainer_runs(experiment, folder, tmp_path, monkeypatch):
+    """The application begins trainers in the folder itself."""
+    output = tmp_path / "runs" / "mine"
+    output.mkdir(parents=True)
+    for working, place, code in ((tmp_path, "runs/mine", "runs/mine"), (output, "mine", "path/to/mine")):
+        monkeypatch.chdir(working)
+        words = words_of(page(experiment | {"settings": {"output_dir": str(output)}}, folder))
+        where = f"{place}, this report's folder" if working == output else place
+        assert f"What to use In {where}: kohya.safetensors, " in words and f"load_lora_weights('{code}')" in words
+        assert str(tmp_path) not in words and f"output_dir {place} " in words
+
+
 def test_what_to_use_says_how_of_each_file_that_is_there(experiment, folder):
     best = experiment["best"]
     own = {"settings": {"output_dir": "runs/{mine}"}}
@@ -384,4 +396,7 @@ def test_what_to_use_says_how_of_each_file_that_is_there(experiment, folder):
     )
     words = words_of(page(experiment | {"best": best | {"files": ["peft"]}}, folder))
     assert "peft/ is that of reslora" in words and "PeftModel" in words and "ComfyUI" not in words
+    assert "with --train_text_encoder, its text encoders too" in words and "peft/text_encoder*'" in words
+    assert "only the verdicts say" in words
+    assert "only the verdicts say" not in words_of(page(experiment | {"verdicts": []}, folder))
     assert "What to use" not in page({name: experiment[name] for name in experiment if name != "best"}, folder)

@@ -145,6 +145,25 @@ def test_what_was_concluded_stays_until_it_is_concluded_anew(tmp_path):
     assert Experiment("out", folder).status == "finished"
 
 
+def test_notes_that_a_later_start_mends_do_not_stay_until_it_ends(tmp_path):
+    before, _ = go(tmp_path / "out", "--seed", "0", "--learning_rate", "2e-4", "4e-4")
+    assert before["notes"][:2] == [FEW, ONE] and "was tried" in before["notes"][2]
+    for _ in range(2):
+        kept, _ = go(tmp_path / "out", "--learning_rate", "2e-4", "4e-4", stopped="train")
+        assert kept["notes"] == [FEW, *before["notes"][2:]] and "as_of" in kept
+
+
+def test_no_files_are_named_while_others_take_their_place(tmp_path):
+    """What is there may be of either, or gone; the rest of what was concluded stays."""
+    before, _ = go(tmp_path / "out")
+    (tmp_path / "out" / "config.json").write_text('{"seed": [0, 1]}')
+    kept, _ = go(tmp_path / "out", "--seed", "0", "1", "2", stopped="export")
+    assert before["best"] and kept["best"] is None and kept["verdicts"] == before["verdicts"]
+    assert "What to use" not in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert Experiment("out", tmp_path / "out").status == "stopped"
+    assert go(tmp_path / "out", "--seed", "0", "1", "2")[0]["best"] == before["best"]
+
+
 @pytest.mark.parametrize("stopped", ["", "tested", "export"])
 def test_a_reading_of_the_test_images_counts_once_wherever_it_is_cut_off(tmp_path, stopped):
     if stopped:
@@ -232,6 +251,7 @@ ONE = "one seed cannot tell methods apart: add two or more, as --seed 0 1 2, now
         ("lora lora_x2", "0 1", [FEW]),
         ("lora", "0", [FEW]),
         ("lora lora_x2", "0", [FEW, ONE]),
+        ("lora lora_x2", "42", [FEW, ONE.replace("0 1 2", "42 0 1")]),  # what is trained stays of use
         ("lora_x2 lora_x4", "0 1", [FEW, "nothing to compare with: verdicts need --method lora"]),
     ],
 )  # fmt: skip

@@ -55,6 +55,7 @@ USES = {
     KOHYA_FILE: f"{COMFYUI} A1111 and Forge: models/Lora, at weight 1.",
     COMFYUI_FILE: COMFYUI,
     DIFFUSERS_FILE: "diffusers: pipeline.load_lora_weights('{folder}')",
-    PEFT_FOLDER: "PEFT: PeftModel.from_pretrained(DENOISER, '{folder}/peft'), with the pipeline's denoiser",
+    PEFT_FOLDER: "PEFT: PeftModel.from_pretrained(DENOISER, '{folder}/peft'), with the pipeline's denoiser; "
+    "with --train_text_encoder, its text encoders too, each from '{folder}/peft/text_encoder*'",
 }
 IMAGES = About("image", MEANINGS, USES, sections)

@@ -3,7 +3,7 @@
 An image and its near-duplicates (re-encoded, scaled, with another caption) are in one part; where they choose or
 compare, one of them does, as several would count as images of their own. Which part, a hash of the
 content says, whatever other images there are: an image that is added moves no other one but its duplicates. Only where
-a part would be empty, or of the test part where it would be one image, it takes the next in the order of the hash.
+a part would be empty, or of five images and more the test part one image, it takes the next in the order of the hash.
 """
 
 from __future__ import annotations
