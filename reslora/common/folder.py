@@ -18,7 +18,9 @@ from .status import FILE
 
 OWNER = ".lock"  # holds the process id, and what it is known by; locked is a file of the system's temporary folder
 _HELD: dict[Path, os.stat_result] = {}
-"""The folders that this process has locked, as they were."""
+"""The folders that this process has locked, or another one for it, as they were."""
+_LENDERS: dict[Path, str] = {}
+"""The other ones, by what they are known by."""
 _FILLED: dict[Path, os.stat_result] = {}
 """Those in them that it is writing into."""
 
@@ -50,6 +52,17 @@ def locked(folder: Path) -> Iterator[None]:
                 if made:
                     with contextlib.suppress(OSError):
                         folder.rmdir()  # a run that was refused before it wrote anything leaves nothing
+
+
+@contextlib.contextmanager
+def lent(folder: Path) -> Iterator[None]:
+    """In a process that the one which has locked the folder has started: `check_held` looks whether it still has."""
+    _LENDERS[folder] = _owner(folder)[1]
+    try:
+        with _noted(folder, _HELD):
+            yield
+    finally:
+        del _LENDERS[folder]
 
 
 @contextlib.contextmanager
@@ -104,7 +117,7 @@ def _is_still(folder: Path, before: os.stat_result) -> bool:
 def _lost(folder: Path) -> str:
     """Why a folder that was locked is this run's no more, by its lock or, without one, as the disk says; else empty."""
     number, process = _owner(folder)
-    if process == this_process():
+    if process == _LENDERS.get(folder, this_process()):
         return ""
     if not _is_still(folder, _HELD[folder]):
         fix = "if it is elsewhere, go on with --output_dir PLACE --resume_from_checkpoint latest"

@@ -424,6 +424,9 @@ def add_experiment_flags(add: Callable) -> None:
         help="experiments: where the best learning rate is the lowest or highest, try the next one, up to three times")
     add("--experiment_minutes", type=number(0, exclusive=True),
         help="experiments: no arm is begun that would not end in so many minutes; the same command goes on")
+    add("--arms_at_once", type=whole(1),
+        help="experiments: how many arms are trained at once, each by a process of its own; of several GPUs each has "
+             "one (default: 1)")
     add("--merged_weights", **SWITCH,
         help="experiments: write the merged weights of every arm too, as a run with one rate and seed does")
 

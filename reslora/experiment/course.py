@@ -54,8 +54,8 @@ class Course:
     """Settled, with several values."""
     began: float = field(default_factory=time.monotonic)
     longest: float = 0.0
-    """Seconds of the longest arm that this process has trained."""
-    running: Arm | None = None
+    """Seconds of the longest arm that this start has trained."""
+    running: set[Arm] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.labels = {label.name: label for label in labels_of(self.flags)}
@@ -135,7 +135,7 @@ class Course:
         return min(losses.values())
 
     def next_arm(self) -> Arm | None:
-        """The arm to train now; None where all have ended, or none would end in the time that is left.
+        """The arm to train now; None where all have ended or are running, or none would end in the time that is left.
 
         Where rates are to be extended, the grids grow first.
         """
@@ -145,7 +145,8 @@ class Course:
             grids = grown(self.grids, self.seeds, losses)
             if max(map(len, grids.values())) <= len(self.given) + MOST_EXTENSIONS:
                 self.grids = grids
-        todo = [arm for arm in in_order(self.grids, self.seeds, losses) if arm not in losses]
+        begun = losses.keys() | self.running
+        todo = [arm for arm in in_order(self.grids, self.seeds, losses) if arm not in begun]
         return todo[0] if todo and self.has_time() else None
 
     def has_time(self) -> bool:
@@ -174,7 +175,7 @@ class Course:
             "rank": flags.rank,
             "shortcut": shortcut_in_words(flags.shortcut, flags.pre_num) if METHODS[method].reads_shortcut else None,
             "folder": self.name_of(arm),
-            "status": ended.get("status") or ("running" if arm == self.running else "waiting"),
+            "status": ended.get("status") or ("running" if arm in self.running else "waiting"),
             "reason": ended.get("reason", ""),
             "steps": last["step"],
             "seconds": last["seconds"],

@@ -1,4 +1,4 @@
-"""An experiment's arms, one after the other, and what came of them."""
+"""An experiment's arms, one after the other or several at once, and what came of them."""
 
 from __future__ import annotations
 
@@ -9,27 +9,30 @@ from ..common.memory import forget_peak, peak_memory
 from ..common.together import decided, is_main
 from .arms import Arm
 from .course import Course
+from .crew import Crew, train_at_once
 from .results import Results
 from .subject import Subject
 
 
-def train_and_conclude(course: Course, subject: Subject) -> None:
-    """Trains what is next until nothing is, and tells what came of it."""
+def train_and_conclude(course: Course, subject: Subject, crew: Crew | None = None) -> None:
+    """Trains what is next until nothing is, or has a crew train it, and tells what came of it."""
     results = Results(course, subject)
     for line in results.beforehand() if is_main() else ():
         print(line, flush=True)
     try:
+        if crew:
+            train_at_once(course, results, crew)
         while arm := decided(course.next_arm):
-            course.running = arm
+            course.running = {arm}
             decided(results.write)
             train(arm, course, subject)
     except Stopped as error:
-        course.running = None
+        course.running = set()
         if is_main():  # alone: the others may have left otherwise
             results.write()
         what, _, _ = str(error).partition("; ")  # a plain run would go on otherwise
         raise Stopped(f"{what}; the same command goes on") from None
-    course.running = None
+    course.running = set()
     decided(results.write)  # whatever ends the comparison, no arm is in training
     decided(results.conclude)
 

@@ -46,6 +46,9 @@ class Subject(ABC):
     def train(self, arm: Arm) -> None:
         """Trains an arm from where it stands to its exports, in every process; raises `Diverged` where it is lost."""
 
+    def goes_on(self, ended: int, total: int) -> None:
+        """Says how many arms have ended, where they are trained at once."""
+
     @abstractmethod
     def begins(self, phase: str, arm: Arm) -> None:
         """Says what is done with an arm next; raises `Stopped` where a stop was asked for. Like what follows, of the

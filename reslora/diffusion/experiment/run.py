@@ -20,17 +20,18 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ...common.errors import InvalidArgument
-from ...common.folder import check_held, locked
+from ...common.folder import check_held, lent, locked
 from ...common.methods import METHODS
 from ...common.signals import NOT_BEGUN, StopRequest
 from ...common.status import Status
 from ...common.together import decided, each
 from ...experiment.arms import Arm, values_of
 from ...experiment.course import ADAPTERS, Course
+from ...experiment.crew import Crew, Orders
 from ...experiment.parts import too_few
 from ...experiment.record import EXPERIMENT, Facts, facts_of
 from ...experiment.report import About
-from ...experiment.run import train_and_conclude
+from ...experiment.run import train, train_and_conclude
 from ...experiment.subject import COMPARING, Subject
 from ...files import read_object, remove_leftovers
 from ..arguments import SEVERAL, Flags, in_words
@@ -74,19 +75,29 @@ FIXED = (
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 
 
-def run_experiment(flags: Flags, stop: StopRequest) -> None:
-    """Trains the arms that the flags name and that have not ended yet, and tells which method does best."""
+def run_experiment(flags: Flags, stop: StopRequest, orders: Orders | None = None) -> None:
+    """Trains the arms that the flags name and that have not ended yet, and tells which method does best.
+
+    With orders, it is one of --arms_at_once processes: it trains what it is given, in a folder that the main process
+    has locked, checked and noted the settings in.
+    """
     began, plain = time.monotonic(), plain_variants(flags)[0]
     with stop.at_once():
         accelerator = start_accelerator(plain)
     with contextlib.ExitStack() as stack:
-        decided(lambda: take_folder(flags, stop, stack))
+        if orders:
+            stack.enter_context(lent(Path(flags.output_dir)))
+        else:
+            decided(lambda: take_folder(flags, stop, stack))
         kinds, context = find_all(plain, accelerator, stop)
         identity = identity_of(kinds, context)
         asked = with_several(context.flags, flags)
-        decided(lambda: check_folder(asked, identity))
+        if orders:
+            context = dataclasses.replace(context, status=Status())
+        else:
+            decided(lambda: check_folder(asked, identity))
+            check_before_loading(kinds, context)
         check_count(len({mark for images in kinds if not images.of_class for mark in images.marks}), asked)
-        check_before_loading(kinds, context)
         pipeline, objective = each(lambda: load_and_check(context))
         each(lambda: check_variants(asked, context))
         start_trackers(context)
@@ -102,10 +113,16 @@ def run_experiment(flags: Flags, stop: StopRequest) -> None:
         schedule = with_few_looks(schedule_of(material, context), asked)
         asked = asked.replace(max_train_steps=schedule.steps, validation_steps=schedule.validation_steps)
         decided(lambda: check_same(asked, identity))
-        note_settings(schedule, dataclasses.replace(context, flags=asked))
         course, setting = Course(asked, began), Setting(pipeline, material, schedule, identity, context)
-        accelerator.print(f"{len(course.arms())} arms of {schedule.steps} steps; {parts}")
-        train_and_conclude(course, Bench(course, setting, materials, parts))
+        bench = Bench(course, setting, materials, parts)
+        if orders:
+            for arm in orders.arms(course):
+                train(arm, course, bench)
+        else:
+            note_settings(schedule, dataclasses.replace(context, flags=asked))
+            accelerator.print(f"{len(course.arms())} arms of {schedule.steps} steps; {parts}")
+            crew = Crew(asked.arms_at_once, "train_sd.py", functools.partial(run_experiment, flags), stop)
+            train_and_conclude(course, bench, crew if (asked.arms_at_once or 1) > 1 else None)
         accelerator.end_training()
 
 
@@ -289,6 +306,10 @@ class Bench(Subject):
 
     def too_few(self) -> list[str]:
         return too_few(len(self.parts.test), self.about.unit, self.parts.enough)
+
+    def goes_on(self, ended: int, total: int) -> None:
+        """Says how many arms have ended, in the run's status."""
+        self.setting.context.status.count("training arm", ended, total)
 
     def begins(self, phase: str, arm: Arm) -> None:
         """Says what is done with an arm next, in the run's status; a stop is heeded before it."""

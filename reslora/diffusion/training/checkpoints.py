@@ -58,7 +58,8 @@ FREE_ON_RESUME = {
     "num_train_epochs", "local_rank", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint",
     "report_to", "push_to_hub", "hub_token", "hub_model_id", "dataloader_num_workers", "gradient_checkpointing",
     "compile", "train_batch_size", "gradient_accumulation_steps", "strict", "cache_latents", "cache_text_embeddings",
-    "experiment_minutes", "extend_rates", "checkpointing_minutes", "early_stopping_patience", "blocks_to_swap", "plan",
+    "experiment_minutes", "extend_rates", "arms_at_once", "checkpointing_minutes", "early_stopping_patience",
+    "blocks_to_swap", "plan",
     # The content decides: see `Identity`.
     "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "revision", "variant", "train_data_dir",
     "dataset_name", "dataset_config_name", "image_column", "caption_column", "class_data_dir", "init_lora",

@@ -1,0 +1,211 @@
+"""Arms that are trained at once, each by a process of its own, a member of the crew.
+
+The main process trains none then: it has locked the folder, encoded everything, hands out arms and waits for them. A
+member does what it does up to the first arm, without a word and without writing, and then trains what it is given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import TYPE_CHECKING
+
+import torch
+from tqdm.auto import tqdm
+
+from ..common.errors import EndedElsewhere, RunFailed, Stopped
+from ..common.script import run_script
+from ..common.signals import StopRequest
+from .arms import Arm
+
+if TYPE_CHECKING:
+    from .course import Course
+    from .results import Results
+
+PATIENCE = 0.2  # seconds between two looks for a request to stop
+STOP = "stop"
+
+
+class Orders:
+    """What a member is told by the main process. Once that is gone, with its lock, nothing more may be written."""
+
+    def __init__(self, connection: Connection, stop: StopRequest) -> None:
+        self._connection, self._stop = connection, stop
+        self._arms: queue.SimpleQueue[tuple[Arm, dict[str, list[float]]] | None] = queue.SimpleQueue()
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        while True:
+            try:
+                told = self._connection.recv()
+            except (EOFError, OSError):
+                os._exit(1)
+            if told == STOP:
+                self._stop.signal, told = signal.SIGTERM, None
+            self._arms.put(told)
+
+    def arms(self, course: Course) -> Iterator[Arm]:
+        """The arms to train, as they come, until a stop; each counts as ended when the next one is asked for."""
+        while (told := self._arms.get()) is not None:
+            arm, course.grids = told  # which may have grown since the start
+            with contextlib.redirect_stdout(sys.__stdout__):
+                yield arm
+            self._connection.send(arm)
+
+
+Work = Callable[[StopRequest, Orders], None]
+"""The script as a member has it; must be picklable."""
+
+
+def serve(connection: Connection, prog: str, work: Work) -> None:
+    """A member's process, whose errors are told and end it as a script's do."""
+    if hasattr(os, "setsid"):
+        os.setsid()  # a terminal asks the main process alone to stop
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+
+    def main(_: object, stop: StopRequest) -> None:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            with contextlib.suppress(Stopped):  # which the main process tells
+                work(stop, Orders(connection, stop))
+
+    sys.exit(run_script(prog, main))
+
+
+@dataclass
+class Member:
+    """A process, and the arm that it trains."""
+
+    process: BaseProcess
+    connection: Connection
+    arm: Arm | None = None
+
+    def tell(self, what: object) -> None:
+        """Sends it something; one that has ended is found out by who waits for it."""
+        with contextlib.suppress(OSError):
+            self.connection.send(what)
+
+
+@dataclass
+class Crew:
+    """The processes of `work`, at most `size`, until a stop is asked for."""
+
+    size: int
+    prog: str
+    work: Work
+    stop: StopRequest
+    members: list[Member] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def working(self, arms: int) -> Iterator[None]:
+        """Starts them, not more than there are arms, and ends them: where something has failed, at once."""
+        context, size = multiprocessing.get_context("spawn"), min(self.size, arms)
+        try:
+            for number in range(size):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=serve, args=(theirs, self.prog, self.work))
+                with environment(share_of(number, size)):
+                    process.start()
+                theirs.close()  # so that its end is heard here
+                self.members.append(Member(process, ours))
+            yield
+            for member in self.members:
+                member.tell(None)
+                member.process.join()
+        finally:
+            for member in self.members:
+                member.connection.close()
+            for member in self.members:
+                member.process.join()
+
+    def free(self) -> Member | None:
+        """One that trains nothing."""
+        return next((member for member in self.members if member.arm is None), None)
+
+    def ended(self) -> Arm:
+        """Waits for an arm to end, and returns it; raises where a stop is asked for or a member has ended."""
+        while self.stop.signal is None:
+            ready = wait([member.connection for member in self.members], PATIENCE)
+            for member in self.members:
+                if member.connection in ready:
+                    with contextlib.suppress(EOFError, OSError):
+                        arm, member.arm = member.connection.recv(), None
+                        return arm
+                    self.fail(member)
+        self.end()
+        raise Stopped("stopped while arms were trained")
+
+    def end(self) -> None:
+        """Asks all to save and leave, and waits until they have; a second signal ends this process, and so them."""
+        for member in self.members:
+            member.tell(STOP)
+        for member in self.members:
+            member.process.join()
+
+    def fail(self, member: Member) -> None:
+        """Ends all for one that has ended by itself; it has said why, unless it was killed or asked to stop."""
+        member.process.join()
+        self.end()
+        status = member.process.exitcode or 0
+        if status > 0:
+            raise EndedElsewhere(status)
+        if status < 0:
+            raise RunFailed(f"a process of --arms_at_once was killed by signal {-status}; the same command goes on")
+        self.stop.shared(asked=True)
+
+
+def share_of(number: int, size: int) -> dict[str, str]:
+    """The environment of a member: its share of the cores, or one GPU after the other."""
+    if not torch.cuda.is_available():
+        return {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // size))}
+    count = torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
+    return {"CUDA_VISIBLE_DEVICES": visible[number % count]}
+
+
+@contextlib.contextmanager
+def environment(values: dict[str, str]) -> Iterator[None]:
+    """Inside, these variables are as given: what is started has them."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def train_at_once(course: Course, results: Results, crew: Crew) -> None:
+    """Hands out what is next until nothing is, in the order in which one process would take it."""
+    ended, total = sum(bool(course.ended(arm)) for arm in course.arms()), len(course.arms())
+    if course.next_arm() is None:
+        return
+    with tqdm(desc="arms", total=total, initial=ended, dynamic_ncols=True) as bar, crew.working(total - ended):
+        while True:
+            while (member := crew.free()) and (arm := course.next_arm()):
+                member.arm = arm
+                course.running.add(arm)
+                member.tell((arm, course.grids))
+            results.write()
+            if not course.running:
+                return
+            results.subject.goes_on(ended, total)
+            arm = crew.ended()
+            course.running.remove(arm)
+            course.longest = max(course.longest, course.ended(arm)["wall_seconds"])
+            ended, total = ended + 1, len(course.arms())  # which --extend_rates adds to
+            bar.total = total
+            bar.update()

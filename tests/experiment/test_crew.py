@@ -1,0 +1,135 @@
+"""Arms that processes train at once: real processes, and arms that are not trained."""
+
+import functools
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from reslora.common.errors import EndedElsewhere, InvalidArgument, RunFailed, Stopped
+from reslora.common.signals import StopRequest
+from reslora.diffusion.settings import parse_args
+from reslora.experiment.course import Course
+from reslora.experiment.crew import Crew, Orders, train_at_once
+from reslora.files import is_running, this_process
+from waiting import ended, wait_until
+
+from .test_course import leave
+from .test_course import run as one_after_the_other
+
+
+def grid(folder: Path, *flags: str) -> list[str]:
+    return ["--output_dir", str(folder), "--method", "lora", "--learning_rate", "1e-4", "2e-4", *flags]
+
+
+def work(argv: list[str], what: dict[float, str], stop: StopRequest, orders: Orders) -> None:
+    """Arms leave losses that fall with the rate, and who had them; an arm of a rate may do something else instead."""
+    course = Course(parse_args(argv))
+    for arm in orders.arms(course):
+        folder = course.folder_of(arm)
+        folder.mkdir(parents=True)
+        (folder / "who").write_text(this_process())
+        print(f"{arm.rate} {os.environ.get('OMP_NUM_THREADS')}", flush=True)
+        if (name := what.get(arm.rate)) is not None:
+            globals()[name](folder, stop)
+        leave(course, arm, best=1)
+
+
+def waits(folder: Path, stop: StopRequest) -> None:
+    wait_until(lambda: stop.signal is not None, "a stop", limit=60)
+    (folder / "saved").touch()
+    raise Stopped("stopped after step 1")
+
+
+def refuses(folder: Path, stop: StopRequest) -> None:
+    raise InvalidArgument("--rank 4", "too much", "give less")
+
+
+def fails(folder: Path, stop: StopRequest) -> None:
+    raise RunFailed("no room")
+
+
+def is_killed(folder: Path, stop: StopRequest) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def is_stopped(folder: Path, stop: StopRequest) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    waits(folder, stop)
+
+
+def hangs(folder: Path, stop: StopRequest) -> None:
+    time.sleep(3600)
+
+
+def train(
+    argv: list[str], size: int = 2, what: dict[float, str] | None = None, stop: StopRequest | None = None
+) -> tuple[Course, list[set]]:
+    """What there is in the end, and what ran whenever the record was written."""
+    course, told = Course(parse_args(argv)), []
+    subject = SimpleNamespace(goes_on=lambda ended, total: None)
+    results = SimpleNamespace(write=lambda: told.append(set(course.running)), subject=subject)
+    crew = Crew(size, "train_sd.py", functools.partial(work, argv, what or {}), stop or StopRequest())
+    train_at_once(course, results, crew)
+    return course, told
+
+
+def who(folder: Path) -> list[str]:
+    return [path.read_text() for path in folder.rglob("who")]
+
+
+def test_arms_are_handed_out_until_none_is_next(tmp_path, capfd):
+    """The grid grows meanwhile; none is left out or trained twice, and all processes are gone in the end."""
+    argv = grid(tmp_path / "out", "--extend_rates")
+    course, told = train(argv)
+    alone = Course(parse_args(grid(tmp_path / "alone", "--extend_rates")))
+    assert {arm.rate for arm in one_after_the_other(alone, best=1)} == {arm.rate for arm in course.arms()}
+    assert len(course.arms()) == 5 and course.next_arm() is None and course.longest == 5.0
+    assert len(told[0]) == 2 and told[-1] == set() and max(map(len, told)) == 2
+    processes = who(tmp_path / "out")
+    assert len(processes) == 5 and len(set(processes)) == 2 and not any(map(is_running, processes))
+    printed = capfd.readouterr().out.split()
+    assert sorted(map(float, printed[::2])) == sorted(arm.rate for arm in course.arms())
+    assert train(argv)[1] == []  # nothing is left to do, and nobody is started
+
+
+@pytest.mark.parametrize(
+    ("what", "error", "told"),
+    [
+        ("refuses", EndedElsewhere(2), "train_sd.py: error: --rank 4: too much; give less\n"),
+        ("fails", EndedElsewhere(1), "train_sd.py: no room\n"),
+        ("is_killed", RunFailed("a process of --arms_at_once was killed by signal 9; the same command goes on"), ""),
+        ("is_stopped", Stopped("stopped while arms were trained"), ""),
+    ],
+)
+def test_one_that_ends_ends_the_others_once_they_have_saved(tmp_path, capfd, what, error, told):
+    with pytest.raises(type(error)) as raised:
+        train(grid(tmp_path), what={1e-4: "waits", 2e-4: what})
+    assert str(raised.value) == str(error)
+    assert len(list(tmp_path.rglob("lr-0.0001/*/saved"))) == len(list(tmp_path.rglob("lr-0.0001/*/who")))
+    assert not any(map(is_running, who(tmp_path)))
+    assert told in capfd.readouterr().err
+
+
+def test_a_stop_is_told_to_all(tmp_path):
+    stop = StopRequest()
+    stop.signal = signal.SIGTERM
+    with pytest.raises(Stopped, match=r"^stopped while arms were trained$"):
+        train(grid(tmp_path), what={1e-4: "waits", 2e-4: "waits"}, stop=stop)
+    assert not any(map(is_running, who(tmp_path))) and len(list(tmp_path.rglob("saved"))) == len(who(tmp_path))
+
+
+def test_when_the_main_process_is_killed_the_others_end(tmp_path):
+    """At once: whoever comes next finds the folder unlocked."""
+    main = multiprocessing.get_context("spawn").Process(target=train, args=(grid(tmp_path), 2, {1e-4: "hangs", 2e-4: "hangs"}))
+    main.start()
+    wait_until(lambda: len(list(tmp_path.rglob("who"))) == 2 and all(who(tmp_path)), "two arms to begin", main)
+    processes = who(tmp_path)
+    assert all(map(is_running, processes))
+    main.kill()
+    ended(main)
+    wait_until(lambda: not any(map(is_running, processes)), "the end of the others")
