@@ -26,6 +26,7 @@ LABELS = {
     "select_split": "Share to choose by",
     "experiment_minutes": "Minutes at most",
     "extend_rates": "Try further rates",
+    "arms_at_once": "Arms at once",
 }
 """Where the flag's own words would say less."""
 TEXTS = ("caption_prefix", "caption_suffix", "target_modules", "rank_pattern", "alpha_pattern", "lr_step_rules")

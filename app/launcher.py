@@ -42,7 +42,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = REPOSITORY / "train_sd.py"
 ADDED_TO = ("method", "learning_rate", "seed")
 """Flags that an experiment which was begun may be given more values of."""
-MAY_GROW = (*ADDED_TO, "experiment_minutes")
+MAY_GROW = (*ADDED_TO, "experiment_minutes", "arms_at_once")
 """Flags that need not be as an experiment was begun with."""
 FOLDERS = ("train_data_dir", "class_data_dir", "dataset_name")
 """Flags that may name a folder of images."""

@@ -1,4 +1,4 @@
-"""Experiment: which method wins on one's own images. Arms come in one after the other, the verdict comes last."""
+"""Experiment: which method wins on one's own images. Arms come in, and the verdict comes last."""
 
 from __future__ import annotations
 

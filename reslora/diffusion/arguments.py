@@ -206,8 +206,7 @@ def add_model_flags(add: Callable) -> None:
         help="keep the weights of the linear layers in this many of the denoiser's blocks in the CPU's memory, and "
              "copy each to the GPU whenever it is needed: less memory, slower, and the same numbers")
     add("--allow_tf32", **SWITCH, help="allow TF32 matrix products on Ampere and later GPUs")
-    add("--enable_xformers_memory_efficient_attention", **SWITCH,
-        help="xformers' attention instead of PyTorch's")
+    add("--enable_xformers_memory_efficient_attention", **SWITCH, help="xformers' attention instead of PyTorch's")
 
 
 def add_method_flags(add: Callable) -> None:
@@ -237,8 +236,7 @@ def add_method_flags(add: Callable) -> None:
     add("--head", choices=HEADS, default="repeat",
         help="--shortcut input and is_placebo: what the first block of a chain adds to its input, the same again or "
              "nothing")
-    add("--merge", choices=MERGES, default=AUTO,
-        help="ResLoRA: how the shortcuts become plain LoRA weights")
+    add("--merge", choices=MERGES, default=AUTO, help="ResLoRA: how the shortcuts become plain LoRA weights")
     add("--merge_calibration_samples", type=whole(0), default=64,
         help="images that ResLoRA's merge reads and controls are measured on (0: `input` takes norms of the training)")
 
@@ -291,8 +289,7 @@ def add_data_flags(add: Callable) -> None:
     add("--random_flip", **SWITCH, help="mirror images, half of the time")
     add("--image_interpolation_mode", default="lanczos", help="how images are scaled",
         choices=["nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos"])
-    add("--strict", **SWITCH,
-        help="refuse images that cannot be read or have no caption, instead of leaving them out")
+    add("--strict", **SWITCH, help="refuse images that cannot be read or have no caption, instead of leaving them out")
     add("--cache_latents", action=argparse.BooleanOptionalAction, default=True,
         help="encode every image once and keep its latents on disk, instead of encoding it in every step")
     add("--cache_text_embeddings", action=argparse.BooleanOptionalAction, default=True,
@@ -336,8 +333,7 @@ def add_training_flags(add: Callable) -> None:
         help="count the loss of each pixel as much as the image's mask is white and opaque there: a file that the "
              "column mask of metadata.jsonl or .csv names, otherwise its alpha channel; images without count whole. In "
              "the validation loss, too")
-    add("--masked_loss_normalised", **SWITCH,
-        help="mean of the loss over what counts, instead of over the whole image")
+    add("--masked_loss_normalised", **SWITCH, help="mean of the loss over what counts, instead of over the whole image")
     add("--timestep_sampling", choices=SAMPLINGS,
         help="flow matching: how timesteps are drawn. uniform, logit_normal and mode: as in diffusers' scripts, from "
              "the scheduler's table; sigmoid, shift, flux_shift: as in kohya's. Default: by --weighting_scheme")

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -127,6 +128,9 @@ def check_values(flags: Flags, names: Mapping[str, str]) -> None:
             problem = f"nothing of --method {' '.join(flags.method)} reads several"
             fix = "add reslora with --shortcut block or middle, or give one"
             raise InvalidArgument(f"--{name} {' '.join(map(str, values))}", problem, fix)
+    if (flags.arms_at_once or 1) > 1 and (processes := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        problem = f"each arm is trained by all of the {processes} processes that were launched"
+        raise InvalidArgument(f"--arms_at_once {flags.arms_at_once}", problem, "launch one, or leave it out")
     if flags.extend_rates and not isinstance(flags.learning_rate, list):
         raise InvalidArgument("--extend_rates", "one rate says no next one", "give two or more as --learning_rate")
     if flags.extend_rates:

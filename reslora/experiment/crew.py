@@ -13,17 +13,18 @@ import queue
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from tqdm.auto import tqdm
 
 from ..common.errors import EndedElsewhere, RunFailed, Stopped
+from ..common.flags import Flags
 from ..common.script import run_script
 from ..common.signals import StopRequest
 from .arms import Arm
@@ -58,9 +59,13 @@ class Orders:
         """The arms to train, as they come, until a stop; each counts as ended when the next one is asked for."""
         while (told := self._arms.get()) is not None:
             arm, course.grids = told  # which may have grown since the start
-            with contextlib.redirect_stdout(sys.__stdout__):
-                yield arm
+            yield arm
             self._connection.send(arm)
+
+
+def heard() -> contextlib.AbstractContextManager:
+    """Inside, what a member prints is heard."""
+    return contextlib.redirect_stdout(sys.__stdout__)
 
 
 Work = Callable[[StopRequest, Orders], None]
@@ -75,9 +80,12 @@ def serve(connection: Connection, prog: str, work: Work) -> None:
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
     def main(_: object, stop: StopRequest) -> None:
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-            with contextlib.suppress(Stopped):  # which the main process tells
-                work(stop, Orders(connection, stop))
+        with contextlib.ExitStack() as stack:
+            nowhere = stack.enter_context(Path(os.devnull).open("w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+            stack.enter_context(contextlib.suppress(Stopped))  # which the main process tells
+            work(stop, Orders(connection, stop))
 
     sys.exit(run_script(prog, main))
 
@@ -162,6 +170,16 @@ class Crew:
         if status < 0:
             raise RunFailed(f"a process of --arms_at_once was killed by signal {-status}; the same command goes on")
         self.stop.shared(asked=True)
+
+
+def crew_of(flags: Flags, prog: str, work: Work, stop: StopRequest) -> Crew | None:
+    """The crew that --arms_at_once asks for; None where the main process trains by itself."""
+    return Crew(flags.arms_at_once, prog, work, stop) if (flags.arms_at_once or 1) > 1 else None
+
+
+def arms_a_device(flags: Flags) -> int:
+    """How many arms are trained at once on a GPU, or on the CPU."""
+    return -(-(flags.arms_at_once or 1) // max(1, torch.cuda.device_count()))
 
 
 def share_of(number: int, size: int) -> dict[str, str]:

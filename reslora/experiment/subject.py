@@ -46,6 +46,7 @@ class Subject(ABC):
     def train(self, arm: Arm) -> None:
         """Trains an arm from where it stands to its exports, in every process; raises `Diverged` where it is lost."""
 
+    @abstractmethod
     def goes_on(self, ended: int, total: int) -> None:
         """Says how many arms have ended, where they are trained at once."""
 

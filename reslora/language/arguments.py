@@ -146,6 +146,11 @@ class ExperimentArguments:
         default=None,
         help="experiments: no arm is begun that would not end in so many minutes; the same command goes on",
     )
+    arms_at_once: int | None = HfArg(
+        default=None,
+        help="experiments: how many arms are trained at once, each by a process of its own; of several GPUs each has "
+        "one; default 1",
+    )
 
     def __post_init__(self) -> None:
         for name in ("select_split", "test_split"):
@@ -153,6 +158,8 @@ class ExperimentArguments:
                 check_number(name, getattr(self, name), 0, below=1, exclusive=True)
         if self.experiment_minutes is not None:
             check_number("experiment_minutes", self.experiment_minutes, 0, exclusive=True)
+        if self.arms_at_once is not None:
+            check_number("arms_at_once", self.arms_at_once, 1)
 
 
 SEVERAL = {

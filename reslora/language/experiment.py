@@ -27,15 +27,16 @@ from transformers import HfArgumentParser, TrainerCallback
 from ..common.adapters import load_adapter, save_adapter
 from ..common.errors import Diverged, InvalidArgument
 from ..common.flags import Flags, as_typed, listed
-from ..common.folder import check_held, filling, locked
+from ..common.folder import check_held, filling, lent, locked
 from ..common.signals import NOT_BEGUN, StopRequest
 from ..common.together import decided
 from ..experiment.arms import Arm, check_values
 from ..experiment.course import ADAPTERS, Course, adapter_folder, reading_adapter
+from ..experiment.crew import Orders, crew_of
 from ..experiment.parts import too_few
 from ..experiment.record import EXPERIMENT, Facts, facts_of
 from ..experiment.report import About
-from ..experiment.run import train_and_conclude
+from ..experiment.run import train, train_and_conclude
 from ..experiment.subject import COMPARING, Subject
 from ..files import read_object, remove, remove_leftovers, replacing, write_json
 from .arguments import SEVERAL, ExperimentArguments, check_number, is_experiment
@@ -80,11 +81,22 @@ MakeTrainer = Callable[[], tuple[AdapterTrainer, Callable[[], None]]]
 class Study(ABC):
     """What train_llm.py and train_glue.py do each in its way: a plain run, and the arms of an experiment."""
 
+    prog: str
+    """The script's name."""
     tokenizer: Any
     """The model's, from `prepare` on."""
 
     def __init__(self, parser: HfArgumentParser | None) -> None:
         self.parser = parser
+
+    @classmethod
+    @abstractmethod
+    def anew(cls) -> Study:
+        """With a parser made anew."""
+
+    def __reduce__(self) -> tuple:
+        """So another process has it: parsers cannot be pickled."""
+        return type(self).anew, ()
 
     @abstractmethod
     def settled(self, values: Mapping[str, Any]) -> Any:
@@ -142,8 +154,12 @@ def run(study: Study, values: dict[str, Any], stop: StopRequest) -> None:
         finish()
 
 
-def run_experiment(study: Study, values: dict[str, Any], stop: StopRequest) -> None:
-    """Trains the arms that the flags name and that have not ended yet, and tells which method does best."""
+def run_experiment(study: Study, values: dict[str, Any], stop: StopRequest, orders: Orders | None = None) -> None:
+    """Trains the arms that the flags name and that have not ended yet, and tells which method does best.
+
+    With orders, it is one of --arms_at_once processes: it trains what it is given, in a folder that the main process
+    has locked and checked.
+    """
     began, shares, flags = time.monotonic(), experiment_of(values), flags_of(values)
     for rate in listed(flags.learning_rate):  # further ones go on from these
         check_number("learning_rate", rate, 0, exclusive=True)
@@ -155,20 +171,26 @@ def run_experiment(study: Study, values: dict[str, Any], stop: StopRequest) -> N
     trained = study.prepare(plain, parts)
     values |= looks(values, total_steps(plain.training, trained))
     bench = Bench(course, study, values, parts, trained, stop)
+    if orders:
+        with lent(course.folder):
+            for arm in orders.arms(course):
+                train(arm, course, bench)
+        return
     with contextlib.ExitStack() as stack:
         decided(lambda: take_folder(bench, stack))
         for label in course.labels:
             bench.check_label(label)
         if plain.training.should_save:
             print(f"{len(course.arms())} arms; {parts.in_words(trained)}", flush=True)
-        train_and_conclude(course, bench)
+        crew = crew_of(flags, study.prog, functools.partial(run_experiment, study, values), stop)
+        train_and_conclude(course, bench, crew)
 
 
 def flags_of(values: Mapping[str, Any]) -> Flags:
     """What an experiment reads, by the names that it knows."""
     own = {name: values[flag] for name, flag in SEVERAL.items()}
     own["method"] = listed(values["method"])
-    names = "lora_alpha", "output_dir", "extend_rates", "experiment_minutes"
+    names = "lora_alpha", "output_dir", "extend_rates", "experiment_minutes", "arms_at_once"
     return Flags(**own, init_lora=None, **{name: values[name] for name in names})
 
 
@@ -345,8 +367,11 @@ class Bench(Subject):
         as_plain(model, arguments.method, self.study.calibration(arguments))
         return model.eval()
 
+    def goes_on(self, ended: int, total: int) -> None:
+        """These runs keep no status to say it in."""
+
     def begins(self, phase: str, arm: Arm) -> None:
-        """Heeds a stop before what is done with an arm next; these runs keep no status to say it in."""
+        """Heeds a stop before what is done with an arm next."""
         self.stop.check(COMPARING)
 
     def measured(self, arm: Arm, step: int) -> dict:

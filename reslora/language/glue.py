@@ -32,7 +32,7 @@ from ..files import replacing
 from .arguments import ExperimentArguments
 from .callbacks import LogCallback
 from .experiment import MakeTrainer, Study, run
-from .glue_arguments import BUNDLED_MODEL, Arguments, read, settled
+from .glue_arguments import BUNDLED_MODEL, PROG, Arguments, read, settled
 from .glue_tasks import Columns, Task, check_rows, file_form, predicted, read_folder, read_hub, scores
 from .parts import Parts, parts_of
 from .results import export, merge_table, table_text, write_results
@@ -284,8 +284,13 @@ def finish(arguments: Arguments, trainer: AdapterTrainer, tokenizer, sets: dict)
 class GlueStudy(Study):
     """As this script trains and measures; arms of an experiment with MNLI by its matched examples."""
 
+    prog = PROG
     columns: list[str]
     sets: dict[str, Dataset]
+
+    @classmethod
+    def anew(cls) -> GlueStudy:
+        return cls(read([])[0])
 
     def settled(self, values: Mapping[str, Any]) -> Arguments:
         return settled(self.parser, values)

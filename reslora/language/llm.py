@@ -238,7 +238,12 @@ def summary(results: dict, training: LlmTrainingArguments, method: MethodArgumen
 class LlmStudy(Study):
     """As this script trains and measures."""
 
+    prog = PROG
     data: Data
+
+    @classmethod
+    def anew(cls) -> LlmStudy:
+        return cls(read([])[0])
 
     def settled(self, values: Mapping[str, Any]) -> Arguments:
         return settled(self.parser, values)

@@ -111,6 +111,7 @@ def test_several_numbers_of_blocks_are_arms_of_the_shortcuts_that_take_several()
         ("--learning_rate", "1.001e-4", "1e-4", "--extend_rates"),
         ("--learning_rate", "5e-5", "1.04e-4", "1.05e-4", "--extend_rates"),
         ("--experiment_minutes", "5"),
+        ("--arms_at_once", "2"),
         ("--test_split", "0.2"),
         ("--select_split", "0.5", "--test_split", "0.5", *SEVERAL),
         ("--lr_scheduler", "polynomial", "--learning_rate", "1e-4", "1e-8"),
@@ -118,6 +119,12 @@ def test_several_numbers_of_blocks_are_arms_of_the_shortcuts_that_take_several()
 )
 def test_what_does_not_go_together_is_refused_at_once(capsys, flags):
     assert flags[0] in refused(capsys, *flags)
+
+
+def test_processes_that_are_launched_train_each_arm_together(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    line = refused(capsys, "--arms_at_once", "2", *SEVERAL)
+    assert "--arms_at_once 2: each arm is trained by all of the 2 processes" in line and "launch one" in line
 
 
 # -- in which order ----------------------------------------------------------------------------------------------------

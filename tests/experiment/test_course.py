@@ -61,7 +61,7 @@ def test_a_killed_start_changes_no_order(course, tmp_path):
 def test_records_say_what_has_become_of_arms(course):
     one = course()
     (arm,) = run(one, most=1)
-    one.running = one.next_arm()
+    one.running = {one.next_arm()}
     found = {(record["label"], record["learning_rate"]): record for record in map(one.record, one.arms())}
     done = found["lora", 2e-4]
     assert (done["folder"], done["status"], done["memory_bytes"]) == ("lora/lr-0.0002/seed-0", "finished", 100)

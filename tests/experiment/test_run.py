@@ -25,7 +25,7 @@ from reslora.experiment.subject import COMPARING
 
 def test_a_stopped_arm_says_that_the_same_command_goes_on(monkeypatch):
     """Whatever a plain run would go on with."""
-    course, told = SimpleNamespace(next_arm=lambda: "arm", running=None), []
+    course, told = SimpleNamespace(next_arm=lambda: "arm", running=set()), []
     results = SimpleNamespace(write=lambda: told.append(course.running), beforehand=list)
     monkeypatch.setattr(run, "Results", lambda course, subject: results)
 
@@ -34,7 +34,7 @@ def test_a_stopped_arm_says_that_the_same_command_goes_on(monkeypatch):
 
     with pytest.raises(Stopped, match=r"^lora/lr-1 stopped after step 3; the same command goes on$"):
         run.train_and_conclude(course, SimpleNamespace(train=stopped, device=torch.device("cpu")))
-    assert told == ["arm", None]
+    assert told == [{"arm"}, set()]
 
 
 class Untrained:

@@ -293,6 +293,17 @@ def test_nothing_but_methods_rates_and_seeds_may_change(common, whole, tmp_path,
     assert "no experiment" in capsys.readouterr().err
 
 
+def test_arms_at_once_are_those_of_one_after_the_other(common, whole, tmp_path):
+    output = tmp_path / "out"
+    assert run(*common, "--learning_rate", *RATES, "--arms_at_once", "2", "--output_dir", output) == 0
+    found = [
+        [arm for arm in record(place)["arms"] if arm["label"] == "lora" and arm["seed"] == 42]
+        for place in (whole[0], output)
+    ]
+    one, two = [[(arm["status"], arm["select_by_step"]) for arm in arms] for arms in found]
+    assert one == two and len(two) == 2
+
+
 def test_two_processes_end_well(common, tmp_path):
     """Who has trained with the main process waits while that one compares and exports."""
     words = ["--seed", "0", "1", "--learning_rate", "5e-3", "--max_steps", "1", "--output_dir", str(tmp_path / "out")]

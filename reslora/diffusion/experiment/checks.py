@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 from ...common.errors import InvalidArgument
 from ...experiment.arms import alpha_of, check_values, values_of
 from ..arguments import SEVERAL, Flags, is_experiment
@@ -31,9 +29,6 @@ def check_experiment(flags: Flags) -> None:
                 raise InvalidArgument(f"--{name}", "this is no experiment, nothing reads it", fix)
         return
     check_values(flags, {name: name for name in SEVERAL})
-    if (flags.arms_at_once or 1) > 1 and (processes := int(os.environ.get("WORLD_SIZE", 1))) > 1:
-        problem = f"each arm is trained by all of the {processes} processes that were launched"
-        raise InvalidArgument(f"--arms_at_once {flags.arms_at_once}", problem, "launch one, or leave it out")
     if isinstance(flags.rank, list) and flags.init_lora:
         problem = "--init_lora has ranks of its own"
         raise InvalidArgument(f"--rank {' '.join(map(str, flags.rank))}", problem, "leave it out")

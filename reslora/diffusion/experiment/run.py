@@ -27,7 +27,7 @@ from ...common.status import Status
 from ...common.together import decided, each
 from ...experiment.arms import Arm, values_of
 from ...experiment.course import ADAPTERS, Course
-from ...experiment.crew import Crew, Orders
+from ...experiment.crew import Orders, crew_of, heard
 from ...experiment.parts import too_few
 from ...experiment.record import EXPERIMENT, Facts, facts_of
 from ...experiment.report import About
@@ -117,12 +117,13 @@ def run_experiment(flags: Flags, stop: StopRequest, orders: Orders | None = None
         bench = Bench(course, setting, materials, parts)
         if orders:
             for arm in orders.arms(course):
-                train(arm, course, bench)
+                with heard():
+                    train(arm, course, bench)
         else:
             note_settings(schedule, dataclasses.replace(context, flags=asked))
             accelerator.print(f"{len(course.arms())} arms of {schedule.steps} steps; {parts}")
-            crew = Crew(asked.arms_at_once, "train_sd.py", functools.partial(run_experiment, flags), stop)
-            train_and_conclude(course, bench, crew if (asked.arms_at_once or 1) > 1 else None)
+            crew = crew_of(asked, "train_sd.py", functools.partial(run_experiment, flags), stop)
+            train_and_conclude(course, bench, crew)
         accelerator.end_training()
 
 

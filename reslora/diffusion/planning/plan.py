@@ -12,6 +12,7 @@ from torch import nn
 
 from ...common.errors import InvalidArgument, first_line
 from ...common.memory import free_memory
+from ...experiment.crew import arms_a_device
 from ..arguments import listed
 from ..context import Context
 from ..data.buckets import named_buckets
@@ -71,6 +72,12 @@ def shown(size: int | None, unit: int) -> str:
     return "unknown" if size is None else f"{size / unit:.2f}"
 
 
+def where(context: Context) -> str:
+    """The device in words."""
+    device, arms = context.accelerator.device.type, arms_a_device(context.flags)
+    return device if arms == 1 else f"each of {arms} arms on a {device}"
+
+
 def plan_of(kinds: Sequence[ImageDataset], context: Context, free: int | None) -> Plan:
     """What a run holds; of several methods, those with the most."""
     rehearsal = Rehearsal(kinds, context)
@@ -81,13 +88,14 @@ def plan_of(kinds: Sequence[ImageDataset], context: Context, free: int | None) -
         step = rehearsal.training(method)
         after = [phase for phase in (sampling(rehearsal, step), exporting(rehearsal, method, step, free or 0)) if phase]
         phases, unknown = (*before, step, *after), tuple(dict.fromkeys(rehearsal.unknown))
-        plans.append(Plan(phases, free, context.accelerator.device.type, unknown))
+        plans.append(Plan(phases, free, where(context), unknown))
     return max(plans, key=lambda plan: plan.peak.total)
 
 
 def check_memory(kinds: Sequence[ImageDataset], context: Context) -> None:
     """Tells what the run holds and refuses one that does not fit; neither where it surely fits, or with --no-plan."""
     asked, free = context.flags.plan, free_memory(context.accelerator.device)
+    free = free and free // arms_a_device(context.flags)
     if cuts_base(context.accelerator):
         return  # the plan is of a whole base
     if asked is False or (not asked and free and guess(context) <= SURELY * free):
@@ -115,6 +123,9 @@ def refuse(plan: Plan, kinds: Sequence[ImageDataset], context: Context) -> None:
     argument = f"--train_batch_size {flags.train_batch_size}, --resolution {sides}"
     has = f"{plan.where} has {plan.free / GIBI:.2f} GiB free"
     problem = f"{plan.peak.name} takes {plan.peak.total / GIBI:.2f} GiB, {has}"
+    arms = arms_a_device(flags)
+    if plan.peak.total <= arms * plan.free:
+        raise InvalidArgument(f"--arms_at_once {flags.arms_at_once}", problem, "give a smaller one")
     raise InvalidArgument(argument, problem, advice(kinds, context, plan))
 
 

@@ -422,6 +422,19 @@ def test_an_arm_that_diverges_has_ended_and_the_others_go_on(flags, tmp_path):
     assert not any("lr-1e+30" in line for line in printed(*own) if "merging" in line)
 
 
+def test_arms_at_once_are_those_of_one_after_the_other(flags, small, tmp_path, monkeypatch):
+    """To the last bit: each process has as many threads as the tests have."""
+    told = []
+    monkeypatch.setattr(Status, "count", lambda self, *what: told.append(what))
+    lines = printed(*flags, *SMALL, "--arms_at_once", "2", "--output_dir", tmp_path / "out")
+    assert [what for what in told if what[0] == "training arm"] == [("training arm", 0, 2), ("training arm", 1, 2)]
+    only(lines, "do better", "lora: the best learning rate")
+    one, two = same_results(small), same_results(tmp_path / "out")
+    assert one["arms"] == two["arms"] and one["chosen"] == two["chosen"]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["arms_at_once"] == 2 and config["learning_rate"] == [0.01, 0.03]
+
+
 def test_two_processes_train_what_one_does(flags, small, tmp_path):
     """Half the batch each; equal but for rounding."""
     own = [*flags, *SMALL, "--output_dir", str(tmp_path / "out")]

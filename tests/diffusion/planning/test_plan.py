@@ -75,6 +75,22 @@ def test_where_one_flag_is_not_enough_several_are_named(large, monkeypatch, tmp_
     assert both in said(half(images, context, 1.5 * 2**30), images, context)
 
 
+def test_arms_at_once_share_what_is_free(large, capsys, monkeypatch, tmp_path):
+    images, context = settled(large[1], large[3], tmp_path / "out", *large)
+    context = with_flags(context, arms_at_once=3)
+    total = plan_of(images, context, None).peak.total
+    give(monkeypatch, 2.9 * total)
+    with pytest.raises(
+        InvalidArgument, match=r"^--arms_at_once 3: .*each of 3 arms on a cpu has .* give a smaller one$"
+    ):
+        check_memory(images, context)
+    give(monkeypatch, 3.1 * total)
+    check_memory(images, context)
+    give(monkeypatch, 0.9 * total)
+    with pytest.raises(InvalidArgument, match=r"^--train_batch_size 16"):
+        check_memory(images, context)
+
+
 def said(plan, images, context) -> str:
     with pytest.raises(InvalidArgument) as refusal:
         planning.refuse(plan, images, context)
