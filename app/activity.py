@@ -22,7 +22,8 @@ def activity(told: dict) -> str:
     facts = [sentence if name else sentence[:1].upper() + sentence[1:]]  # a name is written as it is
     if (rate := number(told.get("per_second"))) is not None and 1e-6 < rate < 1e6 and done is not None:
         unit = phase.rpartition(" ")[2]
-        facts.append(f"{rate:.1f} {unit}s a second" if rate >= 1 else f"{1 / rate:.1f} s a {unit}")
+        each = "an" if unit[:1] in "aeiou" else "a"
+        facts.append(f"{rate:.1f} {unit}s a second" if rate >= 1 else f"{1 / rate:.1f} s {each} {unit}")
         if total is not None and total > done:
             facts.append(f"about {duration((total - done) / rate)} left")
     if (memory := number(told.get("memory_bytes"))) is not None and memory > 0:

@@ -29,6 +29,10 @@ COUNTED = {"done": 60, "total": 200, "per_second": 3.11}
             {"phase": "encoding image", "name": "", "done": 120, "total": 400, "per_second": 12},
             "Encoding image 120 of 400 · 12.0 images a second · about 23 s left",
         ),
+        (
+            {"phase": "training arm", "name": "", "done": 2, "total": 4, "per_second": 0.025},
+            "Training arm 2 of 4 · 40.0 s an arm · about 80 s left",
+        ),
         ({}, ""),
     ],
 )
