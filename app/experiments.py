@@ -9,7 +9,7 @@ from reslora.experiment.course import Course
 from .activity import duration, why_ended
 from .launcher import Trainings
 from .library import Experiment
-from .runs import RunError
+from .runs import RunError, number
 from .views import counted, escape, notice, status_line
 
 
@@ -35,7 +35,8 @@ def summary(experiment: Experiment, status: str, said: str = "") -> str:
     facts = [f"{ended} of {counted(total, 'arm')} ended"] if total else []
     each = experiment.seconds_an_arm
     if status == "running" and each is not None and ended < total:
-        facts.append(f"about {duration(each * (total - ended))} left")
+        at_once = max(1.0, number(experiment.config.get("arms_at_once")) or 1.0)
+        facts.append(f"about {duration(each * (total - ended) / at_once)} left")
     if status == "stopped" and total:
         over = experiment.time_is_over
         rest = f"{over} · Go on trains for as long again" if over else "Go on trains the rest"

@@ -100,6 +100,8 @@ def test_how_far_it_is(library):
         arm["wall_seconds"] = 2 * arm["seconds"]
     write_experiment(found.folder, content)
     assert f"about {each * 53 / 1800:.1f} h left" in experiments.summary(found, "running")
+    (found.folder / "config.json").write_text(json.dumps(found.config | {"arms_at_once": 2}))
+    assert f"about {each * 53 / 3600:.1f} h left" in experiments.summary(found, "running")
 
 
 def test_one_whose_minutes_are_over_says_so_and_one_that_was_stopped_does_not(library):
