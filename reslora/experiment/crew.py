@@ -185,7 +185,8 @@ def arms_a_device(flags: Flags) -> int:
 def share_of(number: int, size: int) -> dict[str, str]:
     """The environment of a member: its share of the cores, or one GPU after the other."""
     if not torch.cuda.is_available():
-        return {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // size))}
+        # Both: below accelerate's launcher one thread counts as none chosen, and cores are shared by local processes.
+        return {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // size)), "LOCAL_WORLD_SIZE": str(size)}
     count = torch.cuda.device_count()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
     return {"CUDA_VISIBLE_DEVICES": visible[number % count]}

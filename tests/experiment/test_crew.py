@@ -9,13 +9,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from waiting import ended, wait_until
 
 from reslora.common.errors import EndedElsewhere, InvalidArgument, RunFailed, Stopped
 from reslora.common.signals import StopRequest
 from reslora.diffusion.settings import parse_args
 from reslora.experiment.course import Course
-from reslora.experiment.crew import Crew, Orders, heard, train_at_once
+from reslora.experiment.crew import Crew, Orders, arms_a_device, heard, share_of, train_at_once
 from reslora.files import is_running, this_process
 
 from .test_course import leave
@@ -110,6 +111,18 @@ def test_one_that_ends_ends_the_others_once_they_have_saved(tmp_path, capfd, wha
     assert len(list(tmp_path.rglob("lr-0.0001/*/saved"))) == len(list(tmp_path.rglob("lr-0.0001/*/who")))
     assert not any(map(is_running, who(tmp_path)))
     assert told in capfd.readouterr().err
+
+
+def test_each_has_its_share_of_the_machine(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    assert share_of(1, 3) == {"OMP_NUM_THREADS": "2", "LOCAL_WORLD_SIZE": "3"}
+    flags = parse_args(["--arms_at_once", "3", "--seed", "0", "1"])
+    assert arms_a_device(flags) == 3 and arms_a_device(flags.replace(arms_at_once=None)) == 1
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert [share_of(number, 3) for number in range(3)] == [{"CUDA_VISIBLE_DEVICES": name} for name in "575"]
+    assert arms_a_device(flags) == 2
 
 
 def test_a_stop_is_told_to_all(tmp_path):
