@@ -297,7 +297,7 @@ def test_arms_at_once_are_those_of_one_after_the_other(common, whole, tmp_path):
     output = tmp_path / "out"
     assert run(*common, "--learning_rate", *RATES, "--arms_at_once", "2", "--output_dir", output) == 0
     found = [
-        [arm for arm in record(place)["arms"] if arm["label"] == "lora" and arm["seed"] == 42]
+        [arm for arm in record(place)["arms"] if arm["label"] == "reslora" and arm["seed"] == 42]
         for place in (whole[0], output)
     ]
     one, two = [[(arm["status"], arm["select_by_step"]) for arm in arms] for arms in found]
