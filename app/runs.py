@@ -323,7 +323,9 @@ class Run:
         return found
 
     def merged(self, method: str) -> list[Weights]:
-        """Merged weights of a method, with those of its text encoders."""
+        """Merged weights of a method, with those of its text encoders: once all are there, and of one merge."""
+        if self.config.get("train_text_encoder") and not self.record(method):
+            return []
         parts = [part for part in DENOISERS if self.inside(method, part, "config.json")]
         if not parts or (encoders := self.encoders(method)) is None:
             return []

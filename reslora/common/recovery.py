@@ -25,15 +25,15 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def set_aside(checkpoint: Path, why: str = "is not of this line of training") -> Path:
+def set_aside(checkpoint: Path, why: str = "is not of this line of training", mark: str = "set-aside") -> Path:
     """Gives a checkpoint, or what is in its place, another name, and returns that: what is not ours is not removed.
 
     A name that transformers does not take for a checkpoint's: it removes the older ones of these.
     """
-    number, there = 1, checkpoint.with_name(f"set-aside-{checkpoint.name}")
+    number, there = 1, checkpoint.with_name(f"{mark}-{checkpoint.name}")
     while there.exists():
         number += 1
-        there = checkpoint.with_name(f"set-aside-{checkpoint.name}-{number}")
+        there = checkpoint.with_name(f"{mark}-{checkpoint.name}-{number}")
     checkpoint.rename(there)
     print(f"{checkpoint} {why}: it is {there.name} now", flush=True)
     return there

@@ -16,6 +16,7 @@ from ..common.flags import Flags
 from ..common.folder import check_held
 from ..common.log import of_split, read_log
 from ..common.methods import METHODS
+from ..common.recovery import numbered, step_of
 from ..files import read_object, write_json
 from . import record
 from .arms import (
@@ -129,9 +130,10 @@ class Course:
     def lowest_loss(self, arm: Arm) -> float:
         """The lowest loss on the select images of an arm that has ended well."""
         losses, folder = self.select_losses(arm), self.folder_of(arm)
-        if not losses:
-            fix = f"remove {folder}, and the arm is trained anew"
-            raise InvalidArgument(str(folder), "log.jsonl has no validation loss", fix)
+        lost = [step_of(path) for path in numbered(folder / ADAPTERS, "step") if step_of(path) not in losses]
+        if lost or not losses:  # it would be chosen by what is left
+            problem = "log.jsonl has no validation loss" + (f" of step {lost[0]}" if lost else "")
+            raise InvalidArgument(str(folder), problem, f"remove {folder}, and the arm is trained anew")
         return min(losses.values())
 
     def next_arm(self) -> Arm | None:

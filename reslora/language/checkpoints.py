@@ -61,7 +61,7 @@ def damage(folder: Path, processes: int = 1) -> str | None:
 
 
 def set_unfinished_aside(output_dir: str | os.PathLike, processes: int = 1) -> None:
-    """Lets a run that was killed in its first checkpoint begin afresh: nothing is lost by it.
+    """Lets a run whose first checkpoint a kill or a full disk has cut short begin afresh: nothing is lost by it.
 
     One that was finished and is damaged stays, and so do all where one can be used.
     """
@@ -69,7 +69,7 @@ def set_unfinished_aside(output_dir: str | os.PathLike, processes: int = 1) -> N
     if any(_is_finished(path) or damage(path, processes) is None for path in found):
         return
     for path in found:
-        set_aside(path, "was not finished")
+        set_aside(path, "was not finished", "unfinished")  # and is none to go on from
 
 
 def _is_finished(folder: Path) -> bool:

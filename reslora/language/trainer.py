@@ -43,7 +43,14 @@ from ..model import enable_gradient_checkpointing
 from ..tracing import to_device
 from .arguments import MethodArguments
 from .callbacks import AllocateRanks, GoesOnFrom, Progress, StopWhenAsked
-from .checkpoints import ALLOCATOR_NAME, checkpoints_of, damage, named_checkpoint, usable_checkpoint
+from .checkpoints import (
+    ALLOCATOR_NAME,
+    checkpoints_of,
+    damage,
+    named_checkpoint,
+    set_unfinished_aside,
+    usable_checkpoint,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -267,8 +274,8 @@ class AdapterTrainer(Trainer):
             return self._named(named)
         if (folder := usable_checkpoint(self.args.output_dir, processes)) is not None:
             return folder
-        found = checkpoints_of(self.args.output_dir)
-        if found:
+        set_unfinished_aside(self.args.output_dir, processes)
+        if found := checkpoints_of(self.args.output_dir):
             problem, fix = damage(found[0], processes), "remove them to start afresh"
             raise InvalidArgument(
                 "--resume_from_checkpoint latest",

@@ -166,6 +166,18 @@ def test_weights_of_a_run(run):
             run.find_weights(label)
 
 
+def test_merged_weights_with_text_encoders_are_offered_once_all_are_of_one_merge(tmp_path):
+    """Before that they are written one after the other, some in the place of an earlier merge's."""
+    write_run(tmp_path / "runs" / "run", train_text_encoder=True)
+    run, merged = Library(tmp_path / "runs").find("run"), "lora: merged weights"
+    for part in ("unet", "text_encoder"):
+        (run.folder / "lora" / part).mkdir()
+        (run.folder / "lora" / part / "config.json").write_text("{}")
+    assert merged not in [weights.label for weights in run.weights()]
+    write_exports(run)
+    assert merged in [weights.label for weights in run.weights()]
+
+
 def test_a_growing_log_is_read_as_it_is_now(run):
     path, row = run.folder / "lora" / "log.jsonl", '{{"step": {}, "split": "train", "loss": 1.0}}\n'
     path.unlink()

@@ -6,6 +6,7 @@ import hashlib
 import io
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
@@ -148,6 +149,10 @@ def killed_after(step: int, whole: Path, parts: Path, method: str = "reslora") -
 # -- in processes of their own ---------------------------------------------------------------------------------------
 
 
+HALF = 100
+"""Bytes of a file in whose midst a run is killed."""
+
+
 @dataclass
 class Watcher:
     """Hears of every file and folder that a run is about to write, rename or remove in its output folder."""
@@ -156,8 +161,7 @@ class Watcher:
     snapshots: Path | None = None  # copies of the folder: what a kill at that moment would leave
     full_after: str | None = None  # once a folder of this name is in place, files cannot grow beyond ...
     largest_file: int = 0  # ... as many bytes
-    killed_after: float = 0  # so many seconds of the run's own time after a checkpoint is in place; SIGPROF kills it
-    in_place: bool = False
+    killed_at: str | None = None  # regular expression of the event and the path inside the output folder, as "open-a/b"
     busy: bool = False
 
     def __call__(self, event: str, args: tuple) -> None:
@@ -168,10 +172,12 @@ class Watcher:
         if not isinstance(args[0], (str, os.PathLike)) or not str(args[0]).startswith(f"{self.output}/"):
             return
         self.busy = True  # what it does itself is not the run's doing
-        if self.killed_after and self.in_place:
-            signal.setitimer(signal.ITIMER_PROF, self.killed_after)
-            self.killed_after = 0
-        self.in_place |= event == "os.rename" and Path(args[1]).name.startswith("checkpoint-")
+        if self.killed_at and re.fullmatch(self.killed_at, f"{event}-{Path(args[0]).relative_to(self.output)}"):
+            if event != "open":
+                os.kill(os.getpid(), signal.SIGKILL)
+            # The system kills who writes beyond a limit, half-way: Python has turned that off.
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (HALF, HALF))
         if self.snapshots and self.output.is_dir():
             number = len(list(self.snapshots.iterdir()))
             shutil.copytree(self.output, self.snapshots / f"{number:03d}-{event}-{Path(args[0]).name.strip('.')}")

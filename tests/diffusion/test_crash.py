@@ -4,7 +4,7 @@ Runs are processes of their own, forked from one that has the libraries loaded, 
 """
 
 import filecmp
-import random
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -13,12 +13,13 @@ import pytest
 from safetensors.torch import load_file
 
 from diffusion.conftest import STEPS
-from diffusion.runs import RESUME, Watcher, assert_same, final_weights, losses, training_state
+from diffusion.runs import HALF, RESUME, Watcher, assert_same, final_weights, losses, training_state
 from reslora.common.recovery import step_of
 from reslora.diffusion.training.checkpoints import checkpoints_of
 
 FORMATS = ["pytorch_lora_weights.safetensors", "kohya.safetensors", "peft/adapter_model.safetensors"]
 FORMATS += ["unet/diffusion_pytorch_model.safetensors"]
+MERGE = ["exports.json", "merge.json"]
 
 
 def checkpoints(output: Path) -> list[int]:
@@ -61,24 +62,28 @@ def hidden(output: Path) -> list[Path]:
 # -- kills -----------------------------------------------------------------------------------------------------------
 
 
-def test_killed_at_random_moments(runs, whole, tmp_path):
-    """Killed again and again, a random while after it got one step further, until a run comes to its end.
+# What is written is first called otherwise: ".", the name, and whose it is.
+MOMENTS = [
+    r"open-reslora/\.checkpoint-2.*/\.+reslora_model\.safetensors.*",
+    r"open-reslora/\.checkpoint-3.*/trainer\.pt",
+    r"os.rename-reslora/\.checkpoint-3[^/]*",
+    r"os.rmdir-reslora/\.checkpoint-2.*",
+    r"open-reslora/\.unet.*/diffusion_pytorch_model\.safetensors",
+    r"open-reslora/\.+pytorch_lora_weights\.safetensors.*",
+    r"os.rename-reslora/\.+exports\.json.*",
+]
 
-    A while of the run's own time: who looks at it from outside may come too late on a busy machine.
-    """
-    output, chance, kills = tmp_path / "out", random.Random(0), 0
-    flags = ("--dataloader_num_workers", "1", "--checkpoints_total_limit", "2", *RESUME)
-    while True:
-        watcher = Watcher(output, killed_after=chance.uniform(0.001, 0.04))
-        if (status := runs.finish(output, *flags, watcher=watcher)) == 0:
-            break
-        assert status == -signal.SIGPROF, runs.last_line()
+
+def test_killed_again_and_again_within_saves_and_exports(runs, whole, tmp_path):
+    """Each time at the next of these moments, files written by half among them, and going on from what is left."""
+    output, flags = tmp_path / "out", ("--dataloader_num_workers", "1", "--checkpoints_total_limit", "2", *RESUME)
+    for moment in MOMENTS:
+        status = runs.finish(output, *flags, watcher=Watcher(output, killed_at=moment))
+        assert status == -(signal.SIGXFSZ if moment.startswith("open") else signal.SIGKILL), moment
         assert checkpoints(output)
+        opened = [path for path in output.rglob("*") if re.fullmatch(moment, f"open-{path.relative_to(output)}")]
+        assert [path.stat().st_size for path in opened] == [HALF] * moment.startswith("open"), moment
         assert_nothing_is_half_written(output, whole)
-        kills += 1
-        if checkpoints(output)[-1] == STEPS:
-            break
-    assert kills > 1
     assert runs.finish(output, *flags) == 0
     assert_ends_like(output, whole)
 
@@ -109,9 +114,13 @@ def test_killed_while_replacing_its_exports(runs, whole, tmp_path):
     snapshots, output = tmp_path / "snapshots", tmp_path / "out"
     snapshots.mkdir()
     shutil.copytree(whole, output)
-    assert runs.finish(output, *RESUME, "--max_train_steps", str(STEPS + 1), watcher=Watcher(output, snapshots)) == 0
+    longer = ("--max_train_steps", str(STEPS + 2))  # the first of these has a rate of 0 still
+    assert runs.finish(output, *RESUME, *longer, watcher=Watcher(output, snapshots)) == 0
+    assert not any(same_bytes(output, whole, name) for name in (*MERGE, *FORMATS))
     versions = [{name: load_file(f / "reslora" / name) for name in FORMATS} for f in (whole, output)]
     for snapshot in snapshots.iterdir():
+        if (snapshot / "reslora" / "exports.json").exists():  # which says that all beside it is of one merge
+            assert any(all(same_bytes(snapshot, f, name) for name in (*MERGE, *FORMATS)) for f in (whole, output))
         for name in FORMATS:
             if (snapshot / "reslora" / name).exists():
                 tensors = load_file(snapshot / "reslora" / name)

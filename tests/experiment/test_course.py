@@ -9,7 +9,7 @@ import pytest
 from reslora.common.errors import InvalidArgument
 from reslora.diffusion.settings import parse_args
 from reslora.experiment.arms import Arm
-from reslora.experiment.course import Course
+from reslora.experiment.course import Course, adapter_folder
 
 RATES = ("--learning_rate", "2e-4", "1e-4", "4e-4")
 
@@ -93,6 +93,20 @@ def test_an_arm_that_ended_well_and_whose_log_is_gone_has_not_diverged(course):
     assert str(error.value) == line
     shutil.rmtree(folder)
     assert course().next_arm() == arm
+
+
+def test_an_arm_whose_log_has_lost_a_loss_is_not_chosen_by_the_others(course):
+    """There is an adapter of each step that may be chosen."""
+    (arm,) = run(course(), most=1)
+    folder = course().folder_of(arm)
+    for step in (2, 4, 6):
+        adapter_folder(folder, step).mkdir(parents=True)
+    course().next_arm()
+    lines = (folder / "log.jsonl").read_text().splitlines(keepends=True)
+    (lost,) = [line for line in lines if json.loads(line)["split"] == "validation" and json.loads(line)["step"] == 4]
+    (folder / "log.jsonl").write_text("".join(line[:20] + "\n" if line == lost else line for line in lines))
+    with pytest.raises(InvalidArgument, match=r"seed-0: log.jsonl has no validation loss of step 4; remove .*seed-0"):
+        course().next_arm()
 
 
 @pytest.mark.parametrize("kill", range(1, 14, 4))

@@ -178,9 +178,9 @@ def test_unfinished_ones_step_aside_where_they_are_all(tmp_path, capsys):
     (early / "checksums.json").unlink()
     set_unfinished_aside(tmp_path)
     assert {path.name for path in tmp_path.glob("*checkpoint-*")} == {
-        f"set-aside-{path.name}" for path in (early, late)
+        f"unfinished-{path.name}" for path in (early, late)
     }
-    assert f"{early} was not finished: it is set-aside-checkpoint-2 now" in capsys.readouterr().out
+    assert f"{early} was not finished: it is unfinished-checkpoint-2 now" in capsys.readouterr().out
 
 
 def test_a_checkpoint_without_checksums_is_read_as_before(tmp_path):

@@ -246,7 +246,7 @@ def test_an_arm_that_was_killed_in_its_first_checkpoint_begins_afresh(common, tm
         run(*command)
     assert run(*command) == 0
     assert {arm["status"] for arm in record(tmp_path)["arms"]} == {"finished"}
-    assert [path.name for path in tmp_path.rglob("set-aside-*")] == ["set-aside-checkpoint-1"]
+    assert [path.name for path in tmp_path.rglob("*-checkpoint-*")] == ["unfinished-checkpoint-1"]
 
 
 def test_an_arm_ends_at_the_first_select_loss_that_is_not_finite(common, tmp_path):

@@ -20,7 +20,9 @@ from reslora.common.errors import EndedElsewhere, InvalidArgument, RunFailed
 from reslora.common.folder import locked
 from reslora.config import ResLoraConfig
 from reslora.language.arguments import AdapterTrainingArguments, MethodArguments, settings
+from reslora.language.checkpoints import checkpoints_of, damage
 from reslora.language.results import export
+from reslora.language.resuming import check_resume
 from reslora.language.trainer import AdapterTrainer, attach, total_steps
 from reslora.model import connection_of
 
@@ -137,14 +139,24 @@ def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(tmp_path,
     ids=["in the middle of a file", "as a small one is closed"],
 )
 def test_a_full_disk_ends_the_run_in_one_line(tmp_path, monkeypatch, told):
+    """One that has no whole checkpoint yet begins afresh then, and is not kept from that by what it has set aside."""
+
     def full(*_, **__):
         raise RuntimeError(told)
 
     trainer = trainer_for(build()[0], tmp_path)
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(RunFailed) as error:
+    with monkeypatch.context() as patched, pytest.raises(RunFailed) as error:
+        patched.setattr(torch, "save", full)
         trainer.train()
     assert_one_line(error, "checkpoint of step 2", "disk")
+    assert [path.name for path in checkpoints_of(tmp_path)] == ["checkpoint-2"]
+    trainer = trainer_for(build()[0], tmp_path)
+    trainer.train(resume_from_checkpoint="latest")
+    assert trainer.state.global_step == STEPS and damage(tmp_path / "checkpoint-2") is None
+    for path in checkpoints_of(tmp_path):
+        shutil.rmtree(path)
+    assert list(tmp_path.glob("*-checkpoint-2"))
+    check_resume(tmp_path, "latest", {})
 
 
 def test_a_folder_that_is_moved_ends_the_run_before_its_next_checkpoint(tmp_path):

@@ -90,12 +90,12 @@ def export_method(
         drawn = drawer.draw(denoiser.eval(), prompts, images)
         reference, *_ = [finite(image, name) for image in drawn]
         check_held()
+        for path in (folder / EXPORTS, context.folder / FINISHED):
+            path.unlink(missing_ok=True)  # until all files are of this merge
         if merged:
             write_merge(merged, folder)
         for number, (part, found) in enumerate(merged.items()):
             accelerator.print(f"{name}: {f'{part} ' if number else ''}{found.report}")
-        for path in (folder / EXPORTS, context.folder / FINISHED):
-            path.unlink(missing_ok=True)  # until all files are of this merge
         context.status.say("writing files", name)
         metadata = kohya_metadata(denoiser.config, material, exported(schedule, learner, context), context)
         write_formats(parts, method, metadata, context)
