@@ -11,10 +11,11 @@ from collections import Counter
 from collections.abc import Sequence
 
 from reslora.diffusion.data.size import Size
+from reslora.words import counted
 
 from .image_edits import ImageEdits, text_of
 from .image_folders import OUTSIDE, Image, Images
-from .views import counted, escape
+from .views import escape
 
 PER_PAGE = 24
 MOST_NOTES = 8

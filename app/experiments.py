@@ -9,12 +9,13 @@ from pathlib import Path
 from reslora.experiment.course import Course
 from reslora.experiment.parts import FEW
 from reslora.experiment.statistics import REFERENCE
+from reslora.words import counted
 
 from .activity import duration, why_ended
 from .launcher import Trainings
 from .library import Experiment
 from .runs import RunError
-from .views import counted, escape, notice, status_line
+from .views import escape, notice, status_line
 
 
 def plan(trainings: Trainings, name: str, settings: dict, folder: object = None, uploads: Sequence[str] = ()) -> str:

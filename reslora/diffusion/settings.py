@@ -19,6 +19,7 @@ from ..common.patterns import FIELDS, entries
 from ..experiment.arms import alpha_of
 from ..merges import MERGES
 from ..shortcuts import PLAIN, shortcut_class
+from ..words import counted
 from .arguments import (
     BUNDLED_DEFAULTS,
     DEFAULTS,
@@ -240,7 +241,7 @@ def check_folders(flags: Flags) -> None:
     for name in ("train_data_repeats", "train_data_weight"):
         values = listed(getattr(flags, name))
         if len(values) not in (1, max(1, len(folders))):
-            problem = f"{len(values)} values for {max(1, len(folders))} folders"
+            problem = f"{counted(len(values), 'value')} for {counted(max(1, len(folders)), 'folder')}"
             raise InvalidArgument(f"--{name} {' '.join(map(str, values))}", problem, "give one, or one for each")
 
 

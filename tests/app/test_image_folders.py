@@ -138,7 +138,7 @@ def test_rows_that_are_wrong_and_images_that_are_not_listed_are_told(edits, tmp_
     random_image(7).save(folder / "beside.png")
     images = edits.look("rows")
     assert images.images["beside.png"].problem == "not listed in metadata.jsonl"
-    assert images.notes == ("1 images are not listed in metadata.jsonl",) == trained(folder).notes
+    assert images.notes == ("1 image not listed in metadata.jsonl",) == trained(folder).notes
     (folder / "metadata.jsonl").write_text('{"file_name": "0.png"')
     images = edits.look("rows")
     assert "line 1: is no JSON" in images.refused and str(tmp_path) not in images.refused

@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 from ...common.errors import InvalidArgument
 from ...common.together import decided, gathered
 from ...files import read_object, write_json
+from ...words import counted
 from ..arguments import Flags, listed
 from ..context import Context
 from ..model.loading import wide_enough
@@ -258,4 +259,4 @@ def tell_what_is_left_out(images: ImageDataset, context: Context) -> None:
     for line in (*images.notes, *(f"left out: {line}" for line in images.left_out[:20])):
         context.accelerator.print(line)
     if images.left_out:
-        context.accelerator.print(f"left out {len(images.left_out)} images, kept {len(images)}")
+        context.accelerator.print(f"left out {counted(len(images.left_out), 'image')}, kept {len(images):,}")

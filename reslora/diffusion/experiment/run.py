@@ -33,6 +33,7 @@ from ...experiment.report import About
 from ...experiment.run import train_and_conclude
 from ...experiment.subject import COMPARING, Subject
 from ...files import read_object, remove_leftovers
+from ...words import counted
 from ..arguments import SEVERAL, Flags, in_words
 from ..checks import check_methods
 from ..context import Context
@@ -104,7 +105,7 @@ def run_experiment(flags: Flags, stop: StopRequest) -> None:
         decided(lambda: check_same(asked, identity))
         note_settings(schedule, dataclasses.replace(context, flags=asked))
         course, setting = Course(asked, began), Setting(pipeline, material, schedule, identity, context)
-        accelerator.print(f"{len(course.arms())} arms of {schedule.steps} steps; {parts}")
+        accelerator.print(f"{counted(len(course.arms()), 'arm')} of {counted(schedule.steps, 'step')}; {parts}")
         train_and_conclude(course, Bench(course, setting, materials, parts))
         accelerator.end_training()
 
