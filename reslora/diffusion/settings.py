@@ -51,7 +51,8 @@ def parse_args(argv: Sequence[str] | None = None, description: str | None = None
     """
     flags = settled(build_parser(description), argv)
     check_places(flags)
-    tell_unread(flags.method, vars(flags), vars(untouched()))
+    alpha = alpha_of(flags.replace(lora_alpha=None), flags.rank)
+    tell_unread(flags.method, vars(flags), vars(untouched()) | {"lora_alpha": alpha})
     tell_idle(flags)
     return flags
 

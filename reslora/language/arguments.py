@@ -110,8 +110,8 @@ class MethodArguments:
         return {name: entries(name, getattr(self, name)) for name in FIELDS}
 
     def tell_unread(self) -> None:
-        """Says which flags of shortcuts the method does not read."""
-        tell_unread([self.method], vars(self), vars(MethodArguments))
+        """Says which flags the method does not read."""
+        tell_unread([self.method], vars(self), vars(MethodArguments) | {"lora_alpha": 2 * self.lora_r})
 
     def carries_activations(self) -> bool:
         """Whether blocks hand activations to each other."""
