@@ -126,7 +126,7 @@ def test_metadata_says_more_than_kohyas_names(tmp_path):
     (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "2_a_b/0.png", "text": "red disc"}))
     (found,) = gather("--train_data_dir", folder)
     assert (found.captions, found.repeats) == ([["red disc"]], 1)
-    only(found.notes, f"whose repeats do not count: they do where {folder} is named")
+    only(found.notes, f"whose repeats do not count: they do if {folder} is named")
 
 
 def test_a_year_is_no_number_of_repeats(tmp_path, brief_flags, capsys):
