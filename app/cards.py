@@ -87,7 +87,7 @@ def summary(edits: ImageEdits, images: Images, shown: int) -> str:
         lines.append("Training would read all of them")
     alike = len(edits.looks.alike(images))
     if alike:
-        lines.append(f"{counted(alike, 'image')} look like another one: see the filter Duplicates")
+        lines.append(f"{counted(alike, 'image')} like another one: see the filter Duplicates")
     elif any(image.size and edits.looks.of(image) is None for image in images.images.values()):
         lines.append("Damaged images and duplicates are known after <i>Check images</i>")
     buckets = Counter(size for image in images.images.values() if not image.problem for size in image.buckets)

@@ -261,7 +261,7 @@ def check_validation(flags: Flags) -> None:
     """Refuse options of prompts that are not one for each, and what steers by held-out images where none are."""
     options, prompts = flags.validation_prompt_options, flags.validation_prompt
     if options and len(options) != len(prompts):
-        problem = f"{len(options)} for {len(prompts)} prompts"
+        problem = f"{len(options)} for {counted(len(prompts), 'prompt')}"
         raise InvalidArgument("--validation_prompt_options", problem, "give one for each, '{}' where there are none")
     for name in STEERING:
         if not getattr(flags, name):

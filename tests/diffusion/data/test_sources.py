@@ -319,7 +319,7 @@ def test_a_run_with_all_of_it_goes_on_as_if_it_had_not_stopped(model, capsys, tm
     assert "48x48: " in only(lines, "2 buckets") and not [line for line in lines if "drawing" in line]
     only(lines, "2_disc (2 of 2 images with its name as caption: disc) at 48: ", " 2 times an epoch, weight 0.5")
     (first, second) = (line for line in lines if "1_red box" in line)
-    assert "32: 1 class images, each 4 times an epoch, weight 1" in first and "48: 1 class images, each 4" in second
+    assert "32: 1 class image, each 4 times an epoch, weight 1" in first and "48: 1 class image, each 4" in second
     assert main(*common, parts, "--max_train_steps", 4) == 0
     capsys.readouterr()
     assert "--train_data_repeats 2" in refused(capsys, *common, parts, "--train_data_repeats", 2, *RESUME, quiet=False)
