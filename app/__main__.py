@@ -126,14 +126,14 @@ def serve(args: argparse.Namespace, neutral: Path) -> int:
 def listen(demo: Any, args: argparse.Namespace) -> None:
     """Serves the page, Gradio's `Blocks`, until it is closed, however slowly it answers at first."""
     from .page import look
-    from .sessions import LIMITS
+    from .sessions import LAUNCH
     from .weight_files import LARGEST_ADAPTER
 
     try:
         demo.launch(
             server_name=args.host, server_port=args.port, share=args.share, auth=args.auth, inbrowser=args.inbrowser,
             show_error=True, ssr_mode=False, max_file_size=LARGEST_ADAPTER, footer_links=["api"], run_history=False,
-            **LIMITS, **look(),
+            **LAUNCH, **look(),
         )  # fmt: skip
     except ValueError:
         # Gradio gives up where its own page doesn't answer it within three seconds, which a busy machine may need. It

@@ -11,10 +11,11 @@ from collections import Counter
 from collections.abc import Sequence
 
 from reslora.diffusion.data.size import Size
+from reslora.words import counted
 
 from .image_edits import ImageEdits, text_of
 from .image_folders import OUTSIDE, Image, Images
-from .views import counted, escape
+from .views import escape
 
 PER_PAGE = 24
 MOST_NOTES = 8
@@ -86,7 +87,7 @@ def summary(edits: ImageEdits, images: Images, shown: int) -> str:
         lines.append("Training would read all of them")
     alike = len(edits.looks.alike(images))
     if alike:
-        lines.append(f"{counted(alike, 'image')} look like another one: see the filter Duplicates")
+        lines.append(f"{counted(alike, 'image')} like another one: see the filter Duplicates")
     elif any(image.size and edits.looks.of(image) is None for image in images.images.values()):
         lines.append("Damaged images and duplicates are known after <i>Check images</i>")
     buckets = Counter(size for image in images.images.values() if not image.problem for size in image.buckets)

@@ -12,10 +12,11 @@ from pathlib import Path
 from reslora.common import figures
 from reslora.common.charts import Line, line_chart
 from reslora.common.log import of_split
+from reslora.words import counted
 
 from .differences import LOSSES, differing, drawn_alike
 from .runs import NO_CONFIG, Run, number
-from .views import COLORS, NAMES, counted, escape, figure, notice, table, tile
+from .views import COLORS, NAMES, escape, figure, notice, table, tile
 
 MOST_ROWS = 16
 LONGEST_NAME = 24

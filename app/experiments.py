@@ -2,31 +2,55 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from reslora.experiment.course import Course
+from reslora.experiment.parts import FEW
+from reslora.experiment.statistics import REFERENCE
+from reslora.words import counted
 
 from .activity import duration, why_ended
 from .launcher import Trainings
 from .library import Experiment
 from .runs import RunError, number
-from .views import counted, escape, notice, status_line
+from .views import escape, notice, status_line
 
 
-def plan(trainings: Trainings, name: str, settings: dict) -> str:
+def plan(trainings: Trainings, name: str, settings: dict, folder: object = None, uploads: Sequence[str] = ()) -> str:
     """How many arms an experiment of that name would have, in a sentence; what is wrong with its settings instead.
 
-    Images are asked for where it starts.
+    Images, of a folder on the list or uploaded, are asked for where it starts; here they are only counted.
     """
     images = None if trainings.goes_on(name, Experiment) else Path("images")
     try:
         course = Course(trainings.settled(trainings.command(name, settings, images, Experiment)))
+        advice = [] if images is None else too_few(trainings, course.flags.test_split, folder, uploads)
     except RunError as error:
         return notice(str(error))
+    except OSError as error:
+        return notice(f"The folder of images cannot be read ({error.strerror}).")
     facts = [counted(len(course.labels), "method"), counted(len(course.given), "learning rate")]
     facts.append(counted(len(course.seeds), "seed"))
-    advice = "" if len(course.seeds) > 2 else " With fewer than three seeds little can be shown."
-    return notice(f"{len(course.arms())} arms: {', '.join(facts)}.{advice}")
+    if len(course.seeds) < 3:
+        advice.append("With fewer than three seeds little can be shown.")
+    if all(label.method != REFERENCE for label in course.labels.values()):
+        advice.append(f"Nothing to compare with: verdicts need {REFERENCE} among the methods.")
+    return notice(" ".join([f"{counted(len(course.arms()), 'arm')}: {', '.join(facts)}.", *advice]))
+
+
+def too_few(trainings: Trainings, share: float, folder: object, uploads: Sequence[str]) -> list[str]:
+    """A sentence where about so few images compare that the trainer will warn; none where no image is a file.
+
+    About: which images these are goes by their content, and of near-duplicates one compares.
+    """
+    images = trainings.images.count(folder, uploads, math.ceil(FEW / share))
+    tested = max(1, round(share * images))
+    if not images or tested >= FEW:
+        return []
+    compare = f"About {tested} of {counted(images, 'image')} compare{'s' * (tested == 1)}"
+    return [f"{compare}: so few seldom show that a difference is real; give more images, or a larger test split."]
 
 
 def summary(experiment: Experiment, status: str, said: str = "") -> str:

@@ -5,15 +5,19 @@ Names come from a browser, so they are only ever compared with what a listing ga
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from reslora.common.assets import ASSETS
+from reslora.diffusion.data.images import is_image
 from reslora.diffusion.data.listing import TRASH
 from reslora.diffusion.prompts import clean
 from reslora.diffusion.settings import BUNDLED_IMAGES
+from reslora.files import all_below
 
 from .bases import bundled
 from .runs import Run, RunError
@@ -70,6 +74,11 @@ class Folders:
         if folder is None:
             raise RunError("There is no such folder of images; choose one from the list.")
         return folder
+
+    def count(self, name: object, uploads: Sequence[str], most: int) -> int:
+        """How many images were uploaded, else are files in the folder of that name; no more than `most` are counted."""
+        files = map(Path, uploads) if uploads else all_below(self.find(name).path) if name else ()
+        return sum(1 for _ in itertools.islice(filter(is_image, files), most))
 
     def of_run(self, run: Run) -> str:
         """The name by which a form chooses a run's images; one that `find` refuses where none on the list are those."""

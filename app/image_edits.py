@@ -11,6 +11,7 @@ from pathlib import Path
 
 from reslora.diffusion.data.captions import SEPARATOR
 from reslora.files import remove
+from reslora.words import counted
 
 from . import trash
 from .caption_files import Edit, unfinished, write
@@ -19,7 +20,6 @@ from .image_folders import Image, ImageFolders, Images, flags_of
 from .launcher import Trainings
 from .looks import Looks
 from .runs import RunError
-from .views import counted
 
 BETWEEN = "\n\n"
 """Stands between the captions of an image that has several."""

@@ -187,7 +187,7 @@ def kind_of(folder: Path) -> type[Run] | None:
     if (folder / EXPERIMENT_LOG).is_file() or (folder / EXPERIMENT).is_file():
         return Experiment
     config = folder / "config.json"
-    if config.is_file():
+    if config.exists():  # a folder of that name, too: the page says that it cannot be read
         with contextlib.suppress(OSError):
             return kind_by_settings(config, config.stat().st_mtime_ns)
     return Run if (folder / LOG_NAME).is_file() else None

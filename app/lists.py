@@ -8,13 +8,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from reslora.words import counted
+
 from .activity import activity, why_ended
 from .folders import BUNDLED
 from .library import Experiment, LanguageRun, language_script, last_change
 from .queue import GONE, RUNNING, WAITING, Entry, Queue
 from .runs import LONGEST_NOTES, NO_CONFIG, NOTES, Run, RunError
 from .shelf import Shelf
-from .views import NAMES, bad, counted, data_uri, escape, notice
+from .views import NAMES, bad, data_uri, escape, notice
 
 MOST = 48
 """Cards that are shown; more are found by their names and notes."""

@@ -7,9 +7,26 @@ images were asked for and nobody came for them, it drew both to their last step 
 from __future__ import annotations
 
 import gradio as gr
+from fastapi import Request
+from fastapi.responses import PlainTextResponse
 from gradio.blocks import BlocksConfig
 
-LIMITS = {"max_threads": 64, "state_session_capacity": 100}
+from .handlers import UNWRITABLE
+
+
+async def cannot_store(request: Request, error: OSError) -> PlainTextResponse:
+    """What an upload is answered that the disk has no room for; the page shows it."""
+    if error.errno not in UNWRITABLE:
+        raise error
+    advice = "make room on the disk that has the system's temporary folder"
+    return PlainTextResponse(f"The files cannot be stored ({error.strerror}): {advice}.", status_code=507)
+
+
+LAUNCH = {
+    "max_threads": 64,
+    "state_session_capacity": 100,
+    "app_kwargs": {"exception_handlers": {OSError: cannot_store}},
+}
 """Threads: each event that waits for its turn holds one; there are as many for all else. Sessions: a page is shown
 everything anew that comes back after a hundred others."""
 TURNS = {"concurrency_id": "turns", "concurrency_limit": 32}

@@ -17,12 +17,12 @@ from reslora.diffusion.model.lora_files.combining import summed
 from reslora.diffusion.model.lora_files.names import Names, Parts, names_of
 from reslora.diffusion.model.lora_files.reading import read_content, read_parts
 from reslora.export import DIFFUSERS_FILE, Factors, lora_config
+from reslora.words import counted
 
 from .bases import base_of
 from .library import Library
 from .recipe import LIMITS
 from .runs import Run, RunError, Weights
-from .views import counted
 from .weight_files import check_adapter_file, in_names_of, refuse_misfits, without_folders
 
 MOST = 8

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-import os
 import queue
 import sys
 import threading
@@ -402,7 +401,8 @@ class Studio:
             return self._write_merged(run, checkpoint, method)
         except OSError as error:
             refuse_gone(run, checkpoint)
-            raise RunError(f"The merged weights cannot be written into the run's folder ({error.strerror}).") from None
+            reason = error.strerror or without_folders(error, run.folder)
+            raise RunError(f"The merged weights cannot be written into the run's folder ({reason}).") from None
         except (ValueError, RuntimeError) as error:
             refuse_gone(run, checkpoint)
             raise RunError(f"It cannot be merged: {without_folders(error, run.folder)}.") from None
@@ -436,11 +436,9 @@ class Studio:
             try:
                 base = self.pipeline.components | self.encoders | {self.family.denoiser: self._skeleton()}
                 whole_models.write(target, self.model, base, parts, visitor.check)
-            except OSError as error:
-                reason = os.strerror(error.errno) if error.errno else type(error).__name__
-                raise RunError(f"The model could not be written: {reason}.") from None
-            except ValueError as error:  # a damaged file
-                reason = without_folders(error, weights.path, self.model.folder)
+            except (OSError, ValueError) as error:  # a full disk, a damaged file
+                why = getattr(error, "strerror", None)
+                reason = why or without_folders(error, weights.path, self.model.folder)
                 raise RunError(f"The model could not be written: {reason}.") from None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from reslora.common.log import of_split
+from reslora.words import counted
 
 from .runs import Run, Weights, number
 from .views import NAMES, escape, notice
@@ -30,8 +31,8 @@ def verdict(run: Run, step: int) -> str:
     order = sorted(losses, key=lambda method: losses[method][at])
     named = ", ".join(f"{NAMES[method]} {losses[method][at]:.4f}" for method in order)
     named = f"{run.name}: {named}" if run.beside else named
-    claim = ONE_SEED if len(order) > 1 else ALONE
-    return f'<p class="verdict"><b>{escape(named)}</b> on held-out images after {at} steps. {claim}</p>'
+    claim, steps = ONE_SEED if len(order) > 1 else ALONE, counted(at, "step")
+    return f'<p class="verdict"><b>{escape(named)}</b> on held-out images after {steps}. {claim}</p>'
 
 
 def held_out(run: Run, method: str) -> dict[int, float]:

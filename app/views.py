@@ -19,6 +19,7 @@ import PIL.Image
 
 from reslora.common.methods import METHODS
 from reslora.diffusion.prompts import clean
+from reslora.words import counted
 
 from .activity import activity, why_ended
 from .recipe import Drawn
@@ -97,11 +98,6 @@ def figure(value, form: str, unit: str = "") -> str:
     return NOTHING if value is None else f"{value:{form}}{unit}"
 
 
-def counted(number: int, what: str) -> str:
-    """So many of something: 1 image, 2 images."""
-    return f"{number:,} {what}{'s' * (number != 1)}"
-
-
 def enumerated(words: Iterable[str]) -> str:
     """Some words as one says them: one, two and three."""
     *others, last = words
@@ -113,7 +109,7 @@ def summary(run: Run, status: str, said: str = "") -> str:
     config = run.config
     done, total = run.progress
     names = ", ".join(NAMES[method] for method in run.methods)
-    facts = [names, f"{total // len(run.methods)} steps each" if total else ""]
+    facts = [names, f"{counted(total // len(run.methods), 'step')} each" if total else ""]
     if done < total:
         facts.append(f"{done} of {total} done")
     if run.unreadable:
@@ -247,7 +243,7 @@ def chain_plan(plan: dict | None) -> str:
     notes = "".join(f"<li>✂<sup>{mark}</sup> {escape(reason)}</li>" for reason, mark in reasons.items())
     in_unet = any(block["name"].startswith("down_blocks.") for chain in plan["chains"] for block in chain["blocks"])
     legend = " (d: down, m: middle, u: up)" if in_unet else ""
-    links = f"<p>{int(plan.get('links', 0))} links in {len(plan['chains'])} chains{legend}</p>"
+    links = f"<p>{counted(int(plan.get('links', 0)), 'link')} in {counted(len(plan['chains']), 'chain')}{legend}</p>"
     return f'{what(LINKS)}{links}{table("chains", "Chains", rows)}<ul class="reasons">{notes}</ul>'
 
 

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from .tracing import Trace, trace
+from .words import counted
 
 Before = Sequence[Sequence[int]]
 """Of each block of a chain, where in the chain the blocks are that take part in it: n-1, n-2, ... n-m."""
@@ -364,7 +365,7 @@ def _difference(before: Block, block: Block) -> str:
 
 def _table(plan: Chains) -> list[str]:
     count = len(plan.blocks)
-    lines = [f"{count} LoRA blocks in {len(plan)} chains, {plan.links} links"]
+    lines = [f"{counted(count, 'LoRA block')} in {counted(len(plan), 'chain')}, {counted(plan.links, 'link')}"]
     rows = [
         ("" if number else chain.role, "-> " * bool(number) + block.name, block.shape, block.cut)
         for chain in plan

@@ -23,6 +23,7 @@ from .merges import Merge
 from .merging import Factors, Merged
 from .shortcuts import shortcut_class
 from .wiring import Connection, attach_wires, connected, connection_of
+from .words import counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,7 @@ class MergeReport:
         error = (
             f", relative error {sum(errors) / len(errors):.2%} on average, {max(errors):.2%} at most" if errors else ""
         )
-        return f"merged {len(self.blocks)} blocks by {self.method!r}{error}"
+        return f"merged {counted(len(self.blocks), 'block')} by {self.method!r}{error}"
 
 
 # -- connect and disconnect ------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import TYPE_CHECKING
 
 import gradio as gr
@@ -46,7 +47,9 @@ class CompareTab(Tab):
         self.numbers = gr.HTML(elem_id="numbers")
         self.files_column()
         self.at_step = [self.grid, self.train_curve, self.validation_curve, self.numbers, self.verdict]
-        self.watched, self.of_run = [self.step, self.beside, *self.at_step], [self.file, self.place, self.use]
+        # When there was something new, not what: the slider may have been moved since the page has asked for it.
+        self.new = gr.Textbox(visible="hidden", elem_id="new")
+        self.watched, self.of_run = [self.step, self.beside, self.new], [self.file, self.place, self.use]
         self.chosen = self.step
 
     def files_column(self) -> None:
@@ -64,8 +67,8 @@ class CompareTab(Tab):
         run, looked_at = page.run, [page.run, self.step, self.beside]
         # Not preprocessed: Gradio would refuse a step beyond the end that the slider has meanwhile, or had at first.
         gr.on(
-            [self.step.change, self.beside.input], readable_errors(self.look), looked_at, [*self.at_step, self.beside],
-            trigger_mode="always_last", preprocess=False, **QUIET,
+            [self.step.change, self.beside.input, self.new.change], readable_errors(self.look), looked_at,
+            [*self.at_step, self.beside], trigger_mode="always_last", preprocess=False, **QUIET,
         )  # fmt: skip
         self.for_programs(page)
         self.play.click(readable_errors(self.toggle), self.play, [self.play, self.playing], **QUIET)
@@ -119,10 +122,9 @@ class CompareTab(Tab):
         slider = gr.update(
             minimum=0, maximum=max(steps, default=1) or 1, step=max(1, math.gcd(*steps)) if steps else 1, value=step
         )
-        values = zip(self.at_step, self.values(run, step), strict=True)
         others = [name for name in self.library.runs() if name != run.name]
         beside = gr.update(choices=others, value=[other.name for other in run.beside])
-        return {self.step: slider, self.beside: beside, **dict(values)}
+        return {self.step: slider, self.beside: beside, self.new: str(time.time_ns())}
 
     def compare(self, name: str, step: float, beside: object = None) -> tuple:
         """Images, curves and numbers at a step."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import gradio as gr
 
 from reslora.diffusion.data.caption_files import CAPTIONS
+from reslora.words import counted
 
 from .. import cards, image_edits, views
 from ..handlers import QUIET, paths_of, readable_errors, translated
@@ -212,8 +213,8 @@ class DatasetTab(Tab):
         images = self.look(*asked)
         total, name = len(images.images), images.folder.name
         for done in self.edits.check(images):
-            yield views.progress(f"{name}: {done:,} of {total:,} images are checked", done / max(1, total))
-        yield views.notice(f"{name}: all {total:,} images are checked.")
+            yield views.progress(f"{name}: {done:,} of {counted(total, 'image')} checked", done / max(1, total))
+        yield views.notice(f"{name}: {counted(total, 'image')} checked.")
 
     def do_upload(self, name, uploads, caption) -> tuple:
         """Stores uploaded images as a new folder, and shows it."""
@@ -273,7 +274,7 @@ class DatasetTab(Tab):
         images = self.edits.look(folder)
         for _ in self.edits.check(images):
             pass
-        return f"All {len(images.images):,} images are checked."
+        return f"{counted(len(images.images), 'image')} checked."
 
 
 def refuse_other(shown: object, chosen: object) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 import gradio as gr
 
 from .. import experiments, launcher, views
-from ..handlers import QUIET, readable_errors
+from ..handlers import QUIET, paths_of, readable_errors
 from ..library import Experiment
 from ..runs import RunError
 from ..takeaway import Takeaway, packed
@@ -85,7 +85,7 @@ class ExperimentTab(LaunchTab):
 
     def events(self, page: Page) -> None:
         self.connect(page, self.which, self.last_look)
-        planned = [self.name, self.model, *self.flags.values()]
+        planned = [self.name, self.uploads, self.folder, self.model, *self.flags.values()]
         gr.on(
             [page.frames[self].select, *(part.change for part in planned)],
             readable_errors(self.count), planned, self.plan, trigger_mode="always_last", queue=False,
@@ -101,9 +101,10 @@ class ExperimentTab(LaunchTab):
         page.frames[self].select(lambda: gr.Timer(active=True), None, self.timer, **QUIET)
         gr.api(readable_errors(self.list_names), api_name="experiments")
 
-    def count(self, name: str, model: str, *values) -> str:
+    def count(self, name: str, uploads, folder: str, model: str, *values) -> str:
         """How many arms the form makes, with those that are there; what is wrong with it, where it makes none."""
-        return experiments.plan(self.trainings, name, self.settings(values) | {"model": model})
+        settings = self.settings(values) | {"model": model}
+        return experiments.plan(self.trainings, name, settings, folder, paths_of(uploads))
 
     def look(self, name: str, seen: tuple | None = None):
         """What is new of an experiment since the last look: state and log, and the report where there is another."""

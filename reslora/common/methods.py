@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from .errors import InvalidArgument, speaks
+from .flags import as_typed
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -180,6 +181,8 @@ class Method:
     """Whether single layers can have ranks and alphas of their own."""
     dropout: bool = True
     """Whether PEFT has a dropout for it."""
+    alpha: bool = True
+    """Whether its scale goes by an alpha."""
     least_steps: int = 1
     """With fewer it cannot move its ranks."""
 
@@ -233,7 +236,7 @@ METHODS = {
         Method("lokr", "LoKr", "Kronecker products", "#0c8599", lokr, None, quantised=False),
         Method(
             "oft", "OFT", "rotations of the input, in blocks of 4 x rank", "#862e9c", oft,
-            None, of_layers=False, dropout=False,
+            None, of_layers=False, dropout=False, alpha=False,
         ),
     )
 }  # fmt: skip
@@ -251,17 +254,24 @@ def adapter_config(method: str, settings: AdapterSettings) -> PeftConfig:
 
 SHORTCUT_FLAGS = ("shortcut", "pre_num", "head", "merge")
 """Flags that say which shortcuts there are, and how they are merged."""
+READ_BY: Mapping[str, Callable[[Method], bool]] = {
+    "shortcut": lambda row: row.reads_shortcut,
+    "pre_num": lambda row: row.reads_shortcut_flags,
+    "head": lambda row: row.reads_shortcut_flags,
+    "merge": lambda row: row.shortcuts,
+    "lora_alpha": lambda row: row.alpha,
+}
+"""Flags that not every method reads, and which do."""
 IN_WORDS = "; ".join(f"{row.name}: {row.help}" for row in METHODS.values())
 """For the help of flags."""
 
 
 def tell_unread(names: Sequence[str], values: Mapping[str, object], defaults: Mapping[str, object]) -> None:
-    """Says which flags of shortcuts no method reads: one command may run one method after another with them."""
-    if any(METHODS[name].reads_shortcut_flags for name in names) or not speaks():
-        return
-    for flag in SHORTCUT_FLAGS:
-        if values[flag] != defaults[flag]:
-            print(f"--{flag} {values[flag]}: nothing reads it with --method {' '.join(names)}", flush=True)
+    """Says which flags of adapters no method reads: one command may run one method after another with them."""
+    for flag, reads in READ_BY.items():
+        unread = values[flag] != defaults[flag] and not any(reads(METHODS[name]) for name in names)
+        if unread and speaks():
+            print(f"--{flag} {as_typed(values[flag])}: nothing reads it with --method {' '.join(names)}", flush=True)
 
 
 _UNABLE = {

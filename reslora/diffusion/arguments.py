@@ -8,11 +8,12 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 from .. import __version__
 from ..common.checks import is_number, is_whole, number_in_words, whole_in_words
 from ..common.flags import Flags as Flags
+from ..common.flags import LineParser
 from ..common.flags import listed as listed
 from ..common.methods import IN_WORDS, METHODS
 from ..common.patterns import HELP as PATTERNS
@@ -70,11 +71,8 @@ BY_FAMILY = {
 }
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse prints a hundred flags of usage before its one line of error; only the line is wanted.
-
-    Flags are whole: another script's `--dataset_config` is no `--dataset_config_name`.
-    """
+class Parser(LineParser):
+    """Its flags are whole: another script's `--dataset_config` is no `--dataset_config_name`."""
 
     knows_foreign = False  # whether flags of other trainers are told by what they are called here
 
@@ -91,10 +89,6 @@ class Parser(argparse.ArgumentParser):
                 paths = [os.path.expanduser(path) for path in listed(value)]  # noqa: PTH111 - or a name on the hub
                 setattr(flags, name, paths if isinstance(value, list) else paths[0])
         return flags, unknown
-
-    def error(self, message: str) -> NoReturn:
-        """Prints the line and exits with status 2."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def whole(minimum: int, most: float = math.inf) -> Callable[[str], int]:
@@ -436,7 +430,8 @@ def add_output_flags(add: Callable) -> None:
     add("--checkpointing_minutes", type=number(0, exclusive=True),
         help="a checkpoint also whenever so many minutes have passed since the last one")
     add("--checkpoints_total_limit", type=whole(1), help="checkpoints kept per method; default: all")
-    add("--resume_from_checkpoint", metavar="latest|FOLDER", help="go on from the newest usable one, or this one")
+    add("--resume_from_checkpoint", metavar="latest|FOLDER", 
+        help="go on from the newest usable one, or go back to this one; not in a run that is finished")
     add("--plan", action=argparse.BooleanOptionalAction,
         help="tell how much memory each phase of the run would hold, and end: with status 2 where that does not fit, "
              "and with flags that would make it fit. Without it a run that may not fit tells it first, and is refused; "

@@ -19,6 +19,7 @@ from ..common.gauge import gauged
 from ..common.methods import METHODS
 from ..common.targets import check_layers
 from ..tracing import meta_copy
+from ..words import are, counted
 from .arguments import DEFAULT_PRE_NUM, DEFAULT_RANK, Flags, listed
 from .context import Context
 from .data.buckets import named_buckets
@@ -182,16 +183,18 @@ def tell_what_is_not_linked(plan: Chains, flags: Flags, tell: Callable[[str], ob
         return
     if plan.unlinked:
         name, reason = plan.unlinked[0]
-        tell(f"--shortcut: {len(plan.unlinked)} layers stay plain LoRA, such as {name} ({reason})")
+        tell(f"--shortcut: {counted(len(plan.unlinked), 'layer')} left as plain LoRA, such as {name} ({reason})")
     reach, longest = shortcuts_of(flags).reach, max(map(len, plan), default=0)
     start = f"--pre_num {flags.pre_num}:"
     if reach is not None and reach < flags.pre_num:  # a shortcut that takes one, whatever is asked
         if flags.pre_num > max(longest - 1, DEFAULT_PRE_NUM):
-            tell(f"{start} the longest chain has {longest} blocks, and --shortcut {flags.shortcut} reads one")
+            most = counted(longest, "block")
+            tell(f"{start} the longest chain has {most}, and --shortcut {flags.shortcut} reads one")
     elif reach is not None and (short := [len(chain) for chain in plan.clipped(reach)]):
         linked = sum(len(chain) > 1 for chain in plan)
-        most = f"; the longest has {longest}, so {longest - 1} at most take part" if longest <= reach else ""
-        tell(f"{start} {len(short)} of {linked} chains are shorter, down to {min(short)} blocks{most}")
+        most = f"; the longest has {longest}: the same as --pre_num {longest - 1}" if longest <= reach else ""
+        shorter = f"{len(short)} of {counted(linked, 'chain')} {are(len(short))} shorter"
+        tell(f"{start} {shorter}, down to {counted(min(short), 'block')}{most}")
 
 
 def check_targets(denoiser: nn.Module, flags: Flags, tell: Callable[[str], object]) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from ..common.errors import InvalidArgument, first_line, refused_as
 from ..files import read_object
+from ..words import counted
 from .arguments import Parser, whole
 from .model.families import FAMILIES, load_family
 
@@ -73,7 +74,7 @@ def check_flags(args: argparse.Namespace) -> None:
     if not args.extract and not args.inputs:
         raise InvalidArgument("IN", "missing", "give a LoRA file and where to write it")
     if args.weight and len(args.weight) != len(args.inputs):
-        problem = f"{len(args.weight)} weights for {len(args.inputs)} files"
+        problem = f"{counted(len(args.weight), 'weight')} for {counted(len(args.inputs), 'file')}"
         raise InvalidArgument("--weight", problem, "give one for each IN")
     if args.weight and not all(map(math.isfinite, args.weight)):
         raise InvalidArgument(f"--weight {' '.join(map(str, args.weight))}", "not finite", "give numbers")

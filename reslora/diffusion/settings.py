@@ -19,6 +19,7 @@ from ..common.patterns import FIELDS, entries
 from ..experiment.arms import alpha_of
 from ..merges import MERGES
 from ..shortcuts import PLAIN, shortcut_class
+from ..words import counted
 from .arguments import (
     BUNDLED_DEFAULTS,
     DEFAULTS,
@@ -50,7 +51,8 @@ def parse_args(argv: Sequence[str] | None = None, description: str | None = None
     """
     flags = settled(build_parser(description), argv)
     check_places(flags)
-    tell_unread(flags.method, vars(flags), vars(untouched()))
+    alpha = alpha_of(flags.replace(lora_alpha=None), flags.rank)
+    tell_unread(flags.method, vars(flags), vars(untouched()) | {"lora_alpha": alpha})
     tell_idle(flags)
     return flags
 
@@ -240,7 +242,7 @@ def check_folders(flags: Flags) -> None:
     for name in ("train_data_repeats", "train_data_weight"):
         values = listed(getattr(flags, name))
         if len(values) not in (1, max(1, len(folders))):
-            problem = f"{len(values)} values for {max(1, len(folders))} folders"
+            problem = f"{counted(len(values), 'value')} for {counted(max(1, len(folders)), 'folder')}"
             raise InvalidArgument(f"--{name} {' '.join(map(str, values))}", problem, "give one, or one for each")
 
 
@@ -259,7 +261,7 @@ def check_validation(flags: Flags) -> None:
     """Refuse options of prompts that are not one for each, and what steers by held-out images where none are."""
     options, prompts = flags.validation_prompt_options, flags.validation_prompt
     if options and len(options) != len(prompts):
-        problem = f"{len(options)} for {len(prompts)} prompts"
+        problem = f"{len(options)} for {counted(len(prompts), 'prompt')}"
         raise InvalidArgument("--validation_prompt_options", problem, "give one for each, '{}' where there are none")
     for name in STEERING:
         if not getattr(flags, name):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..common.charts import Axes, Series, chart, escape, interval
 from ..files import replacing
+from ..words import counted
 from .look import SCRIPT, STYLE
 from .record import Arm, Best, Experiment, Verdict, as_of_now
 from .statistics import REFERENCE, is_chosen, percents, rerun, tested
@@ -56,7 +57,7 @@ def page(experiment: Experiment, folder: Path, about: About) -> str:
     sections = (
         ("Verdicts", verdict_table(experiment, unit)),
         ("What to use", what_to_use(experiment, about)),
-        (f"Notes as of {as_of} arms" if as_of else "Notes", in_lines(experiment["notes"])),
+        (f"Notes as of {counted(as_of, 'arm')}" if as_of else "Notes", in_lines(experiment["notes"])),
         ("What is missing", missing(experiment)),
         (f"Chosen on the select {unit}s", chosen_table(experiment, unit)),
         ("Arms", arm_table(experiment, about)),
@@ -66,12 +67,13 @@ def page(experiment: Experiment, folder: Path, about: About) -> str:
     )
     body = "".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in sections if content)
     split = experiment["split"]
+    arms = counted(len(experiment["arms"]), "arm")
     parts = f"{split['train']} {unit}s to train on, {split['select']} to select by, {split['test']} to test with"
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{headline}</title>'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><link rel="icon" href="data:,">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{STYLE}</style></head><body><main><header><p>Experiment: {count(experiment['arms'], 'arm')}, {parts}"
+        f"<style>{STYLE}</style></head><body><main><header><p>Experiment: {arms}, {parts}"
         f"</p><h1>{headline}</h1></header>{body}</main><script>{SCRIPT}</script></body></html>\n"
     )
 
@@ -85,7 +87,7 @@ def headline_of(experiment: Experiment, unit: str) -> str:
     ended = sum(arm["status"] in ("finished", "failed") for arm in experiment["arms"])
     so_far = f"So far, with {ended} of {total} arms: " if ended < total else ""
     if verdicts and "as_of" in experiment:
-        so_far = f"As of {experiment['as_of']} arms, with {ended} of {total} ended: "
+        so_far = f"As of {counted(experiment['as_of'], 'arm')}, with {ended} of {total} ended: "
     if not verdicts:
         finished = any(arm["status"] == "finished" for arm in experiment["arms"])
         none = "Nothing is compared yet" if finished and not experiment["chosen"] else "There is nothing to compare"
@@ -159,9 +161,14 @@ def verdict_table(experiment: Experiment, unit: str) -> str:
 
 def best_in_words(best: Best, about: About) -> str:
     """Which files there are, and of which arm; a line."""
-    *more, last = (name if Path(name).suffix else f"{name}/" for name in best["files"])
+    *more, last = map(with_slash, best["files"])
     files = f"{', '.join(more)} and {last} are those" if more else f"{last} is that"
     return f"{files} of {best['folder']} at step {best['step']}, which does best on the select {about.unit}s"
+
+
+def with_slash(name: str) -> str:
+    """What tells a folder from a file."""
+    return name if Path(name).suffix else f"{name}/"
 
 
 def what_to_use(experiment: Experiment, about: About) -> str:
@@ -175,7 +182,7 @@ def what_to_use(experiment: Experiment, about: About) -> str:
         place, folder = f"{path.absolute().name}, this report's folder", f"path/to/{path.absolute().name}"
     which = f"In {place}: {best_in_words(best, about)}."
     lines = "".join(
-        f"<li><b>{escape(file)}</b>: {escape(use.format(folder=folder))}</li>"
+        f"<li><b>{escape(with_slash(file))}</b>: {escape(use.format(folder=folder))}</li>"
         for file, use in about.uses.items()
         if file in best["files"]
     )
@@ -310,11 +317,6 @@ def duration(seconds: float) -> str:
     if minutes > 59:
         return f"{minutes // 60} h {minutes % 60} min"
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def count(things: Sequence, name: str) -> str:
-    """How many there are of what is called so."""
-    return f"{len(things)} {name}{'s' * (len(things) != 1)}"
 
 
 def finite(values: Iterable[float | None]) -> list[float]:

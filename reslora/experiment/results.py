@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from ..common.folder import check_held
 from ..common.methods import METHODS
 from ..files import read_object, this_process, write_json
+from ..words import are, counted
 from . import record
 from .arms import Arm, Losses
 from .course import ENDED, Course
@@ -167,7 +168,7 @@ class Results:
         total, minutes = len(self.course.arms()), self.course.flags.experiment_minutes
         if ended == total:
             return []
-        line = f"{record.UNFINISHED}{total - ended} of {total} arms are still to be trained"
+        line = f"{record.UNFINISHED}{total - ended} of {total} arms {are(total - ended)} still to be trained"
         return [f"{line}, none within --experiment_minutes {minutes:g}; the same command goes on for as long again"]
 
     def failed(self) -> list[str]:
@@ -215,7 +216,8 @@ class Results:
         folder = self.course.folder
         there = {path.parent for method in METHODS for path in (folder / method).glob(f"**/seed-*/{ENDED}")}
         more = len(there - {self.course.folder_of(arm) for arm in self.course.arms()})
-        return [f"{more} more arms in the folder are of other methods, rates or seeds: left out"] if more else []
+        left_out = f"left out: {counted(more, 'arm')} in the folder of other methods, rates or seeds"
+        return [left_out] if more else []
 
     def export(self, judged: Sequence[Arm]) -> record.Best:
         """Writes the files of the best arm: of the label that the select part chooses, its best seed."""

@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike
 from scipy import special
 from scipy.optimize import brentq
 
+from ..words import are
 from .record import Arm, Choice, TestLosses, Verdict
 
 REFERENCE = "lora"
@@ -225,8 +226,8 @@ def _sentence(verdict: Verdict, comparison: Comparison, unit: str) -> str:
             f"(95% interval {least} to {most}%)"
         )
     if comparison.missing:
-        are = "is" if comparison.missing == 1 else "are"
-        sentence += f"; {comparison.missing} of {comparison.missing + verdict['seeds']} seeds {are} missing"
+        missing = comparison.missing
+        sentence += f"; {missing} of {missing + verdict['seeds']} seeds {are(missing)} missing"
     return sentence
 
 

@@ -24,6 +24,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from .. import __version__
 from ..common.checks import check_writable, is_number, is_whole, number_in_words, whole_in_words
 from ..common.errors import InvalidArgument, first_line, refused_as
+from ..common.flags import LineParser
 from ..common.methods import IN_WORDS, METHODS, refuse_settings, tell_unread
 from ..common.patterns import FIELDS, entries
 from ..common.patterns import HELP as PATTERNS
@@ -109,8 +110,8 @@ class MethodArguments:
         return {name: entries(name, getattr(self, name)) for name in FIELDS}
 
     def tell_unread(self) -> None:
-        """Says which flags of shortcuts the method does not read."""
-        tell_unread([self.method], vars(self), vars(MethodArguments))
+        """Says which flags the method does not read."""
+        tell_unread([self.method], vars(self), vars(MethodArguments) | {"lora_alpha": 2 * self.lora_r})
 
     def carries_activations(self) -> bool:
         """Whether blocks hand activations to each other."""
@@ -285,12 +286,16 @@ def check_number(name: str, value: float, least: float, below: float = math.inf,
         raise InvalidArgument(f"--{name} {value}", problem, fix)
 
 
+class TaskParser(HfArgumentParser):
+    """Its flags are the fields of dataclasses."""
+
+    error = LineParser.error
+
+
 def build_parser(types: Sequence[type], prog: str, description: str | None = None) -> HfArgumentParser:
     """A parser of the flags that are the fields of the dataclasses `types`."""
-    # An error is one line, without a screen of usage before it.
-    usage = argparse.SUPPRESS
     types = [*types, ExperimentArguments]
-    parser = HfArgumentParser(types, prog=prog, usage=usage, description=description, allow_abbrev=False)
+    parser = TaskParser(types, prog=prog, usage=argparse.SUPPRESS, description=description, allow_abbrev=False)
     for action in parser._actions:
         action.nargs = "+" if action.dest in SEVERAL.values() else action.nargs
     parser.add_argument("--version", action="version", version=f"reslora-sd {__version__}")

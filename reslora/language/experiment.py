@@ -39,6 +39,7 @@ from ..experiment.report import About
 from ..experiment.run import train, train_and_conclude
 from ..experiment.subject import COMPARING, Subject
 from ..files import read_object, remove, remove_leftovers, replacing, write_json
+from ..words import counted
 from .arguments import SEVERAL, ExperimentArguments, check_number, is_experiment
 from .checkpoints import checkpoints_of, set_unfinished_aside
 from .parts import Parts
@@ -181,7 +182,7 @@ def run_experiment(study: Study, values: dict[str, Any], stop: StopRequest, orde
         for label in course.labels:
             bench.check_label(label)
         if plain.training.should_save:
-            print(f"{len(course.arms())} arms; {parts.in_words(trained)}", flush=True)
+            print(f"{counted(len(course.arms()), 'arm')}; {parts.in_words(trained)}", flush=True)
         crew = crew_of(flags, study.prog, functools.partial(run_experiment, study, values), stop)
         train_and_conclude(course, bench, crew)
 

@@ -19,6 +19,7 @@ from ..common.folder import check_held
 from ..common.seeds import derive
 from ..common.signals import StopRequest
 from ..common.together import decided
+from ..words import are
 from .arguments import ExperimentArguments, MethodArguments
 from .callbacks import LogCallback
 from .experiment import MakeTrainer, Study, run
@@ -98,7 +99,7 @@ def _held_out(arguments: TaskArguments, count: int) -> int:
         fix = "add validation.jsonl, or more examples to train.jsonl; or give --eval_strategy no"
         raise InvalidArgument(f"--eval_strategy with {count} training example", "there is none to validate on", fix)
     held_out = min(max(1, count // 10), HELD_OUT)
-    say(f"{held_out} of {count} training examples are held out for validation: there are none for it alone")
+    say(f"{held_out} of {count} training examples {are(held_out)} held out for validation: there are none for it alone")
     return held_out
 
 

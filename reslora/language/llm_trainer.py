@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from ..chains import base_model
 from ..common.errors import InvalidArgument
 from ..common.temporarily import temporarily
+from ..words import are
 from .llm_tasks import Example, extract_answer, same_answer
 from .trainer import AdapterTrainer
 
@@ -79,7 +80,8 @@ def encode_training(encoder: Encoder, examples: list[Example], max_length: int) 
             f"--max_length {max_length}", "every training example is longer", f"give at least {shortest}"
         )
     if len(kept) < len(rows):
-        say(f"{len(rows) - len(kept)} of {len(rows)} training examples have more than {max_length} tokens: left out")
+        long = len(rows) - len(kept)
+        say(f"{long} of {len(rows)} training examples {are(long)} longer than {max_length} tokens: left out")
     return kept
 
 

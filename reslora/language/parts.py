@@ -15,6 +15,7 @@ from typing import Generic, TypeVar
 from ..common.errors import InvalidArgument
 from ..common.seeds import derive
 from ..experiment.parts import ENOUGH, cut, enough_of
+from ..words import counted
 from .arguments import ExperimentArguments
 
 DEFAULT_SPLIT = 0.1
@@ -80,7 +81,8 @@ def parts_of(files: Mapping[str, Sequence[T]], text: Callable[[T], str], shares:
     found = list(dict.fromkeys(keys[example] for example in train))
     least = 1 + sum(share > 0 for share in wanted)
     if len(found) < least or not (select or wanted[0]):
-        problem = f"{len(found)} examples to train on, {len(select)} to choose by, but for near-duplicates of others"
+        trained = f"{counted(len(found), 'example')} to train on"
+        problem = f"{trained}, {len(select)} to choose by, but for near-duplicates of others"
         raise InvalidArgument("this experiment", problem, "give more that differ in more than numbers and case")
     learnt, chosen, tested = ({found[number] for number in numbers} for numbers in cut(found, *wanted))
     select += _one_of_each([example for example in train if keys[example] in chosen], keys)

@@ -41,6 +41,7 @@ from ..config import ResLoraConfig
 from ..files import write_checksums, write_tensors
 from ..model import enable_gradient_checkpointing
 from ..tracing import to_device
+from ..words import are, counted
 from .arguments import MethodArguments
 from .callbacks import AllocateRanks, GoesOnFrom, Progress, StopWhenAsked
 from .checkpoints import (
@@ -79,7 +80,7 @@ def attach(
     """
     targets = _targets(model, arguments)
     check_layers(model, targets, modules_to_save or ())
-    check_steps([arguments.method], total_steps, f"--method {arguments.method} with {total_steps} steps")
+    check_steps([arguments.method], total_steps, f"--method {arguments.method} with {counted(total_steps, 'step')}")
     task = "CAUSAL_LM" if model.can_generate() else "SEQ_CLS"
     settings = AdapterSettings(
         arguments.lora_r, arguments.lora_alpha, arguments.lora_dropout, targets, total_steps, task, modules_to_save,
@@ -168,7 +169,7 @@ def total_steps(args: TrainingArguments, examples: int) -> int:
     batches = rounded(rounded(examples / args.per_device_train_batch_size) / args.world_size)
     if batches == 0:
         size = args.per_device_train_batch_size * args.world_size
-        problem = f"{examples} training examples are less than a batch of {size}"
+        problem = f"{counted(examples, 'training example')} {are(examples)} less than a batch of {size}"
         raise InvalidArgument(
             "--dataloader_drop_last True", problem, "leave it out, or lower --per_device_train_batch_size"
         )
@@ -279,7 +280,7 @@ class AdapterTrainer(Trainer):
             problem, fix = damage(found[0], processes), "remove them to start afresh"
             raise InvalidArgument(
                 "--resume_from_checkpoint latest",
-                f"none of {len(found)} checkpoints can be used, {found[0]} for: {problem}",
+                f"none of {counted(len(found), 'checkpoint')} can be used, {found[0]} for: {problem}",
                 f"take as many processes as before, or {fix}" if "number of processes" in str(problem) else fix,
             )
         logger.warning(f"--resume_from_checkpoint latest: no checkpoint in {self.args.output_dir}, starting afresh")

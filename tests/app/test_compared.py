@@ -43,6 +43,13 @@ def test_a_run_whose_config_is_damaged_says_so(run):
     assert "config.json cannot be read" in said and "shortcut" not in said
 
 
+def test_a_run_with_a_folder_in_place_of_its_config_is_listed_and_says_so(run):
+    (run.folder / "config.json").unlink()
+    (run.folder / "config.json").mkdir()
+    found = Library(run.folder.parent).find(run.name)
+    assert "config.json cannot be read" in views.summary(found, found.status)
+
+
 def test_a_run_that_starts_has_not_ended_yet(tmp_path):
     (tmp_path / "runs" / "new").mkdir(parents=True)
     trainings = Trainings(Library(tmp_path / "runs"))

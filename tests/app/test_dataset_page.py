@@ -146,7 +146,7 @@ def test_captions_are_put_in_order_by_the_keyboard(browser, folder, address, wid
         assert len(list(folder.glob("*.png"))) == COUNT
 
         page.locator("#check").press("Enter")
-        page.locator("#dataset-answer").get_by_text(f"set: all {COUNT} images are checked").wait_for()
+        page.locator("#dataset-answer").get_by_text(f"set: {COUNT} images checked").wait_for()
         choose(page, "#which", "Left out by training")
         page.wait_for_function("document.querySelectorAll('.card').length === 1")
         page.locator(".card .out").get_by_text("damaged").wait_for()
@@ -295,7 +295,7 @@ def test_what_is_shown_of_one_folder_changes_nothing_in_another(browser, folder,
             page.locator("#check").click()
             choose(page, "#folder", "two")
             shows("two")
-        page.locator("#dataset-answer").get_by_text(f"set: all {COUNT} images are checked").wait_for()
+        page.locator("#dataset-answer").get_by_text(f"set: {COUNT} images checked").wait_for()
         shows("two")
         box.fill("of two")
         box.press("Control+Enter")

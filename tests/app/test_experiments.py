@@ -173,6 +173,33 @@ def test_a_plan_is_counted_by_the_trainers_own_parser(library):
         assert "argument" in plan(library, form | wrong)
 
 
+def test_a_plan_warns_of_what_keeps_differences_from_being_shown(library, tmp_path):
+    """As the trainer does, and before it starts; images are counted wherever they are in the folder."""
+    form = {"method": ["lora", "reslora"], "learning_rate": "1e-4, 3e-4", "seed": "0 1 2"}
+    inside = tmp_path / "data" / "mine" / "10_cat"
+    inside.mkdir(parents=True)
+    (inside.parent / "metadata.jsonl").touch()
+
+    def warned(folder: object = "mine", uploads=(), **settings) -> str:
+        trainings = Trainings(library, tmp_path / "data")
+        return experiments.plan(trainings, "new", form | settings, folder, uploads)
+
+    assert all(word not in warned() for word in ("images", "compare"))  # they may be in tables
+    for number in range(55):
+        (inside / f"{number}.png").touch()
+    assert "compare" not in warned()  # of 55 about 6
+    (inside / "0.png").unlink()
+    assert "About 5 of 54 images compare:" in warned() and "compare" not in warned(test_split="0.2")
+    assert "About 1 of 3 images compares:" in warned(uploads=["1.png", "2.jpg", "3.png", "3.txt"], test_split="0.3")
+    assert "compare" not in warned("") and "choose one from the list" in warned("other")
+    assert "verdicts need lora among the methods" in warned("", method=["lora_x2", "reslora"])
+    goes_on = experiments.plan(Trainings(library, tmp_path / "data"), "which", {"seed": "0 1 2"}, "mine")
+    assert "arms" in goes_on and "compare" not in goes_on  # it has images of its own
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("app.folders.all_below", lambda folder: folder.joinpath("gone").iterdir())
+        assert "cannot be read (No such file or directory)" in warned()
+
+
 def plan(library: Library, form: dict) -> str:
     return experiments.plan(Trainings(library), "new", form)
 

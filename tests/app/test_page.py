@@ -543,6 +543,25 @@ def enlarge_and_scroll(page) -> None:
         )
 
 
+def test_what_is_new_is_shown_at_the_step_that_the_slider_is_at_by_then(page, runs):
+    """The page asks whether there is anything new; before it is answered, a visitor moves the slider."""
+    page.wait_for_selector('#grid table[data-step="4"]')
+    held = []
+    page.route("**/run/predict*", lambda route: held.append(route), times=1)
+    with page.expect_request("**/run/predict*"):  # where the slider was is in the question
+        pass
+    page.locator("#step input[type=number]").fill("2")
+    page.locator("#step input[type=number]").press("Enter")
+    page.wait_for_selector('#grid table[data-step="2"]')
+    log = runs / "tiny" / "lora" / "log.jsonl"
+    before = log.read_text()
+    log.write_text(before + '{"step": 3, "split": "validation", "loss": 0.123}\n')
+    held[0].continue_()
+    page.locator("#validation-curve title", has_text="3: 0.1230").wait_for(state="attached")
+    assert page.locator("#grid table").get_attribute("data-step") == "2"
+    log.write_text(before)
+
+
 def test_runs_are_looked_at_side_by_side_while_one_trains(page, runs):
     """Chosen by the keyboard; images are flipped between runs; a new loss is drawn, a run that has gone leaves."""
     settings = json.loads((runs / "tiny" / "config.json").read_text())

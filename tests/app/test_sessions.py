@@ -1,8 +1,10 @@
 """app/sessions.py in a server of this process: clients that go away, and what a page that is open leaves behind."""
 
 import contextlib
+import errno
 import json
 import socket
+import urllib.error
 import urllib.parse
 import urllib.request
 from pathlib import Path
@@ -16,7 +18,7 @@ from app.launcher import Trainings
 from app.library import Library
 from app.page import create_demo
 from app.runs import BASE
-from app.sessions import LIMITS
+from app.sessions import LAUNCH
 from app.studio import Studio
 
 LONG = {
@@ -33,7 +35,7 @@ class Server:
     def __init__(self, runs: Path) -> None:
         self.runs, self.studio, library = runs, Studio(), Library(runs)
         self.demo = create_demo(library, Trainings(library), self.studio)
-        self.app, address, _ = self.demo.launch(prevent_thread_lock=True, quiet=True, ssr_mode=False, **LIMITS)
+        self.app, address, _ = self.demo.launch(prevent_thread_lock=True, quiet=True, ssr_mode=False, **LAUNCH)
         self.api = f"{address}gradio_api"
         self.drawn = []
         """The step counts of all images whose turn has come."""
@@ -132,7 +134,7 @@ def test_a_page_that_looks_on_leaves_nothing_behind(server):
     sessions = server.app.state_holder.session_data
 
     def sees_something() -> bool:
-        return "data-step" in json.dumps(server.post("run/predict", question)["data"])
+        return "maximum" in json.dumps(server.post("run/predict", question)["data"])  # of the slider
 
     for name in "abc":
         assert sees_something() and not sees_something()
@@ -145,9 +147,30 @@ def test_a_page_that_looks_on_leaves_nothing_behind(server):
     assert sees_something()
 
 
+@pytest.mark.parametrize(
+    ("number", "status", "said"),
+    [
+        (
+            errno.ENOSPC,
+            507,
+            "The files cannot be stored (full): make room on the disk that has the system's temporary ",
+        ),
+        (errno.EIO, 500, "Internal Server Error"),
+    ],
+)
+def test_an_upload_that_finds_no_room_is_told_so(server, monkeypatch, number, status, said):
+    async def fails(*_: object, **__: object) -> None:
+        raise OSError(number, "full")
+
+    monkeypatch.setattr("gradio.routes.upload_fn", fails)
+    with pytest.raises(urllib.error.HTTPError) as answer:
+        server.post("upload", {})
+    assert answer.value.code == status and answer.value.read().decode().startswith(said)
+
+
 def test_a_look_takes_a_step_beyond_the_end_of_the_slider(server):
     """It was sent while a shorter run was being chosen; refused, it would be an error across the page."""
     number, look = next((number, fn) for number, fn in server.demo.fns.items() if fn.name == "watch")
     values = [{"run": "tiny", "step": 99, "others": []}.get(part.elem_id) for part in look.inputs]
     answer = server.post("run/predict", {"fn_index": number, "data": values, "session_hash": "a-look"})
-    assert "red disc" in json.dumps(answer["data"])
+    assert '"maximum": 4' in json.dumps(answer["data"])

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import os
 import pickle
 import shutil
 import time
@@ -331,12 +330,13 @@ def test_a_run_that_is_deleted_while_it_is_merged_leaves_no_folder_of_its_name(s
     assert list((tmp_path / "runs").iterdir()) == []
 
 
-def test_a_merge_that_cannot_be_written_says_why(studio, run, monkeypatch):
+@pytest.mark.parametrize("problem", [(errno.ENOSPC, "No space left on device"), ("the file was closed.",)])
+def test_a_merge_that_cannot_be_written_says_why(studio, run, monkeypatch, problem):
     def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise OSError(*problem)
 
     monkeypatch.setattr(studios, "write_lora", full)
-    with pytest.raises(RunError, match=r"cannot be written into the run's folder \(No space left on device\)\.$"):
+    with pytest.raises(RunError, match=rf"cannot be written into the run's folder \({problem[-1].rstrip('.')}\)\.$"):
         studio.merge(run, run.find_weights("reslora: unmerged, step 4"), "weights")
 
 

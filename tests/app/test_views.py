@@ -138,7 +138,7 @@ def test_whatever_a_plan_or_a_report_holds_is_shown_or_said_to_be_damaged(run):
         "blocks": [merged, merged | {"name": "b", "alpha": 1.0, "error": None}],
         "notes": ["note"],
     }
-    assert "1 links in 1 chains" in views.chain_plan(plan) and "10.0% on average" in views.merge_report(report)
+    assert "1 link in 1 chain" in views.chain_plan(plan) and "10.0% on average" in views.merge_report(report)
     for view, content in ((views.chain_plan, plan), (views.merge_report, report)):
         shown = {view(wrong) for wrong in with_one_wrong(content)}
         assert any("is damaged" in text for text in shown) and not any("Traceback" in text for text in shown)

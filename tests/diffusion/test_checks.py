@@ -53,9 +53,9 @@ def test_a_pre_num_beyond_all_chains_is_said_of_input_shortcuts_too(brief_flags,
 
 
 @pytest.mark.parametrize("shortcut", ["block", "middle"])
-def test_how_many_blocks_take_part_at_most_is_said(brief_flags, tmp_path, shortcut):
+def test_which_pre_num_is_the_same_is_said(brief_flags, tmp_path, shortcut):
     flags = [*brief_flags, "--method", "reslora", "--shortcut", shortcut, "--pre_num", "999"]
-    assert "so 1 at most take part" in only(printed(*flags, "--output_dir", tmp_path / "out"), "--pre_num 999")
+    assert "the same as --pre_num 1" in only(printed(*flags, "--output_dir", tmp_path / "out"), "--pre_num 999")
 
 
 # -- what the model does not read --------------------------------------------------------------------------------------

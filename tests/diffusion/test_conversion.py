@@ -349,7 +349,7 @@ def test_single_files_with_the_original_names_are_told_apart_too(tuned, tmp_path
         (["IN", "OUT"], "--to"),
         (["OUT", "--to", "kohya"], "IN: missing"),
         (["IN", "OUT", "--to", "kohya", "--famil", "flux"], "--famil"),
-        (["IN", "OUT", "--to", "kohya", "--weight", "1", "2"], "--weight: 2 weights for 1 files"),
+        (["IN", "OUT", "--to", "kohya", "--weight", "1", "2"], "--weight: 2 weights for 1 file"),
         (["IN", "OUT", "--to", "kohya", "--weight", "nan"], "not finite"),
         (["OUT", "--to", "kohya", "--extract", "A", "B"], "--extract: the difference has any rank; add --rank N"),
         (["IN", "OUT", "--to", "kohya", "--extract", "A", "B", "--rank", "2"], "--extract: it reads two models"),

@@ -165,6 +165,20 @@ def test_what_a_finished_run_shows_no_more_is_said(finished, base_flags, capsys)
     only(lines, "nothing to do")
 
 
+def test_a_finished_run_says_how_it_is_gone_back_in(finished, run, base_flags):
+    flags = [*base_flags, "--method", "lora", "reslora", "--output_dir", finished]
+    flags += ["--resume_from_checkpoint", "checkpoint-2"]
+    before = digests(finished, "**/*.*")
+    lines, done = printed(*flags), finished / "lora" / "exports.json"
+    only(lines, "--resume_from_checkpoint checkpoint-2: lora is finished", f"remove {done} to train it from there")
+    only(lines, "nothing to do")
+    assert digests(finished, "**/*.*") == before
+    done.unlink()
+    only(printed(*flags), "lora: going on from", "lora/checkpoint-2")
+    one, other = (final_weights(folder, "lora") for folder in (finished, run))
+    assert done.is_file() and all(one[name].equal(other[name]) for name in other)
+
+
 def test_exports_that_are_gone_are_made_again(finished, run, base_flags):
     (finished / "lora" / "kohya.safetensors").unlink()
     flags = [*base_flags, "--method", "lora", "reslora", "--output_dir", finished, "--resume_from_checkpoint", "latest"]

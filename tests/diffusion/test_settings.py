@@ -215,6 +215,15 @@ def test_what_no_method_reads_is_told(words, model, data, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_an_alpha_that_no_method_reads_is_told(model, data, capsys):
+    flags = ["--pretrained_model_name_or_path", str(model), "--train_data_dir", str(data), "--method", "oft"]
+    parse_args([*flags, "--lora_alpha", "4"])
+    assert capsys.readouterr().out == "--lora_alpha 4: nothing reads it with --method oft\n"
+    for read in (["--rank", "3"], ["lora", "--lora_alpha", "4"], ["--rank", "2", "4", "--seed", "1", "2"]):
+        parse_args([*flags, *read])
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize(
     ("words", "reads"),
     [

@@ -395,7 +395,7 @@ def test_what_to_use_says_how_of_each_file_that_is_there(experiment, folder):
         "kohya.safetensors : ComfyUI: put it into models/loras" in words and "load_lora_weights('runs/{mine}')" in words
     )
     words = words_of(page(experiment | {"best": best | {"files": ["peft"]}}, folder))
-    assert "peft/ is that of reslora" in words and "PeftModel" in words and "ComfyUI" not in words
+    assert "peft/ is that of reslora" in words and "peft/ : PEFT: PeftModel" in words and "ComfyUI" not in words
     assert "with --train_text_encoder, its text encoders too" in words and "peft/text_encoder*'" in words
     assert "only the verdicts say" in words
     assert "only the verdicts say" not in words_of(page(experiment | {"verdicts": []}, folder))

@@ -54,13 +54,20 @@ def test_values_that_mean_nothing_are_refused(flags, word):
 
 
 @pytest.mark.parametrize(
-    ("flag", "value", "method"), [("shortcut", "block", "reslora"), ("head", "none", "is_placebo")]
+    ("flag", "value", "method", "other"),
+    [
+        ("shortcut", "block", "reslora", "lora"),
+        ("shortcut", "block", "lora_matched", "is_placebo"),
+        ("head", "none", "is_placebo", "lora"),
+        ("merge", "weights", "reslora", "ms_placebo"),
+        ("lora_alpha", 4, "loha", "oft"),
+    ],
 )
-def test_what_the_method_does_not_read_is_told(capsys, flag, value, method):
-    MethodArguments(method="lora", **{flag: value}).tell_unread()
-    assert capsys.readouterr().out == f"--{flag} {value}: nothing reads it with --method lora\n"
+def test_what_the_method_does_not_read_is_told(capsys, flag, value, method, other):
+    MethodArguments(method=other, **{flag: value}).tell_unread()
+    assert capsys.readouterr().out == f"--{flag} {value}: nothing reads it with --method {other}\n"
     MethodArguments(method=method, **{flag: value}).tell_unread()
-    MethodArguments(method="lora").tell_unread()
+    MethodArguments(method=other, lora_r=3).tell_unread()
     assert capsys.readouterr().out == ""
 
 

@@ -23,6 +23,7 @@ from ...common.folder import guard_of
 from ...common.signals import NOT_BEGUN
 from ...common.together import LONGEST_WAIT, decided, each
 from ...files import replacing
+from ...words import counted
 from ..arguments import Flags, listed
 from ..context import Context
 from ..seeds import derive
@@ -97,7 +98,7 @@ def draw(folder: Path, missing: int, context: Context) -> None:
     flags = context.flags
     names = (folder / f"class-{number:05d}.png" for number in range(flags.num_class_images))
     todo = [path for path in names if not path.exists()][:missing]
-    context.accelerator.print(f"drawing {len(todo)} class images into {folder}")
+    context.accelerator.print(f"drawing {counted(len(todo), 'class image')} into {folder}")
     model, device = context.model, context.accelerator.device
     side = max(listed(flags.resolution))  # no smaller than any that it is trained at
     pipeline = model.load_pipeline(context.dtype, device, encoders=True)

@@ -12,6 +12,7 @@ import datasets
 import PIL.Image
 
 from ...common.errors import InvalidArgument, RunFailed, first_line
+from ...words import counted
 from ..arguments import Flags, listed
 from ..content import Content, content_mark
 from ..prompts import clean
@@ -194,7 +195,7 @@ def read_folder(folder: Path, flags: Flags, caption: str | None = None, deep: bo
     if metadata is not None and has_file_names(metadata, layout_of(everything, folder) or flags.dataset_name):
         found = dataclasses.replace(read_metadata(metadata, flags), metadata=metadata)
         missing = len(unlisted(found.rows, files))
-        found.notes += [f"{missing} images are not listed in {metadata.name}"] if missing else []
+        found.notes += [f"{counted(missing, 'image')} not listed in {metadata.name}"] if missing else []
         return _with_folder_notes(found, folder, flags, everything, deep)
     if any(path.name in METADATA for path in everything):
         return None
@@ -202,7 +203,7 @@ def read_folder(folder: Path, flags: Flags, caption: str | None = None, deep: bo
     if not any(texts) and (caption is None or not files):
         if layout_of(everything, folder) or flags.dataset_name:
             return None
-        what = "no images" if not files else f"{len(files)} images without captions (class folders are not captions)"
+        what = f"{counted(len(files), 'image')} without captions (class folders are none)" if files else "no images"
         fix = f"add a metadata.jsonl (file_name, {flags.caption_column}), or .txt captions beside the images"
         if above := above_repeated(files):
             fix = f"name {above[0]}, where kohya's folders (10_name) say repeats and captions, or {fix}"
@@ -210,7 +211,7 @@ def read_folder(folder: Path, flags: Flags, caption: str | None = None, deep: bo
     otherwise = [] if caption is None else [caption]
     found = _as_found(files, [read_caption(beside[0]) if beside else otherwise for beside in texts])
     if twice := sum(len(beside) > 1 for beside in texts):
-        found.notes.append(f"{twice} images have a .txt and a .caption file: the .txt is read")
+        found.notes.append(f"{counted(twice, 'image')} with a .txt and a .caption file: the .txt is read")
     return _with_folder_notes(found, folder, flags, everything, deep)
 
 
@@ -218,16 +219,15 @@ def _with_folder_notes(found: Found, folder: Path, flags: Flags, everything: lis
     found.notes += _hidden_note(found.rows, folder)
     if not deep:
         folders = sum(path.is_dir() for path in everything)
-        found.notes += [f"{folder}: {folders} folders in it are not read"] if folders else []
+        found.notes += [f"{folder}: {counted(folders, 'folder')} in it not read"] if folders else []
         return found
     links = sum(path.is_symlink() and path.is_dir() for path in everything)
     repeated = above_repeated(list(filter(is_image, everything)))
-    if links:
-        found.notes.append(f"{links} folders are symbolic links, which are not searched")
+    found.notes += [f"not searched: {counted(links, 'symbolic link')} to folders"] if links else []
     of_class = flags.class_data_dir is not None and folder == Path(flags.class_data_dir)  # repeated as is needed
     if repeated and not of_class:
         found.notes.append(
-            f"{len(repeated)} images are in kohya's folders (10_name), whose repeats do not count: they do where "
+            f"{counted(len(repeated), 'image')} in kohya's folders (10_name), whose repeats do not count: they do if "
             f"{repeated[0]} is named, as a folder of images without a metadata file"
         )
     return found
@@ -392,9 +392,9 @@ def _passed_over(rows: datasets.Dataset, everything: Sequence[Path], flags: Flag
     """How many images of a folder are in no row; refuses those with a caption beside them, which are meant to be."""
     missing = unlisted(rows, list(filter(is_image, everything)))
     if captioned := [path for path in missing if caption_files(path)]:
-        problem = f"{len(captioned)} images with captions beside them, as {captioned[0]}, are in no metadata"
+        problem = f"{counted(len(captioned), 'image')} with captions beside, as {captioned[0]}, not in any metadata"
         raise InvalidArgument(data_flag(flags), problem, f"put them into a folder of their own, and {ONE_BY_ONE}")
-    return [f"{len(missing)} images are not read: metadata does not list them, or of another split"] if missing else []
+    return [f"{counted(len(missing), 'image')} not read: not in the metadata, or of another split"] if missing else []
 
 
 def _columns(rows: datasets.Dataset, layout: str | None, flags: Flags, notes: list[str]) -> tuple[str, str]:

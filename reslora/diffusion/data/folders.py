@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from ...common.errors import InvalidArgument
+from ...words import counted
 from ..arguments import Flags, listed
 from .dataset import METADATA, MOST_REPEATS, REPEATED, SAVED, ImageDataset, sample, usable
 from .images import is_image
@@ -45,7 +46,7 @@ def load_folders(flags: Flags, caption: str | None = None) -> list[ImageDataset]
 def _label(images: ImageDataset, name: str, caption: str | None) -> str:
     """What images are called: by their folder, and how many have the caption that its name is."""
     count = sum(texts == [caption] for texts in images.captions)
-    return f"{name} ({count} of {len(images)} images have its name as caption: {caption})" if count else name
+    return f"{name} ({count} of {counted(len(images), 'image')} with its name as caption: {caption})" if count else name
 
 
 def kohyas_folders(folder: Path, flags: Flags) -> tuple[list[Part], list[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from diffusers import DiffusionPipeline
 from transformers import PreTrainedTokenizerBase
 
+from ...words import are
 from ..context import Context
 from ..model.loading import Model
 from ..prompts import prompts_of
@@ -35,7 +36,8 @@ def tell_long_captions(material: Material, pipeline: DiffusionPipeline, context:
         place = places[example]
         where = place if isinstance(place, str) else place[0].name(place[1])
         reads = f"the {most} tokens that {encoder_of(name)} reads{' (--max_sequence_length)' if longest else ''}"
-        line = f"{len(long)} of {len(texts)} captions and prompts are longer than {reads}: their rest is not read"
+        those = f"{len(long)} of {len(texts)} captions and prompts {are(len(long))}"
+        line = f"{those} longer than {reads}: what is beyond them is not read"
         context.accelerator.print(f"{line} (for example {where}: {counts[example]} tokens)")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...files import all_below
+from ...words import are, counted
 from ..arguments import Flags
 from .images import is_image
 
@@ -44,4 +45,5 @@ def hidden_images(folder: Path) -> list[Path]:
 
 def told_of_hidden(images: Sequence[Path]) -> list[str]:
     """A line about images in hidden folders; none where there are none."""
-    return [f"{len(images)} images in hidden folders are not read (for example {images[0]})"] if images else []
+    told = f"{counted(len(images), 'image')} in hidden folders {are(len(images))} not read"
+    return [f"{told} (for example {images[0]})"] if images else []

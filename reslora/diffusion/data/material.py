@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 from ...common.errors import InvalidArgument
 from ...common.together import decided, gathered
 from ...files import read_object, write_json
+from ...words import are, counted
 from ..arguments import Flags, listed
 from ..context import Context
 from ..model.loading import wide_enough
@@ -204,7 +205,7 @@ def tell_sizes(sources: Sequence[Source], context: Context) -> None:
     if context.flags.use_aspect_ratio_buckets or len(listed(context.flags.resolution)) > 1:
         found = Counter(source.size(image) for source in sources for image in range(len(source.images)))
         counts = [f"{size.height}x{size.width}: {count}" for size, count in found.items()]
-        context.accelerator.print(f"{len(found)} buckets (height x width: images): {', '.join(counts)}")
+        context.accelerator.print(f"{counted(len(found), 'bucket')} (height x width: images): {', '.join(counts)}")
 
 
 def tell_counts(material: Material, context: Context) -> None:
@@ -214,10 +215,11 @@ def tell_counts(material: Material, context: Context) -> None:
     for source in material.sources:
         images, masked = source.images, sum(source.images.masked)
         if images.label:
-            kind, times = "class images" if images.of_class else "images", times_of(source, plan)
-            line = f"{images.label}: {len(source.train)} {kind}, each {times} an epoch, weight {source.weight:g}"
+            kind, times = "class image" if images.of_class else "image", times_of(source, plan)
+            count = counted(len(source.train), kind)
+            line = f"{images.label}: {count}, each {times} an epoch, weight {source.weight:g}"
             line += f"; {len(source.held_out)} more held out" if source.held_out else ""
-            line += f"; {masked} of {len(images)} are masked" if context.flags.masked_loss else ""
+            line += f"; {masked} of {len(images)} {are(masked)} masked" if context.flags.masked_loss else ""
             context.accelerator.print(line)
 
 
@@ -258,4 +260,4 @@ def tell_what_is_left_out(images: ImageDataset, context: Context) -> None:
     for line in (*images.notes, *(f"left out: {line}" for line in images.left_out[:20])):
         context.accelerator.print(line)
     if images.left_out:
-        context.accelerator.print(f"left out {len(images.left_out)} images, kept {len(images)}")
+        context.accelerator.print(f"left out {counted(len(images.left_out), 'image')}, kept {len(images):,}")

@@ -9,6 +9,7 @@ from pathlib import Path
 import datasets
 
 from ...common.errors import InvalidArgument
+from ...words import are
 
 PICKLES = (".pkl", ".pickle", ".pyd", ".pth", ".pt")
 TEXTS = (".txt", ".text", ".transcript")  # which `datasets` decodes, in capitals as well
@@ -18,7 +19,8 @@ def training_files(files: Sequence[Path], folder: Path, notes: list[str]) -> Seq
     """Those that have "train" in their names or folders' names, where some do."""
     chosen = [path for path in files if "train" in str(path.relative_to(folder)).lower()] or files
     if len(chosen) < len(files):
-        notes.append(f"{len(files) - len(chosen)} of {len(files)} files are not of the training split")
+        others = len(files) - len(chosen)
+        notes.append(f"{others} of {len(files)} files {are(others)} not of the training split")
     return chosen
 
 

@@ -34,6 +34,7 @@ from ...experiment.report import About
 from ...experiment.run import train, train_and_conclude
 from ...experiment.subject import COMPARING, Subject
 from ...files import read_object, remove_leftovers
+from ...words import counted
 from ..arguments import SEVERAL, Flags, in_words
 from ..checks import check_methods
 from ..context import Context
@@ -121,7 +122,7 @@ def run_experiment(flags: Flags, stop: StopRequest, orders: Orders | None = None
                     train(arm, course, bench)
         else:
             note_settings(schedule, dataclasses.replace(context, flags=asked))
-            accelerator.print(f"{len(course.arms())} arms of {schedule.steps} steps; {parts}")
+            accelerator.print(f"{counted(len(course.arms()), 'arm')} of {counted(schedule.steps, 'step')}; {parts}")
             crew = crew_of(asked, "train_sd.py", functools.partial(run_experiment, flags), stop)
             train_and_conclude(course, bench, crew)
         accelerator.end_training()

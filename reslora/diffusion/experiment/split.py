@@ -21,6 +21,7 @@ from scipy.sparse.csgraph import connected_components
 from ...common.errors import InvalidArgument, refused_as
 from ...common.seeds import derive
 from ...experiment.parts import cut, enough_of
+from ...words import counted
 from ..arguments import Flags
 from ..data.class_images import balanced
 from ..data.dataset import ImageDataset, data_flag
@@ -96,7 +97,7 @@ def check_count(images: int, flags: Flags, alike: Sequence[str] = ()) -> None:
     """Refuse so few images that some part would be empty. `alike`: names of two that count as one."""
     if images < 3:
         example = f" ({' and '.join(alike)} look alike)" if alike else ""
-        number = f"{images} image{'s' * (images != 1)} but for near-duplicates{example}"
+        number = f"{counted(images, 'image')} but for near-duplicates{example}"
         problem = f"{number}, and training, choosing and comparing take others each"
         raise InvalidArgument(data_flag(flags), problem, "give at least 3, better 30 or more")
 

@@ -162,6 +162,9 @@ def plan_resume(flags: Flags, identity: Identity | None = None, place: str = "")
         method, path = _named_checkpoint(flags, named, todo)
         check_past(flags, path, read_checkpoint(path), identity)
         checkpoints[method] = [path]
+        if method in finished:
+            done, fix = folders[method] / EXPORTS, "to train it from there once more"
+            notes.append(f"--resume_from_checkpoint {named}: {method} is finished; remove {done} {fix}")
     for method in todo:
         if not checkpoints[method]:
             refuse_afresh(output, folders[method], finished=(folders[method] / EXPORTS).exists())

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from ...common.errors import Stopped
 from ...common.folder import check_held
 from ...common.together import decided
+from ...words import counted
 from ..context import Context
 from ..data.batch import Batch
 from ..data.loaders import stream
@@ -70,9 +71,8 @@ def train(learner: Learner, material: Material, schedule: Schedule, watch: Watch
         raise stopped_at(learner)
     if learner.over:
         patience = f"--early_stopping_patience {context.flags.early_stopping_patience}"
-        accelerator.print(
-            f"{learner.name}: the validation loss gets no lower, trained for {learner.step} steps; {patience}"
-        )
+        trained = f"trained for {counted(learner.step, 'step')}"
+        accelerator.print(f"{learner.name}: the validation loss gets no lower, {trained}; {patience}")
 
 
 def stopped_at(learner: Learner) -> Stopped:

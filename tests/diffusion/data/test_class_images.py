@@ -47,7 +47,7 @@ def test_what_is_missing_is_drawn_by_every_family_and_the_same_again(family, dat
     assert len(drawn) == 3 and not np.array_equal(drawn[0], drawn[1])
     (tmp_path / "class" / "class-00001.png").unlink()
     draw_missing(settle(parse_args([*map(str, flags)]), Accelerator(cpu=True), StopRequest()))
-    assert "drawing 1 class images" in capsys.readouterr().out
+    assert "drawing 1 class image into" in capsys.readouterr().out
     for before, after in zip(drawn, pictures(tmp_path / "class"), strict=True):
         assert np.abs(before - after).max() <= 2  # of 255: another batch rounds otherwise
 

@@ -87,7 +87,7 @@ def test_kohyas_caption_files_are_read_where_there_is_no_txt(brief_flags, tmp_pa
     found = gather(folder)
     assert found.captions == [["red disc"], ["blue box"], ["box"]] and not found.left_out
     lines = printed(*brief_flags, "--train_data_dir", folder, "--output_dir", tmp_path / "out")
-    assert "1 images" in only(lines, ".txt and a .caption")
+    assert "1 image " in only(lines, ".txt and a .caption")
     for text in folder.glob("*.txt"):
         text.unlink()
     assert gather(folder).captions == [["red disc"], ["red"]]
@@ -441,7 +441,7 @@ def test_folder_without_captions_is_refused(tmp_path, capsys):
 def test_the_folder_above_kohyas_folders_is_named(tmp_path, capsys, named):
     image_folder(tmp_path / "p" / "img" / "10_sks cat", 2, layout="none")
     line = refused(capsys, "--train_data_dir", tmp_path / "p" / named)
-    assert f"2 images without captions (class folders are not captions); name {tmp_path / 'p' / 'img'}, where" in line
+    assert f"2 images without captions (class folders are none); name {tmp_path / 'p' / 'img'}, where" in line
     for number, other in enumerate(("0_none", "2024_summer")):  # which are not kohya's
         image_folder(tmp_path / f"q{number}" / other, 1, layout="none")
         assert "where kohya's" not in refused(capsys, "--train_data_dir", tmp_path / f"q{number}")

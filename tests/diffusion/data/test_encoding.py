@@ -172,7 +172,7 @@ def test_an_image_that_breaks_off_is_left_out_and_the_cache_knows(brief_flags, c
     for name in ("one", "two"):
         lines = printed(*flags, "--output_dir", tmp_path / name)
         assert "damaged" in only(lines, "left out", "1.png")
-        only(lines, "left out 1 images, kept 2")
+        only(lines, "left out 1 image, kept 2")
     assert losses(tmp_path / "one", "lora") == losses(tmp_path / "two", "lora")
     assert "1.png" in refused(capsys, *flags, "--strict", "--output_dir", tmp_path / "three", quiet=False)
 

@@ -16,7 +16,7 @@ from reslora.diffusion.model.loading import Model
 
 FAMILIES = ("stable_diffusion", "sdxl", "flux", "sd3", "z_image", "flux2_klein")
 LONGEST = 12  # --max_sequence_length
-TELLING = ("captions and prompts are longer",)
+TELLING = ("captions and prompts", "longer than")
 
 
 def loaded(name: str, folder: Path) -> tuple:

@@ -189,7 +189,7 @@ def test_an_image_of_which_nothing_counts_is_left_out_or_refused(kept, brief_fla
     flags = [*brief_flags, "--train_data_dir", folder, "--masked_loss", "--num_validation_images", 0, kept]
     lines = printed(*flags, "--output_dir", tmp_path / "out")
     only(lines, "left out", "0.png: its mask is black or transparent everywhere")
-    only(lines, f"{folder}: 2 images, each once an epoch, weight 1; 1 of 2 are masked")
+    only(lines, f"{folder}: 2 images, each once an epoch, weight 1; 1 of 2 is masked")
     line = refused(capsys, *flags, "--strict", "--output_dir", tmp_path / "strict", quiet=False)
     assert "--strict" in line and "0.png: its mask is black" in line
 

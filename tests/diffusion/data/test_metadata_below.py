@@ -37,7 +37,7 @@ def test_images_that_metadata_below_does_not_list_are_counted(tmp_path):
     folder = nested(tmp_path / "p", "none", "jsonl")
     flags = ["--train_data_dir", str(folder), "--cache_dir", str(tmp_path / "cache")]
     found = load_images(parse_args(flags))
-    assert len(found) == 2 and found.notes[0].startswith("2 images are not read")
+    assert len(found) == 2 and found.notes[0].startswith("2 images not read")
 
 
 def test_metadata_of_two_kinds_below_is_refused_with_what_helps(tmp_path, capsys):

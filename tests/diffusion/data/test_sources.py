@@ -85,9 +85,9 @@ def test_kohyas_folders_say_repeats_and_captions(tmp_path):
     assert (cat.repeats, cat.captions) == (20, [["sks cat"], ["blue box"]])
     assert (letters.repeats, letters.captions) == (4, [["a_b"]])
     assert "not 0_none, 3_empty, loose.png, plain" in only(cat.notes, "alone are read")
-    only(cat.notes, "10_sks cat: 1 folders in it are not read")
-    assert cat.label == f"{tmp_path}/p/10_sks cat (1 of 2 images have its name as caption: sks cat)"
-    assert letters.label == f"{tmp_path}/p/2_a_b (1 of 1 images have its name as caption: a_b)"
+    only(cat.notes, "10_sks cat: 1 folder in it not read")
+    assert cat.label == f"{tmp_path}/p/10_sks cat (1 of 2 images with its name as caption: sks cat)"
+    assert letters.label == f"{tmp_path}/p/2_a_b (1 of 1 image with its name as caption: a_b)"
 
 
 def test_one_of_kohyas_folders_without_a_name_says_repeats_alone(tmp_path):
@@ -118,7 +118,7 @@ def test_captions_in_capitals_are_read_and_missing_ones_counted(tmp_path):
     (folder / "1.CAPTION").write_text("blue box")
     (found,) = gather("--train_data_dir", tmp_path / "p")
     assert found.captions == [["red disc"], ["blue box"], ["sks dog"]]
-    assert found.label == f"{folder} (1 of 3 images have its name as caption: sks dog)"
+    assert found.label == f"{folder} (1 of 3 images with its name as caption: sks dog)"
 
 
 def test_metadata_says_more_than_kohyas_names(tmp_path):
@@ -126,7 +126,7 @@ def test_metadata_says_more_than_kohyas_names(tmp_path):
     (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "2_a_b/0.png", "text": "red disc"}))
     (found,) = gather("--train_data_dir", folder)
     assert (found.captions, found.repeats) == ([["red disc"]], 1)
-    only(found.notes, f"whose repeats do not count: they do where {folder} is named")
+    only(found.notes, f"whose repeats do not count: they do if {folder} is named")
 
 
 def test_a_year_is_no_number_of_repeats(tmp_path, brief_flags, capsys):
@@ -317,9 +317,9 @@ def test_a_run_with_all_of_it_goes_on_as_if_it_had_not_stopped(model, capsys, tm
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     lines = printed(*common, whole)
     assert "48x48: " in only(lines, "2 buckets") and not [line for line in lines if "drawing" in line]
-    only(lines, "2_disc (2 of 2 images have its name as caption: disc) at 48: ", " 2 times an epoch, weight 0.5")
+    only(lines, "2_disc (2 of 2 images with its name as caption: disc) at 48: ", " 2 times an epoch, weight 0.5")
     (first, second) = (line for line in lines if "1_red box" in line)
-    assert "32: 1 class images, each 4 times an epoch, weight 1" in first and "48: 1 class images, each 4" in second
+    assert "32: 1 class image, each 4 times an epoch, weight 1" in first and "48: 1 class image, each 4" in second
     assert main(*common, parts, "--max_train_steps", 4) == 0
     capsys.readouterr()
     assert "--train_data_repeats 2" in refused(capsys, *common, parts, "--train_data_repeats", 2, *RESUME, quiet=False)

@@ -66,7 +66,7 @@ def small(flags, tmp_path_factory) -> Path:
     """Plain LoRA at two rates; the time was up after the first, and the same command went on."""
     output = tmp_path_factory.mktemp("small") / "out"
     lines = printed(*flags, *SMALL, "--output_dir", output, "--experiment_minutes", "0.0001")
-    line = "not finished: 1 of 2 arms are still to be trained, none within --experiment_minutes 0.0001"
+    line = "not finished: 1 of 2 arms is still to be trained, none within --experiment_minutes 0.0001"
     only(lines, f"{line}; the same command goes on for as long again")
     assert [a["status"] for a in experiment(output)["arms"]] == ["waiting", "finished"]
     lines = printed(*flags, *SMALL, "--output_dir", output)  # without a limit this time
@@ -191,7 +191,7 @@ def test_added_methods_and_seeds_train_the_new_arms_alone(small, whole):
         before, there = (files(arm(folder, rate=rate)) for folder in (small, output))
         assert {name: there[name] for name in before} == before
     assert sum("merging, exporting" in line for line in lines) == 3
-    only(lines, "1 more arms")
+    only(lines, "left out: 1 arm in the folder")
     only(lines, "the test images were read 2 times, as arms came in")  # not as the time was up
 
 

@@ -8,6 +8,7 @@ import torch
 
 from ....export import Factors
 from ....merging import truncate
+from ....words import counted
 from .names import Parts
 
 
@@ -65,8 +66,8 @@ def in_words(errors: Mapping[str, float], rank: int) -> str:
     worst = max(errors, key=errors.__getitem__)
     mean = sum(errors.values()) / len(errors)
     return (
-        f"--rank {rank}: {len(errors)} layers are reduced; the relative error of a layer's update is {mean:.3g} on "
-        f"average, and {errors[worst]:.3g} at most ({worst})"
+        f"--rank {rank}: {counted(len(errors), 'layer')} reduced; the relative error of a layer's update is "
+        f"{mean:.3g} on average, and {errors[worst]:.3g} at most ({worst})"
     )
 
 
@@ -74,7 +75,7 @@ def in_short(parts: Mapping[str, Mapping[str, Factors]]) -> str:
     """How many layers there are, and of what ranks."""
     ranks = [factors.rank for layers in parts.values() for factors in layers.values()]
     least, most = min(ranks), max(ranks)
-    return f"{len(ranks)} layers, " + (f"rank {most}" if least == most else f"ranks {least} to {most}")
+    return f"{counted(len(ranks), 'layer')}, " + (f"rank {most}" if least == most else f"ranks {least} to {most}")
 
 
 def cast(parts: Mapping[str, Mapping[str, Factors]], dtype: torch.dtype) -> Parts:
