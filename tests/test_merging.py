@@ -31,7 +31,7 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 
 import reslora
-from reslora import ResLoraConfig
+from reslora import ResLoraConfig, merging
 
 RIDGE = 1e-2
 PLANS = [
@@ -701,6 +701,13 @@ def test_the_error_of_a_truncated_block_is_what_truncation_loses(llama):
         unmerged = case.oracle.outputs[tail][0].flatten(0, -2)
         merged = case.tokens(tail) @ delta(find_layer(case.model, tail)).T
         assert block.error == pytest.approx(float((merged - unmerged).norm() / unmerged.norm()), rel=1e-3, abs=1e-6)
+
+
+def test_an_error_that_rounding_makes_negative_is_none():
+    one, moments = torch.ones(1, 1), merging.Moments(torch.ones(1, 1))
+    moments.own_own, moments.own_handed, moments.handed_handed, moments.gap_gap = one, one, one, -1e-20 * one
+    block = merging.Factors("layer", one, one, 1.0, lambda: one, moments=moments)
+    assert merging.relative_error(block, merging.Merged(one, one)) == 0.0
 
 
 # --- what a merged model is -------------------------------------------------------------------------------------------
