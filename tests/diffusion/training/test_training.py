@@ -151,17 +151,19 @@ def test_rates_and_ranks_move_once_a_step_and_not_where_it_was_skipped(model, mo
     assert learner.lr_scheduler.last_epoch - before == (0 if skipped else 2)
 
 
-def test_every_forward_of_a_run_has_dropout_masks_of_its_own():
-    """They are drawn from torch's random state: no two forwards start with the same one."""
+def test_every_forward_of_a_run_has_dropout_masks_of_its_own(monkeypatch):
+    """They are drawn from torch's random state: no two forwards start with the same one, in any process."""
     states, layer = [], nn.Linear(1, 1)
     layer.register_forward_pre_hook(lambda *_: states.append(tuple(torch.get_rng_state().tolist())))
     optimizer = torch.optim.SGD(layer.parameters())
-    learner = Learner("lora", layer, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer), None, layer)
     flags = Flags(seed=0, gradient_accumulation_steps=2, max_grad_norm=1.0)
     context = Context(flags, None, Accelerator(cpu=True, gradient_accumulation_steps=2), None)
-    for _ in range(2):
-        take_step(learner, itertools.repeat(torch.ones(1, 1)), context)
-    assert len(states) == len(set(states)) == 4
+    for process in range(2):
+        monkeypatch.setattr(Accelerator, "process_index", process)
+        learner = Learner("lora", layer, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer), None, layer)
+        for _ in range(2):
+            take_step(learner, itertools.repeat(torch.ones(1, 1)), context)
+    assert len(states) == len(set(states)) == 8
 
 
 @pytest.mark.parametrize(("longest", "moved"), [(0.5, 0.5), (2, 1), (0, 1)])
