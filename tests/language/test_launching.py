@@ -96,9 +96,8 @@ def test_who_is_asked_to_stop_while_libraries_load_waits_for_no_other_process(ma
     ("processes", "number", "everyone"),
     [
         (1, signal.SIGKILL, False),  # accelerate passes nothing on, not SIGTERM either
-        (1, signal.SIGINT, True),  # Ctrl-C, which the whole group gets
         (2, signal.SIGTERM, False),  # torch's launcher passes it on
-        (2, signal.SIGINT, True),  # and repeats what its children have got already
+        (2, signal.SIGINT, True),  # Ctrl-C, which the whole group gets: it repeats what its children have got already
     ],
 )
 def test_the_trainer_saves_and_ends_with_its_launcher(processes, number, everyone, tiny, data, tmp_path):

@@ -461,15 +461,14 @@ def test_a_stop_in_the_first_samples_leaves_them_to_the_next_start(run, base_fla
     assert digests(output / "reslora", "samples/*/*.png") == digests(run / "reslora", "samples/*/*.png")
 
 
-@pytest.mark.parametrize("background", [False, True])
-def test_sigterm_to_the_launcher_ends_and_saves_the_training(brief_flags, tmp_path, background):
+def test_sigterm_to_the_launcher_ends_and_saves_the_training(brief_flags, tmp_path):
     """`accelerate launch` dies of it without a word to the process it started, which has 400 steps to notice.
 
-    In the terminal, and as `nohup accelerate launch train_sd.py &`.
+    Started as `nohup accelerate launch train_sd.py &`; tests/language/test_launching.py does so in the terminal.
     """
     flags = [*brief_flags, *LONG, "--output_dir", str(tmp_path / "out")]
     words = ["--num_processes", "1", str(SCRIPT), *flags]
-    launcher = start(words, tmp_path / "printed", background, stdin=subprocess.DEVNULL)
+    launcher = start(words, tmp_path / "printed", background=True, stdin=subprocess.DEVNULL)
     method = tmp_path / "out" / "lora"
     wait_for_step(method / "log.jsonl", launcher)
     (trainer,) = psutil.Process(launcher.pid).children()
