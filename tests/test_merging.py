@@ -31,7 +31,7 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 
 import reslora
-from reslora import ResLoraConfig
+from reslora import ResLoraConfig, merging
 
 RIDGE = 1e-2
 PLANS = [
@@ -471,8 +471,9 @@ def test_the_first_layers_pattern_does_not_catch_the_tenth(tmp_path):
 
 @pytest.mark.parametrize("max_rank", [1, 3, 4, 5])
 def test_max_rank_is_the_best_approximation_of_that_rank(llama, max_rank):
-    case = Case(llama, "block", 2, alpha_pattern={"layers.1.self_attn.q_proj": 11})
-    reslora.merge(case.model, max_rank=max_rank)
+    """What is lost is told, of no block that had that rank or less."""
+    case, notes = Case(llama, "block", 2, alpha_pattern={"layers.1.self_attn.q_proj": 11}), set()
+    report = reslora.merge(case.model, max_rank=max_rank)
     for chain in llama.blocks:
         A, B, s = case.A(chain), case.B(chain), case.s(chain)
         for n, name in enumerate(chain):
@@ -480,8 +481,12 @@ def test_max_rank_is_the_best_approximation_of_that_rank(llama, max_rank):
             whole = s[n] * sum(B[n - k] @ A[n - k] for k in range(case.m(n) + 1))
             U, S, Vh = torch.linalg.svd(whole)
             best = U[:, :max_rank] * S[:max_rank] @ Vh[:max_rank]
-            assert layer.r["default"] == min(max_rank, (case.m(n) + 1) * RANK)
+            rank = (case.m(n) + 1) * RANK
+            assert layer.r["default"] == min(max_rank, rank)
             assert_equal(delta(layer), best, rtol=1e-6, atol=1e-6)
+            if rank > max_rank:
+                notes.add(f"{name}: rank {rank} cut to {max_rank} loses {S[max_rank:].norm() / S.norm():.3%}")
+    assert set(report.notes) == notes
 
 
 def test_a_max_rank_that_holds_everything_loses_nothing(llama):
@@ -533,18 +538,19 @@ def test_a_zero_input_norm_merges_with_alpha_one_and_is_named(zero):
     assert report.notes == (f"{names[zero]}: zero norm, alpha* = 1",)
 
 
-def test_a_zero_weight_norm_merges_with_alpha_one_and_is_named():
+@pytest.mark.parametrize("number", [1, 2])  # a block that two or one of the later ones ask
+def test_a_zero_weight_norm_merges_with_alpha_one_and_is_named(number):
     model = lora_stack()
-    zero = find_layer(model, stack_chain()[1])
+    zero = find_layer(model, stack_chain()[number])
     with torch.no_grad():
         zero.base_layer.weight.zero_()
         zero.lora_B["default"].weight.zero_()
     plain = copy.deepcopy(model)
     reslora.connect(model, ResLoraConfig("input"), example_inputs=STACK_INPUTS)
     report = reslora.merge(model, method="weights")
-    name = stack_chain()[2]  # its f*_{n-1} is zero
+    name = stack_chain()[number + 1]  # its f*_{n-1} is zero
     assert_equal(delta(find_layer(model, name)), 2 * delta(find_layer(plain, name)))
-    assert report.notes == (f"{stack_chain()[1]}: zero norm, alpha* = 1",)
+    assert report.notes == (f"{stack_chain()[number]}: zero norm, alpha* = 1",)
 
 
 # --- auto -------------------------------------------------------------------------------------------------------------
@@ -695,6 +701,13 @@ def test_the_error_of_a_truncated_block_is_what_truncation_loses(llama):
         unmerged = case.oracle.outputs[tail][0].flatten(0, -2)
         merged = case.tokens(tail) @ delta(find_layer(case.model, tail)).T
         assert block.error == pytest.approx(float((merged - unmerged).norm() / unmerged.norm()), rel=1e-3, abs=1e-6)
+
+
+def test_an_error_that_rounding_makes_negative_is_none():
+    one, moments = torch.ones(1, 1), merging.Moments(torch.ones(1, 1))
+    moments.own_own, moments.own_handed, moments.handed_handed, moments.gap_gap = one, one, one, -1e-20 * one
+    block = merging.Factors("layer", one, one, 1.0, lambda: one, moments=moments)
+    assert merging.relative_error(block, merging.Merged(one, one)) == 0.0
 
 
 # --- what a merged model is -------------------------------------------------------------------------------------------

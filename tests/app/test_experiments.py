@@ -4,14 +4,11 @@ import json
 import os
 from pathlib import Path
 
-import browsers
 import gradio as gr
 import PIL.Image
 import pytest
 from app_runs import HOSTILE, write_run
 from experiment import examples
-from test_page import serving
-from waiting import LIMIT
 
 from app import experiments, form, launcher
 from app.launcher import Trainings
@@ -336,22 +333,6 @@ def test_the_best_arms_lora_is_handed_out(library):
     assert tab.look("which")[tab.take_best] == gr.update(interactive=True)
     copy = Path(tab.copy_of_best("which"))
     assert copy.name == "which-kohya.safetensors" and copy.read_bytes() == b"kohya"
-
-
-def test_the_button_downloads_it(library, tmp_path, tmp_path_factory):
-    """By way of a part that nobody sees."""
-    (library.folder / "which" / "kohya.safetensors").write_bytes(b"kohya")
-    place = tmp_path_factory.getbasetemp().parent
-    with serving(library.folder, tmp_path / "log") as address, browsers.opened(place) as browser:
-        page = browser.new_page()
-        page.set_default_timeout(LIMIT * 1000)
-        page.goto(address, wait_until="domcontentloaded")
-        page.get_by_role("tab", name="Experiment").click()
-        page.locator("#take-best:enabled").wait_for()
-        with page.expect_download() as download:
-            page.locator("#take-best").click()
-        assert download.value.suggested_filename == "which-kohya.safetensors"
-        assert Path(download.value.path()).read_bytes() == b"kohya"
 
 
 @pytest.mark.parametrize("best", [None, {"files": ["peft"]}, {"files": 1}, {}, [], "kohya.safetensors"])

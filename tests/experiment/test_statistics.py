@@ -177,6 +177,12 @@ def test_a_better_and_a_worse_method():
     assert "% higher (95%" in found["sentence"] and float(least) < float(most)
 
 
+def test_sizes_have_as_many_places_as_the_smallest_needs_and_at_most_four():
+    assert percents(-12.34) == ["12.3"] and percents(0.26) == ["0.3"] and percents(0) == ["0.0"]
+    assert percents(0.026, -1, 0) == ["0.03", "1.00", "0.00"]
+    assert percents(0.0026) == ["0.003"] and percents(0.00026) == ["0.0003"] and percents(0.000026) == ["0.0000"]
+
+
 def test_no_difference_shown_says_what_could_have_been():
     found = verdict(losses_of(0), losses_of(0.01))
     (size,) = percents(found["detectable"])

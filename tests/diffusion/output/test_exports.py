@@ -242,6 +242,13 @@ def test_pixels_that_are_not_finite_fail_on_either_side(tmp_path, monkeypatch, d
     )  # until something of another merge is written
 
 
+def test_every_image_must_be_finite(tmp_path, monkeypatch):
+    draw = Picture.draw
+    monkeypatch.setattr(Picture, "draw", lambda *given: [*draw(*given), np.full((2, 2, 3), np.nan)])
+    with pytest.raises(RunFailed, match=r"^lora: .*not finite.*diverged"):
+        compared(folder_of(tmp_path), monkeypatch, 1, 1)
+
+
 @pytest.mark.parametrize("base", ["no", "fp8"])
 def test_the_average_of_a_schedule_free_optimizer_is_saved_and_exported(model, base_flags, tmp_path, base):
     """As samples are drawn with it: x, and not what is trained, y = beta x + (1 - beta) z."""

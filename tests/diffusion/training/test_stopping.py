@@ -1,10 +1,14 @@
 """What a run is asked for between two steps."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
+
+import pytest
 
 from reslora.common.signals import StopRequest
 from reslora.diffusion.arguments import Flags
-from reslora.diffusion.training import stopping
+from reslora.diffusion.training import loop, stopping
+from reslora.diffusion.training.loop import Watch, after_step
 from reslora.diffusion.training.stopping import Requests, taken
 
 
@@ -53,3 +57,43 @@ def test_minutes_count_from_the_last_checkpoint(tmp_path, monkeypatch):
     for now in (340.0, 341.0):  # noqa: B007
         found.append(asked.after_step()[1])
     assert found == [False, True, True, False, True]
+
+
+SAVED = ["held", "flush", "save", "saved"]
+DRAWN = ["held", "flush", "all", "save"]
+
+
+@pytest.mark.parametrize(
+    ("step", "asked", "meanwhile", "expected", "stops"),
+    [
+        (1, (), "", [], False),
+        (5, (), "", SAVED, False),  # --checkpointing_steps
+        (12, (), "", [*SAVED, "all"], False),  # the last one
+        (1, ("save",), "", SAVED, False),
+        (1, ("draw",), "", ["held", "flush", "samples"], False),
+        (1, ("stop",), "", SAVED, True),
+        (3, ("stop",), "", SAVED, True),  # the validation is left to the next start
+        (3, (), "", ["held", "flush", "all"], False),
+        (3, (), "stop", DRAWN, True),
+        (3, (), "over", DRAWN, False),  # what patience ends is saved
+        (5, ("draw",), "stop", [*SAVED, "samples"], True),  # and nothing twice
+    ],
+)
+def test_what_is_due_or_asked_for_is_done_once(monkeypatch, step, asked, meanwhile, expected, stops):
+    """A loss that is not finite, which `flush` finds, is not saved, nor is anything in a folder that was moved."""
+    done, stop = [], StopRequest()
+    learner = SimpleNamespace(step=step, name="lora", over=False, timed=nullcontext)
+
+    def validated(learner, reports, parts=("all",)):
+        done.extend(parts)
+        stop.signal = 15 if meanwhile == "stop" else None
+        learner.over = meanwhile == "over"
+
+    monkeypatch.setattr(loop, "check_held", lambda: done.append("held"))
+    made = Watch(SimpleNamespace(flush=lambda: done.append("flush")), validated, lambda: done.append("save"))
+    requests = SimpleNamespace(
+        after_step=lambda: tuple(name in asked for name in ("stop", "save", "draw")),
+        every=5, saved=lambda: done.append("saved"), status=SimpleNamespace(say=lambda *_: None), stop=stop,
+    )  # fmt: skip
+    schedule = SimpleNamespace(steps=12, is_due=lambda step: step % 3 == 0)
+    assert (after_step(learner, schedule, made, requests), done) == (stops, expected)

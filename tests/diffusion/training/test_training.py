@@ -151,17 +151,19 @@ def test_rates_and_ranks_move_once_a_step_and_not_where_it_was_skipped(model, mo
     assert learner.lr_scheduler.last_epoch - before == (0 if skipped else 2)
 
 
-def test_every_forward_of_a_run_has_dropout_masks_of_its_own():
-    """They are drawn from torch's random state: no two forwards start with the same one."""
+def test_every_forward_of_a_run_has_dropout_masks_of_its_own(monkeypatch):
+    """They are drawn from torch's random state: no two forwards start with the same one, in any process."""
     states, layer = [], nn.Linear(1, 1)
     layer.register_forward_pre_hook(lambda *_: states.append(tuple(torch.get_rng_state().tolist())))
     optimizer = torch.optim.SGD(layer.parameters())
-    learner = Learner("lora", layer, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer), None, layer)
     flags = Flags(seed=0, gradient_accumulation_steps=2, max_grad_norm=1.0)
     context = Context(flags, None, Accelerator(cpu=True, gradient_accumulation_steps=2), None)
-    for _ in range(2):
-        take_step(learner, itertools.repeat(torch.ones(1, 1)), context)
-    assert len(states) == len(set(states)) == 4
+    for process in range(2):
+        monkeypatch.setattr(Accelerator, "process_index", process)
+        learner = Learner("lora", layer, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer), None, layer)
+        for _ in range(2):
+            take_step(learner, itertools.repeat(torch.ones(1, 1)), context)
+    assert len(states) == len(set(states)) == 8
 
 
 @pytest.mark.parametrize(("longest", "moved"), [(0.5, 0.5), (2, 1), (0, 1)])
@@ -459,15 +461,14 @@ def test_a_stop_in_the_first_samples_leaves_them_to_the_next_start(run, base_fla
     assert digests(output / "reslora", "samples/*/*.png") == digests(run / "reslora", "samples/*/*.png")
 
 
-@pytest.mark.parametrize("background", [False, True])
-def test_sigterm_to_the_launcher_ends_and_saves_the_training(brief_flags, tmp_path, background):
+def test_sigterm_to_the_launcher_ends_and_saves_the_training(brief_flags, tmp_path):
     """`accelerate launch` dies of it without a word to the process it started, which has 400 steps to notice.
 
-    In the terminal, and as `nohup accelerate launch train_sd.py &`.
+    Started as `nohup accelerate launch train_sd.py &`; tests/language/test_launching.py does so in the terminal.
     """
     flags = [*brief_flags, *LONG, "--output_dir", str(tmp_path / "out")]
     words = ["--num_processes", "1", str(SCRIPT), *flags]
-    launcher = start(words, tmp_path / "printed", background, stdin=subprocess.DEVNULL)
+    launcher = start(words, tmp_path / "printed", background=True, stdin=subprocess.DEVNULL)
     method = tmp_path / "out" / "lora"
     wait_for_step(method / "log.jsonl", launcher)
     (trainer,) = psutil.Process(launcher.pid).children()

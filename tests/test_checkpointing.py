@@ -1,0 +1,282 @@
+"""Forwards that are computed twice, repeated, interrupted or of another size follow the equations all the same."""
+
+import pytest
+import torch
+from conftest import (
+    ARCHITECTURES,
+    STACK_INPUTS,
+    Oracle,
+    Stack,
+    adapter_layers,
+    assert_equal,
+    assert_one_line,
+    find_layer,
+    gradients,
+    gradients_of,
+    lora_stack,
+    loss_of,
+    run,
+    stack_chain,
+)
+from torch.utils.checkpoint import checkpoint
+from waiting import join, start_thread
+from wired import Interrupted, connected, interrupt, language, one_each, pair, some, stateful, with_checkpointing
+
+import reslora
+from reslora import ResLoraConfig
+
+# --- gradient checkpointing -------------------------------------------------------------------------------------------
+
+
+def steps_with_and_without_dropout(model, inputs) -> list[tuple[dict, int]]:
+    """The gradients of each step, and how often a layer ran for them."""
+    calls, steps = [], []
+    layers = list(adapter_layers(model).values())
+    handle = layers[0].register_forward_pre_hook(lambda module, args: calls.append(1))
+    for dropout in (torch.nn.Dropout(0.4), torch.nn.Identity()):
+        for layer in layers:
+            layer.lora_dropout["default"] = dropout
+        calls.clear()
+        torch.manual_seed(0)
+        steps.append((gradients_of(model, inputs), len(calls)))
+    handle.remove()
+    return steps
+
+
+@pytest.mark.parametrize("name", ["llama", "unet", "bert"])
+@some
+def test_checkpointing_recomputes_and_leaves_the_gradients_as_they_are(name, shortcut, pre_num, head):
+    arch = ARCHITECTURES[name]
+    model = connected(arch, shortcut, pre_num, head, window=2)
+    plain = steps_with_and_without_dropout(model, arch.inputs())
+    reslora.enable_gradient_checkpointing(model)
+    for (expected, once), (found, twice) in zip(
+        plain, steps_with_and_without_dropout(model, arch.inputs()), strict=True
+    ):
+        assert (once, twice) == (1, 2) and found.keys() == expected.keys()
+        assert_equal(found, expected)
+
+
+@with_checkpointing
+@one_each
+def test_two_forwards_before_the_backwards(name, checkpointing, shortcut, pre_num, head):
+    arch = ARCHITECTURES[name]
+    model, oracle = pair(arch, shortcut, pre_num, head)
+    if checkpointing:
+        reslora.enable_gradient_checkpointing(model)
+    batches = [arch.inputs(seed=1), arch.inputs(seed=2, batch=3)]
+    for batch in batches:
+        loss_of(oracle, batch).backward()
+    for order in ((0, 1), (1, 0)):
+        losses = [loss_of(model, batch) for batch in batches]
+        model.zero_grad(set_to_none=True)
+        for n in order:
+            losses[n].backward()
+        assert_equal(gradients(model), gradients(oracle))
+
+
+@language
+@one_each
+def test_a_checkpointed_backward_in_another_thread(name, shortcut, pre_num, head):
+    arch = ARCHITECTURES[name]
+    model, oracle = pair(arch, shortcut, pre_num, head)
+    reslora.enable_gradient_checkpointing(model)
+    loss = loss_of(model, arch.inputs())
+    join(start_thread(loss.backward))
+    assert_equal(gradients(model), gradients_of(oracle, arch.inputs()))
+
+
+@one_each
+def test_an_evaluation_between_a_checkpointed_forward_and_its_backward(llama, shortcut, pre_num, head):
+    model, oracle = pair(llama, shortcut, pre_num, head)
+    reslora.enable_gradient_checkpointing(model)
+    loss = loss_of(model, llama.inputs())
+    with torch.no_grad():
+        run(model.eval(), llama.inputs(seed=9, length=4))
+    model.train()
+    loss.backward()
+    assert_equal(gradients(model), gradients_of(oracle, llama.inputs()))
+
+
+def enable_stock(model, name: str, use_reentrant: bool) -> None:
+    """Checkpointing as transformers and diffusers turn it on, without reslora's context."""
+    if name == "unet":
+        model.enable_gradient_checkpointing(
+            lambda module, *args: checkpoint(module.__call__, *args, use_reentrant=use_reentrant)
+        )
+    else:
+        model.base_model.model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+
+
+@language
+@stateful
+def test_checkpointing_without_our_context_is_refused_with_the_call_that_fixes_it(name, shortcut, pre_num, head):
+    arch = ARCHITECTURES[name]
+    model, oracle = pair(arch, shortcut, pre_num, head)
+    for use_reentrant in (True, False):
+        enable_stock(model, name, use_reentrant)
+        with pytest.raises((ValueError, RuntimeError)) as error:
+            run(model, arch.inputs())
+        assert_one_line(error, "reslora.enable_gradient_checkpointing")
+    reslora.enable_gradient_checkpointing(model)
+    assert_equal(gradients_of(model, arch.inputs()), gradients_of(oracle, arch.inputs()))
+
+
+@stateful
+def test_the_stock_switch_of_diffusers_is_refused(unet, shortcut, pre_num, head):
+    model = connected(unet, shortcut, pre_num, head)
+    model.enable_gradient_checkpointing()
+    with pytest.raises((ValueError, RuntimeError)) as error:
+        run(model, unet.inputs())
+    assert_one_line(error, "reslora.enable_gradient_checkpointing")
+
+
+@language
+def test_block_takes_any_kind_of_checkpointing(name):
+    arch = ARCHITECTURES[name]
+    model, oracle = pair(arch, "block", 2, "repeat")
+    inputs = arch.inputs()
+    if name == "unet":  # reentrant checkpointing has no gradient unless an input has one
+        inputs["sample"].requires_grad_()
+    for use_reentrant in (True, False):
+        enable_stock(model, name, use_reentrant)
+        assert_equal(gradients_of(model, inputs), gradients_of(oracle, arch.inputs()))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@stateful
+def test_checkpointing_inside_a_custom_forward_is_never_silently_wrong(use_reentrant, shortcut, pre_num, head):
+    class Checkpointed(Stack):
+        def forward(self, x):
+            for layer in self.layers:
+                x = x + (checkpoint(layer, x, use_reentrant=use_reentrant) if self.training else layer(x))
+            return x
+
+    model = lora_stack(Checkpointed())
+    reslora.connect(model, ResLoraConfig(shortcut, pre_num, head), example_inputs=STACK_INPUTS)
+    with pytest.raises((ValueError, RuntimeError)) as error:
+        loss_of(model, {"x": STACK_INPUTS["x"].clone().requires_grad_()}).backward()
+    assert_one_line(error)
+
+
+# --- what may change between forwards ---------------------------------------------------------------------------------
+
+
+@with_checkpointing
+@one_each
+def test_batch_and_size_may_change_between_forwards(name, checkpointing, shortcut, pre_num, head):
+    arch = ARCHITECTURES[name]
+    model, oracle = pair(arch, shortcut, pre_num, head)
+    if checkpointing:
+        reslora.enable_gradient_checkpointing(model)
+    shapes = [{"batch": 2}, {"batch": 1, "length": 9}, {"batch": 3, "length": 2}]
+    shapes += [{"size": 16}, {"batch": 1, "size": 4}] if name == "unet" else []
+    for n, shape in enumerate(shapes):
+        inputs = arch.inputs(seed=n, **shape)
+        assert_equal(gradients_of(model, inputs), gradients_of(oracle, inputs))
+
+
+@one_each
+def test_evaluation_between_training_steps_changes_nothing(llama, shortcut, pre_num, head):
+    model, oracle = pair(llama, shortcut, pre_num, head, window=2)
+    for seed in range(2):
+        assert_equal(
+            gradients_of(model.train(), llama.inputs(seed=seed)), gradients_of(oracle, llama.inputs(seed=seed))
+        )
+        with torch.no_grad():
+            evaluated = run(model.eval(), llama.inputs(seed=8, length=3))
+        assert_equal(evaluated, run(oracle, llama.inputs(seed=8, length=3)).detach())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("where", ["model.layers.2.self_attn.q_proj", "model.layers.3.mlp", "lm_head"])
+@one_each
+def test_a_clean_forward_after_an_exception_is_that_of_a_fresh_model(
+    llama, where, checkpointing, shortcut, pre_num, head
+):
+    model, oracle = pair(llama, shortcut, pre_num, head)
+    if checkpointing:
+        reslora.enable_gradient_checkpointing(model)
+    handle = interrupt(find_layer(model, where))
+    with pytest.raises(Interrupted):
+        run(model, llama.inputs(seed=5, batch=3))
+    handle.remove()
+    assert_equal(gradients_of(model, llama.inputs()), gradients_of(oracle, llama.inputs()))
+
+
+@one_each
+def test_a_clean_step_after_an_exception_in_a_recomputation(llama, shortcut, pre_num, head):
+    model, oracle = pair(llama, shortcut, pre_num, head)
+    reslora.enable_gradient_checkpointing(model)
+    loss = loss_of(model, llama.inputs(seed=5, batch=3))
+    handle = interrupt(find_layer(model, "model.layers.2.self_attn.v_proj"))
+    with pytest.raises(Interrupted):
+        loss.backward()
+    handle.remove()
+    assert_equal(gradients_of(model, llama.inputs()), gradients_of(oracle, llama.inputs()))
+
+
+@stateful
+def test_a_block_called_outside_a_forward_of_the_model_is_an_error(llama, shortcut, pre_num, head):
+    model, oracle = pair(llama, shortcut, pre_num, head)
+    layer = find_layer(model, "model.layers.1.self_attn.q_proj")
+    with pytest.raises((ValueError, RuntimeError)) as error:
+        layer(torch.zeros(1, 2, 32, dtype=torch.float64))
+    assert_one_line(error, "layers.1.self_attn.q_proj")
+    assert_equal(run(model, llama.inputs()), run(oracle, llama.inputs()))
+
+
+@stateful
+def test_an_adapter_that_is_switched_off_in_the_middle_of_a_chain_is_named_with_the_fix(shortcut, pre_num, head):
+    model = lora_stack(Stack())
+    reslora.connect(model, ResLoraConfig(shortcut, pre_num, head), example_inputs=STACK_INPUTS)
+    expected = run(model, STACK_INPUTS)
+    layer = find_layer(model, "layers.1.proj")
+    layer.enable_adapters(False)
+    with pytest.raises(RuntimeError) as error:
+        run(model, STACK_INPUTS)
+    assert_one_line(error, "neighbour layers.1.proj, or that one's adapter is switched off", "enable_adapters(True)")
+    layer.enable_adapters(True)
+    assert_equal(run(model, STACK_INPUTS), expected)
+
+
+class Moody(Stack):
+    """A stack that can be told to behave otherwise than in the trace."""
+
+    mood = "calm"
+
+    def forward(self, x):
+        layers = list(self.layers)
+        if self.mood == "reversed":
+            layers.reverse()
+        if self.mood == "skipping":
+            del layers[1]
+        for n, layer in enumerate(layers):
+            x = x[:, ::2] if self.mood == "pooling" and n == 2 else x
+            x = x.reshape(4, 2, 6) if self.mood == "folding" and n == 2 else x
+            x = x + layer(x)
+        return x
+
+
+@pytest.mark.parametrize("mood", ["reversed", "skipping", "pooling", "folding"])
+@stateful
+def test_a_forward_that_differs_from_the_trace_is_an_error(mood, shortcut, pre_num, head):
+    model = lora_stack(Moody())
+    oracle = Oracle(model, [stack_chain()], shortcut, pre_num, head).model
+    reslora.connect(model, ResLoraConfig(shortcut, pre_num, head), example_inputs=STACK_INPUTS)
+    model.base_model.model.mood = mood
+    with pytest.raises((ValueError, RuntimeError)) as error:
+        run(model, STACK_INPUTS)
+    assert_one_line(error, "layers.", *(["layerdrop", 'shortcut="block"'] if mood == "skipping" else []))
+    model.base_model.model.mood = "calm"
+    assert_equal(gradients_of(model, STACK_INPUTS), gradients_of(oracle, STACK_INPUTS))
+
+
+@pytest.mark.parametrize("mood", ["reversed", "skipping", "pooling", "folding"])
+def test_block_does_not_depend_on_what_ran_before(mood):
+    model = lora_stack(Moody())
+    oracle = Oracle(model, [stack_chain()], "block", 2).model
+    reslora.connect(model, ResLoraConfig("block", 2), example_inputs=STACK_INPUTS)
+    for candidate in (model, oracle):
+        candidate.base_model.model.mood = mood
+    assert_equal(gradients_of(model, STACK_INPUTS), gradients_of(oracle, STACK_INPUTS))
