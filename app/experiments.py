@@ -60,7 +60,7 @@ def summary(experiment: Experiment, status: str, said: str = "") -> str:
     each = experiment.seconds_an_arm
     if status == "running" and each is not None and ended < total:
         at_once = max(1.0, number(experiment.config.get("arms_at_once")) or 1.0)
-        facts.append(f"about {duration(each * (total - ended) / at_once)} left")
+        facts.append(f"about {duration(each * math.ceil((total - ended) / at_once))} left")
     if status == "stopped" and total:
         over = experiment.time_is_over
         rest = f"{over} · Go on trains for as long again" if over else "Go on trains the rest"

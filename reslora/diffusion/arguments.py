@@ -430,7 +430,7 @@ def add_output_flags(add: Callable) -> None:
     add("--checkpointing_minutes", type=number(0, exclusive=True),
         help="a checkpoint also whenever so many minutes have passed since the last one")
     add("--checkpoints_total_limit", type=whole(1), help="checkpoints kept per method; default: all")
-    add("--resume_from_checkpoint", metavar="latest|FOLDER", 
+    add("--resume_from_checkpoint", metavar="latest|FOLDER",
         help="go on from the newest usable one, or go back to this one; not in a run that is finished")
     add("--plan", action=argparse.BooleanOptionalAction,
         help="tell how much memory each phase of the run would hold, and end: with status 2 where that does not fit, "

@@ -128,9 +128,7 @@ def check_values(flags: Flags, names: Mapping[str, str]) -> None:
             problem = f"nothing of --method {' '.join(flags.method)} reads several"
             fix = "add reslora with --shortcut block or middle, or give one"
             raise InvalidArgument(f"--{name} {' '.join(map(str, values))}", problem, fix)
-    if (flags.arms_at_once or 1) > 1 and (processes := int(os.environ.get("WORLD_SIZE", 1))) > 1:
-        problem = f"each arm is trained by all of the {processes} processes that were launched"
-        raise InvalidArgument(f"--arms_at_once {flags.arms_at_once}", problem, "launch one, or leave it out")
+    check_at_once(flags)
     if flags.extend_rates and not isinstance(flags.learning_rate, list):
         raise InvalidArgument("--extend_rates", "one rate says no next one", "give two or more as --learning_rate")
     if flags.extend_rates:
@@ -139,6 +137,18 @@ def check_values(flags: Flags, names: Mapping[str, str]) -> None:
             if high < LEAST_RATIO * low:  # the next ones, rounded, would be the same
                 problem = "too near each other for --extend_rates, which goes on by their ratio"
                 raise InvalidArgument(f"--learning_rate {low:g} {high:g}", problem, "give rates further apart")
+
+
+def check_at_once(flags: Flags) -> None:
+    """Refuse more processes than there are arms, and any below a launcher that has made this one of a group."""
+    if (flags.arms_at_once or 1) == 1:
+        return
+    arms = len(labels_of(flags)) * len(values_of(flags, "learning_rate")) * len(values_of(flags, "seed"))
+    if arms < flags.arms_at_once:
+        raise InvalidArgument(f"--arms_at_once {flags.arms_at_once}", f"these are {arms} arms", f"give {arms} at most")
+    if "RANK" in os.environ:
+        problem = "each arm is trained by all processes that the launcher starts"
+        raise InvalidArgument(f"--arms_at_once {flags.arms_at_once}", problem, "start one by python, or leave it out")
 
 
 def place_of(label: Label, arm: Arm) -> str:

@@ -1,7 +1,8 @@
 """Arms that are trained at once, each by a process of its own, a member of the crew.
 
 The main process trains none then: it has locked the folder, encoded everything, hands out arms and waits for them. A
-member does what it does up to the first arm, without a word and without writing, and then trains what it is given.
+member does what it does up to the first arm, without a word and with nothing left to encode, and then trains what it is
+given.
 """
 
 from __future__ import annotations
@@ -35,12 +36,15 @@ if TYPE_CHECKING:
 
 PATIENCE = 0.2  # seconds between two looks for a request to stop
 STOP = "stop"
+POSIX = os.name == "posix"
+SIGNALS = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)}
 
 
 class Orders:
     """What a member is told by the main process. Once that is gone, with its lock, nothing more may be written."""
 
-    def __init__(self, connection: Connection, stop: StopRequest) -> None:
+    def __init__(self, number: int, connection: Connection, stop: StopRequest) -> None:
+        self.number = number
         self._connection, self._stop = connection, stop
         self._arms: queue.SimpleQueue[tuple[Arm, dict[str, list[float]]] | None] = queue.SimpleQueue()
         threading.Thread(target=self._listen, daemon=True).start()
@@ -57,7 +61,7 @@ class Orders:
 
     def arms(self, course: Course) -> Iterator[Arm]:
         """The arms to train, as they come, until a stop; each counts as ended when the next one is asked for."""
-        while (told := self._arms.get()) is not None:
+        while (told := self._arms.get()) is not None and self._stop.signal is None:
             arm, course.grids = told  # which may have grown since the start
             yield arm
             self._connection.send(arm)
@@ -72,9 +76,9 @@ Work = Callable[[StopRequest, Orders], None]
 """The script as a member has it; must be picklable."""
 
 
-def serve(connection: Connection, prog: str, work: Work) -> None:
+def serve(number: int, connection: Connection, prog: str, work: Work) -> None:
     """A member's process, whose errors are told and end it as a script's do."""
-    if hasattr(os, "setsid"):
+    if POSIX:
         os.setsid()  # a terminal asks the main process alone to stop
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
@@ -85,7 +89,9 @@ def serve(connection: Connection, prog: str, work: Work) -> None:
             stack.enter_context(contextlib.redirect_stdout(nowhere))
             stack.enter_context(contextlib.redirect_stderr(nowhere))
             stack.enter_context(contextlib.suppress(Stopped))  # which the main process tells
-            work(stop, Orders(connection, stop))
+            if POSIX:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # the request to stop listens by now
+            work(stop, Orders(number, connection, stop))
 
     sys.exit(run_script(prog, main))
 
@@ -121,8 +127,8 @@ class Crew:
         try:
             for number in range(size):
                 ours, theirs = context.Pipe()
-                process = context.Process(target=serve, args=(theirs, self.prog, self.work))
-                with environment(share_of(number, size)):
+                process = context.Process(target=serve, args=(number, theirs, self.prog, self.work))
+                with environment(share_of(number, size)), deaf():
                     process.start()
                 theirs.close()  # so that its end is heard here
                 self.members.append(Member(process, ours))
@@ -165,11 +171,12 @@ class Crew:
         member.process.join()
         self.end()
         status = member.process.exitcode or 0
-        if status > 0:
+        if status == 0:
+            self.stop.shared(asked=True)
+        elif self.stop.signal is None and status > 0:
             raise EndedElsewhere(status)
-        if status < 0:
+        elif self.stop.signal is None:
             raise RunFailed(f"a process of --arms_at_once was killed by signal {-status}; the same command goes on")
-        self.stop.shared(asked=True)
 
 
 def crew_of(flags: Flags, prog: str, work: Work, stop: StopRequest) -> Crew | None:
@@ -177,19 +184,31 @@ def crew_of(flags: Flags, prog: str, work: Work, stop: StopRequest) -> Crew | No
     return Crew(flags.arms_at_once, prog, work, stop) if (flags.arms_at_once or 1) > 1 else None
 
 
-def arms_a_device(flags: Flags) -> int:
+def arms_a_device(flags: Flags, device: torch.device) -> int:
     """How many arms are trained at once on a GPU, or on the CPU."""
-    return -(-(flags.arms_at_once or 1) // max(1, torch.cuda.device_count()))
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    return -(-(flags.arms_at_once or 1) // count)
 
 
 def share_of(number: int, size: int) -> dict[str, str]:
-    """The environment of a member: its share of the cores, or one GPU after the other."""
-    if not torch.cuda.is_available():
-        # Both: below accelerate's launcher one thread counts as none chosen, and cores are shared by local processes.
-        return {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // size)), "LOCAL_WORLD_SIZE": str(size)}
-    count = torch.cuda.device_count()
+    """The environment of a member: its share of the cores, and one GPU after the other."""
+    # Both: below accelerate's launcher one thread counts as none chosen, and cores are shared by local processes.
+    share = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // size)), "LOCAL_WORLD_SIZE": str(size)}
+    if (count := torch.cuda.device_count()) == 0:
+        return share
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
-    return {"CUDA_VISIBLE_DEVICES": visible[number % count]}
+    return share | {"CUDA_VISIBLE_DEVICES": visible[number % count]}
+
+
+@contextlib.contextmanager
+def deaf() -> Iterator[None]:
+    """Inside, signals wait: what is started hears none before it can answer."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS) if POSIX else set()
+    try:
+        yield
+    finally:
+        if POSIX:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager
@@ -208,7 +227,7 @@ def environment(values: dict[str, str]) -> Iterator[None]:
 
 
 def train_at_once(course: Course, results: Results, crew: Crew) -> None:
-    """Hands out what is next until nothing is, in the order in which one process would take it."""
+    """Hands out what is next until nothing is, by what is known of the arms that have ended."""
     ended, total = sum(bool(course.ended(arm)) for arm in course.arms()), len(course.arms())
     if course.next_arm() is None:
         return

@@ -32,7 +32,7 @@ from ..common.signals import NOT_BEGUN, StopRequest
 from ..common.together import decided
 from ..experiment.arms import Arm, check_values
 from ..experiment.course import ADAPTERS, Course, adapter_folder, reading_adapter
-from ..experiment.crew import Orders, crew_of
+from ..experiment.crew import Orders, crew_of, heard
 from ..experiment.parts import too_few
 from ..experiment.record import EXPERIMENT, Facts, facts_of
 from ..experiment.report import About
@@ -175,7 +175,8 @@ def run_experiment(study: Study, values: dict[str, Any], stop: StopRequest, orde
     if orders:
         with lent(course.folder):
             for arm in orders.arms(course):
-                train(arm, course, bench)
+                with heard():
+                    train(arm, course, bench)
         return
     with contextlib.ExitStack() as stack:
         decided(lambda: take_folder(bench, stack))

@@ -30,8 +30,8 @@ COUNTED = {"done": 60, "total": 200, "per_second": 3.11}
             "Encoding image 120 of 400 · 12.0 images a second · about 23 s left",
         ),
         (
-            {"phase": "training arm", "name": "", "done": 2, "total": 4, "per_second": 0.025},
-            "Training arm 2 of 4 · 40.0 s an arm · about 80 s left",
+            {"phase": "encoding image", "name": "", "done": 2, "total": 4, "per_second": 0.5},
+            "Encoding image 2 of 4 · 2.0 s an image · about 4 s left",
         ),
         ({}, ""),
     ],

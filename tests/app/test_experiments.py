@@ -98,7 +98,7 @@ def test_how_far_it_is(library):
     write_experiment(found.folder, content)
     assert f"about {each * 53 / 1800:.1f} h left" in experiments.summary(found, "running")
     (found.folder / "config.json").write_text(json.dumps(found.config | {"arms_at_once": 2}))
-    assert f"about {each * 53 / 3600:.1f} h left" in experiments.summary(found, "running")
+    assert f"about {each * 54 / 3600:.1f} h left" in experiments.summary(found, "running")  # the last one is alone
 
 
 def test_one_whose_minutes_are_over_says_so_and_one_that_was_stopped_does_not(library):

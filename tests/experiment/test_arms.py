@@ -122,9 +122,11 @@ def test_what_does_not_go_together_is_refused_at_once(capsys, flags):
 
 
 def test_processes_that_are_launched_train_each_arm_together(capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    line = refused(capsys, "--arms_at_once", "900", *SEVERAL)
+    assert "--arms_at_once 900: these are 4 arms; give 4 at most" in line
+    monkeypatch.setenv("RANK", "0")
     line = refused(capsys, "--arms_at_once", "2", *SEVERAL)
-    assert "--arms_at_once 2: each arm is trained by all of the 2 processes" in line and "launch one" in line
+    assert "--arms_at_once 2: each arm is trained by all processes that the launcher starts; start one" in line
 
 
 # -- in which order ----------------------------------------------------------------------------------------------------

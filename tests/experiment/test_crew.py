@@ -4,15 +4,18 @@ import functools
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
-from waiting import ended, wait_until
+from waiting import ended, join, start_thread, wait_until
 
 from reslora.common.errors import EndedElsewhere, InvalidArgument, RunFailed, Stopped
+from reslora.common.script import run_script
 from reslora.common.signals import StopRequest
 from reslora.diffusion.settings import parse_args
 from reslora.experiment.course import Course
@@ -43,20 +46,27 @@ def work(argv: list[str], what: dict[float, str], stop: StopRequest, orders: Ord
 
 
 def waits(folder: Path, stop: StopRequest) -> None:
-    wait_until(lambda: stop.signal is not None, "a stop", limit=60)
+    wait_until(lambda: stop.signal is not None, "a stop", limit=300)
     (folder / "saved").touch()
     raise Stopped("stopped after step 1")
 
 
+def wait_for_the_other(folder: Path) -> None:
+    wait_until(lambda: list(folder.parents[1].glob("lr-0.0001/*/who")), "the other arm to begin", limit=300)
+
+
 def refuses(folder: Path, stop: StopRequest) -> None:
+    wait_for_the_other(folder)
     raise InvalidArgument("--rank 4", "too much", "give less")
 
 
 def is_killed(folder: Path, stop: StopRequest) -> None:
+    wait_for_the_other(folder)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def is_stopped(folder: Path, stop: StopRequest) -> None:
+    wait_for_the_other(folder)
     os.kill(os.getpid(), signal.SIGTERM)
     waits(folder, stop)
 
@@ -108,7 +118,7 @@ def test_one_that_ends_ends_the_others_once_they_have_saved(tmp_path, capfd, wha
     with pytest.raises(type(error)) as raised:
         train(grid(tmp_path), what={1e-4: "waits", 2e-4: what})
     assert str(raised.value) == str(error)
-    assert len(list(tmp_path.rglob("lr-0.0001/*/saved"))) == len(list(tmp_path.rglob("lr-0.0001/*/who")))
+    assert len(list(tmp_path.rglob("lr-0.0001/*/saved"))) == 1
     assert not any(map(is_running, who(tmp_path)))
     assert told in capfd.readouterr().err
 
@@ -117,20 +127,48 @@ def test_each_has_its_share_of_the_machine(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     assert share_of(1, 3) == {"OMP_NUM_THREADS": "2", "LOCAL_WORLD_SIZE": "3"}
     flags = parse_args(["--arms_at_once", "3", "--seed", "0", "1"])
-    assert arms_a_device(flags) == 3 and arms_a_device(flags.replace(arms_at_once=None)) == 1
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    cpu, gpu = map(torch.device, ("cpu", "cuda"))
+    assert arms_a_device(flags, cpu) == 3 and arms_a_device(flags.replace(arms_at_once=None), cpu) == 1
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
-    assert [share_of(number, 3) for number in range(3)] == [{"CUDA_VISIBLE_DEVICES": name} for name in "575"]
-    assert arms_a_device(flags) == 2
+    assert [share_of(number, 3)["CUDA_VISIBLE_DEVICES"] for number in range(3)] == ["5", "7", "5"]
+    assert share_of(0, 3)["OMP_NUM_THREADS"] == "2"
+    assert arms_a_device(flags, gpu) == 2 and arms_a_device(flags, cpu) == 3
 
 
 def test_a_stop_is_told_to_all(tmp_path):
     stop = StopRequest()
-    stop.signal = signal.SIGTERM
+
+    def ask() -> None:
+        wait_until(lambda: len(who(tmp_path)) == 2, "two arms to begin")
+        stop.signal = signal.SIGTERM
+
+    asking = start_thread(ask)
     with pytest.raises(Stopped, match=r"^stopped while arms were trained$"):
         train(grid(tmp_path), what={1e-4: "waits", 2e-4: "waits"}, stop=stop)
-    assert not any(map(is_running, who(tmp_path))) and len(list(tmp_path.rglob("saved"))) == len(who(tmp_path))
+    join(asking)
+    assert not any(map(is_running, who(tmp_path))) and len(list(tmp_path.rglob("saved"))) == 2
+
+
+def script(argv: list[str]) -> None:
+    what = {1e-4: "waits", 2e-4: "waits"}
+    sys.exit(run_script("train_sd.py", lambda _, stop: train(argv, what=what, stop=stop) and None))
+
+
+def test_all_are_told_to_stop_while_they_start(tmp_path):
+    """As batch systems do."""
+    main = multiprocessing.get_context("spawn").Process(target=script, args=(grid(tmp_path),))
+    main.start()
+
+    def members() -> list[psutil.Process]:
+        return [child for child in psutil.Process(main.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+
+    wait_until(lambda: len(members()) == 2, "two processes", main)
+    for process in (psutil.Process(main.pid), *(found := members())):
+        process.terminate()
+    assert ended(main) == 128 + signal.SIGTERM
+    wait_until(lambda: not any(process.is_running() for process in found), "their end")
+    assert not who(tmp_path)
 
 
 def test_when_the_main_process_is_killed_the_others_end(tmp_path):

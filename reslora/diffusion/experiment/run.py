@@ -82,6 +82,8 @@ def run_experiment(flags: Flags, stop: StopRequest, orders: Orders | None = None
     With orders, it is one of --arms_at_once processes: it trains what it is given, in a folder that the main process
     has locked, checked and noted the settings in.
     """
+    if orders:  # TensorBoard reads one file of a folder at a time
+        flags = flags.replace(logging_dir=f"{flags.logging_dir}/process-{orders.number}")
     began, plain = time.monotonic(), plain_variants(flags)[0]
     with stop.at_once():
         accelerator = start_accelerator(plain)
@@ -101,7 +103,8 @@ def run_experiment(flags: Flags, stop: StopRequest, orders: Orders | None = None
         check_count(len({mark for images in kinds if not images.of_class for mark in images.marks}), asked)
         pipeline, objective = each(lambda: load_and_check(context))
         each(lambda: check_variants(asked, context))
-        start_trackers(context)
+        if orders or (asked.arms_at_once or 1) == 1:
+            start_trackers(context)
         material = material_of(kinds, pipeline, objective, context)
         decided(check_held)
         note_images(material, context, goes_on=(context.folder / EXPERIMENT).exists())
@@ -116,12 +119,12 @@ def run_experiment(flags: Flags, stop: StopRequest, orders: Orders | None = None
         decided(lambda: check_same(asked, identity))
         course, setting = Course(asked, began), Setting(pipeline, material, schedule, identity, context)
         bench = Bench(course, setting, materials, parts)
+        note_settings(schedule, dataclasses.replace(context, flags=asked), write=not orders)
         if orders:
             for arm in orders.arms(course):
                 with heard():
                     train(arm, course, bench)
         else:
-            note_settings(schedule, dataclasses.replace(context, flags=asked))
             accelerator.print(f"{counted(len(course.arms()), 'arm')} of {counted(schedule.steps, 'step')}; {parts}")
             crew = crew_of(asked, "train_sd.py", functools.partial(run_experiment, flags), stop)
             train_and_conclude(course, bench, crew)
@@ -311,7 +314,7 @@ class Bench(Subject):
 
     def goes_on(self, ended: int, total: int) -> None:
         """Says how many arms have ended, in the run's status."""
-        self.setting.context.status.count("training arm", ended, total)
+        self.setting.context.status.say(f"training, {ended} of {counted(total, 'arm')} ended")
 
     def begins(self, phase: str, arm: Arm) -> None:
         """Says what is done with an arm next, in the run's status; a stop is heeded before it."""

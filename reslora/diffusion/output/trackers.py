@@ -51,8 +51,8 @@ def told_by_the_next_write(args: threading.ExceptHookArgs) -> None:
         args.exc_value.filename = "TensorBoard's log"
 
 
-def note_settings(schedule: Schedule, context: Context) -> None:
-    """Every setting of the run, to `config.json` and to the trackers."""
+def note_settings(schedule: Schedule, context: Context, write: bool = True) -> None:
+    """Every setting of the run, to `config.json`, which may be written already, and to the trackers."""
     steps = {"max_train_steps": schedule.steps, "validation_steps": schedule.validation_steps}
     flags, accelerator = context.flags.replace(**steps), context.accelerator
     public = {name: value for name, value in vars(flags).items() if name not in NOT_KEPT}
@@ -61,7 +61,8 @@ def note_settings(schedule: Schedule, context: Context) -> None:
             public[name] = list(map(whole_path, public[name]))
         elif public[name]:
             public[name] = whole_path(public[name])
-    decided(lambda: write_json(Path(flags.output_dir) / "config.json", public))
+    if write:
+        decided(lambda: write_json(Path(flags.output_dir) / "config.json", public))
     plain = {k: v if isinstance(v, (int, float, bool)) else clean(str(v)) for k, v in public.items()}
     for tracker in accelerator.trackers:
         tracker.store_init_configuration(plain)

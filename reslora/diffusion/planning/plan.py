@@ -74,7 +74,7 @@ def shown(size: int | None, unit: int) -> str:
 
 def where(context: Context) -> str:
     """The device in words."""
-    device, arms = context.accelerator.device.type, arms_a_device(context.flags)
+    arms, device = arms_a_device(context.flags, context.accelerator.device), context.accelerator.device.type
     return device if arms == 1 else f"each of {arms} arms on a {device}"
 
 
@@ -95,7 +95,7 @@ def plan_of(kinds: Sequence[ImageDataset], context: Context, free: int | None) -
 def check_memory(kinds: Sequence[ImageDataset], context: Context) -> None:
     """Tells what the run holds and refuses one that does not fit; neither where it surely fits, or with --no-plan."""
     asked, free = context.flags.plan, free_memory(context.accelerator.device)
-    free = free and free // arms_a_device(context.flags)
+    free = free and free // arms_a_device(context.flags, context.accelerator.device)
     if cuts_base(context.accelerator):
         return  # the plan is of a whole base
     if asked is False or (not asked and free and guess(context) <= SURELY * free):
@@ -123,7 +123,7 @@ def refuse(plan: Plan, kinds: Sequence[ImageDataset], context: Context) -> None:
     argument = f"--train_batch_size {flags.train_batch_size}, --resolution {sides}"
     has = f"{plan.where} has {plan.free / GIBI:.2f} GiB free"
     problem = f"{plan.peak.name} takes {plan.peak.total / GIBI:.2f} GiB, {has}"
-    arms = arms_a_device(flags)
+    arms = arms_a_device(flags, context.accelerator.device)
     if plan.peak.total <= arms * plan.free:
         raise InvalidArgument(f"--arms_at_once {flags.arms_at_once}", problem, "give a smaller one")
     raise InvalidArgument(argument, problem, advice(kinds, context, plan))

@@ -425,9 +425,10 @@ def test_an_arm_that_diverges_has_ended_and_the_others_go_on(flags, tmp_path):
 def test_arms_at_once_are_those_of_one_after_the_other(flags, small, tmp_path, monkeypatch):
     """To the last bit: each process has as many threads as the tests have."""
     told = []
-    monkeypatch.setattr(Status, "count", lambda self, *what: told.append(what))
+    monkeypatch.setattr(Status, "say", lambda self, what, name="": told.append(what))
     lines = printed(*flags, *SMALL, "--arms_at_once", "2", "--output_dir", tmp_path / "out")
-    assert [what for what in told if what[0] == "training arm"] == [("training arm", 0, 2), ("training arm", 1, 2)]
+    ended = [f"training, {number} of 2 arms ended" for number in range(2)]
+    assert [what for what in told if what.startswith("training,")] == ended
     only(lines, "do better", "lora: the best learning rate")
     one, two = same_results(small), same_results(tmp_path / "out")
     assert one["arms"] == two["arms"] and one["chosen"] == two["chosen"]
