@@ -3,17 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any, NoReturn
-
-from .errors import speaks
-
-
-class LineParser(argparse.ArgumentParser):
-    """What it refuses is one line, without a screen of usage before it."""
-
-    def error(self, message: str) -> NoReturn:
-        """Prints the line, once for all processes of a machine, and exits with status 2."""
-        self.exit(2, f"{self.prog}: error: {message}\n" if speaks() else None)
+from typing import Any
 
 
 class Flags(argparse.Namespace):

@@ -8,12 +8,11 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from .. import __version__
 from ..common.checks import is_number, is_whole, number_in_words, whole_in_words
 from ..common.flags import Flags as Flags
-from ..common.flags import LineParser
 from ..common.flags import listed as listed
 from ..common.methods import IN_WORDS, METHODS
 from ..common.patterns import HELP as PATTERNS
@@ -71,8 +70,11 @@ BY_FAMILY = {
 }
 
 
-class Parser(LineParser):
-    """Its flags are whole: another script's `--dataset_config` is no `--dataset_config_name`."""
+class Parser(argparse.ArgumentParser):
+    """argparse prints a hundred flags of usage before its one line of error; only the line is wanted.
+
+    Flags are whole: another script's `--dataset_config` is no `--dataset_config_name`.
+    """
 
     knows_foreign = False  # whether flags of other trainers are told by what they are called here
 
@@ -89,6 +91,10 @@ class Parser(LineParser):
                 paths = [os.path.expanduser(path) for path in listed(value)]  # noqa: PTH111 - or a name on the hub
                 setattr(flags, name, paths if isinstance(value, list) else paths[0])
         return flags, unknown
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the line and exits with status 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def whole(minimum: int, most: float = math.inf) -> Callable[[str], int]:

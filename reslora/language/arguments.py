@@ -24,7 +24,6 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from .. import __version__
 from ..common.checks import check_writable, is_number, is_whole, number_in_words, whole_in_words
 from ..common.errors import InvalidArgument, first_line, refused_as
-from ..common.flags import LineParser
 from ..common.methods import IN_WORDS, METHODS, refuse_settings, tell_unread
 from ..common.patterns import FIELDS, entries
 from ..common.patterns import HELP as PATTERNS
@@ -286,16 +285,12 @@ def check_number(name: str, value: float, least: float, below: float = math.inf,
         raise InvalidArgument(f"--{name} {value}", problem, fix)
 
 
-class TaskParser(HfArgumentParser):
-    """Its flags are the fields of dataclasses."""
-
-    error = LineParser.error
-
-
 def build_parser(types: Sequence[type], prog: str, description: str | None = None) -> HfArgumentParser:
     """A parser of the flags that are the fields of the dataclasses `types`."""
+    # An error is one line, without a screen of usage before it.
+    usage = argparse.SUPPRESS
     types = [*types, ExperimentArguments]
-    parser = TaskParser(types, prog=prog, usage=argparse.SUPPRESS, description=description, allow_abbrev=False)
+    parser = HfArgumentParser(types, prog=prog, usage=usage, description=description, allow_abbrev=False)
     for action in parser._actions:
         action.nargs = "+" if action.dest in SEVERAL.values() else action.nargs
     parser.add_argument("--version", action="version", version=f"reslora-sd {__version__}")

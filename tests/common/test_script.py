@@ -13,9 +13,6 @@ import pytest
 import torch
 from waiting import ended, wait_until
 
-import train_glue
-import train_llm
-import train_sd
 from reslora.common.errors import InvalidArgument, RunFailed, Stopped
 from reslora.common.script import run_script, shares_the_cpu
 
@@ -123,16 +120,6 @@ def test_only_one_process_of_a_machine_reports_what_all_of_them_find(monkeypatch
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert run_script("script.py", main) == 2
     assert capsys.readouterr().err == ""
-
-
-@pytest.mark.parametrize("script", [train_sd, train_llm, train_glue])
-def test_a_flag_that_is_refused_is_one_line_of_all_processes(monkeypatch, capsys, script):
-    for process, lines in (("0", 1), ("1", 0)):
-        monkeypatch.setenv("LOCAL_RANK", process)
-        with pytest.raises(SystemExit) as ended:
-            script.main(["--seed", "x"])
-        assert ended.value.code == 2
-        assert len(capsys.readouterr().err.splitlines()) == lines
 
 
 @pytest.mark.parametrize(
