@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 
 from ...common.errors import refused_as
@@ -34,21 +33,6 @@ def start_trackers(context: Context) -> None:
             context.accelerator.init_trackers("train_sd", init_kwargs=often)
 
     each(start)
-    for tracker in context.accelerator.trackers:
-        if tracker.name == "tensorboard":
-            threading.excepthook = told_by_the_next_write
-
-
-def told_by_the_next_write(args: threading.ExceptHookArgs) -> None:
-    """For TensorBoard's thread that meets a full disk: whoever writes next is given its error, and ends the run by it.
-
-    That knows no file, and Python would print where in the thread it came from.
-    """
-    ours = type(args.thread).__module__.startswith("tensorboard.")
-    if not ours or not isinstance(args.exc_value, OSError):
-        threading.__excepthook__(args)
-    elif args.exc_value.filename is None:
-        args.exc_value.filename = "TensorBoard's log"
 
 
 def note_settings(schedule: Schedule, context: Context, write: bool = True) -> None:
