@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from reslora.experiment.course import Course
-from reslora.experiment.parts import FEW
+from reslora.experiment.parts import FEW, LEAST
 from reslora.experiment.statistics import REFERENCE
 from reslora.words import counted
 
@@ -46,7 +46,7 @@ def too_few(trainings: Trainings, share: float, folder: object, uploads: Sequenc
     About: which images these are goes by their content, and of near-duplicates one compares.
     """
     images = trainings.images.count(folder, uploads, math.ceil(FEW / share))
-    tested = max(1, round(share * images))
+    tested = max(min(LEAST, images - 3), 1, round(share * images))
     if not images or tested >= FEW:
         return []
     compare = f"About {tested} of {counted(images, 'image')} compare{'s' * (tested == 1)}"

@@ -216,7 +216,7 @@ class Results:
         folder = self.course.folder
         there = {path.parent for method in METHODS for path in (folder / method).glob(f"**/seed-*/{ENDED}")}
         more = len(there - {self.course.folder_of(arm) for arm in self.course.arms()})
-        left_out = f"left out: {counted(more, 'arm')} in the folder of other methods, rates or seeds"
+        left_out = f"left out: {counted(more, 'arm')} of other methods, rates or seeds, which the folder has as well"
         return [left_out] if more else []
 
     def export(self, judged: Sequence[Arm]) -> record.Best:

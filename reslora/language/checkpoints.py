@@ -19,6 +19,7 @@ from ..common.errors import first_line
 from ..common.recovery import numbered, set_aside
 from ..files import CHECKSUMS_NAME, Damaged, check_checksums, read_object
 
+RESULTS = "results.json"  # of a run that has come to its end
 ALLOCATOR_NAME = "allocator.safetensors"  # AdaLoRA's running importances and ranks
 ADAPTER_ALONE = "it holds the adapter alone, as with --save_only_model"
 
@@ -63,10 +64,11 @@ def damage(folder: Path, processes: int = 1) -> str | None:
 def set_unfinished_aside(output_dir: str | os.PathLike, processes: int = 1) -> None:
     """Lets a run whose first checkpoint a kill or a full disk has cut short begin afresh: nothing is lost by it.
 
-    One that was finished and is damaged stays, and so do all where one can be used.
+    One that is damaged, or of another number of processes, stays, and so do all where one can be used, or where a run
+    has come to its end.
     """
     found = checkpoints_of(output_dir)
-    if any(_is_finished(path) or damage(path, processes) is None for path in found):
+    if (Path(output_dir) / RESULTS).exists() or not all(_is_cut_short(path, processes) for path in found):
         return
     for path in found:
         set_aside(path, "was not finished", "unfinished")  # and is none to go on from
@@ -74,6 +76,14 @@ def set_unfinished_aside(output_dir: str | os.PathLike, processes: int = 1) -> N
 
 def _is_finished(folder: Path) -> bool:
     return TRAINER_STATE_NAME in read_object(folder / CHECKSUMS_NAME)  # before the end it lists the adapter alone
+
+
+def _is_cut_short(folder: Path, processes: int) -> bool:
+    """Whether its writing has not come to an end: the trainer's state is what is written last."""
+    if not (folder / TRAINER_STATE_NAME).exists():
+        return True
+    begun = (folder / CHECKSUMS_NAME).exists() and not _is_finished(folder)
+    return begun and damage(folder, processes) is not None
 
 
 def _lacks(folder: Path, processes: int) -> str | None:

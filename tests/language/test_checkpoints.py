@@ -175,7 +175,14 @@ def test_unfinished_ones_step_aside_where_they_are_all(tmp_path, capsys):
     (early / "optimizer.pt").write_bytes(b"cut")
     set_unfinished_aside(tmp_path)
     assert checkpoints_of(tmp_path) == [late, early] and "not finished" not in capsys.readouterr().out
-    (early / "checksums.json").unlink()
+    (early / "checksums.json").unlink()  # as earlier versions have written it
+    set_unfinished_aside(tmp_path)
+    assert checkpoints_of(tmp_path) == [late, early]
+    (early / "trainer_state.json").unlink()
+    (tmp_path / "results.json").write_text("{}")  # of a run that has come to its end
+    set_unfinished_aside(tmp_path)
+    assert checkpoints_of(tmp_path) == [late, early]
+    (tmp_path / "results.json").unlink()
     set_unfinished_aside(tmp_path)
     assert {path.name for path in tmp_path.glob("*checkpoint-*")} == {
         f"unfinished-{path.name}" for path in (early, late)
