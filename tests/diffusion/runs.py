@@ -177,6 +177,7 @@ class Watcher:
                 os.kill(os.getpid(), signal.SIGKILL)
             # The system kills who writes beyond a limit, half-way: Python has turned that off.
             signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # by which it would leave all its memory on disk
             resource.setrlimit(resource.RLIMIT_FSIZE, (HALF, HALF))
         if self.snapshots and self.output.is_dir():
             number = len(list(self.snapshots.iterdir()))

@@ -293,8 +293,9 @@ def test_nothing_but_methods_rates_and_seeds_may_change(common, whole, tmp_path,
     assert "no experiment" in capsys.readouterr().err
 
 
-def test_arms_at_once_are_those_of_one_after_the_other(common, whole, tmp_path):
-    output = tmp_path / "out"
+def test_arms_at_once_are_those_of_one_after_the_other(common, whole, tmp_path, monkeypatch):
+    output, threads = tmp_path / "out", torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2 * threads)  # of which each process has half
     assert run(*common, "--learning_rate", *RATES, "--arms_at_once", "2", "--output_dir", output) == 0
     found = [
         [arm for arm in record(place)["arms"] if arm["label"] == "reslora" and arm["seed"] == 42]

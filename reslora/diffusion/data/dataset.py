@@ -12,7 +12,7 @@ import datasets
 import PIL.Image
 
 from ...common.errors import InvalidArgument, RunFailed, first_line
-from ...words import are, counted
+from ...words import counted
 from ..arguments import Flags, listed
 from ..content import Content, content_mark
 from ..prompts import clean
@@ -392,7 +392,7 @@ def _passed_over(rows: datasets.Dataset, everything: Sequence[Path], flags: Flag
     """How many images of a folder are in no row; refuses those with a caption beside them, which are meant to be."""
     missing = unlisted(rows, list(filter(is_image, everything)))
     if captioned := [path for path in missing if caption_files(path)]:
-        problem = f"{counted(len(captioned), 'image')} with captions beside, as {captioned[0]}, {are(len(captioned))} in no metadata"
+        problem = f"{counted(len(captioned), 'image')} with captions beside, such as {captioned[0]}, but in no metadata"
         raise InvalidArgument(data_flag(flags), problem, f"put them into a folder of their own, and {ONE_BY_ONE}")
     return [f"{counted(len(missing), 'image')} not read: not in the metadata, or of another split"] if missing else []
 

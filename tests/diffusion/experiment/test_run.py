@@ -191,7 +191,7 @@ def test_added_methods_and_seeds_train_the_new_arms_alone(small, whole):
         before, there = (files(arm(folder, rate=rate)) for folder in (small, output))
         assert {name: there[name] for name in before} == before
     assert sum("merging, exporting" in line for line in lines) == 3
-    only(lines, "left out: 1 arm in the folder")
+    only(lines, "left out: 1 arm of other methods")
     only(lines, "the test images were read 2 times, as arms came in")  # not as the time was up
 
 
@@ -424,7 +424,8 @@ def test_an_arm_that_diverges_has_ended_and_the_others_go_on(flags, tmp_path):
 
 def test_arms_at_once_are_those_of_one_after_the_other(flags, small, tmp_path, monkeypatch):
     """To the last bit: each process has as many threads as the tests have."""
-    told = []
+    told, threads = [], torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2 * threads)  # of which each process has half
     monkeypatch.setattr(Status, "say", lambda self, what, name="": told.append(what))
     lines = printed(*flags, *SMALL, "--arms_at_once", "2", "--output_dir", tmp_path / "out")
     ended = [f"training, {number} of 2 arms ended" for number in range(2)]
