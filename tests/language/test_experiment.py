@@ -360,7 +360,7 @@ def test_a_plain_run_refuses_other_examples_before_it_loads_the_model(tmp_path, 
 def test_the_examples_that_are_trained_on_are_counted(common, tmp_path, capsys, monkeypatch):
     """Not those that --max_train_samples leaves out."""
     benches: list[experiment.Bench] = []
-    monkeypatch.setattr(experiment, "train_and_conclude", lambda course, bench: benches.append(bench))
+    monkeypatch.setattr(experiment, "train_and_conclude", lambda course, bench, crew: benches.append(bench))
     assert run(*common, *EXPERIMENT, "--max_train_samples", "5", "--output_dir", tmp_path) == 0
     assert benches[0].facts()["split"] == {"train": 5, "select": 3, "test": 4, "duplicates": 0}
     assert "; examples: 5 to train on, 3 to choose by" in capsys.readouterr().out
