@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from accelerate.utils import patch_environment
 from tqdm.auto import tqdm
 
 from ..common.errors import EndedElsewhere, RunFailed, Stopped
@@ -128,7 +129,7 @@ class Crew:
             for number in range(size):
                 ours, theirs = context.Pipe()
                 process = context.Process(target=serve, args=(number, theirs, self.prog, self.work))
-                with environment(share_of(number, size)), deaf():
+                with patch_environment(**share_of(number, size)), deaf():
                     process.start()
                 theirs.close()  # so that its end is heard here
                 self.members.append(Member(process, ours))
@@ -209,21 +210,6 @@ def deaf() -> Iterator[None]:
     finally:
         if POSIX:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextlib.contextmanager
-def environment(values: dict[str, str]) -> Iterator[None]:
-    """Inside, these variables are as given: what is started has them."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def train_at_once(course: Course, results: Results, crew: Crew) -> None:
