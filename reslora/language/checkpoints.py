@@ -64,14 +64,12 @@ def damage(folder: Path, processes: int = 1) -> str | None:
 def set_unfinished_aside(output_dir: str | os.PathLike, processes: int = 1) -> None:
     """Lets a run whose first checkpoint a kill or a full disk has cut short begin afresh: nothing is lost by it.
 
-    One that is damaged, or of another number of processes, stays, and so do all where one can be used, or where a run
-    has come to its end.
+    One that is damaged, or of another number of processes, stays, and so does any that is not alone: the run had come
+    further then. So does one of a run that has come to its end.
     """
     found = checkpoints_of(output_dir)
-    if (Path(output_dir) / RESULTS).exists() or not all(_is_cut_short(path, processes) for path in found):
-        return
-    for path in found:
-        set_aside(path, "was not finished", "unfinished")  # and is none to go on from
+    if len(found) == 1 and not (Path(output_dir) / RESULTS).exists() and _is_cut_short(found[0], processes):
+        set_aside(found[0], "was not finished", "unfinished")  # and is none to go on from
 
 
 def _is_finished(folder: Path) -> bool:

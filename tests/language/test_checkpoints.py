@@ -165,28 +165,26 @@ def test_a_checkpoint_that_was_not_finished_is_left_out(tmp_path, monkeypatch):
     assert usable_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
 
 
-def test_unfinished_ones_step_aside_where_they_are_all(tmp_path, capsys):
+def test_an_unfinished_one_steps_aside_where_it_is_alone(tmp_path, capsys):
     """What is damaged later stays, and so does what still goes on."""
     trainer_for(build()[0], tmp_path, max_steps=4).train()
     early, late = tmp_path / "checkpoint-2", tmp_path / "checkpoint-4"
-    (late / "checksums.json").unlink()
-    (late / "trainer_state.json").unlink()
-    set_unfinished_aside(tmp_path)
-    (early / "optimizer.pt").write_bytes(b"cut")
-    set_unfinished_aside(tmp_path)
-    assert checkpoints_of(tmp_path) == [late, early] and "not finished" not in capsys.readouterr().out
-    (early / "checksums.json").unlink()  # as earlier versions have written it
+    for path in (early, late):  # a run that has lost two has come further than its first
+        (path / "checksums.json").unlink()
+        (path / "trainer_state.json").rename(path / "kept")
     set_unfinished_aside(tmp_path)
     assert checkpoints_of(tmp_path) == [late, early]
+    shutil.rmtree(late)
+    (early / "kept").rename(early / "trainer_state.json")
+    (early / "optimizer.pt").write_bytes(b"cut")  # without checksums, as earlier versions have written it
+    set_unfinished_aside(tmp_path)
     (early / "trainer_state.json").unlink()
     (tmp_path / "results.json").write_text("{}")  # of a run that has come to its end
     set_unfinished_aside(tmp_path)
-    assert checkpoints_of(tmp_path) == [late, early]
+    assert checkpoints_of(tmp_path) == [early] and "not finished" not in capsys.readouterr().out
     (tmp_path / "results.json").unlink()
     set_unfinished_aside(tmp_path)
-    assert {path.name for path in tmp_path.glob("*checkpoint-*")} == {
-        f"unfinished-{path.name}" for path in (early, late)
-    }
+    assert [path.name for path in tmp_path.glob("*checkpoint-*")] == ["unfinished-checkpoint-2"]
     assert f"{early} was not finished: it is unfinished-checkpoint-2 now" in capsys.readouterr().out
 
 
