@@ -65,6 +65,8 @@ class Experiment:
         several += ["--shortcut", *self.shortcuts, "--pre_num", *self.pre_nums] if "reslora" in self.methods else []
         if self.script != "train_sd.py" and not torch.cuda.is_available():
             several.append("--use_cpu")
+        if args.at_once > 1:
+            several += ["--arms_at_once", str(args.at_once)]
         if args.minutes:
             several += ["--experiment_minutes", f"{args.minutes:g}"]
         return [str(ROOT / self.script), *flags, *several, "--extend_rates", "--output_dir", str(SCRATCH / name)]
@@ -76,7 +78,6 @@ IMAGE_FLAGS = (
     *("--num_validation_images", "0", "--report_to", "none"),
     *("--snr_gamma", "0"),  # trained on what is measured: all timesteps count alike in the held-out loss
 )
-# In float32: where a processor has no instructions for bf16, that takes longer.
 TEXT_FLAGS = (
     *("--model_name_or_path", "{llm}", "--task", "svamp", "--data_dir", "{text}/svamp", "--report_to", "none"),
     *("--per_device_train_batch_size", "8", "--per_device_eval_batch_size", "50", "--max_new_tokens", "32"),
@@ -113,6 +114,8 @@ def svamp(steps: int, rank: int) -> Experiment:
     every = str(steps // 4)
     flags = (*TEXT_FLAGS, "--max_steps", str(steps), "--eval_strategy", "steps", "--eval_steps", every)
     flags += ("--save_steps", every, "--lora_r", str(rank))
+    # Where a processor has no instructions for bf16, that takes longer than float32.
+    flags += ("--bf16",) if steps > 60 else ()
     few = {"methods": (*UNDERTRAINED, "reslora"), "shortcuts": SHORTCUTS[2:], "seeds": SEEDS[:3]}
     shows = f"SVAMP, {steps} steps, rank {rank} (reslora is ms(4))"
     return Experiment("train_llm.py", shows, TEXT_RATES, flags, **few, needs="text")
@@ -146,6 +149,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("what", choices=["list", "run", "keep"], help="keep: of what has run, without running more")
     parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help=f"of {', '.join(EXPERIMENTS)}")
     parser.add_argument("--minutes", type=float, help="end each experiment after so long")
+    parser.add_argument("--at_once", type=int, default=1, help="arms at a time, each by a process of its own")
     parser.add_argument("--llm", default=LLM, help="causal model, folder or name on the hub")
     parser.add_argument("--encoder", default=ENCODER, help="text encoder for SST-2, folder or name on the hub")
     parser.add_argument(
