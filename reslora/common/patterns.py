@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 FIELDS = ("rank_pattern", "alpha_pattern")
 """Of PEFT's configurations, and the names of the flags."""
 HELP = {
-    "rank_pattern": "ranks of single layers, as attn2.to_k=4 or mid_block.*=16: those whose name ends in NAME, a "
-    "regular expression. Alpha stays what it is, and so the scale grows where the rank is less",
-    "alpha_pattern": "alphas of single layers, as attn2.to_k=8; lora_x2 and lora_x4 multiply these as well",
+    "rank_pattern": "ranks of single layers, such as attn2.to_k=4 or mid_block.*=16; NAME is the end of a layer's name "
+    "as a regular expression. Alpha stays as it is, so the scale grows where the rank is lower",
+    "alpha_pattern": "alphas of single layers, such as attn2.to_k=8; lora_x2 and lora_x4 multiply these as well",
 }
 
 

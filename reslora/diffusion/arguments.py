@@ -212,16 +212,16 @@ def add_model_flags(add: Callable) -> None:
 def add_method_flags(add: Callable) -> None:
     """Which adapter, and how it is merged."""
     add("--method", nargs="+", choices=METHODS,
-        help=f"trained one after the other on the same images and noise. {IN_WORDS}. Where a flag of the shortcuts or "
-             "their merge is given: reslora")
+        help=f"one or several, trained one after the other on the same images and noise. {IN_WORDS}. With a flag of "
+             "the shortcuts or their merge the default is reslora")
     add("--rank", type=whole(1, HIGHEST_RANK), nargs="+", help="rank of the update matrices")
     add("--lora_alpha", type=number(0, exclusive=True), help="scale times rank; default: twice the rank")
     for name, meaning in PATTERNS.items():
-        add(f"--{name}", nargs="+", metavar="NAME=VALUE", help=f"{meaning}; of the denoiser alone")
+        add(f"--{name}", nargs="+", metavar="NAME=VALUE", help=f"{meaning}; for the denoiser alone")
     add("--init_lora", metavar="FILE",
         help="go on from this LoRA, of any tool, instead of from zero: its layers, ranks and alphas are trained")
     add("--lora_dropout", type=number(0, below=1), default=0.0,
-        help="dropout on the adapter's input (of ranks for loha and lokr)")
+        help="dropout on the adapter's input; of ranks for loha and lokr")
     add("--target_modules", nargs="+", metavar="NAME",
         help="layers of the denoiser that get an adapter, by the end of their name; or one regular expression of "
              "their whole names")
@@ -231,14 +231,14 @@ def add_method_flags(add: Callable) -> None:
     add("--shortcut", nargs="+", choices=SHORTCUTS, default="input",
         help="ResLoRA and lora_matched: what a block gets from the blocks before it")
     add("--pre_num", nargs="+", type=whole(-1), default=DEFAULT_PRE_NUM,
-        help="ResLoRA, lora_matched and ms_placebo: how many blocks before it, -1 for all; with --shortcut input any "
-             "number but 0 means one")
+        help="ResLoRA, lora_matched and ms_placebo: how many of the blocks before a block take part, -1 for all; with "
+             "--shortcut input any number but 0 means one")
     add("--head", choices=HEADS, default="repeat",
-        help="--shortcut input and is_placebo: what the first block of a chain adds to its input, the same again or "
-             "nothing")
+        help="--shortcut input and is_placebo: what the first block of a chain adds to its input, the same input "
+             "again or nothing")
     add("--merge", choices=MERGES, default=AUTO, help="ResLoRA: how the shortcuts become plain LoRA weights")
     add("--merge_calibration_samples", type=whole(0), default=64,
-        help="images that ResLoRA's merge reads and controls are measured on (0: `input` takes norms of the training)")
+        help="images for ResLoRA's merge and for measuring controls; with 0, --merge input takes norms of the training")
 
 
 def add_data_flags(add: Callable) -> None:
@@ -253,39 +253,39 @@ def add_data_flags(add: Callable) -> None:
         help="how often an epoch meets each image: one number for all folders, or one for each; kohya's folders have "
              "theirs as well, which it multiplies")
     add("--train_data_weight", nargs="+", type=number(0, exclusive=True), default=1.0, metavar="WEIGHT",
-        help="of the loss of each image: one for all folders, or one for each")
+        help="weight of each image's loss: one number for all folders, or one for each")
     add("--image_column", default="image", help="column with the image")
     add("--caption_column", default="text", help="column with the caption, or a list of captions to choose from")
-    add("--caption_prefix", metavar="TEXT", help="put before every caption but those of class images: a trigger word")
-    add("--caption_suffix", metavar="TEXT", help="put behind every such caption")
+    add("--caption_prefix", metavar="TEXT", help="trigger word, put before every caption except those of class images")
+    add("--caption_suffix", metavar="TEXT", help="put behind every caption except those of class images")
     add("--caption_dropout", type=number(0, below=1), default=0.0,
-        help="share of the training samples with the empty caption instead; none of class images")
+        help="share of the training samples that get the empty caption; class images keep theirs")
     add("--enable_wildcard", **SWITCH,
-        help="of {red|blue} in a caption each training sample has one, and of several lines one; {{ and }} are braces")
+        help="each training sample gets one choice of {red|blue}, and one of a caption's lines; {{ and }} are braces")
     add("--shuffle_caption", **SWITCH, help="put the tags of a caption, between commas, into another order each time")
     add("--caption_tag_dropout_rate", type=number(0, below=1), default=0.0,
         help="share of a caption's tags that each training sample is without")
     add("--keep_tokens", type=whole(0), default=0,
         help="how many tags, the prefix counted, are neither shuffled nor left out")
     add("--class_data_dir", metavar="FOLDER",
-        help="class images, which keep what the model knows: images of the kind of thing that is learnt; may hold "
-             "kohya's folders, and then the model draws none")
+        help="folder of class images, which keep what the model knows: images of the kind of thing that is learnt; if "
+             "it holds kohya's folders, the model draws none")
     add("--class_prompt", metavar="PROMPT",
-        help="what class images show: caption of those without one, and what the model draws where there are too few")
+        help="what class images show: the caption of those without one, and what the model draws if there are too few")
     add("--num_class_images", type=whole(0), default=100, help="class images; the model draws those that are missing")
     add("--prior_loss_weight", type=number(0), default=1.0, help="weight of the loss of class images")
     add("--max_train_samples", type=whole(1), help="train on that many images, drawn at random")
     add("--resolution", nargs="+", type=whole(8), metavar="SIDE",
-        help="side of the square that images are cropped and scaled to; of several, each image is trained at all of "
-             "them, and samples are drawn and the validation loss is measured at the first")
+        help="side of the square that images are cropped and scaled to; with several, each image is trained at all of "
+             "them, and samples and the validation loss take the first")
     add("--use_aspect_ratio_buckets", **SWITCH,
-        help="train each image near its own shape, at about the area of a --resolution square, and never scaled up")
+        help="train each image near its own shape, at about the area of a --resolution square, without scaling it up")
     add("--aspect_ratio_buckets", type=buckets, metavar="H,W;H,W",
         help="the buckets, as heights and widths, instead of a ladder around --resolution; images may be scaled up")
     add("--bucket_upscale", **SWITCH, help="scale small images up to a bucket of the ladder")
     add("--center_crop", **SWITCH,
-        help="crop the centre instead of a random place; with --cache_latents it always is where a bucket keeps 93%% "
-             "of an image")
+        help="crop the centre instead of a random place; with --cache_latents, images of which a bucket keeps 93%% "
+             "are always cropped so")
     add("--random_flip", **SWITCH, help="mirror images, half of the time")
     add("--image_interpolation_mode", default="lanczos", help="how images are scaled",
         choices=["nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos"])
@@ -293,8 +293,8 @@ def add_data_flags(add: Callable) -> None:
     add("--cache_latents", action=argparse.BooleanOptionalAction, default=True,
         help="encode every image once and keep its latents on disk, instead of encoding it in every step")
     add("--cache_text_embeddings", action=argparse.BooleanOptionalAction, default=True,
-        help="encode every caption once and keep it on disk, then free the text encoder; where a run has more variants "
-             "of captions than 1000, and than four of each, the encoder stays")
+        help="encode every caption once and keep it on disk, then free the text encoder; it stays if captions have "
+             "more than 1000 variants in a run, and more than four each")
     add("--dataloader_num_workers", type=whole(0), default=0, help="processes that read images")
 
 
@@ -304,8 +304,8 @@ def add_training_flags(add: Callable) -> None:
     add("--train_batch_size", type=whole(1), default=16, help="images per process and forward")
     add("--gradient_accumulation_steps", type=whole(1), default=1, help="forwards per step")
     add("--num_train_epochs", type=whole(1),
-        help="epochs of images / (batch x processes) forwards, rounded up for each bucket (it fills its last one up); "
-             "a step takes --gradient_accumulation_steps of them; default: 100, but of a bundled pipeline 200 steps")
+        help="passes over the images; each takes images / (batch x processes) forwards, rounded up for every bucket. "
+             "A step takes --gradient_accumulation_steps of these; default: 100, with a bundled pipeline 200 steps")
     add("--max_train_steps", type=whole(1), help="steps; wins over --num_train_epochs (default of bundled models: 200)")
     add("--gradient_checkpointing", **SWITCH, help="less memory, slower")
     add("--compile", **SWITCH,
@@ -313,27 +313,27 @@ def add_training_flags(add: Callable) -> None:
              "are not those of the same step without it")
     add("--noise_offset", type=number(0), default=0.0, help="scale of the noise added per channel while training")
     add("--min_timestep", type=whole(0), default=0,
-        help="train from this timestep on; 0 is the image, and the last timestep noise. What a low one leaves out, the "
-             "details, stays much as it is. The validation loss is measured at all timesteps")
+        help="train from this timestep on; 0 is the image, and the last timestep noise. Low ones hold the details, "
+             "which then stay much as they are. The validation loss is measured at all timesteps")
     add("--max_timestep", type=whole(1),
-        help="train below this timestep: what is left out, the composition, stays much as it is (default: all)")
+        help="train below this timestep; high ones hold the composition, which then stays much as it is (default: all)")
     add("--snr_gamma", type=number(0), help="min-SNR loss weights; 5.0 is usual, 0 weighs all timesteps alike")
     add("--loss_type", choices=["l2", "huber", "smooth_l1"], default="l2",
         help="squared error, or kohya's pseudo-Huber losses, which count large errors less; the validation loss is the "
              "squared error all the same")
     add("--huber_schedule", choices=HUBER_SCHEDULES, default="snr",
-        help="huber, smooth_l1: how the error from which on it counts less depends on the timestep: constant, "
-             "--huber_c; exponential, from 1 without noise down to that; snr, from 1 down to it by the signal-to-noise "
-             "ratio")
+        help="huber, smooth_l1: how the threshold above which errors count less depends on the timestep. constant: it "
+             "is --huber_c; exponential: it falls from 1 without noise to --huber_c in noise; snr: the same, by the "
+             "signal-to-noise ratio")
     add("--huber_c", type=number(0, exclusive=True), default=0.1,
-        help="huber, smooth_l1: the error from which on larger ones count less, or to which that falls")
+        help="huber, smooth_l1: the threshold above which errors count less, or what it falls to")
     add("--huber_scale", type=number(0, exclusive=True), default=1.0,
-        help="huber, smooth_l1: factor of it; not with snr")
+        help="huber, smooth_l1: multiplies that threshold; not with --huber_schedule snr")
     add("--masked_loss", **SWITCH,
-        help="count the loss of each pixel as much as the image's mask is white and opaque there: a file that the "
-             "column mask of metadata.jsonl or .csv names, otherwise its alpha channel; images without count whole. In "
-             "the validation loss, too")
-    add("--masked_loss_normalised", **SWITCH, help="mean of the loss over what counts, instead of over the whole image")
+        help="weigh the loss of each pixel by how white and opaque the image's mask is there. The mask is a file that "
+             "the column mask of metadata.jsonl or .csv names, otherwise the image's alpha channel; images without a "
+             "mask count whole. The validation loss is masked, too")
+    add("--masked_loss_normalised", **SWITCH, help="mean of the loss over the part that counts, not the whole image")
     add("--timestep_sampling", choices=SAMPLINGS,
         help="flow matching: how timesteps are drawn. uniform, logit_normal and mode: as in diffusers' scripts, from "
              "the scheduler's table; sigmoid, shift, flux_shift: as in kohya's. Default: by --weighting_scheme")
@@ -353,24 +353,24 @@ def add_training_flags(add: Callable) -> None:
 def add_optimizer_flags(add: Callable) -> None:
     """AdamW and its learning rate."""
     add("--learning_rate", type=number(0, exclusive=True), nargs="+",
-        help="highest learning rate; with --optimizer prodigy 1")
+        help="highest learning rate; with --optimizer prodigy the default is 1")
     add("--text_encoder_lr", type=number(0, exclusive=True),
         help="learning rate of the text encoders; default: --learning_rate. The schedule is the same")
-    add("--scale_lr", **SWITCH, help="multiply it by batch size, accumulation steps and processes")
-    add("--lr_scheduler", default="constant", help="how it changes",
+    add("--scale_lr", **SWITCH, help="multiply learning rates by batch size, accumulation steps and processes")
+    add("--lr_scheduler", default="constant", help="how the learning rate changes",
         choices=["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
                  "piecewise_constant"])
     add("--lr_warmup_steps", type=whole(0),
-        help="steps until it is reached (none with constant); default: 500, but at most a tenth of the run")
+        help="steps in which the learning rate rises (none with constant); default: 500, at most a tenth of the run")
     add("--lr_step_rules", metavar="RULES",
         help="piecewise_constant: factors and the steps they end at, and the last factor, such as 1:100,0.1:200,0.01")
     add("--optimizer", default=None, metavar="NAME",
-        help=f"{', '.join(OPTIMIZERS)}, or the path of a class as package.Class (default: adamw); all others are set "
-             "as their authors have them, and by --optimizer_args")
+        help=f"{', '.join(OPTIMIZERS)}, or the path of a class as package.Class (default: adamw); all but both AdamW "
+             "have their authors' settings, which --optimizer_args changes")
     add("--optimizer_args", nargs="+", default=[], metavar="KEY=VALUE", help="arguments of that class, as beta3=0.98")
     add("--use_8bit_adam", **SWITCH, help="bitsandbytes' 8-bit AdamW, as --optimizer adamw8bit")
     add("--adam_beta1", type=number(0, below=1), default=0.9, help="decay of the mean of the gradient")
-    add("--adam_beta2", type=number(0, below=1), default=0.999, help="decay of the mean of its square")
+    add("--adam_beta2", type=number(0, below=1), default=0.999, help="decay of the mean of the squared gradient")
     add("--adam_weight_decay", type=number(0), default=1e-2, help="weight decay")
     add("--adam_epsilon", type=number(0, exclusive=True), default=1e-8, help="added to the denominator")
     add("--max_grad_norm", type=number(0), default=1.0, help="gradients are clipped to this norm; 0: they are not")
@@ -385,27 +385,27 @@ def add_validation_flags(add: Callable) -> None:
         help="options of each prompt, as such a file has them: negative_prompt, width, height, seed, "
              "num_inference_steps, guidance_scale, cfg_scale; {} for none")
     add("--num_validation_images", type=whole(0), help="samples per prompt; 0 draws none while training")
-    add("--validation_height", type=whole(8), help="pixels of a sample; default: --resolution, the first")
-    add("--validation_width", type=whole(8), help="pixels of a sample; default: --resolution, the first")
+    add("--validation_height", type=whole(8), help="height of a sample in pixels; default: the first --resolution")
+    add("--validation_width", type=whole(8), help="width of a sample in pixels; default: the first --resolution")
     add("--validation_steps", type=whole(1),
-        help="steps between samples; none: by --validation_epochs, and in experiments ten times at most")
+        help="steps between samples; if not given, --validation_epochs decides, in experiments ten times at most")
     add("--validation_epochs", type=whole(1),
         help="epochs between samples, unless --validation_steps is given; default: 1, but of a bundled pipeline 50 "
              "steps")
     add("--validation_split", type=number(0, below=1), help="share of the images held out for a validation loss")
     add("--max_validation_images", type=whole(1), default=64,
-        help="images the validation loss is measured on; of more that are held out so many are drawn by --seed, and "
-             "the rest is not trained on either")
+        help="how many of the held-out images measure the validation loss, at most; they are drawn by --seed, and the "
+             "others are not trained on either")
     add("--validation_noises", type=whole(1), metavar="N",
-        help="measure the validation loss at eight timesteps, by N noises each, which an image's content seeds; "
+        help="measure the validation loss at eight timesteps, with N noises each, seeded by the image's content; "
              "default: 4 with --save_best or --early_stopping_patience, else one timestep and noise in each quarter")
     add("--save_best", **SWITCH,
         help="keep the adapter with the lowest validation loss in <method>/best, and export that one in the end")
     add("--early_stopping_patience", type=whole(1), metavar="N",
         help="stop a method after N validations in a row without a lower loss than before")
     add("--metric_model", metavar="MODEL",
-        help="DINOv2 or CLIP, a folder or a name on the hub: how near samples are to the held-out images and, with "
-             "CLIP, to their prompts; experiments judge each chosen arm by more of that kind")
+        help="DINOv2 or CLIP, a folder or a name on the hub: measure how near samples are to the held-out images and, "
+             "with CLIP, to their prompts; experiments judge each chosen arm by this and more")
     add("--num_inference_steps", type=whole(1), help="denoising steps of a sample")
     add("--guidance_scale", type=number(0), help="classifier-free guidance of a sample")
 
@@ -415,14 +415,14 @@ def add_experiment_flags(add: Callable) -> None:
     add("--select_split", type=number(0, below=1, exclusive=True),
         help="experiments: share of the images by which learning rates and checkpoints are chosen (default: 0.1)")
     add("--test_split", type=number(0, below=1, exclusive=True),
-        help="experiments: share of the images by which methods are compared; of few images 0.3 (default: 0.1)")
+        help="experiments: share of the images by which methods are compared; if there are few, 0.3 (default: 0.1)")
     add("--extend_rates", **SWITCH,
         help="experiments: where the best learning rate is the lowest or highest, try the next one, up to three times")
     add("--experiment_minutes", type=number(0, exclusive=True),
-        help="experiments: no arm is begun that would not end in so many minutes; the same command goes on")
+        help="experiments: begin no arm that would not end within so many minutes; the same command goes on later")
     add("--arms_at_once", type=whole(1),
-        help="experiments: how many arms are trained at once, each by a process of its own; of several GPUs each has "
-             "one (default: 1)")
+        help="experiments: how many arms are trained at once, each in a process of its own; with several GPUs, on one "
+             "each (default: 1)")
     add("--merged_weights", **SWITCH,
         help="experiments: write the merged weights of every arm too, as a run with one rate and seed does")
 
@@ -430,18 +430,18 @@ def add_experiment_flags(add: Callable) -> None:
 def add_output_flags(add: Callable) -> None:
     """Where everything goes."""
     add("--output_dir", default="runs/sd-model-finetuned-lora", metavar="FOLDER", help="folder of the run")
-    add("--logging_dir", default="logs", metavar="FOLDER", help="TensorBoard's folder inside it")
+    add("--logging_dir", default="logs", metavar="FOLDER", help="TensorBoard's folder inside --output_dir")
     add("--report_to", default="tensorboard", help="a tracker that accelerate knows, such as wandb; all, or none")
     add("--checkpointing_steps", type=whole(1), help="steps between checkpoints")
     add("--checkpointing_minutes", type=number(0, exclusive=True),
-        help="a checkpoint also whenever so many minutes have passed since the last one")
+        help="save a checkpoint also when so many minutes have passed since the last one")
     add("--checkpoints_total_limit", type=whole(1), help="checkpoints kept per method; default: all")
     add("--resume_from_checkpoint", metavar="latest|FOLDER",
-        help="go on from the newest usable one, or go back to this one; not in a run that is finished")
+        help="latest: go on from the newest whole checkpoint; FOLDER: go back to that one; not in a finished run")
     add("--plan", action=argparse.BooleanOptionalAction,
-        help="tell how much memory each phase of the run would hold, and end: with status 2 where that does not fit, "
-             "and with flags that would make it fit. Without it a run that may not fit tells it first, and is refused; "
-             "with --no-plan it is tried all the same")
+        help="tell how much memory each phase of the run would hold, and end; status 2, and flags that would make it "
+             "fit, where it does not. Without it, a run that may not fit tells this first and is refused; --no-plan "
+             "tries it all the same")
     add("--push_to_hub", **SWITCH,
         help="upload LoRA files, samples, losses, figures and a model card when done; the card is the README.md in the "
              "run's folder, where there is one")
