@@ -87,7 +87,7 @@ def label(action: argparse.Action) -> str:
 
 def info(action: argparse.Action) -> str:
     """What a flag does, and its name; its default stands in the box."""
-    text, _, rest = (action.help or "").partition(" (")
+    text, _, rest = (action.help or "").replace("%%", "%").partition(" (")
     text = f"{text} ({rest}" if action.default is None and rest and action.dest not in DEFAULTS else text
     return f"{text[:1].upper()}{text[1:]} · --{action.dest}"
 
