@@ -65,8 +65,8 @@ BY_FAMILY = {
     "Krea 2 4.5",
     "target_modules": "as in diffusers' script for the model, to_q, to_k, to_v, to_out.0 of U-Nets; but not "
     "Z-Image's refiners and Krea 2's text_fusion.projector, and FLUX.2 klein's add_*_proj and to_add_out as well",
-    "weighting_scheme": "SD 3 logit_normal; others none",
-    "max_sequence_length": "SD 3 77; others with T5 or Qwen 512",
+    "weighting_scheme": "SD 3 logit_normal, others none",
+    "max_sequence_length": "SD 3 77, others with T5 or Qwen 512",
 }
 
 
@@ -206,7 +206,7 @@ def add_model_flags(add: Callable) -> None:
         help="keep the weights of the linear layers in this many of the denoiser's blocks in the CPU's memory, and "
              "copy each to the GPU whenever it is needed: less memory, slower, and the same numbers")
     add("--allow_tf32", **SWITCH, help="allow TF32 matrix products on Ampere and later GPUs")
-    add("--enable_xformers_memory_efficient_attention", **SWITCH, help="xformers' attention instead of PyTorch's")
+    add("--enable_xformers_memory_efficient_attention", **SWITCH, help="attention of xformers instead of PyTorch's")
 
 
 def add_method_flags(add: Callable) -> None:
@@ -309,8 +309,8 @@ def add_training_flags(add: Callable) -> None:
     add("--max_train_steps", type=whole(1), help="steps; wins over --num_train_epochs (default of bundled models: 200)")
     add("--gradient_checkpointing", **SWITCH, help="less memory, slower")
     add("--compile", **SWITCH,
-        help="torch.compile the denoiser: minutes at the start, then faster steps; refused where its first gradients "
-             "are not those of the same step without it")
+        help="compile the denoiser by torch.compile: minutes at the start, then faster steps; refused where its first "
+             "gradients are not those of the same step without it")
     add("--noise_offset", type=number(0), default=0.0, help="scale of the noise added per channel while training")
     add("--min_timestep", type=whole(0), default=0,
         help="train from this timestep on; 0 is the image, and the last timestep noise. Low ones hold the details, "
@@ -363,12 +363,12 @@ def add_optimizer_flags(add: Callable) -> None:
     add("--lr_warmup_steps", type=whole(0),
         help="steps in which the learning rate rises (none with constant); default: 500, at most a tenth of the run")
     add("--lr_step_rules", metavar="RULES",
-        help="piecewise_constant: factors and the steps they end at, and the last factor, such as 1:100,0.1:200,0.01")
+        help="of piecewise_constant: factors and the steps they end at, and the last factor, as 1:100,0.1:200,0.01")
     add("--optimizer", default=None, metavar="NAME",
-        help=f"{', '.join(OPTIMIZERS)}, or the path of a class as package.Class (default: adamw); all but both AdamW "
-             "have their authors' settings, which --optimizer_args changes")
+        help=f"one of {', '.join(OPTIMIZERS)}, or the path of a class as package.Class (default: adamw); all but both "
+             "AdamW have their authors' settings, which --optimizer_args changes")
     add("--optimizer_args", nargs="+", default=[], metavar="KEY=VALUE", help="arguments of that class, as beta3=0.98")
-    add("--use_8bit_adam", **SWITCH, help="bitsandbytes' 8-bit AdamW, as --optimizer adamw8bit")
+    add("--use_8bit_adam", **SWITCH, help="8-bit AdamW of bitsandbytes, as --optimizer adamw8bit")
     add("--adam_beta1", type=number(0, below=1), default=0.9, help="decay of the mean of the gradient")
     add("--adam_beta2", type=number(0, below=1), default=0.999, help="decay of the mean of the squared gradient")
     add("--adam_weight_decay", type=number(0), default=1e-2, help="weight decay")
@@ -394,8 +394,8 @@ def add_validation_flags(add: Callable) -> None:
              "steps")
     add("--validation_split", type=number(0, below=1), help="share of the images held out for a validation loss")
     add("--max_validation_images", type=whole(1), default=64,
-        help="how many of the held-out images measure the validation loss, at most; they are drawn by --seed, and the "
-             "others are not trained on either")
+        help="how many of the held-out images measure the validation loss, at most: drawn by --seed, or by their "
+             "content where --validation_noises are measured; the others are not trained on either")
     add("--validation_noises", type=whole(1), metavar="N",
         help="measure the validation loss at eight timesteps, with N noises each, seeded by the image's content; "
              "default: 4 with --save_best or --early_stopping_patience, else one timestep and noise in each quarter")
