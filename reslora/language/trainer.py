@@ -43,7 +43,7 @@ from ..model import enable_gradient_checkpointing
 from ..tracing import to_device
 from ..words import are, counted
 from .arguments import MethodArguments
-from .callbacks import AllocateRanks, GoesOnFrom, Progress, StopWhenAsked
+from .callbacks import AllocateRanks, GoesOnFrom, Progress, SaveValidated, StopWhenAsked
 from .checkpoints import (
     ALLOCATOR_NAME,
     checkpoints_of,
@@ -218,6 +218,7 @@ class AdapterTrainer(Trainer):
             self.add_callback(AllocateRanks(self.allocator, self.accelerator))
         self.stopping = StopWhenAsked(stop or StopRequest(), self.accelerator)
         self.add_callback(self.stopping)
+        self.add_callback(SaveValidated())
 
     def _refuse_sharding(self, args: TrainingArguments) -> None:
         """By the flags, or by the configuration that `accelerate launch` was given, which tells in the environment."""
