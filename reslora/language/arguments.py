@@ -24,7 +24,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from .. import __version__
 from ..common.checks import check_writable, is_number, is_whole, number_in_words, whole_in_words
 from ..common.errors import InvalidArgument, first_line, refused_as
-from ..common.methods import IN_WORDS, METHODS, refuse_settings, tell_unread
+from ..common.methods import DEFAULT_PRE_NUM, IN_WORDS, METHODS, refuse_settings, tell_unread
 from ..common.patterns import FIELDS, entries
 from ..common.patterns import HELP as PATTERNS
 from ..common.script import shares_the_cpu
@@ -48,7 +48,7 @@ class MethodArguments:
         metadata={"choices": SHORTCUTS},
     )
     pre_num: int = HfArg(
-        default=4,
+        default=DEFAULT_PRE_NUM,
         help="ResLoRA, lora_matched and ms_placebo: how many blocks before it, -1 for all; with input any "
         "number but 0 means one",
     )
