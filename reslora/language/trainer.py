@@ -375,10 +375,10 @@ class AdapterTrainer(Trainer):
         try:
             with temporarily(self.args, save_total_limit=None):
                 super()._save_checkpoint(*args, **kwargs)
-        except RuntimeError as error:
-            if not any(word in str(error) for word in UNWRITTEN):
+        except (OSError, RuntimeError) as error:
+            if getattr(error, "filename", "") is not None and not any(word in str(error) for word in UNWRITTEN):
                 raise
-            # So torch.save says that a file cannot be written, without the cause.
+            # So torch.save says that a file cannot be written, without the cause, and a text's writer without its name.
             where = f"checkpoint of step {self.state.global_step}"
             raise RunFailed(f"{where} cannot be written; is the disk full? Earlier ones are intact") from error
         self.accelerator.wait_for_everyone()  # each process has written its random state
