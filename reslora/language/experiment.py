@@ -272,7 +272,7 @@ def take_folder(bench: Bench) -> None:
 
 
 class KeepAdapters(TrainerCallback):
-    """Keeps the adapter of every step at which the select loss is measured."""
+    """Keeps the adapter of every step at which the select loss is measured, but for the start, which is no choice."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -281,6 +281,8 @@ class KeepAdapters(TrainerCallback):
         """Writes it, whole or not at all; ends the arm at a loss that is not finite."""
         if not math.isfinite(loss := metrics["eval_loss"]):
             raise Diverged(f"select loss {loss} at step {state.global_step}")
+        if state.global_step == 0:  # by --eval_on_start
+            return
 
         def keep() -> None:
             check_held()

@@ -271,6 +271,14 @@ def test_an_arm_that_was_killed_before_its_last_adapter_was_kept_keeps_it_when_i
     assert run(*command) == 0 and {arm["status"] for arm in record(tmp_path)["arms"]} == {"finished"}
 
 
+def test_what_is_measured_before_the_first_step_is_no_choice(common, tmp_path):
+    words = ["--method", "lora", "--seed", "0", "1", "--max_steps", "1", "--eval_on_start", "--output_dir", tmp_path]
+    assert run(*common, *words) == 0
+    (found, _) = record(tmp_path)["arms"]
+    assert found["select_by_step"].keys() == {"1"}
+    assert [path.name for path in (tmp_path / found["folder"] / "adapters").iterdir()] == ["step-000001"]
+
+
 def test_an_arm_ends_at_the_first_select_loss_that_is_not_finite(common, tmp_path):
     """What it fails for is that loss, and no weight, though no train loss is looked at before."""
     command = [*common, "--method", "lora", "--learning_rate", "1e-3", "1e30", "--logging_steps", "50"]
