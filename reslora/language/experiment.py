@@ -346,6 +346,8 @@ class Bench(Subject):
 
     def train(self, arm: Arm) -> None:
         arguments, folder = self.arguments_of(arm), self.course.folder_of(arm)
+        if arguments.training.torch_compile:
+            torch.compiler.reset()  # or it gives up after as many models as it remembers
         trainer = self.study.trainer(arguments, self.study.adapted(arguments), self.stop)
         trainer.add_callback(KeepAdapters(folder))
         trainer.stopping.check("stopped between two arms; the same command goes on")

@@ -439,6 +439,26 @@ def test_an_experiment_at_home_is_where_its_arms_are(tmp_path, monkeypatch, argu
         assert plain.training.output_dir == str(course.folder_of(arm))
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+def test_the_compiler_forgets_earlier_arms(tmp_path, monkeypatch, compiled):
+    """Each ResLoRA is a model of its own, and beyond the eighth it would run as if it was not compiled."""
+    heard = []
+
+    def adapted(self, arguments):
+        heard.append("trained")
+        raise Stopped("enough is seen")
+
+    monkeypatch.setattr(torch.compiler, "reset", lambda: heard.append("forgotten"))
+    monkeypatch.setattr(llm.LlmStudy, "adapted", adapted)
+    words = [*EXPERIMENT, f"--output_dir={tmp_path}", "--use_cpu", *["--torch_compile"] * compiled]
+    parser, values = llm_arguments.read(words)
+    course = Course(flags_of(values), 0.0)
+    bench = experiment.Bench(course, llm.LlmStudy(parser), values, None, 0, StopRequest())
+    with pytest.raises(Stopped):
+        bench.train(course.arms()[0])
+    assert heard == ["forgotten"] * compiled + ["trained"]
+
+
 def test_a_stop_is_heeded_before_an_arm_is_tested(tmp_path):
     _, values = llm_arguments.read([*EXPERIMENT, f"--output_dir={tmp_path}", "--use_cpu"])
     stop = StopRequest()
