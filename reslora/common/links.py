@@ -36,7 +36,7 @@ def tell_links(
     reach, longest = shortcuts.reach, max(map(len, plan), default=0)
     start = f"--pre_num {shortcuts.pre_num}:"
     if reach is not None and reach < shortcuts.pre_num:  # a shortcut that takes one, whatever is asked
-        if shortcuts.pre_num > max(longest - 1, DEFAULT_PRE_NUM):
+        if row.reads_shortcut and shortcuts.pre_num > max(longest - 1, DEFAULT_PRE_NUM):
             most = counted(longest, "block")
             tell(f"{start} the longest chain has {most}, and --shortcut {shortcuts.shortcut} reads one")
     elif reach is not None and (short := [len(chain) for chain in plan.clipped(reach)]):

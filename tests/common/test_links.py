@@ -22,6 +22,7 @@ SHORTER = "--pre_num {}: 1 of 1 chain is shorter, down to 3 blocks; the longest 
         ("reslora", "block", -1, []),
         ("reslora", "none", 9, []),
         ("lora", "block", 9, []),
+        ("is_placebo", "block", 9, []),  # its own shortcut is not what --shortcut names
     ],
 )
 def test_a_number_of_blocks_that_is_more_than_there_are_is_told(method, shortcut, pre_num, said):
