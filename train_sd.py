@@ -22,7 +22,6 @@ from reslora.diffusion.settings import is_experiment, parse_args
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains what the flags say and returns the exit status; what the user can mend is one line on stderr."""
     share_cores_politely()
-    take_any_file_name()
     return run_script("train_sd.py", start, argv)
 
 
@@ -47,13 +46,6 @@ def share_cores_politely() -> None:
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-
-
-def take_any_file_name() -> None:
-    """File names need not be text: what cannot be printed is escaped."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
 
 
 if __name__ == "__main__":

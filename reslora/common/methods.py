@@ -252,6 +252,7 @@ def adapter_config(method: str, settings: AdapterSettings) -> PeftConfig:
     return METHODS[method].config(settings)
 
 
+DEFAULT_PRE_NUM = 4
 SHORTCUT_FLAGS = ("shortcut", "pre_num", "head", "merge")
 """Flags that say which shortcuts there are, and how they are merged."""
 READ_BY: Mapping[str, Callable[[Method], bool]] = {

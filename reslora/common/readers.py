@@ -1,4 +1,7 @@
-"""Who reads what a script prints may go: a terminal that closes, `tee` that ends. The script goes on."""
+"""Who reads what a script prints may go: a terminal that closes, `tee` that ends. The script goes on.
+
+Nor does it end at a name that is no text.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,13 @@ def outlived() -> Iterator[None]:
         for stream in streams:
             for name in ("write", "flush"):
                 vars(stream).pop(name, None)
+
+
+def take_any_file_name() -> None:
+    """File names need not be text: what cannot be printed is escaped."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _outliving(stream: TextIO, do: Callable) -> Callable:

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from .errors import EndedElsewhere, InvalidArgument, RunFailed, Stopped, another_ended, speaks
-from .readers import outlived
+from .readers import outlived, take_any_file_name
 from .signals import StopRequest
 
 # How gloo and NCCL say, where gradients are exchanged, that another process of the run is gone.
@@ -26,6 +26,7 @@ def run_script(
     closes is as SIGTERM. Other exceptions are mistakes of ours, and pass.
     """
     warnings.filterwarnings("ignore", category=FutureWarning)  # how one library calls another is not for who trains
+    take_any_file_name()
     with outlived(), StopRequest() as stop:
         try:
             main(argv, stop)

@@ -33,6 +33,12 @@ def is_main() -> bool:
     return alone() or dist.get_rank() == 0
 
 
+def say(text: str) -> None:
+    """Prints once, however many processes and machines there are."""
+    if is_main():
+        print(text, flush=True)
+
+
 def decided(decide: Callable[[], T]) -> T:
     """What the main process returns from `decide`, in every process; the others wait, however long it takes.
 

@@ -14,7 +14,7 @@ from .. import __version__
 from ..common.checks import is_number, is_whole, number_in_words, whole_in_words
 from ..common.flags import Flags as Flags
 from ..common.flags import listed as listed
-from ..common.methods import IN_WORDS, METHODS
+from ..common.methods import DEFAULT_PRE_NUM, IN_WORDS, METHODS
 from ..common.patterns import HELP as PATTERNS
 from ..config import HEADS, SHORTCUTS
 from ..merges import AUTO
@@ -49,7 +49,7 @@ DEFAULTS = {
 # Where a bundled pipeline differs from DEFAULTS.
 BUNDLED_DEFAULTS = {"pipeline-flow": {"learning_rate": 1e-3, "snr_gamma": None, "guidance_scale": 3.0}}
 NOISES = 4  # at each timestep at which losses of an image are compared
-DEFAULT_RANK, HIGHEST_RANK, DEFAULT_PRE_NUM = 16, 65536, 4
+DEFAULT_RANK, HIGHEST_RANK = 16, 65536
 # What may be a folder or file of the user's.
 PATHS = (
     "config", "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "init_lora", "metric_model",

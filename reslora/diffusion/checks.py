@@ -12,15 +12,14 @@ from diffusers import DiffusionPipeline
 from peft import PeftConfig
 from torch import nn
 
-from ..chains import Chains, chains
 from ..common.adapters import check_rank, narrowest_layer, rank_allocator
 from ..common.errors import InvalidArgument, first_line, refused_as
 from ..common.gauge import gauged
+from ..common.links import tell_links
 from ..common.methods import METHODS
 from ..common.targets import check_layers
 from ..tracing import meta_copy
-from ..words import are, counted
-from .arguments import DEFAULT_PRE_NUM, DEFAULT_RANK, Flags, listed
+from .arguments import DEFAULT_RANK, Flags, listed
 from .context import Context
 from .data.buckets import named_buckets
 from .model.families import FAMILIES, load_family
@@ -127,8 +126,7 @@ def check_methods(flags: Flags, context: Context) -> None:
         if rank_allocator(denoiser) and (unread := model.family.unread_weights(denoiser)):
             problem = f"nothing reads what {' and '.join(unread)} of the last block return, so AdaLoRA cannot rank them"
             raise InvalidArgument(argument, problem, "give targets without them, or another method")
-        if METHODS[method].shortcuts:
-            tell_what_is_not_linked(chains(denoiser), flags, context.tell_once)
+        tell_links(denoiser, method, shortcuts_of(flags), context.tell_once)
 
 
 def try_method(model: nn.Module, method: str, flags: Flags, config: PeftConfig, part: Part | None = None) -> None:
@@ -175,26 +173,6 @@ def check_encoders(pipeline: DiffusionPipeline, context: Context) -> None:
         trains = " and ".join(part.name for part in context.encoders)
         left = f"; {', '.join(stays)} stays as it is" if stays else ""
         context.accelerator.print(f"--train_text_encoder: {trains} beside the {family.denoiser}{left}")
-
-
-def tell_what_is_not_linked(plan: Chains, flags: Flags, tell: Callable[[str], object]) -> None:
-    """Layers that stay plain LoRA, and chains that a --pre_num reaches beyond."""
-    if flags.shortcut == "none" or flags.pre_num == 0:
-        return
-    if plan.unlinked:
-        name, reason = plan.unlinked[0]
-        tell(f"--shortcut: {counted(len(plan.unlinked), 'layer')} left as plain LoRA, such as {name} ({reason})")
-    reach, longest = shortcuts_of(flags).reach, max(map(len, plan), default=0)
-    start = f"--pre_num {flags.pre_num}:"
-    if reach is not None and reach < flags.pre_num:  # a shortcut that takes one, whatever is asked
-        if flags.pre_num > max(longest - 1, DEFAULT_PRE_NUM):
-            most = counted(longest, "block")
-            tell(f"{start} the longest chain has {most}, and --shortcut {flags.shortcut} reads one")
-    elif reach is not None and (short := [len(chain) for chain in plan.clipped(reach)]):
-        linked = sum(len(chain) > 1 for chain in plan)
-        most = f"; the longest has {longest}: the same as --pre_num {longest - 1}" if longest <= reach else ""
-        shorter = f"{len(short)} of {counted(linked, 'chain')} {are(len(short))} shorter"
-        tell(f"{start} {shorter}, down to {counted(min(short), 'block')}{most}")
 
 
 def check_targets(denoiser: nn.Module, flags: Flags, tell: Callable[[str], object]) -> None:

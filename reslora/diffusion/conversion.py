@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..common.errors import InvalidArgument, first_line, refused_as
+from ..common.readers import take_any_file_name
 from ..files import read_object
 from ..words import counted
 from .arguments import Parser, whole
@@ -33,6 +34,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Converts as the flags say and returns the exit status; what the user can mend is one line on stderr."""
+    take_any_file_name()
     try:
         args = build_parser().parse_intermixed_args(argv)
         check_flags(args)
@@ -73,6 +75,10 @@ def check_flags(args: argparse.Namespace) -> None:
         raise InvalidArgument("--extract", "the difference has any rank", "add --rank N")
     if not args.extract and not args.inputs:
         raise InvalidArgument("IN", "missing", "give a LoRA file and where to write it")
+    named = {"IN": args.inputs, "OUT": [args.output], "--extract": args.extract, "--base": [args.base]}
+    for argument, texts in named.items():
+        if "" in (texts or ()):  # which would be the working directory
+            raise InvalidArgument(argument, "is empty", "give the name of a file or a folder")
     if args.weight and len(args.weight) != len(args.inputs):
         problem = f"{counted(len(args.weight), 'weight')} for {counted(len(args.inputs), 'file')}"
         raise InvalidArgument("--weight", problem, "give one for each IN")
@@ -84,17 +90,20 @@ def convert(args: argparse.Namespace) -> None:
     """Reads, sums, reduces and writes, and says in a line what came of it."""
     import torch
 
-    from .model.lora_files.combining import cast, in_short, in_words, reduced
+    from .model.lora_files.combining import cast, check_finite, in_short, in_words, reduced
     from .model.lora_files.writing import output_of, write
 
     path = output_of(args.output, args.to)
     parts, names, metadata, dtype = extraction(args) if args.extract else sum_of_inputs(args)
+    if args.weight:
+        check_finite(parts, f"--weight {' '.join(f'{weight:g}' for weight in args.weight)}", "give smaller ones")
     if args.rank and not args.extract:
         parts, errors = reduced(parts, args.rank)
         print(in_words(errors, args.rank))
     dtype = getattr(torch, args.dtype) if args.dtype else dtype
-    write(cast(parts, dtype), names, args.to, path, metadata)
-    kind = str(dtype).removeprefix("torch.")
+    parts, kind = cast(parts, dtype), str(dtype).removeprefix("torch.")
+    check_finite(parts, f"--dtype {kind}", "give a wider one")
+    write(parts, names, args.to, path, metadata)
     print(f"{path}: {names.family.name} ({', '.join(parts)}), {in_short(parts)}, {kind}, for {args.to}")
 
 

@@ -81,8 +81,6 @@ def serve(number: int, connection: Connection, prog: str, work: Work) -> None:
     """A member's process, whose errors are told and end it as a script's do."""
     if POSIX:
         os.setsid()  # a terminal asks the main process alone to stop
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
     def main(_: object, stop: StopRequest) -> None:
         with contextlib.ExitStack() as stack:

@@ -24,7 +24,8 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from .. import __version__
 from ..common.checks import check_writable, is_number, is_whole, number_in_words, whole_in_words
 from ..common.errors import InvalidArgument, first_line, refused_as
-from ..common.methods import IN_WORDS, METHODS, refuse_settings, tell_unread
+from ..common.flags import listed
+from ..common.methods import DEFAULT_PRE_NUM, IN_WORDS, METHODS, refuse_settings, tell_unread
 from ..common.patterns import FIELDS, entries
 from ..common.patterns import HELP as PATTERNS
 from ..common.script import shares_the_cpu
@@ -48,7 +49,7 @@ class MethodArguments:
         metadata={"choices": SHORTCUTS},
     )
     pre_num: int = HfArg(
-        default=4,
+        default=DEFAULT_PRE_NUM,
         help="ResLoRA, lora_matched and ms_placebo: how many blocks before it, -1 for all; with input any "
         "number but 0 means one",
     )
@@ -210,17 +211,22 @@ class AdapterTrainingArguments(TrainingArguments):
             check_whole(name, getattr(self, name), 1)
         for name in ("learning_rate", "num_train_epochs", "logging_steps", "save_steps", "adam_epsilon"):
             check_number(name, getattr(self, name), 0, exclusive=True)
-        for name in ("weight_decay", "max_grad_norm", "warmup_steps"):
+        for name in ("weight_decay", "max_grad_norm", "warmup_steps", "eval_delay"):
             check_number(name, getattr(self, name), 0)
+        if self.neftune_noise_alpha is not None:
+            check_number("neftune_noise_alpha", self.neftune_noise_alpha, 0)
         for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor"):
             check_number(name, getattr(self, name), 0, below=1)
         if self.eval_steps is not None:
             check_number("eval_steps", self.eval_steps, 0, exclusive=True)
-        if self.save_total_limit is not None:
-            check_whole("save_total_limit", self.save_total_limit, 1)
+        for name in ("save_total_limit", "eval_accumulation_steps"):
+            if getattr(self, name) is not None:
+                check_whole(name, getattr(self, name), 1)
+        check_whole("dataloader_num_workers", self.dataloader_num_workers, 0)
         if self.max_steps != -1:
             check_whole("max_steps", self.max_steps, 1)
-        check_whole("seed", self.seed, 0, 2**32 - 1)
+        for name in ("seed", "data_seed") if self.data_seed is not None else ("seed",):
+            check_whole(name, getattr(self, name), 0, 2**32 - 1)
 
     def _settle_device(self) -> None:
         # `accelerate launch --cpu` says so in the environment only.
@@ -245,6 +251,19 @@ def check_whole(name: str, value: int, least: int, most: float = math.inf) -> No
     """Raises `InvalidArgument` unless a flag's value is a whole number of at least `least` and at most `most`."""
     if not is_whole(value, least, most):
         raise InvalidArgument(f"--{name} {value}", "out of range", f"give {whole_in_words(least, most)}")
+
+
+def check_texts(given: Collection[str], values: Mapping[str, object]) -> None:
+    """Raises `InvalidArgument` for flags whose value is empty, or no text.
+
+    Nothing can write the latter; without a value a run would have other data, or begin where it should go on.
+    """
+    for name in sorted({*given} & values.keys()):
+        for text in listed(values[name]):
+            if text == "":
+                raise InvalidArgument(f"--{name}", "is empty, as a variable is that is not set", "give it a value")
+            if isinstance(text, str) and text.encode("utf-8", "replace").decode() != text:
+                raise InvalidArgument(f"--{name} {text}", "is not UTF-8", "rename it, or give another")
 
 
 def check_trackers(names: str | Sequence[str] | None) -> None:
@@ -321,6 +340,7 @@ def parse_values(
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    check_texts(given, vars(namespace))
     values = vars(namespace) | {"output_dir": os.path.expanduser(namespace.output_dir)}  # noqa: PTH111 - as Trainer does
     for name in SEVERAL.values():
         if isinstance(values.get(name), list) and len(values[name]) == 1:

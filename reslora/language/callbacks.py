@@ -9,6 +9,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import IntervalStrategy
 
 from ..common.adapters import RankAllocator
 from ..common.log import LogWriter, read_log
@@ -101,6 +102,25 @@ class StopWhenAsked(TrainerCallback):
 
     def _asked(self) -> bool:
         return self.stop.shared(any_of(self.stop.signal is not None))
+
+
+class SaveValidated(TrainerCallback):
+    """Puts off a checkpoint that is due at the end of an epoch until that is validated, where epochs are.
+
+    Who goes on from one of before would not validate that epoch any more.
+    """
+
+    due = False
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        """Of the last step of an epoch, or of all."""
+        last = state.epoch == round(state.epoch) or state.global_step >= state.max_steps
+        self.due = control.should_save and last and args.eval_strategy == IntervalStrategy.EPOCH
+        control.should_save = control.should_save and not self.due
+
+    def on_epoch_end(self, args, state, control, **kwargs) -> None:
+        """A checkpoint follows the validation, if both are due."""
+        control.should_save = control.should_save or self.due
 
 
 class GoesOnFrom(TrainerCallback):

@@ -28,8 +28,10 @@ from ..common.adapters import load_adapter, save_adapter
 from ..common.errors import Diverged, InvalidArgument
 from ..common.flags import Flags, as_typed, listed
 from ..common.folder import check_held, filling, lent, locked
+from ..common.links import tell_links
+from ..common.methods import tell_unread
 from ..common.signals import NOT_BEGUN, StopRequest
-from ..common.together import decided
+from ..common.together import decided, say
 from ..experiment.arms import Arm, check_values
 from ..experiment.course import ADAPTERS, Course, adapter_folder, reading_adapter
 from ..experiment.crew import Orders, crew_of, heard
@@ -40,12 +42,12 @@ from ..experiment.run import train, train_and_conclude
 from ..experiment.subject import COMPARING, Subject
 from ..files import read_object, remove, remove_leftovers, replacing, write_json
 from ..words import counted
-from .arguments import SEVERAL, ExperimentArguments, check_number, is_experiment
+from .arguments import SEVERAL, ExperimentArguments, MethodArguments, check_number, is_experiment
 from .checkpoints import checkpoints_of, set_unfinished_aside
 from .parts import Parts
 from .results import as_plain, export
 from .resuming import FREE_ON_RESUME, check_data, check_resume, fingerprint, is_same
-from .trainer import AdapterTrainer, total_steps
+from .trainer import AdapterTrainer, shortcuts_of, total_steps
 
 MOST_LOOKS = 10
 LEAST_LOSS = 1e-12  # of a sure example, whose loss rounds to zero: statistics take losses above it
@@ -119,6 +121,14 @@ class Study(ABC):
     def adapted(self, arguments: Any) -> PeftModel:
         """The model with the arm's adapter at its start."""
 
+    def example(self) -> dict | None:
+        """Inputs to trace the model with; None where it has its own."""
+        return None
+
+    def tell_links(self, model: PeftModel, method: MethodArguments, tell: Callable[[str], object]) -> None:
+        """Says which layers the shortcuts leave as they are, and where chains are too short."""
+        tell_links(model, method.method, shortcuts_of(method), tell, self.example())
+
     @abstractmethod
     def trainer(self, arguments: Any, model: PeftModel, stop: StopRequest) -> AdapterTrainer:
         """As a plain run has it."""
@@ -148,6 +158,7 @@ def run(study: Study, values: dict[str, Any], stop: StopRequest) -> None:
         flags["data"] = fingerprint(examples)
         check_data(training.output_dir, training.resume_from_checkpoint, flags["data"])
         trainer, finish = make()
+        study.tell_links(trainer.model, arguments.method, say)
         if training.should_save:
             write_json(Path(training.output_dir) / "config.json", flags)
         trainer.stopping.check(NOT_BEGUN)
@@ -165,23 +176,25 @@ def run_experiment(study: Study, values: dict[str, Any], stop: StopRequest, orde
     for rate in listed(flags.learning_rate):  # further ones go on from these
         check_number("learning_rate", rate, 0, exclusive=True)
     check_values(flags, SEVERAL)
+    tell_unread(flags.method, values, vars(MethodArguments) | {"lora_alpha": None})
     course = Course(flags, began)
     with stop.at_once():
         plain, *_ = [study.settled(values_of(arm, values, course)) for arm in course.arms()]
-    parts = study.parts(plain, shares)
-    trained = study.prepare(plain, parts)
-    values |= looks(values, total_steps(plain.training, trained))
-    bench = Bench(course, study, values, parts, trained, stop)
-    if orders:
-        with lent(course.folder):
+    with contextlib.ExitStack() as stack:
+        decided(lambda: stack.enter_context((lent if orders else locked)(course.folder)))
+        parts = study.parts(plain, shares)
+        trained = study.prepare(plain, parts)
+        values |= looks(values, total_steps(plain.training, trained))
+        bench = Bench(course, study, values, parts, trained, stop)
+        if orders:
             for arm in orders.arms(course):
                 with heard():
                     train(arm, course, bench)
-        return
-    with contextlib.ExitStack() as stack:
-        decided(lambda: take_folder(bench, stack))
+            return
+        decided(lambda: take_folder(bench))
+        tell = functools.cache(say)  # labels may have the same to say
         for label in course.labels:
-            bench.check_label(label)
+            bench.check_label(label, tell)
         if plain.training.should_save:
             print(f"{counted(len(course.arms()), 'arm')}; {parts.in_words(trained)}", flush=True)
         crew = crew_of(flags, study.prog, functools.partial(run_experiment, study, values), stop)
@@ -233,13 +246,9 @@ def looks(values: Mapping[str, Any], steps: int) -> dict[str, Any]:
     return {"eval_strategy": "steps", "eval_steps": every} if strategy == "no" else {}
 
 
-def take_folder(bench: Bench, stack: contextlib.ExitStack) -> None:
-    """Locks the experiment's folder until the stack closes, and refuses another experiment's, or a plain run's.
-
-    What a killed start has left half-written in it goes away.
-    """
+def take_folder(bench: Bench) -> None:
+    """Refuses the folder of another experiment, or of a plain run; what a killed start has left half-written goes."""
     course, folder = bench.course, bench.course.folder
-    stack.enter_context(locked(folder))
     there = read_object(folder / EXPERIMENT).get("identity") or {}
     if not there and (checkpoints_of(folder) or (folder / "results.json").exists()):
         raise InvalidArgument(f"--output_dir {folder}", "holds a run that is no experiment", "choose another")
@@ -263,7 +272,7 @@ def take_folder(bench: Bench, stack: contextlib.ExitStack) -> None:
 
 
 class KeepAdapters(TrainerCallback):
-    """Keeps the adapter of every step at which the select loss is measured."""
+    """Keeps the adapter of every step at which the select loss is measured, but for the start, which is no choice."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -272,6 +281,8 @@ class KeepAdapters(TrainerCallback):
         """Writes it, whole or not at all; ends the arm at a loss that is not finite."""
         if not math.isfinite(loss := metrics["eval_loss"]):
             raise Diverged(f"select loss {loss} at step {state.global_step}")
+        if state.global_step == 0:  # by --eval_on_start
+            return
 
         def keep() -> None:
             check_held()
@@ -307,11 +318,12 @@ class Bench(Subject):
         found |= {part: fingerprint(map(repr, getattr(self.parts, part))) for part in ("train", "select", "test")}
         return json.loads(json.dumps({name: value for name, value in found.items() if name not in CHANGING}))
 
-    def check_label(self, label: str) -> None:
-        """Refuses what cannot be attached before anything is trained."""
+    def check_label(self, label: str, tell: Callable[[str], object]) -> None:
+        """Refuses what cannot be attached before anything is trained, and tells what is trained otherwise."""
         arms = [arm for arm in self.course.arms() if arm.label == label]
         if not decided(lambda: any(self.course.ended(arm) for arm in arms)):
-            self.study.adapted(self.arguments_of(arms[0]))
+            arguments = self.arguments_of(arms[0])
+            self.study.tell_links(self.study.adapted(arguments), arguments.method, tell)
 
     @property
     def marks(self) -> list[str]:
@@ -334,6 +346,8 @@ class Bench(Subject):
 
     def train(self, arm: Arm) -> None:
         arguments, folder = self.arguments_of(arm), self.course.folder_of(arm)
+        if arguments.training.torch_compile:
+            torch.compiler.reset()  # or it gives up after as many models as it remembers
         trainer = self.study.trainer(arguments, self.study.adapted(arguments), self.stop)
         trainer.add_callback(KeepAdapters(folder))
         trainer.stopping.check("stopped between two arms; the same command goes on")
@@ -353,11 +367,16 @@ class Bench(Subject):
             print(f"{self.course.name_of(arm)}: training", flush=True)  # the losses that follow have no name
             write_json(folder / "config.json", arguments.settings)
         trainer.train(resume_from_checkpoint="latest" if decided(lambda: bool(checkpoints_of(folder))) else None)
-        if decided(lambda: trainer.state.global_step not in self.course.select_losses(arm)):
+        if decided(lambda: not self.is_measured(arm, trainer.state.global_step)):
             trainer.evaluate()
         method = dataclasses.replace(arguments.method, merge_and_save=False)  # but of the best arm
         decided(check_held)
         export(trainer.model, folder, method, self.study.calibration(arguments))
+
+    def is_measured(self, arm: Arm, step: int) -> bool:
+        """Whether an arm may be chosen at a step: the loss is written first, and then the adapter."""
+        kept = adapter_folder(self.course.folder_of(arm), step).is_dir()
+        return kept and step in self.course.select_losses(arm)
 
     def restored(self, arm: Arm, step: int) -> PeftModel:
         """The model with an arm's adapter of that step, merged as exports are."""

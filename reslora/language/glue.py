@@ -338,13 +338,16 @@ class GlueStudy(Study):
         _, model, classifier = load_model(arguments)
         return self._attached(arguments, model, classifier)
 
+    def example(self) -> dict[str, torch.Tensor]:
+        return example_of(self.sets)
+
     def _attached(self, arguments: Arguments, model: PreTrainedModel, classifier: list[str]) -> PeftModel:
         steps = total_steps(arguments.training, len(self.sets["train"]))
-        return attach(model, arguments.method, steps, example_of(self.sets), modules_to_save=classifier)
+        return attach(model, arguments.method, steps, self.example(), modules_to_save=classifier)
 
     def trainer(self, arguments: Arguments, model: PeftModel, stop: StopRequest) -> AdapterTrainer:
         trainer = build_trainer(arguments, self.tokenizer, model, self.sets, stop)
-        put_control_on(trainer, arguments.method, self.calibration(arguments) or [], example_of(self.sets))
+        put_control_on(trainer, arguments.method, self.calibration(arguments) or [], self.example())
         return trainer
 
     def calibration(self, arguments: Arguments) -> list[dict] | None:

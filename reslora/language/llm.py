@@ -18,7 +18,7 @@ from ..common.errors import InvalidArgument, refused_as
 from ..common.folder import check_held
 from ..common.seeds import derive
 from ..common.signals import StopRequest
-from ..common.together import decided
+from ..common.together import decided, say
 from ..words import are
 from .arguments import ExperimentArguments, MethodArguments
 from .callbacks import LogCallback
@@ -33,7 +33,6 @@ from .llm_trainer import (
     encode_training,
     example_losses,
     generate,
-    say,
 )
 from .parts import Parts, parts_of
 from .results import export, merge_table, table_text, write_results

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -14,6 +13,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from ..chains import base_model
 from ..common.errors import InvalidArgument
 from ..common.temporarily import temporarily
+from ..common.together import say
 from ..words import are
 from .llm_tasks import Example, extract_answer, same_answer
 from .trainer import AdapterTrainer
@@ -90,12 +90,6 @@ def calibration_batches(rows: list[dict], count: int, size: int) -> list[dict[st
     chosen = sorted((row["input_ids"] for row in rows[:count]), key=len)
     groups = [chosen[start : start + size] for start in range(0, len(chosen), size)]
     return [{"input_ids": torch.tensor([ids[: len(group[0])] for ids in group])} for group in groups] or None
-
-
-def say(text: str) -> None:
-    """Print once, however many processes and machines there are."""
-    if PartialState().is_main_process:
-        print(text, flush=True)
 
 
 # -- training and evaluation -------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from ..common.folder import check_held
 from ..common.methods import METHODS
 from ..common.together import decided, is_main
 from ..export import export_peft, merged_state_dict
-from ..files import replacing, write_json
+from ..files import remove_leftovers, replacing, write_json
 from ..merges import AUTO, MERGES
 from ..model import (
     Connection,
@@ -178,6 +178,7 @@ def export(
             write_json(output / "merge.json", report.to_dict())
     merged(model)  # rotations, of a placebo
     if is_main():
+        remove_leftovers(output / "peft")  # of a process that was killed as it wrote here
         export_peft(model, output / "peft")
         if arguments.merge_and_save:
             _write_merged(base_model(model), output / "merged", tokenizer)

@@ -43,7 +43,7 @@ from ..model import enable_gradient_checkpointing
 from ..tracing import to_device
 from ..words import are, counted
 from .arguments import MethodArguments
-from .callbacks import AllocateRanks, GoesOnFrom, Progress, StopWhenAsked
+from .callbacks import AllocateRanks, GoesOnFrom, Progress, SaveValidated, StopWhenAsked
 from .checkpoints import (
     ALLOCATOR_NAME,
     checkpoints_of,
@@ -218,6 +218,7 @@ class AdapterTrainer(Trainer):
             self.add_callback(AllocateRanks(self.allocator, self.accelerator))
         self.stopping = StopWhenAsked(stop or StopRequest(), self.accelerator)
         self.add_callback(self.stopping)
+        self.add_callback(SaveValidated())
 
     def _refuse_sharding(self, args: TrainingArguments) -> None:
         """By the flags, or by the configuration that `accelerate launch` was given, which tells in the environment."""
@@ -374,10 +375,10 @@ class AdapterTrainer(Trainer):
         try:
             with temporarily(self.args, save_total_limit=None):
                 super()._save_checkpoint(*args, **kwargs)
-        except RuntimeError as error:
-            if not any(word in str(error) for word in UNWRITTEN):
+        except (OSError, RuntimeError) as error:
+            if getattr(error, "filename", "") is not None and not any(word in str(error) for word in UNWRITTEN):
                 raise
-            # So torch.save says that a file cannot be written, without the cause.
+            # So torch.save says that a file cannot be written, without the cause, and a text's writer without its name.
             where = f"checkpoint of step {self.state.global_step}"
             raise RunFailed(f"{where} cannot be written; is the disk full? Earlier ones are intact") from error
         self.accelerator.wait_for_everyone()  # each process has written its random state

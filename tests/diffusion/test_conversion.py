@@ -1,5 +1,7 @@
 """`reslora-convert`: every format from every other, sums, smaller ranks, differences of models, and what is refused."""
 
+import io
+import os
 import re
 import shutil
 import subprocess
@@ -351,6 +353,12 @@ def test_single_files_with_the_original_names_are_told_apart_too(tuned, tmp_path
         (["IN", "OUT", "--to", "kohya", "--famil", "flux"], "--famil"),
         (["IN", "OUT", "--to", "kohya", "--weight", "1", "2"], "--weight: 2 weights for 1 file"),
         (["IN", "OUT", "--to", "kohya", "--weight", "nan"], "not finite"),
+        (["IN", "OUT", "--to", "kohya", "--base", "SD", "--weight", "1e308"], "--weight 1e+308: unet."),
+        (["IN", "OUT", "--to", "kohya", "--base", "SD", "--weight", "1e300", "--dtype", "float32"], "--dtype float32"),
+        (["IN", "OUT", "--to", "peft", "--base", "SD", "--weight", "1e9", "--dtype", "float16"], "give a wider one"),
+        (["", "OUT", "--to", "kohya"], "IN: is empty"),
+        (["IN", "", "--to", "kohya"], "OUT: is empty"),
+        (["OUT", "--to", "kohya", "--extract", "SD", "", "--rank", "2"], "--extract: is empty"),
         (["OUT", "--to", "kohya", "--extract", "A", "B"], "--extract: the difference has any rank; add --rank N"),
         (["IN", "OUT", "--to", "kohya", "--extract", "A", "B", "--rank", "2"], "--extract: it reads two models"),
         (["nowhere", "OUT", "--to", "kohya"], "no LoRA file there"),
@@ -412,6 +420,32 @@ def test_what_is_no_plain_lora_is_refused_by_name(key, words, tmp_path, capsys):
     save_file({**load_file(tmp_path / "in.safetensors"), key: torch.ones(2, 2)}, tmp_path / "in.safetensors")
     line = refused(capsys, tmp_path / "in.safetensors", tmp_path / "out", "--to", "kohya", "--family", "sdxl")
     assert words in line and key.partition(".lora_A")[0] in line
+
+
+def test_a_file_without_a_layer_is_refused_whosever_it_is(tmp_path, capsys):
+    save_file({}, tmp_path / "in.safetensors")
+    assert "there is no layer in it" in refused(capsys, tmp_path / "in.safetensors", tmp_path / "out", "--to", "kohya")
+
+
+def test_a_model_that_is_not_finite_is_no_lora(tmp_path, capsys):
+    """The eigenvectors of its difference would fail, and not in a line."""
+    source = tiny("stable_diffusion") / "unet"
+    shutil.copytree(source, tmp_path / "unet")
+    tensors = load_file(next((tmp_path / "unet").glob("*.safetensors")))
+    tensors["conv_in.weight"][0] = float("nan")
+    save_file(tensors, next((tmp_path / "unet").glob("*.safetensors")))
+    flags = ["--extract", source, tmp_path / "unet", tmp_path / "out", "--to", "kohya", "--rank", 2]
+    assert f"--extract {tmp_path / 'unet'}: conv_in is not finite there" in refused(capsys, *flags)
+
+
+def test_a_name_that_is_no_text_is_told_where_only_text_can_be_printed(tmp_path, monkeypatch):
+    written(tmp_path / "in.safetensors")
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdout", stream)
+    flags = ["--to", "kohya", "--base", tiny("stable_diffusion")]
+    assert convert(tmp_path / "in.safetensors", tmp_path / os.fsdecode(b"caf\xe9"), *flags) == 0
+    stream.flush()
+    assert rb"caf\udce9" in stream.buffer.getvalue()
 
 
 def test_a_damaged_file_leaves_what_was_there(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Flags of the language scripts: one line and status 2 for what cannot work."""
 
 import json
+import os
 from dataclasses import dataclass, field
 
 import pytest
@@ -160,6 +161,16 @@ def test_deepspeed_alone_means_the_bundled_configuration(monkeypatch):
         (["--num_train_epochs", "0"], "--num_train_epochs 0"),
         (["--save_total_limit", "0"], "--save_total_limit 0"),
         (["--eval_steps", "-1"], "--eval_steps -1"),
+        (["--eval_delay", "nan"], "--eval_delay nan"),
+        (["--eval_accumulation_steps", "0"], "--eval_accumulation_steps 0"),
+        (["--dataloader_num_workers", "-1"], "--dataloader_num_workers -1"),
+        (["--data_seed", "99999999999999999999"], "--data_seed 99999999999999999999"),
+        (["--neftune_noise_alpha", "inf"], "--neftune_noise_alpha inf"),
+        (["--data_dir", ""], "--data_dir: is empty"),
+        (["--output-dir="], "--output_dir: is empty"),
+        (["--resume_from_checkpoint", ""], "--resume_from_checkpoint: is empty"),
+        (["--target_modules", "q_proj", ""], "--target_modules: is empty"),
+        (["--output_dir", os.fsdecode(b"caf\xe9")], "--output_dir caf\\udce9: is not UTF-8"),
         (["--adam_beta2", "1"], "--adam_beta2 1"),
         (["--label_smoothing_factor", "1"], "--label_smoothing_factor 1"),
         (["--lr_scheduler_type", "sawtooth"], "sawtooth"),

@@ -108,6 +108,28 @@ def test_a_stopped_run_is_saved_and_goes_on_as_if_it_never_was(tmp_path, step, f
     assert read_log(tmp_path / "run") == read_log(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("step", [4, STEPS])
+def test_a_run_that_is_killed_as_it_validates_an_epoch_does_so_when_it_goes_on(tmp_path, step):
+    """Though checkpoints are by steps: none is of a step that is to be validated yet."""
+
+    class Killed(TrainerCallback, Exception):
+        def on_prediction_step(self, args, state, control, **kwargs):
+            if state.global_step == step:
+                raise self
+
+    whole, _ = build()
+    trainer_for(whole, tmp_path / "whole", eval_strategy="epoch").train()
+    trainer = trainer_for(build()[0], tmp_path / "run", eval_strategy="epoch")
+    trainer.add_callback(Killed())
+    with pytest.raises(Killed):
+        trainer.train()
+    model, _ = build()
+    trainer_for(model, tmp_path / "run", eval_strategy="epoch").train(resume_from_checkpoint="latest")
+    assert_same(trained(model), trained(whole))
+    assert read_log(tmp_path / "run") == read_log(tmp_path / "whole")
+    assert (tmp_path / "run" / f"checkpoint-{STEPS}").is_dir()
+
+
 def compiler_ended_in(monkeypatch, trainer, step: int, number: int | None = signal.SIGTERM) -> None:
     """In that step the signal reaches this process and the compiler, whose end torch tells."""
     train = type(trainer).training_step

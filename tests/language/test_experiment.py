@@ -1,7 +1,7 @@
 """Experiments with language models: arms are plain runs, are trained once, outlive a kill, and are judged by hand."""
 
-import contextlib
 import json
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from reslora.common.assets import ASSETS
 from reslora.common.errors import InvalidArgument, Stopped
+from reslora.common.folder import locked
 from reslora.common.script import run_script
 from reslora.common.signals import StopRequest
 from reslora.experiment.arms import Arm, labels_of, place_of
@@ -26,6 +27,7 @@ from reslora.language.experiment import flags_of, values_of
 from reslora.language.llm_tasks import TASKS, examples_of
 from reslora.language.llm_trainer import Encoder
 from reslora.language.parts import Parts, parts_of
+from reslora.language.trainer import AdapterTrainer
 
 from .helpers import SCRIPT, write_rows
 from .test_glue import make_rows, write_model
@@ -249,6 +251,34 @@ def test_an_arm_that_was_killed_in_its_first_checkpoint_begins_afresh(common, tm
     assert [path.name for path in tmp_path.rglob("*-checkpoint-*")] == ["unfinished-checkpoint-1"]
 
 
+def test_an_arm_that_was_killed_before_its_last_adapter_was_kept_keeps_it_when_it_goes_on(
+    common, tmp_path, monkeypatch
+):
+    """Its checkpoint and its loss are there: by these alone it would have ended, and could not be chosen."""
+
+    class Killed(Exception):
+        pass
+
+    def kill(self, args, state, control, **more):
+        raise Killed
+
+    command = [*common, "--method", "lora", "--seed", "0", "1", "--max_steps", "1", "--eval_delay", "9"]
+    command += ["--output_dir", tmp_path]
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(experiment.KeepAdapters, "on_evaluate", kill)
+        run(*command)
+    assert [path.name for path in tmp_path.rglob("checkpoint-*")] == ["checkpoint-1"]
+    assert run(*command) == 0 and {arm["status"] for arm in record(tmp_path)["arms"]} == {"finished"}
+
+
+def test_what_is_measured_before_the_first_step_is_no_choice(common, tmp_path):
+    words = ["--method", "lora", "--seed", "0", "1", "--max_steps", "1", "--eval_on_start", "--output_dir", tmp_path]
+    assert run(*common, *words) == 0
+    (found, _) = record(tmp_path)["arms"]
+    assert found["select_by_step"].keys() == {"1"}
+    assert [path.name for path in (tmp_path / found["folder"] / "adapters").iterdir()] == ["step-000001"]
+
+
 def test_an_arm_ends_at_the_first_select_loss_that_is_not_finite(common, tmp_path):
     """What it fails for is that loss, and no weight, though no train loss is looked at before."""
     command = [*common, "--method", "lora", "--learning_rate", "1e-3", "1e30", "--logging_steps", "50"]
@@ -343,8 +373,8 @@ def test_what_differs_is_named_before_when_losses_are_measured_which_follows(tmp
     (tmp_path / "experiment.json").write_text(json.dumps({"identity": there}))
     course = SimpleNamespace(folder=tmp_path, arms=list)
     bench = SimpleNamespace(course=course, identity=there | {"eval_steps": 2} | other)
-    with contextlib.ExitStack() as stack, pytest.raises(InvalidArgument, match=words):
-        experiment.take_folder(bench, stack)
+    with pytest.raises(InvalidArgument, match=words):
+        experiment.take_folder(bench)
 
 
 @pytest.mark.parametrize("module", [llm, glue])
@@ -355,6 +385,17 @@ def test_a_plain_run_refuses_other_examples_before_it_loads_the_model(tmp_path, 
     resume = ["--resume_from_checkpoint", "checkpoint-1", "--output_dir", str(tmp_path), "--use_cpu"]
     assert run_script("script", module.main, resume) == 2
     assert f"{tmp_path} was trained on other examples than these" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_trained_in_is_refused_before_anything_is_encoded(common, tmp_path, capsys, monkeypatch):
+    """To encode may take minutes. With other rates as with the same ones, and by a plain run too."""
+    monkeypatch.setattr(llm, "load_tokenizer", lambda *_: pytest.fail("encoded"))
+    output = tmp_path / "out"
+    with locked(output):
+        for flags in (EXPERIMENT, ["--learning_rate", "1e-4", "2e-4"], ["--method", "lora"]):
+            assert run(*common, *flags, "--output_dir", output) == 2
+            assert f"--output_dir {output}: process {os.getpid()} is training in it" in capsys.readouterr().err
+    assert not output.exists()
 
 
 def test_the_examples_that_are_trained_on_are_counted(common, tmp_path, capsys, monkeypatch):
@@ -398,6 +439,26 @@ def test_an_experiment_at_home_is_where_its_arms_are(tmp_path, monkeypatch, argu
         assert plain.training.output_dir == str(course.folder_of(arm))
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+def test_the_compiler_forgets_earlier_arms(tmp_path, monkeypatch, compiled):
+    """Each ResLoRA is a model of its own, and beyond the eighth it would run as if it was not compiled."""
+    heard = []
+
+    def adapted(self, arguments):
+        heard.append("trained")
+        raise Stopped("enough is seen")
+
+    monkeypatch.setattr(torch.compiler, "reset", lambda: heard.append("forgotten"))
+    monkeypatch.setattr(llm.LlmStudy, "adapted", adapted)
+    words = [*EXPERIMENT, f"--output_dir={tmp_path}", "--use_cpu", *["--torch_compile"] * compiled]
+    parser, values = llm_arguments.read(words)
+    course = Course(flags_of(values), 0.0)
+    bench = experiment.Bench(course, llm.LlmStudy(parser), values, None, 0, StopRequest())
+    with pytest.raises(Stopped):
+        bench.train(course.arms()[0])
+    assert heard == ["forgotten"] * compiled + ["trained"]
+
+
 def test_a_stop_is_heeded_before_an_arm_is_tested(tmp_path):
     _, values = llm_arguments.read([*EXPERIMENT, f"--output_dir={tmp_path}", "--use_cpu"])
     stop = StopRequest()
@@ -406,6 +467,34 @@ def test_a_stop_is_heeded_before_an_arm_is_tested(tmp_path):
     stop.signal = signal.SIGTERM
     with pytest.raises(Stopped, match="the same command goes on"):
         bench.begins("testing (2 of 4)", ARM)
+
+
+def test_what_nothing_of_an_experiment_reads_is_told_once(tmp_path, capsys, monkeypatch):
+    """Before anything is loaded; what one of the methods reads is not."""
+    ends = InvalidArgument("--data_dir", "is not asked for", "go on")
+    monkeypatch.setattr(llm.LlmStudy, "parts", lambda *_: (_ for _ in ()).throw(ends))
+
+    def told(*flags) -> str:
+        assert run("--use_cpu", "--output_dir", tmp_path, *flags) == 2
+        return capsys.readouterr().out
+
+    flags = ["--learning_rate", *RATES, "--merge", "weights", "--head", "none", "--lora_alpha", "3"]
+    unread = [f"--{flag}: nothing reads it with --method lora oft" for flag in ("head none", "merge weights")]
+    assert told("--method", "lora", "oft", *flags).splitlines() == unread
+    assert told("--method", "oft", "reslora", *flags) == told("--method", "lora", "oft", "--seed", "0", "1") == ""
+
+
+def test_numbers_of_blocks_that_mean_the_same_are_told_once(common, tmp_path, capsys, monkeypatch):
+    """The chains have five blocks, one for each layer; a plain run says it too."""
+    same = "--pre_num 7: 2 of 2 chains are shorter, down to 5 blocks; the longest has 5: the same as --pre_num 4"
+    monkeypatch.setattr(experiment, "train_and_conclude", lambda *_: None)
+    monkeypatch.setattr(AdapterTrainer, "train", lambda *_, **__: (_ for _ in ()).throw(Stopped("enough is seen")))
+    shortcut = ["--shortcut", "block", "--pre_num", "7"]
+    several = ["--method", "reslora", "lora_matched", *shortcut, "4", "--output_dir", tmp_path / "several"]
+    assert run(*common, *several) == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if "--pre_num" in line] == [same]
+    assert run(*common, *shortcut, "--output_dir", tmp_path / "plain") > 128
+    assert [line for line in capsys.readouterr().out.splitlines() if "--pre_num" in line] == [same]
 
 
 def test_ranks_shortcuts_and_numbers_of_blocks_are_compared():

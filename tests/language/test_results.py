@@ -12,6 +12,7 @@ import reslora
 from reslora.chains import base_model
 from reslora.common.adapters import save_adapter
 from reslora.common.errors import RunFailed
+from reslora.files import this_process
 from reslora.language.arguments import MethodArguments
 from reslora.language.results import export, merge_table, table_text, unmerged_afterwards, write_results
 from reslora.language.trainer import attach
@@ -164,6 +165,16 @@ def test_training_goes_on_after_a_merge_table_with_gradient_checkpointing(tmp_pa
         optimizer.step()
         runs.append(trained(model))
     assert_same(*runs)
+
+
+def test_what_a_killed_export_has_left_goes(tmp_path):
+    """It would be uploaded with the rest of the folder."""
+    process, _, started = this_process().rpartition("-")
+    left = tmp_path / "peft" / f".adapter_model.safetensors.{process}-{int(started) + 1}-00000000.tmp"
+    left.parent.mkdir()
+    left.write_bytes(b"half")
+    export(build("lora", "none")[0], tmp_path, MethodArguments("lora"))
+    assert sorted(path.name for path in left.parent.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
 def rows_batch() -> dict[str, torch.Tensor]:

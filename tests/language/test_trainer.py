@@ -135,14 +135,18 @@ def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(tmp_path,
 
 @pytest.mark.parametrize(
     "told",
-    ["[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0", "basic_ios::clear: iostream error"],
-    ids=["in the middle of a file", "as a small one is closed"],
+    [
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),
+        RuntimeError("basic_ios::clear: iostream error"),
+        OSError(28, "No space left on device"),
+    ],
+    ids=["in the middle of a file", "as a small one is closed", "as a text is"],
 )
 def test_a_full_disk_ends_the_run_in_one_line(tmp_path, monkeypatch, told):
     """One that has no whole checkpoint yet begins afresh then, and is not kept from that by what it has set aside."""
 
     def full(*_, **__):
-        raise RuntimeError(told)
+        raise told
 
     trainer = trainer_for(build()[0], tmp_path)
     with monkeypatch.context() as patched, pytest.raises(RunFailed) as error:

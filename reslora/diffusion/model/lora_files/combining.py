@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from ....common.errors import InvalidArgument
 from ....export import Factors
 from ....merging import truncate
 from ....words import counted
@@ -76,6 +77,14 @@ def in_short(parts: Mapping[str, Mapping[str, Factors]]) -> str:
     ranks = [factors.rank for layers in parts.values() for factors in layers.values()]
     least, most = min(ranks), max(ranks)
     return f"{counted(len(ranks), 'layer')}, " + (f"rank {most}" if least == most else f"ranks {least} to {most}")
+
+
+def check_finite(parts: Mapping[str, Mapping[str, Factors]], argument: str, fix: str) -> None:
+    """Raises `InvalidArgument`, which names `argument`, for a layer whose factors or scale have become infinite."""
+    for part, layers in parts.items():
+        for layer, (down, up, scale) in layers.items():
+            if not all(bool(torch.isfinite(factor).all()) for factor in (down, up * scale)):
+                raise InvalidArgument(argument, f"{part}.{layer} is beyond the largest number", fix)
 
 
 def cast(parts: Mapping[str, Mapping[str, Factors]], dtype: torch.dtype) -> Parts:

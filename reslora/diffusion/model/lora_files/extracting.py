@@ -112,6 +112,8 @@ def extracted(base: Weights, tuned: Weights, names: Names, rank: int) -> tuple[P
         if one.shape != other.shape:
             problem = f"{layer} is {tuple(other.shape)} there, and {tuple(one.shape)} in the base"
             raise InvalidArgument(tuned.flag, problem, "give a model of the same kind")
+        if not (torch.isfinite(one).all() and torch.isfinite(other).all()):
+            raise InvalidArgument(tuned.flag, f"{layer} is not finite there or in the base", "give whole models")
         if not torch.equal(one, other):
             layers[layer], errors[f"{names.family.denoiser}.{layer}"] = difference(other - one, rank)
     held = {places[layer].name for places in (in_base, in_tuned) for layer in in_base.keys() & in_tuned.keys()}

@@ -83,7 +83,9 @@ def read_content(path: Path, flag: str, config: Path | None = None) -> Content:
     with refused_as(flag, "give a whole .safetensors file"), safe_open(file, framework="pt") as opened:
         metadata = opened.metadata() or {}
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
-        tensors = {name: value.half() if value.itemsize == 1 else value for name, value in tensors.items()}
+    for name, value in tensors.items():
+        if value.is_floating_point() and value.itemsize == 1:
+            tensors[name] = value.half()
     if config is None and file.name == PEFT_FILE and any(name.startswith(PEFT_PREFIX) for name in tensors):
         config = file.with_name(PEFT_CONFIG_FILE)
     configs = {PEFT_PREFIX: found} if config and "peft_type" in (found := read_object(config)) else {}
@@ -179,13 +181,17 @@ def _in_proportion(pairs: Mapping[str, Factors], names: Names) -> bool:
 
 def pairs_of(content: Content) -> dict[str, Factors]:
     """A, B and scale of each layer by its name in the file, in float32 or wider; refuses what is no plain LoRA."""
+    if not content.tensors:
+        raise InvalidArgument(content.flag, "there is no layer in it", "give a LoRA that was trained")
     down: dict[str, torch.Tensor] = {}
     up: dict[str, torch.Tensor] = {}
     alpha: dict[str, torch.Tensor] = {}
     for key, value in content.tensors.items():
         for pattern, kind in ((DOWN, down), (UP, up), (ALPHA, alpha)):
             if match := pattern.search(key):
-                kind[key[: match.start()]] = value
+                if (name := key[: match.start()]) in kind:
+                    raise InvalidArgument(content.flag, f"{name} is in it twice", "remove one of the two")
+                kind[name] = value
                 break
         else:
             if key.startswith("reslora."):
@@ -196,16 +202,20 @@ def pairs_of(content: Content) -> dict[str, Factors]:
         raise InvalidArgument(content.flag, f"{lonely[0]} lacks one of its two factors", "give a whole file")
     found = {}
     for name in down:
-        if down[name].dim() not in (2, 4) or up[name].shape[1:2] != down[name].shape[:1]:
+        sizes, factors = up[name].shape, (down[name], up[name])
+        fit = down[name].dim() in (2, 4) and sizes[1:2] == down[name].shape[:1] and math.prod(sizes[2:]) == 1
+        if not fit or not all(map(torch.numel, factors)):
             raise InvalidArgument(content.flag, f"{name}: shapes of its factors do not fit", "give a whole file")
+        if not all(map(torch.is_floating_point, factors)):
+            kinds = " and ".join(str(factor.dtype).removeprefix("torch.") for factor in factors)
+            raise InvalidArgument(content.flag, f"{name} is {kinds}", "give a LoRA in floating point")
         rank = len(down[name])
         try:
             scale = alpha[name].item() / rank if name in alpha else _scale(name, rank, content.configs)
         except Exception:  # whatever a damaged configuration can raise
             fix = "repair its alpha, or lora_alpha and alpha_pattern of its configuration"
             raise InvalidArgument(content.flag, f"the scale of {name} is damaged", fix) from None
-        factors_are_finite = all(bool(torch.isfinite(factor).all()) for factor in (down[name], up[name]))
-        if not (factors_are_finite and math.isfinite(scale)):
+        if not (all(bool(torch.isfinite(factor).all()) for factor in factors) and math.isfinite(scale)):
             raise InvalidArgument(content.flag, f"{name} is not finite", "give a LoRA that has not diverged")
         found[name] = Factors(wide(down[name]), wide(up[name]), scale)
     return found

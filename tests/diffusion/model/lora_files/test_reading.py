@@ -284,6 +284,38 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda down, up: (down[:0], up[:, :0]), "conv_in: shapes of its factors do not fit"),
+        (lambda down, up: (down, up.expand(-1, -1, 3, 3)), "conv_in: shapes of its factors do not fit"),
+        (lambda down, up: (down.int(), up.int()), "conv_in is int32 and int32; give a LoRA in floating point"),
+        (lambda down, up: (down.to(torch.int8), up), "conv_in is int8 and float64"),
+        (lambda down, up: (down, up.to(torch.complex64)), "conv_in is float64 and complex64"),
+    ],
+)
+@pytest.mark.parametrize("said", [True, False])
+def test_factors_that_are_none_are_refused(change, words, said, tmp_path):
+    """Whether the file says their scale or not."""
+    factors = random_lora("stable_diffusion", lambda name: name == "conv_in")["unet"]["conv_in"]
+    down, up = (factor.contiguous() for factor in change(factors.down, factors.up))
+    tensors = {"lora_unet_conv_in.lora_down.weight": down, "lora_unet_conv_in.lora_up.weight": up}
+    save_file(tensors | ({"lora_unet_conv_in.alpha": torch.tensor(2.0)} if said else {}), tmp_path / "in.safetensors")
+    with pytest.raises(InvalidArgument, match=words):
+        read(tmp_path / "in.safetensors", names("stable_diffusion"))
+
+
+@pytest.mark.parametrize("word", ["lora_A.default", "lora.down"])
+def test_a_factor_that_is_there_twice_is_refused(word, tmp_path):
+    """In the words of two tools: which of them counts, nothing says."""
+    write_diffusers(tmp_path / "in.safetensors", random_lora("stable_diffusion", lambda name: name == "conv_in"))
+    tensors = load_file(tmp_path / "in.safetensors")
+    tensors[f"unet.conv_in.{word}.weight"] = 2 * tensors["unet.conv_in.lora_A.weight"]
+    save_file(tensors, tmp_path / "in.safetensors")
+    with pytest.raises(InvalidArgument, match=r"unet\.conv_in is in it twice; remove one of the two"):
+        read(tmp_path / "in.safetensors", names("stable_diffusion"))
+
+
+@pytest.mark.parametrize(
     ("alpha", "words"),
     [
         (float("nan"), "is not finite; give a LoRA that has not diverged"),

@@ -1,0 +1,46 @@
+"""What a run says of its chains: layers that stay plain, and a --pre_num that reaches beyond them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from torch import nn
+
+from ..chains import chains
+from ..config import ResLoraConfig
+from ..words import are, counted
+from .methods import DEFAULT_PRE_NUM, METHODS
+
+
+def tell_links(
+    model: nn.Module,
+    method: str,
+    shortcuts: ResLoraConfig,
+    tell: Callable[[str], object],
+    example_inputs: dict | None = None,
+) -> None:
+    """Says which layers stay plain LoRA, and which chains are too short for a --pre_num: others may mean the same.
+
+    `model` has the method's adapter. Of methods without chains there is nothing to say. `example_inputs` as in
+    `reslora.chains`.
+    """
+    row = METHODS[method]
+    shortcuts = replace(shortcuts, shortcut=row.placebo or shortcuts.shortcut)
+    if not row.reads_shortcut_flags or not shortcuts.wired:
+        return
+    plan = chains(model, example_inputs=example_inputs)
+    if plan.unlinked:
+        name, reason = plan.unlinked[0]
+        tell(f"--shortcut: {counted(len(plan.unlinked), 'layer')} left as plain LoRA, such as {name} ({reason})")
+    reach, longest = shortcuts.reach, max(map(len, plan), default=0)
+    start = f"--pre_num {shortcuts.pre_num}:"
+    if reach is not None and reach < shortcuts.pre_num:  # a shortcut that takes one, whatever is asked
+        if row.reads_shortcut and shortcuts.pre_num > max(longest - 1, DEFAULT_PRE_NUM):
+            most = counted(longest, "block")
+            tell(f"{start} the longest chain has {most}, and --shortcut {shortcuts.shortcut} reads one")
+    elif reach is not None and (short := [len(chain) for chain in plan.clipped(reach)]):
+        linked = sum(len(chain) > 1 for chain in plan)
+        most = f"; the longest has {longest}: the same as --pre_num {longest - 1}" if longest <= reach else ""
+        shorter = f"{len(short)} of {counted(linked, 'chain')} {are(len(short))} shorter"
+        tell(f"{start} {shorter}, down to {counted(min(short), 'block')}{most}")
