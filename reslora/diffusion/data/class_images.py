@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from filelock import Timeout
 
+from ...common.checks import check_writable
 from ...common.errors import InvalidArgument, RunFailed
 from ...common.folder import guard_of
 from ...common.signals import NOT_BEGUN
@@ -53,7 +54,7 @@ def load_class_images(context: Context) -> list[ImageDataset]:
 def missing_class_images(flags: Flags) -> int:
     """How many the model has to draw; 0 without --class_data_dir, and where kohya's folders are in it.
 
-    Refuses to draw beside a metadata file.
+    Refuses to draw beside a metadata file, and into a folder that cannot be written.
     """
     folder = Path(flags.class_data_dir or "")
     if flags.class_data_dir is None or (folder.is_dir() and kohyas_folders(folder, flags)[0]):
@@ -65,6 +66,8 @@ def missing_class_images(flags: Flags) -> int:
         problem = f"{missing} more than are there would be drawn, which {metadata[0]} does not list"
         fix = f"give --num_class_images {there}, or take that file away"
         raise InvalidArgument(f"--num_class_images {flags.num_class_images}", problem, fix)
+    if missing > 0:
+        check_writable(folder, f"--class_data_dir {folder}")
     return max(0, missing)
 
 

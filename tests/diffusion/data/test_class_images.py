@@ -140,6 +140,14 @@ def test_none_are_drawn_that_a_metadata_file_does_not_list(tmp_path):
     assert missing_class_images(flags) == 1
 
 
+def test_none_are_drawn_where_they_cannot_be_kept(tmp_path):
+    """Not even the model is loaded for them."""
+    (tmp_path / "class").write_text("")
+    flags = parse_args(["--class_data_dir", str(tmp_path / "class"), "--class_prompt", "a disc"])
+    with pytest.raises(InvalidArgument, match=r"^--class_data_dir \S+/class: .* is not a folder that can be written"):
+        missing_class_images(flags)
+
+
 def test_class_images_count_by_their_weight(model, data, tmp_path):
     """Without any the samples are those of a run that has the same images and no weight for these: other losses."""
     for name, weight in (("one", 1), ("none", 0)):
