@@ -54,10 +54,17 @@ def load_class_images(context: Context) -> list[ImageDataset]:
 def missing_class_images(flags: Flags) -> int:
     """How many the model has to draw; 0 without --class_data_dir, and where kohya's folders are in it.
 
-    Refuses to draw beside a metadata file, and into a folder that cannot be written.
+    Refuses a folder that has the images to be learnt in it, one that cannot be written, and to draw beside a metadata
+    file.
     """
-    folder = Path(flags.class_data_dir or "")
-    if flags.class_data_dir is None or (folder.is_dir() and kohyas_folders(folder, flags)[0]):
+    if flags.class_data_dir is None:
+        return 0
+    folder = Path(flags.class_data_dir)
+    for name in () if flags.dataset_name else listed(flags.train_data_dir):
+        if Path(name).resolve().is_relative_to(folder.resolve()):
+            problem = f"has what is to be learnt in it, --train_data_dir {name}"
+            raise InvalidArgument(f"--class_data_dir {folder}", problem, "give class images a folder of their own")
+    if folder.is_dir() and kohyas_folders(folder, flags)[0]:
         return 0
     everything = files_of(folder, flags) if folder.is_dir() else []
     there = sum(map(is_image, everything))
