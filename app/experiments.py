@@ -17,6 +17,9 @@ from .library import Experiment
 from .runs import RunError, number
 from .views import escape, notice, status_line
 
+LEAST_SHARE = 1e-6
+"""To compare by, as far as images are counted for it."""
+
 
 def plan(trainings: Trainings, name: str, settings: dict, folder: object = None, uploads: Sequence[str] = ()) -> str:
     """How many arms an experiment of that name would have, in a sentence; what is wrong with its settings instead.
@@ -45,7 +48,7 @@ def too_few(trainings: Trainings, share: float, folder: object, uploads: Sequenc
 
     About: which images these are goes by their content, and of near-duplicates one compares.
     """
-    images = trainings.images.count(folder, uploads, math.ceil(FEW / share))
+    images = trainings.images.count(folder, uploads, math.ceil(FEW / max(share, LEAST_SHARE)))
     tested = max(min(LEAST, images - 3), 1, round(share * images))
     if not images or tested >= FEW:
         return []

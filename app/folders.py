@@ -78,7 +78,8 @@ class Folders:
     def count(self, name: object, uploads: Sequence[str], most: int) -> int:
         """How many images were uploaded, else are files in the folder of that name; no more than `most` are counted."""
         files = map(Path, uploads) if uploads else all_below(self.find(name).path) if name else ()
-        return sum(1 for _ in itertools.islice(filter(is_image, files), most))
+        found = (path for path in files if is_image(path) and not path.name.startswith("."))
+        return sum(1 for _ in itertools.islice(found, most))
 
     def of_run(self, run: Run) -> str:
         """The name by which a form chooses a run's images; one that `find` refuses where none on the list are those."""

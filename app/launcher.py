@@ -357,7 +357,7 @@ class Trainings:
             found = [Path(upload) for upload in uploads]
         else:
             chosen = self.images.find(folder) if folder else None
-            found = [path for path in sorted(chosen.path.iterdir()) if chosen.holds(path)] if chosen else []
+            found = [path for path in sorted(chosen.path.glob("[!.]*")) if chosen.holds(path)] if chosen else []
         return [path for path in found if path.suffix.lower() in SUFFIXES][:FEW]
 
     def ask(self, request: str) -> str:

@@ -37,11 +37,11 @@ from reslora.diffusion.training.state import targets_of
 from reslora.merges import MERGES
 
 from . import stacks, weight_files, whole_models
-from .bases import BUNDLED, Base, base_of, changed, times_of
+from .bases import BUNDLED, Base, base_of, times_of
 from .recipe import SEEDS, Drawn, Request
 from .runs import IN_PLACE, Run, RunError, Weights, merged_by
 from .turns import Turns
-from .weight_files import refuse_gone, without_folders
+from .weight_files import files_of, refuse_gone, unless_replaced, without_folders
 
 __all__ = [
     "BUNDLED", "MERGE_CHOICES", "Base", "Cancelled", "Picture", "Status", "Step", "Studio", "Turns", "base_of",
@@ -325,14 +325,15 @@ class Studio:
 
     def _use(self, run: Run | None, weights: Weights, strength: float) -> None:
         """Puts the weights into the pipeline; `RunError` if they cannot be loaded, which leaves those before."""
-        files = (weights.path, weights.config, *(path for _, path in weights.encoders))
-        files += tuple(part.path for part, _ in weights.parts)
-        wanted = (*files, *map(changed, files), weights.parts, 1.0 if weights.kind == "base" else strength)
+        wanted = (*files_of(weights), weights.parts, 1.0 if weights.kind == "base" else strength)
         if self.current == wanted:
             return
+        refuse_replaced = unless_replaced(run, weights)
         parts = {self.family.denoiser: self._skeleton()} | self._encoders()
         try:
+            refuse_replaced()
             self._put(parts, run, weights, strength)
+            refuse_replaced()
         except RunError:
             raise
         except (ValueError, RuntimeError) as error:  # ours say in one line which layer does not fit
@@ -429,13 +430,14 @@ class Studio:
     def _write_whole(self, run: Run | None, weights: Weights, target: Path, visitor: Visitor) -> None:
         with self._turn(run, visitor):
             visitor.put(Status(f"Writing the model {target.name}"))
+            check = unless_replaced(run, weights, visitor.check)
             parts: dict[str, torch.nn.Module | Path] = {self.family.denoiser: weights.path, **dict(weights.encoders)}
             if weights.kind != "merged":
                 made = {self.family.denoiser: self._skeleton()} | self._encoders()
                 parts = {name: made[name] for name in stacks.put(made, self.family, weights, 1.0)}
             try:
                 base = self.pipeline.components | self.encoders | {self.family.denoiser: self._skeleton()}
-                whole_models.write(target, self.model, base, parts, visitor.check)
+                whole_models.write(target, self.model, base, parts, check)
             except (OSError, ValueError) as error:  # a full disk, a damaged file
                 why = getattr(error, "strerror", None)
                 reason = why or without_folders(error, weights.path, self.model.folder)

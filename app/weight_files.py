@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ from reslora.diffusion.training.checkpoints import RECORD
 from reslora.export import PEFT_CONFIG_FILE, PEFT_FILE, Factors
 from reslora.files import read_object
 
+from .bases import changed
 from .runs import Run, RunError, Weights
 
 LARGEST_ADAPTER = 2**30
@@ -130,6 +131,30 @@ def refuse_gone(run: Run | None, weights: Weights) -> None:
     if not run.folder.is_dir():
         raise RunError(f"{run.name} was deleted meanwhile.")
     raise RunError(f"{weights.label}: {weights.path.name} is gone meanwhile; choose another one.")
+
+
+def files_of(weights: Weights) -> tuple[Path | int | None, ...]:
+    """The files and folders that weights are read from, and when each has changed."""
+    files = (weights.path, weights.config, *(path for _, path in weights.encoders))
+    files += tuple(part.path for part, _ in weights.parts)
+    return *files, *map(changed, files)
+
+
+def unless_replaced(run: Run | None, weights: Weights, check: Callable[[], None] = lambda: None) -> Callable[[], None]:
+    """`check`, which from here on refuses merged weights, too, that a trainer is replacing, or has replaced since.
+
+    Some of what is read may be of the one merge and some of the other.
+    """
+    files = files_of(weights)
+
+    def both() -> None:
+        check()
+        if run is None or weights.kind != "merged":
+            return
+        if files_of(weights) != files or weights not in run.merged(weights.method):
+            raise RunError(f"{weights.label}: others are written in their place; try again once that is done.")
+
+    return both
 
 
 def refuse_not_finite(label: str, tensors: Mapping[str, Tensor]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from pathlib import Path
 
 from .errors import InvalidArgument
@@ -20,12 +21,15 @@ def whole_in_words(least: int, most: float = math.inf) -> str:
 
 
 def is_number(value: float, least: float, below: float = math.inf, exclusive: bool = False) -> bool:
-    """Whether a number is finite and in [least, below), or above `least` where `exclusive`."""
-    return math.isfinite(value) and value < below and (value > least if exclusive else value >= least)
+    """Whether a number is finite, as a float too, and in [least, below), or above `least` where `exclusive`."""
+    finite = abs(value) <= sys.float_info.max
+    return finite and value < below and (value > least if exclusive else value >= least)
 
 
 def number_in_words(least: float, below: float = math.inf, exclusive: bool = False) -> str:
     """What `is_number` wants."""
+    if least == -math.inf:
+        return "a finite number"
     ends = f" and below {below}" if below < math.inf else ""
     return f"a finite number {'above' if exclusive else 'of at least'} {least}{ends}"
 

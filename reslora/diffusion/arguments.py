@@ -21,7 +21,7 @@ from ..merges import AUTO
 from ..merges import NAMES as MERGES
 from . import foreign
 from .optimizers import OPTIMIZERS
-from .prompts import options_text
+from .prompts import LONGEST_SIDE, options_text
 
 SAMPLINGS = ("uniform", "logit_normal", "mode", "sigmoid", "shift", "flux_shift")
 BASE_PRECISIONS = ("no", "fp8", "int8", "nf4")
@@ -49,7 +49,7 @@ DEFAULTS = {
 # Where a bundled pipeline differs from DEFAULTS.
 BUNDLED_DEFAULTS = {"pipeline-flow": {"learning_rate": 1e-3, "snr_gamma": None, "guidance_scale": 3.0}}
 NOISES = 4  # at each timestep at which losses of an image are compared
-DEFAULT_RANK, HIGHEST_RANK = 16, 65536
+DEFAULT_RANK, HIGHEST_RANK, LARGEST_BATCH = 16, 65536, 65536
 # What may be a folder or file of the user's.
 PATHS = (
     "config", "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "init_lora", "metric_model",
@@ -111,13 +111,13 @@ def whole(minimum: int, most: float = math.inf) -> Callable[[str], int]:
 
 def buckets(text: str) -> str:
     """Type of a flag that takes heights and widths, as diffusers' scripts spell them: `512,512;448,576`."""
-    found = re.fullmatch(r"\s*\d+\s*,\s*\d+\s*(;\s*\d+\s*,\s*\d+\s*)*;?\s*", text)
+    found = re.fullmatch(r"\s*\d{1,5}\s*,\s*\d{1,5}\s*(;\s*\d{1,5}\s*,\s*\d{1,5}\s*)*;?\s*", text)
     if not found:
         raise argparse.ArgumentTypeError(f"{text!r} is not height,width;height,width")
     return re.sub(r"\s", "", text).strip(";")
 
 
-def number(minimum: float, below: float = math.inf, exclusive: bool = False) -> Callable[[str], float]:
+def number(minimum: float = -math.inf, below: float = math.inf, exclusive: bool = False) -> Callable[[str], float]:
     """Type of a flag that takes a finite number in [minimum, below), or above `minimum` when `exclusive`."""
 
     def parse(text: str) -> float:
@@ -275,7 +275,7 @@ def add_data_flags(add: Callable) -> None:
     add("--num_class_images", type=whole(0), default=100, help="class images; the model draws those that are missing")
     add("--prior_loss_weight", type=number(0), default=1.0, help="weight of the loss of class images")
     add("--max_train_samples", type=whole(1), help="train on that many images, drawn at random")
-    add("--resolution", nargs="+", type=whole(8), metavar="SIDE",
+    add("--resolution", nargs="+", type=whole(8, LONGEST_SIDE), metavar="SIDE",
         help="side of the square that images are cropped and scaled to; with several, each image is trained at all of "
              "them, and samples and the validation loss take the first")
     add("--use_aspect_ratio_buckets", **SWITCH,
@@ -301,7 +301,7 @@ def add_data_flags(add: Callable) -> None:
 def add_training_flags(add: Callable) -> None:
     """How long, how much at once, and on which loss."""
     add("--seed", type=whole(0), nargs="+", default=0, help="the same seed gives the same bytes")
-    add("--train_batch_size", type=whole(1), default=16, help="images per process and forward")
+    add("--train_batch_size", type=whole(1, LARGEST_BATCH), default=16, help="images per process and forward")
     add("--gradient_accumulation_steps", type=whole(1), default=1, help="forwards per step")
     add("--num_train_epochs", type=whole(1),
         help="passes over the images; each takes images / (batch x processes) forwards, rounded up for every bucket. "
@@ -339,9 +339,9 @@ def add_training_flags(add: Callable) -> None:
              "the scheduler's table; sigmoid, shift, flux_shift: as in kohya's. Default: by --weighting_scheme")
     add("--weighting_scheme", choices=WEIGHTINGS,
         help="flow matching: how losses are weighted, as in diffusers' scripts; logit_normal and mode draw timesteps")
-    add("--logit_mean", type=float, default=0.0, help="flow matching, logit_normal: mean of the normal number")
+    add("--logit_mean", type=number(), default=0.0, help="flow matching, logit_normal: mean of the normal number")
     add("--logit_std", type=number(0, exclusive=True), default=1.0, help="flow matching, logit_normal: its deviation")
-    add("--mode_scale", type=float, default=1.29, help="flow matching, mode: how far from uniform")
+    add("--mode_scale", type=number(), default=1.29, help="flow matching, mode: how far from uniform")
     add("--discrete_flow_shift", type=number(0, exclusive=True),
         help="flow matching: shift of the timesteps towards noise; default: the scheduler's; 3 with shift")
     add("--guidance_scale_train", type=number(0), default=1.0,

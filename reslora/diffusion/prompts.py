@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 UNRELATED = ("a wooden chair in a white room", "a snowy mountain", "a bowl of oranges", "an old man reading a book")
 """What the base model draws should be kept of, whatever is learnt."""
 SUFFIXES = (".txt", ".json")
+LONGEST_SIDE = 65536  # pixels; of larger images not even a plan can be made
 KOHYA = {  # what the letters of kohya's scripts mean, and what stands behind them
     "n": ("negative_prompt", str),
     "w": ("width", int),
@@ -93,8 +94,8 @@ def _is_scale(value: object) -> bool:
 _SCALE = (_is_scale, number_in_words(0))
 CHECKS: dict[str, tuple[Callable[[object], bool], str]] = {
     "negative_prompt": (lambda value: isinstance(value, str), "a text"),
-    "width": _whole(8),
-    "height": _whole(8),
+    "width": _whole(8, LONGEST_SIDE),
+    "height": _whole(8, LONGEST_SIDE),
     "seed": _whole(0, 2**63 - 1),
     "num_inference_steps": _whole(1),
     "guidance_scale": _SCALE,

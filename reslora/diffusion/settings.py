@@ -33,6 +33,7 @@ from .arguments import (
 )
 from .config_file import config_defaults
 from .experiment.checks import STEERING, check_experiment, plain_variants
+from .folder import cache_folder
 from .model.families import FAMILIES
 from .optimizers import ADAMS, check_installed, named, options_of
 from .prompts import clean, from_file
@@ -153,6 +154,8 @@ def check_places(flags: Flags) -> None:
         if not Path(folder).is_dir():
             raise InvalidArgument(f"--train_data_dir {folder}", "no such folder", "give one with images and captions")
     check_writable(Path(flags.output_dir), f"--output_dir {flags.output_dir}")
+    if flags.cache_dir and not cache_folder(flags).is_dir():  # one that is may have all, whoever may write there
+        check_writable(cache_folder(flags), f"--cache_dir {flags.cache_dir}")
 
 
 def check_flags(flags: Flags) -> None:

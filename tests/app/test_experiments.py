@@ -189,6 +189,7 @@ def test_a_plan_warns_of_what_keeps_differences_from_being_shown(library, tmp_pa
     assert "About 5 of 54 images compare:" in warned() and "compare" not in warned(test_split="0.2")
     assert "About 2 of 5 images compare:" in warned(uploads=[f"{n}.png" for n in range(5)], test_split="0.1")
     assert "About 1 of 3 images compares:" in warned(uploads=["1.png", "2.jpg", "3.png", "3.txt"], test_split="0.3")
+    assert "About 2 of 54 images compare:" in warned(test_split="1e-320")  # six by that share are more than any number
     assert "compare" not in warned("") and "choose one from the list" in warned("other")
     assert "verdicts need lora among the methods" in warned("", method=["lora_x2", "reslora"])
     goes_on = experiments.plan(Trainings(library, tmp_path / "data"), "which", {"seed": "0 1 2"}, "mine")

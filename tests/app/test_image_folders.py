@@ -175,7 +175,7 @@ def test_hidden_folders_are_passed_over_as_by_the_trainer(edits, tmp_path):
     images = edits.look("set")
     assert list(images.images) == [f"{n}.png" for n in range(6)] and len(trained(folder)) == 6
     (note,), (said,) = images.notes, trained(folder).notes
-    assert note == said.replace(f"{folder}/", "") and note.startswith("6 images in hidden folders are not read")
+    assert note == said.replace(f"{folder}/", "") and note.startswith("6 hidden images are not read")
     shutil.rmtree(folder / ".ipynb_checkpoints")
     edits.throw_away(edits.look("set"), ["0.png"])
     assert edits.look("set").notes == trained(folder).notes == ()

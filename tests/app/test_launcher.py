@@ -472,3 +472,12 @@ def test_only_trainers_are_stopped():
     assert not is_trainer(os.getppid())
     for pid in (0, 1, -1, 2**30):
         assert not is_trainer(pid)
+
+
+def test_hidden_files_are_neither_shown_nor_counted(trainings):
+    """A Mac leaves one beside each image on disks of other systems."""
+    folder = image_folder(trainings.data / "dogs", 2)
+    for path in list(folder.iterdir()):
+        path.with_name(f"._{path.name}").write_bytes(b"Mac OS X")
+    assert [path.name for path in trainings.first_images("dogs", [])] == ["0.png", "1.png"]
+    assert trainings.images.count("dogs", [], 9) == 2

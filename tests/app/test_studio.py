@@ -26,6 +26,7 @@ from app.runs import BASE, RunError, Weights
 from app.stacks import to_write
 from app.studio import MERGE_CHOICES, Cancelled, Step, Studio, Turns
 from reslora import checkpoint as checkpoints
+from reslora.files import replacing
 
 REQUEST = Request(prompt="red disc", steps=3, seed=5, width=64, height=64)
 EXPORTS = ("merged weights", "kohya.safetensors", "pytorch_lora_weights.safetensors")
@@ -98,6 +99,24 @@ def test_an_unmerged_checkpoint_is_drawn_with_its_shortcuts(studio, run):
     assert np.abs(steps[0] - steps[1]).max() > 8
     plain = np.abs(one(studio, run, "reslora: merged weights") - one(studio, run, BASE.label)).mean()
     assert np.abs(steps[1] - one(studio, run, "reslora: merged weights")).mean() < plain
+
+
+def test_merged_weights_that_are_replaced_while_they_are_read_are_not_drawn(studio, run, monkeypatch):
+    """Some of their files would be of the one merge and some of the other."""
+    put = weight_files.put_merged
+
+    def put_and_replace(model, weights, strength):
+        put(model, weights, strength)
+        with replacing(weights.path) as temporary:
+            shutil.copytree(weights.path, temporary)
+            temporary.touch()  # the copy has the time of what it is of
+
+    draw(studio, run, BASE)
+    with monkeypatch.context() as patch:
+        patch.setattr(weight_files, "put_merged", put_and_replace)
+        with pytest.raises(RunError, match="lora: merged weights: others are written in their place"):
+            one(studio, run, "lora: merged weights")
+    one(studio, run, "lora: merged weights")
 
 
 @pytest.mark.parametrize("name", ["merged weights", "pytorch_lora_weights.safetensors", "unmerged, step 4"])

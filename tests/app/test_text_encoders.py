@@ -122,6 +122,17 @@ def test_a_checkpoint_is_merged_with_its_encoders(studio, copy):
     torch.testing.assert_close(again, merged, rtol=1e-3, atol=1e-4)
 
 
+def test_nothing_is_made_of_weights_that_a_trainer_is_replacing(studio, copy, tmp_path):
+    """They were chosen before it began; by now the denoiser may be of the new merge and its encoders of the earlier."""
+    weights = copy.find_weights("lora: merged weights")
+    (copy.folder / "lora" / "exports.json").unlink()  # which comes back with the last of them
+    target = tmp_path / "models" / "full"
+    for make in (lambda: drawn(studio, copy, weights), lambda: list(studio.write_whole(copy, weights, target))):
+        with pytest.raises(RunError, match="lora: merged weights: others are written in their place"):
+            make()
+    assert not list(target.parent.iterdir())
+
+
 def test_encoders_that_are_not_whole_or_lead_out_are_not_drawn(studio, run, copy):
     path = copy.folder / "lora" / "text_encoder" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])

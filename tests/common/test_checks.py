@@ -25,14 +25,16 @@ def test_numbers_are_in_bounds(value, exclusive, expected):
     assert is_number(value, 0, below=1, exclusive=exclusive) is expected
 
 
-def test_infinity_is_no_number():
-    assert not is_number(math.inf, 0)
+@pytest.mark.parametrize("value", [math.inf, 10**309])
+def test_what_no_float_holds_is_no_number(value):
+    assert not is_number(value, 0) and not is_number(-value, -math.inf)
 
 
 def test_bounds_are_said_in_words():
     assert whole_in_words(1) == "a whole number of at least 1"
     assert whole_in_words(0, 7) == "a whole number of 0 to 7"
     assert number_in_words(0) == "a finite number of at least 0"
+    assert number_in_words(-math.inf) == "a finite number"
     assert number_in_words(0, below=1, exclusive=True) == "a finite number above 0 and below 1"
 
 

@@ -35,7 +35,7 @@ def test_json(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.txt", "a --w 6", "line 1: width 6 is not a whole number of at least 8"),
+        ("a.txt", "a --w 6", "line 1: width 6 is not a whole number of 8 to 65536"),
         ("a.txt", "a --s ten", "line 1: --s ten is no number"),
         ("a.txt", "a\nb --ss euler_a", "line 2: --ss is not known"),
         ("a.txt", "\n# b\n", "no prompt in it"),
@@ -44,6 +44,7 @@ def test_json(tmp_path):
         ("a.json", '[{"prompt": "a"}, "b"]', "entry 2: no object with a prompt"),
         ("a.json", '[{"prompt": "a", "steps": 3}]', "entry 1: steps is no option of a prompt"),
         ("a.json", '[{"prompt": "a", "guidance_scale": "7"}]', "entry 1: guidance_scale '7' is not a finite number"),
+        ("a.json", f'[{{"prompt": "a", "cfg_scale": 1{"0" * 309}}}]', "0 is not a finite number"),
         ("a.json", '[{"prompt": "a", "seed": true}]', "entry 1: seed True is not a whole number"),
         ("a.json", '[{"prompt": "a", "negative_prompt": 3}]', "entry 1: negative_prompt 3 is not a text"),
         ("b.json", None, "cannot be read"),

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from filelock import Timeout
 
+from ...common.checks import check_writable
 from ...common.errors import InvalidArgument, RunFailed
 from ...common.folder import guard_of
 from ...common.signals import NOT_BEGUN
@@ -53,10 +54,17 @@ def load_class_images(context: Context) -> list[ImageDataset]:
 def missing_class_images(flags: Flags) -> int:
     """How many the model has to draw; 0 without --class_data_dir, and where kohya's folders are in it.
 
-    Refuses to draw beside a metadata file.
+    Refuses a folder that has the images to be learnt in it, one that cannot be written, and to draw beside a metadata
+    file.
     """
-    folder = Path(flags.class_data_dir or "")
-    if flags.class_data_dir is None or (folder.is_dir() and kohyas_folders(folder, flags)[0]):
+    if flags.class_data_dir is None:
+        return 0
+    folder = Path(flags.class_data_dir)
+    for name in () if flags.dataset_name else listed(flags.train_data_dir):
+        if Path(name).resolve().is_relative_to(folder.resolve()):
+            problem = f"has what is to be learnt in it, --train_data_dir {name}"
+            raise InvalidArgument(f"--class_data_dir {folder}", problem, "give class images a folder of their own")
+    if folder.is_dir() and kohyas_folders(folder, flags)[0]:
         return 0
     everything = files_of(folder, flags) if folder.is_dir() else []
     there = sum(map(is_image, everything))
@@ -65,6 +73,8 @@ def missing_class_images(flags: Flags) -> int:
         problem = f"{missing} more than are there would be drawn, which {metadata[0]} does not list"
         fix = f"give --num_class_images {there}, or take that file away"
         raise InvalidArgument(f"--num_class_images {flags.num_class_images}", problem, fix)
+    if missing > 0:
+        check_writable(folder, f"--class_data_dir {folder}")
     return max(0, missing)
 
 

@@ -245,7 +245,7 @@ def repeats_of(name: str) -> int:
 
 
 def _hidden_note(rows: datasets.Dataset, folder: Path) -> list[str]:
-    """How many images in hidden folders no row names."""
+    """How many hidden images no row names."""
     return told_of_hidden(unlisted(rows, hidden_images(folder)))
 
 

@@ -135,6 +135,8 @@ def _upright(source: Content) -> PIL.Image.Image:
         image = PIL.ImageOps.exif_transpose(opened)
     if image.mode.startswith("I") or image.mode == "F":  # PIL would clip these at 255
         values = np.asarray(image, dtype=np.float32)
+        if not np.isfinite(values).all():  # it would be black or white all over
+            raise ValueError("pixels that are not finite")
         top = 65535 if image.mode != "F" or values.max() > 255 else 255 if values.max() > 1 else 1
         image = PIL.Image.fromarray((values / top * 255).clip(0, 255).round().astype(np.uint8))
     return image

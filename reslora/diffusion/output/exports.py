@@ -25,7 +25,7 @@ from ...common.folder import check_held
 from ...common.methods import METHODS
 from ...common.temporarily import temporarily
 from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
-from ...files import Damaged, check_checksums, replacing, write_json
+from ...files import Damaged, check_checksums, remove, replacing, write_json
 from ...model import MergeReport, merge
 from ...tracing import evaluating
 from ..arguments import listed
@@ -45,7 +45,7 @@ from ..training.trained import Trained
 from .calibration_file import write_calibration
 from .drawing import Drawer, as_bytes, as_image
 from .merged_weights import write_merged
-from .reports import FINISHED, save_images
+from .reports import FINISHED, MERGED, save_images
 
 TOLERANCE = 2  # of 255: largest difference of any pixel between the merged model and an export read back
 PEFT_FOLDER = "peft"
@@ -92,6 +92,7 @@ def export_method(
         check_held()
         for path in (folder / EXPORTS, context.folder / FINISHED):
             path.unlink(missing_ok=True)  # until all files are of this merge
+        remove(folder / MERGED)
         if merged:
             write_merge(merged, folder)
         for number, (part, found) in enumerate(merged.items()):
@@ -100,7 +101,7 @@ def export_method(
         metadata = kohya_metadata(denoiser.config, material, exported(schedule, learner, context), context)
         write_formats(parts, method, metadata, context)
         if shown:
-            save_images(folder / "merged", [as_image(image) for image in drawn], [prompt.prompt for prompt in prompts])
+            save_images(folder / MERGED, [as_image(image) for image in drawn], [prompt.prompt for prompt in prompts])
         context.status.say("reading back what was written", name)
         differences = {}
         for file, other in read_back(parts, method, drawer, context):

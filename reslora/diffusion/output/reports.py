@@ -27,7 +27,7 @@ from ..data.batch import Batch
 from ..data.samples import Material, ValidationSamples, losses_of, measured, measured_at
 from ..prompts import prompts_of
 from ..training.best import is_over, keep_if_best
-from ..training.checkpoints import checkpoints_of
+from ..training.checkpoints import EXPORTS, checkpoints_of
 from ..training.denoising import DenoisingLoss
 from ..training.schedule import Schedule
 from ..training.sharding import by_main, cuts_base
@@ -38,6 +38,7 @@ from .metric import load_metric
 
 T = TypeVar("T")
 VALIDATION_PARTS = ("loss", "samples")
+MERGED = "merged"  # samples of the merged model
 FINISHED = "loss.png"  # written last: where it is, a run is finished
 
 
@@ -250,11 +251,15 @@ class Validation:
 
 
 def forget_samples(folder: Path, step: int) -> None:
-    """What the log forgets from that step on goes: later samples, all where nothing is trained, and merged ones."""
+    """What the log forgets from that step on goes: later samples, all where nothing is trained.
+
+    And merged ones, but for those of what is exported, which stays until something else is.
+    """
     for drawn, path in by_step(folder / "samples").items():
         if not step or drawn > step:
             remove(path)
-    remove(folder / "merged")
+    if not (folder / EXPORTS).exists():
+        remove(folder / MERGED)
 
 
 def save_images(folder: Path, images: Sequence[Image.Image], prompts: Sequence[str]) -> None:

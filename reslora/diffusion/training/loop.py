@@ -47,7 +47,8 @@ def train(learner: Learner, material: Material, schedule: Schedule, watch: Watch
         if stop_requested(context.stop):  # nothing is to be saved, and a later step would leave these samples behind
             raise stopped_at(learner)
     learner.over = decided(lambda: reports.is_over(context.flags.early_stopping_patience))
-    steps, stopped = range(learner.step, learner.step if learner.over else schedule.steps), False
+    steps = range(learner.step, learner.step if learner.over else schedule.steps)
+    stopped = not steps and stop_requested(context.stop)  # no step is there to ask after
     pin = accelerator.device.type == "cuda"
     loader = training_loader(material, steps, accelerator.num_processes, accelerator.process_index, pin)
     silent, requests = not accelerator.is_main_process, Requests(context)

@@ -140,6 +140,25 @@ def test_none_are_drawn_that_a_metadata_file_does_not_list(tmp_path):
     assert missing_class_images(flags) == 1
 
 
+@pytest.mark.parametrize("place", [".", "10_sks disc", "below/10_sks disc"])
+def test_what_is_to_be_learnt_is_no_class_image(tmp_path, place):
+    """Nor is any drawn among it; a folder of class images in one of images to be learnt is no part of that."""
+    learnt = tmp_path / "class" / place
+    learnt.mkdir(parents=True, exist_ok=True)
+    flags = ["--class_data_dir", str(tmp_path / "class"), "--class_prompt", "a disc", "--train_data_dir"]
+    with pytest.raises(InvalidArgument, match=r"^--class_data_dir \S+/class: has what is to be learnt in it"):
+        missing_class_images(parse_args([*flags, str(learnt)]))
+    assert missing_class_images(parse_args([*flags, str(tmp_path)])) == 100
+
+
+def test_none_are_drawn_where_they_cannot_be_kept(tmp_path):
+    """Not even the model is loaded for them."""
+    (tmp_path / "class").write_text("")
+    flags = parse_args(["--class_data_dir", str(tmp_path / "class"), "--class_prompt", "a disc"])
+    with pytest.raises(InvalidArgument, match=r"^--class_data_dir \S+/class: .* is not a folder that can be written"):
+        missing_class_images(flags)
+
+
 def test_class_images_count_by_their_weight(model, data, tmp_path):
     """Without any the samples are those of a run that has the same images and no weight for these: other losses."""
     for name, weight in (("one", 1), ("none", 0)):

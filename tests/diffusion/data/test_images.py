@@ -36,6 +36,16 @@ def test_every_kind_of_image_is_read_right():
     assert solid("RGB", (1, 2, 3), exif=exif).shape == (8, 4, 3)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_an_image_with_a_pixel_that_is_no_number_is_damaged(value):
+    """Its largest value would say that all others are white, or black."""
+    pixels, file = np.full((4, 8), 100.0, np.float32), BytesIO()
+    pixels[2, 3] = value
+    PIL.Image.fromarray(pixels).save(file, format="TIFF")
+    with pytest.raises(ValueError, match="pixels that are not finite"):
+        open_image(file.getvalue())
+
+
 ORIENTATION = PIL.ExifTags.Base.Orientation
 
 

@@ -14,7 +14,7 @@ from reslora.diffusion.data.listing import TRASH
 from reslora.diffusion.data.tables import unlisted
 from reslora.diffusion.settings import parse_args
 
-HIDDEN = ("in hidden folders",)
+HIDDEN = ("hidden image",)
 
 
 def with_hidden(folder: Path, layout: str = "txt") -> Path:
@@ -50,6 +50,19 @@ def test_hidden_class_images_are_none(tmp_path):
     assert missing_class_images(parse_args(of_class)) == 1
     (found,) = gather(folder, caption="a disc")
     assert found.captions == [["a disc"]] * 2 and only(found.notes, *HIDDEN).startswith("2 ")
+
+
+@pytest.mark.parametrize("layout", ["txt", "none"])
+def test_hidden_files_are_no_images(tmp_path, layout):
+    """A Mac leaves one beside each file on disks of other systems: it is called as an image, and is none."""
+    folder = image_folder(tmp_path / "p", 2, layout=layout)
+    for path in list(folder.iterdir()):
+        path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
+    of_class = ["--class_data_dir", str(folder), "--class_prompt", "a disc", "--num_class_images", "3"]
+    assert missing_class_images(parse_args(of_class)) == 1
+    (found,) = gather(folder, "--strict", caption="a disc")
+    assert len(found) == 2 and not found.left_out
+    assert only(found.notes, *HIDDEN) == f"2 hidden images are not read (for example {folder}/._0.png)"
 
 
 def test_hidden_folders_in_kohyas_are_told_of_as_others_are(tmp_path):

@@ -155,16 +155,22 @@ def test_a_row_that_is_not_finite_is_an_error_and_not_written(tmp_path, loss):
     assert [row["step"] for row in read_log(tmp_path / "log.jsonl")] == [1]
 
 
+@pytest.mark.parametrize("exported", [False, True])
 @pytest.mark.parametrize(("step", "kept"), [(0, set()), (2, {"step-000000", "step-000002", "step-best"})])
-def test_samples_of_what_the_log_forgets_go_as_well(tmp_path, step, kept):
-    """Of another training, that was killed before its first checkpoint, or of steps behind the one it goes on from."""
+def test_samples_of_what_the_log_forgets_go_as_well(tmp_path, step, kept, exported):
+    """Of another training, that was killed before its first checkpoint, or of steps behind the one it goes on from.
+
+    Those of the merged model stay with what is exported: a stop may leave that as it is.
+    """
     for name in ("step-000000", "step-000002", "step-000003", "step-best"):
         save_images(tmp_path / "samples" / name, [Image.new("RGB", (8, 8))], ["red disc"])
     save_images(tmp_path / "merged", [Image.new("RGB", (8, 8))], ["red disc"])
+    if exported:
+        (tmp_path / "exports.json").write_text("{}")
     learner = SimpleNamespace(name="lora", before=0, step=step)
     Reports(tmp_path, learner, Schedule(4, 2, 0, False), SimpleNamespace(trackers=[], is_main_process=True)).close()
     assert {path.name for path in (tmp_path / "samples").iterdir()} == kept | {"step-best"}
-    assert not (tmp_path / "merged").exists()
+    assert (tmp_path / "merged").exists() == exported
 
 
 def test_similarities_by_hand(monkeypatch):

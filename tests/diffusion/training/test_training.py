@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -386,6 +387,23 @@ def test_a_stop_in_the_last_step_or_its_samples_leaves_them_to_the_next_start(
     assert main(*flags, *RESUME) == 0
     assert losses(output, "lora") == losses(run, "lora")
     assert digests(output / "lora", "samples/*/*") == digests(run / "lora", "samples/*/*")
+
+
+def test_a_stop_before_a_merge_alone_leaves_a_finished_run_as_it_is(run, base_flags, tmp_path, monkeypatch):
+    """There is no step after which it would be heard, and to merge and export a large model takes long."""
+    output, prepare = shutil.copytree(run, tmp_path / "out"), running.prepare
+    flags = [*base_flags, "--method", "lora", "reslora", "--merge", "none", "--output_dir", output]
+
+    def asked_before(*given):
+        signal.raise_signal(signal.SIGTERM)
+        prepare(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "prepare", asked_before)
+        assert main(*flags) == 128 + signal.SIGTERM
+    for pattern in ("*.json", "*.safetensors", "merged/*", "unet/*"):
+        assert digests(output / "reslora", pattern) == digests(run / "reslora", pattern)
+    assert (output / "loss.png").is_file()
 
 
 @pytest.mark.parametrize("moment", ["material", "step"])
