@@ -22,7 +22,7 @@ from app import recipe, weight_files
 from app import studio as studios
 from app.library import Library
 from app.recipe import Drawn, Request
-from app.runs import BASE, RunError, Weights
+from app.runs import BASE, Run, RunError, Weights
 from app.stacks import to_write
 from app.studio import MERGE_CHOICES, Cancelled, Step, Studio, Turns
 from reslora import checkpoint as checkpoints
@@ -558,12 +558,14 @@ def test_one_file_is_taken_at_a_time(tmp_path, names):
         (with_value("conv_in.bias", lambda t: t * float("nan")), "conv_in.bias has values"),
     ],
 )
-def test_merged_weights_that_are_not_whole_are_refused_by_name(studio, run, tmp_path, change, named):
-    merged = run.find_weights("lora: merged weights")
-    (file,) = merged.path.glob("*.safetensors")
+def test_merged_weights_that_are_not_whole_are_refused_by_name(studio, run, tmp_path, monkeypatch, change, named):
+    whole = run.find_weights("lora: merged weights")
+    (file,) = whole.path.glob("*.safetensors")
     save_file(change(load_file(file)), tmp_path / "changed.safetensors")
+    merged = replace(whole, path=tmp_path)
+    monkeypatch.setattr(Run, "merged", lambda run, method: [merged])
     with pytest.raises(RunError, match=f"^lora: merged weights: {named}"):
-        draw(studio, run, replace(merged, path=tmp_path))
+        draw(studio, run, merged)
 
 
 @pytest.mark.parametrize(
