@@ -35,8 +35,6 @@ IMAGES = ("seed", "base model", "how samples are drawn", "resolution")
 """What images of one prompt must have in common to compare."""
 LOSSES = ("seed", "base model", "resolution", "held-out images", "how losses are measured")
 """What losses must: the seed chooses the images to hold out, and their noise."""
-DEFAULTS = {"max_validation_images": 64}
-"""Of flags that an earlier version's settings may lack; all others are as if not given."""
 FIRST = "losses before training, so that images or model have changed since"
 TOLERANCE = 1e-3
 """Relative, of losses before training: of the same images and model they differ by rounding alone."""
@@ -45,7 +43,7 @@ LONGEST = 48
 
 def setting(config: dict, flag: str) -> str:
     """The value of a flag as JSON; empty for one that was not given, or switched off."""
-    value = config.get(flag) or DEFAULTS.get(flag)
+    value = config.get(flag)
     value = value[0] if isinstance(value, list) and len(value) == 1 else value
     return json.dumps(value) if value else ""
 

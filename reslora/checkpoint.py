@@ -127,8 +127,7 @@ def load(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
     check_checksums(directory, [CONFIG_NAME, WEIGHTS_NAME])
     loaded = outer if present else _attach(outer, saved.lora, adapter_name, saved, directory)
     _fill(loaded, base_model(loaded), saved.tensors, adapter_name)
-    if saved.scaling is not None:
-        rescale(lora_layers(base_model(loaded), adapter_name), saved.scaling, adapter_name)
+    rescale(lora_layers(base_model(loaded), adapter_name), saved.scaling, adapter_name)
     if connection is None:
         connection = attach_wires(loaded, saved.config, adapter_name, saved.plan)
     norms = connection.wires.norms
@@ -148,8 +147,8 @@ class _Saved:
     config: ResLoraConfig
     lora: LoraConfig
     plan: Chains
-    scaling: dict[str, float] | None
-    """Of the layers whose scaling is not what rank and alpha say; None in files of earlier versions."""
+    scaling: dict[str, float]
+    """Of the layers whose scaling is not what rank and alpha say."""
     wrapped: bool
     """Whether the saved model was a `PeftModel`."""
     names: list[str]
@@ -169,8 +168,8 @@ def _read(directory: Path) -> _Saved:
         plan = _read_plan(content["chains"])
         names, pushed = content["norms"]["names"], content["norms"]["pushed"]
         _expect("norms", _texts(_list(names)) and _counts([pushed]))
-        scaling = content.get("scaling")
-        _expect("scaling", scaling is None or (isinstance(scaling, dict) and _numbers(scaling.values())))
+        scaling = content["scaling"]
+        _expect("scaling", isinstance(scaling, dict) and _numbers(scaling.values()))
         _expect("peft_model", isinstance(content["peft_model"], bool))
     except Exception as error:  # what is no file of ours fails in as many ways as there are values
         raise ValueError(f"{path} is damaged: {first_line(error)}") from error
@@ -322,7 +321,7 @@ def _check(saved: _Saved, model: nn.Module, adapter_name: str, directory: Path, 
         if here != there:
             raise ValueError(f"{key} has shape {there} in {directory / WEIGHTS_NAME}, but {here} in the model")
     layers = lora_layers(base, adapter_name)
-    if others := (saved.scaling or {}).keys() - layers:
+    if others := saved.scaling.keys() - layers:
         raise ValueError(f"{directory / CONFIG_NAME} scales {min(others)}, which is no LoRA layer of the model")
     for block in saved.plan.blocks:
         if block.name not in layers:

@@ -25,8 +25,8 @@ ABANDONED = 24 * 3600  # seconds after which a temporary of another machine coun
 LONGEST_NAME = 50  # characters of a name that its temporary repeats; systems allow 255 bytes
 
 # What `replacing` writes to before it renames: the name, then machine, process and when that was started, and a random
-# part. Earlier versions wrote the process alone.
-_TEMPORARY = re.compile(r"\..+\.(?:([0-9a-f]{8})-)?(\d+)(?:-(\d+)-[0-9a-f]{8})?(?:\.old)?\.tmp")
+# part.
+_TEMPORARY = re.compile(r"\..+\.([0-9a-f]{8})-(\d+)-(\d+)-[0-9a-f]{8}(?:\.old)?\.tmp")
 
 
 class Damaged(ValueError):

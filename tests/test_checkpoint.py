@@ -85,23 +85,6 @@ def test_scales_that_alpha_does_not_say_come_back(shortcut, into, tmp_path):
     )
 
 
-def test_a_folder_of_an_earlier_version_leaves_scales_as_they_are(tmp_path):
-    model = lora_stack()
-    reslora.connect(model, ResLoraConfig("input"), example_inputs=STACK_INPUTS)
-    reslora.save(model, tmp_path)
-    path = tmp_path / "reslora_config.json"
-    content = json.loads(path.read_text())
-    del content["scaling"]
-    path.write_text(json.dumps(content))
-    (tmp_path / "checksums.json").unlink()
-    target = lora_stack()
-    layer = find_layer(target, "layers.2.proj")
-    layer.set_scale("default", 3)
-    scale = layer.scaling["default"]
-    reslora.load(target, tmp_path)
-    assert layer.scaling["default"] == scale == 3 * find_layer(model, "layers.2.proj").scaling["default"]
-
-
 @plans
 def test_into_a_bare_base_and_into_a_matching_adapter(arch, tmp_path, shortcut, pre_num, head):
     model = saved(arch, tmp_path, shortcut, pre_num, head)

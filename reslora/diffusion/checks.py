@@ -138,17 +138,12 @@ def try_method(model: nn.Module, method: str, flags: Flags, config: PeftConfig, 
 
 
 def check_family(flags: Flags, model: Model) -> None:
-    """Refuse --train_text_encoder for a family whose encoders are not trained, and what nothing of the model reads.
-
-    Of a run that goes on the latter is not refused: an earlier version may have begun it with that.
-    """
+    """Refuse --train_text_encoder for a family whose encoders are not trained, and what nothing of the model reads."""
     if flags.train_text_encoder and not model.family.trainable:
         can = [load_family(name) for name in FAMILIES]
         names = ", ".join(family.name for family in can if family.trainable)
         problem = f"the text encoder of {model.family.name} is not trained"
         raise InvalidArgument("--train_text_encoder", problem, f"leave it out, or give a model of {names}")
-    if flags.resume_from_checkpoint:
-        return
     longest, guidance, name = flags.max_sequence_length, flags.guidance_scale_train, model.family.name
     if longest is not None and "max_sequence_length" not in model.family.defaults:
         problem = f"{name} reads as many tokens as its text encoder can"

@@ -56,7 +56,7 @@ def without_what_changes(values: dict, args: argparse.Namespace, given: set[str]
     """A run's settings but for those that mean nothing beside the flags that are `given`; what is of note is said."""
     now, where = values | {name: getattr(args, name) for name in given}, f"--config {args.config}"
     checkpoint = values.get("resume_from_checkpoint", "latest")
-    if checkpoint != "latest":  # of an earlier version
+    if checkpoint != "latest":
         values.pop("resume_from_checkpoint")
         if "resume_from_checkpoint" not in given and speaks():
             left_out = "is left out: that run went on from there, and another one starts afresh unless it is given"

@@ -181,7 +181,7 @@ def check_flags(flags: Flags) -> None:
         raise InvalidArgument("--use_8bit_adam", f"--optimizer {flags.optimizer} is given too", "leave one of them out")
     optimizer = "--use_8bit_adam" if flags.use_8bit_adam else f"--optimizer {flags.optimizer}"
     check_installed(flags.optimizer, flags.optimizer_args, optimizer)
-    if (options := options_of(flags.optimizer_args)).keys() & {"lr"} and not flags.resume_from_checkpoint:
+    if (options := options_of(flags.optimizer_args)).keys() & {"lr"}:
         raise InvalidArgument(f"--optimizer_args lr={options['lr']}", "--learning_rate sets it", "leave it out")
     check_start(flags)
     check_schedule(flags)
@@ -314,10 +314,7 @@ def check_loss(flags: Flags) -> None:
 
 
 def check_unread(flags: Flags) -> None:
-    """Refuse flags that nothing reads; with its default one may be given, as commands for other scripts have it.
-
-    Of a run that goes on nothing is refused: an earlier version may have begun it with them.
-    """
+    """Refuse flags that nothing reads; with its default one may be given, as commands for other scripts have it."""
     measures = flags.select_split or (flags.validation_prompt and flags.num_validation_images)
     tags = flags.shuffle_caption or flags.caption_tag_dropout_rate
     for name, read, fix in (
@@ -332,7 +329,7 @@ def check_unread(flags: Flags) -> None:
         ("metric_model", measures, "add --validation_prompt and --num_validation_images 1, or leave it out"),
     ):
         value = getattr(flags, name)
-        if not read and value != getattr(untouched(), name) and not flags.resume_from_checkpoint:
+        if not read and value != getattr(untouched(), name):
             given = f"--{name}" if value is True else f"--{name} {value}"
             raise InvalidArgument(given, "nothing reads it", fix)
 

@@ -59,8 +59,6 @@ FIXED = (
     "per_device_eval_batch_size", *LIMITS,
 )  # fmt: skip
 """What a plain run may change when it goes on, and an experiment may not."""
-RECORDED_LATER = ("per_device_eval_batch_size", "num_processes", *LIMITS)
-"""Experiments of earlier versions go on without."""
 TEXTS = About(
     "example",
     {
@@ -255,10 +253,10 @@ def take_folder(bench: Bench) -> None:
     # When losses are measured follows from the other settings, which are what to name.
     mine = sorted(bench.identity.items(), key=lambda item: item[0].startswith("eval_"))
     for name, value in mine if there else ():
-        earlier = there.get(name, value if name in RECORDED_LATER else None)
+        earlier = there.get(name)
         if not is_same(name, earlier, value):
             if name in ("train", "select", "test"):
-                problem = f"was begun with other {name} examples, or an earlier version cut these otherwise"
+                problem = f"was begun with other {name} examples"
                 raise InvalidArgument(f"--output_dir {folder}", problem, "bring those back, or choose another")
             fix = "leave it out" if earlier is None else "use that"
             problem = f"{folder} was begun with {as_typed(earlier)}"

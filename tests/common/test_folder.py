@@ -54,7 +54,7 @@ def test_a_living_owner_is_seen_with_another_temporary_folder(tmp_path, other_te
 
 @pytest.mark.parametrize("owner", ["", "{pid}", "{pid}\n", "{pid}\nffffffff-{pid}-{start}", "{pid}\n{host}-{pid}-1"])
 def test_a_lock_of_who_is_gone_or_cannot_be_asked_is_taken_over(tmp_path, owner):
-    """Of an earlier version, of another machine, or of an earlier process that had the id of one that runs."""
+    """Of another machine, or of an earlier process that had the id of one that runs; or damaged."""
     host, _, start = this_process().split("-")
     (tmp_path / ".lock").write_text(owner.format(host=host, pid=os.getppid(), start=start))
     take(tmp_path)

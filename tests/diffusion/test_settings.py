@@ -192,7 +192,6 @@ def test_what_nothing_reads_is_refused(words, model, data):
         parse_args(flags)
     if "''" not in UNREAD[words]:
         parse_args([*flags, *UNREAD[words].split()])
-    parse_args([*flags, "--resume_from_checkpoint", "latest"])  # an earlier version may have begun it so
 
 
 @pytest.mark.parametrize("name", ["--hub_model_id my style", "--output_dir my style", "--hub_model_id a/b/c"])

@@ -176,7 +176,7 @@ def test_an_unfinished_one_steps_aside_where_it_is_alone(tmp_path, capsys):
     assert checkpoints_of(tmp_path) == [late, early]
     shutil.rmtree(late)
     (early / "kept").rename(early / "trainer_state.json")
-    (early / "optimizer.pt").write_bytes(b"cut")  # without checksums, as earlier versions have written it
+    (early / "optimizer.pt").write_bytes(b"cut")
     set_unfinished_aside(tmp_path)
     (early / "trainer_state.json").unlink()
     (tmp_path / "results.json").write_text("{}")  # of a run that has come to its end

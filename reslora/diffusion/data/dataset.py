@@ -65,10 +65,7 @@ class ImageDataset:
 
     @property
     def fingerprint(self) -> str:
-        """Captions, images and how much they count, in short.
-
-        It holds the word "content", which that of earlier versions did not.
-        """
+        """Captions, images and how much they count, in short."""
         repeats = f", {self.repeats} times" if self.repeats != 1 else ""
         weight = f", weight {self.weight:g}" if self.weight != 1 else ""
         return f"{len(self)} images, content {derive(self.captions, self.marks):x}{repeats}{weight}"

@@ -36,7 +36,7 @@ from .size import Size
 from .store import Encoded, Item, fill, share
 
 PART_OF_IMAGES, PART_OF_CAPTIONS, CAPTIONS_AT_ONCE = 256, 4096, 64
-MASKED = "masked-2"  # part of keys: with "masked" earlier versions kept what is transparent of a mask file as white
+MASKED = "masked-2"  # part of the cache's keys; another name whenever masks are read in another way
 RANDOM_CROPS = 4  # crops cached for an image of another shape than its size: the centre and three more
 FITS = 0.93  # share of an image that its bucket keeps, from which on the centre alone is cached
 

@@ -71,7 +71,7 @@ def note_images(material: Material, context: Context, goes_on: bool) -> None:
         raise InvalidArgument(data_flag(flags), "not the same images are damaged for all processes", "repair them")
 
     def note() -> None:
-        there = read_object(path).get("images", used)  # earlier versions have kept none
+        there = read_object(path).get("images", used)
         if goes_on and there != used:
             example = f" (left out: {left_out[0]})" if left_out else ""
             problem = f"{context.folder} was trained on {there}, what can be used now is {used}{example}"

@@ -46,13 +46,11 @@ from ..output.trackers import note_settings, start_trackers
 from ..processes import start_accelerator
 from ..run import Setting, check_before_loading, find_all, forget_encoder, identity_of, load_and_check, train_method
 from ..training.checkpoints import (
-    EARLIER_RULES,
     EXPORTS,
     MERGING,
     Identity,
     check_past,
     checkpoints_of,
-    has_other_rules,
     past_of,
     plan_resume,
 )
@@ -174,8 +172,6 @@ def check_same(flags: Flags, identity: Identity | None = None) -> None:
                 raise InvalidArgument(f"--output_dir {folder}", problem, "choose another")
         return
     check_past(flags, folder, there, identity)
-    if has_other_rules(flags, there):
-        raise InvalidArgument(f"--output_dir {folder}", f"holds arms of {EARLIER_RULES}", "choose another")
     for name in FIXED:
         value, before = getattr(flags, name), there.get(name)
         settled = value is not None or name == "metric_model"  # of the others the model or the images say it yet
@@ -185,20 +181,14 @@ def check_same(flags: Flags, identity: Identity | None = None) -> None:
 
 
 def check_parts(flags: Flags, parts: Parts, images: Mapping[int, ImageDataset]) -> None:
-    """Refuses to go on with other parts than an experiment was begun with, as an earlier version may have cut them."""
+    """Refuses to go on with another split than the experiment was begun with."""
     folder = Path(flags.output_dir)
     there = read_object(folder / EXPERIMENT)
     if not there:
         return
     before = there.get("identity", {}).get("parts")
-    if before is not None:
-        same = before == content_of(parts, images)
-    else:  # an earlier version has kept how many they are, and what it has compared by
-        marks = [images[source].marks[number] for source, number in parts.test]
-        sizes = (there["split"]["train"], there["split"]["test"]) == (len(parts.train), len(marks))
-        same = sizes and all(arm["test"]["images"] == marks for arm in there["arms"] if arm["test"])
-    if not same:
-        problem = "was begun with other parts of these images, as an earlier version cut them"
+    if before != content_of(parts, images):
+        problem = "was begun with another split of these images"
         raise InvalidArgument(f"--output_dir {folder}", problem, "choose another")
 
 
@@ -240,7 +230,7 @@ def of_seed(material: Material, seed: int, pipeline: DiffusionPipeline, context:
         if source.latents is not None:
             sizes = [source.size(image) for image in range(len(source.images))]
             latents, problems = latents_of(source.images, sizes, pipeline, context)
-            for index, problem in problems.items():  # by an earlier version, which kept what had passed
+            for index, problem in problems.items():  # damaged since the other seeds were encoded
                 name = source.images.name(index)
                 where = f"--seed {seed}, {name}"
                 raise InvalidArgument(where, f"{problem}, and not with other seeds", f"remove {cache_folder(flags)}")

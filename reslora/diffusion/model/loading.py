@@ -58,10 +58,7 @@ class Model:
     """What the denoiser predicts, where the scheduler's configuration says something else."""
 
     def fingerprint(self, *parts: str) -> str:
-        """The files of these parts (all that are loaded) in short, wherever they are: names and contents.
-
-        Starts with "content", which that of earlier versions did not.
-        """
+        """The files of these parts (all that are loaded) in short, wherever they are: names and contents."""
         family, marks = self.family, []
         for part in parts or (family.denoiser, "vae", "scheduler", *family.text_parts):
             other = self.vae if part == "vae" else None

@@ -180,13 +180,10 @@ def between_of(flags: Flags, timesteps: int) -> tuple[int, int]:
 
 
 def check_read(flags: Flags, sampling: str) -> None:
-    """Refuse settings that this way to draw timesteps does not read; with its default one may be given.
-
-    Of a run that goes on nothing is refused: an earlier version may have begun it with them.
-    """
+    """Refuse settings that this way to draw timesteps does not read; with its default one may be given."""
     for name, samplings in READ_BY.items():
         value, default = getattr(flags, name), getattr(untouched(), name)
-        if sampling not in samplings and value != default and not flags.resume_from_checkpoint:
+        if sampling not in samplings and value != default:
             problem = f"timesteps are drawn by {sampling}, which does not read it"
             stay = "leave it out" if default is None else f"leave it at {default}"
             raise InvalidArgument(f"--{name} {value}", problem, f"{stay}, or add --timestep_sampling {samplings[-1]}")
@@ -208,7 +205,7 @@ def objective_of(flags: Flags, family: Family, pipeline: DiffusionPipeline) -> O
         return objective
     for name in ("timestep_sampling", "weighting_scheme", *READ_BY):
         value = getattr(flags, name)
-        if value != getattr(untouched(), name) and not (name in READ_BY and flags.resume_from_checkpoint):
+        if value != getattr(untouched(), name):
             raise InvalidArgument(f"--{name} {value}", f"{family.name} does not learn a flow", "leave it out")
     argument = f"--pretrained_model_name_or_path {flags.pretrained_model_name_or_path}"
     with refused_as(argument, "give another model, or --prediction_type", (ValueError,)):

@@ -16,8 +16,6 @@ from ..model.lora_files.writing import peft_folder
 
 BEGIN = "<!-- From here to the next mark this is written anew with each upload; the rest stays. -->"
 END = "<!-- To here. -->"
-GENERATED = "<!-- This model card has been generated automatically"
-"""In cards of earlier versions, which were diffusers' template with its blanks."""
 TAGS = ("text-to-image", "diffusers", "diffusers-training", "lora", "reslora")
 
 
@@ -34,10 +32,8 @@ def card_of(repository: str, pictured: bool, context: Context) -> str:
     base = flags.pretrained_model_name_or_path
     if not Path(base).exists():  # the hub refuses what is no name of its own
         card.data.base_model = base
-    elif BEGIN in card.text or GENERATED in card.text:
+    elif BEGIN in card.text:
         card.data.base_model = None
-    if GENERATED in card.text:
-        card.text = f"# {repository.rpartition('/')[2]}\n"
     card.data.tags = list(dict.fromkeys((*listed(card.data.tags), *TAGS)))
     part = "\n\n".join([BEGIN, *description(repository, pictured, context), END])
     marked = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)

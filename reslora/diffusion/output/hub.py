@@ -15,7 +15,7 @@ from ..arguments import Flags
 from ..context import Context
 from ..settings import repository_of
 from ..training.checkpoints import EXPORTS
-from .card import GENERATED, card_of
+from .card import card_of
 from .summary import write_comparison
 
 # Beside figures and card nothing else is: there may be settings, latents of the training images, their names, notes,
@@ -37,9 +37,9 @@ def hub_repository(flags: Flags) -> str:
 
 
 def own_card(folder: Path) -> Path | None:
-    """The README.md that a user has put into the run's folder; an earlier version's upload left its own there."""
+    """The README.md that a user has put into the run's folder."""
     path = folder / "README.md"
-    return path if path.is_file() and GENERATED not in path.read_text("utf-8", "replace") else None
+    return path if path.is_file() else None
 
 
 def check_upload(flags: Flags) -> None:

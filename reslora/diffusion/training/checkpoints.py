@@ -36,8 +36,7 @@ from ...files import (
     write_checksums,
     write_json,
 )
-from ..arguments import BY_FAMILY, NOISES, Flags, build_parser, in_words, listed
-from ..settings import fill_defaults
+from ..arguments import NOISES, Flags, in_words, listed
 from .best import FOLDER, best_of, forget_beaten
 from .schedule import Schedule
 from .state import Learner
@@ -65,9 +64,6 @@ FREE_ON_RESUME = {
     "dataset_name", "dataset_config_name", "image_column", "caption_column", "class_data_dir", "init_lora",
 }  # fmt: skip
 
-DATA_RULES = 2
-"""How images in buckets are cropped and counted, and masks read; goes up where a run begun before would meet others."""
-EARLIER_RULES = "an earlier version, which cropped and counted images in buckets and read masks otherwise"
 DESCRIBED = {
     "samples_per_step": "batch size x accumulation x processes =",
     "samples_per_forward": "with images of several sizes, batch size x processes =",
@@ -168,9 +164,6 @@ def plan_resume(flags: Flags, identity: Identity | None = None, place: str = "")
     for method in todo:
         if not checkpoints[method]:
             refuse_afresh(output, folders[method], finished=(folders[method] / EXPORTS).exists())
-    newest = [checkpoints[method][0] for method in todo if checkpoints[method] and method not in merge_anew]
-    of_earlier = [path for path in newest if has_other_rules(flags, read_checkpoint(path))]
-    notes += [f"{path} is of {EARLIER_RULES}: it goes on as is done now" for path in of_earlier]
     resume = Resume(finished, list(merge_anew), checkpoints, notes)
     if flags.max_train_steps:
         check_length(flags, resume, flags.max_train_steps)
@@ -245,11 +238,6 @@ def notes_of(flags: Flags, folder: Path, record: dict) -> list[str]:
     return [f"{folder} is finished, --{name} has no effect any more: it was {in_words(shown[name])}" for name in names]
 
 
-def has_other_rules(flags: Flags, record: dict) -> bool:
-    """Whether a record is of an earlier version to which these flags meant other crops, counts or masks of images."""
-    return record.get("data_rules", 1) != DATA_RULES and (bool(flags.masked_loss) or has_sizes(flags))
-
-
 def _named_checkpoint(flags: Flags, named: str, todo: list[str]) -> tuple[str, Path]:
     output = Path(flags.output_dir)
     method = (todo or flags.method)[0]
@@ -268,13 +256,12 @@ def _named_checkpoint(flags: Flags, named: str, todo: list[str]) -> tuple[str, P
 def check_past(flags: Flags, place: Path, record: dict, identity: Identity | None) -> None:
     """Refuse to go on with another rank, seed, model, images ... than a checkpoint or a finished method had."""
     there = record.get("settings")
-    there = as_now(there, flags) if isinstance(there, dict) else {}  # damaged
+    there = there if isinstance(there, dict) else {}  # damaged
     refuse_steering(flags, place, there)
     for name, value in json.loads(json.dumps(settings_of(flags))).items():
         # None: the model's family or accelerate may say it yet, and this is called again then, with the identity.
-        unknown = name == "mixed_precision" and there.get(name) is None  # not kept by earlier versions
         settled = value is not None or identity is not None
-        if settled and name in there and there[name] != value and not unknown:
+        if settled and name in there and there[name] != value:
             flag = f"{DESCRIBED.get(name, f'--{name}')} {as_typed(value)}"
             problem = f"{place} was trained with {as_typed(there[name])}"
             fix = "leave it out" if there[name] is None else "use that"
@@ -294,8 +281,6 @@ def refuse_other_content(flags: Flags, place: Path, record: dict, identity: Iden
         there = record.get(name, here)
         if here != there:
             what = f"on {there}, these are {here}" if name == "images" else "from a model with other content"
-            if "content" not in str(there):  # it holds hashes of heads and tails of files
-                what = f"by an earlier version, which did not look at all of the {name}: are these the same?"
             problem, fix = f"{place} was trained {what}", "bring that back, or choose another --output_dir"
             flag = getattr(identity, f"{name}_flag")
             if name == "images" and here.partition(OF_CLASS)[0] == str(there).partition(OF_CLASS)[0]:
@@ -313,21 +298,6 @@ def refuse_steering(flags: Flags, place: Path, there: dict) -> None:
         flag = f"--{steering}" if steering == "save_best" else f"--{steering} {flags.early_stopping_patience}"
         problem = f"needs --validation_noises from the start, and {place} was trained without"
         raise InvalidArgument(flag, problem, "leave it out, or choose another --output_dir")
-
-
-def as_now(settings: dict, flags: Flags) -> dict:
-    """Settings as an earlier version has kept them, with the flags that it had not: a run of it was without these.
-
-    What the model or accelerate says, or an experiment leaves out because there may be more of it, is not among them.
-    """
-    if "snr_gamma" in settings:
-        settings = settings | {"snr_gamma": settings["snr_gamma"] or 0}
-    if settings_of(flags).keys() <= settings.keys():
-        return settings
-    model = ["--pretrained_model_name_or_path", flags.pretrained_model_name_or_path]
-    default = vars(fill_defaults(build_parser().parse_args(model)))
-    others = {*BY_FAMILY, "mixed_precision", "learning_rate", "seed"}
-    return {name: value for name, value in default.items() if name not in others} | settings
 
 
 # -- saving and restoring ----------------------------------------------------------------------------------------------
@@ -376,7 +346,7 @@ def write_checkpoint(learner: Learner, path: Path, state: dict, record: dict) ->
 def past_of(flags: Flags, identity: Identity) -> dict:
     """What a continuation is compared with, see `check_past`."""
     lora = {"lora": identity.lora} if identity.lora else {}
-    content = {"model": identity.model, "images": identity.images, "data_rules": DATA_RULES}
+    content = {"model": identity.model, "images": identity.images}
     return content | {"settings": settings_of(flags)} | lora
 
 

@@ -136,8 +136,8 @@ class Learner:
             self.awaited = state["optimizer"]
         else:
             self.optimizer.load_state_dict(state["optimizer"])
-        if trained := state.get("trained"):  # which earlier versions did not keep: their adapters were these
-            self._put(trained)
+        if state["trained"]:
+            self._put(state["trained"])
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         if accelerator.scaler and state["scaler"]:
             accelerator.scaler.load_state_dict(state["scaler"])

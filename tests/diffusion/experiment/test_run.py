@@ -340,22 +340,18 @@ def test_other_images_are_refused(flags, whole, capsys, tmp_path):
     noted.write_text(content)
 
 
-def test_parts_that_an_earlier_version_has_cut_otherwise_are_refused(images, tmp_path):
-    """Of which a record has the content, or, before, how many they were and what was compared by."""
+def test_another_split_of_the_images_is_refused(images, tmp_path):
     flags = parse_args(["--train_data_dir", str(images), "--output_dir", str(tmp_path), "--seed", "0", "1"])
     found = {0: load_images(flags)}
     parts = parts_of(found, flags)
     fewer, other = dataclasses.replace(parts, train=parts.train[1:]), dataclasses.replace(parts, test=parts.train[:1])
     run.check_parts(flags, parts, found)  # there is nothing yet
-    marks = [found[0].marks[image] for _, image in parts.test]
-    split, arms = {"train": len(parts.train), "test": len(parts.test)}, [{"test": None}, {"test": {"images": marks}}]
-    now = {"identity": {"parts": content_of(parts, found)}, "arms": [], "split": split}
-    for record in (now, {"identity": {}, "arms": arms, "split": split}, {"arms": arms[:1], "split": split}):
-        (tmp_path / "experiment.json").write_text(json.dumps(record))
-        run.check_parts(flags, parts, found)
-        for wrong in (fewer, other) if "identity" in record else (fewer,):
-            with pytest.raises(InvalidArgument, match=r"begun with other parts of these images.*; choose another$"):
-                run.check_parts(flags, wrong, found)
+    record = {"identity": {"parts": content_of(parts, found)}, "arms": []}
+    (tmp_path / "experiment.json").write_text(json.dumps(record))
+    run.check_parts(flags, parts, found)
+    for wrong in (fewer, other):
+        with pytest.raises(InvalidArgument, match=r"begun with another split of these images.*; choose another$"):
+            run.check_parts(flags, wrong, found)
 
 
 def test_an_image_that_is_damaged_for_one_seed_alone_is_named(images, tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from diffusion.runs import failed, main, without
 from reslora.diffusion.arguments import Flags
 from reslora.diffusion.context import Context
 from reslora.diffusion.model.families import load_family
-from reslora.diffusion.output.card import BEGIN, GENERATED, TAGS, card_of
+from reslora.diffusion.output.card import TAGS, card_of
 from reslora.diffusion.output.hub import check_upload
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -184,13 +184,6 @@ def test_a_base_that_is_no_name_of_the_hub_leaves_the_one_that_was_written(hub, 
         assert ModelCard(hub.card).data.base_model == expected
 
 
-def test_a_card_of_an_earlier_version_is_written_anew(hub):
-    old = f"---\nbase_model: owner/old\n---\n\n{GENERATED} according to ... -->\n\n# old\n\nTODO: add an example\n"
-    hub.files["README.md"] = old.encode()
-    card = described(hub, dataset_name="owner/cats")
-    assert "TODO" not in card and "owner/old" not in card and "# run" in card and "trained on owner/cats" in card
-
-
 def test_folders_are_called_by_their_names_and_the_hubs_by_theirs(hub, tmp_path, monkeypatch):
     (tmp_path / "cats" / "base").mkdir(parents=True)
     (tmp_path / "cats" / "base.safetensors").touch()
@@ -208,8 +201,6 @@ def test_a_readme_of_the_users_is_uploaded_as_it_is(run, base_flags, hub, tmp_pa
     flags = [*base_flags, "--method", "lora", "reslora", "--output_dir", tmp_path / "out", "--push_to_hub"]
     assert main(*flags) == 0 and f"{tmp_path}/out/README.md is uploaded as it is" in capsys.readouterr().out
     assert (tmp_path / "out" / "README.md").read_text() == hub.card == "# Mine\n"
-    (tmp_path / "out" / "README.md").write_text(f"{GENERATED} by a version before -->\n")
-    assert main(*flags) == 0 and "is uploaded as it is" not in capsys.readouterr().out and BEGIN in hub.card
 
 
 def test_whose_card_will_be_uploaded_is_said_before_the_training(hub, tmp_path, capsys):

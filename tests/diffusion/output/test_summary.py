@@ -53,7 +53,6 @@ def test_the_comparison_shows_what_was_drawn_of_todays_prompts_and_can_be_read(t
     Image.effect_noise((64, 64), 50).save(samples / "step-000006" / "1-0.png")
     cut(samples / "step-000006" / "1-0.png")
     draw(tmp_path / "lora" / "merged", PROMPTS)
-    (tmp_path / "lora" / "merged" / "prompts.json").unlink()  # of an earlier version
 
     def compare(path: Path, columns: list[str], rows: list, above: tuple) -> None:
         assert [(prompt, name) for prompt, [(name, _)] in rows] == [(f"prompt: {prompt}", "LoRA") for prompt in PROMPTS]

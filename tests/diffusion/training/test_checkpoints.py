@@ -40,7 +40,6 @@ from reslora.common.recovery import set_aside, step_of
 from reslora.diffusion.settings import parse_args
 from reslora.diffusion.training.best import best_of
 from reslora.diffusion.training.checkpoints import (
-    DATA_RULES,
     Identity,
     check_past,
     checkpoints_of,
@@ -50,7 +49,7 @@ from reslora.diffusion.training.checkpoints import (
     save_checkpoint,
     settings_of,
 )
-from reslora.files import write_checksums, write_json
+from reslora.files import write_json
 
 
 def unfinished(run: Path, output: Path, *methods: str) -> Path:
@@ -437,48 +436,6 @@ def test_resume_refuses_an_image_that_is_another_in_its_middle(brief_flags, caps
     assert f"--train_data_dir {folder}" in line and "checkpoint-1" in line
 
 
-@pytest.mark.parametrize(("name", "there"), [("images", "6 images, 5f0c"), ("model", "0123456789abcdef")])
-def test_a_checkpoint_of_an_earlier_version_is_refused_as_one(run, base_flags, capsys, tmp_path, name, there):
-    """It knew files by their heads and tails: what is there may be the same or not."""
-    output = unfinished(run, tmp_path / "out", "lora")
-    for checkpoint in checkpoints_of(output / "lora"):
-        record = json.loads((checkpoint / "trainer.json").read_text())
-        (checkpoint / "trainer.json").write_text(json.dumps(record | {name: there}))
-        write_checksums(checkpoint)
-    line = refused(capsys, *base_flags, "--method", "lora", "--output_dir", output, *RESUME)
-    assert "an earlier version" in line and name in line and "--output_dir" in line
-
-
-def test_a_flag_that_an_earlier_version_had_not_is_not_added_half_way(run, base_flags, capsys, tmp_path):
-    output, flags = unfinished(run, tmp_path / "out", "lora"), [*base_flags, "--method", "lora", *RESUME]
-    for checkpoint in checkpoints_of(output / "lora"):
-        record = json.loads((checkpoint / "trainer.json").read_text())
-        for name in ("caption_dropout", "caption_prefix", "optimizer", "masked_loss", "weighting_scheme"):
-            del record["settings"][name]
-        (checkpoint / "trainer.json").write_text(json.dumps(record))
-        write_checksums(checkpoint)
-    for added in (("--caption_dropout", "0.1"), ("--caption_prefix", "sks"), ("--optimizer", "lion")):
-        line = refused(capsys, *flags, *added, "--output_dir", output)
-        assert all(word in line for word in added) and "was trained with" in line
-    assert main(*flags, "--output_dir", output) == 0
-
-
-@pytest.mark.parametrize(
-    ("words", "told"), [(["--masked_loss"], True), (["--use_aspect_ratio_buckets"], True), ([], False)]
-)
-def test_what_an_earlier_version_cropped_or_masked_otherwise_is_told(run, base_flags, tmp_path, words, told):
-    output = unfinished(run, tmp_path / "out", "lora")
-    flags = parse_args([*map(str, base_flags), "--method", "lora", "--output_dir", str(output), *RESUME, *words])
-    assert not plan_resume(flags.replace(masked_loss=False, use_aspect_ratio_buckets=False)).notes
-    for checkpoint in checkpoints_of(output / "lora"):
-        record = json.loads((checkpoint / "trainer.json").read_text())
-        assert record.pop("data_rules") == DATA_RULES
-        (checkpoint / "trainer.json").write_text(json.dumps(record | {"settings": settings_of(flags)}))
-        write_checksums(checkpoint)
-    notes = plan_resume(flags).notes
-    assert bool(notes) == told and all("lora/checkpoint-" in note and "an earlier version" in note for note in notes)
-
-
 def test_resume_refuses_another_schedule_of_noise_at_the_same_place(again, capsys, tmp_path):
     config = tmp_path / "model" / "scheduler" / "scheduler_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "epsilon"}))
@@ -564,7 +521,7 @@ def test_who_is_killed_after_going_back_goes_on_from_there(keep, tmp_path, elsew
     restore(keep.learner, [chosen], named, keep.accelerator)
     assert plan_resume(flags.replace(resume_from_checkpoint="latest")).checkpoints == {tmp_path.name: [second]}
     assert digests(second, "*") == digests(chosen, "*")
-    shutil.rmtree(second)  # by an earlier version it was not there
+    shutil.rmtree(second)
     with pytest.raises(InvalidArgument, match=rf"go on with --resume_from_checkpoint {tmp_path}/set-aside"):
         plan_resume(flags)
 
@@ -690,5 +647,3 @@ def test_where_images_have_several_sizes_a_forwards_samples_stay_too(keep, monke
     check_past(flags.replace(train_batch_size=4), checkpoint, record, None)
     with pytest.raises(InvalidArgument, match=r"several sizes, batch size x processes = 2: .* was trained with 8"):
         check_past(flags.replace(train_batch_size=1, gradient_accumulation_steps=4), checkpoint, record, None)
-    del record["settings"]["samples_per_forward"]  # which earlier versions did not keep
-    check_past(flags.replace(train_batch_size=1, gradient_accumulation_steps=4), checkpoint, record, None)
