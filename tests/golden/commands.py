@@ -4,6 +4,7 @@ A command is run in a folder that has the files of `make_fixtures` and a link to
 """
 
 import json
+import sys
 from pathlib import Path
 
 SCRIPTS = {
@@ -28,10 +29,17 @@ TEXT = (
     "--calibration_examples 4 --use_cpu --report_to none --output_dir out"
 )
 ANSWERS = "--max_test_samples 4 --max_new_tokens 4"
+FORTY = f"{TEXT} {ANSWERS} --max_steps 40 --save_steps 2 --save_total_limit 1"
 SIX = f"{IMAGES} --method reslora --gradient_accumulation_steps 2 --checkpointing_steps 1 --max_train_steps 6"
 LORA = "out/lora/pytorch_lora_weights.safetensors"
 
 RUNS = {
+    "help": [
+        f"{script} --{flag}"
+        for script in SCRIPTS
+        for flag in ("help", "version")
+        if (script, flag) != ("convert", "version")
+    ],
     "unet": [
         f"sd {BUNDLED} --method lora reslora",
         f"convert {LORA} kohya.safetensors --to kohya --base assets/pipeline",
@@ -67,7 +75,7 @@ RUNS = {
         f"sd {TINY} --train_data_dir images shapes --train_data_repeats 2 1 --train_data_weight 1 0.5 "
         "--use_aspect_ratio_buckets --class_data_dir class --class_prompt 'blue box' --num_class_images 3 "
         "--prior_loss_weight 0.5 --num_train_epochs 1 --scale_lr",
-        f"sd {TINY} --train_data_dir shapes --use_aspect_ratio_buckets --aspect_ratio_buckets '32,48;48,32' "
+        f"sd {TINY} --train_data_dir shapes kohya --use_aspect_ratio_buckets --aspect_ratio_buckets '32,48;48,32' "
         "--max_train_steps 2 --output_dir named",
     ],
     "captions": [
@@ -90,6 +98,7 @@ RUNS = {
         f"sd {THREE} --optimizer torch.optim.SGD --optimizer_args momentum=0.9 --output_dir sgd",
     ],
     "configuration": [
+        "sd --config run.toml --plan",
         "sd --config run.toml --output_dir out",
         "sd --config out/config.json --output_dir again --max_train_steps 1",
         f"sd {THREE} --method lora --init_lora out/lora/peft --output_dir started",
@@ -115,7 +124,8 @@ RUNS = {
     "experiment": [
         f"sd {IMAGES} --max_train_steps 2 --learning_rate 1e-3 1e-2 --seed 0 1 --method lora reslora "
         "--select_split 0.25 --test_split 0.25",
-        f"sd {IMAGES} --max_train_steps 2 --learning_rate 1e-3 1e-2 --seed 0 --method lora reslora",
+        f"sd {IMAGES} --max_train_steps 2 --method lora reslora --shortcut input block --pre_num 1 2 "
+        "--output_dir several",
     ],
     "llm": [
         f"llm {TEXT} {ANSWERS} --shortcut block --pre_num 2 --merge_and_save",
@@ -123,9 +133,9 @@ RUNS = {
         f"llm {TEXT} {ANSWERS} --method adalora --gradient_checkpointing --output_dir adalora",
     ],
     "llm_stopped": [
-        f"stop llm {TEXT} {ANSWERS} --max_steps 40 --save_steps 2",
-        f"llm {TEXT} {ANSWERS} --max_steps 6 --save_steps 2",
-        f"llm {TEXT} {ANSWERS} --max_steps 40 --save_steps 2 --resume_from_checkpoint latest",
+        f"stop llm {FORTY}",
+        f"llm {FORTY}",
+        f"llm {FORTY} --resume_from_checkpoint latest",
     ],
     "llm_experiment": [
         f"llm {TEXT} {ANSWERS} --learning_rate 1e-3 5e-3 --method lora reslora --shortcut middle",
@@ -553,6 +563,7 @@ SHAPES = ((32, 32), (48, 32), (32, 56), (64, 40))
 
 def make_fixtures(folder: Path) -> None:
     """Write what the commands read: text files, a tiny pipeline, images, a LoRA."""
+    sys.path.append(str(Path(__file__).resolve().parents[1]))
     import PIL.Image
     import torch
     from pipelines import image_folder, random_image, stable_diffusion
@@ -564,6 +575,7 @@ def make_fixtures(folder: Path) -> None:
     unet = {"layers_per_block": 2, "transformer_layers_per_block": 2}
     stable_diffusion(folder / "model", text_encoder={"num_hidden_layers": 3}, unet=unet)
     image_folder(folder / "images", count=8)
+    image_folder(folder / "kohya" / "2_red disc", count=2, layout="none")
     (folder / "shapes").mkdir()
     for number, size in enumerate(SHAPES):
         image = random_image(10 + number).resize(size).convert("RGBA")

@@ -58,7 +58,7 @@ SETTINGS = "settings of"  # how the section of a config.json begins
 LIMIT = 300  # seconds for one command
 TOLERANCE = 1e-4  # of what is compared between processors, relative where it is above 1
 SHOWN = 20  # differences of one run
-VOLATILE = re.compile(r"seconds|minutes_|time|date|version|began|ended|_at$|sshs_|modelspec\.(hash|date)")
+VOLATILE = re.compile(r"seconds|runtime|_per_second|memory|process|began|ended|date$|version$")
 
 
 # -- processes ---------------------------------------------------------------------------------------------------------
@@ -275,10 +275,13 @@ def reference(commit: str, name: str, fixtures: Path, place: Path) -> dict:
     if not file.exists():
         checkout = CACHE / commit / "checkout"
         if not checkout.exists():
+            checkout.parent.mkdir(parents=True)
             archive = subprocess.check_output([*git, "archive", commit])
-            with tempfile.TemporaryDirectory(dir=CACHE) as folder, tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+            with (
+                tempfile.TemporaryDirectory(dir=checkout.parent) as folder,
+                tarfile.open(fileobj=io.BytesIO(archive)) as tar,
+            ):
                 tar.extractall(f"{folder}/checkout", filter="tar")
-                checkout.parent.mkdir(exist_ok=True)
                 Path(folder, "checkout").rename(checkout)
         found = Observer(checkout, fixtures, place / f"reference-{name}").observe(name)
         file.parent.mkdir(exist_ok=True)
@@ -365,14 +368,12 @@ def main() -> int:
     names = [*REFUSALS, *RUNS]
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     args = parser.parse_args()
-    CACHE.mkdir(parents=True, exist_ok=True)
     record = unpacked(json.loads(RECORD.read_text())) if RECORD.exists() else {}
     count = 0
     gc.freeze()  # a forked process copies what its collector touches
     with tempfile.TemporaryDirectory(prefix="reslora-golden-") as folder:
         place = Path(folder).resolve()
         (fixtures := place / "fixtures").mkdir()
-        sys.path.append(str(FOLDER.parent))
         if ended(fork(lambda: make_fixtures(fixtures), place / "fixtures.txt", fixtures)):
             sys.exit((place / "fixtures.txt").read_text())
         for name in args.only:
