@@ -54,6 +54,8 @@ def build_parser() -> argparse.ArgumentParser:
     # fmt: off
     add("inputs", nargs="*", metavar="IN", help="LoRA file of any tool, or folder that PEFT, diffusers or a run wrote")
     add("output", metavar="OUT", help="a name that ends in .safetensors, or a folder")
+    add("--overwrite", action="store_true",
+        help="replace OUT if it exists; an input, and what is in one, is never replaced")
     add("--to", choices=FORMATS, required=True, help="the format of OUT")
     add("--base", metavar="MODEL", help="the model's folder or name on the hub: its configurations alone are read")
     add("--family", choices=[*FAMILIES.values()], help="the model's family, where neither --base nor the file says it")
@@ -94,6 +96,7 @@ def convert(args: argparse.Namespace) -> None:
     from .model.lora_files.writing import output_of, write
 
     path = output_of(args.output, args.to)
+    check_overwrite(path, args)
     parts, names, metadata, dtype = extraction(args) if args.extract else sum_of_inputs(args)
     if args.weight:
         check_finite(parts, f"--weight {' '.join(f'{weight:g}' for weight in args.weight)}", "give smaller ones")
@@ -105,6 +108,20 @@ def convert(args: argparse.Namespace) -> None:
     check_finite(parts, f"--dtype {kind}", "give a wider one")
     write(parts, names, args.to, path, metadata)
     print(f"{path}: {names.family.name} ({', '.join(parts)}), {in_short(parts)}, {kind}, for {args.to}")
+
+
+def check_overwrite(path: Path, args: argparse.Namespace) -> None:
+    """Refuse to replace an input, and without --overwrite any other file, or PEFT's folder."""
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    flag, place = f"OUT {args.output}", path.resolve()
+    for text in (*args.inputs, *(args.extract or ())):
+        read = Path(text).resolve()
+        nested = place.is_relative_to(read) or read.is_relative_to(place)
+        if nested or (read.exists() and read.samefile(place)):
+            raise InvalidArgument(flag, f"would replace the input {text}, or what is in it", "give another name")
+    if not args.overwrite:
+        raise InvalidArgument(flag, f"{path} exists", "give another name, or add --overwrite")
 
 
 def sum_of_inputs(args: argparse.Namespace) -> tuple[Parts, Names, dict[str, str], torch.dtype]:

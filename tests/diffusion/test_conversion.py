@@ -175,7 +175,7 @@ def test_dtypes_are_kept_or_as_asked_for(tmp_path):
     half = {k: Factors(f.down.half(), f.up.half(), f.scale) for k, f in parts["unet"].items()}
     write_diffusers(tmp_path / "in.safetensors", {"unet": half})
     for more, dtype in (((), torch.float16), (("--dtype", "bfloat16"), torch.bfloat16)):
-        flags = ["--to", "kohya", "--base", tiny("stable_diffusion"), *more]
+        flags = ["--to", "kohya", "--base", tiny("stable_diffusion"), "--overwrite", *more]
         assert convert(tmp_path / "in.safetensors", *flags, tmp_path / "out.safetensors") == 0
         found = {value.dtype for value in load_file(tmp_path / "out.safetensors").values() if value.dim()}
         assert found == {dtype}
@@ -380,7 +380,7 @@ def test_bad_input_is_one_line(flags, words, tmp_path, monkeypatch, capsys):
 
 def test_pefts_folder_is_replaced_and_one_with_anything_else_is_not(tmp_path, capsys, monkeypatch):
     written(tmp_path / "in.safetensors", parts=random_lora("stable_diffusion", lambda name: "attn1" in name))
-    flags = ["--to", "peft", "--base", tiny("stable_diffusion")]
+    flags = ["--to", "peft", "--base", tiny("stable_diffusion"), "--overwrite"]
     for below in ("old/text_encoder", "old", "run/lora/peft", "adapters/one", "adapters/other"):
         assert convert(tmp_path / "in.safetensors", tmp_path / below, *flags) == 0
     (tmp_path / "run" / "samples").mkdir()
@@ -453,8 +453,36 @@ def test_a_damaged_file_leaves_what_was_there(tmp_path, capsys):
     content = (tmp_path / "in.safetensors").read_bytes()
     (tmp_path / "in.safetensors").write_bytes(content[: len(content) // 2])
     (tmp_path / "out.safetensors").write_text("before")
-    assert "whole" in refused(capsys, tmp_path / "in.safetensors", tmp_path / "out.safetensors", "--to", "kohya")
+    flags = [tmp_path / "in.safetensors", tmp_path / "out.safetensors", "--to", "kohya", "--overwrite"]
+    assert "whole" in refused(capsys, *flags)
     assert (tmp_path / "out.safetensors").read_text() == "before"
+
+
+def test_no_input_is_replaced_and_nothing_else_without_overwrite(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    parts = random_lora("stable_diffusion", lambda name: "attn1" in name)
+    base = ["--base", tiny("stable_diffusion")]
+    for name in ("a.safetensors", "b.safetensors"):
+        written(name, parts=parts)
+    assert convert("a.safetensors", "peft", "--to", "peft", *base) == 0
+    (tmp_path / "link.safetensors").symlink_to("a.safetensors")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    line = refused(capsys, "a.safetensors", "b.safetensors", "--to", "kohya", *base)  # OUT was forgotten
+    assert "OUT b.safetensors: b.safetensors exists; give another name, or add --overwrite" in line
+    assert "OUT peft: peft exists" in refused(capsys, "a.safetensors", "peft", "--to", "peft", *base)
+    for inputs, out, to in (
+        (["a.safetensors"], "a.safetensors", "kohya"),
+        (["b.safetensors", "a.safetensors"], tmp_path / "b.safetensors", "comfyui"),
+        (["a.safetensors"], "link.safetensors", "kohya"),
+        (["peft"], "peft/adapter_model.safetensors", "diffusers"),
+        (["peft/adapter_model.safetensors"], "peft", "peft"),
+        (["--extract", tiny("stable_diffusion"), "a.safetensors", "--rank", "2"], "a.safetensors", "kohya"),
+    ):
+        line = refused(capsys, *inputs, out, "--to", to, "--overwrite", *base)
+        assert f"OUT {out}: would replace the input" in line
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert convert("a.safetensors", "b.safetensors", "--to", "kohya", "--overwrite", *base) == 0
+    assert any(key.startswith("lora_unet_") for key in load_file("b.safetensors"))
 
 
 def test_the_command_runs_as_a_module():
