@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from ..common.errors import InvalidArgument, first_line, refused_as
 from ..common.readers import take_any_file_name
 from ..files import read_object
-from ..words import counted
+from ..words import counted, printable
 from .arguments import Parser, whole
 from .model.families import FAMILIES, load_family
 
@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         convert(args)
     except (InvalidArgument, OSError) as error:
         refused = isinstance(error, InvalidArgument)
-        print(f"reslora-convert: {'error: ' if refused else ''}{' '.join(str(error).split())}", file=sys.stderr)
+        problem = printable(" ".join(str(error).split()))
+        print(f"reslora-convert: {'error: ' if refused else ''}{problem}", file=sys.stderr)
         return 2 if refused else 1
     return 0
 

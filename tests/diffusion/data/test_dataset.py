@@ -321,6 +321,18 @@ def test_a_name_that_is_too_long_is_no_image(tmp_path):
     assert gather(folder).left_out == (f"{folder}/{'9' * 300}: not an image",)
 
 
+def test_names_that_a_terminal_would_obey_are_printed_escaped(tmp_path):
+    folder = image_folder(tmp_path / "p", 1)
+    (folder / "\x1b[2J.png").write_bytes(b"no image")
+    with (folder / "metadata.jsonl").open("a") as file:
+        file.write(json.dumps({"file_name": "\x1b[2J.png", "text": "a"}) + "\n")
+    said = []
+    context = SimpleNamespace(accelerator=SimpleNamespace(print=said.append))
+    tell_what_is_left_out(dataclasses.replace(gather(folder), notes=("not read: \x1b[1A.png",)), context)
+    left_out = f"left out: {folder}/\\x1b[2J.png: not an image"
+    assert said == ["not read: \\x1b[1A.png", left_out, "left out 1 image, kept 1"]
+
+
 # -- what is left out is said ----------------------------------------------------------------------------------------
 
 
