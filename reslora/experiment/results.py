@@ -123,6 +123,7 @@ class Results:
         read = [[arm.label, arm.rate, arm.seed, self.step_of(arm)] for arm in to_read]
         if read != self.read and not all(self.subject.is_tested(arm, self.step_of(arm)) for arm in to_read):
             self.readings, self.read = self.readings + 1, read
+            check_held()
             facts = {"readings": self.readings, "read": self.read}
             with (self.course.folder / READINGS).open("a", encoding="utf-8") as file:
                 file.write(f"\n{json.dumps(facts)}\n")  # not behind half a line that a killed process has left
