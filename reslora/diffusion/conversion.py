@@ -8,12 +8,14 @@ reslora-convert --extract BASE TUNED OUT --to diffusers --rank 32
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..common.assets import ASSETS
 from ..common.errors import InvalidArgument, first_line, refused_as
 from ..common.readers import take_any_file_name
 from ..files import read_object
@@ -58,7 +60,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--overwrite", action="store_true",
         help="replace OUT if it exists; an input, and what is in one, is never replaced")
     add("--to", choices=FORMATS, required=True, help="the format of OUT")
-    add("--base", metavar="MODEL", help="the model's folder or name on the hub: its configurations alone are read")
+    add("--base", metavar="MODEL", 
+        help="the model's folder or name on the hub: its configurations alone are read; default: that of the run which "
+             "wrote the first IN")
     add("--family", choices=[*FAMILIES.values()], help="the model's family, where neither --base nor the file says it")
     add("--weight", nargs="+", type=float, metavar="W", help="of each IN in their sum; default: 1")
     add("--rank", type=whole(1), help="reduce layers of more than this rank to it, with the least error")
@@ -181,8 +185,28 @@ def names_for(args: argparse.Namespace, contents: Sequence[Content]) -> tuple[Na
     if args.base is None:
         if family is None and not contents:
             raise InvalidArgument("--extract", "whose weights these are is not certain", "add --base or --family")
+        if family is None and (name := base_of_run(contents[0].path)):
+            with contextlib.suppress(InvalidArgument):  # it is elsewhere by now
+                return of_base(name, None)
         return names_of(family or family_of(contents[0])), {}
-    flag, name = f"--base {args.base}", args.base
+    return of_base(args.base, family)
+
+
+def base_of_run(path: Path) -> str | None:
+    """The model that the run which wrote a file or folder was trained from, by its config.json; None outside a run."""
+    path = path.resolve()
+    for folder in (path, *path.parents):
+        name = read_object(folder / "config.json").get("pretrained_model_name_or_path")
+        if isinstance(name, str):
+            bundled = ASSETS / Path(name).name  # of another machine, or relative to another folder
+            moved = not Path(name).exists() and Path(name).parent.name == ASSETS.name and bundled.is_dir()
+            return str(bundled) if moved else name
+    return None
+
+
+def of_base(name: str, family: Family | None) -> tuple[Names, dict[str, str]]:
+    """The same of a model's folder or its name on the hub."""
+    flag = f"--base {name}"
     if Path(name).is_file():
         raise InvalidArgument(flag, "a single file says nothing of the model", "give a folder in diffusers format")
     with refused_as(flag, "give a pipeline's folder in diffusers format, or its name on the hub"):

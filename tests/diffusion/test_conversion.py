@@ -1,6 +1,7 @@
 """`reslora-convert`: every format from every other, sums, smaller ranks, differences of models, and what is refused."""
 
 import io
+import json
 import os
 import re
 import shutil
@@ -295,6 +296,29 @@ def test_the_bundled_examples_lora_by_the_denoisers_folder(tmp_path):
         out = tmp_path / f"{number}.safetensors"
         assert convert(lora, out, "--to", "kohya", "--base", base, *more) == 0
         assert any(key.startswith("lora_unet_") for key in load_file(out))
+
+
+@pytest.mark.parametrize("place", ["lora", "lora/pytorch_lora_weights.safetensors"])
+def test_a_runs_own_configuration_names_the_base(place, tmp_path, monkeypatch):
+    """Bundled models wherever it is read, and whatever folder is the working one; others while they are there."""
+    out, base = tmp_path / "out.safetensors", ASSETS / "pipeline" / "unet"
+    monkeypatch.chdir(tmp_path)
+    run = shutil.copytree(EXAMPLE, tmp_path / "run")
+    assert json.loads((run / "config.json").read_text())["pretrained_model_name_or_path"] == "assets/pipeline"
+    assert convert(run / place, out, "--to", "kohya") == 0
+    assert convert(run / place, "named.safetensors", "--to", "kohya", "--base", base) == 0
+    assert_same(*({k: v.double() for k, v in load_file(path).items()} for path in (out, "named.safetensors")))
+    with safe_open(out, "pt") as file:
+        assert file.metadata()["ss_base_model_version"].startswith("sd_v")
+
+
+def test_a_run_whose_base_is_gone_is_told_by_its_file(tmp_path):
+    layer = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    file = tmp_path / "run" / "lora" / "pytorch_lora_weights.safetensors"
+    written(file, parts={"unet": {layer: random_factors((1280, 1280), 2, 1.0, 0)}}, ss_base_model_version="sd_v1")
+    (tmp_path / "run" / "config.json").write_text('{"pretrained_model_name_or_path": "/nowhere/model"}')
+    assert convert(tmp_path / "run" / "lora", tmp_path / "out.safetensors", "--to", "kohya") == 0
+    assert len(load_file(tmp_path / "out.safetensors")) == 3
 
 
 def test_folders_of_no_known_denoiser_are_refused(tmp_path, capsys):
