@@ -261,7 +261,8 @@ def add_data_flags(add: Callable) -> None:
     add("--caption_dropout", type=number(0, below=1), default=0.0,
         help="share of the training samples that get the empty caption; class images keep theirs")
     add("--enable_wildcard", **SWITCH,
-        help="each training sample gets one choice of {red|blue}, and one of a caption's lines; {{ and }} are braces")
+        help="each training sample gets one choice of {red|blue}, and one of a caption's lines; {{ and }} are braces; "
+             "of nested choices only the innermost is made (kohya's scripts end a choice at the first closing brace)")
     add("--shuffle_caption", **SWITCH, help="put the tags of a caption, between commas, into another order each time")
     add("--caption_tag_dropout_rate", type=number(0, below=1), default=0.0,
         help="share of a caption's tags that each training sample is without")
