@@ -135,9 +135,17 @@ def is_experiment(flags: Mapping[str, object]) -> bool:
     return any(len(listed(flags.get(name))) > 1 for name in SEVERAL)
 
 
+THREADS = """\
+threads on a CPU:
+  The processes of a run share all cores. OMP_NUM_THREADS=N gives each process N threads. `accelerate launch` and
+  `torchrun` set it to 1 by themselves, so from them only 2 or more counts. For one thread, leave the launcher out
+  (OMP_NUM_THREADS=1 python train_sd.py), or give it as many cores as processes (taskset -c 0 accelerate launch)."""
+
+
 def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     """All flags; those in DEFAULTS stay None until `settings.parse_args` knows whose model is trained."""
-    parser = Parser(prog="train_sd.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="train_sd.py", description=description, epilog=THREADS, formatter_class=raw)
     parser.knows_foreign = True
     parser.add_argument(
         "--config", metavar="FILE", help="flags from TOML or a run's config.json; the command line wins"
