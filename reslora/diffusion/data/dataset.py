@@ -174,7 +174,7 @@ def sample(folders: Sequence[ImageDataset], flags: Flags) -> list[ImageDataset]:
 def _source(row: dict, column: str = "image") -> Content:
     """The file of a row's image, or its content; empty where there is neither."""
     image = row.get(column)
-    return (image and (image["bytes"] or image["path"])) or b""
+    return (image and (image["path"] if image["bytes"] is None else image["bytes"])) or b""
 
 
 def _mark(row: dict) -> str:

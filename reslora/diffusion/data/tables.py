@@ -103,7 +103,7 @@ def check_inside(row: Mapping, places: Sequence[Path], where: str) -> None:
     """Refuse an image or mask that a row names by a path to none of these folders, whether or not it is there."""
     for column in ("image", "mask") if places else ():
         image = row.get(column)
-        if image and image["path"] and not image["bytes"]:
+        if image and image["path"] and image["bytes"] is None:
             path = Path(image["path"]).resolve()
             if not any(path.is_relative_to(place.resolve()) for place in places):
                 raise InvalidArgument(where, f"names {image['path']}, outside the folder", "move the image into it")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import io
 import json
 import os
 import shutil
@@ -74,6 +75,12 @@ def test_parquet_shards_hold_images_too(tmp_path, flag):
     assert all(same_image(found.open(number), random_image(number)) for number in range(3))
 
 
+def png_of(number: int) -> bytes:
+    file = io.BytesIO()
+    random_image(number).save(file, "PNG")
+    return file.getvalue()
+
+
 def file_rows(**columns: str) -> datasets.Dataset:
     """One row that names its files by paths, as no writer of `datasets` does."""
     image = datasets.Image(decode=False)
@@ -109,6 +116,16 @@ def test_rows_name_no_file_outside_the_folder(tmp_path, flag, layout):
         lines.add(str(refusal.value))
     named = "../secret.png" if layout == "below" else outside
     assert lines == {f"{flag} {folder} row 0: names {named}, outside the folder; move the image into it"}
+
+
+def test_an_empty_image_is_none_whatever_path_is_with_it(tmp_path):
+    random_image(1).save(tmp_path / "secret.png")
+    images = [{"bytes": b"", "path": str(tmp_path / "secret.png")}, {"bytes": png_of(0), "path": "elsewhere.png"}]
+    rows = datasets.Dataset.from_dict({"image": images, "text": ["a", "b"]})
+    (tmp_path / "p").mkdir()
+    pyarrow.parquet.write_table(rows.data.table, tmp_path / "p" / "0.parquet")
+    found = gather(tmp_path / "p", "--cache_dir", str(tmp_path / "cache"))
+    assert found.left_out == ("image 0: no image",) and found.captions == [["b"]]
 
 
 @pytest.mark.parametrize("layout", ["text", "path"])
