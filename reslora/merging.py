@@ -183,14 +183,21 @@ def merge_lstsq(chain: list[Factors]) -> list[Merged]:
     """Ours: `A_n + C`, C the least-squares stand-in for what the blocks before add, made from x_n alone.
 
     `C = argmin E|t - C x_n|^2 + ridge |C - T|^2`, where t is `A_n x_{n-1}` (`input`) or `sum_{k>=1} A_{n-k} x_{n-k}`
-    (`middle`) and T is A_n or `sum_{k>=1} A_{n-k}`: equal inputs merge exactly.
+    (`middle`) and T is A_n or `sum_{k>=1} A_{n-k}`: equal inputs merge exactly. The ridge shrinks towards T, so a block
+    whose input is far larger than those before it may lose less by `none`: it then keeps A and B, and a note says so.
     """
     merged = []
     for block in chain:
         if not block.before:
             merged.append(block.scaled(block.alpha_of_head))
             continue
-        merged.append(Merged(block.a + block.stand_in() + block.moments.fitted, block.b))
+        fitted = Merged(block.a + block.stand_in() + block.moments.fitted, block.b)
+        kept = Merged(block.a, block.b, alpha=0.0)
+        error, without = relative_error(block, fitted), relative_error(block, kept)
+        if without < error:
+            errors = f"whose error is {without:.2g}; that of 'lstsq' is {error:.2g}"
+            kept.notes = (f"{block.name}: merged by 'none', {errors}",)
+        merged.append(kept if without < error else fitted)
     return merged
 
 
@@ -251,8 +258,8 @@ def relative_error(block: Factors, merged: Merged) -> float:
     gram = b.t() @ b
     cross = moments.own_handed + moments.own_handed.t()
     output = _trace(moments.own_own + cross + moments.handed_handed, gram)
-    if moments.stand_in is None:
-        alpha: Any = merged.alpha  # one number, where there is no stand-in
+    if merged.a is block.a:
+        alpha: Any = merged.alpha  # one number, where A is kept
         miss = alpha**2 * moments.own_own - alpha * cross + moments.handed_handed
     else:
         miss = moments.gap_gap

@@ -33,7 +33,8 @@ class BlockReport:
     name: str
     role: str
     alpha: float | list[float] | None
-    """alpha*, or the list of alpha_{n-k} (k = 1..m); None where the method has none (`lstsq`, exact merges)."""
+    """alpha*, or the list of alpha_{n-k} (k = 1..m); None where the method has none (`lstsq`, exact merges). 0 where
+    `lstsq` has merged a block by `none`."""
     rank: int
     """Rank after the merge."""
     error: float | None
@@ -49,7 +50,7 @@ class MergeReport:
     shortcut: str
     blocks: tuple[BlockReport, ...]
     notes: tuple[str, ...] = ()
-    """Zero norms, what a `max_rank` loses, and a calibration in several passes."""
+    """Zero norms, blocks that `lstsq` leaves to `none`, what a `max_rank` loses, a calibration in several passes."""
 
     def to_dict(self) -> dict:
         """The report as JSON-able data."""

@@ -1,5 +1,7 @@
 """The bundled configurations, read and acted upon by accelerate itself."""
 
+import re
+
 import pytest
 from accelerate.commands import launch as launching_command
 from accelerate.commands.config.config_args import load_config_from_file
@@ -31,6 +33,16 @@ def test_every_bundled_configuration_is_tested_and_described():
     assert {path.name for path in FOLDER.glob("*.yaml")} == EXPECTED.keys() == MACHINES.keys()
     readme = (FOLDER / "README.md").read_text(encoding="utf-8")
     assert all(f"| `{name}` |" in readme for name in EXPECTED)
+
+
+def test_documents_that_name_zero_2_say_that_several_processes_never_ran():
+    root = FOLDER.parents[1]
+    documents = [FOLDER / "README.md", root / "README.md", root / "RESULTS.md", root / "assets" / "README.md"]
+    texts = {path: " ".join(path.read_text(encoding="utf-8").split()) for path in documents}
+    naming = {path for path, text in texts.items() if re.search("zero-?2", text, re.IGNORECASE)}
+    assert FOLDER / "README.md" in naming
+    said = {path for path in naming if "ZeRO-2 with several processes has never been run" in texts[path]}
+    assert said == naming
 
 
 @pytest.mark.parametrize("name", EXPECTED)

@@ -12,6 +12,7 @@ from conftest import (
     RANK,
     STACK_INPUTS,
     Oracle,
+    Stack,
     adapter_layers,
     assert_equal,
     assert_one_line,
@@ -369,6 +370,35 @@ def test_lstsq_is_closer_to_the_unmerged_model_than_no_merge(llama, shortcut, pr
         reslora.merge(case.model, method=method, calibration=case.batches(4))
         distances.append(float((run(case.model, llama.inputs(batch=8)) - target).norm().detach()))
     assert distances[0] < distances[1]
+
+
+class Scaled(Stack):
+    """Two blocks, whose inputs are of size 1e-3 and 1e2."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers[1](1e5 * self.layers[0](1e-3 * x))
+
+
+def test_lstsq_keeps_a_block_as_it_is_where_that_loses_less():
+    """The ridge, a share of x^T x, leaves a hundredth of `A_1 x_2`, which is far more than `A_1 x_1` itself."""
+    model = lora_stack(Scaled(layers=2, width=16), r=3)
+    before = copy.deepcopy(model)
+    x = torch.randn(8, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    reslora.connect(model, ResLoraConfig("middle", 1), example_inputs={"x": x})
+    report = reslora.merge(model, "lstsq", calibration=[{"x": x}])
+    first, second = report.blocks
+    layers = [find_layer(before, name) for name in stack_chain(2)]
+    for layer, name in zip(layers, stack_chain(2), strict=True):
+        assert_equal(delta(find_layer(model, name)), delta(layer), rtol=0, atol=0)
+    (a_1, a_2), b = (layer.lora_A["default"].weight for layer in layers), layers[1].lora_B["default"].weight
+    x_1, x_2 = 1e-3 * x, 1e5 * before.get_base_model().layers[0](1e-3 * x)
+    handed, own = x_1 @ a_1.T @ b.T, x_2 @ a_2.T @ b.T
+    assert second.error == pytest.approx(float(handed.norm() / (own + handed).norm()), rel=1e-6)
+    fitted = x_2 @ ridge_regression(x_2, x_1 @ a_1.T, a_1).T @ b.T
+    worse = float((fitted - handed).norm() / (own + handed).norm())
+    assert worse > 10 * second.error and (first.alpha, second.alpha) == (0.0, 0.0)
+    words = f"layers.1.proj: merged by 'none', whose error is {second.error:.2g}; that of 'lstsq' is {worse:.2g}"
+    assert report.method == "lstsq" and report.notes == (words,)
 
 
 def test_lstsq_without_calibration_is_an_error(llama):

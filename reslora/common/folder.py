@@ -31,7 +31,7 @@ def locked(folder: Path) -> Iterator[None]:
     made = not folder.exists()
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(guard_of(folder).acquire(timeout=0))
+            stack.enter_context(guarded(folder))
             if is_running(_owner(folder)[1]):  # with another temporary folder, as batch systems give each job its own
                 raise _busy(folder)
             folder.mkdir(parents=True, exist_ok=True)  # and not before: a removed one would be there again
@@ -130,6 +130,21 @@ def guard_of(folder: Path) -> FileLock:
     """What locks a folder among the runs of this machine; the system frees it when a process ends."""
     name = hashlib.blake2b(os.fsencode(folder.resolve()), digest_size=8).hexdigest()
     return FileLock(Path(tempfile.gettempdir()) / f"reslora-{getattr(os, 'getuid', int)()}-{name}.lock")
+
+
+@contextlib.contextmanager
+def guarded(folder: Path) -> Iterator[None]:
+    """Lock a folder among the runs of this machine; raises `Timeout` at once where another has it.
+
+    The file is removed while it is still locked. filelock refuses it to who has opened it by then: it has no name.
+    """
+    guard = guard_of(folder)
+    with guard.acquire(timeout=0):
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # Windows removes no open file
+                Path(guard.lock_file).unlink()
 
 
 def _busy(folder: Path) -> InvalidArgument:

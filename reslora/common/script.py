@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 
+from ..words import printable
 from .errors import EndedElsewhere, InvalidArgument, RunFailed, Stopped, another_ended, speaks
 from .readers import outlived, take_any_file_name
 from .signals import StopRequest
@@ -66,7 +67,7 @@ def shares_the_cpu() -> bool:
 
 
 def _say(text: str) -> None:
-    print(" ".join(text.split()), file=sys.stderr)
+    print(printable(" ".join(text.split())), file=sys.stderr)
 
 
 def _leave_process_group(together: bool) -> None:

@@ -8,16 +8,18 @@ reslora-convert --extract BASE TUNED OUT --to diffusers --rank 32
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..common.assets import ASSETS
 from ..common.errors import InvalidArgument, first_line, refused_as
 from ..common.readers import take_any_file_name
 from ..files import read_object
-from ..words import counted
+from ..words import counted, printable
 from .arguments import Parser, whole
 from .model.families import FAMILIES, load_family
 
@@ -41,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         convert(args)
     except (InvalidArgument, OSError) as error:
         refused = isinstance(error, InvalidArgument)
-        print(f"reslora-convert: {'error: ' if refused else ''}{' '.join(str(error).split())}", file=sys.stderr)
+        problem = printable(" ".join(str(error).split()))
+        print(f"reslora-convert: {'error: ' if refused else ''}{problem}", file=sys.stderr)
         return 2 if refused else 1
     return 0
 
@@ -54,8 +57,12 @@ def build_parser() -> argparse.ArgumentParser:
     # fmt: off
     add("inputs", nargs="*", metavar="IN", help="LoRA file of any tool, or folder that PEFT, diffusers or a run wrote")
     add("output", metavar="OUT", help="a name that ends in .safetensors, or a folder")
+    add("--overwrite", action="store_true",
+        help="replace OUT if it exists; an input, and what is in one, is never replaced")
     add("--to", choices=FORMATS, required=True, help="the format of OUT")
-    add("--base", metavar="MODEL", help="the model's folder or name on the hub: its configurations alone are read")
+    add("--base", metavar="MODEL", 
+        help="the model's folder or name on the hub: its configurations alone are read; default: that of the run which "
+             "wrote the first IN")
     add("--family", choices=[*FAMILIES.values()], help="the model's family, where neither --base nor the file says it")
     add("--weight", nargs="+", type=float, metavar="W", help="of each IN in their sum; default: 1")
     add("--rank", type=whole(1), help="reduce layers of more than this rank to it, with the least error")
@@ -94,6 +101,7 @@ def convert(args: argparse.Namespace) -> None:
     from .model.lora_files.writing import output_of, write
 
     path = output_of(args.output, args.to)
+    check_overwrite(path, args)
     parts, names, metadata, dtype = extraction(args) if args.extract else sum_of_inputs(args)
     if args.weight:
         check_finite(parts, f"--weight {' '.join(f'{weight:g}' for weight in args.weight)}", "give smaller ones")
@@ -105,6 +113,20 @@ def convert(args: argparse.Namespace) -> None:
     check_finite(parts, f"--dtype {kind}", "give a wider one")
     write(parts, names, args.to, path, metadata)
     print(f"{path}: {names.family.name} ({', '.join(parts)}), {in_short(parts)}, {kind}, for {args.to}")
+
+
+def check_overwrite(path: Path, args: argparse.Namespace) -> None:
+    """Refuse to replace an input, and without --overwrite any other file, or PEFT's folder."""
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    flag, place = f"OUT {args.output}", path.resolve()
+    for text in (*args.inputs, *(args.extract or ())):
+        read = Path(text).resolve()
+        nested = place.is_relative_to(read) or read.is_relative_to(place)
+        if nested or (read.exists() and read.samefile(place)):
+            raise InvalidArgument(flag, f"would replace the input {text}, or what is in it", "give another name")
+    if not args.overwrite:
+        raise InvalidArgument(flag, f"{path} exists", "give another name, or add --overwrite")
 
 
 def sum_of_inputs(args: argparse.Namespace) -> tuple[Parts, Names, dict[str, str], torch.dtype]:
@@ -163,8 +185,28 @@ def names_for(args: argparse.Namespace, contents: Sequence[Content]) -> tuple[Na
     if args.base is None:
         if family is None and not contents:
             raise InvalidArgument("--extract", "whose weights these are is not certain", "add --base or --family")
+        if family is None and (name := base_of_run(contents[0].path)):
+            with contextlib.suppress(InvalidArgument):  # it is elsewhere by now
+                return of_base(name, None)
         return names_of(family or family_of(contents[0])), {}
-    flag, name = f"--base {args.base}", args.base
+    return of_base(args.base, family)
+
+
+def base_of_run(path: Path) -> str | None:
+    """The model that the run which wrote a file or folder was trained from, by its config.json; None outside a run."""
+    path = path.resolve()
+    for folder in (path, *path.parents):
+        name = read_object(folder / "config.json").get("pretrained_model_name_or_path")
+        if isinstance(name, str):
+            bundled = ASSETS / Path(name).name  # of another machine, or relative to another folder
+            moved = not Path(name).exists() and Path(name).parent.name == ASSETS.name and bundled.is_dir()
+            return str(bundled) if moved else name
+    return None
+
+
+def of_base(name: str, family: Family | None) -> tuple[Names, dict[str, str]]:
+    """The same of a model's folder or its name on the hub."""
+    flag = f"--base {name}"
     if Path(name).is_file():
         raise InvalidArgument(flag, "a single file says nothing of the model", "give a folder in diffusers format")
     with refused_as(flag, "give a pipeline's folder in diffusers format, or its name on the hub"):

@@ -88,12 +88,22 @@ def keep_freed_memory() -> None:
 
 
 def take_cores(local_processes: int) -> None:
-    """Use all cores: launchers leave one thread where nothing is configured. A user's own choice is kept."""
+    """Use all cores, or as many as OMP_NUM_THREADS says.
+
+    Launchers set it to 1 where nobody has set it, so a 1 from them says nothing; a line tells how to choose.
+    """
     launched = {"ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
     chosen = os.environ.get("OMP_NUM_THREADS")
     if chosen is None or (launched and chosen == "1"):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // local_processes))
+        threads = max(1, cores // local_processes)
+        torch.set_num_threads(threads)
+        if chosen and threads > 1 and int(os.environ.get("RANK", 0)) == 0:
+            print(
+                f"using {threads} threads a process: launchers set OMP_NUM_THREADS=1 by themselves; give them 2 or "
+                "more, or for one thread as many cores as processes (taskset)",
+                flush=True,
+            )
 
 
 def quieten() -> None:

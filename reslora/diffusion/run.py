@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from ..common.controls import Settings, put_on
-from ..common.errors import InvalidArgument
+from ..common.errors import Diverged, EndedElsewhere, InvalidArgument
 from ..common.folder import check_held, filling, locked
 from ..common.gauge import gauged
 from ..common.methods import METHODS
@@ -53,7 +53,7 @@ from .output.trackers import note_settings, start_trackers
 from .planning.plan import check_memory
 from .processes import start_accelerator
 from .settings import with_family
-from .training.best import go_on_from
+from .training.best import best_of, go_on_from
 from .training.checkpoints import (
     OF_CLASS,
     Identity,
@@ -297,11 +297,25 @@ def train_and_export(learner: Learner, setting: Setting, validation: type[Valida
     reports = Reports(folder, learner, schedule, accelerator)
     look = validation(loss, material, drawer, accelerator, context.stop)
     watch = Watch(reports, look, lambda: save_checkpoint(learner, folder, flags, identity, accelerator))
-    with contextlib.closing(reports), attention_of(accelerator, material):
-        train(learner, material, schedule, watch, context)
+    try:
+        with contextlib.closing(reports), attention_of(accelerator, material):
+            train(learner, material, schedule, watch, context)
+    except (Diverged, EndedElsewhere) as error:
+        best = flags.save_best and has_diverged(error) and decided(lambda: best_of(folder))
+        if not best:
+            raise
+        accelerator.free_memory()
+        accelerator.print(f"{learner.name}: training has diverged; exporting the best adapter, of step {best.step}")
+        decided(lambda: export_method(learner, material, drawer, schedule, context))
+        raise  # and no `exports.json`: the method is not finished
     schedule = dataclasses.replace(schedule, steps=learner.step, is_over=learner.over)
     with learner.averaged():
         decided(export)
+
+
+def has_diverged(error: Diverged | EndedElsewhere) -> bool:
+    """Whether training has diverged, which all processes find together."""
+    return isinstance(error, Diverged) or error.diverged
 
 
 def show(material: Material, context: Context) -> None:

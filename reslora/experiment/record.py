@@ -8,13 +8,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Literal, NotRequired, Protocol, TypedDict
 
 from .. import __version__
-from ..files import has_ended, this_process
+from ..common.errors import InvalidArgument
+from ..files import has_ended, read_object, this_process
 
 FORMAT = 1
 EXPERIMENT = "experiment.json"  # what an experiment leaves, and a run does not
+READINGS = "test_readings.jsonl"  # a line for each time that the test part was read; only ever appended to
 UNFINISHED = "not finished: "  # how its note begins that --experiment_minutes have ended it
 
 Status = Literal["finished", "running", "waiting", "failed"]
@@ -177,6 +180,18 @@ class Experiment(Facts):
     """Of how many arms an earlier start has concluded what stands here, until it is concluded anew."""
     process: NotRequired[str]
     """What has written this: an arm is running only as long as that is (`as_of_now`)."""
+
+
+def read_experiment(folder: Path) -> dict:
+    """Return the content of a folder's `experiment.json`, which is empty where there is none.
+
+    Raise `InvalidArgument` for a damaged one: it says what the experiment was trained from and how often it was tested.
+    """
+    found = read_object(folder / EXPERIMENT)
+    if not found and (folder / EXPERIMENT).exists():
+        fix = f"restore it from a copy, or remove it: trained arms stay, and {READINGS} counts the test readings"
+        raise InvalidArgument(f"--output_dir {folder}", f"{EXPERIMENT} is damaged", fix)
+    return found
 
 
 def as_of_now(experiment: Experiment) -> Experiment:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..common.folder import check_held
+from ..common.jsonl import json_lines
 from ..common.methods import METHODS
 from ..files import read_object, this_process, write_json
 from ..words import are, counted
 from . import record
 from .arms import Arm, Losses
 from .course import ENDED, Course
-from .record import EXPERIMENT
+from .record import EXPERIMENT, READINGS, read_experiment
 from .report import best_in_words, write_report
 from .statistics import REFERENCE, choose, compare
 from .subject import Subject
@@ -36,10 +38,13 @@ class Results:
     """How many arms the conclusions are of, where they are an earlier start's."""
 
     def __post_init__(self) -> None:
-        there = read_object(self.course.folder / EXPERIMENT)
+        there = read_experiment(self.course.folder)
         self.notes = self.beforehand()
-        self.readings: int = there.get("readings", 0)
-        self.read: list[list] = there.get("read", [])
+        path = self.course.folder / READINGS
+        rows = [row for _, row in json_lines(path)] if path.is_file() else []
+        noted = [row for row in rows if isinstance(row, dict)]
+        self.readings: int = max(there.get("readings", 0), len(rows), *(row.get("readings", 0) for row in noted))
+        self.read: list[list] = there.get("read", noted[-1].get("read", []) if noted else [])
         arms, chosen = set(self.course.arms()), there.get("chosen", {})
         judged = {arm for arm in arms if arm.label in chosen and chosen[arm.label]["learning_rate"] == arm.rate}
         if judged:
@@ -118,13 +123,17 @@ class Results:
         read = [[arm.label, arm.rate, arm.seed, self.step_of(arm)] for arm in to_read]
         if read != self.read and not all(self.subject.is_tested(arm, self.step_of(arm)) for arm in to_read):
             self.readings, self.read = self.readings + 1, read
-            self.amend(readings=self.readings, read=self.read)
+            check_held()
+            facts = {"readings": self.readings, "read": self.read}
+            with (self.course.folder / READINGS).open("a", encoding="utf-8") as file:
+                file.write(f"\n{json.dumps(facts)}\n")  # not behind half a line that a killed process has left
+            self.amend(**facts)
 
     def amend(self, **facts: object) -> None:
         """Changes these of `experiment.json` alone: what an earlier start has concluded stays."""
         check_held()
         path = self.course.folder / EXPERIMENT
-        content = read_object(path) | facts
+        content = read_experiment(self.course.folder) | facts
         write_json(path, content)
         write_report(content, self.course.folder, self.subject.about)  # type: ignore[arg-type] # as `write` wrote it
 

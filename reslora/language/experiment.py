@@ -36,11 +36,11 @@ from ..experiment.arms import Arm, check_values
 from ..experiment.course import ADAPTERS, Course, adapter_folder, reading_adapter
 from ..experiment.crew import Orders, crew_of, heard
 from ..experiment.parts import too_few
-from ..experiment.record import EXPERIMENT, Facts, facts_of
+from ..experiment.record import Facts, facts_of, read_experiment
 from ..experiment.report import About
 from ..experiment.run import train, train_and_conclude
 from ..experiment.subject import COMPARING, Subject
-from ..files import read_object, remove, remove_leftovers, replacing, write_json
+from ..files import remove, remove_leftovers, replacing, write_json
 from ..words import counted
 from .arguments import SEVERAL, ExperimentArguments, MethodArguments, check_number, is_experiment
 from .checkpoints import checkpoints_of, set_unfinished_aside
@@ -247,7 +247,7 @@ def looks(values: Mapping[str, Any], steps: int) -> dict[str, Any]:
 def take_folder(bench: Bench) -> None:
     """Refuses the folder of another experiment, or of a plain run; what a killed start has left half-written goes."""
     course, folder = bench.course, bench.course.folder
-    there = read_object(folder / EXPERIMENT).get("identity") or {}
+    there = read_experiment(folder).get("identity") or {}
     if not there and (checkpoints_of(folder) or (folder / "results.json").exists()):
         raise InvalidArgument(f"--output_dir {folder}", "holds a run that is no experiment", "choose another")
     # When losses are measured follows from the other settings, which are what to name.

@@ -43,7 +43,9 @@ class DataArguments:
 
     task_name: str | None = HfArg(default=None, help="task of GLUE", metadata={"choices": list(TASKS)})
     data_dir: str | None = HfArg(
-        default=None, help="folder with train.jsonl, validation.jsonl and maybe test.jsonl; default: the hub's GLUE"
+        default=None,
+        help="folder with train.jsonl, validation.jsonl and maybe test.jsonl (mnli: train.jsonl, and of the two others "
+        "one each for _matched and _mismatched, as validation_matched.jsonl); default: the hub's GLUE",
     )
     dataset_name: str = HfArg(default="nyu-mll/glue", help="data set on the hub, or a folder")
     dataset_config_name: str | None = HfArg(

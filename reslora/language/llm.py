@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -171,20 +171,33 @@ def encoded(task: TaskArguments, encoder: Encoder, examples: dict[str, list[Exam
     return Data(encoder, examples, encode_training(encoder, examples["train"], task.max_length))
 
 
-def check_positions(model: PreTrainedModel, data: Data, task: TaskArguments) -> None:
-    """Refuse to read or generate past the positions that the model knows."""
+def within_positions(model: PreTrainedModel, data: Data, task: TaskArguments) -> Data:
+    """Leave out validation examples of more tokens than the model has positions; a line names the first of them.
+
+    Refuse whatever else would be read or generated past them: without a test example, figures compare with no others.
+    """
     limit = getattr(model.config, "max_position_embeddings", None) or math.inf
-    measured, new = data.examples["test"] + data.examples["validation"], task.max_new_tokens
+    validation = data.examples["validation"]
+    kept = [example for example in validation if len(data.encoder(example)["input_ids"]) <= limit]
+    if len(kept) < len(validation):
+        if not kept:
+            problem = f"every validation example has more tokens than the model {limit} positions"
+            raise InvalidArgument(f"--task {task.task}", problem, "give shorter ones")
+        long = [example for example in validation if example not in kept]
+        count = f"{len(long)} of {len(validation)} validation examples {are(len(long))}"
+        say(f"{count} longer than the model's {limit} positions: left out (for example {long[0].place})")
+    measured, new = data.examples["test"] + kept, task.max_new_tokens
     prompt = max(len(data.encoder.prompt(example)) for example in measured)
     trained = max(len(row["input_ids"]) for row in data.rows)
-    whole = max(len(data.encoder(example)["input_ids"]) for example in measured)
+    whole, place = max((len(data.encoder(each)["input_ids"]), each.place) for each in measured)
     for needed, argument, what, fix in (
         (trained, f"--max_length {task.max_length}", f"a training example has {trained}", f"give at most {limit}"),
+        (whole, place or f"--task {task.task}", f"this example has {whole}", "leave it out, or cut it"),
         (prompt + new, f"--max_new_tokens {new}", f"the longest prompt has {prompt}", f"give at most {limit - prompt}"),
-        (whole, f"--task {task.task}", f"a validation or test example has {whole}", "leave it out, or cut it"),
     ):
         if needed > limit:
             raise InvalidArgument(argument, f"{what} tokens and the model {limit} positions", fix)
+    return replace(data, examples={**data.examples, "validation": kept})
 
 
 def build_trainer(
@@ -284,7 +297,7 @@ class LlmStudy(Study):
     def adapted(self, arguments: Arguments) -> PeftModel:
         task, method, training = arguments
         model = load_model(task, training)
-        check_positions(model, self.data, task)
+        self.data = within_positions(model, self.data, task)
         torch.manual_seed(training.seed)
         return attach(model, method, total_steps(training, len(self.data.rows)))
 

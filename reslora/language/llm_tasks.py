@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ class Example:
     prompt: str
     reasoning: str
     gold: str
+    place: str = field(default="", compare=False, repr=False)
+    """Its file, or the hub's data set, and its row."""
 
     @property
     def answer(self) -> str:
@@ -189,7 +191,7 @@ def examples_of(task: Task, source: str, rows: list) -> list[Example]:
     for number, row in enumerate(rows, 1):
         try:
             _check_columns(task, row)
-            examples.append(task.example(row))
+            examples.append(replace(task.example(row), place=f"{source} row {number}"))
         except BadRow as error:
             fix = f"its columns must be {', '.join(task.columns)}" if _missing(task, row) else "correct it"
             raise InvalidArgument(f"{source} row {number}", first_line(error), fix) from None

@@ -1,6 +1,8 @@
 """A run's folder is kept from a second run, whatever temporary folder either has."""
 
+import contextlib
 import errno
+import fcntl
 import os
 import shutil
 import subprocess
@@ -9,10 +11,11 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from filelock import Timeout
 from waiting import ended, wait_until
 
 from reslora.common.errors import InvalidArgument, RunFailed
-from reslora.common.folder import check_held, filling, locked
+from reslora.common.folder import check_held, filling, guarded, locked
 from reslora.files import this_process
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -50,6 +53,36 @@ def test_a_living_owner_is_seen_with_another_temporary_folder(tmp_path, other_te
     ended(process)
     take(folder)
     assert not (folder / ".lock").exists()
+
+
+def test_a_lock_leaves_no_file_behind(tmp_path, other_temporary_folder):
+    with locked(tmp_path / "out"):
+        assert [path.suffix for path in (tmp_path / "temporary").iterdir()] == [".lock"]
+        with pytest.raises(InvalidArgument, match="is training in it"):
+            take(tmp_path / "out")
+        assert len(list((tmp_path / "temporary").iterdir())) == 1  # who is refused removes nothing
+    assert not list((tmp_path / "temporary").iterdir())
+
+
+def test_two_do_not_lock_a_folder_as_its_lock_is_removed(tmp_path, other_temporary_folder, monkeypatch):
+    """One has opened the file before the holder removes it, and locks it afterwards: nobody else would see that."""
+    flock = fcntl.flock
+    with contextlib.ExitStack() as first, contextlib.ExitStack() as second:
+        first.enter_context(guarded(tmp_path))
+
+        def released_meanwhile(descriptor: int, operation: int) -> None:
+            monkeypatch.setattr(fcntl, "flock", flock)
+            first.close()
+            flock(descriptor, operation)
+
+        monkeypatch.setattr(fcntl, "flock", released_meanwhile)
+        try:
+            second.enter_context(guarded(tmp_path))
+        except Timeout:
+            second.enter_context(guarded(tmp_path))
+        with pytest.raises(Timeout), guarded(tmp_path):
+            pass
+    assert not list((tmp_path / "temporary").iterdir())
 
 
 @pytest.mark.parametrize("owner", ["", "{pid}", "{pid}\n", "{pid}\nffffffff-{pid}-{start}", "{pid}\n{host}-{pid}-1"])

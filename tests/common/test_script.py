@@ -22,6 +22,7 @@ from reslora.common.script import run_script, shares_the_cpu
     [
         (InvalidArgument("--a 1", "is bad", "give 2"), 2, "script.py: error: --a 1: is bad; give 2\n"),
         (RunFailed("loss\nnan"), 1, "script.py: loss nan\n"),
+        (RunFailed("\x1b[2J.png: damaged"), 1, "script.py: \\x1b[2J.png: damaged\n"),
         (OSError(28, "No space left on device"), 1, "script.py: [Errno 28] No space left on device\n"),
         (Stopped("stopped after step 3"), 130, "script.py: stopped after step 3\n"),
     ],

@@ -1,6 +1,7 @@
 """`reslora-convert`: every format from every other, sums, smaller ranks, differences of models, and what is refused."""
 
 import io
+import json
 import os
 import re
 import shutil
@@ -175,7 +176,7 @@ def test_dtypes_are_kept_or_as_asked_for(tmp_path):
     half = {k: Factors(f.down.half(), f.up.half(), f.scale) for k, f in parts["unet"].items()}
     write_diffusers(tmp_path / "in.safetensors", {"unet": half})
     for more, dtype in (((), torch.float16), (("--dtype", "bfloat16"), torch.bfloat16)):
-        flags = ["--to", "kohya", "--base", tiny("stable_diffusion"), *more]
+        flags = ["--to", "kohya", "--base", tiny("stable_diffusion"), "--overwrite", *more]
         assert convert(tmp_path / "in.safetensors", *flags, tmp_path / "out.safetensors") == 0
         found = {value.dtype for value in load_file(tmp_path / "out.safetensors").values() if value.dim()}
         assert found == {dtype}
@@ -297,6 +298,29 @@ def test_the_bundled_examples_lora_by_the_denoisers_folder(tmp_path):
         assert any(key.startswith("lora_unet_") for key in load_file(out))
 
 
+@pytest.mark.parametrize("place", ["lora", "lora/pytorch_lora_weights.safetensors"])
+def test_a_runs_own_configuration_names_the_base(place, tmp_path, monkeypatch):
+    """Bundled models wherever it is read, and whatever folder is the working one; others while they are there."""
+    out, base = tmp_path / "out.safetensors", ASSETS / "pipeline" / "unet"
+    monkeypatch.chdir(tmp_path)
+    run = shutil.copytree(EXAMPLE, tmp_path / "run")
+    assert json.loads((run / "config.json").read_text())["pretrained_model_name_or_path"] == "assets/pipeline"
+    assert convert(run / place, out, "--to", "kohya") == 0
+    assert convert(run / place, "named.safetensors", "--to", "kohya", "--base", base) == 0
+    assert_same(*({k: v.double() for k, v in load_file(path).items()} for path in (out, "named.safetensors")))
+    with safe_open(out, "pt") as file:
+        assert file.metadata()["ss_base_model_version"].startswith("sd_v")
+
+
+def test_a_run_whose_base_is_gone_is_told_by_its_file(tmp_path):
+    layer = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    file = tmp_path / "run" / "lora" / "pytorch_lora_weights.safetensors"
+    written(file, parts={"unet": {layer: random_factors((1280, 1280), 2, 1.0, 0)}}, ss_base_model_version="sd_v1")
+    (tmp_path / "run" / "config.json").write_text('{"pretrained_model_name_or_path": "/nowhere/model"}')
+    assert convert(tmp_path / "run" / "lora", tmp_path / "out.safetensors", "--to", "kohya") == 0
+    assert len(load_file(tmp_path / "out.safetensors")) == 3
+
+
 def test_folders_of_no_known_denoiser_are_refused(tmp_path, capsys):
     written(tmp_path / "in.safetensors")
     for config, words in (("{", "a model without _class_name"), ('{"_class_name": "CLIPModel"}', "a CLIPModel")):
@@ -380,7 +404,7 @@ def test_bad_input_is_one_line(flags, words, tmp_path, monkeypatch, capsys):
 
 def test_pefts_folder_is_replaced_and_one_with_anything_else_is_not(tmp_path, capsys, monkeypatch):
     written(tmp_path / "in.safetensors", parts=random_lora("stable_diffusion", lambda name: "attn1" in name))
-    flags = ["--to", "peft", "--base", tiny("stable_diffusion")]
+    flags = ["--to", "peft", "--base", tiny("stable_diffusion"), "--overwrite"]
     for below in ("old/text_encoder", "old", "run/lora/peft", "adapters/one", "adapters/other"):
         assert convert(tmp_path / "in.safetensors", tmp_path / below, *flags) == 0
     (tmp_path / "run" / "samples").mkdir()
@@ -453,8 +477,36 @@ def test_a_damaged_file_leaves_what_was_there(tmp_path, capsys):
     content = (tmp_path / "in.safetensors").read_bytes()
     (tmp_path / "in.safetensors").write_bytes(content[: len(content) // 2])
     (tmp_path / "out.safetensors").write_text("before")
-    assert "whole" in refused(capsys, tmp_path / "in.safetensors", tmp_path / "out.safetensors", "--to", "kohya")
+    flags = [tmp_path / "in.safetensors", tmp_path / "out.safetensors", "--to", "kohya", "--overwrite"]
+    assert "whole" in refused(capsys, *flags)
     assert (tmp_path / "out.safetensors").read_text() == "before"
+
+
+def test_no_input_is_replaced_and_nothing_else_without_overwrite(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    parts = random_lora("stable_diffusion", lambda name: "attn1" in name)
+    base = ["--base", tiny("stable_diffusion")]
+    for name in ("a.safetensors", "b.safetensors"):
+        written(name, parts=parts)
+    assert convert("a.safetensors", "peft", "--to", "peft", *base) == 0
+    (tmp_path / "link.safetensors").symlink_to("a.safetensors")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    line = refused(capsys, "a.safetensors", "b.safetensors", "--to", "kohya", *base)  # OUT was forgotten
+    assert "OUT b.safetensors: b.safetensors exists; give another name, or add --overwrite" in line
+    assert "OUT peft: peft exists" in refused(capsys, "a.safetensors", "peft", "--to", "peft", *base)
+    for inputs, out, to in (
+        (["a.safetensors"], "a.safetensors", "kohya"),
+        (["b.safetensors", "a.safetensors"], tmp_path / "b.safetensors", "comfyui"),
+        (["a.safetensors"], "link.safetensors", "kohya"),
+        (["peft"], "peft/adapter_model.safetensors", "diffusers"),
+        (["peft/adapter_model.safetensors"], "peft", "peft"),
+        (["--extract", tiny("stable_diffusion"), "a.safetensors", "--rank", "2"], "a.safetensors", "kohya"),
+    ):
+        line = refused(capsys, *inputs, out, "--to", to, "--overwrite", *base)
+        assert f"OUT {out}: would replace the input" in line
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert convert("a.safetensors", "b.safetensors", "--to", "kohya", "--overwrite", *base) == 0
+    assert any(key.startswith("lora_unet_") for key in load_file("b.safetensors"))
 
 
 def test_the_command_runs_as_a_module():

@@ -1,6 +1,7 @@
 """What a run decides before its first step: the precision of the frozen parts, and the kind of attention."""
 
 import json
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ from accelerate.state import AcceleratorState
 
 from diffusion.runs import RESUME, main, refused
 from reslora.diffusion import processes as setup
+from reslora.diffusion.arguments import build_parser
 from reslora.diffusion.settings import ASSETS, parse_args
 from reslora.diffusion.training.preparing import attention_of
 
@@ -75,6 +77,35 @@ def test_only_a_processor_with_the_instructions_computes_in_bf16(monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     assert setup.cpu_has_bf16() is False
+
+
+ACCELERATE, TORCHRUN = "ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID"
+
+
+@pytest.mark.parametrize(
+    ("launcher", "given", "threads", "said"),
+    [
+        (None, None, 3, False), (None, "1", 1, False), (None, "2", 2, False),
+        (ACCELERATE, "1", 3, True), (ACCELERATE, "2", 2, False), (TORCHRUN, "1", 3, True),
+    ],
+)  # fmt: skip
+def test_the_number_of_threads_is_the_users_and_how_to_give_it_is_printed(
+    monkeypatch, capsys, launcher, given, threads, said
+):
+    """Six cores for two processes; a launcher sets 1 by itself."""
+    for name in (ACCELERATE, TORCHRUN, "OMP_NUM_THREADS", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ((launcher, "no"), ("OMP_NUM_THREADS", given)):
+        if name and value:
+            monkeypatch.setenv(name, value)
+    used = [int(given or 0)]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6)), raising=False)
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    setup.take_cores(2)
+    assert used[-1] == threads
+    line = "3 threads a process: launchers set OMP_NUM_THREADS=1 by themselves; give them 2 or more"
+    assert (line in capsys.readouterr().out) == said
+    assert "OMP_NUM_THREADS" in " ".join(build_parser().format_help().split())
 
 
 @pytest.mark.parametrize(

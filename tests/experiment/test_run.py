@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from app.library import Experiment
-from reslora.common.errors import Diverged, RunFailed, Stopped
+from reslora.common.errors import Diverged, InvalidArgument, RunFailed, Stopped
 from reslora.common.folder import locked
 from reslora.diffusion.experiment.pages import IMAGES
 from reslora.diffusion.settings import parse_args
@@ -121,6 +121,32 @@ def test_an_experiment_whose_folder_is_moved_does_not_make_it_anew(tmp_path, mon
     with locked(folder), pytest.raises(RunFailed, match=f"^--output_dir {folder} was moved"):
         go(folder)
     assert not folder.exists() and (tmp_path / "moved" / "experiment.json").is_file()
+
+
+def test_a_damaged_record_is_named_and_the_count_of_test_readings_survives_it(tmp_path):
+    folder = tmp_path / "out"
+    before, _ = go(folder)
+    assert before["readings"] == 1
+    path = folder / "experiment.json"
+    path.write_text(path.read_text()[:-9])
+    with pytest.raises(InvalidArgument, match=rf"^--output_dir {folder}: experiment.json is damaged; .* remove it"):
+        go(folder, "--seed", "0", "1", "2")
+    path.unlink()
+    after, _ = go(folder, "--seed", "0", "1", "2")
+    assert after["readings"] == 2 and any("the test images were read 2 times" in note for note in after["notes"])
+    assert go(folder, "--seed", "0", "1", "2")[0]["readings"] == 2  # nothing is left to test
+
+
+def test_a_count_that_only_the_record_has_goes_on(tmp_path):
+    """As earlier versions have written it; half a line is what a killed process leaves."""
+    folder = tmp_path / "out"
+    go(folder)
+    record = json.loads((folder / "experiment.json").read_text())
+    (folder / "experiment.json").write_text(json.dumps(record | {"readings": 5}))
+    (folder / "test_readings.jsonl").write_text('{"readi')
+    go(folder, "--seed", "0", "1", "2")
+    (folder / "experiment.json").unlink()
+    assert go(folder, "--seed", "0", "1", "2", "3")[0]["readings"] == 7
 
 
 def read_of(record: dict) -> list[tuple]:

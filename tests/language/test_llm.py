@@ -337,13 +337,25 @@ def test_another_task_is_not_read_from_the_bundled_examples(tiny, tmp_path, caps
     ("split", "words"),
     [
         ("train", ["--max_length 512", "a training example has 3", "256 positions", "give at most 256"]),
-        ("test", ["--task svamp", "a validation or test example has 3", "256 positions"]),
+        ("test", ["test.jsonl row 2", "this example has 3", "256 positions"]),
     ],
 )
 def test_no_example_is_longer_than_the_models_positions(tiny, tmp_path, capsys, split, words):
     long = {**row(0), "Equation": "1 + " * 70 + "1"}
     data = write_rows(tmp_path / "data", **{"train": [row(1)] * 4, "test": [row(2)], split: [row(1), long]})
     one_line(flags(tiny, data, tmp_path / "run"), capsys, words)
+
+
+def test_a_validation_example_that_is_too_long_is_left_out_as_a_training_example_is(tiny, tmp_path, capsys):
+    long = {**row(0), "Equation": "1 + " * 70 + "1"}
+    data = write_rows(tmp_path / "data", train=[row(1)] * 4, test=[row(2)], validation=[row(3), long])
+    more = ("--max_steps", "1", "--eval_strategy", "steps", "--eval_steps", "1")
+    assert run(flags(tiny, data, tmp_path / "run", *more)) == 0
+    line = f"1 of 2 validation examples is longer than the model's 256 positions: left out (for example {data}/"
+    assert f"{line}validation.jsonl row 2)" in capsys.readouterr().out
+    assert any("eval_loss" in text for text in (tmp_path / "run" / "log.jsonl").read_text().splitlines())
+    write_rows(data, train=[row(1)] * 4, test=[row(2)], validation=[long])
+    one_line(flags(tiny, data, tmp_path / "none"), capsys, ["every validation example has more tokens than the model"])
 
 
 def test_two_runs_do_not_share_a_folder(tiny, data, tmp_path, capsys):

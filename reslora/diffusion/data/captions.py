@@ -2,6 +2,9 @@
 
 In the order and with the words of kohya's `process_caption`: prefix and suffix, dropout, wildcards, shuffled tags,
 tags left out. All of it is a function of the seed and a sample's position in the run.
+
+Nested wildcards differ. Kohya's choice ends at the first `}`: `{a|{b|c} d}` becomes `a d}`, `{b d}` or `c d}`. Here
+only the innermost choice is made: it becomes `{a|b d}` or `{a|c d}`.
 """
 
 from __future__ import annotations
@@ -56,7 +59,7 @@ class Recipe:
         caption = self._resolved(caption, draws)
         if not self.shuffle and not self.tag_dropout:
             return caption
-        tags = [tag.strip() for tag in caption.split(SEPARATOR) if tag.strip()]
+        tags = [tag.strip() for tag in caption.split(SEPARATOR)]  # empty ones too, as kohya's scripts
         kept, others = tags[: self.keep], tags[self.keep :]
         if self.shuffle:
             others = [others[place] for place in torch.randperm(len(others), generator=draws).tolist()]

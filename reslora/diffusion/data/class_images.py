@@ -6,12 +6,12 @@ Prior preservation (Ruiz et al., 2023): beside the training images, the model le
 from __future__ import annotations
 
 import bisect
+import contextlib
 import dataclasses
 import math
 import time
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from filelock import Timeout
 
 from ...common.checks import check_writable
 from ...common.errors import InvalidArgument, RunFailed
-from ...common.folder import guard_of
+from ...common.folder import guarded
 from ...common.signals import NOT_BEGUN
 from ...common.together import LONGEST_WAIT, decided, each
 from ...files import replacing
@@ -88,12 +88,13 @@ def draw_missing(context: Context) -> None:
                 draw(folder, missing, context)
 
 
-def alone_in(folder: Path, context: Context) -> AbstractContextManager[object]:
+def alone_in(folder: Path, context: Context) -> contextlib.AbstractContextManager[object]:
     """The lock on a folder, once no other run of this machine draws class images into it; a stop ends the wait."""
-    guard = guard_of(folder / LOCK)
     for waited in range(LONGEST_WAIT // PAUSE):
         try:
-            return guard.acquire(timeout=0)
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(guarded(folder / LOCK))
+                return stack.pop_all()
         except Timeout:
             if not waited:
                 context.accelerator.print(f"another run draws class images into {folder}: waiting for it")

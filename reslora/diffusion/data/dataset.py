@@ -10,6 +10,7 @@ from pathlib import Path
 
 import datasets
 import PIL.Image
+from huggingface_hub.constants import HF_HUB_CACHE
 
 from ...common.errors import InvalidArgument, RunFailed, first_line
 from ...words import counted
@@ -21,7 +22,7 @@ from .caption_files import CAPTIONS, caption_files, caption_in, read_caption
 from .images import UNREADABLE, image_size, is_image, is_masked, mask_problem, open_image, open_masked
 from .listing import files_of, hidden_images, told_of_hidden
 from .shards import check_archives, training_files, training_split
-from .tables import ROWS, has_file_names, unlisted
+from .tables import ROWS, check_inside, file_inside, has_file_names, names_files, unlisted
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 SAVED = ("dataset_dict.json", "state.json")  # one of them is in a folder that `save_to_disk` wrote
@@ -109,6 +110,8 @@ class Found:
     """The file that names images and captions, a row each in this order; None where captions are beside the images."""
     files: Sequence[Path] = ()
     """Of a folder: the image of each row, also where the path in the row had to be changed to be text."""
+    places: Sequence[Path] = ()
+    """The folders that images named by a path must be in; empty where that is checked already."""
 
     def size(self, index: int, row: dict) -> tuple[int, int] | str:
         """Width and height of the image of a row that can be used, or why it cannot."""
@@ -134,6 +137,7 @@ def usable(flags: Flags, caption: str | None = None, deep: bool = True) -> Image
     found = (read_folder(folder, flags, caption, deep) if folder.is_dir() else None) or read_dataset(flags)
     keep, left_out, sizes, masked = [], [], [], []
     for index, row in enumerate(found.rows):
+        check_inside(row, found.places, f"{data_flag(flags)} row {index}")
         source, size = _source(row), found.size(index, row)
         if isinstance(size, str):
             name = source if isinstance(source, str) else f"image {index}"
@@ -167,7 +171,7 @@ def sample(folders: Sequence[ImageDataset], flags: Flags) -> list[ImageDataset]:
 def _source(row: dict, column: str = "image") -> Content:
     """The file of a row's image, or its content; empty where there is neither."""
     image = row.get(column)
-    return (image and (image["bytes"] or image["path"])) or b""
+    return (image and (image["path"] if image["bytes"] is None else image["bytes"])) or b""
 
 
 def _mark(row: dict) -> str:
@@ -286,26 +290,12 @@ def read_metadata(path: Path, flags: Flags) -> Found:
 
 def _metadata_row(folder: Path, row: object, where: str, flags: Flags) -> tuple[Path, object, Path | None]:
     row = row if isinstance(row, dict) else {}
-    path = _file_inside(folder, row.get("file_name"), where, "file_name")
+    path = file_inside(folder, row.get("file_name"), where, "file_name")
     if flags.caption_column not in row:
         problem = f"{where} has the columns {', '.join(map(repr, sorted(row)))}"
         raise InvalidArgument(f"--caption_column {flags.caption_column}", problem, "name one of these")
     named = row.get("mask") if flags.masked_loss else None
-    return path, row[flags.caption_column], _file_inside(folder, named, where, "mask") if named else None
-
-
-def _file_inside(folder: Path, name: object, where: str, column: str) -> Path:
-    nameless = InvalidArgument(where, f"names no image as its {column}", "correct it")
-    if not isinstance(name, str):
-        raise nameless
-    path = folder / name
-    try:
-        inside = path.resolve().is_relative_to(folder.resolve())
-    except (ValueError, OSError, RuntimeError):
-        raise nameless from None
-    if not inside:
-        raise InvalidArgument(where, f"names {name}, outside the folder", "move the image into it")
-    return path
+    return path, row[flags.caption_column], file_inside(folder, named, where, "mask") if named else None
 
 
 # -- the datasets library ----------------------------------------------------------------------------------------------
@@ -341,10 +331,10 @@ def read_dataset(flags: Flags) -> Found:
         fix = "name another column" + (", or write captions into .txt files" if layout == "webdataset" else "")
         raise InvalidArgument(f"--caption_column {caption}", "holds no text", fix)
     masks = ["mask"] if flags.masked_loss and "mask" in rows.column_names else []
-    if layout == "json" and not flags.dataset_name:
+    if folder.is_dir() and (layout == "json" or names_files(rows, image)):
 
         def file(number: int, column: str) -> Path:
-            return _file_inside(folder, rows[number][column], f"{data_flag(flags)} row {number}", column)
+            return file_inside(folder, rows[number][column], f"{data_flag(flags)} row {number}", column)
 
         files = [file(number, image) for number in range(len(rows))]
         named = [file(number, "mask") if name else None for number, name in enumerate(rows["mask"] if masks else ())]
@@ -366,7 +356,8 @@ def read_dataset(flags: Flags) -> Found:
     rows = datasets.concatenate_datasets([images, column], axis=1)
     if layout is None and not (flags.dataset_name and flags.train_data_dir):  # that is a part of the folder
         notes += [*_passed_over(rows, everything, flags), *_hidden_note(rows, folder)]
-    return Found(rows, problems, notes)
+    caches = [datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE, flags.cache_dir] if layout is None else []
+    return Found(rows, problems, notes, places=[folder, *(Path(cache) for cache in caches if cache)])
 
 
 def _captions(value: object, in_files: bool) -> list | str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from diffusers import DiffusionPipeline
 from transformers import PreTrainedTokenizerBase
 
-from ...words import are
+from ...words import are, printable
 from ..context import Context
 from ..model.loading import Model
 from ..prompts import prompts_of
@@ -38,7 +38,7 @@ def tell_long_captions(material: Material, pipeline: DiffusionPipeline, context:
         reads = f"the {most} tokens that {encoder_of(name)} reads{' (--max_sequence_length)' if longest else ''}"
         those = f"{len(long)} of {len(texts)} captions and prompts {are(len(long))}"
         line = f"{those} longer than {reads}: what is beyond them is not read"
-        context.accelerator.print(f"{line} (for example {where}: {counts[example]} tokens)")
+        context.accelerator.print(f"{line} (for example {printable(where)}: {counts[example]} tokens)")
 
 
 def reader_of(pipeline: DiffusionPipeline, model: Model) -> tuple[str, PreTrainedTokenizerBase] | None:

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from ...common.errors import InvalidArgument
 from ...common.together import decided, gathered
 from ...files import read_object, write_json
-from ...words import are, counted
+from ...words import are, counted, printable
 from ..arguments import Flags, listed
 from ..context import Context
 from ..model.loading import wide_enough
@@ -220,7 +220,7 @@ def tell_counts(material: Material, context: Context) -> None:
             line = f"{images.label}: {count}, each {times} an epoch, weight {source.weight:g}"
             line += f"; {len(source.held_out)} more held out" if source.held_out else ""
             line += f"; {masked} of {len(images)} {are(masked)} masked" if context.flags.masked_loss else ""
-            context.accelerator.print(line)
+            context.accelerator.print(printable(line))
 
 
 def tell_uneven(plan: Plan, context: Context) -> None:
@@ -258,6 +258,6 @@ def latents_of(
 def tell_what_is_left_out(images: ImageDataset, context: Context) -> None:
     """A line for each of the first images that cannot be used, and how many there are."""
     for line in (*images.notes, *(f"left out: {line}" for line in images.left_out[:20])):
-        context.accelerator.print(line)
+        context.accelerator.print(printable(line))
     if images.left_out:
         context.accelerator.print(f"left out {counted(len(images.left_out), 'image')}, kept {len(images):,}")

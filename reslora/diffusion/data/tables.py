@@ -1,12 +1,12 @@
-"""Rows of metadata.jsonl and metadata.csv, each with its line, so that what is wrong with one can be said; and images
-that are in none."""
+"""Rows of metadata.jsonl and metadata.csv, each with its line, so that what is wrong with one can be said; images that
+are in none, and files that no row may name."""
 
 from __future__ import annotations
 
 import csv
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -76,6 +76,37 @@ def _check_columns(text: str, where: str) -> None:
 
 
 ROWS = {".csv": _csv_rows, ".jsonl": _json_rows}
+
+
+def names_files(rows: datasets.Dataset, column: str) -> bool:
+    """Whether a column is of plain text: the names of files."""
+    feature = rows.features[column]
+    return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
+
+
+def file_inside(folder: Path, name: object, where: str, column: str) -> Path:
+    """The file that a row names; refuses one outside the folder."""
+    nameless = InvalidArgument(where, f"names no image as its {column}", "correct it")
+    if not isinstance(name, str):
+        raise nameless
+    path = folder / name
+    try:
+        inside = path.resolve().is_relative_to(folder.resolve())
+    except (ValueError, OSError, RuntimeError):
+        raise nameless from None
+    if not inside:
+        raise InvalidArgument(where, f"names {name}, outside the folder", "move the image into it")
+    return path
+
+
+def check_inside(row: Mapping, places: Sequence[Path], where: str) -> None:
+    """Refuse an image or mask that a row names by a path to none of these folders, whether or not it is there."""
+    for column in ("image", "mask") if places else ():
+        image = row.get(column)
+        if image and image["path"] and image["bytes"] is None:
+            path = Path(image["path"]).resolve()
+            if not any(path.is_relative_to(place.resolve()) for place in places):
+                raise InvalidArgument(where, f"names {image['path']}, outside the folder", "move the image into it")
 
 
 def unlisted(rows: datasets.Dataset, files: Sequence[Path]) -> list[Path]:

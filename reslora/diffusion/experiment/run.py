@@ -29,7 +29,7 @@ from ...experiment.arms import Arm, values_of
 from ...experiment.course import ADAPTERS, Course
 from ...experiment.crew import Orders, crew_of, heard
 from ...experiment.parts import too_few
-from ...experiment.record import EXPERIMENT, Facts, facts_of
+from ...experiment.record import EXPERIMENT, Facts, facts_of, read_experiment
 from ...experiment.report import About
 from ...experiment.run import train, train_and_conclude
 from ...experiment.subject import COMPARING, Subject
@@ -164,7 +164,7 @@ def going_on(flags: Flags) -> Flags:
 def check_same(flags: Flags, identity: Identity | None = None) -> None:
     """Refuses to go on with an experiment but with more methods, rates and seeds; and in the folder of a plain run."""
     folder = Path(flags.output_dir)
-    there = read_object(folder / EXPERIMENT).get("identity")
+    there = read_experiment(folder).get("identity")
     if there is None:
         for method in METHODS:
             if checkpoints_of(folder / method) or (folder / method / EXPORTS).exists():
@@ -183,7 +183,7 @@ def check_same(flags: Flags, identity: Identity | None = None) -> None:
 def check_parts(flags: Flags, parts: Parts, images: Mapping[int, ImageDataset]) -> None:
     """Refuses to go on with another split than the experiment was begun with."""
     folder = Path(flags.output_dir)
-    there = read_object(folder / EXPERIMENT)
+    there = read_experiment(folder)
     if not there:
         return
     before = there.get("identity", {}).get("parts")

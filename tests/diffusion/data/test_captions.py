@@ -53,6 +53,17 @@ def test_the_prefix_is_part_of_the_first_tag_and_the_suffix_of_the_last():
     assert recipe.plain("fox,grass , tree,sun") == "sks fox,grass , tree,sun end"
 
 
+def test_empty_tags_are_tags_as_in_kohyas_scripts():
+    orders = itertools.permutations(["b", "", "c"])
+    assert set(outcomes(Recipe(shuffle=True, keep=1), "a, b,, c")) == joined(*(("a", *order) for order in orders))
+    assert set(outcomes(Recipe(shuffle=True, keep=2), ",a,b,")) == joined(("", "a", "b", ""), ("", "a", "", "b"))
+    assert set(outcomes(Recipe(tag_dropout=0.5), "a,,")) == {"", "a", ", ", "a, ", "a, , "}
+
+
+def test_of_nested_wildcards_the_innermost_is_chosen():
+    assert set(outcomes(Recipe(wildcards=True), "{a|{b|c} d}")) == {"{a|b d}", "{a|c d}"}
+
+
 def test_wildcards_are_resolved_before_tags_are_taken_apart():
     found = set(outcomes(Recipe(wildcards=True, shuffle=True), "{a, b|c}, d"))
     assert found == joined(*itertools.permutations("abd"), *itertools.permutations("cd"))

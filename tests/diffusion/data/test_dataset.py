@@ -1,22 +1,27 @@
 """Images and captions: every layout of a folder, and what is left out."""
 
+import dataclasses
 import errno
+import io
 import json
 import os
 import shutil
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import PIL.Image
+import pyarrow.parquet
 import pytest
 from pipelines import image_folder, random_image, red_or_blue, same_image
 from waiting import join, start_thread
 
 from diffusion.runs import only, printed, refused
-from reslora.common.errors import RunFailed
+from reslora.common.errors import InvalidArgument, RunFailed
 from reslora.diffusion.data.class_images import missing_class_images
 from reslora.diffusion.data.dataset import load_images
+from reslora.diffusion.data.material import tell_what_is_left_out
 from reslora.diffusion.settings import parse_args
 
 
@@ -68,6 +73,70 @@ def test_parquet_shards_hold_images_too(tmp_path, flag):
     found = load_images(parse_args([flag, str(folder.parent), "--cache_dir", str(tmp_path / "cache")]))
     assert found.captions == [["red disc"], ["blue box"], ["red disc"]]
     assert all(same_image(found.open(number), random_image(number)) for number in range(3))
+
+
+def png_of(number: int) -> bytes:
+    file = io.BytesIO()
+    random_image(number).save(file, "PNG")
+    return file.getvalue()
+
+
+def file_rows(**columns: str) -> datasets.Dataset:
+    """One row that names its files by paths, as no writer of `datasets` does."""
+    image = datasets.Image(decode=False)
+    features = datasets.Features({name: image for name in columns} | {"text": datasets.Value("string")})
+    rows = {name: [{"bytes": None, "path": path}] for name, path in columns.items()} | {"text": ["red disc"]}
+    return datasets.Dataset.from_dict(rows, features)
+
+
+@pytest.mark.parametrize("flag", ["--train_data_dir", "--dataset_name"])
+@pytest.mark.parametrize("layout", ["text", "below", "path", "saved", "mask"])
+def test_rows_name_no_file_outside_the_folder(tmp_path, flag, layout):
+    """Nor does the line tell whether there is one, or an image."""
+    folder, outside = tmp_path / "p", tmp_path / "secret.png"
+    folder.mkdir()
+    random_image(1).save(folder / "0.png")
+    rows = file_rows(image=str(outside))
+    if layout in ("text", "below"):
+        named = str(outside) if layout == "text" else "../secret.png"
+        rows = datasets.Dataset.from_dict({"image": [named], "text": ["red disc"]})
+    if layout == "mask":
+        rows = file_rows(image=str(folder / "0.png"), mask=str(outside))
+    if layout == "saved":
+        rows.save_to_disk(folder)
+    else:
+        pyarrow.parquet.write_table(rows.data.table, folder / "0.parquet")
+    words = [flag, str(folder), "--cache_dir", str(tmp_path / "cache"), "--masked_loss"]
+    lines = set()
+    for content in (None, b"root:x:0:0", (folder / "0.png").read_bytes()):
+        if content:
+            outside.write_bytes(content)
+        with pytest.raises(InvalidArgument) as refusal:
+            load_images(parse_args(words))
+        lines.add(str(refusal.value))
+    named = "../secret.png" if layout == "below" else outside
+    assert lines == {f"{flag} {folder} row 0: names {named}, outside the folder; move the image into it"}
+
+
+def test_an_empty_image_is_none_whatever_path_is_with_it(tmp_path):
+    random_image(1).save(tmp_path / "secret.png")
+    images = [{"bytes": b"", "path": str(tmp_path / "secret.png")}, {"bytes": png_of(0), "path": "elsewhere.png"}]
+    rows = datasets.Dataset.from_dict({"image": images, "text": ["a", "b"]})
+    (tmp_path / "p").mkdir()
+    pyarrow.parquet.write_table(rows.data.table, tmp_path / "p" / "0.parquet")
+    found = gather(tmp_path / "p", "--cache_dir", str(tmp_path / "cache"))
+    assert found.left_out == ("image 0: no image",) and found.captions == [["b"]]
+
+
+@pytest.mark.parametrize("layout", ["text", "path"])
+def test_rows_may_name_files_in_the_folder(tmp_path, layout):
+    folder = image_folder(tmp_path / "p", 1, layout="none")
+    rows = file_rows(image=str(folder / "0.png"))
+    if layout == "text":
+        rows = datasets.Dataset.from_dict({"image": ["0.png"], "text": ["red disc"]})
+    pyarrow.parquet.write_table(rows.data.table, folder / "0.parquet")
+    found = gather(folder, "--cache_dir", str(tmp_path / "cache"))
+    assert found.captions == [["red disc"]] and same_image(found.open(0), random_image(0))
 
 
 def test_captions_beside_the_images(tmp_path):
@@ -267,6 +336,18 @@ def test_a_name_that_is_too_long_is_no_image(tmp_path):
     with (folder / "metadata.jsonl").open("a") as file:
         file.write("\n" + json.dumps({"file_name": "9" * 300, "text": "disc"}))
     assert gather(folder).left_out == (f"{folder}/{'9' * 300}: not an image",)
+
+
+def test_names_that_a_terminal_would_obey_are_printed_escaped(tmp_path):
+    folder = image_folder(tmp_path / "p", 1)
+    (folder / "\x1b[2J.png").write_bytes(b"no image")
+    with (folder / "metadata.jsonl").open("a") as file:
+        file.write(json.dumps({"file_name": "\x1b[2J.png", "text": "a"}) + "\n")
+    said = []
+    context = SimpleNamespace(accelerator=SimpleNamespace(print=said.append))
+    tell_what_is_left_out(dataclasses.replace(gather(folder), notes=("not read: \x1b[1A.png",)), context)
+    left_out = f"left out: {folder}/\\x1b[2J.png: not an image"
+    assert said == ["not read: \\x1b[1A.png", left_out, "left out 1 image, kept 1"]
 
 
 # -- what is left out is said ----------------------------------------------------------------------------------------

@@ -9,9 +9,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from app.runs import Run
-from diffusion.runs import assert_same, digests, main, only, printed, refused
+from diffusion.runs import assert_same, digests, last_line, main, only, printed, refused, without
 from reslora.common.log import of_split, read_log
+from reslora.diffusion.training import loop
 from reslora.diffusion.training.best import best_of
+from reslora.diffusion.training.state import Learner
 from reslora.diffusion.training.stopping import Requests
 from reslora.files import read_object, write_json
 
@@ -86,6 +88,28 @@ def test_it_ends_when_patience_does_and_exports_the_best(whole):
     assert any(not torch.equal(last[name], kept[name]) for name in kept)
     run = Run(output.name, output)
     assert run.status == "finished" and run.progress == (record["step"], record["step"])
+
+
+def test_a_run_that_diverges_exports_the_best(flags, monkeypatch, capsys, tmp_path):
+    """With the status of one that has diverged, and unfinished: it can go on from a checkpoint."""
+    take_step = loop.take_step
+
+    def diverges(learner: Learner, *rest) -> torch.Tensor:
+        value = take_step(learner, *rest)
+        return value * torch.nan if learner.step == 5 else value
+
+    monkeypatch.setattr(loop, "take_step", diverges)
+    output = tmp_path / "out"
+    assert main(*without(flags, "--metric_model"), "--output_dir", output) == 1
+    said = capsys.readouterr()
+    assert last_line(said.err).startswith("train_sd.py: lora: train loss nan at step 5; ")
+    only(said.out.splitlines(), "lora: training has diverged; exporting the best adapter, of step 3")
+    with safe_open(output / "lora" / "pytorch_lora_weights.safetensors", "pt") as file:
+        assert file.metadata()["ss_steps"] == "3"
+    kept = load_file(output / "lora" / "best" / "step-000003" / "adapter.safetensors")
+    exported = load_file(output / "lora" / "peft" / "adapter_model.safetensors")
+    assert_same(exported, {f"base_model.model.{name.replace('.default', '')}": value for name, value in kept.items()})
+    assert (output / "lora" / "kohya.safetensors").is_file() and not (output / "lora" / "exports.json").exists()
 
 
 def test_the_log_has_losses_by_timestep_and_similarities(whole):
