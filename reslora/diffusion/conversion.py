@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..common.errors import InvalidArgument, first_line, refused_as
+from ..common.parser import Parser
 from ..common.readers import take_any_file_name
 from ..files import read_object
 from ..words import counted
-from .arguments import Parser, whole
+from .arguments import whole
 from .model.families import FAMILIES, load_family
 
 if TYPE_CHECKING:
