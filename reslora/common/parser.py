@@ -15,8 +15,8 @@ class Parser(argparse.ArgumentParser):
     Negative numbers in any notation are values. An unknown option is refused with the known one that is nearest.
     """
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **options)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
         # argparse's own pattern takes -1e-4 and -inf for options.
         self._negative_number_matcher = re.compile(r"-((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|inf|nan)$", re.IGNORECASE)
 

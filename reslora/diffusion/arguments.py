@@ -123,6 +123,11 @@ def number(minimum: float = -math.inf, below: float = math.inf, exclusive: bool 
     return parse
 
 
+def is_path(name: str) -> bool:
+    """Return whether a model's name can only be a path: a repository on the hub has at most one slash."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
 def is_experiment(flags: Mapping[str, object]) -> bool:
     """Whether several values of a flag in SEVERAL are asked for, by the flags as a table."""
     return any(len(listed(flags.get(name))) > 1 for name in SEVERAL)

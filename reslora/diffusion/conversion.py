@@ -19,7 +19,7 @@ from ..common.parser import Parser
 from ..common.readers import take_any_file_name
 from ..files import read_object
 from ..words import counted
-from .arguments import whole
+from .arguments import is_path, whole
 from .model.families import FAMILIES, load_family
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     # fmt: off
     add("inputs", nargs="*", metavar="IN", help="LoRA file of any tool, or folder that PEFT, diffusers or a run wrote")
     add("output", metavar="OUT", help="a name that ends in .safetensors, or a folder")
-    add("--to", choices=FORMATS, required=True, help="the format of OUT")
+    add("--to", choices=FORMATS, help="the format of OUT; required")
     add("--base", metavar="MODEL", help="the model's folder or name on the hub: its configurations alone are read")
     add("--family", choices=[*FAMILIES.values()], help="the model's family, where neither --base nor the file says it")
     add("--weight", nargs="+", type=float, metavar="W", help="of each IN in their sum; default: 1")
@@ -70,6 +70,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check_flags(args: argparse.Namespace) -> None:
     """Refuse what cannot work, before anything heavy is imported."""
+    if args.to is None:  # not argparse's `required`, which would be reported in place of a misspelt option
+        raise InvalidArgument("--to", "missing", f"give one of {', '.join(FORMATS)}")
     if args.extract and (args.inputs or args.weight):
         raise InvalidArgument("--extract", "it reads two models, and no IN", "give one or the other")
     if args.extract and not args.rank:
@@ -80,6 +82,11 @@ def check_flags(args: argparse.Namespace) -> None:
     for argument, texts in named.items():
         if "" in (texts or ()):  # which would be the working directory
             raise InvalidArgument(argument, "is empty", "give the name of a file or a folder")
+    for argument, texts in {"IN": args.inputs, "--extract": args.extract}.items():
+        for missing in (text for text in texts or () if not Path(text).exists()):
+            raise InvalidArgument(f"{argument} {missing}", "no such file or folder", "check the name")
+    if args.base and not Path(args.base).exists() and is_path(args.base):
+        raise InvalidArgument(f"--base {args.base}", "no such folder", "give one in diffusers format")
     if args.weight and len(args.weight) != len(args.inputs):
         problem = f"{counted(len(args.weight), 'weight')} for {counted(len(args.inputs), 'file')}"
         raise InvalidArgument("--weight", problem, "give one for each IN")

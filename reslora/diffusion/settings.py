@@ -29,6 +29,7 @@ from .arguments import (
     Flags,
     build_parser,
     is_experiment,
+    is_path,
     listed,
 )
 from .config_file import config_defaults
@@ -406,7 +407,7 @@ def check_model_name(name: str) -> None:
             raise InvalidArgument(flag, "not a .safetensors file", "give a folder in diffusers format, or such a file")
     elif path.is_dir():
         check_pipeline_class(name, read_index(path, flag))
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+    elif is_path(name):
         raise InvalidArgument(flag, "no such folder", "give one in diffusers format or a name on the hub")
 
 

@@ -305,6 +305,14 @@ def check_number(name: str, value: float, least: float, below: float = math.inf,
         raise InvalidArgument(f"--{name} {value}", problem, fix)
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keep the lines of the description, and name each default once."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        named = action.default is None or action.default is False or "default: " in (action.help or "")
+        return action.help if named else super()._get_help_string(action)
+
+
 class FieldsParser(HfArgumentParser, Parser):
     """Take the options that are the fields of dataclasses, as strictly as the other scripts take theirs."""
 
@@ -312,7 +320,8 @@ class FieldsParser(HfArgumentParser, Parser):
 def build_parser(types: Sequence[type], prog: str, description: str | None = None) -> HfArgumentParser:
     """A parser of the flags that are the fields of the dataclasses `types`."""
     usage = argparse.SUPPRESS  # of 150 options it would be a screen before the description
-    parser = FieldsParser([*types, ExperimentArguments], prog=prog, usage=usage, description=description)
+    options = {"prog": prog, "usage": usage, "description": description, "formatter_class": HelpFormatter}
+    parser = FieldsParser(dataclass_types=[*types, ExperimentArguments], **options)
     for action in parser._actions:
         action.nargs = "+" if action.dest in SEVERAL.values() else action.nargs
     parser.add_argument("--version", action="version", version=f"reslora-sd {__version__}")
