@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.configuration_utils import FrozenDict
 from diffusers.loaders.single_file_utils import infer_diffusers_model_type, load_single_file_checkpoint
+from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
 from huggingface_hub import constants
 from safetensors import safe_open
 from torch import nn
@@ -201,8 +202,17 @@ def find_model(flags: Flags, accelerator: Accelerator) -> Model:
                 raise InvalidArgument(flag, f"{config} cannot be read", "repair the folder")
     if problem := family.unfit(configs):
         raise InvalidArgument(flag, problem, "give a base model's folder")
+    check_prediction(flags, folder)
     vae = flags.pretrained_vae_model_name_or_path
     return Model(folder, family, flag, flags.variant, vae, flags.cache_dir, index, flags.prediction_type)
+
+
+def check_prediction(flags: Flags, folder: Path) -> None:
+    """Refuse to predict the noise on a schedule that ends in nothing but noise: sampling would divide by zero."""
+    scheduler = read_object(folder / "scheduler" / SCHEDULER_CONFIG_NAME)
+    if flags.prediction_type == "epsilon" and scheduler.get("rescale_betas_zero_snr"):
+        problem = "the model's scheduler has zero terminal SNR (rescale_betas_zero_snr), and its samples would be NaN"
+        raise InvalidArgument("--prediction_type epsilon", problem, "leave it out, or give v_prediction")
 
 
 def downloaded(flags: Flags, flag: str) -> Path:

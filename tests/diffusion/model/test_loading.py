@@ -87,6 +87,20 @@ def test_predictions_of_the_image_itself_are_refused(base_flags, model, capsys, 
     assert "prediction_type" in line and "sample" in line
 
 
+def test_noise_is_not_predicted_where_the_schedule_ends_in_noise_alone(base_flags, model, capsys, tmp_path):
+    """By the scheduler's configuration: no weights are read, which are damaged here. Sampling would divide by zero."""
+    folder = shutil.copytree(model, tmp_path / "model")
+    damage_cut_off(folder / "unet")
+    config = folder / "scheduler" / "scheduler_config.json"
+    zero_snr = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    config.write_text(json.dumps(json.loads(config.read_text()) | zero_snr))
+    named = ["--pretrained_model_name_or_path", folder, "--output_dir", tmp_path / "out"]
+    line = refused(capsys, *base_flags, *named, "--prediction_type", "epsilon")
+    assert "error: --prediction_type epsilon: " in line and "rescale_betas_zero_snr" in line and "v_prediction" in line
+    for flags in ([], ["--prediction_type", "v_prediction"]):
+        assert "diffusion_pytorch_model.safetensors" in refused(capsys, *base_flags, *named, *flags)
+
+
 def test_other_kinds_of_pipeline_are_refused_by_name(base_flags, model, capsys, tmp_path):
     folder = shutil.copytree(model, tmp_path / "model")
     index = json.loads((folder / "model_index.json").read_text())
