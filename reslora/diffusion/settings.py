@@ -151,6 +151,10 @@ def given_flags(argv: Sequence[str] | None) -> set[str]:
 def check_places(flags: Flags) -> None:
     """Refuse paths that cannot work."""
     check_model_name(flags.pretrained_model_name_or_path)
+    vae = flags.pretrained_vae_model_name_or_path
+    if vae and (Path(vae).exists() or is_path(vae)) and not (Path(vae) / "config.json").is_file():
+        fix = "give an autoencoder's folder in diffusers format, or its name on the hub"
+        raise InvalidArgument(f"--pretrained_vae_model_name_or_path {vae}", "no folder with a config.json", fix)
     for folder in () if flags.dataset_name else listed(flags.train_data_dir):
         if not Path(folder).is_dir():
             raise InvalidArgument(f"--train_data_dir {folder}", "no such folder", "give one with images and captions")

@@ -58,6 +58,11 @@ class Model:
     prediction_type: str | None = None
     """What the denoiser predicts, where the scheduler's configuration says something else."""
 
+    @property
+    def vae_flag(self) -> str:
+        """The flag that names the autoencoder, with its value, for messages."""
+        return f"--pretrained_vae_model_name_or_path {self.vae}" if self.vae else self.flag
+
     def fingerprint(self, *parts: str) -> str:
         """The files of these parts (all that are loaded) in short, wherever they are: names and contents.
 
@@ -116,7 +121,7 @@ class Model:
 
     def _other_vae(self, dtype: torch.dtype) -> ModelMixin:
         own = getattr(diffusers, self.index["vae"][1])  # FLUX.2 and Qwen-Image have classes of their own
-        with refused_as(f"--pretrained_vae_model_name_or_path {self.vae}", "check the name and the files"):
+        with refused_as(self.vae_flag, "check the name and the files"):
             return own.from_pretrained(self.vae, cache_dir=self.cache_dir, torch_dtype=dtype, use_safetensors=True)
 
     def load_denoiser(
@@ -204,7 +209,20 @@ def find_model(flags: Flags, accelerator: Accelerator) -> Model:
         raise InvalidArgument(flag, problem, "give a base model's folder")
     check_prediction(flags, folder)
     vae = flags.pretrained_vae_model_name_or_path
-    return Model(folder, family, flag, flags.variant, vae, flags.cache_dir, index, flags.prediction_type)
+    model = Model(folder, family, flag, flags.variant, vae, flags.cache_dir, index, flags.prediction_type)
+    check_vae(model)
+    return model
+
+
+def check_vae(model: Model) -> None:
+    """Refuse a folder of another class than the pipeline's autoencoder, by its configuration."""
+    if not model.vae or not Path(model.vae).is_dir():
+        return
+    wanted = model.index["vae"][1]
+    found = read_object(Path(model.vae) / "config.json").get("_class_name", wanted)
+    if found != wanted:
+        problem = f"its class is {found}, and the pipeline has {wanted}"
+        raise InvalidArgument(model.vae_flag, problem, "give an autoencoder of that class, or leave it out")
 
 
 def check_prediction(flags: Flags, folder: Path) -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import PartialState
-from diffusers import AutoencoderKLQwenImage, StableDiffusionPipeline
+from diffusers import AutoencoderKL, AutoencoderKLQwenImage, StableDiffusionPipeline, UNet2DConditionModel
 from pipelines import qwen_image, sdxl, tiny_qwen_vae
 from safetensors.torch import save_file
 
-from diffusion.runs import losses, main, refused
+from diffusion.runs import failed, losses, main, refused
 from reslora.diffusion.arguments import Flags
 from reslora.diffusion.model.loading import find_model
 
@@ -68,6 +68,45 @@ def test_another_autoencoder_is_of_the_class_that_the_pipeline_has(tmp_path):
     pipeline = find_model(flags, PartialState()).load_pipeline(torch.float32, torch.device("cpu"), encoders=False)
     assert type(pipeline.vae) is AutoencoderKLQwenImage and pipeline.vae.config.latents_std == [2.0] * 4
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in pipeline.vae.state_dict().items())
+
+
+def other_vae(model: Path, folder: Path) -> Path:
+    return model / "unet"
+
+
+def vae_without_config(model: Path, folder: Path) -> Path:
+    (shutil.copytree(model / "vae", folder / "vae") / "config.json").unlink()
+    return folder / "vae"
+
+
+def vae_cut_off(model: Path, folder: Path) -> Path:
+    damage_cut_off(shutil.copytree(model / "vae", folder / "vae"))
+    return folder / "vae"
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (other_vae, "its class is UNet2DConditionModel, and the pipeline has AutoencoderKL; give an autoencoder"),
+        (vae_without_config, "no folder with a config.json"),
+        (vae_cut_off, "check the name and the files"),
+        (lambda model, folder: folder / "nowhere", "no folder with a config.json"),
+        (lambda model, folder: "nobody/vae", "check the name and the files"),
+    ],
+)
+def test_another_autoencoder_is_blamed_itself(brief_flags, model, capsys, tmp_path, make, words):
+    vae = make(model, tmp_path)
+    flags = ["--pretrained_vae_model_name_or_path", vae, "--output_dir", tmp_path / "out"]
+    line = refused(capsys, *brief_flags, *flags, quiet=False)
+    assert f"error: --pretrained_vae_model_name_or_path {vae}: " in line and words in line
+    assert str(model) not in line.replace(str(vae), "")
+
+
+@pytest.mark.parametrize("part", [UNet2DConditionModel, AutoencoderKL])
+def test_memory_that_runs_out_is_no_fault_of_the_models_folder(brief_flags, capsys, tmp_path, monkeypatch, part):
+    monkeypatch.setattr(part, "from_pretrained", lambda *args, **kwargs: torch.empty(2**60))
+    line = failed(capsys, *brief_flags, "--output_dir", tmp_path / "out")
+    assert "memory ran out (" in line and "repair" not in line
 
 
 def test_a_missing_tokenizer_is_named(base_flags, model, capsys, tmp_path):
