@@ -36,6 +36,7 @@ from .config_file import config_defaults
 from .experiment.checks import STEERING, check_experiment, plain_variants
 from .folder import cache_folder
 from .model.families import FAMILIES
+from .model.kinds import refuse_parts
 from .optimizers import ADAMS, check_installed, named, options_of
 from .prompts import clean, from_file
 
@@ -409,7 +410,10 @@ def check_model_name(name: str) -> None:
     if path.is_file():
         if path.suffix != ".safetensors":
             raise InvalidArgument(flag, "not a .safetensors file", "give a folder in diffusers format, or such a file")
+        refuse_parts(path, flag)
     elif path.is_dir():
+        if not (path / "model_index.json").exists():
+            refuse_parts(path, flag)
         check_pipeline_class(name, read_index(path, flag))
     elif is_path(name):
         raise InvalidArgument(flag, "no such folder", "give one in diffusers format or a name on the hub")

@@ -1,5 +1,6 @@
 """The model: what cannot be trained is refused before anything is encoded, and what is one file becomes a folder."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -12,7 +13,10 @@ from pipelines import qwen_image, sdxl, tiny_qwen_vae
 from safetensors.torch import save_file
 
 from diffusion.runs import failed, losses, main, refused
+from reslora.common.assets import ASSETS
+from reslora.common.errors import InvalidArgument
 from reslora.diffusion.arguments import Flags
+from reslora.diffusion.model.kinds import refuse_parts
 from reslora.diffusion.model.loading import find_model
 
 
@@ -146,6 +150,52 @@ def test_other_kinds_of_pipeline_are_refused_by_name(base_flags, model, capsys, 
     (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "KandinskyPipeline"}))
     line = refused_model(capsys, base_flags, folder)
     assert "KandinskyPipeline" in line and "StableDiffusionPipeline" in line
+
+
+EXAMPLE = ASSETS.parent / "app" / "example" / "lora" / "pytorch_lora_weights.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("part", "what"),
+    [
+        (None, "a LoRA; give the model that it was made for, and this with --init_lora"),
+        ("unet", "a U-Net alone; give a whole model"),
+        ("vae", "an autoencoder alone; give a whole model, and this with --pretrained_vae_model_name_or_path"),
+        ("text_encoder", "a text encoder alone; give a whole model"),
+    ],
+)
+def test_a_lora_or_a_part_of_a_model_is_refused_by_what_it_is(data, model, capsys, part, what):
+    """As a file and as a folder, by its header alone: nothing is asked of the hub."""
+    (file,) = (model / part).glob("*.safetensors") if part else [EXAMPLE]
+    for path, where in ((file, "it"), (file.parent, f"no model_index.json, and {file.name} in it")):
+        flag = ("--pretrained_model_name_or_path", path)
+        line = refused(capsys, *flag, "--train_data_dir", data)
+        assert f"error: {flag[0]} {path}: {where} is {what}" in line
+
+
+KOHYA = ["lora_unet_down_blocks_0_attentions_0_proj_in.alpha"]
+WHOLE = ["model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.decoder.conv_in.weight"]
+
+
+@pytest.mark.parametrize(
+    ("names", "what"),
+    [
+        (KOHYA, "a LoRA"),
+        (["diffusion_model.layers.0.attention.qkv.lora_A.weight"], "a LoRA"),
+        (["unet.down_blocks.0.resnets.0.conv1.hada_w1_a"], "a LoRA"),
+        (["input_blocks.0.0.weight", "out.0.weight"], "a U-Net"),
+        (["double_blocks.0.img_attn.qkv.weight"], "a transformer"),
+        (["first_stage_model.encoder.conv_in.weight"], "an autoencoder"),
+        (WHOLE, None),
+        (["weight"], None),
+    ],
+)
+def test_what_a_file_is_shows_in_the_names_of_its_tensors(tmp_path, names, what):
+    path = tmp_path / "some.safetensors"
+    save_file({name: torch.zeros(1) for name in names}, path)
+    refusal = pytest.raises(InvalidArgument, match=rf"^--model: it is {what}") if what else contextlib.nullcontext()
+    with refusal:
+        refuse_parts(path, "--model")
 
 
 REFINER = {"projection_class_embeddings_input_dim": 16 + 5 * 8, "cross_attention_dim": 24}
