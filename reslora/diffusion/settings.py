@@ -69,6 +69,8 @@ def settled(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> Flag
         args, given = parser.parse_args(argv), given | of_file.keys()
     if args.method is None and given & OF_SHORTCUTS and not takes_bundled(args):
         args.method = ["reslora"]
+    elif args.method is None and args.init_lora and not given & OF_SHORTCUTS:
+        args.method = ["lora"]  # of the bundled model's two, the one that can start from a LoRA
     flags = fill_defaults(args)
     for plain in plain_variants(flags):
         check_flags(plain)
@@ -287,6 +289,8 @@ def check_start(flags: Flags) -> None:
     if flags.init_lora is None:
         return
     flag = f"--init_lora {flags.init_lora}"
+    if not Path(flags.init_lora).exists():
+        raise InvalidArgument(flag, "no such file or folder", "give a LoRA file, or a folder with one")
     for method in (METHODS[name] for name in flags.method):
         if not method.trains_lora:
             problem = f"--method {method.name} has no plain LoRA weights that could start from it"
