@@ -14,11 +14,11 @@ import webbrowser
 from pathlib import Path
 from typing import Any
 
+from reslora.common.parser import Parser
+
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m app", description="Watch LoRA and ResLoRA learn, and use the result.", allow_abbrev=False
-    )
+    parser = Parser(prog="python -m app", description="Watch LoRA and ResLoRA learn, and use the result.")
     add = parser.add_argument
     add("--runs", type=Path, default=Path("runs"), metavar="DIR", help="folder of runs, or one run (default: runs)")
     add(

@@ -11,7 +11,7 @@ from torch import nn
 
 from reslora.chains import lora_layers
 from reslora.checkpoint import PEFT_PREFIX
-from reslora.common.errors import InvalidArgument
+from reslora.common.errors import InvalidArgument, RunFailed
 from reslora.diffusion.model.families.base import Family
 from reslora.diffusion.model.lora_files.combining import summed
 from reslora.diffusion.model.lora_files.names import Names, Parts, names_of
@@ -138,7 +138,7 @@ def read(file: Weights, names: Names, models: Mapping[str, nn.Module]) -> Parts:
         check_adapter_file(file.path, file.label)
         content = read_content(file.path, file.label, file.config)
         parts = read_parts(content, names)
-    except (InvalidArgument, OSError) as error:
+    except (InvalidArgument, RunFailed, OSError) as error:
         raise RunError(f"{without_folders(error, file.path)}.") from None
     for part, layers in parts.items():
         if part not in models:

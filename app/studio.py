@@ -27,7 +27,7 @@ from diffusers import DiffusionPipeline
 
 import reslora
 from reslora import files
-from reslora.common.errors import InvalidArgument
+from reslora.common.errors import InvalidArgument, RunFailed
 from reslora.diffusion.model.families.base import Family
 from reslora.diffusion.model.loading import Model, find_model
 from reslora.diffusion.output.calibration_file import read_calibration
@@ -310,7 +310,7 @@ class Studio:
             half = torch.bfloat16 if model.family.objective == "flow" else torch.float16
             dtype = half if device.type == "cuda" else torch.float32
             pipeline, denoiser = model.load_pipeline(dtype, device, encoders=True), model.load_denoiser(dtype, device)
-        except InvalidArgument as error:
+        except (InvalidArgument, RunFailed) as error:
             raise RunError(
                 f"The model of this run cannot be loaded: {without_folders(error, Path(base.name))}."
             ) from None

@@ -14,11 +14,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-
-import torch
-from safetensors.torch import save
+from typing import TYPE_CHECKING
 
 from .common.errors import first_line
+
+if TYPE_CHECKING:
+    import torch
 
 CHECKSUMS_NAME = "checksums.json"
 ABANDONED = 24 * 3600  # seconds after which a temporary of another machine counts as left behind
@@ -148,6 +149,8 @@ def write_tensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor], met
 
     safetensors itself writes the metadata in random order, and the file readable by its owner only.
     """
+    from safetensors.torch import save  # imports torch, which scripts that only check their options do not wait for
+
     tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     content = save(tensors, metadata=metadata)
     start = 8 + int.from_bytes(content[:8], "little")
@@ -165,6 +168,8 @@ def write_one_by_one(
     `like` has their shapes and dtypes, and may be on the meta device; raises `ValueError` for a value of another. The
     file grows in its place: it belongs into a folder that one is `replacing`.
     """
+    import torch
+
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     names, end = sorted(like, key=lambda name: (-like[name].itemsize, name)), 0
     for name in names:
@@ -186,6 +191,9 @@ def write_one_by_one(
 @functools.cache
 def _dtype_name(dtype: torch.dtype) -> str:
     """A dtype as safetensors' headers have it."""
+    import torch
+    from safetensors.torch import save
+
     content = save({"": torch.empty(0, dtype=dtype)})
     return json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])[""]["dtype"]
 

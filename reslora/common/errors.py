@@ -6,6 +6,9 @@ import contextlib
 import os
 from collections.abc import Iterator
 
+_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory")
+"""How torch and systems say that memory ran out."""
+
 
 class InvalidArgument(ValueError):
     """What the user gave cannot work: one line naming the argument, the problem and the fix; exit status 2."""
@@ -45,13 +48,17 @@ class EndedElsewhere(Exception):
 def refused_as(argument: str, fix: str, kinds: tuple[type[Exception], ...] = (Exception,)) -> Iterator[None]:
     """Turns what a reader raises inside into an `InvalidArgument` that names `argument` and `fix`.
 
-    By default whatever it is: damaged files fail in as many ways as there are readers. `InvalidArgument` itself passes.
+    By default whatever it is: damaged files fail in as many ways as there are readers. `InvalidArgument` and
+    `RunFailed` pass; memory that ran out is no fault of the files, and becomes a `RunFailed`.
     """
     try:
         yield
-    except InvalidArgument:
+    except (InvalidArgument, RunFailed):
         raise
     except kinds as error:
+        if cause := out_of_memory(error):
+            advice = "free some, or take something smaller"
+            raise RunFailed(f"{argument}: memory ran out ({first_line(cause)}); {advice}") from error
         raise InvalidArgument(argument, first_line(error), fix) from error
 
 
@@ -64,6 +71,15 @@ def loaded_from_hub(argument: str, fix: str) -> Iterator[None]:
         code = any(word in str(error) for word in ("script", "remote code", "remote_code"))
         problem = "needs code from the hub, which is never run" if code else f"cannot be loaded ({first_line(error)})"
         raise InvalidArgument(argument, problem, fix) from None
+
+
+def out_of_memory(error: BaseException | None) -> BaseException | None:
+    """Return the error, or that which it replaced, by which a CPU or GPU says that memory ran out; None without one."""
+    while error is not None:
+        if isinstance(error, MemoryError) or any(words in str(error) for words in _MEMORY):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def first_line(error: BaseException) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ..files import remove, replacing, temporary_beside
-from .errors import InvalidArgument, first_line
+from .errors import InvalidArgument, RunFailed, first_line, out_of_memory
 
 MERGED = "merged-by-[a-z]+"
 """How what the application merges a checkpoint into is called, before the step."""
@@ -72,6 +73,23 @@ def set_others_aside(chosen: Path, found: Iterable[Path], place: Path, beside: I
         for other in dict.fromkeys([*found, place, *(place.with_name(name) for name in beside)]):
             if other.exists():
                 set_aside(other)
+
+
+@contextlib.contextmanager
+def memory_reported(folder: Path) -> Iterator[None]:
+    """Turn memory that runs out while `folder` is trained into a `RunFailed` that names the newest checkpoint there."""
+    try:
+        yield
+    except RunFailed:
+        raise
+    except Exception as error:
+        if (cause := out_of_memory(error)) is None:
+            raise
+        there = f"{folder} has no checkpoint yet: start again"
+        if newest := next(iter(numbered(folder)), None):
+            there = f"the newest checkpoint is {newest}: go on with --resume_from_checkpoint latest"
+        problem = f"memory ran out ({first_line(cause)}), and nothing on disk is lost"
+        raise RunFailed(f"{problem}; {there} once some is free, or with a smaller batch") from error
 
 
 def refuse_afresh(output: Path, folder: Path, finished: bool) -> None:

@@ -9,7 +9,16 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from ..words import printable
-from .errors import EndedElsewhere, InvalidArgument, RunFailed, Stopped, another_ended, speaks
+from .errors import (
+    EndedElsewhere,
+    InvalidArgument,
+    RunFailed,
+    Stopped,
+    another_ended,
+    first_line,
+    out_of_memory,
+    speaks,
+)
 from .readers import outlived, take_any_file_name
 from .signals import StopRequest
 
@@ -22,9 +31,9 @@ def run_script(
 ) -> int:
     """Runs `main(argv, stop)` and returns the script's exit status; what the user can mend is one line on stderr.
 
-    0; 2 for `InvalidArgument`; 1 for `RunFailed` and for files that cannot be read or written; 128 + signal after
-    Ctrl-C or SIGTERM, which `stop` notes and `main` answers by raising `Stopped` once it has saved; a terminal that
-    closes is as SIGTERM. Other exceptions are mistakes of ours, and pass.
+    0; 2 for `InvalidArgument`; 1 for `RunFailed`, for memory that runs out and for files that cannot be read or
+    written; 128 + signal after Ctrl-C or SIGTERM, which `stop` notes and `main` answers by raising `Stopped` once it
+    has saved; a terminal that closes is as SIGTERM. Other exceptions are mistakes of ours, and pass.
     """
     warnings.filterwarnings("ignore", category=FutureWarning)  # how one library calls another is not for who trains
     take_any_file_name()
@@ -39,10 +48,13 @@ def run_script(
         except (RunFailed, OSError) as error:  # a full disk, a folder that went away: the last checkpoint is intact
             _say(f"{prog}: {error}")
             status = 1
-        except RuntimeError as error:
-            if not any(words in str(error) for words in _GONE):
+        except (RuntimeError, MemoryError) as error:
+            if cause := out_of_memory(error):
+                _say(f"{prog}: memory ran out ({first_line(cause)}); free some, or take a smaller model or batch")
+            elif any(words in str(error) for words in _GONE):
+                _say(f"{prog}: {another_ended(error)}")
+            else:
                 raise
-            _say(f"{prog}: {another_ended(error)}")
             status = 1
         except Stopped as error:
             if speaks():

@@ -15,6 +15,7 @@ from ..common.checks import is_number, is_whole, number_in_words, whole_in_words
 from ..common.flags import Flags as Flags
 from ..common.flags import listed as listed
 from ..common.methods import DEFAULT_PRE_NUM, IN_WORDS, METHODS
+from ..common.parser import Parser
 from ..common.patterns import HELP as PATTERNS
 from ..config import HEADS, SHORTCUTS
 from ..merges import AUTO
@@ -70,31 +71,23 @@ BY_FAMILY = {
 }
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse prints a hundred flags of usage before its one line of error; only the line is wanted.
-
-    Flags are whole: another script's `--dataset_config` is no `--dataset_config_name`.
-    """
-
-    knows_foreign = False  # whether flags of other trainers are told by what they are called here
-
-    def __init__(self, **own: Any) -> None:
-        super().__init__(allow_abbrev=False, **own)
+class TrainingParser(Parser):
+    """Take `~` for the home folder, and name the options of other trainers by what they are called here."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse's; `~` is the home folder where no shell has said so: in a file, and behind an equals sign."""
         flags, unknown = super().parse_known_args(args, namespace)
-        if self.knows_foreign and (told := foreign.in_words(word.partition("=")[0] for word in unknown)):
-            self.error(told)
         for name, value in vars(flags).items():
             if name in PATHS and value is not None:
                 paths = [os.path.expanduser(path) for path in listed(value)]  # noqa: PTH111 - or a name on the hub
                 setattr(flags, name, paths if isinstance(value, list) else paths[0])
         return flags, unknown
 
-    def error(self, message: str) -> NoReturn:
-        """Prints the line and exits with status 2."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
+    def refuse_unknown(self, words: list[str]) -> NoReturn:
+        """Exit with one line that names the unknown options, and what to give instead."""
+        if told := foreign.in_words(word.partition("=")[0] for word in words):
+            self.error(told)
+        super().refuse_unknown(words)
 
 
 def whole(minimum: int, most: float = math.inf) -> Callable[[str], int]:
@@ -130,6 +123,11 @@ def number(minimum: float = -math.inf, below: float = math.inf, exclusive: bool 
     return parse
 
 
+def is_path(name: str) -> bool:
+    """Return whether a model's name can only be a path: a repository on the hub has at most one slash."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
 def is_experiment(flags: Mapping[str, object]) -> bool:
     """Whether several values of a flag in SEVERAL are asked for, by the flags as a table."""
     return any(len(listed(flags.get(name))) > 1 for name in SEVERAL)
@@ -145,8 +143,7 @@ threads on a CPU:
 def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     """All flags; those in DEFAULTS stay None until `settings.parse_args` knows whose model is trained."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="train_sd.py", description=description, epilog=THREADS, formatter_class=raw)
-    parser.knows_foreign = True
+    parser = TrainingParser(prog="train_sd.py", description=description, epilog=THREADS, formatter_class=raw)
     parser.add_argument(
         "--config", metavar="FILE", help="flags from TOML or a run's config.json; the command line wins"
     )

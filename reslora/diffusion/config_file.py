@@ -11,6 +11,7 @@ from typing import Any
 
 from ..common.errors import InvalidArgument, first_line, refused_as, speaks
 from ..common.methods import METHODS, SHORTCUT_FLAGS
+from ..common.parser import did_you_mean
 from . import foreign
 from .arguments import is_experiment
 from .experiment.checks import OF_EXPERIMENTS, OF_RUNS
@@ -44,7 +45,8 @@ def config_defaults(parser: argparse.ArgumentParser, args: argparse.Namespace, g
     values = {}
     for name, value in table.items():
         if name not in actions:
-            raise InvalidArgument(f"--config {path}", f"{name} is not a flag of train_sd.py", "remove it")
+            problem = f"{name} is not a flag of train_sd.py{did_you_mean(name, actions)}"
+            raise InvalidArgument(f"--config {path}", problem, "rename or remove it")
         # In TOML somebody wrote the alpha; a run's own may have come from its rank.
         resolved = path.suffix == ".json" or name != "lora_alpha"
         if value is not None and value != [] and not (resolved and GIVES_WAY_TO.get(name) in given):

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING
 
 from ..common.assets import ASSETS
 from ..common.errors import InvalidArgument, first_line, refused_as
+from ..common.parser import Parser
 from ..common.readers import take_any_file_name
 from ..files import read_object
 from ..words import counted, printable
-from .arguments import Parser, whole
+from .arguments import is_path, whole
 from .model.families import FAMILIES, load_family
 
 if TYPE_CHECKING:
@@ -59,8 +60,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("output", metavar="OUT", help="a name that ends in .safetensors, or a folder")
     add("--overwrite", action="store_true",
         help="replace OUT if it exists; an input, and what is in one, is never replaced")
-    add("--to", choices=FORMATS, required=True, help="the format of OUT")
-    add("--base", metavar="MODEL", 
+    add("--to", choices=FORMATS, help="the format of OUT; required")
+    add("--base", metavar="MODEL",
         help="the model's folder or name on the hub: its configurations alone are read; default: that of the run which "
              "wrote the first IN")
     add("--family", choices=[*FAMILIES.values()], help="the model's family, where neither --base nor the file says it")
@@ -76,6 +77,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check_flags(args: argparse.Namespace) -> None:
     """Refuse what cannot work, before anything heavy is imported."""
+    if args.to is None:  # not argparse's `required`, which would be reported in place of a misspelt option
+        raise InvalidArgument("--to", "missing", f"give one of {', '.join(FORMATS)}")
     if args.extract and (args.inputs or args.weight):
         raise InvalidArgument("--extract", "it reads two models, and no IN", "give one or the other")
     if args.extract and not args.rank:
@@ -86,6 +89,11 @@ def check_flags(args: argparse.Namespace) -> None:
     for argument, texts in named.items():
         if "" in (texts or ()):  # which would be the working directory
             raise InvalidArgument(argument, "is empty", "give the name of a file or a folder")
+    for argument, texts in {"IN": args.inputs, "--extract": args.extract}.items():
+        for missing in (text for text in texts or () if not Path(text).exists()):
+            raise InvalidArgument(f"{argument} {missing}", "no such file or folder", "check the name")
+    if args.base and not Path(args.base).exists() and is_path(args.base):
+        raise InvalidArgument(f"--base {args.base}", "no such folder", "give one in diffusers format")
     if args.weight and len(args.weight) != len(args.inputs):
         problem = f"{counted(len(args.weight), 'weight')} for {counted(len(args.inputs), 'file')}"
         raise InvalidArgument("--weight", problem, "give one for each IN")

@@ -19,6 +19,7 @@ from ..common.errors import Diverged, EndedElsewhere, InvalidArgument
 from ..common.folder import check_held, filling, locked
 from ..common.gauge import gauged
 from ..common.methods import METHODS
+from ..common.recovery import memory_reported
 from ..common.signals import NOT_BEGUN, StopRequest
 from ..common.status import Status
 from ..common.together import decided, each, gathered
@@ -225,8 +226,9 @@ def forget_encoder(pipeline: DiffusionPipeline, context: Context) -> None:
 
 def train_method(method: str, resume: Resume, setting: Setting, validation: type[Validation] = Validation) -> Learner:
     """A method from where it stands to its exports; what it was measured by is `validation`."""
-    with contextlib.ExitStack() as stack:
-        decided(lambda: stack.enter_context(filling(setting.context.folder_of(method))))
+    folder = setting.context.folder_of(method)
+    with memory_reported(folder), contextlib.ExitStack() as stack:
+        decided(lambda: stack.enter_context(filling(folder)))
         learner = start_method(method, setting)
         if METHODS[method].measured and not resume.checkpoints[method]:
             put_control_on(learner, setting)

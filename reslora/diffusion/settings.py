@@ -29,12 +29,14 @@ from .arguments import (
     Flags,
     build_parser,
     is_experiment,
+    is_path,
     listed,
 )
 from .config_file import config_defaults
 from .experiment.checks import STEERING, check_experiment, plain_variants
 from .folder import cache_folder
 from .model.families import FAMILIES
+from .model.kinds import refuse_parts
 from .optimizers import ADAMS, check_installed, named, options_of
 from .prompts import clean, from_file
 
@@ -67,6 +69,8 @@ def settled(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> Flag
         args, given = parser.parse_args(argv), given | of_file.keys()
     if args.method is None and given & OF_SHORTCUTS and not takes_bundled(args):
         args.method = ["reslora"]
+    elif args.method is None and args.init_lora and not given & OF_SHORTCUTS:
+        args.method = ["lora"]  # of the bundled model's two, the one that can start from a LoRA
     flags = fill_defaults(args)
     for plain in plain_variants(flags):
         check_flags(plain)
@@ -150,6 +154,10 @@ def given_flags(argv: Sequence[str] | None) -> set[str]:
 def check_places(flags: Flags) -> None:
     """Refuse paths that cannot work."""
     check_model_name(flags.pretrained_model_name_or_path)
+    vae = flags.pretrained_vae_model_name_or_path
+    if vae and (Path(vae).exists() or is_path(vae)) and not (Path(vae) / "config.json").is_file():
+        fix = "give an autoencoder's folder in diffusers format, or its name on the hub"
+        raise InvalidArgument(f"--pretrained_vae_model_name_or_path {vae}", "no folder with a config.json", fix)
     for folder in () if flags.dataset_name else listed(flags.train_data_dir):
         if not Path(folder).is_dir():
             raise InvalidArgument(f"--train_data_dir {folder}", "no such folder", "give one with images and captions")
@@ -281,6 +289,8 @@ def check_start(flags: Flags) -> None:
     if flags.init_lora is None:
         return
     flag = f"--init_lora {flags.init_lora}"
+    if not Path(flags.init_lora).exists():
+        raise InvalidArgument(flag, "no such file or folder", "give a LoRA file, or a folder with one")
     for method in (METHODS[name] for name in flags.method):
         if not method.trains_lora:
             problem = f"--method {method.name} has no plain LoRA weights that could start from it"
@@ -401,9 +411,12 @@ def check_model_name(name: str) -> None:
     if path.is_file():
         if path.suffix != ".safetensors":
             raise InvalidArgument(flag, "not a .safetensors file", "give a folder in diffusers format, or such a file")
+        refuse_parts(path, flag)
     elif path.is_dir():
+        if not (path / "model_index.json").exists():
+            refuse_parts(path, flag)
         check_pipeline_class(name, read_index(path, flag))
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+    elif is_path(name):
         raise InvalidArgument(flag, "no such folder", "give one in diffusers format or a name on the hub")
 
 

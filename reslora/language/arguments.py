@@ -26,6 +26,7 @@ from ..common.checks import check_writable, is_number, is_whole, number_in_words
 from ..common.errors import InvalidArgument, first_line, refused_as
 from ..common.flags import listed
 from ..common.methods import DEFAULT_PRE_NUM, IN_WORDS, METHODS, refuse_settings, tell_unread
+from ..common.parser import Parser
 from ..common.patterns import FIELDS, entries
 from ..common.patterns import HELP as PATTERNS
 from ..common.script import shares_the_cpu
@@ -304,12 +305,23 @@ def check_number(name: str, value: float, least: float, below: float = math.inf,
         raise InvalidArgument(f"--{name} {value}", problem, fix)
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keep the lines of the description, and name each default once."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        named = action.default is None or action.default is False or "default: " in (action.help or "")
+        return action.help if named else super()._get_help_string(action)
+
+
+class FieldsParser(HfArgumentParser, Parser):
+    """Take the options that are the fields of dataclasses, as strictly as the other scripts take theirs."""
+
+
 def build_parser(types: Sequence[type], prog: str, description: str | None = None) -> HfArgumentParser:
     """A parser of the flags that are the fields of the dataclasses `types`."""
-    # An error is one line, without a screen of usage before it.
-    usage = argparse.SUPPRESS
-    types = [*types, ExperimentArguments]
-    parser = HfArgumentParser(types, prog=prog, usage=usage, description=description, allow_abbrev=False)
+    usage = argparse.SUPPRESS  # of 150 options it would be a screen before the description
+    options = {"prog": prog, "usage": usage, "description": description, "formatter_class": HelpFormatter}
+    parser = FieldsParser(dataclass_types=[*types, ExperimentArguments], **options)
     for action in parser._actions:
         action.nargs = "+" if action.dest in SEVERAL.values() else action.nargs
     parser.add_argument("--version", action="version", version=f"reslora-sd {__version__}")
@@ -337,9 +349,7 @@ def parse_values(
     if deepspeed_config:
         action = next(action for action in parser._actions if action.dest == "deepspeed")
         action.nargs, action.const = "?", deepspeed_config
-    namespace, unknown = parser.parse_known_args(argv)
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    namespace = parser.parse_args(argv)
     check_texts(given, vars(namespace))
     values = vars(namespace) | {"output_dir": os.path.expanduser(namespace.output_dir)}  # noqa: PTH111 - as Trainer does
     for name in SEVERAL.values():

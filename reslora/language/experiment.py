@@ -30,6 +30,7 @@ from ..common.flags import Flags, as_typed, listed
 from ..common.folder import check_held, filling, lent, locked
 from ..common.links import tell_links
 from ..common.methods import tell_unread
+from ..common.recovery import memory_reported
 from ..common.signals import NOT_BEGUN, StopRequest
 from ..common.together import decided, say
 from ..experiment.arms import Arm, check_values
@@ -160,8 +161,9 @@ def run(study: Study, values: dict[str, Any], stop: StopRequest) -> None:
         if training.should_save:
             write_json(Path(training.output_dir) / "config.json", flags)
         trainer.stopping.check(NOT_BEGUN)
-        trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-        finish()
+        with memory_reported(Path(training.output_dir)):
+            trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+            finish()
 
 
 def run_experiment(study: Study, values: dict[str, Any], stop: StopRequest, orders: Orders | None = None) -> None:
@@ -350,7 +352,7 @@ class Bench(Subject):
         trainer.add_callback(KeepAdapters(folder))
         trainer.stopping.check("stopped between two arms; the same command goes on")
         try:
-            with contextlib.ExitStack() as stack:
+            with memory_reported(folder), contextlib.ExitStack() as stack:
                 decided(lambda: stack.enter_context(filling(folder)))
                 self._train(trainer, arm, arguments)
         except Diverged as error:

@@ -24,7 +24,7 @@ from transformers import (
 from transformers.trainer_utils import PredictionOutput
 from transformers.utils import logging
 
-from ..common.errors import InvalidArgument
+from ..common.errors import InvalidArgument, out_of_memory
 from ..common.folder import check_held
 from ..common.signals import StopRequest
 from ..common.together import decided
@@ -115,6 +115,8 @@ def load_model(arguments: Arguments):
             **common,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if out_of_memory(error):
+            raise
         message = " ".join(str(error).split())
         fix = "give --ignore_mismatched_sizes" if "ignore_mismatched_sizes" in message else "check name and files"
         raise InvalidArgument(

@@ -68,7 +68,7 @@ def test_refused_with_one_line_and_status_2(flags, capsys):
 def test_flags_are_whole(capsys):
     with pytest.raises(SystemExit):
         command_line.parse_args(["--inb"])
-    assert "unrecognized arguments: --inb" in capsys.readouterr().err
+    assert "--inb: unknown option; did you mean --inbrowser?" in capsys.readouterr().err
 
 
 def test_others_may_come_with_a_password():

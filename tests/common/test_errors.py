@@ -1,8 +1,16 @@
 """What can end a run, and how errors of others become ours."""
 
 import pytest
+import torch
 
-from reslora.common.errors import InvalidArgument, first_line, loaded_from_hub, refused_as
+from reslora.common.errors import (
+    InvalidArgument,
+    RunFailed,
+    first_line,
+    loaded_from_hub,
+    out_of_memory,
+    refused_as,
+)
 
 
 def test_what_a_reader_raises_is_refused_in_one_line():
@@ -18,6 +26,34 @@ def test_other_kinds_pass_and_so_does_what_is_refused_already():
         raise InvalidArgument("--a", "b", "c")
     with pytest.raises(KeyboardInterrupt), refused_as("--model x", "give another"):
         raise KeyboardInterrupt
+
+
+def load_too_much() -> None:
+    """As diffusers loads a file of weights: it hides the error under one of its own."""
+    try:
+        torch.empty(2**60)
+    except RuntimeError:
+        raise OSError("Unable to load weights from checkpoint file for 'x'") from None
+
+
+def test_memory_that_runs_out_is_no_fault_of_the_files():
+    line = r"^--model x: memory ran out \(.*allocate memory.*\); free some, or take something smaller$"
+    with pytest.raises(RunFailed, match=line), refused_as("--model x", "repair the folder"):
+        load_too_much()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 2.00 EiB for an array"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: not enough memory"),
+        OSError(12, "Cannot allocate memory"),
+    ],
+)
+def test_the_ways_to_say_that_memory_ran_out(error):
+    assert out_of_memory(error) is error
+    assert out_of_memory(RuntimeError("shapes do not fit")) is None
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from transformers.trainer_utils import rotate_checkpoints
 
-from reslora.common.errors import InvalidArgument
-from reslora.common.recovery import discard, numbered, refuse_afresh, set_aside, set_others_aside
+from reslora.common.errors import InvalidArgument, RunFailed
+from reslora.common.recovery import discard, memory_reported, numbered, refuse_afresh, set_aside, set_others_aside
 
 
 def folders(folder: Path, *steps: int) -> list[Path]:
@@ -88,3 +89,22 @@ def test_what_was_set_aside_last_is_named_where_nothing_else_is_left(tmp_path, f
     line = rf"no checkpoint but set-aside-checkpoint-7; go on with .* {tmp_path}/set-aside-checkpoint-7, choose another"
     with pytest.raises(InvalidArgument, match=line):
         refuse_afresh(tmp_path, tmp_path, finished)
+
+
+def test_memory_that_runs_out_is_reported_with_the_newest_checkpoint(tmp_path):
+    line = rf"^memory ran out \(.*\), and nothing on disk is lost; {tmp_path} has no checkpoint yet: start again"
+    with pytest.raises(RunFailed, match=line), memory_reported(tmp_path):
+        torch.empty(2**60)
+    folders(tmp_path, 2, 10)
+    line = rf"{tmp_path}/checkpoint-10: go on with --resume_from_checkpoint latest once some is free"
+    with pytest.raises(RunFailed, match=line), memory_reported(tmp_path):
+        torch.empty(2**60)
+
+
+@pytest.mark.parametrize(
+    "error", [RunFailed("--model x: memory ran out; free some"), RuntimeError("shapes"), KeyError()]
+)
+def test_other_errors_of_a_training_are_reported_as_they_are(tmp_path, error):
+    with pytest.raises(type(error)) as raised, memory_reported(tmp_path):
+        raise error
+    assert raised.value is error

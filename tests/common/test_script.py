@@ -46,6 +46,13 @@ def test_what_libraries_warn_each_other_of_is_not_shown():
     assert not heard
 
 
+@pytest.mark.parametrize("allocate", [lambda: torch.empty(2**60), lambda: bytearray(2**60)])
+def test_memory_that_runs_out_is_one_line(capsys, allocate):
+    assert run_script("script.py", lambda argv, stop: allocate(), []) == 1
+    line = capsys.readouterr().err
+    assert line.startswith("script.py: memory ran out (") and line.count("\n") == 1
+
+
 def test_programming_errors_are_not_hidden():
     def main(argv, stop):
         raise KeyError("a mistake of ours")

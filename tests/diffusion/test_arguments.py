@@ -41,8 +41,10 @@ from reslora.diffusion.arguments import build_parser
         ("--report_to", "swanlab"),
         ("--report_to", "no_such_tracker"),
         ("--config", "/no/such/file.toml"),
-        ("--no_such_flag", "1"),
-        ("--lr_warmup", "1"),  # --lr_warmup_steps alone begins so
+        ("--no_such_flag", "unknown option"),
+        ("--lr_warmup", "did you mean --lr_warmup_steps?"),  # which alone begins so
+        ("--learning_rate", "-1e-4"),
+        ("--noise_offset", "-inf"),
         ("--resolution", "12"),
         ("--validation_height", "36"),
         ("--validation_width", "36"),

@@ -118,3 +118,9 @@ def test_a_file_names_no_other_file(tmp_path):
     (tmp_path / "run.toml").write_text(f"config = {json.dumps(str(tmp_path / 'other.toml'))}")
     with pytest.raises(InvalidArgument, match="config is not a flag"):
         parse_args(["--config", str(tmp_path / "run.toml")])
+
+
+def test_a_misspelt_flag_is_refused_with_the_nearest_one(tmp_path):
+    (tmp_path / "run.toml").write_text("leraning_rate = 1e-4")
+    with pytest.raises(InvalidArgument, match=r"leraning_rate .*; did you mean learning_rate\?; rename or remove it$"):
+        parse_args(["--config", str(tmp_path / "run.toml")])

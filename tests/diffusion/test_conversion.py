@@ -385,7 +385,9 @@ def test_single_files_with_the_original_names_are_told_apart_too(tuned, tmp_path
         (["OUT", "--to", "kohya", "--extract", "SD", "", "--rank", "2"], "--extract: is empty"),
         (["OUT", "--to", "kohya", "--extract", "A", "B"], "--extract: the difference has any rank; add --rank N"),
         (["IN", "OUT", "--to", "kohya", "--extract", "A", "B", "--rank", "2"], "--extract: it reads two models"),
-        (["nowhere", "OUT", "--to", "kohya"], "no LoRA file there"),
+        (["nowhere", "OUT", "--to", "kohya"], "IN nowhere: no such file or folder"),
+        (["OUT", "--to", "kohya", "--extract", "SD", "nowhere", "--rank", "2"], "--extract nowhere: no such file"),
+        (["IN", "OUT", "--to", "kohya", "--base", "./nowhere"], "--base ./nowhere: no such folder"),
         (["IN", "OUT", "--to", "kohya", "--base", "IN"], "a single file says nothing of the model"),
         (["IN", "OUT", "--to", "kohya", "--base", "FLUX", "--family", "sd3"], "--family sd3"),
         (["IN", "OUT", "--to", "kohya", "--base", "FLUX"], "is no layer of flux"),
@@ -400,6 +402,33 @@ def test_bad_input_is_one_line(flags, words, tmp_path, monkeypatch, capsys):
     known = {"IN": "IN.safetensors", "FLUX": tiny("flux"), "SD": tiny("stable_diffusion")}
     assert words in refused(capsys, *(known.get(flag, flag) for flag in flags))
     assert [path.name for path in tmp_path.iterdir()] == ["IN.safetensors"]
+
+
+HEAVY = """
+import sys
+from reslora.convert import main
+try:
+    status = main(sys.argv[1:])
+except SystemExit as end:
+    status = end.code
+print(status, *sorted({"torch", "safetensors", "transformers", "diffusers", "peft"} & sys.modules.keys()))
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        (["--help"], 0),
+        (["IN", "OUT", "--too", "kohya"], 2),
+        (["IN", "OUT", "--to", "kohia"], 2),
+        (["nowhere.safetensors", "OUT", "--to", "kohya"], 2),
+        (["OUT", "--to", "kohya", "--extract", "nowhere", "nowhere", "--rank", "2"], 2),
+    ],
+)
+def test_help_and_refusals_import_nothing_heavy(words, status, tmp_path):
+    command = [sys.executable, "-c", HEAVY, *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT)
+    assert done.stdout.splitlines()[-1] == str(status), done.stdout[-500:]
 
 
 def test_pefts_folder_is_replaced_and_one_with_anything_else_is_not(tmp_path, capsys, monkeypatch):

@@ -47,6 +47,18 @@ def test_who_sets_up_shortcuts_means_reslora(data, model, tmp_path, more, method
     assert parse_args([*flags, "--config", str(config)]).method == methods
 
 
+def test_a_lora_to_start_from_means_lora_where_no_method_is_given(capsys, tmp_path):
+    """With the bundled model, too, whose two methods are not both able to; a missing file is named first."""
+    lora = ["--init_lora", str(ASSETS.parent / "app" / "example" / "lora")]
+    assert parse_args(lora).method == ["lora"]
+    assert parse_args([*lora, "--method", "lora_x2"]).method == ["lora_x2"]
+    with pytest.raises(InvalidArgument, match="with --shortcut block"):
+        parse_args([*lora, "--shortcut", "block"])
+    for more in ([], ["--method", "reslora"]):
+        line = refused(capsys, "--init_lora", tmp_path / "none.safetensors", *more)
+        assert f"error: --init_lora {tmp_path / 'none.safetensors'}: no such file or folder" in line
+
+
 def in_pairs(flags: list[str]) -> list[tuple[str, str | list[str]]]:
     """Each flag with its value, or its values."""
     split = [part.split() for part in " ".join(flags).split("--")[1:]]

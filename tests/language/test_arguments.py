@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import pytest
 from conftest import assert_one_line
 
+import train_glue
+import train_llm
 from reslora.common.errors import InvalidArgument
 from reslora.common.script import run_script
 from reslora.language import glue_arguments, llm_arguments
@@ -190,6 +192,17 @@ def test_a_bad_flag_is_one_line_and_status_2(capsys, bad, word):
     assert status == 2 and not output.out
     assert output.err.startswith("script.py: error: ") and output.err.count("\n") == 1
     assert word in output.err
+
+
+@pytest.mark.parametrize(("module", "script"), [(glue_arguments, train_glue), (llm_arguments, train_llm)])
+def test_help_keeps_the_examples_and_names_each_default_once(capsys, module, script):
+    with pytest.raises(SystemExit) as end:
+        module.read(["--help"], script.__doc__)
+    text = capsys.readouterr().out
+    assert end.value.code == 0 and text.startswith(script.__doc__)
+    flat = " ".join(text.split())
+    assert "one; default 1 --version" in flat and "--seed SEED [SEED ...]" in flat and "(default: 42)" in flat
+    assert "(default: None)" not in flat and "(default: False)" not in flat
 
 
 @pytest.mark.parametrize("value", [0, 1.0, True, "3", None])

@@ -16,12 +16,25 @@ from reslora.common.script import run_script
 from reslora.language import llm, llm_arguments, llm_trainer
 from reslora.language.llm_tasks import TASKS, Example, examples_of
 from reslora.language.llm_trainer import Encoder
+from reslora.language.trainer import AdapterTrainer
 
 from .helpers import bytes_tokenizer, flags, row, write_rows
 
 
 def run(argv: list[str]) -> int:
     return run_script(llm_arguments.PROG, llm.main, argv)
+
+
+def test_memory_that_runs_out_leaves_the_checkpoints_and_says_which(tiny, data, tmp_path, capsys, monkeypatch):
+    step = AdapterTrainer.training_step
+
+    def take_too_much(self, *given) -> torch.Tensor:
+        return torch.empty(2**60) if self.state.global_step == 3 else step(self, *given)
+
+    monkeypatch.setattr(AdapterTrainer, "training_step", take_too_much)
+    assert run(flags(tiny, data, tmp_path / "run", "--method", "lora")) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("train_llm.py: memory ran out (") and f"{tmp_path}/run/checkpoint-2: go on with" in line
 
 
 # -- whole runs --------------------------------------------------------------------------------------------------------

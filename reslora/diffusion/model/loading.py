@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.configuration_utils import FrozenDict
 from diffusers.loaders.single_file_utils import infer_diffusers_model_type, load_single_file_checkpoint
+from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
 from huggingface_hub import constants
 from safetensors import safe_open
 from torch import nn
@@ -56,6 +57,11 @@ class Model:
     index: dict = field(default_factory=dict)
     prediction_type: str | None = None
     """What the denoiser predicts, where the scheduler's configuration says something else."""
+
+    @property
+    def vae_flag(self) -> str:
+        """The flag that names the autoencoder, with its value, for messages."""
+        return f"--pretrained_vae_model_name_or_path {self.vae}" if self.vae else self.flag
 
     def fingerprint(self, *parts: str) -> str:
         """The files of these parts (all that are loaded) in short, wherever they are: names and contents."""
@@ -112,7 +118,7 @@ class Model:
 
     def _other_vae(self, dtype: torch.dtype) -> ModelMixin:
         own = getattr(diffusers, self.index["vae"][1])  # FLUX.2 and Qwen-Image have classes of their own
-        with refused_as(f"--pretrained_vae_model_name_or_path {self.vae}", "check the name and the files"):
+        with refused_as(self.vae_flag, "check the name and the files"):
             return own.from_pretrained(self.vae, cache_dir=self.cache_dir, torch_dtype=dtype, use_safetensors=True)
 
     def load_denoiser(
@@ -198,8 +204,30 @@ def find_model(flags: Flags, accelerator: Accelerator) -> Model:
                 raise InvalidArgument(flag, f"{config} cannot be read", "repair the folder")
     if problem := family.unfit(configs):
         raise InvalidArgument(flag, problem, "give a base model's folder")
+    check_prediction(flags, folder)
     vae = flags.pretrained_vae_model_name_or_path
-    return Model(folder, family, flag, flags.variant, vae, flags.cache_dir, index, flags.prediction_type)
+    model = Model(folder, family, flag, flags.variant, vae, flags.cache_dir, index, flags.prediction_type)
+    check_vae(model)
+    return model
+
+
+def check_vae(model: Model) -> None:
+    """Refuse a folder of another class than the pipeline's autoencoder, by its configuration."""
+    if not model.vae or not Path(model.vae).is_dir():
+        return
+    wanted = model.index["vae"][1]
+    found = read_object(Path(model.vae) / "config.json").get("_class_name", wanted)
+    if found != wanted:
+        problem = f"its class is {found}, and the pipeline has {wanted}"
+        raise InvalidArgument(model.vae_flag, problem, "give an autoencoder of that class, or leave it out")
+
+
+def check_prediction(flags: Flags, folder: Path) -> None:
+    """Refuse to predict the noise on a schedule that ends in nothing but noise: sampling would divide by zero."""
+    scheduler = read_object(folder / "scheduler" / SCHEDULER_CONFIG_NAME)
+    if flags.prediction_type == "epsilon" and scheduler.get("rescale_betas_zero_snr"):
+        problem = "the model's scheduler has zero terminal SNR (rescale_betas_zero_snr), and its samples would be NaN"
+        raise InvalidArgument("--prediction_type epsilon", problem, "leave it out, or give v_prediction")
 
 
 def downloaded(flags: Flags, flag: str) -> Path:

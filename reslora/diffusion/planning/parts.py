@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,13 +38,15 @@ def empty_part(model: Model, name: str, dtype: torch.dtype) -> nn.Module | None:
     kind = getattr(importlib.import_module(library), kind_name)
     if not issubclass(kind, nn.Module):
         return None
-    folder = model.folder / name
-    with refused_as(model.flag, "repair the folder"), torch.device(META):
+    folder: Path | str = model.folder / name
+    flag, fix = model.flag, "repair the folder"
+    if name == "vae" and model.vae:
+        folder, flag, fix = model.vae, model.vae_flag, "check the name and the files"
+    with refused_as(flag, fix), torch.device(META):
         if hasattr(kind, "config_class"):
             part = kind(kind.config_class.from_pretrained(folder))
         else:
-            own = model.vae if name == "vae" and model.vae else folder
-            part = kind.from_config(kind.load_config(own, cache_dir=model.cache_dir))
+            part = kind.from_config(kind.load_config(folder, cache_dir=model.cache_dir))
     return cast(part, dtype).requires_grad_(False).eval()
 
 

@@ -1,5 +1,6 @@
 """The model: what cannot be trained is refused before anything is encoded, and what is one file becomes a folder."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -7,12 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import PartialState
-from diffusers import AutoencoderKLQwenImage, StableDiffusionPipeline
+from diffusers import AutoencoderKL, AutoencoderKLQwenImage, StableDiffusionPipeline, UNet2DConditionModel
 from pipelines import qwen_image, sdxl, tiny_qwen_vae
 from safetensors.torch import save_file
 
-from diffusion.runs import losses, main, refused
+from diffusion.runs import failed, losses, main, refused
+from reslora.common.assets import ASSETS
+from reslora.common.errors import InvalidArgument
 from reslora.diffusion.arguments import Flags
+from reslora.diffusion.model.kinds import refuse_parts
 from reslora.diffusion.model.loading import find_model
 
 
@@ -70,6 +74,45 @@ def test_another_autoencoder_is_of_the_class_that_the_pipeline_has(tmp_path):
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in pipeline.vae.state_dict().items())
 
 
+def other_vae(model: Path, folder: Path) -> Path:
+    return model / "unet"
+
+
+def vae_without_config(model: Path, folder: Path) -> Path:
+    (shutil.copytree(model / "vae", folder / "vae") / "config.json").unlink()
+    return folder / "vae"
+
+
+def vae_cut_off(model: Path, folder: Path) -> Path:
+    damage_cut_off(shutil.copytree(model / "vae", folder / "vae"))
+    return folder / "vae"
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (other_vae, "its class is UNet2DConditionModel, and the pipeline has AutoencoderKL; give an autoencoder"),
+        (vae_without_config, "no folder with a config.json"),
+        (vae_cut_off, "check the name and the files"),
+        (lambda model, folder: folder / "nowhere", "no folder with a config.json"),
+        (lambda model, folder: "nobody/vae", "check the name and the files"),
+    ],
+)
+def test_another_autoencoder_is_blamed_itself(brief_flags, model, capsys, tmp_path, make, words):
+    vae = make(model, tmp_path)
+    flags = ["--pretrained_vae_model_name_or_path", vae, "--output_dir", tmp_path / "out"]
+    line = refused(capsys, *brief_flags, *flags, quiet=False)
+    assert f"error: --pretrained_vae_model_name_or_path {vae}: " in line and words in line
+    assert str(model) not in line.replace(str(vae), "")
+
+
+@pytest.mark.parametrize("part", [UNet2DConditionModel, AutoencoderKL])
+def test_memory_that_runs_out_is_no_fault_of_the_models_folder(brief_flags, capsys, tmp_path, monkeypatch, part):
+    monkeypatch.setattr(part, "from_pretrained", lambda *args, **kwargs: torch.empty(2**60))
+    line = failed(capsys, *brief_flags, "--output_dir", tmp_path / "out")
+    assert "memory ran out (" in line and "repair" not in line
+
+
 def test_a_missing_tokenizer_is_named(base_flags, model, capsys, tmp_path):
     broken = shutil.copytree(model, tmp_path / "model")
     shutil.rmtree(broken / "tokenizer")
@@ -87,12 +130,72 @@ def test_predictions_of_the_image_itself_are_refused(base_flags, model, capsys, 
     assert "prediction_type" in line and "sample" in line
 
 
+def test_noise_is_not_predicted_where_the_schedule_ends_in_noise_alone(base_flags, model, capsys, tmp_path):
+    """By the scheduler's configuration: no weights are read, which are damaged here. Sampling would divide by zero."""
+    folder = shutil.copytree(model, tmp_path / "model")
+    damage_cut_off(folder / "unet")
+    config = folder / "scheduler" / "scheduler_config.json"
+    zero_snr = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    config.write_text(json.dumps(json.loads(config.read_text()) | zero_snr))
+    named = ["--pretrained_model_name_or_path", folder, "--output_dir", tmp_path / "out"]
+    line = refused(capsys, *base_flags, *named, "--prediction_type", "epsilon")
+    assert "error: --prediction_type epsilon: " in line and "rescale_betas_zero_snr" in line and "v_prediction" in line
+    for flags in ([], ["--prediction_type", "v_prediction"]):
+        assert "diffusion_pytorch_model.safetensors" in refused(capsys, *base_flags, *named, *flags)
+
+
 def test_other_kinds_of_pipeline_are_refused_by_name(base_flags, model, capsys, tmp_path):
     folder = shutil.copytree(model, tmp_path / "model")
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "KandinskyPipeline"}))
     line = refused_model(capsys, base_flags, folder)
     assert "KandinskyPipeline" in line and "StableDiffusionPipeline" in line
+
+
+EXAMPLE = ASSETS.parent / "app" / "example" / "lora" / "pytorch_lora_weights.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("part", "what"),
+    [
+        (None, "a LoRA; give the model that it was made for, and this with --init_lora"),
+        ("unet", "a U-Net alone; give a whole model"),
+        ("vae", "an autoencoder alone; give a whole model, and this with --pretrained_vae_model_name_or_path"),
+        ("text_encoder", "a text encoder alone; give a whole model"),
+    ],
+)
+def test_a_lora_or_a_part_of_a_model_is_refused_by_what_it_is(data, model, capsys, part, what):
+    """As a file and as a folder, by its header alone: nothing is asked of the hub."""
+    (file,) = (model / part).glob("*.safetensors") if part else [EXAMPLE]
+    for path, where in ((file, "it"), (file.parent, f"no model_index.json, and {file.name} in it")):
+        flag = ("--pretrained_model_name_or_path", path)
+        line = refused(capsys, *flag, "--train_data_dir", data)
+        assert f"error: {flag[0]} {path}: {where} is {what}" in line
+
+
+KOHYA = ["lora_unet_down_blocks_0_attentions_0_proj_in.alpha"]
+WHOLE = ["model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.decoder.conv_in.weight"]
+
+
+@pytest.mark.parametrize(
+    ("names", "what"),
+    [
+        (KOHYA, "a LoRA"),
+        (["diffusion_model.layers.0.attention.qkv.lora_A.weight"], "a LoRA"),
+        (["unet.down_blocks.0.resnets.0.conv1.hada_w1_a"], "a LoRA"),
+        (["input_blocks.0.0.weight", "out.0.weight"], "a U-Net"),
+        (["double_blocks.0.img_attn.qkv.weight"], "a transformer"),
+        (["first_stage_model.encoder.conv_in.weight"], "an autoencoder"),
+        (WHOLE, None),
+        (["weight"], None),
+    ],
+)
+def test_what_a_file_is_shows_in_the_names_of_its_tensors(tmp_path, names, what):
+    path = tmp_path / "some.safetensors"
+    save_file({name: torch.zeros(1) for name in names}, path)
+    refusal = pytest.raises(InvalidArgument, match=rf"^--model: it is {what}") if what else contextlib.nullcontext()
+    with refusal:
+        refuse_parts(path, "--model")
 
 
 REFINER = {"projection_class_embeddings_input_dim": 16 + 5 * 8, "cross_attention_dim": 24}

@@ -216,7 +216,7 @@ def test_each_arm_of_an_experiment_starts_from_it(flags, tmp_path, files):
             (["--method", "reslora", "--shortcut", name], f"with --shortcut {name}")
             for name in ("input", "block", "middle")
         ),
-        (["--init_lora", "nowhere.safetensors"], "no LoRA file there"),
+        (["--init_lora", "nowhere.safetensors"], "--init_lora nowhere.safetensors: no such file or folder"),
     ],
 )
 def test_what_does_not_go_with_it_is_refused(more, words, flags, capsys, tmp_path):

@@ -47,6 +47,18 @@ from reslora.diffusion.training.state import Learner, new_learner
 from reslora.diffusion.training.trained import Trained
 
 
+def test_memory_that_runs_out_leaves_the_checkpoints_and_says_which(brief_flags, capsys, tmp_path, monkeypatch):
+    def take_too_much(learner: Learner, *rest) -> torch.Tensor:
+        return torch.empty(2**60) if learner.step == 2 else take_step(learner, *rest)
+
+    monkeypatch.setattr(loop, "take_step", take_too_much)
+    output, steps = tmp_path / "out", ["--max_train_steps", "3", "--checkpointing_steps", "1"]
+    line = failed(capsys, *without(brief_flags, "--max_train_steps"), *steps, "--output_dir", output)
+    assert "memory ran out (" in line and f"{output}/lora/checkpoint-2: go on with --resume_from_checkpoint" in line
+    monkeypatch.undo()
+    assert main(*without(brief_flags, "--max_train_steps"), *steps, "--output_dir", output, *RESUME) == 0
+
+
 def test_same_seed_gives_the_same_bytes(run, base_flags, tmp_path):
     output = tmp_path / "again"
     assert main(*base_flags, "--method", "reslora", "--output_dir", output) == 0

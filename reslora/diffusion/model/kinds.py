@@ -1,0 +1,59 @@
+"""What a file of weights is, by the names of its tensors, where a whole model is wanted."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from safetensors import SafetensorError, safe_open
+
+from ...common.errors import InvalidArgument
+
+
+class Kind(NamedTuple):
+    """A kind of file that is no model."""
+
+    names: str
+    """A regular expression that fits the start of some of its tensors' names."""
+    what: str
+    """What to call it; empty for a whole model in one file."""
+    fix: str = "give a whole model, with text encoder and autoencoder"
+
+
+KINDS = (
+    Kind(
+        r".*(lora_|\.lora\.|_lora\.|hada_w|lokr_w|oft_)",
+        "a LoRA",
+        "give the model that it was made for, and this with --init_lora",
+    ),
+    Kind(r"model\.diffusion_model\.", ""),
+    Kind(
+        r"(first_stage_model\.)?(encoder|decoder)\.(conv_in|down|mid|up)",
+        "an autoencoder alone",
+        "give a whole model, and this with --pretrained_vae_model_name_or_path",
+    ),
+    Kind(r"(text_model\.)?(encoder\.(layers|block)|embeddings)\.", "a text encoder alone"),
+    Kind(r"(down_blocks|input_blocks)\.\d", "a U-Net alone"),
+    Kind(r"(\w*blocks|layers)\.\d", "a transformer alone"),
+)
+"""The first that fits counts."""
+
+
+def refuse_parts(path: Path, flag: str) -> None:
+    """Raise `InvalidArgument` for a safetensors file, or a folder with one, that is a LoRA or one part of a model."""
+    for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+        names = tensor_names(file)
+        kind = next((kind for kind in KINDS if any(re.match(kind.names, name) for name in names)), None)
+        if kind and kind.what:
+            where = "it" if file == path else f"no model_index.json, and {file.name} in it"
+            raise InvalidArgument(flag, f"{where} is {kind.what}", kind.fix)
+
+
+def tensor_names(path: Path) -> list[str]:
+    """Return the names in the header of a safetensors file; none for one that is damaged."""
+    try:
+        with safe_open(path, framework="np") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError):
+        return []
