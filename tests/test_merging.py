@@ -390,8 +390,9 @@ def test_lstsq_keeps_a_block_as_it_is_where_that_loses_less():
     layers = [find_layer(before, name) for name in stack_chain(2)]
     for layer, name in zip(layers, stack_chain(2), strict=True):
         assert_equal(delta(find_layer(model, name)), delta(layer), rtol=0, atol=0)
-    (a_1, a_2), b = (layer.lora_A["default"].weight for layer in layers), layers[1].lora_B["default"].weight
-    x_1, x_2 = 1e-3 * x, 1e5 * before.get_base_model().layers[0](1e-3 * x)
+    a_1, a_2 = (layer.lora_A["default"].weight.detach() for layer in layers)
+    b = layers[1].lora_B["default"].weight.detach()
+    x_1, x_2 = 1e-3 * x, 1e5 * before.get_base_model().layers[0](1e-3 * x).detach()
     handed, own = x_1 @ a_1.T @ b.T, x_2 @ a_2.T @ b.T
     assert second.error == pytest.approx(float(handed.norm() / (own + handed).norm()), rel=1e-6)
     fitted = x_2 @ ridge_regression(x_2, x_1 @ a_1.T, a_1).T @ b.T

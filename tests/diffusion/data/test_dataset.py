@@ -82,8 +82,8 @@ def png_of(number: int) -> bytes:
 
 
 def file_rows(**columns: str) -> datasets.Dataset:
-    """One row that names its files by paths, as no writer of `datasets` does."""
-    image = datasets.Image(decode=False)
+    """One row that names its files by paths; `datasets` itself would write what is in them."""
+    image = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
     features = datasets.Features({name: image for name in columns} | {"text": datasets.Value("string")})
     rows = {name: [{"bytes": None, "path": path}] for name, path in columns.items()} | {"text": ["red disc"]}
     return datasets.Dataset.from_dict(rows, features)
@@ -342,7 +342,7 @@ def test_names_that_a_terminal_would_obey_are_printed_escaped(tmp_path):
     folder = image_folder(tmp_path / "p", 1)
     (folder / "\x1b[2J.png").write_bytes(b"no image")
     with (folder / "metadata.jsonl").open("a") as file:
-        file.write(json.dumps({"file_name": "\x1b[2J.png", "text": "a"}) + "\n")
+        file.write("\n" + json.dumps({"file_name": "\x1b[2J.png", "text": "a"}))
     said = []
     context = SimpleNamespace(accelerator=SimpleNamespace(print=said.append))
     tell_what_is_left_out(dataclasses.replace(gather(folder), notes=("not read: \x1b[1A.png",)), context)

@@ -100,7 +100,8 @@ def test_a_run_that_diverges_exports_the_best(flags, monkeypatch, capsys, tmp_pa
 
     monkeypatch.setattr(loop, "take_step", diverges)
     output = tmp_path / "out"
-    assert main(*without(flags, "--metric_model"), "--output_dir", output) == 1
+    words = without(without(flags, "--metric_model"), "--validation_prompt")
+    assert main(*words, "--num_validation_images", 0, "--output_dir", output) == 1
     said = capsys.readouterr()
     assert last_line(said.err).startswith("train_sd.py: lora: train loss nan at step 5; ")
     only(said.out.splitlines(), "lora: training has diverged; exporting the best adapter, of step 3")
