@@ -275,7 +275,7 @@ def reference(commit: str, name: str, fixtures: Path, place: Path) -> dict:
     if not file.exists():
         checkout = CACHE / commit / "checkout"
         if not checkout.exists():
-            checkout.parent.mkdir(parents=True)
+            checkout.parent.mkdir(parents=True, exist_ok=True)
             archive = subprocess.check_output([*git, "archive", commit])
             with (
                 tempfile.TemporaryDirectory(dir=checkout.parent) as folder,
@@ -378,13 +378,14 @@ def main() -> int:
             sys.exit((place / "fixtures.txt").read_text())
         for name in args.only:
             before = reference(args.against, name, fixtures, place) if args.against else record.get(name, {})
-            began = time.monotonic()
+            began = os.times()
             found = Observer(CHECKOUT, fixtures, place / name).observe(name)
             found = json.loads(json.dumps(found)) if args.against else portable(found)
             record[name] = found
             lines = list(differences(before, found, 0 if args.against else TOLERANCE))
             count += len(lines)
-            print(f"{name}: {time.monotonic() - began:.1f} s, {len(lines)} differences")
+            seconds = sum(os.times()[:4]) - sum(began[:4])
+            print(f"{name}: {seconds:.1f} s of CPU, {len(lines)} differences", flush=True)
             for line in lines[:SHOWN]:
                 print(f"  {line}")
     if args.action == "write":
