@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import math
+import warnings
 
 import pytest
 import torch
@@ -601,9 +602,14 @@ def test_a_zero_weight_norm_merges_with_alpha_one_and_is_named(number):
 def test_auto_takes_the_best_method_there_is_data_for(llama, shortcut, steps, window, calibrated, chosen):
     cases = [Case(llama, shortcut, window=window).train(steps) for _ in range(2)]
     calibration = cases[0].batches() if calibrated else None
-    automatic = reslora.merge(cases[0].model, calibration=calibration)
-    reslora.merge(cases[1].model, method=chosen, calibration=calibration)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        automatic = reslora.merge(cases[0].model, calibration=calibration)
+        reslora.merge(cases[1].model, method=chosen, calibration=calibration)  # who names it knows
     assert automatic.method == chosen
+    line = f"without calibration samples blocks are merged by {chosen!r}; 'lstsq', which reads some, is closer"
+    assert [str(each.message) for each in warned] == ([] if calibrated else [line])
+    assert all(each.filename == __file__ for each in warned)
     for chain in llama.blocks:
         for name in chain:
             assert torch.equal(delta(find_layer(cases[0].model, name)), delta(find_layer(cases[1].model, name)))

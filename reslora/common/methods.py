@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from ..shortcuts import PLAIN
 from .errors import InvalidArgument, speaks
 from .flags import as_typed
 
@@ -268,11 +269,17 @@ IN_WORDS = "; ".join(f"{row.name}: {row.help}" for row in METHODS.values())
 
 
 def tell_unread(names: Sequence[str], values: Mapping[str, object], defaults: Mapping[str, object]) -> None:
-    """Says which flags of adapters no method reads: one command may run one method after another with them."""
+    """Says which flags of adapters no method reads: one command may run one method after another with them.
+
+    Warns of a --pre_num that wires nothing, with methods that are wired otherwise.
+    """
     for flag, reads in READ_BY.items():
         unread = values[flag] != defaults[flag] and not any(reads(METHODS[name]) for name in names)
         if unread and speaks():
             print(f"--{flag} {as_typed(values[flag])}: nothing reads it with --method {' '.join(names)}", flush=True)
+    unwired = [name for name in names if values["pre_num"] == 0 and READ_BY["pre_num"](METHODS[name])]
+    if unwired and values["shortcut"] != PLAIN and speaks():
+        print(f"warning: --pre_num 0: no block takes part in another, so {' and '.join(unwired)} trains as LoRA does")
 
 
 _UNABLE = {

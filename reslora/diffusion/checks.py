@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -22,6 +22,8 @@ from ..tracing import meta_copy
 from .arguments import DEFAULT_RANK, Flags, listed
 from .context import Context
 from .data.buckets import named_buckets
+from .data.dataset import ImageDataset
+from .experiment.checks import STEERING
 from .model.families import FAMILIES, load_family
 from .model.families.base import Family, Part
 from .model.loading import Model
@@ -29,6 +31,18 @@ from .model.quantising import blocks, try_format
 from .prompts import Prompt, prompts_of
 from .settings import untouched
 from .training.state import add_adapter, config_of, shortcuts_of, targets_of
+
+
+def check_held_out(kinds: Sequence[ImageDataset], context: Context) -> None:
+    """Refuse to steer by a validation loss where there are too few images to hold one out; warn where none steers."""
+    flags, most = context.flags, max(len(images) for images in kinds if not images.of_class)
+    if not flags.validation_split or most > 1:
+        return
+    problem = "no image can be held out, since no folder has more than one"
+    for name in STEERING:
+        if getattr(flags, name):
+            raise InvalidArgument(f"--{name}", problem, "leave it out, or give more images")
+    context.tell_once(f"warning: --validation_split {flags.validation_split:g}: {problem}; there is no validation loss")
 
 
 def check_base_precision(flags: Flags, dtype: torch.dtype, accelerator: Accelerator) -> None:

@@ -30,6 +30,7 @@ from .checks import (
     check_blocks_to_swap,
     check_encoders,
     check_family,
+    check_held_out,
     check_methods,
     check_pipeline,
     with_rank,
@@ -192,6 +193,7 @@ def check_before_loading(kinds: Sequence[ImageDataset], context: Context) -> Non
     flags, model, accelerator = context.flags, context.model, context.accelerator
 
     def check() -> None:
+        check_held_out(kinds, context)
         check_base_precision(flags, context.dtype, accelerator)
         check_blocks_to_swap(flags, model, accelerator)
         check_methods(flags, context)

@@ -247,14 +247,32 @@ def check_folders(flags: Flags) -> None:
     if not dataset and not folders:
         fix = "name a folder of images with captions, or a dataset with --dataset_name"
         raise InvalidArgument("--train_data_dir", "missing", fix)
+    places = [Path(folder).resolve() for folder in folders]
+    twice = next((folder for folder, place in zip(folders, places, strict=True) if places.count(place) > 1), None)
+    if twice:
+        argument = f"--train_data_dir {' '.join(folders)}"
+        raise InvalidArgument(argument, f"{twice} is given twice", "give it once, with --train_data_repeats")
     if dataset and len(folders) > 1:
         problem = f"reads one folder of it, --train_data_dir names {len(folders)}"
         raise InvalidArgument(f"--dataset_name {dataset}", problem, "give folders alone, or the dataset alone")
+    if dataset and folders:
+        check_part(dataset, folders[0])
     for name in ("train_data_repeats", "train_data_weight"):
         values = listed(getattr(flags, name))
         if len(values) not in (1, max(1, len(folders))):
             problem = f"{counted(len(values), 'value')} for {counted(max(1, len(folders)), 'folder')}"
             raise InvalidArgument(f"--{name} {' '.join(map(str, values))}", problem, "give one, or one for each")
+
+
+def check_part(dataset: str, folder: str) -> None:
+    """Refuse a folder of its own next to a dataset, of which --train_data_dir names a part; say which is read."""
+    part = (Path(dataset) / folder).resolve()  # an absolute folder stays as it is
+    inside = part.is_dir() and part.is_relative_to(Path(dataset).resolve())
+    if Path(folder).is_dir() and not inside:
+        problem = "with --dataset_name it names a folder in that dataset, and this one is a folder of its own"
+        raise InvalidArgument(f"--train_data_dir {folder}", problem, "give one of the two")
+    if speaks():
+        print(f"warning: --train_data_dir {folder}: the folder of that name in --dataset_name {dataset}", flush=True)
 
 
 def merges_of(flags: Flags) -> Collection[str]:
@@ -348,6 +366,8 @@ def tell_idle(flags: Flags) -> None:
     """Says which flags of other scripts' commands nothing reads beside the others; these are not refused."""
     if not speaks():
         return
+    if flags.validation_split > 0.5:
+        print(f"warning: --validation_split {flags.validation_split:g} holds out more images than it trains on")
     warms, adam = flags.lr_scheduler not in ("constant", "piecewise_constant"), flags.optimizer in ADAMS
     of_adam = ("adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon")
     for name, read, beside in (

@@ -4,11 +4,13 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from pipelines import qwen_image
+from pipelines import image_folder, qwen_image
 
 from diffusion.runs import RESUME, main, only, printed, refused, without
 from reslora.common.errors import InvalidArgument
-from reslora.diffusion.checks import check_family
+from reslora.diffusion.checks import check_family, check_held_out
+from reslora.diffusion.context import Context
+from reslora.diffusion.data.dataset import ImageDataset
 from reslora.diffusion.model.families import load_family
 from reslora.diffusion.settings import parse_args
 
@@ -85,6 +87,29 @@ def test_what_the_model_reads_is_taken():
     check_family(
         flags, SimpleNamespace(family=load_family("FluxPipeline"), denoiser_config=lambda: {"guidance_embeds": 1})
     )
+
+
+# -- the images --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steering", ["--save_best", "--early_stopping_patience 3", "--validation_noises 2"])
+def test_one_image_cannot_steer_and_train(brief_flags, capsys, tmp_path, steering):
+    """Before the model is loaded: nothing of it is written."""
+    one, output = image_folder(tmp_path / "one", 1), tmp_path / "out"
+    flags = [*without(brief_flags, "--train_data_dir"), "--train_data_dir", one, "--output_dir", output]
+    line = refused(capsys, *flags, "--validation_split", "0.1", *steering.split())
+    assert f"error: {steering.split()[0]}: no image can be held out, since no folder has more than one" in line
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(("counts", "warned"), [([1], True), ([1, 1], True), ([1, 2], False)])
+def test_a_validation_loss_of_no_image_is_warned_of(capsys, counts, warned):
+    """Class images are never held out."""
+    context = Context(parse_args(["--validation_split", "0.1"]), None, SimpleNamespace(print=print), None)
+    class_images = ImageDataset(range(9), (), of_class=True)
+    check_held_out([*(ImageDataset(range(count), ()) for count in counts), class_images], context)
+    line = "warning: --validation_split 0.1: no image can be held out, since no folder has more than one; "
+    assert capsys.readouterr().out == (f"{line}there is no validation loss\n" if warned else "")
 
 
 # -- the rank ----------------------------------------------------------------------------------------------------------

@@ -74,6 +74,14 @@ def test_what_the_method_does_not_read_is_told(capsys, flag, value, method, othe
     assert capsys.readouterr().out == ""
 
 
+def test_blocks_without_others_are_warned_of(capsys):
+    MethodArguments(pre_num=0).tell_unread()
+    line = "warning: --pre_num 0: no block takes part in another, so reslora trains as LoRA does\n"
+    assert capsys.readouterr().out == line
+    MethodArguments(pre_num=0, shortcut="none").tell_unread()
+    assert "warning" not in capsys.readouterr().out
+
+
 def test_the_defaults_are_the_papers():
     arguments = MethodArguments()
     assert (arguments.method, arguments.lora_r, arguments.lora_alpha, arguments.pre_num) == ("reslora", 4, 8, 4)

@@ -365,6 +365,15 @@ def test_images_that_cannot_be_used_are_named_and_left_out(tmp_path, capsys):
     assert "0.png" in refused(capsys, "--train_data_dir", folder, "--strict", "--output_dir", tmp_path / "out")
 
 
+def test_images_of_less_than_a_latent_are_left_out(tmp_path, capsys):
+    folder = image_folder(tmp_path / "p", 4)
+    for number, size in enumerate([(1, 1), (64, 7), (8, 8)]):
+        PIL.Image.new("RGB", size).save(folder / f"{number}.png")
+    left_out = [line.removeprefix(f"{folder}/") for line in gather(folder).left_out]
+    assert left_out == [f"{name} pixels, less than a latent (8 x 8)" for name in ("0.png: 1 x 1", "1.png: 64 x 7")]
+    assert "0.png: 1 x 1 pixels" in refused(capsys, "--train_data_dir", folder, "--strict")
+
+
 def test_names_that_are_not_utf_8_are_left_out(tmp_path, capsys):
     """As an old archive has them; Arrow, which holds the rows, does not take them."""
     folder = image_folder(tmp_path / "p", 3, layout="none")
