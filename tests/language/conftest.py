@@ -3,14 +3,11 @@
 from pathlib import Path
 
 import pytest
-from launching import DEEPSPEED
 
 from reslora.common.script import run_script
 from reslora.language import llm, llm_arguments
 
 from .helpers import VALIDATED, flags, row, write_llama, write_rows
-
-collect_ignore = [] if DEEPSPEED else ["test_deepspeed.py"]
 
 
 @pytest.fixture(scope="session")
