@@ -265,14 +265,12 @@ def check_folders(flags: Flags) -> None:
 
 
 def check_part(dataset: str, folder: str) -> None:
-    """Refuse a folder of its own next to a dataset, of which --train_data_dir names a part; say which is read."""
+    """Refuse a folder of its own next to a dataset, of which --train_data_dir names a part."""
     part = (Path(dataset) / folder).resolve()  # an absolute folder stays as it is
     inside = part.is_dir() and part.is_relative_to(Path(dataset).resolve())
     if Path(folder).is_dir() and not inside:
         problem = "with --dataset_name it names a folder in that dataset, and this one is a folder of its own"
         raise InvalidArgument(f"--train_data_dir {folder}", problem, "give one of the two")
-    if speaks():
-        print(f"warning: --train_data_dir {folder}: the folder of that name in --dataset_name {dataset}", flush=True)
 
 
 def merges_of(flags: Flags) -> Collection[str]:
@@ -366,6 +364,9 @@ def tell_idle(flags: Flags) -> None:
     """Says which flags of other scripts' commands nothing reads beside the others; these are not refused."""
     if not speaks():
         return
+    if flags.dataset_name and flags.train_data_dir:
+        where = f"the folder of that name in --dataset_name {flags.dataset_name}"
+        print(f"warning: --train_data_dir {flags.train_data_dir}: {where}", flush=True)
     if flags.validation_split > 0.5:
         print(f"warning: --validation_split {flags.validation_split:g} holds out more images than it trains on")
     warms, adam = flags.lr_scheduler not in ("constant", "piecewise_constant"), flags.optimizer in ADAMS
