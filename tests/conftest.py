@@ -282,7 +282,11 @@ ARCHITECTURES = {
 }
 
 
-@pytest.fixture(params=list(ARCHITECTURES))
+QUICK = ("llama", "unet")
+"""The architectures that `pytest` without options tries."""
+
+
+@pytest.fixture(params=[pytest.param(n, marks=[] if n in QUICK else pytest.mark.exhaustive) for n in ARCHITECTURES])
 def arch(request) -> Architecture:
     return ARCHITECTURES[request.param]
 

@@ -34,7 +34,7 @@ MACHINES = {
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None or shutil.which("c++") is None,
-    reason="needs DeepSpeed, which compiles a part of itself on a CPU: pip install -e '.[deepspeed]', and a C++ compiler",
+    reason="needs DeepSpeed and, for the part of it that compiles itself on a CPU, a C++ compiler",
 )
 
 
@@ -42,7 +42,6 @@ def configurations(*without: str) -> list:
     """Return pytest's parameters for the bundled configurations, except some."""
     marks = {"deepspeed_zero2.yaml": [needs_deepspeed]}
     return [pytest.param(name, marks=marks.get(name, [])) for name in MACHINES if name not in without]
-
 
 
 def launch(name: str, script: Path | str, *flags: str, folder: Path, launcher: tuple[str, ...] = ()) -> str:

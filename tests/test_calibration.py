@@ -284,6 +284,7 @@ KINDS = {
 }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("budget", [2**30, 1])
 @pytest.mark.parametrize("shortcut", ["input", "middle"])
 @pytest.mark.parametrize("kind", KINDS)

@@ -153,6 +153,7 @@ def test_full_size_unets_have_the_expected_blocks_and_links(stable_diffusion):
     assert chains.links == sum(links for _, links in expected.values())
 
 
+@pytest.mark.exhaustive
 def test_full_size_unets_connect_on_the_meta_device(stable_diffusion):
     model, expected = stable_diffusion
     connected = reslora.connect(model, ResLoraConfig("input"))
@@ -274,6 +275,7 @@ CUTS = {
 }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_full_size_transformers_have_the_expected_blocks_and_links(name):
     model_class, config, targets, expected = TRANSFORMERS[name]

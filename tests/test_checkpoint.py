@@ -553,6 +553,7 @@ def test_a_flipped_bit_is_refused(llama, tmp_path, name, old, new, into):
 NOT_A_CONFIG = ["", "not json", "[]", "{}", "5", '"reslora"', "null", '{"reslora": 1}', "[" * 100_000, "NaN", "\udcff"]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("into", ["bare", "adapter"])
 @pytest.mark.parametrize("content", NOT_A_CONFIG, ids=range(len(NOT_A_CONFIG)))
 def test_a_config_file_that_is_not_one_is_refused(llama, tmp_path, content, into):
@@ -585,6 +586,7 @@ def paths(content, path=()):
         yield from paths(content[0], (*path, 0))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("into", ["bare", "adapter"])
 @pytest.mark.parametrize("place", ["reslora", "chains", "norms", "peft_model"])
 def test_a_value_of_another_type_in_the_config_file_is_refused(llama, tmp_path, place, into):
@@ -620,6 +622,7 @@ NO_LORA = [
 ]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("into, wrong", [*(("bare", wrong) for wrong in NO_LORA), *itertools.product(
     ["bare", "adapter"], [None, 5, "text", [], NO_LORA[0], NO_LORA[4]]
 )])  # fmt: skip

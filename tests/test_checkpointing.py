@@ -75,6 +75,7 @@ def test_two_forwards_before_the_backwards(name, checkpointing, shortcut, pre_nu
         assert_equal(gradients(model), gradients(oracle))
 
 
+@pytest.mark.exhaustive
 @language
 @one_each
 def test_a_checkpointed_backward_in_another_thread(name, shortcut, pre_num, head):
@@ -162,6 +163,7 @@ def test_checkpointing_inside_a_custom_forward_is_never_silently_wrong(use_reent
 # --- what may change between forwards ---------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 @with_checkpointing
 @one_each
 def test_batch_and_size_may_change_between_forwards(name, checkpointing, shortcut, pre_num, head):
@@ -188,6 +190,7 @@ def test_evaluation_between_training_steps_changes_nothing(llama, shortcut, pre_
         assert_equal(evaluated, run(oracle, llama.inputs(seed=8, length=3)).detach())
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("where", ["model.layers.2.self_attn.q_proj", "model.layers.3.mlp", "lm_head"])
 @one_each

@@ -41,6 +41,7 @@ def _torch_save(model):
     return torch.load(buffer, weights_only=False)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "name, duplicate", [("llama", _deepcopy), ("llama", _pickle), ("unet", _deepcopy), ("unet", _torch_save)]
 )
@@ -67,6 +68,7 @@ def test_a_copy_can_be_disconnected_alone(llama, shortcut, pre_num, head):
     assert_equal(run(twin, llama.inputs()), run(llama.lora(), llama.inputs()))
 
 
+@pytest.mark.exhaustive
 @one_each
 def test_two_connected_models_do_not_meet(llama, unet, shortcut, pre_num, head):
     pairs = [(arch, *pair(arch, shortcut, pre_num, head, seed=seed)) for seed, arch in enumerate((llama, unet, llama))]
@@ -100,6 +102,7 @@ def test_disabled_adapters_give_the_base_model(llama, shortcut, pre_num, head):
     assert_equal(run(model, llama.inputs()), run(oracle, llama.inputs()))
 
 
+@pytest.mark.exhaustive
 @one_each
 def test_disabled_adapters_of_a_unet_give_the_base_model(unet, shortcut, pre_num, head):
     model, oracle = pair(unet, shortcut, pre_num, head)

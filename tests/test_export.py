@@ -108,6 +108,7 @@ def loaded_by_diffusers(*arguments, **keywords) -> UNet2DConditionModel:
 # --- each format loads back -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_peft_loads_the_peft_files(merged, inputs, tmp_path):
     export_peft(merged, tmp_path)
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in tmp_path.iterdir()}
@@ -242,6 +243,7 @@ def test_merged_weights_are_summed_in_fp32_then_cast(unet, tmp_path):
         assert float((stored.float() - expected.float()).norm()) <= 1e-3 * float(expected.float().norm())
 
 
+@pytest.mark.exhaustive
 def test_a_named_adapter_is_exported(unet, inputs, tmp_path):
     model = unet.lora(adapter="style").float().eval()
     reslora.connect(model, ResLoraConfig("block", 2), adapter_name="style")

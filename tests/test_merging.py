@@ -202,6 +202,7 @@ def test_input_uses_the_norms_recorded_in_training(name, shortcut, pre_num, head
     case.assert_merged_to(merged_by_input(case, window=3), tolerance=1e-6)
 
 
+@pytest.mark.exhaustive
 @plans
 def test_input_uses_the_last_norms_of_a_window_shorter_than_training(llama, shortcut, pre_num, head):
     case = Case(llama, shortcut, pre_num, head, window=2).train(5)
@@ -209,6 +210,7 @@ def test_input_uses_the_last_norms_of_a_window_shorter_than_training(llama, shor
     case.assert_merged_to(merged_by_input(case, window=2), tolerance=1e-6)
 
 
+@pytest.mark.exhaustive
 @plans
 def test_norms_are_taken_before_dropout(llama, shortcut, pre_num, head):
     case = Case(llama, shortcut, pre_num, head, dropout=0.4)
@@ -219,6 +221,7 @@ def test_norms_are_taken_before_dropout(llama, shortcut, pre_num, head):
     case.assert_merged_to(merged_by_input(case, window=2), tolerance=1e-6)
 
 
+@pytest.mark.exhaustive
 @plans
 def test_calibration_replaces_what_training_recorded(llama, shortcut, pre_num, head):
     case = Case(llama, shortcut, pre_num, head).train(3)
@@ -297,6 +300,7 @@ def test_weights_walks_the_chain_with_merged_weights(name, shortcut, pre_num, he
     case.assert_merged_to(lambda chain: weights_alphas(case, chain)[1], tolerance=1e-5)
 
 
+@pytest.mark.exhaustive
 @plans
 def test_weights_uses_every_blocks_own_scale(llama, shortcut, pre_num, head):
     case = Case(llama, shortcut, pre_num, head, alpha_pattern={"layers.1.self_attn.q_proj": 30}, use_rslora=True)
@@ -349,6 +353,7 @@ def test_lstsq_weighs_every_token_alike(llama, shortcut, pre_num, head):
     case.assert_merged_to(merged_by_lstsq(case), tolerance=1e-5)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("shortcut, pre_num", [("input", 1), ("middle", 1), ("middle", -1)])
 def test_equal_inputs_merge_exactly_under_lstsq(unet, shortcut, pre_num):
     """Cross-attention k and v all read the same text states."""
@@ -430,6 +435,7 @@ def test_block_is_exact_whatever_the_method(llama, method, pre_num):
             assert block.rank == (case.m(n) + 1) * RANK
 
 
+@pytest.mark.exhaustive
 def test_block_is_exact_on_every_architecture(arch):
     case = Case(arch, "block", 2)
     reslora.merge(case.model)
@@ -472,6 +478,7 @@ def expected_chains(model, arch) -> list[list[str]]:
     return result
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("lora", BLOCK_LORA)
 @pytest.mark.parametrize("max_rank", [None, 4])
 def test_a_merged_block_model_is_saved_and_loaded_by_stock_peft(llama, tmp_path, lora, max_rank):
@@ -666,6 +673,7 @@ def test_the_mode_is_restored_after_a_bad_batch(llama):
     assert_equal(gradients_of(case.model, inputs), gradients_of(case.oracle.model, inputs))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("shortcut", ["input", "middle", "block"])
 def test_calibration_leaves_no_hooks(llama, shortcut):
     plain = llama.lora()
@@ -695,12 +703,14 @@ def test_the_report_has_one_entry_per_block(llama, shortcut, method):
         assert block.error >= 0
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("shortcut, method", [("input", "weights"), ("middle", "weights"), ("block", "auto")])
 def test_there_is_no_error_without_calibration(llama, shortcut, method):
     report = reslora.merge(Case(llama, shortcut).model, method=method)
     assert {block.error for block in report.blocks} == {None}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "shortcut, method",
     [
@@ -718,6 +728,7 @@ def test_the_report_is_json(llama, shortcut, method):
     assert all({"name", "role", "alpha", "rank", "error"} <= set(entry) for entry in entries["blocks"])
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("method", ["none", "input", "weights", "lstsq"])
 @plans
 def test_the_error_is_that_of_every_block_on_its_unmerged_inputs(llama, method, shortcut, pre_num, head):
@@ -730,6 +741,7 @@ def test_the_error_is_that_of_every_block_on_its_unmerged_inputs(llama, method, 
         assert block.error == pytest.approx(float((merged - unmerged).norm() / unmerged.norm()), rel=1e-3, abs=1e-6)
 
 
+@pytest.mark.exhaustive
 def test_the_error_of_a_truncated_block_is_what_truncation_loses(llama):
     case = Case(llama, "block", 2)
     report = reslora.merge(case.model, calibration=case.calibrate(case.batches(1)), max_rank=3)
@@ -774,6 +786,7 @@ def test_a_merged_model_is_plain_lora(llama, shortcut, method):
     assert_equal(run(case.model.merge_and_unload(), inputs), merged)
 
 
+@pytest.mark.exhaustive
 @methods
 def test_a_merged_model_trains_on(llama, shortcut, method):
     case = Case(llama, shortcut, 2)
@@ -782,6 +795,7 @@ def test_a_merged_model_trains_on(llama, shortcut, method):
     assert_equal(gradients_of(case.model, llama.inputs()), gradients_of(plain, llama.inputs()))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("requires_grad", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @methods
@@ -800,6 +814,7 @@ def test_dtype_device_and_requires_grad_are_kept(llama, shortcut, method, dtype,
             assert parameter.requires_grad is requires_grad
 
 
+@pytest.mark.exhaustive
 @methods
 def test_the_base_weights_are_not_touched(llama, shortcut, method):
     case = Case(llama, shortcut, 2)
@@ -809,6 +824,7 @@ def test_the_base_weights_are_not_touched(llama, shortcut, method):
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
+@pytest.mark.exhaustive
 @methods
 def test_other_adapters_are_not_touched(llama, shortcut, method):
     case = Case(llama, shortcut, 2)
@@ -820,6 +836,7 @@ def test_other_adapters_are_not_touched(llama, shortcut, method):
     assert before and all(torch.equal(after[name], value) for name, value in before.items())
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("shortcut, pre_num", [("none", 1), ("input", 0), ("block", 0), ("middle", 0)])
 @pytest.mark.parametrize("method", ["auto", "none", "weights", "lstsq", "input"])
 def test_a_plan_without_wires_merges_to_itself(llama, shortcut, pre_num, method):
@@ -855,6 +872,7 @@ def assert_untouched(case: Case, before) -> None:
         torch.testing.assert_close(after[key], value, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("method", ["merge_bi", "", "INPUT", None])
 def test_an_unknown_method_is_answered_with_the_known_ones(llama, method):
     case = Case(llama, "input")
@@ -863,6 +881,7 @@ def test_an_unknown_method_is_answered_with_the_known_ones(llama, method):
     assert_one_line(error, str(method), "auto", "none", "input", "weights", "lstsq")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("shortcut", ["input", "block", "middle", "none"])
 def test_merging_twice_is_an_error(llama, shortcut):
     case = Case(llama, shortcut)
@@ -888,6 +907,7 @@ def test_merging_an_adapter_that_is_not_the_connected_one_is_an_error(llama):
     assert_one_line(error, "other")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("shortcut", ["input", "block", "middle"])
 def test_merging_while_pefts_own_merge_is_active_is_an_error(llama, shortcut):
     case = Case(llama, shortcut)
@@ -899,6 +919,7 @@ def test_merging_while_pefts_own_merge_is_active_is_an_error(llama, shortcut):
     assert_untouched(case, before)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("part, value", [("lora_A", float("nan")), ("lora_B", float("inf"))])
 @pytest.mark.parametrize("shortcut, method", [*METHODS, ("block", "lstsq")], ids=lambda value: value)
 def test_an_adapter_that_is_not_finite_is_named_and_nothing_is_touched(llama, shortcut, method, part, value):
@@ -913,6 +934,7 @@ def test_an_adapter_that_is_not_finite_is_named_and_nothing_is_touched(llama, sh
     assert_untouched(case, before)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "shortcut, method, value",
     [
@@ -937,6 +959,7 @@ def test_calibration_that_is_not_finite_is_an_error_and_nothing_is_touched(unet,
     case.assert_merged_to(merged_by_lstsq(case), tolerance=1e-5)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("calibration", [8, [torch.ones(2, 6, dtype=torch.long)]])
 def test_batches_that_are_no_dicts_are_an_error(llama, calibration):
     case = Case(llama, "input")

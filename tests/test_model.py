@@ -150,6 +150,7 @@ def test_modules_to_save_train_along(shortcut):
     assert_equal(ours, gradients_of(oracle, arch.inputs()))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "config, short",
     [
@@ -267,6 +268,7 @@ TWO_PROCESS_CASES = [
 ]
 
 
+@pytest.mark.exhaustive
 def test_two_processes_have_the_gradients_of_one_with_the_whole_batch(tmp_path):
     fork_server()
     mp.start_processes(_two_process_worker, (free_port(), str(tmp_path)), nprocs=2, start_method="forkserver")
@@ -609,6 +611,7 @@ BELOW_CORE = {PACKAGE / "common" / "errors.py", PACKAGE / "common" / "checks.py"
 CORE_FILES = [*(PACKAGE / f"{name}.py" for name in CORE), *sorted((PACKAGE / "shortcuts").glob("*.py"))]
 
 
+@pytest.mark.exhaustive
 def test_the_core_has_the_modules_that_readme_names_and_imports_no_more_than_peft_does():
     code = "import sys, peft; before = set(sys.modules); import reslora"
     code += "; print({'calibration', 'export'} <= set(dir(reslora)), reslora.export.export_peft.__name__)"
@@ -748,6 +751,7 @@ class Attentive(nn.Module):
         return x
 
 
+@pytest.mark.exhaustive
 @shortcuts
 def test_attention_that_merges_itself_stays_plain_and_runs(shortcut):
     model = lora_stack(Attentive(), target_modules=["attn", "proj"])

@@ -68,6 +68,7 @@ def files(folder: Path, pattern: str = "*") -> set[Path]:
     return {path for path in found if "__pycache__" not in path.parts}
 
 
+@pytest.mark.exhaustive
 def test_a_command_trains_the_bundled_pipeline_from_any_folder(target, tmp_path):
     run(target, tmp_path, target / "bin" / "reslora-train-sd", "--output_dir", "out", *QUICK)
     assert (tmp_path / "out" / "lora" / "pytorch_lora_weights.safetensors").is_file()
@@ -76,6 +77,7 @@ def test_a_command_trains_the_bundled_pipeline_from_any_folder(target, tmp_path)
         assert Path(config[name]).is_relative_to(target)
 
 
+@pytest.mark.exhaustive
 def test_commands_version_and_application_are_those_of_the_wheel(target, tmp_path):
     commands, version, example, script = json.loads(run(target, tmp_path, sys.executable, "-c", COMMANDS))
     wanted = {f"reslora-{name.replace('_', '-')}": name for name in ("train_sd", "train_llm", "train_glue")}

@@ -44,6 +44,7 @@ def tiny_base():
     return AutoModelForCausalLM.from_pretrained(ROOT / "assets" / "tiny-llama", dtype=torch.float32)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("document", "code"), SNIPPETS, ids=[name_of(document) for document, _ in SNIPPETS])
 def test_snippet_runs(document, code, checkout):
     names = {}

@@ -47,6 +47,7 @@ def grid_of(run, x, y, start=START):
 # -- cells -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("x", "y", "single"),
     [

@@ -245,6 +245,7 @@ def generated(client, **changes):
     return client.predict(*(GENERATE | changes).values(), api_name="/generate")
 
 
+@pytest.mark.exhaustive
 def test_a_program_can_look_generate_and_reproduce(client, runs):
     assert "tiny" in client.predict(api_name="/runs")
     assert "reslora: merged weights" in client.predict("tiny", api_name="/weights")
@@ -293,6 +294,7 @@ def test_a_seed_that_is_no_number_is_zero(address, seed):
     assert told == 0 and gallery[0]["image"]["orig_name"] == "seed-0.png"
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("wrong", ["abc", float("nan"), {"a": 1}, True, 10**30], ids=str)
 def test_whatever_a_program_sends_it_is_told_something(address, wrong):
     """An image, or an error in words; never nothing."""
@@ -341,6 +343,7 @@ def test_the_settings_of_a_training_have_names(client):
         assert names == list(TrainTab.parameters())
 
 
+@pytest.mark.exhaustive
 def test_what_nobody_listens_to_keeps_nobody_waiting(address, client, log):
     """Four requests of 8 images x 150 steps, whose senders went away at once; another visitor is served meanwhile."""
     before = log.read_text().count("Gave up")
@@ -374,6 +377,7 @@ def test_a_program_can_use_and_merge_adapters(client, runs):
     assert "Done" in text and "alpha*" in report
 
 
+@pytest.mark.exhaustive
 def test_a_program_can_draw_grids_and_stack_and_write_models(client, runs):
     """Cells are what single drawings are, each a file with its settings; three lines load the folder."""
     asked = GRID | {"y": "seed", "y_values": "3 4"}
@@ -423,6 +427,7 @@ def test_no_file_of_this_machine_is_served(address, runs, client):
         client.predict(payload, api_name="/settings_of")
 
 
+@pytest.mark.exhaustive
 def test_a_password_is_asked_for(runs, tmp_path):
     """And Ctrl-C ends it, though it was started in the background, where that is ignored."""
     with serving(runs, tmp_path / "log", "--auth", "me:secret", end_by=signal.SIGINT) as address:
@@ -543,6 +548,7 @@ def enlarge_and_scroll(page) -> None:
         )
 
 
+@pytest.mark.exhaustive
 def test_what_is_new_is_shown_at_the_step_that_the_slider_is_at_by_then(page, runs):
     """The page asks whether there is anything new; before it is answered, a visitor moves the slider."""
     page.wait_for_selector('#grid table[data-step="4"]')
@@ -562,6 +568,7 @@ def test_what_is_new_is_shown_at_the_step_that_the_slider_is_at_by_then(page, ru
     log.write_text(before)
 
 
+@pytest.mark.exhaustive
 def test_runs_are_looked_at_side_by_side_while_one_trains(page, runs):
     """Chosen by the keyboard; images are flipped between runs; a new loss is drawn, a run that has gone leaves."""
     settings = json.loads((runs / "tiny" / "config.json").read_text())
@@ -624,6 +631,7 @@ def draw_slowly(page) -> None:
         page.get_by_label(f"number input for {name}").fill(value)
 
 
+@pytest.mark.exhaustive
 def test_a_grid_is_drawn_enlarged_stopped_and_taken_along(page):
     """Values stand there once a setting is chosen, by mouse or keys, and leaving it again leaves them alone; a cell is
     shown as it was drawn; the arrows go from cell to cell; each button stops its own."""
@@ -712,6 +720,7 @@ window.fetch = async (...request) => {
 """
 
 
+@pytest.mark.exhaustive
 def test_what_is_asked_as_the_stream_of_answers_ends_is_answered(browser, address):
     """The server has closed the stream when the second question comes, and the page hears of it after its answer."""
     page = browser.new_page()
@@ -760,6 +769,7 @@ def contrast(locator) -> float:
 STEPS = "#flag-max_train_steps :is(input, textarea)"
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("page", ["light", "dark"], indirect=True)
 def test_text_can_be_read(page):
     seen = [
@@ -783,6 +793,7 @@ def test_text_can_be_read(page):
     assert 0 <= place["y"] < 100
 
 
+@pytest.mark.exhaustive
 def test_a_form_survives_a_restart(page):
     """What is typed under Train is there again when the page is loaded anew, as after a restart of the server; only
     settings that are chosen take its place, by keys, or by the mouse the same ones again."""
@@ -820,6 +831,7 @@ def test_a_form_survives_a_restart(page):
     assert page.locator(STEPS).input_value() == "7"
 
 
+@pytest.mark.exhaustive
 def test_runs_come_and_go(page, runs):
     show_markup(page, runs)
     press_at_once(page, runs)
@@ -944,6 +956,7 @@ def write_experiment(folder: Path) -> None:
     write_report(content, folder, IMAGES)
 
 
+@pytest.mark.exhaustive
 def test_a_training_is_started_watched_and_stopped(page, browser, address, runs, tmp_path):
     """The first samples arrive by themselves; another visitor finds the run; stopping saves, and it can go on."""
     uploads = []

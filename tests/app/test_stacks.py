@@ -61,6 +61,7 @@ def summed_by_hand(run, model, strengths):
     return state
 
 
+@pytest.mark.exhaustive
 def test_a_stack_is_the_base_plus_the_sum_of_its_updates(studio, library, run):
     """In the weights, and in what a stock pipeline with these weights draws."""
     base = run.word("pretrained_model_name_or_path")

@@ -84,6 +84,7 @@ def test_every_form_of_the_merged_weights_draws_the_same(studio, run):
     assert studio.loads == 1
 
 
+@pytest.mark.exhaustive
 def test_base_is_untouched_by_what_was_used_in_between(studio, run):
     before = one(studio, run, BASE.label)
     for weights in run.weights():

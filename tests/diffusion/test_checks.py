@@ -15,6 +15,7 @@ from reslora.diffusion.model.families import load_family
 from reslora.diffusion.settings import parse_args
 
 
+@pytest.mark.exhaustive
 def test_a_clipped_pre_num_and_names_that_match_nothing_are_said(brief_flags, tmp_path):
     flags = [*brief_flags, "--method", "reslora", "--shortcut", "block", "--pre_num", "50"]
     lines = printed(*flags, "--target_modules", "to_q", "nothing", "--output_dir", tmp_path / "out")
@@ -31,6 +32,7 @@ def test_targets_that_fit_a_list_of_layers_are_refused_by_what_would_do(brief_fl
     assert f"--target_modules {target}: down_blocks.0.attentions.0." in line and f"; {fix}" in line
 
 
+@pytest.mark.exhaustive
 def test_layers_that_stay_plain_are_counted(brief_flags, tmp_path):
     """Convolutions get an adapter, and no shortcut: the tiny U-Net has one `conv_in`."""
     flags = [*brief_flags, "--method", "reslora", "--target_modules", "to_q", "conv_in"]
@@ -44,6 +46,7 @@ def test_a_pre_num_that_fits_is_not_mentioned(brief_flags, tmp_path):
     assert not [line for line in lines if "--pre_num" in line or "--target_modules" in line]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("shortcut", "pre_num", "said"), [("input", 999, True), ("input", 4, False), ("input", 1, False)]
 )
@@ -54,6 +57,7 @@ def test_a_pre_num_beyond_all_chains_is_said_of_input_shortcuts_too(brief_flags,
     assert len(found) == said and all("999" in line and "2 blocks" in line and "input" in line for line in found)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("shortcut", ["block", "middle"])
 def test_which_pre_num_is_the_same_is_said(brief_flags, tmp_path, shortcut):
     flags = [*brief_flags, "--method", "reslora", "--shortcut", shortcut, "--pre_num", "999"]
@@ -120,6 +124,7 @@ def settings(output) -> tuple[int, float]:
     return config["rank"], config["lora_alpha"]
 
 
+@pytest.mark.exhaustive
 def test_without_a_rank_the_narrowest_layer_says_it(brief_flags, tmp_path):
     """The tiny U-Net's widest attention has 8 features; diffusers' own test pipelines are as narrow."""
     flags, output = without(brief_flags, "--rank"), tmp_path / "out"
@@ -145,6 +150,7 @@ def test_a_rank_that_is_given_and_too_large_is_refused(brief_flags, capsys, tmp_
     assert not (tmp_path / "out" / "config.json").exists()
 
 
+@pytest.mark.exhaustive
 def test_a_run_without_a_rank_goes_on_with_what_it_took(brief_flags, capsys, tmp_path):
     flags, output = [*without(brief_flags, "--rank"), "--output_dir", str(tmp_path / "out")], tmp_path / "out"
     assert main(*flags) == 0

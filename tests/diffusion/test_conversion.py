@@ -67,6 +67,7 @@ def written(path, family="stable_diffusion", parts=None, **metadata):
 # -- formats -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_format_from_every_other_with_the_same_updates(family, tmp_path):
     wanted = written(tmp_path / "0.safetensors", family)

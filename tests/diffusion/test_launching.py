@@ -9,6 +9,8 @@ from launching import configurations, launch
 from diffusion.runs import SCRIPT, main, refused
 from reslora.common.log import read_log
 
+pytestmark = pytest.mark.exhaustive
+
 
 @pytest.fixture(scope="module")
 def flags(model, data) -> list[str]:

@@ -22,6 +22,8 @@ from reslora.diffusion.data.sources import Source
 from reslora.diffusion.model.families.stable_diffusion import StableDiffusion
 from reslora.diffusion.model.loading import Model
 
+pytestmark = pytest.mark.exhaustive
+
 IMAGES = 12
 
 

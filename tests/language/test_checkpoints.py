@@ -13,6 +13,7 @@ from reslora.language.checkpoints import checkpoints_of, damage, set_unfinished_
 from .helpers import build, trainer_for
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -40,6 +41,7 @@ def test_a_damaged_last_checkpoint_is_left_out(tmp_path, monkeypatch, name, cont
     assert_one_line(error, "checkpoint-6", "cannot be resumed", "use latest")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("made_by", [1, 2, 3, 4])
 def test_another_number_of_processes_cannot_go_on(tmp_path, made_by):
     trainer_for(build()[0], tmp_path, max_steps=2).train()

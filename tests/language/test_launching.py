@@ -19,6 +19,8 @@ from reslora.language.checkpoints import checkpoints_of, damage
 
 from .helpers import SCRIPT, VALIDATED, build, flags, losses, trainer_for
 
+pytestmark = pytest.mark.exhaustive
+
 FIVES = """
 import sys
 sys.path[:0] = [{path!r}]

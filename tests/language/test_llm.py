@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from peft import PeftModel
+from suites import quick
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reslora.common.errors import InvalidArgument
@@ -42,14 +43,17 @@ def test_memory_that_runs_out_leaves_the_checkpoints_and_says_which(tiny, data, 
 
 @pytest.mark.parametrize(
     ("method", "shortcut", "table"),
-    [
-        ("reslora", "input", ["unmerged", "none", "input", "weights", "lstsq"]),
+    quick(
+        [
+            ("reslora", "input", ["unmerged", "none", "input", "weights", "lstsq"]),
+            ("reslora", "middle", ["unmerged", "none", "input", "weights", "lstsq"]),
+            ("reslora", "block", ["unmerged", "none", "exact"]),
+            ("lora", "input", ["unmerged"]),
+            ("adalora", "input", ["unmerged"]),
+            ("ms_placebo", "input", ["unmerged"]),
+        ],
         ("reslora", "middle", ["unmerged", "none", "input", "weights", "lstsq"]),
-        ("reslora", "block", ["unmerged", "none", "exact"]),
-        ("lora", "input", ["unmerged"]),
-        ("adalora", "input", ["unmerged"]),
-        ("ms_placebo", "input", ["unmerged"]),
-    ],
+    ),
 )
 def test_a_run_leaves_results_and_files_that_stock_libraries_load(
     tiny, data, tmp_path, capsys, method, shortcut, table
@@ -106,6 +110,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny, data, tmp_path):
     assert logs[0] == logs[1] and len(logs[0]) == 6
 
 
+@pytest.mark.exhaustive
 def test_gradient_checkpointing_and_bf16_run(tiny, data, tmp_path, monkeypatch):
     """Of the four examples to validate on one comes to seven, which is said of all."""
     answers = llm_trainer.generate
@@ -262,6 +267,7 @@ BAD_FLAGS = [
 ]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("bad", "words"), BAD_FLAGS, ids=[" ".join(bad) for bad, _ in BAD_FLAGS])
 def test_a_bad_flag_is_one_line_and_status_2(tiny, data, tmp_path, capsys, monkeypatch, bad, words):
     missing = {"deepspeed", "bitsandbytes", "liger_kernel"}

@@ -181,6 +181,7 @@ def rows_batch() -> dict[str, torch.Tensor]:
     return {name: torch.stack([row[name] for row in rows(4)]) for name in ("input_ids", "labels")}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("method", "shortcut"), METHODS)
 def test_exports_load_in_stock_peft_and_transformers_with_the_same_logits(tmp_path, method, shortcut):
     torch.manual_seed(1)

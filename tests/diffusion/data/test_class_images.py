@@ -37,6 +37,7 @@ def flags_for(folder: Path, model: Path, data: Path, output: str, *more: object)
 
 
 # Krea 2's pipeline is asked as the others are.
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "krea2"])
 def test_what_is_missing_is_drawn_by_every_family_and_the_same_again(family, data, tmp_path, capsys):
     """An image that went is drawn as it was; one that somebody has put there counts and stays."""
@@ -101,6 +102,7 @@ def pictures(folder: Path) -> list[np.ndarray]:
     return [np.asarray(PIL.Image.open(path)).astype(int) for path in sorted(folder.glob("*.png"))]
 
 
+@pytest.mark.exhaustive
 def test_a_run_with_class_images_goes_on_as_if_it_had_not_stopped(model, data, tmp_path):
     whole, parts = (flags_for(tmp_path, model, data, name) for name in ("whole", "parts"))
     assert main(*whole) == 0
@@ -159,6 +161,7 @@ def test_none_are_drawn_where_they_cannot_be_kept(tmp_path):
         missing_class_images(flags)
 
 
+@pytest.mark.exhaustive
 def test_class_images_count_by_their_weight(model, data, tmp_path):
     """Without any the samples are those of a run that has the same images and no weight for these: other losses."""
     for name, weight in (("one", 1), ("none", 0)):

@@ -124,6 +124,7 @@ def test_a_second_run_encodes_nothing(brief_flags, tmp_path, monkeypatch):
     assert losses(tmp_path / "one", "lora") == losses(tmp_path / "two", "lora")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("part", "encoder"), [("text_encoder/model", CLIPTextModel), ("vae/diffusion_pytorch_model", AutoencoderKL)]
 )
@@ -180,6 +181,7 @@ def test_an_image_that_breaks_off_is_left_out_and_the_cache_knows(brief_flags, c
 # -- in other ways ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_an_uncached_run_sees_the_same_captions(brief_flags, tmp_path):
     """Captions are encoded in the step, to the same states: with square crops in their middle all is the same."""
     flags = [*brief_flags, "--center_crop", "--max_train_steps", 2, "--validation_split", "0.3"]
@@ -192,6 +194,7 @@ def test_an_uncached_run_sees_the_same_captions(brief_flags, tmp_path):
     np.testing.assert_allclose([row[2] for row in cached], [row[2] for row in uncached], rtol=1e-4)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("cached", [True, False])
 def test_half_precision_and_uncached_encoders_train(runs, tmp_path, cached):
     """In a process of its own: accelerate keeps the precision it was first started with."""

@@ -56,6 +56,7 @@ def test_without_t5_stable_diffusion_3_is_measured_by_clip(tmp_path):
     assert reader_of(stock, Model(folder, family, "--model", index=index))[0] == "tokenizer_2"
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("more", [(), ("--train_text_encoder", "--strict")])
 def test_one_line_tells_how_many_captions_are_cut_and_which_is_the_longest(brief_flags, tmp_path, more):
     """Encoded in this run, in an earlier one, or in every step."""

@@ -194,6 +194,7 @@ def test_an_image_of_which_nothing_counts_is_left_out_or_refused(kept, brief_fla
     assert "--strict" in line and "0.png: its mask is black" in line
 
 
+@pytest.mark.exhaustive
 def test_kept_masks_train_what_fresh_ones_do(brief_flags, folder, tmp_path):
     """Kept in the size of the latents, or scaled to it in the step."""
     add = ["--train_data_dir", folder, "--center_crop", "--masked_loss"]

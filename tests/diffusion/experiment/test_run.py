@@ -154,6 +154,7 @@ def test_the_file_on_top_is_of_the_arm_that_the_select_images_choose(whole):
         assert (metadata["ss_seed"], metadata["ss_steps"]) == (str(best["seed"]), str(choice["step"]))
 
 
+@pytest.mark.exhaustive
 def test_where_the_best_is_no_plain_lora_no_file_of_an_earlier_choice_stays(flags, small, tmp_path):
     """What PEFT reads is always there."""
     output = shutil.copytree(small, tmp_path / "out", copy_function=shutil.copy2)
@@ -204,6 +205,7 @@ def test_a_finished_experiment_trains_nothing_and_says_the_same(flags, whole):
     assert again[-2:] == lines[-2:]
 
 
+@pytest.mark.exhaustive
 def test_an_arm_whose_adapter_is_damaged_is_named_and_trained_anew_once_it_is_removed(flags, whole, tmp_path, capsys):
     output = shutil.copytree(whole[0], tmp_path / "out", copy_function=shutil.copy2)
     folder, own = arm(output, "reslora", seed=1), [*flags, *WHOLE, "--output_dir", output]
@@ -222,6 +224,7 @@ def test_an_arm_whose_adapter_is_damaged_is_named_and_trained_anew_once_it_is_re
     assert [a["test"] for a in experiment(output)["arms"]] == [a["test"] for a in experiment(whole[0])["arms"]]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("moment", ["test", "export"])
 def test_an_experiment_whose_folder_is_moved_while_it_compares_does_not_make_it_anew(
     flags, whole, tmp_path, monkeypatch, capsys, moment
@@ -244,6 +247,7 @@ def test_an_experiment_whose_folder_is_moved_while_it_compares_does_not_make_it_
 # -- arms are plain runs -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("method", "seed"), [("reslora", 0), ("lora", 1)])
 def test_an_arm_is_a_plain_run_on_the_images_to_train_on(flags, whole, images, tmp_path, method, seed):
     """Bit for bit, also where a seed has random crops of its own."""
@@ -380,6 +384,7 @@ def test_what_is_tested_is_said_and_a_stop_is_heeded_before_it(tmp_path):
         bench.begins("testing (2 of 2)", course.arms()[1])
 
 
+@pytest.mark.exhaustive
 def test_killed_at_bad_moments(runs, images, tmp_path):
     """Within an arm, before it is noted as ended, between two arms, and while test losses are written.
 
@@ -408,6 +413,7 @@ def same_results(output: Path) -> dict:
     return {name: found[name] for name in ("split", "chosen", "verdicts", "readings")} | {"arms": arms}
 
 
+@pytest.mark.exhaustive
 def test_an_arm_that_diverges_has_ended_and_the_others_go_on(flags, tmp_path):
     own = [*flags, "--method", "lora", "--learning_rate", "1e-2", "1e30", "--output_dir", tmp_path / "out"]
     lines = printed(*own)
@@ -418,6 +424,7 @@ def test_an_arm_that_diverges_has_ended_and_the_others_go_on(flags, tmp_path):
     assert not any("lr-1e+30" in line for line in printed(*own) if "merging" in line)
 
 
+@pytest.mark.exhaustive
 def test_arms_at_once_are_those_of_one_after_the_other(flags, small, tmp_path, monkeypatch):
     """To the last bit: each process has as many threads as the tests have."""
     told, threads = [], torch.get_num_threads()
@@ -433,6 +440,7 @@ def test_arms_at_once_are_those_of_one_after_the_other(flags, small, tmp_path, m
     assert config["arms_at_once"] == 2 and config["learning_rate"] == [0.01, 0.03]
 
 
+@pytest.mark.exhaustive
 def test_two_processes_train_what_one_does(flags, small, tmp_path):
     """Half the batch each; equal but for rounding."""
     own = [*flags, *SMALL, "--output_dir", str(tmp_path / "out")]

@@ -177,6 +177,7 @@ def test_nothing_unpacked_waits_for_the_backward(precision):
 # -- denoisers ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("family", FAMILIES)
 def test_linear_layers_of_the_blocks_are_packed_and_nothing_else(folders, family):
     _, plain = load(folders(family))
@@ -205,6 +206,7 @@ def test_chains_are_found_without_computing_anything(folders, precision):
     assert found == expected and found.links > 0
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("family", "shortcut", "precision"),  # each with each but once: a packed layer knows neither family nor shortcut
     [
@@ -226,6 +228,7 @@ def test_loss_and_gradients_are_those_of_the_unpacked_weights(folders, family, s
     torch.testing.assert_close(loss_and_gradients(denoiser, family), expected, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("method", "precision"), zip([name for name in METHODS if name != "reslora"], cycle(FORMATS), strict=False)
 )
@@ -237,6 +240,7 @@ def test_other_adapters_train_on_it(folders, method, precision):
     torch.testing.assert_close(loss_and_gradients(denoiser, family), expected, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.exhaustive
 @precisions
 def test_under_autocast_too(folders, precision):
     """As with --mixed_precision bf16."""
@@ -248,6 +252,7 @@ def test_under_autocast_too(folders, precision):
         torch.testing.assert_close(loss_and_gradients(denoiser, family), expected, rtol=1e-2, atol=1e-5)
 
 
+@pytest.mark.exhaustive
 @precisions
 @pytest.mark.parametrize("shortcut", ["input", "middle"])
 def test_a_merge_by_weights_reads_what_is_packed(folders, shortcut, precision):
@@ -301,6 +306,7 @@ class Apart(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
     ("family", "precision", "shortcut"),
@@ -395,6 +401,7 @@ def flags_of(model: Path, data: Path, output: Path, *more) -> list:
     return [*flags, "--merge_calibration_samples", 2, "--report_to", "none", *more]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("family", "precision"), [("stable_diffusion", "fp8"), ("stable_diffusion", "int8"), ("z_image", "nf4")]
 )
@@ -424,6 +431,7 @@ def test_a_run_exports_the_whole_base_and_the_update(folders, data, tmp_path, mo
     assert changed == len(lora) // 2
 
 
+@pytest.mark.exhaustive
 def test_it_trains_on_another_base_than_a_plain_run(folders, data, tmp_path):
     losses_of = []
     for precision in ("no", "fp8"):

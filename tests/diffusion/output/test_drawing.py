@@ -26,6 +26,7 @@ def index_of(folder: Path) -> dict:
     return json.loads((folder / "model_index.json").read_text())
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", FAMILIES)
 def test_text_states_of_half_precision_are_drawn_in_the_pipelines_at_any_size(tmp_path, name):
     """As the export does: in float32 whatever the precision of training. Samples need not be squares."""

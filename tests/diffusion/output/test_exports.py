@@ -88,6 +88,7 @@ def test_one_method_leaves_its_weights_where_diffusers_script_does(brief_flags, 
     assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "out" / "lora_x2" / name).read_bytes()
 
 
+@pytest.mark.exhaustive
 def test_other_adapters_train_and_export(brief_flags, tmp_path):
     flags = [*without(brief_flags, "--method"), "--max_train_steps", "3", "--validation_prompt", "red disc"]
     assert main(*flags, "--method", "adalora", "loha", "lokr", "--output_dir", tmp_path / "out") == 0
@@ -249,6 +250,7 @@ def test_every_image_must_be_finite(tmp_path, monkeypatch):
         compared(folder_of(tmp_path), monkeypatch, 1, 1)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("base", ["no", "fp8"])
 def test_the_average_of_a_schedule_free_optimizer_is_saved_and_exported(model, base_flags, tmp_path, base):
     """As samples are drawn with it: x, and not what is trained, y = beta x + (1 - beta) z."""

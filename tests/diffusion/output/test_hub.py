@@ -96,6 +96,7 @@ def test_the_comparison_that_is_uploaded_shows_what_was_drawn_and_no_training_im
     assert height(before) > height(hub.files["comparison.png"]) > 300
 
 
+@pytest.mark.exhaustive
 def test_settings_notes_and_what_tells_of_the_images_are_not_uploaded(brief_flags, tmp_path, hub, model):
     out = tmp_path / "out"
     data = image_folder(out / "mine")

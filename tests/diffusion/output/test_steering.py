@@ -122,6 +122,7 @@ def test_the_log_has_losses_by_timestep_and_similarities(whole):
     assert all(-1 <= row[f"{of}_similarity"] <= 1 for row in found for of in ("image", "caption"))
 
 
+@pytest.mark.exhaustive
 def test_a_resumed_run_is_an_uninterrupted_one(whole, resumed):
     """Samples and checkpoints in between change nothing of it."""
     assert (resumed / "lora" / "samples" / "step-000001" / "1-0.png").is_file()

@@ -85,6 +85,7 @@ def denoiser_of(folder: Path) -> str:
     return "unet" if (folder / "model" / "unet").is_dir() else "transformer"
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("family", ENCODERS)
 def test_every_file_gives_the_text_states_and_images_of_the_merged_weights(runs, family):
     folder, names = runs(family), ENCODERS[family]

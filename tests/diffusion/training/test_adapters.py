@@ -34,6 +34,7 @@ def trained(flags, tmp_path_factory) -> Path:
     return output
 
 
+@pytest.mark.exhaustive
 def test_one_goes_on_as_if_nothing_had_been(flags, trained, tmp_path):
     shutil.copytree(trained / "dora" / "checkpoint-1", tmp_path / "out" / "dora" / "checkpoint-1")
     assert main(*flags, "--method", "dora", *LINES, *TWO_STEPS, "--output_dir", tmp_path / "out", *RESUME) == 0

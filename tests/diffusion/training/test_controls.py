@@ -34,6 +34,7 @@ def header(folder: Path) -> dict:
         return json.loads(file.metadata()["control"])
 
 
+@pytest.mark.exhaustive
 def test_a_resumed_control_is_the_one_that_was_begun(flags, controls, monkeypatch, tmp_path):
     """It is not measured again: fewer samples, which would say something else, change nothing."""
     for method in METHODS:

@@ -36,6 +36,7 @@ def test_shortcuts_are_those_of_the_flags():
     assert shortcuts_of(flags) == ResLoraConfig("middle", pre_num=3, head="none")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "optimizer",
     ["prodigy", "adafactor", "lion", "schedulefree", "torch.optim.Muon"],

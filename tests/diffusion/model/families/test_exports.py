@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline, SD3Transformer2DModel
 from pipelines import FAMILIES, image_folder
 from safetensors import safe_open
 from safetensors.torch import load_file
+from suites import quick
 
 import reslora
 import train_sd
@@ -60,7 +61,7 @@ def drawn(folder: Path, weights: Path | None = None, **parts) -> np.ndarray:
     return pipe(prompt="blue box", generator=seed, output_type="np", **size).images[0]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", quick(FAMILIES, "stable_diffusion", "flux"))
 def test_files_agree_in_stock_diffusers_and_change_what_is_drawn(runs, family):
     folder = runs(family)
     out = folder / "out" / "reslora"
@@ -79,6 +80,7 @@ def test_files_agree_in_stock_diffusers_and_change_what_is_drawn(runs, family):
             assert sample.size == (32, 48)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("more", [(), ("--no-cache_text_embeddings", "--method", "lora", "reslora")])
 def test_stable_diffusion_3_trains_and_draws_without_t5(runs, more):
     """Its pipeline asks the denoiser, which is not there while captions are encoded, how wide T5's states are."""
@@ -91,6 +93,7 @@ def test_stable_diffusion_3_trains_and_draws_without_t5(runs, more):
     assert np.abs(seen - drawn(folder, transformer=merged, **without)).max() <= 2 / 255
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("family", FAMILIES)
 def test_merge_is_repeated_from_the_kept_samples(runs, family):
     folder = runs(family)
@@ -182,6 +185,7 @@ def test_what_a_model_predicts_is_in_kohyas_and_stability_ais_names(width, predi
     assert metadata["modelspec.prediction_type"] == prediction.removesuffix("_prediction")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("family", ["z_image", "flux", "sd3", "sdxl"])
 def test_gradient_checkpointing_changes_nothing(runs, family, tmp_path):
     folder = runs(family)

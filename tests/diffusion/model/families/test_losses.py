@@ -289,6 +289,7 @@ def test_every_row_of_the_registry_has_a_module_and_a_builder():
 # -- masks -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("family", FAMILIES)
 def test_masked_places_have_no_gradient_and_others_that_of_the_whole_loss(setting, family):
     """The mask is one of pixels, its upper left quarter white; families pack latents in ways of their own."""
