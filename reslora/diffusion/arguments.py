@@ -133,17 +133,10 @@ def is_experiment(flags: Mapping[str, object]) -> bool:
     return any(len(listed(flags.get(name))) > 1 for name in SEVERAL)
 
 
-THREADS = """\
-threads on a CPU:
-  The processes of a run share all cores. OMP_NUM_THREADS=N gives each process N threads. `accelerate launch` and
-  `torchrun` set it to 1 by themselves, so from them only 2 or more counts. For one thread, leave the launcher out
-  (OMP_NUM_THREADS=1 python train_sd.py), or give it as many cores as processes (taskset -c 0 accelerate launch)."""
-
-
 def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     """All flags; those in DEFAULTS stay None until `settings.parse_args` knows whose model is trained."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = TrainingParser(prog="train_sd.py", description=description, epilog=THREADS, formatter_class=raw)
+    parser = TrainingParser(prog="train_sd.py", description=description, formatter_class=raw)
     parser.add_argument(
         "--config", metavar="FILE", help="flags from TOML or a run's config.json; the command line wins"
     )
@@ -266,8 +259,7 @@ def add_data_flags(add: Callable) -> None:
     add("--caption_dropout", type=number(0, below=1), default=0.0,
         help="share of the training samples that get the empty caption; class images keep theirs")
     add("--enable_wildcard", **SWITCH,
-        help="each training sample gets one choice of {red|blue}, and one of a caption's lines; {{ and }} are braces; "
-             "of nested choices only the innermost is made (kohya's scripts end a choice at the first closing brace)")
+        help="each training sample gets one choice of {red|blue}, and one of a caption's lines; {{ and }} are braces")
     add("--shuffle_caption", **SWITCH, help="put the tags of a caption, between commas, into another order each time")
     add("--caption_tag_dropout_rate", type=number(0, below=1), default=0.0,
         help="share of a caption's tags that each training sample is without")

@@ -588,3 +588,9 @@ def test_glue_arms_equal_plain_runs_and_are_judged_by_its_metrics(tmp_path, caps
         right += int(logits.argmax()) == row["label"]
     assert arm["test"]["losses"] == pytest.approx(losses, rel=1e-5)
     assert arm["test"]["figures"] == {"accuracy": right / len(losses)}
+
+
+def test_a_damaged_record_is_refused_before_anything_is_trained(tmp_path):
+    (tmp_path / "experiment.json").write_text('{"format": 1, "readings"')
+    with pytest.raises(InvalidArgument, match=rf"^--output_dir {tmp_path}: experiment.json is damaged; "):
+        experiment.take_folder(SimpleNamespace(course=SimpleNamespace(folder=tmp_path)))

@@ -420,8 +420,8 @@ def _load_split(
             splits = datasets.load_dataset(
                 flags.dataset_name, flags.dataset_config_name, cache_dir=flags.cache_dir, data_dir=flags.train_data_dir
             )
-        elif layout in ("webdataset", "json"):
-            suffixes = (".tar",) if layout == "webdataset" else (".json", ".jsonl")
+        elif layout in ("webdataset", "json") or (layout == "parquet" and any(map(is_image, everything))):
+            suffixes = {"webdataset": (".tar",), "json": (".json", ".jsonl")}.get(layout, (".parquet",))
             shards = training_files([path for path in everything if path.suffix in suffixes], folder, notes)
             splits = datasets.load_dataset(
                 layout, data_files={"train": list(map(str, shards))}, cache_dir=flags.cache_dir

@@ -130,7 +130,7 @@ def test_an_empty_image_is_none_whatever_path_is_with_it(tmp_path):
 
 @pytest.mark.parametrize("layout", ["text", "path"])
 def test_rows_may_name_files_in_the_folder(tmp_path, layout):
-    folder = image_folder(tmp_path / "p", 1, layout="none")
+    folder = image_folder(tmp_path / "p", 3, layout="none")
     rows = file_rows(image=str(folder / "0.png"))
     if layout == "text":
         rows = datasets.Dataset.from_dict({"image": ["0.png"], "text": ["red disc"]})

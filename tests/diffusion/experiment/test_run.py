@@ -453,3 +453,9 @@ def test_two_processes_train_what_one_does(flags, small, tmp_path):
         assert (mine["test"] is None) == (other["test"] is None)
         if mine["test"]:
             assert mine["test"]["losses"] == pytest.approx(other["test"]["losses"], rel=1e-4)
+
+
+def test_a_damaged_record_is_refused_before_anything_is_loaded(tmp_path):
+    (tmp_path / "experiment.json").write_text('{"format": 1, "readings"')
+    with pytest.raises(InvalidArgument, match=rf"^--output_dir {tmp_path}: experiment.json is damaged; "):
+        run.check_same(parse_args(["--output_dir", str(tmp_path)]))
