@@ -476,7 +476,6 @@ CONTENT_OF_GLUE = """
 --data_dir missing --task_name cola
 --data_dir texts --task_name cola
 --target_modules nothing
---model_name_or_path assets/tiny-llama --data_dir assets/tiny-roberta/task --task_name cola
 """
 
 FLAGS_OF_CONVERT = """

@@ -99,9 +99,9 @@ def run_script(checkout: Path, script: str, words: list[str]) -> None:
         runpy.run_module(script, run_name="__main__", alter_sys=True)
 
 
-def ended(process: int) -> int:
-    """Wait for a process; return its exit status, minus the signal where one ended it. Kill it after `LIMIT`."""
-    until = time.monotonic() + LIMIT
+def ended(process: int, limit: float = LIMIT) -> int:
+    """Wait for a process; return its exit status, minus the signal where one ended it. Kill it after the limit."""
+    until = time.monotonic() + limit
     while (found := os.waitpid(process, os.WNOHANG))[0] == 0:
         if time.monotonic() > until:
             os.kill(process, signal.SIGKILL)
@@ -170,8 +170,7 @@ class Observer:
     def observe(self, name: str) -> dict:
         """Return what a run does, or what refuses the commands of a group of `REFUSALS`, by section and key."""
         if name in REFUSALS:
-            groups = REFUSALS[name].items()
-            return {script: {words: self.refusal(script, words) for words in lines} for script, lines in groups}
+            return {script: self.refusals(script, lines) for script, lines in REFUSALS[name].items()}
         folder = self.folder(name)
         outcomes = {}
         for number, command in enumerate(RUNS[name], 1):
@@ -195,6 +194,18 @@ class Observer:
             elif path.suffix == ".png":
                 found["contents"][place] = hashlib.sha256(path.read_bytes()).hexdigest()
         return found
+
+    def refusals(self, script: str, lines: list[str]) -> dict[str, str]:
+        """Return the outcome of each command line, forked from a process in which the script has printed its help."""
+        file, printed = self.scratch / "outcomes.json", self.scratch / "help.txt"
+
+        def refuse_all() -> None:
+            with contextlib.suppress(SystemExit):
+                run_script(self.checkout, SCRIPTS[script], ["--help"])
+            file.write_text(json.dumps({words: self.refusal(script, words) for words in lines}))
+
+        assert ended(fork(refuse_all, printed, self.place), LIMIT * len(lines)) == 0, printed.read_text()
+        return json.loads(file.read_text())
 
     def refusal(self, script: str, words: str) -> str:
         """Return the outcome of a command that is to be refused, and the files that it leaves all the same."""
