@@ -29,7 +29,7 @@ TEXT = (
     "--calibration_examples 4 --use_cpu --report_to none --output_dir out"
 )
 ANSWERS = "--max_test_samples 4 --max_new_tokens 4"
-FORTY = f"{TEXT} {ANSWERS} --max_steps 40 --save_steps 2 --save_total_limit 1"
+MANY = f"{TEXT} {ANSWERS} --max_steps 16 --save_steps 2 --save_total_limit 1"
 SIX = f"{IMAGES} --method reslora --gradient_accumulation_steps 2 --checkpointing_steps 1 --max_train_steps 6"
 LORA = "out/lora/pytorch_lora_weights.safetensors"
 
@@ -44,7 +44,7 @@ RUNS = {
         f"sd {BUNDLED} --method lora reslora",
         f"convert {LORA} kohya.safetensors --to kohya --base assets/pipeline",
         "convert kohya.safetensors peft --to peft --base assets/pipeline/unet",
-        "convert peft comfyui.safetensors --to comfyui --family stable_diffusion --dtype float16",
+        "convert peft comfyui.safetensors --to comfyui --base assets/pipeline --dtype float16",
         f"convert {LORA} out/reslora/peft sum.safetensors --to diffusers --weight 0.7 -0.5 --rank 2 "
         "--base assets/pipeline",
         "convert --extract assets/pipeline/unet out/lora/unet difference.safetensors --to diffusers --rank 2",
@@ -136,9 +136,9 @@ RUNS = {
         f"llm {TEXT} {ANSWERS} --method adalora --gradient_checkpointing --output_dir adalora",
     ],
     "llm_stopped": [
-        f"stop llm {FORTY}",
-        f"llm {FORTY}",
-        f"llm {FORTY} --resume_from_checkpoint latest",
+        f"stop llm {MANY}",
+        f"llm {MANY}",
+        f"llm {MANY} --resume_from_checkpoint latest",
     ],
     "llm_experiment": [
         f"llm {TEXT} {ANSWERS} --learning_rate 1e-3 5e-3 --method lora reslora --shortcut middle",
@@ -476,7 +476,6 @@ CONTENT_OF_GLUE = """
 --data_dir missing --task_name cola
 --data_dir texts --task_name cola
 --target_modules nothing
---model_name_or_path assets/tiny-llama --data_dir assets/tiny-roberta/task --task_name cola
 """
 
 FLAGS_OF_CONVERT = """
@@ -586,7 +585,7 @@ def make_fixtures(folder: Path) -> None:
     for name, text in FILES.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
-    unet = {"layers_per_block": 2, "transformer_layers_per_block": 2}
+    unet = {"transformer_layers_per_block": 2}
     stable_diffusion(folder / "model", text_encoder={"num_hidden_layers": 3}, unet=unet)
     image_folder(folder / "images", count=8)
     for name in ("semicolons", "broken", "outside", "columns", "bare"):

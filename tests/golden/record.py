@@ -54,6 +54,7 @@ from commands import REFUSALS, RUNS, SCRIPTS, make_fixtures  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 
 LIKE = "like"
+NOTHING = "nothing"
 SETTINGS = "settings of"  # how the section of a config.json begins
 LIMIT = 300  # seconds for one command
 TOLERANCE = 1e-4  # of what is compared between processors, relative where it is above 1
@@ -99,9 +100,9 @@ def run_script(checkout: Path, script: str, words: list[str]) -> None:
         runpy.run_module(script, run_name="__main__", alter_sys=True)
 
 
-def ended(process: int) -> int:
-    """Wait for a process; return its exit status, minus the signal where one ended it. Kill it after `LIMIT`."""
-    until = time.monotonic() + LIMIT
+def ended(process: int, limit: float = LIMIT) -> int:
+    """Wait for a process; return its exit status, minus the signal where one ended it. Kill it after the limit."""
+    until = time.monotonic() + limit
     while (found := os.waitpid(process, os.WNOHANG))[0] == 0:
         if time.monotonic() > until:
             os.kill(process, signal.SIGKILL)
@@ -170,8 +171,7 @@ class Observer:
     def observe(self, name: str) -> dict:
         """Return what a run does, or what refuses the commands of a group of `REFUSALS`, by section and key."""
         if name in REFUSALS:
-            groups = REFUSALS[name].items()
-            return {script: {words: self.refusal(script, words) for words in lines} for script, lines in groups}
+            return {script: self.refusals(script, lines) for script, lines in REFUSALS[name].items()}
         folder = self.folder(name)
         outcomes = {}
         for number, command in enumerate(RUNS[name], 1):
@@ -195,6 +195,18 @@ class Observer:
             elif path.suffix == ".png":
                 found["contents"][place] = hashlib.sha256(path.read_bytes()).hexdigest()
         return found
+
+    def refusals(self, script: str, lines: list[str]) -> dict[str, str]:
+        """Return the outcome of each command line, forked from a process in which the script has printed its help."""
+        file, printed = self.scratch / "outcomes.json", self.scratch / "help.txt"
+
+        def refuse_all() -> None:
+            with contextlib.suppress(SystemExit):
+                run_script(self.checkout, SCRIPTS[script], ["--help"])
+            file.write_text(json.dumps({words: self.refusal(script, words) for words in lines}))
+
+        assert ended(fork(refuse_all, printed, self.place), LIMIT * len(lines)) == 0, printed.read_text()
+        return json.loads(file.read_text())
 
     def refusal(self, script: str, words: str) -> str:
         """Return the outcome of a command that is to be refused, and the files that it leaves all the same."""
@@ -236,7 +248,7 @@ class Observer:
             header = {key: self.normalized(value) for key, value in (file.metadata() or {}).items()}
             for name in sorted(file.keys()):
                 tensor = file.get_tensor(name)
-                norm = float(tensor.double().norm())
+                norm = float(tensor.double().nan_to_num().norm())  # what a window of norms lacks is NaN
                 square += norm**2
                 content = hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
                 each[name] = f"{norm:.6g} {content[:16]}"
@@ -253,15 +265,24 @@ def steady(value: object) -> object:
     return value
 
 
-def portable(found: dict) -> dict:
-    """Return the part of an observation that no processor changes, and no version of a library."""
+def portable(found: dict, arguments: dict) -> dict:
+    """Return the part of an observation that no processor changes, and no version of a library.
+
+    `arguments`: the defaults of transformers' `TrainingArguments`.
+    """
     found = {section: content for section, content in found.items() if section != "contents"}
-    arguments = transformers.TrainingArguments(output_dir="", report_to="none").to_dict()
     for section, content in found.items():
         if section.startswith(SETTINGS) and "lora_r" in content:  # of a language script: the rest is transformers'
             own = {key: value for key, value in content.items() if key not in arguments or value != arguments[key]}
             found[section] = own
     return json.loads(json.dumps(found), parse_float=lambda text: float(f"{float(text):.6g}"))
+
+
+def prepare(place: Path, fixtures: Path) -> None:
+    """Write the fixtures, and what `portable` reads; in a forked process, as accelerate keeps what it finds out."""
+    make_fixtures(fixtures)
+    arguments = transformers.TrainingArguments(output_dir="", report_to="none").to_dict()
+    (place / "arguments.json").write_text(json.dumps(arguments))
 
 
 # -- references --------------------------------------------------------------------------------------------------------
@@ -301,25 +322,23 @@ def machine() -> str:
 
 
 def differences(before: object, now: object, tolerance: float, where: str = "") -> Iterator[str]:
-    """Yield a line for each value that is not the same; numbers may differ by `tolerance`."""
+    """Yield a line for each value that is not the same; floats may differ by `tolerance`."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in [*before, *(key for key in now if key not in before)]:
-            yield from differences(before.get(key), now.get(key), tolerance, f"{where} / {key}" if where else key)
+            pair = before.get(key, NOTHING), now.get(key, NOTHING)
+            yield from differences(*pair, tolerance, f"{where} / {key}" if where else key)
     elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
         for number, pair in enumerate(zip(before, now, strict=True)):
             yield from differences(*pair, tolerance, f"{where} [{number}]")
-    elif before != now and not (isinstance(before, float) and isinstance(now, float) and close(before, now, tolerance)):
-        yield f"{where}: {shown(before)} before, {shown(now)} now"
+    elif not (isinstance(before, float) and isinstance(now, float) and math.isclose(before, now, **both(tolerance))):
+        one, other = (each if each is NOTHING else json.dumps(each) for each in (before, now))
+        if one != other:  # 1, 1.0 and true are not the same here
+            yield f"{where}: {textwrap.shorten(one, 200)} before, {textwrap.shorten(other, 200)} now"
 
 
-def shown(value: object) -> str:
-    """Return a value as one short piece of text."""
-    return "nothing" if value is None else textwrap.shorten(json.dumps(value), 200)
-
-
-def close(one: float, other: float, tolerance: float) -> bool:
-    """Whether two numbers are the same but for rounding; NaN is NaN."""
-    return abs(one - other) <= tolerance * max(1, abs(one)) or (math.isnan(one) and math.isnan(other))
+def both(tolerance: float) -> dict[str, float]:
+    """Return a tolerance that is absolute below 1 and relative above, for `math.isclose`."""
+    return {"rel_tol": tolerance, "abs_tol": tolerance}
 
 
 def packed(record: dict) -> dict:
@@ -374,13 +393,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="reslora-golden-") as folder:
         place = Path(folder).resolve()
         (fixtures := place / "fixtures").mkdir()
-        if ended(fork(lambda: make_fixtures(fixtures), place / "fixtures.txt", fixtures)):
-            sys.exit((place / "fixtures.txt").read_text())
+        if ended(fork(lambda: prepare(place, fixtures), place / "printed.txt", place)):
+            sys.exit((place / "printed.txt").read_text())
+        arguments = json.loads((place / "arguments.json").read_text())
         for name in args.only:
             before = reference(args.against, name, fixtures, place) if args.against else record.get(name, {})
             began = os.times()
             found = Observer(CHECKOUT, fixtures, place / name).observe(name)
-            found = json.loads(json.dumps(found)) if args.against else portable(found)
+            found = json.loads(json.dumps(found)) if args.against else portable(found, arguments)
             record[name] = found
             lines = list(differences(before, found, 0 if args.against else TOLERANCE))
             count += len(lines)
@@ -388,10 +408,9 @@ def main() -> int:
             print(f"{name}: {seconds:.1f} s of CPU, {len(lines)} differences", flush=True)
             for line in lines[:SHOWN]:
                 print(f"  {line}")
-    if args.action == "write":
-        RECORD.write_text(as_text(packed({name: record[name] for name in names if name in record})))
-        return 0
-    return 1 if count else 0
+            if args.action == "write":
+                RECORD.write_text(as_text(packed({name: record[name] for name in names if name in record})))
+    return 1 if count and args.action == "check" else 0
 
 
 if __name__ == "__main__":
