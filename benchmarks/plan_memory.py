@@ -1,6 +1,7 @@
 """What `train_sd.py --plan` says of a run's memory beside what the run then takes: small models of the families.
 
-    python benchmarks/plan_memory.py            # each case in a process of its own
+    python benchmarks/plan_memory.py                        # each case in a process of its own
+    python benchmarks/plan_memory.py --sd15 FLAG ...        # only planned, with the shapes of Stable Diffusion 1.5
 
 `allocated` is the most that PyTorch's allocator had handed out on the CPU in each phase since the run began, as the
 profiler notes it: weights that are read from files as they are lie in mapped pages and are no part of it. `resident` is
@@ -26,6 +27,7 @@ from measured import ROOT, keep
 
 sys.path.append(str(ROOT / "tests"))
 import torch
+import trainer
 from pipelines import FAMILIES, image_folder
 from torch.profiler import ProfilerActivity, profile
 
@@ -62,6 +64,19 @@ def flags_of(family: str, side: str, more: list[str], folder: Path) -> list[str]
     given += ["--validation_prompt", "red disc", "--num_validation_images", "2", "--num_inference_steps", "2"]
     given += ["--validation_steps", "2", "--output_dir", str(folder / "out"), "--random_flip", "--no-plan"]
     return [*given, "--merge_calibration_samples", "8", *more]
+
+
+def sd15_flags(more: list[str], folder: Path) -> list[str]:
+    """The flags of a run of Stable Diffusion 1.5's shapes, whose model folder holds configurations and no weights."""
+    pipeline, model = trainer.sd15_pipeline("meta"), folder / "model"
+    pipeline.save_config(model)
+    for name, part in pipeline.components.items():
+        if part is not None:
+            save = part.config.save_pretrained if name == "text_encoder" else getattr(part, "save_config", None)
+            (save or part.save_pretrained)(model / name)
+    image_folder(folder / "images", 8)
+    given = ["--pretrained_model_name_or_path", str(model), "--train_data_dir", str(folder / "images")]
+    return [*given, "--output_dir", str(folder / "out"), "--no-plan", *more]
 
 
 def planned(flags: list[str]) -> dict:
@@ -127,7 +142,15 @@ def main() -> None:
     """Every case, and how near the plan is to it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)  # of processes that this one starts
+    parser.add_argument("--sd15", nargs=argparse.REMAINDER, help="plan a run of that size with these flags")
     arguments = parser.parse_args()
+    if arguments.sd15 is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            phases = planned(sd15_flags(arguments.sd15, Path(folder)))
+        del phases["seconds"]
+        print("\n".join(f"{name}: {size / 2**30:.2f} GiB" for name, size in phases.items()))
+        keep("trainer/plan-sd15", {"flags": arguments.sd15, "planned": phases})
+        return
     if arguments.case:
         family, side, *more = arguments.case
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
