@@ -5,7 +5,7 @@
 
 The first form trains the bundled 64x64 pipeline on the bundled images, in a few minutes on two CPU cores; the second
 any model of the families in reslora/diffusion/model/families. The flags of diffusers' `train_text_to_image_lora.py` are
-all here; README says which defaults differ.
+all here; docs/migrate.md says which defaults differ.
 
 On a CPU the processes of a run share all cores; OMP_NUM_THREADS=N gives each of them N threads. `accelerate launch` and
 `torchrun` set it to 1 by themselves, so from them only 2 or more counts. For one thread, leave the launcher out

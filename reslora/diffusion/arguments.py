@@ -183,8 +183,8 @@ def in_words(value: Any) -> str:
 def add_model_flags(add: Callable) -> None:
     """Which model, and in which precision."""
     add("--pretrained_model_name_or_path", metavar="MODEL",
-        help="a model of any family in README: diffusers folder or name on the hub; of Stable Diffusion 1, 2 and SDXL "
-             "a .safetensors file, too; default: the bundled pipeline")
+        help="a model of any family in docs/models.md: diffusers folder or name on the hub; of Stable Diffusion 1, 2 "
+             "and SDXL a .safetensors file, too; default: the bundled pipeline")
     add("--pretrained_vae_model_name_or_path", metavar="VAE",
         help="another autoencoder: diffusers folder or name on the hub")
     add("--revision", help="revision of the model on the hub")

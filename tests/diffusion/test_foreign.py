@@ -1,4 +1,4 @@
-"""Flags of other trainers: what they are called here is told, and README's table says the same."""
+"""Flags of other trainers are refused with their name here, and the table of docs/migrate.md says the same."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,7 @@ from reslora.diffusion.arguments import build_parser
 from reslora.diffusion.foreign import DEFAULT, DIFFUSERS, FOREIGN, KOHYA
 from reslora.diffusion.settings import parse_args
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+MIGRATE = Path(__file__).resolve().parents[2] / "docs" / "migrate.md"
 OURS = {action.dest for action in build_parser()._actions}
 
 
@@ -21,12 +21,12 @@ def flags_in(text: str) -> set[str]:
 
 
 def rows() -> list[list[str]]:
-    """The cells of README's table: kohya's, diffusers', those of two others, and ours."""
-    section = README.read_text(encoding="utf-8").partition("## Coming from another trainer")[2].partition("\n## ")[0]
+    """The cells of its table: kohya's, diffusers', those of two others, and ours."""
+    section = MIGRATE.read_text(encoding="utf-8").partition("\n## Names\n")[2].partition("\n## ")[0]
     return [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")]
 
 
-def test_readmes_table_and_what_is_told_agree():
+def test_the_table_and_the_messages_agree():
     for number, known in enumerate((KOHYA, DIFFUSERS)):
         in_table = {name: row[-1] for row in rows() for name in flags_in(row[number]) - OURS}
         assert known.keys() == in_table.keys()
