@@ -78,11 +78,10 @@ def test_which_pre_num_is_the_same_is_said(brief_flags, tmp_path, shortcut):
     ],
 )
 def test_what_the_model_does_not_read_is_refused(pipeline, config, words):
-    """With its default it may be given; of a run that goes on nothing is refused."""
+    """With its default it may be given."""
     model = SimpleNamespace(family=load_family(pipeline), denoiser_config=lambda: config)
     with pytest.raises(InvalidArgument, match=f"^{words}: .*{model.family.name} .*; leave it"):
         check_family(parse_args(words.split()), model)
-    check_family(parse_args([*words.split(), *RESUME]), model)
     check_family(parse_args(["--guidance_scale_train", "1"]), model)
 
 

@@ -74,5 +74,5 @@ def test_what_a_placebo_trains_is_as_large_as_lora_and_says_its_seed(controls):
 def test_a_control_needs_samples_and_a_start_from_zero(capsys):
     line = refused(capsys, "--method", "lora", "ms_placebo", "--merge_calibration_samples", "0")
     assert "--method ms_placebo" in line and "--merge_calibration_samples 64" in line
-    line = refused(capsys, "--method", "lora_matched", "--init_lora", "a.safetensors")
-    assert "--init_lora a.safetensors" in line and "measured at a start from zero" in line
+    line = refused(capsys, "--method", "lora_matched", "--init_lora", __file__)
+    assert f"--init_lora {__file__}" in line and "measured at a start from zero" in line
