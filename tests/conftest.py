@@ -54,6 +54,14 @@ def sharded() -> Iterator[Callable]:
     dist.destroy_process_group()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that need a browser, before tests are chosen by their marks."""
+    for item in items:
+        if "browser" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.browser)
+
+
 def pytest_collection_finish() -> None:
     """What the imports left lives to the end: the collector, which every run calls, need not go through it again."""
     gc.collect()

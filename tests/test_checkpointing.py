@@ -87,6 +87,7 @@ def test_a_checkpointed_backward_in_another_thread(name, shortcut, pre_num, head
     assert_equal(gradients(model), gradients_of(oracle, arch.inputs()))
 
 
+@pytest.mark.exhaustive
 @one_each
 def test_an_evaluation_between_a_checkpointed_forward_and_its_backward(llama, shortcut, pre_num, head):
     model, oracle = pair(llama, shortcut, pre_num, head)
@@ -109,6 +110,7 @@ def enable_stock(model, name: str, use_reentrant: bool) -> None:
         model.base_model.model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
 
 
+@pytest.mark.exhaustive
 @language
 @stateful
 def test_checkpointing_without_our_context_is_refused_with_the_call_that_fixes_it(name, shortcut, pre_num, head):
@@ -123,6 +125,7 @@ def test_checkpointing_without_our_context_is_refused_with_the_call_that_fixes_i
     assert_equal(gradients_of(model, arch.inputs()), gradients_of(oracle, arch.inputs()))
 
 
+@pytest.mark.exhaustive
 @stateful
 def test_the_stock_switch_of_diffusers_is_refused(unet, shortcut, pre_num, head):
     model = connected(unet, shortcut, pre_num, head)
@@ -132,6 +135,7 @@ def test_the_stock_switch_of_diffusers_is_refused(unet, shortcut, pre_num, head)
     assert_one_line(error, "reslora.enable_gradient_checkpointing")
 
 
+@pytest.mark.exhaustive
 @language
 def test_block_takes_any_kind_of_checkpointing(name):
     arch = ARCHITECTURES[name]
@@ -178,6 +182,7 @@ def test_batch_and_size_may_change_between_forwards(name, checkpointing, shortcu
         assert_equal(gradients_of(model, inputs), gradients_of(oracle, inputs))
 
 
+@pytest.mark.exhaustive
 @one_each
 def test_evaluation_between_training_steps_changes_nothing(llama, shortcut, pre_num, head):
     model, oracle = pair(llama, shortcut, pre_num, head, window=2)
@@ -207,6 +212,7 @@ def test_a_clean_forward_after_an_exception_is_that_of_a_fresh_model(
     assert_equal(gradients_of(model, llama.inputs()), gradients_of(oracle, llama.inputs()))
 
 
+@pytest.mark.exhaustive
 @one_each
 def test_a_clean_step_after_an_exception_in_a_recomputation(llama, shortcut, pre_num, head):
     model, oracle = pair(llama, shortcut, pre_num, head)

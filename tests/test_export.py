@@ -133,11 +133,13 @@ def test_diffusers_loads_the_diffusers_file(merged, inputs, tmp_path):
     assert_predicts(loaded_by_diffusers(tmp_path), inputs, predict(merged, inputs))
 
 
+@pytest.mark.exhaustive
 def test_diffusers_loads_the_diffusers_file_by_name(merged, inputs, tmp_path):
     export_diffusers(merged, tmp_path)
     assert_predicts(loaded_by_diffusers(str(tmp_path), weight_name=LORA), inputs, predict(merged, inputs))
 
 
+@pytest.mark.exhaustive
 def test_the_diffusers_file_means_the_same_without_its_metadata(merged, inputs, tmp_path):
     """The scale is folded into B and alpha equals the rank, so readers that ignore metadata agree."""
     export_diffusers(merged, tmp_path)
@@ -151,6 +153,7 @@ def test_diffusers_loads_the_kohya_file(merged, inputs, tmp_path):
     assert_predicts(loaded_by_diffusers(str(path)), inputs, predict(merged, inputs))
 
 
+@pytest.mark.exhaustive
 def test_diffusers_loads_the_kohya_file_without_its_metadata(merged, inputs, tmp_path):
     path = tmp_path / "kohya.safetensors"
     export_kohya(merged, path)
@@ -262,6 +265,7 @@ def test_a_named_adapter_is_exported(unet, inputs, tmp_path):
     assert_predicts(UNet2DConditionModel.from_pretrained(tmp_path / "unet"), inputs, expected)
 
 
+@pytest.mark.exhaustive
 def test_only_the_named_adapter_is_exported(unet, inputs, tmp_path):
     model = unet.lora().float().eval()
     expected = predict(model, inputs)

@@ -121,6 +121,7 @@ def test_a_base_that_was_connected_without_its_wrapper_refuses_too(llama, tmp_pa
     refused(lambda: model.get_base_model().save_pretrained(tmp_path / "out"), *NAMES)
 
 
+@pytest.mark.exhaustive
 @wired
 def test_a_checkpoint_of_the_stock_trainer_is_refused(llama, tmp_path, config):
     """`Trainer` saves by `save_pretrained`, which would drop the shortcuts."""
@@ -150,6 +151,7 @@ def test_an_adapter_of_another_name_is_the_refused_one(unet, tmp_path):
     refused(lambda: model.save_lora_adapter(tmp_path / "style", adapter_name="style"), "'style'", *NAMES)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("config", [ResLoraConfig("none"), ResLoraConfig("middle", 0)])
 def test_without_a_shortcut_nothing_is_refused(llama, unet, tmp_path, config):
     model = connected(llama, config)
@@ -206,6 +208,7 @@ def test_weights_of_another_adapter_and_without_a_shortcut_are_handed_out(llama)
 # --- combining and replacing ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", ["cat", "linear", "svd"])
 @wired
 def test_combining_the_connected_adapter_is_refused(llama, kind, config):
@@ -393,6 +396,7 @@ def assert_bare(base: nn.Module) -> None:
     assert not instance_methods(base)
 
 
+@pytest.mark.exhaustive
 @every
 def test_unloading_leaves_nothing_behind(llama, config):
     model = connected(llama, config)

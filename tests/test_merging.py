@@ -245,6 +245,7 @@ def test_calibration_needs_no_window(llama):
     case.assert_merged_to(merged_by_input(case, window=2), tolerance=1e-6)
 
 
+@pytest.mark.exhaustive
 @plans
 def test_only_training_with_gradients_is_recorded(llama, shortcut, pre_num, head):
     case = Case(llama, shortcut, pre_num, head).train(2)
@@ -257,6 +258,7 @@ def test_only_training_with_gradients_is_recorded(llama, shortcut, pre_num, head
     case.assert_merged_to(merged_by_input(case, window=2), tolerance=1e-6)
 
 
+@pytest.mark.exhaustive
 @plans
 def test_a_recomputation_records_nothing(llama, shortcut, pre_num, head):
     """With a window of two, recording twice per step would drop the first of two steps."""
@@ -534,6 +536,7 @@ def test_a_max_rank_that_holds_everything_loses_nothing(llama):
     assert_equal(run(case.model, llama.inputs()), run(case.oracle.model, llama.inputs()))
 
 
+@pytest.mark.exhaustive
 def test_a_merge_that_keeps_the_factors_keeps_their_rank(llama):
     case = Case(llama, "block", 2)
     reslora.merge(case.model, method="none", max_rank=RANK - 1)

@@ -70,6 +70,7 @@ def test_disconnect_gives_back_plain_lora_bit_for_bit(arch, shortcut):
     assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("finish", [reslora.disconnect, lambda model: reslora.merge(model, method="none")])
 @pytest.mark.parametrize("shortcut", [*SHORTCUTS, "none"])
 def test_nothing_is_left_on_the_layers(llama, shortcut, finish):
@@ -109,6 +110,7 @@ def test_a_disconnected_model_connects_again(llama, shortcut):
     assert_equal(gradients_of(model, llama.inputs()), gradients_of(oracle, llama.inputs()))
 
 
+@pytest.mark.exhaustive
 @shortcuts
 def test_a_merged_model_connects_again(llama, shortcut):
     model = llama.lora()
@@ -169,6 +171,7 @@ def test_a_plan_tells_which_chains_are_too_short(unet, config, short):
     assert sorted(len(chain) for chain in plan.clipped(config.reach)) == short
 
 
+@pytest.mark.exhaustive
 @shortcuts
 def test_a_named_adapter_is_connected(llama, shortcut):
     model = llama.lora(adapter="style")
@@ -312,6 +315,7 @@ def test_an_adapter_that_is_not_there_is_named(llama, verb):
     assert_one_line(error, "missing")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("first", [*SHORTCUTS, "none"])
 @pytest.mark.parametrize("second", SHORTCUTS)
 def test_connecting_twice_is_an_error(llama, first, second):
@@ -506,6 +510,7 @@ def test_connecting_while_pefts_own_merge_is_active_is_an_error(llama, shortcut)
     reslora.connect(model, ResLoraConfig(shortcut))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("offload_first", [True, False])
 @shortcuts
 def test_offloaded_layers_are_right_or_an_error(llama, shortcut, offload_first):

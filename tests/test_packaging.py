@@ -86,6 +86,7 @@ def test_commands_version_and_application_are_those_of_the_wheel(target, tmp_pat
     assert Path(example) == target / "reslora_app" / "example" and Path(script) == target / "train_sd.py"
 
 
+@pytest.mark.exhaustive
 def test_every_module_and_every_bundled_file_is_in_the_wheel(target):
     assert files(target / "reslora", "*.py") == files(ROOT / "reslora", "*.py")
     assert files(target / "reslora_app") == files(ROOT / "app")

@@ -255,6 +255,7 @@ def test_a_tensor_changed_in_place_since_the_trace_is_multiplied_by_itself(short
         assert_equal(run(model, INPUTS), run(oracle, INPUTS))
 
 
+@pytest.mark.exhaustive
 @shortcuts
 def test_autocast_for_q_alone_leaves_k_and_v_exact(shortcut):
     model, oracle = pair(shortcut)
@@ -452,6 +453,7 @@ class Exponentiating:
         return result.exp()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("order", [["other", "default"], ["default", "other"]])
 @shortcuts
 def test_what_another_adapter_returned_is_left_alone(shortcut, order):

@@ -75,6 +75,7 @@ def test_cells_are_single_drawings(studio, run, x, y, single):
     assert [cell.picture.merge for cell in again.cells] == [None] * len(drawn)
 
 
+@pytest.mark.exhaustive
 def test_weights_are_put_into_the_model_as_rarely_as_possible(studio, run, monkeypatch):
     """With strengths across, cells are not drawn row by row."""
     puts, put = [], Studio._put
@@ -85,6 +86,7 @@ def test_weights_are_put_into_the_model_as_rarely_as_possible(studio, run, monke
     assert [(cell.row, cell.column) for cell in made.cells[:4]] == [(0, 0), (1, 0), (2, 0), (0, 1)]
 
 
+@pytest.mark.exhaustive
 def test_a_grid_is_stopped_within_a_drawing_and_keeps_the_cells_before(studio, run):
     made = grid(run, BASE, replace(REQUEST, steps=150), axis("X", "seed", "1 2 3"), Axis(NONE, ("",)))
     seen = []

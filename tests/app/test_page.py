@@ -265,6 +265,7 @@ def test_a_program_can_look_generate_and_reproduce(client, runs):
     assert settings[0] == "red disc" and settings[2] == 3
 
 
+@pytest.mark.exhaustive
 def test_what_a_program_sends_beyond_the_limits_is_clamped(client):
     gallery, *_ = generated(client, steps=0, guidance=1e9, width=1, height=-5, images=-3, strength="many", beside=False)
     request, _ = recipe.read_image(gallery[0]["image"])
@@ -831,7 +832,6 @@ def test_a_form_survives_a_restart(page):
     assert page.locator(STEPS).input_value() == "7"
 
 
-@pytest.mark.exhaustive
 def test_runs_come_and_go(page, runs):
     show_markup(page, runs)
     press_at_once(page, runs)
@@ -903,6 +903,7 @@ def merge_and_look_elsewhere(page, runs: Path) -> None:
         shutil.rmtree(runs / "elsewhere")
 
 
+@pytest.mark.exhaustive
 def test_an_experiment_is_planned_and_its_report_is_read(page, runs):
     """The newest experiment comes into view by itself, its report in a frame; the form says how many arms it makes.
 

@@ -116,6 +116,7 @@ def copy(run, tmp_path):
     return Library(tmp_path / "runs").find("run")
 
 
+@pytest.mark.exhaustive
 def test_a_checkpoint_is_merged_with_its_encoders(studio, copy):
     report = studio.merge(copy, copy.find_weights("reslora: unmerged, step 3"), "lstsq")
     expected = json.loads((copy.folder / "reslora" / "merge.json").read_text())

@@ -309,6 +309,7 @@ def test_an_in_place_allocator_is_no_part_of_the_model_and_is_copied_with_it():
     assert all(id(factor) in factors for factor in rank_allocator(twin).factors())
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", MODELS)
 def test_plain_lora_computes_what_adalora_did(kind):
     model = build("adalora", kind).train()
@@ -358,6 +359,7 @@ def test_only_adalora_becomes_plain_lora(method):
 # -- saving and loading ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("method", METHODS)
 def test_the_trained_state_is_all_that_was_added_and_nothing_else(method, kind):

@@ -40,6 +40,7 @@ def test_layers_that_stay_plain_are_counted(brief_flags, tmp_path):
     assert "1 " in only(lines, "conv_in")
 
 
+@pytest.mark.exhaustive
 def test_a_pre_num_that_fits_is_not_mentioned(brief_flags, tmp_path):
     flags = [*brief_flags, "--method", "reslora", "--shortcut", "block", "--pre_num", "1"]
     lines = printed(*flags, "--target_modules", "to_k", "--output_dir", tmp_path / "out")
@@ -133,6 +134,7 @@ def test_without_a_rank_the_narrowest_layer_says_it(brief_flags, tmp_path):
     assert settings(tmp_path / "alpha") == (8, 3)
 
 
+@pytest.mark.exhaustive
 def test_where_no_layer_is_narrow_the_rank_is_the_default(brief_flags, tmp_path):
     """LoKr's rank is no rank of a layer."""
     flags = [*without(without(brief_flags, "--rank"), "--method"), "--method", "lokr"]

@@ -385,6 +385,7 @@ def test_what_to_use_is_named_wherever_the_trainer_runs(experiment, folder, tmp_
         assert str(tmp_path) not in words and f"output_dir {place} " in words
 
 
+@pytest.mark.exhaustive
 def test_what_to_use_says_how_of_each_file_that_is_there(experiment, folder):
     best = experiment["best"]
     own = {"settings": {"output_dir": "runs/{mine}"}}

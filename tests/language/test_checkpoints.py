@@ -109,6 +109,7 @@ def test_one_that_cannot_be_removed_ends_no_training(tmp_path, monkeypatch, caps
     assert "(it was checkpoint-2) cannot be removed, and nothing needs it" in capsys.readouterr().out
 
 
+@pytest.mark.exhaustive
 def test_later_ones_step_aside_once_the_chosen_one_is_loaded(tmp_path, monkeypatch):
     def there() -> set[str]:
         return {path.name for path in tmp_path.glob("*checkpoint-*")}

@@ -122,6 +122,7 @@ def test_what_an_experiment_leaves(whole):
     assert "image" not in text.partition("<body>")[2].partition("<script>")[0]
 
 
+@pytest.mark.exhaustive
 def test_no_arm_is_trained_again(killed, whole):
     output, before = whole
     for earlier in (killed[1], before):
@@ -133,6 +134,7 @@ def weights(folder: Path) -> list[bytes]:
     return [path.read_bytes() for path in sorted(folder.glob("*.safetensors"))]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("method", ["lora", "reslora"])
 def test_an_arm_equals_a_plain_run_bit_for_bit(common, whole, tmp_path, method):
     """That of reslora was killed in the middle."""
@@ -181,6 +183,7 @@ def test_the_best_arm_alone_is_merged_for_stock_transformers(whole):
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_an_arm_whose_adapters_are_gone_is_named_and_trained_anew_once_it_is_removed(common, whole, tmp_path, capsys):
     """Which its comparison asks for: at its chosen rate."""
     output = shutil.copytree(whole[0], tmp_path / "out", copy_function=shutil.copy2)

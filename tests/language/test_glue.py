@@ -197,6 +197,7 @@ def test_every_task_trains_and_is_scored(task, roberta, tmp_path):
     assert results_of(output)["validation_examples"] == (20 if task == "mnli" else 10)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("architecture", "shortcut", "merges"),  # the chains of both are those of tests/test_chains.py
     [

@@ -90,6 +90,7 @@ def token_loss(model, encoder: Encoder, examples: list[Example]) -> float:
     return sum(losses) / len(losses)
 
 
+@pytest.mark.exhaustive
 def test_a_resumed_run_equals_an_uninterrupted_one(tiny, data, tmp_path):
     more = ["--shortcut", "middle", "--lora_dropout", "0.2", "--eval_strategy", "steps", "--eval_steps", "2"]
     assert run(flags(tiny, data, tmp_path / "whole", *more)) == 0
@@ -473,6 +474,7 @@ def test_a_loss_that_is_no_number_is_one_line_and_status_1(tiny, data, tmp_path,
     assert not (tmp_path / "run" / "results.json").exists()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("save", ["no", "steps"])
 @pytest.mark.parametrize("method", ["lora", "reslora"])
 def test_a_run_that_diverges_at_its_last_step_exports_nothing(tiny, data, tmp_path, capsys, method, save):

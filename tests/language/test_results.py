@@ -44,6 +44,7 @@ def figures_of(model):
     return evaluate, calls
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("shortcut", ["input", "middle"])
 def test_the_merge_table_has_every_method_and_leaves_the_model_as_it_was(shortcut):
     model, _ = random_model(shortcut=shortcut)

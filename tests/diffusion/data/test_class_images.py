@@ -63,6 +63,7 @@ def test_qwen_images_class_images_are_guided(data, tmp_path):
     assert all(np.abs(one - other).max() > 2 for one, other in zip(*drawn, strict=True))
 
 
+@pytest.mark.exhaustive
 def test_class_images_are_drawn_by_what_the_denoiser_predicts(data, tmp_path):
     """The scheduler's configuration may be wrong, which --prediction_type is there for."""
     drawn = []
@@ -172,6 +173,7 @@ def test_class_images_count_by_their_weight(model, data, tmp_path):
     assert of_none < of_one
 
 
+@pytest.mark.exhaustive
 def test_other_class_images_are_another_run(model, data, tmp_path, capsys):
     flags = flags_for(tmp_path, model, data, "out", "--target_modules", "to_q", "nowhere")
     assert main(*flags, "--max_train_steps", 2) == 0
@@ -243,6 +245,7 @@ def test_notes_on_what_is_refused_are_told(model, data, tmp_path, capsys):
     assert "0 layers of the denoiser end in to_nothing" in out and "to_k=2" in error and "drawing" not in out
 
 
+@pytest.mark.exhaustive
 def test_what_is_checked_before_they_are_drawn_and_after_is_told_once(model, data, tmp_path):
     targets = ("--target_modules", "to_q", "to_nothing")
     lines = printed(*flags_for(tmp_path, model, data, "out", "--max_train_steps", 1, "--train_text_encoder", *targets))

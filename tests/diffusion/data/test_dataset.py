@@ -89,6 +89,7 @@ def file_rows(**columns: str) -> datasets.Dataset:
     return datasets.Dataset.from_dict(rows, features)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("flag", ["--train_data_dir", "--dataset_name"])
 @pytest.mark.parametrize("layout", ["text", "below", "path", "saved", "mask"])
 def test_rows_name_no_file_outside_the_folder(tmp_path, flag, layout):
@@ -149,6 +150,7 @@ def test_captions_beside_the_images(tmp_path):
     assert len(found.left_out) == 4
 
 
+@pytest.mark.exhaustive
 def test_kohyas_caption_files_are_read_where_there_is_no_txt(brief_flags, tmp_path):
     folder = image_folder(tmp_path / "p", 3, layout="none")
     for name, text in (("0.caption", "red disc\n"), ("1.caption", "red"), ("1.txt", "blue box"), ("2.txt", "box")):
@@ -389,6 +391,7 @@ def test_names_that_are_not_utf_8_are_left_out(tmp_path, capsys):
     assert "0.png: its path is not UTF-8" in refused(capsys, "--train_data_dir", folder, "--masked_loss")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("layout", "head"), [("jsonl", 0), ("csv", 1)])
 def test_images_that_metadata_does_not_list_are_counted(brief_flags, tmp_path, layout, head):
     folder = image_folder(tmp_path / "p", 5, layout=layout)
@@ -398,6 +401,7 @@ def test_images_that_metadata_does_not_list_are_counted(brief_flags, tmp_path, l
     assert "2 images" in only(lines, metadata.name)
 
 
+@pytest.mark.exhaustive
 def test_folders_that_are_not_followed_and_repeats_that_do_not_count_are_said(brief_flags, tmp_path):
     """Kohya's scripts would not look for `10_disc` so deep; where they do, see test_sources.py."""
     folder = image_folder(tmp_path / "p" / "deep" / "10_disc", 2, layout="txt").parents[1]

@@ -182,6 +182,7 @@ def test_masks_are_cropped_scaled_and_mirrored_as_their_images(tmp_path):
         torch.testing.assert_close(batch.mask, (batch.pixels[:, :1] + 1) / 2)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kept", ["--cache_latents", "--no-cache_latents"])
 def test_an_image_of_which_nothing_counts_is_left_out_or_refused(kept, brief_flags, folder, capsys, tmp_path):
     PIL.Image.new("L", random_image(0).size).save(folder / "mask-0.png")

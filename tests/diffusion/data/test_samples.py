@@ -110,6 +110,7 @@ def test_noise_offset_shifts_each_channel_of_each_sample(with_and_without_offset
     assert per_channel.std().item() == pytest.approx(0.5, rel=0.2) and per_channel.mean().abs() < 0.15
 
 
+@pytest.mark.exhaustive
 def test_validation_loss_is_without_the_noise_offset(with_and_without_offset):
     """Losses of runs with and without it could not be compared otherwise."""
     before, after = (by_step(with_and_without_offset[offset]) for offset in (0.0, 0.5))

@@ -196,6 +196,7 @@ def test_added_methods_and_seeds_train_the_new_arms_alone(small, whole):
     only(lines, "the test images were read 2 times, as arms came in")  # not as the time was up
 
 
+@pytest.mark.exhaustive
 def test_a_finished_experiment_trains_nothing_and_says_the_same(flags, whole):
     output, lines = whole
     arms = re.compile("(lora|reslora)/")  # beside what is written anew of the best
@@ -296,6 +297,7 @@ def held_out_of(output: Path, images: Path) -> set[str]:
     return {Path(found.rows[number]["image"]["path"]).name for _, number in (*parts.select, *parts.test)}
 
 
+@pytest.mark.exhaustive
 def test_what_is_true_of_several_ranks_and_shortcuts_is_said_once(flags, tmp_path, monkeypatch, capsys):
     def enough(*_):
         raise InvalidArgument("--rank", "is checked", "look at what was said")

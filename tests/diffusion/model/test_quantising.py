@@ -199,6 +199,7 @@ def test_linear_layers_of_the_blocks_are_packed_and_nothing_else(folders, family
     assert denoiser.dtype == torch.float32
 
 
+@pytest.mark.exhaustive
 @precisions
 def test_chains_are_found_without_computing_anything(folders, precision):
     family, denoiser, stock = packed_and_by_hand(folders("z_image"), precision)
@@ -333,6 +334,7 @@ def test_swapped_blocks_train_bit_for_bit_and_are_off_the_device_between_uses(
     assert apart.copies > after_forward[0][1] >= len(apart.away)  # the backward has fetched them again
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_has_blocks_to_swap(folders, family):
     _, plain = load(folders(family))
@@ -376,6 +378,7 @@ def test_what_waits_for_a_gpu_is_pinned(monkeypatch):
     assert torch.equal(layer.weight, before + 1)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_compiler_keeps_whole_weights_unless_they_are_recomputed(checkpointing):
     """Why --compile is refused without --gradient_checkpointing."""
@@ -442,6 +445,7 @@ def test_it_trains_on_another_base_than_a_plain_run(folders, data, tmp_path):
     assert losses_of[0] != losses_of[1] and losses_of[0] == pytest.approx(losses_of[1], rel=0.05)
 
 
+@pytest.mark.exhaustive
 def test_a_run_goes_on_with_the_precision_it_had(folders, data, tmp_path, capsys):
     flags = flags_of(folders("z_image"), data, tmp_path / "out", "--method", "lora")
     assert main(*flags, "--base_precision", "int8") == 0
@@ -453,6 +457,7 @@ def test_a_run_goes_on_with_the_precision_it_had(folders, data, tmp_path, capsys
     assert main(*longer, "--base_precision", "int8") == 0
 
 
+@pytest.mark.exhaustive
 def test_swapped_blocks_go_on_from_a_plain_run_and_write_the_same_bytes(folders, data, tmp_path, monkeypatch):
     """Merged weights too where they are written from memory, as of a base whose files have other names."""
     monkeypatch.setattr(quantising, "on_device", lambda codes, device: codes.clone())  # as on a GPU

@@ -144,6 +144,7 @@ def assert_loads(code: str, weights: Path) -> None:
         torch.testing.assert_close(loaded[name.removeprefix("unet.")], value, rtol=0, atol=0)
 
 
+@pytest.mark.exhaustive
 def test_the_cards_lines_load_with_peft_what_is_no_plain_lora(brief_flags, hub, model, tmp_path):
     """The text encoder too, where it was trained."""
     flags = [*without(brief_flags, "--method"), "--method", "dora", "--train_text_encoder", "--caption_prefix", "sks"]

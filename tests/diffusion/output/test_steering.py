@@ -90,6 +90,7 @@ def test_it_ends_when_patience_does_and_exports_the_best(whole):
     assert run.status == "finished" and run.progress == (record["step"], record["step"])
 
 
+@pytest.mark.exhaustive
 def test_a_run_that_diverges_exports_the_best(flags, monkeypatch, capsys, tmp_path):
     """With the status of one that has diverged, and unfinished: it can go on from a checkpoint."""
     take_step = loop.take_step

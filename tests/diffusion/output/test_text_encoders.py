@@ -114,6 +114,7 @@ def test_every_file_gives_the_text_states_and_images_of_the_merged_weights(runs,
     torch.testing.assert_close(seen(pipe, names), states, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("family", ENCODERS)
 def test_what_is_written_of_each_part(runs, family):
     """Of the denoiser as ever, and below its name of each encoder, whose chains are its own."""

@@ -38,6 +38,7 @@ def test_a_step_takes_what_is_planned(family, data, tmp_path):
     compare(plan.phases[2], Rehearsal(images, context), context)
 
 
+@pytest.mark.exhaustive
 def test_text_encoders_that_train_and_images_that_are_encoded_in_the_step_count(model, data, tmp_path):
     images, context = settled(model, data, tmp_path / "out", "--train_text_encoder", "--no-cache_latents")
     rehearsal = Rehearsal(images, context)
@@ -72,6 +73,7 @@ def compare(planned: Phase, rehearsal: Rehearsal, context: Context) -> None:
     assert both == pytest.approx(real.at_work, rel=NEAR)
 
 
+@pytest.mark.exhaustive
 def test_what_cannot_be_gone_through_is_unknown(model, data, tmp_path, monkeypatch):
     """A forward that asks a tensor for its numbers."""
     images, context = settled(model, data, tmp_path / "out")

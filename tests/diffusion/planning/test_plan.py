@@ -41,6 +41,7 @@ def test_the_table_has_every_phase_and_the_most():
     assert "the most, 3.00 MiB of 4.00 MiB that cpu has free, while encoding images" in table[-1]
 
 
+@pytest.mark.exhaustive
 def test_plan_tells_the_table_and_writes_nothing(large, tmp_path):
     lines = printed(*large, "--plan")
     assert only(lines, "planned memory").count("training") == 1 and only(lines, "the most", "while training")

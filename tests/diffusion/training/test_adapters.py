@@ -43,6 +43,7 @@ def test_one_goes_on_as_if_nothing_had_been(flags, trained, tmp_path):
     assert not any(torch.equal(one[name], value) for name, value in final_weights(trained, "dora", 1).items())
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("method", METHODS)
 def test_the_merged_model_is_what_peft_makes_of_its_files(trained, model, method):
     base = UNet2DConditionModel.from_pretrained(model, subfolder="unet")

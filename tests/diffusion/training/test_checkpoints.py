@@ -78,6 +78,7 @@ def test_resumed_run_equals_an_uninterrupted_one(base_flags, tmp_path, method):
     assert losses(whole, method) == losses(parts, method)
 
 
+@pytest.mark.exhaustive
 def test_latest_with_nothing_to_go_on_from_says_so_and_starts_afresh(brief_flags, tmp_path):
     """Otherwise a slip in --output_dir costs hours."""
     lines = printed(*brief_flags, "--output_dir", tmp_path / "out", *RESUME)
@@ -259,6 +260,7 @@ def test_going_back_keeps_what_was_trained_from_there_before(run, base_flags, tm
     assert (output / "lora" / "set-aside-checkpoint-6" / "mine.txt").read_text() == "mine"
 
 
+@pytest.mark.exhaustive
 def test_a_checkpoint_from_elsewhere_takes_no_places(run, base_flags, tmp_path):
     output = unfinished(run, tmp_path / "out", "lora")
     elsewhere = shutil.copytree(output / "lora" / "checkpoint-2", tmp_path / "else" / "checkpoint-2")
@@ -268,6 +270,7 @@ def test_a_checkpoint_from_elsewhere_takes_no_places(run, base_flags, tmp_path):
     assert kept == {"set-aside-checkpoint-2", "set-aside-checkpoint-4", "checkpoint-4"}
 
 
+@pytest.mark.exhaustive
 def test_a_last_checkpoint_that_was_set_aside_is_exported(run, base_flags, tmp_path):
     """No step is left. With blocks swapped, as in half precision, exports read the checkpoint of this folder."""
     output = unfinished(run, tmp_path / "out", "lora")
@@ -368,6 +371,7 @@ def again(one_step, brief_flags, tmp_path) -> list[str]:
     return [*brief_flags, *flags_in(tmp_path), "--max_train_steps", "2", *RESUME]
 
 
+@pytest.mark.exhaustive
 def test_resume_refuses_other_captions(again, capsys, tmp_path):
     folder = tmp_path / "images"
     shutil.rmtree(folder)
@@ -572,6 +576,7 @@ def test_what_a_checkpoint_was_merged_into_steps_aside_with_it(keep, tmp_path):
     assert not any(weights.path.is_file() for weights in merged)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("limit", "kept"), [(None, [4, 3, 2, 1]), (1, [4]), (3, [4, 3, 2])])
 def test_no_more_checkpoints_stay_than_the_limit_allows(keep, tmp_path, limit, kept):
     for step in (1, 2, 3, 4):
@@ -639,6 +644,7 @@ def test_what_a_run_was_begun_without_is_to_be_left_out(keep):
         check_past(keep.flags.replace(caption_prefix="sks"), checkpoint, read_checkpoint(checkpoint), None)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("name", "before", "value", "words"),
     [

@@ -46,6 +46,7 @@ def test_a_resumed_control_is_the_one_that_was_begun(flags, controls, monkeypatc
         assert_same(final_weights(tmp_path / "out", method, 2), final_weights(controls, method, 2))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("method", METHODS)
 def test_merged_weights_are_the_base_plus_the_plain_lora_that_peft_reads(controls, model, method):
     peft = load_file(controls / method / "peft" / "adapter_model.safetensors")

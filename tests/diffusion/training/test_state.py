@@ -84,6 +84,7 @@ def test_values_of_arguments_are_read_as_python_reads_them():
     assert read == {"a": 1, "b": (0.9, 0.99), "c": True, "d": "text=more"}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

@@ -260,6 +260,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(whole, flags, tmp_path):
         assert (tmp_path / "out" / "reslora" / name).read_bytes() == (whole / "reslora" / name).read_bytes(), name
 
 
+@pytest.mark.exhaustive
 def test_encoders_have_a_rate_of_their_own_and_the_same_schedule(whole):
     for step in (2, 4):
         state = training_state(whole, step)

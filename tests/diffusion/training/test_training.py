@@ -47,6 +47,7 @@ from reslora.diffusion.training.state import Learner, new_learner
 from reslora.diffusion.training.trained import Trained
 
 
+@pytest.mark.exhaustive
 def test_memory_that_runs_out_leaves_the_checkpoints_and_says_which(brief_flags, capsys, tmp_path, monkeypatch):
     def take_too_much(learner: Learner, *rest) -> torch.Tensor:
         return torch.empty(2**60) if learner.step == 2 else take_step(learner, *rest)
@@ -93,6 +94,7 @@ def assert_equal_but_for_rounding(found: dict, expected: dict) -> None:
             torch.testing.assert_close(found[name], value, rtol=relative, atol=relative * value.abs().max().item())
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("batch", "accumulation"), [(2, 2), (1, 4)])
 def test_accumulated_steps_are_those_of_one_batch(model, one_batch, batch, accumulation):
     assert_equal_but_for_rounding(exact_steps.trained(model, batch, accumulation), one_batch)
@@ -147,6 +149,7 @@ class Ranks:
         self.steps.append(step)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("skipped", [False, True])
 def test_rates_and_ranks_move_once_a_step_and_not_where_it_was_skipped(model, monkeypatch, skipped):
     """As the fp16 scaler skips a step whose gradients are not finite."""
@@ -265,6 +268,7 @@ def test_rates_rise_for_a_tenth_of_the_run_and_reach_their_end_with_it(model, sc
     assert learner.lr_scheduler.get_last_lr() == pytest.approx([1e-3 * factor(20)])
 
 
+@pytest.mark.exhaustive
 def test_warm_up_steps_that_are_given_are_taken(brief_flags, tmp_path):
     flags = [*brief_flags, "--max_train_steps", "4", "--lr_scheduler", "cosine", "--lr_warmup_steps", "8"]
     assert main(*flags, "--output_dir", tmp_path / "out") == 0
@@ -294,6 +298,7 @@ def test_not_a_number_stops_the_run(base_flags, tmp_path, capsys):
 EXPORTED = ("pytorch_lora_weights.safetensors", "kohya.safetensors", "peft", "unet", "merged", "exports.json")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("method", ["lora", "reslora"])
 def test_divergence_in_the_last_step_exports_nothing(brief_flags, capsys, tmp_path, method):
     """The weights are finite, what the model computes with them is not: no later loss could tell."""
@@ -407,6 +412,7 @@ def test_a_stop_in_the_last_step_or_its_samples_leaves_them_to_the_next_start(
     assert digests(output / "lora", "samples/*/*") == digests(run / "lora", "samples/*/*")
 
 
+@pytest.mark.exhaustive
 def test_a_stop_before_a_merge_alone_leaves_a_finished_run_as_it_is(run, base_flags, tmp_path, monkeypatch):
     """There is no step after which it would be heard, and to merge and export a large model takes long."""
     output, prepare = shutil.copytree(run, tmp_path / "out"), running.prepare

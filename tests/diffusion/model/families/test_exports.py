@@ -107,6 +107,7 @@ def test_merge_is_repeated_from_the_kept_samples(runs, family):
     assert errors[0] == pytest.approx(errors[1], rel=1e-3, abs=1e-5) and report == expected
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("family", ["z_image", "flux", "sd3"])
 def test_diffusers_names_begin_with_the_transformer(runs, family):
     keys = load_file(runs(family) / "out" / "reslora" / "pytorch_lora_weights.safetensors").keys()
@@ -120,6 +121,7 @@ def test_z_image_trains_its_main_layers_alone_and_comfyui_knows_their_names(runs
     assert keys and all(key.startswith("diffusion_model.layers.") for key in keys)
 
 
+@pytest.mark.exhaustive
 def test_sdxl_has_kohyas_names(runs):
     """As sd-scripts writes them: `input_blocks` counts the levels' layers and the downsampler behind them."""
     path = runs("sdxl") / "out" / "reslora" / "kohya.safetensors"

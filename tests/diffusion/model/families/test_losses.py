@@ -335,6 +335,7 @@ def test_the_validation_loss_is_the_squared_error_within_masks(setting, more, sh
     torch.testing.assert_close(one.loss(one.denoiser, batch, weighted=False), expected)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("family", ["flux", "flux2_klein"])
 @torch.no_grad()
 def test_flux_shift_is_by_as_many_tokens_as_the_denoiser_reads(setting, family, monkeypatch):

@@ -34,6 +34,7 @@ def test_the_header_says_whose_a_file_is(family, tmp_path):
         assert guessed(tmp_path / "in.safetensors") == family
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layers_say_whose_a_file_is_where_no_other_family_has_them(family, tmp_path):
     """In published sizes. The attention of Stable Diffusion 3 is that of Flux but for how many blocks there are."""
