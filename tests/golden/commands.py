@@ -41,7 +41,7 @@ RUNS = {
         if (script, flag) != ("convert", "version")
     ],
     "unet": [
-        f"sd {BUNDLED} --method lora reslora",
+        f"sd {BUNDLED} --method lora reslora --merge input",
         f"convert {LORA} kohya.safetensors --to kohya --base assets/pipeline",
         "convert kohya.safetensors peft --to peft --base assets/pipeline/unet",
         "convert peft comfyui.safetensors --to comfyui --base assets/pipeline --dtype float16",
