@@ -37,7 +37,8 @@ OPERATORS = {
 }  # fmt: skip
 FUNCTIONS = {"min": "max", "max": "min", "all": "any", "any": "all"}
 PRINTING = {"print", "say", "warn"}
-SYMMETRIC = {*FUNCTIONS, "isclose", "equal", "allclose"}
+NOT_SWAPPED = {*FUNCTIONS, "isclose", "equal", "allclose", "isinstance", "issubclass", "getattr", "hasattr", "setattr"}
+"""Functions that are symmetric, or fail wherever they run with swapped arguments."""
 NOT_TESTED = {"strict", "flush", "indent"}
 """Keyword arguments that only assert, or that only readers of a file see."""
 OPERATIONS = (ast.BinOp, ast.BoolOp, ast.Compare, ast.UnaryOp)
@@ -46,9 +47,9 @@ OPERATIONS = (ast.BinOp, ast.BoolOp, ast.Compare, ast.UnaryOp)
 def variants(node: ast.AST) -> Iterator[ast.AST]:
     """Yield what may replace a node."""
     match node:
-        case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS and not (_text(left) or _text(right)):
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS and not _is_text(node):
             yield ast.BinOp(left, OPERATORS[type(op)](), right)
-        case ast.AugAssign(target=target, op=op, value=value) if type(op) in OPERATORS and not _text(value):
+        case ast.AugAssign(target=target, op=op, value=value) if type(op) in OPERATORS and not _is_text(value):
             yield ast.AugAssign(target, OPERATORS[type(op)](), value)
         case ast.BoolOp(op=op, values=values):
             yield ast.BoolOp(OPERATORS[type(op)](), values)
@@ -65,7 +66,7 @@ def variants(node: ast.AST) -> Iterator[ast.AST]:
         case ast.Call(func=function, args=arguments, keywords=keywords):
             if (name := _name(function)) in FUNCTIONS and isinstance(function, ast.Name):
                 yield ast.Call(ast.Name(FUNCTIONS[name]), arguments, keywords)
-            if len(arguments) > 1 and name not in SYMMETRIC and ast.dump(arguments[0]) != ast.dump(arguments[1]):
+            if len(arguments) > 1 and name not in NOT_SWAPPED and ast.dump(arguments[0]) != ast.dump(arguments[1]):
                 yield ast.Call(function, [arguments[1], arguments[0], *arguments[2:]], keywords)
         case ast.Expr(value=ast.Call()) | ast.Raise() | ast.Delete():
             yield ast.Pass()
@@ -79,12 +80,16 @@ def variants(node: ast.AST) -> Iterator[ast.AST]:
             yield ast.Break()
 
 
-def _text(node: ast.AST) -> bool:
-    """Whether an operand is text or a file's name, so that another operator would fail wherever it runs."""
-    if isinstance(node, ast.BinOp):
-        return _text(node.left) or _text(node.right)
-    is_string = isinstance(node, ast.Constant) and isinstance(node.value, str)
-    return is_string or isinstance(node, ast.JoinedStr) or _name(node).isupper()
+def _is_text(node: ast.AST) -> bool:
+    """Whether an expression is text, or a path that ends with a constant: another operator fails wherever it runs."""
+    match node:
+        case ast.BinOp(op=ast.Div(), right=ast.Name(name) | ast.Attribute(attr=name)) if name.isupper():
+            return True
+        case ast.BinOp(left=left, right=right):
+            return _is_text(left) or _is_text(right)
+        case ast.Constant(value=str()) | ast.JoinedStr():
+            return True
+    return False
 
 
 def _name(node: ast.AST) -> str:

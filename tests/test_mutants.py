@@ -27,19 +27,18 @@ def first(values: list[int], low=0) -> int:
     print(low + 1)
     if low > 4 and not values:
         raise ValueError(f"{low + 1} values")
-    return min(value - low * 2 for value in values[1:])
+    return min(low * 2, sum(values[1:]))
 
 
 def __repr__():
     return 1 + 1
 '''
 CHANGES = {
-    "LEVEL: int = 6", "def first(values: list[int], low=1) -> int:", "    if low >= 4 and not values:",
+    "LEVEL: int = 6", "def first(values: list[int], low=1) -> int:", "    if (low >= 4) and not values:",
     "    if low > 5 and not values:", "    if low > 4 or not values:", "    if low > 4 and values:", "        pass",
-    "    return None", "    return max(value - low * 2 for value in values[1:])",
-    "    return min(value + low * 2 for value in values[1:])", "    return min(value - low / 2 for value in values[1:])",
-    "    return min(value - low * 3 for value in values[1:])", "    return min(value - low * 2 for value in values[2:])",
-    "    return min(value - low * 2 for value in values[:1])",
+    "    return None", "    return max(low * 2, sum(values[1:]))", "    return min(low / 2, sum(values[1:]))",
+    "    return min(low * 3, sum(values[1:]))", "    return min(low * 2, sum(values[2:]))",
+    "    return min(low * 2, sum(values[:1]))",
 }  # fmt: skip
 LINE = "A, B, C, D = 1, 2, 3, 4"
 FILES = {
