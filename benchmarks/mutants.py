@@ -82,10 +82,11 @@ def mapped_tests(tree: Path, file: str) -> list[str]:
 
 
 def arguments(tree: Path, file: str, stage: str) -> list[str]:
-    """Return pytest's arguments for one stage of a mutant of `file`: those that map to it come first."""
+    """Return pytest's arguments for one stage of a mutant of `file`: tests that map to it first, then their folder."""
     mapped = mapped_tests(tree, file)
-    everything = sorted(path.relative_to(tree).as_posix() for path in tree.glob("tests/**/test_*.py"))
-    rest = [test for test in everything if test not in mapped]
+    everything = [path.relative_to(tree) for path in tree.glob("tests/**/test_*.py")]
+    everything.sort(key=lambda path: (path.parent != Path(mapped[0]).parent, path))
+    rest = [test for test in map(Path.as_posix, everything) if test not in mapped]
     files = {"mapped": mapped, "quick": rest, "exhaustive": mapped + rest}[stage]
     return ["-m=exhaustive" if stage == "exhaustive" else "-m=not exhaustive", *files]
 
