@@ -115,6 +115,7 @@ def test_mapped_tests_come_first(sample):
     assert mutants.arguments(ROOT, "reslora/ranks.py", "exhaustive") == ["-m=exhaustive", *mapped, *rest]
 
 
+@pytest.mark.exhaustive
 def test_killed_is_what_fails_with_the_mutant_only(tmp_path):
     """Four mutants: a mapped test hangs, another fails, an exhaustive one fails, none fails. One test always fails."""
     for name, text in FILES.items():
