@@ -177,6 +177,7 @@ def killer(trees: tuple[Path, Path], file: str, stage: str, failing: set[str]) -
         if not test or test in failing:
             raise RuntimeError(f"{stage}: the tests end with status {clean_status} without the mutant")
         failing.add(test)
+        files = files[files.index(test.partition("::")[0]) :]  # those before it have passed
     raise AssertionError
 
 
