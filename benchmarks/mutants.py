@@ -10,8 +10,8 @@ twice with the mutant and passes without it.
 The result is `benchmarks/results/mutants.json`. The same command resumes where it was interrupted. To mark a mutant as
 equivalent, write the reason into its `equivalent`. After new tests, `--again` tests the survivors once more.
 
-The processes that run the tests are forked from one that has imported the libraries. (mutmut 3 imports them anew for
-each mutant, runs all tests to map them, skips decorated functions, and takes neither a sample nor a second stage.)
+The processes that run the tests are forked from one that has imported the libraries. (mutmut 3 has no seed and takes no
+sample, and it skips most functions that have a decorator.)
 """
 
 from __future__ import annotations
