@@ -25,6 +25,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNe
 from peft import AdaLoraConfig, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from suites import quick
 
 import reslora
 from reslora import ResLoraConfig
@@ -294,7 +295,7 @@ def test_plain_lora_of_two_ranks_has_its_own_alphas_in_the_peft_config(unet, tmp
 
 
 @pytest.mark.parametrize("case", list(CASES))
-@pytest.mark.parametrize("blocks", ["all", "some"])
+@pytest.mark.parametrize("blocks", quick(["all", "some"], "some"))
 def test_all_files_have_the_scale_that_set_adapters_gave(case, blocks, inputs, tmp_path):
     lora, plan, merge = CASES[case]
     model = ARCHITECTURES["unet"].lora(**lora).float().eval()

@@ -81,6 +81,7 @@ def test_operands_keep_their_operator(tmp_path):
     assert added == {"+x = a * b * c", "+x = (a / b) / c"}
 
 
+@pytest.mark.exhaustive
 def test_sample_has_all_subjects_and_each_mutant_differs(sample):
     assert [mutant["number"] for mutant in sample] == list(range(1, 81))
     assert {mutant["subject"] for mutant in sample} == set(mutations.SUBJECTS)

@@ -11,6 +11,7 @@ from pipelines import image_folder
 from test_page import answers, client_of, complaint, contrast, leaving, serving, status_of
 from waiting import LIMIT, wait_until
 
+pytestmark = pytest.mark.exhaustive
 COUNT = 30
 """More than a page has."""
 ASKED = 7
@@ -89,7 +90,6 @@ def choose(page, dropdown: str, option: str) -> None:
 @pytest.mark.parametrize(
     ("folder", "width", "theme"), [("jsonl", 1280, "light"), ("txt", 420, "dark")], indirect=["folder"]
 )
-@pytest.mark.exhaustive
 def test_captions_are_put_in_order_by_the_keyboard(browser, folder, address, width, theme):
     """Edited, refused, changed many at once, undone, thrown away and put back; then looked at, and looked through."""
 
@@ -256,7 +256,6 @@ def other(data):
     shutil.rmtree(folder)
 
 
-@pytest.mark.exhaustive
 def test_what_is_shown_of_one_folder_changes_nothing_in_another(browser, folder, other, address):
     """Another one is chosen while the one before is still shown, or checked."""
 
@@ -316,7 +315,6 @@ def test_what_is_shown_of_one_folder_changes_nothing_in_another(browser, folder,
         assert (folder / "0.txt").read_text() == "of set"
 
 
-@pytest.mark.exhaustive
 def test_a_program_puts_a_folder_in_order(address, folder, tmp_path):
     client = client_of(address)
     assert client.predict(api_name="/image_folders") == [".", "set", "bundled images"]
@@ -339,7 +337,6 @@ def test_a_program_puts_a_folder_in_order(address, folder, tmp_path):
     assert image["captions"] == ["words"]
 
 
-@pytest.mark.exhaustive
 def test_no_image_of_the_list_is_served_as_a_file_nor_any_other_shown(address, folder, tmp_path):
     shutil.copy(folder / "0.png", tmp_path / "0.png")
     for path in (folder / "0.png", folder / "0.txt", tmp_path / "0.png"):

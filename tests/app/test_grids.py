@@ -98,6 +98,7 @@ def test_a_grid_is_stopped_within_a_drawing_and_keeps_the_cells_before(studio, r
     assert len(pixels(seen)) == 1 and len(seen) < 2 * 150
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", [*KINDS, None])
 def test_a_session_stops_what_it_waits_for_of_one_kind_or_all_of_it(studio, run, tmp_path, kind):
     """Two of each at once: no request is forgotten for the one after it."""

@@ -794,7 +794,6 @@ def test_text_can_be_read(page):
     assert 0 <= place["y"] < 100
 
 
-@pytest.mark.exhaustive
 def test_a_form_survives_a_restart(page):
     """What is typed under Train is there again when the page is loaded anew, as after a restart of the server; only
     settings that are chosen take its place, by keys, or by the mouse the same ones again."""
@@ -868,6 +867,7 @@ def press_at_once(page, runs: Path) -> None:
     wait_until(lambda: not any((runs / name).exists() for name in names), "both runs in the trash")
 
 
+@pytest.mark.exhaustive
 def test_chains_and_merge_are_shown(page, runs):
     page.get_by_role("tab", name="Chains and merge").click()
     page.locator("#plan").get_by_text("links in").wait_for()

@@ -118,6 +118,7 @@ def test_the_sum_may_have_a_higher_rank_than_a_layer_and_be_of_convolutions(tmp_
     assert sum(bool(delta.abs().max() > 1e-2) for delta in deltas.values()) > 8
 
 
+@pytest.mark.exhaustive
 def test_loras_of_another_model_are_neither_offered_nor_taken(library, run, tmp_path):
     write_run(tmp_path / "runs" / "other", pretrained_model_name_or_path="/models/other")
     file = (run.folder / "lora" / DIFFUSERS_FILE).read_bytes()

@@ -126,6 +126,7 @@ def test_a_checkpoint_is_merged_with_its_encoders(studio, copy):
     torch.testing.assert_close(again, merged, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.exhaustive
 def test_nothing_is_made_of_weights_that_a_trainer_is_replacing(studio, copy, tmp_path):
     """They were chosen before it began; by now the denoiser may be of the new merge and its encoders of the earlier."""
     weights = copy.find_weights("lora: merged weights")

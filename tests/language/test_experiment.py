@@ -149,6 +149,7 @@ def test_an_arm_equals_a_plain_run_bit_for_bit(common, whole, tmp_path, method):
     assert logs[0] == logs[1] and len(logs[0]) == 4
 
 
+@pytest.mark.exhaustive
 def test_test_losses_are_those_of_a_loop_by_hand(common, whole):
     """Of the merged adapter at the last step, which is the chosen one here, by stock libraries."""
     output, _ = whole

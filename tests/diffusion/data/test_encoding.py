@@ -94,6 +94,7 @@ def test_latents_are_drawn_from_the_vaes_distribution(tmp_path):
     assert len(drawn.unique()) > len(drawn) * 0.99
 
 
+@pytest.mark.exhaustive
 def test_captions_are_encoded_as_the_pipeline_encodes_a_prompt(pure_latents):
     pipeline, output = pure_latents
     with torch.no_grad():

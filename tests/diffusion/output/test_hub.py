@@ -70,6 +70,7 @@ def height(content: bytes) -> int:
     return Image.open(io.BytesIO(content)).height
 
 
+@pytest.mark.exhaustive
 def test_upload_is_tried_again_by_the_same_command(run, base_flags, hub, monkeypatch, capsys):
     """What is uploaded, under what card, and what a failure leaves."""
     flags = [*base_flags, "--method", "lora", "reslora", "--output_dir", run, "--push_to_hub"]

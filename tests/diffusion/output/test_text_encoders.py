@@ -139,6 +139,7 @@ def test_what_is_written_of_each_part(runs, family):
         assert {key.removeprefix("text_model.") for key in changed} == expected
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("family", ["sd3", "sdxl"])
 def test_an_encoders_merge_is_repeated_from_the_captions_that_were_kept(runs, family):
     folder = runs(family)
@@ -154,6 +155,7 @@ def test_an_encoders_merge_is_repeated_from_the_captions_that_were_kept(runs, fa
     assert report["method"] == ("exact" if family == "sdxl" else "lstsq")
 
 
+@pytest.mark.exhaustive
 def test_the_merged_encoder_is_transformers_own(runs):
     folder = runs("stable_diffusion")
     made, info = transformers.CLIPTextModel.from_pretrained(

@@ -58,6 +58,7 @@ def test_the_merged_model_is_what_peft_makes_of_its_files(trained, model, method
     assert ("kohya.safetensors" in plain) == (method == "reslora")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("method", METHODS)
 def test_files_have_the_ranks_and_scales_of_each_layer(trained, method):
     saved = load_file(trained / method / "peft" / "adapter_model.safetensors")

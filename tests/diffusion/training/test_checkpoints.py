@@ -455,6 +455,7 @@ def test_resume_refuses_an_image_that_is_another_in_its_middle(brief_flags, caps
     assert f"--train_data_dir {folder}" in line and "checkpoint-1" in line
 
 
+@pytest.mark.exhaustive
 def test_resume_refuses_another_schedule_of_noise_at_the_same_place(again, capsys, tmp_path):
     config = tmp_path / "model" / "scheduler" / "scheduler_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "epsilon"}))

@@ -63,6 +63,7 @@ def test_merged_weights_are_the_base_plus_the_plain_lora_that_peft_reads(control
         torch.testing.assert_close(whole[f"{name}.weight"].double(), expected, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.exhaustive
 def test_what_a_placebo_trains_is_as_large_as_lora_and_says_its_seed(controls):
     lora, placebo = (final_weights(controls, method, 2) for method in ("lora_matched", "ms_placebo"))
     assert {name: value.shape for name, value in lora.items()} == {name: v.shape for name, v in placebo.items()}

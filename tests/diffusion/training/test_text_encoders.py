@@ -341,6 +341,7 @@ def test_an_encoder_of_one_layer_has_no_shortcut(tmp_path, data, capsys):
     assert "--method reslora, text_encoder" in line and "finds no link" in line
 
 
+@pytest.mark.exhaustive
 def test_a_run_goes_on_only_with_the_same_parts(whole, flags, capsys):
     """Which its record says."""
     record = json.loads((whole / "reslora" / "checkpoint-4" / "trainer.json").read_text())

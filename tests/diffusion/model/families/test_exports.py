@@ -116,6 +116,7 @@ def test_diffusers_names_begin_with_the_transformer(runs, family):
     )
 
 
+@pytest.mark.exhaustive
 def test_z_image_trains_its_main_layers_alone_and_comfyui_knows_their_names(runs):
     keys = load_file(runs("z_image") / "out" / "reslora" / "comfyui.safetensors").keys()
     assert keys and all(key.startswith("diffusion_model.layers.") for key in keys)
@@ -140,6 +141,7 @@ def test_sdxl_has_kohyas_names(runs):
     assert not any("down_blocks" in name or "up_blocks" in name for name in names)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("family", "file", "version"),
     [
