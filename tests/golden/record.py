@@ -57,6 +57,7 @@ LIKE = "like"
 NOTHING = "nothing"
 SETTINGS = "settings of"  # how the section of a config.json begins
 LIMIT = 300  # seconds for one command
+REFUSAL_LIMIT = 60  # for one that is to be refused: if it is not, it trains
 TOLERANCE = 1e-4  # of what is compared between processors, relative where it is above 1
 SHOWN = 20  # differences of one run
 VOLATILE = re.compile(r"seconds|runtime|_per_second|memory|process|began|ended|date$|version$")
@@ -110,7 +111,7 @@ def ended(process: int, limit: float = LIMIT) -> int:
     return os.waitstatus_to_exitcode(found[1])
 
 
-def execute(checkout: Path, folder: Path, command: str, scratch: Path) -> str:
+def execute(checkout: Path, folder: Path, command: str, scratch: Path, limit: float = LIMIT) -> str:
     """Run a command line in `folder`; return its exit status, and the option that its error names.
 
     The first words may say how: `two` processes, or one that is sent a signal (`kill`, `stop`) once it has written its
@@ -137,7 +138,7 @@ def execute(checkout: Path, folder: Path, command: str, scratch: Path) -> str:
         while not list(folder.rglob("checkpoint-2")) and time.monotonic() < until:
             time.sleep(0.005)
         os.kill(processes[0], sent)
-    statuses = " ".join(str(ended(process)) for process in processes)
+    statuses = " ".join(str(ended(process, limit)) for process in processes)
     text = printed.read_text(errors="replace")
     (folder.parent / f"{folder.name}.txt").open("a").write(f"$ {command}\n{text}\n")
     return f"{statuses} {option_of(text)}".strip()
@@ -209,12 +210,12 @@ class Observer:
         return json.loads(file.read_text())
 
     def refusal(self, script: str, words: str) -> str:
-        """Return the outcome of a command that is to be refused, and the files that it leaves all the same."""
+        """Return the outcome of a command that is to be refused, and the first file that it leaves all the same."""
         folder = self.folder("refusal")
-        outcome = execute(self.checkout, folder, f"{script} {words}", self.scratch)
+        outcome = execute(self.checkout, folder, f"{script} {words}", self.scratch, REFUSAL_LIMIT)
         left = [str(path.relative_to(folder)) for path in self.left_in(folder)]
         shutil.rmtree(folder)
-        return f"{outcome}, leaves {' '.join(left)}" if left else outcome
+        return f"{outcome}, leaves {left[0]}" if left else outcome
 
     def folder(self, name: str) -> Path:
         """Return a new working directory with links to the fixtures and to the checkout's assets."""
