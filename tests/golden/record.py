@@ -56,8 +56,8 @@ from safetensors import safe_open  # noqa: E402
 LIKE = "like"
 NOTHING = "nothing"
 SETTINGS = "settings of"  # how the section of a config.json begins
-LIMIT = 300  # seconds for one command
-REFUSAL_LIMIT = 60  # for one that is to be refused: if it is not, it trains
+LIMIT = 1200  # seconds for one command: for what hangs, not for what is slow
+REFUSAL_LIMIT = 120  # for one that is to be refused: if it is not, it trains
 TOLERANCE = 1e-4  # of what is compared between processors, relative where it is above 1
 SHOWN = 20  # differences of one run
 VOLATILE = re.compile(r"seconds|runtime|_per_second|memory|process|began|ended|date$|version$")
@@ -102,11 +102,16 @@ def run_script(checkout: Path, script: str, words: list[str]) -> None:
 
 
 def ended(process: int, limit: float = LIMIT) -> int:
-    """Wait for a process; return its exit status, minus the signal where one ended it. Kill it after the limit."""
+    """Wait for a process; return its exit status, minus the signal where one ended it.
+
+    After the limit it is killed, and `TimeoutError` raised.
+    """
     until = time.monotonic() + limit
     while (found := os.waitpid(process, os.WNOHANG))[0] == 0:
         if time.monotonic() > until:
             os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+            raise TimeoutError(f"no end after {limit} s")
         time.sleep(0.005)
     return os.waitstatus_to_exitcode(found[1])
 
@@ -212,7 +217,10 @@ class Observer:
     def refusal(self, script: str, words: str) -> str:
         """Return the outcome of a command that is to be refused, and the first file that it leaves all the same."""
         folder = self.folder("refusal")
-        outcome = execute(self.checkout, folder, f"{script} {words}", self.scratch, REFUSAL_LIMIT)
+        try:
+            outcome = execute(self.checkout, folder, f"{script} {words}", self.scratch, REFUSAL_LIMIT)
+        except TimeoutError as error:
+            outcome = str(error)
         left = [str(path.relative_to(folder)) for path in self.left_in(folder)]
         shutil.rmtree(folder)
         return f"{outcome}, leaves {left[0]}" if left else outcome
