@@ -40,7 +40,7 @@ def name_of(node: ast.AST) -> str:
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("path", sorted(TESTS.rglob("*.py")), ids=lambda path: str(path.relative_to(TESTS)))
 def test_every_wait_has_an_end(path):
-    if path.name != "waiting.py":
+    if path.name not in ("waiting.py", "record.py"):  # the latter imports nothing, and has waits of its own
         assert not endless(path.read_text(encoding="utf-8"))
 
 

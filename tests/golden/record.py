@@ -300,13 +300,13 @@ def prepare(place: Path, fixtures: Path) -> None:
 def reference(commit: str, name: str, fixtures: Path, place: Path) -> dict:
     """Return what a run did in a commit, from the cache if it was made on this machine with these libraries."""
     git = ["git", "-C", str(CHECKOUT)]
-    commit = subprocess.check_output([*git, "rev-parse", f"{commit}^{{commit}}"], text=True).strip()
+    commit = subprocess.check_output([*git, "rev-parse", f"{commit}^{{commit}}"], text=True, timeout=LIMIT).strip()
     file = CACHE / commit / machine() / f"{name}.json"
     if not file.exists():
         checkout = CACHE / commit / "checkout"
         if not checkout.exists():
             checkout.parent.mkdir(parents=True, exist_ok=True)
-            archive = subprocess.check_output([*git, "archive", commit])
+            archive = subprocess.check_output([*git, "archive", commit], timeout=LIMIT)
             with (
                 tempfile.TemporaryDirectory(dir=checkout.parent) as folder,
                 tarfile.open(fileobj=io.BytesIO(archive)) as tar,
