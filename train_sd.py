@@ -16,7 +16,8 @@ from collections.abc import Sequence
 
 from reslora.common.script import run_script
 from reslora.common.signals import StopRequest
-from reslora.diffusion.settings import is_experiment, parse_args
+from reslora.diffusion.settings import parse_args
+from reslora.options.grid import Grid
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,15 +28,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def start(argv: Sequence[str] | None, stop: StopRequest) -> None:
     """Parses the flags, and imports heavy libraries only once these are known to make sense."""
-    flags = parse_args(argv, __doc__)
-    if flags.plan:
-        from reslora.diffusion.run import show_plan as run
-    elif is_experiment(vars(flags)):
-        from reslora.diffusion.experiment.run import run_experiment as run
+    asked = parse_args(argv, __doc__)
+    if (asked.base if isinstance(asked, Grid) else asked).output.plan:
+        from reslora.diffusion.run import show_plan
+
+        show_plan(asked, stop)
+    elif isinstance(asked, Grid):
+        from reslora.diffusion.experiment.run import run_experiment
+
+        run_experiment(asked, stop)
     else:
         from reslora.diffusion.run import run
 
-    run(flags, stop)
+        run(asked, stop)
 
 
 def share_cores_politely() -> None:

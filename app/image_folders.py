@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reslora.common.errors import InvalidArgument
-from reslora.diffusion.arguments import Flags, listed
 from reslora.diffusion.data.dataset import METADATA, Found, caption_files, layout_of, read_folder
 from reslora.diffusion.data.folders import kohyas_folders
 from reslora.diffusion.data.images import SUFFIXES, image_size
@@ -25,7 +24,8 @@ from reslora.diffusion.data.listing import files_of
 from reslora.diffusion.data.material import size_of
 from reslora.diffusion.data.size import Size
 from reslora.diffusion.prompts import clean
-from reslora.diffusion.settings import fill_defaults
+from reslora.diffusion.settings import with_defaults
+from reslora.options.images import Options
 
 from .folders import SETS, Folder, Folders
 from .launcher import trainers_parser
@@ -68,7 +68,7 @@ class Images:
     """What is in a folder."""
 
     folder: Folder
-    flags: Flags
+    flags: Options
     images: dict[str, Image]
     notes: tuple[str, ...] = ()
     """What the trainer would print."""
@@ -109,7 +109,7 @@ class ImageFolders(Folders):
             store_images(path, uploads, caption)
         return self.find(f"uploads/{name}")
 
-    def images(self, folder: Folder, flags: Flags) -> Images:
+    def images(self, folder: Folder, flags: Options) -> Images:
         """What is in a folder now; nothing is read again where no file has changed."""
         with self.lock:
             now, key = state_of(folder, flags), (folder.path, repr(flags))
@@ -122,23 +122,23 @@ class ImageFolders(Folders):
             return found
 
 
-def flags_of(resolution: object = "", buckets: object = False, column: object = "") -> Flags:
+def flags_of(resolution: object = "", buckets: object = False, column: object = "") -> Options:
     """The trainer's flags; `RunError` with its own line for values that it refuses."""
     return _flags(str(resolution or ""), buckets is True, str(column or ""))
 
 
 @functools.lru_cache(maxsize=64)
-def _flags(resolution: str, buckets: bool, column: str) -> Flags:
+def _flags(resolution: str, buckets: bool, column: str) -> Options:
     sides = resolution.split()
     if not all(side.isdecimal() for side in sides):
         raise RunError("Give the resolution as whole numbers with spaces between them.")
     words = ["--train_data_dir", "images", *(["--resolution", *sides] if sides else [])]
     words += ["--use_aspect_ratio_buckets"] if buckets else []
     words += [f"--caption_column={column}"] if column else []
-    return fill_defaults(trainers_parser().parse_args(words))
+    return Options.of(**with_defaults(vars(trainers_parser().parse_args(words))))
 
 
-def state_of(folder: Folder, flags: Flags) -> int:
+def state_of(folder: Folder, flags: Options) -> int:
     """Changes with any file of a folder."""
     try:
         return hash(tuple((str(path), stamp_of(path)) for path in files_of(folder.path, flags)))
@@ -158,7 +158,7 @@ def stamp_of(path: Path) -> tuple[int, ...]:
 # -- what the trainer makes of a folder --------------------------------------------------------------------------------
 
 
-def read(folder: Folder, flags: Flags) -> Images:
+def read(folder: Folder, flags: Options) -> Images:
     """Every image of a folder as the trainer reads it, and those that it does not read."""
     flags = flags.replace(train_data_dir=str(folder.path))
     images: dict[str, Image] = {}
@@ -184,20 +184,20 @@ def read(folder: Folder, flags: Flags) -> Images:
     return Images(folder, flags, images, tuple(map(folder.without_path, notes)), refused, fixed)
 
 
-def with_masks(folder: Path, flags: Flags, caption: str | None, deep: bool) -> Found | None:
+def with_masks(folder: Path, flags: Options, caption: str | None, deep: bool) -> Found | None:
     """What the trainer reads with --masked_loss or, where that refuses the masks, without."""
     with contextlib.suppress(InvalidArgument):
         return read_folder(folder, flags.replace(masked_loss=True), caption, deep)
     return read_folder(folder, flags, caption, deep)
 
 
-def whole_line(folder: Folder, flags: Flags) -> str:
+def whole_line(folder: Folder, flags: Options) -> str:
     """Why no image of a folder is shown that the datasets library reads."""
     layout = layout_of(files_of(folder.path, flags), folder.path) or "metadata in a folder below"
     return f"the datasets library reads this folder as a whole ({layout}): it can be trained on, but is not shown here"
 
 
-def images_of(found: Found, folder: Folder, flags: Flags, otherwise: str | None) -> dict[str, Image]:
+def images_of(found: Found, folder: Folder, flags: Options, otherwise: str | None) -> dict[str, Image]:
     """The images that the trainer has found, by name; `otherwise` is the caption of those without a file."""
     names, images = names_of(found.files, folder.path), {}
     for index, (name, path, row) in enumerate(zip(names, found.files, found.rows, strict=True)):
@@ -218,7 +218,7 @@ def images_of(found: Found, folder: Folder, flags: Flags, otherwise: str | None)
     return images
 
 
-def unread(folder: Folder, flags: Flags, read: dict[str, Image], why: str, metadata: Path | None) -> dict[str, Image]:
+def unread(folder: Folder, flags: Options, read: dict[str, Image], why: str, metadata: Path | None) -> dict[str, Image]:
     """The images in a folder that the trainer passes over; masks are none."""
     known = {os.path.normpath(path) for image in read.values() for path in (image.path, image.mask) if path}
     paths = [
@@ -246,9 +246,9 @@ def header_of(folder: Folder, path: Path) -> tuple[int, int] | None:
     return None if isinstance(size, str) else size
 
 
-def buckets_of(size: tuple[int, int], flags: Flags) -> tuple[Size, ...]:
+def buckets_of(size: tuple[int, int], flags: Options) -> tuple[Size, ...]:
     """What an image is cropped and scaled to, at each resolution."""
-    return tuple(dict.fromkeys(size_of(size, side, MULTIPLE, flags)[0] for side in listed(flags.resolution)))
+    return tuple(dict.fromkeys(size_of(size, side, MULTIPLE, flags)[0] for side in flags.data.resolution))
 
 
 def names_of(paths: Sequence[Path], folder: Path) -> list[str]:

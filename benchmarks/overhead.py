@@ -52,7 +52,7 @@ RANK = 16
 
 
 def add_arguments(add: Callable) -> None:
-    """Flags of `trainer.py overhead`."""
+    """Options of `trainer.py overhead`."""
     add("--device_ms", type=float, nargs="+", default=[100, 300], help="what a step takes the device")
     add("--batch", type=int, nargs="+", default=[4, 16])
     add("--steps", type=int, default=100)
@@ -135,7 +135,7 @@ def material_of(folder: Path, batch: int, steps: int) -> tuple[Material, Context
     family = NoEncoders()
     flags = with_family(flags.replace(validation_steps=steps + 1, checkpointing_steps=steps + 1), family.defaults)
     context = Context(flags, SimpleNamespace(family=family), start_accelerator(flags), StopRequest())
-    images, size = load_images(flags), Size(flags.resolution, flags.resolution)
+    images, size = load_images(flags), Size(flags.data.resolution, flags.data.resolution)
     latents, _ = encode_images(Variants(images, [size] * len(images), flags), "", no_vae(), context)
     texts = encode_texts([text for options in images.captions for text in options], "", lambda: None, context)
     source = Source(images, latents, tuple(range(len(images))), (), (size,), (0,) * len(images))
@@ -154,7 +154,7 @@ def no_vae() -> SimpleNamespace:
 def train_on(device: Device, material: Material, context: Context, folder: Path) -> float:
     """Trains to the end; returns the seconds that the host computed."""
     denoiser, pipeline = NoDenoiser(), SimpleNamespace(vae=no_vae())
-    optimizer = new_optimizer(list(denoiser.parameters()), context.flags, context.accelerator)
+    optimizer = new_optimizer(list(denoiser.parameters()), context.options, context.accelerator)
     rates = torch.optim.lr_scheduler.ConstantLR(optimizer)
     trained = Trained({"unet": denoiser}, DenoisingLoss(context, material.objective, pipeline, denoiser.config))
     learner, schedule = (

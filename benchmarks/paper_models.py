@@ -33,11 +33,11 @@ def image_table(flags: list[str], method: Path) -> dict[str, dict]:
     """Loss on held-out images of a train_sd.py method's last checkpoint, unmerged and merged by every method."""
     flags = parse_args([*flags, "--output_dir", str(method.parent)])
     context = settle(flags, start_accelerator(flags), StopRequest())
-    flags, accelerator = context.flags, context.accelerator
+    flags, accelerator = context.options, context.accelerator
     pipeline, objective = load_and_check(context)
     material = material_of([load_images(flags)], pipeline, objective, context)
     denoiser = context.model.load_denoiser(context.dtype, accelerator.device)
-    add_adapter(denoiser, method.name, flags, config_of(method.name, flags, flags.max_train_steps))
+    add_adapter(denoiser, method.name, flags, config_of(method.name, flags, flags.training.max_train_steps))
     load_adapter(denoiser, newest_checkpoint(method))
     loss = DenoisingLoss(context, objective, pipeline, denoiser.config)
     validation = Validation(loss, material, None, accelerator, context.stop)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from reslora.diffusion.arguments import build_parser
+from reslora.diffusion.settings import build_parser
 from reslora.experiment.statistics import half_width, rerun, spread_of
 from reslora.language import glue_arguments, llm_arguments
 

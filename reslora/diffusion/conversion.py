@@ -20,9 +20,10 @@ from ..common.errors import InvalidArgument, first_line, refused_as
 from ..common.parser import Parser
 from ..common.readers import take_any_file_name
 from ..files import read_object
+from ..options.option import whole
 from ..words import counted, printable
-from .arguments import is_path, whole
 from .model.families import FAMILIES, load_family
+from .refusals import is_path
 
 if TYPE_CHECKING:
     import torch

@@ -44,7 +44,8 @@ class Results:
         rows = [row for _, row in json_lines(path)] if path.is_file() else []
         noted = [row for row in rows if isinstance(row, dict)]
         self.readings: int = max(there.get("readings", 0), len(rows), *(row.get("readings", 0) for row in noted))
-        self.read: list[list] = there.get("read", noted[-1].get("read", []) if noted else [])
+        last: dict = noted[-1] if noted else {}
+        self.read: list[list] = there.get("read", last.get("read", []))
         arms, chosen = set(self.course.arms()), there.get("chosen", {})
         judged = {arm for arm in arms if arm.label in chosen and chosen[arm.label]["learning_rate"] == arm.rate}
         if judged:
@@ -174,7 +175,7 @@ class Results:
 
     def unfinished(self, ended: int) -> list[str]:
         """That the time was up, if it was."""
-        total, minutes = len(self.course.arms()), self.course.flags.experiment_minutes
+        total, minutes = len(self.course.arms()), self.course.grid.base.experiment.experiment_minutes
         if ended == total:
             return []
         line = f"{record.UNFINISHED}{total - ended} of {total} arms {are(total - ended)} still to be trained"
@@ -199,7 +200,9 @@ class Results:
                 line = f"{label}: the best learning rate is the {end} that was tried, {choice['learning_rate']:g}, "
                 line += f"and a {other} one may do better"
                 further = f"--extend_rates, or --learning_rate {choice['next']:g} beside the others"
-                if self.course.flags.extend_rates:  # which has tried all it would, and goes on from what is named
+                if (
+                    self.course.grid.base.experiment.extend_rates
+                ):  # which has tried all it would, and goes on from what is named
                     rates = sorted({*self.course.grids[label], choice["next"]})
                     further = f"--learning_rate {' '.join(f'{rate:g}' for rate in rates)}"
                 found.append(f"{line}; {further}")

@@ -26,7 +26,7 @@ from transformers import HfArgumentParser, TrainerCallback
 
 from ..common.adapters import load_adapter, save_adapter
 from ..common.errors import Diverged, InvalidArgument
-from ..common.flags import Flags, as_typed, listed
+from ..common.flags import as_typed, listed
 from ..common.folder import check_held, filling, lent, locked
 from ..common.links import tell_links
 from ..common.methods import tell_unread
@@ -42,6 +42,8 @@ from ..experiment.report import About
 from ..experiment.run import train, train_and_conclude
 from ..experiment.subject import COMPARING, Subject
 from ..files import remove, remove_leftovers, replacing, write_json
+from ..options.grid import Grid
+from ..options.images import Options
 from ..words import counted
 from .arguments import SEVERAL, ExperimentArguments, MethodArguments, check_number, is_experiment
 from .checkpoints import checkpoints_of, set_unfinished_aside
@@ -172,12 +174,12 @@ def run_experiment(study: Study, values: dict[str, Any], stop: StopRequest, orde
     With orders, it is one of --arms_at_once processes: it trains what it is given, in a folder that the main process
     has locked and checked.
     """
-    began, shares, flags = time.monotonic(), experiment_of(values), flags_of(values)
-    for rate in listed(flags.learning_rate):  # further ones go on from these
+    began, shares, grid = time.monotonic(), experiment_of(values), grid_of(values)
+    for rate in grid.rates:  # further ones go on from these
         check_number("learning_rate", rate, 0, exclusive=True)
-    check_values(flags, SEVERAL)
-    tell_unread(flags.method, values, vars(MethodArguments) | {"lora_alpha": None})
-    course = Course(flags, began)
+    check_values(grid)
+    tell_unread(grid.methods, values, vars(MethodArguments) | {"lora_alpha": None})
+    course = Course(grid, began)
     with stop.at_once():
         plain, *_ = [study.settled(values_of(arm, values, course)) for arm in course.arms()]
     with contextlib.ExitStack() as stack:
@@ -197,23 +199,24 @@ def run_experiment(study: Study, values: dict[str, Any], stop: StopRequest, orde
             bench.check_label(label, tell)
         if plain.training.should_save:
             print(f"{counted(len(course.arms()), 'arm')}; {parts.in_words(trained)}", flush=True)
-        crew = crew_of(flags, study.prog, functools.partial(run_experiment, study, values), stop)
+        crew = crew_of(grid.base.experiment, study.prog, functools.partial(run_experiment, study, values), stop)
         train_and_conclude(course, bench, crew)
 
 
-def flags_of(values: Mapping[str, Any]) -> Flags:
-    """What an experiment reads, by the names that it knows."""
-    own = {name: values[flag] for name, flag in SEVERAL.items()}
-    own["method"] = listed(values["method"])
+def grid_of(values: Mapping[str, Any]) -> Grid[Options]:
+    """Return what an experiment reads, by the names that it knows."""
+    own = {name: listed(values[flag]) for name, flag in SEVERAL.items() if name != "method"}
     names = "lora_alpha", "output_dir", "extend_rates", "experiment_minutes", "arms_at_once"
-    return Flags(**own, init_lora=None, **{name: values[name] for name in names})
+    shared = {"method": listed(values["method"]), **{name: values[name] for name in names}}
+    base = Options.of(**shared, **{name: given[0] for name, given in own.items()})
+    return Grid(base, {name: given for name, given in own.items() if len(given) > 1})
 
 
 def values_of(arm: Arm, values: Mapping[str, Any], course: Course) -> dict[str, Any]:
     """The flags of a plain run of an arm in its folder; one checkpoint is kept unless more are asked for."""
-    flags = course.flags_of(arm)
-    own = {flag: getattr(flags, name) for name, flag in SEVERAL.items()} | {"method": flags.method[0]}
-    own |= {"lora_alpha": flags.lora_alpha, "output_dir": str(course.folder_of(arm))}
+    options = course.options_of(arm)
+    own = {flag: options[name] for name, flag in SEVERAL.items()} | {"method": options.adapter.method[0]}
+    own |= {"lora_alpha": options.adapter.lora_alpha, "output_dir": str(course.folder_of(arm))}
     own |= {"save_total_limit": values["save_total_limit"] or 1, "resume_from_checkpoint": None}
     return {**values, **dict.fromkeys(field.name for field in dataclasses.fields(ExperimentArguments)), **own}
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Self, TypeVar, get_type_hints
+from typing import Any, ClassVar, Self, get_type_hints
 
 from ..common.flags import listed
 from .option import Option
@@ -20,6 +18,7 @@ class Groups:
     """What help calls each group, in its order."""
 
     @classmethod
+    @functools.cache
     def table(cls) -> dict[str, Option]:
         """Return all options by name, in order."""
         return _table(cls)
@@ -49,7 +48,6 @@ class Groups:
         return {name: _recorded(option, self[name]) for name, option in self.table().items()}
 
 
-@functools.cache
 def _table(kind: type[Groups]) -> dict[str, Option]:
     found: dict[str, Option] = {}
     for group, part in get_type_hints(kind).items():
@@ -67,33 +65,3 @@ def _recorded(option: Option, value: Any) -> Any:
     if not option.collapses or len(value) > 1:
         return value
     return value[0] if value else None
-
-
-O = TypeVar("O", bound=Groups)
-
-
-@dataclass(frozen=True)
-class Grid(Generic[O]):
-    """An experiment: the options that all its runs share, and the values of those that vary."""
-
-    base: O
-    """Those of the first run; `lora_alpha` is None where it follows from ranks that vary."""
-    varied: Mapping[str, list]
-    """Two or more values of each option that varies, by its name."""
-
-    def values(self, name: str) -> list:
-        """Return all values of an option; a list with the only one where it does not vary."""
-        return self.varied.get(name) or [self.base[name]]
-
-    def runs(self, *names: str) -> list[O]:
-        """Return the options of runs with each combination of the values of `names`."""
-        values = [self.values(name) for name in names]
-        return [with_alpha(self.base.replace(**dict(zip(names, own, strict=True)))) for own in itertools.product(*values)]
-
-    def flat(self) -> dict[str, Any]:
-        """Return all values by name, as `config.json` records them: lists of those that vary."""
-        return {**self.base.flat(), **self.varied}
-
-    def replace(self, **values: Any) -> Grid[O]:
-        """Return an experiment in which some shared options have other values."""
-        return dataclasses.replace(self, base=self.base.replace(**values))

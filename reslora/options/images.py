@@ -32,15 +32,15 @@ HELD_OUT = Need(
     "add --validation_split 0.1", "no images are held out",
 )  # fmt: skip
 HUBER = Need(
-    lambda options: options.training.loss_type != "l2", "leave it out, or change that", "--loss_type l2 does not read it"
+    lambda options: options.training.loss_type != "l2",
+    "leave it out, or change that",
+    "--loss_type l2 does not read it",
 )
 ADAM = Need(
     lambda options: options.optimizer.optimizer in ADAMS,
     "--optimizer_args sets its own", "nothing reads it with --optimizer {optimizer}", refuse=False,
 )  # fmt: skip
-CHOSEN_OVER_SEEDS = (
-    "leave it out: experiments choose checkpoints over seeds, by eight timesteps of four noises each"
-)
+CHOSEN_OVER_SEEDS = "leave it out: experiments choose checkpoints over seeds, by eight timesteps of four noises each"
 
 
 # fmt: off
@@ -50,7 +50,8 @@ class ModelOptions:
 
     pretrained_model_name_or_path: str = option("",
         "a model of any family in README: diffusers folder or name on the hub; of Stable Diffusion 1, 2 and SDXL "
-        "a .safetensors file, too", or_else="the bundled pipeline", metavar="MODEL", short="model", essential="model to fine-tune: a folder, a .safetensors file or a name on the hub",
+        "a .safetensors file, too", or_else="the bundled pipeline", metavar="MODEL", short="model",
+        essential="model to fine-tune: a folder, a .safetensors file or a name on the hub",
         resume="content", path="absolute", compared_as="base model")
     pretrained_vae_model_name_or_path: str | None = option(None,
         "another autoencoder: diffusers folder or name on the hub",
@@ -63,8 +64,8 @@ class ModelOptions:
         or_else="the hub's own cache, and <output_dir>/cache", metavar="FOLDER", resume="free", path="absolute")
     prediction_type: str | None = option(None, "what the denoiser predicts", or_else="what the scheduler says",
         choices=("epsilon", "v_prediction"), objective="ddpm", compared_as="how losses are measured")
-    mixed_precision: str | None = option(None, "precision of the frozen parts; the adapter stays fp32",
-        or_else="what accelerate was started with, or bf16 for a bundled pipeline on a CPU that has instructions for it",
+    mixed_precision: str = option(None, "precision of the frozen parts; the adapter stays fp32",
+        or_else="what accelerate was started with; bf16 for a bundled pipeline on a CPU that has instructions for it",
         choices=("no", "fp16", "bf16"))
     base_precision: str = option("no",
         "store the weights of the linear layers in the denoiser's blocks in 8 or 4 bits, and compute in "
@@ -86,11 +87,14 @@ class AdapterOptions:
     method: list[str] = option(["lora"],
         f"one or several, trained one after the other on the same images and noise. {IN_WORDS}. With an option of "
         "the shortcuts or their merge the default is reslora",
-        choices=METHODS, essential="lora, reslora, lora_x2, dora, ...; several are trained one after the other", resume="free", bundled=["lora", "reslora"],
+        choices=METHODS, essential="lora, reslora, lora_x2, dora, ...; several are trained one after the other",
+        resume="free", bundled=["lora", "reslora"],
         kohya=("network_module",))  # no other ends lower, each at its own rate: RESULTS.md
-    rank: int = option(None, "rank of the update matrices", parse=whole(1, HIGHEST_RANK), varies=True, essential="rank of the update matrices",
-        by_family=f"{DEFAULT_RANK}; the width of the narrowest adapted layer where that is less", kohya=("network_dim",))
-    lora_alpha: float | None = option(None, "scale times rank", or_else="twice the rank",
+    rank: int = option(None, "rank of the update matrices", parse=whole(1, HIGHEST_RANK), varies=True,
+        essential="rank of the update matrices",
+        by_family=f"{DEFAULT_RANK}; the width of the narrowest adapted layer where that is less", kohya=("network_dim",
+        ))
+    lora_alpha: float = option(None, "scale times rank", or_else="twice the rank",
         parse=number(0, exclusive=True), read_by="alpha", yields_to="rank", kohya=("network_alpha",))
     rank_pattern: list[str] | None = option(None, f"{PATTERNS['rank_pattern']}; for the denoiser alone",
         metavar="NAME=VALUE")
@@ -110,16 +114,19 @@ class AdapterOptions:
         "train the CLIP text encoders, too: their attention gets the same adapter, with shortcuts between their "
         "own layers; Stable Diffusion, SDXL, SD 3, Flux.1. T5 stays as it is")
     shortcut: str = option("input", "ResLoRA and lora_matched: what a block gets from the blocks before it",
-        choices=SHORTCUTS, varies=True, essential="ResLoRA: input, block, middle or none", implies="reslora", read_by="reads_shortcut")
+        choices=SHORTCUTS, varies=True, essential="ResLoRA: input, block, middle or none", implies="reslora",
+        read_by="reads_shortcut")
     pre_num: int = option(DEFAULT_PRE_NUM,
         "ResLoRA, lora_matched and ms_placebo: how many of the blocks before a block take part, -1 for all; with "
         "--shortcut input any number but 0 means one",
-        parse=whole(-1), varies=True, essential="ResLoRA: how many blocks before a block take part", implies="reslora", read_by="reads_shortcut_flags")
+        parse=whole(-1), varies=True, essential="ResLoRA: how many blocks before a block take part", implies="reslora",
+        read_by="reads_shortcut_flags")
     head: str = option("repeat",
         "--shortcut input and is_placebo: what the first block of a chain adds to its input, the same input "
         "again or nothing", choices=HEADS, implies="reslora", read_by="reads_shortcut_flags")
     merge: str = option(AUTO, "ResLoRA: how the shortcuts become plain LoRA weights",
-        choices=MERGES, essential="ResLoRA: how shortcuts become plain LoRA weights", resume="merged", implies="reslora", read_by="shortcuts")
+        choices=MERGES, essential="ResLoRA: how shortcuts become plain LoRA weights", resume="merged",
+        implies="reslora", read_by="shortcuts")
     merge_calibration_samples: int = option(64,
         "images for ResLoRA's merge and for measuring controls; with 0, --merge input takes norms of the training",
         parse=whole(0), resume="merged", implies="reslora")
@@ -137,7 +144,8 @@ class DataOptions:
     train_data_dir: list[str] = option([],
         "images with a metadata.jsonl or .csv, or with .txt or .caption files of their names; or Parquet, .tar "
         "(webdataset) or JSON files, or what save_to_disk wrote; or kohya's folders, named <repeats>_<caption>",
-        or_else="the bundled images", metavar="FOLDER", collapses=True, short="data", essential="folder of images with captions",
+        or_else="the bundled images", metavar="FOLDER", collapses=True, short="data",
+        essential="folder of images with captions",
         resume="content", path="absolute", yields_to="dataset_name", compared_as="held-out images")
     train_data_repeats: list[int] = option([1],
         "how often an epoch uses each image: one number for all folders, or one for each; kohya's folders have "
@@ -163,7 +171,8 @@ class DataOptions:
     caption_tag_dropout_rate: float = option(0.0, "fraction of a caption's tags that each training sample is without",
         parse=number(0, below=1))
     keep_tokens: int = option(0, "how many tags, the prefix counted, are neither shuffled nor left out",
-        parse=whole(0), needs=Need(lambda options: options.data.shuffle_caption or options.data.caption_tag_dropout_rate,
+        parse=whole(0),
+        needs=Need(lambda options: options.data.shuffle_caption or options.data.caption_tag_dropout_rate,
                                    "add --shuffle_caption or --caption_tag_dropout_rate"))
     class_data_dir: str | None = option(None,
         "folder of class images, which preserve what the model knows: images of the kind of thing that is learnt; if "
@@ -181,7 +190,8 @@ class DataOptions:
     resolution: list[int] = option([],
         "side of the square that images are cropped and scaled to; with several, each image is trained at all of "
         "them, and samples and the validation loss take the first",
-        parse=whole(8, LONGEST_SIDE), metavar="SIDE", collapses=True, essential="side of the images in pixels", compared_as="resolution",
+        parse=whole(8, LONGEST_SIDE), metavar="SIDE", collapses=True, essential="side of the images in pixels",
+        compared_as="resolution",
         bundled=64,
         by_family="Stable Diffusion 1 and 2, Flux.1, FLUX.2 klein, Qwen-Image, Krea 2 512; others 1024")
     use_aspect_ratio_buckets: bool = option(False,
@@ -221,7 +231,7 @@ class TrainingOptions:
     num_train_epochs: int = option(100,
         "passes over the images; each takes images / (batch x processes) forward passes, rounded up for every bucket. "
         "A step takes --gradient_accumulation_steps of these; with a bundled pipeline the default is 200 steps",
-        parse=whole(1), resume="free", yields_to="max_train_steps", kohya=("max_train_epochs",))
+        parse=whole(1), counts_if_given=True, resume="free", yields_to="max_train_steps", kohya=("max_train_epochs",))
     max_train_steps: int | None = option(None, "steps; wins over --num_train_epochs",
         or_else="200 for bundled models, else --num_train_epochs decides",
         parse=whole(1), short="steps", essential="training steps", resume="free", yields_to="num_train_epochs")
@@ -237,7 +247,8 @@ class TrainingOptions:
         "train below this timestep; high ones hold the composition, which then stays much as it is", or_else="all",
         parse=whole(1))
     snr_gamma: float | None = option(None, "min-SNR loss weights; 5.0 is usual, 0 weights all timesteps alike",
-        parse=number(0), objective="ddpm", bundled=1.0, bundled_flow=None,  # keeps more of the subjects: assets/README.md
+        parse=number(0), objective="ddpm", bundled=1.0, bundled_flow=None,
+        # keeps more of the subjects: assets/README.md
         kohya=("min_snr_gamma",))
     loss_type: str = option("l2",
         "squared error, or kohya's pseudo-Huber losses, which count large errors less; the validation loss is the "
@@ -307,7 +318,9 @@ class OptimizerOptions:
                                     "--lr_scheduler {lr_scheduler} does not read it"))
     optimizer: str = option("adamw",
         f"one of {', '.join(OPTIMIZERS)}, or the path of a class as package.Class; all but both AdamW have their "
-        "authors' settings, which --optimizer_args changes", metavar="NAME", essential="adamw, adamw8bit, prodigy, adafactor, lion, schedulefree or package.Class", kohya=("optimizer_type",))
+        "authors' settings, which --optimizer_args changes", metavar="NAME", counts_if_given=True,
+        essential="adamw, adamw8bit, prodigy, adafactor, lion, schedulefree or package.Class", kohya=("optimizer_type",
+        ))
     optimizer_args: list[str] = option([], "arguments of that class, as beta3=0.98", metavar="KEY=VALUE")
     use_8bit_adam: bool = option(False, "8-bit AdamW of bitsandbytes, as --optimizer adamw8bit")
     adam_beta1: float = option(0.9, "decay of the mean of the gradient", parse=number(0, below=1), needs=ADAM)
@@ -325,7 +338,8 @@ class ValidationOptions:
     validation_prompt: list[str] = option([],
         "prompts of samples while training, with fixed seeds; or a .txt file of prompts as kohya's scripts read it (a "
         "line each, with --n --w --h --d --s --l --g), or a .json list of objects with a prompt and its options",
-        metavar="PROMPT", essential="prompts of samples while training, or a file of prompts", resume="shown", compared_as="prompts", kohya=("sample_prompts FILE",),
+        metavar="PROMPT", essential="prompts of samples while training, or a file of prompts", resume="shown",
+        compared_as="prompts", kohya=("sample_prompts FILE",),
         bundled=["cat face", "tulip", "guitar", "red apple"])
     validation_prompt_options: list[str] = option([],
         "options of each prompt, as such a file has them: negative_prompt, width, height, seed, "
@@ -344,9 +358,10 @@ class ValidationOptions:
         kohya=("sample_every_n_steps",))
     validation_epochs: int = option(1,
         "epochs between samples, unless --validation_steps is given; of a bundled pipeline the default is 50 steps",
-        parse=whole(1), resume="shown")
+        parse=whole(1), counts_if_given=True, resume="shown")
     validation_split: float = option(0.0, "fraction of the images held out for a validation loss",
-        parse=number(0, below=1), essential="fraction of the images held out for a validation loss", compared_as="held-out images", bundled=0.1,
+        parse=number(0, below=1), essential="fraction of the images held out for a validation loss",
+        compared_as="held-out images", bundled=0.1,
         in_experiments="leave it out: experiments hold out --select_split and --test_split")
     max_validation_images: int = option(64,
         "how many of the held-out images measure the validation loss, at most: chosen by --seed, or by their "
@@ -412,8 +427,9 @@ class OutputOptions:
     logging_dir: str = option("logs", "TensorBoard's folder inside --output_dir",
         metavar="FOLDER", resume="free", path="relative")
     report_to: str = option("tensorboard", "a tracker that accelerate knows, such as wandb; all, or none",
-        resume="free", kohya=("log_with",))
-    checkpointing_steps: int = option(500, "steps between checkpoints", parse=whole(1), essential="steps between checkpoints", resume="free",
+        resume="free")
+    checkpointing_steps: int = option(500, "steps between checkpoints", parse=whole(1),
+        essential="steps between checkpoints", resume="free",
         bundled=100, kohya=("save_every_n_steps",))
     checkpointing_minutes: float | None = option(None,
         "save a checkpoint also when so many minutes have passed since the last one",
@@ -422,7 +438,8 @@ class OutputOptions:
         parse=whole(1), resume="free")
     resume_from_checkpoint: str | None = option(None,
         "latest: resume from the newest complete checkpoint; FOLDER: go back to that one; not in a finished run",
-        metavar="latest|FOLDER", essential="latest resumes the run in --output", resume="free", path="relative", secret=True, kohya=("resume",))
+        metavar="latest|FOLDER", essential="latest resumes the run in --output", resume="free", path="relative",
+        secret=True, kohya=("resume",))
     plan: bool | None = option(None,
         "print how much memory each phase of the run would hold, and end; status 2, and options that would make it "
         "fit, where it does not. Without it, a run that may not fit prints this first and is refused; --no-plan "

@@ -84,6 +84,8 @@ class Option:
     samplings: tuple[str, ...] = ()
     """The only ways to sample timesteps that read it."""
     needs: tuple[Need, ...] = ()
+    counts_if_given: bool = False
+    """Whether giving its default differs from leaving it out."""
     yields_to: str = ""
     """The option that, given on the command line, drops this one of a run's own configuration."""
     compared_as: str = ""
@@ -102,6 +104,13 @@ class Option:
     def is_switch(self) -> bool:
         """Whether it is on or off."""
         return bool in (self.kind, *get_args(self.kind))
+
+    @property
+    def fixed_default(self) -> Any:
+        """Its default where that is the same for all models, and giving it changes nothing; else None."""
+        if self.counts_if_given or self.bundled is not SAME:
+            return None
+        return next(iter(self.default), None) if self.collapses else self.default
 
     @property
     def takes_several(self) -> bool:

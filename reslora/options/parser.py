@@ -29,7 +29,15 @@ class OptionsParser(Parser):
             add_help=False, usage=f"{prog} [options]",
         )  # fmt: skip
         self.kind, self.table = kind, kind.table()
-        self.add_argument("--help", "-h", nargs="?", const="", metavar="GROUP", action=Help, help=f"print what is most often needed, or all options of a group: {', '.join(kind.titles)}")
+        self.add_argument(
+            "--help",
+            "-h",
+            nargs="?",
+            const="",
+            metavar="GROUP",
+            action=Help,
+            help=f"print what is most often needed, or all options of a group: {', '.join(kind.titles)}",
+        )
         self.add_argument("--help-all", nargs=0, action=Help, help="print all options and exit")
         self.add_argument("--config", metavar="FILE", help=f"{CONFIG}; the command line wins")
         version = f"reslora-sd {__version__}"
@@ -41,8 +49,7 @@ class OptionsParser(Parser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse does; `~` is the home folder where no shell has expanded it: behind an equals sign."""
         values, unknown = super().parse_known_args(args, namespace)
-        vars(values).update(with_home(vars(values), self.table))
-        return values, unknown
+        return argparse.Namespace(**with_home(vars(values), self.table)), unknown
 
     def refuse_unknown(self, words: list[str]) -> NoReturn:
         """Exit with one line that names the unknown options, and what to give instead."""
@@ -68,7 +75,8 @@ class Help(argparse.Action):
     """Print a page of help and exit."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> NoReturn:
-        parser.exit(message=parser.page(None if option_string == "--help-all" else values))
+        print(parser.page(None if option_string == "--help-all" else values), end="")
+        raise SystemExit(0)
 
 
 def flags_of(option: Option) -> list[str]:
@@ -82,7 +90,9 @@ def argument(option: Option) -> dict[str, Any]:
     if option.is_switch:
         return own | {"action": argparse.BooleanOptionalAction}
     own |= {"type": option.parse, "metavar": option.metavar}
-    return own | ({"choices": option.choices} if option.choices else {}) | ({"nargs": "+"} if option.takes_several else {})
+    return (
+        own | ({"choices": option.choices} if option.choices else {}) | ({"nargs": "+"} if option.takes_several else {})
+    )
 
 
 def with_home(values: Mapping[str, Any], table: Mapping[str, Option]) -> dict[str, Any]:
@@ -112,7 +122,9 @@ def default_in_words(option: Option) -> str:
         others = "" if flow is SAME else f", pipeline-flow: {in_words(flow)}"
         return f"bundled pipeline: {in_words(option.bundled)}{others}; otherwise: {otherwise}"
     said = option.by_family or option.or_else or option.default not in (None, False, [], "")
-    return f"default: {in_words(option.default[0]) if option.collapses and option.default else otherwise}" if said else ""
+    return (
+        f"default: {in_words(option.default[0]) if option.collapses and option.default else otherwise}" if said else ""
+    )
 
 
 def short_help(parser: OptionsParser) -> str:

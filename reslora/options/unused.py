@@ -43,11 +43,13 @@ def report_unused(options: Groups) -> None:
         print(f"{given_as(option, values[option.name])}: {problem}", flush=True)
 
 
-def report_unread_by_methods(table: Mapping[str, Option], values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+def report_unread_by_methods(
+    table: Mapping[str, Option], values: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> None:
     """Print options that no method reads: one command may run one method after another with them."""
     methods = [METHODS[name] for name in values["method"]]
     for name, option in table.items():
         read = not option.read_by or any(getattr(method, option.read_by) for method in methods)
-        if not read and values[name] != defaults.get(name, option.default) and speaks():
+        if not read and values[name] not in (None, defaults.get(name, option.default)) and speaks():
             names = " ".join(values["method"])
             print(f"{given_as(option, values[name])}: nothing reads it with --method {names}", flush=True)

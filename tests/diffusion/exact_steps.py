@@ -53,8 +53,8 @@ def setting(
     family = load_family("StableDiffusionPipeline")
     flags = with_family(parse_args(words), family.defaults)
     pipeline = StableDiffusionPipeline.from_pretrained(folder)
-    objective = DdpmObjective(pipeline.scheduler, flags.snr_gamma)
-    if flags.train_text_encoder:
+    objective = DdpmObjective(pipeline.scheduler, flags.training.snr_gamma)
+    if flags.adapter.train_text_encoder:
         pipeline.text_encoder.double().requires_grad_(False)
         texts = {caption: {} for caption in CAPTIONS}
     else:
@@ -66,8 +66,8 @@ def setting(
     source = Source(images, RandomLatents(), train, held_out, (SIZE,), (0,) * IMAGES)
     material = Material((source,), texts, objective, {SIZE: (4, 8, 8)}, flags)
     denoiser = pipeline.unet.double().requires_grad_(False)
-    if flags.base_precision != "no":
-        pack(denoiser, flags.base_precision, torch.device("cpu"))
+    if flags.model.base_precision != "no":
+        pack(denoiser, flags.model.base_precision, torch.device("cpu"))
     context = Context(flags, SimpleNamespace(family=family), accelerator or Accelerator(cpu=True), StopRequest())
     loss = DenoisingLoss(context, objective, pipeline, denoiser.config)
     loss.context, loss.dtype = context, torch.float64
@@ -78,7 +78,7 @@ def learner_of(denoiser: torch.nn.Module, loss: DenoisingLoss, accelerator: Acce
     """The flags' method in float64, with random B, by plain gradient descent: AdamW would blow rounding up."""
     encoders = {part.name: encoder for part, encoder in zip(loss.parts, loss.encoders, strict=True)}
     trained = Trained({"unet": denoiser, **encoders}, loss)
-    made = new_learner(loss.context.flags.method[-1], trained, Schedule(STEPS, STEPS, 0, False), loss.context)
+    made = new_learner(loss.context.options.adapter.method[-1], trained, Schedule(STEPS, STEPS, 0, False), loss.context)
     trained.double()
     draws = torch.Generator().manual_seed(1)
     with torch.no_grad():

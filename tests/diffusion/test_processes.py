@@ -11,8 +11,7 @@ from accelerate.state import AcceleratorState
 
 from diffusion.runs import RESUME, main, refused
 from reslora.diffusion import processes as setup
-from reslora.diffusion.arguments import build_parser
-from reslora.diffusion.settings import ASSETS, parse_args
+from reslora.diffusion.settings import ASSETS, build_parser, parse_args
 from reslora.diffusion.training.preparing import attention_of
 
 

@@ -69,7 +69,7 @@ def test_a_run_repeats_the_options_by_its_own_flags(tmp_path, capsys):
     flags = parse_args(["--validation_prompt", str(tmp_path / "a.txt")])
     assert prompts_of(flags) == [Prompt("a"), Prompt("b", width=64)]
     names = ("validation_prompt", "validation_prompt_options")
-    (tmp_path / "config.json").write_text(json.dumps({name: getattr(flags, name) for name in names}))
+    (tmp_path / "config.json").write_text(json.dumps({name: flags[name] for name in names}))
     again = parse_args(["--config", str(tmp_path / "config.json")])
     assert prompts_of(again) == prompts_of(flags)
     other = parse_args(["--config", str(tmp_path / "config.json"), "--validation_prompt", "c"])

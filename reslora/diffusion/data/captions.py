@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..arguments import Flags
+from ...options.images import Options
 
 WILDCARD = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
 SEPARATOR = ","
@@ -90,11 +90,11 @@ class Recipe:
 VERBATIM = Recipe()
 
 
-def recipe_of(flags: Flags) -> Recipe:
+def recipe_of(options: Options) -> Recipe:
     """What the flags make of captions."""
     return Recipe(
-        flags.caption_prefix or "", flags.caption_suffix or "", flags.caption_dropout, flags.enable_wildcard,
-        flags.shuffle_caption, flags.keep_tokens, flags.caption_tag_dropout_rate,
+        options.data.caption_prefix or "", options.data.caption_suffix or "", options.data.caption_dropout, options.data.enable_wildcard,
+        options.data.shuffle_caption, options.data.keep_tokens, options.data.caption_tag_dropout_rate,
     )  # fmt: skip
 
 

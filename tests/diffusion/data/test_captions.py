@@ -9,7 +9,6 @@ import torch
 from pipelines import flux, image_folder
 
 from diffusion.runs import losses, only, printed, refused
-from reslora.diffusion.arguments import Flags
 from reslora.diffusion.context import Context
 from reslora.diffusion.data import material as making
 from reslora.diffusion.data.captions import VERBATIM, Recipe, recipe_of
@@ -21,6 +20,7 @@ from reslora.diffusion.data.sources import Source
 from reslora.diffusion.experiment.run import of_seed
 from reslora.diffusion.seeds import generator
 from reslora.diffusion.settings import parse_args
+from reslora.options.images import Options
 
 
 def outcomes(recipe: Recipe, *captions: str, count: int = 400) -> list[str]:
@@ -109,7 +109,7 @@ CAPTIONS = [[f"{{red|blue}} {number}, a, b, c", f"other {number}, d"] for number
 
 def material_with(recipe: Recipe, steps: int = 12, batch: int = 4, accumulation: int = 1, seed: int = 3) -> Material:
     """Seven images with two captions each, one of them held out, and three class images."""
-    flags = Flags(
+    flags = Options.of(
         seed=seed, train_batch_size=batch, gradient_accumulation_steps=accumulation, max_train_steps=steps,
         noise_offset=0.0, cache_text_embeddings=False, dataloader_num_workers=0, max_validation_images=64,
     )  # fmt: skip
@@ -194,7 +194,7 @@ def test_each_seed_of_an_experiment_has_variants_of_its_own(monkeypatch):
     material = material_with(EVERYTHING)
     material = dataclasses.replace(
         material,
-        flags=material.flags.replace(
+        options=material.options.replace(
             cache_text_embeddings=True,
             train_text_encoder=False,
             metric_model=None,
@@ -207,7 +207,7 @@ def test_each_seed_of_an_experiment_has_variants_of_its_own(monkeypatch):
     model = SimpleNamespace(family=family, fingerprint=lambda *parts: "")
     accelerator = SimpleNamespace(num_processes=1, mixed_precision="no")
     monkeypatch.setattr(making, "encode_texts", lambda wanted, *rest: wanted)
-    context = Context(material.flags, model, accelerator, None)
+    context = Context(material.options, model, accelerator, None)
     for seed in (3, 4):
         found = of_seed(material, seed, None, context)
         assert set(found.texts) == {"", "a", *captions_of(found, 1)}

@@ -61,7 +61,7 @@ def setting() -> SimpleNamespace:
     )
     flags = SimpleNamespace(metric_model="any")
     accelerator = SimpleNamespace(device="cpu")
-    context = SimpleNamespace(flags=flags, accelerator=accelerator, model=SimpleNamespace(family=None), encoders=())
+    context = SimpleNamespace(options=flags, accelerator=accelerator, model=SimpleNamespace(family=None), encoders=())
     return SimpleNamespace(context=context, material=SimpleNamespace(sources=sources, texts=None))
 
 

@@ -170,7 +170,7 @@ def test_the_test_losses_are_those_of_the_file_in_stock_diffusers(whole, model):
     ((_, setting),) = EXPORTED
     pipeline = StableDiffusionPipeline.from_pretrained(model)
     loss = DenoisingLoss(setting.context, setting.material.objective, setting.pipeline, pipeline.unet.config)
-    (folder,) = (setting.context.folder_of(method) for method in setting.context.flags.method)
+    (folder,) = (setting.context.folder_of(method) for method in setting.context.options.adapter.method)
     record, marks = read_object(folder / "test.json"), list(setting.material.sources[0].images.marks)
     images = [(0, marks.index(mark)) for mark in record["images"]]
 

@@ -8,9 +8,9 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from reslora.common.errors import InvalidArgument
-from reslora.diffusion.arguments import SAMPLINGS
 from reslora.diffusion.model.objective import Density, FlowObjective, objective_of
 from reslora.diffusion.settings import parse_args
+from reslora.options.images import SAMPLINGS
 
 SHIFTED = FlowMatchEulerDiscreteScheduler(shift=3.0)
 DYNAMIC = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)

@@ -9,10 +9,10 @@ from conftest import assert_equal
 from diffusers import DDPMScheduler
 
 from reslora.common.errors import InvalidArgument
-from reslora.diffusion.arguments import Flags
 from reslora.diffusion.model.loss import loss_per_sample, squared_error
 from reslora.diffusion.model.objective import DdpmObjective, between_of, objective_of
 from reslora.diffusion.settings import parse_args
+from reslora.options.images import Options
 
 TIMESTEPS = torch.tensor([0, 1, 250, 500, 998, 999])
 BETAS = {
@@ -145,7 +145,7 @@ def test_timesteps_are_drawn_evenly_from_those_asked_for():
     assert drawn.min() < 5 and drawn.max() > 994
 
 
-def flags(*words: str) -> Flags:
+def flags(*words: str) -> Options:
     return parse_args(list(words))
 
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from pipelines import FAMILIES
 
-from reslora.diffusion.arguments import Flags
 from reslora.diffusion.model.families import load_family
 from reslora.diffusion.output.drawing import Drawer
 from reslora.diffusion.prompts import Prompt, settled
 from reslora.diffusion.seeds import derive
+from reslora.options.images import Options
 
-FLAGS = Flags(
+FLAGS = Options.of(
     seed=0, num_inference_steps=1, guidance_scale=4.0, resolution=32, validation_height=None, validation_width=None
 )
 

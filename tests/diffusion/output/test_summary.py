@@ -8,16 +8,16 @@ from PIL import Image
 
 from diffusion.runs import cut
 from reslora.common.figures import comparison
-from reslora.diffusion.arguments import Flags
 from reslora.diffusion.output import summary
 from reslora.diffusion.output.reports import save_images
+from reslora.options.images import Options
 
 PROMPTS = ["red disc", "blue box"]
 
 
-def flags_of(output: Path, prompts: list[str] | None = None) -> Flags:
+def flags_of(output: Path, prompts: list[str] | None = None) -> Options:
     shown = {"validation_prompt": prompts, "num_validation_images": 1, "max_validation_images": 4}
-    return Flags(output_dir=str(output), method=["lora"], **shown)
+    return Options.of(output_dir=str(output), method=["lora"], **shown)
 
 
 def draw(folder: Path, prompts: list[str]) -> None:

@@ -8,14 +8,14 @@ from torch import nn
 
 from diffusion.runs import RESUME, assert_same, final_weights, killed_after, losses, main, refused, training_state
 from reslora.config import ResLoraConfig
-from reslora.diffusion.arguments import Flags
 from reslora.diffusion.optimizers import OPTIMIZERS, Named, options_of
 from reslora.diffusion.settings import parse_args
 from reslora.diffusion.training.state import Learner, new_optimizer, shortcuts_of
+from reslora.options.images import Options
 
 ACCELERATOR = SimpleNamespace(num_processes=1, device=torch.device("cpu"), scaler=None)
 
-FLAGS = Flags(
+FLAGS = Options.of(
     learning_rate=1e-3, scale_lr=False, train_batch_size=2, gradient_accumulation_steps=3, adam_beta1=0.8,
     adam_beta2=0.95, adam_weight_decay=0.1, adam_epsilon=1e-6, use_8bit_adam=False,
     optimizer="adamw", optimizer_args=[],
@@ -105,7 +105,7 @@ def test_optimizers_that_are_none_are_refused_before_long_work(base_flags, capsy
 
 def test_a_run_that_goes_on_may_have_been_begun_with_a_rate_among_the_arguments(base_flags):
     words = [*base_flags, "--optimizer_args", "lr=0.5", "--resume_from_checkpoint", "latest"]
-    assert parse_args(list(map(str, words))).optimizer_args == ["lr=0.5"]
+    assert parse_args(list(map(str, words))).optimizer.optimizer_args == ["lr=0.5"]
 
 
 @pytest.mark.parametrize("flags", [["--use_8bit_adam"], ["--optimizer", "adamw8bit"]])
@@ -120,5 +120,5 @@ def test_prodigy_has_a_rate_of_its_own(base_flags, tmp_path):
     if "--learning_rate" in without:
         place = without.index("--learning_rate")
         del without[place : place + 2]
-    assert parse_args([*without, "--optimizer", "prodigy"]).learning_rate == 1.0
-    assert parse_args([*without, "--optimizer", "prodigy", "--learning_rate", "0.5"]).learning_rate == 0.5
+    assert parse_args([*without, "--optimizer", "prodigy"]).optimizer.learning_rate == 1.0
+    assert parse_args([*without, "--optimizer", "prodigy", "--learning_rate", "0.5"]).optimizer.learning_rate == 0.5

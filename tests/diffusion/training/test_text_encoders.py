@@ -111,7 +111,7 @@ def test_loss_and_gradients_are_those_of_plain_encoders(setting, name):
     by_hand = {part: with_adapter(plain, made[part], leaves, 2.0) for part, plain in stock.items()}
     text = texts_by_hand(name, one.stock, by_hand, batch.caption)
     with torch.no_grad():
-        plain = one.family.encode_captions(one.stock, batch.caption, one.flags.max_sequence_length)
+        plain = one.family.encode_captions(one.stock, batch.caption, one.options.training.max_sequence_length)
     changed = "pooled" if name == "flux" else "states"
     assert (plain[changed] - text[changed]).std() > 1e-2
     told = DenoisingLoss(one.context, one.objective, one.loss.pipeline, one.denoiser.config)
@@ -170,7 +170,7 @@ def test_prompts_are_encoded_by_the_encoder_as_it_is(setting):
             return SimpleNamespace(images=[None])
 
     pipe.__class__ = Recorder
-    Drawer(pipe, one.family, kept, one.flags, one.family.trainable).draw(learner.denoiser, ["red disc"], 1)
+    Drawer(pipe, one.family, kept, one.options, one.family.trainable).draw(learner.denoiser, ["red disc"], 1)
     assert all(encoder.training for encoder in learner.trained.parts.values())
     with torch.no_grad():
         tokens = one.stock.tokenizer(["red disc"], padding="max_length", max_length=8, return_tensors="pt").input_ids
