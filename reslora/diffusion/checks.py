@@ -68,11 +68,13 @@ def check_pipeline(options: Options, pipeline: DiffusionPipeline, family: Family
         if any(side % multiple or not side for side in (size.height, size.width)):
             argument = f"--aspect_ratio_buckets {size.height},{size.width}"
             raise InvalidArgument(argument, f"the pipeline takes multiples of {multiple}", "give sides that are")
-    for name in ("resolution", "validation_height", "validation_width"):
-        for pixels in listed(options[name]):
-            if pixels % multiple:
-                argument, problem = f"--{name} {pixels}", f"the pipeline takes multiples of {multiple}"
-                raise InvalidArgument(argument, problem, f"give {max(1, pixels // multiple) * multiple}")
+    sides = [("resolution", pixels) for pixels in options.data.resolution]
+    sides += [("validation_height", options.validation.validation_height or 0)]
+    sides += [("validation_width", options.validation.validation_width or 0)]
+    for name, pixels in sides:
+        if pixels % multiple:
+            argument, problem = f"--{name} {pixels}", f"the pipeline takes multiples of {multiple}"
+            raise InvalidArgument(argument, problem, f"give {max(1, pixels // multiple) * multiple}")
 
 
 def check_prompt(prompt: Prompt, timesteps: int, multiple: int, told: str) -> None:

@@ -120,9 +120,11 @@ class Variants(TorchDataset):
     With --masked_loss, also its masks (variants x 1 x height x width).
     """
 
-    def __init__(self, images: ImageDataset, sizes: Sequence[Size], options: Options) -> None:
-        self.images, self.sizes, self.options = images, sizes, options
-        self.flips = (False, True) if options.data.random_flip else (False,)
+    def __init__(
+        self, images: ImageDataset, sizes: Sequence[Size], data: DataOptions, training: TrainingOptions
+    ) -> None:
+        self.images, self.sizes, self.data, self.training = images, sizes, data, training
+        self.flips = (False, True) if data.random_flip else (False,)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -137,27 +139,26 @@ class Variants(TorchDataset):
         image, size = self.images.sizes[index], self.sizes[index]
         whole = image[0] * size.height == image[1] * size.width
         # In a bucket that fits there is little room for a crop to move in.
-        fits = self.options.data.use_aspect_ratio_buckets and kept(image, size) >= FITS
-        return 1 if whole or fits or self.options.data.center_crop else RANDOM_CROPS
+        fits = self.data.use_aspect_ratio_buckets and kept(image, size) >= FITS
+        return 1 if whole or fits or self.data.center_crop else RANDOM_CROPS
 
     def key(self, index: int) -> tuple:
         """All that the pixels of an image depend on."""
-        options, size, crops = self.options, self.sizes[index], self.crops(index)
-        seed = options.training.seed if crops > 1 else None
-        pixels = (size.height, size.width, options.data.image_interpolation_mode, crops, self.flips, seed)
-        return (self.images.marks[index], *pixels, *([MASKED] if options.training.masked_loss else []))
+        size, crops = self.sizes[index], self.crops(index)
+        seed = self.training.seed if crops > 1 else None
+        pixels = (size.height, size.width, self.data.image_interpolation_mode, crops, self.flips, seed)
+        return (self.images.marks[index], *pixels, *([MASKED] if self.training.masked_loss else []))
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, ...] | str:
-        found = opened(self.images, index, self.options)
+        found = opened(self.images, index, self.training.masked_loss)
         if isinstance(found, str):
             return found
         image, mask = found
-        random = generator(
-            self.options.training.seed, "crops", self.images.marks[index]
-        )  # wherever in the data the image is
+        # Wherever in the data the image is.
+        random = generator(self.training.seed, "crops", self.images.marks[index])
         draws = torch.rand(self.crops(index) - 1, 2, generator=random).tolist()
         how = [(crop, flip) for crop in [(0.5, 0.5), *draws] for flip in self.flips]
-        size, interpolation = self.sizes[index], self.options.data.image_interpolation_mode
+        size, interpolation = self.sizes[index], self.data.image_interpolation_mode
         pixels = torch.stack([crop_and_scale(image, crop, flip, size, interpolation) for crop, flip in how])
         sizes = torch.tensor([crop_sizes(image.size, crop, flip, size) for crop, flip in how])
         masks = [] if mask is None else [torch.stack([crop_mask(mask, crop, flip, size) for crop, flip in how])]
@@ -167,21 +168,21 @@ class Variants(TorchDataset):
 class Damages(TorchDataset):
     """Why image `index` cannot be trained, or nothing to be kept of it."""
 
-    def __init__(self, images: ImageDataset, options: Options) -> None:
-        self.images, self.options = images, options
+    def __init__(self, images: ImageDataset, masked: bool) -> None:
+        self.images, self.masked = images, masked
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> Item:
-        found = opened(self.images, index, self.options)
+        found = opened(self.images, index, self.masked)
         return found if isinstance(found, str) else ()
 
 
-def opened(images: ImageDataset, index: int, options: Options) -> tuple[Image, Image | None] | str:
+def opened(images: ImageDataset, index: int, masked: bool) -> tuple[Image, Image | None] | str:
     """An image, and its mask with --masked_loss, or why it cannot be trained; `RunFailed` where it may be whole."""
     try:
-        image, mask = images.open_masked(index) if options.training.masked_loss else (images.open(index), None)
+        image, mask = images.open_masked(index) if masked else (images.open(index), None)
     except Exception as error:
         if passes(error):
             raise RunFailed(f"{images.name(index)} {damage(error)}") from None
@@ -204,7 +205,7 @@ def damaged_images(images: ImageDataset, context: Context) -> dict[int, str]:
     """Which images cannot be trained, and why, where no latents are kept: each is opened once, for all runs."""
     keys = [derive(mark, context.options.training.masked_loss and MASKED) for mark in images.marks]
     found = Encoded(cache_folder(context.options.model, context.options.output), "opened", keys)
-    _fill(found, Damages(images, context.options), lambda item: item, "opening image", context)
+    _fill(found, Damages(images, context.options.training.masked_loss), lambda item: item, "opening image", context)
     return found.problems()
 
 

@@ -31,7 +31,7 @@ def load_folders(options: Options, caption: str | None = None) -> list[ImageData
         kohyas, notes = ([], []) if options.data.dataset_name else kohyas_folders(Path(name), options)
         lines += notes
         for path, own, text in kohyas or [(name, 1, caption)]:
-            images = usable(options.replace(train_data_dir=str(path)), text, deep=not kohyas)
+            images = usable(options, text, deep=not kohyas)  # PATH
             found.append(dataclasses.replace(images, repeats=times * own, weight=weight))
             labels.append((str(path), text if kohyas else None))
     if options.training.masked_loss and caption is None and not any(any(images.masked) for images in found):

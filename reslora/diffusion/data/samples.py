@@ -124,7 +124,7 @@ class TrainingSamples(Dataset):
 
     def _fresh(self, source: Source, draw: Draw, draws: torch.Generator) -> dict[str, torch.Tensor]:
         options = self.material.options
-        found = opened(source.images, draw.image, options)
+        found = opened(source.images, draw.image, options.training.masked_loss)
         if isinstance(found, str):
             raise RunFailed(f"{source.images.name(draw.image)}: {found}")
         image, mask = found

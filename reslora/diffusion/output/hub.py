@@ -95,5 +95,5 @@ def comparison_of(options: Options) -> bytes:
     prompts = shown.get("validation_prompt", options.validation.validation_prompt)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "comparison.png"
-        write_comparison(options.replace(validation_prompt=prompts), path)
+        write_comparison(options, path)
         return path.read_bytes() if path.is_file() else b""

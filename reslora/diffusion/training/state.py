@@ -191,7 +191,8 @@ def config_of(
 
     With `start`, each of its layers has its own rank and alpha. Those that flags name are layers of the denoiser.
     """
-    patterns: dict[str, Any] = {} if targets else {name: entries(name, options[name]) for name in FIELDS}
+    given = {"rank_pattern": options.adapter.rank_pattern, "alpha_pattern": options.adapter.alpha_pattern}
+    patterns: dict[str, Any] = {} if targets else {name: entries(name, texts) for name, texts in given.items()}
     settings = AdapterSettings(
         r=options.adapter.rank, alpha=options.adapter.lora_alpha, dropout=options.adapter.lora_dropout,
         targets=targets or targets_of(options.adapter.target_modules), total_steps=total_steps,
