@@ -208,7 +208,7 @@ class Table:
     def read(cls, path: Path, images: Images) -> Table:
         """The table as it is now; raises `InvalidArgument` as the trainer does."""
         table = cls(path, images)
-        found = read_metadata(path, table.flags)
+        found = read_metadata(path, table.flags.data, table.flags.training)
         table.names = names_of(found.files, images.folder.path)
         table.captions = [tuple(captions) for captions in found.rows["captions"]]
         table.cut(path.read_text(encoding="utf-8-sig"))

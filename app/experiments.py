@@ -33,7 +33,9 @@ def plan(trainings: Trainings, name: str, settings: dict, folder: object = None,
         if not isinstance(grid, Grid):
             raise RunError(ALONE)
         course = Course(grid)
-        advice = [] if images is None else too_few(trainings, course.grid.base.experiment.test_split or 0, folder, uploads)
+        advice = (
+            [] if images is None else too_few(trainings, course.grid.base.experiment.test_split or 0, folder, uploads)
+        )
     except RunError as error:
         return notice(str(error))
     except OSError as error:

@@ -7,6 +7,7 @@ folder holds is never shown.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import os
 import re
@@ -141,7 +142,7 @@ def _flags(resolution: str, buckets: bool, column: str) -> Options:
 def state_of(folder: Folder, flags: Options) -> int:
     """Changes with any file of a folder."""
     try:
-        return hash(tuple((str(path), stamp_of(path)) for path in files_of(folder.path, flags)))
+        return hash(tuple((str(path), stamp_of(path)) for path in files_of(folder.path, flags.data, flags.output)))
     except OSError:
         raise RunError("This folder cannot be read just now.") from None
 
@@ -165,7 +166,7 @@ def read(folder: Folder, flags: Options) -> Images:
     notes: list[str] = []
     refused, fixed, metadata, why = "", "", None, "no caption"
     try:
-        parts, notes = kohyas_folders(folder.path, flags)
+        parts, notes = kohyas_folders(folder.path, flags.data, flags.output)
         why = "not in one of kohya's folders" if parts else why
         for part, _, text in parts or [(str(folder.path), 1, None)]:
             found = with_masks(Path(part), flags.replace(train_data_dir=part), text, deep=not parts)
@@ -177,7 +178,9 @@ def read(folder: Folder, flags: Options) -> Images:
                 metadata, why = found.metadata, f"not listed in {found.metadata.name}"
     except (InvalidArgument, OSError) as error:
         images, refused = {}, folder.without_path(str(error))
-        fixed = refused if any(path.name in METADATA for path in files_of(folder.path, flags)) else ""
+        fixed = (
+            refused if any(path.name in METADATA for path in files_of(folder.path, flags.data, flags.output)) else ""
+        )
     images |= unread(folder, flags, images, why, metadata)
     if images and not refused and all(image.problem for image in images.values()):
         refused = "no image can be used"
@@ -187,13 +190,14 @@ def read(folder: Folder, flags: Options) -> Images:
 def with_masks(folder: Path, flags: Options, caption: str | None, deep: bool) -> Found | None:
     """What the trainer reads with --masked_loss or, where that refuses the masks, without."""
     with contextlib.suppress(InvalidArgument):
-        return read_folder(folder, flags.replace(masked_loss=True), caption, deep)
-    return read_folder(folder, flags, caption, deep)
+        masked = dataclasses.replace(flags.training, masked_loss=True)
+        return read_folder(folder, flags.data, masked, flags.output, caption, deep)
+    return read_folder(folder, flags.data, flags.training, flags.output, caption, deep)
 
 
 def whole_line(folder: Folder, flags: Options) -> str:
     """Why no image of a folder is shown that the datasets library reads."""
-    layout = layout_of(files_of(folder.path, flags), folder.path) or "metadata in a folder below"
+    layout = layout_of(files_of(folder.path, flags.data, flags.output), folder.path) or "metadata in a folder below"
     return f"the datasets library reads this folder as a whole ({layout}): it can be trained on, but is not shown here"
 
 
@@ -223,7 +227,7 @@ def unread(folder: Folder, flags: Options, read: dict[str, Image], why: str, met
     known = {os.path.normpath(path) for image in read.values() for path in (image.path, image.mask) if path}
     paths = [
         path
-        for path in files_of(folder.path, flags)
+        for path in files_of(folder.path, flags.data, flags.output)
         if path.suffix.lower() in SUFFIXES and os.path.normpath(path) not in known
     ]
     names = names_of([*(image.path for image in read.values()), *paths], folder.path)[len(read) :]
@@ -248,7 +252,7 @@ def header_of(folder: Folder, path: Path) -> tuple[int, int] | None:
 
 def buckets_of(size: tuple[int, int], flags: Options) -> tuple[Size, ...]:
     """What an image is cropped and scaled to, at each resolution."""
-    return tuple(dict.fromkeys(size_of(size, side, MULTIPLE, flags)[0] for side in flags.data.resolution))
+    return tuple(dict.fromkeys(size_of(size, side, MULTIPLE, flags.data)[0] for side in flags.data.resolution))
 
 
 def names_of(paths: Sequence[Path], folder: Path) -> list[str]:

@@ -32,12 +32,24 @@ def newest_checkpoint(folder: Path) -> Path:
 def image_table(flags: list[str], method: Path) -> dict[str, dict]:
     """Loss on held-out images of a train_sd.py method's last checkpoint, unmerged and merged by every method."""
     flags = parse_args([*flags, "--output_dir", str(method.parent)])
-    context = settle(flags, start_accelerator(flags), StopRequest())
+    context = settle(
+        flags,
+        start_accelerator(flags.model, flags.adapter, flags.training, flags.optimizer, flags.output),
+        StopRequest(),
+    )
     flags, accelerator = context.options, context.accelerator
     pipeline, objective = load_and_check(context)
-    material = material_of([load_images(flags)], pipeline, objective, context)
+    material = material_of(
+        [load_images(flags.model, flags.data, flags.training, flags.output)], pipeline, objective, context
+    )
     denoiser = context.model.load_denoiser(context.dtype, accelerator.device)
-    add_adapter(denoiser, method.name, flags, config_of(method.name, flags, flags.training.max_train_steps))
+    add_adapter(
+        denoiser,
+        method.name,
+        flags.adapter,
+        flags.training,
+        config_of(method.name, flags.adapter, flags.training.max_train_steps),
+    )
     load_adapter(denoiser, newest_checkpoint(method))
     loss = DenoisingLoss(context, objective, pipeline, denoiser.config)
     validation = Validation(loss, material, None, accelerator, context.stop)

@@ -67,8 +67,11 @@ def flags_of(family: str, side: str, more: list[str], folder: Path) -> list[str]
 def planned(flags: list[str]) -> dict:
     """Bytes by phase, and the seconds that finding them took."""
     parsed = parse_args(flags)
-    accelerator = start_accelerator(parsed)
-    images, context = load_folders(parsed), settle(parsed, accelerator, StopRequest())
+    accelerator = start_accelerator(parsed.model, parsed.adapter, parsed.training, parsed.optimizer, parsed.output)
+    images, context = (
+        load_folders(parsed.model, parsed.data, parsed.training, parsed.output),
+        settle(parsed, accelerator, StopRequest()),
+    )
     began = time.perf_counter()
     plan = plan_of(images, context, free_memory(CPU))
     return {"seconds": round(time.perf_counter() - began, 2), **{phase.name: phase.total for phase in plan.phases}}

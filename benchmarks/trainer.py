@@ -268,7 +268,7 @@ def loader(args: argparse.Namespace) -> dict:
         flags += ["--resolution", "512", "--train_batch_size", str(args.batch), "--max_train_steps", "1000000"]
         flags = parse_args([*flags, "--output_dir", str(Path(folder) / "run")])
         began = time.perf_counter()
-        images = load_images(flags)
+        images = load_images(flags.model, flags.data, flags.training, flags.output)
         found = {"scan_seconds": time.perf_counter() - began, "workers": {}}
         print(f"finding {args.images} images and checking their headers: {found['scan_seconds']:.1f} s", flush=True)
         for workers in args.workers:
@@ -285,7 +285,7 @@ def loading(args: argparse.Namespace, flags: Options, images: ImageDataset, cach
     context = Context(flags, model, Accelerator(cpu=True), StopRequest())
     vae = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
     began = time.perf_counter()
-    latents, _ = encode_images(Variants(images, [size] * len(images), flags), "", vae, context)
+    latents, _ = encode_images(Variants(images, [size] * len(images), flags.data, flags.training), "", vae, context)
     rates = {"encoding, images/s": args.images / (time.perf_counter() - began)}
     print(f"{workers} workers  encoding  {rates['encoding, images/s']:8.1f} images/s", flush=True)
     texts = encode_texts([text for options in images.captions for text in options], "", lambda: None, context)

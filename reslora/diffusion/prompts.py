@@ -15,7 +15,7 @@ from ..common.checks import is_number, is_whole, number_in_words, whole_in_words
 from ..common.errors import InvalidArgument, first_line
 
 if TYPE_CHECKING:
-    from ..options.images import Options
+    from ..options.images import DataOptions, ValidationOptions
     from .model.families.base import Family
 
 UNRELATED = ("a wooden chair in a white room", "a snowy mountain", "a bowl of oranges", "an old man reading a book")
@@ -49,13 +49,10 @@ class Prompt:
     """kohya's: guidance by a negative prompt, of which 1 is none. It wins, except where a model is told the other."""
 
 
-def prompts_of(options: Options) -> list[Prompt]:
+def prompts_of(options: ValidationOptions) -> list[Prompt]:
     """The prompts of --validation_prompt with their options."""
-    own_options = options.validation.validation_prompt_options or ["{}"] * len(options.validation.validation_prompt)
-    return [
-        Prompt(text, **json.loads(own))
-        for text, own in zip(options.validation.validation_prompt, own_options, strict=True)
-    ]
+    own_options = options.validation_prompt_options or ["{}"] * len(options.validation_prompt)
+    return [Prompt(text, **json.loads(own)) for text, own in zip(options.validation_prompt, own_options, strict=True)]
 
 
 def options_text(text: str) -> str:
@@ -176,14 +173,14 @@ def _checked(options: dict, where: str) -> str:
         raise InvalidArgument(where, first_line(error), "correct it") from None
 
 
-def settled(prompt: Prompt, options: Options, family: Family) -> Prompt:
+def settled(prompt: Prompt, data: DataOptions, validation: ValidationOptions, family: Family) -> Prompt:
     """The prompt with every option filled in by the flags, and guidance as the family's pipeline counts it."""
-    side = options.data.resolution[0]
+    side = data.resolution[0]
     guidance = prompt.guidance_scale
     if prompt.cfg_scale is not None and not family.is_told_guidance:
         guidance = max(0.0, prompt.cfg_scale - (1 - family.unguided))
     return dataclasses.replace(
-        prompt, cfg_scale=None, guidance_scale=options.validation.guidance_scale if guidance is None else guidance,
-        width=prompt.width or options.validation.validation_width or side, height=prompt.height or options.validation.validation_height or side,
-        num_inference_steps=prompt.num_inference_steps or options.validation.num_inference_steps,
+        prompt, cfg_scale=None, guidance_scale=validation.guidance_scale if guidance is None else guidance,
+        width=prompt.width or validation.validation_width or side, height=prompt.height or validation.validation_height or side,
+        num_inference_steps=prompt.num_inference_steps or validation.num_inference_steps,
     )  # fmt: skip

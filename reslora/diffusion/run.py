@@ -89,7 +89,9 @@ class Setting:
 def run(options: Options, stop: StopRequest) -> None:
     """Trains, merges and exports every method that the flags name, and shows what came of it."""
     with stop.at_once():
-        accelerator = start_accelerator(options)
+        accelerator = start_accelerator(
+            options.model, options.adapter, options.training, options.optimizer, options.output
+        )
     with contextlib.ExitStack() as stack:
         decided(lambda: take_folder(options, stop, stack))
         kinds, context = find_all(options, accelerator, stop)
@@ -101,7 +103,7 @@ def run(options: Options, stop: StopRequest) -> None:
             decided(lambda: show_again(context))
             return
         if context.options.output.push_to_hub:
-            decided(lambda: check_upload(context.options))
+            decided(lambda: check_upload(context.options.output))
         check_before_loading(kinds, context)
         pipeline, objective = each(lambda: load_and_check(context))
         start_trackers(context)
@@ -111,7 +113,7 @@ def run(options: Options, stop: StopRequest) -> None:
         tell_counts(material, context)
         forget_encoder(pipeline, context)
         setting = Setting(pipeline, material, schedule_of(material, context), identity, context)
-        decided(lambda: check_length(context.options, resume, setting.schedule.steps))
+        decided(lambda: check_length(context.options.training, resume, setting.schedule.steps))
         note_settings(context.options.flat(), setting.schedule, context.accelerator)
         for method in context.options.adapter.method:
             if method not in resume.finished:
@@ -122,9 +124,9 @@ def run(options: Options, stop: StopRequest) -> None:
 
 def find_all(options: Options, accelerator: Accelerator, stop: StopRequest) -> tuple[list[ImageDataset], Context]:
     """The images to be learnt, and class images where there are any, and all that is settled before they are used."""
-    images = each(lambda: load_folders(options))
+    images = each(lambda: load_folders(options.model, options.data, options.training, options.output))
     context = settle(options, accelerator, stop)
-    if decided(lambda: missing_class_images(context.options)):
+    if decided(lambda: missing_class_images(context.options.data, context.options.output)):
         # To draw them takes minutes. What is checked is checked again once they are there, and told then.
         told, unheard = io.StringIO(), dataclasses.replace(context)
         try:
@@ -139,8 +141,8 @@ def find_all(options: Options, accelerator: Accelerator, stop: StopRequest) -> t
 
 def settle(options: Options, accelerator: Accelerator, stop: StopRequest) -> Context:
     """The model, and the flags with all that it and accelerate decide; from here on they do not change."""
-    model = find_model(options, accelerator)
-    check_family(options, model)
+    model = find_model(options.model, options.output, accelerator)
+    check_family(options.adapter, options.training, model)
     init_lora = options.adapter.init_lora
     start = (
         each(lambda: read_start(init_lora, options.model.pretrained_model_name_or_path, model)) if init_lora else None
@@ -166,7 +168,7 @@ def take_folder(options: Options, stop: StopRequest, stack: contextlib.ExitStack
 
 def identity_of(kinds: Sequence[ImageDataset], context: Context) -> Identity:
     """What the run is trained from; refuses other content on another machine."""
-    model, images_flag = context.model, data_flag(context.options)
+    model, images_flag = context.model, data_flag(context.options.data)
     groups = [[images.fingerprint for images in kinds if images.of_class == kind] for kind in (False, True)]
     content = OF_CLASS.join("; ".join(group) for group in groups if group)
     start, lora_flag = context.start, f"--init_lora {context.options.adapter.init_lora}"
@@ -185,8 +187,13 @@ def show_plan(asked: Options | Grid[Options], stop: StopRequest) -> None:
     """
     options = asked.run(rank=max(asked.values("rank"))) if isinstance(asked, Grid) else asked
     with stop.at_once():
-        accelerator = start_accelerator(options)
-    images, context = each(lambda: load_folders(options)), settle(options, accelerator, stop)
+        accelerator = start_accelerator(
+            options.model, options.adapter, options.training, options.optimizer, options.output
+        )
+    images, context = (
+        each(lambda: load_folders(options.model, options.data, options.training, options.output)),
+        settle(options, accelerator, stop),
+    )
     check_before_loading(images, context)
 
 
@@ -195,9 +202,9 @@ def check_before_loading(kinds: Sequence[ImageDataset], context: Context) -> Non
     options, model, accelerator = context.options, context.model, context.accelerator
 
     def check() -> None:
-        check_base_precision(options, context.dtype, accelerator)
-        check_blocks_to_swap(options, model, accelerator)
-        check_methods(options, context)
+        check_base_precision(options.model, context.dtype, accelerator)
+        check_blocks_to_swap(options.model, model, accelerator)
+        check_methods(options.adapter, options.training, context)
         if cuts_base(accelerator):
             units_of(model.empty_denoiser(), accelerator)
         check_optimizer(context)
@@ -216,7 +223,7 @@ def load_and_check(context: Context) -> tuple[DiffusionPipeline, Objective]:
         encoders=not options.data.cache_text_embeddings,
         trainable=bool(context.encoders),
     )
-    check_pipeline(options, pipeline, model.family)
+    check_pipeline(options.data, options.validation, pipeline, model.family)
     objective = objective_of(options.model, options.training, model.family, pipeline)
     check_encoders(pipeline, context)
     if options.validation.metric_model and accelerator.is_main_process:
@@ -266,7 +273,7 @@ def put_control_on(learner: Learner, setting: Setting) -> None:
     def measured() -> list[Settings]:
         with contextlib.ExitStack() as stack, accelerator.autocast():
             gauges = [
-                stack.enter_context(gauged(learner.method, part, shortcuts_of(options)))
+                stack.enter_context(gauged(learner.method, part, shortcuts_of(options.adapter)))
                 for part in trained.parts.values()
             ]
             for batch in samples.batches(options.adapter.merge_calibration_samples, accelerator.num_processes):
@@ -287,7 +294,7 @@ def go_on(learner: Learner, resume: Resume, context: Context) -> None:
     elif options.output.resume_from_checkpoint and not candidates:
         where = context.folder / name
         context.accelerator.print(f"--resume_from_checkpoint latest: no checkpoint in {where}, {name} starts afresh")
-    restore(learner, candidates, options, context.accelerator)
+    restore(learner, candidates, options.output, context.accelerator)
     if options.validation.save_best:
         decided(lambda: go_on_from(context.folder / name, learner.step))
     prepare(learner, context)
@@ -298,7 +305,15 @@ def train_and_export(learner: Learner, setting: Setting, validation: type[Valida
     material, schedule, identity, context = setting.material, setting.schedule, setting.identity, setting.context
     options, accelerator, folder = context.options, context.accelerator, context.folder / learner.name
     loss = learner.trained.loss
-    drawer = Drawer(loss.pipeline, context.model.family, material.texts, options, context.encoders)
+    drawer = Drawer(
+        loss.pipeline,
+        context.model.family,
+        material.texts,
+        options.data,
+        options.training,
+        options.validation,
+        context.encoders,
+    )
 
     def export() -> None:
         differences = export_method(learner, material, drawer, schedule, context)
@@ -333,8 +348,14 @@ def has_diverged(error: Diverged | EndedElsewhere) -> bool:
 def show(material: Material, context: Context) -> None:
     """Figures, a summary, and an upload where that is asked for."""
     context.status.say("finishing")
-    write_figures(context.options, len(material.held_out), material.learnt)
-    print_summary(context.options)
+    write_figures(
+        context.options.adapter,
+        context.options.validation,
+        context.options.output,
+        len(material.held_out),
+        material.learnt,
+    )
+    print_summary(context.options.adapter, context.options.output)
     if context.options.output.push_to_hub:
         publish(context)
 
@@ -342,6 +363,6 @@ def show(material: Material, context: Context) -> None:
 def show_again(context: Context) -> None:
     """What a run that is finished already has made."""
     print(f"{context.folder} holds this run already, finished; nothing to do")
-    print_summary(context.options)
+    print_summary(context.options.adapter, context.options.output)
     if context.options.output.push_to_hub:
         publish(context)

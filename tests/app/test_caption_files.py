@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from diffusion.runs import parts
 from pipelines import image_folder
 
 from app.caption_files import Edit, write
@@ -18,7 +19,11 @@ def images_in(folder) -> Images:
 
 def trained_with(folder) -> list[list[str]]:
     """By the trainer's own reading."""
-    return list(load_images(flags_of().replace(train_data_dir=str(folder))).captions)
+    return list(
+        load_images(
+            *parts(flags_of().replace(train_data_dir=str(folder)), "model", "data", "training", "output"),
+        ).captions
+    )
 
 
 @pytest.mark.parametrize("layout", ["jsonl", "csv", "txt"])

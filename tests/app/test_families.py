@@ -36,7 +36,7 @@ def run(request, tmp_path_factory):
         pretrained_model_name_or_path=str(model), pretrained_vae_model_name_or_path=None, revision=None, variant=None,
         cache_dir=None, output_dir="", prediction_type=None,
     )  # fmt: skip
-    found = find_model(flags, PartialState())
+    found = find_model(flags.model, flags.output, PartialState())
     targets = found.family.defaults.get("target_modules", ["to_q", "to_k", "to_v", "to_out.0"])
     change_config(folder / "runs" / "run", target_modules=targets, lora_alpha=4)
     for method in ("lora", "reslora"):

@@ -8,6 +8,7 @@ import datasets
 import PIL.Image
 import pytest
 from app_runs import HOSTILE, write_run
+from diffusion.runs import parts
 from pipelines import image_folder, random_image
 
 from app import caption_files, cards, image_folders, trash
@@ -33,7 +34,9 @@ def edits(tmp_path):
 
 def trained(folder, **flags):
     """What the trainer itself reads."""
-    return load_images(flags_of().replace(train_data_dir=str(folder), **flags))
+    return load_images(
+        *parts(flags_of().replace(train_data_dir=str(folder), **flags), "model", "data", "training", "output"),
+    )
 
 
 def test_what_the_trainer_says_of_a_folder_names_no_place_of_this_machine(edits, tmp_path):
@@ -186,7 +189,11 @@ def test_kohyas_folders_mean_what_they_mean_to_the_trainer(edits, tmp_path):
     shutil.move(folder, tmp_path / "data" / "kohya" / "3_sks fox")
     (tmp_path / "data" / "kohya" / "3_sks fox" / "5.txt").unlink()
     images = edits.look("kohya")
-    (said,) = load_folders(flags_of().replace(train_data_dir=str(tmp_path / "data" / "kohya")))
+    (said,) = load_folders(
+        *parts(
+            flags_of().replace(train_data_dir=str(tmp_path / "data" / "kohya")), "model", "data", "training", "output"
+        ),
+    )
     assert [list(image.captions) for image in images.images.values()] == said.captions
     assert said.captions[5] == ["sks fox"]
     edits.change_captions(images, ["3_sks fox/5.png"], AFTER, ", red")

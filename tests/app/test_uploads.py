@@ -6,6 +6,7 @@ import shutil
 
 import PIL.Image
 import pytest
+from diffusion.runs import parts
 
 from app.folders import SETS, UPLOADS
 from app.image_folders import ImageFolders, flags_of
@@ -38,7 +39,15 @@ def test_what_is_uploaded_is_what_the_trainer_reads(sent, tmp_path):
     (sent / "b.txt").write_text(long, encoding="utf-8-sig")
     (sent / "c.caption").write_text("kohya's\r\nsecond line", newline="")
     uploads = [str(path) for path in sorted(sent.iterdir())]
-    found = load_images(flags_of().replace(train_data_dir=str(store_images(tmp_path / "new", uploads, ""))))
+    found = load_images(
+        *parts(
+            flags_of().replace(train_data_dir=str(store_images(tmp_path / "new", uploads, ""))),
+            "model",
+            "data",
+            "training",
+            "output",
+        ),
+    )
     captions = [["a café"], [long.strip()], ["kohya's\r\nsecond line"], ["e"], ["red fox 1"]]
     assert found.captions == captions and found.left_out == ()
     shown = Trainings(Library(tmp_path)).first_images(None, uploads)

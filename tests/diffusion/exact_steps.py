@@ -11,6 +11,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
+from diffusion.runs import parts
 from reslora.common.script import shares_the_cpu
 from reslora.common.signals import StopRequest
 from reslora.diffusion.context import Context
@@ -93,7 +94,7 @@ def learner_of(denoiser: torch.nn.Module, loss: DenoisingLoss, accelerator: Acce
 def trained(folder: Path, batch: int, accumulation: int, *flags: str) -> dict[str, torch.Tensor]:
     """The adapter and the loss after every step."""
     words = ["--train_batch_size", str(batch), "--gradient_accumulation_steps", str(accumulation), *flags]
-    plugin = take_plugin(parse_args([]))
+    plugin = take_plugin(*parts(parse_args([]), "model", "adapter", "training", "output"))
     accelerator = Accelerator(gradient_accumulation_steps=accumulation, cpu=shares_the_cpu())
     share(plugin, accelerator)
     material, loss, denoiser = setting(folder, accelerator, *words)

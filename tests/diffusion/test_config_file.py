@@ -33,7 +33,11 @@ def test_the_best_arm_of_an_experiment_is_trained_once_more(begun, capsys):
     config = begun(*several, *SPLITS, "--experiment_minutes", "5")
     flags = parse_args([*config, "--method", "lora", "--learning_rate", "2e-3", "--seed", "1"])
     assert (flags.adapter.method, flags.optimizer.learning_rate, flags.training.seed) == (["lora"], 2e-3, 1)
-    assert flags.experiment.select_split is None and flags.experiment.test_split is None and flags.experiment.experiment_minutes is None
+    assert (
+        flags.experiment.select_split is None
+        and flags.experiment.test_split is None
+        and flags.experiment.experiment_minutes is None
+    )
     line = "without --select_split, --test_split, --experiment_minutes, as this is no experiment"
     assert only(capsys.readouterr().out.splitlines(), line)
     again = parse_args([*config, "--seed", "0", "1", "2"])

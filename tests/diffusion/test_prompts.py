@@ -16,7 +16,7 @@ ALL = Prompt("a red disc", "blue box, dim", 64, 96, 7, 20, guidance_scale=3.5, c
 
 def read(path) -> list[Prompt]:
     prompts, options = from_file([str(path)])
-    return prompts_of(SimpleNamespace(validation_prompt=prompts, validation_prompt_options=options))
+    return prompts_of(SimpleNamespace(validation_prompt=prompts, validation_prompt_options=options).validation)
 
 
 def test_kohyas_lines(tmp_path):
@@ -67,13 +67,13 @@ def test_a_file_beside_other_prompts_is_refused(prompts):
 def test_a_run_repeats_the_options_by_its_own_flags(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("a\nb --w 64")
     flags = parse_args(["--validation_prompt", str(tmp_path / "a.txt")])
-    assert prompts_of(flags) == [Prompt("a"), Prompt("b", width=64)]
+    assert prompts_of(flags.validation) == [Prompt("a"), Prompt("b", width=64)]
     names = ("validation_prompt", "validation_prompt_options")
     (tmp_path / "config.json").write_text(json.dumps({name: flags[name] for name in names}))
     again = parse_args(["--config", str(tmp_path / "config.json")])
-    assert prompts_of(again) == prompts_of(flags)
+    assert prompts_of(again.validation) == prompts_of(flags.validation)
     other = parse_args(["--config", str(tmp_path / "config.json"), "--validation_prompt", "c"])
-    assert prompts_of(other) == [Prompt("c")]
+    assert prompts_of(other.validation) == [Prompt("c")]
     words = ["--validation_prompt", "a", "b", "--validation_prompt_options"]
     assert "1 for 2 prompts" in refused(capsys, *words, "{}")
     assert "width 'x' is not a whole" in refused(capsys, *words, "{}", '{"width": "x"}')

@@ -149,7 +149,9 @@ def test_without_cached_latents_an_image_is_opened_once_before_training_and_when
 
 
 def test_positions_of_a_long_run_are_not_held(folder):
-    flags = Options.of(train_batch_size=2, gradient_accumulation_steps=1, dataloader_num_workers=0, noise_offset=0.0, seed=0)
+    flags = Options.of(
+        train_batch_size=2, gradient_accumulation_steps=1, dataloader_num_workers=0, noise_offset=0.0, seed=0
+    )
     source = Source(None, None, tuple(range(IMAGES)), (), (Size(8, 8),), (0,) * IMAGES)
     material = Material((source,), None, None, {}, flags)
     tracemalloc.start()

@@ -17,7 +17,11 @@ from reslora.diffusion.settings import ASSETS, parse_args
 def test_the_bundled_pipeline_has_defaults_of_its_own(data):
     """What depends on the model's family stays open until that is known."""
     bundled = parse_args([])
-    assert (bundled.adapter.method, bundled.data.resolution, bundled.training.max_train_steps) == (["lora", "reslora"], [64], 200)
+    assert (bundled.adapter.method, bundled.data.resolution, bundled.training.max_train_steps) == (
+        ["lora", "reslora"],
+        [64],
+        200,
+    )
     assert Path(*bundled.data.train_data_dir).name == "openmoji" and bundled.validation.validation_prompt
     assert parse_args(["--pretrained_model_name_or_path", bundled.model.pretrained_model_name_or_path]) == bundled
     named = parse_args(["--pretrained_model_name_or_path", "somebody/model", "--train_data_dir", str(data)])
@@ -82,7 +86,12 @@ def test_config_file_gives_flags_and_the_command_line_wins(run, data, model, tmp
     assert (args["random_flip"], args["cache_latents"]) == (True, False)
     more = ["--num_train_epochs", "5", "--validation_epochs", "3", "--rank", "5", "--no-random_flip"]
     args = parse_args(["--config", str(run / "config.json"), *more])
-    assert (args["max_train_steps"], args["num_train_epochs"], args["lora_alpha"], args["random_flip"]) == (None, 5, 10, False)
+    assert (args["max_train_steps"], args["num_train_epochs"], args["lora_alpha"], args["random_flip"]) == (
+        None,
+        5,
+        10,
+        False,
+    )
     assert args["validation_epochs"] == 3 and args["validation_steps"] is None
 
 
@@ -115,7 +124,10 @@ def test_a_runs_config_does_not_say_where_it_went_on_from(tmp_path, capsys):
         config.write_text(json.dumps(written | {"resume_from_checkpoint": value}))
         assert parse_args(["--config", str(config)]).output.resume_from_checkpoint == found
         assert capsys.readouterr().out.startswith(line)
-        assert parse_args(["--config", str(config), resume, "checkpoint-3"]).output.resume_from_checkpoint == "checkpoint-3"
+        assert (
+            parse_args(["--config", str(config), resume, "checkpoint-3"]).output.resume_from_checkpoint
+            == "checkpoint-3"
+        )
         assert not capsys.readouterr().out
     config.with_suffix(".toml").write_text('resume_from_checkpoint = "a/checkpoint-2"')
     assert parse_args(["--config", str(config.with_suffix(".toml"))]).output.resume_from_checkpoint == "a/checkpoint-2"

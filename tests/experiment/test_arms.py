@@ -52,7 +52,11 @@ def test_one_value_is_no_list_and_no_experiment():
     flags = parse_args(["--learning_rate", "1e-4", "--seed", "3", "--rank", "4", "--shortcut", "block"])
     names = ("learning_rate", "seed", "rank", "shortcut", "lora_alpha")
     assert [flags[name] for name in names] == [1e-4, 3, 4, "block", 8]
-    assert isinstance(flags, Options) and flags.experiment.select_split is None and flags.validation.validation_split == 0.1
+    assert (
+        isinstance(flags, Options)
+        and flags.experiment.select_split is None
+        and flags.validation.validation_split == 0.1
+    )
 
 
 def test_labels_are_methods_with_what_is_given_several_times():

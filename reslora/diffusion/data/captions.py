@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ...options.images import Options
+from ...options.images import DataOptions
 
 WILDCARD = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
 SEPARATOR = ","
@@ -90,11 +90,11 @@ class Recipe:
 VERBATIM = Recipe()
 
 
-def recipe_of(options: Options) -> Recipe:
+def recipe_of(options: DataOptions) -> Recipe:
     """What the flags make of captions."""
     return Recipe(
-        options.data.caption_prefix or "", options.data.caption_suffix or "", options.data.caption_dropout, options.data.enable_wildcard,
-        options.data.shuffle_caption, options.data.keep_tokens, options.data.caption_tag_dropout_rate,
+        options.caption_prefix or "", options.caption_suffix or "", options.caption_dropout, options.enable_wildcard,
+        options.shuffle_caption, options.keep_tokens, options.caption_tag_dropout_rate,
     )  # fmt: skip
 
 

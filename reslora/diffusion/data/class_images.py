@@ -24,7 +24,7 @@ from ...common.folder import guarded
 from ...common.signals import NOT_BEGUN
 from ...common.together import LONGEST_WAIT, decided, each
 from ...files import replacing
-from ...options.images import Options
+from ...options.images import DataOptions, OutputOptions
 from ...words import counted
 from ..context import Context
 from ..seeds import derive
@@ -47,32 +47,34 @@ def load_class_images(context: Context) -> list[ImageDataset]:
     decided(lambda: draw_missing(context))
     here = options.replace(train_data_dir=options.data.class_data_dir, train_data_repeats=[1], train_data_weight=[1.0])
     here = here.replace(dataset_name=None, max_train_samples=None)
-    found = each(lambda: load_folders(here, caption=options.data.class_prompt))
+    found = each(
+        lambda: load_folders(here.model, here.data, here.training, here.output, caption=options.data.class_prompt)
+    )
     return [dataclasses.replace(images, of_class=True) for images in found]
 
 
-def missing_class_images(options: Options) -> int:
+def missing_class_images(data: DataOptions, output: OutputOptions) -> int:
     """How many the model has to draw; 0 without --class_data_dir, and where kohya's folders are in it.
 
     Refuses a folder that has the images to be learnt in it, one that cannot be written, and to draw beside a metadata
     file.
     """
-    if options.data.class_data_dir is None:
+    if data.class_data_dir is None:
         return 0
-    folder = Path(options.data.class_data_dir)
-    for name in () if options.data.dataset_name else options.data.train_data_dir:
+    folder = Path(data.class_data_dir)
+    for name in () if data.dataset_name else data.train_data_dir:
         if Path(name).resolve().is_relative_to(folder.resolve()):
             problem = f"has what is to be learnt in it, --train_data_dir {name}"
             raise InvalidArgument(f"--class_data_dir {folder}", problem, "give class images a folder of their own")
-    if folder.is_dir() and kohyas_folders(folder, options)[0]:
+    if folder.is_dir() and kohyas_folders(folder, data, output)[0]:
         return 0
-    everything = files_of(folder, options) if folder.is_dir() else []
+    everything = files_of(folder, data, output) if folder.is_dir() else []
     there = sum(map(is_image, everything))
-    missing, metadata = options.data.num_class_images - there, [path for path in everything if path.name in METADATA]
+    missing, metadata = data.num_class_images - there, [path for path in everything if path.name in METADATA]
     if missing > 0 and metadata:  # what is not in it is not trained on
         problem = f"{missing} more than are there would be drawn, which {metadata[0]} does not list"
         fix = f"give --num_class_images {there}, or take that file away"
-        raise InvalidArgument(f"--num_class_images {options.data.num_class_images}", problem, fix)
+        raise InvalidArgument(f"--num_class_images {data.num_class_images}", problem, fix)
     if missing > 0:
         check_writable(folder, f"--class_data_dir {folder}")
     return max(0, missing)
@@ -81,10 +83,12 @@ def missing_class_images(options: Options) -> int:
 def draw_missing(context: Context) -> None:
     """Draws --class_prompt until --num_class_images are there: image number n is a function of the seed and n."""
     folder = Path(context.options.data.class_data_dir or "")
-    if missing_class_images(context.options):
+    if missing_class_images(context.options.data, context.options.output):
         folder.mkdir(parents=True, exist_ok=True)
         with alone_in(folder, context):
-            if missing := missing_class_images(context.options):  # another run may have drawn them meanwhile
+            if missing := missing_class_images(
+                context.options.data, context.options.output
+            ):  # another run may have drawn them meanwhile
                 draw(folder, missing, context)
 
 

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from ...common.errors import InvalidArgument, RunFailed
 from ...common.signals import NOT_BEGUN
-from ...options.images import Options
+from ...options.images import DataOptions, TrainingOptions
 from ..context import Context
 from ..folder import cache_folder
 from ..model.families.base import Family
@@ -253,7 +253,7 @@ def encoded(
 
 
 def without_damaged(
-    images: ImageDataset, latents: Latents | None, problems: dict[int, str], options: Options
+    images: ImageDataset, latents: Latents | None, problems: dict[int, str], options: DataOptions
 ) -> tuple[ImageDataset, Latents | None, list[int]]:
     """Images and their latents, if kept, that training can use, and their numbers among all.
 
@@ -262,7 +262,7 @@ def without_damaged(
     keep = [index for index in range(len(images)) if index not in problems]
     if not problems:
         return images, latents, keep
-    if options.data.strict:
+    if options.strict:
         index, problem = next(iter(problems.items()))
         raise InvalidArgument(f"--strict {images.name(index)}", problem, "repair or remove it, or leave --strict out")
     left_out = [f"{images.name(index)}: {problem}" for index, problem in problems.items()]

@@ -12,7 +12,7 @@ from ...common.errors import InvalidArgument
 from ...common.flags import listed
 from ...common.together import decided, gathered
 from ...files import read_object, write_json
-from ...options.images import Options
+from ...options.images import DataOptions
 from ...words import are, counted, printable
 from ..context import Context
 from ..model.loading import wide_enough
@@ -69,14 +69,16 @@ def note_images(material: Material, context: Context, goes_on: bool) -> None:
     used = "; ".join(source.images.fingerprint for source in material.sources)
     left_out = [line for source in material.sources for line in source.images.left_out]
     if len(set(gathered(used))) > 1:
-        raise InvalidArgument(data_flag(options), "not the same images are damaged for all processes", "repair them")
+        raise InvalidArgument(
+            data_flag(options.data), "not the same images are damaged for all processes", "repair them"
+        )
 
     def note() -> None:
         there = read_object(path).get("images", used)
         if goes_on and there != used:
             example = f" (left out: {left_out[0]})" if left_out else ""
             problem = f"{context.folder} was trained on {there}, what can be used now is {used}{example}"
-            raise InvalidArgument(data_flag(options), problem, "bring that back, or choose another --output_dir")
+            raise InvalidArgument(data_flag(options.data), problem, "bring that back, or choose another --output_dir")
         write_json(path, {"images": used, "left_out": left_out})
 
     decided(note)
@@ -91,7 +93,7 @@ def with_texts(material: Material, pipeline: DiffusionPipeline, context: Context
     parts = model.family.frozen_text_parts if context.encoders else model.family.text_parts
     key = (model.family.name, model.fingerprint(*parts), str(context.dtype))
     wanted = ["", *(options.validation.validation_prompt or material.sources[0].images.captions[0][:1])]
-    wanted += [prompt.negative_prompt for prompt in prompts_of(options)]
+    wanted += [prompt.negative_prompt for prompt in prompts_of(options.validation)]
     wanted += UNRELATED if options.validation.metric_model else ()
 
     def load_encoders() -> DiffusionPipeline:
@@ -141,12 +143,12 @@ def sources_of(images: ImageDataset, least: int, pipeline: DiffusionPipeline, co
     options, multiple = context.options, context.model.family.pixel_multiple(pipeline)
     sides, label = options.data.resolution, images.label
     labels = [f"{label} at {side}" if label and len(sides) > 1 else label for side in sides]
-    first = [size for size in sizes_of(images, multiple, options)[0] if size]
+    first = [size for size in sizes_of(images, multiple, options.data)[0] if size]
     whole = source_of(dataclasses.replace(images, label=labels[0]), first, pipeline, context)
     share = 0.0 if images.of_class else options.validation.validation_split
     train, held_out = split(len(whole.images), share, options.training.seed, least)
     found, images = [dataclasses.replace(whole, train=train, held_out=held_out)], whole.images
-    for label, sizes in zip(labels[1:], sizes_of(images, multiple, options)[1:], strict=True):
+    for label, sizes in zip(labels[1:], sizes_of(images, multiple, options.data)[1:], strict=True):
         if again := {index: size for index in train if (size := sizes[index])}:
             some = images.select(list(again))
             some = dataclasses.replace(some, label=label, left_out=(), notes=())  # the latter are told once
@@ -161,24 +163,24 @@ def source_of(images: ImageDataset, sizes: list[Size], pipeline: DiffusionPipeli
         latents, problems = latents_of(images, sizes, pipeline, context)
     else:
         latents, problems = None, damaged_images(images, context)
-    images, latents, keep = without_damaged(images, latents, problems, options)
+    images, latents, keep = without_damaged(images, latents, problems, options.data)
     buckets = tuple(dict.fromkeys(sizes))
     bucket = tuple(buckets.index(sizes[index]) for index in keep)
     weight = images.weight * (options.data.prior_loss_weight if images.of_class else 1.0)
-    recipe = VERBATIM if images.of_class else recipe_of(options)
+    recipe = VERBATIM if images.of_class else recipe_of(options.data)
     train = tuple(range(len(images)))
     return Source(images, latents, train, (), buckets, bucket, weight, images.repeats, recipe)
 
 
-def sizes_of(images: ImageDataset, multiple: int, options: Options) -> list[list[Size | None]]:
+def sizes_of(images: ImageDataset, multiple: int, options: DataOptions) -> list[list[Size | None]]:
     """What each image is cropped and scaled to at each resolution; None but at the first where that is nothing new.
 
     An image is trained once at a size, and once at its own where it is smaller than resolutions are.
     """
-    found: list[list[Size | None]] = [[] for _ in options.data.resolution]
+    found: list[list[Size | None]] = [[] for _ in options.resolution]
     for image in images.sizes:
         met: set[Size | str] = set()
-        for sizes, resolution in zip(found, options.data.resolution, strict=True):
+        for sizes, resolution in zip(found, options.resolution, strict=True):
             size, own = size_of(image, resolution, multiple, options)
             new = size not in met and not (own and "own" in met)
             sizes.append(size if new else None)
@@ -187,17 +189,17 @@ def sizes_of(images: ImageDataset, multiple: int, options: Options) -> list[list
     return found
 
 
-def size_of(image: tuple[int, int], resolution: int, multiple: int, options: Options) -> tuple[Size, bool]:
+def size_of(image: tuple[int, int], resolution: int, multiple: int, options: DataOptions) -> tuple[Size, bool]:
     """What an image (width and height) is cropped and scaled to: a square, or with buckets what keeps most of it.
 
     And whether that is its own size, for it is smaller than all buckets.
     """
-    if not options.data.use_aspect_ratio_buckets:
+    if not options.use_aspect_ratio_buckets:
         return square(resolution), False
-    if options.data.aspect_ratio_buckets:
-        return bucket_of(image, named_buckets(options.data.aspect_ratio_buckets)), False
+    if options.aspect_ratio_buckets:
+        return bucket_of(image, named_buckets(options.aspect_ratio_buckets)), False
     buckets = ladder(resolution, multiple)
-    size = bucket_of(image, buckets) if options.data.bucket_upscale else own_bucket(image, resolution, multiple)
+    size = bucket_of(image, buckets) if options.bucket_upscale else own_bucket(image, resolution, multiple)
     return size, size not in buckets
 
 
@@ -253,7 +255,7 @@ def latents_of(
     vae, model = pipeline.vae, context.model
     key = (model.family.name, model.fingerprint("vae"), str(vae.dtype))
     with wide_enough(model.family, vae):
-        return encode_images(Variants(images, sizes, context.options), key, vae, context)
+        return encode_images(Variants(images, sizes, context.options.data, context.options.training), key, vae, context)
 
 
 def tell_what_is_left_out(images: ImageDataset, context: Context) -> None:

@@ -86,7 +86,7 @@ def run_experiment(asked: Grid[Options], stop: StopRequest, orders: Orders | Non
         asked = asked.replace(logging_dir=f"{asked.base.output.logging_dir}/process-{orders.number}")
     began, plain, given = time.monotonic(), asked.run(), asked
     with stop.at_once():
-        accelerator = start_accelerator(plain)
+        accelerator = start_accelerator(plain.model, plain.adapter, plain.training, plain.optimizer, plain.output)
     with contextlib.ExitStack() as stack:
         if orders:
             stack.enter_context(lent(Path(plain.output.output_dir)))
@@ -100,7 +100,7 @@ def run_experiment(asked: Grid[Options], stop: StopRequest, orders: Orders | Non
         else:
             decided(lambda: check_folder(asked, identity))
             check_before_loading(kinds, context)
-        check_count(len({mark for images in kinds if not images.of_class for mark in images.marks}), plain)
+        check_count(len({mark for images in kinds if not images.of_class for mark in images.marks}), plain.data)
         pipeline, objective = each(lambda: load_and_check(context))
         each(lambda: check_variants(asked, context))
         if orders or (plain.experiment.arms_at_once or 1) == 1:
@@ -108,7 +108,7 @@ def run_experiment(asked: Grid[Options], stop: StopRequest, orders: Orders | Non
         material = material_of(kinds, pipeline, objective, context)
         decided(check_held)
         note_images(material, context, goes_on=(context.folder / EXPERIMENT).exists())
-        parts = decided(lambda: parts_of(learnt(material.sources), plain))
+        parts = decided(lambda: parts_of(learnt(material.sources), plain.data, plain.validation, plain.experiment))
         decided(lambda: check_parts(asked.base, parts, learnt(material.sources)))
         material = with_parts(material, parts, accelerator.num_processes)
         tell_counts(material, context)
@@ -220,7 +220,7 @@ def check_variants(grid: Grid[Options], context: Context) -> None:
     tried = [context.options]
     for options in grid.runs(*ADAPTER):
         if all(options.adapter != other.adapter for other in tried):
-            check_methods(options, context)
+            check_methods(options.adapter, options.training, context)
             tried.append(options)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import interpolate
 
-from ...options.images import Options
+from ...options.images import TrainingOptions
 from .objective import Objective
 
 
@@ -43,16 +43,16 @@ class Huber:
         return c * loss if self.kind == "huber" else loss
 
 
-def huber_of(options: Options, objective: Objective) -> Huber | None:
+def huber_of(options: TrainingOptions, objective: Objective) -> Huber | None:
     """The loss that the flags name; None for the square."""
-    if options.training.loss_type == "l2":
+    if options.loss_type == "l2":
         return None
     return Huber(
         objective,
-        options.training.loss_type,
-        options.training.huber_schedule,
-        options.training.huber_c,
-        options.training.huber_scale,
+        options.loss_type,
+        options.huber_schedule,
+        options.huber_c,
+        options.huber_scale,
     )
 
 

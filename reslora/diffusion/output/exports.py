@@ -78,7 +78,7 @@ def export_method(
     name, folder = learner.name, context.folder_of(method)
     accelerator.print(f"{name}: merging, exporting and comparing")
     context.status.say("merging", name)
-    prompts, images = prompts_of(options), options.validation.num_validation_images
+    prompts, images = prompts_of(options.validation), options.validation.num_validation_images
     shown = bool(prompts and images)
     if not shown:
         prompts, images = [Prompt(next((text for text in material.texts.places if text), ""))], 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from huggingface_hub import CommitOperationAdd
 from ...common.errors import InvalidArgument, RunFailed, first_line
 from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 from ...files import read_object
-from ...options.images import Options
+from ...options.images import AdapterOptions, OutputOptions, ValidationOptions
 from ..context import Context
 from ..refusals import repository_of
 from ..training.checkpoints import EXPORTS
@@ -26,11 +27,11 @@ UPLOADED_OF_METHOD = (
 )
 
 
-def hub_repository(options: Options) -> str:
+def hub_repository(options: OutputOptions) -> str:
     """The repository to upload to, which is made if need be."""
-    name = repository_of(options.output)
+    name = repository_of(options)
     try:
-        return huggingface_hub.create_repo(name, exist_ok=True, token=options.output.hub_token).repo_id
+        return huggingface_hub.create_repo(name, exist_ok=True, token=options.hub_token).repo_id
     except Exception as error:  # requests' or httpx's, by the version of the hub's library
         problem = f"cannot make or reach the repository {name} ({first_line(error)})"
         raise InvalidArgument("--push_to_hub", problem, "log in with `hf auth login`, or leave it out") from None
@@ -42,17 +43,21 @@ def own_card(folder: Path) -> Path | None:
     return path if path.is_file() else None
 
 
-def check_upload(options: Options) -> None:
+def check_upload(options: OutputOptions) -> None:
     """Refuses a repository that cannot be had, and says whose model card will be uploaded."""
     hub_repository(options)
-    if (own := own_card(Path(options.output.output_dir))) is not None:
+    if (own := own_card(Path(options.output_dir))) is not None:
         print(f"--push_to_hub: {own} will be uploaded as it is; remove it to have a model card written", flush=True)
 
 
 def publish(context: Context) -> None:
     """Upload a model card with what the methods left: LoRA files, samples, losses and figures."""
     options = context.options
-    name, files, own = hub_repository(options), files_of(options), own_card(context.folder)
+    name, files, own = (
+        hub_repository(options.output),
+        files_of(options.adapter, options.validation, options.output),
+        own_card(context.folder),
+    )
     try:
         if own is not None:
             print(f"{own} is uploaded as it is; remove it to have a model card written")
@@ -67,33 +72,35 @@ def publish(context: Context) -> None:
     print(f"uploaded to {name}")
 
 
-def files_of(options: Options) -> dict[str, Path | bytes]:
+def files_of(
+    adapter: AdapterOptions, validation: ValidationOptions, output_options: OutputOptions
+) -> dict[str, Path | bytes]:
     """What is uploaded beside the card, by its place in the repository: a single method's weights at its root, too."""
-    output, files = Path(options.output.output_dir), dict[str, Path | bytes]()
+    output, files = Path(output_options.output_dir), dict[str, Path | bytes]()
     for pattern in (
         "loss.png",
-        *(f"{method}/{file}" for method in options.adapter.method for file in UPLOADED_OF_METHOD),
+        *(f"{method}/{file}" for method in adapter.method for file in UPLOADED_OF_METHOD),
     ):
         for path in output.glob(pattern):
             place = path.relative_to(output).as_posix()
             if path.is_file() and "/." not in place:
                 files[place] = path
-    weights = f"{options.adapter.method[0]}/{DIFFUSERS_FILE}"
-    if len(options.adapter.method) == 1 and weights in files:
+    weights = f"{adapter.method[0]}/{DIFFUSERS_FILE}"
+    if len(adapter.method) == 1 and weights in files:
         files[DIFFUSERS_FILE] = files[weights]
-    if picture := comparison_of(options):
+    if picture := comparison_of(adapter, validation, output_options):
         files["comparison.png"] = picture
     return files
 
 
-def comparison_of(options: Options) -> bytes:
+def comparison_of(adapter: AdapterOptions, validation: ValidationOptions, output: OutputOptions) -> bytes:
     """The comparison of what the run has drawn, if anything, whatever prompts are given now.
 
     It is not the run's file, which may show images that were trained on: nobody asked that those be uploaded.
     """
-    shown = read_object(Path(options.output.output_dir) / options.adapter.method[-1] / EXPORTS).get("shown", {})
-    prompts = shown.get("validation_prompt", options.validation.validation_prompt)
+    shown = read_object(Path(output.output_dir) / adapter.method[-1] / EXPORTS).get("shown", {})
+    prompts = shown.get("validation_prompt", validation.validation_prompt)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "comparison.png"
-        write_comparison(options, path)
+        write_comparison(adapter, dataclasses.replace(validation, validation_prompt=prompts), output, path)
         return path.read_bytes() if path.is_file() else b""

@@ -216,12 +216,12 @@ class Validation:
         return dict(zip(names, losses.mean(0).tolist(), strict=True))
 
     def _drawn(self, denoiser: nn.Module) -> list[np.ndarray]:
-        options, prompts = self.material.options, prompts_of(self.material.options)
+        options, prompts = self.material.options, prompts_of(self.material.options.validation)
         with self.accelerator.autocast():
             return self.drawer.draw(denoiser, prompts, options.validation.num_validation_images, self._leave_if_asked)
 
     def _keep_samples(self, learner: Learner, reports: Reports, drawn: list[np.ndarray]) -> None:
-        options, prompts = self.material.options, prompts_of(self.material.options)
+        options, prompts = self.material.options, prompts_of(self.material.options.validation)
         if not all(np.isfinite(image).all() for image in drawn):
             self.accelerator.print(f"warning: samples of step {learner.step} have pixels that are not finite")
         images = [as_image(image) for image in drawn]

@@ -30,9 +30,7 @@ def start_trackers(context: Context) -> None:
     each(start)
 
 
-def note_settings(
-    values: Mapping[str, Any], schedule: Schedule, accelerator: Accelerator, write: bool = True
-) -> None:
+def note_settings(values: Mapping[str, Any], schedule: Schedule, accelerator: Accelerator, write: bool = True) -> None:
     """Write every option's value to `config.json`, unless that is written already, and to the trackers."""
     steps = {"max_train_steps": schedule.steps, "validation_steps": schedule.validation_steps}
     public = {name: value for name, value in {**values, **steps}.items() if not Options.table()[name].secret}

@@ -30,7 +30,7 @@ KEPT = (BASE, ADAPTER, OPTIMIZER)  # of what a step holds, beside what draws and
 
 def drawing_class_images(rehearsal: Rehearsal) -> Phase | None:
     """Class images before training, by the whole pipeline; None where none is missing."""
-    options, missing = rehearsal.options, missing_class_images(rehearsal.options)
+    options, missing = rehearsal.options, missing_class_images(rehearsal.options.data, rehearsal.options.output)
     if not missing:
         return None
     base = empty_denoiser(rehearsal.model, rehearsal.dtype, options.model.base_precision, options.model.blocks_to_swap)
@@ -112,7 +112,10 @@ def drawing(
     """What is computed with while prompts are drawn, at the most: by the denoiser, or by the decoder after it."""
     options, family = rehearsal.options, rehearsal.family
     images = options.validation.num_validation_images if options.validation.validation_prompt else 1
-    prompts = [settled(prompt, options, family) for prompt in prompts_of(options) or [Prompt("")]]
+    prompts = [
+        settled(prompt, options.data, options.validation, family)
+        for prompt in prompts_of(options.validation) or [Prompt("")]
+    ]
     most = 0
     for prompt, alike in itertools.groupby([(prompt, 0) for prompt in prompts], key=shared):
         count = min(options.training.train_batch_size, len(list(alike)) * max(1, images))

@@ -67,11 +67,11 @@ class Rehearsal:
         self.family, self.stage = context.model.family, Stage(context.accelerator.device)
         self.dtype = weight_dtype(self.options.model.mixed_precision)
         self.pipeline = empty_pipeline(self.model, self.dtype, self.stage)
-        check_pipeline(self.options, self.pipeline, self.family)
+        check_pipeline(self.options.data, self.options.validation, self.pipeline, self.family)
         self.objective = objective_of(self.options.model, self.options.training, self.family, self.pipeline)
         self.trainable = [part.name for part in context.encoders]
         multiple = self.family.pixel_multiple(self.pipeline)
-        self.sizes = [sizes_of(images, multiple, self.options) for images in kinds]
+        self.sizes = [sizes_of(images, multiple, self.options.data) for images in kinds]
         found = {size for by_resolution in self.sizes for sizes in by_resolution for size in sizes if size}
         self.size = max(found, key=lambda size: size.height * size.width)
         self.peak_of_encoders = 0
@@ -127,7 +127,10 @@ class Rehearsal:
 
     def _encode(self, vae: Any) -> int:
         kinds = zip(self.kinds, self.sizes, strict=True)
-        count = max(Variants(images, [s for s in sizes if s], self.options).count for images, (sizes, *_) in kinds)
+        count = max(
+            Variants(images, [s for s in sizes if s], self.options.data, self.options.training).count
+            for images, (sizes, *_) in kinds
+        )
         with torch.no_grad(), self.stage(vae) as live:
             pixels = self.stage.empty(count, 3, self.size.height, self.size.width).to(vae.dtype)
             self.family.encode_images(vae, pixels)
@@ -250,7 +253,7 @@ class Rehearsal:
         parameters = [nn.Parameter(torch.zeros(shape, device=self.stage.device)) for shape in shapes]
         for parameter in parameters:
             parameter.grad = torch.full_like(parameter, 1e-3)
-        optimizer = new_optimizer(parameters, self.options, self.context.accelerator)
+        optimizer = new_optimizer(parameters, self.options.training, self.options.optimizer, self.context.accelerator)
         optimizer.step()
         kept = 0
         for parameter, count in zip(parameters, shapes.values(), strict=True):

@@ -231,5 +231,8 @@ def most_pixels(context: Context) -> int:
     options = context.options
     trained = [side * side for side in options.data.resolution]
     trained += [size.height * size.width for size in named_buckets(options.data.aspect_ratio_buckets or "")]
-    drawn = [settled(prompt, options, context.model.family) for prompt in prompts_of(options)]
+    drawn = [
+        settled(prompt, options.data, options.validation, context.model.family)
+        for prompt in prompts_of(options.validation)
+    ]
     return max([*trained, *((prompt.height or 0) * (prompt.width or 0) for prompt in drawn)])

@@ -38,7 +38,7 @@ from ...files import (
     write_checksums,
     write_json,
 )
-from ...options.images import NOISES, Options
+from ...options.images import NOISES, AdapterOptions, Options, OutputOptions, TrainingOptions, ValidationOptions
 from ...options.option import in_words
 from .best import FOLDER, best_of, forget_beaten
 from .schedule import Schedule
@@ -138,7 +138,7 @@ def plan_resume(options: Options, identity: Identity | None = None, place: str =
         fix = "go on with --resume_from_checkpoint latest, or choose another"
         raise InvalidArgument(f"--output_dir {output}", "holds an unfinished run", fix)
     if named not in (None, "latest"):
-        method, path = _named_checkpoint(options, named, todo)
+        method, path = _named_checkpoint(options.adapter, options.output, named, todo)
         check_past(options.flat(), path, read_checkpoint(path), identity)
         checkpoints[method] = [path]
         if method in finished:
@@ -149,7 +149,7 @@ def plan_resume(options: Options, identity: Identity | None = None, place: str =
             refuse_afresh(output, folders[method], finished=(folders[method] / EXPORTS).exists())
     resume = Resume(finished, list(merge_anew), checkpoints, notes)
     if options.training.max_train_steps:
-        check_length(options, resume, options.training.max_train_steps)
+        check_length(options.training, resume, options.training.max_train_steps)
     return resume
 
 
@@ -160,43 +160,43 @@ def already_trained(
     finished, merge_anew, notes = [], {}, []
     for method, folder in folders.items():
         record = read_object(folder / EXPORTS)
-        if not record or not is_trained(options, folder, record):
+        if not record or not is_trained(options.training, options.validation, folder, record):
             continue
         check_past(options.flat(), folder, record, identity)
         merged = METHODS[method].shortcuts and {name: record[name] for name in MERGING if name in record}
         if merged and any(options[name] != value for name, value in merged.items()):
-            merge_anew[method] = final_checkpoint(options, folder, record["step"])
+            merge_anew[method] = final_checkpoint(options.adapter, folder, record["step"])
         elif is_exported(folder, record):
             finished.append(method)
             notes += notes_of(options, folder, record)
     return finished, merge_anew, notes
 
 
-def check_length(options: Options, resume: Resume, steps: int) -> None:
+def check_length(options: TrainingOptions, resume: Resume, steps: int) -> None:
     """Refuses to go on with fewer steps than a method was trained for already."""
     for method, found in resume.checkpoints.items():
         if found and method not in resume.finished:
             refuse_fewer(options, found[0], read_checkpoint(found[0]), steps)
 
 
-def refuse_fewer(options: Options, place: Path, record: dict, steps: int) -> None:
+def refuse_fewer(options: TrainingOptions, place: Path, record: dict, steps: int) -> None:
     """Refuses fewer steps than a checkpoint's or a finished method's record says: more cannot be undone."""
     step = record.get("step")
     if isinstance(step, int) and step > steps:
-        epochs = f"--num_train_epochs {options.training.num_train_epochs} ({steps} steps)"
+        epochs = f"--num_train_epochs {options.num_train_epochs} ({steps} steps)"
         fix = "give at least as many, or choose another --output_dir"
-        flag = f"--max_train_steps {steps}" if options.training.max_train_steps else epochs
+        flag = f"--max_train_steps {steps}" if options.max_train_steps else epochs
         raise InvalidArgument(flag, f"{place} was trained for {step} already", fix)
 
 
-def is_trained(options: Options, folder: Path, record: dict) -> bool:
+def is_trained(training: TrainingOptions, validation: ValidationOptions, folder: Path, record: dict) -> bool:
     """Whether a method was exported after as many steps or epochs as are asked for now."""
-    step, steps = record.get("step"), options.training.max_train_steps
+    step, steps = record.get("step"), training.max_train_steps
     if steps:
-        refuse_fewer(options, folder, record, steps)
+        refuse_fewer(training, folder, record, steps)
     if patience := record.get("early_stopping_patience"):  # which has ended it
-        return patience == options.validation.early_stopping_patience
-    same_epochs = bool(record.get("by_epochs")) and record.get("num_train_epochs") == options.training.num_train_epochs
+        return patience == validation.early_stopping_patience
+    same_epochs = bool(record.get("by_epochs")) and record.get("num_train_epochs") == training.num_train_epochs
     return step == steps if steps else same_epochs
 
 
@@ -205,12 +205,12 @@ def is_exported(folder: Path, record: dict) -> bool:
     return all((folder / name).exists() for name in record.get("difference_of_255", ["none"]))
 
 
-def final_checkpoint(options: Options, folder: Path, step: int) -> Path:
+def final_checkpoint(options: AdapterOptions, folder: Path, step: int) -> Path:
     """The checkpoint that a finished method can be merged from once more."""
     path = folder / f"checkpoint-{step}"
     if not (path / RECORD).is_file():
         problem = f"{folder} was merged otherwise, and {path.name} is gone, which holds what was trained"
-        raise InvalidArgument(f"--merge {options.adapter.merge}", problem, "choose another --output_dir")
+        raise InvalidArgument(f"--merge {options.merge}", problem, "choose another --output_dir")
     return path
 
 
@@ -221,9 +221,11 @@ def notes_of(options: Options, folder: Path, record: dict) -> list[str]:
     return [f"{folder} is finished, --{name} has no effect any more: it was {in_words(shown[name])}" for name in names]
 
 
-def _named_checkpoint(options: Options, named: str, todo: list[str]) -> tuple[str, Path]:
-    output = Path(options.output.output_dir)
-    first = (todo or options.adapter.method)[0]
+def _named_checkpoint(
+    adapter: AdapterOptions, output_options: OutputOptions, named: str, todo: list[str]
+) -> tuple[str, Path]:
+    output = Path(output_options.output_dir)
+    first = (todo or adapter.method)[0]
     path = Path(named) if Path(named).is_dir() or os.sep in named else output / first / named
     flag = f"--resume_from_checkpoint {named}"
     if not (path / RECORD).is_file():
@@ -231,7 +233,7 @@ def _named_checkpoint(options: Options, named: str, todo: list[str]) -> tuple[st
     method = read_checkpoint(path).get("method")
     if method is None:
         raise InvalidArgument(flag, f"damaged ({RECORD})", "use latest")
-    if method not in options.adapter.method:
+    if method not in adapter.method:
         raise InvalidArgument(flag, f"it belongs to --method {method}", "add that")
     return method, path
 
@@ -356,7 +358,7 @@ def write_exports(
     write_json(folder / EXPORTS, record)
 
 
-def restore(learner: Learner, candidates: list[Path], options: Options, accelerator: Accelerator) -> None:
+def restore(learner: Learner, candidates: list[Path], options: OutputOptions, accelerator: Accelerator) -> None:
     """Brings the learner to the first checkpoint that is whole; damaged ones are passed over with a warning.
 
     The main process chooses. Raises `InvalidArgument` where none is whole, or the one that the user has named is not;
@@ -366,7 +368,7 @@ def restore(learner: Learner, candidates: list[Path], options: Options, accelera
     """
     if not candidates:
         return
-    folder = Path(options.output.output_dir) / learner.name
+    folder = Path(options.output_dir) / learner.name
     chosen = decided(lambda: newest_whole(candidates, folder, options))
     each(lambda: load_checkpoint(learner, chosen, accelerator))
     place = folder / f"checkpoint-{learner.step}"
@@ -378,7 +380,7 @@ def restore(learner: Learner, candidates: list[Path], options: Options, accelera
     accelerator.print(f"{learner.name}: going on from {chosen}")
 
 
-def newest_whole(candidates: list[Path], folder: Path, options: Options) -> Path:
+def newest_whole(candidates: list[Path], folder: Path, options: OutputOptions) -> Path:
     """The first candidate whose files are what was written."""
     for checkpoint in candidates:
         try:
@@ -386,8 +388,8 @@ def newest_whole(candidates: list[Path], folder: Path, options: Options) -> Path
             if missing := [name for name in (STATE, RECORD) if not (checkpoint / name).is_file()]:
                 raise Damaged(f"{missing[0]} is missing")
         except Damaged as error:
-            if options.output.resume_from_checkpoint != "latest":
-                flag = f"--resume_from_checkpoint {options.output.resume_from_checkpoint or checkpoint}"
+            if options.resume_from_checkpoint != "latest":
+                flag = f"--resume_from_checkpoint {options.resume_from_checkpoint or checkpoint}"
                 raise InvalidArgument(flag, f"damaged ({first_line(error)})", "use latest") from None
             print(f"warning: {checkpoint} is damaged ({first_line(error)}), trying the one before", flush=True)
             continue

@@ -23,7 +23,7 @@ class DenoisingLoss:
         self.family, self.objective, self.pipeline = context.model.family, objective, pipeline
         self.config, self.dtype, self.options = config, context.dtype, context.options
         self.parts = context.encoders
-        self.huber = huber_of(context.options, objective)
+        self.huber = huber_of(context.options.training, objective)
 
     def __call__(self, denoiser: nn.Module, batch: Batch, weighted: bool = True) -> torch.Tensor:
         """Loss of each sample of a batch; only what trains computes in the precision of autocast.

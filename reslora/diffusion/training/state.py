@@ -21,9 +21,9 @@ from torch import nn
 from ...common.adapters import RankAllocator, attach, rank_allocator
 from ...common.errors import refused_as
 from ...common.methods import METHODS, AdapterSettings, adapter_config
-from ...common.patterns import FIELDS, entries, spell_out
+from ...common.patterns import entries, spell_out
 from ...config import ResLoraConfig
-from ...options.images import Options
+from ...options.images import AdapterOptions, OptimizerOptions, TrainingOptions
 from ..context import Context
 from ..model.families.base import Part
 from ..optimizers import ADAMS, class_of, named, options_of
@@ -151,7 +151,9 @@ def new_learner(method: str, trained: Trained, schedule: Schedule, context: Cont
     if cuts_base(context.accelerator):
         place_adapter(denoiser, context.accelerator)
     first, *others = [[p for p in part.parameters() if p.requires_grad] for part in trained.parts.values()]
-    optimizer = new_optimizer(first, options, context.accelerator, of_encoders=list(itertools.chain(*others)))
+    optimizer = new_optimizer(
+        first, options.training, options.optimizer, context.accelerator, of_encoders=list(itertools.chain(*others))
+    )
     lr_scheduler = get_scheduler(
         options.optimizer.lr_scheduler, optimizer, step_rules=options.optimizer.lr_step_rules, num_warmup_steps=schedule.warmup_steps,
         num_training_steps=schedule.steps,
@@ -165,37 +167,59 @@ def new_learner(method: str, trained: Trained, schedule: Schedule, context: Cont
 def add_adapters(trained: Trained, method: str, schedule: Schedule, context: Context) -> None:
     """Gives every part the method's adapter; the denoiser's goes on from a LoRA where the run does."""
     options, start = context.options, context.start
-    add_adapter(trained.denoiser, method, options, config_of(method, options, schedule.steps, start=start))
+    add_adapter(
+        trained.denoiser,
+        method,
+        options.adapter,
+        options.training,
+        config_of(method, options.adapter, schedule.steps, start=start),
+    )
     if start is not None:
         start.copy_to(trained.denoiser)
     for part in context.encoders:
         encoder = trained.parts[part.name]
         add_adapter(
-            encoder, method, options, config_of(method, options, schedule.steps, part.targets_in(encoder)), part
+            encoder,
+            method,
+            options.adapter,
+            options.training,
+            config_of(method, options.adapter, schedule.steps, part.targets_in(encoder)),
+            part,
         )
 
 
-def add_adapter(model: nn.Module, method: str, options: Options, config: PeftConfig, part: Part | None = None) -> None:
+def add_adapter(
+    model: nn.Module,
+    method: str,
+    adapter: AdapterOptions,
+    training: TrainingOptions,
+    config: PeftConfig,
+    part: Part | None = None,
+) -> None:
     """Gives the denoiser, or another `part`, the method's adapter, in place, with weights drawn from the seed."""
-    if part is None and (options.adapter.rank_pattern or options.adapter.alpha_pattern):
+    if part is None and (adapter.rank_pattern or adapter.alpha_pattern):
         spell_out(model, config)
-    torch.manual_seed(derive(options.training.seed, "adapter", *([part.name] if part else [])))
-    attach(model, config, shortcuts_of(options) if METHODS[method].shortcuts else None, in_place=True)
+    torch.manual_seed(derive(training.seed, "adapter", *([part.name] if part else [])))
+    attach(model, config, shortcuts_of(adapter) if METHODS[method].shortcuts else None, in_place=True)
     cast_training_params(model, dtype=torch.float32)
 
 
 def config_of(
-    method: str, options: Options, total_steps: int, targets: list[str] | str | None = None, start: Start | None = None
+    method: str,
+    options: AdapterOptions,
+    total_steps: int,
+    targets: list[str] | str | None = None,
+    start: Start | None = None,
 ) -> PeftConfig:
     """PEFT's configuration of the method's adapter, on the denoiser's targets or others.
 
     With `start`, each of its layers has its own rank and alpha. Those that flags name are layers of the denoiser.
     """
-    given = {"rank_pattern": options.adapter.rank_pattern, "alpha_pattern": options.adapter.alpha_pattern}
+    given = {"rank_pattern": options.rank_pattern, "alpha_pattern": options.alpha_pattern}
     patterns: dict[str, Any] = {} if targets else {name: entries(name, texts) for name, texts in given.items()}
     settings = AdapterSettings(
-        r=options.adapter.rank, alpha=options.adapter.lora_alpha, dropout=options.adapter.lora_dropout,
-        targets=targets or targets_of(options.adapter.target_modules), total_steps=total_steps,
+        r=options.rank, alpha=options.lora_alpha, dropout=options.lora_dropout,
+        targets=targets or targets_of(options.target_modules), total_steps=total_steps,
         init_lora_weights="gaussian",  # as in diffusers' scripts
         **patterns,
     )  # fmt: skip
@@ -205,9 +229,9 @@ def config_of(
     return config
 
 
-def shortcuts_of(options: Options) -> ResLoraConfig:
+def shortcuts_of(options: AdapterOptions) -> ResLoraConfig:
     """How ResLoRA wires the adapter."""
-    return ResLoraConfig(shortcut=options.adapter.shortcut, pre_num=options.adapter.pre_num, head=options.adapter.head)
+    return ResLoraConfig(shortcut=options.shortcut, pre_num=options.pre_num, head=options.head)
 
 
 def targets_of(names: list[str]) -> list[str] | str:
@@ -216,32 +240,34 @@ def targets_of(names: list[str]) -> list[str] | str:
 
 
 def new_optimizer(
-    parameters: list, options: Options, accelerator: Accelerator, of_encoders: Sequence[nn.Parameter] = ()
+    parameters: list,
+    training: TrainingOptions,
+    optimizer_options: OptimizerOptions,
+    accelerator: Accelerator,
+    of_encoders: Sequence[nn.Parameter] = (),
 ) -> torch.optim.Optimizer:
     """The optimizer that the flags name; parameters of text encoders are a group with a rate of its own.
 
     Refuses arguments that it does not take.
     """
-    per_step = (
-        options.training.gradient_accumulation_steps * options.training.train_batch_size * accelerator.num_processes
-    )
-    scale = per_step if options.optimizer.scale_lr else 1
+    per_step = training.gradient_accumulation_steps * training.train_batch_size * accelerator.num_processes
+    scale = per_step if optimizer_options.scale_lr else 1
     if of_encoders:
-        rate = scale * (options.optimizer.text_encoder_lr or options.optimizer.learning_rate)
+        rate = scale * (optimizer_options.text_encoder_lr or optimizer_options.learning_rate)
         parameters = [{"params": parameters}, {"params": of_encoders, "lr": rate}]
-    arguments = {"lr": options.optimizer.learning_rate * scale} | dict(named(options.optimizer.optimizer).options)
-    if options.optimizer.optimizer in ADAMS:
+    arguments = {"lr": optimizer_options.learning_rate * scale} | dict(named(optimizer_options.optimizer).options)
+    if optimizer_options.optimizer in ADAMS:
         arguments |= {
-            "betas": (options.optimizer.adam_beta1, options.optimizer.adam_beta2),
-            "weight_decay": options.optimizer.adam_weight_decay,
-            "eps": options.optimizer.adam_epsilon,
+            "betas": (optimizer_options.adam_beta1, optimizer_options.adam_beta2),
+            "weight_decay": optimizer_options.adam_weight_decay,
+            "eps": optimizer_options.adam_epsilon,
         }
-    if options.optimizer.optimizer == "adamw":
+    if optimizer_options.optimizer == "adamw":
         # A fused step hides from accelerate that the fp16 scaler has skipped it.
         arguments["fused"] = accelerator.device.type in ("cpu", "cuda") and accelerator.scaler is None
-    kind = class_of(options.optimizer.optimizer)
-    with _refused(options):
-        optimizer = kind(parameters, **arguments | options_of(options.optimizer.optimizer_args))
+    kind = class_of(optimizer_options.optimizer)
+    with _refused(optimizer_options):
+        optimizer = kind(parameters, **arguments | options_of(optimizer_options.optimizer_args))
     if hasattr(optimizer, "train"):  # schedule-free ones have two sets of weights, and train one of them
         optimizer.train()
     return optimizer
@@ -251,10 +277,10 @@ def check_optimizer(context: Context) -> None:
     """Refuse an optimizer, or arguments of it, that cannot train, by a step of one."""
     weight = nn.Parameter(torch.zeros(1, 1, device=context.accelerator.device))  # a matrix, as LoRA's are: Muon asks
     weight.grad = torch.ones_like(weight)
-    with _refused(context.options):
-        new_optimizer([weight], context.options, context.accelerator).step()
+    with _refused(context.options.optimizer):
+        new_optimizer([weight], context.options.training, context.options.optimizer, context.accelerator).step()
 
 
-def _refused(options: Options) -> AbstractContextManager:
-    words = " ".join([f"--optimizer {options.optimizer.optimizer}", *options.optimizer.optimizer_args])
+def _refused(options: OptimizerOptions) -> AbstractContextManager:
+    words = " ".join([f"--optimizer {options.optimizer}", *options.optimizer_args])
     return refused_as(words, "give arguments that it takes with --optimizer_args, or another optimizer")

@@ -96,9 +96,9 @@ def test_dropout_leaves_nothing_of_the_caption_not_even_the_prefix():
 
 def test_each_part_of_the_recipe_is_that_of_its_flag():
     words = "--caption_prefix sks --caption_suffix end --caption_dropout 0.3 --caption_tag_dropout_rate 0.1"
-    found = recipe_of(parse_args([*words.split(), "--shuffle_caption", "--keep_tokens", "2"]))
+    found = recipe_of(parse_args([*words.split(), "--shuffle_caption", "--keep_tokens", "2"]).data)
     assert found == Recipe("sks", "end", dropout=0.3, shuffle=True, keep=2, tag_dropout=0.1)
-    assert recipe_of(parse_args(["--enable_wildcard"])) == Recipe(wildcards=True)
+    assert recipe_of(parse_args(["--enable_wildcard"]).data) == Recipe(wildcards=True)
 
 
 # -- a function of seed and position ---------------------------------------------------------------------------------
@@ -219,7 +219,7 @@ def test_class_images_keep_their_prompt(of_class, tmp_path, monkeypatch):
     monkeypatch.setattr(making, "latents_of", lambda *_: (None, {}))
     words = ["--pretrained_model_name_or_path", "someone/model", "--train_data_dir", image_folder(tmp_path / "images")]
     flags = parse_args([*map(str, words), "--caption_prefix", "sks", "--caption_suffix", "end"])
-    images = dataclasses.replace(load_images(flags), of_class=of_class)
+    images = dataclasses.replace(load_images(flags.model, flags.data, flags.training, flags.output), of_class=of_class)
     source = source_of(images, [Size(16, 16)] * len(images), None, Context(flags, None, None, None))
     assert source.recipe == (VERBATIM if of_class else Recipe(prefix="sks", suffix="end"))
 

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextModel
 from waiting import ended, wait_until
 
-from diffusion.runs import cut, final_weights, losses, main, only, printed, refused
+from diffusion.runs import cut, final_weights, losses, main, only, parts, printed, refused
 from reslora.common.errors import InvalidArgument, RunFailed, Stopped
 from reslora.common.signals import StopRequest
 from reslora.diffusion.context import Context
@@ -248,9 +248,14 @@ def setting(tmp_path) -> Context:
 def images_encoded(setting: Context, key: object = "vae", size: Size | None = None, **flags) -> list[int]:
     """How many variants of each image that had to be encoded; all are checked."""
     setting = dataclasses.replace(setting, options=setting.options.replace(**flags))
-    family, images = setting.model.family, load_images(setting.options)
+    family, images = (
+        setting.model.family,
+        load_images(setting.options.model, setting.options.data, setting.options.training, setting.options.output),
+    )
     side = setting.options.data.resolution
-    variants = encoding.Variants(images, [size or Size(side, side)] * len(images), setting.options)
+    variants = encoding.Variants(
+        images, [size or Size(side, side)] * len(images), setting.options.data, setting.options.training
+    )
     family.images.clear()
     latents, problems = encoding.encode_images(variants, key, VAE, setting)
     made = {index: variants[index] for index in set(range(len(images))) - problems.keys()}
@@ -318,18 +323,28 @@ def test_images_are_encoded_anew_when_their_pixels_or_the_autoencoder_are_others
 
 
 def test_all_crops_but_the_centre_are_drawn_by_the_seed(setting):
-    images = load_images(setting.options)
-    by_seed = [encoding.Variants(images, [Size(16, 16)] * 5, setting.options.replace(seed=seed))[1][0] for seed in (0, 1)]
+    images = load_images(setting.options.model, setting.options.data, setting.options.training, setting.options.output)
+    by_seed = [
+        encoding.Variants(
+            images,
+            [Size(16, 16)] * 5,
+            *parts(setting.options.replace(seed=seed), "data", "training"),
+        )[1][0]
+        for seed in (0, 1)
+    ]
     alike = [torch.equal(one, other) for one, other in zip(*by_seed, strict=True)]
     assert alike == [True, False, False, False]
 
 
 def test_a_bucket_that_cuts_much_off_has_random_crops_too(setting):
     """Of the images, 32 high and 32, 40 or 48 wide, the others would never be seen whole."""
-    images, flags = load_images(setting.options), setting.options.replace(use_aspect_ratio_buckets=True)
+    images, flags = (
+        load_images(setting.options.model, setting.options.data, setting.options.training, setting.options.output),
+        setting.options.replace(use_aspect_ratio_buckets=True),
+    )
 
     def crops(size: Size) -> list[int]:
-        variants = encoding.Variants(images, [size] * 5, flags)
+        variants = encoding.Variants(images, [size] * 5, flags.data, flags.training)
         return [len(variants[number][0]) for number in range(5)]
 
     assert crops(Size(16, 16)) == [1, 4, 4, 1, 4]
@@ -343,8 +358,8 @@ def test_damaged_images_are_remembered_by_their_content(setting):
     assert len(images_encoded(setting)) == 4
     add_image(folder, 6)
     assert images_encoded(setting) == [1]
-    images = load_images(setting.options)
-    variants = encoding.Variants(images, [Size(16, 16)] * len(images), setting.options)
+    images = load_images(setting.options.model, setting.options.data, setting.options.training, setting.options.output)
+    variants = encoding.Variants(images, [Size(16, 16)] * len(images), setting.options.data, setting.options.training)
     _, problems = encoding.encode_images(variants, "vae", VAE, setting)
     assert problems.keys() == {1} and "damaged" in problems[1]
     random_image(1).save(folder / "1.png")
@@ -371,7 +386,7 @@ def test_where_no_latents_are_kept_damaged_images_are_found_once_before_training
 
     def found(**flags) -> ImageDataset:
         flags = setting.options.replace(cache_latents=False, masked_loss=masked, **flags)
-        images = load_images(flags)
+        images = load_images(flags.model, flags.data, flags.training, flags.output)
         context = dataclasses.replace(setting, options=flags)
         return source_of(images, [Size(16, 16)] * len(images), None, context).images
 

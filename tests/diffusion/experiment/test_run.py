@@ -287,8 +287,8 @@ def held_out_of(output: Path, images: Path) -> set[str]:
     """The files that an experiment does not train on, by the split itself."""
     splits = ("--select_split", "0.2", "--test_split", "0.2")
     flags = parse_args(["--train_data_dir", str(images), "--seed", "0", "1", *splits])
-    found = load_images(flags)
-    parts = parts_of({0: found}, flags)
+    found = load_images(flags.model, flags.data, flags.training, flags.output)
+    parts = parts_of({0: found}, flags.data, flags.validation, flags.experiment)
     return {Path(found.rows[number]["image"]["path"]).name for _, number in (*parts.select, *parts.test)}
 
 
@@ -342,8 +342,8 @@ def test_other_images_are_refused(flags, whole, capsys, tmp_path):
 
 def test_another_split_of_the_images_is_refused(images, tmp_path):
     flags = parse_args(["--train_data_dir", str(images), "--output_dir", str(tmp_path), "--seed", "0", "1"])
-    found = {0: load_images(flags)}
-    parts = parts_of(found, flags)
+    found = {0: load_images(flags.model, flags.data, flags.training, flags.output)}
+    parts = parts_of(found, flags.data, flags.validation, flags.experiment)
     fewer, other = dataclasses.replace(parts, train=parts.train[1:]), dataclasses.replace(parts, test=parts.train[:1])
     run.check_parts(flags, parts, found)  # there is nothing yet
     record = {"identity": {"parts": content_of(parts, found)}, "arms": []}
@@ -356,7 +356,14 @@ def test_another_split_of_the_images_is_refused(images, tmp_path):
 
 def test_an_image_that_is_damaged_for_one_seed_alone_is_named(images, tmp_path, monkeypatch):
     settled = parse_args(["--train_data_dir", str(images), "--output_dir", str(tmp_path)])
-    source = Source(load_images(settled), object(), tuple(range(8)), (), (Size(32, 32),), (0,) * 8)
+    source = Source(
+        load_images(settled.model, settled.data, settled.training, settled.output),
+        object(),
+        tuple(range(8)),
+        (),
+        (Size(32, 32),),
+        (0,) * 8,
+    )
     material = Material((source,), Texts(None, {}), None, {}, settled)
     monkeypatch.setattr(run, "latents_of", lambda *_: (object(), {3: "damaged (truncated)"}))
     with pytest.raises(InvalidArgument, match=r"--seed 7, .*/3\.png: damaged"):

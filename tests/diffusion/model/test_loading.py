@@ -69,7 +69,9 @@ def test_another_autoencoder_is_of_the_class_that_the_pipeline_has(tmp_path):
         pretrained_vae_model_name_or_path=str(tmp_path / "vae"), cache_dir=None, output_dir="",
         prediction_type=None,
     )  # fmt: skip
-    pipeline = find_model(flags, PartialState()).load_pipeline(torch.float32, torch.device("cpu"), encoders=False)
+    pipeline = find_model(flags.model, flags.output, PartialState()).load_pipeline(
+        torch.float32, torch.device("cpu"), encoders=False
+    )
     assert type(pipeline.vae) is AutoencoderKLQwenImage and pipeline.vae.config.latents_std == [2.0] * 4
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in pipeline.vae.state_dict().items())
 

@@ -205,8 +205,8 @@ def test_a_readme_of_the_users_is_uploaded_as_it_is(run, base_flags, hub, tmp_pa
 
 def test_whose_card_will_be_uploaded_is_said_before_the_training(hub, tmp_path, capsys):
     flags = Options.of(output_dir=str(tmp_path), hub_model_id="me/run", hub_token=None)
-    check_upload(flags)
+    check_upload(flags.output)
     assert capsys.readouterr().out == ""
     (tmp_path / "README.md").write_text("# Mine\n")
-    check_upload(flags)
+    check_upload(flags.output)
     assert f"{tmp_path}/README.md will be uploaded as it is" in capsys.readouterr().out

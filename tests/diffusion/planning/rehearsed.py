@@ -31,7 +31,11 @@ def settled(model: Path, data: Path, output: Path, *flags: str) -> tuple[list[Im
     given = ["--pretrained_model_name_or_path", str(model), "--train_data_dir", str(data), "--output_dir", str(output)]
     given += ["--resolution", "64", "--train_batch_size", "4", "--rank", "4", "--method", "lora", "--report_to", "none"]
     parsed = parse_args([*given, "--num_inference_steps", "2", *flags])
-    return load_folders(parsed), settle(parsed, start_accelerator(parsed), StopRequest())
+    return load_folders(parsed.model, parsed.data, parsed.training, parsed.output), settle(
+        parsed,
+        start_accelerator(parsed.model, parsed.adapter, parsed.training, parsed.optimizer, parsed.output),
+        StopRequest(),
+    )
 
 
 def real(batch: Batch) -> Batch:
@@ -59,7 +63,7 @@ def taken(rehearsal: Rehearsal, context: Context) -> Taken:
     """A real step of what is rehearsed."""
     trained = real_parts(context)
     parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
-    optimizer = new_optimizer(parameters, context.options, context.accelerator)
+    optimizer = new_optimizer(parameters, context.options.training, context.options.optimizer, context.accelerator)
 
     def step() -> None:
         optimizer.zero_grad()

@@ -65,7 +65,12 @@ def test_where_one_flag_is_not_enough_several_are_named(large, monkeypatch, tmp_
 
     def half(images, context, free) -> Plan:
         flags = context.options
-        total = 4 * 2**30 // (1 + flags.training.gradient_checkpointing) // (2 if flags.training.train_batch_size == 1 else 1)
+        total = (
+            4
+            * 2**30
+            // (1 + flags.training.gradient_checkpointing)
+            // (2 if flags.training.train_batch_size == 1 else 1)
+        )
         return Plan((Phase("training", {"activations": total}),), free, "cpu")
 
     monkeypatch.setattr(planning, "plan_of", half)

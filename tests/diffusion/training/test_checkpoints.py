@@ -479,11 +479,11 @@ def test_a_checkpoint_that_loads_but_differs_from_its_checksums_is_passed_over(k
     weights.write_bytes(content)
     load_file(weights)
     flags = keep.options.replace(resume_from_checkpoint="latest")
-    restore(keep.learner, paths[::-1], flags, keep.accelerator)
+    restore(keep.learner, paths[::-1], flags.output, keep.accelerator)
     assert (keep.learner.step, keep.learner.seconds) == (1, 10.0)
     assert capsys.readouterr().out.count("warning: ") == 2
     with pytest.raises(InvalidArgument, match="damaged"):
-        restore(keep.learner, paths[1:2], flags.replace(resume_from_checkpoint="checkpoint-2"), keep.accelerator)
+        restore(keep.learner, paths[1:2], flags.replace(resume_from_checkpoint="checkpoint-2").output, keep.accelerator)
 
 
 def test_a_checkpoint_without_its_record_is_damaged_and_not_nothing(keep, tmp_path):
@@ -492,11 +492,11 @@ def test_a_checkpoint_without_its_record_is_damaged_and_not_nothing(keep, tmp_pa
     keep.learner.name, named = tmp_path.name, {"output_dir": str(tmp_path.parent), "method": [tmp_path.name]}
     flags = keep.options.replace(**named, max_train_steps=9, resume_from_checkpoint="latest")
     (second / "trainer.json").unlink()
-    restore(keep.learner, plan_resume(flags).checkpoints[tmp_path.name], flags, keep.accelerator)
+    restore(keep.learner, plan_resume(flags).checkpoints[tmp_path.name], flags.output, keep.accelerator)
     assert keep.learner.step == 1
     (first / "trainer.json").unlink()
     with pytest.raises(InvalidArgument, match=r"no checkpoint in .* is whole"):
-        restore(keep.learner, plan_resume(flags).checkpoints[tmp_path.name], flags, keep.accelerator)
+        restore(keep.learner, plan_resume(flags).checkpoints[tmp_path.name], flags.output, keep.accelerator)
 
 
 def test_a_checkpoint_that_cannot_be_loaded_sets_no_others_aside(keep, tmp_path, monkeypatch):
@@ -504,9 +504,9 @@ def test_a_checkpoint_that_cannot_be_loaded_sets_no_others_aside(keep, tmp_path,
     keep.learner.name, flags = tmp_path.name, keep.options.replace(output_dir=str(tmp_path.parent))
     with monkeypatch.context() as patch, pytest.raises(RunFailed, match="nothing on disk was changed"):
         patch.setattr(torch, "load", out_of_memory)
-        restore(keep.learner, [first], flags, keep.accelerator)
+        restore(keep.learner, [first], flags.output, keep.accelerator)
     assert [step_of(path) for path in checkpoints_of(tmp_path)] == [3, 2, 1]
-    restore(keep.learner, [first], flags, keep.accelerator)
+    restore(keep.learner, [first], flags.output, keep.accelerator)
     assert [step_of(path) for path in checkpoints_of(tmp_path)] == [1]
 
 
@@ -518,7 +518,7 @@ def test_who_is_killed_after_going_back_goes_on_from_there(keep, tmp_path, elsew
     chosen = second.rename(tmp_path / "kept") if elsewhere else set_aside(second)
     keep.learner.name = keep.learner.method = tmp_path.name
     named = flags.replace(resume_from_checkpoint=str(chosen))
-    restore(keep.learner, [chosen], named, keep.accelerator)
+    restore(keep.learner, [chosen], named.output, keep.accelerator)
     assert plan_resume(flags.replace(resume_from_checkpoint="latest")).checkpoints == {tmp_path.name: [second]}
     assert digests(second, "*") == digests(chosen, "*")
     shutil.rmtree(second)
@@ -534,9 +534,9 @@ def test_log_and_best_adapter_of_another_line_are_not_taken_for_its_own(keep, tm
     other = keep(2)
     write_json(tmp_path / "best" / "step-000002" / "loss.json", {"step": 2, "loss": 0.1})
     (tmp_path / "log.jsonl").write_text('{"step": 2, "split": "validation", "loss": 0.1}\n')
-    restore(keep.learner, [other], flags, keep.accelerator)
+    restore(keep.learner, [other], flags.output, keep.accelerator)
     assert best_of(tmp_path) and read_log(tmp_path / "log.jsonl")
-    restore(keep.learner, [aside], flags, keep.accelerator)
+    restore(keep.learner, [aside], flags.output, keep.accelerator)
     assert best_of(tmp_path) is None and not read_log(tmp_path / "log.jsonl")
     assert read_log(tmp_path / "set-aside-log.jsonl") and (tmp_path / "set-aside-best").is_dir()
 
@@ -550,10 +550,10 @@ def test_what_a_checkpoint_was_merged_into_steps_aside_with_it(keep, tmp_path):
     for weights in merged:
         weights.path.parent.mkdir()
         weights.path.touch()
-    restore(keep.learner, [checkpoints[1]], flags, keep.accelerator)
+    restore(keep.learner, [checkpoints[1]], flags.output, keep.accelerator)
     assert [weights.path.is_file() for weights in merged] == [True, True, False]
     assert (tmp_path / "set-aside-merged-by-weights-3").is_dir()
-    restore(keep.learner, [set_aside(checkpoints[0])], flags, keep.accelerator)  # a line of its own
+    restore(keep.learner, [set_aside(checkpoints[0])], flags.output, keep.accelerator)  # a line of its own
     assert not any(weights.path.is_file() for weights in merged)
 
 

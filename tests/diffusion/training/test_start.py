@@ -53,7 +53,7 @@ def started(path, method: str) -> torch.nn.Module:
     start = read_start(flags, model)
     unet = UNet2DConditionModel.from_pretrained(tiny("stable_diffusion") / "unet")
     flags = with_start(flags, start)
-    add_adapter(unet, method, flags, config_of(method, flags, 4, start=start))
+    add_adapter(unet, method, flags.adapter, flags.training, config_of(method, flags.adapter, 4, start=start))
     start.copy_to(unet)
     return unet.double().eval()
 

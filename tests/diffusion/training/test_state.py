@@ -6,7 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from diffusion.runs import RESUME, assert_same, final_weights, killed_after, losses, main, refused, training_state
+from diffusion.runs import (
+    RESUME,
+    assert_same,
+    final_weights,
+    killed_after,
+    losses,
+    main,
+    parts,
+    refused,
+    training_state,
+)
 from reslora.config import ResLoraConfig
 from reslora.diffusion.optimizers import OPTIMIZERS, Named, options_of
 from reslora.diffusion.settings import parse_args
@@ -25,7 +35,11 @@ FLAGS = Options.of(
 @pytest.mark.parametrize(("scaled", "rate"), [(False, 1e-3), (True, 2 * 3 * 4 * 1e-3)])
 def test_a_scaled_rate_is_times_the_samples_of_a_step_in_all_processes(scaled, rate):
     accelerator = SimpleNamespace(num_processes=4, device=torch.device("cpu"), scaler=None)
-    optimizer = new_optimizer([nn.Parameter(torch.ones(2))], FLAGS.replace(scale_lr=scaled), accelerator)
+    optimizer = new_optimizer(
+        [nn.Parameter(torch.ones(2))],
+        *parts(FLAGS.replace(scale_lr=scaled), "training", "optimizer"),
+        accelerator,
+    )
     (group,) = optimizer.param_groups
     assert group["lr"] == pytest.approx(rate)
     assert (group["betas"], group["weight_decay"], group["eps"]) == ((0.8, 0.95), 0.1, 1e-6)
@@ -33,7 +47,7 @@ def test_a_scaled_rate_is_times_the_samples_of_a_step_in_all_processes(scaled, r
 
 def test_shortcuts_are_those_of_the_flags():
     flags = FLAGS.replace(shortcut="middle", pre_num=3, head="none")
-    assert shortcuts_of(flags) == ResLoraConfig("middle", pre_num=3, head="none")
+    assert shortcuts_of(flags.adapter) == ResLoraConfig("middle", pre_num=3, head="none")
 
 
 @pytest.mark.parametrize(
@@ -59,7 +73,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_with_any_optimizer(base_flags
 def test_a_schedule_free_optimizer_draws_with_its_average_and_trains_on_as_it_was():
     parameter = nn.Parameter(torch.ones(3))
     flags = FLAGS.replace(optimizer="schedulefree", learning_rate=0.1)
-    optimizer = new_optimizer([parameter], flags, ACCELERATOR)
+    optimizer = new_optimizer([parameter], flags.training, flags.optimizer, ACCELERATOR)
     for step in range(3):
         parameter.grad = torch.tensor([1.0, -2.0, step])
         optimizer.step()
@@ -73,7 +87,11 @@ def test_a_schedule_free_optimizer_draws_with_its_average_and_trains_on_as_it_wa
 
 def test_a_row_says_what_its_authors_do_not():
     for name in ("prodigy", "adafactor", "lion", "schedulefree"):
-        optimizer = new_optimizer([nn.Parameter(torch.ones(2))], FLAGS.replace(optimizer=name), ACCELERATOR)
+        optimizer = new_optimizer(
+            [nn.Parameter(torch.ones(2))],
+            *parts(FLAGS.replace(optimizer=name), "training", "optimizer"),
+            ACCELERATOR,
+        )
         assert type(optimizer).__name__ == OPTIMIZERS[name].path.rpartition(".")[2]
         assert optimizer.param_groups[0]["lr"] == 1e-3 and optimizer.param_groups[0].get("weight_decay", 0) == 0
 

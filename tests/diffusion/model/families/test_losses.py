@@ -339,7 +339,12 @@ def test_the_validation_loss_is_the_squared_error_within_masks(setting, more, sh
 def test_flux_shift_is_by_as_many_tokens_as_the_denoiser_reads(setting, family, monkeypatch):
     """The latents of klein are in patches already, a token each."""
     one, told, read = setting(family, "--timestep_sampling", "flux_shift"), [], []
-    material = material_of(load_folders(one.options), one.loss.pipeline, one.objective, one.context)
+    material = material_of(
+        load_folders(one.options.model, one.options.data, one.options.training, one.options.output),
+        one.loss.pipeline,
+        one.objective,
+        one.context,
+    )
     draw = type(one.objective).draw
     monkeypatch.setattr(
         type(one.objective), "draw", lambda self, draws, tokens: told.append(tokens) or draw(self, draws, tokens)
