@@ -137,7 +137,7 @@ def material_of(folder: Path, batch: int, steps: int) -> tuple[Material, Context
     context = Context(
         flags,
         SimpleNamespace(family=family),
-        start_accelerator(flags.model, flags.adapter, flags.training, flags.optimizer, flags.output),
+        start_accelerator(flags),
         StopRequest(),
     )
     images, size = (

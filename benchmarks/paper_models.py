@@ -34,7 +34,7 @@ def image_table(flags: list[str], method: Path) -> dict[str, dict]:
     flags = parse_args([*flags, "--output_dir", str(method.parent)])
     context = settle(
         flags,
-        start_accelerator(flags.model, flags.adapter, flags.training, flags.optimizer, flags.output),
+        start_accelerator(flags),
         StopRequest(),
     )
     flags, accelerator = context.options, context.accelerator

@@ -67,7 +67,7 @@ def flags_of(family: str, side: str, more: list[str], folder: Path) -> list[str]
 def planned(flags: list[str]) -> dict:
     """Bytes by phase, and the seconds that finding them took."""
     parsed = parse_args(flags)
-    accelerator = start_accelerator(parsed.model, parsed.adapter, parsed.training, parsed.optimizer, parsed.output)
+    accelerator = start_accelerator(parsed)
     images, context = (
         load_folders(parsed.model, parsed.data, parsed.training, parsed.output),
         settle(parsed, accelerator, StopRequest()),

@@ -19,32 +19,28 @@ from accelerate.utils import ProjectConfiguration
 
 from ..common.errors import InvalidArgument, refused_as
 from ..common.script import shares_the_cpu
-from ..options.images import AdapterOptions, ModelOptions, OptimizerOptions, OutputOptions, TrainingOptions
+from ..options.images import ModelOptions, Options
 from .settings import is_bundled
 from .training.sharding import share, take_plugin
 from .training.zero import configure, uses_deepspeed
 
 
-def start_accelerator(
-    model: ModelOptions,
-    adapter: AdapterOptions,
-    training: TrainingOptions,
-    optimizer: OptimizerOptions,
-    output: OutputOptions,
-) -> Accelerator:
+def start_accelerator(options: Options) -> Accelerator:
     """Accelerate with the tracker that is asked for, and this process's share of the cores."""
-    folder = Path(output.output_dir)
-    plugin = take_plugin(model, adapter, training, output)
-    if not model.mixed_precision and os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp8":
+    folder = Path(options.output.output_dir)
+    plugin = take_plugin(options.model, options.adapter, options.training, options.output)
+    if not options.model.mixed_precision and os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp8":
         problem = "its configuration says fp8, in which nothing is trained here"
         raise InvalidArgument("accelerate launch", problem, "give --mixed_precision bf16, or another configuration")
-    with refused_as(f"--mixed_precision {model.mixed_precision}", "choose another", (ValueError,)):
+    with refused_as(f"--mixed_precision {options.model.mixed_precision}", "choose another", (ValueError,)):
         accelerator = Accelerator(
             cpu=shares_the_cpu(),
-            gradient_accumulation_steps=training.gradient_accumulation_steps,
-            mixed_precision=precision_of(model),
-            log_with=tracker_of(output.report_to),
-            project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / output.logging_dir)),
+            gradient_accumulation_steps=options.training.gradient_accumulation_steps,
+            mixed_precision=precision_of(options.model),
+            log_with=tracker_of(options.output.report_to),
+            project_config=ProjectConfiguration(
+                project_dir=str(folder), logging_dir=str(folder / options.output.logging_dir)
+            ),
         )
     started = int(os.environ.get("WORLD_SIZE", accelerator.num_processes))
     if started != accelerator.num_processes:  # so it is with DeepSpeed on a CPU: each would take itself for all
@@ -57,8 +53,8 @@ def start_accelerator(
         take_cores(int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)))
         keep_freed_memory()
     if uses_deepspeed(accelerator):
-        configure(adapter, training, optimizer, accelerator)
-    torch.backends.cuda.matmul.allow_tf32 = model.allow_tf32
+        configure(options.adapter, options.training, options.optimizer, accelerator)
+    torch.backends.cuda.matmul.allow_tf32 = options.model.allow_tf32
     quieten()
     return accelerator
 

@@ -181,6 +181,7 @@ def settled(prompt: Prompt, data: DataOptions, validation: ValidationOptions, fa
         guidance = max(0.0, prompt.cfg_scale - (1 - family.unguided))
     return dataclasses.replace(
         prompt, cfg_scale=None, guidance_scale=validation.guidance_scale if guidance is None else guidance,
-        width=prompt.width or validation.validation_width or side, height=prompt.height or validation.validation_height or side,
+        width=prompt.width or validation.validation_width or side,
+        height=prompt.height or validation.validation_height or side,
         num_inference_steps=prompt.num_inference_steps or validation.num_inference_steps,
     )  # fmt: skip

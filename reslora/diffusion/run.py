@@ -89,9 +89,7 @@ class Setting:
 def run(options: Options, stop: StopRequest) -> None:
     """Trains, merges and exports every method that the flags name, and shows what came of it."""
     with stop.at_once():
-        accelerator = start_accelerator(
-            options.model, options.adapter, options.training, options.optimizer, options.output
-        )
+        accelerator = start_accelerator(options)
     with contextlib.ExitStack() as stack:
         decided(lambda: take_folder(options, stop, stack))
         kinds, context = find_all(options, accelerator, stop)
@@ -187,9 +185,7 @@ def show_plan(asked: Options | Grid[Options], stop: StopRequest) -> None:
     """
     options = asked.run(rank=max(asked.values("rank"))) if isinstance(asked, Grid) else asked
     with stop.at_once():
-        accelerator = start_accelerator(
-            options.model, options.adapter, options.training, options.optimizer, options.output
-        )
+        accelerator = start_accelerator(options)
     images, context = (
         each(lambda: load_folders(options.model, options.data, options.training, options.output)),
         settle(options, accelerator, stop),

@@ -86,7 +86,7 @@ def run_experiment(asked: Grid[Options], stop: StopRequest, orders: Orders | Non
         asked = asked.replace(logging_dir=f"{asked.base.output.logging_dir}/process-{orders.number}")
     began, plain, given = time.monotonic(), asked.run(), asked
     with stop.at_once():
-        accelerator = start_accelerator(plain.model, plain.adapter, plain.training, plain.optimizer, plain.output)
+        accelerator = start_accelerator(plain)
     with contextlib.ExitStack() as stack:
         if orders:
             stack.enter_context(lent(Path(plain.output.output_dir)))

@@ -155,8 +155,8 @@ def new_learner(method: str, trained: Trained, schedule: Schedule, context: Cont
         first, options.training, options.optimizer, context.accelerator, of_encoders=list(itertools.chain(*others))
     )
     lr_scheduler = get_scheduler(
-        options.optimizer.lr_scheduler, optimizer, step_rules=options.optimizer.lr_step_rules, num_warmup_steps=schedule.warmup_steps,
-        num_training_steps=schedule.steps,
+        options.optimizer.lr_scheduler, optimizer, step_rules=options.optimizer.lr_step_rules,
+        num_warmup_steps=schedule.warmup_steps, num_training_steps=schedule.steps,
     )  # fmt: skip
     return Learner(
         method, trained, optimizer, lr_scheduler, rank_allocator(denoiser), trained, name=context.name_of(method),

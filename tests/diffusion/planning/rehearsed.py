@@ -33,7 +33,7 @@ def settled(model: Path, data: Path, output: Path, *flags: str) -> tuple[list[Im
     parsed = parse_args([*given, "--num_inference_steps", "2", *flags])
     return load_folders(parsed.model, parsed.data, parsed.training, parsed.output), settle(
         parsed,
-        start_accelerator(parsed.model, parsed.adapter, parsed.training, parsed.optimizer, parsed.output),
+        start_accelerator(parsed),
         StopRequest(),
     )
 
