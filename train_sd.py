@@ -1,11 +1,11 @@
 """Fine-tune text-to-image models with LoRA and ResLoRA, and compare the two image by image.
 
     accelerate launch train_sd.py
-    accelerate launch train_sd.py --pretrained_model_name_or_path MODEL --train_data_dir IMAGES
+    accelerate launch train_sd.py --model MODEL --data IMAGES
 
-The first form trains the bundled 64x64 pipeline on the bundled images, in a few minutes on two CPU cores; the second
-any model of the families in reslora/diffusion/model/families. The flags of diffusers' `train_text_to_image_lora.py` are
-all here; README says which defaults differ.
+The first form trains the bundled 64x64 pipeline on the bundled images, in a few minutes on two CPU cores. The second
+trains any model of the families in reslora/diffusion/model/families. All options of diffusers'
+`train_text_to_image_lora.py` are here; README says which defaults differ.
 """
 
 from __future__ import annotations

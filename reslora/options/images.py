@@ -87,7 +87,7 @@ class AdapterOptions:
     method: list[str] = option(["lora"],
         f"one or several, trained one after the other on the same images and noise. {IN_WORDS}. With an option of "
         "the shortcuts or their merge the default is reslora",
-        choices=METHODS, essential="lora, reslora, lora_x2, dora, ...; several are trained one after the other",
+        choices=METHODS, essential="lora, reslora, lora_x2, dora, ...; several are compared",
         resume="free", bundled=["lora", "reslora"],
         kohya=("network_module",))  # no other ends lower, each at its own rate: RESULTS.md
     rank: int = option(None, "rank of the update matrices", parse=whole(1, HIGHEST_RANK), varies=True,
@@ -119,7 +119,7 @@ class AdapterOptions:
     pre_num: int = option(DEFAULT_PRE_NUM,
         "ResLoRA, lora_matched and ms_placebo: how many of the blocks before a block take part, -1 for all; with "
         "--shortcut input any number but 0 means one",
-        parse=whole(-1), varies=True, essential="ResLoRA: how many blocks before a block take part", implies="reslora",
+        parse=whole(-1), varies=True, essential="ResLoRA: how many earlier blocks take part, -1 for all", implies="reslora",
         read_by="reads_shortcut_flags")
     head: str = option("repeat",
         "--shortcut input and is_placebo: what the first block of a chain adds to its input, the same input "
@@ -195,8 +195,7 @@ class DataOptions:
         bundled=64,
         by_family="Stable Diffusion 1 and 2, Flux.1, FLUX.2 klein, Qwen-Image, Krea 2 512; others 1024")
     use_aspect_ratio_buckets: bool = option(False,
-        "train each image near its own shape, at about the area of a --resolution square, without scaling it up",
-        essential="train each image near its own shape", compared_as="resolution", kohya=("enable_bucket",))
+        "train each image near its own shape, at about the area of a --resolution square, without scaling it up", compared_as="resolution", kohya=("enable_bucket",))
     aspect_ratio_buckets: str | None = option(None,
         "the buckets, as heights and widths, instead of a ladder around --resolution; images may be scaled up",
         parse=buckets, metavar="H,W;H,W", compared_as="resolution", needs=BUCKETS)
@@ -319,7 +318,7 @@ class OptimizerOptions:
     optimizer: str = option("adamw",
         f"one of {', '.join(OPTIMIZERS)}, or the path of a class as package.Class; all but both AdamW have their "
         "authors' settings, which --optimizer_args changes", metavar="NAME", counts_if_given=True,
-        essential="adamw, adamw8bit, prodigy, adafactor, lion, schedulefree or package.Class", kohya=("optimizer_type",
+        essential="adamw, adamw8bit, prodigy, adafactor, lion, schedulefree, or package.Class", kohya=("optimizer_type",
         ))
     optimizer_args: list[str] = option([], "arguments of that class, as beta3=0.98", metavar="KEY=VALUE")
     use_8bit_adam: bool = option(False, "8-bit AdamW of bitsandbytes, as --optimizer adamw8bit")
@@ -338,7 +337,7 @@ class ValidationOptions:
     validation_prompt: list[str] = option([],
         "prompts of samples while training, with fixed seeds; or a .txt file of prompts as kohya's scripts read it (a "
         "line each, with --n --w --h --d --s --l --g), or a .json list of objects with a prompt and its options",
-        metavar="PROMPT", essential="prompts of samples while training, or a file of prompts", resume="shown",
+        metavar="PROMPT", essential="prompts of samples while training, or a file of them", resume="shown",
         compared_as="prompts", kohya=("sample_prompts FILE",),
         bundled=["cat face", "tulip", "guitar", "red apple"])
     validation_prompt_options: list[str] = option([],
@@ -428,8 +427,7 @@ class OutputOptions:
         metavar="FOLDER", resume="free", path="relative")
     report_to: str = option("tensorboard", "a tracker that accelerate knows, such as wandb; all, or none",
         resume="free")
-    checkpointing_steps: int = option(500, "steps between checkpoints", parse=whole(1),
-        essential="steps between checkpoints", resume="free",
+    checkpointing_steps: int = option(500, "steps between checkpoints", parse=whole(1), resume="free",
         bundled=100, kohya=("save_every_n_steps",))
     checkpointing_minutes: float | None = option(None,
         "save a checkpoint also when so many minutes have passed since the last one",

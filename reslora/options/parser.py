@@ -15,7 +15,7 @@ from .foreign import foreign_in_words
 from .groups import Groups
 from .option import SAME, Option, in_words
 
-WIDTH = 100  # of the short help
+WIDTH, COLUMN = 110, 30  # of the short help, and where its second column begins
 CONFIG = "options from a TOML file, or from a run's config.json"
 
 
@@ -129,19 +129,27 @@ def default_in_words(option: Option) -> str:
 
 def short_help(parser: OptionsParser) -> str:
     """Return one screen: what is most often needed, with defaults, and how to see the rest."""
-    lines = [parser.description or "", "", "options:"]
+    lines = [(parser.description or "").strip("\n"), "", "options:"]
     for option in parser.table.values():
         if option.essential:
             flag = f"--{option.short or option.name}"
-            typed = flag if option.is_switch else f"{flag} {option.metavar or option.name.rpartition('_')[2].upper()}"
-            default = default_in_words(option).partition(";")[0] if option.bundled is SAME else _brief_default(option)
+            value = "" if option.is_switch else f" {option.metavar or option.name.rpartition('_')[2].upper()}"
+            default = default_in_short(option)
             said = f"{option.essential} ({default})" if default else option.essential
-            lines += textwrap.wrap(f"{typed:<26}{said}", WIDTH, initial_indent="  ", subsequent_indent=" " * 28)
-    lines += ["", f"{parser.prog} --help GROUP prints all options of a group, and --help-all those of all groups:"]
-    lines += [f"  {group:<12}{title}" for group, title in parser.kind.titles.items()]
-    return "\n".join(lines).strip("\n") + "\n"
+            text, indent = f"  {flag + value:<{COLUMN - 3}} {said}", " " * COLUMN
+            if len(flag + value) > COLUMN - 3:
+                lines.append(f"  {flag}{value}")
+                text = indent + said
+            lines += textwrap.wrap(text, WIDTH, subsequent_indent=indent)
+    rest = f"--help-all prints all options, and --help GROUP those of one group: {', '.join(parser.kind.titles)}."
+    return "\n".join([*lines, "", *textwrap.wrap(rest, WIDTH)]) + "\n"
 
 
-def _brief_default(option: Option) -> str:
-    otherwise = (option.by_family or option.or_else or in_words(option.default)).partition(";")[0]
-    return f"bundled models: {in_words(option.bundled)}; others: {otherwise}"
+def default_in_short(option: Option) -> str:
+    """Return what an option is by default, in a few words; empty where that is nothing or off."""
+    otherwise = (option.or_else or in_words(option.default)).partition(";")[0]
+    if option.by_family:
+        otherwise = option.by_family.partition(";")[0] if option.by_family[0].isdigit() else "the model's own"
+    if option.bundled is not SAME:
+        return f"{in_words(option.bundled)} for bundled models, otherwise {otherwise}"
+    return f"default: {otherwise}" if otherwise not in ("", "none", "off", "False") else ""
