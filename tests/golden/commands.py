@@ -114,6 +114,9 @@ RUNS = {
         f"kill sd {SIX}",
         f"sd {SIX}",
         f"sd {SIX} --resume_from_checkpoint latest --learning_rate 2e-2",
+        f"sd {SIX} --resume_from_checkpoint latest --rank 3",
+        f"sd {SIX} --resume_from_checkpoint latest --train_data_dir shapes",
+        f"sd {SIX} --resume_from_checkpoint checkpoint-1 --method lora",
         f"sd {SIX} --resume_from_checkpoint latest",
         f"sd {SIX} --resume_from_checkpoint latest --max_train_steps 8",
     ],
@@ -258,10 +261,10 @@ SETTINGS_OF_SD = f"""
 --config several.toml
 
 {MODEL}
---pretrained_model_name_or_path /no/such/folder
---pretrained_model_name_or_path prompts.txt
---pretrained_model_name_or_path images
---pretrained_model_name_or_path other
+--pretrained_model_name_or_path /no/such/folder --train_data_dir images
+--pretrained_model_name_or_path prompts.txt --train_data_dir images
+--pretrained_model_name_or_path images --train_data_dir images
+--pretrained_model_name_or_path other --train_data_dir images
 --train_data_dir missing
 --output_dir prompts.txt/run
 --cache_dir prompts.txt/cache
@@ -377,7 +380,12 @@ CONTENT_OF_SD = f"""
 --mixed_precision fp16
 --init_lora missing.safetensors --method lora
 --train_data_dir images --caption_column caption
---train_data_dir class
+--train_data_dir semicolons
+--train_data_dir broken
+--train_data_dir outside
+--train_data_dir columns
+--train_data_dir bare
+--train_data_dir images bare --strict
 --train_data_dir images --masked_loss
 --validation_prompt tulip --validation_prompt_options '{{"width": 36}}'
 --use_aspect_ratio_buckets --aspect_ratio_buckets 36,32
@@ -440,7 +448,6 @@ CONTENT_OF_LLM = """
 --model_name_or_path assets/tiny-roberta --data_dir assets/tiny-llama/task
 --data_dir missing
 --target_modules nothing
---resume_from_checkpoint checkpoint-2
 """
 
 FLAGS_OF_GLUE = """
@@ -450,7 +457,6 @@ FLAGS_OF_GLUE = """
 --merge average
 --lora_dropout 0.1 --method oft
 --task_name nothing
---model_name_or_path images --task_name cola
 --model_name_or_path /no/such/folder --task_name cola
 --max_seq_length 3
 --max_predict_samples 0
@@ -468,9 +474,8 @@ FLAGS_OF_GLUE = """
 
 CONTENT_OF_GLUE = """
 --data_dir missing --task_name cola
+--data_dir texts --task_name cola
 --target_modules nothing
---model_name_or_path assets/tiny-llama
---resume_from_checkpoint checkpoint-2
 """
 
 FLAGS_OF_CONVERT = """
@@ -505,6 +510,8 @@ OUT --to kohya --extract model model --rank 2
 OUT --to kohya --extract model lora.safetensors --rank 2
 pickle.bin OUT --to kohya
 empty.safetensors OUT --to kohya
+half.safetensors OUT --to kohya
+dora.safetensors OUT --to kohya
 """
 
 
@@ -556,6 +563,12 @@ FILES = {
     "switch.toml": "random_flip = 1",
     "several.toml": "max_train_steps = [4]",
     "pickle.bin": "cos\nsystem\n",
+    "semicolons/metadata.csv": "file_name;text\n0.png;red\n",
+    "broken/metadata.jsonl": '{"file_name": "0.png", "text": "red"\n',
+    "outside/metadata.jsonl": '{"file_name": "../images/0.png", "text": "red"}\n',
+    "columns/metadata.csv": "file_name,title\n0.png,red\n",
+    "bare/notes.md": "an image without a caption",
+    "texts/train.jsonl": '{"Body": 1}\n',
     "other/model_index.json": '{"_class_name": "AudioLDMPipeline"}',
 }  # fmt: skip
 SHAPES = ((32, 32), (48, 32), (32, 56), (64, 40))
@@ -575,6 +588,8 @@ def make_fixtures(folder: Path) -> None:
     unet = {"layers_per_block": 2, "transformer_layers_per_block": 2}
     stable_diffusion(folder / "model", text_encoder={"num_hidden_layers": 3}, unet=unet)
     image_folder(folder / "images", count=8)
+    for name in ("semicolons", "broken", "outside", "columns", "bare"):
+        random_image(0).save(folder / name / "0.png")
     image_folder(folder / "kohya" / "2_red disc", count=2, layout="none")
     (folder / "shapes").mkdir()
     for number, size in enumerate(SHAPES):
@@ -593,3 +608,5 @@ def make_fixtures(folder: Path) -> None:
     factors = {f"{layer}.lora_A.weight": torch.ones(2, 16), f"{layer}.lora_B.weight": torch.ones(16, 2)}
     save_file(factors, folder / "lora.safetensors")
     save_file({}, folder / "empty.safetensors")
+    save_file({f"{layer}.lora_A.weight": torch.ones(2, 16)}, folder / "half.safetensors")
+    save_file(factors | {f"{layer}.lora_magnitude_vector.weight": torch.ones(16)}, folder / "dora.safetensors")

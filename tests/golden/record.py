@@ -99,9 +99,9 @@ def run_script(checkout: Path, script: str, words: list[str]) -> None:
         runpy.run_module(script, run_name="__main__", alter_sys=True)
 
 
-def ended(process: int) -> int:
-    """Wait for a process; return its exit status, minus the signal where one ended it. Kill it after `LIMIT`."""
-    until = time.monotonic() + LIMIT
+def ended(process: int, limit: float = LIMIT) -> int:
+    """Wait for a process; return its exit status, minus the signal where one ended it. Kill it after the limit."""
+    until = time.monotonic() + limit
     while (found := os.waitpid(process, os.WNOHANG))[0] == 0:
         if time.monotonic() > until:
             os.kill(process, signal.SIGKILL)
@@ -170,8 +170,7 @@ class Observer:
     def observe(self, name: str) -> dict:
         """Return what a run does, or what refuses the commands of a group of `REFUSALS`, by section and key."""
         if name in REFUSALS:
-            groups = REFUSALS[name].items()
-            return {script: {words: self.refusal(script, words) for words in lines} for script, lines in groups}
+            return {script: self.refusals(script, lines) for script, lines in REFUSALS[name].items()}
         folder = self.folder(name)
         outcomes = {}
         for number, command in enumerate(RUNS[name], 1):
@@ -195,6 +194,18 @@ class Observer:
             elif path.suffix == ".png":
                 found["contents"][place] = hashlib.sha256(path.read_bytes()).hexdigest()
         return found
+
+    def refusals(self, script: str, lines: list[str]) -> dict[str, str]:
+        """Return the outcome of each command line, forked from a process in which the script has printed its help."""
+        file, printed = self.scratch / "outcomes.json", self.scratch / "help.txt"
+
+        def refuse_all() -> None:
+            with contextlib.suppress(SystemExit):
+                run_script(self.checkout, SCRIPTS[script], ["--help"])
+            file.write_text(json.dumps({words: self.refusal(script, words) for words in lines}))
+
+        assert ended(fork(refuse_all, printed, self.place), LIMIT * len(lines)) == 0, printed.read_text()
+        return json.loads(file.read_text())
 
     def refusal(self, script: str, words: str) -> str:
         """Return the outcome of a command that is to be refused, and the files that it leaves all the same."""
@@ -275,7 +286,7 @@ def reference(commit: str, name: str, fixtures: Path, place: Path) -> dict:
     if not file.exists():
         checkout = CACHE / commit / "checkout"
         if not checkout.exists():
-            checkout.parent.mkdir(parents=True)
+            checkout.parent.mkdir(parents=True, exist_ok=True)
             archive = subprocess.check_output([*git, "archive", commit])
             with (
                 tempfile.TemporaryDirectory(dir=checkout.parent) as folder,
@@ -378,13 +389,14 @@ def main() -> int:
             sys.exit((place / "fixtures.txt").read_text())
         for name in args.only:
             before = reference(args.against, name, fixtures, place) if args.against else record.get(name, {})
-            began = time.monotonic()
+            began = os.times()
             found = Observer(CHECKOUT, fixtures, place / name).observe(name)
             found = json.loads(json.dumps(found)) if args.against else portable(found)
             record[name] = found
             lines = list(differences(before, found, 0 if args.against else TOLERANCE))
             count += len(lines)
-            print(f"{name}: {time.monotonic() - began:.1f} s, {len(lines)} differences")
+            seconds = sum(os.times()[:4]) - sum(began[:4])
+            print(f"{name}: {seconds:.1f} s of CPU, {len(lines)} differences", flush=True)
             for line in lines[:SHOWN]:
                 print(f"  {line}")
     if args.action == "write":
