@@ -209,7 +209,7 @@ def grid_of(values: Mapping[str, Any]) -> Grid[Options]:
     names = "lora_alpha", "output_dir", "extend_rates", "experiment_minutes", "arms_at_once"
     shared = {"method": listed(values["method"]), **{name: values[name] for name in names}}
     base = Options.of(**shared, **{name: given[0] for name, given in own.items()})
-    return Grid(base, {name: given for name, given in own.items() if len(given) > 1})
+    return Grid(base, {name: given for name, given in own.items() if len(given) > 1}, SEVERAL)
 
 
 def values_of(arm: Arm, values: Mapping[str, Any], course: Course) -> dict[str, Any]:

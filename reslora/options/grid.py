@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from .images import AdapterOptions, Options
@@ -21,6 +21,8 @@ class Grid(Generic[O]):
     """Those of the first run; `lora_alpha` is None where it follows from ranks that vary."""
     varied: Mapping[str, list]
     """Two or more values of each option that varies, by its name."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """Other names of options in this script."""
 
     def values(self, name: str) -> list:
         """Return all values of an option; a list with the only one where it does not vary."""
@@ -38,7 +40,7 @@ class Grid(Generic[O]):
 
     def flag(self, name: str) -> str:
         """Return how an option is typed."""
-        return self.base.table()[name].flag
+        return f"--{self.names.get(name, name)}"
 
     def runs(self, *names: str) -> list[O]:
         """Return the options of runs with each combination of the values of `names`, and the first of the others."""

@@ -119,8 +119,8 @@ class AdapterOptions:
     pre_num: int = option(DEFAULT_PRE_NUM,
         "ResLoRA, lora_matched and ms_placebo: how many of the blocks before a block take part, -1 for all; with "
         "--shortcut input any number but 0 means one",
-        parse=whole(-1), varies=True, essential="ResLoRA: how many earlier blocks take part, -1 for all", implies="reslora",
-        read_by="reads_shortcut_flags")
+        parse=whole(-1), varies=True, essential="ResLoRA: how many earlier blocks take part, -1 for all",
+        implies="reslora", read_by="reads_shortcut_flags")
     head: str = option("repeat",
         "--shortcut input and is_placebo: what the first block of a chain adds to its input, the same input "
         "again or nothing", choices=HEADS, implies="reslora", read_by="reads_shortcut_flags")
@@ -195,7 +195,8 @@ class DataOptions:
         bundled=64,
         by_family="Stable Diffusion 1 and 2, Flux.1, FLUX.2 klein, Qwen-Image, Krea 2 512; others 1024")
     use_aspect_ratio_buckets: bool = option(False,
-        "train each image near its own shape, at about the area of a --resolution square, without scaling it up", compared_as="resolution", kohya=("enable_bucket",))
+        "train each image near its own shape, at about the area of a --resolution square, without scaling it up",
+        compared_as="resolution", kohya=("enable_bucket",))
     aspect_ratio_buckets: str | None = option(None,
         "the buckets, as heights and widths, instead of a ladder around --resolution; images may be scaled up",
         parse=buckets, metavar="H,W;H,W", compared_as="resolution", needs=BUCKETS)
@@ -367,17 +368,17 @@ class ValidationOptions:
         "content where --validation_noises are measured; the others are not trained on either",
         parse=whole(1), compared_as="held-out images",
         needs=Need(HELD_OUT.met, "", "nothing reads it without --validation_split", refuse=False))
-    validation_noises: int | None = option(None,
-        "measure the validation loss at eight timesteps, with N noises each, seeded by the image's content",
-        or_else="4 with --save_best or --early_stopping_patience, else one timestep and noise in each quarter",
-        parse=whole(1), metavar="N", needs=HELD_OUT, in_experiments=CHOSEN_OVER_SEEDS,
-        compared_as="how losses are measured")
     save_best: bool = option(False,
         "save the adapter with the lowest validation loss in <method>/best, and export that one in the end",
         needs=HELD_OUT, in_experiments=CHOSEN_OVER_SEEDS, compared_as="how losses are measured")
     early_stopping_patience: int | None = option(None,
         "stop a method after N validations in a row without a lower loss than before",
         parse=whole(1), metavar="N", resume="free", needs=HELD_OUT, in_experiments=CHOSEN_OVER_SEEDS,
+        compared_as="how losses are measured")
+    validation_noises: int | None = option(None,
+        "measure the validation loss at eight timesteps, with N noises each, seeded by the image's content",
+        or_else="4 with --save_best or --early_stopping_patience, else one timestep and noise in each quarter",
+        parse=whole(1), metavar="N", needs=HELD_OUT, in_experiments=CHOSEN_OVER_SEEDS,
         compared_as="how losses are measured")
     metric_model: str | None = option(None,
         "DINOv2 or CLIP, a folder or a name on the hub: measure how near samples are to the held-out images and, "

@@ -8,7 +8,6 @@ WHOLE = {"Options", "Grid"}
 SEE_ALL = {
     "app/launcher.py": "the form becomes a command",
     "app/bases.py": "the form's model",
-    "app/caption_files.py": "the form's folder, as the trainer reads it",
     "app/image_folders.py": "the form's folder, as the trainer reads it",
     "reslora/diffusion/settings.py": "resolution, without the model",
     "reslora/diffusion/checks.py with_rank": "resolution, with the model",
