@@ -12,6 +12,7 @@ import PIL.ImageDraw
 import pytest
 from pipelines import image_folder, random_image
 
+from diffusion.runs import parts
 from reslora.common.errors import InvalidArgument
 from reslora.diffusion.content import content_mark
 from reslora.diffusion.data.dataset import FEATURES, ImageDataset
@@ -43,7 +44,7 @@ def dataset(contents: list[bytes]) -> ImageDataset:
                         marks=[content_mark(content) for content in contents])  # fmt: skip
 
 
-def parts(contents: list[bytes]) -> dict[bytes, str]:
+def parts_by_content(contents: list[bytes]) -> dict[bytes, str]:
     """Which part each content is in."""
     found = parts_of({0: dataset(contents)}, SHARES.data, SHARES.validation, SHARES.experiment)
     named = {"train": found.train, "select": found.select, "test": found.test}
@@ -52,10 +53,10 @@ def parts(contents: list[bytes]) -> dict[bytes, str]:
 
 def test_an_image_that_is_added_or_moved_moves_no_other():
     contents = [encoded(picture(number)) for number in range(40)]
-    before = parts(contents[:30])
+    before = parts_by_content(contents[:30])
     assert set(before.values()) == {"train", "select", "test"} and len(before) == 30
     random.Random(0).shuffle(contents)
-    after = parts(contents)
+    after = parts_by_content(contents)
     assert len(after) == 40 and {content: after[content] for content in before} == before
 
 
@@ -232,7 +233,7 @@ def test_no_more_images_choose_than_are_measured():
 def test_too_few_images_are_refused_in_one_line():
     image = picture(0)
     with pytest.raises(InvalidArgument, match="--train_data_dir images: 2 images but for near-duplicates") as error:
-        parts([encoded(image), encoded(picture(1)), encoded(image, "JPEG")])
+        parts_by_content([encoded(image), encoded(picture(1)), encoded(image, "JPEG")])
     assert "\n" not in str(error.value) and "(image 0 and image 2 look alike)" in str(error.value)
 
 
@@ -240,4 +241,4 @@ def test_an_image_that_cannot_be_opened_is_named(tmp_path):
     image_folder(tmp_path / "images", count=3)
     contents = [encoded(picture(0)), encoded(picture(1)), encoded(picture(2))[:200]]
     with pytest.raises(InvalidArgument, match=r"--train_data_dir images, image 2: .+; repair or remove it"):
-        parts(contents)
+        parts_by_content(contents)

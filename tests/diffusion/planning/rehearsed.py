@@ -86,7 +86,7 @@ def real_parts(context: Context) -> Trained:
     pipeline = model.load_pipeline(context.dtype, device, encoders=bool(context.encoders))
     denoiser = model.load_denoiser(context.dtype, device, flags.model.base_precision)
     parts = {model.family.denoiser: denoiser} | model.load_encoders(context.encoders, pipeline)
-    objective = objective_of(flags, model.family, pipeline)
+    objective = objective_of(flags.model, flags.training, model.family, pipeline)
     trained = Trained(parts, DenoisingLoss(context, objective, pipeline, denoiser.config))
     add_adapters(trained, flags.adapter.method[0], SimpleNamespace(steps=1000), context)
     for part in parts.values() if flags.training.gradient_checkpointing else ():

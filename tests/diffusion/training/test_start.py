@@ -50,7 +50,7 @@ def started(path, method: str) -> torch.nn.Module:
         shortcut="none", pre_num=4, head="repeat",
     )  # fmt: skip
     model = Model(tiny("stable_diffusion"), load_family("StableDiffusionPipeline"), "--model")
-    start = read_start(flags, model)
+    start = read_start(str(path), str(tiny("stable_diffusion")), model)
     unet = UNet2DConditionModel.from_pretrained(tiny("stable_diffusion") / "unet")
     flags = with_start(flags, start)
     add_adapter(unet, method, flags.adapter, flags.training, config_of(method, flags.adapter, 4, start=start))
