@@ -585,7 +585,7 @@ def make_fixtures(folder: Path) -> None:
     for name, text in FILES.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
-    unet = {"layers_per_block": 2, "transformer_layers_per_block": 2}
+    unet = {"transformer_layers_per_block": 2}
     stable_diffusion(folder / "model", text_encoder={"num_hidden_layers": 3}, unet=unet)
     image_folder(folder / "images", count=8)
     for name in ("semicolons", "broken", "outside", "columns", "bare"):

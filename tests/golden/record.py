@@ -54,6 +54,7 @@ from commands import REFUSALS, RUNS, SCRIPTS, make_fixtures  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 
 LIKE = "like"
+NOTHING = "nothing"
 SETTINGS = "settings of"  # how the section of a config.json begins
 LIMIT = 300  # seconds for one command
 TOLERANCE = 1e-4  # of what is compared between processors, relative where it is above 1
@@ -312,25 +313,23 @@ def machine() -> str:
 
 
 def differences(before: object, now: object, tolerance: float, where: str = "") -> Iterator[str]:
-    """Yield a line for each value that is not the same; numbers may differ by `tolerance`."""
+    """Yield a line for each value that is not the same; floats may differ by `tolerance`."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in [*before, *(key for key in now if key not in before)]:
-            yield from differences(before.get(key), now.get(key), tolerance, f"{where} / {key}" if where else key)
+            pair = before.get(key, NOTHING), now.get(key, NOTHING)
+            yield from differences(*pair, tolerance, f"{where} / {key}" if where else key)
     elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
         for number, pair in enumerate(zip(before, now, strict=True)):
             yield from differences(*pair, tolerance, f"{where} [{number}]")
-    elif before != now and not (isinstance(before, float) and isinstance(now, float) and close(before, now, tolerance)):
-        yield f"{where}: {shown(before)} before, {shown(now)} now"
+    elif not (isinstance(before, float) and isinstance(now, float) and math.isclose(before, now, **both(tolerance))):
+        one, other = (each if each is NOTHING else json.dumps(each) for each in (before, now))
+        if one != other:  # 1, 1.0 and true are not the same here
+            yield f"{where}: {textwrap.shorten(one, 200)} before, {textwrap.shorten(other, 200)} now"
 
 
-def shown(value: object) -> str:
-    """Return a value as one short piece of text."""
-    return "nothing" if value is None else textwrap.shorten(json.dumps(value), 200)
-
-
-def close(one: float, other: float, tolerance: float) -> bool:
-    """Whether two numbers are the same but for rounding; NaN is NaN."""
-    return abs(one - other) <= tolerance * max(1, abs(one)) or (math.isnan(one) and math.isnan(other))
+def both(tolerance: float) -> dict[str, float]:
+    """Return a tolerance that is absolute below 1 and relative above, for `math.isclose`."""
+    return {"rel_tol": tolerance, "abs_tol": tolerance}
 
 
 def packed(record: dict) -> dict:
@@ -399,10 +398,9 @@ def main() -> int:
             print(f"{name}: {seconds:.1f} s of CPU, {len(lines)} differences", flush=True)
             for line in lines[:SHOWN]:
                 print(f"  {line}")
-    if args.action == "write":
-        RECORD.write_text(as_text(packed({name: record[name] for name in names if name in record})))
-        return 0
-    return 1 if count else 0
+            if args.action == "write":
+                RECORD.write_text(as_text(packed({name: record[name] for name in names if name in record})))
+    return 1 if count and args.action == "check" else 0
 
 
 if __name__ == "__main__":
