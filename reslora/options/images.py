@@ -239,7 +239,7 @@ class TrainingOptions:
     compile: bool = option(False,
         "compile the denoiser by torch.compile: minutes at the start, then faster steps; refused where its first "
         "gradients are not those of the same step without it", resume="free")
-    noise_offset: float = option(0, "scale of the noise added per channel while training", parse=number(0))
+    noise_offset: float = option(0.0, "scale of the noise added per channel while training", parse=number(0))
     min_timestep: int = option(0,
         "train from this timestep on; 0 is the image, and the last timestep noise. Low ones hold the details, "
         "which then stay much as they are. The validation loss is measured at all timesteps", parse=whole(0))
