@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from ..common.errors import EndedElsewhere, RunFailed, Stopped
 from ..common.script import run_script
 from ..common.signals import StopRequest
-from ..options.images import ExperimentOptions
+from ..options.shared import SharedExperimentOptions
 from .arms import Arm
 
 if TYPE_CHECKING:
@@ -178,13 +178,13 @@ class Crew:
             raise RunFailed(f"a process of --arms_at_once was killed by signal {-status}; the same command goes on")
 
 
-def crew_of(options: ExperimentOptions, prog: str, work: Work, stop: StopRequest) -> Crew | None:
+def crew_of(options: SharedExperimentOptions, prog: str, work: Work, stop: StopRequest) -> Crew | None:
     """The crew that --arms_at_once asks for; None where the main process trains by itself."""
     processes = options.arms_at_once or 1
     return Crew(processes, prog, work, stop) if processes > 1 else None
 
 
-def arms_a_device(options: ExperimentOptions, device: torch.device) -> int:
+def arms_a_device(options: SharedExperimentOptions, device: torch.device) -> int:
     """How many arms are trained at once on a GPU, or on the CPU."""
     count = torch.cuda.device_count() if device.type == "cuda" else 1
     return -(-(options.arms_at_once or 1) // count)

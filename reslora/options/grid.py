@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from .images import AdapterOptions, Options
+from .shared import RunOptions, SharedAdapterOptions
 
-O = TypeVar("O", bound=Options)  # noqa: E741
+O = TypeVar("O", bound=RunOptions)  # noqa: E741
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,7 @@ class Grid(Generic[O]):
     base: O
     """Those of the first run; `lora_alpha` is None where it follows from ranks that vary."""
     varied: Mapping[str, list]
-    """Two or more values of each option that varies, by its name."""
-    names: Mapping[str, str] = field(default_factory=dict)
-    """Other names of options in this script."""
+    """Two or more values of each option that varies, by the name that all scripts have for it."""
 
     def values(self, name: str) -> list:
         """Return all values of an option; a list with the only one where it does not vary."""
@@ -40,7 +38,7 @@ class Grid(Generic[O]):
 
     def flag(self, name: str) -> str:
         """Return how an option is typed."""
-        return f"--{self.names.get(name, name)}"
+        return self.base.option(name).flag
 
     def runs(self, *names: str) -> list[O]:
         """Return the options of runs with each combination of the values of `names`, and the first of the others."""
@@ -54,15 +52,15 @@ class Grid(Generic[O]):
 
     def flat(self) -> dict[str, Any]:
         """Return all values by name, as `config.json` records them: lists of those that vary."""
-        return {**self.base.flat(), **self.varied}
+        return {**self.base.flat(), **{self.base.option(name).name: values for name, values in self.varied.items()}}
 
     def replace(self, **values: Any) -> Grid[O]:
         """Return an experiment in which some shared options have other values."""
         return dataclasses.replace(self, base=self.base.replace(**values))
 
 
-def alpha_of(adapter: AdapterOptions) -> float | None:
+def alpha_of(adapter: SharedAdapterOptions) -> float | None:
     """Return the alpha that is given, or twice the rank; None where a family's rank or a LoRA decides it yet."""
     if adapter.lora_alpha is not None:
         return adapter.lora_alpha
-    return 2 * adapter.rank if adapter.rank and not adapter.init_lora else None
+    return 2 * adapter.rank if adapter.rank and not getattr(adapter, "init_lora", None) else None

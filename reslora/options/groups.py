@@ -16,12 +16,25 @@ class Groups:
 
     titles: ClassVar[Mapping[str, str]]
     """What help calls each group, in its order."""
+    switches_take_values: ClassVar[bool] = False
+    """Whether a switch is turned off by `--name False` and not by `--no-name`."""
 
     @classmethod
     @functools.cache
     def table(cls) -> dict[str, Option]:
         """Return all options by name, in order."""
         return _table(cls)
+
+    @classmethod
+    def option(cls, name: str) -> Option:
+        """Return an option by its name in this script, or by the name that all scripts have for it."""
+        table = cls.table()
+        return table[name] if name in table else cls._by_attribute()[name]
+
+    @classmethod
+    @functools.cache
+    def _by_attribute(cls) -> dict[str, Option]:
+        return {option.attribute: option for option in cls.table().values()}
 
     @classmethod
     def of(cls, **values: Any) -> Self:
@@ -32,7 +45,7 @@ class Groups:
         """Return options in which some have other values. Raises `KeyError` for a name that is none of theirs."""
         changes: dict[str, dict[str, Any]] = {}
         for name, value in values.items():
-            option = self.table()[name]
+            option = self.option(name)
             own = list(listed(value)) if option.collapses else value
             changes.setdefault(option.group, {})[option.attribute] = own
         parts: Any = {group: dataclasses.replace(getattr(self, group), **own) for group, own in changes.items()}
@@ -40,7 +53,7 @@ class Groups:
 
     def __getitem__(self, name: str) -> Any:
         """Return a value by its option's name."""
-        option = self.table()[name]
+        option = self.option(name)
         return getattr(getattr(self, option.group), option.attribute)
 
     def flat(self) -> dict[str, Any]:
@@ -50,9 +63,9 @@ class Groups:
 
 def _table(kind: type[Groups]) -> dict[str, Option]:
     found: dict[str, Option] = {}
-    for group, part in get_type_hints(kind).items():
-        if group not in kind.titles:
-            continue
+    parts = get_type_hints(kind)
+    for group in kind.titles:
+        part = parts[group]
         kinds = get_type_hints(part)
         for field in dataclasses.fields(part):
             name = field.metadata["name"] or field.name

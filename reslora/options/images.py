@@ -6,15 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from ..common.methods import DEFAULT_PRE_NUM, IN_WORDS, METHODS
+from ..common.methods import IN_WORDS
 from ..common.patterns import HELP as PATTERNS
-from ..config import HEADS, SHORTCUTS
 from ..diffusion.optimizers import ADAMS, OPTIMIZERS
 from ..diffusion.prompts import LONGEST_SIDE, options_text
-from ..merges import AUTO
-from ..merges import NAMES as MERGES
-from .groups import Groups
-from .option import Need, buckets, number, option, whole
+from .option import Need, again, buckets, number, option, whole
+from .shared import RunOptions, SharedAdapterOptions, SharedExperimentOptions
 
 SAMPLINGS = ("uniform", "logit_normal", "mode", "sigmoid", "shift", "flux_shift")
 WEIGHTINGS = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
@@ -23,7 +20,7 @@ SCHEDULES = (
 )  # fmt: skip
 INTERPOLATIONS = ("nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
 NOISES = 4  # at each timestep at which losses of an image are compared
-DEFAULT_RANK, HIGHEST_RANK, LARGEST_BATCH = 16, 65536, 65536
+DEFAULT_RANK, LARGEST_BATCH = 16, 65536
 
 BUCKETS = Need(lambda options: options.data.use_aspect_ratio_buckets, "add --use_aspect_ratio_buckets")
 CLASS_IMAGES = Need(lambda options: options.data.class_data_dir, "add --class_data_dir and --class_prompt")
@@ -81,55 +78,32 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
-class AdapterOptions:
+class AdapterOptions(SharedAdapterOptions):
     """Which adapter, and how it is merged."""
 
-    method: list[str] = option(["lora"],
-        f"one or several, trained one after the other on the same images and noise. {IN_WORDS}. With an option of "
+    method: list[str] = again(SharedAdapterOptions, "method", default=["lora"],
+        help=f"one or several, trained one after the other on the same images and noise. {IN_WORDS}. With an option of "
         "the shortcuts or their merge the default is reslora",
-        choices=METHODS, essential="lora, reslora, lora_x2, dora, ...; several are compared",
-        resume="free", bundled=["lora", "reslora"],
-        kohya=("network_module",))  # no other ends lower, each at its own rate: RESULTS.md
-    rank: int = option(None, "rank of the update matrices", parse=whole(1, HIGHEST_RANK), varies=True,
-        essential="rank of the update matrices",
-        by_family=f"{DEFAULT_RANK}; the width of the narrowest adapted layer where that is less", kohya=("network_dim",
-        ))
-    lora_alpha: float = option(None, "scale times rank", or_else="twice the rank",
-        parse=number(0, exclusive=True), read_by="alpha", yields_to="rank", kohya=("network_alpha",))
-    rank_pattern: list[str] | None = option(None, f"{PATTERNS['rank_pattern']}; for the denoiser alone",
-        metavar="NAME=VALUE")
-    alpha_pattern: list[str] | None = option(None, f"{PATTERNS['alpha_pattern']}; for the denoiser alone",
-        metavar="NAME=VALUE")
+        resume="free", bundled=["lora", "reslora"], kohya=("network_module",))  # no other ends lower: RESULTS.md
+    rank: int = again(SharedAdapterOptions, "rank", kohya=("network_dim",),
+        by_family=f"{DEFAULT_RANK}; the width of the narrowest adapted layer where that is less")
+    rank_pattern: list[str] | None = again(SharedAdapterOptions, "rank_pattern",
+        help=f"{PATTERNS['rank_pattern']}; for the denoiser alone")
+    alpha_pattern: list[str] | None = again(SharedAdapterOptions, "alpha_pattern",
+        help=f"{PATTERNS['alpha_pattern']}; for the denoiser alone")
     init_lora: str | None = option(None,
         "start from this LoRA, of any tool, instead of from zero: its layers, ranks and alphas are trained",
         metavar="FILE", resume="content", path="absolute", kohya=("network_weights",))
-    lora_dropout: float = option(0.0, "dropout on the adapter's input; of ranks for loha and lokr",
-        parse=number(0, below=1))
-    target_modules: list[str] = option(None,
-        "layers of the denoiser that get an adapter, by the end of their name; or one regular expression of "
-        "their whole names", metavar="NAME",
+    target_modules: list[str] = again(SharedAdapterOptions, "target_modules",
+        help="layers of the denoiser that get an adapter, by the end of their name; or one regular expression of "
+        "their whole names",
         by_family="as in diffusers' script for the model, to_q, to_k, to_v, to_out.0 of U-Nets; but not Z-Image's "
         "refiners and Krea 2's text_fusion.projector, and FLUX.2 klein's add_*_proj and to_add_out as well")
     train_text_encoder: bool = option(False,
         "train the CLIP text encoders, too: their attention gets the same adapter, with shortcuts between their "
         "own layers; Stable Diffusion, SDXL, SD 3, Flux.1. T5 stays as it is")
-    shortcut: str = option("input", "ResLoRA and lora_matched: what a block gets from the blocks before it",
-        choices=SHORTCUTS, varies=True, essential="ResLoRA: input, block, middle or none", implies="reslora",
-        read_by="reads_shortcut")
-    pre_num: int = option(DEFAULT_PRE_NUM,
-        "ResLoRA, lora_matched and ms_placebo: how many of the blocks before a block take part, -1 for all; with "
-        "--shortcut input any number but 0 means one",
-        parse=whole(-1), varies=True, essential="ResLoRA: how many earlier blocks take part, -1 for all",
-        implies="reslora", read_by="reads_shortcut_flags")
-    head: str = option("repeat",
-        "--shortcut input and is_placebo: what the first block of a chain adds to its input, the same input "
-        "again or nothing", choices=HEADS, implies="reslora", read_by="reads_shortcut_flags")
-    merge: str = option(AUTO, "ResLoRA: how the shortcuts become plain LoRA weights",
-        choices=MERGES, essential="ResLoRA: how shortcuts become plain LoRA weights", resume="merged",
-        implies="reslora", read_by="shortcuts")
-    merge_calibration_samples: int = option(64,
-        "images for ResLoRA's merge and for measuring controls; with 0, --merge input takes norms of the training",
-        parse=whole(0), resume="merged", implies="reslora")
+    merge_calibration_samples: int = again(SharedAdapterOptions, "merge_calibration_samples",
+        help="images for ResLoRA's merge and for measuring controls; with 0, --merge input takes norms of the training")
 
 
 @dataclass(frozen=True)
@@ -397,23 +371,13 @@ class ValidationOptions:
 
 
 @dataclass(frozen=True)
-class ExperimentOptions:
+class ExperimentOptions(SharedExperimentOptions):
     """How an experiment, which several values of some options make, is measured and scheduled."""
 
-    select_split: float | None = option(None,
-        "fraction of the images by which learning rates and checkpoints are chosen", or_else="0.1",
-        parse=number(0, below=1, exclusive=True))
-    test_split: float | None = option(None,
-        "fraction of the images by which methods are compared; if there are few, 0.3", or_else="0.1",
-        parse=number(0, below=1, exclusive=True))
-    extend_rates: bool = option(False,
-        "where the best learning rate is the lowest or highest, try the next one, up to three times", resume="free")
-    experiment_minutes: float | None = option(None,
-        "start no arm that would not end within so many minutes; the same command resumes later",
-        parse=number(0, exclusive=True), resume="free")
-    arms_at_once: int | None = option(None,
-        "how many arms are trained at once, each in a process of its own; with several GPUs, on one each", or_else="1",
-        parse=whole(1), resume="free")
+    select_split: float | None = again(SharedExperimentOptions, "select_split",
+        help="fraction of the images by which learning rates and checkpoints are chosen")
+    test_split: float | None = again(SharedExperimentOptions, "test_split",
+        help="fraction of the images by which methods are compared; if there are few, 0.3")
     merged_weights: bool = option(False,
         "write the merged weights of every arm too, as a run with one rate and seed does")
 
@@ -453,7 +417,7 @@ class OutputOptions:
 
 
 @dataclass(frozen=True)
-class Options(Groups):
+class Options(RunOptions):
     """The values of one run of train_sd.py. A value that the model's family decides is None until it is known."""
 
     model: ModelOptions = field(default_factory=ModelOptions)

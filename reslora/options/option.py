@@ -50,6 +50,8 @@ class Option:
     help: str
     parse: Callable[[str], Any] = str
     """Reads one word of the command line."""
+    alone: Any = SAME
+    """Its value where its flag has none."""
     choices: Collection[str] = ()
     metavar: str | None = None
     short: str = ""
@@ -180,6 +182,24 @@ def in_words(value: Any) -> str:
 def same(one: Any, other: Any) -> bool:
     """Whether two values of an option are the same, whether in a list or not."""
     return listed(one) == listed(other)
+
+
+def real(minimum: float = -math.inf, below: float = math.inf, exclusive: bool = False) -> Callable[[str], float]:
+    """Return what reads the same as `number`, and gives a float whatever the text is."""
+    parse = number(minimum, below, exclusive)
+    return lambda text: float(parse(text))
+
+
+def steps(text: str) -> int:
+    """Read a number of steps; -1 is none."""
+    return -1 if text == "-1" else whole(1)(text)
+
+
+def true_or_false(text: str) -> bool:
+    """Read a switch as transformers' scripts have it."""
+    if text.lower() in ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0"):
+        return text.lower() in ("yes", "true", "t", "y", "1")
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
 
 
 def buckets(text: str) -> str:

@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from .. import __version__
+from ..common.assets import ASSETS
 from ..common.flags import listed
 from ..common.parser import Parser
 from .foreign import foreign_in_words
 from .groups import Groups
-from .option import SAME, Option, in_words
+from .option import SAME, Option, in_words, true_or_false
 
 WIDTH, COLUMN = 110, 30  # of the short help, and where its second column begins
 CONFIG = "options from a TOML file, or from a run's config.json"
@@ -39,12 +40,30 @@ class OptionsParser(Parser):
             help=f"print what is most often needed, or all options of a group: {', '.join(kind.titles)}",
         )
         self.add_argument("--help-all", nargs=0, action=Help, help="print all options and exit")
-        self.add_argument("--config", metavar="FILE", help=f"{CONFIG}; the command line wins")
+        if not kind.switches_take_values:
+            self.add_argument("--config", metavar="FILE", help=f"{CONFIG}; the command line wins")
         version = f"reslora-sd {__version__}"
         self.add_argument("--version", action="version", version=version, help="print the version and exit")
         groups = {group: self.add_argument_group(title) for group, title in kind.titles.items()}
         for option in self.table.values():
-            groups[option.group].add_argument(*flags_of(option), **argument(option))
+            self.add_option(groups[option.group], option)
+
+    def add_option(self, group: argparse._ArgumentGroup, option: Option) -> None:
+        """Add an option of the table to a group of argparse's."""
+        flags = [option.flag, *[f"--{option.short}"] * bool(option.short)]
+        own: dict[str, Any] = {"dest": option.name, "help": full_help(option).replace("%", "%%")}
+        if option.is_switch and not self.kind.switches_take_values:
+            own["action"] = argparse.BooleanOptionalAction
+        elif option.is_switch:
+            own |= {"nargs": "?", "const": True, "type": true_or_false, "metavar": "True|False"}
+        else:
+            own |= {"type": option.parse, "metavar": option.metavar}
+            own |= {"choices": option.choices} if option.choices else {}
+            own |= {"nargs": "+"} if option.takes_several else {}
+            own |= {"nargs": "?", "const": option.alone} if option.alone is not SAME else {}
+        if self.kind.switches_take_values and "_" in option.name:  # as transformers' parser has it
+            flags.append(option.flag.replace("_", "-"))
+        group.add_argument(*flags, **own)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse does; `~` is the home folder where no shell has expanded it: behind an equals sign."""
@@ -64,10 +83,10 @@ class OptionsParser(Parser):
         if group not in self.kind.titles:
             self.error(f"--help {group}: no such group; give one of {', '.join(self.kind.titles)}")
         page = Parser(prog=self.prog, usage=self.usage, add_help=False)
-        add = page.add_argument_group(self.kind.titles[group]).add_argument
+        titled = page.add_argument_group(self.kind.titles[group])
         for option in self.table.values():
             if option.group == group:
-                add(*flags_of(option), **argument(option))
+                self.add_option(titled, option)
         return page.format_help()
 
 
@@ -77,22 +96,6 @@ class Help(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> NoReturn:
         print(parser.page(None if option_string == "--help-all" else values), end="")
         raise SystemExit(0)
-
-
-def flags_of(option: Option) -> list[str]:
-    """Return how an option may be typed."""
-    return [option.flag, *[f"--{option.short}"] * bool(option.short)]
-
-
-def argument(option: Option) -> dict[str, Any]:
-    """Return what argparse is to know of an option."""
-    own: dict[str, Any] = {"dest": option.name, "help": full_help(option).replace("%", "%%")}
-    if option.is_switch:
-        return own | {"action": argparse.BooleanOptionalAction}
-    own |= {"type": option.parse, "metavar": option.metavar}
-    return (
-        own | ({"choices": option.choices} if option.choices else {}) | ({"nargs": "+"} if option.takes_several else {})
-    )
 
 
 def with_home(values: Mapping[str, Any], table: Mapping[str, Option]) -> dict[str, Any]:
@@ -120,11 +123,16 @@ def default_in_words(option: Option) -> str:
     if option.bundled is not SAME:
         flow = option.bundled_flow
         others = "" if flow is SAME else f", pipeline-flow: {in_words(flow)}"
-        return f"bundled pipeline: {in_words(option.bundled)}{others}; otherwise: {otherwise}"
+        return f"bundled pipeline: {bundled_in_words(option)}{others}; otherwise: {otherwise}"
     said = option.by_family or option.or_else or option.default not in (None, False, [], "")
     return (
         f"default: {in_words(option.default[0]) if option.collapses and option.default else otherwise}" if said else ""
     )
+
+
+def bundled_in_words(option: Option) -> str:
+    """Return the default for bundled models; what is bundled with them has no name."""
+    return "what is bundled" if str(option.bundled).startswith(str(ASSETS)) else in_words(option.bundled)
 
 
 def short_help(parser: OptionsParser) -> str:
@@ -151,5 +159,5 @@ def default_in_short(option: Option) -> str:
     if option.by_family:
         otherwise = option.by_family.partition(";")[0] if option.by_family[0].isdigit() else "the model's own"
     if option.bundled is not SAME:
-        return f"{in_words(option.bundled)} for bundled models, otherwise {otherwise}"
+        return f"{bundled_in_words(option)} for bundled models, otherwise {otherwise}"
     return f"default: {otherwise}" if otherwise not in ("", "none", "off", "False") else ""
