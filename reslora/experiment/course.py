@@ -67,7 +67,7 @@ class Course:
     @property
     def folder(self) -> Path:
         """Of the experiment."""
-        return Path(self.grid.base.output.output_dir)
+        return Path(self.grid.base["output_dir"])
 
     def rates_there(self, label: Label) -> list[float]:
         """The rates that an earlier start has added, by the names of folders."""

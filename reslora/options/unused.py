@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..common.errors import InvalidArgument, speaks
-from ..common.flags import as_typed
+from ..common.flags import as_typed, listed
 from ..common.methods import METHODS
 from .groups import Groups
 from .option import Need, Option
@@ -47,9 +47,9 @@ def report_unread_by_methods(
     table: Mapping[str, Option], values: Mapping[str, Any], defaults: Mapping[str, Any]
 ) -> None:
     """Print options that no method reads: one command may run one method after another with them."""
-    methods = [METHODS[name] for name in values["method"]]
+    names = listed(values["method"])
+    methods = [METHODS[name] for name in names]
     for name, option in table.items():
         read = not option.read_by or any(getattr(method, option.read_by) for method in methods)
         if not read and values[name] not in (None, defaults.get(name, option.default)) and speaks():
-            names = " ".join(values["method"])
-            print(f"{given_as(option, values[name])}: nothing reads it with --method {names}", flush=True)
+            print(f"{given_as(option, values[name])}: nothing reads it with --method {' '.join(names)}", flush=True)
