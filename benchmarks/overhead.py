@@ -142,7 +142,7 @@ def material_of(folder: Path, batch: int, steps: int) -> tuple[Material, Context
     )
     images, size = (
         load_images(flags.model, flags.data, flags.training, flags.output),
-        Size(flags.data.resolution, flags.data.resolution),
+        Size(*flags.data.resolution * 2),
     )
     latents, _ = encode_images(
         Variants(images, [size] * len(images), flags.data, flags.training), "", no_vae(), context
@@ -151,7 +151,7 @@ def material_of(folder: Path, batch: int, steps: int) -> tuple[Material, Context
     source = Source(images, latents, tuple(range(len(images))), (), (size,), (0,) * len(images))
     material = Material((source,), texts, DdpmObjective(DDPMScheduler()), {size: (4, 64, 64)}, flags)
     start_trackers(context)
-    note_settings(schedule_of(material, context), context)
+    note_settings(context.options.flat(), schedule_of(material, context), context.accelerator)
     return material, context
 
 

@@ -280,7 +280,7 @@ def loader(args: argparse.Namespace) -> dict:
 
 def loading(args: argparse.Namespace, flags: Options, images: ImageDataset, cache: Path) -> dict[str, float]:
     """Rates of encoding (but for the encoders' own time), and of making samples of what is encoded and what is not."""
-    workers, size = flags.data.dataloader_num_workers, Size(flags.data.resolution, flags.data.resolution)
+    workers, size = flags.data.dataloader_num_workers, Size(*flags.data.resolution * 2)
     flags, model = flags.replace(cache_dir=str(cache)), SimpleNamespace(family=CostlessFamily())
     context = Context(flags, model, Accelerator(cpu=True), StopRequest())
     vae = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)

@@ -89,11 +89,10 @@ def resolve(kind: type[T], given: Given, passed_on: Given = {}) -> T | Grid[T]: 
             varied |= {option.attribute: value} if len(value) > 1 else {}
     values |= steps_asked_for(given, passed_on)
     options = dataclasses.replace(kind.of(**values), passed_on=passed_on)
-    if "rank" not in varied:
-        options = options.replace(lora_alpha=alpha_of(options.adapter))
     if float(options.adapter.lora_alpha or 0.5).is_integer():
         options = options.replace(lora_alpha=int(options.adapter.lora_alpha))  # adapter_config.json has 8, not 8.0
     if not varied and len(options.adapter.method) == 1:
+        options = options.replace(lora_alpha=alpha_of(options.adapter))
         check_no_experiment(options)
         return checked(options)
     grid = Grid(options, varied)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from ..files import replacing
 from ..options.grid import Grid
 from ..options.texts import GLUE_MODEL, ExperimentOptions, GlueDataOptions, GlueModelOptions, GlueOptions
 from . import training_arguments
+from .arguments import read
 from .callbacks import LogCallback
 from .experiment import MakeTrainer, Study, run
 from .glue_tasks import TASKS, Columns, Task, check_rows, file_form, predicted, read_folder, read_hub, scores
@@ -423,6 +424,13 @@ class GlueStudy(Study):
         logits, labels = np.concatenate(found), np.array(test["labels"])
         losses = [loss_of(task, logits[[number]], labels[[number]]) for number in range(len(test))]
         return losses, scores(task, predicted(task, logits), labels)
+
+
+def parse(argv: Sequence[str]) -> Arguments:
+    """Return the options of a plain run, with what `Trainer` is given of them."""
+    options = read(GlueOptions, PROG, argv)
+    assert isinstance(options, GlueOptions)
+    return arguments_of(options)
 
 
 def main(asked: GlueOptions | Grid[GlueOptions], stop: StopRequest) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from ..common.together import decided, say
 from ..options.grid import Grid
 from ..options.texts import LLM_MODEL, AdapterOptions, ExperimentOptions, LlmOptions, LlmTaskOptions
 from ..words import are
+from .arguments import read
 from .callbacks import LogCallback
 from .experiment import MakeTrainer, Study, run
 from .llm_tasks import Example, file_form, read_examples
@@ -337,6 +338,13 @@ class LlmStudy(Study):
                 losses[number] = loss
             right += count_right(generate(model, encoder, batch, new_tokens), batch)
         return losses, {"accuracy": right / len(examples)}
+
+
+def parse(argv: Sequence[str]) -> Arguments[LlmOptions]:
+    """Return the options of a plain run, with what `Trainer` is given of them."""
+    options = read(LlmOptions, PROG, argv)
+    assert isinstance(options, LlmOptions)
+    return LlmStudy().arguments(options)
 
 
 def main(asked: LlmOptions | Grid[LlmOptions], stop: StopRequest) -> None:

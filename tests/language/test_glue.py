@@ -25,9 +25,10 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+import train_glue
 from reslora.common.folder import locked
 from reslora.common.script import run_script
-from reslora.language import glue, glue_arguments
+from reslora.language import glue
 from reslora.language.glue_tasks import TASKS, scores
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -225,7 +226,7 @@ def test_every_merge_is_measured(shortcut, merges, architecture, request, rte, t
 
 def reached(model: Path, data: Path, output: Path) -> tuple:
     """Accuracy and loss on the ten validation examples of the adapter that was exported, by stock PEFT, one by one."""
-    arguments = glue_arguments.parse(flags(model, data, output))
+    arguments = glue.parse(flags(model, data, output))
     tokenizer, base, _ = glue.load_model(arguments)
     stock = PeftModel.from_pretrained(base, output / "peft").eval()
     losses, right = [], 0
@@ -330,7 +331,7 @@ def test_predictions_for_a_test_split(roberta, tmp_path, capsys):
     ],
 )
 def test_predictions_are_in_the_order_of_the_examples_numbered_from_zero(roberta, tmp_path, task, outputs, rows):
-    arguments = glue_arguments.parse(flags(roberta, tmp_path, tmp_path, task))
+    arguments = glue.parse(flags(roberta, tmp_path, tmp_path, task))
     found = SimpleNamespace(predictions=np.array(outputs))
     trainer = SimpleNamespace(predict=lambda inputs: found, is_world_process_zero=lambda: True)
     examples = Dataset.from_list([{"input_ids": [0]}] * len(rows))
@@ -360,7 +361,7 @@ def test_texts_may_hold_line_separators(roberta, tmp_path):
     text = "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows)
     for name in ("train", "validation"):
         (tmp_path / f"{name}.jsonl").write_text(text + "\n", encoding="utf-8")
-    splits = glue.read_splits(glue_arguments.parse(flags(roberta, tmp_path, tmp_path / "run")))
+    splits = glue.read_splits(glue.parse(flags(roberta, tmp_path, tmp_path / "run")))
     assert splits["train"]["sentence1"] == ["good\u2028film\x85"] * 4
 
 
@@ -376,7 +377,7 @@ def test_samples_and_lengths_are_cut(roberta, tmp_path):
     write_rows(data / "test.jsonl", make_rows("rte", 7))
     more = ("--max_train_samples", "8", "--max_eval_samples", "3", "--max_predict_samples", "5")
     more += ("--max_seq_length", "12", "--pad_to_max_length")
-    arguments = glue_arguments.parse(flags(roberta, data, tmp_path, "rte", *more))
+    arguments = glue.parse(flags(roberta, data, tmp_path, "rte", *more))
     splits = glue.read_splits(arguments)
     assert {name: len(columns["label"]) for name, columns in splits.items()} == {"train": 8, "validation": 3, "test": 5}
     tokenizer, _, _ = glue.load_model(arguments)
@@ -466,7 +467,7 @@ def refused(capfd, argv: list[str], *words: str) -> None:
     """The script's own error: status 2, one line on stderr that has the words."""
     capfd.readouterr()
     try:
-        status = run_script(glue_arguments.PROG, glue.main, argv)
+        status = run_script("train_glue.py", train_glue.start, argv)
     except SystemExit as exit:
         status = exit.code
     line = capfd.readouterr().err
@@ -556,7 +557,7 @@ def test_runs_are_not_mixed(capfd, roberta, rte, tmp_path):
 
 def test_inputs_are_no_longer_than_the_model_takes(roberta, rte, tmp_path):
     model = write_model(tmp_path / "model", max_position_embeddings=12)
-    arguments = glue_arguments.parse(flags(model, rte, tmp_path / "run", "rte", "--max_seq_length", "500"))
+    arguments = glue.parse(flags(model, rte, tmp_path / "run", "rte", "--max_seq_length", "500"))
     tokenizer, loaded, _ = glue.load_model(arguments)
     encoded = glue.encode(arguments, tokenizer, glue.read_splits(arguments)["train"])
     assert max(len(row["input_ids"]) for row in encoded) == 10

@@ -14,8 +14,8 @@ from waiting import ended, wait_until
 from reslora.common.errors import InvalidArgument, Stopped
 from reslora.common.signals import StopRequest
 from reslora.language import glue, llm
-from reslora.language.arguments import AdapterTrainingArguments
 from reslora.language.checkpoints import checkpoints_of, damage
+from reslora.language.training_arguments import AdapterTrainingArguments
 
 from .helpers import SCRIPT, VALIDATED, build, flags, losses, trainer_for
 

@@ -252,7 +252,7 @@ def images_encoded(setting: Context, key: object = "vae", size: Size | None = No
         setting.model.family,
         load_images(setting.options.model, setting.options.data, setting.options.training, setting.options.output),
     )
-    side = setting.options.data.resolution
+    (side,) = setting.options.data.resolution
     variants = encoding.Variants(
         images, [size or Size(side, side)] * len(images), setting.options.data, setting.options.training
     )
@@ -285,7 +285,7 @@ def add_image(folder: Path, number: int) -> None:
 
 def test_one_more_image_is_encoded_alone(setting):
     """The crops of the others are theirs wherever they are, and be it before them."""
-    folder = Path(setting.options.data.train_data_dir)
+    folder = Path(*setting.options.data.train_data_dir)
     assert images_encoded(setting) == [1, 4, 4, 1, 4]
     assert images_encoded(setting) == []
     add_image(folder, 5)
@@ -303,7 +303,7 @@ def test_one_more_image_is_encoded_alone(setting):
 
 
 def test_one_image_of_another_shape_leaves_those_that_are_square(setting):
-    folder = Path(setting.options.data.train_data_dir)
+    folder = Path(*setting.options.data.train_data_dir)
     for number in (1, 2, 4):
         (folder / f"{number}.png").unlink()
     assert images_encoded(setting) == [1, 1]
@@ -353,7 +353,7 @@ def test_a_bucket_that_cuts_much_off_has_random_crops_too(setting):
 
 
 def test_damaged_images_are_remembered_by_their_content(setting):
-    folder = Path(setting.options.data.train_data_dir)
+    folder = Path(*setting.options.data.train_data_dir)
     cut(folder / "1.png")
     assert len(images_encoded(setting)) == 4
     add_image(folder, 6)
@@ -380,7 +380,7 @@ def test_an_image_that_cannot_be_read_just_now_is_not_remembered_as_damaged(sett
 @pytest.mark.parametrize("masked", [False, True])
 def test_where_no_latents_are_kept_damaged_images_are_found_once_before_training(setting, monkeypatch, masked):
     """Else they would end the run when they are drawn, and again whenever it goes on."""
-    folder = Path(setting.options.data.train_data_dir)
+    folder = Path(*setting.options.data.train_data_dir)
     random_image(1).convert("RGBA").save(folder / "1.png")
     cut(folder / "1.png")
 
@@ -414,7 +414,7 @@ def test_encoding_goes_on_behind_the_last_whole_part(setting, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(setting.model.family, "encode_images", interrupted)
         images_encoded(setting)
-    add_image(Path(setting.options.data.train_data_dir), 5)
+    add_image(Path(*setting.options.data.train_data_dir), 5)
     assert images_encoded(setting) == [4, 1, 4, 4]
 
 
@@ -433,7 +433,7 @@ def test_the_bar_counts_what_is_encoded(setting, monkeypatch):
     totals = []
     monkeypatch.setattr(encoding, "tqdm", lambda total, **more: totals.append(total) or tqdm(total=total, **more))
     images_encoded(setting)
-    add_image(Path(setting.options.data.train_data_dir), 5)
+    add_image(Path(*setting.options.data.train_data_dir), 5)
     images_encoded(setting)
     images_encoded(setting)
     assert totals == [5, 1, 0]

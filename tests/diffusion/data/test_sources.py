@@ -46,7 +46,7 @@ def test_each_folder_has_its_repeats_and_weight_or_all_have_one(folders):
 
 def test_one_folder_is_what_it_was_and_what_counts_is_part_of_what_a_run_goes_on_from(folders):
     flags = parse_args(["--train_data_dir", str(folders[0])])
-    assert flags.data.train_data_dir == str(folders[0])
+    assert flags.data.train_data_dir == [str(folders[0])]
     (alone,) = load_folders(flags.model, flags.data, flags.training, flags.output)
     assert (
         alone.fingerprint == load_images(flags.model, flags.data, flags.training, flags.output).fingerprint
@@ -170,8 +170,8 @@ def test_a_configuration_gives_lists_back(folders, tmp_path):
     lists = {"train_data_dir": list(map(str, folders)), "train_data_repeats": [1, 2], "resolution": [32, 48]}
     (tmp_path / "config.json").write_text(json.dumps(lists | {"train_data_weight": [0.5]}))
     flags = parse_args(["--config", str(tmp_path / "config.json")])
-    assert {name: flags[name] for name in lists} == lists and flags.data.train_data_weight == 0.5
-    assert parse_args(["--config", str(tmp_path / "config.json"), "--resolution", "64", "64"]).data.resolution == 64
+    assert {name: flags[name] for name in lists} == lists and flags.data.train_data_weight == [0.5]
+    assert parse_args(["--config", str(tmp_path / "config.json"), "--resolution", "64", "64"]).data.resolution == [64]
 
 
 # -- what becomes of them ----------------------------------------------------------------------------------------------
