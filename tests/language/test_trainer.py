@@ -3,7 +3,6 @@
 import copy
 import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -191,11 +190,6 @@ def test_tied_embeddings_are_not_adapted_where_they_would_be_merged():
         attach(base, arguments, STEPS)
     assert_one_line(error, "lm_head", "--merge_and_save")
     attach(tiny_llama(tie_word_embeddings=False), arguments, STEPS)
-
-
-@dataclass
-class Token:
-    token: str = "secret"
 
 
 def test_a_checkpoint_of_another_adapter_is_refused(tmp_path):
