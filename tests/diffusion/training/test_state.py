@@ -121,11 +121,6 @@ def test_optimizers_that_are_none_are_refused_before_long_work(base_flags, capsy
     assert all(word in line for word in words)
 
 
-def test_a_run_that_goes_on_may_have_been_begun_with_a_rate_among_the_arguments(base_flags):
-    words = [*base_flags, "--optimizer_args", "lr=0.5", "--resume_from_checkpoint", "latest"]
-    assert parse_args(list(map(str, words))).optimizer.optimizer_args == ["lr=0.5"]
-
-
 @pytest.mark.parametrize("flags", [["--use_8bit_adam"], ["--optimizer", "adamw8bit"]])
 def test_a_package_that_is_missing_is_told_by_the_flag_that_was_given(base_flags, capsys, monkeypatch, flags):
     monkeypatch.setitem(OPTIMIZERS, "adamw8bit", Named("absent.AdamW8bit", "bitsandbytes"))
