@@ -112,11 +112,10 @@ def test_losses_of_an_experiment_are_in_the_order_of_its_examples(monkeypatch, s
     asked = []
     monkeypatch.setattr(llm, "generate", answers)
     monkeypatch.setattr(llm, "example_losses", lambda model, encoder, batch: [float(each.gold) for each in batch])
-    study, (first, *rest) = llm.LlmStudy(None), SUMS
+    study, (first, *rest) = llm.LlmStudy(), SUMS
     study.data = llm.Data(Encoder(bytes_tokenizer()), {"test": [*reversed(rest), first]}, [])
-    arguments = SimpleNamespace(
-        training=SimpleNamespace(per_device_eval_batch_size=size), task=SimpleNamespace(max_new_tokens=8)
-    )
+    options = LlmOptions.of(max_new_tokens=8)
+    arguments = SimpleNamespace(training=SimpleNamespace(per_device_eval_batch_size=size), options=options)
     losses, figures = study.measured(arguments, None, lambda: asked.append(1))
     assert losses == [5, 4, 3, 2, 1] and figures == {"accuracy": 3 / 5} and len(asked) == -(-5 // size)
 
