@@ -8,6 +8,9 @@ from conftest import tiny_llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import train_glue
+import train_llm
+from reslora.common.signals import StopRequest
 from reslora.language import llm
 from reslora.language.arguments import resolve
 from reslora.language.callbacks import LogCallback
@@ -44,6 +47,16 @@ def parsed(argv: list[str]) -> tuple:
     """The task, the method, and what `Trainer` is given, of a run of train_llm.py."""
     found = llm.parse(argv)
     return found.options.task, found.method, found.training
+
+
+def run_llm(argv: list[str], stop: StopRequest | None = None) -> None:
+    """A run of train_llm.py in this process; what ends it is raised."""
+    train_llm.start(argv, stop or StopRequest())
+
+
+def run_glue(argv: list[str], stop: StopRequest | None = None) -> None:
+    """The same of train_glue.py."""
+    train_glue.start(argv, stop or StopRequest())
 
 
 def trainer_for(model, folder, callbacks=True, stop=None, **flags) -> AdapterTrainer:
