@@ -11,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import train_llm
 import train_sd
+from reslora.common.signals import StopRequest
 from reslora.diffusion import settings
 from reslora.language import glue, llm
 from reslora.options.images import Options
@@ -151,7 +153,7 @@ def test_language_training_is_kept_with_its_merges_and_calibrations(tmp_path, mo
     flags += ("--per_device_train_batch_size", 2, "--max_test_samples", 4, "--learning_rate", "1e-2")
     experiment = paper.Experiment("train_llm.py", "svamp", "", ("ms(4)",), (1e-2,), flags, "loss")
     monkeypatch.setitem(paper.EXPERIMENTS, "svamp", experiment)
-    monkeypatch.setattr(paper, "launch", lambda script, flags, log: llm.main(flags))
+    monkeypatch.setattr(paper, "launch", lambda script, flags, log: train_llm.start(flags, StopRequest()))
     args = argparse.Namespace(llm=str(ROOT / "assets" / "tiny-llama"), text=text_folder(tmp_path / "text"))
     found = paper.training("svamp", "ms(4)", 1e-2, 0, args)
     (path,) = (paper.RESULTS / "svamp").glob("*.json")

@@ -72,8 +72,9 @@ class OptionsParser(Parser):
         return argparse.Namespace(**with_home(vars(values), self.table)), unknown
 
     def error(self, message: str) -> NoReturn:
-        """Exit with status 2 and one line, which names an option by its longest name alone."""
-        super().error(re.sub(r"^argument (--[\w-]+)(/-[\w-]+)*: ", r"\1: ", message))
+        """Exit with status 2 and one line, which begins with the option, by its longest name, and the value."""
+        message = re.sub(r"^argument (--[\w-]+)(/-[\w-]+)*: ", r"\1: ", message)
+        super().error(re.sub(r"^(--[\w-]+): '(.*)' is (not|neither) ", r"\1 \2: is \3 ", message))
 
     def refuse_unknown(self, words: list[str]) -> NoReturn:
         """Exit with one line that names the unknown options, and what to give instead."""
