@@ -22,9 +22,9 @@ from reslora.diffusion.data.caption_files import caption_files, read_caption
 from reslora.diffusion.data.dataset import read_metadata
 from reslora.diffusion.data.listing import TRASH
 from reslora.diffusion.data.tables import ROWS
-from reslora.diffusion.prompts import clean
 from reslora.files import read_object, remove, replacing, write_json
 from reslora.options.images import Options
+from reslora.options.prompts import clean
 
 from .folders import new_place
 from .image_folders import Image, Images, leads_out, names_of, stamp_of

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from reslora.common.methods import METHODS
-from reslora.diffusion.optimizers import OPTIMIZERS
 from reslora.options.images import Options
+from reslora.options.optimizers import OPTIMIZERS
 from reslora.options.option import SAME, Option, in_words
 
 from .bases import PIPELINES

@@ -24,9 +24,9 @@ from reslora.diffusion.data.images import SUFFIXES, image_size
 from reslora.diffusion.data.listing import files_of
 from reslora.diffusion.data.material import size_of
 from reslora.diffusion.data.size import Size
-from reslora.diffusion.prompts import clean
 from reslora.diffusion.settings import with_defaults
 from reslora.options.images import Options
+from reslora.options.prompts import clean
 
 from .folders import SETS, Folder, Folders
 from .launcher import trainers_parser

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
-from reslora.diffusion.prompts import clean
 from reslora.experiment.record import EXPERIMENT, UNFINISHED
 from reslora.export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 from reslora.options.images import Options
+from reslora.options.prompts import clean
 
 from .runs import EXPERIMENT_LOG, LARGEST_JSON, LOG_NAME, Run, RunError, number
 

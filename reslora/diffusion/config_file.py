@@ -10,9 +10,9 @@ from ..common.errors import speaks
 from ..common.flags import listed
 from ..common.methods import METHODS
 from ..options.images import Options
+from ..options.optimizers import named
 from ..options.option import Given
 from .experiment.checks import OF_EXPERIMENTS, OF_RUNS
-from .optimizers import named
 
 OF_SHORTCUTS = [name for name, option in Options.table().items() if option.implies and option.read_by]
 

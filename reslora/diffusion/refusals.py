@@ -24,14 +24,14 @@ from ..options.images import (
     TrainingOptions,
     ValidationOptions,
 )
+from ..options.optimizers import check_installed, named, options_of
+from ..options.prompts import clean
 from ..options.unused import refuse_unused
 from ..shortcuts import PLAIN, shortcut_class
 from ..words import counted
 from .folder import cache_folder
 from .model.families import FAMILIES
 from .model.kinds import refuse_parts
-from .optimizers import check_installed, named, options_of
-from .prompts import clean
 
 PRODIGY = named("prodigy").path
 POLYNOMIAL_END = 1e-7  # diffusers' learning rate at the end of that schedule

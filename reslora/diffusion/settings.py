@@ -12,13 +12,14 @@ from ..common.flags import listed
 from ..options.files import read_file
 from ..options.grid import Grid, alpha_of
 from ..options.images import NOISES, Options
+from ..options.optimizers import named
 from ..options.option import SAME, Given
 from ..options.parser import OptionsParser
+from ..options.prompts import clean
 from ..options.unused import report_unread_by_methods, report_unused
 from .config_file import of_this_run
 from .experiment.checks import check_experiment, check_no_experiment
-from .optimizers import named
-from .prompts import clean, from_file
+from .prompts import from_file
 from .refusals import check_options, check_places
 
 PROG = "train_sd.py"

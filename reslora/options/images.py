@@ -8,9 +8,9 @@ from typing import ClassVar
 
 from ..common.methods import IN_WORDS
 from ..common.patterns import HELP as PATTERNS
-from ..diffusion.optimizers import ADAMS, OPTIMIZERS
-from ..diffusion.prompts import LONGEST_SIDE, options_text
+from .optimizers import ADAMS, OPTIMIZERS
 from .option import Need, again, buckets, number, option, whole
+from .prompts import LONGEST_SIDE, options_text
 from .shared import RunOptions, SharedAdapterOptions, SharedExperimentOptions
 
 SAMPLINGS = ("uniform", "logit_normal", "mode", "sigmoid", "shift", "flux_shift")

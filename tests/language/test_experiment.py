@@ -57,7 +57,10 @@ def common(tmp_path_factory) -> list[str]:
 
 
 def run(*flags) -> int:
-    return run_script("train_llm.py", train_llm.start, list(map(str, flags)))
+    try:
+        return run_script("train_llm.py", train_llm.start, list(map(str, flags)))
+    except SystemExit as end:  # argparse's own
+        return end.code
 
 
 def record(output: Path) -> dict:
@@ -306,7 +309,7 @@ def test_nothing_but_methods_rates_and_seeds_may_change(common, whole, tmp_path,
         (("--load_best_model_at_end",), "this is an experiment"),
         (("--save_only_model",), "--save_only_model: this is an experiment"),
         (("--extend_rates", "--learning_rate", "1e-3"), "one rate says no next one"),
-        (("--extend_rates", "--learning_rate", "0", "1e-3"), "--learning_rate 0.0: out of range"),
+        (("--extend_rates", "--learning_rate", "0", "1e-3"), "--learning_rate 0: is not a finite number above 0"),
         (("--extend_rates", "--learning_rate", "1e-3", "1.001e-3"), "give rates further apart"),
         (("--seed", "3", "3"), "the same one twice"),
         (
@@ -376,13 +379,13 @@ def test_what_differs_is_named_before_when_losses_are_measured_which_follows(tmp
         experiment.take_folder(bench)
 
 
-@pytest.mark.parametrize("module", [llm, glue])
-def test_a_plain_run_refuses_other_examples_before_it_loads_the_model(tmp_path, capsys, monkeypatch, module):
+@pytest.mark.parametrize(("module", "script"), [(llm, train_llm), (glue, train_glue)])
+def test_a_plain_run_refuses_other_examples_before_it_loads_the_model(tmp_path, capsys, monkeypatch, module, script):
     monkeypatch.setattr(module, "load_model", lambda *_: pytest.fail("loaded"))
     (tmp_path / "checkpoint-1").mkdir()
     (tmp_path / "config.json").write_text('{"data": "others"}')
     resume = ["--resume_from_checkpoint", "checkpoint-1", "--output_dir", str(tmp_path), "--use_cpu"]
-    assert run_script("script", module.main, resume) == 2
+    assert run_script("script", script.start, resume) == 2
     assert f"{tmp_path} was trained on other examples than these" in capsys.readouterr().err
 
 
@@ -411,7 +414,7 @@ def test_too_few_to_compare_by_are_said_with_the_share_that_takes_enough():
 
     def told(files, split=None, limit=None) -> list[str]:
         parts = parts_of(files, str, ExperimentOptions(test_split=split)).limited(None, limit)
-        return experiment.Bench(None, None, {}, parts, 0, StopRequest()).too_few()
+        return experiment.Bench(None, None, parts, 0, StopRequest()).too_few()
 
     texts = [one + other for one in "abcdef" for other in "ghijk"]
     (line,) = told({"train": texts}, 0.01)

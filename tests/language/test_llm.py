@@ -347,7 +347,7 @@ def test_another_task_is_not_read_from_the_bundled_examples(tiny, tmp_path, caps
     words = ["--task gsm8k: the bundled examples are svamp's", "--data_dir DIR", "--model_name_or_path MODEL"]
     one_line(command, capsys, words)
     for named in (["--data_dir", str(tmp_path)], ["--model_name_or_path", str(tiny)]):
-        assert parsed([*command, *named]).task.task == "gsm8k"
+        assert parsed([*command, *named])[0].task == "gsm8k"
 
 
 @pytest.mark.parametrize(

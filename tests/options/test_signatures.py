@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-WHOLE = {"Options", "Grid"}
+WHOLE = {"Options", "Grid", "TextOptions", "LlmOptions", "GlueOptions"}
 SEE_ALL = {
     "app/launcher.py": "the form becomes a command",
     "app/bases.py": "the form's model",
@@ -22,7 +22,11 @@ SEE_ALL = {
     "reslora/diffusion/experiment/run.py": "the runs of an experiment",
     "reslora/experiment/arms.py": "the runs of an experiment",
     "reslora/experiment/course.py Course": "the runs of an experiment",
-    "reslora/language/experiment.py grid_of": "the runs of an experiment",
+    "reslora/language/arguments.py": "resolution, without the model",
+    "reslora/language/resuming.py free_on_resume": "a resumed run compares all options",
+    "reslora/language/llm.py": "a run",
+    "reslora/language/glue.py": "a run",
+    "reslora/language/experiment.py": "the runs of an experiment",
 }
 
 
@@ -30,7 +34,7 @@ def seen(path: Path) -> dict[str, set[str]]:
     """The functions and classes of a file whose parameters or fields are all options, with these."""
     found: dict[str, set[str]] = {}
     text = path.read_text()
-    if "options.images import" not in text and "options.grid import" not in text:
+    if not any(f"options.{name} import" in text for name in ("images", "texts", "grid")):
         return found
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):

@@ -14,9 +14,9 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from ...common.errors import InvalidArgument, RunFailed, first_line
 from ...options.images import DataOptions, ModelOptions, OutputOptions, TrainingOptions
+from ...options.prompts import clean
 from ...words import counted
 from ..content import Content, content_mark
-from ..prompts import clean
 from ..seeds import derive, shuffled
 from .caption_files import CAPTIONS, caption_files, caption_in, read_caption
 from .images import UNREADABLE, image_size, is_image, is_masked, mask_problem, open_image, open_masked

@@ -12,8 +12,8 @@ from ...common.errors import refused_as
 from ...common.together import decided, each
 from ...files import write_json
 from ...options.images import Options
+from ...options.prompts import clean
 from ..context import Context
-from ..prompts import clean
 from ..training.schedule import Schedule
 
 TENSORBOARD_SECONDS = 10  # until it shows what is new

@@ -24,9 +24,9 @@ from ...common.methods import METHODS, AdapterSettings, adapter_config
 from ...common.patterns import entries, spell_out
 from ...config import ResLoraConfig
 from ...options.images import AdapterOptions, OptimizerOptions, TrainingOptions
+from ...options.optimizers import ADAMS, class_of, named, options_of
 from ..context import Context
 from ..model.families.base import Part
-from ..optimizers import ADAMS, class_of, named, options_of
 from ..seeds import derive
 from .schedule import Schedule
 from .sharding import cuts_base, place_adapter

@@ -18,10 +18,10 @@ from diffusion.runs import (
     training_state,
 )
 from reslora.config import ResLoraConfig
-from reslora.diffusion.optimizers import OPTIMIZERS, Named, options_of
 from reslora.diffusion.settings import parse_args
 from reslora.diffusion.training.state import Learner, new_optimizer, shortcuts_of
 from reslora.options.images import Options
+from reslora.options.optimizers import OPTIMIZERS, Named, options_of
 
 ACCELERATOR = SimpleNamespace(num_processes=1, device=torch.device("cpu"), scaler=None)
 
