@@ -33,8 +33,8 @@ class Base:
     folder: str = ""
     """The run's, where the trainer keeps what it made of a single file."""
 
-    def flags(self) -> Options:
-        """The trainer's flags that say the same."""
+    def options(self) -> Options:
+        """The options of the trainer that say the same."""
         return Options.of(
             pretrained_model_name_or_path=self.name, pretrained_vae_model_name_or_path=self.vae,
             revision=self.revision, variant=self.variant, cache_dir=self.cache_dir, output_dir=self.folder,

@@ -76,13 +76,13 @@ def differences(run: Run) -> str:
     return f'<p class="verdict"><b>{escape(line)}</b> {of_images(run)} {of_losses(run)}</p>'
 
 
-def in_words(run: Run, flags: list[str]) -> str:
+def in_words(run: Run, names: list[str]) -> str:
     """The value of the flag in each run, where they differ by one that can be told in short."""
-    if len(flags) != 1:
+    if len(names) != 1:
         return ""
-    given = [(one.name, one.config, one.config.get(flags[0])) for one in (run, *run.beside)]
+    given = [(one.name, one.config, one.config.get(names[0])) for one in (run, *run.beside)]
     values = [
-        f"{name}: {setting(config, flags[0]) or ('none' if value is None else value)}" for name, config, value in given
+        f"{name}: {setting(config, names[0]) or ('none' if value is None else value)}" for name, config, value in given
     ]
     return f" ({', '.join(values)})" if max(map(len, values)) <= LONGEST else ""
 

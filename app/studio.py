@@ -305,7 +305,7 @@ class Studio:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
             check_model_name(base.name)
-            model = find_model(base.flags().model, base.flags().output, PartialState())
+            model = find_model(base.options().model, base.options().output, PartialState())
             times = times_of(base, model)  # of what is written while it loads, the next look will tell
             half = torch.bfloat16 if model.family.objective == "flow" else torch.float16
             dtype = half if device.type == "cuda" else torch.float32

@@ -102,7 +102,7 @@ def check_prompt(prompt: Prompt, timesteps: int, multiple: int, told: str) -> No
 
 
 def with_rank(options: Options, model: Model, accelerator: Accelerator) -> Options:
-    """The flags with a rank where none is given: the default, or as much of it as the narrowest layer can have."""
+    """The options with a rank where none is given: the default, or as much of it as the narrowest layer can have."""
     if options.adapter.rank is not None:
         return options
     if isinstance(targets := targets_of(options.adapter.target_modules), str):
@@ -122,7 +122,7 @@ def with_rank(options: Options, model: Model, accelerator: Accelerator) -> Optio
 def check_methods(adapter: AdapterOptions, training: TrainingOptions, context: Context) -> None:
     """Try every method on a denoiser without weights: targets, ranks and shortcuts are refused here.
 
-    An experiment has flags for each rank, shortcut and number of blocks.
+    An experiment has options for each rank, shortcut and number of blocks.
     """
     model = context.model
     for method in adapter.method:

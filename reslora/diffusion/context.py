@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Context:
-    """The flags with every default filled in, the model, the processes, and requests to stop.
+    """The options with every default filled in, the model, the processes, and requests to stop.
 
-    An arm of an experiment has one of its own: its flags, its place inside the method's folder, and how many others
+    An arm of an experiment has one of its own: its options, its place inside the method's folder, and how many others
     there are before its method's.
     """
 

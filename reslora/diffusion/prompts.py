@@ -1,4 +1,4 @@
-"""Prompts that samples are drawn of, each with options of its own: from flags, from kohya's prompt files, from JSON."""
+"""Prompts that samples are drawn of, each with options of its own: from options, from kohya's prompt files, from JSON."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ KOHYA = {  # what the letters of kohya's scripts mean, and what stands behind th
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, and what is its own where the flags say something else for all."""
+    """A prompt, and what is its own where the options say something else for all."""
 
     prompt: str
     negative_prompt: str = ""
@@ -123,7 +123,7 @@ def _checked(options: dict, where: str) -> str:
 
 
 def settled(prompt: Prompt, data: DataOptions, validation: ValidationOptions, family: Family) -> Prompt:
-    """The prompt with every option filled in by the flags, and guidance as the family's pipeline counts it."""
+    """The prompt with every option filled in by the options, and guidance as the family's pipeline counts it."""
     side = data.resolution[0]
     guidance = prompt.guidance_scale
     if prompt.cfg_scale is not None and not family.is_told_guidance:

@@ -1,4 +1,4 @@
-"""A run: flags -> model -> images -> encoded -> samples -> each method trained and exported -> figures."""
+"""A run: options -> model -> images -> encoded -> samples -> each method trained and exported -> figures."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class Setting:
 
 
 def run(options: Options, stop: StopRequest) -> None:
-    """Trains, merges and exports every method that the flags name, and shows what came of it."""
+    """Trains, merges and exports every method that the options name, and shows what came of it."""
     with stop.at_once():
         accelerator = start_accelerator(options)
     with contextlib.ExitStack() as stack:
@@ -138,7 +138,7 @@ def find_all(options: Options, accelerator: Accelerator, stop: StopRequest) -> t
 
 
 def settle(options: Options, accelerator: Accelerator, stop: StopRequest) -> Context:
-    """The model, and the flags with all that it and accelerate decide; from here on they do not change."""
+    """The model, and the options with all that it and accelerate decide; from here on they do not change."""
     model = find_model(options.model, options.output, accelerator)
     check_family(options.adapter, options.training, model)
     init_lora = options.adapter.init_lora

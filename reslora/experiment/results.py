@@ -224,7 +224,7 @@ class Results:
         return [line] if self.readings > 1 else []
 
     def others(self) -> list[str]:
-        """That there are arms in the folder that the flags do not name."""
+        """That there are arms in the folder that the options do not name."""
         folder = self.course.folder
         there = {path.parent for method in METHODS for path in (folder / method).glob(f"**/seed-*/{ENDED}")}
         more = len(there - {self.course.folder_of(arm) for arm in self.course.arms()})

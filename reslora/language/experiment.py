@@ -1,4 +1,4 @@
-"""A plain run with a language model, and an experiment: every arm a plain run of its flags, on parts of the examples.
+"""A plain run with a language model, and an experiment: every arm a plain run of its options, on parts of the examples.
 
 What an arm writes is in a folder of its own, and what is on disk decides what is left to do. Rates and checkpoints are
 chosen by the validation loss, which is that of the select examples; methods are compared by the loss of each test
@@ -165,7 +165,7 @@ def report_unread(asked: TextOptions | Grid) -> None:
 
 
 def run_experiment(study: Study, grid: Grid[T], stop: StopRequest, orders: Orders | None = None) -> None:
-    """Trains the arms that the flags name and that have not ended yet, and tells which method does best.
+    """Trains the arms that the options name and that have not ended yet, and tells which method does best.
 
     With orders, it is one of --arms_at_once processes: it trains what it is given, in a folder that the main process
     has locked and checked.

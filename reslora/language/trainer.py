@@ -222,7 +222,7 @@ class AdapterTrainer(Trainer):
         self.add_callback(SaveValidated())
 
     def _refuse_sharding(self, args: TrainingArguments) -> None:
-        """By the flags, or by the configuration that `accelerate launch` was given, which tells in the environment."""
+        """By the options, or by the configuration that `accelerate launch` was given, which tells in the environment."""
         fsdp = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"
         stage = _zero_stage(args)
         if fsdp or stage == 3:
@@ -431,7 +431,7 @@ class AdapterTrainer(Trainer):
 
 
 def _as_mismatch(error: ValueError) -> InvalidArgument | None:
-    """What transformers says where flags and DeepSpeed's configuration differ, as one line; None for other errors."""
+    """What transformers says where options and DeepSpeed's configuration differ, as one line; None for other errors."""
     lines = str(error).splitlines()
     if "DeepSpeed config values that mismatch" not in str(error):
         return None

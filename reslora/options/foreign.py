@@ -31,10 +31,10 @@ def foreign_names(table: Mapping[str, Option]) -> dict[str, tuple[str, str]]:
     return found
 
 
-def foreign_in_words(flags: Iterable[str], table: Mapping[str, Option]) -> str:
-    """Return what to type instead of those of the flags that are other scripts' alone; empty where none is."""
+def foreign_in_words(words: Iterable[str], table: Mapping[str, Option]) -> str:
+    """Return what to type instead of those of the words that are other scripts' alone; empty where none is."""
     known = foreign_names(table)
-    found = [(flag, *known[flag[2:]]) for flag in flags if flag[:2] == "--" and flag[2:] in known]
+    found = [(flag, *known[flag[2:]]) for flag in words if flag[:2] == "--" and flag[2:] in known]
     return ". ".join(
         f"{flag} is {whose} name; here it is {here}{', leave it out' if here is DEFAULT else ''}"
         for flag, whose, here in found

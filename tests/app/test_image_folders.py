@@ -14,7 +14,7 @@ from pipelines import image_folder, random_image
 from app import caption_files, cards, image_folders, trash
 from app.folders import BUNDLED
 from app.image_edits import ADD_TAG, AFTER, ALIKE, BEFORE, LEFT_OUT, NO_CAPTION, REMOVE_TAG, REPLACE, ImageEdits
-from app.image_folders import ImageFolders, flags_of
+from app.image_folders import ImageFolders, options_of
 from app.launcher import Trainings
 from app.library import Library
 from app.runs import RunError
@@ -35,7 +35,7 @@ def edits(tmp_path):
 def trained(folder, **flags):
     """What the trainer itself reads."""
     return load_images(
-        *parts(flags_of().replace(train_data_dir=str(folder), **flags), "model", "data", "training", "output"),
+        *parts(options_of().replace(train_data_dir=str(folder), **flags), "model", "data", "training", "output"),
     )
 
 
@@ -43,7 +43,7 @@ def test_what_the_trainer_says_of_a_folder_names_no_place_of_this_machine(edits,
     """Of one of kohya's it names the folder above."""
     image_folder(tmp_path / "data" / "10_sks", 2, layout="txt")
     image_folder(tmp_path / "data" / "5_none", 2, layout="none")
-    found = [image_folders.read(edits.folders.find(name), flags_of()) for name in ("10_sks", "5_none")]
+    found = [image_folders.read(edits.folders.find(name), options_of()) for name in ("10_sks", "5_none")]
     said = [*found[0].notes, found[1].refused]
     assert all(str(tmp_path) not in line for line in said)
     assert "they do if the folder above is named" in said[0] and "name the folder above, where" in said[-1]
@@ -191,7 +191,7 @@ def test_kohyas_folders_mean_what_they_mean_to_the_trainer(edits, tmp_path):
     images = edits.look("kohya")
     (said,) = load_folders(
         *parts(
-            flags_of().replace(train_data_dir=str(tmp_path / "data" / "kohya")), "model", "data", "training", "output"
+            options_of().replace(train_data_dir=str(tmp_path / "data" / "kohya")), "model", "data", "training", "output"
         ),
     )
     assert [list(image.captions) for image in images.images.values()] == said.captions

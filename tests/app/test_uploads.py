@@ -9,7 +9,7 @@ import pytest
 from diffusion.runs import parts
 
 from app.folders import SETS, UPLOADS
-from app.image_folders import ImageFolders, flags_of
+from app.image_folders import ImageFolders, options_of
 from app.launcher import FEW, Trainings
 from app.library import Library
 from app.queue import Entry, Queue
@@ -41,7 +41,7 @@ def test_what_is_uploaded_is_what_the_trainer_reads(sent, tmp_path):
     uploads = [str(path) for path in sorted(sent.iterdir())]
     found = load_images(
         *parts(
-            flags_of().replace(train_data_dir=str(store_images(tmp_path / "new", uploads, ""))),
+            options_of().replace(train_data_dir=str(store_images(tmp_path / "new", uploads, ""))),
             "model",
             "data",
             "training",

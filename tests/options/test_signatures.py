@@ -62,7 +62,7 @@ def test_only_resolution_and_runs_see_all_options():
 
 
 def test_no_signature_has_untyped_flags():
-    for path in ROOT.glob("reslora/diffusion/**/*.py"):
+    for path in (*ROOT.glob("reslora/**/*.py"), *ROOT.glob("app/**/*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):
                 assert "flags" not in {argument.arg for argument in node.args.args}, f"{path}: {node.name}"

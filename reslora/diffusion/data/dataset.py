@@ -125,7 +125,7 @@ class Found:
 def load_images(
     model: ModelOptions, data: DataOptions, training: TrainingOptions, output: OutputOptions
 ) -> ImageDataset:
-    """The images and captions of the one folder or dataset that the flags name."""
+    """The images and captions of the one folder or dataset that the options name."""
     return sample([usable(model, data, training, output)], data, training)[0]
 
 

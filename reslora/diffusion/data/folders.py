@@ -20,7 +20,7 @@ Part = tuple[str, int, str | None]
 def load_folders(
     model: ModelOptions, data: DataOptions, training: TrainingOptions, output: OutputOptions, caption: str | None = None
 ) -> list[ImageDataset]:
-    """The images of each folder that the flags name, or of their dataset; each of kohya's folders counts as one.
+    """The images of each folder that the options name, or of their dataset; each of kohya's folders counts as one.
 
     `caption` is that of images in a folder that have none beside them.
     """

@@ -86,7 +86,7 @@ class TrainingSamples(Dataset):
 
     purpose = "training"
     varies = True
-    """Whether chance has a part in captions, where the flags say so."""
+    """Whether chance has a part in captions, where the options say so."""
 
     def __init__(self, material: Material) -> None:
         self.material = material

@@ -1,4 +1,4 @@
-"""An experiment: every arm trained as a plain run of its flags, rates and checkpoints chosen, methods compared.
+"""An experiment: every arm trained as a plain run of its options, rates and checkpoints chosen, methods compared.
 
 Arms share the model and what is encoded, and by seed noise and order. They differ from plain runs in the images alone,
 of which the content says what is trained on. What an arm writes is in a folder of its own, and what is on disk decides
@@ -77,7 +77,7 @@ LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 
 
 def run_experiment(asked: Grid[Options], stop: StopRequest, orders: Orders | None = None) -> None:
-    """Trains the arms that the flags name and that have not ended yet, and tells which method does best.
+    """Trains the arms that the options name and that have not ended yet, and tells which method does best.
 
     With orders, it is one of --arms_at_once processes: it trains what it is given, in a folder that the main process
     has locked, checked and noted the settings in.
@@ -159,7 +159,7 @@ def check_folder(grid: Grid[Options], identity: Identity | None = None) -> None:
 
 
 def going_on(options: Options) -> Options:
-    """An arm's flags: it goes on from its newest checkpoint, and nobody has to ask for that."""
+    """An arm's options: it goes on from its newest checkpoint, and nobody has to ask for that."""
     return options.replace(resume_from_checkpoint="latest")
 
 

@@ -175,7 +175,7 @@ class Model:
 
 
 def find_model(model_options: ModelOptions, output: OutputOptions, accelerator: Accelerator) -> Model:
-    """The model that the flags name, as a local folder: downloaded, or made of a single file, where need be."""
+    """The model that the options name, as a local folder: downloaded, or made of a single file, where need be."""
     name = model_options.pretrained_model_name_or_path
     flag, path = f"--pretrained_model_name_or_path {name}", Path(name)
     if path.is_file():

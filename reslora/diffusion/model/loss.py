@@ -44,7 +44,7 @@ class Huber:
 
 
 def huber_of(options: TrainingOptions, objective: Objective) -> Huber | None:
-    """The loss that the flags name; None for the square."""
+    """The loss that the options name; None for the square."""
     if options.loss_type == "l2":
         return None
     return Huber(

@@ -151,7 +151,7 @@ class Validation:
     """Validation loss and samples of a denoiser, by the main process; where its base is cut, all compute them."""
 
     noises: int | None = None
-    """At each of eight timesteps; None: the flags say it."""
+    """At each of eight timesteps; None: the options say it."""
 
     def __init__(
         self, loss: DenoisingLoss, material: Material, drawer: Drawer, accelerator: Accelerator, stop: StopRequest

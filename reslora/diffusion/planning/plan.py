@@ -1,4 +1,4 @@
-"""The table of what a run holds, and where the most; what does not fit is refused, with flags that make it fit."""
+"""The table of what a run holds, and where the most; what does not fit is refused, with options that make it fit."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def check_memory(kinds: Sequence[ImageDataset], context: Context) -> None:
 
 
 def refuse(plan: Plan, kinds: Sequence[ImageDataset], context: Context) -> None:
-    """Raises `InvalidArgument` where the device has too little, with flags with which it would have enough."""
+    """Raises `InvalidArgument` where the device has too little, with options with which it would have enough."""
     if plan.fits or plan.free is None:
         return
     options = context.options
@@ -135,7 +135,7 @@ def refuse(plan: Plan, kinds: Sequence[ImageDataset], context: Context) -> None:
 
 
 def advice(kinds: Sequence[ImageDataset], context: Context, plan: Plan) -> str:
-    """The first flags with which the run, planned again, fits: one alone where one is enough, else several."""
+    """The first options with which the run, planned again, fits: one alone where one is enough, else several."""
 
     def planned(change: Change) -> Plan | None:
         options = context.options.replace(**change)

@@ -121,7 +121,7 @@ class Resume:
 
 
 def plan_resume(options: Options, identity: Identity | None = None, place: str = "") -> Resume:
-    """Compares the flags with what is in the folder; refuses other settings, and another `identity` once it is known.
+    """Compares the options with what is in the folder; refuses other settings, and another `identity` once it is known.
 
     `place`: of an arm, inside its method's folder. For the main process alone: the others are told
     (`together.decided`).

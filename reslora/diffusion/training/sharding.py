@@ -34,7 +34,7 @@ def take_plugin(
 ) -> FullyShardedDataParallelPlugin | None:
     """What `accelerate launch` says of FSDP2, None without; from here on accelerate itself takes the run for DDP's.
 
-    Refuses what cannot be kept: FSDP of before, and settings and flags that do not go with it.
+    Refuses what cannot be kept: FSDP of before, and settings and options that do not go with it.
     """
     if not parse_flag_from_env(USES_FSDP):
         return None
@@ -70,7 +70,7 @@ def refuse_settings(plugin: FullyShardedDataParallelPlugin) -> None:
 def refuse_flags(
     model: ModelOptions, adapter: AdapterOptions, training: TrainingOptions, output: OutputOptions
 ) -> None:
-    """Raises `InvalidArgument` for flags that do not go with FSDP2."""
+    """Raises `InvalidArgument` for options that do not go with FSDP2."""
     if training.compile:
         raise InvalidArgument("--compile", "does not go with FSDP2, which gathers weights in hooks", "leave it out")
     if model.blocks_to_swap:

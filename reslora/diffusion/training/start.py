@@ -72,7 +72,7 @@ def _how_to_part(init_lora: str, base: str, model: Model) -> str:
 
 
 def with_start(options: Options, start: Start) -> Options:
-    """The flags with the LoRA's layers, and its commonest rank and alpha; refuses others that are given beside it."""
+    """The options with the LoRA's layers, and its commonest rank and alpha; refuses others that are given beside it."""
     own = lora_config(start.layers)
     found = {"rank": own.r, "lora_alpha": own.lora_alpha, "target_modules": [start.targets]}
     patterns = dict.fromkeys(FIELDS)  # each layer has its own already

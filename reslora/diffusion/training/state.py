@@ -213,7 +213,7 @@ def config_of(
 ) -> PeftConfig:
     """PEFT's configuration of the method's adapter, on the denoiser's targets or others.
 
-    With `start`, each of its layers has its own rank and alpha. Those that flags name are layers of the denoiser.
+    With `start`, each of its layers has its own rank and alpha. Those that options name are layers of the denoiser.
     """
     given = {"rank_pattern": options.rank_pattern, "alpha_pattern": options.alpha_pattern}
     patterns: dict[str, Any] = {} if targets else {name: entries(name, texts) for name, texts in given.items()}
@@ -246,7 +246,7 @@ def new_optimizer(
     accelerator: Accelerator,
     of_encoders: Sequence[nn.Parameter] = (),
 ) -> torch.optim.Optimizer:
-    """The optimizer that the flags name; parameters of text encoders are a group with a rate of its own.
+    """The optimizer that the options name; parameters of text encoders are a group with a rate of its own.
 
     Refuses arguments that it does not take.
     """

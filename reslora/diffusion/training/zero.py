@@ -29,7 +29,7 @@ def uses_deepspeed(accelerator: Accelerator) -> bool:
 def configure(
     adapter: AdapterOptions, training: TrainingOptions, optimizer: OptimizerOptions, accelerator: Accelerator
 ) -> None:
-    """Tells DeepSpeed what the flags say; refuses a configuration and flags that do not go together."""
+    """Tells DeepSpeed what the options say; refuses a configuration and options that do not go together."""
     plugin = accelerator.state.deepspeed_plugin
     settings, launcher = plugin.deepspeed_config, "accelerate launch"
     if plugin.zero_stage not in (1, 2):
