@@ -179,7 +179,9 @@ def read(folder: Folder, options: Options) -> Images:
     except (InvalidArgument, OSError) as error:
         images, refused = {}, folder.without_path(str(error))
         fixed = (
-            refused if any(path.name in METADATA for path in files_of(folder.path, options.data, options.output)) else ""
+            refused
+            if any(path.name in METADATA for path in files_of(folder.path, options.data, options.output))
+            else ""
         )
     images |= unread(folder, options, images, why, metadata)
     if images and not refused and all(image.problem for image in images.values()):
@@ -222,7 +224,9 @@ def images_of(found: Found, folder: Folder, options: Options, otherwise: str | N
     return images
 
 
-def unread(folder: Folder, options: Options, read: dict[str, Image], why: str, metadata: Path | None) -> dict[str, Image]:
+def unread(
+    folder: Folder, options: Options, read: dict[str, Image], why: str, metadata: Path | None
+) -> dict[str, Image]:
     """The images in a folder that the trainer passes over; masks are none."""
     known = {os.path.normpath(path) for image in read.values() for path in (image.path, image.mask) if path}
     paths = [

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from reslora.diffusion.settings import parse_args
+from reslora.diffusion.settings import build_parser
 from reslora.experiment.statistics import half_width, rerun, spread_of
 from reslora.language.arguments import read
 from reslora.options.texts import GlueOptions, LlmOptions
@@ -44,7 +44,8 @@ def test_trainers_take_every_command_with_all_controls_and_enough_seeds_and_rate
         command = experiment.command(name, args)[1:]
         images = experiment.script == "train_sd.py"
         kind = None if images else TEXTS[experiment.script]
-        found = parse_args(command).flat() if images else read(kind, experiment.script, command).flat()
+        given = {"pre_num": 4, **vars(build_parser().parse_args(command))}
+        found = given if images else read(kind, experiment.script, command).flat()
         kind, swept = name.partition("-")[0], name.endswith("pre_num")
         controls = ("lora",) if swept else FEW_CONTROLS.get(kind, why.CONTROLS)
         methods = why.BASELINES if name.endswith("baselines") else (*controls, "reslora")

@@ -1,4 +1,4 @@
-"""Prompts that samples are drawn of, each with options of its own: from options, from kohya's prompt files, from JSON."""
+"""Prompts of samples, each with options of its own: from the command line, kohya's prompt files, or JSON."""
 
 from __future__ import annotations
 

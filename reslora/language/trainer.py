@@ -222,7 +222,7 @@ class AdapterTrainer(Trainer):
         self.add_callback(SaveValidated())
 
     def _refuse_sharding(self, args: TrainingArguments) -> None:
-        """By the options, or by the configuration that `accelerate launch` was given, which tells in the environment."""
+        """Asked for by options, or by the configuration of `accelerate launch`, which sets the environment."""
         fsdp = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"
         stage = _zero_stage(args)
         if fsdp or stage == 3:

@@ -1,7 +1,6 @@
 """Prompts from files: kohya's lines, JSON, and what is refused by the line."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 
@@ -10,13 +9,14 @@ from reslora.common.errors import InvalidArgument
 from reslora.diffusion.checks import check_prompt
 from reslora.diffusion.prompts import Prompt, from_file, prompts_of
 from reslora.diffusion.settings import parse_args
+from reslora.options.images import ValidationOptions
 
 ALL = Prompt("a red disc", "blue box, dim", 64, 96, 7, 20, guidance_scale=3.5, cfg_scale=7.0)
 
 
 def read(path) -> list[Prompt]:
     prompts, options = from_file([str(path)])
-    return prompts_of(SimpleNamespace(validation_prompt=prompts, validation_prompt_options=options).validation)
+    return prompts_of(ValidationOptions(validation_prompt=prompts, validation_prompt_options=options))
 
 
 def test_kohyas_lines(tmp_path):

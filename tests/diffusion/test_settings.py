@@ -107,9 +107,9 @@ def test_the_home_folder_is_meant_where_no_shell_has_said_so(tmp_path, data, mon
 
 
 def test_a_runs_own_config_gives_the_run_again(run):
-    again = vars(parse_args(["--config", str(run / "config.json")]))
+    again = parse_args(["--config", str(run / "config.json")]).flat()
     config = json.loads((run / "config.json").read_text())
-    assert config == {name: again.flat()[name] for name in config}
+    assert config == {name: again[name] for name in config}
 
 
 def test_a_runs_config_does_not_say_where_it_went_on_from(tmp_path, capsys):
