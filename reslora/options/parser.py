@@ -74,7 +74,7 @@ class OptionsParser(Parser):
     def error(self, message: str) -> NoReturn:
         """Exit with status 2 and one line, which begins with the option, by its longest name, and the value."""
         message = re.sub(r"^argument (--[\w-]+)(/-[\w-]+)*: ", r"\1: ", message)
-        super().error(re.sub(r"^(--[\w-]+): '(.*)' is (not|neither) ", r"\1 \2: is \3 ", message))
+        super().error(re.sub(r"^(--[\w-]+): '([^']*)' is (not|neither) ", r"\1 \2: is \3 ", message))
 
     def refuse_unknown(self, words: list[str]) -> NoReturn:
         """Exit with one line that names the unknown options, and what to give instead."""
