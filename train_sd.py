@@ -5,7 +5,11 @@
 
 The first form trains the bundled 64x64 pipeline on the bundled images, in a few minutes on two CPU cores. The second
 trains any model of the families in reslora/diffusion/model/families. All options of diffusers'
-`train_text_to_image_lora.py` are here; README says which defaults differ.
+`train_text_to_image_lora.py` are here; docs/migrate.md says which defaults differ.
+
+On a CPU the processes of a run share all cores; OMP_NUM_THREADS=N gives each of them N threads. `accelerate launch` and
+`torchrun` set it to 1 by themselves, so from them only 2 or more counts. For one thread, leave the launcher out
+(OMP_NUM_THREADS=1 python train_sd.py), or give it as many cores as processes (taskset -c 0 accelerate launch ...).
 """
 
 from __future__ import annotations

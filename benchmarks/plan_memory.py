@@ -1,6 +1,7 @@
 """What `train_sd.py --plan` says of a run's memory beside what the run then takes: small models of the families.
 
-    python benchmarks/plan_memory.py            # each case in a process of its own
+    python benchmarks/plan_memory.py                        # each case in a process of its own
+    python benchmarks/plan_memory.py --sd15                 # README's command for Stable Diffusion, only planned
 
 `allocated` is the most that PyTorch's allocator had handed out on the CPU in each phase since the run began, as the
 profiler notes it: weights that are read from files as they are lie in mapped pages and are no part of it. `resident` is
@@ -26,7 +27,9 @@ from measured import ROOT, keep
 
 sys.path.append(str(ROOT / "tests"))
 import torch
+import trainer
 from pipelines import FAMILIES, image_folder
+from safetensors.torch import save_file
 from torch.profiler import ProfilerActivity, profile
 
 import train_sd
@@ -45,6 +48,12 @@ CASES = (
     ("stable_diffusion", "128"), ("stable_diffusion", "128", "--gradient_checkpointing"), ("flux", "128"),
     ("qwen_image", "128"), ("sdxl", "128"),
 )  # fmt: skip
+SD15 = ["--method", "lora", "reslora", "--mixed_precision", "bf16", "--max_train_steps", "1000"]
+SD15 += ["--validation_prompt", "a cat in a hat", "--num_validation_images", "1"]
+SD15_CASES = (
+    ("--train_batch_size", "4", "--gradient_checkpointing"), ("--train_batch_size", "4"),
+    ("--train_batch_size", "1", "--gradient_checkpointing"),
+)  # fmt: skip
 PHASES = {  # as the status says them, and as the plan does
     "encoding image": "encoding images", "encoding captions": "encoding captions", "step": "training",
     "sampling": "sampling", "merging": "exporting", "writing files": "exporting", "reading back": "exporting",
@@ -62,6 +71,34 @@ def flags_of(family: str, side: str, more: list[str], folder: Path) -> list[str]
     given += ["--validation_prompt", "red disc", "--num_validation_images", "2", "--num_inference_steps", "2"]
     given += ["--validation_steps", "2", "--output_dir", str(folder / "out"), "--random_flip", "--no-plan"]
     return [*given, "--merge_calibration_samples", "8", *more]
+
+
+def plan_sd15() -> None:
+    """README's command with the shapes of Stable Diffusion 1.5, and with more and less memory for a step."""
+    rows = []
+    for case in SD15_CASES:
+        with tempfile.TemporaryDirectory() as folder:
+            phases = planned([*sd15_flags(Path(folder)), *case])
+        del phases["seconds"]
+        rows.append({"case": " ".join(case), "planned": phases})
+        said = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in phases.items())
+        print(f"{rows[-1]['case']}: planned GiB: {said}", flush=True)
+    keep("plan/sd15", {"flags": SD15, "cases": rows})
+
+
+def sd15_flags(folder: Path) -> list[str]:
+    """The flags of a run with a model folder of Stable Diffusion 1.5's shapes: configurations without weights."""
+    pipeline, model = trainer.sd15_pipeline("meta"), folder / "model"
+    pipeline.save_config(model)
+    for name, part in pipeline.components.items():
+        if part is not None:
+            save = part.config.save_pretrained if name == "text_encoder" else getattr(part, "save_config", None)
+            (save or part.save_pretrained)(model / name)
+    # The trainer asks for a file of weights, and a plan reads only the shapes that are in it.
+    save_file({"conv_in.bias": torch.zeros(320)}, model / "unet" / "diffusion_pytorch_model.safetensors")
+    image_folder(folder / "images", 8)
+    given = ["--pretrained_model_name_or_path", str(model), "--train_data_dir", str(folder / "images")]
+    return [*given, "--output_dir", str(folder / "out"), "--no-plan", *SD15]
 
 
 def planned(flags: list[str]) -> dict:
@@ -130,7 +167,11 @@ def main() -> None:
     """Every case, and how near the plan is to it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)  # of processes that this one starts
+    parser.add_argument("--sd15", action="store_true", help="plan README's command for Stable Diffusion 1.5")
     arguments = parser.parse_args()
+    if arguments.sd15:
+        plan_sd15()
+        return
     if arguments.case:
         family, side, *more = arguments.case
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):

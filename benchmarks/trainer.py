@@ -198,27 +198,33 @@ def bundled(folder: Path) -> tuple[Path, Path, int]:
 
 def sd15(folder: Path) -> tuple[Path, Path, int]:
     """Stable Diffusion 1.5's shapes with random weights, and 64 images of 512 x 512."""
+    sd15_pipeline("cuda" if torch.cuda.is_available() else "cpu").to("cpu").save_pretrained(folder / "model")
+    return folder / "model", photographs(folder / "images", 64), 512
+
+
+def sd15_pipeline(device: str) -> StableDiffusionPipeline:
+    """A pipeline of Stable Diffusion 1.5's shapes with random weights; without weights on the meta device."""
     text = CLIPTextConfig(
         vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
         max_position_embeddings=77, projection_dim=768,
     )  # fmt: skip
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=512,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-    )  # fmt: skip
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+    with torch.device(device):
+        vae = AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=512,
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        )  # fmt: skip
+        text_encoder = CLIPTextModel(text)
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-    StableDiffusionPipeline(
+    return StableDiffusionPipeline(
         vae=vae,
-        text_encoder=CLIPTextModel(text),
+        text_encoder=text_encoder,
         tokenizer=CLIPTokenizer.from_pretrained(ROOT / "assets" / "pipeline" / "tokenizer", model_max_length=77),
-        unet=unet.cpu(),
+        unet=unet,
         scheduler=DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
-    ).save_pretrained(folder / "model")
-    return folder / "model", photographs(folder / "images", 64), 512
+    )
 
 
 MODELS = {"bundled": bundled, "sd15": sd15}

@@ -3,7 +3,7 @@
 model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
 reslora.connect(model, reslora.ResLoraConfig(shortcut="block", pre_num=4))
 ...                                     # train as usual
-report = reslora.merge(model)           # plain LoRA from here on
+report = reslora.merge(model, calibration=batches)  # plain LoRA from here on
 
 Names are imported when they are first used: a script that only parses its flags does not wait for torch and PEFT.
 """

@@ -258,9 +258,8 @@ def relative_error(block: Factors, merged: Merged) -> float:
     gram = b.t() @ b
     cross = moments.own_handed + moments.own_handed.t()
     output = _trace(moments.own_own + cross + moments.handed_handed, gram)
-    if merged.a is block.a:
-        alpha: Any = merged.alpha  # one number, where A is kept
-        miss = alpha**2 * moments.own_own - alpha * cross + moments.handed_handed
+    if isinstance(merged.alpha, float):  # A is kept, and no stand-in made
+        miss = merged.alpha**2 * moments.own_own - merged.alpha * cross + moments.handed_handed
     else:
         miss = moments.gap_gap
     error = max(_trace(miss, gram), 0.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -234,6 +235,9 @@ def _resolve(name: str, connection: Connection, calibration: object, max_rank: i
     recorded = bool(means) and all(map(math.isfinite, means))
     resolved = shortcut.resolve(name, calibration is not None, recorded)
     row = shortcut.merges[resolved]
+    if name == merges.AUTO and calibration is None and any(each.needs_moments for each in shortcut.merges.values()):
+        message = f"without calibration samples blocks are merged by {resolved!r}; 'lstsq', which reads some, is closer"
+        warnings.warn(message, stacklevel=3)  # to the caller of `merge`
     if row.needs_moments and calibration is None:
         raise ValueError(f"method={name!r} needs calibration=, an iterable of dicts of the base model's arguments")
     if row.needs_norms and calibration is None and not recorded:

@@ -14,6 +14,7 @@ from playwright.sync_api import Browser, sync_playwright
 from waiting import LIMIT
 
 NAMES = ("chromium", "google-chrome", "google-chrome-stable", "chromium-browser")
+DEBIANS = "/usr/bin/chromium"
 APPLICATION = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"  # macOS
 FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage",
@@ -36,27 +37,36 @@ def opened(folder: Path) -> Iterator[Browser]:
         except NoBrowser as error:
             problem = str(error)
         if problem:  # out of the clause above, which pytest would tell too
-            pytest.fail(problem, pytrace=False)
+            pytest.skip(problem)
         browser = playwright.chromium.launch(executable_path=found, args=FLAGS, timeout=LIMIT * 1000)
         yield browser
         browser.close()
 
 
 def find_browser(playwrights: Path, lock: Path) -> Path:
-    """A Chromium or Chrome that starts: an installed one, Playwright's own (at `playwrights`), or Debian's.
+    """Return a Chromium or Chrome that starts: an installed one, Playwright's own (at `playwrights`), or Debian's.
 
-    What is missing is downloaded, by one process at a time; raises `NoBrowser` where nothing helps.
+    One process at a time downloads what is missing, and writes beside `lock` what it found, for the others. Raise
+    `NoBrowser` if there is none.
     """
+    record = lock.with_suffix(".txt")
     with FileLock(lock, timeout=4 * LIMIT):
-        for name in (*NAMES, APPLICATION):
-            if (path := shutil.which(name)) and succeeds(path, "--version"):
-                return Path(path)
-        for install in (None, download_playwrights):
-            if (install is None or install()) and playwrights.is_file() and succeeds(str(playwrights), "--version"):
-                return playwrights
-        if install_debians() and (path := shutil.which("chromium")) and succeeds(path, "--version"):
+        if not record.exists():
+            record.write_text(str(_install(playwrights) or ""), encoding="utf-8")
+        found = record.read_text(encoding="utf-8")
+    if not found:
+        raise NoBrowser(ADVICE)
+    return Path(found)
+
+
+def _install(playwrights: Path) -> Path | None:
+    for name in (*NAMES, APPLICATION):
+        if (path := shutil.which(name)) and succeeds(path, "--version"):
             return Path(path)
-    raise NoBrowser(ADVICE)
+    for install in (None, download_playwrights):
+        if (install is None or install()) and playwrights.is_file() and succeeds(str(playwrights), "--version"):
+            return playwrights
+    return Path(DEBIANS) if install_debians() and succeeds(DEBIANS, "--version") else None
 
 
 def download_playwrights() -> bool:

@@ -15,9 +15,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+import torch._dynamo.utils
 import torch.distributed as dist
 from diffusers import UNet2DConditionModel
-from launching import DEEPSPEED
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -39,8 +39,10 @@ RANK = 3
 
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> None:
-    """Functions are compiled anew only so often, and what earlier tests compiled would count."""
-    torch._dynamo.reset()
+    """Forget what earlier tests compiled: functions are compiled anew only so often."""
+    if torch._dynamo.utils.counters:
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
 
 
 @pytest.fixture
@@ -52,16 +54,18 @@ def sharded() -> Iterator[Callable]:
     dist.destroy_process_group()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that need a browser, before tests are chosen by their marks."""
+    for item in items:
+        if "browser" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.browser)
+
+
 def pytest_collection_finish() -> None:
     """What the imports left lives to the end: the collector, which every run calls, need not go through it again."""
     gc.collect()
     gc.freeze()
-
-
-def pytest_terminal_summary(terminalreporter) -> None:
-    """Says what this machine could not run."""
-    if not DEEPSPEED:
-        terminalreporter.line("DeepSpeed is not installed, or there is no C++ compiler: its configuration was not run")
 
 
 def tiny_llama(layers: int = LAYERS, width: int = 32, **overrides) -> LlamaForCausalLM:
@@ -286,7 +290,11 @@ ARCHITECTURES = {
 }
 
 
-@pytest.fixture(params=list(ARCHITECTURES))
+QUICK = ("llama", "unet")
+"""The architectures that `pytest` without options tries."""
+
+
+@pytest.fixture(params=[pytest.param(n, marks=[] if n in QUICK else pytest.mark.exhaustive) for n in ARCHITECTURES])
 def arch(request) -> Architecture:
     return ARCHITECTURES[request.param]
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 from unittest import mock
 
+import pytest
 from accelerate.commands import launch as accelerate_launch
 from accelerate.utils import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from waiting import LIMIT, default_sigint, ended, ignore_sigint, wait_until
@@ -30,9 +31,17 @@ MACHINES = {
     "deepspeed_zero2.yaml": 1,
     "fsdp2.yaml": 1,
 }
-# On the CPU DeepSpeed compiles a part of itself. Where it cannot, pytest's last lines say what was not run.
-DEEPSPEED = importlib.util.find_spec("deepspeed") is not None and shutil.which("c++") is not None
-CONFIGURATIONS = [name for name in MACHINES if DEEPSPEED or not name.startswith("deepspeed")]
+needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None or shutil.which("c++") is None,
+    reason="needs DeepSpeed and, for the part of it that compiles itself on a CPU, a C++ compiler",
+)
+
+
+def configurations(*without: str) -> list:
+    """Return pytest's parameters for the bundled configurations, except some."""
+    marks = {"deepspeed_zero2.yaml": [needs_deepspeed]}
+    return [pytest.param(name, marks=marks.get(name, [])) for name in MACHINES if name not in without]
 
 
 def launch(name: str, script: Path | str, *flags: str, folder: Path, launcher: tuple[str, ...] = ()) -> str:

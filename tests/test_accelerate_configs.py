@@ -73,6 +73,7 @@ def test_the_cpus_configuration_hides_gpus(monkeypatch):
     assert all(int(device) < 0 for device in devices)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["cpu_two_processes.yaml", "one_node.yaml"])
 def test_two_processes_on_the_cpu_find_each_other(tmp_path, name):
     """Of the other configurations, see tests/diffusion/test_launching.py."""

@@ -90,6 +90,7 @@ def test_missing_images_are_one_line(tmp_path):
         load_pictures(tmp_path)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
 def test_bundled_pipeline_draws_on_white_and_takes_a_lora_in_every_dtype(dtype):
     pipeline = StableDiffusionPipeline.from_pretrained(ASSETS / "pipeline", **({"dtype": dtype} if dtype else {}))

@@ -208,6 +208,7 @@ def test_what_sampling_leaves_behind():
     assert found == [pytest.approx(2.0), pytest.approx(1.0), pytest.approx(3.0), pytest.approx(1.2)]
 
 
+@pytest.mark.exhaustive
 def test_steps_of_a_watched_script_are_counted_and_timed(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(STEPPING)

@@ -94,6 +94,7 @@ def test_each_block_drops_out_of_its_own_input():
     assert_equal(*results)
 
 
+@pytest.mark.exhaustive
 def test_a_compiled_model_chooses_the_order_too():
     model, oracle = pair()
     compiled = torch.compile(model.base_model.model, backend="eager", fullgraph=True)

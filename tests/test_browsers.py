@@ -31,7 +31,7 @@ class Machine:
             self.playwrights.touch()
             return True
         if "apt" in self.installs and "install --yes" in self.ran[-1]:
-            self.programs.add("chromium")
+            self.programs.add(browsers.DEBIANS)
         return "apt" in self.installs and command[0] == "apt-get"
 
     def find(self) -> str:
@@ -60,7 +60,7 @@ def test_where_playwrights_own_cannot_be_had_or_does_not_start_debians_is_instal
     machine.programs = {"apt-get"}
     machine.installs = {"apt"} if lacking == "network" else {"apt", "playwright"}
     machine.broken = {str(machine.playwrights)}
-    assert machine.find() == "chromium"
+    assert machine.find() == browsers.DEBIANS
     assert [" ".join(line.split()[:2]) for line in machine.ran[1:]] == APT
 
 
@@ -68,7 +68,7 @@ def test_where_playwrights_own_cannot_be_had_or_does_not_start_debians_is_instal
 def test_where_nothing_helps_one_line_says_what_to_install(machine, case):
     machine.programs = set() if case == "no apt" else {"apt-get"}
     machine.installs = set() if case == "nothing helps" else {"apt"}
-    machine.root, machine.broken = case != "not root", {"chromium"} if case == "apt's does not start" else set()
+    machine.root, machine.broken = case != "not root", {browsers.DEBIANS} if case == "apt's does not start" else set()
     with pytest.raises(NoBrowser, match="install Chromium or Chrome") as error:
         machine.find()
     assert "\n" not in str(error.value)

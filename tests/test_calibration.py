@@ -66,6 +66,7 @@ def test_few_tokens_solve_the_same_ridge_regression(name, shortcut, pre_num, hea
 # --- several passes ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "name, length, budget",
     [("llama", 2, 1), ("llama", 2, 20_000), ("llama", 11, 1), ("llama", 11, 40_000), ("unet", 5, 3000)],
@@ -96,6 +97,7 @@ def distinct_inputs(model: nn.Module, inputs: dict, names: list[str]) -> int:
     return len({id(tensor) for tensor in read})
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["llama", "unet"])
 def test_layers_that_read_one_tensor_stay_together(monkeypatch, name):
     arch = ARCHITECTURES[name]
@@ -207,6 +209,7 @@ class Sizes:
         return live.peak, report
 
 
+@pytest.mark.exhaustive
 def test_memory_is_that_of_one_second_moment_at_least_budget(monkeypatch):
     """Beside it: activations, what is r wide, and the adapter's new weights. A sum is half of a second moment."""
     monkeypatch.setattr(regression, "PANEL", 16)
@@ -284,6 +287,7 @@ KINDS = {
 }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("budget", [2**30, 1])
 @pytest.mark.parametrize("shortcut", ["input", "middle"])
 @pytest.mark.parametrize("kind", KINDS)

@@ -153,6 +153,7 @@ def test_full_size_unets_have_the_expected_blocks_and_links(stable_diffusion):
     assert chains.links == sum(links for _, links in expected.values())
 
 
+@pytest.mark.exhaustive
 def test_full_size_unets_connect_on_the_meta_device(stable_diffusion):
     model, expected = stable_diffusion
     connected = reslora.connect(model, ResLoraConfig("input"))
@@ -274,6 +275,7 @@ CUTS = {
 }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_full_size_transformers_have_the_expected_blocks_and_links(name):
     model_class, config, targets, expected = TRANSFORMERS[name]
@@ -384,6 +386,7 @@ def test_the_table_shows_roles_and_blocks(unet):
     assert str(chains.links) in table
 
 
+@pytest.mark.exhaustive
 def test_the_table_has_one_row_a_block_and_straight_columns(unet):
     plan = reslora.chains(unet.lora())
     rows = str(plan).splitlines()[1:]
@@ -469,6 +472,7 @@ def test_cross_attention_reads_the_encoder_in_every_layer_and_stays_linked():
     assert_chains(chains, {"encoder_attn.k_proj": [names]})
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("image, caption", [((8, 4), 32), ((4, 8), 20), ((8, 8), 32), ((5, 5), 70)])
 def test_z_images_refiners_are_linked_neither_to_each_other_nor_to_the_layers(image, caption):
     """Lengths are padded to multiples of 32, so that image and caption often have as many tokens."""

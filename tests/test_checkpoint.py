@@ -120,6 +120,7 @@ def test_a_bare_unet_comes_back_itself(unet, tmp_path):
     assert reslora.load(base, tmp_path) is base
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "lora",
     [
@@ -163,6 +164,7 @@ def test_norm_windows_come_back(llama, tmp_path, shortcut, window, steps):
         assert torch.equal(delta(find_layer(loaded, name)), delta(layer))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("shortcut", ["input", "middle"])
 def test_recording_goes_on_where_it_stopped(llama, tmp_path, shortcut):
     model = saved(llama, tmp_path, shortcut, window=3, steps=4)
@@ -183,6 +185,7 @@ def test_another_adapter_name(llama, tmp_path):
     assert torch.equal(run(loaded, llama.inputs()), run(model, llama.inputs()))
 
 
+@pytest.mark.exhaustive
 def test_an_adapter_may_be_loaded_under_another_name(unet, tmp_path):
     model = saved(unet, tmp_path, "middle", 2)
     loaded = reslora.load(base_of(unet), tmp_path, adapter_name="style")
@@ -235,6 +238,7 @@ def test_a_folder_without_checksums_still_loads(llama, tmp_path):
     assert torch.equal(run(reslora.load(base_of(llama), tmp_path), llama.inputs()), run(model, llama.inputs()))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("path", [WEIGHTS, f"{WEIGHTS}/x", "nowhere"])
 def test_a_path_that_is_no_folder_is_named(llama, tmp_path, path):
     saved(llama, tmp_path)
@@ -295,7 +299,7 @@ def test_a_save_over_another_that_ends_while_it_writes_leaves_that_one(llama, tm
     expected = run(model, llama.inputs())
     randomize(model, seed=3)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(reslora.files, "save", interrupt)
+        patched.setattr("safetensors.torch.save", interrupt)
         reslora.save(model, tmp_path)
     assert torch.equal(run(reslora.load(base_of(llama), tmp_path), llama.inputs()), expected)
     assert {path.name for path in tmp_path.iterdir()} == {CONFIG, WEIGHTS, "checksums.json"}
@@ -359,6 +363,7 @@ def with_another_rank(tensors):
     return {**tensors, key: torch.cat([tensors[key]] * 2, dim=1)}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("into", ["bare", "adapter"])
 @pytest.mark.parametrize(
     "edit, named",
@@ -381,6 +386,7 @@ def test_weights_that_do_not_fit_are_named_and_nothing_is_loaded(llama, tmp_path
     assert all(not layer.lora_variant for layer in adapter_layers(target).values())
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "lora, named",
     [
@@ -532,6 +538,7 @@ def test_a_truncated_file_is_refused(llama, tmp_path, keep):
     assert_same(target, before)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("into", ["bare", "adapter"])
 @pytest.mark.parametrize("name, old, new", [(WEIGHTS, None, None), (CONFIG, b'"window": 100', b'"window": 101')])
 def test_a_flipped_bit_is_refused(llama, tmp_path, name, old, new, into):
@@ -553,6 +560,7 @@ def test_a_flipped_bit_is_refused(llama, tmp_path, name, old, new, into):
 NOT_A_CONFIG = ["", "not json", "[]", "{}", "5", '"reslora"', "null", '{"reslora": 1}', "[" * 100_000, "NaN", "\udcff"]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("into", ["bare", "adapter"])
 @pytest.mark.parametrize("content", NOT_A_CONFIG, ids=range(len(NOT_A_CONFIG)))
 def test_a_config_file_that_is_not_one_is_refused(llama, tmp_path, content, into):
@@ -585,6 +593,7 @@ def paths(content, path=()):
         yield from paths(content[0], (*path, 0))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("into", ["bare", "adapter"])
 @pytest.mark.parametrize("place", ["reslora", "chains", "norms", "peft_model"])
 def test_a_value_of_another_type_in_the_config_file_is_refused(llama, tmp_path, place, into):
@@ -620,6 +629,7 @@ NO_LORA = [
 ]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("into, wrong", [*(("bare", wrong) for wrong in NO_LORA), *itertools.product(
     ["bare", "adapter"], [None, 5, "text", [], NO_LORA[0], NO_LORA[4]]
 )])  # fmt: skip
@@ -649,6 +659,7 @@ def test_norms_of_other_blocks_are_not_taken(llama, tmp_path):
     assert reslora.merge(reslora.load(base_of(llama), tmp_path)).method == "weights"
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("into", ["bare", "adapter"])
 @pytest.mark.parametrize("wrong", [[], {"layers.0": 0.5}, {LINEAR: "0.5"}, {LINEAR: True}, {LINEAR: float("nan")}])
 def test_wrong_scales_are_refused(llama, tmp_path, wrong, into):
@@ -659,6 +670,7 @@ def test_wrong_scales_are_refused(llama, tmp_path, wrong, into):
     refuse_to_load(llama, tmp_path, into)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("into", ["bare", "adapter"])
 @pytest.mark.parametrize("damage", ["twice", "mixed", "wider"])
 def test_a_plan_that_no_model_has_is_refused(llama, tmp_path, damage, into):

@@ -75,6 +75,7 @@ def test_two_forwards_before_the_backwards(name, checkpointing, shortcut, pre_nu
         assert_equal(gradients(model), gradients(oracle))
 
 
+@pytest.mark.exhaustive
 @language
 @one_each
 def test_a_checkpointed_backward_in_another_thread(name, shortcut, pre_num, head):
@@ -86,6 +87,7 @@ def test_a_checkpointed_backward_in_another_thread(name, shortcut, pre_num, head
     assert_equal(gradients(model), gradients_of(oracle, arch.inputs()))
 
 
+@pytest.mark.exhaustive
 @one_each
 def test_an_evaluation_between_a_checkpointed_forward_and_its_backward(llama, shortcut, pre_num, head):
     model, oracle = pair(llama, shortcut, pre_num, head)
@@ -108,6 +110,7 @@ def enable_stock(model, name: str, use_reentrant: bool) -> None:
         model.base_model.model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
 
 
+@pytest.mark.exhaustive
 @language
 @stateful
 def test_checkpointing_without_our_context_is_refused_with_the_call_that_fixes_it(name, shortcut, pre_num, head):
@@ -122,6 +125,7 @@ def test_checkpointing_without_our_context_is_refused_with_the_call_that_fixes_i
     assert_equal(gradients_of(model, arch.inputs()), gradients_of(oracle, arch.inputs()))
 
 
+@pytest.mark.exhaustive
 @stateful
 def test_the_stock_switch_of_diffusers_is_refused(unet, shortcut, pre_num, head):
     model = connected(unet, shortcut, pre_num, head)
@@ -131,6 +135,7 @@ def test_the_stock_switch_of_diffusers_is_refused(unet, shortcut, pre_num, head)
     assert_one_line(error, "reslora.enable_gradient_checkpointing")
 
 
+@pytest.mark.exhaustive
 @language
 def test_block_takes_any_kind_of_checkpointing(name):
     arch = ARCHITECTURES[name]
@@ -162,6 +167,7 @@ def test_checkpointing_inside_a_custom_forward_is_never_silently_wrong(use_reent
 # --- what may change between forwards ---------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 @with_checkpointing
 @one_each
 def test_batch_and_size_may_change_between_forwards(name, checkpointing, shortcut, pre_num, head):
@@ -176,6 +182,7 @@ def test_batch_and_size_may_change_between_forwards(name, checkpointing, shortcu
         assert_equal(gradients_of(model, inputs), gradients_of(oracle, inputs))
 
 
+@pytest.mark.exhaustive
 @one_each
 def test_evaluation_between_training_steps_changes_nothing(llama, shortcut, pre_num, head):
     model, oracle = pair(llama, shortcut, pre_num, head, window=2)
@@ -188,6 +195,7 @@ def test_evaluation_between_training_steps_changes_nothing(llama, shortcut, pre_
         assert_equal(evaluated, run(oracle, llama.inputs(seed=8, length=3)).detach())
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("where", ["model.layers.2.self_attn.q_proj", "model.layers.3.mlp", "lm_head"])
 @one_each
@@ -204,6 +212,7 @@ def test_a_clean_forward_after_an_exception_is_that_of_a_fresh_model(
     assert_equal(gradients_of(model, llama.inputs()), gradients_of(oracle, llama.inputs()))
 
 
+@pytest.mark.exhaustive
 @one_each
 def test_a_clean_step_after_an_exception_in_a_recomputation(llama, shortcut, pre_num, head):
     model, oracle = pair(llama, shortcut, pre_num, head)

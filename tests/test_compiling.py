@@ -2,12 +2,15 @@
 
 import dataclasses
 
+import pytest
 import torch
 from conftest import assert_equal, gradients, gradients_of, loss_of, run, tiny_llama, tiny_unet
 from waiting import join, start_thread
 from wired import one_each, pair, stateful
 
 import reslora
+
+pytestmark = pytest.mark.exhaustive
 
 # One size of image, hence one chain of each role: compiling takes its time.
 SHALLOW_UNET = {

@@ -41,6 +41,7 @@ def _torch_save(model):
     return torch.load(buffer, weights_only=False)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "name, duplicate", [("llama", _deepcopy), ("llama", _pickle), ("unet", _deepcopy), ("unet", _torch_save)]
 )
@@ -58,6 +59,7 @@ def test_a_copy_is_connected_to_itself_alone(name, duplicate, shortcut, pre_num,
     assert_equal(gradients_of(twin, arch.inputs()), gradients_of(oracle, arch.inputs()))
 
 
+@pytest.mark.exhaustive
 @one_each
 def test_a_copy_can_be_disconnected_alone(llama, shortcut, pre_num, head):
     model, oracle = pair(llama, shortcut, pre_num, head)
@@ -67,6 +69,7 @@ def test_a_copy_can_be_disconnected_alone(llama, shortcut, pre_num, head):
     assert_equal(run(twin, llama.inputs()), run(llama.lora(), llama.inputs()))
 
 
+@pytest.mark.exhaustive
 @one_each
 def test_two_connected_models_do_not_meet(llama, unet, shortcut, pre_num, head):
     pairs = [(arch, *pair(arch, shortcut, pre_num, head, seed=seed)) for seed, arch in enumerate((llama, unet, llama))]
@@ -77,6 +80,7 @@ def test_two_connected_models_do_not_meet(llama, unet, shortcut, pre_num, head):
         assert_equal(gradients(model), gradients_of(oracle, arch.inputs()))
 
 
+@pytest.mark.exhaustive
 @one_each
 def test_a_model_called_inside_another_models_forward(llama, shortcut, pre_num, head):
     """A teacher that runs in the middle of the student's forward leaves the student's state alone."""
@@ -100,6 +104,7 @@ def test_disabled_adapters_give_the_base_model(llama, shortcut, pre_num, head):
     assert_equal(run(model, llama.inputs()), run(oracle, llama.inputs()))
 
 
+@pytest.mark.exhaustive
 @one_each
 def test_disabled_adapters_of_a_unet_give_the_base_model(unet, shortcut, pre_num, head):
     model, oracle = pair(unet, shortcut, pre_num, head)
@@ -110,6 +115,7 @@ def test_disabled_adapters_of_a_unet_give_the_base_model(unet, shortcut, pre_num
     assert_equal(run(model, unet.inputs()), run(oracle, unet.inputs()))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("connected_first", [True, False])
 @one_each
 def test_a_second_adapter_stays_plain(llama, shortcut, pre_num, head, connected_first):
@@ -136,6 +142,7 @@ def test_a_second_adapter_stays_plain(llama, shortcut, pre_num, head, connected_
     assert_equal(gradients_of(model, llama.inputs()), gradients_of(oracle.model, llama.inputs()))
 
 
+@pytest.mark.exhaustive
 @one_each
 def test_two_active_adapters_add_up(unet, shortcut, pre_num, head):
     """The connected adapter's equation plus the other's plain LoRA, in every layer."""
@@ -171,6 +178,7 @@ def generate(model, ids, use_cache: bool):
     return result.sequences, torch.stack(result.logits).double()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @some
 def test_generation_with_a_cache_equals_generation_without(name, shortcut, pre_num, head):

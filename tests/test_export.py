@@ -25,6 +25,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNe
 from peft import AdaLoraConfig, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from suites import quick
 
 import reslora
 from reslora import ResLoraConfig
@@ -108,6 +109,7 @@ def loaded_by_diffusers(*arguments, **keywords) -> UNet2DConditionModel:
 # --- each format loads back -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_peft_loads_the_peft_files(merged, inputs, tmp_path):
     export_peft(merged, tmp_path)
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in tmp_path.iterdir()}
@@ -132,11 +134,13 @@ def test_diffusers_loads_the_diffusers_file(merged, inputs, tmp_path):
     assert_predicts(loaded_by_diffusers(tmp_path), inputs, predict(merged, inputs))
 
 
+@pytest.mark.exhaustive
 def test_diffusers_loads_the_diffusers_file_by_name(merged, inputs, tmp_path):
     export_diffusers(merged, tmp_path)
     assert_predicts(loaded_by_diffusers(str(tmp_path), weight_name=LORA), inputs, predict(merged, inputs))
 
 
+@pytest.mark.exhaustive
 def test_the_diffusers_file_means_the_same_without_its_metadata(merged, inputs, tmp_path):
     """The scale is folded into B and alpha equals the rank, so readers that ignore metadata agree."""
     export_diffusers(merged, tmp_path)
@@ -150,6 +154,7 @@ def test_diffusers_loads_the_kohya_file(merged, inputs, tmp_path):
     assert_predicts(loaded_by_diffusers(str(path)), inputs, predict(merged, inputs))
 
 
+@pytest.mark.exhaustive
 def test_diffusers_loads_the_kohya_file_without_its_metadata(merged, inputs, tmp_path):
     path = tmp_path / "kohya.safetensors"
     export_kohya(merged, path)
@@ -242,6 +247,7 @@ def test_merged_weights_are_summed_in_fp32_then_cast(unet, tmp_path):
         assert float((stored.float() - expected.float()).norm()) <= 1e-3 * float(expected.float().norm())
 
 
+@pytest.mark.exhaustive
 def test_a_named_adapter_is_exported(unet, inputs, tmp_path):
     model = unet.lora(adapter="style").float().eval()
     reslora.connect(model, ResLoraConfig("block", 2), adapter_name="style")
@@ -260,6 +266,7 @@ def test_a_named_adapter_is_exported(unet, inputs, tmp_path):
     assert_predicts(UNet2DConditionModel.from_pretrained(tmp_path / "unet"), inputs, expected)
 
 
+@pytest.mark.exhaustive
 def test_only_the_named_adapter_is_exported(unet, inputs, tmp_path):
     model = unet.lora().float().eval()
     expected = predict(model, inputs)
@@ -288,7 +295,7 @@ def test_plain_lora_of_two_ranks_has_its_own_alphas_in_the_peft_config(unet, tmp
 
 
 @pytest.mark.parametrize("case", list(CASES))
-@pytest.mark.parametrize("blocks", ["all", "some"])
+@pytest.mark.parametrize("blocks", quick(["all", "some"], "some"))
 def test_all_files_have_the_scale_that_set_adapters_gave(case, blocks, inputs, tmp_path):
     lora, plan, merge = CASES[case]
     model = ARCHITECTURES["unet"].lora(**lora).float().eval()

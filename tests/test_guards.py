@@ -103,6 +103,7 @@ def test_saving_a_connected_transformers_model_is_refused(llama, tmp_path, confi
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("verb", ["save_pretrained", "save_lora_adapter"])
 @wired
 def test_saving_a_connected_unet_is_refused(unet, tmp_path, verb, config):
@@ -120,6 +121,7 @@ def test_a_base_that_was_connected_without_its_wrapper_refuses_too(llama, tmp_pa
     refused(lambda: model.get_base_model().save_pretrained(tmp_path / "out"), *NAMES)
 
 
+@pytest.mark.exhaustive
 @wired
 def test_a_checkpoint_of_the_stock_trainer_is_refused(llama, tmp_path, config):
     """`Trainer` saves by `save_pretrained`, which would drop the shortcuts."""
@@ -149,6 +151,7 @@ def test_an_adapter_of_another_name_is_the_refused_one(unet, tmp_path):
     refused(lambda: model.save_lora_adapter(tmp_path / "style", adapter_name="style"), "'style'", *NAMES)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("config", [ResLoraConfig("none"), ResLoraConfig("middle", 0)])
 def test_without_a_shortcut_nothing_is_refused(llama, unet, tmp_path, config):
     model = connected(llama, config)
@@ -181,6 +184,7 @@ def test_handing_out_the_connected_weights_is_refused_until_they_are_plain(llama
     assert_equal(run(plain, llama.inputs()), run(model, llama.inputs()))
 
 
+@pytest.mark.exhaustive
 @wired
 def test_handing_out_the_weights_of_a_unet_is_refused_until_it_is_merged(unet, tmp_path, config):
     model = connected(unet, config)
@@ -204,6 +208,7 @@ def test_weights_of_another_adapter_and_without_a_shortcut_are_handed_out(llama)
 # --- combining and replacing ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", ["cat", "linear", "svd"])
 @wired
 def test_combining_the_connected_adapter_is_refused(llama, kind, config):
@@ -256,6 +261,7 @@ def test_wrappers_of_a_base_that_was_connected_without_them_refuse_too(llama, tm
     model.load_adapter(folder, "default", torch_device="cpu")
 
 
+@pytest.mark.exhaustive
 @wired
 def test_setting_the_weights_of_the_connected_adapter_is_refused(llama, unet, config):
     for arch in (llama, unet):
@@ -308,6 +314,7 @@ def test_an_adapter_that_was_padded_for_hot_swapping_is_not_connected(llama, con
     assert not instance_methods(model)
 
 
+@pytest.mark.exhaustive
 @wired
 def test_hot_swapping_in_a_unet_is_refused(unet, tmp_path, config):
     unet.lora(seed=8).save_lora_adapter(tmp_path)
@@ -325,6 +332,7 @@ def test_hot_swapping_in_a_unet_is_refused(unet, tmp_path, config):
     assert torch.equal(run(model, unet.inputs()), expected)
 
 
+@pytest.mark.exhaustive
 @wired
 def test_eva_after_connect_is_refused_and_works_before(llama, config):
     model = llama.lora(init_lora_weights="eva")
@@ -388,6 +396,7 @@ def assert_bare(base: nn.Module) -> None:
     assert not instance_methods(base)
 
 
+@pytest.mark.exhaustive
 @every
 def test_unloading_leaves_nothing_behind(llama, config):
     model = connected(llama, config)
@@ -397,6 +406,7 @@ def test_unloading_leaves_nothing_behind(llama, config):
     assert_equal(run(base, llama.inputs()), run(llama.lora().unload(), llama.inputs()))
 
 
+@pytest.mark.exhaustive
 @every
 def test_unloading_a_unet_leaves_nothing_behind(unet, config):
     model = connected(unet, config)
@@ -442,6 +452,7 @@ def test_no_guard_is_left_on_a_plain_model(llama, finish, config):
     assert_bare(model)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 @wired
 def test_a_copy_is_guarded_by_itself(llama, tmp_path, duplicate, config):

@@ -15,6 +15,8 @@ from wired import Interrupted, connected, interrupt, one_each, with_checkpointin
 import reslora
 from reslora import ResLoraConfig
 
+pytestmark = pytest.mark.exhaustive
+
 
 class Storages(TorchDispatchMode):
     """Weak references to the storage of every tensor an operator returned."""

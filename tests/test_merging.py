@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import math
+import warnings
 
 import pytest
 import torch
@@ -201,6 +202,7 @@ def test_input_uses_the_norms_recorded_in_training(name, shortcut, pre_num, head
     case.assert_merged_to(merged_by_input(case, window=3), tolerance=1e-6)
 
 
+@pytest.mark.exhaustive
 @plans
 def test_input_uses_the_last_norms_of_a_window_shorter_than_training(llama, shortcut, pre_num, head):
     case = Case(llama, shortcut, pre_num, head, window=2).train(5)
@@ -208,6 +210,7 @@ def test_input_uses_the_last_norms_of_a_window_shorter_than_training(llama, shor
     case.assert_merged_to(merged_by_input(case, window=2), tolerance=1e-6)
 
 
+@pytest.mark.exhaustive
 @plans
 def test_norms_are_taken_before_dropout(llama, shortcut, pre_num, head):
     case = Case(llama, shortcut, pre_num, head, dropout=0.4)
@@ -218,6 +221,7 @@ def test_norms_are_taken_before_dropout(llama, shortcut, pre_num, head):
     case.assert_merged_to(merged_by_input(case, window=2), tolerance=1e-6)
 
 
+@pytest.mark.exhaustive
 @plans
 def test_calibration_replaces_what_training_recorded(llama, shortcut, pre_num, head):
     case = Case(llama, shortcut, pre_num, head).train(3)
@@ -241,6 +245,7 @@ def test_calibration_needs_no_window(llama):
     case.assert_merged_to(merged_by_input(case, window=2), tolerance=1e-6)
 
 
+@pytest.mark.exhaustive
 @plans
 def test_only_training_with_gradients_is_recorded(llama, shortcut, pre_num, head):
     case = Case(llama, shortcut, pre_num, head).train(2)
@@ -253,6 +258,7 @@ def test_only_training_with_gradients_is_recorded(llama, shortcut, pre_num, head
     case.assert_merged_to(merged_by_input(case, window=2), tolerance=1e-6)
 
 
+@pytest.mark.exhaustive
 @plans
 def test_a_recomputation_records_nothing(llama, shortcut, pre_num, head):
     """With a window of two, recording twice per step would drop the first of two steps."""
@@ -296,6 +302,7 @@ def test_weights_walks_the_chain_with_merged_weights(name, shortcut, pre_num, he
     case.assert_merged_to(lambda chain: weights_alphas(case, chain)[1], tolerance=1e-5)
 
 
+@pytest.mark.exhaustive
 @plans
 def test_weights_uses_every_blocks_own_scale(llama, shortcut, pre_num, head):
     case = Case(llama, shortcut, pre_num, head, alpha_pattern={"layers.1.self_attn.q_proj": 30}, use_rslora=True)
@@ -348,6 +355,7 @@ def test_lstsq_weighs_every_token_alike(llama, shortcut, pre_num, head):
     case.assert_merged_to(merged_by_lstsq(case), tolerance=1e-5)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("shortcut, pre_num", [("input", 1), ("middle", 1), ("middle", -1)])
 def test_equal_inputs_merge_exactly_under_lstsq(unet, shortcut, pre_num):
     """Cross-attention k and v all read the same text states."""
@@ -390,8 +398,9 @@ def test_lstsq_keeps_a_block_as_it_is_where_that_loses_less():
     layers = [find_layer(before, name) for name in stack_chain(2)]
     for layer, name in zip(layers, stack_chain(2), strict=True):
         assert_equal(delta(find_layer(model, name)), delta(layer), rtol=0, atol=0)
-    (a_1, a_2), b = (layer.lora_A["default"].weight for layer in layers), layers[1].lora_B["default"].weight
-    x_1, x_2 = 1e-3 * x, 1e5 * before.get_base_model().layers[0](1e-3 * x)
+    a_1, a_2 = (layer.lora_A["default"].weight.detach() for layer in layers)
+    b = layers[1].lora_B["default"].weight.detach()
+    x_1, x_2 = 1e-3 * x, 1e5 * before.get_base_model().layers[0](1e-3 * x).detach()
     handed, own = x_1 @ a_1.T @ b.T, x_2 @ a_2.T @ b.T
     assert second.error == pytest.approx(float(handed.norm() / (own + handed).norm()), rel=1e-6)
     fitted = x_2 @ ridge_regression(x_2, x_1 @ a_1.T, a_1).T @ b.T
@@ -428,6 +437,7 @@ def test_block_is_exact_whatever_the_method(llama, method, pre_num):
             assert block.rank == (case.m(n) + 1) * RANK
 
 
+@pytest.mark.exhaustive
 def test_block_is_exact_on_every_architecture(arch):
     case = Case(arch, "block", 2)
     reslora.merge(case.model)
@@ -470,6 +480,7 @@ def expected_chains(model, arch) -> list[list[str]]:
     return result
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("lora", BLOCK_LORA)
 @pytest.mark.parametrize("max_rank", [None, 4])
 def test_a_merged_block_model_is_saved_and_loaded_by_stock_peft(llama, tmp_path, lora, max_rank):
@@ -525,6 +536,7 @@ def test_a_max_rank_that_holds_everything_loses_nothing(llama):
     assert_equal(run(case.model, llama.inputs()), run(case.oracle.model, llama.inputs()))
 
 
+@pytest.mark.exhaustive
 def test_a_merge_that_keeps_the_factors_keeps_their_rank(llama):
     case = Case(llama, "block", 2)
     reslora.merge(case.model, method="none", max_rank=RANK - 1)
@@ -600,9 +612,14 @@ def test_a_zero_weight_norm_merges_with_alpha_one_and_is_named(number):
 def test_auto_takes_the_best_method_there_is_data_for(llama, shortcut, steps, window, calibrated, chosen):
     cases = [Case(llama, shortcut, window=window).train(steps) for _ in range(2)]
     calibration = cases[0].batches() if calibrated else None
-    automatic = reslora.merge(cases[0].model, calibration=calibration)
-    reslora.merge(cases[1].model, method=chosen, calibration=calibration)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        automatic = reslora.merge(cases[0].model, calibration=calibration)
+        reslora.merge(cases[1].model, method=chosen, calibration=calibration)  # who names it knows
     assert automatic.method == chosen
+    line = f"without calibration samples blocks are merged by {chosen!r}; 'lstsq', which reads some, is closer"
+    assert [str(each.message) for each in warned] == ([] if calibrated else [line])
+    assert all(each.filename == __file__ for each in warned)
     for chain in llama.blocks:
         for name in chain:
             assert torch.equal(delta(find_layer(cases[0].model, name)), delta(find_layer(cases[1].model, name)))
@@ -659,6 +676,7 @@ def test_the_mode_is_restored_after_a_bad_batch(llama):
     assert_equal(gradients_of(case.model, inputs), gradients_of(case.oracle.model, inputs))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("shortcut", ["input", "middle", "block"])
 def test_calibration_leaves_no_hooks(llama, shortcut):
     plain = llama.lora()
@@ -688,12 +706,14 @@ def test_the_report_has_one_entry_per_block(llama, shortcut, method):
         assert block.error >= 0
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("shortcut, method", [("input", "weights"), ("middle", "weights"), ("block", "auto")])
 def test_there_is_no_error_without_calibration(llama, shortcut, method):
     report = reslora.merge(Case(llama, shortcut).model, method=method)
     assert {block.error for block in report.blocks} == {None}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "shortcut, method",
     [
@@ -711,6 +731,7 @@ def test_the_report_is_json(llama, shortcut, method):
     assert all({"name", "role", "alpha", "rank", "error"} <= set(entry) for entry in entries["blocks"])
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("method", ["none", "input", "weights", "lstsq"])
 @plans
 def test_the_error_is_that_of_every_block_on_its_unmerged_inputs(llama, method, shortcut, pre_num, head):
@@ -723,6 +744,7 @@ def test_the_error_is_that_of_every_block_on_its_unmerged_inputs(llama, method, 
         assert block.error == pytest.approx(float((merged - unmerged).norm() / unmerged.norm()), rel=1e-3, abs=1e-6)
 
 
+@pytest.mark.exhaustive
 def test_the_error_of_a_truncated_block_is_what_truncation_loses(llama):
     case = Case(llama, "block", 2)
     report = reslora.merge(case.model, calibration=case.calibrate(case.batches(1)), max_rank=3)
@@ -767,6 +789,7 @@ def test_a_merged_model_is_plain_lora(llama, shortcut, method):
     assert_equal(run(case.model.merge_and_unload(), inputs), merged)
 
 
+@pytest.mark.exhaustive
 @methods
 def test_a_merged_model_trains_on(llama, shortcut, method):
     case = Case(llama, shortcut, 2)
@@ -775,6 +798,7 @@ def test_a_merged_model_trains_on(llama, shortcut, method):
     assert_equal(gradients_of(case.model, llama.inputs()), gradients_of(plain, llama.inputs()))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("requires_grad", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @methods
@@ -793,6 +817,7 @@ def test_dtype_device_and_requires_grad_are_kept(llama, shortcut, method, dtype,
             assert parameter.requires_grad is requires_grad
 
 
+@pytest.mark.exhaustive
 @methods
 def test_the_base_weights_are_not_touched(llama, shortcut, method):
     case = Case(llama, shortcut, 2)
@@ -802,6 +827,7 @@ def test_the_base_weights_are_not_touched(llama, shortcut, method):
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
+@pytest.mark.exhaustive
 @methods
 def test_other_adapters_are_not_touched(llama, shortcut, method):
     case = Case(llama, shortcut, 2)
@@ -813,6 +839,7 @@ def test_other_adapters_are_not_touched(llama, shortcut, method):
     assert before and all(torch.equal(after[name], value) for name, value in before.items())
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("shortcut, pre_num", [("none", 1), ("input", 0), ("block", 0), ("middle", 0)])
 @pytest.mark.parametrize("method", ["auto", "none", "weights", "lstsq", "input"])
 def test_a_plan_without_wires_merges_to_itself(llama, shortcut, pre_num, method):
@@ -848,6 +875,7 @@ def assert_untouched(case: Case, before) -> None:
         torch.testing.assert_close(after[key], value, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("method", ["merge_bi", "", "INPUT", None])
 def test_an_unknown_method_is_answered_with_the_known_ones(llama, method):
     case = Case(llama, "input")
@@ -856,6 +884,7 @@ def test_an_unknown_method_is_answered_with_the_known_ones(llama, method):
     assert_one_line(error, str(method), "auto", "none", "input", "weights", "lstsq")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("shortcut", ["input", "block", "middle", "none"])
 def test_merging_twice_is_an_error(llama, shortcut):
     case = Case(llama, shortcut)
@@ -881,6 +910,7 @@ def test_merging_an_adapter_that_is_not_the_connected_one_is_an_error(llama):
     assert_one_line(error, "other")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("shortcut", ["input", "block", "middle"])
 def test_merging_while_pefts_own_merge_is_active_is_an_error(llama, shortcut):
     case = Case(llama, shortcut)
@@ -892,6 +922,7 @@ def test_merging_while_pefts_own_merge_is_active_is_an_error(llama, shortcut):
     assert_untouched(case, before)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("part, value", [("lora_A", float("nan")), ("lora_B", float("inf"))])
 @pytest.mark.parametrize("shortcut, method", [*METHODS, ("block", "lstsq")], ids=lambda value: value)
 def test_an_adapter_that_is_not_finite_is_named_and_nothing_is_touched(llama, shortcut, method, part, value):
@@ -906,6 +937,7 @@ def test_an_adapter_that_is_not_finite_is_named_and_nothing_is_touched(llama, sh
     assert_untouched(case, before)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "shortcut, method, value",
     [
@@ -930,6 +962,7 @@ def test_calibration_that_is_not_finite_is_an_error_and_nothing_is_touched(unet,
     case.assert_merged_to(merged_by_lstsq(case), tolerance=1e-5)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("calibration", [8, [torch.ones(2, 6, dtype=torch.long)]])
 def test_batches_that_are_no_dicts_are_an_error(llama, calibration):
     case = Case(llama, "input")

@@ -70,6 +70,7 @@ def test_disconnect_gives_back_plain_lora_bit_for_bit(arch, shortcut):
     assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("finish", [reslora.disconnect, lambda model: reslora.merge(model, method="none")])
 @pytest.mark.parametrize("shortcut", [*SHORTCUTS, "none"])
 def test_nothing_is_left_on_the_layers(llama, shortcut, finish):
@@ -109,6 +110,7 @@ def test_a_disconnected_model_connects_again(llama, shortcut):
     assert_equal(gradients_of(model, llama.inputs()), gradients_of(oracle, llama.inputs()))
 
 
+@pytest.mark.exhaustive
 @shortcuts
 def test_a_merged_model_connects_again(llama, shortcut):
     model = llama.lora()
@@ -150,6 +152,7 @@ def test_modules_to_save_train_along(shortcut):
     assert_equal(ours, gradients_of(oracle, arch.inputs()))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "config, short",
     [
@@ -168,6 +171,7 @@ def test_a_plan_tells_which_chains_are_too_short(unet, config, short):
     assert sorted(len(chain) for chain in plan.clipped(config.reach)) == short
 
 
+@pytest.mark.exhaustive
 @shortcuts
 def test_a_named_adapter_is_connected(llama, shortcut):
     model = llama.lora(adapter="style")
@@ -267,6 +271,7 @@ TWO_PROCESS_CASES = [
 ]
 
 
+@pytest.mark.exhaustive
 def test_two_processes_have_the_gradients_of_one_with_the_whole_batch(tmp_path):
     fork_server()
     mp.start_processes(_two_process_worker, (free_port(), str(tmp_path)), nprocs=2, start_method="forkserver")
@@ -310,6 +315,7 @@ def test_an_adapter_that_is_not_there_is_named(llama, verb):
     assert_one_line(error, "missing")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("first", [*SHORTCUTS, "none"])
 @pytest.mark.parametrize("second", SHORTCUTS)
 def test_connecting_twice_is_an_error(llama, first, second):
@@ -504,6 +510,7 @@ def test_connecting_while_pefts_own_merge_is_active_is_an_error(llama, shortcut)
     reslora.connect(model, ResLoraConfig(shortcut))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("offload_first", [True, False])
 @shortcuts
 def test_offloaded_layers_are_right_or_an_error(llama, shortcut, offload_first):
@@ -609,6 +616,7 @@ BELOW_CORE = {PACKAGE / "common" / "errors.py", PACKAGE / "common" / "checks.py"
 CORE_FILES = [*(PACKAGE / f"{name}.py" for name in CORE), *sorted((PACKAGE / "shortcuts").glob("*.py"))]
 
 
+@pytest.mark.exhaustive
 def test_the_core_has_the_modules_that_readme_names_and_imports_no_more_than_peft_does():
     code = "import sys, peft; before = set(sys.modules); import reslora"
     code += "; print({'calibration', 'export'} <= set(dir(reslora)), reslora.export.export_peft.__name__)"
@@ -748,6 +756,7 @@ class Attentive(nn.Module):
         return x
 
 
+@pytest.mark.exhaustive
 @shortcuts
 def test_attention_that_merges_itself_stays_plain_and_runs(shortcut):
     model = lora_stack(Attentive(), target_modules=["attn", "proj"])

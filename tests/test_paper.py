@@ -26,6 +26,8 @@ import paper  # noqa: E402
 import paper_models  # noqa: E402
 import paper_report  # noqa: E402
 
+pytestmark = pytest.mark.exhaustive
+
 
 @pytest.fixture(autouse=True)
 def places(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ def draw(folder, **parts) -> np.ndarray:
     return np.asarray(images[0])
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_family_loads_and_draws(family, tmp_path):
     image = draw(FAMILIES[family](tmp_path / family))
@@ -24,6 +25,7 @@ def test_stable_diffusion_3_draws_without_t5(tmp_path):
     assert np.isfinite(draw(folder, text_encoder_3=None, tokenizer_3=None)).all()
 
 
+@pytest.mark.exhaustive
 def test_overrides_reach_the_parts(tmp_path):
     folder = FAMILIES["stable_diffusion"](
         tmp_path / "sd", unet={"layers_per_block": 2}, scheduler={"prediction_type": "epsilon"}

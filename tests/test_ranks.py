@@ -43,6 +43,7 @@ def merges_within(model: nn.Module, tensors: int, **options: object) -> bool:
     return True
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("shortcut, max_rank", [("block", None), ("block", 4), ("middle", None)])
 def test_a_merge_that_runs_out_of_memory_changes_nothing(shortcut, max_rank):
     model, other = lora_stack().eval(), lora_stack().eval()

@@ -1,4 +1,4 @@
-"""README, RESULTS and the model cards: their Python runs, their commands' flags exist, their links lead somewhere."""
+"""README, docs, RESULTS and the model cards: their Python runs, their commands' flags exist, their links resolve."""
 
 import importlib
 import re
@@ -11,12 +11,14 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "assets").rglob("*.md")])
+README, DOCS = ROOT / "README.md", sorted((ROOT / "docs").glob("*.md"))
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *DOCS, *(ROOT / "assets").rglob("*.md")])
 # What a reader has and the checkout hasn't: a model on the hub, a finished run.
 STAND_INS = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "assets/pipeline",
     "runs/my-style/reslora": "app/example/reslora",
 }
+HEADING = re.compile(r"^#+ +(.+)$", re.M)
 LIBRARY = "reslora.merge(model, calibration=batches)"
 
 
@@ -26,6 +28,11 @@ def name_of(document: Path) -> str:
 
 def blocks(document: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", document.read_text(encoding="utf-8"), flags=re.DOTALL | re.M)
+
+
+def section(document: Path, heading: str) -> str:
+    """The text below a heading of the second level."""
+    return document.read_text(encoding="utf-8").partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
 
 
 SNIPPETS = [(document, code) for document in DOCUMENTS for code in blocks(document, "python")]
@@ -44,6 +51,7 @@ def tiny_base():
     return AutoModelForCausalLM.from_pretrained(ROOT / "assets" / "tiny-llama", dtype=torch.float32)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("document", "code"), SNIPPETS, ids=[name_of(document) for document, _ in SNIPPETS])
 def test_snippet_runs(document, code, checkout):
     names = {}
@@ -92,8 +100,8 @@ def test_commands_have_flags_that_exist(script, capsys):
         unknown = {word for word in words if word.startswith("--")} - known
         assert not unknown, f"{document}: {script} has no {', '.join(unknown)}"
     if script == "train_sd.py":
-        table = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Coming from another trainer")[2]
-        rows = [line for line in table.partition("\n## ")[0].splitlines() if line.startswith("|")]
+        table = section(ROOT / "docs" / "migrate.md", "Names")
+        rows = [line for line in table.splitlines() if line.startswith("|")]
         ours = set(re.findall(r"--[a-z0-9_]+", " ".join(row.split("|")[-2] for row in rows)))
         assert len(ours) > 30 and not ours - known
 
@@ -105,8 +113,27 @@ def test_links_and_images_are_there(document):
     assert not lost
 
 
-def test_figures_of_readme_are_in_results():
-    readme, results = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "RESULTS.md"))
-    first, measured = readme.partition("## Two commands")[0], readme.partition("## What was measured")[2]
-    figures = re.findall(r"\b\d+\.\d+\b", first + measured.partition("\n## ")[0])
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_anchors_are_there(document):
+    """Of links within the documents: each leads to a heading, or to an anchor that is named."""
+    lost = []
+    for target, anchor in re.findall(r"\]\(((?:[^)#\s:]+\.md)?)#([^)\s]+)\)", document.read_text(encoding="utf-8")):
+        text = (document.parent / target if target else document).read_text(encoding="utf-8")
+        headings = [re.sub(r"[^\w\- ]", "", line).strip().replace(" ", "-").lower() for line in HEADING.findall(text)]
+        lost += [] if anchor in headings or f'<a name="{anchor}">' in text else [f"{target}#{anchor}"]
+    assert not lost
+
+
+def test_readme_fits_a_few_screens_and_leads_to_every_page():
+    text = README.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150 and len(text.split()) <= 2000
+    assert not [page.name for page in DOCS if f"](docs/{page.name})" not in text]
+
+
+@pytest.mark.parametrize(
+    ("document", "heading"), [(README, "What we found"), (ROOT / "docs" / "method.md", "What was measured")]
+)
+def test_figures_are_in_results(document, heading):
+    results = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
+    figures = re.findall(r"\b\d+\.\d+\b", section(document, heading))
     assert figures and not [figure for figure in figures if figure not in results]

@@ -149,6 +149,7 @@ def test_rows_are_copies():
     assert_equal(inputs.fit(None, [gap]), expected)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("rows", [[30], [190], [19] * 10, [90] * 10, [21] * 10])
 def test_no_more_memory_than_one_second_moment_in_float32(rows, monkeypatch):
     """What is alive at a time; an eighth more for panels that are being computed and what is as small as the gaps."""

@@ -110,6 +110,7 @@ def test_a_change_in_place_is_another_tensor():
     assert plan.readers == tuple((f"layers.{n}.k", f"layers.{n}.v") for n in range(LAYERS))
 
 
+@pytest.mark.exhaustive
 def test_captions_are_read_together_only_within_a_block():
     """All cross-attentions read one tensor; a checkpoint may begin between any two blocks."""
     readers = reslora.chains(ARCHITECTURES["unet"].lora()).readers
@@ -180,6 +181,7 @@ def test_a_second_adapter_is_still_converted_to(shortcut):
     assert run(model, {"x": INPUTS["x"].bfloat16()}).isfinite().all()
 
 
+@pytest.mark.exhaustive
 @shortcuts
 def test_a_compiled_graph_shares_too(shortcut):
     model, oracle = pair(shortcut)
@@ -196,6 +198,7 @@ def test_a_compiled_graph_shares_too(shortcut):
     assert len(linears) == (4 + (4 if shortcut == "block" else 2)) * LAYERS
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("pre_num", [1, -1])
 @shortcuts
 def test_a_model_without_numbers_runs(shortcut, pre_num):
@@ -228,6 +231,7 @@ def test_with_dropout_each_block_has_a_product_of_its_own(shortcut):
     assert products(model.eval()) == 2 * LAYERS
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "between", [torch.clone, lambda x: x.view_as(x), lambda x: x * 2], ids=["copy", "view", "twice"]
 )
@@ -240,6 +244,7 @@ def test_another_tensor_than_in_the_trace_is_multiplied_by_itself(shortcut, betw
     assert_equal(gradients_of(model, INPUTS), gradients_of(oracle, INPUTS))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
 @shortcuts
 def test_a_tensor_changed_in_place_since_the_trace_is_multiplied_by_itself(shortcut, mode):
@@ -250,6 +255,7 @@ def test_a_tensor_changed_in_place_since_the_trace_is_multiplied_by_itself(short
         assert_equal(run(model, INPUTS), run(oracle, INPUTS))
 
 
+@pytest.mark.exhaustive
 @shortcuts
 def test_autocast_for_q_alone_leaves_k_and_v_exact(shortcut):
     model, oracle = pair(shortcut)
@@ -328,6 +334,7 @@ class Checkpointed(nn.Module):
         return checkpoint(self.layer, x, use_reentrant=False, context_fn=self.context_fn)
 
 
+@pytest.mark.exhaustive
 @shortcuts
 def test_a_checkpoint_takes_no_product_from_before(shortcut):
     model, oracle = pair(shortcut)
@@ -414,6 +421,7 @@ class RememberingAttention(Attention):
     linear = Remembering
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("attention", [ExponentialAttention, RememberingAttention])
 @shortcuts
 def test_what_a_layer_of_another_class_returned_is_left_alone(shortcut, attention):
@@ -445,6 +453,7 @@ class Exponentiating:
         return result.exp()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("order", [["other", "default"], ["default", "other"]])
 @shortcuts
 def test_what_another_adapter_returned_is_left_alone(shortcut, order):

@@ -18,6 +18,8 @@ import sharpen_decoder  # noqa: E402
 from sharpen_decoder import Examples, Training, critic_loss, decoder_loss, guess  # noqa: E402
 from train_vae import image_error, new_vae  # noqa: E402
 
+pytestmark = pytest.mark.exhaustive
+
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_a_denoiser_that_knows_the_noise_guesses_the_latents(kind):

@@ -98,6 +98,7 @@ def test_dropout_is_drawn_once_per_block(name, shortcut, pre_num, head):
     assert {mask.draws for mask in masks} == {1}
 
 
+@pytest.mark.exhaustive
 @one_each
 def test_stock_dropout_is_drawn_in_training_and_not_in_evaluation(llama, shortcut, pre_num, head):
     model, oracle = pair(llama, shortcut, pre_num, head, lora_dropout=0.5)
@@ -106,6 +107,7 @@ def test_stock_dropout_is_drawn_in_training_and_not_in_evaluation(llama, shortcu
     assert_equal(run(model.eval(), inputs), run(oracle.eval(), inputs))
 
 
+@pytest.mark.exhaustive
 @one_each
 def test_recorded_norms_leave_the_dropout_masks_alone(llama, shortcut, pre_num, head):
     outputs = []
@@ -132,6 +134,7 @@ def test_every_block_keeps_its_own_scale(llama, shortcut, pre_num, head, lora):
     assert_equal(gradients_of(model, llama.inputs()), gradients_of(oracle, llama.inputs()))
 
 
+@pytest.mark.exhaustive
 @one_each
 def test_a_rank_pattern_cuts_the_chain_and_the_equation(llama, shortcut, pre_num, head):
     model = llama.lora(rank_pattern={"layers.2.self_attn.q_proj": 7})
@@ -142,6 +145,7 @@ def test_a_rank_pattern_cuts_the_chain_and_the_equation(llama, shortcut, pre_num
     assert_equal(gradients_of(model, llama.inputs()), gradients_of(oracle.model, llama.inputs()))
 
 
+@pytest.mark.exhaustive
 @one_each
 def test_a_scale_changed_after_connect_counts(llama, shortcut, pre_num, head):
     model = llama.lora()
@@ -152,6 +156,7 @@ def test_a_scale_changed_after_connect_counts(llama, shortcut, pre_num, head):
     assert_equal(run(model, llama.inputs()), run(oracle.model, llama.inputs()))
 
 
+@pytest.mark.exhaustive
 @one_each
 def test_weights_updated_by_an_optimizer_count(llama, shortcut, pre_num, head):
     model, oracle = pair(llama, shortcut, pre_num, head)
@@ -173,6 +178,7 @@ def test_gradients_accumulate_over_forwards(llama, shortcut, pre_num, head):
     assert_equal(gradients(model), gradients(oracle))
 
 
+@pytest.mark.exhaustive
 @wired
 def test_the_base_is_left_frozen_and_unchanged(llama, shortcut, pre_num, head):
     model = llama.lora()
@@ -206,6 +212,7 @@ def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual - expected).norm() / expected.norm())
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @language
 @one_each
@@ -230,6 +237,7 @@ def test_autocast_with_fp32_adapters_is_as_precise_as_the_equation_under_autocas
         assert relative(ours[n], exact[n]) < 2 * relative(theirs[n], exact[n]) + 0.01
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "base, adapter",
     [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)],
@@ -260,6 +268,7 @@ class Casting(Stack):
         return x
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("place", [slice(2), slice(2, 4)])
 @pytest.mark.parametrize("tokens", [1, 4])
 @one_each
@@ -302,6 +311,7 @@ def test_an_ensemble_of_adapters_is_computed_at_once(shortcut, pre_num, head):
 # --- state_dict, PEFT's own merge -------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 @one_each
 def test_state_dict_has_exactly_the_keys_of_the_lora_model(arch, shortcut, pre_num, head):
     def names():
@@ -321,6 +331,7 @@ def _unmerge(model):
     model.unmerge_adapter()
 
 
+@pytest.mark.exhaustive
 @one_each
 def test_pefts_own_merge_is_refused(llama, shortcut, pre_num, head):
     model = connected(llama, shortcut, pre_num, head)
@@ -333,6 +344,7 @@ def test_pefts_own_merge_is_refused(llama, shortcut, pre_num, head):
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+@pytest.mark.exhaustive
 @one_each
 def test_fuse_lora_is_refused(unet, shortcut, pre_num, head):
     model, oracle = pair(unet, shortcut, pre_num, head)

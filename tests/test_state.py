@@ -106,6 +106,7 @@ def test_a_forward_in_the_middle_of_another_leaves_both_right(name, shortcut, pr
         assert_equal(inner[number], of_inner)
 
 
+@pytest.mark.exhaustive
 @stateful
 def test_threads_that_take_turns_block_by_block(llama, shortcut, pre_num, head):
     """Every thread waits for the others before each layer, so all forwards are always in the same place."""
@@ -134,6 +135,7 @@ def test_threads_that_take_turns_block_by_block(llama, shortcut, pre_num, head):
             assert_equal(output, run(oracle, llama.inputs(seed=seed + n)).detach())
 
 
+@pytest.mark.exhaustive
 @stateful
 def test_a_nested_forward_that_fails_leaves_the_outer_one_right(llama, shortcut, pre_num, head):
     model, oracle = pair(llama, shortcut, pre_num, head)
@@ -148,6 +150,7 @@ def test_a_nested_forward_that_fails_leaves_the_outer_one_right(llama, shortcut,
     assert_equal(gradients_of(model, llama.inputs()), gradients_of(oracle, llama.inputs()))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("shortcut", ["input", "middle"])
 def test_a_nested_forward_is_recorded_apart(llama, shortcut):
     """Each forward writes a column of its own, the inner one first."""
@@ -165,6 +168,7 @@ def test_a_nested_forward_is_recorded_apart(llama, shortcut):
 # --- Ctrl-C -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 @stateful
 def test_nothing_is_left_of_a_forward_that_ctrl_c_ended(llama, shortcut, pre_num, head):
     """Forward hooks do not run after a `KeyboardInterrupt`: the next forward takes its remains away."""
@@ -183,6 +187,7 @@ def test_nothing_is_left_of_a_forward_that_ctrl_c_ended(llama, shortcut, pre_num
     assert_one_line(error, "outside a forward")
 
 
+@pytest.mark.exhaustive
 @stateful
 def test_a_part_that_runs_after_ctrl_c_starts_afresh(llama, shortcut, pre_num, head):
     model, _ = pair(llama, shortcut, pre_num, head)
@@ -202,6 +207,7 @@ def test_a_part_that_runs_after_ctrl_c_starts_afresh(llama, shortcut, pre_num, h
 # --- recomputation ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 @models
 @stateful
 def test_a_backward_in_the_middle_of_a_forward_leaves_both_right(name, shortcut, pre_num, head):
@@ -219,6 +225,7 @@ def test_a_backward_in_the_middle_of_a_forward_leaves_both_right(name, shortcut,
         assert_equal(gradients(model), gradients(oracle))
 
 
+@pytest.mark.exhaustive
 @models
 @stateful
 def test_a_forward_in_the_middle_of_a_recomputation_leaves_both_right(name, shortcut, pre_num, head):
@@ -338,6 +345,7 @@ def encoder_decoder(name, shortcut, pre_num, head):
     return model, oracle, example
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ENCODER_DECODERS)
 @stateful
 def test_generation_of_an_unmerged_encoder_decoder(name, shortcut, pre_num, head):
@@ -352,6 +360,7 @@ def test_generation_of_an_unmerged_encoder_decoder(name, shortcut, pre_num, head
         assert_equal(torch.stack(found.logits), torch.stack(expected.logits), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ENCODER_DECODERS)
 @stateful
 def test_gradients_of_an_encoder_alone_and_of_the_whole(name, shortcut, pre_num, head):
@@ -371,6 +380,7 @@ def test_gradients_of_an_encoder_alone_and_of_the_whole(name, shortcut, pre_num,
     assert_equal(gradients_of_both(model), expected)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ENCODER_DECODERS)
 @pytest.mark.parametrize("shortcut", ["input", "middle"])
 def test_a_part_inside_a_forward_is_recorded_with_the_whole(name, shortcut):
@@ -384,6 +394,7 @@ def test_a_part_inside_a_forward_is_recorded_with_the_whole(name, shortcut):
     assert norms.count == 2 and torch.equal(norms.values[:, 1].isfinite(), encoder)
 
 
+@pytest.mark.exhaustive
 @stateful
 def test_a_part_that_cuts_a_chain_in_two_does_not_run_alone(llama, shortcut, pre_num, head):
     model, _ = pair(llama, shortcut, pre_num, head)
@@ -394,6 +405,7 @@ def test_a_part_that_cuts_a_chain_in_two_does_not_run_alone(llama, shortcut, pre
     assert_one_line(error, "model.layers.2", "outside a forward")
 
 
+@pytest.mark.exhaustive
 @stateful
 def test_a_part_that_holds_one_chain_and_cuts_another_does_not_run_alone(unet, shortcut, pre_num, head):
     model = unet.lora(target_modules=["attn1.to_q", "attn2.to_k"])  # the text's keys are linked through all stages
@@ -404,6 +416,7 @@ def test_a_part_that_holds_one_chain_and_cuts_another_does_not_run_alone(unet, s
     assert_one_line(error, "mid_block.attentions.0", "outside a forward")
 
 
+@pytest.mark.exhaustive
 def test_block_needs_no_state(llama):
     model = llama.lora()
     oracle = Oracle(model, llama.blocks, "block", 2).model
@@ -413,6 +426,7 @@ def test_block_needs_no_state(llama):
     assert_equal(alone, expected)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("finish", [reslora.disconnect, lambda model: reslora.merge(model, "none")])
 def test_disconnected_parts_have_no_hooks_left(llama, finish):
     model = connected(llama, ResLoraConfig("middle"))

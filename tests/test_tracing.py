@@ -293,6 +293,7 @@ def through_both_at_once(layers, x):
     return x
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("run", [through_containers, through_both_at_once])
 def test_a_holder_that_is_a_mere_container_counts_by_what_is_called_in_it(run):
     joined = links(lambda model, x, y: run((*model.first, *model.second), x), Container)
@@ -375,6 +376,7 @@ TRANSFORMERS = {
 }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", TRANSFORMERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_transformers_are_traced_without_example_inputs(name, dtype):
@@ -386,6 +388,7 @@ def test_transformers_are_traced_without_example_inputs(name, dtype):
     assert {(length,) for length in lengths if length} <= found
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_the_inputs_of_transformers_run_for_real(name, monkeypatch):
     build, overrides, _ = TRANSFORMERS[name]
@@ -394,6 +397,7 @@ def test_the_inputs_of_transformers_run_for_real(name, monkeypatch):
     assert run_for_real(model, monkeypatch) == reslora.chains(model)
 
 
+@pytest.mark.exhaustive
 def test_the_copy_without_adapters_and_norms_runs_as_the_model_does(arch, monkeypatch):
     model = arch.lora()
     assert run_for_real(model, monkeypatch) == reslora.chains(model)
@@ -438,6 +442,7 @@ def test_patches_of_another_size_are_traced_too():
     assert reslora.chains(model).links == 5
 
 
+@pytest.mark.exhaustive
 def test_weights_stored_in_eight_bits_are_traced_on_the_meta_device():
     model = tiny_models.flux().to(torch.bfloat16)
     model.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
@@ -447,6 +452,7 @@ def test_weights_stored_in_eight_bits_are_traced_on_the_meta_device():
     assert reslora.chains(model).links == links == 5
 
 
+@pytest.mark.exhaustive
 def test_a_unet_of_few_pixels_has_the_links_of_a_large_one():
     """Halved three times, a latent of 2 x 2 would end with stages of equal size."""
     stages = {
@@ -462,6 +468,7 @@ def test_a_unet_of_few_pixels_has_the_links_of_a_large_one():
     assert plans[0] == plans[1]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["bart", "mbart", "t5", "pegasus"])
 def test_encoder_decoders_are_traced_without_example_inputs(name):
     model = getattr(tiny_models, name)()
@@ -511,6 +518,7 @@ def traced(name):
 NAMES = ["llama", "unet", "bert", "real"]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", NAMES)
 def test_the_trace_leaves_the_random_state_alone(name):
     model, inputs = traced(name)
@@ -519,6 +527,7 @@ def test_the_trace_leaves_the_random_state_alone(name):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("training", [True, False])
 def test_the_trace_leaves_mode_gradients_and_weights_alone(name, training):
@@ -545,6 +554,7 @@ def hook_counts(model: nn.Module) -> list[int]:
     return [len(getattr(module, kind)) for module in model.modules() for kind in kinds]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", NAMES)
 def test_the_trace_leaves_no_hooks(name):
     model, inputs = traced(name)
@@ -553,6 +563,7 @@ def test_the_trace_leaves_no_hooks(name):
     assert hook_counts(model) == before
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["llama", "real"])
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_the_trace_runs_with_gradients_on_or_off_and_leaves_them_so(name, context):

@@ -26,6 +26,8 @@ from flow_model import (  # noqa: E402
     new_transformer,
 )
 
+pytestmark = pytest.mark.exhaustive
+
 CAPTIONS = [f"{colour} {thing}" for colour in ("red", "blue", "green", "grey") for thing in ("apple", "t-shirt", "cat")]
 
 

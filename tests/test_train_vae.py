@@ -16,6 +16,8 @@ from augment import held_out, move  # noqa: E402
 from make_data import icon_name, icon_svg  # noqa: E402
 from sharpness import compared, gradients, reconstruct  # noqa: E402
 
+pytestmark = pytest.mark.exhaustive
+
 
 @pytest.fixture
 def images() -> torch.Tensor:

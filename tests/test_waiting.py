@@ -37,6 +37,7 @@ def name_of(node: ast.AST) -> str:
     return node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("path", sorted(TESTS.rglob("*.py")), ids=lambda path: str(path.relative_to(TESTS)))
 def test_every_wait_has_an_end(path):
     if path.name != "waiting.py":

@@ -18,6 +18,8 @@ sys.path.insert(0, str(BENCHMARKS))
 import why  # noqa: E402
 import why_report  # noqa: E402
 
+pytestmark = pytest.mark.exhaustive
+
 
 @pytest.fixture(autouse=True)
 def places(tmp_path, monkeypatch):

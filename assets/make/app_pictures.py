@@ -1,4 +1,4 @@
-"""README's pictures of the application, a file for each tab, as a visitor of a folder of runs sees them.
+"""Pictures of the application for README and docs, a file for each tab, as a visitor of a folder of runs sees them.
 
     python -m app --runs runs --port 7861                      # in another terminal, with something queued
     python assets/make/app_pictures.py http://127.0.0.1:7861   # Playwright's Chromium, or --browser

@@ -11,9 +11,9 @@ PROMPTS = "prompts.json"
 
 
 def is_of(record: object, number: int, prompt: str | None) -> bool:
-    """Whether samples with a prompt's number are of that prompt, by that file's content."""
+    """Whether samples with a prompt's number are of that prompt, by that file's content, if there is one."""
     drawn = record.get("prompts") if isinstance(record, dict) else None
-    return isinstance(drawn, list) and drawn[number : number + 1] == [prompt]
+    return not isinstance(drawn, list) or drawn[number : number + 1] == [prompt]
 
 
 def shows(samples: Path, number: int, prompt: str) -> bool:

@@ -21,6 +21,7 @@ from .errors import (
 )
 from .readers import outlived, take_any_file_name
 from .signals import StopRequest
+from .temporarily import temporarily
 
 # How gloo and NCCL say, where gradients are exchanged, that another process of the run is gone.
 _GONE = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
@@ -37,7 +38,7 @@ def run_script(
     """
     warnings.filterwarnings("ignore", category=FutureWarning)  # how one library calls another is not for who trains
     take_any_file_name()
-    with outlived(), StopRequest() as stop:
+    with outlived(), temporarily(warnings, formatwarning=warning_line), StopRequest() as stop:
         try:
             main(argv, stop)
             status = 0
@@ -64,6 +65,11 @@ def run_script(
             status = error.status
         _leave_process_group(together=status not in (1, 2))
         return status
+
+
+def warning_line(message: Warning | str, *where: object, **more: object) -> str:
+    """Return a warning as one line, without the place in the code that Python names."""
+    return f"warning: {' '.join(str(message).split())}\n"
 
 
 def shares_the_cpu() -> bool:

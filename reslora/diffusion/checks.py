@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -20,6 +20,7 @@ from ..common.methods import METHODS
 from ..common.targets import check_layers
 from ..options.images import (
     DEFAULT_RANK,
+    HELD_OUT,
     AdapterOptions,
     DataOptions,
     ModelOptions,
@@ -30,12 +31,29 @@ from ..options.images import (
 from ..tracing import meta_copy
 from .context import Context
 from .data.buckets import named_buckets
+from .data.dataset import ImageDataset
 from .model.families import FAMILIES, load_family
 from .model.families.base import Family, Part
 from .model.loading import Model
 from .model.quantising import blocks, try_format
 from .prompts import Prompt, prompts_of
 from .training.state import add_adapter, config_of, shortcuts_of, targets_of
+
+STEERING = [name for name, option in Options.table().items() if HELD_OUT in option.needs]
+"""What a validation loss steers."""
+
+
+def check_held_out(kinds: Sequence[ImageDataset], context: Context) -> None:
+    """Refuse to steer by a validation loss where there are too few images to hold one out; warn where none steers."""
+    options, most = context.options, max(len(images) for images in kinds if not images.of_class)
+    split = options.validation.validation_split
+    if not split or most > 1:
+        return
+    problem = "no image can be held out, since no folder has more than one"
+    for name in STEERING:
+        if options[name]:
+            raise InvalidArgument(f"--{name}", problem, "leave it out, or give more images")
+    context.tell_once(f"warning: --validation_split {split:g}: {problem}; there is no validation loss")
 
 
 def check_base_precision(options: ModelOptions, dtype: torch.dtype, accelerator: Accelerator) -> None:

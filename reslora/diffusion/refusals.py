@@ -9,7 +9,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from ..common.checks import check_writable
-from ..common.errors import InvalidArgument, refused_as
+from ..common.errors import InvalidArgument, refused_as, speaks
 from ..common.flags import as_typed, listed
 from ..common.methods import METHODS, check_steps, refuse_settings, refuse_unable
 from ..common.patterns import entries
@@ -69,6 +69,11 @@ def check_folders(data: DataOptions) -> None:
     if not dataset and not folders:
         fix = "name a folder of images with captions, or a dataset with --dataset_name"
         raise InvalidArgument("--train_data_dir", "missing", fix)
+    places = [Path(folder).resolve() for folder in folders]
+    twice = next((folder for folder, place in zip(folders, places, strict=True) if places.count(place) > 1), None)
+    if twice:
+        argument = f"--train_data_dir {as_typed(folders)}"
+        raise InvalidArgument(argument, f"{twice} is given twice", "give it once, with --train_data_repeats")
     if dataset and len(folders) > 1:
         problem = f"reads one folder of it, --train_data_dir names {len(folders)}"
         raise InvalidArgument(f"--dataset_name {dataset}", problem, "give folders alone, or the dataset alone")
@@ -85,6 +90,15 @@ def check_folders(data: DataOptions) -> None:
     if data.aspect_ratio_buckets and len(data.resolution) > 1:
         argument = f"--resolution {as_typed(data.resolution)}"
         raise InvalidArgument(argument, "--aspect_ratio_buckets names all sizes", "give one side")
+
+
+def check_part(dataset: str, folder: str) -> None:
+    """Refuse a folder of its own next to a dataset, of which --train_data_dir names a part."""
+    part = (Path(dataset) / folder).resolve()  # an absolute folder stays as it is
+    inside = part.is_dir() and part.is_relative_to(Path(dataset).resolve())
+    if Path(folder).is_dir() and not inside:
+        problem = "with --dataset_name it names a folder in that dataset, and this one is a folder of its own"
+        raise InvalidArgument(f"--train_data_dir {folder}", problem, "give one of the two")
 
 
 def check_text_encoder(adapter: AdapterOptions, optimizer: OptimizerOptions) -> None:
@@ -241,6 +255,18 @@ def check_places(options: Options) -> None:
     cache = cache_folder(model, options.output)
     if model.cache_dir and not cache.is_dir():  # one that is may have all, whoever may write there
         check_writable(cache, f"--cache_dir {model.cache_dir}")
+
+
+def report_doubtful(options: Options) -> None:
+    """Print warnings of what can be meant, and hardly is."""
+    if not speaks():
+        return
+    data, split = options.data, options.validation.validation_split
+    if data.dataset_name and data.train_data_dir:
+        where = f"the folder of that name in --dataset_name {data.dataset_name}"
+        print(f"warning: --train_data_dir {as_typed(data.train_data_dir)}: {where}", flush=True)
+    if split > 0.5:
+        print(f"warning: --validation_split {split:g} holds out more images than it trains on")
 
 
 def is_path(name: str) -> bool:

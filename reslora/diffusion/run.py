@@ -31,6 +31,7 @@ from .checks import (
     check_blocks_to_swap,
     check_encoders,
     check_family,
+    check_held_out,
     check_methods,
     check_pipeline,
     with_rank,
@@ -198,6 +199,7 @@ def check_before_loading(kinds: Sequence[ImageDataset], context: Context) -> Non
     options, model, accelerator = context.options, context.model, context.accelerator
 
     def check() -> None:
+        check_held_out(kinds, context)
         check_base_precision(options.model, context.dtype, accelerator)
         check_blocks_to_swap(options.model, model, accelerator)
         check_methods(options.adapter, options.training, context)

@@ -20,16 +20,11 @@ from ..options.unused import report_unread_by_methods, report_unused
 from .config_file import of_this_run
 from .experiment.checks import check_experiment, check_no_experiment
 from .prompts import from_file
-from .refusals import check_options, check_places
+from .refusals import check_options, check_places, report_doubtful
 
 PROG = "train_sd.py"
 BUNDLED_MODEL, BUNDLED_IMAGES, BUNDLED_STEPS = ASSETS / "pipeline", ASSETS / "openmoji", 200
 DEFAULT_SPLIT = 0.1  # of an experiment's images, to choose by and again to compare by
-THREADS = """\
-threads on a CPU:
-  The processes of a run share all cores. OMP_NUM_THREADS=N gives each process N threads. `accelerate launch` and
-  `torchrun` set it to 1 by themselves, so from them only 2 or more counts. For one thread, leave the launcher out
-  (OMP_NUM_THREADS=1 python train_sd.py), or give it as many cores as processes (taskset -c 0 accelerate launch)."""
 
 
 def parse_args(argv: Sequence[str] | None = None, description: str = "") -> Options | Grid[Options]:
@@ -43,12 +38,13 @@ def parse_args(argv: Sequence[str] | None = None, description: str = "") -> Opti
     alpha = alpha_of(options.replace(lora_alpha=None).adapter)
     report_unread_by_methods(Options.table(), asked.flat(), {"lora_alpha": alpha})
     report_unused(options)
+    report_doubtful(options)
     return asked
 
 
 def build_parser(description: str = "") -> OptionsParser:
     """Return the parser of train_sd.py."""
-    return OptionsParser(PROG, Options, description, THREADS)
+    return OptionsParser(PROG, Options, description)
 
 
 def given_by(parser: OptionsParser, argv: Sequence[str] | None) -> dict[str, Any]:

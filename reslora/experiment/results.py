@@ -44,8 +44,7 @@ class Results:
         rows = [row for _, row in json_lines(path)] if path.is_file() else []
         noted = [row for row in rows if isinstance(row, dict)]
         self.readings: int = max(there.get("readings", 0), len(rows), *(row.get("readings", 0) for row in noted))
-        last: dict = noted[-1] if noted else {}
-        self.read: list[list] = there.get("read", last.get("read", []))
+        self.read: list[list] = there.get("read") or (noted[-1].get("read") if noted else None) or []
         arms, chosen = set(self.course.arms()), there.get("chosen", {})
         judged = {arm for arm in arms if arm.label in chosen and chosen[arm.label]["learning_rate"] == arm.rate}
         if judged:

@@ -46,8 +46,8 @@ class ModelOptions:
     """Which model, and in which precision."""
 
     pretrained_model_name_or_path: str = option("",
-        "a model of any family in README: diffusers folder or name on the hub; of Stable Diffusion 1, 2 and SDXL "
-        "a .safetensors file, too", or_else="the bundled pipeline", metavar="MODEL", short="model",
+        "a model of any family in docs/models.md: diffusers folder or name on the hub; of Stable Diffusion 1, 2 and "
+        "SDXL a .safetensors file, too", or_else="the bundled pipeline", metavar="MODEL", short="model",
         essential="model to fine-tune: a folder, a .safetensors file or a name on the hub",
         resume="content", path="absolute", compared_as="base model")
     pretrained_vae_model_name_or_path: str | None = option(None,
@@ -139,8 +139,7 @@ class DataOptions:
         "fraction of the training samples that get the empty caption; class images keep theirs",
         parse=number(0, below=1), kohya=("caption_dropout_rate",), diffusers=("proportion_empty_prompts",))
     enable_wildcard: bool = option(False,
-        "each training sample gets one choice of {red|blue}, and one of a caption's lines; {{ and }} are braces; "
-        "of nested choices only the innermost is made (kohya's scripts end a choice at the first closing brace)")
+        "each training sample gets one choice of {red|blue}, and one of a caption's lines; {{ and }} are braces")
     shuffle_caption: bool = option(False, "put the tags of a caption, between commas, into another order each time")
     caption_tag_dropout_rate: float = option(0.0, "fraction of a caption's tags that each training sample is without",
         parse=number(0, below=1))

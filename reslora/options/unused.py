@@ -8,6 +8,7 @@ from typing import Any
 from ..common.errors import InvalidArgument, speaks
 from ..common.flags import as_typed, listed
 from ..common.methods import METHODS
+from ..shortcuts import PLAIN
 from .groups import Groups
 from .option import Need, Option
 
@@ -46,10 +47,16 @@ def report_unused(options: Groups) -> None:
 def report_unread_by_methods(
     table: Mapping[str, Option], values: Mapping[str, Any], defaults: Mapping[str, Any]
 ) -> None:
-    """Print options that no method reads: one command may run one method after another with them."""
+    """Print options that no method reads: one command may run one method after another with them.
+
+    Warn of a --pre_num that wires nothing, with methods that are wired otherwise.
+    """
     names = listed(values["method"])
     methods = [METHODS[name] for name in names]
     for name, option in table.items():
         read = not option.read_by or any(getattr(method, option.read_by) for method in methods)
         if not read and values[name] not in (None, defaults.get(name, option.default)) and speaks():
             print(f"{given_as(option, values[name])}: nothing reads it with --method {' '.join(names)}", flush=True)
+    unwired = [method.name for method in methods if values["pre_num"] == 0 and method.reads_shortcut_flags]
+    if unwired and values["shortcut"] != PLAIN and speaks():
+        print(f"warning: --pre_num 0: no block takes part in another, so {' and '.join(unwired)} trains as LoRA does")

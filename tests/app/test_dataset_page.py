@@ -11,6 +11,7 @@ from pipelines import image_folder
 from test_page import answers, client_of, complaint, contrast, leaving, serving, status_of
 from waiting import LIMIT, wait_until
 
+pytestmark = pytest.mark.exhaustive
 COUNT = 30
 """More than a page has."""
 ASKED = 7

@@ -78,6 +78,7 @@ def drawn_with(studio, run, weights):
     return np.asarray(image).astype(int)
 
 
+@pytest.mark.exhaustive
 def test_checkpoints_and_what_is_merged_of_them_are_drawn(studio, run):
     base = drawn(studio, run, BASE.label)
     assert base.shape[:2] in ((32, 40), (32, 32)) and base.std() > 0  # some families draw multiples of 16

@@ -47,6 +47,7 @@ def grid_of(run, x, y, start=START):
 # -- cells -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("x", "y", "single"),
     [
@@ -74,6 +75,7 @@ def test_cells_are_single_drawings(studio, run, x, y, single):
     assert [cell.picture.merge for cell in again.cells] == [None] * len(drawn)
 
 
+@pytest.mark.exhaustive
 def test_weights_are_put_into_the_model_as_rarely_as_possible(studio, run, monkeypatch):
     """With strengths across, cells are not drawn row by row."""
     puts, put = [], Studio._put
@@ -84,6 +86,7 @@ def test_weights_are_put_into_the_model_as_rarely_as_possible(studio, run, monke
     assert [(cell.row, cell.column) for cell in made.cells[:4]] == [(0, 0), (1, 0), (2, 0), (0, 1)]
 
 
+@pytest.mark.exhaustive
 def test_a_grid_is_stopped_within_a_drawing_and_keeps_the_cells_before(studio, run):
     made = grid(run, BASE, replace(REQUEST, steps=150), axis("X", "seed", "1 2 3"), Axis(NONE, ("",)))
     seen = []
@@ -95,6 +98,7 @@ def test_a_grid_is_stopped_within_a_drawing_and_keeps_the_cells_before(studio, r
     assert len(pixels(seen)) == 1 and len(seen) < 2 * 150
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", [*KINDS, None])
 def test_a_session_stops_what_it_waits_for_of_one_kind_or_all_of_it(studio, run, tmp_path, kind):
     """Two of each at once: no request is forgotten for the one after it."""

@@ -277,6 +277,7 @@ def test_the_name_of_what_is_starting_is_said_to_be_that(trainings):
         assert trainings.folder_of("new", Experiment) == folder
 
 
+@pytest.mark.exhaustive
 def test_what_was_stopped_while_it_encoded_is_started_anew(trainings, tmp_path, monkeypatch):
     """By the words of the page; the images that it had encoded stay as they are."""
     folder, calls, encode = trainings.library.folder / "new", [], AutoencoderKL.encode

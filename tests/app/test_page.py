@@ -245,6 +245,7 @@ def generated(client, **changes):
     return client.predict(*(GENERATE | changes).values(), api_name="/generate")
 
 
+@pytest.mark.exhaustive
 def test_a_program_can_look_generate_and_reproduce(client, runs):
     assert "tiny" in client.predict(api_name="/runs")
     assert "reslora: merged weights" in client.predict("tiny", api_name="/weights")
@@ -264,6 +265,7 @@ def test_a_program_can_look_generate_and_reproduce(client, runs):
     assert settings[0] == "red disc" and settings[2] == 3
 
 
+@pytest.mark.exhaustive
 def test_what_a_program_sends_beyond_the_limits_is_clamped(client):
     gallery, *_ = generated(client, steps=0, guidance=1e9, width=1, height=-5, images=-3, strength="many", beside=False)
     request, _ = recipe.read_image(gallery[0]["image"])
@@ -293,6 +295,7 @@ def test_a_seed_that_is_no_number_is_zero(address, seed):
     assert told == 0 and gallery[0]["image"]["orig_name"] == "seed-0.png"
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("wrong", ["abc", float("nan"), {"a": 1}, True, 10**30], ids=str)
 def test_whatever_a_program_sends_it_is_told_something(address, wrong):
     """An image, or an error in words; never nothing."""
@@ -341,6 +344,7 @@ def test_the_settings_of_a_training_have_names(client):
         assert names == list(TrainTab.parameters())
 
 
+@pytest.mark.exhaustive
 def test_what_nobody_listens_to_keeps_nobody_waiting(address, client, log):
     """Four requests of 8 images x 150 steps, whose senders went away at once; another visitor is served meanwhile."""
     before = log.read_text().count("Gave up")
@@ -374,6 +378,7 @@ def test_a_program_can_use_and_merge_adapters(client, runs):
     assert "Done" in text and "alpha*" in report
 
 
+@pytest.mark.exhaustive
 def test_a_program_can_draw_grids_and_stack_and_write_models(client, runs):
     """Cells are what single drawings are, each a file with its settings; three lines load the folder."""
     asked = GRID | {"y": "seed", "y_values": "3 4"}
@@ -423,6 +428,7 @@ def test_no_file_of_this_machine_is_served(address, runs, client):
         client.predict(payload, api_name="/settings_of")
 
 
+@pytest.mark.exhaustive
 def test_a_password_is_asked_for(runs, tmp_path):
     """And Ctrl-C ends it, though it was started in the background, where that is ignored."""
     with serving(runs, tmp_path / "log", "--auth", "me:secret", end_by=signal.SIGINT) as address:
@@ -543,6 +549,7 @@ def enlarge_and_scroll(page) -> None:
         )
 
 
+@pytest.mark.exhaustive
 def test_what_is_new_is_shown_at_the_step_that_the_slider_is_at_by_then(page, runs):
     """The page asks whether there is anything new; before it is answered, a visitor moves the slider."""
     page.wait_for_selector('#grid table[data-step="4"]')
@@ -562,6 +569,7 @@ def test_what_is_new_is_shown_at_the_step_that_the_slider_is_at_by_then(page, ru
     log.write_text(before)
 
 
+@pytest.mark.exhaustive
 def test_runs_are_looked_at_side_by_side_while_one_trains(page, runs):
     """Chosen by the keyboard; images are flipped between runs; a new loss is drawn, a run that has gone leaves."""
     settings = json.loads((runs / "tiny" / "config.json").read_text())
@@ -624,6 +632,7 @@ def draw_slowly(page) -> None:
         page.get_by_label(f"number input for {name}").fill(value)
 
 
+@pytest.mark.exhaustive
 def test_a_grid_is_drawn_enlarged_stopped_and_taken_along(page):
     """Values stand there once a setting is chosen, by mouse or keys, and leaving it again leaves them alone; a cell is
     shown as it was drawn; the arrows go from cell to cell; each button stops its own."""
@@ -712,6 +721,7 @@ window.fetch = async (...request) => {
 """
 
 
+@pytest.mark.exhaustive
 def test_what_is_asked_as_the_stream_of_answers_ends_is_answered(browser, address):
     """The server has closed the stream when the second question comes, and the page hears of it after its answer."""
     page = browser.new_page()
@@ -760,6 +770,7 @@ def contrast(locator) -> float:
 STEPS = "#flag-max_train_steps :is(input, textarea)"
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("page", ["light", "dark"], indirect=True)
 def test_text_can_be_read(page):
     seen = [
@@ -856,6 +867,7 @@ def press_at_once(page, runs: Path) -> None:
     wait_until(lambda: not any((runs / name).exists() for name in names), "both runs in the trash")
 
 
+@pytest.mark.exhaustive
 def test_chains_and_merge_are_shown(page, runs):
     page.get_by_role("tab", name="Chains and merge").click()
     page.locator("#plan").get_by_text("links in").wait_for()
@@ -891,6 +903,7 @@ def merge_and_look_elsewhere(page, runs: Path) -> None:
         shutil.rmtree(runs / "elsewhere")
 
 
+@pytest.mark.exhaustive
 def test_an_experiment_is_planned_and_its_report_is_read(page, runs):
     """The newest experiment comes into view by itself, its report in a frame; the form says how many arms it makes.
 
@@ -944,6 +957,7 @@ def write_experiment(folder: Path) -> None:
     write_report(content, folder, IMAGES)
 
 
+@pytest.mark.exhaustive
 def test_a_training_is_started_watched_and_stopped(page, browser, address, runs, tmp_path):
     """The first samples arrive by themselves; another visitor finds the run; stopping saves, and it can go on."""
     uploads = []

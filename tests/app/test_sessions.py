@@ -80,6 +80,7 @@ def server(tmp_path_factory):
         found.demo.close()
 
 
+@pytest.mark.exhaustive
 def test_what_nobody_fetches_takes_neither_a_turn_nor_a_place(server, monkeypatch):
     """Eight requests that are given up never; who comes after them is served."""
     monkeypatch.setattr(studios, "PATIENCE", 10.0 * LIMIT)
@@ -111,6 +112,7 @@ def test_who_leaves_while_waiting_loses_his_place(server, monkeypatch):
         wait_until(lambda: len(server.studio.turns.waiting) == 1, "his place to be given up")
 
 
+@pytest.mark.exhaustive
 def test_whoever_comes_after_five_who_ask_for_eight_images_has_his_after_their_first(server):
     """Four is how many Gradio serves at once without being told otherwise."""
     server.drawn.clear()

@@ -61,6 +61,7 @@ def summed_by_hand(run, model, strengths):
     return state
 
 
+@pytest.mark.exhaustive
 def test_a_stack_is_the_base_plus_the_sum_of_its_updates(studio, library, run):
     """In the weights, and in what a stock pipeline with these weights draws."""
     base = run.word("pretrained_model_name_or_path")
@@ -87,6 +88,7 @@ def test_a_stack_is_the_base_plus_the_sum_of_its_updates(studio, library, run):
     assert np.abs(np.asarray(image).astype(int) - drawn(studio, run, BASE)).max() > 8
 
 
+@pytest.mark.exhaustive
 def test_one_of_a_stack_is_that_lora_and_other_strengths_are_drawn_anew(studio, library, run):
     file = drawn(studio, run, run.find_weights(f"lora: {DIFFUSERS_FILE}"))
     assert np.abs(drawn(studio, run, stacked(library, run, NAMES[:1], "")) - file).max() <= 1
@@ -116,6 +118,7 @@ def test_the_sum_may_have_a_higher_rank_than_a_layer_and_be_of_convolutions(tmp_
     assert sum(bool(delta.abs().max() > 1e-2) for delta in deltas.values()) > 8
 
 
+@pytest.mark.exhaustive
 def test_loras_of_another_model_are_neither_offered_nor_taken(library, run, tmp_path):
     write_run(tmp_path / "runs" / "other", pretrained_model_name_or_path="/models/other")
     file = (run.folder / "lora" / DIFFUSERS_FILE).read_bytes()
@@ -203,6 +206,7 @@ def with_other_alphas(tensors):
     return tensors
 
 
+@pytest.mark.exhaustive
 def test_each_layers_alpha_is_its_own(studio, run, foreign, tmp_path):
     expected = drawn(studio, run, run.find_weights("lora: kohya.safetensors"))
     file = foreign(with_other_alphas)
@@ -223,6 +227,7 @@ def test_what_the_converter_writes_is_drawn(studio, run, tmp_path):
     assert np.abs(drawn(studio, run, uploaded(target)) - expected).max() <= 1
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("word", ["{}.dora_scale", "{}.hada_w1_a", "{}.lora_mid.weight", "bundle_emb.sks"])
 def test_what_is_not_of_plain_lora_is_refused_by_name(studio, run, foreign, tmp_path, word):
     name = word.format("lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q")

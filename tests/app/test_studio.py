@@ -74,6 +74,7 @@ def test_all_of_a_request_is_told_to_the_pipeline_by_the_names_that_it_knows():
     assert told == [("red disc", "blue box", 9, 2, 3.5), ("red disc", 2, 3.5)] and sizes == [(40, 72), (32, 64)]
 
 
+@pytest.mark.exhaustive
 def test_every_form_of_the_merged_weights_draws_the_same(studio, run):
     base = one(studio, run, BASE.label)
     for method in ("lora", "reslora"):
@@ -84,6 +85,7 @@ def test_every_form_of_the_merged_weights_draws_the_same(studio, run):
     assert studio.loads == 1
 
 
+@pytest.mark.exhaustive
 def test_base_is_untouched_by_what_was_used_in_between(studio, run):
     before = one(studio, run, BASE.label)
     for weights in run.weights():
@@ -92,6 +94,7 @@ def test_base_is_untouched_by_what_was_used_in_between(studio, run):
     assert studio.loads == 1
 
 
+@pytest.mark.exhaustive
 def test_an_unmerged_checkpoint_is_drawn_with_its_shortcuts(studio, run):
     lora = one(studio, run, "lora: unmerged, step 4")
     assert np.abs(lora - one(studio, run, "lora: merged weights")).max() <= 2
@@ -119,6 +122,7 @@ def test_merged_weights_that_are_replaced_while_they_are_read_are_not_drawn(stud
     one(studio, run, "lora: merged weights")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["merged weights", "pytorch_lora_weights.safetensors", "unmerged, step 4"])
 def test_strength_goes_from_the_base_to_the_adapter(studio, run, name):
     none, half, whole = (one(studio, run, f"lora: {name}", replace(REQUEST, strength=s)) for s in (0, 0.5, 1))
@@ -135,6 +139,7 @@ def test_an_image_does_not_depend_on_the_others(studio, run):
     assert np.array_equal(many[2], one(studio, run, BASE.label, replace(REQUEST, seed=6)))
 
 
+@pytest.mark.exhaustive
 def test_two_people_get_what_they_would_have_got_alone(studio, run):
     labels = ["lora: merged weights", "reslora: unmerged, step 4", BASE.label]
     alone = [one(studio, run, label) for label in labels]
@@ -323,6 +328,7 @@ def test_a_model_that_could_run_code_is_not_loaded(studio, tmp_path):
         draw(studio, Library(tmp_path / "runs").find("bad"), BASE)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("method", MERGE_CHOICES)
 def test_merging_a_checkpoint_by_another_method(studio, run, method):
     report = studio.merge(run, run.find_weights("reslora: unmerged, step 4"), method)
@@ -427,6 +433,7 @@ KOHYA = "lora_unet_" + DOWN.replace(".", "_")
 KOHYA_A, KOHYA_B = f"{KOHYA}.lora_down.weight", f"{KOHYA}.lora_up.weight"
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("name", "change", "named"),
     [
@@ -487,6 +494,7 @@ def peft_folder(run, tmp_path, change=lambda tensors: tensors, **config):
     return folder
 
 
+@pytest.mark.exhaustive
 def test_what_peft_wrote_draws_what_diffusers_file_draws(studio, run, tmp_path):
     """As a folder, as the file in it, and as both of its files from two places; each scale is in the configuration."""
     expected = one(studio, run, "lora: pytorch_lora_weights.safetensors")
@@ -516,6 +524,7 @@ def test_what_peft_wrote_draws_what_diffusers_file_draws(studio, run, tmp_path):
 PEFT_A = f"base_model.model.{DOWN}.lora_A.weight"
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("change", "config", "named"),
     [

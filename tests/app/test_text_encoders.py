@@ -55,6 +55,7 @@ def apart(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
     return min((a - b).abs().max().item() for a, b in zip(one, other, strict=True))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("method", ["lora", "reslora"])
 def test_every_form_draws_with_the_encoders_that_belong_to_it(studio, run, method):
     _, base = drawn(studio, run, BASE)
@@ -73,6 +74,7 @@ def test_every_form_draws_with_the_encoders_that_belong_to_it(studio, run, metho
     torch.testing.assert_close(drawn(studio, run, BASE)[1], base, rtol=0, atol=0)
 
 
+@pytest.mark.exhaustive
 def test_strength_is_of_the_encoders_too(studio, run):
     _, base = drawn(studio, run, BASE)
     halves = []
@@ -86,6 +88,7 @@ def test_strength_is_of_the_encoders_too(studio, run):
         torch.testing.assert_close(found, halves[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_a_stack_and_a_full_model_have_the_encoders_too(studio, run, tmp_path):
     """Those of both LoRAs, at their strengths; the folder's own encoders say the same."""
     files = [run.find_weights(f"{method}: pytorch_lora_weights.safetensors") for method in ("lora", "reslora")]
@@ -113,6 +116,7 @@ def copy(run, tmp_path):
     return Library(tmp_path / "runs").find("run")
 
 
+@pytest.mark.exhaustive
 def test_a_checkpoint_is_merged_with_its_encoders(studio, copy):
     report = studio.merge(copy, copy.find_weights("reslora: unmerged, step 3"), "lstsq")
     expected = json.loads((copy.folder / "reslora" / "merge.json").read_text())
@@ -122,6 +126,7 @@ def test_a_checkpoint_is_merged_with_its_encoders(studio, copy):
     torch.testing.assert_close(again, merged, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.exhaustive
 def test_nothing_is_made_of_weights_that_a_trainer_is_replacing(studio, copy, tmp_path):
     """They were chosen before it began; by now the denoiser may be of the new merge and its encoders of the earlier."""
     weights = copy.find_weights("lora: merged weights")

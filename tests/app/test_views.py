@@ -144,6 +144,7 @@ def test_whatever_a_plan_or_a_report_holds_is_shown_or_said_to_be_damaged(run):
         assert any("is damaged" in text for text in shown) and not any("Traceback" in text for text in shown)
 
 
+@pytest.mark.exhaustive
 def test_whatever_a_config_holds_the_run_is_shown(run):
     """Each flag in turn is something else than it should be."""
     whole = run.config | dict.fromkeys(("num_inference_steps", "pretrained_model_name_or_path", "resolution"), 5)

@@ -69,6 +69,7 @@ def nothing_is_left(library):
     return not list((library.folder / "models").iterdir())
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("chosen", ["stack", "reslora: merged weights", "lora: kohya.safetensors"])
 def test_it_draws_what_generate_draws(studio, library, monkeypatch, chosen):
     run, target = library.find("tiny"), place_for(library, "mine")

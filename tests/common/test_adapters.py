@@ -117,6 +117,7 @@ def test_known_targets_are_query_and_value():
 # -- attaching ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_starts_as_the_base_model_and_trains_its_targets(method, kind):
@@ -265,6 +266,7 @@ def train(model, kind: str, steps: range, optimizer) -> None:
         optimizer.zero_grad()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("stopped", [3, 7])  # while ranks move, and after they are settled
 @pytest.mark.parametrize("kind", MODELS)
 def test_ranks_are_moved_and_a_restored_allocator_goes_on_alike(tmp_path, kind, stopped):
@@ -307,6 +309,7 @@ def test_an_in_place_allocator_is_no_part_of_the_model_and_is_copied_with_it():
     assert all(id(factor) in factors for factor in rank_allocator(twin).factors())
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", MODELS)
 def test_plain_lora_computes_what_adalora_did(kind):
     model = build("adalora", kind).train()
@@ -356,6 +359,7 @@ def test_only_adalora_becomes_plain_lora(method):
 # -- saving and loading ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("method", METHODS)
 def test_the_trained_state_is_all_that_was_added_and_nothing_else(method, kind):

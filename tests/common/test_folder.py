@@ -40,6 +40,7 @@ def other_temporary_folder(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
 
 
+@pytest.mark.exhaustive
 def test_a_living_owner_is_seen_with_another_temporary_folder(tmp_path, other_temporary_folder):
     folder = tmp_path / "out"
     process = subprocess.Popen([sys.executable, "-c", HOLDS, str(folder)])

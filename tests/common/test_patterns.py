@@ -113,6 +113,7 @@ def test_two_entries_that_say_the_same_are_no_contradiction():
 # -- every method ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("method", TAKING)
 def test_every_method_that_has_ranks_and_alphas_has_them_by_layer(method):
     times = {"lora_x2": 2, "lora_x4": 4}.get(method, 1)

@@ -46,6 +46,15 @@ def test_what_libraries_warn_each_other_of_is_not_shown():
     assert not heard
 
 
+def test_warnings_are_lines_without_places_in_the_code(capsys):
+    def main(argv, stop):
+        print(warnings.formatwarning(UserWarning("less\n exact"), UserWarning, "model.py", 1, "merge(model)"), end="")
+
+    before = warnings.formatwarning
+    assert run_script("script.py", main, []) == 0
+    assert capsys.readouterr().out == "warning: less exact\n" and warnings.formatwarning is before
+
+
 @pytest.mark.parametrize("allocate", [lambda: torch.empty(2**60), lambda: bytearray(2**60)])
 def test_memory_that_runs_out_is_one_line(capsys, allocate):
     assert run_script("script.py", lambda argv, stop: allocate(), []) == 1

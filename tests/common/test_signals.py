@@ -109,6 +109,7 @@ def test_a_terminal_that_closes_asks_to_stop_unless_its_signal_is_ignored(tmp_pa
     assert (tmp_path / "saved").read_text() == str(int(number))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("told", ["signal", "_signal"])  # found out by asking, and told by the kernel alone
 def test_a_child_saves_and_ends_when_its_launcher_dies(tmp_path, number, told):

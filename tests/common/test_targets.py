@@ -83,6 +83,7 @@ def test_a_name_of_a_layer_here_and_of_an_activation_there(tmp_path):
     assert len(ended) > 1 and adapted(model, expression) == ended
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_expression_that_is_given_is_taken(family, tmp_path):
     model, found = denoiser(family, tmp_path), 0

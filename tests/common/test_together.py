@@ -61,6 +61,7 @@ def seen(tmp_path_factory) -> list[dict]:
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 
+@pytest.mark.exhaustive
 def test_what_the_main_process_decides_all_know(seen):
     assert [found["main"] for found in seen] == [True, False]
     assert [found["decided"] for found in seen] == [[0, "said"], [0, "said"]]
@@ -166,12 +167,14 @@ sys.exit(run_script("script", main))
 """
 
 
+@pytest.mark.exhaustive
 def test_the_others_outwait_what_a_collective_does_not(tmp_path):
     """Merging, drawing and reading back take longer than any collective may."""
     statuses, printed = outcome(tmp_path, PATIENT.format(first=3, then=None))
     assert statuses == [0, 0], printed
 
 
+@pytest.mark.exhaustive
 def test_who_waits_for_a_main_process_that_dies_ends_in_one_line(tmp_path):
     """It has the store by which they found each other, too."""
     statuses, printed = outcome(tmp_path, PATIENT.format(first=0, then="os._exit(9)"))

@@ -3,12 +3,10 @@
 from pathlib import Path
 
 import pytest
-from launching import DEEPSPEED
 from pipelines import image_folder, stable_diffusion
 
 from diffusion.runs import Runs, main
 
-collect_ignore = [] if DEEPSPEED else ["test_zero.py"]
 STEPS = 5  # of the runs in processes of their own
 
 

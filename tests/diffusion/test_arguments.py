@@ -10,6 +10,7 @@ from diffusion.runs import SCRIPT, refused
 from reslora.diffusion.settings import build_parser
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "flags",
     [

@@ -4,15 +4,18 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from pipelines import qwen_image
+from pipelines import image_folder, qwen_image
 
 from diffusion.runs import RESUME, main, only, parts, printed, refused, without
 from reslora.common.errors import InvalidArgument
-from reslora.diffusion.checks import check_family
+from reslora.diffusion.checks import check_family, check_held_out
+from reslora.diffusion.context import Context
+from reslora.diffusion.data.dataset import ImageDataset
 from reslora.diffusion.model.families import load_family
 from reslora.diffusion.settings import parse_args
 
 
+@pytest.mark.exhaustive
 def test_a_clipped_pre_num_and_names_that_match_nothing_are_said(brief_flags, tmp_path):
     flags = [*brief_flags, "--method", "reslora", "--shortcut", "block", "--pre_num", "50"]
     lines = printed(*flags, "--target_modules", "to_q", "nothing", "--output_dir", tmp_path / "out")
@@ -29,6 +32,7 @@ def test_targets_that_fit_a_list_of_layers_are_refused_by_what_would_do(brief_fl
     assert f"--target_modules {target}: down_blocks.0.attentions.0." in line and f"; {fix}" in line
 
 
+@pytest.mark.exhaustive
 def test_layers_that_stay_plain_are_counted(brief_flags, tmp_path):
     """Convolutions get an adapter, and no shortcut: the tiny U-Net has one `conv_in`."""
     flags = [*brief_flags, "--method", "reslora", "--target_modules", "to_q", "conv_in"]
@@ -36,12 +40,14 @@ def test_layers_that_stay_plain_are_counted(brief_flags, tmp_path):
     assert "1 " in only(lines, "conv_in")
 
 
+@pytest.mark.exhaustive
 def test_a_pre_num_that_fits_is_not_mentioned(brief_flags, tmp_path):
     flags = [*brief_flags, "--method", "reslora", "--shortcut", "block", "--pre_num", "1"]
     lines = printed(*flags, "--target_modules", "to_k", "--output_dir", tmp_path / "out")
     assert not [line for line in lines if "--pre_num" in line or "--target_modules" in line]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("shortcut", "pre_num", "said"), [("input", 999, True), ("input", 4, False), ("input", 1, False)]
 )
@@ -52,6 +58,7 @@ def test_a_pre_num_beyond_all_chains_is_said_of_input_shortcuts_too(brief_flags,
     assert len(found) == said and all("999" in line and "2 blocks" in line and "input" in line for line in found)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("shortcut", ["block", "middle"])
 def test_which_pre_num_is_the_same_is_said(brief_flags, tmp_path, shortcut):
     flags = [*brief_flags, "--method", "reslora", "--shortcut", shortcut, "--pre_num", "999"]
@@ -72,11 +79,10 @@ def test_which_pre_num_is_the_same_is_said(brief_flags, tmp_path, shortcut):
     ],
 )
 def test_what_the_model_does_not_read_is_refused(pipeline, config, words):
-    """With its default it may be given; of a run that goes on nothing is refused."""
+    """With its default it may be given."""
     model = SimpleNamespace(family=load_family(pipeline), denoiser_config=lambda: config)
     with pytest.raises(InvalidArgument, match=f"^{words}: .*{model.family.name} .*; leave it"):
         check_family(*parts(parse_args(words.split()), "adapter", "training"), model)
-    check_family(*parts(parse_args([*words.split(), *RESUME]), "adapter", "training"), model)
     check_family(*parts(parse_args(["--guidance_scale_train", "1"]), "adapter", "training"), model)
 
 
@@ -89,6 +95,29 @@ def test_what_the_model_reads_is_taken():
     )
 
 
+# -- the images --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steering", ["--save_best", "--early_stopping_patience 3", "--validation_noises 2"])
+def test_one_image_cannot_steer_and_train(brief_flags, capsys, tmp_path, steering):
+    """Before the model is loaded: nothing of it is written."""
+    one, output = image_folder(tmp_path / "one", 1), tmp_path / "out"
+    flags = [*without(brief_flags, "--train_data_dir"), "--train_data_dir", one, "--output_dir", output]
+    line = refused(capsys, *flags, "--validation_split", "0.1", *steering.split())
+    assert f"error: {steering.split()[0]}: no image can be held out, since no folder has more than one" in line
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(("counts", "warned"), [([1], True), ([1, 1], True), ([1, 2], False)])
+def test_a_validation_loss_of_no_image_is_warned_of(capsys, counts, warned):
+    """Class images are never held out."""
+    context = Context(parse_args(["--validation_split", "0.1"]), None, SimpleNamespace(print=print), None)
+    class_images = ImageDataset(range(9), (), of_class=True)
+    check_held_out([*(ImageDataset(range(count), ()) for count in counts), class_images], context)
+    line = "warning: --validation_split 0.1: no image can be held out, since no folder has more than one; "
+    assert capsys.readouterr().out == (f"{line}there is no validation loss\n" if warned else "")
+
+
 # -- the rank ----------------------------------------------------------------------------------------------------------
 
 
@@ -97,6 +126,7 @@ def settings(output) -> tuple[int, float]:
     return config["rank"], config["lora_alpha"]
 
 
+@pytest.mark.exhaustive
 def test_without_a_rank_the_narrowest_layer_says_it(brief_flags, tmp_path):
     """The tiny U-Net's widest attention has 8 features; diffusers' own test pipelines are as narrow."""
     flags, output = without(brief_flags, "--rank"), tmp_path / "out"
@@ -106,6 +136,7 @@ def test_without_a_rank_the_narrowest_layer_says_it(brief_flags, tmp_path):
     assert settings(tmp_path / "alpha") == (8, 3)
 
 
+@pytest.mark.exhaustive
 def test_where_no_layer_is_narrow_the_rank_is_the_default(brief_flags, tmp_path):
     """LoKr's rank is no rank of a layer."""
     flags = [*without(without(brief_flags, "--rank"), "--method"), "--method", "lokr"]
@@ -122,6 +153,7 @@ def test_a_rank_that_is_given_and_too_large_is_refused(brief_flags, capsys, tmp_
     assert not (tmp_path / "out" / "config.json").exists()
 
 
+@pytest.mark.exhaustive
 def test_a_run_without_a_rank_goes_on_with_what_it_took(brief_flags, capsys, tmp_path):
     flags, output = [*without(brief_flags, "--rank"), "--output_dir", str(tmp_path / "out")], tmp_path / "out"
     assert main(*flags) == 0

@@ -20,7 +20,8 @@ def begun(model, data, tmp_path):
     """Options that name the configuration which a run of some flags leaves."""
 
     def flags(*more: str) -> list[str]:
-        own = ["--pretrained_model_name_or_path", str(model), "--train_data_dir", str(data), *more]
+        images = [] if "--dataset_name" in more else ["--train_data_dir", str(data)]
+        own = ["--pretrained_model_name_or_path", str(model), *images, *more]
         values = parse_args([*own, "--output_dir", str(tmp_path)]).flat()
         note_settings(values, SimpleNamespace(steps=4, validation_steps=2), Mock(trackers=[]))
         return ["--config", str(tmp_path / "config.json")]

@@ -16,6 +16,7 @@ from peft.tuners.lora import LoraLayer
 from pipelines import FAMILIES
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from suites import quick
 from waiting import LIMIT
 
 from diffusion.model.lora_files.loras import (
@@ -67,6 +68,7 @@ def written(path, family="stable_diffusion", parts=None, **metadata):
 # -- formats -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_format_from_every_other_with_the_same_updates(family, tmp_path):
     wanted = written(tmp_path / "0.safetensors", family)
@@ -96,7 +98,7 @@ def stock_knows(family: str, to: str, layer: str) -> bool:
     return True
 
 
-@pytest.mark.parametrize(("family", "to"), STOCK)
+@pytest.mark.parametrize(("family", "to"), quick(STOCK, ("stable_diffusion", "kohya"), ("flux", "comfyui")))
 def test_stock_diffusers_reads_what_was_written(family, to, tmp_path):
     parts = random_lora(family, lambda layer: stock_knows(family, to, layer))
     wanted = written(tmp_path / "in.safetensors", family, parts)
@@ -127,6 +129,7 @@ def test_stock_peft_reads_what_was_written(tmp_path):
     assert_same(found, wanted, 1e-5)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("family", ["stable_diffusion", "sdxl", "flux", "sd3"])
 def test_text_encoders_are_converted_too(family, tmp_path):
     parts = random_lora(family, lambda layer: layer.endswith("to_q"))
@@ -259,6 +262,7 @@ def tuned(tmp_path_factory):
     return folder, changes
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("rank", [3, 1])
 def test_a_lora_is_made_of_the_difference_of_two_models(tuned, rank, tmp_path, capsys):
     folder, changes = tuned
@@ -273,6 +277,7 @@ def test_a_lora_is_made_of_the_difference_of_two_models(tuned, rank, tmp_path, c
     assert "1 more that differ or one model alone has, such as conv_out.bias" in capsys.readouterr().out
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("family", ["stable_diffusion", "sdxl", "z_image"])
 def test_denoisers_folders_say_whose_they_are(family, tmp_path, capsys):
     """As the base of a conversion, and as both models of a difference."""
@@ -298,6 +303,7 @@ def test_the_bundled_examples_lora_by_the_denoisers_folder(tmp_path):
         assert any(key.startswith("lora_unet_") for key in load_file(out))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("place", ["lora", "lora/pytorch_lora_weights.safetensors"])
 def test_a_runs_own_configuration_names_the_base(place, tmp_path, monkeypatch):
     """Bundled models wherever it is read, and whatever folder is the working one; others while they are there."""

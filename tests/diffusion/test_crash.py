@@ -17,6 +17,8 @@ from diffusion.runs import HALF, RESUME, Watcher, assert_same, final_weights, lo
 from reslora.common.recovery import step_of
 from reslora.diffusion.training.checkpoints import checkpoints_of
 
+pytestmark = pytest.mark.exhaustive
+
 FORMATS = ["pytorch_lora_weights.safetensors", "kohya.safetensors", "peft/adapter_model.safetensors"]
 FORMATS += ["unet/diffusion_pytorch_model.safetensors"]
 MERGE = ["exports.json", "merge.json"]

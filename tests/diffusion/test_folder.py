@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 from waiting import ended, wait_until
 
 from diffusion.runs import RESUME, final_weights, leave_behind, main, refused
@@ -9,6 +10,7 @@ from reslora.common.status import FILE
 from reslora.files import read_object
 
 
+@pytest.mark.exhaustive
 def test_a_second_run_is_refused_and_a_lock_left_behind_is_taken_over(runs, capsys, tmp_path):
     output = tmp_path / "out"
     flags = (*runs.flags, "--output_dir", output, "--max_train_steps", 10_000)

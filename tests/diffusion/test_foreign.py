@@ -1,4 +1,4 @@
-"""Options of other trainers: what they are called here is told, and README's table says the same."""
+"""Flags of other trainers are refused with their name here, and the table of docs/migrate.md says the same."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,7 @@ from reslora.diffusion.settings import parse_args
 from reslora.options.foreign import DEFAULT, foreign_names
 from reslora.options.images import Options
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+MIGRATE = Path(__file__).resolve().parents[2] / "docs" / "migrate.md"
 OURS = Options.table().keys() | {"config"}
 FOREIGN = foreign_names(Options.table())
 
@@ -22,12 +22,12 @@ def flags_in(text: str) -> set[str]:
 
 
 def rows() -> list[list[str]]:
-    """The cells of README's table: kohya's, diffusers', those of two others, and ours."""
-    section = README.read_text(encoding="utf-8").partition("## Coming from another trainer")[2].partition("\n## ")[0]
+    """The cells of its table: kohya's, diffusers', those of two others, and ours."""
+    section = MIGRATE.read_text(encoding="utf-8").partition("\n## Names\n")[2].partition("\n## ")[0]
     return [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")]
 
 
-def test_readmes_table_and_what_is_told_agree():
+def test_the_table_and_the_messages_agree():
     for number, whose in enumerate(("kohya's", "diffusers'")):
         known = {name: here for name, (owner, here) in FOREIGN.items() if owner == whose}
         in_table = {name: row[-1] for row in rows() for name in flags_in(row[number]) - OURS}

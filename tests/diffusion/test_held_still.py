@@ -7,6 +7,8 @@ import pytest
 
 from diffusion.runs import losses, main
 
+pytestmark = pytest.mark.exhaustive
+
 HELD = json.loads(Path(__file__).with_name("held_still.json").read_text())
 
 

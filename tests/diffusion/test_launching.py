@@ -4,10 +4,12 @@ import json
 
 import pytest
 from accelerate import Accelerator
-from launching import CONFIGURATIONS, launch
+from launching import configurations, launch
 
 from diffusion.runs import SCRIPT, main, refused
 from reslora.common.log import read_log
+
+pytestmark = pytest.mark.exhaustive
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +34,7 @@ def alone(flags, tmp_path_factory) -> list[float]:
 ALIKE = ("cpu_two_processes.yaml", "one_node.yaml")
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGURATIONS if name not in ALIKE])
+@pytest.mark.parametrize("name", configurations(*ALIKE))
 def test_each_configuration_trains_what_one_process_does(name, flags, alone, tmp_path):
     """In two processes; with DeepSpeed in one, since accelerate does not let two find each other on a CPU."""
     processes = 1 if name.startswith("deepspeed") else 2

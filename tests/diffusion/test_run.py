@@ -36,6 +36,7 @@ def test_steps_and_epochs_are_told_apart(run, base_flags, capsys):
     assert "--max_train_steps 2" in line and "4" in line
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("ended", [False, True])
 def test_fewer_steps_or_epochs_than_were_trained_are_refused(finished, base_flags, capsys, ended):
     """The longer training would be exported as if it were what was asked for."""
@@ -114,6 +115,7 @@ def test_other_images_are_not_what_was_trained_on(finished, base_flags, capsys, 
     assert f"--train_data_dir {folder}" in line
 
 
+@pytest.mark.exhaustive
 def test_a_run_goes_on_only_with_the_images_that_it_could_use(brief_flags, capsys, tmp_path, monkeypatch):
     """Which are damaged is known only once they are opened: with one more, others would be held out."""
     flags = [*brief_flags, "--validation_split", "0.3", "--output_dir", tmp_path / "out"]
@@ -136,6 +138,7 @@ def test_a_run_goes_on_only_with_the_images_that_it_could_use(brief_flags, capsy
     assert not (tmp_path / "out" / "lora" / "checkpoint-3").exists()
 
 
+@pytest.mark.exhaustive
 def test_another_merge_is_made_without_training(finished, run, base_flags, capsys, tmp_path):
     """As a run that merged so from the start: the same bytes, no step, and the log as it was."""
     flags = [*base_flags, "--method", "lora", "reslora", "--merge", "weights", "--output_dir"]
@@ -165,6 +168,7 @@ def test_what_a_finished_run_shows_no_more_is_said(finished, base_flags, capsys)
     only(lines, "nothing to do")
 
 
+@pytest.mark.exhaustive
 def test_a_finished_run_says_how_it_is_gone_back_in(finished, run, base_flags):
     flags = [*base_flags, "--method", "lora", "reslora", "--output_dir", finished]
     flags += ["--resume_from_checkpoint", "checkpoint-2"]
@@ -179,6 +183,7 @@ def test_a_finished_run_says_how_it_is_gone_back_in(finished, run, base_flags):
     assert done.is_file() and all(one[name].equal(other[name]) for name in other)
 
 
+@pytest.mark.exhaustive
 def test_exports_that_are_gone_are_made_again(finished, run, base_flags):
     (finished / "lora" / "kohya.safetensors").unlink()
     flags = [*base_flags, "--method", "lora", "reslora", "--output_dir", finished, "--resume_from_checkpoint", "latest"]

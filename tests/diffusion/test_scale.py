@@ -22,6 +22,8 @@ from reslora.diffusion.model.families.stable_diffusion import StableDiffusion
 from reslora.diffusion.model.loading import Model
 from reslora.options.images import Options
 
+pytestmark = pytest.mark.exhaustive
+
 IMAGES = 12
 
 

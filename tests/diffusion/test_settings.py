@@ -63,6 +63,56 @@ def test_a_lora_to_start_from_means_lora_where_no_method_is_given(capsys, tmp_pa
         assert f"error: --init_lora {tmp_path / 'none.safetensors'}: no such file or folder" in line
 
 
+SHARES = {"0.99": True, "0.5": False, "0.1": False}
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_a_validation_split_of_most_images_is_warned_of(capsys, share):
+    assert parse_args(["--validation_split", share]).validation_split == float(share)
+    line = f"warning: --validation_split {share} holds out more images than it trains on\n"
+    assert (line in capsys.readouterr().out) is SHARES[share]
+
+
+WIRED = {
+    "--method reslora": "reslora",
+    "--method lora reslora ms_placebo": "reslora and ms_placebo",
+    "--method lora_matched --shortcut block": "lora_matched",
+    "--method reslora --shortcut none": "",
+    "--method lora": "",
+}
+
+
+@pytest.mark.parametrize("words", WIRED)
+def test_blocks_without_others_are_warned_of(capsys, words):
+    """As one of several it is a control, and meant."""
+    parse_args([*words.split(), "--pre_num", "0"])
+    line = f"warning: --pre_num 0: no block takes part in another, so {WIRED[words]} trains as LoRA does\n"
+    assert (line in capsys.readouterr().out) is bool(WIRED[words])
+    parse_args([*words.split(), "--pre_num", "1"])
+    parse_args(["--method", "lora", "reslora", "--shortcut", "block", "--pre_num", "0", "4"])
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_a_folder_given_twice_is_refused(data, capsys, tmp_path):
+    (tmp_path / "link").symlink_to(data)
+    for other in (data, f"{data}/.", tmp_path / "link"):
+        line = refused(capsys, "--train_data_dir", data, other)
+        problem = f"{data} is given twice; give it once, with --train_data_repeats"
+        assert line.endswith(f"error: --train_data_dir {data} {other}: {problem}")
+
+
+def test_a_folder_next_to_a_dataset_is_a_part_of_it(data, capsys, tmp_path):
+    """As in diffusers' script. A folder of its own would be passed over."""
+    line = refused(capsys, "--dataset_name", "someone/images", "--train_data_dir", data)
+    assert f"error: --train_data_dir {data}: with --dataset_name it names a folder in that dataset" in line
+    (tmp_path / "set" / "part").mkdir(parents=True)
+    for dataset, part in (("someone/images", "part"), ("set", "part"), ("set", str(tmp_path / "set" / "part"))):
+        flags = parse_args(["--dataset_name", dataset, "--train_data_dir", part])
+        assert (flags.dataset_name, flags.train_data_dir) == (dataset, part)
+        warning = f"warning: --train_data_dir {part}: the folder of that name in --dataset_name {dataset}\n"
+        assert warning in capsys.readouterr().out
+
+
 def in_pairs(flags: list[str]) -> list[tuple[str, str | list[str]]]:
     """Each flag with its value, or its values."""
     split = [part.split() for part in " ".join(flags).split("--")[1:]]
@@ -214,6 +264,8 @@ def test_what_nothing_reads_is_refused(words, model, data):
     flags = ["--pretrained_model_name_or_path", str(model), "--train_data_dir", str(data), *words.split()]
     with pytest.raises(InvalidArgument, match=f"^{words.split()[0]}.*: nothing reads it; .*{UNREAD[words].split()[0]}"):
         parse_args(flags)
+    if "--dataset_name" in UNREAD[words]:
+        flags = [*flags[:2], *words.split()]  # in place of the folder
     if "''" not in UNREAD[words]:
         parse_args([*flags, *UNREAD[words].split()])
 

@@ -16,6 +16,8 @@ from reslora.common.log import of_split, read_log
 from reslora.common.recovery import numbered
 from reslora.files import read_object
 
+pytestmark = pytest.mark.exhaustive
+
 STEPS = 5
 CONFIGURATION = "cpu_two_processes.yaml"
 

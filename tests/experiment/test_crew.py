@@ -92,6 +92,7 @@ def who(folder: Path) -> list[str]:
     return [path.read_text() for path in folder.rglob("who")]
 
 
+@pytest.mark.exhaustive
 def test_arms_are_handed_out_until_none_is_next(tmp_path, capfd):
     """The grid grows meanwhile; none is left out or trained twice, and all processes are gone in the end."""
     argv = grid(tmp_path / "out", "--extend_rates")
@@ -107,6 +108,7 @@ def test_arms_are_handed_out_until_none_is_next(tmp_path, capfd):
     assert train(argv)[1] == []  # nothing is left to do, and nobody is started
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("what", "error", "told"),
     [
@@ -137,6 +139,7 @@ def test_each_has_its_share_of_the_machine(monkeypatch):
     assert arms_a_device(options, gpu) == 2 and arms_a_device(options, cpu) == 3
 
 
+@pytest.mark.exhaustive
 def test_a_stop_is_told_to_all(tmp_path):
     stop = StopRequest()
 
@@ -156,6 +159,7 @@ def script(argv: list[str]) -> None:
     sys.exit(run_script("train_sd.py", lambda _, stop: train(argv, what=what, stop=stop) and None))
 
 
+@pytest.mark.exhaustive
 def test_all_are_told_to_stop_while_they_start(tmp_path, capfd):
     """As a terminal does; Python's own answer would be a traceback of each."""
     main = multiprocessing.get_context("spawn").Process(target=script, args=(grid(tmp_path),))
@@ -172,6 +176,7 @@ def test_all_are_told_to_stop_while_they_start(tmp_path, capfd):
     assert not who(tmp_path) and "Traceback" not in capfd.readouterr().err
 
 
+@pytest.mark.exhaustive
 def test_when_the_main_process_is_killed_the_others_end(tmp_path):
     """At once: whoever comes next finds the folder unlocked."""
     main = multiprocessing.get_context("spawn").Process(

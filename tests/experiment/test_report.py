@@ -373,6 +373,7 @@ def test_without_samples_there_is_no_slider(experiment, tmp_path):
     assert 'id="slider"' in page(experiment, tmp_path)
 
 
+@pytest.mark.exhaustive
 def test_what_to_use_is_named_wherever_the_trainer_runs(experiment, folder, tmp_path, monkeypatch):
     """The application begins trainers in the folder itself."""
     output = tmp_path / "runs" / "mine"
@@ -385,6 +386,7 @@ def test_what_to_use_is_named_wherever_the_trainer_runs(experiment, folder, tmp_
         assert str(tmp_path) not in words and f"output_dir {place} " in words
 
 
+@pytest.mark.exhaustive
 def test_what_to_use_says_how_of_each_file_that_is_there(experiment, folder):
     best = experiment["best"]
     own = {"settings": {"output_dir": "runs/{mine}"}}

@@ -190,6 +190,7 @@ def test_no_files_are_named_while_others_take_their_place(tmp_path):
     assert go(tmp_path / "out", "--seed", "0", "1", "2")[0]["best"] == before["best"]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("stopped", ["", "tested", "export"])
 def test_a_reading_of_the_test_images_counts_once_wherever_it_is_cut_off(tmp_path, stopped):
     if stopped:

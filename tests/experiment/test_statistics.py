@@ -75,6 +75,7 @@ def test_a_difference_of_the_detectable_size_is_found_in_four_of_five_cases(vari
             assert found == pytest.approx(0.8, abs=0.035), (size, level)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("size", SIZES)
 def test_half_of_experiments_say_that_more_is_detectable_than_is(size):
     """Of few seeds an experiment knows its own spread badly, but not too low or too high as a rule."""

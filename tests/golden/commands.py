@@ -29,7 +29,7 @@ TEXT = (
     "--calibration_examples 4 --use_cpu --report_to none --output_dir out"
 )
 ANSWERS = "--max_test_samples 4 --max_new_tokens 4"
-FORTY = f"{TEXT} {ANSWERS} --max_steps 40 --save_steps 2 --save_total_limit 1"
+MANY = f"{TEXT} {ANSWERS} --max_steps 16 --save_steps 2 --save_total_limit 1"
 SIX = f"{IMAGES} --method reslora --gradient_accumulation_steps 2 --checkpointing_steps 1 --max_train_steps 6"
 LORA = "out/lora/pytorch_lora_weights.safetensors"
 
@@ -41,10 +41,10 @@ RUNS = {
         if (script, flag) != ("convert", "version")
     ],
     "unet": [
-        f"sd {BUNDLED} --method lora reslora",
+        f"sd {BUNDLED} --method lora reslora --merge input",
         f"convert {LORA} kohya.safetensors --to kohya --base assets/pipeline",
         "convert kohya.safetensors peft --to peft --base assets/pipeline/unet",
-        "convert peft comfyui.safetensors --to comfyui --family stable_diffusion --dtype float16",
+        "convert peft comfyui.safetensors --to comfyui --base assets/pipeline --dtype float16",
         f"convert {LORA} out/reslora/peft sum.safetensors --to diffusers --weight 0.7 -0.5 --rank 2 "
         "--base assets/pipeline",
         "convert --extract assets/pipeline/unet out/lora/unet difference.safetensors --to diffusers --rank 2",
@@ -136,9 +136,9 @@ RUNS = {
         f"llm {TEXT} {ANSWERS} --method adalora --gradient_checkpointing --output_dir adalora",
     ],
     "llm_stopped": [
-        f"stop llm {FORTY}",
-        f"llm {FORTY}",
-        f"llm {FORTY} --resume_from_checkpoint latest",
+        f"stop llm {MANY}",
+        f"llm {MANY}",
+        f"llm {MANY} --resume_from_checkpoint latest",
     ],
     "llm_experiment": [
         f"llm {TEXT} {ANSWERS} --learning_rate 1e-3 5e-3 --method lora reslora --shortcut middle",

@@ -248,7 +248,7 @@ class Observer:
             header = {key: self.normalized(value) for key, value in (file.metadata() or {}).items()}
             for name in sorted(file.keys()):
                 tensor = file.get_tensor(name)
-                norm = float(tensor.double().norm())
+                norm = float(tensor.double().nan_to_num().norm())  # what a window of norms lacks is NaN
                 square += norm**2
                 content = hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
                 each[name] = f"{norm:.6g} {content[:16]}"
@@ -265,15 +265,24 @@ def steady(value: object) -> object:
     return value
 
 
-def portable(found: dict) -> dict:
-    """Return the part of an observation that no processor changes, and no version of a library."""
+def portable(found: dict, arguments: dict) -> dict:
+    """Return the part of an observation that no processor changes, and no version of a library.
+
+    `arguments`: the defaults of transformers' `TrainingArguments`.
+    """
     found = {section: content for section, content in found.items() if section != "contents"}
-    arguments = transformers.TrainingArguments(output_dir="", report_to="none").to_dict()
     for section, content in found.items():
         if section.startswith(SETTINGS) and "lora_r" in content:  # of a language script: the rest is transformers'
             own = {key: value for key, value in content.items() if key not in arguments or value != arguments[key]}
             found[section] = own
     return json.loads(json.dumps(found), parse_float=lambda text: float(f"{float(text):.6g}"))
+
+
+def prepare(place: Path, fixtures: Path) -> None:
+    """Write the fixtures, and what `portable` reads; in a forked process, as accelerate keeps what it finds out."""
+    make_fixtures(fixtures)
+    arguments = transformers.TrainingArguments(output_dir="", report_to="none").to_dict()
+    (place / "arguments.json").write_text(json.dumps(arguments))
 
 
 # -- references --------------------------------------------------------------------------------------------------------
@@ -384,13 +393,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="reslora-golden-") as folder:
         place = Path(folder).resolve()
         (fixtures := place / "fixtures").mkdir()
-        if ended(fork(lambda: make_fixtures(fixtures), place / "fixtures.txt", fixtures)):
-            sys.exit((place / "fixtures.txt").read_text())
+        if ended(fork(lambda: prepare(place, fixtures), place / "printed.txt", place)):
+            sys.exit((place / "printed.txt").read_text())
+        arguments = json.loads((place / "arguments.json").read_text())
         for name in args.only:
             before = reference(args.against, name, fixtures, place) if args.against else record.get(name, {})
             began = os.times()
             found = Observer(CHECKOUT, fixtures, place / name).observe(name)
-            found = json.loads(json.dumps(found)) if args.against else portable(found)
+            found = json.loads(json.dumps(found)) if args.against else portable(found, arguments)
             record[name] = found
             lines = list(differences(before, found, 0 if args.against else TOLERANCE))
             count += len(lines)

@@ -3,14 +3,11 @@
 from pathlib import Path
 
 import pytest
-from launching import DEEPSPEED
 
 import train_llm
 from reslora.common.script import run_script
 
 from .helpers import VALIDATED, flags, row, write_llama, write_rows
-
-collect_ignore = [] if DEEPSPEED else ["test_deepspeed.py"]
 
 
 @pytest.fixture(scope="session")

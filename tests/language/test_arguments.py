@@ -64,6 +64,14 @@ def test_what_the_method_does_not_read_is_told(capsys, flag, value, method, othe
     assert capsys.readouterr().out == ""
 
 
+def test_blocks_without_others_are_warned_of(capsys):
+    report_unread(resolve(LlmOptions, {"pre_num": [0]}))
+    line = "warning: --pre_num 0: no block takes part in another, so reslora trains as LoRA does\n"
+    assert capsys.readouterr().out == line
+    report_unread(resolve(LlmOptions, {"pre_num": [0], "shortcut": ["none"]}))
+    assert "warning" not in capsys.readouterr().out
+
+
 def test_the_defaults_are_the_papers():
     adapter = resolve(LlmOptions, {}).adapter
     assert (adapter.name, adapter.rank, adapter.lora_alpha, adapter.pre_num) == ("reslora", 4, 8, 4)

@@ -84,6 +84,7 @@ def stopped_at(step: int, folder, number: int = signal.SIGTERM, **flags):
 WORST = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "loss", "greater_is_better": True}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("step", "flags", "number"),
     [
@@ -108,6 +109,7 @@ def test_a_stopped_run_is_saved_and_goes_on_as_if_it_never_was(tmp_path, step, f
     assert read_log(tmp_path / "run") == read_log(tmp_path / "whole")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("step", [4, STEPS])
 def test_a_run_that_is_killed_as_it_validates_an_epoch_does_so_when_it_goes_on(tmp_path, step):
     """Though checkpoints are by steps: none is of a step that is to be validated yet."""
@@ -144,6 +146,7 @@ def compiler_ended_in(monkeypatch, trainer, step: int, number: int | None = sign
     monkeypatch.setattr(type(trainer), "training_step", training_step)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("strategy", ["no", "steps"])
 def test_a_stop_that_ends_the_compiler_too_saves_the_steps_before(tmp_path, monkeypatch, strategy):
     whole, _ = build()
@@ -185,6 +188,7 @@ def test_who_stops_because_another_process_was_asked_ends_as_that_one(tmp_path, 
     assert stop.signal == signal.SIGTERM
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("strategy", ["steps", "no"])
 def test_a_stop_at_the_last_step_changes_nothing(tmp_path, strategy):
     with StopRequest() as stop:

@@ -13,6 +13,7 @@ from reslora.language.checkpoints import checkpoints_of, damage, set_unfinished_
 from .helpers import build, trainer_for
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -40,6 +41,7 @@ def test_a_damaged_last_checkpoint_is_left_out(tmp_path, monkeypatch, name, cont
     assert_one_line(error, "checkpoint-6", "cannot be resumed", "use latest")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("made_by", [1, 2, 3, 4])
 def test_another_number_of_processes_cannot_go_on(tmp_path, made_by):
     trainer_for(build()[0], tmp_path, max_steps=2).train()
@@ -107,6 +109,7 @@ def test_one_that_cannot_be_removed_ends_no_training(tmp_path, monkeypatch, caps
     assert "(it was checkpoint-2) cannot be removed, and nothing needs it" in capsys.readouterr().out
 
 
+@pytest.mark.exhaustive
 def test_later_ones_step_aside_once_the_chosen_one_is_loaded(tmp_path, monkeypatch):
     def there() -> set[str]:
         return {path.name for path in tmp_path.glob("*checkpoint-*")}

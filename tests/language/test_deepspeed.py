@@ -1,13 +1,14 @@
-"""train_llm.py with DeepSpeed, on the CPU; not collected where DeepSpeed cannot run (see `launching.DEEPSPEED`)."""
+"""train_llm.py with DeepSpeed, on the CPU."""
 
 import shutil
 
 import pytest
-from launching import forked, start_alone, told_by
+from launching import forked, needs_deepspeed, start_alone, told_by
 from waiting import ended
 
 from .helpers import SCRIPT, VALIDATED, flags, losses
 
+pytestmark = [pytest.mark.exhaustive, needs_deepspeed]
 ZERO = told_by("deepspeed_zero2.yaml")
 
 

@@ -111,6 +111,7 @@ def whole(common, killed) -> tuple[Path, dict[str, int]]:
     return output, before
 
 
+@pytest.mark.exhaustive
 def test_what_an_experiment_leaves(whole):
     output, _ = whole
     found = record(output)
@@ -127,6 +128,7 @@ def test_what_an_experiment_leaves(whole):
     assert "image" not in text.partition("<body>")[2].partition("<script>")[0]
 
 
+@pytest.mark.exhaustive
 def test_no_arm_is_trained_again(killed, whole):
     output, before = whole
     for earlier in (killed[1], before):
@@ -138,6 +140,7 @@ def weights(folder: Path) -> list[bytes]:
     return [path.read_bytes() for path in sorted(folder.glob("*.safetensors"))]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("method", ["lora", "reslora"])
 def test_an_arm_equals_a_plain_run_bit_for_bit(common, whole, tmp_path, method):
     """That of reslora was killed in the middle."""
@@ -152,6 +155,7 @@ def test_an_arm_equals_a_plain_run_bit_for_bit(common, whole, tmp_path, method):
     assert logs[0] == logs[1] and len(logs[0]) == 4
 
 
+@pytest.mark.exhaustive
 def test_test_losses_are_those_of_a_loop_by_hand(common, whole):
     """Of the merged adapter at the last step, which is the chosen one here, by stock libraries."""
     output, _ = whole
@@ -186,6 +190,7 @@ def test_the_best_arm_alone_is_merged_for_stock_transformers(whole):
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_an_arm_whose_adapters_are_gone_is_named_and_trained_anew_once_it_is_removed(common, whole, tmp_path, capsys):
     """Which its comparison asks for: at its chosen rate."""
     output = shutil.copytree(whole[0], tmp_path / "out", copy_function=shutil.copy2)
@@ -240,6 +245,7 @@ def test_an_arm_whose_folder_is_removed_writes_nothing_more(common, tmp_path, mo
     assert not list(output.glob("*/lr-*/seed-*"))
 
 
+@pytest.mark.exhaustive
 def test_an_arm_that_was_killed_in_its_first_checkpoint_begins_afresh(common, tmp_path, monkeypatch):
     class Killed(Exception):
         pass
@@ -257,6 +263,7 @@ def test_an_arm_that_was_killed_in_its_first_checkpoint_begins_afresh(common, tm
     assert [path.name for path in tmp_path.rglob("*-checkpoint-*")] == ["unfinished-checkpoint-1"]
 
 
+@pytest.mark.exhaustive
 def test_an_arm_that_was_killed_before_its_last_adapter_was_kept_keeps_it_when_it_goes_on(
     common, tmp_path, monkeypatch
 ):
@@ -277,6 +284,7 @@ def test_an_arm_that_was_killed_before_its_last_adapter_was_kept_keeps_it_when_i
     assert run(*command) == 0 and {arm["status"] for arm in record(tmp_path)["arms"]} == {"finished"}
 
 
+@pytest.mark.exhaustive
 def test_what_is_measured_before_the_first_step_is_no_choice(common, tmp_path):
     words = ["--method", "lora", "--seed", "0", "1", "--max_steps", "1", "--eval_on_start", "--output_dir", tmp_path]
     assert run(*common, *words) == 0
@@ -285,6 +293,7 @@ def test_what_is_measured_before_the_first_step_is_no_choice(common, tmp_path):
     assert [path.name for path in (tmp_path / found["folder"] / "adapters").iterdir()] == ["step-000001"]
 
 
+@pytest.mark.exhaustive
 def test_an_arm_ends_at_the_first_select_loss_that_is_not_finite(common, tmp_path):
     """What it fails for is that loss, and no weight, though no train loss is looked at before."""
     command = [*common, "--method", "lora", "--learning_rate", "1e-3", "1e30", "--logging_steps", "50"]
@@ -329,6 +338,7 @@ def test_nothing_but_methods_rates_and_seeds_may_change(common, whole, tmp_path,
     assert "no experiment" in capsys.readouterr().err
 
 
+@pytest.mark.exhaustive
 def test_arms_at_once_are_those_of_one_after_the_other(common, whole, tmp_path, monkeypatch):
     output, threads = tmp_path / "out", torch.get_num_threads()
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2 * threads)  # of which each process has half
@@ -341,6 +351,7 @@ def test_arms_at_once_are_those_of_one_after_the_other(common, whole, tmp_path, 
     assert one == two and len(two) == 2
 
 
+@pytest.mark.exhaustive
 def test_two_processes_end_well(common, tmp_path):
     """Who has trained with the main process waits while that one compares and exports."""
     words = ["--seed", "0", "1", "--learning_rate", "5e-3", "--max_steps", "1", "--output_dir", str(tmp_path / "out")]
@@ -483,6 +494,7 @@ def test_what_nothing_of_an_experiment_reads_is_told_once(tmp_path, capsys, monk
     assert told("--method", "oft", "reslora", *flags) == told("--method", "lora", "oft", "--seed", "0", "1") == ""
 
 
+@pytest.mark.exhaustive
 def test_numbers_of_blocks_that_mean_the_same_are_told_once(common, tmp_path, capsys, monkeypatch):
     """The chains have five blocks, one for each layer; a plain run says it too."""
     same = "--pre_num 7: 2 of 2 chains are shorter, down to 5 blocks; the longest has 5: the same as --pre_num 4"
@@ -553,6 +565,7 @@ def test_limits_hold_for_what_is_cut_out_of_the_training_examples_too(tmp_path, 
 # -- GLUE --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_glue_arms_equal_plain_runs_and_are_judged_by_its_metrics(tmp_path, capsys):
     model, data = write_model(tmp_path / "model"), tmp_path / "data"
     for seed, (split, count) in enumerate({"train": 24, "validation": 6, "test": 8}.items()):
@@ -582,3 +595,9 @@ def test_glue_arms_equal_plain_runs_and_are_judged_by_its_metrics(tmp_path, caps
         right += int(logits.argmax()) == row["label"]
     assert arm["test"]["losses"] == pytest.approx(losses, rel=1e-5)
     assert arm["test"]["figures"] == {"accuracy": right / len(losses)}
+
+
+def test_a_damaged_record_is_refused_before_anything_is_trained(tmp_path):
+    (tmp_path / "experiment.json").write_text('{"format": 1, "readings"')
+    with pytest.raises(InvalidArgument, match=rf"^--output_dir {tmp_path}: experiment.json is damaged; "):
+        experiment.take_folder(SimpleNamespace(course=SimpleNamespace(folder=tmp_path)))

@@ -13,6 +13,7 @@ from datasets import Dataset
 from launching import forked
 from peft import PeftModel
 from safetensors.torch import load_file
+from suites import quick
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForSequenceClassification,
@@ -187,6 +188,7 @@ def test_both_parts_of_mnli_are_scored_each_by_itself():
 # -- tasks, methods and merges -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("task", list(TASKS))
 def test_every_task_trains_and_is_scored(task, roberta, tmp_path):
     data, output = write_data(tmp_path / "data", task), tmp_path / "run"
@@ -197,6 +199,7 @@ def test_every_task_trains_and_is_scored(task, roberta, tmp_path):
     assert results_of(output)["validation_examples"] == (20 if task == "mnli" else 10)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("architecture", "shortcut", "merges"),  # the chains of both are those of tests/test_chains.py
     [
@@ -240,6 +243,7 @@ def reached(model: Path, data: Path, output: Path) -> tuple:
     return right / 10, pytest.approx(np.mean(losses), rel=1e-4)
 
 
+@pytest.mark.exhaustive
 def test_a_model_that_gives_hidden_states_too_is_scored_by_its_logits(rte, tmp_path):
     model = write_model(tmp_path / "bart", "bart")
     run_glue(flags(model, rte, tmp_path / "run", "rte", "--max_steps", "1", "--eval_steps", "1"))
@@ -248,7 +252,9 @@ def test_a_model_that_gives_hidden_states_too_is_scored_by_its_logits(rte, tmp_p
     assert [(line["accuracy"], line["loss"]) for line in logged] == [(row["accuracy"], pytest.approx(row["loss"]))]
 
 
-@pytest.mark.parametrize("method", ["lora", "lora_x2", "reslora", "adalora", "loha", "lokr", "lora_matched"])
+@pytest.mark.parametrize(
+    "method", quick(["lora", "lora_x2", "reslora", "adalora", "loha", "lokr", "lora_matched"], "reslora")
+)
 def test_what_is_saved_loads_in_stock_libraries(method, roberta, rte, tmp_path):
     run_glue(flags(roberta, rte, tmp_path, "rte", "--method", method, "--merge_and_save"))
     tokens = {"input_ids": torch.tensor([[0, 5, 6, 7, 2, 2, 8, 9, 2]])}
@@ -281,6 +287,7 @@ def test_regression_is_trained_by_squared_error(roberta, tmp_path):
     assert merged.config.problem_type == "regression" and merged.config.num_labels == 1
 
 
+@pytest.mark.exhaustive
 def test_it_learns(tmp_path):
     """Whether a sentence has a word can be learnt on top of random weights, if they are not too small."""
     model = write_model(tmp_path / "model", initializer_range=0.2)
@@ -293,6 +300,7 @@ def test_it_learns(tmp_path):
     assert results_of(tmp_path / "run")["table"]["exact"]["accuracy"] > max(share, 1 - share) + 0.1
 
 
+@pytest.mark.exhaustive
 def test_without_a_model_the_bundled_one_is_trained(tmp_path, capsys):
     more = ("--max_steps", "40", "--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "True")
     more += ("--calibration_examples", "16", "--eval_strategy", "no", "--use_cpu")
@@ -417,6 +425,7 @@ def test_log_and_configuration(roberta, rte, tmp_path):
     assert not list(tmp_path.glob("**/*.bin")) and not list(tmp_path.glob("checkpoint-*/model.safetensors"))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("method", ["reslora", "adalora"])
 def test_a_resumed_run_equals_an_uninterrupted_one(method, roberta, rte, tmp_path):
     more = ("--save_strategy", "steps", "--save_steps", "2", "--method", method, "--lora_dropout", "0.1")
@@ -433,6 +442,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(method, roberta, rte, tmp_pat
     assert without_time[0] == without_time[1]
 
 
+@pytest.mark.exhaustive
 def test_accumulated_batches_equal_one(roberta, rte, tmp_path):
     for name, size, accumulated in (("one", "8", "1"), ("two", "4", "2")):
         batch = ("--per_device_train_batch_size", size, "--gradient_accumulation_steps", accumulated)
@@ -442,6 +452,7 @@ def test_accumulated_batches_equal_one(roberta, rte, tmp_path):
         assert one == pytest.approx(two, rel=1e-4)
 
 
+@pytest.mark.exhaustive
 def test_two_processes_agree_with_one(roberta, rte, tmp_path):
     """DDP over gloo: the same samples per step give the same losses, and the merge is the same everywhere.
 
@@ -547,6 +558,7 @@ def test_a_data_set_that_is_not_there(capfd, roberta, tmp_path):
     refused(capfd, argv[:at] + argv[at + 2 :], "--dataset_name", "cannot be loaded", "--data_dir")
 
 
+@pytest.mark.exhaustive
 def test_runs_are_not_mixed(capfd, roberta, rte, tmp_path):
     with locked(tmp_path):
         refused(capfd, flags(roberta, rte, tmp_path), "--output_dir", "is training in it")

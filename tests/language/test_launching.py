@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from launching import CONFIGURATIONS, FOLDER, forked, launch, start, told_by
+from launching import FOLDER, configurations, forked, launch, start, told_by
 from waiting import ended, wait_until
 
 from language.helpers import run_glue, run_llm
@@ -18,6 +18,8 @@ from reslora.language.checkpoints import checkpoints_of, damage
 from reslora.language.training_arguments import AdapterTrainingArguments
 
 from .helpers import SCRIPT, VALIDATED, build, flags, losses, trainer_for
+
+pytestmark = pytest.mark.exhaustive
 
 FIVES = """
 import sys
@@ -33,7 +35,7 @@ sys.exit(train_llm.main())
 
 # Of one_node.yaml there is nothing that two_nodes.yaml has not; FSDP2 is refused, see below. DeepSpeed's launcher is
 # started here, torch's for the signals below, and all by tests/diffusion/test_launching.py.
-@pytest.mark.parametrize("name", [name for name in CONFIGURATIONS if name not in ("one_node.yaml", "fsdp2.yaml")])
+@pytest.mark.parametrize("name", configurations("one_node.yaml", "fsdp2.yaml"))
 def test_two_processes_equal_one_with_twice_the_batch(name, tiny, data, alone, tmp_path):
     argv = flags(tiny, data, tmp_path / "run", *VALIDATED, "--per_device_train_batch_size", 2)
     if name.startswith("deepspeed"):

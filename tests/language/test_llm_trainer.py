@@ -59,6 +59,7 @@ def test_calibration_batches_have_no_padding():
     assert calibration_batches(rows, 0, 2) is None
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("method", "shortcut"), [("reslora", "input"), ("reslora", "middle"), ("reslora", "block"), ("lora", "none")]
 )

@@ -44,6 +44,7 @@ def figures_of(model):
     return evaluate, calls
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("shortcut", ["input", "middle"])
 def test_the_merge_table_has_every_method_and_leaves_the_model_as_it_was(shortcut):
     model, _ = random_model(shortcut=shortcut)
@@ -181,6 +182,7 @@ def rows_batch() -> dict[str, torch.Tensor]:
     return {name: torch.stack([row[name] for row in rows(4)]) for name in ("input_ids", "labels")}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("method", "shortcut"), METHODS)
 def test_exports_load_in_stock_peft_and_transformers_with_the_same_logits(tmp_path, method, shortcut):
     torch.manual_seed(1)

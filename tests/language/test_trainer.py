@@ -11,6 +11,7 @@ import torch
 from conftest import assert_one_line, randomize, tiny_bert, tiny_llama
 from peft import PeftModel
 from safetensors.torch import load_file
+from suites import quick
 from transformers import TrainerCallback
 
 from language.helpers import adapter_of
@@ -41,7 +42,7 @@ def test_the_adapter_is_what_the_flags_say():
 # -- resume ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("method", "shortcut"), METHODS)
+@pytest.mark.parametrize(("method", "shortcut"), quick(METHODS, METHODS[0]))
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, method, shortcut):
     flags = {"eval_strategy": "steps", "eval_steps": 2, "gradient_accumulation_steps": 2}
     flags |= {"per_device_train_batch_size": 2}
@@ -67,6 +68,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, method, shortcut):
         assert_same(*states)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("method", "shortcut"), [("reslora", "input"), ("lora", "none"), ("adalora", "none")])
 def test_a_checkpoint_never_holds_the_base_model(tmp_path, method, shortcut):
     model, _ = build(method, shortcut)
@@ -80,6 +82,7 @@ def test_a_checkpoint_never_holds_the_base_model(tmp_path, method, shortcut):
         assert not any("base_layer" in key or "embed" in key for key in load_file(path))
 
 
+@pytest.mark.exhaustive
 def test_a_finished_run_is_not_trained_on_and_checkpoints_can_be_named_inside_the_run(tmp_path):
     finished, _ = build()
     trainer_for(finished, tmp_path).train()
@@ -133,6 +136,7 @@ def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(tmp_path,
     assert_one_line(error, f"{named}: no such checkpoint; give latest, or one of checkpoint-4, checkpoint-2")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "told",
     [
@@ -214,6 +218,7 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):
     assert_same(trained(model), trained(other))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kept", [False, True], ids=["moved", "copied"])
 def test_the_best_checkpoint_moves_with_its_folder(tmp_path, kept):
     """Stock `Trainer` knows it by the path that it had, and takes the last one in its place."""
@@ -246,6 +251,7 @@ def test_the_best_checkpoint_of_adalora_is_exported_as_it_was_evaluated(tmp_path
     torch.testing.assert_close(again(input_ids=tokens).logits, expected)
 
 
+@pytest.mark.exhaustive
 def test_total_steps_is_what_the_trainer_takes(tmp_path):
     for flags in (
         {"num_train_epochs": 1.5},
@@ -284,6 +290,7 @@ def test_fewer_examples_than_a_batch_are_refused_where_the_last_is_dropped(max_s
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("shortcut", ["input", "middle", "block"])
 def test_gradient_checkpointing_changes_nothing(tmp_path, shortcut):
     runs = []

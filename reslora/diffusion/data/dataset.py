@@ -28,6 +28,7 @@ METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 SAVED = ("dataset_dict.json", "state.json")  # one of them is in a folder that `save_to_disk` wrote
 REPEATED = re.compile(r"(\d+)_(.*)")  # kohya's folders: how often an epoch meets each image, and the caption
 MOST_REPEATS = 1000  # of a folder's name: what is more is a year or a date
+LEAST_SIDE = 8  # of an image: pixels that an autoencoder makes one latent of
 ONE_BY_ONE = "name the folders one by one with --train_data_dir, none inside another"
 FEATURES = datasets.Features(
     {"image": datasets.Image(decode=False), "captions": datasets.List(datasets.Value("string"))}
@@ -119,7 +120,11 @@ class Found:
         size = image_size(source) if source else "no image"
         # A missing caption is a mistake; an empty one is a choice (the image then trains the empty caption).
         problem = self.problems.get(index) or ("" if row["captions"] else "no caption")
-        return problem or (size if isinstance(size, str) else mask_problem(_source(row, "mask"), size) or size)
+        if problem or isinstance(size, str):
+            return problem or size
+        if min(size) < LEAST_SIDE:
+            return f"{size[0]} x {size[1]} pixels, less than a latent ({LEAST_SIDE} x {LEAST_SIDE})"
+        return mask_problem(_source(row, "mask"), size) or size
 
 
 def load_images(
@@ -445,8 +450,8 @@ def _load_split(
                 cache_dir=model.cache_dir,
                 data_dir=next(iter(data.train_data_dir), None),
             )
-        elif layout in ("webdataset", "json"):
-            suffixes = (".tar",) if layout == "webdataset" else (".json", ".jsonl")
+        elif layout in ("webdataset", "json") or (layout == "parquet" and any(map(is_image, everything))):
+            suffixes = {"webdataset": (".tar",), "json": (".json", ".jsonl")}.get(layout, (".parquet",))
             shards = training_files([path for path in everything if path.suffix in suffixes], folder, notes)
             splits = datasets.load_dataset(
                 layout, data_files={"train": list(map(str, shards))}, cache_dir=model.cache_dir

@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...common.methods import check_steps
+from ...words import counted
 from ..context import Context
 from ..data.samples import Material
 
+UNWARMED = ("constant", "piecewise_constant")
+"""Values of --lr_scheduler that have no warmup."""
 LONGEST_WARMUP, WARMUP_SHARE = 500, 0.1
 
 
@@ -38,4 +41,7 @@ def schedule_of(material: Material, context: Context) -> Schedule:
     validation_steps = options.validation.validation_steps or options.validation.validation_epochs * updates
     warmup = options.optimizer.lr_warmup_steps
     warmup = min(LONGEST_WARMUP, int(WARMUP_SHARE * steps)) if warmup is None else warmup
+    if warmup >= steps and options.optimizer.lr_scheduler not in UNWARMED:
+        ends = f"the run has {counted(steps, 'step')}, and the learning rate only rises"
+        context.tell_once(f"warning: --lr_warmup_steps {warmup}: {ends}")
     return Schedule(steps, validation_steps, warmup, by_epochs=not options.training.max_train_steps)

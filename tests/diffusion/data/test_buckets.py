@@ -102,12 +102,14 @@ GO_ON = ("sdxl", "z_image")
 
 
 # Krea 2's latents are Qwen-Image's.
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("krea2", *GO_ON)])
 def test_every_family_trains_in_buckets(family, shapes, tmp_path):
     """Each forward has one size."""
     only(printed(*flags_for(FAMILIES[family](tmp_path / "model"), shapes, tmp_path / "out", *SIDES)), "6 buckets")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("family", GO_ON)
 def test_a_run_in_buckets_that_goes_on_ends_with_the_same_bytes(family, shapes, tmp_path):
     model = FAMILIES[family](tmp_path / "model")
@@ -119,6 +121,7 @@ def test_a_run_in_buckets_that_goes_on_ends_with_the_same_bytes(family, shapes, 
     assert losses(parts) == losses(whole)
 
 
+@pytest.mark.exhaustive
 def test_sdxl_is_told_the_size_of_each_bucket(shapes, tmp_path):
     model = FAMILIES["sdxl"](tmp_path / "model")
     assert main(*flags_for(model, shapes, tmp_path / "out", "--max_train_steps", 1)) == 0
@@ -132,6 +135,7 @@ def test_sdxl_is_told_the_size_of_each_bucket(shapes, tmp_path):
     assert told == {(48, 64): (40, 56), (64, 48): (56, 40), (48, 48): (48, 48)}
 
 
+@pytest.mark.exhaustive
 def test_buckets_can_be_named(model, shapes, tmp_path, capsys):
     named = ("--aspect_ratio_buckets", " 32,32; 32,48;", "--method", "lora", "--max_train_steps", 1)
     only(printed(*flags_for(model, shapes, tmp_path / "out", *named)), "2 buckets")

@@ -237,6 +237,7 @@ def tagged(tmp_path_factory):
     )
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("trained", [(), ("--train_text_encoder",)])
 def test_variants_that_are_encoded_in_the_steps_train_what_kept_ones_do(trained, tagged, monkeypatch, tmp_path):
     """Flux has a text encoder that trains and one that does not, and either is encoded where it should be."""

@@ -37,6 +37,7 @@ def flags_for(folder: Path, model: Path, data: Path, output: str, *more: object)
 
 
 # Krea 2's pipeline is asked as the others are.
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "krea2"])
 def test_what_is_missing_is_drawn_by_every_family_and_the_same_again(family, data, tmp_path, capsys):
     """An image that went is drawn as it was; one that somebody has put there counts and stays."""
@@ -62,6 +63,7 @@ def test_qwen_images_class_images_are_guided(data, tmp_path):
     assert all(np.abs(one - other).max() > 2 for one, other in zip(*drawn, strict=True))
 
 
+@pytest.mark.exhaustive
 def test_class_images_are_drawn_by_what_the_denoiser_predicts(data, tmp_path):
     """The scheduler's configuration may be wrong, which --prediction_type is there for."""
     drawn = []
@@ -101,6 +103,7 @@ def pictures(folder: Path) -> list[np.ndarray]:
     return [np.asarray(PIL.Image.open(path)).astype(int) for path in sorted(folder.glob("*.png"))]
 
 
+@pytest.mark.exhaustive
 def test_a_run_with_class_images_goes_on_as_if_it_had_not_stopped(model, data, tmp_path):
     whole, parts = (flags_for(tmp_path, model, data, name) for name in ("whole", "parts"))
     assert main(*whole) == 0
@@ -159,6 +162,7 @@ def test_none_are_drawn_where_they_cannot_be_kept(tmp_path):
         missing_class_images(flags.data, flags.output)
 
 
+@pytest.mark.exhaustive
 def test_class_images_count_by_their_weight(model, data, tmp_path):
     """Without any the samples are those of a run that has the same images and no weight for these: other losses."""
     for name, weight in (("one", 1), ("none", 0)):
@@ -169,6 +173,7 @@ def test_class_images_count_by_their_weight(model, data, tmp_path):
     assert of_none < of_one
 
 
+@pytest.mark.exhaustive
 def test_other_class_images_are_another_run(model, data, tmp_path, capsys):
     flags = flags_for(tmp_path, model, data, "out", "--target_modules", "to_q", "nowhere")
     assert main(*flags, "--max_train_steps", 2) == 0
@@ -240,6 +245,7 @@ def test_notes_on_what_is_refused_are_told(model, data, tmp_path, capsys):
     assert "0 layers of the denoiser end in to_nothing" in out and "to_k=2" in error and "drawing" not in out
 
 
+@pytest.mark.exhaustive
 def test_what_is_checked_before_they_are_drawn_and_after_is_told_once(model, data, tmp_path):
     targets = ("--target_modules", "to_q", "to_nothing")
     lines = printed(*flags_for(tmp_path, model, data, "out", "--max_train_steps", 1, "--train_text_encoder", *targets))

@@ -92,13 +92,14 @@ def png_of(number: int) -> bytes:
 
 
 def file_rows(**columns: str) -> datasets.Dataset:
-    """One row that names its files by paths, as no writer of `datasets` does."""
-    image = datasets.Image(decode=False)
+    """One row that names its files by paths; `datasets` itself would write what is in them."""
+    image = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
     features = datasets.Features({name: image for name in columns} | {"text": datasets.Value("string")})
     rows = {name: [{"bytes": None, "path": path}] for name, path in columns.items()} | {"text": ["red disc"]}
     return datasets.Dataset.from_dict(rows, features)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("flag", ["--train_data_dir", "--dataset_name"])
 @pytest.mark.parametrize("layout", ["text", "below", "path", "saved", "mask"])
 def test_rows_name_no_file_outside_the_folder(tmp_path, flag, layout):
@@ -140,7 +141,7 @@ def test_an_empty_image_is_none_whatever_path_is_with_it(tmp_path):
 
 @pytest.mark.parametrize("layout", ["text", "path"])
 def test_rows_may_name_files_in_the_folder(tmp_path, layout):
-    folder = image_folder(tmp_path / "p", 1, layout="none")
+    folder = image_folder(tmp_path / "p", 3, layout="none")
     rows = file_rows(image=str(folder / "0.png"))
     if layout == "text":
         rows = datasets.Dataset.from_dict({"image": ["0.png"], "text": ["red disc"]})
@@ -159,6 +160,7 @@ def test_captions_beside_the_images(tmp_path):
     assert len(found.left_out) == 4
 
 
+@pytest.mark.exhaustive
 def test_kohyas_caption_files_are_read_where_there_is_no_txt(brief_flags, tmp_path):
     folder = image_folder(tmp_path / "p", 3, layout="none")
     for name, text in (("0.caption", "red disc\n"), ("1.caption", "red"), ("1.txt", "blue box"), ("2.txt", "box")):
@@ -367,7 +369,7 @@ def test_names_that_a_terminal_would_obey_are_printed_escaped(tmp_path):
     folder = image_folder(tmp_path / "p", 1)
     (folder / "\x1b[2J.png").write_bytes(b"no image")
     with (folder / "metadata.jsonl").open("a") as file:
-        file.write(json.dumps({"file_name": "\x1b[2J.png", "text": "a"}) + "\n")
+        file.write("\n" + json.dumps({"file_name": "\x1b[2J.png", "text": "a"}))
     said = []
     context = SimpleNamespace(accelerator=SimpleNamespace(print=said.append))
     tell_what_is_left_out(dataclasses.replace(gather(folder), notes=("not read: \x1b[1A.png",)), context)
@@ -390,6 +392,15 @@ def test_images_that_cannot_be_used_are_named_and_left_out(tmp_path, capsys):
     assert "0.png" in refused(capsys, "--train_data_dir", folder, "--strict", "--output_dir", tmp_path / "out")
 
 
+def test_images_of_less_than_a_latent_are_left_out(tmp_path, capsys):
+    folder = image_folder(tmp_path / "p", 4)
+    for number, size in enumerate([(1, 1), (64, 7), (8, 8)]):
+        PIL.Image.new("RGB", size).save(folder / f"{number}.png")
+    left_out = [line.removeprefix(f"{folder}/") for line in gather(folder).left_out]
+    assert left_out == [f"{name} pixels, less than a latent (8 x 8)" for name in ("0.png: 1 x 1", "1.png: 64 x 7")]
+    assert "0.png: 1 x 1 pixels" in refused(capsys, "--train_data_dir", folder, "--strict")
+
+
 def test_names_that_are_not_utf_8_are_left_out(tmp_path, capsys):
     """As an old archive has them; Arrow, which holds the rows, does not take them."""
     folder = image_folder(tmp_path / "p", 3, layout="none")
@@ -405,6 +416,7 @@ def test_names_that_are_not_utf_8_are_left_out(tmp_path, capsys):
     assert "0.png: its path is not UTF-8" in refused(capsys, "--train_data_dir", folder, "--masked_loss")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("layout", "head"), [("jsonl", 0), ("csv", 1)])
 def test_images_that_metadata_does_not_list_are_counted(brief_flags, tmp_path, layout, head):
     folder = image_folder(tmp_path / "p", 5, layout=layout)
@@ -414,6 +426,7 @@ def test_images_that_metadata_does_not_list_are_counted(brief_flags, tmp_path, l
     assert "2 images" in only(lines, metadata.name)
 
 
+@pytest.mark.exhaustive
 def test_folders_that_are_not_followed_and_repeats_that_do_not_count_are_said(brief_flags, tmp_path):
     """Kohya's scripts would not look for `10_disc` so deep; where they do, see test_sources.py."""
     folder = image_folder(tmp_path / "p" / "deep" / "10_disc", 2, layout="txt").parents[1]

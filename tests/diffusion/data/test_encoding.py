@@ -71,6 +71,7 @@ def pure_latents(tmp_path_factory):
     return trained_without_noise(tmp_path_factory.mktemp("latents"), images=4, log_variance=-30.0)
 
 
+@pytest.mark.exhaustive
 def test_latents_are_the_vaes_times_its_scaling_factor(pure_latents):
     pipeline, output = pure_latents
     expected = [3.7 * latents_of(pipeline, number) for number in range(4)]
@@ -82,6 +83,7 @@ def test_latents_are_the_vaes_times_its_scaling_factor(pure_latents):
     assert seen == {0, 1, 2, 3}
 
 
+@pytest.mark.exhaustive
 def test_latents_are_drawn_from_the_vaes_distribution(tmp_path):
     """Their mean and the standard deviation that the VAE gives them, here 0.5, times the scaling factor."""
     pipeline, output = trained_without_noise(tmp_path, images=1, log_variance=2 * math.log(0.5))
@@ -92,6 +94,7 @@ def test_latents_are_drawn_from_the_vaes_distribution(tmp_path):
     assert len(drawn.unique()) > len(drawn) * 0.99
 
 
+@pytest.mark.exhaustive
 def test_captions_are_encoded_as_the_pipeline_encodes_a_prompt(pure_latents):
     pipeline, output = pure_latents
     with torch.no_grad():
@@ -111,6 +114,7 @@ def test_captions_are_encoded_as_the_pipeline_encodes_a_prompt(pure_latents):
 # -- what is kept ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_a_second_run_encodes_nothing(brief_flags, tmp_path, monkeypatch):
     """What is in --cache_dir is enough: neither the images nor the captions are encoded again."""
     flags = [*brief_flags, "--cache_dir", tmp_path / "cache"]
@@ -124,6 +128,7 @@ def test_a_second_run_encodes_nothing(brief_flags, tmp_path, monkeypatch):
     assert losses(tmp_path / "one", "lora") == losses(tmp_path / "two", "lora")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("part", "encoder"), [("text_encoder/model", CLIPTextModel), ("vae/diffusion_pytorch_model", AutoencoderKL)]
 )
@@ -141,6 +146,7 @@ def test_what_another_encoder_made_is_not_used(brief_flags, model, tmp_path, mon
         main(*flags, "--output_dir", tmp_path / "two")
 
 
+@pytest.mark.exhaustive
 def test_what_an_interrupted_run_has_encoded_is_kept(brief_flags, tmp_path, monkeypatch):
     """Encoding is stopped in the second of three parts: the next run encodes what is missing, no more."""
     monkeypatch.setattr(encoding, "PART_OF_IMAGES", 2)
@@ -164,6 +170,7 @@ def test_what_an_interrupted_run_has_encoded_is_kept(brief_flags, tmp_path, monk
     assert len(calls) == 4
 
 
+@pytest.mark.exhaustive
 def test_an_image_that_breaks_off_is_left_out_and_the_cache_knows(brief_flags, capsys, tmp_path):
     """Its header is whole, so that only decoding it tells."""
     folder = image_folder(tmp_path / "images", 3)
@@ -180,6 +187,7 @@ def test_an_image_that_breaks_off_is_left_out_and_the_cache_knows(brief_flags, c
 # -- in other ways ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_an_uncached_run_sees_the_same_captions(brief_flags, tmp_path):
     """Captions are encoded in the step, to the same states: with square crops in their middle all is the same."""
     flags = [*brief_flags, "--center_crop", "--max_train_steps", 2, "--validation_split", "0.3"]
@@ -192,6 +200,7 @@ def test_an_uncached_run_sees_the_same_captions(brief_flags, tmp_path):
     np.testing.assert_allclose([row[2] for row in cached], [row[2] for row in uncached], rtol=1e-4)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("cached", [True, False])
 def test_half_precision_and_uncached_encoders_train(runs, tmp_path, cached):
     """In a process of its own: accelerate keeps the precision it was first started with."""

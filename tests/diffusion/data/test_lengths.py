@@ -26,6 +26,7 @@ def loaded(name: str, folder: Path) -> tuple:
     return stock, family, reader_of(stock, Model(folder, family, "--model", index=index))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
 def test_a_caption_that_is_no_longer_is_read_to_its_last_word_and_of_a_longer_one_that_is_not(name, tmp_path):
@@ -56,6 +57,7 @@ def test_without_t5_stable_diffusion_3_is_measured_by_clip(tmp_path):
     assert reader_of(stock, Model(folder, family, "--model", index=index))[0] == "tokenizer_2"
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("more", [(), ("--train_text_encoder", "--strict")])
 def test_one_line_tells_how_many_captions_are_cut_and_which_is_the_longest(brief_flags, tmp_path, more):
     """Encoded in this run, in an earlier one, or in every step."""
@@ -67,6 +69,7 @@ def test_one_line_tells_how_many_captions_are_cut_and_which_is_the_longest(brief
         assert "1.png: 32 tokens" in line and "max_sequence_length" not in line
 
 
+@pytest.mark.exhaustive
 def test_prefix_and_suffix_count_and_prompts_do_too(brief_flags, tmp_path):
     data = image_folder(tmp_path / "data", 3, lambda _: "red disc")
     flags = [*brief_flags, "--train_data_dir", data]

@@ -49,6 +49,7 @@ def test_what_cannot_be_loaded_is_named(processes):
     assert "\n" not in str(error.value) and not multiprocessing.active_children()
 
 
+@pytest.mark.exhaustive
 def test_a_process_that_dies_is_a_failed_run_and_no_handler_stays():
     before = signal.getsignal(signal.SIGCHLD)
     with pytest.raises(RunFailed, match="--dataloader_num_workers 1"):

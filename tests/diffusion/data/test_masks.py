@@ -131,8 +131,7 @@ def test_every_layout_with_columns_may_have_one_of_masks(layout, folder):
         table = {"image": files["file_name"], "mask": files["mask"], "text": [row["text"] for row in rows]}
         image = datasets.Image()
         made = datasets.Dataset.from_dict(table).cast_column("image", image).cast_column("mask", image)
-        made.to_parquet(folder / "shards" / "0.parquet")
-        folder = folder / "shards"
+        made.to_parquet(folder / "0.parquet")
     (images,) = found_in(folder, *flags)
     check(images)
     assert images.masked == [True, True, False] and not images.notes
@@ -191,6 +190,7 @@ def test_masks_are_cropped_scaled_and_mirrored_as_their_images(tmp_path):
         torch.testing.assert_close(batch.mask, (batch.pixels[:, :1] + 1) / 2)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kept", ["--cache_latents", "--no-cache_latents"])
 def test_an_image_of_which_nothing_counts_is_left_out_or_refused(kept, brief_flags, folder, capsys, tmp_path):
     PIL.Image.new("L", random_image(0).size).save(folder / "mask-0.png")
@@ -202,6 +202,7 @@ def test_an_image_of_which_nothing_counts_is_left_out_or_refused(kept, brief_fla
     assert "--strict" in line and "0.png: its mask is black" in line
 
 
+@pytest.mark.exhaustive
 def test_kept_masks_train_what_fresh_ones_do(brief_flags, folder, tmp_path):
     """Kept in the size of the latents, or scaled to it in the step."""
     add = ["--train_data_dir", folder, "--center_crop", "--masked_loss"]

@@ -26,6 +26,7 @@ from reslora.diffusion.output import summary as showing
 from reslora.options.images import Options
 
 
+@pytest.mark.exhaustive
 def test_methods_share_initial_weights(brief_flags, tmp_path):
     """At this learning rate nothing moves: float32 keeps A as it was drawn, and B below any rounding of a product."""
     flags = [*brief_flags, "--method", "lora", "lora_x2", "reslora", "--merge", "none", "--learning_rate", "1e-30"]
@@ -41,6 +42,7 @@ def test_methods_share_initial_weights(brief_flags, tmp_path):
     assert_same(states[0], states[2])
 
 
+@pytest.mark.exhaustive
 def test_methods_share_the_samples(run):
     """B is zero at first, so that the first training loss is the base model's on the same noise: equal to the bit."""
     first = {method: [row for row in losses(run, method) if row[0] <= 1] for method in ("lora", "reslora")}
@@ -92,6 +94,7 @@ def by_step(output, method: str = "reslora") -> dict[tuple[int, str], float]:
     return {(step, split): loss for step, split, loss in losses(output, method)}
 
 
+@pytest.mark.exhaustive
 def test_noise_offset_shifts_each_channel_of_each_sample(with_and_without_offset):
     """0.5 times a normal number for each sample and channel, the same over the whole image; the noise stays."""
     noises = {
@@ -107,6 +110,7 @@ def test_noise_offset_shifts_each_channel_of_each_sample(with_and_without_offset
     assert per_channel.std().item() == pytest.approx(0.5, rel=0.2) and per_channel.mean().abs() < 0.15
 
 
+@pytest.mark.exhaustive
 def test_validation_loss_is_without_the_noise_offset(with_and_without_offset):
     """Losses of runs with and without it could not be compared otherwise."""
     before, after = (by_step(with_and_without_offset[offset]) for offset in (0.0, 0.5))
@@ -162,6 +166,7 @@ def test_an_image_is_measured_with_the_same_noises_whichever_others_are():
             assert getattr(sample, name).equal(getattr(every[key], name))
 
 
+@pytest.mark.exhaustive
 def test_loss_png_says_on_how_many_images_the_loss_was_measured(brief_flags, tmp_path, monkeypatch):
     """The others are held out all the same: the first step trains on the same images."""
     said, drawn = [], []

@@ -32,6 +32,7 @@ def png(number: int) -> bytes:
     return file.getvalue()
 
 
+@pytest.mark.exhaustive
 def test_a_webdataset_is_read(brief_flags, tmp_path):
     """Its columns are suffixes; with a train split, the other is passed over and that is said."""
     folder, flags = tmp_path / "p", ("--cache_dir", str(tmp_path / "cache"))

@@ -289,6 +289,7 @@ def test_what_is_told_of_masks_is_what_is_left_of_them():
 # -- runs --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_a_run_with_all_of_it_goes_on_as_if_it_had_not_stopped(model, capsys, tmp_path):
     """Kohya's folders, also of class images, repeats, a held-out share and two resolutions."""
     for name, count in (("2_disc", 2), ("1_box", 3)):

@@ -218,6 +218,7 @@ for name in ("shared", f"disk-{accelerator.process_index}"):
 """
 
 
+@pytest.mark.exhaustive
 def test_two_machines_make_each_item_once_on_a_shared_disk_and_all_on_their_own(tmp_path):
     """Two launchers, which know each other by the network alone; then two items more."""
     (tmp_path / "machine.py").write_text(MACHINE)

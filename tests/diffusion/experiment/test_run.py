@@ -154,6 +154,7 @@ def test_the_file_on_top_is_of_the_arm_that_the_select_images_choose(whole):
         assert (metadata["ss_seed"], metadata["ss_steps"]) == (str(best["seed"]), str(choice["step"]))
 
 
+@pytest.mark.exhaustive
 def test_where_the_best_is_no_plain_lora_no_file_of_an_earlier_choice_stays(flags, small, tmp_path):
     """What PEFT reads is always there."""
     output = shutil.copytree(small, tmp_path / "out", copy_function=shutil.copy2)
@@ -195,6 +196,7 @@ def test_added_methods_and_seeds_train_the_new_arms_alone(small, whole):
     only(lines, "the test images were read 2 times, as arms came in")  # not as the time was up
 
 
+@pytest.mark.exhaustive
 def test_a_finished_experiment_trains_nothing_and_says_the_same(flags, whole):
     output, lines = whole
     arms = re.compile("(lora|reslora)/")  # beside what is written anew of the best
@@ -204,6 +206,7 @@ def test_a_finished_experiment_trains_nothing_and_says_the_same(flags, whole):
     assert again[-2:] == lines[-2:]
 
 
+@pytest.mark.exhaustive
 def test_an_arm_whose_adapter_is_damaged_is_named_and_trained_anew_once_it_is_removed(flags, whole, tmp_path, capsys):
     output = shutil.copytree(whole[0], tmp_path / "out", copy_function=shutil.copy2)
     folder, own = arm(output, "reslora", seed=1), [*flags, *WHOLE, "--output_dir", output]
@@ -222,6 +225,7 @@ def test_an_arm_whose_adapter_is_damaged_is_named_and_trained_anew_once_it_is_re
     assert [a["test"] for a in experiment(output)["arms"]] == [a["test"] for a in experiment(whole[0])["arms"]]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("moment", ["test", "export"])
 def test_an_experiment_whose_folder_is_moved_while_it_compares_does_not_make_it_anew(
     flags, whole, tmp_path, monkeypatch, capsys, moment
@@ -244,6 +248,7 @@ def test_an_experiment_whose_folder_is_moved_while_it_compares_does_not_make_it_
 # -- arms are plain runs -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("method", "seed"), [("reslora", 0), ("lora", 1)])
 def test_an_arm_is_a_plain_run_on_the_images_to_train_on(flags, whole, images, tmp_path, method, seed):
     """Bit for bit, also where a seed has random crops of its own."""
@@ -292,6 +297,7 @@ def held_out_of(output: Path, images: Path) -> set[str]:
     return {Path(found.rows[number]["image"]["path"]).name for _, number in (*parts.select, *parts.test)}
 
 
+@pytest.mark.exhaustive
 def test_what_is_true_of_several_ranks_and_shortcuts_is_said_once(flags, tmp_path, monkeypatch, capsys):
     def enough(*_):
         raise InvalidArgument("--rank", "is checked", "look at what was said")
@@ -387,6 +393,7 @@ def test_what_is_tested_is_said_and_a_stop_is_heeded_before_it(tmp_path):
         bench.begins("testing (2 of 2)", course.arms()[1])
 
 
+@pytest.mark.exhaustive
 def test_killed_at_bad_moments(runs, images, tmp_path):
     """Within an arm, before it is noted as ended, between two arms, and while test losses are written.
 
@@ -415,6 +422,7 @@ def same_results(output: Path) -> dict:
     return {name: found[name] for name in ("split", "chosen", "verdicts", "readings")} | {"arms": arms}
 
 
+@pytest.mark.exhaustive
 def test_an_arm_that_diverges_has_ended_and_the_others_go_on(flags, tmp_path):
     own = [*flags, "--method", "lora", "--learning_rate", "1e-2", "1e30", "--output_dir", tmp_path / "out"]
     lines = printed(*own)
@@ -425,6 +433,7 @@ def test_an_arm_that_diverges_has_ended_and_the_others_go_on(flags, tmp_path):
     assert not any("lr-1e+30" in line for line in printed(*own) if "merging" in line)
 
 
+@pytest.mark.exhaustive
 def test_arms_at_once_are_those_of_one_after_the_other(flags, small, tmp_path, monkeypatch):
     """To the last bit: each process has as many threads as the tests have."""
     told, threads = [], torch.get_num_threads()
@@ -440,6 +449,7 @@ def test_arms_at_once_are_those_of_one_after_the_other(flags, small, tmp_path, m
     assert config["arms_at_once"] == 2 and config["learning_rate"] == [0.01, 0.03]
 
 
+@pytest.mark.exhaustive
 def test_two_processes_train_what_one_does(flags, small, tmp_path):
     """Half the batch each; equal but for rounding."""
     own = [*flags, *SMALL, "--output_dir", str(tmp_path / "out")]
@@ -452,3 +462,9 @@ def test_two_processes_train_what_one_does(flags, small, tmp_path):
         assert (mine["test"] is None) == (other["test"] is None)
         if mine["test"]:
             assert mine["test"]["losses"] == pytest.approx(other["test"]["losses"], rel=1e-4)
+
+
+def test_a_damaged_record_is_refused_before_anything_is_loaded(tmp_path):
+    (tmp_path / "experiment.json").write_text('{"format": 1, "readings"')
+    with pytest.raises(InvalidArgument, match=rf"^--output_dir {tmp_path}: experiment.json is damaged; "):
+        run.check_same(parse_args(["--output_dir", str(tmp_path)]))

@@ -237,6 +237,7 @@ def test_hub_that_cannot_be_reached_is_said_at_once(capsys, data, tmp_path, monk
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.exhaustive
 def test_a_single_file_is_made_a_folder_once(brief_flags, model, tmp_path, monkeypatch):
     """diffusers' conversion, which wants the configurations of the hub, is replaced by what it would return."""
     path, converted = tmp_path / "model.safetensors", []

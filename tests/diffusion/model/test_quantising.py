@@ -177,6 +177,7 @@ def test_nothing_unpacked_waits_for_the_backward(precision):
 # -- denoisers ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("family", FAMILIES)
 def test_linear_layers_of_the_blocks_are_packed_and_nothing_else(folders, family):
     _, plain = load(folders(family))
@@ -198,6 +199,7 @@ def test_linear_layers_of_the_blocks_are_packed_and_nothing_else(folders, family
     assert denoiser.dtype == torch.float32
 
 
+@pytest.mark.exhaustive
 @precisions
 def test_chains_are_found_without_computing_anything(folders, precision):
     family, denoiser, stock = packed_and_by_hand(folders("z_image"), precision)
@@ -205,6 +207,7 @@ def test_chains_are_found_without_computing_anything(folders, precision):
     assert found == expected and found.links > 0
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("family", "shortcut", "precision"),  # each with each but once: a packed layer knows neither family nor shortcut
     [
@@ -226,6 +229,7 @@ def test_loss_and_gradients_are_those_of_the_unpacked_weights(folders, family, s
     torch.testing.assert_close(loss_and_gradients(denoiser, family), expected, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("method", "precision"), zip([name for name in METHODS if name != "reslora"], cycle(FORMATS), strict=False)
 )
@@ -237,6 +241,7 @@ def test_other_adapters_train_on_it(folders, method, precision):
     torch.testing.assert_close(loss_and_gradients(denoiser, family), expected, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.exhaustive
 @precisions
 def test_under_autocast_too(folders, precision):
     """As with --mixed_precision bf16."""
@@ -248,6 +253,7 @@ def test_under_autocast_too(folders, precision):
         torch.testing.assert_close(loss_and_gradients(denoiser, family), expected, rtol=1e-2, atol=1e-5)
 
 
+@pytest.mark.exhaustive
 @precisions
 @pytest.mark.parametrize("shortcut", ["input", "middle"])
 def test_a_merge_by_weights_reads_what_is_packed(folders, shortcut, precision):
@@ -301,6 +307,7 @@ class Apart(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
     ("family", "precision", "shortcut"),
@@ -327,6 +334,7 @@ def test_swapped_blocks_train_bit_for_bit_and_are_off_the_device_between_uses(
     assert apart.copies > after_forward[0][1] >= len(apart.away)  # the backward has fetched them again
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_has_blocks_to_swap(folders, family):
     _, plain = load(folders(family))
@@ -370,6 +378,7 @@ def test_what_waits_for_a_gpu_is_pinned(monkeypatch):
     assert torch.equal(layer.weight, before + 1)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_compiler_keeps_whole_weights_unless_they_are_recomputed(checkpointing):
     """Why --compile is refused without --gradient_checkpointing."""
@@ -395,6 +404,7 @@ def flags_of(model: Path, data: Path, output: Path, *more) -> list:
     return [*flags, "--merge_calibration_samples", 2, "--report_to", "none", *more]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("family", "precision"), [("stable_diffusion", "fp8"), ("stable_diffusion", "int8"), ("z_image", "nf4")]
 )
@@ -424,6 +434,7 @@ def test_a_run_exports_the_whole_base_and_the_update(folders, data, tmp_path, mo
     assert changed == len(lora) // 2
 
 
+@pytest.mark.exhaustive
 def test_it_trains_on_another_base_than_a_plain_run(folders, data, tmp_path):
     losses_of = []
     for precision in ("no", "fp8"):
@@ -434,6 +445,7 @@ def test_it_trains_on_another_base_than_a_plain_run(folders, data, tmp_path):
     assert losses_of[0] != losses_of[1] and losses_of[0] == pytest.approx(losses_of[1], rel=0.05)
 
 
+@pytest.mark.exhaustive
 def test_a_run_goes_on_with_the_precision_it_had(folders, data, tmp_path, capsys):
     flags = flags_of(folders("z_image"), data, tmp_path / "out", "--method", "lora")
     assert main(*flags, "--base_precision", "int8") == 0
@@ -445,6 +457,7 @@ def test_a_run_goes_on_with_the_precision_it_had(folders, data, tmp_path, capsys
     assert main(*longer, "--base_precision", "int8") == 0
 
 
+@pytest.mark.exhaustive
 def test_swapped_blocks_go_on_from_a_plain_run_and_write_the_same_bytes(folders, data, tmp_path, monkeypatch):
     """Merged weights too where they are written from memory, as of a base whose files have other names."""
     monkeypatch.setattr(quantising, "on_device", lambda codes, device: codes.clone())  # as on a GPU

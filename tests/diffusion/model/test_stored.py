@@ -83,6 +83,7 @@ def test_its_weights_are_gone_when_they_are_used(base, both, monkeypatch):
     assert len(most) > 12 and max(most) == 1
 
 
+@pytest.mark.exhaustive
 def test_shortcuts_are_traced_without_reading_and_merged_alike(base, both, monkeypatch):
     family, found = base[0], []
     method = "lstsq" if family.name == "stable_diffusion" else "weights"  # which read inputs, and the frozen weights

@@ -26,6 +26,7 @@ def index_of(folder: Path) -> dict:
     return json.loads((folder / "model_index.json").read_text())
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", FAMILIES)
 def test_text_states_of_half_precision_are_drawn_in_the_pipelines_at_any_size(tmp_path, name):
     """As the export does: in float32 whatever the precision of training. Samples need not be squares."""
@@ -134,6 +135,7 @@ def test_prompts_are_drawn_by_their_own_options_and_together_where_these_are_ali
     assert said[:3] == [(["a", "b"], 0, True), (["c"], 1, False), (["d"], 0, True)]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "flux"])
 def test_a_negative_prompt_changes_what_every_family_with_guidance_draws(tmp_path, name):
     folder = FAMILIES[name](tmp_path / "model")

@@ -83,12 +83,14 @@ def test_exports_load_in_stock_libraries_and_agree(run, model, method):
         torch.testing.assert_close(output, reference, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_one_method_leaves_its_weights_where_diffusers_script_does(brief_flags, tmp_path):
     assert main(*brief_flags, "--method", "lora_x2", "--output_dir", tmp_path / "out") == 0
     name = "pytorch_lora_weights.safetensors"
     assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "out" / "lora_x2" / name).read_bytes()
 
 
+@pytest.mark.exhaustive
 def test_other_adapters_train_and_export(brief_flags, tmp_path):
     flags = [*without(brief_flags, "--method"), "--max_train_steps", "3", "--validation_prompt", "red disc"]
     assert main(*flags, "--method", "adalora", "loha", "lokr", "--output_dir", tmp_path / "out") == 0
@@ -101,6 +103,7 @@ def test_other_adapters_train_and_export(brief_flags, tmp_path):
 # -- samples and figures ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_no_validation_images_are_drawn_where_none_are_asked_for(brief_flags, tmp_path):
     """diffusers' own test command asks for that."""
     flags = [*brief_flags, "--num_validation_images", "0", "--validation_prompt", "red disc", "--validation_steps", "1"]
@@ -109,6 +112,7 @@ def test_no_validation_images_are_drawn_where_none_are_asked_for(brief_flags, tm
     assert (tmp_path / "out" / "lora" / "exports.json").is_file()
 
 
+@pytest.mark.exhaustive
 def test_prompts_in_other_scripts_and_fewer_images_than_a_batch(brief_flags, capsys, tmp_path):
     flags = [*brief_flags, "--train_data_dir", image_folder(tmp_path / "p", count=1), "--train_batch_size", "4"]
     assert main(*flags, "--validation_prompt", "κόκκινος δίσκος", "--output_dir", tmp_path / "out") == 0
@@ -119,6 +123,7 @@ def test_prompts_in_other_scripts_and_fewer_images_than_a_batch(brief_flags, cap
 # -- exports that do not match ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("value", "word"), [(float("nan"), "finite"), (1.0, "/255")])
 def test_an_export_that_does_not_draw_what_the_merged_model_draws_fails(
     brief_flags, capsys, tmp_path, monkeypatch, value, word
@@ -250,6 +255,7 @@ def test_every_image_must_be_finite(tmp_path, monkeypatch):
         compared(folder_of(tmp_path), monkeypatch, 1, 1)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("base", ["no", "fp8"])
 def test_the_average_of_a_schedule_free_optimizer_is_saved_and_exported(model, base_flags, tmp_path, base):
     """As samples are drawn with it: x, and not what is trained, y = beta x + (1 - beta) z."""

@@ -70,6 +70,7 @@ def height(content: bytes) -> int:
     return Image.open(io.BytesIO(content)).height
 
 
+@pytest.mark.exhaustive
 def test_upload_is_tried_again_by_the_same_command(run, base_flags, hub, monkeypatch, capsys):
     """What is uploaded, under what card, and what a failure leaves."""
     flags = [*base_flags, "--method", "lora", "reslora", "--output_dir", run, "--push_to_hub"]
@@ -96,6 +97,7 @@ def test_the_comparison_that_is_uploaded_shows_what_was_drawn_and_no_training_im
     assert height(before) > height(hub.files["comparison.png"]) > 300
 
 
+@pytest.mark.exhaustive
 def test_settings_notes_and_what_tells_of_the_images_are_not_uploaded(brief_flags, tmp_path, hub, model):
     out = tmp_path / "out"
     data = image_folder(out / "mine")
@@ -143,6 +145,7 @@ def assert_loads(code: str, weights: Path) -> None:
         torch.testing.assert_close(loaded[name.removeprefix("unet.")], value, rtol=0, atol=0)
 
 
+@pytest.mark.exhaustive
 def test_the_cards_lines_load_with_peft_what_is_no_plain_lora(brief_flags, hub, model, tmp_path):
     """The text encoder too, where it was trained."""
     flags = [*without(brief_flags, "--method"), "--method", "dora", "--train_text_encoder", "--caption_prefix", "sks"]

@@ -40,6 +40,7 @@ def test_the_same_bytes_as_from_memory(unet, model, tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "config",
     [

@@ -49,6 +49,7 @@ def test_dino_embeds_images_alone_each_content_once(tmp_path):
     torch.testing.assert_close(again[0], found[[2, 0]], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_what_is_no_such_model_is_refused(tmp_path, model, data, capsys):
     with pytest.raises(InvalidArgument, match="--metric_model"):
         load_metric(str(model), "cpu")

@@ -57,6 +57,7 @@ class Unread:
         return float(self.loss)
 
 
+@pytest.mark.exhaustive
 def test_a_loss_is_read_in_the_next_step_or_before_it_is_saved(brief_flags, tmp_path, steps):
     events: list[str] = []
     steps(lambda step, loss: Unread(step, loss, events))
@@ -68,6 +69,7 @@ def test_a_loss_is_read_in_the_next_step_or_before_it_is_saved(brief_flags, tmp_
     assert trained(tmp_path / "out") == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("saving", [2, 3])
 def test_a_loss_that_is_not_finite_is_named_and_not_saved(brief_flags, tmp_path, capsys, steps, saving):
     steps(lambda step, loss: loss * float("nan") if step == 2 else loss)
@@ -98,6 +100,7 @@ def test_a_run_that_fails_keeps_the_rows_of_all_its_steps(brief_flags, tmp_path,
     assert trained(tmp_path / "out") == [1, 2]
 
 
+@pytest.mark.exhaustive
 def test_tensorboard_has_the_rows_of_the_log(brief_flags, tmp_path):
     """Of both methods, from step 1 again."""
     flags = [*brief_flags, "--max_train_steps", "3", "--report_to", "tensorboard", "--validation_split", "0.3"]

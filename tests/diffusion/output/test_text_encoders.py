@@ -85,6 +85,7 @@ def denoiser_of(folder: Path) -> str:
     return "unet" if (folder / "model" / "unet").is_dir() else "transformer"
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("family", ENCODERS)
 def test_every_file_gives_the_text_states_and_images_of_the_merged_weights(runs, family):
     folder, names = runs(family), ENCODERS[family]
@@ -113,6 +114,7 @@ def test_every_file_gives_the_text_states_and_images_of_the_merged_weights(runs,
     torch.testing.assert_close(seen(pipe, names), states, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("family", ENCODERS)
 def test_what_is_written_of_each_part(runs, family):
     """Of the denoiser as ever, and below its name of each encoder, whose chains are its own."""
@@ -137,6 +139,7 @@ def test_what_is_written_of_each_part(runs, family):
         assert {key.removeprefix("text_model.") for key in changed} == expected
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("family", ["sd3", "sdxl"])
 def test_an_encoders_merge_is_repeated_from_the_captions_that_were_kept(runs, family):
     folder = runs(family)
@@ -152,6 +155,7 @@ def test_an_encoders_merge_is_repeated_from_the_captions_that_were_kept(runs, fa
     assert report["method"] == ("exact" if family == "sdxl" else "lstsq")
 
 
+@pytest.mark.exhaustive
 def test_the_merged_encoder_is_transformers_own(runs):
     folder = runs("stable_diffusion")
     made, info = transformers.CLIPTextModel.from_pretrained(

@@ -24,6 +24,7 @@ FLAGS = {  # of each family's run
 }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_step_takes_what_is_planned(family, data, tmp_path):
     """Real weights and tensors, and the bytes that the allocator hands out; and a guess of shapes is never too low."""
@@ -37,12 +38,14 @@ def test_a_step_takes_what_is_planned(family, data, tmp_path):
     compare(plan.phases[2], Rehearsal(images, context), context)
 
 
+@pytest.mark.exhaustive
 def test_text_encoders_that_train_and_images_that_are_encoded_in_the_step_count(model, data, tmp_path):
     images, context = settled(model, data, tmp_path / "out", "--train_text_encoder", "--no-cache_latents")
     rehearsal = Rehearsal(images, context)
     compare(rehearsal.training("lora"), rehearsal, context)
 
 
+@pytest.mark.exhaustive
 def test_class_images_are_drawn_by_the_whole_pipeline_with_the_base_that_is_trained(data, tmp_path):
     model, flags = FAMILIES["z_image"](tmp_path / "model"), ["--class_prompt", "a disc", "--num_class_images", "2"]
     flags += ["--class_data_dir", str(tmp_path / "class"), "--guidance_scale", "5"]
@@ -70,6 +73,7 @@ def compare(planned: Phase, rehearsal: Rehearsal, context: Context) -> None:
     assert both == pytest.approx(real.at_work, rel=NEAR)
 
 
+@pytest.mark.exhaustive
 def test_what_cannot_be_gone_through_is_unknown(model, data, tmp_path, monkeypatch):
     """A forward that asks a tensor for its numbers."""
     images, context = settled(model, data, tmp_path / "out")
@@ -81,6 +85,7 @@ def test_what_cannot_be_gone_through_is_unknown(model, data, tmp_path, monkeypat
     assert step.held[ACTIVATIONS] is None and step.total == sum(filter(None, step.held.values()))
 
 
+@pytest.mark.exhaustive
 def test_nothing_of_a_rehearsal_takes_memory_or_is_left_behind(model, data, tmp_path):
     images, context = settled(model, data, tmp_path / "out", "--base_precision", "nf4")
     plan_of(images, context, None)

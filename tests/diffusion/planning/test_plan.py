@@ -41,12 +41,14 @@ def test_the_table_has_every_phase_and_the_most():
     assert "the most, 3.00 MiB of 4.00 MiB that cpu has free, while encoding images" in table[-1]
 
 
+@pytest.mark.exhaustive
 def test_plan_tells_the_table_and_writes_nothing(large, tmp_path):
     lines = printed(*large, "--plan")
     assert only(lines, "planned memory").count("training") == 1 and only(lines, "the most", "while training")
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
+@pytest.mark.exhaustive
 def test_a_run_that_does_not_fit_is_refused_with_a_flag_that_makes_it_fit(large, capsys, monkeypatch, tmp_path):
     images, context = settled(large[1], large[3], tmp_path / "out", *large)
     plan = plan_of(images, context, None)
@@ -80,6 +82,7 @@ def test_where_one_flag_is_not_enough_several_are_named(large, monkeypatch, tmp_
     assert both in said(half(images, context, 1.5 * 2**30), images, context)
 
 
+@pytest.mark.exhaustive
 def test_arms_at_once_share_what_is_free(large, capsys, monkeypatch, tmp_path):
     images, context = settled(large[1], large[3], tmp_path / "out", *large)
     context = with_flags(context, arms_at_once=3)

@@ -34,6 +34,7 @@ def trained(flags, tmp_path_factory) -> Path:
     return output
 
 
+@pytest.mark.exhaustive
 def test_one_goes_on_as_if_nothing_had_been(flags, trained, tmp_path):
     shutil.copytree(trained / "dora" / "checkpoint-1", tmp_path / "out" / "dora" / "checkpoint-1")
     assert main(*flags, "--method", "dora", *LINES, *TWO_STEPS, "--output_dir", tmp_path / "out", *RESUME) == 0
@@ -42,6 +43,7 @@ def test_one_goes_on_as_if_nothing_had_been(flags, trained, tmp_path):
     assert not any(torch.equal(one[name], value) for name, value in final_weights(trained, "dora", 1).items())
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("method", METHODS)
 def test_the_merged_model_is_what_peft_makes_of_its_files(trained, model, method):
     base = UNet2DConditionModel.from_pretrained(model, subfolder="unet")
@@ -56,6 +58,7 @@ def test_the_merged_model_is_what_peft_makes_of_its_files(trained, model, method
     assert ("kohya.safetensors" in plain) == (method == "reslora")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("method", METHODS)
 def test_files_have_the_ranks_and_scales_of_each_layer(trained, method):
     saved = load_file(trained / method / "peft" / "adapter_model.safetensors")

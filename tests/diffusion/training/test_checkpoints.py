@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from pipelines import image_folder
 from safetensors.torch import load_file, save_file
+from suites import quick
 
 from app.runs import Weights, merged_by
 from diffusion import exact_steps
@@ -60,7 +61,7 @@ def unfinished(run: Path, output: Path, *methods: str) -> Path:
     return output
 
 
-@pytest.mark.parametrize("method", ["lora", "reslora", "adalora"])
+@pytest.mark.parametrize("method", quick(["lora", "reslora", "adalora"], "reslora"))
 def test_resumed_run_equals_an_uninterrupted_one(base_flags, tmp_path, method):
     flags = [*base_flags, "--method", method, "--lora_dropout", "0.2", "--lr_scheduler", "cosine"]
     flags += ["--lr_warmup_steps", "1", "--num_validation_images", "0"]
@@ -77,6 +78,7 @@ def test_resumed_run_equals_an_uninterrupted_one(base_flags, tmp_path, method):
     assert losses(whole, method) == losses(parts, method)
 
 
+@pytest.mark.exhaustive
 def test_latest_with_nothing_to_go_on_from_says_so_and_starts_afresh(brief_flags, tmp_path):
     """Otherwise a slip in --output_dir costs hours."""
     lines = printed(*brief_flags, "--output_dir", tmp_path / "out", *RESUME)
@@ -106,6 +108,7 @@ def test_a_finished_method_without_its_checkpoints_is_not_trained_over(tmp_path,
 # -- damage ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_latest_skips_a_damaged_checkpoint_and_stray_folders(run, base_flags, tmp_path):
     output = unfinished(run, tmp_path / "out", "reslora")
     (output / "reslora" / "checkpoint-best").mkdir()
@@ -117,6 +120,7 @@ def test_latest_skips_a_damaged_checkpoint_and_stray_folders(run, base_flags, tm
     assert_same(final_weights(output), final_weights(run))
 
 
+@pytest.mark.exhaustive
 def test_one_flipped_bit_is_damage(run, base_flags, tmp_path):
     output = unfinished(run, tmp_path / "out", "lora")
     flip_a_bit(output / "lora" / "checkpoint-4" / "adapter.safetensors")
@@ -126,6 +130,7 @@ def test_one_flipped_bit_is_damage(run, base_flags, tmp_path):
     assert_same(final_weights(output, "lora"), final_weights(run, "lora"))
 
 
+@pytest.mark.exhaustive
 def test_one_flipped_bit_is_damage_in_every_file(runs, whole, tmp_path):
     """Each in a checkpoint of its own, and all the newest of them."""
     output = tmp_path / "out"
@@ -158,6 +163,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.exhaustive
 def test_latest_goes_back_to_the_newest_that_is_whole(runs, whole, tmp_path):
     """Every kind of damage at once, each in a checkpoint of its own, the newest in all of them."""
     output = tmp_path / "out"
@@ -170,6 +176,7 @@ def test_latest_goes_back_to_the_newest_that_is_whole(runs, whole, tmp_path):
     assert losses(output) == losses(whole)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_named_checkpoint_that_is_damaged_is_refused(runs, whole, tmp_path, damage):
     shutil.copytree(whole / "reslora" / "checkpoint-2", tmp_path / "reslora" / "checkpoint-2")
@@ -215,6 +222,7 @@ FAILURES = {
 }
 
 
+@pytest.mark.exhaustive
 def test_a_resume_that_fails_keeps_everything_and_succeeds_later(run, base_flags, capsys, tmp_path, monkeypatch):
     """It may be another process's memory: nothing is passed over, started afresh, overwritten or removed."""
     output = unfinished(run, tmp_path / "out", "lora")
@@ -235,6 +243,7 @@ def test_a_resume_that_fails_keeps_everything_and_succeeds_later(run, base_flags
 # -- checkpoints of another line ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_going_back_keeps_what_was_trained_from_there_before(run, base_flags, tmp_path):
     """Neither overwritten when the step comes again, nor removed by the limit, nor taken for the newest."""
     output = unfinished(run, tmp_path / "out", "lora")
@@ -251,6 +260,7 @@ def test_going_back_keeps_what_was_trained_from_there_before(run, base_flags, tm
     assert (output / "lora" / "set-aside-checkpoint-6" / "mine.txt").read_text() == "mine"
 
 
+@pytest.mark.exhaustive
 def test_a_checkpoint_from_elsewhere_takes_no_places(run, base_flags, tmp_path):
     output = unfinished(run, tmp_path / "out", "lora")
     elsewhere = shutil.copytree(output / "lora" / "checkpoint-2", tmp_path / "else" / "checkpoint-2")
@@ -260,6 +270,7 @@ def test_a_checkpoint_from_elsewhere_takes_no_places(run, base_flags, tmp_path):
     assert kept == {"set-aside-checkpoint-2", "set-aside-checkpoint-4", "checkpoint-4"}
 
 
+@pytest.mark.exhaustive
 def test_a_last_checkpoint_that_was_set_aside_is_exported(run, base_flags, tmp_path):
     """No step is left. With blocks swapped, as in half precision, exports read the checkpoint of this folder."""
     output = unfinished(run, tmp_path / "out", "lora")
@@ -276,6 +287,7 @@ def test_a_last_checkpoint_that_was_set_aside_is_exported(run, base_flags, tmp_p
 # -- rotation --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_only_the_newest_checkpoints_are_kept(base_flags, tmp_path):
     flags = [*base_flags, "--method", "lora", "--checkpointing_steps", "1", "--checkpoints_total_limit", "2"]
     assert main(*flags, "--output_dir", tmp_path / "out") == 0
@@ -295,6 +307,7 @@ def test_rotation_keeps_the_newest_and_leaves_the_rest_alone(runs, tmp_path):
     assert (method / "checkpoint-best" / "mine.txt").read_text() == "mine"
 
 
+@pytest.mark.exhaustive
 def test_rotation_does_not_count_what_is_damaged(runs, whole, tmp_path):
     """The newest was damaged, the run goes on from before it: what it saves from then on must stay."""
     output, snapshots = tmp_path / "out", tmp_path / "snapshots"
@@ -358,6 +371,7 @@ def again(one_step, brief_flags, tmp_path) -> list[str]:
     return [*brief_flags, *flags_in(tmp_path), "--max_train_steps", "2", *RESUME]
 
 
+@pytest.mark.exhaustive
 def test_resume_refuses_other_captions(again, capsys, tmp_path):
     folder = tmp_path / "images"
     shutil.rmtree(folder)
@@ -366,6 +380,7 @@ def test_resume_refuses_other_captions(again, capsys, tmp_path):
     assert f"--train_data_dir {folder}" in line and "checkpoint-1" in line
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("layout", ["jsonl", "csv", "txt"])
 def test_resume_refuses_an_image_that_was_replaced_by_one_of_as_many_bytes(brief_flags, capsys, tmp_path, layout):
     folder = image_folder(tmp_path / "p", 3, layout=layout)
@@ -382,6 +397,7 @@ def test_resume_refuses_an_image_that_was_replaced_by_one_of_as_many_bytes(brief
     assert f"--train_data_dir {folder}" in line and "checkpoint-1" in line
 
 
+@pytest.mark.exhaustive
 def test_a_run_goes_on_where_its_model_and_images_have_moved(brief_flags, model, data, tmp_path):
     """Bit for bit as if they had stayed: what they are decides, and where they were is a note."""
     here, there = tmp_path / "here", tmp_path / "there"
@@ -400,6 +416,7 @@ def test_a_run_goes_on_where_its_model_and_images_have_moved(brief_flags, model,
     assert_same(*(final_weights(tmp_path / name, "lora", step=2) for name in ("out", "whole")))
 
 
+@pytest.mark.exhaustive
 def test_resume_refuses_another_model_at_the_same_place(again, capsys, tmp_path):
     """Every weight is another, then queries and values alone, all over the file; and then the model is back."""
     weights = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
@@ -413,6 +430,7 @@ def test_resume_refuses_another_model_at_the_same_place(again, capsys, tmp_path)
     assert main(*again) == 0
 
 
+@pytest.mark.exhaustive
 def test_resume_refuses_another_autoencoder_at_the_same_place(brief_flags, model, capsys, tmp_path):
     vae = shutil.copytree(model / "vae", tmp_path / "vae")
     flags = [*brief_flags, "--pretrained_vae_model_name_or_path", vae, "--output_dir", tmp_path / "out"]
@@ -424,6 +442,7 @@ def test_resume_refuses_another_autoencoder_at_the_same_place(brief_flags, model
     assert "from a model with other content" in line and "checkpoint-1" in line
 
 
+@pytest.mark.exhaustive
 def test_resume_refuses_an_image_that_is_another_in_its_middle(brief_flags, capsys, tmp_path):
     folder = image_folder(tmp_path / "p", 1, layout="txt")
     (folder / "0.png").unlink()
@@ -436,6 +455,7 @@ def test_resume_refuses_an_image_that_is_another_in_its_middle(brief_flags, caps
     assert f"--train_data_dir {folder}" in line and "checkpoint-1" in line
 
 
+@pytest.mark.exhaustive
 def test_resume_refuses_another_schedule_of_noise_at_the_same_place(again, capsys, tmp_path):
     config = tmp_path / "model" / "scheduler" / "scheduler_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "epsilon"}))
@@ -557,6 +577,7 @@ def test_what_a_checkpoint_was_merged_into_steps_aside_with_it(keep, tmp_path):
     assert not any(weights.path.is_file() for weights in merged)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("limit", "kept"), [(None, [4, 3, 2, 1]), (1, [4]), (3, [4, 3, 2])])
 def test_no_more_checkpoints_stay_than_the_limit_allows(keep, tmp_path, limit, kept):
     for step in (1, 2, 3, 4):
@@ -583,6 +604,7 @@ def test_checkpoints_of_an_earlier_try_are_neither_counted_nor_removed(keep, tmp
     assert [step_of(path) for path in checkpoints_of(tmp_path)] == [9, 8, 2]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("batch", "accumulation", "processes", "same"),
     [(4, 2, 1, True), (8, 1, 1, True), (1, 8, 1, True), (2, 2, 2, True), (1, 1, 8, True),
@@ -623,6 +645,7 @@ def test_what_a_run_was_begun_without_is_to_be_left_out(keep):
         check_past(keep.options.replace(caption_prefix="sks"), checkpoint, read_checkpoint(checkpoint), None)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("name", "before", "value", "words"),
     [

@@ -28,6 +28,7 @@ COMPILE = torch.compile
 BATCHES = [{"x": STACK_INPUTS["x"] * scale} for scale in range(1, 9)]
 
 
+@pytest.mark.exhaustive
 def test_gradients_pass_an_upsampling_when_it_is_compiled(monkeypatch):
     if shutil.which("c++") is None:  # nothing can be compiled for a CPU then
         monkeypatch.setattr(torch, "compile", lambda model, options: COMPILE(model, backend="eager"))
@@ -83,6 +84,7 @@ class Checked:
         return list(checked(iter(BATCHES), self.learner, self.context))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_equal_gradients_pass_and_leave_nothing_behind(precision):
     case = Checked("aot_eager", precision)
@@ -95,12 +97,14 @@ def test_equal_gradients_pass_and_leave_nothing_behind(precision):
     assert torch.equal(torch.get_rng_state(), random)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("factor", "precision"), [(0.85, "no"), (-1.0, "bf16"), (float("nan"), "bf16")])
 def test_other_gradients_are_refused(factor, precision):
     with pytest.raises(InvalidArgument, match=r"--compile: gradients of the compiled denoiser are .*; leave it out"):
         Checked(forward_only_right(factor), precision).batches()
 
 
+@pytest.mark.exhaustive
 def test_gradients_in_half_precision_may_differ_by_its_rounding():
     assert Checked(forward_only_right(0.85), "bf16").batches() == BATCHES
 
@@ -124,6 +128,7 @@ def test_a_step_that_only_fits_compiled_is_not_compared(capsys):
     assert "--compile is not checked" in capsys.readouterr().out
 
 
+@pytest.mark.exhaustive
 def test_a_run_is_refused_before_its_first_step(brief_flags, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda model, options: COMPILE(model, backend=forward_only_right(0.75)))
     line = refused(capsys, *brief_flags, "--compile", "--output_dir", tmp_path / "out", quiet=False)
@@ -131,6 +136,7 @@ def test_a_run_is_refused_before_its_first_step(brief_flags, capsys, tmp_path, m
     assert not list((tmp_path / "out").glob("**/*.safetensors"))
 
 
+@pytest.mark.exhaustive
 def test_a_run_saves_the_same_bits(run, base_flags, tmp_path, monkeypatch):
     """The same weights and recorded norms as without a compiler."""
     monkeypatch.setattr(torch, "compile", lambda model, options: COMPILE(model, backend="eager"))

@@ -34,6 +34,7 @@ def header(folder: Path) -> dict:
         return json.loads(file.metadata()["control"])
 
 
+@pytest.mark.exhaustive
 def test_a_resumed_control_is_the_one_that_was_begun(flags, controls, monkeypatch, tmp_path):
     """It is not measured again: fewer samples, which would say something else, change nothing."""
     for method in METHODS:
@@ -45,6 +46,7 @@ def test_a_resumed_control_is_the_one_that_was_begun(flags, controls, monkeypatc
         assert_same(final_weights(tmp_path / "out", method, 2), final_weights(controls, method, 2))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("method", METHODS)
 def test_merged_weights_are_the_base_plus_the_plain_lora_that_peft_reads(controls, model, method):
     peft = load_file(controls / method / "peft" / "adapter_model.safetensors")
@@ -61,6 +63,7 @@ def test_merged_weights_are_the_base_plus_the_plain_lora_that_peft_reads(control
         torch.testing.assert_close(whole[f"{name}.weight"].double(), expected, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.exhaustive
 def test_what_a_placebo_trains_is_as_large_as_lora_and_says_its_seed(controls):
     lora, placebo = (final_weights(controls, method, 2) for method in ("lora_matched", "ms_placebo"))
     assert {name: value.shape for name, value in lora.items()} == {name: v.shape for name, v in placebo.items()}
@@ -73,5 +76,5 @@ def test_what_a_placebo_trains_is_as_large_as_lora_and_says_its_seed(controls):
 def test_a_control_needs_samples_and_a_start_from_zero(capsys):
     line = refused(capsys, "--method", "lora", "ms_placebo", "--merge_calibration_samples", "0")
     assert "--method ms_placebo" in line and "--merge_calibration_samples 64" in line
-    line = refused(capsys, "--method", "lora_matched", "--init_lora", "a.safetensors")
-    assert "--init_lora a.safetensors" in line and "measured at a start from zero" in line
+    line = refused(capsys, "--method", "lora_matched", "--init_lora", __file__)
+    assert f"--init_lora {__file__}" in line and "measured at a start from zero" in line

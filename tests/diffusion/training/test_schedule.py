@@ -21,7 +21,7 @@ def scheduled(processes: int = 1, images: int = 10, **flags) -> Schedule:
     made = Options.of(**defaults | flags, seed=0)
     source = Source(None, None, tuple(range(images)), (), (Size(8, 8),), (0,) * images)
     material = Material((source,), None, None, {}, made)
-    return schedule_of(material, Context(made, None, SimpleNamespace(num_processes=processes), None))
+    return schedule_of(material, Context(made, None, SimpleNamespace(num_processes=processes, print=print), None))
 
 
 def test_an_epoch_is_as_many_steps_as_its_images_need():
@@ -40,3 +40,13 @@ def test_an_epoch_is_as_many_steps_as_its_images_need():
 )
 def test_warm_up_is_a_tenth_and_at_most_500_steps_unless_it_is_given(steps, given, warmup):
     assert scheduled(max_train_steps=steps, lr_warmup_steps=given).warmup_steps == warmup
+
+
+@pytest.mark.parametrize(
+    ("steps", "scheduler", "warned"),
+    [(900, "cosine", True), (8, "linear", True), (901, "cosine", False), (8, "constant", False)],
+)
+def test_a_warm_up_to_the_end_is_warned_of(capsys, steps, scheduler, warned):
+    scheduled(max_train_steps=steps, lr_warmup_steps=900, lr_scheduler=scheduler)
+    line = f"warning: --lr_warmup_steps 900: the run has {steps} steps, and the learning rate only rises\n"
+    assert capsys.readouterr().out == (line if warned else "")

@@ -34,6 +34,7 @@ def steps(model, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", RUNS)
 def test_steps_on_a_cut_base_are_those_of_one_process(name, model, steps):
     first, second = (load_file(steps / f"{name}-{rank}.safetensors") for rank in (0, 1))
@@ -57,6 +58,7 @@ def resumed(run, base_flags, tmp_path_factory) -> Path:
     return output
 
 
+@pytest.mark.exhaustive
 def test_a_cut_run_resumes_validates_draws_and_saves_as_one_process_does(resumed, run):
     assert [row[:2] for row in losses(resumed)] == [row[:2] for row in losses(run)]
     assert [row[2] for row in losses(resumed)] == pytest.approx([row[2] for row in losses(run)], rel=1e-5)

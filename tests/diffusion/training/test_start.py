@@ -65,6 +65,7 @@ def predicted(unet: torch.nn.Module) -> torch.Tensor:
     return unet(sample, torch.tensor([3, 700]), states).sample
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("method", "file"), STARTS)
 def test_the_first_output_is_that_of_the_base_plus_the_lora(files, method, file):
     unet = UNet2DConditionModel.from_pretrained(tiny("stable_diffusion") / "unet").double().eval()
@@ -122,6 +123,7 @@ def run(flags, tmp_path_factory):
     return output
 
 
+@pytest.mark.exhaustive
 def test_training_goes_on_from_the_file(run, files):
     """Adam's steps move each number by its rate at most; a fresh adapter is far from the file."""
     found = final_weights(run, "lora", 2)
@@ -171,6 +173,7 @@ def test_the_application_draws_with_its_checkpoints(run):
     torch.testing.assert_close(predicted(unet.double()), predicted(plain.double()), rtol=0, atol=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_text_encoders_start_from_zero_beside_it(flags, files, tmp_path):
     """At the rank of most of its layers; every format that the run writes has both."""
     more = ["--output_dir", tmp_path / "out", "--train_text_encoder", "--max_train_steps", 1]
@@ -186,6 +189,7 @@ def test_text_encoders_start_from_zero_beside_it(flags, files, tmp_path):
     torch.testing.assert_close(read(tmp_path / "out" / "lora" / "peft", known), found)
 
 
+@pytest.mark.exhaustive
 def test_each_arm_of_an_experiment_starts_from_it(flags, tmp_path, files):
     """Its ranks and alphas too, which nothing else sets."""
     plain = without(without(flags, "--max_train_steps"), "--learning_rate")

@@ -50,6 +50,7 @@ def test_shortcuts_are_those_of_the_flags():
     assert shortcuts_of(flags.adapter) == ResLoraConfig("middle", pre_num=3, head="none")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "optimizer",
     ["prodigy", "adafactor", "lion", "schedulefree", "torch.optim.Muon"],
@@ -101,6 +102,7 @@ def test_values_of_arguments_are_read_as_python_reads_them():
     assert read == {"a": 1, "b": (0.9, 0.99), "c": True, "d": "text=more"}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

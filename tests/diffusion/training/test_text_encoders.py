@@ -100,6 +100,7 @@ def setting(tmp_path):
     return lambda name, *flags: Setting(name, tmp_path, FLAG, "--method", "lora", *flags, **ENCODERS[name])
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ENCODERS)
 def test_loss_and_gradients_are_those_of_plain_encoders(setting, name):
     """LoRA of rank 2 with alpha 4: `W + 2 B A`. Every trained tensor has a gradient, for DDP waits for each."""
@@ -129,6 +130,7 @@ def test_loss_and_gradients_are_those_of_plain_encoders(setting, name):
     assert all(parameter.grad is not None for parameter in learner.parameters)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["sdxl", "sd3"])
 def test_checkpointed_gradients_are_the_same(setting, name):
     """ResLoRA, whose chains hand activations from one of the encoder's layers to the next."""
@@ -147,6 +149,7 @@ def test_checkpointed_gradients_are_the_same(setting, name):
         torch.testing.assert_close(plain, other, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["sdxl", "sd3"])
 def test_chains_run_over_the_layers_of_one_encoder(setting, name):
     learner = learner_of(setting(name, "--method", "reslora", "--shortcut", "block"), "reslora")
@@ -199,10 +202,12 @@ def one_batch(model) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.exhaustive
 def test_accumulated_steps_are_those_of_one_batch(model, one_batch):
     assert_equal_but_for_rounding(exact_steps.trained(model, 1, 4, FLAG), one_batch)
 
 
+@pytest.mark.exhaustive
 def test_steps_of_two_processes_are_those_of_one_batch(model, one_batch, tmp_path):
     words = [str(model), "2", "1", str(tmp_path / "found"), FLAG]
     forked(script_of_steps(tmp_path), *words, folder=tmp_path)
@@ -241,6 +246,7 @@ def weights(output: Path, step: int = 4) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.exhaustive
 def test_a_resumed_run_equals_an_uninterrupted_one(whole, flags, tmp_path):
     shutil.copytree(whole, tmp_path / "out")
     shutil.rmtree(tmp_path / "out" / "reslora" / "checkpoint-4")
@@ -256,6 +262,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(whole, flags, tmp_path):
         assert (tmp_path / "out" / "reslora" / name).read_bytes() == (whole / "reslora" / name).read_bytes(), name
 
 
+@pytest.mark.exhaustive
 def test_encoders_have_a_rate_of_their_own_and_the_same_schedule(whole):
     for step in (2, 4):
         state = training_state(whole, step)
@@ -287,6 +294,7 @@ def test_gradients_are_clipped_over_all_parts(model):
 # -- captions and refusals ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_captions_are_kept_of_frozen_encoders_alone(whole, tmp_path):
     assert not list(whole.glob("cache/captions-*"))
     model = FAMILIES["sd3"](tmp_path / "sd3", **ENCODERS["sd3"])
@@ -335,6 +343,7 @@ def test_an_encoder_of_one_layer_has_no_shortcut(tmp_path, data, capsys):
     assert "--method reslora, text_encoder" in line and "finds no link" in line
 
 
+@pytest.mark.exhaustive
 def test_a_run_goes_on_only_with_the_same_parts(whole, flags, capsys):
     """Which its record says."""
     record = json.loads((whole / "reslora" / "checkpoint-4" / "trainer.json").read_text())

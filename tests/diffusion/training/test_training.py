@@ -47,6 +47,7 @@ from reslora.diffusion.training.trained import Trained
 from reslora.options.images import Options
 
 
+@pytest.mark.exhaustive
 def test_memory_that_runs_out_leaves_the_checkpoints_and_says_which(brief_flags, capsys, tmp_path, monkeypatch):
     def take_too_much(learner: Learner, *rest) -> torch.Tensor:
         return torch.empty(2**60) if learner.step == 2 else take_step(learner, *rest)
@@ -93,6 +94,7 @@ def assert_equal_but_for_rounding(found: dict, expected: dict) -> None:
             torch.testing.assert_close(found[name], value, rtol=relative, atol=relative * value.abs().max().item())
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("batch", "accumulation"), [(2, 2), (1, 4)])
 def test_accumulated_steps_are_those_of_one_batch(model, one_batch, batch, accumulation):
     assert_equal_but_for_rounding(exact_steps.trained(model, batch, accumulation), one_batch)
@@ -147,6 +149,7 @@ class Ranks:
         self.steps.append(step)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("skipped", [False, True])
 def test_rates_and_ranks_move_once_a_step_and_not_where_it_was_skipped(model, monkeypatch, skipped):
     """As the fp16 scaler skips a step whose gradients are not finite."""
@@ -193,6 +196,7 @@ def test_gradients_are_clipped_to_a_norm_and_with_0_not_at_all(longest, moved):
 # -- compiled and checkpointed ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_compiled_steps_are_the_same_steps(run, base_flags, tmp_path, monkeypatch):
     """The whole graph is captured as for any backend, but run without code generation, which would take minutes."""
     captured, compile_ = [], torch.compile
@@ -220,6 +224,7 @@ def test_compiling_a_checkpointed_shortcut_is_refused_before_anything_is_encoded
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("shortcut", ["input", "block", "middle"])
 def test_checkpointed_steps_are_the_same_steps(brief_flags, tmp_path, shortcut):
     flags = [*brief_flags, "--method", "reslora", "--shortcut", shortcut, "--max_train_steps", "2"]
@@ -263,12 +268,14 @@ def test_rates_rise_for_a_tenth_of_the_run_and_reach_their_end_with_it(model, sc
     assert learner.lr_scheduler.get_last_lr() == pytest.approx([1e-3 * factor(20)])
 
 
+@pytest.mark.exhaustive
 def test_warm_up_steps_that_are_given_are_taken(brief_flags, tmp_path):
     flags = [*brief_flags, "--max_train_steps", "4", "--lr_scheduler", "cosine", "--lr_warmup_steps", "8"]
     assert main(*flags, "--output_dir", tmp_path / "out") == 0
     assert learning_rates(tmp_path / "out") == pytest.approx([1e-2 * step / 8 for step in (1, 2, 3, 4)])
 
 
+@pytest.mark.exhaustive
 def test_piecewise_constant_rates(brief_flags, tmp_path):
     """Factors of the learning rate and the steps they end at, and the factor of the rest: diffusers' notation."""
     flags = [*brief_flags, "--max_train_steps", "5", "--lr_scheduler", "piecewise_constant"]
@@ -291,6 +298,7 @@ def test_not_a_number_stops_the_run(base_flags, tmp_path, capsys):
 EXPORTED = ("pytorch_lora_weights.safetensors", "kohya.safetensors", "peft", "unet", "merged", "exports.json")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("method", ["lora", "reslora"])
 def test_divergence_in_the_last_step_exports_nothing(brief_flags, capsys, tmp_path, method):
     """The weights are finite, what the model computes with them is not: no later loss could tell."""
@@ -309,6 +317,7 @@ def wait_for_step(log: Path, process) -> None:
     wait_until(lambda: (log.is_file() and '"train"' in log.read_text()) or not is_running(process), "a step")
 
 
+@pytest.mark.exhaustive
 def test_sigterm_saves_and_the_resumed_run_is_the_uninterrupted_one(runs, whole, tmp_path):
     output = tmp_path / "out"
     process = runs.start(output)
@@ -342,6 +351,7 @@ def test_signals_are_heard_even_where_they_were_ignored_at_the_start(runs, tmp_p
     assert "Traceback" not in runs.messages.read_text()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("moment", ["loss", "samples"])
 def test_a_stop_in_a_validation_saves_and_the_rest_follows(run, base_flags, tmp_path, monkeypatch, moment):
     """Asked to stop in that of step 2: it is cut short, the step is saved, and the rest done when the run goes on."""
@@ -370,6 +380,7 @@ def test_a_stop_in_a_validation_saves_and_the_rest_follows(run, base_flags, tmp_
     assert names[0] == names[1]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("moment", ["step", "samples"])
 def test_a_stop_in_the_last_step_or_its_samples_leaves_them_to_the_next_start(
     run, base_flags, tmp_path, monkeypatch, moment
@@ -401,6 +412,7 @@ def test_a_stop_in_the_last_step_or_its_samples_leaves_them_to_the_next_start(
     assert digests(output / "lora", "samples/*/*") == digests(run / "lora", "samples/*/*")
 
 
+@pytest.mark.exhaustive
 def test_a_stop_before_a_merge_alone_leaves_a_finished_run_as_it_is(run, base_flags, tmp_path, monkeypatch):
     """There is no step after which it would be heard, and to merge and export a large model takes long."""
     output, prepare = shutil.copytree(run, tmp_path / "out"), running.prepare
@@ -418,6 +430,7 @@ def test_a_stop_before_a_merge_alone_leaves_a_finished_run_as_it_is(run, base_fl
     assert (output / "loss.png").is_file()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("moment", ["material", "step"])
 def test_a_folder_that_is_moved_is_not_made_anew(base_flags, tmp_path, monkeypatch, capsys, moment):
     """The run ends before it writes there, and goes on with what it has where that is now."""
@@ -451,6 +464,7 @@ MOMENTS = {
 }  # fmt: skip
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_method_whose_folder_is_moved_does_not_go_on_into_a_new_one(
     run, base_flags, tmp_path, monkeypatch, capsys, moment
@@ -474,6 +488,7 @@ def test_a_method_whose_folder_is_moved_does_not_go_on_into_a_new_one(
     assert_same(final_weights(tmp_path / "out", "lora"), final_weights(run, "lora"))
 
 
+@pytest.mark.exhaustive
 def test_a_stop_in_the_first_samples_leaves_them_to_the_next_start(run, base_flags, tmp_path, monkeypatch):
     """Nothing is trained yet; a checkpoint of a later step would mean that they are never drawn."""
     output, draw = tmp_path / "out", StableDiffusionPipeline.__call__
@@ -491,6 +506,7 @@ def test_a_stop_in_the_first_samples_leaves_them_to_the_next_start(run, base_fla
     assert digests(output / "reslora", "samples/*/*.png") == digests(run / "reslora", "samples/*/*.png")
 
 
+@pytest.mark.exhaustive
 def test_sigterm_to_the_launcher_ends_and_saves_the_training(brief_flags, tmp_path):
     """`accelerate launch` dies of it without a word to the process it started, which has 400 steps to notice.
 
@@ -514,6 +530,7 @@ def test_sigterm_to_the_launcher_ends_and_saves_the_training(brief_flags, tmp_pa
 # -- half precision ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_each_method_starts_with_a_scale_of_its_own(brief_flags, tmp_path, monkeypatch):
     """In fp16 losses are scaled; the scale that the first method has found would favour or harm the second."""
 

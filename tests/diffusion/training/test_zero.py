@@ -1,4 +1,4 @@
-"""train_sd.py with DeepSpeed, on the CPU; not collected where DeepSpeed cannot run (see `launching.DEEPSPEED`)."""
+"""train_sd.py with DeepSpeed, on the CPU."""
 
 import shutil
 from pathlib import Path
@@ -7,13 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import DeepSpeedPlugin
-from launching import forked, told_by
+from launching import forked, needs_deepspeed, told_by
 
 from diffusion.runs import RESUME, SCRIPT, assert_same, final_weights, losses, main, parts, refused, training_state
 from reslora.common.errors import InvalidArgument
 from reslora.diffusion.settings import parse_args
 from reslora.diffusion.training.zero import configure
 
+pytestmark = [pytest.mark.exhaustive, needs_deepspeed]
 ZERO = {"environment": told_by("deepspeed_zero2.yaml"), "processes": 1}
 
 

@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline, SD3Transformer2DModel
 from pipelines import FAMILIES, image_folder
 from safetensors import safe_open
 from safetensors.torch import load_file
+from suites import quick
 
 import reslora
 import train_sd
@@ -60,7 +61,7 @@ def drawn(folder: Path, weights: Path | None = None, **parts) -> np.ndarray:
     return pipe(prompt="blue box", generator=seed, output_type="np", **size).images[0]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", quick(FAMILIES, "stable_diffusion", "flux"))
 def test_files_agree_in_stock_diffusers_and_change_what_is_drawn(runs, family):
     folder = runs(family)
     out = folder / "out" / "reslora"
@@ -79,6 +80,7 @@ def test_files_agree_in_stock_diffusers_and_change_what_is_drawn(runs, family):
             assert sample.size == (32, 48)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("more", [(), ("--no-cache_text_embeddings", "--method", "lora", "reslora")])
 def test_stable_diffusion_3_trains_and_draws_without_t5(runs, more):
     """Its pipeline asks the denoiser, which is not there while captions are encoded, how wide T5's states are."""
@@ -91,6 +93,7 @@ def test_stable_diffusion_3_trains_and_draws_without_t5(runs, more):
     assert np.abs(seen - drawn(folder, transformer=merged, **without)).max() <= 2 / 255
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("family", FAMILIES)
 def test_merge_is_repeated_from_the_kept_samples(runs, family):
     folder = runs(family)
@@ -104,6 +107,7 @@ def test_merge_is_repeated_from_the_kept_samples(runs, family):
     assert errors[0] == pytest.approx(errors[1], rel=1e-3, abs=1e-5) and report == expected
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("family", ["z_image", "flux", "sd3"])
 def test_diffusers_names_begin_with_the_transformer(runs, family):
     keys = load_file(runs(family) / "out" / "reslora" / "pytorch_lora_weights.safetensors").keys()
@@ -112,11 +116,13 @@ def test_diffusers_names_begin_with_the_transformer(runs, family):
     )
 
 
+@pytest.mark.exhaustive
 def test_z_image_trains_its_main_layers_alone_and_comfyui_knows_their_names(runs):
     keys = load_file(runs("z_image") / "out" / "reslora" / "comfyui.safetensors").keys()
     assert keys and all(key.startswith("diffusion_model.layers.") for key in keys)
 
 
+@pytest.mark.exhaustive
 def test_sdxl_has_kohyas_names(runs):
     """As sd-scripts writes them: `input_blocks` counts the levels' layers and the downsampler behind them."""
     path = runs("sdxl") / "out" / "reslora" / "kohya.safetensors"
@@ -135,6 +141,7 @@ def test_sdxl_has_kohyas_names(runs):
     assert not any("down_blocks" in name or "up_blocks" in name for name in names)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("family", "file", "version"),
     [
@@ -182,6 +189,7 @@ def test_what_a_model_predicts_is_in_kohyas_and_stability_ais_names(width, predi
     assert metadata["modelspec.prediction_type"] == prediction.removesuffix("_prediction")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("family", ["z_image", "flux", "sd3", "sdxl"])
 def test_gradient_checkpointing_changes_nothing(runs, family, tmp_path):
     folder = runs(family)

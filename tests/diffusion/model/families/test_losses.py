@@ -289,6 +289,7 @@ def test_every_row_of_the_registry_has_a_module_and_a_builder():
 # -- masks -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("family", FAMILIES)
 def test_masked_places_have_no_gradient_and_others_that_of_the_whole_loss(setting, family):
     """The mask is one of pixels, its upper left quarter white; families pack latents in ways of their own."""
@@ -334,6 +335,7 @@ def test_the_validation_loss_is_the_squared_error_within_masks(setting, more, sh
     torch.testing.assert_close(one.loss(one.denoiser, batch, weighted=False), expected)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("family", ["flux", "flux2_klein"])
 @torch.no_grad()
 def test_flux_shift_is_by_as_many_tokens_as_the_denoiser_reads(setting, family, monkeypatch):

@@ -34,6 +34,7 @@ def test_the_header_says_whose_a_file_is(family, tmp_path):
         assert guessed(tmp_path / "in.safetensors") == family
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layers_say_whose_a_file_is_where_no_other_family_has_them(family, tmp_path):
     """In published sizes. The attention of Stable Diffusion 3 is that of Flux but for how many blocks there are."""
@@ -47,6 +48,7 @@ def test_layers_say_whose_a_file_is_where_no_other_family_has_them(family, tmp_p
     assert guessed(tmp_path / "in.safetensors") == family
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("family", "outputs"), [("flux", 3 * 3072 + 12288), ("flux2_klein", 3 * 3072 + 2 * 9216)])
 def test_a_layer_that_two_families_have_is_known_by_its_sides(family, outputs, tmp_path):
     tensors = {"lora_unet_single_blocks_0_linear1.lora_down.weight": torch.ones(1, 3072)}
