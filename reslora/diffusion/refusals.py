@@ -77,6 +77,8 @@ def check_folders(data: DataOptions) -> None:
     if dataset and len(folders) > 1:
         problem = f"reads one folder of it, --train_data_dir names {len(folders)}"
         raise InvalidArgument(f"--dataset_name {dataset}", problem, "give folders alone, or the dataset alone")
+    if dataset and folders:
+        check_part(dataset, folders[0])
     for name, values in (
         ("train_data_repeats", data.train_data_repeats),
         ("train_data_weight", data.train_data_weight),

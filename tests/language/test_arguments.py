@@ -223,7 +223,7 @@ def test_nothing_heavy_is_imported_before_the_options_make_sense():
         (["--accelerator_config", '{"foo": 1}'], '--accelerator_config {"foo": 1}: '),
         (["--bf16_full_eval"], "--bf16_full_eval"),
         (["--fp16_full_eval"], "--fp16_full_eval"),
-        (["--load_best_model_at_end"], "load_best_model_at_end"),
+        (["--load_best_model_at_end", "--eval_strategy", "no"], "load_best_model_at_end"),
     ],
 )
 def test_a_bad_flag_is_one_line_and_status_2(capsys, bad, word):

@@ -149,7 +149,7 @@ def test_a_year_is_no_number_of_repeats(tmp_path, brief_flags, capsys):
         (["--train_data_weight", 0], "--train_data_weight"),
         (["--dataset_name", "somebody/images"], "--dataset_name somebody/images: reads one folder of it"),
         (["--resolution", 32, 33], "--resolution 33"),
-        (["--resolution", 32, 7], "'7'"),
+        (["--resolution", 32, 7], "--resolution 7: "),
         (
             ["--resolution", 32, 48, "--use_aspect_ratio_buckets", "--aspect_ratio_buckets", "32,32"],
             "--resolution 32 48",

@@ -54,6 +54,8 @@ def test_config_holds_every_resolved_flag(run):
     assert config["lora_alpha"] == 8 and config["method"] == ["lora", "reslora"] and config["max_train_steps"] == 4
     assert set(config) == {a.dest for a in build_parser()._actions} - {
         "help",
+        "help_all",
+        "version",
         "config",
         "hub_token",
         "resume_from_checkpoint",

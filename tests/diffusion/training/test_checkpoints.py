@@ -484,7 +484,7 @@ def keep(model, tmp_path):
         )
         return tmp_path / f"checkpoint-{step}"
 
-    save.learner, save.flags, save.accelerator = learner, material.options, accelerator
+    save.learner, save.options, save.accelerator = learner, material.options, accelerator
     return save
 
 
@@ -618,9 +618,9 @@ def test_batch_accumulation_and_processes_may_change_as_long_as_a_steps_samples_
     flags = keep.options.replace(train_batch_size=batch, gradient_accumulation_steps=accumulation)
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     if same:
-        return check_past(flags, checkpoint, read_checkpoint(checkpoint), None)
+        return check_past(flags.flat(), checkpoint, read_checkpoint(checkpoint), None)
     with pytest.raises(InvalidArgument, match="batch size x accumulation x processes") as error:
-        check_past(flags, checkpoint, read_checkpoint(checkpoint), None)
+        check_past(flags.flat(), checkpoint, read_checkpoint(checkpoint), None)
     assert str(batch * accumulation * processes) in str(error.value) and "trained with 8" in str(error.value)
 
 
@@ -631,18 +631,18 @@ def test_what_steers_is_not_added_half_way_and_named_itself(keep, steering):
     flags = keep.options.replace(validation_noises=4, **steering)
     (name,) = steering
     with pytest.raises(InvalidArgument, match=rf"^--{name}( 3)?: needs --validation_noises .* leave it out"):
-        check_past(flags, plain, read_checkpoint(plain), None)
+        check_past(flags.flat(), plain, read_checkpoint(plain), None)
     for patience in (flags.validation.early_stopping_patience, 5, None):
-        check_past(flags.replace(early_stopping_patience=patience), measured, read_checkpoint(measured), None)
+        check_past(flags.replace(early_stopping_patience=patience).flat(), measured, read_checkpoint(measured), None)
     with pytest.raises(InvalidArgument, match=r"--validation_noises 4: .* was trained with 2; use that"):
         fewer = keep(3, validation_noises=2)
-        check_past(flags.replace(save_best=False), fewer, read_checkpoint(fewer), None)
+        check_past(flags.replace(save_best=False).flat(), fewer, read_checkpoint(fewer), None)
 
 
 def test_what_a_run_was_begun_without_is_to_be_left_out(keep):
     checkpoint = keep(1)
     with pytest.raises(InvalidArgument, match=r"--caption_prefix sks: .* was trained with none; leave it out, or"):
-        check_past(keep.options.replace(caption_prefix="sks"), checkpoint, read_checkpoint(checkpoint), None)
+        check_past(keep.options.replace(caption_prefix="sks").flat(), checkpoint, read_checkpoint(checkpoint), None)
 
 
 @pytest.mark.exhaustive
@@ -655,9 +655,9 @@ def test_what_a_run_was_begun_without_is_to_be_left_out(keep):
     ],
 )
 def test_several_values_are_told_as_they_are_typed(keep, name, before, value, words):
-    record = {"settings": settings_of(keep.options.replace(**{name: before}))}
+    record = {"settings": settings_of(keep.options.replace(**{name: before}).flat())}
     with pytest.raises(InvalidArgument, match=words):
-        check_past(keep.options.replace(**{name: value}), keep(1), record, None)
+        check_past(keep.options.replace(**{name: value}).flat(), keep(1), record, None)
 
 
 @pytest.mark.parametrize("sizes", [{"use_aspect_ratio_buckets": True}, {"resolution": [32, 64]}])
@@ -667,6 +667,6 @@ def test_where_images_have_several_sizes_a_forwards_samples_stay_too(keep, monke
     checkpoint = keep(1, train_batch_size=8, gradient_accumulation_steps=1, **sizes)
     record, flags = read_checkpoint(checkpoint), keep.options.replace(gradient_accumulation_steps=1, **sizes)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    check_past(flags.replace(train_batch_size=4), checkpoint, record, None)
+    check_past(flags.replace(train_batch_size=4).flat(), checkpoint, record, None)
     with pytest.raises(InvalidArgument, match=r"several sizes, batch size x processes = 2: .* was trained with 8"):
-        check_past(flags.replace(train_batch_size=1, gradient_accumulation_steps=4), checkpoint, record, None)
+        check_past(flags.replace(train_batch_size=1, gradient_accumulation_steps=4).flat(), checkpoint, record, None)

@@ -34,7 +34,7 @@ class Setting:
         flags = parse_args([*places, "--output_dir", str(folder / "out"), "--resolution", "32", "--rank", "2", *flags])
         accelerator = Accelerator(cpu=True)
         context = settle(flags, accelerator, StopRequest())
-        self.context, model, self.family, self.flags = context, context.model, context.model.family, context.options
+        self.context, model, self.family, self.options = context, context.model, context.model.family, context.options
         _, self.objective = load_and_check(context)
         lacking = {part: None for part, kind in model.index.items() if kind == [None, None]}
         self.stock = DiffusionPipeline.from_pretrained(folder / "model", torch_dtype=torch.float32, **lacking)
