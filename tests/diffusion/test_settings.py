@@ -68,7 +68,7 @@ SHARES = {"0.99": True, "0.5": False, "0.1": False}
 
 @pytest.mark.parametrize("share", SHARES)
 def test_a_validation_split_of_most_images_is_warned_of(capsys, share):
-    assert parse_args(["--validation_split", share]).validation_split == float(share)
+    assert parse_args(["--validation_split", share]).validation.validation_split == float(share)
     line = f"warning: --validation_split {share} holds out more images than it trains on\n"
     assert (line in capsys.readouterr().out) is SHARES[share]
 
@@ -108,7 +108,7 @@ def test_a_folder_next_to_a_dataset_is_a_part_of_it(data, capsys, tmp_path):
     (tmp_path / "set" / "part").mkdir(parents=True)
     for dataset, part in (("someone/images", "part"), ("set", "part"), ("set", str(tmp_path / "set" / "part"))):
         flags = parse_args(["--dataset_name", dataset, "--train_data_dir", part])
-        assert (flags.dataset_name, flags.train_data_dir) == (dataset, part)
+        assert (flags.data.dataset_name, flags.data.train_data_dir) == (dataset, [part])
         warning = f"warning: --train_data_dir {part}: the folder of that name in --dataset_name {dataset}\n"
         assert warning in capsys.readouterr().out
 
