@@ -188,6 +188,7 @@ def test_a_checkpoint_makes_its_own_sum():
     assert_equal(found, gradients_of(oracle, MANY))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("half", ["autocast", "weights"])
 def test_a_sum_is_not_rounded_to_half_precision_again_and_again(half):
     """Sixty B A, the first of ones and the others of 2**-10: in bfloat16, 1 + 2**-10 is 1."""

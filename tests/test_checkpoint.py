@@ -114,6 +114,7 @@ def test_a_bare_language_model_comes_back_as_a_peft_model(llama, tmp_path):
         assert_equal(run(loaded, llama.inputs()), run(base_of(llama), llama.inputs()))
 
 
+@pytest.mark.exhaustive
 def test_a_bare_unet_comes_back_itself(unet, tmp_path):
     saved(unet, tmp_path)
     base = base_of(unet)
@@ -153,6 +154,7 @@ def test_modules_to_save_come_back(tmp_path):
     assert torch.equal(run(loaded.eval(), arch.inputs()), run(model.eval(), arch.inputs()))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("shortcut", ["input", "middle"])
 @pytest.mark.parametrize("window, steps", [(2, 3), (100, 3)])
 def test_norm_windows_come_back(llama, tmp_path, shortcut, window, steps):
@@ -408,6 +410,7 @@ def test_an_adapter_that_does_not_match_is_refused(llama, tmp_path, lora, named)
     assert all(not layer.lora_variant for layer in adapter_layers(target).values())
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "build, named",
     [
@@ -525,6 +528,7 @@ def test_a_pickle_beside_the_missing_weights_is_never_opened(llama, tmp_path, na
     assert not (tmp_path / "exploded").exists()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("keep", [0, 4, 100, -8])
 def test_a_truncated_file_is_refused(llama, tmp_path, keep):
     saved(llama, tmp_path)

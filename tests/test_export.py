@@ -170,6 +170,7 @@ def test_diffusers_loads_the_merged_unet(merged, inputs, tmp_path):
     assert_predicts(loaded, inputs, predict(merged, inputs))
 
 
+@pytest.mark.exhaustive
 def test_exporting_leaves_the_model_as_it_was(merged, inputs, tmp_path):
     expected = predict(merged, inputs)
     before = {key: value.clone() for key, value in merged.state_dict().items()}

@@ -143,6 +143,7 @@ def test_another_adapter_is_saved_as_ever(llama, tmp_path, config):
     refused(lambda: model.save_pretrained(tmp_path / "all"), *NAMES)
 
 
+@pytest.mark.exhaustive
 def test_an_adapter_of_another_name_is_the_refused_one(unet, tmp_path):
     model = unet.lora(adapter="style")
     reslora.connect(model, WIRED[0], adapter_name="style")
@@ -163,6 +164,7 @@ def test_without_a_shortcut_nothing_is_refused(llama, unet, tmp_path, config):
     assert_equal(run(model, llama.inputs()), expected)
 
 
+@pytest.mark.exhaustive
 @wired
 def test_handing_out_the_connected_weights_is_refused_until_they_are_plain(llama, tmp_path, config):
     """What diffusers' own script gives to `save_lora_weights`."""
@@ -240,6 +242,7 @@ def test_loading_over_the_connected_adapter_is_refused(llama, tmp_path, config):
     assert torch.equal(run(model.train(), llama.inputs()), expected)
 
 
+@pytest.mark.exhaustive
 @wired
 def test_wrappers_of_a_base_that_was_connected_without_them_refuse_too(llama, tmp_path, config):
     folder = plain_folder(llama, tmp_path / "plain")
@@ -432,6 +435,7 @@ def test_an_adapter_that_takes_the_name_of_a_deleted_one_is_not_connected(config
     assert_bare(model.get_base_model())
 
 
+@pytest.mark.exhaustive
 @wired
 def test_what_is_left_after_deleting_the_connected_adapter_is_free(llama, tmp_path, config):
     model = connected(llama, config)

@@ -310,6 +310,7 @@ def test_weights_uses_every_blocks_own_scale(llama, shortcut, pre_num, head):
     case.assert_merged_to(lambda chain: weights_alphas(case, chain)[1], tolerance=1e-5)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("shortcut, pre_num", [("input", 1), ("middle", 3), ("middle", -1)])
 def test_the_report_of_weights_has_the_alphas(llama, shortcut, pre_num):
     case = Case(llama, shortcut, pre_num)
@@ -346,6 +347,7 @@ def test_lstsq_solves_the_ridge_regression(name, shortcut, pre_num, head):
     case.assert_merged_to(merged_by_lstsq(case), tolerance=1e-5)
 
 
+@pytest.mark.exhaustive
 @plans
 def test_lstsq_weighs_every_token_alike(llama, shortcut, pre_num, head):
     """Batches of different sizes: the expectation is over tokens, not over batches."""
@@ -556,6 +558,7 @@ def test_max_rank_is_for_block_only(llama, shortcut):
     assert_one_line(error, "max_rank", shortcut)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("max_rank", [0, -1, 1.5, "4"])
 def test_a_bad_max_rank_is_named(llama, max_rank):
     case = Case(llama, "block", 2)
@@ -666,6 +669,7 @@ def test_every_modules_mode_is_restored(llama, training):
     assert {name: module.training for name, module in case.model.named_modules()} == modes
 
 
+@pytest.mark.exhaustive
 def test_the_mode_is_restored_after_a_bad_batch(llama):
     case = Case(llama, "input")
     with pytest.raises((ValueError, RuntimeError)) as error:

@@ -131,6 +131,7 @@ def test_connect_leaves_random_state_mode_and_gradients_alone(llama, shortcut):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.exhaustive
 @shortcuts
 def test_a_checkpoint_of_the_lora_model_fits_the_connected_one_and_back(llama, shortcut):
     model, plain = llama.lora(seed=1), llama.lora(seed=2)
@@ -300,6 +301,7 @@ def test_a_model_without_lora_layers_is_an_error(build, shortcut):
     assert_one_line(error, "LoRA")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("verb", ["connect", "disconnect", "merge"])
 def test_an_adapter_that_is_not_there_is_named(llama, verb):
     model = llama.lora()
@@ -529,6 +531,7 @@ def test_offloaded_layers_are_right_or_an_error(llama, shortcut, offload_first):
         assert_equal(actual, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.exhaustive
 @shortcuts
 def test_a_deleted_adapter_leaves_a_model_that_connects_again(llama, shortcut):
     model = llama.lora()

@@ -147,6 +147,7 @@ def test_an_axis_that_says_nothing_is_refused_in_a_line(name, text, said):
         axis("X", name, text)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("x", "y", "start", "said"),
     [

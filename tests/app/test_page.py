@@ -287,6 +287,7 @@ def post(address: str, name: str, *data) -> str:
         return f"{url}/{json.load(answer)['event_id']}"
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("seed", ["abc", float("nan"), float("-inf"), None])
 def test_a_seed_that_is_no_number_is_zero(address, seed):
     asked = GENERATE | {"seed": seed, "steps": 1, "width": 32, "height": 32, "beside": False}
@@ -405,6 +406,7 @@ def test_a_program_can_draw_grids_and_stack_and_write_models(client, runs):
         generated(client, adapter=upload, loras=names[:1])
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["../..", "/etc", "tiny/../tiny", "tiny\0", "<img src=x>", "", None])
 def test_names_from_outside_are_harmless(client, name):
     for inputs, api in (((name, 0), "compare"), ((name, 0), "download_grid"), ((name,), "train_stop")):

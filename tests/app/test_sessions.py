@@ -94,6 +94,7 @@ def test_what_nobody_fetches_takes_neither_a_turn_nor_a_place(server, monkeypatc
     wait_until(lambda: not server.studio.running, "all of them to be given up")
 
 
+@pytest.mark.exhaustive
 def test_who_leaves_ends_what_is_drawn_for_him(server, monkeypatch):
     """By Gradio alone: nothing is given up here."""
     monkeypatch.setattr(studios, "PATIENCE", 10.0 * LIMIT)
@@ -102,6 +103,7 @@ def test_who_leaves_ends_what_is_drawn_for_him(server, monkeypatch):
     wait_until(lambda: not server.studio.running and not server.studio.turns.waiting, "the end of the drawing")
 
 
+@pytest.mark.exhaustive
 def test_who_leaves_while_waiting_loses_his_place(server, monkeypatch):
     """Gradio closes his handler when it says something, which it would with his turn; he is given up before."""
     monkeypatch.setattr(studios, "PATIENCE", 10.0 * LIMIT)

@@ -577,6 +577,7 @@ def test_merged_weights_that_are_not_whole_are_refused_by_name(studio, run, tmp_
         draw(studio, run, merged)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("method", "file"), [("lora", "adapter.safetensors"), ("reslora", "reslora_model.safetensors")]
 )

@@ -138,6 +138,7 @@ def test_nothing_is_made_of_weights_that_a_trainer_is_replacing(studio, copy, tm
     assert not list(target.parent.iterdir())
 
 
+@pytest.mark.exhaustive
 def test_encoders_that_are_not_whole_or_lead_out_are_not_drawn(studio, run, copy):
     path = copy.folder / "lora" / "text_encoder" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])

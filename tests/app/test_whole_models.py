@@ -86,6 +86,7 @@ def test_it_draws_what_generate_draws(studio, library, monkeypatch, chosen):
     assert [path.name for path in target.parent.iterdir()] == ["mine"]
 
 
+@pytest.mark.exhaustive
 def test_of_files_in_half_precision_another_scheduler_and_no_checker(studio, library, tmp_path, monkeypatch):
     """Parts that are not what the base's files are come from memory; pickles stay where they are."""
     run = library.find("tiny")

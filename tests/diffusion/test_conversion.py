@@ -421,6 +421,7 @@ print(status, *sorted({"torch", "safetensors", "transformers", "diffusers", "pef
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("words", "status"),
     [

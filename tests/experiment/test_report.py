@@ -364,6 +364,7 @@ def test_in_a_browser(browser, text, folder, width):
     shown.close()
 
 
+@pytest.mark.exhaustive
 def test_without_samples_there_is_no_slider(experiment, tmp_path):
     content = page(experiment, tmp_path)
     assert "<h2>Images</h2>" not in content and 'id="slider"' not in content

@@ -248,6 +248,7 @@ def test_of_what_was_concluded_only_labels_that_are_still_there_stay(tmp_path):
     assert (kept["chosen"], kept["verdicts"], read_of(kept)) == ({}, [], []) and "as_of" not in kept
 
 
+@pytest.mark.exhaustive
 def test_extended_rates_are_advised_where_none_were_tried(tmp_path):
     """The best of all is the lowest one: three more are tried, and no more."""
     rates = ("--learning_rate", "8e-4", "16e-4")

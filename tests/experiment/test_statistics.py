@@ -66,6 +66,7 @@ def true_spread(seeds: int, images: int, variances: tuple) -> Spread:
     return Spread(squares * stats.chi2.median(degrees) / degrees, degrees)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("variances", VARIANCES)
 def test_a_difference_of_the_detectable_size_is_found_in_four_of_five_cases(variances):
     for size in SIZES:
@@ -131,6 +132,7 @@ def test_one_more_seed_by_hand():
     assert rerun([3.0]) is None and rerun([]) is None and rerun([3.0, 3.0]) == (3, 3)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("seeds", [2, 3, 5])
 def test_one_more_seed_is_within_in_19_of_20(seeds):
     """On the same images, whichever of seeds and images varies more."""

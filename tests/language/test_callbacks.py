@@ -39,6 +39,7 @@ def test_the_log_has_the_form_of_train_sd(tmp_path):
     assert found[0]["lr"] == 1e-2
 
 
+@pytest.mark.exhaustive
 def test_a_fresh_run_starts_a_fresh_log_and_a_resumed_one_drops_later_rows(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"step": 99, "seconds": 1}\n')
     trainer_for(build()[0], tmp_path).train()

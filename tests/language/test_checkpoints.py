@@ -140,6 +140,7 @@ def fail(*args) -> None:
     raise RuntimeError("out of memory")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("method", "shortcut"), [("reslora", "input"), ("adalora", "none")])
 def test_one_flipped_bit_in_any_file_counts_as_damaged(tmp_path, method, shortcut):
     trainer_for(build(method, shortcut)[0], tmp_path, max_steps=2).train()

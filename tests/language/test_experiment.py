@@ -173,6 +173,7 @@ def test_test_losses_are_those_of_a_loop_by_hand(common, whole):
     assert weights(output / "peft") == weights(output / best["folder"] / "peft")
 
 
+@pytest.mark.exhaustive
 def test_the_best_arm_alone_is_merged_for_stock_transformers(whole):
     output, _ = whole
     assert list(output.rglob("merged")) == [output / "merged"]
@@ -225,6 +226,7 @@ def test_an_experiment_whose_folder_is_moved_writes_nothing_more(common, whole, 
     assert not output.exists()
 
 
+@pytest.mark.exhaustive
 def test_an_arm_whose_folder_is_removed_writes_nothing_more(common, tmp_path, monkeypatch, capsys):
     """Else it would make the folder anew, with what comes later alone."""
     output, keep = tmp_path / "out", experiment.KeepAdapters.on_evaluate

@@ -269,6 +269,7 @@ def test_what_is_saved_loads_in_stock_libraries(method, roberta, rte, tmp_path):
     assert "base_model.model.classifier.out_proj.weight" in saved
 
 
+@pytest.mark.exhaustive
 def test_the_exported_adapter_gives_the_reported_metrics(roberta, rte, tmp_path):
     """The row of the merge that was exported is what stock PEFT reaches."""
     glue.main(flags(roberta, rte, tmp_path, "rte", "--shortcut", "middle", "--merge", "weights"))
@@ -278,6 +279,7 @@ def test_the_exported_adapter_gives_the_reported_metrics(roberta, rte, tmp_path)
     assert (row["accuracy"], row["loss"]) == reached(roberta, rte, tmp_path)
 
 
+@pytest.mark.exhaustive
 def test_regression_is_trained_by_squared_error(roberta, tmp_path):
     data = write_data(tmp_path / "data", "stsb")
     glue.main(flags(roberta, data, tmp_path / "run", "stsb", "--merge_and_save"))
@@ -311,6 +313,7 @@ def test_without_a_model_the_bundled_one_is_trained(tmp_path, capsys):
 # -- data --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_predictions_for_a_test_split(roberta, tmp_path, capsys):
     data = write_data(tmp_path / "data", "mnli")
     write_rows(data / "test_matched.jsonl", make_rows("mnli", 5, labelled=False))
@@ -372,6 +375,7 @@ def test_texts_may_hold_line_separators(roberta, tmp_path):
     assert splits["train"]["sentence1"] == ["good\u2028film\x85"] * 4
 
 
+@pytest.mark.exhaustive
 def test_a_labelled_test_split_is_scored(roberta, tmp_path):
     data = write_data(tmp_path / "data", "mrpc")
     write_rows(data / "test.jsonl", make_rows("mrpc", 6, seed=5))
@@ -397,6 +401,7 @@ def test_samples_and_lengths_are_cut(roberta, tmp_path):
         assert batch["input_ids"].shape == (1, length) and batch["attention_mask"].all()
 
 
+@pytest.mark.exhaustive
 def test_a_data_set_folder_is_read_like_the_hubs(roberta, tmp_path):
     """`--dataset_name` with a folder goes through `datasets.load_dataset`, as a name on the hub does."""
     write_data(tmp_path / "data", "rte")

@@ -366,6 +366,7 @@ def test_no_example_is_longer_than_the_models_positions(tiny, tmp_path, capsys, 
     one_line(flags(tiny, data, tmp_path / "run"), capsys, words)
 
 
+@pytest.mark.exhaustive
 def test_a_validation_example_that_is_too_long_is_left_out_as_a_training_example_is(tiny, tmp_path, capsys):
     long = {**row(0), "Equation": "1 + " * 70 + "1"}
     data = write_rows(tmp_path / "data", train=[row(1)] * 4, test=[row(2)], validation=[row(3), long])
@@ -384,6 +385,7 @@ def test_two_runs_do_not_share_a_folder(tiny, data, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.exhaustive
 def test_a_folder_that_is_moved_while_merges_are_measured_is_not_made_anew(tiny, data, tmp_path, capsys, monkeypatch):
     """With --save_strategy no nothing was written before."""
     output, measure = tmp_path / "run", llm.merge_table

@@ -152,6 +152,7 @@ def test_a_failing_evaluation_leaves_the_model_unmerged():
     assert torch.equal(calls[0], calls[1])
 
 
+@pytest.mark.exhaustive
 def test_training_goes_on_after_a_merge_table_with_gradient_checkpointing(tmp_path):
     runs = []
     for interrupted in (False, True):

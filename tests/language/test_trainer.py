@@ -167,6 +167,7 @@ def test_a_full_disk_ends_the_run_in_one_line(tmp_path, monkeypatch, told):
     check_resume(tmp_path, "latest", {})
 
 
+@pytest.mark.exhaustive
 def test_a_folder_that_is_moved_ends_the_run_before_its_next_checkpoint(tmp_path):
     """It would be made anew, with that checkpoint alone."""
     output, moved = tmp_path / "out", tmp_path / "moved"

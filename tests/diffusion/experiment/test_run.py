@@ -166,6 +166,7 @@ def test_where_the_best_is_no_plain_lora_no_file_of_an_earlier_choice_stays(flag
     assert json.loads((output / "peft" / "adapter_config.json").read_text())["peft_type"] == "LOHA"
 
 
+@pytest.mark.exhaustive
 def test_the_test_losses_are_those_of_the_file_in_stock_diffusers(whole, model):
     output, _ = whole
     ((_, setting),) = EXPORTED

@@ -85,6 +85,7 @@ def test_upload_is_tried_again_by_the_same_command(run, base_flags, hub, monkeyp
     assert files | {f"{name}/{file}" for name in ("lora", "reslora") for file in of_both} <= set(hub.files)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("prompts", [["red disc", "blue box"], ["green star"], []])
 def test_the_comparison_that_is_uploaded_shows_what_was_drawn_and_no_training_images(run, base_flags, hub, prompts):
     """Whatever prompts the upload of a finished run is asked for with; the run's own file stays as it is."""

@@ -76,6 +76,7 @@ def test_files_have_the_ranks_and_scales_of_each_layer(trained, method):
         assert alphas.get(name, config["lora_alpha"]) == (3 if "attn1.to_v" in name else 8), name
 
 
+@pytest.mark.exhaustive
 def test_who_draws_with_a_checkpoint_finds_its_ranks(trained, model):
     """As the application does: what is recorded beside the weights fits them."""
     record = json.loads((trained / "dora" / "checkpoint-2" / "trainer.json").read_text())

@@ -506,6 +506,7 @@ def test_a_checkpoint_that_loads_but_differs_from_its_checksums_is_passed_over(k
         restore(keep.learner, paths[1:2], flags.replace(resume_from_checkpoint="checkpoint-2"), keep.accelerator)
 
 
+@pytest.mark.exhaustive
 def test_a_checkpoint_without_its_record_is_damaged_and_not_nothing(keep, tmp_path):
     """Where none else is there, training would start from zero beside it."""
     first, second = [keep(step, max_train_steps=9) for step in (1, 2)]
@@ -530,6 +531,7 @@ def test_a_checkpoint_that_cannot_be_loaded_sets_no_others_aside(keep, tmp_path,
     assert [step_of(path) for path in checkpoints_of(tmp_path)] == [1]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("elsewhere", [False, True])
 def test_who_is_killed_after_going_back_goes_on_from_there(keep, tmp_path, elsewhere):
     """Before the next checkpoint: `latest` is the chosen one, and not a start from zero."""
@@ -660,6 +662,7 @@ def test_several_values_are_told_as_they_are_typed(keep, name, before, value, wo
         check_past(keep.flags.replace(**{name: value}), keep(1), record, None)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("sizes", [{"use_aspect_ratio_buckets": True}, {"resolution": [32, 64]}])
 def test_where_images_have_several_sizes_a_forwards_samples_stay_too(keep, monkeypatch, sizes):
     """Each forward has images of one size, so which ones make up a step is a matter of how many there are in one."""

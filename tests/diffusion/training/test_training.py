@@ -247,6 +247,7 @@ def learning_rates(output: Path) -> list[float]:
     return [row["lr"] for row in of_split(read_log(output / "lora" / "log.jsonl"), "train")]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("schedule", "factor"),
     [

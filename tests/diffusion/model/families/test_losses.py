@@ -129,6 +129,7 @@ def test_z_image_counts_the_other_way_and_points_the_other_way(setting, captions
     torch.testing.assert_close(one.loss(one.denoiser, batch), mean_square(prediction, velocity))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("guided", [True, False])
 @torch.no_grad()
 def test_flux_packs_and_is_told_the_guidance_if_it_listens(setting, guided):
@@ -163,6 +164,7 @@ def test_sd3(setting, with_t5):
     torch.testing.assert_close(one.loss(one.denoiser, batch), mean_square(prediction, velocity))
 
 
+@pytest.mark.exhaustive
 @torch.no_grad()
 def test_flux2_klein_trains_on_patches_that_the_autoencoder_normalises(setting):
     one = setting("flux2_klein")

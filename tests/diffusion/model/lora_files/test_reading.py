@@ -57,6 +57,7 @@ def test_a_layer_that_two_families_have_is_known_by_its_sides(family, outputs, t
     assert guessed(tmp_path / "in.safetensors") == family
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("block", "width", "family"), [(37, 2432, "sd3"), (37, 3072, None), (59, 3072, "qwen_image")])
 def test_the_size_of_a_model_that_has_one_tells_it_from_another(block, width, family, tmp_path):
     """Stable Diffusion 3's names are Qwen-Image's, but for how many blocks there are."""
