@@ -62,7 +62,6 @@ def assert_chains(chains, expected: dict[str, list[list[str]]]) -> None:
             assert all(name == tail or name.endswith("." + tail) for name, tail in zip(names, tails, strict=True))
 
 
-@pytest.mark.exhaustive
 def test_roles_and_execution_order_match_the_hand_written_chains(arch):
     assert_chains(reslora.chains(arch.lora()), arch.chains)
 

@@ -347,7 +347,6 @@ def test_lstsq_solves_the_ridge_regression(name, shortcut, pre_num, head):
     case.assert_merged_to(merged_by_lstsq(case), tolerance=1e-5)
 
 
-@pytest.mark.exhaustive
 @plans
 def test_lstsq_weighs_every_token_alike(llama, shortcut, pre_num, head):
     """Batches of different sizes: the expectation is over tokens, not over batches."""

@@ -59,7 +59,6 @@ def test_config_holds_every_resolved_flag(run):
     }
 
 
-@pytest.mark.exhaustive
 @pytest.mark.parametrize("method", ["lora", "reslora"])
 def test_exports_load_in_stock_libraries_and_agree(run, model, method):
     inputs = {
